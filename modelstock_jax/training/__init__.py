@@ -1,0 +1,1 @@
+"""The replicated training loop: state, step, merge, checkpoints."""

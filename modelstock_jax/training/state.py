@@ -1,0 +1,73 @@
+"""What a training run carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """N replicas in training; the replica axis R is axis 0 of every leaf that has one.
+
+    Attributes:
+      step: int32 [], optimizer steps taken; the same for all replicas.
+      key: uint32 [R, 2], each replica's random key; folded with `step`, never consumed.
+      params: the replicas' weights, [R, ...] a leaf.
+      opt_state: the optimizer's state, [R, ...] a leaf (its counters are [R]).
+      last_merged: the weights all replicas last started from, no replica axis; None unless
+        noise is carried over merges.
+      noise: the noise energy carried over merges, per merge unit; None unless carried.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: PyTree
+    opt_state: PyTree
+    last_merged: PyTree
+    noise: PyTree
+
+
+def replicate(tree: PyTree, num_replicas: int) -> PyTree:
+    """Copies every leaf [...] to [R, ...].
+
+    >>> replicate({"w": jnp.zeros(3)}, 2)["w"].shape
+    (2, 3)
+    """
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_replicas, *x.shape)), tree)
+
+
+def init_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    num_replicas: int,
+    seed: int,
+    noise: PyTree = None,
+) -> TrainState:
+    """R replicas of one set of weights, each with its own key and fresh optimizer state.
+
+    Args:
+      params: one replica's weights; every replica starts from them.
+      tx: the optimizer, initialised for each replica apart.
+      num_replicas: R.
+      seed: the run's seed; replica r's key is `fold_in(key(seed), r)`.
+      noise: the carried noise at the start (zeros), or None when noise is not carried.
+    """
+    base = jax.random.key(seed)
+    key = jax.vmap(lambda r: jax.random.key_data(jax.random.fold_in(base, r)))(
+        jnp.arange(num_replicas)
+    )
+    replicas = replicate(params, num_replicas)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        params=replicas,
+        opt_state=jax.vmap(tx.init)(replicas),
+        last_merged=None if noise is None else params,
+        noise=noise,
+    )
