@@ -1,0 +1,53 @@
+"""Strict settings for every test: eight CPU devices, no silent broadcasting, warnings are errors.
+
+Shared test code is imported from the repository root: `from tests.<folder>.<module> import ...`.
+Warnings become errors in pyproject.toml (`filterwarnings`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+# All of these are read when jax (or transformers, matplotlib) is first imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_ENABLE_X64"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture
+def x64():
+    """Float64 within one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _eight_devices():
+    # A library that imported jax before this file would undo the settings without a word.
+    assert jax.device_count() == 8, "jax was imported before tests/conftest.py"
+
+
+def pytest_ignore_collect(collection_path):
+    """Without torch, tests/parity cannot be imported: `make test-parity` then finds no test."""
+    if PARITY in (collection_path, *collection_path.parents):
+        return True if importlib.util.find_spec("torch") is None else None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if PARITY in item.path.parents:
+            item.add_marker(pytest.mark.parity)
