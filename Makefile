@@ -1,0 +1,69 @@
+# One command from a fresh clone: `make demo` (results table) or `make test`. Each makes .venv when it is missing.
+
+WORKDIR ?= runs/glyphs
+VENV := .venv
+PARITY := .venv-parity
+# The CUDA wheels weigh 3 GiB: only where nvidia-smi finds a GPU.
+REQUIREMENTS := $(shell if nvidia-smi -L >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+# Sets $$python to the first interpreter that runs (a pyenv shim may not) and is 3.11 or 3.12.
+define find_python
+python=; for p in $(PYTHON) python3.12 python3.11 python3 python; do \
+	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then python=$$p; break; fi; done
+endef
+NO_PYTHON = echo "modelstock_jax needs Python 3.11 or 3.12 with venv: install one, or say PYTHON=/path/to/python3.12" >&2; exit 1
+
+# install VENV REQUIREMENT-FILES: by uv where it is at hand, else by the environment's own pip.
+define install
+if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(1)/bin/python $(2); \
+else $(1)/bin/python -m pip --version >/dev/null 2>&1 || $(1)/bin/python -m ensurepip; \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2); fi
+endef
+
+.PHONY: demo test test-slow test-parity lint clean
+
+demo: $(VENV)/.installed-$(REQUIREMENTS)
+	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
+	@echo "table: $(WORKDIR)/results.md   picture: $(WORKDIR)/figures/id_against_shifts.png   all of it: $(WORKDIR)"
+
+test: lint
+	$(VENV)/bin/python -m pytest -q -n 2
+
+test-slow: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q -n 2 -m slow
+
+# torch serves only as a reference, in an environment of its own.
+test-parity: $(PARITY)/.installed
+	$(PARITY)/bin/python -m pytest -q -m parity tests/parity
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(find_python); \
+	if command -v uv >/dev/null 2>&1; then uv venv --quiet --python "$${python:-3.12}" $(VENV); \
+	elif test -n "$$python"; then "$$python" -m venv $(VENV); \
+	else $(NO_PYTHON); fi
+
+# The stamps are dated by the requirement files: nothing is installed twice.
+$(VENV)/.installed-$(REQUIREMENTS): $(sort requirements-cpu.txt $(REQUIREMENTS)) | $(VENV)/bin/python
+	@echo "Installing $(REQUIREMENTS) into $(VENV) (once) ..."
+	@$(call install,$(VENV),-r $(REQUIREMENTS))
+	@touch $@
+
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed-$(REQUIREMENTS)
+	@$(call install,$(VENV),-r requirements-test.txt)
+	@touch $@
+
+$(PARITY)/.installed: requirements-cpu.txt requirements-test.txt pyproject.toml
+	@$(find_python); test -n "$$python" || { $(NO_PYTHON); }; \
+	echo "Installing torch and requirements-cpu.txt into $(PARITY) (once) ..."; \
+	test -x $(PARITY)/bin/python || "$$python" -m venv $(PARITY)
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cpu.txt -r requirements-test.txt
+	@touch $@
