@@ -1,0 +1,177 @@
+"""The arrows between modules run downward; modules are short; none is called utils."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import modelstock_jax
+
+PACKAGE = "modelstock_jax"
+ROOT = Path(__file__).parents[1]
+MAX_LINES = 250
+MAX_LAUNCH_LINES = 60
+
+# A unit (a module or a folder of the package) imports units of lower layers. Units of one layer may
+# import each other in one direction only.
+LAYERS = [
+    {"errors"},
+    {"merging", "tensor_files"},
+    {"data", "clip", "checkpoint_merge"},
+    {"training", "evaluation", "reporting"},
+    {"experiment", "studies"},
+]
+LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
+# Beside the standard library and `errors`, these units import nothing else.
+THIRD_PARTIES = {
+    "errors": set(),
+    "merging": {"jax", "numpy"},
+    "tensor_files": {"numpy", "ml_dtypes", "safetensors"},
+}
+
+
+def imports(path: Path, root: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import anywhere in a file, relative ones resolved."""
+    package = list(path.relative_to(root).with_suffix("").parts[:-1])
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names = [*base, *(node.module or "").split(".")] if node.module else base
+            found += [(node.lineno, ".".join([*names, alias.name])) for alias in node.names]
+    return found
+
+
+def unit_of(path: Path, root: Path) -> str:
+    return path.relative_to(root / PACKAGE).with_suffix("").parts[0]
+
+
+def violations(root: Path) -> list[str]:
+    """One line `file:line: what is wrong` for every broken rule under `root`."""
+    found: list[str] = []
+    sideways: dict[tuple[str, str], str] = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        where = path.relative_to(root).as_posix()
+        length = len(path.read_text().splitlines())
+        if length > MAX_LINES:
+            found.append(f"{where}:{length}: longer than {MAX_LINES} lines")
+        if path.name == "utils.py":
+            found.append(f"{where}:1: a module is named by its noun, not utils")
+        unit = unit_of(path, root)
+        if unit == "__init__":
+            continue  # The public names, resolved lazily: above everything.
+        if unit not in LAYER:
+            found.append(f"{where}:1: {unit} has no place in LAYERS")
+            continue
+        for line, name in imports(path, root):
+            top, *rest = name.split(".")
+            if top == PACKAGE:
+                if rest[:1] == ["__version__"]:
+                    continue
+                target = rest[0] if rest else ""
+                if target not in LAYER:
+                    found.append(f"{where}:{line}: import {name} from the module that defines it")
+                elif LAYER[target] > LAYER[unit]:
+                    found.append(f"{where}:{line}: {unit} imports {target}, which lies above it")
+                elif LAYER[target] == LAYER[unit] and target != unit:
+                    if (target, unit) in sideways:
+                        other = sideways[target, unit]
+                        found.append(f"{where}:{line}: {unit} imports {target}, and {other} back")
+                    sideways.setdefault((unit, target), f"{where}:{line}")
+            elif unit in THIRD_PARTIES and top not in sys.stdlib_module_names:
+                if top not in THIRD_PARTIES[unit]:
+                    found.append(f"{where}:{line}: {unit} may not import {top}")
+    launch = root / "launch.py"
+    if launch.exists() and (length := len(launch.read_text().splitlines())) > MAX_LAUNCH_LINES:
+        found.append(f"launch.py:{length}: longer than {MAX_LAUNCH_LINES} lines")
+    return found
+
+
+def test_this_tree():
+    assert not violations(ROOT), "\n" + "\n".join(violations(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("merging/a.py", "import os\nfrom modelstock_jax.clip import model\n", "merging/a.py:2: "),
+        ("merging/a.py", "import jax\n\ndef f():\n    import flax.nnx\n", "merging/a.py:4: "),
+        ("merging/a.py", "from ..training.step import train\n", "merging/a.py:1: merging imports"),
+        ("merging/a.py", "from .. import evaluation\n", "merging/a.py:1: merging imports evalu"),
+        ("tensor_files/a.py", "import numpy\nimport jax.numpy as jnp\n", "tensor_files/a.py:2: "),
+        ("errors.py", "import numpy\n", "errors.py:1: errors may not import numpy"),
+        ("clip/model.py", "import modelstock_jax.experiment\n", "clip/model.py:1: clip imports"),
+        ("data/a.py", "from modelstock_jax import model_stock\n", "data/a.py:1: import modelstock"),
+        ("data/utils.py", "", "data/utils.py:1: "),
+        ("data/a.py", "x = 1\n" * 251, "data/a.py:251: longer"),
+        ("misc.py", "", "misc.py:1: misc has no place"),
+    ],
+)
+def test_a_broken_rule_is_named(tmp_path, file, text, expected):
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    (found,) = violations(tmp_path)
+    assert found.startswith(f"{PACKAGE}/{expected}"), found
+
+
+def test_units_of_one_layer_do_not_import_each_other_both_ways(tmp_path):
+    for name, text in [("data", "import modelstock_jax.clip"), ("clip", "import jax\n")]:
+        (tmp_path / PACKAGE / name).mkdir(parents=True)
+        (tmp_path / PACKAGE / name / "a.py").write_text(text)
+    assert violations(tmp_path) == []
+    (tmp_path / PACKAGE / "clip" / "b.py").write_text("from modelstock_jax.data import a\n")
+    (found,) = violations(tmp_path)
+    assert found.startswith(f"{PACKAGE}/data/a.py:1: data imports clip, and modelstock_jax/clip/b")
+
+
+def test_a_downward_import_is_allowed(tmp_path):
+    (tmp_path / PACKAGE / "training").mkdir(parents=True)
+    (tmp_path / PACKAGE / "training" / "a.py").write_text(
+        "import optax\nfrom modelstock_jax import __version__\n"
+        "from modelstock_jax.merging import model_stock\nfrom . import b\n"
+    )
+    assert violations(tmp_path) == []
+
+
+def test_a_long_launcher_is_named(tmp_path):
+    (tmp_path / "launch.py").write_text("x = 1\n" * 61)
+    assert violations(tmp_path) == ["launch.py:61: longer than 60 lines"]
+
+
+def test_the_package_alone_does_not_import_jax():
+    code = (
+        "import sys, modelstock_jax; dir(modelstock_jax); modelstock_jax.UserError\n"
+        "assert 'numpy' not in sys.modules and 'jax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_every_public_name_resolves():
+    assert set(modelstock_jax.__all__) <= set(dir(modelstock_jax))
+    assert sorted(modelstock_jax._HOME) == sorted(modelstock_jax.__all__)
+    for name in modelstock_jax.__all__:
+        assert getattr(modelstock_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'model_stok'"):
+        _ = modelstock_jax.model_stok
+
+
+def test_requirement_files_agree_with_the_extras():
+    import tomllib
+
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+
+    def lines(name: str) -> list[str]:
+        text = (ROOT / name).read_text().splitlines()
+        return [line for line in text if line and not line.startswith(("#", "-r"))]
+
+    assert extras["test"] == lines("requirements-test.txt")
+    assert extras["cuda12"] == lines("requirements.txt")
+    assert extras["parity"][0] in (ROOT / "Makefile").read_text()
