@@ -1,0 +1,1 @@
+"""CLIP: towers, weights on disk, zero-shot heads."""

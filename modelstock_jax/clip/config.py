@@ -1,0 +1,186 @@
+"""Sizes of a CLIP model, read from and written to Hugging Face's ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from modelstock_jax.errors import UserError
+
+ACTIVATIONS = ("quick_gelu", "gelu")
+# Checkpoints converted before 2023 say eos_token_id 2 whatever their tokenizer has: a flag for
+# 'pool at the highest id', not a token.
+LEGACY_EOS_TOKEN_ID = 2
+
+
+_KINDS = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "int | None": (int, type(None)),
+}
+
+
+def _take(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of `cls` among `values`, each of the declared type."""
+    taken = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values or field.type not in _KINDS:
+            continue
+        value = values[field.name]
+        if isinstance(value, bool) or not isinstance(value, _KINDS[field.type]):
+            raise UserError(f"{where}: {field.name} must be {field.type}, not {value!r}.")
+        taken[field.name] = float(value) if field.type == "float" else value
+    return taken
+
+
+def _check_tower(where: str, tower: VisionConfig | TextConfig) -> None:
+    ids = ("pad_token_id", "bos_token_id", "eos_token_id")
+    for field in dataclasses.fields(tower):
+        value = getattr(tower, field.name)
+        if field.name not in ids and field.name != "hidden_act" and value <= 0:
+            raise UserError(f"{where}: {field.name} must be positive, not {value}.")
+    if tower.hidden_size % tower.num_attention_heads:
+        raise UserError(
+            f"{where}: hidden_size {tower.hidden_size} is not a multiple of num_attention_heads "
+            f"{tower.num_attention_heads}."
+        )
+    if tower.hidden_act not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: hidden_act {tower.hidden_act!r} is not known; known are "
+            f"{', '.join(ACTIVATIONS)}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the image tower; names and defaults are those of Hugging Face's ``vision_config``.
+
+    Example:
+        >>> VisionConfig(image_size=224, patch_size=32).num_tokens
+        50
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_tower("vision_config", self)
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"vision_config: image_size {self.image_size} is not a multiple of patch_size "
+                f"{self.patch_size}."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image of the config's size: the class token and the patches."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text tower; names and defaults are those of Hugging Face's ``text_config``.
+
+    Example:
+        >>> TextConfig().max_position_embeddings
+        77
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        _check_tower("text_config", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of a CLIP model: both towers, the shared embedding, the initial temperature.
+
+    Example:
+        >>> config = CLIPConfig.from_dict({"model_type": "clip", "projection_dim": 64})
+        >>> config.projection_dim, config.vision.hidden_size
+        (64, 768)
+        >>> CLIPConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+    def __post_init__(self) -> None:
+        if self.projection_dim < 1:
+            raise UserError(f"config: projection_dim must be positive, not {self.projection_dim}.")
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> CLIPConfig:
+        """Reads the dictionary of a ``config.json``.
+
+        Args:
+            raw: The dictionary. Keys that say nothing about the architecture are ignored, absent
+                ones take Hugging Face's defaults, and the older ``text_config_dict`` and
+                ``vision_config_dict`` win over ``text_config`` and ``vision_config``, as they do
+                in transformers.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            UserError: Another architecture, a value of the wrong type, or impossible sizes.
+        """
+        if not isinstance(raw, dict) or raw.get("model_type") != "clip":
+            found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+            raise UserError(
+                f"config: model_type is {found!r}, not 'clip'; only CLIP models (both towers) "
+                "can be opened."
+            )
+        towers = {}
+        for name, tower in (("vision", VisionConfig), ("text", TextConfig)):
+            values: dict[str, Any] = {}
+            for key in (f"{name}_config", f"{name}_config_dict"):
+                part = raw.get(key) or {}
+                if not isinstance(part, dict):
+                    raise UserError(f"config: {key} must be a dictionary, not {part!r}.")
+                values.update(part)
+            towers[name] = tower(**_take(tower, values, f"{name}_config"))
+        own = {k: raw[k] for k in ("projection_dim", "logit_scale_init_value") if k in raw}
+        return cls(**towers, **_take(cls, own, "config"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the ``config.json`` that transformers opens as a ``CLIPModel``."""
+        shared = {"projection_dim": self.projection_dim}
+        return {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": self.projection_dim,
+            "logit_scale_init_value": self.logit_scale_init_value,
+            "text_config": {
+                "model_type": "clip_text_model",
+                **dataclasses.asdict(self.text),
+                **shared,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                **dataclasses.asdict(self.vision),
+                **shared,
+            },
+        }

@@ -1,0 +1,258 @@
+"""CLIP's image and text towers as Flax NNX modules, reached through plain nested dictionaries.
+
+The modules are split once; after that a model is a tree of arrays and the pure functions at the end
+of this file. Kernels are [in, out]; a patch is flattened as (row, column, channel).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, CLIPConfig
+from modelstock_jax.clip.transformer import (
+    DEFAULT_COMPUTE,
+    Compute,
+    layer_norm,
+    linear,
+    make_blocks,
+    normal,
+    run_blocks,
+)
+from modelstock_jax.errors import UserError
+
+Params = dict[str, Any]
+
+
+class ImageTower(nnx.Module):
+    """Vision transformer: patches, class token, blocks, projection of the class token."""
+
+    def __init__(self, config: CLIPConfig, compute: Compute, rngs: nnx.Rngs):
+        tower = config.vision
+        width, size = tower.hidden_size, tower.patch_size
+        self.patch_size, self.remat, self.dtype = size, compute.remat, compute.dtype
+        self.class_embedding = nnx.Param(normal(rngs, (width,), width**-0.5))
+        # As PyTorch starts a convolution: uniform within 1 / sqrt(fan_in).
+        self.patch_embedding = nnx.Linear(
+            size * size * tower.num_channels,
+            width,
+            use_bias=False,
+            dtype=compute.dtype,
+            kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            rngs=rngs,
+        )
+        self.position_embedding = nnx.Param(normal(rngs, (tower.num_tokens, width), width**-0.5))
+        self.pre_layernorm = layer_norm(tower, compute, rngs)
+        self.blocks = make_blocks(tower, False, compute, rngs)
+        self.post_layernorm = layer_norm(tower, compute, rngs)
+        self.projection = linear(
+            width, config.projection_dim, width**-0.5, compute, rngs, bias=False
+        )
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [B, H, W, C] to features [B, E]."""
+        x = self.patch_embedding(_patches(images.astype(self.dtype), self.patch_size))
+        start = self.class_embedding[...].astype(x.dtype)
+        start = jnp.broadcast_to(start[None, None], (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([start, x], axis=1)
+        x = x + self.position_embedding[...].astype(x.dtype)[None]
+        x = run_blocks(self.blocks, self.pre_layernorm(x), self.remat)
+        return _wide(self.projection(self.post_layernorm(x[:, 0])))
+
+
+class TextTower(nnx.Module):
+    """Causal transformer over token ids, pooled at the end-of-text token."""
+
+    def __init__(self, config: CLIPConfig, compute: Compute, rngs: nnx.Rngs):
+        tower = config.text
+        width = tower.hidden_size
+        self.eos_token_id, self.remat, self.dtype = tower.eos_token_id, compute.remat, compute.dtype
+        self.token_embedding = nnx.Param(normal(rngs, (tower.vocab_size, width), 0.02))
+        self.position_embedding = nnx.Param(
+            normal(rngs, (tower.max_position_embeddings, width), 0.01)
+        )
+        self.blocks = make_blocks(tower, True, compute, rngs)
+        self.final_layernorm = layer_norm(tower, compute, rngs)
+        self.projection = linear(
+            width, config.projection_dim, width**-0.5, compute, rngs, bias=False
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Maps token ids [B, L] to features [B, E]."""
+        x = self.token_embedding[...].astype(self.dtype)[ids]
+        x = x + self.position_embedding[...].astype(self.dtype)[None, : ids.shape[1]]
+        x = run_blocks(self.blocks, x, self.remat)
+        end = end_of_text(ids, self.eos_token_id)
+        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return _wide(self.projection(self.final_layernorm(x)))
+
+
+class CLIP(nnx.Module):
+    """Both towers and the temperature."""
+
+    def __init__(self, config: CLIPConfig, compute: Compute, rngs: nnx.Rngs):
+        self.image_tower = ImageTower(config, compute, rngs)
+        self.text_tower = TextTower(config, compute, rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
+
+
+def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:
+    """Position at which a text is pooled: the highest id (legacy rule, id 2) or the first EOS.
+
+    Args:
+        ids: Token ids [B, L], integers.
+        eos_token_id: As the config has it.
+
+    Returns:
+        Positions [B], int32; 0 where the rule is 'first EOS' and there is none.
+
+    Example:
+        >>> ids = jnp.array([[5, 9, 7, 7], [5, 7, 9, 7]])
+        >>> end_of_text(ids, 2).tolist(), end_of_text(ids, 7).tolist()
+        ([1, 2], [2, 1])
+    """
+    scores = ids if eos_token_id == LEGACY_EOS_TOKEN_ID else (ids == eos_token_id)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def init(config: CLIPConfig, key: jax.Array) -> Params:
+    """Draws the parameters from which CLIP's authors pretrain.
+
+    Kernels are normal with the width's and depth's scales of the released code (queries, keys and
+    values D^-1/2; what writes to the residual stream D^-1/2 (2 layers)^-1/2), biases zero.
+
+    Args:
+        config: Sizes.
+        key: A JAX random key.
+
+    Returns:
+        Nested dictionaries of float32 arrays: image_tower, text_tower, logit_scale.
+
+    Example:
+        >>> from modelstock_jax.clip.config import TextConfig, VisionConfig
+        >>> small = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        ...              num_attention_heads=2)
+        >>> config = CLIPConfig(VisionConfig(**small, image_size=4, patch_size=2),
+        ...                     TextConfig(**small, vocab_size=9), projection_dim=4)
+        >>> params = init(config, jax.random.key(0))
+        >>> params["image_tower"]["patch_embedding"]["kernel"].shape
+        (12, 8)
+    """
+
+    @jax.jit
+    def draw(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(CLIP(config, Compute(), nnx.Rngs(key)), nnx.Param))
+
+    return draw(key)
+
+
+def abstract_params(config: CLIPConfig) -> Params:
+    """Shapes and dtypes of the parameters, with no memory spent: a tree of ShapeDtypeStruct."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def encode_image(
+    config: CLIPConfig, tower_params: Params, images: jax.Array, compute: Compute = DEFAULT_COMPUTE
+) -> jax.Array:
+    """Image features, not normalised: projection(post_layernorm(class token)).
+
+    Args:
+        config: Sizes.
+        tower_params: params["image_tower"].
+        images: [B, H, W, C], float32, mean and standard deviation of the preprocessor applied.
+        compute: Dtype, attention and remat.
+
+    Returns:
+        [B, E], float32 (float64 where that is computed in).
+
+    Raises:
+        UserError: Images of another size than the config's.
+    """
+    size, channels = config.vision.image_size, config.vision.num_channels
+    if images.shape[1:] != (size, size, channels):
+        raise UserError(
+            f"encode_image: images of shape {tuple(images.shape)}; the model takes "
+            f"[B, {size}, {size}, {channels}]."
+        )
+    return nnx.merge(_graph(ImageTower, config, compute), tower_params)(images)
+
+
+def encode_text(
+    config: CLIPConfig, tower_params: Params, ids: jax.Array, compute: Compute = DEFAULT_COMPUTE
+) -> jax.Array:
+    """Text features, not normalised: projection(final_layernorm(token at the end of text)).
+
+    Args:
+        config: Sizes, and the rule of the end of text.
+        tower_params: params["text_tower"].
+        ids: Token ids [B, L], integers, L at most max_position_embeddings.
+        compute: Dtype, attention and remat.
+
+    Returns:
+        [B, E], float32 (float64 where that is computed in).
+
+    Raises:
+        UserError: More tokens than positions.
+    """
+    most = config.text.max_position_embeddings
+    if ids.ndim != 2 or ids.shape[1] > most:
+        raise UserError(
+            f"encode_text: ids of shape {tuple(ids.shape)}; the model takes [B, L <= {most}]."
+        )
+    return nnx.merge(_graph(TextTower, config, compute), tower_params)(ids)
+
+
+def classifier(
+    config: CLIPConfig, compute: Compute = DEFAULT_COMPUTE
+) -> Callable[[Params, jax.Array], jax.Array]:
+    """The image tower under a linear head: logits = f / |f| W + b.
+
+    Args:
+        config: Sizes.
+        compute: Dtype, attention and remat.
+
+    Returns:
+        apply(params, images) -> logits [B, K] with params {"image_tower", "head": {"kernel" [E, K],
+        "bias" [K]}} and images as in `encode_image`.
+    """
+
+    def apply(params: Params, images: jax.Array) -> jax.Array:
+        features = normalise(encode_image(config, params["image_tower"], images, compute))
+        head = params["head"]
+        # The head is small: full float32 here costs nothing, and TF32 would show in the logits.
+        logits = jnp.matmul(features, head["kernel"], precision=jax.lax.Precision.HIGHEST)
+        return logits + head["bias"][None]
+
+    return apply
+
+
+def normalise(x: jax.Array) -> jax.Array:
+    """Divides by the norm, x / |x|, over the last axis.
+
+    Example:
+        >>> normalise(jnp.array([3.0, 4.0])).round(2).tolist()
+        [0.6000000238418579, 0.800000011920929]
+    """
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(tower: type[nnx.Module], config: CLIPConfig, compute: Compute) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: tower(config, compute, nnx.Rngs(0))))[0]
+
+
+def _patches(images: jax.Array, size: int) -> jax.Array:
+    # [B, H, W, C] -> [B, H/P W/P, P P C]: a product instead of a convolution, which under vmapped
+    # weights would become a grouped one and several times slower.
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // size, size, w // size, size, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * c)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
