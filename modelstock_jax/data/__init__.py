@@ -1,0 +1,1 @@
+"""Image sets, the input pipeline, and the glyph world."""

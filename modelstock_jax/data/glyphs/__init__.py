@@ -1,0 +1,6 @@
+"""The glyph world: characters in 22 fonts, a broad world, a narrow one, and shifts of it."""
+
+from modelstock_jax.data.glyphs.captions import CLASS_NAMES, TEMPLATES
+from modelstock_jax.data.glyphs.pretraining import pretraining_batch
+
+__all__ = ["CLASS_NAMES", "TEMPLATES", "pretraining_batch"]

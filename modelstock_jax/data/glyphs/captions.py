@@ -1,0 +1,96 @@
+"""Names, prompts and captions of the 62 characters.
+
+CLIP's tokenizers lower-case their input, so that the case of a letter is said in words.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from modelstock_jax.data.glyphs.masks import CHARACTERS, FONTS, STYLES
+from modelstock_jax.data.glyphs.render import GREY, HUES, Scene
+
+
+def _name(character: str, with_case: bool = True) -> str:
+    if character.isdigit():
+        return f"digit {character}"
+    case = "uppercase " if character.isupper() else "lowercase "
+    return f"{case if with_case else ''}letter {character.lower()}"
+
+
+CLASS_NAMES = tuple(_name(character) for character in CHARACTERS)
+_CASELESS_NAMES = tuple(_name(character, with_case=False) for character in CHARACTERS)
+
+TEMPLATES = (
+    "a picture of the {}.",
+    "a small image of the {}.",
+    "the {}.",
+    "this is the {}.",
+    "the {} in a plain font.",
+    "a photo of the {} on grey paper.",
+    "the {} printed in a serif font.",
+    "the {} printed in a sans serif font.",
+)
+"""Prompts for a zero-shot head; {} takes a class name."""
+
+CASE_LEFT_OUT = 0.15
+INK_NAMED = 0.30
+PAPER_NAMED = 0.25
+
+_CAPTIONS = (
+    "a picture of the {name} in {article} {style} font{colours}.",
+    "a small image of the {name} printed in {article} {style} font{colours}.",
+    "the {name} in {article} {style} font{colours}.",
+    "this is the {name} set in {article} {style} face{colours}.",
+    "a photo of the {name}, {style} type{colours}.",
+    "{article} {style} {name}{colours}, seen close.",
+)
+
+
+def colour_word(hue: int, light: float) -> str:
+    """The word for a colour of a scene: a hue, or black, grey or white by its luminance.
+
+    >>> colour_word(GREY, 0.1)
+    'black'
+    """
+    if hue != GREY:
+        return HUES[hue]
+    return "black" if light < 0.3 else "grey" if light < 0.75 else "white"
+
+
+def captions(rng: np.random.Generator, scenes: Scene) -> list[str]:
+    """One caption an image: class, case, font style, and now and then its colours.
+
+    The case of 15 % of the letters, the ink's colour in 70 % and the paper's in 75 % are left
+    out, so that the words that tell classes apart carry most of what can be learned.
+
+    Args:
+      rng: draws templates and what is left out.
+      scenes: NumPy leaves of leading axis M.
+
+    Returns:
+      M strings of about 12 words.
+    """
+    count = len(scenes.label)
+    templates = rng.integers(len(_CAPTIONS), size=count)
+    case, ink, paper = rng.random((3, count))
+    texts = []
+    for i in range(count):
+        names = _CASELESS_NAMES if case[i] < CASE_LEFT_OUT else CLASS_NAMES
+        style = FONTS[scenes.font[i]].words
+        if STYLES[scenes.style[i]] == "outline":
+            style = f"outlined {style}"
+        colours = ""
+        if ink[i] < INK_NAMED:
+            colours += f" in {colour_word(scenes.ink_hue[i], scenes.ink_light[i])}"
+        if paper[i] < PAPER_NAMED:
+            colours += f" on {colour_word(scenes.paper_hue[i], scenes.paper_light[i])} paper"
+        texts.append(
+            _CAPTIONS[templates[i]].format(
+                name=names[scenes.label[i]],
+                article="an" if style[0] in "aeiou" else "a",
+                style=style,
+                colours=colours,
+            )
+        )
+    return texts
