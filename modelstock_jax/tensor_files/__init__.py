@@ -1,0 +1,1 @@
+"""Directories of safetensors files: reading, writing, digests; NumPy alone."""

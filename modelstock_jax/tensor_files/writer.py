@@ -1,0 +1,169 @@
+"""Writes safetensors files and whole directories so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.reader import INDEX, SINGLE
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one safetensors file: beside its place, flushed to the disk, then renamed.
+
+    Args:
+        path: Where; an existing file is replaced.
+        tensors: Name -> array of any shape; bfloat16 is ml_dtypes'.
+        metadata: Free text for the header.
+
+    Raises:
+        UserError: The file cannot be written (it names the path and the reason).
+    """
+    path = Path(path)
+    # Not ascontiguousarray, which gives a scalar an axis.
+    whole = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+    with _explaining(path):
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
+            _fsync(beside)
+            os.replace(beside, path)
+            _fsync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_directory_tensors(
+    directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes ``model.safetensors``, or shards and their index where one file would be too large.
+
+    Args:
+        directory: An existing directory.
+        tensors: Name -> array.
+        max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
+    """
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name in sorted(tensors):
+        if shards[-1] and size + tensors[name].nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensors[name]
+        size += tensors[name].nbytes
+    if len(shards) == 1:
+        write_tensors(directory / SINGLE, shards[0])
+        return
+    places = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(directory / file, shard)
+        places.update(dict.fromkeys(shard, file))
+    total = sum(t.nbytes for t in tensors.values())
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file and flushes it to the disk."""
+    with _explaining(path), open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON, indented, with a last newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which takes the name `path` only when all of it is on the disk.
+
+    Args:
+        path: The final name. Its parents are made.
+        overwrite: Replace an existing directory; without it, one that holds files is an error.
+
+    Yields:
+        The directory beside it, to write into. It is removed where the body fails.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is false, or it cannot be written.
+
+    Example:
+        >>> root = Path(tempfile.mkdtemp())
+        >>> with new_directory(root / "model") as directory:
+        ...     write_text(directory / "note.txt", "whole")
+        ...     (root / "model").exists()
+        False
+        >>> (root / "model" / "note.txt").read_text()
+        'whole'
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+        raise UserError(f"{path}: exists already; choose another directory or ask to overwrite it.")
+    with _explaining(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _explaining(path):
+            yield beside
+            _settle(beside)
+            _take_place(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _take_place(beside: Path, path: Path) -> None:
+    if path.exists():
+        # A directory cannot be renamed over one that holds files: the old one steps aside first.
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        os.replace(path, aside)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            os.replace(aside, path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(beside, path)
+    _fsync(path.parent)
+
+
+def _settle(directory: Path) -> None:
+    """Flushes a directory and opens it as a plain mkdir would have made it."""
+    for file in sorted(directory.rglob("*")):
+        _fsync(file)
+    mask = os.umask(0)
+    os.umask(mask)
+    directory.chmod(0o777 & ~mask)
+    _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
