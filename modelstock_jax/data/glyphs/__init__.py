@@ -2,5 +2,6 @@
 
 from modelstock_jax.data.glyphs.captions import CLASS_NAMES, TEMPLATES
 from modelstock_jax.data.glyphs.pretraining import pretraining_batch
+from modelstock_jax.data.glyphs.sets import GlyphWorld, world
 
-__all__ = ["CLASS_NAMES", "TEMPLATES", "pretraining_batch"]
+__all__ = ["CLASS_NAMES", "TEMPLATES", "GlyphWorld", "pretraining_batch", "world"]

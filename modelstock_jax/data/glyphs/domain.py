@@ -39,7 +39,7 @@ class Domain:
       clutter_share: a second character at the side, and bars.
       occlusion_share: a patch over a part of the image.
       blur: largest standard deviation added to 0.35 pixels.
-      noise: largest standard deviation of the luminance.
+      noise: largest standard deviation, of each colour channel for itself.
     """
 
     fonts: tuple[str, ...] = ALL_FONTS

@@ -129,7 +129,7 @@ def compose(scene: Scene, bits: jax.Array, glyphs: jax.Array) -> jax.Array:
 
     Args:
       scene: what to draw.
-      bits: uint32 [24, 24], random, for the noise.
+      bits: uint32 [24, 24, 3], random, for the noise.
       glyphs: uint8 [4 * 22 * 62 * 40 * 40], `masks()` in one row.
 
     Returns:
@@ -171,7 +171,7 @@ def compose(scene: Scene, bits: jax.Array, glyphs: jax.Array) -> jax.Array:
     present, centre_y, centre_x, half_height, half_width, light = scene.patch
     inside = (jnp.abs(y - centre_y) < half_height) & (jnp.abs(x - centre_x) < half_width)
     image = jnp.where((inside & (present > 0))[:, :, None], light, image)
-    image = image + scene.noise * barrier(_bell(bits))[:, :, None]
+    image = image + scene.noise * barrier(_bell(bits))
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
@@ -247,9 +247,9 @@ def _render(key, indices, labels, domain, glyphs):
     def one(index, label):
         # One call of the generator: each costs over a second of compilation on a CPU.
         words = jax.random.bits(
-            jax.random.fold_in(key, index), (SCENE_WORDS + IMAGE_SIZE**2,), jnp.uint32
+            jax.random.fold_in(key, index), (SCENE_WORDS + IMAGE_SIZE**2 * 3,), jnp.uint32
         )
-        noise = words[SCENE_WORDS:].reshape(IMAGE_SIZE, IMAGE_SIZE)
+        noise = words[SCENE_WORDS:].reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
         return draw_scene(words[:SCENE_WORDS], label, domain), noise
 
     scenes, noise = jax.lax.optimization_barrier(jax.vmap(one)(indices, labels))

@@ -1,0 +1,219 @@
+"""The narrow world to fine-tune on, and its shifts.
+
+The domains were fixed before any accuracy was seen, and are not tuned: learning rates and the
+like are chosen on the validation set alone.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from modelstock_jax.data.glyphs.domain import ALL_FONTS, Domain
+from modelstock_jax.data.glyphs.masks import CHARACTERS, HELD_OUT_FONTS
+from modelstock_jax.data.glyphs.render import IMAGE_SIZE, render
+from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.errors import UserError
+
+ID_FONTS = (*HELD_OUT_FONTS, "DejaVuSans", "DejaVuSerif", "cmr10", "STIXGeneralBol")
+
+ID = Domain(
+    fonts=ID_FONTS,
+    rotation=6.0,
+    scale=(0.9, 1.1),
+    shear=0.05,
+    shift=0.06,
+    elastic=0.01,
+    contrast=(0.25, 0.55),
+    paper=(0.65, 0.9),
+    blur=0.3,
+    noise=0.2,
+)
+V2 = Domain(
+    fonts=(*ID_FONTS, "DejaVuSansMono", "DejaVuSerif-Italic", "STIXGeneral", "cmti10"),
+    rotation=10.0,
+    scale=(0.82, 1.15),
+    shear=0.1,
+    shift=0.09,
+    elastic=0.02,
+    contrast=(0.22, 0.55),
+    paper=(0.6, 0.95),
+    blur=0.4,
+    noise=0.22,
+)
+R = Domain(
+    fonts=ALL_FONTS,
+    rotation=15.0,
+    scale=(0.8, 1.2),
+    shear=0.1,
+    shift=0.08,
+    elastic=0.03,
+    heavy_share=0.25,
+    light_share=0.15,
+    outline_share=0.1,
+    contrast=(0.35, 0.9),
+    paper=(0.6, 1.0),
+    colour_share=1.0,
+    inversion_share=0.5,
+    texture_share=0.7,
+    blur=0.3,
+    noise=0.06,
+)
+SKETCH = Domain(
+    fonts=ALL_FONTS,
+    rotation=12.0,
+    scale=(0.85, 1.2),
+    shear=0.1,
+    shift=0.08,
+    elastic=0.04,
+    outline_share=1.0,
+    contrast=(0.6, 0.95),
+    paper=(0.9, 1.0),
+    blur=0.3,
+    noise=0.03,
+)
+OBJECTNET = Domain(
+    fonts=ALL_FONTS,
+    rotation=40.0,
+    scale=(0.7, 1.1),
+    shear=0.2,
+    perspective=0.25,
+    shift=0.15,
+    elastic=0.02,
+    contrast=(0.4, 0.85),
+    paper=(0.55, 1.0),
+    colour_share=0.2,
+    inversion_share=0.2,
+    texture_share=0.2,
+    clutter_share=0.8,
+    occlusion_share=0.1,
+    blur=0.4,
+    noise=0.08,
+)
+
+POOL_SIZE = 16_384
+ADVERSARIAL_FILE = pathlib.Path(__file__).with_name("adversarial.json")
+
+# The number of a set is part of its key: never renumber.
+_DRAWN = {"v2": (3, V2), "r": (4, R), "sketch": (5, SKETCH), "objectnet": (6, OBJECTNET)}
+_POOL_NUMBERS = (7, 8)
+
+
+class GlyphWorld(NamedTuple):
+    """The narrow world's splits and its shifts, by name."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    shifts: dict[str, ImageSet]
+
+
+def world(
+    seed: int = 0,
+    *,
+    train_size: int = 4096,
+    validation_size: int = 2048,
+    test_size: int = 2000,
+    shift_size: int = 2000,
+) -> GlyphWorld:
+    """The glyph world: a narrow set to fine-tune on and six shifts of it.
+
+    Args:
+      seed: of all that is drawn; 'a' and 'digits' do not depend on it.
+      train_size, validation_size, test_size: images of each split.
+      shift_size: images of each shift, at most (digits has 1,797, a 2,000).
+
+    Returns:
+      A GlyphWorld whose sets hold uint8 [M, 24, 24, 3] images, classes as in `CLASS_NAMES` and
+      shifts v2, r, sketch, objectnet, a and digits. Image i of a set does not depend on the
+      set's size, and classes come in turn, so that any first part of a set is balanced.
+
+    Raises:
+      UserError: a size below 1, or a negative seed.
+
+    >>> small = world(train_size=62, validation_size=1, test_size=1, shift_size=2)
+    >>> len(small.train), sorted(small.shifts)
+    (62, ['a', 'digits', 'objectnet', 'r', 'sketch', 'v2'])
+    """
+    sizes = {
+        "train_size": train_size,
+        "validation_size": validation_size,
+        "test_size": test_size,
+        "shift_size": shift_size,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name} is {size}: a set has at least one image")
+    if seed < 0:
+        raise UserError(f"seed is {seed}: seeds are 0 or above")
+    drawn = {
+        name: _draw(name, seed, number, domain, shift_size)
+        for name, (number, domain) in _DRAWN.items()
+    }
+    return GlyphWorld(
+        train=_draw("train", seed, 0, ID, train_size),
+        validation=_draw("validation", seed, 1, ID, validation_size),
+        test=_draw("id", seed, 2, ID, test_size),
+        shifts=drawn
+        | {"a": adversarial_set().take(shift_size), "digits": digits().take(shift_size)},
+    )
+
+
+def pool(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images of the pool that set A is chosen from; even ones look like ID, odd ones like V2.
+
+    Args:
+      indices: int [M], of `POOL_SIZE`.
+
+    Returns:
+      uint8 [M, 24, 24, 3] and int32 [M], images and labels.
+    """
+    indices = np.asarray(indices)
+    labels = (indices // 2 % len(CHARACTERS)).astype(np.int32)
+    images = np.empty((len(indices), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for parity, (number, domain) in enumerate(zip(_POOL_NUMBERS, (ID, V2), strict=True)):
+        chosen = indices % 2 == parity
+        images[chosen], _ = render(_key(0, number), indices[chosen], labels[chosen], domain)
+    return images, labels
+
+
+def adversarial_set() -> ImageSet:
+    """Set A: images of the pool that a convolutional network trained on ID gets wrong.
+
+    Which images is a file, written by `python -m modelstock_jax.data.glyphs.adversarial`.
+    """
+    chosen = json.loads(ADVERSARIAL_FILE.read_text())["indices"]
+    images, labels = pool(np.asarray(chosen, np.int32))
+    present = tuple(int(label) for label in np.unique(labels))
+    return ImageSet("a", images, labels, None if len(present) == len(CHARACTERS) else present)
+
+
+def digits() -> ImageSet:
+    """Handwritten digits: scikit-learn's 1,797 scans, dark on white, scored among ten classes."""
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    scans = load_digits()
+    ink = np.round(255 - scans.images * (255 / 16)).astype(np.uint8)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    grey = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in ink])
+    first = CHARACTERS.index("0")
+    labels = (scans.target + first).astype(np.int32)
+    return ImageSet(
+        "digits", np.repeat(grey[..., None], 3, axis=-1), labels, tuple(range(first, first + 10))
+    )
+
+
+def _draw(name: str, seed: int, number: int, domain: Domain, size: int) -> ImageSet:
+    indices = np.arange(size)
+    labels = (indices % len(CHARACTERS)).astype(np.int32)
+    return ImageSet(name, render(_key(seed, number), indices, labels, domain)[0], labels)
+
+
+def _key(seed: int, number: int) -> jax.Array:
+    # Named, since a user's default generator must not change the sets.
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
