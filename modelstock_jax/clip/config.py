@@ -138,8 +138,8 @@ class CLIPConfig:
         Args:
             raw: The dictionary. Keys that say nothing about the architecture are ignored, absent
                 ones take Hugging Face's defaults, and the older ``text_config_dict`` and
-                ``vision_config_dict`` win over ``text_config`` and ``vision_config``, as they do
-                in transformers.
+                ``vision_config_dict``, where present, stand for ``text_config`` and
+                ``vision_config``, as they do in transformers.
 
         Returns:
             The configuration.
@@ -155,13 +155,15 @@ class CLIPConfig:
             )
         towers = {}
         for name, tower in (("vision", VisionConfig), ("text", TextConfig)):
-            values: dict[str, Any] = {}
-            for key in (f"{name}_config", f"{name}_config_dict"):
-                part = raw.get(key) or {}
-                if not isinstance(part, dict):
-                    raise UserError(f"config: {key} must be a dictionary, not {part!r}.")
-                values.update(part)
-            towers[name] = tower(**_take(tower, values, f"{name}_config"))
+            key = (
+                f"{name}_config"
+                if raw.get(f"{name}_config_dict") is None
+                else f"{name}_config_dict"
+            )
+            part = raw.get(key) or {}
+            if not isinstance(part, dict):
+                raise UserError(f"config: {key} must be a dictionary, not {part!r}.")
+            towers[name] = tower(**_take(tower, part, key))
         own = {k: raw[k] for k in ("projection_dim", "logit_scale_init_value") if k in raw}
         return cls(**towers, **_take(cls, own, "config"))
 

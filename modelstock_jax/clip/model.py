@@ -22,6 +22,7 @@ from modelstock_jax.clip.transformer import (
     linear,
     make_blocks,
     normal,
+    patches,
     run_blocks,
 )
 from modelstock_jax.errors import UserError
@@ -56,7 +57,7 @@ class ImageTower(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images [B, H, W, C] to features [B, E]."""
-        x = self.patch_embedding(_patches(images.astype(self.dtype), self.patch_size))
+        x = self.patch_embedding(patches(images.astype(self.dtype), self.patch_size))
         start = self.class_embedding[...].astype(x.dtype)
         start = jnp.broadcast_to(start[None, None], (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([start, x], axis=1)
@@ -179,7 +180,7 @@ def encode_image(
             f"encode_image: images of shape {tuple(images.shape)}; the model takes "
             f"[B, {size}, {size}, {channels}]."
         )
-    return nnx.merge(_graph(ImageTower, config, compute), tower_params)(images)
+    return nnx.merge(_graph(ImageTower, config, compute), _arrays(tower_params))(images)
 
 
 def encode_text(
@@ -204,7 +205,7 @@ def encode_text(
         raise UserError(
             f"encode_text: ids of shape {tuple(ids.shape)}; the model takes [B, L <= {most}]."
         )
-    return nnx.merge(_graph(TextTower, config, compute), tower_params)(ids)
+    return nnx.merge(_graph(TextTower, config, compute), _arrays(tower_params))(ids)
 
 
 def classifier(
@@ -235,8 +236,8 @@ def normalise(x: jax.Array) -> jax.Array:
     """Divides by the norm, x / |x|, over the last axis.
 
     Example:
-        >>> normalise(jnp.array([3.0, 4.0])).round(2).tolist()
-        [0.6000000238418579, 0.800000011920929]
+        >>> normalise(jnp.array([[0.0, 4.0]])).tolist()
+        [[0.0, 1.0]]
     """
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -246,12 +247,9 @@ def _graph(tower: type[nnx.Module], config: CLIPConfig, compute: Compute) -> nnx
     return nnx.split(nnx.eval_shape(lambda: tower(config, compute, nnx.Rngs(0))))[0]
 
 
-def _patches(images: jax.Array, size: int) -> jax.Array:
-    # [B, H, W, C] -> [B, H/P W/P, P P C]: a product instead of a convolution, which under vmapped
-    # weights would become a grouped one and several times slower.
-    b, h, w, c = images.shape
-    x = images.reshape(b, h // size, size, w // size, size, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * c)
+def _arrays(params: Params) -> Params:
+    # A loaded checkpoint holds NumPy arrays, which cannot be indexed by a tracer.
+    return jax.tree.map(jnp.asarray, params)
 
 
 def _wide(x: jax.Array) -> jax.Array:

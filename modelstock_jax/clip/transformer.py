@@ -141,6 +141,17 @@ def run_blocks(blocks: nnx.Dict, x: jax.Array, remat: bool) -> jax.Array:
     return x
 
 
+def patches(images: jax.Array, size: int) -> jax.Array:
+    """Maps images [B, H, W, C] to flattened patches [B, H/P W/P, P P C].
+
+    What follows is then a product, not a convolution, which under vmapped weights would become a
+    grouped one and several times slower.
+    """
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // size, size, w // size, size, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * c)
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
     """A float32 draw of N(0, std^2)."""
     return std * jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -34,8 +34,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
     Shapes and dtypes are known from the headers, so a check of names costs no reading.
 
     Args:
-        path: A ``.safetensors`` file; a directory with ``model.safetensors``, with
-            ``model.safetensors.index.json`` and its shards, or with one ``.safetensors`` file alone.
+        path: A ``.safetensors`` file, or a directory with ``model.safetensors``, with
+            ``model.safetensors.index.json`` and its shards, or with one ``.safetensors`` alone.
 
     Raises:
         UserError: No such path, no safetensors in it, pickle files, or a file that is cut short,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from modelstock_jax.errors import UserError
@@ -167,3 +168,5 @@ def _explaining(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    except SafetensorError as error:  # How the library reports a full disk.
+        raise UserError(f"{path}: cannot be written ({error}).") from None

@@ -1,0 +1,108 @@
+"""How pixels become the image tower's input, as a checkpoint's preprocessor file says it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.reader import read_json
+
+FILE = "preprocessor_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessor:
+    """Pixels to the image tower's input: (pixel / 255 - mean) / std, per channel.
+
+    Attributes:
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel.
+        image_size: Side of the square image, in pixels.
+
+    Example:
+        >>> half = Preprocessor((0.5,) * 3, (0.5,) * 3, image_size=2)
+        >>> float(half(jnp.full((1, 2, 2, 3), 255, jnp.uint8)).max())
+        1.0
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps uint8 images [..., H, W, C] to the tower's input, float32 of the same shape."""
+        images = jnp.asarray(images)
+        shape = (1,) * (images.ndim - 1) + (-1,)
+        scale = jnp.asarray([1 / (255 * s) for s in self.std], jnp.float32).reshape(shape)
+        offset = jnp.asarray(
+            [m / s for m, s in zip(self.mean, self.std, strict=True)], jnp.float32
+        ).reshape(shape)
+        return images.astype(jnp.float32) * scale - offset
+
+    @classmethod
+    def read(cls, directory: Path) -> Preprocessor:
+        """Reads ``preprocessor_config.json`` (or the newer ``processor_config.json``).
+
+        Args:
+            directory: The checkpoint's.
+
+        Returns:
+            The preprocessor.
+
+        Raises:
+            UserError: No such file, or one that describes something else than CLIP's steps.
+        """
+        path, newer = directory / FILE, directory / "processor_config.json"
+        if not path.is_file() and newer.is_file():
+            path, raw = newer, read_json(newer)
+            raw = raw.get("image_processor") if isinstance(raw, dict) else None
+        else:
+            raw = read_json(path)
+        try:
+            size = _side(raw.get("crop_size") or raw["size"])
+            mean = tuple(float(x) for x in raw["image_mean"])
+            std = tuple(float(x) for x in raw["image_std"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: needs image_mean, image_std and size or crop_size.") from None
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise UserError(f"{path}: image_mean {mean} and image_std {std} do not fit.")
+        if (
+            raw.get("do_normalize", True) is False
+            or abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6
+            or raw.get("do_rescale", True) is False
+        ):
+            raise UserError(f"{path}: only pixels / 255, normalised, are supported.")
+        return cls(mean, std, size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the ``preprocessor_config.json`` that transformers' image processor opens."""
+        size = self.image_size
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+
+def _side(size: Any) -> int:
+    """The side of a square, from an integer or any of the dictionaries that are in use."""
+    if isinstance(size, dict):
+        sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
+        if len(sides) != 1:
+            raise ValueError(size)
+        size = sides.pop()
+    return int(size)
