@@ -1,0 +1,90 @@
+"""A file that is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from modelstock_jax.errors import UserError
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Lets `write` fill a file beside `path`, then renames it over `path`.
+
+    Args:
+      path: the file to write; its directory is made.
+      write: is given the path of the temporary file (same suffix as `path`).
+
+    Returns:
+      `path`.
+
+    Raises:
+      UserError: the directory cannot be written, or the disk is full.
+
+    Example:
+      >>> import tempfile
+      >>> directory = tempfile.mkdtemp()
+      >>> write_atomically(directory + "/a.txt", lambda p: p.write_text("whole")).read_text()
+      'whole'
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(".tmp" + path.suffix, "." + path.stem, path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone.
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space there or choose "
+            "another directory"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes text (UTF-8) atomically; see `write_atomically`."""
+    return write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Writes JSON atomically, keys sorted, non-finite as null: equal values give equal bytes."""
+    return write_text(path, json.dumps(plain(value), sort_keys=True, indent=1) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Turns NumPy or jax scalars and arrays into Python's own; NaN and infinities into None.
+
+    Example:
+      >>> import numpy as np
+      >>> plain({"a": np.float32(0.5), "b": (1, float("nan"))})
+      {'a': 0.5, 'b': [1, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,174 @@
+"""Labels beside points that cover neither each other nor the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+
+# Distances from the point to try, in points of type, and directions, the reader's favourites first.
+RADII = (9, 14, 20, 28, 38, 50, 64)
+ANGLES = (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 65, 295, 115, 245)
+FAR = 16  # From this distance on a thin line leads from the label to its point.
+
+
+class Label(NamedTuple):
+    """A text for the point (x, y), in data coordinates."""
+
+    x: float
+    y: float
+    text: str
+    colour: Any
+    bold: bool = False
+
+
+class Curve(NamedTuple):
+    """Points along a curve, each with its alpha, in data coordinates."""
+
+    alphas: Sequence[float]
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: Any
+
+    def dense(self, between: int = 6) -> list[tuple[float, float]]:
+        """The curve's points and others between them."""
+        at = np.linspace(0, len(self.x) - 1, between * (len(self.x) - 1) + 1)
+        index = np.arange(len(self.x))
+        x, y = np.interp(at, index, self.x), np.interp(at, index, self.y)
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+
+
+def place(
+    axes: Axes,
+    labels: Sequence[Label],
+    occupied: Sequence[tuple[float, float]],
+    *,
+    avoid: Sequence[Bbox] = (),
+    size: float = 9,
+) -> list[Annotation]:
+    """Puts each label at the free place nearest to its point.
+
+    Places that cover a label, a marker or the frame are taken only when nothing else is left, the
+    one that covers least first.
+
+    Args:
+      axes: with its limits and layout final.
+      labels: in order of importance.
+      occupied: data coordinates that should stay uncovered (markers, points along curves).
+      avoid: boxes in display coordinates that no label may cover (the legend).
+      size: of the type, in points.
+
+    Returns:
+      The annotations, as many as `labels`.
+    """
+    figure = axes.figure
+    renderer = figure.canvas.get_renderer()
+    dots = axes.transData.transform(np.asarray([*occupied, *((p.x, p.y) for p in labels)]))
+    frame = axes.get_window_extent(renderer)
+    pixel = figure.dpi / 72
+    taken = list(avoid)
+    placed = []
+    for label in labels:
+        text = axes.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=size,
+            color=label.colour,
+            fontweight="bold" if label.bold else "normal",
+            linespacing=1.05,
+            va="center",
+            zorder=6,
+        )
+        best = None
+        for radius in RADII:
+            for turn, angle in enumerate(ANGLES):
+                dx, dy = (round(f(math.radians(angle)), 6) for f in (math.cos, math.sin))
+                side = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
+                text.set_ha(side)
+                text.set_va("bottom" if dy > 0.6 else "top" if dy < -0.6 else "center")
+                text.xyann = (radius * dx, radius * dy)
+                box = text.get_window_extent(renderer).padded(1.5 * pixel)
+                cost = _cost(box, taken, dots, frame, pixel) + radius + 0.3 * turn
+                if best is None or cost < best[0]:
+                    best = (cost, text.xyann, text.get_ha(), text.get_va(), radius, box)
+        _, text.xyann, ha, va, radius, box = best
+        text.set_ha(ha)
+        text.set_va(va)
+        taken.append(box)
+        if radius >= FAR:
+            _lead(axes, label, box)
+        placed.append(text)
+    return placed
+
+
+def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> None:
+    """Writes alpha beside the inner points of curves; where it would cover anything it is left out.
+
+    Args:
+      axes: with its other texts in place.
+      curves: as drawn.
+      size: of the type, in points.
+    """
+    if not curves:
+        return
+    renderer = axes.figure.canvas.get_renderer()
+    taken = [text.get_window_extent(renderer) for text in axes.texts]
+    dots = axes.transData.transform(np.concatenate([curve.dense() for curve in curves]))
+    for curve in curves:
+        for alpha, x, y in zip(curve.alphas, curve.x, curve.y, strict=True):
+            if not 0 < alpha < 1:
+                continue
+            for dx, dy in [(5, 4), (-5, -4), (5, -4), (-5, 4), (0, 7), (0, -7), (7, 0), (-7, 0)]:
+                text = axes.annotate(
+                    f"{alpha:g}",
+                    (x, y),
+                    xytext=(dx, dy),
+                    textcoords="offset points",
+                    fontsize=size,
+                    color=curve.colour,
+                    ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                    va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                    zorder=5,
+                )
+                box = text.get_window_extent(renderer)
+                if not box.count_contains(dots) and not box.count_overlaps(taken):
+                    taken.append(box)
+                    break
+                text.remove()
+
+
+def _cost(
+    box: Bbox, taken: Sequence[Bbox], dots: np.ndarray, frame: Bbox, pixel: float
+) -> float:
+    cost = 0.0
+    for other in taken:
+        common = Bbox.intersection(box, other)
+        if common is not None:
+            cost += 2000 + common.width * common.height
+    around = box.padded(5 * pixel)
+    inside = (
+        (dots[:, 0] > around.x0)
+        & (dots[:, 0] < around.x1)
+        & (dots[:, 1] > around.y0)
+        & (dots[:, 1] < around.y1)
+    )
+    cost += 120 * float(inside.sum())
+    out = (frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0, box.y1 - frame.y1)
+    return cost + 500 * sum(over > 0 for over in out)
+
+
+def _lead(axes: Axes, label: Label, box: Bbox) -> None:
+    """A thin line from the label's nearest edge to its point."""
+    x, y = axes.transData.transform((label.x, label.y))
+    edge = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+    begin = axes.transData.inverted().transform(edge)
+    axes.plot(
+        [begin[0], label.x], [begin[1], label.y], color=label.colour, lw=0.7, alpha=0.7, zorder=2
+    )

@@ -1,0 +1,146 @@
+"""Progress with rate and time left: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+WINDOW_SECONDS = 20.0
+
+
+class Progress:
+    """Shows how far a loop is, how fast it runs and how long it still takes.
+
+    Without a terminal it prints a line every 10 s or 10 %, whichever is later, but one a minute,
+    and one at the end.
+    The first step's time (compilation) does not enter the rate.
+
+    Args:
+      title: what is being done, in a few words.
+      total: steps in all.
+      done: steps that were done before (a resumed run).
+      images_per_step: how many images one step sees; 0 counts steps.
+      console: where to print; standard output by default.
+      enabled: False prints nothing (all processes but the first).
+      clock: seconds; replaced in tests.
+
+    Example:
+      >>> import io
+      >>> with Progress("train", 2, console=Console(file=io.StringIO())) as progress:
+      ...     progress.update(1, {"loss": 2.5})
+      ...     progress.update(2)
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        *,
+        done: int = 0,
+        images_per_step: int = 0,
+        console: Console | None = None,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._title, self._total, self._done = title, total, done
+        self._images = images_per_step
+        self._console = console or Console()
+        self._enabled, self._clock = enabled, clock
+        self._seen: deque[tuple[float, int]] = deque()
+        self._values: dict[str, float] = {}
+        self._printed = (clock(), done)
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if self._enabled and self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(
+                self._title, total=self._total, completed=self._done, text=""
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._enabled and self._printed[1] < self._done:
+            self._print_line()
+
+    def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
+        """Says that `done` steps are done.
+
+        Args:
+          done: steps done in all, those before a restart included.
+          values: name -> number to show beside the rate (loss, ...); kept until replaced.
+        """
+        if not self._enabled:
+            return
+        now = self._clock()
+        self._done = done
+        self._values.update({name: float(value) for name, value in (values or {}).items()})
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= WINDOW_SECONDS:
+            self._seen.popleft()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=self.text())
+            return
+        seconds, steps = now - self._printed[0], done - self._printed[1]
+        if done >= self._total or (seconds >= 10 and steps >= 0.1 * self._total) or seconds >= 60:
+            self._print_line()
+
+    def log(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self._enabled:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def rate(self) -> float | None:
+        """Steps a second over the last 20 s; None before the second update."""
+        if len(self._seen) < 2:
+            return None
+        (begin, first), (end, last) = self._seen[0], self._seen[-1]
+        return (last - first) / (end - begin) if end > begin and last > first else None
+
+    def text(self) -> str:
+        """Rate, time left and values, as shown."""
+        rate = self.rate()
+        parts = []
+        if rate is not None:
+            speed = rate * self._images if self._images else rate
+            unit = "images/s" if self._images else "steps/s"
+            number = f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
+            left = duration((self._total - self._done) / rate)
+            parts = [f"{number} {unit}", f"{left} left"]
+        parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
+        return "  ".join(parts)
+
+    def _print_line(self) -> None:
+        percent = 100 * self._done / max(1, self._total)
+        head = f"{self._title}  {self._done}/{self._total} ({percent:.0f} %)"
+        self.log(f"{head}  {self.text()}".rstrip())
+        self._printed = (self._clock(), self._done)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    Example:
+      >>> duration(75), duration(3700)
+      ('1:15', '1:01:40')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,223 @@
+"""The results table: on the screen, as markdown, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.reporting.files import write_json, write_text
+from modelstock_jax.reporting.rows import Measured, Row, Summary, summarise
+
+WISE_FT_SHOWN = (0.5,)
+
+
+class Column(NamedTuple):
+    """A column: its heading, a `Measured` or None for each row, and how it is written."""
+
+    heading: str
+    values: list[Measured | None]
+    digits: int
+    with_error: bool
+    best_is: str | None
+
+
+def columns(summaries: Sequence[Summary]) -> list[Column]:
+    """The table's columns after the method's name, in reading order."""
+    shifts = list(dict.fromkeys(name for summary in summaries for name in summary.shifts))
+    of = [Column("ID", [summary.id for summary in summaries], 2, True, "highest")]
+    of += [
+        Column(name, [summary.shifts.get(name) for summary in summaries], 1, False, "highest")
+        for name in shifts
+    ]
+    measured = [summary.avg_shifts for summary in summaries]
+    of += [Column("avg shifts", measured, 2, True, "highest")]
+    for heading, measure, digits in [
+        ("to anchor", "distance_to_anchor", 2),
+        ("to centre", "predicted_distance", 2),
+        ("cost", "cost", None),
+    ]:
+        values = [getattr(summary, measure) for summary in summaries]
+        if any(value is not None for value in values):
+            of.append(Column(heading, values, digits, False, None))
+    return of
+
+
+def cells(column: Column) -> list[tuple[str, bool]]:
+    """The column's texts, each with whether it is the best (as printed: equal texts tie)."""
+    texts = [_number(value, column) for value in column.values]
+    known = [value.mean for value in column.values if value is not None]
+    if column.best_is is None or len(known) < 2:
+        return [(text, False) for text in texts]
+    best = round(max(known), column.digits)
+    return [
+        (text, value is not None and round(value.mean, column.digits) == best)
+        for text, value in zip(texts, column.values, strict=True)
+    ]
+
+
+def shown(
+    rows: Iterable[Row], wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN
+) -> list[Summary]:
+    """The summaries that a table shows; of a WiSE-FT curve these alphas only (None: all)."""
+    return [
+        summary
+        for summary in summarise(rows)
+        if summary.alpha is None
+        or wise_ft_alphas is None
+        or any(abs(summary.alpha - alpha) < 1e-9 for alpha in wise_ft_alphas)
+    ]
+
+
+def markdown_table(
+    rows: Iterable[Row], *, wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN
+) -> str:
+    """The table as GitHub's markdown, a caption below; the best accuracy of a column is bold.
+
+    Args:
+      rows: as `rows.make_row` gives them.
+      wise_ft_alphas: which points of the WiSE-FT curves to show; None shows all.
+
+    Returns:
+      Text that ends in a newline.
+    """
+    summaries = shown(rows, wise_ft_alphas)
+    of = columns(summaries)
+    lines = [
+        "| " + " | ".join(["method", *(column.heading for column in of)]) + " |",
+        "|" + "---|" + "---:|" * len(of),
+    ]
+    texts = [[f"**{text}**" if best else text for text, best in cells(column)] for column in of]
+    for summary, *row in zip(summaries, *texts, strict=True):
+        lines.append("| " + " | ".join([summary.label, *row]) + " |")
+    return "\n".join(lines) + "\n\n" + caption(summaries) + "\n"
+
+
+def screen_table(
+    rows: Iterable[Row],
+    *,
+    console: Console | None = None,
+    title: str | None = None,
+    wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN,
+) -> None:
+    """Prints the table; a terminal too narrow for every shift gets their average alone.
+
+    Args:
+      rows: as `rows.make_row` gives them.
+      console: where to print; standard output by default.
+      title: a line above the table.
+      wise_ft_alphas: which points of the WiSE-FT curves to show; None shows all.
+    """
+    console = console or Console()
+    summaries = shown(rows, wise_ft_alphas)
+    of = columns(summaries)
+    table = _rich_table(summaries, of, title)
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    note = ""
+    if not console.is_terminal:
+        console.width = max(console.width, needed)  # A file or a pipe has no width to fit in.
+    elif needed > console.width:
+        keep = {"ID", "avg shifts", "to anchor", "to centre", "cost"}
+        table = _rich_table(summaries, [column for column in of if column.heading in keep], title)
+        note = " Each shift: see results.md."
+    console.print(table)
+    console.print(caption(summaries) + note, style="dim", highlight=False)
+
+
+def caption(summaries: Sequence[Summary]) -> str:
+    """What the numbers are, in a line or two."""
+    seeds = max((summary.num_seeds for summary in summaries), default=1)
+    text = "Top-1 accuracy in %"
+    if seeds > 1:
+        text += f", mean ± standard error over {seeds} seeds"
+    if any(summary.distance_to_anchor or summary.predicted_distance for summary in summaries):
+        text += "; distances of weights: to the anchor, and to the centre as the angles predict it"
+    return text + "; cost in fine-tunings of one model."
+
+
+def write_results(
+    workdir: str | Path,
+    rows: Sequence[Row],
+    *,
+    wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN,
+    **more: Any,
+) -> tuple[Path, Path]:
+    """Writes `results.json` (rows, their summary, and `more`) and `results.md`; no clock in either.
+
+    Args:
+      workdir: the run's directory.
+      rows: as `rows.make_row` gives them.
+      wise_ft_alphas: which points of the WiSE-FT curves the markdown shows.
+      **more: further entries of the JSON object (`layers`, `ratios`, `config`, ...).
+
+    Returns:
+      The paths of the two files.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    summary = [_flat(asdict(summary)) for summary in summarise(rows)]
+    document = {**more, "rows": list(rows), "summary": summary}
+    return (
+        write_json(Path(workdir) / "results.json", document),
+        write_text(
+            Path(workdir) / "results.md", markdown_table(rows, wise_ft_alphas=wise_ft_alphas)
+        ),
+    )
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Reads `results.json` (or the one in a run's directory).
+
+    Raises:
+      UserError: there is none, or it is not one of ours.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; run launch.py to make it") from error
+    if not isinstance(document, Mapping) or "rows" not in document:
+        raise UserError(f"{path} holds no rows; run launch.py to make it")
+    return dict(document)
+
+
+def _rich_table(summaries: Sequence[Summary], of: Sequence[Column], title: str | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for column in of:
+        table.add_column(column.heading, justify="right", no_wrap=True)
+    texts = [
+        [f"[bold]{text}[/bold]" if best else text for text, best in cells(column)] for column in of
+    ]
+    for summary, *row in zip(summaries, *texts, strict=True):
+        table.add_row(summary.label, *row)
+    return table
+
+
+def _number(value: Measured | None, column: Column) -> str:
+    if value is None:
+        return "–"
+    if column.digits is None:
+        return f"{value.mean:.3g}"
+    text = f"{value.mean:.{column.digits}f}"
+    if column.with_error and value.error is not None:
+        text += f" ± {value.error:.{column.digits}f}"
+    return text
+
+
+def _flat(value: Any) -> Any:
+    """A `Measured` becomes {mean, error}: asdict leaves named tuples as they are."""
+    if isinstance(value, Measured):
+        return value._asdict()
+    if isinstance(value, dict):
+        return {key: _flat(item) for key, item in value.items()}
+    return value
