@@ -34,6 +34,7 @@ class ImageSet:
     classes: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        """Checks shapes, dtypes and classes."""
         shape, dtype = np.shape(self.images), self.images.dtype
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
             raise UserError(f"{self.name}: images are uint8 [M, H, W, 3], not {dtype} {shape}")
@@ -54,6 +55,7 @@ class ImageSet:
                 )
 
     def __len__(self) -> int:
+        """M, the number of images."""
         return len(self.labels)
 
     def take(self, count: int) -> ImageSet:

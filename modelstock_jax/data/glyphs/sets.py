@@ -96,7 +96,7 @@ OBJECTNET = Domain(
     noise=0.08,
 )
 
-POOL_SIZE = 16_384
+POOL_SIZE = 32_768
 ADVERSARIAL_FILE = pathlib.Path(__file__).with_name("adversarial.json")
 
 # The number of a set is part of its key: never renumber.
@@ -125,7 +125,9 @@ def world(
 
     Args:
       seed: of all that is drawn; 'a' and 'digits' do not depend on it.
-      train_size, validation_size, test_size: images of each split.
+      train_size: images to fine-tune on.
+      validation_size: images for choices such as the learning rate.
+      test_size: images of the in-distribution test set.
       shift_size: images of each shift, at most (digits has 1,797, a 2,000).
 
     Returns:
@@ -156,12 +158,17 @@ def world(
         for name, (number, domain) in _DRAWN.items()
     }
     return GlyphWorld(
-        train=_draw("train", seed, 0, ID, train_size),
+        train=training_set(seed, train_size),
         validation=_draw("validation", seed, 1, ID, validation_size),
         test=_draw("id", seed, 2, ID, test_size),
         shifts=drawn
         | {"a": adversarial_set().take(shift_size), "digits": digits().take(shift_size)},
     )
+
+
+def training_set(seed: int = 0, size: int = 4096) -> ImageSet:
+    """The narrow world's training images alone, as `world` gives them."""
+    return _draw("train", seed, 0, ID, size)
 
 
 def pool(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
