@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, CLIPConfig
+from modelstock_jax.clip.config import CLIPConfig
 from modelstock_jax.clip.transformer import (
     DEFAULT_COMPUTE,
     Compute,
+    end_of_text,
     layer_norm,
     linear,
     make_blocks,
@@ -100,25 +101,6 @@ class CLIP(nnx.Module):
         self.image_tower = ImageTower(config, compute, rngs)
         self.text_tower = TextTower(config, compute, rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
-
-
-def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:
-    """Position at which a text is pooled: the highest id (legacy rule, id 2) or the first EOS.
-
-    Args:
-        ids: Token ids [B, L], integers.
-        eos_token_id: As the config has it.
-
-    Returns:
-        Positions [B], int32; 0 where the rule is 'first EOS' and there is none.
-
-    Example:
-        >>> ids = jnp.array([[5, 9, 7, 7], [5, 7, 9, 7]])
-        >>> end_of_text(ids, 2).tolist(), end_of_text(ids, 7).tolist()
-        ([1, 2], [2, 1])
-    """
-    scores = ids if eos_token_id == LEGACY_EOS_TOKEN_ID else (ids == eos_token_id)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
 def init(config: CLIPConfig, key: jax.Array) -> Params:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modelstock_jax.clip.config import TextConfig, VisionConfig
+from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, TextConfig, VisionConfig
 from modelstock_jax.errors import UserError
 
 
@@ -150,6 +150,25 @@ def patches(images: jax.Array, size: int) -> jax.Array:
     b, h, w, c = images.shape
     x = images.reshape(b, h // size, size, w // size, size, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * c)
+
+
+def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:
+    """Position at which a text is pooled: the highest id (legacy rule, id 2) or the first EOS.
+
+    Args:
+        ids: Token ids [B, L], integers.
+        eos_token_id: As the config has it.
+
+    Returns:
+        Positions [B], int32; 0 where the rule is 'first EOS' and there is none.
+
+    Example:
+        >>> ids = jnp.array([[5, 9, 7, 7], [5, 7, 9, 7]])
+        >>> end_of_text(ids, 2).tolist(), end_of_text(ids, 7).tolist()
+        ([1, 2], [2, 1])
+    """
+    scores = ids if eos_token_id == LEGACY_EOS_TOKEN_ID else (ids == eos_token_id)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
