@@ -1,0 +1,33 @@
+"""Merging of fine-tuned weights: the paper's section 3 on one floor.
+
+Names are resolved when first used: units and the ratio algebra need no JAX, and a command line
+must not wait for its import.
+"""
+
+import importlib
+
+_HOMES = {
+    "analysis": ("cosines", "distance", "distances", "mean_model", "norms"),
+    "baselines": ("constant_ratio", "uniform_mean", "wise_ft"),
+    "carried": ("model_stock_carried", "zero_noise"),
+    "geometry": ("COSINE_UNDEFINED", "DISTANCE_UNDEFINED", "Distances", "angle", "cosine",
+                 "mean_distance", "predicted_distances", "ratio", "squared_norms"),
+    "replicas": ("stack_replicas",),
+    "stats": ("NonFiniteError", "Policy", "Stats", "check_finite", "policy_counts", "report",
+              "total_distance"),
+    # Not model_stock.py: a submodule would take the function's name in this package.
+    "stock": ("model_stock", "weighted_model_stock"),
+    "units": ("UNITS", "assign", "output_axis"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return __all__

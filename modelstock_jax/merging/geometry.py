@@ -1,0 +1,169 @@
+"""From a Gram matrix to cosines, ratios and distances; NumPy or JAX arrays, in and out.
+
+The Gram matrix G_ij = d_i . d_j of N task vectors d_i = w_i - w0 has shape [N, N, ...]; the
+trailing axes run over merge units. Nothing else of the weights is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+COSINE_UNDEFINED = 2.0  # outside [-1, 1], and no NaN: arrays stay clean under jax_debug_nans
+DISTANCE_UNDEFINED = -1.0
+
+
+class Distances(NamedTuple):
+    """Expected distances from the centre: of one replica, of the mean, of the merged weights."""
+
+    replica: object
+    mean: object
+    merged: object
+
+
+def squared_norms(gram):
+    """|d_i|^2 = G_ii: [N, N, ...] -> [N, ...].
+
+    Example:
+      >>> squared_norms(np.array([[4.0, 1.0], [1.0, 9.0]])).tolist()
+      [4.0, 9.0]
+    """
+    return _namespace(gram).stack([gram[i, i] for i in range(len(gram))])
+
+
+def moved(gram):
+    """Which replicas moved at all, [N, ...] bool: squared norm above the smallest normal number."""
+    norms = squared_norms(gram)
+    return norms > _namespace(gram).finfo(norms.dtype).tiny
+
+
+def mean_pairs(values, active):
+    """Mean over the pairs i < j of active replicas, [N, N, ...] -> [...]; 0 where there is none."""
+    xp = _namespace(values)
+    total, pairs = 0.0 * values[0, 0], 0.0 * values[0, 0]
+    for i in range(len(values)):
+        for j in range(i + 1, len(values)):
+            both = active[i] & active[j]
+            total = total + xp.where(both, values[i, j], 0.0)
+            pairs = pairs + xp.where(both, 1.0, 0.0)
+    return total / xp.where(pairs > 0, pairs, 1.0)
+
+
+def cosine(gram, active=None):
+    """Mean cosine over all pairs of task vectors, cos = mean_{i<j} G_ij / (|d_i| |d_j|).
+
+    The angle theta of section 3; its mean over pairs, for N > 2, is the authors' own choice.
+
+    Args:
+      gram: [N, N, ...].
+      active: [N, ...] bool, the replicas that count; by default those that moved.
+
+    Returns:
+      [...] in [-1, 1], or `COSINE_UNDEFINED` where fewer than two replicas count.
+
+    Example:
+      >>> round(float(cosine(np.array([[2.0, 1.0], [1.0, 2.0]]))), 6)
+      0.5
+    """
+    xp = _namespace(gram)
+    active = moved(gram) if active is None else active & moved(gram)
+    squares = squared_norms(gram)
+    norms = xp.sqrt(xp.where(active, squares, 1.0))
+    # One norm after the other: their product may leave the range where the quotient does not.
+    pairs = gram / norms[:, None] / norms[None, :]
+    mean = xp.clip(mean_pairs(pairs, active), -1.0, 1.0)
+    return xp.where(xp.sum(active, axis=0) > 1, mean, COSINE_UNDEFINED)
+
+
+def ratio(cosine, num_replicas):
+    """Interpolation ratio t = N cos / (1 + (N - 1) cos), 0 where cos <= 0 (equation 3).
+
+    N = 2 gives equation 2. A cosine of at most 0 means that no common movement was seen.
+
+    Args:
+      cosine: [...] in [-1, 1].
+      num_replicas: N, a number or an array [...].
+
+    Returns:
+      [...] in [0, 1].
+
+    Example:
+      >>> round(float(ratio(np.array(0.5), 2)), 4)
+      0.6667
+    """
+    xp = _namespace(cosine)
+    positive = cosine > 0
+    safe = xp.where(positive, cosine, 1.0)
+    t = num_replicas * safe / (1.0 + (num_replicas - 1.0) * safe)
+    return xp.where(positive, xp.clip(t, 0.0, 1.0), 0.0)
+
+
+def angle(cosine):
+    """Angle in degrees, theta = arccos(cos); the cosine clipped to [-1, 1].
+
+    Example:
+      >>> round(float(angle(np.array(0.5))), 3)
+      60.0
+    """
+    xp = _namespace(cosine)
+    return xp.arccos(xp.clip(cosine, -1.0, 1.0)) * (180.0 / math.pi)
+
+
+def predicted_distances(square, signal, cosine, num_replicas, ratio, *, given=False) -> Distances:
+    """Expected distances from the centre, which nobody needs to know.
+
+    With l^2 the mean squared norm and |mu|^2 the mean product of two task vectors:
+    one replica l sqrt(1 - cos), the mean of N of them l sqrt((1 - cos) / N), the merged weights
+    |mu| sqrt(1 - t). For a ratio r that was given and not measured the last is
+    sqrt((1 - r)^2 |mu|^2 + r^2 l^2 (1 - cos) / N), which is least at equation 3's ratio.
+
+    Args:
+      square: l^2, [...].
+      signal: |mu|^2, [...]; negative counts as 0.
+      cosine: [...], in [-1, 1].
+      num_replicas: N.
+      ratio: t or r, [...].
+      given: whether the ratio was given.
+
+    Returns:
+      `Distances` of [...], in the units of the weights.
+
+    Example:
+      >>> one = np.array(1.0)
+      >>> [round(float(d), 3) for d in predicted_distances(one, one / 2, one / 2, 2, one * 2 / 3)]
+      [0.707, 0.5, 0.408]
+    """
+    xp = _namespace(square)
+    noise = square * xp.clip(1.0 - cosine, 0.0, 2.0)
+    signal = xp.clip(signal, 0.0, None)
+    merged = signal * (1.0 - ratio)
+    if given:
+        merged = (1.0 - ratio) ** 2 * signal + ratio**2 * noise / num_replicas
+    return Distances(*(root(part) for part in (noise, noise / num_replicas, merged)))
+
+
+def mean_distance(one, num_averaged, num_centre=None):
+    """Distance of the mean of N models from the centre, from that of one model (Table 1).
+
+    one * sqrt((1/N - 1/M) / (1 - 1/M)), where the centre is itself the mean of M models that
+    include these; M = None is the true centre, one / sqrt(N).
+
+    Example:
+      >>> round(mean_distance(13.133, 2, 50), 2)
+      9.19
+    """
+    centre = 0.0 if num_centre is None else 1.0 / num_centre
+    return one * math.sqrt((1.0 / num_averaged - centre) / (1.0 - centre))
+
+
+def root(value):
+    """Square root of the positive part, with derivative 0 and not infinity at 0."""
+    xp = _namespace(value)
+    positive = value > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, value, 1.0)), 0.0)
+
+
+def _namespace(array):
+    return array.__array_namespace__() if hasattr(array, "__array_namespace__") else np

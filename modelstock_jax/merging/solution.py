@@ -1,0 +1,96 @@
+"""A method's answer for one merge unit, and the rules that all methods share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from modelstock_jax.merging import geometry
+from modelstock_jax.merging.stats import Policy
+
+
+class Solution(NamedTuple):
+    """Coefficients and measures; arrays of the unit's shape, with axis N in front where noted."""
+
+    coefficient: Any  # [N, ...], a_i
+    exact: Any  # [N, ...] bool: take this replica's weights bit for bit
+    hold: Any  # bool: take the anchor's bit for bit
+    cosine: Any
+    ratio: Any
+    norm: Any  # [N, ...]
+    distance: geometry.Distances
+    policy: Any  # int8
+    carry: Any = None  # handed on to the next merge
+
+
+class Measured(NamedTuple):
+    """What a Gram matrix says about a unit, before any method."""
+
+    active: Any  # [N, ...] bool: which replicas moved
+    number: Any  # how many did, in the Gram matrix's dtype
+    cosine: Any
+    square: Any  # l^2, the mean squared norm of those
+    signal: Any  # |mu|^2, the mean product of two of those
+    policy: Any  # int8: the rule itself, or some left out
+
+
+def measure(gram) -> Measured:
+    """Read a Gram matrix [N, N, ...]."""
+    active = geometry.moved(gram)
+    number = active.astype(gram.dtype).sum(axis=0)
+    squares = jnp.where(active, geometry.squared_norms(gram), 0.0)
+    return Measured(
+        active=active,
+        number=number,
+        cosine=geometry.cosine(gram),
+        square=squares.sum(axis=0) / jnp.maximum(number, 1.0),
+        signal=geometry.mean_pairs(gram, active),
+        policy=jnp.where(active.all(axis=0), jnp.int8(Policy.INTERPOLATED),
+                         jnp.int8(Policy.REPLICAS_LEFT_OUT)),
+    )
+
+
+def solve_measured(gram, single: bool, coefficient, policy, carry=None) -> Solution:
+    """A solution from measured coefficients [N, ...], with the rules for degenerate units.
+
+    `single`: the unit holds fewer than two numbers and has no angle.
+    """
+    seen = measure(gram)
+    one = seen.number == 1
+    if single:
+        mean = 1.0 / jnp.maximum(seen.number, 1.0)
+        coefficient = jnp.where(seen.active, mean[None], 0.0)
+        policy = jnp.full_like(seen.policy, Policy.TOO_SMALL)
+    exact = seen.active & one[None]
+    coefficient = jnp.where(exact, 1.0, coefficient)
+    policy = jnp.where(one, jnp.int8(Policy.ONE_REPLICA_LEFT), policy)
+    policy = jnp.where(seen.number == 0, jnp.int8(Policy.UNDEFINED), policy)
+    hold = (coefficient == 0).all(axis=0)
+    return _solution(gram, single, coefficient, exact, hold, policy, carry, given=False)
+
+
+def solve_given(gram, single: bool, coefficient) -> Solution:
+    """A solution from coefficients [N, ...] that were given; the measures are for the report."""
+    seen = measure(gram)
+    nothing = jnp.zeros_like(seen.active)
+    policy = jnp.full_like(seen.policy, Policy.GIVEN)
+    return _solution(gram, single, coefficient, nothing, nothing[0], policy, None, given=True)
+
+
+def _solution(gram, single, coefficient, exact, hold, policy, carry, *, given) -> Solution:
+    seen = measure(gram)
+    undefined = jnp.full_like(seen.cosine, geometry.COSINE_UNDEFINED)
+    cosine = undefined if single else seen.cosine
+    # Without an angle the noise is still l^2 - |mu|^2.
+    safe = jnp.where(seen.square > 0, seen.square, 1.0)
+    similarity = jnp.where(cosine > 1.0, seen.signal / safe, cosine)
+    ratio = coefficient.sum(axis=0)
+    distance = geometry.predicted_distances(
+        seen.square, seen.signal, similarity, jnp.maximum(seen.number, 1.0), ratio,
+        given=given or single,
+    )
+    unknown = jnp.full_like(seen.cosine, geometry.DISTANCE_UNDEFINED)
+    distance = geometry.Distances(*(jnp.where(seen.number == 1, unknown, d) for d in distance))
+    norm = geometry.root(geometry.squared_norms(gram))
+    return Solution(coefficient, exact, hold, cosine, ratio, norm, distance, policy, carry)

@@ -1,0 +1,149 @@
+"""Model Stock (section 3 of the paper), and an extension to replicas of unequal noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from modelstock_jax.merging import geometry
+from modelstock_jax.merging.engine import merge
+from modelstock_jax.merging.solution import Solution, measure, solve_measured
+from modelstock_jax.merging.stats import Policy, Stats
+
+
+def model_stock(
+    pretrained: Any,
+    finetuned: Any,
+    unit: str = "tensor",
+    *,
+    num_heads: int | Mapping[str, int] | None = None,
+    filter_axis: int = -1,
+    dtype: Any = None,
+) -> tuple[Any, Stats]:
+    """Merge fine-tuned replicas with their anchor at the ratio that their angles give.
+
+    Per merge unit, with task vectors d_i = w_i - w0 and cos their mean pairwise cosine:
+
+        t   = N cos / (1 + (N - 1) cos)          equation 3; N = 2 gives equation 2
+        w_H = t mean_i(w_i) + (1 - t) w0
+
+    Rules for what the paper leaves open; `stats.policy` says where each was met:
+
+    - cos <= 0: t = 0, the anchor.
+    - No replica moved: the anchor, bit for bit; the cosine is undefined (`COSINE_UNDEFINED`).
+    - A replica that did not move while others did leaves the unit; where one is left, the result
+      is its weights, bit for bit. To have moved is to have a squared norm that float32 can hold
+      (rms of a delta above about 1e-19).
+    - A unit of fewer than two numbers (a scalar) takes the mean; its cosine is undefined.
+    - Integers and booleans keep the anchor's values; empty tensors stay empty; None stays None.
+    - Any floating dtype from float8 to float64 (the latter needs `jax_enable_x64`; without it JAX
+      makes it float32), mixed as you like: all arithmetic is in float32, or in float64 where a
+      weight is, sums in float64. The result is rounded once, to the anchor's dtype or to `dtype`,
+      saturating at the largest number of a dtype of smaller range.
+    - A non-finite weight is an error. In a traced call (jit, grad, vmap) it cannot be raised: its
+      unit keeps the anchor's weights, and `check_finite(stats)` raises afterwards.
+
+    Args:
+      pretrained: w0, any pytree of arrays.
+      finetuned: the same tree with a leading replica axis N >= 2 on every array.
+      unit: which numbers share one angle: tensor, layer, filter, head, block or global
+        (`units.assign`). Static under jit.
+      num_heads: attention heads, for `unit="head"`: a number, or a mapping from the beginning of
+        a name to a number.
+      filter_axis: the output axis of kernels: -1 (JAX) or 0 (PyTorch).
+      dtype: of the merged floating tensors.
+
+    Returns:
+      The merged tree, and `Stats`.
+
+    Raises:
+      UserError: fewer than two replicas, trees or shapes that differ, dtypes that cannot merge.
+      NonFiniteError: NaN or infinity, naming replica and tensor.
+
+    Example:
+      >>> w0 = {"kernel": jnp.zeros(2)}
+      >>> w = {"kernel": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}  # 60 degrees apart
+      >>> merged, stats = model_stock(w0, w)
+      >>> round(float(stats.ratio["kernel"]), 3), [round(float(x), 3) for x in merged["kernel"]]
+      (0.667, [0.5, 0.289])
+    """
+    merged, stats, _ = merge(
+        equation_3, pretrained, finetuned,
+        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
+    )
+    return merged, stats
+
+
+def weighted_model_stock(
+    pretrained: Any,
+    finetuned: Any,
+    unit: str = "tensor",
+    *,
+    num_heads: int | Mapping[str, int] | None = None,
+    filter_axis: int = -1,
+    dtype: Any = None,
+) -> tuple[Any, Stats]:
+    """Model Stock for replicas of unequal noise: an extension of this project, not the paper's.
+
+    With |mu|^2 = mean_{i<j} d_i . d_j and s_i^2 = |d_i|^2 - |mu|^2, the noise of replica i:
+
+        w = w0 + sum_i a_i d_i,    a_i = (1 / s_i^2) / (1 / |mu|^2 + sum_j 1 / s_j^2)
+
+    Replicas of equal noise give equation 3. Where an s_i^2 is not above rounding, equation 3 is
+    used; `policy_counts(stats)["weighted_fallback"]` counts those units. Where |mu|^2 <= 0 the
+    result is the anchor. All else as `model_stock`; `stats.ratio` is the sum of the a_i.
+
+    Args:
+      pretrained: as `model_stock`.
+      finetuned: as `model_stock`.
+      unit: as `model_stock`.
+      num_heads: as `model_stock`.
+      filter_axis: as `model_stock`.
+      dtype: as `model_stock`.
+
+    Returns:
+      The merged tree, and `Stats`.
+
+    Raises:
+      UserError: as `model_stock`.
+
+    Example:
+      >>> w0 = {"w": jnp.zeros(3)}
+      >>> w = {"w": jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 3.0]])}  # the second is noisier
+      >>> [round(float(x), 3) for x in weighted_model_stock(w0, w)[0]["w"]]
+      [0.526, 0.474, 0.158]
+    """
+    merged, stats, _ = merge(
+        unequal_noise, pretrained, finetuned,
+        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
+    )
+    return merged, stats
+
+
+def equation_3(gram, single: bool) -> Solution:
+    """Equal coefficients t / N over the replicas that moved."""
+    seen = measure(gram)
+    ratio = geometry.ratio(jnp.where(seen.number > 1, seen.cosine, 0.0), seen.number)
+    coefficient = jnp.where(seen.active, (ratio / jnp.maximum(seen.number, 1.0))[None], 0.0)
+    policy = jnp.where(seen.cosine <= 0, jnp.int8(Policy.CLIPPED), seen.policy)
+    return solve_measured(gram, single, coefficient, policy)
+
+
+def unequal_noise(gram, single: bool) -> Solution:
+    """Coefficients by each replica's own noise; the formula is `weighted_model_stock`'s."""
+    seen, plain = measure(gram), equation_3(gram, single)
+    squares = geometry.squared_norms(gram)
+    noise = squares - seen.signal[None]
+    clear = noise > 4.0 * jnp.finfo(gram.dtype).eps * squares
+    signal = seen.signal > 0
+    fallback = signal & ~(clear | ~seen.active).all(axis=0)
+    # signal / noise of each: the formula times |mu|^2 above and below.
+    used = seen.active & (signal & ~fallback)[None]
+    weight = jnp.where(used, seen.signal[None] / jnp.where(used, noise, 1.0), 0.0)
+    coefficient = weight / (1.0 + weight.sum(axis=0))[None]
+    coefficient = jnp.where(fallback[None], plain.coefficient, coefficient)
+    policy = jnp.where(signal, seen.policy, jnp.int8(Policy.CLIPPED))
+    policy = jnp.where(fallback, jnp.int8(Policy.WEIGHTED_FALLBACK), policy)
+    return solve_measured(gram, single, coefficient, policy)
