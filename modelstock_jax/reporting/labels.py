@@ -121,6 +121,7 @@ def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> Non
     renderer = axes.figure.canvas.get_renderer()
     taken = [text.get_window_extent(renderer) for text in axes.texts]
     dots = axes.transData.transform(np.concatenate([curve.dense() for curve in curves]))
+    owner = np.repeat(np.arange(len(curves)), [len(curve.dense()) for curve in curves])
     for curve in curves:
         for alpha, x, y in zip(curve.alphas, curve.x, curve.y, strict=True):
             if not 0 < alpha < 1:
@@ -138,7 +139,10 @@ def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> Non
                     zorder=5,
                 )
                 box = text.get_window_extent(renderer)
-                if not box.count_contains(dots) and not box.count_overlaps(taken):
+                centre = [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]
+                nearest = int(owner[np.argmin(np.sum((dots - centre) ** 2, axis=1))])
+                free = not box.count_contains(dots) and not box.count_overlaps(taken)
+                if free and curves[nearest] is curve:  # Else a reader takes it for the other's.
                     taken.append(box)
                     break
                 text.remove()

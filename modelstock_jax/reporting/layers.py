@@ -63,19 +63,27 @@ def layer_rows(
     Args:
       reports: one `merging.report` a pair or seed: rows of `name`, `angle` (degrees, or None),
         `norms` ([N], Euclidean, of each replica's task vector).
-      sizes: name -> how many numbers the tensor has; by default the row's `size`.
+      sizes: name -> how many numbers the tensor has; None: each row's own `size`.
 
     Returns:
       Rows {name, angles: degrees, one a report, rms: norm / sqrt(n), one a replica}.
+
+    Raises:
+      KeyError: a tensor's size is not known.
+
+    Example:
+      >>> report = [{"name": "w", "angle": 45.0, "norms": [2.0, 4.0]}]
+      >>> layer_rows([report, report], {"w": 4})
+      [{'name': 'w', 'angles': [45.0, 45.0], 'rms': [1.0, 2.0, 1.0, 2.0]}]
     """
     collected: dict[str, dict[str, Any]] = {}
     for report in reports:
         for row in report:
             name = row["name"]
-            size = (sizes or {}).get(name) or row.get("size") or 1
+            size = row["size"] if sizes is None else sizes[name]
             entry = collected.setdefault(name, {"name": name, "angles": [], "rms": []})
             entry["angles"] += _numbers(row.get("angle"))
-            entry["rms"] += [norm / math.sqrt(size) for norm in _numbers(row.get("norms"))]
+            entry["rms"] += [norm / math.sqrt(max(1, size)) for norm in _numbers(row.get("norms"))]
     return list(collected.values())
 
 

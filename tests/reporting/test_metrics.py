@@ -1,0 +1,155 @@
+"""Metrics survive a restart; progress falls back to plain lines; the model card has no clock."""
+
+import io
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.reporting import layers, metrics, model_card
+from modelstock_jax.reporting.metrics import MetricsWriter, read_metrics
+from modelstock_jax.reporting.progress import Progress
+from tests.reporting import made_up
+
+
+def test_scalars_of_every_kind(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": jnp.float32(2.5), "lr": np.float64(1e-3), "bad": float("nan")})
+        writer.flush()
+        assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5, "lr": 1e-3, "bad": None}]
+    writer.close()
+    (board,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in board.read_bytes()
+
+
+def test_resume_drops_later_and_torn_lines(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"loss": step / 2})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 3.0, "st')
+    with MetricsWriter(tmp_path, restored_step=3) as writer:
+        assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+        for step in (4, 5):
+            writer.write(step, {"loss": step / 2})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_new_run_begins_a_new_file(tmp_path):
+    for _ in range(2):
+        with MetricsWriter(tmp_path) as writer:
+            writer.write(0, {"loss": 1.0})
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with MetricsWriter(tmp_path, enabled=False) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
+    class FullDisk(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    with MetricsWriter(tmp_path) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "_file", FullDisk())
+            writer.write(1, {"loss": 1.0})
+            with pytest.raises(UserError, match=r"metrics\.jsonl: No space left .*resume"):
+                writer.flush()
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def run(total, seconds_a_step, **options):
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=200)
+    with Progress("train", total, console=console, clock=clock, **options) as progress:
+        for step in range(options.get("done", 0) + 1, total + 1):
+            clock.now += seconds_a_step if step > 1 else 60  # the first step compiles
+            progress.update(step, {"loss": 1 / step})
+    return out.getvalue().splitlines(), progress
+
+
+def test_plain_lines_are_few_and_tell_rate_and_time_left():
+    lines, progress = run(1000, 0.25, images_per_step=128)
+    assert 4 <= len(lines) <= 12
+    assert progress.rate() == pytest.approx(4.0, rel=1e-9)  # exact but for float64 rounding
+    middle = lines[len(lines) // 2]
+    assert middle.startswith("train  ") and "512 images/s" in middle and " left" in middle
+    assert lines[-1] == "train  1000/1000 (100 %)  512 images/s  0:00 left  loss 0.001"
+    done = int(middle.split()[1].split("/")[0])
+    seconds = (1000 - done) / 4
+    assert f"{int(seconds // 60)}:{round(seconds % 60):02} left" in middle
+
+
+def test_plain_lines_of_a_slow_loop_come_once_a_minute():
+    lines, _ = run(1000, 20.0)
+    assert len(lines) == pytest.approx(1000 / 3, rel=0.01)  # 3 steps a minute
+
+
+def test_a_short_loop_prints_its_end_alone():
+    lines, _ = run(20, 0.1, done=10)
+    assert len(lines) == 1 and "20/20 (100 %)" in lines[0]
+
+
+def test_a_terminal_gets_a_bar():
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True, _environ={"TERM": "xterm"})
+    with Progress("train", 10, console=console) as progress:
+        progress.update(10, {"loss": 0.5})
+        progress.log("epoch 1 of 1")
+    assert "━" in out.getvalue() and "10/10" in out.getvalue() and "epoch 1 of 1" in out.getvalue()
+
+
+def test_disabled_progress_is_silent():
+    lines, _ = run(10, 100.0, enabled=False)
+    assert lines == []
+
+
+def test_model_card(tmp_path):
+    options = dict(
+        name="Glyph CLIP, Model Stock", method="model_stock", anchor="glyph-clip",
+        fingerprint="sha256:0123abcd", num_replicas=2, unit="tensor", rows=made_up.rows(),
+        ratios=layers.ratio_summary(made_up.report()), command="python launch.py",
+        base_model='someone/"glyph"', tags=["glyphs"],
+    )
+    path = model_card.write_model_card(tmp_path, **options)
+    text = path.read_text()
+    assert path.name == "README.md" and text == model_card.model_card(**options)
+    _, front, body = text.split("---\n", 2)
+    entries = dict(line.split(": ", 1) for line in front.splitlines())
+    assert json.loads(entries["base_model"]) == 'someone/"glyph"'
+    assert "model-stock" in json.loads(entries["tags"]) and "license" not in entries
+    for part in ["sha256:0123abcd", "| kernels | ", "| Model Stock, after training |",
+                 "python launch.py", "jax 0.", "modelstock_jax 0.1"]:
+        assert part in body, part
+    kernels = options["ratios"]["kernels"]
+    assert f"| {kernels['median']:.3f} | {kernels['low']:.3f} to " in body
+
+
+def test_reporting_imports_no_jax():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom modelstock_jax.reporting import tables, plots, model_card, progress, "
+        "metrics\nassert 'jax' not in sys.modules"
+    )
+    root = Path(metrics.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)

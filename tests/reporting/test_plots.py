@@ -1,0 +1,115 @@
+"""The figures are written, hold their labels, and no label covers another."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modelstock_jax.reporting import layers, plots
+from tests.reporting import made_up
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+@pytest.mark.parametrize("seeds", [[0], range(4)])
+def test_id_against_shifts(tmp_path, seeds):
+    rows = made_up.rows(seeds)
+    path = tmp_path / "figures" / "a.png"
+    figure = plots.id_against_shifts(rows, path, title="Glyphs")
+    with Image.open(path) as image:
+        assert image.width > 1000
+    shown = texts(figure)
+    for text in ["zero-shot", "one replica", "mean of 2", "mean, one t",
+                 "Model Stock,\nafter training", "Model Stock,\nperiodic", "Glyphs", "0.5",
+                 "WiSE-FT of one replica (α)", "WiSE-FT of the mean (α)"]:
+        assert text in shown, text
+    (axes,) = figure.axes
+    renderer = figure.canvas.get_renderer()
+    boxes = {text: text.get_window_extent(renderer) for text in axes.texts}
+    boxes[axes.get_legend()] = axes.get_legend().get_window_extent(renderer)
+    assert len(boxes) > 15
+    for (_, one), (_, other) in itertools.combinations(boxes.items(), 2):
+        assert not one.overlaps(other)
+    frame = figure.bbox
+    assert all(frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+               for box in boxes.values())
+
+
+def test_error_bars_only_over_several_seeds():
+    def bars(figure):
+        return sum(len(c.lines[2]) for c in figure.axes[0].containers)
+
+    one, four = (plots.id_against_shifts(made_up.rows(seeds)) for seeds in ([0], range(4)))
+    assert bars(one) == 0
+    assert bars(four) == 2 * 5  # x and y of every method but zero-shot, which has no seed
+
+
+def test_wise_ft_curve_joins_the_anchor_and_the_mean():
+    rows = made_up.rows()
+    figure = plots.id_against_shifts(rows)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    ends = {row["method"]: (row["id"], row["avg_shifts"]) for row in rows}
+    points = list(zip(*lines["WiSE-FT of the mean (α)"].get_data(), strict=True))
+    assert points[0] == ends["zero_shot"] and points[-1] == ends["mean"] and len(points) == 11
+
+
+def test_equal_runs_draw_equal_bytes(tmp_path):
+    for name in "ab":
+        plots.id_against_shifts(made_up.rows(), tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_results_without_a_curve_or_with_a_new_method():
+    rows = [row for row in made_up.rows() if row["method"] != "wise_ft"]
+    rows.append({**rows[-1], "method": "greedy soup"})
+    assert "greedy soup" in texts(plots.id_against_shifts(rows))
+
+
+@pytest.mark.parametrize("num_blocks", [4, 12])
+def test_angle_by_layer(tmp_path, num_blocks):
+    rows = layers.layer_rows([made_up.report(seed, num_blocks) for seed in range(3)])
+    figure = plots.angle_by_layer(rows, tmp_path / "b.png", title="CLIP")
+    assert (tmp_path / "b.png").stat().st_size > 10_000
+    shown = texts(figure)
+    for text in ["kernels", "biases and norms", "angle (degrees)", "attention", "MLP", "head",
+                 "norm scales", "CLIP", "in", "out", "0", "2"]:
+        assert text in shown, text
+    assert any("key biases" in text for text in shown)
+    kernels = [row for row in rows if not layers.kind(row["name"]) == "norms"
+               and not row["name"].endswith("bias")]
+    heights = [patch.get_height() for patch in figure.axes[0].containers[0].patches]
+    assert len(heights) == len(kernels)
+    first = next(row for row in kernels if row["name"].endswith("class_embedding"))
+    assert heights[0] == pytest.approx(np.mean(first["angles"]), rel=1e-12)  # float64 rounding
+
+
+def test_ratio_over_merges(tmp_path):
+    histories = {"equation 3": made_up.history(), "carried (ours)": made_up.history(level=0.8)}
+    figure = plots.ratio_over_merges(histories, tmp_path / "c.png", title="Ratios")
+    shown = texts(figure)
+    for text in ["equation 3", "carried (ours)", "kernels", "biases", "norms", "head", "epoch",
+                 "ratio t, median", "Ratios"]:
+        assert text in shown, text
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "kernels")
+    assert line.get_ydata()[0] == 0.72 and (tmp_path / "c.png").exists()
+
+
+def test_ratio_summary_leaves_out_what_has_no_angle():
+    report = [{"name": "a.kernel", "cosine": 0.5, "ratio": r} for r in (0.5, 0.6, 0.9)]
+    report += [{"name": "b.kernel", "cosine": None, "ratio": 0.0},
+               {"name": "head.bias", "cosine": 0.9, "ratio": 0.95}]
+    summary = layers.ratio_summary(report)
+    assert set(summary) == {"kernels", "head"}
+    assert summary["kernels"] == pytest.approx(  # quartiles of three: half way between neighbours
+        {"median": 0.6, "low": 0.55, "high": 0.75, "count": 3}, rel=1e-12)
+
+
+def test_layer_rows_need_the_sizes():
+    report = [{"name": "w", "angle": None, "norms": [2.0, 4.0]}]
+    (row,) = layers.layer_rows([report], {"w": 16})
+    assert row == {"name": "w", "angles": [], "rms": [0.5, 1.0]}
+    with pytest.raises(KeyError, match="size"):
+        layers.layer_rows([report])
