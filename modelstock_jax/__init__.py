@@ -8,25 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+_MERGING = "modelstock_jax.merging"
 _HOME = {
-    "MergeStats": "modelstock_jax.merging",
-    "NonFiniteError": "modelstock_jax.merging",
+    "Distances": _MERGING,
+    "NonFiniteError": _MERGING,
+    "Policy": _MERGING,
+    "Stats": _MERGING,
     "UserError": "modelstock_jax.errors",
-    "check_finite": "modelstock_jax.merging",
-    "constant_ratio": "modelstock_jax.merging",
-    "model_stock": "modelstock_jax.merging",
-    "model_stock_carried": "modelstock_jax.merging",
-    "report": "modelstock_jax.merging",
-    "stack_replicas": "modelstock_jax.merging",
-    "total_distance": "modelstock_jax.merging",
-    "uniform_mean": "modelstock_jax.merging",
-    "weighted_model_stock": "modelstock_jax.merging",
-    "wise_ft": "modelstock_jax.merging",
+    "check_finite": _MERGING,
+    "constant_ratio": _MERGING,
+    "model_stock": _MERGING,
+    "model_stock_carried": _MERGING,
+    "report": _MERGING,
+    "stack_replicas": _MERGING,
+    "total_distance": _MERGING,
+    "uniform_mean": _MERGING,
+    "weighted_model_stock": _MERGING,
+    "wise_ft": _MERGING,
+    "zero_noise": _MERGING,
 }
 
 __all__ = [
-    "MergeStats",
+    "Distances",
     "NonFiniteError",
+    "Policy",
+    "Stats",
     "UserError",
     "check_finite",
     "constant_ratio",
@@ -38,13 +44,16 @@ __all__ = [
     "uniform_mean",
     "weighted_model_stock",
     "wise_ft",
+    "zero_noise",
 ]
 
 if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__.
     from modelstock_jax.errors import UserError
     from modelstock_jax.merging import (
-        MergeStats,
+        Distances,
         NonFiniteError,
+        Policy,
+        Stats,
         check_finite,
         constant_ratio,
         model_stock,
@@ -55,6 +64,7 @@ if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__
         uniform_mean,
         weighted_model_stock,
         wise_ft,
+        zero_noise,
     )
 
 

@@ -46,7 +46,8 @@ def id_against_shifts(
     """
     rows = [row for row in rows if row.get("avg_shifts") is not None]
     summaries = summarise(rows)
-    points = [summary for summary in summaries if summary.method != "wise_ft"]
+    # Other merge units crowd around the run's own: they are for the table.
+    points = [one for one in summaries if one.method != "wise_ft" and one.unit is None]
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()

@@ -29,6 +29,7 @@ class Summary:
     label: str
     alpha: float | None
     of: str | None
+    unit: str | None
     num_seeds: int
     id: Measured
     avg_shifts: Measured | None
@@ -59,7 +60,8 @@ def make_row(
       cost: training spent, in fine-tunings of one model.
       distance_to_anchor: Euclidean, over all weights that are merged.
       predicted_distance: to the centre (root-sum-squares over units); None where not defined.
-      **more: `alpha` and `of` ("replica" or "mean") of a WiSE-FT row, `num_replicas`, ...
+      **more: `alpha` and `of` ("replica" or "mean") of a WiSE-FT row, `num_replicas`; `unit` where
+        it is not the run's own; anything else to keep.
 
     Returns:
       A plain dict.
@@ -104,7 +106,7 @@ def mean_and_error(values: Sequence[float]) -> Measured:
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
-    """Groups rows by method (and alpha) in order of appearance; means and errors over seeds.
+    """Groups rows by method (and alpha, unit) in order of appearance; means and errors over seeds.
 
     Several rows of one seed (the replicas of a run) are averaged first: the error is over seeds.
 
@@ -116,7 +118,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = tuple(row.get(name) for name in ("method", "of", "alpha", "num_replicas"))
+        key = tuple(row.get(name) for name in ("method", "of", "alpha", "unit", "num_replicas"))
         groups.setdefault(key, []).append(row)
     labels = [label(group[0]) for group in groups.values()]
     summaries = []
@@ -131,6 +133,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
                 label=name,
                 alpha=first.get("alpha"),
                 of=first.get("of"),
+                unit=first.get("unit"),
                 num_seeds=len({row.get("seed") for row in group}),
                 shifts={
                     shift: over_seeds(group, [row["shifts"].get(shift) for row in group])
@@ -167,6 +170,7 @@ def label(row: Row) -> str:
     if method is None:
         return str(row["method"])
     source = {"mean": "the mean", "replica": "one replica"}.get(row.get("of"), "one replica")
-    return method.label.format(
+    text = method.label.format(
         n=row.get("num_replicas", "the"), of=source, alpha=row.get("alpha", 0.5)
     )
+    return f"{text}, unit {row['unit']}" if row.get("unit") else text

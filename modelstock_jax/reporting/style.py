@@ -37,6 +37,7 @@ METHODS = {
         "Model Stock, after training", "Model Stock,\nafter training", VERMILION, "*"
     ),
     "periodic": Method("Model Stock, periodic", "Model Stock,\nperiodic", BLUE, "^"),
+    "periodic_mean": Method("Mean, periodic (t = 1)", "mean, periodic", SKY, "<"),
     "carried": Method(
         "Model Stock, periodic, noise carried (ours)",
         "Model Stock,\nnoise carried\n(ours)",

@@ -65,7 +65,9 @@ def test_equal_runs_draw_equal_bytes(tmp_path):
 def test_results_without_a_curve_or_with_a_new_method():
     rows = [row for row in made_up.rows() if row["method"] != "wise_ft"]
     rows.append({**rows[-1], "method": "greedy soup"})
-    assert "greedy soup" in texts(plots.id_against_shifts(rows))
+    rows.append({**rows[-1], "method": "model_stock", "unit": "filter"})
+    shown = texts(plots.id_against_shifts(rows))
+    assert "greedy soup" in shown and not any("filter" in text for text in shown)
 
 
 @pytest.mark.parametrize("num_blocks", [4, 12])

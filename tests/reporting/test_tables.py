@@ -32,6 +32,16 @@ def test_replicas_of_one_seed_are_averaged_before_the_error():
     assert summary.id == (35.0, 15.0)  # 20 and 50: mean 35, deviation 21.2, error 15
 
 
+def test_merge_units_and_numbers_of_replicas_are_told_apart():
+    def row(**more):
+        return make_row("model_stock", id=1, shifts={"V2": 1}, seed=0, **more)
+
+    rows = [row(num_replicas=2), row(num_replicas=3), row(num_replicas=2, unit="filter")]
+    stock = "Model Stock, after training"
+    names = [summary.label for summary in summarise(rows)]
+    assert names == [f"{stock}, N = 2", f"{stock}, N = 3", f"{stock}, unit filter"]
+
+
 def test_one_seed_has_no_error():
     assert summarise(made_up.rows())[1].id.error is None
 
