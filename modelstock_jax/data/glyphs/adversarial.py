@@ -98,7 +98,7 @@ def predict(params: dict, images: np.ndarray) -> np.ndarray:
 
 
 def is_error(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """bool [M]: the prediction is neither the label nor a lookalike of it."""
+    """Whether, [M], the prediction is neither the label nor a lookalike of it."""
     group = np.arange(len(CHARACTERS))
     for lookalikes in LOOKALIKES:
         members = [CHARACTERS.index(character) for character in lookalikes]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from modelstock_jax.data.glyphs.masks import CHARACTERS, FONTS, STYLES
-from modelstock_jax.data.glyphs.render import GREY, HUES, Scene
+from modelstock_jax.data.glyphs.scene import GREY, HUES, Scene
 
 
 def _name(character: str, with_case: bool = True) -> str:

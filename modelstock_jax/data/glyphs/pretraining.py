@@ -33,7 +33,7 @@ def pretraining_batch(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
         raise UserError(f"pretraining_batch takes a seed >= 0 and n >= 1; not {seed} and {n}")
     rng = np.random.default_rng([_STREAM, seed])
     labels = rng.integers(len(CHARACTERS), size=n)
-    key = jax.random.key(int(rng.integers(2**31)))
+    key = jax.random.key(int(rng.integers(2**31)), impl="threefry2x32")
     images, scenes = render(key, np.arange(n), labels, BROAD)
     return images, captions(rng, scenes)
 
