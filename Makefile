@@ -28,10 +28,10 @@ demo: $(VENV)/.installed-$(REQUIREMENTS)
 	@echo "table: $(WORKDIR)/results.md   picture: $(WORKDIR)/figures/id_against_shifts.png   all of it: $(WORKDIR)"
 
 test: lint
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q -n 2 -m slow
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m slow
 
 # torch serves only as a reference, in an environment of its own.
 test-parity: $(PARITY)/.installed
