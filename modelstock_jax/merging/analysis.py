@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.engine import unit_grams
-from modelstock_jax.merging.gram import inner, task_vectors
+from modelstock_jax.merging.precision import widened
 from modelstock_jax.merging.replicas import is_float, pair_leaves
 
 
@@ -38,12 +38,20 @@ def distances(centre: Any, models: Any):
       [5.0, 1.0]
     """
     leaves = pair_leaves(centre, models, 1)
-    total = jnp.zeros(leaves.num_replicas)
-    for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True):
-        if is_float(w0):
-            deltas = task_vectors(w0, w)
-            total = total + inner(deltas, deltas, tuple(range(1, deltas.ndim)))
-    return geometry.root(total)
+    total = sum(
+        _squares(w0, w)
+        for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True) if is_float(w0)
+    )
+    return geometry.root(jnp.broadcast_to(total, leaves.num_replicas))
+
+
+@jax.jit
+def _squares(centre, models):
+    """Squared distance of each model, [...] and [M, ...] -> [M]."""
+    def squares(centre, models):
+        return jnp.stack([jnp.sum(jnp.square(model - centre)) for model in models])
+
+    return widened(squares)(centre, models)
 
 
 def mean_model(models: Any):

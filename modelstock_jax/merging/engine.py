@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, units
-from modelstock_jax.merging.gram import gram_matrix, task_vectors
+from modelstock_jax.merging.gram import add_task_vectors, cast, gram_matrix
+from modelstock_jax.merging.precision import widened
 from modelstock_jax.merging.replicas import Leaves, is_float, pair_leaves
 from modelstock_jax.merging.solution import Solution
 from modelstock_jax.merging.stats import Policy, Stats, UnitTable, check_finite
@@ -77,7 +78,7 @@ def merge(
         for k, gram in zip(group, grams, strict=True):
             finite[k] = jnp.isfinite(geometry.squared_norms(gram))
             solutions[k] = solution
-            merged[k] = _apply(
+            merged[k] = add_task_vectors(
                 leaves.pretrained[k], leaves.finetuned[k],
                 solution.coefficient, solution.exact, solution.hold,
                 part=parts[k], dtype=dtype,
@@ -119,10 +120,15 @@ def unit_zeros(
     filter_axis: int = -1,
 ) -> Any:
     """A tree of zeros of each tensor's unit shape: state that is kept between merges."""
-    leaves = pair_leaves(pretrained, jax.tree.map(lambda x: jnp.asarray(x)[None], pretrained), 1)
-    parts = _assign(leaves, unit, num_heads, filter_axis)
-    shapes = [() if part is None else part.unit_shape for part in parts]
-    return leaves.treedef.unflatten([jnp.zeros(shape) for shape in shapes])
+    def zeros(pretrained):
+        one = jax.tree.map(lambda x: jnp.asarray(x)[None], pretrained)
+        leaves = pair_leaves(pretrained, one, 1)
+        parts = _assign(leaves, unit, num_heads, filter_axis)
+        shapes = [() if part is None else part.unit_shape for part in parts]
+        return leaves.treedef.unflatten([jnp.zeros(shape) for shape in shapes])
+
+    shapes = jax.eval_shape(zeros, pretrained)  # names and shapes suffice: no copy of the weights
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.Part | None]:
@@ -140,47 +146,19 @@ def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.Part | N
 def _solve(method: Method, gram, single: bool, *args) -> Solution:
     """Solve where the Gram matrix is finite; elsewhere hold the anchor."""
     finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
-    solution = method(jnp.where(finite, gram, 0.0), single, *args)
+    gram = jnp.where(finite[None, None], gram, 0.0)
+    solution = widened(lambda gram, *args: method(gram, single, *args))(gram, *args)
     return solution._replace(
-        coefficient=jnp.where(finite, solution.coefficient, 0.0),
-        exact=solution.exact & finite,
+        coefficient=jnp.where(finite[None], solution.coefficient, 0.0),
+        exact=solution.exact & finite[None],
         hold=solution.hold | ~finite,
         ratio=jnp.where(finite, solution.ratio, 0.0),
         policy=jnp.where(finite, solution.policy, jnp.int8(Policy.NON_FINITE)),
     )
 
 
-@partial(jax.jit, static_argnames=("part", "dtype"))
-def _apply(pretrained, finetuned, coefficient, exact, hold, *, part: units.Part, dtype):
-    """w0 + sum_i a_i d_i, selecting and not computing where the answer is one of the inputs."""
-    dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
-    anchor = pretrained.reshape(part.view)
-    tuned = finetuned.reshape((len(finetuned), *part.view))
-
-    def spread(values):
-        return jnp.broadcast_to(jnp.expand_dims(values, part.axes), part.view)
-
-    # Before the product as well as after it: 0 * inf would reach the gradients.
-    deltas = jnp.where(spread(hold)[None], 0.0, task_vectors(anchor, tuned))
-    moved = sum(
-        spread(a).astype(deltas.dtype) * d for a, d in zip(coefficient, deltas, strict=True)
-    )
-    merged = _cast(anchor.astype(deltas.dtype) + moved, dtype)
-    for chosen, replica in zip(exact, tuned, strict=True):
-        merged = jnp.where(spread(chosen), _cast(replica, dtype), merged)
-    return jnp.where(spread(hold), _cast(anchor, dtype), merged).reshape(pretrained.shape)
-
-
-def _cast(array, dtype):
-    """To a dtype of smaller range by saturation: an overflow would be a non-finite weight."""
-    limits = jnp.finfo(dtype), jnp.finfo(array.dtype)
-    if float(limits[0].max) < float(limits[1].max):
-        array = jnp.clip(array, float(limits[0].min), float(limits[0].max))
-    return array.astype(dtype)
-
-
 def _kept(array, dtype):
-    return _cast(array, jnp.dtype(dtype)) if is_float(array) and dtype is not None else array
+    return cast(array, jnp.dtype(dtype)) if is_float(array) and dtype is not None else array
 
 
 def _kept_solution(num_replicas: int) -> Solution:

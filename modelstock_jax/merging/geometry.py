@@ -13,6 +13,7 @@ import numpy as np
 
 COSINE_UNDEFINED = 2.0  # outside [-1, 1], and no NaN: arrays stay clean under jax_debug_nans
 DISTANCE_UNDEFINED = -1.0
+LEAST_SQUARE = float(np.finfo(np.float32).tiny)
 
 
 class Distances(NamedTuple):
@@ -34,9 +35,8 @@ def squared_norms(gram):
 
 
 def moved(gram):
-    """Which replicas moved at all, [N, ...] bool: squared norm above the smallest normal number."""
-    norms = squared_norms(gram)
-    return norms > _namespace(gram).finfo(norms.dtype).tiny
+    """Which replicas moved at all, [N, ...] bool: a squared norm that float32 can hold."""
+    return squared_norms(gram) > LEAST_SQUARE
 
 
 def mean_pairs(values, active):

@@ -39,9 +39,9 @@ def model_stock(
     - A unit of fewer than two numbers (a scalar) takes the mean; its cosine is undefined.
     - Integers and booleans keep the anchor's values; empty tensors stay empty; None stays None.
     - Any floating dtype from float8 to float64 (the latter needs `jax_enable_x64`; without it JAX
-      makes it float32), mixed as you like: all arithmetic is in float32, or in float64 where a
-      weight is, sums in float64. The result is rounded once, to the anchor's dtype or to `dtype`,
-      saturating at the largest number of a dtype of smaller range.
+      makes it float32), mixed as you like: all arithmetic is in float64, whatever the setting.
+      Statistics are float32 (float64 for float64 weights). The result is rounded once, to the
+      anchor's dtype or to `dtype`, saturating at the largest number of a dtype of smaller range.
     - A non-finite weight is an error. In a traced call (jit, grad, vmap) it cannot be raised: its
       unit keeps the anchor's weights, and `check_finite(stats)` raises afterwards.
 
@@ -136,7 +136,7 @@ def unequal_noise(gram, single: bool) -> Solution:
     seen, plain = measure(gram), equation_3(gram, single)
     squares = geometry.squared_norms(gram)
     noise = squares - seen.signal[None]
-    clear = noise > 4.0 * jnp.finfo(gram.dtype).eps * squares
+    clear = noise > 4.0 * jnp.finfo(jnp.float32).eps * squares
     signal = seen.signal > 0
     fallback = signal & ~(clear | ~seen.active).all(axis=0)
     # signal / noise of each: the formula times |mu|^2 above and below.
