@@ -19,8 +19,6 @@ class TrainState(NamedTuple):
       key: uint32 [R, 2], each replica's random key; folded with `step`, never consumed.
       params: the replicas' weights, [R, ...] a leaf.
       opt_state: the optimizer's state, [R, ...] a leaf (its counters are [R]).
-      last_merged: the weights all replicas last started from, no replica axis; None unless
-        noise is carried over merges.
       noise: the noise energy carried over merges, per merge unit; None unless carried.
     """
 
@@ -28,7 +26,6 @@ class TrainState(NamedTuple):
     key: jax.Array
     params: PyTree
     opt_state: PyTree
-    last_merged: PyTree
     noise: PyTree
 
 
@@ -68,6 +65,5 @@ def init_state(
         key=key,
         params=replicas,
         opt_state=jax.vmap(tx.init)(replicas),
-        last_merged=None if noise is None else params,
         noise=noise,
     )

@@ -1,0 +1,123 @@
+"""Every option once, with its meaning. The other files of this folder set only what differs.
+
+Override any of them on the command line: `--config.merge.every=100`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # What to run: 'finetune' (replicas, merges, evaluation) or 'pretrain' (a CLIP from scratch).
+    config.task = "finetune"
+    # Directory of the pretrained CLIP in Hugging Face's layout; 'glyph-clip' ships with the package.
+    config.pretrained = "glyph-clip"
+    # Replica r of a run uses the data order and augmentation of (seed, r).
+    config.seed = 0
+    # Repeats the run with seeds seed, seed + 1, ...; the tables then show means and standard errors.
+    config.num_seeds = 1
+    # N, the copies being fine-tuned.
+    config.num_replicas = 2
+    # Also trains the same replicas unmerged, for the rows that merge after training.
+    config.compare = False
+
+    config.epochs = 10
+    # Examples that a replica sees in a step, over all devices.
+    config.batch_size = 512
+    config.label_smoothing = 0.0
+
+    config.data = ConfigDict()
+    # The data set's name; 'glyphs' is rendered, nothing is read from disk.
+    config.data.name = "glyphs"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-5
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    # Largest global norm of a replica's gradient; 0 turns clipping off.
+    config.optimizer.clip_norm = 1.0
+    # The warm-up is the sum of the two; after it a cosine falls to final_fraction of the rate.
+    config.optimizer.warmup_steps = 0
+    config.optimizer.warmup_fraction = 0.0
+    config.optimizer.final_fraction = 0.0
+
+    config.merge = ConfigDict()
+    # When replicas merge: 'epoch' (at each epoch's end), a number of steps, 'end' or 'never'.
+    # Whatever it is, a run that merges at all merges once more at its end.
+    config.merge.every = "epoch"
+    # 'stock' (equation 3) or 'mean' (t = 1, the control).
+    config.merge.method = "stock"
+    # Which numbers share one angle: tensor, layer, filter, head, block, global.
+    config.merge.unit = "tensor"
+    # The replicas' Adam moments at a merge: 'keep', 'average' or 'reset'.
+    config.merge.opt_state = "keep"
+    # Noise carried over merges, an extension of ours: 'off', 'every' (shrink at every merge)
+    # or 'last' (shrink at the last one only).
+    config.merge.carry_noise = "off"
+
+    config.compute = ConfigDict()
+    # 'float32' or 'bfloat16' arithmetic in the towers; weights and moments stay float32.
+    config.compute.dtype = "float32"
+    # 'xla' or 'cudnn'.
+    config.compute.attention = "xla"
+    # Recompute activations in the backward pass.
+    config.compute.remat = False
+    # How replicas run: 'vmap' (side by side), 'map' (one after the other, one device) or 'auto'.
+    config.compute.execution = "auto"
+
+    config.mesh = ConfigDict()
+    # Devices along each axis; 0 lets the code choose (1 device: both replicas on it; 2: one each).
+    config.mesh.replica = 0
+    config.mesh.data = 0
+
+    config.checkpoint = ConfigDict()
+    # Steps between saves of the training state, besides the one at each merge.
+    config.checkpoint.every = 500
+    # How many training states, and how many merged models, to keep (0: all).
+    config.checkpoint.keep = 2
+    config.checkpoint.keep_merged = 0
+
+    # Steps between two lines of metrics.
+    config.log_every = 10
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 500
+    # Points of the WiSE-FT curves, w0 + alpha (w - w0), of one replica and of the mean.
+    config.evaluation.wise_ft_alphas = (0.3, 0.5, 0.7, 0.85)
+    # Merge units to compare on the same unmerged replicas, besides merge.unit (compare only).
+    config.evaluation.units = ()
+
+    # With task 'pretrain': sizes of the CLIP as in Hugging Face's config.json, and a directory
+    # with its tokenizer (or the bundled one's name).
+    config.pretrain = ConfigDict()
+    config.pretrain.num_steps = 4000
+    config.pretrain.tokenizer = "glyph-tokenizer"
+    config.pretrain.clip = ConfigDict(
+        {
+            "model_type": "clip",
+            "projection_dim": 64,
+            "vision_config": {
+                "image_size": 24,
+                "patch_size": 6,
+                "hidden_size": 96,
+                "intermediate_size": 384,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 3,
+            },
+            "text_config": {
+                "vocab_size": 272,
+                "max_position_embeddings": 26,
+                "hidden_size": 64,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "bos_token_id": 0,
+                "eos_token_id": 1,
+                "pad_token_id": 1,
+            },
+        }
+    )
+    return config

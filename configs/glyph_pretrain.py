@@ -1,0 +1,25 @@
+"""Pretrains the small CLIP that ships with the package, by image-text contrast from scratch.
+
+    python launch.py --config=configs/glyph_pretrain.py --workdir=runs/glyph-clip
+
+writes runs/glyph-clip/model in Hugging Face's layout. Another anchor: --config.seed=1.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.task = "pretrain"
+    config.pretrained = ""
+    config.num_replicas = 1
+    config.batch_size = 256
+    config.merge.every = "never"
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.b2 = 0.98
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.warmup_steps = 150
+    config.pretrain.num_steps = 4000
+    config.checkpoint.every = 250
+    config.log_every = 25
+    return config

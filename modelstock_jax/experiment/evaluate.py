@@ -1,0 +1,90 @@
+"""Evaluation of one checkpoint on every set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.evaluation import make_evaluator
+from modelstock_jax.experiment.pretrained import BUNDLED, open_pretrained
+from modelstock_jax.merging import distance
+from modelstock_jax.reporting.rows import make_row
+from modelstock_jax.reporting.tables import screen_table
+from modelstock_jax.training.checkpoints import Checkpoints
+from modelstock_jax.training.finetune import (
+    Benchmark,
+    Classifier,
+    anchor_classifier,
+    load_benchmark,
+)
+from modelstock_jax.training.sharding import make_mesh
+
+PyTree = Any
+
+
+class Measure:
+    """Rows of results: each model's accuracy on every set of a benchmark."""
+
+    def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
+        """Prepares the evaluator for the classifiers of one architecture."""
+        self._anchor, self._data = anchor, data
+        self._sets = [data.validation, data.test, *data.shifts.values()]
+        self.num_images = sum(len(image_set) for image_set in self._sets)
+        self._evaluate = make_evaluator(
+            anchor.apply, anchor.normalize, mesh, config.evaluation.batch_size
+        )
+
+    def row(self, method: str, params: PyTree, **details: Any) -> dict[str, Any]:
+        """A row as `reporting.rows.make_row` gives it; `details` go into it."""
+        data, accuracy = self._data, self._evaluate(params, self._sets)
+        return make_row(
+            method,
+            id=accuracy[data.test.name],
+            shifts={name: accuracy[s.name] for name, s in data.shifts.items()},
+            validation=accuracy[data.validation.name],
+            distance_to_anchor=float(distance(self._anchor.params, params)),
+            **details,
+        )
+
+
+def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
+    """Evaluates any checkpoint that the code can read; prints the table and returns the row.
+
+    Args:
+      config: names the data and the anchor.
+      path: a directory in Hugging Face's layout (without a head it gets the zero-shot one), or a
+        step of a run's Orbax checkpoints of merged weights.
+
+    Raises:
+      UserError: if there is no such checkpoint, or it does not fit the data.
+    """
+    if not path:
+        raise UserError("--mode=eval needs --checkpoint=DIR")
+    directory = Path(BUNDLED.get(path, path))
+    if not directory.is_dir():
+        raise UserError(f"--checkpoint={path}: no such directory")
+    data = load_benchmark(config.data.name)
+    anchor = anchor_classifier(config, open_pretrained(config.pretrained), data)
+    if (directory / "config.json").is_file():
+        model = anchor_classifier(config, open_pretrained(str(directory)), data)
+        params = model.params
+        if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(jax.numpy.shape, anchor.params):
+            anchor = model  # Another architecture: there is no distance to this anchor.
+    elif directory.name.isdigit():
+        like = jax.device_put(anchor.params)
+        with Checkpoints(directory.parent, keep=0) as checkpoints:
+            params = checkpoints.restore(int(directory.name), like)
+    else:
+        raise UserError(
+            f"--checkpoint={path}: neither a Hugging Face directory (no config.json) nor a step "
+            "of Orbax checkpoints (DIR/runs/seed_0/merged/merged/256)"
+        )
+    mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
+    row = Measure(config, anchor, data, mesh).row(directory.name, params, seed=None, cost=None)
+    screen_table([row])
+    return row

@@ -1,0 +1,113 @@
+"""The merge inside training: replicas in, one model out, every replica restarted from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.merging import Stats, model_stock, model_stock_carried, uniform_mean
+from modelstock_jax.training.state import TrainState, replicate
+
+PyTree = Any
+Merge = Callable[[PyTree, TrainState], tuple[TrainState, PyTree, Stats]]
+
+OPT_STATE_POLICIES = ("keep", "average", "reset")
+CARRY_NOISE = ("off", "every", "last")
+METHODS = ("stock", "mean")
+
+
+def steps_between_merges(every: str, steps_per_epoch: int, num_steps: int) -> int:
+    """`merge.every` in steps: "epoch", "end", or a number; 0 where replicas never merge.
+
+    >>> steps_between_merges("epoch", 32, 256), steps_between_merges("end", 32, 256)
+    (32, 256)
+    >>> steps_between_merges("100", 32, 256), steps_between_merges("never", 32, 256)
+    (100, 0)
+
+    Raises:
+      UserError: if it is none of these.
+    """
+    named = {"epoch": steps_per_epoch, "end": num_steps, "never": 0}
+    if every in named:
+        return named[every]
+    if every.isdigit() and int(every) > 0:
+        return int(every)
+    raise UserError(
+        f"merge.every={every!r}: write 'epoch', 'end', 'never' or a number of steps"
+    )
+
+
+def merge_opt_state(policy: str, opt_state: PyTree, tx: optax.GradientTransformation, params):
+    """What a merge does to the replicas' Adam moments [R, ...].
+
+    `keep` leaves each replica its own, `average` gives all of them the mean, `reset` starts
+    them anew (Adam's bias correction included).
+
+    Raises:
+      UserError: if the policy is none of these.
+    """
+    if policy == "keep":
+        return opt_state
+    if policy == "average":
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x.mean(0, keepdims=True), x.shape).astype(x.dtype),
+            opt_state,
+        )
+    if policy == "reset":
+        return jax.vmap(tx.init)(params)
+    raise UserError(f"merge.opt_state={policy!r}: choose one of {', '.join(OPT_STATE_POLICIES)}")
+
+
+def make_merge(
+    config: ConfigDict, tx: optax.GradientTransformation, num_heads: int, *, last: bool
+) -> Merge:
+    """Builds (anchor, state) -> (state, merged, stats); to be jitted, state donated.
+
+    Args:
+      config: the `merge` group of `configs/default.py`.
+      tx: the optimizer, for the moments' policy.
+      num_heads: attention heads of the image tower, for `unit="head"`.
+      last: whether this is the run's last merge (noise carried to it is shrunk there).
+
+    Raises:
+      UserError: if a policy's name is unknown.
+    """
+    if config.carry_noise not in CARRY_NOISE:
+        raise UserError(f"merge.carry_noise={config.carry_noise!r}: choose one of {CARRY_NOISE}")
+    if config.method not in METHODS:
+        raise UserError(f"merge.method={config.method!r}: choose one of {METHODS}")
+    if config.method == "mean" and config.carry_noise != "off":
+        raise UserError("merge.carry_noise needs merge.method='stock': a mean shrinks nothing")
+    if config.opt_state not in OPT_STATE_POLICIES:
+        merge_opt_state(config.opt_state, None, tx, None)
+    options = {"unit": config.unit, "num_heads": num_heads}
+
+    def merge(anchor, state):
+        noise = state.noise
+        if config.carry_noise != "off":
+            merged, stats, noise = model_stock_carried(
+                anchor,
+                state.params,
+                noise,
+                shrink=last or config.carry_noise == "every",
+                **options,
+            )
+        elif config.method == "mean":
+            merged, stats = uniform_mean(anchor, state.params, **options)
+        else:
+            merged, stats = model_stock(anchor, state.params, **options)
+        params = replicate(merged, state.key.shape[0])
+        state = state._replace(
+            params=params,
+            opt_state=merge_opt_state(config.opt_state, state.opt_state, tx, params),
+            noise=noise,
+        )
+        return state, merged, stats
+
+    return merge

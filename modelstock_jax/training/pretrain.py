@@ -1,0 +1,71 @@
+"""Pretraining a small CLIP from scratch by image-text contrast, as a `Task` of the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from modelstock_jax.clip.config import CLIPConfig
+from modelstock_jax.clip.model import encode_image, encode_text, init
+from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.clip.transformer import Compute
+from modelstock_jax.data import glyphs
+from modelstock_jax.errors import UserError
+from modelstock_jax.training.loop import Task
+from modelstock_jax.training.objectives import contrastive
+
+RENDERED_AT_ONCE = 512  # what the renderer is compiled for
+
+
+def pretraining_task(
+    config: ConfigDict,
+    clip: CLIPConfig,
+    preprocessor: Preprocessor,
+    tokenize: Callable[[list[str]], np.ndarray],
+) -> Task:
+    """CLIP's own objective on the broad glyph world, from its own initial weights.
+
+    Args:
+      config: the run's options; `pretrain.num_steps` and `batch_size` set its length.
+      clip: sizes of the towers.
+      preprocessor: how pixels become the image tower's input.
+      tokenize: captions -> int32 [M, L].
+
+    Raises:
+      UserError: if the batch size does not divide what is rendered at once.
+    """
+    if RENDERED_AT_ONCE % config.batch_size:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide {RENDERED_AT_ONCE}, the number of "
+            "glyphs rendered at once; use a power of two up to that"
+        )
+    compute = Compute(dtype=jnp.dtype(config.compute.dtype), remat=config.compute.remat)
+    return Task(
+        params=init(clip, jax.random.key(config.seed)),
+        loss_fn=contrastive(
+            lambda tower, images: encode_image(clip, tower, images, compute),
+            lambda tower, ids: encode_text(clip, tower, ids, compute),
+            lambda key, images: preprocessor(images),
+        ),
+        batches=lambda start: _batches(config.seed, config.batch_size, tokenize, start),
+        steps_per_epoch=config.pretrain.num_steps,
+        num_steps=config.pretrain.num_steps,
+        num_heads=clip.vision.num_attention_heads,
+    )
+
+
+def _batches(seed, batch_size, tokenize, start_step) -> Iterator[dict[str, np.ndarray]]:
+    # Chunk c of seed s is drawn from one number, so that a step number alone restores the stream.
+    step, a_chunk = start_step, RENDERED_AT_ONCE // batch_size
+    while True:
+        chunk, first = divmod(step, a_chunk)
+        images, captions = glyphs.pretraining_batch(seed * 2**32 + chunk, RENDERED_AT_ONCE)
+        ids = tokenize(captions)
+        for part in range(first, a_chunk):
+            rows = slice(part * batch_size, (part + 1) * batch_size)
+            yield {"image": images[None, rows], "text": ids[None, rows]}
+            step += 1
