@@ -65,8 +65,8 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     Returns:
       float32 [..., 3].
 
-    >>> normalize(jnp.array([[0, 255, 51]], jnp.uint8), [0.5] * 3, [0.5] * 3).tolist()
-    [[-1.0, 1.0, -0.6000000238418579]]
+    >>> normalize(jnp.array([[0, 255, 0]], jnp.uint8), [0.5] * 3, [0.5] * 3).tolist()
+    [[-1.0, 1.0, -1.0]]
     """
     shape = (1,) * (images.ndim - 1) + (3,)
     mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))

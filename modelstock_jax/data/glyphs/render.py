@@ -172,7 +172,7 @@ def render(
     """
     indices, labels = (np.asarray(values, np.int32) for values in (indices, labels))
     count = len(indices)
-    padding = (0, -count % BATCH)
+    padding = (0, max(1, -(-count // BATCH)) * BATCH - count)
     indices, labels = np.pad(indices, padding), np.pad(labels, padding)
     arrays = domain.arrays()
     parts = [

@@ -1,0 +1,86 @@
+"""Augmentation: in range, of the stated size, and a function of its key."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax.data.augment import MAX_SHIFT, normalize, shift_and_jitter
+from modelstock_jax.data.glyphs import sets
+
+COUNT = 512  # one shape for all tests: each costs a compilation
+augment = jax.jit(shift_and_jitter)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jnp.asarray(sets.training_set(size=COUNT).images)
+
+
+def test_deterministic_in_the_key(images):
+    key = jax.random.key(0)
+    first = augment(key, images)
+    np.testing.assert_array_equal(first, augment(key, images))
+    assert not np.array_equal(first, augment(jax.random.key(1), images))
+    assert first.shape == images.shape and first.dtype == jnp.uint8
+
+
+def test_replicas_are_augmented_apart(images):
+    keys = jax.random.split(jax.random.key(0), 2)
+    both = jax.jit(jax.vmap(shift_and_jitter, (0, None)))(keys, images)
+    np.testing.assert_array_equal(both[1], augment(keys[1], images))
+    assert not np.array_equal(both[0], both[1])
+
+
+def test_stays_in_range_for_extreme_images():
+    extreme = np.zeros((COUNT, 24, 24, 3), np.uint8)
+    extreme[:, ::2] = 255
+    result = np.asarray(augment(jax.random.key(2), jnp.asarray(extreme)))
+    # What is clipped stays at the end of the range: nothing may wrap around from 255 to 0.
+    dark, light = np.sort(result.reshape(COUNT, -1), axis=1)[:, [0, -1]].T
+    assert (dark < 60).all() and (light > 195).all()
+    assert (dark == 0).any() and (light == 255).any()
+
+
+def test_shifts_reach_two_pixels_and_no_more_each_image_for_itself():
+    dots = np.zeros((COUNT, 24, 24, 3), np.uint8)
+    dots[:, 12, 12] = 255
+    result = np.asarray(augment(jax.random.key(3), jnp.asarray(dots)))[..., 0]
+    places = np.array(np.unravel_index(result.reshape(COUNT, -1).argmax(axis=1), (24, 24))).T - 12
+    # 25 places, equally likely: 512 draws miss one of them with probability 2e-8.
+    assert {tuple(place) for place in places.tolist()} == {
+        (row, column)
+        for row in range(-MAX_SHIFT, MAX_SHIFT + 1)
+        for column in range(-MAX_SHIFT, MAX_SHIFT + 1)
+    }
+
+
+def test_edges_are_repeated():
+    steps = np.zeros((COUNT, 24, 24, 3), np.uint8)
+    steps[:, :, 12:] = 200
+    result = np.asarray(augment(jax.random.key(4), jnp.asarray(steps))).astype(int)
+    assert (result[:, :, 0] == result[:, :, 5]).all()
+    assert (result[:, :, -1] == result[:, :, -5]).all()
+
+
+def test_brightness_and_contrast_have_the_stated_size():
+    halves = np.full((COUNT, 24, 24, 3), 100, np.uint8)
+    halves[:, :12] = 150
+    result = np.asarray(augment(jax.random.key(5), jnp.asarray(halves))).astype(float)
+    low, high = result[:, 0, 0, 0], result[:, -1, 0, 0]
+    contrast = (low - high) / 50
+    assert 0.78 < contrast.min() < 0.83 and 1.17 < contrast.max() < 1.22  # 0.8 to 1.2, rounded
+    brightness = result.mean(axis=(1, 2, 3)) - 125
+    # 0.1 of 255, and up to two of 24 rows moved from one half to the other (4.2 * 1.2).
+    assert brightness.min() < -22 and brightness.max() > 22 and abs(brightness).max() < 26 + 5.1
+
+
+def test_normalize(images):
+    mean, std = (0.48, 0.45, 0.40), (0.26, 0.25, 0.27)
+    result = normalize(images[None], mean, std)
+    assert result.shape == (1, COUNT, 24, 24, 3) and result.dtype == jnp.float32
+    expected = (np.asarray(images, np.float64)[None] / 255 - np.array(mean)) / np.array(std)
+    # A few float32 operations on numbers of up to 3.
+    np.testing.assert_allclose(result, expected, atol=1e-6)

@@ -1,0 +1,137 @@
+"""The world's sets: sizes, classes, and set A as the committed file has it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from modelstock_jax.data.glyphs import adversarial, sets, world
+from modelstock_jax.data.glyphs.domain import PRETRAINING_FONTS
+from modelstock_jax.data.glyphs.masks import CHARACTERS
+from modelstock_jax.errors import UserError
+
+SHIFTS = ["v2", "r", "sketch", "objectnet", "a", "digits"]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return world()
+
+
+def test_sizes(whole):
+    assert [len(whole.train), len(whole.validation), len(whole.test)] == [4096, 2048, 2000]
+    assert list(whole.shifts) == SHIFTS
+    assert [len(part) for part in whole.shifts.values()] == [2000] * 5 + [1797]
+    for part in (whole.train, whole.validation, whole.test, *whole.shifts.values()):
+        assert part.images.shape == (len(part), 24, 24, 3) and part.images.dtype == np.uint8
+        assert part.labels.shape == (len(part),) and part.labels.dtype == np.int32
+
+
+def test_classes(whole):
+    everything = [whole.train, whole.validation, whole.test, *whole.shifts.values()]
+    for part in everything[:-1]:
+        assert part.classes is None and set(part.labels.tolist()) == set(range(62)), part.name
+    assert [CHARACTERS[label] for label in whole.shifts["digits"].classes] == list("0123456789")
+    assert set(whole.shifts["digits"].labels.tolist()) == set(range(52, 62))
+
+
+def test_sets_share_no_image(whole):
+    everything = [whole.train, whole.validation, whole.test, *whole.shifts.values()]
+    images = [image.tobytes() for part in everything for image in part.images]
+    assert len(set(images)) == len(images)
+
+
+def test_names(whole):
+    assert (whole.train.name, whole.validation.name, whole.test.name) == (
+        "train",
+        "validation",
+        "id",
+    )
+    assert [part.name for part in whole.shifts.values()] == SHIFTS
+
+
+def test_in_distribution_is_narrow_and_shifts_leave_it(whole):
+    def spread(part):  # between the channels, noise averaged out
+        return np.ptp(part.images.astype(float).mean(axis=(1, 2)), axis=-1).mean()
+
+    assert spread(whole.test) < 3 and spread(whole.shifts["r"]) > 30
+    assert spread(whole.shifts["sketch"]) < 3
+    dark = (whole.test.images.mean(axis=(1, 2, 3)) < 128).mean()
+    assert dark == 0 and (whole.shifts["r"].images.mean(axis=(1, 2, 3)) < 128).mean() > 0.3
+    assert len(sets.ID.fonts) == 8 and len(set(sets.ID.fonts) & set(PRETRAINING_FONTS)) == 4
+
+
+def test_the_first_images_do_not_depend_on_the_size(whole):
+    small = world(train_size=3, validation_size=2, test_size=1, shift_size=4)
+    np.testing.assert_array_equal(small.train.images, whole.train.images[:3])
+    for name, part in small.shifts.items():
+        np.testing.assert_array_equal(part.images, whole.shifts[name].images[:4])
+        np.testing.assert_array_equal(part.labels, whole.shifts[name].labels[:4])
+
+
+def test_seeds_draw_other_images_but_not_of_a_and_digits(whole):
+    other = world(1, train_size=8, validation_size=1, test_size=1, shift_size=8)
+    assert not np.array_equal(other.train.images, whole.train.images[:8])
+    for name, part in other.shifts.items():
+        same = np.array_equal(part.images, whole.shifts[name].images[:8])
+        assert same == (name in ("a", "digits")), name
+
+
+def test_adversarial_file_is_the_one_that_was_chosen():
+    # A digest of the chosen indices: to change set A is to change every number in the tables.
+    chosen = json.loads(sets.ADVERSARIAL_FILE.read_text())
+    indices = np.array(chosen["indices"], "<i4")
+    assert len(indices) == adversarial.SIZE == 2000
+    assert chosen["pool_size"] == sets.POOL_SIZE
+    assert (np.diff(indices) > 0).all() and 0 <= indices[0] and indices[-1] < sets.POOL_SIZE
+    assert hashlib.sha256(indices.tobytes()).hexdigest()[:16] == "4b1194d6f808c8b4"
+
+
+def test_pool_renders_as_it_did_when_a_was_chosen(whole):
+    chosen = json.loads(sets.ADVERSARIAL_FILE.read_text())
+    means = whole.shifts["a"].images.astype(np.float64).mean(axis=(1, 2, 3))
+    # Means are kept to 0.01; another CPU may round a few of 1,728 pixels the other way.
+    np.testing.assert_allclose(means, chosen["means"], atol=0.02)
+    images, labels = sets.pool(np.array(chosen["indices"][10:13]))
+    np.testing.assert_array_equal(images, whole.shifts["a"].images[10:13])
+    np.testing.assert_array_equal(labels, whole.shifts["a"].labels[10:13])
+
+
+def test_lookalikes_are_no_errors():
+    pairs = dict.fromkeys(["O0", "lI", "cC", "aa", "xX"], False)
+    pairs |= dict.fromkeys(["cO", "a4", "x2"], True)
+    labels, predictions = (
+        np.array([CHARACTERS.index(pair[side]) for pair in pairs]) for side in (0, 1)
+    )
+    assert adversarial.is_error(labels, predictions).tolist() == list(pairs.values())
+
+
+@pytest.mark.slow  # its compilation alone takes 20 s on a busy core
+def test_the_network_that_chooses_learns():
+    part = sets.training_set(size=256)
+    params = adversarial.train(part, epochs=20)
+    accuracy = (adversarial.predict(params, part.images) == part.labels).mean()
+    assert accuracy > 0.3  # chance is 0.016
+
+
+def test_digits_are_dark_ink_on_light_paper_and_upright(whole):
+    part = whole.shifts["digits"]
+    assert (part.images == part.images[..., :1]).all()
+    assert (part.images[:, 0, 0].mean(axis=-1) > 200).mean() > 0.95
+    zeros = part.images[part.labels == CHARACTERS.index("0"), ..., 0].mean(axis=0)
+    ones = part.images[part.labels == CHARACTERS.index("1"), ..., 0].mean(axis=0)
+    assert zeros[12, 12] > 200 and ones[12, 12] < 100  # a hole, and a stroke, in the middle
+
+
+@pytest.mark.parametrize("name", ["train_size", "validation_size", "test_size", "shift_size"])
+def test_empty_sets_are_refused(name):
+    with pytest.raises(UserError, match=f"{name} is 0"):
+        world(**{name: 0})
+
+
+def test_negative_seeds_are_refused():
+    with pytest.raises(UserError, match="seed is -1"):
+        world(-1)
