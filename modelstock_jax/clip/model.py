@@ -134,9 +134,25 @@ def init(config: CLIPConfig, key: jax.Array) -> Params:
     return draw(key)
 
 
+@functools.lru_cache(maxsize=64)
+def _abstract(tower: type[nnx.Module], config: CLIPConfig, compute: Compute) -> tuple[Any, Any]:
+    """A module's structure and its parameters' shapes, with nothing drawn."""
+    return nnx.split(nnx.eval_shape(lambda: tower(config, compute, _OneKey())))
+
+
+class _OneKey(nnx.Rngs):
+    """One key for all draws: where only shapes are wanted, splitting keys is most of the time."""
+
+    def __init__(self) -> None:
+        self.key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self.key
+
+
 def abstract_params(config: CLIPConfig) -> Params:
     """Shapes and dtypes of the parameters, with no memory spent: a tree of ShapeDtypeStruct."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return nnx.to_pure_dict(_abstract(CLIP, config, DEFAULT_COMPUTE)[1])
 
 
 def encode_image(
@@ -162,7 +178,7 @@ def encode_image(
             f"encode_image: images of shape {tuple(images.shape)}; the model takes "
             f"[B, {size}, {size}, {channels}]."
         )
-    return nnx.merge(_graph(ImageTower, config, compute), _arrays(tower_params))(images)
+    return nnx.merge(_abstract(ImageTower, config, compute)[0], _arrays(tower_params))(images)
 
 
 def encode_text(
@@ -187,7 +203,7 @@ def encode_text(
         raise UserError(
             f"encode_text: ids of shape {tuple(ids.shape)}; the model takes [B, L <= {most}]."
         )
-    return nnx.merge(_graph(TextTower, config, compute), _arrays(tower_params))(ids)
+    return nnx.merge(_abstract(TextTower, config, compute)[0], _arrays(tower_params))(ids)
 
 
 def classifier(
@@ -222,11 +238,6 @@ def normalise(x: jax.Array) -> jax.Array:
         [[0.0, 1.0]]
     """
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-@functools.lru_cache(maxsize=64)
-def _graph(tower: type[nnx.Module], config: CLIPConfig, compute: Compute) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: tower(config, compute, nnx.Rngs(0))))[0]
 
 
 def _arrays(params: Params) -> Params:

@@ -1,0 +1,186 @@
+"""Safetensors there and back, shards and indexes, and files that lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files import writer
+from modelstock_jax.tensor_files.digests import digest_file, digest_tensors
+from modelstock_jax.tensor_files.reader import INDEX, TensorFiles
+
+TENSORS = {
+    "a.half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
+    "b.turned": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+    "c.scalar": np.float64(2.5),
+    "d.empty": np.zeros((0, 4), np.float16),
+    "e.whole": np.arange(-3, 3, dtype=np.int64),
+    "f.flags": np.array([True, False]),
+}
+
+
+def assert_same(read, written):
+    assert sorted(read) == sorted(written)
+    for name, value in written.items():
+        assert read[name].dtype == read.dtype(name) == np.asarray(value).dtype
+        assert read[name].shape == read.shape(name) == np.shape(value)
+        np.testing.assert_array_equal(read[name], value)
+
+
+def test_round_trip(tmp_path):
+    writer.write_tensors(tmp_path / "model.safetensors", TENSORS, {"step": "3"})
+    files = TensorFiles(tmp_path)
+    assert_same(files, TENSORS)
+    assert_same(TensorFiles(tmp_path / "model.safetensors"), TENSORS)
+    assert files.metadata() == {"format": "pt", "step": "3"}
+    assert len(files) == 6 and "a.half" in files and "nothing" not in files
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_shards_hold_every_tensor_once(tmp_path):
+    writer.write_directory_tensors(tmp_path, TENSORS, max_shard_bytes=40)
+    assert_same(TensorFiles(tmp_path), TENSORS)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert sorted(index["weight_map"]) == sorted(TENSORS)
+    assert index["metadata"]["total_size"] == sum(np.asarray(t).nbytes for t in TENSORS.values())
+    for file in set(index["weight_map"].values()):
+        sizes = [TENSORS[n].nbytes for n, f in index["weight_map"].items() if f == file]
+        assert sum(sizes) <= 40 or len(sizes) == 1
+
+
+def header(length: int, text: bytes) -> bytes:
+    return length.to_bytes(8, "little") + text
+
+
+HOSTILE = {
+    "empty": b"",
+    "header longer than the file": header(10**6, b"{}"),
+    "header of exabytes": header(2**63, b"{}"),
+    "not json": header(4, b"{{{{"),
+    "offsets beyond the end": header(
+        59, b'{"w":{"dtype":"F32","shape":[1000],"data_offsets":[0,4000]}}'[:59]
+    ),
+    "a pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_files_are_named(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors: not a whole safetensors file"):
+        TensorFiles(tmp_path)
+
+
+def test_what_an_index_may_not_say(tmp_path):
+    writer.write_directory_tensors(tmp_path, TENSORS, max_shard_bytes=40)
+    index = tmp_path / INDEX
+    places = json.loads(index.read_text())["weight_map"]
+
+    def refuse(message, **changes):
+        kept = {k: v for k, v in {**places, **changes}.items() if v is not None}
+        index.write_text(json.dumps({"weight_map": kept}))
+        with pytest.raises(UserError, match=message):
+            TensorFiles(tmp_path)
+
+    refuse(
+        "'../model.safetensors' is not the name of a file beside it",
+        **{"x": "../model.safetensors"},
+    )
+    refuse("'/etc/passwd' is not the name", **{"x": "/etc/passwd"})
+    refuse("3 is not the name", **{"x": 3})
+    refuse("names files that are not there: gone.safetensors", **{"x": "gone.safetensors"})
+    refuse("promises tensors that no shard holds: x", **{"x": places["a.half"]})
+    refuse("holds 'd.empty', which the index does not place there", **{"d.empty": None})
+    refuse("model.bin: a pickle file can run code", **{"x": "model.bin"})
+    index.write_text("[]")
+    with pytest.raises(UserError, match="has no 'weight_map'"):
+        TensorFiles(tmp_path)
+
+
+def test_paths(tmp_path):
+    with pytest.raises(UserError, match="gone: no such file or directory"):
+        TensorFiles(tmp_path / "gone")
+    with pytest.raises(UserError, match="no safetensors file; expected model.safetensors"):
+        TensorFiles(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "model.pt"):
+        with pytest.raises(UserError, match="model.pt: a pickle file can run code"):
+            TensorFiles(path)
+    writer.write_tensors(tmp_path / "one.safetensors", TENSORS)
+    assert_same(TensorFiles(tmp_path), TENSORS)
+    writer.write_tensors(tmp_path / "two.safetensors", TENSORS)
+    with pytest.raises(UserError, match="2 safetensors files and no index"):
+        TensorFiles(tmp_path)
+
+
+def test_unsupported_dtype_is_named(tmp_path):
+    writer.write_tensors(tmp_path / "m.safetensors", {"w": np.ones(2, ml_dtypes.float8_e4m3fn)})
+    files = TensorFiles(tmp_path)
+    assert files.shape("w") == (2,)
+    with pytest.raises(UserError, match="'w' has dtype F8_E4M3, which is not supported"):
+        files["w"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    writer.write_tensors(path, {"w": np.ones(3)})
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "save_file", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        writer.write_tensors(path, {"w": np.zeros(3)})
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_directory_appears_whole_or_not(tmp_path):
+    target = tmp_path / "deep" / "model"
+    with pytest.raises(RuntimeError), writer.new_directory(target) as beside:
+        (beside / "half").write_text("x")
+        raise RuntimeError
+    assert not target.exists() and list(target.parent.iterdir()) == []
+    with writer.new_directory(target) as beside:
+        (beside / "file").write_text("new")
+    assert (target / "file").read_text() == "new"
+    assert oct(target.stat().st_mode & 0o777) == oct(target.parent.stat().st_mode & 0o777)
+    with pytest.raises(UserError, match="exists already"), writer.new_directory(target):
+        pass
+    with pytest.raises(RuntimeError), writer.new_directory(target, overwrite=True):
+        raise RuntimeError
+    assert (target / "file").read_text() == "new"
+    with writer.new_directory(target, overwrite=True) as beside:
+        (beside / "other").write_text("newer")
+    assert [p.name for p in target.iterdir()] == ["other"]
+    assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file.model: cannot be written"):
+        with writer.new_directory(tmp_path / "file" / "model"):
+            pass
+
+
+def test_digests_see_every_bit_name_shape_and_dtype(tmp_path):
+    base = {"a": np.zeros((2, 3), np.float32), "b": np.ones(1, np.float32)}
+    variants = [
+        {**base, "a": np.zeros((3, 2), np.float32)},
+        {**base, "a": np.zeros((2, 3), np.int32)},
+        {**base, "a": np.full((2, 3), -0.0, np.float32)},
+        {"a": base["b"], "b": base["a"]},
+        {"a": base["a"]},
+    ]
+    digests = {digest_tensors(v) for v in [base, *variants]}
+    assert len(digests) == 6
+    assert digest_tensors(TENSORS) == digest_tensors(dict(reversed(TENSORS.items())))
+    path = tmp_path / "f"
+    path.write_bytes(os.urandom(1000))
+    assert digest_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
