@@ -11,11 +11,11 @@ def get_config() -> ConfigDict:
 
     # What to run: 'finetune' (replicas, merges, evaluation) or 'pretrain' (a CLIP from scratch).
     config.task = "finetune"
-    # Directory of the pretrained CLIP in Hugging Face's layout; 'glyph-clip' ships with the package.
+    # The pretrained CLIP's directory in Hugging Face's layout; 'glyph-clip' ships with the package.
     config.pretrained = "glyph-clip"
     # Replica r of a run uses the data order and augmentation of (seed, r).
     config.seed = 0
-    # Repeats the run with seeds seed, seed + 1, ...; the tables then show means and standard errors.
+    # Runs seeds seed, seed + 1, ...; the tables then show means and standard errors.
     config.num_seeds = 1
     # N, the copies being fine-tuned.
     config.num_replicas = 2

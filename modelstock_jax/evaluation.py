@@ -53,10 +53,13 @@ def make_evaluator(
             if image_set.classes is not None:
                 allowed[:] = False
                 allowed[list(image_set.classes)] = True
-            pending[image_set.name] = [
-                count_right(params, jax.device_put(batch, split), allowed)
-                for batch in eval_batches(image_set, batch_size)
-            ], len(image_set.labels)
+            pending[image_set.name] = (
+                [
+                    count_right(params, jax.device_put(batch, split), allowed)
+                    for batch in eval_batches(image_set, batch_size)
+                ],
+                len(image_set.labels),
+            )
         return {
             name: 100.0 * sum(int(count) for count in counts) / total
             for name, (counts, total) in pending.items()

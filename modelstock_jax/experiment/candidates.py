@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from modelstock_jax.merging import (
@@ -45,7 +44,7 @@ class Candidate:
 
 def after_training(
     config: ConfigDict, anchor: PyTree, replicas: PyTree, num_heads: int
-) -> tuple[Stats, Iterator[Candidate]]:
+) -> tuple[Stats, Iterator[Candidate], int]:
     """Every model that can be made of replicas trained without a merge between them.
 
     Args:
@@ -55,7 +54,7 @@ def after_training(
       num_heads: for the merge unit `head`.
 
     Returns:
-      The geometry of the replicas under `merge.unit`, and the candidates one by one.
+      The geometry of the replicas under `merge.unit`, the candidates one by one, and how many.
     """
     count = config.num_replicas
     options = {"unit": config.merge.unit, "num_heads": num_heads}
@@ -89,4 +88,5 @@ def after_training(
             predicted = total_distance(by_unit).merged
             yield Candidate("model_stock", merged, count, predicted, team | {"unit": unit})
 
-    return stats, candidates()
+    curves = 2 * len(config.evaluation.wise_ft_alphas)
+    return stats, candidates(), count + curves + 4 + len(config.evaluation.units)

@@ -35,13 +35,17 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     reports = [document["geometry"] for document in documents if "geometry" in document]
     if reports:
         plots.angle_by_layer(layer_rows(reports), figures / "angle_by_layer.png")
-    histories = {
-        run: history for run, lines in logs.items() if (history := _merge_history(lines))
-    }
+    histories = {run: history for run, lines in logs.items() if (history := _merge_history(lines))}
     if histories:
         first = dict(list(histories.items())[:1])
         plots.ratio_over_merges(first, figures / "ratio_over_epochs.png")
     screen_table(rows)
+
+
+def last_ratios(workdir: Path, run: str) -> dict[str, dict[str, float]] | None:
+    """Ratios of a run's last merge by kind of tensor, as `layers.ratio_summary` gives them."""
+    history = _merge_history(read_metrics(workdir / "runs" / run))
+    return history[-1]["ratios"] if history else None
 
 
 def _gather_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
@@ -52,7 +56,9 @@ def _gather_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
         for path in sorted(runs.rglob("metrics.jsonl"))
     }
     lines = [
-        json.dumps({"run": run, **entry}, sort_keys=True) for run, log in logs.items() for entry in log
+        json.dumps({"run": run, **entry}, sort_keys=True)
+        for run, log in logs.items()
+        for entry in log
     ]
     write_text(workdir / "metrics.jsonl", "".join(line + "\n" for line in lines))
     return logs

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from modelstock_jax.evaluation import make_evaluator
 from modelstock_jax.experiment import results
-from modelstock_jax.experiment.candidates import Candidate, after_training, distance
+from modelstock_jax.experiment.candidates import Candidate, after_training
+from modelstock_jax.experiment.evaluate import Measure
 from modelstock_jax.experiment.export import export
 from modelstock_jax.experiment.pretrained import open_pretrained, pretrain
 from modelstock_jax.experiment.workdir import claim
 from modelstock_jax.merging import report
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.progress import Progress
-from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.training.finetune import (
     Benchmark,
     Classifier,
@@ -26,9 +26,9 @@ from modelstock_jax.training.finetune import (
     finetuning_task,
     load_benchmark,
 )
-from modelstock_jax.training.loop import Trainer
+from modelstock_jax.training.loop import Result, Trainer
 
-PyTree = Any
+Document = dict[str, Any]
 
 
 def run(config: ConfigDict, workdir: str | Path, command: str = "") -> None:
@@ -47,101 +47,96 @@ def run(config: ConfigDict, workdir: str | Path, command: str = "") -> None:
     if config.task == "pretrain":
         pretrain(config, workdir)
         return
-    checkpoint = open_pretrained(config.pretrained)
+    pretrained = open_pretrained(config.pretrained)
     data = load_benchmark(config.data.name)
-    anchor = anchor_classifier(config, checkpoint, data)
-    study = Study(config, workdir, anchor, data)
-    seeds = range(config.seed, config.seed + config.num_seeds)
-    documents = [study.zero_shot(), *(study.seed(seed) for seed in seeds)]
+    study = Study(config, workdir, anchor_classifier(config, pretrained, data), data)
+    documents = [study.zero_shot()]
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        documents.append(study.one_seed(seed))
+    if study.merges:
+        rows = [documents[0]["rows"][0], documents[1]["rows"][-1]]
+        export(
+            workdir / "model",
+            config,
+            pretrained,
+            study.train(config.seed, "merged").merged,
+            data.class_names,
+            rows,
+            results.last_ratios(workdir, f"seed_{config.seed}/merged"),
+            command,
+        )
     results.write(workdir, config, documents)
-    export(workdir, config, checkpoint, study, documents, command)
 
 
 class Study:
-    """Trains and measures one seed after the other; a finished seed is read, not run again."""
+    """Trains and measures one seed after the other; what is finished is read, not run again."""
 
     def __init__(
         self, config: ConfigDict, workdir: Path, anchor: Classifier, data: Benchmark
     ) -> None:
+        """Reads and trains nothing yet."""
         self.config, self.workdir, self.anchor, self.data = config, workdir, anchor, data
-        self.merged: dict[int, PyTree] = {}
-        self._evaluate = None
+        # Every mistake in the config shows here, before anything is trained.
+        trainer = self._trainer(config.seed, "merged")
+        self.merges = trainer.merge_steps > 0
+        self._measure = Measure(config, anchor, data, trainer.mesh)
 
-    def zero_shot(self) -> dict[str, Any]:
+    def zero_shot(self) -> Document:
         """The anchor's row."""
-        return self._document(
-            "zero_shot", lambda: {"rows": self._rows([Candidate("zero_shot", self.anchor.params, 0)], None)}
-        )
+        candidate = Candidate("zero_shot", self.anchor.params, 0)
+        return self._once("zero_shot", lambda: {"rows": self._rows([candidate], 1, None)})
 
-    def seed(self, seed: int) -> dict[str, Any]:
-        """Rows, geometry and merges of one seed."""
-        return self._document(f"seed_{seed}", lambda: self._run_seed(seed))
+    def one_seed(self, seed: int) -> Document:
+        """Rows of every model that one seed gives, and the geometry of its unmerged replicas."""
+        return self._once(f"seed_{seed}", lambda: self._compare(seed))
 
-    def _document(self, name: str, make) -> dict[str, Any]:
+    def train(self, seed: int, arm: str) -> Result:
+        """Trains an arm to its end: `merged` as the config says, or `unmerged`, with no merges."""
+        return self._trainer(seed, arm).run()
+
+    def _trainer(self, seed: int, arm: str) -> Trainer:
+        config = self.config.copy_and_resolve_references()
+        config.seed = seed
+        if arm == "unmerged":
+            config.merge.every = "never"
+        task = finetuning_task(config, self.anchor, self.data)
+        return Trainer(config, task, self.workdir, f"seed_{seed}/{arm}")
+
+    def _once(self, name: str, make: Callable[[], Document]) -> Document:
         path = self.workdir / "runs" / name / "results.json"
         if not path.exists():
             write_json(path, make())
         return json.loads(path.read_text())
 
-    def trainer(self, seed: int, name: str) -> Trainer:
-        """The trainer of one arm: `merged` as the config says, `unmerged` with no merges."""
-        config = self.config.copy_and_resolve_references()
-        config.seed = seed
-        if name == "unmerged":
-            config.merge.every = "never"
-        task = finetuning_task(config, self.anchor, self.data)
-        return Trainer(config, task, self.workdir, f"seed_{seed}/{name}")
+    def _compare(self, seed: int) -> Document:
+        config, anchor = self.config, self.anchor
+        document, rows = {}, []
+        if config.compare or not self.merges:
+            replicas = jax.device_get(self.train(seed, "unmerged").state.params)
+            stats, models, count = after_training(config, anchor.params, replicas, anchor.num_heads)
+            sizes = [leaf.size for leaf in jax.tree.leaves(anchor.params)]
+            document["geometry"] = [
+                row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)
+            ]
+            rows += self._rows(models, count, seed)
+        if self.merges:
+            merged = self.train(seed, "merged").merged
+            details = {"num_replicas": config.num_replicas}
+            model = Candidate(_method(config), merged, config.num_replicas, None, details)
+            rows += self._rows([model], 1, seed)
+        return document | {"rows": rows}
 
-    def _run_seed(self, seed: int) -> dict[str, Any]:
-        config, document = self.config, {}
-        arms = ["unmerged"] * bool(config.compare) + ["merged"]
-        candidates: list[Candidate] = []
-        for arm in arms:
-            trainer = self.trainer(seed, arm)
-            result = trainer.run()
-            if arm == "unmerged" or not trainer.merge_steps:
-                replicas = jax.device_get(result.state.params)
-                stats, models = after_training(
-                    config, self.anchor.params, replicas, self.anchor.num_heads
-                )
-                candidates.extend(models)
-                document["geometry"] = report(stats)
-            else:
-                method = _merged_method(config)
-                details = {"num_replicas": config.num_replicas}
-                candidates.append(
-                    Candidate(method, result.merged, config.num_replicas, None, details)
-                )
-        document["rows"] = self._rows(candidates, seed)
-        return document
-
-    def _rows(self, candidates: list[Candidate], seed: int | None) -> list[dict[str, Any]]:
-        if self._evaluate is None:
-            trainer = self.trainer(self.config.seed, "merged")
-            self._evaluate = make_evaluator(
-                self.anchor.apply,
-                self.anchor.normalize,
-                trainer.mesh,
-                self.config.evaluation.batch_size,
-            )
-        data = self.data
-        sets = [data.validation, data.test, *data.shifts.values()]
-        images = sum(len(image_set) for image_set in sets)
+    def _rows(self, models, count: int, seed: int | None) -> list[dict[str, Any]]:
         rows = []
-        title = "evaluate" if seed is None else f"seed_{seed}/evaluate"
-        with Progress(title, len(candidates), images_per_step=images) as progress:
-            for done, model in enumerate(candidates, 1):
-                accuracy = self._evaluate(model.params, sets)
+        with Progress("evaluate", count, images_per_step=self._measure.num_images) as progress:
+            for done, model in enumerate(models, 1):
                 rows.append(
-                    make_row(
+                    self._measure.row(
                         model.method,
-                        id=accuracy[data.test.name],
-                        shifts={name: accuracy[s.name] for name, s in data.shifts.items()},
+                        model.params,
                         seed=seed,
                         cost=model.cost,
-                        distance_to_anchor=float(distance(model.params, self.anchor.params)),
                         predicted_distance=model.predicted_distance,
-                        validation=accuracy[data.validation.name],
                         **model.details,
                     )
                 )
@@ -149,9 +144,10 @@ class Study:
         return rows
 
 
-def _merged_method(config: ConfigDict) -> str:
+def _method(config: ConfigDict) -> str:
     if config.merge.carry_noise != "off":
         return "carried"
-    if config.merge.every == "end":
-        return "model_stock" if config.merge.method == "stock" else "mean"
-    return "periodic" if config.merge.method == "stock" else "periodic_mean"
+    at_end = config.merge.every == "end"
+    if config.merge.method == "mean":
+        return "mean" if at_end else "periodic_mean"
+    return "model_stock" if at_end else "periodic"

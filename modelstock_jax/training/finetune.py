@@ -120,9 +120,7 @@ def finetuning_task(config: ConfigDict, anchor: Classifier, data: Benchmark) -> 
 
     return Task(
         params=anchor.params,
-        loss_fn=cross_entropy(
-            anchor.apply, prepare, label_smoothing=config.label_smoothing
-        ),
+        loss_fn=cross_entropy(anchor.apply, prepare, label_smoothing=config.label_smoothing),
         batches=lambda start: train_batches(
             data.train,
             batch_size=config.batch_size,

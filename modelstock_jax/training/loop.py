@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,6 +17,7 @@ from modelstock_jax.reporting.metrics import MetricsWriter
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training import sharding
 from modelstock_jax.training.checkpoints import Checkpoints
+from modelstock_jax.training.interruption import STOPPED, Interruption
 from modelstock_jax.training.merge import make_merge, steps_between_merges
 from modelstock_jax.training.objectives import Loss
 from modelstock_jax.training.optimizer import make_optimizer
@@ -26,7 +25,6 @@ from modelstock_jax.training.state import TrainState, init_state
 from modelstock_jax.training.step import make_train_step
 
 PyTree = Any
-STOPPED = 143  # 128 + SIGTERM, as a shell reports it.
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ class Trainer:
         self.anchor = jax.device_put(task.params, whole)
         noise = None
         if self.merge_steps and config.merge.carry_noise != "off":
-            noise = zero_noise(
-                task.params, unit=config.merge.unit, num_heads=task.num_heads
-            )
+            noise = zero_noise(task.params, unit=config.merge.unit, num_heads=task.num_heads)
 
         def start(params):
             return init_state(
@@ -152,7 +148,7 @@ class Trainer:
             images = config.num_replicas * config.batch_size
             with (
                 MetricsWriter(self.workdir, first or None) as metrics,
-                _Interruption() as interruption,
+                Interruption() as interruption,
                 Progress(self.name, task.num_steps, done=first, images_per_step=images) as progress,
             ):
                 late = None
@@ -210,7 +206,9 @@ class Trainer:
                     "optimizer.learning_rate. The last checkpoint is untouched"
                 )
         scalars = {
-            f"train/{name}/replica_{r}": float(x) for name, v in values.items() for r, x in enumerate(v)
+            f"train/{name}/replica_{r}": float(x)
+            for name, v in values.items()
+            for r, x in enumerate(v)
         }
         metrics.write(step, scalars)
         progress.update(step, {name: values[name].mean() for name in ("loss", "accuracy")})
@@ -227,24 +225,3 @@ class Trainer:
 
 def _saved(state: TrainState) -> dict[str, PyTree]:
     return {name: value for name, value in state._asdict().items() if value is not None}
-
-
-class _Interruption:
-    """Turns SIGTERM and Ctrl-C into a request that the loop grants after a save."""
-
-    requested = False
-
-    def __enter__(self) -> _Interruption:
-        self._before = {}
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            self._before[kind] = signal.signal(kind, self._request)
-        return self
-
-    def _request(self, number, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *_) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)

@@ -38,9 +38,7 @@ def steps_between_merges(every: str, steps_per_epoch: int, num_steps: int) -> in
         return named[every]
     if every.isdigit() and int(every) > 0:
         return int(every)
-    raise UserError(
-        f"merge.every={every!r}: write 'epoch', 'end', 'never' or a number of steps"
-    )
+    raise UserError(f"merge.every={every!r}: write 'epoch', 'end', 'never' or a number of steps")
 
 
 def merge_opt_state(policy: str, opt_state: PyTree, tx: optax.GradientTransformation, params):

@@ -54,9 +54,7 @@ def contrastive(
     def loss_fn(params, batch, key):
         images = encode_image(params["image_tower"], prepare(key, batch["image"]))
         texts = encode_text(params["text_tower"], batch["text"])
-        images, texts = (
-            x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (images, texts)
-        )
+        images, texts = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (images, texts))
         images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
         texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
         scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))

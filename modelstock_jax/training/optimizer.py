@@ -14,7 +14,9 @@ from modelstock_jax.errors import UserError
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+def make_optimizer(
+    config: ConfigDict, num_steps: int
+) -> tuple[optax.GradientTransformation, Schedule]:
     """AdamW's direction and the learning rate that the step multiplies it by.
 
     The two are apart so that resetting or averaging the moments at a merge can never touch

@@ -37,7 +37,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, opt_state, params)
         rate = schedule(step)
         params = jax.tree.map(lambda w, u: w - (rate * u).astype(w.dtype), params, updates)
-        metrics = metrics | {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        metrics = metrics | {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return params, opt_state, metrics
 
     def train_step(state, batch):

@@ -1,0 +1,75 @@
+"""A whole run in a process of its own: a tiny random CLIP on the true glyph world."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from modelstock_jax.clip import weights
+from modelstock_jax.clip.checkpoint import Checkpoint
+from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.clip.model import init
+from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.data import glyphs
+
+ROOT = Path(__file__).parents[2]
+STEPS_PER_EPOCH = 8
+
+
+def save_anchor(directory: Path) -> Path:
+    """A random CLIP of one block with the glyph world's tokenizer."""
+    size = dict(hidden_size=12, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1)
+    config = CLIPConfig(
+        VisionConfig(**size, image_size=24, patch_size=12),
+        TextConfig(
+            **size,
+            vocab_size=272,
+            max_position_embeddings=26,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        ),
+        projection_dim=8,
+    )
+    params = jax.tree.map(np.asarray, init(config, jax.random.key(0)))
+    tokenizer = Path(glyphs.__file__).parent / "tokenizer"
+    pixels = Preprocessor((0.5,) * 3, (0.25,) * 3, 24)
+    return weights.save(directory, Checkpoint(config, params, pixels, tokenizer))
+
+
+def arguments(anchor: Path, workdir: Path, *more: str) -> list[str]:
+    return [
+        "--config=configs/glyphs.py",
+        f"--workdir={workdir}",
+        f"--config.pretrained={anchor}",
+        "--config.batch_size=512",
+        "--config.epochs=2",
+        "--config.checkpoint.every=3",
+        "--config.evaluation.wise_ft_alphas=(0.5,)",
+        *more,
+    ]
+
+
+def start(*args: str, program: tuple[str, ...] = ("launch.py",)) -> subprocess.Popen:
+    """`python launch.py ...` on one CPU device, as a user starts it."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    return subprocess.Popen(
+        [sys.executable, *program, *args],
+        cwd=ROOT,
+        env=env | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*args: str, program: tuple[str, ...] = ("launch.py",)) -> tuple[int, str]:
+    """Runs to the end; exit code and all that was printed."""
+    process = start(*args, program=program)
+    output, _ = process.communicate(timeout=540)
+    return process.returncode, output

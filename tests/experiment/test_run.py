@@ -1,0 +1,115 @@
+"""From the command to the results, with kills on the way: real processes, real files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from modelstock_jax.clip import weights
+from tests.experiment import small_run
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory):
+    return small_run.save_anchor(tmp_path_factory.mktemp("anchor") / "clip")
+
+
+@pytest.fixture(scope="module")
+def finished(anchor, tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("finished")
+    code, output = small_run.finish(*small_run.arguments(anchor, workdir))
+    assert code == 0, output
+    return workdir, output
+
+
+def test_a_run_leaves_everything(finished):
+    workdir, output = finished
+    results = json.loads((workdir / "results.json").read_text())
+    methods = [row["method"] for row in results["rows"]]
+    assert methods[0] == "zero_shot" and methods[-1] == "periodic"
+    assert {"replica", "mean", "wise_ft", "constant_ratio", "model_stock", "weighted"} <= {*methods}
+    for row in results["rows"]:
+        assert {"method", "id", "shifts", "avg_shifts", "seed", "cost"} <= row.keys()
+        assert set(row["shifts"]) == {"v2", "r", "sketch", "objectnet", "a", "digits"}
+        assert row["avg_shifts"] == pytest.approx(np.mean(list(row["shifts"].values())))
+        assert 0 <= row["id"] <= 100
+    rows = {row["method"]: row for row in results["rows"]}
+    # The control lies at the stock's distance from the anchor by its definition; float32 weights.
+    assert rows["constant_ratio"]["distance_to_anchor"] == pytest.approx(
+        rows["model_stock"]["distance_to_anchor"], rel=1e-5
+    )
+    assert rows["zero_shot"]["distance_to_anchor"] == 0 and rows["zero_shot"]["cost"] == 0
+    assert rows["periodic"]["cost"] == 2 and rows["periodic"]["predicted_distance"] is None
+    predicted = [rows[m]["predicted_distance"] for m in ("replica", "mean", "model_stock")]
+    assert predicted[0] > predicted[1] > predicted[2] > 0
+    assert (workdir / "results.md").read_text().count("|") > 50
+    for name in ("id_against_shifts", "angle_by_layer", "ratio_over_epochs"):
+        assert (workdir / f"figures/{name}.png").stat().st_size > 10_000
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {line["run"] for line in lines} == {"seed_0/merged", "seed_0/unmerged"}
+    assert list(workdir.rglob("events.out.tfevents*"))
+    assert "Model Stock" in output and "images/s" in output
+
+
+def test_the_merged_model_is_the_one_that_was_measured(finished, anchor):
+    workdir, _ = finished
+    model = weights.load(workdir / "model")
+    assert model.labels is not None and len(model.labels) == 62
+    text = weights.load(anchor).params["text_tower"]
+    jax.tree.map(np.testing.assert_array_equal, model.params["text_tower"], text)
+    card = (workdir / "model/README.md").read_text()
+    assert "model-stock" in card and weights.load(anchor).fingerprint in card
+    last = workdir / "runs/seed_0/merged/merged/16"
+    periodic = json.loads((workdir / "results.json").read_text())["rows"][-1]
+    for checkpoint in (workdir / "model", last):
+        code, output = small_run.finish(
+            "--mode=eval", f"--checkpoint={checkpoint}", f"--config.pretrained={anchor}"
+        )
+        assert code == 0, output
+        assert f"{periodic['id']:.2f}" in output and f"{periodic['avg_shifts']:.2f}" in output
+
+
+def test_the_same_command_again_changes_nothing(finished, anchor):
+    workdir, _ = finished
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    code, output = small_run.finish(*small_run.arguments(anchor, workdir))
+    assert code == 0, output
+    for path, content in before.items():
+        if path.suffix in (".json", ".jsonl", ".md", ".safetensors"):
+            assert path.read_bytes() == content, path
+    assert "Model Stock" in output
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_in_the_middle_of_an_epoch_and_resumed(finished, anchor, tmp_path, kind):
+    arguments = small_run.arguments(anchor, tmp_path)
+    process = small_run.start(*arguments)
+    # Step 11 is in the middle of the second epoch: the run has merged once.
+    state = tmp_path / "runs/seed_0/merged/state"
+    deadline = time.monotonic() + 400
+    while not any(int(p.name) >= 9 for p in state.glob("*") if p.name.isdigit()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(kind)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 143), output
+    assert not (tmp_path / "results.json").exists()
+    if kind == signal.SIGTERM:
+        assert "the same command goes on" in output
+    code, output = small_run.finish(*arguments)
+    assert code == 0, output
+    assert "goes on from step" in output
+    whole, _ = finished
+    for name in ("results.md", "model/model.safetensors", "model/head.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = (json.loads((d / "results.json").read_text()) for d in (tmp_path, whole))
+    assert ours == theirs
+    ours, theirs = ((d / "metrics.jsonl").read_text() for d in (tmp_path, whole))
+    assert ours == theirs

@@ -1,0 +1,158 @@
+"""The merge inside training: when, with what, and what becomes of the moments."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.merging import model_stock, model_stock_carried, uniform_mean
+from modelstock_jax.training import sharding
+from modelstock_jax.training.checkpoints import Checkpoints
+from modelstock_jax.training.merge import merge_opt_state, steps_between_merges
+from modelstock_jax.training.optimizer import make_optimizer
+from modelstock_jax.training.state import replicate
+from tests.training import tiny
+
+
+def replicas_before_merge(workdir, steps, **changes):
+    """The replicas as they are just before the merge at step `steps` of a run."""
+    changes = changes | {"merge__every": "never"}
+    trainer = tiny.trainer(workdir, epochs=1, **changes)
+    assert trainer.task.num_steps == steps
+    return trainer.run().state.params
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4)])
+def test_training_merge_equals_the_librarys(tmp_path, shape):
+    mesh = {"mesh__replica": shape[0], "mesh__data": shape[1]}
+    # The learning rate of a run depends on its length alone: one epoch of two, and one of one.
+    replicas = replicas_before_merge(tmp_path / "apart", 4, **mesh)
+    trainer = tiny.trainer(tmp_path / "merged", epochs=1, merge__every="end", **mesh)
+    merged = trainer.run().merged
+    same_mesh, _ = jax.jit(model_stock)(trainer.anchor, replicas)
+    chex.assert_trees_all_equal(merged, same_mesh)
+    # On one device the sums run in another order.
+    alone, stats = model_stock(tiny.params(), jax.device_get(replicas))
+    logged = [line for line in _lines(tmp_path / "merged") if "merge/epoch" in line]
+    assert len(logged) == 1
+    for path, ratio in jax.tree_util.tree_flatten_with_path(stats.ratio)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        assert abs(logged[0][f"merge/ratio/{name}"] - float(ratio)) <= 1e-6, name
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone, tiny.params())
+    chex.assert_trees_all_close(merged, alone, atol=1e-6 * max(jax.tree.leaves(moved)) + 1e-7)
+
+
+def test_every_replica_restarts_from_the_merged_model(tmp_path):
+    trainer = tiny.trainer(tmp_path, epochs=2)
+    result = trainer.run()
+    chex.assert_trees_all_equal(result.state.params, replicate(result.merged, 2))
+    with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:
+        assert merges.steps == [4, 8]
+        chex.assert_trees_all_equal(merges.restore(8, trainer.anchor), result.merged)
+    with Checkpoints(tmp_path / "runs/run/anchor", keep=0) as anchors:
+        chex.assert_trees_all_equal(anchors.restore(0, trainer.anchor), tiny.params())
+
+
+@pytest.mark.parametrize("every", ["3", "end", "epoch"])
+def test_merges_happen_when_they_are_due_and_at_the_end(tmp_path, every):
+    result = tiny.trainer(tmp_path, epochs=2, merge__every=every).run()
+    steps = [round(4 * line["merge/epoch"]) for line in _lines(tmp_path) if "merge/epoch" in line]
+    assert steps == {"3": [3, 6, 8], "end": [8], "epoch": [4, 8]}[every]
+    assert result.merged is not None
+
+
+def test_carried_noise_goes_from_merge_to_merge(tmp_path):
+    trainer = tiny.trainer(tmp_path, epochs=1, merge__every="2", merge__carry_noise="every")
+    state = trainer.start(trainer.task.params)
+    chex.assert_trees_all_equal(state.noise, jax.tree.map(lambda _: jnp.zeros(()), state.noise))
+    stream = trainer.task.batches(0)
+    noise = None
+    for last in (False, True):
+        for _ in range(2):
+            state, _ = trainer.step(state, sharding.put_batch(trainer.mesh, next(stream)))
+        replicas = jax.device_get(state.params)
+        want, _, noise = model_stock_carried(tiny.params(), replicas, noise)
+        state, merged, _ = trainer.merges[last](trainer.anchor, state)
+        chex.assert_trees_all_close(merged, want, atol=1e-7)
+        chex.assert_trees_all_close(state.noise, noise, rtol=1e-5, atol=1e-12)
+    assert max(float(x) for x in jax.tree.leaves(noise)) > 0
+
+
+def test_the_mean_is_the_merge_of_the_control(tmp_path):
+    replicas = replicas_before_merge(tmp_path / "apart", 4)
+    trainer = tiny.trainer(tmp_path / "m", epochs=1, merge__every="end", merge__method="mean")
+    want, _ = jax.jit(uniform_mean)(trainer.anchor, replicas)
+    chex.assert_trees_all_equal(trainer.run().merged, want)
+
+
+def test_moments_at_a_merge():
+    params = replicate({"w": jnp.array([1.0, 2.0])}, 2)
+    tx, _ = make_optimizer(tiny.config().optimizer, 10)
+    state = jax.vmap(tx.init)(params)
+    gradients = {"w": jnp.array([[0.1, 0.2], [0.3, -0.6]])}
+    _, state = jax.vmap(tx.update)(gradients, state, params)
+    chex.assert_trees_all_equal(merge_opt_state("keep", state, tx, params), state)
+    chex.assert_trees_all_equal(
+        merge_opt_state("reset", state, tx, params), jax.vmap(tx.init)(params)
+    )
+    averaged = merge_opt_state("average", state, tx, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(averaged, state)
+    adam, mean = state[1], averaged[1]
+    np.testing.assert_allclose(mean.mu["w"], np.tile(adam.mu["w"].mean(0), (2, 1)), rtol=1e-6)
+    np.testing.assert_allclose(mean.nu["w"], np.tile(adam.nu["w"].mean(0), (2, 1)), rtol=1e-6)
+    np.testing.assert_array_equal(mean.count, [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"num_replicas": 1}, "num_replicas"),
+        ({"merge__every": "sometimes"}, "merge.every"),
+        ({"merge__opt_state": "forget"}, "merge.opt_state"),
+        ({"merge__carry_noise": "yes"}, "merge.carry_noise"),
+        ({"merge__method": "soup"}, "merge.method"),
+        ({"merge__unit": "tensors"}, "tensors"),
+        ({"merge__method": "mean", "merge__carry_noise": "every"}, "merge.carry_noise"),
+        ({"compute__execution": "loop"}, "compute.execution"),
+        ({"compute__execution": "map", "mesh__replica": 2}, "map"),
+        ({"mesh__replica": 16}, "mesh"),
+        ({"mesh__data": 5}, "mesh.data"),
+        ({"optimizer__warmup_steps": 100}, "warm-up"),
+        ({"optimizer__learning_rate": -1.0}, "learning_rate"),
+    ],
+)
+def test_a_mistake_in_the_config_is_named_before_training(tmp_path, changes, word):
+    with pytest.raises(UserError, match=word):
+        tiny.trainer(tmp_path, **changes).run()
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
+def test_steps_between_merges_refuses_zero():
+    with pytest.raises(UserError, match="merge.every"):
+        steps_between_merges("0", 4, 8)
+
+
+def test_a_diverged_replica_is_named_and_never_merged(tmp_path):
+    trainer = tiny.trainer(tmp_path, epochs=1, merge__every="end")
+    start = trainer.start
+
+    def spoiled(params):
+        state = start(params)
+        weights = jax.tree.map(lambda x: x.at[1].multiply(jnp.nan), state.params)
+        return state._replace(params=weights)
+
+    trainer.start = spoiled
+    with pytest.raises(UserError, match=r"replica 1 .*step 1"):
+        trainer.run()
+    with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:
+        assert merges.steps == []
+
+
+def _lines(workdir):
+    from modelstock_jax.reporting.metrics import read_metrics
+
+    return read_metrics(workdir / "runs/run")

@@ -1,0 +1,91 @@
+"""A tiny classifier in training: one block of width 12 on 12 x 12 images of random pixels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.clip.model import classifier, init
+from modelstock_jax.clip.transformer import Compute
+from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.pipeline import steps_per_epoch, train_batches
+from modelstock_jax.training.loop import Task, Trainer
+from modelstock_jax.training.objectives import cross_entropy
+
+CLASSES = 5
+
+
+def clip_config() -> CLIPConfig:
+    size = dict(hidden_size=12, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1)
+    return CLIPConfig(
+        VisionConfig(**size, image_size=12, patch_size=6),
+        TextConfig(**size, vocab_size=9, max_position_embeddings=4),
+        projection_dim=8,
+    )
+
+
+def params(dtype=np.float32):
+    """An anchor: image tower and head, all of it away from zeros and ones."""
+    tree = {
+        "image_tower": init(clip_config(), jax.random.key(3))["image_tower"],
+        "head": {"kernel": jnp.zeros((8, CLASSES)), "bias": jnp.zeros(CLASSES)},
+    }
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), dtype), tree)
+
+
+def images(count: int = 64, seed: int = 1) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (count, 12, 12, 3)).astype(np.uint8)
+    return ImageSet("train", pixels, rng.integers(0, CLASSES, count).astype(np.int32))
+
+
+def loss_fn(dtype=jnp.float32):
+    apply = classifier(clip_config(), Compute(dtype=dtype))
+
+    def prepare(key, pixels):
+        noise = jax.random.uniform(key, (pixels.shape[0], 1, 1, 1), dtype)
+        return pixels.astype(dtype) / 255.0 + 0.1 * noise
+
+    return cross_entropy(apply, prepare, label_smoothing=0.1)
+
+
+def config(**changes):
+    """The defaults at this size; `changes` by dotted name with '__' for the dot."""
+    config = default.get_config()
+    config.batch_size = 16
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 2
+    config.checkpoint.every = 1000
+    config.log_every = 1
+    config.mesh.replica = config.mesh.data = 1
+    with config.unlocked():
+        for name, value in changes.items():
+            config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config
+
+
+def task(config, epochs: int = 2, dtype=np.float32) -> Task:
+    train = images()
+    return Task(
+        params=params(dtype),
+        loss_fn=loss_fn(jnp.dtype(dtype)),
+        batches=lambda start: train_batches(
+            train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_replicas=config.num_replicas,
+            start_step=start,
+        ),
+        steps_per_epoch=steps_per_epoch(len(train), config.batch_size),
+        num_steps=epochs * steps_per_epoch(len(train), config.batch_size),
+        num_heads=2,
+    )
+
+
+def trainer(workdir, epochs: int = 2, **changes) -> Trainer:
+    made = config(**changes)
+    return Trainer(made, task(made, epochs), workdir, "run")
