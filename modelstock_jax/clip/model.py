@@ -122,7 +122,7 @@ def init(config: CLIPConfig, key: jax.Array) -> Params:
         ...              num_attention_heads=2)
         >>> config = CLIPConfig(VisionConfig(**small, image_size=4, patch_size=2),
         ...                     TextConfig(**small, vocab_size=9), projection_dim=4)
-        >>> params = init(config, jax.random.key(0))
+        >>> params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
         >>> params["image_tower"]["patch_embedding"]["kernel"].shape
         (12, 8)
     """

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID
+from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, CLIPConfig
 from modelstock_jax.clip.model import DEFAULT_COMPUTE, Compute, Params, encode_text, normalise
 from modelstock_jax.errors import UserError
 
@@ -97,19 +97,22 @@ def zero_shot_head(
             "of the config, at which a text is pooled."
         )
     params = jax.tree.map(jnp.asarray, checkpoint.params["text_tower"])
-
-    @jax.jit
-    def embed(params: Params, ids: jax.Array) -> jax.Array:
-        return normalise(encode_text(checkpoint.config, params, ids, compute))
-
     # The last batch is padded, so that there is one compilation.
     size = min(batch_size, len(ids))
     padded = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % size, axis=0)])
-    parts = [embed(params, padded[i : i + size]) for i in range(0, len(padded), size)]
+    parts = [
+        _embed(checkpoint.config, params, padded[i : i + size], compute)
+        for i in range(0, len(padded), size)
+    ]
     features = jnp.concatenate(parts)[: len(ids)].reshape(len(class_names), len(templates), -1)
     scale = jnp.exp(jnp.asarray(checkpoint.params["logit_scale"]))
     kernel = (scale * normalise(features.mean(axis=1))).T
     return {"kernel": kernel, "bias": jnp.zeros(len(class_names), kernel.dtype)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _embed(config: CLIPConfig, params: Params, ids: jax.Array, compute: Compute) -> jax.Array:
+    return normalise(encode_text(config, params, ids, compute))
 
 
 def _check(class_names: Sequence[str], templates: Sequence[str]) -> None:

@@ -167,20 +167,21 @@ def test_vmapped_replicas_equal_separate_ones():
 
 
 def test_compute_changes_no_values_but_by_rounding():
-    tower, x = PARAMS["image_tower"], small.images()
+    config = small.replaced(CONFIG, "vision", num_hidden_layers=1)
+    tower, x = small.perturbed(config)["image_tower"], small.images()
 
     def loss(tower, compute):
-        return (encode_image(CONFIG, tower, x, compute) ** 2).sum()
+        return (encode_image(config, tower, x, compute) ** 2).sum()
 
     plain = jax.jit(jax.grad(loss), static_argnums=1)(tower, Compute())
     remat = jax.jit(jax.grad(loss), static_argnums=1)(tower, Compute(remat=True))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         # The same products, fused otherwise: float32 rounding of each tensor's largest gradient.
         np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(a).max()) + 1e-6, rtol=0)
-    full = image_features(CONFIG, tower, x)
-    half = image_features(CONFIG, tower, x, Compute(dtype=jnp.bfloat16))
+    full = image_features(config, tower, x)
+    half = image_features(config, tower, x, Compute(dtype=jnp.bfloat16))
     assert half.dtype == jnp.float32
-    # bfloat16 keeps 8 bits: 0.4 % a rounding, a few dozen of them in four blocks.
+    # bfloat16 keeps 8 bits: 0.4 % a rounding, a dozen of them in a block.
     error = np.linalg.norm(half - full) / np.linalg.norm(full)
     assert 1e-4 < error < 0.03
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -119,11 +120,11 @@ def test_no_tokenizer(tmp_path):
 def test_head_by_numpy(checkpoint):
     # A batch of 4 leaves a padded tail of 9 prompts.
     head = zero_shot_head(checkpoint, CLASSES, TEMPLATES, batch_size=4)
-    columns = []
+    encode, columns = jax.jit(encode_text, static_argnums=0), []
     for name in CLASSES:
         prompts = [t.replace("{}", name) for t in TEMPLATES]
         ids = tokenize(checkpoint.directory, prompts, 16)
-        f = np.asarray(encode_text(checkpoint.config, checkpoint.params["text_tower"], ids))
+        f = np.asarray(encode(checkpoint.config, checkpoint.params["text_tower"], ids))
         f = f.astype(np.float64)
         u = np.mean([x / np.linalg.norm(x) for x in f], axis=0)
         columns.append(np.exp(np.float64(checkpoint.params["logit_scale"])) * u / np.linalg.norm(u))
@@ -135,12 +136,10 @@ def test_head_by_numpy(checkpoint):
 
 def test_head_of_a_saved_checkpoint(checkpoint, tmp_path):
     loaded = weights.load(weights.save(tmp_path / "m", checkpoint))
-    shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
-    for part in ("kernel", "bias"):
-        np.testing.assert_array_equal(
-            zero_shot_head(loaded, CLASSES, TEMPLATES)[part],
-            zero_shot_head(checkpoint, CLASSES, TEMPLATES)[part],
-        )
+    assert loaded.directory != checkpoint.directory
+    one = zero_shot_head(loaded, CLASSES, TEMPLATES, batch_size=4)
+    other = zero_shot_head(checkpoint, CLASSES, TEMPLATES, batch_size=4)
+    np.testing.assert_array_equal(one["kernel"], other["kernel"])
 
 
 @pytest.mark.parametrize(
