@@ -73,7 +73,7 @@ def model_stock_carried(
     )
 
 
-def shrink_by_carried_noise(gram, single: bool, noise, shrink) -> Solution:
+def shrink_by_carried_noise(gram, single, noise, shrink) -> Solution:
     """Equal coefficients t / N with t from all the noise so far."""
     seen = measure(gram)
     noise = noise.astype(gram.dtype)
@@ -86,7 +86,7 @@ def shrink_by_carried_noise(gram, single: bool, noise, shrink) -> Solution:
     ratio = jnp.where(shrink, ratio, jnp.ones_like(ratio))
     coefficient = jnp.where(seen.active, (ratio / number)[None], 0.0)
     policy = jnp.where(ratio > 0, seen.policy, jnp.int8(Policy.CLIPPED))
-    solved = solve_measured(gram, single, coefficient, policy)
+    solved = solve_measured(gram, seen, single, coefficient, policy)
     # One replica says nothing about noise.
     added = jnp.where(seen.number > 1, added, 0.0)
     return solved._replace(carry=solved.ratio**2 * (noise + added))

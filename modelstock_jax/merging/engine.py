@@ -6,7 +6,8 @@ what is kept as it is, and that nothing non-finite reaches the merged weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,10 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, units
 from modelstock_jax.merging.gram import add_task_vectors, cast, gram_matrix
-from modelstock_jax.merging.precision import widened
 from modelstock_jax.merging.replicas import Leaves, is_float, pair_leaves
 from modelstock_jax.merging.solution import Solution
+from modelstock_jax.merging.solver import Method, on_this_host, solve_units
 from modelstock_jax.merging.stats import Policy, Stats, UnitTable, check_finite
-
-Method = Callable[..., Solution]
 
 
 def merge(
@@ -69,23 +68,29 @@ def merge(
         else:
             members.setdefault(part.key, []).append(k)
 
-    for group in members.values():
-        grams = [gram_matrix(leaves.pretrained[k], leaves.finetuned[k], parts[k]) for k in group]
-        wide = jnp.result_type(*grams)
-        single = sum(parts[k].count for k in group) < 2
-        own = [extra[group[0]] for extra in extras]
-        solution = _solve(method, sum(g.astype(wide) for g in grams), single, *own, *shared)
-        for k, gram in zip(group, grams, strict=True):
-            finite[k] = jnp.isfinite(geometry.squared_norms(gram))
+    grams = [[None] * len(group) for group in members.values()]
+    for g, group in enumerate(members.values()):
+        for m, k in enumerate(group):
+            grams[g][m], finite[k] = _gram(
+                leaves.pretrained[k], leaves.finetuned[k], part=_nameless(parts[k])
+            )
+    solved = solve_units(
+        method, grams,
+        [sum(parts[k].count for k in group) < 2 for group in members.values()],
+        [[extra[group[0]] for extra in extras] for group in members.values()],
+        shared,
+    )
+    for group, solution in zip(members.values(), solved, strict=True):
+        for k in group:
             solutions[k] = solution
-            merged[k] = add_task_vectors(
+            merged[k] = _apply(
                 leaves.pretrained[k], leaves.finetuned[k],
                 solution.coefficient, solution.exact, solution.hold,
-                part=parts[k], dtype=dtype,
+                part=_nameless(parts[k]), dtype=None if dtype is None else jnp.dtype(dtype),
             )
 
     stats = _collect(leaves, parts, solutions, finite, unit)
-    if not any(isinstance(x, jax.core.Tracer) for x in (*merged, *jax.tree.leaves(stats))):
+    if on_this_host((merged, stats)):
         check_finite(stats, pretrained)
     carry = leaves.treedef.unflatten(
         [jnp.zeros((), s.norm.dtype) if s.carry is None else s.carry for s in solutions]
@@ -107,7 +112,8 @@ def unit_grams(
     grams: dict[str, Any] = {}
     for part, w0, w in zip(parts, leaves.pretrained, leaves.finetuned, strict=True):
         if part is not None:
-            grams[part.key] = grams.get(part.key, 0.0) + gram_matrix(w0, w, part)
+            gram, _ = _gram(w0, w, part=_nameless(part))
+            grams[part.key] = grams[part.key] + gram if part.key in grams else gram
     nothing = jnp.zeros((leaves.num_replicas, leaves.num_replicas))
     return leaves.treedef.unflatten([nothing if p is None else grams[p.key] for p in parts])
 
@@ -142,19 +148,18 @@ def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.Part | N
     return [next(found) if m else None for m in moves]
 
 
-@partial(jax.jit, static_argnums=(0, 2))
-def _solve(method: Method, gram, single: bool, *args) -> Solution:
-    """Solve where the Gram matrix is finite; elsewhere hold the anchor."""
-    finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
-    gram = jnp.where(finite[None, None], gram, 0.0)
-    solution = widened(lambda gram, *args: method(gram, single, *args))(gram, *args)
-    return solution._replace(
-        coefficient=jnp.where(finite[None], solution.coefficient, 0.0),
-        exact=solution.exact & finite[None],
-        hold=solution.hold | ~finite,
-        ratio=jnp.where(finite, solution.ratio, 0.0),
-        policy=jnp.where(finite, solution.policy, jnp.int8(Policy.NON_FINITE)),
-    )
+def _nameless(part: units.Part) -> units.Part:
+    """Tensors of like shape share one compiled function."""
+    return dataclasses.replace(part, key="")
+
+
+_apply = jax.jit(add_task_vectors, static_argnames=("part", "dtype"))
+
+
+@partial(jax.jit, static_argnames=("part",))
+def _gram(pretrained, finetuned, *, part: units.Part):
+    gram = gram_matrix(pretrained, finetuned, part)
+    return gram, jnp.isfinite(geometry.squared_norms(gram))
 
 
 def _kept(array, dtype):

@@ -31,7 +31,9 @@ def squared_norms(gram):
       >>> squared_norms(np.array([[4.0, 1.0], [1.0, 9.0]])).tolist()
       [4.0, 9.0]
     """
-    return _namespace(gram).stack([gram[i, i] for i in range(len(gram))])
+    xp = _namespace(gram)
+    diagonal = _pairs(np.eye(len(gram), dtype=bool), gram)
+    return xp.sum(xp.where(diagonal, gram, 0.0), axis=1)
 
 
 def moved(gram):
@@ -42,13 +44,10 @@ def moved(gram):
 def mean_pairs(values, active):
     """Mean over the pairs i < j of active replicas, [N, N, ...] -> [...]; 0 where there is none."""
     xp = _namespace(values)
-    total, pairs = 0.0 * values[0, 0], 0.0 * values[0, 0]
-    for i in range(len(values)):
-        for j in range(i + 1, len(values)):
-            both = active[i] & active[j]
-            total = total + xp.where(both, values[i, j], 0.0)
-            pairs = pairs + xp.where(both, 1.0, 0.0)
-    return total / xp.where(pairs > 0, pairs, 1.0)
+    above = _pairs(np.triu(np.ones((len(values), len(values)), bool), 1), values)
+    both = active[:, None] & active[None] & above
+    pairs = xp.sum(xp.where(both, xp.ones_like(values), 0.0), axis=(0, 1))
+    return xp.sum(xp.where(both, values, 0.0), axis=(0, 1)) / xp.where(pairs > 0, pairs, 1.0)
 
 
 def cosine(gram, active=None):
@@ -125,7 +124,7 @@ def predicted_distances(square, signal, cosine, num_replicas, ratio, *, given=Fa
       cosine: [...], in [-1, 1].
       num_replicas: N.
       ratio: t or r, [...].
-      given: whether the ratio was given.
+      given: whether the ratio was given; a bool or [...].
 
     Returns:
       `Distances` of [...], in the units of the weights.
@@ -138,9 +137,11 @@ def predicted_distances(square, signal, cosine, num_replicas, ratio, *, given=Fa
     xp = _namespace(square)
     noise = square * xp.clip(1.0 - cosine, 0.0, 2.0)
     signal = xp.clip(signal, 0.0, None)
-    merged = signal * (1.0 - ratio)
-    if given:
-        merged = (1.0 - ratio) ** 2 * signal + ratio**2 * noise / num_replicas
+    merged = xp.where(
+        given,
+        (1.0 - ratio) ** 2 * signal + ratio**2 * noise / num_replicas,
+        signal * (1.0 - ratio),
+    )
     return Distances(*(root(part) for part in (noise, noise / num_replicas, merged)))
 
 
@@ -163,6 +164,11 @@ def root(value):
     xp = _namespace(value)
     positive = value > 0
     return xp.where(positive, xp.sqrt(xp.where(positive, value, 1.0)), 0.0)
+
+
+def _pairs(mask, like):
+    """A mask over pairs [N, N], with the rank of an array [N, N, ...]."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - 2))
 
 
 def _namespace(array):

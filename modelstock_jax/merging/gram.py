@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 
 from modelstock_jax.merging.precision import widened
 
 
-@partial(jax.jit, static_argnames=("part",))
 def gram_matrix(pretrained, finetuned, part):
     """G_ij = d_i . d_j of one tensor, for each of its units.
 
-    Elementwise products and sums over the tensor's own axes: a dot would be TF32 on GPUs and
+    Elementwise products and one sum over the tensor's own axes: a dot would be TF32 on GPUs and
     bfloat16 on TPUs, and to ravel a sharded tensor would gather it.
 
     Args:
@@ -30,20 +26,13 @@ def gram_matrix(pretrained, finetuned, part):
       >>> gram_matrix(jnp.zeros(2), jnp.eye(2), Part("w", (2,), (0,))).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    def products(pretrained, finetuned):
-        anchor = pretrained.reshape(part.view)
-        deltas = [replica.reshape(part.view) - anchor for replica in finetuned]
-        rows = range(len(deltas))
-        pairs = {
-            (i, j): jnp.sum(deltas[i] * deltas[j], axis=part.axes) for i in rows for j in rows[i:]
-        }
-        return jnp.stack([jnp.stack([pairs[min(i, j), max(i, j)] for j in rows]) for i in rows])
+    def products(anchor, tuned):
+        deltas = tuned - anchor[None]
+        return jnp.sum(deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in part.axes))
 
-    # Differentiated as it is evaluated in float32 or better: narrow dtypes are widened first.
-    return widened(products)(_at_least_float32(pretrained), _at_least_float32(finetuned))
+    return widened(products)(*_seen(pretrained, finetuned, part))
 
 
-@partial(jax.jit, static_argnames=("part", "dtype"))
 def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, dtype):
     """w0 + sum_i a_i d_i of one tensor, rounded once to `dtype`.
 
@@ -64,7 +53,7 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
 
     def spread(values):
-        return jnp.broadcast_to(jnp.expand_dims(values, part.axes), part.view)
+        return jnp.expand_dims(values, part.axes)
 
     def combine(anchor, tuned, coefficient, hold):
         # Before the product as well as after it: 0 * inf would reach the gradients.
@@ -72,13 +61,17 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
         moved = sum(spread(a) * d for a, d in zip(coefficient, deltas, strict=True))
         return cast(anchor + moved, dtype)
 
-    anchor, tuned = pretrained.reshape(part.view), finetuned.reshape((-1, *part.view))
-    wide = (_at_least_float32(anchor), _at_least_float32(tuned))
-    merged = widened(combine)(*wide, coefficient, hold)
-    merged = merged.astype(dtype)
-    for chosen, replica in zip(exact, tuned, strict=True):
-        merged = jnp.where(spread(chosen), cast(replica, dtype), merged)
-    return jnp.where(spread(hold), cast(anchor, dtype), merged).reshape(pretrained.shape)
+    merged = widened(combine)(*_seen(pretrained, finetuned, part), coefficient, hold).astype(dtype)
+    for chosen, replica in zip(exact, finetuned, strict=True):
+        merged = jnp.where(spread(chosen), cast(replica, dtype).reshape(part.view), merged)
+    anchor = cast(pretrained, dtype).reshape(part.view)
+    return jnp.where(spread(hold), anchor, merged).reshape(pretrained.shape)
+
+
+def _seen(pretrained, finetuned, part):
+    """Anchor and replicas as the unit sees them, float32 at least (derivatives are in that)."""
+    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (pretrained, finetuned)]
+    return wide[0].reshape(part.view), wide[1].reshape((len(finetuned), *part.view))
 
 
 def cast(array, dtype):
@@ -87,7 +80,3 @@ def cast(array, dtype):
     if float(limits.max) < float(own.max):
         array = jnp.clip(array, float(limits.min), float(limits.max))
     return array.astype(dtype)
-
-
-def _at_least_float32(array):
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

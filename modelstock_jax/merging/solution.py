@@ -51,46 +51,42 @@ def measure(gram) -> Measured:
     )
 
 
-def solve_measured(gram, single: bool, coefficient, policy, carry=None) -> Solution:
+def solve_measured(gram, seen: Measured, single, coefficient, policy) -> Solution:
     """A solution from measured coefficients [N, ...], with the rules for degenerate units.
 
-    `single`: the unit holds fewer than two numbers and has no angle.
+    `single` [...] bool: the unit holds fewer than two numbers and has no angle.
     """
-    seen = measure(gram)
     one = seen.number == 1
-    if single:
-        mean = 1.0 / jnp.maximum(seen.number, 1.0)
-        coefficient = jnp.where(seen.active, mean[None], 0.0)
-        policy = jnp.full_like(seen.policy, Policy.TOO_SMALL)
+    mean = jnp.where(seen.active, (1.0 / jnp.maximum(seen.number, 1.0))[None], 0.0)
+    coefficient = jnp.where(single[None], mean, coefficient)
+    policy = jnp.where(single, jnp.int8(Policy.TOO_SMALL), policy)
     exact = seen.active & one[None]
     coefficient = jnp.where(exact, 1.0, coefficient)
     policy = jnp.where(one, jnp.int8(Policy.ONE_REPLICA_LEFT), policy)
     policy = jnp.where(seen.number == 0, jnp.int8(Policy.UNDEFINED), policy)
     hold = (coefficient == 0).all(axis=0)
-    return _solution(gram, single, coefficient, exact, hold, policy, carry, given=False)
+    return _solution(gram, seen, single, coefficient, exact, hold, policy, given=False)
 
 
-def solve_given(gram, single: bool, coefficient) -> Solution:
+def solve_given(gram, seen: Measured, single, coefficient) -> Solution:
     """A solution from coefficients [N, ...] that were given; the measures are for the report."""
-    seen = measure(gram)
     nothing = jnp.zeros_like(seen.active)
     policy = jnp.full_like(seen.policy, Policy.GIVEN)
-    return _solution(gram, single, coefficient, nothing, nothing[0], policy, None, given=True)
+    return _solution(gram, seen, single, coefficient, nothing, nothing[0], policy, given=True)
 
 
-def _solution(gram, single, coefficient, exact, hold, policy, carry, *, given) -> Solution:
-    seen = measure(gram)
-    undefined = jnp.full_like(seen.cosine, geometry.COSINE_UNDEFINED)
-    cosine = undefined if single else seen.cosine
+def _solution(gram, seen, single, coefficient, exact, hold, policy, *, given) -> Solution:
+    cosine = jnp.where(single, geometry.COSINE_UNDEFINED, seen.cosine)
     # Without an angle the noise is still l^2 - |mu|^2.
     safe = jnp.where(seen.square > 0, seen.square, 1.0)
     similarity = jnp.where(cosine > 1.0, seen.signal / safe, cosine)
     ratio = coefficient.sum(axis=0)
     distance = geometry.predicted_distances(
         seen.square, seen.signal, similarity, jnp.maximum(seen.number, 1.0), ratio,
-        given=given or single,
+        given=given | single,
     )
-    unknown = jnp.full_like(seen.cosine, geometry.DISTANCE_UNDEFINED)
-    distance = geometry.Distances(*(jnp.where(seen.number == 1, unknown, d) for d in distance))
+    distance = geometry.Distances(
+        *(jnp.where(seen.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
+    )
     norm = geometry.root(geometry.squared_norms(gram))
-    return Solution(coefficient, exact, hold, cosine, ratio, norm, distance, policy, carry)
+    return Solution(coefficient, exact, hold, cosine, ratio, norm, distance, policy)

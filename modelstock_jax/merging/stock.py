@@ -122,16 +122,16 @@ def weighted_model_stock(
     return merged, stats
 
 
-def equation_3(gram, single: bool) -> Solution:
+def equation_3(gram, single) -> Solution:
     """Equal coefficients t / N over the replicas that moved."""
     seen = measure(gram)
     ratio = geometry.ratio(jnp.where(seen.number > 1, seen.cosine, 0.0), seen.number)
     coefficient = jnp.where(seen.active, (ratio / jnp.maximum(seen.number, 1.0))[None], 0.0)
     policy = jnp.where(seen.cosine <= 0, jnp.int8(Policy.CLIPPED), seen.policy)
-    return solve_measured(gram, single, coefficient, policy)
+    return solve_measured(gram, seen, single, coefficient, policy)
 
 
-def unequal_noise(gram, single: bool) -> Solution:
+def unequal_noise(gram, single) -> Solution:
     """Coefficients by each replica's own noise; the formula is `weighted_model_stock`'s."""
     seen, plain = measure(gram), equation_3(gram, single)
     squares = geometry.squared_norms(gram)
@@ -146,4 +146,4 @@ def unequal_noise(gram, single: bool) -> Solution:
     coefficient = jnp.where(fallback[None], plain.coefficient, coefficient)
     policy = jnp.where(signal, seen.policy, jnp.int8(Policy.CLIPPED))
     policy = jnp.where(fallback, jnp.int8(Policy.WEIGHTED_FALLBACK), policy)
-    return solve_measured(gram, single, coefficient, policy)
+    return solve_measured(gram, seen, single, coefficient, policy)
