@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
 
-    # What to run: 'finetune' (replicas, merges, evaluation) or 'pretrain' (a CLIP from scratch).
+    # What to run: 'finetune' (replicas, merges, evaluation), 'learning_rate' (its choice on
+    # validation data) or 'pretrain' (a CLIP from scratch).
     config.task = "finetune"
     # The pretrained CLIP's directory in Hugging Face's layout; 'glyph-clip' ships with the package.
     config.pretrained = "glyph-clip"
@@ -90,10 +91,14 @@ def get_config() -> ConfigDict:
     # Merge units to compare on the same unmerged replicas, besides merge.unit (compare only).
     config.evaluation.units = ()
 
+    # With task 'learning_rate': the rates to try.
+    config.search = ConfigDict()
+    config.search.learning_rates = (5e-4, 1e-3, 2e-3, 4e-3)
+
     # With task 'pretrain': sizes of the CLIP as in Hugging Face's config.json, and a directory
     # with its tokenizer (or the bundled one's name).
     config.pretrain = ConfigDict()
-    config.pretrain.num_steps = 4000
+    config.pretrain.num_steps = 2500
     config.pretrain.tokenizer = "glyph-tokenizer"
     config.pretrain.clip = ConfigDict(
         {
@@ -108,7 +113,7 @@ def get_config() -> ConfigDict:
                 "num_attention_heads": 3,
             },
             "text_config": {
-                "vocab_size": 272,
+                "vocab_size": 279,
                 "max_position_embeddings": 26,
                 "hidden_size": 64,
                 "intermediate_size": 256,

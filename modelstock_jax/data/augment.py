@@ -1,8 +1,6 @@
-"""Augmentation and normalisation on the device, for batches of small images."""
+"""Augmentation on the device, for batches of small images."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,24 +48,3 @@ def shift_and_jitter(key: jax.Array, images: jax.Array) -> jax.Array:
     mean = moved.mean(axis=(1, 2, 3), keepdims=True)
     changed = mean + contrast * (moved - mean) + brightness
     return jnp.round(jnp.clip(changed, 0.0, 255.0)).astype(jnp.uint8)
-
-
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Bytes to the numbers that an image tower was trained on.
-
-        x <- (x / 255 - mean) / std
-
-    Args:
-      images: uint8 [..., 3].
-      mean: 3 numbers, in units of 255.
-      std: 3 numbers, in units of 255.
-
-    Returns:
-      float32 [..., 3].
-
-    >>> normalize(jnp.array([[0, 255, 0]], jnp.uint8), [0.5] * 3, [0.5] * 3).tolist()
-    [[-1.0, 1.0, -1.0]]
-    """
-    shape = (1,) * (images.ndim - 1) + (3,)
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
-    return (images.astype(jnp.float32) / 255.0 - mean) / std

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import results
 from modelstock_jax.experiment.candidates import Candidate, after_training
 from modelstock_jax.experiment.evaluate import Measure
 from modelstock_jax.experiment.export import export
+from modelstock_jax.experiment.learning_rate import choose_learning_rate
 from modelstock_jax.experiment.pretrained import open_pretrained, pretrain
 from modelstock_jax.experiment.workdir import claim
 from modelstock_jax.merging import report
@@ -46,7 +48,16 @@ def run(config: ConfigDict, workdir: str | Path, command: str = "") -> None:
     claim(workdir, config)
     if config.task == "pretrain":
         pretrain(config, workdir)
-        return
+    elif config.task == "learning_rate":
+        choose_learning_rate(config, workdir)
+    elif config.task == "finetune":
+        finetune(config, workdir, command)
+    else:
+        raise UserError(f"task={config.task!r}: choose 'finetune', 'learning_rate' or 'pretrain'")
+
+
+def finetune(config: ConfigDict, workdir: Path, command: str) -> None:
+    """Trains and compares every seed; writes the results and the merged model."""
     pretrained = open_pretrained(config.pretrained)
     data = load_benchmark(config.data.name)
     study = Study(config, workdir, anchor_classifier(config, pretrained, data), data)

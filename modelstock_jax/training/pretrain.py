@@ -36,13 +36,25 @@ def pretraining_task(
       tokenize: captions -> int32 [M, L].
 
     Raises:
-      UserError: if the batch size does not divide what is rendered at once.
+      UserError: if the batch size does not divide what is rendered at once; later, if a caption
+        has a token that the text tower does not know.
     """
     if RENDERED_AT_ONCE % config.batch_size:
         raise UserError(
             f"batch_size={config.batch_size} does not divide {RENDERED_AT_ONCE}, the number of "
             "glyphs rendered at once; use a power of two up to that"
         )
+
+    def known(captions: list[str]) -> np.ndarray:
+        ids = tokenize(captions)
+        # An embedding's look-up would clamp such an id to the last row without a word.
+        if ids.max() >= clip.text.vocab_size:
+            raise UserError(
+                f"pretrain.clip.text_config.vocab_size={clip.text.vocab_size}, but the tokenizer "
+                f"gives id {ids.max()}; set it to the size of the tokenizer's vocabulary"
+            )
+        return ids
+
     compute = Compute(dtype=jnp.dtype(config.compute.dtype), remat=config.compute.remat)
     return Task(
         params=init(clip, jax.random.key(config.seed)),
@@ -51,7 +63,7 @@ def pretraining_task(
             lambda tower, ids: encode_text(clip, tower, ids, compute),
             lambda key, images: preprocessor(images),
         ),
-        batches=lambda start: _batches(config.seed, config.batch_size, tokenize, start),
+        batches=lambda start: _batches(config.seed, config.batch_size, known, start),
         steps_per_epoch=config.pretrain.num_steps,
         num_steps=config.pretrain.num_steps,
         num_heads=clip.vision.num_attention_heads,

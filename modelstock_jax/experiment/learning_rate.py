@@ -1,0 +1,58 @@
+"""The choice of the learning rate, on the in-distribution validation set and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from modelstock_jax.evaluation import make_evaluator
+from modelstock_jax.experiment.pretrained import open_pretrained
+from modelstock_jax.reporting.files import write_json
+from modelstock_jax.reporting.rows import mean_and_error
+from modelstock_jax.training.finetune import anchor_classifier, finetuning_task, load_benchmark
+from modelstock_jax.training.loop import Trainer
+
+
+def choose_learning_rate(config: ConfigDict, workdir: Path) -> float:
+    """Trains unmerged replicas at each of `search.learning_rates`; keeps the best on validation.
+
+    No test set and no shift is looked at. Writes learning_rate.json and prints the table.
+
+    Returns:
+      The rate with the highest mean validation accuracy over replicas.
+    """
+    data = load_benchmark(config.data.name)
+    anchor = anchor_classifier(config, open_pretrained(config.pretrained), data)
+    rows = []
+    for rate in config.search.learning_rates:
+        one = config.copy_and_resolve_references()
+        one.merge.every = "never"
+        one.optimizer.learning_rate = rate
+        trainer = Trainer(
+            one, finetuning_task(one, anchor, data), workdir, f"learning_rate_{rate:g}"
+        )
+        replicas = trainer.run().state.params
+        evaluate = make_evaluator(
+            anchor.apply, anchor.normalize, trainer.mesh, config.evaluation.batch_size
+        )
+        accuracies = [
+            evaluate(jax.tree.map(lambda x, r=r: x[r], replicas), [data.validation])
+            for r in range(config.num_replicas)
+        ]
+        accuracies = [by_set[data.validation.name] for by_set in accuracies]
+        rows.append({"learning_rate": rate, "validation": accuracies})
+    best = max(rows, key=lambda row: sum(row["validation"]))["learning_rate"]
+    write_json(workdir / "learning_rate.json", {"rows": rows, "best": best})
+    console = Console()
+    for row in rows:
+        mean, error = mean_and_error(row["validation"])
+        chosen = "  <- best" if row["learning_rate"] == best else ""
+        console.print(
+            f"learning rate {row['learning_rate']:<8g} validation {mean:.2f} % "
+            f"± {error or 0:.2f} over {len(row['validation'])} replicas{chosen}",
+            highlight=False,
+        )
+    return best
