@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
     # With task 'pretrain': sizes of the CLIP as in Hugging Face's config.json, and a directory
     # with its tokenizer (or the bundled one's name).
     config.pretrain = ConfigDict()
-    config.pretrain.num_steps = 2500
+    config.pretrain.num_steps = 4000
     config.pretrain.tokenizer = "glyph-tokenizer"
     config.pretrain.clip = ConfigDict(
         {
@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
                 "num_attention_heads": 3,
             },
             "text_config": {
-                "vocab_size": 279,
+                "vocab_size": 272,
                 "max_position_embeddings": 26,
                 "hidden_size": 64,
                 "intermediate_size": 256,

@@ -19,7 +19,7 @@ def get_config():
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.05
     config.optimizer.warmup_steps = 150
-    config.pretrain.num_steps = 2500
+    config.pretrain.num_steps = 4000
     config.checkpoint.every = 250
     config.log_every = 25
     return config
