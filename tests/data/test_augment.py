@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modelstock_jax.data.augment import MAX_SHIFT, normalize, shift_and_jitter
+from modelstock_jax.data.augment import MAX_SHIFT, shift_and_jitter
 from modelstock_jax.data.glyphs import sets
 
 COUNT = 512  # one shape for all tests: each costs a compilation
@@ -75,12 +75,3 @@ def test_brightness_and_contrast_have_the_stated_size():
     brightness = result.mean(axis=(1, 2, 3)) - 125
     # 0.1 of 255, and up to two of 24 rows moved from one half to the other (4.2 * 1.2).
     assert brightness.min() < -22 and brightness.max() > 22 and abs(brightness).max() < 26 + 5.1
-
-
-def test_normalize(images):
-    mean, std = (0.48, 0.45, 0.40), (0.26, 0.25, 0.27)
-    result = normalize(images[None], mean, std)
-    assert result.shape == (1, COUNT, 24, 24, 3) and result.dtype == jnp.float32
-    expected = (np.asarray(images, np.float64)[None] / 255 - np.array(mean)) / np.array(std)
-    # A few float32 operations on numbers of up to 3.
-    np.testing.assert_allclose(result, expected, atol=1e-6)
