@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
     # with its tokenizer (or the bundled one's name).
     config.pretrain = ConfigDict()
     config.pretrain.num_steps = 4000
-    config.pretrain.tokenizer = "glyph-tokenizer"
+    config.pretrain.tokenizer = "glyph-clip"
     config.pretrain.clip = ConfigDict(
         {
             "model_type": "clip",

@@ -18,7 +18,7 @@ from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.pretrain import pretraining_task
 
 _DATA = Path(glyphs.__file__).parent
-BUNDLED = {"glyph-clip": _DATA / "clip", "glyph-tokenizer": _DATA / "tokenizer"}
+BUNDLED = {"glyph-clip": _DATA / "clip"}
 
 
 def open_pretrained(name: str) -> Checkpoint:

@@ -15,7 +15,7 @@ from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
 from modelstock_jax.clip.model import init
 from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.data import glyphs
+from modelstock_jax.experiment.pretrained import BUNDLED
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 8
@@ -37,7 +37,7 @@ def save_anchor(directory: Path) -> Path:
         projection_dim=8,
     )
     params = jax.tree.map(np.asarray, init(config, jax.random.key(0)))
-    tokenizer = Path(glyphs.__file__).parent / "tokenizer"
+    tokenizer = BUNDLED["glyph-clip"]
     pixels = Preprocessor((0.5,) * 3, (0.25,) * 3, 24)
     return weights.save(directory, Checkpoint(config, params, pixels, tokenizer))
 
