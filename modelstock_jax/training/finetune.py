@@ -130,7 +130,7 @@ def finetuning_task(config: ConfigDict, anchor: Classifier, data: Benchmark) -> 
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
-        steps_per_epoch=steps_per_epoch(data.train, config.batch_size),
-        num_steps=config.epochs * steps_per_epoch(data.train, config.batch_size),
+        steps_per_epoch=steps_per_epoch(len(data.train), config.batch_size),
+        num_steps=config.epochs * steps_per_epoch(len(data.train), config.batch_size),
         num_heads=anchor.num_heads,
     )
