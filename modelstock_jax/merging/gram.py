@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from modelstock_jax.merging.precision import widened
+from modelstock_jax.merging.precision import compute_dtype, widened
 
 
 def gram_matrix(pretrained, finetuned, part):
@@ -70,7 +70,7 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
 
 def _seen(pretrained, finetuned, part):
     """Anchor and replicas as the unit sees them, float32 at least (derivatives are in that)."""
-    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (pretrained, finetuned)]
+    wide = [x.astype(compute_dtype(x.dtype)) for x in (pretrained, finetuned)]
     return wide[0].reshape(part.view), wide[1].reshape((len(finetuned), *part.view))
 
 

@@ -37,7 +37,9 @@ def widened(function: Callable) -> Callable:
 
     @evaluate.defjvp
     def _differentiate(primals, tangents):
-        return evaluate(*primals), jax.jvp(function, primals, tangents)[1]
+        # At an infinite weight the function is not used, but 0 * inf would be.
+        safe = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), primals)
+        return evaluate(*primals), jax.jvp(function, safe, tangents)[1]
 
     return evaluate
 

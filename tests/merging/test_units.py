@@ -1,0 +1,128 @@
+"""Merge units: cut by names and shapes, the same in every layout."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.merging import assign, model_stock, output_axis
+from tests.merging.trees import TRANSFORMER, flat, nested, replicas
+
+
+def _b32_tower(width=768, layers=12, positions=50, embed=512, classes=1000):
+    """Names and shapes of the ViT-B/32 image tower and head, in this project's layout."""
+    norm = {"scale": (width,), "bias": (width,)}
+    dense = {"kernel": (width, width), "bias": (width,)}
+    block = {
+        "layer_norm1": norm, "layer_norm2": norm,
+        "self_attn": {f"{role}_proj": dense for role in ("q", "k", "v", "out")},
+        "mlp": {"fc1": {"kernel": (width, 4 * width), "bias": (4 * width,)},
+                "fc2": {"kernel": (4 * width, width), "bias": (width,)}},
+    }
+    tower = {
+        "class_embedding": (width,), "patch_embedding": {"kernel": (32 * 32 * 3, width)},
+        "position_embedding": (positions, width), "pre_layernorm": norm,
+        "blocks": {f"block_{k:02d}": block for k in range(layers)},
+        "post_layernorm": norm, "projection": {"kernel": (width, embed)},
+    }
+    return {"image_tower": tower, "head": {"kernel": (embed, classes), "bias": (classes,)}}
+
+
+def _torch_layout(shapes):
+    """The same tensors as a Hugging Face state dict has them: renamed, kernels transposed."""
+    out = {}
+    for name, shape in shapes.items():
+        name = re.sub(r"blocks\.block_0*(\d+)", r"layers.\1", name)
+        kernel = name.endswith(".kernel")
+        name = re.sub(r"\.(kernel|scale)$", ".weight", name)
+        if name == "position_embedding":
+            name = "embeddings.position_embedding.weight"
+        out[name] = shape[::-1] if kernel else shape
+    return out
+
+
+def test_layer_gives_the_papers_154_units():
+    shapes = list(flat(_b32_tower()).items())
+    assert len({part.key for part in assign(shapes, "layer")}) == 154
+    assert len({part.key for part in assign(shapes, "tensor")}) == 154 + 12 * 4  # q, k, v apart
+    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), _b32_tower(),
+                        is_leaf=lambda x: isinstance(x, tuple))
+    two = jax.tree.map(lambda s: jax.ShapeDtypeStruct((2, *s.shape), s.dtype), tree)
+    stats = jax.eval_shape(lambda a, b: model_stock(a, b, "layer"), tree, two)[1]
+    assert len(set(stats.units.keys)) == 154
+
+
+@pytest.mark.parametrize("unit,num_heads", [("tensor", None), ("layer", None), ("filter", None),
+                                            ("head", 2), ("block", None), ("global", None)])
+def test_pytorch_layout_gives_the_same_merge(unit, num_heads):
+    w0, w = replicas(TRANSFORMER, 2)
+    torch0, torch = {}, {}
+    for name, new in zip(TRANSFORMER, _torch_layout(TRANSFORMER), strict=True):
+        flip = name.endswith(".kernel")
+        torch0[new] = w0[name].T if flip else w0[name]
+        torch[new] = w[name].swapaxes(1, 2) if flip else w[name]
+    ours, _ = model_stock(nested(w0), nested(w), unit, num_heads=num_heads)
+    theirs, _ = model_stock(torch0, torch, unit, num_heads=num_heads, filter_axis=0)
+    ours = flat(ours)
+    for name, new in zip(TRANSFORMER, _torch_layout(TRANSFORMER), strict=True):
+        back = theirs[new].T if name.endswith(".kernel") else theirs[new]
+        # Sums in another order: 1e-16 of a ratio, unseen but where float32 rounding is a tie.
+        np.testing.assert_array_max_ulp(np.asarray(ours[name]), np.asarray(back), 1)
+
+
+def test_openai_and_openclip_names():
+    width, heads = 8, 2
+    shapes = [(f"visual.transformer.resblocks.0.{n}", s) for n, s in {
+        "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (32, width)}.items()] + [("visual.proj", (width, 4))]
+    parts = assign(shapes, "head", num_heads=heads, filter_axis=0)
+    assert [p.unit_shape for p in parts] == [(2,), (2,), (2,), (), (), ()]
+    assert parts[0].view == (3, 2, 4, 8) and parts[2].view == (8, 2, 4)
+    assert parts[0].key == parts[2].key != parts[1].key
+    assert len({p.key for p in assign(shapes, "layer", filter_axis=0)}) == 6
+    assert len({p.key for p in assign(shapes, "block", filter_axis=0)}) == 2
+    assert output_axis("visual.proj", (width, 4), 0) == 1
+    assert output_axis("visual.conv1.weight", (8, 3, 4, 4), 0) == 0  # not the last axis
+
+
+def test_grouped_queries_share_a_key_value_head():
+    name = "model.layers.0.self_attn."
+    shapes = [(name + "q_proj.weight", (16, 16)), (name + "k_proj.weight", (8, 16)),
+              (name + "v_proj.weight", (8, 16)), (name + "o_proj.weight", (16, 16))]
+    parts = assign(shapes, "head", num_heads=4, filter_axis=0)
+    assert [p.view for p in parts] == [(2, 8, 16), (2, 4, 16), (2, 4, 16), (16, 2, 8)]
+    assert {p.key for p in parts} == {"model.layers.0.self_attn.head_kernels"}
+
+
+def test_heads_by_tower():
+    shapes = [(f"{tower}.blocks.block_00.self_attn.q_proj.kernel", (12, 12))
+              for tower in ("image_tower", "text_tower")]
+    parts = assign(shapes, "head", num_heads={"image_tower": 3, "text_tower": 2})
+    assert [p.unit_shape for p in parts] == [(3,), (2,)]
+
+
+@pytest.mark.parametrize("unit,how,message", [
+    ("layers", {}, "unknown merge unit 'layers'; one of tensor, layer"),
+    ("head", {}, "needs num_heads"),
+    ("head", {"num_heads": 3}, "num_heads = 3 does not divide"),
+    ("head", {"num_heads": {"text": 2}}, "num_heads has no entry for"),
+    ("head", {"num_heads": 2.0}, "positive whole number"),
+    ("filter", {"filter_axis": 1}, "filter_axis is 0"),
+])
+def test_mistakes_in_units(unit, how, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        assign(list(TRANSFORMER.items()), unit, **how)
+
+
+@pytest.mark.parametrize("unit", ["head", "block"])
+def test_unknown_architecture(unit):
+    shapes = [("stages.0.blocks.1.conv.weight", (8, 8, 3, 3)), ("fc.weight", (8, 8))]
+    with pytest.raises(UserError, match="known by name"):
+        assign(shapes, unit, num_heads=2)
+    assert [p.key for p in assign(shapes, "layer")] == [p.key for p in assign(shapes, "tensor")]
