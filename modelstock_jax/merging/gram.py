@@ -55,13 +55,12 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
     def spread(values):
         return jnp.expand_dims(values, part.axes)
 
-    def combine(anchor, tuned, coefficient, hold):
-        # Before the product as well as after it: 0 * inf would reach the gradients.
-        deltas = [jnp.where(spread(hold), 0.0, replica - anchor) for replica in tuned]
+    def combine(anchor, tuned, coefficient):
+        deltas = [replica - anchor for replica in tuned]
         moved = sum(spread(a) * d for a, d in zip(coefficient, deltas, strict=True))
         return cast(anchor + moved, dtype)
 
-    merged = widened(combine)(*_seen(pretrained, finetuned, part), coefficient, hold).astype(dtype)
+    merged = widened(combine)(*_seen(pretrained, finetuned, part), coefficient).astype(dtype)
     for chosen, replica in zip(exact, finetuned, strict=True):
         merged = jnp.where(spread(chosen), cast(replica, dtype).reshape(part.view), merged)
     anchor = cast(pretrained, dtype).reshape(part.view)

@@ -38,8 +38,8 @@ def _loss(merge):
 @pytest.mark.parametrize("name", MERGES)
 def test_gradients_against_finite_differences(name, x64):
     w0, w = replicas(SHAPES, 3, dtype=np.float64, size=0.5, cosine=0.8)
-    loss = jax.jit(_loss(MERGES[name]))
-    gradient = jax.jit(jax.grad(_loss(MERGES[name]), (0, 1)))(w0, w)
+    both = jax.jit(jax.value_and_grad(_loss(MERGES[name]), (0, 1)))
+    loss, gradient = lambda *x: both(*x)[0], both(w0, w)[1]  # compiled once
     for seed in range(3):
         rng = np.random.default_rng(seed)
         way = jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape), (w0, w))
@@ -51,7 +51,7 @@ def test_gradients_against_finite_differences(name, x64):
         np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize("name", ["tensor", "weighted", "carried"])
 def test_gradients_are_finite_in_the_corners(name):
     # One tensor a corner, each a unit for itself.
     corners = ("frozen", "one left", "opposed", "equal", "not finite", "bad anchor", "huge")

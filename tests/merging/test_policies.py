@@ -128,6 +128,9 @@ def test_non_finite_under_jit_keeps_the_anchor_of_its_unit():
     assert stats.policy["q"].tolist()[5] == Policy.NON_FINITE
     with pytest.raises(NonFiniteError, match=r"replica 1 .*'q'"):
         check_finite(stats)
+    for method in (weighted_model_stock, uniform_mean):
+        merged, _ = jax.jit(method, static_argnames="unit")(w0, w, unit="tensor")
+        assert _bits(merged["q"]) == _bits(w0["q"]) and _bits(merged["k"]) != _bits(w0["k"])
     merged, stats = jax.jit(model_stock, static_argnames="unit")(w0, w, unit="global")
     jax.tree.map(np.testing.assert_array_equal, merged, w0)
     assert [bool(stats.finite[n].all()) for n in "kqv"] == [True, False, False]

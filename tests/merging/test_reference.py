@@ -23,9 +23,14 @@ def _spread(values, shapes, unit):
     }
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("num", range(2, 9))
-def test_every_unit_and_number_of_replicas(unit, num):
+# Every number of replicas with the default unit, every unit with three; all of them when slow.
+EVERY = [(num, unit) for num in range(2, 9) for unit in UNITS]
+QUICK = [(num, unit) for num, unit in EVERY if unit == "tensor" or num in (2, 3, 8)]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in QUICK]
+
+
+@pytest.mark.parametrize("num,unit", QUICK + SLOW)
+def test_every_unit_and_number_of_replicas(num, unit):
     w0, w = replicas(TRANSFORMER, num, seed=num)
     cosine, ratio, merged = merge_tree(w0, w, unit)
     ours, stats = model_stock(nested(w0), nested(w), unit, num_heads=2)
@@ -56,17 +61,20 @@ def test_odd_shapes_and_angles(shape, cosine):
     assert (error <= allowed(w0["w"], w["w"], target)).all()
 
 
-@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-3, 1.0, 100.0])
 def test_small_and_large_task_vectors(size):
-    # 1e-5 is where a norm clamped at 1e-6 gives t = 0.08 for 0.70; 100 is far from the anchor.
-    w0, w = replicas({"w": (300, 70)}, 2, size=size)
-    w0 = {"w": w0["w"] * np.float32(0.01)} if size < 1 else w0
-    w = {"w": (w0["w"] + (w["w"] - replicas({"w": (300, 70)}, 2)[0]["w"]))} if size < 1 else w
+    # At 1e-5 a product of norms clamped at 1e-6 gives t = 0.08 for 0.70; 100 is far from the
+    # anchor, where a difference of task vectors cancels.
+    w0, w = replicas({"w": (50, 20)}, 2, size=size)
+    if size < 1e-2:  # weights small enough to hold such movements
+        w = {"w": w["w"] - w0["w"]}
+        w0 = {"w": w0["w"] * np.float32(1e-2)}
+        w = {"w": w0["w"] + w["w"]}
     cosine, ratio, target = equation_3(w0["w"].ravel(), w["w"].reshape(2, -1))
     merged, stats = model_stock(w0, w)
     assert abs(float(stats.cosine["w"]) - cosine) < EXACT
     assert abs(float(stats.ratio["w"]) - ratio) < EXACT
-    target = target.reshape(300, 70)
+    target = target.reshape(50, 20)
     error = np.abs(np.asarray(merged["w"], np.float64) - target)
     assert (error <= allowed(w0["w"], w["w"], target)).all()
 
@@ -111,7 +119,7 @@ def test_float64(x64):
 
 @pytest.mark.parametrize("unit", ["tensor", "head", "filter"])
 def test_jit_equals_eager_bit_for_bit(unit):
-    shapes = {k: v for k, v in TRANSFORMER.items() if "block_01" not in k and "norm" not in k}
+    shapes = {k: v for k, v in TRANSFORMER.items() if "block_00.self_attn" in k or "head" in k}
     w0, w = (nested(tree) for tree in replicas(shapes, 2))
     jitted = jax.jit(model_stock, static_argnames=("unit", "num_heads"))
     eager = model_stock(w0, w, unit, num_heads=2)

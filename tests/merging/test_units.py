@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +129,21 @@ def test_unknown_architecture(unit):
     with pytest.raises(UserError, match="known by name"):
         assign(shapes, unit, num_heads=2)
     assert [p.key for p in assign(shapes, "layer")] == [p.key for p in assign(shapes, "tensor")]
+
+
+def test_filters_of_a_pytorch_convolution_are_its_first_axis():
+    # Along the last axis others find ratios of -2333 here.
+    w0, w = replicas({"visual.conv1.weight": (8, 3, 4, 4)}, 2)
+    ratio = model_stock(w0, w, "filter", filter_axis=0)[1].ratio["visual.conv1.weight"]
+    assert ratio.shape == (8,)
+    for f in range(8):
+        one = model_stock({"w": w0["visual.conv1.weight"][f]},
+                          {"w": w["visual.conv1.weight"][:, f]})[1].ratio["w"]
+        assert float(ratio[f]) == float(one)
+
+
+def test_units_and_geometry_need_no_jax():
+    code = ("import sys, modelstock_jax.merging.units, modelstock_jax.merging.geometry; "
+            "sys.exit('jax' in sys.modules)")
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
