@@ -86,8 +86,10 @@ def get_config() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 500
+    # The first so many images of each shift set; 0 takes all.
+    config.evaluation.max_shift_images = 0
     # Points of the WiSE-FT curves, w0 + alpha (w - w0), of one replica and of the mean.
-    config.evaluation.wise_ft_alphas = (0.3, 0.5, 0.7, 0.85)
+    config.evaluation.wise_ft_alphas = (0.25, 0.5, 0.75)
     # Merge units to compare on the same unmerged replicas, besides merge.unit (compare only).
     config.evaluation.units = ()
 

@@ -21,4 +21,6 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_fraction = 0.1
     config.checkpoint.every = 64
+    # A demo is short; the README's table takes them all.
+    config.evaluation.max_shift_images = 1000
     return config

@@ -33,7 +33,8 @@ class Measure:
     def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
         """Prepares the evaluator for the classifiers of one architecture."""
         self._anchor, self._data = anchor, data
-        self._sets = [data.validation, data.test, *data.shifts.values()]
+        most = config.evaluation.max_shift_images
+        self._sets = [data.test, *(s.take(most or len(s)) for s in data.shifts.values())]
         self.num_images = sum(len(image_set) for image_set in self._sets)
         self._evaluate = make_evaluator(
             anchor.apply, anchor.normalize, mesh, config.evaluation.batch_size
@@ -46,7 +47,6 @@ class Measure:
             method,
             id=accuracy[data.test.name],
             shifts={name: accuracy[s.name] for name, s in data.shifts.items()},
-            validation=accuracy[data.validation.name],
             distance_to_anchor=float(distance(self._anchor.params, params)),
             **details,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,8 +13,14 @@ from modelstock_jax.evaluation import make_evaluator
 from modelstock_jax.experiment.pretrained import open_pretrained
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.rows import mean_and_error
-from modelstock_jax.training.finetune import anchor_classifier, finetuning_task, load_benchmark
+from modelstock_jax.training.finetune import (
+    anchor_classifier,
+    finetuning_batches,
+    finetuning_task,
+    load_benchmark,
+)
 from modelstock_jax.training.loop import Trainer
+from modelstock_jax.training.programs import Programs
 
 
 def choose_learning_rate(config: ConfigDict, workdir: Path) -> float:
@@ -31,12 +38,17 @@ def choose_learning_rate(config: ConfigDict, workdir: Path) -> float:
         one = config.copy_and_resolve_references()
         one.merge.every = "never"
         one.optimizer.learning_rate = rate
+        programs = Programs(one, finetuning_task(one, anchor, data))
         trainer = Trainer(
-            one, finetuning_task(one, anchor, data), workdir, f"learning_rate_{rate:g}"
+            one,
+            programs,
+            partial(finetuning_batches, one, data),
+            workdir,
+            f"learning_rate_{rate:g}",
         )
         replicas = trainer.run().state.params
         evaluate = make_evaluator(
-            anchor.apply, anchor.normalize, trainer.mesh, config.evaluation.batch_size
+            anchor.apply, anchor.normalize, programs.mesh, config.evaluation.batch_size
         )
         accuracies = [
             evaluate(jax.tree.map(lambda x, r=r: x[r], replicas), [data.validation])

@@ -15,7 +15,8 @@ from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.zero_shot import tokenize
 from modelstock_jax.data import glyphs
 from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.pretrain import pretraining_task
+from modelstock_jax.training.pretrain import pretraining_batches, pretraining_task
+from modelstock_jax.training.programs import Programs
 
 _DATA = Path(glyphs.__file__).parent
 BUNDLED = {"glyph-clip": _DATA / "clip"}
@@ -43,7 +44,14 @@ def pretrain(config: ConfigDict, workdir: Path) -> Path:
     pixels = Preprocessor((0.5,) * 3, (0.25,) * 3, clip.vision.image_size)
     tokenizer = BUNDLED.get(config.pretrain.tokenizer, Path(config.pretrain.tokenizer))
     length = clip.text.max_position_embeddings
-    task = pretraining_task(config, clip, pixels, lambda texts: tokenize(tokenizer, texts, length))
-    state = Trainer(config, task, workdir, f"seed_{config.seed}/pretrain").run().state
+    programs = Programs(config, pretraining_task(config, clip, pixels))
+
+    def batches(start: int):
+        return pretraining_batches(
+            config, clip, lambda texts: tokenize(tokenizer, texts, length), start
+        )
+
+    trainer = Trainer(config, programs, batches, workdir, f"seed_{config.seed}/pretrain")
+    state = trainer.run().state
     params = jax.tree.map(lambda x: np.asarray(x[0]), state.params)
     return weights.save(model, Checkpoint(clip, params, pixels, tokenizer))

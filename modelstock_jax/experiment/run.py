@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from modelstock_jax.training.finetune import (
     Benchmark,
     Classifier,
     anchor_classifier,
+    finetuning_batches,
     finetuning_task,
     load_benchmark,
 )
 from modelstock_jax.training.loop import Result, Trainer
+from modelstock_jax.training.programs import Programs
 
 Document = dict[str, Any]
 
@@ -88,9 +91,9 @@ class Study:
         """Reads and trains nothing yet."""
         self.config, self.workdir, self.anchor, self.data = config, workdir, anchor, data
         # Every mistake in the config shows here, before anything is trained.
-        trainer = self._trainer(config.seed, "merged")
-        self.merges = trainer.merge_steps > 0
-        self._measure = Measure(config, anchor, data, trainer.mesh)
+        self._programs = Programs(config, finetuning_task(config, anchor, data))
+        self.merges = self._trainer(config.seed, "merged").merge_steps > 0
+        self._measure = Measure(config, anchor, data, self._programs.mesh)
 
     def zero_shot(self) -> Document:
         """The anchor's row."""
@@ -110,8 +113,8 @@ class Study:
         config.seed = seed
         if arm == "unmerged":
             config.merge.every = "never"
-        task = finetuning_task(config, self.anchor, self.data)
-        return Trainer(config, task, self.workdir, f"seed_{seed}/{arm}")
+        batches = partial(finetuning_batches, config, self.data)
+        return Trainer(config, self._programs, batches, self.workdir, f"seed_{seed}/{arm}")
 
     def _once(self, name: str, make: Callable[[], Document]) -> Document:
         path = self.workdir / "runs" / name / "results.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from modelstock_jax.clip.zero_shot import zero_shot_head
 from modelstock_jax.data import glyphs
 from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.pipeline import steps_per_epoch, train_batches
+from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.loop import Task
 from modelstock_jax.training.objectives import cross_entropy
+from modelstock_jax.training.programs import Task
 
 PyTree = Any
 
@@ -113,7 +113,7 @@ def anchor_classifier(config: ConfigDict, checkpoint: Checkpoint, data: Benchmar
 
 
 def finetuning_task(config: ConfigDict, anchor: Classifier, data: Benchmark) -> Task:
-    """Replicas of `anchor`, each on its own order and augmentation of `data.train`."""
+    """Replicas of `anchor`, each with its own augmentation of `data.train`."""
 
     def prepare(key, images):
         return anchor.normalize(data.augment(key, images))
@@ -121,16 +121,20 @@ def finetuning_task(config: ConfigDict, anchor: Classifier, data: Benchmark) -> 
     return Task(
         params=anchor.params,
         loss_fn=cross_entropy(anchor.apply, prepare, label_smoothing=config.label_smoothing),
-        batches=lambda start: train_batches(
-            data.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            num_replicas=config.num_replicas,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
         steps_per_epoch=steps_per_epoch(len(data.train), config.batch_size),
         num_steps=config.epochs * steps_per_epoch(len(data.train), config.batch_size),
         num_heads=anchor.num_heads,
+    )
+
+
+def finetuning_batches(config: ConfigDict, data: Benchmark, start: int) -> Iterator[Batch]:
+    """This process's batches from step `start` on, in the order of `config.seed`."""
+    return train_batches(
+        data.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_replicas=config.num_replicas,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )

@@ -15,8 +15,8 @@ from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data import glyphs
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.loop import Task
 from modelstock_jax.training.objectives import contrastive
+from modelstock_jax.training.programs import Task
 
 RENDERED_AT_ONCE = 512  # what the renderer is compiled for
 
@@ -25,7 +25,6 @@ def pretraining_task(
     config: ConfigDict,
     clip: CLIPConfig,
     preprocessor: Preprocessor,
-    tokenize: Callable[[list[str]], np.ndarray],
 ) -> Task:
     """CLIP's own objective on the broad glyph world, from its own initial weights.
 
@@ -33,28 +32,15 @@ def pretraining_task(
       config: the run's options; `pretrain.num_steps` and `batch_size` set its length.
       clip: sizes of the towers.
       preprocessor: how pixels become the image tower's input.
-      tokenize: captions -> int32 [M, L].
 
     Raises:
-      UserError: if the batch size does not divide what is rendered at once; later, if a caption
-        has a token that the text tower does not know.
+      UserError: if the batch size does not divide what is rendered at once.
     """
     if RENDERED_AT_ONCE % config.batch_size:
         raise UserError(
             f"batch_size={config.batch_size} does not divide {RENDERED_AT_ONCE}, the number of "
             "glyphs rendered at once; use a power of two up to that"
         )
-
-    def known(captions: list[str]) -> np.ndarray:
-        ids = tokenize(captions)
-        # An embedding's look-up would clamp such an id to the last row without a word.
-        if ids.max() >= clip.text.vocab_size:
-            raise UserError(
-                f"pretrain.clip.text_config.vocab_size={clip.text.vocab_size}, but the tokenizer "
-                f"gives id {ids.max()}; set it to the size of the tokenizer's vocabulary"
-            )
-        return ids
-
     compute = Compute(dtype=jnp.dtype(config.compute.dtype), remat=config.compute.remat)
     return Task(
         params=init(clip, jax.random.key(config.seed)),
@@ -63,21 +49,42 @@ def pretraining_task(
             lambda tower, ids: encode_text(clip, tower, ids, compute),
             lambda key, images: preprocessor(images),
         ),
-        batches=lambda start: _batches(config.seed, config.batch_size, known, start),
         steps_per_epoch=config.pretrain.num_steps,
         num_steps=config.pretrain.num_steps,
         num_heads=clip.vision.num_attention_heads,
     )
 
 
-def _batches(seed, batch_size, tokenize, start_step) -> Iterator[dict[str, np.ndarray]]:
+def pretraining_batches(
+    config: ConfigDict,
+    clip: CLIPConfig,
+    tokenize: Callable[[list[str]], np.ndarray],
+    start: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless {"image" uint8 [1, B, H, W, 3], "text" int32 [1, B, L]} from step `start` on.
+
+    Args:
+      config: its seed and batch size are used.
+      clip: sizes of the towers.
+      tokenize: captions -> int32 [M, L].
+      start: the first batch's step.
+
+    Raises:
+      UserError: if a caption has a token that the text tower does not know.
+    """
     # Chunk c of seed s is drawn from one number, so that a step number alone restores the stream.
-    step, a_chunk = start_step, RENDERED_AT_ONCE // batch_size
+    step, a_chunk = start, RENDERED_AT_ONCE // config.batch_size
     while True:
         chunk, first = divmod(step, a_chunk)
-        images, captions = glyphs.pretraining_batch(seed * 2**32 + chunk, RENDERED_AT_ONCE)
+        images, captions = glyphs.pretraining_batch(config.seed * 2**32 + chunk, RENDERED_AT_ONCE)
         ids = tokenize(captions)
+        # An embedding's look-up would clamp such an id to the last row without a word.
+        if ids.max() >= clip.text.vocab_size:
+            raise UserError(
+                f"pretrain.clip.text_config.vocab_size={clip.text.vocab_size}, but the tokenizer "
+                f"gives id {ids.max()}; set it to the size of the tokenizer's vocabulary"
+            )
         for part in range(first, a_chunk):
-            rows = slice(part * batch_size, (part + 1) * batch_size)
+            rows = slice(part * config.batch_size, (part + 1) * config.batch_size)
             yield {"image": images[None, rows], "text": ids[None, rows]}
             step += 1

@@ -20,7 +20,7 @@ STEPS = 20
 
 
 def batches(config, count):
-    stream = tiny.task(config).batches(0)
+    stream = tiny.batches(config)
     return [next(stream) for _ in range(count)]
 
 

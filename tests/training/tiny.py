@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,9 @@ from modelstock_jax.clip.model import classifier, init
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.pipeline import steps_per_epoch, train_batches
-from modelstock_jax.training.loop import Task, Trainer
+from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.objectives import cross_entropy
+from modelstock_jax.training.programs import Programs, Task
 
 CLASSES = 5
 
@@ -68,24 +71,22 @@ def config(**changes):
     return config
 
 
-def task(config, epochs: int = 2, dtype=np.float32) -> Task:
-    train = images()
-    return Task(
-        params=params(dtype),
-        loss_fn=loss_fn(jnp.dtype(dtype)),
-        batches=lambda start: train_batches(
-            train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            num_replicas=config.num_replicas,
-            start_step=start,
-        ),
-        steps_per_epoch=steps_per_epoch(len(train), config.batch_size),
-        num_steps=epochs * steps_per_epoch(len(train), config.batch_size),
-        num_heads=2,
+def batches(config, start: int = 0):
+    return train_batches(
+        images(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_replicas=config.num_replicas,
+        start_step=start,
     )
+
+
+def task(config, epochs: int = 2, dtype=np.float32) -> Task:
+    steps = steps_per_epoch(len(images()), config.batch_size)
+    return Task(params(dtype), loss_fn(jnp.dtype(dtype)), steps, epochs * steps, num_heads=2)
 
 
 def trainer(workdir, epochs: int = 2, **changes) -> Trainer:
     made = config(**changes)
-    return Trainer(made, task(made, epochs), workdir, "run")
+    programs = Programs(made, task(made, epochs))
+    return Trainer(made, programs, partial(batches, made), workdir, "run")
