@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from modelstock_jax.merging import (
     Stats,
     constant_ratio,
-    distance,
     model_stock,
     total_distance,
     uniform_mean,
@@ -77,9 +76,8 @@ def after_training(
         for alpha in config.evaluation.wise_ft_alphas:
             details = team | {"alpha": alpha, "of": "mean"}
             yield Candidate("wise_ft", wise_ft(anchor, replicas, alpha)[0], count, None, details)
-        ratio = float(distance(stock, anchor) / distance(mean, anchor))
-        shrunk, _ = constant_ratio(anchor, replicas, ratio)
-        yield Candidate("constant_ratio", shrunk, count, None, team | {"ratio": ratio})
+        shrunk, _ = constant_ratio(anchor, replicas, **options)
+        yield Candidate("constant_ratio", shrunk, count, None, team)
         yield Candidate("model_stock", stock, count, expected.merged, team)
         weighted, _ = weighted_model_stock(anchor, replicas, **options)
         yield Candidate("weighted", weighted, count, None, team)

@@ -55,15 +55,14 @@ def fill(figure: Figure, layers: Sequence[Mapping[str, Any]], title: str | None)
             handlelength=1,
         )
     panels[0, 0].set_ylabel("angle (degrees)")
-    panels[0, 0].set_ylim(0, 95)
-    keys = [row["angles"] for row in sides[1] if row["name"].endswith("k_proj.bias")]
-    if keys and np.mean(np.concatenate(keys)) > 60:
-        panels[0, 0].set_ylim(0, 108)
-        panels[0, 1].text(
-            0.99, 0.985, "near 90°: key biases, to which softmax gives no gradient",
-            transform=panels[0, 1].transAxes, ha="right", va="top", fontsize=8.5, color="#555555",
+    highest = max((np.mean(row["angles"]) for row in layers if row["angles"]), default=0.0)
+    panels[0, 0].set_ylim(0, max(95.0, highest + 5.0))
+    if highest > 90:
+        panels[0, 1].set_title(
+            "key biases get no gradient through softmax: any angle",
+            loc="right", fontsize=8.5, fontweight="normal", color="#555555",
         )  # fmt: skip
-    panels[0, 0].set_yticks(range(0, 91, 15))
+    panels[0, 0].set_yticks(range(0, int(max(95.0, highest + 5.0)), 30 if highest > 95 else 15))
     panels[1, 0].set_ylabel(r"norm / $\sqrt{n}$")
     panels[1, 0].set_ylim(bottom=0)
     panels[1, 0].ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)

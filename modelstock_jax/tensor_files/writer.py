@@ -145,11 +145,12 @@ def _take_place(beside: Path, path: Path) -> None:
 
 
 def _settle(directory: Path) -> None:
-    """Flushes a directory and opens it as a plain mkdir would have made it."""
-    for file in sorted(directory.rglob("*")):
-        _fsync(file)
+    """Flushes a directory; gives it and its files the modes that plain writing would have given."""
     mask = os.umask(0)
     os.umask(mask)
+    for file in sorted(directory.rglob("*")):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+        _fsync(file)
     directory.chmod(0o777 & ~mask)
     _fsync(directory)
 

@@ -73,6 +73,9 @@ class Programs:
             for last in (False, True)
         }
         abstract = jax.eval_shape(self._init, task.params, 0)
+        # A merge unit's mistake would show hours later, at the first merge.
+        if config.num_replicas > 1:
+            jax.eval_shape(self._merges[True], task.params, abstract)
         self._shardings = sharding.state_sharding(self.mesh, abstract)
         self._start = jax.jit(self._init, out_shardings=self._shardings)
         self.step = jax.jit(

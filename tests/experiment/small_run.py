@@ -57,7 +57,12 @@ def arguments(anchor: Path, workdir: Path, *more: str) -> list[str]:
 
 def start(*args: str, program: tuple[str, ...] = ("launch.py",)) -> subprocess.Popen:
     """`python launch.py ...` on one CPU device, as a user starts it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or not name.startswith(("XLA_", "JAX_"))
+    }
     return subprocess.Popen(
         [sys.executable, *program, *args],
         cwd=ROOT,

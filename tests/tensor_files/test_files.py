@@ -148,9 +148,12 @@ def test_a_directory_appears_whole_or_not(tmp_path):
         raise RuntimeError
     assert not target.exists() and list(target.parent.iterdir()) == []
     with writer.new_directory(target) as beside:
+        (beside / "file").touch(mode=0o600)  # as safetensors makes its files
         (beside / "file").write_text("new")
     assert (target / "file").read_text() == "new"
     assert oct(target.stat().st_mode & 0o777) == oct(target.parent.stat().st_mode & 0o777)
+    (tmp_path / "plain").touch()
+    assert (target / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(UserError, match="exists already"), writer.new_directory(target):
         pass
     with pytest.raises(RuntimeError), writer.new_directory(target, overwrite=True):

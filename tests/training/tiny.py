@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ def clip_config() -> CLIPConfig:
     )
 
 
+@cache
 def params(dtype=np.float32):
     """An anchor: image tower and head, all of it away from zeros and ones."""
     tree = {
