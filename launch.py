@@ -26,7 +26,7 @@ def define_config() -> None:
 
 def main(argv: list[str]) -> None:
     """One run; a user's mistake is one line and exit code 1."""
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; every option starts with --")
     try:
