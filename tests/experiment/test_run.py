@@ -86,7 +86,9 @@ def test_the_same_command_again_changes_nothing(finished, anchor):
     assert "Model Stock" in output
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_killed_in_the_middle_of_an_epoch_and_resumed(finished, anchor, tmp_path, kind):
     arguments = small_run.arguments(anchor, tmp_path)
     process = small_run.start(*arguments)

@@ -1,0 +1,64 @@
+"""Checkpoints: what was saved comes back, and what cannot be read or written is one line."""
+
+from __future__ import annotations
+
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.training.checkpoints import Checkpoints
+
+
+def tree(value):
+    return {"w": jnp.full((1 << 22,), value, jnp.float32), "step": jnp.int32(value)}
+
+
+def test_a_save_is_not_changed_by_the_steps_after_it(tmp_path):
+    """The state is donated to the next step while it is still being written."""
+    bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
+    state = tree(0)
+    with Checkpoints(tmp_path, keep=0) as checkpoints:
+        for step in range(4):
+            checkpoints.save(step, state)
+            for _ in range(3):
+                state = bump(state)
+        checkpoints.wait()
+        assert checkpoints.steps == [0, 1, 2, 3]
+        for step in checkpoints.steps:
+            got = checkpoints.restore(step, state)
+            chex.assert_trees_all_equal(got, jax.tree.map(np.asarray, tree(3 * step)))
+
+
+def test_the_newest_are_kept_and_a_step_may_be_saved_again(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 3):
+            checkpoints.save(step, {"w": jnp.full(3, float(step))})
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 3]
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps == [2, 3]
+
+
+def test_what_cannot_be_restored_is_named(tmp_path):
+    like = {"w": jnp.zeros(3)}
+    with Checkpoints(tmp_path / "a", keep=0) as checkpoints:
+        checkpoints.save(1, like)
+        checkpoints.wait()
+        with pytest.raises(UserError, match="7"):
+            checkpoints.restore(7, like)
+        with pytest.raises(UserError, match="1"):
+            checkpoints.restore(1, {"w": jnp.zeros(3), "other": jnp.zeros(2)})
+        shutil.rmtree(tmp_path / "a" / "1" / "tree")
+        with pytest.raises(UserError, match="go on from the one before"):
+            checkpoints.restore(1, like)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file"):
+        Checkpoints(tmp_path / "file" / "state")
