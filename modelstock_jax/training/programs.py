@@ -68,14 +68,15 @@ class Programs:
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps)
         self._whole = sharding.whole_sharding(self.mesh)
         self.anchor = jax.device_put(task.params, self._whole)
-        self._merges = {
-            last: make_merge(config.merge, self._tx, task.num_heads, last=last)
-            for last in (False, True)
-        }
+        merges = [
+            make_merge(config.merge, self._tx, task.num_heads, last=last) for last in (False, True)
+        ]
+        # The last merge differs from the others only in the noise that it may have to shrink.
+        self._merges = merges if config.merge.carry_noise != "off" else merges[:1]
         abstract = jax.eval_shape(self._init, task.params, 0)
         # A merge unit's mistake would show hours later, at the first merge.
         if config.num_replicas > 1:
-            jax.eval_shape(self._merges[True], task.params, abstract)
+            jax.eval_shape(self._merges[0], task.params, abstract)
         self._shardings = sharding.state_sharding(self.mesh, abstract)
         self._start = jax.jit(self._init, out_shardings=self._shardings)
         self.step = jax.jit(
@@ -91,14 +92,15 @@ class Programs:
     @cached_property
     def merge(self) -> dict[bool, Callable]:
         """For the last merge and the others: (anchor, state) -> (state, merged, stats)."""
-        return {
-            last: jax.jit(
+        compiled = [
+            jax.jit(
                 merge,
                 donate_argnums=1,
                 out_shardings=(self._shardings, self._whole, self._whole),
             )
-            for last, merge in self._merges.items()
-        }
+            for merge in self._merges
+        ]
+        return {False: compiled[0], True: compiled[-1]}
 
     def _init(self, params: PyTree, seed: jax.Array) -> TrainState:
         config, noise = self._config, None
