@@ -106,8 +106,9 @@ class Trainer:
                         self._log(metrics, progress, *late)
                     due = step % config.log_every == 0 or step == task.num_steps
                     late = (step, values) if due else None
-                    progress.update(step)
                     at_end = step == task.num_steps
+                    if not at_end:  # The last step is shown once, with its loss.
+                        progress.update(step)
                     if self.merge_steps and (step % self.merge_steps == 0 or at_end):
                         state, merged, stats = programs.merge[at_end](programs.anchor, state)
                         self._record_merge(metrics, step, stats)
