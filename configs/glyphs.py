@@ -23,4 +23,5 @@ def get_config():
     config.checkpoint.every = 64
     # A demo is short; the README's table takes them all.
     config.evaluation.max_shift_images = 1000
+    config.evaluation.wise_ft_alphas = (0.5, 0.75)
     return config
