@@ -49,6 +49,7 @@ class Checkpoints:
         Raises:
           UserError: if this save or the one before it could not be written (a full disk).
         """
+        self.wait()  # A step still being written is neither among `steps` nor safe to overwrite.
         try:
             self._checkpointer.save_checkpointables_async(
                 step, {_ITEM: tree}, force=True, overwrite=step in self.steps

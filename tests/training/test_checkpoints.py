@@ -36,10 +36,12 @@ def test_a_save_is_not_changed_by_the_steps_after_it(tmp_path):
 
 def test_the_newest_are_kept_and_a_step_may_be_saved_again(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step in (1, 2, 3, 3):
-            checkpoints.save(step, {"w": jnp.full(3, float(step))})
+        for step in (1, 2, 3, 3, 3, 3):
+            # Large enough that the save before is still being written.
+            checkpoints.save(step, tree(step))
         checkpoints.wait()
         assert checkpoints.steps == [2, 3]
+        chex.assert_trees_all_equal(checkpoints.restore(3, tree(0)), tree(3))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps == [2, 3]
 
