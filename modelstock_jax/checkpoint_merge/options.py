@@ -1,0 +1,118 @@
+"""What a user may ask of a merge; every wrong value is refused before a file is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.merging.units import UNITS
+
+# Each method with the least and the most fine-tunes that it takes, and the options that it reads.
+METHODS = {
+    "stock": (2, None, ()),
+    "weighted-stock": (2, None, ()),
+    "uniform": (1, None, ()),
+    "linear": (1, None, ("weights", "normalize")),
+    "wise-ft": (1, None, ("alpha",)),
+    "task-arithmetic": (1, None, ("weights", "scale", "normalize")),
+    "ties": (1, None, ("weights", "scale", "density", "normalize")),
+    "slerp": (1, 2, ("t",)),
+}
+DTYPES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}
+VOCABULARY = ("refuse", "base", "longest")
+TIED = ("keep", "untie")
+MISSING = ("refuse", "base")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to merge; the models themselves are given beside it.
+
+    Attributes:
+        method: One of `METHODS`.
+        unit: Which numbers share one angle: tensor, layer, filter, head, block or global.
+        num_heads: Query heads, for `unit="head"`: a number, or name prefix -> number.
+        dtype: Of the merged floating tensors, one of `DTYPES`; None keeps the base's, each.
+        include: Shell patterns (``model.layers.*``); only tensors that fit one are merged.
+        exclude: Shell patterns; tensors that fit one are not merged.
+        excluded: What tensors that are not merged take: ``base``, ``mean`` or ``model:1`` (the
+            first fine-tune).
+        vocabulary: Where embeddings differ in their number of rows: ``refuse``; ``base`` (rows in
+            common merged, the base's number of rows, the rest from the base) or ``longest`` (rows
+            in common merged, the rest, and the config, from the model with most rows).
+        tied: Where one model ties its head to its embedding and another trained its own: ``keep``
+            refuses unless they are equal; ``untie`` merges the head as a tensor of its own.
+        missing: Tensors that some models lack: ``refuse``, or ``base`` (the base's, unmerged;
+            what only fine-tunes have is left out).
+        weights: One number a fine-tune, for linear, task-arithmetic and ties; 1 each by default.
+        normalize: Whether weights are divided by their sum; by default the method's custom: yes
+            for linear and ties, no for task-arithmetic.
+        alpha: Wise-ft's, in [0, 1].
+        scale: Lambda of task-arithmetic and ties.
+        density: The part of each task vector that ties keeps, in (0, 1]: one, or one a fine-tune.
+        t: Slerp's, in [0, 1].
+        max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
+        threads: Workers; None for one a core.
+        window_bytes: Memory for tensors that are kept from the first pass to the second.
+
+    Raises:
+        UserError: A value that means nothing, or an option that the method would not read.
+
+    Example:
+        >>> Options(method="wise-ft", alpha=0.5).alpha
+        0.5
+    """
+
+    method: str = "stock"
+    unit: str = "tensor"
+    num_heads: int | Mapping[str, int] | None = None
+    dtype: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    excluded: str = "base"
+    vocabulary: str = "refuse"
+    tied: str = "keep"
+    missing: str = "refuse"
+    weights: tuple[float, ...] | None = None
+    normalize: bool | None = None
+    alpha: float | None = None
+    scale: float | None = None
+    density: float | tuple[float, ...] | None = None
+    t: float | None = None
+    max_shard_bytes: int = 5 * 10**9
+    threads: int | None = None
+    window_bytes: int = 256 * 2**20
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("method", METHODS), ("unit", UNITS), ("vocabulary", VOCABULARY), ("tied", TIED),
+            ("missing", MISSING), ("dtype", (None, *DTYPES)),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                known = ", ".join(str(x) for x in allowed if x is not None)
+                raise UserError(f"{name} {value!r} is not known; one of {known}.")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        read = METHODS[self.method][2]
+        for name in ("weights", "normalize", "alpha", "scale", "density", "t"):
+            if getattr(self, name) is not None and name not in read:
+                raise UserError(f"method {self.method!r} does not read {name}; leave it out.")
+        for name in ("alpha", "t"):
+            if name in read and not 0 <= (value := self._needed(name)) <= 1:
+                raise UserError(f"{name} lies in [0, 1], not {value:g}.")
+
+    def _needed(self, name: str) -> float:
+        if (value := getattr(self, name)) is None:
+            raise UserError(f"method {self.method!r} needs {name}.")
+        return value
+
+    @property
+    def num_threads(self) -> int:
+        """Workers: one a core unless said."""
+        return self.threads or len(os.sched_getaffinity(0))
