@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,95 @@ from modelstock_jax.data.pipeline import eval_batches
 
 PyTree = Any
 
+# A batch's result is awaited when so many more have been sent: the device never waits for the
+# host, and a large set does not pile up in its memory.
+_AHEAD = 2
+
+
+def candidates(image_set: ImageSet, num_classes: int) -> np.ndarray:
+    """What a prediction is chosen from: rows of class ids, the best logit of a row is its score.
+
+    Args:
+      image_set: its `classes` or `groups` count; without them, every class is a row.
+      num_classes: K.
+
+    Returns:
+      int32 [C, m]; a shorter group repeats its first class.
+
+    >>> images, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32)
+    >>> candidates(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
+    [[4, 4], [0, 7]]
+    """
+    groups = image_set.groups
+    if groups is None:
+        ids = range(num_classes) if image_set.classes is None else image_set.classes
+        groups = [(one,) for one in ids]
+    widest = max(map(len, groups))
+    return np.array([[*row, *[row[0]] * (widest - len(row))] for row in groups], np.int32)
+
+
+def targets(image_set: ImageSet) -> np.ndarray:
+    """Which rows of `candidates` are right for each image.
+
+    Returns:
+      int32 [M, L], filled up with -1; an image with no right answer is not counted.
+
+    >>> images, labels = np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int32)
+    >>> targets(ImageSet("real", images, labels, label_sets=((3, 5), ()))).tolist()
+    [[3, 5], [-1, -1]]
+    """
+    if image_set.label_sets is not None:
+        widest = max(map(len, image_set.label_sets), default=1)
+        rows = np.full((len(image_set), max(1, widest)), -1, np.int32)
+        for row, right in zip(rows, image_set.label_sets, strict=True):
+            row[: len(right)] = right
+        return rows
+    labels = image_set.labels
+    if image_set.classes is not None:
+        labels = np.searchsorted(image_set.classes, labels).astype(np.int32)
+    return labels[:, None]
+
+
+def scored_batches(
+    image_set: ImageSet, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every image once, with its `targets`; padding has none and so is not counted.
+
+    Returns:
+      Iterator of {"image": uint8 [B / P, H, W, 3], "target": int32 [B / P, L]}.
+    """
+    right = targets(image_set)
+    # The number of an image stands as its label: whatever is padded or left out on the way, an
+    # image is scored by its own targets.
+    numbered = ImageSet(
+        image_set.name,
+        image_set.images,
+        np.arange(len(image_set), dtype=np.int32),
+        crop_border=image_set.crop_border,
+    )
+    for batch in eval_batches(
+        numbered, batch_size, process_index=process_index, process_count=process_count
+    ):
+        rows = right[batch["label"]]
+        rows[~batch["mask"]] = -1
+        yield {"image": batch["image"], "target": rows}
+
+
+def count(logits: jax.Array, target: jax.Array, candidate: jax.Array) -> jax.Array:
+    """How many predictions are right, and how many images count.
+
+    Args:
+      logits: [B, K].
+      target: int32 [B, L], as `targets` gives them.
+      candidate: int32 [C, m], as `candidates` gives them.
+
+    Returns:
+      int32 [2]: right, counted.
+    """
+    choice = logits[:, candidate].max(-1).argmax(-1)
+    right = (choice[:, None] == target).any(-1)
+    return jnp.stack([right.sum(dtype=jnp.int32), (target >= 0).any(-1).sum(dtype=jnp.int32)])
+
 
 def make_evaluator(
     apply: Callable[[PyTree, jax.Array], jax.Array],
@@ -24,45 +113,47 @@ def make_evaluator(
 ) -> Callable[[PyTree, Iterable[ImageSet]], dict[str, float]]:
     """Builds (params, image sets) -> {set's name: top-1 accuracy in percent}.
 
-    Every image counts once: the last batch is padded, and its padding masked. Where a set
-    holds some of the classes only (`ImageSet.classes`), the other logits are out of the race,
-    as in the protocols of ImageNet-R and ImageNet-A.
+    Every image counts once, as its set says (`ImageSet`): among some classes only for R and A, by
+    the best of an object's classes for ObjectNet, by sets of labels for ReaL.
 
     Args:
       apply: (params, images float [B, H, W, 3]) -> logits [B, K].
       prepare: images uint8 -> float, normalised.
-      mesh: batches are split over all of its devices.
+      mesh: batches are split over all of its devices, of all processes.
       batch_size: B; rounded up to a multiple of the devices.
     """
     devices = mesh.devices.size
     batch_size = -(-batch_size // devices) * devices
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    whole = NamedSharding(mesh, PartitionSpec())
+    # Two programs: the large one is compiled once for all sets.
+    logits_of = jax.jit(lambda params, images: apply(params, prepare(images)), out_shardings=split)
+    count_of = jax.jit(count, out_shardings=whole)
 
-    @jax.jit
-    def count_right(params, batch, allowed):
-        logits = apply(params, prepare(batch["image"]))
-        logits = jnp.where(allowed[None, :], logits, -jnp.inf)
-        right = (logits.argmax(-1) == batch["label"]) & batch["mask"]
-        return right.sum()
+    def counts(params, image_set, num_classes):
+        candidate = candidates(image_set, num_classes)
+        pending, done = [], np.zeros(2, np.int64)
+        for batch in scored_batches(
+            image_set,
+            batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            images, target = (
+                jax.make_array_from_process_local_data(split, batch[name])
+                for name in ("image", "target")
+            )
+            pending.append(count_of(logits_of(params, images), target, candidate))
+            if len(pending) > _AHEAD:
+                done += np.asarray(pending.pop(0))
+        return done + sum(np.asarray(one, np.int64) for one in pending)
 
     def evaluate(params, image_sets):
         num_classes = params["head"]["bias"].shape[-1]
-        pending = {}
+        accuracies = {}
         for image_set in image_sets:
-            allowed = np.ones(num_classes, bool)
-            if image_set.classes is not None:
-                allowed[:] = False
-                allowed[list(image_set.classes)] = True
-            pending[image_set.name] = (
-                [
-                    count_right(params, jax.device_put(batch, split), allowed)
-                    for batch in eval_batches(image_set, batch_size)
-                ],
-                len(image_set.labels),
-            )
-        return {
-            name: 100.0 * sum(int(count) for count in counts) / total
-            for name, (counts, total) in pending.items()
-        }
+            right, counted = counts(params, image_set, num_classes)
+            accuracies[image_set.name] = 100.0 * int(right) / int(counted)
+        return accuracies
 
     return evaluate

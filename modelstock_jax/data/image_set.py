@@ -2,62 +2,172 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from modelstock_jax.errors import UserError
 
 
+class EncodedImages(Sequence):
+    """Images as they are stored, read one by one: `images[i]` is the bytes of a JPEG or PNG.
+
+    An instance is cheap to open and to pickle, and holds no file open across a fork: worker
+    processes each get their own.
+    """
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """Where image `index` lies (a file, or a record of a file), for messages."""
+
+    def select(self, indices: np.ndarray) -> EncodedImages:
+        """Those images, in that order; `indices` is int [K]."""
+        return _Selected(self, np.asarray(indices))
+
+
+class _Selected(EncodedImages):
+    """Some images of a set, or all in another order."""
+
+    def __init__(self, images: EncodedImages, indices: np.ndarray) -> None:
+        self._images, self._indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._images[int(self._indices[index])]
+
+    def name(self, index: int) -> str:
+        return self._images.name(int(self._indices[index]))
+
+    def select(self, indices: np.ndarray) -> EncodedImages:
+        return _Selected(self._images, self._indices[indices])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images with labels, and the classes that a prediction is chosen from.
+    """Images with labels, and how a prediction on them is scored.
+
+    The prediction is the class of the largest logit, among `classes` where they are given. With
+    `groups`, the prediction is the group that holds the largest logit. It is right if it equals
+    the label, or, with `label_sets`, if it is one of the image's set.
 
     Attributes:
       name: as in tables, 'id' or 'sketch' say.
-      images: uint8 [M, H, W, 3].
-      labels: int32 [M].
+      images: uint8 [M, H, W, 3], or `EncodedImages` of any sizes.
+      labels: int32 [M]; with `groups`, which group.
       classes: class ids that the logits are restricted to, ascending; None means all. The
         paper's R and A hold 200 of ImageNet's 1,000 classes, and are scored among those.
+      groups: class ids of each group (ObjectNet: an object has up to three ImageNet classes).
+      label_sets: for each image the class ids that are right (ReaL); an image with none is not
+        counted. `labels` are then not used for scoring.
+      crop_border: pixels to cut from each side before anything else (ObjectNet: 2).
 
     Raises:
-      UserError: images that are not uint8 [M, H, W, 3], as many labels as images wanting, or a
-        label outside `classes`.
+      UserError: images that are neither, as many labels as images wanting, a label outside
+        `classes` or `groups`, or two ways of scoring at once.
 
     >>> len(ImageSet("one", np.zeros((1, 24, 24, 3), np.uint8), np.zeros(1, np.int32)))
     1
     """
 
     name: str
-    images: np.ndarray
+    images: np.ndarray | EncodedImages
     labels: np.ndarray
     classes: tuple[int, ...] | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+    label_sets: tuple[tuple[int, ...], ...] | None = None
+    crop_border: int = 0
 
     def __post_init__(self):
-        """Checks shapes, dtypes and classes."""
-        shape, dtype = np.shape(self.images), self.images.dtype
-        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
-            raise UserError(f"{self.name}: images are uint8 [M, H, W, 3], not {dtype} {shape}")
-        if np.shape(self.labels) != shape[:1]:
+        """Checks shapes, dtypes and labels."""
+        if not isinstance(self.images, EncodedImages):
+            shape, dtype = np.shape(self.images), self.images.dtype
+            if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
+                raise UserError(f"{self.name}: images are uint8 [M, H, W, 3], not {dtype} {shape}")
+        count = len(self.images)
+        if np.shape(self.labels) != (count,):
             raise UserError(
-                f"{self.name}: {shape[0]} images need labels of shape [{shape[0]}], not "
+                f"{self.name}: {count} images need labels of shape [{count}], not "
                 f"{list(np.shape(self.labels))}"
             )
         if self.labels.dtype != np.int32:
             raise UserError(f"{self.name}: labels are int32, not {self.labels.dtype}")
-        if shape[0] and self.labels.min() < 0:
+        if count and self.labels.min() < 0:
             raise UserError(f"{self.name}: label {self.labels.min()} is below 0")
+        if sum(rule is not None for rule in (self.classes, self.groups, self.label_sets)) > 1:
+            raise UserError(f"{self.name}: give one of classes, groups and label_sets, not more")
         if self.classes is not None:
             outside = np.setdiff1d(self.labels, self.classes)
             if outside.size:
                 raise UserError(
                     f"{self.name}: label {outside[0]} is not among its {len(self.classes)} classes"
                 )
+        if self.groups is not None:
+            if not all(self.groups):
+                raise UserError(f"{self.name}: group {self.groups.index(())} has no class")
+            if count and self.labels.max() >= len(self.groups):
+                raise UserError(
+                    f"{self.name}: label {self.labels.max()} is not one of its {len(self.groups)} "
+                    "groups"
+                )
+        if self.label_sets is not None and len(self.label_sets) != count:
+            raise UserError(
+                f"{self.name}: {count} images need as many label sets, not {len(self.label_sets)}"
+            )
 
     def __len__(self) -> int:
         """M, the number of images."""
         return len(self.labels)
 
+    def select(self, indices: np.ndarray) -> ImageSet:
+        """Those images, in that order; `indices` is int [K]."""
+        encoded = isinstance(self.images, EncodedImages)
+        sets = self.label_sets
+        return dataclasses.replace(
+            self,
+            images=self.images.select(indices) if encoded else self.images[indices],
+            labels=self.labels[indices],
+            label_sets=None if sets is None else tuple(sets[int(i)] for i in indices),
+        )
+
     def take(self, count: int) -> ImageSet:
-        """The first `count` images, or all where there are fewer."""
-        return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
+        """`count` images, or all where there are fewer.
+
+        The first ones of an array; of encoded images, in whose sets a class lies together, ones at
+        even distances.
+        """
+        if count >= len(self):
+            return self
+        if isinstance(self.images, EncodedImages):
+            return self.select(np.arange(count) * len(self) // count)
+        return self.select(np.arange(count))
+
+    def hold_out(self, per_class: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+        """Splits off `per_class` images of each class, drawn by (seed, class) alone.
+
+        Model Soups holds out 26 training images a class to choose the members of a greedy soup.
+
+        Returns:
+          What remains, and what was held out ('validation'); both in the order of the set.
+
+        Raises:
+          UserError: a class with no image left to train on.
+        """
+        order = np.argsort(self.labels, kind="stable")
+        classes, starts, counts = np.unique(
+            self.labels[order], return_index=True, return_counts=True
+        )
+        if counts.size and counts.min() <= per_class:
+            raise UserError(
+                f"{self.name}: class {classes[counts.argmin()]} has {counts.min()} images, too few "
+                f"to hold out {per_class} a class; hold out fewer"
+            )
+        held = np.zeros(len(self), bool)
+        for label, start, count in zip(classes, starts, counts, strict=True):
+            drawn = np.random.default_rng((seed, int(label))).permutation(count)[:per_class]
+            held[order[start + drawn]] = True
+        validation = dataclasses.replace(self.select(np.flatnonzero(held)), name="validation")
+        return self.select(np.flatnonzero(~held)), validation
