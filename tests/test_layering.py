@@ -30,7 +30,7 @@ LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 THIRD_PARTIES = {
     "errors": set(),
     "merging": {"jax", "numpy"},
-    "tensor_files": {"numpy", "ml_dtypes", "safetensors"},
+    "tensor_files": {"numpy", "ml_dtypes", "safetensors", "huggingface_hub"},
 }
 
 

@@ -1,0 +1,186 @@
+"""Names on the hub, asked of a server on this machine: what is fetched, what is refused and how."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files import writer
+from modelstock_jax.tensor_files.hub import resolve
+from modelstock_jax.tensor_files.reader import TensorFiles
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "1234567890" * 4
+# The hub's cache and its address are read once, when huggingface_hub is imported.
+ASK = """
+import json, sys
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.hub import resolve
+answers = {}
+for name in sys.argv[1:]:
+    try:
+        answers[name] = str(resolve(name))
+    except UserError as error:
+        answers[name] = f"error: {error}"
+print(json.dumps(answers))
+"""
+
+
+def ask(home: Path, *names: str, endpoint: str, offline: bool = False) -> dict[str, str]:
+    """What `resolve` says of each name, in a process with a cache and a hub of its own."""
+    env = os.environ | {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "*",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, *names], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A hub with one model: its address, and the paths that were asked for."""
+    source = tmp_path_factory.mktemp("source")
+    writer.write_tensors(source / "model.safetensors", {"w": np.arange(6.0)})
+    writer.write_json(source / "config.json", {"model_type": "clip"})
+    for name in ("pytorch_model.bin", "modeling.py", "onnx/config.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"never to be fetched")
+    asked: list[str] = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            path = self.path.partition("?")[0]
+            base = "/api/models/org/model/"
+            if path.startswith("/api/models/org/gated"):
+                self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            elif path.startswith(base + "revision/gone"):
+                self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            elif path.startswith(base + "revision/"):
+                self.answer(200, json.dumps({"id": "org/model", "sha": COMMIT}).encode())
+            elif path.startswith(base + "tree/"):
+                files = [p for p in sorted(source.rglob("*")) if p.is_file()]
+                tree = [
+                    {
+                        "type": "file",
+                        "path": p.relative_to(source).as_posix(),
+                        "size": p.stat().st_size,
+                        "oid": f"{i:040x}",
+                    }
+                    for i, p in enumerate(files)
+                ]
+                self.answer(200, json.dumps(tree).encode())
+            elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
+                name = path.rpartition("/")[2]
+                self.answer(
+                    200,
+                    (source / name).read_bytes(),
+                    {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'},
+                )
+            else:
+                self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+        do_HEAD = do_GET
+
+        def answer(self, status, body, headers=None):
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_repository_is_fetched_without_what_runs_code(hub, tmp_path):
+    endpoint, asked = hub
+    answers = ask(
+        tmp_path,
+        "org/model",
+        "org/model@v1.0",
+        "org/gone",
+        "org/gated",
+        "org/model@gone",
+        endpoint=endpoint,
+    )
+    directory = Path(answers["org/model"])
+    assert sorted(p.name for p in directory.iterdir()) == ["config.json", "model.safetensors"]
+    np.testing.assert_array_equal(TensorFiles(directory)["w"], np.arange(6.0))
+    assert answers["org/model@v1.0"] == str(directory)
+    assert any("/revision/v1.0" in path for path in asked)
+    assert not any("pytorch_model" in p or "modeling" in p or "onnx" in p for p in asked)
+    assert answers["org/gone"] == (
+        f"error: org/gone: no such path here, and no repository {endpoint}/org/gone (a private "
+        "one needs `hf auth login`)."
+    )
+    assert answers["org/gated"] == (
+        "error: org/gated: no such path here, and org/gated is gated: accept its terms at "
+        f"{endpoint}/org/gated, then `hf auth login`."
+    )
+    assert answers["org/model@gone"] == (
+        f"error: org/model@gone: no such path here, and {endpoint}/org/model has no revision "
+        "'gone'."
+    )
+    # What was fetched is there without the hub; what was not says why.
+    offline = ask(tmp_path, "org/model", "org/other", endpoint=endpoint, offline=True)
+    assert offline["org/model"] == str(directory)
+    assert offline["org/other"] == (
+        "error: org/other: no such path here, and HF_HUB_OFFLINE is set while org/other is not "
+        "whole in the cache; unset it once."
+    )
+
+
+def test_no_way_to_the_hub(tmp_path):
+    # Nothing listens on port 9 of this machine, so the refusal is at once.
+    message = ask(tmp_path, "org/model", endpoint="http://127.0.0.1:9")["org/model"]
+    assert message.startswith(
+        "error: org/model: no such path here, and http://127.0.0.1:9/org/model cannot be fetched "
+        "(ConnectError: "
+    )
+    assert message.endswith("); check the network, or give the path of a copy.")
+
+
+def test_a_path_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert resolve("org/model") == Path("org/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere: no such file or directory"),
+        ("/nowhere/model", "/nowhere/model: no such file or directory"),
+        ("./org/model", "./org/model: no such file or directory"),
+        ("runs/glyphs/model", "runs/glyphs/model: no such file or directory"),
+        (Path("org/model"), "org/model: no such file or directory"),
+        ("org/model.safetensors", "org/model.safetensors: no such file."),
+        ("x" * 5000, "x: no such file or directory"),
+    ],
+)
+def test_what_is_no_name_for_the_hub(name, message):
+    with pytest.raises(UserError, match=message):
+        resolve(name)
