@@ -26,11 +26,30 @@ def get_config() -> ConfigDict:
     config.epochs = 10
     # Examples that a replica sees in a step, over all devices.
     config.batch_size = 512
+    # Parts that a step cuts its batch into, one after the other, for one update by the mean of
+    # their gradients: the same update in less memory. A multiple of the devices must fit a part.
+    config.accumulate_steps = 1
     config.label_smoothing = 0.0
 
     config.data = ConfigDict()
-    # The data set's name; 'glyphs' is rendered, nothing is read from disk.
+    # 'glyphs' is rendered, nothing is read from disk; 'imagenet' lies in data.root.
     config.data.name = "glyphs"
+    config.data.root = ""
+    # Shift sets to measure, in the table's order; () takes all that the data set has.
+    config.data.shifts = ()
+    # Also measure the test images by their reassessed labels (ReaL, Beyer et al. 2020).
+    config.data.real = False
+    # What happens to ImageNet's training images. The glyphs have an augmentation of their own.
+    config.data.augment = ConfigDict()
+    # Random resized crop, bicubic: the share of the area, and the aspect ratio.
+    config.data.augment.crop_area = (0.9, 1.0)
+    config.data.augment.crop_ratio = (0.75, 1.3333333333333333)
+    config.data.augment.flip = False
+    # RandAugment (Cubuk et al. 2020): operations an image gets (0: off) and their strength, 0-30.
+    config.data.augment.randaugment_ops = 0
+    config.data.augment.randaugment_magnitude = 0
+    # Mixup's alpha; 0 turns it off.
+    config.data.augment.mixup = 0.0
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-5

@@ -9,6 +9,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from modelstock_jax.data import benchmark
+from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
 from modelstock_jax.experiment.pretrained import BUNDLED, open_pretrained
@@ -16,12 +18,7 @@ from modelstock_jax.merging import distance
 from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.reporting.tables import screen_table
 from modelstock_jax.training.checkpoints import Checkpoints
-from modelstock_jax.training.finetune import (
-    Benchmark,
-    Classifier,
-    anchor_classifier,
-    load_benchmark,
-)
+from modelstock_jax.training.finetune import Classifier, anchor_classifier
 from modelstock_jax.training.sharding import make_mesh
 
 PyTree = Any
@@ -68,7 +65,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     directory = Path(BUNDLED.get(path, path))
     if not directory.is_dir():
         raise UserError(f"--checkpoint={path}: no such directory")
-    data = load_benchmark(config.data.name)
+    data = benchmark.load(config.data)
     anchor = anchor_classifier(config, open_pretrained(config.pretrained), data)
     if (directory / "config.json").is_file():
         model = anchor_classifier(config, open_pretrained(str(directory)), data)

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from modelstock_jax.data import benchmark
 from modelstock_jax.evaluation import make_evaluator
 from modelstock_jax.experiment.pretrained import open_pretrained
 from modelstock_jax.reporting.files import write_json
@@ -17,7 +18,6 @@ from modelstock_jax.training.finetune import (
     anchor_classifier,
     finetuning_batches,
     finetuning_task,
-    load_benchmark,
 )
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.programs import Programs
@@ -31,14 +31,15 @@ def choose_learning_rate(config: ConfigDict, workdir: Path) -> float:
     Returns:
       The rate with the highest mean validation accuracy over replicas.
     """
-    data = load_benchmark(config.data.name)
+    data = benchmark.load(config.data)
     anchor = anchor_classifier(config, open_pretrained(config.pretrained), data)
     rows = []
     for rate in config.search.learning_rates:
         one = config.copy_and_resolve_references()
         one.merge.every = "never"
         one.optimizer.learning_rate = rate
-        programs = Programs(one, finetuning_task(one, anchor, data))
+        task = finetuning_task(one, anchor, len(data.train), data.augment)
+        programs = Programs(one, task)
         trainer = Trainer(
             one,
             programs,

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from modelstock_jax.data import benchmark
+from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import results
 from modelstock_jax.experiment.candidates import Candidate, after_training
@@ -23,12 +25,10 @@ from modelstock_jax.merging import report
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.finetune import (
-    Benchmark,
     Classifier,
     anchor_classifier,
     finetuning_batches,
     finetuning_task,
-    load_benchmark,
 )
 from modelstock_jax.training.loop import Result, Trainer
 from modelstock_jax.training.programs import Programs
@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: str | Path, command: str = "") -> None:
 def finetune(config: ConfigDict, workdir: Path, command: str) -> None:
     """Trains and compares every seed; writes the results and the merged model."""
     pretrained = open_pretrained(config.pretrained)
-    data = load_benchmark(config.data.name)
+    data = benchmark.load(config.data)
     study = Study(config, workdir, anchor_classifier(config, pretrained, data), data)
     documents = [study.zero_shot()]
     for seed in range(config.seed, config.seed + config.num_seeds):
@@ -91,7 +91,8 @@ class Study:
         """Reads and trains nothing yet."""
         self.config, self.workdir, self.anchor, self.data = config, workdir, anchor, data
         # Every mistake in the config shows here, before anything is trained.
-        self._programs = Programs(config, finetuning_task(config, anchor, data))
+        task = finetuning_task(config, anchor, len(data.train), data.augment)
+        self._programs = Programs(config, task)
         self.merges = self._trainer(config.seed, "merged").merge_steps > 0
         self._measure = Measure(config, anchor, data, self._programs.mesh)
 

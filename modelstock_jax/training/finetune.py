@@ -11,61 +11,19 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from modelstock_jax.clip.checkpoint import Checkpoint
+from modelstock_jax.clip.config import CLIPConfig
 from modelstock_jax.clip.model import classifier
+from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.clip.zero_shot import zero_shot_head
-from modelstock_jax.data import glyphs
-from modelstock_jax.data.augment import shift_and_jitter
-from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.objectives import cross_entropy
 from modelstock_jax.training.programs import Task
 
 PyTree = Any
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """The data of a study: where to train, where to choose, where to measure.
-
-    Attributes:
-      train: what replicas see.
-      validation: what choices (the learning rate) may look at.
-      test: the in-distribution test set.
-      shifts: the out-of-distribution test sets by name.
-      class_names: in the order of the labels.
-      templates: prompts for the zero-shot head, {} stands for the class name.
-      augment: (key, images uint8) -> images uint8, run on the device in the step.
-    """
-
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
-    shifts: dict[str, ImageSet]
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
-    augment: Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def load_benchmark(name: str) -> Benchmark:
-    """The data set that `data.name` names.
-
-    Raises:
-      UserError: if there is none of that name.
-    """
-    if name != "glyphs":
-        raise UserError(f"data.name={name!r}: the data sets are: glyphs")
-    world = glyphs.world()
-    return Benchmark(
-        world.train,
-        world.validation,
-        world.test,
-        world.shifts,
-        glyphs.CLASS_NAMES,
-        glyphs.TEMPLATES,
-        shift_and_jitter,
-    )
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -99,30 +57,46 @@ def anchor_classifier(config: ConfigDict, checkpoint: Checkpoint, data: Benchmar
             f"{checkpoint.directory}: its head has {head['bias'].shape[0]} classes, the data "
             f"{len(data.class_names)}"
         )
+    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
+    return make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
+
+
+def make_classifier(
+    config: ConfigDict, clip: CLIPConfig, params: PyTree, normalize: Preprocessor
+) -> Classifier:
+    """A classifier that computes as `config.compute` says; its weights may be shapes alone."""
     compute = Compute(
         dtype=jnp.dtype(config.compute.dtype),
         attention=config.compute.attention,
         remat=config.compute.remat,
     )
     return Classifier(
-        params={"image_tower": checkpoint.params["image_tower"], "head": head},
-        apply=classifier(checkpoint.config, compute),
-        normalize=checkpoint.preprocessor,
-        num_heads=checkpoint.config.vision.num_attention_heads,
+        params=params,
+        apply=classifier(clip, compute),
+        normalize=normalize,
+        num_heads=clip.vision.num_attention_heads,
     )
 
 
-def finetuning_task(config: ConfigDict, anchor: Classifier, data: Benchmark) -> Task:
-    """Replicas of `anchor`, each with its own augmentation of `data.train`."""
+def finetuning_task(
+    config: ConfigDict, anchor: Classifier, num_train: int, augment: Augment
+) -> Task:
+    """Replicas of `anchor`, each with its own augmentation of `num_train` images.
 
-    def prepare(key, images):
-        return anchor.normalize(data.augment(key, images))
-
+    Args:
+      config: the run's options.
+      anchor: what every replica starts from.
+      num_train: images of the training set.
+      augment: (key, images uint8 [B, H, W, 3]) -> images uint8, in the step.
+    """
     return Task(
         params=anchor.params,
-        loss_fn=cross_entropy(anchor.apply, prepare, label_smoothing=config.label_smoothing),
-        steps_per_epoch=steps_per_epoch(len(data.train), config.batch_size),
-        num_steps=config.epochs * steps_per_epoch(len(data.train), config.batch_size),
+        augment=lambda key, batch: batch | {"image": augment(key, batch["image"])},
+        loss_fn=cross_entropy(
+            anchor.apply, anchor.normalize, label_smoothing=config.label_smoothing
+        ),
+        steps_per_epoch=steps_per_epoch(num_train, config.batch_size),
+        num_steps=config.epochs * steps_per_epoch(num_train, config.batch_size),
         num_heads=anchor.num_heads,
     )
 

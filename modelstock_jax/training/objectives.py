@@ -1,4 +1,8 @@
-"""What a replica minimises: loss functions (params, batch, key) -> (loss, metrics)."""
+"""What a replica minimises: loss functions (params, batch) -> (loss, metrics).
+
+A loss that is a mean over examples may be taken in parts (`step.mean_gradient`); it draws nothing
+at random, so that the parts do not change it.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Loss = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def cross_entropy(
     apply: Callable[[Any, jax.Array], jax.Array],
-    prepare: Callable[[jax.Array, jax.Array], jax.Array],
+    normalize: Callable[[jax.Array], jax.Array],
     *,
     label_smoothing: float = 0.0,
 ) -> Loss:
@@ -24,12 +28,12 @@ def cross_entropy(
 
     Args:
       apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      prepare: (key, images uint8 [B, H, W, 3]) -> images float; augments and normalises.
+      normalize: images uint8 [B, H, W, 3] -> images float.
       label_smoothing: s, in [0, 1).
     """
 
-    def loss_fn(params, batch, key):
-        logits = apply(params, prepare(key, batch["image"]))
+    def loss_fn(params, batch):
+        logits = apply(params, normalize(batch["image"]))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         target = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
         target = optax.smooth_labels(target, label_smoothing)
@@ -43,16 +47,17 @@ def cross_entropy(
 def contrastive(
     encode_image: Callable[[Any, jax.Array], jax.Array],
     encode_text: Callable[[Any, jax.Array], jax.Array],
-    prepare: Callable[[jax.Array, jax.Array], jax.Array],
+    normalize: Callable[[jax.Array], jax.Array],
 ) -> Loss:
     """CLIP's symmetric InfoNCE (Radford et al. 2021, figure 3).
 
     loss = (CE(s I T', arange) + CE(s T I', arange)) / 2 with unit rows I, T [B, E] and
-    s = exp(logit_scale), held at 100 at most as CLIP does.
+    s = exp(logit_scale), held at 100 at most as CLIP does. Every image meets every text of the
+    batch: it is no mean over examples.
     """
 
-    def loss_fn(params, batch, key):
-        images = encode_image(params["image_tower"], prepare(key, batch["image"]))
+    def loss_fn(params, batch):
+        images = encode_image(params["image_tower"], normalize(batch["image"]))
         texts = encode_text(params["text_tower"], batch["text"])
         images, texts = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (images, texts))
         images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)

@@ -34,8 +34,14 @@ def pretraining_task(
       preprocessor: how pixels become the image tower's input.
 
     Raises:
-      UserError: if the batch size does not divide what is rendered at once.
+      UserError: if the batch size does not divide what is rendered at once, or the batch is to
+        be cut in parts, which would be another loss.
     """
+    if config.accumulate_steps != 1:
+        raise UserError(
+            f"accumulate_steps={config.accumulate_steps}: pretraining compares every image with "
+            "every text of a batch, which parts of it cannot; use 1"
+        )
     if RENDERED_AT_ONCE % config.batch_size:
         raise UserError(
             f"batch_size={config.batch_size} does not divide {RENDERED_AT_ONCE}, the number of "
@@ -44,10 +50,11 @@ def pretraining_task(
     compute = Compute(dtype=jnp.dtype(config.compute.dtype), remat=config.compute.remat)
     return Task(
         params=init(clip, jax.random.key(config.seed)),
+        augment=lambda key, batch: batch,
         loss_fn=contrastive(
             lambda tower, images: encode_image(clip, tower, images, compute),
             lambda tower, ids: encode_text(clip, tower, ids, compute),
-            lambda key, images: preprocessor(images),
+            preprocessor,
         ),
         steps_per_epoch=config.pretrain.num_steps,
         num_steps=config.pretrain.num_steps,

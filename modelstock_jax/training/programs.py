@@ -18,7 +18,7 @@ from modelstock_jax.training.merge import make_merge
 from modelstock_jax.training.objectives import Loss
 from modelstock_jax.training.optimizer import make_optimizer
 from modelstock_jax.training.state import TrainState, init_state
-from modelstock_jax.training.step import make_train_step
+from modelstock_jax.training.step import Augment, make_train_step
 
 PyTree = Any
 
@@ -33,6 +33,7 @@ class Task:
       steps_per_epoch: steps a pass takes.
       num_steps: steps of the whole run.
       num_heads: attention heads of the image tower, for the merge unit `head`.
+      augment: (key, batch) -> batch, drawn once a step for a replica's whole batch.
     """
 
     params: PyTree
@@ -40,20 +41,22 @@ class Task:
     steps_per_epoch: int
     num_steps: int
     num_heads: int
+    augment: Augment
 
 
 class Programs:
     """What is compiled once and serves every seed and every arm of a run.
 
+    The task's weights may be `jax.ShapeDtypeStruct`s where programs are lowered and not run.
+
     Attributes:
       task: what is trained.
       mesh: the mesh ("replica", "data").
-      anchor: the task's weights, a copy on every device.
       step: (state, batch) -> (state, metrics); the state is donated.
     """
 
     def __init__(self, config: ConfigDict, task: Task) -> None:
-        """Places the anchor on the mesh; nothing is compiled yet.
+        """Checks the options by shapes; nothing is placed on a device or compiled yet.
 
         Raises:
           UserError: if the options do not fit together.
@@ -64,26 +67,38 @@ class Programs:
             config.mesh.data,
             num_replicas=config.num_replicas,
             batch_size=config.batch_size,
+            accumulate_steps=config.accumulate_steps,
         )
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps)
         self._whole = sharding.whole_sharding(self.mesh)
-        self.anchor = jax.device_put(task.params, self._whole)
         merges = [
             make_merge(config.merge, self._tx, task.num_heads, last=last) for last in (False, True)
         ]
         # The last merge differs from the others only in the noise that it may have to shrink.
         self._merges = merges if config.merge.carry_noise != "off" else merges[:1]
-        abstract = jax.eval_shape(self._init, task.params, 0)
+        self._abstract = abstract = jax.eval_shape(self._init, task.params, 0)
         # A merge unit's mistake would show hours later, at the first merge.
         if config.num_replicas > 1:
             jax.eval_shape(self._merges[0], task.params, abstract)
         self._shardings = sharding.state_sharding(self.mesh, abstract)
         self._start = jax.jit(self._init, out_shardings=self._shardings)
         self.step = jax.jit(
-            make_train_step(task.loss_fn, self._tx, schedule, self._execution()),
+            make_train_step(
+                task.loss_fn,
+                self._tx,
+                schedule,
+                self.execution,
+                augment=task.augment,
+                accumulate_steps=config.accumulate_steps,
+            ),
             donate_argnums=0,
             out_shardings=(self._shardings, None),
         )
+
+    @cached_property
+    def anchor(self) -> PyTree:
+        """The task's weights, a copy on every device."""
+        return jax.device_put(self.task.params, self._whole)
 
     def start(self, seed: int) -> TrainState:
         """Every replica at the anchor, with the random keys of this seed."""
@@ -102,6 +117,21 @@ class Programs:
         ]
         return {False: compiled[0], True: compiled[-1]}
 
+    def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.stages.Lowered]:
+        """The step and the merge for shapes alone: no memory is spent.
+
+        Args:
+          batch: shapes [R, B, ...] and dtypes of a step's batch.
+        """
+        batch = _placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch))
+        params = self.task.params
+        anchor = _placed(params, jax.tree.map(lambda _: self._whole, params))
+        state = _placed(self._abstract, self._shardings)
+        return {
+            "step": self.step.lower(state, batch),
+            "merge": self.merge[False].lower(anchor, state),
+        }
+
     def _init(self, params: PyTree, seed: jax.Array) -> TrainState:
         config, noise = self._config, None
         if config.merge.carry_noise != "off":
@@ -110,7 +140,9 @@ class Programs:
             params, self._tx, num_replicas=config.num_replicas, seed=seed, noise=noise
         )
 
-    def _execution(self) -> str:
+    @cached_property
+    def execution(self) -> str:
+        """How the replicas run: 'vmap' or 'map'."""
         execution = self._config.compute.execution
         if execution == "auto":
             # On two CPU cores neither was faster beyond the noise; `map` needs less memory.
@@ -124,3 +156,9 @@ class Programs:
                 f"({self.mesh.shape['replica']} devices); use 'vmap' or mesh.replica=1"
             )
         return execution
+
+
+def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )

@@ -12,7 +12,9 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.training.state import TrainState
 
 
-def make_mesh(replica: int, data: int, *, num_replicas: int, batch_size: int) -> Mesh:
+def make_mesh(
+    replica: int, data: int, *, num_replicas: int, batch_size: int, accumulate_steps: int = 1
+) -> Mesh:
     """A mesh ("replica", "data") over all devices.
 
     Args:
@@ -20,7 +22,8 @@ def make_mesh(replica: int, data: int, *, num_replicas: int, batch_size: int) ->
         the replicas and the devices.
       data: devices along the data axis; 0 takes all that are left.
       num_replicas: R; must be a multiple of `replica`.
-      batch_size: B; must be a multiple of `data`.
+      batch_size: B.
+      accumulate_steps: A, parts of a batch; B must be a multiple of A and B / A of `data`.
 
     Raises:
       UserError: if the sizes do not divide what they split.
@@ -35,8 +38,15 @@ def make_mesh(replica: int, data: int, *, num_replicas: int, batch_size: int) ->
         )
     if num_replicas % replica:
         raise UserError(f"mesh.replica={replica} does not divide num_replicas={num_replicas}")
-    if batch_size % data:
-        raise UserError(f"mesh.data={data} does not divide batch_size={batch_size}")
+    if accumulate_steps < 1 or batch_size % accumulate_steps:
+        raise UserError(
+            f"accumulate_steps={accumulate_steps} does not cut batch_size={batch_size} into equal "
+            "parts"
+        )
+    part = batch_size // accumulate_steps
+    if part % data:
+        whole = f" / accumulate_steps={accumulate_steps}" if accumulate_steps > 1 else ""
+        raise UserError(f"mesh.data={data} does not divide batch_size={batch_size}{whole}")
     return jax.make_mesh(
         (replica, data),
         ("replica", "data"),
@@ -55,6 +65,11 @@ def whole_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leaves [R, B, ...]: replicas and examples both split."""
+    return NamedSharding(mesh, PartitionSpec("replica", "data"))
+
+
 def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
     """A `TrainState` of shardings, leaf by leaf."""
     replicas, whole = replicas_sharding(mesh), whole_sharding(mesh)
@@ -69,7 +84,7 @@ def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """Places this process's part of a batch [R, B, ...] on the mesh, R and B both split."""
-    sharding = NamedSharding(mesh, PartitionSpec("replica", "data"))
+    sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()

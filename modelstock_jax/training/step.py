@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,49 @@ from modelstock_jax.training.optimizer import Schedule
 from modelstock_jax.training.state import TrainState
 
 Execution = Literal["vmap", "map"]
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Augment = Callable[[jax.Array, Batch], Batch]
+
+
+def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any, Metrics]:
+    """The gradient of a mean loss over a batch, computed a part at a time.
+
+        g = 1/A sum_a grad loss(params, rows a, a + A, a + 2A, ... of the batch)
+
+    Every A-th row, not A blocks of rows: where the batch is split over devices in blocks, each
+    device then holds its share of every part, and nothing moves.
+
+    Args:
+      loss_fn: a mean over examples.
+      params: of one replica.
+      batch: [B, ...] a leaf, B a multiple of A.
+      parts: A.
+
+    Returns:
+      (gradient, metrics), both means over the parts.
+
+    >>> loss = lambda w, batch: ((w * batch["x"]).mean(), {})
+    >>> float(mean_gradient(loss, jnp.float32(1), {"x": jnp.arange(6.0)}, 3)[0])
+    2.5
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradient(part):
+        (_, metrics), gradient = value_and_grad(params, part)
+        return gradient, metrics
+
+    if parts == 1:
+        return gradient(batch)
+    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], cut)),
+    )
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zero, cut
+    )
+    return jax.tree.map(lambda x: x / parts, total)
 
 
 def make_train_step(
@@ -23,17 +65,31 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: Schedule,
     execution: Execution,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    *,
+    augment: Augment = lambda key, batch: batch,
+    accumulate_steps: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds (state, batch [R, B, ...]) -> (state, metrics [R]); to be jitted, state donated.
 
     Replicas never meet in it: under `vmap` over a mesh ("replica", "data") no collective
     crosses the replica axis. `map` runs them one after the other, which keeps one replica's
     activations alive and is for meshes whose replica axis is 1.
+
+    A step's randomness is drawn for the whole batch, before it is cut: what an example looks
+    like depends on (seed, replica, step, its row) and not on `accumulate_steps`.
+
+    Args:
+      loss_fn: see `objectives`.
+      tx: the optimizer's direction.
+      schedule: step -> learning rate.
+      execution: how the replicas run.
+      augment: (key, batch [B, ...]) -> batch, once a step.
+      accumulate_steps: parts of the batch that are computed one after the other.
     """
 
     def replica_step(step, key, params, opt_state, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        grads, metrics = mean_gradient(loss_fn, params, augment(key, batch), accumulate_steps)
         updates, opt_state = tx.update(grads, opt_state, params)
         rate = schedule(step)
         params = jax.tree.map(lambda w, u: w - (rate * u).astype(w.dtype), params, updates)

@@ -38,7 +38,8 @@ def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mes
     )
     if mesh is not None:
         state = jax.device_put(state, sharding.state_sharding(mesh, state))
-    step = jax.jit(make_train_step(tiny.loss_fn(dtype), tx, schedule, execution))
+    augment = functools.partial(tiny.augment, dtype=dtype)
+    step = jax.jit(make_train_step(tiny.loss_fn(dtype), tx, schedule, execution, augment=augment))
     first = None
     for batch in data:
         batch = {name: value[replicas] for name, value in batch.items()}
@@ -100,10 +101,10 @@ def test_first_step_in_float32_equals_single_runs():
 def test_gradient_against_finite_differences(x64):
     loss, params = tiny.loss_fn(jnp.float64), tiny.params(np.float64)
     batch = {name: value[0] for name, value in batches(tiny.config(), 1)[0].items()}
-    key = jax.random.key(0)
+    batch = tiny.augment(jax.random.key(0), batch, jnp.float64)
 
     def value(params):
-        return loss(params, batch, key)[0]
+        return loss(params, batch)[0]
 
     gradient = jax.grad(value)(params)
     rng = np.random.default_rng(4)
@@ -148,7 +149,7 @@ def test_no_collective_crosses_the_replicas():
     state = init_state(tiny.params(), tx, num_replicas=2, seed=0)
     shardings = sharding.state_sharding(mesh, state)
     step = jax.jit(
-        make_train_step(tiny.loss_fn(), tx, schedule, "vmap"),
+        make_train_step(tiny.loss_fn(), tx, schedule, "vmap", augment=tiny.augment),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )

@@ -49,12 +49,14 @@ def images(count: int = 64, seed: int = 1) -> ImageSet:
 
 def loss_fn(dtype=jnp.float32):
     apply = classifier(clip_config(), Compute(dtype=dtype))
+    return cross_entropy(apply, lambda images: images, label_smoothing=0.1)
 
-    def prepare(key, pixels):
-        noise = jax.random.uniform(key, (pixels.shape[0], 1, 1, 1), dtype)
-        return pixels.astype(dtype) / 255.0 + 0.1 * noise
 
-    return cross_entropy(apply, prepare, label_smoothing=0.1)
+def augment(key, batch, dtype=jnp.float32):
+    """Adds a brightness of its own to each image."""
+    pixels = batch["image"]
+    noise = jax.random.uniform(key, (pixels.shape[0], 1, 1, 1), dtype)
+    return batch | {"image": pixels.astype(dtype) / 255.0 + 0.1 * noise}
 
 
 def config(**changes):
@@ -84,7 +86,15 @@ def batches(config, start: int = 0):
 
 def task(config, epochs: int = 2, dtype=np.float32) -> Task:
     steps = steps_per_epoch(len(images()), config.batch_size)
-    return Task(params(dtype), loss_fn(jnp.dtype(dtype)), steps, epochs * steps, num_heads=2)
+    dtype = jnp.dtype(dtype)
+    return Task(
+        params(dtype),
+        loss_fn(dtype),
+        steps,
+        epochs * steps,
+        num_heads=2,
+        augment=partial(augment, dtype=dtype),
+    )
 
 
 def trainer(workdir, epochs: int = 2, **changes) -> Trainer:

@@ -96,6 +96,7 @@ OBJECTNET = Domain(
     noise=0.08,
 )
 
+TRAIN_SIZE = 4096
 POOL_SIZE = 32_768
 ADVERSARIAL_FILE = pathlib.Path(__file__).with_name("adversarial.json")
 
@@ -116,7 +117,7 @@ class GlyphWorld(NamedTuple):
 def world(
     seed: int = 0,
     *,
-    train_size: int = 4096,
+    train_size: int = TRAIN_SIZE,
     validation_size: int = 2048,
     test_size: int = 2000,
     shift_size: int = 2000,
@@ -166,7 +167,7 @@ def world(
     )
 
 
-def training_set(seed: int = 0, size: int = 4096) -> ImageSet:
+def training_set(seed: int = 0, size: int = TRAIN_SIZE) -> ImageSet:
     """The narrow world's training images alone, as `world` gives them."""
     return _draw("train", seed, 0, ID, size)
 
