@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.pipeline import eval_batches
+from modelstock_jax.errors import UserError
 
 PyTree = Any
 
@@ -153,6 +154,8 @@ def make_evaluator(
         accuracies = {}
         for image_set in image_sets:
             right, counted = counts(params, image_set, num_classes)
+            if not counted:
+                raise UserError(f"{image_set.name}: no image to measure on, or none with a label")
             accuracies[image_set.name] = 100.0 * int(right) / int(counted)
         return accuracies
 

@@ -157,6 +157,8 @@ class ImageSet:
           UserError: a class with no image left to train on.
         """
         order = np.argsort(self.labels, kind="stable")
+        if not per_class:
+            return self, dataclasses.replace(self.select(order[:0]), name="validation")
         classes, starts, counts = np.unique(
             self.labels[order], return_index=True, return_counts=True
         )

@@ -1,0 +1,48 @@
+"""Arrays that are slow to find out and are kept in the user's cache directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+WORTH_KEEPING = 20_000  # entries; fewer are found again in about a second
+
+
+def read(kind: str, place: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays kept for a place, by name; empty if there are none or the file is damaged.
+
+    They lie in $XDG_CACHE_HOME, else ~/.cache: nothing is ever written beside a user's data.
+
+    Args:
+      kind: what the arrays are.
+      place: the directory that they are about.
+    """
+    try:
+        with np.load(_file(kind, place), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, KeyError, EOFError):
+        return {}
+
+
+def keep(kind: str, place: str | os.PathLike[str], **arrays: np.ndarray) -> None:
+    """Keeps arrays for a place; a cache directory that cannot be written is no error."""
+    path, temporary = _file(kind, place), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    except OSError:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _file(kind: str, place: str | os.PathLike[str]) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(os.fsencode(Path(place).resolve())).hexdigest()[:32]
+    return cache / "modelstock_jax" / kind / f"{digest}.npz"

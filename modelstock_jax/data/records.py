@@ -1,0 +1,174 @@
+"""Images that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from modelstock_jax.data import kept
+from modelstock_jax.data.folders import Labelled
+from modelstock_jax.data.image_set import EncodedImages
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.reader import read_json
+
+INFO = "dataset_info.json"
+LABELS = "{split}.labels.npy"
+"""Labels in the order of the records, which our own preparation writes beside them."""
+FACTS = "modelstock.json"
+"""What our own preparation says of a set besides: groups of classes, label sets and the like."""
+
+_VERSION = re.compile(r"\d+(\.\d+)*")
+
+
+def find_records(path: str | os.PathLike[str]) -> Path | None:
+    """The directory with dataset_info.json: `path` or its newest version, None if neither is.
+
+    Args:
+      path: such as ~/tensorflow_datasets/imagenet2012, or .../imagenet2012/5.1.0.
+    """
+    path = Path(path)
+    if (path / INFO).is_file():
+        return path
+    versions = [one.parent for one in path.glob(f"*/{INFO}") if _VERSION.fullmatch(one.parent.name)]
+    return max(versions, key=lambda one: [int(n) for n in one.name.split(".")], default=None)
+
+
+class RecordImages(EncodedImages):
+    """The records of one split; the files are opened in the process that reads them."""
+
+    def __init__(self, directory: str | os.PathLike[str], split: str) -> None:
+        """Opens the set's description.
+
+        Raises:
+          UserError: not a set of images, not prepared as ArrayRecord, or no such split.
+        """
+        self._directory, self._split = str(directory), split
+        self._source, self._process = None, None
+        info = read_json(Path(directory) / INFO)
+        form = info.get("fileFormat", "tfrecord")
+        if form != "array_record":
+            raise UserError(
+                f"{directory}: prepared as {form}, and reading at random needs array_record; with "
+                "TensorFlow installed: tfds build --file_format=array_record, or tfds "
+                f"convert_format --dataset_version_dir={directory} --out_file_format=array_record "
+                "--out_dir=DIR"
+            )
+        splits = {one["name"]: one for one in info.get("splits", ())}
+        if split not in splits:
+            raise UserError(
+                f"{directory}: no split {split!r}; it has {', '.join(sorted(splits)) or 'none'}"
+            )
+        self._length = sum(int(count) for count in splits[split].get("shardLengths", ()))
+        if "image" not in self.features:
+            raise UserError(
+                f"{directory}: no feature 'image' but {', '.join(sorted(self.features))}; another "
+                "version of the set?"
+            )
+
+    @property
+    def features(self) -> Any:
+        """The description of an example, as TensorFlow Datasets has it."""
+        return self._builder().info.features
+
+    def example(self, index: int) -> dict[str, Any]:
+        """One example, its image still encoded."""
+        if self._process != os.getpid():  # An open file must not be shared with a forked process.
+            import tensorflow_datasets as tfds
+
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            self._source = self._builder().as_data_source(self._split, decoders=decoders)
+            self._process = os.getpid()
+        return self._source[index]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.example(index)["image"]
+
+    def name(self, index: int) -> str:
+        """The record's number, and the name of the file that it was made from."""
+        file = self.example(index).get("file_name", b"").decode(errors="replace")
+        return f"{self._directory}, split {self._split}, record {index}" + f" ({file})" * bool(file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None, "_process": None}
+
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds  # a second
+
+        try:
+            return tfds.builder_from_directory(self._directory)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{self._directory}: cannot be opened ({reason})") from error
+
+
+def read_records(path: str | os.PathLike[str], split: str, label: str = "label") -> Labelled:
+    """The images of a prepared set, in the order of the records.
+
+    Labels lie inside the records: of a large set that others prepared they are read once (all
+    records, with a progress bar) and kept in the user's cache directory.
+
+    Args:
+      path: a directory with dataset_info.json, or with versions of such.
+      split: 'train', 'validation' or 'test'.
+      label: the feature that holds the label.
+
+    Raises:
+      UserError: no such set, or it is of another form or version.
+    """
+    directory = find_records(path)
+    if directory is None:
+        raise UserError(f"{path}: no {INFO} there; not a set that TensorFlow Datasets prepared")
+    images = RecordImages(directory, split)
+    feature = images.features.get(label)
+    if not hasattr(feature, "names"):
+        raise UserError(
+            f"{directory}: no class label {label!r} among its features "
+            f"({', '.join(sorted(images.features))}); another version of the set?"
+        )
+    labels = _labels(directory, images, split, label)
+    if len(labels) != len(images):
+        raise UserError(f"{directory}: {len(images)} records, but {len(labels)} labels kept aside")
+    return Labelled(images, labels, tuple(feature.names), f"{directory}, split {split}")
+
+
+def read_label_sets(images: RecordImages, feature: str) -> tuple[tuple[int, ...], ...]:
+    """The sets of labels in each record's `feature`, such as ReaL's."""
+    return tuple(
+        tuple(int(label) for label in images.example(i)[feature]) for i in range(len(images))
+    )
+
+
+def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What our own preparation wrote down beside the records; empty for others' sets."""
+    file = Path(path) / FACTS
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _labels(directory: Path, images: RecordImages, split: str, label: str) -> np.ndarray:
+    beside = directory / LABELS.format(split=split)
+    if label == "label" and beside.is_file():
+        return np.load(beside, allow_pickle=False)
+    place = directory / f"{split}.{label}"
+    changed = np.array((directory / INFO).stat().st_mtime_ns, np.int64)
+    found = kept.read("labels", place)
+    if not np.array_equal(found.get("changed"), changed):
+        indices = track(
+            range(len(images)),
+            f"labels of {directory.parent.name} {split} (once)",
+            transient=True,
+            disable=len(images) < kept.WORTH_KEEPING,
+        )
+        labels = np.array([images.example(i)[label] for i in indices], np.int32)
+        found = {"changed": changed, "labels": labels}
+        if len(labels) >= kept.WORTH_KEEPING:
+            kept.keep("labels", place, **found)
+    return found["labels"]
