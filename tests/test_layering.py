@@ -21,9 +21,10 @@ MAX_LAUNCH_LINES = 60
 LAYERS = [
     {"errors"},
     {"merging", "tensor_files"},
-    {"data", "clip", "checkpoint_merge"},
+    {"data", "clip"},
     {"training", "evaluation", "reporting"},
-    {"experiment", "studies"},
+    {"experiment", "studies", "checkpoint_merge"},
+    {"__main__"},
 ]
 LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 # Beside the standard library and `errors`, these units import nothing else.

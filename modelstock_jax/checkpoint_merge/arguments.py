@@ -1,0 +1,156 @@
+"""What may be typed after `modelstock`. Imports nothing that is slow."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from modelstock_jax import __version__
+from modelstock_jax.checkpoint_merge.options import DTYPES, METHODS, MISSING, TIED, VOCABULARY
+from modelstock_jax.checkpoint_merge.spelling import near
+from modelstock_jax.merging.units import UNITS
+
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
+          "GIB": 2**30}
+_INPUTS = """\
+BASE is the model that was fine-tuned, FT1, FT2, ... are the fine-tunes of it. Each is
+  a directory with safetensors (one file, or shards and their index)
+  a .safetensors file
+  org/name or org/name@revision, from the Hugging Face hub
+  a directory with a LoRA adapter (of BASE), or model+adapter
+"""
+_EXAMPLES = {
+    "merge": """\
+examples:
+  modelstock merge meta-llama/Llama-3.1-8B ./run1 ./run2 --out merged
+  modelstock merge ./base ./lora1 ./lora2 --out merged --dtype bfloat16
+  modelstock merge ./clip ./ft1 ./ft2 --out merged --unit layer --include 'vision_model.*'
+  modelstock merge --recipe mergekit.yml --out merged
+  modelstock merge ./base ./ft1 ./ft2 --out merged --dry-run
+""",
+    "compare": """\
+examples:
+  modelstock compare ./base ./ft1 ./ft2 --plot angles.png
+  modelstock compare ./base ./ft1 ./ft2 --json > angles.json
+""",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, and a misspelt option names the one that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the mistake and where help is; exit status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Reads options and inputs in any order."""
+        values, unknown = self.parse_known_intermixed_args(arguments)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            wrong = next((text for text in unknown if text.startswith("-")), unknown[0])
+            wrong = wrong.split("=")[0]
+            self.error(f"unknown option {wrong}{near(wrong, options)}")
+        return values
+
+
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `modelstock`, and that of each command."""
+    top = Parser(
+        prog="modelstock", allow_abbrev=False,
+        description="Merge fine-tuned models with their base by Model Stock (arXiv 2403.19522).",
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"modelstock {__version__}")
+    listed = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = {}
+    for name, what in (
+        ("merge", "merge fine-tunes of one base model into a new checkpoint"),
+        ("compare", "angles, norms and ratios by layer; writes no model"),
+    ):
+        commands[name] = listed.add_parser(
+            name, help=what, description=f"{what[0].upper()}{what[1:]}.\n\n{_INPUTS}",
+            epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage=f"modelstock {name} BASE FT1 FT2 [FT3 ...] "
+            + ("--out DIR [options]" if name == "merge" else "[options]"),
+            allow_abbrev=False,
+        )  # fmt: skip
+        _add_common(commands[name])
+    _add_merge(commands["merge"])
+    commands["compare"].add_argument(
+        "--plot", metavar="FILE", help="draw angles and norms over depth (.png)"
+    )
+    return top, commands
+
+
+def _add_common(parser: Parser) -> None:
+    # Suppressed is left out of the namespace: what was not typed keeps the default of `Options`.
+    parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
+    add = _adder(parser)
+    add("--unit", choices=UNITS, help="numbers that share one angle (tensor)")
+    add("--num-heads", metavar="N", help="attention heads for --unit head, like 12 or "
+        "vision_model=12,text_model=8 (from config.json)")
+    add("--include", action="append", metavar="PATTERN",
+        help="merge only tensors whose names fit, like 'model.layers.*'; may be repeated")
+    add("--exclude", action="append", metavar="PATTERN", help="do not merge tensors that fit")
+    add("--vocabulary", choices=VOCABULARY,
+        help="where embeddings differ in rows: refuse, or merge the rows in common and take the "
+        "rest from the base or from the longest")
+    add("--tied", choices=TIED, help="where only some models tie head and embedding")
+    add("--missing", choices=MISSING, help="tensors that some models lack: refuse, or the base's")
+    add("--threads", type=int, metavar="N", help="workers (one a core)")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+
+
+def _add_merge(parser: Parser) -> None:
+    add = _adder(parser)
+    parser.add_argument("--out", metavar="DIR", help="the directory to make")
+    parser.add_argument("--recipe", metavar="FILE", help="mergekit's YAML, in place of the inputs")
+    add("--method", choices=METHODS, help="how to merge (stock)")
+    add("--dtype", choices=DTYPES, help="of the merged tensors (each as in BASE)")
+    add("--excluded", metavar="WHAT", help="what tensors that are not merged take: base, mean or "
+        "model:1 for the first fine-tune (base)")
+    add("--weights", type=numbers, metavar="W,W", help="for linear, task-arithmetic and ties")
+    add("--normalize", action=argparse.BooleanOptionalAction, help="divide weights by their sum")
+    add("--alpha", type=float, metavar="A", help="for wise-ft, in [0, 1]")
+    add("--scale", type=float, metavar="S", help="lambda, for task-arithmetic and ties")
+    add("--density", type=numbers, metavar="D", help="for ties, in (0, 1]; one, or one a fine-tune")
+    add("--t", type=float, metavar="T", help="for slerp, in [0, 1]")
+    add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
+        help="like 5GB or 500MB (5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+
+
+def _adder(parser: Parser):
+    def add(option: str, **how) -> None:
+        parser.add_argument(option, default=argparse.SUPPRESS, **how)
+
+    return add
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them.
+
+    Example:
+      >>> numbers("0.5,1")
+      (0.5, 1.0)
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like 0.5,1") from None
+
+
+def size(text: str) -> int:
+    """Bytes, from `5GB`, `500MB`, `2GiB` or a plain number.
+
+    Example:
+      >>> size("5GB"), size("2GiB"), size("1000")
+      (5000000000, 2147483648, 1000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in _SIZES or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 5GB or 500MB")
+    return int(float(found[1]) * _SIZES[found[2].upper()])

@@ -1,0 +1,126 @@
+"""README.md of a merged checkpoint: a model card that Hugging Face's hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
+METHODS = {
+    "stock": f"Model Stock ({PAPER})",
+    "weighted-stock": f"Model Stock ({PAPER}), each fine-tune weighted by its own noise",
+    "uniform": "the plain mean of the fine-tunes",
+    "linear": "a weighted mean of the fine-tunes",
+    "wise-ft": "[WiSE-FT](https://arxiv.org/abs/2109.01903)",
+    "task-arithmetic": "[task arithmetic](https://arxiv.org/abs/2212.04089)",
+    "ties": "[TIES](https://arxiv.org/abs/2306.01708)",
+    "slerp": "spherical interpolation",
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
+    """The card's text.
+
+    Args:
+      document: as `report.document` gives it.
+      name: the model's title.
+      library: `library_name` for the metadata, as `library_name` finds it; None leaves it out.
+
+    Returns:
+      Markdown with YAML front matter.
+    """
+    inputs = [document["base"], *document["models"]]
+    method, unit = document["options"]["method"], document["options"]["unit"]
+    names = [hub_id(source["model"]) for source in inputs]
+    front = {
+        "library_name": library,
+        "base_model": sorted({n for n in names if n}, key=names.index) or None,
+        "base_model_relation": "merge" if any(names) else None,
+        "tags": ["merge", "model-stock", "modelstock-jax"]
+        if "stock" in method else ["merge", "modelstock-jax"],
+    }  # fmt: skip
+    lines = ["---"]
+    # A JSON string or list is YAML too, and needs no rules for quoting.
+    lines += [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
+    lines += ["---", "", f"# {name}", ""]
+    count = len(document["models"])
+    lines += [
+        f"{count} fine-tune{'s' if count > 1 else ''} of `{document['base']['model']}`, merged by "
+        f"{METHODS[method]}; {_unit(unit)} for itself.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    for i, source in enumerate(inputs):
+        lines.append(f"| {f'fine-tune {i}' if i else 'base'} | `{source['model']}` |")
+    others = {k: v for k, v in document["options"].items() if k not in ("method", "unit")}
+    lines += [f"| {key.replace('_', ' ')} | `{json.dumps(v)}` |" for key, v in others.items()]
+    lines += ["", "## Ratios", ""]
+    lines += _ratios(document)
+    lines += [
+        "![Angle and norm of each tensor's movement over the depth of the network](angles.png)",
+        "",
+        "Every tensor's angle, ratio and policy: `merge_report.json`.",
+        "",
+    ]
+    notes = [*document["notes"], *(note for source in inputs for note in source["notes"])]
+    if notes:
+        lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
+    lines += ["## Made by", "", "```", document["command"], "```", ""]
+    lines += ["| file | SHA-256 |", "|---|---|"]
+    for source in inputs:
+        lines += [f"| `{source['model']}`: {f} | `{d}` |" for f, d in source["files"].items()]
+    lines += [f"| this model: {f} | `{d}` |" for f, d in document["outputs"].items()]
+    versions = ", ".join(f"{package} {n}" for package, n in document["versions"].items())
+    return "\n".join([*lines, "", versions]) + "\n"
+
+
+def hub_id(label: str) -> str | None:
+    """The hub's name of an input, or None for a path.
+
+    Example:
+      >>> hub_id("org/name@main"), hub_id("./run1/model")
+      ('org/name', None)
+    """
+    name = label.split("+")[0].split("@")[0]
+    return name if _HUB_ID.fullmatch(name) and not name.startswith(".") and not Path(
+        name).exists() else None
+
+
+def library_name(directory: Path) -> str | None:
+    """The library that opens a checkpoint, by the files beside it."""
+    known = {"config.json": "transformers", "open_clip_config.json": "open_clip"}
+    return next((name for file, name in known.items() if (directory / file).is_file()), None)
+
+
+def _ratios(document: Mapping[str, Any]) -> list[str]:
+    lines = ["t = 0 is the base, t = 1 the mean of the fine-tunes.", ""]
+    if document["ratios"]:
+        lines += ["| | tensors | least | median | largest |", "|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| {kind} | {v['tensors']} | {v['min']:.3f} | {v['median']:.3f} | {v['max']:.3f} |"
+            for kind, v in document["ratios"].items()
+        ]
+    else:
+        lines.append("No tensor has an angle.")
+    policies = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in
+                         sorted(document["policies"].items(), key=lambda item: -item[1]))
+    lines += ["", f"Units by policy: {policies or 'none'}."]
+    if left := len(document["not_merged"]):
+        lines[-1] += f" Not merged: {left} tensor{'s' if left > 1 else ''}."
+    return [*lines, ""]
+
+
+def _unit(unit: str) -> str:
+    return {
+        "tensor": "each tensor",
+        "layer": "each layer (q, k and v joined)",
+        "filter": "each output channel",
+        "head": "each attention head",
+        "block": "each transformer block",
+        "global": "the whole model",
+    }[unit]

@@ -1,0 +1,194 @@
+"""The commands of `modelstock`, from what was typed to what is shown."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from modelstock_jax.checkpoint_merge import card, heads, screen
+from modelstock_jax.checkpoint_merge.meter import Meter
+from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
+from modelstock_jax.checkpoint_merge.recipe import Recipe, read_recipe
+from modelstock_jax.checkpoint_merge.report import document, ratios
+from modelstock_jax.checkpoint_merge.run import measure, run
+from modelstock_jax.checkpoint_merge.settings import schedule
+from modelstock_jax.checkpoint_merge.sources import Source, open_source
+from modelstock_jax.errors import UserError
+from modelstock_jax.reporting.files import plain, write_json, write_text
+
+REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
+# A comparison writes no model: what some models lack need not stand in its way.
+_LENIENT = {"vocabulary": "base", "missing": "base", "tied": "untie"}
+
+
+def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """`modelstock merge`."""
+    recipe = _recipe(arguments)
+    if not arguments.out and not arguments.dry_run:
+        raise UserError("--out DIR is missing: where the merged model will lie")
+    asked = _asked(arguments)
+    if clash := sorted(asked.keys() & recipe.options.keys()):
+        raise UserError(f"{clash[0]} is in the recipe; leave the option out, or change it there")
+    base, finetuned = _open(recipe.base, recipe.models, twice=recipe.options.get("method"))
+    if recipe.layers is not None:
+        _check_layers(recipe.layers, base)
+    if recipe.t is not None:
+        asked["t"] = schedule(recipe.t, list(base.tensors))
+    plan = make_plan(base, finetuned, _options({**recipe.options, **asked}, base))
+    messages = Console(stderr=True)
+    for note in (*recipe.notes, *(n for s in (base, *finetuned) for n in s.notes), *plan.notes):
+        messages.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    if arguments.dry_run:
+        _print_plan(plan, arguments)
+        return
+    command = "modelstock " + shlex.join(argv)
+    documents: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(1) as hashing:
+        # Files are hashed while the merge has them in the disk's cache.
+        digests = [hashing.submit(source.digests) for source in (base, *finetuned)]
+        try:
+            with Meter("merging", messages) as meter:
+                report = run(
+                    plan, arguments.out, overwrite=arguments.overwrite, progress=meter,
+                    finish=lambda directory, report: documents.append(_finish(
+                        directory, document(plan, report, [d.result() for d in digests], command),
+                        Path(os.path.abspath(arguments.out)).name,
+                    )),
+                )  # fmt: skip
+        except BaseException:
+            hashing.shutdown(wait=False, cancel_futures=True)
+            raise
+    if arguments.json:
+        _print_json(documents[0] | {"out": arguments.out, "seconds": report.seconds})
+    else:
+        screen.show_merge(documents[0], report, arguments.out, Console())
+
+
+def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """`modelstock compare`."""
+    del argv
+    recipe = _recipe(arguments)
+    base, finetuned = _open(recipe.base, recipe.models)
+    plan = make_plan(base, finetuned, _options(_LENIENT | _asked(arguments), base))
+    messages = Console(stderr=True)
+    for note in plan.notes:
+        messages.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    with Meter("comparing", messages) as meter:
+        report = measure(plan, progress=meter)
+    summary = ratios(report.rows)
+    if arguments.plot:
+        if Path(arguments.plot).suffix != ".png":
+            raise UserError(f"--plot {arguments.plot}: give a name that ends in .png")
+        _draw(report.rows, Path(arguments.plot))
+    if arguments.json:
+        _print_json({
+            "base": base.label, "models": [source.label for source in finetuned],
+            "unit": plan.options.unit, "units": report.rows, "ratios": summary,
+            "policies": report.policies, "predicted_distance": report.distance,
+            "notes": list(plan.notes),
+        })  # fmt: skip
+    else:
+        screen.show_comparison(report, summary, Console())
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """The models, from the recipe's file or as they were typed."""
+    models = arguments.models
+    if path := getattr(arguments, "recipe", None):
+        if models:
+            raise UserError("a recipe names the models itself: give --recipe or BASE FT1 FT2")
+        return read_recipe(path)
+    if len(models) < 2:
+        raise UserError("give BASE and the models that were fine-tuned from it: BASE FT1 FT2 ...")
+    return Recipe(models[0], tuple(models[1:]), {})
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that were typed, as `Options` takes them."""
+    fields = {field.name for field in dataclasses.fields(Options)}
+    asked = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items() if name in fields
+    }  # fmt: skip
+    if "num_heads" in asked:
+        asked["num_heads"] = heads.parse_num_heads(asked["num_heads"])
+    if len(asked.get("density", ())) == 1:
+        asked["density"] = asked["density"][0]
+    return asked
+
+
+def _options(asked: dict[str, Any], base: Source) -> Options:
+    if asked.get("unit") == "head" and "num_heads" not in asked:
+        asked["num_heads"] = heads.num_heads(base.directory, base.tensors)
+    return Options(**asked)
+
+
+def _open(base: str, models: Sequence[str], twice: str | None = None):
+    """Opens base and fine-tunes; a model that is given twice would count twice."""
+    seen: set[str] = set()
+    # A recipe of a linear mean may list its base: there that is a model like the others.
+    for label in models if twice == "linear" else (base, *models):
+        place = os.path.realpath(label) if os.path.exists(label) else label
+        if place in seen:
+            raise UserError(f"{label} is given twice; its angle with itself is 0, so the merge "
+                            "would take it for certain: give each model once")
+        seen.add(place)
+    anchor = open_source(base)
+    return anchor, [open_source(model, anchor) for model in models]
+
+
+def _check_layers(layers: int, base: Source) -> None:
+    path = base.directory / "config.json" if base.directory else None
+    if path is None or not path.is_file():
+        return
+    number = json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers")
+    if number is not None and number != layers:
+        raise UserError(f"the recipe's slices end at layer {layers}, {base.label} has {number}: "
+                        "only the whole model is merged; give models instead of slices")
+
+
+def _finish(directory: Path, made: dict[str, Any], name: str) -> dict[str, Any]:
+    """Writes report, card and picture into the finished directory."""
+    write_json(directory / REPORT, made)
+    library = card.library_name(directory)
+    write_text(directory / CARD, card.card(made, name=name, library=library))
+    _draw(made["units"], directory / PICTURE)
+    return made
+
+
+def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    # matplotlib takes its time: it is imported when there is something to draw.
+    from modelstock_jax.checkpoint_merge.picture import picture
+
+    picture(rows, path)
+
+
+def _print_plan(plan: Plan, arguments: argparse.Namespace) -> None:
+    if not arguments.json:
+        screen.show_plan(plan, arguments.out or "(no --out)", Console())
+        return
+    _print_json({
+        "base": plan.base.label, "models": [source.label for source in plan.finetuned],
+        "tensors": [
+            {"name": name, "shape": t.shape, "code": t.code, "takes": t.action, "reason": t.reason}
+            for name, t in plan.tensors.items()
+        ],
+        "files": dict(zip(plan.files, map(list, plan.shards), strict=True)),
+        "bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written,
+        "memory": plan.memory, "notes": list(plan.notes),
+    })  # fmt: skip
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(plain(value), sort_keys=True, indent=1) + "\n")

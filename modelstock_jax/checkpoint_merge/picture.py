@@ -1,0 +1,133 @@
+"""Angle and norm of the task vectors over depth, as in the paper's Figure 2, for any names."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelstock_jax.checkpoint_merge.depth import place, role
+from modelstock_jax.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, draw
+
+ROLES = {
+    "attention": VERMILION,
+    "MLP": ORANGE,
+    "norms": GREEN,
+    "biases": BLUE,
+    "embeddings and head": PURPLE,
+    "other": GREY,
+}
+MOST_TOWERS = 3
+
+
+def picture(
+    rows: Sequence[Mapping[str, Any]], path: str | Path | None, *, title: str | None = None
+):
+    """Draws angles (above) and norms (below) by block; a column for each tower.
+
+    A dot is a merge unit, a line the median of its kind in each block.
+
+    Args:
+      rows: of a merge's report: name, shape, angle (degrees or None), norms ([N]).
+      path: a .png file; None only draws.
+      title: over all panels.
+
+    Returns:
+      The figure.
+    """
+    places = place([row["name"] for row in rows])
+    towers = [tower for tower, _ in Counter(p.tower for p in places).most_common(MOST_TOWERS)]
+    shown = [tower for tower in dict.fromkeys(p.tower for p in places) if tower in towers]
+    groups = {
+        tower: [(p.depth, row) for p, row in zip(places, rows, strict=True) if p.tower == tower]
+        for tower in shown
+    }
+
+    def fill(figure):
+        widths = [math.sqrt(len({depth for depth, _ in group})) for group in groups.values()]
+        panels = figure.subplots(
+            2, max(1, len(groups)), squeeze=False, sharex="col", sharey="row",
+            width_ratios=widths or None, height_ratios=[1.35, 1],
+        )  # fmt: skip
+        roles: set[str] = set()
+        for column, (tower, group) in enumerate(groups.items()):
+            roles |= _column(panels[0, column], panels[1, column], group)
+            panels[0, column].set_title(tower or "all tensors")
+        _name_axes(panels)
+        from matplotlib.lines import Line2D
+
+        figure.legend(
+            handles=[
+                Line2D([], [], color=colour, marker="o", markersize=5, label=role)
+                for role, colour in ROLES.items() if role in roles
+            ],
+            loc="outside lower center", ncols=6,
+        )  # fmt: skip
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+
+    count = sum(len({depth for depth, _ in group}) for group in groups.values())
+    return draw(fill, (min(13.0, max(7.0, 3 + 0.22 * count)), 5.6), path)
+
+
+def _column(top, bottom, group: Sequence[tuple[float, Mapping[str, Any]]]) -> set[str]:
+    """Draws one tower; returns the roles that occur."""
+    depths = sorted({depth for depth, _ in group})
+    position = {depth: x for x, depth in enumerate(depths)}
+    points = defaultdict(lambda: defaultdict(list))
+    for depth, row in group:
+        points[role(row["name"])][position[depth]].append(row)
+    for number, (kind, colour) in enumerate((k, c) for k, c in ROLES.items() if k in points):
+        shift = (number - 2) * 0.07  # Kinds stand beside each other, not on each other.
+        _series(top, points[kind], _angles, colour, shift)
+        _series(bottom, points[kind], _rms, colour, shift)
+    names = {-1.0: "in", math.inf: "out"}
+    inner = [depth for depth in depths if depth not in names]
+    every = max(1, math.ceil(len(inner) / 12))
+    ticks = [d for d in depths if d in names or inner.index(d) % every == 0]
+    bottom.set_xticks(
+        [position[d] for d in ticks], [names.get(d) or str(int(d)) for d in ticks]
+    )
+    bottom.set_xlim(-0.6, len(depths) - 0.4)
+    for axes in (top, bottom):
+        axes.grid(axis="x", visible=False)
+        axes.tick_params(axis="x", length=0)
+    return set(points)
+
+
+def _series(axes, points: Mapping[int, list], values, colour: str, shift: float) -> None:
+    xs, medians = [], []
+    for x in sorted(points):
+        seen = [value for row in points[x] for value in values(row)]
+        if seen:
+            axes.plot([x + shift] * len(seen), seen, "o", ms=3.2, mew=0, color=colour, alpha=0.55)
+            xs.append(x + shift)
+            medians.append(float(np.median(seen)))
+    axes.plot(xs, medians, "-", color=colour, lw=1.3)
+
+
+def _angles(row: Mapping[str, Any]) -> list[float]:
+    return [] if row.get("angle") is None else [row["angle"]]
+
+
+def _rms(row: Mapping[str, Any]) -> list[float]:
+    size = max(1, math.prod(row["shape"]))
+    return [norm / math.sqrt(size) for norm in row["norms"] if norm]
+
+
+def _name_axes(panels) -> None:
+    top, bottom = panels[0, 0], panels[1, 0]
+    top.set_ylabel("angle (degrees)")
+    highest = max((axes.dataLim.y1 for axes in panels[0] if axes.has_data()), default=90.0)
+    limit = 180.0 if highest > 120 else 95.0 if highest <= 92 else 125.0
+    top.set_ylim(0, limit)
+    top.set_yticks(range(0, int(limit) + 1, 30 if limit > 125 else 15))
+    for axes in panels[0]:
+        axes.axhline(90, color="#AAAAAA", lw=0.8, ls="--", zorder=1)
+    bottom.set_ylabel(r"norm of $d_i$ / $\sqrt{n}$")
+    bottom.set_yscale("log")
+    for axes in panels[1]:
+        axes.set_xlabel("block")

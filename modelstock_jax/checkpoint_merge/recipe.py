@@ -1,0 +1,207 @@
+"""mergekit's YAML recipes: read strictly, and turned into models and options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from modelstock_jax.checkpoint_merge.settings import constant, mapping
+from modelstock_jax.checkpoint_merge.spelling import near
+from modelstock_jax.errors import UserError
+
+MAX_BYTES = 2**20
+# mergekit's name of a method -> ours, and the parameters that it reads.
+METHODS = {
+    "model_stock": ("stock", ("filter_wise",)),
+    "linear": ("linear", ("weight", "normalize")),
+    "task_arithmetic": ("task-arithmetic", ("weight", "lambda", "normalize", "int8_mask")),
+    "ties": ("ties", ("weight", "density", "lambda", "normalize", "int8_mask")),
+    "slerp": ("slerp", ("t",)),
+}
+_OF_A_MODEL = ("weight", "density")
+_TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
+        "tokenizer_source", "tokenizer", "chat_template")
+_REFUSED = {"modules": "one checkpoint with one list of models is merged at a time"}
+
+
+class Recipe(NamedTuple):
+    """A recipe as the command line takes it.
+
+    Attributes:
+      base: the base model, as `open_source` reads it.
+      models: the fine-tunes.
+      options: arguments of `Options`, but for slerp's t.
+      t: slerp's, as written: a number, a list over the layers, or a list by filter.
+      layers: where the slices end; None where the recipe has none.
+      notes: what the recipe asks that changes nothing here.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    options: dict[str, Any]
+    t: Any = None
+    layers: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe of model_stock, linear, task_arithmetic, ties or slerp.
+
+    Nothing in it is ignored in silence: a key that is not known is an error that names a near one.
+
+    Raises:
+      UserError: no such file, not YAML, or anything in it that is not done here.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: too large for a recipe")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f", line {line + 1}"
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise UserError(f"{path}: not YAML{where} ({problem})") from None
+    try:
+        return parse(raw)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse(raw: Any) -> Recipe:
+    """Turns the parsed YAML into a `Recipe`.
+
+    Example:
+      >>> recipe = parse({"merge_method": "model_stock", "base_model": "b",
+      ...                 "models": [{"model": "x"}, {"model": "y+lora"}], "dtype": "bfloat16"})
+      >>> recipe.base, recipe.models, recipe.options
+      ('b', ('x', 'y+lora'), {'method': 'stock', 'dtype': 'bfloat16'})
+    """
+    raw = mapping(raw, "the recipe", _TOP + tuple(_REFUSED))
+    for key, why in _REFUSED.items():
+        if key in raw:
+            raise UserError(f"{key} is not done here: {why}")
+    theirs = raw.get("merge_method")
+    if theirs not in METHODS:
+        raise UserError(
+            f"merge_method {theirs!r} is not done here{near(theirs, METHODS)}; one of "
+            f"{', '.join(METHODS)}"
+        )
+    method, known = METHODS[theirs]
+    entries, common, layers = _entries(raw)
+    common = mapping(common, "parameters", known)
+    base = None if raw.get("base_model") is None else _model(raw["base_model"], "base_model")
+    names = [_model(entry["model"], "model") for entry in entries]
+    own = [mapping(entry.get("parameters") or {}, f"parameters of {name}",
+                    [key for key in known if key in _OF_A_MODEL])
+           for name, entry in zip(names, entries, strict=True)]
+    if base is None and theirs != "linear":
+        raise UserError(f"base_model is missing; {theirs} needs it")
+    if theirs != "linear":  # There the base's own weight counts.
+        kept = [i for i, name in enumerate(names) if name != base]
+        names, own = [names[i] for i in kept], [own[i] for i in kept]
+    if not names or (theirs == "slerp" and len(names) != 1):
+        raise UserError(f"{theirs} of {len(names)} models beside base_model; give "
+                        f"{'one' if theirs == 'slerp' else 'some'}")
+    options = {"method": method, **_numbers(theirs, names, own, common)}
+    notes = _check_tokenizer(raw, base or names[0])
+    if (dtype := raw.get("out_dtype") or raw.get("dtype")) is not None:
+        options["dtype"] = dtype
+    if "int8_mask" in common:
+        notes.append("int8_mask only saves memory in mergekit: nothing to do here")
+    if theirs == "slerp" and "t" not in common:
+        raise UserError("parameters.t is missing; slerp needs it")
+    return Recipe(base or names[0], tuple(names), options, common.get("t"), layers, tuple(notes))
+
+
+def _entries(raw: Mapping) -> tuple[list[dict], dict, int | None]:
+    """The models with their parameters, the parameters of all, and where the slices end."""
+    common = dict(mapping(raw.get("parameters") or {}, "parameters"))
+    if ("models" in raw) == ("slices" in raw):
+        raise UserError("give models or slices, one of the two")
+    if "models" in raw:
+        return [_entry(e, ("model", "parameters")) for e in _list(raw["models"], "models")], \
+            common, None
+    slices = [mapping(s, "a slice", ("sources", "parameters", "base_model", "residual_weight"))
+              for s in _list(raw["slices"], "slices")]
+    end, first = 0, None
+    for piece in slices:
+        for key in ("base_model", "residual_weight"):
+            if key in piece:
+                raise UserError(f"{key} of a slice is not done here: the whole model is merged")
+        sources = [_entry(e, ("model", "layer_range", "parameters"))
+                   for e in _list(piece.get("sources"), "sources")]
+        ranges = [source.get("layer_range") for source in sources]
+        if ranges[0] != [end, ranges[0][-1] if isinstance(ranges[0], list) and ranges[0] else 0] \
+                or any(r != ranges[0] for r in ranges):
+            raise UserError(f"layer_range {ranges}: only the whole model in its own order is "
+                            f"merged, here from layer {end}; give models instead of slices")
+        end = ranges[0][1]
+        merged = [{k: source[k] for k in ("model", "parameters") if k in source}
+                  for source in sources]
+        first = merged if first is None else first
+        if merged != first or (len(slices) > 1 and piece.get("parameters")):
+            raise UserError("slices with models or parameters of their own are not done here")
+        common |= mapping(piece.get("parameters") or {}, "parameters of a slice")
+    return first, common, end
+
+
+def _numbers(theirs: str, names: list[str], own: list[dict], common: dict) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if common.get("filter_wise"):
+        options["unit"] = "filter"
+    if theirs in ("linear", "task_arithmetic", "ties"):
+        given = [mine.get("weight", common.get("weight")) for mine in own]
+        if lost := [name for name, value in zip(names, given, strict=True) if value is None]:
+            raise UserError(f"weight is missing for {', '.join(lost)}")
+        options["weights"] = tuple(constant(value, "weight") for value in given)
+    if theirs == "ties":
+        options["density"] = tuple(
+            constant(mine.get("density", common.get("density", 1.0)), "density") for mine in own)
+    if "lambda" in common:
+        options["scale"] = constant(common["lambda"], "lambda")
+    if "normalize" in common:
+        options["normalize"] = bool(common["normalize"])
+    return options
+
+
+def _check_tokenizer(raw: Mapping, base: str) -> list[str]:
+    tokenizer = mapping(raw.get("tokenizer") or {}, "tokenizer", ("source",))
+    source = raw.get("tokenizer_source") or tokenizer.get("source") or "base"
+    if source != "base" and _model(source, "tokenizer_source") != base:
+        raise UserError(f"tokenizer_source {source!r} is not done here: the base's tokenizer is "
+                        "copied, and --vocabulary says what becomes of rows that differ")
+    if raw.get("chat_template") not in (None, "auto"):
+        raise UserError("chat_template is not done here: the base's is copied; delete the key")
+    return ["chat_template auto: the base's is copied"] if raw.get("chat_template") else []
+
+
+def _entry(entry: Any, known: Iterable[str]) -> dict:
+    entry = mapping(entry, "a model's entry", known)
+    if "model" not in entry:
+        raise UserError("an entry of the models has no 'model'")
+    return entry
+
+
+def _model(value: Any, where: str) -> str:
+    """A model as one text: 'path', 'path@revision' or 'path+lora'."""
+    if isinstance(value, str):
+        return value
+    value = mapping(value, where, ("model", "lora", "path", "revision"))
+    if "path" in value:
+        return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
+    parts = [_model(value[key], where) for key in ("model", "lora") if value.get(key)]
+    if "model" not in value or not parts:
+        raise UserError(f"{where}: {value!r} names no model")
+    return "+".join(parts)
+
+
+def _list(value: Any, where: str) -> list:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: expected a list, not {value!r}")
+    return value

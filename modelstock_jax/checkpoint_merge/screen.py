@@ -1,0 +1,138 @@
+"""What a person reads: the plan, the result and the comparison, on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.checkpoint_merge.run import Report
+from modelstock_jax.reporting.progress import duration
+
+MOST_LISTED = 20
+
+
+def show_plan(plan: Plan, out: str, console: Console) -> None:
+    """What a merge would do, and why."""
+    table = _facts()
+    table.add_row("base", plan.base.label)
+    for number, source in enumerate(plan.finetuned, 1):
+        table.add_row(f"fine-tune {number}", source.label)
+    table.add_row("method", f"{plan.options.method}, unit {plan.options.unit}")
+    actions = Counter(tensor.action for tensor in plan.tensors.values())
+    table.add_row("tensors", ", ".join(f"{n} {_took(action)}" for action, n in actions.items()))
+    table.add_row("to read", size(plan.bytes_read))
+    table.add_row("to write", f"{size(plan.bytes_written)} in {len(plan.files)} file"
+                  f"{'s' if len(plan.files) > 1 else ''} under {out}")
+    table.add_row("memory", f"at most {size(plan.memory)}")
+    _print(table, console)
+    left = {n: t for n, t in plan.tensors.items() if t.action != "merge" or t.reason}
+    reasons = Counter((_took(t.action), t.reason) for t in left.values())
+    if left:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("not merged by the rule", "takes", "why"):
+            table.add_column(heading)
+        for name, tensor in list(left.items())[:MOST_LISTED]:
+            table.add_row(name, _took(tensor.action), tensor.reason)
+        _print(table, console)
+        if len(left) > MOST_LISTED:
+            console.print(f"and {len(left) - MOST_LISTED} more; in all:", highlight=False)
+            for (takes, why), number in reasons.most_common():
+                console.print(f"  {number} {takes}: {why}", highlight=False, markup=False)
+
+
+def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
+               console: Console) -> None:
+    """What was merged, at which ratios, where it lies, and how long it took."""
+    table = _facts()
+    merged = f"{len(document['models'])} fine-tunes of {document['base']['model']}"
+    table.add_row("merged", f"{merged}, {document['options']['method']}")
+    if found := document["ratios"].get("all"):
+        table.add_row("ratios", f"{found['min']:.3f} to {found['max']:.3f}, median "
+                      f"{found['median']:.3f} over {found['tensors']} tensors")
+    policies = sorted(document["policies"].items(), key=lambda item: -item[1])
+    table.add_row("units", ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in policies))
+    if document["not_merged"]:
+        table.add_row("not merged", f"{len(document['not_merged'])} tensors; merge_report.json "
+                      "says why")
+    distance = document["predicted_distance"]
+    if distance and all(distance.get(key) is not None for key in ("replica", "mean", "merged")):
+        table.add_row("to the centre", "one fine-tune {replica:.4g}, their mean {mean:.4g}, "
+                      "merged {merged:.4g} (predicted)".format(**distance))
+    table.add_row("written to", str(out))
+    moved = report.bytes_read + report.bytes_written
+    rate = f", {moved / report.seconds / 1e9:.2f} GB/s" if report.seconds > 0 else ""
+    table.add_row("time", f"{duration(report.seconds)} for {size(report.bytes_read)} read, "
+                  f"{size(report.bytes_written)} written{rate}")
+    if report.resumed:
+        table.add_row("went on", f"{len(report.resumed)} files were there from an earlier start")
+    _print(table, console)
+
+
+def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any],
+                    console: Console) -> None:
+    """A line a tensor: size, norms, cosines, angle, ratio, predicted distances."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tensor", no_wrap=True)
+    for heading in ("shape", "norms", "cosines", "angle", "ratio", "to the centre", "policy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        distance = row["predicted_distance"]
+        table.add_row(
+            row["name"],
+            "x".join(map(str, row["shape"])) or "1",
+            " ".join(f"{norm:.3g}" for norm in row["norms"]),
+            " ".join("–" if c is None else f"{c:.3f}" for c in row["cosines"].values()),
+            "–" if row["angle"] is None else f"{row['angle']:.1f}",
+            f"{row['ratio']:.3f}",
+            " ".join("–" if distance[k] is None else f"{distance[k]:.3g}"
+                     for k in ("replica", "mean", "merged")),
+            row["policy"].replace("_", " "),
+        )  # fmt: skip
+    _print(table, console)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("ratios", "tensors", "least", "median", "largest"):
+        table.add_column(heading, justify="left" if heading == "ratios" else "right")
+    for kind, value in summary.items():
+        table.add_row(kind, str(value["tensors"]),
+                      *(f"{value[key]:.3f}" for key in ("min", "median", "max")))
+    _print(table, console)
+
+
+def size(count: float) -> str:
+    """Bytes for a reader.
+
+    Example:
+      >>> size(5_300_000_000), size(1200), size(12)
+      ('5.3 GB', '1.2 kB', '12 B')
+    """
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _took(action: str) -> str:
+    kind, _, index = action.partition(":")
+    return {"merge": "merged", "base": "from the base", "mean": "the mean"}.get(
+        kind, f"from fine-tune {index}")
+
+
+def _facts() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _print(table: Table, console: Console) -> None:
+    if not console.is_terminal:  # A file or a pipe has no width to fit in.
+        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        console.width = max(console.width, needed)
+    console.print(table, highlight=False, markup=False)

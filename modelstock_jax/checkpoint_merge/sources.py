@@ -1,0 +1,165 @@
+"""What a merge reads: a checkpoint's tensors by name and range, wherever they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from modelstock_jax.checkpoint_merge.adapters import CONFIG, WEIGHTS, Adapter, is_adapter
+from modelstock_jax.checkpoint_merge.spelling import near
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.digests import digest_file
+from modelstock_jax.tensor_files.hub import resolve
+from modelstock_jax.tensor_files.reader import TensorFiles
+
+# Never pickles, never code.
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_FORMABLE = ("BF16", "F16", "F32", "F64")
+
+
+class TensorInfo(NamedTuple):
+    """Shape and safetensors dtype code of a tensor."""
+
+    shape: tuple[int, ...]
+    code: str
+
+
+class Source:
+    """A checkpoint in safetensors.
+
+    Attributes:
+      label: what the user typed.
+      directory: where config and tokenizer files lie; None for a single file.
+      tensors: name -> `TensorInfo`.
+      notes: what a reader of the report should know about this input.
+    """
+
+    def __init__(self, label: str, path: Path):
+        self.label = label
+        self.directory = path if path.is_dir() else None
+        self._tensors = TensorFiles(path)
+        self.tensors = {
+            name: TensorInfo(self._tensors.shape(name), self._tensors.code(name))
+            for name in self._tensors
+        }
+        self.notes: list[str] = []
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read."""
+        return tuple(sorted(set(self._tensors.files.values())))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files that are read."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the flattened tensor, in its stored dtype; thread-safe."""
+        return self._tensors.read(name, start, stop)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each file, by its name."""
+        return {path.name: digest_file(path) for path in self.files}
+
+
+class AdaptedSource(Source):
+    """A base and a LoRA adapter of it: W + s B A, formed for the range that is asked for."""
+
+    def __init__(self, label: str, base: Source, adapter: Adapter, *, shared_base: bool = False):
+        self.label, self.directory = label, base.directory
+        self.base, self.adapter, self._shared_base = base, adapter, shared_base
+        self.tensors = dict(base.tensors)
+        self.notes = list(base.notes)
+        if adapter.base and not _same_model(adapter.base, base.label):
+            self.notes.append(
+                f"{adapter.directory} was made for {adapter.base!r} and is applied to {base.label}"
+            )
+        problems = []
+        for name in adapter.factors:
+            shape = adapter.shape(name)
+            if name not in base.tensors:
+                problems.append(f"{name} is not in the base{_near(name, base.tensors)}")
+            elif (found := base.tensors[name]).shape != shape:
+                problems.append(f"{name} is {list(found.shape)} in the base, {list(shape)} here")
+            elif found.code not in _FORMABLE:
+                problems.append(f"{name} is {found.code} in the base: give it unquantised")
+            else:
+                self.tensors[name] = found._replace(code="F64" if found.code == "F64" else "F32")
+        for name, stored in adapter.whole.items():
+            self.tensors[name] = TensorInfo(adapter.shape(name), adapter.files.code(stored))
+        if problems:
+            raise UserError(f"{adapter.directory} does not fit {base.label}: {'; '.join(problems)}")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read, the base's too."""
+        return (*self.base.files, self.adapter.directory / WEIGHTS)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop); float32 (float64 for a float64 base) where they are formed."""
+        if name in self.adapter.whole:
+            return self.adapter.files.read(self.adapter.whole[name], start, stop)
+        weights = self.base.read(name, start, stop)
+        if name not in self.adapter.factors:
+            return weights
+        formed = weights.astype(np.float64) + self.adapter.delta(name, start, stop)
+        return formed.astype(np.promote_types(np.float32, weights.dtype))
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the adapter's files, and of its base's where that is not BASE itself."""
+        own = self.adapter.directory
+        digests = {} if self._shared_base else self.base.digests()
+        return digests | {name: digest_file(own / name) for name in (CONFIG, WEIGHTS)}
+
+
+def open_source(text: str, base: Source | None = None) -> Source:
+    """Opens an input as it is typed.
+
+    | text | read as |
+    |---|---|
+    | a directory | safetensors in it: one file, or shards and their index |
+    | a `.safetensors` file | its tensors |
+    | `org/name`, `org/name@revision` | the same from the Hugging Face hub |
+    | a directory with `adapter_config.json` | a LoRA adapter of BASE |
+    | `model+adapter` | a LoRA adapter of that model; several are added in turn |
+
+    Args:
+      text: a path or a hub id, or several joined by `+`.
+      base: what a bare adapter is applied to; None when BASE itself is opened.
+
+    Raises:
+      UserError: there is no such thing, or it cannot be read; it names it.
+    """
+    first, *adapters = [text] if Path(text).exists() else text.split("+")
+    if not all((first, *adapters)):
+        raise UserError(f"{text!r}: expected 'model+adapter'")
+    source = base if base is not None and first == base.label else _open(first, base)
+    for adapter in adapters:
+        directory = resolve(adapter, PATTERNS)
+        if not (directory / CONFIG).is_file():
+            raise UserError(f"{adapter}: no {CONFIG}; after '+' comes a LoRA adapter's directory")
+        source = AdaptedSource(text, source, Adapter(directory), shared_base=source is base)
+    return source
+
+
+def _open(text: str, base: Source | None) -> Source:
+    path = resolve(text, PATTERNS)
+    if not is_adapter(path):
+        return Source(text, path)
+    if base is None:
+        raise UserError(f"{text} is an adapter; as BASE give the model that it was trained on")
+    return AdaptedSource(text, base, Adapter(path), shared_base=True)
+
+
+def _same_model(name: str, label: str) -> bool:
+    """Whether two names may mean one model: a path's last part says enough."""
+    return Path(name.split("@")[0]).name == Path(label.split("@")[0]).name
+
+
+def _near(name: str, names) -> str:
+    """The base's name that the adapter's most likely means."""
+    tail = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    return near(name, tail[:1] or names)
