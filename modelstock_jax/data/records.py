@@ -78,6 +78,8 @@ class RecordImages(EncodedImages):
 
     def example(self, index: int) -> dict[str, Any]:
         """One example, its image still encoded."""
+        if not 0 <= index < self._length:
+            raise IndexError(index)
         if self._process != os.getpid():  # An open file must not be shared with a forked process.
             import tensorflow_datasets as tfds
 
@@ -128,16 +130,16 @@ def read_records(path: str | os.PathLike[str], split: str, label: str = "label")
     if directory is None:
         raise UserError(f"{path}: no {INFO} there; not a set that TensorFlow Datasets prepared")
     images = RecordImages(directory, split)
-    feature = images.features.get(label)
-    if not hasattr(feature, "names"):
+    features = images.features
+    if not hasattr(features[label] if label in features else None, "names"):
         raise UserError(
             f"{directory}: no class label {label!r} among its features "
-            f"({', '.join(sorted(images.features))}); another version of the set?"
+            f"({', '.join(sorted(features))}); another version of the set?"
         )
     labels = _labels(directory, images, split, label)
     if len(labels) != len(images):
         raise UserError(f"{directory}: {len(images)} records, but {len(labels)} labels kept aside")
-    return Labelled(images, labels, tuple(feature.names), f"{directory}, split {split}")
+    return Labelled(images, labels, tuple(features[label].names), f"{directory}, split {split}")
 
 
 def read_label_sets(images: RecordImages, feature: str) -> tuple[tuple[int, ...], ...]:

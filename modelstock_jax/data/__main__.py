@@ -1,0 +1,108 @@
+"""`python -m modelstock_jax.data prepare SOURCE --out DIR`: a set as ArrayRecord."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modelstock_jax.data.folders import read_folders
+from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.imagenet import PUBLISHED, WNIDS, objectnet_classes
+from modelstock_jax.data.imagenet.sets import SPLITS, open_set
+from modelstock_jax.data.prepare import prepare
+from modelstock_jax.errors import UserError
+
+DATASETS = {
+    "train": "imagenet2012_train",
+    "validation": "imagenet2012_validation",
+    "v2": "imagenet_v2",
+    "r": "imagenet_r",
+    "sketch": "imagenet_sketch",
+    "objectnet": "objectnet",
+    "a": "imagenet_a",
+}
+"""What each set is called when prepared; `data.root` finds it by this name."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; a user's mistake is one line and exit code 1."""
+    options = _parser().parse_args(argv)
+    try:
+        image_set, names, dataset, split = _source(options)
+        directory = prepare(
+            image_set,
+            names,
+            options.out,
+            dataset=dataset,
+            split=split,
+            resize=options.resize,
+            workers=options.workers,
+        )
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{directory}: {len(image_set):,} images of {len(np.unique(image_set.labels)):,} classes")
+
+
+def _source(options: argparse.Namespace) -> tuple[ImageSet, Sequence[str], str, str]:
+    source = Path(options.source).expanduser()
+    if options.set == "folder":
+        stored = read_folders(source)
+        dataset = options.name or source.resolve().name.replace("-", "_")
+        return ImageSet(dataset, stored.images, stored.labels), stored.names, dataset, options.split
+    image_set = open_set(options.set, source, check_counts=options.check_counts)
+    names: Sequence[str] = WNIDS
+    if options.set == "objectnet":
+        names = tuple(objectnet_classes(source / "mappings"))
+    dataset = options.name or DATASETS[options.set]
+    return image_set, names, dataset, SPLITS.get(options.set, "test")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m modelstock_jax.data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="prepare")
+    command = commands.add_parser(
+        "prepare",
+        help="write a set as ArrayRecord, in the format of TensorFlow Datasets",
+        description="Writes DIR/NAME/1.0.0. Interrupted, the same command goes on.",
+    )
+    command.add_argument("source", metavar="SOURCE", help="the set's directory")
+    command.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    command.add_argument(
+        "--set",
+        choices=["folder", *PUBLISHED],
+        default="folder",
+        help="which set it is; 'folder': anyone's own class folders (the default)",
+    )
+    command.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        metavar="N",
+        help="bring the short side of larger images down to N pixels (256, say)",
+    )
+    command.add_argument("--name", help="the directory's name below DIR")
+    command.add_argument(
+        "--split",
+        choices=["train", "validation", "test"],
+        default="train",
+        help="what a 'folder' is",
+    )
+    command.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes"
+    )
+    command.add_argument(
+        "--no-check-counts",
+        dest="check_counts",
+        action="store_false",
+        help="take a set that has not the published number of classes and images",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()
