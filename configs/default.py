@@ -32,13 +32,29 @@ def get_config() -> ConfigDict:
     config.label_smoothing = 0.0
 
     config.data = ConfigDict()
-    # 'glyphs' is rendered, nothing is read from disk; 'imagenet' lies in data.root.
+    # 'glyphs' is rendered, nothing is read from disk; 'imagenet' and 'folder' lie in data.root.
     config.data.name = "glyphs"
     config.data.root = ""
+    # Where a set lies, from data.root on or as a whole path; "" looks in the usual places.
+    config.data.paths = ConfigDict(
+        dict.fromkeys(
+            ("train", "validation", "test", "v2", "r", "sketch", "objectnet", "a", "real"), ""
+        )
+    )
+    # Whether ImageNet's sets must have as many classes and images as were published.
+    config.data.check_counts = True
+    # ImageNet's training images of each class that are kept for validation (Model Soups: 26).
+    config.data.held_out = 26
     # Shift sets to measure, in the table's order; () takes all that the data set has.
     config.data.shifts = ()
     # Also measure the test images by their reassessed labels (ReaL, Beyer et al. 2020).
     config.data.real = False
+    # For 'folder': files with a name a line, "" for the folders' names and 'a photo of a {}.';
+    # and the share of each class to hold out where there is no such folder.
+    config.data.class_names = ""
+    config.data.templates = ""
+    config.data.validation_share = 0.1
+    config.data.test_share = 0.1
     # What happens to ImageNet's training images. The glyphs have an augmentation of their own.
     config.data.augment = ConfigDict()
     # Random resized crop, bicubic: the share of the area, and the aspect ratio.

@@ -145,31 +145,38 @@ class ImageSet:
             return self.select(np.arange(count) * len(self) // count)
         return self.select(np.arange(count))
 
-    def hold_out(self, per_class: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-        """Splits off `per_class` images of each class, drawn by (seed, class) alone.
+    def hold_out(
+        self, per_class: int | float, name: str = "validation", seed: int = 0
+    ) -> tuple[ImageSet, ImageSet]:
+        """Splits off some images of each class, drawn by (seed, class) alone.
 
         Model Soups holds out 26 training images a class to choose the members of a greedy soup.
 
+        Args:
+          per_class: how many; a float is a share of each class, of at least one image.
+          name: of the set that is split off.
+          seed: another one draws others.
+
         Returns:
-          What remains, and what was held out ('validation'); both in the order of the set.
+          What remains, and what was held out; both in the order of the set.
 
         Raises:
           UserError: a class with no image left to train on.
         """
         order = np.argsort(self.labels, kind="stable")
-        if not per_class:
-            return self, dataclasses.replace(self.select(order[:0]), name="validation")
         classes, starts, counts = np.unique(
             self.labels[order], return_index=True, return_counts=True
         )
-        if counts.size and counts.min() <= per_class:
-            raise UserError(
-                f"{self.name}: class {classes[counts.argmin()]} has {counts.min()} images, too few "
-                f"to hold out {per_class} a class; hold out fewer"
-            )
         held = np.zeros(len(self), bool)
         for label, start, count in zip(classes, starts, counts, strict=True):
-            drawn = np.random.default_rng((seed, int(label))).permutation(count)[:per_class]
+            share = isinstance(per_class, float)
+            wanted = max(1, round(per_class * count)) if share else per_class
+            if wanted >= count:
+                raise UserError(
+                    f"{self.name}: class {label} has {count} images, too few to hold out {wanted} "
+                    "of them; hold out fewer"
+                )
+            drawn = np.random.default_rng((seed, int(label))).permutation(count)[:wanted]
             held[order[start + drawn]] = True
-        validation = dataclasses.replace(self.select(np.flatnonzero(held)), name="validation")
+        validation = dataclasses.replace(self.select(np.flatnonzero(held)), name=name)
         return self.select(np.flatnonzero(~held)), validation

@@ -112,7 +112,9 @@ class RecordImages(EncodedImages):
             raise UserError(f"{self._directory}: cannot be opened ({reason})") from error
 
 
-def read_records(path: str | os.PathLike[str], split: str, label: str = "label") -> Labelled:
+def read_records(
+    path: str | os.PathLike[str], split: str | None = None, label: str = "label"
+) -> Labelled:
     """The images of a prepared set, in the order of the records.
 
     Labels lie inside the records: of a large set that others prepared they are read once (all
@@ -120,7 +122,7 @@ def read_records(path: str | os.PathLike[str], split: str, label: str = "label")
 
     Args:
       path: a directory with dataset_info.json, or with versions of such.
-      split: 'train', 'validation' or 'test'.
+      split: 'train', 'validation' or 'test'; None where there is only one.
       label: the feature that holds the label.
 
     Raises:
@@ -129,6 +131,7 @@ def read_records(path: str | os.PathLike[str], split: str, label: str = "label")
     directory = find_records(path)
     if directory is None:
         raise UserError(f"{path}: no {INFO} there; not a set that TensorFlow Datasets prepared")
+    split = split or _only_split(directory)
     images = RecordImages(directory, split)
     features = images.features
     if not hasattr(features[label] if label in features else None, "names"):
@@ -153,6 +156,13 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What our own preparation wrote down beside the records; empty for others' sets."""
     file = Path(path) / FACTS
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _only_split(directory: Path) -> str:
+    splits = [one["name"] for one in read_json(directory / INFO).get("splits", ())]
+    if len(splits) != 1:
+        raise UserError(f"{directory}: has the splits {', '.join(splits)}; prepare each for itself")
+    return splits[0]
 
 
 def _labels(directory: Path, images: RecordImages, split: str, label: str) -> np.ndarray:
