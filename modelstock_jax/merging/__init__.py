@@ -13,8 +13,8 @@ _HOMES = {
     "geometry": ("COSINE_UNDEFINED", "DISTANCE_UNDEFINED", "Distances", "angle", "cosine",
                  "mean_distance", "predicted_distances", "ratio", "squared_norms"),
     "replicas": ("stack_replicas",),
-    "stats": ("NonFiniteError", "Policy", "Stats", "check_finite", "policy_counts", "report",
-              "total_distance"),
+    "policy": ("NonFiniteError", "Policy"),
+    "stats": ("Stats", "check_finite", "policy_counts", "report", "total_distance"),
     # Not model_stock.py: a submodule would take the function's name in this package.
     "stock": ("model_stock", "weighted_model_stock"),
     "units": ("UNITS", "assign", "output_axis"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.analysis import distance
 from modelstock_jax.merging.engine import merge
-from modelstock_jax.merging.solution import Solution, measure, solve_given
+from modelstock_jax.merging.rules import equal_shares
 from modelstock_jax.merging.stats import Stats
 from modelstock_jax.merging.stock import model_stock
 
@@ -126,12 +126,6 @@ def constant_ratio(
         ratio = jnp.where(far > 0, distance(pretrained, stock) / jnp.where(far > 0, far, 1.0), 0.0)
         ratio = jnp.clip(ratio, 0.0, 1.0)
     return _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype)
-
-
-def equal_shares(gram, single, ratio) -> Solution:
-    """Coefficients ratio / N for every replica, whatever its angles."""
-    share = jnp.full_like(gram[0], 1.0 / len(gram)) * ratio.astype(gram.dtype)
-    return solve_given(gram, measure(gram), single, share)
 
 
 def _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from modelstock_jax.merging.engine import merge, unit_zeros
+from modelstock_jax.merging.policy import Policy
 from modelstock_jax.merging.solution import Solution, measure, solve_measured
-from modelstock_jax.merging.stats import Policy, Stats
+from modelstock_jax.merging.stats import Stats
 
 zero_noise = unit_zeros
 

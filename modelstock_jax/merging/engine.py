@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, units
 from modelstock_jax.merging.gram import add_task_vectors, cast, gram_matrix
+from modelstock_jax.merging.policy import Policy
 from modelstock_jax.merging.replicas import Leaves, is_float, pair_leaves
 from modelstock_jax.merging.solution import Solution
 from modelstock_jax.merging.solver import Method, on_this_host, solve_units
-from modelstock_jax.merging.stats import Policy, Stats, UnitTable, check_finite
+from modelstock_jax.merging.stats import Stats, UnitTable, check_finite
 
 
 def merge(

@@ -31,7 +31,7 @@ def squared_norms(gram):
       >>> squared_norms(np.array([[4.0, 1.0], [1.0, 9.0]])).tolist()
       [4.0, 9.0]
     """
-    xp = _namespace(gram)
+    xp = namespace(gram)
     diagonal = _pairs(np.eye(len(gram), dtype=bool), gram)
     return xp.sum(xp.where(diagonal, gram, 0.0), axis=1)
 
@@ -43,7 +43,7 @@ def moved(gram):
 
 def mean_pairs(values, active):
     """Mean over the pairs i < j of active replicas, [N, N, ...] -> [...]; 0 where there is none."""
-    xp = _namespace(values)
+    xp = namespace(values)
     above = _pairs(np.triu(np.ones((len(values), len(values)), bool), 1), values)
     both = active[:, None] & active[None] & above
     pairs = xp.sum(xp.where(both, xp.ones_like(values), 0.0), axis=(0, 1))
@@ -66,7 +66,7 @@ def cosine(gram, active=None):
       >>> round(float(cosine(np.array([[2.0, 1.0], [1.0, 2.0]]))), 6)
       0.5
     """
-    xp = _namespace(gram)
+    xp = namespace(gram)
     active = moved(gram) if active is None else active & moved(gram)
     squares = squared_norms(gram)
     norms = xp.sqrt(xp.where(active, squares, 1.0))
@@ -92,7 +92,7 @@ def ratio(cosine, num_replicas):
       >>> round(float(ratio(np.array(0.5), 2)), 4)
       0.6667
     """
-    xp = _namespace(cosine)
+    xp = namespace(cosine)
     positive = cosine > 0
     safe = xp.where(positive, cosine, 1.0)
     t = num_replicas * safe / (1.0 + (num_replicas - 1.0) * safe)
@@ -106,7 +106,7 @@ def angle(cosine):
       >>> round(float(angle(np.array(0.5))), 3)
       60.0
     """
-    xp = _namespace(cosine)
+    xp = namespace(cosine)
     return xp.arccos(xp.clip(cosine, -1.0, 1.0)) * (180.0 / math.pi)
 
 
@@ -134,7 +134,7 @@ def predicted_distances(square, signal, cosine, num_replicas, ratio, *, given=Fa
       >>> [round(float(d), 3) for d in predicted_distances(one, one / 2, one / 2, 2, one * 2 / 3)]
       [0.707, 0.5, 0.408]
     """
-    xp = _namespace(square)
+    xp = namespace(square)
     noise = square * xp.clip(1.0 - cosine, 0.0, 2.0)
     signal = xp.clip(signal, 0.0, None)
     merged = xp.where(
@@ -161,7 +161,7 @@ def mean_distance(one, num_averaged, num_centre=None):
 
 def root(value):
     """Square root of the positive part, with derivative 0 and not infinity at 0."""
-    xp = _namespace(value)
+    xp = namespace(value)
     positive = value > 0
     return xp.where(positive, xp.sqrt(xp.where(positive, value, 1.0)), 0.0)
 
@@ -171,5 +171,6 @@ def _pairs(mask, like):
     return mask.reshape(mask.shape + (1,) * (like.ndim - 2))
 
 
-def _namespace(array):
+def namespace(array):
+    """NumPy or jax.numpy, whichever the array is of; a new way to merge needs no second copy."""
     return array.__array_namespace__() if hasattr(array, "__array_namespace__") else np

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 
 from modelstock_jax.merging import geometry
-from modelstock_jax.merging.stats import Policy
+from modelstock_jax.merging.policy import Policy
 
 
 class Solution(NamedTuple):
@@ -37,17 +37,18 @@ class Measured(NamedTuple):
 
 def measure(gram) -> Measured:
     """Read a Gram matrix [N, N, ...]."""
+    xp = geometry.namespace(gram)
     active = geometry.moved(gram)
     number = active.astype(gram.dtype).sum(axis=0)
-    squares = jnp.where(active, geometry.squared_norms(gram), 0.0)
+    squares = xp.where(active, geometry.squared_norms(gram), 0.0)
     return Measured(
         active=active,
         number=number,
         cosine=geometry.cosine(gram),
-        square=squares.sum(axis=0) / jnp.maximum(number, 1.0),
+        square=squares.sum(axis=0) / xp.maximum(number, 1.0),
         signal=geometry.mean_pairs(gram, active),
-        policy=jnp.where(active.all(axis=0), jnp.int8(Policy.INTERPOLATED),
-                         jnp.int8(Policy.REPLICAS_LEFT_OUT)),
+        policy=xp.where(active.all(axis=0), np.int8(Policy.INTERPOLATED),
+                        np.int8(Policy.REPLICAS_LEFT_OUT)),
     )
 
 
@@ -56,37 +57,40 @@ def solve_measured(gram, seen: Measured, single, coefficient, policy) -> Solutio
 
     `single` [...] bool: the unit holds fewer than two numbers and has no angle.
     """
+    xp = geometry.namespace(gram)
     one = seen.number == 1
-    mean = jnp.where(seen.active, (1.0 / jnp.maximum(seen.number, 1.0))[None], 0.0)
-    coefficient = jnp.where(single[None], mean, coefficient)
-    policy = jnp.where(single, jnp.int8(Policy.TOO_SMALL), policy)
+    mean = xp.where(seen.active, (1.0 / xp.maximum(seen.number, 1.0))[None], 0.0)
+    coefficient = xp.where(single[None], mean, coefficient)
+    policy = xp.where(single, np.int8(Policy.TOO_SMALL), policy)
     exact = seen.active & one[None]
-    coefficient = jnp.where(exact, 1.0, coefficient)
-    policy = jnp.where(one, jnp.int8(Policy.ONE_REPLICA_LEFT), policy)
-    policy = jnp.where(seen.number == 0, jnp.int8(Policy.UNDEFINED), policy)
+    coefficient = xp.where(exact, 1.0, coefficient)
+    policy = xp.where(one, np.int8(Policy.ONE_REPLICA_LEFT), policy)
+    policy = xp.where(seen.number == 0, np.int8(Policy.UNDEFINED), policy)
     hold = (coefficient == 0).all(axis=0)
     return _solution(gram, seen, single, coefficient, exact, hold, policy, given=False)
 
 
 def solve_given(gram, seen: Measured, single, coefficient) -> Solution:
     """A solution from coefficients [N, ...] that were given; the measures are for the report."""
-    nothing = jnp.zeros_like(seen.active)
-    policy = jnp.full_like(seen.policy, Policy.GIVEN)
+    xp = geometry.namespace(gram)
+    nothing = xp.zeros_like(seen.active)
+    policy = xp.full_like(seen.policy, Policy.GIVEN)
     return _solution(gram, seen, single, coefficient, nothing, nothing[0], policy, given=True)
 
 
 def _solution(gram, seen, single, coefficient, exact, hold, policy, *, given) -> Solution:
-    cosine = jnp.where(single, geometry.COSINE_UNDEFINED, seen.cosine)
+    xp = geometry.namespace(gram)
+    cosine = xp.where(single, geometry.COSINE_UNDEFINED, seen.cosine)
     # Without an angle the noise is still l^2 - |mu|^2.
-    safe = jnp.where(seen.square > 0, seen.square, 1.0)
-    similarity = jnp.where(cosine > 1.0, seen.signal / safe, cosine)
+    safe = xp.where(seen.square > 0, seen.square, 1.0)
+    similarity = xp.where(cosine > 1.0, seen.signal / safe, cosine)
     ratio = coefficient.sum(axis=0)
     distance = geometry.predicted_distances(
-        seen.square, seen.signal, similarity, jnp.maximum(seen.number, 1.0), ratio,
+        seen.square, seen.signal, similarity, xp.maximum(seen.number, 1.0), ratio,
         given=given | single,
     )
     distance = geometry.Distances(
-        *(jnp.where(seen.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
+        *(xp.where(seen.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
     )
     norm = geometry.root(geometry.squared_norms(gram))
     return Solution(coefficient, exact, hold, cosine, ratio, norm, distance, policy)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from modelstock_jax.merging import geometry
+from modelstock_jax.merging.policy import Policy
 from modelstock_jax.merging.precision import widened
 from modelstock_jax.merging.replicas import is_float
 from modelstock_jax.merging.solution import Solution
-from modelstock_jax.merging.stats import Policy
 
 Method = Callable[..., Solution]
 

@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modelstock_jax.errors import UserError
-from modelstock_jax.merging.geometry import Distances, angle
-
-
-class Policy(enum.IntEnum):
-    """What was done with a merge unit; `stats.policy` holds these codes as int8."""
-
-    INTERPOLATED = 0  # w0 + t mean(d), the rule itself
-    GIVEN = 1  # the ratio was given, not measured
-    CLIPPED = 2  # cos <= 0 (carried: noise above the movement): no common signal, the anchor
-    UNDEFINED = 3  # no replica moved: the anchor, bit for bit
-    ONE_REPLICA_LEFT = 4  # one replica moved: its weights, bit for bit
-    REPLICAS_LEFT_OUT = 5  # some did not move; the rule over the others
-    TOO_SMALL = 6  # a unit of fewer than two numbers has no angle: the mean
-    WEIGHTED_FALLBACK = 7  # a replica's noise came out negative: equation 3 in its place
-    KEPT = 8  # integers, booleans and empty tensors: the anchor's
-    NON_FINITE = 9  # NaN or infinity in a replica: the anchor, and `stats.finite` says which
-
-
-class NonFiniteError(UserError):
-    """NaN or infinity in the weights; `tensor` is its name, `replica` its index or 'pretrained'."""
-
-    def __init__(self, message: str, replica: int | str, tensor: str):
-        """Keep what a program may want to look at beside the message."""
-        super().__init__(message)
-        self.replica = replica
-        self.tensor = tensor
+from modelstock_jax.merging.geometry import Distances
+from modelstock_jax.merging.policy import NonFiniteError, Policy
+from modelstock_jax.merging.summary import unit_row
 
 
 @jax.tree_util.register_static
@@ -80,22 +55,10 @@ def report(stats: Stats) -> list[dict[str, Any]]:
       >>> row["name"], row["policy"], round(row["angle"], 3), round(row["ratio"], 3)
       ('w', 'interpolated', 45.0, 0.828)
     """
-    rows = []
-    for leaf in _leaves(stats):
-        defined = leaf.cosine[leaf.cosine <= 1.0]
-        policies = collections.Counter(Policy(int(code)).name.lower() for code in leaf.policy.flat)
-        rows.append({
-            "name": leaf.name,
-            "unit": leaf.key,
-            "num_units": int(leaf.policy.size),
-            "cosine": float(defined.mean()) if defined.size else None,
-            "angle": float(angle(defined).mean()) if defined.size else None,
-            "ratio": float(leaf.ratio.mean()),
-            "norms": [float(np.sqrt(np.sum(norm**2))) for norm in leaf.norm],
-            "policy": policies.most_common(1)[0][0] if len(policies) == 1 else "mixed",
-            "policies": dict(policies),
-        })
-    return rows
+    return [
+        unit_row(leaf.name, leaf.key, leaf.cosine, leaf.ratio, leaf.norm, leaf.policy)
+        for leaf in _leaves(stats)
+    ]
 
 
 def total_distance(stats: Stats) -> Distances:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from modelstock_jax.merging import geometry
 from modelstock_jax.merging.engine import merge
-from modelstock_jax.merging.solution import Solution, measure, solve_measured
-from modelstock_jax.merging.stats import Policy, Stats
+from modelstock_jax.merging.rules import equation_3, unequal_noise
+from modelstock_jax.merging.stats import Stats
 
 
 def model_stock(
@@ -63,6 +60,7 @@ def model_stock(
       NonFiniteError: NaN or infinity, naming replica and tensor.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> w0 = {"kernel": jnp.zeros(2)}
       >>> w = {"kernel": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}  # 60 degrees apart
       >>> merged, stats = model_stock(w0, w)
@@ -110,6 +108,7 @@ def weighted_model_stock(
       UserError: as `model_stock`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> w0 = {"w": jnp.zeros(3)}
       >>> w = {"w": jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 3.0]])}  # the second is noisier
       >>> [round(float(x), 3) for x in weighted_model_stock(w0, w)[0]["w"]]
@@ -120,30 +119,3 @@ def weighted_model_stock(
         unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
     )
     return merged, stats
-
-
-def equation_3(gram, single) -> Solution:
-    """Equal coefficients t / N over the replicas that moved."""
-    seen = measure(gram)
-    ratio = geometry.ratio(jnp.where(seen.number > 1, seen.cosine, 0.0), seen.number)
-    coefficient = jnp.where(seen.active, (ratio / jnp.maximum(seen.number, 1.0))[None], 0.0)
-    policy = jnp.where(seen.cosine <= 0, jnp.int8(Policy.CLIPPED), seen.policy)
-    return solve_measured(gram, seen, single, coefficient, policy)
-
-
-def unequal_noise(gram, single) -> Solution:
-    """Coefficients by each replica's own noise; the formula is `weighted_model_stock`'s."""
-    seen, plain = measure(gram), equation_3(gram, single)
-    squares = geometry.squared_norms(gram)
-    noise = squares - seen.signal[None]
-    clear = noise > 4.0 * jnp.finfo(jnp.float32).eps * squares
-    signal = seen.signal > 0
-    fallback = signal & ~(clear | ~seen.active).all(axis=0)
-    # signal / noise of each: the formula times |mu|^2 above and below.
-    used = seen.active & (signal & ~fallback)[None]
-    weight = jnp.where(used, seen.signal[None] / jnp.where(used, noise, 1.0), 0.0)
-    coefficient = weight / (1.0 + weight.sum(axis=0))[None]
-    coefficient = jnp.where(fallback[None], plain.coefficient, coefficient)
-    policy = jnp.where(signal, seen.policy, jnp.int8(Policy.CLIPPED))
-    policy = jnp.where(fallback, jnp.int8(Policy.WEIGHTED_FALLBACK), policy)
-    return solve_measured(gram, seen, single, coefficient, policy)

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.header import Entry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
-_DTYPES = {
+# What NumPy and ml_dtypes can hold; the format knows a few more.
+DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
@@ -54,59 +62,92 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.files: dict[str, Path] = {}
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._entries: dict[str, Entry] = {}
+        self._metadata: dict[str, str] = {}
         promised = _locate(self.path)
-        handles = {}
         for file in dict.fromkeys(promised.values() if isinstance(promised, dict) else [promised]):
-            handles[file] = _open(file)
-            with _naming(file):
-                for name in handles[file].keys():
-                    if isinstance(promised, dict) and promised.get(name) != file:
-                        raise UserError(
-                            f"{file}: holds {name!r}, which the index does not place there."
-                        )
-                    view = handles[file].get_slice(name)
-                    self._headers[name] = (tuple(view.get_shape()), view.get_dtype())
-                    self.files[name] = file
-        if isinstance(promised, dict) and (lost := sorted(promised.keys() - self._headers.keys())):
+            header = read_header(file)
+            self._metadata.update(header.metadata)
+            for name, entry in header.tensors.items():
+                if isinstance(promised, dict) and promised.get(name) != file:
+                    raise UserError(
+                        f"{file}: holds {name!r}, which the index does not place there."
+                    )
+                self._entries[name] = entry
+                self.files[name] = file
+        if isinstance(promised, dict) and (lost := sorted(promised.keys() - self._entries.keys())):
             raise UserError(
                 f"{self.path / INDEX}: promises tensors that no shard holds: {_some(lost)}."
             )
-        self._handles = handles
+        self._open: dict[Path, int] = {}
+        weakref.finalize(self, _close, self._open)
+        for file in dict.fromkeys(self.files.values()):
+            try:
+                self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one tensor."""
-        self.dtype(name)
-        with _naming(self.files[name]):
-            return self._handles[self.files[name]].get_tensor(name)
+        shape = self.shape(name)
+        return self.read(name, 0, math.prod(shape)).reshape(shape)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Reads elements [start, stop) of a flattened tensor; any thread may.
+
+        Args:
+            name: Of the tensor.
+            start: Index of the first element.
+            stop: Index after the last.
+
+        Returns:
+            [stop - start], in the stored dtype.
+        """
+        entry, dtype = self._entries[name], self.dtype(name)
+        if not 0 <= start <= stop <= math.prod(entry.shape):
+            raise IndexError(f"{name}: [{start}, {stop}) of {math.prod(entry.shape)} elements")
+        values = np.empty(stop - start, dtype)
+        left, place = memoryview(values.view(np.uint8)), entry.start + start * dtype.itemsize
+        while left:
+            try:
+                count = os.preadv(self._open[self.files[name]], [left], place)
+            except OSError as error:
+                raise UserError(
+                    f"{self.files[name]}: cannot be read ({error.strerror})."
+                ) from None
+            if not count:
+                raise UserError(f"{self.files[name]}: was cut short while it was read.")
+            left, place = left[count:], place + count
+        return values
 
     def __iter__(self) -> Iterator[str]:
         """Names, sorted."""
-        return iter(sorted(self._headers))
+        return iter(sorted(self._entries))
 
     def __len__(self) -> int:
         """How many tensors there are."""
-        return len(self._headers)
+        return len(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return self._headers[name][0]
+        return self._entries[name].shape
+
+    def code(self, name: str) -> str:
+        """Dtype code of a tensor, as the format spells it: ``BF16``, ``F8_E4M3``, ..."""
+        return self._entries[name].code
 
     def dtype(self, name: str) -> np.dtype:
         """Dtype of a tensor, from the header; bfloat16 is ml_dtypes'."""
-        code = self._headers[name][1]
-        if code not in _DTYPES:
+        code = self._entries[name].code
+        if code not in DTYPES:
             raise UserError(
                 f"{self.files[name]}: {name!r} has dtype {code}, which is not supported."
             )
-        return _DTYPES[code]
+        return DTYPES[code]
 
     def metadata(self) -> dict[str, str]:
         """The free text of the headers, of all files together."""
-        merged: dict[str, str] = {}
-        for handle in self._handles.values():
-            merged.update(handle.metadata() or {})
-        return merged
+        return dict(self._metadata)
 
 
 def read_json(path: Path) -> Any:
@@ -160,19 +201,9 @@ def _shards(directory: Path) -> dict[str, Path]:
     return {name: directory / file for name, file in places.items()}
 
 
-def _open(file: Path) -> Any:
-    with _naming(file):
-        return safe_open(file, framework="numpy")
-
-
-@contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}).") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from None
+def _close(descriptors: dict[Path, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
 
 
 def _pickled(path: Path) -> str:

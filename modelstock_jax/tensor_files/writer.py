@@ -114,18 +114,37 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         'whole'
     """
     path = Path(os.path.abspath(path))
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
-        raise UserError(f"{path}: exists already; choose another directory or ask to overwrite it.")
+    refuse_existing(path, overwrite=overwrite)
     with _explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         with _explaining(path):
             yield beside
-            _settle(beside)
-            _take_place(beside, path)
+        take_place(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
+    """Raises where `path` is a file, or a directory that holds files and may not be replaced."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+        raise UserError(f"{path}: exists already; choose another directory or ask to overwrite it.")
+
+
+def take_place(beside: Path, path: Path) -> None:
+    """Flushes a finished directory to the disk, then gives it the name `path`.
+
+    Args:
+        beside: A directory in the one that `path` lies in.
+        path: The final name.
+
+    Raises:
+        UserError: It cannot be flushed or renamed.
+    """
+    with _explaining(path):
+        _settle(beside)
+        _take_place(beside, path)
 
 
 def _take_place(beside: Path, path: Path) -> None:
