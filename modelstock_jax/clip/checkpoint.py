@@ -10,8 +10,8 @@ import numpy as np
 
 from modelstock_jax.clip.config import CLIPConfig
 from modelstock_jax.clip.model import Params
-from modelstock_jax.clip.names import flatten
 from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.clip.trees import flatten
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.digests import digest_tensors
 
@@ -27,6 +27,7 @@ class Checkpoint:
         directory: Where its tokenizer's files lie; None where it has none.
         head: {"kernel" [E, K], "bias" [K]} of a fine-tuned model, or None.
         labels: The K class names of the head, or None.
+        layout: That of the files it was read from.
     """
 
     config: CLIPConfig
@@ -35,6 +36,7 @@ class Checkpoint:
     directory: Path | None = None
     head: Params | None = None
     labels: tuple[str, ...] | None = None
+    layout: str = "hugging_face"
 
     @functools.cached_property
     def fingerprint(self) -> str:

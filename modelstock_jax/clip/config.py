@@ -109,6 +109,11 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check_tower("text_config", self)
 
+    @property
+    def pools_at_highest_id(self) -> bool:
+        """Whether the end of text is the highest id, so that argmax(ids) finds it."""
+        return self.eos_token_id in (LEGACY_EOS_TOKEN_ID, self.vocab_size - 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:

@@ -13,6 +13,10 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import read_json
 
 FILE = "preprocessor_config.json"
+# Of the pixels that CLIP's authors trained on; layouts without a preprocessor mean these.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_BICUBIC = 3  # As Pillow counts.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,11 @@ class Preprocessor:
             or raw.get("do_rescale", True) is False
         ):
             raise UserError(f"{path}: only pixels / 255, normalised, are supported.")
+        if raw.get("resample", _BICUBIC) != _BICUBIC:
+            raise UserError(
+                f"{path}: resample is {raw['resample']!r}; images are resized by {_BICUBIC} "
+                "(bicubic) only."
+            )
         return cls(mean, std, size)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +96,7 @@ class Preprocessor:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": size},
-            "resample": 3,
+            "resample": _BICUBIC,
             "do_center_crop": True,
             "crop_size": {"height": size, "width": size},
             "do_rescale": True,

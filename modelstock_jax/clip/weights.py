@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from modelstock_jax.clip import layouts
 from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.model import Params, abstract_params
-from modelstock_jax.clip.names import HEAD, Row, flatten, hugging_face, unflatten
-from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.clip.layouts.hugging_face import CONFIG
+from modelstock_jax.clip.layouts.layout import Layout
+from modelstock_jax.clip.model import Params
+from modelstock_jax.clip.names import HEAD
+from modelstock_jax.clip.trees import read_tree, write_tree
 from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import (
     new_directory,
-    write_directory_tensors,
     write_json,
     write_tensors,
     write_text,
@@ -34,56 +38,76 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+# Configs, indexes of shards and the tokenizer's files: small, and enough to know the layout.
+_DOCUMENTS = ("*.json", "merges.txt")
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a checkpoint directory in Hugging Face's layout.
+def load(
+    name: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    base: Checkpoint | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Reads a checkpoint, with its head where it has one.
 
-    ``config.json``, ``preprocessor_config.json``, ``model.safetensors`` (or shards and their
-    index), the tokenizer's files, and for a fine-tuned model ``head.safetensors``. Half precision
-    is widened to float32. Nothing in it is executed.
+    ========================= =====================================================================
+    layout                    files
+    ========================= =====================================================================
+    ``hugging_face``          ``config.json``, ``preprocessor_config.json``, ``model.safetensors``
+                              (or shards and their index)
+    ``open_clip``             ``open_clip_config.json``, ``open_clip_model.safetensors`` (or
+                              ``model.safetensors``)
+    ``openai``                one file of tensors: sizes are inferred from shapes
+    ``model_soups``           one file of a fine-tuned image tower and its head; the text tower is
+                              the base's
+    ========================= =====================================================================
+
+    Beside them may lie the tokenizer's files, as transformers writes them, and in
+    ``head.safetensors`` a fine-tuned model's classifier. Half precision is widened to float32.
+    Nothing is executed, and no pickle is opened or fetched.
 
     Args:
-        path: The directory.
+        name: A directory, a ``.safetensors`` file (``openai`` and ``model_soups`` need no more) or
+            a repository of Hugging Face's hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
+        layout: One of the above. By default the first in that order of which the config and the
+            tensors are there, and where there is no config the one that the tensors' names tell.
+        base: With ``model_soups``, the model that was fine-tuned.
+        tokenizer: A directory or repository whose tokenizer is taken instead.
 
     Returns:
         The checkpoint, with float32 NumPy arrays.
 
     Raises:
-        UserError: No such directory, another architecture, broken files, or tensors that are
-            missing, unused, misshapen, of a wrong dtype or not finite (all in one list).
+        UserError: No such path or repository, another architecture, broken files, or tensors that
+            are missing, unused, misshapen, of a wrong dtype or not finite (all in one list).
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        what = "is a file, not a directory" if directory.exists() else "no such directory"
-        raise UserError(f"{directory}: {what}; a checkpoint is a directory with config.json.")
-    raw = read_json(directory / "config.json")
-    try:
-        config = CLIPConfig.from_dict(raw)
-    except UserError as error:
-        raise UserError(f"{directory / 'config.json'}: {error}") from None
-    shapes = {ours: leaf.shape for ours, leaf in flatten(abstract_params(config))}
-    params = _read(TensorFiles(directory), hugging_face(config), shapes, directory)
-    preprocessor = Preprocessor.read(directory)
-    size = config.vision.image_size
-    if preprocessor.image_size != size:
-        raise UserError(
-            f"{directory}: the preprocessor makes images of {preprocessor.image_size}, the image "
-            f"tower takes {size}."
-        )
-    head, labels = _read_head(directory, raw, config.projection_dim)
-    return Checkpoint(config, params, preprocessor, directory, head, labels)
+    path, chosen = _choose(name, layout)
+    checkpoint = chosen.read(path, base)
+    if path.is_dir():
+        if (path / HEAD_FILE).is_file():
+            head, labels = _read_head(path, checkpoint.config.projection_dim)
+            checkpoint = dataclasses.replace(checkpoint, head=head, labels=labels)
+        if checkpoint.directory is None:
+            checkpoint = dataclasses.replace(checkpoint, directory=path)
+    if tokenizer is not None:
+        directory = resolve(tokenizer, TOKENIZER_FILES)
+        checkpoint = dataclasses.replace(checkpoint, directory=directory)
+        if not has_tokenizer(checkpoint):
+            raise UserError(f"{tokenizer}: no tokenizer (tokenizer.json or vocab.json) there.")
+    return checkpoint
 
 
 def save(
     directory: str | os.PathLike[str],
     checkpoint: Checkpoint,
     *,
+    layout: str = "hugging_face",
     overwrite: bool = False,
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Path:
-    """Writes a checkpoint directory that `load` and transformers' ``CLIPModel`` open.
+    """Writes a checkpoint directory that `load` and the layout's own library open.
 
     All of it is written beside its place and flushed, then takes its name: a reader sees the
     whole directory or none.
@@ -92,38 +116,39 @@ def save(
         directory: Where.
         checkpoint: What; the tokenizer's files are copied from its own directory. Arrays are
             written as float32.
+        layout: ``hugging_face``, ``open_clip`` or ``openai``, whatever it was read from.
         overwrite: Replace an existing directory.
         texts: More text files, such as {"README.md": a model card}.
-        max_shard_bytes: Larger models are written in shards.
+        max_shard_bytes: Larger models are written in shards, in Hugging Face's layout.
 
     Returns:
         The directory.
 
     Raises:
-        UserError: It exists or cannot be written; tensors that do not fit the config or are not
-            finite (all in one list); labels that do not fit the head.
+        UserError: It exists or cannot be written; a model that the layout cannot say; tensors that
+            do not fit the config or are not finite (all in one list); labels that do not fit the
+            head.
     """
-    config, directory = checkpoint.config, Path(directory)
-    shapes = {ours: leaf.shape for ours, leaf in flatten(abstract_params(config))}
-    tensors = _write(checkpoint.params, hugging_face(config), shapes, directory)
-    raw = config.to_dict()
+    config, directory, chosen = checkpoint.config, Path(directory), layouts.writable(layout)
+    documents = chosen.describe(checkpoint)
+    tensors = chosen.tensors(checkpoint, directory)
     head: dict[str, np.ndarray] = {}
+    notes: dict[str, str] = {}
     if checkpoint.head is not None:
         classes = np.shape(checkpoint.head["bias"])[0]
         shapes = {("kernel",): (config.projection_dim, classes), ("bias",): (classes,)}
-        head = _write(checkpoint.head, HEAD, shapes, directory / HEAD_FILE)
+        head = write_tree(checkpoint.head, HEAD, shapes, directory / HEAD_FILE)
         if checkpoint.labels is not None:
             labels = _check_labels(checkpoint.labels, classes, directory)
-            raw["id2label"] = {str(i): label for i, label in enumerate(labels)}
-            raw["label2id"] = {label: i for i, label in enumerate(labels)}
+            notes = {"labels": json.dumps(labels, ensure_ascii=False)}
     elif checkpoint.labels is not None:
         raise UserError(f"{directory}: labels without a head.")
     with new_directory(directory, overwrite=overwrite) as beside:
-        write_json(beside / "config.json", raw)
-        write_json(beside / "preprocessor_config.json", checkpoint.preprocessor.to_dict())
-        write_directory_tensors(beside, tensors, max_shard_bytes)
+        for name, document in documents.items():
+            write_json(beside / name, document)
+        chosen.write(beside, tensors, max_shard_bytes)
         if head:
-            write_tensors(beside / HEAD_FILE, head)
+            write_tensors(beside / HEAD_FILE, head, notes)
         for name in TOKENIZER_FILES if checkpoint.directory else ():
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, beside / name)
@@ -132,83 +157,60 @@ def save(
     return directory
 
 
-def _read(
-    files: TensorFiles,
-    rows: list[Row],
-    shapes: Mapping[tuple[str, ...], tuple[int, ...]],
-    where: Path,
-) -> Params:
-    """Our tree from their tensors, or one error that lists all that is wrong."""
-    problems, leaves = [], {}
-    for row in rows:
-        expected = row.transform.shape(shapes[row.ours])
-        if row.theirs not in files:
-            problems.append(f"missing: {row.theirs} {_show(expected)}")
-        elif files.shape(row.theirs) != expected:
-            found = _show(files.shape(row.theirs))
-            problems.append(f"misshapen: {row.theirs} is {found}, not {_show(expected)}")
-        elif files.dtype(row.theirs).name not in ("float16", "bfloat16", "float32", "float64"):
-            problems.append(f"not floating-point: {row.theirs} is {files.dtype(row.theirs)}")
-        else:
-            array = row.transform.read(files[row.theirs])
-            leaves[row.ours] = np.asarray(array, np.float32, order="C")
-            if not np.isfinite(leaves[row.ours]).all():
-                problems.append(f"not finite: {row.theirs}")
-    known = {row.theirs for row in rows}
-    # Older checkpoints keep a count 0, 1, 2, ... beside the position embeddings.
-    problems += [
-        f"unused: {name} {_show(files.shape(name))}"
-        for name in files
-        if name not in known and not name.endswith(".position_ids")
-    ]
-    _raise(where, problems)
-    return unflatten(leaves)
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a tokenizer lies in the checkpoint's directory."""
+    names = ("tokenizer.json", "vocab.json")
+    directory = checkpoint.directory
+    return directory is not None and any((directory / name).is_file() for name in names)
 
 
-def _write(
-    tree: Params,
-    rows: list[Row],
-    shapes: Mapping[tuple[str, ...], tuple[int, ...]],
-    where: Path,
-) -> dict[str, np.ndarray]:
-    """Their tensors from our tree, or one error that lists all that is wrong."""
-    leaves = dict(flatten(tree))
-    problems = [f"unused: {'.'.join(path)}" for path in sorted(leaves.keys() - shapes.keys())]
-    tensors = {}
-    for row in rows:
-        name = ".".join(row.ours)
-        if row.ours not in leaves:
-            problems.append(f"missing: {name} {_show(shapes[row.ours])}")
-            continue
-        array = np.asarray(leaves[row.ours], np.float32)
-        if array.shape != shapes[row.ours]:
-            expected = _show(shapes[row.ours])
-            problems.append(f"misshapen: {name} is {_show(array.shape)}, not {expected}")
-        elif not np.isfinite(array).all():
-            problems.append(f"not finite: {name}")
-        else:
-            tensors[row.theirs] = row.transform.write(array)
-    _raise(where, problems)
-    return tensors
+def _choose(name: str | os.PathLike[str], layout: str | None) -> tuple[Path, Layout]:
+    """The path that a name stands for, with what its layout needs, and that layout."""
+    path = resolve(name, _DOCUMENTS)
+    candidates = layouts.described(path) if layout is None else [layouts.readable(layout)]
+    if not candidates:
+        path = resolve(name, (*_DOCUMENTS, *Layout.weights))
+        return path, layouts.named(path)
+    for candidate in candidates:
+        # A name that is fetched is asked for again: only now is it known which tensors.
+        path = resolve(name, (*_DOCUMENTS, *candidate.weights))
+        if candidate.locate(path) is not None:
+            return path, candidate
+    if path != Path(name):
+        raise UserError(
+            f"{name}: no {' or '.join(candidates[0].weights)} in that repository; pickle files are "
+            "never fetched: convert one once where you trust it, or name a revision that has the "
+            "file, such as ORG/NAME@refs/pr/1."
+        )
+    return path, candidates[0]  # Its own error says what is missing.
 
 
-def _read_head(
-    directory: Path, raw: dict[str, Any], features: int
-) -> tuple[Params | None, tuple[str, ...] | None]:
+def _read_head(directory: Path, features: int) -> tuple[Params, tuple[str, ...] | None]:
+    """The head and its labels: those of config.json where it has some, else those in its header."""
     path = directory / HEAD_FILE
-    if not path.is_file():
-        return None, None
     files = TensorFiles(path)
     classes = files.shape("bias")[0] if "bias" in files and files.shape("bias") else 0
-    head = _read(files, HEAD, {("kernel",): (features, classes), ("bias",): (classes,)}, path)
-    names = raw.get("id2label")
+    head = read_tree(files, HEAD, {("kernel",): (features, classes), ("bias",): (classes,)}, path)
+    config = directory / CONFIG
+    raw = read_json(config) if config.is_file() else {}
+    names = raw.get("id2label") if isinstance(raw, dict) else None
     if names is None:
-        return head, None
+        noted = files.metadata().get("labels")
+        return head, None if noted is None else _check_labels(_parse(noted), classes, path)
     try:
         labels = [names[str(i)] for i in range(len(names))]
     except (KeyError, TypeError):
-        raise UserError(f'{directory / "config.json"}: id2label must count from "0" up.') from None
+        raise UserError(f'{config}: id2label must count from "0" up.') from None
     return head, _check_labels(labels, classes, directory)
+
+
+def _parse(noted: str) -> list[str]:
+    """Labels from a header; none where it is of another program."""
+    try:
+        labels = json.loads(noted)
+    except ValueError:
+        return []
+    return [str(label) for label in labels] if isinstance(labels, list) else []
 
 
 def _check_labels(labels: Any, classes: int, where: Path) -> tuple[str, ...]:
@@ -218,12 +220,3 @@ def _check_labels(labels: Any, classes: int, where: Path) -> tuple[str, ...]:
             f"{len(set(labels))} different ones."
         )
     return tuple(labels)
-
-
-def _show(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def _raise(where: Path, problems: list[str]) -> None:
-    if problems:
-        raise UserError(f"{where}: tensors that do not fit: {'; '.join(problems)}.")

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from modelstock_jax.clip import weights
-from modelstock_jax.clip.names import flatten
+from modelstock_jax.clip.trees import flatten
 from modelstock_jax.errors import UserError
 from tests.clip import small
 
@@ -204,14 +204,15 @@ def test_truncated_file(copy):
         weights.load(copy)
 
 
-def test_no_such_path_and_no_directory(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such directory"):
+def test_no_such_path_and_no_checkpoint(tmp_path, saved):
+    with pytest.raises(UserError, match="nowhere: no such file or directory"):
         weights.load(tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: is a file, not a directory"):
-        weights.load(tmp_path / "file")
-    with pytest.raises(UserError, match="config.json: no such file"):
+    with pytest.raises(UserError, match="no safetensors file; expected model.safetensors"):
         weights.load(tmp_path)
+    shutil.copy(saved / "model.safetensors", tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match="not a CLIP with OpenAI's names.*its config.json or"):
+            weights.load(path)
 
 
 def test_another_architecture(copy):

@@ -1,0 +1,106 @@
+"""What a layout of a CLIP checkpoint on disk can do."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelstock_jax.clip.checkpoint import Checkpoint
+from modelstock_jax.clip.config import CLIPConfig
+from modelstock_jax.clip.model import abstract_params
+from modelstock_jax.clip.names import rows
+from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.clip.trees import Shapes, flatten, read_tree, write_tree
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
+
+
+class Layout(abc.ABC):
+    """Names of tensors, and the files that say the rest.
+
+    Attributes:
+        name: As a user types it.
+        column: Its column in the table of names.
+        weights: Patterns of the files that hold the tensors.
+    """
+
+    name: str
+    column: str
+    weights: tuple[str, ...] = ("*.safetensors",)
+
+    def locate(self, path: Path) -> Path | None:
+        """What `TensorFiles` is to open of a path: None where its tensors are not there."""
+        found = path / SINGLE if path.is_dir() else path
+        return found if found.is_file() else None
+
+    def tolerates(self, name: str) -> bool:
+        """Whether a tensor outside the table may lie in the files; it is left there."""
+        return False
+
+    @abc.abstractmethod
+    def read(self, path: Path, base: Checkpoint | None) -> Checkpoint:
+        """Reads a checkpoint; a head beside it, labels and the tokenizer are not its business.
+
+        Args:
+            path: A directory, or one file of tensors where the layout needs no more.
+            base: The checkpoint that gives what the layout lacks, or None.
+
+        Returns:
+            The checkpoint, float32 NumPy arrays.
+
+        Raises:
+            UserError: Files that are missing or broken, another architecture, tensors that do not
+                fit (all in one list), a base where none is needed or none where one is.
+        """
+
+
+class WholeLayout(Layout):
+    """A layout that holds both towers, and so can be written."""
+
+    @abc.abstractmethod
+    def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
+        """What the files say beside the tensors."""
+
+    @abc.abstractmethod
+    def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """File name -> JSON, from which `sizes` reads; a UserError where the layout cannot say it.
+
+        It needs no weights: whether a model can be exported is known before it is trained.
+        """
+
+    @abc.abstractmethod
+    def write(
+        self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
+    ) -> None:
+        """Writes the tensors' files."""
+
+    def read(self, path: Path, base: Checkpoint | None) -> Checkpoint:
+        """See `Layout.read`; there is no base here."""
+        if base is not None:
+            raise UserError(f"{path}: {self.name} has a text tower of its own; leave the base out.")
+        files = TensorFiles(self.locate(path) or path)
+        config, preprocessor = self.sizes(path, files)
+        size = config.vision.image_size
+        if preprocessor.image_size != size:
+            raise UserError(
+                f"{path}: the preprocessor makes images of {preprocessor.image_size}, the image "
+                f"tower takes {size}."
+            )
+        table = rows(config, self.column)
+        params = read_tree(files, table, param_shapes(config), path, self.tolerates)
+        return Checkpoint(config, params, preprocessor, layout=self.name)
+
+    def tensors(self, checkpoint: Checkpoint, where: Path) -> dict[str, np.ndarray]:
+        """Name -> tensor to write; a UserError that lists all that do not fit the config."""
+        config = checkpoint.config
+        table = rows(config, self.column)
+        return write_tree(checkpoint.params, table, param_shapes(config), where)
+
+
+def param_shapes(config: CLIPConfig) -> Shapes:
+    """Path -> shape of every parameter of ours."""
+    return {path: leaf.shape for path, leaf in flatten(abstract_params(config))}

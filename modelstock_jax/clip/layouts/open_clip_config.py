@@ -1,0 +1,223 @@
+"""``model_cfg`` of OpenCLIP: its keys to ours and back, and those that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.errors import UserError
+
+# OpenCLIP's defaults. A key with one of these values asks for nothing that the towers lack; any
+# other value of these, and any key that is not named here, is refused.
+_BLOCK = {
+    "ls_init_value": None,
+    "output_tokens": False,
+    "act_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+    "final_ln_after_pool": False,
+}
+_VISION = {
+    **_BLOCK,
+    "timm_model_name": None,
+    "attentional_pool": False,
+    "no_ln_pre": False,
+    "global_average_pool": False,  # This and the next: of earlier releases.
+    "input_patchnorm": False,
+    "pos_embed_type": "learnable",
+    "pool_type": "tok",
+}
+_TEXT = {
+    **_BLOCK,
+    "hf_model_name": None,
+    "embed_cls": False,
+    "no_causal_mask": False,
+    "proj_bias": False,
+    "proj_type": "linear",
+    "tokenizer_mode": None,
+    "tokenizer_kwargs": None,
+}
+_MODEL = {
+    "custom_text": False,
+    "multimodal_cfg": None,
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": False,
+}
+# Keys that change no number in inference, or only where a key above is set.
+_IDLE = (
+    *("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "pad_id", "hf_tokenizer_name"),
+    *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop"),
+    *("timm_drop_path", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    *("cast_dtype", "output_dict", "init_logit_scale", "fill_color"),
+)
+_HEAD_WIDTH, _MLP_RATIO, _EPS, _CLIP_VOCABULARY = 64, 4.0, 1e-5, 49408
+
+
+def read_model(model: dict[str, Any]) -> CLIPConfig:
+    """The sizes that ``model_cfg`` says.
+
+    Args:
+        model: ``model_cfg``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: A key or value that the towers do not compute, or of a wrong type; it names it.
+    """
+    vision, text = section(model, "vision_cfg"), section(model, "text_cfg")
+    if isinstance(vision.get("layers"), list):
+        raise UserError("vision_cfg.layers is a list: a ResNet; only vision transformers open.")
+    refuse(model, _MODEL, "model_cfg", ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg"))
+    sizes = ("layers", "width", "mlp_ratio", "norm_kwargs")
+    refuse(vision, _VISION, "vision_cfg", (*sizes, "head_width", "patch_size", "image_size"))
+    text_sizes = (*sizes, "heads", "context_length", "vocab_size", "pool_type", "eos_id")
+    refuse(text, _TEXT, "text_cfg", text_sizes)
+    if not isinstance(quick := model.get("quick_gelu", False), bool):
+        raise UserError(f"model_cfg.quick_gelu must be true or false, not {quick!r}.")
+    activation = "quick_gelu" if quick else "gelu"
+    image = _tower(vision, "vision_cfg", 768, activation)
+    words = _tower(text, "text_cfg", 512, activation)
+    return CLIPConfig(
+        VisionConfig(
+            **image,
+            num_attention_heads=image["hidden_size"]
+            // _whole(vision, "head_width", _HEAD_WIDTH, "vision_cfg"),
+            image_size=_whole(vision, "image_size", 224, "vision_cfg"),
+            patch_size=_whole(vision, "patch_size", 16, "vision_cfg"),
+        ),
+        TextConfig(
+            **words,
+            num_attention_heads=_whole(text, "heads", 8, "text_cfg"),
+            vocab_size=_whole(text, "vocab_size", _CLIP_VOCABULARY, "text_cfg"),
+            max_position_embeddings=_whole(text, "context_length", 77, "text_cfg"),
+            eos_token_id=_end(text),
+        ),
+        projection_dim=_whole(model, "embed_dim", None, "model_cfg"),
+    )
+
+
+def write_model(config: CLIPConfig) -> dict[str, Any]:
+    """The ``model_cfg`` that `read_model` and OpenCLIP read; keys at their defaults are left out.
+
+    Args:
+        config: Sizes.
+
+    Returns:
+        JSON.
+
+    Raises:
+        UserError: A config that OpenCLIP cannot say.
+    """
+    vision, text = config.vision, config.text
+    if vision.hidden_act != text.hidden_act:
+        raise UserError(
+            f"OpenCLIP has one activation for both towers, not {vision.hidden_act} and "
+            f"{text.hidden_act}; choose hugging_face."
+        )
+    if vision.num_channels != 3:
+        raise UserError(f"OpenCLIP has 3 channels, not {vision.num_channels}; use hugging_face.")
+    image = {
+        "image_size": vision.image_size,
+        "layers": vision.num_hidden_layers,
+        "width": vision.hidden_size,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "patch_size": vision.patch_size,
+        **_shared(vision),
+    }
+    words = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        **_shared(text),
+    }
+    if image["head_width"] == _HEAD_WIDTH:
+        del image["head_width"]
+    if not text.pools_at_highest_id:
+        words |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    if text.vocab_size != _CLIP_VOCABULARY:
+        # Any name makes OpenCLIP read the tokenizer that lies beside this file.
+        words["hf_tokenizer_name"] = "."
+    quick = {"quick_gelu": True} if vision.hidden_act == "quick_gelu" else {}
+    shared = {"embed_dim": config.projection_dim, **quick}
+    return {**shared, "vision_cfg": image, "text_cfg": words}
+
+
+def section(raw: Any, key: str) -> dict[str, Any]:
+    """A dictionary of the file; a UserError where it is none."""
+    value = raw.get(key) if isinstance(raw, dict) else None
+    if not isinstance(value, dict):
+        raise UserError(f"{key} must be a dictionary, not {value!r}.")
+    return value
+
+
+def refuse(
+    part: dict[str, Any], neutral: dict[str, Any], where: str, known: tuple[str, ...]
+) -> None:
+    """A UserError that names all keys of `part` that ask for what the towers lack."""
+    asked = [
+        f"{where}.{key} = {value!r}"
+        for key, value in part.items()
+        if key not in (*known, *_IDLE)
+        and not (key in neutral and (value == neutral[key] or not (value or neutral[key])))
+    ]
+    if asked:
+        raise UserError(f"not among what these towers compute: {', '.join(asked)}.")
+
+
+def _whole(part: dict[str, Any], key: str, default: int | None, where: str) -> int:
+    value = part.get(key, default)
+    if isinstance(value, list) and len(set(map(str, value))) == 1:
+        value = value[0]  # Both sides of a square.
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{where}.{key} must be a positive integer, not {value!r}.")
+    return value
+
+
+def _tower(part: dict[str, Any], where: str, width: int, activation: str) -> dict[str, Any]:
+    width = _whole(part, "width", width, where)
+    ratio, norm = part.get("mlp_ratio", _MLP_RATIO), part.get("norm_kwargs") or {}
+    eps = norm.get("eps", _EPS) if isinstance(norm, dict) and set(norm) <= {"eps"} else None
+    for key, value in (("mlp_ratio", ratio), ("norm_kwargs.eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            given = part.get(key.partition(".")[0])
+            raise UserError(f"{where}.{key} must be a positive number alone, not {given!r}.")
+    return {
+        "hidden_size": width,
+        "intermediate_size": int(width * ratio),
+        "num_hidden_layers": _whole(part, "layers", 12, where),
+        "hidden_act": activation,
+        "layer_norm_eps": float(eps),
+    }
+
+
+def _shared(tower: VisionConfig | TextConfig) -> dict[str, Any]:
+    """What OpenCLIP leaves out where it is the default."""
+    width, inner = tower.hidden_size, tower.intermediate_size
+    said: dict[str, Any] = {}
+    if inner != int(width * _MLP_RATIO):
+        # OpenCLIP rounds the product down: half a unit more is safe from the division's rounding.
+        ratio = inner / width
+        said["mlp_ratio"] = ratio if int(width * ratio) == inner else (inner + 0.5) / width
+    if tower.layer_norm_eps != _EPS:
+        said["norm_kwargs"] = {"eps": tower.layer_norm_eps}
+    return said
+
+
+def _end(text: dict[str, Any]) -> int:
+    """Our eos_token_id, of which 2 means the highest id."""
+    pool, end = text.get("pool_type", "argmax"), text.get("eos_id", LEGACY_EOS_TOKEN_ID)
+    if pool == "argmax":
+        return LEGACY_EOS_TOKEN_ID
+    if pool != "eos" or isinstance(end, bool) or not isinstance(end, int):
+        raise UserError(f"text_cfg.pool_type is {pool!r} (eos_id {end!r}), not 'argmax' or 'eos'.")
+    if end == LEGACY_EOS_TOKEN_ID:
+        raise UserError("text_cfg: pool_type 'eos' at eos_id 2, which here means the highest id.")
+    return end
