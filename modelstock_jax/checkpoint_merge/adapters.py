@@ -140,13 +140,18 @@ class Adapter:
             raise UserError(f"{self.directory}: {module!r}: A {list(a)} and B {list(b)} disagree")
 
     def _scale(self, module: str, rank: int, config: Mapping[str, Any]) -> float:
-        said = _patterned(config.get("rank_pattern"), module, config.get("r"))
+        try:
+            said = _patterned(config.get("rank_pattern"), module, config.get("r"))
+            alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+        except re.error as error:
+            raise UserError(
+                f"{self.directory / CONFIG}: {error.pattern!r} is not a regular expression"
+            ) from None
         if said != rank:
             raise UserError(
                 f"{self.directory}: {module!r} has rank {rank}, {CONFIG} says {said!r}; the two "
                 "files are not of one adapter"
             )
-        alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha"))
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
             raise UserError(f"{self.directory / CONFIG}: lora_alpha is {alpha!r}, not a number")
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -180,9 +185,6 @@ def _check(config: Mapping[str, Any], directory: Path) -> None:
 def _patterned(patterns: Any, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's name (PEFT's rule)."""
     for pattern, value in (patterns or {}).items():
-        try:
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-                return value
-        except re.error:
-            raise UserError(f"{CONFIG}: {pattern!r} is not a regular expression") from None
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+            return value
     return default

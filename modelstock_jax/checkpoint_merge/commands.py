@@ -99,7 +99,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             "notes": list(plan.notes),
         })  # fmt: skip
     else:
-        screen.show_comparison(report, summary, Console())
+        screen.show_comparison(report.rows, summary, Console())
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -6,12 +6,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import NamedTuple
 
+# In the order of tables and legends.
+ROLES = ("attention", "MLP", "norms", "biases", "embeddings and head", "other")
 _BLOCK = re.compile(r"(?P<tower>.*?)\.(?:block_)?(?P<block>\d+)(?:\.|$)")
 _BEFORE = re.compile(r"embed|wte|wpe|patch|conv1|conv_in|pre_l|ln_pre|class_token|time_")
 
-_ROLES = (
+_PATTERNS = (
     ("norms", re.compile(r"norm|(?:^|[._])ln(?:[._]|$)|ln_\w+|\bbn\d*\b|layer_scale")),
     ("biases", re.compile(r"bias$|_b$")),
     ("attention", re.compile(r"att(?:n|ention)|[._][qkv]_?proj|\bto_[qkv]\b")),
@@ -57,7 +60,7 @@ def place(names: Sequence[str]) -> list[Place]:
         if match and match["tower"] in towers:
             places.append(Place(match["tower"], float(match["block"])))
         else:
-            nearest = max(towers, key=lambda tower: _common(tower, name), default="")
+            nearest = max(towers, key=lambda tower: len(commonprefix((tower, name))), default="")
             places.append(Place(nearest, -1.0 if _BEFORE.search(name) else math.inf))
     return places
 
@@ -69,10 +72,4 @@ def role(name: str) -> str:
       >>> role("model.layers.3.self_attn.q_proj.weight"), role("h.0.ln_1.weight")
       ('attention', 'norms')
     """
-    return next((kind for kind, pattern in _ROLES if pattern.search(name)), "other")
-
-
-def _common(a: str, b: str) -> int:
-    """How many leading parts two dotted names share."""
-    pairs = list(zip(a.split("."), b.split("."), strict=False))
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+    return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "other")

@@ -18,7 +18,7 @@ from rich.progress import (
 
 from modelstock_jax.reporting.progress import duration
 
-LINE_SECONDS = 10.0
+LINE_SECONDS, BAR_SECONDS = 10.0, 0.1
 
 
 class Meter:
@@ -40,7 +40,8 @@ class Meter:
 
     def __init__(self, title: str, console: Console, clock: Callable[[], float] = time.monotonic):
         self._title, self._console, self._clock = title, console, clock
-        self._start = self._printed = clock()
+        self._start = self._shown = clock()
+        self._done = 0
         self._bar: Progress | None = None
         self._task: Any = None
 
@@ -61,13 +62,15 @@ class Meter:
 
     def __call__(self, done: int, total: int) -> None:
         """Says that `done` of `total` bytes are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-            return
         now = self._clock()
-        if done >= total or now - self._printed >= LINE_SECONDS:
-            self._printed = now
+        wait = LINE_SECONDS if self._bar is None else BAR_SECONDS
+        if now - self._shown < wait and (done < total or self._done == done):
+            return
+        self._shown, self._done = now, done
+        if self._bar is None:
             self._print(done, total, now - self._start)
+        else:
+            self._bar.update(self._task, completed=done, total=total)
 
     def _print(self, done: int, total: int, seconds: float) -> None:
         parts = [self._title, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"]

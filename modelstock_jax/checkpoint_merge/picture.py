@@ -10,17 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.depth import place, role
+from modelstock_jax.checkpoint_merge.depth import ROLES, place, role
 from modelstock_jax.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, draw
 
-ROLES = {
-    "attention": VERMILION,
-    "MLP": ORANGE,
-    "norms": GREEN,
-    "biases": BLUE,
-    "embeddings and head": PURPLE,
-    "other": GREY,
-}
+COLOURS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY), strict=True))
 MOST_TOWERS = 3
 
 
@@ -46,6 +39,8 @@ def picture(
         tower: [(p.depth, row) for p, row in zip(places, rows, strict=True) if p.tower == tower]
         for tower in shown
     }
+    if list(groups) == [""]:  # No blocks: the tensors in their order.
+        groups[""] = [(float(number), row) for number, row in enumerate(rows)]
 
     def fill(figure):
         widths = [math.sqrt(len({depth for depth, _ in group})) for group in groups.values()]
@@ -57,13 +52,14 @@ def picture(
         for column, (tower, group) in enumerate(groups.items()):
             roles |= _column(panels[0, column], panels[1, column], group)
             panels[0, column].set_title(tower or "all tensors")
-        _name_axes(panels)
+            panels[1, column].set_xlabel("block" if tower else "tensor, by name")
+        _scale_axes(panels)
         from matplotlib.lines import Line2D
 
         figure.legend(
             handles=[
                 Line2D([], [], color=colour, marker="o", markersize=5, label=role)
-                for role, colour in ROLES.items() if role in roles
+                for role, colour in COLOURS.items() if role in roles
             ],
             loc="outside lower center", ncols=6,
         )  # fmt: skip
@@ -80,7 +76,7 @@ def _column(top, bottom, group: Sequence[tuple[float, Mapping[str, Any]]]) -> se
     points = defaultdict(lambda: defaultdict(list))
     for depth, row in group:
         points[role(row["name"])][position[depth]].append(row)
-    for number, (kind, colour) in enumerate((k, c) for k, c in ROLES.items() if k in points):
+    for number, (kind, colour) in enumerate((k, c) for k, c in COLOURS.items() if k in points):
         shift = (number - 2) * 0.07  # Kinds stand beside each other, not on each other.
         _series(top, points[kind], _angles, colour, shift)
         _series(bottom, points[kind], _rms, colour, shift)
@@ -99,14 +95,17 @@ def _column(top, bottom, group: Sequence[tuple[float, Mapping[str, Any]]]) -> se
 
 
 def _series(axes, points: Mapping[int, list], values, colour: str, shift: float) -> None:
-    xs, medians = [], []
+    dots, line = [], []
     for x in sorted(points):
-        seen = [value for row in points[x] for value in values(row)]
-        if seen:
-            axes.plot([x + shift] * len(seen), seen, "o", ms=3.2, mew=0, color=colour, alpha=0.55)
-            xs.append(x + shift)
-            medians.append(float(np.median(seen)))
-    axes.plot(xs, medians, "-", color=colour, lw=1.3)
+        if seen := [value for row in points[x] for value in values(row)]:
+            dots += [(x + shift, value) for value in seen]
+            if line and line[-1][0] < x + shift - 1:  # A line over a gap would say too much.
+                line.append((x, math.nan))
+            line.append((x + shift, float(np.median(seen))))
+    if not dots:
+        return
+    axes.plot(*zip(*dots, strict=True), "o", ms=3.2, mew=0, color=colour, alpha=0.55)
+    axes.plot(*zip(*line, strict=True), "-", color=colour, lw=1.3)
 
 
 def _angles(row: Mapping[str, Any]) -> list[float]:
@@ -118,16 +117,20 @@ def _rms(row: Mapping[str, Any]) -> list[float]:
     return [norm / math.sqrt(size) for norm in row["norms"] if norm]
 
 
-def _name_axes(panels) -> None:
+def _scale_axes(panels) -> None:
     top, bottom = panels[0, 0], panels[1, 0]
     top.set_ylabel("angle (degrees)")
-    highest = max((axes.dataLim.y1 for axes in panels[0] if axes.has_data()), default=90.0)
-    limit = 180.0 if highest > 120 else 95.0 if highest <= 92 else 125.0
+    highest = max(axes.dataLim.y1 for axes in panels[0])
+    limit = 180 if highest > 120 else 125 if highest > 92 else 95
     top.set_ylim(0, limit)
-    top.set_yticks(range(0, int(limit) + 1, 30 if limit > 125 else 15))
+    top.set_yticks(range(0, limit + 1, 30 if limit == 180 else 15))
     for axes in panels[0]:
         axes.axhline(90, color="#AAAAAA", lw=0.8, ls="--", zorder=1)
     bottom.set_ylabel(r"norm of $d_i$ / $\sqrt{n}$")
-    bottom.set_yscale("log")
-    for axes in panels[1]:
-        axes.set_xlabel("block")
+    lowest, highest = (f(getattr(axes.dataLim, side) for axes in panels[1])
+                       for f, side in ((min, "y0"), (max, "y1")))
+    if 0 < 20 * lowest < highest < math.inf:
+        bottom.set_yscale("log")
+    else:
+        bottom.set_ylim(bottom=0)
+        bottom.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)

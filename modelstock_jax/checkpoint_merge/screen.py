@@ -88,7 +88,7 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any
             row["name"],
             "x".join(map(str, row["shape"])) or "1",
             " ".join(f"{norm:.3g}" for norm in row["norms"]),
-            " ".join("–" if c is None else f"{c:.3f}" for c in row["cosines"].values()),
+            " ".join("–" if c is None else f"{c:.3f}" for c in _pairs(row["cosines"])),
             "–" if row["angle"] is None else f"{row['angle']:.1f}",
             f"{row['ratio']:.3f}",
             " ".join("–" if distance[k] is None else f"{distance[k]:.3g}"
@@ -103,6 +103,10 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any
         table.add_row(kind, str(value["tensors"]),
                       *(f"{value[key]:.3f}" for key in ("min", "median", "max")))
     _print(table, console)
+
+
+def _pairs(matrix: Sequence[Sequence[Any]]) -> list[Any]:
+    return [matrix[i][j] for i in range(len(matrix)) for j in range(i + 1, len(matrix))]
 
 
 def size(count: float) -> str:

@@ -1,0 +1,221 @@
+"""A LoRA adapter is W + s B A, formed for any range, to float32's rounding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from tests.checkpoint_merge.small import adapter, factors, save
+
+from modelstock_jax.checkpoint_merge.adapters import Adapter
+from modelstock_jax.checkpoint_merge.sources import open_source
+from modelstock_jax.errors import UserError
+
+Q, K = "layers.0.q_proj", "layers.0.k_proj"
+ROWS, COLUMNS = 7, 5
+
+
+@pytest.fixture
+def base(tmp_path):
+    rng = np.random.default_rng(5)
+    tensors = {
+        f"{Q}.weight": rng.standard_normal((ROWS, COLUMNS)).astype(np.float32),
+        f"{K}.weight": rng.standard_normal((ROWS, COLUMNS)).astype(np.float32),
+        f"{Q}.bias": rng.standard_normal(ROWS).astype(np.float32),
+        "embed.weight": rng.standard_normal((11, 4)).astype(np.float32),
+        "head.weight": rng.standard_normal((2, 4)).astype(np.float32),
+    }
+    return open_source(str(save(tmp_path / "base", tensors)))
+
+
+def whole(source, name):
+    shape = source.tensors[name].shape
+    return source.read(name, 0, math.prod(shape)).reshape(shape)
+
+
+def formed(base, name, a, b, scale, transposed=False):
+    delta = scale * (b.astype(np.float64) @ a.astype(np.float64))
+    return whole(base, name).astype(np.float64) + (delta.T if transposed else delta)
+
+
+@pytest.mark.parametrize(("config", "scale"), [
+    ({}, 2.0),
+    ({"lora_alpha": 16}, 16 / 3),
+    ({"use_rslora": True}, 6 / math.sqrt(3)),
+    ({"alpha_pattern": {"q_proj": 9}}, 3.0),
+    ({"alpha_pattern": {r"layers\.\d+\.q_proj": 9, "q_proj": 12}}, 3.0),
+    ({"alpha_pattern": {"proj": 9}}, 2.0),  # a pattern names a module's last parts, whole
+    ({"r": 8, "rank_pattern": {"q_proj": 3}}, 2.0),
+])  # fmt: skip
+def test_scale(base, tmp_path, config, scale):
+    tensors = factors(Q, ROWS, COLUMNS)
+    source = open_source(str(adapter(tmp_path / "lora", tensors, **config)), base)
+    a, b = tensors.values()
+    expected = formed(base, f"{Q}.weight", a, b, scale).astype(np.float32)
+    # Rounded once: the float64 sums differ by their order alone.
+    np.testing.assert_array_max_ulp(whole(source, f"{Q}.weight"), expected, maxulp=1)
+    assert source.tensors[f"{Q}.weight"].code == "F32"
+
+
+def test_every_range_is_a_piece_of_the_whole(base, tmp_path):
+    tensors = factors(Q, ROWS, COLUMNS)
+    source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
+    name, everything = f"{Q}.weight", None
+    everything = whole(source, name).reshape(-1)
+    for start in range(ROWS * COLUMNS + 1):
+        for stop in range(start, ROWS * COLUMNS + 1):
+            np.testing.assert_allclose(
+                source.read(name, start, stop), everything[start:stop], rtol=2e-7, atol=1e-7
+            )  # one rounding to float32, of sums whose order may differ
+
+
+def test_what_the_adapter_does_not_name_is_the_base_bit_for_bit(base, tmp_path):
+    source = open_source(str(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))), base)
+    for name in base.tensors.keys() - {f"{Q}.weight"}:
+        np.testing.assert_array_equal(whole(source, name), whole(base, name))
+    assert source.directory == base.directory
+
+
+def test_fan_in_fan_out(base, tmp_path):
+    tensors = factors(Q, COLUMNS, ROWS)  # stored [in, out], as GPT-2's Conv1D
+    source = open_source(str(adapter(tmp_path / "lora", tensors, fan_in_fan_out=True)), base)
+    a, b = tensors.values()
+    expected = formed(base, f"{Q}.weight", a, b, 2.0, transposed=True)
+    np.testing.assert_allclose(whole(source, f"{Q}.weight"), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_embedding(base, tmp_path):
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((3, 11)), rng.standard_normal((4, 3))
+    start = "base_model.model.embed.lora_embedding_"
+    tensors = {f"{start}A": a.astype(np.float32), f"{start}B": b.astype(np.float32)}
+    source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
+    expected = formed(base, "embed.weight", *tensors.values(), 2.0, transposed=True)
+    np.testing.assert_allclose(whole(source, "embed.weight"), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("middle", ["", ".modules_to_save", ".modules_to_save.default"])
+def test_modules_to_save_and_biases_are_taken_whole(base, tmp_path, middle):
+    head, bias = np.full((2, 4), 3, np.float32), np.full(ROWS, 4, np.float32)
+    tensors = factors(Q, ROWS, COLUMNS) | {
+        f"base_model.model.head{middle}.weight": head,
+        f"base_model.model.{Q}.base_layer.bias": bias,
+    }
+    source = open_source(str(adapter(tmp_path / "lora", tensors, bias="lora_only")), base)
+    np.testing.assert_array_equal(whole(source, "head.weight"), head)
+    np.testing.assert_array_equal(whole(source, f"{Q}.bias"), bias)
+
+
+def test_two_adapters_are_added(base, tmp_path):
+    one = adapter(tmp_path / "one", factors(Q, ROWS, COLUMNS, seed=1))
+    two = adapter(tmp_path / "two", factors(Q, ROWS, COLUMNS, seed=2))
+    both = open_source(f"{base.label}+{one}+{two}", base)
+    expected = whole(base, f"{Q}.weight").astype(np.float64)
+    for seed in (1, 2):
+        a, b = factors(Q, ROWS, COLUMNS, seed=seed).values()
+        expected += 2.0 * (b.astype(np.float64) @ a.astype(np.float64))
+    # The first sum is rounded to float32 before the second.
+    np.testing.assert_allclose(whole(both, f"{Q}.weight"), expected, rtol=3e-7, atol=1e-6)
+    assert both.label == f"{base.label}+{one}+{two}"
+
+
+def test_another_base_is_named(base, tmp_path):
+    lora = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), base_model_name_or_path="org/x")
+    (note,) = open_source(str(lora), base).notes
+    assert "made for 'org/x'" in note and base.label in note
+    same = adapter(tmp_path / "same", factors(Q, ROWS, COLUMNS), base_model_name_or_path="org/base")
+    assert open_source(str(same), base).notes == []
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+    ({"peft_type": "IA3"}, "merge_and_unload"),
+    ({"use_dora": True}, "use_dora"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights too"),
+    ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+    ({"r": 4}, "has rank 3"),
+    ({"lora_alpha": None}, "lora_alpha is None"),
+    ({"alpha_pattern": {"(": 3}}, "not a regular expression"),
+])  # fmt: skip
+def test_what_is_not_plain_lora_is_refused(tmp_path, config, said):
+    path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), **config)
+    with pytest.raises(UserError, match="lora") as error:
+        Adapter(path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_initialisations_that_leave_the_base_alone(tmp_path):
+    for start in (True, False, "gaussian", "eva"):
+        Adapter(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), init_lora_weights=start))
+
+
+def _convolution(tensors):
+    return {name: array[..., None, None] for name, array in tensors.items()}
+
+
+def _dora(tensors):
+    magnitude = {f"base_model.model.{Q}.lora_magnitude_vector": np.ones(ROWS, np.float32)}
+    return tensors | magnitude
+
+
+def _alone(tensors):
+    return dict(list(tensors.items())[:1])
+
+
+def _elsewhere(tensors):
+    return {name.replace("layers.0", "layers.9"): array for name, array in tensors.items()}
+
+
+def _prefixed(tensors):
+    return {name.replace("layers.0", "model.layers.0"): a for name, a in tensors.items()}
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (_convolution, "convolution"),
+    (_dora, "lora_magnitude_vector"),
+    (_alone, "has lora_A alone"),
+    (_elsewhere, "is not in the base"),
+    (_prefixed, f"(did you mean '{Q}.weight'?)"),
+    (lambda t: factors(Q, ROWS + 1, COLUMNS), "[7, 5] in the base, [8, 5] here"),
+    (lambda t: {"x": np.ones(2, np.float32)}, "not a tensor of plain LoRA"),
+])  # fmt: skip
+def test_tensors_that_do_not_fit(base, tmp_path, change, said):
+    path = adapter(tmp_path / "lora", change(factors(Q, ROWS, COLUMNS)))
+    with pytest.raises(UserError) as error:
+        open_source(str(path), base)
+    assert said in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_pickled_adapter_is_refused(base, tmp_path):
+    path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(UserError, match="safe_serialization=True"):
+        open_source(str(path), base)
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    base = open_source(str(save(tmp_path / "b", {f"{Q}.weight": np.ones((7, 5), np.int8)})))
+    with pytest.raises(UserError, match="is I8 in the base"):
+        open_source(str(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))), base)
+
+
+def test_a_row_is_formed_by_its_columns_alone(base, tmp_path, monkeypatch):
+    """Memory is a window: one element of a wide row costs one product of rank r."""
+    path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))
+    made = Adapter(path)
+    left, right = made._load(f"{Q}.weight")
+    seen = []
+
+    class Watched(np.ndarray):
+        def __getitem__(self, key):
+            taken = super().__getitem__(key)
+            seen.append(taken.shape)
+            return taken
+
+    monkeypatch.setattr(made, "_load", lambda name: (left.view(Watched), right.view(Watched)))
+    made.delta(f"{Q}.weight", 11, 13)
+    assert seen[:2] == [(1, 3), (3, 2)]

@@ -1,0 +1,98 @@
+"""Inputs: what each kind of text opens, and one clear line for what cannot be opened."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from tests.checkpoint_merge.small import adapter, factors, llama_shapes, save, weights
+
+from modelstock_jax.checkpoint_merge.sources import open_source
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.writer import write_tensors
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("m") / "base", weights(llama_shapes()), {"a": 1})
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 2000])
+def test_a_directory_whole_or_in_shards(tmp_path, max_shard_bytes):
+    tensors = weights(llama_shapes())
+    path = save(tmp_path / "m", tensors, max_shard_bytes=max_shard_bytes)
+    source = open_source(str(path))
+    assert {n: i.shape for n, i in source.tensors.items()} == llama_shapes()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(source.read(name, 0, array.size), array.reshape(-1))
+        np.testing.assert_array_equal(source.read(name, 3, 9), array.reshape(-1)[3:9])
+    files = sorted(path.glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_bytes == 2000)
+    assert list(source.files) == files
+    assert source.num_bytes == sum(file.stat().st_size for file in files)
+    assert source.digests() == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+
+
+def test_a_single_file_has_no_directory(model):
+    source = open_source(str(model / "model.safetensors"))
+    assert source.directory is None and source.tensors.keys() == llama_shapes().keys()
+
+
+def test_model_plus_adapter(model, tmp_path):
+    lora = adapter(tmp_path / "lora", factors(Q, 16, 16))
+    base = open_source(str(model))
+    bare, joined = open_source(str(lora), base), open_source(f"{model}+{lora}", base)
+    np.testing.assert_array_equal(*(s.read(f"{Q}.weight", 0, 256) for s in (bare, joined)))
+    assert bare.label == str(lora) and joined.label == f"{model}+{lora}"
+    # An adapter of BASE adds its own files; one of another model brings that model's.
+    assert set(bare.digests()) == {"adapter_config.json", "adapter_model.safetensors"}
+    other = open_source(f"{model}+{lora}")
+    assert set(other.digests()) == {*bare.digests(), "model.safetensors"}
+    assert set(other.files) == {*base.files, lora / "adapter_model.safetensors"}
+
+
+def test_a_path_with_a_plus_is_a_path(model, tmp_path):
+    path = save(tmp_path / "a+b", weights({"w": (2, 3)}))
+    assert open_source(str(path)).tensors["w"].shape == (2, 3)
+
+
+def test_a_whole_model_beside_its_adapter_is_the_model(tmp_path):
+    path = save(tmp_path / "m", weights({"w": (2, 3)}))
+    adapter(path, factors(Q, 16, 16))
+    assert "w" in open_source(str(path)).tensors
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("{tmp}/none", "no such file or directory"),
+    ("{tmp}/empty", "no safetensors file"),
+    ("{tmp}/pickled", "convert it once"),
+    ("{tmp}/pickled/pytorch_model.bin", "pickle"),
+    ("{tmp}/lora", "is an adapter; as BASE give the model"),
+    ("{model}+{tmp}/empty", "no adapter_config.json"),
+    ("{model}+", "expected 'model+adapter'"),
+    ("{tmp}/none+{tmp}/lora", "no such file or directory"),
+    ("no-such-org/no-such-model", "no-such-org/no-such-model"),
+])  # fmt: skip
+def test_what_cannot_be_opened_is_one_line(model, tmp_path, text, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    adapter(tmp_path / "lora", factors(Q, 16, 16))
+    with pytest.raises(UserError) as error:
+        open_source(text.format(tmp=tmp_path, model=model))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_shard_may_not_lie_outside(tmp_path):
+    write_tensors(tmp_path / "secret.safetensors", {"w": np.ones(2, np.float32)})
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"w": "../secret.safetensors"}}'
+    )
+    with pytest.raises(UserError, match="is not the name of a file beside it"):
+        open_source(str(tmp_path / "m"))
