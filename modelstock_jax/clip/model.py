@@ -1,7 +1,6 @@
-"""CLIP's image and text towers as Flax NNX modules, reached through plain nested dictionaries.
+"""CLIP as pure functions of plain nested dictionaries of arrays.
 
-The modules are split once; after that a model is a tree of arrays and the pure functions at the end
-of this file. Kernels are [in, out]; a patch is flattened as (row, column, channel).
+The modules of `towers` are split once; after that a model is a tree of arrays and these functions.
 """
 
 from __future__ import annotations
@@ -15,92 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.transformer import (
-    DEFAULT_COMPUTE,
-    Compute,
-    end_of_text,
-    layer_norm,
-    linear,
-    make_blocks,
-    normal,
-    patches,
-    run_blocks,
-)
+from modelstock_jax.clip.towers import CLIP, ImageTower, TextTower
+from modelstock_jax.clip.transformer import DEFAULT_COMPUTE, Compute
 from modelstock_jax.errors import UserError
 
 Params = dict[str, Any]
-
-
-class ImageTower(nnx.Module):
-    """Vision transformer: patches, class token, blocks, projection of the class token."""
-
-    def __init__(self, config: CLIPConfig, compute: Compute, rngs: nnx.Rngs):
-        tower = config.vision
-        width, size = tower.hidden_size, tower.patch_size
-        self.patch_size, self.remat, self.dtype = size, compute.remat, compute.dtype
-        self.class_embedding = nnx.Param(normal(rngs, (width,), width**-0.5))
-        # As PyTorch starts a convolution: uniform within 1 / sqrt(fan_in).
-        self.patch_embedding = nnx.Linear(
-            size * size * tower.num_channels,
-            width,
-            use_bias=False,
-            dtype=compute.dtype,
-            kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            rngs=rngs,
-        )
-        self.position_embedding = nnx.Param(normal(rngs, (tower.num_tokens, width), width**-0.5))
-        self.pre_layernorm = layer_norm(tower, compute, rngs)
-        self.blocks = make_blocks(tower, False, compute, rngs)
-        self.post_layernorm = layer_norm(tower, compute, rngs)
-        self.projection = linear(
-            width, config.projection_dim, width**-0.5, compute, rngs, bias=False
-        )
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images [B, H, W, C] to features [B, E]."""
-        x = self.patch_embedding(patches(images.astype(self.dtype), self.patch_size))
-        start = self.class_embedding[...].astype(x.dtype)
-        start = jnp.broadcast_to(start[None, None], (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([start, x], axis=1)
-        x = x + self.position_embedding[...].astype(x.dtype)[None]
-        x = run_blocks(self.blocks, self.pre_layernorm(x), self.remat)
-        return _wide(self.projection(self.post_layernorm(x[:, 0])))
-
-
-class TextTower(nnx.Module):
-    """Causal transformer over token ids, pooled at the end-of-text token."""
-
-    def __init__(self, config: CLIPConfig, compute: Compute, rngs: nnx.Rngs):
-        tower = config.text
-        width = tower.hidden_size
-        self.eos_token_id, self.remat, self.dtype = tower.eos_token_id, compute.remat, compute.dtype
-        self.token_embedding = nnx.Param(normal(rngs, (tower.vocab_size, width), 0.02))
-        self.position_embedding = nnx.Param(
-            normal(rngs, (tower.max_position_embeddings, width), 0.01)
-        )
-        self.blocks = make_blocks(tower, True, compute, rngs)
-        self.final_layernorm = layer_norm(tower, compute, rngs)
-        self.projection = linear(
-            width, config.projection_dim, width**-0.5, compute, rngs, bias=False
-        )
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Maps token ids [B, L] to features [B, E]."""
-        x = self.token_embedding[...].astype(self.dtype)[ids]
-        x = x + self.position_embedding[...].astype(self.dtype)[None, : ids.shape[1]]
-        x = run_blocks(self.blocks, x, self.remat)
-        end = end_of_text(ids, self.eos_token_id)
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        return _wide(self.projection(self.final_layernorm(x)))
-
-
-class CLIP(nnx.Module):
-    """Both towers and the temperature."""
-
-    def __init__(self, config: CLIPConfig, compute: Compute, rngs: nnx.Rngs):
-        self.image_tower = ImageTower(config, compute, rngs)
-        self.text_tower = TextTower(config, compute, rngs)
-        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
 
 def init(config: CLIPConfig, key: jax.Array) -> Params:
@@ -163,22 +81,18 @@ def encode_image(
     Args:
         config: Sizes.
         tower_params: params["image_tower"].
-        images: [B, H, W, C], float32, mean and standard deviation of the preprocessor applied.
+        images: [B, H, W, C], float32, mean and standard deviation of the preprocessor applied; H
+            and W any multiples of the patch size. Where they are not the config's image size, the
+            position embedding is interpolated, as transformers' ``interpolate_pos_encoding=True``.
         compute: Dtype, attention and remat.
 
     Returns:
         [B, E], float32 (float64 where that is computed in).
 
     Raises:
-        UserError: Images of another size than the config's.
+        UserError: Images that do not divide into patches, or of other channels.
     """
-    size, channels = config.vision.image_size, config.vision.num_channels
-    if images.shape[1:] != (size, size, channels):
-        raise UserError(
-            f"encode_image: images of shape {tuple(images.shape)}; the model takes "
-            f"[B, {size}, {size}, {channels}]."
-        )
-    return nnx.merge(_abstract(ImageTower, config, compute)[0], _arrays(tower_params))(images)
+    return image_tower(config, tower_params, images, compute)(images)
 
 
 def encode_text(
@@ -198,12 +112,34 @@ def encode_text(
     Raises:
         UserError: More tokens than positions.
     """
+    return text_tower(config, tower_params, ids, compute)(ids)
+
+
+def image_tower(
+    config: CLIPConfig, tower_params: Params, images: jax.Array, compute: Compute
+) -> ImageTower:
+    """The module that `encode_image` calls on images of this shape, which is checked here."""
+    size, channels = config.vision.patch_size, config.vision.num_channels
+    shape = tuple(images.shape)
+    fits = len(shape) == 4 and shape[3] == channels and min(shape[1:3]) > 0
+    if not fits or shape[1] % size or shape[2] % size:
+        raise UserError(
+            f"encode_image: images of shape {shape}; the model takes [B, H, W, {channels}] with H "
+            f"and W multiples of the patch size {size}."
+        )
+    return nnx.merge(_abstract(ImageTower, config, compute)[0], _arrays(tower_params))
+
+
+def text_tower(
+    config: CLIPConfig, tower_params: Params, ids: jax.Array, compute: Compute
+) -> TextTower:
+    """The module that `encode_text` calls on ids of this shape, which is checked here."""
     most = config.text.max_position_embeddings
     if ids.ndim != 2 or ids.shape[1] > most:
         raise UserError(
             f"encode_text: ids of shape {tuple(ids.shape)}; the model takes [B, L <= {most}]."
         )
-    return nnx.merge(_abstract(TextTower, config, compute)[0], _arrays(tower_params))(ids)
+    return nnx.merge(_abstract(TextTower, config, compute)[0], _arrays(tower_params))
 
 
 def classifier(
@@ -243,7 +179,3 @@ def normalise(x: jax.Array) -> jax.Array:
 def _arrays(params: Params) -> Params:
     # A loaded checkpoint holds NumPy arrays, which cannot be indexed by a tracer.
     return jax.tree.map(jnp.asarray, params)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

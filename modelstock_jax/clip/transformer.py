@@ -14,14 +14,16 @@ from flax import nnx
 from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, TextConfig, VisionConfig
 from modelstock_jax.errors import UserError
 
+_DTYPES = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How the towers compute; it never changes the parameters.
 
     Attributes:
-        dtype: Type of the activations and of the weights as they enter a product. Layer norms'
-            moments, softmax and the features are in float32 or better whatever it is.
+        dtype: Type, or its name, of the activations and of the weights as they enter a product.
+            Layer norms' moments, softmax and the features are in float32 or better whatever it is.
         attention: "xla", or "cudnn" (a GPU, with a dtype of bfloat16 or float16).
         remat: Recompute each block in the backward pass instead of keeping its activations.
     """
@@ -31,7 +33,13 @@ class Compute:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        except TypeError:
+            pass
+        if self.dtype not in _DTYPES:
+            known = ", ".join(dtype.name for dtype in _DTYPES)
+            raise UserError(f"compute: dtype is one of {known}, not {self.dtype!r}.")
         if self.attention not in ("xla", "cudnn"):
             raise UserError(f"compute: attention is 'xla' or 'cudnn', not {self.attention!r}.")
         if self.attention == "cudnn" and self.dtype not in (jnp.bfloat16, jnp.float16):
@@ -131,14 +139,16 @@ def make_blocks(
 
 def run_blocks(blocks: nnx.Dict, x: jax.Array, remat: bool) -> jax.Array:
     """Applies the blocks in order to x [B, T, D]; `remat` keeps only what enters each of them."""
-    for name in sorted(blocks, key=lambda n: int(n.removeprefix("block_"))):
-        graph, state = nnx.split(blocks[name])
-
-        def block(state: Any, x: jax.Array, graph: Any = graph) -> jax.Array:
-            return nnx.merge(graph, state)(x)
-
-        x = (jax.checkpoint(block) if remat else block)(state, x)
+    # `nnx.capture` keeps an item of its own in the dictionary.
+    names = (name for name in blocks if name.startswith("block_"))
+    for name in sorted(names, key=lambda n: int(n.removeprefix("block_"))):
+        x = _recomputed(blocks[name], x) if remat else blocks[name](x)
     return x
+
+
+def _recomputed(block: Block, x: jax.Array) -> jax.Array:
+    graph, state = nnx.split(block)
+    return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:
