@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -31,6 +30,9 @@ def candidates(image_set: ImageSet, num_classes: int) -> np.ndarray:
     Returns:
       int32 [C, m]; a shorter group repeats its first class.
 
+    Raises:
+      UserError: a class that the classifier does not have.
+
     >>> images, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32)
     >>> candidates(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
     [[4, 4], [0, 7]]
@@ -39,6 +41,10 @@ def candidates(image_set: ImageSet, num_classes: int) -> np.ndarray:
     if groups is None:
         ids = range(num_classes) if image_set.classes is None else image_set.classes
         groups = [(one,) for one in ids]
+    if (largest := max(max(group) for group in groups)) >= num_classes:
+        raise UserError(
+            f"{image_set.name}: needs a logit of class {largest}, the classifier has {num_classes}"
+        )
     widest = max(map(len, groups))
     return np.array([[*row, *[row[0]] * (widest - len(row))] for row in groups], np.int32)
 
@@ -90,8 +96,8 @@ def scored_batches(
         yield {"image": batch["image"], "target": rows}
 
 
-def count(logits: jax.Array, target: jax.Array, candidate: jax.Array) -> jax.Array:
-    """How many predictions are right, and how many images count.
+def count(logits, target, candidate):
+    """How many predictions are right, and how many images count; of NumPy or JAX arrays.
 
     Args:
       logits: [B, K].
@@ -99,11 +105,16 @@ def count(logits: jax.Array, target: jax.Array, candidate: jax.Array) -> jax.Arr
       candidate: int32 [C, m], as `candidates` gives them.
 
     Returns:
-      int32 [2]: right, counted.
+      Two scalars, right and counted.
+
+    >>> logits = np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
+    >>> right, counted = count(logits, np.array([[0], [-1]]), np.array([[2, 1], [0, 0]]))
+    >>> int(right), int(counted)
+    (1, 1)
     """
     choice = logits[:, candidate].max(-1).argmax(-1)
     right = (choice[:, None] == target).any(-1)
-    return jnp.stack([right.sum(dtype=jnp.int32), (target >= 0).any(-1).sum(dtype=jnp.int32)])
+    return right.sum(), (target >= 0).any(-1).sum()
 
 
 def make_evaluator(
@@ -133,7 +144,7 @@ def make_evaluator(
 
     def counts(params, image_set, num_classes):
         candidate = candidates(image_set, num_classes)
-        pending, done = [], np.zeros(2, np.int64)
+        pending, done = [], []
         for batch in scored_batches(
             image_set,
             batch_size,
@@ -146,8 +157,8 @@ def make_evaluator(
             )
             pending.append(count_of(logits_of(params, images), target, candidate))
             if len(pending) > _AHEAD:
-                done += np.asarray(pending.pop(0))
-        return done + sum(np.asarray(one, np.int64) for one in pending)
+                done.append(jax.device_get(pending.pop(0)))
+        return np.sum([(0, 0), *done, *jax.device_get(pending)], axis=0)
 
     def evaluate(params, image_sets):
         num_classes = params["head"]["bias"].shape[-1]

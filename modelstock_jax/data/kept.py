@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,9 @@ def read(kind: str, place: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       place: the directory that they are about.
     """
     try:
-        with np.load(_file(kind, place), allow_pickle=False) as arrays:
+        with _file(kind, place).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return {}
 
 

@@ -1,14 +1,30 @@
-"""What an image set refuses."""
+"""What an image set refuses, and its parts."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.image_set import EncodedImages, ImageSet
 from modelstock_jax.errors import UserError
 
 IMAGES, LABELS = np.zeros((3, 4, 4, 3), np.uint8), np.array([1, 5, 5], np.int32)
+
+
+class Numbers(EncodedImages):
+    """Image i is the text of i."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> bytes:
+        return str(range(self._count)[index]).encode()
+
+    def name(self, index: int) -> str:
+        return f"file {index}"
 
 
 @pytest.mark.parametrize(
@@ -20,6 +36,7 @@ IMAGES, LABELS = np.zeros((3, 4, 4, 3), np.uint8), np.array([1, 5, 5], np.int32)
         (IMAGES, LABELS.astype(np.int64), None, "labels are int32, not int64"),
         (IMAGES, LABELS - 2, None, "label -1 is below 0"),
         (IMAGES, LABELS, (1, 2), "label 5 is not among its 2 classes"),
+        (Numbers(4), LABELS, None, r"4 images need labels of shape \[4\], not \[3\]"),
     ],
 )
 def test_refuses(images, labels, classes, message):
@@ -27,7 +44,68 @@ def test_refuses(images, labels, classes, message):
         ImageSet("some", images, labels, classes)
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"groups": ((0,),) * 5}, "label 5 is not one of its 5 groups"),
+        ({"groups": ((0,), (), *[(1,)] * 4)}, "group 1 has no class"),
+        ({"label_sets": ((1,), ())}, "3 images need as many label sets, not 2"),
+        ({"classes": (1, 5), "groups": ((0,),) * 6}, "one of classes, groups and label_sets"),
+    ],
+)
+def test_refuses_rules_that_do_not_fit(rules, message):
+    with pytest.raises(UserError, match=message):
+        ImageSet("some", IMAGES, LABELS, **rules)
+
+
 def test_take():
     whole = ImageSet("some", IMAGES, LABELS, (1, 5))
     assert len(whole) == 3 and len(whole.take(2)) == 2 and len(whole.take(9)) == 3
     assert whole.take(2).classes == (1, 5) and whole.take(2).name == "some"
+    np.testing.assert_array_equal(whole.take(2).labels, LABELS[:2])
+
+
+def test_take_and_select_of_encoded_images_keep_what_belongs_together():
+    """Classes lie together in folders: so few images are taken from all along the set."""
+    count = 10
+    whole = ImageSet(
+        "real",
+        Numbers(count),
+        np.arange(count, dtype=np.int32),
+        label_sets=tuple((i, 100 + i) for i in range(count)),
+        crop_border=2,
+    )
+    for part, expected in [
+        (whole.take(4), [0, 2, 5, 7]),
+        (whole.select(np.array([9, 3])), [9, 3]),
+        (whole.select(np.array([9, 3, 5])).select(np.array([2, 0])), [5, 9]),
+    ]:
+        assert list(part.images) == [str(i).encode() for i in expected]
+        assert [part.images.name(i) for i in range(len(part))] == [f"file {i}" for i in expected]
+        assert part.labels.tolist() == expected and part.crop_border == 2
+        assert part.label_sets == tuple((i, 100 + i) for i in expected)
+
+
+@pytest.mark.parametrize(("per_class", "counts"), [(2, [2, 2, 2]), (0.25, [1, 2, 3])])
+def test_hold_out_is_a_fixed_part_of_each_class(per_class, counts):
+    labels = np.random.default_rng(0).permutation([0] * 3 + [1] * 8 + [7] * 12).astype(np.int32)
+    whole = ImageSet("train", Numbers(len(labels)), labels)
+    rest, held = whole.hold_out(per_class)
+    assert np.unique(held.labels, return_counts=True)[1].tolist() == counts
+    assert (rest.name, held.name) == ("train", "validation")
+    parts = [[int(image) for image in part.images] for part in (rest, held)]
+    assert sorted(sum(parts, [])) == list(range(len(labels)))
+    assert parts == [sorted(part) for part in parts], "each part keeps the order of the set"
+    for part, indices in zip((rest, held), parts, strict=True):
+        np.testing.assert_array_equal(part.labels, labels[indices])
+    again = whole.hold_out(per_class)[1]
+    assert list(again.images) == list(held.images)
+    assert list(whole.hold_out(per_class, seed=1)[1].images) != list(held.images)
+
+
+def test_hold_out_leaves_an_image_to_train_on():
+    whole = ImageSet("train", IMAGES, LABELS)
+    with pytest.raises(UserError, match="train: class 1 has 1 images, too few to hold out 1"):
+        whole.hold_out(1)
+    rest, held = whole.hold_out(0)
+    assert len(rest) == 3 and len(held) == 0

@@ -1,0 +1,124 @@
+"""Class folders: what is listed, in which order, and listed once."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelstock_jax.data import kept, listing
+from modelstock_jax.data.folders import FileImages, read_folders
+from modelstock_jax.errors import UserError
+from tests.data.made_images import write_folders
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Keeps every listing, in a directory of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 1)
+    return tmp_path / "cache"
+
+
+def test_images_come_by_folder_then_by_name(tmp_path):
+    written = write_folders(tmp_path, ["a", "b", "ü c"], each=3)
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "a" / ".hidden.jpg").write_bytes(b"")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "LICENSE").write_text("")
+    stored = read_folders(tmp_path)
+    assert stored.names == ("a", "b", "ü c")
+    assert stored.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and stored.labels.dtype == np.int32
+    assert list(stored.images) == written
+    assert stored.images.name(7) == str(tmp_path / "ü c" / "ü c_1.JPEG")
+    assert list(pickle.loads(pickle.dumps(stored.images))) == written
+    assert read_folders(tmp_path, {"b", "else"}).names == ("b",)
+
+
+def test_a_listing_is_kept_until_a_folder_changes(tmp_path, cache, monkeypatch):
+    root = tmp_path / "set"
+    write_folders(root, ["a", "b"])
+    first = listing.list_folders(root)
+    assert len(list(cache.rglob("*.npz"))) == 1
+
+    calls, images = [], listing._images
+    monkeypatch.setattr(listing, "_images", lambda folder: calls.append(folder) or images(folder))
+    again = listing.list_folders(root)
+    assert not calls
+    assert again.folders == first.folders and again.names.tolist() == first.names.tolist()
+    np.testing.assert_array_equal(again.folder_of, first.folder_of)
+
+    (root / "b" / "new.png").write_bytes(b"")
+    assert b"new.png" in listing.list_folders(root).names.tolist() and len(calls) == 2
+    write_folders(root, ["c"])
+    assert listing.list_folders(root).folders == ("a", "b", "c")
+    assert listing.list_folders(root, only={"c"}).folders == ("c",)
+
+
+def test_a_damaged_or_unwritable_cache_is_no_error(tmp_path, cache):
+    root = tmp_path / "set"
+    write_folders(root, ["a"])
+    expected = listing.list_folders(root).names.tolist()
+    (file,) = cache.rglob("*.npz")
+    file.write_bytes(file.read_bytes()[:40])
+    assert listing.list_folders(root).names.tolist() == expected
+    for path in (file, file.parent):
+        path.unlink() if path.is_file() else path.rmdir()
+    file.parent.write_text("in the way")
+    assert listing.list_folders(root).names.tolist() == expected
+
+
+def test_nothing_is_written_to_the_images(tmp_path, cache):
+    root = tmp_path / "set"
+    write_folders(root, ["a"])
+    before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
+    list(read_folders(root).images)
+    assert before == {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        read_folders(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no class folders there; expected .*/CLASS/IMAGE.JPEG"):
+        read_folders(tmp_path)
+    write_folders(tmp_path, ["a"])
+    with pytest.raises(UserError, match="none of the folders sought"):
+        read_folders(tmp_path, {"b"})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="empty: no image in it"):
+        read_folders(tmp_path)
+
+
+def test_an_image_that_is_gone_is_named(tmp_path):
+    write_folders(tmp_path, ["a"])
+    images = FileImages(listing.list_folders(tmp_path))
+    (tmp_path / "a" / "a_1.JPEG").unlink()
+    with pytest.raises(UserError, match="a_1.JPEG: cannot be read"):
+        images[1]
+    with pytest.raises(IndexError):
+        images[2]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fork")
+def test_images_are_read_in_a_forked_process(tmp_path):
+    """The parent has read before, as a training run that has evaluated."""
+    written = write_folders(tmp_path, ["a"])
+    code = (
+        "import os, sys\n"
+        "from modelstock_jax.data.folders import read_folders\n"
+        f"images = read_folders({str(tmp_path)!r}).images; images[0]\n"
+        "if os.fork() == 0: os._exit(len(images[1]) % 256)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]), 'tensorflow' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(len(written[1]) % 256), "False"]

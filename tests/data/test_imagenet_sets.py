@@ -1,0 +1,177 @@
+"""ImageNet and its shifts in their authors' layouts, with a few classes and images each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from modelstock_jax.data.imagenet import A_CLASSES, PUBLISHED, R_CLASSES, WNIDS
+from modelstock_jax.data.imagenet.places import missing_sets, places
+from modelstock_jax.data.imagenet.sets import open_real, open_set, open_sets
+from modelstock_jax.data.imagenet.whole import check_whole
+from modelstock_jax.errors import UserError
+from tests.data.made_images import encoded, write_folders, write_imagenet, write_mappings
+
+LABELS, EACH = (0, 2, 10, 207), 3
+V2 = "imagenetv2-matched-frequency-format-val"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_imagenet(tmp_path_factory.mktemp("data"), LABELS, EACH)
+
+
+def config(root, **changes):
+    options = dict(root=str(root), shifts=(), real=True, paths={}, check_counts=False, held_out=1)
+    return ConfigDict(options | changes)
+
+
+def test_every_set(root):
+    sets = open_sets(config(root))
+    several = [label for label in LABELS for _ in range(EACH)]
+    assert sets.train.labels.tolist() == [k for k in LABELS for _ in range(2 * EACH - 1)]
+    assert sets.validation.labels.tolist() == list(LABELS) and sets.validation.name == "validation"
+    assert sets.test.name == "id" and sets.test.labels.tolist() == several
+    assert list(sets.shifts) == ["v2", "r", "sketch", "objectnet", "a"]
+    for name in ("v2", "sketch"):
+        assert sets.shifts[name].labels.tolist() == several and sets.shifts[name].classes is None
+    for name, classes in (("r", R_CLASSES), ("a", A_CLASSES)):
+        assert sets.shifts[name].classes == classes and len(classes) == 200
+        assert np.unique(sets.shifts[name].labels).tolist() == list(classes[: len(LABELS)])
+    assert all(
+        one.crop_border == (2 if name == "objectnet" else 0) for name, one in sets.shifts.items()
+    )
+
+
+def test_v2_folders_are_numbers_and_not_texts(root):
+    """As texts, 10 comes before 2: labels by the place of a folder would be wrong."""
+    v2 = open_set("v2", root / V2, check_counts=False)
+    assert v2.labels.tolist() == [label for label in LABELS for _ in range(EACH)]
+    files = [root / V2 / str(label) / f"{label}_{n}.jpeg" for label in LABELS for n in range(EACH)]
+    assert [v2.images.name(i) for i in range(len(v2))] == [str(file) for file in files]
+    assert list(v2.images) == [file.read_bytes() for file in files]
+
+
+def test_the_flat_validation_folder_is_the_same_set(tmp_path):
+    """ILSVRC2012_val_*.JPEG as in the archive: the labels are those of the file numbers."""
+    wnids = {1: "n01751748", 2: "n09193705", 3: "n02105855", 50_000: "n02437616"}
+    for number, wnid in wnids.items():
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        for folder in (tmp_path / "flat", tmp_path / "folders" / wnid):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(encoded(number))
+    flat, folders = (
+        open_set("validation", tmp_path / name, check_counts=False) for name in ("flat", "folders")
+    )
+    assert (
+        flat.labels.tolist() == folders.labels.tolist() == sorted(map(WNIDS.index, wnids.values()))
+    )
+    assert list(flat.images) == list(folders.images)
+
+
+def test_objectnet_has_groups_and_only_its_shared_folders(root, tmp_path):
+    objectnet = open_set("objectnet", root / "objectnet-1.0", check_counts=False)
+    folders = ["alarm_clock", "bench", "t-shirt"]
+    classes = write_mappings(tmp_path / "mappings", folders)
+    assert objectnet.groups == tuple(classes.values()) and len(classes) == 113
+    assert objectnet.labels.tolist() == [list(classes).index(f) for f in folders for _ in range(3)]
+    assert "air_freshener" not in "".join(map(objectnet.images.name, range(len(objectnet))))
+
+
+def test_real_goes_by_the_number_in_the_file_name(root):
+    real = open_sets(config(root)).real
+    sets = [[(), (label,), (label, 0)] for label in LABELS]
+    assert real.label_sets == tuple(sum(sets, []))
+    test = open_set("validation", root / "val", check_counts=False).select(np.array([7, 1]))
+    assert open_real(root / "real.json", test).label_sets == ((10,), (0,))
+    sketch = open_set("sketch", root / "sketch", check_counts=False)
+    with pytest.raises(UserError, match="n01440764_0.JPEG: .*real.json needs file names such as"):
+        open_real(root / "real.json", sketch)
+
+
+def test_places(root, tmp_path):
+    found = places(config(root, shifts=("a", "v2"), real=False))
+    assert found == {
+        "train": root / "train",
+        "validation": root / "val",
+        "a": root / "imagenet-a",
+        "v2": root / V2,
+    }
+    elsewhere = config(root, shifts=("a",), real=False, paths={"a": str(tmp_path), "train": "val"})
+    assert places(elsewhere)["a"] == tmp_path and places(elsewhere)["train"] == root / "val"
+    assert missing_sets(elsewhere) == []
+
+    empty = config(tmp_path, shifts=("a",), paths={"validation": "nothing"})
+    train, validation, a, real = missing_sets(empty)
+    assert (
+        train.startswith("no train or imagenet/train or") and "--config.data.paths.train" in train
+    )
+    assert validation == "data.paths.validation=nothing: nothing there"
+    assert "imagenet-a" in a and "leave it out of data.shifts" in a
+    assert "real.json" in real
+    with pytest.raises(UserError, match="no train or .*; data.paths.validation=nothing"):
+        open_sets(empty)
+    with pytest.raises(UserError, match="no shift 'b'; ImageNet's are v2, r, sketch"):
+        places(config(root, shifts=("b",)))
+
+
+def test_a_class_outside_the_thousand_is_refused_whatever_the_counts(tmp_path):
+    for name, folders, message in (
+        ("sketch", ["n01440764", "n99999999"], "not among ImageNet's 1,000 classes: n99999999"),
+        ("v2", ["0", "1000"], "class 1000 is not one of 0 to 999"),
+        ("a", ["n01440764"], "label 0 is not among its 200 classes"),
+    ):
+        write_folders(tmp_path / name, folders, 1)
+        with pytest.raises(UserError, match=message):
+            open_set(name, tmp_path / name, check_counts=False)
+
+
+def test_a_wrong_mapping_is_named(root, tmp_path):
+    shutil.copytree(root / "objectnet-1.0", tmp_path / "objectnet")
+    file = tmp_path / "objectnet" / "mappings" / "objectnet_to_imagenet_1k.json"
+    file.write_text(json.dumps({"Bench": "no such class"}))
+    with pytest.raises(UserError, match="objectnet_to_imagenet_1k.json: 'Bench': 'no such class'"):
+        open_set("objectnet", tmp_path / "objectnet")
+    shutil.rmtree(tmp_path / "objectnet" / "mappings")
+    with pytest.raises(UserError, match="mappings.*: no such file"):
+        open_set("objectnet", tmp_path / "objectnet")
+
+
+def test_a_part_of_a_set_is_one_clear_line(root):
+    with pytest.raises(UserError) as caught:
+        open_set("v2", root / V2)
+    assert str(caught.value) == (
+        f"{root / V2}: not the whole set 'v2': 4 of 1,000 classes (n01443537, n01491361, "
+        "n01494475, n01496331, n01498041 and 991 more missing); 12 images of 10,000, 9,988 too "
+        "few (n01440764, n01484850, n01530575, n02099601 should have 10); complete it, or read it "
+        "as it is with --config.data.check_counts=False"
+    )
+
+
+def whole_labels(name):
+    """As many labels as were published."""
+    classes = {"r": R_CLASSES, "a": A_CLASSES}.get(name, range(PUBLISHED[name].classes))
+    return np.resize(np.array(classes, np.int32), PUBLISHED[name].images), list(classes)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_counts(name):
+    """Whole, with an image too many, and with an image of a wrong class."""
+    labels, classes = whole_labels(name)
+    check_whole(name, "here", labels, classes)
+    with pytest.raises(UserError, match=r"images of [\d,]+, 1 too many"):
+        check_whole(name, "here", np.append(labels, labels[:1]), classes)
+    if len(classes) == 200:
+        other = next(k for k in range(1000) if k not in classes)
+        with pytest.raises(UserError, match=f"{WNIDS[other]}, none of its 200 classes"):
+            check_whole(name, "here", np.append(labels[:-1], np.int32(other)), classes)
+
+
+def test_an_uneven_class_is_named():
+    labels, _ = whole_labels("validation")
+    with pytest.raises(UserError, match=r"1 too few \(n01498041 should have 50\)"):
+        check_whole("validation", "here", np.delete(labels, 6))
