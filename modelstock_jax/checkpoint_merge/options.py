@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.units import UNITS
@@ -55,7 +57,7 @@ class Options:
         alpha: Wise-ft's, in [0, 1].
         scale: Lambda of task-arithmetic and ties.
         density: The part of each task vector that ties keeps, in (0, 1]: one, or one a fine-tune.
-        t: Slerp's, in [0, 1].
+        t: Slerp's, in [0, 1]: one number, or one for each tensor by its name in the base.
         max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
         threads: Workers; None for one a core.
         window_bytes: Memory for tensors that are kept from the first pass to the second.
@@ -83,7 +85,7 @@ class Options:
     alpha: float | None = None
     scale: float | None = None
     density: float | tuple[float, ...] | None = None
-    t: float | None = None
+    t: float | Mapping[str, float] | None = None
     max_shard_bytes: int = 5 * 10**9
     threads: int | None = None
     window_bytes: int = 256 * 2**20
@@ -103,14 +105,26 @@ class Options:
         for name in ("weights", "normalize", "alpha", "scale", "density", "t"):
             if getattr(self, name) is not None and name not in read:
                 raise UserError(f"method {self.method!r} does not read {name}; leave it out.")
-        for name in ("alpha", "t"):
-            if name in read and not 0 <= (value := self._needed(name)) <= 1:
-                raise UserError(f"{name} lies in [0, 1], not {value:g}.")
+        for name in {"alpha", "t"} & set(read):
+            if getattr(self, name) is None:
+                raise UserError(f"method {self.method!r} needs {name}.")
+            self._check_each(name, lambda x: 0 <= x <= 1, "lies in [0, 1]")
+        self._check_each("density", lambda x: 0 < x <= 1, "lies in (0, 1]")
+        for name in ("weights", "scale"):
+            self._check_each(name, math.isfinite, "is a number")
+        for name in ("max_shard_bytes", "threads", "window_bytes"):
+            self._check_each(name, lambda x: x >= 1, "is at least 1")
+        if not re.fullmatch(r"base|mean|model:[1-9]\d*", self.excluded):
+            raise UserError(f"excluded is base, mean or model:1, ..., not {self.excluded!r}.")
+        if isinstance(self.t, Mapping) and self.unit != "tensor":
+            raise UserError("t for each tensor needs unit tensor.")
 
-    def _needed(self, name: str) -> float:
-        if (value := getattr(self, name)) is None:
-            raise UserError(f"method {self.method!r} needs {name}.")
-        return value
+    def _check_each(self, name: str, allowed: Callable[[float], bool], rule: str) -> None:
+        value = getattr(self, name)
+        values = value.values() if isinstance(value, Mapping) else value
+        for one in values if isinstance(values, Iterable) else (values,):
+            if one is not None and (isinstance(one, bool) or not allowed(one)):
+                raise UserError(f"{name} {rule}, not {one!r}.")
 
     @property
     def num_threads(self) -> int:

@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-
-from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.merging.units import Part
-
-
-class TensorInfo(Protocol):
-    """What a header says of a tensor."""
-
-    shape: tuple[int, ...]
-    code: str
-
-
-class Source(Protocol):
-    """One model, as the engine sees it; `sources.open_source` makes them."""
-
-    label: str  # as the user typed it
-    directory: Path | None  # of config and tokenizer files
-    tensors: dict[str, TensorInfo]
-    num_bytes: int
-    files: Sequence[Path]  # their sizes and times tell whether a killed merge may go on
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor; thread-safe."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """One tensor of the output.
-
-    Attributes:
-        name: Its name.
-        shape: Of the output.
-        code: Dtype that is written, as in a safetensors header.
-        action: ``merge``, ``mean``, ``base`` or ``model:1`` (taken whole from the first fine-tune).
-        reason: Why it is not merged by the rule; empty where it is.
-        part: Its part in a merge unit, of the rows that are merged; None where it is not merged.
-        rows: Rows (of axis 0) that are merged, where models differ in them; else None.
-        rest: The model that gives the other rows: 0 the base, 1 the first fine-tune.
-        names: The tensor's name in the base and in each fine-tune; None where it has none.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    code: str
-    action: str
-    reason: str = ""
-    part: Part | None = None
-    rows: int | None = None
-    rest: int = 0
-    names: tuple[str | None, ...] = ()
+from modelstock_jax.checkpoint_merge.chunks import PIECE
+from modelstock_jax.checkpoint_merge.decide import Planned, decide
+from modelstock_jax.checkpoint_merge.match import Findings, Source, match
+from modelstock_jax.checkpoint_merge.options import METHODS, Options
+from modelstock_jax.tensor_files.header import BITS
+from modelstock_jax.tensor_files.reader import SINGLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +51,22 @@ class Plan:
     notes: tuple[str, ...]
     fingerprint: str
 
+    def bytes_in(self, tensor: Planned) -> int:
+        """Bytes of all models' numbers that are merged into a tensor; 0 where none are."""
+        if tensor.part is None:
+            return 0
+        count = math.prod(tensor.part.view)
+        return sum(count * BITS[source.tensors[name].code] // 8 for source, name in
+                   zip((self.base, *self.finetuned), tensor.names, strict=True))
+
+    def bytes_copied(self, tensor: Planned) -> int:
+        """Bytes that are read to be copied, or for a plain mean."""
+        sources = (self.base, *self.finetuned)
+        merged = 0 if tensor.part is None else math.prod(tensor.part.view)
+        count = math.prod(tensor.shape) - merged
+        return sum(count * BITS[sources[m].tensors[tensor.names[m]].code] // 8
+                   for m in tensor.models(len(self.finetuned)))
+
 
 def make_plan(base: Source, finetuned: Sequence[Source], options: Options) -> Plan:
     """Plans a merge of models, or says everything that stands in its way at once.
@@ -104,4 +77,82 @@ def make_plan(base: Source, finetuned: Sequence[Source], options: Options) -> Pl
     Raises:
         UserError: All problems, one a line.
     """
-    raise NotImplementedError
+    sources = (base, *finetuned)
+    findings = Findings()
+    _check_number(len(finetuned), options, findings)
+    matched = match(sources, options, findings)
+    tensors = decide(sources, matched, options, findings)
+    findings.refuse()
+    shards = _shards(tensors, options.max_shard_bytes)
+    files = (SINGLE,) if len(shards) == 1 else tuple(
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    )
+    plan = Plan(
+        base, tuple(finetuned), options, tensors, shards, files,
+        bytes_read=0, bytes_written=sum(t.num_bytes for t in tensors.values()), memory=0,
+        companion=findings.companion, config=findings.config, notes=tuple(findings.notes),
+        fingerprint=_fingerprint(sources, options, tensors),
+    )
+    return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
+
+
+def _check_number(number: int, options: Options, findings: Findings) -> None:
+    least, most, _ = METHODS[options.method]
+    if number < least or (most is not None and number > most):
+        findings.problems.append(
+            f"method {options.method!r} takes {least}{'' if most is None else f' to {most}'}"
+            f"{' or more' if most is None else ''} fine-tuned models, not {number}"
+        )
+    for name in ("weights", "density"):
+        value = getattr(options, name)
+        if isinstance(value, tuple) and len(value) != number:
+            findings.problems.append(f"{len(value)} {name} for {number} fine-tuned models")
+    if options.weights is not None and sum(options.weights) == 0 and options.normalize is not False:
+        findings.problems.append("the weights add up to 0")
+    if options.excluded.startswith("model:") and int(options.excluded[6:]) > number:
+        findings.problems.append(f"excluded is {options.excluded}, and there are {number}")
+    if options.method == "ties" and options.unit in ("filter", "head"):
+        findings.problems.append("ties trims whole tensors: unit tensor, layer, block or global")
+
+
+def _shards(tensors: dict[str, Planned], most: int) -> tuple[tuple[str, ...], ...]:
+    """Names of each file, in the order in which they lie there."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.num_bytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.num_bytes
+    return tuple(tuple(sorted(s, key=lambda n: (-BITS[tensors[n].code], n))) for s in shards)
+
+
+def _bytes_read(plan: Plan) -> int:
+    units: dict[str, int] = {}
+    for tensor in plan.tensors.values():
+        if tensor.part is not None:
+            units[tensor.part.key] = units.get(tensor.part.key, 0) + plan.bytes_in(tensor)
+    again = 4 if plan.options.method == "ties" else 2
+    once = plan.options.window_bytes // plan.options.num_threads
+    merged = sum(size if size <= once else again * size for size in units.values())
+    return merged + sum(plan.bytes_copied(tensor) for tensor in plan.tensors.values())
+
+
+def _memory(plan: Plan) -> int:
+    number, threads = 1 + len(plan.finetuned), plan.options.num_threads
+    units = max((math.prod(t.part.unit_shape) for t in plan.tensors.values() if t.part), default=1)
+    return (100 * 2**20 + plan.options.window_bytes + threads * PIECE * 8 * (2 * number + 4)
+            + 8 * units * (4 * number**2 + 64))
+
+
+def _fingerprint(
+    sources: Sequence[Source], options: Options, tensors: dict[str, Planned]
+) -> str:
+    asked = dataclasses.asdict(options)
+    for name in ("threads", "window_bytes"):  # How fast, and not what.
+        del asked[name]
+    files = [[(os.path.realpath(path), path.stat().st_size, path.stat().st_mtime_ns)
+              for path in source.paths] for source in sources]
+    made = [dataclasses.astuple(tensor) for tensor in tensors.values()]
+    return hashlib.sha256(json.dumps([1, asked, files, made]).encode()).hexdigest()

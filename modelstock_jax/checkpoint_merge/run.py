@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from modelstock_jax.checkpoint_merge.chunks import Scratch
+from modelstock_jax.checkpoint_merge.companions import copy_companions
+from modelstock_jax.checkpoint_merge.copying import copy_tensor
+from modelstock_jax.checkpoint_merge.decide import Planned
+from modelstock_jax.checkpoint_merge.methods import solver
+from modelstock_jax.checkpoint_merge.output import Output
 from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.checkpoint_merge.rows import Row, tensor_rows, totals
+from modelstock_jax.checkpoint_merge.unit import Meter, Stopped, Unit
+from modelstock_jax.checkpoint_merge.workplace import Workplace
+from modelstock_jax.errors import UserError
+from modelstock_jax.merging.policy import NonFiniteError
 
-Row = dict[str, Any]
+Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +32,9 @@ class Report:
     Attributes:
         rows: One a tensor that was merged, by name: ``name, unit, shape, num_units, cosine`` (None
             where undefined), ``angle`` (degrees or None), ``ratio, norms`` (one a fine-tune),
-            ``predicted_distance`` (``{"replica", "mean", "merged"}``, None where unknown),
-            ``policy, policies`` (name -> number of units): the rows of `merging.stats.report` and
-            more. Under filter and head, means over units and root-sum-squares of norms.
+            ``cosines`` (of each two fine-tunes), ``predicted_distance`` (``replica, mean,
+            merged``; None where unknown), ``policy, policies`` (name -> number of units). Under
+            filter and head, means over units and root-sum-squares of norms and distances.
         policies: Name of a policy -> units that met it, in the whole model.
         distance: Predicted distances from the centre of the whole model, root-sum-squares.
         digests: File name -> sha256 of each output file of tensors.
@@ -47,7 +59,7 @@ def run(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     finish: Callable[[Path, Report], None] | None = None,
 ) -> Report:
     """Writes the merged checkpoint to `out`: whole, or not at all.
@@ -68,14 +80,132 @@ def run(
         UserError: `out` is, holds or lies in an input, or exists; no room on the disk;
             NaN or infinity in a model (nothing is left behind).
     """
-    raise NotImplementedError
+    begin = time.monotonic()
+    workplace = Workplace(plan, out, overwrite=overwrite)
+    meter = Meter(plan.bytes_read + plan.bytes_written, progress)
+    try:
+        output = Output(plan, workplace, meter)
+        try:
+            _work(plan, meter, workplace.rows, output)
+            output.close()
+        except BaseException:
+            output.abandon()
+            raise
+        copy_companions(plan, workplace.path)
+        report = _report(workplace.rows, meter, begin, workplace.digests, workplace.resumed)
+        if finish is not None:
+            finish(workplace.path, report)
+        workplace.commit()
+    except BaseException as error:
+        spoilt = isinstance(error, NonFiniteError)
+        workplace.leave(keep=not spoilt)
+        if isinstance(error, UserError) and workplace.digests and not spoilt:
+            kept = "What is complete is kept; give the same command again."
+            raise UserError(f"{error} {kept}") from None
+        raise
+    return report
 
 
-def measure(plan: Plan, *, progress: Callable[[int, int], None] | None = None) -> Report:
+def measure(plan: Plan, *, progress: Progress | None = None) -> Report:
     """The first pass alone: the rows of a report, nothing written.
 
     Args:
         plan: From `make_plan`.
         progress: As `run`'s.
     """
-    raise NotImplementedError
+    begin = time.monotonic()
+    meter = Meter(plan.bytes_read, progress)
+    rows: dict[str, Row] = {}
+    _work(plan, meter, rows, None)
+    return _report(rows, meter, begin, {}, ())
+
+
+def _work(plan: Plan, meter: Meter, rows: dict[str, Row], output: Output | None) -> None:
+    """Every tensor in turn: units that fit the window side by side, larger ones by all workers."""
+    threads, scratch = plan.options.num_threads, Scratch()
+    jobs: list[Future] = []
+    with ThreadPoolExecutor(threads, "merge") as pool:
+        try:
+            for members in _tasks(plan):
+                if output is not None and not any(output.missing(m.name) for m in members):
+                    continue
+                task = (plan, members, meter, scratch, rows, output)
+                if _bytes(plan, members) <= plan.options.window_bytes // threads:
+                    jobs.append(pool.submit(_merge, *task, None))
+                else:
+                    _merge(*task, pool)
+                _raise_first(jobs)
+            for job in jobs:
+                job.result()
+        except BaseException:
+            meter.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            _raise_first(jobs)
+            raise
+
+
+def _merge(
+    plan: Plan,
+    members: list[Planned],
+    meter: Meter,
+    scratch: Scratch,
+    rows: dict[str, Row],
+    output: Output | None,
+    pool: Executor | None,
+) -> None:
+    """Measures one unit, then writes its tensors; or copies a tensor that no rule merges."""
+    if members[0].part is None:
+        if output is not None:
+            copy_tensor(plan, members[0], meter, output)
+        return
+    unit = Unit(plan, members, meter, scratch, pool)
+    solved = solver(plan.options, len(plan.finetuned))(unit)
+    rows.update(tensor_rows(members, solved))
+    if output is None:
+        return
+    for k, member in enumerate(members):
+        if output.missing(member.name):
+            for _ in unit.each(
+                lambda piece, member=member: output.write(
+                    member.name, piece.start, unit.merge(solved, piece)
+                ),
+                unit.pieces([k]),
+            ):
+                pass
+            copy_tensor(plan, member, meter, output, start=unit.layouts[k].count)
+
+
+def _tasks(plan: Plan) -> Iterator[list[Planned]]:
+    """Tensors unit by unit, in the order of the files."""
+    units: dict[str, list[Planned]] = {}
+    ordered = [plan.tensors[name] for names in plan.shards for name in names]
+    for tensor in ordered:
+        if tensor.part is not None:
+            units.setdefault(tensor.part.key, []).append(tensor)
+    for tensor in ordered:
+        if tensor.part is None:
+            yield [tensor]
+        elif units[tensor.part.key][0] is tensor:
+            yield units[tensor.part.key]
+
+
+def _bytes(plan: Plan, members: list[Planned]) -> int:
+    return sum(plan.bytes_in(member) for member in members)
+
+
+def _raise_first(jobs: list[Future]) -> None:
+    """Raises what a worker raised, but not that it was told to stop."""
+    for job in jobs:
+        if job.done() and not job.cancelled() and (error := job.exception()) is not None:
+            if not isinstance(error, Stopped):
+                raise error
+
+
+def _report(rows, meter: Meter, begin: float, digests, resumed) -> Report:
+    ordered = [rows[name] for name in sorted(rows)]
+    policies, distance = totals(ordered)
+    return Report(
+        rows=ordered, policies=policies, distance=distance, digests=dict(sorted(digests.items())),
+        resumed=resumed, bytes_read=meter.read, bytes_written=meter.written,
+        seconds=time.monotonic() - begin,
+    )

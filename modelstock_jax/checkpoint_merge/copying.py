@@ -1,0 +1,54 @@
+"""Tensors, and rows of them, that no rule merges: taken from one model, or the plain mean."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from modelstock_jax.checkpoint_merge.casts import FLOATS, narrow, widen
+from modelstock_jax.checkpoint_merge.chunks import PIECE
+from modelstock_jax.checkpoint_merge.decide import Planned
+from modelstock_jax.checkpoint_merge.output import Output
+from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.checkpoint_merge.unit import Meter, recode, refuse_non_finite
+
+
+def copy_tensor(
+    plan: Plan, tensor: Planned, meter: Meter, output: Output, *, start: int = 0
+) -> None:
+    """Writes what is left of a tensor from element `start` on, and says that it is complete.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the model that it is taken from.
+    """
+    count = math.prod(tensor.shape)
+    models = tensor.models(len(plan.finetuned))
+    for begin in range(start, count, PIECE):
+        stop = min(begin + PIECE, count)
+        parts = [_read(plan, tensor, model, begin, stop, meter) for model in models]
+        output.write(tensor.name, begin, _mean(parts, tensor.code))
+    output.complete(tensor.name)
+
+
+def _read(
+    plan: Plan, tensor: Planned, model: int, start: int, stop: int, meter: Meter
+) -> np.ndarray:
+    source = (plan.base, *plan.finetuned)[model]
+    name = tensor.names[model]
+    values = source.read(name, start, stop)
+    meter.add(read=values.nbytes)
+    if source.tensors[name].code in FLOATS:
+        refuse_non_finite(source.label, model, tensor, values, start)
+    return values
+
+
+def _mean(parts: list[np.ndarray], code: str) -> np.ndarray:
+    if len(parts) == 1:
+        return recode(parts[0], code) if code in FLOATS else parts[0]
+    total, wide = np.zeros(len(parts[0])), np.empty(len(parts[0]))
+    for part in parts:
+        widen(part, wide)
+        total += wide
+    total /= len(parts)
+    return narrow(total, code)

@@ -1,0 +1,182 @@
+"""The methods: what a merge unit's first pass must measure, and what the second computes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from modelstock_jax.checkpoint_merge.chunks import Layout
+from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.ties import Trim, measure_trim
+from modelstock_jax.merging import geometry, rules
+from modelstock_jax.merging.solution import Solution
+
+
+class Measured(Protocol):
+    """A merge unit whose tensors can be gone through as often as a method needs."""
+
+    name: str  # of its first tensor
+    single: np.ndarray  # [K] bool: fewer than two numbers
+    count: int  # numbers in all
+
+    def gram(self, *, with_base: bool = False) -> np.ndarray:
+        """[N, N, K] of the task vectors; with the base's own weights as a first row if asked."""
+
+    def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Sum over the pieces of function(w0 [n], deltas [N, n])."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """A unit's answer: anchor * w0 + sum_i a_i d_i, or what TIES keeps of it."""
+
+    solution: Solution
+    gram: np.ndarray  # [N, N, K]
+    anchor: np.ndarray | None = None  # [K]; None for 1
+    trim: Trim | None = None
+
+
+Solver = Callable[[Measured], Solved]
+
+# Never outside of the range of the inputs, so that nothing can overflow.
+CONVEX = ("stock", "weighted-stock", "uniform", "wise-ft")
+
+
+def solver(options: Options, number: int) -> Solver:
+    """The method asked for, of `number` fine-tunes.
+
+    | method | merged weights |
+    |---|---|
+    | stock | w0 + t mean_i(d_i), t by equation 3 |
+    | weighted-stock | w0 + sum_i a_i d_i, a_i by each replica's noise (`weighted_model_stock`) |
+    | uniform | w0 + mean_i(d_i) |
+    | wise-ft | w0 + alpha mean_i(d_i) |
+    | linear | w0 + sum_i c_i d_i, c_i = weight_i / sum of weights |
+    | task-arithmetic | w0 + lambda sum_i c_i d_i, c_i = weight_i |
+    | ties | w0 + lambda times the disjoint mean of the trimmed d_i (`ties`) |
+    | slerp | along the arc from the base to the fine-tune, or from the first to the second of two |
+    """
+    method = options.method
+    if method == "stock":
+        return _by_angles(rules.equation_3)
+    if method == "weighted-stock":
+        return _by_angles(rules.unequal_noise)
+    if method == "slerp":
+        return _slerp(options.t)
+    if method == "ties":
+        return _ties(options, number)
+    if method in ("uniform", "wise-ft"):
+        ratio = 1.0 if method == "uniform" else options.alpha
+        return _by_shares(np.full(number, ratio / number))
+    return _by_shares(scale(options) * shares(options, number))
+
+
+def shares(options: Options, number: int) -> np.ndarray:
+    """Weights of the fine-tunes [N], divided by their sum where the method does so.
+
+    Example:
+        >>> shares(Options(method="linear", weights=(1, 3)), 2).tolist()
+        [0.25, 0.75]
+    """
+    weights = np.array(options.weights or (1.0,) * number, np.float64)
+    by_sum = options.method == "linear" if options.normalize is None else options.normalize
+    return weights / weights.sum() if by_sum and options.method != "ties" else weights
+
+
+def scale(options: Options) -> float:
+    """Lambda, 1 unless given."""
+    return 1.0 if options.scale is None else options.scale
+
+
+def _by_angles(rule: Callable[..., Solution]) -> Solver:
+    def solve(unit: Measured) -> Solved:
+        gram = unit.gram()
+        return Solved(rule(gram, unit.single), gram)
+
+    return solve
+
+
+def _by_shares(coefficients: np.ndarray) -> Solver:
+    return _by_angles(lambda gram, single: rules.given_shares(gram, single, coefficients))
+
+
+def _ties(options: Options, number: int) -> Solver:
+    weights, normalize = shares(options, number), options.normalize is not False
+    density = np.broadcast_to(1.0 if options.density is None else options.density, number)
+
+    def solve(unit: Measured) -> Solved:
+        gram = unit.gram()
+        coefficients = scale(options) * weights / (weights.sum() if normalize else 1.0)
+        trim = measure_trim(unit.reduce, unit.count, density, weights, scale(options), normalize)
+        return Solved(rules.given_shares(gram, unit.single, coefficients), gram, trim=trim)
+
+    return solve
+
+
+def _slerp(t: float | Mapping[str, float]) -> Solver:
+    """Spherical interpolation as it is commonly done: by the angle of the weights themselves."""
+
+    def solve(unit: Measured) -> Solved:
+        whole = unit.gram(with_base=True)
+        gram = whole[1:, 1:]
+        # Lengths and product of the two ends, w0 + d each; the base itself is the end d = 0.
+        square, along = whole[0, 0], whole[0, 1:]
+        ends = [square + 2 * a + g for a, g in zip(along, geometry.squared_norms(gram),
+                                                   strict=True)]
+        if len(gram) == 1:
+            ends, product = [square, *ends], square + along[0]
+        else:
+            product = square + along[0] + along[1] + gram[0, 1]
+        share = t[unit.name] if isinstance(t, Mapping) else t
+        from_end, to_end = _slerp_coefficients(ends, product, share)
+        each = [to_end] if len(gram) == 1 else [from_end, to_end]
+        solution = rules.given_shares(gram, unit.single, np.zeros(len(gram)))
+        return Solved(
+            solution._replace(coefficient=np.array(each), ratio=sum(each)),
+            gram, anchor=from_end + to_end,
+        )
+
+    return solve
+
+
+def _slerp_coefficients(squares, product, t: float) -> tuple[np.ndarray, np.ndarray]:
+    """sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta); 1 - t and t where parallel."""
+    lengths = np.sqrt(squares[0]) * np.sqrt(squares[1])
+    cosine = np.clip(product / np.where(lengths > 0, lengths, 1.0), -1.0, 1.0)
+    straight = (np.abs(cosine) > 0.9995) | (lengths <= 0)
+    theta = np.arccos(np.where(straight, 0.0, cosine))
+    return (np.where(straight, 1.0 - t, np.sin((1.0 - t) * theta) / np.sin(theta)),
+            np.where(straight, t, np.sin(t * theta) / np.sin(theta)))
+
+
+def combine(
+    anchor: np.ndarray, deltas: np.ndarray, solved: Solved, layout: Layout, start: int
+) -> np.ndarray:
+    """Merged weights of one piece, in the precision of its inputs; both are overwritten.
+
+    Args:
+        anchor: w0, [n].
+        deltas: d_i, [N, n].
+        solved: Of the unit.
+        layout: Of the tensor.
+        start: Of the piece.
+
+    Returns:
+        [n].
+    """
+    if solved.trim is not None:
+        anchor += solved.trim.merge(deltas)
+        return anchor
+    stop = start + len(anchor)
+    if solved.anchor is not None:
+        anchor *= layout.spread(solved.anchor, start, stop).astype(anchor.dtype)
+    for coefficient, delta in zip(solved.solution.coefficient, deltas, strict=True):
+        delta *= layout.spread(coefficient, start, stop).astype(anchor.dtype)
+    moved = deltas[0]
+    for delta in deltas[1:]:
+        moved += delta
+    anchor += moved
+    return anchor

@@ -1,0 +1,73 @@
+"""What a merge measured, as rows of plain Python values."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from modelstock_jax.checkpoint_merge.decide import Planned
+from modelstock_jax.checkpoint_merge.methods import Solved
+from modelstock_jax.merging.summary import unit_row
+
+Row = dict[str, Any]
+_DISTANCES = ("replica", "mean", "merged")
+
+
+def tensor_rows(members: Iterable[Planned], solved: Solved) -> dict[str, Row]:
+    """The rows of a unit's tensors, by name; tensors of one unit differ in name and shape alone."""
+    solution = solved.solution
+    shared = {
+        "cosines": _pairwise(solved.gram),
+        "predicted_distance": {
+            name: _root_sum_square(values)
+            for name, values in zip(_DISTANCES, solution.distance, strict=True)
+        },
+    }
+    rows = {}
+    for member in members:
+        row = unit_row(member.name, member.part.key, solution.cosine, solution.ratio,
+                       solution.norm, solution.policy)
+        rows[member.name] = {**row, "shape": list(member.shape), **shared}
+    return rows
+
+
+def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float]]:
+    """Units that met each policy, and predicted distances of the whole model.
+
+    A unit counts once, however many tensors share it.
+    """
+    units = {row["unit"]: row for row in rows}.values()
+    policies: collections.Counter[str] = collections.Counter()
+    for row in units:
+        policies.update(row["policies"])
+    distance = {
+        name: math.sqrt(sum((row["predicted_distance"][name] or 0.0) ** 2 for row in units))
+        for name in _DISTANCES
+    }
+    return dict(policies), distance
+
+
+def _pairwise(gram: np.ndarray) -> list[list[float | None]]:
+    """Cosine of each two task vectors, the mean over units where both moved; None where none did.
+
+    Example:
+        >>> _pairwise(np.array([[1.0, 1.0], [1.0, 4.0]])[..., None])
+        [[1.0, 0.5], [0.5, 1.0]]
+    """
+    norms = np.sqrt(np.einsum("iik->ik", gram))
+    moved = norms > 0
+    both = moved[:, None] & moved[None]
+    safe = np.where(moved, norms, 1.0)
+    cosines = np.where(both, gram / safe[:, None] / safe[None], 0.0).sum(axis=-1)
+    number = both.sum(axis=-1)
+    return [[float(np.clip(c / n, -1.0, 1.0)) if n else None for c, n in zip(*row, strict=True)]
+            for row in zip(cosines, number, strict=True)]
+
+
+def _root_sum_square(distances: np.ndarray) -> float | None:
+    known = distances[distances >= 0]
+    return float(np.sqrt(np.sum(known**2))) if known.size else None

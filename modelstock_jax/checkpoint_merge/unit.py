@@ -1,0 +1,244 @@
+"""One merge unit: its tensors read piece by piece, measured, then merged."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modelstock_jax.checkpoint_merge.casts import first_non_finite, narrow, widen
+from modelstock_jax.checkpoint_merge.chunks import Layout, Scratch, products
+from modelstock_jax.checkpoint_merge.decide import Planned
+from modelstock_jax.checkpoint_merge.methods import CONVEX, Solved, combine
+from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.merging import geometry
+from modelstock_jax.merging.policy import NonFiniteError
+from modelstock_jax.tensor_files.header import BITS
+
+_SPAN = 8  # pieces that a worker takes at once
+# Mean squares whose float32 products neither vanish nor overflow.
+_SAFE = (1e-24, 1e30)
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Stopped(Exception):
+    """Another worker failed: this one's work is not wanted."""
+
+
+class Meter:
+    """Counts bytes, tells them, and stops the workers when one has failed."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None = None):
+        self.total, self.read, self.written = total, 0, 0
+        self._progress, self._lock = progress, threading.Lock()
+        self.stopped = threading.Event()
+
+    def add(self, *, read: int = 0, written: int = 0) -> None:
+        """Counts; raises `Stopped` where the merge was stopped."""
+        if self.stopped.is_set():
+            raise Stopped
+        with self._lock:
+            self.read += read
+            self.written += written
+            if self._progress is not None:
+                self._progress(min(self.read + self.written, self.total), self.total)
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of the unit's k-th tensor."""
+
+    member: int
+    start: int
+    stop: int
+
+
+class Unit:
+    """The tensors that share angles; `methods` measures it, `pieces` of it are merged in turn.
+
+    Args:
+        plan: Of the merge.
+        members: The unit's tensors.
+        meter: Counts what is read.
+        scratch: Arrays of this thread.
+        pool: Workers for the pieces; None to do them here and keep what was read.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        members: Sequence[Planned],
+        meter: Meter,
+        scratch: Scratch,
+        pool: Executor | None = None,
+    ):
+        self.plan, self.members, self.pool = plan, members, pool
+        self._meter, self._scratch = meter, scratch
+        self._sources = (plan.base, *plan.finetuned)
+        self._kept: dict[Piece, list[np.ndarray]] = {}
+        self.layouts = [Layout.of(member.part) for member in members]
+        self.dtypes = [self._dtype(member) for member in members]
+        self.name = members[0].name
+        self.count = sum(layout.count for layout in self.layouts)
+        self.per_unit = sum(member.part.count for member in members)
+        self.single = np.full(self.layouts[0].units, self.per_unit < 2)
+
+    def gram(self, *, with_base: bool = False) -> np.ndarray:
+        """Gram matrix of the task vectors, [N, N, K] float64.
+
+        Args:
+            with_base: The base's own weights are a first row, [N + 1, N + 1, K].
+
+        Raises:
+            NonFiniteError: NaN or infinity in a model; it names both model and tensor.
+        """
+        first = 0 if with_base else 1
+        total = self._sum_products(first, self.dtypes)
+        if any(dtype == np.float32 for dtype in self.dtypes):
+            mean = geometry.squared_norms(total) / self.per_unit
+            if not ((mean > _SAFE[0]) & (mean < _SAFE[1])).all():
+                total = self._sum_products(first, [np.float64] * len(self.members))
+        squares = geometry.squared_norms(total)
+        wide = any(self._code(m, i) == "F64" for m in self.members for i in range(len(m.names)))
+        if not (np.isfinite(squares) & (wide | (squares < _LARGEST))).all():
+            self._refuse_non_finite()
+        return total
+
+    def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Sum over the pieces of function(w0 [n], deltas [N, n])."""
+        def one(piece: Piece) -> np.ndarray:
+            vectors = self._vectors(piece, self.dtypes[piece.member])
+            return function(vectors[0], vectors[1:])
+
+        return sum(self.each(one, self.pieces()))
+
+    def merge(self, solved: Solved, piece: Piece) -> np.ndarray:
+        """Merged weights of a piece, in the dtype that is written."""
+        member, layout = self.members[piece.member], self.layouts[piece.member]
+        solution, code = solved.solution, member.code
+        if layout.units == 1 and solution.hold[0]:
+            return recode(self._raw(piece)[0], code)
+        if layout.units == 1 and solution.exact.any():
+            return recode(self._raw(piece)[1 + int(solution.exact[:, 0].argmax())], code)
+        dtype = self.dtypes[piece.member]
+        if BITS[code] > 16:
+            dtype = np.float64
+        vectors = self._vectors(piece, dtype)
+        merged = combine(vectors[0], vectors[1:], solved, layout, piece.start)
+        merged = narrow(merged, code, saturate=self._may_overflow(member))
+        if layout.units > 1:
+            for model, mask in enumerate((solution.hold, *solution.exact)):
+                if mask.any():
+                    chosen = layout.spread(mask, piece.start, piece.stop)
+                    merged = np.where(chosen, recode(self._raw(piece)[model], code), merged)
+        # What is written outlives the scratch only through this copy.
+        return merged.copy() if np.may_share_memory(merged, vectors) else merged
+
+    def pieces(self, members: Sequence[int] | None = None) -> list[Piece]:
+        """All pieces, or those of some members, in order."""
+        wanted = range(len(self.members)) if members is None else members
+        return [Piece(k, *cut) for k in wanted for cut in self.layouts[k].cut()]
+
+    def each(self, function: Callable[[Piece], Any], pieces: Sequence[Piece]) -> Iterator[Any]:
+        """Calls a function with every piece and yields its results in the pieces' order."""
+        if self.pool is None:
+            yield from map(function, pieces)
+            return
+        spans = (pieces[a : a + _SPAN] for a in range(0, len(pieces), _SPAN))
+        waiting: deque = deque()
+        for span in spans:
+            waiting.append(self.pool.submit(lambda span=span: [function(p) for p in span]))
+            if len(waiting) > 4 * self.plan.options.num_threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+    def _sum_products(self, first: int, dtypes: Sequence[type]) -> np.ndarray:
+        number = len(self._sources) - first
+        total = np.zeros((number, number, self.layouts[0].units))
+
+        def one(piece: Piece) -> np.ndarray:
+            vectors = self._vectors(piece, dtypes[piece.member])[first:]
+            # What is not finite is found by its products, and named afterwards.
+            with np.errstate(over="ignore", invalid="ignore"):
+                return products(vectors, self.layouts[piece.member], piece.start, piece.stop)
+
+        pieces = self.pieces()
+        with np.errstate(over="ignore", invalid="ignore"):
+            for piece, part in zip(pieces, self.each(one, pieces), strict=True):
+                touched = self.layouts[piece.member].touched(piece.start, piece.stop)[0]
+                total[:, :, touched] += part
+        return total
+
+    def _vectors(self, piece: Piece, dtype: type) -> np.ndarray:
+        """The base's weights and the task vectors, [1 + N, n], in this thread's scratch."""
+        raw = self._raw(piece)
+        vectors = self._scratch.take("vectors", (len(raw), piece.stop - piece.start), dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for values, vector in zip(raw, vectors, strict=True):
+                widen(values, vector)
+            vectors[1:] -= vectors[0]
+        return vectors
+
+    def _raw(self, piece: Piece) -> list[np.ndarray]:
+        if (kept := self._kept.get(piece)) is not None:
+            return kept
+        member = self.members[piece.member]
+        raw = [source.read(name, piece.start, piece.stop)
+               for source, name in zip(self._sources, member.names, strict=True)]
+        self._meter.add(read=sum(values.nbytes for values in raw))
+        if self.pool is None:
+            self._kept[piece] = raw
+        return raw
+
+    def _code(self, member: Planned, model: int) -> str:
+        return self._sources[model].tensors[member.names[model]].code
+
+    def _dtype(self, member: Planned) -> type:
+        """Float32 holds 16-bit weights and the float32 rounding of their differences; else 64."""
+        bits = [BITS[self._code(member, i)] for i in range(len(member.names))]
+        narrow_enough = max(bits) <= 16 and self.plan.options.method != "slerp"
+        return np.float32 if narrow_enough else np.float64
+
+    def _may_overflow(self, member: Planned) -> bool:
+        codes = {self._code(member, i) for i in range(len(member.names))}
+        return self.plan.options.method not in CONVEX or codes != {member.code}
+
+    def _refuse_non_finite(self) -> None:
+        for piece in self.pieces():
+            raw = self._raw(piece)
+            for model, values in enumerate(raw):
+                refuse_non_finite(self._sources[model].label, model,
+                                  self.members[piece.member], values, piece.start)
+        name = self.members[0].name
+        raise NonFiniteError(f"{name}: a movement too large for float32; leave it out with "
+                             f"--exclude", "finetuned", name)
+
+
+def recode(values: np.ndarray, code: str) -> np.ndarray:
+    """Stored numbers in another dtype; the same numbers where it is their own."""
+    wide = np.empty(len(values), np.float64 if values.itemsize > 4 else np.float32)
+    own = narrow(wide[:0], code).dtype
+    if values.dtype == own:
+        return values
+    widen(values, wide)
+    return narrow(wide, code)
+
+
+def refuse_non_finite(
+    label: str, model: int, tensor: Planned, values: np.ndarray, start: int
+) -> None:
+    """Raises where stored numbers are not finite, with the model, the tensor and the element."""
+    if (found := first_non_finite(values)) is None:
+        return
+    shape = tensor.shape if math.prod(tensor.shape) > start + found else (start + found + 1,)
+    place = [int(n) for n in np.unravel_index(start + found, shape)]
+    raise NonFiniteError(
+        f"{label}: tensor {tensor.name!r} holds NaN or infinity, first at {place}; mend the model, "
+        f"or leave the tensor out with --exclude {tensor.name!r} --excluded base",
+        "pretrained" if model == 0 else model - 1, tensor.name,
+    )

@@ -1,0 +1,156 @@
+"""The directory in which a merge is made: beside its final place, and found again after a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from modelstock_jax.checkpoint_merge.match import Source
+from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.checkpoint_merge.rows import Row
+from modelstock_jax.errors import UserError
+from modelstock_jax.reporting.files import write_json
+from modelstock_jax.tensor_files.digests import digest_file
+from modelstock_jax.tensor_files.writer import refuse_existing, take_place
+
+_STATE = "merge_state.json"
+_LOCK = "merge.lock"
+_SPARE = 16 * 2**20  # for headers, config, tokenizer, report and pictures
+
+
+class Workplace:
+    """Where a merge's files lie until all of them are there.
+
+    Its name follows from the plan's fingerprint, so that the same command finds it again.
+
+    Args:
+        plan: Of the merge.
+        out: The final directory.
+        overwrite: Whether it may be replaced.
+
+    Raises:
+        UserError: `out` is, holds or lies in an input, or exists; another merge is at work here;
+            the disk has too little room.
+    """
+
+    def __init__(self, plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False):
+        self.out = Path(os.path.abspath(out))
+        self._plan, self._overwrite = plan, overwrite
+        refuse_inputs(self.out, (plan.base, *plan.finetuned))
+        refuse_existing(self.out, overwrite=overwrite)
+        self.path = self.out.parent / f".{self.out.name}.{plan.fingerprint[:16]}.merge"
+        self._saving = threading.Lock()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / _LOCK, "w")
+        except OSError as error:
+            raise UserError(f"{self.out}: cannot be written ({error.strerror}).") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"{self.out}: another process is making this merge.") from None
+        self.rows: dict[str, Row] = {}
+        self.digests = self._complete()
+        self.resumed = tuple(sorted(self.digests))
+        try:
+            self._check_room()
+        except UserError:
+            self.leave()
+            raise
+
+    def save(self, file: str, digest: str) -> None:
+        """Notes that a file of tensors is complete, with the rows of all units solved so far."""
+        with self._saving:
+            self.digests[file] = digest
+            state = {"fingerprint": self._plan.fingerprint, "digests": self.digests,
+                     "rows": dict(self.rows)}
+            write_json(self.path / _STATE, state)
+
+    def commit(self) -> None:
+        """Gives the directory its final name; it must hold everything."""
+        refuse_existing(self.out, overwrite=self._overwrite)
+        for name in (_STATE, _LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        take_place(self.path, self.out)
+        self._lock.close()
+        self._remove_stale()
+
+    def leave(self, *, keep: bool = True) -> None:
+        """Leaves without the final name; keeps the files that are complete, if any."""
+        if keep and self.digests:
+            for file in self._strangers(self.digests):
+                file.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+    def _complete(self) -> dict[str, str]:
+        """Files that an earlier run finished and that are still what they were."""
+        try:
+            state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
+            same = state["fingerprint"] == self._plan.fingerprint
+            digests = {name: state["digests"][name] for name in self._plan.files
+                       if same and name in state["digests"]}
+            rows = dict(state["rows"])
+        except (OSError, ValueError, KeyError, TypeError):
+            digests, rows = {}, {}
+        whole = {name: digest for name, digest in digests.items()
+                 if (self.path / name).is_file() and digest_file(self.path / name) == digest}
+        done = {tensor for file, tensors in zip(self._plan.files, self._plan.shards, strict=True)
+                if file in whole for tensor in tensors}
+        self.rows = {name: row for name, row in rows.items() if name in done}
+        for file in self._strangers(whole):
+            file.unlink(missing_ok=True)
+        return whole
+
+    def _strangers(self, whole: Mapping[str, str]) -> Iterable[Path]:
+        """Files of tensors here that are not known to be complete."""
+        return [path for path in self.path.iterdir()
+                if path.name not in (*whole, _STATE, _LOCK) and path.is_file()]
+
+    def _check_room(self) -> None:
+        done = sum((self.path / name).stat().st_size for name in self.digests)
+        needed = self._plan.bytes_written - done + _SPARE
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise UserError(
+                f"{self.out}: {needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are "
+                "free; free some or choose another disk."
+            )
+
+    def _remove_stale(self) -> None:
+        """Removes what other, unfinished merges to the same place left, where none is at work."""
+        for path in self.out.parent.glob(f".{_escaped(self.out.name)}.*.merge"):
+            try:
+                with open(path / _LOCK, "a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+            except OSError:
+                continue
+
+
+def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:
+    """Raises where `out` is an input, holds one or lies in one."""
+    place = Path(os.path.realpath(out))
+    for source in sources:
+        directories = {Path(os.path.realpath(path)) for path in source.paths}
+        directories |= {Path(os.path.realpath(path.parent)) for path in source.paths
+                        if source.directory is not None}
+        if source.directory is not None:
+            directories.add(Path(os.path.realpath(source.directory)))
+        for taken in directories:
+            if place == taken or place in taken.parents or taken in place.parents:
+                how = "is" if place == taken else "lies in" if taken in place.parents else "holds"
+                raise UserError(
+                    f"{out}: {how} the input {source.label}; choose a directory apart from it."
+                )
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
