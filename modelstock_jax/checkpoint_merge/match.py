@@ -36,7 +36,7 @@ class Source(Protocol):
     directory: Path | None  # of config and tokenizer files
     tensors: dict[str, TensorInfo]
     num_bytes: int
-    paths: Sequence[Path]  # their sizes and times tell whether a killed merge may go on
+    files: Sequence[Path]  # their sizes and times tell whether a killed merge may go on
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the flattened tensor; thread-safe."""

@@ -153,6 +153,6 @@ def _fingerprint(
     for name in ("threads", "window_bytes"):  # How fast, and not what.
         del asked[name]
     files = [[(os.path.realpath(path), path.stat().st_size, path.stat().st_mtime_ns)
-              for path in source.paths] for source in sources]
+              for path in source.files] for source in sources]
     made = [dataclasses.astuple(tensor) for tensor in tensors.values()]
     return hashlib.sha256(json.dumps([1, asked, files, made]).encode()).hexdigest()

@@ -139,8 +139,8 @@ def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:
     """Raises where `out` is an input, holds one or lies in one."""
     place = Path(os.path.realpath(out))
     for source in sources:
-        directories = {Path(os.path.realpath(path)) for path in source.paths}
-        directories |= {Path(os.path.realpath(path.parent)) for path in source.paths
+        directories = {Path(os.path.realpath(path)) for path in source.files}
+        directories |= {Path(os.path.realpath(path.parent)) for path in source.files
                         if source.directory is not None}
         if source.directory is not None:
             directories.add(Path(os.path.realpath(source.directory)))
