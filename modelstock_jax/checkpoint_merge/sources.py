@@ -15,7 +15,8 @@ from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import TensorFiles
 
 # Never pickles, never code.
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm",
+            "LICENSE*")
 _FORMABLE = ("BF16", "F16", "F32", "F64")
 
 
