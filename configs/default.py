@@ -128,6 +128,11 @@ def get_config() -> ConfigDict:
     # Merge units to compare on the same unmerged replicas, besides merge.unit (compare only).
     config.evaluation.units = ()
 
+    config.export = ConfigDict()
+    # Layouts of the merged model. model/ is Hugging Face's, always written; 'open_clip' and
+    # 'openai' lie beside it, in model_open_clip/ and model_openai/.
+    config.export.layouts = ("hugging_face",)
+
     # With task 'learning_rate': the rates to try.
     config.search = ConfigDict()
     config.search.learning_rates = (5e-4, 1e-3, 2e-3, 4e-3)

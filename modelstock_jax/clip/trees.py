@@ -14,6 +14,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import TensorFiles
 
 Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
+MOST = 30  # Problems of one kind that an error names.
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -143,5 +144,13 @@ def show(shape: tuple[int, ...]) -> str:
 
 
 def _raise(where: Path, problems: list[str]) -> None:
-    if problems:
-        raise UserError(f"{where}: tensors that do not fit: {'; '.join(problems)}.")
+    """All problems in one error; of each kind the first, for another model's are hundreds."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.partition(":")[0], []).append(problem)
+    shown = []
+    for kind, found in kinds.items():
+        more = len(found) - MOST
+        shown += [*found[:MOST], *([f"{kind}: {more} more"] if more > 0 else [])]
+    if shown:
+        raise UserError(f"{where}: tensors that do not fit: {'; '.join(shown)}.")

@@ -6,16 +6,15 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from modelstock_jax.clip import layouts
 from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.clip.layouts.hugging_face import CONFIG
-from modelstock_jax.clip.layouts.layout import Layout
+from modelstock_jax.clip.layouts.layout import HEAD_FILE, Layout
 from modelstock_jax.clip.model import Params
 from modelstock_jax.clip.names import HEAD
 from modelstock_jax.clip.trees import read_tree, write_tree
@@ -29,7 +28,6 @@ from modelstock_jax.tensor_files.writer import (
     write_text,
 )
 
-HEAD_FILE = "head.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -213,10 +211,8 @@ def _parse(noted: str) -> list[str]:
     return [str(label) for label in labels] if isinstance(labels, list) else []
 
 
-def _check_labels(labels: Any, classes: int, where: Path) -> tuple[str, ...]:
-    if len(labels) != classes or len(set(labels)) != classes:
-        raise UserError(
-            f"{where}: the head has {classes} classes, the labels are {len(labels)} with "
-            f"{len(set(labels))} different ones."
-        )
+def _check_labels(labels: Sequence[str], classes: int, where: Path) -> tuple[str, ...]:
+    """Labels may repeat, as two pairs of ImageNet's published names do."""
+    if len(labels) != classes:
+        raise UserError(f"{where}: the head has {classes} classes, the labels are {len(labels)}.")
     return tuple(labels)

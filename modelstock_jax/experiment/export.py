@@ -1,4 +1,4 @@
-"""The merged model as a directory that other programs open."""
+"""The merged model as directories that other programs open."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip import weights
+from modelstock_jax.clip import layouts, weights
 from modelstock_jax.clip.checkpoint import Checkpoint
+from modelstock_jax.clip.layouts.hugging_face import HuggingFace
+from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.model_card import model_card
 
 PyTree = Any
+
+
+def check(config: ConfigDict, pretrained: Checkpoint) -> None:
+    """Asks every layout of `config.export.layouts` whether it can hold the model, weights unseen.
+
+    Raises:
+      UserError: if a layout is not known or cannot; before anything is trained.
+    """
+    for layout in _layouts(config):
+        try:
+            layouts.writable(layout).describe(pretrained)
+        except UserError as error:
+            raise UserError(f"export.layouts: {error}") from None
 
 
 def export(
@@ -27,10 +42,12 @@ def export(
     ratios: Mapping[str, Mapping[str, float]] | None,
     command: str,
 ) -> None:
-    """Writes merged weights in Hugging Face's layout, with head, labels and a model card.
+    """Writes merged weights with head, labels, tokenizer and a model card.
 
     Args:
-      directory: written whole or not at all; left alone where it exists.
+      directory: of Hugging Face's layout; every other that `config.export.layouts` names is written
+        beside it, in `directory`_LAYOUT. Each is written whole or not at all, and left alone where
+        it exists.
       config: the run's options.
       pretrained: the anchor; the text tower and the tokenizer are taken from it.
       params: {"image_tower", "head"}, merged.
@@ -39,9 +56,6 @@ def export(
       ratios: `layers.ratio_summary` of the last merge, or None.
       command: how the run was started.
     """
-    if directory.exists():
-        return
-    merged = jax.tree.map(np.asarray, jax.device_get(params))
     card = model_card(
         name=f"{config.pretrained}, fine-tuned on {config.data.name}",
         method=rows[-1]["method"],
@@ -53,6 +67,15 @@ def export(
         ratios=ratios,
         command=command,
     )
-    weights.save(
-        directory, pretrained.with_replica(merged, tuple(class_names)), texts={"README.md": card}
-    )
+    merged = jax.tree.map(np.asarray, jax.device_get(params))
+    checkpoint = pretrained.with_replica(merged, tuple(class_names))
+    for layout in _layouts(config):
+        place = directory
+        if layout != HuggingFace.name:
+            place = directory.with_name(f"{directory.name}_{layout}")
+        if not place.exists():
+            weights.save(place, checkpoint, layout=layout, texts={"README.md": card})
+
+
+def _layouts(config: ConfigDict) -> list[str]:
+    return list(dict.fromkeys((HuggingFace.name, *config.export.layouts)))

@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment import results
+from modelstock_jax.experiment import export, results
 from modelstock_jax.experiment.candidates import Candidate, after_training
 from modelstock_jax.experiment.evaluate import Measure
-from modelstock_jax.experiment.export import export
 from modelstock_jax.experiment.learning_rate import choose_learning_rate
 from modelstock_jax.experiment.pretrained import open_pretrained, pretrain
 from modelstock_jax.experiment.workdir import claim
@@ -62,6 +61,7 @@ def run(config: ConfigDict, workdir: str | Path, command: str = "") -> None:
 def finetune(config: ConfigDict, workdir: Path, command: str) -> None:
     """Trains and compares every seed; writes the results and the merged model."""
     pretrained = open_pretrained(config.pretrained)
+    export.check(config, pretrained)
     data = benchmark.load(config.data)
     study = Study(config, workdir, anchor_classifier(config, pretrained, data), data)
     documents = [study.zero_shot()]
@@ -69,7 +69,7 @@ def finetune(config: ConfigDict, workdir: Path, command: str) -> None:
         documents.append(study.one_seed(seed))
     if study.merges:
         rows = [documents[0]["rows"][0], documents[1]["rows"][-1]]
-        export(
+        export.export(
             workdir / "model",
             config,
             pretrained,

@@ -47,7 +47,7 @@ def test_mistakes_in_a_run(tmp_path):
     assert json.loads((workdir / "config.json").read_text()) == {"epochs": 99}
 
     output = refused(*small_run.arguments(tmp_path / "nothing", tmp_path / "other"))
-    assert "nothing" in output and "no such directory" in output
+    assert "nothing" in output and "no such file or directory" in output
 
     (tmp_path / "file").write_text("in the way")
     output = refused(*small_run.arguments(anchor, tmp_path / "file" / "run"))

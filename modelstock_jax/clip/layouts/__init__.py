@@ -11,7 +11,7 @@ from modelstock_jax.clip.layouts.model_soups import ModelSoups, is_fine_tuned
 from modelstock_jax.clip.layouts.open_clip import OpenCLIP
 from modelstock_jax.clip.layouts.openai import OpenAI
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files.reader import TensorFiles, read_json
+from modelstock_jax.tensor_files.reader import read_json
 
 WRITABLE: dict[str, WholeLayout] = {
     layout.name: layout for layout in (HuggingFace(), OpenCLIP(), OpenAI())
@@ -58,4 +58,5 @@ def described(path: Path) -> list[Layout]:
 
 def named(path: Path) -> Layout:
     """The layout that the names of a path's tensors tell, where no config lies beside them."""
-    return READABLE[ModelSoups.name if is_fine_tuned(TensorFiles(path)) else OpenAI.name]
+    files = READABLE[OpenAI.name].open(path)
+    return READABLE[ModelSoups.name if is_fine_tuned(files) else OpenAI.name]

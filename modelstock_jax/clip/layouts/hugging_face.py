@@ -28,7 +28,7 @@ class HuggingFace(WholeLayout):
     weights = ("model*.safetensors",)
 
     def locate(self, path: Path) -> Path | None:
-        """The directory, where it holds one file or an index."""
+        """The directory, where it holds the one file or an index."""
         return path if (path / SINGLE).is_file() or (path / INDEX).is_file() else None
 
     def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:

@@ -18,6 +18,9 @@ from modelstock_jax.clip.trees import Shapes, flatten, read_tree, write_tree
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
 
+# The classifier of a fine-tuned model lies beside the model, in every layout.
+HEAD_FILE = "head.safetensors"
+
 
 class Layout(abc.ABC):
     """Names of tensors, and the files that say the rest.
@@ -25,17 +28,33 @@ class Layout(abc.ABC):
     Attributes:
         name: As a user types it.
         column: Its column in the table of names.
-        weights: Patterns of the files that hold the tensors.
+        file: Name of the file that holds the tensors.
+        weights: Patterns of all files that may.
     """
 
     name: str
     column: str
+    file: str = SINGLE
     weights: tuple[str, ...] = ("*.safetensors",)
 
     def locate(self, path: Path) -> Path | None:
         """What `TensorFiles` is to open of a path: None where its tensors are not there."""
-        found = path / SINGLE if path.is_dir() else path
-        return found if found.is_file() else None
+        if path.is_file():
+            return path
+        found = [file for file in path.glob("*.safetensors") if file.name != HEAD_FILE]
+        if path / self.file in found:
+            return path / self.file
+        return found[0] if len(found) == 1 else None
+
+    def open(self, path: Path) -> TensorFiles:
+        """The tensors of a path; a UserError where there are none."""
+        located = self.locate(path)
+        found = sorted(file.name for file in path.glob("*.safetensors"))
+        if located is None and found:
+            raise UserError(
+                f"{path}: {self.name} reads {self.file} there, and finds {', '.join(found)}."
+            )
+        return TensorFiles(located or path)  # Without any, its own error says what is missing.
 
     def tolerates(self, name: str) -> bool:
         """Whether a tensor outside the table may lie in the files; it is left there."""
@@ -82,7 +101,7 @@ class WholeLayout(Layout):
         """See `Layout.read`; there is no base here."""
         if base is not None:
             raise UserError(f"{path}: {self.name} has a text tower of its own; leave the base out.")
-        files = TensorFiles(self.locate(path) or path)
+        files = self.open(path)
         config, preprocessor = self.sizes(path, files)
         size = config.vision.image_size
         if preprocessor.image_size != size:

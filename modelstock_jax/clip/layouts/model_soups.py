@@ -40,7 +40,7 @@ class ModelSoups(Layout):
                 f"{path}: a fine-tuned image tower and head (model_soups) without a text tower; "
                 "name the model that was fine-tuned as its base."
             )
-        files = TensorFiles(self.locate(path) or path)
+        files = self.open(path)
         prefix = _prefix(files)
         table = [
             dataclasses.replace(row, theirs=f"{prefix}model.{row.theirs}")

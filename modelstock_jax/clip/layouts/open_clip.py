@@ -18,7 +18,6 @@ from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_tensors
 
 CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
 _RESIZING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -27,7 +26,8 @@ class OpenCLIP(WholeLayout):
 
     name = "open_clip"
     column = "openai"
-    weights = (WEIGHTS, SINGLE)
+    file = "open_clip_model.safetensors"
+    weights = (file, SINGLE)
 
     def locate(self, path: Path) -> Path | None:
         """The first of its two names that is there."""
@@ -53,7 +53,7 @@ class OpenCLIP(WholeLayout):
         self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
     ) -> None:
         """One file, whatever its size: OpenCLIP reads no shards."""
-        write_tensors(directory / WEIGHTS, tensors)
+        write_tensors(directory / self.file, tensors)
 
 
 def _read_preprocessor(raw: dict[str, Any], image_size: int) -> Preprocessor:

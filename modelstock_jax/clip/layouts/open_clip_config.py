@@ -83,6 +83,9 @@ def read_model(model: dict[str, Any]) -> CLIPConfig:
     activation = "quick_gelu" if quick else "gelu"
     image = _tower(vision, "vision_cfg", 768, activation)
     words = _tower(text, "text_cfg", 512, activation)
+    vocabulary = _whole(text, "vocab_size", _CLIP_VOCABULARY, "text_cfg")
+    if vocabulary != _CLIP_VOCABULARY:  # Of another tokenizer, which the config does not describe.
+        words |= {"pad_token_id": None, "bos_token_id": None}
     return CLIPConfig(
         VisionConfig(
             **image,
@@ -94,7 +97,7 @@ def read_model(model: dict[str, Any]) -> CLIPConfig:
         TextConfig(
             **words,
             num_attention_heads=_whole(text, "heads", 8, "text_cfg"),
-            vocab_size=_whole(text, "vocab_size", _CLIP_VOCABULARY, "text_cfg"),
+            vocab_size=vocabulary,
             max_position_embeddings=_whole(text, "context_length", 77, "text_cfg"),
             eos_token_id=_end(text),
         ),

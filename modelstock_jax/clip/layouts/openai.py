@@ -16,7 +16,7 @@ from modelstock_jax.clip.layouts.layout import WholeLayout, param_shapes
 from modelstock_jax.clip.names import Shape, rows
 from modelstock_jax.clip.preprocessor import CLIP_MEAN, CLIP_STD, Preprocessor
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
+from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
 
 # What the jit archive holds beside the weights.
@@ -73,7 +73,7 @@ class OpenAI(WholeLayout):
         self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
     ) -> None:
         """One file, whatever its size."""
-        write_tensors(directory / SINGLE, tensors)
+        write_tensors(directory / self.file, tensors)
 
 
 def infer(shapes: Mapping[str, Shape]) -> CLIPConfig:
