@@ -58,7 +58,7 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     for i, source in enumerate(inputs):
         lines.append(f"| {f'fine-tune {i}' if i else 'base'} | `{source['model']}` |")
     others = {k: v for k, v in document["options"].items() if k not in ("method", "unit")}
-    lines += [f"| {key.replace('_', ' ')} | `{json.dumps(v)}` |" for key, v in others.items()]
+    lines += [f"| {key.replace('_', ' ')} | {_value(v)} |" for key, v in others.items()]
     lines += ["", "## Ratios", ""]
     lines += _ratios(document)
     lines += [
@@ -95,6 +95,11 @@ def library_name(directory: Path) -> str | None:
     """The library that opens a checkpoint, by the files beside it."""
     known = {"config.json": "transformers", "open_clip_config.json": "open_clip"}
     return next((name for file, name in known.items() if (directory / file).is_file()), None)
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value)
+    return f"`{text}`" if len(text) < 200 else "by tensor, see `merge_report.json`"
 
 
 def _ratios(document: Mapping[str, Any]) -> list[str]:

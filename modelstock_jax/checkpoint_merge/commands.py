@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import card, heads, screen
+from modelstock_jax.checkpoint_merge.config import set_dtype
 from modelstock_jax.checkpoint_merge.meter import Meter
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
@@ -160,6 +161,8 @@ def _check_layers(layers: int, base: Source) -> None:
 
 def _finish(directory: Path, made: dict[str, Any], name: str) -> dict[str, Any]:
     """Writes report, card and picture into the finished directory."""
+    if dtype := made["options"].get("dtype"):
+        set_dtype(directory, dtype)
     write_json(directory / REPORT, made)
     library = card.library_name(directory)
     write_text(directory / CARD, card.card(made, name=name, library=library))

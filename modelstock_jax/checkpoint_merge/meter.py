@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -35,7 +36,7 @@ class Meter:
       >>> with Meter("merging", Console(file=out, width=80)) as meter:
       ...     meter(10**9, 10**9)
       >>> out.getvalue().split("  ")[:2]
-      ['merging', '1.0 of 1.0 GB']
+      ['merging', '1.0 GB of 1.0 GB']
     """
 
     def __init__(self, title: str, console: Console, clock: Callable[[], float] = time.monotonic):
@@ -73,9 +74,9 @@ class Meter:
             self._bar.update(self._task, completed=done, total=total)
 
     def _print(self, done: int, total: int, seconds: float) -> None:
-        parts = [self._title, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"]
+        parts = [self._title, f"{decimal(done)} of {decimal(total)}"]
         if seconds > 0 and done:
-            parts.append(f"{done / seconds / 1e9:.2f} GB/s")
+            parts.append(f"{decimal(int(done / seconds))}/s")
             if done < total:
                 parts.append(f"{duration(seconds * (total - done) / done)} left")
         self._console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)

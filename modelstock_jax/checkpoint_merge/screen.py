@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from modelstock_jax.checkpoint_merge.plan import Plan
@@ -27,10 +28,10 @@ def show_plan(plan: Plan, out: str, console: Console) -> None:
     table.add_row("method", f"{plan.options.method}, unit {plan.options.unit}")
     actions = Counter(tensor.action for tensor in plan.tensors.values())
     table.add_row("tensors", ", ".join(f"{n} {_took(action)}" for action, n in actions.items()))
-    table.add_row("to read", size(plan.bytes_read))
-    table.add_row("to write", f"{size(plan.bytes_written)} in {len(plan.files)} file"
+    table.add_row("to read", decimal(plan.bytes_read))
+    table.add_row("to write", f"{decimal(plan.bytes_written)} in {len(plan.files)} file"
                   f"{'s' if len(plan.files) > 1 else ''} under {out}")
-    table.add_row("memory", f"at most {size(plan.memory)}")
+    table.add_row("memory", f"at most {decimal(plan.memory)}")
     _print(table, console)
     left = {n: t for n, t in plan.tensors.items() if t.action != "merge" or t.reason}
     reasons = Counter((_took(t.action), t.reason) for t in left.values())
@@ -67,9 +68,10 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
                       "merged {merged:.4g} (predicted)".format(**distance))
     table.add_row("written to", str(out))
     moved = report.bytes_read + report.bytes_written
-    rate = f", {moved / report.seconds / 1e9:.2f} GB/s" if report.seconds > 0 else ""
-    table.add_row("time", f"{duration(report.seconds)} for {size(report.bytes_read)} read, "
-                  f"{size(report.bytes_written)} written{rate}")
+    rate = f", {decimal(int(moved / report.seconds))}/s" if report.seconds > 0 else ""
+    time = f"{report.seconds:.1f} s" if report.seconds < 60 else duration(report.seconds)
+    table.add_row("time", f"{time} for {decimal(report.bytes_read)} read, "
+                  f"{decimal(report.bytes_written)} written{rate}")
     if report.resumed:
         table.add_row("went on", f"{len(report.resumed)} files were there from an earlier start")
     _print(table, console)
@@ -109,19 +111,6 @@ def _pairs(matrix: Sequence[Sequence[Any]]) -> list[Any]:
     return [matrix[i][j] for i in range(len(matrix)) for j in range(i + 1, len(matrix))]
 
 
-def size(count: float) -> str:
-    """Bytes for a reader.
-
-    Example:
-      >>> size(5_300_000_000), size(1200), size(12)
-      ('5.3 GB', '1.2 kB', '12 B')
-    """
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
 def _took(action: str) -> str:
     kind, _, index = action.partition(":")
     return {"merge": "merged", "base": "from the base", "mean": "the mean"}.get(
@@ -136,7 +125,13 @@ def _facts() -> Table:
 
 
 def _print(table: Table, console: Console) -> None:
-    if not console.is_terminal:  # A file or a pipe has no width to fit in.
-        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-        console.width = max(console.width, needed)
-    console.print(table, highlight=False, markup=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    # A file or a pipe has no width to fit in, and no use for spaces at the ends of lines.
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.width = max(console.width, needed)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.print(line.rstrip(), highlight=False, markup=False)

@@ -17,8 +17,9 @@ def equation_3(gram, single) -> Solution:
     """Equal coefficients t / N over the replicas that moved."""
     xp = geometry.namespace(gram)
     seen = measure(gram)
-    ratio = geometry.ratio(xp.where(seen.number > 1, seen.cosine, 0.0), seen.number)
-    coefficient = xp.where(seen.active, (ratio / xp.maximum(seen.number, 1.0))[None], 0.0)
+    number = xp.maximum(seen.number, 1.0)
+    ratio = geometry.ratio(xp.where(seen.number > 1, seen.cosine, 0.0), number)
+    coefficient = xp.where(seen.active, (ratio / number)[None], 0.0)
     policy = xp.where(seen.cosine <= 0, np.int8(Policy.CLIPPED), seen.policy)
     return solve_measured(gram, seen, single, coefficient, policy)
 

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from tests.checkpoint_merge.small import adapter, factors, save
 
 from modelstock_jax.checkpoint_merge.adapters import Adapter
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.errors import UserError
+from tests.checkpoint_merge.small import adapter, factors, save
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
 ROWS, COLUMNS = 7, 5

@@ -6,11 +6,11 @@ import hashlib
 
 import numpy as np
 import pytest
-from tests.checkpoint_merge.small import adapter, factors, llama_shapes, save, weights
 
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.writer import write_tensors
+from tests.checkpoint_merge.small import adapter, factors, llama_shapes, save, weights
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -1,0 +1,414 @@
+"""The command line from end to end: what it writes, what it says, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from modelstock_jax.checkpoint_merge import commands
+from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.meter import Meter
+from modelstock_jax.tensor_files.reader import TensorFiles
+from tests.checkpoint_merge.small import (
+    LLAMA,
+    adapter,
+    factors,
+    llama,
+    llama_shapes,
+    moved,
+    save,
+    weights,
+)
+
+ROOT = Path(__file__).parents[2]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Base, two fine-tunes; never written to."""
+    return [str(path) for path in llama(tmp_path_factory.mktemp("models"))]
+
+
+@pytest.fixture(scope="module")
+def merged(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("merged") / "out"
+    assert main(["merge", *models, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _sketch(monkeypatch):
+    """Drawing takes longer than all else here: only the module's own merge draws in earnest."""
+    monkeypatch.setattr(commands, "_draw", lambda rows, path: path.write_bytes(b"\x89PNG"))
+
+
+@pytest.fixture
+def say(capsys):
+    """Runs the command and gives its exit status, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def stock(arrays: list[np.ndarray]) -> tuple[float, np.ndarray]:
+    """Equation 3 in float64: the ratio and the merged weights."""
+    w0, *rest = [a.astype(np.float64).ravel() for a in arrays]
+    d = np.array([w - w0 for w in rest])
+    unit = d / np.linalg.norm(d, axis=1, keepdims=True)
+    number = len(d)
+    cosine = (unit @ unit.T)[np.triu_indices(number, 1)].mean()
+    ratio = number * cosine / (1 + (number - 1) * cosine) if cosine > 0 else 0.0
+    return ratio, (w0 + ratio * d.mean(axis=0)).reshape(arrays[0].shape)
+
+
+def test_merged_weights_are_equation_3(models, merged):
+    files = [TensorFiles(path) for path in models]
+    out = TensorFiles(merged)
+    assert set(out) == set(files[0])
+    for name in out:
+        _, expected = stock([file[name] for file in files])
+        np.testing.assert_array_max_ulp(out[name], expected.astype(np.float32), maxulp=1)
+
+
+def test_the_directory_is_complete(models, merged):
+    base = Path(models[0])
+    copied = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model",
+              "chat_template.jinja", "merges.txt")  # fmt: skip
+    made = ("model.safetensors", "merge_report.json", "README.md", "angles.png")
+    assert sorted(path.name for path in merged.iterdir()) == sorted((*copied, *made))
+    for name in copied:
+        assert (merged / name).read_bytes() == (base / name).read_bytes()
+    assert len((merged / "angles.png").read_bytes()) > 10_000
+    assert sorted(p.name for p in merged.parent.iterdir()) == ["out"]  # nothing left beside it
+
+
+def test_report(models, merged):
+    report = json.loads((merged / "merge_report.json").read_text())
+    files = [TensorFiles(path) for path in models]
+    assert [row["name"] for row in report["units"]] == sorted(llama_shapes())
+    for row in report["units"]:
+        ratio, _ = stock([file[row["name"]] for file in files])
+        assert row["ratio"] == pytest.approx(ratio, abs=1e-6)
+        assert tuple(row["shape"]) == llama_shapes()[row["name"]]
+        assert row["policy"] == "interpolated" and len(row["norms"]) == 2
+        assert row["angle"] == pytest.approx(np.degrees(np.arccos(row["cosine"])))
+        distance = row["predicted_distance"]
+        assert distance["replica"] > distance["mean"] > distance["merged"] > 0
+    assert report["policies"] == {"interpolated": len(report["units"])}
+    inputs = [report["base"], *report["models"]]
+    assert [i["model"] for i in inputs] == models
+    for source in inputs:
+        assert set(source["files"]) == {"model.safetensors"}
+        assert all(len(digest) == 64 for digest in source["files"].values())
+    assert report["outputs"].keys() == {"model.safetensors"}
+    assert report["ratios"]["all"]["tensors"] == len(report["units"])
+    assert report["command"].startswith("modelstock merge ")
+    assert report["options"] == {"method": "stock", "unit": "tensor"}
+    assert "seconds" not in json.dumps(report)  # equal merges give equal bytes
+
+
+def test_the_same_merge_gives_the_same_bytes(models, merged, tmp_path):
+    out = tmp_path / "out"
+    assert main(["merge", *models, "--out", str(out)]) == 0
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (merged / name).read_bytes()
+    one, two = ((path / "merge_report.json").read_text() for path in (out, merged))
+    assert one.replace(str(out), str(merged)) == two
+
+
+def test_card(models, merged):
+    import yaml
+
+    text = (merged / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["library_name"] == "transformers"
+    assert front["tags"] == ["merge", "model-stock", "modelstock-jax"]
+    assert "base_model" not in front  # paths of this machine are no models of the hub
+    for said in ("# out", models[0], models[1], "modelstock merge", "| all | 21 |",
+                 "2403.19522", "interpolated 21", "angles.png"):  # fmt: skip
+        assert said in body, said
+    report = json.loads((merged / "merge_report.json").read_text())
+    assert report["outputs"]["model.safetensors"] in body
+
+
+def test_what_is_printed(say, models, tmp_path):
+    status, out, err = say("merge", *models, "--out", tmp_path / "out")
+    assert status == 0
+    for said in ("merged", "ratios", "21 interpolated", str(tmp_path / "out"), "B/s"):
+        assert said in out, said
+    assert "\x1b" not in out + err  # plain where it is piped
+    assert err.startswith("merging  54.7 kB of 54.7 kB")
+
+
+def test_json_alone(say, models, tmp_path):
+    status, out, err = say("merge", *models, "--out", tmp_path / "out", "--json")
+    assert status == 0
+    printed = json.loads(out)
+    written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert {k: printed[k] for k in written} == written
+    assert printed["out"] == str(tmp_path / "out") and printed["seconds"] >= 0
+
+
+def test_dry_run_writes_nothing(say, models, tmp_path):
+    options = ("--out", tmp_path / "out", "--exclude", "lm_head.*", "--dry-run")
+    status, out, _ = say("merge", *models, *options)
+    assert status == 0 and "lm_head.weight" in out and "20 merged" in out
+    status, out, _ = say("merge", *models, *options, "--json")
+    plan = json.loads(out)
+    size = sum(4 * int(np.prod(shape)) for shape in llama_shapes().values())
+    assert plan["bytes_written"] == size and plan["bytes_read"] >= 3 * size - 3 * 20 * 16 * 4
+    assert [t["takes"] for t in plan["tensors"] if t["name"] == "lm_head.weight"] == ["base"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "key"), [("bfloat16", "BF16"), ("float16", "F16")])
+def test_dtype(models, tmp_path, dtype, key):
+    out = tmp_path / "out"
+    assert main(["merge", *models, "--out", str(out), "--dtype", dtype]) == 0
+    files = TensorFiles(out)
+    assert {files.code(name) for name in files} == {key}
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_shards(models, merged, tmp_path):
+    out = tmp_path / "out"
+    assert main(["merge", *models, "--out", str(out), "--max-shard-size", "4KB"]) == 0
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {p.name for p in out.glob("model-*.safetensors")}
+    whole, parts = TensorFiles(merged), TensorFiles(out)
+    for name in whole:
+        np.testing.assert_array_equal(parts[name], whole[name])
+
+
+def test_adapters_of_the_base(models, tmp_path):
+    loras = [adapter(tmp_path / f"lora{i}", factors(Q, 16, 16, seed=i)) for i in (1, 2)]
+    base, out = models[0], tmp_path / "out"
+    inputs = [base, str(loras[0]), f"{base}+{loras[1]}"]
+    assert main(["merge", *inputs, "--out", str(out)]) == 0
+    before, after = TensorFiles(base), TensorFiles(out)
+    w0 = before[f"{Q}.weight"].astype(np.float64)
+    tuned = []
+    for i in (1, 2):
+        a, b = (f.astype(np.float64) for f in factors(Q, 16, 16, seed=i).values())
+        tuned.append((w0 + 2.0 * b @ a).astype(np.float32))
+    _, expected = stock([before[f"{Q}.weight"], *tuned])
+    # Each formed weight may differ by one rounding, which moves the ratio by as little.
+    np.testing.assert_allclose(after[f"{Q}.weight"], expected, rtol=1e-6, atol=1e-6)
+    for name in before:
+        if name != f"{Q}.weight":
+            np.testing.assert_array_equal(after[name], before[name])
+    policies = json.loads((out / "merge_report.json").read_text())["policies"]
+    assert policies["undefined"] == 20
+
+
+def test_recipes_run_unchanged(models, merged, tmp_path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"models:\n  - model: {models[1]}\n  - model: {models[2]}\n"
+        f"merge_method: model_stock\nbase_model: {models[0]}\ndtype: float32\n"
+    )
+    assert main(["merge", "--recipe", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    one, two = TensorFiles(merged), TensorFiles(tmp_path / "out")
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_a_slerp_recipe_with_values_over_the_layers(models, tmp_path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"slices:\n- sources:\n  - {{model: {models[0]}, layer_range: [0, 2]}}\n"
+        f"  - {{model: {models[1]}, layer_range: [0, 2]}}\n"
+        f"merge_method: slerp\nbase_model: {models[0]}\nparameters:\n  t:\n"
+        "  - {filter: mlp, value: [0, 1]}\n  - value: 1\n"
+    )
+    assert main(["merge", "--recipe", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    base, tuned, out = (TensorFiles(p) for p in (*models[:2], tmp_path / "out"))
+    for name in out:
+        end = base if "layers.0.mlp" in name else tuned
+        # At its ends the arc is one of the models, but for sin(theta) / sin(theta).
+        np.testing.assert_allclose(out[name], end[name], rtol=1e-6, atol=1e-7)
+
+
+def test_slices_of_a_part_are_refused(say, models, tmp_path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"slices:\n- sources:\n  - {{model: {models[0]}, layer_range: [0, 1]}}\n"
+        f"  - {{model: {models[1]}, layer_range: [0, 1]}}\n"
+        f"merge_method: slerp\nbase_model: {models[0]}\nparameters: {{t: 0.5}}\n"
+    )
+    status, _, err = say("merge", "--recipe", recipe, "--out", tmp_path / "out")
+    assert status == 1 and "end at layer 1" in err and "has 2" in err
+
+
+def test_compare(say, models, merged, tmp_path):
+    status, out, _ = say("compare", *models, "--json")
+    shown = json.loads(out)
+    report = json.loads((merged / "merge_report.json").read_text())
+    assert status == 0 and shown["units"] == report["units"]
+    assert shown["ratios"] == report["ratios"]
+    row = shown["units"][0]
+    assert row["cosines"][0][1] == pytest.approx(row["cosine"], abs=1e-12)
+    status, out, _ = say("compare", *models, "--plot", tmp_path / "angles.png")
+    assert status == 0 and "model.layers.1.mlp.down_proj.weight" in out and "median" in out
+    assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
+    assert say("compare", *models, "--plot", tmp_path / "angles.xyz")[0] == 1
+
+
+def test_compare_shows_every_pair(say, tmp_path):
+    status, out, _ = say("compare", *llama(tmp_path, 3), "--json")
+    row = json.loads(out)["units"][0]
+    assert status == 0 and np.shape(row["cosines"]) == (3, 3) and len(row["norms"]) == 3
+    pairs = [row["cosines"][i][j] for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert row["cosine"] == pytest.approx(np.mean(pairs))
+
+
+def test_units_by_head_read_the_config(models, tmp_path, say):
+    out = tmp_path / "out"
+    status, _, err = say("merge", *models, "--out", out, "--unit", "head")
+    assert status == 0, err
+    rows = json.loads((out / "merge_report.json").read_text())["units"]
+    # Four query heads, two key-value heads: a unit is a key-value head with its two query heads.
+    assert {r["num_units"] for r in rows if ".q_proj." in r["name"]} == {2}
+
+
+def test_units_by_name_are_refused_where_names_are_not_known(say, tmp_path):
+    base = weights({"a.w": (4, 4), "b.w": (4, 4)})
+    paths = [save(tmp_path / str(i), t) for i, t in
+             enumerate([base, moved(base, 1), moved(base, 2)])]  # fmt: skip
+    for unit in ("head", "block"):
+        status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", unit,
+                             "--num-heads", "2")  # fmt: skip
+        assert status == 1 and "tensor" in err and unit in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arguments", "status", "said"), [
+    (["merge", "B", "F", "--methd", "stock"], 2, "option --methd (did you mean '--method'?)"),
+    (["merge", "B", "F", "--max-shard-sise=1GB"], 2, "did you mean '--max-shard-size'"),
+    (["merge", "B", "F", "--metho", "stock"], 2, "unknown option --metho"),
+    (["merge", "B", "F", "--method", "stok"], 2, "invalid choice: 'stok'"),
+    (["merge", "B", "F", "--max-shard-size", "big"], 2, "expected a size like 5GB"),
+    (["merge", "B", "F", "--weights", "a,b"], 2, "expected numbers like 0.5,1"),
+    (["mrge"], 2, "invalid choice: 'mrge'"),
+    (["merge", "B", "F1", "F2"], 1, "--out DIR is missing"),
+    (["merge", "--out", "o"], 1, "give BASE and the models"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "does not read alpha"),
+    (["merge", "B", "F1", "F1", "--out", "o"], 1, "error: F1 is given twice"),
+    (["merge", "B", "F1", "./B", "--out", "o"], 1, "error: ./B is given twice"),
+    (["merge", "B", "none", "--out", "o"], 1, "none: no such file or directory"),
+    (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "give --recipe or BASE FT1 FT2"),
+    (["compare", "B"], 1, "give BASE and the models"),
+])  # fmt: skip
+def test_mistakes_are_one_line(say, models, tmp_path, monkeypatch, arguments, status, said):
+    for path, name in zip(models, ("B", "F1", "F2"), strict=True):
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    found, out, err = say(*arguments)
+    assert (found, out) == (status, "")
+    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_an_existing_directory_is_kept(say, models, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    status, _, err = say("merge", *models, "--out", out)
+    assert status == 1 and "exists" in err and (out / "mine.txt").read_text() == "mine"
+    assert say("merge", *models, "--out", out, "--overwrite")[0] == 0
+    assert (out / "model.safetensors").is_file() and not (out / "mine.txt").exists()
+
+
+def test_interrupted(say, models, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", stop)
+    status, out, err = say("merge", *models, "--out", tmp_path / "out")
+    assert (status, out) == (130, "")
+    assert err == "interrupted; the same command goes on from here\n"
+
+
+def test_inputs_are_not_touched(models, tmp_path):
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for m in models for p in Path(m).iterdir()}
+    assert main(["merge", *models, "--out", str(tmp_path / "out")]) == 0
+    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for m in models for p in Path(m).iterdir()}
+    assert before == after
+
+
+def test_single_files_need_no_directory(models, tmp_path):
+    inputs = []
+    for i, path in enumerate(models):
+        inputs.append(str(tmp_path / f"{i}.safetensors"))
+        shutil.copyfile(Path(path) / "model.safetensors", inputs[-1])
+    assert main(["merge", *inputs, "--out", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "angles.png", "merge_report.json", "model.safetensors"]  # fmt: skip
+    assert "library_name" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_help_waits_for_nothing_heavy():
+    code = (
+        "import sys\nfrom modelstock_jax.checkpoint_merge.cli import main\n"
+        "try:\n    main(['merge', '--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'jax', 'rich', 'yaml', 'matplotlib', 'huggingface_hub'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: modelstock merge BASE FT1 FT2" in done.stdout
+
+
+def test_a_merge_imports_no_jax(models, tmp_path):
+    code = (
+        "import sys\nfrom modelstock_jax.checkpoint_merge.cli import main\n"
+        f"assert main(['merge', *{models!r}, '--out', {str(tmp_path / 'out')!r}]) == 0\n"
+        "assert 'matplotlib' in sys.modules  # all of it ran\n"
+        "assert not {'jax', 'flax', 'grain', 'orbax', 'torch'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_and_version():
+    command = [sys.executable, "-m", "modelstock_jax", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("modelstock 0.")
+
+
+def test_meter_prints_rate_and_time_left():
+    out, now = io.StringIO(), [0.0]
+    with Meter("merging", Console(file=out, width=80), clock=lambda: now[0]) as meter:
+        for second in range(0, 41):
+            now[0] = float(second)
+            meter(second * 10**8, 4 * 10**9)
+        meter(4 * 10**9, 4 * 10**9)
+    assert out.getvalue().splitlines() == [
+        f"merging  {n / 10:.1f} GB of 4.0 GB  100.0 MB/s" + (f"  0:{40 - n} left" if n < 40 else "")
+        for n in (10, 20, 30, 40)
+    ]
+
+
+def test_the_config_says_what_is_read(tmp_path, say):
+    """Head counts of a config that lies: named, not merged by wrong heads."""
+    paths = llama(tmp_path)
+    (paths[0] / "config.json").write_text(json.dumps(LLAMA | {"num_attention_heads": 5}))
+    status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", "head")
+    assert status == 1 and "num_heads = 5 does not divide" in err
