@@ -200,10 +200,10 @@ def _num_records(path: Path) -> int:
 
     try:
         reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
     except (ValueError, RuntimeError):
-        return -1  # Not a whole file: it is written again.
-    count = reader.num_records()
-    reader.close()
+        return 0  # Not a whole file.
     return count
 
 

@@ -23,6 +23,9 @@ LABELS = "{split}.labels.npy"
 FACTS = "modelstock.json"
 """What our own preparation says of a set besides: groups of classes, label sets and the like."""
 
+# The process whose reader threads run; a fork of it has none, and would wait for them for ever.
+_reader_process: int | None = None
+
 _VERSION = re.compile(r"\d+(\.\d+)*")
 
 
@@ -49,7 +52,7 @@ class RecordImages(EncodedImages):
           UserError: not a set of images, not prepared as ArrayRecord, or no such split.
         """
         self._directory, self._split = str(directory), split
-        self._source, self._process = None, None
+        self._source = None
         info = read_json(Path(directory) / INFO)
         form = info.get("fileFormat", "tfrecord")
         if form != "array_record":
@@ -80,12 +83,12 @@ class RecordImages(EncodedImages):
         """One example, its image still encoded."""
         if not 0 <= index < self._length:
             raise IndexError(index)
-        if self._process != os.getpid():  # An open file must not be shared with a forked process.
+        _claim_process()
+        if self._source is None:
             import tensorflow_datasets as tfds
 
             decoders = {"image": tfds.decode.SkipDecoding()}
             self._source = self._builder().as_data_source(self._split, decoders=decoders)
-            self._process = os.getpid()
         return self._source[index]
 
     def __len__(self) -> int:
@@ -100,7 +103,7 @@ class RecordImages(EncodedImages):
         return f"{self._directory}, split {self._split}, record {index}" + f" ({file})" * bool(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_source": None, "_process": None}
+        return self.__dict__ | {"_source": None}
 
     def _builder(self) -> Any:
         import tensorflow_datasets as tfds  # a second
@@ -156,6 +159,16 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What our own preparation wrote down beside the records; empty for others' sets."""
     file = Path(path) / FACTS
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _claim_process() -> None:
+    global _reader_process
+    if _reader_process not in (None, os.getpid()):
+        raise RuntimeError(
+            "records were read before this process was forked, and cannot be read after it; start "
+            "worker processes by 'spawn', as Grain does"
+        )
+    _reader_process = os.getpid()
 
 
 def _only_split(directory: Path) -> str:

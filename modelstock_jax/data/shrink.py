@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from modelstock_jax.data.decode import Unreadable, decode, image_size
 from modelstock_jax.errors import UserError
 
 QUALITY = 95  # of JPEG
@@ -17,7 +18,7 @@ def shrink(encoded: bytes, short_side: int, border: int = 0, name: str = "image"
     An image that is small enough and has no border is returned as it is.
 
     Args:
-      encoded: a JPEG, PNG or whatever Pillow reads.
+      encoded: as a file holds it.
       short_side: pixels.
       border: pixels to cut from each side.
       name: of the image, for the message.
@@ -29,16 +30,14 @@ def shrink(encoded: bytes, short_side: int, border: int = 0, name: str = "image"
       UserError: not an image, or a truncated one.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            width, height = image.size
-            if min(width, height) - 2 * border <= short_side and not border:
-                return encoded
-            image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        if not border and min(image_size(encoded)) <= short_side:
+            return encoded
+        image = Image.fromarray(decode(encoded))
+    except Unreadable as error:
         raise UserError(f"{name}: not a whole image ({error}); replace or remove it") from error
-    image = image.crop((border, border, width - border, height - border))
+    image = image.crop((border, border, image.width - border, image.height - border))
     scale = min(1.0, short_side / min(image.size))
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    size = tuple(round(side * scale) for side in image.size)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     file = io.BytesIO()

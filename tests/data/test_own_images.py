@@ -1,0 +1,97 @@
+"""Anyone's own image folders: labels, splits, names and shifts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from configs import folder
+from modelstock_jax.data.__main__ import main
+from modelstock_jax.data.own_images import open_own
+from modelstock_jax.errors import UserError
+from tests.data.made_images import write_folders
+
+
+def config(root, **changes):
+    data = folder.get_config().data
+    data.root = str(root)
+    data.update(changes)
+    return data
+
+
+def test_folders_for_everything(tmp_path):
+    write_folders(tmp_path / "train", ["fox", "cat", "big_dog"], 4)
+    written = write_folders(tmp_path / "test", ["big_dog", "cat", "fox"], 2)
+    write_folders(tmp_path / "val", ["big_dog", "cat", "fox"], 1)
+    write_folders(tmp_path / "shifts" / "sketch", ["cat", "fox"], 2)
+    write_folders(tmp_path / "shifts" / "night", ["big_dog", "cat", "fox"], 1)
+    own = open_own(config(tmp_path))
+    assert own.class_names == ("big dog", "cat", "fox")
+    assert own.templates == ("a photo of a {}.",)
+    assert own.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert (own.validation.name, len(own.validation)) == ("validation", 3)
+    assert own.test.name == "id" and list(own.test.images) == written
+    assert list(own.shifts) == ["night", "sketch"]
+    assert own.shifts["sketch"].labels.tolist() == [1, 1, 2, 2]
+    assert own.shifts["sketch"].classes == (1, 2) and own.shifts["night"].classes is None
+    assert list(open_own(config(tmp_path, shifts=("sketch",))).shifts) == ["sketch"]
+
+
+@pytest.mark.parametrize("train", ["train", "."])
+def test_shares_where_there_are_no_folders(tmp_path, train):
+    """`train`, or the class folders themselves beside the shifts."""
+    written = write_folders(tmp_path / train, ["cat", "dog"], 20)
+    write_folders(tmp_path / "shifts" / "sketch", ["cat"], 1)
+    own = open_own(config(tmp_path, validation_share=0.25, test_share=0.1))
+    counts = [np.bincount(one.labels).tolist() for one in (own.train, own.validation, own.test)]
+    assert counts == [[14, 14], [4, 4], [2, 2]]  # a quarter of what the test set leaves
+    parts = [list(one.images) for one in (own.train, own.validation, own.test)]
+    assert sorted(sum(parts, [])) == sorted(written)
+    again = open_own(config(tmp_path, validation_share=0.25, test_share=0.1))
+    assert list(again.test.images) == parts[2]
+
+
+def test_names_and_prompts_from_files(tmp_path):
+    write_folders(tmp_path / "train", ["c1", "c2"], 4)
+    (tmp_path / "names.txt").write_text("a cat\na dog\n")
+    (tmp_path / "prompts.txt").write_text("a drawing of {}\n{} at night\n")
+    files = {"class_names": "names.txt", "templates": "prompts.txt"}
+    own = open_own(config(tmp_path, **{key: str(tmp_path / file) for key, file in files.items()}))
+    assert own.class_names == ("a cat", "a dog")
+    assert own.templates == ("a drawing of {}", "{} at night")
+
+
+def test_prepared_records_stand_for_folders(tmp_path):
+    write_folders(tmp_path / "train", ["cat", "dog"], 6)
+    write_folders(tmp_path / "shifts" / "sketch", ["dog"], 2)
+    plain, out = open_own(config(tmp_path)), tmp_path / "out"
+    for place, split in (("train", "train"), ("shifts/sketch", "test")):
+        to = (out / place).parent
+        main(["prepare", str(tmp_path / place), f"--out={to}", f"--split={split}", "--workers=1"])
+    records = open_own(config(out))
+    for one, other in zip(
+        (plain.train, plain.validation, plain.test, *plain.shifts.values()),
+        (records.train, records.validation, records.test, *records.shifts.values()),
+        strict=True,
+    ):
+        assert list(one.images) == list(other.images) and one.classes == other.classes
+        assert one.labels.tolist() == other.labels.tolist()
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="data.root=.*nowhere: no such directory"):
+        open_own(config(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="data.root=: no such directory"):
+        open_own(config(""))
+    write_folders(tmp_path / "train", ["cat", "dog"], 3)
+    write_folders(tmp_path / "shifts" / "sketch", ["cow"], 1)
+    with pytest.raises(UserError, match="sketch: 'cow' is no class of the training set; its 2 cl"):
+        open_own(config(tmp_path, test_share=0.4, validation_share=0.4))
+    with pytest.raises(UserError, match="class 0 has 1 images, too few to hold out 1"):
+        open_own(config(tmp_path, test_share=0.7))
+    with pytest.raises(UserError, match="data.shifts: no .*night; there are sketch"):
+        open_own(config(tmp_path, shifts=("night",), test_share=0.4, validation_share=0.4))
+    data = config(tmp_path)
+    data.paths.test = "elsewhere"
+    with pytest.raises(UserError, match="data.paths.test=elsewhere: no such directory in"):
+        open_own(data)

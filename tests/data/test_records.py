@@ -1,0 +1,176 @@
+"""Sets that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from modelstock_jax.data import kept
+from modelstock_jax.data.imagenet import WNIDS
+from modelstock_jax.data.imagenet.sets import open_real, open_set
+from modelstock_jax.data.records import RecordImages, find_records, read_records
+from modelstock_jax.errors import UserError
+from tests.data.made_images import encoded
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_set(directory: Path, features: dict, examples: dict[str, list[dict]]) -> Path:
+    """A prepared set as the library itself writes one: NAME/VERSION, two files a split."""
+    directory.mkdir(parents=True)
+    name, described, splits = directory.parent.name, tfds.features.FeaturesDict(features), []
+    for split, rows in examples.items():
+        parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        for number, part in enumerate(parts):
+            file = directory / f"{name}-{split}.array_record-{number:05d}-of-00002"
+            writer = ArrayRecordWriter(str(file), "group_size:1")
+            for row in part:
+                writer.write(described.serialize_example(described.encode_example(row)))
+            writer.close()
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
+        )
+        lengths = [len(part) for part in parts]
+        splits.append(tfds.core.SplitInfo(split, lengths, 1, filename_template=template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=described,
+        split_infos=splits,
+        version=directory.name,
+        check_data=False,
+    )
+    return directory
+
+
+def imagenet_set(directory: Path, splits: dict[str, list[int]]) -> Path:
+    """The features of imagenet2012, imagenet_v2 and the others: image, label, file_name."""
+    features = {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(names=WNIDS),
+        "file_name": tfds.features.Text(),
+    }
+    examples = {
+        split: [
+            {"image": encoded(i), "label": WNIDS[label], "file_name": f"{split}_{i}.JPEG"}
+            for i, label in enumerate(labels)
+        ]
+        for split, labels in splits.items()
+    }
+    return write_set(directory, features, examples)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    labels = {"train": [7, 0, 3, 3, 999], "validation": [5, 1, 5]}
+    return imagenet_set(tmp_path_factory.mktemp("tfds") / "imagenet2012" / "5.1.0", labels)
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_bytes_labels_and_names(imagenet, versioned):
+    """As stored, in the order of the records."""
+    train = open_set("train", imagenet if versioned else imagenet.parent, check_counts=False)
+    assert train.labels.tolist() == [7, 0, 3, 3, 999]
+    assert list(train.images) == [encoded(i) for i in range(5)]
+    assert train.images.name(3) == f"{imagenet}, split train, record 3 (train_3.JPEG)"
+    test = open_set("validation", imagenet.parent, check_counts=False)
+    assert test.labels.tolist() == [5, 1, 5] and test.name == "id"
+
+
+def test_images_travel_to_other_processes(imagenet):
+    images = RecordImages(imagenet, "train")
+    assert images[4] == encoded(4)
+    assert list(pickle.loads(pickle.dumps(images))) == list(images)
+    with pytest.raises(IndexError):
+        images[5]
+
+
+def test_reading_needs_no_tensorflow_and_a_fork_is_refused(imagenet):
+    """The reader's threads are not in a forked process: reading there would hang now and then."""
+    code = (
+        "import os, sys\n"
+        "from modelstock_jax.data.records import RecordImages\n"
+        f"images = RecordImages({str(imagenet)!r}, 'train')\n"
+        "if os.fork() == 0: os._exit(len(images[1]) % 256)\n"
+        "before = os.waitstatus_to_exitcode(os.wait()[1])\n"
+        "images[1]\n"
+        "if os.fork() == 0:\n"
+        "    try: images[1]\n"
+        "    except RuntimeError as error: os._exit(77 if 'spawn' in str(error) else 1)\n"
+        "print(before, os.waitstatus_to_exitcode(os.wait()[1]), 'tensorflow' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(len(encoded(1)) % 256), "77", "False"]
+    assert "tensorflow" not in sys.modules
+
+
+def test_labels_of_a_large_set_are_read_once(imagenet, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 1)
+    first = read_records(imagenet, "train").labels
+    monkeypatch.setattr(RecordImages, "example", lambda *_: pytest.fail("read again"))
+    np.testing.assert_array_equal(read_records(imagenet, "train").labels, first)
+
+
+def test_real_labels_of_the_library(tmp_path):
+    """imagenet2012_real: the sets come with the images."""
+    label = tfds.features.ClassLabel(names=WNIDS)
+    features = {
+        "image": tfds.features.Image(),
+        "original_label": label,
+        "real_label": tfds.features.Sequence(label),
+        "file_name": tfds.features.Text(),
+    }
+    sets = [[3, 8], [], [5]]
+    rows = [
+        {"image": encoded(i), "original_label": i, "real_label": one, "file_name": f"{i}.JPEG"}
+        for i, one in enumerate(sets)
+    ]
+    directory = write_set(tmp_path / "imagenet2012_real" / "1.0.0", features, {"validation": rows})
+    real = open_real(directory.parent, None)
+    assert real.label_sets == ((3, 8), (), (5,)) and real.labels.tolist() == [0, 1, 2]
+    assert list(real.images) == [encoded(i) for i in range(3)]
+    with pytest.raises(UserError, match="no class label 'label' .*original_label.*another version"):
+        open_set("validation", directory)
+
+
+def test_the_newest_version_is_read(tmp_path):
+    for version in ("1.0.0", "2.0.0", "10.0.0", "3.0.0.incomplete"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "dataset_info.json").write_text("{}")
+    assert find_records(tmp_path) == tmp_path / "10.0.0"
+    assert find_records(tmp_path / "1.0.0") == tmp_path / "1.0.0"
+    assert find_records(tmp_path / "nothing") is None
+
+
+def test_mistakes(imagenet, tmp_path):
+    with pytest.raises(UserError, match="no dataset_info.json there"):
+        read_records(tmp_path, "train")
+    with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
+        read_records(imagenet, "test")
+    with pytest.raises(UserError, match="has the splits train, validation"):
+        read_records(imagenet)
+    copy = tmp_path / "imagenet2012" / "5.0.0"
+    copy.mkdir(parents=True)
+    for file in imagenet.glob("*.*"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    info = json.loads((copy / "dataset_info.json").read_text())
+    (copy / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match="5.0.0: prepared as tfrecord.*file_format=array_record"):
+        read_records(copy, "train")
+    (copy / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match="dataset_info.json: not JSON"):
+        read_records(copy, "train")
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    (copy / "features.json").unlink()
+    with pytest.raises(UserError, match="5.0.0: cannot be opened"):
+        read_records(copy, "train")
