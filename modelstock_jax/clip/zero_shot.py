@@ -1,12 +1,10 @@
-"""A linear head from class names and prompts, through a checkpoint's own tokenizer."""
+"""A linear head from class names and prompts, through a checkpoint's own text tower."""
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,43 +12,13 @@ import numpy as np
 
 from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, CLIPConfig
-from modelstock_jax.clip.model import DEFAULT_COMPUTE, Compute, Params, encode_text, normalise
+from modelstock_jax.clip.model import Params, encode_text, normalise
+from modelstock_jax.clip.tokenizer import tokenize
+from modelstock_jax.clip.transformer import DEFAULT_COMPUTE, Compute, end_of_text
 from modelstock_jax.errors import UserError
 
-
-def tokenize(
-    directory: str | os.PathLike[str],
-    texts: Sequence[str],
-    context_length: int,
-    *,
-    truncate: bool = False,
-) -> np.ndarray:
-    """Token ids of texts: begin, pieces, end, and padding to one length.
-
-    Args:
-        directory: A checkpoint's, with its tokenizer's files.
-        texts: M texts.
-        context_length: L, at most the text tower's number of positions.
-        truncate: Cut a longer text, keeping its end mark; without it, such a text is an error.
-
-    Returns:
-        [M, L], int32.
-
-    Raises:
-        UserError: No tokenizer there, or a text of more than L tokens.
-    """
-    path = Path(directory).resolve()
-    tokenizer, pad = _tokenizer(path, _stamp(path), context_length if truncate else None)
-    rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
-    ids = np.full((len(rows), context_length), pad, np.int32)
-    for i, row in enumerate(rows):
-        if len(row) > context_length:
-            raise UserError(
-                f"tokenize: {len(row)} tokens in {texts[i]!r}, the context length is "
-                f"{context_length}; shorten the text or pass truncate=True."
-            )
-        ids[i, : len(row)] = row
-    return ids
+# A text tower runs over positions in steps of this many: few programs, little padding.
+_LENGTH_STEP = 8
 
 
 def zero_shot_head(
@@ -60,27 +28,66 @@ def zero_shot_head(
     *,
     batch_size: int = 512,
     compute: Compute = DEFAULT_COMPUTE,
+    allow_repeats: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Params:
     """The classifier that the text tower makes from prompts.
 
     With f(text) the text features, column k is exp(logit_scale) u / |u| with
     u = mean over templates of f(template of class k) / |f(template of class k)|; the bias is zero.
 
+    A text is pooled at its end, which sees nothing of what follows: prompts are run in the order
+    of their ends, each batch cut behind its last one.
+
     Args:
         checkpoint: The model, whose directory holds its tokenizer.
         class_names: K names, all different.
         templates: Prompts, each with '{}' where the name goes.
         batch_size: Texts in one pass of the text tower.
-        compute: Dtype, attention and remat.
+        compute: Dtype, attention and remat. Products of float32 are taken in full float32,
+            whatever an accelerator's default: a head is made once.
+        allow_repeats: Take names that stand twice, as ImageNet's published list has them; such
+            classes get equal columns.
+        progress: Called with (prompts done, prompts in all) after each batch.
 
     Returns:
         {"kernel" [E, K], "bias" [K]}, float32.
 
     Raises:
-        UserError: No or duplicated names, no templates or one without '{}', a prompt longer than
-            the text tower's context, or a tokenizer that does not fit the model.
+        UserError: No names or repeated ones, no templates or one without '{}', a prompt longer
+            than the text tower's context, or a tokenizer that does not fit the model.
     """
-    _check(class_names, templates)
+    _check(class_names, templates, allow_repeats)
+    ids = _prompt_ids(checkpoint, class_names, templates)
+    used = 1 + np.asarray(end_of_text(jnp.asarray(ids), checkpoint.config.text.eos_token_id))
+    count, size = len(ids), min(batch_size, len(ids))
+    params = jax.tree.map(jnp.asarray, checkpoint.params["text_tower"])
+    # Sums on the host: their order, and so the last bit, is the same on every machine, and K E
+    # numbers is all that is kept of the features.
+    sums = np.zeros((len(class_names), checkpoint.config.projection_dim))
+    order = np.argsort(used, kind="stable")
+    for start in range(0, count, size):
+        chosen = order[start : start + size]
+        longest = -(-int(used[chosen].max()) // _LENGTH_STEP) * _LENGTH_STEP
+        # The last batch is padded by its own last text: no other program for it.
+        rows = np.pad(chosen, (0, size - len(chosen)), mode="edge")
+        features = np.asarray(_embed(checkpoint.config, params, ids[rows, :longest], compute))
+        np.add.at(sums, chosen // len(templates), features[: len(chosen)])
+        if progress is not None:
+            progress(start + len(chosen), count)
+    # The direction of a sum is that of the mean.
+    columns = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    kernel = np.exp(np.float64(checkpoint.params["logit_scale"])) * columns.T
+    return {
+        "kernel": np.ascontiguousarray(kernel, np.float32),
+        "bias": np.zeros(len(class_names), np.float32),
+    }
+
+
+def _prompt_ids(
+    checkpoint: Checkpoint, class_names: Sequence[str], templates: Sequence[str]
+) -> np.ndarray:
+    """Ids [K T, L] of every prompt, a class's templates in a row."""
     if checkpoint.directory is None:
         raise UserError("zero_shot_head: the checkpoint has no directory, so no tokenizer.")
     text = checkpoint.config.text
@@ -96,64 +103,30 @@ def zero_shot_head(
             f"{checkpoint.directory}: the tokenizer never gives eos_token_id {text.eos_token_id} "
             "of the config, at which a text is pooled."
         )
-    params = jax.tree.map(jnp.asarray, checkpoint.params["text_tower"])
-    # The last batch is padded, so that there is one compilation.
-    size = min(batch_size, len(ids))
-    padded = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % size, axis=0)])
-    parts = [
-        _embed(checkpoint.config, params, padded[i : i + size], compute)
-        for i in range(0, len(padded), size)
-    ]
-    features = jnp.concatenate(parts)[: len(ids)].reshape(len(class_names), len(templates), -1)
-    scale = jnp.exp(jnp.asarray(checkpoint.params["logit_scale"]))
-    kernel = (scale * normalise(features.mean(axis=1))).T
-    return {"kernel": kernel, "bias": jnp.zeros(len(class_names), kernel.dtype)}
+    return ids
+
+
+def _embed(config: CLIPConfig, params: Params, ids: np.ndarray, compute: Compute) -> jax.Array:
+    # On a GPU or TPU the default is TF32 or bfloat16, an error of 1e-3.
+    with jax.default_matmul_precision("highest"):
+        return _unit_features(config, params, ids, compute)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _embed(config: CLIPConfig, params: Params, ids: jax.Array, compute: Compute) -> jax.Array:
+def _unit_features(
+    config: CLIPConfig, params: Params, ids: jax.Array, compute: Compute
+) -> jax.Array:
     return normalise(encode_text(config, params, ids, compute))
 
 
-def _check(class_names: Sequence[str], templates: Sequence[str]) -> None:
+def _check(class_names: Sequence[str], templates: Sequence[str], allow_repeats: bool) -> None:
     for what, given in (("class names", class_names), ("templates", templates)):
         if isinstance(given, str) or not all(isinstance(x, str) for x in given):
             raise UserError(f"zero_shot_head: {what} must be a list of texts.")
         if not given:
             raise UserError(f"zero_shot_head: no {what}.")
-    names = list(class_names)
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    twice = sorted(name for name, count in Counter(class_names).items() if count > 1)
+    if twice and not allow_repeats:
         raise UserError(f"zero_shot_head: class names given more than once: {', '.join(twice)}.")
     if bare := [template for template in templates if "{}" not in template]:
         raise UserError(f"zero_shot_head: templates without '{{}}': {', '.join(map(repr, bare))}.")
-
-
-def _stamp(directory: Path) -> tuple[tuple[str, int], ...]:
-    """What changes when a tokenizer's files do."""
-    files = (directory / name for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))
-    return tuple((file.name, file.stat().st_mtime_ns) for file in files if file.is_file())
-
-
-@functools.lru_cache(maxsize=8)
-def _tokenizer(directory: Path, stamp: Any, max_length: int | None) -> tuple[Any, int]:
-    """The fast tokenizer of a directory and its padding id; kept, for training calls it often."""
-    if not stamp:
-        raise UserError(f"{directory}: no tokenizer (tokenizer.json or vocab.json) there.")
-    # Without PyTorch, which is not needed, transformers advises to install it.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # Seconds: only where text is read.
-
-    try:
-        whole = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
-        fast = whole.backend_tokenizer
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[:1]
-        raise UserError(f"{directory}: its tokenizer cannot be opened ({reason}).") from None
-    fast.no_padding()
-    fast.no_truncation()
-    if max_length is not None:
-        fast.enable_truncation(max_length)
-    pad = whole.pad_token_id if whole.pad_token_id is not None else whole.eos_token_id
-    return fast, int(pad or 0)
