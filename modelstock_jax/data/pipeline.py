@@ -2,6 +2,7 @@
 
 A batch is one element of a Grain dataset: its images are gathered at once, since Grain's cost
 for each element (20 us, images or bare indices) would exceed a small model's training step.
+Encoded images are decoded within the batch by the threads of a `Reader`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.image_set import EncodedImages, ImageSet
+from modelstock_jax.data.reader import Loading, Reader
+from modelstock_jax.data.stream import Batch, Stream
+from modelstock_jax.data.views import EvalView, TrainView
 from modelstock_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -57,26 +59,32 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    view: TrainView | None = None,
+    loading: Loading | None = None,
 ) -> Iterator[Batch]:
     """Endless shuffled batches, each replica's in an order of its own.
 
-    Every epoch is a fresh permutation that depends on (seed, replica, epoch) alone. A step's
-    batch does not depend on the number of processes: process p gets its p-th part.
+    Every epoch is a fresh permutation that depends on (seed, replica, epoch) alone, and a view of
+    an image depends on those and its index. A step's batch does not depend on the number of
+    processes (process p gets its p-th part), of worker processes or of threads.
 
     Args:
       image_set: M images.
       batch_size: B, examples that a replica sees in a step, over all devices and processes.
-      seed: of all permutations, >= 0.
+      seed: of all permutations and views, >= 0.
       num_replicas: R.
       start_step: how many batches to leave out; the rest is as if they had been drawn.
       process_index: of this process.
       process_count: P, a divisor of B.
+      view: what is seen of an encoded image; arrays are taken as they are.
+      loading: how encoded images are read.
 
     Returns:
-      Iterator of {"image": uint8 [R, B / P, H, W, 3], "label": int32 [R, B / P]}.
+      Iterator of {"image": uint8 [R, B / P, H, W, 3], "label": int32 [R, B / P]}; of encoded
+      images H = W = view.size.
 
     Raises:
-      UserError: sizes that do not fit together.
+      UserError: sizes that do not fit together; from the iterator, an image that cannot be read.
 
     >>> from modelstock_jax.data.glyphs.sets import training_set
     >>> batch = next(train_batches(training_set(size=8), batch_size=4, seed=0, num_replicas=2))
@@ -92,10 +100,10 @@ def train_batches(
     ):
         if value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
-    batches = _TrainBatches(image_set, batch_size, steps, seed, num_replicas, part)
-    # One thread keeps two batches ahead of the device.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options))
+    reader = _reader(image_set, view, loading)
+    batches = _TrainBatches(image_set, batch_size, steps, seed, num_replicas, part, reader)
+    # Worker processes would each need a copy of an array.
+    return Stream(grain.MapDataset.source(batches)[start_step:], image_set, reader and loading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +116,7 @@ class _TrainBatches:
     seed: int
     num_replicas: int
     part: slice
+    reader: Reader | None
     _orders: dict[int, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -120,7 +129,20 @@ class _TrainBatches:
             self._order(replica, epoch)[start : start + self.batch_size][self.part]
             for replica in range(self.num_replicas)
         ])  # fmt: skip
-        return {"image": self.image_set.images[indices], "label": self.image_set.labels[indices]}
+        labels = self.image_set.labels
+        if self.reader is None:
+            return {"image": self.image_set.images[indices], "label": labels[indices]}
+        keys = [
+            (self.seed, replica, epoch)
+            for replica in range(self.num_replicas)
+            for _ in range(indices.shape[1])
+        ]
+        images, shown = self.reader(indices.reshape(-1), keys, replace=True)
+        return {
+            "image": images.reshape(*indices.shape, *images.shape[1:]),
+            "label": labels[shown.reshape(indices.shape)],
+            "unreadable": indices[shown.reshape(indices.shape) != indices],
+        }
 
     def _order(self, replica: int, epoch: int) -> np.ndarray:
         held = self._orders.get(replica)
@@ -131,7 +153,13 @@ class _TrainBatches:
 
 
 def eval_batches(
-    image_set: ImageSet, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    image_set: ImageSet,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    image_size: int | None = None,
+    loading: Loading | None = None,
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches of one shape.
 
@@ -140,13 +168,16 @@ def eval_batches(
       batch_size: B, over all processes.
       process_index: of this process.
       process_count: P, a divisor of B; every process gets the same number of batches.
+      image_size: side of the model's input, for encoded images: `views.EvalView`.
+      loading: how encoded images are read.
 
     Returns:
       Iterator of ceil(M / B) of {"image": uint8 [B / P, H, W, 3], "label": int32 [B / P],
-      "mask": bool [B / P]}; the mask is False where the last batch is padded with zeros.
+      "mask": bool [B / P]}; the mask is False where the last batch is padded with zeros, and
+      where an unreadable image is left out.
 
     Raises:
-      UserError: sizes that do not fit together.
+      UserError: sizes that do not fit together; from the iterator, an image that cannot be read.
 
     >>> from modelstock_jax.data.glyphs.sets import training_set
     >>> [batch["mask"].tolist() for batch in eval_batches(training_set(size=3), 2)]
@@ -155,18 +186,53 @@ def eval_batches(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     part = _part(batch_size, process_index, process_count)
-    return _eval_batches(image_set, batch_size, part)
+    view = None if image_size is None else EvalView(image_size, image_set.crop_border)
+    reader = _reader(image_set, view, loading)
+    batches = _EvalBatches(image_set, batch_size, part, reader)
+    if reader is None:
+        return (batches[number] for number in range(len(batches)))
+    return Stream(grain.MapDataset.source(batches), image_set, loading)
 
 
-def _eval_batches(image_set: ImageSet, batch_size: int, part: slice) -> Iterator[Batch]:
-    for start in range(0, len(image_set), batch_size):
-        indices = np.arange(start, start + batch_size)[part]
-        mask = indices < len(image_set)
-        batch = {"image": image_set.images, "label": image_set.labels}
+@dataclasses.dataclass(frozen=True)
+class _EvalBatches:
+    """Random access to the batches of a set, the last one padded."""
+
+    image_set: ImageSet
+    batch_size: int
+    part: slice
+    reader: Reader | None
+
+    def __len__(self) -> int:
+        return -(-len(self.image_set) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        start = number * self.batch_size
+        indices = np.arange(start, start + self.batch_size)[self.part]
+        mask = indices < len(self.image_set)
+        batch, unreadable = {"label": self.image_set.labels[indices[mask]]}, {}
+        if self.reader is None:
+            batch["image"] = self.image_set.images[indices[mask]]
+        else:
+            there = indices[mask]
+            batch["image"], shown = self.reader(there, [(0, 0, 0)] * len(there), replace=False)
+            batch["label"] = np.where(shown < 0, 0, batch["label"])
+            unreadable = {"unreadable": there[shown < 0]}
+            mask[: len(there)] = shown >= 0
         for name, values in batch.items():
-            batch[name] = np.zeros((len(indices), *values.shape[1:]), values.dtype)
-            batch[name][mask] = values[indices[mask]]
-        yield batch | {"mask": mask}
+            padding = np.zeros((len(indices) - len(values), *values.shape[1:]), values.dtype)
+            batch[name] = np.concatenate([values, padding]) if len(padding) else values
+        return batch | {"mask": mask} | unreadable
+
+
+def _reader(
+    image_set: ImageSet, view: TrainView | EvalView | None, loading: Loading | None
+) -> Reader | None:
+    if not isinstance(image_set.images, EncodedImages):
+        return None
+    if view is None:
+        raise UserError(f"{image_set.name}: encoded images need a size; give view or image_size")
+    return Reader(image_set.images, view, view.size, loading or Loading())
 
 
 def _part(batch_size: int, process_index: int, process_count: int) -> slice:
