@@ -154,7 +154,7 @@ def test_what_is_printed(say, models, tmp_path):
     for said in ("merged", "ratios", "21 interpolated", str(tmp_path / "out"), "B/s"):
         assert said in out, said
     assert "\x1b" not in out + err  # plain where it is piped
-    assert err.startswith("merging  54.7 kB of 54.7 kB")
+    assert err.startswith("merging  73.0 kB of 73.0 kB")
 
 
 def test_json_alone(say, models, tmp_path):

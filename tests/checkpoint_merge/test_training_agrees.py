@@ -1,0 +1,80 @@
+"""A merge in training and a merge of the exported files are one merge, whatever the unit."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tests.clip import small
+
+from modelstock_jax.checkpoint_merge import commands
+from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.clip.weights import load, save
+from modelstock_jax.merging import UNITS, model_stock, report
+
+HEADS = small.config().vision.num_attention_heads
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Anchor and two replicas, as trees and as directories in Hugging Face's layout."""
+    root, config = tmp_path_factory.mktemp("exported"), small.config()
+    anchor = small.checkpoint(config)
+    common = small.perturbed(config, seed=3)
+
+    def moved(seed):
+        own = small.perturbed(config, seed)
+        return jax.tree.map(
+            lambda w, c, o: (w + 1e-2 * (c - w) + 1e-2 * (o - w)).astype(np.float32),
+            anchor.params, common, own,
+        )  # fmt: skip
+
+    trees = [anchor.params, moved(1), moved(2)]
+    paths = []
+    for i, tree in enumerate(trees):
+        model = small.checkpoint(config, root / "none")
+        model.params.update(tree)
+        paths.append(str(save(root / str(i), model)))
+    return trees, paths
+
+
+def flat(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def merged_in_training(trees, unit):
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees[1:])
+    return model_stock(trees[0], stacked, unit, num_heads=HEADS)
+
+
+@pytest.mark.parametrize("unit", [
+    "tensor",
+    *(pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS if unit != "tensor"),
+])  # fmt: skip
+def test_training_and_command_line_agree(exported, tmp_path, monkeypatch, unit):
+    trees, paths = exported
+    monkeypatch.setattr(commands, "_draw", lambda rows, path: None)
+    out = tmp_path / "out"
+    assert main(["merge", *paths, "--out", str(out), "--unit", unit]) == 0
+    merged, stats = merged_in_training(trees, unit)
+    ours = flat(jax.device_get(merged))
+    theirs = flat(load(out).params)
+    anchor, one, two = map(flat, trees)
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        w0, mean = np.float64(anchor[path]), np.float64(one[path]) / 2 + np.float64(two[path]) / 2
+        # One rounding to float32 in each door, and a ratio that differs by 1e-6 at most.
+        largest = np.maximum(np.abs(anchor[path]), np.abs(ours[path]))
+        allowed = np.spacing(largest).astype(np.float64) + 1e-6 * np.abs(mean - w0)
+        error = np.abs(np.float64(theirs[path]) - np.float64(ours[path]))
+        assert (error <= allowed).all(), (path, (error - allowed).max())
+    rows = json.loads((out / "merge_report.json").read_text())["units"]
+    # The names differ, the measures do not.
+    for key in ("ratio", "cosine"):
+        found, expected = (
+            sorted(row[key] for row in table if row[key] is not None)
+            for table in (rows, report(stats))
+        )
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
