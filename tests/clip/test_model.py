@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from modelstock_jax.clip.activations import image_activations, text_activations
 from modelstock_jax.clip.config import CLIPConfig
 from modelstock_jax.clip.model import (
-    Compute,
     abstract_params,
     classifier,
     encode_image,
     encode_text,
-    end_of_text,
     init,
 )
+from modelstock_jax.clip.transformer import _ACTIVATIONS, Compute, end_of_text, patches
 from modelstock_jax.errors import UserError
 from tests.clip import small
 
@@ -27,6 +28,15 @@ image_features = jax.jit(encode_image, static_argnums=(0, 3))
 text_features = jax.jit(encode_text, static_argnums=(0, 3))
 CONFIG = small.config()
 PARAMS = small.perturbed(CONFIG)
+image_layers = jax.jit(image_activations, static_argnums=0)
+classify = jax.jit(classifier(CONFIG))
+
+
+def replica(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    head = {"kernel": rng.standard_normal((64, 5)), "bias": rng.standard_normal(5)}
+    tower = small.perturbed(CONFIG, seed)["image_tower"]
+    return {"image_tower": tower, "head": jax.tree.map(np.float32, head)}
 
 
 def names(tree) -> dict:
@@ -64,17 +74,18 @@ def test_init_draws_the_agreed_tree():
         "text_tower.projection.kernel": (96, 64),
         "logit_scale": (),
     }
-    for i in range(2):
-        expected |= block(f"image_tower.blocks.block_{i:02d}", 96, 384)
     expected |= block("text_tower.blocks.block_00", 96, 384)
-    params = init(CONFIG, jax.random.key(0))
+    expected |= block("image_tower.blocks.block_00", 96, 384)
+    second = block("image_tower.blocks.block_01", 96, 384)
+    assert names(abstract_params(CONFIG)) == expected | second
+    # Fewer layers: every draw is compiled.
+    params = init(small.replaced(CONFIG, "vision", num_hidden_layers=1), jax.random.key(0))
     assert names(params) == expected
-    assert names(abstract_params(CONFIG)) == expected
     assert type(params["image_tower"]["blocks"]) is dict
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     # The scales of CLIP's released code.
     first = params["image_tower"]["blocks"]["block_00"]
-    for name, std in (("q_proj", 96**-0.5), ("out_proj", 96**-0.5 * 4**-0.5)):
+    for name, std in (("q_proj", 96**-0.5), ("out_proj", 96**-0.5 * 2**-0.5)):
         # 9,216 draws: the standard error of a standard deviation is 0.7 %; four of them.
         np.testing.assert_allclose(first["self_attn"][name]["kernel"].std(), std, rtol=0.03)
     assert float(params["logit_scale"]) == pytest.approx(2.6592)
@@ -89,8 +100,6 @@ def test_patches_are_flattened_row_column_channel():
     tower = jax.tree.map(np.zeros_like, PARAMS["image_tower"])
     x = np.zeros((1, 24, 24, 3), np.float32)
     x[0, 6 + 4, 12 + 5, 2] = 1.0
-    from modelstock_jax.clip.transformer import patches
-
     flat = np.asarray(patches(jnp.asarray(x), 6))
     assert flat.shape == (1, 16, tower["patch_embedding"]["kernel"].shape[0])
     assert np.argwhere(flat[0]).tolist() == [[1 * 4 + 2, (4 * 6 + 5) * 3 + 2]]
@@ -134,54 +143,41 @@ def test_shorter_texts_need_no_padding():
 
 
 def test_head_by_numpy():
-    rng = np.random.default_rng(0)
-    head = {"kernel": rng.standard_normal((64, 5)), "bias": rng.standard_normal(5)}
-    replica = {"image_tower": PARAMS["image_tower"], "head": jax.tree.map(np.float32, head)}
-    x = small.images()
-    features = np.asarray(image_features(CONFIG, PARAMS["image_tower"], x), np.float64)
+    params, x = replica(0), small.images()
+    features = np.asarray(image_layers(CONFIG, params["image_tower"], x)["projection"], np.float64)
     unit = features / np.sqrt((features**2).sum(1))[:, None]
-    expected = unit @ head["kernel"] + head["bias"][None]
-    # 64 float32 products of size 1: 64 * 6e-8 at worst.
-    np.testing.assert_allclose(jax.jit(classifier(CONFIG))(replica, x), expected, atol=4e-6, rtol=0)
+    expected = unit @ params["head"]["kernel"] + params["head"]["bias"][None]
+    # 64 float32 products of size 1, and towers compiled in two ways: 1e-6 each.
+    np.testing.assert_allclose(classify(params, x), expected, atol=6e-6, rtol=0)
 
 
 def test_vmapped_replicas_equal_separate_ones():
-    rng = np.random.default_rng(3)
-    replicas = [
-        {
-            "image_tower": small.perturbed(CONFIG, seed)["image_tower"],
-            "head": {
-                "kernel": rng.standard_normal((64, 5)).astype(np.float32),
-                "bias": rng.standard_normal(5).astype(np.float32),
-            },
-        }
-        for seed in (0, 1)
-    ]
+    replicas = [replica(0), replica(1)]
     x = np.stack([small.images(seed=4), small.images(seed=5)])
-    apply = classifier(CONFIG)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *replicas)
-    together = jax.jit(jax.vmap(apply))(stacked, x)
-    for i, replica in enumerate(replicas):
+    together = jax.jit(jax.vmap(classifier(CONFIG)))(stacked, x)
+    for i, params in enumerate(replicas):
         # Batched products round in another order; logits here are of size 1.
-        np.testing.assert_allclose(together[i], jax.jit(apply)(replica, x[i]), atol=2e-5, rtol=0)
+        np.testing.assert_allclose(together[i], classify(params, x[i]), atol=2e-5, rtol=0)
+
+
+def test_replicas_side_by_side_are_products_and_no_convolution():
+    # A convolution whose kernel is vmapped becomes a grouped one, several times slower.
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), replica(0), replica(1))
+    x = np.zeros((2, 3, 18, 30, 3), np.float32)  # Another size: positions are interpolated.
+    program = str(jax.make_jaxpr(jax.vmap(classifier(CONFIG)))(stacked, x))
+    assert "dot_general" in program and "conv" not in program
 
 
 def test_compute_changes_no_values_but_by_rounding():
-    config = small.replaced(CONFIG, "vision", num_hidden_layers=1)
-    tower, x = small.perturbed(config)["image_tower"], small.images()
-
-    def loss(tower, compute):
-        return (encode_image(config, tower, x, compute) ** 2).sum()
-
-    plain = jax.jit(jax.grad(loss), static_argnums=1)(tower, Compute())
-    remat = jax.jit(jax.grad(loss), static_argnums=1)(tower, Compute(remat=True))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
-        # The same products, fused otherwise: float32 rounding of each tensor's largest gradient.
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(a).max()) + 1e-6, rtol=0)
-    full = image_features(config, tower, x)
-    half = image_features(config, tower, x, Compute(dtype=jnp.bfloat16))
+    tower, x = PARAMS["image_tower"], small.images()
+    full = np.asarray(image_layers(CONFIG, tower, x)["projection"])
+    # The same products, fused otherwise: float32 rounding of numbers near 1.
+    remat = image_features(CONFIG, tower, x, Compute(remat=True))
+    np.testing.assert_allclose(remat, full, atol=1e-5, rtol=0)
+    half = image_features(CONFIG, tower, x, Compute(dtype="bfloat16"))
     assert half.dtype == jnp.float32
-    # bfloat16 keeps 8 bits: 0.4 % a rounding, a dozen of them in a block.
+    # bfloat16 keeps 8 bits: 0.4 % a rounding, a dozen of them in each of two blocks.
     error = np.linalg.norm(half - full) / np.linalg.norm(full)
     assert 1e-4 < error < 0.03
 
@@ -214,32 +210,55 @@ def test_gradients_agree_with_differences(x64):
     along = jax.tree.map(lambda a: rng.standard_normal(a.shape), tower)
 
     @jax.jit
-    def loss(step):
+    @jax.value_and_grad
+    def loss(step, tower, along):
         moved = jax.tree.map(lambda a, d: a + step * d, tower, along)
         return (encode_text(CONFIG, moved, ids, Compute(jnp.float64)) ** 2).mean()
 
-    slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    slope = (loss(1e-6, tower, along)[0] - loss(-1e-6, tower, along)[0]) / 2e-6
     # Central differences at 1e-6 leave 1e-10 of rounding and 1e-12 of curvature, relative to O(1).
-    np.testing.assert_allclose(jax.grad(loss)(0.0), slope, rtol=1e-6)
+    np.testing.assert_allclose(loss(0.0, tower, along)[1], slope, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("act", "value"), [("quick_gelu", 1 / (1 + np.exp(-1.702))), ("gelu", 0.8413447460685429)]
 )
 def test_activations(act, value):
-    from modelstock_jax.clip.transformer import _ACTIVATIONS
-
     # One at x = 1, in float32.
     np.testing.assert_allclose(_ACTIVATIONS[act](jnp.float32(1)), value, rtol=3e-7)
 
 
+@pytest.mark.parametrize("compute", [Compute(), Compute(remat=True)])
+def test_every_layer_has_an_activation_of_its_name(compute):
+    towers = {
+        "image_tower": (image_activations, small.images()),
+        "text_tower": (text_activations, small.ids(3)),
+    }
+    for tower, (activations, inputs) in towers.items():
+        shapes = jax.eval_shape(
+            functools.partial(activations, CONFIG, compute=compute), PARAMS[tower], inputs
+        )
+        leaves = {name for name in names(PARAMS[tower]) if "embedding" not in name}
+        layers = {name.rpartition(".")[0] for name in leaves}
+        inner = {"blocks.block_00", "blocks.block_00.self_attn", "blocks.block_00.mlp", "embed"}
+        assert layers | inner <= shapes.keys()
+        length = shapes["embed"].shape[1]
+        assert shapes["blocks.block_00.self_attn"].shape == (3, length, 96)
+        assert shapes["projection"].shape == (3, 64)
+
+
 def test_wrong_inputs_are_named():
-    with pytest.raises(UserError, match=r"\(1, 32, 32, 3\).*\[B, 24, 24, 3\]"):
-        image_features(CONFIG, PARAMS["image_tower"], jnp.zeros((1, 32, 32, 3)))
+    for shape in [(1, 32, 24, 3), (1, 24, 25, 3), (1, 24, 24, 4), (24, 24, 3), (1, 0, 24, 3)]:
+        named = rf"{re.escape(str(shape))}.*\[B, H, W, 3\].*multiples of the patch size 6"
+        with pytest.raises(UserError, match=named):
+            image_features(CONFIG, PARAMS["image_tower"], jnp.zeros(shape))
     with pytest.raises(UserError, match=r"\(1, 17\).*L <= 16"):
         text_features(CONFIG, PARAMS["text_tower"], jnp.zeros((1, 17), jnp.int32))
     with pytest.raises(UserError, match="'xla' or 'cudnn', not 'flash'"):
         Compute(attention="flash")
+    for dtype in ("bf16", "int32", object()):
+        with pytest.raises(UserError, match="float32, bfloat16, float16, float64, not"):
+            Compute(dtype=dtype)
     with pytest.raises(UserError, match="needs dtype bfloat16 or float16, not float32"):
         Compute(attention="cudnn")
 
