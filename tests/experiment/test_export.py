@@ -1,0 +1,73 @@
+"""A run's merged model: its directories, its card, and what is refused before training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from configs import default
+from modelstock_jax.clip import weights
+from modelstock_jax.errors import UserError
+from modelstock_jax.experiment import export
+from modelstock_jax.reporting.rows import make_row
+from tests.clip import small
+from tests.clip.all_layouts import CHECKPOINT, with_head, with_tokenizer
+
+
+def config_of(*layouts: str):
+    config = default.get_config()
+    config.pretrained = "org/anchor"
+    config.export.layouts = layouts
+    return config
+
+
+def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
+    anchor, tuned = with_tokenizer(tmp_path / "anchor"), with_head()
+    rows = [
+        make_row("zero_shot", id=51.25, shifts={"v2": 40.0}),
+        make_row("periodic", id=63.5, shifts={"v2": 44.75}, num_replicas=2, cost=2),
+    ]
+    ratios = {"weights": {"count": 9, "median": 0.625, "low": 0.5, "high": 0.75}}
+    arguments = (
+        config_of("open_clip", "hugging_face", "openai"),
+        anchor,
+        tuned.replica(),
+        tuned.labels,
+        rows,
+        ratios,
+        "python launch.py --workdir=runs/b32",
+    )
+    export.export(tmp_path / "model", *arguments)
+    places = {"hugging_face": "model", "open_clip": "model_open_clip", "openai": "model_openai"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*places.values(), "anchor"])
+    for layout, place in places.items():
+        loaded = weights.load(tmp_path / place)
+        assert (loaded.layout, loaded.labels) == (layout, tuned.labels)
+        assert loaded.fingerprint == tuned.fingerprint
+        assert weights.has_tokenizer(loaded)
+        card = (tmp_path / place / "README.md").read_text()
+        for part in (
+            "org/anchor",  # The anchor, and which weights it had.
+            anchor.fingerprint,
+            "Model Stock",  # Method, ratios, accuracies.
+            "0.625",
+            "63.50",
+            "44.75",
+            "51.25",
+            "python launch.py --workdir=runs/b32",  # Command and versions.
+            f"numpy {np.__version__}",
+            "modelstock_jax ",
+        ):
+            assert part in card, part
+    # A directory that is there is left alone; one that is not is added.
+    (tmp_path / "model" / "README.md").write_text("mine")
+    export.export(tmp_path / "model", *arguments)
+    assert (tmp_path / "model" / "README.md").read_text() == "mine"
+
+
+def test_what_cannot_be_exported_is_said_before_training():
+    with pytest.raises(UserError, match="export.layouts: layout 'onnx' is not known; write in one"):
+        export.check(config_of("onnx"), CHECKPOINT)
+    with pytest.raises(UserError, match="export.layouts: OpenAI's layout has no config.*is 3, not"):
+        export.check(config_of("hugging_face", "openai"), small.checkpoint(small.config()))
+    export.check(config_of("hugging_face", "open_clip", "openai"), CHECKPOINT)
