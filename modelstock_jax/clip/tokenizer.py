@@ -14,7 +14,7 @@ import numpy as np
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.digests import digest_file
 
-FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -69,7 +69,7 @@ def tokenizer_digest(directory: str | os.PathLike[str]) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    files = [Path(directory) / name for name in FILES]
+    files = [Path(directory) / name for name in TOKENIZER_FILES]
     lines = [f"{file.name} {digest_file(file)}\n" for file in files if file.is_file()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -82,7 +82,7 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
 
 def _stamp(directory: Path) -> tuple[tuple[str, int], ...]:
     """What changes when a tokenizer's files do."""
-    files = (directory / name for name in FILES)
+    files = (directory / name for name in TOKENIZER_FILES)
     return tuple((file.name, file.stat().st_mtime_ns) for file in files if file.is_file())
 
 

@@ -17,6 +17,7 @@ from modelstock_jax.clip.layouts.hugging_face import CONFIG
 from modelstock_jax.clip.layouts.layout import HEAD_FILE, Layout
 from modelstock_jax.clip.model import Params
 from modelstock_jax.clip.names import HEAD
+from modelstock_jax.clip.tokenizer import TOKENIZER_FILES
 from modelstock_jax.clip.trees import read_tree, write_tree
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.hub import resolve
@@ -28,14 +29,6 @@ from modelstock_jax.tensor_files.writer import (
     write_text,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 # Configs, indexes of shards and the tokenizer's files: small, and enough to know the layout.
 _DOCUMENTS = ("*.json", "merges.txt")
 

@@ -26,6 +26,7 @@ class Progress:
       total: steps in all.
       done: steps that were done before (a resumed run).
       images_per_step: how many images one step sees; 0 counts steps.
+      unit: what a step is called beside the rate.
       console: where to print; standard output by default.
       enabled: False prints nothing (all processes but the first).
       clock: seconds; replaced in tests.
@@ -44,12 +45,13 @@ class Progress:
         *,
         done: int = 0,
         images_per_step: int = 0,
+        unit: str = "steps",
         console: Console | None = None,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._title, self._total, self._done = title, total, done
-        self._images = images_per_step
+        self._images, self._unit = images_per_step, unit
         self._console = console or Console()
         self._enabled, self._clock = enabled, clock
         self._seen: deque[tuple[float, int]] = deque()
@@ -120,7 +122,7 @@ class Progress:
         parts = []
         if rate is not None:
             speed = rate * self._images if self._images else rate
-            unit = "images/s" if self._images else "steps/s"
+            unit = "images/s" if self._images else f"{self._unit}/s"
             number = f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
             left = duration((self._total - self._done) / rate)
             parts = [f"{number} {unit}", f"{left} left"]

@@ -85,11 +85,9 @@ def test_known_classes():
     assert len(set(wnids)) == 1000 and list(wnids) == sorted(wnids)
 
 
-def test_labels_are_all_different():
-    assert len(set(imagenet.CLASS_NAMES)) == 998 and len(set(imagenet.LABELS)) == 1000
-    changed = [i for i in range(1000) if imagenet.LABELS[i] != imagenet.CLASS_NAMES[i]]
-    assert changed == [657, 744, 836, 837]
-    assert imagenet.LABELS[744] == "missile (n04008634)"
+def test_two_pairs_of_names_are_equal_as_published():
+    names = imagenet.CLASS_NAMES
+    assert [i for i in range(1000) if names.count(names[i]) > 1] == [657, 744, 836, 837]
 
 
 def test_templates_can_be_given_as_a_file_too():

@@ -3,7 +3,6 @@
 from modelstock_jax.data.imagenet.classes import (
     A_CLASSES,
     CLASS_NAMES,
-    LABELS,
     R_CLASSES,
     TEMPLATES,
     WNIDS,
@@ -16,7 +15,6 @@ from modelstock_jax.data.imagenet.real import real_labels
 __all__ = [
     "A_CLASSES",
     "CLASS_NAMES",
-    "LABELS",
     "PUBLISHED",
     "R_CLASSES",
     "TEMPLATES",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,13 +23,6 @@ TEMPLATES = _lines("templates.txt")
 """The 80 prompts of CLIP's authors; '{}' stands for the class name."""
 
 _INDEX = {wnid: index for index, wnid in enumerate(WNIDS)}
-_COUNT = collections.Counter(CLASS_NAMES)
-
-LABELS = tuple(
-    name if _COUNT[name] == 1 else f"{name} ({wnid})"
-    for name, wnid in zip(CLASS_NAMES, WNIDS, strict=True)
-)
-"""The class names, made different by their WordNet id where a name stands twice."""
 
 
 def class_indices(wnids: Iterable[str]) -> tuple[int, ...]:
