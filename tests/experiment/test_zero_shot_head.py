@@ -1,0 +1,73 @@
+"""The head of a run: shown while it is made, read when it starts again, of a user's lists."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configs import default
+from modelstock_jax.clip import weights, zero_shot
+from modelstock_jax.data import benchmark
+from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
+from modelstock_jax.errors import UserError
+from modelstock_jax.training.finetune import anchor_classifier
+from tests.experiment import small_run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return weights.load(small_run.save_anchor(tmp_path_factory.mktemp("clip") / "clip"))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Shapes of the ids that went through the text tower."""
+    seen, embed = [], zero_shot._embed
+
+    def spy(config, params, ids, compute):
+        seen.append(ids.shape)
+        return embed(config, params, ids, compute)
+
+    monkeypatch.setattr(zero_shot, "_embed", spy)
+    return seen
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """Opens the glyph world without rendering it."""
+    world = SimpleNamespace(train=None, validation=None, test=None, shifts={})
+    monkeypatch.setattr(benchmark.glyphs, "world", lambda: world)
+    return lambda config: benchmark.load(config.data)
+
+
+def test_a_run_makes_its_head_once(checkpoint, data, passes, tmp_path, capsys):
+    config = default.get_config()
+    first = anchor_classifier(config, checkpoint, data(config), tmp_path / "heads")
+    count = len(CLASS_NAMES) * len(TEMPLATES)
+    assert f"zero-shot head  {count}/{count} (100 %)" in capsys.readouterr().out
+    made = list(passes)
+    second = anchor_classifier(config, checkpoint, data(config), tmp_path / "heads")
+    assert capsys.readouterr().out == "" and made and passes == made
+    np.testing.assert_array_equal(first.params["head"]["kernel"], second.params["head"]["kernel"])
+    # In the process that evaluates there is no run's directory.
+    anchor_classifier(config, checkpoint, data(config))
+    assert len(passes) == 2 * len(made)
+
+
+def test_lists_of_a_user(checkpoint, data, passes, tmp_path):
+    config = default.get_config()
+    before = anchor_classifier(config, checkpoint, data(config), tmp_path).params["head"]["kernel"]
+    names = [f"the {name}" for name in CLASS_NAMES]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    (tmp_path / "prompts.json").write_text('["{} alone"]')
+    config.data.class_names = str(tmp_path / "names.txt")
+    config.data.templates = str(tmp_path / "prompts.json")
+    opened = data(config)
+    assert opened.class_names == tuple(names) and opened.templates == ("{} alone",)
+    after = anchor_classifier(config, checkpoint, opened, tmp_path).params["head"]["kernel"]
+    assert after.shape == before.shape and np.abs(after - before).max() > 0.1
+    (tmp_path / "names.txt").write_text("\n".join(names[:-1]))
+    with pytest.raises(UserError, match=r"names.txt: 61 class names, but the data has 62 classes"):
+        data(config)
