@@ -42,7 +42,7 @@ class Adapter:
     """A directory with `adapter_config.json` and `adapter_model.safetensors`.
 
     A changed tensor is W + s B A with s = alpha / r (alpha / sqrt(r) for rslora); tensors that
-    the adapter holds whole (`modules_to_save`, biases) replace the base's.
+    the adapter holds whole (`modules_to_save`, biases, a resized embedding) take the base's place.
 
     Args:
       directory: as PEFT's `save_pretrained` writes it.
@@ -71,9 +71,7 @@ class Adapter:
         self._load = functools.lru_cache(maxsize=2)(self._load_factors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape that the adapter gives to a tensor which it changes or holds."""
-        if name in self.whole:
-            return self.files.shape(self.whole[name])
+        """Shape of a tensor that the adapter moves."""
         factors = self.factors[name]
         shape = (self.files.shape(factors.b)[0], self.files.shape(factors.a)[1])
         return shape[::-1] if factors.transposed else shape

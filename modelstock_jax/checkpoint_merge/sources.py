@@ -78,19 +78,21 @@ class AdaptedSource(Source):
             self.notes.append(
                 f"{adapter.directory} was made for {adapter.base!r} and is applied to {base.label}"
             )
+        for name, stored in adapter.whole.items():
+            self.tensors[name] = TensorInfo(
+                adapter.files.shape(stored), adapter.files.code(stored)
+            )
         problems = []
         for name in adapter.factors:
             shape = adapter.shape(name)
-            if name not in base.tensors:
+            if name not in self.tensors:
                 problems.append(f"{name} is not in the base{_near(name, base.tensors)}")
-            elif (found := base.tensors[name]).shape != shape:
+            elif (found := self.tensors[name]).shape != shape:
                 problems.append(f"{name} is {list(found.shape)} in the base, {list(shape)} here")
             elif found.code not in _FORMABLE:
                 problems.append(f"{name} is {found.code} in the base: give it unquantised")
             else:
                 self.tensors[name] = found._replace(code="F64" if found.code == "F64" else "F32")
-        for name, stored in adapter.whole.items():
-            self.tensors[name] = TensorInfo(adapter.shape(name), adapter.files.code(stored))
         if problems:
             raise UserError(f"{adapter.directory} does not fit {base.label}: {'; '.join(problems)}")
 
@@ -101,9 +103,10 @@ class AdaptedSource(Source):
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop); float32 (float64 for a float64 base) where they are formed."""
-        if name in self.adapter.whole:
-            return self.adapter.files.read(self.adapter.whole[name], start, stop)
-        weights = self.base.read(name, start, stop)
+        if name in self.adapter.whole:  # An embedding may be both: held whole, and moved.
+            weights = self.adapter.files.read(self.adapter.whole[name], start, stop)
+        else:
+            weights = self.base.read(name, start, stop)
         if name not in self.adapter.factors:
             return weights
         formed = weights.astype(np.float64) + self.adapter.delta(name, start, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from modelstock_jax.checkpoint_merge.adapters import Adapter
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.errors import UserError
-from tests.checkpoint_merge.small import adapter, factors, save
+from modelstock_jax.tensor_files.reader import TensorFiles
+from tests.checkpoint_merge.small import adapter, factors, llama_shapes, save, weights
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
 ROWS, COLUMNS = 7, 5
+PEFT = Path(__file__).parent / "peft"
 
 
 @pytest.fixture
@@ -105,6 +108,19 @@ def test_modules_to_save_and_biases_are_taken_whole(base, tmp_path, middle):
     source = open_source(str(adapter(tmp_path / "lora", tensors, bias="lora_only")), base)
     np.testing.assert_array_equal(whole(source, "head.weight"), head)
     np.testing.assert_array_equal(whole(source, f"{Q}.bias"), bias)
+
+
+def test_an_embedding_held_whole_and_moved(base, tmp_path):
+    """PEFT saves the embedding beside its factors when it may have been resized."""
+    rng = np.random.default_rng(1)
+    whole_one = rng.standard_normal((13, 4)).astype(np.float32)  # the base has 11 rows
+    start = "base_model.model.embed"
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 13), (4, 3)))
+    tensors = {f"{start}.lora_embedding_A": a, f"{start}.lora_embedding_B": b,
+               f"{start}.base_layer.weight": whole_one}  # fmt: skip
+    source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
+    expected = whole_one + 2.0 * (b.astype(np.float64) @ a.astype(np.float64)).T
+    np.testing.assert_allclose(whole(source, "embed.weight"), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_two_adapters_are_added(base, tmp_path):
@@ -219,3 +235,24 @@ def test_a_row_is_formed_by_its_columns_alone(base, tmp_path, monkeypatch):
     monkeypatch.setattr(made, "_load", lambda name: (left.view(Watched), right.view(Watched)))
     made.delta(f"{Q}.weight", 11, 13)
     assert seen[:2] == [(1, 3), (3, 2)]
+
+
+def test_an_adapter_that_peft_saved_and_merged(tmp_path):
+    """`peft/` was saved by PEFT 0.21.2; `merged.safetensors` is its own merge_and_unload().
+
+    Base: `small.weights(llama_shapes())`. LoraConfig(r=2, lora_alpha=3, use_rslora=True,
+    target_modules=["embed_tokens", "q_proj", "up_proj", "down_proj"], rank_pattern={"down_proj":
+    1, "layers.1.self_attn.q_proj": 3} (dots escaped), alpha_pattern={"up_proj": 5},
+    modules_to_save=["lm_head"]), every trained number then moved at random.
+    """
+    base = open_source(str(save(tmp_path / "base", weights(llama_shapes()))))
+    source = open_source(str(PEFT), base)
+    merged = TensorFiles(PEFT / "merged.safetensors")
+    assert len(merged) == 8
+    for name in base.tensors:
+        found = whole(source, name)
+        if name in merged:
+            # PEFT computes in float32: B A, its scale and the sum are each rounded (2^-24).
+            np.testing.assert_allclose(found, merged[name], rtol=2e-7, atol=2e-7)
+        else:
+            np.testing.assert_array_equal(found, whole(base, name))
