@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.pipeline import eval_batches
+from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 
 PyTree = Any
@@ -72,9 +73,14 @@ def targets(image_set: ImageSet) -> np.ndarray:
 
 
 def scored_batches(
-    image_set: ImageSet, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    image_set: ImageSet, batch_size: int, **reading: Any
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every image once, with its `targets`; padding has none and so is not counted.
+
+    Args:
+      image_set: M images.
+      batch_size: B, over all processes.
+      **reading: as `eval_batches` takes it.
 
     Returns:
       Iterator of {"image": uint8 [B / P, H, W, 3], "target": int32 [B / P, L]}.
@@ -88,9 +94,7 @@ def scored_batches(
         np.arange(len(image_set), dtype=np.int32),
         crop_border=image_set.crop_border,
     )
-    for batch in eval_batches(
-        numbered, batch_size, process_index=process_index, process_count=process_count
-    ):
+    for batch in eval_batches(numbered, batch_size, **reading):
         rows = right[batch["label"]]
         rows[~batch["mask"]] = -1
         yield {"image": batch["image"], "target": rows}
@@ -122,6 +126,9 @@ def make_evaluator(
     prepare: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
     batch_size: int,
+    *,
+    image_size: int | None = None,
+    loading: Loading | None = None,
 ) -> Callable[[PyTree, Iterable[ImageSet]], dict[str, float]]:
     """Builds (params, image sets) -> {set's name: top-1 accuracy in percent}.
 
@@ -133,6 +140,8 @@ def make_evaluator(
       prepare: images uint8 -> float, normalised.
       mesh: batches are split over all of its devices, of all processes.
       batch_size: B; rounded up to a multiple of the devices.
+      image_size: side of the model's input, for sets of encoded images.
+      loading: how those are read.
     """
     devices = mesh.devices.size
     batch_size = -(-batch_size // devices) * devices
@@ -150,6 +159,8 @@ def make_evaluator(
             batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            image_size=image_size,
+            loading=loading,
         ):
             images, target = (
                 jax.make_array_from_process_local_data(split, batch[name])

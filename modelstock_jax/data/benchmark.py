@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,11 @@ from modelstock_jax.data import glyphs
 from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.glyphs.sets import TRAIN_SIZE
 from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.imagenet import CLASS_NAMES, PUBLISHED, TEMPLATES
+from modelstock_jax.data.imagenet.places import missing_sets
+from modelstock_jax.data.imagenet.sets import open_sets
+from modelstock_jax.data.own_images import open_own
+from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.errors import UserError
 
 
@@ -28,6 +34,7 @@ class Benchmark:
       class_names: in the order of the labels.
       templates: prompts for the zero-shot head, {} stands for the class name.
       augment: (key, images uint8) -> images uint8, run on the device in the step.
+      real: the test images under reassessed labels; None where they are not asked for.
     """
 
     train: ImageSet
@@ -37,6 +44,7 @@ class Benchmark:
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     augment: Callable[[jax.Array, jax.Array], jax.Array]
+    real: ImageSet | None = None
 
 
 @dataclass(frozen=True)
@@ -54,30 +62,35 @@ class Outline:
     source: str
 
 
-_OUTLINES = {
-    "glyphs": Outline(TRAIN_SIZE, len(glyphs.CLASS_NAMES), "the glyph world's own sizes"),
-    "imagenet": Outline(1_281_167, 1000, "the published size of ImageNet-1K's training set"),
-}
+_NAMES = ("glyphs", "imagenet", "folder")
 _GLYPH_SHIFTS = ("v2", "r", "sketch", "objectnet", "a", "digits")
 
 
 def outline(config: ConfigDict) -> Outline:
-    """What is known without opening anything.
+    """What is known without opening anything; of a user's own images, what their folders hold.
 
     Args:
       config: the `data` group of `configs/default.py`.
 
     Raises:
-      UserError: if there is no data set of that name.
+      UserError: if there is no data set of that name, or no such folders.
 
-    >>> outline(ConfigDict({"name": "imagenet"})).num_train
-    1281167
+    >>> outline(ConfigDict({"name": "imagenet", "held_out": 26})).num_train
+    1255167
     """
-    if config.name not in _OUTLINES:
-        raise UserError(
-            f"data.name={config.name!r}: the data sets are: {', '.join(sorted(_OUTLINES))}"
-        )
-    return _OUTLINES[config.name]
+    if config.name not in _NAMES:
+        raise UserError(f"data.name={config.name!r}: the data sets are: {', '.join(_NAMES)}")
+    if config.name == "glyphs":
+        return Outline(TRAIN_SIZE, len(glyphs.CLASS_NAMES), "the glyph world's own sizes")
+    if config.name == "folder":
+        own = open_own(config)
+        return Outline(len(own.train), len(own.class_names), f"the folders of {config.root}")
+    classes, images = PUBLISHED["train"]
+    kept = classes * config.held_out
+    less = f", less {kept:,} held out" if kept else ""
+    return Outline(
+        images - kept, classes, "the published size of ImageNet-1K's training set" + less
+    )
 
 
 def missing(config: ConfigDict) -> list[str]:
@@ -86,19 +99,20 @@ def missing(config: ConfigDict) -> list[str]:
     Raises:
       UserError: if there is no data set of that name.
     """
+    if config.name == "folder":
+        try:
+            outline(config)
+        except UserError as error:
+            return [str(error)]
+        return []
     outline(config)
     if config.name == "glyphs":
         return []
-    found = []
     if not config.root:
-        found.append("data.root is not set; give ImageNet's directory as --config.data.root=DIR")
-    elif not Path(config.root).is_dir():
-        found.append(f"data.root={config.root}: no such directory; give ImageNet's")
-    found.append(
-        "data.name='imagenet' cannot be read yet: this version has no reader of ImageNet's "
-        "images; only data.name='glyphs' can be trained on"
-    )
-    return found
+        return ["data.root is not set; give ImageNet's directory as --config.data.root=DIR"]
+    if not Path(config.root).expanduser().is_dir():
+        return [f"data.root={config.root}: no such directory; give ImageNet's"]
+    return missing_sets(config)
 
 
 def load(config: ConfigDict) -> Benchmark:
@@ -112,8 +126,38 @@ def load(config: ConfigDict) -> Benchmark:
     """
     if problems := missing(config):
         raise UserError("; ".join(problems))
-    if config.real:
-        raise UserError("data.real=True: the glyphs have no reassessed labels; set it to False")
+    if config.real and config.name != "imagenet":
+        raise UserError(
+            f"data.real=True: {config.name!r} has no reassessed labels; set it to False"
+        )
+    if config.name == "glyphs":
+        return _with_lists(config, _glyphs(config))
+    if config.augment.mixup:
+        raise UserError(
+            f"data.augment.mixup={config.augment.mixup}: there is no mixup yet; set it to 0"
+        )
+    if config.name == "folder":
+        return _with_lists(config, Benchmark(*open_own(config), augment=_as_read))
+    sets = open_sets(config)
+    opened = Benchmark(
+        sets.train,
+        sets.validation,
+        sets.test,
+        sets.shifts,
+        CLASS_NAMES,
+        TEMPLATES,
+        _as_read,
+        sets.real,
+    )
+    return _with_lists(config, opened)
+
+
+def _as_read(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Stored images are cropped and changed where they are read."""
+    return images
+
+
+def _glyphs(config: ConfigDict) -> Benchmark:
     if unknown := [name for name in config.shifts if name not in _GLYPH_SHIFTS]:
         raise UserError(
             f"data.shifts: no shift {unknown[0]!r}; the glyphs have {', '.join(_GLYPH_SHIFTS)}"
@@ -128,3 +172,13 @@ def load(config: ConfigDict) -> Benchmark:
         glyphs.TEMPLATES,
         shift_and_jitter,
     )
+
+
+def _with_lists(config: ConfigDict, data: Benchmark) -> Benchmark:
+    """The benchmark under the class names and templates of the config's files, if it gives any."""
+    names, templates = data.class_names, data.templates
+    if config.class_names:
+        names = read_class_names(config.class_names, len(names))
+    if config.templates:
+        templates = read_templates(config.templates)
+    return dataclasses.replace(data, class_names=names, templates=templates)

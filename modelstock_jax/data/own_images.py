@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.folders import Labelled, read_folders
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.data.records import find_records, read_records
 from modelstock_jax.errors import UserError
 
@@ -73,10 +72,7 @@ def open_own(config: ConfigDict) -> OwnImages:
         for name, path in _shifts(config, root).items()
     }
     class_names = tuple(name.replace("_", " ") for name in stored.names)
-    if config.class_names:
-        class_names = read_class_names(config.class_names, len(stored.names))
-    templates = read_templates(config.templates) if config.templates else (TEMPLATE,)
-    return OwnImages(train, sets["validation"], sets["test"], shifts, class_names, templates)
+    return OwnImages(train, sets["validation"], sets["test"], shifts, class_names, (TEMPLATE,))
 
 
 def _place(config: ConfigDict, root: Path, name: str) -> Path | None:

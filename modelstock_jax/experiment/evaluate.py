@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
+from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
 from modelstock_jax.experiment.pretrained import BUNDLED, open_pretrained
@@ -32,14 +33,23 @@ class Measure:
         self._anchor, self._data = anchor, data
         most = config.evaluation.max_shift_images
         self._sets = [data.test, *(s.take(most or len(s)) for s in data.shifts.values())]
+        if data.real is not None:
+            self._sets.append(data.real)
         self.num_images = sum(len(image_set) for image_set in self._sets)
         self._evaluate = make_evaluator(
-            anchor.apply, anchor.normalize, mesh, config.evaluation.batch_size
+            anchor.apply,
+            anchor.normalize,
+            mesh,
+            config.evaluation.batch_size,
+            image_size=anchor.normalize.image_size,
+            loading=Loading(**config.data.loading),
         )
 
     def row(self, method: str, params: PyTree, **details: Any) -> dict[str, Any]:
         """A row as `reporting.rows.make_row` gives it; `details` go into it."""
         data, accuracy = self._data, self._evaluate(params, self._sets)
+        if data.real is not None:
+            details["real"] = accuracy[data.real.name]
         return make_row(
             method,
             id=accuracy[data.test.name],

@@ -32,7 +32,8 @@ def choose_learning_rate(config: ConfigDict, workdir: Path) -> float:
       The rate with the highest mean validation accuracy over replicas.
     """
     data = benchmark.load(config.data)
-    anchor = anchor_classifier(config, open_pretrained(config.pretrained), data)
+    pretrained = open_pretrained(config.pretrained)
+    anchor = anchor_classifier(config, pretrained, data, workdir / "heads")
     rows = []
     for rate in config.search.learning_rates:
         one = config.copy_and_resolve_references()
@@ -43,7 +44,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path) -> float:
         trainer = Trainer(
             one,
             programs,
-            partial(finetuning_batches, one, data),
+            partial(finetuning_batches, one, data, anchor.normalize.image_size),
             workdir,
             f"learning_rate_{rate:g}",
         )

@@ -63,7 +63,8 @@ def finetune(config: ConfigDict, workdir: Path, command: str) -> None:
     pretrained = open_pretrained(config.pretrained)
     export.check(config, pretrained)
     data = benchmark.load(config.data)
-    study = Study(config, workdir, anchor_classifier(config, pretrained, data), data)
+    anchor = anchor_classifier(config, pretrained, data, workdir / "heads")
+    study = Study(config, workdir, anchor, data)
     documents = [study.zero_shot()]
     for seed in range(config.seed, config.seed + config.num_seeds):
         documents.append(study.one_seed(seed))
@@ -114,7 +115,7 @@ class Study:
         config.seed = seed
         if arm == "unmerged":
             config.merge.every = "never"
-        batches = partial(finetuning_batches, config, self.data)
+        batches = partial(finetuning_batches, config, self.data, self.anchor.normalize.image_size)
         return Trainer(config, self._programs, batches, self.workdir, f"seed_{seed}/{arm}")
 
     def _once(self, name: str, make: Callable[[], Document]) -> Document:

@@ -11,7 +11,16 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import plain, write_json
 
 # More seeds may be added to a finished run, and what is only shown may change.
-HARMLESS = ("num_seeds", "log_every", "checkpoint.every", "checkpoint.keep", "export.layouts")
+HARMLESS = (
+    "num_seeds",
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "export.layouts",
+    "data.loading.threads",
+    "data.loading.workers",
+    "data.loading.prefetch",
+)
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +15,17 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.clip.config import CLIPConfig
+from modelstock_jax.clip.head_cache import cached_zero_shot_head
 from modelstock_jax.clip.model import classifier
 from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.clip.zero_shot import zero_shot_head
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
+from modelstock_jax.data.reader import Loading
+from modelstock_jax.data.views import TrainView
 from modelstock_jax.errors import UserError
+from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.objectives import cross_entropy
 from modelstock_jax.training.programs import Task
 
@@ -33,25 +40,34 @@ class Classifier:
     Attributes:
       params: {"image_tower", "head"}, the head from text prompts.
       apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      normalize: images uint8 -> float, by the checkpoint's mean and standard deviation.
+      normalize: images uint8 -> float, by the checkpoint's mean and standard deviation; knows
+        their size.
       num_heads: attention heads of the image tower.
     """
 
     params: PyTree
     apply: Callable[[PyTree, jax.Array], jax.Array]
-    normalize: Callable[[jax.Array], jax.Array]
+    normalize: Preprocessor
     num_heads: int
 
 
-def anchor_classifier(config: ConfigDict, checkpoint: Checkpoint, data: Benchmark) -> Classifier:
+def anchor_classifier(
+    config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None = None
+) -> Classifier:
     """The image tower of `checkpoint` under its own head, or under the zero-shot one.
+
+    Args:
+      config: the run's options.
+      checkpoint: the model.
+      data: its class names and templates make the zero-shot head.
+      heads: where zero-shot heads are kept from run to run; None makes it each time.
 
     Raises:
       UserError: if the checkpoint's head has other classes than the data.
     """
     head = checkpoint.head
     if head is None:
-        head = zero_shot_head(checkpoint, data.class_names, data.templates)
+        head = _zero_shot_head(config, checkpoint, data, heads)
     elif head["bias"].shape != (len(data.class_names),):
         raise UserError(
             f"{checkpoint.directory}: its head has {head['bias'].shape[0]} classes, the data "
@@ -59,6 +75,27 @@ def anchor_classifier(config: ConfigDict, checkpoint: Checkpoint, data: Benchmar
         )
     params = {"image_tower": checkpoint.params["image_tower"], "head": head}
     return make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
+
+
+def _zero_shot_head(
+    config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None
+) -> PyTree:
+    make = zero_shot_head if heads is None else partial(cached_zero_shot_head, heads)
+    with contextlib.ExitStack() as stack:
+        bar: list[Progress] = []
+
+        def progress(done: int, total: int) -> None:
+            if not bar:  # Nothing is shown where the head is read.
+                shown = jax.process_index() == 0
+                line = Progress("zero-shot head", total, unit="prompts", enabled=shown)
+                bar.append(stack.enter_context(line))
+            bar[0].update(done)
+
+        # A published list may give two classes one name, as ImageNet's does; a user's may not.
+        repeats = not config.data.class_names
+        return make(
+            checkpoint, data.class_names, data.templates, allow_repeats=repeats, progress=progress
+        )
 
 
 def make_classifier(
@@ -101,8 +138,17 @@ def finetuning_task(
     )
 
 
-def finetuning_batches(config: ConfigDict, data: Benchmark, start: int) -> Iterator[Batch]:
-    """This process's batches from step `start` on, in the order of `config.seed`."""
+def finetuning_batches(
+    config: ConfigDict, data: Benchmark, image_size: int, start: int
+) -> Iterator[Batch]:
+    """This process's batches from step `start` on, in the order of `config.seed`.
+
+    Args:
+      config: the run's options.
+      data: its training set.
+      image_size: side of the model's input; stored images are cropped and resized to it.
+      start: the first batch's step.
+    """
     return train_batches(
         data.train,
         batch_size=config.batch_size,
@@ -111,4 +157,6 @@ def finetuning_batches(config: ConfigDict, data: Benchmark, start: int) -> Itera
         start_step=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        view=TrainView.of(config.data.augment, image_size),
+        loading=Loading(**config.data.loading),
     )

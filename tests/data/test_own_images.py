@@ -7,6 +7,7 @@ import pytest
 
 from configs import folder
 from modelstock_jax.data.__main__ import main
+from modelstock_jax.data.benchmark import load
 from modelstock_jax.data.own_images import open_own
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
@@ -56,7 +57,7 @@ def test_names_and_prompts_from_files(tmp_path):
     (tmp_path / "names.txt").write_text("a cat\na dog\n")
     (tmp_path / "prompts.txt").write_text("a drawing of {}\n{} at night\n")
     files = {"class_names": "names.txt", "templates": "prompts.txt"}
-    own = open_own(config(tmp_path, **{key: str(tmp_path / file) for key, file in files.items()}))
+    own = load(config(tmp_path, **{key: str(tmp_path / file) for key, file in files.items()}))
     assert own.class_names == ("a cat", "a dog")
     assert own.templates == ("a drawing of {}", "{} at night")
 
