@@ -69,18 +69,24 @@ def random_crop(
 
 
 def largest_shrink(crop: Crop, size: int) -> int:
-    """By how much a JPEG may be shrunk (1, 2, 4, 8) so that `crop` still has `size` pixels."""
-    return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= k * size)
+    """By how much a decoder may shrink an image (1, 2, 4, 8) of which `crop` is seen at `size`.
+
+    Twice the pixels that are needed remain, so that the resize still decides what is seen: on two
+    photographs the result is 0.7 grey levels of 255 away on average, where bicubic and bilinear
+    differ by 1.0 to 1.9. With just the pixels needed it would be 3.
+    """
+    return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= 2 * k * size)
 
 
-def resized_crop(pixels: np.ndarray, crop: Crop, size: int, shrink: float = 1.0) -> Image.Image:
+def resized_crop(pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1) -> Image.Image:
     """The part `crop` at size x size pixels, bicubic with antialiasing, as Pillow does it.
 
     Args:
       pixels: uint8 [H, W, 3].
       crop: within the image at its full size.
       size: side of the result.
-      shrink: full size / size of `pixels`; at 1 the result is that of Pillow's `crop`, `resize`.
+      shrink: pixels of the image at its full size for one of `pixels`; at 1 the result is that of
+        Pillow's `crop` and `resize`.
     """
     top, left = crop.top / shrink, crop.left / shrink
     bottom, right = top + crop.height / shrink, left + crop.width / shrink

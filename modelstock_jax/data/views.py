@@ -25,8 +25,8 @@ class TrainView:
       flip: left and right, half of the times.
       randaugment_ops: RandAugment's N; 0 turns it off.
       randaugment_magnitude: RandAugment's M, 0 to 30.
-      scaled_decode: lets the JPEG decoder shrink an image that has at least twice the pixels
-        that the result needs. Faster, antialiased, but not Pillow's numbers to the bit.
+      scaled_decode: lets the JPEG decoder shrink an image of which much more is stored than the
+        result needs (`crops.largest_shrink`). Faster, but not Pillow's numbers to the bit.
 
     Raises:
       UserError: a value out of its range.
@@ -87,7 +87,9 @@ class TrainView:
         crop = random_crop(rng, height, width, self.crop_area, self.crop_ratio)
         shrink = largest_shrink(crop, self.size) if self.scaled_decode else 1
         pixels = decode(stored, shrink)
-        image = resized_crop(pixels, crop, self.size, height / pixels.shape[0])
+        # Not a ratio of heights: a shrunk JPEG's last row may stand for fewer rows.
+        shrink = shrink if pixels.shape[0] < height else 1
+        image = resized_crop(pixels, crop, self.size, shrink)
         if rng.random() < 0.5 and self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment_ops:

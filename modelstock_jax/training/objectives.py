@@ -7,6 +7,7 @@ at random, so that the parts do not change it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,18 +25,23 @@ def cross_entropy(
 ) -> Loss:
     """Softmax cross-entropy of a classifier, averaged over the batch.
 
-    loss = -mean_b sum_k y_bk log softmax(logits_b)_k, y = (1 - s) onehot + s / K.
+    loss = -mean_b sum_k y_bk log softmax(logits_b)_k, y = (1 - s) onehot + s / K. Of a batch with
+    "other_label" and "share" (`augment.mixup`), onehot is the blend of both labels' in that share.
 
     Args:
       apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      normalize: images uint8 [B, H, W, 3] -> images float.
+      normalize: images of 0 to 255 [B, H, W, 3] -> images float.
       label_smoothing: s, in [0, 1).
     """
 
     def loss_fn(params, batch):
         logits = apply(params, normalize(batch["image"]))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        target = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
+        one_hot = partial(jax.nn.one_hot, num_classes=logits.shape[-1], dtype=logits.dtype)
+        target = one_hot(batch["label"])
+        if "share" in batch:
+            share = batch["share"][:, None].astype(logits.dtype)
+            target = share * target + (1 - share) * one_hot(batch["other_label"])
         target = optax.smooth_labels(target, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, target).mean()
         accuracy = 100 * (logits.argmax(-1) == batch["label"]).mean(dtype=logits.dtype)

@@ -1,0 +1,135 @@
+"""The cache of decoded images: what was decoded, once, whole, and of this source."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from modelstock_jax.data import cache as cache_module
+from modelstock_jax.data.cache import CachedImages, write_cache
+from modelstock_jax.data.crops import resize_short_side
+from modelstock_jax.data.decode import Unreadable, decode
+from modelstock_jax.data.pipeline import eval_batches, train_batches
+from modelstock_jax.data.reader import Loading
+from modelstock_jax.data.views import TrainView
+from modelstock_jax.errors import UserError
+from tests.data.photographs import InMemory, encode, opened, photograph, small_set
+
+SOURCE = InMemory([*small_set(9).images, photograph(), encode(opened(photograph("flower")))])
+
+
+@pytest.fixture(autouse=True)
+def _parts_of_four(monkeypatch):
+    monkeypatch.setattr(cache_module, "_A_PART", 4)
+
+
+def test_holds_what_decoding_and_resizing_give(tmp_path):
+    cached = write_cache(SOURCE, tmp_path / "cache", short_side=128)
+    assert len(cached) == 11
+    for index in range(9):  # smaller than that: as they are
+        np.testing.assert_array_equal(cached[index], decode(SOURCE[index]))
+    for index in (9, 10):
+        expected = np.asarray(resize_short_side(decode(SOURCE[index]), 128))
+        assert expected.shape == (128, 191, 3)
+        np.testing.assert_array_equal(cached[index], expected)
+    cached.verify()
+    again = pickle.loads(pickle.dumps(CachedImages(tmp_path / "cache")))
+    np.testing.assert_array_equal(again[10], cached[10])
+    np.testing.assert_array_equal(again.select(np.array([10]))[0], cached[10])
+    assert "image 3" in cached.name(3)
+
+
+def test_batches_are_those_of_the_images_where_nothing_is_resized(tmp_path):
+    image_set = small_set(9)
+    cached = dataclasses.replace(image_set, images=write_cache(image_set.images, tmp_path / "c"))
+    options = {"batch_size": 4, "seed": 0, "num_replicas": 2, "view": TrainView(16, (0.5, 1.0))}
+    for one, other in itertools.islice(
+        zip(train_batches(image_set, **options), train_batches(cached, **options), strict=True), 3
+    ):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+    for one, other in zip(
+        eval_batches(image_set, 4, image_size=16),
+        eval_batches(cached, 4, image_size=16),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one["image"], other["image"])
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    decoded = []
+
+    def slow(stored):
+        if len(decoded) == 6:
+            raise KeyboardInterrupt
+        decoded.append(stored)
+        return decode(stored)
+
+    monkeypatch.setattr(cache_module, "decode", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(SOURCE, tmp_path / "cache", threads=1)
+    with pytest.raises(UserError, match="2 of 3 parts are missing; the command that began"):
+        CachedImages(tmp_path / "cache")
+    decoded[:] = [None] * 100
+    cached = write_cache(SOURCE, tmp_path / "cache", threads=1)
+    assert len(decoded) == 100 + 7  # the first part is not written again
+    np.testing.assert_array_equal(cached[0], decode(SOURCE[0]))
+    np.testing.assert_array_equal(cached[8], decode(SOURCE[8]))
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    decoded[:] = [None] * 100
+    write_cache(SOURCE, tmp_path / "cache")
+    assert len(decoded) == 100
+
+
+def test_another_source_or_size_is_refused(tmp_path):
+    write_cache(SOURCE, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"short_side differ.*new directory"):
+        write_cache(SOURCE, tmp_path / "cache", short_side=128)
+    with pytest.raises(UserError, match=r"\(source differ"):
+        write_cache(SOURCE.select(np.arange(11)[::-1]), tmp_path / "cache")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else in it"):
+        write_cache(SOURCE, tmp_path / "thesis")
+
+
+def test_damage_is_found(tmp_path):
+    cached = write_cache(SOURCE, tmp_path / "cache")
+    pixels = tmp_path / "cache" / "part-00001.images"
+    good = pixels.read_bytes()
+    pixels.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    with pytest.raises(UserError, match=r"part-00001.images: image 4 is damaged; remove .*npy"):
+        cached.verify()
+    pixels.write_bytes(good[:-1])
+    with pytest.raises(UserError, match=f"should have {len(good)} bytes"):
+        CachedImages(tmp_path / "cache")
+    (tmp_path / "cache" / "part-00001.npy").unlink()
+    write_cache(SOURCE, tmp_path / "cache").verify()
+    facts = tmp_path / "cache" / "cache.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": 2}))
+    with pytest.raises(UserError, match="not a cache of this version"):
+        CachedImages(tmp_path / "cache")
+    with pytest.raises(UserError, match="no such file"):
+        CachedImages(tmp_path)
+
+
+def test_an_unreadable_image_is_named_or_keeps_an_empty_place(tmp_path):
+    damaged = small_set(6, damaged=(4,))
+    with pytest.raises(UserError, match="memory/4.JPEG: image 4 cannot be decoded"):
+        write_cache(damaged.images, tmp_path / "one")
+    cached = write_cache(damaged.images, tmp_path / "two", unreadable="skip")
+    cached.verify()
+    with pytest.raises(Unreadable, match="when the cache was written"):
+        cached[4]
+    np.testing.assert_array_equal(cached[5], decode(damaged.images[5]))
+    image_set = dataclasses.replace(damaged, images=cached)
+    options = {"batch_size": 6, "seed": 0, "num_replicas": 1, "view": TrainView(16)}
+    with pytest.raises(UserError, match=r"image 4 cannot be decoded \(it could not be decoded"):
+        next(train_batches(image_set, **options))
+    batch = next(train_batches(image_set, loading=Loading(unreadable="skip"), **options))
+    assert sorted(batch["label"][0].tolist()) == [0, 1, 2, 3, 5, 5]

@@ -1,0 +1,108 @@
+"""Decoding: Pillow's numbers, whatever the file is."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modelstock_jax.data import decode as decode_module
+from modelstock_jax.data.decode import Unreadable, decode, image_size
+from tests.data.photographs import encode, opened, photograph
+
+
+@cache
+def kinds() -> dict[str, bytes]:
+    """What ImageNet's files called .JPEG are."""
+    image = opened(photograph()).crop((100, 100, 281, 221))
+    return {
+        "photograph": photograph(),
+        "420": encode(image, quality=90),
+        "444": encode(image, quality=90, subsampling=0),
+        "422": encode(image, quality=90, subsampling=1),
+        "progressive": encode(image, progressive=True),
+        "grey": encode(image.convert("L")),
+        "cmyk": encode(image.convert("CMYK")),
+        "png": encode(image, "PNG"),
+        "palette": encode(image.quantize(16), "PNG"),
+        "alpha": encode(image.convert("RGBA"), "PNG"),
+        "webp": encode(image, "WEBP"),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_equals_pillow_bit_for_bit(kind):
+    stored = kinds()[kind]
+    pixels = decode(stored)
+    assert pixels.dtype == np.uint8 and pixels.shape == (*image_size(stored), 3)
+    np.testing.assert_array_equal(pixels, np.asarray(opened(stored)))
+
+
+def test_jpegs_do_not_go_through_pillow(monkeypatch):
+    def no_pillow(stored):
+        raise AssertionError("slow")
+
+    monkeypatch.setattr(decode_module, "_open", no_pillow)
+    for kind in ("photograph", "progressive", "grey"):
+        decode(kinds()[kind])
+    with pytest.raises(AssertionError, match="slow"):
+        decode(kinds()["cmyk"])
+
+
+def test_an_orientation_is_not_applied_as_in_image_folder():
+    image = opened(photograph())
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned = encode(image, exif=exif, quality=95)
+    assert Image.open(io.BytesIO(turned)).getexif()[0x0112] == 6
+    assert decode(turned).shape == (427, 640, 3)
+    np.testing.assert_array_equal(decode(turned), np.asarray(opened(turned)))
+
+
+def test_sixteen_bits_keep_their_high_byte():
+    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    pixels = decode(encode(Image.fromarray(grey), "PNG"))
+    np.testing.assert_array_equal(pixels[..., 1], grey // 256)
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+def test_a_shrunk_jpeg_is_the_mean_of_its_pixels(shrink):
+    pixels = decode(photograph(), shrink)
+    assert pixels.shape == (-(-427 // shrink), -(-640 // shrink), 3)
+    height, width = 427 // shrink * shrink, 640 // shrink * shrink
+    whole = np.asarray(opened(photograph()), float)[:height, :width]
+    boxes = whole.reshape(height // shrink, shrink, width // shrink, shrink, 3).mean((1, 3))
+    difference = pixels[: height // shrink, : width // shrink] - boxes
+    # The decoder keeps the low frequencies of a block, which is not quite the mean: 3 grey levels
+    # of 255 on average, where a shift by one pixel of the result makes 10 and more.
+    assert np.abs(difference).mean() < 3
+
+
+def test_what_only_pillow_puts_up_with_is_read_as_pillow_reads_it():
+    damaged = bytearray(photograph())
+    middle = len(damaged) // 2
+    damaged[middle : middle + 40] = bytes(40)  # broken codes: libjpeg warns and goes on
+    np.testing.assert_array_equal(decode(bytes(damaged)), np.asarray(opened(bytes(damaged))))
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (photograph()[:50_000], "truncated"),
+        (photograph()[:100], "Truncated File Read|cannot identify"),
+        (kinds()["png"][:20_000], "truncated"),
+        (b"<html>404</html>", "not an image in a known format"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_no_whole_image_is_refused(stored, message):
+    with pytest.raises(Unreadable, match=message):
+        decode(stored)
+
+
+def test_pixels_pass():
+    pixels = np.zeros((3, 5, 3), np.uint8)
+    assert decode(pixels, shrink=4) is pixels and image_size(pixels) == (3, 5)

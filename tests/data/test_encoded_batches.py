@@ -1,0 +1,201 @@
+"""Batches of encoded images: functions of (seed, replica, epoch, index), whoever reads them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.pipeline import epoch_order, eval_batches, train_batches
+from modelstock_jax.data.reader import Loading, example_rng
+from modelstock_jax.data.views import EvalView, TrainView
+from modelstock_jax.errors import UserError
+from tests.data.photographs import small_set
+
+VIEW = TrainView(16, (0.3, 1.0), flip=True, randaugment_ops=1, randaugment_magnitude=15)
+SET = small_set(23)
+ONE = Loading(threads=1)
+
+
+def batches(steps=4, image_set=SET, **options):
+    """{name: [steps, R, B, ...]} of the first batches."""
+    usual = {"batch_size": 4, "seed": 0, "num_replicas": 2, "view": VIEW, "loading": ONE}
+    drawn = list(itertools.islice(train_batches(image_set, **usual | options), steps))
+    return {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
+
+
+def assert_equal(one, other):
+    assert set(one) == set(other) == {"image", "label"}
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_each_image_is_the_view_of_its_own_random_numbers():
+    drawn = batches(steps=7)  # five steps an epoch
+    assert drawn["image"].shape == (7, 2, 4, 16, 16, 3) and drawn["image"].dtype == np.uint8
+    assert drawn["label"].shape == (7, 2, 4) and drawn["label"].dtype == np.int32
+    for step, replica in itertools.product(range(7), range(2)):
+        epoch, within = divmod(step, 5)
+        indices = epoch_order(0, replica, epoch, 23)[4 * within : 4 * within + 4]
+        np.testing.assert_array_equal(drawn["label"][step, replica], indices)
+        for place, index in enumerate(indices.tolist()):
+            expected = VIEW(SET.images[index], example_rng((0, replica, epoch), index))
+            np.testing.assert_array_equal(drawn["image"][step, replica, place], expected)
+
+
+def test_views_differ_between_seeds_replicas_epochs_and_examples():
+    keys = list(itertools.product(range(3), repeat=4))
+    first = {example_rng(key[:3], key[3]).random() for key in keys}
+    assert len(first) == len(keys)
+    # The order of an epoch draws from numbers of its own.
+    assert np.random.default_rng((0, 0, 0)).random() not in first
+
+
+def test_random_numbers_stay_what_they_are():
+    # A run that goes on under a new version must see what it would have seen.
+    assert example_rng((1, 2, 3), 4).random() == pytest.approx(0.6650591, abs=1e-7)
+
+
+@settings(max_examples=15, deadline=None)
+@given(start=st.integers(0, 12), seed=st.integers(0, 2**40), threads=st.integers(1, 4))
+def test_resume_at_any_step_equals_uninterrupted(start, seed, threads):
+    whole = batches(steps=start + 2, seed=seed)
+    resumed = batches(steps=2, seed=seed, start_step=start, loading=Loading(threads=threads))
+    assert_equal(resumed, {name: values[start:] for name, values in whole.items()})
+
+
+@settings(max_examples=8, deadline=None)
+@given(processes=st.sampled_from([1, 2, 4]), start=st.integers(0, 6))
+def test_hosts_see_their_parts_of_one_batch(processes, start):
+    parts = [
+        batches(2, start_step=start, process_index=index, process_count=processes)
+        for index in range(processes)
+    ]
+    joined = {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+    assert_equal(joined, batches(2, start_step=start))
+
+
+# Each process imports for seconds.
+WITH_WORKERS = pytest.param(2, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("workers", [0, WITH_WORKERS])
+def test_a_damaged_image_is_named(workers):
+    stream = train_batches(
+        small_set(8, damaged=(5,)),
+        batch_size=8,
+        seed=0,
+        num_replicas=1,
+        view=VIEW,
+        loading=Loading(workers=workers),
+    )
+    with pytest.raises(UserError, match=r"memory/5.JPEG: image 5 cannot be decoded"):
+        next(stream)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.slow
+def test_worker_processes_change_nothing(workers):
+    some = small_set(23, damaged=(3,))
+    whole = batches(9, some, loading=Loading(threads=2, unreadable="skip"))
+    for start in (0, 2):
+        loading = Loading(workers=workers, threads=2, unreadable="skip")
+        worked = batches(9 - start, some, start_step=start, loading=loading)
+        assert_equal(worked, {name: values[start:] for name, values in whole.items()})
+
+
+def test_a_damaged_image_is_replaced_by_the_next_and_reported_once(caplog):
+    damaged = small_set(8, damaged=(2, 3, 7))
+    options = {"batch_size": 8, "seed": 0, "num_replicas": 2, "view": VIEW}
+    stream = train_batches(damaged, loading=Loading(unreadable="skip"), **options)
+    with caplog.at_level(logging.WARNING):
+        drawn = [next(stream) for _ in range(3)]
+    stand_ins = {2: 4, 3: 4, 7: 0}
+    for epoch, batch in enumerate(drawn):
+        order = epoch_order(0, 1, epoch, 8).tolist()
+        assert batch["label"][1].tolist() == [stand_ins.get(i, i) for i in order]
+    assert stream.unreadable == {2, 3, 7} and len(caplog.records) == 3
+    assert "memory/2.JPEG" in caplog.text and "3 such so far" in caplog.text
+    # What takes its place is not the view that it has for itself.
+    images, order = drawn[0]["image"][1], epoch_order(0, 1, 0, 8).tolist()
+    assert not np.array_equal(images[order.index(2)], images[order.index(4)])
+
+
+def test_a_set_without_a_readable_image_is_an_error():
+    none = small_set(2, damaged=(0, 1))
+    options = {"seed": 0, "view": VIEW, "loading": Loading(unreadable="skip")}
+    with pytest.raises(UserError, match="none of the 2 images"):
+        next(train_batches(none, batch_size=2, num_replicas=1, **options))
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(0, 9), parts=st.integers(1, 4), processes=st.integers(1, 3))
+def test_evaluation_counts_every_readable_image_once(count, parts, processes):
+    image_set = small_set(count, damaged=(1, 4))
+    seen, steps = [], set()
+    for index in range(processes):
+        drawn = list(
+            eval_batches(
+                image_set,
+                parts * processes,
+                process_index=index,
+                process_count=processes,
+                image_size=16,
+                loading=Loading(threads=1, unreadable="skip"),
+            )
+        )
+        steps.add(len(drawn))
+        for batch in drawn:
+            assert set(batch) == {"image", "label", "mask"}
+            assert batch["image"].shape == (parts, 16, 16, 3)
+            assert (batch["image"][~batch["mask"]] == 0).all()
+            assert (batch["label"][~batch["mask"]] == 0).all()
+            for image, label in zip(
+                batch["image"][batch["mask"]], batch["label"][batch["mask"]], strict=True
+            ):
+                np.testing.assert_array_equal(image, EvalView(16)(image_set.images[label], None))
+                seen.append(int(label))
+    assert sorted(seen) == [number for number in range(count) if number not in (1, 4)]
+    assert steps == {-(-count // (parts * processes))}
+
+
+def test_evaluation_names_a_damaged_image_and_cuts_the_border():
+    with pytest.raises(UserError, match="memory/1.JPEG: image 1"):
+        list(eval_batches(small_set(3, damaged=(1,)), 2, image_size=16))
+    bordered = ImageSet("objects", SET.images, SET.labels, crop_border=2)
+    (batch, *_) = eval_batches(bordered, 4, image_size=16)
+    np.testing.assert_array_equal(batch["image"][1], EvalView(16, 2)(SET.images[1], None))
+
+
+def test_a_closed_stream_ends():
+    stream = train_batches(SET, batch_size=4, seed=0, num_replicas=1, view=VIEW, loading=ONE)
+    next(stream)
+    stream.close()
+    assert next(stream, None) is None
+    stream.close()
+
+
+def test_encoded_images_need_a_size():
+    with pytest.raises(UserError, match="small: encoded images need a size"):
+        train_batches(SET, batch_size=4, seed=0, num_replicas=1)
+    with pytest.raises(UserError, match="small: encoded images need a size"):
+        eval_batches(SET, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threads": -1}, "threads is -1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"prefetch": 0}, "prefetch is 0"),
+        ({"unreadable": "ignore"}, "choose 'error' or 'skip'"),
+    ],
+)
+def test_loading_refuses(change, message):
+    with pytest.raises(UserError, match=message):
+        Loading(**change)

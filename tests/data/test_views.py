@@ -1,0 +1,243 @@
+"""What the model sees: crops by torchvision's rule, Pillow's pixels, RandAugment's operations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image, ImageEnhance, ImageOps
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from modelstock_jax.data.crops import Crop, central, largest_shrink, random_crop, resized_crop
+from modelstock_jax.data.decode import Unreadable
+from modelstock_jax.data.rand_augment import OPERATIONS, rand_augment
+from modelstock_jax.data.views import EvalView, TrainView
+from modelstock_jax.errors import UserError
+from tests.data.photographs import opened, photograph
+
+RATIO = (3 / 4, 4 / 3)
+PHOTOGRAPH = opened(photograph())
+SMALL = PHOTOGRAPH.resize((96, 64), Image.Resampling.BICUBIC)
+
+
+class Given:
+    """A generator whose numbers are given, each row for one try of a crop."""
+
+    def __init__(self, *rows):
+        self._rows = rows
+
+    def random(self, shape):
+        return np.resize(np.array(self._rows, float), shape)
+
+
+def by_torchvision(height, width, area, ratio, rows):
+    """The documented rule of RandomResizedCrop.get_params, one try after the other."""
+    for a, r, top, left in rows:
+        target = height * width * (area[0] + (area[1] - area[0]) * a)
+        aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * r)
+        w, h = int(round(math.sqrt(target * aspect))), int(round(math.sqrt(target / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            return Crop(int(top * (height - h + 1)), int(left * (width - w + 1)), h, w)
+    if width / height < ratio[0]:
+        w, h = width, int(round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w, h = int(round(height * ratio[1])), height
+    else:
+        w, h = width, height
+    return Crop((height - h) // 2, (width - w) // 2, h, w)
+
+
+@pytest.mark.parametrize("area", [(0.9, 1.0), (0.08, 1.0), (1.0, 1.0)])
+def test_crops_follow_torchvisions_rule(area):
+    rng = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(300):
+        height, width = rng.integers(1, 700, 2).tolist()
+        rows = rng.random((10, 4))
+        crop = random_crop(Given(*rows), height, width, area, RATIO)
+        assert crop == by_torchvision(height, width, area, RATIO, rows)
+        assert crop.top >= 0 and crop.top + crop.height <= height
+        assert crop.left >= 0 and crop.left + crop.width <= width
+        kinds.add(crop.height * crop.width < area[0] * height * width * 0.98)
+    # Some images are too long for any such crop, and then less than the least area is seen.
+    assert kinds == {True, False} or area[0] == 0.08
+
+
+def test_crops_have_the_stated_areas_shapes_and_places():
+    rng = np.random.default_rng(1)
+    crops = np.array([random_crop(rng, 400, 400, (0.08, 1.0), RATIO) for _ in range(4000)])
+    top, left, height, width = crops.T
+    areas, ratios = height * width / 400**2, width / height
+    assert 0.078 < areas.min() < 0.09 and areas.max() > 0.95  # sides are rounded to pixels
+    assert ratios.min() > 0.74 and ratios.max() < 1.35
+    # A square holds every crop below 3/4 of its area: there all areas are equally likely. The
+    # share below the middle, 0.415, has a standard deviation of 0.01.
+    below = areas[areas < 0.75]
+    assert abs((below < 0.415).mean() - 0.5) < 0.04
+    free = (400 - height) > 50
+    places = top[free] / (400 - height[free])
+    assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.02 and places.max() > 0.98
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 427, 640), (11, 23, 301, 402), (100, 300, 60, 80)])
+def test_a_resized_crop_is_pillows(crop):
+    crop = Crop(*crop)
+    expected = PHOTOGRAPH.crop(
+        (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    ).resize((224, 224), Image.Resampling.BICUBIC)
+    result = resized_crop(np.asarray(PHOTOGRAPH), crop, 224)
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
+
+
+def test_the_resize_is_antialiased():
+    stripes = np.zeros((224 * 4, 224 * 4, 3), np.uint8)
+    stripes[:, ::2] = 255
+    result = np.asarray(resized_crop(stripes, Crop(0, 0, 896, 896), 224))
+    # Grey, but for the ringing at the border; without antialiasing, black and white.
+    assert result.min() > 110 and result.max() < 146
+
+
+def test_a_jpeg_is_shrunk_only_where_enough_pixels_remain():
+    sides = (50, 399, 400, 799, 800, 1600)
+    assert [largest_shrink(Crop(0, 0, side, 2000), 100) for side in sides] == [1, 1, 2, 2, 4, 8]
+
+
+def test_a_view_of_a_shrunk_jpeg_is_the_same_view():
+    whole, shrunk = (TrainView(48, (0.9, 1.0), scaled_decode=s) for s in (False, True))
+    for seed in range(5):
+        one, other = (
+            view(photograph(), np.random.default_rng(seed)).astype(float)
+            for view in (whole, shrunk)
+        )
+        assert (one != other).any()
+        # Two ways of antialiasing: 0.7 grey levels apart on average. If the shrink is taken for
+        # the ratio of the heights, 3.99, it is 1.7.
+        assert np.abs(one - other).mean() < 1
+
+
+def test_evaluation_equals_clips_own_processor():
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 224},
+        crop_size={"height": 224, "width": 224},
+        do_rescale=False,
+        do_normalize=False,
+    )
+    for box in ((0, 0, 640, 427), (0, 0, 401, 427), (5, 5, 380, 400), (0, 0, 101, 300)):
+        image = PHOTOGRAPH.crop(box)
+        (expected,) = processor(images=image, return_tensors="np")["pixel_values"]
+        result = EvalView(224)(np.asarray(image), None)
+        np.testing.assert_array_equal(result, expected.transpose(1, 2, 0))
+
+
+def test_a_border_is_cut_before_anything_else():
+    pixels = np.asarray(PHOTOGRAPH)
+    framed = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+    result = EvalView(64, border=2)(framed, None)
+    np.testing.assert_array_equal(result, central(pixels, 64))
+    with pytest.raises(Unreadable, match="nothing within a border of 2"):
+        EvalView(64, border=2)(np.zeros((4, 9, 3), np.uint8), None)
+
+
+def test_a_flip_does_not_change_the_crop():
+    views = [TrainView(32, flip=flip) for flip in (False, True)]
+    flipped = 0
+    for seed in range(40):
+        straight, maybe = (v(photograph(), np.random.default_rng(seed)) for v in views)
+        assert (maybe == straight).all() or (maybe == straight[:, ::-1]).all()
+        flipped += not (maybe == straight).all()
+    assert 10 < flipped < 30
+
+
+def affine(*matrix):
+    return lambda: SMALL.transform(
+        SMALL.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST
+    )
+
+
+# torchvision's table at magnitude 20 of 30, by hand; both signs, positive first.
+AT_20 = {
+    "identity": [lambda: SMALL],
+    "shear_x": [affine(1, 0.2, 0, 0, 1, 0), affine(1, -0.2, 0, 0, 1, 0)],
+    "shear_y": [affine(1, 0, 0, 0.2, 1, 0), affine(1, 0, 0, -0.2, 1, 0)],
+    "translate_x": [affine(1, 0, -29, 0, 1, 0), affine(1, 0, 29, 0, 1, 0)],  # 150/331 * 96 * 2/3
+    "translate_y": [affine(1, 0, 0, 0, 1, -19), affine(1, 0, 0, 0, 1, 19)],
+    "rotate": [lambda: SMALL.rotate(20), lambda: SMALL.rotate(-20)],
+    "posterize": [lambda: ImageOps.posterize(SMALL, 5)],  # 8 - round(4 * 2/3)
+    "solarize": [lambda: ImageOps.solarize(SMALL, 85)],  # 255 / 3
+    "autocontrast": [lambda: ImageOps.autocontrast(SMALL)],
+    "equalize": [lambda: ImageOps.equalize(SMALL)],
+} | {
+    kind.lower(): [lambda e=e: e(SMALL).enhance(1.6), lambda e=e: e(SMALL).enhance(0.4)]
+    for kind, e in (
+        ("Brightness", ImageEnhance.Brightness),
+        ("Color", ImageEnhance.Color),
+        ("Contrast", ImageEnhance.Contrast),
+        ("Sharpness", ImageEnhance.Sharpness),
+    )
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_pillows_at_torchvisions_strength(name):
+    which = (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
+    for expected, sign in zip(AT_20[name], (0.7, 0.2), strict=False):
+        result = rand_augment(Given([which, sign]), SMALL, 1, 20)
+        difference = np.asarray(result, int) - np.asarray(expected(), int)
+        # The factors 1.6 and 0.4 are sums of floats: their last bit may round a pixel elsewhere.
+        assert np.abs(difference).max() <= (1 if OPERATIONS[name].strongest == 0.9 else 0)
+
+
+def test_operations_follow_one_another_and_are_all_drawn():
+    rows = [(0.5 + list(OPERATIONS).index(name)) / 14 for name in ("solarize", "posterize")]
+    both = rand_augment(Given([rows[0], 0], [rows[1], 0]), SMALL, 2, 20)
+    expected = ImageOps.posterize(ImageOps.solarize(SMALL, 85), 5)
+    assert both.tobytes() == expected.tobytes()
+    rng = np.random.default_rng(0)
+    results = {rand_augment(rng, SMALL, 1, 15).tobytes() for _ in range(300)}
+    assert len(results) == len(AT_20) + 9  # nine of the fourteen with two signs
+
+
+def test_magnitude_zero_changes_almost_nothing():
+    still = set(OPERATIONS) - {"solarize", "autocontrast", "equalize"}
+    for name in still:
+        which = (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
+        assert rand_augment(Given([which, 0]), SMALL, 1, 0).tobytes() == SMALL.tobytes()
+
+
+def test_a_view_is_a_function_of_its_random_numbers():
+    view = TrainView(48, (0.08, 1.0), flip=True, randaugment_ops=2, randaugment_magnitude=15)
+    first = view(photograph(), np.random.default_rng(3))
+    assert first.shape == (48, 48, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, view(photograph(), np.random.default_rng(3)))
+    assert not np.array_equal(first, view(photograph(), np.random.default_rng(4)))
+
+
+def test_a_view_of_the_config():
+    config = ConfigDict(
+        {
+            "crop_area": (0.08, 1.0),
+            "crop_ratio": (0.5, 2.0),
+            "flip": True,
+            "randaugment_ops": 2,
+            "randaugment_magnitude": 10,
+            "mixup": 0.4,
+        }
+    )
+    assert TrainView.of(config, 224) == TrainView(224, (0.08, 1.0), (0.5, 2.0), True, 2, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_area": (0.0, 1.0)}, r"crop_area is \(0.0, 1.0\)"),
+        ({"crop_area": (0.5, 1.1)}, "up to 1"),
+        ({"crop_ratio": (2.0, 0.5)}, "the smaller one first"),
+        ({"randaugment_ops": -1}, "randaugment_ops is -1"),
+        ({"randaugment_magnitude": 31}, "between 0 and 30"),
+    ],
+)
+def test_a_view_refuses(change, message):
+    with pytest.raises(UserError, match=message):
+        TrainView(224, **change)
