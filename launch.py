@@ -1,5 +1,6 @@
 """Trains, merges and evaluates: `python launch.py --config=configs/glyphs.py --workdir=DIR`.
 
+With --dry-run it says what that takes and what is missing, and trains nothing.
 Evaluates any checkpoint: `python launch.py --mode=eval --checkpoint=DIR`.
 """
 
@@ -13,12 +14,18 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "runs/glyphs", "Where everything of the run is written.")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
 flags.DEFINE_string("checkpoint", None, "With --mode=eval: a checkpoint's directory.")
+flags.DEFINE_bool("dry-run", False, "Print sizes, memory and what is missing; exit 1 if any is.")
 
 
-def define_config() -> None:
-    """Defines --config and its overrides; a misspelt key names its neighbours."""
+def parse(argv: list[str]) -> list[str]:
+    """absl's flags and --config with its overrides; a mistake is one line."""
     try:
         config_flags.DEFINE_config_file("config", "configs/glyphs.py", "The experiment.")
+        return FLAGS(argv)
+    except flags.Error as error:  # A config file that raises brings its traceback.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        flag = lines[0].split(": Error whilst")[0] + ": " if len(lines) > 1 else ""
+        sys.exit(f"error: {flag}{lines[-1].split('Error: ')[-1]}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
         sys.exit(f"error: --config has no such option: {reason}")
@@ -39,6 +46,8 @@ def main(argv: list[str]) -> None:
     try:
         if FLAGS.mode == "eval":
             experiment.evaluate_checkpoint(FLAGS.config, FLAGS.checkpoint)
+        elif FLAGS["dry-run"].value:
+            sys.exit(1 if experiment.dry_run(FLAGS.config, FLAGS.workdir) else 0)
         else:
             experiment.run(FLAGS.config, FLAGS.workdir, shlex.join(["python", *sys.argv]))
     except UserError as error:
@@ -46,5 +55,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_config()
-    app.run(main)
+    app.run(main, flags_parser=parse)

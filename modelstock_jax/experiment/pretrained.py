@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,16 +11,35 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.clip import weights
 from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig
+from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
 from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.clip.zero_shot import tokenize
+from modelstock_jax.clip.tokenizer import tokenize
 from modelstock_jax.data import glyphs
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.pretrain import pretraining_batches, pretraining_task
 from modelstock_jax.training.programs import Programs
 
 _DATA = Path(glyphs.__file__).parent
 BUNDLED = {"glyph-clip": _DATA / "clip"}
+_WIDE_VISION = VisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+)
+_WIDE_TEXT = TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+# Sizes (Radford et al. 2021, table 20) of models whose files need not be here to plan a run.
+PUBLISHED = {
+    "openai/clip-vit-base-patch32": CLIPConfig(),
+    "openai/clip-vit-base-patch16": CLIPConfig(VisionConfig(patch_size=16)),
+    "openai/clip-vit-large-patch14": CLIPConfig(_WIDE_VISION, _WIDE_TEXT, 768),
+    "openai/clip-vit-large-patch14-336": CLIPConfig(
+        dataclasses.replace(_WIDE_VISION, image_size=336), _WIDE_TEXT, 768
+    ),
+}
 
 
 def open_pretrained(name: str) -> Checkpoint:
@@ -29,6 +49,54 @@ def open_pretrained(name: str) -> Checkpoint:
       UserError: if there is no such directory, or it is not a whole CLIP checkpoint.
     """
     return weights.load(BUNDLED.get(name, name))
+
+
+def sizes(name: str) -> CLIPConfig:
+    """Sizes of the model that `config.pretrained` names; no weight is read.
+
+    Raises:
+      UserError: if the model is neither here nor one of those whose sizes are known by name.
+    """
+    directory = _here(name)
+    if directory is None:
+        if name in PUBLISHED:
+            return PUBLISHED[name]
+        raise UserError(f"{missing_checkpoint(name)[0]}; its sizes are not known without it")
+    path = directory / "config.json"
+    if not path.is_file():
+        return open_pretrained(name).config  # Another layout says them elsewhere.
+    try:
+        return CLIPConfig.from_dict(read_json(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def missing_checkpoint(name: str) -> list[str]:
+    """What stands between `config.pretrained` and its weights, with the way out; none if here."""
+    directory = _here(name)
+    if directory is not None:
+        if any(directory.glob("*.safetensors")):
+            return []
+        return [f"pretrained={name}: {directory} has no .safetensors file; fetch it again"]
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        repository, _, revision = name.partition("@")
+        command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+        return [f"pretrained={name}: not on this machine; `{command}` fetches it, or the run does"]
+    return [f"pretrained={name}: no such directory; give a checkpoint's, or a name on the hub"]
+
+
+def _here(name: str) -> Path | None:
+    """The checkpoint's directory, where it need not be fetched first."""
+    path = Path(BUNDLED.get(name, name))
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download  # Half a second: only for names on the hub.
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def pretrain(config: ConfigDict, workdir: Path) -> Path:

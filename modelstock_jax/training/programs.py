@@ -52,6 +52,9 @@ class Programs:
     Attributes:
       task: what is trained.
       mesh: the mesh ("replica", "data").
+      whole: the sharding of what every device holds a copy of.
+      abstract_state: shapes, dtypes and places of the training state.
+      abstract_anchor: those of the anchor.
       step: (state, batch) -> (state, metrics); the state is donated.
     """
 
@@ -70,17 +73,20 @@ class Programs:
             accumulate_steps=config.accumulate_steps,
         )
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps)
-        self._whole = sharding.whole_sharding(self.mesh)
+        self.whole = sharding.whole_sharding(self.mesh)
         merges = [
             make_merge(config.merge, self._tx, task.num_heads, last=last) for last in (False, True)
         ]
         # The last merge differs from the others only in the noise that it may have to shrink.
         self._merges = merges if config.merge.carry_noise != "off" else merges[:1]
-        self._abstract = abstract = jax.eval_shape(self._init, task.params, 0)
+        state = jax.eval_shape(self._init, task.params, 0)
         # A merge unit's mistake would show hours later, at the first merge.
         if config.num_replicas > 1:
-            jax.eval_shape(self._merges[0], task.params, abstract)
-        self._shardings = sharding.state_sharding(self.mesh, abstract)
+            jax.eval_shape(self._merges[0], task.params, state)
+        self._shardings = sharding.state_sharding(self.mesh, state)
+        self.abstract_state = _placed(state, self._shardings)
+        whole = jax.tree.map(lambda _: self.whole, task.params)
+        self.abstract_anchor = _placed(task.params, whole)
         self._start = jax.jit(self._init, out_shardings=self._shardings)
         self.step = jax.jit(
             make_train_step(
@@ -98,7 +104,7 @@ class Programs:
     @cached_property
     def anchor(self) -> PyTree:
         """The task's weights, a copy on every device."""
-        return jax.device_put(self.task.params, self._whole)
+        return jax.device_put(self.task.params, self.whole)
 
     def start(self, seed: int) -> TrainState:
         """Every replica at the anchor, with the random keys of this seed."""
@@ -111,26 +117,31 @@ class Programs:
             jax.jit(
                 merge,
                 donate_argnums=1,
-                out_shardings=(self._shardings, self._whole, self._whole),
+                out_shardings=(self._shardings, self.whole, self.whole),
             )
             for merge in self._merges
         ]
         return {False: compiled[0], True: compiled[-1]}
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.stages.Lowered]:
-        """The step and the merge for shapes alone: no memory is spent.
+        """The step, and the merge where replicas merge, for shapes alone: no memory is spent.
 
         Args:
-          batch: shapes [R, B, ...] and dtypes of a step's batch.
+          batch: placed shapes [R, B, ...] and dtypes, as `abstract_batch` gives them.
         """
-        batch = _placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch))
-        params = self.task.params
-        anchor = _placed(params, jax.tree.map(lambda _: self._whole, params))
-        state = _placed(self._abstract, self._shardings)
-        return {
-            "step": self.step.lower(state, batch),
-            "merge": self.merge[False].lower(anchor, state),
+        lowered = {"step": self.step.lower(self.abstract_state, batch)}
+        if self._config.merge.every != "never":
+            lowered["merge"] = self.merge[False].lower(self.abstract_anchor, self.abstract_state)
+        return lowered
+
+    def abstract_batch(self, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """A step's square images and labels: shapes [R, B, ...], dtypes and places."""
+        lead = (self._config.num_replicas, self._config.batch_size)
+        shapes = {
+            "image": jax.ShapeDtypeStruct((*lead, image_size, image_size, 3), np.uint8),
+            "label": jax.ShapeDtypeStruct(lead, np.int32),
         }
+        return _placed(shapes, dict.fromkeys(shapes, sharding.batch_sharding(self.mesh)))
 
     def _init(self, params: PyTree, seed: jax.Array) -> TrainState:
         config, noise = self._config, None

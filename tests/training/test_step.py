@@ -15,7 +15,7 @@ from modelstock_jax.merging import model_stock
 from modelstock_jax.training import sharding
 from modelstock_jax.training.optimizer import make_optimizer
 from modelstock_jax.training.state import init_state
-from modelstock_jax.training.step import make_train_step
+from modelstock_jax.training.step import make_train_step, mean_gradient
 from tests.training import tiny
 
 STEPS = 20
@@ -26,7 +26,7 @@ def batches(config, count):
     return [next(stream) for _ in range(count)]
 
 
-def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mesh=None):
+def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mesh=None, parts=1):
     """Steps of the replicas in `replicas`, from the anchor; state and the first metrics."""
     tx, schedule = make_optimizer(config.optimizer, STEPS)
     state = init_state(params, tx, num_replicas=config.num_replicas, seed=config.seed)
@@ -39,7 +39,11 @@ def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mes
     if mesh is not None:
         state = jax.device_put(state, sharding.state_sharding(mesh, state))
     augment = functools.partial(tiny.augment, dtype=dtype)
-    step = jax.jit(make_train_step(tiny.loss_fn(dtype), tx, schedule, execution, augment=augment))
+    step = jax.jit(
+        make_train_step(
+            tiny.loss_fn(dtype), tx, schedule, execution, augment=augment, accumulate_steps=parts
+        )
+    )
     first = None
     for batch in data:
         batch = {name: value[replicas] for name, value in batch.items()}
@@ -59,17 +63,24 @@ def alone_in_float64(replica):
 
 
 @pytest.mark.parametrize(
-    ("execution", "shape"),
-    [("vmap", None), ("map", None), ("vmap", (2, 1)), ("vmap", (2, 4)), ("vmap", (1, 8))],
+    ("execution", "shape", "parts"),
+    [
+        ("vmap", None, 1),
+        ("map", None, 4),
+        ("vmap", (2, 1), 1),
+        ("vmap", (2, 4), 1),
+        ("vmap", (2, 4), 2),
+        ("vmap", (1, 8), 1),
+    ],
 )
-def test_replicas_together_equal_replicas_alone_in_float64(x64, execution, shape):
+def test_replicas_together_equal_replicas_alone_in_float64(x64, execution, shape, parts):
     config = tiny.config()
     params = tiny.params(np.float64)
     data = batches(config, STEPS)
     mesh = None
     if shape is not None:
         mesh = sharding.make_mesh(*shape, num_replicas=2, batch_size=config.batch_size)
-    together, _ = run(config, params, jnp.float64, data, execution, mesh=mesh)
+    together, _ = run(config, params, jnp.float64, data, execution, mesh=mesh, parts=parts)
     for replica in (0, 1):
         alone = alone_in_float64(replica)
         paths = jax.tree_util.tree_flatten_with_path(alone.params)[0]
@@ -121,6 +132,20 @@ def test_gradient_against_finite_differences(x64):
         np.testing.assert_allclose(slope, (value(up) - value(down)) / (2 * h), rtol=1e-6)
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(x64):
+    loss, params = tiny.loss_fn(jnp.float64), tiny.params(np.float64)
+    batch = {name: value[0] for name, value in batches(tiny.config(), 1)[0].items()}
+    batch = tiny.augment(jax.random.key(0), batch, jnp.float64)
+    gradient = jax.jit(functools.partial(mean_gradient, loss), static_argnums=2)
+    want, metrics = gradient(params, batch, 1)
+    size = max(np.abs(g).max() for g in jax.tree.leaves(want))
+    for parts in (2, 16):
+        got, same = gradient(params, batch, parts)
+        # float64 rounds to 1e-16; a key's bias has a zero gradient, made of rounding alone.
+        chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-14 * size)
+        chex.assert_trees_all_close(same, metrics, rtol=1e-12)
+
+
 def test_one_step_gives_the_recorded_loss():
     config = tiny.config()
     state, metrics = run(config, tiny.params(), jnp.float32, batches(config, 1))
@@ -142,14 +167,17 @@ GOLDEN_GRAD_NORM = [0.2585323, 0.3661669]
 GOLDEN_RATIO = {"head": 0.1001463, "projection": 0.3697995}
 
 
-def test_no_collective_crosses_the_replicas():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_no_collective_crosses_the_replicas(parts):
     config = tiny.config()
     mesh = sharding.make_mesh(2, 4, num_replicas=2, batch_size=config.batch_size)
     tx, schedule = make_optimizer(config.optimizer, STEPS)
     state = init_state(tiny.params(), tx, num_replicas=2, seed=0)
     shardings = sharding.state_sharding(mesh, state)
     step = jax.jit(
-        make_train_step(tiny.loss_fn(), tx, schedule, "vmap", augment=tiny.augment),
+        make_train_step(
+            tiny.loss_fn(), tx, schedule, "vmap", augment=tiny.augment, accumulate_steps=parts
+        ),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
@@ -162,6 +190,8 @@ def test_no_collective_crosses_the_replicas():
         "[2,4]<=[8]",
         "mesh['axis_0'=2,'axis_1'=4,'axis_2'=1] {'axis_1'}",
     )
+    # A batch is cut where it lies: nothing but sums of gradients and metrics travels.
+    assert not re.search("all-gather|all-to-all|collective-permute|reduce-scatter", text)
     groups = re.findall(r"replica_groups=(.*?), (?:use_global|to_apply|channel|dimensions)", text)
     assert groups, "the data axis must be reduced"
     assert len(groups) == text.count("replica_groups=")

@@ -1,0 +1,236 @@
+"""What a run takes, and what it still lacks, without running it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from modelstock_jax.clip.config import CLIPConfig
+from modelstock_jax.clip.model import abstract_params
+from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.data import benchmark
+from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
+from modelstock_jax.training.finetune import finetuning_task, make_classifier
+from modelstock_jax.training.memory import Memory, memory
+from modelstock_jax.training.merge import steps_between_merges
+from modelstock_jax.training.programs import Programs
+
+
+def abstract_programs(config: ConfigDict) -> tuple[Programs, CLIPConfig]:
+    """The programs of a run for shapes alone, and the sizes of its model.
+
+    Raises:
+      UserError: if the options do not fit together, or the model's sizes are not known.
+    """
+    clip, outline = sizes(config.pretrained), benchmark.outline(config.data)
+    head = {
+        "kernel": jax.ShapeDtypeStruct((clip.projection_dim, outline.num_classes), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((outline.num_classes,), jnp.float32),
+    }
+    params = {"image_tower": abstract_params(clip)["image_tower"], "head": head}
+    pixels = Preprocessor((0.5,) * 3, (0.5,) * 3, clip.vision.image_size)
+    anchor = make_classifier(config, clip, params, pixels)
+    # The images come augmented: what a data set does on the device is small beside the towers.
+    task = finetuning_task(config, anchor, outline.num_train, lambda key, images: images)
+    return Programs(config, task), clip
+
+
+def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
+    """Prints a run's sizes, steps, memory and disk, and what is missing; trains nothing.
+
+    Args:
+      config: see `configs/default.py`.
+      workdir: where the run would be written; nothing is.
+
+    Returns:
+      What is missing, each with the way out.
+
+    Raises:
+      UserError: if the options do not fit together.
+    """
+    if config.task == "pretrain":
+        raise UserError("--dry-run knows fine-tuning; task='pretrain' has none")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # A file or a pipe has no width to fit in.
+    programs, clip = abstract_programs(config)
+    batch = programs.abstract_batch(clip.vision.image_size)
+    disk = disk_use(config, programs, clip)
+    _print(console, "model", _model(config, programs, clip))
+    _print(console, "run", _run(config, programs, batch))
+    compiled = {}
+    for name, lowered in programs.lower(batch).items():
+        began = time.monotonic()
+        with console.status(f"compiling the {name} ..."):
+            compiled[name] = lowered.compile()
+        console.print(f"compiled the {name} in {time.monotonic() - began:.0f} s", style="dim")
+    device = programs.mesh.devices.flat[0]
+    _print(
+        console,
+        f"memory of each device, as compiled for {device.device_kind}",
+        _memory(memory(programs, compiled, batch)),
+        justify="right",
+    )
+    _print(console, "disk, before Orbax compresses", _disk(disk), justify="right")
+    found = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
+    found += missing_space(workdir, disk)
+    for number, line in enumerate(found, 1):
+        console.print(f"missing {number}: {line}", markup=False, soft_wrap=True)
+    if not found:
+        console.print("nothing is missing")
+    return found
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes on disk.
+
+    Attributes:
+      state: one checkpoint of the training state.
+      merged: one merged model; also the anchor's size.
+      model: the exported model.
+      run: all of it at the run's end, and one state more while it is being saved.
+    """
+
+    state: int
+    merged: int
+    model: int
+    run: int
+
+
+def disk_use(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> DiskUse:
+    """What the run of a config leaves in its workdir, logs and tables apart."""
+    task = programs.task
+    state = sum(_bytes(leaf) for leaf in jax.tree.leaves(programs.abstract_state))
+    merged = sum(_bytes(leaf) for leaf in jax.tree.leaves(task.params))
+    tower = sum(_bytes(leaf) for leaf in jax.tree.leaves(abstract_params(clip)["text_tower"]))
+    merges = num_merges(config, programs)
+    # A trainer keeps the newest states, and one more while it writes the next.
+    saves = math.ceil(task.num_steps / config.checkpoint.every) + merges
+    states = min(config.checkpoint.keep or saves, saves) + 1
+    kept = min(config.checkpoint.keep_merged or merges, merges)
+    arms = bool(merges) + bool(config.compare or not merges)
+    run = config.num_seeds * (arms * (merged + states * state) + kept * merged)
+    model = merged + tower if merges else 0
+    return DiskUse(state, merged, model, run + model)
+
+
+def num_merges(config: ConfigDict, programs: Programs) -> int:
+    """Merges in all; the run's end is one of them."""
+    task = programs.task
+    every = steps_between_merges(str(config.merge.every), task.steps_per_epoch, task.num_steps)
+    return math.ceil(task.num_steps / every) if every else 0
+
+
+def _model(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> dict[str, str]:
+    vision, text, params = clip.vision, clip.text, programs.task.params
+    side = vision.image_size
+    return {
+        "pretrained": config.pretrained + _assumed(config),
+        "image tower": f"{_count(params['image_tower'])} parameters: {vision.num_hidden_layers} "
+        f"layers of width {vision.hidden_size}, {side} x {side} px in patches of "
+        f"{vision.patch_size}, {vision.num_tokens} tokens",
+        "head": f"{_count(params['head'])} parameters: {clip.projection_dim} features, "
+        f"{params['head']['bias'].shape[0]} classes",
+        "text tower": f"{_count(abstract_params(clip)['text_tower'])} parameters: "
+        f"{text.num_hidden_layers} layers of width {text.hidden_size}; makes the head, is not "
+        "trained",
+        "a replica": f"{_count(params)} parameters",
+    }
+
+
+def _assumed(config: ConfigDict) -> str:
+    return " (not here: sizes as published)" if missing_checkpoint(config.pretrained) else ""
+
+
+def _run(config: ConfigDict, programs: Programs, batch) -> dict[str, str]:
+    outline, task, optimizer = benchmark.outline(config.data), programs.task, config.optimizer
+    warmup = round(optimizer.warmup_fraction * task.num_steps) + optimizer.warmup_steps
+    mesh, device = programs.mesh, programs.mesh.devices.flat[0]
+    parts = config.accumulate_steps
+    return {
+        "data": f"{config.data.name}: {outline.num_train:,} training images, "
+        f"{outline.num_classes:,} classes ({outline.source})",
+        "batch": ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in batch.items()),
+        "on a device": f"image {list(batch['image'].sharding.shard_shape(batch['image'].shape))}"
+        + (f" in {parts} parts, one after the other" if parts > 1 else ""),
+        "mesh": f"replica {mesh.shape['replica']} x data {mesh.shape['data']} on "
+        f"{mesh.devices.size} {device.platform} device(s) ({device.device_kind}); replicas run by "
+        f"{programs.execution}",
+        "arithmetic": f"{config.compute.dtype}, attention {config.compute.attention}, "
+        f"remat {config.compute.remat}; weights and moments float32",
+        "steps": f"{task.steps_per_epoch:,} an epoch, {task.num_steps:,} in {config.epochs} "
+        f"epochs; {num_merges(config, programs)} merges by unit {config.merge.unit}",
+        "schedule": f"learning rate 0 to {optimizer.learning_rate:g} in {warmup:,} steps, then a "
+        f"cosine to {optimizer.final_fraction * optimizer.learning_rate:g}; weight decay "
+        f"{optimizer.weight_decay:g}",
+    }
+
+
+def _memory(need: Memory) -> dict[str, str]:
+    rows = {
+        "anchor": need.anchor,
+        "replicas' weights": need.params,
+        "Adam moments": need.opt_state,
+        "last merged model": need.merged,
+        "batch, twice": 2 * need.batch,
+        "gradients": need.gradients,
+        "activations and other temporaries": need.step_temporary - need.gradients,
+        "peak of a step": need.step,
+        "peak of a merge": need.merge,
+    }
+    return {name: _size(value) for name, value in rows.items()}
+
+
+def _disk(disk: DiskUse) -> dict[str, str]:
+    rows = {
+        "a training state": disk.state,
+        "a merged model, or the anchor": disk.merged,
+        "the exported model": disk.model,
+        "the whole run": disk.run,
+    }
+    return {name: _size(value) for name, value in rows.items()}
+
+
+def missing_space(workdir: str | Path, disk: DiskUse) -> list[str]:
+    """The disk that a run's directory lacks, with the way out; none if it has enough."""
+    there = next(path for path in (Path(workdir).absolute(), *Path(workdir).absolute().parents)
+                 if path.is_dir())  # fmt: skip
+    free = shutil.disk_usage(there).free
+    if free >= disk.run:
+        return []
+    return [
+        f"{_size(disk.run)} of disk for --workdir={workdir}, where {_size(free)} are free; choose "
+        "another, or lower --config.checkpoint.keep and --config.checkpoint.keep_merged"
+    ]
+
+
+def _print(console: Console, title: str, rows: dict[str, str], justify: str = "left") -> None:
+    table = Table(box=None, show_header=False, title=title, title_justify="left", pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify=justify)
+    for name, value in rows.items():
+        table.add_row("  " + name, value)
+    console.print(table)
+
+
+def _count(tree) -> str:
+    return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)):,}"
+
+
+def _bytes(leaf) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

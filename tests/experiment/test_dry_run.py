@@ -1,0 +1,144 @@
+"""`--dry-run`: what a run takes and lacks, told before anything is read, trained or written."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from configs import glyphs
+from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.dry_run import (
+    abstract_programs,
+    disk_use,
+    dry_run,
+    missing_space,
+)
+from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
+from modelstock_jax.training.memory import device_bytes, memory
+from modelstock_jax.training.programs import Programs
+from tests.experiment import small_run
+from tests.training import tiny
+
+# Compiling is what a dry run spends its time on, and is tested below with true programs.
+NO_COMPILING = (
+    "import jax; from modelstock_jax.training.programs import Programs; "
+    "Programs.lower = lambda self, batch: {'step': jax.jit(lambda x: x).lower(1.0)}; "
+)
+LAUNCH = "import runpy, sys; sys.argv[0] = 'x'; runpy.run_path('launch.py', run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory):
+    return small_run.save_anchor(tmp_path_factory.mktemp("anchor") / "clip")
+
+
+def small(anchor):
+    config = glyphs.get_config()
+    config.pretrained, config.batch_size, config.epochs = str(anchor), 512, 2
+    return config
+
+
+def test_a_run_that_lacks_nothing(anchor, tmp_path, capsys, monkeypatch):
+    cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
+    monkeypatch.setattr(Programs, "lower", lambda self, batch: cheap)
+    assert dry_run(small(anchor), tmp_path / "run") == []
+    printed = capsys.readouterr().out
+    for words in (
+        "glyphs: 4,096 training images, 62 classes",
+        "image uint8 [2, 512, 24, 24, 3], label int32 [2, 512]",
+        "image [1, 128, 24, 24, 3]",
+        "replica 2 x data 4 on 8 cpu device(s)",
+        "8 an epoch, 16 in 2 epochs; 2 merges by unit tensor",
+        "0.002 in 2 steps",
+        "peak of a merge",
+        "nothing is missing",
+    ):
+        assert words in printed, (words, printed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_missing_is_listed_with_the_way_out(anchor, tmp_path):
+    bare = tmp_path / "clip"
+    bare.mkdir()
+    shutil.copy(anchor / "config.json", bare)
+    code, output = small_run.finish(
+        "--config=configs/vitb32.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.pretrained={bare}",
+        "--config.batch_size=64",
+        "--config.epochs=2",
+        "--dry-run",
+        program=("-c", NO_COMPILING + LAUNCH),
+    )
+    assert code == 1 and "Traceback" not in output, output
+    for words in (
+        "missing 1: pretrained=",
+        "no .safetensors file",
+        "missing 2: data.root is not set; give ImageNet's directory as --config.data.root=DIR",
+        "1,281,167 training images, 1,000 classes (the published size",
+        "20,018 an epoch, 40,036 in 2 epochs; 2 merges by unit layer",
+    ):
+        assert words in output, (words, output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_on_the_hub_is_planned_without_its_files(monkeypatch):
+    def nothing(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    name = "openai/clip-vit-large-patch14-336"
+    assert sizes(name).vision.num_tokens == 577
+    assert "`hf download openai/clip-vit-large-patch14-336`" in missing_checkpoint(name)[0]
+    assert "--revision v2" in missing_checkpoint("some/clip@v2")[0]
+    with pytest.raises(UserError, match="some/clip.*sizes are not known"):
+        sizes("some/clip")
+    assert "no such directory" in missing_checkpoint("../clip")[0]
+
+
+def test_a_disk_that_is_too_small_is_named(anchor, monkeypatch, tmp_path):
+    config = small(anchor)
+    programs, clip = abstract_programs(config)
+    disk = disk_use(config, programs, clip)
+    replica = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
+    # Weights and two moments of two replicas; keys and counters are a few bytes.
+    assert disk.merged == replica and 6 * replica <= disk.state <= 6 * replica + 100
+    # Two arms of an anchor and three states, two merged models, the export with the text tower.
+    assert disk.run == 2 * (replica + 3 * disk.state) + 2 * replica + disk.model
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk.run - 1))
+    (line,) = missing_space(tmp_path / "a" / "b", disk)
+    assert "--workdir" in line and "checkpoint.keep" in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk.run))
+    assert missing_space(tmp_path, disk) == []
+
+
+def test_memory_of_a_device_is_what_lies_on_it(tmp_path):
+    # The run of test_training_merge_equals_the_librarys: compiled once for both.
+    meshed = {"mesh__replica": 2, "mesh__data": 4}
+    programs = tiny.trainer(tmp_path, epochs=1, merge__every="end", **meshed).programs
+    batch = programs.abstract_batch(12)
+    compiled = {name: one.compile() for name, one in programs.lower(batch).items()}
+    need = memory(programs, compiled, batch)
+    state = programs.start(0)
+
+    def on_one(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    assert need.params == on_one(state.params) and need.opt_state == on_one(state.opt_state)
+    assert need.anchor == need.merged == on_one(programs.anchor) == need.params
+    assert need.batch == device_bytes(batch) == 4 * (12 * 12 * 3 + 4)
+    # A step keeps at least the gradients; what it updates in place is not counted twice.
+    assert need.gradients <= need.step_temporary < 20 * need.params
+    assert need.peak == max(need.step, need.merge) > need.held == 5 * need.anchor + (
+        need.opt_state - 2 * need.params
+    )
+
+
+def test_pretraining_has_no_dry_run():
+    config = glyphs.get_config()
+    config.task = "pretrain"
+    with pytest.raises(UserError, match="--dry-run.*pretrain"):
+        dry_run(config, "runs/none")

@@ -1,0 +1,94 @@
+"""The configs say what the paper says, and every one of them can be planned without its data."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import default, imagenet
+from modelstock_jax.data import benchmark
+from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.dry_run import abstract_programs, num_merges
+
+MODELS = ("vitb32", "vitb16", "vitl14")
+FILES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+
+
+def load(name: str, *setup: str):
+    return importlib.import_module(f"configs.{name}").get_config(*setup)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_papers_two_set_ups(name):
+    """Section 4.1 and its footnote 4."""
+    plain, strong = load(name), load(name, "strong")
+    for config in (plain, strong):
+        assert config.batch_size == (64 if name == "vitl14" else 512)
+        assert config.num_replicas == 2 and config.merge.every == "epoch"
+        assert config.optimizer.weight_decay == 0.1
+        assert config.data.shifts == ("v2", "r", "sketch", "objectnet", "a") and config.data.real
+    assert (plain.epochs, strong.epochs) == (10, 16)
+    assert plain.data.augment.crop_area == (0.9, 1.0) and plain.label_smoothing == 0
+    assert plain.data.augment.randaugment_ops == 0 and plain.data.augment.mixup == 0
+    assert strong.data.augment.crop_area == (0.08, 1.0) and strong.label_smoothing > 0
+    assert strong.data.augment.randaugment_ops > 0 and strong.data.augment.mixup > 0
+    assert load(name, "plain").to_dict() == plain.to_dict()
+    with pytest.raises(UserError, match=":strongest.*:plain, :strong"):
+        load(name, "strongest")
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "text", "steps"),
+    [
+        # Counted from the published tensors of each model: image tower without the head.
+        ("vitb32", 87_849_216, 63_428_096, 2502),
+        ("vitb16", 86_192_640, 63_428_096, 2502),
+        ("vitl14", 303_966_208, 123_650_304, 20018),
+    ],
+)
+def test_sizes_and_steps_are_known_before_anything_is_here(name, tower, text, steps):
+    config = load(name)
+    config.mesh.replica = config.mesh.data = 1
+    programs, clip = abstract_programs(config)
+    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in programs.task.params.items()}
+    assert sizes == {"image_tower": tower, "head": (clip.projection_dim + 1) * 1000}
+    from modelstock_jax.clip.model import abstract_params
+
+    leaves = jax.tree.leaves(abstract_params(clip)["text_tower"])
+    assert sum(x.size for x in leaves) == text
+    # Table 6: "1 epoch is ~ 2500 iterations" at batch 512.
+    assert programs.task.steps_per_epoch == steps and programs.task.num_steps == 10 * steps
+    assert num_merges(config, programs) == 10
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_has_its_command_and_only_known_options(name):
+    known = set(default.get_config().to_dict())
+    assert set(load(name).to_dict()) == known
+    text = (importlib.import_module(f"configs.{name}").__doc__) or ""
+    if name not in ("default", "imagenet"):
+        assert f"python launch.py --config=configs/{name}.py" in text
+
+
+def test_imagenet_says_what_is_missing(tmp_path):
+    config = imagenet.get_config().data
+    with pytest.raises(UserError, match="data.root is not set.*--config.data.root=DIR"):
+        benchmark.load(config)
+    config.root = str(tmp_path / "nowhere")
+    assert "nowhere: no such directory" in benchmark.missing(config)[0]
+    config.name = "imagenets"
+    with pytest.raises(UserError, match="imagenets.*glyphs, imagenet"):
+        benchmark.outline(config)
+
+
+def test_the_glyphs_refuse_what_they_have_not():
+    config = default.get_config().data
+    config.real = True
+    with pytest.raises(UserError, match="data.real"):
+        benchmark.load(config)
+    config.real, config.shifts = False, ("v2", "rendition")
+    with pytest.raises(UserError, match="no shift 'rendition'.*sketch"):
+        benchmark.load(config)
