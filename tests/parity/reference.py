@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -119,20 +120,20 @@ def torch_layers(
     return layers
 
 
-def our_layers(config: CLIPConfig, params, images: np.ndarray, ids: np.ndarray):
+_image_layers = jax.jit(image_activations, static_argnums=0)
+_text_layers = jax.jit(text_activations, static_argnums=0)
+
+
+def our_layers(
+    config: CLIPConfig, params: dict[str, Any], images: np.ndarray, ids: np.ndarray
+) -> dict[str, np.ndarray]:
     """Our name -> what that layer gives."""
-
-    @jax.jit
-    def towers(params, images, ids):
-        return {
-            "image_tower": image_activations(config, params["image_tower"], images),
-            "text_tower": text_activations(config, params["text_tower"], ids),
-        }
-
+    layers = {
+        "image_tower": _image_layers(config, params["image_tower"], images),
+        "text_tower": _text_layers(config, params["text_tower"], ids),
+    }
     return {
-        f"{tower}.{name}": np.asarray(x)
-        for tower, layers in towers(params, images, ids).items()
-        for name, x in layers.items()
+        f"{tower}.{name}": np.asarray(x) for tower in layers for name, x in layers[tower].items()
     }
 
 

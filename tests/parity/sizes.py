@@ -113,19 +113,23 @@ def compare(config: CLIPConfig, size: tuple[int, int], directory: Path) -> Error
 
 def main(names: list[str]) -> None:
     """Prints one row of a Markdown table for each size."""
-    print(
-        "| model | image embedding | text embedding | logits / exp(logit_scale) | CPU s | peak GiB |"
-    )
+    print("| model | image embedding | text embedding | logits | CPU s | peak GiB |")
     print("|---|---|---|---|---|---|")
-    for name in names or SIZES:
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as directory:
-            errors = compare(*SIZES[name], Path(directory))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        numbers = " | ".join(f"{x:.1e}" for x in dataclasses.astuple(errors))
-        print(
-            f"| {name} | {numbers} | {time.perf_counter() - start:.0f} | {peak:.1f} |", flush=True
-        )
+    # A process each: the peak of memory is a process's.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for row in pool.map(_row, names or SIZES):
+            print(row, flush=True)
+
+
+def _row(name: str) -> str:
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as directory:
+        errors = compare(*SIZES[name], Path(directory))
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    numbers = " | ".join(f"{x:.1e}" for x in dataclasses.astuple(errors))
+    return f"| {name} | {numbers} | {seconds:.0f} | {peak:.1f} |"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Position embeddings of other image sizes against torch and against transformers' CLIP."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from modelstock_jax.clip.model import DEFAULT_COMPUTE, image_tower
+from modelstock_jax.clip.positions import bicubic, interpolate, resize_positions
+from tests.clip import small
+from tests.parity.reference import pair, pixels
+
+
+@pytest.mark.parametrize("new", [(9, 7), (7, 9), (14, 14), (3, 20), (1, 1), (7, 7), (49, 1)])
+def test_the_matrices_are_torch_s(new):
+    grid = torch.randn(7, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = torch.nn.functional.interpolate(
+        grid.permute(2, 0, 1)[None], size=new, mode="bicubic", align_corners=False
+    )[0].permute(1, 2, 0)
+    rows, columns = bicubic(7, new[0]), bicubic(7, new[1])
+    ours = np.einsum("hi,wj,ijd->hwd", rows, columns, grid.numpy())
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-13)  # Float64 on both sides.
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return pair(small.config(), tmp_path_factory.mktemp("clip") / "model")
+
+
+@pytest.mark.parametrize("size", [(30, 24), (24, 24), (12, 48), (6, 96), (36, 36)])
+def test_tokens_are_transformers_s(models, size):
+    # (12, 48) and (6, 96) have as many patches as the config's image, in another shape.
+    ours, theirs = models
+    images = np.random.default_rng(1).standard_normal((2, *size, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs.vision_model.embeddings(pixels(images), interpolate_pos_encoding=True)
+    params = ours.params["image_tower"]
+    tokens = image_tower(ours.config, params, images, DEFAULT_COMPUTE).embed(images)
+    # Numbers of 0.1 in float32; torch computes the kernel itself in float32.
+    np.testing.assert_allclose(tokens, expected.numpy(), atol=2e-7)
+
+
+def test_a_resized_model_is_transformers_s_at_that_size(models):
+    ours, theirs = models
+    _, params = resize_positions(ours.params, ours.config, 36)
+    embeddings = theirs.vision_model.embeddings
+    expected = embeddings.interpolate_pos_encoding(torch.zeros(1, 37, 96), 36, 36)[0]
+    np.testing.assert_allclose(
+        params["image_tower"]["position_embedding"], expected.detach().numpy(), atol=1e-7
+    )
+    same = interpolate(
+        jnp.asarray(ours.params["image_tower"]["position_embedding"]), (4, 4), (6, 6)
+    )
+    np.testing.assert_array_equal(params["image_tower"]["position_embedding"], same)
