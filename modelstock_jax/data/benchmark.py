@@ -132,10 +132,6 @@ def load(config: ConfigDict) -> Benchmark:
         )
     if config.name == "glyphs":
         return _with_lists(config, _glyphs(config))
-    if config.augment.mixup:
-        raise UserError(
-            f"data.augment.mixup={config.augment.mixup}: there is no mixup yet; set it to 0"
-        )
     if config.name == "folder":
         return _with_lists(config, Benchmark(*open_own(config), augment=_as_read))
     sets = open_sets(config)

@@ -20,6 +20,7 @@ from modelstock_jax.clip.model import classifier
 from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.clip.zero_shot import zero_shot_head
+from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
 from modelstock_jax.data.reader import Loading
@@ -128,7 +129,7 @@ def finetuning_task(
     """
     return Task(
         params=anchor.params,
-        augment=lambda key, batch: batch | {"image": augment(key, batch["image"])},
+        augment=_batch_augment(augment, config.data.augment.mixup),
         loss_fn=cross_entropy(
             anchor.apply, anchor.normalize, label_smoothing=config.label_smoothing
         ),
@@ -136,6 +137,17 @@ def finetuning_task(
         num_steps=config.epochs * steps_per_epoch(num_train, config.batch_size),
         num_heads=anchor.num_heads,
     )
+
+
+def _batch_augment(augment: Augment, alpha: float) -> Callable[[jax.Array, Batch], Batch]:
+    def of_images(key, batch):
+        return batch | {"image": augment(key, batch["image"])}
+
+    def mixed(key, batch):
+        first, second = jax.random.split(key)
+        return mixup(second, of_images(first, batch), alpha)
+
+    return mixed if alpha else of_images
 
 
 def finetuning_batches(
