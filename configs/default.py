@@ -14,6 +14,9 @@ def get_config() -> ConfigDict:
     config.task = "finetune"
     # The pretrained CLIP's directory in Hugging Face's layout; 'glyph-clip' ships with the package.
     config.pretrained = "glyph-clip"
+    # Side of the images in pixels; 0 takes the checkpoint's. Another one resizes its position
+    # embeddings, once, before training.
+    config.image_size = 0
     # Replica r of a run uses the data order and augmentation of (seed, r).
     config.seed = 0
     # Runs seeds seed, seed + 1, ...; the tables then show means and standard errors.

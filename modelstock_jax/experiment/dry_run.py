@@ -32,7 +32,7 @@ def abstract_programs(config: ConfigDict) -> tuple[Programs, CLIPConfig]:
     Raises:
       UserError: if the options do not fit together, or the model's sizes are not known.
     """
-    clip, outline = sizes(config.pretrained), benchmark.outline(config.data)
+    clip, outline = sizes(config), benchmark.outline(config.data)
     head = {
         "kernel": jax.ShapeDtypeStruct((clip.projection_dim, outline.num_classes), jnp.float32),
         "bias": jax.ShapeDtypeStruct((outline.num_classes,), jnp.float32),

@@ -14,7 +14,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
-from modelstock_jax.experiment.pretrained import BUNDLED, open_pretrained
+from modelstock_jax.experiment.pretrained import BUNDLED, open_anchor, open_pretrained
 from modelstock_jax.merging import distance
 from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.reporting.tables import screen_table
@@ -76,7 +76,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     if not directory.is_dir():
         raise UserError(f"--checkpoint={path}: no such directory")
     data = benchmark.load(config.data)
-    anchor = anchor_classifier(config, open_pretrained(config.pretrained), data)
+    anchor = anchor_classifier(config, open_anchor(config), data)
     if (directory / "config.json").is_file():
         model = anchor_classifier(config, open_pretrained(str(directory)), data)
         params = model.params

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from modelstock_jax.data import benchmark
 from modelstock_jax.evaluation import make_evaluator
-from modelstock_jax.experiment.pretrained import open_pretrained
+from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.rows import mean_and_error
 from modelstock_jax.training.finetune import (
@@ -32,7 +32,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path) -> float:
       The rate with the highest mean validation accuracy over replicas.
     """
     data = benchmark.load(config.data)
-    pretrained = open_pretrained(config.pretrained)
+    pretrained = open_anchor(config)
     anchor = anchor_classifier(config, pretrained, data, workdir / "heads")
     rows = []
     for rate in config.search.learning_rates:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.clip import weights
 from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.clip.positions import resize_positions
 from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.tokenizer import tokenize
 from modelstock_jax.data import glyphs
@@ -51,12 +52,39 @@ def open_pretrained(name: str) -> Checkpoint:
     return weights.load(BUNDLED.get(name, name))
 
 
-def sizes(name: str) -> CLIPConfig:
-    """Sizes of the model that `config.pretrained` names; no weight is read.
+def open_anchor(config: ConfigDict) -> Checkpoint:
+    """The checkpoint of `config.pretrained`, moved to `config.image_size` where one is given.
+
+    Raises:
+      UserError: as `open_pretrained`, or if the size does not fit the patches or the data.
+    """
+    checkpoint, size = open_pretrained(config.pretrained), _image_size(config)
+    if not size:
+        return checkpoint
+    clip, params = resize_positions(checkpoint.params, checkpoint.config, size)
+    pixels = dataclasses.replace(checkpoint.preprocessor, image_size=size)
+    return dataclasses.replace(checkpoint, config=clip, params=params, preprocessor=pixels)
+
+
+def sizes(config: ConfigDict) -> CLIPConfig:
+    """Sizes of the model that `open_anchor` would give; no weight is read.
 
     Raises:
       UserError: if the model is neither here nor one of those whose sizes are known by name.
     """
+    clip, size = _sizes(config.pretrained), _image_size(config)
+    if not size:
+        return clip
+    return dataclasses.replace(clip, vision=dataclasses.replace(clip.vision, image_size=size))
+
+
+def _image_size(config: ConfigDict) -> int:
+    if config.image_size and config.data.name == "glyphs":
+        raise UserError(f"image_size={config.image_size}: the glyphs are drawn in one size; use 0")
+    return config.image_size
+
+
+def _sizes(name: str) -> CLIPConfig:
     directory = _here(name)
     if directory is None:
         if name in PUBLISHED:

@@ -18,7 +18,7 @@ from modelstock_jax.experiment import export, results
 from modelstock_jax.experiment.candidates import Candidate, after_training
 from modelstock_jax.experiment.evaluate import Measure
 from modelstock_jax.experiment.learning_rate import choose_learning_rate
-from modelstock_jax.experiment.pretrained import open_pretrained, pretrain
+from modelstock_jax.experiment.pretrained import open_anchor, pretrain
 from modelstock_jax.experiment.workdir import claim
 from modelstock_jax.merging import report
 from modelstock_jax.reporting.files import write_json
@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: str | Path, command: str = "") -> None:
 
 def finetune(config: ConfigDict, workdir: Path, command: str) -> None:
     """Trains and compares every seed; writes the results and the merged model."""
-    pretrained = open_pretrained(config.pretrained)
+    pretrained = open_anchor(config)
     export.check(config, pretrained)
     data = benchmark.load(config.data)
     anchor = anchor_classifier(config, pretrained, data, workdir / "heads")

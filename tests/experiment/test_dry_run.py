@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from configs import glyphs
+from configs import glyphs, vitl14
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.dry_run import (
     abstract_programs,
@@ -16,7 +16,7 @@ from modelstock_jax.experiment.dry_run import (
     dry_run,
     missing_space,
 )
-from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
+from modelstock_jax.experiment.pretrained import missing_checkpoint, open_anchor, sizes
 from modelstock_jax.training.memory import device_bytes, memory
 from modelstock_jax.training.programs import Programs
 from tests.experiment import small_run
@@ -90,12 +90,18 @@ def test_a_name_on_the_hub_is_planned_without_its_files(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
-    name = "openai/clip-vit-large-patch14-336"
-    assert sizes(name).vision.num_tokens == 577
+    config = vitl14.get_config()
+    assert sizes(config).vision.num_tokens == 257
+    config.image_size = 448
+    assert sizes(config).vision.num_tokens == 1025
+    config.pretrained = name = "openai/clip-vit-large-patch14-336"
+    config.image_size = 0
+    assert sizes(config).vision.num_tokens == 577
     assert "`hf download openai/clip-vit-large-patch14-336`" in missing_checkpoint(name)[0]
     assert "--revision v2" in missing_checkpoint("some/clip@v2")[0]
     with pytest.raises(UserError, match="some/clip.*sizes are not known"):
-        sizes("some/clip")
+        config.pretrained = "some/clip"
+        sizes(config)
     assert "no such directory" in missing_checkpoint("../clip")[0]
 
 
@@ -135,6 +141,20 @@ def test_memory_of_a_device_is_what_lies_on_it(tmp_path):
     assert need.peak == max(need.step, need.merge) > need.held == 5 * need.anchor + (
         need.opt_state - 2 * need.params
     )
+
+
+def test_a_model_moves_to_another_image_size(anchor):
+    config = vitl14.get_config()
+    config.pretrained, config.image_size = str(anchor), 36
+    moved = open_anchor(config)
+    assert moved.config == sizes(config) and moved.preprocessor.image_size == 36
+    assert moved.params["image_tower"]["position_embedding"].shape == (10, 12)
+    config.image_size = 30
+    with pytest.raises(UserError, match="30.*patch_size"):
+        open_anchor(config)
+    config.data.name = "glyphs"
+    with pytest.raises(UserError, match="image_size=30"):
+        sizes(config)
 
 
 def test_pretraining_has_no_dry_run():
