@@ -40,6 +40,7 @@ def write_tensors(
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
+            beside.chmod(0o666 & ~_umask())  # The library's files are for their owner alone.
             _fsync(beside)
             os.replace(beside, path)
             _fsync(path.parent)
@@ -165,13 +166,18 @@ def _take_place(beside: Path, path: Path) -> None:
 
 def _settle(directory: Path) -> None:
     """Flushes a directory; gives it and its files the modes that plain writing would have given."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = _umask()
     for file in sorted(directory.rglob("*")):
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
         _fsync(file)
     directory.chmod(0o777 & ~mask)
     _fsync(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _fsync(path: Path) -> None:

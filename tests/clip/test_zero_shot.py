@@ -196,8 +196,12 @@ class TestCache:
             for name in ("kernel", "bias"):
                 np.testing.assert_array_equal(kept[name], head[name])
         assert made == [(CLASSES, {"batch_size": 2})]
+        # Others who share the directory may read it, as any other file there.
+        (path,) = (tmp_path / "new").iterdir()
+        (tmp_path / "plain").touch()
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
         key = head_key(checkpoint, CLASSES, TEMPLATES)
-        assert [p.name for p in (tmp_path / "new").iterdir()] == [
+        assert [path.name] == [
             f"zero_shot_head_{key[:16]}.safetensors"
         ]
 
