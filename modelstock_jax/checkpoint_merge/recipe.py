@@ -167,6 +167,10 @@ def _numbers(theirs: str, names: list[str], own: list[dict], common: dict) -> di
         options["scale"] = constant(common["lambda"], "lambda")
     if "normalize" in common:
         options["normalize"] = bool(common["normalize"])
+        total = sum(options["weights"])
+        if theirs == "linear" and not common["normalize"] and abs(total - 1.0) > 1e-6:
+            raise UserError(f"normalize false of weights that add up to {total:g}: a linear mean "
+                            "is taken here, so let them add up to 1")
     return options
 
 

@@ -412,3 +412,68 @@ def test_the_config_says_what_is_read(tmp_path, say):
     (paths[0] / "config.json").write_text(json.dumps(LLAMA | {"num_attention_heads": 5}))
     status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", "head")
     assert status == 1 and "num_heads = 5 does not divide" in err
+
+
+def _extra(tensors):
+    tensors["score.weight"] = np.ones((2, 16), np.float32)
+
+
+def _missing(tensors):
+    del tensors["model.norm.weight"], tensors[f"{Q}.weight"]
+
+
+def _other_shape(tensors):
+    tensors[f"{Q}.weight"] = np.ones((16, 17), np.float32)
+
+
+def _not_a_number(tensors):
+    tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"].copy()
+    tensors[f"{Q}.weight"][3, 5] = np.nan
+
+
+def _quantised(tensors):
+    tensors[f"{Q}.weight"] = np.ones((16, 16), np.int8)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (_extra, ["score.weight", "odd"]),
+    (_missing, ["model.norm.weight", f"{Q}.weight", "odd"]),
+    (_other_shape, [f"{Q}.weight", "16", "17", "odd"]),
+    (_not_a_number, [f"{Q}.weight", "NaN", "[3, 5]", "odd"]),
+    (_quantised, [f"{Q}.weight", "I8"]),
+])  # fmt: skip
+def test_models_that_do_not_fit_are_named(say, models, tmp_path, change, said):
+    """What mergekit drops, garbles or says without a name (rows 9, 10, 13 and 14 of its faults)."""
+    tensors = dict(TensorFiles(models[2]))
+    change(tensors)
+    odd = save(tmp_path / "odd", tensors, LLAMA)
+    status, out, err = say("merge", *models[:2], odd, "--out", tmp_path / "out")
+    assert (status, out) == (1, "") and not (tmp_path / "out").exists()
+    assert all(word in err for word in said), err
+
+
+def test_a_head_that_only_a_fine_tune_trained(say, models, tmp_path):
+    """mergekit writes the head while the config says that it is tied."""
+    config = LLAMA | {"tie_word_embeddings": True}
+    tied = {n: a for n, a in TensorFiles(models[0]).items() if n != "lm_head.weight"}
+    base = save(tmp_path / "base", tied, config)
+    status, _, err = say("merge", base, *models[1:], "--out", tmp_path / "out")
+    assert status == 1 and "lm_head.weight" in err and "--tied" in err
+    assert say("merge", base, *models[1:], "--out", tmp_path / "out", "--tied", "untie")[0] == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert "lm_head.weight" in TensorFiles(tmp_path / "out")
+
+
+def test_rows_that_only_one_model_has(say, models, tmp_path):
+    longer = dict(TensorFiles(models[2]))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        longer[name] = np.concatenate([longer[name], np.ones((3, 16), np.float32)])
+    long = save(tmp_path / "long", longer, LLAMA | {"vocab_size": 23})
+    inputs = (*models[:2], long, "--out", tmp_path / "out")
+    status, _, err = say("merge", *inputs)
+    assert status == 1 and "--vocabulary" in err and "model.embed_tokens.weight" in err
+    assert say("merge", *inputs, "--vocabulary", "longest")[0] == 0
+    files = TensorFiles(tmp_path / "out")
+    np.testing.assert_array_equal(files["lm_head.weight"][20:], np.ones((3, 16)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 23

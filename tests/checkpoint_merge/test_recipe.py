@@ -169,6 +169,8 @@ def sliced(*ranges, **source):
     (changed(TIES, parameters={"density": [0.1, 0.9]}, models=[
         {"model": "x", "parameters": {"weight": 1}}]), "read for slerp's t alone"),
     (changed(TIES, models=[{"model": "org/a"}]), "weight is missing for org/a"),
+    ({"merge_method": "linear", "parameters": {"normalize": False, "weight": 1},
+      "models": [{"model": "x"}, {"model": "y"}]}, "add up to 2"),
     (changed(SLERP, parameters={}), "parameters.t is missing"),
     (changed(SLERP, **sliced((0, 2), (4, 6))), "here from layer 2"),
     (changed(SLERP, **sliced((1, 4))), "here from layer 0"),
