@@ -76,11 +76,12 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
             + ("--out DIR [options]" if name == "merge" else "[options]"),
             allow_abbrev=False,
         )  # fmt: skip
-        _add_common(commands[name])
     _add_merge(commands["merge"])
     commands["compare"].add_argument(
         "--plot", metavar="FILE", help="draw angles and norms over depth (.png)"
     )
+    for parser in commands.values():
+        _add_common(parser)
     return top, commands
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from modelstock_jax.checkpoint_merge.depth import place
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.run import Report
 from modelstock_jax.reporting.progress import duration
@@ -82,9 +83,13 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any
     """A line a tensor: size, norms, cosines, angle, ratio, predicted distances."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("tensor", no_wrap=True)
-    for heading in ("shape", "norms", "cosines", "angle", "ratio", "to the centre", "policy"):
+    for heading in ("shape", "norms", "cosines", "angle", "ratio", "to centre: one, mean, merged",
+                    "policy"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
+    places = place([row["name"] for row in rows])
+    towers = list(dict.fromkeys(p.tower for p in places))
+    keys = [(towers.index(p.tower), p.depth) for p in places]
+    for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0]):
         distance = row["predicted_distance"]
         table.add_row(
             row["name"],
