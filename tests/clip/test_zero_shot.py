@@ -201,9 +201,7 @@ class TestCache:
         (tmp_path / "plain").touch()
         assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
         key = head_key(checkpoint, CLASSES, TEMPLATES)
-        assert [path.name] == [
-            f"zero_shot_head_{key[:16]}.safetensors"
-        ]
+        assert [path.name] == [f"zero_shot_head_{key[:16]}.safetensors"]
 
     def test_the_key_is_of_all_that_the_head_depends_on(self, checkpoint, tmp_path):
         def with_weights(change):
