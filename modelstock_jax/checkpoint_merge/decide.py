@@ -21,6 +21,7 @@ _QUANTISED = re.compile(
     r".*(?:\.(?:SCB|weight_scale(?:_inv)?|qweight|qzeros|absmax|weight_format)|"
     r"weight_packed|\.(?:absmax|quant_map|nested_absmax|nested_quant_map)|quant_state\..*)"
 )
+_PACKED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
 _WAY_OUT = "dequantise first: load it with transformers, model.dequantize(), save_pretrained"
 _VOCABULARY = re.compile(
     r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared|token_embedding|lm_head|"
@@ -99,7 +100,7 @@ def decide(
 def _refuse_quantised(sources: Sequence[Source], findings: Findings) -> None:
     for source in sources:
         packed = [name for name, info in source.tensors.items()
-                  if _QUANTISED.fullmatch(name) or info.code.startswith(("F4", "F6", "F8_E8M0"))]
+                  if _QUANTISED.fullmatch(name) or info.code in _PACKED]
         if packed:
             findings.problems.append(
                 f"{source.label} is quantised ({listed(sorted(packed), 3)}): {_WAY_OUT}"

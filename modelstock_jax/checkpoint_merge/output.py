@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,7 +83,6 @@ class Output:
                     self._workplace.path / f"{file}.part",
                     {n: (self._plan.tensors[n].code, self._plan.tensors[n].shape)
                      for n in self._left[file]},
-                    {"merge": json.dumps({"fingerprint": self._plan.fingerprint})},
                 )
             return self._writers[file]
 

@@ -111,32 +111,29 @@ class Unit:
     def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Sum over the pieces of function(w0 [n], deltas [N, n])."""
         def one(piece: Piece) -> np.ndarray:
-            vectors = self._vectors(piece, self.dtypes[piece.member])
+            vectors = self._vectors(self._raw(piece), self.dtypes[piece.member])
             return function(vectors[0], vectors[1:])
 
         return sum(self.each(one, self.pieces()))
 
     def merge(self, solved: Solved, piece: Piece) -> np.ndarray:
-        """Merged weights of a piece, in the dtype that is written."""
+        """Merged weights of a piece, as they are written; valid until this thread's next call."""
         member, layout = self.members[piece.member], self.layouts[piece.member]
-        solution, code = solved.solution, member.code
+        solution, code, raw = solved.solution, member.code, self._raw(piece)
         if layout.units == 1 and solution.hold[0]:
-            return recode(self._raw(piece)[0], code)
+            return recode(raw[0], code)
         if layout.units == 1 and solution.exact.any():
-            return recode(self._raw(piece)[1 + int(solution.exact[:, 0].argmax())], code)
-        dtype = self.dtypes[piece.member]
-        if BITS[code] > 16:
-            dtype = np.float64
-        vectors = self._vectors(piece, dtype)
+            return recode(raw[1 + int(solution.exact[:, 0].argmax())], code)
+        dtype = np.float64 if BITS[code] > 16 else self.dtypes[piece.member]
+        vectors = self._vectors(raw, dtype)
         merged = combine(vectors[0], vectors[1:], solved, layout, piece.start)
         merged = narrow(merged, code, saturate=self._may_overflow(member))
         if layout.units > 1:
-            for model, mask in enumerate((solution.hold, *solution.exact)):
+            for values, mask in zip(raw, (solution.hold, *solution.exact), strict=True):
                 if mask.any():
                     chosen = layout.spread(mask, piece.start, piece.stop)
-                    merged = np.where(chosen, recode(self._raw(piece)[model], code), merged)
-        # What is written outlives the scratch only through this copy.
-        return merged.copy() if np.may_share_memory(merged, vectors) else merged
+                    merged = np.where(chosen, recode(values, code), merged)
+        return merged
 
     def pieces(self, members: Sequence[int] | None = None) -> list[Piece]:
         """All pieces, or those of some members, in order."""
@@ -162,7 +159,7 @@ class Unit:
         total = np.zeros((number, number, self.layouts[0].units))
 
         def one(piece: Piece) -> np.ndarray:
-            vectors = self._vectors(piece, dtypes[piece.member])[first:]
+            vectors = self._vectors(self._raw(piece), dtypes[piece.member])[first:]
             # What is not finite is found by its products, and named afterwards.
             with np.errstate(over="ignore", invalid="ignore"):
                 return products(vectors, self.layouts[piece.member], piece.start, piece.stop)
@@ -174,10 +171,9 @@ class Unit:
                 total[:, :, touched] += part
         return total
 
-    def _vectors(self, piece: Piece, dtype: type) -> np.ndarray:
+    def _vectors(self, raw: Sequence[np.ndarray], dtype: type) -> np.ndarray:
         """The base's weights and the task vectors, [1 + N, n], in this thread's scratch."""
-        raw = self._raw(piece)
-        vectors = self._scratch.take("vectors", (len(raw), piece.stop - piece.start), dtype)
+        vectors = self._scratch.take("vectors", (len(raw), len(raw[0])), dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             for values, vector in zip(raw, vectors, strict=True):
                 widen(values, vector)

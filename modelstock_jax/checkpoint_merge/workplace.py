@@ -139,17 +139,19 @@ def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:
     """Raises where `out` is an input, holds one or lies in one."""
     place = Path(os.path.realpath(out))
     for source in sources:
-        directories = {Path(os.path.realpath(path)) for path in source.files}
-        directories |= {Path(os.path.realpath(path.parent)) for path in source.files
-                        if source.directory is not None}
+        taken = {Path(os.path.realpath(path)) for path in source.files}
         if source.directory is not None:
-            directories.add(Path(os.path.realpath(source.directory)))
-        for taken in directories:
-            if place == taken or place in taken.parents or taken in place.parents:
-                how = "is" if place == taken else "lies in" if taken in place.parents else "holds"
-                raise UserError(
-                    f"{out}: {how} the input {source.label}; choose a directory apart from it."
-                )
+            # In the hub's cache the files are links: what holds the links is an input as well.
+            taken |= {path.parent for path in taken} | {Path(os.path.realpath(source.directory))}
+        if place in taken:
+            how = "is"
+        elif any(place in path.parents for path in taken):
+            how = "holds"
+        elif source.directory is not None and any(path in place.parents for path in taken):
+            how = "lies in"
+        else:
+            continue
+        raise UserError(f"{out}: {how} the input {source.label}; choose a directory apart from it.")
 
 
 def _escaped(name: str) -> str:

@@ -1,0 +1,112 @@
+"""Runs of the engine on models given as arrays, and what float64 NumPy says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
+from modelstock_jax.checkpoint_merge.run import Report, run
+from modelstock_jax.checkpoint_merge.sources import open_source
+from modelstock_jax.tensor_files.reader import TensorFiles
+from modelstock_jax.tensor_files.writer import write_directory_tensors
+
+Model = Mapping[str, np.ndarray]
+
+# Names and shapes in PyTorch's layout: an embedding, attention with grouped queries, a convolution,
+# one-dimensional tensors and a scalar.
+SHAPES = {
+    "model.embed_tokens.weight": (40, 16),
+    "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.layers.0.self_attn.k_proj.weight": (8, 16),
+    "model.layers.0.self_attn.v_proj.weight": (8, 16),
+    "model.layers.0.self_attn.o_proj.weight": (16, 16),
+    "model.layers.0.mlp.up_proj.weight": (24, 16),
+    "model.layers.0.input_layernorm.weight": (16,),
+    "model.layers.1.self_attn.q_proj.weight": (16, 16),
+    "model.layers.1.self_attn.k_proj.weight": (8, 16),
+    "model.layers.1.self_attn.v_proj.weight": (8, 16),
+    "model.layers.1.self_attn.o_proj.weight": (16, 16),
+    "patch.conv.weight": (6, 3, 2, 2),
+    "model.norm.weight": (16,),
+    "logit_scale": (),
+}
+
+
+def models(shapes=SHAPES, number=2, dtype=np.float32, size=0.1, seed=0) -> list[Model]:
+    """A base and fine-tunes whose task vectors have cosines of about a half."""
+    rng = np.random.default_rng(seed)
+    base = {n: np.asarray(rng.standard_normal(s)).astype(dtype) for n, s in shapes.items()}
+    common = {n: rng.standard_normal(s) for n, s in shapes.items()}
+    return [base, *(
+        {n: np.asarray(w.astype(np.float64) + size * (common[n] + rng.standard_normal(w.shape)))
+            .astype(dtype) for n, w in base.items()}
+        for _ in range(number)
+    )]
+
+
+def save(root: Path, given: Sequence[Model], configs: Sequence[Mapping] | None = None,
+         shard: int = 10**9) -> list[Path]:
+    """Writes `base`, `ft1`, ... with a config each."""
+    places = []
+    for i, model in enumerate(given):
+        place = root / (f"ft{i}" if i else "base")
+        place.mkdir(parents=True, exist_ok=True)
+        write_directory_tensors(place, model, shard)
+        config = {"model_type": "llama"} if configs is None else configs[i]
+        (place / "config.json").write_text(json.dumps(config))
+        places.append(place)
+    return places
+
+
+def plan(places: Sequence[Path], **options) -> Plan:
+    base = open_source(str(places[0]))
+    return make_plan(base, [open_source(str(p), base) for p in places[1:]], Options(**options))
+
+
+def merge(root: Path, given: Sequence[Model], out="out", **options) -> tuple[TensorFiles, Report]:
+    """Saves models, merges them, and opens the result."""
+    report = run(plan(save(root, given), **options), root / out)
+    return TensorFiles(root / out), report
+
+
+def numbers(tensor: np.ndarray) -> np.ndarray:
+    return np.asarray(tensor).astype(np.float64)
+
+
+def deltas(given: Sequence[Model], name: str) -> np.ndarray:
+    """[N, n], float64."""
+    base = numbers(given[0][name]).reshape(-1)
+    return np.stack([numbers(model[name]).reshape(-1) - base for model in given[1:]])
+
+
+def stock_ratio(d: np.ndarray) -> float:
+    """Equation 3 on task vectors [N, n]."""
+    number = len(d)
+    lengths = np.sqrt((d**2).sum(axis=1))
+    cosine = np.mean([d[i] @ d[j] / lengths[i] / lengths[j]
+                      for i in range(number) for j in range(i)])
+    return max(0.0, number * cosine / (1 + (number - 1) * cosine))
+
+
+def rounding(dtype, *values: np.ndarray) -> np.ndarray:
+    """One unit in the last place of the largest of some values, in a dtype."""
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(dtype)
+    largest = np.max([np.abs(v) for v in np.broadcast_arrays(*values)], axis=0)
+    exponent = np.floor(np.log2(np.maximum(largest, float(info.smallest_normal))))
+    return 2.0 ** (exponent - info.nmant)
+
+
+def rows(report: Report) -> dict[str, dict]:
+    return {row["name"]: row for row in report.rows}
+
+
+def total(shapes=SHAPES) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

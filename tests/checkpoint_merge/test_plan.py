@@ -1,0 +1,213 @@
+"""What a plan says before anything is read, and what it refuses, all at once."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.run import run
+from modelstock_jax.errors import UserError
+from tests.checkpoint_merge.engine import SHAPES, merge, models, numbers, plan, save, total
+
+TIED = {"model_type": "llama", "tie_word_embeddings": True}
+UNTIED = {"model_type": "llama", "tie_word_embeddings": False}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_a_plan_counts_bytes_files_and_tensors(tmp_path):
+    made = plan(save(tmp_path, models()), max_shard_bytes=3000)
+    size = 4 * total()
+    assert (made.bytes_read, made.bytes_written) == (3 * size, size)
+    assert sorted(n for shard in made.shards for n in shard) == sorted(SHAPES) == list(made.tensors)
+    assert all(sum(made.tensors[n].num_bytes for n in shard) <= 3000 for shard in made.shards)
+    assert made.files[0] == f"model-00001-of-{len(made.shards):05d}.safetensors"
+    assert {t.action for t in made.tensors.values()} == {"merge"} and made.notes == ()
+    assert plan(save(tmp_path, models())).files == ("model.safetensors",)
+
+
+def test_the_fingerprint_follows_inputs_and_options(tmp_path):
+    places = save(tmp_path, models())
+    seen = {plan(places).fingerprint, plan(places, unit="filter").fingerprint,
+            plan(places[:2] + [places[2]] * 2).fingerprint,
+            plan([places[1], places[0], places[2]]).fingerprint}
+    assert len(seen) == 4
+    assert plan(places, threads=1, window_bytes=5).fingerprint in seen
+    save(tmp_path, models(seed=1))
+    assert plan(places).fingerprint not in seen
+
+
+def test_all_problems_at_once(tmp_path):
+    base, first, second = (dict(m) for m in models())
+    del first["model.norm.weight"], first["logit_scale"]
+    second["extra.weight"] = np.zeros(2, np.float32)
+    second["patch.conv.weight"] = np.zeros((6, 3, 2, 3), np.float32)
+    with pytest.raises(UserError) as caught:
+        plan(save(tmp_path, [base, first, second]))
+    said = str(caught.value)
+    assert "ft1 lacks logit_scale, model.norm.weight (--missing base" in said
+    assert "ft2 has, extra.weight (--missing base leaves them out)" in said
+    assert "patch.conv.weight differs in shape" in said and "[6, 3, 2, 3]" in said
+    assert "\n" not in said
+
+
+def test_missing_tensors_may_come_from_the_base(tmp_path):
+    base, first, second = (dict(m) for m in models())
+    del first["model.norm.weight"]
+    second["extra.weight"] = np.zeros(2, np.float32)
+    out, report = merge(tmp_path, [base, first, second], missing="base")
+    assert sorted(out) == sorted(SHAPES)
+    np.testing.assert_array_equal(out["model.norm.weight"], base["model.norm.weight"])
+    made = plan([tmp_path / n for n in ("base", "ft1", "ft2")], missing="base")
+    assert "ft1 lacks it" in made.tensors["model.norm.weight"].reason
+    assert made.notes == ("extra.weight: left out, for the base does not have it",)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"method": "stok"}, "method 'stok' is not known; one of stock, "),
+    ({"unit": "row"}, "unit 'row' is not known"),
+    ({"dtype": "int8"}, "dtype 'int8' is not known; one of float64, "),
+    ({"alpha": 0.5}, "method 'stock' does not read alpha"),
+    ({"method": "wise-ft"}, "method 'wise-ft' needs alpha"),
+    ({"method": "wise-ft", "alpha": 1.5}, r"alpha lies in \[0, 1\], not 1.5"),
+    ({"method": "slerp", "t": {"w": 2.0}}, r"t lies in \[0, 1\], not 2.0"),
+    ({"method": "ties", "density": 0}, r"density lies in \(0, 1\], not 0"),
+    ({"method": "ties", "density": (0.5, 2)}, r"density lies in \(0, 1\], not 2"),
+    ({"method": "linear", "weights": (1, float("nan"))}, "weights is a number, not nan"),
+    ({"excluded": "model:0"}, "excluded is base, mean or model:1"),
+    ({"max_shard_bytes": 0}, "max_shard_bytes is at least 1"),
+])
+def test_options_that_mean_nothing(wrong, said):
+    with pytest.raises(UserError, match=said):
+        Options(**wrong)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"method": "slerp", "t": 0.5}, "takes 1 to 2 fine-tuned models, not 3"),
+    ({"method": "linear", "weights": (1, 2)}, "2 weights for 3 fine-tuned models"),
+    ({"method": "linear", "weights": (1, -2, 1)}, "the weights add up to 0"),
+    ({"excluded": "model:4"}, "excluded is model:4, and there are 3"),
+    ({"include": ("nothing.*",)}, "no tensor is left to merge"),
+    ({"unit": "head"}, "unit 'head' needs num_heads"),
+])
+def test_options_that_do_not_fit_the_models(tmp_path, wrong, said):
+    with pytest.raises(UserError, match=said):
+        plan(save(tmp_path, models(number=3)), **wrong)
+
+
+def test_one_fine_tune_is_too_few_for_an_angle(tmp_path):
+    with pytest.raises(UserError, match="method 'stock' takes 2 or more fine-tuned models, not 1"):
+        plan(save(tmp_path, models(number=1)))
+
+
+@pytest.mark.parametrize(("excluded", "expected"), [
+    ("base", lambda g, n: g[0][n]),
+    ("mean", lambda g, n: (numbers(g[1][n]) + numbers(g[2][n])) / 2),
+    ("model:2", lambda g, n: g[2][n]),
+])
+def test_patterns(tmp_path, excluded, expected):
+    given = models()
+    out, report = merge(tmp_path, given, include=("model.*",), exclude=("*.k_proj.*", "*norm*"),
+                        excluded=excluded)
+    left = {n for n in SHAPES if not n.startswith("model.") or "k_proj" in n or "norm" in n}
+    assert {row["name"] for row in report.rows} == set(SHAPES) - left
+    for name in left:
+        np.testing.assert_array_equal(out[name], expected(given, name).astype(np.float32))
+
+
+def heads(tied_base, tied_first, equal=True):
+    """A base, a fine-tune that may tie its head or store it, and one that stores it."""
+    rng = np.random.default_rng(3)
+    given = [dict(m) for m in models({EMBEDDING: (10, 4)})]
+    for model, tied in zip(given, (tied_base, tied_first, tied_base), strict=True):
+        if not tied:
+            model[HEAD] = model[EMBEDDING].copy()
+            if not equal:
+                model[HEAD] += rng.standard_normal((10, 4)).astype(np.float32)
+    return given
+
+
+def test_a_tied_head_stays_tied_where_a_fine_tune_stores_it_equal(tmp_path):
+    places = save(tmp_path, heads(True, False), [TIED, UNTIED, TIED])
+    made = plan(places)
+    assert list(made.tensors) == [EMBEDDING] and made.config == {}
+    assert f"{HEAD}: kept tied to {EMBEDDING}" in made.notes[0]
+
+
+def test_a_fine_tune_that_trained_its_head_is_refused_or_untied(tmp_path):
+    given = heads(True, False, equal=False)
+    places = save(tmp_path, given, [TIED, UNTIED, TIED])
+    with pytest.raises(UserError, match="ft1 trained a head of its own .--tied untie"):
+        plan(places)
+    made = plan(places, tied="untie")
+    assert made.tensors[HEAD].names == (EMBEDDING, HEAD, EMBEDDING)
+    report = run(made, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    assert {row["name"] for row in report.rows} == {EMBEDDING, HEAD}
+
+
+def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
+    given = heads(False, True, equal=False)
+    made = plan(save(tmp_path, given, [UNTIED, TIED, UNTIED]))
+    assert made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.config == {}
+    assert "read from model.embed_tokens.weight in" in made.notes[0]
+    with pytest.raises(UserError, match="ft1 lacks lm_head.weight"):
+        plan(save(tmp_path, given, [UNTIED, UNTIED, UNTIED]))
+
+
+def vocabularies(base, first, second):
+    given = models({EMBEDDING: (12, 4), "w": (3, 3)})
+    return [{**m, EMBEDDING: m[EMBEDDING][:rows]}
+            for m, rows in zip(given, (base, first, second), strict=True)]
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "length", "rest"), [
+    ((10, 12, 11), "base", 10, None), ((10, 12, 11), "longest", 12, 1),
+    ((12, 10, 12), "base", 12, 0), ((12, 10, 12), "longest", 12, 0), ((10, 11, 8), "base", 10, 0),
+])
+def test_rows_in_common(tmp_path, rows, vocabulary, length, rest):
+    given = vocabularies(*rows)
+    places = save(tmp_path, given, [{"vocab_size": n} for n in rows])
+    with pytest.raises(UserError, match="model.embed_tokens.weight differs in its number of rows"):
+        plan(places)
+    made = plan(places, vocabulary=vocabulary)
+    run(made, tmp_path / "out")
+    out, common = tmp_path / "out", min(rows)
+    from modelstock_jax.tensor_files.reader import TensorFiles
+
+    merged = TensorFiles(out)[EMBEDDING]
+    cut = [{**m, EMBEDDING: m[EMBEDDING][:common]} for m in given]
+    alone, _ = merge(tmp_path / "cut", cut)
+    np.testing.assert_array_equal(merged[:common], alone[EMBEDDING])
+    assert len(merged) == length
+    if rest is not None:
+        np.testing.assert_array_equal(merged[common:], given[rest][EMBEDDING][common:])
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == length
+    assert f"{common} rows in common merged" in made.notes[0]
+
+
+def test_integers_that_agree_are_copied_and_others_refused(tmp_path):
+    given = [dict(m, position_ids=np.arange(5), flags=np.array([True, False])) for m in models()]
+    out, report = merge(tmp_path, given)
+    np.testing.assert_array_equal(out["position_ids"], np.arange(5))
+    assert out.dtype("flags") == np.bool_ and "flags" not in {r["name"] for r in report.rows}
+    given[1]["position_ids"] = np.arange(5)[::-1].copy()
+    with pytest.raises(UserError, match="position_ids is I64 and differs between models"):
+        merge(tmp_path / "other", given)
+    given[1]["position_ids"] = np.arange(5).astype(np.float32)
+    with pytest.raises(UserError, match="position_ids is I64, F32, I64: floating point on one"):
+        merge(tmp_path / "third", given)
+
+
+def test_a_buffer_that_some_models_lack_is_no_problem(tmp_path):
+    given = [dict(m) for m in models()]
+    given[1]["model.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    out, _ = merge(tmp_path, given)
+    assert sorted(out) == sorted(SHAPES)
+
+
+def test_empty_tensors_stay(tmp_path):
+    given = [dict(m, none=np.zeros((0, 4), np.float32)) for m in models()]
+    assert merge(tmp_path, given)[0]["none"].shape == (0, 4)

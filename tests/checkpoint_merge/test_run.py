@@ -1,0 +1,158 @@
+"""The directory that a merge leaves: whole and true, or not there; its inputs untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelstock_jax.checkpoint_merge import workplace
+from modelstock_jax.checkpoint_merge.run import measure, run
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.reader import INDEX, TensorFiles
+from tests.checkpoint_merge.engine import SHAPES, merge, models, plan, save, total
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes()
+            for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_the_directory_is_complete_and_true(tmp_path):
+    places = save(tmp_path, models(), shard=2000)
+    for name, text in {"tokenizer.json": "{}", "merges.txt": "a b", "spiece.model": "\0",
+                       "chat.jinja": "", "LICENSE": "free"}.items():
+        (places[0] / name).write_text(text)
+    for name in ("modeling.py", "pytorch_model.bin", "README.md", "optimizer.pt", ".hidden.json"):
+        (places[0] / name).write_text("x")
+    before = [contents(place) for place in places]
+    seen, finished = [], []
+
+    def finish(directory, report):
+        assert not (tmp_path / "out").exists()
+        finished.append(report)
+        (directory / "README.md").write_text("card")
+
+    made = plan(places, max_shard_bytes=3000)
+    report = run(made, tmp_path / "out", progress=lambda *x: seen.append(x), finish=finish)
+    assert finished == [report] and [contents(place) for place in places] == before
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {
+        *made.files, INDEX, "config.json", "tokenizer.json", "merges.txt", "spiece.model",
+        "chat.jinja", "LICENSE", "README.md",
+    }
+    index = json.loads((out / INDEX).read_text())
+    assert index["metadata"]["total_size"] == 4 * total() and len(made.files) > 2
+    assert sorted(index["weight_map"]) == sorted(SHAPES) == sorted(TensorFiles(out))
+    for file in made.files:
+        assert hashlib.sha256((out / file).read_bytes()).hexdigest() == report.digests[file]
+    assert seen[-1] == (16 * total(), 16 * total()) and seen == sorted(seen)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["base", "ft1", "ft2", "out"]
+    assert oct(out.stat().st_mode) == oct(places[0].stat().st_mode)
+
+
+def test_one_file_needs_no_index(tmp_path):
+    merge(tmp_path, models())
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_measuring_writes_nothing(tmp_path):
+    made = plan(save(tmp_path, models()))
+    before = sorted(tmp_path.rglob("*"))
+    report = measure(made)
+    assert sorted(tmp_path.rglob("*")) == before and report.bytes_written == 0
+    assert report.rows == run(made, tmp_path / "out").rows
+
+
+@pytest.mark.parametrize("out", ["base", "base/inside", ".", "ft2"])
+def test_no_output_in_at_or_around_an_input(tmp_path, out):
+    made = plan(save(tmp_path / "in", models()))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="(is|lies in|holds) the input .*apart from it"):
+        run(made, tmp_path / "in" / out, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_link_to_an_input_is_seen_through(tmp_path):
+    made = plan(save(tmp_path / "in", models()))
+    (tmp_path / "link").symlink_to(tmp_path / "in" / "base")
+    with pytest.raises(UserError, match="is the input"):
+        run(made, tmp_path / "link", overwrite=True)
+
+
+def test_an_existing_directory_is_refused_or_replaced_whole(tmp_path):
+    made = plan(save(tmp_path / "in", models()))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(UserError, match="out: exists already"):
+        run(made, tmp_path / "out")
+    assert contents(tmp_path / "out") == {"mine": b"x"}
+    run(made, tmp_path / "out", overwrite=True)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
+
+
+@pytest.mark.parametrize("model", [0, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"window_bytes": 1}, {"exclude": ("model.norm*",)}])
+def test_a_non_finite_weight_is_named_and_nothing_written(tmp_path, model, value, options):
+    given = [{n: w.copy() for n, w in m.items()} for m in models()]
+    given[model]["model.norm.weight"][3] = value
+    options = options | ({"excluded": f"model:{model}"} if model and "exclude" in options else {})
+    with pytest.raises(UserError) as caught:
+        merge(tmp_path, given, max_shard_bytes=1000, threads=2, **options)
+    who = "base" if model == 0 else "ft2"
+    assert f"{who}: tensor 'model.norm.weight' holds NaN or infinity, first at [3]" in str(
+        caught.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2"}
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(workplace.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="GB are needed there and 0.00 GB are free"):
+        merge(tmp_path, models())
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2"}
+
+
+def test_a_disk_that_fills_keeps_what_is_complete(tmp_path, monkeypatch):
+    made = plan(save(tmp_path, models()), max_shard_bytes=2000, threads=1)
+    left, pwrite = [6], os.pwrite
+
+    def filling(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return pwrite(*args)
+
+    monkeypatch.setattr(os, "pwrite", filling)
+    with pytest.raises(UserError, match="No space left on device.*give the same command again"):
+        run(made, tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    report = run(made, tmp_path / "out")
+    assert report.resumed and len(report.resumed) < len(made.files)
+    fresh = run(made, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh") and fresh.resumed == ()
+    assert report.rows == fresh.rows and report.policies == fresh.policies
+
+
+def test_what_finish_raises_leaves_no_half_directory(tmp_path):
+    made = plan(save(tmp_path, models()))
+    with pytest.raises(ZeroDivisionError):
+        run(made, tmp_path / "out", finish=lambda *_: 1 / 0)
+    assert not (tmp_path / "out").exists()
+    assert run(made, tmp_path / "out").resumed == ("model.safetensors",)
+
+
+def test_a_merge_imports_no_jax():
+    code = ("import sys, modelstock_jax.checkpoint_merge.run\n"
+            "assert not {'jax', 'flax', 'torch', 'matplotlib'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
