@@ -7,12 +7,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from tests.clip import small
 
 from modelstock_jax.checkpoint_merge import commands
 from modelstock_jax.checkpoint_merge.cli import main
 from modelstock_jax.clip.weights import load, save
 from modelstock_jax.merging import UNITS, model_stock, report
+from tests.clip import small
 
 HEADS = small.config().vision.num_attention_heads
 
