@@ -69,6 +69,10 @@ def get_config() -> ConfigDict:
     config.data.loading.workers = 0
     config.data.loading.prefetch = 2
     config.data.loading.unreadable = "error"
+    # A directory for the training images decoded and with this short side: written by the first
+    # run, read without decoding by all; "" decodes each time (docs/input.md).
+    config.data.cache = ""
+    config.data.cache_short_side = 256
     # What happens to ImageNet's training images. The glyphs have an augmentation of their own.
     config.data.augment = ConfigDict()
     # Random resized crop, bicubic: the share of the area, and the aspect ratio.

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data import glyphs
 from modelstock_jax.data.augment import shift_and_jitter
+from modelstock_jax.data.cache import write_cache
 from modelstock_jax.data.glyphs.sets import TRAIN_SIZE
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.imagenet import CLASS_NAMES, PUBLISHED, TEMPLATES
@@ -133,7 +134,7 @@ def load(config: ConfigDict) -> Benchmark:
     if config.name == "glyphs":
         return _with_lists(config, _glyphs(config))
     if config.name == "folder":
-        return _with_lists(config, Benchmark(*open_own(config), augment=_as_read))
+        return _with_lists(config, _cached(config, Benchmark(*open_own(config), augment=_as_read)))
     sets = open_sets(config)
     opened = Benchmark(
         sets.train,
@@ -145,12 +146,26 @@ def load(config: ConfigDict) -> Benchmark:
         _as_read,
         sets.real,
     )
-    return _with_lists(config, opened)
+    return _with_lists(config, _cached(config, opened))
 
 
 def _as_read(key: jax.Array, images: jax.Array) -> jax.Array:
     """Stored images are cropped and changed where they are read."""
     return images
+
+
+def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
+    """The benchmark with its training images in the config's cache, written if it is not there."""
+    if not config.cache:
+        return data
+    images = write_cache(
+        data.train.images,
+        Path(config.cache).expanduser(),
+        short_side=config.cache_short_side,
+        threads=config.loading.threads,
+        unreadable=config.loading.unreadable,
+    )
+    return dataclasses.replace(data, train=dataclasses.replace(data.train, images=images))
 
 
 def _glyphs(config: ConfigDict) -> Benchmark:

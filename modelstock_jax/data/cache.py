@@ -112,6 +112,7 @@ def write_cache(
     For crops of 90 to 100 % of the area at 224 pixels, 256 is what the smallest crop needs. Three
     bytes a pixel: an image of 4:3 takes 262 kB, ImageNet's training set 0.35 TB. A call that was
     interrupted goes on where it stopped; each part of 4,096 images is read back once it is written.
+    One process at a time may write: where hosts share the directory, write it before they start.
 
     Args:
       images: the source.

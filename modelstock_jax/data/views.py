@@ -90,7 +90,7 @@ class TrainView:
         # Not a ratio of heights: a shrunk JPEG's last row may stand for fewer rows.
         shrink = shrink if pixels.shape[0] < height else 1
         image = resized_crop(pixels, crop, self.size, shrink)
-        if rng.random() < 0.5 and self.flip:
+        if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment_ops:
             image = rand_augment(rng, image, self.randaugment_ops, self.randaugment_magnitude)

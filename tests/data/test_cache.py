@@ -10,6 +10,8 @@ import pickle
 import numpy as np
 import pytest
 
+from configs import default
+from modelstock_jax.data import benchmark
 from modelstock_jax.data import cache as cache_module
 from modelstock_jax.data.cache import CachedImages, write_cache
 from modelstock_jax.data.crops import resize_short_side
@@ -18,6 +20,7 @@ from modelstock_jax.data.pipeline import eval_batches, train_batches
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.data.views import TrainView
 from modelstock_jax.errors import UserError
+from tests.data.made_images import write_folders
 from tests.data.photographs import InMemory, encode, opened, photograph, small_set
 
 SOURCE = InMemory([*small_set(9).images, photograph(), encode(opened(photograph("flower")))])
@@ -59,6 +62,24 @@ def test_batches_are_those_of_the_images_where_nothing_is_resized(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(one["image"], other["image"])
+
+
+def test_a_run_writes_its_cache_and_finds_it_again(tmp_path, monkeypatch):
+    write_folders(tmp_path / "own" / "train", ["cat", "dog"], each=4)
+    write_folders(tmp_path / "own" / "test", ["cat", "dog"], each=1)
+    config = default.get_config().data
+    config.name, config.root, config.cache = "folder", str(tmp_path / "own"), str(tmp_path / "c")
+    config.cache_short_side = 20
+    first = benchmark.load(config).train
+    config.cache = ""
+    plain = benchmark.load(config).train
+    config.cache = str(tmp_path / "c")
+    assert isinstance(first.images, CachedImages) and len(first) == len(plain)
+    monkeypatch.setattr(cache_module, "decode", None)
+    again = benchmark.load(config).train
+    for index in range(len(plain)):
+        expected = np.asarray(resize_short_side(decode(plain.images[index]), 20))
+        np.testing.assert_array_equal(again.images[index], expected)
 
 
 def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):

@@ -1,0 +1,283 @@
+"""Images a second and core: this package's readers beside PyTorch's DataLoader with Pillow.
+
+    .venv-parity/bin/python benchmarks/input.py
+
+Writes synthetic photographs (--images of them, 500 x 375, about 110 kB, JPEG of quality 90) to a
+temporary directory as folders, as ArrayRecord and as a cache, and reads each by one thread of one
+process. The readers take turns, --rounds times, and each one's best round counts: what else the
+machine does makes a round longer, never shorter. Time is CPU time of the process and, for
+DataLoader's worker, of its child. Needs torch (`make test-parity` makes .venv-parity).
+"""
+
+import dataclasses
+import itertools
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# As each reader would run beside a training step that has the other cores.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import io  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+from PIL import Image  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from modelstock_jax.data.cache import write_cache  # noqa: E402
+from modelstock_jax.data.crops import random_crop  # noqa: E402
+from modelstock_jax.data.folders import read_folders  # noqa: E402
+from modelstock_jax.data.image_set import ImageSet  # noqa: E402
+from modelstock_jax.data.pipeline import train_batches  # noqa: E402
+from modelstock_jax.data.prepare import prepare  # noqa: E402
+from modelstock_jax.data.rand_augment import OPERATIONS, rand_augment  # noqa: E402
+from modelstock_jax.data.reader import Loading  # noqa: E402
+from modelstock_jax.data.records import read_records  # noqa: E402
+from modelstock_jax.data.views import TrainView  # noqa: E402
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("images", 256, "Images of the set.")
+flags.DEFINE_integer("size", 224, "Side of the model's input.")
+flags.DEFINE_integer("batch_size", 64, "Images of a batch.")
+flags.DEFINE_integer("rounds", 5, "How often each reader reads the set.")
+flags.DEFINE_float("step_ms", 0, "Also: wait of a step that takes so long, on all cores.")
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def photograph(seed: int, height: int = 375, width: int = 500) -> bytes:
+    """Smooth noise with the falling spectrum of photographs, edges, and a sensor's grain."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 128.0)
+    for cells in (4, 8, 16, 32, 64, 128, 256):
+        shape = (cells * height // 512 + 2, cells * width // 512 + 2)
+        for channel in range(3):
+            coarse = Image.fromarray(rng.normal(size=shape).astype(np.float32))
+            smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+            pixels[..., channel] += 180 / cells**0.75 * smooth
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(20):  # translucent bars at any angle
+        angle, at = rng.uniform(0, np.pi), rng.uniform(0, 1, 2) * (width, height)
+        across = np.cos(angle) * (columns - at[0]) + np.sin(angle) * (rows - at[1])
+        bar = np.abs(across) < rng.uniform(2, 30)
+        pixels[bar] = (pixels[bar] + rng.uniform(0, 255, 3)) / 2
+    pixels += rng.normal(size=(height, width, 1)) * 20
+    file = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@dataclasses.dataclass
+class PillowFolder(torch.utils.data.Dataset):
+    """What torchvision's ImageFolder with RandomResizedCrop does, without torchvision.
+
+    Open, convert, crop, resize (bicubic; Pillow's always antialiases), to a tensor; normalised as
+    the usual recipe does on the host, or left in bytes as this package does.
+    """
+
+    paths: list[str]
+    size: int
+    area: tuple[float, float]
+    normalize: bool
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        with open(self.paths[index], "rb") as file:
+            image = Image.open(file).convert("RGB")
+        rng = np.random.default_rng((0, index))
+        top, left, height, width = random_crop(
+            rng, image.height, image.width, self.area, (3 / 4, 4 / 3)
+        )
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if not self.normalize:
+            return pixels, index
+        pixels = pixels.to(torch.float32).div(255)  # ToTensor, then Normalize
+        return pixels.sub_(torch.from_numpy(MEAN)[:, None, None]).div_(
+            torch.from_numpy(STD)[:, None, None]
+        ), index
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def dataloader(paths: list[str], area, normalize: bool) -> Callable[[], None]:
+    """An epoch of torch's DataLoader: one worker process, one thread."""
+    dataset = PillowFolder(paths, FLAGS.size, area, normalize)
+
+    def read():
+        loader = torch.utils.data.DataLoader(
+            dataset, FLAGS.batch_size, shuffle=True, num_workers=1, drop_last=True
+        )
+        for _ in loader:
+            pass
+
+    return read
+
+
+def ours(image_set: ImageSet, view: TrainView) -> Callable[[], None]:
+    """An epoch of this package's batches: one thread."""
+
+    def read():
+        stream = train_batches(
+            image_set,
+            batch_size=FLAGS.batch_size,
+            seed=0,
+            num_replicas=1,
+            view=view,
+            loading=Loading(threads=1),
+        )
+        for _ in itertools.islice(stream, len(image_set) // FLAGS.batch_size):
+            pass
+        stream.close()
+
+    return read
+
+
+def measure(readers: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Images a CPU second of each reader, the best of the rounds, which take turns."""
+    counted = FLAGS.images // FLAGS.batch_size * FLAGS.batch_size
+    best = dict.fromkeys(readers, float("inf"))
+    for _ in range(FLAGS.rounds):
+        for name, read in readers.items():
+            start = cpu_seconds()
+            read()
+            best[name] = min(best[name], cpu_seconds() - start)
+    return {name: counted / seconds for name, seconds in best.items()}
+
+
+def print_table(title: str, rates: dict[str, float], reference: str) -> None:
+    print(f"\n{title}\n\n| reader | images/s a core | beside {reference} |\n|---|---|---|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.0f} | {rate / rates[reference]:.2f} |", flush=True)
+
+
+def operations(pixels: np.ndarray) -> None:
+    """What could run on the device, on the host and as XLA's program on the same CPU."""
+    batch = jnp.asarray(np.stack([pixels] * FLAGS.batch_size))
+    image = Image.fromarray(pixels)
+    rng = np.random.default_rng(0)
+    grey = jnp.array([0.299, 0.587, 0.114])
+
+    def blend(x, degenerate):
+        return jnp.clip(degenerate + 1.3 * (x - degenerate), 0, 255).astype(jnp.uint8)
+
+    on_device = {
+        "flip": lambda x: x[:, :, ::-1],
+        "normalise": lambda x: (x.astype(jnp.float32) / 255 - MEAN) / STD,
+        "brightness": lambda x: blend(x.astype(jnp.float32), 0.0),
+        "color": lambda x: blend(x.astype(jnp.float32), (x @ grey)[..., None]),
+        "contrast": lambda x: blend(
+            x.astype(jnp.float32), (x @ grey).mean((1, 2), keepdims=True)[..., None]
+        ),
+        "solarize": lambda x: jnp.where(x < 128, x, 255 - x),
+        "posterize": lambda x: x & 0b11100000,
+    }
+
+    def on_host(name):
+        if name == "flip":
+            return lambda: np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        if name == "normalise":
+            return lambda: (pixels.astype(np.float32) / 255 - MEAN) / STD
+        return lambda: np.asarray(OPERATIONS[name].apply(image, OPERATIONS[name].strongest / 3))
+
+    def microseconds(function, count, repeats):
+        function()
+        times = []
+        for _ in range(repeats):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        return 1e6 * min(times) / count
+
+    print("\n| operation | host, us an image | XLA on the CPU, us an image |\n|---|---|---|")
+    measured = {}
+    for name, function in on_device.items():
+        compiled = jax.jit(function)
+        device = microseconds(
+            lambda compiled=compiled: compiled(batch).block_until_ready(), len(batch), 5
+        )
+        measured[name] = microseconds(on_host(name), 1, 50), device
+        print(f"| {name} | {measured[name][0]:.0f} | {device:.0f} |")
+    colour = np.array([measured[name] for name in on_device if name in OPERATIONS])
+    # A program for the whole batch computes every operation and selects, twice.
+    host, device = 2 * colour[:, 0].mean(), 2 * colour[:, 1].sum()
+    print(f"| two of those five, drawn for each image | {host:.0f} | {device:.0f} |")
+    both = np.mean([
+        microseconds(lambda: np.asarray(rand_augment(rng, image, 2, 10)), 1, 1) for _ in range(200)
+    ])  # fmt: skip
+    print(f"| RandAugment, two of all fourteen | {both:.0f} | - |", flush=True)
+
+
+def waits(image_sets: dict[str, ImageSet], view: TrainView) -> None:
+    """How long a step of --step_ms on the accelerator waits for its batch."""
+    print(f"\n| reader | wait of a step of {FLAGS.step_ms:.0f} ms, ms |\n|---|---|")
+    for name, image_set in image_sets.items():
+        stream = train_batches(
+            image_set, batch_size=FLAGS.batch_size, seed=0, num_replicas=1, view=view
+        )
+        waited = []
+        for _ in range(12):
+            start = time.perf_counter()
+            next(stream)
+            waited.append(time.perf_counter() - start)
+            time.sleep(FLAGS.step_ms / 1000)
+        stream.close()
+        print(f"| {name} | {1000 * np.median(waited[3:]):.0f} |", flush=True)
+
+
+def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # TensorFlow Datasets tells of each opening.
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "folder"
+        for number in range(FLAGS.images):
+            place = folder / f"class_{number % 4}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number:05d}.JPEG").write_bytes(photograph(number))
+        stored = read_folders(folder)
+        image_set = ImageSet("train", stored.images, stored.labels)
+        paths = [stored.images.name(index) for index in range(len(image_set))]
+        sizes = [os.path.getsize(path) for path in paths]
+        print(f"{len(paths)} JPEGs of 500 x 375, {np.mean(sizes) / 1000:.0f} kB on average")
+        directory = prepare(image_set, stored.names, root, dataset="made_up", split="train",
+                            resize=0, workers=1)  # fmt: skip
+        records = read_records(directory, "train")
+        cached = write_cache(stored.images, Path(root) / "cache", short_side=256)
+        sets = {
+            "folder of JPEGs": image_set,
+            "ArrayRecord of JPEGs": ImageSet("train", records.images, records.labels),
+            "cache": dataclasses.replace(image_set, images=cached),
+        }
+        for area in ((0.9, 1.0), (0.08, 1.0)):
+            view = TrainView(FLAGS.size, area)
+            readers = {
+                "DataLoader, Pillow, normalised": dataloader(paths, area, True),
+                "DataLoader, Pillow, bytes": dataloader(paths, area, False),
+            }
+            readers |= {name: ours(one, view) for name, one in sets.items()}
+            title = f"Random crop of {area[0]:.0%} to {area[1]:.0%} of the area, to {FLAGS.size}"
+            print_table(title, measure(readers), "DataLoader, Pillow, normalised")
+        operations(TrainView(FLAGS.size)(stored.images[0], np.random.default_rng(0)))
+        if FLAGS.step_ms:
+            waits(sets, TrainView(FLAGS.size))
+
+
+if __name__ == "__main__":
+    app.run(main)
