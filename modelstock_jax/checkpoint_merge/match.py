@@ -38,8 +38,10 @@ class Source(Protocol):
     num_bytes: int
     files: Sequence[Path]  # their sizes and times tell whether a killed merge may go on
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor; thread-safe."""
+    def read(
+        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Elements [start, stop) of the flattened tensor, in `into` if it will; thread-safe."""
 
 
 @dataclasses.dataclass

@@ -57,9 +57,14 @@ class Source:
         """Size of the files that are read."""
         return sum(path.stat().st_size for path in self.files)
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor, in its stored dtype; thread-safe."""
-        return self._tensors.read(name, start, stop)
+    def read(
+        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Elements [start, stop) of the flattened tensor, in its stored dtype; thread-safe.
+
+        They are read into the bytes `into` where those are given, which saves fresh memory.
+        """
+        return self._tensors.read(name, start, stop, into)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file, by its name."""
@@ -101,12 +106,14 @@ class AdaptedSource(Source):
         """The files that are read, the base's too."""
         return (*self.base.files, self.adapter.directory / WEIGHTS)
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read(
+        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+    ) -> np.ndarray:
         """Elements [start, stop); float32 (float64 for a float64 base) where they are formed."""
         if name in self.adapter.whole:  # An embedding may be both: held whole, and moved.
-            weights = self.adapter.files.read(self.adapter.whole[name], start, stop)
+            weights = self.adapter.files.read(self.adapter.whole[name], start, stop, into)
         else:
-            weights = self.base.read(name, start, stop)
+            weights = self.base.read(name, start, stop, into)
         if name not in self.adapter.factors:
             return weights
         formed = weights.astype(np.float64) + self.adapter.delta(name, start, stop)

@@ -80,6 +80,7 @@ class Unit:
         self._meter, self._scratch = meter, scratch
         self._sources = (plan.base, *plan.finetuned)
         self._kept: dict[Piece, list[np.ndarray]] = {}
+        self._filled = 0
         self.layouts = [Layout.of(member.part) for member in members]
         self.dtypes = [self._dtype(member) for member in members]
         self.name = members[0].name
@@ -184,12 +185,28 @@ class Unit:
         if (kept := self._kept.get(piece)) is not None:
             return kept
         member = self.members[piece.member]
-        raw = [source.read(name, piece.start, piece.stop)
-               for source, name in zip(self._sources, member.names, strict=True)]
+        raw = [
+            source.read(name, piece.start, piece.stop, self._room(piece, model))
+            for model, (source, name) in enumerate(zip(self._sources, member.names, strict=True))
+        ]
         self._meter.add(read=sum(values.nbytes for values in raw))
         if self.pool is None:
             self._kept[piece] = raw
         return raw
+
+    def _room(self, piece: Piece, model: int) -> np.ndarray:
+        """Bytes to read a piece into: of the window where it is kept, else used again and again."""
+        bits = BITS[self._code(self.members[piece.member], model)]
+        size = (piece.stop - piece.start) * bits // 8
+        if self.pool is not None:
+            return self._scratch.take(f"read {model}", (size,), np.uint8)
+        options = self.plan.options
+        window = self._scratch.take("window", (options.window_bytes // options.num_threads,),
+                                    np.uint8)
+        start = self._filled
+        self._filled += -(-size // 8) * 8  # so that every number is aligned
+        return window[start : start + size] if self._filled <= len(window) else np.empty(
+            size, np.uint8)
 
     def _code(self, member: Planned, model: int) -> str:
         return self._sources[model].tensors[member.names[model]].code

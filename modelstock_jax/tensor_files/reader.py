@@ -92,13 +92,16 @@ class TensorFiles(Mapping[str, np.ndarray]):
         shape = self.shape(name)
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read(
+        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads elements [start, stop) of a flattened tensor; any thread may.
 
         Args:
             name: Of the tensor.
             start: Index of the first element.
             stop: Index after the last.
+            into: Bytes (uint8) to read into, enough of them; by default fresh memory.
 
         Returns:
             [stop - start], in the stored dtype.
@@ -106,8 +109,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
         entry, dtype = self._entries[name], self.dtype(name)
         if not 0 <= start <= stop <= math.prod(entry.shape):
             raise IndexError(f"{name}: [{start}, {stop}) of {math.prod(entry.shape)} elements")
-        values = np.empty(stop - start, dtype)
-        left, place = memoryview(values.view(np.uint8)), entry.start + start * dtype.itemsize
+        size = (stop - start) * dtype.itemsize
+        raw = np.empty(size, np.uint8) if into is None else into[:size]
+        values = raw.view(dtype)
+        left, place = memoryview(raw), entry.start + start * dtype.itemsize
         while left:
             try:
                 count = os.preadv(self._open[self.files[name]], [left], place)
