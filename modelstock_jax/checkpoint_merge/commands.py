@@ -27,6 +27,7 @@ from modelstock_jax.checkpoint_merge.settings import schedule
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import plain, write_json, write_text
+from modelstock_jax.tensor_files.reader import read_json
 
 REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
 # A comparison writes no model: what some models lack need not stand in its way.
@@ -153,7 +154,8 @@ def _check_layers(layers: int, base: Source) -> None:
     path = base.directory / "config.json" if base.directory else None
     if path is None or not path.is_file():
         return
-    number = json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers")
+    config = read_json(path)
+    number = config.get("num_hidden_layers") if isinstance(config, dict) else None
     if number is not None and number != layers:
         raise UserError(f"the recipe's slices end at layer {layers}, {base.label} has {number}: "
                         "only the whole model is merged; give models instead of slices")

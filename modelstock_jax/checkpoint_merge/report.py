@@ -17,7 +17,7 @@ from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.run import Report
 
 FORMAT = 1
-PACKAGES = ("numpy", "ml_dtypes", "safetensors")
+PACKAGES = ("numpy", "ml_dtypes")
 # How fast, not what: these leave the result as it is.
 _HOW_FAST = ("threads", "window_bytes")
 
