@@ -77,6 +77,9 @@ def prepare(
                 "another --out"
             )
         shards = _shards(image_set, class_names, unfinished, dataset, split, resize, per_shard)
+        # Its import is not safe beside other threads, such as the progress bar's.
+        import tensorflow_datasets as _  # noqa: F401
+
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(f"prepare {dataset} {split}", total=len(image_set))
             for count in _run(shards, workers):

@@ -105,6 +105,12 @@ class RecordImages(EncodedImages):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In a worker process, before its threads start: this import is not safe beside others.
+        import tensorflow_datasets as _  # noqa: F401
+
+        self.__dict__.update(state)
+
     def _builder(self) -> Any:
         import tensorflow_datasets as tfds  # a second
 

@@ -17,6 +17,7 @@ HARMLESS = (
     "checkpoint.every",
     "checkpoint.keep",
     "export.layouts",
+    "data.check_counts",
     "data.loading.threads",
     "data.loading.workers",
     "data.loading.prefetch",

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from modelstock_jax.data.imagenet import A_CLASSES, PUBLISHED, R_CLASSES, WNIDS
+from configs import imagenet
+from modelstock_jax.data import benchmark
+from modelstock_jax.data.imagenet import (
+    A_CLASSES,
+    CLASS_NAMES,
+    PUBLISHED,
+    R_CLASSES,
+    TEMPLATES,
+    WNIDS,
+)
 from modelstock_jax.data.imagenet.places import missing_sets, places
 from modelstock_jax.data.imagenet.sets import open_real, open_set, open_sets
 from modelstock_jax.data.imagenet.whole import check_whole
@@ -175,3 +184,18 @@ def test_an_uneven_class_is_named():
     labels, _ = whole_labels("validation")
     with pytest.raises(UserError, match=r"1 too few \(n01498041 should have 50\)"):
         check_whole("validation", "here", np.delete(labels, 6))
+
+
+def test_the_benchmark(root):
+    """As a run opens it; the held-out images are left out of what is known beforehand, too."""
+    data = imagenet.get_config().data
+    data.root, data.check_counts, data.held_out = str(root), False, 2
+    assert benchmark.missing(data) == []
+    assert benchmark.outline(data).num_train == 1_281_167 - 2_000
+    opened = benchmark.load(data)
+    assert len(opened.train) == len(LABELS) * (2 * EACH - 2) and len(opened.validation) == 8
+    assert opened.class_names == CLASS_NAMES and opened.templates == TEMPLATES
+    assert opened.test.name == "id" and opened.real.label_sets is not None
+    data.paths.r = "elsewhere"
+    with pytest.raises(UserError, match="data.paths.r=elsewhere: nothing there"):
+        benchmark.load(data)

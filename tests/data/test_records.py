@@ -87,7 +87,9 @@ def test_bytes_labels_and_names(imagenet, versioned):
 def test_images_travel_to_other_processes(imagenet):
     images = RecordImages(imagenet, "train")
     assert images[4] == encoded(4)
-    assert list(pickle.loads(pickle.dumps(images))) == list(images)
+    copy = pickle.loads(pickle.dumps(images))
+    assert copy._source is None, "an open reader does not travel"
+    assert list(copy) == list(images)
     with pytest.raises(IndexError):
         images[5]
 

@@ -1,0 +1,71 @@
+"""Whole runs on stored images: a small ImageNet in its authors' layouts, and a user's folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.data.made_images import write_folders, write_imagenet
+from tests.experiment import small_run
+
+
+def arguments(config, anchor, root, workdir, *more):
+    return [
+        f"--config={config}",
+        f"--workdir={workdir}",
+        f"--config.data.root={root}",
+        f"--config.pretrained={anchor}",
+        "--config.batch_size=8",
+        "--config.epochs=2",
+        "--config.evaluation.batch_size=8",
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_the_papers_config_on_a_small_imagenet(tmp_path):
+    """Twelve images of training, four classes; every shift and ReaL by its own rule."""
+    anchor = small_run.save_anchor(tmp_path / "clip")
+    root = write_imagenet(tmp_path / "data")
+    # Short names: the small text tower has few positions.
+    (tmp_path / "names.txt").write_text("".join(f"{n:03d}\n" for n in range(1000)))
+    (tmp_path / "prompts.txt").write_text("{}\n")
+    command = arguments(
+        "configs/vitb32.py",
+        anchor,
+        root,
+        tmp_path / "run",
+        "--config.compute.dtype=float32",
+        "--config.optimizer.warmup_steps=1",
+        f"--config.data.class_names={tmp_path / 'names.txt'}",
+        f"--config.data.templates={tmp_path / 'prompts.txt'}",
+    )
+    code, output = small_run.finish(*command)
+    assert code == 1 and "Traceback" not in output
+    assert "not the whole set 'train': 4 of 1,000 classes" in output
+    code, output = small_run.finish(*command, "--config.data.check_counts=False")
+    assert code == 0, output
+    document = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = document["rows"]
+    assert [row["method"] for row in rows][:1] == ["zero_shot"] and len(rows) == 2
+    for row in rows:
+        assert set(row["shifts"]) == {"v2", "r", "sketch", "objectnet", "a"}
+        assert row["avg_shifts"] == pytest.approx(sum(row["shifts"].values()) / 5)
+        # Twelve images; four of them have no reassessed label, nine are ObjectNet's.
+        for accuracy, counted in ((row["id"], 12), (row["real"], 8)):
+            assert accuracy * counted / 100 == pytest.approx(round(accuracy * counted / 100))
+    assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir())
+
+
+@pytest.mark.slow
+def test_a_users_folders(tmp_path):
+    anchor = small_run.save_anchor(tmp_path / "clip")
+    write_folders(tmp_path / "mine" / "train", ["a", "b", "c"], 12)
+    write_folders(tmp_path / "mine" / "shifts" / "sketch", ["a", "c"], 3)
+    command = arguments("configs/folder.py", anchor, tmp_path / "mine", tmp_path / "run")
+    code, output = small_run.finish(*command, "--config.compare=False")
+    assert code == 0, output
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert [list(row["shifts"]) for row in rows] == [["sketch"]] * 2
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
