@@ -86,6 +86,16 @@ def _halfway_kept(values: np.ndarray) -> np.ndarray:
     return single
 
 
+def recode(values: np.ndarray, code: str) -> np.ndarray:
+    """Stored numbers in another dtype; the same numbers where it is their own."""
+    wide = np.empty(len(values), np.float64 if values.itemsize > 4 else np.float32)
+    own = narrow(wide[:0], code).dtype
+    if values.dtype == own:
+        return values
+    widen(values, wide)
+    return narrow(wide, code)
+
+
 def first_non_finite(values: np.ndarray) -> int | None:
     """Index of the first NaN or infinity of stored numbers [n], or None.
 

@@ -6,16 +6,17 @@ import math
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.casts import FLOATS, narrow, widen
+from modelstock_jax.checkpoint_merge.casts import FLOATS, narrow, recode, widen
 from modelstock_jax.checkpoint_merge.chunks import PIECE
 from modelstock_jax.checkpoint_merge.decide import Planned
+from modelstock_jax.checkpoint_merge.finite import refuse_non_finite
 from modelstock_jax.checkpoint_merge.output import Output
 from modelstock_jax.checkpoint_merge.plan import Plan
-from modelstock_jax.checkpoint_merge.unit import Meter, recode, refuse_non_finite
+from modelstock_jax.checkpoint_merge.tally import Tally
 
 
 def copy_tensor(
-    plan: Plan, tensor: Planned, meter: Meter, output: Output, *, start: int = 0
+    plan: Plan, tensor: Planned, tally: Tally, output: Output, *, start: int = 0
 ) -> None:
     """Writes what is left of a tensor from element `start` on, and says that it is complete.
 
@@ -26,18 +27,18 @@ def copy_tensor(
     models = tensor.models(len(plan.finetuned))
     for begin in range(start, count, PIECE):
         stop = min(begin + PIECE, count)
-        parts = [_read(plan, tensor, model, begin, stop, meter) for model in models]
+        parts = [_read(plan, tensor, model, begin, stop, tally) for model in models]
         output.write(tensor.name, begin, _mean(parts, tensor.code))
     output.complete(tensor.name)
 
 
 def _read(
-    plan: Plan, tensor: Planned, model: int, start: int, stop: int, meter: Meter
+    plan: Plan, tensor: Planned, model: int, start: int, stop: int, tally: Tally
 ) -> np.ndarray:
     source = (plan.base, *plan.finetuned)[model]
     name = tensor.names[model]
     values = source.read(name, start, stop)
-    meter.add(read=values.nbytes)
+    tally.add(read=values.nbytes)
     if source.tensors[name].code in FLOATS:
         refuse_non_finite(source.label, model, tensor, values, start)
     return values

@@ -152,31 +152,39 @@ def _slerp_coefficients(squares, product, t: float) -> tuple[np.ndarray, np.ndar
             np.where(straight, t, np.sin(t * theta) / np.sin(theta)))
 
 
-def combine(
-    anchor: np.ndarray, deltas: np.ndarray, solved: Solved, layout: Layout, start: int
-) -> np.ndarray:
-    """Merged weights of one piece, in the precision of its inputs; both are overwritten.
+def coefficients(solved: Solved, *, of_weights: bool) -> np.ndarray:
+    """What the base's weights and each vector are multiplied by, [1 + N, K].
 
     Args:
-        anchor: w0, [n].
-        deltas: d_i, [N, n].
         solved: Of the unit.
+        of_weights: The vectors are the fine-tunes' weights, and not their task vectors.
+    """
+    each = solved.solution.coefficient
+    base = np.ones_like(each[:1]) if solved.anchor is None else solved.anchor[None]
+    return np.concatenate([base - each.sum(axis=0) if of_weights else base, each])
+
+
+def combine(
+    vectors: np.ndarray, factors: np.ndarray, layout: Layout, start: int
+) -> np.ndarray:
+    """Sum of factors times vectors for one piece, in the precision of the vectors.
+
+    Args:
+        vectors: [1 + N, n]; they are overwritten.
+        factors: [1 + N, K], from `coefficients`.
         layout: Of the tensor.
         start: Of the piece.
 
     Returns:
         [n].
     """
-    if solved.trim is not None:
-        anchor += solved.trim.merge(deltas)
-        return anchor
-    stop = start + len(anchor)
-    if solved.anchor is not None:
-        anchor *= layout.spread(solved.anchor, start, stop).astype(anchor.dtype)
-    for coefficient, delta in zip(solved.solution.coefficient, deltas, strict=True):
-        delta *= layout.spread(coefficient, start, stop).astype(anchor.dtype)
-    moved = deltas[0]
-    for delta in deltas[1:]:
-        moved += delta
-    anchor += moved
-    return anchor
+    stop = start + vectors.shape[1]
+    for factor, vector in zip(factors, vectors, strict=True):
+        if not (factor == 1).all():
+            vector *= layout.spread(factor, start, stop).astype(vector.dtype)
+    # The movements first: they are small beside the weights.
+    total = vectors[1]
+    for vector in vectors[2:]:
+        total += vector
+    total += vectors[0]
+    return total

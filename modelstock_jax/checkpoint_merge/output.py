@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from modelstock_jax.checkpoint_merge.plan import Plan
-from modelstock_jax.checkpoint_merge.unit import Meter
+from modelstock_jax.checkpoint_merge.tally import Tally
 from modelstock_jax.checkpoint_merge.workplace import Workplace
 from modelstock_jax.tensor_files.reader import INDEX
 from modelstock_jax.tensor_files.stream import ShardWriter
@@ -22,11 +22,11 @@ class Output:
     Args:
         plan: Of the merge.
         workplace: Where the files go; those that are complete there are left alone.
-        meter: Counts what is written.
+        tally: Counts what is written.
     """
 
-    def __init__(self, plan: Plan, workplace: Workplace, meter: Meter):
-        self._plan, self._workplace, self._meter = plan, workplace, meter
+    def __init__(self, plan: Plan, workplace: Workplace, tally: Tally):
+        self._plan, self._workplace, self._tally = plan, workplace, tally
         self._file = {
             name: file for file, names in zip(plan.files, plan.shards, strict=True)
             for name in names if file not in workplace.digests
@@ -45,7 +45,7 @@ class Output:
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes elements from `start` on."""
         self._writer(name).write(name, start, values)
-        self._meter.add(written=values.nbytes)
+        self._tally.add(written=values.nbytes)
 
     def complete(self, name: str) -> None:
         """Says that a tensor is all written; its file may then be."""

@@ -17,7 +17,8 @@ from modelstock_jax.checkpoint_merge.methods import solver
 from modelstock_jax.checkpoint_merge.output import Output
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.rows import Row, tensor_rows, totals
-from modelstock_jax.checkpoint_merge.unit import Meter, Stopped, Unit
+from modelstock_jax.checkpoint_merge.tally import Stopped, Tally
+from modelstock_jax.checkpoint_merge.unit import Unit
 from modelstock_jax.checkpoint_merge.workplace import Workplace
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.policy import NonFiniteError
@@ -82,17 +83,17 @@ def run(
     """
     begin = time.monotonic()
     workplace = Workplace(plan, out, overwrite=overwrite)
-    meter = Meter(plan.bytes_read + plan.bytes_written, progress)
+    tally = Tally(plan.bytes_read + plan.bytes_written, progress)
     try:
-        output = Output(plan, workplace, meter)
+        output = Output(plan, workplace, tally)
         try:
-            _work(plan, meter, workplace.rows, output)
+            _work(plan, tally, workplace.rows, output)
             output.close()
         except BaseException:
             output.abandon()
             raise
         copy_companions(plan, workplace.path)
-        report = _report(workplace.rows, meter, begin, workplace.digests, workplace.resumed)
+        report = _report(workplace.rows, tally, begin, workplace.digests, workplace.resumed)
         if finish is not None:
             finish(workplace.path, report)
         workplace.commit()
@@ -114,13 +115,13 @@ def measure(plan: Plan, *, progress: Progress | None = None) -> Report:
         progress: As `run`'s.
     """
     begin = time.monotonic()
-    meter = Meter(plan.bytes_read, progress)
+    tally = Tally(plan.bytes_read, progress)
     rows: dict[str, Row] = {}
-    _work(plan, meter, rows, None)
-    return _report(rows, meter, begin, {}, ())
+    _work(plan, tally, rows, None)
+    return _report(rows, tally, begin, {}, ())
 
 
-def _work(plan: Plan, meter: Meter, rows: dict[str, Row], output: Output | None) -> None:
+def _work(plan: Plan, tally: Tally, rows: dict[str, Row], output: Output | None) -> None:
     """Every tensor in turn: units that fit the window side by side, larger ones by all workers."""
     threads, scratch = plan.options.num_threads, Scratch()
     jobs: list[Future] = []
@@ -129,16 +130,18 @@ def _work(plan: Plan, meter: Meter, rows: dict[str, Row], output: Output | None)
             for members in _tasks(plan):
                 if output is not None and not any(output.missing(m.name) for m in members):
                     continue
-                task = (plan, members, meter, scratch, rows, output)
+                task = (plan, members, tally, scratch, rows, output)
                 if _bytes(plan, members) <= plan.options.window_bytes // threads:
                     jobs.append(pool.submit(_merge, *task, None))
+                    jobs[-1].add_done_callback(lambda job: _stop_if_failed(job, tally))
                 else:
                     _merge(*task, pool)
-                _raise_first(jobs)
+                if tally.stopped.is_set():
+                    raise Stopped
             for job in jobs:
                 job.result()
         except BaseException:
-            meter.stopped.set()
+            tally.stopped.set()
             pool.shutdown(cancel_futures=True)
             _raise_first(jobs)
             raise
@@ -147,7 +150,7 @@ def _work(plan: Plan, meter: Meter, rows: dict[str, Row], output: Output | None)
 def _merge(
     plan: Plan,
     members: list[Planned],
-    meter: Meter,
+    tally: Tally,
     scratch: Scratch,
     rows: dict[str, Row],
     output: Output | None,
@@ -156,9 +159,9 @@ def _merge(
     """Measures one unit, then writes its tensors; or copies a tensor that no rule merges."""
     if members[0].part is None:
         if output is not None:
-            copy_tensor(plan, members[0], meter, output)
+            copy_tensor(plan, members[0], tally, output)
         return
-    unit = Unit(plan, members, meter, scratch, pool)
+    unit = Unit(plan, members, tally, scratch, pool)
     solved = solver(plan.options, len(plan.finetuned))(unit)
     rows.update(tensor_rows(members, solved))
     if output is None:
@@ -172,7 +175,7 @@ def _merge(
                 unit.pieces([k]),
             ):
                 pass
-            copy_tensor(plan, member, meter, output, start=unit.layouts[k].count)
+            copy_tensor(plan, member, tally, output, start=unit.layouts[k].count)
 
 
 def _tasks(plan: Plan) -> Iterator[list[Planned]]:
@@ -193,6 +196,11 @@ def _bytes(plan: Plan, members: list[Planned]) -> int:
     return sum(plan.bytes_in(member) for member in members)
 
 
+def _stop_if_failed(job: Future, tally: Tally) -> None:
+    if not job.cancelled() and job.exception() is not None:
+        tally.stopped.set()
+
+
 def _raise_first(jobs: list[Future]) -> None:
     """Raises what a worker raised, but not that it was told to stop."""
     for job in jobs:
@@ -201,11 +209,11 @@ def _raise_first(jobs: list[Future]) -> None:
                 raise error
 
 
-def _report(rows, meter: Meter, begin: float, digests, resumed) -> Report:
+def _report(rows, tally: Tally, begin: float, digests, resumed) -> Report:
     ordered = [rows[name] for name in sorted(rows)]
     policies, distance = totals(ordered)
     return Report(
         rows=ordered, policies=policies, distance=distance, digests=dict(sorted(digests.items())),
-        resumed=resumed, bytes_read=meter.read, bytes_written=meter.written,
+        resumed=resumed, bytes_read=tally.read, bytes_written=tally.written,
         seconds=time.monotonic() - begin,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -11,11 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.casts import first_non_finite, narrow, widen
+from modelstock_jax.checkpoint_merge.casts import narrow, recode, widen
 from modelstock_jax.checkpoint_merge.chunks import Layout, Scratch, products
 from modelstock_jax.checkpoint_merge.decide import Planned
-from modelstock_jax.checkpoint_merge.methods import CONVEX, Solved, combine
+from modelstock_jax.checkpoint_merge.finite import refuse_non_finite
+from modelstock_jax.checkpoint_merge.methods import CONVEX, Solved, coefficients, combine
 from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.checkpoint_merge.tally import Tally
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.policy import NonFiniteError
 from modelstock_jax.tensor_files.header import BITS
@@ -24,29 +24,6 @@ _SPAN = 8  # pieces that a worker takes at once
 # Mean squares whose float32 products neither vanish nor overflow.
 _SAFE = (1e-24, 1e30)
 _LARGEST = float(np.finfo(np.float32).max)
-
-
-class Stopped(Exception):
-    """Another worker failed: this one's work is not wanted."""
-
-
-class Meter:
-    """Counts bytes, tells them, and stops the workers when one has failed."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], None] | None = None):
-        self.total, self.read, self.written = total, 0, 0
-        self._progress, self._lock = progress, threading.Lock()
-        self.stopped = threading.Event()
-
-    def add(self, *, read: int = 0, written: int = 0) -> None:
-        """Counts; raises `Stopped` where the merge was stopped."""
-        if self.stopped.is_set():
-            raise Stopped
-        with self._lock:
-            self.read += read
-            self.written += written
-            if self._progress is not None:
-                self._progress(min(self.read + self.written, self.total), self.total)
 
 
 class Piece(NamedTuple):
@@ -63,7 +40,7 @@ class Unit:
     Args:
         plan: Of the merge.
         members: The unit's tensors.
-        meter: Counts what is read.
+        tally: Counts what is read.
         scratch: Arrays of this thread.
         pool: Workers for the pieces; None to do them here and keep what was read.
     """
@@ -72,12 +49,12 @@ class Unit:
         self,
         plan: Plan,
         members: Sequence[Planned],
-        meter: Meter,
+        tally: Tally,
         scratch: Scratch,
         pool: Executor | None = None,
     ):
         self.plan, self.members, self.pool = plan, members, pool
-        self._meter, self._scratch = meter, scratch
+        self._tally, self._scratch = tally, scratch
         self._sources = (plan.base, *plan.finetuned)
         self._kept: dict[Piece, list[np.ndarray]] = {}
         self._filled = 0
@@ -125,9 +102,11 @@ class Unit:
             return recode(raw[0], code)
         if layout.units == 1 and solution.exact.any():
             return recode(raw[1 + int(solution.exact[:, 0].argmax())], code)
-        dtype = np.float64 if BITS[code] > 16 else self.dtypes[piece.member]
-        vectors = self._vectors(raw, dtype)
-        merged = combine(vectors[0], vectors[1:], solved, layout, piece.start)
+        if solved.trim is not None:
+            vectors = self._vectors(raw, self._output_dtype(piece.member))
+            merged = vectors[0] + solved.trim.merge(vectors[1:])
+        else:
+            merged = self._combine(raw, solved, piece)
         merged = narrow(merged, code, saturate=self._may_overflow(member))
         if layout.units > 1:
             for values, mask in zip(raw, (solution.hold, *solution.exact), strict=True):
@@ -155,6 +134,20 @@ class Unit:
         while waiting:
             yield from waiting.popleft().result()
 
+    def _combine(
+        self, raw: Sequence[np.ndarray], solved: Solved, piece: Piece
+    ) -> np.ndarray:
+        dtype = self._output_dtype(piece.member)
+        # Of 16-bit numbers float32 holds sums of weights far beyond their own rounding, so their
+        # differences need not be formed again.
+        of_weights = dtype == np.float32
+        vectors = self._vectors(raw, dtype, deltas=not of_weights)
+        factors = coefficients(solved, of_weights=of_weights)
+        return combine(vectors, factors, self.layouts[piece.member], piece.start)
+
+    def _output_dtype(self, member: int) -> type:
+        return np.float64 if BITS[self.members[member].code] > 16 else self.dtypes[member]
+
     def _sum_products(self, first: int, dtypes: Sequence[type]) -> np.ndarray:
         number = len(self._sources) - first
         total = np.zeros((number, number, self.layouts[0].units))
@@ -172,13 +165,16 @@ class Unit:
                 total[:, :, touched] += part
         return total
 
-    def _vectors(self, raw: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-        """The base's weights and the task vectors, [1 + N, n], in this thread's scratch."""
+    def _vectors(
+        self, raw: Sequence[np.ndarray], dtype: type, *, deltas: bool = True
+    ) -> np.ndarray:
+        """The base's weights, and task vectors or weights, [1 + N, n], in this thread's scratch."""
         vectors = self._scratch.take("vectors", (len(raw), len(raw[0])), dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             for values, vector in zip(raw, vectors, strict=True):
                 widen(values, vector)
-            vectors[1:] -= vectors[0]
+            if deltas:
+                vectors[1:] -= vectors[0]
         return vectors
 
     def _raw(self, piece: Piece) -> list[np.ndarray]:
@@ -189,7 +185,7 @@ class Unit:
             source.read(name, piece.start, piece.stop, self._room(piece, model))
             for model, (source, name) in enumerate(zip(self._sources, member.names, strict=True))
         ]
-        self._meter.add(read=sum(values.nbytes for values in raw))
+        self._tally.add(read=sum(values.nbytes for values in raw))
         if self.pool is None:
             self._kept[piece] = raw
         return raw
@@ -230,28 +226,3 @@ class Unit:
         name = self.members[0].name
         raise NonFiniteError(f"{name}: a movement too large for float32; leave it out with "
                              f"--exclude", "finetuned", name)
-
-
-def recode(values: np.ndarray, code: str) -> np.ndarray:
-    """Stored numbers in another dtype; the same numbers where it is their own."""
-    wide = np.empty(len(values), np.float64 if values.itemsize > 4 else np.float32)
-    own = narrow(wide[:0], code).dtype
-    if values.dtype == own:
-        return values
-    widen(values, wide)
-    return narrow(wide, code)
-
-
-def refuse_non_finite(
-    label: str, model: int, tensor: Planned, values: np.ndarray, start: int
-) -> None:
-    """Raises where stored numbers are not finite, with the model, the tensor and the element."""
-    if (found := first_non_finite(values)) is None:
-        return
-    shape = tensor.shape if math.prod(tensor.shape) > start + found else (start + found + 1,)
-    place = [int(n) for n in np.unravel_index(start + found, shape)]
-    raise NonFiniteError(
-        f"{label}: tensor {tensor.name!r} holds NaN or infinity, first at {place}; mend the model, "
-        f"or leave the tensor out with --exclude {tensor.name!r} --excluded base",
-        "pretrained" if model == 0 else model - 1, tensor.name,
-    )
