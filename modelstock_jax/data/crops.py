@@ -46,7 +46,7 @@ def random_crop(
       ratio: least and largest width / height.
 
     >>> random_crop(np.random.default_rng(0), 375, 500, (0.9, 1.0), (3 / 4, 4 / 3))
-    Crop(top=0, left=0, height=375, width=500)
+    Crop(top=2, left=0, height=373, width=479)
     """
     drawn = rng.random((_TRIES, 4))
     areas = height * width * (area[0] + (area[1] - area[0]) * drawn[:, 0])
@@ -71,9 +71,9 @@ def random_crop(
 def largest_shrink(crop: Crop, size: int) -> int:
     """By how much a decoder may shrink an image (1, 2, 4, 8) of which `crop` is seen at `size`.
 
-    Twice the pixels that are needed remain, so that the resize still decides what is seen: on two
-    photographs the result is 0.7 grey levels of 255 away on average, where bicubic and bilinear
-    differ by 1.0 to 1.9. With just the pixels needed it would be 3.
+    Twice the pixels a side that are needed remain, so that the resize still decides what is seen:
+    the result is less than 1 grey level of 255 away on average. With just the pixels that are
+    needed it would be up to 3, more than between bicubic and bilinear.
     """
     return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= 2 * k * size)
 
