@@ -242,6 +242,9 @@ def test_preprocessor_must_fit(copy):
     path.write_text(json.dumps({**good, "rescale_factor": 1.0}))
     with pytest.raises(UserError, match="only pixels / 255"):
         weights.load(copy)
+    path.write_text(json.dumps({**good, "resample": 2}))
+    with pytest.raises(UserError, match="resample is 2; images are resized by 3 .bicubic. only"):
+        weights.load(copy)
     path.write_text("{}")
     with pytest.raises(UserError, match="needs image_mean, image_std"):
         weights.load(copy)

@@ -1,4 +1,7 @@
-"""OpenCLIP opens what we export, and we what it saves: names, shapes and features."""
+"""OpenCLIP opens what we export, and we what it saves: names, shapes and features.
+
+Its wheel is fetched and installed beside the tests, without what it depends on.
+"""
 
 from __future__ import annotations
 
