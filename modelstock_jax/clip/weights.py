@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,8 @@ from modelstock_jax.tensor_files.writer import (
     write_text,
 )
 
+# Labels of the head, in a layout whose own config has no place for them.
+LABELS_FILE = "labels.json"
 # Configs, indexes of shards and the tokenizer's files: small, and enough to know the layout.
 _DOCUMENTS = ("*.json", "merges.txt")
 
@@ -54,9 +55,9 @@ def load(
                               the base's
     ========================= =====================================================================
 
-    Beside them may lie the tokenizer's files, as transformers writes them, and in
-    ``head.safetensors`` a fine-tuned model's classifier. Half precision is widened to float32.
-    Nothing is executed, and no pickle is opened or fetched.
+    Beside them may lie the tokenizer's files, as transformers writes them, and a fine-tuned model's
+    classifier in ``head.safetensors``, its labels in ``config.json`` or ``labels.json``. Half
+    precision is widened to float32. Nothing is executed, and no pickle is opened or fetched.
 
     Args:
         name: A directory, a ``.safetensors`` file (``openai`` and ``model_soups`` need no more) or
@@ -124,14 +125,14 @@ def save(
     documents = chosen.describe(checkpoint)
     tensors = chosen.tensors(checkpoint, directory)
     head: dict[str, np.ndarray] = {}
-    notes: dict[str, str] = {}
     if checkpoint.head is not None:
         classes = np.shape(checkpoint.head["bias"])[0]
         shapes = {("kernel",): (config.projection_dim, classes), ("bias",): (classes,)}
         head = write_tree(checkpoint.head, HEAD, shapes, directory / HEAD_FILE)
         if checkpoint.labels is not None:
             labels = _check_labels(checkpoint.labels, classes, directory)
-            notes = {"labels": json.dumps(labels, ensure_ascii=False)}
+            if CONFIG not in documents:  # Where labels lie in Hugging Face's layout.
+                documents = {**documents, LABELS_FILE: labels}
     elif checkpoint.labels is not None:
         raise UserError(f"{directory}: labels without a head.")
     with new_directory(directory, overwrite=overwrite) as beside:
@@ -139,7 +140,7 @@ def save(
             write_json(beside / name, document)
         chosen.write(beside, tensors, max_shard_bytes)
         if head:
-            write_tensors(beside / HEAD_FILE, head, notes)
+            write_tensors(beside / HEAD_FILE, head)
         for name in TOKENIZER_FILES if checkpoint.directory else ():
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, beside / name)
@@ -177,31 +178,26 @@ def _choose(name: str | os.PathLike[str], layout: str | None) -> tuple[Path, Lay
 
 
 def _read_head(directory: Path, features: int) -> tuple[Params, tuple[str, ...] | None]:
-    """The head and its labels: those of config.json where it has some, else those in its header."""
+    """The head and its labels: those of config.json where it has some, else of labels.json."""
     path = directory / HEAD_FILE
     files = TensorFiles(path)
     classes = files.shape("bias")[0] if "bias" in files and files.shape("bias") else 0
     head = read_tree(files, HEAD, {("kernel",): (features, classes), ("bias",): (classes,)}, path)
-    config = directory / CONFIG
+    config, beside = directory / CONFIG, directory / LABELS_FILE
     raw = read_json(config) if config.is_file() else {}
     names = raw.get("id2label") if isinstance(raw, dict) else None
-    if names is None:
-        noted = files.metadata().get("labels")
-        return head, None if noted is None else _check_labels(_parse(noted), classes, path)
-    try:
-        labels = [names[str(i)] for i in range(len(names))]
-    except (KeyError, TypeError):
-        raise UserError(f'{config}: id2label must count from "0" up.') from None
+    if names is not None:
+        try:
+            labels = [names[str(i)] for i in range(len(names))]
+        except (KeyError, TypeError):
+            raise UserError(f'{config}: id2label must count from "0" up.') from None
+    elif beside.is_file():
+        labels = read_json(beside)
+        if not isinstance(labels, list):
+            raise UserError(f"{beside}: must be a list of labels.")
+    else:
+        return head, None
     return head, _check_labels(labels, classes, directory)
-
-
-def _parse(noted: str) -> list[str]:
-    """Labels from a header; none where it is of another program."""
-    try:
-        labels = json.loads(noted)
-    except ValueError:
-        return []
-    return [str(label) for label in labels] if isinstance(labels, list) else []
 
 
 def _check_labels(labels: Sequence[str], classes: int, where: Path) -> tuple[str, ...]:

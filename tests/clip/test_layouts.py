@@ -195,6 +195,17 @@ def test_head_labels_and_tokenizer_leave_with_every_layout(tmp_path, layout):
     assert loaded.labels == ("crane", "gull é", "crane")
     assert loaded.fingerprint == tuned.fingerprint
     assert weights.has_tokenizer(loaded)
+    # Equal models give equal bytes.
+    again = weights.save(tmp_path / "again", loaded, layout=layout)
+    for path in (tmp_path / "m").iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+    if layout != "hugging_face":
+        (tmp_path / "m" / "labels.json").write_text('["crane"]')
+        with pytest.raises(UserError, match="the head has 3 classes, the labels are 1"):
+            weights.load(tmp_path / "m")
+        (tmp_path / "m" / "labels.json").write_text('{"0": "crane"}')
+        with pytest.raises(UserError, match="labels.json: must be a list of labels"):
+            weights.load(tmp_path / "m")
 
 
 def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
