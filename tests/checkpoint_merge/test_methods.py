@@ -86,6 +86,19 @@ def test_policies_are_counted(tmp_path):
     }
 
 
+def test_rows_of_one_replica_are_its_own_bit_for_bit(tmp_path):
+    # w0 + (w - w0) is not w where w0 is the larger by far.
+    base, first, second = models({"w": (4, 9)}, dtype=np.float64, size=1e-7)
+    first["w"][1:3], second["w"][2:] = base["w"][1:3], base["w"][2:]
+    second["w"][1] *= 1e-9
+    out, report = merge(tmp_path, [base, first, second], unit="filter")
+    assert report.rows[0]["policies"] == {
+        "interpolated": 1, "one_replica_left": 2, "undefined": 1}
+    assert (base["w"][1] + (second["w"][1] - base["w"][1]) != second["w"][1]).any()
+    for row, model in ((1, second), (2, base), (3, first)):
+        np.testing.assert_array_equal(out["w"][row], model["w"][row])
+
+
 def test_replicas_that_did_not_move_leave_the_unit(tmp_path):
     given = [dict(m) for m in models({"w": (5, 7)}, number=3)]
     given[2]["w"] = given[0]["w"]
