@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 
@@ -14,6 +16,13 @@ _BYTES = {
     DTYPES[code]: np.arange(256, dtype=np.uint8).view(DTYPES[code]).astype(np.float32)
     for code in FLOATS if DTYPES[code].itemsize == 1
 }
+
+
+Room = Callable[[str, int, np.dtype], np.ndarray]
+
+
+def _fresh(use: str, length: int, dtype: np.dtype) -> np.ndarray:
+    return np.empty(length, dtype)
 
 
 def widen(values: np.ndarray, out: np.ndarray) -> None:
@@ -38,7 +47,9 @@ def widen(values: np.ndarray, out: np.ndarray) -> None:
         np.copyto(out, values)
 
 
-def narrow(values: np.ndarray, code: str, *, saturate: bool = True) -> np.ndarray:
+def narrow(
+    values: np.ndarray, code: str, *, saturate: bool = True, room: Room = _fresh
+) -> np.ndarray:
     """Numbers [n], float32 or float64, rounded once to nearest, ties to even, to a stored dtype.
 
     Args:
@@ -46,6 +57,7 @@ def narrow(values: np.ndarray, code: str, *, saturate: bool = True) -> np.ndarra
         code: One of `FLOATS`.
         saturate: Take the largest number of a dtype of smaller range where a value is beyond it:
             an overflow would be a non-finite weight. False where none can be.
+        room: Gives arrays by use, length and dtype: memory that was used before costs less.
 
     Example:
         >>> narrow(np.array([1.00390625, 1e39]), "BF16").astype(float).tolist()
@@ -59,21 +71,25 @@ def narrow(values: np.ndarray, code: str, *, saturate: bool = True) -> np.ndarra
         if float(limits.max) < float(np.finfo(values.dtype).max):
             values = np.clip(values, float(limits.min), float(limits.max))
     if dtype != _BFLOAT16:
-        return values.astype(dtype)
-    return _to_bfloat16(values if values.dtype == np.float32 else _halfway_kept(values))
+        out = room("narrowed", len(values), dtype)
+        np.copyto(out, values, casting="same_kind" if dtype.itemsize > 1 else "unsafe")
+        return out
+    return _to_bfloat16(values if values.dtype == np.float32 else _halfway_kept(values), room)
 
 
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+def _to_bfloat16(values: np.ndarray, room: Room) -> np.ndarray:
     """Round to nearest even on the bits: add half of the last place, less one where it is even."""
     if np.isnan(values).any():  # Added to, a NaN's bits would spill over.
         return values.astype(_BFLOAT16)
-    bits = values.view(np.uint32)
-    up = np.right_shift(bits, 16)
+    bits, up = values.view(np.uint32), room("rounded", len(values), np.dtype(np.uint32))
+    np.right_shift(bits, 16, out=up)
     up &= 1
     up += 0x7FFF
     up += bits
     up >>= 16
-    return up.astype(np.uint16).view(_BFLOAT16)
+    out = room("narrowed", len(values), np.dtype(np.uint16))
+    np.copyto(out, up, casting="same_kind")
+    return out.view(_BFLOAT16)
 
 
 def _halfway_kept(values: np.ndarray) -> np.ndarray:

@@ -108,10 +108,9 @@ class Scratch(threading.local):
     def __init__(self):
         self._arrays: dict[tuple, np.ndarray] = {}
 
-    def take(self, use: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """An array of this shape with anything in it, until the same use is asked for again."""
-        size = math.prod(shape)
+    def take(self, use: str, length: int, dtype: np.dtype | type) -> np.ndarray:
+        """An array [length] with anything in it, until the same use is asked for again."""
         array = self._arrays.get((use, dtype))
-        if array is None or array.size < size:
-            array = self._arrays[use, dtype] = np.empty(size, dtype)
-        return array[:size].reshape(shape)
+        if array is None or array.size < length:
+            array = self._arrays[use, dtype] = np.empty(length, dtype)
+        return array[:length]

@@ -107,7 +107,7 @@ class Unit:
             merged = vectors[0] + solved.trim.merge(vectors[1:])
         else:
             merged = self._combine(raw, solved, piece)
-        merged = narrow(merged, code, saturate=self._may_overflow(member))
+        merged = narrow(merged, code, saturate=self._may_overflow(member), room=self._scratch.take)
         if layout.units > 1:
             for values, mask in zip(raw, (solution.hold, *solution.exact), strict=True):
                 if mask.any():
@@ -169,7 +169,8 @@ class Unit:
         self, raw: Sequence[np.ndarray], dtype: type, *, deltas: bool = True
     ) -> np.ndarray:
         """The base's weights, and task vectors or weights, [1 + N, n], in this thread's scratch."""
-        vectors = self._scratch.take("vectors", (len(raw), len(raw[0])), dtype)
+        size = len(raw) * len(raw[0])
+        vectors = self._scratch.take("vectors", size, dtype).reshape(len(raw), -1)
         with np.errstate(over="ignore", invalid="ignore"):
             for values, vector in zip(raw, vectors, strict=True):
                 widen(values, vector)
@@ -195,9 +196,9 @@ class Unit:
         bits = BITS[self._code(self.members[piece.member], model)]
         size = (piece.stop - piece.start) * bits // 8
         if self.pool is not None:
-            return self._scratch.take(f"read {model}", (size,), np.uint8)
+            return self._scratch.take(f"read {model}", size, np.uint8)
         options = self.plan.options
-        window = self._scratch.take("window", (options.window_bytes // options.num_threads,),
+        window = self._scratch.take("window", options.window_bytes // options.num_threads,
                                     np.uint8)
         start = self._filled
         self._filled += -(-size // 8) * 8  # so that every number is aligned
