@@ -13,7 +13,7 @@ from ml_collections import config_flags
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "runs/glyphs", "Where everything of the run is written.")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
-flags.DEFINE_string("checkpoint", None, "With --mode=eval: a checkpoint's directory.")
+flags.DEFINE_string("checkpoint", None, "With --mode=eval: a directory or a hub id.")
 flags.DEFINE_bool("dry-run", False, "Print sizes, memory and what is missing; exit 1 if any is.")
 
 

@@ -14,7 +14,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
-from modelstock_jax.experiment.pretrained import BUNDLED, open_anchor, open_pretrained
+from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.merging import distance
 from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.reporting.tables import screen_table
@@ -50,11 +50,12 @@ class Measure:
         data, accuracy = self._data, self._evaluate(params, self._sets)
         if data.real is not None:
             details["real"] = accuracy[data.real.name]
+        if "distance_to_anchor" not in details:
+            details["distance_to_anchor"] = float(distance(self._anchor.params, params))
         return make_row(
             method,
             id=accuracy[data.test.name],
             shifts={name: accuracy[s.name] for name, s in data.shifts.items()},
-            distance_to_anchor=float(distance(self._anchor.params, params)),
             **details,
         )
 
@@ -63,35 +64,30 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     """Evaluates any checkpoint that the code can read; prints the table and returns the row.
 
     Args:
-      config: names the data and the anchor.
-      path: a directory in Hugging Face's layout (without a head it gets the zero-shot one), or a
-        step of a run's Orbax checkpoints of merged weights.
+      config: names the data, and the anchor of a run's checkpoints.
+      path: a CLIP as `config.pretrained` names one (a directory or a hub id; without a head it
+        gets the zero-shot one), or a step of a run's Orbax checkpoints of merged weights.
 
     Raises:
       UserError: if there is no such checkpoint, or it does not fit the data.
     """
     if not path:
         raise UserError("--mode=eval needs --checkpoint=DIR")
-    directory = Path(BUNDLED.get(path, path))
-    if not directory.is_dir():
-        raise UserError(f"--checkpoint={path}: no such directory")
+    directory, details = Path(path), {}
+    is_step = directory.name.isdigit() and directory.is_dir()
+    if not is_step:
+        config = config.copy_and_resolve_references()
+        config.pretrained = path
+        details["distance_to_anchor"] = None  # It is the model itself that is measured.
     data = benchmark.load(config.data)
     anchor = anchor_classifier(config, open_anchor(config), data)
-    if (directory / "config.json").is_file():
-        model = anchor_classifier(config, open_pretrained(str(directory)), data)
-        params = model.params
-        if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(jax.numpy.shape, anchor.params):
-            anchor = model  # Another architecture: there is no distance to this anchor.
-    elif directory.name.isdigit():
-        like = jax.device_put(anchor.params)
+    params = anchor.params
+    if is_step:
         with Checkpoints(directory.parent, keep=0) as checkpoints:
-            params = checkpoints.restore(int(directory.name), like)
-    else:
-        raise UserError(
-            f"--checkpoint={path}: neither a Hugging Face directory (no config.json) nor a step "
-            "of Orbax checkpoints (DIR/runs/seed_0/merged/merged/256)"
-        )
+            params = checkpoints.restore(int(directory.name), jax.device_put(params))
     mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
-    row = Measure(config, anchor, data, mesh).row(directory.name, params, seed=None, cost=None)
+    row = Measure(config, anchor, data, mesh).row(
+        directory.name, params, seed=None, cost=None, **details
+    )
     screen_table([row])
     return row
