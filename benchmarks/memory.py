@@ -3,12 +3,13 @@
     python benchmarks/memory.py --config=configs/vitb32.py --config.compute.dtype=float32 \
         --config.batch_size=32
 
-Random weights and images at the config's true sizes; prints one JSON object. On a GPU or TPU the
-measure is the allocator's peak on a device; on a CPU it is the growth of the process's resident
-memory over what it was before the first array (Linux). With --workdir it also saves the state
-through Orbax and restores it bit for bit.
+Random weights and images at the config's true sizes; prints one JSON object. On a CPU (Linux) the
+measure is the growth of the process's resident memory over what it was before the first array, for
+steps and for a merge apart; on a GPU or TPU it is the allocator's peak on a device over both. With
+--workdir it also saves the state through Orbax and restores it bit for bit.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,7 +26,7 @@ from modelstock_jax.training.checkpoints import Checkpoints  # noqa: E402
 from modelstock_jax.training.memory import memory  # noqa: E402
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("steps", 2, "Steps before the merge; one more follows it.")
+flags.DEFINE_integer("steps", 2, "Steps to measure.")
 flags.DEFINE_string("workdir", None, "Where to save and restore the state; nowhere by default.")
 
 
@@ -33,6 +34,11 @@ def resident(key: str) -> int:
     """Bytes of this process, 'VmRSS' now or 'VmHWM' at the most."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{key}:\s*(\d+)", status).group(1))
+
+
+def forget_peak() -> None:
+    """Sets VmHWM to VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def draw(shapes, seed: int):
@@ -64,6 +70,7 @@ def random_batch(batch, seed: int):
 
 def main(argv):
     config = FLAGS.config
+    logging.set_verbosity(logging.ERROR)
     programs, clip = abstract_programs(config)
     batch = programs.abstract_batch(clip.vision.image_size)
     lowered = programs.lower(batch)
@@ -74,31 +81,34 @@ def main(argv):
     before = resident("VmRSS")
 
     programs.anchor = jax.device_put(draw(programs.task.params, 0), programs.whole)
-    state = programs.start(0)
-    jax.block_until_ready(state)
+    # As in the middle of a run: there is a merged model from the merge before.
+    state, merged, _ = compiled["merge"](programs.anchor, programs.start(0))
+    jax.block_until_ready(merged)
+    measured, losses = {}, []
     if on_cpu:
-        Path("/proc/self/clear_refs").write_text("5")  # Sets VmHWM to VmRSS.
-    losses = []
+        forget_peak()
     for step in range(FLAGS.steps):
         state, metrics = compiled["step"](state, random_batch(batch, step))
         losses.append(metrics["loss"].tolist())
+    if on_cpu:
+        measured["step"] = resident("VmHWM") - before
+        forget_peak()
     state, merged, _ = compiled["merge"](programs.anchor, state)
     jax.block_until_ready(merged)
-    state, metrics = compiled["step"](state, random_batch(batch, FLAGS.steps))
-    losses.append(metrics["loss"].tolist())
     if on_cpu:
-        measured = resident("VmHWM") - before
+        measured["merge"] = resident("VmHWM") - before
     else:
-        measured = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        measured["peak"] = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     assert np.isfinite(losses).all(), losses
     report = {
         "config": str(config.pretrained),
         "device": jax.devices()[0].device_kind,
         "batch": list(batch["image"].shape),
         "execution": programs.execution,
-        "predicted_bytes": need.peak,
-        "measured_bytes": measured,
-        "measured_over_predicted": measured / need.peak,
+        "parts": dataclasses.asdict(need),
+        "predicted": {name: getattr(need, name) for name in measured},
+        "measured": measured,
+        "ratio": {name: size / getattr(need, name) for name, size in measured.items()},
         "losses": losses,
     }
     if FLAGS.workdir:

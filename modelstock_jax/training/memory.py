@@ -79,8 +79,8 @@ def memory(programs: Programs, compiled: dict[str, jax.stages.Compiled], batch: 
         merged=anchor if merges else 0,
         batch=device_bytes(batch),
         gradients=anchor if programs.execution == "map" else params,
-        step_temporary=_beside(compiled["step"]),
-        merge_temporary=_beside(compiled["merge"]) - anchor if merges else 0,
+        step_temporary=extra_bytes(compiled["step"]),
+        merge_temporary=extra_bytes(compiled["merge"]) - anchor if merges else 0,
     )
 
 
@@ -98,8 +98,8 @@ def device_bytes(tree: PyTree) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
-def _beside(compiled: jax.stages.Compiled) -> int:
-    """What a program needs beside its arguments: temporaries, and outputs that reuse none."""
+def extra_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program needs beside its arguments: temporaries, and outputs apart from them."""
     analysis = compiled.memory_analysis()
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return analysis.temp_size_in_bytes + max(fresh, 0)

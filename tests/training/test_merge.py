@@ -36,7 +36,7 @@ def test_training_merge_equals_the_librarys(tmp_path, shape):
     same_mesh, _ = jax.jit(model_stock)(trainer.programs.anchor, replicas)
     chex.assert_trees_all_equal(merged, same_mesh)
     # On one device the sums run in another order.
-    alone, stats = model_stock(tiny.params(), jax.device_get(replicas))
+    alone, stats = jax.jit(model_stock)(tiny.params(), jax.device_get(replicas))
     logged = [line for line in _lines(tmp_path / "merged") if "merge/epoch" in line]
     assert len(logged) == 1
     for path, ratio in jax.tree_util.tree_flatten_with_path(stats.ratio)[0]:
@@ -71,11 +71,12 @@ def test_carried_noise_goes_from_merge_to_merge(tmp_path):
     chex.assert_trees_all_equal(state.noise, jax.tree.map(lambda _: jnp.zeros(()), state.noise))
     stream = trainer.batches(0)
     noise = None
+    carried = jax.jit(model_stock_carried)  # Compiled twice, for no noise and some.
     for last in (False, True):
         for _ in range(2):
             state, _ = trainer.programs.step(state, put_batch(trainer.programs.mesh, next(stream)))
         replicas = jax.device_get(state.params)
-        want, _, noise = model_stock_carried(tiny.params(), replicas, noise)
+        want, _, noise = carried(tiny.params(), replicas, noise)
         state, merged, _ = trainer.programs.merge[last](trainer.programs.anchor, state)
         chex.assert_trees_all_close(merged, want, atol=1e-7)
         chex.assert_trees_all_close(state.noise, noise, rtol=1e-5, atol=1e-12)
