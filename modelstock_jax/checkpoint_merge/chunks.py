@@ -10,7 +10,8 @@ import numpy as np
 
 from modelstock_jax.merging.units import Part
 
-PIECE = 2**17  # numbers: a few arrays of them lie in a core's caches
+# Numbers: few enough to lie in the caches, so many that Python and its lock cost little beside them.
+PIECE = 2**18
 # Numbers that one BLAS dot sums; the sums of dots are float64. 512 keep a float32 dot exact to
 # 16 terms a lane; 8192 keep BLAS from starting threads of its own.
 _DOT = {np.dtype(np.float32): 512, np.dtype(np.float64): 8192}

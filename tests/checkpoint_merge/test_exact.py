@@ -71,9 +71,9 @@ def test_dots_of_equal_numbers_do_not_drift():
     # Rounding that always errs to one side is the worst case of a float32 sum.
     for seed in range(20):
         value = np.random.default_rng(seed).random(2, np.float32)
-        vectors = np.repeat(value[:, None], 2**17, axis=1)
-        exact = np.outer(*[value.astype(np.float64)] * 2) * 2**17
-        gram = products(vectors, Layout(1, 2**17, 2**17), 0, 2**17)[..., 0]
+        vectors = np.repeat(value[:, None], 2**18, axis=1)
+        exact = np.outer(*[value.astype(np.float64)] * 2) * 2**18
+        gram = products(vectors, Layout(1, 2**18, 2**18), 0, 2**18)[..., 0]
         assert (np.abs(gram / exact - 1) < 1e-6).all()
 
 

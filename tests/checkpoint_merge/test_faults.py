@@ -28,8 +28,8 @@ def one(dtype, base, *finetuned):
 
 
 def test_a_norm_loses_nothing_with_size(tmp_path):
-    # 9.9 % at 128256 x 4096 elsewhere; that size is test_exact's slow test, this one 4 million.
-    given = models({"w": (2048, 2048)}, size=1e-2)
+    # 9.9 % at 128256 x 4096 elsewhere; that size is test_exact's slow test, this one 2 million.
+    given = models({"w": (1024, 2048)}, size=1e-2)
     _, report = merge(tmp_path, given)
     assert abs(report.rows[0]["ratio"] - stock_ratio(deltas(given, "w"))) < 1e-8
 

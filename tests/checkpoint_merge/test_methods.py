@@ -219,7 +219,7 @@ def test_pieces_and_passes_do_not_show(tmp_path, monkeypatch, unit, method):
         options["density"] = 0.5
     written = []
     cut = Layout.cut
-    for k, (window, most) in enumerate([(2**28, 2**17), (1, 2**17), (1, 37), (2**28, 100)]):
+    for k, (window, most) in enumerate([(2**28, 2**18), (1, 2**18), (1, 37), (2**28, 100)]):
         monkeypatch.setattr(Layout, "cut", lambda self, most=most: cut(self, most))
         made = plan(places, window_bytes=window, **options)
         report = engine.run(made, tmp_path / f"out{k}")
