@@ -10,7 +10,7 @@ import numpy as np
 
 from modelstock_jax.merging.units import Part
 
-# Numbers: few enough to lie in the caches, so many that Python and its lock cost little beside them.
+# Numbers: few enough for the caches, and so many that Python costs little beside their sums.
 PIECE = 2**18
 # Numbers that one BLAS dot sums; the sums of dots are float64. 512 keep a float32 dot exact to
 # 16 terms a lane; 8192 keep BLAS from starting threads of its own.
