@@ -1,0 +1,286 @@
+"""Time, memory and error of `modelstock merge`, beside a copy of the same bytes and mergekit.
+
+    python benchmarks/files.py --mergekit /path/to/env/bin/mergekit-yaml --json results.json
+
+Writes synthetic Llama-shaped checkpoints (a random base, fine-tunes = base + correlated movements)
+and merges them with every tool in turn, --rounds times. Each run is a process of its own, start-up
+included; wall time, CPU time and peak resident memory are the child's (wait4). The copy reads every
+input and writes one, as `cp` would, flushed to the disk as a merge is. What else the machine does
+makes a round longer, never shorter: each tool's best round counts, and all are in the JSON.
+
+Error is |out - ref| / |ref - w0| by tensor against the merge in float64; `floor` is that of the
+exact answer rounded once to the output's dtype. Needs 9 GB of disk for two fine-tunes of 853M, 14
+for four. Without --mergekit that row is left out.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from modelstock_jax.tensor_files.reader import DTYPES, TensorFiles  # noqa: E402
+from modelstock_jax.tensor_files.stream import ShardWriter  # noqa: E402
+
+# Hidden size, width of the MLP, layers, size of a file.
+SIZES = {"134M": (768, 2048, 12, None), "853M": (2048, 5664, 14, "600MB")}
+CODES = {"f32": "F32", "bf16": "BF16"}
+NAMES = {"f32": "float32", "bf16": "bfloat16"}
+CASES = ("134M-f32-2", "134M-bf16-2", "853M-bf16-2", "134M-f32-4", "134M-bf16-4", "853M-bf16-4")
+VOCABULARY = 32000
+WEIGHT, MOVEMENT = 0.02, 2e-4  # root mean squares
+CHUNK = 2**22
+
+COPY = """
+import os, sys
+buffer = bytearray(2**20)
+out, *inputs = sys.argv[1:]
+for number, source in enumerate(inputs):
+    target = open(os.path.join(out, str(number)), "wb", 0) if number < int(os.environ["KEPT"]) else None
+    with open(source, "rb", 0) as file:
+        while count := file.readinto(buffer):
+            if target:
+                target.write(memoryview(buffer)[:count])
+    if target:
+        os.fsync(target.fileno())
+"""  # noqa: E501
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Llama."""
+    hidden, width, layers, _ = SIZES[size]
+    found = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,),
+             "lm_head.weight": (VOCABULARY, hidden)}
+    for layer in range(layers):
+        place = f"model.layers.{layer}."
+        found |= {f"{place}self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
+        found |= {f"{place}mlp.{x}_proj.weight": (width, hidden) for x in ("gate", "up")}
+        found[f"{place}mlp.down_proj.weight"] = (hidden, width)
+        found |= {f"{place}{x}_layernorm.weight": (hidden,)
+                  for x in ("input", "post_attention")}
+    return found
+
+
+def config(size: str, dtype: str) -> dict:
+    """As transformers writes it."""
+    hidden, width, layers, _ = SIZES[size]
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": width, "num_hidden_layers": layers, "vocab_size": VOCABULARY,
+        "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
+        "tie_word_embeddings": False, "torch_dtype": NAMES[dtype],
+    }  # fmt: skip
+
+
+def make(root: Path, size: str, dtype: str, number: int) -> None:
+    """Writes base, ft1, ft2, ... below `root`."""
+    models = ["base", *(f"ft{i + 1}" for i in range(number))]
+    files = _shards(shapes(size), {"f32": 4, "bf16": 2}[dtype], 3 if SIZES[size][3] else 1)
+    rng = np.random.default_rng(0)
+    # Tensors take their numbers from one pool, each from another place of it.
+    pool = rng.standard_normal(2**24 + 1, np.float32)
+    for model in models:
+        (root / model).mkdir()
+        (root / model / "config.json").write_text(json.dumps(config(size, dtype)))
+    for file, tensors in files.items():
+        writers = [ShardWriter(root / m / file, {n: (CODES[dtype], s) for n, s in tensors.items()})
+                   for m in models]
+        for (name, shape), depth in zip(tensors.items(), itertools.count()):
+            share = np.sqrt(0.15 + 0.7 * (depth % 11) / 10)  # cosines from 0.15 to 0.85
+            starts = rng.integers(len(pool), size=2 + number)
+            for begin in range(0, int(np.prod(shape)), CHUNK):
+                n = min(CHUNK, int(np.prod(shape)) - begin)
+                base, common, *own = (_numbers(pool, s + begin, n) for s in starts)
+                writers[0].write(name, begin, _stored(WEIGHT * base, dtype))
+                for writer, noise in zip(writers[1:], own, strict=True):
+                    moved = share * common + np.sqrt(1 - share**2) * noise
+                    writer.write(name, begin, _stored(WEIGHT * base + MOVEMENT * moved, dtype))
+        for writer in writers:
+            writer.finish()
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": {n: f for f, ts in files.items() for n in ts}}
+        for model in models:
+            (root / model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _numbers(pool, start: int, count: int):
+    start %= len(pool)
+    return np.concatenate([pool[start:], pool])[:count] if start + count > len(pool) else \
+        pool[start : start + count]
+
+
+def _stored(values, dtype: str):
+    return values.astype(np.float32 if dtype == "f32" else ml_dtypes.bfloat16)
+
+
+def _shards(tensors: dict, width: int, number: int) -> dict[str, dict]:
+    sizes = np.cumsum([width * int(np.prod(shape)) for shape in tensors.values()])
+    files: dict[str, dict] = {}
+    for (name, shape), end in zip(tensors.items(), sizes, strict=True):
+        k = min(number - 1, int(number * (end - 1) / sizes[-1])) + 1
+        file = f"model-{k:05d}-of-{number:05d}.safetensors" if number > 1 else "model.safetensors"
+        files.setdefault(file, {})[name] = shape
+    return files
+
+
+def errors(root: Path, number: int, outputs: list[str]) -> dict[str, list[float]]:
+    """Relative error of every tensor of each output, and that of the rounding alone."""
+    models = [TensorFiles(root / m) for m in ("base", *(f"ft{i + 1}" for i in range(number)))]
+    merged = {name: TensorFiles(root / name) for name in outputs}
+    found: dict[str, list[float]] = {name: [] for name in ("floor", *outputs)}
+    for name in models[0]:
+        count, code = int(np.prod(models[0].shape(name))), models[0].code(name)
+        cuts = [(a, min(a + CHUNK, count)) for a in range(0, count, CHUNK)]
+        read = [lambda a, b, m=m: m.read(name, a, b).astype(np.float64) for m in models]
+        gram = np.zeros((number, number))
+        for a, b in cuts:
+            anchor = read[0](a, b)
+            moves = np.stack([r(a, b) for r in read[1:]]) - anchor
+            gram += moves @ moves.T
+        norms = np.sqrt(gram.diagonal())
+        cosine = (gram / np.outer(norms, norms))[np.triu_indices(number, 1)].mean()
+        ratio = max(0.0, number * cosine / (1 + (number - 1) * cosine))
+        squares = dict.fromkeys((*found, "moved"), 0.0)
+        for a, b in cuts:
+            anchor = read[0](a, b)
+            wanted = anchor + ratio * (np.mean([r(a, b) for r in read[1:]], axis=0) - anchor)
+            squares["moved"] += float(np.sum((wanted - anchor) ** 2))
+            # By way of float32 it may round twice, one time in 2^16: nothing beside a norm.
+            rounded = wanted.astype(np.float32).astype(DTYPES[code]).astype(np.float64)
+            squares["floor"] += float(np.sum((rounded - wanted) ** 2))
+            for output, tensors in merged.items():
+                values = tensors.read(name, a, b).astype(np.float64)
+                squares[output] += float(np.sum((values - wanted) ** 2))
+        for key in found:
+            found[key].append(float(np.sqrt(squares[key] / squares["moved"])))
+    return found
+
+
+def timed(command: list[str], **environment: str) -> dict[str, float]:
+    """Runs a process; its wall and CPU seconds and peak resident bytes."""
+    begin = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | environment, text=True)
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.monotonic() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{said}")
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime,
+            "peak": 1024.0 * usage.ru_maxrss, "load": os.getloadavg()[0]}
+
+
+def commands(root: Path, size: str, dtype: str, number: int, mergekit: str | None) -> dict:
+    """Tool -> what is run; each writes to a directory of the tool's name."""
+    models = [str(root / f"ft{i + 1}") for i in range(number)]
+    limit = SIZES[size][3]
+    files = [str(f) for m in (root / "base", *map(Path, models))
+             for f in sorted(m.glob("*.safetensors"))]
+    (root / "copy.py").write_text(COPY)
+    found = {
+        "copy": [sys.executable, str(root / "copy.py"), str(root / "copy"), *files],
+        "ours": [sys.executable, "-m", "modelstock_jax", "merge", str(root / "base"), *models,
+                 "--out", str(root / "ours"), *(["--max-shard-size", limit] if limit else [])],
+    }  # fmt: skip
+    if mergekit:
+        recipe = {"merge_method": "model_stock", "base_model": str(root / "base"),
+                  "models": [{"model": model} for model in models], "dtype": NAMES[dtype]}
+        (root / "recipe.yml").write_text(json.dumps(recipe))  # JSON is YAML too.
+        found["mergekit"] = [mergekit, str(root / "recipe.yml"), str(root / "mergekit"),
+                             "--no-copy-tokenizer", *(["--out-shard-size", limit[:-1]] if limit
+                                                      else [])]
+    return found
+
+
+def measure(case: str, folder: Path, mergekit: str | None, rounds: int) -> dict:
+    """All tools on one case."""
+    size, dtype, number = case.split("-")
+    root = folder / case
+    root.mkdir()
+    try:
+        _apart(make, root, size, dtype, int(number))
+        tools = commands(root, size, dtype, int(number), mergekit)
+        runs: dict[str, list] = {tool: [] for tool in tools}
+        kept = str(len(list((root / "base").glob("*.safetensors"))))
+        for _ in range(rounds):
+            for tool, command in tools.items():
+                shutil.rmtree(root / tool, ignore_errors=True)
+                if tool == "copy":
+                    (root / tool).mkdir()
+                runs[tool].append(timed(command, KEPT=kept, HF_HUB_OFFLINE="1"))
+                if tool == "copy":
+                    shutil.rmtree(root / tool)
+        outputs = [tool for tool in tools if tool != "copy"]
+        same = _digests_agree(root / "ours")
+        found = _apart(errors, root, int(number), outputs)
+        return {"runs": runs, "errors": found, "digests_agree": same,
+                "bytes_of_a_model": sum(f.stat().st_size for f in
+                                        (root / "base").glob("*.safetensors"))}
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _apart(function, *arguments):
+    """In a process of its own: what a parent held before it starts a child counts as its peak."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _digests_agree(out: Path) -> bool:
+    report = json.loads((out / "merge_report.json").read_text())
+    return all(hashlib.file_digest(open(out / file, "rb"), "sha256").hexdigest() == digest
+               for file, digest in report["outputs"].items())
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown."""
+    lines = ["| case | | wall s | of the copy | CPU s | peak MB | error median / max | load |",
+             "|---|---|---:|---:|---:|---:|---|---:|"]
+    for case, result in results.items():
+        copy = min(run["wall"] for run in result["runs"]["copy"])
+        floor = result["errors"]["floor"]
+        for tool, runs in result["runs"].items():
+            best = min(runs, key=lambda run: run["wall"])
+            error = result["errors"].get(tool)
+            shown = f"{np.median(error):.3g} / {max(error):.3g}" if error else \
+                f"(floor: {np.median(floor):.3g} / {max(floor):.3g})"
+            lines.append(
+                f"| {case} | {tool} | {best['wall']:.1f} | {best['wall'] / copy:.1f} | "
+                f"{best['cpu']:.1f} | {best['peak'] / 1e6:.0f} | {shown} | {best['load']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--mergekit", help="path of mergekit-yaml, in an environment of its own")
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", help="where to write; a temporary directory by default")
+    arguments = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for case in arguments.cases:
+            results[case] = measure(case, Path(folder), arguments.mergekit, arguments.rounds)
+            print(table({case: results[case]}), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
