@@ -30,12 +30,14 @@ demo: $(VENV)/.installed-$(REQUIREMENTS)
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/.installed-test
+# Full-size models take gigabytes each: those of the parity tests run one at a time.
+test-slow: $(VENV)/.installed-test $(PARITY)/.installed
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m slow
+	$(PARITY)/bin/python -m pytest -q -m "slow and parity" tests/parity
 
 # torch serves only as a reference, in an environment of its own.
 test-parity: $(PARITY)/.installed
-	$(PARITY)/bin/python -m pytest -q -m parity tests/parity
+	$(PARITY)/bin/python -m pytest -q -m "parity and not slow" tests/parity
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -53,7 +55,7 @@ $(VENV)/bin/python:
 # The stamps are dated by the requirement files: nothing is installed twice.
 $(VENV)/.installed-$(REQUIREMENTS): $(sort requirements-cpu.txt $(REQUIREMENTS)) | $(VENV)/bin/python
 	@echo "Installing $(REQUIREMENTS) into $(VENV) (once) ..."
-	@$(call install,$(VENV),-r $(REQUIREMENTS))
+	@$(call install,$(VENV),-r $(REQUIREMENTS) -e .)
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed-$(REQUIREMENTS)
