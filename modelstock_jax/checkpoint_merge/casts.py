@@ -34,14 +34,7 @@ def widen(values: np.ndarray, out: np.ndarray) -> None:
         >>> wide.tolist()
         [1.5, -2.0]
     """
-    if values.dtype == _BFLOAT16 and out.dtype == np.float32:
-        # A bfloat16 is the upper half of a float32.
-        np.left_shift(values.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
-    elif values.dtype == _BFLOAT16:
-        half = np.empty(len(values), np.float32)
-        widen(values, half)
-        np.copyto(out, half)
-    elif values.dtype in _BYTES:
+    if values.dtype in _BYTES:
         out[...] = _BYTES[values.dtype][values.view(np.uint8)]
     else:
         np.copyto(out, values)
@@ -70,26 +63,11 @@ def narrow(
         limits = ml_dtypes.finfo(dtype)
         if float(limits.max) < float(np.finfo(values.dtype).max):
             values = np.clip(values, float(limits.min), float(limits.max))
-    if dtype != _BFLOAT16:
-        out = room("narrowed", len(values), dtype)
-        np.copyto(out, values, casting="same_kind" if dtype.itemsize > 1 else "unsafe")
-        return out
-    return _to_bfloat16(values if values.dtype == np.float32 else _halfway_kept(values), room)
-
-
-def _to_bfloat16(values: np.ndarray, room: Room) -> np.ndarray:
-    """Round to nearest even on the bits: add half of the last place, less one where it is even."""
-    if np.isnan(values).any():  # Added to, a NaN's bits would spill over.
-        return values.astype(_BFLOAT16)
-    bits, up = values.view(np.uint32), room("rounded", len(values), np.dtype(np.uint32))
-    np.right_shift(bits, 16, out=up)
-    up &= 1
-    up += 0x7FFF
-    up += bits
-    up >>= 16
-    out = room("narrowed", len(values), np.dtype(np.uint16))
-    np.copyto(out, up, casting="same_kind")
-    return out.view(_BFLOAT16)
+    if dtype == _BFLOAT16 and values.dtype == np.float64:
+        values = _halfway_kept(values)
+    out = room("narrowed", len(values), dtype)
+    np.copyto(out, values, casting="same_kind" if dtype.itemsize > 1 else "unsafe")
+    return out
 
 
 def _halfway_kept(values: np.ndarray) -> np.ndarray:
