@@ -25,8 +25,8 @@ class Loading:
 
     Attributes:
       threads: that decode in each process; 0 means one a core, shared out among the processes.
-      workers: processes that decode beside this one; 0 decodes in this process. Decoding lets go
-        of Python's lock, so that threads serve up to about ten cores.
+      workers: processes that decode beside this one; 0 decodes in this process. Decoding and
+        resizing, nine tenths of the time, let go of Python's lock: processes are for many cores.
       prefetch: batches held ready.
       unreadable: an image that cannot be decoded is an 'error', or 'skip': in training the next
         readable one takes its place, in evaluation it does not count; the log names it.
