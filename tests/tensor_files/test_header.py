@@ -179,7 +179,7 @@ def test_no_bytes_crash_the_reader(tmp_path, content):
 
 @pytest.mark.slow
 @given(_files())
-@settings(max_examples=30_000, deadline=None, derandomize=True, database=None,
+@settings(max_examples=8_000, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))
 def test_no_bytes_crash_the_reader_at_length(tmp_path, content):
     _fuzz(tmp_path / "f.safetensors", content)
