@@ -24,7 +24,8 @@ def arguments(config, anchor, root, workdir, *more):
 
 
 @pytest.mark.slow
-def test_the_papers_config_on_a_small_imagenet(tmp_path):
+@pytest.mark.parametrize("setup", ["", ":strong"])
+def test_the_papers_config_on_a_small_imagenet(tmp_path, setup):
     """Twelve images of training, four classes; every shift and ReaL by its own rule."""
     anchor = small_run.save_anchor(tmp_path / "clip")
     root = write_imagenet(tmp_path / "data")
@@ -32,7 +33,7 @@ def test_the_papers_config_on_a_small_imagenet(tmp_path):
     (tmp_path / "names.txt").write_text("".join(f"{n:03d}\n" for n in range(1000)))
     (tmp_path / "prompts.txt").write_text("{}\n")
     command = arguments(
-        "configs/vitb32.py",
+        f"configs/vitb32.py{setup}",
         anchor,
         root,
         tmp_path / "run",
