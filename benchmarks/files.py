@@ -142,19 +142,25 @@ def errors(root: Path, number: int, outputs: list[str]) -> dict[str, list[float]
     for name in models[0]:
         count, code = int(np.prod(models[0].shape(name))), models[0].code(name)
         cuts = [(a, min(a + CHUNK, count)) for a in range(0, count, CHUNK)]
-        read = [lambda a, b, m=m: m.read(name, a, b).astype(np.float64) for m in models]
+
+        def read(model: int, start: int, stop: int, name: str = name) -> np.ndarray:
+            return models[model].read(name, start, stop).astype(np.float64)
+
+        def moved(start: int, stop: int, read=read) -> np.ndarray:
+            anchor = read(0, start, stop)
+            return np.stack([read(i + 1, start, stop) - anchor for i in range(number)])
+
         gram = np.zeros((number, number))
         for a, b in cuts:
-            anchor = read[0](a, b)
-            moves = np.stack([r(a, b) for r in read[1:]]) - anchor
+            moves = moved(a, b)
             gram += moves @ moves.T
         norms = np.sqrt(gram.diagonal())
         cosine = (gram / np.outer(norms, norms))[np.triu_indices(number, 1)].mean()
         ratio = max(0.0, number * cosine / (1 + (number - 1) * cosine))
         squares = dict.fromkeys((*found, "moved"), 0.0)
         for a, b in cuts:
-            anchor = read[0](a, b)
-            wanted = anchor + ratio * (np.mean([r(a, b) for r in read[1:]], axis=0) - anchor)
+            anchor = read(0, a, b)
+            wanted = anchor + ratio * moved(a, b).mean(axis=0)
             squares["moved"] += float(np.sum((wanted - anchor) ** 2))
             # By way of float32 it may round twice, one time in 2^16: nothing beside a norm.
             rounded = wanted.astype(np.float32).astype(DTYPES[code]).astype(np.float64)
