@@ -24,15 +24,15 @@ def test_a_short_pretraining_learns_and_saves_the_same_layout(tmp_path):
     code, output = small_run.finish(
         "--config=configs/glyph_pretrain.py",
         f"--workdir={tmp_path}",
-        "--config.pretrain.num_steps=200",
+        "--config.pretrain.num_steps=96",
         "--config.batch_size=64",
-        "--config.optimizer.warmup_steps=30",
+        "--config.optimizer.warmup_steps=20",
         "--config.log_every=1",
     )
     assert code == 0, output
     lines = (tmp_path / "runs/seed_0/pretrain/metrics.jsonl").read_text().splitlines()
     loss = np.array([json.loads(line)["train/loss/replica_0"] for line in lines])
-    assert len(loss) == 200
+    assert len(loss) == 96
     # Chance is ln 64 = 4.16; a batch's loss scatters by about 0.1.
     assert loss[:5].mean() > 4.0
     assert loss[-10:].mean() < loss[:5].mean() - 0.4

@@ -25,7 +25,7 @@ def test_vitb32_trains_merges_and_saves_within_24_gib(tmp_path):
     report = json.loads(output.splitlines()[-1])
     assert report["batch"] == [2, 4, 224, 224, 3]
     assert report["restored_bit_for_bit"] is True
-    peak = report["peak_resident_bytes"]
+    peak = report["peak_resident"]
     assert peak < 24 * GIB, f"{peak / GIB:.1f} GiB"
     # Allocators round up, and a CPU's kernels have scratch space of their own.
     assert report["ratio"].keys() == {"step", "merge"}

@@ -26,7 +26,9 @@ def replicas_before_merge(workdir, steps, **changes):
     return trainer.run().state.params
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), pytest.param((2, 1), marks=pytest.mark.slow), (2, 4)]
+)
 def test_training_merge_equals_the_librarys(tmp_path, shape):
     mesh = {"mesh__replica": shape[0], "mesh__data": shape[1]}
     # The learning rate of a run depends on its length alone: one epoch of two, and one of one.

@@ -86,10 +86,9 @@ def batches(config, start: int = 0):
 
 def task(config, epochs: int = 2, dtype=np.float32) -> Task:
     steps = steps_per_epoch(len(images()), config.batch_size)
-    dtype = jnp.dtype(dtype)
     return Task(
         params(dtype),
-        loss_fn(dtype),
+        loss_fn(jnp.dtype(dtype)),
         steps,
         epochs * steps,
         num_heads=2,
