@@ -48,6 +48,11 @@ class Compute:
                 f"{self.dtype.name}."
             )
 
+    @classmethod
+    def of(cls, options: Any) -> Compute:
+        """From options that have at least its fields, such as `config.compute`."""
+        return cls(**{field.name: options[field.name] for field in dataclasses.fields(cls)})
+
 
 DEFAULT_COMPUTE = Compute()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from modelstock_jax.clip.checkpoint import Checkpoint
@@ -103,14 +102,9 @@ def make_classifier(
     config: ConfigDict, clip: CLIPConfig, params: PyTree, normalize: Preprocessor
 ) -> Classifier:
     """A classifier that computes as `config.compute` says; its weights may be shapes alone."""
-    compute = Compute(
-        dtype=jnp.dtype(config.compute.dtype),
-        attention=config.compute.attention,
-        remat=config.compute.remat,
-    )
     return Classifier(
         params=params,
-        apply=classifier(clip, compute),
+        apply=classifier(clip, Compute.of(config.compute)),
         normalize=normalize,
         num_heads=clip.vision.num_attention_heads,
     )

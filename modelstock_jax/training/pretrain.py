@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -47,7 +46,7 @@ def pretraining_task(
             f"batch_size={config.batch_size} does not divide {RENDERED_AT_ONCE}, the number of "
             "glyphs rendered at once; use a power of two up to that"
         )
-    compute = Compute(dtype=jnp.dtype(config.compute.dtype), remat=config.compute.remat)
+    compute = Compute.of(config.compute)
     return Task(
         params=init(clip, jax.random.key(config.seed)),
         augment=lambda key, batch: batch,
