@@ -14,6 +14,7 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -39,6 +40,7 @@ def resident(key: str) -> int:
 
 def forget_peak() -> int:
     """The process's peak so far; the next one is counted from now on."""
+    time.sleep(0.5)  # A program's results are there a moment before its temporaries are freed.
     peak = resident("VmHWM")
     ctypes.CDLL(None).malloc_trim(0)  # What was freed, and not yet given back, is no one's.
     Path("/proc/self/clear_refs").write_text("5")
@@ -88,13 +90,14 @@ def main(argv):
     programs.anchor = jax.device_put(draw(programs.task.params, 0), programs.whole)
     # As in the middle of a run: there is a merged model from the merge before.
     state, merged, _ = compiled["merge"](programs.anchor, programs.start(0))
-    jax.block_until_ready(merged)
+    jax.block_until_ready((state, merged))
     measured, losses = {}, []
     if on_cpu:
         peaks.append(forget_peak())
     for step in range(FLAGS.steps):
         state, metrics = compiled["step"](state, random_batch(batch, step))
         losses.append(metrics["loss"].tolist())
+    jax.block_until_ready(state)
     if on_cpu:
         peaks.append(forget_peak())
         measured["step"] = peaks[-1] - before
