@@ -279,6 +279,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write; a temporary directory by default")
     arguments = parser.parse_args()
     results = {}
+    if arguments.folder:
+        os.makedirs(arguments.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for case in arguments.cases:
             results[case] = measure(case, Path(folder), arguments.mergekit, arguments.rounds)
