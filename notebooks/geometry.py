@@ -1,0 +1,314 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+# ruff: noqa: B018, E402
+
+# %% [markdown]
+# # The geometry behind Model Stock
+#
+# Why is the ratio t of the merge what it is? This notebook fine-tunes a few copies of a small CLIP
+# and looks at where they lie: at the angles between their movements, at the thin shell about their
+# centre, at the point of the span that is closest to it. Section and equation numbers are those of
+# [the paper](https://arxiv.org/abs/2403.19522); the derivation is in
+# [docs/method.md](../docs/method.md). On two CPU cores it takes a few minutes.
+
+# %%
+# On Colab this cell fetches the repository and installs it; on your own machine it does neither.
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = ""  # Colab only: the git URL of this repository
+if "google.colab" in sys.modules and not Path("launch.py").exists():
+    assert REPOSITORY, "set REPOSITORY to the git URL of this repository"
+    tpu = Path("/dev/vfio/0").exists() or Path("/dev/accel0").exists()
+    extra = "[cuda12]" if shutil.which("nvidia-smi") else "[tpu]" if tpu else ""
+    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "modelstock_jax"], check=True)
+    os.chdir("modelstock_jax")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "-e", f".{extra}"], check=True)
+os.chdir(next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "launch.py").exists()))
+sys.path.insert(0, os.getcwd())
+
+PRETRAINED = "glyph-clip"  # the small CLIP of the package
+MODELS = 8  # fine-tuned copies; at least 6
+STEPS, BATCH, RATE = 96, 64, 1e-3
+TRAIN_SIZE = 4096
+FIGURES = ""  # a directory to keep the pictures in
+
+# %% [markdown]
+# ## Eight fine-tuned models
+#
+# All start from the same weights w0 and differ in nothing but the order and the augmentation of
+# their images. `anchor` is a pytree, `models` the same tree with a leading axis of eight.
+
+# %%
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from modelstock_jax.clip.model import classifier
+from modelstock_jax.clip.zero_shot import zero_shot_head
+from modelstock_jax.data.augment import shift_and_jitter
+from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
+from modelstock_jax.data.glyphs.sets import training_set
+from modelstock_jax.experiment.pretrained import open_pretrained
+
+checkpoint = open_pretrained(PRETRAINED)
+apply, train = classifier(checkpoint.config), training_set(size=TRAIN_SIZE)
+anchor = {
+    "image_tower": checkpoint.params["image_tower"],
+    "head": zero_shot_head(checkpoint, CLASS_NAMES, TEMPLATES),
+}
+tx = optax.adamw(optax.cosine_decay_schedule(RATE, STEPS), weight_decay=0.1)
+
+
+def loss(params, images, labels):
+    logits = apply(params, checkpoint.preprocessor(images))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@jax.jit
+def finetune(key, images, labels):
+    def step(carry, key):
+        params, opt_state = carry
+        rows, view = jax.random.split(key)
+        chosen = jax.random.choice(rows, len(labels), (BATCH,), replace=False)
+        augmented = shift_and_jitter(view, images[chosen])
+        slope = jax.grad(loss)(params, augmented, labels[chosen])
+        updates, opt_state = tx.update(slope, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    start = jax.tree.map(jnp.asarray, anchor)
+    (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), jax.random.split(key, STEPS))
+    return params
+
+
+keys = jax.random.split(jax.random.key(0), MODELS)
+each = [finetune(key, train.images, train.labels) for key in keys]
+models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+# %% [markdown]
+# ## Observation 1: angles and norms are constants of the layer
+#
+# d_i = w_i − w0 is what training model i has moved. For each tensor the next picture shows the
+# angle between the movements of two models, over all 28 pairs, and the length of the movement.
+# The black lines are standard deviations: between layers the angle differs by tens of degrees,
+# between pairs hardly. That is equation 1: d_i · d_j is l² for i = j and l² cos θ otherwise.
+# Kernels share less of their movement than biases and norms. (A key's bias has no gradient, since
+# softmax does not see it: whatever it moved is noise.)
+
+# %%
+from modelstock_jax.merging import angle, cosines, model_stock, norms, report
+from modelstock_jax.reporting import plots
+
+
+def kept(name):
+    return Path(FIGURES, f"geometry_{name}.png") if FIGURES else None
+
+
+_, stats = model_stock(anchor, models)
+pairs = np.triu_indices(MODELS, 1)
+angles = [np.asarray(angle(c))[pairs] for c in jax.tree.leaves(cosines(anchor, models))]
+lengths = [np.asarray(n) for n in jax.tree.leaves(norms(anchor, models))]
+sizes = [leaf.size for leaf in jax.tree.leaves(anchor)]
+layers = [
+    {"name": row["name"], "angles": a, "rms": n / size**0.5}
+    for row, a, n, size in zip(report(stats), angles, lengths, sizes, strict=True)
+]
+plots.angle_by_layer(layers, kept("angles"))
+
+# %% [markdown]
+# ## Why constants? Because there are many numbers
+#
+# Let every movement be a common part μ and noise: d_i = μ + e_i. In a space of many dimensions two
+# noises are at right angles to each other and to everything else, and all have the same length
+# (section 2.3: concentration of measure). Below, pairs of Gaussian noises in n dimensions.
+
+# %%
+from modelstock_jax.reporting.style import BLACK, BLUE, GREY, SKY, VERMILION, draw
+
+rng, dimensions = np.random.default_rng(0), (3, 30, 300, 30_000)
+noises = [rng.standard_normal((2, 400, n), np.float32) / n**0.5 for n in dimensions]
+
+
+def concentration(figure):
+    left, right = figure.subplots(1, 2)
+    shades = [GREY, SKY, BLUE, VERMILION]
+    for (a, b), n, shade in zip(noises, dimensions, shades, strict=True):
+        length = np.linalg.norm(a, axis=1)
+        between = angle((a * b).sum(1) / length / np.linalg.norm(b, axis=1))
+        for axes, values, bins in ((left, length, np.linspace(0, 2, 60)),
+                                   (right, between, np.linspace(0, 180, 60))):
+            axes.hist(values, bins, histtype="step", lw=1.8, color=shade, label=f"n = {n:,}")
+    left.set_xlabel("length of a noise, in its expected length")
+    right.set_xlabel("angle between two noises (degrees)")
+    left.legend(loc="upper left")
+    left.set_yscale("log")
+    right.set_yscale("log")
+
+
+draw(concentration, (8.6, 3.2), kept("concentration"))
+
+# %% [markdown]
+# ## The thin shell, and the way to its centre
+#
+# The centre of such models is w0 + μ, and the noise is what leads from there to each of them: all
+# lie at one distance from the centre, (i) on a thin shell; (ii) at right angles to the way from
+# w0 to the centre; (iii) at right angles to one another. Measured about a centre that the measured
+# models had no part in (the mean of a few models lies nearer to its own members than the true
+# centre does).
+#
+# So the mean of N models is l √((1 − cos θ) / N) away from the centre: noises at right angles add
+# up as squares. The curve is predicted from the angle between two models alone; the points are
+# means of N models, measured from the mean of all the others, which is itself a little off the
+# centre: its own distance is taken away.
+
+# %%
+from modelstock_jax.merging import distance, mean_model, thin_shell, total_distance
+
+shell = thin_shell(anchor, models)
+between = np.asarray(shell.pair_cosine)[pairs]
+print(f"(i)   distance to the centre {np.mean(shell.radius):.3f} ± {np.std(shell.radius):.3f}; "
+      f"from w0 to the centre {float(shell.centre):.3f}")
+print(f"(ii)  angle at the centre between w0 and a model: "
+      f"{np.mean(angle(shell.anchor_cosine)):.1f}° ± {np.std(angle(shell.anchor_cosine)):.1f}°")
+print(f"(iii) and between two models: "
+      f"{np.mean(angle(between)):.1f}° ± {np.std(angle(between)):.1f}°")
+
+
+def some(indices):
+    return jax.tree.map(lambda w: w[np.array(indices)], models)
+
+
+one = total_distance(stats).replica
+numbers = range(1, MODELS - 2)
+squares = [
+    [
+        float(distance(mean_model(some(chosen)), mean_model(some(set_aside)))) ** 2
+        - one**2 / len(set_aside)
+        for chosen, set_aside in (np.split(np.roll(range(MODELS), k), [n]) for k in range(MODELS))
+    ]
+    for n in numbers
+]
+
+
+def approach(figure):
+    axes = figure.subplots()
+    fine = np.linspace(1, MODELS - 2, 100)
+    axes.plot(fine, one / fine**0.5, color=BLACK, lw=1.2, label=r"$l\,\sqrt{(1-\cos\theta)/N}$")
+    for n, values in zip(numbers, squares, strict=True):
+        axes.plot([n] * MODELS, np.sqrt(values), "o", color=BLUE, ms=5, alpha=0.5)
+    axes.set_xlabel("N, models in the mean")
+    axes.set_ylabel("distance to the centre")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+draw(approach, (6, 3.4), kept("approach"))
+
+# %% [markdown]
+# ## The closest point has a ratio, and two models tell it
+#
+# Now look beyond the mean w₁₂ of two models: along the line from w0 to it, w0 + t (w₁₂ − w0). Below
+# is the distance to the centre (the mean of the models that are not on the line) for every t, in
+# three tensors: with a small, a middling and a large angle. The star is where equation 2 puts
+# t = 2 cos θ / (1 + cos θ); it has seen the two models' angle and nothing of the others.
+
+# %%
+pair, others = some([0, 1]), mean_model(some(range(2, MODELS)))
+found = report(model_stock(anchor, pair)[1])
+kernels = [k for k, row in enumerate(found) if sizes[k] > 1000 and row["cosine"] > 0]
+by_angle = sorted(kernels, key=lambda k: found[k]["angle"])
+chosen = [by_angle[0], by_angle[len(by_angle) // 2], by_angle[-1]]
+
+
+def sweep(figure):
+    t, shades = np.linspace(0, 1.1, 111), (BLUE, SKY, VERMILION)
+    axes = figure.subplots()
+    for k, shade in zip(chosen, shades, strict=True):
+        w0, w, centre = (np.asarray(jax.tree.leaves(x)[k], float) for x in (anchor, pair, others))
+        step, aim = w.mean(0) - w0, centre - w0
+        square = t**2 * (step**2).sum() - 2 * t * (step * aim).sum() + (aim**2).sum()
+        far = np.sqrt(square / (aim**2).sum())
+        star = found[k]["ratio"]
+        name = found[k]["name"].removeprefix("image_tower.")
+        axes.plot(t, far, color=shade, lw=2, label=f"{name}, θ = {found[k]['angle']:.0f}°")
+        axes.plot(star, np.interp(star, t, far), "*", color=shade, ms=15, mec="white")
+        axes.plot(t[far.argmin()], far.min(), "|", color=BLACK, ms=12, mew=1.5)
+    axes.set_xlabel("t: from the anchor (0) to the mean of two models (1)")
+    axes.set_ylabel("distance to the centre,\nas a share of the anchor's")
+    axes.legend(fontsize=8)
+
+
+draw(sweep, (6.6, 4), kept("sweep"))
+
+# %% [markdown]
+# The same as a triangle, lengths and angles as they are (the paper's Figure 6): w₁ and w₂, their
+# mean w₁₂ and the merged w_H, which is the foot of the perpendicular from the centre. With a small
+# angle it lies near the mean, with a large one near the anchor.
+
+# %%
+from modelstock_jax.studies import figures
+from modelstock_jax.studies.schematic import triangle
+
+ends = {
+    found[k]["name"].removeprefix("image_tower."): triangle(found[k]["angle"], found[k]["norms"])
+    for k in (chosen[0], chosen[-1])
+}
+figures.triangles(ends, kept("triangles"))
+
+# %% [markdown]
+# ## The ratio, for any number of models
+#
+# Equation 3: t = N cos θ / (1 + (N − 1) cos θ). It is the share of the mean's squared length that
+# is common movement and not noise, so more models need less shrinking. At 90° nothing is common,
+# and the merge is the anchor, however many there are. The dots are this notebook's tensors, N = 2.
+
+# %%
+from modelstock_jax.merging import ratio
+
+
+def ratios(figure):
+    axes, degrees = figure.subplots(), np.linspace(0, 110, 221)
+    for n, shade in zip((2, 3, 5, 50), (VERMILION, BLUE, SKY, GREY), strict=True):
+        curve = ratio(np.cos(np.radians(degrees)), n)
+        axes.plot(degrees, curve, color=shade, lw=2, label=f"N = {n}")
+    known = [row for row in found if row["angle"] is not None]
+    axes.plot([row["angle"] for row in known], [row["ratio"] for row in known], "o", color=BLACK,
+              ms=3.5, alpha=0.6)
+    axes.set_xlim(0, 110)
+    axes.set_xlabel("angle θ between the movements (degrees)")
+    axes.set_ylabel("ratio t")
+    axes.legend()
+
+
+draw(ratios, (6, 3.6), kept("ratio"))
+
+# %% [markdown]
+# ## What it gains
+#
+# Distances to the centre, of the whole model: predicted by the merge of two models, and measured
+# from the mean of the other six (less that mean's own distance).
+
+# %%
+merged, stats = model_stock(anchor, pair)
+expected, off = total_distance(stats), total_distance(stats).replica ** 2 / (MODELS - 2)
+first = jax.tree.map(lambda w: w[0], pair)
+for name, model, predicted in (
+    ("one model", first, expected.replica),
+    ("their mean", mean_model(pair), expected.mean),
+    ("Model Stock", merged, expected.merged),
+    ("the anchor", anchor, float(shell.centre)),
+):
+    measured = max(0.0, float(distance(model, others)) ** 2 - off) ** 0.5
+    print(f"{name:12} predicted {predicted:6.3f}   measured {measured:6.3f}")
