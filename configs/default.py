@@ -26,12 +26,14 @@ def get_config() -> ConfigDict:
     # Also trains the same replicas unmerged, for the rows that merge after training.
     config.compare = False
 
+    # Passes over the training images.
     config.epochs = 10
     # Examples that a replica sees in a step, over all devices.
     config.batch_size = 512
     # Parts that a step cuts its batch into, one after the other, for one update by the mean of
     # their gradients: the same update in less memory. A multiple of the devices must fit a part.
     config.accumulate_steps = 1
+    # The share of a target that is spread over all classes; 0 turns it off.
     config.label_smoothing = 0.0
 
     config.data = ConfigDict()
@@ -110,9 +112,11 @@ def get_config() -> ConfigDict:
     # Decoupled, toward 0, and toward the pretrained weights; both are multiplied by the rate.
     config.optimizer.weight_decay = 0.1
     config.optimizer.decay_to_pretrained = 0.0
+    # AdamW's decay rates of the moments, and what keeps it from dividing by 0.
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
+    # SGD's.
     config.optimizer.momentum = 0.9
     # Weights held within a radius of the pretrained ones, layer by layer: 'none', 'ftp' (radii
     # learned in the steps) or 'tpgm' (after training, on validation images). The radii's norm is
@@ -204,6 +208,7 @@ def get_config() -> ConfigDict:
     config.log_every = 10
 
     config.evaluation = ConfigDict()
+    # Images at once, over all devices.
     config.evaluation.batch_size = 500
     # The first so many images of each shift set; 0 takes all.
     config.evaluation.max_shift_images = 0
