@@ -32,7 +32,7 @@ THIRD_PARTIES = {
     "errors": set(),
     "command_line": {"absl", "ml_collections"},
     "merging": {"jax", "numpy"},
-    "tensor_files": {"numpy", "ml_dtypes", "safetensors", "huggingface_hub"},
+    "tensor_files": {"numpy", "ml_dtypes", "safetensors", "huggingface_hub", "zlib_ng"},
     "checkpoint_merge": {"numpy", "ml_dtypes", "rich", "yaml", "matplotlib"},
 }
 # A merge of files starts at once and needs no accelerator: it knows nothing of training.

@@ -10,8 +10,11 @@ import numpy as np
 
 from modelstock_jax.merging.units import Part
 
-# Numbers: few enough for the caches, and so many that Python costs little beside their sums.
+# Numbers of a tensor that one model gives at once.
 PIECE = 2**18
+# Bytes that a thread's pieces of all models take: few enough for the caches, and so many that
+# Python, whose threads take turns, costs little beside the sums.
+WORKING_SET = 10 * 2**20
 # Numbers that one BLAS dot sums; the sums of dots are float64. 512 keep a float32 dot exact to
 # 16 terms a lane; 8192 keep BLAS from starting threads of its own.
 _DOT = {np.dtype(np.float32): 512, np.dtype(np.float64): 8192}
@@ -65,6 +68,21 @@ class Layout(NamedTuple):
         if rows == 1:
             return values[units[0]]
         return np.tile(np.repeat(values[units], (stop - start) // rows), cycles)
+
+
+def piece_length(models: int, bits: int) -> int:
+    """Numbers of a piece, a power of two: stored and computed with, they fill `WORKING_SET`.
+
+    Args:
+        models: That are read together.
+        bits: Of a stored number; 16 are computed with as float32, more as float64.
+
+    Example:
+        >>> piece_length(3, 16) == 2**19, piece_length(3, 32) == 2**18, piece_length(500, 32)
+        (True, True, 65536)
+    """
+    each = bits // 8 + (4 if bits <= 16 else 8)
+    return max(2**16, 2 ** (WORKING_SET // (models * each)).bit_length() // 2)
 
 
 def products(vectors: np.ndarray, layout: Layout, start: int, stop: int) -> np.ndarray:

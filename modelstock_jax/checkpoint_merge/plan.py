@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from modelstock_jax.checkpoint_merge import classifier
-from modelstock_jax.checkpoint_merge.chunks import PIECE
+from modelstock_jax.checkpoint_merge.chunks import PIECE, WORKING_SET, piece_length
 from modelstock_jax.checkpoint_merge.decide import Planned, decide
 from modelstock_jax.checkpoint_merge.match import Findings, Source, match
 from modelstock_jax.checkpoint_merge.options import METHODS, Options
@@ -165,7 +165,8 @@ def _memory(plan: Plan) -> int:
     units = max((math.prod(t.part.unit_shape) for t in plan.tensors.values() if t.part), default=1)
     formed = any(source.formed for source in (plan.base, *plan.finetuned))
     window = plan.options.window_bytes if formed else 0
-    return (100 * 2**20 + window + threads * PIECE * 8 * (2 * number + 4)
+    pieces = max(WORKING_SET, 16 * number * piece_length(number, 64))
+    return (100 * 2**20 + window + threads * (pieces + 4 * 8 * PIECE)
             + 8 * units * (4 * number**2 + 64))
 
 

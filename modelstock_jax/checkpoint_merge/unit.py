@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelstock_jax.checkpoint_merge.casts import narrow, recode, widen
-from modelstock_jax.checkpoint_merge.chunks import PIECE, Layout, Scratch, products
+from modelstock_jax.checkpoint_merge.chunks import PIECE, Layout, Scratch, piece_length, products
 from modelstock_jax.checkpoint_merge.decide import Planned
 from modelstock_jax.checkpoint_merge.finite import refuse_non_finite
 from modelstock_jax.checkpoint_merge.methods import CONVEX, Solved, coefficients, combine
@@ -118,7 +118,7 @@ class Unit:
     def pieces(self, members: Sequence[int] | None = None) -> list[Piece]:
         """All pieces, or those of some members, in order."""
         wanted = range(len(self.members)) if members is None else members
-        return [Piece(k, *cut) for k in wanted for cut in self.layouts[k].cut()]
+        return [Piece(k, *cut) for k in wanted for cut in self.layouts[k].cut(self._length(k))]
 
     def each(self, function: Callable[[Piece], Any], pieces: Sequence[Piece]) -> Iterator[Any]:
         """Calls a function with every piece and yields its results in the pieces' order."""
@@ -202,6 +202,9 @@ class Unit:
         if self.pool is None and name in source.formed:
             self._formed[model, piece] = values
         return values
+
+    def _length(self, k: int) -> int:
+        return piece_length(len(self._sources), self._bits(self.members[k]))
 
     def _code(self, member: Planned, model: int) -> str:
         return self._sources[model].tensors[member.names[model]].code
