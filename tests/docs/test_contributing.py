@@ -1,0 +1,103 @@
+"""The three examples of CONTRIBUTING.md: patches of this tree, applied and tested."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import ROOT, fenced
+
+PAGE = ROOT / "CONTRIBUTING.md"
+# What to run in the patched tree, by the example's title.
+TRIED = {
+    "A merge method": ["tests/merging/test_every_merge.py", "-k", "balanced_mean", "-m",
+                       "slow or not slow"],
+    "A shift set": ["tests/data/test_imagenet_sets.py", "tests/data/test_prepare.py"],
+    "A model": ["tests/mlp", "tests/test_layering.py"],
+}
+EVERYWHERE = ["tests/test_layering.py::test_this_tree",
+              "tests/test_layering.py::test_every_public_name_resolves"]
+ALSO = {
+    "A merge method": [
+        "tests/docs/test_library.py::test_the_table_names_every_merge_of_the_package",
+        "modelstock_jax/merging/baselines.py", *EVERYWHERE],
+    "A shift set": EVERYWHERE,
+    "A model": [],
+}
+
+
+def patches() -> dict[str, str]:
+    """Title -> the diff blocks below it, as one patch."""
+    text = PAGE.read_text()
+    starts = [(text.count("\n", 0, found.start()) + 1, found[1])
+              for found in re.finditer(r"^## (.*)$", text, re.MULTILINE)]
+    made: dict[str, str] = {}
+    for line, language, block in fenced(PAGE):
+        if language == "diff":
+            title = next(title for start, title in reversed(starts) if start < line)
+            made[title] = made.get(title, "") + block
+    return made
+
+
+def apply(patch: str, tree: Path, *options: str) -> None:
+    """One line of context is enough; a line that is not there is an error."""
+    done = subprocess.run(["git", "apply", "-C1", *options, "-"], cwd=tree, text=True, input=patch,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what the examples touch and run."""
+    copy = tmp_path_factory.mktemp("tree")
+    without = shutil.ignore_patterns("__pycache__", ".*")
+    for name in ("modelstock_jax", "tests", "configs", "docs", "notebooks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=without)
+    for name in ("pyproject.toml", "launch.py", "Makefile", "README.md", "CONTRIBUTING.md",
+                 *(path.name for path in ROOT.glob("requirements*.txt"))):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def test_there_are_three():
+    assert list(patches()) == list(TRIED)
+
+
+@pytest.mark.parametrize("title", TRIED)
+def test_the_patch_applies(title):
+    apply(patches()[title], ROOT, "--check")
+
+
+def test_a_patch_of_another_tree_does_not_apply():
+    changed = patches()["A model"].replace('"data", "clip"', '"data", "clap"')
+    with pytest.raises(AssertionError, match="test_layering"):
+        apply(changed, ROOT, "--check")
+
+
+@pytest.mark.slow  # a tree of its own, and programs that are compiled in it
+@pytest.mark.parametrize("title", TRIED)
+def test_its_tests_pass(title, tree):
+    apply(patches()[title], tree)
+    try:
+        env = os.environ | {"PYTHONPATH": str(tree)}
+        for tests in filter(None, (TRIED[title], ALSO[title])):
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+            done = subprocess.run(command, cwd=tree, env=env, text=True, capture_output=True,
+                                  check=False, timeout=500)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+            assert re.search(r"\d+ passed", done.stdout), done.stdout
+        where = subprocess.run(
+            [sys.executable, "-c", "import modelstock_jax; print(modelstock_jax.__file__)"],
+            cwd=tree, env=env, text=True, capture_output=True, check=True).stdout
+        assert where.startswith(str(tree)), "the tests ran on another tree"
+        lint = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=tree, text=True,
+                              capture_output=True, check=False)
+        assert lint.returncode == 0, lint.stdout
+    finally:
+        apply(patches()[title], tree, "--reverse")

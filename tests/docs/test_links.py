@@ -1,0 +1,67 @@
+"""Every link of a page leads to a file that is there, and to a heading that is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from notebooks.pairing import cells, pairs
+from tests.docs.blocks import PAGES, ROOT
+
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|json|txt|ipynb|png|yml))`")
+# Written by runs, or of someone else's, or a form of names.
+ELSEWHERE = ("runs/", "WORKDIR/", "merged/", "src/")
+
+
+def anchors(page: Path) -> set[str]:
+    """A page's headings as GitHub names them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def lost(text: str, place: Path) -> list[str]:
+    """Links of a text in folder `place` that lead nowhere."""
+    found = []
+    for target in _LINK.findall(text):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        name, _, heading = target.partition("#")
+        path = (place / name).resolve() if name else None
+        if path is not None and not path.exists():
+            found.append(target)
+        elif heading and heading not in anchors(path or ROOT / "README.md"):
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    own = re.sub(r"\]\((#[^)]+)\)", rf"]({page.name}\1)", text)
+    assert not lost(own, page.parent), page.name
+
+
+def test_links_of_the_notebooks():
+    for path in pairs():
+        for _, source in cells(path.read_text()):
+            assert not lost(source, path.parent), path.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page):
+    """`folder/file.py`: from the root, from the package, or from the page."""
+    places = (ROOT, ROOT / "modelstock_jax", page.parent)
+    named = [name for name in _PATH.findall(page.read_text()) if not name.startswith(ELSEWHERE)]
+    gone = [name for name in named if not any((place / name).exists() for place in places)]
+    assert not gone, page.name
+
+
+def test_a_dead_link_is_seen(tmp_path):
+    (tmp_path / "page.md").write_text("# A title: of two_parts\n\n```sh\n# no heading\n```\n")
+    text = ("[a](page.md) [b](nowhere.md) [c](page.md#a-title-of-two_parts) "
+            "[d](page.md#no-heading) [e](https://example.org/x)")
+    assert lost(text, tmp_path) == ["nowhere.md", "page.md#no-heading"]
