@@ -20,6 +20,7 @@ flags.DEFINE_string("workdir", "runs/studies", "Where trained runs are kept.")
 flags.DEFINE_string("ledger", None, "Finished measurements (default: WORKDIR/measured.jsonl).")
 flags.DEFINE_string("out", None, "Where tables and figures are written (default: WORKDIR).")
 flags.DEFINE_integer("num_seeds", None, "Seeds of each study (default: its own number).")
+flags.DEFINE_list("anchors", [], "Further pretrained models; every named study is done from each.")
 flags.DEFINE_bool("dry-run", False, "Say what is missing and how long it takes; run nothing.")
 
 
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
             Ledger(FLAGS.ledger or workdir / "measured.jsonl"),
             Path(FLAGS.out or workdir),
             FLAGS.num_seeds,
+            FLAGS.anchors,
         )
         runner.plan([STUDIES[name] for name in names])
         if not FLAGS["dry-run"].value:

@@ -1,19 +1,14 @@
-"""Merges after training: Table 7, merge units, and Figure 1's curves."""
+"""Merges after training: Table 7, and merge units."""
 
 from __future__ import annotations
 
 from modelstock_jax.merging import UNITS
-from modelstock_jax.reporting.plots import id_against_shifts
-from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Predicted, Score, Shell
-from modelstock_jax.studies.models import Anchor, Between, Merge
+from modelstock_jax.studies.models import Merge
 from modelstock_jax.studies.paper import TABLE_7
 from modelstock_jax.studies.pool import average, groups, mean, pool, shown, theirs
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-
-_ALPHAS = (0.25, 0.5, 0.75)
-_CURVES = ("replica", "mean", "model_stock")
 
 
 def _teams(setup: Setup, size: int):
@@ -155,62 +150,6 @@ def _say_units(setup: Setup, values: Values) -> Report:
     return Report([Table([*columns, "avg shifts − `tensor`"], rows)], [layerwise])
 
 
-def _figure_1(setup: Setup):
-    wanted = {("zero_shot",): Score(Anchor())}
-    for i, team in enumerate(_teams(setup, 2)):
-        ends = {"replica": team[0], "mean": mean(team), "model_stock": Merge(team)}
-        for name, model in ends.items():
-            wanted[name, i] = Score(model)
-            wanted |= {(name, i, a): Score(Between(model, a)) for a in _ALPHAS}
-    return wanted
-
-
-def _say_figure_1(setup: Setup, values: Values) -> Report:
-    def row(method, score, **more):
-        return make_row(method, id=score["id"], shifts=score["shifts"], **more)
-
-    rows = [row("zero_shot", values["zero_shot",])]
-    for i, seed in enumerate(setup.seeds):
-        for name in _CURVES:
-            cost = 1 if name == "replica" else 2
-            rows.append(row(name, values[name, i], seed=seed, cost=cost, num_replicas=cost))
-            rows += [
-                row("wise_ft", values[name, i, a], seed=seed, alpha=a, of=name) for a in _ALPHAS
-            ]
-    teams = range(len(setup.seeds))
-    claims = [
-        Claim(
-            "Model Stock beats a fine-tuned model, in distribution",
-            "Figure 1",
-            [values["model_stock", i]["id"] - values["replica", i]["id"] for i in teams],
-        ),
-        Claim(
-            "Model Stock beats a fine-tuned model, on the shifts",
-            "Figure 1",
-            [average(values["model_stock", i]) - average(values["replica", i]) for i in teams],
-        ),
-    ]
-    table = [
-        [label, shown([s["id"] for s in scores]), shown([average(s) for s in scores])]
-        for label, scores in [
-            ("zero-shot", [values["zero_shot",]]),
-            *(
-                (
-                    f"{name.replace('_', ' ')}, α = {a:g}",
-                    [values[(name, i) if a == 1 else (name, i, a)] for i in teams],
-                )
-                for name in _CURVES
-                for a in (*_ALPHAS, 1)
-            ),
-        ]
-    ]
-    return Report(
-        [Table(["w0 + α (model − w0)", "ID", "avg shifts"], table)],
-        claims,
-        {"fig1": lambda path: id_against_shifts(rows, path)},
-    )
-
-
 TABLE_7_STUDY = Study(
     "table7",
     "Table 7: merging after training",
@@ -225,11 +164,4 @@ UNITS_STUDY = Study(
     "for all; with one ratio for all; and weighted by their noise.",
     _units,
     _say_units,
-)
-FIGURE_1 = Study(
-    "fig1",
-    "Figure 1: in distribution against the shifts",
-    "Fine-tuned models, their mean and Model Stock after training, each with its WiSE-FT curve.",
-    _figure_1,
-    _say_figure_1,
 )

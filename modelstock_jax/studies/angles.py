@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from modelstock_jax.reporting.layers import kind
@@ -19,6 +22,62 @@ def _wanted(setup: Setup):
     return {"angles": Angles(pool(setup.seeds))}
 
 
+def angles_by_kind(found: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """`kernels`, `biases`, `norms` and `head`, where there are such -> angles of each tensor.
+
+    Args:
+      found: what `Angles` measured.
+    """
+    kinds: dict[str, list[list[float]]] = {}
+    for what in ("kernels", "biases", "norms", "head"):
+        angles = [row["angles"] for name, row in _sure(found).items() if kind(name) == what]
+        if angles:
+            kinds[what] = angles
+    return kinds
+
+
+def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str = "") -> list[Claim]:
+    """What the paper says of angles and norms.
+
+    Args:
+      found: what `Angles` measured.
+      count: of models: pairs of a seed each, one after the other.
+      where: the paper says it.
+      prefix: of each claim, for what it is said.
+    """
+    of_kind = angles_by_kind(found)
+    # One number a tensor or a seed's own pair: pairs that share a model are not independent.
+    pairs = list(zip(*np.triu_indices(count, 1), strict=True))
+    own = [pairs.index((i, i + 1)) for i in range(0, count, 2)]
+    kernels, biases = (np.mean(of_kind[what], axis=0)[own] for what in ("kernels", "biases"))
+    return [
+        Claim(
+            f"{prefix}angles of kernels are the same for any two models (within 5 %)",
+            where,
+            [np.std(a, ddof=1) / np.mean(a) for a in of_kind["kernels"]],
+            unit="",
+            within=0.05,
+        ),
+        Claim(
+            f"{prefix}norms are the same for any model (within 5 %)",
+            where,
+            [np.std(row["norms"], ddof=1) / np.mean(row["norms"]) for row in _sure(found).values()],
+            unit="",
+            within=0.05,
+        ),
+        Claim(
+            f"{prefix}biases have smaller angles than kernels",
+            where,
+            (kernels - biases).tolist(),
+            "degrees",
+        ),
+    ]
+
+
+def _sure(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row for name, row in found.items() if not name.endswith(NOISE)}
+
+
 def _say(setup: Setup, values: Values) -> Report:
     found = values["angles"]
     layers = [
@@ -29,11 +88,6 @@ def _say(setup: Setup, values: Values) -> Report:
         }
         for name, row in found.items()
     ]
-    sure = {name: row for name, row in found.items() if not name.endswith(NOISE)}
-    of_kind = {
-        what: [row["angles"] for name, row in sure.items() if kind(name) == what]
-        for what in ("kernels", "biases", "norms", "head")
-    }
     rows = [
         [
             what,
@@ -41,35 +95,9 @@ def _say(setup: Setup, values: Values) -> Report:
             f"{np.mean(np.std(angles, axis=1, ddof=1)):.2f}",
             f"{np.mean(np.cos(np.radians(angles))):.3f}",
         ]
-        for what, angles in of_kind.items()
+        for what, angles in angles_by_kind(found).items()
     ]
-    # One number a tensor or a seed's own pair: pairs that share a model are not independent.
-    count = 2 * len(setup.seeds)
-    pairs = list(zip(*np.triu_indices(count, 1), strict=True))
-    own = [pairs.index((i, i + 1)) for i in range(0, count, 2)]
-    kernels, biases = (np.mean(of_kind[what], axis=0)[own] for what in ("kernels", "biases"))
-    claims = [
-        Claim(
-            "angles of kernels are the same for any two models (within 5 %)",
-            "Figure 2",
-            [np.std(a, ddof=1) / np.mean(a) for a in of_kind["kernels"]],
-            unit="",
-            within=0.05,
-        ),
-        Claim(
-            "norms are the same for any model (within 5 %)",
-            "Figure 2",
-            [np.std(row["norms"], ddof=1) / np.mean(row["norms"]) for row in sure.values()],
-            unit="",
-            within=0.05,
-        ),
-        Claim(
-            "biases have smaller angles than kernels",
-            "Figure 2",
-            (kernels - biases).tolist(),
-            "degrees",
-        ),
-    ]
+    claims = angle_claims(found, 2 * len(setup.seeds), "Figure 2")
     return Report(
         [Table(["", "mean angle (degrees)", "its deviation over pairs", "mean cosine"], rows)],
         claims,

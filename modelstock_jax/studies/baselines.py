@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Score
 from modelstock_jax.studies.models import Anchor, Best, Greedy, Mean, Merged, Model, Replica
 from modelstock_jax.studies.paper import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
 from modelstock_jax.studies.pool import average, shown, theirs
 from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.soups import SIZE, soup
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 _STOCK = {"merge.every": "epoch", "num_replicas": 2}
-_SOUP = 12
 # Learning rates of every single model, beside the config's: the best on validation is taken.
 _RATES = (1 / 3, 1.0, 3.0)
 
@@ -52,7 +50,7 @@ def _model(setup: Setup, method: str, seed: int) -> Model:
     if method == "model_stock":
         return Merged(Run.of(seed, _STOCK))
     if "soup" in method:
-        members = _soup(setup, seed, "lp_ft" if method.endswith("*") else "cross_entropy")
+        members = soup(setup, seed, "lp_ft" if method.endswith("*") else "cross_entropy")
         return Mean(members) if method.startswith("uniform") else Greedy(members)
     rates = tuple(setup.learning_rate * factor for factor in _RATES)
     options = {
@@ -63,28 +61,6 @@ def _model(setup: Setup, method: str, seed: int) -> Model:
     }
     run = Run.of(seed, options)
     return Best(tuple(Replica(run, r) for r in range(len(rates))))
-
-
-def _soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
-    """Model Soups' random search, as one program: its ranges, about the config's learning rate."""
-    rng = np.random.default_rng(seed)
-
-    def draw(low: float, high: float) -> tuple[float, ...]:
-        return tuple(float(f"{x:.6g}") for x in rng.uniform(low, high, _SOUP))
-
-    options = {
-        "merge.every": "never",
-        "num_replicas": _SOUP,
-        "objective.name": objective,
-        "per_replica.learning_rate": tuple(
-            float(f"{setup.learning_rate * 10**x:.6g}") for x in draw(-1, 0.5)
-        ),
-        "per_replica.weight_decay": tuple(float(f"{10**x:.6g}") for x in draw(-4.1, -0.28)),
-        "per_replica.label_smoothing": draw(0, 0.225),
-        "per_replica.mixup": draw(0, 0.875),
-    }
-    run = Run.of(seed, options)
-    return tuple(Replica(run, r) for r in range(_SOUP))
 
 
 def _wanted(methods: Sequence[str]):
@@ -168,10 +144,10 @@ _TABLE_2 = (
 _COSTS = {
     "zero_shot": "0",
     "vanilla": "1",
-    "uniform_soup": str(_SOUP),
-    "greedy_soup": str(_SOUP),
-    "uniform_soup*": f"{_SOUP} + α",
-    "greedy_soup*": f"{_SOUP} + α",
+    "uniform_soup": str(SIZE),
+    "greedy_soup": str(SIZE),
+    "uniform_soup*": f"{SIZE} + α",
+    "greedy_soup*": f"{SIZE} + α",
     "model_stock": "2",
 }
 _TABLE_3 = ("zero_shot", "vanilla", "lp", "lp_ft", "car_ft", "ftp", "flyp", "model_stock")
@@ -180,7 +156,7 @@ _TABLE_4 = ("zero_shot", "vanilla", "tpgm", "car_ft", "model_stock")
 TABLE_2_STUDY = Study(
     "table2",
     "Table 2: Model Stock and Model Soups",
-    f"Soups of {_SOUP} models of a random search over learning rate, weight decay, label smoothing "
+    f"Soups of {SIZE} models of a random search over learning rate, weight decay, label smoothing "
     "and mixup; the greedy one is chosen on validation images. α is the cost of the linear probe.",
     _wanted(_TABLE_2),
     _say(_TABLE_2, TABLE_2, "Table 2", costs=_COSTS),

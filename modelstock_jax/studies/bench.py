@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax import __version__
 from modelstock_jax.data import benchmark
+from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
@@ -21,7 +22,7 @@ from modelstock_jax.studies.ledger import Ledger
 from modelstock_jax.studies.measurements import HeldOut, Measurement
 from modelstock_jax.studies.models import Model
 from modelstock_jax.studies.runs import Run, digest
-from modelstock_jax.studies.trained import Trained
+from modelstock_jax.studies.trained import Trained, part
 from modelstock_jax.training.finetune import anchor_classifier
 from modelstock_jax.training.sharding import make_mesh
 
@@ -36,15 +37,24 @@ class Bench:
       ledger: finished measurements.
       trained: finished runs.
       num_heads: attention heads of the image tower.
+      data: what is trained and measured on.
+      fingerprint: of the pretrained weights; a part of every key.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str | Path, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str | Path,
+        ledger: Ledger,
+        data: Benchmark | None = None,
+    ) -> None:
         """Opens the anchor and the data; trains and measures nothing.
 
         Args:
           config: what every run of a study starts from.
           workdir: trained runs are kept in workdir/trained.
           ledger: finished measurements; may lie elsewhere.
+          data: of `config.data`, where another bench has opened it.
 
         Raises:
           UserError: as `launch.py` does for a wrong config.
@@ -54,11 +64,11 @@ class Bench:
         self.config, self.ledger = config, ledger
         workdir = Path(workdir)
         pretrained = open_anchor(config)
-        data = benchmark.load(config.data)
-        self._fingerprint = pretrained.fingerprint
+        self.data = data = data or benchmark.load(config.data)
+        self.fingerprint = pretrained.fingerprint
         self._anchor = anchor_classifier(config, pretrained, data, workdir / "heads")
         self.num_heads = self._anchor.num_heads
-        self.trained = Trained(config, workdir, self._anchor, data, self._fingerprint, self._record)
+        self.trained = Trained(config, workdir, self._anchor, data, self.fingerprint, self._record)
         most = config.evaluation.max_shift_images
         self._validation, self._test = data.validation, data.test
         self._shifts = {name: one.take(most or len(one)) for name, one in data.shifts.items()}
@@ -86,7 +96,7 @@ class Bench:
         )
 
     def _digest(self, key: list[Any]) -> str:
-        return digest([self._fingerprint, key])
+        return digest([self.fingerprint, key])
 
     def key(self, measurement: Measurement) -> str:
         """The ledger's key: equal for equal models of equal training, measured alike."""
@@ -128,28 +138,32 @@ class Bench:
         return [self._validation.name, len(self._validation)]
 
     def validate(self, params: PyTree) -> float:
-        """See `models.Weights`."""
+        """See `Weights`."""
         return self._evaluate(params, [self._validation])[self._validation.name]
 
     def held_out(self, model: Model) -> float:
-        """See `models.Weights`; kept in the ledger."""
+        """See `Weights`; kept in the ledger."""
         return self.value(HeldOut(model))
 
     def name(self, run: Run) -> str:
-        """See `models.Weights`."""
+        """See `Weights`."""
         return self.trained.name(run)
 
     def anchor(self) -> PyTree:
-        """See `models.Weights`."""
+        """See `Weights`."""
         return self._anchor.params
 
-    def replica(self, run: Run, index: int, epoch: int | None) -> PyTree:
-        """See `models.Weights`."""
-        part = "replicas" if epoch is None else f"epoch_{epoch}"
-        return jax.tree.map(lambda x: x[index], self.trained.weights(run, part))
+    def start(self, run: Run) -> PyTree:
+        """See `Weights`."""
+        return self.trained.start(run)
+
+    def replica(self, run: Run, index: int, epoch: float | None) -> PyTree:
+        """See `Weights`."""
+        name = "replicas" if epoch is None else part(epoch)
+        return jax.tree.map(lambda x: x[index], self.trained.weights(run, name))
 
     def merged(self, run: Run) -> PyTree:
-        """See `models.Weights`."""
+        """See `Weights`."""
         return self.trained.weights(run, "merged")
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from modelstock_jax.studies.after_training import FIGURE_1, TABLE_7_STUDY, UNITS_STUDY
+from modelstock_jax.studies.after_training import TABLE_7_STUDY, UNITS_STUDY
 from modelstock_jax.studies.angles import FIGURE_2
 from modelstock_jax.studies.baselines import TABLE_2_STUDY, TABLE_3_STUDY, TABLE_4_STUDY
+from modelstock_jax.studies.carried import CARRIED
 from modelstock_jax.studies.dynamics import FIGURE_5
+from modelstock_jax.studies.generality import GENERALITY
 from modelstock_jax.studies.landscape import FIGURE_3
 from modelstock_jax.studies.noise import FIGURE_4
-from modelstock_jax.studies.periodic import (
-    CARRIED,
-    OPTIMIZER_STATE,
-    TABLE_5_STUDY,
-    TABLE_6_STUDY,
-)
-from modelstock_jax.studies.schematic import FIGURE_6
+from modelstock_jax.studies.overview import FIGURE_1
+from modelstock_jax.studies.periodic import OPTIMIZER_STATE, TABLE_5_STUDY, TABLE_6_STUDY
+from modelstock_jax.studies.schematic import FIGURE_6, FIGURE_7
 from modelstock_jax.studies.shell import TABLE_1_STUDY
 
 STUDIES = {
@@ -26,6 +24,7 @@ STUDIES = {
         FIGURE_4,
         FIGURE_5,
         FIGURE_6,
+        FIGURE_7,
         TABLE_1_STUDY,
         TABLE_2_STUDY,
         TABLE_3_STUDY,
@@ -36,5 +35,6 @@ STUDIES = {
         UNITS_STUDY,
         OPTIMIZER_STATE,
         CARRIED,
+        GENERALITY,
     )
 }

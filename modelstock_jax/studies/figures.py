@@ -25,6 +25,16 @@ class Triangle(NamedTuple):
     ratio: float
 
 
+class Period(NamedTuple):
+    """Two replicas from one merge to the next, on a plane through w0; see `series`."""
+
+    start: Point
+    first: Sequence[Point]
+    second: Sequence[Point]
+    mean: Point
+    merged: Point
+
+
 def near_the_centre(
     models: Mapping[int, Sequence[Point]],
     noise: Mapping[float, Sequence[Point]],
@@ -162,5 +172,56 @@ def triangles(chosen: Mapping[str, Triangle], path: str | Path | None = None) ->
             axes.grid(False)
             axes.set_axis_off()
             axes.set_title(f"{name}\nθ = {one.angle:.0f}°, t = {one.ratio:.2f}", fontsize=9)
+
+    return draw(fill, (8.6, 4.2), path)
+
+
+def series(periods: Sequence[Period], path: str | Path | None = None) -> Figure:
+    """Replicas and their merges over the epochs (the paper's Figure 7).
+
+    Args:
+      periods: in their order; w0 is the origin, and the last merged model lies on the first axis.
+      path: a .png file; None only draws.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, one in enumerate(periods, 1):
+            shade = 0.35 + 0.65 * number / len(periods)
+            for replica, colour, marker in ((one.first, BLUE, "o"), (one.second, SKY, "^")):
+                axes.plot(
+                    *np.array([one.start, *replica]).T,
+                    "-",
+                    marker=marker,
+                    ms=4,
+                    color=colour,
+                    alpha=shade,
+                    label=f"$w_{1 + (replica is one.second)}$" if number == 1 else None,
+                )
+            ends = np.array([one.first[-1], one.second[-1]])
+            axes.plot(*ends.T, ":", color=GREY, lw=1)
+            # From the mean of the two back toward w0: what the ratio takes off.
+            axes.annotate(
+                "",
+                one.merged,
+                one.mean,
+                arrowprops={"arrowstyle": "->", "color": VERMILION, "lw": 1.4},
+            )
+            axes.plot(*one.mean, "D", color="white", mec=BLACK, ms=6)
+            axes.plot(*one.merged, "*", color=VERMILION, mec="white", ms=14, zorder=4)
+            axes.annotate(
+                f"$w_H^{{({number})}}$",
+                one.merged,
+                (0, -18 if number % 2 else 12),
+                textcoords="offset points",
+                ha="center",
+            )
+        axes.plot([], [], "D", color="white", mec=BLACK, ms=6, label="$w_{12}$, their mean")
+        axes.plot([], [], "*", color=VERMILION, ms=12, label="$w_H$, merged")
+        axes.plot(0, 0, "s", color=BLACK, ms=8, label="$w_0$, the anchor")
+        axes.axhline(0, color=GREY, lw=0.8, ls="--", zorder=1)
+        axes.set_xlabel("along, from the anchor to the last merged model")
+        axes.set_ylabel("across, as the replicas part")
+        axes.legend()
 
     return draw(fill, (8.6, 4.2), path)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from modelstock_jax.studies.bench import Bench
 
 
+PyTree = Any
+
+
 class Measurement(abc.ABC):
     """One line of the ledger: a frozen dataclass of models and numbers."""
 
@@ -110,24 +113,19 @@ class Angles(Measurement):
 
     def measure(self, bench: Bench) -> Any:
         """See `Measurement`."""
-        w0, models = bench.anchor(), stacked(bench, self.of)
-        cosines = jax.device_get(merging.cosines(w0, models))
-        norms = jax.device_get(merging.norms(w0, models))
-        pairs = np.triu_indices(len(self.of), 1)
-        found = {}
-        for (path, cosine), norm, leaf in zip(
-            jax.tree_util.tree_leaves_with_path(cosines),
-            jax.tree.leaves(norms),
-            jax.tree.leaves(w0),
-            strict=True,
-        ):
-            known = [c for c in cosine[pairs].tolist() if c != merging.COSINE_UNDEFINED]
-            found[jax.tree_util.keystr(path, simple=True, separator=".")] = {
-                "angles": np.degrees(np.arccos(known)).round(4).tolist(),
-                "norms": [float(f"{x:.6g}") for x in norm],
-                "size": leaf.size,
-            }
-        return found
+        return _angles(bench.anchor(), stacked(bench, self.of))
+
+
+@dataclass(frozen=True)
+class AnglesFrom(Measurement):
+    """As `Angles`, of models that started elsewhere than at the anchor."""
+
+    of: tuple[Model, ...]
+    start: Model
+
+    def measure(self, bench: Bench) -> Any:
+        """See `Measurement`."""
+        return _angles(self.start.build(bench), stacked(bench, self.of))
 
 
 @dataclass(frozen=True)
@@ -168,6 +166,31 @@ class Shell(Measurement):
         }
 
 
+@dataclass(frozen=True)
+class Projected(Measurement):
+    """Models on a plane: [along, across] each, in units of the weights.
+
+    Along is the direction from the anchor to `end`; across that of first - second of `apart`, less
+    what of it is along. The anchor lies at the origin.
+    """
+
+    of: tuple[Model, ...]
+    end: Model
+    apart: tuple[Model, Model]
+
+    def measure(self, bench: Bench) -> Any:
+        """See `Measurement`."""
+        w0 = _flat(bench.anchor())
+        along = _flat(self.end.build(bench)) - w0
+        along /= np.sqrt(_dot(along, along))
+        first, second = (_flat(one.build(bench)) for one in self.apart)
+        across = first - second
+        across -= _dot(across, along) * along
+        across /= np.sqrt(_dot(across, across))
+        moved = (_flat(one.build(bench)) - w0 for one in self.of)
+        return [[_dot(d, along), _dot(d, across)] for d in moved]
+
+
 def _flat(tree) -> np.ndarray:
     leaves = jax.tree.leaves(jax.device_get(tree))
     return np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(np.float64)
@@ -183,3 +206,23 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 
 def _number(value: float | None) -> float | None:
     return None if value is None else float(value)
+
+
+def _angles(w0: PyTree, models: PyTree) -> dict[str, Any]:
+    cosines = jax.device_get(merging.cosines(w0, models))
+    norms = jax.device_get(merging.norms(w0, models))
+    pairs = np.triu_indices(len(jax.tree.leaves(models)[0]), 1)
+    found = {}
+    for (path, cosine), norm, leaf in zip(
+        jax.tree_util.tree_leaves_with_path(cosines),
+        jax.tree.leaves(norms),
+        jax.tree.leaves(w0),
+        strict=True,
+    ):
+        known = [c for c in cosine[pairs].tolist() if c != merging.COSINE_UNDEFINED]
+        found[jax.tree_util.keystr(path, simple=True, separator=".")] = {
+            "angles": np.degrees(np.arccos(known)).round(4).tolist(),
+            "norms": [float(f"{x:.6g}") for x in norm],
+            "size": leaf.size,
+        }
+    return found

@@ -11,39 +11,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from modelstock_jax import merging
 from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.weights import Weights
 
 PyTree = Any
-
-
-class Weights(Protocol):
-    """Where expressions get trained weights from; `Bench` is one."""
-
-    num_heads: int
-
-    def name(self, run: Run) -> str:
-        """The digest of a run and its seed."""
-
-    def anchor(self) -> PyTree:
-        """The pretrained weights."""
-
-    def replica(self, run: Run, index: int, epoch: int | None) -> PyTree:
-        """A replica at the end of the run, or of an epoch."""
-
-    def merged(self, run: Run) -> PyTree:
-        """The last merged model of a run."""
-
-    def held_out(self, model: Model) -> float:
-        """Accuracy on the validation set, in percent."""
-
-    def validate(self, params: PyTree) -> float:
-        """The same, of weights that no expression names."""
 
 
 class Model(abc.ABC):
@@ -80,12 +57,23 @@ class Anchor(Model):
 
 
 @dataclass(frozen=True)
+class Start(Model):
+    """What the replicas of a run start from: the anchor, or under a probed head."""
+
+    run: Run
+
+    def build(self, weights: Weights) -> PyTree:
+        """See `Model`."""
+        return weights.start(self.run)
+
+
+@dataclass(frozen=True)
 class Replica(Model):
     """One fine-tuned model, w_i; at the end of an epoch, or of the run (None)."""
 
     run: Run
     index: int = 0
-    epoch: int | None = None
+    epoch: float | None = None
 
     def build(self, weights: Weights) -> PyTree:
         """See `Model`."""
@@ -138,6 +126,19 @@ class Merge(Model):
         replicas = stacked(weights, self.of)
         merge = METHODS[self.method]
         merged, _ = merge(weights.anchor(), replicas, unit=self.unit, num_heads=weights.num_heads)
+        return merged
+
+
+@dataclass(frozen=True)
+class MergeFrom(Model):
+    """Equation 3 of models that started elsewhere than at the anchor."""
+
+    of: tuple[Model, ...]
+    start: Model
+
+    def build(self, weights: Weights) -> PyTree:
+        """See `Model`."""
+        merged, _ = merging.model_stock(self.start.build(weights), stacked(weights, self.of))
         return merged
 
 

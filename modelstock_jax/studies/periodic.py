@@ -1,4 +1,4 @@
-"""Merges during training: Tables 5 and 6, the optimizer's state, and noise that is carried."""
+"""Merges during training: Tables 5 and 6, and the optimizer's state."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Score, Shell
-from modelstock_jax.studies.models import Anchor, Between, Merge, Merged, Replica
+from modelstock_jax.studies.models import Merged, Replica
 from modelstock_jax.studies.paper import TABLE_5, TABLE_6, Result
-from modelstock_jax.studies.pool import PAIR, average, mean, pool, shown, theirs
+from modelstock_jax.studies.pool import PAIR, average, pool, shown, theirs
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
-_MERGING = {"merge.every": "epoch", "num_replicas": 2}
+MERGING = {"merge.every": "epoch", "num_replicas": 2}
 
 
 def _others(setup: Setup, seed: int):
@@ -88,13 +88,14 @@ def _id(score: Mapping[str, Any]) -> float:
     return score["id"]
 
 
-def _period_options(setup: Setup, period: float) -> dict[str, Any]:
-    return _MERGING | {"merge.every": str(max(1, round(period * setup.steps_per_epoch)))}
+def period_options(setup: Setup, period: float) -> dict[str, Any]:
+    """Two replicas merged every so many epochs."""
+    return MERGING | {"merge.every": str(max(1, round(period * setup.steps_per_epoch)))}
 
 
 def _table_6(setup: Setup):
     return {
-        (period, seed): Score(Merged(Run.of(seed, _period_options(setup, period))))
+        (period, seed): Score(Merged(Run.of(seed, period_options(setup, period))))
         for period in TABLE_6
         for seed in setup.seeds
     }
@@ -142,7 +143,7 @@ _STATES = {
 
 def _optimizer_state(setup: Setup):
     return {
-        (state, seed): Score(Merged(Run.of(seed, _MERGING | {"merge.opt_state": state})))
+        (state, seed): Score(Merged(Run.of(seed, MERGING | {"merge.opt_state": state})))
         for state in _STATES
         for seed in setup.seeds
     }
@@ -157,60 +158,6 @@ def _say_optimizer_state(setup: Setup, values: Values) -> Report:
     names = {state: f"`{state}`: {text}" for state, text in _STATES.items()}
     table = Table(["Adam's moments at a merge", "ID", "avg shifts"], _rows(setup, values, names))
     return Report([table], claims)
-
-
-_CARRIED = {
-    "zero_shot": "zero-shot",
-    "post": "Model Stock after training",
-    "off": "periodic, equation 3",
-    "mean": "periodic mean (t = 1)",
-    "last": "noise carried, shrunk at the last merge",
-    "every": "noise carried, shrunk at every merge",
-    0.5: "w0 + 0.5 (mean − w0)",
-    0.7: "w0 + 0.7 (mean − w0)",
-}
-
-
-def _carried(setup: Setup):
-    wanted = {}
-    for seed in setup.seeds:
-        team = tuple(Replica(Run.of(seed, PAIR), r) for r in (0, 1))
-        noise = {
-            how: Merged(Run.of(seed, _MERGING | {"merge.carry_noise": how}))
-            for how in ("off", "last", "every")
-        }
-        models = {
-            "zero_shot": Anchor(),
-            "post": Merge(team),
-            "mean": Merged(Run.of(seed, _MERGING | {"merge.method": "mean"})),
-            **noise,
-            **{alpha: Between(mean(team), alpha) for alpha in (0.5, 0.7)},
-        }
-        wanted |= {(key, seed): Score(model) for key, model in models.items()}
-    return wanted
-
-
-def _say_carried(setup: Setup, values: Values) -> Report:
-    claims = [
-        _better(setup, values, "every", "off", "shifts", "carrying beats equation 3", "ours"),
-        _better(setup, values, "last", "off", "shifts", "carrying to the last merge too", "ours"),
-        Claim(
-            "at equal ID carrying beats the WiSE-FT line of the mean, on the shifts",
-            "ours",
-            [_above_line(values, seed, "every") for seed in setup.seeds],
-        ),
-    ]
-    table = Table(["two replicas", "ID", "avg shifts"], _rows(setup, values, _CARRIED))
-    return Report([table], claims)
-
-
-def _above_line(values: Values, seed: int, key: str) -> float:
-    """How far a model lies above the line through the two points of the mean's WiSE-FT curve."""
-    (x0, y0), (x1, y1) = (
-        (values[alpha, seed]["id"], average(values[alpha, seed])) for alpha in (0.5, 0.7)
-    )
-    x, y = values[key, seed]["id"], average(values[key, seed])
-    return y - (y0 + (x - x0) * (y1 - y0) / (x1 - x0))
 
 
 TABLE_5_STUDY = Study(
@@ -233,11 +180,4 @@ OPTIMIZER_STATE = Study(
     "What the paper leaves open: whether Adam's moments survive a merge.",
     _optimizer_state,
     _say_optimizer_state,
-)
-CARRIED = Study(
-    "carried",
-    "Noise carried over merges",
-    "An extension of ours: periodic merging that remembers the noise of earlier periods.",
-    _carried,
-    _say_carried,
 )

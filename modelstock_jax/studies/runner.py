@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -13,14 +14,15 @@ from modelstock_jax.reporting.progress import duration
 from modelstock_jax.studies.bench import Bench
 from modelstock_jax.studies.ledger import Ledger
 from modelstock_jax.studies.measurements import Measurement
+from modelstock_jax.studies.page import write
 from modelstock_jax.studies.runs import Run
-from modelstock_jax.studies.study import Report, Setup, Study, runs_of, write
+from modelstock_jax.studies.study import Report, Setup, Study, runs_of
 
 _COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
 
 
 class Runner:
-    """Studies on one bench."""
+    """Studies on one set of data, from one anchor or from several."""
 
     def __init__(
         self,
@@ -29,8 +31,9 @@ class Runner:
         ledger: Ledger,
         out: Path,
         num_seeds: int | None = None,
+        anchors: Sequence[str] = (),
     ) -> None:
-        """Opens the anchor and the data.
+        """Opens the anchors and the data.
 
         Args:
           config: what every run starts from; `seed` is the first seed.
@@ -38,14 +41,24 @@ class Runner:
           ledger: finished measurements.
           out: tables and figures are written there.
           num_seeds: of every study; None takes each one's own number.
+          anchors: further pretrained models, from each of which every study is done again.
 
         Raises:
-          UserError: for a wrong config, or fewer than two seeds.
+          UserError: for a wrong config, fewer than two seeds, or an anchor that comes twice.
         """
         if num_seeds is not None and num_seeds < 2:
             raise UserError(f"--num_seeds={num_seeds}: a study compares at least 2 seeds")
-        self._bench = Bench(config, workdir, ledger)
-        self._out, self._num_seeds = out, num_seeds
+        self._benches = {config.pretrained: Bench(config, workdir, ledger)}
+        self._bench = self._benches[config.pretrained]
+        for name in anchors:
+            one = config.copy_and_resolve_references()
+            one.pretrained = name
+            bench = Bench(one, workdir, ledger, self._bench.data)
+            for known, other in self._benches.items():
+                if bench.fingerprint == other.fingerprint:
+                    raise UserError(f"--anchors={name}: its weights are those of {known}")
+            self._benches[name] = bench
+        self._ledger, self._out, self._num_seeds = ledger, out, num_seeds
         self._console = Console()
 
     def plan(self, studies: Sequence[Study]) -> float | None:
@@ -54,76 +67,91 @@ class Runner:
         Returns:
           Seconds; None where nothing has been timed yet.
         """
-        bench = self._bench
-        wanted = [
-            one for study in studies for one in study.measurements(self._setup(study)).values()
-        ]
-        missing, untrained = self._missing(wanted)
-        seconds = bench.seconds(missing, untrained)
+        seconds, count, measurements, runs = 0.0, 0, 0, 0
+        for bench in self._benches.values():
+            wanted = [
+                one
+                for study in studies
+                for one in study.measurements(self._setup(study, bench)).values()
+            ]
+            missing, untrained = _missing(bench, wanted)
+            more = bench.seconds(missing, untrained)
+            seconds = None if seconds is None or more is None else seconds + more
+            count += len(wanted)
+            measurements += len(missing)
+            runs += len(untrained)
         guess = "not timed yet" if seconds is None else f"about {duration(seconds)}"
-        self._say(
-            f"{len(untrained)} runs to train, {len(missing)} of {len(wanted)} measurements to "
-            f"make: {guess}"
-        )
+        self._say(f"{runs} runs to train, {measurements} of {count} measurements to make: {guess}")
         return seconds
 
-    def run(self, study: Study) -> Report:
-        """Measures what is missing, writes the study's files and prints its verdicts."""
-        bench, setup = self._bench, self._setup(study)
-        wanted = study.measurements(setup)
-        _, untrained = self._missing(wanted.values())
+    def run(self, study: Study) -> dict[str, Report]:
+        """Measures what is missing, writes the study's files and prints its verdicts.
+
+        Returns:
+          The report from each anchor.
+        """
+        reports, keys = {}, []
+        for name, bench in self._benches.items():
+            setup = self._setup(study, bench)
+            wanted = study.measurements(setup)
+            reports[name] = study.summarise(setup, self._values(study, bench, wanted))
+            keys += [bench.key(one) for one in wanted.values()]
+        details = {
+            "seeds": list(setup.seeds),
+            "commits": self._ledger.commits(keys),
+            "pretrained": self._bench.config.pretrained,
+            "data": self._bench.config.data.name,
+        }
+        page = write(study, reports, self._out, details)
+        self._console.print(f"[bold]{study.title}[/bold]: {page}", highlight=False)
+        for name, report in reports.items():
+            if len(reports) > 1:
+                self._say(f"from {name}:")
+            for claim in report.claims:
+                colour = _COLOURS[claim.verdict]
+                self._console.print(
+                    f"  [{colour}]{claim.verdict:13}[/{colour}] {claim.text}", highlight=False
+                )
+        return reports
+
+    def _values(
+        self, study: Study, bench: Bench, wanted: Mapping[Hashable, Measurement]
+    ) -> dict[Hashable, Any]:
+        """Trains and measures what is missing, and says what it does."""
+        _, untrained = _missing(bench, wanted.values())
         for number, run in enumerate(untrained, 1):
+            title = f"{study.name}: {bench.trained.title(run)} ({number} of {len(untrained)})"
             options = ", ".join(f"{key}={value}" for key, value in run.options)
-            self._say(f"{study.name}  run {number}/{len(untrained)}: seed {run.seed}, {options}")
-            bench.trained.train(run)
+            self._say(f"{title}: {options}" if options else title)
+            bench.trained.train(run, title)
         values = {}
         for number, (name, measurement) in enumerate(wanted.items(), 1):
-            new = bench.key(measurement) not in bench.ledger
+            new = bench.key(measurement) not in self._ledger
             values[name] = bench.value(measurement)
             if new:
                 self._say(
                     f"{study.name}  {number}/{len(wanted)}  {measurement.key(bench)[0]} {name}"
                 )
-        report = study.summarise(setup, values)
-        config = bench.config
-        page = write(
-            study,
-            report,
-            self._out,
-            {
-                "seeds": list(setup.seeds),
-                "commits": bench.ledger.commits([bench.key(one) for one in wanted.values()]),
-                "pretrained": config.pretrained,
-                "data": config.data.name,
-            },
-        )
-        self._console.print(f"[bold]{study.title}[/bold]: {page}", highlight=False)
-        for claim in report.claims:
-            colour = _COLOURS[claim.verdict]
-            self._console.print(
-                f"  [{colour}]{claim.verdict:13}[/{colour}] {claim.text}", highlight=False
-            )
-        return report
-
-    def _missing(self, wanted: Iterable[Measurement]) -> tuple[list[Measurement], list[Run]]:
-        """Measurements that the ledger has not, and the runs that they need and are not here."""
-        bench = self._bench
-        missing = bench.missing(wanted)
-        runs = {bench.name(run): run for run in runs_of(tuple(missing))}
-        # Runs that differ in their seed alone follow each other: they share compiled programs.
-        return missing, [
-            runs[name] for name in sorted(runs) if not bench.trained.is_here(runs[name])
-        ]
+        return values
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _setup(self, study: Study) -> Setup:
-        config = self._bench.config
+    def _setup(self, study: Study, bench: Bench) -> Setup:
+        config = bench.config
         count = self._num_seeds or study.num_seeds
         return Setup(
             tuple(range(config.seed, config.seed + count)),
             config.epochs,
-            self._bench.trained.steps_per_epoch,
+            bench.trained.steps_per_epoch,
             config.optimizer.learning_rate,
+            further=bench is not self._bench,
         )
+
+
+def _missing(bench: Bench, wanted: Iterable[Measurement]) -> tuple[list[Measurement], list[Run]]:
+    """Measurements that the ledger has not, and the runs that they need and are not here."""
+    missing = bench.missing(wanted)
+    runs = {bench.name(run): run for run in runs_of(tuple(missing))}
+    # Runs that differ in their seed alone follow each other: they share compiled programs.
+    return missing, [runs[name] for name in sorted(runs) if not bench.trained.is_here(runs[name])]

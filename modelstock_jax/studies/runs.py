@@ -51,22 +51,37 @@ class Run:
       seed: of the run.
       options: (dotted key, value) pairs in which it differs from the study's config.
       every_epoch: whether the replicas of every epoch's end are kept, not only the last.
+      per_epoch: with `every_epoch`, about how often they are kept in an epoch.
     """
 
     seed: int
     options: tuple[tuple[str, Any], ...] = ()
     every_epoch: bool = False
+    per_epoch: int = 1
 
     @classmethod
     def of(
-        cls, seed: int, options: Mapping[str, Any] | None = None, *, every_epoch: bool = False
+        cls,
+        seed: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        every_epoch: bool = False,
+        per_epoch: int = 1,
     ) -> Run:
         """A run from a mapping of options.
 
         >>> Run.of(3, {"merge.every": "never", "num_replicas": 4}).options
         (('merge.every', 'never'), ('num_replicas', 4))
         """
-        return cls(seed, tuple(sorted((options or {}).items())), every_epoch)
+        return cls(seed, tuple(sorted((options or {}).items())), every_epoch, per_epoch)
+
+    def apart(self, steps_per_epoch: int) -> int:
+        """Steps between two states that are kept, where every epoch is.
+
+        >>> Run(0, every_epoch=True, per_epoch=8).apart(32), Run(0, every_epoch=True).apart(32)
+        (4, 32)
+        """
+        return max(1, steps_per_epoch // self.per_epoch)
 
     def config(self, base: ConfigDict) -> ConfigDict:
         """The run's whole config.

@@ -1,4 +1,4 @@
-"""Figure 6: the merge as a triangle, drawn from real weights."""
+"""Figures 6 and 7: one merge, and a series of them, drawn from real weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 
 from modelstock_jax.studies import figures
 from modelstock_jax.studies.angles import NOISE
-from modelstock_jax.studies.measurements import Angles
-from modelstock_jax.studies.models import Replica
+from modelstock_jax.studies.measurements import Angles, Measurement, Projected
+from modelstock_jax.studies.models import Mean, Merged, Replica
+from modelstock_jax.studies.periodic import MERGING
 from modelstock_jax.studies.pool import PAIR
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
@@ -63,6 +64,65 @@ def _say_pair(setup: Setup, values: Values) -> Report:
     )
 
 
+# More of them cannot be told apart: late merges hardly move.
+_PERIODS = 4
+_PARTS = 8
+
+
+def _times(setup: Setup, run: Run, period: int) -> list[float]:
+    """When replicas of a period are known, in epochs: from just after its beginning to its end.
+
+    At its end the replicas are merged already.
+    """
+    per_epoch = setup.steps_per_epoch
+    steps = {*range(0, (period + 1) * per_epoch, run.apart(per_epoch)), (period + 1) * per_epoch}
+    return sorted(step / per_epoch for step in steps if step > period * per_epoch)
+
+
+def _series(setup: Setup) -> dict[int, Measurement]:
+    epochs = min(_PERIODS, setup.epochs)
+    run = Run.of(setup.seeds[0], MERGING | {"epochs": epochs}, every_epoch=True, per_epoch=_PARTS)
+    wanted = {}
+    for period in range(epochs):
+        *inner, end = _times(setup, run, period)
+        first, second = (tuple(Replica(run, r, time) for time in inner) for r in (0, 1))
+        apart = first[-1], second[-1]
+        merged = Replica(run, 0, end)
+        of = (*first, *second, Mean(apart), merged)
+        wanted[period] = Projected(of, Merged(run), apart)
+    return wanted
+
+
+def _say_series(setup: Setup, values: Values) -> Report:
+    periods, start = [], (0.0, 0.0)
+    for points in values.values():
+        *inner, mean, merged = map(tuple, points)
+        half = len(inner) // 2
+        periods.append(figures.Period(start, inner[:half], inner[half:], mean, merged))
+        start = (merged[0], 0.0)
+    rows = [
+        [
+            str(number),
+            f"{one.mean[0]:.3f}",
+            f"{abs(one.first[-1][1] - one.second[-1][1]):.3f}",
+            f"{one.merged[0]:.3f}",
+        ]
+        for number, one in enumerate(periods, 1)
+    ]
+    columns = ["epoch", "mean, along", "replicas apart, across", "merged, along"]
+    return Report(
+        [Table(columns, rows)],
+        figures={"fig7": lambda path: figures.series(periods, path)},
+        notes=[
+            "Every period is drawn in a plane of its own, through the anchor, the last merged "
+            "model and the direction in which the two replicas of that period part; lengths in it "
+            "are true.",
+            "The replicas' last points, and the mean of the two, are those of the last state "
+            f"before the merge that is kept: about 1/{_PARTS} of an epoch earlier.",
+        ],
+    )
+
+
 FIGURE_6 = Study(
     "fig6",
     "Figure 6: the merge of two models",
@@ -70,5 +130,13 @@ FIGURE_6 = Study(
     "angle takes the merged weights to the mean, a large one toward the anchor.",
     _pair,
     _say_pair,
+    num_seeds=2,
+)
+FIGURE_7 = Study(
+    "fig7",
+    "Figure 7: periodic merging",
+    "Two replicas that part and are merged at every epoch's end, and go on from there.",
+    _series,
+    _say_series,
     num_seeds=2,
 )

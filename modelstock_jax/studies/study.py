@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from modelstock_jax.reporting.files import write_json, write_text
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement
 from modelstock_jax.studies.runs import Run
@@ -24,12 +23,15 @@ class Setup(NamedTuple):
       epochs: of the base config.
       steps_per_epoch: of the base config.
       learning_rate: of the base config.
+      further: whether the anchor is another than the base config's, on which a study may measure
+        less.
     """
 
     seeds: Sequence[int]
     epochs: int
     steps_per_epoch: int
     learning_rate: float = 1e-3
+    further: bool = False
 
 
 Values = Mapping[Hashable, Any]
@@ -105,54 +107,3 @@ def runs_of(value: Any) -> Iterator[Run]:
     elif dataclasses.is_dataclass(value):
         for one in dataclasses.fields(value):
             yield from runs_of(getattr(value, one.name))
-
-
-def write(study: Study, report: Report, directory: Path, details: Mapping[str, Any]) -> Path:
-    """Writes NAME.json, NAME.md and the figures.
-
-    Args:
-      study: what was studied.
-      report: what it found.
-      directory: of all studies.
-      details: seeds, commits and config, for the JSON file and the page's last line.
-
-    Returns:
-      The page's path.
-    """
-    write_json(
-        directory / f"{study.name}.json",
-        {
-            "title": study.title,
-            "tables": [{"columns": t.columns, "rows": t.rows} for t in report.tables],
-            "claims": [
-                {
-                    "text": claim.text,
-                    "where": claim.where,
-                    "differences": claim.differences,
-                    "unit": claim.unit,
-                    "verdict": claim.verdict,
-                }
-                for claim in report.claims
-            ],
-            **details,
-        },
-    )
-    lines = [f"# {study.title}", "", study.about, ""]
-    for stem, draw in report.figures.items():
-        draw(directory / f"{stem}.png")
-        lines += [f"![{study.title}]({stem}.png)", ""]
-    for table in report.tables:
-        lines += [table.markdown(), ""]
-    if report.claims:
-        lines += ["| the paper says | where | here | verdict |", "|---|---|---:|---|"]
-        lines += [claim.line() for claim in report.claims]
-        lines.append("")
-    lines += [f"- {note}" for note in report.notes] + [""] * bool(report.notes)
-    seeds, commits = details["seeds"], ", ".join(details["commits"])
-    lines += [
-        f"Seeds {seeds[0]} to {seeds[-1]}; anchor `{details['pretrained']}`, data "
-        f"`{details['data']}`; measured at {commits}. `python -m modelstock_jax.studies "
-        f"{study.name} --num_seeds={len(seeds)}`",
-        "",
-    ]
-    return write_text(directory / f"{study.name}.md", "\n".join(lines))

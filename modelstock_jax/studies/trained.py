@@ -36,7 +36,8 @@ class Trained:
     """What runs end in; each is trained when it is first asked for.
 
     A run is kept in workdir/trained/NAME: `replicas.safetensors` ([N, ...] a tensor),
-    `epoch_K.safetensors` where every epoch is kept, `merged.safetensors` where replicas merge.
+    `epoch_K.safetensors` where every epoch is kept (K may be 0.5 and the like; at a merge they are
+    the merged weights), `merged.safetensors` where replicas merge.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class Trained:
     def name(self, run: Run) -> str:
         """The digest of all that the run's weights depend on."""
         digest = training_digest(run.config(self._config), self._fingerprint)
-        return f"{digest}-{run.seed}" + "-epochs" * run.every_epoch
+        epochs = f"-epochs{run.per_epoch if run.per_epoch > 1 else ''}"
+        return f"{digest}-{run.seed}" + epochs * run.every_epoch
 
     def weights(self, run: Run, part: str) -> PyTree:
         """`replicas`, `epoch_K` or `merged` of a run.
@@ -82,12 +84,26 @@ class Trained:
             raise UserError(f"{directory}: this run keeps no {part!r}")
         return self._read(path)
 
-    def train(self, run: Run) -> Path:
-        """Trains a run unless it is here; its directory."""
+    def train(self, run: Run, title: str = "") -> Path:
+        """Trains a run unless it is here; its directory.
+
+        Args:
+          run: what is trained.
+          title: what progress calls it; its replicas and seed where nothing is given.
+        """
         directory = self._workdir / "trained" / self.name(run)
         if not directory.is_dir():
-            self._train(run, directory)
+            self._train(run, directory, title or self.title(run))
         return directory
+
+    def title(self, run: Run) -> str:
+        """What a reader calls the run: its replicas and seed."""
+        count = run.config(self._config).num_replicas
+        return f"{count} replicas, seed {run.seed}" if count > 1 else f"one model, seed {run.seed}"
+
+    def start(self, run: Run) -> PyTree:
+        """What the run's replicas start from; LP-FT's probe is trained unless it is here."""
+        return self._compiled(run.config(self._config))[0].params
 
     @property
     def steps_per_epoch(self) -> int:
@@ -107,16 +123,16 @@ class Trained:
         """Whether the run has been trained."""
         return (self._workdir / "trained" / self.name(run)).is_dir()
 
-    def _train(self, run: Run, directory: Path) -> None:
+    def _train(self, run: Run, directory: Path, title: str) -> None:
         config = run.config(self._config)
         begin = time.monotonic()
         anchor, programs = self._compiled(config)
         steps = programs.task.steps_per_epoch
         if run.every_epoch:
-            config.checkpoint.keep, config.checkpoint.every = 0, steps
+            config.checkpoint.keep, config.checkpoint.every = 0, run.apart(steps)
         size, mesh = anchor.normalize.image_size, programs.mesh
         batches = partial(finetuning_batches, config, self._data, size, mesh=mesh)
-        trainer = Trainer(config, programs, batches, self._workdir, directory.name)
+        trainer = Trainer(config, programs, batches, self._workdir, directory.name, title=title)
         result = trainer.run()
         replicas = hold(config, anchor, self._data, jax.device_get(result.state.params))
         parts = {"replicas": _classified(anchor, replicas, config.num_replicas)}
@@ -160,14 +176,21 @@ def _classified(anchor: Classifier, replicas: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
 
 
+def part(epoch: float) -> str:
+    """The file of the replicas at this time of their run.
+
+    >>> part(2 / 1), part(12 / 32)
+    ('epoch_2', 'epoch_0.375')
+    """
+    return f"epoch_{epoch:g}"
+
+
 def _epochs(trainer: Trainer, programs: Programs, steps: int) -> dict[str, PyTree]:
     like = {
         name: leaf for name, leaf in programs.abstract_state._asdict().items() if leaf is not None
     }
     with Checkpoints(trainer.workdir / "state", keep=0) as states:
-        return {
-            f"epoch_{step // steps}": states.restore(step, like)["params"] for step in states.steps
-        }
+        return {part(step / steps): states.restore(step, like)["params"] for step in states.steps}
 
 
 def _read(path: Path) -> PyTree:

@@ -43,6 +43,7 @@ class Trainer:
         workdir: str | Path,
         name: str,
         timeline: Timeline | None = None,
+        title: str | None = None,
     ) -> None:
         """Checks the options; nothing is read or written yet.
 
@@ -51,13 +52,14 @@ class Trainer:
           programs: compiled for this task, and shared with other runs.
           batches: start_step -> endless batches {name: [R, B, ...]}, restored by that number.
           workdir: the run lies in workdir/runs/name.
-          name: as progress shows it.
+          name: the run's directory.
           timeline: where the time of all runs in workdir goes.
+          title: as progress shows it, where that is not the name.
 
         Raises:
           UserError: if there is nothing to merge with, or no such time to merge.
         """
-        self.config, self.programs, self.name = config, programs, name
+        self.config, self.programs, self.title = config, programs, title or name
         self.task, self.batches = programs.task, batches
         self.workdir = Path(workdir) / "runs" / name
         self.timeline = timeline or Timeline(None)
@@ -86,7 +88,7 @@ class Trainer:
                 return Result(state, merged)
             batches = self.batches(first)
             with (
-                Record(config, self.task, self.workdir, self.name, first, timeline) as record,
+                Record(config, self.task, self.workdir, self.title, first, timeline) as record,
                 Interruption() as interruption,
             ):
                 reference = programs.reference(anchor, merged)
@@ -115,7 +117,8 @@ class Trainer:
                     if stopping:
                         stores.wait()
                         record.log(
-                            f"{self.name}: stopped at step {step}; the same command goes on from it"
+                            f"{self.title}: stopped at step {step}; the same command goes on "
+                            "from it"
                         )
                         raise SystemExit(STOPPED)
                 record.finish(last)

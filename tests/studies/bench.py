@@ -50,6 +50,9 @@ class DrawnBench:
     def anchor(self):
         return self._w0
 
+    def start(self, run):
+        return self._w0
+
     def replica(self, run, index, epoch):
         seed = zlib.crc32(repr((self.name(run), index, epoch)).encode())
         noise = draw(SHAPES, np.random.default_rng(seed))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.studies.measurements import Angles, Distance, Predicted, Shell
-from modelstock_jax.studies.models import Anchor, Mean
+from modelstock_jax.studies.measurements import Angles, Distance, Predicted, Projected, Shell
+from modelstock_jax.studies.models import Anchor, Between, Mean
 from modelstock_jax.studies.pool import groups, pool
 from tests.studies.bench import SPREAD, DrawnBench
 
@@ -47,3 +47,16 @@ def test_angles_and_distances():
     total = np.sqrt(sum(row["norms"][1] ** 2 for row in found.values()))
     assert Distance(models[1]).measure(BENCH) == pytest.approx(total, rel=1e-5)
     assert Distance(Anchor()).measure(BENCH) == 0
+
+
+def test_places_on_a_plane():
+    one, two, end = *pool(range(1)), Mean(pool(range(2)))
+    found = np.array(
+        Projected((Anchor(), end, Between(end, 0.5), one, two), end, (one, two)).measure(BENCH)
+    )
+    away = Distance(end).measure(BENCH)
+    # Sums of 3,250 float64 products of float32 weights.
+    np.testing.assert_allclose(found[:3], [[0, 0], [away, 0], [away / 2, 0]], atol=1e-4 * away)
+    apart = found[3] - found[4]
+    assert np.hypot(*apart) == pytest.approx(Distance(one, two).measure(BENCH), rel=1e-5)
+    assert apart[1] > 0

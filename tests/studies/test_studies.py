@@ -10,7 +10,8 @@ import pytest
 
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.measurements import Score
-from modelstock_jax.studies.study import Setup, runs_of, write
+from modelstock_jax.studies.page import write
+from modelstock_jax.studies.study import Setup, runs_of
 from tests.studies.bench import DrawnBench
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=2, steps_per_epoch=10)
@@ -39,7 +40,7 @@ def test_a_study_makes_its_page(name, bench, tmp_path):
     json.dumps(list(values.values()), allow_nan=False)  # As the ledger keeps them.
     report = study.summarise(SETUP, values)
     details = {"seeds": SETUP.seeds, "commits": ["abc"], "pretrained": "drawn", "data": "drawn"}
-    page = write(study, report, tmp_path, details)
+    page = write(study, {"drawn": report}, tmp_path, details)
     text = page.read_text()
     for table in report.tables:
         assert {len(row) for row in table.rows} == {len(table.columns)}, name

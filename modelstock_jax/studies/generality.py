@@ -1,0 +1,135 @@
+"""Whether angles, norms and the shell are as the paper says, however models are fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from modelstock_jax.studies.angles import angle_claims, angles_by_kind
+from modelstock_jax.studies.claims import Claim
+from modelstock_jax.studies.measurements import (
+    Angles,
+    AnglesFrom,
+    Measurement,
+    Score,
+    Shell,
+)
+from modelstock_jax.studies.models import Merge, MergeFrom, Model, Replica, Start
+from modelstock_jax.studies.pool import PAIR, average, groups, mean, shown
+from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
+
+# SGD's rate is that of clipped gradients of norm 1: about the length of AdamW's steps here.
+_WAYS: Mapping[str, Mapping[str, Any]] = {
+    "AdamW": {},
+    "SGD": {"optimizer.name": "sgd", "optimizer.learning_rate": 0.1},
+    "mixup": {"data.augment.mixup": 0.5},
+    "label smoothing": {"label_smoothing": 0.1},
+    "LP first": {"objective.name": "lp_ft"},
+}
+
+
+def _pool(setup: Setup, way: str) -> tuple[Replica, ...]:
+    options = PAIR | _WAYS[way]
+    return tuple(Replica(Run.of(seed, options), r) for seed in setup.seeds for r in (0, 1))
+
+
+def _probed(way: str) -> bool:
+    return "objective.name" in _WAYS[way]
+
+
+def _merge(way: str, team: tuple[Replica, ...]) -> Model:
+    return MergeFrom(team, Start(team[0].run)) if _probed(way) else Merge(team)
+
+
+def _wanted(setup: Setup) -> dict[Any, Measurement]:
+    wanted: dict[Any, Measurement] = {}
+    for way in _WAYS:
+        models = _pool(setup, way)
+        half = len(models) // 2
+        start = Start(models[0].run)
+        wanted["angles", way] = AnglesFrom(models, start) if _probed(way) else Angles(models)
+        wanted["shell", way] = Shell(models[:half], models[half:])
+        for i, team in enumerate(groups(models, 2)):
+            wanted["mean", way, i] = Score(mean(team))
+            wanted["stock", way, i] = Score(_merge(way, team))
+    return wanted
+
+
+def _say(setup: Setup, values: Values) -> Report:
+    teams = range(len(setup.seeds))
+    accuracies, geometry, claims = [], [], []
+    for way in _WAYS:
+        means, stocks = ([values[what, way, i] for i in teams] for what in ("mean", "stock"))
+        accuracies.append(
+            [
+                way,
+                *(
+                    shown([read(score) for score in scores])
+                    for scores in (means, stocks)
+                    for read in (_id, average)
+                ),
+            ]
+        )
+        found, distances = values["angles", way], values["shell", way]["distance"]
+        kinds = angles_by_kind(found)
+        geometry.append(
+            [
+                way,
+                *(_cell(kinds.get(what)) for what in ("kernels", "biases", "norms", "head")),
+                f"{np.mean(distances):.3f} ± {np.std(distances, ddof=1):.3f}",
+            ]
+        )
+        claims += angle_claims(found, 2 * len(setup.seeds), "Section 2", f"{way}: ")
+        radius = np.mean(distances)
+        claims += [
+            Claim(
+                f"{way}: models lie at one distance from the centre (within 2 %)",
+                "Section 2.1",
+                [abs(d / radius - 1) for d in distances],
+                unit="",
+                within=0.02,
+            ),
+            Claim(
+                f"{way}: Model Stock beats the mean of the same two, on the shifts",
+                "Table 7",
+                [average(a) - average(b) for a, b in zip(stocks, means, strict=True)],
+            ),
+        ]
+    return Report(
+        [
+            Table(
+                ["angle (degrees)", "kernels", "biases", "norms", "head", "to the centre"],
+                geometry,
+            ),
+            Table(["", "mean: ID", "avg shifts", "Model Stock: ID", "avg shifts"], accuracies),
+        ],
+        claims,
+        notes=[
+            "Angles are means over tensors ± the mean over tensors of the deviation over pairs; "
+            "distances to a held-out centre are means ± deviation over models.",
+            "After LP the probed model is w0.",
+        ],
+    )
+
+
+def _id(score: Mapping[str, Any]) -> float:
+    return score["id"]
+
+
+def _cell(angles: list[list[float]] | None) -> str:
+    if angles is None:
+        return "–"
+    return f"{np.mean(angles):.1f} ± {np.mean(np.std(angles, axis=1, ddof=1)):.2f}"
+
+
+GENERALITY = Study(
+    "generality",
+    "Generality",
+    "Whether the angle and the norm of fine-tuned models are the same for any two, and their shell "
+    "thin, with another optimizer, augmentation or initialisation.",
+    _wanted,
+    _say,
+)

@@ -1,0 +1,121 @@
+"""A study's page: its tables, figures and verdicts, of one anchor or of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelstock_jax.reporting.files import write_json, write_text
+from modelstock_jax.studies.claims import Verdict
+from modelstock_jax.studies.study import Report, Study
+
+
+def write(
+    study: Study, reports: Mapping[str, Report], directory: Path, details: Mapping[str, Any]
+) -> Path:
+    """Writes NAME.json, NAME.md and the figures.
+
+    Args:
+      study: what was studied.
+      reports: an anchor's name -> what was found from it; the config's own comes first.
+      directory: of all studies.
+      details: seeds, commits and config, for the JSON file and the page's last line.
+
+    Returns:
+      The page's path.
+    """
+    parts = {name: _document(report) for name, report in reports.items()}
+    first, *further = reports
+    document = {"title": study.title, **parts[first], **details}
+    if further:
+        document["further"] = {name: parts[name] for name in further}
+        document["together"] = together(reports)
+    write_json(directory / f"{study.name}.json", document)
+    lines = [f"# {study.title}", "", study.about, ""]
+    if further:
+        lines += _together(reports)
+    for number, (name, report) in enumerate(reports.items(), 1):
+        if further:
+            lines += [f"## Anchor `{name}`", ""]
+        # The config's own anchor keeps the plain file names, with others beside it or without.
+        ending = "" if number == 1 else f"_anchor_{number}"
+        lines += _section(study, report, directory, ending)
+    seeds, commits = details["seeds"], ", ".join(details["commits"])
+    more = f" --anchors={','.join(further)}" if further else ""
+    lines += [
+        f"Seeds {seeds[0]} to {seeds[-1]}; anchor{'s' * bool(further)} "
+        f"{', '.join(f'`{name}`' for name in reports)}, data `{details['data']}`; measured at "
+        f"{commits}. `python -m modelstock_jax.studies {study.name} "
+        f"--num_seeds={len(seeds)}{more}`",
+        "",
+    ]
+    return write_text(directory / f"{study.name}.md", "\n".join(lines))
+
+
+def together(reports: Mapping[str, Report]) -> dict[str, dict[str, Verdict]]:
+    """Claims that several anchors decide on: text -> {an anchor's name or "all": verdict}.
+
+    Seeds of one anchor say nothing of another, so they are not pooled: together a claim holds
+    where it holds from each anchor, does not where it does not from each, and is else not decided.
+
+    >>> from modelstock_jax.studies.claims import Claim
+    >>> claims = [Claim("a", "", [1.0, 1.1])], [Claim("a", "", [1.0, -1.0])]
+    >>> together({"one": Report(claims=claims[0]), "two": Report(claims=claims[1])})
+    {'a': {'one': 'holds', 'two': 'not decided', 'all': 'not decided'}}
+    """
+    found: dict[str, dict[str, Verdict]] = {}
+    for name, report in reports.items():
+        for claim in report.claims:
+            found.setdefault(claim.text, {})[name] = claim.verdict
+    shared = {text: verdicts for text, verdicts in found.items() if len(verdicts) == len(reports)}
+    return {
+        text: verdicts | {"all": _joint(verdicts.values())} for text, verdicts in shared.items()
+    }
+
+
+def _joint(verdicts: Iterable[Verdict]) -> Verdict:
+    first, *others = set(verdicts)
+    return "not decided" if others else first
+
+
+def _document(report: Report) -> dict[str, Any]:
+    return {
+        "tables": [{"columns": t.columns, "rows": t.rows} for t in report.tables],
+        "claims": [
+            {
+                "text": claim.text,
+                "where": claim.where,
+                "differences": claim.differences,
+                "unit": claim.unit,
+                "verdict": claim.verdict,
+            }
+            for claim in report.claims
+        ],
+    }
+
+
+def _section(study: Study, report: Report, directory: Path, ending: str) -> list[str]:
+    lines = []
+    for stem, draw in report.figures.items():
+        draw(directory / f"{stem}{ending}.png")
+        lines += [f"![{study.title}]({stem}{ending}.png)", ""]
+    for table in report.tables:
+        lines += [table.markdown(), ""]
+    if report.claims:
+        lines += ["| the paper says | where | here | verdict |", "|---|---|---:|---|"]
+        lines += [claim.line() for claim in report.claims]
+        lines.append("")
+    return lines + [f"- {note}" for note in report.notes] + [""] * bool(report.notes)
+
+
+def _together(reports: Mapping[str, Report]) -> Sequence[str]:
+    names = [f"`{name}`" for name in reports]
+    lines = [
+        f"| from each anchor | {' | '.join(names)} | all |",
+        "|---|" + "---|" * (len(names) + 1),
+    ]
+    for text, verdicts in together(reports).items():
+        *each, joint = verdicts.values()
+        lines.append(f"| {text} | {' | '.join(each)} | **{joint}** |")
+    return [*lines, ""]

@@ -1,0 +1,57 @@
+"""The ledger's keys: a change of one would have every finished measurement made again."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import glyphs
+from modelstock_jax.studies.bench import Bench
+from modelstock_jax.studies.catalogue import STUDIES
+from modelstock_jax.studies.study import Setup
+from modelstock_jax.studies.trained import Trained
+
+SETUP = Setup(seeds=(0, 1, 2, 3), epochs=8, steps_per_epoch=32, learning_rate=2e-3)
+
+
+class Sized:
+    def __init__(self, name, size):
+        self.name, self.size = name, size
+
+    def __len__(self):
+        return self.size
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A bench that names models as any does, and has no weights."""
+    made = object.__new__(Bench)
+    config = glyphs.get_config()
+    made.config, made.fingerprint = config, "a fingerprint"
+    made.trained = Trained(
+        config, tmp_path_factory.mktemp("none"), None, None, made.fingerprint, None
+    )
+    made._test, made._validation = Sized("test", 2000), Sized("validation", 1000)
+    made._shifts = {name: Sized(name, 1000) for name in ("v2", "r")}
+    return made
+
+
+# An option that is added to configs/default.py changes them all, unless `_ELSEWHERE` of
+# `studies.runs` leaves it out of a run's digest.
+KEYS = {
+    ("fig2", "angles"): "5c2c34863b6034c7",
+    ("fig3", ("line", 2, 0.75)): "00975626ec41bb7d",
+    ("fig5", 5): "00148bec821e07dd",
+    ("table1", ("shell", 2)): "4be3687e22c9c9c4",
+    ("table2", ("greedy_soup", 0)): "068f2bdbd27b4170",
+    ("table3", ("car_ft", 2)): "31236ad26f2e833a",
+    ("table5", (4, 3)): "4496df17febf2237",
+    ("table7", ("predicted", 2, 3)): "1363a66ec3cc9c00",
+    ("units", ("head", 1)): "21d1a8a13ca8ce57",
+    ("carried", ("every", 2)): "19e9e917213aced1",
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_stay_as_they_are(name, bench):
+    study, measurement = name
+    assert bench.key(STUDIES[study].measurements(SETUP)[measurement]) == KEYS[name]

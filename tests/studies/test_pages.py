@@ -1,0 +1,49 @@
+"""A page of several anchors."""
+
+from __future__ import annotations
+
+import json
+
+from modelstock_jax.studies.claims import Claim
+from modelstock_jax.studies.page import together, write
+from modelstock_jax.studies.study import Report, Study, Table
+
+STUDY = Study("some", "Some study", "About it.", None, None)
+UP, DOWN, OPEN = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.2]
+
+
+def report(**claims):
+    return Report(
+        [Table(["", "ID"], [["a model", "80"]])],
+        [Claim(text, "ours", differences) for text, differences in claims.items()],
+        {"picture": lambda path: path.write_bytes(b"drawn")},
+    )
+
+
+def test_anchors_are_not_pooled():
+    found = together(
+        {
+            "one": report(both=UP, neither=DOWN, differs=UP, weak=UP, alone=UP),
+            "two": report(both=UP, neither=DOWN, differs=DOWN, weak=OPEN),
+        }
+    )
+    assert {text: verdicts["all"] for text, verdicts in found.items()} == {
+        "both": "holds",
+        "neither": "does not hold",
+        "differs": "not decided",
+        "weak": "not decided",
+    }
+
+
+def test_a_page_of_two_anchors(tmp_path):
+    details = {"seeds": [0, 1], "commits": ["abc"], "pretrained": "one", "data": "drawn"}
+    reports = {"one": report(better=UP), "runs/two": report(better=OPEN)}
+    text = write(STUDY, reports, tmp_path, details).read_text()
+    assert "| better | holds | not decided | **not decided** |" in text
+    assert text.index("## Anchor `one`") < text.index("## Anchor `runs/two`")
+    assert "--num_seeds=2 --anchors=runs/two" in text
+    assert (tmp_path / "picture.png").exists() and (tmp_path / "picture_anchor_2.png").exists()
+    document = json.loads((tmp_path / "some.json").read_text())
+    assert document["claims"][0]["verdict"] == "holds"
+    assert document["further"]["runs/two"]["claims"][0]["verdict"] == "not decided"
+    assert document["together"]["better"]["all"] == "not decided"

@@ -1,0 +1,80 @@
+"""One call of the studies on drawn models: what it trains, from which anchors, and what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from configs import glyphs
+from modelstock_jax.errors import UserError
+from modelstock_jax.studies import runner
+from modelstock_jax.studies.bench import Bench
+from modelstock_jax.studies.catalogue import STUDIES
+from modelstock_jax.studies.ledger import Ledger
+from tests.studies.bench import DrawnBench
+
+
+class Trainings:
+    """As `studies.trained.Trained`; remembers what it was asked for."""
+
+    steps_per_epoch = 10
+
+    def __init__(self):
+        self.done = {}
+
+    def title(self, run):
+        return f"replicas of seed {run.seed}"
+
+    def is_here(self, run):
+        return run in self.done
+
+    def steps(self, run):
+        return 20
+
+    def train(self, run, title):
+        self.done[run] = title
+
+
+class Drawn(DrawnBench, Bench):
+    def __init__(self, config, workdir, ledger, data=None):
+        super().__init__()
+        self.config, self.ledger, self.data = config, ledger, data or "data"
+        self.fingerprint = config.pretrained.upper()
+        self.trained = Trainings()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Bench", Drawn)
+
+    def start(name, anchors):
+        config = glyphs.get_config()
+        config.pretrained = "one"
+        ledger = Ledger(tmp_path / "measured.jsonl")
+        made = runner.Runner(config, tmp_path, ledger, tmp_path, 2, anchors)
+        made.plan([STUDIES[name]])
+        made.run(STUDIES[name])
+        return made
+
+    return start
+
+
+def test_a_study_from_two_anchors(run, tmp_path, capsys):
+    benches = run("fig6", ["two"])._benches
+    assert benches["two"].data is benches["one"].data
+    for bench in benches.values():
+        assert list(bench.trained.done.values()) == ["fig6: replicas of seed 0 (1 of 1)"]
+    said = capsys.readouterr().out
+    assert "2 runs to train, 2 of 2 measurements to make" in said
+    assert set(json.loads((tmp_path / "fig6.json").read_text())["further"]) == {"two"}
+    run("fig6", ["two"])
+    assert "0 runs to train, 0 of 2" in capsys.readouterr().out
+    # A report of one anchor is another file's content, of the same lines.
+    run("fig6", [])
+    assert "further" not in json.loads((tmp_path / "fig6.json").read_text())
+
+
+def test_an_anchor_that_comes_twice(run):
+    with pytest.raises(UserError, match="--anchors=ONE: its weights are those of one"):
+        run("fig6", ["ONE"])
