@@ -23,23 +23,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import io  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from PIL import Image  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.operations import MEAN, STD, operations  # noqa: E402
+from benchmarks.photographs import photograph  # noqa: E402
 from modelstock_jax.data.cache import write_cache  # noqa: E402
 from modelstock_jax.data.crops import random_crop  # noqa: E402
 from modelstock_jax.data.folders import read_folders  # noqa: E402
 from modelstock_jax.data.image_set import ImageSet  # noqa: E402
 from modelstock_jax.data.pipeline import train_batches  # noqa: E402
 from modelstock_jax.data.prepare import prepare  # noqa: E402
-from modelstock_jax.data.rand_augment import OPERATIONS, rand_augment  # noqa: E402
 from modelstock_jax.data.reader import Loading  # noqa: E402
 from modelstock_jax.data.records import read_records  # noqa: E402
 from modelstock_jax.data.views import TrainView  # noqa: E402
@@ -50,31 +47,6 @@ flags.DEFINE_integer("size", 224, "Side of the model's input.")
 flags.DEFINE_integer("batch_size", 64, "Images of a batch.")
 flags.DEFINE_integer("rounds", 15, "Turns of each reader.")
 flags.DEFINE_float("step_ms", 0, "Also: wait of a step that takes so long, on all cores.")
-
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-
-
-def photograph(seed: int, height: int = 375, width: int = 500) -> bytes:
-    """Smooth noise with the falling spectrum of photographs, edges, and a sensor's grain."""
-    rng = np.random.default_rng(seed)
-    pixels = np.full((height, width, 3), 128.0)
-    for cells in (4, 8, 16, 32, 64, 128, 256):
-        shape = (cells * height // 512 + 2, cells * width // 512 + 2)
-        for channel in range(3):
-            coarse = Image.fromarray(rng.normal(size=shape).astype(np.float32))
-            smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-            pixels[..., channel] += 180 / cells**0.75 * smooth
-    rows, columns = np.mgrid[:height, :width]
-    for _ in range(20):  # translucent bars at any angle
-        angle, at = rng.uniform(0, np.pi), rng.uniform(0, 1, 2) * (width, height)
-        across = np.cos(angle) * (columns - at[0]) + np.sin(angle) * (rows - at[1])
-        bar = np.abs(across) < rng.uniform(2, 30)
-        pixels[bar] = (pixels[bar] + rng.uniform(0, 255, 3)) / 2
-    pixels += rng.normal(size=(height, width, 1)) * 20
-    file = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 @dataclasses.dataclass
@@ -180,63 +152,6 @@ def print_table(title: str, rates: dict[str, float], reference: str) -> None:
         print(f"| {name} | {rate:.0f} | {rate / rates[reference]:.2f} |", flush=True)
 
 
-def operations(pixels: np.ndarray) -> None:
-    """What could run on the device, on the host and as XLA's program on the same CPU."""
-    batch = jnp.asarray(np.stack([pixels] * FLAGS.batch_size))
-    image = Image.fromarray(pixels)
-    rng = np.random.default_rng(0)
-    grey = jnp.array([0.299, 0.587, 0.114])
-
-    def blend(x, degenerate):
-        return jnp.clip(degenerate + 1.3 * (x - degenerate), 0, 255).astype(jnp.uint8)
-
-    on_device = {
-        "flip": lambda x: x[:, :, ::-1],
-        "normalise": lambda x: (x.astype(jnp.float32) / 255 - MEAN) / STD,
-        "brightness": lambda x: blend(x.astype(jnp.float32), 0.0),
-        "color": lambda x: blend(x.astype(jnp.float32), (x @ grey)[..., None]),
-        "contrast": lambda x: blend(
-            x.astype(jnp.float32), (x @ grey).mean((1, 2), keepdims=True)[..., None]
-        ),
-        "solarize": lambda x: jnp.where(x < 128, x, 255 - x),
-        "posterize": lambda x: x & 0b11100000,
-    }
-
-    def on_host(name):
-        if name == "flip":
-            return lambda: np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        if name == "normalise":
-            return lambda: (pixels.astype(np.float32) / 255 - MEAN) / STD
-        return lambda: np.asarray(OPERATIONS[name].apply(image, OPERATIONS[name].strongest / 3))
-
-    def microseconds(function, count, repeats):
-        function()
-        times = []
-        for _ in range(repeats):
-            start = time.process_time()
-            function()
-            times.append(time.process_time() - start)
-        return 1e6 * min(times) / count
-
-    print("\n| operation | host, us an image | XLA on the CPU, us an image |\n|---|---|---|")
-    measured = {}
-    for name, function in on_device.items():
-        compiled = jax.jit(function)
-        device = microseconds(
-            lambda compiled=compiled: compiled(batch).block_until_ready(), len(batch), 5
-        )
-        measured[name] = microseconds(on_host(name), 1, 50), device
-        print(f"| {name} | {measured[name][0]:.0f} | {device:.0f} |")
-    colour = np.array([measured[name] for name in on_device if name in OPERATIONS])
-    # A program for the whole batch computes every operation and selects, twice.
-    host, device = 2 * colour[:, 0].mean(), 2 * colour[:, 1].sum()
-    print(f"| two of those five, drawn for each image | {host:.0f} | {device:.0f} |")
-    both = np.mean([
-        microseconds(lambda: np.asarray(rand_augment(rng, image, 2, 10)), 1, 1) for _ in range(200)
-    ])  # fmt: skip
-    print(f"| RandAugment, two of all fourteen | {both:.0f} | - |", flush=True)
-
-
 def waits(image_sets: dict[str, ImageSet], view: TrainView) -> None:
     """How long a step of --step_ms on the accelerator waits for its batch."""
     print(f"\n| reader | wait of a step of {FLAGS.step_ms:.0f} ms, ms |\n|---|---|")
@@ -285,7 +200,8 @@ def main(_) -> None:
             readers |= {name: ours(one, view) for name, one in sets.items()}
             title = f"Random crop of {area[0]:.0%} to {area[1]:.0%} of the area, to {FLAGS.size}"
             print_table(title, measure(readers), "DataLoader, Pillow, normalised")
-        operations(TrainView(FLAGS.size)(stored.images[0], np.random.default_rng(0)))
+        pixels = TrainView(FLAGS.size)(stored.images[0], np.random.default_rng(0))
+        operations(pixels, FLAGS.batch_size)
         if FLAGS.step_ms:
             waits(sets, TrainView(FLAGS.size))
 

@@ -1,0 +1,48 @@
+"""What the device can do at most, as ways for `turns.take_turns`: a matrix product and a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def product(dtype: str, side: int = 0) -> tuple[Callable[[int], None], float]:
+    """A product of two square matrices of random numbers (of zeros it is faster).
+
+    Args:
+      dtype: of the matrices.
+      side: of the matrices; 0 takes one that fills the device.
+
+    Returns:
+      The way, and the operations of a call.
+    """
+    side = side or (2048 if jax.default_backend() == "cpu" else 8192)
+    left, right = (
+        jax.random.normal(jax.random.key(seed), (side, side), jnp.dtype(dtype)) for seed in range(2)
+    )
+    return _repeated(jax.jit(jnp.matmul), left, right), 2.0 * side**3
+
+
+def copy(size: int) -> tuple[Callable[[int], None], float]:
+    """An array read and another written.
+
+    Args:
+      size: bytes of the array, of float32.
+
+    Returns:
+      The way, and the bytes that a call moves: twice the size.
+    """
+    array = jnp.arange(size // 4, dtype=jnp.float32)
+    # XLA may leave out a copy, but not a change of sign.
+    return _repeated(jax.jit(jnp.negative), array), 2.0 * 4 * (size // 4)
+
+
+def _repeated(function: Callable[..., jax.Array], *arguments: jax.Array) -> Callable[[int], None]:
+    def run(count: int) -> None:
+        for _ in range(count):
+            result = function(*arguments)
+        result.block_until_ready()
+
+    return run

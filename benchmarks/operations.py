@@ -1,0 +1,72 @@
+"""What could run on the device: on the host, and as XLA's program on the same CPU."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from modelstock_jax.clip.preprocessor import CLIP_MEAN, CLIP_STD
+from modelstock_jax.data.rand_augment import OPERATIONS, rand_augment
+
+MEAN, STD = (np.array(values, np.float32) for values in (CLIP_MEAN, CLIP_STD))
+
+
+def operations(pixels: np.ndarray, batch_size: int) -> None:
+    """Prints the table for images like `pixels` [H, W, 3]; a program takes `batch_size` of them."""
+    batch = jnp.asarray(np.stack([pixels] * batch_size))
+    image = Image.fromarray(pixels)
+    rng = np.random.default_rng(0)
+    grey = jnp.array([0.299, 0.587, 0.114])
+
+    def blend(x, degenerate):
+        return jnp.clip(degenerate + 1.3 * (x - degenerate), 0, 255).astype(jnp.uint8)
+
+    on_device = {
+        "flip": lambda x: x[:, :, ::-1],
+        "normalise": lambda x: (x.astype(jnp.float32) / 255 - MEAN) / STD,
+        "brightness": lambda x: blend(x.astype(jnp.float32), 0.0),
+        "color": lambda x: blend(x.astype(jnp.float32), (x @ grey)[..., None]),
+        "contrast": lambda x: blend(
+            x.astype(jnp.float32), (x @ grey).mean((1, 2), keepdims=True)[..., None]
+        ),
+        "solarize": lambda x: jnp.where(x < 128, x, 255 - x),
+        "posterize": lambda x: x & 0b11100000,
+    }
+
+    def on_host(name):
+        if name == "flip":
+            return lambda: np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        if name == "normalise":
+            return lambda: (pixels.astype(np.float32) / 255 - MEAN) / STD
+        return lambda: np.asarray(OPERATIONS[name].apply(image, OPERATIONS[name].strongest / 3))
+
+    def microseconds(function, count, repeats):
+        function()
+        times = []
+        for _ in range(repeats):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        return 1e6 * min(times) / count
+
+    print("\n| operation | host, us an image | XLA on the CPU, us an image |\n|---|---|---|")
+    measured = {}
+    for name, function in on_device.items():
+        compiled = jax.jit(function)
+        device = microseconds(
+            lambda compiled=compiled: compiled(batch).block_until_ready(), len(batch), 5
+        )
+        measured[name] = microseconds(on_host(name), 1, 50), device
+        print(f"| {name} | {measured[name][0]:.0f} | {device:.0f} |")
+    colour = np.array([measured[name] for name in on_device if name in OPERATIONS])
+    # A program for the whole batch computes every operation and selects, twice.
+    host, device = 2 * colour[:, 0].mean(), 2 * colour[:, 1].sum()
+    print(f"| two of those five, drawn for each image | {host:.0f} | {device:.0f} |")
+    both = np.mean([
+        microseconds(lambda: np.asarray(rand_augment(rng, image, 2, 10)), 1, 1) for _ in range(200)
+    ])  # fmt: skip
+    print(f"| RandAugment, two of all fourteen | {both:.0f} | - |", flush=True)

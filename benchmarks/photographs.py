@@ -1,0 +1,30 @@
+"""Synthetic photographs: JPEGs that cost what a camera's cost to decode."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def photograph(seed: int, height: int = 375, width: int = 500) -> bytes:
+    """Smooth noise with the falling spectrum of photographs, edges, and a sensor's grain."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 128.0)
+    for cells in (4, 8, 16, 32, 64, 128, 256):
+        shape = (cells * height // 512 + 2, cells * width // 512 + 2)
+        for channel in range(3):
+            coarse = Image.fromarray(rng.normal(size=shape).astype(np.float32))
+            smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+            pixels[..., channel] += 180 / cells**0.75 * smooth
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(20):  # translucent bars at any angle
+        angle, at = rng.uniform(0, np.pi), rng.uniform(0, 1, 2) * (width, height)
+        across = np.cos(angle) * (columns - at[0]) + np.sin(angle) * (rows - at[1])
+        bar = np.abs(across) < rng.uniform(2, 30)
+        pixels[bar] = (pixels[bar] + rng.uniform(0, 255, 3)) / 2
+    pixels += rng.normal(size=(height, width, 1)) * 20
+    file = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -1,0 +1,118 @@
+"""A PyTorch fine-tuning step of the same classifier, as `step.py` measures its own.
+
+    python benchmarks/torch_step.py --sizes '{"vision": {...}, "features": 512, "classes": 1000}'
+
+Run by step.py; prints one line of JSON. transformers' CLIP image tower under a linear head,
+torch.compile, SDPA attention, autocast to bfloat16 over float32 weights, fused AdamW, gradients
+clipped to a norm of 1: what step.py's own step computes. Needs torch and transformers, no jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.turns import take_turns  # noqa: E402
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Classifier(nn.Module):
+    """Bytes to logits: f / |f| W + b of transformers' image features f."""
+
+    def __init__(self, vision: dict, features: int, classes: int) -> None:
+        super().__init__()
+        config = transformers.CLIPVisionConfig(**vision, projection_dim=features)
+        config._attn_implementation = "sdpa"
+        self.tower = transformers.CLIPVisionModelWithProjection(config)
+        self.head = nn.Linear(features, classes)
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(STD)[:, None, None])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        features = self.tower(pixel_values=pixels).image_embeds
+        return self.head(nn.functional.normalize(features, dim=-1))
+
+
+def make_step(sizes: dict, batch_size: int, dtype: str, device: str):
+    """One step of fine-tuning, as a way for `take_turns`."""
+    classifier = Classifier(**sizes).to(device).train()
+    optimizer = torch.optim.AdamW(
+        classifier.parameters(), lr=3e-5, weight_decay=0.1, fused=True
+    )
+    side = sizes["vision"]["image_size"]
+    images = torch.randint(256, (batch_size, side, side, 3), dtype=torch.uint8, device=device)
+    labels = torch.randint(sizes["classes"], (batch_size,), device=device)
+
+    @torch.compile
+    def loss_of(images, labels):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return nn.functional.cross_entropy(classifier(images).float(), labels)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            loss_of(images, labels).backward()
+            nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        _finish(device)
+
+    return run
+
+
+def make_product(dtype: str, side: int, device: str):
+    """The same product that step.py measures against."""
+    left, right = (
+        torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2)
+    )
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            torch.matmul(left, right)
+        _finish(device)
+
+    return run
+
+
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=json.loads, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--side", type=int, default=0, help="of the product")
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    side = args.side or (2048 if device == "cpu" else 8192)
+    ways = {
+        "product": make_product(args.dtype, side, device),
+        "step": make_step(args.sizes, args.batch, args.dtype, device),
+    }
+    seconds = take_turns(ways, args.rounds, args.seconds)
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    print(json.dumps({
+        "seconds": seconds, "product_flops": 2.0 * side**3, "memory_bytes": memory,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

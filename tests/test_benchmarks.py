@@ -1,0 +1,90 @@
+"""The benchmarks of the step and the merge run; what they count is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import models, step, turns
+from modelstock_jax.clip import model
+from modelstock_jax.clip.transformer import Compute
+
+ROOT = Path(__file__).parents[1]
+# A bare machine with a GPU has jax, flax and optax; ml_collections needs nothing to be compiled.
+ABSENT = ("PIL", "chex", "datasets", "google", "grain", "huggingface_hub", "matplotlib", "orbax",
+          "safetensors", "simplejpeg", "sklearn", "tensorboardX", "tensorflow_datasets",
+          "tokenizers", "torch", "transformers", "zlib_ng")  # fmt: skip
+BARE = f"""
+import runpy, sys
+for name in {ABSENT}:
+    sys.modules[name] = None
+for script, arguments in {{}}:
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_they_run_where_only_jax_flax_and_optax_are(tmp_path):
+    files = tmp_path / "step.json", tmp_path / "merge.json"
+    common = ["--sizes", "tiny", "--rounds", "2", "--seconds", "0.001", "--json"]
+    scripts = [
+        ("benchmarks/step.py",
+         [*common, str(files[0]), "--batch", "2", "--side", "64", "--torch", ""]),
+        ("benchmarks/merge.py", [*common, str(files[1])]),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE.format(scripts)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    steps, merges = (json.loads(path.read_text()) for path in files)
+    assert steps["versions"]["jax"] == jax.__version__ and steps["dtype"] == "float32"
+    assert [row["way"] for row in steps["rows"]] == [
+        "two by vmap, xla", "two by map, xla", "one replica, xla",
+    ]  # fmt: skip
+    for row in steps["rows"] + merges["rows"]:
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0, row
+        assert row["way"] in done.stdout
+    pair, _, single = steps["rows"]
+    # Weights and two moments, float32, of each replica.
+    held = 12 * sum(x.size for x in jax.tree.leaves(models.abstract_weights("tiny")))
+    assert pair["memory_bytes"] > 2 * held and single["memory_bytes"] > held
+
+
+def test_a_rate_is_held_against_the_product_of_its_round():
+    row = {"size": "b32", "batch": 8}
+    # Two replicas of eight images; the machine was half as fast in the second round.
+    step._rate(row, step=[0.5, 1.0], product=[0.1, 0.2], flops=1e12, replicas=2)
+    assert row["images_per_second"] == 16 / 0.75
+    assert row["of_peak"] == pytest.approx(16 * models.image_flops("b32") / 0.5 / 1e13)
+
+
+@pytest.mark.parametrize(("size", "billions"), [("b32", 26.2), ("b16", 105.2), ("l14", 485.8)])
+def test_operations_are_those_of_the_published_sizes(size, billions):
+    assert models.image_flops(size) / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+def test_operations_are_those_that_xla_counts():
+    """Of the loss's gradient; norms, softmax and activations, not counted here, are a few %."""
+    clip = models.clip_config("b32")
+    classify = model.classifier(clip, Compute())
+    batch = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    lowered = jax.jit(jax.grad(lambda w, x: classify(w, x).sum())).lower(
+        models.abstract_weights("b32"), batch
+    )
+    counted = lowered.cost_analysis()["flops"] / 2
+    assert models.image_flops("b32") < counted < 1.05 * models.image_flops("b32")
+
+
+def test_turns_are_long_enough_and_change_their_order():
+    told = []
+    ways = {name: lambda count, name=name: told.append((name, count)) for name in "ab"}
+    seconds = turns.take_turns(ways, rounds=2, seconds=0.0)
+    assert [name for name, _ in told[-4:]] == ["a", "b", "b", "a"]
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+    assert turns.ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
