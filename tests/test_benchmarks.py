@@ -30,6 +30,7 @@ for script, arguments in {{}}:
 """
 
 
+@pytest.mark.slow
 def test_they_run_where_only_jax_flax_and_optax_are(tmp_path):
     files = tmp_path / "step.json", tmp_path / "merge.json"
     common = ["--sizes", "tiny", "--rounds", "2", "--seconds", "0.001", "--json"]
