@@ -118,7 +118,7 @@ def kept(name):
 
 _, stats = model_stock(anchor, models)
 pairs = np.triu_indices(MODELS, 1)
-angles = [np.asarray(angle(c))[pairs] for c in jax.tree.leaves(cosines(anchor, models))]
+angles = [np.asarray(angle(c))[pairs].tolist() for c in jax.tree.leaves(cosines(anchor, models))]
 lengths = [np.asarray(n) for n in jax.tree.leaves(norms(anchor, models))]
 sizes = [leaf.size for leaf in jax.tree.leaves(anchor)]
 layers = [
@@ -174,7 +174,7 @@ draw(concentration, (8.6, 3.2), kept("concentration"))
 # centre: its own distance is taken away.
 
 # %%
-from modelstock_jax.merging import distance, mean_model, thin_shell, total_distance
+from modelstock_jax.merging import thin_shell, total_distance
 
 shell = thin_shell(anchor, models)
 between = np.asarray(shell.pair_cosine)[pairs]
@@ -186,18 +186,21 @@ print(f"(iii) and between two models: "
       f"{np.mean(angle(between)):.1f}° ± {np.std(angle(between)):.1f}°")
 
 
-def some(indices):
-    return jax.tree.map(lambda w: w[np.array(indices)], models)
-
-
+leaves = [np.asarray(leaf, float).reshape(MODELS, -1) for leaf in jax.tree.leaves(models)]
+points = np.concatenate(leaves, axis=1)  # each model as one vector
 one = total_distance(stats).replica
 numbers = range(1, MODELS - 2)
-squares = [
-    [
-        float(distance(mean_model(some(chosen)), mean_model(some(set_aside)))) ** 2
-        - one**2 / len(set_aside)
-        for chosen, set_aside in (np.split(np.roll(range(MODELS), k), [n]) for k in range(MODELS))
-    ]
+
+
+def to_centre(point, set_aside):
+    """Distance to the centre, estimated by the mean of models that had no part in the point."""
+    square = np.sum((point - points[set_aside].mean(axis=0)) ** 2) - one**2 / len(set_aside)
+    return max(0.0, square) ** 0.5
+
+
+measured = [
+    [to_centre(points[order[:n]].mean(axis=0), order[n:])
+     for order in (np.roll(np.arange(MODELS), k) for k in range(MODELS))]
     for n in numbers
 ]
 
@@ -206,8 +209,8 @@ def approach(figure):
     axes = figure.subplots()
     fine = np.linspace(1, MODELS - 2, 100)
     axes.plot(fine, one / fine**0.5, color=BLACK, lw=1.2, label=r"$l\,\sqrt{(1-\cos\theta)/N}$")
-    for n, values in zip(numbers, squares, strict=True):
-        axes.plot([n] * MODELS, np.sqrt(values), "o", color=BLUE, ms=5, alpha=0.5)
+    for n, values in zip(numbers, measured, strict=True):
+        axes.plot([n] * MODELS, values, "o", color=BLUE, ms=5, alpha=0.5)
     axes.set_xlabel("N, models in the mean")
     axes.set_ylabel("distance to the centre")
     axes.set_ylim(bottom=0)
@@ -225,8 +228,9 @@ draw(approach, (6, 3.4), kept("approach"))
 # t = 2 cos θ / (1 + cos θ); it has seen the two models' angle and nothing of the others.
 
 # %%
-pair, others = some([0, 1]), mean_model(some(range(2, MODELS)))
-found = report(model_stock(anchor, pair)[1])
+pair, others = (jax.tree.map(lambda w, k=k: w[k], models) for k in (slice(0, 2), slice(2, None)))
+merged, stats = model_stock(anchor, pair)
+found = report(stats)
 kernels = [k for k, row in enumerate(found) if sizes[k] > 1000 and row["cosine"] > 0]
 by_angle = sorted(kernels, key=lambda k: found[k]["angle"])
 chosen = [by_angle[0], by_angle[len(by_angle) // 2], by_angle[-1]]
@@ -237,7 +241,7 @@ def sweep(figure):
     axes = figure.subplots()
     for k, shade in zip(chosen, shades, strict=True):
         w0, w, centre = (np.asarray(jax.tree.leaves(x)[k], float) for x in (anchor, pair, others))
-        step, aim = w.mean(0) - w0, centre - w0
+        step, aim = w.mean(0) - w0, centre.mean(0) - w0
         square = t**2 * (step**2).sum() - 2 * t * (step * aim).sum() + (aim**2).sum()
         far = np.sqrt(square / (aim**2).sum())
         star = found[k]["ratio"]
@@ -301,14 +305,16 @@ draw(ratios, (6, 3.6), kept("ratio"))
 # from the mean of the other six (less that mean's own distance).
 
 # %%
-merged, stats = model_stock(anchor, pair)
-expected, off = total_distance(stats), total_distance(stats).replica ** 2 / (MODELS - 2)
-first = jax.tree.map(lambda w: w[0], pair)
-for name, model, predicted in (
-    ("one model", first, expected.replica),
-    ("their mean", mean_model(pair), expected.mean),
-    ("Model Stock", merged, expected.merged),
-    ("the anchor", anchor, float(shell.centre)),
+def as_point(tree):
+    return np.concatenate([np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+expected = total_distance(stats)
+for name, point, predicted in (
+    ("one model", points[0], expected.replica),
+    ("their mean", points[:2].mean(axis=0), expected.mean),
+    ("Model Stock", as_point(merged), expected.merged),
+    ("the anchor", as_point(anchor), float(shell.centre)),
 ):
-    measured = max(0.0, float(distance(model, others)) ** 2 - off) ** 0.5
-    print(f"{name:12} predicted {predicted:6.3f}   measured {measured:6.3f}")
+    far = to_centre(point, np.arange(2, MODELS))
+    print(f"{name:12} predicted {predicted:6.3f}   measured {far:6.3f}")
