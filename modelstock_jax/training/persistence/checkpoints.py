@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,15 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.hosts.distributed import anywhere, barrier, is_main
-from modelstock_jax.training.persistence import digests
+from modelstock_jax.training.persistence import digests, packing
 from modelstock_jax.training.persistence.damage import (
     DamagedCheckpoint,
     damaged_steps,
     holds_only,
+    one_line,
     put_aside,
     quiet,
+    unwritable,
 )
 
 PyTree = Any
@@ -42,11 +43,13 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
+        self._saving: ocp.AsyncResponse | None = None
         policies = ocp.training.preservation_policies
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=_DIGESTS)
         context = ocp.Context()
         context.checkpointables.registry = registry
+        context.array.saving.enable_write_sharding_file = False  # `restore` is told where to.
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
@@ -82,16 +85,19 @@ class Checkpoints:
           UserError: if this save or the one before it could not be written (a full disk).
         """
         self.wait()  # A step still being written is neither among `steps` nor safe to overwrite.
-        record = {"leaves": digests.describe(tree), "details": dict(details or {})}
+        packs = packing.plan(tree)
+        leaves = digests.describe(tree)
+        record = {"leaves": leaves, "packs": packs, "details": dict(details or {})}
+        saved = packing.pack(tree, packs)
         document = {"record": record, "sha256": digests.json_digest(record)}
         try:
-            response = self._checkpointer.save_checkpointables_async(
-                step, {_TREE: tree, _DIGESTS: document}, force=True, overwrite=step in self.steps
+            self._saving = self._checkpointer.save_checkpointables_async(
+                step, {_TREE: saved, _DIGESTS: document}, force=True, overwrite=step in self.steps
             )
         except (OSError, ValueError) as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.directory, error) from error
         if on_saved is not None:
-            response.on_complete(lambda _: on_saved())
+            self._saving.on_complete(lambda _: on_saved())
 
     def wait(self) -> None:
         """Waits until every save is on disk.
@@ -99,13 +105,16 @@ class Checkpoints:
         Raises:
           UserError: if one could not be written.
         """
+        saving, self._saving = self._saving, None
         try:
+            if saving is not None:
+                saving.result()  # Else its thread and its three files stay open for ever.
             self._checkpointer.wait()
         except (OSError, ValueError) as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.directory, error) from error
 
     def record(self, step: int) -> dict[str, Any]:
-        """What was saved: "leaves", {name: [dtype, shape, digest]} (`describe`), and "details".
+        """What was saved: "leaves", {name: [dtype, shape, digest]}, "packs" and "details".
 
         Raises:
           DamagedCheckpoint: if that cannot be read or is not as it was written.
@@ -201,7 +210,8 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _restore(self, step: int, like: PyTree) -> PyTree:
-        saved = self.record(step)["leaves"]
+        record = self.record(step)
+        saved = record["leaves"]
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
@@ -213,9 +223,12 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} is of another structure, from {other[0]}"
                 " on; give the options that it was saved with, or choose another --workdir"
             )
-        tree, reason = self._load(step, _TREE, abstract)
-        if tree is None:
+        packs = record.get("packs")  # Of older checkpoints, None: each array by itself.
+        packs = packs and {name: packing.Pack(*one) for name, one in packs.items()}
+        loaded, reason = self._load(step, _TREE, packing.abstract(abstract, packs))
+        if loaded is None:
             raise self._damaged(step, reason)
+        tree = packing.unpack(loaded, abstract, packs)
         changed = [n for n, digest in digests.tree_digest(tree).items() if digest != saved[n][2]]
         if changed:
             raise self._damaged(step, f"{changed[0]} is not as it was saved")
@@ -228,21 +241,10 @@ class Checkpoints:
             try:
                 loaded = self._checkpointer.load_checkpointables(step, {part: like})[part]
             except Exception as error:  # Orbax, TensorStore and asyncio each raise their own kinds.
-                reason = _reason(error)
+                reason = one_line(error)
             if reason:
                 gc.collect()  # A read that was given up leaves its trace when it is collected.
         return loaded, reason
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
-
-    def _unwritable(self, error: Exception) -> UserError:
-        free = shutil.disk_usage(self.directory).free / 1e6
-        return UserError(
-            f"cannot write a checkpoint under {self.directory} ({free:.0f} MB free): "
-            f"{_reason(error)}; make room or choose another --workdir, and the same command goes on"
-        )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: their error, and the names under which they are never read again."""
+"""Damaged checkpoints and full disks: their errors; names that are never read again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,20 @@ def damaged_steps(directory: Path) -> list[int]:
     """The steps whose folders were put aside, ascending."""
     names = [path.name.partition(_SUFFIX)[0] for path in directory.glob(f"*{_SUFFIX}*")]
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def unwritable(directory: Path, error: Exception) -> UserError:
+    """The error of a checkpoint that could not be written: the disk, mostly."""
+    free = shutil.disk_usage(directory).free / 1e6
+    return UserError(
+        f"cannot write a checkpoint under {directory} ({free:.0f} MB free): {one_line(error)}; "
+        "make room or choose another --workdir, and the same command goes on"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager
