@@ -83,9 +83,9 @@ def make_train_step(
     A step's randomness is drawn for the whole batch, before it is cut: what an example looks
     like depends on (seed, replica, step, its row) and not on `accumulate_steps`.
 
-    A replica whose loss or gradient is not finite is marked in the metrics (`ok`, `first_bad`: see
-    `health`), and its update is as `policy` says: a part of the step, so that steps that are run
-    again after a kill give the same bits.
+    A replica whose loss, gradient or new weights are not finite is marked in the metrics (`ok`,
+    `first_bad`, `first_bad_weight`: see `health`), and its update is as `policy` says: a part of
+    the step, so that steps that are run again after a kill give the same bits.
 
     Args:
       loss_fn: see `objectives`.
@@ -122,7 +122,7 @@ def make_train_step(
             hyper=hyper,
         )
         new = jax.tree.map(lambda w, u: w - (rate * u).astype(w.dtype), params, updates)
-        metrics = metrics | {"learning_rate": rate} | health(loss, grads)
+        metrics = metrics | {"learning_rate": rate} | health(loss, grads, new)
         if policy == "skip_step":
             new, moments = choose(metrics["ok"], (new, moments), (params, opt_state))
         elif policy == "restore_last_merge":

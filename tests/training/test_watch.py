@@ -25,6 +25,10 @@ compiled = functools.cache(
         linear.config(watch__policy=policy, optimizer__learning_rate=rate)
     )
 )
+CARELESS = {"optimizer__b1": 0.0, "optimizer__b2": 0.0, "optimizer__eps": 0.0}
+careless = functools.cache(
+    lambda policy: linear.programs(linear.config(watch__policy=policy, **CARELESS))
+)
 
 
 def run(workdir, policy, spoiled=(), **changes):
@@ -43,13 +47,14 @@ def saved(workdir, folder):
 
 def test_what_overflows_in_the_square_is_not_finite():
     def of(value):
-        found = health(jnp.float32(1), {"a": jnp.ones(2), "b": jnp.full(1, value, jnp.float32)})
+        grads = {"a": jnp.ones(2), "b": jnp.full(1, value, jnp.float32)}
+        found = health(jnp.float32(1), grads, {"a": jnp.ones(2), "b": jnp.ones(1)})
         return bool(found["ok"]), int(found["first_bad"]), float(found["grad_norm"])
 
     assert of(1e19)[:2] == (True, -1)
     assert of(2e19) == (False, 1, np.inf)
     assert of(-np.inf)[:2] == (False, 1)
-    lost = health(jnp.float32("inf"), {"a": jnp.ones(2)})
+    lost = health(jnp.float32("inf"), {"a": jnp.ones(2)}, {"a": jnp.ones(2)})
     assert not lost["ok"] and lost["first_bad"] == -1
 
 
@@ -109,6 +114,30 @@ def test_stop_names_the_tensor_and_leaves_the_last_checkpoint(tmp_path, step):
         again, clean = (run(place, "stop").run() for place in (tmp_path, tmp_path / "clean"))
         chex.assert_trees_all_equal((again.state, again.merged), (clean.state, clean.merged))
         assert events(tmp_path) == []
+
+
+@pytest.mark.parametrize(("step", "saves"), [(4, []), (5, [4])])  # At a merge; at a save.
+def test_weights_lost_by_a_finite_gradient_are_neither_merged_nor_saved(tmp_path, step, saves):
+    """Adam without its eps divides a gradient of zero by its norm: 0 / 0."""
+    with pytest.raises(UserError) as error:
+        linear.trainer(tmp_path, [(step, 1, "image", 0)], compiled=careless("stop")).run()
+    assert f"replica 1, step {step}: weights of head.kernel are not finite" in str(error.value)
+    assert saved(tmp_path, "state") == saved(tmp_path, "merged") == saves
+    (event,) = events(tmp_path)
+    assert (event["tensor"], event["replica"], event["step"]) == ("head.kernel", 1, step)
+    assert np.isfinite(event["loss"])
+
+
+def test_weights_lost_by_a_finite_gradient_are_skipped(tmp_path):
+    trainer = linear.trainer(
+        tmp_path,
+        [(5, 1, "image", 0)],
+        compiled=careless("skip_step"),
+        watch__policy="skip_step",
+    )
+    result = trainer.run()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.state.params, result.merged)))
+    assert [(event["step"], event["replica"]) for event in events(tmp_path)] == [(5, 1)]
 
 
 @pytest.mark.parametrize("policy", SURVIVING)

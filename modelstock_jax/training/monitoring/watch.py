@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.json_lines import JsonLines
 
-FLAGS = ("ok", "first_bad")
+FLAGS = ("ok", "first_bad", "first_bad_weight")
 BANDS = ("loss", "grad_norm")
 ACTIONS = {
     "skip_step": "its step is skipped",
@@ -98,19 +98,25 @@ class Watch:
 
         Args:
           step: the step.
-          values: `ok`, `first_bad` and `loss`, [R] each.
+          values: `FLAGS` and `loss`, [R] each.
 
         Raises:
           UserError: with the policy 'stop', and where there were more than `max_events`.
         """
         policy, most = self._config.policy, self._config.max_events
         for replica in np.flatnonzero(~values["ok"]).tolist():
-            loss, bad = float(values["loss"][replica]), int(values["first_bad"][replica])
-            tensor = self._names[bad] if bad >= 0 else None
-            where = f"replica {replica}, step {step}"
-            what = f"{where}: gradient of {tensor} is not finite" if tensor else (
-                f"{where}: the loss is {loss}, though every gradient is finite"
+            loss = float(values["loss"][replica])
+            gradient, weights = (
+                self._names[leaf] if (leaf := int(values[flag][replica])) >= 0 else None
+                for flag in FLAGS[1:]
             )
+            tensor, what = gradient or weights, f"replica {replica}, step {step}: "
+            if gradient:
+                what += f"gradient of {tensor} is not finite"
+            elif not math.isfinite(loss):
+                what += f"the loss is {loss}, though every gradient is finite"
+            else:
+                what += f"weights of {tensor} are not finite after it, though their gradient is"
             self._write("not_finite", step, replica, tensor=tensor, loss=loss, action=policy)
             if policy == "stop":
                 raise UserError(
