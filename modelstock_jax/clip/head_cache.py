@@ -1,4 +1,4 @@
-"""Zero-shot heads kept on disk by what they are made of."""
+"""Heads from the text tower, kept on disk by what they are made of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from modelstock_jax.clip.model import Params
 from modelstock_jax.clip.tokenizer import tokenizer_digest
 from modelstock_jax.clip.transformer import DEFAULT_COMPUTE, Compute
 from modelstock_jax.clip.trees import flatten
-from modelstock_jax.clip.zero_shot import zero_shot_head
+from modelstock_jax.clip.zero_shot import context_head, zero_shot_head
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.digests import digest_tensors
 from modelstock_jax.tensor_files.reader import TensorFiles
@@ -58,17 +58,51 @@ def cached_zero_shot_head(
     Raises:
         UserError: As `zero_shot_head`, or the directory cannot be written.
     """
+    make, size = zero_shot_head, len(class_names)
+    return _cached(
+        make, size, directory, checkpoint, class_names, templates, compute=compute, **options
+    )
+
+
+def cached_context_head(
+    directory: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    compute: Compute = DEFAULT_COMPUTE,
+    **options: Any,
+) -> Params:
+    """`context_head`, kept as `cached_zero_shot_head` keeps its own.
+
+    Args, returns and errors are those of the two.
+    """
+    make, size = context_head, len(templates)
+    return _cached(
+        make, size, directory, checkpoint, class_names, templates, compute=compute, **options
+    )
+
+
+def _cached(
+    make: Callable[..., Params],
+    columns: int,
+    directory: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    compute: Compute,
+    **options: Any,
+) -> Params:
     if checkpoint.directory is None:
-        raise UserError("zero_shot_head: the checkpoint has no directory, so no tokenizer.")
+        raise UserError(f"{make.__name__}: the checkpoint has no directory, so no tokenizer.")
     key = head_key(checkpoint, class_names, templates, compute)
-    path = Path(directory) / f"zero_shot_head_{key[:16]}.safetensors"
-    shapes = {
-        "kernel": (checkpoint.config.projection_dim, len(class_names)),
-        "bias": (len(class_names),),
-    }
+    # The key tells what a head is made of, the file's name which of the two it is.
+    path = Path(directory) / f"{make.__name__}_{key[:16]}.safetensors"
+    shapes = {"kernel": (checkpoint.config.projection_dim, columns), "bias": (columns,)}
     head = _read(path, key, shapes)
     if head is None:
-        head = zero_shot_head(checkpoint, class_names, templates, compute=compute, **options)
+        head = make(checkpoint, class_names, templates, compute=compute, **options)
         if jax.process_index() == 0:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +118,7 @@ def head_key(
     templates: Sequence[str],
     compute: Compute = DEFAULT_COMPUTE,
 ) -> str:
-    """SHA-256 over all that a zero-shot head depends on.
+    """SHA-256 over all that a head depends on.
 
     That is the text tower's sizes and weights, logit_scale, the tokenizer's files, class names,
     templates, and the dtype and attention that it is computed with.

@@ -63,7 +63,7 @@ class Outline:
     source: str
 
 
-_NAMES = ("glyphs", "imagenet", "folder")
+NAMES = ("glyphs", "imagenet", "folder")
 
 
 def outline(config: ConfigDict) -> Outline:
@@ -78,8 +78,8 @@ def outline(config: ConfigDict) -> Outline:
     >>> outline(ConfigDict({"name": "imagenet", "held_out": 26})).num_train
     1255167
     """
-    if config.name not in _NAMES:
-        raise UserError(f"data.name={config.name!r}: the data sets are: {', '.join(_NAMES)}")
+    if config.name not in NAMES:
+        raise UserError(f"data.name={config.name!r}: the data sets are: {', '.join(NAMES)}")
     if config.name == "glyphs":
         return Outline(TRAIN_SIZE, len(glyphs.CLASS_NAMES), "the glyph world's own sizes")
     if config.name == "folder":

@@ -18,6 +18,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
 from modelstock_jax.experiment.agreement import check_same
 from modelstock_jax.experiment.opening import open_all
+from modelstock_jax.experiment.options import check_options
 from modelstock_jax.merging import distance
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.rows import make_row
@@ -26,6 +27,7 @@ from modelstock_jax.training.finetune import Classifier
 from modelstock_jax.training.hosts import distributed
 from modelstock_jax.training.hosts.feed import spread
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
+from modelstock_jax.training.programs import use_compilation_cache
 from modelstock_jax.training.sharding import make_mesh, whole_sharding
 
 PyTree = Any
@@ -99,6 +101,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     """
     if not path:
         raise UserError("--mode=eval needs --checkpoint=DIR")
+    check_options(config)
+    use_compilation_cache(config.compute.compilation_cache)
     check_same(config, checkpoint=path)
     directory, details = Path(path), {}
     is_step = directory.name.isdigit() and directory.is_dir()

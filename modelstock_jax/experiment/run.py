@@ -13,13 +13,13 @@ import jax
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import export, results
 from modelstock_jax.experiment.agreement import check_same
 from modelstock_jax.experiment.candidates import Candidate, after_training
 from modelstock_jax.experiment.evaluate import Measure
 from modelstock_jax.experiment.learning_rate import choose_learning_rate
 from modelstock_jax.experiment.opening import classify, open_data
+from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import open_anchor, pretrain
 from modelstock_jax.experiment.workdir import claim, release
 from modelstock_jax.merging import distance, report
@@ -55,6 +55,7 @@ def run(
       UserError: on any mistake of a user; nothing written before is lost.
     """
     workdir = Path(workdir)
+    check_options(config)  # Before the workdir is theirs: a mended name is no other config.
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, workdir=str(workdir))
     if distributed.is_main():
@@ -67,13 +68,9 @@ def run(
                 pretrain(config, workdir, timeline)
             elif config.task == "learning_rate":
                 choose_learning_rate(config, workdir, timeline)
-            elif config.task == "finetune":
+            else:
                 command = shlex.join(["python", *argv]) if argv else ""
                 finetune(config, workdir, command, timeline)
-            else:
-                raise UserError(
-                    f"task={config.task!r}: choose 'finetune', 'learning_rate' or 'pretrain'"
-                )
             if distributed.is_main():
                 timeline.show()
     finally:

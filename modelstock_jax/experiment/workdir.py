@@ -69,6 +69,9 @@ _held: dict[Path, int] = {}
 def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> None:
     """Makes the directory and locks it; checks that what is in it was made with the same config.
 
+    Where nothing has been trained or measured yet, another config takes the place of the old one:
+    a mistake that ended the run at its beginning is mended in the same directory.
+
     Args:
       workdir: where the run is, or is to be.
       config: the run's options, kept in `workdir`/config.json.
@@ -96,7 +99,8 @@ def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> N
             raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
         if before == now:
             return
-        _compare(workdir, _flat(before), _flat(now), allow_change)
+        if (workdir / "runs").exists():
+            _compare(workdir, _flat(before), _flat(now), allow_change)
     write_json(path, now)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,19 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.head_cache import cached_zero_shot_head
 from modelstock_jax.clip.model import classifier
 from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
-from modelstock_jax.clip.zero_shot import zero_shot_head
 from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.data.views import TrainView
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.hosts.feed import held
 from modelstock_jax.training.methods.method import make_method
 from modelstock_jax.training.methods.per_replica import hyper_parameters
-from modelstock_jax.training.methods.text_side import TextSide, with_captions
+from modelstock_jax.training.methods.text_side import TextSide, text_head, with_captions
 from modelstock_jax.training.programs import Task
 from modelstock_jax.training.sharding import batch_sharding
 
@@ -84,7 +79,7 @@ def anchor_classifier(
       config: the run's options.
       checkpoint: the model.
       data: its class names and templates make the zero-shot head.
-      heads: where zero-shot heads are kept from run to run; None makes it each time.
+      heads: where heads of the text tower are kept from run to run; None makes them each time.
 
     Raises:
       UserError: if the checkpoint's head has other classes than the data.
@@ -95,7 +90,14 @@ def anchor_classifier(
         drawn = np.random.default_rng(config.seed).standard_normal(size) / size[0] ** 0.5
         head = {"kernel": drawn.astype(np.float32), "bias": np.zeros(size[1], np.float32)}
     elif head is None:
-        head = _zero_shot_head(config, checkpoint, data, heads)
+        head = text_head(
+            "zero_shot",
+            checkpoint,
+            data.class_names,
+            data.templates,
+            heads,
+            allow_repeats=_repeats(config),
+        )
     elif head["bias"].shape != (len(data.class_names),):
         raise UserError(
             f"{checkpoint.directory}: its head has {head['bias'].shape[0]} classes, the data "
@@ -109,6 +111,7 @@ def anchor_classifier(
         data.templates,
         Compute.of(config.compute),
         allow_repeats=_repeats(config),
+        heads=heads,
     )
     return replace(made, fingerprint=checkpoint.fingerprint, text=text)
 
@@ -116,29 +119,6 @@ def anchor_classifier(
 def _repeats(config: ConfigDict) -> bool:
     # A published list may give two classes one name, as ImageNet's does; a user's may not.
     return not config.data.class_names
-
-
-def _zero_shot_head(
-    config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None
-) -> PyTree:
-    make = zero_shot_head if heads is None else partial(cached_zero_shot_head, heads)
-    with contextlib.ExitStack() as stack:
-        bar: list[Progress] = []
-
-        def progress(done: int, total: int) -> None:
-            if not bar:  # Nothing is shown where the head is read.
-                shown = jax.process_index() == 0
-                line = Progress("zero-shot head", total, unit="prompts", enabled=shown)
-                bar.append(stack.enter_context(line))
-            bar[0].update(done)
-
-        return make(
-            checkpoint,
-            data.class_names,
-            data.templates,
-            allow_repeats=_repeats(config),
-            progress=progress,
-        )
 
 
 def make_classifier(

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import Stats, model_stock, model_stock_carried, uniform_mean
+from modelstock_jax.merging.units import UNITS
 from modelstock_jax.training.state import TrainState, replicate
 
 PyTree = Any
@@ -62,6 +63,21 @@ def merge_opt_state(policy: str, opt_state: PyTree, tx: optax.GradientTransforma
     raise UserError(f"merge.opt_state={policy!r}: choose one of {', '.join(OPT_STATE_POLICIES)}")
 
 
+def check_merge(config: ConfigDict) -> None:
+    """Raises a UserError for an option of the group `merge` that is not one of its choices."""
+    steps_between_merges(str(config.every), 1, 1)
+    for name, known in (
+        ("method", METHODS),
+        ("unit", UNITS),
+        ("opt_state", OPT_STATE_POLICIES),
+        ("carry_noise", CARRY_NOISE),
+    ):
+        if config[name] not in known:
+            raise UserError(f"merge.{name}={config[name]!r}: choose one of {', '.join(known)}")
+    if config.method == "mean" and config.carry_noise != "off":
+        raise UserError("merge.carry_noise needs merge.method='stock': a mean shrinks nothing")
+
+
 def make_merge(
     config: ConfigDict,
     tx: optax.GradientTransformation,
@@ -84,14 +100,7 @@ def make_merge(
     Raises:
       UserError: if a policy's name is unknown.
     """
-    if config.carry_noise not in CARRY_NOISE:
-        raise UserError(f"merge.carry_noise={config.carry_noise!r}: choose one of {CARRY_NOISE}")
-    if config.method not in METHODS:
-        raise UserError(f"merge.method={config.method!r}: choose one of {METHODS}")
-    if config.method == "mean" and config.carry_noise != "off":
-        raise UserError("merge.carry_noise needs merge.method='stock': a mean shrinks nothing")
-    if config.opt_state not in OPT_STATE_POLICIES:
-        merge_opt_state(config.opt_state, None, tx, None)
+    check_merge(config)
     options = {"unit": config.unit, "num_heads": num_heads}
 
     def merge(anchor, state):

@@ -26,6 +26,7 @@ from modelstock_jax.training.state import Reference, TrainState, init_state
 from modelstock_jax.training.step import Augment, make_train_step
 
 PyTree = Any
+EXECUTIONS = ("auto", "vmap", "map")
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,14 @@ class Programs:
     def execution(self) -> str:
         """How the replicas run: 'vmap' or 'map'."""
         execution = self._config.compute.execution
+        if execution not in EXECUTIONS:
+            raise UserError(
+                f"compute.execution={execution!r}: choose one of {', '.join(EXECUTIONS)}"
+            )
         if execution == "auto":
             # On two CPU cores neither was faster beyond the noise; `map` needs less memory.
             alone = self.mesh.shape["replica"] == 1 and jax.default_backend() == "cpu"
             return "map" if alone else "vmap"
-        if execution not in ("vmap", "map"):
-            raise UserError(f"compute.execution={execution!r}: choose 'auto', 'vmap' or 'map'")
         if execution == "map" and self.mesh.shape["replica"] > 1:
             raise UserError(
                 "compute.execution='map' would gather the weights over the mesh's replica axis "

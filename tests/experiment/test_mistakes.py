@@ -49,6 +49,7 @@ def test_mistakes_in_a_run(tmp_path):
     config = glyphs.get_config()
     config.pretrained = str(anchor)
     (workdir / "config.json").write_text(json.dumps({"epochs": 99}))
+    (workdir / "runs").mkdir()
     with pytest.raises(UserError, match="(?s)another config:.*epochs was 99, is 8"):
         run(config, workdir)
     assert json.loads((workdir / "config.json").read_text()) == {"epochs": 99}

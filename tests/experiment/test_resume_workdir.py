@@ -54,9 +54,10 @@ def test_every_option_has_exactly_one_class():
 
 @pytest.fixture
 def made(tmp_path):
-    """A workdir with a config, and that config."""
+    """A workdir in which something was trained, and its config."""
     config = default.get_config()
     claim(tmp_path, config)
+    (tmp_path / "runs").mkdir()
     yield tmp_path, config
     release(tmp_path)
 
@@ -107,6 +108,14 @@ def _leaves(config, prefix=""):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def test_a_mistake_is_mended_where_nothing_was_trained(made):
+    workdir, config = made
+    (workdir / "runs").rmdir()
+    config.epochs = 99
+    claim(workdir, config)
+    assert json.loads((workdir / "config.json").read_text())["epochs"] == 99
 
 
 def test_a_refusal_shows_all_that_differs_at_once(made):
@@ -177,7 +186,7 @@ def test_a_half_written_model_is_removed_and_nothing_else(made):
         (workdir / name).mkdir()
         (workdir / name / "file").touch()
     claim(workdir, config)
-    assert {p.name for p in workdir.iterdir() if p.is_dir()} == {"model", ".other.tmp"}
+    assert {p.name for p in workdir.iterdir() if p.is_dir()} == {"model", ".other.tmp", "runs"}
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
@@ -208,4 +217,4 @@ def test_a_full_disk_damages_nothing(made, monkeypatch):
     with pytest.raises(UserError, match="config.json.*No space left"):
         claim(workdir, config)
     assert (workdir / "config.json").read_bytes() == before
-    assert sorted(p.name for p in workdir.iterdir()) == [".lock", "config.json"]
+    assert sorted(p.name for p in workdir.iterdir()) == [".lock", "config.json", "runs"]

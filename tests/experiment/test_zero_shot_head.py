@@ -56,6 +56,24 @@ def test_a_run_makes_its_head_once(checkpoint, data, passes, tmp_path, capsys):
     assert len(passes) == 2 * len(made)
 
 
+def test_the_head_of_contexts_is_made_once_too(checkpoint, data, passes, tmp_path, capsys):
+    config = default.get_config()
+    config.objective.name = "car_ft"
+    opened = data(config)
+
+    def contexts(heads):
+        return anchor_classifier(config, checkpoint, opened, heads).text.contexts
+
+    first, count = contexts(tmp_path), len(CLASS_NAMES) * len(TEMPLATES)
+    assert f"context head  {count}/{count} (100 %)" in capsys.readouterr().out
+    made, files = len(passes), sorted(path.name for path in tmp_path.iterdir())
+    assert [name.rpartition("_")[0] for name in files] == ["context_head", "zero_shot_head"]
+    second = contexts(tmp_path)
+    assert capsys.readouterr().out == "" and len(passes) == made
+    assert first["kernel"].shape == (8, len(TEMPLATES))
+    np.testing.assert_array_equal(first["kernel"], second["kernel"])
+
+
 def test_lists_of_a_user(checkpoint, data, passes, tmp_path):
     config = default.get_config()
     before = anchor_classifier(config, checkpoint, data(config), tmp_path).params["head"]["kernel"]

@@ -17,6 +17,7 @@ from modelstock_jax.training.methods.objectives import (
     cross_entropy,
     with_l2_sp,
 )
+from modelstock_jax.training.methods.projections import NORMS
 from modelstock_jax.training.methods.text_side import TextSide
 from modelstock_jax.training.methods.trained import Trained, biases_and_head, freeze, head_only
 
@@ -84,6 +85,7 @@ def check_method(config: ConfigDict) -> None:
         ("objective.name", rules.name, OBJECTIVES),
         ("objective.head", rules.head, HEADS),
         ("optimizer.projection.name", projection.name, PROJECTIONS),
+        ("optimizer.projection.norm", projection.norm, NORMS),
     ):
         if value not in known:
             raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")

@@ -48,7 +48,13 @@ def make_optimizer(
       UserError: if the warm-up is longer than the run, a number is out of its range or a name
         unknown.
     """
-    _check(config, num_steps)
+    check_optimizer(config)
+    warmup = _warmup(config, num_steps)
+    if not 0 <= warmup <= num_steps:
+        raise UserError(
+            f"optimizer: {warmup} warm-up steps do not fit a run of {num_steps} steps; lower "
+            "optimizer.warmup_steps or optimizer.warmup_fraction"
+        )
     if config.name == "sgd":
         direction = optax.trace(decay=config.momentum)
     else:
@@ -145,15 +151,10 @@ def _warmup(config: ConfigDict, num_steps: int) -> int:
     return round(config.warmup_fraction * num_steps) + config.warmup_steps
 
 
-def _check(config: ConfigDict, num_steps: int) -> None:
+def check_optimizer(config: ConfigDict) -> None:
+    """Raises a UserError for an unknown name or a number out of its range, whatever the run."""
     if config.name not in OPTIMIZERS:
         raise UserError(f"optimizer.name={config.name!r}: choose one of {', '.join(OPTIMIZERS)}")
-    warmup = _warmup(config, num_steps)
-    if not 0 <= warmup <= num_steps:
-        raise UserError(
-            f"optimizer: {warmup} warm-up steps do not fit a run of {num_steps} steps; lower "
-            "optimizer.warmup_steps or optimizer.warmup_fraction"
-        )
     for name in ("learning_rate", "weight_decay", "decay_to_pretrained"):
         if config[name] < 0:
             raise UserError(f"optimizer.{name} is {config[name]}; it must be >= 0")

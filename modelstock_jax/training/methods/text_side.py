@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from modelstock_jax.clip.checkpoint import Checkpoint
+from modelstock_jax.clip.head_cache import cached_context_head, cached_zero_shot_head
 from modelstock_jax.clip.model import encode_image, encode_text
 from modelstock_jax.clip.transformer import Compute, end_of_text
 from modelstock_jax.clip.zero_shot import context_head, prompt_ids, zero_shot_head
+from modelstock_jax.reporting.progress import Progress
+from modelstock_jax.training.hosts.distributed import main_first
 
 PyTree = Any
 PUBLISHED_TEMPLATES = 80  # CLIP's prompts for ImageNet: what a run is planned for without its data.
@@ -32,6 +37,7 @@ class TextSide:
       templates: T prompts, {} stands for the class name.
       compute: of both towers.
       allow_repeats: see `zero_shot.zero_shot_head`.
+      heads: where `contexts` is kept from run to run; None makes it each time.
     """
 
     checkpoint: Checkpoint
@@ -39,6 +45,7 @@ class TextSide:
     templates: Sequence[str]
     compute: Compute
     allow_repeats: bool = False
+    heads: Path | None = None
 
     @property
     def params(self) -> PyTree:
@@ -48,9 +55,16 @@ class TextSide:
     @cached_property
     def contexts(self) -> PyTree:
         """The classifier of contexts {"kernel" [E, T], "bias" [T]}, for CAR-FT."""
-        return context_head(
-            self.checkpoint, self.class_names, self.templates, allow_repeats=self.allow_repeats
+        make = partial(
+            text_head,
+            "context",
+            self.checkpoint,
+            self.class_names,
+            self.templates,
+            self.heads,
+            allow_repeats=self.allow_repeats,
         )
+        return main_first(make) if self.heads else make()
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -94,6 +108,52 @@ class AbstractTextSide(TextSide):
         """Zeros of the tower's whole length."""
         length = self.checkpoint.config.text.max_position_embeddings
         return np.zeros((len(self.class_names), PUBLISHED_TEMPLATES, length), np.int32)
+
+
+def text_head(
+    kind: Literal["zero_shot", "context"],
+    checkpoint: Checkpoint,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    heads: Path | None,
+    *,
+    allow_repeats: bool,
+) -> PyTree:
+    """The zero-shot head or the head of contexts; its progress is shown where it is made.
+
+    Args:
+      kind: which of the two.
+      checkpoint: as this and the other arguments are for `zero_shot.zero_shot_head`.
+      class_names: K names.
+      templates: T prompts.
+      heads: where it is kept from run to run; None makes it each time.
+      allow_repeats: whether two classes may have one name.
+
+    Returns:
+      {"kernel" [E, C], "bias" [C]}, float32, C = K or T.
+
+    Raises:
+      UserError: as `zero_shot.zero_shot_head`, or if `heads` cannot be written.
+    """
+    plain, cached, name = {
+        "zero_shot": (zero_shot_head, cached_zero_shot_head, "zero-shot head"),
+        "context": (context_head, cached_context_head, "context head"),
+    }[kind]
+    make = plain if heads is None else partial(cached, heads)
+    with contextlib.ExitStack() as stack:
+        bar: list[Progress] = []
+
+        def progress(done: int, total: int) -> None:
+            if not bar:  # Nothing is shown where the head is read.
+                shown = jax.process_index() == 0
+                bar.append(
+                    stack.enter_context(Progress(name, total, unit="prompts", enabled=shown))
+                )
+            bar[0].update(done)
+
+        return make(
+            checkpoint, class_names, templates, allow_repeats=allow_repeats, progress=progress
+        )
 
 
 def with_captions(

@@ -1,0 +1,66 @@
+"""The options of a run, refused before anything of it is opened, made or written."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from modelstock_jax.clip import layouts
+from modelstock_jax.clip.transformer import Compute
+from modelstock_jax.data import benchmark
+from modelstock_jax.data.reader import Loading
+from modelstock_jax.data.views import TrainView
+from modelstock_jax.errors import UserError
+from modelstock_jax.merging.units import UNITS
+from modelstock_jax.training.merge import check_merge
+from modelstock_jax.training.methods.method import check_method
+from modelstock_jax.training.methods.optimizer import check_optimizer
+from modelstock_jax.training.methods.per_replica import hyper_parameters
+from modelstock_jax.training.monitoring.health import check_policy
+from modelstock_jax.training.programs import EXECUTIONS
+
+TASKS = ("finetune", "learning_rate", "pretrain")
+
+
+def check_options(config: ConfigDict) -> None:
+    """Refuses a misspelt name, or a number out of its range, in no time.
+
+    Each module refuses its own options when it is used, which may be after an hour: a zero-shot
+    head is made by then, images are decoded. Here all of them are asked at once. What depends on
+    the data or on the model is not seen here.
+
+    Args:
+      config: see `configs/default.py`.
+
+    Raises:
+      UserError: for the first option that cannot be meant; it names the choices.
+
+    Example:
+      >>> from configs.default import get_config
+      >>> config = get_config()
+      >>> check_options(config)
+      >>> config.optimizer.name = "adam"
+      >>> check_options(config)
+      Traceback (most recent call last):
+      ...
+      modelstock_jax.errors.UserError: optimizer.name='adam': choose one of adamw, sgd
+    """
+    _one_of("task", config.task, TASKS)
+    _one_of("data.name", config.data.name, benchmark.NAMES)
+    _one_of("compute.execution", config.compute.execution, EXECUTIONS)
+    check_method(config)
+    check_optimizer(config.optimizer)
+    check_merge(config.merge)
+    check_policy(config.watch.policy)
+    hyper_parameters(config, 1)
+    Compute.of(config.compute)
+    TrainView.of(config.data.augment, 1)
+    Loading(**config.data.loading)
+    for unit in config.evaluation.units:
+        _one_of("evaluation.units", unit, UNITS)
+    for layout in config.export.layouts:
+        _one_of("export.layouts", layout, layouts.WRITABLE)
+
+
+def _one_of(name, value, known) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")

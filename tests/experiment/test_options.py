@@ -1,0 +1,64 @@
+"""A misspelt name ends a run before anything is opened, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import default, glyphs, vitb16, vitb32, vitl14
+from modelstock_jax.errors import UserError
+from modelstock_jax.experiment import evaluate_checkpoint, run
+from modelstock_jax.experiment.options import check_options
+
+MISSPELT = {
+    "task": ("fine-tune", "finetune, learning_rate"),
+    "data.name": ("glyph", "glyphs, imagenet"),
+    "data.augment.crop_area": ((0.9, 1.1), "up to 1"),
+    "data.augment.randaugment_magnitude": (31, "between 0 and 30"),
+    "data.loading.unreadable": ("ignore", "'error' or 'skip'"),
+    "objective.name": ("car_fft", "cross_entropy, car_ft"),
+    "objective.head": ("zeroshot", "zero_shot, random"),
+    "optimizer.name": ("adam", "adamw, sgd"),
+    "optimizer.projection.name": ("ftpp", "none, ftp"),
+    "optimizer.projection.norm": ("l3", "l2, mars"),
+    "per_replica.learning_rate": ((1e-3,), "1 numbers for 2 replicas"),
+    "merge.every": ("epochs", "'epoch', 'end'"),
+    "merge.method": ("stocks", "stock, mean"),
+    "merge.unit": ("tensors", "tensor, layer"),
+    "merge.opt_state": ("kept", "keep, average"),
+    "merge.carry_noise": ("no", "off, every"),
+    "compute.dtype": ("float23", "float32, bfloat16"),
+    "compute.attention": ("flash", "'xla' or 'cudnn'"),
+    "compute.execution": ("pmap", "auto, vmap"),
+    "watch.policy": ("ignore", "stop, skip_step"),
+    "evaluation.units": (("layers",), "tensor, layer"),
+    "export.layouts": (("huggingface",), "hugging_face, open_clip"),
+}
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_what_cannot_be_meant_is_refused_before_anything_is_opened(key, tmp_path):
+    config = glyphs.get_config()
+    config.pretrained = str(tmp_path / "opened")  # There is none: opening it is another error.
+    value, choices = MISSPELT[key]
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=key.rsplit(".", 1)[-1]) as error:
+        run(config, tmp_path / "run")
+    assert choices in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("made", [default, glyphs, vitb32, vitb16, vitl14])
+def test_our_own_configs_are_meant(made):
+    check_options(made.get_config())
+
+
+def test_an_evaluation_takes_the_options_of_a_run(tmp_path):
+    """What a run compiled is found again, and a name is looked at first."""
+    config = glyphs.get_config()
+    (tmp_path / "file").write_text("in the way")
+    config.compute.compilation_cache = str(tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match="compute.compilation_cache=.*file"):
+        evaluate_checkpoint(config, str(tmp_path / "nowhere"))
+    config.compute.dtype = "float23"
+    with pytest.raises(UserError, match="float23"):
+        evaluate_checkpoint(config, str(tmp_path / "nowhere"))
