@@ -28,7 +28,7 @@ from modelstock_jax.experiment.disk_use import (
     num_merges,
 )
 from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
-from modelstock_jax.training.communication import sent_bytes
+from modelstock_jax.training.communication import sent_across, sent_bytes
 from modelstock_jax.training.finetune import finetuning_task, make_classifier
 from modelstock_jax.training.memory import Memory, memory
 from modelstock_jax.training.methods.text_side import AbstractTextSide
@@ -94,7 +94,8 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
         justify="right",
     )
     if programs.mesh.devices.size > 1:
-        _print(console, "what a device sends, and receives", _sent(compiled))
+        sent = _sent(compiled, programs.mesh.shape["data"])
+        _print(console, "what a device sends, and receives", sent)
     _print(console, "disk, before Orbax compresses", _disk(disk), justify="right")
     found = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
     found += missing_space(workdir, disk)
@@ -181,12 +182,13 @@ def _memory(need: Memory) -> dict[str, str]:
     return {name: as_text(value) for name, value in rows.items()}
 
 
-def _sent(compiled: dict[str, jax.stages.Compiled]) -> dict[str, str]:
+def _sent(compiled: dict[str, jax.stages.Compiled], data: int) -> dict[str, str]:
     rows = {}
     for name, program in compiled.items():
         kinds = sent_bytes(program)
         parts = ", ".join(f"{kind} {as_text(size)}" for kind, size in kinds.most_common())
         rows[f"a {name}"] = as_text(kinds.total()) + (f" ({parts})" if parts else "")
+        rows[f"a {name}, between replicas"] = as_text(sent_across(program, data))
     return rows
 
 

@@ -61,12 +61,29 @@ class Collective:
         return round(self.times * size * share.get(self.kind, (devices - 1) / devices))
 
 
+    def within(self, devices: int) -> bool:
+        """Whether each group stays in one row of a mesh with rows of `devices` devices."""
+        rows = self.groups // devices
+        return bool((rows == rows[:, :1]).all())
+
+
 def sent_bytes(compiled: jax.stages.Compiled) -> Counter[str]:
     """Bytes that a device sends in one run of a program, by kind of collective."""
     sent = Counter()
     for collective in collectives(compiled.as_text()):
         sent[collective.kind] += collective.sent
     return +sent
+
+
+def sent_across(compiled: jax.stages.Compiled, devices: int) -> int:
+    """Bytes that a device sends in collectives that join several rows of a mesh: replicas.
+
+    Args:
+      compiled: a program.
+      devices: in a row, those of one replica.
+    """
+    found = collectives(compiled.as_text())
+    return sum(collective.sent for collective in found if not collective.within(devices))
 
 
 def collectives(hlo: str) -> list[Collective]:
