@@ -40,7 +40,7 @@ sys.path.insert(0, os.getcwd())
 
 PRETRAINED = "glyph-clip"  # the small CLIP of the package
 MODELS = 8  # fine-tuned copies; at least 6
-STEPS, BATCH, RATE = 96, 64, 1e-3
+STEPS, BATCH, RATE = 64, 64, 1e-3
 TRAIN_SIZE = 4096
 FIGURES = ""  # a directory to keep the pictures in
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ PAGES = (
 )
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 _INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
+
+
+def named(page: Path) -> str:
+    """A page's name in messages: there are two README.md."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def fenced(page: Path) -> list[tuple[int, str, str]]:
@@ -45,7 +51,7 @@ def run_blocks(page: Path, names: dict[str, Any] | None = None) -> dict[str, Any
 def commands(page: Path) -> list[str]:
     """What a page gives to type: lines of shell blocks and indented ones, and `code` of commands.
 
-    Continued lines are joined, comments and what follows a pipe or a redirection left out.
+    Continued lines are joined, those with pipes and the like taken apart.
     """
     text = page.read_text()
     shell = [block for _, language, block in fenced(page) if language in ("sh", "bash")]
@@ -54,5 +60,19 @@ def commands(page: Path) -> list[str]:
               if re.match(r" {4}(python|modelstock|make|pytest|XLA_)", block)]
     lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:python |modelstock |make |pytest |pip |hf )[^`\n]+)`", prose)
-    parts = (part for line in lines for part in re.split(r" [|&] | && |; ", line))
-    return [part.strip() for part in parts if part.strip() and not part.strip().startswith("#")]
+    return [command for line in lines for command in simple_commands(line)]
+
+
+def simple_commands(line: str) -> list[str]:
+    """The commands of a line, without comments and what separates them."""
+    # <placeholder> stands for what a reader puts there, ... for more of the same.
+    line = re.sub(r"\$\w+", "1", re.sub(r"<[^>]*>", "PLACEHOLDER", line)).replace(" ...", "")
+    words = shlex.shlex(line, posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    found: list[list[str]] = [[]]
+    for word in words:
+        if set(word) <= set("&|;()<>"):
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [shlex.join(command) for command in found if command]

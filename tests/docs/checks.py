@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-import copy
+import ast
 import importlib
 import importlib.util
 import re
 import shlex
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from modelstock_jax.checkpoint_merge.arguments import parsers
-from tests.docs.blocks import ROOT
+from modelstock_jax.studies.catalogue import STUDIES
+from tests.docs.blocks import ROOT, simple_commands
 
 # Programs of others, whose options are not ours to know.
-OTHERS = {"git", "cd", "for", "done", "do", "wait", "srun", "gcloud", "hf", "python", "sbatch"}
+OTHERS = {"git", "cd", "for", "hf", "python"}
 
 
 def launch(arguments: Sequence[str]) -> str | None:
     """What is wrong with `python launch.py ARGUMENTS`; None where it would start."""
-    return _flags("launch", [argument for argument in arguments])
+    return _flags(ROOT / "launch.py", arguments)
 
 
 def studies(arguments: Sequence[str]) -> str | None:
     """The same of `python -m modelstock_jax.studies`."""
-    from modelstock_jax.studies.catalogue import STUDIES
-
     names = [a for a in arguments if not a.startswith("--")]
     if unknown := [name for name in names if name not in (*STUDIES, "all")]:
         return f"no study {unknown[0]}"
-    return _flags("modelstock_jax.studies.__main__", [a for a in arguments if a.startswith("--")])
+    options = [a for a in arguments if a.startswith("--")]
+    return _flags(ROOT / "modelstock_jax/studies/__main__.py", options)
 
 
-def _flags(module: str, arguments: list[str]) -> str | None:
-    """Parses flags and --config as `command_line.parse` does, apart from the process's own."""
-    argv, known = [module, *arguments], flags.FlagValues()
-    for flag in flags.FLAGS.get_key_flags_for_module(importlib.import_module(module)):
-        if flag.name != "config":
-            known[flag.name] = copy.deepcopy(flag)
-    config_flags.DEFINE_config_file("config", "configs/glyphs.py", "", known, sys_argv=argv)
+def _flags(program: Path, arguments: Sequence[str]) -> str | None:
+    """Parses as `command_line.parse` does, by flags of its own: two programs share some names."""
+    known, argv = flags.FlagValues(), [program.name, *arguments]
+    for node in ast.walk(ast.parse(program.read_text())):
+        name = getattr(getattr(node, "func", None), "attr", "")
+        if isinstance(node, ast.Call) and name.startswith("DEFINE_"):
+            getattr(flags, name)(*map(ast.literal_eval, node.args), flag_values=known)
     try:
-        rest = known(argv)
-        known.config.keys()
+        with warnings.catch_warnings():  # ml_collections reads a config file in an old way.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            config_flags.DEFINE_config_file("config", "configs/glyphs.py", "", known, sys_argv=argv)
+            rest = known(argv)
+            known.config.keys()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         return " ".join(str(error).split())[-200:]
     return f"{rest[1]} is no flag" if rest[1:] else None
@@ -101,7 +106,7 @@ def _module(name: str, arguments: Sequence[str]) -> str | None:
         return f"no module {name}"
     parser = {"modelstock_jax.data": "modelstock_jax.data.__main__",
               "modelstock_jax.clip.convert": "modelstock_jax.clip.convert"}.get(name)
-    if parser:
+    if parser and len(arguments) > 1:  # Else it is only named.
         try:
             importlib.import_module(parser)._parser().parse_args(list(arguments))
         except SystemExit as end:
@@ -120,25 +125,25 @@ _PROGRAMS: dict[str, Callable[[Sequence[str]], str | None]] = {
 
 def wrong(command: str) -> str | None:
     """What is wrong with a command, as a line; None where its program would take it."""
-    # $name and <placeholder> stand for what a reader puts there.
-    words = shlex.split(re.sub(r"<[^>]*>", "PLACEHOLDER", command), comments=True)
-    while words and ("=" in words[0].split("/")[0] or words[0] in ("do", "then", "srun", "done")
-                     or (words[0].startswith("--") and "launch.py" in words)):
-        words.pop(0)  # VARIABLE=value before a command, and what starts one.
-    words = [word for word in words if word != "&"]
-    if "python" not in (words[:1] or [""])[0] and "python" in words:
-        words = words[words.index("python"):]
+    words = shlex.split(command)
+    while words and (re.match(r"[A-Z_]+=", words[0]) or words[0] in ("do", "done", "wait")):
+        words.pop(0)  # What stands before a command.
     if not words:
         return None
     program, arguments = words[0].rpartition("/")[2], words[1:]
+    if program == "srun" and "python" in arguments:
+        program, arguments = "python", arguments[arguments.index("python") + 1:]
     if program == "python" and arguments[:1] == ["launch.py"]:
         return launch(arguments[1:])
     if program == "python" and arguments[:2] == ["-m", "pip"]:
         return pip(arguments[2:])
     if program == "python" and arguments[:1] == ["-m"]:
         return _module(arguments[1], arguments[2:]) or paths(arguments)
-    if program == "python" and arguments and (arguments[0].endswith(".py")):
+    if program == "python" and arguments and arguments[0].endswith(".py"):
         return None if (ROOT / arguments[0]).is_file() else f"no file {arguments[0]}"
+    if program == "gcloud":  # What it starts on the hosts.
+        inner = [a.partition("=")[2] for a in arguments if a.startswith("--command=")]
+        return next(filter(None, map(wrong, (c for i in inner for c in simple_commands(i)))), None)
     if program in _PROGRAMS:
         return _PROGRAMS[program](arguments)
     return None if program in OTHERS else f"what is {program!r}?"

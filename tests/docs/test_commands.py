@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.docs.blocks import PAGES, ROOT, commands
+from tests.docs.blocks import PAGES, ROOT, commands, named, simple_commands
 from tests.docs.checks import launch, wrong
 
 
@@ -15,11 +15,11 @@ def _at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)  # --config=configs/... is a path from there.
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_command_is_taken(page):
     found = {command: wrong(command) for command in commands(page)}
     assert not any(found.values()), "\n".join(
-        f"{page.name}: {command}: {what}" for command, what in found.items() if what)
+        f"{named(page)}: {command}: {what}" for command, what in found.items() if what)
 
 
 def test_so_is_every_command_of_the_configs():
@@ -31,16 +31,18 @@ def test_so_is_every_command_of_the_configs():
 
 def test_pages_have_commands():
     """Else the checks above would pass on nothing."""
-    counts = {page.name: len(commands(page)) for page in PAGES}
-    assert counts["README.md"] > 12 and counts["train_on_imagenet.md"] > 7
-    assert counts["merging.md"] > 8 and counts["scale.md"] > 3
+    counts = {named(page): len(commands(page)) for page in PAGES}
+    assert counts["README.md"] > 12 and counts["docs/train_on_imagenet.md"] > 7
+    assert counts["docs/merging.md"] > 8 and counts["docs/scale.md"] > 3
 
 
 @pytest.mark.parametrize(
     ("command", "what"),
     [
         ("python launch.py --config=configs/vitb32.py:strong --config.merge.every=100", None),
-        ("JAX_PLATFORMS=cpu python launch.py --num_processes=2 &", None),
+        ("JAX_PLATFORMS=cpu python launch.py --num_processes=2", None),
+        ("srun --kill-on-bad-exit=1 python launch.py --worker=2", "worker"),
+        ("gcloud compute ssh --command='cd x && python launch.py --confg=x'", "confg"),
         ("python launch.py --config.merge.evry=100", "evry"),
         ("python launch.py --config=configs/nowhere.py", "nowhere"),
         ("python launch.py --config=configs/vitb32.py:weak", "weak"),
@@ -66,6 +68,12 @@ def test_pages_have_commands():
 def test_a_mistake_is_seen(command, what):
     found = wrong(command)
     assert found is None if what is None else what in (found or ""), found
+
+
+def test_commands_of_a_line():
+    line = "cd <a folder's name> && A=1 python x.py --y=\"(1,2)\" 2>log | tail & # not this"
+    assert simple_commands(line) == [
+        "cd PLACEHOLDER", "A=1 python x.py '--y=(1,2)' 2", "log", "tail"]
 
 
 def test_flags_of_one_command_do_not_reach_the_next():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from notebooks.pairing import cells, pairs
-from tests.docs.blocks import PAGES, ROOT
+from tests.docs.blocks import PAGES, ROOT, named
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|json|txt|ipynb|png|yml))`")
@@ -38,11 +38,11 @@ def lost(text: str, place: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page):
     text = page.read_text()
     own = re.sub(r"\]\((#[^)]+)\)", rf"]({page.name}\1)", text)
-    assert not lost(own, page.parent), page.name
+    assert not lost(own, page.parent)
 
 
 def test_links_of_the_notebooks():
@@ -51,13 +51,12 @@ def test_links_of_the_notebooks():
             assert not lost(source, path.parent), path.name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_files_that_are_named_are_there(page):
     """`folder/file.py`: from the root, from the package, or from the page."""
     places = (ROOT, ROOT / "modelstock_jax", page.parent)
-    named = [name for name in _PATH.findall(page.read_text()) if not name.startswith(ELSEWHERE)]
-    gone = [name for name in named if not any((place / name).exists() for place in places)]
-    assert not gone, page.name
+    paths = [path for path in _PATH.findall(page.read_text()) if not path.startswith(ELSEWHERE)]
+    assert not [path for path in paths if not any((place / path).exists() for place in places)]
 
 
 def test_a_dead_link_is_seen(tmp_path):
