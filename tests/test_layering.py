@@ -21,7 +21,7 @@ MAX_LAUNCH_LINES = 60
 LAYERS = [
     {"errors", "command_line"},
     {"merging", "tensor_files"},
-    {"data", "clip"},
+    {"data", "clip", "towers"},
     {"training", "evaluation", "reporting"},
     {"experiment", "studies", "checkpoint_merge"},
     {"__main__"},

@@ -17,13 +17,12 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
-from modelstock_jax.experiment.pretrained import open_anchor
+from modelstock_jax.studies.anchors import opener
 from modelstock_jax.studies.ledger import Ledger
 from modelstock_jax.studies.measurements import HeldOut, Measurement
 from modelstock_jax.studies.models import Model
 from modelstock_jax.studies.runs import Run, digest
 from modelstock_jax.studies.trained import Trained, part
-from modelstock_jax.training.finetune import anchor_classifier
 from modelstock_jax.training.sharding import make_mesh
 
 PyTree = Any
@@ -63,10 +62,10 @@ class Bench:
             raise UserError("studies run in one process; launch.py trains on many hosts")
         self.config, self.ledger = config, ledger
         workdir = Path(workdir)
-        pretrained = open_anchor(config)
+        opened = opener(config)
         self.data = data = data or benchmark.load(config.data)
-        self.fingerprint = pretrained.fingerprint
-        self._anchor = anchor_classifier(config, pretrained, data, workdir / "heads")
+        self._anchor = opened(data, workdir)
+        self.fingerprint = self._anchor.fingerprint
         self.num_heads = self._anchor.num_heads
         self.trained = Trained(config, workdir, self._anchor, data, self.fingerprint, self._record)
         most = config.evaluation.max_shift_images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ _WAYS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def _ways(setup: Setup) -> Sequence[str]:
+    return tuple(_WAYS)[:2] if setup.further else tuple(_WAYS)
+
+
 def _pool(setup: Setup, way: str) -> tuple[Replica, ...]:
     options = PAIR | _WAYS[way]
     return tuple(Replica(Run.of(seed, options), r) for seed in setup.seeds for r in (0, 1))
@@ -46,7 +50,7 @@ def _merge(way: str, team: tuple[Replica, ...]) -> Model:
 
 def _wanted(setup: Setup) -> dict[Any, Measurement]:
     wanted: dict[Any, Measurement] = {}
-    for way in _WAYS:
+    for way in _ways(setup):
         models = _pool(setup, way)
         half = len(models) // 2
         start = Start(models[0].run)
@@ -61,7 +65,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
 def _say(setup: Setup, values: Values) -> Report:
     teams = range(len(setup.seeds))
     accuracies, geometry, claims = [], [], []
-    for way in _WAYS:
+    for way in _ways(setup):
         means, stocks = ([values[what, way, i] for i in teams] for what in ("mean", "stock"))
         accuracies.append(
             [
@@ -129,7 +133,8 @@ GENERALITY = Study(
     "generality",
     "Generality",
     "Whether the angle and the norm of fine-tuned models are the same for any two, and their shell "
-    "thin, with another optimizer, augmentation or initialisation.",
+    "thin, with another optimizer, augmentation or initialisation; and of other architectures, "
+    "with `--anchors=tower:resnet,tower:convnext,tower:hybrid,tower:vit`.",
     _wanted,
     _say,
 )

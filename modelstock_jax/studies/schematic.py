@@ -66,7 +66,7 @@ def _say_pair(setup: Setup, values: Values) -> Report:
 
 # More of them cannot be told apart: late merges hardly move.
 _PERIODS = 4
-_PARTS = 8
+_PARTS = 16
 
 
 def _times(setup: Setup, run: Run, period: int) -> list[float]:

@@ -9,6 +9,7 @@ from modelstock_jax.data.glyphs.captions import captions
 from modelstock_jax.data.glyphs.domain import BROAD
 from modelstock_jax.data.glyphs.masks import CHARACTERS
 from modelstock_jax.data.glyphs.render import render
+from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.errors import UserError
 
 
@@ -38,4 +39,16 @@ def pretraining_batch(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
     return images, captions(rng, scenes)
 
 
+def broad_set(size: int) -> ImageSet:
+    """Labelled images of the broad world, for towers that are pretrained without text.
+
+    >>> broad_set(3).images.shape
+    (3, 24, 24, 3)
+    """
+    labels = (np.arange(size) % len(CHARACTERS)).astype(np.int32)
+    key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), _LABELLED)
+    return ImageSet("broad", render(key, np.arange(size), labels, BROAD)[0], labels)
+
+
 _STREAM = 1  # keeps these draws apart from those of the sets
+_LABELLED = 101
