@@ -1,0 +1,86 @@
+"""Each message that docs/troubleshooting.md quotes is one that the source says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from modelstock_jax import NonFiniteError, UserError, model_stock
+from modelstock_jax.checkpoint_merge.cli import main
+from tests.docs.blocks import ROOT, fenced
+from tests.docs.checks import launch
+from tests.docs.messages import known, templates
+
+PAGE = ROOT / "docs/troubleshooting.md"
+
+
+def quoted() -> list[str]:
+    """One message a line; indented lines, and the one after them, belong to the line above."""
+    messages: list[str] = []
+    for _, language, block in fenced(PAGE):
+        if language == "text":
+            lines = block.splitlines()
+            for before, line in zip(["", *lines], lines, strict=False):
+                if line.startswith(" ") or before.startswith(" "):
+                    messages[-1] += "\n" + line
+                else:
+                    messages.append(line)
+    return messages
+
+
+@pytest.fixture(scope="module")
+def patterns():
+    return templates()
+
+
+def test_every_message_is_in_the_source(patterns):
+    assert len(quoted()) > 30
+    # ml_collections words this one; its beginning is ours.
+    lost = [message for message in quoted() if not known(message, patterns)
+            and not message.startswith("error: --config has no such option: ")]
+    assert not lost, "\n".join(lost)
+
+
+def test_most_of_each_message_is_found(patterns):
+    """Not a part by chance: what is left over is what was filled in."""
+    for message in quoted():
+        for part in known(message, patterns):
+            message = message.replace(part, "")
+        assert len(message) < 120, message
+
+
+@pytest.mark.parametrize("changed", [
+    "mesh.data=3 does not cut batch_size=128",
+    "replica 1: tensor 'w' has NaN; mend it",
+    "no checkpoint in DIR is intact; put back a copy",
+])
+def test_a_message_of_another_wording_is_not(patterns, changed):
+    assert not known(changed, patterns)
+
+
+def said(page_line: str) -> str:
+    """The quoted message that begins so."""
+    (message,) = [m for m in quoted() if m.startswith(page_line)]
+    return message
+
+
+def test_some_of_them_as_they_are_said(capsys, monkeypatch):
+    """Those that cost nothing to provoke, word for word."""
+    monkeypatch.chdir(ROOT)
+    assert launch(["--config=configs/vitb32.py:weak"]).endswith(
+        said("error: flag --config=configs/vitb32.py").partition("weak: ")[2])
+    w0 = {"w": np.ones((2, 2), np.float32)}
+    wrong = {"finetuned must": w0, "this merge": {"w": np.ones((1, 2, 2), np.float32)},
+             "pretrained and": {"v": np.ones((2, 2, 2), np.float32)}}
+    for beginning, finetuned in wrong.items():
+        with pytest.raises(UserError) as error:
+            model_stock(w0, finetuned)
+        assert str(error.value) == said(beginning)
+    with pytest.raises(NonFiniteError) as error:
+        model_stock(w0, {"w": np.stack([w0["w"], np.full((2, 2), np.nan, np.float32)])})
+    assert str(error.value) == said("replica 1 (counted")
+    assert main(["merge", "./base", "./ft1", "./ft2"]) == 1
+    assert capsys.readouterr().err.strip() == said("error: --out DIR")
+    with pytest.raises(SystemExit):
+        main(["merge", "a", "b", "c", "--units", "layer"])
+    assert capsys.readouterr().err.strip() == said("error: unknown option")
