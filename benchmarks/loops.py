@@ -111,7 +111,14 @@ class Loops:
         return self._round(self.programs.step, self.record.step, self.timeline)
 
     def saving(self) -> np.ndarray:
-        """As a run does it, with one save, at the first step of the round."""
+        """As a run does it, with one save of the state, at the first step of the round."""
+        return self._with_save(merged=False)
+
+    def epoch(self) -> np.ndarray:
+        """As at an epoch's end: a merged model is saved, and the state after it."""
+        return self._with_save(merged=True)
+
+    def _with_save(self, merged: bool) -> np.ndarray:
         ended = threading.Event()
 
         def take(step, values):
@@ -119,13 +126,16 @@ class Loops:
             if step == self.done + 1:
                 self.record.settle()
                 self.began = time.perf_counter()
+                if merged:
+                    self.stores.save_merged(step, self.anchor)
                 self._save(step, ended)
 
         cpu = time.process_time()
         seconds = self._round(self.programs.step, take, self.timeline)
         assert ended.wait(600)
         self.stores.wait()
-        self.lasted.append(self.ended - self.began)
+        if not merged:
+            self.lasted.append(self.ended - self.began)
         wall = max(seconds[0], self.ended - self.round_began)
         return np.array([wall, time.process_time() - cpu])
 
