@@ -49,6 +49,7 @@ kill-test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyrefly check --summary=none
 
 clean:
 	rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

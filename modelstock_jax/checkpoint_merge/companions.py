@@ -33,7 +33,8 @@ def copy_companions(plan: Plan, directory: Path) -> None:
             if path.is_file() and _wanted(path.name):
                 shutil.copyfile(path, directory / path.name)
     except OSError as error:
-        raise UserError(f"{path}: cannot be copied ({error.strerror or error}).") from None
+        where = error.filename or source
+        raise UserError(f"{where}: cannot be copied ({error.strerror or error}).") from None
     if plan.config and (directory / CONFIG).is_file():
         config = read_json(directory / CONFIG)
         write_json(directory / CONFIG, {**config, **plan.config})

@@ -69,6 +69,7 @@ def build(
     tokens += dict.fromkeys("".join(pair) for pair in merges if "".join(pair) not in set(tokens))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(
+        # pyrefly: ignore [bad-argument-type]  # Pairs are taken too, and are what a file has.
         vocab=vocabulary, merges=merges, model_max_length=context_length, **names
     )
     with new_directory(directory) as beside:

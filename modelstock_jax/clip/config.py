@@ -13,7 +13,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 LEGACY_EOS_TOKEN_ID = 2
 
 
-_KINDS = {
+_KINDS: dict[Any, Any] = {
     "int": (int,),
     "float": (float, int),
     "str": (str,),
@@ -23,11 +23,11 @@ _KINDS = {
 
 def _take(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of `cls` among `values`, each of the declared type."""
-    taken = {}
+    taken: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if field.name not in values or field.type not in _KINDS:
             continue
-        value = values[field.name]
+        value: Any = values[field.name]
         if isinstance(value, bool) or not isinstance(value, _KINDS[field.type]):
             raise UserError(f"{where}: {field.name} must be {field.type}, not {value!r}.")
         taken[field.name] = float(value) if field.type == "float" else value
@@ -158,7 +158,7 @@ class CLIPConfig:
                 f"config: model_type is {found!r}, not 'clip'; only CLIP models (both towers) "
                 "can be opened."
             )
-        towers = {}
+        towers: dict[str, Any] = {}
         for name, tower in (("vision", VisionConfig), ("text", TextConfig)):
             key = (
                 f"{name}_config"

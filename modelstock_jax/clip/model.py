@@ -53,7 +53,9 @@ def init(config: CLIPConfig, key: jax.Array) -> Params:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(tower: type[nnx.Module], config: CLIPConfig, compute: Compute) -> tuple[Any, Any]:
+def _abstract(
+    tower: Callable[..., nnx.Module], config: CLIPConfig, compute: Compute
+) -> tuple[Any, Any]:
     """A module's structure and its parameters' shapes, with nothing drawn."""
     return nnx.split(nnx.eval_shape(lambda: tower(config, compute, _OneKey())))
 

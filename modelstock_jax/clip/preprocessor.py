@@ -62,6 +62,7 @@ class Preprocessor:
             UserError: No such file, or one that describes something else than CLIP's steps.
         """
         path, newer = directory / FILE, directory / "processor_config.json"
+        raw: Any
         if not path.is_file() and newer.is_file():
             path, raw = newer, read_json(newer)
             raw = raw.get("image_processor") if isinstance(raw, dict) else None

@@ -101,7 +101,7 @@ def _open(
     from transformers import AutoTokenizer  # Seconds: only where text is read.
 
     try:
-        whole = AutoTokenizer.from_pretrained(
+        whole: Any = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
         fast = whole.backend_tokenizer

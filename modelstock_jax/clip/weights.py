@@ -127,7 +127,10 @@ def save(
     head: dict[str, np.ndarray] = {}
     if checkpoint.head is not None:
         classes = np.shape(checkpoint.head["bias"])[0]
-        shapes = {("kernel",): (config.projection_dim, classes), ("bias",): (classes,)}
+        shapes: dict[tuple[str, ...], tuple[int, ...]] = {
+            ("kernel",): (config.projection_dim, classes),
+            ("bias",): (classes,),
+        }
         head = write_tree(checkpoint.head, HEAD, shapes, directory / HEAD_FILE)
         if checkpoint.labels is not None:
             labels = _check_labels(checkpoint.labels, classes, directory)
@@ -141,9 +144,10 @@ def save(
         chosen.write(beside, tensors, max_shard_bytes)
         if head:
             write_tensors(beside / HEAD_FILE, head)
-        for name in TOKENIZER_FILES if checkpoint.directory else ():
-            if (checkpoint.directory / name).is_file():
-                shutil.copyfile(checkpoint.directory / name, beside / name)
+        source = checkpoint.directory
+        for name in TOKENIZER_FILES if source else ():
+            if source and (source / name).is_file():
+                shutil.copyfile(source / name, beside / name)
         for name, text in (texts or {}).items():
             write_text(beside / name, text)
     return directory

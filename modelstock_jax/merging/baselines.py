@@ -124,7 +124,7 @@ def constant_ratio(
       >>> round(float(constant_ratio(w0, w)[1].ratio["w"]), 3)  # one unit: Model Stock itself
       0.667
     """
-    how = {"num_heads": num_heads, "filter_axis": filter_axis}
+    how: dict[str, Any] = {"num_heads": num_heads, "filter_axis": filter_axis}
     if ratio is None:
         # Measured before either is rounded to narrower weights.
         how["dtype"] = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))

@@ -64,34 +64,38 @@ def merge(
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise UserError(f"dtype must be a floating dtype, not {jnp.dtype(dtype)}")
     parts = _assign(leaves, unit, num_heads, filter_axis)
-    extras = [leaves.treedef.flatten_up_to(extra) for extra in extras]
-    merged, solutions, finite = [[None] * len(leaves.names) for _ in range(3)]
+    inputs = [leaves.treedef.flatten_up_to(extra) for extra in extras]
+    merged: list[Any] = [None] * len(leaves.names)
+    solutions: list[Any] = merged.copy()
+    finite: list[Any] = merged.copy()
 
     members: dict[str, list[int]] = {}
+    moved: dict[int, units.Part] = {}
     for k, part in enumerate(parts):
         if part is None:
             merged[k] = _kept(leaves.pretrained[k], dtype)
             solutions[k] = _kept_solution(leaves.num_replicas)
             finite[k] = jnp.ones(leaves.num_replicas, bool)
         else:
+            moved[k] = _nameless(part)
             members.setdefault(part.key, []).append(k)
 
-    grams = [[None] * len(group) for group in members.values()]
-    for g, group in enumerate(members.values()):
-        for m, k in enumerate(group):
-            grams[g][m], finite[k] = _gram(
-                leaves.pretrained[k], leaves.finetuned[k], part=_nameless(parts[k])
-            )
+    grams: list[list[Any]] = []
+    for group in members.values():
+        pairs = [_gram(leaves.pretrained[k], leaves.finetuned[k], part=moved[k]) for k in group]
+        grams.append([gram for gram, _ in pairs])
+        for k, (_, every) in zip(group, pairs, strict=True):
+            finite[k] = every
     solved = solve_units(
         method, grams,
-        [sum(parts[k].count for k in group) < 2 for group in members.values()],
-        [[extra[group[0]] for extra in extras] for group in members.values()],
+        [sum(moved[k].count for k in group) < 2 for group in members.values()],
+        [[extra[group[0]] for extra in inputs] for group in members.values()],
         shared,
     )
     for group, solution in zip(members.values(), solved, strict=True):
         tensors = (combine or _add_up)(
             [leaves.pretrained[k] for k in group], [leaves.finetuned[k] for k in group], solution,
-            [_nameless(parts[k]) for k in group], None if dtype is None else jnp.dtype(dtype),
+            [moved[k] for k in group], None if dtype is None else jnp.dtype(dtype),
         )
         for k, tensor in zip(group, tensors, strict=True):
             solutions[k], merged[k] = solution, tensor

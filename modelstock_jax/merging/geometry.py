@@ -7,7 +7,7 @@ trailing axes run over merge units. Nothing else of the weights is needed.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +19,9 @@ LEAST_SQUARE = float(np.finfo(np.float32).tiny)
 class Distances(NamedTuple):
     """Expected distances from the centre: of one replica, of the mean, of the merged weights."""
 
-    replica: object
-    mean: object
-    merged: object
+    replica: Any
+    mean: Any
+    merged: Any
 
 
 def squared_norms(gram):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def random_point(
 
 def _total_gram(origin: Any, models: Any) -> jax.Array:
     """Products of the movements from the origin over all tensors, [M, M]."""
-    return sum(jax.tree.leaves(unit_grams(origin, models)))
+    return functools.reduce(jnp.add, jax.tree.leaves(unit_grams(origin, models)))
 
 
 def _axes(gram):

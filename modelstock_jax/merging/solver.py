@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -42,14 +42,14 @@ def solve_units(
     return _cut(row, grams)
 
 
-@partial(jax.jit, static_argnames=("method", "single"))
+@functools.partial(jax.jit, static_argnames=("method", "single"))
 def _solve(grams, own, shared, *, method: Method, single: tuple[bool, ...]) -> Solution:
     """All units as one row, so that the algebra is compiled once and not once a tensor."""
-    totals = [sum(group) for group in grams] or [jnp.zeros((2, 2, 0))]
+    totals = [functools.reduce(jnp.add, group) for group in grams] or [jnp.zeros((2, 2, 0))]
     gram = jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in totals], axis=-1)
     own = [jnp.concatenate([jnp.ravel(x) for x in rows]) for rows in zip(*own, strict=True)]
     sizes = [math.prod(total.shape[2:]) for total in totals]
-    single = np.repeat(np.array(single, bool), sizes if grams else 0)
+    alone = np.repeat(np.array(single, bool), sizes if grams else 0)
     finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
 
     def solve(gram, *args):
@@ -62,7 +62,7 @@ def _solve(grams, own, shared, *, method: Method, single: tuple[bool, ...]) -> S
             policy=jnp.where(finite, row.policy, jnp.int8(Policy.NON_FINITE)),
         )
 
-    inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(single), *own, *shared)
+    inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(alone), *own, *shared)
     nothing = _nothing(jax.eval_shape(solve, *inputs))
     # A branch, for the compiler would fuse a copy of the algebra into every slice of its result.
     return jax.lax.cond(finite.any(), solve, lambda *_: nothing, *inputs)

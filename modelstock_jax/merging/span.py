@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -96,8 +97,10 @@ def _weighted(solutions, coefficients):
 def _orthonormal(leaves: list) -> jax.Array:
     """Gram-Schmidt from products alone: with W W^T = L L^T the basis is L^-1 W."""
     def invert(leaves):
-        gram = sum(
-            jnp.sum(w[:, None] * w[None], axis=tuple(range(2, w.ndim + 1))) for w in leaves)
+        gram = functools.reduce(
+            jnp.add,
+            [jnp.sum(w[:, None] * w[None], axis=tuple(range(2, w.ndim + 1))) for w in leaves],
+        )
         factor = jnp.linalg.cholesky(gram)
         identity = jnp.eye(len(gram), dtype=gram.dtype)
         return jax.scipy.linalg.solve_triangular(factor, identity, lower=True)

@@ -141,9 +141,9 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(stats: Stats) -> list[_Leaf]:
-    host = jax.device_get(stats._replace(units=None))
-    columns = [jax.tree.leaves(column) for column in host[:3]]
-    columns.append(zip(*(jax.tree.leaves(part) for part in host.predicted_distance), strict=True))
-    columns += [jax.tree.leaves(host.policy), jax.tree.leaves(host.finite)]
+    *measures, distances, policy, finite = jax.device_get(tuple(stats)[:-1])
+    columns: list[Any] = [jax.tree.leaves(column) for column in measures]
+    columns.append(zip(*(jax.tree.leaves(part) for part in distances), strict=True))
+    columns += [jax.tree.leaves(policy), jax.tree.leaves(finite)]
     rows = zip(stats.units.names, stats.units.keys, *columns, strict=True)
     return [_Leaf(*row) for row in rows]

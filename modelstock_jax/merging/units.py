@@ -94,21 +94,21 @@ def assign(
         raise UserError(f"unknown merge unit {unit!r}; one of {', '.join(UNITS)}")
     if filter_axis not in (0, -1):
         raise UserError(f"filter_axis is 0 (PyTorch's layout) or -1 (JAX's), not {filter_axis!r}")
-    tensors = [(name, tuple(shape)) for name, shape in tensors]
+    shaped = [(name, tuple(shape)) for name, shape in tensors]
     if unit == "filter":
-        return [_filters(name, shape, filter_axis) for name, shape in tensors]
+        return [_filters(name, shape, filter_axis) for name, shape in shaped]
     if unit == "head":
-        return _heads(tensors, num_heads, filter_axis)
+        return _heads(shaped, num_heads, filter_axis)
     if unit == "global":
-        return [_whole("global", shape) for _, shape in tensors]
+        return [_whole("global", shape) for _, shape in shaped]
     if unit == "layer":
-        return [_whole(_layer_key(name), shape) for name, shape in tensors]
+        return [_whole(_layer_key(name), shape) for name, shape in shaped]
     if unit == "block":
-        known = _transformer_blocks([name for name, _ in tensors])
+        known = _transformer_blocks([name for name, _ in shaped])
         if not known:
             raise UserError("unit 'block': no transformer block known by name; take 'tensor'")
-        return [_whole(_block(name, known) or name, shape) for name, shape in tensors]
-    return [_whole(name, shape) for name, shape in tensors]
+        return [_whole(_block(name, known) or name, shape) for name, shape in shaped]
+    return [_whole(name, shape) for name, shape in shaped]
 
 
 def output_axis(name: str, shape: Sequence[int], filter_axis: int = -1) -> int:

@@ -53,7 +53,8 @@ class ModelSoups(Layout):
             for row in HEAD
         ]
         classes = next(iter(files.shape(head[1].theirs)), 0) if head[1].theirs in files else 0
-        shapes = param_shapes(base.config) | {
+        shapes: dict[tuple[str, ...], tuple[int, ...]] = {
+            **param_shapes(base.config),
             ("head", "kernel"): (base.config.projection_dim, classes),
             ("head", "bias"): (classes,),
         }

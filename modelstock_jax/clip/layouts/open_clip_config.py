@@ -187,7 +187,7 @@ def _whole(part: dict[str, Any], key: str, default: int | None, where: str) -> i
 def _tower(part: dict[str, Any], where: str, width: int, activation: str) -> dict[str, Any]:
     width = _whole(part, "width", width, where)
     ratio, norm = part.get("mlp_ratio", _MLP_RATIO), part.get("norm_kwargs") or {}
-    eps = norm.get("eps", _EPS) if isinstance(norm, dict) and set(norm) <= {"eps"} else None
+    eps: Any = norm.get("eps", _EPS) if isinstance(norm, dict) and set(norm) <= {"eps"} else None
     for key, value in (("mlp_ratio", ratio), ("norm_kwargs.eps", eps)):
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             given = part.get(key.partition(".")[0])
