@@ -1,11 +1,16 @@
-"""ViT-B/32 at its true size: steps, a merge and a save of two replicas, in a process of its own."""
+"""ViT-B/32 at its true size: trained and saved on one device, compiled for eight."""
 
 from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 
+from configs import vitb32
+from modelstock_jax.experiment.dry_run import abstract_programs
+from modelstock_jax.training.communication import sent_across, sent_bytes
+from modelstock_jax.training.memory import memory
 from tests.experiment import small_run
 
 GIB = 1024**3
@@ -31,3 +36,28 @@ def test_vitb32_trains_merges_and_saves_within_24_gib(tmp_path):
     assert report["ratio"].keys() == {"step", "merge"}
     for ratio in report["ratio"].values():
         assert abs(ratio - 1) < 0.1, report
+
+
+@pytest.mark.slow
+def test_vitb32_at_full_depth_for_eight_devices():
+    """Nothing is run: what a device would hold and send is as docs/memory.md says."""
+    config = vitb32.get_config()
+    config.compute.dtype, config.batch_size = "float32", 64
+    programs, clip = abstract_programs(config)
+    assert dict(programs.mesh.shape) == {"replica": 2, "data": 4}
+    batch = programs.abstract_batch(clip.vision.image_size)
+    # What is held and sent does not depend on how well the rest is compiled.
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    step, merge = (
+        lowered.compile(compiler_options=quickly) for lowered in programs.lower(batch).values()
+    )
+    need = memory(programs, {"step": step, "merge": merge}, batch)
+    assert need.held == pytest.approx(0.444e9, rel=0.01)
+    assert sent_across(step, 4) == 0, "replicas meet only to merge"
+    assert sent_bytes(step) == pytest.approx({"all-gather": 264.6e6, "all-reduce": 530.2e6}, 0.01)
+    weights = sum(x.size * 4 for x in jax.tree.leaves(programs.task.params))
+    # Half of each device's share of a replica out, and half of the merged model's back.
+    merged = sent_bytes(merge)
+    for kind in ("all-to-all", "all-gather"):
+        assert merged[kind] == pytest.approx(weights / 4 / 2, rel=0.01), kind
+    assert merged["all-reduce"] < 1e6, "sums of products alone"
