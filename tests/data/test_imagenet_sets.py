@@ -82,6 +82,15 @@ def test_the_flat_validation_folder_is_the_same_set(tmp_path):
     assert list(flat.images) == list(folders.images)
 
 
+@pytest.mark.parametrize("name", ["cat.JPEG", "ILSVRC2012_val_00000000.JPEG",
+                                  "ILSVRC2012_val_00050001.JPEG"])  # fmt: skip
+def test_a_file_that_is_not_of_the_flat_folder_is_named(tmp_path, name):
+    for file in ("ILSVRC2012_val_00000001.JPEG", name):
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: no image of ImageNet's validation set"):
+        open_set("validation", tmp_path, check_counts=False)
+
+
 def test_objectnet_has_groups_and_only_its_shared_folders(root, tmp_path):
     objectnet = open_set("objectnet", root / "objectnet-1.0", check_counts=False)
     folders = ["alarm_clock", "bench", "t-shirt"]

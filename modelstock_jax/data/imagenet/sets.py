@@ -157,7 +157,15 @@ def _flat_validation(path: Path) -> Labelled:
         "datasets/imagenet2012/validation_labels.txt"
     )
     of_number = class_indices(text.read_text().split())
-    numbers = [int(_NUMBER.match(name.decode())[1]) for name in listing.names]
+    numbers = []
+    for name in (one.decode() for one in listing.names):
+        number = _NUMBER.match(name)
+        if number is None or not 1 <= int(number[1]) <= len(of_number):
+            raise UserError(
+                f"{path / name}: no image of ImageNet's validation set, which lie here by names "
+                "such as ILSVRC2012_val_00000001.JPEG; take it away"
+            )
+        numbers.append(int(number[1]))
     labels = np.array([of_number[number - 1] for number in numbers], np.int32)
     return Labelled(FileImages(listing), labels, WNIDS, str(path))
 
