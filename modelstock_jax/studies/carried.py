@@ -129,14 +129,16 @@ def _say(setup: Setup, values: Values) -> Report:
             rows.append([f"{text} − {rival}", shown(own), str(len(own)), shown(along)])
             if len(own) < len(pairs):
                 notes.append(_outside(text, rival, pairs, len(own)))
-            if len(own) > 1:
-                claims.append(
-                    Claim(f"{text}: above the curve of {rival}, at equal ID", "ours", own)
-                )
+            said = {f"{text}, as it is,": own, f"{text}, at its best α,": along}
+            claims += [
+                Claim(f"{what} beats {rival}, at equal ID", "ours", found)
+                for what, found in said.items()
+                if len(found) > 1
+            ]
     tables = [
         _accuracies(setup, values),
         Table(
-            ["on the shifts, at equal ID", "as it is", "seeds", "curve − curve"],
+            ["on the shifts, at equal ID", "as it is", "seeds", "at its best α"],
             rows,
         ),
     ]
@@ -151,8 +153,8 @@ def _say(setup: Setup, values: Values) -> Report:
             "As it is: the model with nothing tuned, against the best that a rival's WiSE-FT curve "
             "(its alphas joined by a spline) has at the same accuracy in distribution; of a rival "
             "with a strength, the best of all strengths, chosen on the test sets in its favour.",
-            "Curve − curve: the mean difference over the upper half of the accuracies that both "
-            "curves have.",
+            "At its best α: curve against curve, the mean difference over the upper half of the "
+            "accuracies that both have.",
             *notes,
         ],
     )

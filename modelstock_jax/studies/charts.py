@@ -45,20 +45,15 @@ def wise_ft_curves(
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         for number, (label, seeds) in enumerate(curves.items()):
-            points = np.mean([one.points for one in seeds], axis=0)
+            middle = Curve(np.mean([one.points for one in seeds], axis=0).tolist())
             bold = label in strong
             shade = _COLOURS[number % len(_COLOURS)]
             (x, dx), (y, dy) = (
                 mean_and_error(ends) for ends in zip(*(one.own for one in seeds), strict=True)
             )
-            axes.plot(
-                *points[:, 1:].T,
-                "-" if bold else "--",
-                marker=".",
-                color=shade,
-                lw=2.4 if bold else 1.1,
-                zorder=3 if bold else 2,
-            )
+            look = {"color": shade, "zorder": 3 if bold else 2}
+            axes.plot(*middle.dense, "-" if bold else "--", lw=2.4 if bold else 1.1, **look)
+            axes.plot(*np.array(middle.points)[:, 1:].T, ".", **look)
             axes.errorbar(
                 x,
                 y,

@@ -103,7 +103,7 @@ def _section(study: Study, report: Report, directory: Path, ending: str) -> list
     for table in report.tables:
         lines += [table.markdown(), ""]
     if report.claims:
-        lines += ["| the paper says | where | here | verdict |", "|---|---|---:|---|"]
+        lines += ["| claim | where | here | verdict |", "|---|---|---:|---|"]
         lines += [claim.line() for claim in report.claims]
         lines.append("")
     return lines + [f"- {note}" for note in report.notes] + [""] * bool(report.notes)

@@ -40,7 +40,8 @@ def test_mistakes_are_one_line(tmp_path):
 @pytest.mark.slow
 def test_a_killed_study_repeats_nothing(tmp_path):
     anchor = small_run.save_anchor(tmp_path / "clip")
-    command = arguments(anchor, tmp_path / "killed", "table7", "fig5")
+    names = ("table7", "fig5", "fig7")
+    command = arguments(anchor, tmp_path / "killed", *names)
     ledger = tmp_path / "killed" / "measured.jsonl"
     kills = 0
     for lines in (1, 4, 9):
@@ -60,7 +61,7 @@ def test_a_killed_study_repeats_nothing(tmp_path):
     code, again = small_run.finish(*command, program=PROGRAM)
     assert code == 0 and "0 runs to train, 0 of" in again
     whole = tmp_path / "whole"
-    code, output = small_run.finish(*arguments(anchor, whole, "table7", "fig5"), program=PROGRAM)
+    code, output = small_run.finish(*arguments(anchor, whole, *names), program=PROGRAM)
     assert code == 0, output
-    for name in ("table7.json", "fig5.json", "fig5.png"):
+    for name in ("table7.json", "fig5.json", "fig5.png", "fig7.json", "fig7.png"):
         assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
