@@ -16,7 +16,7 @@
 # and looks at where they lie: at the angles between their movements, at the thin shell about their
 # centre, at the point of the span that is closest to it. Section and equation numbers are those of
 # [the paper](https://arxiv.org/abs/2403.19522); the derivation is in
-# [docs/method.md](../docs/method.md). On two CPU cores it takes a few minutes.
+# [docs/method.md](../docs/method.md). On two CPU cores it takes about a minute.
 
 # %%
 # On Colab this cell fetches the repository and installs it; on your own machine it does neither.
@@ -39,16 +39,16 @@ os.chdir(next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "launch.py").
 sys.path.insert(0, os.getcwd())
 
 PRETRAINED = "glyph-clip"  # the small CLIP of the package
-MODELS = 8  # fine-tuned copies; at least 6
-STEPS, BATCH, RATE = 64, 64, 1e-3
+MODELS = 6  # fine-tuned copies; at least 6
+STEPS, BATCH, RATE = 32, 32, 2e-3
 TRAIN_SIZE = 4096
 FIGURES = ""  # a directory to keep the pictures in
 
 # %% [markdown]
-# ## Eight fine-tuned models
+# ## A few fine-tuned models
 #
 # All start from the same weights w0 and differ in nothing but the order and the augmentation of
-# their images. `anchor` is a pytree, `models` the same tree with a leading axis of eight.
+# their images. `anchor` is a pytree, `models` the same tree with a leading axis.
 
 # %%
 import jax
@@ -101,7 +101,7 @@ models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 # ## Observation 1: angles and norms are constants of the layer
 #
 # d_i = w_i − w0 is what training model i has moved. For each tensor the next picture shows the
-# angle between the movements of two models, over all 28 pairs, and the length of the movement.
+# angle between the movements of two models, over all pairs, and the length of the movement.
 # The black lines are standard deviations: between layers the angle differs by tens of degrees,
 # between pairs hardly. That is equation 1: d_i · d_j is l² for i = j and l² cos θ otherwise.
 # Kernels share less of their movement than biases and norms. (A key's bias has no gradient, since
@@ -267,7 +267,7 @@ from modelstock_jax.studies.schematic import triangle
 
 ends = {
     found[k]["name"].removeprefix("image_tower."): triangle(found[k]["angle"], found[k]["norms"])
-    for k in (chosen[0], chosen[-1])
+    for k in chosen[:2]
 }
 figures.triangles(ends, kept("triangles"))
 
@@ -302,7 +302,7 @@ draw(ratios, (6, 3.6), kept("ratio"))
 # ## What it gains
 #
 # Distances to the centre, of the whole model: predicted by the merge of two models, and measured
-# from the mean of the other six (less that mean's own distance).
+# from the mean of the others (less that mean's own distance).
 
 # %%
 def as_point(tree):
