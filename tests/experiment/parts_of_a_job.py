@@ -14,6 +14,7 @@ flags.DEFINE_string("coordinator_address", None, "")
 flags.DEFINE_integer("num_processes", None, "")
 flags.DEFINE_integer("process_id", None, "")
 flags.DEFINE_string("mistake", "", "")
+flags.DEFINE_string("workdir", "", "")
 FLAGS = flags.FLAGS
 
 
@@ -68,6 +69,7 @@ def said(number: int) -> dict:
         seen = []
         sets = [image_set(13), image_set(1), image_set(8, (1, 4, 5))]
         answers[name] |= {"accuracy": evaluate(params, sets, seen.append), "seen": seen}
+    answers["restored"] = restored(FLAGS.workdir)
     with Interruption() as interruption:
         granted = []
         for step in range(1, 7):
@@ -75,6 +77,41 @@ def said(number: int) -> dict:
                 os.kill(os.getpid(), signal.SIGTERM)
             granted.append(interruption.granted(step))
     return answers | {"granted": granted}
+
+
+def restored(directory: str) -> list[bool]:
+    """Whether a state that was saved on one mesh comes back on others, here where it lies."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from modelstock_jax.training.hosts import distributed
+    from modelstock_jax.training.hosts.feed import spread
+    from modelstock_jax.training.persistence.checkpoints import Checkpoints
+    from modelstock_jax.training.sharding import make_mesh
+
+    values = {
+        "bias": np.arange(6.0, dtype=np.float32).reshape(2, 3),
+        "step": np.int32(4),
+        "count": np.array([7, 8], np.int32),
+        "cut": np.arange(16, dtype=np.float32),
+    }
+    specs = {"bias": ("replica",), "step": (), "count": ("replica",), "cut": ("data",)}
+
+    def placed(replica: int, data: int, tree):
+        mesh = make_mesh(replica, data, num_replicas=2, batch_size=8)
+        shardings = {n: NamedSharding(mesh, PartitionSpec(*spec)) for n, spec in specs.items()}
+        return spread(tree, shardings)
+
+    found = []
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, placed(2, 2, values))
+        checkpoints.wait()
+        for shape in ((2, 2), (1, 4)):
+            got = checkpoints.restore(1, placed(*shape, jax.tree.map(np.zeros_like, values)))
+            whole = distributed.whole(got)
+            found.append(all(np.array_equal(whole[name], values[name]) for name in values))
+    return found
 
 
 def different_configs(number: int) -> None:

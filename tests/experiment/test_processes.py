@@ -21,8 +21,8 @@ from tests.test_evaluation import CLASSES, image_set
 PARTS = ("-m", "tests.experiment.parts_of_a_job")
 
 
-def test_two_processes_agree_and_count_every_image_once():
-    ended = processes.run(2, program=PARTS, devices=2)
+def test_two_processes_agree_and_count_every_image_once(tmp_path):
+    ended = processes.run(2, f"--workdir={tmp_path}", program=PARTS, devices=2)
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert ended[0][1].count("nobody but process 0 prints 0") == 1
     first, second = (json.loads(out[out.index("{") :]) for _, out, _ in ended)
@@ -34,7 +34,7 @@ def test_two_processes_agree_and_count_every_image_once():
     assert first["(1, 4)"].pop("held") == [[0, 1], [0, 1, 2, 3]]
     assert second["(1, 4)"].pop("held") == [[0, 1], [4, 5, 6, 7]]
     assert first == second
-    assert first["devices"] == 4
+    assert first["devices"] == 4 and first["restored"] == [True, True]
     assert first["agreed"] == [7, False] and first["anywhere"] == [True, False]
     for mesh in ("(2, 2)", "(1, 4)"):
         assert first[mesh]["whole"] and first[mesh]["spread"]
