@@ -66,7 +66,6 @@ for row, (name, images) in zip(axes, sets.items(), strict=True):
     row[0].set_title(name, loc="left", fontsize=8)
     for axis in row:
         axis.set_axis_off()
-figure
 
 # %% [markdown]
 # ## Train, merge, measure

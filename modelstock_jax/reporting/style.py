@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,16 @@ RC = {
 }
 
 
+class Picture(Figure):
+    """A figure that a notebook shows where it is a cell's last value; no display is needed."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        with matplotlib.rc_context(RC):
+            self.savefig(file, format="png", dpi=100)
+        return file.getvalue()
+
+
 def ink(colour: str) -> tuple[float, float, float]:
     """The colour darkened for text, which needs more contrast than a marker.
 
@@ -102,7 +113,7 @@ def ink(colour: str) -> tuple[float, float, float]:
 
 def draw(
     fill: Callable[[Figure], Any], size: tuple[float, float], path: str | Path | None
-) -> Figure:
+) -> Picture:
     """Draws a figure in the house's look and writes it atomically.
 
     Args:
@@ -114,7 +125,7 @@ def draw(
       The figure, for those who want to look into it; no display is touched.
     """
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Picture(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         fill(figure)
         if path is not None:

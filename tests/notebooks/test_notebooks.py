@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from functools import partial
@@ -10,8 +11,10 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from PIL import Image
 
 from modelstock_jax.data import glyphs
+from modelstock_jax.reporting.style import draw
 from tests.experiment.small_run import save_anchor
 from tests.notebooks.cells import run
 
@@ -115,6 +118,12 @@ def test_geometry_of_models_whose_centre_is_known(tmp_path, capsys):
     for predicted, measured in found.values():
         assert measured == pytest.approx(predicted, rel=0.03)  # cosines, as above
     assert re.search(r"\(ii\) .* (89|90)\.\d°", printed)
+
+
+def test_a_notebook_shows_what_the_project_draws():
+    """As a cell's last value, without pyplot: by what IPython asks an object for."""
+    shown = draw(lambda figure: figure.subplots().plot([0, 1]), (2, 1), None)._repr_png_()
+    assert shown.startswith(b"\x89PNG") and Image.open(io.BytesIO(shown)).size == (200, 100)
 
 
 def test_merge_your_models(tmp_path, capsys):
