@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,8 +87,7 @@ class Checkpoints:
         """
         self.wait()  # A step still being written is neither among `steps` nor safe to overwrite.
         packs = packing.plan(tree)
-        leaves = digests.describe(tree)
-        record = {"leaves": leaves, "packs": packs, "details": dict(details or {})}
+        record = {"leaves": digests.describe(tree), "packs": packs, "details": dict(details or {})}
         saved = packing.pack(tree, packs)
         document = {"record": record, "sha256": digests.json_digest(record)}
         try:
@@ -205,8 +205,8 @@ class Checkpoints:
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
-            self.close()
-        else:
+            return self.close()
+        with contextlib.suppress(OSError, ValueError):  # A save that failed, as was told already.
             self._checkpointer.close()
 
     def _restore(self, step: int, like: PyTree) -> PyTree:
