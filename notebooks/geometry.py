@@ -137,7 +137,7 @@ plots.angle_by_layer(layers, kept("angles"))
 # %%
 from modelstock_jax.reporting.style import BLACK, BLUE, GREY, SKY, VERMILION, draw
 
-rng, dimensions = np.random.default_rng(0), (3, 30, 300, 30_000)
+rng, dimensions = np.random.default_rng(0), (3, 30, 300, 3_000)
 noises = [rng.standard_normal((2, 400, n), np.float32) / n**0.5 for n in dimensions]
 
 
