@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from modelstock_jax.reporting.style import BLACK, BLUE, GREY, SKY, VERMILION, draw
 
@@ -91,15 +94,22 @@ def landscape(
         axes = figure.subplots()
         x, y, error = np.array(points).T
         least = error.min()
-        # Far out the error is that of chance: steps grow, so that the basin can be seen.
-        levels = least + np.array([0, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 100])
-        filled = axes.tricontourf(x, y, error, levels=levels, cmap="Blues_r", extend="max")
+        # Far out the error is that of chance: steps grow, and colours go by the step, so that the
+        # basin can be seen.
+        levels = least + np.array([0, 0.5, 1, 2, 3, 5, 8, 12, 20, 40])
+        norm = BoundaryNorm(levels, 256, extend="max")
+        filled = axes.tricontourf(
+            x, y, error, levels=levels, cmap="Blues_r", norm=norm, extend="max"
+        )
         axes.tricontour(x, y, error, levels=levels, colors="white", linewidths=0.5)
-        figure.colorbar(filled, ax=axes, label="test error (%)", ticks=levels[:-1])
+        figure.colorbar(filled, ax=axes, label="test error (%)", ticks=levels, format="%.1f")
         for name, (left, up) in marks.items():
             shade = VERMILION if name == "centre" else BLACK
             axes.plot(left, up, "*" if name == "centre" else "o", color=shade, ms=9, mec="white")
-            axes.annotate(name, (left, up), (6, 6), textcoords="offset points", fontweight="bold")
+            axes.annotate(
+                name, (left, up), (6, 6), textcoords="offset points", fontweight="bold",
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
         start, end = marks["w0"], marks["w1"]
         axes.plot([start[0], end[0]], [start[1], end[1]], "--", color=BLACK, lw=1)
         axes.set_aspect("equal")
@@ -158,20 +168,21 @@ def triangles(chosen: Mapping[str, Triangle], path: str | Path | None = None) ->
             axes.plot([0, one.mean], [0, 0], "--", color=BLACK, lw=1)
             axes.plot(*np.array([one.first, one.second]).T, "--", color=BLACK, lw=1)
             places = {
-                "$w_0$": ((0.0, 0.0), "s", BLACK),
-                "$w_1$": (one.first, "o", BLUE),
-                "$w_2$": (one.second, "o", BLUE),
-                "$w_{12}$": ((one.mean, 0.0), "D", SKY),
-                "$w_H$": ((one.merged, 0.0), "*", VERMILION),
+                "$w_0$": ((0.0, 0.0), "s", BLACK, (-8, 9)),
+                "$w_1$": (one.first, "o", BLUE, (8, 4)),
+                "$w_2$": (one.second, "o", BLUE, (8, -12)),
+                "$w_{12}$": ((one.mean, 0.0), "D", SKY, (10, -4)),
+                "$w_H$": ((one.merged, 0.0), "*", VERMILION, (-27, 7)),
             }
-            for label, (place, marker, colour) in places.items():
+            for label, (place, marker, colour, off) in places.items():
                 axes.plot(*place, marker, color=colour, ms=14 if marker == "*" else 8, mec="white")
-                axes.annotate(label, place, (7, 7), textcoords="offset points", fontsize=12)
-            axes.set_aspect("equal")
+                axes.annotate(label, place, off, textcoords="offset points", fontsize=12)
+            axes.set_aspect("equal", adjustable="datalim")  # Panels of one height.
             axes.margins(0.18)
             axes.grid(False)
             axes.set_axis_off()
-            axes.set_title(f"{name}\nθ = {one.angle:.0f}°, t = {one.ratio:.2f}", fontsize=9)
+            lines = textwrap.fill(name.replace(".", ". "), 40).replace(". ", ".")
+            axes.set_title(f"{lines}\nθ = {one.angle:.0f}°, t = {one.ratio:.3f}", fontsize=9)
 
     return draw(fill, (8.6, 4.2), path)
 

@@ -11,7 +11,12 @@ from modelstock_jax.studies.models import Between, InPlane, Mean
 from modelstock_jax.studies.pool import pool, shown
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
-_GRID = tuple(-0.5 + 0.25 * i for i in range(9))
+# In units of w1 - w0, and of the centre's height over that line. The centre lies over about three
+# quarters of it: a point that is as far along for every height lies this much less.
+_ALONG = tuple(0.25 * i for i in range(-1, 7))
+_ACROSS = tuple(0.5 * i for i in range(-2, 5))
+_SLANT = 0.75
+_GRID = tuple((x - _SLANT * y, y) for x in _ALONG for y in _ACROSS)
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -22,7 +27,7 @@ def _models(setup: Setup):
 
 def _wanted(setup: Setup):
     one, centre = _models(setup)
-    wanted = {(x, y): Score(InPlane(one, centre, x, y), shifts=False) for x in _GRID for y in _GRID}
+    wanted = {(x, y): Score(InPlane(one, centre, x, y), shifts=False) for x, y in _GRID}
     wanted["one"], wanted["centre"], wanted["apart"] = (
         Distance(one),
         Distance(centre),
@@ -41,8 +46,7 @@ def _say(setup: Setup, values: Values) -> Report:
     corner = (centre * cosine, centre * math.sqrt(max(0.0, 1 - cosine**2)))
     points = [
         (x * one + y * corner[0], y * corner[1], 100 - values[x, y]["id"])
-        for x in _GRID
-        for y in _GRID
+        for x, y in _GRID
     ]
     replicas = range(len(pool(setup.seeds)))
     lines = {a: [100 - values["line", r, a]["id"] for r in replicas] for a in _ALPHAS}
