@@ -97,7 +97,7 @@ class Runner:
             reports[name] = study.summarise(setup, self._values(study, bench, wanted))
             keys += [bench.key(one) for one in wanted.values()]
         details = {
-            "seeds": list(setup.seeds),
+            "seeds": list(self._setup(study, self._bench).seeds),
             "commits": self._ledger.commits(keys),
             "pretrained": self._bench.config.pretrained,
             "data": self._bench.config.data.name,
