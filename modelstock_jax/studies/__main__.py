@@ -44,16 +44,18 @@ def main(argv: list[str]) -> None:
             close = difflib.get_close_matches(name, STUDIES, 1)
             meant = f"; did you mean {close[0]}?" if close else ""
             sys.exit(f"error: no study {name!r}{meant} There are: {', '.join(STUDIES)}")
+    from modelstock_jax.studies.index import write_index
     from modelstock_jax.studies.ledger import Ledger
     from modelstock_jax.studies.runner import Runner
 
     workdir = Path(FLAGS.workdir)
+    out = Path(FLAGS.out or workdir)
     try:
         runner = Runner(
             FLAGS.config,
             workdir,
             Ledger(FLAGS.ledger or workdir / "measured.jsonl"),
-            Path(FLAGS.out or workdir),
+            out,
             FLAGS.num_seeds,
             FLAGS.anchors,
         )
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> None:
         if not FLAGS["dry-run"].value:
             for name in names:
                 runner.run(STUDIES[name])
+                write_index(list(STUDIES.values()), out)
     except UserError as error:
         sys.exit(f"error: {error}")
 

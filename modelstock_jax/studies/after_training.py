@@ -63,14 +63,15 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
         )
         claims.append(
             Claim(
-                f"N = {n}: and is at most 0.5 points behind in distribution",
+                f"N = {n}: Model Stock is at most 0.5 points behind the mean, in distribution",
                 "Table 7",
-                [0.5 + a["id"] - b["id"] for a, b in zip(stocks, means, strict=True)],
+                [a["id"] - b["id"] for a, b in zip(stocks, means, strict=True)],
+                margin=0.5,
             )
         )
         claims.append(
             Claim(
-                f"N = {n}: and is closer to the centre",
+                f"N = {n}: Model Stock is closer to the centre than the mean",
                 "Table 7",
                 [far - near for far, near in at],
                 "of distance",
@@ -78,7 +79,7 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
         )
         claims.append(
             Claim(
-                f"N = {n}: the angles alone predict that distance (within 3 %)",
+                f"N = {n}: angles alone predict Model Stock's distance to the centre (within 3 %)",
                 "Section 3",
                 [
                     abs(one["merged"] / near - 1)

@@ -23,6 +23,7 @@ class Claim:
         deviations that it bounds.
       unit: of the differences.
       within: the largest mean deviation at which the claim is true.
+      margin: how far below zero the mean difference may lie.
     """
 
     text: str
@@ -30,6 +31,7 @@ class Claim:
     differences: Sequence[float]
     unit: str = "points"
     within: float | None = None
+    margin: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
@@ -41,8 +43,10 @@ class Claim:
         'not decided'
         >>> Claim("they agree", "Table 1", [0.01, 0.02], within=0.5).verdict
         'holds'
+        >>> Claim("hardly worse", "Table 1", [-0.1, -0.2], margin=1).verdict
+        'holds'
         """
-        signed = self.differences
+        signed = [one + self.margin for one in self.differences]
         if self.within is not None:
             signed = [self.within - abs(one) for one in signed]
         mean, error = mean_and_error(signed)
@@ -53,11 +57,13 @@ class Claim:
             return "holds"
         return "does not hold" if mean + reach < 0 else "not decided"
 
-    def line(self) -> str:
-        """One line of Markdown.
+    def here(self) -> str:
+        """By how much it is true.
 
-        >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).line()
-        '| the mean is better | Table 1 | +1.03 ± 0.09 points (n = 3) | **holds** |'
+        >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).here()
+        '+1.03 ± 0.09 points (n = 3)'
+        >>> Claim("hardly worse", "Table 1", [-0.1, -0.3], margin=0.5).here()
+        '-0.20 ± 0.10 points, at least -0.5 (n = 2)'
         """
         sizes = self.differences if self.within is None else [abs(d) for d in self.differences]
         mean, error = mean_and_error(sizes)
@@ -69,7 +75,17 @@ class Claim:
             shown += f" {self.unit}"
         if self.within is not None:
             shown += f", at most {self.within:g}"
-        return f"| {self.text} | {self.where} | {shown} (n = {len(sizes)}) | **{self.verdict}** |"
+        if self.margin:
+            shown += f", at least {-self.margin:g}"
+        return f"{shown} (n = {len(sizes)})"
+
+    def line(self) -> str:
+        """One line of Markdown.
+
+        >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).line()
+        '| the mean is better | Table 1 | +1.03 ± 0.09 points (n = 3) | **holds** |'
+        """
+        return f"| {self.text} | {self.where} | {self.here()} | **{self.verdict}** |"
 
 
 def student(freedom: int) -> float:

@@ -86,6 +86,7 @@ def _document(report: Report) -> dict[str, Any]:
             {
                 "text": claim.text,
                 "where": claim.where,
+                "here": claim.here(),
                 "differences": claim.differences,
                 "unit": claim.unit,
                 "verdict": claim.verdict,
