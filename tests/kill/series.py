@@ -18,7 +18,8 @@ import signal
 import statistics
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import Popen
@@ -99,12 +100,13 @@ class Series:
         self.failures: list[str] = []
         self._scratch, self._random = scratch, random.Random(seed)
         self._anchor = small_run.save_anchor(scratch / "clip")
-        self._seconds: dict[str, list[float]] = defaultdict(list)
+        # The last ones: the first run compiles, and what else the machine does changes.
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=9))
         self._whole = scratch / "whole"
         code, output = small_run.finish(*self.arguments(self._whole))
         if code:
             raise RuntimeError(output)
-        self._learn(self._whole)
+        self._learn(read_timeline(self._whole / "timeline.jsonl"), {})
 
     def until(self, wanted: Counter[str], jobs: int = 1) -> None:
         """Runs from the start to the end, with kills on the way, until there are so many.
@@ -157,12 +159,15 @@ class Series:
     def _kill_somewhere(self, life: Life, wanted: Counter[str]) -> bool:
         """Whether the life was killed; it has ended by itself otherwise."""
         deadline, instant, aim = time.monotonic() + LIFE_SECONDS, None, ""
+        begun: dict[tuple[str, int | None], float] = {}
         while life.process.poll() is None:
             if time.monotonic() > deadline:
                 life.kill()
                 self.failures.append("a process hung")
                 return True
-            for entry in life.events():
+            new = life.events()
+            self._learn(new, begun)
+            for entry in new:
                 candidate = entry["phase"] if entry["event"] == "begin" else "train"
                 if candidate == "train" and not life.trains():
                     continue
@@ -186,10 +191,11 @@ class Series:
         life.events()
         return False
 
-    def _learn(self, workdir: Path) -> None:
-        """How long each phase takes."""
-        begun: dict[tuple[str, int | None], float] = {}
-        for entry in read_timeline(workdir / "timeline.jsonl"):
+    def _learn(
+        self, entries: Iterable[dict], begun: dict[tuple[str, int | None], float]
+    ) -> None:
+        """How long each phase takes; `begun` holds those that have not ended."""
+        for entry in entries:
             key = (entry["phase"], entry["step"])
             if entry["event"] == "begin":
                 begun[key] = entry["time"]
