@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,9 @@ def cached_zero_shot_head(
     Raises:
         UserError: As `zero_shot_head`, or the directory cannot be written.
     """
-    make, size = zero_shot_head, len(class_names)
-    return _cached(
-        make, size, directory, checkpoint, class_names, templates, compute=compute, **options
-    )
+    make = partial(zero_shot_head, **options)
+    start = Path(directory, "zero_shot_head")
+    return _cached(make, start, len(class_names), checkpoint, class_names, templates, compute)
 
 
 def cached_context_head(
@@ -77,32 +77,29 @@ def cached_context_head(
 
     Args, returns and errors are those of the two.
     """
-    make, size = context_head, len(templates)
-    return _cached(
-        make, size, directory, checkpoint, class_names, templates, compute=compute, **options
-    )
+    make = partial(context_head, **options)
+    start = Path(directory, "context_head")
+    return _cached(make, start, len(templates), checkpoint, class_names, templates, compute)
 
 
 def _cached(
     make: Callable[..., Params],
+    start: Path,
     columns: int,
-    directory: str | os.PathLike[str],
     checkpoint: Checkpoint,
     class_names: Sequence[str],
     templates: Sequence[str],
-    *,
     compute: Compute,
-    **options: Any,
 ) -> Params:
     if checkpoint.directory is None:
-        raise UserError(f"{make.__name__}: the checkpoint has no directory, so no tokenizer.")
+        raise UserError(f"{start.name}: the checkpoint has no directory, so no tokenizer.")
     key = head_key(checkpoint, class_names, templates, compute)
     # The key tells what a head is made of, the file's name which of the two it is.
-    path = Path(directory) / f"{make.__name__}_{key[:16]}.safetensors"
+    path = start.with_name(f"{start.name}_{key[:16]}.safetensors")
     shapes = {"kernel": (checkpoint.config.projection_dim, columns), "bias": (columns,)}
     head = _read(path, key, shapes)
     if head is None:
-        head = make(checkpoint, class_names, templates, compute=compute, **options)
+        head = make(checkpoint, class_names, templates, compute=compute)
         if jax.process_index() == 0:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
