@@ -85,7 +85,16 @@ class Claim:
         >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).line()
         '| the mean is better | Table 1 | +1.03 ± 0.09 points (n = 3) | **holds** |'
         """
-        return f"| {self.text} | {self.where} | {self.here()} | **{self.verdict}** |"
+        return f"| {cell(self.text)} | {self.where} | {self.here()} | **{self.verdict}** |"
+
+
+def cell(text: str) -> str:
+    r"""Text for a cell of a Markdown table, where a bar would end it.
+
+    >>> print(cell("|cos| < 0.05"))
+    \|cos\| < 0.05
+    """
+    return text.replace("|", "\\|")
 
 
 def student(freedom: int) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax.reporting.files import write_text
+from modelstock_jax.studies.claims import cell
 from modelstock_jax.studies.study import Study
 
 PAGE = "README.md"
@@ -50,5 +51,5 @@ def _rows(name: str, document: Mapping[str, Any]) -> list[str]:
     for number, claim in enumerate(document["claims"]):
         verdict = together.get(claim["text"], {}).get("all", claim["verdict"])
         first = "" if number else link
-        rows.append(f"| {first} | {claim['text']} | {claim['here']} | **{verdict}** |")
+        rows.append(f"| {first} | {cell(claim['text'])} | {claim['here']} | **{verdict}** |")
     return rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax.reporting.files import write_json, write_text
-from modelstock_jax.studies.claims import Verdict
+from modelstock_jax.studies.claims import Verdict, cell
 from modelstock_jax.studies.study import Report, Study
 
 
@@ -118,5 +118,5 @@ def _together(reports: Mapping[str, Report]) -> Sequence[str]:
     ]
     for text, verdicts in together(reports).items():
         *each, joint = verdicts.values()
-        lines.append(f"| {text} | {' | '.join(each)} | **{joint}** |")
+        lines.append(f"| {cell(text)} | {' | '.join(each)} | **{joint}** |")
     return [*lines, ""]

@@ -52,10 +52,10 @@ def test_a_page_of_two_anchors(tmp_path):
 
 def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     details = {"seeds": [0, 1], "commits": ["abc"], "pretrained": "one", "data": "drawn"}
-    reports = {"one": report(better=UP, worse=DOWN), "two": report(better=OPEN)}
+    reports = {"one": report(better=UP, **{"|worse|": DOWN}), "two": report(better=OPEN)}
     write(STUDY, reports, tmp_path, details)
     never_run = Study("other", "Never run", "", None, None)
     text = write_index([never_run, STUDY], tmp_path).read_text()
     assert "Never run" not in text
     assert "| [Some study](some.md) | better | +1.00 ± 0.06 points (n = 3) | **not" in text
-    assert "|  | worse | -1.00 ± 0.06 points (n = 3) | **does not hold** |" in text
+    assert r"|  | \|worse\| | -1.00 ± 0.06 points (n = 3) | **does not hold** |" in text
