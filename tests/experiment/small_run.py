@@ -75,8 +75,14 @@ def start(*args: str, program: tuple[str, ...] = ("launch.py",)) -> subprocess.P
     )
 
 
-def finish(*args: str, program: tuple[str, ...] = ("launch.py",)) -> tuple[int, str]:
-    """Runs to the end; exit code and all that was printed."""
+def finish(
+    *args: str, program: tuple[str, ...] = ("launch.py",), seconds: float = 540
+) -> tuple[int, str]:
+    """Runs to the end; exit code and all that was printed. One that hangs is killed."""
     process = start(*args, program=program)
-    output, _ = process.communicate(timeout=540)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, output

@@ -12,7 +12,10 @@ from tests.experiment import small_run
 
 @pytest.mark.slow
 def test_the_demo_shows_the_papers_finding(tmp_path):
-    code, output = small_run.finish("--config=configs/glyphs.py", f"--workdir={tmp_path}")
+    # Four minutes on two cores left alone; what else they do may take most of them.
+    code, output = small_run.finish(
+        "--config=configs/glyphs.py", f"--workdir={tmp_path}", seconds=1800
+    )
     assert code == 0, output
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     seed = json.loads((tmp_path / "runs/seed_0/results.json").read_text())
