@@ -51,6 +51,8 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.array.saving.enable_write_sharding_file = False  # `restore` is told where to.
+        # Two stores save at once: barriers of one name would meet across them.
+        context.multiprocessing.barrier_sync_key_prefix = "-".join(self.directory.parts[-3:])
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
@@ -236,15 +238,13 @@ class Checkpoints:
 
     def _load(self, step: int, part: str, like: Any) -> tuple[Any, str]:
         """A part of a checkpoint; or None, and the reason in one line."""
-        loaded, reason = None, ""
         with quiet():
             try:
-                loaded = self._checkpointer.load_checkpointables(step, {part: like})[part]
+                return self._checkpointer.load_checkpointables(step, {part: like})[part], ""
             except Exception as error:  # Orbax, TensorStore and asyncio each raise their own kinds.
                 reason = one_line(error)
-            if reason:
-                gc.collect()  # A read that was given up leaves its trace when it is collected.
-        return loaded, reason
+            gc.collect()  # A read that was given up leaves its trace when it is collected.
+        return None, reason
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
