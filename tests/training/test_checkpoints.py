@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint.experimental import v1 as ocp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
@@ -80,3 +81,18 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file"):
         Checkpoints(tmp_path / "file" / "state")
+
+
+def test_barriers_of_two_stores_have_names_of_their_own(tmp_path, monkeypatch):
+    """On several hosts one store's save may end while another's begins: equal names would meet."""
+    prefixes = []
+    make = ocp.training.Checkpointer
+
+    def seen(directory, *, context, **options):
+        prefixes.append(context.multiprocessing.barrier_sync_key_prefix)
+        return make(directory, context=context, **options)
+
+    monkeypatch.setattr(ocp.training, "Checkpointer", seen)
+    for name in ("merged/state", "merged/models", "unmerged/state"):
+        Checkpoints(tmp_path / "seed_0" / name).close()
+    assert len(set(prefixes)) == 3 and None not in prefixes
