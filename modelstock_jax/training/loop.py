@@ -99,7 +99,7 @@ class Trainer:
                         state, values = in_order(programs.step(state, batch, reference))
                         record.step(step, values)
                     merging = self.merge_steps and (step % self.merge_steps == 0 or step == last)
-                    stopping = interruption.granted(step) and step < last
+                    stopping = interruption.granted(step)
                     saving = step % config.checkpoint.every == 0 or step == last
                     if not (merging or saving or stopping):
                         continue

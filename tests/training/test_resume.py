@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
 from modelstock_jax.training.persistence.resume import keep_anchor, resume
+from tests.training import tiny
 
 # A read that Orbax gives up may end after its event loop: whether it does is a matter of timing.
 pytestmark = pytest.mark.filterwarnings(
@@ -197,3 +199,21 @@ def test_a_damaged_anchor_is_saved_anew(tmp_path, capsys):
     assert "set aside as 0.damaged" in capsys.readouterr().out
     with pytest.raises(UserError, match="began with"):
         keep_anchor(tmp_path, changed("head", 0.1), "print")
+
+
+def test_a_signal_in_the_last_step_ends_the_command(tmp_path):
+    """Else the next training of the same command would begin, as if nobody had asked."""
+    trainer = tiny.trainer(tmp_path, epochs=1, merge__every="never")
+    last, batches = trainer.task.num_steps, trainer.batches
+
+    def signalled(start):
+        for step, batch in enumerate(batches(start), start + 1):
+            if step == last:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    trainer.batches = signalled
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run()
+    assert stopped.value.code == 143
+    assert trainer.run().state.step == last
