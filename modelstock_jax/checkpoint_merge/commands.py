@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import card, heads, screen
-from modelstock_jax.checkpoint_merge.config import set_dtype
+from modelstock_jax.checkpoint_merge.config import read_config, set_dtype
 from modelstock_jax.checkpoint_merge.drawing import Drawing
 from modelstock_jax.checkpoint_merge.meter import Meter
 from modelstock_jax.checkpoint_merge.options import Options
@@ -28,7 +28,6 @@ from modelstock_jax.checkpoint_merge.settings import schedule
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import plain, write_json, write_text
-from modelstock_jax.tensor_files.reader import read_json
 
 REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
 # A comparison writes no model: what some models lack need not stand in its way.
@@ -162,11 +161,7 @@ def _open(base: str, models: Sequence[str], twice: str | None = None):
 
 
 def _check_layers(layers: int, base: Source) -> None:
-    path = base.directory / "config.json" if base.directory else None
-    if path is None or not path.is_file():
-        return
-    config = read_json(path)
-    number = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    number = (read_config(base.directory) or {}).get("num_hidden_layers")
     if number is not None and number != layers:
         raise UserError(f"the recipe's slices end at layer {layers}, {base.label} has {number}: "
                         "only the whole model is merged; give models instead of slices")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from modelstock_jax.checkpoint_merge.config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.tensor_files.writer import write_json
 
-CONFIG = "config.json"
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _NOT = ("adapter_config.json", "merge_report.json")
@@ -35,8 +34,7 @@ def copy_companions(plan: Plan, directory: Path) -> None:
     except OSError as error:
         where = error.filename or source
         raise UserError(f"{where}: cannot be copied ({error.strerror or error}).") from None
-    if plan.config and (directory / CONFIG).is_file():
-        config = read_json(directory / CONFIG)
+    if plan.config and (config := read_config(directory)) is not None:
         write_json(directory / CONFIG, {**config, **plan.config})
 
 

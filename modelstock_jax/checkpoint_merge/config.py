@@ -1,4 +1,4 @@
-"""config.json of a merged model: it says the dtype that was written."""
+"""config.json: what it says of a model, and the dtype that it must say of a merged one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ CONFIG = "config.json"
 KEYS = ("torch_dtype", "dtype")  # transformers 4 and 5; 5 reads both
 
 
+def read_config(directory: Path | None) -> dict[str, Any] | None:
+    """The config.json of a model's directory; None where there is none, or no JSON object in it.
+
+    Args:
+      directory: None for a model that is a single file.
+
+    Raises:
+      UserError: a config.json that cannot be read, or is not JSON.
+
+    Example:
+      >>> read_config(None) is None
+      True
+    """
+    if directory is None or not (directory / CONFIG).is_file():
+        return None
+    config = read_json(directory / CONFIG)
+    return config if isinstance(config, dict) else None
+
+
 def set_dtype(directory: Path, dtype: str) -> None:
     """Makes config.json, and the configs of towers within it, say `dtype`.
 
@@ -19,10 +38,8 @@ def set_dtype(directory: Path, dtype: str) -> None:
       directory: with a config.json, or without one: then nothing is done.
       dtype: as transformers writes it, like `bfloat16`.
     """
-    if not (directory / CONFIG).is_file():
-        return
-    config = read_json(directory / CONFIG)
-    if isinstance(config, dict):
+    config = read_config(directory)
+    if config is not None:
         config = _with_dtype(config, dtype)
         if not any(key in config for key in KEYS):
             config["torch_dtype"] = dtype

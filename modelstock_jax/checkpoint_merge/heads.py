@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from modelstock_jax.checkpoint_merge.config import read_config
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import read_json
 
@@ -58,17 +59,16 @@ def parse_num_heads(text: str) -> int | dict[str, int]:
 
 def _known(directory: Path) -> tuple[int | None, int | None]:
     """Heads of the image tower (None where there is none) and of the rest."""
-    if (path := directory / "config.json").is_file():
-        config = _object(read_json(path))
-        if (number := _count(config.get("num_attention_heads"))) is not None:
-            return None, number
-        clip = str(config.get("model_type", "")).startswith("clip")
-        found = [
-            _count(_object(config.get(key)).get("num_attention_heads", default if clip else None))
-            for key, default in _CLIP.items()
-        ]
-        if found[1] is not None:
-            return found[0], found[1]
+    config = read_config(directory) or {}
+    if (number := _count(config.get("num_attention_heads"))) is not None:
+        return None, number
+    clip = str(config.get("model_type", "")).startswith("clip")
+    found = [
+        _count(_object(config.get(key)).get("num_attention_heads", default if clip else None))
+        for key, default in _CLIP.items()
+    ]
+    if found[1] is not None:
+        return found[0], found[1]
     if (path := directory / "open_clip_config.json").is_file():
         config = _object(_object(read_json(path)).get("model_cfg"))
         vision, text = _object(config.get("vision_cfg")), _object(config.get("text_cfg"))

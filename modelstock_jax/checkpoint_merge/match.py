@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from modelstock_jax.checkpoint_merge.config import read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files.reader import read_json
 
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight")
@@ -156,12 +156,7 @@ def _embedding(source: Source) -> str | None:
 
 
 def _config(source: Source) -> dict[str, Any]:
-    path = None if source.directory is None else source.directory / "config.json"
-    if path is None or not path.is_file():
-        return {}
-    config = read_json(path)
-    if not isinstance(config, dict):
-        return {}
+    config = read_config(source.directory) or {}
     # Models of several towers keep the language model's settings one level down.
     text = config.get("text_config")
     return {**(text if isinstance(text, dict) else {}), **config}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,3 +16,16 @@ def test_a_folder_that_is_gone_is_named(tmp_path):
     plan = SimpleNamespace(base=SimpleNamespace(directory=gone), finetuned=(), companion=0)
     with pytest.raises(UserError, match=f"{gone}: cannot be copied"):
         copy_companions(plan, tmp_path)
+
+
+def test_a_config_that_is_no_object_is_copied_as_it_is(tmp_path):
+    """It says nothing of heads or dtypes, and says so only when the merge is done."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    for place in (base, out):
+        place.mkdir()
+    plan = SimpleNamespace(base=SimpleNamespace(directory=base), finetuned=(), companion=0,
+                           config={"tie_word_embeddings": False})
+    for said, kept in (([1], [1]), ({}, {"tie_word_embeddings": False})):
+        (base / "config.json").write_text(json.dumps(said))
+        copy_companions(plan, out)
+        assert json.loads((out / "config.json").read_text()) == kept
