@@ -38,7 +38,8 @@ def disk_use(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> DiskUs
     task = programs.task
     state = sum(_bytes(leaf) for leaf in jax.tree.leaves(programs.abstract_state))
     merged = sum(_bytes(leaf) for leaf in jax.tree.leaves(task.params))
-    tower = sum(_bytes(leaf) for leaf in jax.tree.leaves(abstract_params(clip)["text_tower"]))
+    others = {} if "text_tower" in task.params else abstract_params(clip)["text_tower"]
+    tower = sum(_bytes(leaf) for leaf in jax.tree.leaves(others))
     merges = num_merges(config, programs)
     # A trainer keeps the newest states, and one more while it writes the next.
     saves = math.ceil(task.num_steps / config.checkpoint.every) + merges

@@ -27,10 +27,12 @@ from modelstock_jax.experiment.disk_use import (
     missing_space,
     num_merges,
 )
+from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
 from modelstock_jax.training.communication import sent_across, sent_bytes
 from modelstock_jax.training.finetune import finetuning_task, make_classifier
 from modelstock_jax.training.memory import Memory, memory
+from modelstock_jax.training.methods.optimizer import warmup_steps
 from modelstock_jax.training.methods.text_side import AbstractTextSide
 from modelstock_jax.training.programs import Programs, use_compilation_cache
 
@@ -67,8 +69,9 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
       What is missing, each with the way out.
 
     Raises:
-      UserError: if the options do not fit together.
+      UserError: if an option is out of its range, or options do not fit together.
     """
+    check_options(config)
     if config.task == "pretrain":
         raise UserError("--dry-run knows fine-tuning; task='pretrain' has none")
     console = Console(highlight=False)
@@ -108,17 +111,17 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
 
 def _model(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> dict[str, str]:
     vision, text, params = clip.vision, clip.text, programs.task.params
-    side = vision.image_size
+    side, classes = vision.image_size, benchmark.outline(config.data).num_classes
+    fate = "is trained too" if "text_tower" in params else "is not trained"
     return {
         "pretrained": config.pretrained + _assumed(config),
         "image tower": f"{_count(params['image_tower'])} parameters: {vision.num_hidden_layers} "
         f"layers of width {vision.hidden_size}, {side} x {side} px in patches of "
         f"{vision.patch_size}, {vision.num_tokens} tokens",
-        "head": f"{_count(params['head'])} parameters: {clip.projection_dim} features, "
-        f"{params['head']['bias'].shape[0]} classes",
+        "head": f"{(clip.projection_dim + 1) * classes:,} parameters: {clip.projection_dim} "
+        f"features, {classes} classes",
         "text tower": f"{_count(abstract_params(clip)['text_tower'])} parameters: "
-        f"{text.num_hidden_layers} layers of width {text.hidden_size}; makes the head, is not "
-        "trained",
+        f"{text.num_hidden_layers} layers of width {text.hidden_size}; makes the head, {fate}",
         "a replica": f"{_count(params)} parameters",
     }
 
@@ -129,7 +132,7 @@ def _assumed(config: ConfigDict) -> str:
 
 def _run(config: ConfigDict, programs: Programs, batch) -> dict[str, str]:
     outline, task, optimizer = benchmark.outline(config.data), programs.task, config.optimizer
-    warmup = round(optimizer.warmup_fraction * task.num_steps) + optimizer.warmup_steps
+    warmup = warmup_steps(optimizer, task.num_steps)
     mesh, device = programs.mesh, programs.mesh.devices.flat[0]
     parts = config.accumulate_steps
     return {
@@ -171,7 +174,7 @@ def _memory(need: Memory) -> dict[str, str]:
     rows = {
         "anchor": need.anchor,
         "replicas' weights": need.params,
-        "Adam moments": need.opt_state,
+        "optimizer's moments": need.opt_state,
         "last merged model": need.merged,
         "batch, twice": 2 * need.batch,
         "gradients": need.gradients,

@@ -61,6 +61,27 @@ def test_a_run_that_lacks_nothing(anchor, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_text_tower_that_is_trained(anchor, tmp_path, capsys, monkeypatch):
+    config = small(anchor)
+    config.objective.name = "flyp"
+    programs, clip = abstract_programs(config)
+    towers = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
+    # Both towers and the scale: nothing else of the checkpoint is left to be exported with them.
+    assert disk_use(config, programs, clip).model == towers
+    cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
+    monkeypatch.setattr(Programs, "lower", lambda self, batch: cheap)
+    assert dry_run(config, tmp_path / "run") == []
+    printed = capsys.readouterr().out
+    assert "makes the head, is trained too" in printed and "8 features, 62 classes" in printed, printed
+
+
+def test_an_option_that_a_run_would_refuse(anchor, tmp_path):
+    config = small(anchor)
+    config.export.layouts = ("huggingface",)
+    with pytest.raises(UserError, match="export.layouts='huggingface'"):
+        dry_run(config, tmp_path / "run")
+
+
 def test_all_that_is_missing_is_listed_with_the_way_out(anchor, tmp_path):
     bare = tmp_path / "clip"
     bare.mkdir()

@@ -49,7 +49,7 @@ def make_optimizer(
         unknown.
     """
     check_optimizer(config)
-    warmup = _warmup(config, num_steps)
+    warmup = warmup_steps(config, num_steps)
     if not 0 <= warmup <= num_steps:
         raise UserError(
             f"optimizer: {warmup} warm-up steps do not fit a run of {num_steps} steps; lower "
@@ -81,7 +81,7 @@ def make_schedule(config: ConfigDict, num_steps: int) -> Schedule:
     def schedule(step: jax.Array, hyper: Hyper | None = None) -> jax.Array:
         hyper = hyper or {}
         peak, total = hyper.get("learning_rate", config.learning_rate), num_steps
-        warmup = _warmup(config, num_steps)
+        warmup = warmup_steps(config, num_steps)
         least = max
         if "num_steps" in hyper:
             total, least = hyper["num_steps"], jnp.maximum
@@ -147,7 +147,12 @@ def _only(
     )
 
 
-def _warmup(config: ConfigDict, num_steps: int) -> int:
+def warmup_steps(config: ConfigDict, num_steps: int) -> int:
+    """Steps in which the rate rises: the config's number, and its share of the run.
+
+    >>> warmup_steps(ConfigDict({"warmup_fraction": 0.1, "warmup_steps": 5}), 200)
+    25
+    """
     return round(config.warmup_fraction * num_steps) + config.warmup_steps
 
 
