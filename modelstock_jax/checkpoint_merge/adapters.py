@@ -25,6 +25,8 @@ _BEYOND = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "megatron
            "arrow_config", "use_bdlora", "velora_config", "monteclora_config")
 # Initialisations that also change the base's weights, so that B A alone is not the movement.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
+_TYPES = {"base_model_name_or_path": str, "rank_pattern": dict, "alpha_pattern": dict}
+_LARGEST = float(np.finfo(np.float64).max)
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_embedding_|lora_)(?P<side>[AB])(?:\.weight)?")
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|original_module)(?=\.|$)")
 
@@ -134,6 +136,8 @@ class Adapter:
                 f"{self.directory}: {module!r} is LoRA on a convolution (A is {list(a)}), which is "
                 f"not formed here; {WAY_OUT}"
             )
+        if not a[0]:
+            raise UserError(f"{self.directory}: {module!r} has rank 0")
         if a[0] != b[1]:
             raise UserError(f"{self.directory}: {module!r}: A {list(a)} and B {list(b)} disagree")
 
@@ -150,7 +154,8 @@ class Adapter:
                 f"{self.directory}: {module!r} has rank {rank}, {CONFIG} says {said!r}; the two "
                 "files are not of one adapter"
             )
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not abs(alpha) <= _LARGEST:  # JSON may say NaN, and whole numbers beyond.
             raise UserError(f"{self.directory / CONFIG}: lora_alpha is {alpha!r}, not a number")
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -171,6 +176,10 @@ def _check(config: Mapping[str, Any], directory: Path) -> None:
         raise UserError(f"{directory}: peft_type is {kind!r}; only LORA is formed here; {WAY_OUT}")
     if used := [key for key in _BEYOND if config.get(key)]:
         raise UserError(f"{directory}: {used[0]} is not formed here; {WAY_OUT}")
+    for key, kind in _TYPES.items():
+        if config.get(key) and not isinstance(config[key], kind):
+            what = "a name" if kind is str else "names and values"
+            raise UserError(f"{directory / CONFIG}: {key} is {config[key]!r}, not {what}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
         raise UserError(

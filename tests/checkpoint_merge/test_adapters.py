@@ -156,6 +156,10 @@ def test_another_base_is_named(base, tmp_path):
     ({"r": 4}, "has rank 3"),
     ({"lora_alpha": None}, "lora_alpha is None"),
     ({"alpha_pattern": {"(": 3}}, "not a regular expression"),
+    ({"alpha_pattern": [3]}, "alpha_pattern is [3], not names and values"),
+    ({"lora_alpha": 10**400}, "not a number"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan, not a number"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
 ])  # fmt: skip
 def test_what_is_not_plain_lora_is_refused(tmp_path, config, said):
     path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), **config)
@@ -204,6 +208,12 @@ def test_tensors_that_do_not_fit(base, tmp_path, change, said):
     with pytest.raises(UserError) as error:
         open_source(str(path), base)
     assert said in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_rank_of_0_is_refused(base, tmp_path):
+    path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS, rank=0), r=0)
+    with pytest.raises(UserError, match="rank 0"):
+        open_source(str(path), base)
 
 
 def test_a_pickled_adapter_is_refused(base, tmp_path):
