@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from ml_collections import ConfigDict
 
 from modelstock_jax.clip import layouts
@@ -19,6 +21,26 @@ from modelstock_jax.training.monitoring.health import check_policy
 from modelstock_jax.training.programs import EXECUTIONS
 
 TASKS = ("finetune", "learning_rate", "pretrain")
+# Less would divide by nothing, or leave nothing to train or to measure.
+LEAST = {
+    "seed": 0,
+    "num_seeds": 1,
+    "num_replicas": 1,
+    "epochs": 1,
+    "batch_size": 1,
+    "data.augment.mixup": 0,
+    "mesh.fsdp_min_size": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 0,
+    "checkpoint.keep_merged": 0,
+    "watch.max_events": 0,
+    "watch.spike_deviations": 0,
+    "watch.spike_window": 1,
+    "log_every": 1,
+    "evaluation.batch_size": 1,
+    "evaluation.max_shift_images": 0,
+    "pretrain.num_steps": 1,
+}
 
 
 def check_options(config: ConfigDict) -> None:
@@ -47,6 +69,12 @@ def check_options(config: ConfigDict) -> None:
     _one_of("task", config.task, TASKS)
     _one_of("data.name", config.data.name, benchmark.NAMES)
     _one_of("compute.execution", config.compute.execution, EXECUTIONS)
+    for name, least in LEAST.items():
+        if (value := attrgetter(name)(config)) < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    rates = config.search.learning_rates
+    if min(rates, default=-1.0) < 0:
+        raise UserError(f"search.learning_rates={rates}: give one rate or more, each >= 0")
     check_method(config)
     check_optimizer(config.optimizer)
     check_merge(config.merge)

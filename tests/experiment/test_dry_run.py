@@ -72,7 +72,8 @@ def test_a_text_tower_that_is_trained(anchor, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Programs, "lower", lambda self, batch: cheap)
     assert dry_run(config, tmp_path / "run") == []
     printed = capsys.readouterr().out
-    assert "makes the head, is trained too" in printed and "8 features, 62 classes" in printed, printed
+    for words in ("makes the head, is trained too", "8 features, 62 classes"):
+        assert words in printed, (words, printed)
 
 
 def test_an_option_that_a_run_would_refuse(anchor, tmp_path):

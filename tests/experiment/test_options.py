@@ -1,4 +1,4 @@
-"""A misspelt name ends a run before anything is opened, and leaves nothing behind."""
+"""What cannot be meant ends a run before anything is opened, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate_checkpoint, run
 from modelstock_jax.experiment.options import check_options
 
-MISSPELT = {
+NOT_MEANT = {
     "task": ("fine-tune", "finetune, learning_rate"),
     "data.name": ("glyph", "glyphs, imagenet"),
     "data.augment.crop_area": ((0.9, 1.1), "up to 1"),
@@ -32,14 +32,30 @@ MISSPELT = {
     "watch.policy": ("ignore", "stop, skip_step"),
     "evaluation.units": (("layers",), "tensor, layer"),
     "export.layouts": (("huggingface",), "hugging_face, open_clip"),
+    # Numbers that ended in a division by zero, an empty list or a step uphill.
+    "seed": (-1, "at least 0"),
+    "num_seeds": (0, "at least 1"),
+    "num_replicas": (0, "at least 1"),
+    "epochs": (0, "at least 1"),
+    "batch_size": (0, "at least 1"),
+    "label_smoothing": (1.0, "in [0, 1)"),
+    "data.augment.mixup": (-0.1, "at least 0"),
+    "optimizer.clip_norm": (-1.0, ">= 0"),
+    "optimizer.final_fraction": (-0.1, "in [0, 1]"),
+    "checkpoint.every": (0, "at least 1"),
+    "checkpoint.keep": (-1, "at least 0"),
+    "watch.spike_window": (0, "at least 1"),
+    "log_every": (0, "at least 1"),
+    "evaluation.batch_size": (0, "at least 1"),
+    "search.learning_rates": ((), "one rate or more"),
 }
 
 
-@pytest.mark.parametrize("key", MISSPELT)
+@pytest.mark.parametrize("key", NOT_MEANT)
 def test_what_cannot_be_meant_is_refused_before_anything_is_opened(key, tmp_path):
     config = glyphs.get_config()
     config.pretrained = str(tmp_path / "opened")  # There is none: opening it is another error.
-    value, choices = MISSPELT[key]
+    value, choices = NOT_MEANT[key]
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=key.rsplit(".", 1)[-1]) as error:
         run(config, tmp_path / "run")

@@ -92,6 +92,8 @@ def check_method(config: ConfigDict) -> None:
     for name in ("car_ft_alpha", "l2_sp_alpha", "l2_sp_beta", "probe_learning_rate"):
         if rules[name] < 0:
             raise UserError(f"objective.{name} is {rules[name]}; it must be >= 0")
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(f"label_smoothing is {config.label_smoothing}; it must be in [0, 1)")
     if rules.probe_epochs < 1:
         raise UserError(f"objective.probe_epochs is {rules.probe_epochs}; it must be at least 1")
     if projection.steps < 1:

@@ -160,9 +160,13 @@ def check_optimizer(config: ConfigDict) -> None:
     """Raises a UserError for an unknown name or a number out of its range, whatever the run."""
     if config.name not in OPTIMIZERS:
         raise UserError(f"optimizer.name={config.name!r}: choose one of {', '.join(OPTIMIZERS)}")
-    for name in ("learning_rate", "weight_decay", "decay_to_pretrained"):
+    for name in ("learning_rate", "weight_decay", "decay_to_pretrained", "clip_norm"):
         if config[name] < 0:
             raise UserError(f"optimizer.{name} is {config[name]}; it must be >= 0")
     for name in ("b1", "b2", "momentum"):
         if not 0 <= config[name] < 1:
             raise UserError(f"optimizer.{name} is {config[name]}; it must be in [0, 1)")
+    if not 0 <= config.final_fraction <= 1:
+        raise UserError(
+            f"optimizer.final_fraction is {config.final_fraction}; it must be in [0, 1]"
+        )
