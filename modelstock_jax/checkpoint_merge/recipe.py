@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from modelstock_jax.checkpoint_merge.settings import constant, mapping
 from modelstock_jax.checkpoint_merge.spelling import near
 from modelstock_jax.errors import UserError
 
-MAX_BYTES = 2**20
+MAX_BYTES, MAX_VALUES = 2**20, 10**6
 # mergekit's name of a method -> ours, and the parameters that it reads.
 METHODS = {
     "model_stock": ("stock", ("filter_wise",)),
@@ -58,8 +59,10 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: too large for a recipe")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raise UserError("too large for a recipe")
+        raw = _load(path.read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -71,6 +74,30 @@ def read_recipe(path: str | Path) -> Recipe:
         return parse(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _load(text: str) -> Any:
+    """What the YAML says; refused before it is built where its anchors would fill the memory."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if _unfolded(node, {}) > MAX_VALUES:
+            raise UserError("its anchors hold themselves, or stand for too many values")
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _unfolded(node: Any, known: dict[int, float]) -> float:
+    """Values in all, each as often as anchors repeat it; infinite where one holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # Until it is known: what is met again lies within itself.
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def parse(raw: Any) -> Recipe:
@@ -87,7 +114,7 @@ def parse(raw: Any) -> Recipe:
         if key in raw:
             raise UserError(f"{key} is not done here: {why}")
     theirs = raw.get("merge_method")
-    if theirs not in METHODS:
+    if not isinstance(theirs, str) or theirs not in METHODS:
         raise UserError(
             f"merge_method {theirs!r} is not done here{near(theirs, METHODS)}; one of "
             f"{', '.join(METHODS)}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from modelstock_jax.checkpoint_merge.depth import place
 from modelstock_jax.checkpoint_merge.spelling import near
 from modelstock_jax.errors import UserError
+
+_LARGEST = sys.float_info.max
 
 
 def schedule(setting: Any, names: Sequence[str]) -> float | dict[str, float]:
@@ -78,5 +81,6 @@ def mapping(value: Any, where: str, known: Iterable[str] | None = None) -> dict:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, and not a truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that a float can hold, and not a truth value."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return whole or isinstance(value, float)

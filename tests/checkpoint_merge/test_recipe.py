@@ -199,6 +199,15 @@ def test_a_gradient_by_pattern_is_not_ignored():
     ("!!python/object/apply:os.system ['true']", "not YAML"),
     ("\x00", "not YAML"),
     ("- " * 5000 + "1", "not YAML"),
+    (STOCK.replace("model_stock", "[model_stock]"), "merge_method ['model_stock'] is not done"),
+    (TIES.replace("lambda: 0.9", "lambda: &a [*a]"), "anchors"),
+    (STOCK.replace("org/base@v1", "&a {model: *a}"), "anchors"),
+    ("a0: &0 [1, 1]\n" + "".join(f"a{i}: &{i} [*{i - 1}, *{i - 1}]\n" for i in range(1, 40)),
+     "anchors"),
+    ("a0: &0 {x: 1}\n" + "".join(
+        f"a{i}: &{i} {{<<: [*{i - 1}, *{i - 1}]}}\n" for i in range(1, 40)), "anchors"),
+    ("#" * 2**20 + "\n", "too large for a recipe"),
+    (TIES.replace("lambda: 0.9", f"lambda: {10**400}"), "give one number"),
     (STOCK + "dtyp: x", "did you mean 'dtype'"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line_with_its_name(tmp_path, text, said):
