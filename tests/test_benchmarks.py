@@ -65,6 +65,13 @@ def test_a_rate_is_held_against_the_product_of_its_round():
     assert row["of_peak"] == pytest.approx(16 * models.image_flops("b32") / 0.5 / 1e13)
 
 
+def test_processes_are_compared_by_their_shares_of_peak():
+    """PyTorch's ran on a machine that was twice as fast at the time."""
+    ours = {"size": "b32", "way": "two by vmap, xla", "images_per_second": 2.0, "of_peak": 0.5}
+    torch = {"size": "b32", "way": "PyTorch, one replica", "images_per_second": 4.0, "of_peak": 0.4}
+    assert step.peers([torch, ours]) == ["b32, two by vmap, xla: 1.25 x PyTorch, of peak"]
+
+
 @pytest.mark.parametrize(("size", "billions"), [("b32", 26.2), ("b16", 105.2), ("l14", 485.8)])
 def test_operations_are_those_of_the_published_sizes(size, billions):
     assert models.image_flops(size) / 1e9 == pytest.approx(billions, abs=0.05)
