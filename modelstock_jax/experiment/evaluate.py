@@ -92,7 +92,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     Nothing is written but the zero-shot head, in the user's cache directory.
 
     Args:
-      config: names the data, and the anchor of a run's checkpoints.
+      config: names the data, and the anchor and the objective of a run's checkpoints.
       path: a CLIP as `config.pretrained` names one (a directory or a hub id; without a head it
         gets the zero-shot one), or a step of a run's Orbax checkpoints of merged weights.
 
@@ -114,10 +114,11 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
     params = anchor.params
     if is_step:
-        everywhere = jax.tree.map(lambda _: whole_sharding(mesh), params)
+        start = anchor.start(config)
+        everywhere = jax.tree.map(lambda _: whole_sharding(mesh), start)
         with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
-            restored = checkpoints.restore(int(directory.name), spread(params, everywhere))
-        params = distributed.whole(restored)
+            restored = checkpoints.restore(int(directory.name), spread(start, everywhere))
+        params = anchor.classify(distributed.whole(restored))
     measure = Measure(config, anchor, data, mesh)
     with Progress(
         "evaluate", measure.num_images, unit="images", enabled=distributed.is_main()

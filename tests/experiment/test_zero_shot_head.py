@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +15,10 @@ from modelstock_jax.clip import weights, zero_shot
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
 from modelstock_jax.errors import UserError
+from modelstock_jax.experiment import evaluate
+from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.training.finetune import anchor_classifier
+from modelstock_jax.training.persistence.checkpoints import Checkpoints
 from tests.experiment import small_run
 
 
@@ -72,6 +78,32 @@ def test_the_head_of_contexts_is_made_once_too(checkpoint, data, passes, tmp_pat
     assert capsys.readouterr().out == "" and len(passes) == made
     assert first["kernel"].shape == (8, len(TEMPLATES))
     np.testing.assert_array_equal(first["kernel"], second["kernel"])
+
+
+def test_a_merged_model_of_flyp_is_evaluated_under_the_head_that_its_own_text_tower_makes(
+    checkpoint, data, monkeypatch, tmp_path
+):
+    config = default.get_config()
+    config.objective.name = "flyp"
+    config.pretrained = str(checkpoint.directory)
+    (tmp_path / "prompts.json").write_text('["{} alone"]')
+    config.data.templates = str(tmp_path / "prompts.json")
+    anchor = anchor_classifier(config, checkpoint, data(config))
+    tuned = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, anchor.start(config))
+    with Checkpoints(tmp_path / "merged", keep=1) as merges:
+        merges.save(3, tuned)
+    seen = []
+
+    def row(method, params, **details):
+        seen.append(params)
+        return make_row(method, id=0.0, shifts={})
+
+    measure = SimpleNamespace(num_images=1, row=row)
+    monkeypatch.setattr(evaluate, "Measure", lambda *_: measure)
+    monkeypatch.setattr(evaluate, "_heads", lambda: None)
+    evaluate.evaluate_checkpoint(config, str(tmp_path / "merged/3"))
+    (measured,) = seen
+    chex.assert_trees_all_equal(measured, anchor.classify(tuned))
 
 
 def test_lists_of_a_user(checkpoint, data, passes, tmp_path):
