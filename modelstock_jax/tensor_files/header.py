@@ -46,7 +46,7 @@ class _Broken(ValueError):
     """A rule of the format that does not hold."""
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: str | os.PathLike[str], descriptor: int | None = None) -> Header:
     """Reads and checks a file's header; no tensor is read.
 
     8 bytes give the length of a JSON object, name -> dtype, shape and offsets; the tensors follow
@@ -54,6 +54,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Args:
         path: A ``.safetensors`` file.
+        descriptor: Of the file, where it is open already: by its path it may be another by now.
 
     Returns:
         The `Header`, with offsets from the file's beginning.
@@ -63,7 +64,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        opened = path if descriptor is None else descriptor
+        with open(opened, "rb", closefd=descriptor is None) as file:
             return _parse(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None

@@ -65,9 +65,15 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self.files: dict[str, Path] = {}
         self._entries: dict[str, Entry] = {}
         self._metadata: dict[str, str] = {}
+        self._open: dict[Path, int] = {}
+        weakref.finalize(self, _close, self._open)
         promised = _locate(self.path)
         for file in dict.fromkeys(promised.values() if isinstance(promised, dict) else [promised]):
-            header = read_header(file)
+            try:
+                self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+            header = read_header(file, self._open[file])
             self._metadata.update(header.metadata)
             for name, entry in header.tensors.items():
                 if isinstance(promised, dict) and promised.get(name) != file:
@@ -80,13 +86,6 @@ class TensorFiles(Mapping[str, np.ndarray]):
             raise UserError(
                 f"{self.path / INDEX}: promises tensors that no shard holds: {_some(lost)}."
             )
-        self._open: dict[Path, int] = {}
-        weakref.finalize(self, _close, self._open)
-        for file in dict.fromkeys(self.files.values()):
-            try:
-                self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one tensor."""
@@ -176,9 +175,10 @@ def _locate(path: Path) -> Path | dict[str, Path]:
     """The one file, or where the index places each tensor."""
     if path.suffix in PICKLES:
         raise UserError(_pickled(path))
-    if path.is_file():
+    # Not Path.is_file, which raises where a name is too long or a folder is closed to us.
+    if os.path.isfile(path):
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such file or directory.")
     if (path / INDEX).is_file():
         return _shards(path)
@@ -207,7 +207,7 @@ def _shards(directory: Path) -> dict[str, Path]:
             raise UserError(f"{index}: {file!r} is not the name of a file beside it.")
         if Path(file).suffix in PICKLES:
             raise UserError(_pickled(directory / file))
-    if lost := sorted({f for f in places.values() if not (directory / f).is_file()}):
+    if lost := sorted({f for f in places.values() if not os.path.isfile(directory / f)}):
         raise UserError(f"{index}: names files that are not there: {_some(lost)}.")
     return {name: directory / file for name, file in places.items()}
 

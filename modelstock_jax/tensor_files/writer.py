@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,8 +40,11 @@ def write_tensors(
     with _explaining(path):
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
+            beside.unlink(missing_ok=True)
+            beside.touch()
+            mode = beside.stat().st_mode
             save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
-            beside.chmod(0o666 & ~_umask())  # The library's files are for their owner alone.
+            beside.chmod(stat.S_IMODE(mode))  # The library's files are for their owner alone.
             _fsync(beside)
             os.replace(beside, path)
             _fsync(path.parent)
@@ -166,18 +170,17 @@ def _take_place(beside: Path, path: Path) -> None:
 
 def _settle(directory: Path) -> None:
     """Flushes a directory; gives it and its files the modes that plain writing would have given."""
-    mask = _umask()
-    for file in sorted(directory.rglob("*")):
-        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-        _fsync(file)
-    directory.chmod(0o777 & ~mask)
+    # Asked of the file system: to read the umask is to set it, for all threads.
+    with tempfile.TemporaryDirectory(dir=directory) as asked:
+        file, folder = Path(asked, "file"), Path(asked, "folder")
+        file.touch()
+        folder.mkdir()
+        of_file, of_folder = (stat.S_IMODE(place.stat().st_mode) for place in (file, folder))
+    for place in sorted(directory.rglob("*")):
+        place.chmod(of_folder if place.is_dir() else of_file)
+        _fsync(place)
+    directory.chmod(of_folder)
     _fsync(directory)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _fsync(path: Path) -> None:

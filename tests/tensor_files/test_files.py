@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files import writer
+from modelstock_jax.tensor_files import reader, writer
 from modelstock_jax.tensor_files.digests import RangeDigest, digest_file, digest_tensors
+from modelstock_jax.tensor_files.header import read_header
 from modelstock_jax.tensor_files.reader import INDEX, TensorFiles
 
 TENSORS = {
@@ -96,6 +97,7 @@ def test_what_an_index_may_not_say(tmp_path):
     refuse("'/etc/passwd' is not the name", **{"x": "/etc/passwd"})
     refuse("3 is not the name", **{"x": 3})
     refuse("names files that are not there: gone.safetensors", **{"x": "gone.safetensors"})
+    refuse("names files that are not there: xx", **{"x": "x" * 300})
     refuse("promises tensors that no shard holds: x", **{"x": places["a.half"]})
     refuse("holds 'd.empty', which the index does not place there", **{"d.empty": None})
     refuse("model.bin: a pickle file can run code", **{"x": "model.bin"})
@@ -107,6 +109,8 @@ def test_what_an_index_may_not_say(tmp_path):
 def test_paths(tmp_path):
     with pytest.raises(UserError, match="gone: no such file or directory"):
         TensorFiles(tmp_path / "gone")
+    with pytest.raises(UserError, match="x: no such file or directory"):
+        TensorFiles(tmp_path / ("x" * 300))
     with pytest.raises(UserError, match="no safetensors file; expected model.safetensors"):
         TensorFiles(tmp_path)
     (tmp_path / "model.pt").write_bytes(b"x")
@@ -118,6 +122,21 @@ def test_paths(tmp_path):
     writer.write_tensors(tmp_path / "two.safetensors", TENSORS)
     with pytest.raises(UserError, match="2 safetensors files and no index"):
         TensorFiles(tmp_path)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, monkeypatch):
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    writer.write_tensors(path, {"w": np.arange(4.0), "z": np.zeros(3)})
+    writer.write_tensors(other, {"a": np.ones(3), "w": np.full(4, 7.0)})
+
+    def read_and_replace(*place):
+        header = read_header(*place)
+        other.rename(path)
+        return header
+
+    monkeypatch.setattr(reader, "read_header", read_and_replace)
+    files = TensorFiles(path)
+    assert sorted(files) == ["w", "z"] and files["w"].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_unsupported_dtype_is_named(tmp_path):
@@ -165,6 +184,18 @@ def test_a_directory_appears_whole_or_not(tmp_path):
         (beside / "other").write_text("newer")
     assert [p.name for p in target.iterdir()] == ["other"]
     assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+def test_the_umask_is_not_touched(tmp_path, monkeypatch):
+    """To read it is to set it for all threads: what they make meanwhile, anyone may write."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the process's umask was set"))
+    with writer.new_directory(tmp_path / "model") as beside:
+        (beside / "deep").mkdir(mode=0o700)
+        writer.write_tensors(beside / "deep" / "w.safetensors", {"w": np.ones(3)})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "plain").touch()
+    for made, plain in (("model/deep", "folder"), ("model/deep/w.safetensors", "plain")):
+        assert oct((tmp_path / made).stat().st_mode) == oct((tmp_path / plain).stat().st_mode)
 
 
 def test_an_unwritable_place_is_named(tmp_path):
