@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -70,7 +71,11 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self._follower = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._follower.start()
-        self._put(0, memoryview(header))
+        try:
+            self._put(0, memoryview(header))
+        except UserError:
+            self.abandon()
+            raise
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes elements [start, start + len(values)) of a flattened tensor; thread-safe.
@@ -164,6 +169,8 @@ class ShardWriter:
         block = memoryview(bytearray(_BLOCK))
         while start < stop:
             count = os.preadv(self._file, [block[: min(_BLOCK, stop - start)]], start)
+            if not count:
+                raise OSError(errno.EIO, "was cut short meanwhile")
             self._sha256.update(block[:count])
             start += count
 

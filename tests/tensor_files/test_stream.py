@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,6 +98,14 @@ def test_what_was_not_written_is_not_finished(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_a_file_that_is_cut_while_it_is_written(tmp_path):
+    file = ShardWriter(tmp_path / "w", {"w": ("F32", (4,))})
+    file.write("w", 0, np.ones(4, np.float32))
+    os.truncate(tmp_path / "w", 0)
+    with pytest.raises(UserError, match="w: cannot be written .was cut short"):
+        file.finish()
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -106,3 +115,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="w: cannot be written .No space left on device"):
         file.write("w", 0, np.ones(4, np.float32))
     file.abandon()
+    # Of one that cannot even take its header nothing stays: no file, no thread.
+    before = threading.active_count()
+    with pytest.raises(UserError, match="w: cannot be written .No space left on device"):
+        ShardWriter(tmp_path / "w", {"w": ("F32", (4,))})
+    assert threading.active_count() == before and not (tmp_path / "w").exists()
