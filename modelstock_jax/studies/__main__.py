@@ -9,7 +9,6 @@ named, be it with --dry-run, for a study is of its weights.
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ flags.DEFINE_bool("dry-run", False, "Say what is missing and how long it takes; 
 
 def main(argv: list[str]) -> None:
     """Runs the named studies; a user's mistake is one line and exit code 1."""
-    logging.set_verbosity(logging.FATAL)
+    logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
     from modelstock_jax.errors import UserError
     from modelstock_jax.studies.catalogue import STUDIES
 
@@ -42,8 +41,8 @@ def main(argv: list[str]) -> None:
     for name in names:
         if name not in STUDIES:
             close = difflib.get_close_matches(name, STUDIES, 1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            sys.exit(f"error: no study {name!r}{meant} There are: {', '.join(STUDIES)}")
+            meant = f"did you mean {close[0]}? There" if close else "there"
+            sys.exit(f"error: no study {name!r}; {meant} are: {', '.join(STUDIES)}")
     from modelstock_jax.studies.index import write_index
     from modelstock_jax.studies.ledger import Ledger
     from modelstock_jax.studies.runner import Runner
@@ -69,5 +68,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     app.run(main, flags_parser=parse)

@@ -17,6 +17,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
+from modelstock_jax.experiment.options import check_options
 from modelstock_jax.studies.anchors import opener
 from modelstock_jax.studies.ledger import Ledger
 from modelstock_jax.studies.measurements import HeldOut, Measurement
@@ -60,6 +61,7 @@ class Bench:
         """
         if jax.process_count() > 1:
             raise UserError("studies run in one process; launch.py trains on many hosts")
+        check_options(config)
         self.config, self.ledger = config, ledger
         workdir = Path(workdir)
         opened = opener(config)
@@ -95,7 +97,10 @@ class Bench:
         )
 
     def _digest(self, key: list[Any]) -> str:
-        return digest([self.fingerprint, key])
+        # Sets of other data may have the same names and sizes; the glyphs' lines came first and do
+        # not name theirs.
+        name = self.config.data.name
+        return digest([self.fingerprint, key, *([name] if name != "glyphs" else [])])
 
     def key(self, measurement: Measurement) -> str:
         """The ledger's key: equal for equal models of equal training, measured alike."""
@@ -119,7 +124,16 @@ class Bench:
         return total
 
     def sets(self, shifts: bool) -> list[Any]:
-        """What accuracies are measured on, as a part of their key: names and sizes."""
+        """What accuracies are measured on, as a part of their key: names and sizes.
+
+        Raises:
+          UserError: if shifts are asked for and the data has none.
+        """
+        if shifts and not self._shifts:
+            raise UserError(
+                f"data.name={self.config.data.name!r}: this study measures shifts, and there are "
+                "none in the data; name some with --config.data.shifts, or choose other data"
+            )
         chosen = [self._test, *self._shifts.values()] if shifts else [self._test]
         return [[one.name, len(one)] for one in chosen]
 

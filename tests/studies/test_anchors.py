@@ -13,6 +13,8 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.studies import anchors
 from modelstock_jax.studies.anchors import opener
+from modelstock_jax.studies.bench import Bench
+from modelstock_jax.studies.ledger import Ledger
 
 
 def config_of(name, data="glyphs"):
@@ -32,6 +34,13 @@ def config_of(name, data="glyphs"):
 def test_a_mistake_is_seen_before_data_is_opened(name, data, message):
     with pytest.raises(UserError, match=message):
         opener(config_of(name, data))
+
+
+def test_an_option_that_a_run_would_refuse_is_refused_first(tmp_path):
+    config = config_of("runs/none")
+    config.log_every = 0
+    with pytest.raises(UserError, match="log_every is 0; it must be at least 1"):
+        Bench(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
 
 
 @pytest.mark.slow
