@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from modelstock_jax.errors import UserError
@@ -11,7 +12,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 # Checkpoints converted before 2023 say eos_token_id 2 whatever their tokenizer has: a flag for
 # 'pool at the highest id', not a token.
 LEGACY_EOS_TOKEN_ID = 2
-
+LARGEST = 2**31 - 1  # of a size: what an index of an array can hold
 
 _KINDS: dict[Any, Any] = {
     "int": (int,),
@@ -38,8 +39,11 @@ def _check_tower(where: str, tower: VisionConfig | TextConfig) -> None:
     ids = ("pad_token_id", "bos_token_id", "eos_token_id")
     for field in dataclasses.fields(tower):
         value = getattr(tower, field.name)
-        if field.name not in ids and field.name != "hidden_act" and value <= 0:
-            raise UserError(f"{where}: {field.name} must be positive, not {value}.")
+        # NaN, which JSON may say, is not between any two numbers.
+        if field.name not in (*ids, "hidden_act") and not 0 < value <= LARGEST:
+            raise UserError(
+                f"{where}: {field.name} must be positive and at most {LARGEST}, not {value}."
+            )
     if tower.hidden_size % tower.num_attention_heads:
         raise UserError(
             f"{where}: hidden_size {tower.hidden_size} is not a multiple of num_attention_heads "
@@ -133,8 +137,15 @@ class CLIPConfig:
     logit_scale_init_value: float = 2.6592
 
     def __post_init__(self) -> None:
-        if self.projection_dim < 1:
-            raise UserError(f"config: projection_dim must be positive, not {self.projection_dim}.")
+        if not 0 < self.projection_dim <= LARGEST:
+            raise UserError(
+                f"config: projection_dim must be positive and at most {LARGEST}, not "
+                f"{self.projection_dim}."
+            )
+        if not math.isfinite(self.logit_scale_init_value):
+            raise UserError(
+                f"config: logit_scale_init_value must be finite, not {self.logit_scale_init_value}."
+            )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> CLIPConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ class Preprocessor:
         std: Per channel.
         image_size: Side of the square image, in pixels.
 
+    Raises:
+        UserError: Another number of means than of standard deviations, or one that is not finite
+            (a standard deviation: not positive).
+
     Example:
         >>> half = Preprocessor((0.5,) * 3, (0.5,) * 3, image_size=2)
         >>> float(half(jnp.full((1, 2, 2, 3), 255, jnp.uint8)).max())
@@ -37,6 +42,11 @@ class Preprocessor:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(x) for x in (*self.mean, *self.std))
+        if not finite or len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise UserError(f"mean {self.mean} and std {self.std} do not fit.")
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps uint8 images [..., H, W, C] to the tower's input, float32 of the same shape."""
@@ -72,22 +82,21 @@ class Preprocessor:
             size = _side(raw.get("crop_size") or raw["size"])
             mean = tuple(float(x) for x in raw["image_mean"])
             std = tuple(float(x) for x in raw["image_std"])
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise UserError(f"{path}: needs image_mean, image_std and size or crop_size.") from None
-        if len(mean) != len(std) or not all(s > 0 for s in std):
-            raise UserError(f"{path}: image_mean {mean} and image_std {std} do not fit.")
-        if (
-            raw.get("do_normalize", True) is False
-            or abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6
-            or raw.get("do_rescale", True) is False
-        ):
+        factor = raw.get("rescale_factor", 1 / 255)
+        by_255 = isinstance(factor, float | int) and abs(factor * 255 - 1) <= 1e-6
+        if not by_255 or False in (raw.get("do_normalize", True), raw.get("do_rescale", True)):
             raise UserError(f"{path}: only pixels / 255, normalised, are supported.")
         if raw.get("resample", _BICUBIC) != _BICUBIC:
             raise UserError(
                 f"{path}: resample is {raw['resample']!r}; images are resized by {_BICUBIC} "
                 "(bicubic) only."
             )
-        return cls(mean, std, size)
+        try:
+            return cls(mean, std, size)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the ``preprocessor_config.json`` that transformers' image processor opens."""

@@ -167,7 +167,12 @@ def test_configs_as_the_hub_has_them(raw):
         ({"vision_config": {"image_size": 225}}, "225 is not a multiple of patch_size 32"),
         ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers must be positive"),
         ({"vision_config": {"hidden_act": "relu"}}, "'relu' is not known; known are quick_gelu"),
+        ({"vision_config": {"hidden_size": 2**31}}, "hidden_size must be positive and at most"),
+        ({"vision_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps must be positive"),
+        ({"text_config": {"layer_norm_eps": float("inf")}}, "layer_norm_eps must be positive"),
         ({"projection_dim": -1}, "projection_dim must be positive"),
+        ({"projection_dim": 2**31}, "projection_dim must be positive and at most"),
+        ({"logit_scale_init_value": float("nan")}, "logit_scale_init_value must be finite"),
     ],
 )
 def test_refused(change, message):

@@ -228,6 +228,8 @@ def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
     (both / "config.json").write_text(json.dumps({"architecture": "vit_base_patch32_clip_224"}))
     shutil.copy(saved["hugging_face"] / "model.safetensors", both)
     assert weights.load(both).layout == "open_clip"
+    (both / "config.json").write_text("5")
+    assert weights.load(both).layout == "open_clip"
     # OpenCLIP's other name.
     shutil.copy(both / "open_clip_model.safetensors", both / "model.safetensors")
     (both / "open_clip_model.safetensors").unlink()
@@ -324,6 +326,9 @@ def test_open_clips_other_sizes_come_back():
         ("vision_cfg", {"new_idea": 1}, "not among what these towers compute: .*new_idea = 1"),
         ("vision_cfg", {"width": "768"}, "vision_cfg.width must be a positive integer, not '768'"),
         ("vision_cfg", {"mlp_ratio": -1}, "vision_cfg.mlp_ratio must be a positive number"),
+        ("vision_cfg", {"mlp_ratio": float("inf")}, "vision_cfg.mlp_ratio must be a positive num"),
+        ("vision_cfg", {"width": 10**400}, "vision_cfg.width must be a positive integer"),
+        ("text_cfg", {"norm_kwargs": {"eps": float("nan")}}, "norm_kwargs.eps must be a positive"),
         ("vision_cfg", {"norm_kwargs": {"bias": 0}}, "vision_cfg.norm_kwargs.eps must be a"),
         ("vision_cfg", {"image_size": [12, 16]}, r"image_size must be a positive integer, not \["),
         ("text_cfg", {"hf_model_name": "roberta-base"}, "text_cfg.hf_model_name = 'roberta-base'"),
@@ -340,6 +345,7 @@ def test_open_clips_other_sizes_come_back():
         ("preprocess_cfg", {"resize_mode": "squash"}, "preprocess_cfg.resize_mode = 'squash'"),
         ("preprocess_cfg", {"interpolation": "bilinear"}, "interpolation = 'bilinear'"),
         ("preprocess_cfg", {"mean": [0.5]}, "mean .* and std .* do not fit"),
+        ("preprocess_cfg", {"mean": [0.5, float("nan"), 0.5]}, "mean .* and std .* do not fit"),
         ("preprocess_cfg", {"std": "0.5"}, "mean and std must be lists of numbers"),
     ],
 )

@@ -221,6 +221,14 @@ def test_another_architecture(copy):
         weights.load(copy)
 
 
+def test_more_layers_than_tensors_are_not_counted_up_to(copy):
+    """A number in a small file must not make modules until the memory is full."""
+    raw = json.loads((copy / "config.json").read_text())
+    edit_json(copy / "config.json", text_config=raw["text_config"] | {"num_hidden_layers": 10**9})
+    with pytest.raises(UserError, match="1,000,000,002 layers, the files hold 62 tensors"):
+        weights.load(copy)
+
+
 def test_pickles_are_refused(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin: a pickle file can run code.*save_file"):
@@ -244,6 +252,17 @@ def test_preprocessor_must_fit(copy):
         weights.load(copy)
     path.write_text(json.dumps({**good, "resample": 2}))
     with pytest.raises(UserError, match="resample is 2; images are resized by 3 .bicubic. only"):
+        weights.load(copy)
+    for unknown in (None, "1/255", float("nan")):
+        path.write_text(json.dumps({**good, "rescale_factor": unknown}))
+        with pytest.raises(UserError, match="only pixels / 255"):
+            weights.load(copy)
+    for statistics in ({"image_mean": [0.5, float("nan"), 0.5]}, {"image_std": [float("inf")] * 3}):
+        path.write_text(json.dumps({**good, **statistics}))
+        with pytest.raises(UserError, match="preprocessor_config.json: mean .* do not fit"):
+            weights.load(copy)
+    path.write_text(json.dumps({**good, "crop_size": float("inf")}))
+    with pytest.raises(UserError, match="needs image_mean, image_std"):
         weights.load(copy)
     path.write_text("{}")
     with pytest.raises(UserError, match="needs image_mean, image_std"):

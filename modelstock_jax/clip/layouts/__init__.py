@@ -48,8 +48,10 @@ def described(path: Path) -> list[Layout]:
     found: list[Layout] = []
     config = path / hugging_face.CONFIG
     is_open_clip = (path / open_clip.CONFIG).is_file()
+    raw = read_json(config) if config.is_file() and is_open_clip else None
     # Beside OpenCLIP's config, timm's repositories have one of their own, with no model_type.
-    if config.is_file() and (not is_open_clip or "model_type" in read_json(config)):
+    timms = is_open_clip and not (isinstance(raw, dict) and "model_type" in raw)
+    if config.is_file() and not timms:
         found.append(WRITABLE[HuggingFace.name])
     if is_open_clip:
         found.append(WRITABLE[OpenCLIP.name])

@@ -109,6 +109,11 @@ class WholeLayout(Layout):
                 f"{path}: the preprocessor makes images of {preprocessor.image_size}, the image "
                 f"tower takes {size}."
             )
+        layers = config.vision.num_hidden_layers + config.text.num_hidden_layers
+        if layers > len(files):  # Known before a module is made for each.
+            raise UserError(
+                f"{path}: the config says {layers:,} layers, the files hold {len(files):,} tensors."
+            )
         table = rows(config, self.column)
         params = read_tree(files, table, param_shapes(config), path, self.tolerates)
         return Checkpoint(config, params, preprocessor, layout=self.name)

@@ -68,6 +68,9 @@ def _read_preprocessor(raw: dict[str, Any], image_size: int) -> Preprocessor:
         )
     except (TypeError, ValueError):
         raise UserError("preprocess_cfg: mean and std must be lists of numbers.") from None
-    if not len(mean) == len(std) == 3 or not all(x > 0 for x in std):
+    if len(mean) != 3:
         raise UserError(f"preprocess_cfg: mean {mean} and std {std} do not fit.")
-    return Preprocessor(mean, std, image_size)
+    try:
+        return Preprocessor(mean, std, image_size)
+    except UserError as error:
+        raise UserError(f"preprocess_cfg: {error}") from None

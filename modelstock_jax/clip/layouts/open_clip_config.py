@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from modelstock_jax.clip.config import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.clip.config import (
+    LARGEST,
+    LEGACY_EOS_TOKEN_ID,
+    CLIPConfig,
+    TextConfig,
+    VisionConfig,
+)
 from modelstock_jax.errors import UserError
 
 # OpenCLIP's defaults. A key with one of these values asks for nothing that the towers lack; any
@@ -179,7 +186,7 @@ def _whole(part: dict[str, Any], key: str, default: int | None, where: str) -> i
     value = part.get(key, default)
     if isinstance(value, list) and len(set(map(str, value))) == 1:
         value = value[0]  # Both sides of a square.
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
         raise UserError(f"{where}.{key} must be a positive integer, not {value!r}.")
     return value
 
@@ -189,7 +196,8 @@ def _tower(part: dict[str, Any], where: str, width: int, activation: str) -> dic
     ratio, norm = part.get("mlp_ratio", _MLP_RATIO), part.get("norm_kwargs") or {}
     eps: Any = norm.get("eps", _EPS) if isinstance(norm, dict) and set(norm) <= {"eps"} else None
     for key, value in (("mlp_ratio", ratio), ("norm_kwargs.eps", eps)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
             given = part.get(key.partition(".")[0])
             raise UserError(f"{where}.{key} must be a positive number alone, not {given!r}.")
     return {
