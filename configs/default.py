@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     config.label_smoothing = 0.0
 
     config.data = ConfigDict()
-    # 'glyphs' is rendered, nothing is read from disk; 'imagenet' and 'folder' lie in data.root.
+    # 'glyphs' is rendered, nothing is read from disk; 'imagenet', 'cifar10', 'cifar100' (as
+    # TensorFlow Datasets prepares them) and 'folder' lie in data.root.
     config.data.name = "glyphs"
     config.data.root = ""
     # Where a set lies, from data.root on or as a whole path; "" looks in the usual places.
@@ -46,12 +47,14 @@ def get_config() -> ConfigDict:
             ("train", "validation", "test", "v2", "r", "sketch", "objectnet", "a", "real"), ""
         )
     )
-    # Whether ImageNet's sets must have as many classes and images as were published.
+    # Whether the sets of ImageNet and CIFAR must have as many classes and images as were published.
     config.data.check_counts = True
-    # ImageNet's training images of each class that are kept for validation: the paper trains on
-    # all; Model Soups keeps 26, to choose the members of a greedy soup and the learning rate.
+    # Training images of each class, of ImageNet or CIFAR, that are kept for validation: the paper
+    # trains on all of ImageNet; Model Soups keeps 26, to choose the members of a greedy soup and
+    # the learning rate.
     config.data.held_out = 0
-    # Shift sets to measure, in the table's order; () takes all that the data set has.
+    # Shift sets to measure, in the table's order; () takes all that the data set has, of CIFAR-10
+    # CIFAR-10.1 where it is there.
     config.data.shifts = ()
     # Also measure the test images by their reassessed labels (ReaL, Beyer et al. 2020).
     config.data.real = False
@@ -75,7 +78,7 @@ def get_config() -> ConfigDict:
     # run, read without decoding by all; "" decodes each time (docs/input.md).
     config.data.cache = ""
     config.data.cache_short_side = 256
-    # What happens to ImageNet's training images. The glyphs have an augmentation of their own.
+    # What happens to stored training images. The glyphs have an augmentation of their own.
     config.data.augment = ConfigDict()
     # Random resized crop, bicubic: the share of the area, and the aspect ratio.
     config.data.augment.crop_area = (0.9, 1.0)

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from modelstock_jax.data import glyphs
+from modelstock_jax.data import cifar, glyphs
 from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.cache import write_cache
 from modelstock_jax.data.glyphs.sets import SHIFTS, TRAIN_SIZE
@@ -20,6 +21,7 @@ from modelstock_jax.data.imagenet.places import missing_sets
 from modelstock_jax.data.imagenet.sets import open_sets
 from modelstock_jax.data.own_images import open_own
 from modelstock_jax.data.prompts import read_class_names, read_templates
+from modelstock_jax.data.whole import Published
 from modelstock_jax.errors import UserError
 
 
@@ -63,7 +65,48 @@ class Outline:
     source: str
 
 
-NAMES = ("glyphs", "imagenet", "folder")
+def _as_read(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Stored images are cropped and changed where they are read."""
+    return images
+
+
+def _imagenet(config: ConfigDict) -> Benchmark:
+    *sets, real = open_sets(config)
+    return Benchmark(*sets, CLASS_NAMES, TEMPLATES, _as_read, real)
+
+
+def _cifar(config: ConfigDict) -> Benchmark:
+    names = cifar.CIFAR[config.name].class_names
+    return Benchmark(*cifar.open_sets(config), names, cifar.TEMPLATES, _as_read)
+
+
+class _Stored(NamedTuple):
+    """A data set of published size that lies in `data.root`."""
+
+    title: str
+    root: str
+    train: Published
+    missing_sets: Callable[[ConfigDict], list[str]]
+    open: Callable[[ConfigDict], Benchmark]
+
+
+_STORED = {
+    "imagenet": _Stored(
+        "ImageNet-1K", "ImageNet's directory", PUBLISHED["train"], missing_sets, _imagenet
+    ),
+    **{
+        name: _Stored(
+            known.title,
+            "the data_dir of TensorFlow Datasets",
+            known.train,
+            cifar.missing_sets,
+            _cifar,
+        )
+        for name, known in cifar.CIFAR.items()
+    },
+}
+
+NAMES = ("glyphs", *_STORED, "folder")
 
 
 def outline(config: ConfigDict) -> Outline:
@@ -85,19 +128,19 @@ def outline(config: ConfigDict) -> Outline:
     if config.name == "folder":
         own = open_own(config)
         return Outline(len(own.train), len(own.class_names), f"the folders of {config.root}")
-    classes, images = PUBLISHED["train"]
+    stored = _STORED[config.name]
+    classes, images, _ = stored.train
     kept = classes * config.held_out
     less = f", less {kept:,} held out" if kept else ""
-    return Outline(
-        images - kept, classes, "the published size of ImageNet-1K's training set" + less
-    )
+    source = f"the published size of {stored.title}'s training set{less}"
+    return Outline(images - kept, classes, source)
 
 
 def missing(config: ConfigDict) -> list[str]:
     """What stands between this config and its data, each with the way out; none if all is there.
 
     Raises:
-      UserError: if there is no data set of that name.
+      UserError: if there is no data set of that name, or no such shift.
     """
     if config.name == "folder":
         try:
@@ -108,11 +151,12 @@ def missing(config: ConfigDict) -> list[str]:
     outline(config)
     if config.name == "glyphs":
         return []
+    stored = _STORED[config.name]
     if not config.root:
-        return ["data.root is not set; give ImageNet's directory as --config.data.root=DIR"]
+        return [f"data.root is not set; give {stored.root} as --config.data.root=DIR"]
     if not Path(config.root).expanduser().is_dir():
-        return [f"data.root={config.root}: no such directory; give ImageNet's"]
-    return missing_sets(config)
+        return [f"data.root={config.root}: no such directory; give {stored.root}"]
+    return stored.missing_sets(config)
 
 
 def load(config: ConfigDict) -> Benchmark:
@@ -133,24 +177,10 @@ def load(config: ConfigDict) -> Benchmark:
     if config.name == "glyphs":
         return _with_lists(config, _glyphs(config))
     if config.name == "folder":
-        return _with_lists(config, _cached(config, Benchmark(*open_own(config), augment=_as_read)))
-    sets = open_sets(config)
-    opened = Benchmark(
-        sets.train,
-        sets.validation,
-        sets.test,
-        sets.shifts,
-        CLASS_NAMES,
-        TEMPLATES,
-        _as_read,
-        sets.real,
-    )
+        opened = Benchmark(*open_own(config), augment=_as_read)
+    else:
+        opened = _STORED[config.name].open(config)
     return _with_lists(config, _cached(config, opened))
-
-
-def _as_read(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Stored images are cropped and changed where they are read."""
-    return images
 
 
 def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:

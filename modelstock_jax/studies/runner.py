@@ -145,6 +145,7 @@ class Runner:
             config.epochs,
             bench.trained.steps_per_epoch,
             config.optimizer.learning_rate,
+            shifts=bool(bench.data.shifts),
             further=bench is not self._bench,
         )
 

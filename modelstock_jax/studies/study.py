@@ -23,6 +23,7 @@ class Setup(NamedTuple):
       epochs: of the base config.
       steps_per_epoch: of the base config.
       learning_rate: of the base config.
+      shifts: whether the data has any.
       further: whether the anchor is another than the base config's, on which a study may measure
         less.
     """
@@ -31,6 +32,7 @@ class Setup(NamedTuple):
     epochs: int
     steps_per_epoch: int
     learning_rate: float = 1e-3
+    shifts: bool = True
     further: bool = False
 
 

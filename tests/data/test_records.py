@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from modelstock_jax.data import kept
 from modelstock_jax.data.imagenet import WNIDS
@@ -19,35 +18,9 @@ from modelstock_jax.data.imagenet.sets import open_real, open_set
 from modelstock_jax.data.records import RecordImages, find_records, read_records
 from modelstock_jax.errors import UserError
 from tests.data.made_images import encoded
+from tests.data.made_records import write_set
 
 ROOT = Path(__file__).parents[2]
-
-
-def write_set(directory: Path, features: dict, examples: dict[str, list[dict]]) -> Path:
-    """A prepared set as the library itself writes one: NAME/VERSION, two files a split."""
-    directory.mkdir(parents=True)
-    name, described, splits = directory.parent.name, tfds.features.FeaturesDict(features), []
-    for split, rows in examples.items():
-        parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-        for number, part in enumerate(parts):
-            file = directory / f"{name}-{split}.array_record-{number:05d}-of-00002"
-            writer = ArrayRecordWriter(str(file), "group_size:1")
-            for row in part:
-                writer.write(described.serialize_example(described.encode_example(row)))
-            writer.close()
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
-        )
-        lengths = [len(part) for part in parts]
-        splits.append(tfds.core.SplitInfo(split, lengths, 1, filename_template=template))
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=described,
-        split_infos=splits,
-        version=directory.name,
-        check_data=False,
-    )
-    return directory
 
 
 def imagenet_set(directory: Path, splits: dict[str, list[int]]) -> Path:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Published(NamedTuple):
-    """Published sizes of a set: classes, and images in all."""
-
-    classes: int
-    images: int
-
+from modelstock_jax.data.whole import Published
 
 PUBLISHED = {
     "train": Published(1000, 1_281_167),
-    "validation": Published(1000, 50_000),
-    "v2": Published(1000, 10_000),
+    "validation": Published(1000, 50_000, even=True),
+    "v2": Published(1000, 10_000, even=True),
     "r": Published(200, 30_000),
     "sketch": Published(1000, 50_889),
     "a": Published(200, 7_500),
