@@ -105,8 +105,8 @@ def _open(
             str(directory), local_files_only=True, trust_remote_code=False
         )
         fast = whole.backend_tokenizer
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[:1]
+    except Exception as error:  # The tokenizers library raises this very class.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{directory}: its tokenizer cannot be opened ({reason}).") from None
     fast.no_padding()
     fast.no_truncation()

@@ -97,9 +97,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 def test_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no tokenizer .tokenizer.json or vocab.json. there"):
         tokenize(tmp_path, ["a"], 4)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="its tokenizer cannot be opened"):
-        tokenize(tmp_path, ["a"], 4)
+    for broken, said in (("{", "Expecting property name"), ('{"added_tokens": []}', "Model miss")):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(UserError, match=f"its tokenizer cannot be opened .{said}"):
+            tokenize(tmp_path, ["a"], 4)
 
 
 def test_a_tokenizer_json_alone_is_enough(tokenizer, tmp_path):
