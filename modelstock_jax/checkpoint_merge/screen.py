@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from modelstock_jax.checkpoint_merge.depth import place
@@ -23,15 +24,15 @@ MOST_LISTED = 20
 def show_plan(plan: Plan, out: str, console: Console) -> None:
     """What a merge would do, and why."""
     table = _facts()
-    table.add_row("base", plan.base.label)
+    table.add_row("base", escape(plan.base.label))
     for number, source in enumerate(plan.finetuned, 1):
-        table.add_row(f"fine-tune {number}", source.label)
+        table.add_row(f"fine-tune {number}", escape(source.label))
     table.add_row("method", f"{plan.options.method}, unit {plan.options.unit}")
     actions = Counter(tensor.action for tensor in plan.tensors.values())
     table.add_row("tensors", ", ".join(f"{n} {_took(action)}" for action, n in actions.items()))
     table.add_row("to read", f"{decimal(plan.bytes_read)} in {plan.passes} passes")
     table.add_row("to write", f"{decimal(plan.bytes_written)} in {len(plan.files)} file"
-                  f"{'s' if len(plan.files) > 1 else ''} under {out}")
+                  f"{'s' if len(plan.files) > 1 else ''} under {escape(out)}")
     table.add_row("memory", f"at most {decimal(plan.memory)}")
     _print(table, console)
     left = {n: t for n, t in plan.tensors.items() if t.action != "merge" or t.reason}
@@ -41,7 +42,7 @@ def show_plan(plan: Plan, out: str, console: Console) -> None:
         for heading in ("not merged by the rule", "takes", "why"):
             table.add_column(heading)
         for name, tensor in list(left.items())[:MOST_LISTED]:
-            table.add_row(name, _took(tensor.action), tensor.reason)
+            table.add_row(escape(name), _took(tensor.action), escape(tensor.reason))
         _print(table, console)
         if len(left) > MOST_LISTED:
             console.print(f"and {len(left) - MOST_LISTED} more; in all:", highlight=False)
@@ -54,7 +55,7 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
     """What was merged, at which ratios, where it lies, and how long it took."""
     table = _facts()
     merged = f"{len(document['models'])} fine-tunes of {document['base']['model']}"
-    table.add_row("merged", f"{merged}, {document['options']['method']}")
+    table.add_row("merged", f"{escape(merged)}, {document['options']['method']}")
     if found := document["ratios"].get("all"):
         table.add_row("ratios", f"{found['min']:.3f} to {found['max']:.3f}, median "
                       f"{found['median']:.3f} over {found['tensors']} tensors")
@@ -67,7 +68,7 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
     if distance and all(distance.get(key) is not None for key in ("replica", "mean", "merged")):
         table.add_row("to the centre", "one fine-tune {replica:.4g}, their mean {mean:.4g}, "
                       "merged {merged:.4g} (predicted)".format(**distance))
-    table.add_row("written to", str(out))
+    table.add_row("written to", escape(str(out)))
     moved = report.bytes_read + report.bytes_written
     rate = f", {decimal(int(moved / report.seconds))}/s" if report.seconds > 0 else ""
     time = f"{report.seconds:.1f} s" if report.seconds < 60 else duration(report.seconds)
@@ -80,28 +81,21 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
 
 def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any],
                     console: Console) -> None:
-    """A line a tensor: size, norms, cosines, angle, ratio, predicted distances."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("tensor", no_wrap=True)
-    for heading in ("shape", "norms", "cosines", "angle", "ratio", "to centre: one, mean, merged",
-                    "policy"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """A line a tensor: size, norms, cosines, angle, ratio, predicted distances, policy.
+
+    A terminal too narrow for all of it shows names, angles and ratios, and what else fits.
+    """
     places = place([row["name"] for row in rows])
     towers = list(dict.fromkeys(p.tower for p in places))
     keys = [(towers.index(p.tower), p.depth) for p in places]
-    for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0]):
-        distance = row["predicted_distance"]
-        table.add_row(
-            row["name"],
-            "x".join(map(str, row["shape"])) or "1",
-            " ".join(f"{norm:.3g}" for norm in row["norms"]),
-            " ".join("–" if c is None else f"{c:.3f}" for c in _pairs(row["cosines"])),
-            "–" if row["angle"] is None else f"{row['angle']:.1f}",
-            f"{row['ratio']:.3f}",
-            " ".join("–" if distance[k] is None else f"{distance[k]:.3g}"
-                     for k in ("replica", "mean", "merged")),
-            row["policy"].replace("_", " "),
-        )  # fmt: skip
+    ordered = [row for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0])]
+    cells = {heading: [text(row) for row in ordered] for heading, text in _COLUMNS.items()}
+    left_out = _fit(cells, console.width) if console.is_terminal else []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in cells:
+        table.add_column(heading, justify="left" if heading == "tensor" else "right", no_wrap=True)
+    for line in zip(*cells.values(), strict=True):
+        table.add_row(*map(escape, line))
     _print(table, console)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("ratios", "tensors", "least", "median", "largest"):
@@ -110,10 +104,46 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any
         table.add_row(kind, str(value["tensors"]),
                       *(f"{value[key]:.3f}" for key in ("min", "median", "max")))
     _print(table, console)
+    if left_out:
+        console.print(f"In a wider window, in a pipe and in --json: {'; '.join(left_out)}.",
+                      highlight=False)
+
+
+def _fit(cells: dict[str, list[str]], width: int) -> list[str]:
+    """Takes columns away, and the beginnings of names, until a table is `width` wide."""
+    def room() -> int:
+        widths = (max(len(text) for text in (heading, *texts)) for heading, texts in cells.items())
+        return width - sum(widths) - 3 * len(cells) + 1  # Spaces between columns, and at the ends.
+
+    left_out = []
+    for heading in _FIRST_TO_GO:
+        if room() < 0:
+            del cells[heading]
+            left_out.append(heading)
+    names = cells["tensor"]
+    most = max(12, max(map(len, names), default=0) + min(0, room()))
+    cells["tensor"] = [n if len(n) <= most else "…" + n[len(n) - most + 1 :] for n in names]
+    return left_out
 
 
 def _pairs(matrix: Sequence[Sequence[Any]]) -> list[Any]:
     return [matrix[i][j] for i in range(len(matrix)) for j in range(i + 1, len(matrix))]
+
+
+_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "tensor": lambda row: row["name"],
+    "shape": lambda row: "x".join(map(str, row["shape"])) or "1",
+    "norms": lambda row: " ".join(f"{norm:.3g}" for norm in row["norms"]),
+    "cosines": lambda row: " ".join("–" if c is None else f"{c:.3f}"
+                                    for c in _pairs(row["cosines"])),
+    "angle": lambda row: "–" if row["angle"] is None else f"{row['angle']:.1f}",
+    "ratio": lambda row: f"{row['ratio']:.3f}",
+    "to centre: one, mean, merged": lambda row: " ".join(
+        "–" if (far := row["predicted_distance"][key]) is None else f"{far:.3g}"
+        for key in ("replica", "mean", "merged")),
+    "policy": lambda row: row["policy"].replace("_", " "),
+}
+_FIRST_TO_GO = ("to centre: one, mean, merged", "cosines", "shape", "norms", "policy")
 
 
 def _took(action: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -288,6 +289,29 @@ def test_compare(say, models, merged, tmp_path):
     assert status == 0 and "model.layers.1.mlp.down_proj.weight" in out and "median" in out
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
     assert say("compare", *models, "--plot", tmp_path / "angles.xyz")[0] == 1
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_compare_shows_angles_and_ratios_at_every_width(models, monkeypatch, width):
+    screen = io.StringIO()
+    monkeypatch.setattr(commands, "Console", lambda **_: Console(
+        file=screen, width=width, force_terminal=True, no_color=True, legacy_windows=False))
+    assert main(["compare", *models]) == 0
+    lines = [re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", line) for line in screen.getvalue().splitlines()]
+    (head,) = [line for line in lines if line.lstrip().startswith("tensor ")]
+    assert {"angle", "ratio"} <= set(head.split())
+    assert all(len(line) <= width for line in lines[lines.index(head):])
+    row = next(line for line in lines if "embed_tokens.weight" in line)
+    assert len(re.findall(r" \d+\.\d(?= )", row)) == 1 and re.search(r" 0\.\d{3}( |$)", row)
+    assert ("policy" in head.split()) != any("policy" in line for line in lines[-4:])
+
+
+def test_names_are_shown_as_they_are(say, models, tmp_path):
+    """Brackets are markup to the library that draws the tables."""
+    base = tmp_path / "base[bold]"
+    shutil.copytree(models[0], base)
+    status, out, _ = say("merge", base, *models[1:], "--dry-run", "--out", tmp_path / "o[red]")
+    assert status == 0 and "base[bold]" in out and "o[red]" in out
 
 
 def test_compare_shows_every_pair(say, tmp_path):
