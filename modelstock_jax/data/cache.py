@@ -42,7 +42,8 @@ class CachedImages(EncodedImages):
         """
         self._directory = Path(directory)
         facts = read_json(self._directory / DESCRIPTION)
-        if facts.get("format") != _FORMAT:
+        known = isinstance(facts, dict) and facts.get("format") == _FORMAT
+        if not known or not isinstance(facts.get("count"), int):
             raise UserError(f"{directory}: not a cache of this version; write it again")
         indices = [_index(self._directory, part) for part in range(_num_parts(facts["count"]))]
         missing = [path for path in indices if not path.is_file()]
@@ -51,7 +52,7 @@ class CachedImages(EncodedImages):
                 f"{directory}: {len(missing)} of {len(indices)} parts are missing; the command "
                 "that began the cache goes on with it"
             )
-        entries = [np.load(path, allow_pickle=False) for path in indices]
+        entries = [_read_index(path) for path in indices]
         self._entries = np.concatenate([np.zeros(0, _ENTRY), *entries])
         sizes = [_num_bytes(one) for one in entries]
         for part, size in enumerate(sizes):
@@ -126,7 +127,10 @@ def write_cache(
         that does not give back what was written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror}") from error
     facts = {
         "format": _FORMAT,
         "short_side": short_side,
@@ -170,6 +174,16 @@ def write_cache(
                     directory, part, itertools.chain.from_iterable(pool.map(small, s) for s in some)
                 )
     return CachedImages(directory)
+
+
+def _read_index(path: Path) -> np.ndarray:
+    try:
+        entries = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        entries = None
+    if not isinstance(entries, np.ndarray) or entries.dtype != _ENTRY:
+        raise UserError(f"{path}: damaged; remove it and write the cache again")
+    return entries
 
 
 def _write_part(directory: Path, part: int, pixels: Iterator[np.ndarray]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -164,7 +163,7 @@ def read_label_sets(images: RecordImages, feature: str) -> tuple[tuple[int, ...]
 def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What our own preparation wrote down beside the records; empty for others' sets."""
     file = Path(path) / FACTS
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _claim_process() -> None:

@@ -117,6 +117,8 @@ def test_another_source_or_size_is_refused(tmp_path):
     (tmp_path / "thesis" / "chapter.txt").write_text("precious")
     with pytest.raises(UserError, match="something else in it"):
         write_cache(SOURCE, tmp_path / "thesis")
+    with pytest.raises(UserError, match="cannot write .*chapter.txt/cache: Not a directory"):
+        write_cache(SOURCE, tmp_path / "thesis" / "chapter.txt" / "cache")
 
 
 def test_damage_is_found(tmp_path):
@@ -129,12 +131,22 @@ def test_damage_is_found(tmp_path):
     pixels.write_bytes(good[:-1])
     with pytest.raises(UserError, match=f"should have {len(good)} bytes"):
         CachedImages(tmp_path / "cache")
-    (tmp_path / "cache" / "part-00001.npy").unlink()
+    index = tmp_path / "cache" / "part-00001.npy"
+    for damaged in (index.read_bytes()[:-1], b"", b"\x80\x04pickle"):
+        index.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"part-00001.npy: damaged; remove it and write the c"):
+            CachedImages(tmp_path / "cache")
+    np.save(index, np.zeros(4))
+    with pytest.raises(UserError, match=r"part-00001.npy: damaged"):
+        CachedImages(tmp_path / "cache")
+    index.unlink()
     write_cache(SOURCE, tmp_path / "cache").verify()
     facts = tmp_path / "cache" / "cache.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": 2}))
-    with pytest.raises(UserError, match="not a cache of this version"):
-        CachedImages(tmp_path / "cache")
+    said = json.loads(facts.read_text())
+    for other in (said | {"format": 2}, said | {"count": "11"}, [said]):
+        facts.write_text(json.dumps(other))
+        with pytest.raises(UserError, match="not a cache of this version"):
+            CachedImages(tmp_path / "cache")
     with pytest.raises(UserError, match="no such file"):
         CachedImages(tmp_path)
 

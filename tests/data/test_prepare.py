@@ -98,6 +98,9 @@ def test_another_preparation_is_not_mixed_in(tmp_path):
     options = dict(dataset="own", split="train")
     unfinished = tmp_path / "out" / "own" / "1.0.0.incomplete"
     unfinished.mkdir(parents=True)
+    (unfinished / "modelstock.json").write_text("{")
+    with pytest.raises(UserError, match="modelstock.json: not JSON"):
+        prepare(image_set, names, tmp_path / "out", **options)
     (unfinished / "modelstock.json").write_text("{}")
     with pytest.raises(UserError, match="holds the beginning of another preparation; remove it"):
         prepare(image_set, names, tmp_path / "out", **options)
