@@ -48,6 +48,8 @@ examples:
 class Parser(argparse.ArgumentParser):
     """Mistakes are one line, and a misspelt option names the one that was meant."""
 
+    others: Sequence[Parser] = ()  # Those of the other commands.
+
     def error(self, message: str) -> NoReturn:
         """Prints the mistake and where help is; exit status 2."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -59,6 +61,9 @@ class Parser(argparse.ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             wrong = next((text for text in unknown if text.startswith("-")), unknown[0])
             wrong = wrong.split("=")[0]
+            for command in self.others:
+                if wrong in command._option_string_actions:
+                    self.error(f"{wrong} is an option of {command.prog}")
             self.error(f"unknown option {wrong}{near(wrong, options)}")
         return values
 
@@ -89,6 +94,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     for parser in commands.values():
         _add_common(parser)
+        parser.others = [other for other in commands.values() if other is not parser]
     return top, commands
 
 
@@ -104,9 +110,11 @@ def _add_common(parser: Parser) -> None:
     add("--exclude", action="append", metavar="PATTERN", help="do not merge tensors that fit")
     add("--vocabulary", choices=VOCABULARY,
         help="where embeddings differ in rows: refuse, or merge the rows in common and take the "
-        "rest from the base or from the longest")
-    add("--tied", choices=TIED, help="where only some models tie head and embedding")
-    add("--missing", choices=MISSING, help="tensors that some models lack: refuse, or the base's")
+        "rest from the base or from the longest (refuse)")
+    add("--tied", choices=TIED, help="where only some models tie head and embedding: keep "
+        "refuses if the others trained a head, untie merges it as a tensor of its own (keep)")
+    add("--missing", choices=MISSING, help="tensors that some models lack: refuse, or "
+        "take the base's (refuse)")
     add("--threads", type=int, metavar="N", help="workers (one a core)")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
 
@@ -119,12 +127,16 @@ def _add_merge(parser: Parser) -> None:
     add("--dtype", choices=DTYPES, help="of the merged tensors (each as in BASE)")
     add("--excluded", metavar="WHAT", help="what tensors that are not merged take: base, mean or "
         "model:1 for the first fine-tune (base)")
-    add("--weights", type=numbers, metavar="W,W", help="for linear, task-arithmetic and ties")
-    add("--normalize", action=argparse.BooleanOptionalAction, help="divide weights by their sum")
-    add("--alpha", type=float, metavar="A", help="for wise-ft, in [0, 1]")
-    add("--scale", type=float, metavar="S", help="lambda, for task-arithmetic and ties")
-    add("--density", type=numbers, metavar="D", help="for ties, in (0, 1]; one, or one a fine-tune")
-    add("--t", type=float, metavar="T", help="for slerp, in [0, 1]")
+    add("--weights", type=numbers, metavar="W,W",
+        help="for linear, task-arithmetic and ties: one a fine-tune (1 each)")
+    add("--normalize", action=argparse.BooleanOptionalAction,
+        help="divide weights by their sum (for linear and ties)")
+    add("--alpha", type=float, metavar="A",
+        help="for wise-ft: 0 is BASE, 1 the mean of the fine-tunes")
+    add("--scale", type=float, metavar="S", help="lambda, for task-arithmetic and ties (1)")
+    add("--density", type=numbers, metavar="D",
+        help="for ties: the part of each movement that is kept, one or one a fine-tune (1)")
+    add("--t", type=float, metavar="T", help="for slerp, in [0, 1]: how far along the arc")
     add("--digest", choices=DIGESTS, help="of inputs and outputs (crc32; sha256 takes longer)")
     add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
         help="like 5GB or 500MB (5GB)")

@@ -39,6 +39,9 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     recipe = _recipe(arguments)
     if not arguments.out and not arguments.dry_run:
         raise UserError("--out DIR is missing: where the merged model will lie")
+    if (arguments.out or "").endswith(".safetensors"):
+        raise UserError(f"--out {arguments.out}: a directory is made, with model.safetensors in it;"
+                        " give a name for it that does not end so")
     asked = _asked(arguments)
     if clash := sorted(asked.keys() & recipe.options.keys()):
         raise UserError(f"{clash[0]} is in the recipe; leave the option out, or change it there")

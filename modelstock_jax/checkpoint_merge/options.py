@@ -112,7 +112,7 @@ class Options:
                 raise UserError(f"method {self.method!r} does not read {name}; leave it out.")
         for name in {"alpha", "t"} & set(read):
             if getattr(self, name) is None:
-                raise UserError(f"method {self.method!r} needs {name}.")
+                raise UserError(f"method {self.method!r} needs {name}, in [0, 1]: --{name} 0.5")
             self._check_each(name, lambda x: 0 <= x <= 1, "lies in [0, 1]")
         self._check_each("density", lambda x: 0 < x <= 1, "lies in (0, 1]")
         for name in ("weights", "scale"):
@@ -134,4 +134,8 @@ class Options:
     @property
     def num_threads(self) -> int:
         """Workers: one a core unless said."""
-        return self.threads or len(os.sched_getaffinity(0))
+        if self.threads is not None:
+            return self.threads
+        # Not every system says which cores a process may use.
+        known = hasattr(os, "sched_getaffinity")
+        return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

@@ -115,11 +115,13 @@ def _check_number(number: int, options: Options, findings: Findings) -> None:
         findings.problems.append(
             f"method {options.method!r} takes {least}{'' if most is None else f' to {most}'}"
             f"{' or more' if most is None else ''} fine-tuned models, not {number}"
+            f"{'; the model that is given first is the base' if number < least else ''}"
         )
     for name in ("weights", "density"):
         value = getattr(options, name)
         if isinstance(value, tuple) and len(value) != number:
-            findings.problems.append(f"{len(value)} {name} for {number} fine-tuned models")
+            findings.problems.append(f"{len(value)} {name} for {number} fine-tuned models; "
+                                     "give one for each")
     if options.weights is not None and sum(options.weights) == 0 and options.normalize is not False:
         findings.problems.append("the weights add up to 0")
     if options.excluded.startswith("model:") and int(options.excluded[6:]) > number:

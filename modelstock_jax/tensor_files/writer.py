@@ -133,8 +133,11 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
     """Raises where `path` is a file, or a directory that holds files and may not be replaced."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
-        raise UserError(f"{path}: exists already; choose another directory or ask to overwrite it.")
+    if path.is_file():
+        raise UserError(f"{path}: exists already, and is a file; choose a directory.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"{path}: exists already; choose another directory, or replace it with "
+                        "--overwrite (in a program, overwrite=True).")
 
 
 def take_place(beside: Path, path: Path) -> None:

@@ -358,6 +358,11 @@ def test_units_by_name_are_refused_where_names_are_not_known(say, tmp_path):
     (["merge", "B", "none", "--out", "o"], 1, "none: no such file or directory"),
     (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "give --recipe or BASE FT1 FT2"),
     (["compare", "B"], 1, "give BASE and the models"),
+    (["compare", "B", "F1", "F2", "--out", "o"], 2, "--out is an option of modelstock merge"),
+    (["merge", "B", "F1", "--out", "o"], 1, "not 1; the model that is given first is the base"),
+    (["merge", "B", "F1", "F2", "--out", "o.safetensors"], 1, "a directory is made"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--method", "wise-ft"], 1, "--alpha 0.5"),
+    (["merge", "B", "F1", "F2", "--out", "F1/config.json/o"], 1, "config.json"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(say, models, tmp_path, monkeypatch, arguments, status, said):
     for path, name in zip(models, ("B", "F1", "F2"), strict=True):
@@ -373,7 +378,7 @@ def test_an_existing_directory_is_kept(say, models, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     status, _, err = say("merge", *models, "--out", out)
-    assert status == 1 and "exists" in err and (out / "mine.txt").read_text() == "mine"
+    assert status == 1 and "--overwrite" in err and (out / "mine.txt").read_text() == "mine"
     assert say("merge", *models, "--out", out, "--overwrite")[0] == 0
     assert (out / "model.safetensors").is_file() and not (out / "mine.txt").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,12 @@ from tests.checkpoint_merge.engine import SHAPES, merge, models, numbers, plan, 
 TIED = {"model_type": "llama", "tie_word_embeddings": True}
 UNTIED = {"model_type": "llama", "tie_word_embeddings": False}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_threads_are_the_cores_on_any_system(monkeypatch):
+    assert Options().num_threads == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert Options().num_threads == os.cpu_count()
 
 
 def test_a_plan_counts_bytes_files_and_tensors(tmp_path):
