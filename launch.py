@@ -1,7 +1,9 @@
 """Trains, merges and evaluates: `python launch.py --config=configs/glyphs.py --workdir=DIR`.
 
-Evaluates any checkpoint: `python launch.py --mode=eval --checkpoint=DIR`. With --dry-run it says
-what a run takes and what is missing. On many hosts, the same command on each (docs/scale.md).
+--config names a file (by default configs/glyphs.py), and --config.epochs=4 or the like overrides
+one of its options (docs/configuration.md). Evaluates any checkpoint: `python launch.py --mode=eval
+--checkpoint=DIR`. With --dry-run it says what a run takes and what is missing. On many hosts, the
+same command on each (docs/scale.md).
 """
 
 import sys
@@ -26,6 +28,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; every option starts with --")
+    if FLAGS.checkpoint and FLAGS.mode == "train":
+        sys.exit(f"error: to evaluate it: --mode=eval --checkpoint={FLAGS.checkpoint}; a training"
+                 " begins from --config.pretrained")
     from modelstock_jax.training.hosts.job import (
         job,  # jax takes a second: --help need not wait for it.
     )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 import sys
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
+
+_ALL = "(all of them: docs/configuration.md)"
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -23,11 +29,36 @@ def parse(argv: list[str]) -> list[str]:
         flags.FLAGS.config.keys()  # The file is read when it is first used.
         return rest
     except OSError as error:
-        sys.exit(f"error: --config: {str(error).splitlines()[-1].strip()}")
+        sys.exit(f"error: --config: {_no_file(error)}")
     except flags.Error as error:  # A config file that raises brings its traceback.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         flag = lines[0].split(": Error whilst")[0] + ": " if len(lines) > 1 else ""
+        if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", lines[0]):
+            sys.exit(f"error: --config.{group[1]} is a group of options, not one {_ALL}")
         sys.exit(f"error: {flag}{lines[-1].split('Error: ')[-1]}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
-        sys.exit(f"error: --config has no such option: {reason}")
+        sys.exit(f"error: --config has no such option: {_misspelt(reason, argv)} {_ALL}")
+
+
+def _no_file(error: OSError) -> str:
+    """A path that is none, with one that is there and looks like it."""
+    reason = str(error).splitlines()[-1].strip()
+    found = re.search(r"No such file or directory: '(.+)'", reason)
+    if not found:
+        return reason
+    path = found[1]
+    there = [os.fspath(near) for near in Path(path).parent.glob("*.py") if near.stem != "__init__"]
+    close = difflib.get_close_matches(path, there, 1)
+    return f"no file {path} in {os.getcwd()}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _misspelt(reason: str, argv: list[str]) -> str:
+    """The option as it was typed, groups and all, and the one that was probably meant."""
+    found = re.match(r"'(\w+)'(?: Did you mean \"(\w+)\")?", reason)
+    for argument in argv if found else ():
+        option = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and found[1] in option.split("."):
+            meant = option.replace(found[1], found[2]) if found[2] else ""
+            return option + (f"; did you mean {meant}?" if meant else "")
+    return reason

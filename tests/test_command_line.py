@@ -1,0 +1,38 @@
+"""What is typed wrong after `python launch.py` is said in one line, at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch.py"
+
+
+@pytest.mark.parametrize(("argument", "said"), [
+    ("--config.num_replica=3", "no such option: num_replica; did you mean num_replicas?"),
+    ("--config.merge.evry=3", "no such option: merge.evry; did you mean merge.every?"),
+    ("--config.foo=3", "no such option: foo (all of them: docs/configuration.md"),
+    ("--config.optimizer=sgd", "--config.optimizer is a group of options, not one"),
+    ("--config.epochs=two", "--config.epochs=two: invalid literal for int()"),
+    ("--config=configs/vitl41.py", "no file configs/vitl41.py in "),
+    ("--config=configs/vitl41.py", "; did you mean configs/vitl14.py?"),
+    ("--config=/nowhere.py", "error: --config: no file /nowhere.py in "),
+    ("--config=configs/vitl14.py:strnog", "choose one of :plain, :strong"),
+    ("--confg=configs/vitl14.py", "Did you mean: config"),
+    ("--checkpoint=runs/b32/model", "--mode=eval --checkpoint=runs/b32/model"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(argument, said):
+    ran = subprocess.run([sys.executable, LAUNCH, "--workdir=/dev/null/nowhere", argument],
+                         cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
+    assert said in ran.stderr and ran.stderr.startswith("error: ") and "Errno" not in ran.stderr
+
+
+def test_help_tells_of_the_config():
+    ran = subprocess.run([sys.executable, LAUNCH, "--help"], cwd=ROOT, capture_output=True,
+                         text=True, timeout=60)
+    assert "--config.epochs=4" in ran.stdout and "docs/configuration.md" in ran.stdout
