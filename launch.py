@@ -10,10 +10,10 @@ import sys
 
 from absl import app, flags, logging
 
-from modelstock_jax.command_line import parse
+from modelstock_jax.command_line import parse, run_name
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "runs/glyphs", "Where everything of the run is written.")
+flags.DEFINE_string("workdir", None, "Where the run is written (default: runs/CONFIG).")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
 flags.DEFINE_string("checkpoint", None, "With --mode=eval: a directory or a hub id.")
 flags.DEFINE_bool("dry-run", False, "Print sizes, memory and what is missing; exit 1 if any is.")
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.checkpoint and FLAGS.mode == "train":
         sys.exit(f"error: to evaluate it: --mode=eval --checkpoint={FLAGS.checkpoint}; a training"
                  " begins from --config.pretrained")
+    workdir = FLAGS.workdir or f"runs/{run_name(FLAGS['config'].config_filename)}"
     from modelstock_jax.training.hosts.job import (
         job,  # jax takes a second: --help need not wait for it.
     )
@@ -41,9 +42,9 @@ def main(argv: list[str]) -> None:
         if FLAGS.mode == "eval":
             experiment.evaluate_checkpoint(FLAGS.config, FLAGS.checkpoint)
         elif FLAGS["dry-run"].value:
-            sys.exit(1 if experiment.dry_run(FLAGS.config, FLAGS.workdir) else 0)
+            sys.exit(1 if experiment.dry_run(FLAGS.config, workdir) else 0)
         else:
-            experiment.run(FLAGS.config, FLAGS.workdir, sys.argv, FLAGS.allow_config_change)
+            experiment.run(FLAGS.config, workdir, sys.argv, FLAGS.allow_config_change)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,16 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: --config has no such option: {_misspelt(reason, argv)} {_ALL}")
 
 
+def run_name(config: str) -> str:
+    """What a run is called after its config file.
+
+    Example:
+      >>> run_name("configs/vitl14.py:strong")
+      'vitl14-strong'
+    """
+    return Path(config).name.replace(".py", "").replace(":", "-")
+
+
 def _no_file(error: OSError) -> str:
     """A path that is none, with one that is there and looks like it."""
     reason = str(error).splitlines()[-1].strip()

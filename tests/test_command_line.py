@@ -36,3 +36,12 @@ def test_help_tells_of_the_config():
     ran = subprocess.run([sys.executable, LAUNCH, "--help"], cwd=ROOT, capture_output=True,
                          text=True, timeout=60)
     assert "--config.epochs=4" in ran.stdout and "docs/configuration.md" in ran.stdout
+
+
+def test_a_run_is_written_by_its_configs_name(tmp_path):
+    """Else the second experiment would lie in the workdir of the first."""
+    (tmp_path / "own.py").write_text("from configs.glyphs import get_config\n")
+    (tmp_path / "runs").touch()
+    ran = subprocess.run([sys.executable, LAUNCH, "--config=own.py"], cwd=tmp_path,
+                         capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1 and "cannot make --workdir=runs/own: " in ran.stderr
