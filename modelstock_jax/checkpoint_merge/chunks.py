@@ -62,9 +62,9 @@ class Layout(NamedTuple):
 
     def spread(self, values: np.ndarray, start: int, stop: int) -> np.ndarray | np.generic:
         """Values [units] as they fall on the numbers of a range: a scalar, or [stop - start]."""
-        if self.units == 1:
-            return values[0]
         units, rows, cycles = self.touched(start, stop)
+        if isinstance(units, slice):
+            return values[0]
         if rows == 1:
             return values[units[0]]
         return np.tile(np.repeat(values[units], (stop - start) // rows), cycles)

@@ -132,7 +132,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that were typed, as `Options` takes them."""
     fields = {field.name for field in dataclasses.fields(Options)}
-    asked = {
+    asked: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items() if name in fields
     }  # fmt: skip

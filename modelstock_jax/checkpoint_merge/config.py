@@ -53,7 +53,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
       >>> _with_dtype({"dtype": "float32", "text_config": {"torch_dtype": "float32"}}, "float16")
       {'dtype': 'float16', 'text_config': {'torch_dtype': 'float16'}}
     """
-    changed = {}
+    changed: dict[str, Any] = {}
     for key, value in config.items():
         if key in KEYS:
             changed[key] = dtype

@@ -36,7 +36,7 @@ def _read(
     plan: Plan, tensor: Planned, model: int, start: int, stop: int, tally: Tally
 ) -> np.ndarray:
     source = (plan.base, *plan.finetuned)[model]
-    name = tensor.names[model]
+    name = tensor.name_in(model)
     values = source.read(name, start, stop)
     source.note(name, start, values)
     tally.add(read=values.nbytes)

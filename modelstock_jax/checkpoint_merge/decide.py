@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from modelstock_jax.checkpoint_merge.casts import FLOATS
-from modelstock_jax.checkpoint_merge.match import Findings, Source, listed, same_numbers
+from modelstock_jax.checkpoint_merge.match import Findings, listed, same_numbers
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
+from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import units
 from modelstock_jax.merging.units import Part
@@ -60,6 +61,12 @@ class Planned:
     def num_bytes(self) -> int:
         """Bytes that it takes in the output."""
         return num_bytes(self.code, self.shape)
+
+    def name_in(self, model: int) -> str:
+        """Its name in a model, 0 the base; a KeyError where it has none there."""
+        if (name := self.names[model]) is None:
+            raise KeyError(f"{self.name} is not in model {model}")
+        return name
 
     def models(self, number: int) -> list[int]:
         """Models that its unmerged numbers come from, of 1 + number: 0 is the base."""
@@ -115,13 +122,13 @@ def _decide(
     options: Options,
     findings: Findings,
 ) -> Planned | None:
-    infos = [None if own is None else source.tensors[own]
-             for source, own in zip(sources, names, strict=True)]
-    base = infos[0]
+    infos = [source.tensors[own] for source, own in zip(sources, names, strict=True)
+             if own is not None]
+    base = infos[0]  # `match` gives what the base has, and no more.
     floats = base.code in FLOATS
     code = DTYPES[options.dtype] if floats and options.dtype else base.code
-    if None in infos:
-        lacking = listed(s.label for s, info in zip(sources, infos, strict=True) if info is None)
+    if None in names:
+        lacking = listed(s.label for s, own in zip(sources, names, strict=True) if own is None)
         return Planned(name, base.shape, code, "base", f"{lacking} lacks it", names=names)
     if any((info.code in FLOATS) != floats for info in infos):
         findings.problems.append(_mixed(name, sources, infos))

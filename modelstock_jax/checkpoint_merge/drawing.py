@@ -36,7 +36,7 @@ class Drawing:
     def begin(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Gives the rows of a merge's report and where the picture will lie; does not wait."""
         self._path, self._rows = path, rows
-        if self._process is not None:
+        if self._process is not None and self._process.stdin is not None:
             try:
                 with self._process.stdin as pipe:
                     pipe.write(json.dumps([str(path), plain(rows)]).encode())
@@ -54,7 +54,7 @@ class Drawing:
     def close(self) -> None:
         """Lets go of the process, whatever it does."""
         if self._process is not None:
-            if not self._process.stdin.closed:
+            if self._process.stdin is not None:
                 self._process.stdin.close()
             self._process.kill()
             self._process.wait()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Container, Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from modelstock_jax.checkpoint_merge.config import read_config
 from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError
 
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")
@@ -20,32 +20,6 @@ _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|
 # Buffers that older checkpoints hold and newer ones compute.
 _BUFFER = re.compile(r"(?:.*\.)?(?:rotary_emb\.inv_freq|position_ids|masked_bias)")
 _COMPARED = 2**20
-
-
-class TensorInfo(Protocol):
-    """What a header says of a tensor."""
-
-    shape: tuple[int, ...]
-    code: str
-
-
-class Source(Protocol):
-    """One model, as the engine sees it; `sources.open_source` makes them."""
-
-    label: str  # as the user typed it
-    directory: Path | None  # of config and tokenizer files
-    tensors: dict[str, TensorInfo]
-    num_bytes: int
-    files: Sequence[Path]  # their sizes and times tell whether a killed merge may go on
-    formed: Container[str]  # tensors that are computed where they are read
-
-    def read(
-        self, name: str, start: int, stop: int, into: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor, in `into` if it will; thread-safe."""
-
-    def note(self, name: str, start: int, values: np.ndarray) -> None:
-        """Is shown what was read, for the files' digests."""
 
 
 @dataclasses.dataclass

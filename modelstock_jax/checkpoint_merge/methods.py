@@ -64,12 +64,12 @@ def solver(options: Options, number: int) -> Solver:
         return _by_angles(rules.equation_3)
     if method == "weighted-stock":
         return _by_angles(rules.unequal_noise)
-    if method == "slerp":
+    if options.t is not None:  # Slerp's alone, and never missing there.
         return _slerp(options.t)
     if method == "ties":
         return _ties(options, number)
     if method in ("uniform", "wise-ft"):
-        ratio = 1.0 if method == "uniform" else options.alpha
+        ratio = 1.0 if options.alpha is None else options.alpha
         return _by_shares(np.full(number, ratio / number))
     return _by_shares(scale(options) * shares(options, number))
 

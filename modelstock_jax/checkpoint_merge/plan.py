@@ -14,8 +14,9 @@ import numpy as np
 from modelstock_jax.checkpoint_merge import classifier
 from modelstock_jax.checkpoint_merge.chunks import PIECE, WORKING_SET, piece_length
 from modelstock_jax.checkpoint_merge.decide import Planned, decide
-from modelstock_jax.checkpoint_merge.match import Findings, Source, match
+from modelstock_jax.checkpoint_merge.match import Findings, match
 from modelstock_jax.checkpoint_merge.options import METHODS, Options
+from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.tensor_files.header import BITS
 from modelstock_jax.tensor_files.reader import HEAD, SINGLE
 
@@ -72,15 +73,15 @@ class Plan:
         if tensor.part is None:
             return 0
         count = math.prod(tensor.part.view)
-        return sum(count * BITS[source.tensors[name].code] // 8 for source, name in
-                   zip((self.base, *self.finetuned), tensor.names, strict=True))
+        return sum(count * BITS[source.tensors[tensor.name_in(m)].code] // 8
+                   for m, source in enumerate((self.base, *self.finetuned)))
 
     def bytes_copied(self, tensor: Planned) -> int:
         """Bytes that are read to be copied, or for a plain mean."""
         sources = (self.base, *self.finetuned)
         merged = 0 if tensor.part is None else math.prod(tensor.part.view)
         count = math.prod(tensor.shape) - merged
-        return sum(count * BITS[sources[m].tensors[tensor.names[m]].code] // 8
+        return sum(count * BITS[sources[m].tensors[tensor.name_in(m)].code] // 8
                    for m in tensor.models(len(self.finetuned)))
 
 
@@ -175,9 +176,8 @@ def _memory(plan: Plan) -> int:
 def _fingerprint(
     sources: Sequence[Source], options: Options, tensors: dict[str, Planned]
 ) -> str:
-    asked = dataclasses.asdict(options)
-    for name in ("threads", "window_bytes"):  # How fast, and not what.
-        del asked[name]
+    fast = ("threads", "window_bytes")  # How fast, and not what.
+    asked = {name: x for name, x in dataclasses.asdict(options).items() if name not in fast}
     files = [[(os.path.realpath(path), path.stat().st_size, path.stat().st_mtime_ns)
               for path in source.files] for source in sources]
     made = [dataclasses.astuple(tensor) for tensor in tensors.values()]

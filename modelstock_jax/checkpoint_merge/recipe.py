@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,26 +156,27 @@ def _entries(raw: Mapping) -> tuple[list[dict], dict, int | None]:
             common, None
     slices = [mapping(s, "a slice", ("sources", "parameters", "base_model", "residual_weight"))
               for s in _list(raw["slices"], "slices")]
-    end, first = 0, None
-    for piece in slices:
+    end, models = 0, []
+    for number, piece in enumerate(slices):
         for key in ("base_model", "residual_weight"):
             if key in piece:
                 raise UserError(f"{key} of a slice is not done here: the whole model is merged")
         sources = [_entry(e, ("model", "layer_range", "parameters"))
                    for e in _list(piece.get("sources"), "sources")]
-        ranges = [source.get("layer_range") for source in sources]
-        if ranges[0] != [end, ranges[0][-1] if isinstance(ranges[0], list) and ranges[0] else 0] \
-                or any(r != ranges[0] for r in ranges):
+        ranges = [_list(source.get("layer_range"), "layer_range") for source in sources]
+        span = ranges[0]
+        whole = len(span) == 2 and span[0] == end and isinstance(span[1], int)
+        if not whole or any(other != span for other in ranges):
             raise UserError(f"layer_range {ranges}: only the whole model in its own order is "
                             f"merged, here from layer {end}; give models instead of slices")
-        end = ranges[0][1]
+        end = span[1]
         merged = [{k: source[k] for k in ("model", "parameters") if k in source}
                   for source in sources]
-        first = merged if first is None else first
-        if merged != first or (len(slices) > 1 and piece.get("parameters")):
+        models = models if number else merged
+        if merged != models or (len(slices) > 1 and piece.get("parameters")):
             raise UserError("slices with models or parameters of their own are not done here")
         common |= mapping(piece.get("parameters") or {}, "parameters of a slice")
-    return first, common, end
+    return models, common, end
 
 
 def _numbers(theirs: str, names: list[str], own: list[dict], common: dict) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def _check_tokenizer(raw: Mapping, base: str) -> list[str]:
     return ["chat_template auto: the base's is copied"] if raw.get("chat_template") else []
 
 
-def _entry(entry: Any, known: Iterable[str]) -> dict:
+def _entry(entry: Any, known: Collection[str]) -> dict:
     entry = mapping(entry, "a model's entry", known)
     if "model" not in entry:
         raise UserError("an entry of the models has no 'model'")

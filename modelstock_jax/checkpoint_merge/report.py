@@ -39,7 +39,7 @@ def document(
     """
     inputs = [
         {"model": source.label, "bytes": source.num_bytes, "files": dict(files),
-         "notes": list(getattr(source, "notes", ()))}
+         "notes": list(source.notes)}
         for source, files in zip((plan.base, *plan.finetuned), digests, strict=True)
     ]  # fmt: skip
     return {

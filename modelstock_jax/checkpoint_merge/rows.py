@@ -17,8 +17,14 @@ Row = dict[str, Any]
 _DISTANCES = ("replica", "mean", "merged")
 
 
-def tensor_rows(members: Iterable[Planned], solved: Solved) -> dict[str, Row]:
-    """The rows of a unit's tensors, by name; tensors of one unit differ in name and shape alone."""
+def tensor_rows(key: str, members: Iterable[Planned], solved: Solved) -> dict[str, Row]:
+    """The rows of a unit's tensors, by name; tensors of one unit differ in name and shape alone.
+
+    Args:
+        key: Of the unit.
+        members: Its tensors.
+        solved: What was found of it.
+    """
     solution = solved.solution
     shared = {
         "cosines": _pairwise(solved.gram),
@@ -29,8 +35,8 @@ def tensor_rows(members: Iterable[Planned], solved: Solved) -> dict[str, Row]:
     }
     rows = {}
     for member in members:
-        row = unit_row(member.name, member.part.key, solution.cosine, solution.ratio,
-                       solution.norm, solution.policy)
+        row = unit_row(member.name, key, solution.cosine, solution.ratio, solution.norm,
+                       solution.policy)
         rows[member.name] = {**row, "shape": list(member.shape), **shared}
     return rows
 

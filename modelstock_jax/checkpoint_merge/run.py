@@ -162,13 +162,13 @@ def _merge(
     pool: Executor | None,
 ) -> None:
     """Measures one unit, then writes its tensors; or copies a tensor that no rule merges."""
-    if members[0].part is None:
+    if (part := members[0].part) is None:
         if output is not None:
             copy_tensor(plan, members[0], tally, output)
         return
     unit = Unit(plan, members, tally, scratch, pool)
     solved = solver(plan.options, len(plan.finetuned))(unit)
-    rows.update(tensor_rows(members, solved))
+    rows.update(tensor_rows(part.key, members, solved))
     if output is None:
         return
     for k, member in enumerate(members):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from modelstock_jax.checkpoint_merge.depth import place
@@ -70,12 +70,12 @@ def constant(setting: Any, key: str) -> float:
     return float(setting)
 
 
-def mapping(value: Any, where: str, known: Iterable[str] | None = None) -> dict:
+def mapping(value: Any, where: str, known: Collection[str] | None = None) -> dict:
     """The value, if it is a mapping of known keys."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected keys and values, not {value!r}")
-    for key in value if known is not None else ():
-        if key not in known:
+    for key in value:
+        if known is not None and key not in known:
             raise UserError(f"{where}: unknown key {key!r}{near(key, known)}")
     return value
 

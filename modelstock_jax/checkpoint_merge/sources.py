@@ -77,7 +77,7 @@ class Source:
             files, own = self._stored[name]
             file, place = files.place(own, start)
             if (digest := self._watched.get(file)) is not None:
-                digest.see(place, memoryview(values.view(np.uint8)))
+                digest.see(place, values.view(np.uint8).data)
 
     def watch(self) -> None:
         """Takes the CRC-32 of what passes by from here on, for `digests`."""
@@ -95,7 +95,6 @@ class Source:
             else:
                 found[path.name] = f"{kind}:{digest_file(path, kind)}"
         return found
-
 
 
 class AdaptedSource(Source):

@@ -56,7 +56,7 @@ def magnitude(delta: np.ndarray) -> np.ndarray:
 def measure_trim(
     reduce: Reduce,
     count: int,
-    density: Sequence[float],
+    density: Sequence[float] | np.ndarray,
     weights: np.ndarray,
     scale: float,
     normalize: bool,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -58,11 +58,12 @@ class Unit:
         self._tally, self._scratch = tally, scratch
         self._sources = (plan.base, *plan.finetuned)
         self._formed: dict[tuple[int, Piece], np.ndarray] = {}
-        self.layouts = [Layout.of(member.part) for member in members]
-        self.dtypes = [self._dtype(member) for member in members]
+        parts = [member.part for member in members if member.part is not None]
+        self.layouts = [Layout.of(part) for part in parts]
+        self.dtypes = [self._dtype(*pair) for pair in zip(members, self.layouts, strict=True)]
         self.name = members[0].name
         self.count = sum(layout.count for layout in self.layouts)
-        self.per_unit = sum(member.part.count for member in members)
+        self.per_unit = sum(part.count for part in parts)
         self.single = np.full(self.layouts[0].units, self.per_unit < 2)
 
     def gram(self, *, with_base: bool = False) -> np.ndarray:
@@ -92,7 +93,7 @@ class Unit:
             vectors = self._vectors(self._raw(piece), self._output_dtype(piece.member))
             return function(vectors[0], vectors[1:])
 
-        return sum(self.each(one, self.pieces()))
+        return functools.reduce(np.add, self.each(one, self.pieces()))
 
     def merge(self, solved: Solved, piece: Piece) -> np.ndarray:
         """Merged weights of a piece, as they are written; valid until this thread's next call."""
@@ -186,8 +187,9 @@ class Unit:
         A second pass reads them again: from the system's cache into memory that the processor's
         own holds costs no more than to keep them, and takes none.
         """
-        names = self.members[piece.member].names
-        raw = [self._read(model, name, piece) for model, name in enumerate(names)]
+        member = self.members[piece.member]
+        raw = [self._read(model, member.name_in(model), piece)
+               for model in range(len(self._sources))]
         self._tally.add(read=sum(values.nbytes for values in raw))
         return raw
 
@@ -207,18 +209,18 @@ class Unit:
         return piece_length(len(self._sources), self._bits(self.members[k]))
 
     def _code(self, member: Planned, model: int) -> str:
-        return self._sources[model].tensors[member.names[model]].code
+        return self._sources[model].tensors[member.name_in(model)].code
 
     def _bits(self, member: Planned) -> int:
         return max(BITS[self._code(member, i)] for i in range(len(member.names)))
 
-    def _dtype(self, member: Planned) -> type:
+    def _dtype(self, member: Planned, layout: Layout) -> type:
         """Float32 holds 16-bit weights and the float32 rounding of their differences.
 
         Differences of float32 weights it rounds by 2^-24 of themselves: over many, enough for an
         angle. Slerp takes the angle of the weights, which is small.
         """
-        most = 16 if math.prod(member.part.view) < PIECE else 32
+        most = 16 if layout.count < PIECE else 32
         narrow_enough = self._bits(member) <= most and self.plan.options.method != "slerp"
         return np.float32 if narrow_enough else np.float64
 

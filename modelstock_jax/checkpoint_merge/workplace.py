@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from modelstock_jax.checkpoint_merge.match import Source
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.rows import Row
+from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.tensor_files.digests import digest_file

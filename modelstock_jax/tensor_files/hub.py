@@ -43,8 +43,7 @@ def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = FILES) -> Pa
     path = Path(name)
     if os.path.exists(path):
         return path
-    match = _HUB_ID.fullmatch(name) if isinstance(name, str) else None
-    if match is None:
+    if not isinstance(name, str) or (match := _HUB_ID.fullmatch(name)) is None:
         raise UserError(f"{name}: no such file or directory.")
     if path.suffix in (*PICKLES, ".safetensors", ".json"):
         raise UserError(f"{name}: no such file.")

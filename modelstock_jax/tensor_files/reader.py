@@ -112,7 +112,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         size = (stop - start) * dtype.itemsize
         raw = np.empty(size, np.uint8) if into is None else into[:size]
         values = raw.view(dtype)
-        left, place = memoryview(raw), entry.start + start * dtype.itemsize
+        left, place = raw.data, entry.start + start * dtype.itemsize
         while left:
             try:
                 count = os.preadv(self._open[self.files[name]], [left], place)

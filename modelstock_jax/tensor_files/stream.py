@@ -92,7 +92,7 @@ class ShardWriter:
         place = begin + start * width
         if place < begin or place + values.nbytes > stop:
             raise ValueError(f"{name}: elements {start} to {start + len(values)} lie outside of it")
-        self._put(place, memoryview(np.ascontiguousarray(values).view(np.uint8)))
+        self._put(place, np.ascontiguousarray(values).view(np.uint8).data)
 
     def finish(self) -> str:
         """Flushes the file to the disk; every element must have been written.

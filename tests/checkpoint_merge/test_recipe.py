@@ -174,6 +174,7 @@ def sliced(*ranges, **source):
     (changed(SLERP, parameters={}), "parameters.t is missing"),
     (changed(SLERP, **sliced((0, 2), (4, 6))), "here from layer 2"),
     (changed(SLERP, **sliced((1, 4))), "here from layer 0"),
+    (changed(SLERP, **sliced((0, "4"))), "here from layer 0"),
     (changed(SLERP, **sliced((0, 4), parameters={"t": 1})), "unknown key 't'"),
     (changed(SLERP, slices=[{"sources": [{"model": "a"}]}]), "layer_range"),
     (changed(SLERP, slices=[{"sources": [
