@@ -1,0 +1,219 @@
+"""CIFAR-10 and CIFAR-100 from small sets as TensorFlow Datasets prepares them."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cifar10
+from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.data import benchmark
+from modelstock_jax.data.cifar import CIFAR, TEMPLATES
+from modelstock_jax.data.pipeline import eval_batches
+from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.options import check_options
+from modelstock_jax.studies.catalogue import STUDIES
+from modelstock_jax.studies.measurements import Score
+from modelstock_jax.studies.study import Setup
+from modelstock_jax.training.finetune import Classifier, finetuning_batches, finetuning_task
+from modelstock_jax.training.loop import Trainer
+from modelstock_jax.training.programs import Programs
+from tests.data.made_records import cifar_set, coloured, write_cifar10
+
+NAMES = CIFAR["cifar10"].class_names
+EACH = 6
+FOG = "cifar10_corrupted/fog_5"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_cifar10(tmp_path_factory.mktemp("tfds"), EACH)
+
+
+def config(root, **changes):
+    data = cifar10.get_config().data
+    data.root, data.check_counts, data.held_out = str(root), False, 2
+    data.update(changes)
+    return data
+
+
+def test_the_published_lists():
+    """In the order of the labels, which is alphabetical; CLIP's prompts are 9 for 'a', 9 'the'."""
+    assert len(NAMES) == 10 and NAMES[:3] == ("airplane", "automobile", "bird")
+    hundred = CIFAR["cifar100"].class_names
+    assert len(hundred) == 100 and (hundred[1], hundred[41]) == ("aquarium fish", "lawn mower")
+    for names in (NAMES, hundred):
+        assert list(names) == sorted(set(names)) and not any("_" in name for name in names)
+    assert len(set(TEMPLATES)) == 18 and all(one.count("{}") == 1 for one in TEMPLATES)
+    assert sum(" the " in one for one in TEMPLATES) == 9
+    assert len(CIFAR["cifar10"].shifts) == 2 + 19 * 5 and not CIFAR["cifar100"].shifts
+
+
+def test_sets_labels_and_bytes(root):
+    opened = benchmark.load(config(root))
+    assert opened.class_names == NAMES and opened.templates == TEMPLATES and opened.real is None
+    assert np.bincount(opened.train.labels).tolist() == [EACH - 2] * 10
+    assert np.bincount(opened.validation.labels).tolist() == [2] * 10
+    parts = [*opened.train.images, *opened.validation.images]
+    assert sorted(parts) == sorted(coloured(i % 10, i) for i in range(10 * EACH))
+    assert (opened.test.name, opened.validation.name) == ("id", "validation")
+    assert opened.test.labels.tolist() == [*range(10)] * 2
+    assert list(opened.test.images) == [coloured(i % 10, 100 + i) for i in range(20)]
+    assert list(opened.shifts) == ["cifar10_1/v6"]
+    assert opened.shifts["cifar10_1/v6"].labels.tolist() == [*range(10)]
+    again = benchmark.load(config(root))
+    assert list(again.validation.images) == list(opened.validation.images)
+    assert "tensorflow" not in sys.modules
+
+
+def test_shifts_by_their_names(root, tmp_path):
+    named = benchmark.load(config(root, shifts=(FOG, "cifar10_1/v6"))).shifts
+    assert list(named) == [FOG, "cifar10_1/v6"] and named[FOG].name == FOG
+    cifar_set(tmp_path / "cifar10" / "3.0.2", NAMES, {"train": 3, "test": 1})
+    assert benchmark.load(config(tmp_path)).shifts == {}, "CIFAR-10.1 where it is there"
+
+
+def test_the_model_sees_its_own_size(root):
+    """32 x 32 pixels become those of the tower; the centre is all of the image."""
+    test = benchmark.load(config(root)).test
+    for size in (24, 40):
+        batch = next(eval_batches(test, 8, image_size=size))
+        assert batch["image"].shape == (8, size, size, 3) and batch["mask"].all()
+    batch = next(eval_batches(test, 1, image_size=32))
+    colour = np.random.default_rng(0).integers(40, 216, 3)
+    # The mean of 1,024 pixels of noise of +-30: a standard error of 0.55.
+    np.testing.assert_allclose(batch["image"][0].mean((0, 1)), colour, atol=3)
+
+
+def test_a_hundred_classes(tmp_path):
+    stored = [name.replace(" ", "_") for name in CIFAR["cifar100"].class_names]
+    cifar_set(tmp_path / "cifar100" / "3.0.2", stored, {"train": 2, "test": 1})
+    data = config(tmp_path, name="cifar100", held_out=1)
+    opened = benchmark.load(data)
+    assert opened.class_names[1] == "aquarium fish" and opened.shifts == {}
+    assert len(opened.train) == len(opened.validation) == len(opened.test) == 100
+    with pytest.raises(UserError, match="no shift 'cifar10_1/v6' of CIFAR-100; it has none"):
+        benchmark.missing(config(tmp_path, name="cifar100", shifts=("cifar10_1/v6",)))
+
+
+def test_what_is_known_without_the_data():
+    outline = benchmark.outline(config("nowhere", held_out=500))
+    assert (outline.num_train, outline.num_classes) == (45_000, 10)
+    assert outline.source == "the published size of CIFAR-10's training set, less 5,000 held out"
+    hundred = benchmark.outline(config("nowhere", name="cifar100", held_out=0))
+    assert (hundred.num_train, hundred.num_classes) == (50_000, 100)
+
+
+def test_a_missing_set_is_one_line_with_its_command(tmp_path):
+    data = config(tmp_path, shifts=("cifar10_1/v6",))
+    with pytest.raises(UserError) as caught:
+        benchmark.load(data)
+    lines = benchmark.missing(data)
+    assert str(caught.value) == "; ".join(lines) and len(lines) == 2
+    assert lines[0] == (
+        f"no cifar10 in data.root={tmp_path}; with TensorFlow installed, `tfds build cifar10 "
+        f"--file_format=array_record --data_dir={tmp_path}` prepares it"
+    )
+    assert lines[1].startswith("no cifar10_1/v6 in") and "leave it out of data.shifts" in lines[1]
+    for root, message in (
+        ("", "data.root is not set; give the data_dir of TensorFlow Datasets as --config.data.ro"),
+        (tmp_path / "none", f"data.root={tmp_path}/none: no such directory; give the data_dir of"),
+    ):
+        (line,) = benchmark.missing(config(root))
+        assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "cifar-10"}, "'cifar-10': the data sets are: glyphs, imagenet, cifar10, cifar10"),
+        ({"shifts": ("cifar10_1/v5",)}, "'cifar10_1/v5' of CIFAR-10; did you mean cifar10_1/v6; "),
+        ({"shifts": ("snow",)}, r"'snow' of CIFAR-10; it has .* cifar10_corrupted/NAME_1 .*snow"),
+        ({"paths": {"test": "x"}}, "data.paths.test=x: CIFAR-10 is looked for in data.root"),
+        ({"real": True}, "'cifar10' has no reassessed labels"),
+        ({"held_out": EACH}, f"class 0 has {EACH} images, too few to hold out {EACH}"),
+        (
+            {"check_counts": True},
+            rf"train: not the whole set 'train': {10 * EACH} images of 50,000, 49,940 too few "
+            r"\(airplane, automobile, bird, cat, deer and 5 more should have 5000\)",
+        ),
+    ],
+)
+def test_mistakes(root, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        benchmark.load(config(root, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "size", "message"),
+    [
+        (
+            NAMES,
+            64,
+            r"images of shape \(64, 64, 3\), not \(32, 32, 3\); this is not CIFAR-10: give",
+        ),
+        (NAMES[:9], 32, r"its 9 classes \(airplane, .*\) are not the 10 of CIFAR-10"),
+        (NAMES[::-1], 32, r"its 10 classes \(truck, .*\) are not the 10 .* in their order"),
+    ],
+)
+def test_another_set_of_the_same_name_is_refused(tmp_path, names, size, message):
+    cifar_set(tmp_path / "cifar10" / "3.0.2", names, {"train": 3, "test": 1}, size=size)
+    with pytest.raises(UserError, match=message) as caught:
+        benchmark.load(config(tmp_path))
+    assert f"{tmp_path}/cifar10/3.0.2, split train" in str(caught.value)
+
+
+def test_a_misspelt_name_is_seen_before_anything_is_opened():
+    options = cifar10.get_config()
+    check_options(options)
+    options.data.name = "cifar"
+    with pytest.raises(UserError, match="data.name='cifar': choose one of .*cifar10, cifar100"):
+        check_options(options)
+
+
+def test_two_replicas_learn_it(root, tmp_path):
+    """The trainer's own doors, with a linear model that compiles in a moment."""
+
+    def apply(params, images):
+        features = images.mean((1, 2)) * params["image_tower"]["scale"][None]
+        return features @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+    options = cifar10.get_config()
+    options.data = config(root)
+    options.batch_size, options.epochs, options.log_every = 20, 20, 1000
+    options.merge.every = "end"
+    options.optimizer.learning_rate = 0.3
+    options.mesh.replica = options.mesh.data = 1
+    data = benchmark.load(options.data)
+    anchor = Classifier(
+        params={
+            "image_tower": {"scale": np.ones(3, np.float32)},
+            "head": {"kernel": np.zeros((3, 10), np.float32), "bias": np.zeros(10, np.float32)},
+        },
+        apply=apply,
+        normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, 8),
+        num_heads=1,
+    )
+    programs = Programs(options, finetuning_task(options, anchor, len(data.train), data.augment))
+    batches = partial(finetuning_batches, options, data, 8, mesh=programs.mesh)
+    trainer = Trainer(options, programs, batches, tmp_path, "run")
+    assert programs.task.num_steps == 40
+    merged = jax.device_get(trainer.run().merged)
+    batch = next(eval_batches(data.test, len(data.test), image_size=8))
+    found = np.argmax(apply(merged, anchor.normalize(jnp.asarray(batch["image"]))), -1)
+    # Ten colours apart in three channels; chance is 10 %.
+    assert (found == batch["label"]).mean() >= 0.7
+
+
+def test_a_study_of_data_without_shifts_asks_for_none():
+    """CIFAR-100 has none in TensorFlow Datasets."""
+    study = STUDIES["generality"]
+    for shifts in (True, False):
+        wanted = study.measurements(Setup((0, 1), 2, 10, 1e-5, shifts=shifts)).values()
+        assert {one.shifts for one in wanted if isinstance(one, Score)} == {shifts}
