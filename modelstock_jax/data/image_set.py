@@ -146,7 +146,11 @@ class ImageSet:
         return self.select(np.arange(count))
 
     def hold_out(
-        self, per_class: int | float, name: str = "validation", seed: int = 0
+        self,
+        per_class: int | float,
+        name: str = "validation",
+        seed: int = 0,
+        class_names: Sequence[str] = (),
     ) -> tuple[ImageSet, ImageSet]:
         """Splits off some images of each class, drawn by (seed, class) alone.
 
@@ -156,6 +160,7 @@ class ImageSet:
           per_class: how many; a float is a share of each class, of at least one image.
           name: of the set that is split off.
           seed: another one draws others.
+          class_names: the labels' own, for what is raised.
 
         Returns:
           What remains, and what was held out; both in the order of the set.
@@ -172,9 +177,10 @@ class ImageSet:
             share = isinstance(per_class, float)
             wanted = max(1, round(per_class * count)) if share else per_class
             if wanted >= count:
+                called = repr(class_names[label]) if class_names else label
                 raise UserError(
-                    f"{self.name}: class {label} has {count} images, too few to hold out {wanted} "
-                    "of them; hold out fewer"
+                    f"{self.name}: class {called} has {count} images, too few to hold out {wanted} "
+                    f"for {name}; add images, or hold out fewer"
                 )
             drawn = np.random.default_rng((seed, int(label))).permutation(count)[:wanted]
             held[order[start + drawn]] = True

@@ -50,8 +50,7 @@ def list_folders(root: str | os.PathLike[str], only: Collection[str] | None = No
     root = Path(root)
     folders = sorted(name for name in _subfolders(root) if only is None or name in only)
     if not folders:
-        found = "none of the folders sought" if only is not None else "no class folders"
-        raise UserError(f"{root}: {found} there; expected {root}/CLASS/IMAGE.JPEG")
+        raise UserError(f"{root}: no folders of classes in it; expected {root}/CLASS/IMAGE.jpg")
     # Taken before listing: a folder that changes meanwhile is listed again the next time.
     stamps = {
         "folders": np.array([os.fsencode(name) for name in folders], np.bytes_),

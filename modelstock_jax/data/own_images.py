@@ -52,8 +52,10 @@ def open_own(config: ConfigDict) -> OwnImages:
       UserError: nothing there, a folder that is no class of the training set, or a class with too
         few images to draw from.
     """
+    if not config.root:
+        raise UserError("data.root is not set; give your images' directory: --config.data.root=DIR")
     root = Path(config.root).expanduser()
-    if not config.root or not root.is_dir():
+    if not root.is_dir():
         raise UserError(f"data.root={config.root}: no such directory; give that of your images")
     found = {name: _place(config, root, name) for name in PLACES}
     stored = _stored(found["train"]) if found["train"] else read_folders(root, _classes(root))
@@ -66,7 +68,7 @@ def open_own(config: ConfigDict) -> OwnImages:
         if found[key]:
             sets[key] = _aligned(name, _stored(found[key]), stored.names)
         else:
-            train, sets[key] = train.hold_out(float(share), name)
+            train, sets[key] = train.hold_out(float(share), name, class_names=stored.names)
     shifts = {
         name: _aligned(name, _stored(path), stored.names)
         for name, path in _shifts(config, root).items()

@@ -86,10 +86,10 @@ def test_nothing_is_written_to_the_images(tmp_path, cache):
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such directory"):
         read_folders(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no class folders there; expected .*/CLASS/IMAGE.JPEG"):
+    with pytest.raises(UserError, match="no folders of classes in it; expected .*/CLASS/IMAGE.jpg"):
         read_folders(tmp_path)
     write_folders(tmp_path, ["a"])
-    with pytest.raises(UserError, match="none of the folders sought"):
+    with pytest.raises(UserError, match="no folders of classes in it"):
         read_folders(tmp_path, {"b"})
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
