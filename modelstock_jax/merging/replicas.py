@@ -74,7 +74,8 @@ def pair_leaves(pretrained: Any, finetuned: Any, least: int = 2) -> Leaves:
     wrong = [n for n in anchor if tuned[n].ndim != anchor[n].ndim + 1
              or tuned[n].shape[1:] != anchor[n].shape]
     _refuse([f"{n} ({anchor[n].shape} and {tuned[n].shape})" for n in wrong],
-            "finetuned must have the shapes of pretrained behind a leading replica axis; not so")
+            "finetuned must have the shapes of pretrained behind a leading replica axis, as "
+            "stack_replicas makes it; not so")
     counts = {tuned[n].shape[0] for n in tuned}
     if len(counts) > 1:
         raise UserError(f"the replica axis has different lengths in different tensors: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +79,9 @@ def greedy_soup(
       >>> soup.ingredients, soup.params["w"].tolist(), soup.score
       ((1, 0), [1.5], -0.5)
     """
+    if isinstance(candidates, Mapping):
+        raise UserError("candidates is one tree; give a list of trees, or of functions that load "
+                        "one")
     candidates = list(candidates)
     if not candidates:
         raise UserError("a greedy soup needs at least one candidate")
