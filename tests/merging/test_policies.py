@@ -164,7 +164,7 @@ def _pair(num=2):
     (lambda w0, w: w.pop("a"), "only in pretrained: a"),
     (lambda w0, w: w.update(c=w["a"]), "only in finetuned: c"),
     (lambda w0, w: w.update(a=w["a"][:, :2]), r"not so: a \(\(3,\) and \(2, 2\)\)"),
-    (lambda w0, w: w.update(a=w["a"][0]), r"leading replica axis, as stack_replicas makes it; not so: a"),
+    (lambda w0, w: w.update(a=w["a"][0]), r"as stack_replicas makes it; not so: a"),
     (lambda w0, w: w.update(a=w["a"][:1]), "different lengths"),
     (lambda w0, w: w.update(a=w["a"].astype(int)), "floating point on one side.*: a"),
     (lambda w0, w: w.update(a=w["a"] * 1j), "finetuned: tensor 'a' is complex"),
