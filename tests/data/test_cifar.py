@@ -17,8 +17,10 @@ from modelstock_jax.data.cifar import CIFAR, TEMPLATES
 from modelstock_jax.data.pipeline import eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
+from modelstock_jax.studies.bench import Bench
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.measurements import Score
+from modelstock_jax.studies.models import Anchor
 from modelstock_jax.studies.study import Setup
 from modelstock_jax.training.finetune import Classifier, finetuning_batches, finetuning_task
 from modelstock_jax.training.loop import Trainer
@@ -217,3 +219,17 @@ def test_a_study_of_data_without_shifts_asks_for_none():
     for shifts in (True, False):
         wanted = study.measurements(Setup((0, 1), 2, 10, 1e-5, shifts=shifts)).values()
         assert {one.shifts for one in wanted if isinstance(one, Score)} == {shifts}
+
+
+def test_the_ledger_tells_data_apart(root):
+    """The test sets of CIFAR-10 and CIFAR-100 have one name and one size, and may have one CLIP."""
+    keys = {}
+    for name in ("cifar10", "cifar100"):
+        bench = object.__new__(Bench)
+        bench.config, bench.fingerprint = cifar10.get_config(), "of a CLIP"
+        bench.config.data.name = name
+        bench._test, bench._shifts = benchmark.load(config(root)).test, {}
+        keys[name] = bench.key(Score(Anchor(), shifts=False))
+        with pytest.raises(UserError, match=f"data.name='{name}': this study measures shifts"):
+            bench.key(Score(Anchor()))
+    assert keys["cifar10"] != keys["cifar100"]
