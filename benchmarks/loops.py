@@ -19,7 +19,8 @@ from modelstock_jax.clip.model import abstract_params  # noqa: E402
 from modelstock_jax.clip.preprocessor import Preprocessor  # noqa: E402
 from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
 from modelstock_jax.training import step as step_module  # noqa: E402
-from modelstock_jax.training.finetune import finetuning_task, make_classifier  # noqa: E402
+from modelstock_jax.training.classifier import make_classifier  # noqa: E402
+from modelstock_jax.training.finetune import finetuning_task  # noqa: E402
 from modelstock_jax.training.monitoring.record import Record  # noqa: E402
 from modelstock_jax.training.persistence.stores import Stores  # noqa: E402
 from modelstock_jax.training.programs import Programs  # noqa: E402

@@ -29,8 +29,9 @@ from modelstock_jax.experiment.disk_use import (
 )
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
+from modelstock_jax.training.classifier import make_classifier
 from modelstock_jax.training.communication import sent_across, sent_bytes
-from modelstock_jax.training.finetune import finetuning_task, make_classifier
+from modelstock_jax.training.finetune import finetuning_task
 from modelstock_jax.training.memory import Memory, memory
 from modelstock_jax.training.methods.optimizer import warmup_steps
 from modelstock_jax.training.methods.text_side import AbstractTextSide

@@ -23,7 +23,7 @@ from modelstock_jax.merging import distance
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.reporting.tables import screen_table
-from modelstock_jax.training.finetune import Classifier
+from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts import distributed
 from modelstock_jax.training.hosts.feed import spread
 from modelstock_jax.training.persistence.checkpoints import Checkpoints

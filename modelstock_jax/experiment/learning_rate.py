@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,11 +14,9 @@ from modelstock_jax.experiment.opening import open_all
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.rows import mean_and_error
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.finetune import finetuning_batches, finetuning_task
+from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
 from modelstock_jax.training.hosts import distributed
-from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.phases import probe
-from modelstock_jax.training.programs import Programs
 
 
 def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) -> float:
@@ -37,16 +34,9 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
         one = config.copy_and_resolve_references()
         one.merge.every = "never"
         one.optimizer.learning_rate = rate
-        task = finetuning_task(one, anchor, len(data.train), data.augment)
-        programs = Programs(one, task)
-        trainer = Trainer(
-            one,
-            programs,
-            partial(finetuning_batches, one, data, anchor.normalize.image_size, mesh=programs.mesh),
-            workdir,
-            f"learning_rate_{rate:g}",
-            timeline,
-        )
+        programs = finetuning_programs(one, anchor, data)
+        name = f"learning_rate_{rate:g}"
+        trainer = finetuning_trainer(one, anchor, data, programs, workdir, name, timeline)
         replicas = distributed.whole(trainer.run().state.params)
         evaluate = make_evaluator(
             anchor.apply,

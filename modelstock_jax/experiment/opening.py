@@ -12,7 +12,7 @@ from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.experiment.pretrained import open_anchor
-from modelstock_jax.training.finetune import Classifier, anchor_classifier
+from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.hosts import distributed
 
 

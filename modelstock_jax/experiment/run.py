@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from modelstock_jax.merging import distance, report
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.finetune import Classifier, finetuning_batches, finetuning_task
+from modelstock_jax.training.classifier import Classifier
+from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
 from modelstock_jax.training.hosts import distributed
 from modelstock_jax.training.loop import Result, Trainer
 from modelstock_jax.training.methods.phases import hold, probe
 from modelstock_jax.training.monitoring.compilation import counted
-from modelstock_jax.training.programs import Programs, use_compilation_cache
+from modelstock_jax.training.programs import use_compilation_cache
 
 Document = dict[str, Any]
 
@@ -123,8 +123,7 @@ class Study:
         self.config, self.workdir, self.anchor, self.data = config, workdir, anchor, data
         self._timeline = timeline
         # Every mistake in the config shows here, before anything is trained.
-        task = finetuning_task(config, anchor, len(data.train), data.augment)
-        self._programs = Programs(config, task)
+        self._programs = finetuning_programs(config, anchor, data)
         self.merges = self._trainer(config.seed, "merged").merge_steps > 0
         self._measure = Measure(config, anchor, data, self._programs.mesh)
 
@@ -150,10 +149,10 @@ class Study:
         config.seed = seed
         if arm == "unmerged":
             config.merge.every = "never"
-        size, mesh = self.anchor.normalize.image_size, self._programs.mesh
-        batches = partial(finetuning_batches, config, self.data, size, mesh=mesh)
-        name = f"seed_{seed}/{arm}"
-        return Trainer(config, self._programs, batches, self.workdir, name, self._timeline)
+        name, programs = f"seed_{seed}/{arm}", self._programs
+        return finetuning_trainer(
+            config, self.anchor, self.data, programs, self.workdir, name, self._timeline
+        )
 
     def _once(self, name: str, make: Callable[[], Document]) -> Document:
         """Process 0 says whether it is done, writes it, and alone reads it: {} on the others."""

@@ -23,14 +23,8 @@ from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import new_directory, write_tensors
 from modelstock_jax.towers import tower
-from modelstock_jax.training.finetune import (
-    Classifier,
-    anchor_classifier,
-    finetuning_batches,
-    finetuning_task,
-)
-from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.programs import Programs
+from modelstock_jax.training.classifier import Classifier, anchor_classifier
+from modelstock_jax.training.finetune import alone, finetuning_programs, finetuning_trainer
 
 PyTree = Any
 PREFIX = "tower:"
@@ -44,9 +38,6 @@ RECIPE = {
     "optimizer.warmup_fraction": 0.05,
     "epochs": 12,
     "batch_size": 256,
-    "num_replicas": 1,
-    "merge.every": "never",
-    "merge.carry_noise": "off",
 }
 
 
@@ -90,18 +81,13 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Classifier:
 def _pretrain(
     config: ConfigDict, start: Classifier, data: Benchmark, workdir: Path, name: str
 ) -> PyTree:
-    one = config.copy_and_resolve_references()
+    one = alone(config)
     one.update_from_flattened_dict(RECIPE)
     one.seed = 0
-    one.mesh.replica = one.mesh.data = 0
-    one.per_replica.update(dict.fromkeys(one.per_replica, ()))
     broad = dataclasses.replace(data, train=broad_set(NUM_IMAGES))
-    programs = Programs(one, finetuning_task(one, start, NUM_IMAGES, data.augment))
-    batches = partial(
-        finetuning_batches, one, broad, start.normalize.image_size, mesh=programs.mesh
-    )
-    place = name.replace(":", "_")
-    trainer = Trainer(one, programs, batches, workdir, place, title=f"{name}: pretraining")
+    programs = finetuning_programs(one, start, broad)
+    place, title = name.replace(":", "_"), f"{name}: pretraining"
+    trainer = finetuning_trainer(one, start, broad, programs, workdir, place, title=title)
     return jax.tree.map(lambda x: x[0], jax.device_get(trainer.run().state.params))
 
 

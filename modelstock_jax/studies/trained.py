@@ -6,7 +6,6 @@ import functools
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,12 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.studies.runs import Run, training_digest
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import new_directory, write_tensors
-from modelstock_jax.training.finetune import Classifier, finetuning_batches, finetuning_task
+from modelstock_jax.training.classifier import Classifier
+from modelstock_jax.training.finetune import (
+    finetuning_programs,
+    finetuning_task,
+    finetuning_trainer,
+)
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.phases import hold, probe
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
@@ -115,9 +119,9 @@ class Trained:
         config = run.config(self._config)
         return self._task(config).num_steps * config.num_replicas
 
-    def _task(self, config: ConfigDict, anchor: Classifier | None = None) -> Task:
-        start = anchor or self._anchor
-        return finetuning_task(config, start, len(self._data.train), self._data.augment)
+    def _task(self, config: ConfigDict) -> Task:
+        data = self._data
+        return finetuning_task(config, self._anchor, len(data.train), data.augment)
 
     def is_here(self, run: Run) -> bool:
         """Whether the run has been trained."""
@@ -130,9 +134,9 @@ class Trained:
         steps = programs.task.steps_per_epoch
         if run.every_epoch:
             config.checkpoint.keep, config.checkpoint.every = 0, run.apart(steps)
-        size, mesh = anchor.normalize.image_size, programs.mesh
-        batches = partial(finetuning_batches, config, self._data, size, mesh=mesh)
-        trainer = Trainer(config, programs, batches, self._workdir, directory.name, title=title)
+        trainer = finetuning_trainer(
+            config, anchor, self._data, programs, self._workdir, directory.name, title=title
+        )
         result = trainer.run()
         replicas = hold(config, anchor, self._data, jax.device_get(result.state.params))
         parts = {"replicas": _classified(anchor, replicas, config.num_replicas)}
@@ -166,7 +170,7 @@ class Trained:
             one.seed = self._config.seed
             place = self._workdir / "probes" / key
             anchor = probe(one, self._anchor, self._data, place)
-            self._last = key, anchor, Programs(config, self._task(config, anchor))
+            self._last = key, anchor, finetuning_programs(config, anchor, self._data)
         return self._last[1:]
 
 

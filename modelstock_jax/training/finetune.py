@@ -1,136 +1,32 @@
-"""Fine-tuning replicas of a classifier, as a `Task` of the loop."""
+"""Fine-tuning replicas of a classifier: the task of the loop, its batches and its trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.model import classifier
-from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.data.views import TrainView
-from modelstock_jax.errors import UserError
+from modelstock_jax.reporting.timeline import Timeline
+from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts.feed import held
+from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.method import make_method
 from modelstock_jax.training.methods.per_replica import hyper_parameters
-from modelstock_jax.training.methods.text_side import TextSide, text_head, with_captions
-from modelstock_jax.training.programs import Task
+from modelstock_jax.training.methods.text_side import with_captions
+from modelstock_jax.training.programs import Programs, Task
 from modelstock_jax.training.sharding import batch_sharding
 
-PyTree = Any
 Augment = Callable[..., jax.Array]
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """The pretrained model as a classifier: the anchor of every merge.
-
-    Attributes:
-      params: {"image_tower", "head"}, the head from text prompts.
-      apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      normalize: images uint8 -> float, by the checkpoint's mean and standard deviation; knows
-        their size.
-      num_heads: attention heads of the image tower.
-      fingerprint: of the checkpoint that it comes from; "" where there is none.
-      text: the checkpoint's text side, where it has one.
-    """
-
-    params: PyTree
-    apply: Callable[[PyTree, jax.Array], jax.Array]
-    normalize: Preprocessor
-    num_heads: int
-    fingerprint: str = ""
-    text: TextSide | None = None
-
-    def start(self, config: ConfigDict) -> PyTree:
-        """What `config.objective` trains, at its start: FLYP's towers and scale, or `params`."""
-        if config.objective.name != "flyp":
-            return self.params
-        return {"image_tower": self.params["image_tower"], **self.text.params}
-
-    def classify(self, params: PyTree) -> PyTree:
-        """{"image_tower", "head"} of what was trained: FLYP's head is made by its text tower."""
-        if "head" in params:
-            return params
-        return {"image_tower": params["image_tower"], "head": self.text.head(params)}
-
-
-def anchor_classifier(
-    config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None = None
-) -> Classifier:
-    """The image tower of `checkpoint` under its own head, the zero-shot one or a random one.
-
-    A random head is N(0, 1 / E) and, as all seeds of a run share their anchor, of `config.seed`.
-
-    Args:
-      config: the run's options.
-      checkpoint: the model.
-      data: its class names and templates make the zero-shot head.
-      heads: where heads of the text tower are kept from run to run; None makes them each time.
-
-    Raises:
-      UserError: if the checkpoint's head has other classes than the data.
-    """
-    head = checkpoint.head
-    if config.objective.head == "random":
-        size = checkpoint.config.projection_dim, len(data.class_names)
-        drawn = np.random.default_rng(config.seed).standard_normal(size) / size[0] ** 0.5
-        head = {"kernel": drawn.astype(np.float32), "bias": np.zeros(size[1], np.float32)}
-    elif head is None:
-        head = text_head(
-            "zero_shot",
-            checkpoint,
-            data.class_names,
-            data.templates,
-            heads,
-            allow_repeats=_repeats(config),
-        )
-    elif head["bias"].shape != (len(data.class_names),):
-        raise UserError(
-            f"{checkpoint.directory}: its head has {head['bias'].shape[0]} classes, the data "
-            f"{len(data.class_names)}"
-        )
-    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
-    made = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
-    text = TextSide(
-        checkpoint,
-        data.class_names,
-        data.templates,
-        Compute.of(config.compute),
-        allow_repeats=_repeats(config),
-        heads=heads,
-    )
-    return replace(made, fingerprint=checkpoint.fingerprint, text=text)
-
-
-def _repeats(config: ConfigDict) -> bool:
-    # A published list may give two classes one name, as ImageNet's does; a user's may not.
-    return not config.data.class_names
-
-
-def make_classifier(
-    config: ConfigDict, clip: CLIPConfig, params: PyTree, normalize: Preprocessor
-) -> Classifier:
-    """A classifier that computes as `config.compute` says; its weights may be shapes alone."""
-    return Classifier(
-        params=params,
-        apply=classifier(clip, Compute.of(config.compute)),
-        normalize=normalize,
-        num_heads=clip.vision.num_attention_heads,
-    )
 
 
 def finetuning_task(
@@ -213,3 +109,51 @@ def finetuning_batches(
         view=TrainView.of(config.data.augment, image_size),
         loading=Loading(**config.data.loading),
     )
+
+
+def finetuning_programs(config: ConfigDict, anchor: Classifier, data: Benchmark) -> Programs:
+    """The programs of a fine-tuning of `anchor` on the training set of `data`.
+
+    Raises:
+      UserError: if an option is out of its range, or options do not fit together.
+    """
+    return Programs(config, finetuning_task(config, anchor, len(data.train), data.augment))
+
+
+def finetuning_trainer(
+    config: ConfigDict,
+    anchor: Classifier,
+    data: Benchmark,
+    programs: Programs,
+    workdir: str | Path,
+    name: str,
+    timeline: Timeline | None = None,
+    title: str | None = None,
+) -> Trainer:
+    """One such fine-tuning, as `programs` compute it.
+
+    Args:
+      config: the run's options; its seed and `merge.every` are this run's own.
+      anchor: what every replica starts from.
+      data: its training set.
+      programs: as `finetuning_programs` makes them, of this config or of one with another seed.
+      workdir: see `Trainer`, as the other arguments.
+      name: see `Trainer`.
+      timeline: see `Trainer`.
+      title: see `Trainer`.
+
+    Raises:
+      UserError: as `Trainer`.
+    """
+    size = anchor.normalize.image_size
+    batches = partial(finetuning_batches, config, data, size, mesh=programs.mesh)
+    return Trainer(config, programs, batches, workdir, name, timeline, title)
+
+
+def alone(config: ConfigDict) -> ConfigDict:
+    """A copy of the options for one model: none to merge it with, nothing of its own."""
+    one = config.copy_and_resolve_references()
+    one.num_replicas, one.mesh.replica, one.mesh.data = 1, 0, 0
+    one.merge.every, one.merge.carry_noise = "never", "off"
+    one.per_replica.update(dict.fromkeys(one.per_replica, ()))
+    return one

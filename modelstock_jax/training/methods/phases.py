@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from modelstock_jax.data.pipeline import train_batches
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.data.views import TrainView
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.finetune import Classifier, finetuning_batches, finetuning_task
+from modelstock_jax.training.classifier import Classifier
+from modelstock_jax.training.finetune import alone, finetuning_programs, finetuning_trainer
 from modelstock_jax.training.hosts import distributed
-from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.method import check_method
 from modelstock_jax.training.methods.objectives import cross_entropy
 from modelstock_jax.training.methods.tpgm import trainable_projection
-from modelstock_jax.training.programs import Programs
 
 PyTree = Any
 
@@ -31,7 +29,7 @@ PyTree = Any
 def probe(config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path) -> Classifier:
     """The first phase of LP-FT (Kumar et al. 2022): the head alone, the tower as it is.
 
-    The second phase is a fine-tuning like any other, from what this returns: `finetuning_task`.
+    The second phase is a fine-tuning like any other, from what this returns.
     The probed model is then the replicas' anchor too, and so is shared by all seeds of a run, as
     Model Soups share theirs. A run that was stopped in either phase goes on there.
 
@@ -48,20 +46,14 @@ def probe(config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path
     check_method(config)
     if config.objective.name != "lp_ft":
         return anchor
-    one = config.copy_and_resolve_references()
+    one = alone(config)
     one.objective.name = "linear_probe"
     one.epochs = config.objective.probe_epochs
     one.optimizer.learning_rate = config.objective.probe_learning_rate
     one.optimizer.decay_to_pretrained = 0.0
     one.optimizer.projection.name = "none"
-    one.num_replicas, one.mesh.replica, one.mesh.data = 1, 0, 0
-    one.merge.every, one.merge.carry_noise = "never", "off"
-    one.per_replica.update(dict.fromkeys(one.per_replica, ()))
-    programs = Programs(one, finetuning_task(one, anchor, len(data.train), data.augment))
-    batches = partial(
-        finetuning_batches, one, data, anchor.normalize.image_size, mesh=programs.mesh
-    )
-    state = Trainer(one, programs, batches, workdir, "probe").run().state
+    programs = finetuning_programs(one, anchor, data)
+    state = finetuning_trainer(one, anchor, data, programs, workdir, "probe").run().state
     head = jax.tree.map(lambda x: x[0], distributed.whole(state.params["head"]))
     return replace(anchor, params=anchor.params | {"head": head})
 
