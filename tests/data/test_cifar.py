@@ -138,7 +138,7 @@ def test_a_missing_set_is_one_line_with_its_command(tmp_path):
         ({"shifts": ("snow",)}, r"'snow' of CIFAR-10; it has .* cifar10_corrupted/NAME_1 .*snow"),
         ({"paths": {"test": "x"}}, "data.paths.test=x: CIFAR-10 is looked for in data.root"),
         ({"real": True}, "'cifar10' has no reassessed labels"),
-        ({"held_out": EACH}, f"class 0 has {EACH} images, too few to hold out {EACH}"),
+        ({"held_out": EACH}, f"class 'airplane' has {EACH} images, too few to hold out {EACH}"),
         (
             {"check_counts": True},
             rf"train: not the whole set 'train': {10 * EACH} images of 50,000, 49,940 too few "

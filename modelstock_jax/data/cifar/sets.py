@@ -69,7 +69,7 @@ def open_sets(config: ConfigDict) -> CifarSets:
         raise UserError("; ".join(missing))
     known = CIFAR[config.name]
     train = _open(config, config.name, "train", known.train)
-    train, validation = train.hold_out(config.held_out)
+    train, validation = train.hold_out(config.held_out, class_names=known.class_names)
     test = _open(config, config.name, "test", known.test, "id")
     shifts = {
         name: _open(config, name, "test", known.shifts[name], name) for name in _shifts(config)
