@@ -66,7 +66,9 @@ def _no_file(error: OSError) -> str:
 def _misspelt(reason: str, argv: list[str]) -> str:
     """The option as it was typed, groups and all, and the one that was probably meant."""
     found = re.match(r"'(\w+)'(?: Did you mean \"(\w+)\")?", reason)
-    for argument in argv if found else ():
+    if found is None:
+        return reason
+    for argument in argv:
         option = argument.removeprefix("--config.").partition("=")[0]
         if argument.startswith("--config.") and found[1] in option.split("."):
             meant = option.replace(found[1], found[2]) if found[2] else ""

@@ -91,12 +91,13 @@ def _cached(
     templates: Sequence[str],
     compute: Compute,
 ) -> Params:
-    if checkpoint.directory is None:
-        raise UserError(f"{start.name}: the checkpoint has no directory, so no tokenizer.")
     key = head_key(checkpoint, class_names, templates, compute)
     # The key tells what a head is made of, the file's name which of the two it is.
     path = start.with_name(f"{start.name}_{key[:16]}.safetensors")
-    shapes = {"kernel": (checkpoint.config.projection_dim, columns), "bias": (columns,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "kernel": (checkpoint.config.projection_dim, columns),
+        "bias": (columns,),
+    }
     head = _read(path, key, shapes)
     if head is None:
         head = make(checkpoint, class_names, templates, compute=compute)
@@ -128,7 +129,12 @@ def head_key(
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        UserError: A checkpoint without a directory: none with a tokenizer.
     """
+    if checkpoint.directory is None:
+        raise UserError("head_key: the checkpoint has no directory, so no tokenizer.")
     text = {name: checkpoint.params[name] for name in ("text_tower", "logit_scale")}
     parts = {
         "version": _VERSION,

@@ -71,8 +71,17 @@ def _as_read(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _imagenet(config: ConfigDict) -> Benchmark:
-    *sets, real = open_sets(config)
-    return Benchmark(*sets, CLASS_NAMES, TEMPLATES, _as_read, real)
+    sets = open_sets(config)
+    return Benchmark(
+        sets.train,
+        sets.validation,
+        sets.test,
+        sets.shifts,
+        CLASS_NAMES,
+        TEMPLATES,
+        _as_read,
+        sets.real,
+    )
 
 
 def _cifar(config: ConfigDict) -> Benchmark:
@@ -188,7 +197,7 @@ def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
     if not config.cache:
         return data
     images = write_cache(
-        data.train.images,
+        data.train.encoded,
         Path(config.cache).expanduser(),
         short_side=config.cache_short_side,
         threads=config.loading.threads,

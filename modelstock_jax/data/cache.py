@@ -92,7 +92,7 @@ class CachedImages(EncodedImages):
         """
         for index in track(range(len(self)), f"verifying {self._directory}", transient=True):
             entry = self._entries[index]
-            if entry["height"] and zlib.crc32(self[index]) != entry["crc32"]:
+            if entry["height"] and zlib.crc32(self[index].data) != entry["crc32"]:
                 part = index // _A_PART
                 raise UserError(
                     f"{_pixels(self._directory, part)}: image {index} is damaged; remove "
@@ -191,7 +191,7 @@ def _write_part(directory: Path, part: int, pixels: Iterator[np.ndarray]) -> Non
 
     def record() -> Iterator[bytes]:
         for one in pixels:
-            entries.append((*one.shape[:2], zlib.crc32(one)))
+            entries.append((*one.shape[:2], zlib.crc32(one.data)))
             yield one.tobytes()
 
     path = _pixels(directory, part)
@@ -227,7 +227,8 @@ def _fingerprint(images: EncodedImages) -> str:
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(images) - 1, _PROBES, dtype=int)):
         if len(images):
-            digest.update(images[int(index)])
+            stored = images[int(index)]
+            digest.update(stored if isinstance(stored, bytes) else stored.tobytes())
     return digest.hexdigest()
 
 

@@ -29,7 +29,8 @@ def image_size(stored: bytes | np.ndarray) -> tuple[int, int]:
         return stored.shape[0], stored.shape[1]
     if stored.startswith(_JPEG):
         try:
-            return simplejpeg.decode_jpeg_header(stored)[:2]
+            height, width, _, _ = simplejpeg.decode_jpeg_header(stored)
+            return int(height), int(width)
         except ValueError:
             pass
     with _open(stored) as image:
@@ -70,8 +71,8 @@ def decode(stored: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
             if colours not in _CMYK:
                 return simplejpeg.decode_jpeg(
                     stored,
-                    min_height=-(-height // shrink),
-                    min_width=-(-width // shrink),
+                    min_height=-(-int(height) // shrink),
+                    min_width=-(-int(width) // shrink),
                 )
         except ValueError:
             pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,8 +12,10 @@ from modelstock_jax.data.image_set import EncodedImages
 from modelstock_jax.data.listing import Listing, list_folders
 from modelstock_jax.errors import UserError
 
+Images_co = TypeVar("Images_co", bound=EncodedImages, covariant=True)
 
-class Labelled(NamedTuple):
+
+class Labelled(NamedTuple, Generic[Images_co]):
     """Images and labels as they are stored, before a data set says what the labels mean.
 
     Attributes:
@@ -23,7 +25,7 @@ class Labelled(NamedTuple):
       place: where they lie, for messages.
     """
 
-    images: EncodedImages
+    images: Images_co
     labels: np.ndarray
     names: tuple[str, ...]
     place: str
@@ -53,7 +55,9 @@ class FileImages(EncodedImages):
         return os.path.join(listing.root, folder, os.fsdecode(listing.names[index]))
 
 
-def read_folders(root: str | os.PathLike[str], only: Collection[str] | None = None) -> Labelled:
+def read_folders(
+    root: str | os.PathLike[str], only: Collection[str] | None = None
+) -> Labelled[FileImages]:
     """The images of ROOT/CLASS/*.JPEG, in the order of the folders' names, then the files'.
 
     Args:

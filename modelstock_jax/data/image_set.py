@@ -11,12 +11,19 @@ import numpy as np
 from modelstock_jax.errors import UserError
 
 
-class EncodedImages(Sequence):
+class EncodedImages(abc.ABC):
     """Images as they are stored, read one by one: `images[i]` is the bytes of a JPEG or PNG.
 
-    An instance is cheap to open and to pickle, and holds no file open across a fork: worker
-    processes each get their own.
+    A cache gives pixels, uint8 [H, W, 3], in the place of bytes; `decode.decode` takes both. An
+    instance is cheap to open and to pickle, and holds no file open across a fork: worker processes
+    each get their own.
     """
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> bytes | np.ndarray: ...
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
@@ -36,7 +43,7 @@ class _Selected(EncodedImages):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: int) -> bytes | np.ndarray:
         return self._images[int(self._indices[index])]
 
     def name(self, index: int) -> str:
@@ -122,13 +129,26 @@ class ImageSet:
         """M, the number of images."""
         return len(self.labels)
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images of a set that is an array; of another one, a UserError."""
+        if isinstance(self.images, EncodedImages):
+            raise UserError(f"{self.name}: encoded images, of any sizes; an array is needed here")
+        return self.images
+
+    @property
+    def encoded(self) -> EncodedImages:
+        """The images of a set that is encoded; of another one, a UserError."""
+        if not isinstance(self.images, EncodedImages):
+            raise UserError(f"{self.name}: an array of images; encoded ones are needed here")
+        return self.images
+
     def select(self, indices: np.ndarray) -> ImageSet:
         """Those images, in that order; `indices` is int [K]."""
-        encoded = isinstance(self.images, EncodedImages)
-        sets = self.label_sets
+        images, sets = self.images, self.label_sets
         return dataclasses.replace(
             self,
-            images=self.images.select(indices) if encoded else self.images[indices],
+            images=images.select(indices) if isinstance(images, EncodedImages) else images[indices],
             labels=self.labels[indices],
             label_sets=None if sets is None else tuple(sets[int(i)] for i in indices),
         )

@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def read(kind: str, place: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return {}
 
 
-def keep(kind: str, place: str | os.PathLike[str], **arrays: np.ndarray) -> None:
+def keep(kind: str, place: str | os.PathLike[str], **arrays: Any) -> None:
     """Keeps arrays for a place; a cache directory that cannot be written is no error."""
     path, temporary = _file(kind, place), None
     try:

@@ -57,7 +57,7 @@ def list_folders(root: str | os.PathLike[str], only: Collection[str] | None = No
         "changed": np.array([(root / name).stat().st_mtime_ns for name in folders], np.int64),
     }
     arrays = kept.read("listings", root)
-    if not all(np.array_equal(arrays.get(name), stamp) for name, stamp in stamps.items()):
+    if not all(n in arrays and np.array_equal(arrays[n], stamp) for n, stamp in stamps.items()):
         with ThreadPoolExecutor(_THREADS) as pool:
             files = list(pool.map(lambda name: _images(root / name), folders))
         counts = [len(names) for names in files]

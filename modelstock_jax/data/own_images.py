@@ -58,15 +58,16 @@ def open_own(config: ConfigDict) -> OwnImages:
     if not root.is_dir():
         raise UserError(f"data.root={config.root}: no such directory; give that of your images")
     found = {name: _place(config, root, name) for name in PLACES}
-    stored = _stored(found["train"]) if found["train"] else read_folders(root, _classes(root))
+    place = found["train"]
+    stored = read_folders(root, _classes(root)) if place is None else _stored(place)
     train = ImageSet("train", stored.images, stored.labels)
     sets = {}
     for key, name, share in (
         ("test", "id", config.test_share),
         ("validation", "validation", config.validation_share),
     ):
-        if found[key]:
-            sets[key] = _aligned(name, _stored(found[key]), stored.names)
+        if (place := found[key]) is not None:
+            sets[key] = _aligned(name, _stored(place), stored.names)
         else:
             train, sets[key] = train.hold_out(float(share), name, class_names=stored.names)
     shifts = {

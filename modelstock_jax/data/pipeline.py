@@ -104,7 +104,8 @@ def train_batches(
     places = _chosen("examples", examples, batch_size)
     batches = _TrainBatches(image_set, batch_size, steps, seed, tuple(rows), places, reader)
     # Worker processes would each need a copy of an array.
-    return Stream(grain.MapDataset.source(batches)[start_step:], image_set, reader and loading)
+    ahead = None if reader is None else loading
+    return Stream(grain.MapDataset.source(batches)[start_step:], image_set, ahead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,15 +124,15 @@ class _TrainBatches:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, step: int) -> Batch:
-        epoch, within = divmod(step, self.steps)
+    def __getitem__(self, index: int) -> Batch:
+        epoch, within = divmod(index, self.steps)
         start = within * self.batch_size
         indices = np.stack([
             self._order(replica, epoch)[start + self.places] for replica in self.replicas
         ])  # fmt: skip
         labels = self.image_set.labels
         if self.reader is None:
-            return {"image": self.image_set.images[indices], "label": labels[indices]}
+            return {"image": self.image_set.pixels[indices], "label": labels[indices]}
         keys = [
             (self.seed, replica, epoch)
             for replica in self.replicas
@@ -204,12 +205,12 @@ class _EvalBatches:
     def __len__(self) -> int:
         return -(-len(self.image_set) // self.batch_size)
 
-    def __getitem__(self, number: int) -> Batch:
-        indices = number * self.batch_size + self.places
+    def __getitem__(self, index: int) -> Batch:
+        indices = index * self.batch_size + self.places
         mask = indices < len(self.image_set)
         batch, unreadable = {"label": self.image_set.labels[indices[mask]]}, {}
         if self.reader is None:
-            batch["image"] = self.image_set.images[indices[mask]]
+            batch["image"] = self.image_set.pixels[indices[mask]]
         else:
             there = indices[mask]
             batch["image"], shown = self.reader(there, [(0, 0, 0)] * len(there), replace=False)

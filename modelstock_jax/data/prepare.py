@@ -112,8 +112,8 @@ def _plan(image_set: ImageSet, split: str, resize: int, per_shard: int) -> dict[
     return {
         "split": split,
         "images": len(image_set),
-        "first": image_set.images.name(0),
-        "labels": hashlib.sha256(np.ascontiguousarray(image_set.labels)).hexdigest(),
+        "first": image_set.encoded.name(0),
+        "labels": hashlib.sha256(np.ascontiguousarray(image_set.labels).data).hexdigest(),
         "resize": resize,
         "per_shard": per_shard,
         # A border is cut before resizing; bytes that are kept still have it.
@@ -134,7 +134,7 @@ def _shards(
     starts = range(0, len(image_set), per_shard)
     return [
         Shard(
-            image_set.images,
+            image_set.encoded,
             image_set.labels[start : start + per_shard],
             start,
             class_names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,7 +51,9 @@ OPERATIONS = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "sharpness": _enhance(ImageEnhance.Sharpness),
     "posterize": Operation(4.0, False, lambda image, x: ImageOps.posterize(image, 8 - round(x))),
-    "solarize": Operation(255.0, False, lambda image, x: ImageOps.solarize(image, 255 - x)),
+    "solarize": Operation(
+        255.0, False, lambda image, x: ImageOps.solarize(image, math.ceil(255 - x))
+    ),
     "autocontrast": Operation(0.0, False, lambda image, x: ImageOps.autocontrast(image)),
     "equalize": Operation(0.0, False, lambda image, x: ImageOps.equalize(image)),
 }

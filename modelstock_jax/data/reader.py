@@ -52,7 +52,7 @@ class Loading:
     def num_threads(self) -> int:
         """Threads of one process."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self.threads or max(1, cores // max(1, self.workers))
+        return self.threads or max(1, (cores or 1) // max(1, self.workers))
 
 
 def example_rng(key: Key, index: int) -> np.random.Generator:

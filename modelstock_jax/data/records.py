@@ -122,7 +122,7 @@ class RecordImages(EncodedImages):
 
 def read_records(
     path: str | os.PathLike[str], split: str | None = None, label: str = "label"
-) -> Labelled:
+) -> Labelled[RecordImages]:
     """The images of a prepared set, in the order of the records.
 
     Labels lie inside the records: of a large set that others prepared they are read once (all
@@ -190,7 +190,7 @@ def _labels(directory: Path, images: RecordImages, split: str, label: str) -> np
     place = directory / f"{split}.{label}"
     changed = np.array((directory / INFO).stat().st_mtime_ns, np.int64)
     found = kept.read("labels", place)
-    if not np.array_equal(found.get("changed"), changed):
+    if "changed" not in found or not np.array_equal(found["changed"], changed):
         indices = track(
             range(len(images)),
             f"labels of {directory.parent.name} {split} (once)",

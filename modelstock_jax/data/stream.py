@@ -40,16 +40,16 @@ class Stream(Iterator):
         self._image_set = image_set
         self._workers = loading.workers
         prefetch = 1 if self._workers else loading.prefetch
-        dataset = dataset.to_iter_dataset(grain.ReadOptions(1, prefetch))
+        reading = dataset.to_iter_dataset(grain.ReadOptions(1, prefetch))
         if self._workers:
             # Grain hands the command line's flags to its processes; a notebook or a test has none.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             held = -(-loading.prefetch // self._workers)
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, held))
+            reading = reading.mp_prefetch(grain.MultiprocessingOptions(self._workers, held))
         # Closed and dropped before the interpreter takes its modules apart: Grain's threads and
         # processes would else end with a trace each.
-        self._batches = [iter(dataset)]
+        self._batches = [iter(reading)]
         self.close = weakref.finalize(self, lambda batches: batches.pop().close(), self._batches)
 
     def __next__(self) -> Batch:
@@ -68,7 +68,7 @@ class Stream(Iterator):
                 self.unreadable.add(index)
                 _log.warning(
                     "%s: left out, since it cannot be decoded (image %d of %s, %d such so far)",
-                    self._image_set.images.name(index),
+                    self._image_set.encoded.name(index),
                     index,
                     self._image_set.name,
                     len(self.unreadable),

@@ -52,7 +52,7 @@ def check_counts(
       --config.data.check_counts=False
     """
     counts = np.bincount(labels, minlength=published.classes)
-    wanted = np.arange(published.classes) if classes is None else np.asarray(classes)
+    wanted = list(range(published.classes) if classes is None else classes)
 
     def some(labels: Sequence[int]) -> str:
         more = f" and {len(labels) - _MOST} more" if len(labels) > _MOST else ""

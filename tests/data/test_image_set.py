@@ -44,6 +44,15 @@ def test_refuses(images, labels, classes, message):
         ImageSet("some", images, labels, classes)
 
 
+def test_an_array_is_no_encoded_set_and_the_other_way_round():
+    array, encoded = ImageSet("some", IMAGES, LABELS), ImageSet("other", Numbers(3), LABELS)
+    assert array.pixels is IMAGES and encoded.encoded is encoded.images
+    with pytest.raises(UserError, match="some: an array of images; encoded ones are needed"):
+        _ = array.encoded
+    with pytest.raises(UserError, match="other: encoded images, of any sizes; an array is needed"):
+        _ = encoded.pixels
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -84,7 +84,7 @@ def train(train_set: ImageSet, seed: int = 0, epochs: int = _EPOCHS) -> dict:
         for start in range(0, len(order) - _BATCH + 1, _BATCH):
             chosen = order[start : start + _BATCH]
             down, right = rng.integers(-2, 3, size=2)
-            images = np.pad(train_set.images[chosen], ((0, 0), (2, 2), (2, 2), (0, 0)), "edge")
+            images = np.pad(train_set.pixels[chosen], ((0, 0), (2, 2), (2, 2), (0, 0)), "edge")
             images = images[:, 2 + down : 26 + down, 2 + right : 26 + right]
             params, opt_state = step(params, opt_state, images, train_set.labels[chosen])
     return params

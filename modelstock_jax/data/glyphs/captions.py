@@ -82,9 +82,10 @@ def captions(rng: np.random.Generator, scenes: Scene) -> list[str]:
             style = f"outlined {style}"
         colours = ""
         if ink[i] < INK_NAMED:
-            colours += f" in {colour_word(scenes.ink_hue[i], scenes.ink_light[i])}"
+            colours += f" in {colour_word(int(scenes.ink_hue[i]), float(scenes.ink_light[i]))}"
         if paper[i] < PAPER_NAMED:
-            colours += f" on {colour_word(scenes.paper_hue[i], scenes.paper_light[i])} paper"
+            paper_word = colour_word(int(scenes.paper_hue[i]), float(scenes.paper_light[i]))
+            colours += f" on {paper_word} paper"
         texts.append(
             _CAPTIONS[templates[i]].format(
                 name=names[scenes.label[i]],

@@ -70,7 +70,7 @@ class Domain:
         padded = np.zeros(len(FONTS), np.int32)
         padded[: len(indices)] = indices
         arrays = {name: np.asarray(value, np.float32) for name, value in fields.items()}
-        return arrays | {"fonts": padded, "num_fonts": np.float32(len(indices))}
+        return arrays | {"fonts": padded, "num_fonts": np.asarray(len(indices), np.float32)}
 
 
 BROAD = Domain(

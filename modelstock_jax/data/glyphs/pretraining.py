@@ -12,6 +12,10 @@ from modelstock_jax.data.glyphs.render import render
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.errors import UserError
 
+# Keep these draws apart from those of the sets.
+_STREAM = 1
+_LABELLED = 101
+
 
 def pretraining_batch(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
     """A batch of image-text pairs of the broad world; no held-out font is in it.
@@ -49,6 +53,3 @@ def broad_set(size: int) -> ImageSet:
     key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), _LABELLED)
     return ImageSet("broad", render(key, np.arange(size), labels, BROAD)[0], labels)
 
-
-_STREAM = 1  # keeps these draws apart from those of the sets
-_LABELLED = 101

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -115,5 +117,5 @@ def draw_scene(bits: jax.Array, label: jax.Array, domain: dict[str, jax.Array]) 
 
 def bell(bits):
     """Mean 0 and variance 1 from uint32: four bytes summed, near enough a normal and cheap."""
-    total = sum((bits >> shift) & 0xFF for shift in (0, 8, 16, 24))
+    total = functools.reduce(operator.add, [(bits >> shift) & 0xFF for shift in (0, 8, 16, 24)])
     return (total.astype(jnp.float32) - 510.0) / ((256**2 - 1) / 3) ** 0.5

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -212,10 +212,11 @@ def digits() -> ImageSet:
     """Handwritten digits: scikit-learn's 1,797 scans, dark on white, scored among ten classes."""
     from sklearn.datasets import load_digits  # takes a second to import
 
-    scans = load_digits()
+    scans: Any = load_digits()
     ink = np.round(255 - scans.images * (255 / 16)).astype(np.uint8)
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    grey = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in ink])
+    bicubic = Image.Resampling.BICUBIC
+    grey = np.stack([np.asarray(Image.fromarray(x).resize(size, bicubic)) for x in ink])
     first = CHARACTERS.index("0")
     labels = (scans.target + first).astype(np.int32)
     return ImageSet(

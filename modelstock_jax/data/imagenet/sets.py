@@ -59,7 +59,7 @@ def open_sets(config: ConfigDict) -> ImageNetSets:
     """
     if missing := missing_sets(config):
         raise UserError("; ".join(missing))
-    found = places(config)
+    found = {name: place for name, place in places(config).items() if place is not None}
     check = config.check_counts
     train = open_set("train", found["train"], check_counts=check)
     train, validation = train.hold_out(config.held_out)
@@ -131,7 +131,7 @@ def open_real(path: str | Path, test: ImageSet) -> ImageSet:
         return ImageSet("real", stored.images, table[stored.labels], label_sets=sets)
     of_number, sets = real_labels(path), []
     for index in range(len(test)):
-        file = test.images.name(index)
+        file = test.encoded.name(index)
         number = _NUMBER.search(file)
         if number is None or not 1 <= int(number[1]) <= len(of_number):
             raise UserError(
