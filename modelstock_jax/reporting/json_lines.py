@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import plain, write_text
@@ -45,7 +45,7 @@ class JsonLines:
         if keep is not None and self._path.exists():
             self.kept = [entry for entry in read_lines(self._path) if keep(entry)]
         write_text(self._path, "".join(map(_line, self.kept)))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file: TextIO | None = self._path.open("a", encoding="utf-8")
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Adds a line; `flush` hands it on.

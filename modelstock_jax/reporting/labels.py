@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,11 +68,9 @@ def place(
     Returns:
       The annotations, as many as `labels`.
     """
-    figure = axes.figure
-    renderer = figure.canvas.get_renderer()
     dots = axes.transData.transform(np.asarray([*occupied, *((p.x, p.y) for p in labels)]))
-    frame = axes.get_window_extent(renderer)
-    pixel = figure.dpi / 72
+    frame = axes.get_window_extent()
+    pixel = axes.figure.dpi / 72
     taken = list(avoid)
     placed = []
     for label in labels:
@@ -86,26 +86,32 @@ def place(
             va="center",
             zorder=6,
         )
-        best = None
-        for radius in RADII:
-            for turn, angle in enumerate(ANGLES):
-                dx, dy = (round(f(math.radians(angle)), 6) for f in (math.cos, math.sin))
-                side = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
-                text.set_ha(side)
-                text.set_va("bottom" if dy > 0.6 else "top" if dy < -0.6 else "center")
-                text.xyann = (radius * dx, radius * dy)
-                box = text.get_window_extent(renderer).padded(1.5 * pixel)
-                cost = _cost(box, taken, dots, frame, pixel) + radius + 0.3 * turn
-                if best is None or cost < best[0]:
-                    best = (cost, text.xyann, text.get_ha(), text.get_va(), radius, box)
-        _, text.xyann, ha, va, radius, box = best
-        text.set_ha(ha)
-        text.set_va(va)
+        cost = partial(_cost, taken=taken, dots=dots, frame=frame, pixel=pixel)
+        radius, box = _settle(text, cost, pixel)
         taken.append(box)
         if radius >= FAR:
             _lead(axes, label, box)
         placed.append(text)
     return placed
+
+
+def _settle(
+    text: Annotation, cost: Callable[[Bbox], float], pixel: float
+) -> tuple[float, Bbox]:
+    """Moves a label to the place that costs least: its distance from the point, and its box."""
+
+    def move(radius: float, turn: int) -> Bbox:
+        turned = math.radians(ANGLES[turn])
+        dx, dy = round(math.cos(turned), 6), round(math.sin(turned), 6)
+        side = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
+        text.set_horizontalalignment(side)
+        text.set_verticalalignment("bottom" if dy > 0.6 else "top" if dy < -0.6 else "center")
+        text.xyann = (radius * dx, radius * dy)
+        return text.get_window_extent().padded(1.5 * pixel)
+
+    places = product(RADII, range(len(ANGLES)))
+    radius, turn = min(places, key=lambda place: cost(move(*place)) + place[0] + 0.3 * place[1])
+    return radius, move(radius, turn)
 
 
 def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> None:
@@ -118,8 +124,7 @@ def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> Non
     """
     if not curves:
         return
-    renderer = axes.figure.canvas.get_renderer()
-    taken = [text.get_window_extent(renderer) for text in axes.texts]
+    taken = [text.get_window_extent() for text in axes.texts]
     dots = axes.transData.transform(np.concatenate([curve.dense() for curve in curves]))
     owner = np.repeat(np.arange(len(curves)), [len(curve.dense()) for curve in curves])
     for curve in curves:
@@ -138,7 +143,7 @@ def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> Non
                     va="bottom" if dy > 0 else "top" if dy < 0 else "center",
                     zorder=5,
                 )
-                box = text.get_window_extent(renderer)
+                box = text.get_window_extent()
                 centre = [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]
                 nearest = int(owner[np.argmin(np.sum((dots - centre) ** 2, axis=1))])
                 free = not box.count_contains(dots) and not box.count_overlaps(taken)

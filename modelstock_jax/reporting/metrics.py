@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import plain
 from modelstock_jax.reporting.json_lines import JsonLines, read_lines
+
+
+class _Files(NamedTuple):
+    metrics: JsonLines
+    performance: JsonLines
+    board: Any  # tensorboardX.SummaryWriter
 
 
 class MetricsWriter:
@@ -43,7 +50,7 @@ class MetricsWriter:
     def __init__(
         self, workdir: str | Path, restored_step: int | None = None, *, enabled: bool = True
     ):
-        self._metrics = self._performance = self._board = None
+        self._files: _Files | None = None
         self.kept: list[dict[str, Any]] = []
         self.furthest = 0
         if not enabled:
@@ -54,17 +61,18 @@ class MetricsWriter:
         def done(entry: Mapping[str, Any]) -> bool:
             return "step" in entry and entry["step"] <= restored_step
 
-        self._metrics = JsonLines(workdir / "metrics.jsonl", done if resumes else None)
-        self.kept = self._metrics.kept
+        metrics = JsonLines(workdir / "metrics.jsonl", done if resumes else None)
+        self.kept = metrics.kept
         timed = (lambda entry: "step" in entry) if resumes else None
-        self._performance = JsonLines(workdir / "performance.jsonl", timed)
-        self.furthest = max((entry["step"] for entry in self._performance.kept), default=0)
+        performance = JsonLines(workdir / "performance.jsonl", timed)
+        self.furthest = max((entry["step"] for entry in performance.kept), default=0)
         import tensorboardX  # Here, since it costs half a second.
 
-        self._board = tensorboardX.SummaryWriter(
+        board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=restored_step + 1 if resumes else None,
         )
+        self._files = _Files(metrics, performance, board)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends a line of what training computed.
@@ -76,57 +84,58 @@ class MetricsWriter:
         Raises:
           UserError: the disk is full.
         """
-        self._write(self._metrics, step, values)
+        if self._files is not None:
+            _write(self._files.metrics, self._files.board, step, values)
 
     def write_performance(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends a line of what the clock says; as `write`."""
-        self._write(self._performance, step, values)
-
-    def _write(self, lines: JsonLines | None, step: int, values: Mapping[str, Any]) -> None:
-        if lines is None:
-            return
-        values = {name: plain(value) for name, value in values.items()}
-        lines.append({"step": int(step), **values})
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, int(step))
+        if self._files is not None:
+            _write(self._files.performance, self._files.board, step, values)
 
     def flush(self) -> None:
         """Hands everything to the operating system."""
-        if self._metrics is None:
+        if self._files is None:
             return
-        self._metrics.flush()
-        self._performance.flush()
-        try:
-            self._board.flush()
-        except OSError as error:
-            raise self._full(error) from error
+        self._files.metrics.flush()
+        self._files.performance.flush()
+        with _errors(self._files.board):
+            self._files.board.flush()
 
     def close(self) -> None:
         """Flushes and closes; a second call does nothing."""
-        metrics, self._metrics = self._metrics, None
-        if metrics is None:
+        files, self._files = self._files, None
+        if files is None:
             return
-        try:
-            metrics.close()
-            self._performance.close()
-        finally:
-            try:
-                self._board.close()
-            except OSError as error:
-                raise self._full(error) from error
-
-    def _full(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self._board.logdir}: {error.strerror}; free some space and run the "
-            "same command again to resume"
-        )
+        with contextlib.ExitStack() as stack:  # On a full disk, too, all of them are closed.
+            stack.enter_context(_errors(files.board))
+            stack.callback(files.board.close)
+            stack.callback(files.performance.close)
+            stack.callback(files.metrics.close)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _write(lines: JsonLines, board: Any, step: int, values: Mapping[str, Any]) -> None:
+    values = {name: plain(value) for name, value in values.items()}
+    lines.append({"step": int(step), **values})
+    for name, value in values.items():
+        if isinstance(value, (int, float)):
+            board.add_scalar(name, value, int(step))
+
+
+@contextlib.contextmanager
+def _errors(board: Any) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {board.logdir}: {error.strerror}; free some space and run the "
+            "same command again to resume"
+        ) from error
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

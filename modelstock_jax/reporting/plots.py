@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from modelstock_jax.reporting import labels
-from modelstock_jax.reporting.rows import Row, Summary, summarise
+from modelstock_jax.reporting.rows import Measured, Row, Summary, summarise
 from modelstock_jax.reporting.style import (
     BLACK,
     GREY,
@@ -26,6 +26,14 @@ from modelstock_jax.reporting.style import (
 
 OWN_STYLE = Method("", "", PURPLE, "h")
 MARKER_SIZE = {"*": 17, "o": 7, "s": 7, "D": 7, "P": 9, "^": 9, "v": 9}
+
+
+class Point(NamedTuple):
+    """A method in the plane of both accuracies."""
+
+    summary: Summary
+    id: Measured
+    shifts: Measured
 
 
 def id_against_shifts(
@@ -45,9 +53,11 @@ def id_against_shifts(
       The figure.
     """
     rows = [row for row in rows if row.get("avg_shifts") is not None]
-    summaries = summarise(rows)
+    every = [Point(s, s.id, s.avg_shifts) for s in summarise(rows) if s.avg_shifts is not None]
     # Other merge units crowd around the run's own: they are for the table.
-    points = [one for one in summaries if one.method != "wise_ft" and one.unit is None]
+    points = [
+        one for one in every if one.summary.method != "wise_ft" and one.summary.unit is None
+    ]
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
@@ -57,10 +67,10 @@ def id_against_shifts(
         curves = [
             curve
             for of, colour in [("replica", GREY), ("mean", SKY)]
-            if (curve := _wise_ft(axes, summaries, of, colour))
+            if (curve := _wise_ft(axes, every, of, colour))
         ]
-        for summary in points:
-            _point(axes, summary)
+        for point in points:
+            _mark(axes, point)
         axes.set_xlabel("in-distribution accuracy (%)")
         axes.set_ylabel("average accuracy over the shifts (%)")
         axes.set_title(title or "")
@@ -71,43 +81,42 @@ def id_against_shifts(
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
         along = [point for curve in curves for point in curve.dense()]
         along += [(row["id"], row["avg_shifts"]) for row in rows if row["method"] == "replica"]
-        along += [tip for summary in points for tip in _tips(summary)]
-        boxes = [legend.get_window_extent(figure.canvas.get_renderer()) for legend in avoid]
+        along += [tip for point in points for tip in _tips(point)]
+        boxes = [legend.get_window_extent() for legend in avoid]
         labels.place(axes, _names(points), along, avoid=boxes)
         labels.number_curves(axes, curves)
 
     return draw(fill, (7.2, 4.9), path)
 
 
-def _wise_ft(
-    axes: Axes, summaries: Sequence[Summary], of: str, colour: str
-) -> labels.Curve | None:
+def _wise_ft(axes: Axes, points: Sequence[Point], of: str, colour: str) -> labels.Curve | None:
     # A curve begins at the anchor of the replicas.
-    probed = any(summary.method == "probed" for summary in summaries)
+    probed = any(point.summary.method == "probed" for point in points)
     ends = {"probed" if probed else "zero_shot": 0.0, of: 1.0}
-    along = {
-        ends.get(summary.method, summary.alpha): summary
-        for summary in summaries
-        if (summary.method == "wise_ft" and (summary.of or "replica") == of)
-        or summary.method in ends
-    }
-    if not any(summary.method == "wise_ft" for summary in along.values()):
+    along: dict[float, Point] = {}
+    for point in points:
+        method, alpha, source = point.summary.method, point.summary.alpha, point.summary.of
+        if method in ends:
+            along[ends[method]] = point
+        elif method == "wise_ft" and alpha is not None and (source or "replica") == of:
+            along[alpha] = point
+    if not any(point.summary.method == "wise_ft" for point in along.values()):
         return None
     alphas = sorted(along)
     x = [along[alpha].id.mean for alpha in alphas]
-    y = [along[alpha].avg_shifts.mean for alpha in alphas]
+    y = [along[alpha].shifts.mean for alpha in alphas]
     name = {"replica": "WiSE-FT of one replica (α)", "mean": "WiSE-FT of the mean (α)"}[of]
     axes.plot(x, y, "-", color=colour, lw=1.6, marker="o", ms=3.2, label=name, zorder=1)
     return labels.Curve(alphas, x, y, ink(colour))
 
 
-def _point(axes: Axes, summary: Summary) -> None:
-    method = METHODS.get(summary.method, OWN_STYLE)
+def _mark(axes: Axes, point: Point) -> None:
+    method = METHODS.get(point.summary.method, OWN_STYLE)
     axes.errorbar(
-        summary.id.mean,
-        summary.avg_shifts.mean,
-        xerr=summary.id.error,
-        yerr=summary.avg_shifts.error,
+        point.id.mean,
+        point.shifts.mean,
+        xerr=point.id.error,
+        yerr=point.shifts.error,
         fmt=method.marker,
         ms=MARKER_SIZE.get(method.marker, 8),
         color=method.colour,
@@ -115,26 +124,25 @@ def _point(axes: Axes, summary: Summary) -> None:
         mew=0.8,
         elinewidth=1.2,
         capsize=2.5,
-        zorder=4 if summary.method == "model_stock" else 3,
+        zorder=4 if point.summary.method == "model_stock" else 3,
     )
 
 
-def _tips(summary: Summary) -> list[tuple[float, float]]:
+def _tips(point: Point) -> list[tuple[float, float]]:
     """The ends of the error bars."""
-    (x, dx), (y, dy) = summary.id, summary.avg_shifts
+    (x, dx), (y, dy) = point.id, point.shifts
     return [(x - (dx or 0), y), (x + (dx or 0), y), (x, y - (dy or 0)), (x, y + (dy or 0))]
 
 
-def _names(points: Sequence[Summary]) -> list[labels.Label]:
+def _names(points: Sequence[Point]) -> list[labels.Label]:
     """What stands beside the markers, the most important first."""
     names = []
-    for summary in points:
+    for summary, (x, _), (y, _) in points:
         method = METHODS.get(summary.method)
         # "Mean of 2 replicas" -> 2: the label has been filled in already.
         number = next((word for word in summary.label.split() if word.isdigit()), "replicas")
         text = summary.label if method is None else method.short.format(n=number)
         bold = summary.method == "model_stock"
-        x, y = summary.id.mean, summary.avg_shifts.mean
         names.append(labels.Label(x, y, text, ink((method or OWN_STYLE).colour), bold))
     return sorted(names, key=lambda label: not label.bold)
 

@@ -11,7 +11,8 @@ from modelstock_jax.reporting.style import METHODS
 
 Row = Mapping[str, Any]
 
-MEASURES = ("id", "avg_shifts", "distance_to_anchor", "predicted_distance", "cost")
+# What a row may lack; it has always an `id`.
+MEASURES = ("avg_shifts", "distance_to_anchor", "predicted_distance", "cost")
 
 
 class Measured(NamedTuple):
@@ -126,7 +127,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
         first = group[0]
         if labels.count(name) > 1 and first.get("num_replicas"):
             name = f"{name}, N = {first['num_replicas']}"
-        shifts = {shift: None for row in group for shift in row["shifts"]}
+        shifts = dict.fromkeys(shift for row in group for shift in row["shifts"])
         summaries.append(
             Summary(
                 method=first["method"],
@@ -135,28 +136,35 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
                 of=first.get("of"),
                 unit=first.get("unit"),
                 num_seeds=len({row.get("seed") for row in group}),
+                id=over_seeds((row, row["id"]) for row in group),
                 shifts={
-                    shift: over_seeds(group, [row["shifts"].get(shift) for row in group])
+                    shift: over_seeds(
+                        (row, row["shifts"][shift]) for row in group if shift in row["shifts"]
+                    )
                     for shift in shifts
                 },
-                **{
-                    measure: over_seeds(group, [row.get(measure) for row in group])
-                    for measure in MEASURES
-                },
+                **{measure: _known(group, measure) for measure in MEASURES},
             )
         )
     return summaries
 
 
-def over_seeds(rows: Sequence[Row], values: Sequence[float | None]) -> Measured | None:
-    """The mean over seeds of the means within a seed; rows whose value is None are left out."""
+def over_seeds(measured: Iterable[tuple[Row, float]]) -> Measured:
+    """The mean over seeds of the means within a seed, of rows each with its value.
+
+    Example:
+      >>> over_seeds([({"seed": 0}, 1.0), ({"seed": 0}, 3.0), ({"seed": 1}, 4.0)])
+      Measured(mean=3.0, error=1.0)
+    """
     seeds: dict[Any, list[float]] = {}
-    for row, value in zip(rows, values, strict=True):
-        if value is not None:
-            seeds.setdefault(row.get("seed"), []).append(float(value))
-    if not seeds:
-        return None
+    for row, value in measured:
+        seeds.setdefault(row.get("seed"), []).append(float(value))
     return mean_and_error([math.fsum(group) / len(group) for group in seeds.values()])
+
+
+def _known(rows: Sequence[Row], measure: str) -> Measured | None:
+    known = [(row, row[measure]) for row in rows if row.get(measure) is not None]
+    return over_seeds(known) if known else None
 
 
 def label(row: Row) -> str:
@@ -169,7 +177,7 @@ def label(row: Row) -> str:
     method = METHODS.get(row["method"])
     if method is None:
         return str(row["method"])
-    source = {"mean": "the mean", "replica": "one replica"}.get(row.get("of"), "one replica")
+    source = "the mean" if row.get("of") == "mean" else "one replica"
     text = method.label.format(
         n=row.get("num_replicas", "the"), of=source, alpha=row.get("alpha", 0.5)
     )

@@ -20,25 +20,33 @@ WISE_FT_SHOWN = (0.5,)
 
 
 class Column(NamedTuple):
-    """A column: its heading, a `Measured` or None for each row, and how it is written."""
+    """A column of numbers.
+
+    Attributes:
+      heading: above it.
+      values: one a row, None where it has none.
+      digits: after the point; None shows three that count, wherever the point is.
+      with_error: whether the standard error is shown.
+      highlighted: whether its highest number stands out.
+    """
 
     heading: str
     values: list[Measured | None]
-    digits: int
+    digits: int | None
     with_error: bool
-    best_is: str | None
+    highlighted: bool
 
 
 def columns(summaries: Sequence[Summary]) -> list[Column]:
     """The table's columns after the method's name, in reading order."""
     shifts = list(dict.fromkeys(name for summary in summaries for name in summary.shifts))
-    of = [Column("ID", [summary.id for summary in summaries], 2, True, "highest")]
+    of = [Column("ID", [summary.id for summary in summaries], 2, True, True)]
     of += [
-        Column(name, [summary.shifts.get(name) for summary in summaries], 1, False, "highest")
+        Column(name, [summary.shifts.get(name) for summary in summaries], 1, False, True)
         for name in shifts
     ]
     measured = [summary.avg_shifts for summary in summaries]
-    of += [Column("avg shifts", measured, 2, True, "highest")]
+    of += [Column("avg shifts", measured, 2, True, True)]
     for heading, measure, digits in [
         ("to anchor", "distance_to_anchor", 2),
         ("to centre", "predicted_distance", 2),
@@ -46,7 +54,7 @@ def columns(summaries: Sequence[Summary]) -> list[Column]:
     ]:
         values = [getattr(summary, measure) for summary in summaries]
         if any(value is not None for value in values):
-            of.append(Column(heading, values, digits, False, None))
+            of.append(Column(heading, values, digits, False, False))
     return of
 
 
@@ -54,7 +62,7 @@ def cells(column: Column) -> list[tuple[str, bool]]:
     """The column's texts, each with whether it is the best (as printed: equal texts tie)."""
     texts = [_number(value, column) for value in column.values]
     known = [value.mean for value in column.values if value is not None]
-    if column.best_is is None or len(known) < 2:
+    if not column.highlighted or len(known) < 2:
         return [(text, False) for text in texts]
     best = round(max(known), column.digits)
     return [

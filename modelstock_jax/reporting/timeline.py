@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Timeline:
     """
 
     def __init__(self, path: str | Path | None, enabled: bool = True):
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []  # Innermost last.
         self._began = self._since = time.perf_counter()
         self._thread = threading.get_ident()
@@ -118,7 +118,7 @@ class Timeline:
         """A line alone: what `begin` began has ended."""
         self._write(name, "end", step)
 
-    def totals(self) -> Counter[str]:
+    def totals(self) -> defaultdict[str, float]:
         """A copy of `seconds`, the open phase counted up to now."""
         self._count()
         return self.seconds.copy()
@@ -134,7 +134,7 @@ class Timeline:
         table.add_column()
         table.add_column("seconds", justify="right")
         table.add_column("share", justify="right")
-        rows = {text: self.seconds[name] for name, text in SHOWN.items()}
+        rows = {text: self.seconds.get(name, 0.0) for name, text in SHOWN.items()}
         rows["the rest (starting, reading, writing)"] = wall - sum(rows.values())
         for text, seconds in rows.items():
             if seconds >= 0.001 * wall:
@@ -171,7 +171,7 @@ class Timeline:
             try:
                 written = os.write(self._file, line)
             except OSError as error:
-                self._warn(error.strerror)
+                self._warn(error.strerror or str(error))
             else:
                 self._torn = written < len(line)
                 if self._torn:

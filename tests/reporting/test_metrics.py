@@ -77,7 +77,7 @@ def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
 
     with MetricsWriter(tmp_path) as writer:
         with monkeypatch.context() as patch:
-            patch.setattr(writer._metrics, "_file", FullDisk())
+            patch.setattr(writer._files.metrics, "_file", FullDisk())
             writer.write(1, {"loss": 1.0})
             with pytest.raises(UserError, match=r"metrics\.jsonl: No space left .*resume"):
                 writer.flush()
