@@ -105,6 +105,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, checkpoint=path)
     directory, details = Path(path), {}
+    _check_place(directory)
     is_step = directory.name.isdigit() and directory.is_dir()
     if not is_step:
         config = config.copy_and_resolve_references()
@@ -129,6 +130,15 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     if distributed.is_main():
         screen_table([row])
     return row
+
+
+def _check_place(path: Path) -> None:
+    """Parts of a run's workdir that are no models, and are easily taken for one."""
+    if (path / "runs").is_dir() and (path / "model").is_dir():
+        raise UserError(f"{path} is a run's workdir; its merged model is {path / 'model'}")
+    if path.name.isdigit() and path.parent.name == "state":
+        raise UserError(f"{path} is a training state; the merged models of that run are the "
+                        f"numbers in {path.parent.parent / 'merged'}")
 
 
 def _heads() -> Path | None:

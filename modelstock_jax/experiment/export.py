@@ -55,7 +55,7 @@ def export(
       command: how the run was started.
     """
     card = model_card(
-        name=f"{config.pretrained}, fine-tuned on {config.data.name}",
+        name=f"{config.pretrained}, fine-tuned on {_data(config)}",
         method=rows[-1]["method"],
         anchor=config.pretrained,
         fingerprint=pretrained.fingerprint,
@@ -72,6 +72,12 @@ def export(
             place = directory.with_name(f"{directory.name}_{layout}")
         if not place.exists():
             weights.save(place, checkpoint, layout=layout, texts={"README.md": card})
+
+
+def _data(config: ConfigDict) -> str:
+    """What it was fine-tuned on, by name; of anyone's own images, their directory's."""
+    data = config.data
+    return Path(data.root).name if data.name == "folder" else data.name
 
 
 def _layouts(config: ConfigDict) -> list[str]:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
+from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.hosts import distributed
@@ -28,6 +29,17 @@ class Opened(NamedTuple):
     pretrained: Checkpoint
     data: Benchmark
     anchor: Classifier
+
+
+def check_data(config: ConfigDict) -> None:
+    """Refuses data that is not there: to be asked before a model is fetched.
+
+    Raises:
+      UserError: for the first set that is missing.
+    """
+    if lacking := benchmark.missing(config.data):
+        more = f" ({len(lacking) - 1} more: --dry-run lists all)" if lacking[1:] else ""
+        raise UserError(lacking[0] + more)
 
 
 def open_data(config: ConfigDict) -> Benchmark:
@@ -54,6 +66,7 @@ def open_all(config: ConfigDict, heads: Path | None) -> Opened:
     Raises:
       UserError: if something of it is not there, or does not fit.
     """
+    check_data(config)
     pretrained = open_anchor(config)
     data = open_data(config)
     return Opened(pretrained, data, classify(config, pretrained, data, heads))

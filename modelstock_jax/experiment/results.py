@@ -40,6 +40,9 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
         first = dict(list(histories.items())[:1])
         plots.ratio_over_merges(first, figures / "ratio_over_epochs.png")
     screen_table(rows)
+    left = [name for name in ("results.md", "results.json", "figures", "model")
+            if (workdir / name).exists()]
+    print(f"in {workdir}: {', '.join(left)}")
 
 
 def last_ratios(workdir: Path, run: str) -> dict[str, dict[str, float]] | None:

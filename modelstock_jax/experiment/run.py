@@ -17,7 +17,7 @@ from modelstock_jax.experiment.agreement import check_same
 from modelstock_jax.experiment.candidates import Candidate, after_training
 from modelstock_jax.experiment.evaluate import Measure
 from modelstock_jax.experiment.learning_rate import choose_learning_rate
-from modelstock_jax.experiment.opening import classify, open_data
+from modelstock_jax.experiment.opening import check_data, classify, open_data
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import open_anchor, pretrain
 from modelstock_jax.experiment.workdir import claim, release
@@ -31,7 +31,7 @@ from modelstock_jax.training.hosts import distributed
 from modelstock_jax.training.loop import Result, Trainer
 from modelstock_jax.training.methods.phases import hold, probe
 from modelstock_jax.training.monitoring.compilation import counted
-from modelstock_jax.training.programs import use_compilation_cache
+from modelstock_jax.training.programs import mesh_of, use_compilation_cache
 
 Document = dict[str, Any]
 
@@ -56,6 +56,7 @@ def run(
     """
     workdir = Path(workdir)
     check_options(config)  # Before the workdir is theirs: a mended name is no other config.
+    mesh_of(config)  # Nor does it take a zero-shot head to know that devices are missing.
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, workdir=str(workdir))
     if distributed.is_main():
@@ -79,6 +80,7 @@ def run(
 
 def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline) -> None:
     """Trains and compares every seed; writes the results and the merged model."""
+    check_data(config)
     pretrained = open_anchor(config)
     export.check(config, pretrained)
     data = open_data(config)

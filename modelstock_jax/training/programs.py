@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
@@ -58,6 +59,17 @@ class Task:
     hyper: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+def mesh_of(config: ConfigDict) -> Mesh:
+    """The mesh of a run's options; refused as `sharding.make_mesh` refuses it."""
+    return sharding.make_mesh(
+        config.mesh.replica,
+        config.mesh.data,
+        num_replicas=config.num_replicas,
+        batch_size=config.batch_size,
+        accumulate_steps=config.accumulate_steps,
+    )
+
+
 class Programs:
     """What is compiled once and serves every seed and every arm of a run.
 
@@ -80,13 +92,7 @@ class Programs:
           UserError: if the options do not fit together.
         """
         self.task, self._config = task, config
-        self.mesh = sharding.make_mesh(
-            config.mesh.replica,
-            config.mesh.data,
-            num_replicas=config.num_replicas,
-            batch_size=config.batch_size,
-            accumulate_steps=config.accumulate_steps,
-        )
+        self.mesh = mesh_of(config)
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps, task.trained)
         self.whole = sharding.whole_sharding(self.mesh)
         least = config.mesh.fsdp_min_size

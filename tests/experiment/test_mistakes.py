@@ -8,7 +8,7 @@ import pytest
 
 from configs import glyphs
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment import run
+from modelstock_jax.experiment import evaluate_checkpoint, run
 from tests.experiment import small_run
 
 
@@ -22,12 +22,6 @@ def refused(*args: str, program: tuple[str, ...] = ("launch.py",)) -> str:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--config=configs/nowhere.py"], ["configs/nowhere.py", "No such file"]),
-        (["--config=configs/vitl14.py:weird"], ["vitl14.py:weird", ":plain, :strong"]),
-        (["--config.num_replica=3"], ["num_replica", "num_replicas"]),
-        (["--config.merge.evry=epoch"], ["evry", "every"]),
-        (["--config.num_replicas=two"], ["num_replicas", "two"]),
-        (["--confg=configs/glyphs.py"], ["confg", "config"]),
         (["--mode=eval"], ["--checkpoint"]),
         (["--mode=eval", "--checkpoint=/nowhere/at/all"], ["/nowhere/at/all"]),
         (["configs/glyphs.py"], ["configs/glyphs.py", "--"]),
@@ -59,6 +53,32 @@ def test_mistakes_in_a_run(tmp_path):
     config.pretrained = str(tmp_path / "nothing")
     with pytest.raises(UserError, match="nothing.*no such file or directory"):
         run(config, tmp_path / "other")
+
+
+def test_what_needs_no_model_is_refused_before_one_is_opened(tmp_path):
+    config = glyphs.get_config()
+    config.pretrained = str(tmp_path / "nothing")
+    config.mesh.data = 3
+    with pytest.raises(UserError, match="mesh.data=3 does not divide batch_size=128"):
+        run(config, tmp_path / "run")
+    config.mesh.data, config.data.name = 0, "imagenet"
+    with pytest.raises(UserError, match="data.root is not set; give ImageNet's directory"):
+        run(config, tmp_path / "run")
+    with pytest.raises(UserError, match="data.root is not set"):
+        evaluate_checkpoint(config, "nobody/nothing")
+    config.data.root = str(tmp_path)
+    with pytest.raises(UserError, match=r"imagenet2012_train .*PATH \(6 more: --dry-run"):
+        run(config, tmp_path / "run")
+
+
+def test_a_part_of_a_workdir_is_not_taken_for_a_model(tmp_path):
+    state = tmp_path / "runs/seed_0/merged/state/8"
+    for place in (state, tmp_path / "model"):
+        place.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"its merged model is {tmp_path}/model"):
+        evaluate_checkpoint(glyphs.get_config(), str(tmp_path))
+    with pytest.raises(UserError, match="is a training state; .*seed_0/merged/merged"):
+        evaluate_checkpoint(glyphs.get_config(), str(state))
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(tmp_path):
