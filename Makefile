@@ -25,7 +25,6 @@ endef
 
 demo: $(VENV)/.installed-$(REQUIREMENTS)
 	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
-	@echo "table: $(WORKDIR)/results.md   picture: $(WORKDIR)/figures/id_against_shifts.png   all of it: $(WORKDIR)"
 
 # Finished measurements are committed lines: only what is missing is trained.
 studies: $(VENV)/.installed-$(REQUIREMENTS)
