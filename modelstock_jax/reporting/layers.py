@@ -55,35 +55,29 @@ def ratio_summary(report: Report) -> dict[str, dict[str, float]]:
     return result
 
 
-def layer_rows(
-    reports: Iterable[Report], sizes: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
+def layer_rows(reports: Iterable[Report]) -> list[dict[str, Any]]:
     """Collects the angles and norms of several runs (seeds, or pairs of replicas) by tensor.
 
     Args:
       reports: one `merging.report` a pair or seed: rows of `name`, `angle` (degrees, or None),
-        `norms` ([N], Euclidean, of each replica's task vector).
-      sizes: name -> how many numbers the tensor has; None: each row's own `size`.
+        `norms` ([N], Euclidean, of each replica's task vector), `size` (n, its numbers).
 
     Returns:
       Rows {name, angles: degrees, one a report, rms: norm / sqrt(n), one a replica}.
 
-    Raises:
-      KeyError: a tensor's size is not known.
-
     Example:
-      >>> report = [{"name": "w", "angle": 45.0, "norms": [2.0, 4.0]}]
-      >>> layer_rows([report, report], {"w": 4})
+      >>> report = [{"name": "w", "angle": 45.0, "norms": [2.0, 4.0], "size": 4}]
+      >>> layer_rows([report, report])
       [{'name': 'w', 'angles': [45.0, 45.0], 'rms': [1.0, 2.0, 1.0, 2.0]}]
     """
     collected: dict[str, dict[str, Any]] = {}
     for report in reports:
         for row in report:
             name = row["name"]
-            size = row["size"] if sizes is None else sizes[name]
             entry = collected.setdefault(name, {"name": name, "angles": [], "rms": []})
             entry["angles"] += _numbers(row.get("angle"))
-            entry["rms"] += [norm / math.sqrt(max(1, size)) for norm in _numbers(row.get("norms"))]
+            root = math.sqrt(max(1, row["size"]))
+            entry["rms"] += [norm / root for norm in _numbers(row.get("norms"))]
     return list(collected.values())
 
 

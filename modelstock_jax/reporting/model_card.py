@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from modelstock_jax import __version__
-from modelstock_jax.reporting.files import write_text
 from modelstock_jax.reporting.rows import Row, label
 from modelstock_jax.reporting.tables import markdown_table
 
@@ -27,10 +25,6 @@ def model_card(
     rows: Sequence[Row] = (),
     ratios: Mapping[str, Mapping[str, float]] | None = None,
     command: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    tags: Sequence[str] = (),
-    versions: Mapping[str, str] | None = None,
 ) -> str:
     """The model card's text; the same arguments give the same text (no clock).
 
@@ -44,10 +38,6 @@ def model_card(
       rows: results to show, as `rows.make_row` gives them.
       ratios: as `layers.ratio_summary` gives them.
       command: what was typed.
-      base_model: the anchor's name on a hub, for the metadata; None leaves it out.
-      license: for the metadata; None leaves it out.
-      tags: further tags.
-      versions: package -> version; by default those installed.
 
     Returns:
       Markdown with YAML front matter.
@@ -55,13 +45,11 @@ def model_card(
     front = {
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
-        "license": license,
-        "base_model": base_model,
-        "tags": ["clip", "merge", "model-stock", "modelstock-jax", *tags],
+        "tags": ["clip", "merge", "model-stock", "modelstock-jax"],
     }
     lines = ["---"]
     # A JSON string or list is YAML too, and needs no rules for quoting.
-    lines += [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
+    lines += [f"{key}: {json.dumps(value)}" for key, value in front.items()]
     lines += ["---", "", f"# {name}", ""]
     lines += [
         f"{label({'method': method, 'num_replicas': num_replicas})}: {num_replicas} fine-tuned "
@@ -89,14 +77,8 @@ def model_card(
     lines += ["## Made by", ""]
     if command:
         lines += ["```", command, "```", ""]
-    versions = installed() if versions is None else versions
-    lines.append(", ".join(f"{package} {number}" for package, number in versions.items()))
+    lines.append(", ".join(f"{package} {number}" for package, number in installed().items()))
     return "\n".join(lines) + "\n"
-
-
-def write_model_card(directory: str | Path, **arguments) -> Path:
-    """Writes `model_card(**arguments)` as the directory's README.md, atomically."""
-    return write_text(Path(directory) / "README.md", model_card(**arguments))
 
 
 def installed() -> dict[str, str]:

@@ -172,16 +172,14 @@ def ratio_over_merges(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     path: str | Path | None = None,
     *,
-    x_label: str = "epoch",
     title: str | None = None,
 ) -> Figure:
     """The ratio t at each merge: its median over kernels, biases, norms and head.
 
     Args:
-      histories: a name a panel -> one entry a merge: {x_label: number, "ratios": as
+      histories: a name a panel -> one entry a merge: {"epoch": number, "ratios": as
         `layers.ratio_summary` gives them}.
       path: a .png file; None only draws.
-      x_label: the entries' key on the horizontal axis ("epoch" or "merge").
       title: above the plot.
 
     Returns:
@@ -195,7 +193,7 @@ def ratio_over_merges(
                 entries = [entry for entry in history if kind in entry["ratios"]]
                 if not entries:
                     continue
-                x = [entry[x_label] for entry in entries]
+                x = [entry["epoch"] for entry in entries]
                 low, median, high = (
                     np.array([entry["ratios"][kind][key] for entry in entries], dtype=float)
                     for key in ("low", "median", "high")
@@ -203,11 +201,11 @@ def ratio_over_merges(
                 axes.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
                 axes.plot(x, median, "-o", color=colour, lw=2, ms=4.5, label=kind)
             axes.set_title(name, fontweight="normal" if title else "bold")
-            axes.set_xlabel(x_label)
+            axes.set_xlabel("epoch")
             axes.set_ylim(min(0.5, axes.get_ylim()[0]), 1.02)
             axes.axhline(1, color=BLACK, lw=0.8, ls=(0, (4, 3)), zorder=1)
-            if len({entry[x_label] for entry in history}) <= 16:
-                axes.set_xticks([entry[x_label] for entry in history])
+            if len({entry["epoch"] for entry in history}) <= 16:
+                axes.set_xticks([entry["epoch"] for entry in history])
         panels[0].set_ylabel("ratio t, median")
         panels[-1].legend(loc="lower right")
         if title:

@@ -108,32 +108,24 @@ def markdown_table(
     return "\n".join(lines) + "\n\n" + caption(summaries) + "\n"
 
 
-def screen_table(
-    rows: Iterable[Row],
-    *,
-    console: Console | None = None,
-    title: str | None = None,
-    wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN,
-) -> None:
+def screen_table(rows: Iterable[Row], *, console: Console | None = None) -> None:
     """Prints the table; a terminal too narrow for every shift gets their average alone.
 
     Args:
       rows: as `rows.make_row` gives them.
       console: where to print; standard output by default.
-      title: a line above the table.
-      wise_ft_alphas: which points of the WiSE-FT curves to show; None shows all.
     """
     console = console or Console()
-    summaries = shown(rows, wise_ft_alphas)
+    summaries = shown(rows)
     of = columns(summaries)
-    table = _rich_table(summaries, of, title)
+    table = _rich_table(summaries, of)
     needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     note = ""
     if not console.is_terminal:
         console.width = max(console.width, needed)  # A file or a pipe has no width to fit in.
     elif needed > console.width:
         keep = {"ID", "avg shifts", "to anchor", "to centre", "cost"}
-        table = _rich_table(summaries, [column for column in of if column.heading in keep], title)
+        table = _rich_table(summaries, [column for column in of if column.heading in keep])
         note = " Each shift: see results.md."
     console.print(table)
     console.print(caption(summaries) + note, style="dim", highlight=False)
@@ -150,19 +142,12 @@ def caption(summaries: Sequence[Summary]) -> str:
     return text + "; cost in fine-tunings of one model."
 
 
-def write_results(
-    workdir: str | Path,
-    rows: Sequence[Row],
-    *,
-    wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN,
-    **more: Any,
-) -> tuple[Path, Path]:
+def write_results(workdir: str | Path, rows: Sequence[Row], **more: Any) -> tuple[Path, Path]:
     """Writes `results.json` (rows, their summary, and `more`) and `results.md`; no clock in either.
 
     Args:
       workdir: the run's directory.
       rows: as `rows.make_row` gives them.
-      wise_ft_alphas: which points of the WiSE-FT curves the markdown shows.
       **more: further entries of the JSON object (`layers`, `ratios`, `config`, ...).
 
     Returns:
@@ -175,9 +160,7 @@ def write_results(
     document = {**more, "rows": list(rows), "summary": summary}
     return (
         write_json(Path(workdir) / "results.json", document),
-        write_text(
-            Path(workdir) / "results.md", markdown_table(rows, wise_ft_alphas=wise_ft_alphas)
-        ),
+        write_text(Path(workdir) / "results.md", markdown_table(rows)),
     )
 
 
@@ -198,8 +181,8 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return dict(document)
 
 
-def _rich_table(summaries: Sequence[Summary], of: Sequence[Column], title: str | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+def _rich_table(summaries: Sequence[Summary], of: Sequence[Column]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for column in of:
         table.add_column(column.heading, justify="right", no_wrap=True)
