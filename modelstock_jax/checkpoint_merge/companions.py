@@ -7,11 +7,10 @@ from pathlib import Path
 
 from modelstock_jax.checkpoint_merge.config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.checkpoint_merge.sources import ENDINGS, LICENCES
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.writer import write_json
 
-_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _NOT = ("adapter_config.json", "merge_report.json")
 
 
@@ -41,4 +40,4 @@ def copy_companions(plan: Plan, directory: Path) -> None:
 def _wanted(name: str) -> bool:
     if name in _NOT or name.endswith(".index.json") or name.startswith("."):
         return False
-    return name.endswith(_SUFFIXES) or name.startswith(_LICENCES)
+    return name.endswith(ENDINGS) or name.startswith(LICENCES)

@@ -16,9 +16,10 @@ from modelstock_jax.tensor_files.digests import RangeDigest, digest_file
 from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import HEAD, TensorFiles
 
-# Never pickles, never code.
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm",
-            "LICENSE*")
+# What a model needs beside its tensors, by how names end and begin; never pickles, never code.
+ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+PATTERNS = ("*.safetensors", *(f"*{end}" for end in ENDINGS), *(f"{name}*" for name in LICENCES))
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _FORMABLE = ("BF16", "F16", "F32", "F64")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 
 from modelstock_jax.checkpoint_merge.companions import copy_companions
+from modelstock_jax.checkpoint_merge.sources import PATTERNS
 from modelstock_jax.errors import UserError
 
 
@@ -16,6 +18,21 @@ def test_a_folder_that_is_gone_is_named(tmp_path):
     plan = SimpleNamespace(base=SimpleNamespace(directory=gone), finetuned=(), companion=0)
     with pytest.raises(UserError, match=f"{gone}: cannot be copied"):
         copy_companions(plan, tmp_path)
+
+
+def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    names = ["LICENSE", "LICENCE.md", "NOTICE", "USE_POLICY.md", "config.json", "merges.txt",
+             "tokenizer.model", "chat_template.jinja", "vocab.tiktoken", "spiece.spm"]
+    for place in (base, out):
+        place.mkdir()
+    for name in (*names, "modeling.py", "notes.md"):
+        (base / name).write_text("{}")
+    plan = SimpleNamespace(base=SimpleNamespace(directory=base), finetuned=(), companion=0,
+                           config={})
+    copy_companions(plan, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert [n for n in names if not any(fnmatch(n, pattern) for pattern in PATTERNS)] == []
 
 
 def test_a_config_that_is_no_object_is_copied_as_it_is(tmp_path):
