@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -68,9 +69,7 @@ class Workplace:
         """Notes that a file of tensors is complete, with the rows of all units solved so far."""
         with self._saving:
             self.digests[file] = digest
-            state = {"fingerprint": self._plan.fingerprint, "digests": self.digests,
-                     "rows": dict(self.rows)}
-            write_json(self.path / _STATE, state)
+            self._write_state()
 
     def commit(self) -> None:
         """Gives the directory its final name; it must hold everything."""
@@ -86,9 +85,17 @@ class Workplace:
         if keep and self.digests:
             for file in self._strangers(self.digests):
                 file.unlink(missing_ok=True)
+            if not (self.path / _STATE).exists():  # `commit` did not come to its end.
+                with contextlib.suppress(UserError):
+                    self._write_state()
         else:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+    def _write_state(self) -> None:
+        state = {"fingerprint": self._plan.fingerprint, "digests": self.digests,
+                 "rows": dict(self.rows)}
+        write_json(self.path / _STATE, state)
 
     def _complete(self) -> dict[str, str]:
         """Files that an earlier run finished and that are still what they were."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modelstock_jax.checkpoint_merge import workplace
 from modelstock_jax.checkpoint_merge.run import run
 from modelstock_jax.errors import UserError
 from tests.checkpoint_merge.engine import merge, models, plan, save
@@ -119,6 +120,21 @@ def test_what_is_complete_is_kept_and_the_rest_made_again(tmp_path, monkeypatch)
     for name, inode in kept.items():
         assert (tmp_path / "out" / name).stat().st_ino == inode
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_could_not_take_its_name_is_not_made_again(tmp_path, monkeypatch):
+    made = plan(save(tmp_path, models(SHAPES)), **OPTIONS)
+
+    def refused(*_):
+        raise UserError("out: cannot be written (Input/output error).")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workplace, "take_place", refused)
+        with pytest.raises(UserError, match="Input/output error.. What is complete is kept"):
+            run(made, tmp_path / "out")
+    report = run(made, tmp_path / "out")
+    assert report.resumed == tuple(sorted(made.files)) and report.bytes_read == 0
+    assert not (tmp_path / "out" / "merge_state.json").exists()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "state"])
