@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         asked["t"] = schedule(recipe.t, list(base.tensors))
     plan = make_plan(base, finetuned, _options({**recipe.options, **asked}, base))
     messages = Console(stderr=True)
-    for note in (*recipe.notes, *(n for s in (base, *finetuned) for n in s.notes), *plan.notes):
-        messages.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    _tell((*recipe.notes, *_notes(plan)), messages)
     if arguments.dry_run:
         _print_plan(plan, arguments)
         return
@@ -91,18 +90,17 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """`modelstock compare`."""
     del argv
+    if arguments.plot and Path(arguments.plot).suffix != ".png":
+        raise UserError(f"--plot {arguments.plot}: give a name that ends in .png")
     recipe = _recipe(arguments)
     base, finetuned = _open(recipe.base, recipe.models)
     plan = make_plan(base, finetuned, _options(_LENIENT | _asked(arguments), base))
     messages = Console(stderr=True)
-    for note in plan.notes:
-        messages.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    _tell(_notes(plan), messages)
     with Meter("comparing", messages) as meter:
         report = measure(plan, progress=meter)
     summary = ratios(report.rows)
     if arguments.plot:
-        if Path(arguments.plot).suffix != ".png":
-            raise UserError(f"--plot {arguments.plot}: give a name that ends in .png")
         drawing = Drawing(0)
         drawing.begin(Path(arguments.plot), report.rows)
         drawing.finish()
@@ -111,10 +109,21 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             "base": base.label, "models": [source.label for source in finetuned],
             "unit": plan.options.unit, "units": report.rows, "ratios": summary,
             "policies": report.policies, "predicted_distance": report.distance,
-            "notes": list(plan.notes),
+            "notes": _notes(plan),
         })  # fmt: skip
     else:
         screen.show_comparison(report.rows, summary, Console())
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What a user should know of the models, then of the plan."""
+    return [*(note for source in (plan.base, *plan.finetuned) for note in source.notes),
+            *plan.notes]
+
+
+def _tell(notes: Iterable[str], messages: Console) -> None:
+    for note in notes:
+        messages.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -288,7 +288,17 @@ def test_compare(say, models, merged, tmp_path):
     status, out, _ = say("compare", *models, "--plot", tmp_path / "angles.png")
     assert status == 0 and "model.layers.1.mlp.down_proj.weight" in out and "median" in out
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
-    assert say("compare", *models, "--plot", tmp_path / "angles.xyz")[0] == 1
+    # Before anything is read: it may take minutes.
+    status, _, err = say("compare", *models[:2], tmp_path / "gone", "--plot", "angles.xyz")
+    assert status == 1 and "angles.xyz: give a name that ends in .png" in err
+
+
+def test_compare_tells_what_is_odd_about_its_models(say, models, tmp_path):
+    tensors = factors(Q, 16, 16)
+    lora = adapter(tmp_path / "lora", tensors, base_model_name_or_path="org/another")
+    status, out, err = say("compare", *models, lora, "--json")
+    assert status == 0 and "note: " in err and "made for 'org/another'" in err
+    assert any("made for 'org/another'" in note for note in json.loads(out)["notes"])
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
