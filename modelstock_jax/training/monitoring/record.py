@@ -154,8 +154,9 @@ class Record:
         if self._merges:
             merge = seconds["merge"] / self._merges
             epoch = (seconds["train"] + seconds["data"]) / steps * self._task.steps_per_epoch
+            share = float(f"{100 * merge / epoch:.2g}")  # As 130, where .2g alone says 1.3e+02.
             self.log(
-                f"{self._name}: a merge takes {merge:.3g} s, {100 * merge / epoch:.2g} % of an "
+                f"{self._name}: a merge takes {merge:.3g} s, {share:g} % of an "
                 f"epoch of {self._task.steps_per_epoch} steps"
             )
         if self._watch.survived or self._watch.spikes:
