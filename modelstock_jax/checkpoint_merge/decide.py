@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from modelstock_jax.checkpoint_merge.casts import FLOATS
-from modelstock_jax.checkpoint_merge.match import Findings, listed, same_numbers
+from modelstock_jax.checkpoint_merge.match import Findings, same_numbers
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging import units
 from modelstock_jax.merging.units import Part
 from modelstock_jax.tensor_files.header import num_bytes

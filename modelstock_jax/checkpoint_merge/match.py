@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from modelstock_jax.checkpoint_merge.config import read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import Source
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
 
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight")
@@ -149,15 +149,3 @@ def same_numbers(*tensors: tuple[Source, str]) -> bool:
         if not all(np.array_equal(first, other) for other in rest):
             return False
     return True
-
-
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """Names for one line.
-
-    Example:
-        >>> listed("abcd", most=2)
-        'a, b and 2 more'
-    """
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

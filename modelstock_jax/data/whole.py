@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
 
 _MOST = 5  # names in a message
 
@@ -55,8 +55,7 @@ def check_counts(
     wanted = list(range(published.classes) if classes is None else classes)
 
     def some(labels: Sequence[int]) -> str:
-        more = f" and {len(labels) - _MOST} more" if len(labels) > _MOST else ""
-        return ", ".join(class_name(label) for label in labels[:_MOST]) + more
+        return listed(map(class_name, labels), _MOST)
 
     found = []
     if missing := [label for label in wanted if not counts[label]]:

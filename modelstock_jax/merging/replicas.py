@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
 
 # A flax.nnx state wraps each array in a variable, which is no part of its name.
 _VARIABLE = jax.tree_util.GetAttrKey("value")
@@ -125,16 +125,11 @@ def _same_names(a: dict, b: dict, a_side: str, b_side: str) -> None:
     if a.keys() == b.keys():
         return
     missing, extra = [n for n in a if n not in b], [n for n in b if n not in a]
-    told = [f"only in {side}: {_listed(names)}"
+    told = [f"only in {side}: {listed(names, 5)}"
             for side, names in ((a_side, missing), (b_side, extra)) if names]
     raise UserError(f"{a_side} and {b_side} differ in structure; {'; '.join(told)}")
 
 
 def _refuse(names: list[str], message: str) -> None:
     if names:
-        raise UserError(f"{message}: {_listed(names)}")
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+        raise UserError(f"{message}: {listed(names, 5)}")

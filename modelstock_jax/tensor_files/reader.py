@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.header import Entry, read_header
 
 SINGLE = "model.safetensors"
@@ -84,7 +84,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 self.files[name] = file
         if isinstance(promised, dict) and (lost := sorted(promised.keys() - self._entries.keys())):
             raise UserError(
-                f"{self.path / INDEX}: promises tensors that no shard holds: {_some(lost)}."
+                f"{self.path / INDEX}: promises tensors that no shard holds: {listed(lost)}."
             )
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -208,7 +208,7 @@ def _shards(directory: Path) -> dict[str, Path]:
         if Path(file).suffix in PICKLES:
             raise UserError(_pickled(directory / file))
     if lost := sorted({f for f in places.values() if not os.path.isfile(directory / f)}):
-        raise UserError(f"{index}: names files that are not there: {_some(lost)}.")
+        raise UserError(f"{index}: names files that are not there: {listed(lost)}.")
     return {name: directory / file for name, file in places.items()}
 
 
@@ -222,8 +222,3 @@ def _pickled(path: Path) -> str:
         f"{path}: a pickle file can run code when it is opened, so it is refused; convert it once "
         "where you trust it: safetensors.torch.save_file(torch.load(PATH, weights_only=True), OUT)."
     )
-
-
-def _some(names: list[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -99,6 +99,7 @@ def test_what_an_index_may_not_say(tmp_path):
     refuse("names files that are not there: gone.safetensors", **{"x": "gone.safetensors"})
     refuse("names files that are not there: xx", **{"x": "x" * 300})
     refuse("promises tensors that no shard holds: x", **{"x": places["a.half"]})
+    refuse(r"that no shard holds: 'x\\n\\x1b\[2J'.$", **{"x\n\x1b[2J": places["a.half"]})
     refuse("holds 'd.empty', which the index does not place there", **{"d.empty": None})
     refuse("model.bin: a pickle file can run code", **{"x": "model.bin"})
     index.write_text("[]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
 
 
 def _lines(name: str) -> tuple[str, ...]:
@@ -40,9 +40,8 @@ def class_indices(wnids: Iterable[str]) -> tuple[int, ...]:
     """
     wnids = list(wnids)
     if unknown := [wnid for wnid in wnids if wnid not in _INDEX]:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise UserError(
-            f"not among ImageNet's 1,000 classes: {', '.join(unknown[:5])}{more}; a class is "
+            f"not among ImageNet's 1,000 classes: {listed(unknown, 5)}; a class is "
             "named by its WordNet id, such as n01440764"
         )
     return tuple(_INDEX[wnid] for wnid in wnids)
