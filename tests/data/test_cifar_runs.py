@@ -1,0 +1,79 @@
+"""Whole runs and a study on CIFAR, in processes of their own: a tiny random CLIP, small sets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from modelstock_jax.clip import weights
+from modelstock_jax.data.cifar import CIFAR
+from tests.data.made_records import cifar_set, write_cifar10
+from tests.experiment import small_run
+
+STUDIES = ("-m", "modelstock_jax.studies")
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory):
+    return small_run.save_anchor(tmp_path_factory.mktemp("anchor") / "clip")
+
+
+def arguments(anchor, root, workdir, *more):
+    return [
+        "--config=configs/cifar10.py",
+        f"--workdir={workdir}",
+        f"--config.data.root={root}",
+        f"--config.pretrained={anchor}",
+        "--config.data.check_counts=False",
+        "--config.data.held_out=1",
+        "--config.batch_size=10",
+        "--config.epochs=2",
+        "--config.evaluation.batch_size=10",
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_a_run(anchor, tmp_path):
+    root = write_cifar10(tmp_path / "tfds")
+    command = arguments(anchor, root, tmp_path / "run", "--config.evaluation.wise_ft_alphas=(0.5,)")
+    code, output = small_run.finish(*command)
+    assert code == 0, output
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert {row["method"] for row in rows} >= {"zero_shot", "mean", "model_stock", "periodic"}
+    for row in rows:
+        assert list(row["shifts"]) == ["cifar10_1/v6"]
+        assert row["avg_shifts"] == row["shifts"]["cifar10_1/v6"]
+        # Twenty test images.
+        assert row["id"] / 5 == pytest.approx(round(row["id"] / 5))
+    assert weights.load(tmp_path / "run" / "model").labels == CIFAR["cifar10"].class_names
+
+
+@pytest.mark.slow
+def test_the_study_of_generality_without_shifts(anchor, tmp_path):
+    """And in the same ledger with CIFAR-100, whose test set has the same name and size."""
+    names = {"cifar10": CIFAR["cifar10"].class_names, "cifar100": CIFAR["cifar100"].class_names}
+    each = {"cifar10": {"train": 30, "test": 10}, "cifar100": {"train": 3, "test": 1}}
+    for name in names:
+        cifar_set(tmp_path / "tfds" / name / "3.0.2", names[name], each[name])
+    base = arguments(anchor, tmp_path / "tfds", tmp_path / "study", "--num_seeds=2")
+    code, output = small_run.finish("table1", *base, program=STUDIES)
+    assert code == 1 and "Traceback" not in output
+    assert "data.name='cifar10': this study measures shifts, and there are none" in output
+    code, output = small_run.finish("generality", *base, "--anchors=tower:resnet", program=STUDIES)
+    assert code == 1 and "data.name='cifar10' needs a CLIP" in output
+    base += ["--config.batch_size=100", "--config.objective.probe_epochs=1"]
+    code, output = small_run.finish("generality", *base, program=STUDIES)
+    assert code == 0, output
+    page = (tmp_path / "study" / "generality.md").read_text()
+    assert "The data has no shifts" in page and "avg shifts" not in page
+    assert "SGD: models lie at one distance" in page and "on the shifts" not in page
+    hundred = [*base, "--config.data.name=cifar100", "--dry-run"]
+    code, output = small_run.finish("generality", *hundred, program=STUDIES)
+    # The small text tower has 26 positions.
+    assert code == 1 and "the context length is 26" in output and "Traceback" not in output, output
+    (tmp_path / "prompts.txt").write_text("{}\n")
+    hundred.append(f"--config.data.templates={tmp_path / 'prompts.txt'}")
+    code, output = small_run.finish("generality", *hundred, program=STUDIES)
+    assert code == 0 and "10 runs to train, 30 of 30 measurements to make" in output, output
