@@ -8,40 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MERGING = "modelstock_jax.merging"
-_HOME = {
-    "Average": _MERGING,
-    "Distances": _MERGING,
-    "GreedySoup": _MERGING,
-    "NonFiniteError": _MERGING,
-    "Policy": _MERGING,
-    "Stats": _MERGING,
-    "UserError": "modelstock_jax.errors",
-    "check_finite": _MERGING,
-    "constant_ratio": _MERGING,
-    "ema": _MERGING,
-    "greedy_soup": _MERGING,
-    "model_stock": _MERGING,
-    "model_stock_carried": _MERGING,
-    "report": _MERGING,
-    "slerp": _MERGING,
-    "stack_replicas": _MERGING,
-    "swa": _MERGING,
-    "swad": _MERGING,
-    "task_arithmetic": _MERGING,
-    "thin_shell": _MERGING,
-    "ties": _MERGING,
-    "total_distance": _MERGING,
-    "twa_coefficients": _MERGING,
-    "twa_init": _MERGING,
-    "twa_params": _MERGING,
-    "twa_span": _MERGING,
-    "uniform_mean": _MERGING,
-    "weighted_model_stock": _MERGING,
-    "wise_ft": _MERGING,
-    "zero_noise": _MERGING,
-}
-
 __all__ = [
     "Average",
     "Distances",
@@ -74,6 +40,9 @@ __all__ = [
     "wise_ft",
     "zero_noise",
 ]
+
+# Where each is defined; what the merges need is in one room.
+_HOME = dict.fromkeys(__all__, "modelstock_jax.merging") | {"UserError": "modelstock_jax.errors"}
 
 if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__.
     from modelstock_jax.errors import UserError
