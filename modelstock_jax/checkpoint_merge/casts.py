@@ -82,10 +82,9 @@ def _halfway_kept(values: np.ndarray) -> np.ndarray:
 
 def recode(values: np.ndarray, code: str) -> np.ndarray:
     """Stored numbers in another dtype; the same numbers where it is their own."""
-    wide = np.empty(len(values), np.float64 if values.itemsize > 4 else np.float32)
-    own = narrow(wide[:0], code).dtype
-    if values.dtype == own:
+    if values.dtype == DTYPES[code]:
         return values
+    wide = np.empty(len(values), np.float64 if values.itemsize > 4 else np.float32)
     widen(values, wide)
     return narrow(wide, code)
 
