@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,8 @@ from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.measurements import Score
 from modelstock_jax.studies.models import Anchor
 from modelstock_jax.studies.study import Setup
-from modelstock_jax.training.finetune import Classifier, finetuning_batches, finetuning_task
-from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.programs import Programs
+from modelstock_jax.training.classifier import Classifier
+from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
 from tests.data.made_records import cifar_set, coloured, write_cifar10
 
 NAMES = CIFAR["cifar10"].class_names
@@ -202,9 +200,8 @@ def test_two_replicas_learn_it(root, tmp_path):
         normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, 8),
         num_heads=1,
     )
-    programs = Programs(options, finetuning_task(options, anchor, len(data.train), data.augment))
-    batches = partial(finetuning_batches, options, data, 8, mesh=programs.mesh)
-    trainer = Trainer(options, programs, batches, tmp_path, "run")
+    programs = finetuning_programs(options, anchor, data)
+    trainer = finetuning_trainer(options, anchor, data, programs, tmp_path, "run")
     assert programs.task.num_steps == 40
     merged = jax.device_get(trainer.run().merged)
     batch = next(eval_batches(data.test, len(data.test), image_size=8))

@@ -12,7 +12,7 @@ from modelstock_jax.data.cifar.published import CIFAR, CORRUPTIONS, IMAGE_SHAPE,
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.records import find_records, read_records
 from modelstock_jax.data.whole import Published, check_counts
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
 
 
 class CifarSets(NamedTuple):
@@ -115,9 +115,9 @@ def _open(
     names = tuple(one.replace("_", " ") for one in stored.names)
     if names not in (known.class_names, unnamed):
         raise UserError(
-            f"{stored.place}: its {len(names)} classes ({', '.join(names[:5])}, ...) are not the "
-            f"{len(unnamed)} of {known.title} ({', '.join(known.class_names[:5])}, ...) in their "
-            "order; give another data.root"
+            f"{stored.place}: its {len(names)} classes ({listed(names, 5)}) are not the "
+            f"{len(unnamed)} of {known.title} ({listed(known.class_names, 5)}) in their order; "
+            "give another data.root"
         )
     if config.check_counts:
         class_name = known.class_names.__getitem__
