@@ -20,7 +20,7 @@ from modelstock_jax.studies.catalogue import STUDIES
 from tests.docs.blocks import ROOT, simple_commands
 
 # Programs of others, whose options are not ours to know.
-OTHERS = {"git", "cd", "for", "hf", "python", "tfds"}
+OTHERS = {"git", "cd", "for", "hf", "python", "source", "tensorboard", "tfds"}
 
 
 def launch(arguments: Sequence[str]) -> str | None:
