@@ -18,7 +18,7 @@ from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.methods.text_side import TextSide, text_head
+from modelstock_jax.training.methods.text_side import TextSide, needed, text_head
 
 PyTree = Any
 
@@ -48,13 +48,15 @@ class Classifier:
         """What `config.objective` trains, at its start: FLYP's towers and scale, or `params`."""
         if config.objective.name != "flyp":
             return self.params
-        return {"image_tower": self.params["image_tower"], **self.text.params}
+        text = needed(self.text, config.objective.name)
+        return {"image_tower": self.params["image_tower"], **text.params}
 
     def classify(self, params: PyTree) -> PyTree:
         """{"image_tower", "head"} of what was trained: FLYP's head is made by its text tower."""
         if "head" in params:
             return params
-        return {"image_tower": params["image_tower"], "head": self.text.head(params)}
+        text = needed(self.text, "flyp")
+        return {"image_tower": params["image_tower"], "head": text.head(params)}
 
 
 def anchor_classifier(

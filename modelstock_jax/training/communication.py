@@ -60,7 +60,6 @@ class Collective:
         }
         return round(self.times * size * share.get(self.kind, (devices - 1) / devices))
 
-
     def within(self, devices: int) -> bool:
         """Whether each group stays in one row of a mesh with rows of `devices` devices."""
         rows = self.groups // devices
@@ -69,8 +68,8 @@ class Collective:
 
 def sent_bytes(compiled: jax.stages.Compiled) -> Counter[str]:
     """Bytes that a device sends in one run of a program, by kind of collective."""
-    sent = Counter()
-    for collective in collectives(compiled.as_text()):
+    sent: Counter[str] = Counter()
+    for collective in collectives(_text(compiled)):
         sent[collective.kind] += collective.sent
     return +sent
 
@@ -82,7 +81,7 @@ def sent_across(compiled: jax.stages.Compiled, devices: int) -> int:
       compiled: a program.
       devices: in a row, those of one replica.
     """
-    found = collectives(compiled.as_text())
+    found = collectives(_text(compiled))
     return sum(collective.sent for collective in found if not collective.within(devices))
 
 
@@ -102,6 +101,13 @@ def collectives(hlo: str) -> list[Collective]:
     if any(collective.times == 0 for collective in found):
         raise ValueError("a collective lies in a loop of unknown length")
     return found
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    text = compiled.as_text()
+    if text is None:
+        raise ValueError("this backend does not show the text of a compiled program")
+    return text
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

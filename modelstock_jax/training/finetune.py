@@ -22,15 +22,16 @@ from modelstock_jax.training.hosts.feed import held
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.method import make_method
 from modelstock_jax.training.methods.per_replica import hyper_parameters
-from modelstock_jax.training.methods.text_side import with_captions
+from modelstock_jax.training.methods.text_side import needed, with_captions
 from modelstock_jax.training.programs import Programs, Task
 from modelstock_jax.training.sharding import batch_sharding
+from modelstock_jax.training.step import Augment
 
-Augment = Callable[..., jax.Array]
+AugmentImages = Callable[..., jax.Array]
 
 
 def finetuning_task(
-    config: ConfigDict, anchor: Classifier, num_train: int, augment: Augment
+    config: ConfigDict, anchor: Classifier, num_train: int, augment: AugmentImages
 ) -> Task:
     """Replicas of `anchor`, each with its own augmentation of `num_train` images.
 
@@ -47,7 +48,9 @@ def finetuning_task(
     epoch = steps_per_epoch(num_train, config.batch_size)
     method = make_method(config, anchor.apply, anchor.normalize, anchor.text)
     hyper = hyper_parameters(config, epoch)
-    prompts = anchor.text.prompts if config.objective.name == "flyp" else None
+    prompts = None
+    if config.objective.name == "flyp":
+        prompts = needed(anchor.text, "flyp").prompts
     return Task(
         params=anchor.start(config),
         augment=_batch_augment(augment, config.data.augment.mixup, "mixup" in hyper, prompts),
@@ -63,8 +66,8 @@ def finetuning_task(
 
 
 def _batch_augment(
-    augment: Augment, alpha: float, own_mixup: bool, prompts: np.ndarray | None
-) -> Callable[[jax.Array, Batch], Batch]:
+    augment: AugmentImages, alpha: float, own_mixup: bool, prompts: np.ndarray | None
+) -> Augment:
     def of_images(key, batch):
         strength = [batch["augment_strength"]] if "augment_strength" in batch else []
         return batch | {"image": augment(key, batch["image"], *strength)}
@@ -73,12 +76,12 @@ def _batch_augment(
         first, second = jax.random.split(key)
         return mixup(second, of_images(first, batch), batch.get("mixup", alpha))
 
-    def captioned(key, batch):
+    def captioned(texts, key, batch):
         first, second = jax.random.split(key)
-        return with_captions(second, of_images(first, batch), prompts)
+        return with_captions(second, of_images(first, batch), texts)
 
     if prompts is not None:
-        return captioned
+        return partial(captioned, prompts)
     return mixed if alpha or own_mixup else of_images
 
 
@@ -95,17 +98,18 @@ def finetuning_batches(
       mesh: that the batches are placed on; this process draws what its devices hold. None draws
         all.
     """
-    share: dict[str, np.ndarray] = {}
+    share: dict[str, list[int]] = {}
     if mesh is not None:
-        sizes = (config.num_replicas, config.batch_size)
-        share = dict(zip(("replicas", "examples"), held(batch_sharding(mesh), sizes), strict=True))
+        replicas, examples = held(batch_sharding(mesh), (config.num_replicas, config.batch_size))
+        share = {"replicas": replicas.tolist(), "examples": examples.tolist()}
     return train_batches(
         data.train,
         batch_size=config.batch_size,
         seed=config.seed,
         num_replicas=config.num_replicas,
         start_step=start,
-        **share,
+        replicas=share.get("replicas"),
+        examples=share.get("examples"),
         view=TrainView.of(config.data.augment, image_size),
         loading=Loading(**config.data.loading),
     )

@@ -101,5 +101,7 @@ def device_bytes(tree: PyTree) -> int:
 def extra_bytes(compiled: jax.stages.Compiled) -> int:
     """What a program needs beside its arguments: temporaries, and outputs apart from them."""
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ValueError("this backend gives no account of a program's memory")
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return analysis.temp_size_in_bytes + max(fresh, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from modelstock_jax.training.methods.objectives import Loss
 from modelstock_jax.training.methods.optimizer import make_optimizer, reads_pretrained
 from modelstock_jax.training.methods.trained import Trained
 from modelstock_jax.training.state import Reference, TrainState, init_state
-from modelstock_jax.training.step import Augment, make_train_step
+from modelstock_jax.training.step import Augment, Execution, make_train_step
 
 PyTree = Any
 EXECUTIONS = ("auto", "vmap", "map")
@@ -142,7 +142,7 @@ class Programs:
         return self._start(self.anchor, np.uint32(seed))
 
     @cached_property
-    def merge(self) -> dict[bool, Callable]:
+    def merge(self) -> dict[bool, jax.stages.Wrapped]:
         """For the last merge and the others: (anchor, state) -> (state, merged, stats)."""
         compiled = [
             jax.jit(
@@ -203,7 +203,7 @@ class Programs:
         )
 
     @cached_property
-    def execution(self) -> str:
+    def execution(self) -> Execution:
         """How the replicas run: 'vmap' or 'map'."""
         execution = self._config.compute.execution
         if execution not in EXECUTIONS:

@@ -179,13 +179,10 @@ def merging_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
 
 def state_sharding(mesh: Mesh, state: TrainState, min_size: int = 0) -> TrainState:
     """A `TrainState` of shardings, leaf by leaf; keys, counters and carried noise are whole."""
-    whole = whole_sharding(mesh)
-    return TrainState(
-        step=whole,
+    return jax.tree.map(lambda _: whole_sharding(mesh), state)._replace(
         key=NamedSharding(mesh, PartitionSpec("replica")),
         params=replicas_sharding(mesh, state.params, min_size),
         opt_state=replicas_sharding(mesh, state.opt_state, min_size),
-        noise=jax.tree.map(lambda _: whole, state.noise),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
@@ -41,7 +43,7 @@ class Reference(NamedTuple):
 
     pretrained: PyTree = None
     last_merged: PyTree = None
-    hyper: dict[str, jax.Array] = {}
+    hyper: Mapping[str, jax.Array | np.ndarray] = {}
 
 
 def replicate(tree: PyTree, num_replicas: int) -> PyTree:
@@ -58,7 +60,7 @@ def init_state(
     tx: optax.GradientTransformation,
     *,
     num_replicas: int,
-    seed: int,
+    seed: int | jax.Array,
     noise: PyTree = None,
 ) -> TrainState:
     """R replicas of one set of weights, each with its own key and fresh optimizer state.

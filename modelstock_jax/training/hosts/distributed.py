@@ -92,6 +92,8 @@ def _whole(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return np.asarray(leaf)
     if not leaf.is_fully_replicated:
+        if not isinstance(leaf.sharding, NamedSharding):
+            raise TypeError(f"an array over several processes lies on no mesh: {leaf.sharding}")
         leaf = _gather(leaf.sharding.mesh)(leaf)
     return np.asarray(leaf.addressable_data(0))
 

@@ -24,7 +24,8 @@ def held(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.ndarray, .
     Returns:
       For each dimension the ascending indices, int64.
     """
-    blocks = sharding.addressable_devices_indices_map(shape).values()
+    every = sharding.addressable_devices_indices_map(shape).values()
+    blocks = [block for block in every if block is not None]
     dims = zip(*([range(*one.indices(size)) for one, size in zip(b, shape, strict=True)]
                  for b in blocks), strict=True)  # fmt: skip
     return tuple(np.unique(np.concatenate(ranges)) for ranges in dims)
@@ -40,9 +41,9 @@ def place(sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]) ->
     """
     parts, shape = held(sharding, shape), (*shape, *value.shape[len(shape) :])
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
         local = []
-        for part, one, size in zip(parts, index, shape, strict=False):
+        for part, one, size in zip(parts, index or (), shape, strict=False):
             start, stop, _ = one.indices(size)
             local.append(slice(*np.searchsorted(part, (start, stop))))
         return value[tuple(local)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -18,7 +17,7 @@ from modelstock_jax.training.methods.objectives import (
     with_l2_sp,
 )
 from modelstock_jax.training.methods.projections import NORMS
-from modelstock_jax.training.methods.text_side import TextSide
+from modelstock_jax.training.methods.text_side import TextSide, needed
 from modelstock_jax.training.methods.trained import Trained, biases_and_head, freeze, head_only
 
 OBJECTIVES = ("cross_entropy", "car_ft", "flyp", "l2_sp", "linear_probe", "lp_ft", "bitfit")
@@ -56,25 +55,20 @@ def make_method(
       UserError: if a name is unknown, a number out of its range, or options do not go together.
     """
     check_method(config)
-    if text is None and config.objective.name in ("car_ft", "flyp"):
-        raise UserError(
-            f"objective.name={config.objective.name!r} needs the text tower, and this model has "
-            "none; choose another"
+    rules, smoothing = config.objective, config.label_smoothing
+    if rules.name == "flyp":
+        side = needed(text, rules.name)
+        loss_fn = contrastive(side.encode_image, side.encode_text, normalize)
+    elif rules.name == "car_ft":
+        contexts = needed(text, rules.name).contexts
+        loss_fn = context_aware(
+            apply, normalize, contexts, alpha=rules.car_ft_alpha, label_smoothing=smoothing
         )
-    rules, trained = config.objective, TRAINED.get(config.objective.name)
-    plain = cross_entropy(apply, normalize, label_smoothing=config.label_smoothing)
-    makers: dict[str, Callable[[], Loss]] = {
-        "car_ft": lambda: context_aware(
-            apply,
-            normalize,
-            text.contexts,
-            alpha=rules.car_ft_alpha,
-            label_smoothing=config.label_smoothing,
-        ),
-        "flyp": lambda: contrastive(text.encode_image, text.encode_text, normalize),
-        "l2_sp": lambda: with_l2_sp(plain, alpha=rules.l2_sp_alpha, beta=rules.l2_sp_beta),
-    }
-    loss_fn = makers.get(rules.name, lambda: plain)()
+    else:
+        loss_fn = cross_entropy(apply, normalize, label_smoothing=smoothing)
+    if rules.name == "l2_sp":
+        loss_fn = with_l2_sp(loss_fn, alpha=rules.l2_sp_alpha, beta=rules.l2_sp_beta)
+    trained = TRAINED.get(rules.name)
     return Method(_frozen(loss_fn, trained), trained, rules.name in ("car_ft", "l2_sp"))
 
 

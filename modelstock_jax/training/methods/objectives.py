@@ -173,4 +173,5 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def _squared_norm(tree: Any) -> jax.Array:
-    return sum(jnp.square(_at_least_float32(x)).sum() for x in jax.tree.leaves(tree))
+    squares = (jnp.square(_at_least_float32(x)).sum() for x in jax.tree.leaves(tree))
+    return sum(squares, start=jnp.float32(0))

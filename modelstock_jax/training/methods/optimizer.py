@@ -68,7 +68,8 @@ def make_optimizer(
         tx = fast_trainable_projection(
             tx, learning_rate=rules.learning_rate, k=rules.k, norm=rules.norm
         )
-    return _only(trained, tx), make_schedule(config, num_steps)
+    tx = tx if trained is None else _only(trained, tx)
+    return tx, make_schedule(config, num_steps)
 
 
 def make_schedule(config: ConfigDict, num_steps: int) -> Schedule:
@@ -133,11 +134,8 @@ def reads_pretrained(config: ConfigDict) -> bool:
 
 
 def _only(
-    trained: Trained | None, tx: optax.GradientTransformationExtraArgs
+    trained: Trained, tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    if trained is None:
-        return tx
-
     def labels(params: Any) -> Any:
         names = leaf_names(params)
         return jax.tree.map(lambda name: "trained" if trained(name) else "frozen", names)

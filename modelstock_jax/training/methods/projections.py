@@ -152,8 +152,10 @@ def fast_trainable_projection(
         count, nothing = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
         return FTPState(inner.init(params), count, least, scalars, scalars, nothing)
 
-    def update(grads, state, params=None, *, pretrained=None, learning_rate=None, **more):
-        rate, count = learning_rate, state.count + 1
+    def update(updates, state, params=None, *, pretrained=None, learning_rate=None, **more):
+        if pretrained is None or learning_rate is None:
+            raise ValueError("update needs the keywords pretrained and learning_rate")
+        grads, rate, count = updates, learning_rate, state.count + 1
         updates, inner_state = inner.update(
             grads, state.inner, params, pretrained=pretrained, learning_rate=rate, **more
         )

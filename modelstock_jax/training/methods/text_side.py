@@ -19,6 +19,7 @@ from modelstock_jax.clip.head_cache import cached_context_head, cached_zero_shot
 from modelstock_jax.clip.model import encode_image, encode_text
 from modelstock_jax.clip.transformer import Compute, end_of_text
 from modelstock_jax.clip.zero_shot import context_head, prompt_ids, zero_shot_head
+from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.hosts.distributed import main_first
 
@@ -89,6 +90,20 @@ class TextSide:
         return zero_shot_head(
             tuned, self.class_names, self.templates, allow_repeats=self.allow_repeats
         )
+
+
+def needed(text: TextSide | None, objective: str) -> TextSide:
+    """The text side of a model, for an objective that cannot do without.
+
+    Raises:
+      UserError: if the model has none.
+    """
+    if text is None:
+        raise UserError(
+            f"objective.name={objective!r} needs the text tower, and this model has none; choose "
+            "another"
+        )
+    return text
 
 
 class AbstractTextSide(TextSide):

@@ -16,9 +16,9 @@ COMPILES = "/jax/core/compile/"  # Tracing, lowering, and XLA or the cache of it
 def counted(timeline: Timeline) -> Iterator[None]:
     """Moves what the open phase of `timeline` spends compiling to its phase "compile"."""
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_) -> None:
         if event.startswith(COMPILES):
-            timeline.move("compile", seconds)
+            timeline.move("compile", duration_secs)
 
     monitoring.register_event_duration_secs_listener(listen)
     try:

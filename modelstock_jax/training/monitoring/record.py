@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ class Record:
                     enabled=main,
                 )
             )
-            before = [e["event"] for e in events.kept] if main else []
+            before = [entry["event"] for entry in events.kept] if events is not None else []
             self._watch = Watch(
                 self._config.watch,
                 _names(self._task.params),
@@ -87,8 +88,13 @@ class Record:
         self._mark = self._begin = (first, self._timeline.wall(), self._timeline.totals())
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._close.__exit__(*error)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close.__exit__(kind, error, trace)
 
     def step(self, step: int, values: Metrics) -> None:
         """Takes a step's values, on the device yet, and reads those of the step before.

@@ -45,9 +45,10 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
         self._saving: ocp.AsyncResponse | None = None
-        policies = ocp.training.preservation_policies
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=_DIGESTS)
+        # All of them without a number. Any: Orbax's own annotations of a policy do not agree.
+        newest: Any = ocp.training.preservation_policies.LatestN(keep or None)
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.array.saving.enable_write_sharding_file = False  # `restore` is told where to.
@@ -55,9 +56,9 @@ class Checkpoints:
         context.multiprocessing.barrier_sync_key_prefix = "-".join(self.directory.parts[-3:])
         try:
             self._checkpointer = ocp.training.Checkpointer(
-                self.directory,
+                str(self.directory),
                 context=context,
-                preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
+                preservation_policy=newest,
                 cleanup_tmp_directories=not read_only,
             )
         except OSError as error:
@@ -93,13 +94,14 @@ class Checkpoints:
         saved = packing.pack(tree, packs)
         document = {"record": record, "sha256": digests.json_digest(record)}
         try:
-            self._saving = self._checkpointer.save_checkpointables_async(
+            saving = self._checkpointer.save_checkpointables_async(
                 step, {_TREE: saved, _DIGESTS: document}, force=True, overwrite=step in self.steps
             )
         except (OSError, ValueError) as error:
             raise unwritable(self.directory, error) from error
-        if on_saved is not None:
-            self._saving.on_complete(lambda _: on_saved())
+        self._saving = saving
+        if saving is not None and on_saved is not None:
+            saving.on_complete(lambda _: on_saved())
 
     def wait(self) -> None:
         """Waits until every save is on disk.

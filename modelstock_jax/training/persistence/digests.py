@@ -70,7 +70,7 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _of_shards(x: jax.Array) -> list[jax.Array]:
+def _of_shards(x: jax.Array) -> list[jax.Array | np.ndarray]:
     """Sums of this process's parts of a leaf, each computed where it lies: nothing is sent.
 
     Of a part that lies on several devices one copy counts, on whatever process it is.
@@ -78,7 +78,7 @@ def _of_shards(x: jax.Array) -> list[jax.Array]:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     strides = np.cumprod([1, *x.shape[:0:-1]], dtype=np.uint64)[::-1] if x.ndim else []
-    found = [np.zeros(2, np.uint32)]
+    found: list[jax.Array | np.ndarray] = [np.zeros(2, np.uint32)]
     for shard in x.addressable_shards:
         if shard.replica_id == 0:
             starts = (part.start or 0 for part in shard.index)

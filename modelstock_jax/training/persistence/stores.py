@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -54,9 +55,14 @@ class Stores:
             self._close = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with self._timeline.spend("save"):
-            self._close.__exit__(*error)
+            self._close.__exit__(kind, error, trace)
 
     def restore(self) -> tuple[PyTree, TrainState, PyTree]:
         """The run's anchor, its newest state that is whole (or its start), and the merge before it.
