@@ -8,15 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.pipeline import eval_batches
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
+from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts.distributed import in_order
 from modelstock_jax.training.hosts.feed import held, place, spread
 
 PyTree = Any
+Evaluate = Callable[..., dict[str, float]]
 
 # A batch's result is awaited when so many more have been sent: the device never waits for the
 # host, and a large set does not pile up in its memory.
@@ -123,6 +126,24 @@ def count(logits, target, candidate):
     return right.sum(), (target >= 0).any(-1).sum()
 
 
+def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> Evaluate:
+    """What `make_evaluator` builds for the replicas of a classifier, as a run's config says.
+
+    Args:
+      config: its `evaluation.batch_size` and `data.loading` are used.
+      anchor: computes and normalizes as they do; its weights are not looked at.
+      mesh: see `make_evaluator`.
+    """
+    return make_evaluator(
+        anchor.apply,
+        anchor.normalize,
+        mesh,
+        config.evaluation.batch_size,
+        image_size=anchor.normalize.image_size,
+        loading=Loading(**config.data.loading),
+    )
+
+
 def make_evaluator(
     apply: Callable[[PyTree, jax.Array], jax.Array],
     prepare: Callable[[jax.Array], jax.Array],
@@ -131,7 +152,7 @@ def make_evaluator(
     *,
     image_size: int | None = None,
     loading: Loading | None = None,
-) -> Callable[..., dict[str, float]]:
+) -> Evaluate:
     """Builds (params, image sets, measured) -> {set's name: top-1 accuracy in percent}.
 
     Every image counts once, as its set says (`ImageSet`): among some classes only for R and A, by

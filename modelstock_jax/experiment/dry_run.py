@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +207,9 @@ def _disk(disk: DiskUse) -> dict[str, str]:
     return {name: as_text(value) for name, value in rows.items()}
 
 
-def _print(console: Console, title: str, rows: dict[str, str], justify: str = "left") -> None:
+def _print(
+    console: Console, title: str, rows: dict[str, str], justify: Literal["left", "right"] = "left"
+) -> None:
     table = Table(box=None, show_header=False, title=title, title_justify="left", pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify=justify)

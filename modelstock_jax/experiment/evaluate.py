@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.kept import cache_directory
-from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
-from modelstock_jax.evaluation import make_evaluator
+from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.agreement import check_same
 from modelstock_jax.experiment.opening import open_all
 from modelstock_jax.experiment.options import check_options
@@ -48,14 +47,7 @@ class Measure:
         if data.real is not None:
             self._sets.append(data.real)
         self.num_images = sum(len(image_set) for image_set in self._sets)
-        self._evaluate = make_evaluator(
-            anchor.apply,
-            anchor.normalize,
-            mesh,
-            config.evaluation.batch_size,
-            image_size=anchor.normalize.image_size,
-            loading=Loading(**config.data.loading),
-        )
+        self._evaluate = classifier_evaluator(config, anchor, mesh)
 
     def row(
         self,

@@ -8,8 +8,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from modelstock_jax.data.reader import Loading
-from modelstock_jax.evaluation import make_evaluator
+from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.opening import open_all
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.rows import mean_and_error
@@ -29,7 +28,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
     """
     _, data, anchor = open_all(config, workdir / "heads")
     anchor = probe(config, anchor, data, workdir)
-    rows = []
+    tried: dict[float, list[float]] = {}
     for rate in config.search.learning_rates:
         one = config.copy_and_resolve_references()
         one.merge.every = "never"
@@ -38,34 +37,25 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
         name = f"learning_rate_{rate:g}"
         trainer = finetuning_trainer(one, anchor, data, programs, workdir, name, timeline)
         replicas = distributed.whole(trainer.run().state.params)
-        evaluate = make_evaluator(
-            anchor.apply,
-            anchor.normalize,
-            programs.mesh,
-            config.evaluation.batch_size,
-            image_size=anchor.normalize.image_size,
-            loading=Loading(**config.data.loading),
-        )
+        evaluate = classifier_evaluator(config, anchor, programs.mesh)
         with timeline.phase("evaluate"):
-            accuracies = [
-                evaluate(
-                    anchor.classify(jax.tree.map(lambda x, r=r: x[r], replicas)), [data.validation]
-                )
-                for r in range(config.num_replicas)
+            models = (jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(one.num_replicas))
+            tried[rate] = [
+                evaluate(anchor.classify(model), [data.validation])[data.validation.name]
+                for model in models
             ]
-        accuracies = [by_set[data.validation.name] for by_set in accuracies]
-        rows.append({"learning_rate": rate, "validation": accuracies})
-    best = max(rows, key=lambda row: sum(row["validation"]))["learning_rate"]
+    best = max(tried, key=lambda rate: sum(tried[rate]))
     if not distributed.is_main():
         return best
+    rows = [{"learning_rate": rate, "validation": found} for rate, found in tried.items()]
     write_json(workdir / "learning_rate.json", {"rows": rows, "best": best})
     console = Console()
-    for row in rows:
-        mean, error = mean_and_error(row["validation"])
-        chosen = "  <- best" if row["learning_rate"] == best else ""
+    for rate, accuracies in tried.items():
+        mean, error = mean_and_error(accuracies)
+        chosen = "  <- best" if rate == best else ""
         console.print(
-            f"learning rate {row['learning_rate']:<8g} validation {mean:.2f} % "
-            f"± {error or 0:.2f} over {len(row['validation'])} replicas{chosen}",
+            f"learning rate {rate:<8g} validation {mean:.2f} % "
+            f"± {error or 0:.2f} over {len(accuracies)} replicas{chosen}",
             highlight=False,
         )
     return best

@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from modelstock_jax import __version__
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
-from modelstock_jax.evaluation import make_evaluator
+from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.studies.anchors import opener
 from modelstock_jax.studies.ledger import Ledger
@@ -73,14 +72,8 @@ class Bench:
         most = config.evaluation.max_shift_images
         self._validation, self._test = data.validation, data.test
         self._shifts = {name: one.take(most or len(one)) for name, one in data.shifts.items()}
-        self._evaluate = make_evaluator(
-            self._anchor.apply,
-            self._anchor.normalize,
-            make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count()),
-            config.evaluation.batch_size,
-            image_size=self._anchor.normalize.image_size,
-            loading=Loading(**config.data.loading),
-        )
+        mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
+        self._evaluate = classifier_evaluator(config, self._anchor, mesh)
 
     def value(self, measurement: Measurement) -> Any:
         """What the measurement gives; measured now where the ledger has it not."""
