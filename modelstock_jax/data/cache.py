@@ -126,6 +126,8 @@ def write_cache(
       UserError: an image that cannot be decoded, a directory with something else in it, or a disk
         that does not give back what was written.
     """
+    if short_side < 1:
+        raise UserError(f"short_side is {short_side}: it must be at least 1")
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -106,6 +106,8 @@ class Shard(NamedTuple):
 
 def _plan(image_set: ImageSet, split: str, resize: int, per_shard: int) -> dict[str, Any]:
     """What tells one preparation from another, and what a reader must know besides."""
+    if resize < 0:
+        raise UserError(f"resize is {resize}: it must be at least 0")
     if not len(image_set):
         raise UserError(f"{image_set.name}: no image to prepare")
     groups = image_set.groups

@@ -117,6 +117,9 @@ def test_another_source_or_size_is_refused(tmp_path):
     (tmp_path / "thesis" / "chapter.txt").write_text("precious")
     with pytest.raises(UserError, match="something else in it"):
         write_cache(SOURCE, tmp_path / "thesis")
+    with pytest.raises(UserError, match="short_side is 0: it must be at least 1"):
+        write_cache(SOURCE, tmp_path / "new", short_side=0)
+    assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="cannot write .*chapter.txt/cache: Not a directory"):
         write_cache(SOURCE, tmp_path / "thesis" / "chapter.txt" / "cache")
 

@@ -105,6 +105,9 @@ def test_another_preparation_is_not_mixed_in(tmp_path):
     with pytest.raises(UserError, match="holds the beginning of another preparation; remove it"):
         prepare(image_set, names, tmp_path / "out", **options)
     prepare(image_set, names, tmp_path / "new", **options)
+    with pytest.raises(UserError, match="resize is -1: it must be at least 0"):
+        prepare(image_set, names, tmp_path / "small", resize=-1, **options)
+    assert not (tmp_path / "small").exists()
     with pytest.raises(UserError, match="another preparation lies there; choose another --out"):
         prepare(image_set, names, tmp_path / "new", resize=20, **options)
 
