@@ -8,7 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from modelstock_jax.data.decode import Unreadable
+
 _TRIES = 10
+_MOST_PIXELS = 178_956_970  # beyond which Pillow takes an image for a trap
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -105,10 +108,15 @@ def resize_short_side(pixels: np.ndarray, size: int) -> Image.Image:
     Args:
       pixels: uint8 [H, W, 3].
       size: pixels.
+
+    Raises:
+      Unreadable: an image that would be larger than any that Pillow opens.
     """
     height, width = pixels.shape[:2]
     short, long = min(height, width), max(height, width)
     other = int(size * long / short)
+    if size * other > _MOST_PIXELS:
+        raise Unreadable(f"{height} x {width} pixels, too long for its width")
     shape = (size, other) if width <= height else (other, size)
     image = Image.fromarray(pixels)
     return image if image.size == shape else image.resize(shape, _BICUBIC)

@@ -241,3 +241,10 @@ def test_a_view_of_the_config():
 def test_a_view_refuses(change, message):
     with pytest.raises(UserError, match=message):
         TrainView(224, **change)
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000, 3), (60_000, 1, 3)])
+def test_a_thread_of_pixels_does_not_fill_the_memory(shape):
+    """A file of 200 bytes, whose short side at 224 pixels would make 3 thousand million."""
+    with pytest.raises(Unreadable, match="too long for its width"):
+        EvalView(224)(np.zeros(shape, np.uint8), np.random.default_rng(0))
