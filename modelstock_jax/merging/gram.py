@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from modelstock_jax.merging.precision import compute_dtype, widened
+
+# Sums that are made in one pass over the tensors: all of up to four replicas'.
+_SUMS = 10
 
 
 def gram_matrix(pretrained, finetuned, part):
@@ -30,7 +35,28 @@ def gram_matrix(pretrained, finetuned, part):
         deltas = tuned - anchor[None]
         return jnp.sum(deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in part.axes))
 
-    return widened(products)(*seen_by_unit(pretrained, finetuned, part))
+    def in_one_pass(anchor, tuned):
+        deltas = [replica - anchor for replica in tuned]
+        pairs = list(zip(*np.triu_indices(len(deltas)), strict=True))
+        sums = []
+        for first in range(0, len(pairs), _SUMS):
+            terms = [deltas[i] * deltas[j] for i, j in pairs[first : first + _SUMS]]
+            zeros = [np.zeros((), anchor.dtype)] * len(terms)
+            sums += jax.lax.reduce(terms, zeros, _add_each, part.axes)
+        place = {pair: sums[k] for k, pair in enumerate(pairs)}
+        rows = range(len(deltas))
+        return jnp.stack([jnp.stack([place[min(i, j), max(i, j)] for j in rows]) for i in rows])
+
+    def by_platform(anchor, tuned):
+        # On a TPU float64 is emulated, and of reductions the plain ones are known to be.
+        return jax.lax.platform_dependent(anchor, tuned, default=in_one_pass, tpu=products)
+
+    seen = seen_by_unit(pretrained, finetuned, part)
+    return widened(by_platform, derivative_of=products)(*seen)
+
+
+def _add_each(left, right):
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, dtype):
@@ -51,6 +77,11 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
       [...].
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
+    # Else a compiler finds the Gram matrix's task vectors here again, and keeps those of the whole
+    # model in float64 from there to here.
+    pretrained, finetuned, coefficient = jax.lax.optimization_barrier(
+        (pretrained, finetuned, coefficient)
+    )
 
     def spread(values):
         return jnp.expand_dims(values, part.axes)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-def widened(function: Callable) -> Callable:
+def widened(function: Callable, derivative_of: Callable | None = None) -> Callable:
     """Evaluate a function in float64 and differentiate it in its inputs' own precision.
 
     How a backend orders a float32 sum is not ours to choose, and 10^8 terms one after the other
@@ -18,6 +18,8 @@ def widened(function: Callable) -> Callable:
 
     Args:
       function: of arrays (or trees of them), to arrays or trees.
+      derivative_of: the same function in a form that is better differentiated; `function` where
+        nothing is given.
 
     Returns:
       A function that takes float32 arrays and narrower and returns float32 where the function
@@ -39,7 +41,7 @@ def widened(function: Callable) -> Callable:
     def _differentiate(primals, tangents):
         # At an infinite weight the function is not used, but 0 * inf would be.
         safe = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), primals)
-        return evaluate(*primals), jax.jvp(function, safe, tangents)[1]
+        return evaluate(*primals), jax.jvp(derivative_of or function, safe, tangents)[1]
 
     return evaluate
 

@@ -77,6 +77,14 @@ def test_the_search_finds_what_it_looks_for(wrong):
     assert low_precision(text)
 
 
+@pytest.mark.parametrize("num", [2, 5])
+def test_no_tensor_is_kept_between_the_two_passes(num):
+    """Task vectors of the angles' pass, in float64, are not what the weights' pass is made of."""
+    w0, w = replicas({"fc1.kernel": (256, 1024), "fc2.kernel": (1024, 256)}, num)
+    compiled = jax.jit(model_stock).lower(nested(w0), nested(w)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**16  # a kernel has 2^20
+
+
 SPECS = [P("data", None), P(None, "data"), P(("replica", "data"), None)]
 
 
