@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from modelstock_jax.merging import UNITS
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Predicted, Score, Shell
+from modelstock_jax.studies.measurements import Measurement, Predicted, Score, Shell
 from modelstock_jax.studies.models import Merge
 from modelstock_jax.studies.paper import TABLE_7
 from modelstock_jax.studies.pool import average, groups, mean, pool, shown, theirs
@@ -24,8 +26,8 @@ def _others(setup: Setup, team):
     return tuple(one for one in pool(setup.seeds) if one not in team)
 
 
-def _table_7(setup: Setup):
-    wanted = {}
+def _table_7(setup: Setup) -> dict[Any, Measurement]:
+    wanted: dict[Any, Measurement] = {}
     for n in _sizes(setup):
         for i, team in enumerate(_teams(setup, n)):
             models = (mean(team), Merge(team))
@@ -104,8 +106,8 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
     )
 
 
-def _units(setup: Setup):
-    wanted = {}
+def _units(setup: Setup) -> dict[Any, Measurement]:
+    wanted: dict[Any, Measurement] = {}
     for i, team in enumerate(_teams(setup, 2)):
         wanted |= {(unit, i): Score(Merge(team, unit=unit)) for unit in UNITS}
         wanted["one t", i] = Score(Merge(team, "constant_ratio"))

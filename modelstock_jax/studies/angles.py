@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from modelstock_jax.reporting.layers import kind
 from modelstock_jax.reporting.plots import angle_by_layer
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Angles
+from modelstock_jax.studies.measurements import Angles, Measurement
 from modelstock_jax.studies.pool import pool
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
@@ -18,7 +19,7 @@ from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 NOISE = "k_proj.bias"
 
 
-def _wanted(setup: Setup):
+def _wanted(setup: Setup) -> dict[str, Measurement]:
     return {"angles": Angles(pool(setup.seeds))}
 
 
@@ -47,21 +48,21 @@ def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str =
     """
     of_kind = angles_by_kind(found)
     # One number a tensor or a seed's own pair: pairs that share a model are not independent.
-    pairs = list(zip(*np.triu_indices(count, 1), strict=True))
+    pairs = list(combinations(range(count), 2))
     own = [pairs.index((i, i + 1)) for i in range(0, count, 2)]
     kernels, biases = (np.mean(of_kind[what], axis=0)[own] for what in ("kernels", "biases"))
     return [
         Claim(
             f"{prefix}angles of kernels are the same for any two models (within 5 %)",
             where,
-            [np.std(a, ddof=1) / np.mean(a) for a in of_kind["kernels"]],
+            [_deviation(angles) for angles in of_kind["kernels"]],
             unit="",
             within=0.05,
         ),
         Claim(
             f"{prefix}norms are the same for any model (within 5 %)",
             where,
-            [np.std(row["norms"], ddof=1) / np.mean(row["norms"]) for row in _sure(found).values()],
+            [_deviation(row["norms"]) for row in _sure(found).values()],
             unit="",
             within=0.05,
         ),
@@ -72,6 +73,10 @@ def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str =
             "degrees",
         ),
     ]
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1) / np.mean(values))
 
 
 def _sure(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Score
+from modelstock_jax.studies.measurements import Measurement, Score
 from modelstock_jax.studies.models import Anchor, Best, Greedy, Mean, Merged, Model, Replica
 from modelstock_jax.studies.paper import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
 from modelstock_jax.studies.pool import average, shown, theirs
@@ -63,8 +63,8 @@ def _model(setup: Setup, method: str, seed: int) -> Model:
     return Best(tuple(Replica(run, r) for r in range(len(rates))))
 
 
-def _wanted(methods: Sequence[str]):
-    def measurements(setup: Setup):
+def _wanted(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]:
+    def measurements(setup: Setup) -> dict[Any, Measurement]:
         return {
             (method, seed): Score(_model(setup, method, seed))
             for method in methods
@@ -106,7 +106,8 @@ def _say(
         for rival in methods:
             if rival in ("model_stock", "zero_shot"):
                 continue
-            said = [paper["model_stock"][i] - paper[rival][i] for i in (0, 1)]
+            stock, other = paper["model_stock"], paper[rival]
+            said = [stock.id - other.id, stock.shifts - other.shifts]
             for i, place in enumerate(("in distribution", "on the shifts")):
                 verb = "beats" if said[i] > 0 else "is behind"
                 sign = 1 if said[i] > 0 else -1

@@ -92,11 +92,11 @@ def costs(
     def fill(figure: Figure) -> None:
         panels = figure.subplots(1, 2)
         names = ("in-distribution accuracy (%)", "average accuracy over the shifts (%)")
-        for place, (axes, name) in enumerate(zip(panels, names, strict=True), 1):
-            for number, (label, row) in enumerate(methods.items()):
-                mean, error = mean_and_error(row[place])
+        for place, (axes, name) in enumerate(zip(panels, names, strict=True)):
+            for number, (label, (cost, *accuracies)) in enumerate(methods.items()):
+                mean, error = mean_and_error(accuracies[place])
                 axes.errorbar(
-                    row[0],
+                    cost,
                     mean,
                     error,
                     fmt=_MARKERS[number % len(_MARKERS)],
@@ -108,7 +108,7 @@ def costs(
                     label=label,
                 )
             axes.set_xscale("log", base=2)
-            ticks = sorted({row[0] for row in methods.values()})
+            ticks = sorted({cost for cost, *_ in methods.values()})
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
             axes.margins(0.12)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from modelstock_jax.reporting.layers import kind
 from modelstock_jax.studies import figures
 from modelstock_jax.studies.angles import NOISE
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Angles
+from modelstock_jax.studies.measurements import Angles, Measurement
 from modelstock_jax.studies.models import Replica
 from modelstock_jax.studies.pool import PAIR
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
-def _wanted(setup: Setup):
+def _wanted(setup: Setup) -> dict[int, Measurement]:
     runs = [Run.of(seed, PAIR, every_epoch=True) for seed in setup.seeds]
     return {
         epoch: Angles(tuple(Replica(run, r, epoch) for run in runs for r in (0, 1)))
@@ -26,7 +28,7 @@ def _wanted(setup: Setup):
 def _say(setup: Setup, values: Values) -> Report:
     history, rows = [], []
     for epoch, found in values.items():
-        entry = {"epoch": epoch}
+        entry: dict[str, Any] = {"epoch": epoch}
         for what in ("kernels", "biases"):
             tensors = [
                 row

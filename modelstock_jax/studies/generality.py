@@ -21,7 +21,7 @@ from modelstock_jax.studies.pool import PAIR, average, groups, mean, shown
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
-_WAYS: Mapping[str, Mapping[str, Any]] = {
+_WAYS: Mapping[str, dict[str, Any]] = {
     "AdamW": {},
     "SGD": {"optimizer.name": "sgd"},
     "mixup": {"data.augment.mixup": 0.5},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from modelstock_jax.studies import figures
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Distance, Score
+from modelstock_jax.studies.measurements import Distance, Measurement, Score
 from modelstock_jax.studies.models import Between, InPlane, Mean
 from modelstock_jax.studies.pool import pool, shown
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
@@ -25,14 +26,13 @@ def _models(setup: Setup):
     return models[0], Mean(models)
 
 
-def _wanted(setup: Setup):
+def _wanted(setup: Setup) -> dict[Any, Measurement]:
     one, centre = _models(setup)
-    wanted = {(x, y): Score(InPlane(one, centre, x, y), shifts=False) for x, y in _GRID}
-    wanted["one"], wanted["centre"], wanted["apart"] = (
-        Distance(one),
-        Distance(centre),
-        Distance(one, centre),
-    )
+    wanted: dict[Any, Measurement] = {}
+    for x, y in _GRID:
+        wanted[x, y] = Score(InPlane(one, centre, x, y), shifts=False)
+    wanted["one"], wanted["centre"] = Distance(one), Distance(centre)
+    wanted["apart"] = Distance(one, centre)
     for r, model in enumerate(pool(setup.seeds)):
         wanted |= {("line", r, a): Score(Between(model, a), shifts=False) for a in _ALPHAS}
     wanted["at the centre"] = Score(centre, shifts=False)
@@ -44,10 +44,7 @@ def _say(setup: Setup, values: Values) -> Report:
     # The anchor is the origin, the fine-tuned model lies on the first axis.
     cosine = (one**2 + centre**2 - apart**2) / (2 * one * centre)
     corner = (centre * cosine, centre * math.sqrt(max(0.0, 1 - cosine**2)))
-    points = [
-        (x * one + y * corner[0], y * corner[1], 100 - values[x, y]["id"])
-        for x, y in _GRID
-    ]
+    points = [(x * one + y * corner[0], y * corner[1], 100 - values[x, y]["id"]) for x, y in _GRID]
     replicas = range(len(pool(setup.seeds)))
     lines = {a: [100 - values["line", r, a]["id"] for r in replicas] for a in _ALPHAS}
     best = 100 - values["at the centre"]["id"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -197,7 +198,7 @@ def _flat(tree) -> np.ndarray:
 
 
 def _flat_mean(bench: Bench, models: Sequence[Model]) -> np.ndarray:
-    return sum(_flat(one.build(bench)) for one in models) / len(models)
+    return reduce(np.add, (_flat(one.build(bench)) for one in models)) / len(models)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from modelstock_jax.studies import figures
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Distance, Score
+from modelstock_jax.studies.measurements import Distance, Measurement, Score
 from modelstock_jax.studies.models import Noisy
 from modelstock_jax.studies.pool import averages, mean, pool, shown
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
@@ -15,10 +17,10 @@ _SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
 _DRAWS = 2
 
 
-def _wanted(setup: Setup):
+def _wanted(setup: Setup) -> dict[Any, Measurement]:
     models = pool(setup.seeds)
     centre = mean(models)
-    wanted = {"centre": Score(centre, shifts=False)}
+    wanted: dict[Any, Measurement] = {"centre": Score(centre, shifts=False)}
     for scale in _SCALES:
         for seed in range(_DRAWS):
             noisy = Noisy(models, scale, seed)

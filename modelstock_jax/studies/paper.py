@@ -8,8 +8,8 @@ from typing import NamedTuple
 class Result(NamedTuple):
     """A row of the paper: ImageNet, mean over its shifts, and the distance to the centre."""
 
-    id: float | None
-    shifts: float | None
+    id: float
+    shifts: float
     distance: float | None = None
 
 

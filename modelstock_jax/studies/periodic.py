@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Score, Shell
+from modelstock_jax.studies.measurements import Measurement, Score, Shell
 from modelstock_jax.studies.models import Merged, Replica
 from modelstock_jax.studies.paper import TABLE_5, TABLE_6, Result
 from modelstock_jax.studies.pool import PAIR, average, pool, shown, theirs
@@ -26,8 +26,8 @@ def _long(setup: Setup, seed: int) -> Replica:
     return Replica(Run.of(seed, PAIR | {"epochs": 2 * setup.epochs}))
 
 
-def _table_5(setup: Setup):
-    wanted = {}
+def _table_5(setup: Setup) -> dict[Any, Measurement]:
+    wanted: dict[Any, Measurement] = {}
     for seed in setup.seeds:
         models = {1: _long(setup, seed)} | {
             n: Merged(Run.of(seed, {"merge.every": "epoch", "num_replicas": n}))
@@ -93,7 +93,7 @@ def period_options(setup: Setup, period: float) -> dict[str, Any]:
     return MERGING | {"merge.every": str(max(1, round(period * setup.steps_per_epoch)))}
 
 
-def _table_6(setup: Setup):
+def _table_6(setup: Setup) -> dict[Any, Measurement]:
     return {
         (period, seed): Score(Merged(Run.of(seed, period_options(setup, period))))
         for period in TABLE_6
@@ -123,7 +123,7 @@ def _rows(
     values: Values,
     names: Mapping[Any, str],
     paper: Mapping[Any, Result] | None = None,
-) -> list[Sequence[str]]:
+) -> Sequence[Sequence[str]]:
     rows = []
     for key, name in names.items():
         scores = [values[key, seed] for seed in setup.seeds]
@@ -141,7 +141,7 @@ _STATES = {
 }
 
 
-def _optimizer_state(setup: Setup):
+def _optimizer_state(setup: Setup) -> dict[Any, Measurement]:
     return {
         (state, seed): Score(Merged(Run.of(seed, MERGING | {"merge.opt_state": state})))
         for state in _STATES

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from modelstock_jax.reporting.rows import Measured, mean_and_error
 from modelstock_jax.studies.models import Mean, Model, Replica
 from modelstock_jax.studies.runs import Run
 
-PAIR = {"merge.every": "never", "num_replicas": 2}
+One = TypeVar("One")
+PAIR: dict[str, Any] = {"merge.every": "never", "num_replicas": 2}
 
 
 def pool(seeds: Sequence[int]) -> tuple[Replica, ...]:
@@ -17,7 +18,7 @@ def pool(seeds: Sequence[int]) -> tuple[Replica, ...]:
     return tuple(Replica(Run.of(seed, PAIR), r) for seed in seeds for r in (0, 1))
 
 
-def groups(models: Sequence[Model], size: int) -> list[tuple[Model, ...]]:
+def groups(models: Sequence[One], size: int) -> list[tuple[One, ...]]:
     """Disjoint groups of neighbours, so that their results are independent.
 
     >>> groups("abcde", 2)

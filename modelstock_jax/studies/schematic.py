@@ -14,7 +14,7 @@ from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
-def _pair(setup: Setup):
+def _pair(setup: Setup) -> dict[str, Measurement]:
     run = Run.of(setup.seeds[0], PAIR)
     return {"angles": Angles((Replica(run, 0), Replica(run, 1)))}
 
@@ -82,7 +82,7 @@ def _times(setup: Setup, run: Run, period: int) -> list[float]:
 def _series(setup: Setup) -> dict[int, Measurement]:
     epochs = min(_PERIODS, setup.epochs)
     run = Run.of(setup.seeds[0], MERGING | {"epochs": epochs}, every_epoch=True, per_epoch=_PARTS)
-    wanted = {}
+    wanted: dict[int, Measurement] = {}
     for period in range(epochs):
         *inner, end = _times(setup, run, period)
         first, second = (tuple(Replica(run, r, time) for time in inner) for r in (0, 1))

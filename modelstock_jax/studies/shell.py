@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Score, Shell
+from modelstock_jax.studies.measurements import Measurement, Score, Shell
 from modelstock_jax.studies.paper import TABLE_1
 from modelstock_jax.studies.pool import average, averages, groups, halves, mean, shown, theirs
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
-def _wanted(setup: Setup):
-    wanted = {}
+def _wanted(setup: Setup) -> dict[Any, Measurement]:
+    wanted: dict[Any, Measurement] = {}
     _, others = halves(setup.seeds)
     for n, members in averages(setup.seeds).items():
         means = tuple(mean(group) for group in members)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Setup(NamedTuple):
     further: bool = False
 
 
-Values = Mapping[Hashable, Any]
+Values = Mapping[Any, Any]
 Draw = Callable[[Path], Figure]
 
 
@@ -94,7 +94,7 @@ class Study:
     name: str
     title: str
     about: str
-    measurements: Callable[[Setup], Mapping[Hashable, Measurement]]
+    measurements: Callable[[Setup], Mapping[Any, Measurement]]
     summarise: Callable[[Setup, Values], Report]
     num_seeds: int = 4
 
