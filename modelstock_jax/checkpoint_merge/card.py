@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from modelstock_jax.tensor_files.hub import HUB_ID
 
 PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
 METHODS = {
@@ -19,7 +20,6 @@ METHODS = {
     "ties": "[TIES](https://arxiv.org/abs/2306.01708)",
     "slerp": "spherical interpolation",
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
@@ -86,9 +86,8 @@ def hub_id(label: str) -> str | None:
       >>> hub_id("org/name@main"), hub_id("./run1/model")
       ('org/name', None)
     """
-    name = label.split("+")[0].split("@")[0]
-    return name if _HUB_ID.fullmatch(name) and not name.startswith(".") and not Path(
-        name).exists() else None
+    found = HUB_ID.fullmatch(label.split("+")[0])
+    return found["repo"] if found and not Path(found["repo"]).exists() else None
 
 
 def library_name(directory: Path) -> str | None:

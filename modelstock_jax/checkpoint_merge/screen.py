@@ -54,7 +54,8 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
                console: Console) -> None:
     """What was merged, at which ratios, where it lies, and how long it took."""
     table = _facts()
-    merged = f"{len(document['models'])} fine-tunes of {document['base']['model']}"
+    count = len(document["models"])
+    merged = f"{count} fine-tune{'s' if count > 1 else ''} of {document['base']['model']}"
     table.add_row("merged", f"{escape(merged)}, {document['options']['method']}")
     if found := document["ratios"].get("all"):
         table.add_row("ratios", f"{found['min']:.3f} to {found['max']:.3f}, median "

@@ -14,7 +14,8 @@ from modelstock_jax.tensor_files.reader import PICKLES
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 # Whatever is asked for: files that run code when they are opened, and folders of other exports.
 NEVER = (*(f"*{suffix}" for suffix in PICKLES), "*.py", "*/*")
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+# ORG/NAME or ORG/NAME@REVISION.
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = FILES) -> Path:
@@ -43,7 +44,7 @@ def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = FILES) -> Pa
     path = Path(name)
     if os.path.exists(path):
         return path
-    if not isinstance(name, str) or (match := _HUB_ID.fullmatch(name)) is None:
+    if not isinstance(name, str) or (match := HUB_ID.fullmatch(name)) is None:
         raise UserError(f"{name}: no such file or directory.")
     if path.suffix in (*PICKLES, ".safetensors", ".json"):
         raise UserError(f"{name}: no such file.")

@@ -293,6 +293,12 @@ def test_compare(say, models, merged, tmp_path):
     assert status == 1 and "angles.xyz: give a name that ends in .png" in err
 
 
+def test_one_fine_tune_is_counted_as_one(say, models, tmp_path):
+    status, out, _ = say("merge", *models[:2], "--out", tmp_path / "out", "--method", "wise-ft",
+                         "--alpha", "0.5")
+    assert status == 0 and f"1 fine-tune of {models[0]}" in out
+
+
 def test_compare_tells_what_is_odd_about_its_models(say, models, tmp_path):
     tensors = factors(Q, 16, 16)
     lora = adapter(tmp_path / "lora", tensors, base_model_name_or_path="org/another")
