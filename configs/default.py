@@ -12,7 +12,8 @@ def get_config() -> ConfigDict:
     # What to run: 'finetune' (replicas, merges, evaluation), 'learning_rate' (its choice on
     # validation data) or 'pretrain' (a CLIP from scratch).
     config.task = "finetune"
-    # The pretrained CLIP's directory in Hugging Face's layout; 'glyph-clip' ships with the package.
+    # The pretrained CLIP: a directory or a hub id with safetensors, in Hugging Face's, OpenCLIP's
+    # or OpenAI's layout; 'glyph-clip' ships with the package.
     config.pretrained = "glyph-clip"
     # Side of the images in pixels; 0 takes the checkpoint's. Another one resizes its position
     # embeddings, once, before training.

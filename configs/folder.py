@@ -18,6 +18,9 @@ The test set and the shifts are only measured. Choose the learning rate on valid
     python launch.py --config=configs/folder.py --workdir=runs/rate --config.data.root=DIR \\
         --config.task=learning_rate --config.search.learning_rates="(3e-6,1e-5,3e-5)"
 
+A larger model, on a GPU or TPU: --config.pretrained=openai/clip-vit-large-patch14
+--config.compute.dtype=bfloat16. What it takes, and what is missing: the command with --dry-run.
+
 Large images read faster when they are made smaller once:
 
     python -m modelstock_jax.data prepare DIR/train --name train --out SMALL --resize 256
