@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
-from modelstock_jax.clip.trees import flatten, unflatten
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.glyphs.pretraining import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
-from modelstock_jax.tensor_files.reader import TensorFiles
-from modelstock_jax.tensor_files.writer import new_directory, write_tensors
+from modelstock_jax.studies.tree_file import read_tree, write_tree
+from modelstock_jax.tensor_files.writer import new_directory
 from modelstock_jax.towers import tower
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.finetune import alone, finetuning_programs, finetuning_trainer
@@ -71,11 +69,11 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Classifier:
     )
     path = workdir / "towers" / architecture / "model.safetensors"
     if not path.is_file():
-        _write(path, _pretrain(config, start, data, workdir, name))
-    files = TensorFiles(path)
-    params = unflatten({tuple(n.split(".")): np.asarray(files[n]) for n in files})
+        params = _pretrain(config, start, data, workdir, name)
+        with new_directory(path.parent) as beside:
+            write_tree(beside / path.name, params)
     fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-    return dataclasses.replace(start, params=params, fingerprint=fingerprint)
+    return dataclasses.replace(start, params=read_tree(path), fingerprint=fingerprint)
 
 
 def _pretrain(
@@ -89,9 +87,3 @@ def _pretrain(
     place, title = name.replace(":", "_"), f"{name}: pretraining"
     trainer = finetuning_trainer(one, start, broad, programs, workdir, place, title=title)
     return jax.tree.map(lambda x: x[0], jax.device_get(trainer.run().state.params))
-
-
-def _write(path: Path, params: PyTree) -> None:
-    tensors = {".".join(names): np.asarray(x) for names, x in flatten(params)}
-    with new_directory(path.parent) as beside:
-        write_tensors(beside / path.name, tensors)

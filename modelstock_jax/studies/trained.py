@@ -13,12 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip.trees import flatten, unflatten
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.studies.runs import Run, training_digest
-from modelstock_jax.tensor_files.reader import TensorFiles
-from modelstock_jax.tensor_files.writer import new_directory, write_tensors
+from modelstock_jax.studies.tree_file import read_tree, write_tree
+from modelstock_jax.tensor_files.writer import new_directory
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (
     finetuning_programs,
@@ -28,11 +27,12 @@ from modelstock_jax.training.finetune import (
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.phases import hold, probe
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
+from modelstock_jax.training.persistence.stores import saved
 from modelstock_jax.training.programs import Programs, Task
 
 PyTree = Any
 
-# Runs whose replicas are held in memory.
+# Files whose weights are held in memory.
 _HELD = 48
 
 
@@ -66,7 +66,7 @@ class Trained:
         self._record = record
         self._config, self._workdir = config, workdir
         self._anchor, self._data, self._fingerprint = anchor, data, fingerprint
-        self._read = functools.lru_cache(_HELD)(_read)
+        self._read = functools.lru_cache(_HELD)(read_tree)
         # Runs that differ in their seed alone share compiled programs.
         self._last: tuple[str, Classifier, Programs] | None = None
 
@@ -147,8 +147,7 @@ class Trained:
         seconds = time.monotonic() - begin
         with new_directory(directory) as beside:
             for name, tree in parts.items():
-                tensors = {".".join(path): np.asarray(x) for path, x in flatten(tree)}
-                write_tensors(beside / f"{name}.safetensors", tensors)
+                write_tree(beside / f"{name}.safetensors", tree)
         self._record(
             ["Trained", directory.name],
             {
@@ -190,13 +189,6 @@ def part(epoch: float) -> str:
 
 
 def _epochs(trainer: Trainer, programs: Programs, steps: int) -> dict[str, PyTree]:
-    like = {
-        name: leaf for name, leaf in programs.abstract_state._asdict().items() if leaf is not None
-    }
+    like = saved(programs.abstract_state)
     with Checkpoints(trainer.workdir / "state", keep=0) as states:
         return {part(step / steps): states.restore(step, like)["params"] for step in states.steps}
-
-
-def _read(path: Path) -> PyTree:
-    files = TensorFiles(path)
-    return jax.tree.map(np.asarray, unflatten({tuple(n.split(".")): files[n] for n in files}))

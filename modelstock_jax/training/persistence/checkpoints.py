@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,16 +176,13 @@ class Checkpoints:
         Raises:
           UserError: if there were checkpoints and none is whole, or one holds another structure.
         """
-
-        def wanted(step: int) -> bool:
-            return at_most is None or step <= at_most
-
-        for step in sorted(filter(wanted, self.steps), reverse=True):
+        newest = math.inf if at_most is None else at_most
+        for step in sorted((step for step in self.steps if step <= newest), reverse=True):
             try:
                 return step, self.restore(step, like)
             except DamagedCheckpoint as error:
                 self.set_aside(step, error)
-        if any(map(wanted, damaged_steps(self.directory))):
+        if any(step <= newest for step in damaged_steps(self.directory)):
             raise UserError(
                 f"no checkpoint in {self.directory} is whole; put back a copy of one, or remove "
                 f"{self.directory.parent} to train from the start"

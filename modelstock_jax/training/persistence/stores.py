@@ -76,17 +76,17 @@ class Stores:
             anchor = keep_anchor(place, programs.anchor, fingerprint)
             like = programs.abstract_state
             always = programs.reference().last_merged is not None
-            saved, merged = resume(
+            found, merged = resume(
                 self._states,
                 self._merges,
-                _saved(like),
+                saved(like),
                 programs.abstract_anchor,
                 self._last_merge,
                 needs_merged=lambda step: always or step == num_steps,
             )
-            if saved is None:
+            if found is None:
                 return anchor, programs.start(self._seed), None
-            return anchor, like._replace(**saved), merged
+            return anchor, like._replace(**found), merged
 
     def save_merged(self, step: int, merged: PyTree) -> None:
         """Starts saving a merged model; returns once it may be donated."""
@@ -100,7 +100,7 @@ class Stores:
         """
         with self._timeline.spend("save"):
             self._merges.wait()
-            self._save(self._states, step, _saved(state))
+            self._save(self._states, step, saved(state))
 
     def wait(self) -> None:
         """Waits until all of it is on the disk."""
@@ -117,5 +117,6 @@ class Stores:
         return step - step % self._merge_steps
 
 
-def _saved(state: TrainState) -> dict[str, PyTree]:
+def saved(state: TrainState) -> dict[str, PyTree]:
+    """What of a state a checkpoint holds: the parts that there are, by name."""
     return {name: value for name, value in state._asdict().items() if value is not None}
