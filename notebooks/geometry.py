@@ -121,10 +121,8 @@ pairs = np.triu_indices(MODELS, 1)
 angles = [np.asarray(angle(c))[pairs].tolist() for c in jax.tree.leaves(cosines(anchor, models))]
 lengths = [np.asarray(n) for n in jax.tree.leaves(norms(anchor, models))]
 sizes = [leaf.size for leaf in jax.tree.leaves(anchor)]
-layers = [
-    {"name": row["name"], "angles": a, "rms": n / size**0.5}
-    for row, a, n, size in zip(report(stats), angles, lengths, sizes, strict=True)
-]
+layers = [{"name": row["name"], "angles": a, "rms": n / size**0.5}
+          for row, a, n, size in zip(report(stats), angles, lengths, sizes, strict=True)]
 plots.angle_by_layer(layers, kept("angles"))
 
 # %% [markdown]
@@ -143,18 +141,15 @@ noises = [rng.standard_normal((2, 400, n), np.float32) / n**0.5 for n in dimensi
 
 def concentration(figure):
     left, right = figure.subplots(1, 2)
-    shades = [GREY, SKY, BLUE, VERMILION]
-    for (a, b), n, shade in zip(noises, dimensions, shades, strict=True):
+    for (a, b), n, shade in zip(noises, dimensions, (GREY, SKY, BLUE, VERMILION), strict=True):
         length = np.linalg.norm(a, axis=1)
         between = angle((a * b).sum(1) / length / np.linalg.norm(b, axis=1))
-        for axes, values, bins in ((left, length, np.linspace(0, 2, 60)),
-                                   (right, between, np.linspace(0, 180, 60))):
-            axes.hist(values, bins, histtype="step", lw=1.8, color=shade, label=f"n = {n:,}")
+        style = dict(bins=60, histtype="step", lw=1.8, color=shade, label=f"n = {n:,}", log=True)
+        left.hist(length, range=(0, 2), **style)
+        right.hist(between, range=(0, 180), **style)
     left.set_xlabel("length of a noise, in its expected length")
     right.set_xlabel("angle between two noises (degrees)")
     left.legend(loc="upper left")
-    left.set_yscale("log")
-    right.set_yscale("log")
 
 
 draw(concentration, (8.6, 3.2), kept("concentration"))
@@ -177,19 +172,22 @@ draw(concentration, (8.6, 3.2), kept("concentration"))
 from modelstock_jax.merging import thin_shell, total_distance
 
 shell = thin_shell(anchor, models)
-between = np.asarray(shell.pair_cosine)[pairs]
-print(f"(i)   distance to the centre {np.mean(shell.radius):.3f} ± {np.std(shell.radius):.3f}; "
-      f"from w0 to the centre {float(shell.centre):.3f}")
-print(f"(ii)  angle at the centre between w0 and a model: "
-      f"{np.mean(angle(shell.anchor_cosine)):.1f}° ± {np.std(angle(shell.anchor_cosine)):.1f}°")
-print(f"(iii) and between two models: "
-      f"{np.mean(angle(between)):.1f}° ± {np.std(angle(between)):.1f}°")
+print(f"distance from w0 to the centre: {float(shell.centre):.2f}")
+for what, values, unit in (
+    ("(i)   distance from a model to it", shell.radius, ""),
+    ("(ii)  angle at the centre between w0 and a model", angle(shell.anchor_cosine), "°"),
+    ("(iii) and between two models", angle(np.asarray(shell.pair_cosine)[pairs]), "°"),
+):
+    print(f"{what}: {np.mean(values):.2f}{unit} ± {np.std(values):.2f}")
 
 
-leaves = [np.asarray(leaf, float).reshape(MODELS, -1) for leaf in jax.tree.leaves(models)]
-points = np.concatenate(leaves, axis=1)  # each model as one vector
-one = total_distance(stats).replica
-numbers = range(1, MODELS - 2)
+def as_points(trees, count=1):
+    """Each model as one vector."""
+    leaves = (np.asarray(leaf, float).reshape(count, -1) for leaf in jax.tree.leaves(trees))
+    return np.concatenate(list(leaves), axis=1)
+
+
+points, one = as_points(models, MODELS), total_distance(stats).replica
 
 
 def to_centre(point, set_aside):
@@ -198,19 +196,14 @@ def to_centre(point, set_aside):
     return max(0.0, square) ** 0.5
 
 
-measured = [
-    [to_centre(points[order[:n]].mean(axis=0), order[n:])
-     for order in (np.roll(np.arange(MODELS), k) for k in range(MODELS))]
-    for n in numbers
-]
-
-
 def approach(figure):
     axes = figure.subplots()
     fine = np.linspace(1, MODELS - 2, 100)
     axes.plot(fine, one / fine**0.5, color=BLACK, lw=1.2, label=r"$l\,\sqrt{(1-\cos\theta)/N}$")
-    for n, values in zip(numbers, measured, strict=True):
-        axes.plot([n] * MODELS, values, "o", color=BLUE, ms=5, alpha=0.5)
+    for n in range(1, MODELS - 2):
+        for order in (np.roll(np.arange(MODELS), k) for k in range(MODELS)):
+            far = to_centre(points[order[:n]].mean(axis=0), order[n:])
+            axes.plot(n, far, "o", color=BLUE, ms=5, alpha=0.5)
     axes.set_xlabel("N, models in the mean")
     axes.set_ylabel("distance to the centre")
     axes.set_ylim(bottom=0)
@@ -231,6 +224,7 @@ draw(approach, (6, 3.4), kept("approach"))
 pair, others = (jax.tree.map(lambda w, k=k: w[k], models) for k in (slice(0, 2), slice(2, None)))
 merged, stats = model_stock(anchor, pair)
 found = report(stats)
+names = [row["name"].removeprefix("image_tower.") for row in found]
 kernels = [k for k, row in enumerate(found) if sizes[k] > 1000 and row["cosine"] > 0]
 by_angle = sorted(kernels, key=lambda k: found[k]["angle"])
 chosen = [by_angle[0], by_angle[len(by_angle) // 2], by_angle[-1]]
@@ -245,8 +239,7 @@ def sweep(figure):
         square = t**2 * (step**2).sum() - 2 * t * (step * aim).sum() + (aim**2).sum()
         far = np.sqrt(square / (aim**2).sum())
         star = found[k]["ratio"]
-        name = found[k]["name"].removeprefix("image_tower.")
-        axes.plot(t, far, color=shade, lw=2, label=f"{name}, θ = {found[k]['angle']:.0f}°")
+        axes.plot(t, far, color=shade, lw=2, label=f"{names[k]}, θ = {found[k]['angle']:.0f}°")
         axes.plot(star, np.interp(star, t, far), "*", color=shade, ms=15, mec="white")
         axes.plot(t[far.argmin()], far.min(), "|", color=BLACK, ms=12, mew=1.5)
     axes.set_xlabel("t: from the anchor (0) to the mean of two models (1)")
@@ -265,11 +258,8 @@ draw(sweep, (6.6, 4), kept("sweep"))
 from modelstock_jax.studies import figures
 from modelstock_jax.studies.schematic import triangle
 
-ends = {
-    found[k]["name"].removeprefix("image_tower."): triangle(found[k]["angle"], found[k]["norms"])
-    for k in chosen[:2]
-}
-figures.triangles(ends, kept("triangles"))
+small_and_large = {names[k]: triangle(found[k]["angle"], found[k]["norms"]) for k in chosen[:2]}
+figures.triangles(small_and_large, kept("triangles"))
 
 # %% [markdown]
 # ## The ratio, for any number of models
@@ -287,9 +277,9 @@ def ratios(figure):
     for n, shade in zip((2, 3, 5, 50), (VERMILION, BLUE, SKY, GREY), strict=True):
         curve = ratio(np.cos(np.radians(degrees)), n)
         axes.plot(degrees, curve, color=shade, lw=2, label=f"N = {n}")
-    known = [row for row in found if row["angle"] is not None]
-    axes.plot([row["angle"] for row in known], [row["ratio"] for row in known], "o", color=BLACK,
-              ms=3.5, alpha=0.6)
+    for row in found:
+        if row["angle"] is not None:
+            axes.plot(row["angle"], row["ratio"], "o", color=BLACK, ms=3.5, alpha=0.6)
     axes.set_xlim(0, 110)
     axes.set_xlabel("angle θ between the movements (degrees)")
     axes.set_ylabel("ratio t")
@@ -305,16 +295,12 @@ draw(ratios, (6, 3.6), kept("ratio"))
 # from the mean of the others (less that mean's own distance).
 
 # %%
-def as_point(tree):
-    return np.concatenate([np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(tree)])
-
-
 expected = total_distance(stats)
 for name, point, predicted in (
     ("one model", points[0], expected.replica),
     ("their mean", points[:2].mean(axis=0), expected.mean),
-    ("Model Stock", as_point(merged), expected.merged),
-    ("the anchor", as_point(anchor), float(shell.centre)),
+    ("Model Stock", as_points(merged)[0], expected.merged),
+    ("the anchor", as_points(anchor)[0], float(shell.centre)),
 ):
     far = to_centre(point, np.arange(2, MODELS))
     print(f"{name:12} predicted {predicted:6.3f}   measured {far:6.3f}")
