@@ -41,6 +41,8 @@ class Solved:
 
 Solver = Callable[[Measured], Solved]
 
+_STRAIGHT = 0.9995  # mergekit's: weights of a larger cosine lie on one line
+
 # Never outside of the range of the inputs, so that nothing can overflow.
 CONVEX = ("stock", "weighted-stock", "uniform", "wise-ft")
 
@@ -131,7 +133,7 @@ def _slerp(t: float | Mapping[str, float]) -> Solver:
         else:
             product = square + along[0] + along[1] + gram[0, 1]
         share = t[unit.name] if isinstance(t, Mapping) else t
-        from_end, to_end = _slerp_coefficients(ends, product, share)
+        from_end, to_end = rules.arc_shares(ends[0], ends[1], product, share, _STRAIGHT)
         each = [to_end] if len(gram) == 1 else [from_end, to_end]
         solution = rules.given_shares(gram, unit.single, np.zeros(len(gram)))
         return Solved(
@@ -140,16 +142,6 @@ def _slerp(t: float | Mapping[str, float]) -> Solver:
         )
 
     return solve
-
-
-def _slerp_coefficients(squares, product, t: float) -> tuple[np.ndarray, np.ndarray]:
-    """sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta); 1 - t and t where parallel."""
-    lengths = np.sqrt(squares[0]) * np.sqrt(squares[1])
-    cosine = np.clip(product / np.where(lengths > 0, lengths, 1.0), -1.0, 1.0)
-    straight = (np.abs(cosine) > 0.9995) | (lengths <= 0)
-    theta = np.arccos(np.where(straight, 0.0, cosine))
-    return (np.where(straight, 1.0 - t, np.sin((1.0 - t) * theta) / np.sin(theta)),
-            np.where(straight, t, np.sin(t * theta) / np.sin(theta)))
 
 
 def coefficients(solved: Solved, *, of_weights: bool) -> np.ndarray:

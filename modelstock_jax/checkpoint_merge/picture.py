@@ -17,9 +17,7 @@ COLOURS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY), strict
 MOST_TOWERS = 3
 
 
-def picture(
-    rows: Sequence[Mapping[str, Any]], path: str | Path | None, *, title: str | None = None
-):
+def picture(rows: Sequence[Mapping[str, Any]], path: str | Path | None):
     """Draws angles (above) and norms (below) by block; a column for each tower.
 
     A dot is a merge unit, a line the median of its kind in each block.
@@ -27,7 +25,6 @@ def picture(
     Args:
       rows: of a merge's report: name, shape, angle (degrees or None), norms ([N]).
       path: a .png file; None only draws.
-      title: over all panels.
 
     Returns:
       The figure.
@@ -63,7 +60,6 @@ def picture(
             ],
             loc="outside lower center", ncols=6,
         )  # fmt: skip
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
 
     count = sum(len({depth for depth, _ in group}) for group in groups.values())
     return draw(fill, (min(13.0, max(7.0, 3 + 0.22 * count)), 5.6), path)

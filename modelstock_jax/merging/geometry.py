@@ -50,24 +50,23 @@ def mean_pairs(values, active):
     return xp.sum(xp.where(both, values, 0.0), axis=(0, 1)) / xp.where(pairs > 0, pairs, 1.0)
 
 
-def cosine(gram, active=None):
+def cosine(gram):
     """Mean cosine over all pairs of task vectors, cos = mean_{i<j} G_ij / (|d_i| |d_j|).
 
     The angle theta of section 3; its mean over pairs, for N > 2, is the authors' own choice.
 
     Args:
       gram: [N, N, ...].
-      active: [N, ...] bool, the replicas that count; by default those that moved.
 
     Returns:
-      [...] in [-1, 1], or `COSINE_UNDEFINED` where fewer than two replicas count.
+      [...] in [-1, 1], of the replicas that moved; `COSINE_UNDEFINED` where fewer than two did.
 
     Example:
       >>> round(float(cosine(np.array([[2.0, 1.0], [1.0, 2.0]]))), 6)
       0.5
     """
     xp = namespace(gram)
-    active = moved(gram) if active is None else active & moved(gram)
+    active = moved(gram)
     squares = squared_norms(gram)
     norms = xp.sqrt(xp.where(active, squares, 1.0))
     # One norm after the other: their product may leave the range where the quotient does not.
