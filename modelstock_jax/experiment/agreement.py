@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import plain
+from modelstock_jax.reporting.files import flat, plain
 from modelstock_jax.training.hosts import distributed
 
 
@@ -30,7 +30,7 @@ def check_same(config: ConfigDict, **more: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    ours = _flat({"config": plain(config.to_dict()), "code": _code(), **more})
+    ours = flat({"config": plain(config.to_dict()), "code": _code(), **more})
     theirs = json.loads(_from_main(json.dumps(ours, sort_keys=True)))
     differing = [
         f"{key} is {ours.get(key)!r}, there {theirs.get(key)!r}"
@@ -64,11 +64,3 @@ def _from_main(text: str) -> str:
     padded = np.zeros(distributed.agree(len(data)), np.uint8)
     padded[: len(data)] = data[: len(padded)]
     return multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes().decode()
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat

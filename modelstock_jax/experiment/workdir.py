@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import plain, write_json
+from modelstock_jax.reporting.files import flat, plain, write_json
 
 # No bit of a weight, and no accuracy, depends on these: they may change from start to start.
 FREE = (
@@ -100,7 +100,7 @@ def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> N
         if before == now:
             return
         if (workdir / "runs").exists():
-            _compare(workdir, _flat(before), _flat(now), allow_change)
+            _compare(workdir, flat(before), flat(now), allow_change)
     write_json(path, now)
 
 
@@ -134,8 +134,8 @@ def _compare(workdir: Path, before: Mapping, now: Mapping, allow_change: bool) -
     raise UserError("\n".join([f"{workdir} holds a run of another config:", *lines, ways]))
 
 
-def _shown(flat: Mapping, key: str) -> str:
-    return repr(flat[key]) if key in flat else "absent"
+def _shown(options: Mapping, key: str) -> str:
+    return repr(options[key]) if key in options else "absent"
 
 
 def _lock(workdir: Path) -> None:
@@ -171,13 +171,3 @@ def _lock(workdir: Path) -> None:
 
 def _lock_file(workdir: Path) -> Path:
     return workdir.absolute() / ".lock"
-
-
-def _flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

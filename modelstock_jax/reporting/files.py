@@ -84,6 +84,22 @@ def plain(value: Any) -> Any:
     return value
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, of mappings in one another.
+
+    Example:
+      >>> flat({"a": 1, "b": {"c": (2, 3), "d": {}}})
+      {'a': 1, 'b.c': (2, 3)}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

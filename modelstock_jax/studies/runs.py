@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import plain
+from modelstock_jax.reporting.files import flat, plain
 
 # What no trained weight depends on: these are left out of a run's digest.
 _ELSEWHERE = (
@@ -90,29 +90,12 @@ class Run:
           UserError: if `base` has no such option.
         """
         config = base.copy_and_resolve_references()
-        known = flat(config)
+        known = flat(config.to_dict())
         if unknown := [key for key, _ in self.options if key not in known]:
             raise UserError(f"the study's config lacks {unknown[0]!r}")
         config.update_from_flattened_dict(dict(self.options))
         config.seed = self.seed
         return config
-
-
-def flat(config: ConfigDict) -> dict[str, Any]:
-    """Dotted key -> plain value.
-
-    >>> flat(ConfigDict({"a": 1, "b": {"c": (2, 3)}}))
-    {'a': 1, 'b.c': [2, 3]}
-    """
-
-    def walk(tree: Mapping[str, Any], prefix: str):
-        for key, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(walk(plain(config.to_dict()), ""))
 
 
 def training_digest(config: ConfigDict, fingerprint: str) -> str:
@@ -124,7 +107,7 @@ def training_digest(config: ConfigDict, fingerprint: str) -> str:
     """
     kept = {
         key: value
-        for key, value in flat(config).items()
+        for key, value in flat(plain(config.to_dict())).items()
         if not any(key == one or (one[-1] == "." and key.startswith(one)) for one in _ELSEWHERE)
     }
     return digest([fingerprint, kept])

@@ -40,7 +40,7 @@ REFUSED = """
 
 
 def keys() -> list[str]:
-    flat = workdirs._flat(default.get_config().to_dict())
+    flat = workdirs.flat(default.get_config().to_dict())
     # Sizes as in Hugging Face's config.json: all of one class, whatever they are.
     return [key for key in flat if not key.startswith("pretrain.clip.")]
 
