@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,9 @@ from modelstock_jax.studies.bench import Bench
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.ledger import Ledger
 from tests.studies.bench import DrawnBench
+
+
+WORLD = SimpleNamespace(shifts={"v2": None})
 
 
 class Trainings:
@@ -39,7 +43,7 @@ class Trainings:
 class Drawn(DrawnBench, Bench):
     def __init__(self, config, workdir, ledger, data=None):
         super().__init__()
-        self.config, self.ledger, self.data = config, ledger, data or "data"
+        self.config, self.ledger, self.data = config, ledger, data or WORLD
         self.fingerprint = config.pretrained.upper()
         self.trained = Trainings()
 
