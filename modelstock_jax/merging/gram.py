@@ -37,14 +37,14 @@ def gram_matrix(pretrained, finetuned, part):
 
     def in_one_pass(anchor, tuned):
         deltas = [replica - anchor for replica in tuned]
-        pairs = list(zip(*np.triu_indices(len(deltas)), strict=True))
+        rows = range(len(deltas))
+        pairs = [(i, j) for i in rows for j in rows[i:]]
         sums = []
         for first in range(0, len(pairs), _SUMS):
             terms = [deltas[i] * deltas[j] for i, j in pairs[first : first + _SUMS]]
             zeros = [np.zeros((), anchor.dtype)] * len(terms)
             sums += jax.lax.reduce(terms, zeros, _add_each, part.axes)
-        place = {pair: sums[k] for k, pair in enumerate(pairs)}
-        rows = range(len(deltas))
+        place = dict(zip(pairs, sums, strict=True))
         return jnp.stack([jnp.stack([place[min(i, j), max(i, j)] for j in rows]) for i in rows])
 
     def by_platform(anchor, tuned):
