@@ -137,9 +137,11 @@ def caption(summaries: Sequence[Summary]) -> str:
     text = "Top-1 accuracy in %"
     if seeds > 1:
         text += f", mean ± standard error over {seeds} seeds"
-    if any(summary.distance_to_anchor or summary.predicted_distance for summary in summaries):
-        text += "; distances of weights: to the anchor, and to the centre as the angles predict it"
-    return text + "; cost in fine-tunings of one model."
+    there = {column.heading for column in columns(summaries)}
+    far = {"to anchor": "to the anchor", "to centre": "to the centre as the angles predict it"}
+    if distances := [said for heading, said in far.items() if heading in there]:
+        text += f"; distances of weights: {', and '.join(distances)}"
+    return text + ("; cost in fine-tunings of one model." if "cost" in there else ".")
 
 
 def write_results(workdir: str | Path, rows: Sequence[Row], **more: Any) -> tuple[Path, Path]:

@@ -89,6 +89,19 @@ def test_markdown_marks_the_best_and_shows_every_column():
     assert "0.1 |" in tables.markdown_table(rows, wise_ft_alphas=None)
 
 
+def test_what_stands_below_speaks_of_the_columns_that_are_there():
+    def said(**more):
+        row = make_row("model", id=1.0, shifts={"v2": 1.0}, seed=None, **more)
+        return tables.markdown_table([row]).splitlines()[-1]
+
+    assert said() == "Top-1 accuracy in %."
+    assert said(distance_to_anchor=1.0) == (
+        "Top-1 accuracy in %; distances of weights: to the anchor.")
+    assert said(distance_to_anchor=1.0, predicted_distance=1.0, cost=2) == (
+        "Top-1 accuracy in %; distances of weights: to the anchor, and to the centre as the angles "
+        "predict it; cost in fine-tunings of one model.")
+
+
 def test_markdown_says_the_error_and_over_what():
     text = tables.markdown_table(made_up.rows(range(4)))
     assert "± standard error over 4 seeds" in text and text.count(" ± ") == 15
