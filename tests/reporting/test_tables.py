@@ -90,8 +90,8 @@ def test_markdown_marks_the_best_and_shows_every_column():
 
 
 def test_what_stands_below_speaks_of_the_columns_that_are_there():
-    def said(**more):
-        row = make_row("model", id=1.0, shifts={"v2": 1.0}, seed=None, **more)
+    def said(cost=None, **more):
+        row = make_row("model", id=1.0, shifts={"v2": 1.0}, seed=None, cost=cost, **more)
         return tables.markdown_table([row]).splitlines()[-1]
 
     assert said() == "Top-1 accuracy in %."
