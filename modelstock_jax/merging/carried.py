@@ -12,7 +12,33 @@ from modelstock_jax.merging.policy import Policy
 from modelstock_jax.merging.solution import Solution, measure, solve_measured
 from modelstock_jax.merging.stats import Stats
 
-zero_noise = unit_zeros
+
+def zero_noise(
+    pretrained: Any,
+    unit: str = "tensor",
+    *,
+    num_heads: int | Mapping[str, int] | None = None,
+    filter_axis: int = -1,
+) -> Any:
+    """The noise energy before the first merge of a series: S = 0 in every unit.
+
+    Args:
+      pretrained: w0; its names and shapes suffice (`jax.ShapeDtypeStruct` will do).
+      unit: as `model_stock`.
+      num_heads: as `model_stock`.
+      filter_axis: as `model_stock`.
+
+    Returns:
+      A tree of zeros of the units' shapes, as `model_stock_carried` takes and gives it.
+
+    Raises:
+      UserError: as `model_stock`, of the unit.
+
+    Example:
+      >>> {name: s.shape for name, s in zero_noise({"w": jnp.ones((3, 2))}, "filter").items()}
+      {'w': (2,)}
+    """
+    return unit_zeros(pretrained, unit, num_heads=num_heads, filter_axis=filter_axis)
 
 
 def model_stock_carried(
