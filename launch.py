@@ -17,7 +17,9 @@ flags.DEFINE_string("workdir", None, "Where the run is written (default: runs/CO
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
 flags.DEFINE_string("checkpoint", None, "With --mode=eval: a directory or a hub id.")
 flags.DEFINE_bool("dry-run", False, "Print sizes, memory and what is missing; exit 1 if any is.")
-flags.DEFINE_bool("allow_config_change", False, "Go on though what only rounds changed.")
+flags.DEFINE_bool(
+    "allow_config_change", False, "Go on though options changed that only round, or are places."
+)
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; clusters tell it.")
 flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
@@ -32,9 +34,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: to evaluate it: --mode=eval --checkpoint={FLAGS.checkpoint}; a training"
                  " begins from --config.pretrained")
     workdir = FLAGS.workdir or f"runs/{run_name(FLAGS['config'].config_filename)}"
-    from modelstock_jax.training.hosts.job import (
-        job,  # jax takes a second: --help need not wait for it.
-    )
+    # jax takes a second: --help need not wait for it.
+    from modelstock_jax.training.hosts.job import job
 
     with job(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id):
         from modelstock_jax import experiment

@@ -20,7 +20,7 @@ class Memory:
     Attributes:
       anchor: the pretrained weights.
       params: the weights of the replicas that this device holds.
-      opt_state: their Adam moments.
+      opt_state: the optimizer's moments of them.
       merged: the last merged model, kept for the run's result; 0 where replicas never merge.
       batch: a step's images and labels.
       gradients: of the replicas that run side by side; a part of `step_temporary`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -144,8 +145,11 @@ class Watch:
         if not self._config.spike_deviations:
             return
         for name in BANDS:
-            for replica in range(len(scalars)):
-                value = scalars.get(f"train/{name}/replica_{replica}", math.nan)
+            for replica in itertools.count():
+                series = f"train/{name}/replica_{replica}"
+                if series not in scalars:
+                    break
+                value = scalars[series]
                 if value is None or not math.isfinite(value):
                     continue
                 band = self._bands.setdefault(
