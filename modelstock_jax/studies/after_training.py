@@ -9,7 +9,7 @@ from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Predicted, Score, Shell
 from modelstock_jax.studies.models import Merge
 from modelstock_jax.studies.paper import TABLE_7
-from modelstock_jax.studies.pool import average, groups, mean, pool, shown, theirs
+from modelstock_jax.studies.pool import average, both, groups, mean, pool, shown, theirs
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
@@ -47,11 +47,9 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
         rows.append(
             [
                 f"N = {n}",
-                shown([s["id"] for s in means]),
-                shown([average(s) for s in means]),
+                *both(means),
                 shown([one for one, _ in at], 3),
-                shown([s["id"] for s in stocks]),
-                shown([average(s) for s in stocks]),
+                *both(stocks),
                 shown([one for _, one in at], 3),
                 shown([one["merged"] for one in predicted], 3),
             ]
@@ -132,8 +130,7 @@ def _say_units(setup: Setup, values: Values) -> Report:
         rows.append(
             [
                 label,
-                shown([s["id"] for s in scores]),
-                shown([average(s) for s in scores]),
+                *both(scores),
                 *(
                     ["–", "–"]
                     if key == "tensor"

@@ -9,12 +9,11 @@ from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Score
 from modelstock_jax.studies.models import Anchor, Best, Greedy, Mean, Merged, Model, Replica
 from modelstock_jax.studies.paper import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
-from modelstock_jax.studies.pool import average, shown, theirs
+from modelstock_jax.studies.pool import MERGING, average, shown, theirs
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.soups import SIZE, soup
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
-_STOCK = {"merge.every": "epoch", "num_replicas": 2}
 # Learning rates of every single model, beside the config's: the best on validation is taken.
 _RATES = (1 / 3, 1.0, 3.0)
 
@@ -48,7 +47,7 @@ def _model(setup: Setup, method: str, seed: int) -> Model:
     if method == "zero_shot":
         return Anchor()
     if method == "model_stock":
-        return Merged(Run.of(seed, _STOCK))
+        return Merged(Run.of(seed, MERGING))
     if "soup" in method:
         members = soup(setup, seed, "lp_ft" if method.endswith("*") else "cross_entropy")
         return Mean(members) if method.startswith("uniform") else Greedy(members)

@@ -17,8 +17,8 @@ from modelstock_jax.studies.curves import (
 )
 from modelstock_jax.studies.measurements import Measurement, Score
 from modelstock_jax.studies.models import Merge, Merged, Model, Replica
-from modelstock_jax.studies.periodic import MERGING, period_options
-from modelstock_jax.studies.pool import PAIR, average, mean, shown
+from modelstock_jax.studies.periodic import period_options
+from modelstock_jax.studies.pool import MERGING, PAIR, average, both, mean, shown
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
@@ -173,18 +173,14 @@ def _outside(text: str, rival: str, pairs: Sequence[tuple[Curve, list[Curve]]], 
 
 
 def _accuracies(setup: Setup, values: Values) -> Table:
-    def both(*keys: Any) -> list[str]:
-        scores = [values[key] for key in keys]
-        return [shown([s["id"] for s in scores]), shown([average(s) for s in scores])]
-
     def pair(name: Any, alpha: float) -> str:
         scores = [values[name, seed, alpha] for seed in setup.seeds]
         means = [sum(found) / len(found) for found in zip(*map(_both, scores), strict=True)]
         return " / ".join(f"{value:.2f}" for value in means)
 
-    rows = [["zero-shot", *both(("zero_shot", setup.seeds[0])), *["–"] * len(ALPHAS)]]
+    rows = [["zero-shot", *both([values["zero_shot", setup.seeds[0]]]), *["–"] * len(ALPHAS)]]
     for name, label in _NAMES.items():
-        own = both(*((name, seed) for seed in setup.seeds))
+        own = both([values[name, seed] for seed in setup.seeds])
         rows.append([label, *own, *(pair(name, alpha) for alpha in reversed(ALPHAS))])
     columns = ["two replicas", "ID", "avg shifts"]
     return Table([*columns, *(f"α = {alpha:g}" for alpha in reversed(ALPHAS))], rows)
@@ -207,8 +203,7 @@ def _side(setup: Setup, values: Values, curves: Mapping[Any, Curve]) -> Table:
             rows.append(
                 [
                     f"{name}, {text}",
-                    shown([s["id"] for s in scores]),
-                    shown([average(s) for s in scores]),
+                    *both(scores),
                     f"{shown(known)} ({len(known)})",
                 ]
             )

@@ -10,7 +10,7 @@ from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.curves import ALPHAS, curve, curve_scores
 from modelstock_jax.studies.measurements import Measurement
 from modelstock_jax.studies.models import Greedy, Mean, Merge, Model
-from modelstock_jax.studies.pool import average, groups, mean, pool, shown
+from modelstock_jax.studies.pool import average, both, groups, mean, pool
 from modelstock_jax.studies.soups import SIZE, soup
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
@@ -52,11 +52,11 @@ def _say(setup: Setup, values: Values) -> Report:
         label: (_COSTS[name], [s["id"] for s in own[name]], [average(s) for s in own[name]])
         for name, label in _NAMES.items()
     }
-    rows = [["zero-shot", "0", *_cells([values["zero_shot", setup.seeds[0]]])]]
+    rows = [["zero-shot", "0", *both([values["zero_shot", setup.seeds[0]]])]]
     for name, label in _NAMES.items():
         for alpha in (*ALPHAS, 1):
             scores = [values[(name, s) if alpha == 1 else (name, s, alpha)] for s in seeds[name]]
-            rows.append([f"{label}, α = {alpha:g}", str(_COSTS[name]), *_cells(scores)])
+            rows.append([f"{label}, α = {alpha:g}", str(_COSTS[name]), *both(scores)])
     return Report(
         [Table(["w0 + α (model − w0)", "cost", "ID", "avg shifts"], rows)],
         [
@@ -76,10 +76,6 @@ def _say(setup: Setup, values: Values) -> Report:
             "fine-tunings of one model.",
         ],
     )
-
-
-def _cells(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [shown([s["id"] for s in scores]), shown([average(s) for s in scores])]
 
 
 def _claim(

@@ -9,11 +9,9 @@ from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Score, Shell
 from modelstock_jax.studies.models import Merged, Replica
 from modelstock_jax.studies.paper import TABLE_5, TABLE_6, Result
-from modelstock_jax.studies.pool import PAIR, average, pool, shown, theirs
+from modelstock_jax.studies.pool import MERGING, PAIR, average, both, pool, shown, theirs
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-
-MERGING = {"merge.every": "epoch", "num_replicas": 2}
 
 
 def _others(setup: Setup, seed: int):
@@ -46,8 +44,7 @@ def _say_table_5(setup: Setup, values: Values) -> Report:
         rows.append(
             [
                 f"one model, {2 * setup.epochs} epochs" if n == 1 else f"N = {n}",
-                shown([s["id"] for s in scores]),
-                shown([average(s) for s in scores]),
+                *both(scores),
                 shown([values["at", seed]["distance"][place] for seed in setup.seeds], 3),
                 theirs(paper.id, 1),
                 theirs(paper.shifts, 1),
@@ -127,7 +124,7 @@ def _rows(
     rows = []
     for key, name in names.items():
         scores = [values[key, seed] for seed in setup.seeds]
-        row = [name, shown([s["id"] for s in scores]), shown([average(s) for s in scores])]
+        row = [name, *both(scores)]
         if paper is not None:
             row += [theirs(paper[key].id, 1), theirs(paper[key].shifts, 1)]
         rows.append(row)

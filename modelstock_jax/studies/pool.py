@@ -10,7 +10,9 @@ from modelstock_jax.studies.models import Mean, Model, Replica
 from modelstock_jax.studies.runs import Run
 
 One = TypeVar("One")
+# Options of two replicas: never merged, and merged at every epoch's end.
 PAIR: dict[str, Any] = {"merge.every": "never", "num_replicas": 2}
+MERGING: dict[str, Any] = {"merge.every": "epoch", "num_replicas": 2}
 
 
 def pool(seeds: Sequence[int]) -> tuple[Replica, ...]:
@@ -68,6 +70,15 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
     found: Measured = mean_and_error(values)
     text = f"{found.mean:.{digits}f}"
     return text if found.error is None else f"{text} ± {found.error:.{digits}f}"
+
+
+def both(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Two cells of Scores: accuracy in distribution, and 'avg shifts'.
+
+    >>> both([{"id": 80.0, "shifts": {"v2": 70.0, "r": 60.0}}])
+    ['80.00', '65.00']
+    """
+    return [shown([score["id"] for score in scores]), shown([average(score) for score in scores])]
 
 
 def theirs(value: float | None, digits: int = 2) -> str:

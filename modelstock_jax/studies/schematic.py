@@ -8,8 +8,7 @@ from modelstock_jax.studies import figures
 from modelstock_jax.studies.angles import NOISE
 from modelstock_jax.studies.measurements import Angles, Measurement, Projected
 from modelstock_jax.studies.models import Mean, Merged, Replica
-from modelstock_jax.studies.periodic import MERGING
-from modelstock_jax.studies.pool import PAIR
+from modelstock_jax.studies.pool import MERGING, PAIR
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 

@@ -9,7 +9,7 @@ import numpy as np
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Score, Shell
 from modelstock_jax.studies.paper import TABLE_1
-from modelstock_jax.studies.pool import average, averages, groups, halves, mean, shown, theirs
+from modelstock_jax.studies.pool import average, averages, both, groups, halves, mean, shown, theirs
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
@@ -40,8 +40,7 @@ def _say(setup: Setup, values: Values) -> Report:
                 "one model" if n == 1 else f"mean of {n}",
                 shown(distances, 3),
                 f"{radius / np.sqrt(n):.3f}",
-                shown([s["id"] for s in scores]),
-                shown([average(s) for s in scores]),
+                *both(scores),
                 *(
                     ["–"] * 3
                     if paper is None
