@@ -45,8 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="directory, .safetensors file or hub id")
-    parser.add_argument("--to", required=True, choices=list(layouts.WRITABLE), help="its layout")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where it is written")
+    parser.add_argument(
+        "--to", required=True, choices=list(layouts.WRITABLE), help="the layout to write"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
     parser.add_argument(
         "--from",
         dest="source_layout",
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="where the tokenizer lies, if not in SRC (or BASE)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
     return parser
 
 
