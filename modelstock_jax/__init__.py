@@ -1,5 +1,10 @@
 """Model Stock in JAX: fine-tune a few copies of a pretrained model, merge them toward their centre.
 
+    merged, stats = model_stock(pretrained, stack_replicas([finetuned_a, finetuned_b]))
+
+takes any pytrees of weights; docs/library.md has each method, `modelstock merge` does it on files,
+and `python launch.py` trains the copies.
+
 The public names are resolved when they are first used: `import modelstock_jax` does not import jax.
 """
 
