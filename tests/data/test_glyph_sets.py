@@ -135,3 +135,10 @@ def test_empty_sets_are_refused(name):
 def test_negative_seeds_are_refused():
     with pytest.raises(UserError, match="seed is -1"):
         world(-1)
+
+
+def test_shifts_that_are_typed_without_quotes_are_told_how():
+    with pytest.raises(UserError, match=r"no 'v2,r'; .*; write several as \"\('v2','r'\)\"$"):
+        world(shifts=("v2,r",))
+    with pytest.raises(UserError, match="no 'v3'; the glyphs have v2, r, .*, digits$"):
+        world(shifts=("v3",))

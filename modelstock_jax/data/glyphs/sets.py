@@ -159,7 +159,8 @@ def world(
     if seed < 0:
         raise UserError(f"seed is {seed}: seeds are 0 or above")
     if unknown := [name for name in shifts if name not in SHIFTS]:
-        raise UserError(f"shifts: no {unknown[0]!r}; the glyphs have {', '.join(SHIFTS)}")
+        several = "; write several as \"('v2','r')\"" if "," in unknown[0] else ""
+        raise UserError(f"shifts: no {unknown[0]!r}; the glyphs have {', '.join(SHIFTS)}{several}")
     return GlyphWorld(
         train=training_set(seed, train_size),
         validation=_draw("validation", seed, 1, ID, validation_size),
