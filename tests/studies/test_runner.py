@@ -15,7 +15,6 @@ from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.ledger import Ledger
 from tests.studies.bench import DrawnBench
 
-
 WORLD = SimpleNamespace(shifts={"v2": None})
 
 
