@@ -79,9 +79,7 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
     # Else a compiler finds the Gram matrix's task vectors here again, and keeps those of the whole
     # model in float64 from there to here.
-    pretrained, finetuned, coefficient = jax.lax.optimization_barrier(
-        (pretrained, finetuned, coefficient)
-    )
+    finetuned = jax.lax.optimization_barrier(finetuned)
 
     def spread(values):
         return jnp.expand_dims(values, part.axes)
