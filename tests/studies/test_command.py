@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from modelstock_jax.studies.__main__ import main
 from tests.experiment import small_run
 
 PROGRAM = ("-m", "modelstock_jax.studies")
@@ -30,17 +29,13 @@ def arguments(anchor, workdir, *names):
 def test_mistakes_are_one_line(tmp_path):
     for more, message in (
         (["tabel1"], "no study 'tabel1'; did you mean table1? There are: fig1, "),
+        (["shoe"], "error: no study 'shoe'; there are: fig1, "),
         (["table1", "--num_seeds=1"], "--num_seeds=1: a study compares at least 2 seeds"),
         (["table1", "--config=configs/none.py"], "configs/none.py"),
     ):
         code, output = small_run.finish(*more, f"--workdir={tmp_path}", program=PROGRAM)
         assert code == 1 and message in output and "Traceback" not in output, output
     assert not (tmp_path / "trained").exists()
-
-
-def test_a_name_that_is_like_none():
-    with pytest.raises(SystemExit, match="^error: no study 'shoe'; there are: fig1, fig2"):
-        main(["studies", "shoe"])
 
 
 @pytest.mark.slow
