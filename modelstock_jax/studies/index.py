@@ -38,11 +38,18 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
     for study in studies:
         path = directory / f"{study.name}.json"
         if path.exists():
-            lines += _rows(study.name, json.loads(path.read_text(encoding="utf-8")))
+            lines += _rows(study.name, path)
     return write_text(directory / PAGE, "\n".join([*lines, ""]))
 
 
-def _rows(name: str, document: Mapping[str, Any]) -> list[str]:
+def _rows(name: str, path: Path) -> list[str]:
+    try:
+        return _claims(name, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError):  # Of an older version, or no longer whole.
+        return [f"| {name} | cannot be read: run `python -m modelstock_jax.studies {name}` | | |"]
+
+
+def _claims(name: str, document: Mapping[str, Any]) -> list[str]:
     link = f"[{document['title']}]({name}.md)"
     if not document["claims"]:
         return [f"| {link} | | | |"]

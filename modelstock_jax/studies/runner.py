@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.markup import escape
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.progress import duration
@@ -109,8 +110,9 @@ class Runner:
                 self._say(f"from {name}:")
             for claim in report.claims:
                 colour = _COLOURS[claim.verdict]
+                verdict = f"[{colour}]{claim.verdict:13}[/{colour}]"
                 self._console.print(
-                    f"  [{colour}]{claim.verdict:13}[/{colour}] {claim.text}", highlight=False
+                    f"  {verdict} {escape(claim.text)}", highlight=False, soft_wrap=True
                 )
         return reports
 

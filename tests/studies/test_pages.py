@@ -59,3 +59,11 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     assert "Never run" not in text
     assert "| [Some study](some.md) | better | +1.00 ± 0.06 points (n = 3) | **not" in text
     assert r"|  | \|worse\| | -1.00 ± 0.06 points (n = 3) | **does not hold** |" in text
+
+
+def test_a_page_of_an_older_version_is_asked_to_be_written_again(tmp_path):
+    old = {"title": "Some study", "claims": [{"text": "better", "verdict": "holds"}]}
+    for content in (json.dumps(old), json.dumps([old]), '{"title": "Some'):
+        (tmp_path / "some.json").write_text(content)
+        text = write_index([STUDY], tmp_path).read_text()
+        assert "| some | cannot be read: run `python -m modelstock_jax.studies some` | | |" in text
