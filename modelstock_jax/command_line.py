@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -49,6 +51,21 @@ def run_name(config: str) -> str:
       'vitl14-strong'
     """
     return Path(config).name.replace(".py", "").replace(":", "-")
+
+
+def config_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments of a command line that say what the config is, for a shell.
+
+    Example:
+      >>> config_arguments(["fig1", "--config", "my config.py", "--config.seed=3"])
+      ["'--config=my config.py'", '--config.seed=3']
+    """
+    typed, rest = [], iter(argv)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if re.fullmatch(r"--?config(\.[\w.]+)?", name):
+            typed.append(shlex.quote(argument if equals else f"{argument}={next(rest, '')}"))
+    return typed
 
 
 def _no_file(error: OSError) -> str:

@@ -256,7 +256,7 @@ draw(sweep, (6.6, 4), kept("sweep"))
 
 # %%
 from modelstock_jax.studies import figures
-from modelstock_jax.studies.schematic import triangle
+from modelstock_jax.studies.catalogue.schematic import triangle
 
 small_and_large = {names[k]: triangle(found[k]["angle"], found[k]["norms"]) for k in chosen[:2]}
 figures.triangles(small_and_large, kept("triangles"))

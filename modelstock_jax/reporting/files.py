@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
       'whole'
     """
     path = Path(path)
-    temporary = None
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(".tmp" + path.suffix, "." + path.stem, path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary.unlink(missing_ok=True)  # Of a process that died and had the same number.
+        temporary.touch(exist_ok=False)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone.
         temporary.replace(path)
     except OSError as error:
         raise UserError(
@@ -50,7 +50,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
             "another directory"
         ) from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):  # Of the directory too, whose error is already told.
             temporary.unlink(missing_ok=True)
     return path
 
@@ -98,9 +98,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from modelstock_jax.command_line import parse
+from modelstock_jax.command_line import config_arguments, parse
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "runs/studies", "Where trained runs are kept.")
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
             out,
             FLAGS.num_seeds,
             FLAGS.anchors,
+            config_arguments(sys.argv[1:]),
         )
         runner.plan([STUDIES[name] for name in names])
         if not FLAGS["dry-run"].value:

@@ -20,7 +20,7 @@ def write(
       study: what was studied.
       reports: an anchor's name -> what was found from it; the config's own comes first.
       directory: of all studies.
-      details: seeds, commits and config, for the JSON file and the page's last line.
+      details: seeds, commits, data and command, for the JSON file and the page's last line.
 
     Returns:
       The page's path.
@@ -42,12 +42,10 @@ def write(
         ending = "" if number == 1 else f"_anchor_{number}"
         lines += _section(study, report, directory, ending)
     seeds, commits = details["seeds"], ", ".join(details["commits"])
-    more = f" --anchors={','.join(further)}" if further else ""
     lines += [
         f"Seeds {seeds[0]} to {seeds[-1]}; anchor{'s' * bool(further)} "
         f"{', '.join(f'`{name}`' for name in reports)}, data `{details['data']}`; measured at "
-        f"{commits}. `python -m modelstock_jax.studies {study.name} "
-        f"--num_seeds={len(seeds)}{more}`",
+        f"{commits}. `{details['command']}`",
         "",
     ]
     return write_text(directory / f"{study.name}.md", "\n".join(lines))

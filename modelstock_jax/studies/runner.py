@@ -33,6 +33,7 @@ class Runner:
         out: Path,
         num_seeds: int | None = None,
         anchors: Sequence[str] = (),
+        config_arguments: Sequence[str] = (),
     ) -> None:
         """Opens the anchors and the data.
 
@@ -43,6 +44,7 @@ class Runner:
           out: tables and figures are written there.
           num_seeds: of every study; None takes each one's own number.
           anchors: further pretrained models, from each of which every study is done again.
+          config_arguments: what the command line says of the config, for a page's last line.
 
         Raises:
           UserError: for a wrong config, fewer than two seeds, or an anchor that comes twice.
@@ -60,6 +62,7 @@ class Runner:
                     raise UserError(f"--anchors={name}: its weights are those of {known}")
             self._benches[name] = bench
         self._ledger, self._out, self._num_seeds = ledger, out, num_seeds
+        self._config_arguments = config_arguments
         self._console = Console()
 
     def plan(self, studies: Sequence[Study]) -> float | None:
@@ -102,6 +105,7 @@ class Runner:
             "commits": self._ledger.commits(keys),
             "pretrained": self._bench.config.pretrained,
             "data": self._bench.config.data.name,
+            "command": self._command(study),
         }
         page = write(study, reports, self._out, details)
         self._console.print(f"[bold]{study.title}[/bold]: {page}", highlight=False)
@@ -115,6 +119,12 @@ class Runner:
                     f"  {verdict} {escape(claim.text)}", highlight=False, soft_wrap=True
                 )
         return reports
+
+    def _command(self, study: Study) -> str:
+        _, *further = self._benches
+        flags = [*self._config_arguments, f"--num_seeds={self._num_seeds or study.num_seeds}"]
+        flags += [f"--anchors={','.join(further)}"] * bool(further)
+        return " ".join(["python -m modelstock_jax.studies", study.name, *flags])
 
     def _values(
         self, study: Study, bench: Bench, wanted: Mapping[Hashable, Measurement]

@@ -192,7 +192,9 @@ def _locate(path: Path) -> Path | dict[str, Path]:
     if not found and pickles:
         raise UserError(_pickled(pickles[0]))
     what = f"{len(found)} safetensors files and no index" if found else "no safetensors file"
-    raise UserError(f"{path}: {what}; expected {SINGLE} or {INDEX}.")
+    inside = sorted(p.parent for name in (SINGLE, INDEX) for p in path.glob(f"*/{name}"))
+    meant = f" There is a model in {inside[0]}." if inside and not found else ""
+    raise UserError(f"{path}: {what}; expected {SINGLE} or {INDEX}.{meant}")
 
 
 def _shards(directory: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -141,6 +142,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device"):
         files.write_atomically(path, fail)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_has_the_mode_of_any_other_and_the_umask_is_not_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the process's umask was set"))
+    made = files.write_text(tmp_path / "made.txt", "")
+    (tmp_path / "plain").touch()
+    assert oct(made.stat().st_mode) == oct((tmp_path / "plain").stat().st_mode)
 
 
 def test_a_file_in_the_place_of_the_directory(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelstock_jax.studies.carried import CARRIED
+from modelstock_jax.studies.catalogue.carried import CARRIED
 from modelstock_jax.studies.models import Anchor, Between
 from modelstock_jax.studies.study import Setup
 

@@ -10,6 +10,13 @@ from modelstock_jax.studies.page import together, write
 from modelstock_jax.studies.study import Report, Study, Table
 
 STUDY = Study("some", "Some study", "About it.", None, None)
+DETAILS = {
+    "seeds": [0, 1],
+    "commits": ["abc"],
+    "pretrained": "one",
+    "data": "drawn",
+    "command": "python -m modelstock_jax.studies some --num_seeds=2 --anchors=runs/two",
+}
 UP, DOWN, OPEN = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.2]
 
 
@@ -37,12 +44,11 @@ def test_anchors_are_not_pooled():
 
 
 def test_a_page_of_two_anchors(tmp_path):
-    details = {"seeds": [0, 1], "commits": ["abc"], "pretrained": "one", "data": "drawn"}
     reports = {"one": report(better=UP), "runs/two": report(better=OPEN)}
-    text = write(STUDY, reports, tmp_path, details).read_text()
+    text = write(STUDY, reports, tmp_path, DETAILS).read_text()
     assert "| better | holds | not decided | **not decided** |" in text
     assert text.index("## Anchor `one`") < text.index("## Anchor `runs/two`")
-    assert "--num_seeds=2 --anchors=runs/two" in text
+    assert f"`{DETAILS['command']}`" in text
     assert (tmp_path / "picture.png").exists() and (tmp_path / "picture_anchor_2.png").exists()
     document = json.loads((tmp_path / "some.json").read_text())
     assert document["claims"][0]["verdict"] == "holds"
@@ -51,9 +57,8 @@ def test_a_page_of_two_anchors(tmp_path):
 
 
 def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
-    details = {"seeds": [0, 1], "commits": ["abc"], "pretrained": "one", "data": "drawn"}
     reports = {"one": report(better=UP, **{"|worse|": DOWN}), "two": report(better=OPEN)}
-    write(STUDY, reports, tmp_path, details)
+    write(STUDY, reports, tmp_path, DETAILS)
     never_run = Study("other", "Never run", "", None, None)
     text = write_index([never_run, STUDY], tmp_path).read_text()
     assert "Never run" not in text

@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
         config = glyphs.get_config()
         config.pretrained = "one"
         ledger = Ledger(tmp_path / "measured.jsonl")
-        made = runner.Runner(config, tmp_path, ledger, tmp_path, 2, anchors)
+        made = runner.Runner(config, tmp_path, ledger, tmp_path, 2, anchors, ["--config.seed=3"])
         made.plan([STUDIES[name]])
         made.run(STUDIES[name])
         return made
@@ -70,7 +70,11 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
         assert list(bench.trained.done.values()) == ["fig6: replicas of seed 0 (1 of 1)"]
     said = capsys.readouterr().out
     assert "2 runs to train, 2 of 2 measurements to make" in said
-    assert set(json.loads((tmp_path / "fig6.json").read_text())["further"]) == {"two"}
+    document = json.loads((tmp_path / "fig6.json").read_text())
+    assert set(document["further"]) == {"two"}
+    command = "python -m modelstock_jax.studies fig6 --config.seed=3 --num_seeds=2 --anchors=two"
+    assert document["command"] == command
+    assert f"`{command}`" in (tmp_path / "fig6.md").read_text()
     run("fig6", ["two"])
     assert "0 runs to train, 0 of 2" in capsys.readouterr().out
     # A report of one anchor is another file's content, of the same lines.

@@ -40,6 +40,7 @@ def test_a_study_makes_its_page(name, bench, tmp_path):
     json.dumps(list(values.values()), allow_nan=False)  # As the ledger keeps them.
     report = study.summarise(SETUP, values)
     details = {"seeds": SETUP.seeds, "commits": ["abc"], "pretrained": "drawn", "data": "drawn"}
+    details["command"] = f"studies {study.name}"
     page = write(study, {"drawn": report}, tmp_path, details)
     text = page.read_text()
     for table in report.tables:

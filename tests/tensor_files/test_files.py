@@ -114,6 +114,10 @@ def test_paths(tmp_path):
         TensorFiles(tmp_path / ("x" * 300))
     with pytest.raises(UserError, match="no safetensors file; expected model.safetensors"):
         TensorFiles(tmp_path)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "model.safetensors").touch()
+    with pytest.raises(UserError, match="no safetensors .* There is a model in .*run/model"):
+        TensorFiles(tmp_path / "run")
     (tmp_path / "model.pt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "model.pt"):
         with pytest.raises(UserError, match="model.pt: a pickle file can run code"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from modelstock_jax.studies import figures
-from modelstock_jax.studies.angles import NOISE
+from modelstock_jax.studies.catalogue.angles import NOISE
 from modelstock_jax.studies.measurements import Angles, Measurement, Projected
 from modelstock_jax.studies.models import Mean, Merged, Replica
 from modelstock_jax.studies.pool import MERGING, PAIR

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from modelstock_jax.merging import UNITS
+from modelstock_jax.studies.catalogue.paper import TABLE_7
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Predicted, Score, Shell
 from modelstock_jax.studies.models import Merge
-from modelstock_jax.studies.paper import TABLE_7
 from modelstock_jax.studies.pool import average, both, groups, mean, pool, shown, theirs
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 

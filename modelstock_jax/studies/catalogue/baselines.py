@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from modelstock_jax.studies.catalogue.paper import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Score
 from modelstock_jax.studies.models import Anchor, Best, Greedy, Mean, Merged, Model, Replica
-from modelstock_jax.studies.paper import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
 from modelstock_jax.studies.pool import MERGING, average, shown, theirs
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.soups import SIZE, soup

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelstock_jax.studies import charts
+from modelstock_jax.studies.catalogue.periodic import period_options
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.curves import (
     ALPHAS,
@@ -17,7 +18,6 @@ from modelstock_jax.studies.curves import (
 )
 from modelstock_jax.studies.measurements import Measurement, Score
 from modelstock_jax.studies.models import Merge, Merged, Model, Replica
-from modelstock_jax.studies.periodic import period_options
 from modelstock_jax.studies.pool import MERGING, PAIR, average, both, mean, shown
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values

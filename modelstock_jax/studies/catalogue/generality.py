@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.studies.angles import angle_claims, angles_by_kind
+from modelstock_jax.studies.catalogue.angles import angle_claims, angles_by_kind
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import (
     Angles,

@@ -8,7 +8,7 @@ import numpy as np
 
 from modelstock_jax.reporting.layers import kind
 from modelstock_jax.studies import figures
-from modelstock_jax.studies.angles import NOISE
+from modelstock_jax.studies.catalogue.angles import NOISE
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Angles, Measurement
 from modelstock_jax.studies.models import Replica

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from modelstock_jax.studies.catalogue.paper import TABLE_1
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Score, Shell
-from modelstock_jax.studies.paper import TABLE_1
 from modelstock_jax.studies.pool import average, averages, both, groups, halves, mean, shown, theirs
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
