@@ -43,9 +43,10 @@ def run(
     """
     workdir = Path(workdir)
     check_options(config)  # Before the workdir is theirs: a mended name is no other config.
-    mesh_of(config)  # Nor does it take a zero-shot head to know that devices are missing.
+    mesh = mesh_of(config)  # Nor does it take a zero-shot head to know that devices are missing.
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, workdir=str(workdir))
+    distributed.connect(mesh)
     if distributed.is_main():
         claim(workdir, config, allow_change=allow_config_change)
     distributed.barrier("the workdir is ours")

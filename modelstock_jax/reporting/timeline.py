@@ -83,9 +83,9 @@ class Timeline:
     @contextlib.contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
         """What happens inside is in phase `name`; its lines carry `step`."""
-        if name not in SUMS_ONLY:
-            self.begin(name, step)
-        try:
+        try:  # From here on: a signal may raise as soon as the line is written.
+            if name not in SUMS_ONLY:
+                self.begin(name, step)
             with self.spend(name):
                 yield
         finally:

@@ -173,8 +173,9 @@ def _take_place(beside: Path, path: Path) -> None:
 
 def _settle(directory: Path) -> None:
     """Flushes a directory; gives it and its files the modes that plain writing would have given."""
-    # Asked of the file system: to read the umask is to set it, for all threads.
-    with tempfile.TemporaryDirectory(dir=directory) as asked:
+    # Asked of the file system: to read the umask is to set it, for all threads. Elsewhere: a kill
+    # would leave in the directory what was asked with.
+    with tempfile.TemporaryDirectory() as asked:
         file, folder = Path(asked, "file"), Path(asked, "folder")
         file.touch()
         folder.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 from absl import app, flags, logging
 
@@ -27,6 +28,9 @@ def main(_) -> None:
             different_configs(number)
         elif FLAGS.mistake == "lost":
             lose_one(number)
+        elif FLAGS.mistake == "late":
+            json.dump(met_late(number), out)
+            out.flush()
         else:
             json.dump(said(number), out)
             out.flush()
@@ -131,6 +135,26 @@ def lose_one(number: int) -> None:
     if number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     distributed.barrier("never")
+
+
+def met_late(number: int) -> float:
+    """A sum over the data axis, to which process 1 comes later than Gloo waits to join them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from modelstock_jax.training.hosts import distributed
+    from modelstock_jax.training.sharding import make_mesh
+
+    mesh = make_mesh(2, 2, num_replicas=2, batch_size=8)
+    distributed.connect(mesh)
+    if number == 1:
+        time.sleep(33)
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    parts = jax.make_array_from_callback((2,), split, lambda index: np.array([1.0, 2.0])[index])
+    total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(parts)
+    return float(total.addressable_data(0))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PARTS = ("-m", "tests.experiment.parts_of_a_job")
 
 def test_two_processes_agree_and_count_every_image_once(tmp_path):
     ended = processes.run(2, f"--workdir={tmp_path}", program=PARTS, devices=2)
-    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [code for code, _, _ in ended] == [0, 0], str(ended)
     assert ended[0][1].count("nobody but process 0 prints 0") == 1
     first, second = (json.loads(out[out.index("{") :]) for _, out, _ in ended)
     assert ended[1][1].startswith("{"), "process 1 printed something"
@@ -57,6 +57,12 @@ def expected_accuracies() -> dict[str, float]:
     return accuracies
 
 
+@pytest.mark.slow
+def test_a_process_that_compiles_for_long_is_waited_for():
+    ended = processes.run(4, "--mistake=late", program=PARTS)
+    assert [(code, out) for code, out, _ in ended] == [(0, "3.0")] * 4, str(ended)
+
+
 def one_line(stderr: str) -> str:
     """The single line that a failed process leaves, with no trace of C++ or Python."""
     lines = stderr.splitlines()
@@ -67,7 +73,7 @@ def one_line(stderr: str) -> str:
 @pytest.mark.slow
 def test_processes_with_different_configs_say_in_what():
     ended = processes.run(2, "--mistake=other config", program=PARTS)
-    assert [code for code, _, _ in ended] == [1, 1], ended
+    assert [code for code, _, _ in ended] == [1, 1], str(ended)
     # Process 0 ends at once; process 1 says in what it differs, unless that end was seen first.
     lines = [one_line(err) for _, _, err in ended if err]
     assert any("same config and code" in line or "process 0 ended" in line for line in lines)
@@ -203,7 +209,7 @@ def finished(arguments, tmp_path_factory):
         workdir = tmp_path_factory.mktemp(f"one_process_{devices}")
         more = SPLIT if devices == 4 else ()
         ended = processes.run(1, *arguments(workdir, *more), devices=devices)
-        assert ended[0][0] == 0, ended
+        assert ended[0][0] == 0, str(ended)
         return workdir
 
     return workdir_of
@@ -220,7 +226,7 @@ def test_processes_write_what_one_process_writes(count, devices, arguments, fini
     """The same mesh is the same arithmetic: the same bytes, however many processes hold it."""
     more = SPLIT if count * devices == 4 else ()
     ended = processes.run(count, *arguments(tmp_path, *more), devices=devices)
-    assert [code for code, _, _ in ended] == [0] * count, ended
+    assert [code for code, _, _ in ended] == [0] * count, str(ended)
     assert "Model Stock" in ended[0][1] and not any(out for _, out, _ in ended[1:])
     assert_same(tmp_path, finished(count * devices))
 
@@ -246,7 +252,7 @@ def test_a_killed_process_and_another_number_of_them(
     began = time.monotonic()
     ended = processes.finish(jobs)
     assert time.monotonic() - began < job.HEARTBEAT_SECONDS + 60
-    assert ended[killed][0] == -signal.SIGKILL and ended[1 - killed][0] == 1, ended
+    assert ended[killed][0] == -signal.SIGKILL and ended[1 - killed][0] == 1, str(ended)
     assert "lost" in one_line(ended[1 - killed][2])
     again = processes.run(restarted, *arguments(tmp_path), devices=2 // restarted)
     assert [code for code, _, _ in again] == [0] * restarted, again
@@ -262,7 +268,7 @@ def test_sigterm_to_one_or_all_saves_one_step(signalled, arguments, finished, tm
     for number in signalled:
         jobs[number].send_signal(signal.SIGTERM)
     ended = processes.finish(jobs)
-    assert [code for code, _, _ in ended] == [143, 143], ended
+    assert [code for code, _, _ in ended] == [143, 143], str(ended)
     step = int(re.search(r"stopped at step (\d+)", ended[0][1])[1])
     assert (tmp_path / f"runs/seed_0/merged/state/{step}").is_dir()
     again = processes.run(2, *arguments(tmp_path))
@@ -288,12 +294,12 @@ def test_one_process_writes_the_cache_and_two_evaluate_as_one(tmp_path):
         "--config.evaluation.batch_size=5",
     )
     ended = processes.run(2, *command)
-    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [code for code, _, _ in ended] == [0, 0], str(ended)
     assert (tmp_path / "cache/cache.json").exists() and not list(tmp_path.glob("cache/*.tmp"))
     row = json.loads((tmp_path / "run/results.json").read_text())["rows"][-1]
     checkpoint = ("--mode=eval", f"--checkpoint={tmp_path / 'run/model'}")
     for count in (1, 2):
         ended = processes.run(count, *command, *checkpoint)
-        assert [code for code, _, _ in ended] == [0] * count, ended
+        assert [code for code, _, _ in ended] == [0] * count, str(ended)
         assert f"{row['id']:.2f}" in ended[0][1] and "evaluate  21/21 (100 %)" in ended[0][1]
         assert not any(out for _, out, _ in ended[1:])

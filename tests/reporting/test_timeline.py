@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import signal
+import sys
 import threading
 
 import pytest
@@ -26,6 +28,26 @@ def clock(monkeypatch):
 
 def told(path):
     return [(line["phase"], line["event"], line["step"]) for line in read_timeline(path)]
+
+
+def test_a_phase_ends_though_a_signal_comes_with_its_first_line(tmp_path, monkeypatch):
+    path = tmp_path / "timeline.jsonl"
+    handled, write = signal.getsignal(signal.SIGTERM), os.write
+
+    def write_and_be_told_to_stop(*args):
+        written = write(*args)
+        if b"begin" in args[1]:
+            signal.raise_signal(signal.SIGTERM)
+        return written
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    monkeypatch.setattr(module.os, "write", write_and_be_told_to_stop)
+    try:
+        with Timeline(path) as timeline, pytest.raises(SystemExit), timeline.phase("evaluate"):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, handled)
+    assert told(path) == [("evaluate", "begin", None), ("evaluate", "end", None)]
 
 
 def test_a_line_is_on_the_disk_when_its_phase_begins(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import zlib
 
 import ml_dtypes
@@ -189,6 +191,18 @@ def test_a_directory_appears_whole_or_not(tmp_path):
         (beside / "other").write_text("newer")
     assert [p.name for p in target.iterdir()] == ["other"]
     assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+def test_a_kill_leaves_nothing_strange_in_what_a_merge_goes_on_with(tmp_path, monkeypatch):
+    def kept(*args, **kwargs):  # As after a SIGKILL: nobody tidies up.
+        return contextlib.nullcontext(tempfile.mkdtemp(*args, **kwargs))
+
+    monkeypatch.setattr(writer.tempfile, "TemporaryDirectory", kept)
+    beside = tmp_path / ".model.merge"
+    beside.mkdir()
+    (beside / "file").write_text("")
+    writer.take_place(beside, tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["file"]
 
 
 def test_the_umask_is_not_touched(tmp_path, monkeypatch):

@@ -42,6 +42,21 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def connect(mesh: Mesh) -> None:
+    """Joins the processes along each axis of the mesh, while none of them compiles.
+
+    Gloo, between CPUs, joins those that share a program when its first collective runs, and waits
+    30 s for the last of them to have compiled it; what is joined once waits as long as it takes.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    for axis, length in mesh.shape.items():
+        barrier(f"to be joined along {axis}")
+        split, whole = (NamedSharding(mesh, PartitionSpec(*along)) for along in ((axis,), ()))
+        flags = jax.make_array_from_callback((length,), split, np.ones(length).__getitem__)
+        jax.block_until_ready(jax.jit(jnp.sum, out_shardings=whole)(flags))
+
+
 def main_first(make: Callable[[], Made]) -> Made:
     """`make()` on process 0, and then on all others: they find the files that it left.
 
