@@ -187,6 +187,7 @@ def test_a_path_wins(tmp_path, monkeypatch):
         ("x" * 5000, "x: no such file or directory"),
     ],
 )
-def test_what_is_no_name_for_the_hub(name, message):
+def test_what_is_no_name_for_the_hub(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # After `make demo`, runs/glyphs/model is there.
     with pytest.raises(UserError, match=message):
         resolve(name)
