@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-$(REQUIREMENTS)
 studies: $(VENV)/.installed-$(REQUIREMENTS)
 	$(VENV)/bin/python -m modelstock_jax.studies all --workdir=runs/studies --ledger=docs/results/measured.jsonl --out=docs/results
 
-# Half of a first run is LLVM's time: as JAX's own tests, these do without its slower passes.
+# A first run compiles for minutes: as JAX's own tests, these do without LLVM's slower passes.
 test: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

@@ -133,7 +133,9 @@ def test_pretraining_has_all_classes_and_styles_but_no_held_out_font():
 
 def test_another_process_makes_the_same_bytes():
     code = "from tests.data.test_glyph_images import digest; print(digest())"
-    plain = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    plain = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
+    # One device in place of eight; how XLA optimises stays, which may change a bit.
+    plain["XLA_FLAGS"] = plain["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain, check=True,
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.strip() == digest()
