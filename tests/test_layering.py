@@ -19,7 +19,7 @@ MAX_LAUNCH_LINES = 60
 # A unit (a module or a folder of the package) imports units of lower layers. Units of one layer may
 # import each other in one direction only.
 LAYERS = [
-    {"errors", "command_line"},
+    {"errors", "command_line", "machine"},
     {"merging", "tensor_files"},
     {"data", "clip", "towers"},
     {"training", "evaluation", "reporting"},
@@ -30,13 +30,18 @@ LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 # Beside the standard library and `errors`, these units import nothing else.
 THIRD_PARTIES = {
     "errors": set(),
+    "machine": set(),
     "command_line": {"absl", "ml_collections"},
     "merging": {"jax", "numpy"},
     "tensor_files": {"numpy", "ml_dtypes", "safetensors", "huggingface_hub", "zlib_ng"},
     "checkpoint_merge": {"numpy", "ml_dtypes", "rich", "yaml", "matplotlib"},
 }
 # A merge of files starts at once and needs no accelerator: it knows nothing of training.
-OURS = {"checkpoint_merge": {"errors", "merging", "tensor_files", "reporting", "checkpoint_merge"}}
+OURS = {
+    "checkpoint_merge": {
+        *("errors", "machine", "merging", "tensor_files", "reporting", "checkpoint_merge")
+    }
+}
 
 
 def imports(path: Path, root: Path) -> list[tuple[int, str]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.machine import usable_cores
 from modelstock_jax.merging.units import UNITS
 
 # Each method with the least and the most fine-tunes that it takes, and the options that it reads.
@@ -136,6 +136,4 @@ class Options:
         """Workers: one a core unless said."""
         if self.threads is not None:
             return self.threads
-        # Not every system says which cores a process may use.
-        known = hasattr(os, "sched_getaffinity")
-        return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+        return usable_cores()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from modelstock_jax.data.imagenet import PUBLISHED, WNIDS, objectnet_classes
 from modelstock_jax.data.imagenet.sets import SPLITS, open_set
 from modelstock_jax.data.prepare import prepare
 from modelstock_jax.errors import UserError
+from modelstock_jax.machine import usable_cores
 
 DATASETS = {
     "train": "imagenet2012_train",
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what a 'folder' is",
     )
     command.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes"
+        "--workers", type=int, default=usable_cores(), metavar="N", help="processes"
     )
     command.add_argument(
         "--no-check-counts",

@@ -19,6 +19,7 @@ from modelstock_jax.data.crops import resize_short_side
 from modelstock_jax.data.decode import Unreadable, decode
 from modelstock_jax.data.image_set import EncodedImages
 from modelstock_jax.errors import UserError
+from modelstock_jax.machine import usable_cores
 from modelstock_jax.tensor_files.reader import read_json
 
 DESCRIPTION = "cache.json"
@@ -133,12 +134,8 @@ def write_cache(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
-    facts = {
-        "format": _FORMAT,
-        "short_side": short_side,
-        "count": len(images),
-        "source": _fingerprint(images),
-    }
+    facts = {"format": _FORMAT, "short_side": short_side}
+    facts |= {"count": len(images), "source": _fingerprint(images)}
     path = directory / DESCRIPTION
     if not path.exists():
         if any(directory.iterdir()):
@@ -165,7 +162,7 @@ def write_cache(
             return pixels
         return np.asarray(resize_short_side(pixels, short_side))
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
         parts = range(_num_parts(len(images)))
         for part in track(parts, f"writing {directory}", transient=True):
             if not _index(directory, part).is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ import numpy as np
 from modelstock_jax.data.decode import Unreadable
 from modelstock_jax.data.image_set import EncodedImages
 from modelstock_jax.errors import UserError
+from modelstock_jax.machine import usable_cores
 
 _PARTS_A_THREAD = 4  # so that a thread with large images does not hold up the others
 
@@ -51,8 +51,7 @@ class Loading:
     @property
     def num_threads(self) -> int:
         """Threads of one process."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self.threads or max(1, (cores or 1) // max(1, self.workers))
+        return self.threads or max(1, usable_cores() // max(1, self.workers))
 
 
 def example_rng(key: Key, index: int) -> np.random.Generator:

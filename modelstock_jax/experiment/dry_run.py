@@ -33,6 +33,7 @@ from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
 from modelstock_jax.training.classifier import make_classifier
 from modelstock_jax.training.communication import sent_across, sent_bytes
 from modelstock_jax.training.finetune import finetuning_task
+from modelstock_jax.training.hosts.cores import use_cores
 from modelstock_jax.training.memory import Memory, memory
 from modelstock_jax.training.methods.optimizer import warmup_steps
 from modelstock_jax.training.methods.text_side import AbstractTextSide
@@ -74,6 +75,7 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
       UserError: if an option is out of its range, or options do not fit together.
     """
     check_options(config)
+    use_cores(config)
     if config.task == "pretrain":
         raise UserError("--dry-run knows fine-tuning; task='pretrain' has none")
     console = Console(highlight=False)

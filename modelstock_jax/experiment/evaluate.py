@@ -24,6 +24,7 @@ from modelstock_jax.reporting.rows import make_row
 from modelstock_jax.reporting.tables import screen_table
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts import distributed
+from modelstock_jax.training.hosts.cores import use_cores
 from modelstock_jax.training.hosts.feed import spread
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
 from modelstock_jax.training.programs import use_compilation_cache
@@ -94,6 +95,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     if not path:
         raise UserError("--mode=eval needs --checkpoint=DIR")
     check_options(config)
+    use_cores(config)
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, checkpoint=path)
     directory, details = Path(path), {}

@@ -18,6 +18,7 @@ from modelstock_jax.experiment.pretrained import open_anchor, pretrain
 from modelstock_jax.experiment.workdir import claim, release
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.hosts import distributed
+from modelstock_jax.training.hosts.cores import use_cores
 from modelstock_jax.training.methods.phases import probe
 from modelstock_jax.training.monitoring.compilation import counted
 from modelstock_jax.training.programs import mesh_of, use_compilation_cache
@@ -43,6 +44,7 @@ def run(
     """
     workdir = Path(workdir)
     check_options(config)  # Before the workdir is theirs: a mended name is no other config.
+    use_cores(config)
     mesh = mesh_of(config)  # Nor does it take a zero-shot head to know that devices are missing.
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, workdir=str(workdir))

@@ -1,9 +1,10 @@
 """Tables and figures of the paper: `python -m modelstock_jax.studies table1 fig2`.
 
 Without a name it lists them. Finished measurements are read from --ledger, finished runs from
---workdir; interrupted, the same command goes on. With --anchors each study is done again from
-other pretrained models, CLIPs or towers (`tower:resnet`): a tower is pretrained when it is first
-named, be it with --dry-run, for a study is of its weights.
+--workdir; interrupted, the same command goes on, and given again while it runs (on another GPU, or
+on another machine with the same disk) it shares the work. With --anchors each study is done again
+from other pretrained models, CLIPs or towers (`tower:resnet`): a tower is pretrained when it is
+first named, be it with --dry-run, for a study is of its weights.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from modelstock_jax.data.glyphs.pretraining import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.studies.tree_file import read_tree, write_tree
+from modelstock_jax.studies.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
 from modelstock_jax.towers import tower
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
@@ -68,10 +69,11 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Classifier:
         num_heads=tower.TOWERS[architecture].num_heads,
     )
     path = workdir / "towers" / architecture / "model.safetensors"
-    if not path.is_file():
-        params = _pretrain(config, start, data, workdir, name)
-        with new_directory(path.parent) as beside:
-            write_tree(beside / path.name, params)
+    with claim(workdir / "locks", f"tower-{architecture}", wait=True):
+        if not path.is_file():
+            params = _pretrain(config, start, data, workdir, name)
+            with new_directory(path.parent) as beside:
+                write_tree(beside / path.name, params)
     fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
     return dataclasses.replace(start, params=read_tree(path), fingerprint=fingerprint)
 

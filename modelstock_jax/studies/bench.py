@@ -23,6 +23,7 @@ from modelstock_jax.studies.measurements import HeldOut, Measurement
 from modelstock_jax.studies.models import Model
 from modelstock_jax.studies.runs import Run, digest
 from modelstock_jax.studies.trained import Trained, part
+from modelstock_jax.training.hosts.cores import use_cores
 from modelstock_jax.training.sharding import make_mesh
 
 PyTree = Any
@@ -58,9 +59,10 @@ class Bench:
         Raises:
           UserError: as `launch.py` does for a wrong config.
         """
+        check_options(config)
+        use_cores(config)
         if jax.process_count() > 1:
             raise UserError("studies run in one process; launch.py trains on many hosts")
-        check_options(config)
         self.config, self.ledger = config, ledger
         workdir = Path(workdir)
         opened = opener(config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from modelstock_jax.errors import UserError
 
@@ -14,7 +16,8 @@ from modelstock_jax.errors import UserError
 class Ledger:
     """A file of lines {"key", "what", "value", "seconds", "commit"}; appended to, never rewritten.
 
-    A line torn by a crash is passed over: its measurement is made again.
+    Several processes may add to it. A line torn by a crash is passed over: its measurement is made
+    again.
 
     Args:
       path: made when the first line is added.
@@ -33,20 +36,32 @@ class Ledger:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._lines: dict[str, dict[str, Any]] = {}
-        self._torn = False
-        if not self._path.exists():
-            return
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads what other processes have added.
+
+        Raises:
+          UserError: if it cannot be read.
+        """
         try:
             text = self._path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {self._path}: {error}; move it away") from error
-        self._torn = bool(text) and not text.endswith("\n")
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self._lines[entry["key"]] = entry
             except (ValueError, KeyError, TypeError):
                 continue
+
+    def look_for(self, key: str) -> bool:
+        """Whether it is here, or another process has added it since."""
+        if key not in self._lines:
+            self.refresh()
+        return key in self._lines
 
     def __contains__(self, key: str) -> bool:
         return key in self._lines
@@ -70,8 +85,10 @@ class Ledger:
         text = json.dumps(entry, allow_nan=False) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn + text)
+            with self._path.open("ab+") as file:
+                with contextlib.suppress(OSError):  # Some file systems have no locks.
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(b"\n" * _torn(file) + text.encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -79,7 +96,6 @@ class Ledger:
                 f"cannot write {self._path}: {error.strerror}; make room, and the same command "
                 "goes on"
             ) from error
-        self._torn = False
         self._lines[key] = entry
 
     def rate(self, what: str, work: Callable[[Any], float] = lambda value: 1) -> float | None:
@@ -99,3 +115,12 @@ class Ledger:
     def commits(self, keys: Iterable[str]) -> list[str]:
         """The commits that measured these keys, each once."""
         return sorted({self._lines[key]["commit"] for key in keys})
+
+
+def _torn(file: BinaryIO) -> bool:
+    """Whether the file ends in the middle of a line."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return False
+    file.seek(size - 1)
+    return file.read(1) != b"\n"

@@ -18,6 +18,7 @@ from modelstock_jax.studies.measurements import Measurement
 from modelstock_jax.studies.page import write
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, runs_of
+from modelstock_jax.studies.turns import turns
 
 _COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
 
@@ -62,6 +63,7 @@ class Runner:
                     raise UserError(f"--anchors={name}: its weights are those of {known}")
             self._benches[name] = bench
         self._ledger, self._out, self._num_seeds = ledger, out, num_seeds
+        self._locks = workdir / "locks"
         self._config_arguments = config_arguments
         self._console = Console()
 
@@ -130,21 +132,29 @@ class Runner:
         self, study: Study, bench: Bench, wanted: Mapping[Hashable, Measurement]
     ) -> dict[Hashable, Any]:
         """Trains and measures what is missing, and says what it does."""
+
+        def waits(count: int) -> None:
+            self._say(f"{study.name}: waits for {count} that other processes are at")
+
         _, untrained = _missing(bench, wanted.values())
-        for number, run in enumerate(untrained, 1):
+        runs = {bench.name(run): (number, run) for number, run in enumerate(untrained, 1)}
+        for number, run in turns(
+            self._locks, runs, lambda name: bench.trained.is_here(runs[name][1]), waits
+        ):
             title = f"{study.name}: {bench.trained.title(run)} ({number} of {len(untrained)})"
             options = ", ".join(f"{key}={value}" for key, value in run.options)
             self._say(f"{title}: {options}" if options else title)
             bench.trained.train(run, title)
-        values = {}
-        for number, (name, measurement) in enumerate(wanted.items(), 1):
-            new = bench.key(measurement) not in self._ledger
-            values[name] = bench.value(measurement)
-            if new:
-                self._say(
-                    f"{study.name}  {number}/{len(wanted)}  {measurement.key(bench)[0]} {name}"
-                )
-        return values
+        missing = {
+            bench.key(one): (number, name)
+            for number, (name, one) in enumerate(wanted.items(), 1)
+            if bench.key(one) not in self._ledger
+        }
+        for number, name in turns(self._locks, missing, self._ledger.look_for, waits):
+            bench.value(wanted[name])
+            what = wanted[name].key(bench)[0]
+            self._say(f"{study.name}  {number}/{len(wanted)}  {what} {name}")
+        return {name: bench.value(one) for name, one in wanted.items()}
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

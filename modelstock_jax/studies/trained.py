@@ -17,6 +17,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.studies.runs import Run, training_digest
 from modelstock_jax.studies.tree_file import read_tree, write_tree
+from modelstock_jax.studies.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (
@@ -167,8 +168,8 @@ class Trained:
             # A probe is shared by all seeds, as Model Soups share theirs: it has the base's seed.
             one = config.copy_and_resolve_references()
             one.seed = self._config.seed
-            place = self._workdir / "probes" / key
-            anchor = probe(one, self._anchor, self._data, place)
+            with claim(self._workdir / "locks", f"probe-{key}", wait=True):
+                anchor = probe(one, self._anchor, self._data, self._workdir / "probes" / key)
             self._last = key, anchor, finetuning_programs(config, anchor, self._data)
         return self._last[1:]
 

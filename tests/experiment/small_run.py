@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -57,8 +59,12 @@ def arguments(anchor: Path, workdir: Path, *more: str) -> list[str]:
     ]
 
 
-def start(*args: str, program: tuple[str, ...] = ("launch.py",)) -> subprocess.Popen:
-    """`python launch.py ...` on one CPU device, as a user starts it."""
+def start(
+    *args: str,
+    program: tuple[str, ...] = ("launch.py",),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen:
+    """`python launch.py ...` on a CPU, as a user starts it; `environment` is added to ours."""
     kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     env = {
         name: value
@@ -68,7 +74,7 @@ def start(*args: str, program: tuple[str, ...] = ("launch.py",)) -> subprocess.P
     return subprocess.Popen(
         [sys.executable, *program, *args],
         cwd=ROOT,
-        env=env | {"JAX_PLATFORMS": "cpu"},
+        env=env | {"JAX_PLATFORMS": "cpu"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -76,10 +82,13 @@ def start(*args: str, program: tuple[str, ...] = ("launch.py",)) -> subprocess.P
 
 
 def finish(
-    *args: str, program: tuple[str, ...] = ("launch.py",), seconds: float = 540
+    *args: str,
+    program: tuple[str, ...] = ("launch.py",),
+    seconds: float = 540,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[int, str]:
     """Runs to the end; exit code and all that was printed. One that hangs is killed."""
-    process = start(*args, program=program)
+    process = start(*args, program=program, environment=environment)
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

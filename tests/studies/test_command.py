@@ -66,3 +66,20 @@ def test_a_killed_study_repeats_nothing(tmp_path):
     assert code == 0, output
     for name in ("table7.json", "fig5.json", "fig5.png", "fig7.json", "fig7.png"):
         assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_at_once_share_the_work(tmp_path):
+    anchor = small_run.save_anchor(tmp_path / "clip")
+    command = arguments(anchor, tmp_path / "shared", "table7")
+    both = [small_run.start(*command, program=PROGRAM) for _ in range(2)]
+    said = [process.communicate(timeout=540)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    lines = (tmp_path / "shared" / "measured.jsonl").read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines]
+    assert len(set(keys)) == len(keys)
+    assert [text.count(" of 2): merge.every=never") for text in said] == [1, 1], said
+    code, output = small_run.finish(*arguments(anchor, tmp_path / "one", "table7"), program=PROGRAM)
+    assert code == 0, output
+    for name in ("table7.json", "table7.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
