@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
+from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.studies.runs import Run, training_digest
 from modelstock_jax.studies.tree_file import read_tree, write_tree
 from modelstock_jax.studies.turns import claim
@@ -27,6 +28,7 @@ from modelstock_jax.training.finetune import (
 )
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.phases import hold, probe
+from modelstock_jax.training.monitoring.compilation import counted
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
 from modelstock_jax.training.persistence.stores import saved
 from modelstock_jax.training.programs import Programs, Task
@@ -135,10 +137,10 @@ class Trained:
         steps = programs.task.steps_per_epoch
         if run.every_epoch:
             config.checkpoint.keep, config.checkpoint.every = 0, run.apart(steps)
-        trainer = finetuning_trainer(
-            config, anchor, self._data, programs, self._workdir, directory.name, title=title
-        )
-        result = trainer.run()
+        place, timeline = (self._workdir, directory.name), Timeline(None)
+        trainer = finetuning_trainer(config, anchor, self._data, programs, *place, timeline, title)
+        with counted(timeline):  # A merge's time is without the compiler's.
+            result = trainer.run()
         replicas = hold(config, anchor, self._data, jax.device_get(result.state.params))
         parts = {"replicas": _classified(anchor, replicas, config.num_replicas)}
         if result.merged is not None:
