@@ -56,6 +56,9 @@ def run_name(config: str) -> str:
 def config_arguments(argv: Sequence[str]) -> list[str]:
     """The arguments of a command line that say what the config is, for a shell.
 
+    Args:
+      argv: without the program's name; its flags are parsed, so that a switch is known as one.
+
     Example:
       >>> config_arguments(["fig1", "--config", "my config.py", "--config.seed=3"])
       ["'--config=my config.py'", '--config.seed=3']
@@ -63,9 +66,14 @@ def config_arguments(argv: Sequence[str]) -> list[str]:
     typed, rest = [], iter(argv)
     for argument in rest:
         name, equals, _ = argument.partition("=")
-        if re.fullmatch(r"--?config(\.[\w.]+)?", name):
-            typed.append(shlex.quote(argument if equals else f"{argument}={next(rest, '')}"))
+        if re.fullmatch(r"--?(no)?config(\.[\w.]+)?", name):
+            whole = equals or _is_switch(name.lstrip("-"))
+            typed.append(shlex.quote(argument if whole else f"{argument}={next(rest, '')}"))
     return typed
+
+
+def _is_switch(name: str) -> bool:
+    return name.startswith("no") or bool(name in flags.FLAGS and flags.FLAGS[name].boolean)
 
 
 def _no_file(error: OSError) -> str:

@@ -45,3 +45,15 @@ def test_a_run_is_written_by_its_configs_name(tmp_path):
     ran = subprocess.run([sys.executable, LAUNCH, "--config=own.py"], cwd=tmp_path,
                          capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1 and "cannot make --workdir=runs/own: " in ran.stderr
+
+
+def test_what_was_typed_of_the_config_can_be_typed_again():
+    say = "import sys; from modelstock_jax.command_line import *; parse(sys.argv); "
+    say += "print(config_arguments(sys.argv[1:]))"
+    typed = ["fig1", "--config", "configs/glyphs.py", "--config.compute.remat", "fig2",
+             "--noconfig.data.check_counts", "--config.seed", "3", "--config.data.name=glyphs"]
+    ran = subprocess.run([sys.executable, "-c", say, *typed], cwd=ROOT, capture_output=True,
+                         text=True, timeout=60)
+    kept = ["--config=configs/glyphs.py", "--config.compute.remat",
+            "--noconfig.data.check_counts", "--config.seed=3", "--config.data.name=glyphs"]
+    assert ran.stdout == f"{kept}\n", ran.stderr
