@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -64,6 +65,7 @@ class Bench:
         if jax.process_count() > 1:
             raise UserError("studies run in one process; launch.py trains on many hosts")
         self.config, self.ledger = config, ledger
+        commit()  # Of the code that runs: another may be checked out beneath it.
         workdir = Path(workdir)
         opened = opener(config)
         self.data = data = data or benchmark.load(config.data)
@@ -175,6 +177,7 @@ class Bench:
         return self.trained.weights(run, "merged")
 
 
+@functools.cache
 def commit() -> str:
     """The code's commit, or the package's version where there is no repository."""
     try:
