@@ -156,6 +156,7 @@ TABLE_7_STUDY = Study(
     "N models fine-tuned apart, merged once at the end: their mean and Model Stock.",
     _table_7,
     _say_table_7,
+    num_seeds=16,
 )
 UNITS_STUDY = Study(
     "units",
@@ -164,4 +165,5 @@ UNITS_STUDY = Study(
     "for all; with one ratio for all; and weighted by their noise.",
     _units,
     _say_units,
+    num_seeds=16,
 )

@@ -121,5 +121,5 @@ FIGURE_2 = Study(
     "tensor; black lines are the standard deviation over pairs and models.",
     _wanted,
     _say,
-    num_seeds=8,
+    num_seeds=16,
 )

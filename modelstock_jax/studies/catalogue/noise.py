@@ -96,5 +96,5 @@ FIGURE_4 = Study(
     "Gaussian noise of each tensor's own size.",
     _wanted,
     _say,
-    num_seeds=8,
+    num_seeds=16,
 )

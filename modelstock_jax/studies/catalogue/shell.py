@@ -110,5 +110,5 @@ TABLE_1_STUDY = Study(
     "accurate they are.",
     _wanted,
     _say,
-    num_seeds=8,
+    num_seeds=16,
 )
