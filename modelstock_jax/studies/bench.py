@@ -21,9 +21,9 @@ from modelstock_jax.experiment.options import check_options
 from modelstock_jax.studies.anchors import opener
 from modelstock_jax.studies.ledger import Ledger
 from modelstock_jax.studies.measurements import HeldOut, Measurement
-from modelstock_jax.studies.models import Model
 from modelstock_jax.studies.runs import Run, digest
 from modelstock_jax.studies.trained import Trained, part
+from modelstock_jax.studies.weights import Expression
 from modelstock_jax.training.hosts.cores import use_cores
 from modelstock_jax.training.sharding import make_mesh
 
@@ -151,7 +151,7 @@ class Bench:
         """See `Weights`."""
         return self._evaluate(params, [self._validation])[self._validation.name]
 
-    def held_out(self, model: Model) -> float:
+    def held_out(self, model: Expression) -> float:
         """See `Weights`; kept in the ledger."""
         return self.value(HeldOut(model))
 

@@ -6,17 +6,14 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from modelstock_jax import merging
 from modelstock_jax.studies.models import Anchor, Model, named, stacked
-
-if TYPE_CHECKING:
-    from modelstock_jax.studies.bench import Bench
-
+from modelstock_jax.studies.weights import Expression, Scales
 
 PyTree = Any
 
@@ -24,16 +21,16 @@ PyTree = Any
 class Measurement(abc.ABC):
     """One line of the ledger: a frozen dataclass of models and numbers."""
 
-    def key(self, bench: Bench) -> list[Any]:
+    def key(self, bench: Scales) -> list[Any]:
         """A JSON value that says what is measured, and on what."""
         return [*named(self, bench), *self.sets(bench)]
 
-    def sets(self, bench: Bench) -> list[Any]:
+    def sets(self, bench: Scales) -> list[Any]:
         """Names and sizes of the sets that it is measured on."""
         return []
 
     @abc.abstractmethod
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """The value, of JSON."""
 
 
@@ -49,11 +46,11 @@ class Score(Measurement):
     model: Model
     shifts: bool = True
 
-    def sets(self, bench: Bench) -> list[Any]:
+    def sets(self, bench: Scales) -> list[Any]:
         """See `Measurement`."""
         return bench.sets(self.shifts)
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         return bench.accuracy(self.model.build(bench), shifts=self.shifts)
 
@@ -62,13 +59,13 @@ class Score(Measurement):
 class HeldOut(Measurement):
     """Top-1 accuracy on the validation set, in percent: what models may be chosen by."""
 
-    model: Model
+    model: Expression
 
-    def sets(self, bench: Bench) -> list[Any]:
+    def sets(self, bench: Scales) -> list[Any]:
         """See `Measurement`."""
         return bench.validation_set()
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         return bench.validate(self.model.build(bench))
 
@@ -80,7 +77,7 @@ class Distance(Measurement):
     model: Model
     centre: Model = Anchor()
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         return float(merging.distance(self.centre.build(bench), self.model.build(bench)))
 
@@ -92,7 +89,7 @@ class Predicted(Measurement):
     of: tuple[Model, ...]
     unit: str = "tensor"
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         _, stats = merging.model_stock(
             bench.anchor(),
@@ -112,7 +109,7 @@ class Angles(Measurement):
 
     of: tuple[Model, ...]
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         return _angles(bench.anchor(), stacked(bench, self.of))
 
@@ -124,7 +121,7 @@ class AnglesFrom(Measurement):
     of: tuple[Model, ...]
     start: Model
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         return _angles(self.start.build(bench), stacked(bench, self.of))
 
@@ -142,7 +139,7 @@ class Shell(Measurement):
     of: tuple[Model, ...]
     others: tuple[Model, ...]
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         centre = _flat_mean(bench, self.others)
         w0 = _flat(bench.anchor())
@@ -179,7 +176,7 @@ class Projected(Measurement):
     end: Model
     apart: tuple[Model, Model]
 
-    def measure(self, bench: Bench) -> Any:
+    def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         w0 = _flat(bench.anchor())
         along = _flat(self.end.build(bench)) - w0
@@ -197,7 +194,7 @@ def _flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(np.float64)
 
 
-def _flat_mean(bench: Bench, models: Sequence[Model]) -> np.ndarray:
+def _flat_mean(bench: Scales, models: Sequence[Model]) -> np.ndarray:
     return reduce(np.add, (_flat(one.build(bench)) for one in models)) / len(models)
 
 

@@ -1,19 +1,23 @@
-"""Where expressions of models get trained weights from."""
+"""What models are built of, and what measures them: `bench.Bench` is both."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from modelstock_jax.studies.runs import Run
-
-if TYPE_CHECKING:
-    from modelstock_jax.studies.models import Model
 
 PyTree = Any
 
 
+class Expression(Protocol):
+    """A model by what it is made of: every `models.Model` is one."""
+
+    def build(self, weights: Weights) -> PyTree:
+        """Its weights."""
+
+
 class Weights(Protocol):
-    """What a bench gives to `Model.build`; `Bench` is one."""
+    """What a bench gives to a model's `build`."""
 
     num_heads: int
 
@@ -32,8 +36,21 @@ class Weights(Protocol):
     def merged(self, run: Run) -> PyTree:
         """The last merged model of a run."""
 
-    def held_out(self, model: Model) -> float:
+    def held_out(self, model: Expression) -> float:
         """Accuracy on the validation set, in percent."""
 
     def validate(self, params: PyTree) -> float:
         """The same, of weights that no expression names."""
+
+
+class Scales(Weights, Protocol):
+    """What a bench gives to a measurement's `measure`."""
+
+    def sets(self, shifts: bool) -> list[Any]:
+        """What accuracies are measured on, as a part of their key: names and sizes."""
+
+    def accuracy(self, params: PyTree, *, shifts: bool) -> dict[str, Any]:
+        """Top-1 in percent: {"id": ..., "shifts": {name: ...}}."""
+
+    def validation_set(self) -> list[Any]:
+        """What models are chosen on, as a part of its measurements' key."""
