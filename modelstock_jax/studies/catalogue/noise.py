@@ -14,7 +14,7 @@ from modelstock_jax.studies.pool import averages, mean, pool, shown
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 _SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
-_DRAWS = 2
+_DRAWS = 8
 
 
 def _wanted(setup: Setup) -> dict[Any, Measurement]:
