@@ -108,6 +108,8 @@ def _say(
             stock, other = paper["model_stock"], paper[rival]
             said = [stock.id - other.id, stock.shifts - other.shifts]
             for i, place in enumerate(("in distribution", "on the shifts")):
+                if not said[i]:
+                    continue  # They are level there: nothing is claimed.
                 verb = "beats" if said[i] > 0 else "is behind"
                 sign = 1 if said[i] > 0 else -1
                 pairs = zip(of("model_stock"), of(rival), strict=True)
