@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from modelstock_jax.studies.measurements import Score
 from modelstock_jax.studies.models import Anchor, Between, Model
-from modelstock_jax.studies.pool import average
+from modelstock_jax.studies.pool import id_and_shifts
 
 # Between the anchor (0) and the model (1).
 ALPHAS = (0.25, 0.5, 0.75)
@@ -74,12 +74,17 @@ def best_at(curves: Sequence[Curve], accuracy: float) -> float | None:
     return max(found, default=None)
 
 
-def own_above(one: Curve, rivals: Sequence[Curve]) -> float | None:
+def own_above(one: tuple[float, float], rivals: Sequence[Curve]) -> float | None:
     """How far a model, as it is, lies above a rival's curves at its own accuracy, on the shifts.
 
     None where no curve of the rival has that accuracy.
+
+    Example:
+      >>> line = Curve([(a, 80 + 10 * a, 50 - 4 * a) for a in (0, 0.25, 0.5, 0.75, 1)])
+      >>> round(own_above((85.0, 49.0), [line]), 3), own_above((95.0, 49.0), [line])
+      (1.0, None)
     """
-    accuracy, shifts = one.own
+    accuracy, shifts = one
     rival = best_at(rivals, accuracy)
     return None if rival is None else shifts - rival
 
@@ -108,6 +113,11 @@ def curve_above(one: Sequence[Curve], rivals: Sequence[Curve]) -> float | None:
     return float(np.mean(gaps)) if gaps else None
 
 
+def known(gaps: Iterable[float | None]) -> list[float]:
+    """Those that could be read: where both have a point of that accuracy."""
+    return [gap for gap in gaps if gap is not None]
+
+
 def curve_scores(models: Mapping[Any, Model], seed: Any) -> dict[tuple[Any, ...], Score]:
     """What the curves of models need: (name, seed) -> the model's score, (name, seed, alpha)."""
     wanted = {("zero_shot", seed): Score(Anchor())}
@@ -121,4 +131,4 @@ def curve(values: Mapping[Any, Any], name: Any, seed: Any) -> Curve:
     """The curve of a model from what `curve_scores` asked for."""
     keys = {0.0: ("zero_shot", seed)}
     keys |= {alpha: (name, seed, alpha) for alpha in ALPHAS} | {1.0: (name, seed)}
-    return Curve([(a, values[key]["id"], average(values[key])) for a, key in keys.items()])
+    return Curve([(a, *id_and_shifts(values[key])) for a, key in keys.items()])

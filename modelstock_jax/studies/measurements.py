@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
-from modelstock_jax.studies.models import Anchor, Model, named, stacked
+from modelstock_jax.studies.models import Anchor, Model, merge_of, named, stacked
 from modelstock_jax.studies.weights import Expression, Scales
 
 PyTree = Any
@@ -91,13 +91,21 @@ class Predicted(Measurement):
 
     def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
-        _, stats = merging.model_stock(
-            bench.anchor(),
-            stacked(bench, self.of),
-            unit=self.unit,
-            num_heads=bench.num_heads,
-        )
+        _, stats = merge_of(bench, self.of, unit=self.unit)
         return {k: _number(v) for k, v in merging.total_distance(stats)._asdict().items()}
+
+
+@dataclass(frozen=True)
+class Policies(Measurement):
+    """How many merge units met which of the merge's rules: {a `Policy`'s name: a number}."""
+
+    of: tuple[Model, ...]
+    method: str = "stock"
+    unit: str = "tensor"
+
+    def measure(self, bench: Scales) -> Any:
+        """See `Measurement`."""
+        return merging.policy_counts(merge_of(bench, self.of, self.method, self.unit)[1])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from modelstock_jax import merging
+from modelstock_jax.studies.controls import not_clipped
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.weights import Weights
 
@@ -110,12 +111,13 @@ METHODS = {
     "stock": merging.model_stock,
     "weighted": merging.weighted_model_stock,
     "constant_ratio": merging.constant_ratio,
+    "not_clipped": not_clipped,
 }
 
 
 @dataclass(frozen=True)
 class Merge(Model):
-    """A merge after training: equation 3, the weighted extension, or one ratio for all."""
+    """A merge after training by one of `METHODS`."""
 
     of: tuple[Model, ...]
     method: str = "stock"
@@ -123,10 +125,7 @@ class Merge(Model):
 
     def build(self, weights: Weights) -> PyTree:
         """See `Model`."""
-        replicas = stacked(weights, self.of)
-        merge = METHODS[self.method]
-        merged, _ = merge(weights.anchor(), replicas, unit=self.unit, num_heads=weights.num_heads)
-        return merged
+        return merge_of(weights, self.of, self.method, self.unit)[0]
 
 
 @dataclass(frozen=True)
@@ -210,6 +209,15 @@ class Greedy(Model):
         loaders = [partial(one.build, weights) for one in self.of]
         scores = [weights.held_out(one) for one in self.of]
         return merging.greedy_soup(None, loaders, weights.validate, scores=scores).params
+
+
+def merge_of(
+    weights: Weights, models: Sequence[Model], method: str = "stock", unit: str = "tensor"
+) -> tuple[PyTree, merging.Stats]:
+    """Models merged by one of `METHODS`, and the merge's measures."""
+    merge = METHODS[method]
+    replicas = stacked(weights, models)
+    return merge(weights.anchor(), replicas, unit=unit, num_heads=weights.num_heads)
 
 
 def stacked(weights: Weights, models: Sequence[Model]) -> PyTree:

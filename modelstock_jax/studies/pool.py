@@ -59,6 +59,11 @@ def average(score: Mapping[str, Any], names: Sequence[str] | None = None) -> flo
     return sum(chosen) / len(chosen)
 
 
+def id_and_shifts(score: Mapping[str, Any]) -> tuple[float, float]:
+    """The two numbers of a Score: accuracy in distribution, and 'avg shifts'."""
+    return score["id"], average(score)
+
+
 def shown(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± standard error, as a table's cell.
 

@@ -40,7 +40,7 @@ def test_outside_its_range_a_curve_says_nothing():
     curve = measured()
     assert curve.at(90.01) is None and curve.at(rising(0)[0] - 0.01) is None
     better = Curve([(0.0, 75.92, 54.0), (0.5, 88.0, 54.0), (1.0, 92.0, 50.0)])
-    assert own_above(better, [curve]) is None
+    assert own_above(better.own, [curve]) is None
 
 
 def test_a_rival_stands_at_its_best_strength():
@@ -48,7 +48,7 @@ def test_a_rival_stands_at_its_best_strength():
     assert best_at([weak, strong], 88.0) == strong.at(88.0)
     one = measured(shift=2.0)
     own = rising(0.6)[1] + 0.5  # Of the better curve, where it has the ID of alpha = 1.
-    assert own_above(one, [weak, strong]) == pytest.approx(one.own[1] - own, abs=1e-3)
+    assert own_above(one.own, [weak, strong]) == pytest.approx(one.own[1] - own, abs=1e-3)
 
 
 @pytest.mark.parametrize("shift", [-0.7, 0.0, 1.3])

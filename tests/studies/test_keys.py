@@ -47,7 +47,10 @@ KEYS = {
     ("table5", (4, 3)): "4496df17febf2237",
     ("table7", ("predicted", 2, 3)): "1363a66ec3cc9c00",
     ("units", ("head", 1)): "21d1a8a13ca8ce57",
+    ("units", ("not clipped", "filter", 0)): "7d1e0b3ffbd1f915",
     ("carried", ("every", 2)): "19e9e917213aced1",
+    ("unequal", (("weighted", 4), 2)): "1a4648f6b9d0dfc8",
+    ("unequal", ("two", 1)): "1b6af3bed974aebf",
 }
 
 

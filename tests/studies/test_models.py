@@ -77,6 +77,7 @@ def test_keys_tell_models_apart():
     models = [
         Anchor(), ONE, TWO, THREE, longer, Merged(Run(0)), Mean((ONE, TWO)), Mean((ONE, THREE)),
         Merge((ONE, TWO)), Merge((ONE, TWO), unit="global"), Merge((ONE, TWO), "weighted"),
+        Merge((ONE, TWO), "not_clipped"),
         Between(ONE, 0.5), Between(ONE, 0.25), InPlane(ONE, TWO, 0.5, 0.25),
         InPlane(ONE, TWO, 0.25, 0.5), Noisy((ONE, TWO), 1.0, 0), Noisy((ONE, TWO), 1.0, 1),
         Replica(ONE.run, 0, epoch=3), Best((ONE, TWO)), Greedy((ONE, TWO)),

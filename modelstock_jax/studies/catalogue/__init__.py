@@ -14,6 +14,7 @@ from modelstock_jax.studies.catalogue.overview import FIGURE_1
 from modelstock_jax.studies.catalogue.periodic import OPTIMIZER_STATE, TABLE_5_STUDY, TABLE_6_STUDY
 from modelstock_jax.studies.catalogue.schematic import FIGURE_6, FIGURE_7
 from modelstock_jax.studies.catalogue.shell import TABLE_1_STUDY
+from modelstock_jax.studies.catalogue.unequal import UNEQUAL
 
 STUDIES = {
     study.name: study
@@ -33,6 +34,7 @@ STUDIES = {
         TABLE_6_STUDY,
         TABLE_7_STUDY,
         UNITS_STUDY,
+        UNEQUAL,
         OPTIMIZER_STATE,
         CARRIED,
         GENERALITY,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelstock_jax.merging import UNITS
 from modelstock_jax.studies.catalogue.paper import TABLE_7
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Measurement, Predicted, Score, Shell
+from modelstock_jax.studies.measurements import (
+    Measurement,
+    Policies,
+    Predicted,
+    Score,
+    Shell,
+)
 from modelstock_jax.studies.models import Merge
 from modelstock_jax.studies.pool import average, both, groups, mean, pool, shown, theirs
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
@@ -104,12 +111,19 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
     )
 
 
+# Units of few enough numbers for an angle above 90 degrees.
+_UNITS_NOT_CLIPPED = ("tensor", "filter")
+
+
 def _units(setup: Setup) -> dict[Any, Measurement]:
     wanted: dict[Any, Measurement] = {}
     for i, team in enumerate(_teams(setup, 2)):
         wanted |= {(unit, i): Score(Merge(team, unit=unit)) for unit in UNITS}
         wanted["one t", i] = Score(Merge(team, "constant_ratio"))
         wanted["weighted", i] = Score(Merge(team, "weighted"))
+        for unit in _UNITS_NOT_CLIPPED:
+            wanted["not clipped", unit, i] = Score(Merge(team, "not_clipped", unit))
+            wanted["policies", unit, i] = Policies(team, unit=unit)
         wanted["mean", i] = Score(mean(team))
     return wanted
 
@@ -131,14 +145,7 @@ def _say_units(setup: Setup, values: Values) -> Report:
             [
                 label,
                 *both(scores),
-                *(
-                    ["–", "–"]
-                    if key == "tensor"
-                    else [
-                        shown([a["id"] - b["id"] for a, b in pairs]),
-                        shown([average(a) - average(b) for a, b in pairs]),
-                    ]
-                ),
+                *(["–", "–"] if key == "tensor" else _less(pairs)),
             ]
         )
     layerwise = Claim(
@@ -147,7 +154,30 @@ def _say_units(setup: Setup, values: Values) -> Report:
         [average(values["tensor", i]) - average(values["one t", i]) for i in teams],
     )
     columns = ["merge of two after training", "ID", "avg shifts", "ID − `tensor`"]
-    return Report([Table([*columns, "avg shifts − `tensor`"], rows)], [layerwise])
+    return Report(
+        [Table([*columns, "avg shifts − `tensor`"], rows), _positive_part(setup, values)],
+        [layerwise],
+    )
+
+
+def _positive_part(setup: Setup, values: Values) -> Table:
+    """What taking the anchor where cos <= 0 is worth; the paper leaves it open."""
+    teams, rows = range(len(_teams(setup, 2))), []
+    for unit in _UNITS_NOT_CLIPPED:
+        counts = [values["policies", unit, i] for i in teams]
+        met = sum(one.get("clipped", 0) for one in counts)
+        pairs = [(values[unit, i], values["not clipped", unit, i]) for i in teams]
+        share = f"{100 * met / sum(sum(one.values()) for one in counts):.2f} %"
+        rows.append([f"unit `{unit}`", share, *_less(pairs)])
+    columns = ["t = 0 where cos ≤ 0, against t < 0", "of all units", "ID", "avg shifts"]
+    return Table(columns, rows)
+
+
+def _less(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+    return [
+        shown([a["id"] - b["id"] for a, b in pairs]),
+        shown([average(a) - average(b) for a, b in pairs]),
+    ]
 
 
 TABLE_7_STUDY = Study(
@@ -162,7 +192,8 @@ UNITS_STUDY = Study(
     "units",
     "Merge units",
     "The same two models merged with one angle a tensor, layer, output channel, head, block, or "
-    "for all; with one ratio for all; and weighted by their noise.",
+    "for all; with one ratio for all; and weighted by their noise. Where an angle is 90° or more, "
+    "the anchor is kept: what that is worth against equation 3's t < 0.",
     _units,
     _say_units,
     num_seeds=16,

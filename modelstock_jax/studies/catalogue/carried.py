@@ -14,11 +14,12 @@ from modelstock_jax.studies.curves import (
     curve,
     curve_above,
     curve_scores,
+    known,
     own_above,
 )
 from modelstock_jax.studies.measurements import Measurement, Score
 from modelstock_jax.studies.models import Merge, Merged, Model, Replica
-from modelstock_jax.studies.pool import MERGING, PAIR, average, both, mean, shown
+from modelstock_jax.studies.pool import MERGING, PAIR, both, id_and_shifts, mean, shown
 from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
@@ -124,8 +125,8 @@ def _say(setup: Setup, values: Values) -> Report:
                 (curves[how, seed], [curves[member, seed] for member in members])
                 for seed in setup.seeds
             ]
-            own = _known(own_above(mine, theirs) for mine, theirs in pairs)
-            along = _known(curve_above([mine], theirs) for mine, theirs in pairs)
+            own = known(own_above(mine.own, theirs) for mine, theirs in pairs)
+            along = known(curve_above([mine], theirs) for mine, theirs in pairs)
             rows.append([f"{text} − {rival}", shown(own), str(len(own)), shown(along)])
             if len(own) < len(pairs):
                 notes.append(_outside(text, rival, pairs, len(own)))
@@ -160,10 +161,6 @@ def _say(setup: Setup, values: Values) -> Report:
     )
 
 
-def _known(found) -> list[float]:
-    return [value for value in found if value is not None]
-
-
 def _outside(text: str, rival: str, pairs: Sequence[tuple[Curve, list[Curve]]], inside: int) -> str:
     better = sum(mine.own[0] > max(one.dense[0].max() for one in theirs) for mine, theirs in pairs)
     return (
@@ -175,7 +172,7 @@ def _outside(text: str, rival: str, pairs: Sequence[tuple[Curve, list[Curve]]], 
 def _accuracies(setup: Setup, values: Values) -> Table:
     def pair(name: Any, alpha: float) -> str:
         scores = [values[name, seed, alpha] for seed in setup.seeds]
-        means = [sum(found) / len(found) for found in zip(*map(_both, scores), strict=True)]
+        means = [sum(found) / len(found) for found in zip(*map(id_and_shifts, scores), strict=True)]
         return " / ".join(f"{value:.2f}" for value in means)
 
     rows = [["zero-shot", *both([values["zero_shot", setup.seeds[0]]]), *["–"] * len(ALPHAS)]]
@@ -186,33 +183,17 @@ def _accuracies(setup: Setup, values: Values) -> Table:
     return Table([*columns, *(f"α = {alpha:g}" for alpha in reversed(ALPHAS))], rows)
 
 
-def _both(score: Mapping[str, Any]) -> tuple[float, float]:
-    return score["id"], average(score)
-
-
 def _side(setup: Setup, values: Values, curves: Mapping[Any, Curve]) -> Table:
     rows, seeds = [], _side_seeds(setup)
     for name in _side_settings(setup):
         for how, text in _HOW.items():
             scores = [values["side", name, how, seed] for seed in seeds]
-            above = [
-                _score_above(score, curves["mean", seed])
+            above = known(
+                own_above(id_and_shifts(score), [curves["mean", seed]])
                 for score, seed in zip(scores, seeds, strict=True)
-            ]
-            known = _known(above)
-            rows.append(
-                [
-                    f"{name}, {text}",
-                    *both(scores),
-                    f"{shown(known)} ({len(known)})",
-                ]
             )
+            rows.append([f"{name}, {text}", *both(scores), f"{shown(above)} ({len(above)})"])
     return Table(["variants", "ID", "avg shifts", "above the mean's curve (seeds)"], rows)
-
-
-def _score_above(score: Mapping[str, Any], rival: Curve) -> float | None:
-    found = rival.at(score["id"])
-    return None if found is None else average(score) - found
 
 
 CARRIED = Study(

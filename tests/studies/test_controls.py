@@ -1,0 +1,42 @@
+"""Merges that only a study makes, against direct float64 NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from modelstock_jax.merging import model_stock, policy_counts
+from modelstock_jax.studies.controls import not_clipped
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_equation_3_goes_below_zero_where_it_is_not_clipped(number):
+    rng = np.random.default_rng(number)
+    w0 = {"kernel": rng.standard_normal((5, 40)).astype(np.float32)}
+    w = {"kernel": w0["kernel"] + rng.standard_normal((number, 5, 40)).astype(np.float32)}
+    d = np.float64(w["kernel"]) - np.float64(w0["kernel"])
+    unit = d / np.linalg.norm(d, axis=1, keepdims=True)
+    pairs = [(unit[i] * unit[j]).sum(0) for i in range(number) for j in range(i)]
+    cosine = np.mean(pairs, axis=0)
+    expected = number * cosine / (1 + (number - 1) * cosine)
+    assert (expected < -0.1).sum() > 5 and (expected > 0.1).sum() > 5
+
+    merged, stats = not_clipped(w0, w, "filter")
+    # Measures are float32, and divided by as little as 1 + (N - 1) cos = 0.1; so are weights.
+    np.testing.assert_allclose(stats.ratio["kernel"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        merged["kernel"], w0["kernel"] + expected * d.mean(0), rtol=1e-6, atol=2e-6
+    )
+    clipped, plain = model_stock(w0, w, "filter")
+    below = expected <= 0
+    np.testing.assert_array_equal(clipped["kernel"][:, below], w0["kernel"][:, below])
+    np.testing.assert_allclose(
+        clipped["kernel"][:, ~below], merged["kernel"][:, ~below], rtol=1e-6, atol=1e-6
+    )
+    assert policy_counts(plain)["clipped"] == below.sum()
+
+
+def test_opposite_task_vectors_give_the_anchor():
+    w0 = {"w": np.array([1.0, 2.0], np.float32)}
+    w = {"w": w0["w"] + np.array([[1, 1], [-1, -1]], np.float32)}
+    np.testing.assert_array_equal(not_clipped(w0, w)[0]["w"], w0["w"])
