@@ -14,6 +14,19 @@ One = TypeVar("One")
 PAIR: dict[str, Any] = {"merge.every": "never", "num_replicas": 2}
 MERGING: dict[str, Any] = {"merge.every": "epoch", "num_replicas": 2}
 
+# The paper's second set-up, with an asterisk: longer, and with strong augmentation. The numbers are
+# those of configs/imagenet.py:strong; the glyphs have an augmentation of their own, and take
+# smoothing and mixup alone.
+STRONG: dict[str, Any] = {
+    "label_smoothing": 0.1,
+    "data.augment.crop_area": (0.08, 1.0),
+    "data.augment.flip": True,
+    "data.augment.randaugment_ops": 2,
+    "data.augment.randaugment_magnitude": 10,
+    "data.augment.mixup": 0.4,
+}
+STRONG_LENGTH = 1.6
+
 
 def pool(seeds: Sequence[int]) -> tuple[Replica, ...]:
     """Two replicas a seed, none of which has seen another."""

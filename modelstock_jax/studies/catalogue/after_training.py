@@ -8,6 +8,7 @@ from typing import Any
 from modelstock_jax.merging import UNITS
 from modelstock_jax.studies.catalogue.paper import TABLE_7
 from modelstock_jax.studies.claims import Claim
+from modelstock_jax.studies.curves import curve, curve_scores, known, own_above
 from modelstock_jax.studies.measurements import (
     Measurement,
     Policies,
@@ -16,7 +17,16 @@ from modelstock_jax.studies.measurements import (
     Shell,
 )
 from modelstock_jax.studies.models import Merge
-from modelstock_jax.studies.pool import average, both, groups, mean, pool, shown, theirs
+from modelstock_jax.studies.pool import (
+    average,
+    both,
+    groups,
+    id_and_shifts,
+    mean,
+    pool,
+    shown,
+    theirs,
+)
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
@@ -124,7 +134,7 @@ def _units(setup: Setup) -> dict[Any, Measurement]:
         for unit in _UNITS_NOT_CLIPPED:
             wanted["not clipped", unit, i] = Score(Merge(team, "not_clipped", unit))
             wanted["policies", unit, i] = Policies(team, unit=unit)
-        wanted["mean", i] = Score(mean(team))
+        wanted |= curve_scores({"mean": mean(team)}, i)
     return wanted
 
 
@@ -136,27 +146,40 @@ def _say_units(setup: Setup, values: Values) -> Report:
         "weighted": "weighted (ours), unit `tensor`",
         "mean": "mean (t = 1)",
     }
-    rows = []
+    curves = [curve(values, "mean", i) for i in teams]
+    rows, above = [], {}
     for key, label in names.items():
         scores = [values[key, i] for i in teams]
-        base = [values["tensor", i] for i in teams]
-        pairs = list(zip(scores, base, strict=True))
+        above[key] = known(
+            own_above(id_and_shifts(score), [line])
+            for score, line in zip(scores, curves, strict=True)
+        )
+        pairs = list(zip(scores, (values["tensor", i] for i in teams), strict=True))
         rows.append(
             [
                 label,
                 *both(scores),
                 *(["–", "–"] if key == "tensor" else _less(pairs)),
+                "–" if key == "mean" else f"{shown(above[key])} ({len(above[key])})",
             ]
         )
-    layerwise = Claim(
-        "ratios of each layer beat one ratio for all, on the shifts",
-        "Section 3",
-        [average(values["tensor", i]) - average(values["one t", i]) for i in teams],
-    )
     columns = ["merge of two after training", "ID", "avg shifts", "ID − `tensor`"]
+    columns += ["avg shifts − `tensor`", "above the mean's curve (teams)"]
+    claims = [
+        Claim(
+            "ratios of each layer beat one ratio for all, at the same distance, on the shifts",
+            "ours",
+            [average(values["tensor", i]) - average(values["one t", i]) for i in teams],
+        ),
+        Claim("ratios of each layer beat one ratio for all, at equal ID", "ours", above["tensor"]),
+    ]
     return Report(
-        [Table([*columns, "avg shifts − `tensor`"], rows), _positive_part(setup, values)],
-        [layerwise],
+        [Table(columns, rows), _positive_part(setup, values)],
+        claims,
+        notes=[
+            "One ratio for all is a point of the mean's WiSE-FT curve. Above it: a merge as it is, "
+            "against the curve at the same accuracy in distribution, where it has one.",
+        ],
     )
 
 

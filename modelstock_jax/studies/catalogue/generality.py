@@ -19,6 +19,7 @@ from modelstock_jax.studies.measurements import (
 from modelstock_jax.studies.models import Merge, MergeFrom, Model, Replica, Start
 from modelstock_jax.studies.pool import PAIR, average, groups, mean, shown
 from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.soups import probe_options
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 _WAYS: Mapping[str, dict[str, Any]] = {
@@ -41,6 +42,7 @@ def _pool(setup: Setup, way: str) -> tuple[Replica, ...]:
     options = PAIR | _WAYS[way]
     if way == "SGD":
         options["optimizer.learning_rate"] = _SGD_RATIO * setup.learning_rate
+    options |= probe_options(setup, options)
     return tuple(Replica(Run.of(seed, options), r) for seed in setup.seeds for r in (0, 1))
 
 
