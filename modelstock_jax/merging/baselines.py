@@ -102,7 +102,7 @@ def constant_ratio(
     The control for what unit-wise ratios are worth: by default the constant at which the result
     lies as far from the anchor as Model Stock's,
 
-        t = |model_stock - w0| / |mean_i(w_i) - w0|
+        t = |model_stock - w0| / |mean_i(w_i) - w0|,    1 at most
 
     Args:
       pretrained: as `model_stock`.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.replicas import is_float
-from modelstock_jax.merging.trajectory import rounded, toward, widest
+from modelstock_jax.merging.trajectory import blend, rounded, toward, widest
 
 
 class LossValley(NamedTuple):
@@ -59,7 +59,8 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> LossValley:
     Where the loss never converged all weights are averaged, and where it never rose again all
     from t_s on: the algorithm's own defaults. The algorithm validates after every step; here it
     may be more seldom: an i is then a validation, and stands for the weights since the one
-    before. `state.start` and `state.end` say which updates were taken.
+    before. `state.start` and `state.end` say which updates were taken. A loss that is NaN counts as
+    infinite: a run that diverges has left the valley.
 
     Args:
       n_s: optimum patience, in validations; 3 in the paper.
@@ -101,7 +102,8 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> LossValley:
     def validate(state: SwadState, loss: Any) -> SwadState:
         oldest = jax.tree.map(lambda x: x[0], state.last.mean)
         total, total_count = _joined(state.total, state.total_count, oldest, state.last.count[0])
-        losses = _pushed(state.last.loss, jnp.asarray(loss, state.last.loss.dtype))
+        loss = jnp.asarray(loss, state.last.loss.dtype)
+        losses = _pushed(state.last.loss, jnp.where(jnp.isnan(loss), jnp.inf, loss))
         count = _pushed(state.last.count, state.open_count)
         mean = jax.tree.map(_pushed, state.last.mean, state.open)
         validations, slot = state.validations + 1, jnp.arange(length)
@@ -131,9 +133,9 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> LossValley:
         def mean(total, last, latest):
             if not is_float(total):
                 return latest
-            share = shares.astype(total.dtype)
-            middle = share[1:-1].reshape((length,) + (1,) * total.ndim)
-            return share[0] * total + jnp.sum(middle * last, axis=0) + share[-1] * latest
+            every = jnp.concatenate([total[None], last, latest[None]])
+            share = shares.astype(total.dtype).reshape((length + 2,) + (1,) * total.ndim)
+            return jnp.sum(jnp.where(share > 0, share * every, 0), axis=0)
 
         return rounded(jax.tree.map(mean, state.total, state.last.mean, state.open), params)
 
@@ -146,7 +148,7 @@ def _joined(a: Any, a_count, b: Any, b_count):
     share = b_count / jnp.maximum(count, 1)
 
     def join(a, b):
-        return a + share.astype(a.dtype) * (b - a) if is_float(a) else jnp.where(b_count > 0, b, a)
+        return blend(a, b, share) if is_float(a) else jnp.where(b_count > 0, b, a)
 
     return jax.tree.map(join, a, b), count
 

@@ -129,11 +129,15 @@ def toward(mean: Any, params: Any, share: Any) -> Any:
     """Move every floating array a share of the way to params'; the rest is params' own."""
     def step(mean, w):
         w = jnp.asarray(w)
-        if not is_float(w):
-            return w
-        return mean + jnp.asarray(share, mean.dtype) * (w.astype(mean.dtype) - mean)
+        return blend(mean, w.astype(mean.dtype), share) if is_float(w) else w
 
     return jax.tree.map(step, mean, params)
+
+
+def blend(a: jax.Array, b: jax.Array, share: Any) -> jax.Array:
+    """The line a + share (b - a); an end of share 0 does not count, be it NaN."""
+    share = jnp.asarray(share, a.dtype)
+    return jnp.where(share <= 0, a, jnp.where(share >= 1, b, a + share * (b - a)))
 
 
 def rounded(mean: Any, params: Any) -> Any:

@@ -141,6 +141,28 @@ def test_swad_with_steps_between_validations():
     assert (int(start), int(end)) == (6, 18)
 
 
+def test_weights_that_are_not_averaged_may_be_anything():
+    """A run that diverges after its valley, or at a step that is passed over, leaves no trace."""
+    average = swad(1, 1, 1.5)
+    state = average.init({"w": jnp.zeros(1)})
+    for w, loss in [(1.0, 1.0), (2.0, 1.2), (6.0, 1.1), (np.inf, np.nan), (np.nan, np.nan)]:
+        state = average.validate(average.update(state, {"w": jnp.array([w])}), loss)
+    assert bool(state.done) and (int(state.start), int(state.end)) == (0, 3)
+    assert average.value(state, {"w": jnp.zeros(1)})["w"].tolist() == [3.0]
+    # Nor does what came before the loss converged.
+    average = swad(2, 1, 1.5)
+    state = average.init({"w": jnp.zeros(1)})
+    for w, loss in [(np.nan, 5.0), (2.0, 1.0), (4.0, 1.1)]:
+        state = average.validate(average.update(state, {"w": jnp.array([w])}), loss)
+    assert average.value(state, {"w": jnp.zeros(1)})["w"].tolist() == [3.0]
+
+    every_second = swa(start=0, period=2)
+    state = every_second.init({"w": jnp.ones(1)})
+    for w in (np.inf, 3.0):
+        state = every_second.update(state, {"w": jnp.array([w])})
+    assert every_second.value(state, {"w": jnp.zeros(1)})["w"].tolist() == [2.0]
+
+
 def gram_schmidt(solutions):
     """As the paper has it: one after the other, less its parts along those before."""
     basis = []

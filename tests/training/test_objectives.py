@@ -146,6 +146,16 @@ def test_flyp_is_clips_loss_with_both_towers_and_the_scale(x64):
     )
     agree(loss_fn, direct, params, batch)
 
+    # CLIP's own scale is 100: there the loss is held, and the scale can still be learned.
+    def at(scale):
+        return loss_fn(jax.tree.map(jnp.asarray, params | {"logit_scale": scale}), batch)[0]
+
+    limit = np.log(100.0)
+    slope = jax.grad(at)
+    np.testing.assert_allclose(at(limit + 0.3), at(limit), rtol=1e-12)
+    np.testing.assert_allclose(slope(limit + 0.3), slope(limit - 1e-9), rtol=1e-6)
+    assert slope(limit + 0.3) != 0
+
 
 def test_l2_sp_pulls_the_tower_to_its_start_and_the_head_to_zero(x64, world):
     params, pretrained, _, batch = world

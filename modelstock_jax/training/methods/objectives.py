@@ -143,8 +143,9 @@ def contrastive(
     """CLIP's symmetric InfoNCE (Radford et al. 2021, figure 3), and so FLYP (Goyal et al. 2023).
 
     loss = (CE(s I T', arange) + CE(s T I', arange)) / 2 with unit rows I, T [B, E] and
-    s = exp(logit_scale), held at 100 at most as CLIP does. Every image meets every text of the
-    batch: it is no mean over examples.
+    s = exp(logit_scale), 100 at most: CLIP clips the parameter after a step; here the value is
+    clipped and the gradient is not, so that a scale at 100 can fall. Every image meets every text
+    of the batch: it is no mean over examples.
 
     FLYP fine-tunes with it, both towers and the scale: an image's text is a prompt of its class
     drawn from the templates. Images of one class in a batch count as each other's negatives, as in
@@ -166,6 +167,11 @@ def contrastive(
         return loss, {"loss": loss, "accuracy": accuracy}
 
     return loss_fn
+
+
+def _at_most(x: jax.Array, limit: Any) -> jax.Array:
+    """min(x, limit), with the derivative of x itself."""
+    return x + jax.lax.stop_gradient(jnp.minimum(x, limit) - x)
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

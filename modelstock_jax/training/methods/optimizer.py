@@ -28,9 +28,10 @@ def make_optimizer(
         w <- w - lr(step) u,   u = direction(g) + weight_decay w + decay_to_pretrained (w - w0)
 
     The two are apart so that resetting or averaging the moments at a merge can never touch
-    the schedule, which belongs to the run. `adamw` is Loshchilov and Hutter's (2019) algorithm 2,
-    `sgd` their algorithm 1 (SGDW): momentum, and a decay that does not go through it. The decay
-    toward w0 is the decoupled form of L2-SP's penalty: no gradient, no moments.
+    the schedule, which belongs to the run. `adamw` is after Loshchilov and Hutter's (2019)
+    algorithm 2, `sgd` after their algorithm 1 (SGDW): momentum, and a decay that does not go
+    through it; as in PyTorch and optax the rate multiplies the decay as well. The decay toward w0
+    is the decoupled form of L2-SP's penalty: no gradient, no moments.
 
     Args:
       config: the `optimizer` group of `configs/default.py`.
