@@ -158,7 +158,7 @@ def contrastive(
         images, texts = _at_least_float32(images), _at_least_float32(texts)
         images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
         texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
-        scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
+        scale = jnp.exp(_at_most(params["logit_scale"], jnp.log(100.0)))
         logits = scale * images @ texts.T
         same = jnp.arange(logits.shape[0])
         pair = optax.softmax_cross_entropy_with_integer_labels
