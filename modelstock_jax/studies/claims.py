@@ -22,7 +22,7 @@ class Claim:
       differences: one a seed, pair or tensor, positive where the claim is true; with `within`,
         deviations that it bounds.
       unit: of the differences.
-      within: the largest mean deviation at which the claim is true.
+      within: the largest mean deviation at which the claim is true; single ones may lie beyond.
       margin: how far below zero the mean difference may lie.
     """
 
@@ -64,6 +64,8 @@ class Claim:
         '+1.03 ± 0.09 points (n = 3)'
         >>> Claim("hardly worse", "Table 1", [-0.1, -0.3], margin=0.5).here()
         '-0.20 ± 0.10 points, at least -0.5 (n = 2)'
+        >>> Claim("they agree", "Table 1", [0.01, 0.02, 0.06], "", within=0.05).here()
+        '0.030 ± 0.015, at most 0.05 (n = 3, 1 beyond)'
         """
         sizes = self.differences if self.within is None else [abs(d) for d in self.differences]
         mean, error = mean_and_error(sizes)
@@ -77,7 +79,11 @@ class Claim:
             shown += f", at most {self.within:g}"
         if self.margin:
             shown += f", at least {-self.margin:g}"
-        return f"{shown} (n = {len(sizes)})"
+        return f"{shown} (n = {len(sizes)}{self._beyond()})"
+
+    def _beyond(self) -> str:
+        beyond = sum(abs(one) > self.within for one in self.differences) if self.within else 0
+        return f", {beyond} beyond" if beyond else ""
 
     def line(self) -> str:
         """One line of Markdown.

@@ -9,13 +9,14 @@ from typing import Any
 
 from modelstock_jax.reporting.files import write_text
 from modelstock_jax.studies.claims import cell
+from modelstock_jax.studies.page import stems
 from modelstock_jax.studies.study import Study
 
 PAGE = "README.md"
 
 
 def write_index(studies: Sequence[Study], directory: Path) -> Path:
-    """Writes the verdicts of every study whose NAME.json lies in the directory.
+    """Writes the verdicts of every page in the directory.
 
     Args:
       studies: in the order of the page.
@@ -28,35 +29,42 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
         "# Verdicts",
         "",
         "Whether what the paper says holds on the glyph world: orderings, never its absolute "
-        "numbers. Paired differences over seeds, mean ± standard error; *holds* where the 95 % "
-        "interval of Student's t lies above zero, *does not hold* where it lies below, *not "
-        "decided* where it holds zero. Written by `python -m modelstock_jax.studies`.",
+        "numbers; claims of ours are marked so. Paired differences, mean ± standard error over n "
+        "seeds or disjoint groups of models; *holds* where the 95 % interval of Student's t lies "
+        "above zero, *does not hold* where it lies below, *not decided* where it holds zero. With "
+        "*at most*, the mean deviation is held against a bound, over n seeds, tensors, epochs or "
+        "draws of noise, of which some may lie beyond it. Written by `make studies`.",
         "",
-        "| study | claim | here | verdict |",
-        "|---|---|---:|---|",
+        "| study | claim | where | here | verdict |",
+        "|---|---|---|---:|---|",
     ]
     for study in studies:
-        path = directory / f"{study.name}.json"
-        if path.exists():
-            lines += _rows(study.name, path)
+        for stem in stems(study):
+            path = directory / f"{stem}.json"
+            if path.exists():
+                lines += _rows(study.name, path)
     return write_text(directory / PAGE, "\n".join([*lines, ""]))
 
 
 def _rows(name: str, path: Path) -> list[str]:
     try:
-        return _claims(name, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):  # Of an older version, or no longer whole.
-        return [f"| {name} | cannot be read: run `python -m modelstock_jax.studies {name}` | | |"]
+        return _claims(path.stem, json.loads(path.read_text(encoding="utf-8")))
+    # Of an older version, or no longer whole.
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"| {name} | cannot be read: run `python -m modelstock_jax.studies {name}` | | | |"]
 
 
 def _claims(name: str, document: Mapping[str, Any]) -> list[str]:
-    link = f"[{document['title']}]({name}.md)"
+    anchors = len(document.get("further", ())) + 1
+    title = document["title"] + (f", from {anchors} anchors" if anchors > 1 else "")
+    link = f"[{title}]({name}.md)"
     if not document["claims"]:
-        return [f"| {link} | | | |"]
+        return [f"| {link} | | | | |"]
     together = document.get("together", {})
     rows = []
     for number, claim in enumerate(document["claims"]):
         verdict = together.get(claim["text"], {}).get("all", claim["verdict"])
         first = "" if number else link
-        rows.append(f"| {first} | {cell(claim['text'])} | {claim['here']} | **{verdict}** |")
+        row = [first, cell(claim["text"]), claim["where"], claim["here"], f"**{verdict}**"]
+        rows.append(f"| {' | '.join(row)} |")
     return rows

@@ -14,7 +14,7 @@ from modelstock_jax.studies.study import Report, Study
 def write(
     study: Study, reports: Mapping[str, Report], directory: Path, details: Mapping[str, Any]
 ) -> Path:
-    """Writes NAME.json, NAME.md and the figures.
+    """Writes NAME.json, NAME.md and the figures; of several anchors NAME_anchors.json and .md.
 
     Args:
       study: what was studied.
@@ -27,11 +27,12 @@ def write(
     """
     parts = {name: _document(report) for name, report in reports.items()}
     first, *further = reports
+    stem = stems(study)[bool(further)]
     document = {"title": study.title, **parts[first], **details}
     if further:
         document["further"] = {name: parts[name] for name in further}
         document["together"] = together(reports)
-    write_json(directory / f"{study.name}.json", document)
+    write_json(directory / f"{stem}.json", document)
     lines = [f"# {study.title}", "", study.about, ""]
     if further:
         lines += _together(reports)
@@ -48,7 +49,15 @@ def write(
         f"{commits}. `{details['command']}`",
         "",
     ]
-    return write_text(directory / f"{study.name}.md", "\n".join(lines))
+    return write_text(directory / f"{stem}.md", "\n".join(lines))
+
+
+def stems(study: Study) -> tuple[str, str]:
+    """Names of a study's two pages: of the config's own anchor, and of that beside others.
+
+    They are apart, so that the one, for which nobody needs another anchor, is made again alone.
+    """
+    return study.name, f"{study.name}_anchors"
 
 
 def together(reports: Mapping[str, Report]) -> dict[str, dict[str, Verdict]]:

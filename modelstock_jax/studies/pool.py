@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, TypeVar
 
 from modelstock_jax.reporting.rows import Measured, mean_and_error
@@ -41,6 +42,18 @@ def groups(models: Sequence[One], size: int) -> list[tuple[One, ...]]:
     """
     last = len(models) - size + 1
     return [tuple(models[i : i + size]) for i in range(0, last, size)]
+
+
+def own_pairs(values: Sequence[One], count: int) -> list[One]:
+    """Of values of all pairs i < j of models, in the order of rows, those of (0, 1), (2, 3), ...
+
+    Pairs that share a model are not independent; these are.
+
+    >>> own_pairs(["01", "02", "03", "12", "13", "23"], 4)
+    ['01', '23']
+    """
+    found = dict(zip(combinations(range(count), 2), values, strict=True))
+    return [found[i, i + 1] for i in range(0, count - 1, 2)]
 
 
 def halves(seeds: Sequence[int]) -> tuple[tuple[Replica, ...], tuple[Replica, ...]]:

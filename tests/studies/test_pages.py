@@ -50,7 +50,7 @@ def test_a_page_of_two_anchors(tmp_path):
     assert text.index("## Anchor `one`") < text.index("## Anchor `runs/two`")
     assert f"`{DETAILS['command']}`" in text
     assert (tmp_path / "picture.png").exists() and (tmp_path / "picture_anchor_2.png").exists()
-    document = json.loads((tmp_path / "some.json").read_text())
+    document = json.loads((tmp_path / "some_anchors.json").read_text())
     assert document["claims"][0]["verdict"] == "holds"
     assert document["further"]["runs/two"]["claims"][0]["verdict"] == "not decided"
     assert document["together"]["better"]["all"] == "not decided"
@@ -59,11 +59,14 @@ def test_a_page_of_two_anchors(tmp_path):
 def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     reports = {"one": report(better=UP, **{"|worse|": DOWN}), "two": report(better=OPEN)}
     write(STUDY, reports, tmp_path, DETAILS)
+    write(STUDY, {"one": reports["one"]}, tmp_path, DETAILS)
     never_run = Study("other", "Never run", "", None, None)
     text = write_index([never_run, STUDY], tmp_path).read_text()
     assert "Never run" not in text
-    assert "| [Some study](some.md) | better | +1.00 ± 0.06 points (n = 3) | **not" in text
-    assert r"|  | \|worse\| | -1.00 ± 0.06 points (n = 3) | **does not hold** |" in text
+    line = "better | ours | +1.00 ± 0.06 points (n = 3) |"
+    assert f"| [Some study](some.md) | {line} **holds** |" in text
+    assert f"| [Some study, from 2 anchors](some_anchors.md) | {line} **not decided** |" in text
+    assert r"|  | \|worse\| | ours | -1.00 ± 0.06 points (n = 3) | **does not hold** |" in text
 
 
 def test_a_page_of_an_older_version_is_asked_to_be_written_again(tmp_path):
@@ -71,4 +74,5 @@ def test_a_page_of_an_older_version_is_asked_to_be_written_again(tmp_path):
     for content in (json.dumps(old), json.dumps([old]), '{"title": "Some'):
         (tmp_path / "some.json").write_text(content)
         text = write_index([STUDY], tmp_path).read_text()
-        assert "| some | cannot be read: run `python -m modelstock_jax.studies some` | | |" in text
+        row = "| some | cannot be read: run `python -m modelstock_jax.studies some` | | | |"
+        assert row in text

@@ -55,10 +55,10 @@ def test_a_study_makes_its_page(name, bench, tmp_path):
 
 def test_the_claims_that_are_true_of_drawn_models_hold(bench):
     """The models lie on a shell by construction; accuracy is a function of the distance."""
-    study = STUDIES["table1"]
-    values = {key: one.measure(bench) for key, one in study.measurements(SETUP).items()}
+    study, setup = STUDIES["table1"], SETUP._replace(seeds=tuple(range(8)))
+    values = {key: one.measure(bench) for key, one in study.measurements(setup).items()}
     verdicts = {
-        c.text.split("(within")[0]: c.verdict for c in study.summarise(SETUP, values).claims
+        c.text.split("(within")[0]: c.verdict for c in study.summarise(setup, values).claims
     }
     assert verdicts.pop("(i) fine-tuned models lie at one distance from the centre ") in (
         "holds",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from modelstock_jax.reporting.layers import kind
 from modelstock_jax.reporting.plots import angle_by_layer
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Angles, Measurement
-from modelstock_jax.studies.pool import pool
+from modelstock_jax.studies.pool import own_pairs, pool
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 # A key's bias gets no gradient (softmax does not see it): its angle is of noise alone.
@@ -47,20 +46,21 @@ def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str =
       prefix: of each claim, for what it is said.
     """
     of_kind = angles_by_kind(found)
-    # One number a tensor or a seed's own pair: pairs that share a model are not independent.
-    pairs = list(combinations(range(count), 2))
-    own = [pairs.index((i, i + 1)) for i in range(0, count, 2)]
-    kernels, biases = (np.mean(of_kind[what], axis=0)[own] for what in ("kernels", "biases"))
+    # One number a tensor, or a seed's own pair.
+    kernels, biases = (
+        own_pairs(np.mean(of_kind[what], axis=0).tolist(), count) for what in ("kernels", "biases")
+    )
     return [
         Claim(
-            f"{prefix}angles of kernels are the same for any two models (within 5 %)",
+            f"{prefix}angles of kernels are the same for any two models "
+            "(within 5 %, mean over tensors)",
             where,
             [_deviation(angles) for angles in of_kind["kernels"]],
             unit="",
             within=0.05,
         ),
         Claim(
-            f"{prefix}norms are the same for any model (within 5 %)",
+            f"{prefix}norms are the same for any model (within 5 %, mean over tensors)",
             where,
             [_deviation(row["norms"]) for row in _sure(found).values()],
             unit="",
@@ -69,7 +69,7 @@ def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str =
         Claim(
             f"{prefix}biases have smaller angles than kernels",
             where,
-            (kernels - biases).tolist(),
+            [a - b for a, b in zip(kernels, biases, strict=True)],
             "degrees",
         ),
     ]

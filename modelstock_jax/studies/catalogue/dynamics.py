@@ -58,14 +58,14 @@ def _say(setup: Setup, values: Values) -> Report:
 
     claims = [
         Claim(
-            "at every epoch any two models have the same angle (within 5 %)",
+            "any two models have the same angle (within 5 %, mean over epochs)",
             "Figure 5",
             spread("kernels", "angle"),
             unit="",
             within=0.05,
         ),
         Claim(
-            "at every epoch all models are as far from the anchor (within 5 %)",
+            "all models are as far from the anchor (within 5 %, mean over epochs)",
             "Figure 5",
             spread("kernels", "norm"),
             unit="",

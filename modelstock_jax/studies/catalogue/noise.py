@@ -86,6 +86,7 @@ def _say(setup: Setup, values: Values) -> Report:
         [Table(["", "to the centre", "ID"], rows)],
         claims,
         {"fig4": lambda path: figures.near_the_centre(models, noise, values["centre"]["id"], path)},
+        ["The centre is one model, and of all others: its own chance is in no error bar."],
     )
 
 

@@ -9,7 +9,17 @@ import numpy as np
 from modelstock_jax.studies.catalogue.paper import TABLE_1
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import Measurement, Score, Shell
-from modelstock_jax.studies.pool import average, averages, both, groups, halves, mean, shown, theirs
+from modelstock_jax.studies.pool import (
+    average,
+    averages,
+    both,
+    groups,
+    halves,
+    mean,
+    own_pairs,
+    shown,
+    theirs,
+)
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
@@ -51,11 +61,11 @@ def _say(setup: Setup, values: Values) -> Report:
     pairs = groups(alone, 2)
     twos = _scores(setup, values, 2)
     shell = values["shell", 1]
+    # The means of all N are of the same models: one number each.
     law = [
-        abs(d * np.sqrt(n) / radius - 1)
+        abs(np.mean(values["shell", n]["distance"]) * np.sqrt(n) / radius - 1)
         for n in members
         if n > 1
-        for d in values["shell", n]["distance"]
     ]
     claims = [
         Claim(
@@ -69,7 +79,7 @@ def _say(setup: Setup, values: Values) -> Report:
             Claim(f"{text} are orthogonal (|cos| < 0.05)", "Section 2.1", cosines, "", within=0.05)
             for text, cosines in (
                 ("(ii) w0 − μ and w_i − μ", shell["to_anchor"]),
-                ("(iii) w_i − μ and w_j − μ", shell["between"]),
+                ("(iii) w_i − μ and w_j − μ", own_pairs(shell["between"], len(alone))),
             )
         ),
         Claim(
