@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -17,7 +16,7 @@ from rich.progress import track
 
 from modelstock_jax.data.crops import resize_short_side
 from modelstock_jax.data.decode import Unreadable, decode
-from modelstock_jax.data.image_set import EncodedImages
+from modelstock_jax.data.image_set import EncodedImages, fingerprint
 from modelstock_jax.errors import UserError
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.tensor_files.reader import read_json
@@ -25,7 +24,6 @@ from modelstock_jax.tensor_files.reader import read_json
 DESCRIPTION = "cache.json"
 _FORMAT = 1
 _A_PART = 4096  # images
-_PROBES = 16  # images by which a source is known again
 _ENTRY = np.dtype([("height", "<u2"), ("width", "<u2"), ("crc32", "<u4")])
 
 
@@ -135,7 +133,7 @@ def write_cache(
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
     facts = {"format": _FORMAT, "short_side": short_side}
-    facts |= {"count": len(images), "source": _fingerprint(images)}
+    facts |= {"count": len(images), "source": fingerprint(images)}
     path = directory / DESCRIPTION
     if not path.exists():
         if any(directory.iterdir()):
@@ -220,15 +218,6 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
             f"cannot write {path}: {error.strerror or error}; free some space there and give the "
             "same command again"
         ) from error
-
-
-def _fingerprint(images: EncodedImages) -> str:
-    digest = hashlib.sha256()
-    for index in np.unique(np.linspace(0, len(images) - 1, _PROBES, dtype=int)):
-        if len(images):
-            stored = images[int(index)]
-            digest.update(stored if isinstance(stored, bytes) else stored.tobytes())
-    return digest.hexdigest()
 
 
 def _num_parts(count: int) -> int:

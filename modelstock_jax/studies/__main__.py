@@ -1,10 +1,11 @@
 """Tables and figures of the paper: `python -m modelstock_jax.studies table1 fig2`.
 
-Without a name it lists them. Finished measurements are read from --ledger, finished runs from
---workdir; interrupted, the same command goes on, and given again while it runs (on another GPU, or
-on another machine with the same disk) it shares the work. With --anchors each study is done again
-from other pretrained models, CLIPs or towers (`tower:resnet`): a tower is pretrained when it is
-first named, be it with --dry-run, for a study is of its weights.
+Without a name it lists them; `all` takes every one. Finished measurements are read from --ledger,
+finished runs from --workdir; interrupted, the same command goes on, and given again while it runs
+(on another GPU, or on another machine with the same disk) it shares the work. With --anchors each
+study is done again from other pretrained models, CLIPs or towers (`tower:resnet`), and has a page
+of its own, NAME_anchors.md: a tower is pretrained when it is first named, be it with --dry-run,
+for a study is of its weights.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def main(argv: list[str]) -> None:
     from modelstock_jax.errors import UserError
     from modelstock_jax.studies.catalogue import STUDIES
 
-    names = argv[1:]
-    if not names:
+    given = argv[1:]
+    if not given:
         for study in STUDIES.values():
             print(f"{study.name:16} {study.title}")
+        print(f"{'all':16} All of them")
         return
-    if names == ["all"]:
-        names = list(STUDIES)
+    names = list(dict.fromkeys([*STUDIES] if "all" in given else given))
     for name in names:
         if name not in STUDIES:
             close = difflib.get_close_matches(name, STUDIES, 1)
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> None:
                 write_index(list(STUDIES.values()), out)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

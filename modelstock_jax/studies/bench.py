@@ -19,6 +19,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.studies.anchors import opener
+from modelstock_jax.studies.identity import identity
 from modelstock_jax.studies.ledger import Ledger
 from modelstock_jax.studies.measurements import HeldOut, Measurement
 from modelstock_jax.studies.runs import Run, digest
@@ -39,7 +40,8 @@ class Bench:
       trained: finished runs.
       num_heads: attention heads of the image tower.
       data: what is trained and measured on.
-      fingerprint: of the pretrained weights; a part of every key.
+      fingerprint: of the pretrained weights, and of a head or images that are not the plain ones;
+        a part of every key.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Bench:
         opened = opener(config)
         self.data = data = data or benchmark.load(config.data)
         self._anchor = opened(data, workdir)
-        self.fingerprint = self._anchor.fingerprint
+        self.fingerprint = identity(config, self._anchor.fingerprint, data)
         self.num_heads = self._anchor.num_heads
         self.trained = Trained(config, workdir, self._anchor, data, self.fingerprint, self._record)
         most = config.evaluation.max_shift_images

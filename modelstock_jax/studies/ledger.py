@@ -12,12 +12,14 @@ from typing import Any, BinaryIO
 
 from modelstock_jax.errors import UserError
 
+_FIELDS = {"key": str, "what": str, "seconds": (int, float), "commit": str}
+
 
 class Ledger:
     """A file of lines {"key", "what", "value", "seconds", "commit"}; appended to, never rewritten.
 
-    Several processes may add to it. A line torn by a crash is passed over: its measurement is made
-    again.
+    Several processes may add to it. A line torn by a crash, or not of these, is passed over: its
+    measurement is made again.
 
     Args:
       path: made when the first line is added.
@@ -45,17 +47,14 @@ class Ledger:
           UserError: if it cannot be read.
         """
         try:
-            text = self._path.read_text(encoding="utf-8")
+            text = self._path.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(f"cannot read {self._path}: {error}; move it away") from error
         for line in text.splitlines():
-            try:
-                entry = json.loads(line)
+            if (entry := _read(line)) is not None:
                 self._lines[entry["key"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
 
     def look_for(self, key: str) -> bool:
         """Whether it is here, or another process has added it since."""
@@ -105,16 +104,26 @@ class Ledger:
           what: the kind.
           work: value -> units of work that it took.
         """
-        times = sorted(
-            entry["seconds"] / work(entry["value"])
-            for entry in self._lines.values()
-            if entry["what"] == what
-        )
-        return times[len(times) // 2] if times else None
+        times = []
+        for entry in self._lines.values():
+            if entry["what"] == what:
+                with contextlib.suppress(TypeError, KeyError, ZeroDivisionError):
+                    times.append(entry["seconds"] / work(entry["value"]))
+        return sorted(times)[len(times) // 2] if times else None
 
     def commits(self, keys: Iterable[str]) -> list[str]:
         """The commits that measured these keys, each once."""
         return sorted({self._lines[key]["commit"] for key in keys})
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """The entry of a line; None where it is none."""
+    try:
+        entry = json.loads(line)
+        fits = all(isinstance(entry[name], kind) for name, kind in _FIELDS.items())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return entry if fits and "value" in entry else None
 
 
 def _torn(file: BinaryIO) -> bool:

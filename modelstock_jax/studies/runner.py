@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,22 @@ class Runner:
           config_arguments: what the command line says of the config, for a page's last line.
 
         Raises:
-          UserError: for a wrong config, fewer than two seeds, or an anchor that comes twice.
+          UserError: for a wrong config, an option that every study sets itself, fewer than two
+            seeds, an anchor that cannot be opened or comes twice, or where nothing can be written.
         """
         if num_seeds is not None and num_seeds < 2:
             raise UserError(f"--num_seeds={num_seeds}: a study compares at least 2 seeds")
+        _check_arguments(config_arguments)
+        _check_writable(out)
         self._benches = {config.pretrained: Bench(config, workdir, ledger)}
         self._bench = self._benches[config.pretrained]
         for name in anchors:
             one = config.copy_and_resolve_references()
             one.pretrained = name
-            bench = Bench(one, workdir, ledger, self._bench.data)
+            try:
+                bench = Bench(one, workdir, ledger, self._bench.data)
+            except UserError as error:
+                raise UserError(f"--anchors={name}: {error}") from error
             for known, other in self._benches.items():
                 if bench.fingerprint == other.fingerprint:
                     raise UserError(f"--anchors={name}: its weights are those of {known}")
@@ -170,6 +177,26 @@ class Runner:
             shifts=bool(bench.data.shifts),
             further=bench is not self._bench,
         )
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuses what the studies would pass over without a word."""
+    for argument in arguments:
+        name = argument.removeprefix("--config.").partition("=")[0]
+        if name == "num_seeds":
+            raise UserError(f"{argument}: the number of seeds of a study is --num_seeds")
+        if name in ("num_replicas", "merge.every"):
+            raise UserError(f"{argument}: every study sets its own {name}")
+
+
+def _check_writable(out: Path) -> None:
+    """Finds out before anything is trained."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot write there: {error.strerror}") from error
 
 
 def _missing(bench: Bench, wanted: Iterable[Measurement]) -> tuple[list[Measurement], list[Run]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from configs import default
@@ -23,6 +25,27 @@ def test_a_torn_line_is_measured_again(tmp_path):
     assert ledger["a"] == {"id": 1.0} and ledger["b"] == 3
     assert ledger.rate("score") == 4 and ledger.rate("angles") is None
     assert ledger.commits(["a", "b"]) == ["c", "d"]
+
+
+def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):
+    path = tmp_path / "measured.jsonl"
+    Ledger(path).add("a", value={"steps": 4}, what="Trained", seconds=2, commit="c")
+    odd = [
+        {"key": "x"},
+        {"key": 1, "what": "Trained", "value": 1, "seconds": 1, "commit": "c"},
+        {"key": "y", "what": "Trained", "value": 1, "seconds": "1", "commit": "c"},
+        {"key": "z", "what": "Trained", "seconds": 1, "commit": "c"},
+        {"key": "no steps", "what": "Trained", "value": {"steps": 0}, "seconds": 1, "commit": "c"},
+        {"key": "nothing", "what": "Trained", "value": None, "seconds": 1, "commit": "c"},
+        [],
+    ]
+    with path.open("ab") as file:
+        file.write(b"\n".join(json.dumps(line).encode() for line in odd) + b"\n")
+        file.write(b"[" * 200_000 + b"\n\xff\xfe\n")
+    ledger = Ledger(path)
+    assert ledger["a"] == {"steps": 4} and not any(key in ledger for key in "xyz")
+    assert ledger.rate("Trained", lambda value: value["steps"]) == 0.5
+    assert ledger.commits(["a", "nothing"]) == ["c"]
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -70,7 +70,7 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
         assert list(bench.trained.done.values()) == ["fig6: replicas of seed 0 (1 of 1)"]
     said = capsys.readouterr().out
     assert "2 runs to train, 2 of 2 measurements to make" in said
-    document = json.loads((tmp_path / "fig6.json").read_text())
+    document = json.loads((tmp_path / "fig6_anchors.json").read_text())
     assert set(document["further"]) == {"two"}
     command = "python -m modelstock_jax.studies fig6 --config.seed=3 --num_seeds=2 --anchors=two"
     assert document["command"] == command
@@ -80,6 +80,27 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
     # A report of one anchor is another file's content, of the same lines.
     run("fig6", [])
     assert "further" not in json.loads((tmp_path / "fig6.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "argument,message",
+    [
+        ("--config.num_seeds=8", "--config.num_seeds=8: .* is --num_seeds"),
+        ("--config.num_replicas=3", "every study sets its own num_replicas"),
+        ("--config.merge.every=never", "every study sets its own merge.every"),
+    ],
+)
+def test_what_a_study_would_pass_over_is_refused(tmp_path, argument, message):
+    ledger = Ledger(tmp_path / "measured.jsonl")
+    with pytest.raises(UserError, match=message):
+        runner.Runner(glyphs.get_config(), tmp_path, ledger, tmp_path, 2, (), [argument])
+
+
+def test_where_nothing_can_be_written_is_known_first(tmp_path):
+    ledger, taken = Ledger(tmp_path / "measured.jsonl"), tmp_path / "taken"
+    taken.write_text("")
+    with pytest.raises(UserError, match="--out=.*taken: cannot write there"):
+        runner.Runner(glyphs.get_config(), tmp_path, ledger, taken)
 
 
 def test_an_anchor_that_comes_twice(run):
