@@ -74,12 +74,13 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
     assert set(document["further"]) == {"two"}
     command = "python -m modelstock_jax.studies fig6 --config.seed=3 --num_seeds=2 --anchors=two"
     assert document["command"] == command
-    assert f"`{command}`" in (tmp_path / "fig6.md").read_text()
+    assert f"`{command}`" in (tmp_path / "fig6_anchors.md").read_text()
     run("fig6", ["two"])
     assert "0 runs to train, 0 of 2" in capsys.readouterr().out
-    # A report of one anchor is another file's content, of the same lines.
+    # The page of one anchor is made of the same lines, and leaves the other as it is.
     run("fig6", [])
     assert "further" not in json.loads((tmp_path / "fig6.json").read_text())
+    assert "further" in json.loads((tmp_path / "fig6_anchors.json").read_text())
 
 
 @pytest.mark.parametrize(
