@@ -43,13 +43,19 @@ def write(
         ending = "" if number == 1 else f"_anchor_{number}"
         lines += _section(study, report, directory, ending)
     seeds, commits = details["seeds"], ", ".join(details["commits"])
+    most = details.get("max_shift_images")
+    images = f" (of each shift at most {most:,} images)" if most else ""
     lines += [
-        f"Seeds {seeds[0]} to {seeds[-1]}; anchor{'s' * bool(further)} "
-        f"{', '.join(f'`{name}`' for name in reports)}, data `{details['data']}`; measured at "
-        f"{commits}. `{details['command']}`",
+        f"{_seeds(seeds)}; anchor{'s' * bool(further)} "
+        f"{', '.join(f'`{name}`' for name in reports)}, data `{details['data']}`{images}; "
+        f"measured at {commits}. `{details['command']}`",
         "",
     ]
     return write_text(directory / f"{stem}.md", "\n".join(lines))
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"Seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"Seed {seeds[0]}"
 
 
 def stems(study: Study) -> tuple[str, str]:

@@ -103,17 +103,19 @@ class Runner:
         Returns:
           The report from each anchor.
         """
-        reports, keys = {}, []
+        reports, keys, seeds = {}, [], set()
         for name, bench in self._benches.items():
             setup = self._setup(study, bench)
             wanted = study.measurements(setup)
             reports[name] = study.summarise(setup, self._values(study, bench, wanted))
             keys += [bench.key(one) for one in wanted.values()]
+            seeds |= {run.seed for run in runs_of(tuple(wanted.values()))}
         details = {
-            "seeds": list(self._setup(study, self._bench).seeds),
+            "seeds": sorted(seeds),
             "commits": self._ledger.commits(keys),
             "pretrained": self._bench.config.pretrained,
             "data": self._bench.config.data.name,
+            "max_shift_images": self._bench.config.evaluation.max_shift_images,
             "command": self._command(study),
         }
         page = write(study, reports, self._out, details)
