@@ -30,7 +30,6 @@ flags.DEFINE_bool("dry-run", False, "Say what is missing and how long it takes; 
 def main(argv: list[str]) -> None:
     """Runs the named studies; a user's mistake is one line and exit code 1."""
     logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
-    from modelstock_jax.errors import UserError
     from modelstock_jax.studies.catalogue import STUDIES
 
     given = argv[1:]
@@ -48,10 +47,11 @@ def main(argv: list[str]) -> None:
     from modelstock_jax.studies.index import write_index
     from modelstock_jax.studies.ledger import Ledger
     from modelstock_jax.studies.runner import Runner
+    from modelstock_jax.training.hosts.job import one_process
 
     workdir = Path(FLAGS.workdir)
     out = Path(FLAGS.out or workdir)
-    try:
+    with one_process():
         runner = Runner(
             FLAGS.config,
             workdir,
@@ -66,10 +66,6 @@ def main(argv: list[str]) -> None:
             for name in names:
                 runner.run(STUDIES[name])
                 write_index(list(STUDIES.values()), out)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 
 import pytest
 
+from modelstock_jax.training.hosts.interruption import STOPPED
 from tests.experiment import small_run
 
 PROGRAM = ("-m", "modelstock_jax.studies")
@@ -36,6 +38,23 @@ def test_mistakes_are_one_line(tmp_path):
         code, output = small_run.finish(*more, f"--workdir={tmp_path}", program=PROGRAM)
         assert code == 1 and message in output and "Traceback" not in output, output
     assert not (tmp_path / "trained").exists()
+
+
+@pytest.mark.parametrize("kind,code", [(signal.SIGINT, 130), (signal.SIGTERM, STOPPED)])
+def test_a_signal_ends_it_in_a_line(tmp_path, kind, code):
+    process = small_run.start("table1", f"--workdir={tmp_path}", program=PROGRAM)
+    try:
+        said = ""
+        while "measurements to make" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        process.send_signal(kind)
+        said += process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == code and "Traceback" not in said, said
+    assert kind != signal.SIGINT or "the same command goes on" in said
 
 
 @pytest.mark.slow

@@ -60,12 +60,8 @@ def job(
     except UserError as error:
         sys.exit(f"error: {error}")
     if place is None:
-        # Between trainings: what is half written is removed, and the exit code says why.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-        try:
+        with one_process():
             yield
-        except UserError as error:
-            sys.exit(f"error: {error}")
         return
     end = _End(place.process_id or 0)
     try:
@@ -83,6 +79,24 @@ def job(
             end.line(line)
         traceback.print_exc()
         end.now(1)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Runs its body as a process of its own; a mistake or a signal in it ends as one line.
+
+    Raises:
+      SystemExit: with the line; of a signal, with its code.
+    """
+    # Between trainings: what is half written is removed, and the exit code says why.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 _LOST = (
