@@ -7,7 +7,7 @@ from typing import Any
 
 from modelstock_jax.studies import charts
 from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.curves import ALPHAS, curve, curve_scores
+from modelstock_jax.studies.curves import ALPHAS, Curve, curve, curve_above, curve_scores, known
 from modelstock_jax.studies.measurements import Measurement
 from modelstock_jax.studies.models import Greedy, Mean, Merge, Model
 from modelstock_jax.studies.pool import average, both, groups, mean, pool
@@ -22,6 +22,12 @@ _NAMES = {
     "model_stock": "Model Stock of two",
     "uniform_soup": f"uniform soup of {SIZE}",
     "greedy_soup": f"greedy soup of {SIZE}",
+}
+_WHOSE = {
+    "replica": "a fine-tuned model",
+    "mean": "the mean of the same two",
+    "uniform_soup": "the uniform soup",
+    "greedy_soup": "the greedy soup",
 }
 _COSTS = {"replica": 1, "mean": 2, "model_stock": 2, "uniform_soup": SIZE, "greedy_soup": SIZE}
 
@@ -44,9 +50,8 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
 
 def _say(setup: Setup, values: Values) -> Report:
     seeds = {name: [s for s in setup.seeds if (name, s) in values] for name in _NAMES}
-    curves = {
-        label: [curve(values, name, seed) for seed in seeds[name]] for name, label in _NAMES.items()
-    }
+    lines = {name: [curve(values, name, seed) for seed in seeds[name]] for name in _NAMES}
+    curves = {label: lines[name] for name, label in _NAMES.items()}
     own = {name: [values[name, seed] for seed in seeds[name]] for name in _NAMES}
     spent = {
         label: (_COSTS[name], [s["id"] for s in own[name]], [average(s) for s in own[name]])
@@ -63,6 +68,7 @@ def _say(setup: Setup, values: Values) -> Report:
             _claim(own, "model_stock", "replica", "beats a fine-tuned model"),
             _claim(own, "model_stock", "replica", "beats a fine-tuned model", shifts=True),
             _claim(own, "model_stock", "greedy_soup", "beats the greedy soup", shifts=True),
+            *(one for rival in _WHOSE if len((one := _above(lines, rival)).differences) > 1),
         ],
         {
             "fig1": lambda path: charts.wise_ft_curves(
@@ -71,10 +77,21 @@ def _say(setup: Setup, values: Values) -> Report:
             "fig1_cost": lambda path: charts.costs(spent, path),
         },
         [
-            f"A soup is of {SIZE} models of a random search over learning rate, weight decay, "
-            f"label smoothing and mixup, on the first {_SOUP_SEEDS} seeds; cost is training, in "
-            "fine-tunings of one model.",
+            f"A soup is of {SIZE} models of Model Soups' random search, as in Table 2, on the "
+            f"first {_SOUP_SEEDS} seeds; cost is training, in fine-tunings of one model.",
+            "Curve against curve: the mean difference on the shifts over the upper half of the "
+            "accuracies in distribution that both have.",
         ],
+    )
+
+
+def _above(lines: Mapping[str, Sequence[Curve]], rival: str) -> Claim:
+    """At equal ID; the paper says it of both soups."""
+    pairs = zip(lines["model_stock"], lines[rival], strict=False)
+    return Claim(
+        f"Model Stock's WiSE-FT curve lies above that of {_WHOSE[rival]}",
+        "Section 4.2" if "soup" in rival else "ours",
+        known(curve_above([mine], [other]) for mine, other in pairs),
     )
 
 
