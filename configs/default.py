@@ -105,8 +105,9 @@ def get_config() -> ConfigDict:
     # optimizer.weight_decay=0 with it.
     config.objective.l2_sp_alpha = 0.01
     config.objective.l2_sp_beta = 0.01
-    # lp_ft: the length and the learning rate of its first phase. A zero-shot head is exp(logit_scale)
-    # times unit columns and needs far more than a tower: 0.1 on the glyphs (docs/results.md).
+    # lp_ft: the length and the learning rate of its first phase. A zero-shot head, of
+    # exp(logit_scale) times unit columns, needs far more than a tower: 0.1 on the glyphs
+    # (docs/results.md).
     config.objective.probe_epochs = 5
     config.objective.probe_learning_rate = 1e-3
 
