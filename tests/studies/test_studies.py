@@ -8,9 +8,12 @@ import zlib
 import numpy as np
 import pytest
 
+from configs import imagenet
+from modelstock_jax.reporting.files import flat
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.measurements import Score
 from modelstock_jax.studies.page import write
+from modelstock_jax.studies.pool import STRONG, STRONG_LENGTH
 from modelstock_jax.studies.study import Setup, runs_of
 from tests.studies.bench import DrawnBench
 
@@ -75,3 +78,35 @@ def test_what_is_level_in_the_paper_is_no_claim(bench):
     assert [text.split(" (")[0] for text in texts if "TPGM" in text] == [
         "Model Stock beats TPGM, on the shifts"
     ]
+
+
+def test_soups_from_a_probe_stand_beside_the_papers_second_set_up(bench):
+    study = STUDIES["table2"]
+    values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
+    texts = {claim.text for claim in study.summarise(SETUP, values).claims}
+    assert {text for text in texts if "from LP" in text} == {
+        "Model Stock* beats uniform soup from LP, in distribution (+1.22 there)",
+        "Model Stock* is behind uniform soup from LP, on the shifts (-2.76 there)",
+        "Model Stock* beats greedy soup from LP, in distribution (+0.16 there)",
+        "Model Stock* is behind greedy soup from LP, on the shifts (-2.06 there)",
+    }
+
+
+def test_the_second_set_up_is_that_of_the_configs():
+    plain, strong = (flat(imagenet.get_config(name).to_dict()) for name in ("plain", "strong"))
+    changed = {key: strong[key] for key in plain if plain[key] != strong[key]}
+    assert changed.pop("epochs") == STRONG_LENGTH * plain["epochs"]
+    assert changed == STRONG
+
+
+def test_a_rate_at_the_end_of_its_search_is_marked(bench):
+    study = STUDIES["table4"]
+    wanted = study.measurements(SETUP)
+    values = {key: value(one, bench) for key, one in wanted.items()}
+    for key in wanted:
+        if key[0] == "tpgm" and len(key) == 3:
+            _, seed, rate = key
+            values[key] = 90.0 + (rate == min(seed, 2))  # The least, the middle, and the greatest.
+    (table,) = study.summarise(SETUP, values).tables
+    (row,) = [row for row in table.rows if row[0] == "TPGM"]
+    assert row[table.columns.index("rates chosen")] == "0.33†, 1, 3†, 3†"
