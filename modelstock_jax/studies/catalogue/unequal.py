@@ -65,7 +65,7 @@ def _say(setup: Setup, values: Values) -> Report:
         claims + _rate_claims(setup, values),
         notes=[
             f"Replicas are those of Table 2's soups: {SIZE} a seed, of random learning rate, "
-            "weight decay, label smoothing and mixup; teams share no replica.",
+            "weight decay, epochs, label smoothing and mixup; teams share no replica.",
             "Above the mean's curve: a model as it is, against the mean's WiSE-FT curve at the "
             "same accuracy in distribution, where it has one.",
             "The weighted rule takes all replicas for one signal with noise of unequal size. One "
@@ -158,7 +158,7 @@ UNEQUAL = Study(
     "unequal",
     "Replicas of unequal hyper-parameters",
     "Model Stock supposes replicas that differ by chance alone. Here they differ by learning rate, "
-    "weight decay, label smoothing and mixup: merged after training by equation 3, by the weighted "
+    "weight decay, epochs, smoothing and mixup: merged after training by equation 3, by the weighted "
     "extension, which gives each its own noise, and by the mean; and every epoch, of two learning "
     "rates. The claims are ours, not the paper's.",
     _wanted,
