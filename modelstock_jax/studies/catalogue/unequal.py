@@ -158,9 +158,9 @@ UNEQUAL = Study(
     "unequal",
     "Replicas of unequal hyper-parameters",
     "Model Stock supposes replicas that differ by chance alone. Here they differ by learning rate, "
-    "weight decay, epochs, smoothing and mixup: merged after training by equation 3, by the weighted "
-    "extension, which gives each its own noise, and by the mean; and every epoch, of two learning "
-    "rates. The claims are ours, not the paper's.",
+    "weight decay, epochs, label smoothing and mixup: merged after training by equation 3, by the "
+    "weighted extension, which gives each its own noise, and by the mean; and every epoch, of two "
+    "learning rates. The claims are ours, not the paper's.",
     _wanted,
     _say,
     num_seeds=3,
