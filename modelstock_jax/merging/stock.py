@@ -89,10 +89,11 @@ def weighted_model_stock(
 
         w = w0 + sum_i a_i d_i,    a_i = (1 / s_i^2) / (1 / |mu|^2 + sum_j 1 / s_j^2)
 
-    Replicas of equal noise give equation 3. All are taken for one signal: replicas of unequal length,
-    of different learning rates say, mostly come out with an s_i^2 below 0. Where an s_i^2 is not above rounding, equation 3 is
-    used; `policy_counts(stats)["weighted_fallback"]` counts those units. Where |mu|^2 <= 0 the
-    result is the anchor. All else as `model_stock`; `stats.ratio` is the sum of the a_i.
+    Replicas of equal noise give equation 3. All are taken for one signal: of replicas that have
+    moved unequally far, by their learning rates say, the shorter one's s_i^2 mostly comes out below
+    0. Where an s_i^2 is not above rounding, equation 3 is used; `policy_counts(stats)` counts those
+    units as "weighted_fallback". Where |mu|^2 <= 0 the result is the anchor. All else as
+    `model_stock`; `stats.ratio` is the sum of the a_i.
 
     Args:
       pretrained: as `model_stock`.
