@@ -80,7 +80,7 @@ def _single(setup: Setup, method: str, seed: int) -> tuple[Replica, ...]:
         **_strong(setup, method),
     }
     runs = [
-        Run.of(seed, base | options | probe_options(setup, options))
+        Run.of(seed, {**base, **options, **probe_options(setup, options)})
         for options in _METHODS[method.rstrip("*")]
     ]
     return tuple(Replica(run, r) for run in runs for r in range(len(rates)))
