@@ -40,8 +40,16 @@ def test_mistakes_are_one_line(tmp_path):
     assert not (tmp_path / "trained").exists()
 
 
+@pytest.fixture
+def not_ignored():
+    """A shell's background job, and so what it starts, ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("kind,code", [(signal.SIGINT, 130), (signal.SIGTERM, STOPPED)])
-def test_a_signal_ends_it_in_a_line(tmp_path, kind, code):
+def test_a_signal_ends_it_in_a_line(tmp_path, not_ignored, kind, code):
     process = small_run.start("table1", f"--workdir={tmp_path}", program=PROGRAM)
     try:
         said = ""
@@ -53,6 +61,7 @@ def test_a_signal_ends_it_in_a_line(tmp_path, kind, code):
         said += process.communicate(timeout=60)[0]
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == code and "Traceback" not in said, said
     assert kind != signal.SIGINT or "the same command goes on" in said
 

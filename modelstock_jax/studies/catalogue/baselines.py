@@ -5,100 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from modelstock_jax.studies.catalogue.methods import NAMES, is_single, model_by, rates_of, single
 from modelstock_jax.studies.catalogue.paper import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
 from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.measurements import HeldOut, Measurement, Score
-from modelstock_jax.studies.models import Anchor, Best, Greedy, Mean, Merged, Model, Replica
-from modelstock_jax.studies.pool import (
-    MERGING,
-    STRONG,
-    STRONG_LENGTH,
-    average,
-    shown,
-    theirs,
-)
-from modelstock_jax.studies.runs import Run
-from modelstock_jax.studies.soups import PROBE_RATIO, SIZE, probe_options, soup
+from modelstock_jax.studies.pool import average, shown, theirs
+from modelstock_jax.studies.soups import SIZE
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-
-# Options of every single model, of each of which all learning rates are tried.
-_METHODS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "vanilla": [{}],
-    "lp": [{"objective.name": "linear_probe"}],
-    "lp_ft": [{"objective.name": "lp_ft"}],
-    "car_ft": [{"objective.name": "car_ft"}],
-    # How fast its radii may grow is what binds in a short training.
-    "ftp": [
-        {"optimizer.projection.name": "ftp", "optimizer.projection.learning_rate": rate}
-        for rate in (0.01, 0.1)
-    ],
-    "flyp": [{"objective.name": "flyp"}],
-    # Its authors' norm on ImageNet.
-    "tpgm": [{"optimizer.projection.name": "tpgm", "optimizer.projection.norm": "l2"}],
-}
-# Learning rates to the config's: the model that is best on validation is taken.
-_RATES = (1 / 3, 1.0, 3.0)
-# Whose best lay at an end of those.
-_OWN_RATES = {"lp": tuple(PROBE_RATIO * f for f in _RATES), "ftp": (1 / 9, 1 / 3, 1.0)}
-_NAMES = {
-    "zero_shot": "zero-shot",
-    "vanilla": "vanilla fine-tuning",
-    "vanilla*": "vanilla fine-tuning*",
-    "lp": "linear probe",
-    "lp_ft": "LP-FT",
-    "car_ft": "CAR-FT",
-    "ftp": "FTP",
-    "flyp": "FLYP",
-    "tpgm": "TPGM",
-    "uniform_soup": "uniform soup",
-    "greedy_soup": "greedy soup",
-    "uniform_soup*": "uniform soup from LP",
-    "greedy_soup*": "greedy soup from LP",
-    "model_stock": "Model Stock",
-    "model_stock*": "Model Stock*",
-}
-
-
-def _strong(setup: Setup, method: str) -> dict[str, Any]:
-    """The second set-up's options, of the methods that the paper marks with an asterisk."""
-    if not method.endswith("*"):
-        return {}
-    return STRONG | {"epochs": round(STRONG_LENGTH * setup.epochs)}
-
-
-def _rates(method: str) -> tuple[float, ...]:
-    return _OWN_RATES.get(method, _RATES)
-
-
-def _single(setup: Setup, method: str, seed: int) -> tuple[Replica, ...]:
-    """A model of each of the method's options at each learning rate, the rates side by side."""
-    rates = tuple(setup.learning_rate * factor for factor in _rates(method))
-    base = {
-        "merge.every": "never",
-        "num_replicas": len(rates),
-        "per_replica.learning_rate": rates,
-        **_strong(setup, method),
-    }
-    runs = [
-        Run.of(seed, {**base, **options, **probe_options(setup, options)})
-        for options in _METHODS[method.rstrip("*")]
-    ]
-    return tuple(Replica(run, r) for run in runs for r in range(len(rates)))
-
-
-def _is_single(method: str) -> bool:
-    return method.rstrip("*") in _METHODS
-
-
-def _model(setup: Setup, method: str, seed: int) -> Model:
-    if method == "zero_shot":
-        return Anchor()
-    if method.startswith("model_stock"):
-        return Merged(Run.of(seed, MERGING | _strong(setup, method)))
-    if "soup" in method:
-        members = soup(setup, seed, "lp_ft" if method.endswith("*") else "cross_entropy")
-        return Mean(members) if method.startswith("uniform") else Greedy(members)
-    return Best(_single(setup, method, seed))
 
 
 def _wanted(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]:
@@ -106,9 +19,9 @@ def _wanted(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]
         wanted: dict[Any, Measurement] = {}
         for method in methods:
             for seed in setup.seeds:
-                wanted[method, seed] = Score(_model(setup, method, seed))
-                if _is_single(method):
-                    tried = _single(setup, method, seed)
+                wanted[method, seed] = Score(model_by(setup, method, seed))
+                if is_single(method):
+                    tried = single(setup, method, seed)
                     wanted |= {(method, seed, i): HeldOut(one) for i, one in enumerate(tried)}
         return wanted
 
@@ -135,7 +48,7 @@ def _say(
         }
         rows = [
             [
-                _NAMES[method],
+                NAMES[method],
                 *(shown(column) for column in zip(*found[method], strict=True)),
                 *([costs[method]] if costs else []),
                 _chosen(setup, values, method),
@@ -186,7 +99,7 @@ def _claims(
         pairs = zip(found[mine], found[rival], strict=True)
         claims.append(
             Claim(
-                f"{_NAMES[mine]} {verb} {_NAMES[rival]}, {place} ({said:+.2f} there)",
+                f"{NAMES[mine]} {verb} {NAMES[rival]}, {place} ({said:+.2f} there)",
                 where,
                 [sign * (a[i] - b[i]) for a, b in pairs],
             )
@@ -196,13 +109,13 @@ def _claims(
 
 def _chosen(setup: Setup, values: Values, method: str) -> str:
     """The learning rates that validation chose, one a seed, with a mark at the ends."""
-    if not _is_single(method):
+    if not is_single(method):
         return "–"
-    rates = _rates(method)
-    count = len(rates) * len(_METHODS[method.rstrip("*")])
+    rates = rates_of(method)
     chosen = []
     for seed in setup.seeds:
-        best = max(range(count), key=lambda i, seed=seed: values[method, seed, i])
+        tried = range(len(single(setup, method, seed)))
+        best = max(tried, key=lambda i, seed=seed: values[method, seed, i])
         rate = rates[best % len(rates)]
         chosen.append(f"{rate:.2g}" + "†" * (rate in (min(rates), max(rates))))
     return ", ".join(chosen)
