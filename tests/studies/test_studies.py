@@ -84,6 +84,7 @@ def test_soups_from_a_probe_stand_beside_the_papers_second_set_up(bench):
     study = STUDIES["table2"]
     values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
     texts = {claim.text for claim in study.summarise(SETUP, values).claims}
+    assert not any("linear probe" in text for text in texts), "there it is what soups start from"
     assert {text for text in texts if "from LP" in text} == {
         "Model Stock* beats uniform soup from LP, in distribution (+1.22 there)",
         "Model Stock* is behind uniform soup from LP, on the shifts (-2.76 there)",
