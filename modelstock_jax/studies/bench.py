@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,7 @@ class Bench:
         """The ledger's key: equal for equal models of equal training, measured alike."""
         return self._digest(measurement.key(self))
 
-    def missing(self, measurements: Iterable[Measurement]) -> list[Measurement]:
-        """Those that the ledger has not, each once."""
-        unknown = {self.key(one): one for one in measurements}
-        return [one for key, one in unknown.items() if key not in self.ledger]
-
-    def seconds(self, missing: Sequence[Measurement], untrained: Sequence[Run]) -> float | None:
+    def seconds(self, missing: Iterable[Measurement], untrained: Iterable[Run]) -> float | None:
         """How long it takes to train and measure these, by what was timed before; None if never."""
         training = self.ledger.rate("Trained", lambda value: value["steps"] * value["replicas"])
         total = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from modelstock_jax.studies.ledger import Ledger
 from modelstock_jax.studies.measurements import Measurement
 from modelstock_jax.studies.page import write
 from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.schedule import Schedule
 from modelstock_jax.studies.study import Report, Setup, Study, runs_of
-from modelstock_jax.studies.turns import turns
 
 _COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
 
@@ -87,12 +87,12 @@ class Runner:
                 for study in studies
                 for one in study.measurements(self._setup(study, bench)).values()
             ]
-            missing, untrained = _missing(bench, wanted)
-            more = bench.seconds(missing, untrained)
+            schedule = Schedule.of(bench, wanted)
+            more = bench.seconds(schedule.measurements.values(), schedule.runs.values())
             seconds = None if seconds is None or more is None else seconds + more
             count += len(wanted)
-            measurements += len(missing)
-            runs += len(untrained)
+            measurements += len(schedule.measurements)
+            runs += len(schedule.runs)
         guess = "not timed yet" if seconds is None else f"about {duration(seconds)}"
         self._say(f"{runs} runs to train, {measurements} of {count} measurements to make: {guess}")
         return seconds
@@ -141,28 +141,26 @@ class Runner:
         self, study: Study, bench: Bench, wanted: Mapping[Hashable, Measurement]
     ) -> dict[Hashable, Any]:
         """Trains and measures what is missing, and says what it does."""
+        schedule = Schedule.of(bench, wanted.values())
+        numbers = {name: number for number, name in enumerate(schedule.runs, 1)}
+        titles = {
+            bench.key(one): f"{number}/{len(wanted)}  {one.key(bench)[0]} {name}"
+            for number, (name, one) in enumerate(wanted.items(), 1)
+        }
 
         def waits(count: int) -> None:
             self._say(f"{study.name}: waits for {count} that other processes are at")
 
-        _, untrained = _missing(bench, wanted.values())
-        runs = {bench.name(run): (number, run) for number, run in enumerate(untrained, 1)}
-        for number, run in turns(
-            self._locks, runs, lambda name: bench.trained.is_here(runs[name][1]), waits
-        ):
-            title = f"{study.name}: {bench.trained.title(run)} ({number} of {len(untrained)})"
-            options = ", ".join(f"{key}={value}" for key, value in run.options)
-            self._say(f"{title}: {options}" if options else title)
-            bench.trained.train(run, title)
-        missing = {
-            bench.key(one): (number, name)
-            for number, (name, one) in enumerate(wanted.items(), 1)
-            if bench.key(one) not in self._ledger
-        }
-        for number, name in turns(self._locks, missing, self._ledger.look_for, waits):
-            bench.value(wanted[name])
-            what = wanted[name].key(bench)[0]
-            self._say(f"{study.name}  {number}/{len(wanted)}  {what} {name}")
+        for name, piece in schedule.turns(bench, self._locks, waits):
+            if isinstance(piece, Run):
+                title = f"{study.name}: {bench.trained.title(piece)}"
+                title += f" ({numbers[name]} of {len(numbers)})"
+                options = ", ".join(f"{key}={value}" for key, value in piece.options)
+                self._say(f"{title}: {options}" if options else title)
+                bench.trained.train(piece, title)
+            else:
+                bench.value(piece)
+                self._say(f"{study.name}  {titles[name]}")
         return {name: bench.value(one) for name, one in wanted.items()}
 
     def _say(self, line: str) -> None:
@@ -199,11 +197,3 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"--out={out}: cannot write there: {error.strerror}") from error
-
-
-def _missing(bench: Bench, wanted: Iterable[Measurement]) -> tuple[list[Measurement], list[Run]]:
-    """Measurements that the ledger has not, and the runs that they need and are not here."""
-    missing = bench.missing(wanted)
-    runs = {bench.name(run): run for run in runs_of(tuple(missing))}
-    # Runs that differ in their seed alone follow each other: they share compiled programs.
-    return missing, [runs[name] for name in sorted(runs) if not bench.trained.is_here(runs[name])]

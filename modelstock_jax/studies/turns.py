@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,6 +58,7 @@ def turns(
     pieces: Mapping[str, Piece],
     done: Callable[[str], bool],
     waits: Callable[[int], None] = lambda count: None,
+    after: Mapping[str, Collection[str]] | None = None,
 ) -> Iterator[Piece]:
     """The pieces that are not done and that no other process is at; ends when all are done.
 
@@ -67,7 +68,9 @@ def turns(
       directory: of the locks.
       pieces: by name, in the order in which they are done.
       done: name -> whether anyone has done it.
-      waits: told of the number of pieces whenever only others' are left and it has changed.
+      waits: told of the number of pieces whenever only others', and what needs them, are left and
+        it has changed.
+      after: name -> the pieces that must be done before it.
 
     Example:
       >>> import tempfile
@@ -77,10 +80,12 @@ def turns(
       >>> results
       {'a': 1, 'b': 2}
     """
-    left, told = dict(pieces), 0
+    left, told, after = dict(pieces), 0, after or {}
     while left:
         found = False
         for name in list(left):
+            if any(needed in left for needed in after.get(name, ())):
+                continue
             with claim(directory, name) as ours:
                 if ours and not done(name):
                     found = True
