@@ -14,6 +14,9 @@ STOPPED = 143  # 128 + SIGTERM, as a shell reports it.
 class Interruption:
     """Turns SIGTERM and Ctrl-C into a request that the loop grants after a save.
 
+    A signal that the process was started to ignore stays ignored, as a shell's background job
+    ignores Ctrl-C.
+
     Attributes:
       requested: whether a signal has come to this process; a second Ctrl-C stops at once.
     """
@@ -45,7 +48,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         self._before = {}
         for kind in (signal.SIGTERM, signal.SIGINT):
-            self._before[kind] = signal.signal(kind, self._request)
+            if signal.getsignal(kind) is not signal.SIG_IGN:
+                self._before[kind] = signal.signal(kind, self._request)
         return self
 
     def _request(self, number, frame) -> None:
