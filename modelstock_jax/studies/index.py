@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax.reporting.files import write_text
-from modelstock_jax.studies.claims import cell
 from modelstock_jax.studies.page import stems
+from modelstock_jax.studies.report.claims import cell
 from modelstock_jax.studies.study import Study
 
 PAGE = "README.md"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax.reporting.files import write_json, write_text
-from modelstock_jax.studies.claims import Verdict, cell
+from modelstock_jax.studies.report.claims import Verdict, cell
 from modelstock_jax.studies.study import Report, Study
 
 
@@ -72,7 +72,7 @@ def together(reports: Mapping[str, Report]) -> dict[str, dict[str, Verdict]]:
     Seeds of one anchor say nothing of another, so they are not pooled: together a claim holds
     where it holds from each anchor, does not where it does not from each, and is else not decided.
 
-    >>> from modelstock_jax.studies.claims import Claim
+    >>> from modelstock_jax.studies.report.claims import Claim
     >>> claims = [Claim("a", "", [1.0, 1.1])], [Claim("a", "", [1.0, -1.0])]
     >>> together({"one": Report(claims=claims[0]), "two": Report(claims=claims[1])})
     {'a': {'one': 'holds', 'two': 'not decided', 'all': 'not decided'}}

@@ -13,13 +13,13 @@ from rich.markup import escape
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.progress import duration
-from modelstock_jax.studies.bench import Bench
-from modelstock_jax.studies.ledger import Ledger
-from modelstock_jax.studies.measurements import Measurement
 from modelstock_jax.studies.page import write
-from modelstock_jax.studies.runs import Run
-from modelstock_jax.studies.schedule import Schedule
-from modelstock_jax.studies.study import Report, Setup, Study, runs_of
+from modelstock_jax.studies.study import Report, Setup, Study
+from modelstock_jax.studies.work.bench import Bench
+from modelstock_jax.studies.work.ledger import Ledger
+from modelstock_jax.studies.work.measurements import Measurement
+from modelstock_jax.studies.work.runs import Run, runs_of
+from modelstock_jax.studies.work.schedule import Schedule
 
 _COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Measurement
-from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.report.claims import Claim
+from modelstock_jax.studies.work.measurements import Measurement
 
 
 class Setup(NamedTuple):
@@ -97,15 +95,3 @@ class Study:
     measurements: Callable[[Setup], Mapping[Any, Measurement]]
     summarise: Callable[[Setup, Values], Report]
     num_seeds: int = 4
-
-
-def runs_of(value: Any) -> Iterator[Run]:
-    """Every run that a measurement needs, however deep it lies in its models."""
-    if isinstance(value, Run):
-        yield value
-    elif isinstance(value, tuple):
-        for one in value:
-            yield from runs_of(one)
-    elif dataclasses.is_dataclass(value):
-        for one in dataclasses.fields(value):
-            yield from runs_of(getattr(value, one.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.studies.curves import Curve, best_at, curve_above, own_above
+from modelstock_jax.studies.report.curves import Curve, best_at, curve_above, own_above
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.studies.measurements import Angles, Distance, Predicted, Projected, Shell
-from modelstock_jax.studies.models import Anchor, Between, Mean
-from modelstock_jax.studies.pool import groups, pool
+from modelstock_jax.studies.catalogue.pool import groups, pool
+from modelstock_jax.studies.work.measurements import Angles, Distance, Predicted, Projected, Shell
+from modelstock_jax.studies.work.models import Anchor, Between, Mean
 from tests.studies.bench import SPREAD, DrawnBench
 
 BENCH = DrawnBench()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from modelstock_jax.merging import model_stock, stack_replicas
-from modelstock_jax.studies.models import (
+from modelstock_jax.studies.catalogue.pool import pool
+from modelstock_jax.studies.work.models import (
     Anchor,
     Best,
     Between,
@@ -20,8 +21,7 @@ from modelstock_jax.studies.models import (
     Noisy,
     Replica,
 )
-from modelstock_jax.studies.pool import pool
-from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.work.runs import Run
 from tests.studies.bench import SPREAD, DrawnBench
 
 BENCH = DrawnBench()

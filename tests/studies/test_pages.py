@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from modelstock_jax.studies.claims import Claim
 from modelstock_jax.studies.index import write_index
 from modelstock_jax.studies.page import together, write
+from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Study, Table
 
 STUDY = Study("some", "Some study", "About it.", None, None)

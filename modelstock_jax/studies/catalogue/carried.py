@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelstock_jax.studies import charts
 from modelstock_jax.studies.catalogue.periodic import period_options
-from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.curves import (
+from modelstock_jax.studies.catalogue.pool import MERGING, PAIR, mean
+from modelstock_jax.studies.report import charts
+from modelstock_jax.studies.report.cells import both, id_and_shifts, shown
+from modelstock_jax.studies.report.claims import Claim
+from modelstock_jax.studies.report.curves import (
     ALPHAS,
     Curve,
     curve,
@@ -17,11 +19,10 @@ from modelstock_jax.studies.curves import (
     known,
     own_above,
 )
-from modelstock_jax.studies.measurements import Measurement, Score
-from modelstock_jax.studies.models import Merge, Merged, Model, Replica
-from modelstock_jax.studies.pool import MERGING, PAIR, both, id_and_shifts, mean, shown
-from modelstock_jax.studies.runs import Run
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
+from modelstock_jax.studies.work.measurements import Measurement, Score
+from modelstock_jax.studies.work.models import Merge, Merged, Model, Replica
+from modelstock_jax.studies.work.runs import Run
 
 _MEAN = MERGING | {"merge.method": "mean"}
 # Fixed before any of them was run. A run of 8 epochs at 2e-3 takes exp(-0.27 d) off a task vector

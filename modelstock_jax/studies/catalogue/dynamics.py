@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.reporting.layers import kind
-from modelstock_jax.studies import figures
 from modelstock_jax.studies.catalogue.angles import NOISE
-from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import Angles, Measurement
-from modelstock_jax.studies.models import Replica
-from modelstock_jax.studies.pool import PAIR
-from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.catalogue.pool import PAIR
+from modelstock_jax.studies.report import figures
+from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
+from modelstock_jax.studies.work.measurements import Angles, Measurement
+from modelstock_jax.studies.work.models import Replica
+from modelstock_jax.studies.work.runs import Run
 
 
 def _wanted(setup: Setup) -> dict[int, Measurement]:

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.studies.catalogue.angles import angle_claims, angles_by_kind
-from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.measurements import (
+from modelstock_jax.studies.catalogue.pool import PAIR, groups, mean
+from modelstock_jax.studies.catalogue.soups import probe_options
+from modelstock_jax.studies.report.cells import average, shown
+from modelstock_jax.studies.report.claims import Claim
+from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
+from modelstock_jax.studies.work.measurements import (
     Angles,
     AnglesFrom,
     Measurement,
     Score,
     Shell,
 )
-from modelstock_jax.studies.models import Merge, MergeFrom, Model, Replica, Start
-from modelstock_jax.studies.pool import PAIR, average, groups, mean, shown
-from modelstock_jax.studies.runs import Run
-from modelstock_jax.studies.soups import probe_options
-from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
+from modelstock_jax.studies.work.models import Merge, MergeFrom, Model, Replica, Start
+from modelstock_jax.studies.work.runs import Run
 
 _WAYS: Mapping[str, dict[str, Any]] = {
     "AdamW": {},

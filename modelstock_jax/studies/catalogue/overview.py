@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelstock_jax.studies import charts
-from modelstock_jax.studies.claims import Claim
-from modelstock_jax.studies.curves import ALPHAS, Curve, curve, curve_above, curve_scores, known
-from modelstock_jax.studies.measurements import Measurement
-from modelstock_jax.studies.models import Greedy, Mean, Merge, Model
-from modelstock_jax.studies.pool import average, both, groups, mean, pool
-from modelstock_jax.studies.soups import SIZE, soup
+from modelstock_jax.studies.catalogue.pool import groups, mean, pool
+from modelstock_jax.studies.catalogue.soups import SIZE, soup
+from modelstock_jax.studies.report import charts
+from modelstock_jax.studies.report.cells import average, both
+from modelstock_jax.studies.report.claims import Claim
+from modelstock_jax.studies.report.curves import (
+    ALPHAS,
+    Curve,
+    curve,
+    curve_above,
+    curve_scores,
+    known,
+)
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
+from modelstock_jax.studies.work.measurements import Measurement
+from modelstock_jax.studies.work.models import Greedy, Mean, Merge, Model
 
 # A soup costs as much as all else together: those that Table 2 has as well.
 _SOUP_SEEDS = 3

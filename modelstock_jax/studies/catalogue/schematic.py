@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from modelstock_jax.studies import figures
 from modelstock_jax.studies.catalogue.angles import NOISE
-from modelstock_jax.studies.measurements import Angles, Measurement, Projected
-from modelstock_jax.studies.models import Mean, Merged, Replica
-from modelstock_jax.studies.pool import MERGING, PAIR
-from modelstock_jax.studies.runs import Run
+from modelstock_jax.studies.catalogue.pool import MERGING, PAIR
+from modelstock_jax.studies.report import figures
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
+from modelstock_jax.studies.work.measurements import Angles, Measurement, Projected
+from modelstock_jax.studies.work.models import Mean, Merged, Replica
+from modelstock_jax.studies.work.runs import Run
 
 
 def _pair(setup: Setup) -> dict[str, Measurement]:

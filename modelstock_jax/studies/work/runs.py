@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,18 @@ class Run:
         config.update_from_flattened_dict(dict(self.options))
         config.seed = self.seed
         return config
+
+
+def runs_of(value: Any) -> Iterator[Run]:
+    """Every run that a measurement needs, however deep it lies in its models."""
+    if isinstance(value, Run):
+        yield value
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from runs_of(one)
+    elif dataclasses.is_dataclass(value):
+        for one in dataclasses.fields(value):
+            yield from runs_of(getattr(value, one.name))
 
 
 def training_digest(config: ConfigDict, fingerprint: str) -> str:

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.studies.runs import Run, training_digest
-from modelstock_jax.studies.tree_file import read_tree, write_tree
-from modelstock_jax.studies.turns import claim
+from modelstock_jax.studies.work.runs import Run, training_digest
+from modelstock_jax.studies.work.tree_file import read_tree, write_tree
+from modelstock_jax.studies.work.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.studies.measurements import Score
-from modelstock_jax.studies.models import Anchor, Between, Model
-from modelstock_jax.studies.pool import id_and_shifts
+from modelstock_jax.studies.report.cells import id_and_shifts
+from modelstock_jax.studies.work.measurements import Score
+from modelstock_jax.studies.work.models import Anchor, Between, Model
 
 # Between the anchor (0) and the model (1).
 ALPHAS = (0.25, 0.5, 0.75)

@@ -20,7 +20,7 @@ from modelstock_jax.reporting.style import (
     VERMILION,
     draw,
 )
-from modelstock_jax.studies.curves import Curve
+from modelstock_jax.studies.report.curves import Curve
 
 # Each line has a marker of its own, so that a print without colours can be read.
 _COLOURS = (GREY, SKY, ORANGE, BLUE, PURPLE, VERMILION, GREEN)

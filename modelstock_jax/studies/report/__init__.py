@@ -1,0 +1,1 @@
+"""What studies say: numbers, verdicts and pictures."""

@@ -1,0 +1,1 @@
+"""What studies train, build and measure, each by content and once."""
