@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,34 @@ def violations(root: Path) -> list[str]:
     if launch.exists() and (length := len(launch.read_text().splitlines())) > MAX_LAUNCH_LINES:
         found.append(f"launch.py:{length}: longer than {MAX_LAUNCH_LINES} lines")
     return found
+
+
+def circle(root: Path) -> list[str]:
+    """Modules of which each imports the next and the last the first; [] where there are none."""
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / PACKAGE).rglob("*.py")
+    }
+    graph = {}
+    for module, path in paths.items():
+        names = [name for _, name in imports(path, root)]
+        # What is imported is a module, or a name in one.
+        found = {name if name in paths else name.rpartition(".")[0] for name in names}
+        graph[module] = (found & paths.keys()) - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others(tmp_path):
+    assert circle(ROOT) == []
+    package = tmp_path / PACKAGE
+    package.mkdir()
+    (package / "a.py").write_text("def f():\n    from modelstock_jax.b import g\n")
+    (package / "b.py").write_text("from modelstock_jax import a\n")
+    assert set(circle(tmp_path)) == {f"{PACKAGE}.a", f"{PACKAGE}.b"}
 
 
 def test_this_tree():
