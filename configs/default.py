@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     # validation data) or 'pretrain' (a CLIP from scratch).
     config.task = "finetune"
     # The pretrained CLIP: a directory or a hub id with safetensors, in Hugging Face's, OpenCLIP's
-    # or OpenAI's layout; 'glyph-clip' ships with the package.
+    # or OpenAI's layout; 'glyph-clip' and 'glyph-clip-1' ship with the package.
     config.pretrained = "glyph-clip"
     # Side of the images in pixels; 0 takes the checkpoint's. Another one resizes its position
     # embeddings, once, before training.

@@ -1,8 +1,9 @@
-"""Pretrains the small CLIP that ships with the package, by image-text contrast from scratch.
+"""Pretrains a small CLIP, as those that ship with the package, by image-text contrast from scratch.
 
     python launch.py --config=configs/glyph_pretrain.py --workdir=runs/glyph-clip
 
-writes runs/glyph-clip/model in Hugging Face's layout. Another anchor: --config.seed=1.
+writes runs/glyph-clip/model in Hugging Face's layout: 'glyph-clip'. With --config.seed=1 it is
+'glyph-clip-1', a second anchor for studies; further seeds give further ones.
 """
 
 from configs import default

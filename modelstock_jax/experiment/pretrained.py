@@ -26,7 +26,8 @@ from modelstock_jax.training.programs import Programs
 from modelstock_jax.training.sharding import batch_sharding
 
 _DATA = Path(glyphs.__file__).parent
-BUNDLED = {"glyph-clip": _DATA / "clip"}
+# Pretrained by configs/glyph_pretrain.py with seeds 0 and 1.
+BUNDLED = {"glyph-clip": _DATA / "clip", "glyph-clip-1": _DATA / "clip_1"}
 _WIDE_VISION = VisionConfig(
     hidden_size=1024,
     intermediate_size=4096,

@@ -46,9 +46,10 @@ def test_a_short_pretraining_learns_and_saves_the_same_layout(tmp_path):
     assert config[0] == config[1]
 
 
-def test_the_shipped_model_is_small_and_good():
-    assert (SHIPPED / "model.safetensors").stat().st_size <= 3e6
-    checkpoint = open_pretrained("glyph-clip")
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_shipped_model_is_small_and_good(name):
+    assert (BUNDLED[name] / "model.safetensors").stat().st_size <= 3e6
+    checkpoint = open_pretrained(name)
     head = zero_shot_head(checkpoint, glyphs.CLASS_NAMES, glyphs.TEMPLATES)
     evaluate = make_evaluator(
         classifier(checkpoint.config),
