@@ -42,6 +42,13 @@ def test_what_lies_above_holds(report):
     assert along.differences == pytest.approx([0.75] * 4, abs=1e-3)
 
 
+def test_mean_curves_say_the_same_where_noise_is_shared(report):
+    rows = {row[0]: row for row in report.tables[1].rows}
+    row = rows["noise carried, shrunk at every merge − the mean after training"]
+    assert row[1:4] == ["1.00 ± 0.00", "4", "1.00 ± 0.00"]
+    assert rows["noise carried, shrunk at the last merge − periodic mean"][3] == "–"
+
+
 def test_what_is_out_of_range_is_said_and_not_judged(report):
     told = [note for note in report.notes if note.startswith("noise carried, shrunk at the last")]
     assert len(told) == 7

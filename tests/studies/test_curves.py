@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.studies.report.curves import Curve, best_at, curve_above, own_above
+from modelstock_jax.studies.report.curves import (
+    Curve,
+    best_at,
+    curve_above,
+    jackknife,
+    mean_curve,
+    own_above,
+)
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -59,3 +66,22 @@ def test_curves_that_lie_apart(shift):
 def test_curves_that_share_no_accuracy():
     high = Curve([(0.0, 92.0, 50.0), (0.5, 93.0, 50.0), (1.0, 94.0, 50.0)])
     assert curve_above([high], [measured()]) is None
+
+
+def test_where_a_rival_bends_mean_curves_are_nearer_to_the_truth():
+    """A model on the rival's own curve, near its highest ID; a seed's noise is in the model's."""
+    noise = np.random.default_rng(0).normal(0, 0.4, 400)
+    models = [(rising(0.7)[0] + one, rising(0.7)[1]) for one in noise]
+    rival = measured()
+    apart = [gap for gap in (own_above(one, [rival]) for one in models) if gap is not None]
+    assert abs(np.mean(apart)) > 0.3 and len(apart) < len(models)
+    curves = [Curve([*rival.points[:-1], (1.0, *one)]) for one in models]
+    assert own_above(mean_curve(curves).own, [rival]) == pytest.approx(0, abs=0.1)
+
+
+def test_a_jackknife_of_means_is_their_standard_error():
+    values = np.random.default_rng(1).normal(size=9)
+    found = jackknife(lambda some: float(np.mean(some)), list(values))
+    assert found.mean == pytest.approx(values.mean())
+    assert found.error == pytest.approx(values.std(ddof=1) / 3)
+    assert jackknife(lambda some: None if len(some) < 9 else 0.0, list(values)) is None

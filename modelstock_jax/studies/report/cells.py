@@ -30,9 +30,13 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
     >>> shown([1.0, 3.0]), shown([2.5]), shown([])
     ('2.00 ± 1.00', '2.50', '–')
     """
-    if not values:
+    return with_error(mean_and_error(values) if values else None, digits)
+
+
+def with_error(found: Measured | None, digits: int = 2) -> str:
+    """A mean and its error, where it has one."""
+    if found is None:
         return "–"
-    found: Measured = mean_and_error(values)
     text = f"{found.mean:.{digits}f}"
     return text if found.error is None else f"{text} ± {found.error:.{digits}f}"
 

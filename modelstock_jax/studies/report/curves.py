@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from modelstock_jax.reporting.rows import Measured
 from modelstock_jax.studies.report.cells import id_and_shifts
 from modelstock_jax.studies.work.measurements import Score
 from modelstock_jax.studies.work.models import Anchor, Between, Model
 
+Sample = TypeVar("Sample")
 # Between the anchor (0) and the model (1).
 ALPHAS = (0.25, 0.5, 0.75)
 _DENSE = 401
@@ -111,6 +113,39 @@ def curve_above(one: Sequence[Curve], rivals: Sequence[Curve]) -> float | None:
         if mine is not None and theirs is not None:
             gaps.append(mine - theirs)
     return float(np.mean(gaps)) if gaps else None
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Mean accuracies, alpha by alpha.
+
+    Where curves bend, noise in one seed's accuracy in distribution does not average out over
+    comparisons, and a seed at which a rival does not reach that accuracy drops out of them. Of the
+    means there is less of both.
+    """
+    points = zip(*(one.points for one in curves), strict=True)
+    return Curve([tuple(np.mean(seeds, axis=0).tolist()) for seeds in points])
+
+
+def jackknife(
+    statistic: Callable[[Sequence[Sample]], float | None], samples: Sequence[Sample]
+) -> Measured | None:
+    """A statistic of all samples, and its standard error from leaving out each in turn (Tukey).
+
+        error^2 = (n - 1) / n sum_j (s_j - mean(s))^2,  s_j without sample j
+
+    None where the statistic is, of all or without one.
+
+    Example:
+      >>> found = jackknife(lambda values: float(np.mean(values)), [1.0, 2.0, 6.0])
+      >>> round(found.mean, 3), round(found.error, 3)  # As of a plain mean.
+      (3.0, 1.528)
+    """
+    count = len(samples)
+    without = known(statistic([*samples[:i], *samples[i + 1 :]]) for i in range(count))
+    found = statistic(samples)
+    if found is None or len(without) < count or count < 2:
+        return None
+    return Measured(found, float(np.sqrt((count - 1) * np.var(without))))
 
 
 def known(gaps: Iterable[float | None]) -> list[float]:
