@@ -159,8 +159,8 @@ def _say(setup: Setup, values: Values) -> Report:
             "(its alphas joined by a spline) has at the same accuracy in distribution; of a rival "
             "with a strength, the best of all strengths, chosen on the test sets in its favour.",
             "Of mean curves: as it is, of accuracies averaged over the seeds before they are "
-            "compared, with a jackknife's error. No seed drops out for having too much ID, and noise "
-            "in a seed's ID, which a bent curve does not average out, matters less.",
+            "compared, with a jackknife's error. No seed drops out for having too much ID, and "
+            "noise in a seed's ID, which a bent curve does not average out, matters less.",
             "At its best α: curve against curve, the mean difference over the upper half of the "
             "accuracies that both have.",
             *notes,
