@@ -153,17 +153,21 @@ def known(gaps: Iterable[float | None]) -> list[float]:
     return [gap for gap in gaps if gap is not None]
 
 
-def curve_scores(models: Mapping[Any, Model], seed: Any) -> dict[tuple[Any, ...], Score]:
+def curve_scores(
+    models: Mapping[Any, Model], seed: Any, alphas: Sequence[float] = ALPHAS
+) -> dict[tuple[Any, ...], Score]:
     """What the curves of models need: (name, seed) -> the model's score, (name, seed, alpha)."""
     wanted = {("zero_shot", seed): Score(Anchor())}
     for name, model in models.items():
         wanted[name, seed] = Score(model)
-        wanted |= {(name, seed, alpha): Score(Between(model, alpha)) for alpha in ALPHAS}
+        wanted |= {(name, seed, alpha): Score(Between(model, alpha)) for alpha in alphas}
     return wanted
 
 
-def curve(values: Mapping[Any, Any], name: Any, seed: Any) -> Curve:
+def curve(
+    values: Mapping[Any, Any], name: Any, seed: Any, alphas: Sequence[float] = ALPHAS
+) -> Curve:
     """The curve of a model from what `curve_scores` asked for."""
     keys = {0.0: ("zero_shot", seed)}
-    keys |= {alpha: (name, seed, alpha) for alpha in ALPHAS} | {1.0: (name, seed)}
+    keys |= {alpha: (name, seed, alpha) for alpha in alphas} | {1.0: (name, seed)}
     return Curve([(a, *id_and_shifts(values[key])) for a, key in keys.items()])
