@@ -33,8 +33,8 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
         "seeds or disjoint groups of models; *holds* where the 95 % interval of Student's t lies "
         "above zero, *does not hold* where it lies below, *not decided* where it holds zero. With "
         "*at most*, the mean deviation is held against a bound, over n seeds, tensors, epochs or "
-        "draws of noise, of which some may lie beyond it. All seeds meet the same test images: what "
-        "chance there favours is in no error. Written by `make studies`.",
+        "draws of noise, of which some may lie beyond it. All seeds meet the same test images: "
+        "what chance there favours is in no error. Written by `make studies`.",
         "",
         "| study | claim | where | here | verdict |",
         "|---|---|---|---:|---|",

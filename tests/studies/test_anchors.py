@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -23,17 +24,24 @@ def config_of(name, data="glyphs"):
     return config
 
 
+@pytest.fixture(scope="module")
+def data():
+    config = glyphs.get_config().data
+    config.shifts = ("v2",)
+    return benchmark.load(config)
+
+
 @pytest.mark.parametrize(
-    ("name", "data", "message"),
+    ("name", "data_name", "message"),
     [
         ("tower:resnt", "glyphs", "tower:resnt: the towers are vit, hybrid, resnet, convnext"),
         ("tower:resnet", "imagenet", "towers are pretrained on the glyphs.*needs a CLIP"),
         ("runs/none", "glyphs", "runs/none"),
     ],
 )
-def test_a_mistake_is_seen_before_data_is_opened(name, data, message):
+def test_a_mistake_is_seen_before_data_is_opened(name, data_name, message):
     with pytest.raises(UserError, match=message):
-        opener(config_of(name, data))
+        opener(config_of(name, data_name))
 
 
 def test_an_option_that_a_run_would_refuse_is_refused_first(tmp_path):
@@ -43,21 +51,38 @@ def test_an_option_that_a_run_would_refuse_is_refused_first(tmp_path):
         Bench(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
 
 
+def test_a_tower_is_known_before_it_is_trained(tmp_path, monkeypatch, data):
+    """A study whose lines are all there needs its name alone."""
+    monkeypatch.setattr(anchors, "_pretrain", pytest.fail)
+
+    def fingerprint(name="tower:resnet", **options):
+        config = config_of(name)
+        config.update_from_flattened_dict(options)
+        return Bench(config, tmp_path, Ledger(tmp_path / "measured.jsonl"), data).fingerprint
+
+    plain = fingerprint()
+    assert len(plain) == 16 and fingerprint() == plain
+    assert fingerprint(seed=3, accumulate_steps=2) == plain  # It is the same tower.
+    others = [fingerprint("tower:convnext"), fingerprint(label_smoothing=0.1)]
+    monkeypatch.setattr(anchors, "NUM_IMAGES", 256)
+    others.append(fingerprint())
+    assert len({plain, *others}) == 4
+    assert not (tmp_path / "towers").exists()
+
+
 @pytest.mark.slow
-def test_a_tower_is_pretrained_once(tmp_path, monkeypatch):
+def test_a_tower_is_pretrained_once(tmp_path, monkeypatch, data):
     monkeypatch.setattr(anchors, "NUM_IMAGES", 256)
     monkeypatch.setattr(anchors, "RECIPE", anchors.RECIPE | {"epochs": 2, "batch_size": 128})
     config = config_of("tower:hybrid")
-    config.data.shifts = ("v2",)
-    data = benchmark.load(config.data)
-    first = opener(config)(data, tmp_path)
+    anchor = opener(config)(data, tmp_path)
+    first = anchor.load()
+    assert anchor.load() is first and first.fingerprint == anchor.outline.fingerprint
+    chex.assert_trees_all_equal_shapes_and_dtypes(first.params, anchor.outline.params)
     start = anchors.tower.init("hybrid", 62, jax.random.key(0))
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first.params, start)
     assert min(jax.tree.leaves(moved)) > 0
-    path = tmp_path / "towers" / "hybrid" / "model.safetensors"
-    before = path.stat().st_mtime_ns
-    again = opener(config)(replace(data, train=None), tmp_path)
-    assert path.stat().st_mtime_ns == before
-    assert again.fingerprint == first.fingerprint and first.fingerprint
+    again = opener(config)(replace(data, train=None), tmp_path).load()  # Nothing to train on.
+    chex.assert_trees_all_equal(again.params, first.params)
     images = first.normalize(data.test.images[:4])
     assert np.isfinite(first.apply(first.params, images)).all()

@@ -1,23 +1,25 @@
-"""What a study starts from: a CLIP, or a tower that is pretrained with labels when first named."""
+"""What a study starts from: a CLIP, or a tower that is pretrained with labels when it is needed."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.glyphs.pretraining import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
+from modelstock_jax.studies.work.runs import digest, training_digest
 from modelstock_jax.studies.work.tree_file import read_tree, write_tree
 from modelstock_jax.studies.work.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
@@ -25,7 +27,6 @@ from modelstock_jax.towers import tower
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.finetune import alone, finetuning_programs, finetuning_trainer
 
-PyTree = Any
 PREFIX = "tower:"
 # How a tower is pretrained; chosen before any was fine-tuned.
 NUM_IMAGES = 20_480
@@ -40,7 +41,20 @@ RECIPE = {
 }
 
 
-def opener(config: ConfigDict) -> Callable[[Benchmark, Path], Classifier]:
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """A pretrained model that is loaded, or made, when its weights are first asked for.
+
+    Attributes:
+      outline: the model; its weights may be shapes alone.
+      load: -> the model with its weights.
+    """
+
+    outline: Classifier
+    load: Callable[[], Classifier]
+
+
+def opener(config: ConfigDict) -> Callable[[Benchmark, Path], Anchor]:
     """(data, workdir) -> the anchor that `config.pretrained` names: a CLIP, or `tower:NAME`.
 
     Raises:
@@ -49,7 +63,7 @@ def opener(config: ConfigDict) -> Callable[[Benchmark, Path], Classifier]:
     name = config.pretrained
     if not name.startswith(PREFIX):
         checkpoint = open_anchor(config)
-        return lambda data, workdir: anchor_classifier(config, checkpoint, data, workdir / "heads")
+        return partial(_clip, config, checkpoint)
     if config.data.name != "glyphs":
         raise UserError(
             f"pretrained={name}: towers are pretrained on the glyphs' broad world; "
@@ -59,33 +73,54 @@ def opener(config: ConfigDict) -> Callable[[Benchmark, Path], Classifier]:
     return partial(_tower, config)
 
 
-def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Classifier:
-    name = config.pretrained
-    architecture = name.removeprefix(PREFIX)
-    start = Classifier(
-        params=tower.init(architecture, len(data.class_names), jax.random.key(0)),
-        apply=tower.classifier(architecture, Compute.of(config.compute)),
+def _clip(config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, workdir: Path) -> Anchor:
+    opened = anchor_classifier(config, checkpoint, data, workdir / "heads")
+    return Anchor(opened, lambda: opened)
+
+
+def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
+    """As a run, a tower is known by all that its weights depend on, not by their bits."""
+    name = config.pretrained.removeprefix(PREFIX)
+    init = partial(tower.init, name, len(data.class_names), jax.random.key(0))
+    recipe, shapes = _recipe(config), jax.eval_shape(init)
+    sizes = [list(leaf.shape) for leaf in jax.tree.leaves(shapes)]
+    outline = Classifier(
+        params=shapes,
+        apply=tower.classifier(name, Compute.of(config.compute)),
         normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, tower.IMAGE_SIZE),
-        num_heads=tower.TOWERS[architecture].num_heads,
+        num_heads=tower.TOWERS[name].num_heads,
+        fingerprint=training_digest(recipe, digest([name, NUM_IMAGES, sizes])),
     )
-    path = workdir / "towers" / architecture / "model.safetensors"
-    with claim(workdir / "locks", f"tower-{architecture}", wait=True):
-        if not path.is_file():
-            params = _pretrain(config, start, data, workdir, name)
-            with new_directory(path.parent) as beside:
-                write_tree(beside / path.name, params)
-    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-    return dataclasses.replace(start, params=read_tree(path), fingerprint=fingerprint)
+
+    @functools.cache
+    def load() -> Classifier:
+        place = f"{name}-{outline.fingerprint}"
+        path = workdir / "towers" / place / "model.safetensors"
+        with claim(workdir / "locks", f"tower-{place}", wait=True):
+            if not path.is_file():
+                start = dataclasses.replace(outline, params=init(), fingerprint="")
+                _pretrain(recipe, start, data, workdir, path)
+        return dataclasses.replace(outline, params=read_tree(path))
+
+    return Anchor(outline, load)
 
 
-def _pretrain(
-    config: ConfigDict, start: Classifier, data: Benchmark, workdir: Path, name: str
-) -> PyTree:
+def _recipe(config: ConfigDict) -> ConfigDict:
     one = alone(config)
     one.update_from_flattened_dict(RECIPE)
     one.seed = 0
+    return one
+
+
+def _pretrain(
+    recipe: ConfigDict, start: Classifier, data: Benchmark, workdir: Path, path: Path
+) -> None:
     broad = dataclasses.replace(data, train=broad_set(NUM_IMAGES))
-    programs = finetuning_programs(one, start, broad)
-    place, title = name.replace(":", "_"), f"{name}: pretraining"
-    trainer = finetuning_trainer(one, start, broad, programs, workdir, place, title=title)
-    return jax.tree.map(lambda x: x[0], jax.device_get(trainer.run().state.params))
+    programs = finetuning_programs(recipe, start, broad)
+    title = f"{recipe.pretrained}: pretraining"
+    name = path.parent.name
+    trainer = finetuning_trainer(recipe, start, broad, programs, workdir, name, title=title)
+    params = jax.tree.map(lambda x: x[0], jax.device_get(trainer.run().state.params))
+    with new_directory(path.parent) as beside:
+        write_tree(beside / path.name, params)
+    shutil.rmtree(trainer.workdir)  # What is left of it are the optimizer's moments.

@@ -72,14 +72,15 @@ class Bench:
         opened = opener(config)
         self.data = data = data or benchmark.load(config.data)
         self._anchor = opened(data, workdir)
-        self.fingerprint = identity(config, self._anchor.fingerprint, data)
-        self.num_heads = self._anchor.num_heads
+        outline = self._anchor.outline
+        self.fingerprint = identity(config, outline.fingerprint, data)
+        self.num_heads = outline.num_heads
         self.trained = Trained(config, workdir, self._anchor, data, self.fingerprint, self._record)
         most = config.evaluation.max_shift_images
         self._validation, self._test = data.validation, data.test
         self._shifts = {name: one.take(most or len(one)) for name, one in data.shifts.items()}
         mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
-        self._evaluate = classifier_evaluator(config, self._anchor, mesh)
+        self._evaluate = classifier_evaluator(config, outline, mesh)
 
     def value(self, measurement: Measurement) -> Any:
         """What the measurement gives; measured now where the ledger has it not."""
@@ -158,7 +159,7 @@ class Bench:
 
     def anchor(self) -> PyTree:
         """See `Weights`."""
-        return self._anchor.params
+        return self._anchor.load().params
 
     def start(self, run: Run) -> PyTree:
         """See `Weights`."""

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.timeline import Timeline
+from modelstock_jax.studies.work.anchors import Anchor
 from modelstock_jax.studies.work.runs import Run, training_digest
 from modelstock_jax.studies.work.tree_file import read_tree, write_tree
 from modelstock_jax.studies.work.turns import claim
@@ -51,7 +52,7 @@ class Trained:
         self,
         config: ConfigDict,
         workdir: Path,
-        anchor: Classifier,
+        anchor: Anchor,
         data: Benchmark,
         fingerprint: str,
         record: Callable[[list[Any], Any, float], None],
@@ -124,7 +125,7 @@ class Trained:
 
     def _task(self, config: ConfigDict) -> Task:
         data = self._data
-        return finetuning_task(config, self._anchor, len(data.train), data.augment)
+        return finetuning_task(config, self._anchor.outline, len(data.train), data.augment)
 
     def is_here(self, run: Run) -> bool:
         """Whether the run has been trained."""
@@ -171,7 +172,7 @@ class Trained:
             one = config.copy_and_resolve_references()
             one.seed = self._config.seed
             with claim(self._workdir / "locks", f"probe-{key}", wait=True):
-                anchor = probe(one, self._anchor, self._data, self._workdir / "probes" / key)
+                anchor = probe(one, self._anchor.load(), self._data, self._workdir / "probes" / key)
             self._last = key, anchor, finetuning_programs(config, anchor, self._data)
         return self._last[1:]
 
