@@ -34,8 +34,8 @@ def unit_row(
 
     Example:
       >>> row = unit_row("w", "w", np.array(0.5), np.array(2 / 3), np.ones(2), np.array(0))
-      >>> row["angle"], row["norms"], row["policy"]
-      (60.0..., [1.0, 1.0], 'interpolated')
+      >>> round(row["angle"], 4), row["norms"], row["policy"]
+      (60.0, [1.0, 1.0], 'interpolated')
     """
     defined = cosine[cosine <= 1.0]
     policies = collections.Counter(Policy(int(code)).name.lower() for code in policy.flat)
