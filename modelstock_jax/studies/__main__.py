@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
             meant = f"did you mean {close[0]}? There" if close else "there"
             sys.exit(f"error: no study {name!r}; {meant} are: {', '.join(STUDIES)}")
     from modelstock_jax.studies.index import write_index
+    from modelstock_jax.studies.measuring.ledger import Ledger
     from modelstock_jax.studies.runner import Runner
-    from modelstock_jax.studies.work.ledger import Ledger
     from modelstock_jax.training.hosts.job import one_process
 
     workdir = Path(FLAGS.workdir)

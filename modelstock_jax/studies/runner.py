@@ -13,13 +13,13 @@ from rich.markup import escape
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.progress import duration
+from modelstock_jax.studies.measuring.bench import Bench
+from modelstock_jax.studies.measuring.ledger import Ledger
+from modelstock_jax.studies.measuring.measurements import Measurement
+from modelstock_jax.studies.measuring.runs import Run, runs_of
+from modelstock_jax.studies.measuring.schedule import Schedule
 from modelstock_jax.studies.page import write
 from modelstock_jax.studies.study import Report, Setup, Study
-from modelstock_jax.studies.work.bench import Bench
-from modelstock_jax.studies.work.ledger import Ledger
-from modelstock_jax.studies.work.measurements import Measurement
-from modelstock_jax.studies.work.runs import Run, runs_of
-from modelstock_jax.studies.work.schedule import Schedule
 
 _COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
 

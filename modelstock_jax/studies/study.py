@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from modelstock_jax.studies.measuring.measurements import Measurement
 from modelstock_jax.studies.report.claims import Claim
-from modelstock_jax.studies.work.measurements import Measurement
 
 
 class Setup(NamedTuple):

@@ -17,10 +17,10 @@ from modelstock_jax.data.pipeline import eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.studies.catalogue import STUDIES
+from modelstock_jax.studies.measuring.bench import Bench
+from modelstock_jax.studies.measuring.measurements import Score
+from modelstock_jax.studies.measuring.models import Anchor
 from modelstock_jax.studies.study import Setup
-from modelstock_jax.studies.work.bench import Bench
-from modelstock_jax.studies.work.measurements import Score
-from modelstock_jax.studies.work.models import Anchor
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
 from tests.data.made_records import cifar_set, coloured, write_cifar10

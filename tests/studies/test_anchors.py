@@ -12,10 +12,10 @@ import pytest
 from configs import glyphs
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.studies.work import anchors
-from modelstock_jax.studies.work.anchors import opener
-from modelstock_jax.studies.work.bench import Bench
-from modelstock_jax.studies.work.ledger import Ledger
+from modelstock_jax.studies.measuring import anchors
+from modelstock_jax.studies.measuring.anchors import opener
+from modelstock_jax.studies.measuring.bench import Bench
+from modelstock_jax.studies.measuring.ledger import Ledger
 
 
 def config_of(name, data="glyphs"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from modelstock_jax.studies.catalogue.carried import CARRIED
+from modelstock_jax.studies.measuring.models import Anchor, Between
 from modelstock_jax.studies.study import Setup
-from modelstock_jax.studies.work.models import Anchor, Between
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=8, steps_per_epoch=32)
 JITTER = (0.01, -0.01, 0.02, -0.02)

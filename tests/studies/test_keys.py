@@ -6,9 +6,9 @@ import pytest
 
 from configs import glyphs
 from modelstock_jax.studies.catalogue import STUDIES
+from modelstock_jax.studies.measuring.bench import Bench
+from modelstock_jax.studies.measuring.trained import Trained
 from modelstock_jax.studies.study import Setup
-from modelstock_jax.studies.work.bench import Bench
-from modelstock_jax.studies.work.trained import Trained
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=8, steps_per_epoch=32, learning_rate=2e-3)
 

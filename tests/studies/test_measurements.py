@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from modelstock_jax.studies.catalogue.pool import groups, pool
-from modelstock_jax.studies.work.measurements import Angles, Distance, Predicted, Projected, Shell
-from modelstock_jax.studies.work.models import Anchor, Between, Mean
+from modelstock_jax.studies.measuring.measurements import (
+    Angles,
+    Distance,
+    Predicted,
+    Projected,
+    Shell,
+)
+from modelstock_jax.studies.measuring.models import Anchor, Between, Mean
 from tests.studies.bench import SPREAD, DrawnBench
 
 BENCH = DrawnBench()

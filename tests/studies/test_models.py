@@ -9,7 +9,7 @@ import pytest
 
 from modelstock_jax.merging import model_stock, stack_replicas
 from modelstock_jax.studies.catalogue.pool import pool
-from modelstock_jax.studies.work.models import (
+from modelstock_jax.studies.measuring.models import (
     Anchor,
     Best,
     Between,
@@ -21,7 +21,7 @@ from modelstock_jax.studies.work.models import (
     Noisy,
     Replica,
 )
-from modelstock_jax.studies.work.runs import Run
+from modelstock_jax.studies.measuring.runs import Run
 from tests.studies.bench import SPREAD, DrawnBench
 
 BENCH = DrawnBench()

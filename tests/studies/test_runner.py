@@ -11,8 +11,8 @@ from configs import glyphs
 from modelstock_jax.errors import UserError
 from modelstock_jax.studies import runner
 from modelstock_jax.studies.catalogue import STUDIES
-from modelstock_jax.studies.work.bench import Bench
-from modelstock_jax.studies.work.ledger import Ledger
+from modelstock_jax.studies.measuring.bench import Bench
+from modelstock_jax.studies.measuring.ledger import Ledger
 from tests.studies.bench import DrawnBench
 
 WORLD = SimpleNamespace(shifts={"v2": None})

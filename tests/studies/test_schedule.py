@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from modelstock_jax.studies.work.ledger import Ledger
-from modelstock_jax.studies.work.measurements import Score
-from modelstock_jax.studies.work.models import Anchor, Mean, Replica
-from modelstock_jax.studies.work.runs import Run
-from modelstock_jax.studies.work.schedule import Schedule
-from modelstock_jax.studies.work.turns import claim
+from modelstock_jax.studies.measuring.ledger import Ledger
+from modelstock_jax.studies.measuring.measurements import Score
+from modelstock_jax.studies.measuring.models import Anchor, Mean, Replica
+from modelstock_jax.studies.measuring.runs import Run
+from modelstock_jax.studies.measuring.schedule import Schedule
+from modelstock_jax.studies.measuring.turns import claim
 from tests.studies.bench import DrawnBench
 
 FIRST, SECOND, THIRD = (Run(seed) for seed in range(3))

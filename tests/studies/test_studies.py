@@ -12,10 +12,10 @@ from configs import imagenet
 from modelstock_jax.reporting.files import flat
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.catalogue.pool import STRONG, STRONG_LENGTH
+from modelstock_jax.studies.measuring.measurements import Score
+from modelstock_jax.studies.measuring.runs import runs_of
 from modelstock_jax.studies.page import write
 from modelstock_jax.studies.study import Setup
-from modelstock_jax.studies.work.measurements import Score
-from modelstock_jax.studies.work.runs import runs_of
 from tests.studies.bench import DrawnBench
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=2, steps_per_epoch=10)

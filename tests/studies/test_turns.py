@@ -10,15 +10,15 @@ import time
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.studies.work.ledger import Ledger
-from modelstock_jax.studies.work.turns import claim, turns
+from modelstock_jax.studies.measuring.ledger import Ledger
+from modelstock_jax.studies.measuring.turns import claim, turns
 from tests.experiment.small_run import ROOT
 
 SHARE = """
 import sys, time
 from pathlib import Path
-from modelstock_jax.studies.work.ledger import Ledger
-from modelstock_jax.studies.work.turns import turns
+from modelstock_jax.studies.measuring.ledger import Ledger
+from modelstock_jax.studies.measuring.turns import turns
 
 place, who, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 ledger = Ledger(place / "measured.jsonl")

@@ -8,18 +8,18 @@ from typing import Any
 from modelstock_jax.merging import UNITS
 from modelstock_jax.studies.catalogue.paper import TABLE_7
 from modelstock_jax.studies.catalogue.pool import groups, mean, pool
-from modelstock_jax.studies.report.cells import average, both, id_and_shifts, shown, theirs
-from modelstock_jax.studies.report.claims import Claim
-from modelstock_jax.studies.report.curves import curve, curve_scores, known, own_above
-from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import (
+from modelstock_jax.studies.measuring.measurements import (
     Measurement,
     Policies,
     Predicted,
     Score,
     Shell,
 )
-from modelstock_jax.studies.work.models import Merge
+from modelstock_jax.studies.measuring.models import Merge
+from modelstock_jax.studies.report.cells import average, both, id_and_shifts, shown, theirs
+from modelstock_jax.studies.report.claims import Claim
+from modelstock_jax.studies.report.curves import curve, curve_scores, known, own_above
+from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 
 def _teams(setup: Setup, size: int):

@@ -10,9 +10,9 @@ import numpy as np
 from modelstock_jax.reporting.layers import kind
 from modelstock_jax.reporting.plots import angle_by_layer
 from modelstock_jax.studies.catalogue.pool import own_pairs, pool
+from modelstock_jax.studies.measuring.measurements import Angles, Measurement
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Angles, Measurement
 
 # A key's bias gets no gradient (softmax does not see it): its angle is of noise alone.
 NOISE = "k_proj.bias"

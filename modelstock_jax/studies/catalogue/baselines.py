@@ -8,10 +8,10 @@ from typing import Any
 from modelstock_jax.studies.catalogue.methods import NAMES, is_single, model_by, rates_of, single
 from modelstock_jax.studies.catalogue.paper import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
 from modelstock_jax.studies.catalogue.soups import SIZE
+from modelstock_jax.studies.measuring.measurements import HeldOut, Measurement, Score
 from modelstock_jax.studies.report.cells import average, shown, theirs
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import HeldOut, Measurement, Score
 
 
 def _wanted(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]:

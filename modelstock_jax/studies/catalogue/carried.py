@@ -7,6 +7,9 @@ from typing import Any
 
 from modelstock_jax.studies.catalogue.periodic import period_options
 from modelstock_jax.studies.catalogue.pool import MERGING, PAIR, mean
+from modelstock_jax.studies.measuring.measurements import Measurement, Score
+from modelstock_jax.studies.measuring.models import Merge, Merged, Model, Replica
+from modelstock_jax.studies.measuring.runs import Run
 from modelstock_jax.studies.report import charts
 from modelstock_jax.studies.report.cells import both, id_and_shifts, shown, with_error
 from modelstock_jax.studies.report.claims import Claim
@@ -22,9 +25,6 @@ from modelstock_jax.studies.report.curves import (
     own_above,
 )
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Measurement, Score
-from modelstock_jax.studies.work.models import Merge, Merged, Model, Replica
-from modelstock_jax.studies.work.runs import Run
 
 _MEAN = MERGING | {"merge.method": "mean"}
 # Fixed before any of them was run. A run of 8 epochs at 2e-3 takes exp(-0.27 d) off a task vector

@@ -9,12 +9,12 @@ import numpy as np
 from modelstock_jax.reporting.layers import kind
 from modelstock_jax.studies.catalogue.angles import NOISE
 from modelstock_jax.studies.catalogue.pool import PAIR
+from modelstock_jax.studies.measuring.measurements import Angles, Measurement
+from modelstock_jax.studies.measuring.models import Replica
+from modelstock_jax.studies.measuring.runs import Run
 from modelstock_jax.studies.report import figures
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Angles, Measurement
-from modelstock_jax.studies.work.models import Replica
-from modelstock_jax.studies.work.runs import Run
 
 
 def _wanted(setup: Setup) -> dict[int, Measurement]:

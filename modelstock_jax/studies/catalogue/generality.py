@@ -10,18 +10,18 @@ import numpy as np
 from modelstock_jax.studies.catalogue.angles import angle_claims, angles_by_kind
 from modelstock_jax.studies.catalogue.pool import PAIR, groups, mean
 from modelstock_jax.studies.catalogue.soups import probe_options
-from modelstock_jax.studies.report.cells import average, shown
-from modelstock_jax.studies.report.claims import Claim
-from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import (
+from modelstock_jax.studies.measuring.measurements import (
     Angles,
     AnglesFrom,
     Measurement,
     Score,
     Shell,
 )
-from modelstock_jax.studies.work.models import Merge, MergeFrom, Model, Replica, Start
-from modelstock_jax.studies.work.runs import Run
+from modelstock_jax.studies.measuring.models import Merge, MergeFrom, Model, Replica, Start
+from modelstock_jax.studies.measuring.runs import Run
+from modelstock_jax.studies.report.cells import average, shown
+from modelstock_jax.studies.report.claims import Claim
+from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
 
 _WAYS: Mapping[str, dict[str, Any]] = {
     "AdamW": {},

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 from modelstock_jax.studies.catalogue.pool import pool
+from modelstock_jax.studies.measuring.measurements import Distance, Measurement, Score
+from modelstock_jax.studies.measuring.models import Between, InPlane, Mean
 from modelstock_jax.studies.report import figures
 from modelstock_jax.studies.report.cells import shown
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Distance, Measurement, Score
-from modelstock_jax.studies.work.models import Between, InPlane, Mean
 
 # In units of w1 - w0, and of the centre's height over that line. The centre lies over about three
 # quarters of it: a point that is as far along for every height lies this much less.

@@ -7,9 +7,17 @@ from typing import Any
 
 from modelstock_jax.studies.catalogue.pool import MERGING, STRONG, STRONG_LENGTH
 from modelstock_jax.studies.catalogue.soups import PROBE_RATIO, probe_options, soup
+from modelstock_jax.studies.measuring.models import (
+    Anchor,
+    Best,
+    Greedy,
+    Mean,
+    Merged,
+    Model,
+    Replica,
+)
+from modelstock_jax.studies.measuring.runs import Run
 from modelstock_jax.studies.study import Setup
-from modelstock_jax.studies.work.models import Anchor, Best, Greedy, Mean, Merged, Model, Replica
-from modelstock_jax.studies.work.runs import Run
 
 # Options of every single model, of each of which all learning rates are tried.
 _METHODS: Mapping[str, Sequence[Mapping[str, Any]]] = {

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.studies.catalogue.pool import averages, mean, pool
+from modelstock_jax.studies.measuring.measurements import Distance, Measurement, Score
+from modelstock_jax.studies.measuring.models import Noisy
 from modelstock_jax.studies.report import figures
 from modelstock_jax.studies.report.cells import shown
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Distance, Measurement, Score
-from modelstock_jax.studies.work.models import Noisy
 
 _SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
 _DRAWS = 8

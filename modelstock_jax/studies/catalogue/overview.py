@@ -7,6 +7,8 @@ from typing import Any
 
 from modelstock_jax.studies.catalogue.pool import groups, mean, pool
 from modelstock_jax.studies.catalogue.soups import SIZE, soup
+from modelstock_jax.studies.measuring.measurements import Measurement
+from modelstock_jax.studies.measuring.models import Greedy, Mean, Merge, Model
 from modelstock_jax.studies.report import charts
 from modelstock_jax.studies.report.cells import average, both
 from modelstock_jax.studies.report.claims import Claim
@@ -19,8 +21,6 @@ from modelstock_jax.studies.report.curves import (
     known,
 )
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Measurement
-from modelstock_jax.studies.work.models import Greedy, Mean, Merge, Model
 
 # A soup costs as much as all else together: those that Table 2 has as well.
 _SOUP_SEEDS = 3

@@ -7,12 +7,12 @@ from typing import Any
 
 from modelstock_jax.studies.catalogue.paper import TABLE_5, TABLE_6, Result
 from modelstock_jax.studies.catalogue.pool import MERGING, PAIR, pool
+from modelstock_jax.studies.measuring.measurements import Measurement, Score, Shell
+from modelstock_jax.studies.measuring.models import Merged, Replica
+from modelstock_jax.studies.measuring.runs import Run
 from modelstock_jax.studies.report.cells import average, both, shown, theirs
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Measurement, Score, Shell
-from modelstock_jax.studies.work.models import Merged, Replica
-from modelstock_jax.studies.work.runs import Run
 
 
 def _others(setup: Setup, seed: int):

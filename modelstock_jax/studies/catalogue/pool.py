@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, TypeVar
 
-from modelstock_jax.studies.work.models import Mean, Model, Replica
-from modelstock_jax.studies.work.runs import Run
+from modelstock_jax.studies.measuring.models import Mean, Model, Replica
+from modelstock_jax.studies.measuring.runs import Run
 
 One = TypeVar("One")
 # Options of two replicas: never merged, and merged at every epoch's end.

@@ -6,11 +6,11 @@ import math
 
 from modelstock_jax.studies.catalogue.angles import NOISE
 from modelstock_jax.studies.catalogue.pool import MERGING, PAIR
+from modelstock_jax.studies.measuring.measurements import Angles, Measurement, Projected
+from modelstock_jax.studies.measuring.models import Mean, Merged, Replica
+from modelstock_jax.studies.measuring.runs import Run
 from modelstock_jax.studies.report import figures
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Angles, Measurement, Projected
-from modelstock_jax.studies.work.models import Mean, Merged, Replica
-from modelstock_jax.studies.work.runs import Run
 
 
 def _pair(setup: Setup) -> dict[str, Measurement]:

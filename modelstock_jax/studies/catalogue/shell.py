@@ -8,10 +8,10 @@ import numpy as np
 
 from modelstock_jax.studies.catalogue.paper import TABLE_1
 from modelstock_jax.studies.catalogue.pool import averages, groups, halves, mean, own_pairs
+from modelstock_jax.studies.measuring.measurements import Measurement, Score, Shell
 from modelstock_jax.studies.report.cells import average, both, shown, theirs
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Measurement, Score, Shell
 
 
 def _wanted(setup: Setup) -> dict[Any, Measurement]:

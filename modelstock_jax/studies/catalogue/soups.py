@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from modelstock_jax.studies.measuring.models import Replica
+from modelstock_jax.studies.measuring.runs import Run
 from modelstock_jax.studies.study import Setup
-from modelstock_jax.studies.work.models import Replica
-from modelstock_jax.studies.work.runs import Run
 
 SIZE = 12
 # Of a linear probe's learning rate to the config's.

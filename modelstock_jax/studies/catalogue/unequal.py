@@ -9,13 +9,13 @@ import numpy as np
 
 from modelstock_jax.studies.catalogue.pool import MERGING, groups, mean
 from modelstock_jax.studies.catalogue.soups import SIZE, soup
+from modelstock_jax.studies.measuring.measurements import Measurement, Policies, Score
+from modelstock_jax.studies.measuring.models import Merge, Merged, Replica
+from modelstock_jax.studies.measuring.runs import Run
 from modelstock_jax.studies.report.cells import both, id_and_shifts, shown
 from modelstock_jax.studies.report.claims import Claim
 from modelstock_jax.studies.report.curves import curve, curve_scores, known, own_above
 from modelstock_jax.studies.study import Report, Setup, Study, Table, Values
-from modelstock_jax.studies.work.measurements import Measurement, Policies, Score
-from modelstock_jax.studies.work.models import Merge, Merged, Replica
-from modelstock_jax.studies.work.runs import Run
 
 _SIZES = (2, 4, SIZE)
 _METHODS = {"mean": "mean", "stock": "equation 3", "weighted": "weighted (ours)"}

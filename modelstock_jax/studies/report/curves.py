@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from modelstock_jax.reporting.rows import Measured
+from modelstock_jax.studies.measuring.measurements import Score
+from modelstock_jax.studies.measuring.models import Anchor, Between, Model
 from modelstock_jax.studies.report.cells import id_and_shifts
-from modelstock_jax.studies.work.measurements import Score
-from modelstock_jax.studies.work.models import Anchor, Between, Model
 
 Sample = TypeVar("Sample")
 # Between the anchor (0) and the model (1).

@@ -18,13 +18,13 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.options import check_options
-from modelstock_jax.studies.work.anchors import opener
-from modelstock_jax.studies.work.identity import identity
-from modelstock_jax.studies.work.ledger import Ledger
-from modelstock_jax.studies.work.measurements import HeldOut, Measurement
-from modelstock_jax.studies.work.runs import Run, digest
-from modelstock_jax.studies.work.trained import Trained, part
-from modelstock_jax.studies.work.weights import Expression
+from modelstock_jax.studies.measuring.anchors import opener
+from modelstock_jax.studies.measuring.identity import identity
+from modelstock_jax.studies.measuring.ledger import Ledger
+from modelstock_jax.studies.measuring.measurements import HeldOut, Measurement
+from modelstock_jax.studies.measuring.runs import Run, digest
+from modelstock_jax.studies.measuring.trained import Trained, part
+from modelstock_jax.studies.measuring.weights import Expression
 from modelstock_jax.training.hosts.cores import use_cores
 from modelstock_jax.training.sharding import make_mesh
 

@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.studies.work.anchors import Anchor
-from modelstock_jax.studies.work.runs import Run, training_digest
-from modelstock_jax.studies.work.tree_file import read_tree, write_tree
-from modelstock_jax.studies.work.turns import claim
+from modelstock_jax.studies.measuring.anchors import Anchor
+from modelstock_jax.studies.measuring.runs import Run, training_digest
+from modelstock_jax.studies.measuring.tree_file import read_tree, write_tree
+from modelstock_jax.studies.measuring.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (

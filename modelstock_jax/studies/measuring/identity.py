@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet, fingerprint
-from modelstock_jax.studies.work.runs import digest
+from modelstock_jax.studies.measuring.runs import digest
 
 
 def identity(config: ConfigDict, pretrained: str, data: Benchmark) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from modelstock_jax.studies.work.runs import Run
+from modelstock_jax.studies.measuring.runs import Run
 
 PyTree = Any
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
-from modelstock_jax.studies.work.models import Anchor, Model, merge_of, named, stacked
-from modelstock_jax.studies.work.weights import Expression, Scales
+from modelstock_jax.studies.measuring.models import Anchor, Model, merge_of, named, stacked
+from modelstock_jax.studies.measuring.weights import Expression, Scales
 
 PyTree = Any
 

@@ -19,9 +19,9 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.glyphs.pretraining import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
-from modelstock_jax.studies.work.runs import digest, training_digest
-from modelstock_jax.studies.work.tree_file import read_tree, write_tree
-from modelstock_jax.studies.work.turns import claim
+from modelstock_jax.studies.measuring.runs import digest, training_digest
+from modelstock_jax.studies.measuring.tree_file import read_tree, write_tree
+from modelstock_jax.studies.measuring.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
 from modelstock_jax.towers import tower
 from modelstock_jax.training.classifier import Classifier, anchor_classifier

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelstock_jax.studies.work.bench import Bench
-from modelstock_jax.studies.work.measurements import Measurement
-from modelstock_jax.studies.work.runs import Run, runs_of
-from modelstock_jax.studies.work.turns import turns
+from modelstock_jax.studies.measuring.bench import Bench
+from modelstock_jax.studies.measuring.measurements import Measurement
+from modelstock_jax.studies.measuring.runs import Run, runs_of
+from modelstock_jax.studies.measuring.turns import turns
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from modelstock_jax import merging
-from modelstock_jax.studies.work.controls import not_clipped
-from modelstock_jax.studies.work.runs import Run
-from modelstock_jax.studies.work.weights import Weights
+from modelstock_jax.studies.measuring.controls import not_clipped
+from modelstock_jax.studies.measuring.runs import Run
+from modelstock_jax.studies.measuring.weights import Weights
 
 PyTree = Any
 
