@@ -151,6 +151,9 @@ def get_config() -> ConfigDict:
     config.per_replica.mixup = ()
     # Of the glyphs' own augmentation: 0 leaves images as they are, 1 is the usual.
     config.per_replica.augment_strength = ()
+    # Of stored images: RandAugment's two.
+    config.per_replica.randaugment_ops = ()
+    config.per_replica.randaugment_magnitude = ()
 
     config.merge = ConfigDict()
     # When replicas merge: 'epoch' (at each epoch's end), a number of steps, 'end' or 'never'.

@@ -59,7 +59,7 @@ def train_batches(
     start_step: int = 0,
     replicas: Sequence[int] | None = None,
     examples: Sequence[int] | None = None,
-    view: TrainView | None = None,
+    view: TrainView | Sequence[TrainView] | None = None,
     loading: Loading | None = None,
 ) -> Iterator[Batch]:
     """Endless shuffled batches, each replica's in an order of its own.
@@ -76,7 +76,8 @@ def train_batches(
       start_step: how many batches to leave out; the rest is as if they had been drawn.
       replicas: r of the R that this process draws for; None draws for all.
       examples: b of a batch's B places that this process draws; None draws all.
-      view: what is seen of an encoded image; arrays are taken as they are.
+      view: what is seen of an encoded image, by all replicas or by each of the R; arrays are taken
+        as they are.
       loading: how encoded images are read.
 
     Returns:
@@ -99,7 +100,10 @@ def train_batches(
     ):
         if value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
-    reader = _reader(image_set, view, loading)
+    views = [view] if isinstance(view, TrainView) else list(view or ())
+    if len(views) not in (0, 1, num_replicas):
+        raise UserError(f"{len(views)} views for {num_replicas} replicas; give one, or one each")
+    reader = _reader(image_set, views, loading)
     rows = _chosen("replicas", replicas, num_replicas)
     places = _chosen("examples", examples, batch_size)
     batches = _TrainBatches(image_set, batch_size, steps, seed, tuple(rows), places, reader)
@@ -185,8 +189,8 @@ def eval_batches(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     places = _chosen("examples", examples, batch_size)
-    view = None if image_size is None else EvalView(image_size, image_set.crop_border)
-    reader = _reader(image_set, view, loading)
+    views = [] if image_size is None else [EvalView(image_size, image_set.crop_border)]
+    reader = _reader(image_set, views, loading)
     batches = _EvalBatches(image_set, batch_size, places, reader)
     if reader is None:
         return (batches[number] for number in range(len(batches)))
@@ -224,13 +228,13 @@ class _EvalBatches:
 
 
 def _reader(
-    image_set: ImageSet, view: TrainView | EvalView | None, loading: Loading | None
+    image_set: ImageSet, views: Sequence[TrainView | EvalView], loading: Loading | None
 ) -> Reader | None:
     if not isinstance(image_set.images, EncodedImages):
         return None
-    if view is None:
+    if not views:
         raise UserError(f"{image_set.name}: encoded images need a size; give view or image_size")
-    return Reader(image_set.images, view, view.size, loading or Loading())
+    return Reader(image_set.images, views, views[0].size, loading or Loading())
 
 
 def _chosen(name: str, chosen: Sequence[int] | None, count: int) -> np.ndarray:

@@ -65,16 +65,18 @@ class Reader:
     A copy that is sent to another process starts threads of its own.
     """
 
-    def __init__(self, images: EncodedImages, view: View, size: int, loading: Loading) -> None:
+    def __init__(
+        self, images: EncodedImages, views: Sequence[View], size: int, loading: Loading
+    ) -> None:
         """Opens nothing.
 
         Args:
           images: M stored images; a set that is already decoded gives uint8 [H, W, 3].
-          view: (stored image, rng) -> uint8 [size, size, 3].
+          views: (stored image, rng) -> uint8 [size, size, 3], one for all replicas or one each.
           size: S, pixels.
           loading: threads, and what happens to unreadable images.
         """
-        self._images, self._view, self._size, self._loading = images, view, size, loading
+        self._images, self._views, self._size, self._loading = images, views, size, loading
         self._pool = None
 
     def __getstate__(self):
@@ -121,11 +123,11 @@ class Reader:
         return out, shown
 
     def _one(self, out: np.ndarray, index: int, key: Key, replace: bool) -> int:
-        count = len(self._images)
+        count, view = len(self._images), self._views[key[1] % len(self._views)]
         for other in range(index, index + (count if replace else 1)):
             try:
                 # The numbers of the image asked for: its stand-in looks unlike its own view.
-                out[...] = self._view(self._images[other % count], example_rng(key, index))
+                out[...] = view(self._images[other % count], example_rng(key, index))
             except Unreadable as error:
                 if self._loading.unreadable == "error":
                     raise UserError(

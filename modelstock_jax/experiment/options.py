@@ -10,13 +10,12 @@ from modelstock_jax.clip import layouts
 from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.reader import Loading
-from modelstock_jax.data.views import TrainView
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.training.merge import check_merge
 from modelstock_jax.training.methods.method import check_method
 from modelstock_jax.training.methods.optimizer import check_optimizer
-from modelstock_jax.training.methods.per_replica import hyper_parameters
+from modelstock_jax.training.methods.per_replica import hyper_parameters, train_views
 from modelstock_jax.training.monitoring.health import check_policy
 from modelstock_jax.training.programs import EXECUTIONS
 
@@ -81,7 +80,7 @@ def check_options(config: ConfigDict) -> None:
     check_policy(config.watch.policy)
     hyper_parameters(config, 1)
     Compute.of(config.compute)
-    TrainView.of(config.data.augment, 1)
+    train_views(config, 1)
     Loading(**config.data.loading)
     for unit in config.evaluation.units:
         _one_of("evaluation.units", unit, UNITS)

@@ -176,6 +176,7 @@ class Runner:
             config.optimizer.learning_rate,
             shifts=bool(bench.data.shifts),
             further=bench is not self._bench,
+            stored=config.data.name != "glyphs",
         )
 
 

@@ -24,6 +24,7 @@ class Setup(NamedTuple):
       shifts: whether the data has any.
       further: whether the anchor is another than the base config's, on which a study may measure
         less.
+      stored: whether training images are stored ones, which `data.augment` is of.
     """
 
     seeds: Sequence[int]
@@ -32,6 +33,7 @@ class Setup(NamedTuple):
     learning_rate: float = 1e-3
     shifts: bool = True
     further: bool = False
+    stored: bool = False
 
 
 Values = Mapping[Any, Any]

@@ -15,13 +15,12 @@ from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
 from modelstock_jax.data.reader import Loading
-from modelstock_jax.data.views import TrainView
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts.feed import held
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.method import make_method
-from modelstock_jax.training.methods.per_replica import hyper_parameters
+from modelstock_jax.training.methods.per_replica import hyper_parameters, train_views
 from modelstock_jax.training.methods.text_side import needed, with_captions
 from modelstock_jax.training.programs import Programs, Task
 from modelstock_jax.training.sharding import batch_sharding
@@ -110,7 +109,7 @@ def finetuning_batches(
         start_step=start,
         replicas=share.get("replicas"),
         examples=share.get("examples"),
-        view=TrainView.of(config.data.augment, image_size),
+        view=train_views(config, image_size),
         loading=Loading(**config.data.loading),
     )
 

@@ -48,6 +48,20 @@ def test_each_image_is_the_view_of_its_own_random_numbers():
             np.testing.assert_array_equal(drawn["image"][step, replica, place], expected)
 
 
+def test_each_replica_may_have_a_view_of_its_own():
+    plain = TrainView(16, (0.3, 1.0), flip=True)
+    own, all_plain, all_strong = (
+        batches(view=view)["image"] for view in ([plain, VIEW], plain, VIEW)
+    )
+    np.testing.assert_array_equal(own[:, 0], all_plain[:, 0])
+    np.testing.assert_array_equal(own[:, 1], all_strong[:, 1])
+    assert not np.array_equal(own[:, 1], all_plain[:, 1])
+    one_host = batches(view=[plain, VIEW], replicas=[1])["image"]
+    np.testing.assert_array_equal(one_host, own[:, 1:])
+    with pytest.raises(UserError, match="2 views for 3 replicas; give one, or one each"):
+        batches(view=[plain, VIEW], num_replicas=3)
+
+
 def test_views_differ_between_seeds_replicas_epochs_and_examples():
     keys = list(itertools.product(range(3), repeat=4))
     first = {example_rng(key[:3], key[3]).random() for key in keys}

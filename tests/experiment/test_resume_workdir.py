@@ -32,6 +32,7 @@ REFUSED = """
     optimizer.warmup_steps optimizer.warmup_fraction optimizer.final_fraction
     per_replica.learning_rate per_replica.weight_decay per_replica.epochs
     per_replica.label_smoothing per_replica.mixup per_replica.augment_strength
+    per_replica.randaugment_ops per_replica.randaugment_magnitude
     merge.every merge.method merge.unit merge.opt_state merge.carry_noise
     compute.dtype
     evaluation.max_shift_images evaluation.wise_ft_alphas evaluation.units

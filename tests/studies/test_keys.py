@@ -6,6 +6,7 @@ import pytest
 
 from configs import glyphs
 from modelstock_jax.studies.catalogue import STUDIES
+from modelstock_jax.studies.catalogue.soups import soup
 from modelstock_jax.studies.measuring.bench import Bench
 from modelstock_jax.studies.measuring.trained import Trained
 from modelstock_jax.studies.study import Setup
@@ -35,8 +36,8 @@ def bench(tmp_path_factory):
     return made
 
 
-# An option that is added to configs/default.py changes them all, unless `_ELSEWHERE` of
-# `studies.runs` leaves it out of a run's digest.
+# An option that is added to configs/default.py changes them all, unless `_ELSEWHERE` or `_LATER` of
+# `studies.measuring.runs` leaves it out of a run's digest.
 KEYS = {
     ("fig2", "angles"): "5c2c34863b6034c7",
     ("fig3", ("line", 2, 0.75)): "00975626ec41bb7d",
@@ -58,3 +59,19 @@ KEYS = {
 def test_keys_stay_as_they_are(name, bench):
     study, measurement = name
     assert bench.key(STUDIES[study].measurements(SETUP)[measurement]) == KEYS[name]
+
+
+def test_of_stored_images_a_soup_draws_randaugment_too():
+    operations = []
+    for seed in range(8):
+        plain, stored = (
+            dict(soup(SETUP._replace(stored=stored), seed, "cross_entropy")[0].run.options)
+            for stored in (False, True)
+        )
+        operations += stored.pop("per_replica.randaugment_ops")
+        magnitudes = stored.pop("per_replica.randaugment_magnitude")
+        assert len(set(magnitudes)) > 1 and min(magnitudes) >= 1 and max(magnitudes) <= 20
+        assert stored == plain, "what else is drawn is the same"
+    # 64, 24 and 8 are expected of 96.
+    zero, one, two = (operations.count(number) for number in range(3))
+    assert zero + one + two == 96 and zero > one > two > 0

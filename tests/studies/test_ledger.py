@@ -73,9 +73,13 @@ def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
         {"num_replicas": 5},
         {"compute__dtype": "bfloat16"},
         {"data__augment__flip": True},
+        {"per_replica__randaugment_ops": (0, 2)},
     ):
         assert digest(**options) != same, options
     assert training_digest(base, "other") != same
+    before = base.copy_and_resolve_references()
+    del before.per_replica.randaugment_ops, before.per_replica.randaugment_magnitude
+    assert training_digest(before, "print") == same, "options that came later"
 
 
 def test_an_unknown_option_is_one_line():

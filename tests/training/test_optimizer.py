@@ -9,12 +9,13 @@ import optax
 import pytest
 
 from modelstock_jax.data.augment import shift_and_jitter
+from modelstock_jax.data.views import TrainView
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.finetune import _batch_augment
 from modelstock_jax.training.methods.method import check_method, method_name
 from modelstock_jax.training.methods.objectives import cross_entropy
 from modelstock_jax.training.methods.optimizer import make_optimizer
-from modelstock_jax.training.methods.per_replica import hyper_parameters
+from modelstock_jax.training.methods.per_replica import hyper_parameters, train_views
 from modelstock_jax.training.methods.trained import biases_and_head, leaf_names
 from modelstock_jax.training.state import Reference, init_state
 from modelstock_jax.training.step import make_train_step
@@ -185,6 +186,18 @@ def test_a_replicas_own_mixup_and_strength_are_those_of_a_run_alone():
         np.testing.assert_allclose(some[name], value, atol=1e-4, err_msg=name)
 
 
+def test_each_replica_sees_stored_images_by_its_own_randaugment():
+    config = tiny.config(data__name="folder", data__augment__randaugment_magnitude=5)
+    assert train_views(config, 16) == [TrainView.of(config.data.augment, 16)] * 2
+    config.per_replica.randaugment_ops = (0, 2.0)
+    views = train_views(config, 16)
+    assert [repr(view.randaugment_ops) for view in views] == ["0", "2"], "a count, as it is drawn"
+    assert [view.randaugment_magnitude for view in views] == [5, 5]
+    config.per_replica.randaugment_magnitude = (1, 20)
+    assert [view.randaugment_magnitude for view in train_views(config, 16)] == [1, 20]
+    assert hyper_parameters(config, 4) == {}, "no program sees them"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -212,6 +225,22 @@ def test_a_replicas_own_mixup_and_strength_are_those_of_a_run_alone():
         (
             {"data__name": "folder", "per_replica__augment_strength": (0.5, 1.0)},
             "augment_strength is of the glyphs' own augmentation",
+        ),
+        (
+            {"per_replica__randaugment_ops": (0, 2)},
+            "per_replica.randaugment_ops is of stored images; the glyphs have per_replica.augment_",
+        ),
+        (
+            {"data__name": "folder", "per_replica__randaugment_ops": (0, 1.5)},
+            "per_replica.randaugment_ops has 1.5; it must be a whole number",
+        ),
+        (
+            {"data__name": "folder", "per_replica__randaugment_magnitude": (0, 31)},
+            r"per_replica.randaugment_magnitude has 31; it must be in \[0.0, 30\]",
+        ),
+        (
+            {"per_replica__epochs": (1, float("inf"))},
+            "per_replica.epochs has inf; it must be a whole number",
         ),
     ],
 )

@@ -14,14 +14,17 @@ from modelstock_jax.studies.study import Setup
 SIZE = 12
 # Of a linear probe's learning rate to the config's.
 PROBE_RATIO = 50
+# Of 0, 1 and 2 operations, as 48, 18 and 5 of the authors' models have them.
+_OPERATIONS = (2 / 3, 1 / 4, 1 / 12)
 
 
 def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
     """The random search of Model Soups (Wortsman et al. 2022) over 71 models, as one program.
 
     As in the list of the authors' models: learning rates of two decades about the config's (1e-6
-    to 1e-4 there), weight decay, a quarter of the epochs to all (4 to 16), and smoothing and mixup
-    each in half of the models. RandAugment, which they draw too, is the config's for all.
+    to 1e-4 there), weight decay, a quarter of the epochs to all (4 to 16), smoothing and mixup each
+    in half of the models, and of stored images RandAugment in a third, of one operation and seldom
+    of two. The crop is the config's for all, and so is the glyphs' own augmentation.
     """
     rng = np.random.default_rng(seed)
 
@@ -48,6 +51,11 @@ def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
         "per_replica.mixup": half(0.875),
         "objective.name": objective,
     }
+    if setup.stored:
+        options |= {
+            "per_replica.randaugment_ops": tuple(rng.choice(3, SIZE, p=_OPERATIONS).tolist()),
+            "per_replica.randaugment_magnitude": tuple(rng.integers(1, 21, SIZE).tolist()),
+        }
     run = Run.of(seed, options | probe_options(setup, options))
     return tuple(Replica(run, r) for r in range(SIZE))
 

@@ -42,6 +42,9 @@ _ELSEWHERE = (
     "data.real",
     "data.check_counts",
 )
+# Options that came after the first lines of a ledger, at what a run did without them. Left out at
+# these, so that a new option does not have every study run again; any other value is kept.
+_LATER = {"per_replica.randaugment_ops": [], "per_replica.randaugment_magnitude": []}
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def training_digest(config: ConfigDict, fingerprint: str) -> str:
         key: value
         for key, value in flat(plain(config.to_dict())).items()
         if not any(key == one or (one[-1] == "." and key.startswith(one)) for one in _ELSEWHERE)
+        and not (key in _LATER and value == _LATER[key])
     }
     return digest([fingerprint, kept])
 

@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.pipeline import train_batches
 from modelstock_jax.data.reader import Loading
-from modelstock_jax.data.views import TrainView
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import alone, finetuning_programs, finetuning_trainer
 from modelstock_jax.training.hosts import distributed
 from modelstock_jax.training.methods.method import check_method
 from modelstock_jax.training.methods.objectives import cross_entropy
+from modelstock_jax.training.methods.per_replica import train_views
 from modelstock_jax.training.methods.tpgm import trainable_projection
 
 PyTree = Any
@@ -83,14 +83,14 @@ def hold(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas: PyTr
         )
     loss_fn = cross_entropy(anchor.apply, anchor.normalize)
     held = []
-    for r in range(config.num_replicas):
+    for r, view in enumerate(train_views(config, anchor.normalize.image_size)):
         batches = train_batches(
             data.validation,
             batch_size=size,
             seed=config.seed,
             num_replicas=1,
             start_step=0,
-            view=TrainView.of(config.data.augment, anchor.normalize.image_size),
+            view=view,
             loading=Loading(**config.data.loading),
         )
         projected, _ = trainable_projection(
