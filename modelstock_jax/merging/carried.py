@@ -65,8 +65,8 @@ def model_stock_carried(
     differences between replicas enter s, so the last merged weights are not needed, but all
     replicas must have begun the period from them.
 
-    Ours and not proved: it ends nearer to the anchor, and from one anchor it was not better than
-    Model Stock at equal accuracy in distribution (docs/results/carried.md).
+    Ours and not proved: it ends nearer to the anchor; at equal accuracy in distribution it was a
+    little worse than Model Stock from one anchor and better from another (docs/method.md).
 
     Args:
       pretrained: w0, fixed over the series; as `model_stock`.

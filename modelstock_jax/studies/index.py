@@ -34,7 +34,8 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
         "above zero, *does not hold* where it lies below, *not decided* where it holds zero. With "
         "*at most*, the mean deviation is held against a bound, over n seeds, tensors, epochs or "
         "draws of noise, of which some may lie beyond it. All seeds meet the same test images: "
-        "what chance there favours is in no error. Written by `make studies`.",
+        "what chance there favours is in no error. Of several anchors, one under another, a claim "
+        "holds where it holds from each. Written by `make studies`.",
         "",
         "| study | claim | where | here | verdict |",
         "|---|---|---|---:|---|",
@@ -59,13 +60,14 @@ def _claims(name: str, document: Mapping[str, Any]) -> list[str]:
     anchors = len(document.get("further", ())) + 1
     title = document["title"] + (f", from {anchors} anchors" if anchors > 1 else "")
     link = f"[{title}]({name}.md)"
-    if not document["claims"]:
+    # Of several anchors, what all of them were asked: the rest is on the first one's own page.
+    claims = document["together"] if anchors > 1 else document["claims"]
+    if not claims:
         return [f"| {link} | | | | |"]
-    together = document.get("together", {})
     rows = []
-    for number, claim in enumerate(document["claims"]):
-        verdict = together.get(claim["text"], {}).get("all", claim["verdict"])
-        first = "" if number else link
-        row = [first, cell(claim["text"]), claim["where"], claim["here"], f"**{verdict}**"]
+    for number, claim in enumerate(claims):
+        here = claim["here"] if anchors == 1 else "<br>".join(claim["here"])
+        first, verdict = "" if number else link, f"**{claim['verdict']}**"
+        row = [first, cell(claim["text"]), claim["where"], here, verdict]
         rows.append(f"| {' | '.join(row)} |")
     return rows

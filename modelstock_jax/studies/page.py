@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modelstock_jax.reporting.files import write_json, write_text
-from modelstock_jax.studies.report.claims import Verdict, cell
+from modelstock_jax.studies.report.claims import Claim, Verdict, cell
 from modelstock_jax.studies.study import Report, Study
 
 
@@ -31,7 +31,15 @@ def write(
     document = {"title": study.title, **parts[first], **details}
     if further:
         document["further"] = {name: parts[name] for name in further}
-        document["together"] = together(reports)
+        document["together"] = [
+            {
+                "text": text,
+                "where": joint.where,
+                "here": [claim.here() for claim in joint.claims.values()],
+                "verdict": joint.verdict,
+            }
+            for text, joint in together(reports).items()
+        ]
     write_json(directory / f"{stem}.json", document)
     lines = [f"# {study.title}", "", study.about, ""]
     if further:
@@ -66,30 +74,45 @@ def stems(study: Study) -> tuple[str, str]:
     return study.name, f"{study.name}_anchors"
 
 
-def together(reports: Mapping[str, Report]) -> dict[str, dict[str, Verdict]]:
-    """Claims that several anchors decide on: text -> {an anchor's name or "all": verdict}.
+class Joint(NamedTuple):
+    """A claim that was read from each of several anchors.
 
-    Seeds of one anchor say nothing of another, so they are not pooled: together a claim holds
-    where it holds from each anchor, does not where it does not from each, and is else not decided.
-
-    >>> from modelstock_jax.studies.report.claims import Claim
-    >>> claims = [Claim("a", "", [1.0, 1.1])], [Claim("a", "", [1.0, -1.0])]
-    >>> together({"one": Report(claims=claims[0]), "two": Report(claims=claims[1])})
-    {'a': {'one': 'holds', 'two': 'not decided', 'all': 'not decided'}}
+    Attributes:
+      where: table, figure or section of the paper.
+      claims: an anchor's name -> the claim there.
     """
-    found: dict[str, dict[str, Verdict]] = {}
+
+    where: str
+    claims: Mapping[str, Claim]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Seeds of one anchor say nothing of another, so they are not pooled.
+
+        Together a claim holds where it holds from each anchor, does not where it does not from
+        each, and is else not decided.
+        """
+        first, *others = {claim.verdict for claim in self.claims.values()}
+        return "not decided" if others else first
+
+
+def together(reports: Mapping[str, Report]) -> dict[str, Joint]:
+    """The claims that all anchors have been asked, by their text.
+
+    >>> claims = [Claim("a", "", [1.0, 1.1])], [Claim("a", "", [1.0, -1.0]), Claim("b", "", [1.0])]
+    >>> found = together({"one": Report(claims=claims[0]), "two": Report(claims=claims[1])})
+    >>> {text: joint.verdict for text, joint in found.items()}
+    {'a': 'not decided'}
+    """
+    found: dict[str, dict[str, Claim]] = {}
     for name, report in reports.items():
         for claim in report.claims:
-            found.setdefault(claim.text, {})[name] = claim.verdict
-    shared = {text: verdicts for text, verdicts in found.items() if len(verdicts) == len(reports)}
+            found.setdefault(claim.text, {})[name] = claim
     return {
-        text: verdicts | {"all": _joint(verdicts.values())} for text, verdicts in shared.items()
+        text: Joint(next(iter(claims.values())).where, claims)
+        for text, claims in found.items()
+        if len(claims) == len(reports)
     }
-
-
-def _joint(verdicts: Iterable[Verdict]) -> Verdict:
-    first, *others = set(verdicts)
-    return "not decided" if others else first
 
 
 def _document(report: Report) -> dict[str, Any]:
@@ -129,7 +152,7 @@ def _together(reports: Mapping[str, Report]) -> Sequence[str]:
         f"| from each anchor | {' | '.join(names)} | all |",
         "|---|" + "---|" * (len(names) + 1),
     ]
-    for text, verdicts in together(reports).items():
-        *each, joint = verdicts.values()
-        lines.append(f"| {cell(text)} | {' | '.join(each)} | **{joint}** |")
+    for text, joint in together(reports).items():
+        each = [f"{claim.verdict}: {claim.here()}" for claim in joint.claims.values()]
+        lines.append(f"| {cell(text)} | {' | '.join(each)} | **{joint.verdict}** |")
     return [*lines, ""]

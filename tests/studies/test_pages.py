@@ -35,7 +35,7 @@ def test_anchors_are_not_pooled():
             "two": report(both=UP, neither=DOWN, differs=DOWN, weak=OPEN),
         }
     )
-    assert {text: verdicts["all"] for text, verdicts in found.items()} == {
+    assert {text: joint.verdict for text, joint in found.items()} == {
         "both": "holds",
         "neither": "does not hold",
         "differs": "not decided",
@@ -46,14 +46,16 @@ def test_anchors_are_not_pooled():
 def test_a_page_of_two_anchors(tmp_path):
     reports = {"one": report(better=UP), "runs/two": report(better=OPEN)}
     text = write(STUDY, reports, tmp_path, DETAILS).read_text()
-    assert "| better | holds | not decided | **not decided** |" in text
+    each = "holds: +1.00 ± 0.06 points (n = 3) | not decided: +0.067 ± 0.581 points (n = 3)"
+    assert f"| better | {each} | **not decided** |" in text
     assert text.index("## Anchor `one`") < text.index("## Anchor `runs/two`")
     assert f"`{DETAILS['command']}`" in text
     assert (tmp_path / "picture.png").exists() and (tmp_path / "picture_anchor_2.png").exists()
     document = json.loads((tmp_path / "some_anchors.json").read_text())
     assert document["claims"][0]["verdict"] == "holds"
     assert document["further"]["runs/two"]["claims"][0]["verdict"] == "not decided"
-    assert document["together"]["better"]["all"] == "not decided"
+    (joint,) = document["together"]
+    assert joint["text"] == "better" and joint["verdict"] == "not decided"
 
 
 def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
@@ -65,7 +67,9 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     assert "Never run" not in text
     line = "better | ours | +1.00 ± 0.06 points (n = 3) |"
     assert f"| [Some study](some.md) | {line} **holds** |" in text
-    assert f"| [Some study, from 2 anchors](some_anchors.md) | {line} **not decided** |" in text
+    both = "+1.00 ± 0.06 points (n = 3)<br>+0.067 ± 0.581 points (n = 3) | **not decided** |"
+    assert f"| [Some study, from 2 anchors](some_anchors.md) | better | ours | {both}" in text
+    assert text.count("worse") == 1, "what one anchor alone was asked is on its own page"
     assert r"|  | \|worse\| | ours | -1.00 ± 0.06 points (n = 3) | **does not hold** |" in text
 
 
