@@ -30,8 +30,12 @@ demo: $(VENV)/.installed-$(REQUIREMENTS)
 	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
 
 # Finished measurements are committed lines: only what is missing is trained.
+STUDIES := $(VENV)/bin/python -m modelstock_jax.studies
+RESULTS := --workdir=runs/studies --ledger=docs/results/measured.jsonl --out=docs/results
 studies: $(VENV)/.installed-$(REQUIREMENTS)
-	$(VENV)/bin/python -m modelstock_jax.studies all --workdir=runs/studies --ledger=docs/results/measured.jsonl --out=docs/results
+	$(STUDIES) all $(RESULTS)
+	$(STUDIES) carried --anchors=glyph-clip-1 $(RESULTS)
+	$(STUDIES) generality --anchors=tower:resnet,tower:convnext,tower:hybrid,tower:vit $(RESULTS)
 
 # A first run compiles for minutes: as JAX's own tests, these do without LLVM's slower passes.
 test: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
