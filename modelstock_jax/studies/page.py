@@ -35,7 +35,7 @@ def write(
             {
                 "text": text,
                 "where": joint.where,
-                "here": [claim.here() for claim in joint.claims.values()],
+                "here": [claim.here() if claim else "–" for claim in joint.claims.values()],
                 "verdict": joint.verdict,
             }
             for text, joint in together(reports).items()
@@ -75,29 +75,29 @@ def stems(study: Study) -> tuple[str, str]:
 
 
 class Joint(NamedTuple):
-    """A claim that was read from each of several anchors.
+    """A claim that was read from several anchors.
 
     Attributes:
       where: table, figure or section of the paper.
-      claims: an anchor's name -> the claim there.
+      claims: an anchor's name -> the claim there, None where it has no meaning.
     """
 
     where: str
-    claims: Mapping[str, Claim]
+    claims: Mapping[str, Claim | None]
 
     @property
     def verdict(self) -> Verdict:
         """Seeds of one anchor say nothing of another, so they are not pooled.
 
-        Together a claim holds where it holds from each anchor, does not where it does not from
-        each, and is else not decided.
+        Together a claim holds where it holds from each anchor that it was read from, does not
+        where it does not from each, and is else not decided.
         """
-        first, *others = {claim.verdict for claim in self.claims.values()}
+        first, *others = {claim.verdict for claim in self.claims.values() if claim}
         return "not decided" if others else first
 
 
 def together(reports: Mapping[str, Report]) -> dict[str, Joint]:
-    """The claims that all anchors have been asked, by their text.
+    """The claims that were read from more than one anchor, by their text.
 
     >>> claims = [Claim("a", "", [1.0, 1.1])], [Claim("a", "", [1.0, -1.0]), Claim("b", "", [1.0])]
     >>> found = together({"one": Report(claims=claims[0]), "two": Report(claims=claims[1])})
@@ -109,9 +109,11 @@ def together(reports: Mapping[str, Report]) -> dict[str, Joint]:
         for claim in report.claims:
             found.setdefault(claim.text, {})[name] = claim
     return {
-        text: Joint(next(iter(claims.values())).where, claims)
+        text: Joint(
+            next(iter(claims.values())).where, {name: claims.get(name) for name in reports}
+        )
         for text, claims in found.items()
-        if len(claims) == len(reports)
+        if len(claims) > 1
     }
 
 
@@ -153,6 +155,8 @@ def _together(reports: Mapping[str, Report]) -> Sequence[str]:
         "|---|" + "---|" * (len(names) + 1),
     ]
     for text, joint in together(reports).items():
-        each = [f"{claim.verdict}: {claim.here()}" for claim in joint.claims.values()]
+        each = [
+            f"{claim.verdict}: {claim.here()}" if claim else "–" for claim in joint.claims.values()
+        ]
         lines.append(f"| {cell(text)} | {' | '.join(each)} | **{joint.verdict}** |")
     return [*lines, ""]

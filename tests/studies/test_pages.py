@@ -32,14 +32,17 @@ def test_anchors_are_not_pooled():
     found = together(
         {
             "one": report(both=UP, neither=DOWN, differs=UP, weak=UP, alone=UP),
-            "two": report(both=UP, neither=DOWN, differs=DOWN, weak=OPEN),
+            "two": report(both=UP, neither=DOWN, differs=DOWN, weak=OPEN, some=DOWN),
+            "three": report(both=UP, neither=DOWN, differs=DOWN, weak=UP, some=DOWN),
         }
     )
+    assert found["some"].claims["one"] is None, "it has no meaning there"
     assert {text: joint.verdict for text, joint in found.items()} == {
         "both": "holds",
         "neither": "does not hold",
         "differs": "not decided",
         "weak": "not decided",
+        "some": "does not hold",
     }
 
 

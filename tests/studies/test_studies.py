@@ -10,6 +10,7 @@ import pytest
 
 from configs import imagenet
 from modelstock_jax.reporting.files import flat
+from modelstock_jax.reporting.layers import kind
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.catalogue.pool import STRONG, STRONG_LENGTH
 from modelstock_jax.studies.measuring.measurements import Score
@@ -69,6 +70,19 @@ def test_the_claims_that_are_true_of_drawn_models_hold(bench):
         "not decided",  # 1 % is what a vector of 3,250 numbers varies by.
     )
     assert set(verdicts.values()) == {"holds"}, verdicts
+
+
+@pytest.mark.parametrize("name", ["fig2", "generality"])
+def test_a_tower_without_biases_is_asked_nothing_of_them(name, bench):
+    """A ResNet's are those of its norms."""
+    study = STUDIES[name]
+    values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
+    for key in values:
+        if "angles" in key:
+            values[key] = {n: row for n, row in values[key].items() if kind(n) != "biases"}
+    texts = [claim.text for claim in study.summarise(SETUP, values).claims]
+    assert any("angles of kernels" in text for text in texts)
+    assert not any("biases" in text for text in texts)
 
 
 def test_what_is_level_in_the_paper_is_no_claim(bench):

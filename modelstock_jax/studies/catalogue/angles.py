@@ -37,7 +37,7 @@ def angles_by_kind(found: Mapping[str, Any]) -> dict[str, list[list[float]]]:
 
 
 def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str = "") -> list[Claim]:
-    """What the paper says of angles and norms.
+    """What the paper says of angles and norms; nothing of biases where there are none.
 
     Args:
       found: what `Angles` measured.
@@ -47,10 +47,11 @@ def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str =
     """
     of_kind = angles_by_kind(found)
     # One number a tensor, or a seed's own pair.
-    kernels, biases = (
-        own_pairs(np.mean(of_kind[what], axis=0).tolist(), count) for what in ("kernels", "biases")
-    )
-    return [
+    own = {
+        what: own_pairs(np.mean(angles, axis=0).tolist(), count)
+        for what, angles in of_kind.items()
+    }
+    claims = [
         Claim(
             f"{prefix}angles of kernels are the same for any two models "
             "(within 5 %, mean over tensors)",
@@ -66,13 +67,12 @@ def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str =
             unit="",
             within=0.05,
         ),
-        Claim(
-            f"{prefix}biases have smaller angles than kernels",
-            where,
-            [a - b for a, b in zip(kernels, biases, strict=True)],
-            "degrees",
-        ),
     ]
+    if "biases" in own:
+        smaller = [a - b for a, b in zip(own["kernels"], own["biases"], strict=True)]
+        text = f"{prefix}biases have smaller angles than kernels"
+        claims.append(Claim(text, where, smaller, "degrees"))
+    return claims
 
 
 def _deviation(values: Sequence[float]) -> float:
