@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import random
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
@@ -186,3 +191,27 @@ def test_a_reader_leaves_a_running_save_alone(copied):
     with Checkpoints(copied, keep=0) as checkpoints:
         checkpoints.save(9, tree(9))
     assert sorted(p.name for p in copied.iterdir()) == ["3", "6", "9"]
+
+
+def test_a_read_that_is_given_up_ends_in_silence(copied, monkeypatch, capsys):
+    """One read fails; TensorStore holds another for a while, and then lets go of it."""
+    held, traces, read = [], [], serialization._read_shard
+
+    async def one_slow_one_torn(**options):
+        if not held:
+            held.append(asyncio.current_task())
+            threading.Timer(0.5, held.clear).start()
+            await asyncio.sleep(60)
+        await asyncio.sleep(0.05)
+        raise ValueError("torn")
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: traces.append(str(found.object)))
+    with Checkpoints(copied, keep=0) as checkpoints:
+        monkeypatch.setattr(serialization, "_read_shard", one_slow_one_torn)
+        with pytest.raises(DamagedCheckpoint):
+            checkpoints.restore(6, tree(0))
+        monkeypatch.setattr(serialization, "_read_shard", read)
+        assert not held, "the read had not ended"
+        gc.collect()
+        assert not traces and capsys.readouterr().err == ""
+        chex.assert_trees_all_equal(checkpoints.restore(6, tree(0)), tree(6))

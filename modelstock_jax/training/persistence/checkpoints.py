@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from modelstock_jax.training.persistence import digests, packing
 from modelstock_jax.training.persistence.damage import (
     DamagedCheckpoint,
     damaged_steps,
+    end_given_up_reads,
     holds_only,
     one_line,
     put_aside,
@@ -243,7 +243,7 @@ class Checkpoints:
                 return self._checkpointer.load_checkpointables(step, {part: like})[part], ""
             except Exception as error:  # Orbax, TensorStore and asyncio each raise their own kinds.
                 reason = one_line(error)
-            gc.collect()  # A read that was given up leaves its trace when it is collected.
+            end_given_up_reads()
         return None, reason
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import inspect
 import io
 import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +76,30 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log.disabled, sys.unraisablehook = False, hook
+
+
+def end_given_up_reads(most: float = 10.0) -> None:
+    """Collects the reads that Orbax gave up, as each of them ends; `quiet` is to be around it.
+
+    TensorStore goes on with a read that nobody awaits any more, and holds it. What it lets go of
+    later would leave its trace in the midst of something else.
+
+    Args:
+      most: seconds after which what is still held is left to itself.
+    """
+    until = time.monotonic() + most
+    gc.collect()
+    while any(map(_is_read, gc.get_objects())) and time.monotonic() < until:
+        time.sleep(0.02)
+        gc.collect()
+
+
+def _is_read(one: object) -> bool:
+    return (
+        inspect.iscoroutine(one)
+        and one.__name__.startswith("_read_")
+        and "orbax" in one.cr_code.co_filename
+    )
 
 
 def holds_only(folder: Path, part: str) -> bool:
