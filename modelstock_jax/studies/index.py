@@ -53,7 +53,10 @@ def _rows(name: str, path: Path) -> list[str]:
         return _claims(path.stem, json.loads(path.read_text(encoding="utf-8")))
     # Of an older version, or no longer whole.
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"| {name} | cannot be read: run `python -m modelstock_jax.studies {name}` | | | |"]
+        command = f"python -m modelstock_jax.studies {name}"
+        if path.stem != name:
+            command += " --anchors=..."
+        return [f"| {path.stem} | cannot be read: run `{command}` | | | |"]
 
 
 def _claims(name: str, document: Mapping[str, Any]) -> list[str]:

@@ -79,7 +79,8 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
 def test_a_page_of_an_older_version_is_asked_to_be_written_again(tmp_path):
     old = {"title": "Some study", "claims": [{"text": "better", "verdict": "holds"}]}
     for content in (json.dumps(old), json.dumps([old]), '{"title": "Some'):
-        (tmp_path / "some.json").write_text(content)
-        text = write_index([STUDY], tmp_path).read_text()
-        row = "| some | cannot be read: run `python -m modelstock_jax.studies some` | | | |"
-        assert row in text
+        for stem, more in (("some", ""), ("some_anchors", " --anchors=...")):
+            (tmp_path / f"{stem}.json").write_text(content)
+            text = write_index([STUDY], tmp_path).read_text()
+            command = f"python -m modelstock_jax.studies some{more}"
+            assert f"| {stem} | cannot be read: run `{command}` | | | |" in text

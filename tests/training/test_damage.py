@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import chex
@@ -196,6 +197,7 @@ def test_a_reader_leaves_a_running_save_alone(copied):
 def test_a_read_that_is_given_up_ends_in_silence(copied, monkeypatch, capsys):
     """One read fails; TensorStore holds another for a while, and then lets go of it."""
     held, traces, read = [], [], serialization._read_shard
+    gone = weakref.proxy(set())  # Another's object in memory, which cannot be asked what it is.
 
     async def one_slow_one_torn(**options):
         if not held:
@@ -212,6 +214,7 @@ def test_a_read_that_is_given_up_ends_in_silence(copied, monkeypatch, capsys):
             checkpoints.restore(6, tree(0))
         monkeypatch.setattr(serialization, "_read_shard", read)
         assert not held, "the read had not ended"
+        assert type(gone) is weakref.ProxyType
         gc.collect()
         assert not traces and capsys.readouterr().err == ""
         chex.assert_trees_all_equal(checkpoints.restore(6, tree(0)), tree(6))

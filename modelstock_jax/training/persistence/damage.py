@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import io
 import json
 import logging
@@ -13,6 +12,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import CoroutineType
+from typing import Any
 
 from modelstock_jax.errors import UserError
 
@@ -94,9 +95,10 @@ def end_given_up_reads(most: float = 10.0) -> None:
         gc.collect()
 
 
-def _is_read(one: object) -> bool:
+def _is_read(one: Any) -> bool:
+    # Not isinstance: it asks a proxy for its class, which fails where what it stood for is gone.
     return (
-        inspect.iscoroutine(one)
+        type(one) is CoroutineType
         and one.__name__.startswith("_read_")
         and "orbax" in one.cr_code.co_filename
     )
