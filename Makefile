@@ -47,7 +47,7 @@ test-slow: $(VENV)/.installed-test $(PARITY)/.installed
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m slow
 	$(PARITY)/bin/python -m pytest -q -m "slow and parity" tests/parity
 
-# torch serves only as a reference, in an environment of its own.
+# torch and the libraries in requirements-parity.txt are only references, in a separate environment.
 test-parity: $(PARITY)/.installed
 	$(PARITY)/bin/python -m pytest -q -m "parity and not slow" tests/parity
 
@@ -79,10 +79,10 @@ $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed-$(REQUIREMENTS
 	@$(call install,$(VENV),-r requirements-test.txt)
 	@touch $@
 
-$(PARITY)/.installed: requirements-cpu.txt requirements-test.txt pyproject.toml
+$(PARITY)/.installed: requirements-cpu.txt requirements-test.txt requirements-parity.txt pyproject.toml
 	@$(find_python); test -n "$$python" || { $(NO_PYTHON); }; \
-	echo "Installing torch and requirements-cpu.txt into $(PARITY) (once) ..."; \
+	echo "Installing torch, requirements-cpu.txt and requirements-parity.txt into $(PARITY) (once) ..."; \
 	test -x $(PARITY)/bin/python || "$$python" -m venv $(PARITY)
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cpu.txt -r requirements-test.txt
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cpu.txt -r requirements-test.txt -r requirements-parity.txt
 	@touch $@
