@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.formats import by_content, head_of
 
 # Bits of a number of each dtype of the format.
 BITS = {
@@ -70,7 +71,8 @@ def read_header(path: str | os.PathLike[str], descriptor: int | None = None) -> 
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except _Broken as broken:
-        raise UserError(f"{path}: not a whole safetensors file ({broken}).") from None
+        other = by_content(path, head_of(path))
+        raise UserError(other or f"{path}: not a whole safetensors file ({broken}).") from None
 
 
 def num_bytes(code: str, shape: tuple[int, ...]) -> int:

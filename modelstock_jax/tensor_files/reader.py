@@ -1,25 +1,33 @@
-"""Reads safetensors: one file, or the shards that an index names. Nothing is ever unpickled."""
+"""Reads safetensors: one file, or shards with or without an index. Nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from modelstock_jax.errors import UserError, listed
+from modelstock_jax.tensor_files import formats
+from modelstock_jax.tensor_files.formats import PICKLES, shown
 from modelstock_jax.tensor_files.header import Entry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "head.safetensors"  # A classifier beside the model whose features it takes.
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_SUFFIX = ".safetensors"
+# The index of NAME.safetensors; of a variant "fp16" it is NAME.safetensors.index.fp16.json, too.
+_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?P<variant>\.[\w-]+)?\.json")
+_SHARD = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})(?P<variant>\.[\w-]+)?\.safetensors"
+)
 
 # What NumPy and ml_dtypes can hold; the format knows a few more.
 DTYPES = {
@@ -43,12 +51,20 @@ class TensorFiles(Mapping[str, np.ndarray]):
     Shapes and dtypes are known from the headers, so a check of names costs no reading.
 
     Args:
-        path: A ``.safetensors`` file, or a directory with ``model.safetensors``, with
-            ``model.safetensors.index.json`` and its shards, or with one ``.safetensors`` alone.
+        path: A ``.safetensors`` file, or a directory with ``NAME.safetensors``, with
+            ``NAME.safetensors.index.json`` and its shards, or with all shards and no index. NAME
+            is ``model`` where there is one, else any name that is the only one. Variants such as
+            ``NAME.fp16`` are read only where there is no ``NAME``.
+
+    Attributes:
+        stem: NAME; of a path to one file, its name without the suffix.
+        aliases: Names of tensors that were not stored because they share the memory of another ->
+            the name of the stored one, as ``safetensors.torch.save_model`` writes it.
 
     Raises:
-        UserError: No such path, no safetensors in it, pickle files, or a file that is cut short,
-            has a hostile header or lacks what the index promises; it names the file.
+        UserError: No such path, no safetensors in it, another format, shards that are missing, or
+            a file that is cut short, has a hostile header or lacks what the index promises; it
+            names the file.
 
     Example:
         >>> import tempfile
@@ -67,24 +83,33 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._metadata: dict[str, str] = {}
         self._open: dict[Path, int] = {}
         weakref.finalize(self, _close, self._open)
-        promised = _locate(self.path)
-        for file in dict.fromkeys(promised.values() if isinstance(promised, dict) else [promised]):
+        found = _locate(self.path)
+        self.stem = found.stem
+        aliases: dict[str, str] = {}
+        for file in found.files:
             try:
                 self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+                raise UserError(f"{shown(file)}: cannot be read ({error.strerror}).") from None
             header = read_header(file, self._open[file])
             self._metadata.update(header.metadata)
+            aliases |= {a: n for a, n in header.metadata.items() if n in header.tensors}
             for name, entry in header.tensors.items():
-                if isinstance(promised, dict) and promised.get(name) != file:
+                if found.places is not None and found.places.get(name) != file:
                     raise UserError(
-                        f"{file}: holds {name!r}, which the index does not place there."
+                        f"{shown(file)}: holds {name!r}, which the index does not place there."
+                    )
+                if name in self.files:
+                    raise UserError(
+                        f"{shown(file)}: holds {name!r}, and so does {self.files[name].name}; "
+                        "these shards are not of one model."
                     )
                 self._entries[name] = entry
                 self.files[name] = file
-        if isinstance(promised, dict) and (lost := sorted(promised.keys() - self._entries.keys())):
+        self.aliases = {a: n for a, n in aliases.items() if a not in self._entries}
+        if found.places and (lost := sorted(found.places.keys() - self._entries.keys())):
             raise UserError(
-                f"{self.path / INDEX}: promises tensors that no shard holds: {listed(lost)}."
+                f"{shown(found.index)}: promises tensors that no shard holds: {listed(lost)}."
             )
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -168,59 +193,130 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}).") from None
+        other = formats.by_content(path, formats.head_of(path))
+        raise UserError(other or f"{path}: not JSON ({error}).") from None
 
 
-def _locate(path: Path) -> Path | dict[str, Path]:
-    """The one file, or where the index places each tensor."""
-    if path.suffix in PICKLES:
-        raise UserError(_pickled(path))
-    # Not Path.is_file, which raises where a name is too long or a folder is closed to us.
+class _Found(NamedTuple):
+    """The files of a model, in order; with an index also that and the file of each tensor."""
+
+    stem: str
+    files: Sequence[Path]
+    index: Path = Path()
+    places: Mapping[str, Path] | None = None
+
+
+def _locate(path: Path) -> _Found:
+    """The files of the model at a path."""
+    # Not Path.is_file, which raises where a name is too long or a directory cannot be searched.
     if os.path.isfile(path):
-        return path
+        if (other := formats.by_name(path)) is not None:
+            raise UserError(other)
+        return _Found(path.name.removesuffix(_SUFFIX), [path])
     if not os.path.isdir(path):
-        raise UserError(f"{path}: no such file or directory.")
-    if (path / INDEX).is_file():
-        return _shards(path)
-    if (path / SINGLE).is_file():
-        return path / SINGLE
-    found = sorted(p for p in path.iterdir() if p.suffix == ".safetensors")
-    found = [p for p in found if p.name != HEAD] or found
-    if len(found) == 1:
-        return found[0]
-    pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
-    if not found and pickles:
-        raise UserError(_pickled(pickles[0]))
-    what = f"{len(found)} safetensors files and no index" if found else "no safetensors file"
-    inside = sorted(p.parent for name in (SINGLE, INDEX) for p in path.glob(f"*/{name}"))
-    meant = f" There is a model in {inside[0]}." if inside and not found else ""
-    raise UserError(f"{path}: {what}; expected {SINGLE} or {INDEX}.{meant}")
+        if path.suffix in PICKLES:
+            raise UserError(formats.pickled(path))
+        raise UserError(f"{shown(path)}: no such file or directory.")
+    try:
+        names = sorted(name for name in os.listdir(path) if not os.path.isdir(path / name))
+    except OSError as error:
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
+    # Files that begin with a dot are temporary, or macOS's ("._model.safetensors").
+    candidates = _candidates(path, [name for name in names if not name.startswith(".")])
+    if not candidates:
+        _raise_without_safetensors(path)
+    return _open_candidate(path, *_choose(path, candidates))
 
 
-def _shards(directory: Path) -> dict[str, Path]:
-    index = directory / INDEX
+def _candidates(path: Path, names: Sequence[str]) -> dict[str, list[Path]]:
+    """Stem -> the index, or the single file, or the shards, whatever there is first of these."""
+    indexes, singles, shards = {}, {}, {}
+    for name in names:
+        if found := _INDEX.fullmatch(name):
+            indexes.setdefault(found["stem"] + (found["variant"] or ""), [path / name])
+        elif found := _SHARD.fullmatch(name):
+            shards.setdefault(found["stem"] + (found["variant"] or ""), []).append(path / name)
+        elif name.endswith(_SUFFIX):
+            singles[name.removesuffix(_SUFFIX)] = [path / name]
+    return shards | singles | indexes
+
+
+def _choose(path: Path, candidates: Mapping[str, list[Path]]) -> tuple[str, list[Path]]:
+    """`model`, or else the only stem that is no variant of another and no classifier."""
+    model = SINGLE.removesuffix(_SUFFIX)
+    if model in candidates:
+        return model, candidates[model]
+    heads = {HEAD.removesuffix(_SUFFIX)} if len(candidates) > 1 else set()
+    stems = [
+        stem for stem in candidates if stem not in heads
+        and not any(stem.startswith(f"{other}.") for other in candidates)
+    ]  # fmt: skip
+    indexed = [stem for stem in stems if _INDEX.fullmatch(candidates[stem][0].name)]
+    if len(stems) > 1 and len(indexed) == 1:
+        stems = indexed
+    if len(stems) > 1:
+        files = [candidates[stem][0].name for stem in stems]
+        count = sum(len(candidates[stem]) for stem in stems)
+        what = "several indexes" if indexed else f"{count} safetensors files and no index"
+        raise UserError(
+            f"{shown(path)}: {what} ({listed(files, 3)}); give the path of the one to read."
+        )
+    return stems[0], candidates[stems[0]]
+
+
+def _open_candidate(path: Path, stem: str, files: Sequence[Path]) -> _Found:
+    if _INDEX.fullmatch(files[0].name):
+        places = _places(files[0])
+        return _Found(stem, list(dict.fromkeys(places.values())), files[0], places)
+    shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    if not shards:
+        return _Found(stem, files)
+    totals = {int(match["total"]) for match in shards}
+    if len(totals) > 1:
+        raise UserError(
+            f"{shown(path)}: shards of {' and of '.join(map(str, sorted(totals)))} files and no "
+            "index; keep those of one model."
+        )
+    (total,), numbers = totals, {int(match["number"]) for match in shards}
+    # Numbers begin at 1, with few writers at 0.
+    missing = sorted(set(range(total) if 0 in numbers else range(1, total + 1)) - numbers)
+    if missing:
+        raise UserError(
+            f"{shown(path)}: of {total} shards of {listed([stem])}, these are missing: "
+            f"{listed(map(str, missing))}; copy or download them."
+        )
+    return _Found(stem, files)
+
+
+def _raise_without_safetensors(path: Path) -> None:
+    if (other := formats.directory_without_safetensors(path)) is not None:
+        raise UserError(other)
+    below = [os.fspath(directory) for directory in formats.models_below(path)]
+    meant = f" There is a model in {listed(below, 3)}." if below else ""
+    raise UserError(f"{shown(path)}: no safetensors file; expected {SINGLE} or {INDEX}.{meant}")
+
+
+def _places(index: Path) -> dict[str, Path]:
+    """The file of each tensor, as an index names it."""
     raw = read_json(index)
     places = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(places, dict) or not places:
-        raise UserError(f"{index}: has no 'weight_map'.")
+        raise UserError(f"{shown(index)}: has no 'weight_map'.")
     for file in places.values():
-        # A shard lies beside its index: a path could point anywhere on the machine.
+        # A shard is in the directory of its index: a path could point anywhere on the machine.
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise UserError(f"{index}: {file!r} is not the name of a file beside it.")
+            raise UserError(f"{shown(index)}: {file!r} is not the name of a file beside it.")
         if Path(file).suffix in PICKLES:
-            raise UserError(_pickled(directory / file))
-    if lost := sorted({f for f in places.values() if not os.path.isfile(directory / f)}):
-        raise UserError(f"{index}: names files that are not there: {listed(lost)}.")
-    return {name: directory / file for name, file in places.items()}
+            raise UserError(formats.pickled(index.parent / file))
+    if lost := sorted({f for f in places.values() if not os.path.isfile(index.parent / f)}):
+        raise UserError(
+            f"{shown(index)}: names files that are not there: {listed(lost)}; copy or download "
+            "them."
+        )
+    return {name: index.parent / file for name, file in places.items()}
 
 
 def _close(descriptors: dict[Path, int]) -> None:
     for descriptor in descriptors.values():
         os.close(descriptor)
 
-
-def _pickled(path: Path) -> str:
-    return (
-        f"{path}: a pickle file can run code when it is opened, so it is refused; convert it once "
-        "where you trust it: safetensors.torch.save_file(torch.load(PATH, weights_only=True), OUT)."
-    )

@@ -70,7 +70,7 @@ HOSTILE = {
     "offsets beyond the end": header(
         59, b'{"w":{"dtype":"F32","shape":[1000],"data_offsets":[0,4000]}}'[:59]
     ),
-    "a pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    "a pickle of an old protocol": b"cos\nsystem\n(S'true'\ntR.",
 }
 
 

@@ -1,0 +1,239 @@
+"""Which files of a directory are read, and what is said of files in other formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.reader import TensorFiles, read_json
+from modelstock_jax.tensor_files.writer import write_tensors
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
+HTML = b"\n <!DOCTYPE html>\n<html><body>404</body></html>"
+
+
+def put(directory: Path, file: str, value: float, *names: str, **metadata: str) -> None:
+    """Writes a file with one element, `value`, in each tensor."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / file, {n: np.full(1, value) for n in names or ("w",)}, metadata)
+
+
+def index(directory: Path, file: str, **places: str) -> None:
+    (directory / file).write_text(json.dumps({"weight_map": places}))
+
+
+def error(path: Path) -> str:
+    """The message, which is one line and names the path."""
+    with pytest.raises(UserError) as caught:
+        TensorFiles(path)
+    line = str(caught.value)
+    assert "\n" not in line and str(path) in line and "Error" not in line
+    return line
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model", "open_clip_model", "a.b-c"])
+def test_an_index_of_any_name(tmp_path, stem):
+    put(tmp_path, f"{stem}-00001-of-00002.safetensors", 1, "a")
+    put(tmp_path, f"{stem}-00002-of-00002.safetensors", 2, "b")
+    index(tmp_path, f"{stem}.safetensors.index.json", a=f"{stem}-00001-of-00002.safetensors",
+          b=f"{stem}-00002-of-00002.safetensors", c="other.safetensors")
+    assert "names files that are not there: other.safetensors" in error(tmp_path)
+    put(tmp_path, "other.safetensors", 3, "c")
+    files = TensorFiles(tmp_path)
+    assert files.stem == stem and (files["a"], files["b"], files["c"]) == (1, 2, 3)
+    (tmp_path / f"{stem}.safetensors.index.json").unlink()
+    (tmp_path / "other.safetensors").unlink()
+    files = TensorFiles(tmp_path)
+    assert files.stem == stem and (files["a"], files["b"]) == (1, 2)
+
+
+@pytest.mark.parametrize(("files", "stem"), [
+    (["model", "model.fp16"], "model"),
+    (["model", "other", "diffusion_pytorch_model"], "model"),
+    (["diffusion_pytorch_model", "diffusion_pytorch_model.fp16",
+      "diffusion_pytorch_model.non_ema"], "diffusion_pytorch_model"),
+    (["diffusion_pytorch_model", "head"], "diffusion_pytorch_model"),
+    (["model.fp16"], "model.fp16"),
+    (["head"], "head"),
+    (["sd_xl_base_1.0"], "sd_xl_base_1.0"),
+    (["x", "._x", ".x"], "x"),  # macOS's and temporary files.
+])  # fmt: skip
+def test_the_file_without_a_variant_is_read(tmp_path, files, stem):
+    for file in files:
+        put(tmp_path, f"{file}.safetensors", float(file == stem))
+    found = TensorFiles(tmp_path)
+    assert found.stem == stem and found["w"] == 1
+
+
+def test_a_variant_of_an_index_does_not_disturb(tmp_path):
+    stem = "diffusion_pytorch_model"
+    for value, names in enumerate([
+        (f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors"),
+        (f"{stem}.fp16.safetensors.index.json", f"{stem}.fp16-00001-of-00001.safetensors"),
+        (f"{stem}.safetensors.index.bf16.json", f"{stem}-00001-of-00001.bf16.safetensors"),
+    ]):
+        put(tmp_path, names[1], value)
+        index(tmp_path, names[0], w=names[1])
+    assert TensorFiles(tmp_path)["w"] == 0 and TensorFiles(tmp_path).stem == stem
+    # Without the plain one there are two, and nobody can say which is meant.
+    (tmp_path / f"{stem}.safetensors.index.json").unlink()
+    (tmp_path / f"{stem}-00001-of-00001.safetensors").unlink()
+    assert "several indexes" in error(tmp_path)
+    (tmp_path / f"{stem}.fp16.safetensors.index.json").unlink()
+    assert TensorFiles(tmp_path)["w"] == 2  # The other has an index.
+
+
+def test_an_index_wins_over_files_that_are_not_of_it(tmp_path):
+    put(tmp_path, "consolidated.safetensors", 0)
+    put(tmp_path, "unet-00001-of-00001.safetensors", 1)
+    index(tmp_path, "unet.safetensors.index.json", w="unet-00001-of-00001.safetensors")
+    assert TensorFiles(tmp_path)["w"] == 1
+    assert TensorFiles(tmp_path / "consolidated.safetensors").stem == "consolidated"
+
+
+def test_shards_without_an_index_must_all_be_there(tmp_path):
+    for number in range(1, 6):
+        put(tmp_path, f"model-{number:05d}-of-00005.safetensors", number, f"w{number}")
+    assert sorted(TensorFiles(tmp_path)) == [f"w{n}" for n in range(1, 6)]
+    for number in (2, 5):
+        (tmp_path / f"model-{number:05d}-of-00005.safetensors").unlink()
+    assert "of 5 shards of model, these are missing: 2, 5; copy or download" in error(tmp_path)
+    put(tmp_path, "model-00001-of-00004.safetensors", 1)
+    assert "shards of 4 and of 5 files and no index" in error(tmp_path)
+
+
+def test_shards_may_be_counted_from_zero_and_hold_a_tensor_once(tmp_path):
+    for number in range(2):
+        put(tmp_path, f"model-{number:05d}-of-00002.safetensors", number, f"w{number}")
+    assert sorted(TensorFiles(tmp_path)) == ["w0", "w1"]
+    put(tmp_path, "model-00001-of-00002.safetensors", 1, "w0")
+    assert "holds 'w0', and so does model-00000-of-00002.safetensors" in error(tmp_path)
+
+
+def test_several_files_are_named(tmp_path):
+    for letter in "abcde":
+        put(tmp_path, f"{letter}.safetensors", 0)
+    line = error(tmp_path)
+    assert "5 safetensors files and no index (a.safetensors, b.safetensors, c.safetensors" in line
+    assert "and 2 more); give the path of the one to read" in line
+    index(tmp_path, "a.safetensors.index.json", w="a.safetensors")
+    index(tmp_path, "b.safetensors.index.json", w="b.safetensors")
+    assert "several indexes (a.safetensors.index.json, b.saf" in error(tmp_path)
+
+
+def test_a_shard_that_an_index_names_may_be_a_pointer(tmp_path):
+    put(tmp_path, "model-00001-of-00002.safetensors", 1, "a")
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(LFS)
+    for _ in range(2):
+        line = error(tmp_path)
+        assert "model-00002-of-00002.safetensors: a Git LFS pointer" in line
+        assert "`git lfs pull`" in line
+        index(tmp_path, "model.safetensors.index.json", a="model-00001-of-00002.safetensors",
+              b="model-00002-of-00002.safetensors")
+
+
+def test_aliases_are_what_save_model_removed(tmp_path):
+    put(tmp_path, "model-00001-of-00002.safetensors", 1, "shared.weight", "format",
+        **{"encoder.weight": "shared.weight", "other": "head.weight", "author": "me"})
+    put(tmp_path, "model-00002-of-00002.safetensors", 2, "head.weight", "kept",
+        **{"lm_head.weight": "head.weight", "kept": "head.weight", "shared.weight": "kept"})
+    files = TensorFiles(tmp_path)
+    # A value of another file's, and a key that is stored, are no aliases.
+    assert files.aliases == {"encoder.weight": "shared.weight", "lm_head.weight": "head.weight"}
+
+
+def _zip(path: Path) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+    return path.read_bytes()
+
+
+CONTENTS = {
+    b"GGUF\x03\x00\x00\x00" + bytes(99): "a GGUF file of llama.cpp, not safetensors; give the",
+    LFS: "a Git LFS pointer, not the file itself; run `git lfs pull`",
+    HTML: "an HTML page, not the file itself (a download that failed?); download",
+    b"<HTML lang=en>": "an HTML page",
+    b"\xef\xbb\xbf<!doctype html>": "an HTML page",
+    b"\x80\x02}q\x00.": "a PyTorch pickle, not safetensors; a pickle can run code",
+    b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.": "a PyTorch pickle",
+    b"\x89HDF\r\n\x1a\n" + bytes(9): "TensorFlow weights, not safetensors; load it with",
+    b"\x1f\x8b\x08" + bytes(9): "an archive, not safetensors; unpack it",
+}
+
+
+@pytest.mark.parametrize(("content", "said"), CONTENTS.items(), ids=CONTENTS.values())
+def test_other_formats_under_the_name_of_safetensors(tmp_path, content, said):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    for given in (path, tmp_path):
+        assert f"{path}: {said}" in error(given)
+
+
+def test_a_pickle_in_a_zip_archive(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(_zip(tmp_path / "made"))
+    assert "model.safetensors: a PyTorch pickle, not safetensors" in error(tmp_path)
+    assert "convert it once where you trust it: safetensors.torch.save_file" in error(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (LFS, "config.json: a Git LFS pointer"), (HTML, "config.json: an HTML page"),
+    (b"{", r"config.json: not JSON \(Expecting"),
+])  # fmt: skip
+def test_a_config_that_was_not_fetched(tmp_path, content, said):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        read_json(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("files", "said"), [
+    (["m.gguf", "config.json"], "m.gguf: a GGUF file"),
+    (["model.onnx", "config.json"], "model.onnx: an ONNX file"),
+    (["tf_model.h5"], "tf_model.h5: TensorFlow weights, not safetensors; load it with .*from_tf"),
+    (["flax_model.msgpack", "tf_model.h5"], "tf_model.h5: TensorFlow weights"),
+    (["flax_model.msgpack"], "flax_model.msgpack: Flax weights.*from_flax=True"),
+    (["a.parquet"], "a dataset, not a model"), (["data/train-0.parquet"], "a dataset"),
+    (["dataset_info.json", "x.arrow"], "a dataset"), (["dataset_dict.json"], "a dataset"),
+    (["state.json", "data-0.arrow"], "a dataset"),
+    (["pytorch_model.bin", "aaa.bin", "training_args.bin"], "pytorch_model.bin: a pickle file"),
+    (["optimizer.pt", "rng_state_0.pth", "training_args.bin", "checkpoint-5/model.safetensors"],
+     "no safetensors file; .* There is a model in .*/checkpoint-5."),
+    (["unet/diffusion_pytorch_model.safetensors", "vae/x.safetensors.index.json"],
+     "There is a model in .*/unet, .*/vae"),
+    (["config.json"], "no safetensors file; expected model.safetensors"),
+])  # fmt: skip
+def test_directories_without_safetensors(tmp_path, files, said):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(UserError, match=said):
+        TensorFiles(tmp_path)
+    assert "\n" not in error(tmp_path)
+    if "/" not in files[0] and files[0].endswith((".gguf", ".onnx", ".h5", ".msgpack", ".bin")):
+        with pytest.raises(UserError, match=f"{files[0]}: "):
+            TensorFiles(tmp_path / files[0])
+
+
+def test_a_directory_may_have_the_suffix_of_a_pickle(tmp_path):
+    put(tmp_path / "epoch=1.ckpt", "model.safetensors", 1)
+    assert TensorFiles(tmp_path / "epoch=1.ckpt")["w"] == 1
+
+
+def test_no_name_breaks_the_line(tmp_path):
+    directory = tmp_path / "a\nb"
+    directory.mkdir()
+    for content in (LFS, HTML, b"GGUF" + bytes(20)):
+        (directory / "c\nd.safetensors").write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            TensorFiles(directory)
+        assert "\n" not in str(caught.value) and r"c\nd.safetensors" in str(caught.value)
+    os.rename(directory / "c\nd.safetensors", directory / "c\nd.gguf")
+    with pytest.raises(UserError) as caught:
+        TensorFiles(directory)
+    assert "\n" not in str(caught.value)
