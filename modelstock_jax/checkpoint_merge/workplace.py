@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.rows import Row
@@ -17,11 +19,16 @@ from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import write_json
 from modelstock_jax.tensor_files.digests import digest_file
-from modelstock_jax.tensor_files.writer import refuse_existing, take_place
+from modelstock_jax.tensor_files.formats import shown
+from modelstock_jax.tensor_files.writer import ExistsError, refuse_existing, take_place
 
 _STATE = "merge_state.json"
 _LOCK = "merge.lock"
 _SPARE = 16 * 2**20  # for headers, config, tokenizer, report and pictures
+
+
+class OccupiedError(UserError):
+    """Another process made the output directory first; the message says how to continue."""
 
 
 class Workplace:
@@ -31,18 +38,19 @@ class Workplace:
 
     Args:
         plan: Of the merge.
-        out: The final directory.
+        out: The final directory. Of a link, what it leads to is made or replaced; the link stays.
         overwrite: Whether it may be replaced.
 
     Raises:
-        UserError: `out` is, holds or lies in an input, or exists; another merge is at work here;
-            the disk has too little room.
+        UserError: `out` is, holds or lies in an input, exists, or cannot be made; another process
+            is making this merge; the disk has too little room.
     """
 
     def __init__(self, plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False):
-        self.out = Path(os.path.abspath(out))
+        self.out = Path(os.path.realpath(out))
         self._plan, self._overwrite = plan, overwrite
         refuse_inputs(self.out, (plan.base, *plan.finetuned))
+        _refuse_impossible(self.out)
         refuse_existing(self.out, overwrite=overwrite)
         self.path = self.out.parent / f".{self.out.name}.{plan.fingerprint[:16]}.merge"
         self._saving = threading.Lock()
@@ -50,12 +58,15 @@ class Workplace:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / _LOCK, "w")
         except OSError as error:
-            raise UserError(f"{self.out}: cannot be written ({error.strerror}).") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            why = f"cannot be written ({error.strerror})"
+            raise UserError(f"{shown(self.out)}: {why}; choose another directory.") from None
+        self._locks = locked(self._lock)
+        if self._locks is False:
             self._lock.close()
-            raise UserError(f"{self.out}: another process is making this merge.") from None
+            raise UserError(f"{shown(self.out)}: another process is making this merge.")
+        if self._locks is None and sys.stderr is not None:
+            print(f"note: the file system of {shown(self.out)} has no locks: give no other merge "
+                  "this --out meanwhile", file=sys.stderr)
         self.rows: dict[str, Row] = {}
         self.digests = self._complete()
         self.resumed = tuple(sorted(self.digests))
@@ -72,13 +83,28 @@ class Workplace:
             self._write_state()
 
     def commit(self) -> None:
-        """Gives the directory its final name; it must hold everything."""
-        refuse_existing(self.out, overwrite=self._overwrite)
-        for name in (_STATE, _LOCK):
-            (self.path / name).unlink(missing_ok=True)
-        take_place(self.path, self.out)
+        """Gives the directory its final name; it must hold everything.
+
+        Raises:
+            OccupiedError: Another process has made `out` since this merge began.
+            UserError: It cannot be flushed or renamed.
+        """
+        try:
+            refuse_existing(self.out, overwrite=self._overwrite)
+            for name in (_STATE, _LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            take_place(self.path, self.out, self._overwrite)
+        except ExistsError:
+            how = "give the same command with --overwrite (in a program, overwrite=True) to replace"
+            if not self.out.is_dir():
+                how = "move it away and give the same command again to replace"
+            raise OccupiedError(
+                f"{shown(self.out)}: another process made it during this merge; {how} it. The "
+                "merged files are kept, so nothing is computed again."
+            ) from None
         self._lock.close()
-        self._remove_stale()
+        if self._locks:
+            self._remove_stale()
 
     def leave(self, *, keep: bool = True) -> None:
         """Leaves without the final name; keeps the files that are complete, if any."""
@@ -118,8 +144,8 @@ class Workplace:
 
     def _strangers(self, whole: Mapping[str, str]) -> Iterable[Path]:
         """Files of tensors here that are not known to be complete."""
-        return [path for path in self.path.iterdir()
-                if path.name not in (*whole, _STATE, _LOCK) and path.is_file()]
+        kept = {self.path / name for name in (*whole, _STATE, _LOCK)}
+        return [path for path in self.path.rglob("*") if path.is_file() and path not in kept]
 
     def _check_room(self) -> None:
         done = sum((self.path / name).stat().st_size for name in self.digests)
@@ -136,10 +162,53 @@ class Workplace:
         for path in self.out.parent.glob(f".{_escaped(self.out.name)}.*.merge"):
             try:
                 with open(path / _LOCK, "a") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
+                    if locked(lock):
+                        shutil.rmtree(path, ignore_errors=True)
             except OSError:
                 continue
+
+
+def locked(file: TextIO) -> bool | None:
+    """Locks an open file for this process, without waiting.
+
+    Returns:
+        Whether the lock is this process's; None where the file system has no locks, as some
+        network and FUSE file systems.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _refuse_impossible(out: Path) -> None:
+    """Raises where no directory could take the name `out` when the merge ends."""
+    if os.path.islink(out):
+        raise UserError(f"{shown(out)}: a link that leads to itself; choose a directory.")
+    if _is_mounted(out):
+        raise UserError(f"{shown(out)}: a mount point, which a new directory cannot replace; give "
+                        f"a directory in it: {shown(out / 'merged')}")
+    for parent in out.parents:
+        if os.path.exists(parent) and not os.path.isdir(parent):
+            raise UserError(f"{shown(out)}: {shown(parent)} is a file, so no directory can be made "
+                            "in it; choose another directory.")
+
+
+def _is_mounted(path: Path) -> bool:
+    if os.path.ismount(path):
+        return True
+    # A directory of one file system that is mounted elsewhere on it is found only here.
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    name = str(path)
+    for character in "\\ \t\n":
+        name = name.replace(character, f"\\{ord(character):03o}")
+    return any(line.split(" ")[4:5] == [name] for line in lines)
 
 
 def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.disk import flush
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
@@ -42,7 +43,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
         temporary.touch(exist_ok=False)
         write(temporary)
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+            flush(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise UserError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.digests import RangeDigest
+from modelstock_jax.tensor_files.disk import flush
 from modelstock_jax.tensor_files.header import BITS, num_bytes
 
 _BLOCK = 2**20
@@ -108,7 +109,7 @@ class ShardWriter:
         try:
             if self._error is not None:
                 raise self._error
-            os.fsync(self._file)
+            flush(self._file)
         except OSError as error:
             raise self._refusal(error) from None
         finally:
@@ -157,7 +158,7 @@ class ShardWriter:
                 if self._sum is None:
                     self._hash(done, ready)
                 if not closing and ready - synced >= _SYNC:
-                    os.fdatasync(self._file)
+                    flush(self._file, data_only=True)
                     synced = ready
                 if closing and ready == done:
                     return

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.tensor_files.disk import flush, flush_path, set_mode
+from modelstock_jax.tensor_files.formats import shown
 from modelstock_jax.tensor_files.reader import INDEX, SINGLE
 
 
@@ -44,10 +46,10 @@ def write_tensors(
             beside.touch()
             mode = beside.stat().st_mode
             save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
-            beside.chmod(stat.S_IMODE(mode))  # The library's files are for their owner alone.
-            _fsync(beside)
+            set_mode(beside, stat.S_IMODE(mode))  # The library's files are for their owner alone.
+            flush_path(beside)
             os.replace(beside, path)
-            _fsync(path.parent)
+            flush_path(path.parent)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -87,7 +89,7 @@ def write_text(path: Path, text: str) -> None:
     with _explaining(path), open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -118,7 +120,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         >>> (root / "model" / "note.txt").read_text()
         'whole'
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))  # A link stays, and leads to the new directory.
     refuse_existing(path, overwrite=overwrite)
     with _explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,37 +128,51 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     try:
         with _explaining(path):
             yield beside
-        take_place(beside, path)
+        take_place(beside, path, overwrite)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+class ExistsError(UserError):
+    """The place of a new directory is occupied."""
+
+
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raises where `path` is a file, or a directory that holds files and may not be replaced."""
-    if path.is_file():
-        raise UserError(f"{path}: exists already, and is a file; choose a directory.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path}: exists already; choose another directory, or replace it with "
-                        "--overwrite (in a program, overwrite=True).")
+    """Raises ExistsError where `path` is a file, or a directory with files and not `overwrite`."""
+    if os.path.isfile(path):
+        raise ExistsError(f"{shown(path)}: exists already, and is a file; choose a directory.")
+    if os.path.isdir(path) and any(path.iterdir()) and not overwrite:
+        raise ExistsError(f"{shown(path)}: exists already; choose another directory, or replace it "
+                          "with --overwrite (in a program, overwrite=True).")
 
 
-def take_place(beside: Path, path: Path) -> None:
+def take_place(beside: Path, path: Path, overwrite: bool = False) -> None:
     """Flushes a finished directory to the disk, then gives it the name `path`.
 
     Args:
-        beside: A directory in the one that `path` lies in.
+        beside: A directory with the same parent as `path`.
         path: The final name.
+        overwrite: Replace a directory of that name; without it, one that holds files is an error.
 
     Raises:
+        ExistsError: `path` exists, perhaps since a moment ago.
         UserError: It cannot be flushed or renamed.
     """
     with _explaining(path):
         _settle(beside)
-        _take_place(beside, path)
+        _take_place(beside, path, overwrite)
 
 
-def _take_place(beside: Path, path: Path) -> None:
-    if path.exists():
+def _take_place(beside: Path, path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        with contextlib.suppress(OSError):
+            path.rmdir()  # Only an empty directory can be removed.
+        try:
+            os.replace(beside, path)
+        except OSError:
+            refuse_existing(path)  # Another process made it while this one flushed.
+            raise
+    elif path.exists():
         # A directory cannot be renamed over one that holds files: the old one steps aside first.
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
         os.replace(path, aside)
@@ -168,7 +184,7 @@ def _take_place(beside: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         os.replace(beside, path)
-    _fsync(path.parent)
+    flush_path(path.parent)
 
 
 def _settle(directory: Path) -> None:
@@ -181,18 +197,10 @@ def _settle(directory: Path) -> None:
         folder.mkdir()
         of_file, of_folder = (stat.S_IMODE(place.stat().st_mode) for place in (file, folder))
     for place in sorted(directory.rglob("*")):
-        place.chmod(of_folder if place.is_dir() else of_file)
-        _fsync(place)
-    directory.chmod(of_folder)
-    _fsync(directory)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        set_mode(place, of_folder if place.is_dir() else of_file)
+        flush_path(place)
+    set_mode(directory, of_folder)
+    flush_path(directory)
 
 
 @contextlib.contextmanager
