@@ -19,7 +19,7 @@ from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.rows import Row, tensor_rows, totals
 from modelstock_jax.checkpoint_merge.tally import Stopped, Tally
 from modelstock_jax.checkpoint_merge.unit import Unit
-from modelstock_jax.checkpoint_merge.workplace import Workplace
+from modelstock_jax.checkpoint_merge.workplace import OccupiedError, Workplace
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.policy import NonFiniteError
 
@@ -105,7 +105,8 @@ def run(
     except BaseException as error:
         spoilt = isinstance(error, NonFiniteError)
         workplace.leave(keep=not spoilt)
-        if isinstance(error, UserError) and workplace.digests and not spoilt:
+        again = isinstance(error, UserError) and not isinstance(error, OccupiedError)
+        if again and workplace.digests and not spoilt:
             kept = "What is complete is kept; give the same command again."
             raise UserError(f"{error} {kept}") from None
         raise
