@@ -58,12 +58,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Writes text (UTF-8) atomically; see `write_atomically`."""
-    return write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    return write_atomically(path, lambda file: file.write_bytes(_utf8(text)))
 
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Writes JSON atomically, keys sorted, non-finite as null: equal values give equal bytes."""
     return write_text(path, json.dumps(plain(value), sort_keys=True, indent=1) + "\n")
+
+
+def _utf8(text: str) -> bytes:
+    """UTF-8, also of text with names of files that are not UTF-8 (or not in this locale)."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            raw = text.encode("utf-8", "surrogateescape")  # The bytes of the names.
+            raw.decode()
+            return raw
+        return text.encode("utf-8", "backslashreplace")
 
 
 def plain(value: Any) -> Any:

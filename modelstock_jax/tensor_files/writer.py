@@ -85,8 +85,9 @@ def write_directory_tensors(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file and flushes it to the disk."""
-    with _explaining(path), open(path, "w", encoding="utf-8", newline="\n") as file:
+    """Writes a text file and flushes it to the disk; half surrogate pairs as JSON's escapes."""
+    how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+    with _explaining(path), open(path, "w", **how) as file:
         file.write(text)
         file.flush()
         flush(file.fileno())

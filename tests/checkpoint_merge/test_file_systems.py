@@ -17,7 +17,7 @@ from modelstock_jax.checkpoint_merge.run import run
 from modelstock_jax.checkpoint_merge.workplace import OccupiedError
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting import files as reporting
-from modelstock_jax.tensor_files import stream, writer
+from modelstock_jax.tensor_files import disk, stream, writer
 from tests.checkpoint_merge.engine import models, plan, save
 from tests.checkpoint_merge.small import llama
 from tests.checkpoint_merge.test_run import contents
@@ -101,6 +101,14 @@ def test_flushes_of_directories(made, tmp_path, monkeypatch, code, only, fatal):
         run(made, tmp_path / "out")
         assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert calls
+
+
+def test_only_directories_may_be_no_file_to_flush(tmp_path, monkeypatch):
+    fails(monkeypatch, os, "fsync", "EBADF")
+    disk.flush_path(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        disk.flush_path(tmp_path / "file")
 
 
 @pytest.mark.parametrize("code", ["EACCES", "EPERM"])

@@ -217,6 +217,11 @@ def test_the_umask_is_not_touched(tmp_path, monkeypatch):
         assert oct((tmp_path / made).stat().st_mode) == oct((tmp_path / plain).stat().st_mode)
 
 
+def test_half_a_surrogate_pair_survives(tmp_path):
+    writer.write_json(tmp_path / "config.json", {"é": "\ud83d"})
+    assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"é": "\ud83d"}
+
+
 def test_an_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file.model: cannot be written"):

@@ -1,0 +1,269 @@
+"""Standard streams that are closed, full or not UTF-8, and options that are misspelt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modelstock_jax.checkpoint_merge.arguments import parsers
+from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.options import METHODS
+from modelstock_jax.checkpoint_merge.spelling import near
+from modelstock_jax.tensor_files.reader import TensorFiles
+from tests.checkpoint_merge.engine import SHAPES
+from tests.checkpoint_merge.small import llama, llama_shapes
+
+ROOT = Path(__file__).parents[2]
+# Drawing takes longer than all else, and is the same on every stream.
+RUN = """
+import sys
+from modelstock_jax.checkpoint_merge import commands
+from modelstock_jax.checkpoint_merge.cli import main
+commands.Drawing.finish = lambda drawing: None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Base and two fine-tunes in a directory whose name is not ASCII; never written to."""
+    return [str(path) for path in llama(tmp_path_factory.mktemp("modèles"))]
+
+
+def shell(redirection: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Runs the command with redirections of a shell; standard error comes from a file, too."""
+    words = shlex.join([sys.executable, "-c", RUN, *map(str, arguments)])
+    return subprocess.run(["bash", "-c", f"{words} {redirection}"], cwd=ROOT, capture_output=True,
+                          env=os.environ | environment, timeout=120)
+
+
+def is_merged(out: Path) -> bool:
+    report = json.loads((out / "merge_report.json").read_text())
+    names = {path.name for path in out.parent.iterdir() if path.name.startswith(".")}
+    return set(TensorFiles(out)) == set(llama_shapes()) and bool(report["units"]) and not names
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+@pytest.mark.parametrize(("redirection", "said"), [
+    (">&-", ""), ("2>&-", ""), (">&- 2>&-", ""), ("<&- >&- 2>&-", ""),
+    ("1<&0 </dev/null", "Bad file descriptor"), (">/dev/full", "No space left on device"),
+    (">/dev/full 2>/dev/full", ""), ("| true", ""),
+])  # fmt: skip
+def test_a_merge_is_kept_whatever_becomes_of_its_output(models, tmp_path, redirection, said,
+                                                        options):
+    out = tmp_path / "out"
+    redirection = redirection.replace("1<&0 </dev/null", "1</dev/null")
+    ended = "; exit ${PIPESTATUS[0]}"
+    done = shell(redirection + ended, "merge", *models, "--out", out, *options)
+    error = done.stderr.decode()
+    assert done.returncode == 0 and is_merged(out), error
+    assert "Traceback" not in error and "Exception" not in error
+    notes = [line for line in error.splitlines() if line.startswith("note: the merge is made")]
+    assert notes == ([f"note: the merge is made, but its summary cannot be written to standard "
+                      f"output ({said})"] if said else [])
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+@pytest.mark.parametrize(("redirection", "status", "said"), [
+    (">&-", 0, ""), ("2>&-", 0, ""), (">&- 2>&-", 0, ""), (">/dev/full 2>/dev/full", 1, ""),
+    ("| true", 1, ""), (">/dev/full", 1, "No space left on device"),
+    ("1</dev/null", 1, "Bad file descriptor"),
+])  # fmt: skip
+def test_a_comparison_that_cannot_be_shown(models, tmp_path, redirection, status, said, options):
+    plot = tmp_path / "angles.png"
+    done = shell(redirection + "; exit ${PIPESTATUS[0]}", "compare", *models, "--plot", plot,
+                 *options)
+    error = done.stderr.decode()
+    assert done.returncode == status, error
+    assert "Traceback" not in error and "Exception" not in error
+    errors = [line for line in error.splitlines() if line.startswith("error")]
+    assert errors == ([f"error: the result cannot be written to standard output ({said})"]
+                      if said else [])
+
+
+def test_a_dry_run_that_cannot_be_shown_is_an_error(models, tmp_path):
+    done = shell(">/dev/full", "merge", *models, "--out", tmp_path / "out", "--dry-run")
+    assert done.returncode == 1 and b"error: the result cannot be written" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_with_closed_streams_keep_their_status(models, tmp_path):
+    for redirection in (">&- 2>&-", ">/dev/full 2>/dev/full"):
+        for status, options in ((1, ["--alpha", "0.5"]), (2, ["--methd", "x"])):
+            done = shell(redirection, "merge", *models, "--out", tmp_path / "out", *options)
+            assert done.returncode == status and not (tmp_path / "out").exists()
+    for option in ("--help", "--version"):
+        assert b"Traceback" not in shell(">/dev/full", option).stderr
+
+
+def test_no_file_of_a_merge_gets_the_number_of_a_closed_stream(models, tmp_path):
+    """A message of a library on standard error would be written into it."""
+    seen = tmp_path / "seen"
+    code = RUN.replace("commands.Drawing.finish = ", f"""
+import os
+from modelstock_jax.tensor_files import stream
+real = os.open
+def call(path, *args, **kwargs):
+    number = real(path, *args, **kwargs)
+    if str(path) != os.devnull:
+        open({str(seen)!r}, "a").write(f"{{number}} {{path}}\\n")
+    return number
+os.open = call
+commands.Drawing.finish = """)
+    words = shlex.join([sys.executable, "-c", code, "merge", *models, "--out",
+                        str(tmp_path / "out")])
+    subprocess.run(["bash", "-c", f"{words} <&- >&- 2>&-"], cwd=ROOT, check=True, timeout=120)
+    numbers = {int(line.split()[0]) for line in seen.read_text().splitlines()}
+    assert is_merged(tmp_path / "out") and len(numbers) > 1 and min(numbers) > 2
+
+
+@pytest.mark.parametrize("environment", [
+    {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+], ids=["ascii", "latin-1", "C"])
+@pytest.mark.parametrize("command", ["merge", "compare"])
+def test_streams_that_are_not_utf8(models, tmp_path, environment, command):
+    options = ["--out", tmp_path / "ôut–…"] if command == "merge" else []
+    for more in ([], ["--json"]):
+        done = shell("", command, *models, *options, *more, **environment)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.decode("latin-1") + done.stderr.decode("latin-1")
+        assert "Traceback" not in said and ("m" in said and "down_proj" in said or not more)
+        if command == "merge":
+            assert is_merged(tmp_path / "ôut–…")
+            options = [*options[:2], "--overwrite"]
+    # A name that is not there is one line on every stream, too.
+    done = shell("", command, models[0], models[1], "/ôther–", *options[:2], **environment)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert b"no such file or directory" in done.stderr
+
+
+def test_bars_of_progress_on_a_terminal_that_is_not_utf8(models, tmp_path):
+    """On a terminal rich draws with lines and bars that ASCII lacks."""
+    words = shlex.join([sys.executable, "-c", RUN, "merge", *models, "--out",
+                        str(tmp_path / "out")])
+    done = subprocess.run(["script", "-qec", words, "/dev/null"], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "TERM": "xterm"},
+                          stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 0 and is_merged(tmp_path / "out"), done.stdout
+    assert b"Traceback" not in done.stdout and b"21 interpolated" in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_names_that_are_not_text(models, tmp_path):
+    """Bytes that are no UTF-8 in a path: shown as escapes, in the summary and in the card."""
+    base = os.fsdecode(os.fsencode(tmp_path / "b") + b"\xff")
+    os.symlink(models[0], base)
+    for command in (["merge", base, *models[1:], "--out", str(tmp_path / "out")],
+                    ["compare", base, *models[1:]]):
+        done = shell("", *command)
+        assert done.returncode == 0, done.stderr
+    assert r"b\udcff" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    # The same name in a locale that has no such letters is in the card as it is on the disk.
+    done = shell("", "merge", *models, "--out", tmp_path / "other", LC_ALL="C", PYTHONUTF8="0",
+                 PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0 and models[0] in (tmp_path / "other/README.md").read_text("utf-8")
+
+
+# What is typed -> what must be said of it.
+FOREIGN = {
+    **dict.fromkeys(("--device", "--cuda", "--gpu", "--gpus", "--multi-gpu", "--device-map"),
+                    "no accelerator is needed or used; leave it out"),
+    "--trust-remote-code": "code of a checkpoint is never run; leave it out",
+    "--trust_remote_code": "code of a checkpoint is never run",
+    "--lazy-unpickle": "tensors are always read in pieces; leave it out",
+    "--low-cpu-memory": "tensors are always read in pieces; leave it out",
+    "--copy-tokenizer": "tokenizer files are always copied; leave it out",
+    "--no-copy-tokenizer": "tokenizer files are always copied",
+    "--out-shard-size": "write --max-shard-size",
+    "--write-model-card": "a model card is always written; leave it out",
+    "--allow-crimes": "models that do not fit each other are an error; leave it out",
+    "--base-model": "BASE is the first model given", "--base": "BASE is the first model given",
+    "--models": "give the models one after the other: BASE FT1 FT2",
+    **dict.fromkeys(("--output", "-o", "--output-dir", "--out-path"), "write --out"),
+    "--weight": "write --weights", "--lambda": "write --scale", "--num-threads": "write --threads",
+}
+
+
+@pytest.fixture
+def say(capsys):
+    """What is said of an option, in one line."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        assert caught.value.code == 2 and not out and err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(("option", "said"), FOREIGN.items(), ids=FOREIGN)
+def test_options_of_other_tools(say, option, said):
+    for typed in ([option, "x"], [f"{option}=x"], [option]):
+        assert say("merge", "B", "F1", "F2", "--out", "o", *typed).startswith(
+            f"error: {option}: {said}")
+
+
+def test_an_option_that_a_command_lacks_is_not_advised(say):
+    assert "write --out" not in say("compare", "B", "F1", "F2", "--output", "o")
+    assert "--device: no accelerator" in say("compare", "B", "F1", "F2", "--device", "cpu")
+
+
+def test_no_option_of_ours_is_said_to_be_of_another_tool(say):
+    """Whoever adds an option that is in the table removes it there."""
+    from modelstock_jax.checkpoint_merge.spelling import elsewhere
+
+    for parser in parsers()[1].values():
+        for option in parser._option_string_actions:
+            assert elsewhere(option, parser._option_string_actions) is None, option
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("--methd", "--method"), ("--Method", "--method"), ("--max_shard_size", "--max-shard-size"),
+    ("--shrad-size", None), ("--max-shard", "--max-shard-size"), ("--exlude", "--exclude"),
+    ("--dtyp", "--dtype"), ("--overwite", "--overwrite"), ("--over", "--overwrite"),
+    ("--out-file", "--out"), ("--num-head", "--num-heads"), ("--unit-size", "--unit"),
+    ("--out-dtype", "--dtype"), ("--wieghts", "--weights"), ("--dryrun", "--dry-run"),
+    ("--outlier-threshold", None), ("--verbose", None), ("--quiet", None), ("--tau", None),
+    ("--prompt", None), ("--recursive", None), ("--no", None), ("--q", None),
+    ("--strength", None), ("--layers", None), ("--revision", None), ("--evaluate", None),
+])  # fmt: skip
+def test_an_option_is_suggested_only_where_it_is_meant(say, typed, meant):
+    line = say("merge", "B", "F1", "F2", "--out", "o", typed, "x")
+    assert f"unknown option {typed}" in line
+    assert f"did you mean {meant!r}" in line if meant else "did you mean" not in line
+
+
+def test_no_option_breaks_the_line(say):
+    assert r"unknown option '--a\nb'" in say("merge", "B", "F1", "F2", "--out", "o", "--a\nb")
+
+
+@pytest.mark.parametrize(("word", "known", "meant"), [
+    ("dtpe", ["dtype", "models", "slices"], "dtype"),
+    ("base_modle", ["base_model", "models"], "base_model"),
+    ("parameter", ["parameters", "models"], "parameters"),
+    ("tokenizer", ["dtype", "models", "slices"], ""),
+    ("TIES", METHODS, "ties"), ("task_arithmetics", METHODS, "task-arithmetic"),
+    ("dare_ties", METHODS, ""), ("della_linear", METHODS, ""), ("karcher", METHODS, ""),
+    ("breadcrumbs", METHODS, ""),
+    ("layers.0.self_attn.q_proj.weight", SHAPES, "model.layers.0.self_attn.q_proj.weight"),
+    ("model.layer.0.self_attn.q_proj.weight", SHAPES, "model.layers.0.self_attn.q_proj.weight"),
+    ("layer.0.self_attn.q_proj.weight", SHAPES, ""),
+    ("model.layers.7.self_attn.q_proj.weight", SHAPES, ""),
+    ("model.layers.10.self_attn.q_proj.weight", SHAPES, ""),
+    ("model.layers.0.self_attn.z_proj.weight", SHAPES, ""),
+    ("model.layers.0.mlp.down_proj.weight", SHAPES, ""),
+    ("visual.proj.weight", SHAPES, ""), ("weight", SHAPES, ""),
+    (3, METHODS, ""), ("", METHODS, ""), ("x", [], ""),
+])  # fmt: skip
+def test_names_keys_and_methods(word, known, meant):
+    assert near(word, known) == (f" (did you mean {meant!r}?)" if meant else "")
