@@ -16,7 +16,8 @@ from modelstock_jax.checkpoint_merge.options import (
     TIED,
     VOCABULARY,
 )
-from modelstock_jax.checkpoint_merge.spelling import near
+from modelstock_jax.checkpoint_merge.spelling import elsewhere, near
+from modelstock_jax.errors import listed
 from modelstock_jax.merging.units import UNITS
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
@@ -61,10 +62,12 @@ class Parser(argparse.ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             wrong = next((text for text in unknown if text.startswith("-")), unknown[0])
             wrong = wrong.split("=")[0]
+            if (advice := elsewhere(wrong, options)) is not None:
+                self.error(f"{wrong}: {advice}")
             for command in self.others:
                 if wrong in command._option_string_actions:
                     self.error(f"{wrong} is an option of {command.prog}")
-            self.error(f"unknown option {wrong}{near(wrong, options)}")
+            self.error(f"unknown option {listed([wrong])}{near(wrong, options)}")
         return values
 
 
