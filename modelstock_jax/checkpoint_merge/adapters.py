@@ -72,6 +72,15 @@ class Adapter:
         # Two tensors may be in work at once; each is asked for chunk by chunk.
         self._load = functools.lru_cache(maxsize=2)(self._load_factors)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Calls tensors by other names from here on, as the base does.
+
+        Args:
+          names: the adapter's name -> the base's.
+        """
+        self.factors = {names.get(name, name): found for name, found in self.factors.items()}
+        self.whole = {names.get(name, name): found for name, found in self.whole.items()}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor that the adapter moves."""
         factors = self.factors[name]

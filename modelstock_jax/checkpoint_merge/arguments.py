@@ -9,12 +9,16 @@ from typing import NoReturn
 
 from modelstock_jax import __version__
 from modelstock_jax.checkpoint_merge.options import (
+    ANCHOR_ROUNDING,
     DIGESTS,
     DTYPES,
+    HEAD,
     METHODS,
     MISSING,
     TIED,
     VOCABULARY,
+    dtype_name,
+    method_name,
 )
 from modelstock_jax.checkpoint_merge.spelling import elsewhere, near
 from modelstock_jax.errors import listed
@@ -35,7 +39,7 @@ examples:
   modelstock merge meta-llama/Llama-3.1-8B ./run1 ./run2 --out merged
   modelstock merge ./base ./lora1 ./lora2 --out merged --dtype bfloat16
   modelstock merge ./clip ./ft1 ./ft2 --out merged --unit layer --include 'vision_model.*'
-  modelstock merge --recipe mergekit.yml --out merged
+  modelstock merge mergekit.yml --out merged
   modelstock merge ./base ./ft1 ./ft2 --out merged --dry-run
 """,
     "compare": """\
@@ -44,6 +48,19 @@ examples:
   modelstock compare ./base ./ft1 ./ft2 --json > angles.json
 """,
 }
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """One line an option where that fits."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _metavar_formatter(self, action, default_metavar):
+        if action.choices is not None and action.metavar is None:
+            choices = "|".join(map(str, action.choices))
+            return lambda size: (choices,) * size
+        return super()._metavar_formatter(action, default_metavar)
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,7 +103,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     ):
         commands[name] = listed.add_parser(
             name, help=what, description=f"{what[0].upper()}{what[1:]}.\n\n{_INPUTS}",
-            epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=_EXAMPLES[name], formatter_class=_Formatter,
             usage=f"modelstock {name} BASE FT1 FT2 [FT3 ...] "
             + ("--out DIR [options]" if name == "merge" else "[options]"),
             allow_abbrev=False,
@@ -106,45 +123,49 @@ def _add_common(parser: Parser) -> None:
     parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
     add = _adder(parser)
     add("--unit", choices=UNITS, help="numbers that share one angle (tensor)")
-    add("--num-heads", metavar="N", help="attention heads for --unit head, like 12 or "
-        "vision_model=12,text_model=8 (from config.json)")
+    add("--num-heads", metavar="N", help="for --unit head: 12, or vision_model=12,text_model=8")
     add("--include", action="append", metavar="PATTERN",
-        help="merge only tensors whose names fit, like 'model.layers.*'; may be repeated")
-    add("--exclude", action="append", metavar="PATTERN", help="do not merge tensors that fit")
-    add("--vocabulary", choices=VOCABULARY,
-        help="where embeddings differ in rows: refuse, or merge the rows in common and take the "
-        "rest from the base or from the longest (refuse)")
-    add("--tied", choices=TIED, help="where only some models tie head and embedding: keep "
-        "refuses if the others trained a head, untie merges it as a tensor of its own (keep)")
-    add("--missing", choices=MISSING, help="tensors that some models lack: refuse, or "
-        "take the base's (refuse)")
-    add("--threads", type=int, metavar="N", help="workers (one a core)")
+        help="merge only matching tensors, like 'model.layers.*'; may be repeated")
+    add("--exclude", action="append", metavar="PATTERN", help="do not merge matching tensors")
+    add("--vocabulary", choices=VOCABULARY, help="embeddings of different sizes: merge the rows "
+        "in common, take the rest from base or longest (refuse)")
+    add("--tied", choices=TIED, help="head tied to the embedding in some models only (keep)")
+    add("--missing", choices=MISSING, help="tensors that some models lack: the base's (refuse)")
+    add("--head", choices=HEAD, help="another classifier than the base's: theirs (refuse)")
+    add("--dequantize", action="store_true", help="read quantized weights as codes x scale")
+    add("--anchor-rounding", choices=ANCHOR_ROUNDING,
+        help="correct ratios for a base stored coarser than the fine-tunes (keep)")
+    add("--threads", type=int, metavar="N", help="worker threads (one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
 
 
 def _add_merge(parser: Parser) -> None:
     add = _adder(parser)
-    parser.add_argument("--out", metavar="DIR", help="the directory to make")
+    parser.add_argument("--out", metavar="DIR", help="directory to write")
     parser.add_argument("--recipe", metavar="FILE", help="mergekit's YAML, in place of the inputs")
-    add("--method", choices=METHODS, help="how to merge (stock)")
-    add("--dtype", choices=DTYPES, help="of the merged tensors (each as in BASE)")
-    add("--excluded", metavar="WHAT", help="what tensors that are not merged take: base, mean or "
+    add("--method", type=method_name, choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
+        help="of the output: bfloat16, float16, float32, ... (each as in BASE)")
+    add("--config-from", metavar="WHICH",
+        help="config.json to write where models disagree: base or model:1")
+    add("--tokenizer-from", metavar="WHICH",
+        help="tokenizer, chat template and generation settings to write (base)")
+    add("--excluded", metavar="WHAT", help="value of tensors that are not merged: base, mean or "
         "model:1 for the first fine-tune (base)")
     add("--weights", type=numbers, metavar="W,W",
-        help="for linear, task-arithmetic and ties: one a fine-tune (1 each)")
+        help="for linear, task-arithmetic, ties: one per fine-tune (1 each)")
     add("--normalize", action=argparse.BooleanOptionalAction,
         help="divide weights by their sum (for linear and ties)")
-    add("--alpha", type=float, metavar="A",
-        help="for wise-ft: 0 is BASE, 1 the mean of the fine-tunes")
+    add("--alpha", type=float, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
     add("--scale", type=float, metavar="S", help="lambda, for task-arithmetic and ties (1)")
-    add("--density", type=numbers, metavar="D",
-        help="for ties: the part of each movement that is kept, one or one a fine-tune (1)")
+    add("--density", type=numbers, metavar="D", help="for ties: fraction of each task vector to "
+        "keep, one or one per fine-tune (1)")
     add("--t", type=float, metavar="T", help="for slerp, in [0, 1]: how far along the arc")
-    add("--digest", choices=DIGESTS, help="of inputs and outputs (crc32; sha256 takes longer)")
+    add("--digest", choices=DIGESTS, help="checksum of inputs and outputs (crc32)")
     add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
         help="like 5GB or 500MB (5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, and stop")
 
 
 def _adder(parser: Parser):

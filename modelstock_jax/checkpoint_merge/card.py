@@ -33,7 +33,7 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     Returns:
       Markdown with YAML front matter.
     """
-    inputs = [document["base"], *document["models"]]
+    inputs = [*filter(None, [document["base"]]), *document["models"]]
     method, unit = document["options"]["method"], document["options"]["unit"]
     names = [hub_id(source["model"]) for source in inputs]
     front = {
@@ -47,26 +47,23 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     # A JSON string or list is YAML too, and needs no rules for quoting.
     lines += [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
     lines += ["---", "", f"# {name}", ""]
-    count = len(document["models"])
     lines += [
-        f"{count} fine-tune{'s' if count > 1 else ''} of `{document['base']['model']}`, merged by "
-        f"{METHODS[method]}; {_unit(unit)} for itself.",
+        f"{merged(document, '`')}, merged by {METHODS[method]}; {_unit(unit)} for itself.",
         "",
         "| | |",
         "|---|---|",
     ]
-    for i, source in enumerate(inputs):
-        lines.append(f"| {f'fine-tune {i}' if i else 'base'} | `{source['model']}` |")
+    for i, source in enumerate(inputs, 0 if document["base"] else 1):
+        lines.append(f"| {f'{_model(document)} {i}' if i else 'base'} | `{source['model']}` |")
     others = {k: v for k, v in document["options"].items() if k not in ("method", "unit")}
     lines += [f"| {key.replace('_', ' ')} | {_value(v)} |" for key, v in others.items()]
     lines += ["", "## Ratios", ""]
     lines += _ratios(document)
-    lines += [
+    lines += [] if document["base"] is None else [
         "![Angle and norm of each tensor's movement over the depth of the network](angles.png)",
         "",
-        "Every tensor's angle, ratio and policy: `merge_report.json`.",
-        "",
     ]
+    lines += ["Every tensor's angle, ratio and policy: `merge_report.json`.", ""]
     notes = [*document["notes"], *(note for source in inputs for note in source["notes"])]
     if notes:
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
@@ -77,6 +74,18 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     lines += [f"| this model: {f} | `{d}` |" for f, d in document["outputs"].items()]
     versions = ", ".join(f"{package} {n}" for package, n in document["versions"].items())
     return "\n".join([*lines, "", versions]) + "\n"
+
+
+def merged(document: Mapping[str, Any], quote: str = "") -> str:
+    """What was merged: the number of models, and of which base where there is one.
+
+    Example:
+      >>> merged({"models": [1, 2], "base": None}), merged({"models": [1], "base": {"model": "b"}})
+      ('2 models', '1 fine-tune of b')
+    """
+    count, base = len(document["models"]), document["base"]
+    what = f"{count} {_model(document)}{'s' if count > 1 else ''}"
+    return what if base is None else f"{what} of {quote}{base['model']}{quote}"
 
 
 def hub_id(label: str) -> str | None:
@@ -101,6 +110,10 @@ def _value(value: Any) -> str:
     return f"`{text}`" if len(text) < 200 else "by tensor, see `merge_report.json`"
 
 
+def _model(document: Mapping[str, Any]) -> str:
+    return "model" if document["base"] is None else "fine-tune"
+
+
 def _ratios(document: Mapping[str, Any]) -> list[str]:
     lines = ["t = 0 is the base, t = 1 the mean of the fine-tunes.", ""]
     if document["ratios"]:
@@ -110,7 +123,8 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
             for kind, v in document["ratios"].items()
         ]
     else:
-        lines.append("No tensor has an angle.")
+        angles = any(row["cosine"] is not None for row in document["units"])
+        lines[:2] = ["This method has no ratio." if angles else "No tensor has an angle."]
     policies = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in
                          sorted(document["policies"].items(), key=lambda item: -item[1]))
     lines += ["", f"Units by policy: {policies or 'none'}."]

@@ -8,14 +8,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from modelstock_jax.checkpoint_merge import card, heads, screen
+from modelstock_jax.checkpoint_merge import card, heads, quantization, screen
 from modelstock_jax.checkpoint_merge.config import read_config, set_dtype
 from modelstock_jax.checkpoint_merge.drawing import Drawing
 from modelstock_jax.checkpoint_merge.meter import Meter
@@ -32,25 +32,28 @@ from modelstock_jax.reporting.files import plain, write_json, write_text
 REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
 # A comparison writes no model: what some models lack need not stand in its way.
 _LENIENT = {"vocabulary": "base", "missing": "base", "tied": "untie"}
+_RECIPES = (".yml", ".yaml")
 
 
 def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """`modelstock merge`."""
     recipe = _recipe(arguments)
     if not arguments.out and not arguments.dry_run:
-        raise UserError("--out DIR is missing: where the merged model will lie")
+        raise UserError("--out DIR is missing: the directory to write the merged model to")
+    arguments.out = arguments.out and os.path.expanduser(arguments.out)
     if (arguments.out or "").endswith(".safetensors"):
         raise UserError(f"--out {arguments.out}: a directory is made, with model.safetensors in it;"
                         " give a name for it that does not end so")
     asked = _asked(arguments)
     if clash := sorted(asked.keys() & recipe.options.keys()):
         raise UserError(f"{clash[0]} is in the recipe; leave the option out, or change it there")
-    base, finetuned = _open(recipe.base, recipe.models, twice=recipe.options.get("method"))
+    base, finetuned = _open(recipe, asked)
     if recipe.layers is not None:
         _check_layers(recipe.layers, base)
     if recipe.t is not None:
         asked["t"] = schedule(recipe.t, list(base.tensors))
-    plan = make_plan(base, finetuned, _options({**recipe.options, **asked}, base))
+    plan = make_plan(base, finetuned, _options({**recipe.options, **asked}, base),
+                     anchored=recipe.base is not None)
     messages = Console(stderr=True)
     _tell((*recipe.notes, *_notes(plan)), messages)
     if arguments.dry_run:
@@ -59,12 +62,17 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     command = "modelstock " + shlex.join(argv)
     documents: list[dict[str, Any]] = []
     name = Path(os.path.abspath(arguments.out)).name
-    drawing = Drawing(plan.bytes_read)
+    drawing = Drawing(plan.bytes_read if plan.anchored else 0)
+
+    def measured(directory: Path, rows: list[dict[str, Any]]) -> None:
+        if plan.anchored:  # Without a base there are no angles and norms to draw.
+            drawing.begin(directory / PICTURE, rows)
 
     def finish(directory: Path, report: Report) -> None:
         made = document(plan, report, [digests() for digests in inputs], command)
         _write(directory, made, name)
-        drawing.finish()
+        if plan.anchored:
+            drawing.finish()
         documents.append(made)
 
     with ThreadPoolExecutor(1) as hashing:
@@ -73,8 +81,7 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             with Meter("merging", messages) as meter:
                 report = run(
                     plan, arguments.out, overwrite=arguments.overwrite, progress=meter,
-                    measured=lambda directory, rows: drawing.begin(directory / PICTURE, rows),
-                    finish=finish,
+                    measured=measured, finish=finish,
                 )  # fmt: skip
         except BaseException:
             hashing.shutdown(wait=False, cancel_futures=True)
@@ -93,8 +100,9 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     if arguments.plot and Path(arguments.plot).suffix != ".png":
         raise UserError(f"--plot {arguments.plot}: give a name that ends in .png")
     recipe = _recipe(arguments)
-    base, finetuned = _open(recipe.base, recipe.models)
-    plan = make_plan(base, finetuned, _options(_LENIENT | _asked(arguments), base))
+    asked = _asked(arguments)
+    base, finetuned = _open(recipe, asked)
+    plan = make_plan(base, finetuned, _options(_LENIENT | asked, base), lenient=True)
     messages = Console(stderr=True)
     _tell(_notes(plan), messages)
     with Meter("comparing", messages) as meter:
@@ -109,7 +117,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             "base": base.label, "models": [source.label for source in finetuned],
             "unit": plan.options.unit, "units": report.rows, "ratios": summary,
             "policies": report.policies, "predicted_distance": report.distance,
-            "notes": _notes(plan),
+            "anchor_rounding": plan.rounding, "notes": _notes(plan),
         })  # fmt: skip
     else:
         screen.show_comparison(report.rows, summary, Console())
@@ -129,10 +137,16 @@ def _tell(notes: Iterable[str], messages: Console) -> None:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The models, from the recipe's file or as they were typed."""
     models = arguments.models
-    if path := getattr(arguments, "recipe", None):
+    path = getattr(arguments, "recipe", None)
+    if "recipe" in arguments and path is None and models and models[0].endswith(_RECIPES) \
+            and os.path.isfile(os.path.expanduser(models[0])):
+        path, *models = models
+        if len(models) == 1 and not arguments.out:  # As `mergekit-yaml RECIPE DIR`.
+            arguments.out, models = models[0], []
+    if path:
         if models:
             raise UserError("a recipe names the models itself: give --recipe or BASE FT1 FT2")
-        return read_recipe(path)
+        return read_recipe(os.path.expanduser(path))
     if len(models) < 2:
         raise UserError("give BASE and the models that were fine-tuned from it: BASE FT1 FT2 ...")
     return Recipe(models[0], tuple(models[1:]), {})
@@ -158,18 +172,21 @@ def _options(asked: dict[str, Any], base: Source) -> Options:
     return Options(**asked)
 
 
-def _open(base: str, models: Sequence[str], twice: str | None = None):
+def _open(recipe: Recipe, asked: Mapping[str, Any]) -> tuple[Source, list[Source]]:
     """Opens base and fine-tunes; a model that is given twice would count twice."""
     seen: set[str] = set()
     # A recipe of a linear mean may list its base: there that is a model like the others.
-    for label in models if twice == "linear" else (base, *models):
-        place = os.path.realpath(label) if os.path.exists(label) else label
+    alone = recipe.options.get("method") == "linear"
+    for label in recipe.models if alone or recipe.base is None else (recipe.base, *recipe.models):
+        path = os.path.expanduser(label)
+        place = os.path.realpath(path) if os.path.exists(path) else label
         if place in seen:
             raise UserError(f"{label} is given twice; its angle with itself is 0, so the merge "
                             "would take it for certain: give each model once")
         seen.add(place)
-    anchor = open_source(base)
-    return anchor, [open_source(model, anchor) for model in models]
+    read_as = quantization.as_weights if asked.get("dequantize") else lambda source: source
+    anchor = open_source(recipe.base or recipe.models[0], read_as=read_as)
+    return anchor, [open_source(model, anchor, read_as) for model in recipe.models]
 
 
 def _check_layers(layers: int, base: Source) -> None:
@@ -192,7 +209,8 @@ def _digests(
 
 def _write(directory: Path, made: dict[str, Any], name: str) -> None:
     """Writes report and card into the finished directory."""
-    if dtype := made["options"].get("dtype"):
+    options = made["options"]
+    if dtype := options.get("dtype") or ("bfloat16" if options.get("dequantize") else None):
         set_dtype(directory, dtype)
     write_json(directory / REPORT, made)
     library = card.library_name(directory)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from modelstock_jax.checkpoint_merge import quantization
+from modelstock_jax.checkpoint_merge.buffers import is_counter, is_index
 from modelstock_jax.checkpoint_merge.casts import FLOATS
 from modelstock_jax.checkpoint_merge.match import Findings, same_numbers
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
@@ -17,17 +19,14 @@ from modelstock_jax.merging import units
 from modelstock_jax.merging.units import Part
 from modelstock_jax.tensor_files.header import num_bytes
 
-# What quantised checkpoints keep beside their packed weights.
-_QUANTISED = re.compile(
-    r".*(?:\.(?:SCB|weight_scale(?:_inv)?|qweight|qzeros|absmax|weight_format)|"
-    r"weight_packed|\.(?:absmax|quant_map|nested_absmax|nested_quant_map)|quant_state\..*)"
-)
-_INTEGERS = ("I8", "U8", "I32")  # that quantised weights are packed in
-_PACKED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
-_WAY_OUT = "dequantise first: load it with transformers, model.dequantize(), save_pretrained"
-_VOCABULARY = re.compile(
-    r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared|token_embedding|lm_head|"
-    r"embed_out)\.(?:weight|bias)"
+_INTEGERS = ("I8", "U8", "I32")  # that quantized weights are packed in
+_EMBEDDING = re.compile(r"(?:.*[./])?(?:\w*emb\w*|wte|shared|lm_head)(?:\.weight)?")
+_NO_EMBEDDING = re.compile(r"pos|type|patch|relative|time|label")
+# At the end of a network: a block's number before it is another layer's.
+_CLASSIFIER = re.compile(
+    r"(?!.*\.\d+\..*)(?:.*[./])?(?:\w*classifi\w*|score|heads?|fc|qa_outputs|last_linear|"
+    r"pre_logits|logits)\.(?:.*\.)?(?:weight|bias)|(?:.*\.)?classifier\.\d+\.(?:weight|bias)|"
+    r"head\.safetensors:.*"
 )
 
 
@@ -42,9 +41,11 @@ class Planned:
         action: ``merge``, ``mean``, ``base`` or ``model:1`` (taken whole from the first fine-tune).
         reason: Why it is not merged by the rule; empty where it is.
         part: Its part in a merge unit, of the rows that are merged; None where it is not merged.
-        rows: Rows (of axis 0) that are merged, where models differ in them; else None.
+        rows: Rows (of `axis`) that are merged, where models differ in them; else None.
         rest: The model that gives the other rows: 0 the base, 1 the first fine-tune.
         names: The tensor's name in the base and in each fine-tune; None where it has none.
+        axis: The vocabulary's, where models differ in its rows; the axes before it have length 1.
+        checked: Whether a copy of it is searched for NaN and infinity.
     """
 
     name: str
@@ -56,6 +57,15 @@ class Planned:
     rows: int | None = None
     rest: int = 0
     names: tuple[str | None, ...] = ()
+    axis: int = 0
+    checked: bool = True
+
+    @property
+    def merged_shape(self) -> tuple[int, ...]:
+        """Shape of the rows that are merged."""
+        if self.rows is None:
+            return self.shape
+        return (*self.shape[: self.axis], self.rows, *self.shape[self.axis + 1 :])
 
     @property
     def num_bytes(self) -> int:
@@ -84,13 +94,17 @@ def decide(
     findings: Findings,
 ) -> dict[str, Planned]:
     """Every tensor of the output, by name; problems and notes go to `findings`."""
-    _refuse_quantised(sources, findings)
+    for source in sources:
+        if problem := quantization.refusal(source):
+            findings.problems.append(problem)
+    vocabularies = _vocabularies(sources, matched)
     tensors = {}
     for name, names in matched.items():
-        if (found := _decide(name, names, sources, options, findings)) is not None:
+        found = _decide(name, names, sources, options, findings, vocabularies)
+        if found is not None:
             tensors[name] = found
     merged = [t for t in tensors.values() if t.action == "merge"]
-    shapes = [(t.name, t.shape if t.rows is None else (t.rows, *t.shape[1:])) for t in merged]
+    shapes = [(t.name, t.merged_shape) for t in merged]
     if not merged:
         if not findings.problems:
             findings.problems.append("no tensor is left to merge: look at --include and --exclude")
@@ -105,14 +119,14 @@ def decide(
     return tensors
 
 
-def _refuse_quantised(sources: Sequence[Source], findings: Findings) -> None:
-    for source in sources:
-        packed = [name for name, info in source.tensors.items()
-                  if _QUANTISED.fullmatch(name) or info.code in _PACKED]
-        if packed:
-            findings.problems.append(
-                f"{source.label} is quantised ({listed(sorted(packed), 3)}): {_WAY_OUT}"
-            )
+def is_classifier(name: str) -> bool:
+    """Whether a name is that of a classification head.
+
+    Example:
+        >>> is_classifier("head.safetensors:weight"), is_classifier("vit.encoder.layer.0.fc.weight")
+        (True, False)
+    """
+    return _CLASSIFIER.fullmatch(name) is not None
 
 
 def _decide(
@@ -121,51 +135,75 @@ def _decide(
     sources: Sequence[Source],
     options: Options,
     findings: Findings,
+    vocabularies: Collection[tuple[int, ...]],
 ) -> Planned | None:
     infos = [source.tensors[own] for source, own in zip(sources, names, strict=True)
              if own is not None]
-    base = infos[0]  # `match` gives what the base has, and no more.
+    base = infos[0]
     floats = base.code in FLOATS
-    code = DTYPES[options.dtype] if floats and options.dtype else base.code
+    code = DTYPES[options.dtype] if floats and options.dtype else base.written or base.code
+    if names[0] is None:  # `match` lets through what all fine-tunes have alike.
+        return Planned(name, base.shape, code, "mean" if floats else "model:1",
+                       "the fine-tunes' own, which the base lacks", names=names)
+    if is_index(name, base.shape):
+        return Planned(name, base.shape, base.code, "base",
+                       "a buffer of indices, frequencies or a mask", names=names, checked=False)
     if None in names:
         lacking = listed(s.label for s, own in zip(sources, names, strict=True) if own is None)
         return Planned(name, base.shape, code, "base", f"{lacking} lacks it", names=names)
-    if any((info.code in FLOATS) != floats for info in infos):
-        findings.problems.append(_mixed(name, sources, infos))
-        return None
-    if not math.prod(base.shape) or not floats:
-        return _kept(name, names, sources, infos, findings)
     if _excluded(name, options):
         return _taken(name, names, infos, code, options, findings)
-    if all(info.shape == base.shape for info in infos):
+    if is_counter(name, base.shape, not floats and base.code != "BOOL"):
+        if (counter := _counter(name, names, sources, infos)) is not None:
+            return counter
+    if any((info.code in FLOATS) != floats for info in infos):
+        findings.object(_mixed(name, sources, infos))
+        return Planned(name, base.shape, base.code, "base", "of several kinds of number",
+                       names=names) if findings.lenient else None
+    if not math.prod(base.shape) or not floats:
+        return _kept(name, names, sources, infos, findings)
+    if all(info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
+           for info in infos):
         return Planned(name, base.shape, code, "merge", names=names)
-    return _of_rows(name, names, sources, infos, code, options, findings)
+    return _of_rows(name, names, sources, infos, code, options, findings, vocabularies)
+
+
+def _counter(name, names, sources, infos) -> Planned | None:
+    """A counter: the largest of all models'; None where the models' dtypes differ."""
+    base = infos[0]
+    if any(info.code != base.code and not {info.code, base.code} <= {*FLOATS} for info in infos):
+        return None
+    counts = [float(source.read(own, 0, 1)[0]) for source, own in zip(sources, names, strict=True)]
+    model = counts.index(max(counts))
+    return Planned(name, base.shape, base.code, f"model:{model}" if model else "base",
+                   "a counter: the largest of all models", names=names, checked=False)
 
 
 def _mixed(name: str, sources: Sequence[Source], infos) -> str:
-    """Numbers that are floating point in some models and not in others: which, and the way out."""
+    """Numbers that are floating point in some models and not in others: which, and how to fix."""
     whole = [(s.label, i.code) for s, i in zip(sources, infos, strict=True)
              if i.code not in FLOATS]
     codes = listed(sorted({code for _, code in whole}))
-    way_out = (f"quantised? {_WAY_OUT}" if {code for _, code in whole} & set(_INTEGERS)
-               else "store it as floating point there too")
+    fix = (f"quantized? {quantization.HOW_TO_FIX}" if {code for _, code in whole} & set(_INTEGERS)
+           else f"store it as floating point there too, or pass --exclude {name!r}")
     return (f"{name} is {codes} in {listed(label for label, _ in whole)} and floating point in the "
-            f"others: {way_out}")
+            f"others: {fix}")
 
 
 def _kept(name, names, sources, infos, findings: Findings) -> Planned | None:
     """Integers, booleans and empty tensors: the base's, where all agree."""
     base = infos[0]
+    what = "no numbers in it" if not math.prod(base.shape) else f"{base.code}, equal in all models"
     if any((i.shape, i.code) != (base.shape, base.code) for i in infos) or not same_numbers(
         *zip(sources, names, strict=True)
     ):
         packed = base.code in _INTEGERS and len(base.shape) > 1
-        way_out = f"quantised? {_WAY_OUT}" if packed else f"leave it out with --exclude {name!r}"
-        if not packed:
-            way_out = "such numbers have no mean; make them equal in every model"
-        findings.problems.append(f"{name} is {base.code} and differs between models: {way_out}")
-        return None
-    what = "no numbers in it" if not math.prod(base.shape) else f"{base.code}, equal in all models"
+        fix = (f"quantized? {quantization.HOW_TO_FIX}" if packed else
+               f"such numbers have no mean; pass --exclude {name!r} to keep the base's")
+        findings.object(f"{name} is {base.code} and differs between models: {fix}")
+        if not findings.lenient:
+            return None
+        what = f"{base.code}, and differs between models"
     return Planned(name, base.shape, base.code, "base", what, names=names)
 
 
@@ -175,24 +213,56 @@ def _excluded(name: str, options: Options) -> bool:
 
 
 def _taken(name, names, infos, code, options: Options, findings: Findings) -> Planned | None:
-    """A tensor that the patterns leave out."""
-    base = infos[0]
-    tensor = Planned(name, base.shape, code, options.excluded, "excluded by pattern", names=names)
-    if any(infos[m].shape != base.shape for m in tensor.models(len(infos) - 1)):
-        findings.problems.append(f"{name}: {options.excluded} has another shape than the base")
-        return None
+    """A tensor that the patterns leave out; whole numbers have no mean and are the base's."""
+    base, excluded = infos[0], options.excluded
+    if base.code not in FLOATS and excluded == "mean":
+        excluded = "base"
+    tensor = Planned(name, base.shape, code, excluded, "excluded by pattern", names=names,
+                     checked=False)
+    for model in tensor.models(len(infos) - 1):
+        other = infos[model]
+        if other.shape != base.shape or (
+            other.code != base.code and not {other.code, base.code} <= {*FLOATS}
+        ):
+            findings.problems.append(f"{name}: {options.excluded} has another shape or kind of "
+                                     "number than the base")
+            return None
     return tensor
 
 
+def _vocabularies(
+    sources: Sequence[Source], matched: Mapping[str, tuple[str | None, ...]]
+) -> set[tuple[int, ...]]:
+    """Numbers of rows of the models' embeddings, one a model, where they differ."""
+    found = set()
+    for name, names in matched.items():
+        if not _EMBEDDING.fullmatch(name) or _NO_EMBEDDING.search(name):
+            continue
+        shapes = [source.tensors[own].shape for source, own in zip(sources, names, strict=True)
+                  if own is not None]
+        if None not in names and len(shapes[0]) == 2 and len({shape[1:] for shape in shapes}) == 1:
+            found.add(tuple(shape[0] for shape in shapes))
+    return {rows for rows in found if len(set(rows)) > 1}
+
+
 def _of_rows(
-    name, names, sources, infos, code, options: Options, findings: Findings
+    name, names, sources, infos, code, options: Options, findings: Findings, vocabularies
 ) -> Planned | None:
-    """A tensor whose shapes differ: in the rows of a vocabulary, or by mistake."""
+    """A tensor whose shapes differ: in the rows of a vocabulary, as another head, or by mistake."""
     base = infos[0]
     shapes = "; ".join(f"{s.label} {list(i.shape)}" for s, i in zip(sources, infos, strict=True))
-    if not _VOCABULARY.fullmatch(name) or any(i.shape[1:] != base.shape[1:] for i in infos):
-        findings.problems.append(f"{name} differs in shape: {shapes}")
-        return None
+    axis = _vocabulary_axis([info.shape for info in infos], vocabularies)
+    if axis is None:
+        alike = len({info.shape for info in infos[1:]}) == 1
+        if alike and options.head == "finetuned":
+            findings.new_head.append(name)
+            return Planned(name, infos[1].shape, code, "mean",
+                           f"the fine-tunes' own: {list(base.shape)} in the base", names=names)
+        hint = (" (--head finetuned takes the fine-tunes')"
+                if alike and is_classifier(name) else "")
+        findings.object(f"{name} differs in shape: {shapes}{hint}")
+        return Planned(name, base.shape, code, "base", "shapes differ",
+                       names=names) if findings.lenient else None
     if options.vocabulary == "refuse":
         findings.problems.append(
             f"{name} differs in its number of rows, as vocabularies do: {shapes} (--vocabulary "
@@ -200,14 +270,33 @@ def _of_rows(
             "model with most)"
         )
         return None
-    lengths = [info.shape[0] for info in infos]
+    lengths = [info.shape[axis] for info in infos]
     rest = lengths.index(max(lengths)) if options.vocabulary == "longest" else 0
     rest = 0 if lengths[rest] == lengths[0] else rest
     if rest:
         findings.companion = rest
-    rows = min(lengths)
-    note = (f"{name}: {rows} rows in common merged, {lengths[rest] - rows} more from "
-            f"{sources[rest].label}")
+    findings.vocabulary[lengths[0]] = lengths[rest]
+    note = (f"{name}: {min(lengths)} rows in common merged, {lengths[rest] - min(lengths)} more "
+            f"from {sources[rest].label}")
     findings.notes.append(note)
     return Planned(name, infos[rest].shape, code, "merge", note.partition(": ")[2],
-                   rows=rows, rest=rest, names=names)
+                   rows=min(lengths), rest=rest, names=names, axis=axis)
+
+
+def _vocabulary_axis(
+    shapes: Sequence[tuple[int, ...]], vocabularies: Collection[tuple[int, ...]]
+) -> int | None:
+    """The axis that changed exactly as an embedding's rows did; None where no axis did.
+
+    Example:
+        >>> _vocabulary_axis([(1, 65), (1, 67)], {(65, 67)}), _vocabulary_axis([(5,), (7,)], set())
+        (1, None)
+    """
+    if len({len(shape) for shape in shapes}) > 1:
+        return None
+    differ = [axis for axis, lengths in enumerate(zip(*shapes, strict=True))
+              if len(set(lengths)) > 1]
+    if len(differ) != 1 or math.prod(shapes[0][: differ[0]]) != 1:
+        return None
+    lengths = tuple(shape[differ[0]] for shape in shapes)
+    return differ[0] if lengths in vocabularies else None

@@ -1,35 +1,59 @@
-"""Which tensor of one model is which of another: names, tied weights, what is missing."""
+"""Which tensor of one model is which of another: names, aliases, tied weights, what is missing."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from modelstock_jax.checkpoint_merge.buffers import is_index
+from modelstock_jax.checkpoint_merge.components import is_pipeline
 from modelstock_jax.checkpoint_merge.config import read_config
+from modelstock_jax.checkpoint_merge.names import explanation, note, renames
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError, listed
 
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight")
-# Buffers that older checkpoints hold and newer ones compute.
-_BUFFER = re.compile(r"(?:.*\.)?(?:rotary_emb\.inv_freq|position_ids|masked_bias)")
 _COMPARED = 2**20
+_PROBED = 1024
+# Above this share of a model's numbers, taking the base's instead would throw its training away.
+_MOST = 0.5
+
+Names = tuple[str | None, ...]
 
 
 @dataclasses.dataclass
 class Findings:
-    """What planning comes upon; problems are raised all at once."""
+    """What planning comes upon; problems are raised all at once.
+
+    Attributes:
+        problems: What stands in the way.
+        notes: What a user should know.
+        config: Dotted key of config.json -> value that the merge changes.
+        vocabulary: Rows of the base's embedding -> rows that are written, where they differ.
+        new_head: Tensors that are the fine-tunes' own.
+        companion: The model with the rows of a longer vocabulary: its tokenizer is written.
+        lenient: Nothing will be written: models that disagree in what is only copied will do.
+    """
 
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    vocabulary: dict[int, int] = dataclasses.field(default_factory=dict)
+    new_head: list[str] = dataclasses.field(default_factory=list)
     companion: int = 0
+    lenient: bool = False
+
+    def object(self, problem: str) -> None:
+        """A problem; a note where nothing will be written."""
+        (self.notes if self.lenient else self.problems).append(problem)
 
     def refuse(self) -> None:
         """Raises where there are problems."""
@@ -39,65 +63,210 @@ class Findings:
 
 def match(
     sources: Sequence[Source], options: Options, findings: Findings
-) -> dict[str, tuple[str | None, ...]]:
+) -> dict[str, Names]:
     """The output's tensors, each with its name in every model; None where it has none there.
 
-    A head that one model ties to its embedding, and another stores, is read from the embedding.
+    A model's names that differ from the base's by a prefix are mapped; a tensor that a model stores
+    under another name, or once for two names, is read from there.
     """
-    matched: dict[str, tuple[str | None, ...]] = {}
-    lacking: dict[int, list[str]] = {}
-    extra: dict[int, list[str]] = {}
-    for name in sorted(set().union(*(source.tensors for source in sources))):
-        own = tuple(name if name in source.tensors else None for source in sources)
+    views = [_view(source, sources[0], findings) for source in sources]
+    matched: dict[str, Names] = {}
+    partly: dict[str, Names] = {}
+    for name in sorted(set().union(*views)):
+        own: Names = tuple(view.get(name) for view in views)
         if _HEAD.fullmatch(name):
             own = _tied(name, own, sources, options, findings)
+        elif None in own and any(own):
+            own = _copied(name, own, views, sources, findings)
         if own[0] is not None:
             matched[name] = own
-        if None not in own or not any(own):
-            continue
-        if options.missing == "base" or _BUFFER.fullmatch(name):
-            if own[0] is None:
-                findings.notes.append(f"{name}: left out, for the base does not have it")
-            continue
-        if own[0] is None:
-            for model, found in enumerate(own):
-                if found:
-                    extra.setdefault(model, []).append(name)
-        for model, found in enumerate(own):
-            if own[0] is not None and found is None:
-                lacking.setdefault(model, []).append(name)
-    for model, names in lacking.items():
-        findings.problems.append(
-            f"{sources[model].label} lacks {listed(names)} (--missing base takes the base's)"
-        )
-    for model, names in extra.items():
-        findings.problems.append(f"{sources[0].label} lacks, and {sources[model].label} has, "
-                                 f"{listed(names)} (--missing base leaves them out)")
+        if None in own and any(own):
+            partly[name] = own
+    _new_head(matched, partly, sources, options, findings)
+    _missing(partly, sources, options, findings)
     return matched
+
+
+def _view(source: Source, base: Source, findings: Findings) -> dict[str, str]:
+    """Names as the base has them -> where this model has them."""
+    view = {name: name for name in source.tensors}
+    if source is base:
+        return view
+    aliased = {name: kept for name, kept in source.aliases.items() if name in base.tensors}
+    # Two names of one tensor: this model may store it under the one that the base leaves out.
+    aliased |= {kept: name for name, kept in base.aliases.items()
+                if name in view and kept not in view and kept not in aliased}
+    view |= aliased
+    found = renames(base.tensors, {n: source.tensors[own] for n, own in view.items()})
+    if found.names:
+        findings.notes.append(note(source.label, found))
+    if found.ambiguous:
+        findings.problems.append(
+            f"{source.label}: {listed(found.ambiguous, 3)} fit more than one tensor of the base; "
+            "rename them as the base does")
+    renamed = set(found.names.values())
+    return {name: own for name, own in view.items() if name not in renamed} | found.names
+
+
+def _copied(
+    name: str, own: Names, views: Sequence[Mapping[str, str]], sources: Sequence[Source],
+    findings: Findings,
+) -> Names:
+    """Fills in a tensor that some models store once, under the name of an equal one.
+
+    Models that store it must hold it equal, bit for bit, to a tensor that all models have; the
+    others then have it by that name. What only a fine-tune stores so is a copy, and left out.
+    """
+    has = [model for model, found in enumerate(own) if found is not None]
+    first = sources[has[0]]
+    if math.prod(first.tensors[views[has[0]][name]].shape) < 2:
+        return own
+    for other in sorted(views[has[0]], key=lambda other: not _nested(name, other)):
+        if other == name or any(other not in view for view in views):
+            continue
+        pairs = [(sources[m], views[m][name], views[m][other]) for m in has]
+        if not all(itertools.starmap(_equal, pairs)):
+            continue
+        if not _nested(name, other) and _constant(*pairs[0][:2]):
+            continue  # Zeros and ones are equal everywhere.
+        if own[0] is None:
+            findings.notes.append(f"{name}: a copy of {other} in "
+                                  f"{listed(sources[m].label for m in has)}; left out, as in the "
+                                  "base")
+            return (None,) * len(own)
+        lacking = [s.label for s, found in zip(sources, own, strict=True) if found is None]
+        findings.notes.append(f"{name}: read from {other} in {listed(lacking)}; the base's two "
+                              "are equal")
+        return tuple(found or views[m][other] for m, found in enumerate(own))
+    return own
+
+
+def _nested(a: str, b: str) -> bool:
+    """Whether two names differ by one part alone, as `decoder.bias` and `bias` of a module do."""
+    short, long = sorted((a.split("."), b.split(".")), key=len)
+    return len(long) == len(short) + 1 and any(
+        long[:i] + long[i + 1 :] == short for i in range(len(long)))
+
+
+def _constant(source: Source, name: str) -> bool:
+    values = source.read(name, 0, min(_PROBED, math.prod(source.tensors[name].shape)))
+    return bool((values == values[0]).all())
+
+
+def _new_head(
+    matched: dict[str, Names], partly: dict[str, Names], sources: Sequence[Source],
+    options: Options, findings: Findings,
+) -> None:
+    """With `head` finetuned: what all fine-tunes have and the base lacks; what only it has goes."""
+    if options.head != "finetuned":
+        return
+    left_out = []
+    for name, own in list(partly.items()):
+        shapes = {source.tensors[n].shape for source, n in zip(sources, own, strict=True)
+                  if n is not None}
+        if own[0] is None and None not in own[1:] and len(shapes) == 1:
+            matched[name] = own
+            findings.new_head.append(name)
+            del partly[name]
+        elif own[0] is not None and not any(own[1:]):
+            matched.pop(name)
+            del partly[name]
+            left_out.append(name)
+    if left_out:
+        findings.notes.append(
+            f"{listed(left_out, 4)}: left out, for no fine-tune has it "
+            f"({_percent(_share(sources[0], left_out))} of the base's numbers)")
+
+
+def _missing(
+    partly: Mapping[str, Names], sources: Sequence[Source], options: Options, findings: Findings
+) -> None:
+    """Problems or notes for tensors that some models have and others lack."""
+    for model, source in enumerate(sources[1:], 1):
+        lacking = [n for n, own in partly.items() if own[0] is not None and own[model] is None
+                   and not is_index(n, sources[0].tensors[own[0]].shape)]
+        extra = [n for n, own in partly.items() if own[0] is None and (found := own[model])
+                 and not is_index(n, source.tensors[found].shape)]
+        share = _share(sources[0], lacking)
+        if options.missing == "base":
+            if lacking:
+                findings.notes.append(
+                    f"{source.label} lacks {listed(lacking, 3)}: {_percent(share)} of the base's "
+                    "numbers stay the base's")
+            if extra:
+                findings.notes.append(f"{listed(extra, 3)} of {source.label}: left out, for the "
+                                      "base does not have it")
+            continue
+        why = _why(sources[0], source, lacking, extra)
+        if lacking:
+            hint = (f" ({why})" if why else
+                    " (--missing base takes the base's: "
+                    f"{_percent(share)} of its numbers)" if share < _MOST else
+                    f" ({_percent(share)} of the base's numbers: is this a fine-tune of it, saved "
+                    "by the same library?)")
+            findings.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
+        if extra:
+            most = max(share, _share(source, [own for n in extra if (own := partly[n][model])]))
+            hint = "" if why or most >= _MOST else _extra_hint(extra, partly)
+            findings.problems.append(f"{sources[0].label} lacks, and {source.label} has, "
+                                     f"{listed(extra)}{hint}")
+
+
+def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names]) -> str:
+    theirs = all(None not in partly[name][1:] for name in extra)
+    return " (--missing base leaves them out" + (
+        "; --head finetuned takes the fine-tunes' mean)" if theirs else ")")
+
+
+def _why(base: Source, source: Source, lacking: Sequence[str], extra: Sequence[str]) -> str:
+    """What the difference in names comes from, where that is known."""
+    if is_pipeline(base.directory) != is_pipeline(source.directory):
+        pipeline, single = (base, source) if is_pipeline(base.directory) else (source, base)
+        parts = listed((prefix.rstrip("/") for prefix in pipeline.components), 4)
+        return (f"{pipeline.label} is a pipeline of {parts}, and {single.label} is one model: give "
+                f"the folder of that component in place of {pipeline.label}")
+    return explanation(base.tensors, lacking, extra)
+
+
+def _share(source: Source, names: Sequence[str]) -> float:
+    """Part of a model's numbers that some tensors hold."""
+    def size(name: str) -> int:
+        return math.prod(source.tensors[source.aliases.get(name, name)].shape)
+
+    return sum(map(size, names)) / max(1, sum(map(size, source.tensors)))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.2g} %"
 
 
 def _tied(
     name: str,
-    own: tuple[str | None, ...],
+    own: Names,
     sources: Sequence[Source],
     options: Options,
     findings: Findings,
-) -> tuple[str | None, ...]:
+) -> Names:
     """Where each model holds its head: under its own name, or as its embedding."""
     said = [_config(source).get("tie_word_embeddings") for source in sources]
-    # A model without a head ties it, unless its config denies that.
+    embeddings = [_embedding(source) for source in sources]
+    base_head, base_embedding = own[0], embeddings[0]
+    equal = base_head is not None and base_embedding is not None and _equal(
+        sources[0], base_head, base_embedding)
+    # A model without a head ties it where its config says so, or where the base's two are equal. A
+    # base without one says so by that: transformers stores a head that is not tied.
     alias = tuple(
-        _embedding(source) if found is None and tie is not False else found
-        for found, tie, source in zip(own, said, sources, strict=True)
+        embedding if found is None and tie is not False and (tie or equal or base_head is None)
+        else found
+        for found, tie, embedding in zip(own, said, embeddings, strict=True)
     )
-    if said[0] is not True and own[0] is not None:  # The base has a head of its own.
+    if said[0] is not True and base_head is not None:  # The base has a head of its own.
         _note_aliases(name, own, alias, sources, findings)
         return alias
     if alias[0] is None:
         return own
     trained = [
-        source.label for source, found, embedding in
-        zip(sources, own, map(_embedding, sources), strict=True)
+        source.label for source, found, embedding in zip(sources, own, embeddings, strict=True)
         if found and embedding and not _equal(source, found, embedding)
     ]
     if not trained:
@@ -136,8 +305,17 @@ def _config(source: Source) -> dict[str, Any]:
     return {**(text if isinstance(text, dict) else {}), **config}
 
 
-def _equal(source: Source, a: str, b: str) -> bool:
-    return source.tensors[a] == source.tensors[b] and same_numbers((source, a), (source, b))
+def _equal(source: Source, a: str | None, b: str | None) -> bool:
+    """Whether two tensors of a model are equal, bit for bit; few numbers are read first."""
+    if a is None or b is None:
+        return False
+    if a == b:
+        return True
+    if source.tensors[a] != source.tensors[b]:
+        return False
+    count = min(_PROBED, math.prod(source.tensors[a].shape))
+    first, second = (source.read(name, 0, count).view(np.uint8) for name in (a, b))
+    return np.array_equal(first, second) and same_numbers((source, a), (source, b))
 
 
 def same_numbers(*tensors: tuple[Source, str]) -> bool:

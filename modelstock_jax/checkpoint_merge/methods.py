@@ -12,6 +12,7 @@ from modelstock_jax.checkpoint_merge.chunks import Layout
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.ties import Trim, measure_trim
 from modelstock_jax.merging import geometry, rules
+from modelstock_jax.merging.anchor_rounding import correct_gram
 from modelstock_jax.merging.solution import Solution
 
 
@@ -25,6 +26,9 @@ class Measured(Protocol):
     def gram(self, *, with_base: bool = False) -> np.ndarray:
         """[N, N, K] of the task vectors; with the base's own weights as a first row if asked."""
 
+    def energy(self) -> np.ndarray:
+        """[K], the expected squared rounding error of the base."""
+
     def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Sum over the pieces of function(w0 [n], deltas [N, n])."""
 
@@ -37,6 +41,11 @@ class Solved:
     gram: np.ndarray  # [N, N, K]
     anchor: np.ndarray | None = None  # [K]; None for 1
     trim: Trim | None = None
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether it is w0 + t mean(d), or any sum of task vectors: TIES and slerp are none."""
+        return self.anchor is None and self.trim is None
 
 
 Solver = Callable[[Measured], Solved]
@@ -63,9 +72,9 @@ def solver(options: Options, number: int) -> Solver:
     """
     method = options.method
     if method == "stock":
-        return _by_angles(rules.equation_3)
+        return _by_angles(rules.equation_3, options.anchor_rounding == "correct")
     if method == "weighted-stock":
-        return _by_angles(rules.unequal_noise)
+        return _by_angles(rules.unequal_noise, options.anchor_rounding == "correct")
     if options.t is not None:  # Slerp's alone, and never missing there.
         return _slerp(options.t)
     if method == "ties":
@@ -93,9 +102,11 @@ def scale(options: Options) -> float:
     return 1.0 if options.scale is None else options.scale
 
 
-def _by_angles(rule: Callable[..., Solution]) -> Solver:
+def _by_angles(rule: Callable[..., Solution], corrected: bool = False) -> Solver:
     def solve(unit: Measured) -> Solved:
         gram = unit.gram()
+        if corrected:
+            gram = correct_gram(gram, unit.energy())
         return Solved(rule(gram, unit.single), gram)
 
     return solve

@@ -22,6 +22,17 @@ METHODS = {
     "ties": (1, None, ("weights", "scale", "density", "normalize")),
     "slerp": (1, 2, ("t",)),
 }
+# Other spellings: mergekit's, the library's, and those of papers.
+METHOD_ALIASES = {
+    "model-stock": "stock", "weighted-model-stock": "weighted-stock", "uniform-mean": "uniform",
+    "mean": "uniform", "average": "uniform", "wiseft": "wise-ft", "weighted": "linear",
+    "ties-merging": "ties",
+}
+DTYPE_ALIASES = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32",
+    "f32": "float32", "float": "float32", "fp64": "float64", "f64": "float64", "double": "float64",
+    "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn",
+}
 DTYPES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -29,7 +40,47 @@ DTYPES = {
 VOCABULARY = ("refuse", "base", "longest")
 TIED = ("keep", "untie")
 MISSING = ("refuse", "base")
+HEAD = ("refuse", "finetuned")
+ANCHOR_ROUNDING = ("keep", "correct")
 DIGESTS = ("crc32", "sha256")
+
+
+_ONE_MODEL = r"base|model:[1-9]\d*"
+
+
+def method_name(name: str) -> str:
+    """A method as `METHODS` spells it, from mergekit's or Python's spelling.
+
+    Example:
+        >>> method_name("model_stock"), method_name("task_arithmetic"), method_name("Ties")
+        ('stock', 'task-arithmetic', 'ties')
+    """
+    plain = str(name).lower().replace("_", "-")
+    plain = METHOD_ALIASES.get(plain, plain)
+    return plain if plain in METHODS else name
+
+
+def dtype_name(name: str | None) -> str | None:
+    """A dtype as `DTYPES` spells it.
+
+    Example:
+        >>> dtype_name("bf16"), dtype_name("torch.float16"), dtype_name(None)
+        ('bfloat16', 'float16', None)
+    """
+    if name is None:
+        return None
+    plain = str(name).lower().removeprefix("torch.").removeprefix("jnp.")
+    return DTYPE_ALIASES.get(plain, plain)
+
+
+def model_index(choice: str | None) -> int:
+    """The model that `base` or `model:1` names; 0 is the base.
+
+    Example:
+        >>> model_index("base"), model_index("model:2"), model_index(None)
+        (0, 2, 0)
+    """
+    return int((choice or "base").partition(":")[2] or 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +110,17 @@ class Options:
         scale: Lambda of task-arithmetic and ties.
         density: The part of each task vector that ties keeps, in (0, 1]: one, or one a fine-tune.
         t: Slerp's, in [0, 1]: one number, or one for each tensor by its name in the base.
+        head: Where the fine-tunes have another classifier than the base, or one that it lacks:
+            ``refuse``, or ``finetuned`` (the mean of theirs, for they have no common anchor, and
+            the labels of their config; what the base alone has is left out).
+        dequantize: Read quantized models as codes x scale; else they are refused.
+        config_from: Which model's config.json is written where they disagree: ``base`` or
+            ``model:1``; None refuses a disagreement.
+        tokenizer_from: Which model's tokenizer files, special tokens, chat template and generation
+            settings are written; None for the base's, or those of the model that gives the rows of
+            a longer vocabulary.
+        anchor_rounding: ``correct`` takes the expected energy of the base's own rounding out of the
+            Gram matrix, where the base is stored coarser than the fine-tunes; ``keep`` does not.
         digest: Of inputs and outputs, in report and card: ``crc32``, or the dearer ``sha256``.
             What the hub names by its SHA-256 keeps that.
         max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
@@ -90,15 +152,23 @@ class Options:
     scale: float | None = None
     density: float | tuple[float, ...] | None = None
     t: float | Mapping[str, float] | None = None
+    head: str = "refuse"
+    dequantize: bool = False
+    config_from: str | None = None
+    tokenizer_from: str | None = None
+    anchor_rounding: str = "keep"
     digest: str = "crc32"
     max_shard_bytes: int = 5 * 10**9
     threads: int | None = None
     window_bytes: int = 256 * 2**20
 
     def __post_init__(self):
+        object.__setattr__(self, "method", method_name(self.method))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name, allowed in (
             ("method", METHODS), ("unit", UNITS), ("vocabulary", VOCABULARY), ("tied", TIED),
             ("missing", MISSING), ("dtype", (None, *DTYPES)), ("digest", DIGESTS),
+            ("head", HEAD), ("anchor_rounding", ANCHOR_ROUNDING),
         ):
             if (value := getattr(self, name)) not in allowed:
                 known = ", ".join(str(x) for x in allowed if x is not None)
@@ -121,6 +191,12 @@ class Options:
             self._check_each(name, lambda x: x >= 1, "is at least 1")
         if not re.fullmatch(r"base|mean|model:[1-9]\d*", self.excluded):
             raise UserError(f"excluded is base, mean or model:1, ..., not {self.excluded!r}.")
+        for name in ("config_from", "tokenizer_from"):
+            if not re.fullmatch(_ONE_MODEL, getattr(self, name) or "base"):
+                raise UserError(f"{name} is base or model:1, ..., not {getattr(self, name)!r}.")
+        if self.anchor_rounding == "correct" and self.method not in ("stock", "weighted-stock"):
+            raise UserError("anchor_rounding correct is for methods that measure angles: stock or "
+                            "weighted-stock.")
         if isinstance(self.t, Mapping) and self.unit != "tensor":
             raise UserError("t for each tensor needs unit tensor.")
 

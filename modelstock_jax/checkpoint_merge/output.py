@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge import classifier
+from modelstock_jax.checkpoint_merge.components import stored_name
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tally import Tally
 from modelstock_jax.checkpoint_merge.workplace import Workplace
-from modelstock_jax.tensor_files.reader import INDEX
 from modelstock_jax.tensor_files.stream import ShardWriter
 from modelstock_jax.tensor_files.writer import write_json
 
@@ -34,6 +35,7 @@ class Output:
         }
         self._left = {file: {n for n, f in self._file.items() if f == file}
                       for file in set(self._file.values())}
+        self._stored = {name: stored_name(name, plan.base.components) for name in self._file}
         self._writers: dict[str, ShardWriter] = {}
         self._lock = threading.Lock()
         self._finisher = ThreadPoolExecutor(1, "finish")
@@ -45,7 +47,7 @@ class Output:
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes elements from `start` on."""
-        self._writer(name).write(classifier.stored(name), start, values)
+        self._writer(name).write(self._stored[name], start, values)
         self._tally.add(written=values.nbytes)
 
     def complete(self, name: str) -> None:
@@ -62,11 +64,12 @@ class Output:
         self._finisher.shutdown()
         for future in self._finishing:
             future.result()
-        places = self._plan.places
-        if len(set(places.values())) > 1:
+        for index, places in self._plan.indexes.items():
             size = sum(self._plan.tensors[name].num_bytes for name in places)
-            write_json(self._workplace.path / INDEX, {
-                "metadata": {"total_size": size}, "weight_map": dict(sorted(places.items())),
+            stored = {stored_name(name, self._plan.base.components): Path(file).name
+                      for name, file in places.items()}
+            write_json(self._workplace.path / index, {
+                "metadata": {"total_size": size}, "weight_map": dict(sorted(stored.items())),
             })
 
     def abandon(self) -> None:
@@ -79,14 +82,22 @@ class Output:
         file = self._file[name]
         with self._lock:
             if file not in self._writers:
+                part = self._workplace.path / f"{file}.part"
+                part.parent.mkdir(parents=True, exist_ok=True)
                 self._writers[file] = ShardWriter(
-                    self._workplace.path / f"{file}.part",
-                    {classifier.stored(n): (self._plan.tensors[n].code,
-                                            self._plan.tensors[n].shape)
+                    part,
+                    {self._stored[n]: (self._plan.tensors[n].code, self._plan.tensors[n].shape)
                      for n in self._left[file]},
+                    metadata=self._aliases(self._left[file]),
                     digest=self._plan.options.digest,
                 )
             return self._writers[file]
+
+    def _aliases(self, names: Collection[str]) -> dict[str, str]:
+        """Other names of tensors that are stored once, as the base's `__metadata__` holds them."""
+        components = self._plan.base.components
+        return {stored_name(alias, components): self._stored[kept]
+                for alias, kept in self._plan.base.aliases.items() if kept in names}
 
     def _finish(self, file: str, writer: ShardWriter) -> None:
         digest = writer.finish()

@@ -20,6 +20,8 @@ MOST_TOWERS = 3
 def picture(rows: Sequence[Mapping[str, Any]], path: str | Path | None):
     """Draws angles (above) and norms (below) by block; a column for each tower.
 
+    One fine-tune alone has no angle: then the norms alone.
+
     A dot is a merge unit, a line the median of its kind in each block.
 
     Args:
@@ -39,18 +41,22 @@ def picture(rows: Sequence[Mapping[str, Any]], path: str | Path | None):
     if list(groups) == [""]:  # No blocks: the tensors in their order.
         groups[""] = [(float(number), row) for number, row in enumerate(rows)]
 
+    angles = any(row.get("angle") is not None for row in rows)
+
     def fill(figure):
         widths = [math.sqrt(len({depth for depth, _ in group})) for group in groups.values()]
         panels = figure.subplots(
-            2, max(1, len(groups)), squeeze=False, sharex="col", sharey="row",
-            width_ratios=widths or None, height_ratios=[1.35, 1],
+            1 + angles, max(1, len(groups)), squeeze=False, sharex="col", sharey="row",
+            width_ratios=widths or None, height_ratios=[1.35, 1] if angles else [1],
         )  # fmt: skip
         roles: set[str] = set()
         for column, (tower, group) in enumerate(groups.items()):
-            roles |= _column(panels[0, column], panels[1, column], group)
+            roles |= _column(panels[0, column] if angles else None, panels[-1, column], group)
             panels[0, column].set_title(tower or "all tensors")
-            panels[1, column].set_xlabel("block" if tower else "tensor, by name")
-        _scale_axes(panels)
+            panels[-1, column].set_xlabel("block" if tower else "tensor, by name")
+        if angles:
+            _scale_angles(panels[0])
+        _scale_norms(panels[-1])
         from matplotlib.lines import Line2D
 
         figure.legend(
@@ -62,7 +68,8 @@ def picture(rows: Sequence[Mapping[str, Any]], path: str | Path | None):
         )  # fmt: skip
 
     count = sum(len({depth for depth, _ in group}) for group in groups.values())
-    return draw(fill, (min(13.0, max(7.0, 3 + 0.22 * count)), 5.6), path)
+    size = (min(13.0, max(7.0, 3 + 0.22 * count)), 5.6 if angles else 3.2)
+    return draw(fill, size, path)
 
 
 def _column(top, bottom, group: Sequence[tuple[float, Mapping[str, Any]]]) -> set[str]:
@@ -74,7 +81,8 @@ def _column(top, bottom, group: Sequence[tuple[float, Mapping[str, Any]]]) -> se
         points[role(row["name"])][position[depth]].append(row)
     for number, (kind, colour) in enumerate((k, c) for k, c in COLOURS.items() if k in points):
         shift = (number - 2) * 0.07  # Kinds stand beside each other, not on each other.
-        _series(top, points[kind], _angles, colour, shift)
+        if top is not None:
+            _series(top, points[kind], _angles, colour, shift)
         _series(bottom, points[kind], _rms, colour, shift)
     names = {-1.0: "in", math.inf: "out"}
     inner = [depth for depth in depths if depth not in names]
@@ -84,7 +92,7 @@ def _column(top, bottom, group: Sequence[tuple[float, Mapping[str, Any]]]) -> se
         [position[d] for d in ticks], [names.get(d) or str(int(d)) for d in ticks]
     )
     bottom.set_xlim(-0.6, len(depths) - 0.4)
-    for axes in (top, bottom):
+    for axes in filter(None, (top, bottom)):
         axes.grid(axis="x", visible=False)
         axes.tick_params(axis="x", length=0)
     return set(points)
@@ -114,17 +122,20 @@ def _rms(row: Mapping[str, Any]) -> list[float]:
     return [norm / math.sqrt(size) for norm in row["norms"] if norm]
 
 
-def _scale_axes(panels) -> None:
-    top, bottom = panels[0, 0], panels[1, 0]
-    top.set_ylabel("angle (degrees)")
-    highest = max(axes.dataLim.y1 for axes in panels[0])
+def _scale_angles(panels) -> None:
+    panels[0].set_ylabel("angle (degrees)")
+    highest = max(axes.dataLim.y1 for axes in panels)
     limit = 180 if highest > 120 else 125 if highest > 92 else 95
-    top.set_ylim(0, limit)
-    top.set_yticks(range(0, limit + 1, 30 if limit == 180 else 15))
-    for axes in panels[0]:
+    panels[0].set_ylim(0, limit)
+    panels[0].set_yticks(range(0, limit + 1, 30 if limit == 180 else 15))
+    for axes in panels:
         axes.axhline(90, color="#AAAAAA", lw=0.8, ls="--", zorder=1)
+
+
+def _scale_norms(panels) -> None:
+    bottom = panels[0]
     bottom.set_ylabel(r"norm of $d_i$ / $\sqrt{n}$")
-    lowest, highest = (f(getattr(axes.dataLim, side) for axes in panels[1])
+    lowest, highest = (f(getattr(axes.dataLim, side) for axes in panels)
                        for f, side in ((min, "y0"), (max, "y1")))
     if 0 < 20 * lowest < highest < math.inf:
         bottom.set_yscale("log")

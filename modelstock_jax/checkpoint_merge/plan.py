@@ -7,18 +7,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge import classifier
+from modelstock_jax.checkpoint_merge.anchor import Examination, examine
 from modelstock_jax.checkpoint_merge.chunks import PIECE, WORKING_SET, piece_length
+from modelstock_jax.checkpoint_merge.companions import Companions, decide_companions
+from modelstock_jax.checkpoint_merge.components import prefix_of
 from modelstock_jax.checkpoint_merge.decide import Planned, decide
 from modelstock_jax.checkpoint_merge.match import Findings, match
 from modelstock_jax.checkpoint_merge.options import METHODS, Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.tensor_files.header import BITS
-from modelstock_jax.tensor_files.reader import HEAD, SINGLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,11 @@ class Plan:
         bytes_read: Bytes of tensors that will be read, second passes included.
         bytes_written: Bytes of tensors that will be written.
         memory: Upper estimate of the process's peak, bytes.
-        companion: The model whose config and tokenizer files are copied: 0 the base.
-        config: Entries of config.json that the merge changes (``tie_word_embeddings``, ...).
+        companions: Whose config and tokenizer files are copied, and what changes in them.
         notes: What a user should know: tied weights, vocabulary, what is left out.
-        fingerprint: Of inputs, options and tensors; a killed merge goes on only where it is equal.
+        fingerprint: Of inputs, options and tensors; a killed merge resumes only where it is equal.
+        anchored: Whether there is a base: a linear mean of models alone has none.
+        rounding: The base's rounding error beside the movements (`anchor.Examination`).
     """
 
     base: Source
@@ -50,16 +52,26 @@ class Plan:
     bytes_read: int
     bytes_written: int
     memory: int
-    companion: int
-    config: dict[str, object]
+    companions: Companions
     notes: tuple[str, ...]
     fingerprint: str
+    anchored: bool = True
+    rounding: Mapping[str, float | bool] | None = None
 
     @property
-    def places(self) -> dict[str, str]:
-        """Tensor -> file, of the model itself: what an index says."""
-        return {name: file for file, names in zip(self.files, self.shards, strict=True)
-                for name in names if file != HEAD}
+    def sources(self) -> tuple[Source, ...]:
+        """The base and the fine-tunes."""
+        return (self.base, *self.finetuned)
+
+    @property
+    def indexes(self) -> dict[str, dict[str, str]]:
+        """Index file -> tensor -> file, of each component that takes several files."""
+        found: dict[str, dict[str, str]] = {}
+        for file, names in zip(self.files, self.shards, strict=True):
+            stem = self.base.components[prefix_of(names[0], self.base.components)]
+            found.setdefault(stem, {}).update(dict.fromkeys(names, file))
+        return {f"{stem}.safetensors.index.json": places for stem, places in found.items()
+                if len(set(places.values())) > 1}
 
     @property
     def passes(self) -> int:
@@ -85,27 +97,46 @@ class Plan:
                    for m in tensor.models(len(self.finetuned)))
 
 
-def make_plan(base: Source, finetuned: Sequence[Source], options: Options) -> Plan:
+def make_plan(
+    base: Source,
+    finetuned: Sequence[Source],
+    options: Options,
+    *,
+    lenient: bool = False,
+    anchored: bool = True,
+) -> Plan:
     """Plans a merge of models, or says everything that stands in its way at once.
 
-    Headers suffice but for integers (which must be equal everywhere to be copied) and weights that
-    may be tied.
+    Headers suffice but for integers (which must be equal everywhere to be copied), weights that
+    may be tied, and a sample of numbers that shows whether the base is one.
+
+    Args:
+        base: The anchor.
+        finetuned: The models that are merged toward it.
+        options: How.
+        lenient: Nothing will be written: what models disagree on that is only copied is a note.
+        anchored: False for a mean of models without a base; `base` is then the first of them.
 
     Raises:
         UserError: All problems, one a line.
     """
     sources = (base, *finetuned)
-    findings = Findings()
+    findings = Findings(lenient=lenient)
     _check_number(len(finetuned), options, findings)
     matched = match(sources, options, findings)
     tensors = decide(sources, matched, options, findings)
+    companions = decide_companions(sources, options, findings)
     findings.refuse()
-    files = _files(tensors, options.max_shard_bytes)
+    examined = examine(sources, tensors, options) if anchored else Examination()
+    findings.problems += examined.problems
+    findings.refuse()
+    files = _files(tensors, base.components, options.max_shard_bytes)
     plan = Plan(
         base, tuple(finetuned), options, tensors, tuple(files.values()), tuple(files),
         bytes_read=0, bytes_written=sum(t.num_bytes for t in tensors.values()), memory=0,
-        companion=findings.companion, config=findings.config, notes=tuple(findings.notes),
-        fingerprint=_fingerprint(sources, options, tensors),
+        companions=companions, notes=(*findings.notes, *examined.notes),
+        fingerprint=_fingerprint(sources, options, tensors), anchored=anchored,
+        rounding=examined.rounding,
     )
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
 
@@ -123,7 +154,8 @@ def _check_number(number: int, options: Options, findings: Findings) -> None:
         if isinstance(value, tuple) and len(value) != number:
             findings.problems.append(f"{len(value)} {name} for {number} fine-tuned models; "
                                      "give one for each")
-    if options.weights is not None and sum(options.weights) == 0 and options.normalize is not False:
+    by_sum = options.method != "task-arithmetic" if options.normalize is None else options.normalize
+    if options.weights is not None and sum(options.weights) == 0 and by_sum:
         findings.problems.append("the weights add up to 0")
     if options.excluded.startswith("model:") and int(options.excluded[6:]) > number:
         findings.problems.append(f"excluded is {options.excluded}, and there are {number}")
@@ -131,18 +163,24 @@ def _check_number(number: int, options: Options, findings: Findings) -> None:
         findings.problems.append("ties trims whole tensors: unit tensor, layer, block or global")
 
 
-def _files(tensors: dict[str, Planned], most: int) -> dict[str, tuple[str, ...]]:
-    """Output files, each with its tensors in the order in which they lie there."""
+def _files(
+    tensors: dict[str, Planned], components: Mapping[str, str], most: int
+) -> dict[str, tuple[str, ...]]:
+    """Output files, each with its tensors in the order in which they are stored there."""
     def ordered(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(names, key=lambda name: (-BITS[tensors[name].code], name)))
 
-    head = [name for name in tensors if classifier.is_planned(name)]
-    shards = _shards({n: tensor for n, tensor in tensors.items() if n not in head}, most)
-    files = {SINGLE: ordered(shards[0])} if len(shards) == 1 else {
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": ordered(names)
-        for i, names in enumerate(shards)
-    }
-    return {**files, HEAD: ordered(head)} if head else files
+    groups: dict[str, dict[str, Planned]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(prefix_of(name, components), {})[name] = tensor
+    files: dict[str, tuple[str, ...]] = {}
+    for prefix in sorted(groups):
+        stem, shards = components.get(prefix, "model"), _shards(groups[prefix], most)
+        files |= {f"{stem}.safetensors": ordered(shards[0])} if len(shards) == 1 else {
+            f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": ordered(names)
+            for i, names in enumerate(shards)
+        }
+    return files
 
 
 def _shards(tensors: dict[str, Planned], most: int) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     """A recipe as the command line takes it.
 
     Attributes:
-      base: the base model, as `open_source` reads it.
+      base: the base model, as `open_source` reads it; None for a mean of models without one.
       models: the fine-tunes.
       options: arguments of `Options`, but for slerp's t.
       t: slerp's, as written: a number, a list over the layers, or a list by filter.
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
       notes: what the recipe asks that changes nothing here.
     """
 
-    base: str
+    base: str | None
     models: tuple[str, ...]
     options: dict[str, Any]
     t: Any = None
@@ -136,14 +136,15 @@ def parse(raw: Any) -> Recipe:
         raise UserError(f"{theirs} of {len(names)} models beside base_model; give "
                         f"{'one' if theirs == 'slerp' else 'some'}")
     options = {"method": method, **_numbers(theirs, names, own, common)}
-    notes = _check_tokenizer(raw, base or names[0])
+    chosen, notes = _tokenizer(raw, base, names)
+    options |= {} if chosen is None else {"tokenizer_from": chosen}
     if (dtype := raw.get("out_dtype") or raw.get("dtype")) is not None:
         options["dtype"] = dtype
     if "int8_mask" in common:
         notes.append("int8_mask only saves memory in mergekit: nothing to do here")
     if theirs == "slerp" and "t" not in common:
         raise UserError("parameters.t is missing; slerp needs it")
-    return Recipe(base or names[0], tuple(names), options, common.get("t"), layers, tuple(notes))
+    return Recipe(base, tuple(names), options, common.get("t"), layers, tuple(notes))
 
 
 def _entries(raw: Mapping) -> tuple[list[dict], dict, int | None]:
@@ -202,15 +203,24 @@ def _numbers(theirs: str, names: list[str], own: list[dict], common: dict) -> di
     return options
 
 
-def _check_tokenizer(raw: Mapping, base: str) -> list[str]:
+def _tokenizer(
+    raw: Mapping, base: str | None, names: Sequence[str]
+) -> tuple[str | None, list[str]]:
+    """`tokenizer_from` that a recipe's `tokenizer_source` means, and notes."""
     tokenizer = mapping(raw.get("tokenizer") or {}, "tokenizer", ("source",))
     source = raw.get("tokenizer_source") or tokenizer.get("source") or "base"
-    if source != "base" and _model(source, "tokenizer_source") != base:
-        raise UserError(f"tokenizer_source {source!r} is not done here: the base's tokenizer is "
-                        "copied, and --vocabulary says what becomes of rows that differ")
+    chosen = None
+    if source != "base" and (model := _model(source, "tokenizer_source")) != base:
+        if model not in names:
+            raise UserError(f"tokenizer_source {source!r} is not done here: give base or one of "
+                            "the models; --vocabulary says what becomes of rows that differ")
+        # Without a base the first model is opened in its place as well.
+        chosen = f"model:{names.index(model) + 1}"
     if raw.get("chat_template") not in (None, "auto"):
-        raise UserError("chat_template is not done here: the base's is copied; delete the key")
-    return ["chat_template auto: the base's is copied"] if raw.get("chat_template") else []
+        raise UserError("chat_template is not done here: tokenizer_source says whose is copied; "
+                        "delete the key")
+    notes = ["chat_template auto: the tokenizer's is copied"] if raw.get("chat_template") else []
+    return chosen, notes
 
 
 def _entry(entry: Any, known: Collection[str]) -> dict:

@@ -44,13 +44,14 @@ def document(
     ]  # fmt: skip
     return {
         "format": FORMAT,
-        "base": inputs[0],
+        "base": inputs[0] if plan.anchored else None,
         "models": inputs[1:],
         "options": asked(plan.options),
         "units": report.rows,
         "policies": report.policies,
         "ratios": ratios(report.rows),
         "predicted_distance": report.distance,
+        "anchor_rounding": plan.rounding,
         "not_merged": [
             {"name": name, "takes": tensor.action, "reason": tensor.reason}
             for name, tensor in plan.tensors.items() if tensor.action != "merge"
@@ -74,7 +75,7 @@ def asked(options: Options) -> dict[str, Any]:
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Count, least, median and largest ratio of the tensors that have an angle, by role.
+    """Count, least, median and largest ratio of the tensors that have one, by role.
 
     Example:
       >>> rows = [{"name": f"layers.{i}.mlp.w", "cosine": 0.5, "ratio": i / 4} for i in range(4)]
@@ -83,7 +84,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        if row["cosine"] is not None:
+        if row["cosine"] is not None and row["ratio"] is not None:
             found["all"].append(row["ratio"])
             found[role(row["name"])].append(row["ratio"])
     return {

@@ -17,22 +17,28 @@ Row = dict[str, Any]
 _DISTANCES = ("replica", "mean", "merged")
 
 
-def tensor_rows(key: str, members: Iterable[Planned], solved: Solved) -> dict[str, Row]:
+def tensor_rows(
+    key: str, members: Iterable[Planned], solved: Solved, *, anchored: bool = True
+) -> dict[str, Row]:
     """The rows of a unit's tensors, by name; tensors of one unit differ in name and shape alone.
+
+    What a method does not define is None: the ratio and the merged weights' distance of TIES and
+    slerp; every angle, norm and distance where there is no base.
 
     Args:
         key: Of the unit.
         members: Its tensors.
         solved: What was found of it.
+        anchored: Whether there is a base.
     """
     solution = solved.solution
-    shared = {
-        "cosines": _pairwise(solved.gram),
-        "predicted_distance": {
-            name: _root_sum_square(values)
-            for name, values in zip(_DISTANCES, solution.distance, strict=True)
-        },
-    }
+    distance = {name: _root_sum_square(values) if anchored else None
+                for name, values in zip(_DISTANCES, solution.distance, strict=True)}
+    shared: Row = {"cosines": _pairwise(solved.gram), "predicted_distance": distance}
+    if not solved.has_ratio:
+        shared["ratio"] = distance["merged"] = None
+    if not anchored:
+        shared |= {"cosine": None, "angle": None, "ratio": None, "norms": [], "cosines": []}
     rows = {}
     for member in members:
         row = unit_row(member.name, key, solution.cosine, solution.ratio, solution.norm,
@@ -41,8 +47,8 @@ def tensor_rows(key: str, members: Iterable[Planned], solved: Solved) -> dict[st
     return rows
 
 
-def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float]]:
-    """Units that met each policy, and predicted distances of the whole model.
+def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float | None]]:
+    """Units that met each policy, and predicted distances of the whole model, None where unknown.
 
     A unit counts once, however many tensors share it.
     """
@@ -50,10 +56,10 @@ def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float]]:
     policies: collections.Counter[str] = collections.Counter()
     for row in units:
         policies.update(row["policies"])
-    distance = {
-        name: math.sqrt(sum((row["predicted_distance"][name] or 0.0) ** 2 for row in units))
-        for name in _DISTANCES
-    }
+    distance: dict[str, float | None] = {}
+    for name in _DISTANCES:
+        known = [far for row in units if (far := row["predicted_distance"][name]) is not None]
+        distance[name] = math.sqrt(sum(far**2 for far in known)) if known else None
     return dict(policies), distance
 
 

@@ -32,12 +32,14 @@ class Report:
 
     Attributes:
         rows: One a tensor that was merged, by name: ``name, unit, shape, num_units, cosine`` (None
-            where undefined), ``angle`` (degrees or None), ``ratio, norms`` (one a fine-tune),
+            where undefined), ``angle`` (degrees or None), ``ratio`` (None for TIES and slerp),
+            ``norms`` (one a fine-tune),
             ``cosines`` (of each two fine-tunes), ``predicted_distance`` (``replica, mean,
             merged``; None where unknown), ``policy, policies`` (name -> number of units). Under
             filter and head, means over units and root-sum-squares of norms and distances.
         policies: Name of a policy -> units that met it, in the whole model.
-        distance: Predicted distances from the centre of the whole model, root-sum-squares.
+        distance: Predicted distances from the center of the whole model, root-sum-squares; None
+            where no unit has one.
         digests: File name -> digest (`crc32:...`) of each output file of tensors.
         resumed: Output files that an earlier, killed merge had written.
         bytes_read: Bytes that were read.
@@ -47,7 +49,7 @@ class Report:
 
     rows: list[Row]
     policies: dict[str, int]
-    distance: dict[str, float]
+    distance: dict[str, float | None]
     digests: dict[str, str]
     resumed: tuple[str, ...]
     bytes_read: int
@@ -68,7 +70,7 @@ def run(
 
     Tensors go to a directory beside `out`, whose name follows from the plan: the same command,
     killed and given again, keeps the files that are complete. Config and tokenizer files of
-    ``plan.companion`` are copied beside them.
+    ``plan.companions`` are copied next to them.
 
     Args:
         plan: From `make_plan`.
@@ -97,7 +99,7 @@ def run(
         except BaseException:
             output.abandon()
             raise
-        copy_companions(plan, workplace.path)
+        copy_companions(plan.sources, plan.companions, workplace.path)
         report = _report(workplace.rows, tally, begin, workplace.digests, workplace.resumed)
         if finish is not None:
             finish(workplace.path, report)
@@ -169,7 +171,7 @@ def _merge(
         return
     unit = Unit(plan, members, tally, scratch, pool)
     solved = solver(plan.options, len(plan.finetuned))(unit)
-    rows.update(tensor_rows(part.key, members, solved))
+    rows.update(tensor_rows(part.key, members, solved, anchored=plan.anchored))
     if output is None:
         return
     for k, member in enumerate(members):

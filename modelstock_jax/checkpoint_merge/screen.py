@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from modelstock_jax.checkpoint_merge.card import merged
 from modelstock_jax.checkpoint_merge.depth import place
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.run import Report
@@ -24,9 +25,11 @@ MOST_LISTED = 20
 def show_plan(plan: Plan, out: str, console: Console) -> None:
     """What a merge would do, and why."""
     table = _facts()
-    table.add_row("base", escape(plan.base.label))
+    if plan.anchored:
+        table.add_row("base", escape(plan.base.label))
     for number, source in enumerate(plan.finetuned, 1):
-        table.add_row(f"fine-tune {number}", escape(source.label))
+        what = "fine-tune" if plan.anchored else "model"
+        table.add_row(f"{what} {number}", escape(source.label))
     table.add_row("method", f"{plan.options.method}, unit {plan.options.unit}")
     actions = Counter(tensor.action for tensor in plan.tensors.values())
     table.add_row("tensors", ", ".join(f"{n} {_took(action)}" for action, n in actions.items()))
@@ -54,9 +57,7 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
                console: Console) -> None:
     """What was merged, at which ratios, where it lies, and how long it took."""
     table = _facts()
-    count = len(document["models"])
-    merged = f"{count} fine-tune{'s' if count > 1 else ''} of {document['base']['model']}"
-    table.add_row("merged", f"{escape(merged)}, {document['options']['method']}")
+    table.add_row("merged", f"{escape(merged(document))}, {document['options']['method']}")
     if found := document["ratios"].get("all"):
         table.add_row("ratios", f"{found['min']:.3f} to {found['max']:.3f}, median "
                       f"{found['median']:.3f} over {found['tensors']} tensors")
@@ -138,7 +139,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cosines": lambda row: " ".join("–" if c is None else f"{c:.3f}"
                                     for c in _pairs(row["cosines"])),
     "angle": lambda row: "–" if row["angle"] is None else f"{row['angle']:.1f}",
-    "ratio": lambda row: f"{row['ratio']:.3f}",
+    "ratio": lambda row: "–" if row["ratio"] is None else f"{row['ratio']:.3f}",
     "to centre: one, mean, merged": lambda row: " ".join(
         "–" if (far := row["predicted_distance"][key]) is None else f"{far:.3g}"
         for key in ("replica", "mean", "merged")),

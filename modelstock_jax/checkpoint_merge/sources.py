@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge import classifier
+from modelstock_jax.checkpoint_merge import components
 from modelstock_jax.checkpoint_merge.adapters import CONFIG, WEIGHTS, Adapter, is_adapter
+from modelstock_jax.checkpoint_merge.names import TensorInfo, note, renames
 from modelstock_jax.checkpoint_merge.spelling import near
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
+from modelstock_jax.merging.anchor_rounding import half_ulp_square
 from modelstock_jax.tensor_files.digests import RangeDigest, digest_file
 from modelstock_jax.tensor_files.hub import resolve
-from modelstock_jax.tensor_files.reader import HEAD, TensorFiles
+from modelstock_jax.tensor_files.reader import DTYPES
 
 # What a model needs beside its tensors, by how names end and begin; never pickles, never code.
 ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
@@ -24,13 +27,6 @@ _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _FORMABLE = ("BF16", "F16", "F32", "F64")
 
 
-class TensorInfo(NamedTuple):
-    """Shape and safetensors dtype code of a tensor."""
-
-    shape: tuple[int, ...]
-    code: str
-
-
 class Source:
     """A checkpoint in safetensors.
 
@@ -38,6 +34,8 @@ class Source:
       label: what the user typed.
       directory: where config and tokenizer files lie; None for a single file.
       tensors: name -> `TensorInfo`.
+      components: prefix of a tensor's name -> stem of its output file (`components`).
+      aliases: name -> the tensor that it is another name of, by a file's `__metadata__`.
       notes: what a reader of the report should know about this input.
       formed: names of tensors that are computed, not stored: reading one costs arithmetic.
     """
@@ -45,7 +43,12 @@ class Source:
     def __init__(self, label: str, path: Path):
         self.label = label
         self.directory = path if path.is_dir() else None
-        self._stored = _stored(path)
+        opened = components.open_all(path)
+        self.components = {prefix: stem for prefix, (stem, _) in opened.items()}
+        self._stored = {prefix + own: (files, own) for prefix, (_, files) in opened.items()
+                        for own in files}
+        self.aliases = {prefix + name: prefix + kept for prefix, (_, files) in opened.items()
+                        for name, kept in files.aliases.items()}
         self.tensors = {name: TensorInfo(files.shape(own), files.code(own))
                         for name, (files, own) in self._stored.items()}
         self.notes: list[str] = []
@@ -56,6 +59,11 @@ class Source:
     def files(self) -> tuple[Path, ...]:
         """The files that are read."""
         return tuple(sorted({files.files[own] for files, own in self._stored.values()}))
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Where tokenizer files are: next to the model."""
+        return self.directory
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +79,14 @@ class Source:
         """
         files, own = self._stored[name]
         return files.read(own, start, stop, into)
+
+    def stored_dtype(self, name: str) -> np.dtype:
+        """Dtype in which a tensor's numbers are stored: how fine they are."""
+        return DTYPES[self.tensors[name].code]
+
+    def half_ulp_squares(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Largest squared rounding error of each of the elements [start, stop), float64."""
+        return half_ulp_square(self.read(name, start, stop))
 
     def note(self, name: str, start: int, values: np.ndarray) -> None:
         """Takes numbers that were read into their file's digest, if `watch` asked for that."""
@@ -104,12 +120,14 @@ class AdaptedSource(Source):
     def __init__(self, label: str, base: Source, adapter: Adapter, *, shared_base: bool = False):
         self.label, self.directory = label, base.directory
         self.base, self.adapter, self._shared_base = base, adapter, shared_base
+        self.components, self.aliases = base.components, base.aliases
         self.tensors = dict(base.tensors)
         self.notes = list(base.notes)
         if adapter.base and not _same_model(adapter.base, base.label):
             self.notes.append(
                 f"{adapter.directory} was made for {adapter.base!r} and is applied to {base.label}"
             )
+        self._rename()
         for name, stored in adapter.whole.items():
             self.tensors[name] = TensorInfo(
                 adapter.files.shape(stored), adapter.files.code(stored)
@@ -123,11 +141,32 @@ class AdaptedSource(Source):
             elif (found := self.tensors[name]).shape != shape:
                 problems.append(f"{name} is {list(found.shape)} in the base, {list(shape)} here")
             elif found.code not in _FORMABLE:
-                problems.append(f"{name} is {found.code} in the base: give it unquantised")
+                problems.append(f"{name} is {found.code} in the base: give it without quantization")
             else:
                 self.tensors[name] = found._replace(code="F64" if found.code == "F64" else "F32")
         if problems:
             raise UserError(f"{adapter.directory} does not fit {base.label}: {'; '.join(problems)}")
+
+    def _rename(self) -> None:
+        """Maps the adapter's names onto the base's where these differ by a prefix."""
+        adapter = self.adapter
+        shapes = {name: TensorInfo(adapter.shape(name), "F32") for name in adapter.factors}
+        shapes |= {name: TensorInfo(adapter.files.shape(stored), "F32")
+                   for name, stored in adapter.whole.items() if name not in shapes}
+        found = renames(self.base.tensors, shapes, partial=True)
+        if found.ambiguous:
+            raise UserError(f"{adapter.directory}: {listed(found.ambiguous, 3)} fit more than one "
+                            f"tensor of {self.base.label}")
+        if found.names:
+            adapter.rename({own: name for name, own in found.names.items()})
+            self.notes.append(note(str(adapter.directory), found))
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Next to the adapter where a training has saved one there; else the base's."""
+        own = self.adapter.directory
+        saved = any((own / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+        return own if saved else self.base.tokenizer_directory
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -161,7 +200,11 @@ class AdaptedSource(Source):
                           for name in (CONFIG, WEIGHTS)}
 
 
-def open_source(text: str, base: Source | None = None) -> Source:
+def open_source(
+    text: str,
+    base: Source | None = None,
+    read_as: Callable[[Source], Source] = lambda source: source,
+) -> Source:
     """Opens an input as it is typed.
 
     | text | read as |
@@ -175,14 +218,16 @@ def open_source(text: str, base: Source | None = None) -> Source:
     Args:
       text: a path or a hub id, or several joined by `+`.
       base: what a bare adapter is applied to; None when BASE itself is opened.
+      read_as: of a checkpoint as it is stored, before adapters (`quantization.as_weights`).
 
     Raises:
       UserError: there is no such thing, or it cannot be read; it names it.
     """
+    text = os.path.expanduser(text)
     first, *adapters = [text] if Path(text).exists() else text.split("+")
     if not all((first, *adapters)):
         raise UserError(f"{text!r}: expected 'model+adapter'")
-    source = base if base is not None and first == base.label else _open(first, base)
+    source = base if base is not None and first == base.label else _open(first, base, read_as)
     for adapter in adapters:
         directory = resolve(adapter, PATTERNS)
         if not (directory / CONFIG).is_file():
@@ -191,27 +236,31 @@ def open_source(text: str, base: Source | None = None) -> Source:
     return source
 
 
-def _open(text: str, base: Source | None) -> Source:
+def _open(
+    text: str, base: Source | None, read_as: Callable[[Source], Source]
+) -> Source:
     path = resolve(text, PATTERNS)
     if not is_adapter(path):
         source = Source(text, path)
+        _refuse_adapter_files(source)
         if _COMMIT.fullmatch(path.name) and path != Path(text):
             source.notes.append(f"{text} is commit {path.name} on the hub")
-        return source
+        return read_as(source)
     if base is None:
         raise UserError(f"{text} is an adapter; as BASE give the model that it was trained on")
     return AdaptedSource(text, base, Adapter(path), shared_base=True)
 
 
-def _stored(path: Path) -> dict[str, tuple[TensorFiles, str]]:
-    """Where each tensor lies, and its name there; with those of a classifier beside the model."""
-    model = TensorFiles(path)
-    found = {name: (model, name) for name in model}
-    beside = path / HEAD
-    if path.is_dir() and beside.is_file() and beside not in model.files.values():
-        head = TensorFiles(beside)
-        found |= {classifier.planned(name): (head, name) for name in head}
-    return found
+def _refuse_adapter_files(source: Source) -> None:
+    """Names files that hold an adapter and no model."""
+    if any(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in source.tensors):
+        raise UserError(f"{source.label}: a LoRA file in kohya's format is not read; convert "
+                        "it to PEFT's with diffusers (load_lora_weights, then save_lora_adapter), "
+                        "or merge it into its model first")
+    factors = [name for name in source.tensors if ".lora_A." in name or ".lora_B." in name]
+    if factors and len(factors) * 2 > len(source.tensors):
+        raise UserError(f"{source.label}: an adapter's weights without its {CONFIG}; give the "
+                        "directory that PEFT's save_pretrained wrote")
 
 
 def _hub_sha256(path: Path) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from modelstock_jax.checkpoint_merge.anchor import is_coarser
 from modelstock_jax.checkpoint_merge.casts import narrow, recode, widen
 from modelstock_jax.checkpoint_merge.chunks import PIECE, Layout, Scratch, piece_length, products
 from modelstock_jax.checkpoint_merge.decide import Planned
@@ -85,6 +86,22 @@ class Unit:
         wide = any(self._code(m, i) == "F64" for m in self.members for i in range(len(m.names)))
         if not (np.isfinite(squares) & (wide | (squares < _LARGEST))).all():
             self._refuse_non_finite()
+        return total
+
+    def energy(self) -> np.ndarray:
+        """Expected squared rounding error of the base, [K]; 0 where it is not stored coarser."""
+        total = np.zeros(self.layouts[0].units)
+
+        def one(piece: Piece) -> np.ndarray:
+            name, layout = self.members[piece.member].name_in(0), self.layouts[piece.member]
+            squares = self._sources[0].half_ulp_squares(name, piece.start, piece.stop)
+            return products(np.sqrt(squares / 3.0)[None], layout, piece.start, piece.stop)[0, 0]
+
+        coarse = [k for k, member in enumerate(self.members)
+                  if is_coarser(self._sources, member.names)]
+        pieces = self.pieces(coarse)
+        for piece, part in zip(pieces, self.each(one, pieces), strict=True):
+            total[self.layouts[piece.member].touched(piece.start, piece.stop)[0]] += part
         return total
 
     def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:

@@ -190,8 +190,8 @@ def _elsewhere(tensors):
     return {name.replace("layers.0", "layers.9"): array for name, array in tensors.items()}
 
 
-def _prefixed(tensors):
-    return {name.replace("layers.0", "model.layers.0"): a for name, a in tensors.items()}
+def _misspelt(tensors):
+    return {name.replace("q_proj", "q_prj"): array for name, array in tensors.items()}
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -199,7 +199,7 @@ def _prefixed(tensors):
     (_dora, "lora_magnitude_vector"),
     (_alone, "has lora_A alone"),
     (_elsewhere, "is not in the base"),
-    (_prefixed, f"(did you mean '{Q}.weight'?)"),
+    (_misspelt, f"(did you mean '{Q}.weight'?)"),
     (lambda t: factors(Q, ROWS + 1, COLUMNS), "[7, 5] in the base, [8, 5] here"),
     (lambda t: {"x": np.ones(2, np.float32)}, "not a tensor of plain LoRA"),
 ])  # fmt: skip
@@ -208,6 +208,15 @@ def test_tensors_that_do_not_fit(base, tmp_path, change, said):
     with pytest.raises(UserError) as error:
         open_source(str(path), base)
     assert said in str(error.value) and str(path) in str(error.value)
+
+
+def test_an_adapter_of_other_prefixes_is_mapped(base, tmp_path):
+    tensors = factors(Q, ROWS, COLUMNS)
+    plain = open_source(str(adapter(tmp_path / "plain", tensors)), base)
+    moved = {name.replace("layers.0", "model.layers.0"): a for name, a in tensors.items()}
+    mapped = open_source(str(adapter(tmp_path / "moved", moved)), base)
+    np.testing.assert_array_equal(whole(mapped, f"{Q}.weight"), whole(plain, f"{Q}.weight"))
+    assert any("other names" in note for note in mapped.notes)
 
 
 def test_a_rank_of_0_is_refused(base, tmp_path):

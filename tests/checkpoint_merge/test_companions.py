@@ -8,16 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from modelstock_jax.checkpoint_merge.companions import copy_companions
+from modelstock_jax.checkpoint_merge.companions import Companions, copy_companions
 from modelstock_jax.checkpoint_merge.sources import PATTERNS
 from modelstock_jax.errors import UserError
 
 
+def model_at(directory):
+    return SimpleNamespace(directory=directory, tokenizer_directory=directory)
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path):
     gone = tmp_path / "gone"
-    plan = SimpleNamespace(base=SimpleNamespace(directory=gone), finetuned=(), companion=0)
     with pytest.raises(UserError, match=f"{gone}: cannot be copied"):
-        copy_companions(plan, tmp_path)
+        copy_companions([model_at(gone)], Companions(), tmp_path)
 
 
 def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
@@ -28,9 +31,7 @@ def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
         place.mkdir()
     for name in (*names, "modeling.py", "notes.md"):
         (base / name).write_text("{}")
-    plan = SimpleNamespace(base=SimpleNamespace(directory=base), finetuned=(), companion=0,
-                           config={})
-    copy_companions(plan, out)
+    copy_companions([model_at(base)], Companions(), out)
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     assert [n for n in names if not any(fnmatch(n, pattern) for pattern in PATTERNS)] == []
 
@@ -40,9 +41,8 @@ def test_a_config_that_is_no_object_is_copied_as_it_is(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     for place in (base, out):
         place.mkdir()
-    plan = SimpleNamespace(base=SimpleNamespace(directory=base), finetuned=(), companion=0,
-                           config={"tie_word_embeddings": False})
+    companions = Companions(changes={"tie_word_embeddings": False})
     for said, kept in (([1], [1]), ({}, {"tie_word_embeddings": False})):
         (base / "config.json").write_text(json.dumps(said))
-        copy_companions(plan, out)
+        copy_companions([model_at(base)], companions, out)
         assert json.loads((out / "config.json").read_text()) == kept

@@ -130,7 +130,7 @@ def test_10_quantised_weights_are_refused_with_the_way_out(tmp_path, extra):
     given = [dict(m) for m in models({"v": (2, 2)})]
     for k, model in enumerate(given):
         model.update({n: v + np.asarray(k).astype(v.dtype) for n, v in extra.items()})
-    with pytest.raises(UserError, match="quantised.*dequantise first: .*save_pretrained"):
+    with pytest.raises(UserError, match="quantized.*dequantize.*save_pretrained"):
         plan(save(tmp_path, given))
 
 
@@ -142,7 +142,7 @@ def test_integers_against_floating_point_name_the_model_and_the_way_out(tmp_path
     with pytest.raises(UserError) as caught:
         plan(save(tmp_path, given))
     said = str(caught.value)
-    assert f"w is I8 in {tmp_path}/ft1 and floating point in the others: quantised? dequant" in said
+    assert f"w is I8 in {tmp_path}/ft1 and floating point in the others: quantized?" in said
     assert f"x is I64 in {tmp_path}/ft2 and floating point in the others: store it as" in said
 
 

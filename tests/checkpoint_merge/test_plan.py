@@ -69,7 +69,9 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
     np.testing.assert_array_equal(out["model.norm.weight"], base["model.norm.weight"])
     made = plan([tmp_path / n for n in ("base", "ft1", "ft2")], missing="base")
     assert "ft1 lacks it" in made.tensors["model.norm.weight"].reason
-    assert made.notes == ("extra.weight: left out, for the base does not have it",)
+    share = 100 * 16 / total()
+    assert len(made.notes) == 2 and f"ft1 lacks model.norm.weight: {share:.2g} %" in made.notes[0]
+    assert "extra.weight of" in made.notes[1] and "left out" in made.notes[1]
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
@@ -139,7 +141,7 @@ def heads(tied_base, tied_first, equal=True):
 def test_a_tied_head_stays_tied_where_a_fine_tune_stores_it_equal(tmp_path):
     places = save(tmp_path, heads(True, False), [TIED, UNTIED, TIED])
     made = plan(places)
-    assert list(made.tensors) == [EMBEDDING] and made.config == {}
+    assert list(made.tensors) == [EMBEDDING] and made.companions.changes == {}
     assert f"{HEAD}: kept tied to {EMBEDDING}" in made.notes[0]
 
 
@@ -158,7 +160,7 @@ def test_a_fine_tune_that_trained_its_head_is_refused_or_untied(tmp_path):
 def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
     given = heads(False, True, equal=False)
     made = plan(save(tmp_path, given, [UNTIED, TIED, UNTIED]))
-    assert made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.config == {}
+    assert made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.companions.changes == {}
     assert "read from model.embed_tokens.weight in" in made.notes[0]
     with pytest.raises(UserError, match="ft1 lacks lm_head.weight"):
         plan(save(tmp_path, given, [UNTIED, UNTIED, UNTIED]))
@@ -196,15 +198,17 @@ def test_rows_in_common(tmp_path, rows, vocabulary, length, rest):
 
 
 def test_integers_that_agree_are_copied_and_others_refused(tmp_path):
-    given = [dict(m, position_ids=np.arange(5), flags=np.array([True, False])) for m in models()]
+    given = [dict(m, lengths=np.arange(5), flags=np.array([True, False])) for m in models()]
     out, report = merge(tmp_path, given)
-    np.testing.assert_array_equal(out["position_ids"], np.arange(5))
+    np.testing.assert_array_equal(out["lengths"], np.arange(5))
     assert out.dtype("flags") == np.bool_ and "flags" not in {r["name"] for r in report.rows}
-    given[1]["position_ids"] = np.arange(5)[::-1].copy()
-    with pytest.raises(UserError, match="position_ids is I64 and differs between models"):
+    given[1]["lengths"] = np.arange(5)[::-1].copy()
+    with pytest.raises(UserError, match="lengths is I64 and differs between models"):
         merge(tmp_path / "other", given)
-    given[1]["position_ids"] = np.arange(5).astype(np.float32)
-    with pytest.raises(UserError, match=r"position_ids is I64 in \S+base, \S+ and floating point"):
+    out, _ = merge(tmp_path / "excluded", given, exclude=("lengths",), excluded="model:1")
+    np.testing.assert_array_equal(out["lengths"], given[1]["lengths"])
+    given[1]["lengths"] = np.arange(5).astype(np.float32)
+    with pytest.raises(UserError, match=r"lengths is I64 in \S+base, \S+ and floating point"):
         merge(tmp_path / "third", given)
 
 

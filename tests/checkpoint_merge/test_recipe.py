@@ -91,7 +91,7 @@ def test_task_arithmetic_with_one_weight_for_all():
 def test_linear_needs_no_base_and_counts_it_where_it_is_listed():
     models = [{"model": m, "parameters": {"weight": w}} for m, w in (("x", 1), ("y", 3))]
     recipe = parse({"merge_method": "linear", "models": models})
-    assert recipe[:3] == ("x", ("x", "y"), {"method": "linear", "weights": (1.0, 3.0)})
+    assert recipe[:3] == (None, ("x", "y"), {"method": "linear", "weights": (1.0, 3.0)})
     assert parse({"merge_method": "linear", "models": models, "base_model": "y"}).models == (
         "x", "y")  # fmt: skip
 
@@ -158,7 +158,7 @@ def sliced(*ranges, **source):
     (changed(STOCK, merge_method="model-stock"), "did you mean 'model_stock'"),
     (changed(STOCK, modules={}), "modules is not done here"),
     (changed(STOCK, tokenizer_source="union"), "tokenizer_source 'union' is not done here"),
-    (changed(STOCK, tokenizer={"source": "org/a"}), "is not done here"),
+    (changed(STOCK, tokenizer={"source": "org/other"}), "is not done here"),
     (changed(STOCK, tokenizer={"source": "base", "tokens": {}}), "unknown key 'tokens'"),
     (changed(STOCK, chat_template="chatml"), "chat_template is not done here"),
     (changed(STOCK, base_model=None), "base_model is missing"),

@@ -1,0 +1,48 @@
+"""Tensors that are no weights, by their names: index-like buffers, masks, and counters."""
+
+from __future__ import annotations
+
+import re
+
+# What a model computes from its config and never trains. They are numbers of positions, masks and
+# tables of frequencies, in whatever dtype a library stored them. `mask_token` and `freqs` alone are
+# weights in some models, so only these endings count.
+_INDEX = re.compile(
+    r"(?:.*[._])?(?:ids|idx|index|indices|inv_freq|inv_freqs|freqs_cis|cos_cached|sin_cached|"
+    r"masked_bias|attn_mask|attention_mask|causal_mask|relative_coords_table)"
+)
+# GPT-2's causal mask: a buffer with a weight's name, known by its shape [1, 1, n, n].
+_CAUSAL = re.compile(r"(?:.*\.)?attn(?:ention)?\.bias")
+_COUNTER = re.compile(
+    r"(?:.*[._])?(?:num_batches_tracked|num_updates|n_averaged|num_steps|global_step|step|steps|"
+    r"count|counter|iteration|iterations|epoch)"
+)
+
+
+def is_index(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a buffer of indices, frequencies or a mask: it has no mean.
+
+    Example:
+        >>> is_index("text_model.embeddings.position_ids", (1, 77))
+        True
+        >>> is_index("rotary_emb.inv_freq", (32,)), is_index("vit.embeddings.mask_token", (1, 1, 8))
+        (True, False)
+    """
+    if _CAUSAL.fullmatch(name):
+        return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_counter(name: str, shape: tuple[int, ...], integer: bool) -> bool:
+    """Whether a tensor counts batches or updates: the models' numbers differ, the largest is kept.
+
+    A single integer is a counter whatever its name; a single float only by its name.
+
+    Example:
+        >>> is_counter("layer1.bn.num_batches_tracked", (), True)
+        True
+        >>> is_counter("model_ema.num_updates", (1,), False), is_counter("logit_scale", (), False)
+        (True, False)
+    """
+    single = all(length == 1 for length in shape)
+    return single and (integer or _COUNTER.fullmatch(name) is not None)

@@ -1,0 +1,257 @@
+"""Which tensor of one model is which of another, where their names differ by a prefix."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from modelstock_jax.errors import listed
+
+# Parts of names that a wrapper adds: torch.compile, FSDP, activation checkpointing, DataParallel.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+# Last parts of names that libraries have renamed: TensorFlow's layer norms, torch's weight norm.
+_RENAMED = {
+    "gamma": ("weight",), "beta": ("bias",),
+    "weight_g": ("parametrizations", "weight", "original0"),
+    "weight_v": ("parametrizations", "weight", "original1"),
+}
+# Embeddings, heads and their biases, where a vocabulary has grown.
+_MAX_RESIZED = 6
+_FUSED_EXPERTS = re.compile(r".*experts\.(?!\d)[A-Za-z_.]*(?:gate|up|down|w\d|proj)\w*")
+_APART_EXPERTS = re.compile(r".*experts\.\d+\..+")
+# Projections that some models store as one tensor: its part of a name, and those of its parts.
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"), "Wqkv": ("q_proj", "query"),
+    "query_key_value": ("q_proj", "query"), "c_attn": ("q_proj", "q_attn"),
+    "in_proj_weight": ("q_proj",), "qkv": ("q_proj", "query", "to_q", "q"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+class TensorInfo(NamedTuple):
+    """Shape and safetensors dtype code of a tensor."""
+
+    shape: tuple[int, ...]
+    code: str
+    written: str | None = None  # dtype code of the output where it is not `code`
+
+
+class Rule(NamedTuple):
+    """One prefix of a model's names and the base's in its place."""
+
+    own: str
+    base: str
+
+    def __str__(self) -> str:
+        return f"{self.own or '(nothing)'} -> {self.base or '(nothing)'}"
+
+
+class Renames(NamedTuple):
+    """A model's names that differ from the base's, and how.
+
+    Attributes:
+        names: The base's name -> the model's.
+        rules: Prefixes in which they differ.
+        ambiguous: Names that fit more than one place.
+    """
+
+    names: dict[str, str]
+    rules: tuple[Rule, ...]
+    ambiguous: tuple[str, ...] = ()
+
+
+def renames(
+    base: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo], *, partial: bool = False
+) -> Renames:
+    """Maps names of a model onto the base's where exactly one prefix rule does it.
+
+    A rule replaces a prefix of the model's names by one of the base's, so that they become names of
+    the base that the model lacks, of equal shape but for a vocabulary's rows. It is not taken where
+    other names below that prefix fit as they are. Of several rules the one that maps most names is
+    taken, then the one whose prefixes share most words; where two are level, none.
+
+    Args:
+        base: The base's tensors.
+        other: The model's.
+        partial: The model holds some tensors alone (an adapter).
+    """
+    unmatched = [name for name in other if name not in base]
+    free = {name for name in base if name not in other}
+    found: dict[str, str] = {}
+    for name in unmatched:
+        plain = _unwrapped(name)
+        if plain != name and plain in free:
+            found[plain] = name
+            free.discard(plain)
+    left = sorted(set(unmatched) - set(found.values()))
+    taken = {name for name in other if name in base}
+    rules: list[Rule] = []
+    ambiguous: list[str] = []
+    while left:
+        best = _best(_candidates(left, free, base, other), left, free, base, other, taken, partial)
+        if best is None:
+            break
+        rule, hits, level = best
+        if level:
+            ambiguous += sorted(hits)
+            left = [name for name in left if name not in hits]
+            continue
+        rules.append(rule)
+        for own, name in hits.items():
+            found[name] = own
+            free.discard(name)
+        left = [name for name in left if name not in hits]
+    return Renames(found, _summed_up(found), tuple(ambiguous))
+
+
+def explanation(base: Iterable[str], lacking: Iterable[str], extra: Iterable[str]) -> str:
+    """What the difference between two sets of names is called, where it has a name; else nothing.
+
+    Args:
+        base: Names of the base.
+        lacking: Those that a model lacks.
+        extra: Those that only the model has.
+
+    Example:
+        >>> explanation([], ["mlp.experts.gate_up_proj"], ["mlp.experts.0.gate_proj.weight"])
+        'the base stores experts fused (mlp.experts.gate_up_proj), this model each on its own \
+(mlp.experts.0.gate_proj.weight)'
+    """
+    lacking, extra = sorted(lacking), sorted(extra)
+    for ours, theirs, words in (
+        (lacking, extra, ("the base stores experts fused ({}), this model each on its own ({})")),
+        (extra, lacking, ("this model stores experts fused ({}), the base each on its own ({})")),
+    ):
+        fused = next((n for n in ours if _FUSED_EXPERTS.fullmatch(n)
+                      and not _APART_EXPERTS.fullmatch(n)), None)
+        apart = next((n for n in theirs if _APART_EXPERTS.fullmatch(n)), None)
+        if fused and apart:
+            return words.format(fused, apart)
+    for ours, theirs, words in (
+        (lacking, extra, "the base stores {} as one tensor, this model its parts ({})"),
+        (extra, lacking, "this model stores {} as one tensor, the base its parts ({})"),
+    ):
+        for name in ours:
+            for fused, parts in _FUSED.items():
+                if fused not in name.split("."):
+                    continue
+                start = name.split(f".{fused}")[0]
+                apart = next((n for n in theirs if n.startswith(start)
+                              and set(parts) & set(n.split("."))), None)
+                if apart:
+                    return words.format(name, apart)
+    return ""
+
+
+def note(label: str, found: Renames) -> str:
+    """What a user should know of names that were mapped."""
+    rules = listed((str(rule) for rule in found.rules), 4)
+    return f"{label}: {len(found.names)} tensors have other names than in the base ({rules})"
+
+
+def _candidates(left, free, base, other) -> Counter:
+    """Rules that map at least one name, each refined by the part of the name that follows it."""
+    by_suffix: dict[str, list[str]] = defaultdict(list)
+    for name in free:
+        for suffix in _suffixes(name):
+            by_suffix[suffix].append(name)
+    rules: Counter = Counter()
+    for name in left:
+        for suffix in _suffixes(name):
+            fits = [n for n in by_suffix.get(suffix, ()) if _alike(other[name], base[n])]
+            if not fits:
+                continue
+            rest = _parts(suffix)
+            if len(rest) < 2 and suffix != name and suffix not in fits:
+                break  # `weight` alone says nothing.
+            own = name[: len(name) - len(suffix)]
+            for target in fits:
+                rule = Rule(own, target[: len(target) - len(suffix)])
+                if _numbers(rule.own) == _numbers(rule.base):  # A layer is never another layer.
+                    rules[rule] += 1
+            break
+    return rules
+
+
+def _best(candidates, left, free, base, other, taken, partial):
+    """The rule that maps most names, those names, and whether another does as well."""
+    scored = []
+    for rule in candidates:
+        below = [name for name in left if name.startswith(rule.own)]
+        hits = {name: rule.base + name[len(rule.own):] for name in below}
+        hits = {own: name for own, name in hits.items()
+                if name in free and len(base[name].shape) == len(other[own].shape)}
+        alike = [own for own, name in hits.items() if _alike(other[own], base[name])]
+        resized = [own for own, name in hits.items()
+                   if sum(a != b for a, b in zip(base[name].shape, other[own].shape,
+                                                 strict=True)) == 1]
+        if not alike or len(alike) + len(resized) < len(hits) or len(resized) > _MAX_RESIZED:
+            continue
+        if not partial and _contradicted(rule, hits, taken):
+            continue
+        shared = len(set(_parts(rule.own)) & set(_parts(rule.base)))
+        scored.append(((len(alike), shared), rule, hits))
+    if not scored:
+        return None
+    scored.sort(key=lambda item: item[0], reverse=True)
+    (score, rule, hits), *rest = scored
+    level = any(other_score == score and set(other_hits) & set(hits)
+                and any(hits[n] != other_hits[n] for n in set(other_hits) & set(hits))
+                for other_score, _, other_hits in rest)
+    return rule, hits, level
+
+
+def _contradicted(rule: Rule, hits: Mapping[str, str], taken: Iterable[str]) -> bool:
+    """Whether names that fit as they are begin as those do that the rule would rename."""
+    heads = {rule.own + _parts(own[len(rule.own):])[0] for own in hits}
+    return any(name.startswith(tuple(f"{head}." for head in heads)) for name in taken)
+
+
+def _summed_up(found: Mapping[str, str]) -> tuple[Rule, ...]:
+    """The prefixes in which names differ, most frequent first."""
+    rules: Counter = Counter()
+    for name, own in found.items():
+        a, b = _parts(own), _parts(name)
+        while a and b and a[-1] == b[-1]:
+            a, b = a[:-1], b[:-1]
+        while a and b and a[0] == b[0] and (len(a) > 1 or len(b) > 1):
+            if len(a) == 1 or len(b) == 1:
+                break
+            a, b = a[1:], b[1:]
+        rules[Rule(_prefix(a), _prefix(b))] += 1
+    return tuple(rule for rule, _ in rules.most_common())
+
+
+def _prefix(parts: list[str]) -> str:
+    return "".join(f"{part}." for part in parts)
+
+
+def _unwrapped(name: str) -> str:
+    """A name without what wrappers and older libraries have put into it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if parts and parts[-1] in _RENAMED:
+        parts[-1:] = _RENAMED[parts[-1]]
+    elif tuple(parts[-3:]) in _RENAMED.values() and len(parts) > 3:
+        parts[-3:] = [next(k for k, v in _RENAMED.items() if v == tuple(parts[-3:]))]
+    return ".".join(parts)
+
+
+def _suffixes(name: str) -> Iterable[str]:
+    """The name and what follows each of its dots, longest first."""
+    yield name
+    for found in re.finditer(r"[./]", name):
+        yield name[found.end():]
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in _parts(name) if part.isdigit()]
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split(r"[./]", name) if part]
+
+
+def _alike(a: TensorInfo, b: TensorInfo) -> bool:
+    return a.shape == b.shape
