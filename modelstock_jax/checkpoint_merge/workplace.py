@@ -60,11 +60,11 @@ class Workplace:
         except OSError as error:
             why = f"cannot be written ({error.strerror})"
             raise UserError(f"{shown(self.out)}: {why}; choose another directory.") from None
-        self._locks = locked(self._lock)
-        if self._locks is False:
+        ours = locked(self._lock)
+        if ours is False:
             self._lock.close()
             raise UserError(f"{shown(self.out)}: another process is making this merge.")
-        if self._locks is None and sys.stderr is not None:
+        if ours is None and sys.stderr is not None:
             print(f"note: the file system of {shown(self.out)} has no locks: give no other merge "
                   "this --out meanwhile", file=sys.stderr)
         self.rows: dict[str, Row] = {}
@@ -103,8 +103,7 @@ class Workplace:
                 "merged files are kept, so nothing is computed again."
             ) from None
         self._lock.close()
-        if self._locks:
-            self._remove_stale()
+        self._remove_stale()
 
     def leave(self, *, keep: bool = True) -> None:
         """Leaves without the final name; keeps the files that are complete, if any."""

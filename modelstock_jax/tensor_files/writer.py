@@ -166,10 +166,8 @@ def take_place(beside: Path, path: Path, overwrite: bool = False) -> None:
 
 def _take_place(beside: Path, path: Path, overwrite: bool) -> None:
     if not overwrite:
-        with contextlib.suppress(OSError):
-            path.rmdir()  # Only an empty directory can be removed.
         try:
-            os.replace(beside, path)
+            os.replace(beside, path)  # An empty directory is replaced, another is an error.
         except OSError:
             refuse_existing(path)  # Another process made it while this one flushed.
             raise

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -25,11 +26,12 @@ COMMIT = "1234567890" * 4
 ASK = """
 import json, sys
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files.hub import resolve
+from modelstock_jax.tensor_files.hub import FILES, resolve
 answers = {}
-for name in sys.argv[1:]:
+names, _, folders = " ".join(sys.argv[1:]).partition(" in ")
+for name in names.split():
     try:
-        answers[name] = str(resolve(name))
+        answers[name] = str(resolve(name, FILES, folders.split()))
     except UserError as error:
         answers[name] = f"error: {error}"
 print(json.dumps(answers))
@@ -65,7 +67,11 @@ def hub(tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
     writer.write_tensors(source / "model.safetensors", {"w": np.arange(6.0)})
     writer.write_json(source / "config.json", {"model_type": "clip"})
-    for name in ("pytorch_model.bin", "modeling.py", "onnx/config.json"):
+    for name in ("unet/model.safetensors", "text[1]/config.json"):
+        (source / name).parent.mkdir()
+        writer.write_tensors(source / name, {"w": np.ones(2)})
+    for name in ("pytorch_model.bin", "modeling.py", "onnx/config.json", "unet/model.bin",
+                 "unet/code.py", "unet/deep/config.json"):  # fmt: skip
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"never to be fetched")
     asked: list[str] = []
@@ -94,7 +100,7 @@ def hub(tmp_path_factory):
                 ]
                 self.answer(200, json.dumps(tree).encode())
             elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
-                name = path.rpartition("/")[2]
+                name = unquote(path.partition(f"/{COMMIT}/")[2])
                 body = (source / name).read_bytes()
                 # As the hub names large files.
                 etag = f'"{hashlib.sha256(body).hexdigest()}"'
@@ -159,6 +165,24 @@ def test_a_repository_is_fetched_without_what_runs_code(hub, tmp_path):
     )
 
 
+def test_folders_that_are_asked_for(hub, tmp_path):
+    endpoint, asked = hub
+    before = len(asked)
+    names = ("org/model", "in", "unet", "text[1]", "gone")
+    directory = Path(ask(tmp_path, *names, endpoint=endpoint)["org/model"])
+    found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    assert found == {"config.json", "model.safetensors", "unet/model.safetensors",
+                     "text[1]/config.json"}  # fmt: skip
+    np.testing.assert_array_equal(TensorFiles(directory / "unet")["w"], np.ones(2))
+    never = ("model.bin", "code.py", "deep", "onnx")
+    assert not any(name in path for name in never for path in asked[before:])
+    # The branch is looked up once; all folders are of its commit.
+    assert len([path for path in asked[before:] if "/revision/main" in path]) == 1
+    assert all(COMMIT in path for path in asked[before:] if "/tree/" in path)
+    offline = ask(tmp_path, *names, endpoint=endpoint, offline=True)
+    assert offline["org/model"] == str(directory)
+
+
 def test_no_way_to_the_hub(tmp_path):
     # Nothing listens on port 9 of this machine, so the refusal is at once.
     message = ask(tmp_path, "org/model", endpoint="http://127.0.0.1:9")["org/model"]
@@ -191,3 +215,63 @@ def test_what_is_no_name_for_the_hub(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # After `make demo`, runs/glyphs/model is there.
     with pytest.raises(UserError, match=message):
         resolve(name)
+
+
+NONE = "no such file or directory"
+WRITTEN = f"{NONE}; a model of the Hugging Face hub is written"
+ADDRESS = "an address of the Hugging Face hub; give the model's name:"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt2", f"{WRITTEN} openai-community/gpt2"),
+        ("bert-base-uncased", f"{WRITTEN} google-bert/bert-base-uncased"),
+        ("t5-small", f"{WRITTEN} google-t5/t5-small"),
+        ("bert-of-mine", f"{WRITTEN} ORG/NAME"),
+        ("llama-3.1", f"{WRITTEN} ORG/NAME"),
+        ("org/model/", f"{WRITTEN} org/model"),
+        ("model.bin", NONE),
+        ("my.model.safetensors", NONE),
+        ("./gpt2", NONE),
+        ("/gpt2", NONE),
+        ("a/b/c", NONE),
+        ("datasets/org/name", "a dataset of the Hugging Face hub, not a model; give a model as"),
+        ("spaces/org/name", "a space of the Hugging Face hub"),
+        ("https://huggingface.co/datasets/org/name/tree/main", "a dataset of the Hugging Face hub"),
+        ("https://huggingface.co/datasets/squad", "a dataset of the Hugging Face hub"),
+        ("https://huggingface.co/org/name", f"{ADDRESS} org/name"),
+        ("http://huggingface.co/org/name/", f"{ADDRESS} org/name"),
+        ("huggingface.co/org/name", f"{ADDRESS} org/name"),
+        ("hf.co/gpt2", f"{ADDRESS} openai-community/gpt2"),
+        ("https://hf.co/org/name/tree/main", f"{ADDRESS} org/name"),
+        ("https://huggingface.co/org/name/tree/v1.0?x=1#y", f"{ADDRESS} org/name@v1.0"),
+        ("https://huggingface.co/org/name/blob/main/model.safetensors", f"{ADDRESS} org/name"),
+        ("https://hf.co/org/name/resolve/abc/model.safetensors", f"{ADDRESS} org/name@abc"),
+        ("https://huggingface.co/org/name/tree/refs%2Fpr%2F1", f"{ADDRESS} org/name@refs/pr/1"),
+        ("https://huggingface.co/gpt2/blob/main/config.json", f"{ADDRESS} openai-community/gpt2"),
+        ("https://huggingface.co/org/name/discussions/3", f"{ADDRESS} org/name"),
+        ("https://huggingface.co/org", f"{ADDRESS} ORG/NAME"),
+        ("https://huggingface.co/", f"{ADDRESS} ORG/NAME"),
+        ("hf://org/name", f"{ADDRESS} org/name"),
+        ("hf://", f"{ADDRESS} ORG/NAME"),
+        ("https://mirror.example/org/name", f"{ADDRESS} org/name"),
+        ("https://example.com/model.safetensors", "a URL; download the model and give the path"),
+        ("s3://bucket/model", "a URL; download the model and give the path of its directory"),
+    ],
+)
+def test_what_to_give_for_the_hub_instead(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
+    with pytest.raises(UserError) as caught:
+        resolve(name)
+    line = str(caught.value)
+    assert line.startswith(f"{name}: {message}") and line.endswith(".") and "\n" not in line
+    assert ("hub" in line) == ("hub" in message)
+
+
+def test_no_name_breaks_the_line():
+    for name in ("a\nb", "https://huggingface.co/a\nb/c", "org/a\nb"):
+        with pytest.raises(UserError) as caught:
+            resolve(name)
+        assert "\n" not in str(caught.value)
