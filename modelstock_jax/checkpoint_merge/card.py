@@ -123,8 +123,8 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
             for kind, v in document["ratios"].items()
         ]
     else:
-        angles = any(row["cosine"] is not None for row in document["units"])
-        lines[:2] = ["This method has no ratio." if angles else "No tensor has an angle."]
+        none = document["base"] is None or document["options"]["method"] in ("ties", "slerp")
+        lines[:2] = ["This method has no ratio." if none else "No tensor has an angle."]
     policies = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in
                          sorted(document["policies"].items(), key=lambda item: -item[1]))
     lines += ["", f"Units by policy: {policies or 'none'}."]
