@@ -14,15 +14,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, units
-from modelstock_jax.merging.gram import add_task_vectors, cast, gram_matrix
+from modelstock_jax.merging.anchor_rounding import is_coarser, started_from_rounded
+from modelstock_jax.merging.gram import add_task_vectors, cast, gram_matrix, rounding_energy
 from modelstock_jax.merging.policy import Policy
 from modelstock_jax.merging.replicas import Leaves, is_float, pair_leaves
+from modelstock_jax.merging.rules import without_rounding
 from modelstock_jax.merging.solution import Solution
 from modelstock_jax.merging.solver import Method, on_this_host, solve_units
 from modelstock_jax.merging.stats import Stats, UnitTable, check_finite
+
+ANCHOR_ROUNDING = ("keep", "correct")
 
 # (tensors of the anchor, of the replicas, the unit's solution, its parts, dtype) -> merged tensors
 Combine = Callable[[list, list, Solution, list[units.Part], Any], list]
@@ -40,6 +45,7 @@ def merge(
     dtype: Any = None,
     least: int = 2,
     combine: Combine | None = None,
+    anchor_rounding: str = "keep",
 ) -> tuple[Any, Stats, Any]:
     """Merge replicas with the anchor by `method(gram, single, *extras of the unit, *shared)`.
 
@@ -56,6 +62,8 @@ def merge(
       least: least number of replicas.
       combine: makes a unit's merged tensors of its tensors and its solution; by default
         w0 + sum_i a_i d_i of each.
+      anchor_rounding: "correct" subtracts the rounding error of a coarser anchor from the Gram
+        matrices; `method` has no extras then.
 
     Returns:
       merged tree, `Stats`, and the tree of what the method carries on (of zeros where nothing).
@@ -63,6 +71,9 @@ def merge(
     leaves = pair_leaves(pretrained, finetuned, least)
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise UserError(f"dtype must be a floating dtype, not {jnp.dtype(dtype)}")
+    if anchor_rounding not in ANCHOR_ROUNDING:
+        raise UserError(f"anchor_rounding must be one of {', '.join(ANCHOR_ROUNDING)}, not "
+                        f"{anchor_rounding!r}")
     parts = _assign(leaves, unit, num_heads, filter_axis)
     inputs = [leaves.treedef.flatten_up_to(extra) for extra in extras]
     merged: list[Any] = [None] * len(leaves.names)
@@ -86,11 +97,13 @@ def merge(
         grams.append([gram for gram, _ in pairs])
         for k, (_, every) in zip(group, pairs, strict=True):
             finite[k] = every
+    own = [[extra[group[0]] for extra in inputs] for group in members.values()]
+    if anchor_rounding == "correct" and any(_coarser(leaves, k) for k in moved):
+        energies, started = _rounding(leaves, members, moved, grams)
+        method, own, shared = without_rounding(method), [[e] for e in energies], (started,)
     solved = solve_units(
         method, grams,
-        [sum(moved[k].count for k in group) < 2 for group in members.values()],
-        [[extra[group[0]] for extra in inputs] for group in members.values()],
-        shared,
+        [sum(moved[k].count for k in group) < 2 for group in members.values()], own, shared,
     )
     for group, solution in zip(members.values(), solved, strict=True):
         tensors = (combine or _add_up)(
@@ -107,6 +120,44 @@ def merge(
         [jnp.zeros((), s.norm.dtype) if s.carry is None else s.carry for s in solutions]
     )
     return leaves.treedef.unflatten(merged), stats, carry
+
+
+def _coarser(leaves: Leaves, k: int) -> bool:
+    return is_coarser(leaves.pretrained[k].dtype, [leaves.finetuned[k].dtype])
+
+
+def _rounding(leaves: Leaves, members, moved, grams) -> tuple[list, Any]:
+    """Rounding energy of each unit, and whether training started from the rounded anchor."""
+    energies, tensors, counts = [], [], []
+    for group, own in zip(members.values(), grams, strict=True):
+        energy = jnp.zeros(moved[group[0]].unit_shape)
+        for k, gram in zip(group, own, strict=True):
+            if _coarser(leaves, k):
+                part = _energy(leaves.pretrained[k], part=moved[k])
+                energy = energy + part
+                tensors.append((gram, part))
+                counts.append(leaves.pretrained[k].size)
+        energies.append(energy)
+    started = _started(tensors, counts=tuple(counts))
+    if on_this_host(started) and bool(started):
+        raise UserError(
+            "anchor_rounding='correct': the task vectors have less in common than the rounding "
+            "error of pretrained, so training started from the rounded weights and there is "
+            "nothing to correct; drop the option"
+        )
+    return energies, started
+
+
+@partial(jax.jit, static_argnames=("counts",))
+def _started(tensors, *, counts: tuple[int, ...]):
+    totals = [gram.reshape(*gram.shape[:2], -1).sum(axis=-1) for gram, _ in tensors]
+    gram = jnp.stack(totals, axis=-1)
+    energy = jnp.stack([energy.sum() for _, energy in tensors])
+    finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
+    gram = jnp.where(finite[None, None], gram, 0.0)
+    energy = jnp.where(finite, energy, 0.0)  # such a tensor does not count
+    products = geometry.mean_pairs(gram, geometry.moved(gram))
+    return started_from_rounded(products, energy, np.array(counts, np.float64))
 
 
 def unit_grams(
@@ -171,6 +222,7 @@ def _add_up(pretrained, finetuned, solution, parts, dtype) -> list:
     ]
 
 
+_energy = jax.jit(rounding_energy, static_argnames=("part",))
 _apply = jax.jit(add_task_vectors, static_argnames=("part", "dtype"))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from modelstock_jax.merging.anchor_rounding import half_ulp
 from modelstock_jax.merging.precision import compute_dtype, widened
 
 # Sums that are made in one pass over the tensors: all of up to four replicas'.
@@ -53,6 +54,28 @@ def gram_matrix(pretrained, finetuned, part):
 
     seen = seen_by_unit(pretrained, finetuned, part)
     return widened(by_platform, derivative_of=products)(*seen)
+
+
+def rounding_energy(pretrained, part):
+    """Expected squared rounding error of one tensor of the anchor, for each of its units.
+
+        E = sum of (half ulp)^2 / 3
+
+    Args:
+      pretrained: w0, [...], any floating dtype.
+      part: `units.Part`, which says how the tensor is cut into units.
+
+    Returns:
+      [*unit shape], float32, without derivatives.
+
+    Example:
+      >>> from modelstock_jax.merging.units import Part
+      >>> w0 = jnp.ones(3, jnp.bfloat16)  # an ulp is 2^-7
+      >>> float(rounding_energy(w0, Part("w", (3,), (0,)))) == 2.0**-16
+      True
+    """
+    halves = half_ulp(jax.lax.stop_gradient(pretrained)).reshape(part.view)
+    return widened(lambda half: jnp.sum(half * half, axis=part.axes) / 3.0)(halves)
 
 
 def _add_each(left, right):

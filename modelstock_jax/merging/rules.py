@@ -6,9 +6,13 @@ numbers), and whatever else it needs; training, the library and the file merge u
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
 from modelstock_jax.merging import geometry
+from modelstock_jax.merging.anchor_rounding import correct_gram
 from modelstock_jax.merging.policy import Policy
 from modelstock_jax.merging.solution import Solution, measure, solve_given, solve_measured
 
@@ -41,6 +45,20 @@ def unequal_noise(gram, single) -> Solution:
     policy = xp.where(signal, seen.policy, np.int8(Policy.CLIPPED))
     policy = xp.where(fallback, np.int8(Policy.WEIGHTED_FALLBACK), policy)
     return solve_measured(gram, seen, single, coefficient, policy)
+
+
+@functools.cache
+def without_rounding(rule: Callable[..., Solution]) -> Callable[..., Solution]:
+    """The same rule on a Gram matrix without the rounding error of the anchor.
+
+    It takes two arrays more: E of the unit, [...], and whether training started from the rounded
+    anchor, [] bool, in which case nothing is subtracted.
+    """
+    def solve(gram, single, energy, started):
+        xp = geometry.namespace(gram)
+        return rule(xp.where(started, gram, correct_gram(gram, energy)), single)
+
+    return solve
 
 
 def equal_shares(gram, single, ratio) -> Solution:

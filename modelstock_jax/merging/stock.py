@@ -18,6 +18,7 @@ def model_stock(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
+    anchor_rounding: str = "keep",
 ) -> tuple[Any, Stats]:
     """Merge fine-tuned replicas with their anchor at the ratio that their angles give.
 
@@ -51,12 +52,21 @@ def model_stock(
         a name to a number.
       filter_axis: the output axis of kernels: -1 (JAX) or 0 (PyTorch).
       dtype: of the merged floating tensors.
+      anchor_rounding: "keep" (default), or "correct" for an anchor that was rounded to a coarser
+        dtype after the replicas were trained from its original (say a bfloat16 base of float32
+        fine-tunes). The expected energy of the rounding error, sum of (half ulp)^2 / 3, is then
+        subtracted from every entry of the Gram matrix, so that t and the statistics are about
+        those of the original anchor. Tensors whose anchor is not coarser than the replicas are
+        unchanged. If training started from the rounded anchor, nothing may be subtracted: the
+        call raises an error, and under jit or vmap, which cannot raise, "keep" applies
+        (`anchor_rounding.started_from_rounded`). Static under jit.
 
     Returns:
       The merged tree, and `Stats`.
 
     Raises:
-      UserError: fewer than two replicas, trees or shapes that differ, dtypes that cannot merge.
+      UserError: fewer than two replicas, trees or shapes that differ, dtypes that cannot merge;
+        `anchor_rounding="correct"` where training started from the rounded anchor.
       NonFiniteError: NaN or infinity, naming replica and tensor.
 
     Example:
@@ -70,6 +80,7 @@ def model_stock(
     merged, stats, _ = merge(
         equation_3, pretrained, finetuned,
         unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
+        anchor_rounding=anchor_rounding,
     )
     return merged, stats
 
@@ -82,6 +93,7 @@ def weighted_model_stock(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
+    anchor_rounding: str = "keep",
 ) -> tuple[Any, Stats]:
     """Model Stock for replicas of unequal noise: an extension of this project, not the paper's.
 
@@ -102,6 +114,7 @@ def weighted_model_stock(
       num_heads: as `model_stock`.
       filter_axis: as `model_stock`.
       dtype: as `model_stock`.
+      anchor_rounding: as `model_stock`. It changes |mu|^2; the noises s_i^2 are the same.
 
     Returns:
       The merged tree, and `Stats`.
@@ -119,5 +132,6 @@ def weighted_model_stock(
     merged, stats, _ = merge(
         unequal_noise, pretrained, finetuned,
         unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
+        anchor_rounding=anchor_rounding,
     )
     return merged, stats
