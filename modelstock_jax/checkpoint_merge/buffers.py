@@ -9,7 +9,7 @@ import re
 # weights in some models, so only these endings count.
 _INDEX = re.compile(
     r"(?:.*[._])?(?:ids|idx|index|indices|inv_freq|inv_freqs|freqs_cis|cos_cached|sin_cached|"
-    r"masked_bias|attn_mask|attention_mask|causal_mask|relative_coords_table)"
+    r"masked_bias|mask|relative_coords_table)"
 )
 # GPT-2's causal mask: a buffer with a weight's name, known by its shape [1, 1, n, n].
 _CAUSAL = re.compile(r"(?:.*\.)?attn(?:ention)?\.bias")

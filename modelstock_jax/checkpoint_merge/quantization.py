@@ -324,8 +324,8 @@ def _codes(
     if not scales:
         plain = not said or (info.code in _INT8 and len(info.shape) < 2)
         return None if plain else Codes(name, name, problem=f"no scale found: {HOW_TO_FIX}")
-    return Codes(prefix + _weight_name(local) if not _ends(prefix, local) else _module(prefix),
-                 name, prefix + scales[0], prefix + zeros[0] if zeros else None,
+    return Codes(_weight_name(name), name, prefix + scales[0],
+                 prefix + zeros[0] if zeros else None,
                  _problem(info, [tensors[s] for s in scales], [tensors[z] for z in zeros]))
 
 
@@ -333,8 +333,8 @@ def _problem(info: TensorInfo, scales: list[TensorInfo], zeros: list[TensorInfo]
     """Why codes and scale make no weight here; empty where they do."""
     if len(scales) > 1 or len(zeros) > 1:
         return f"{max(len(scales), len(zeros))} scales of one weight: {HOW_TO_FIX}"
-    if info.code == "U8" and not zeros:
-        return f"U8 without a zero point is packed: {HOW_TO_FIX}"
+    if info.code == "U8" and not any(zero.code[0] in "IU" for zero in zeros):
+        return f"U8 without a whole zero point is packed: {HOW_TO_FIX}"
     for partner in (*scales, *zeros):
         if blocks(partner.shape, info.shape) is None:
             return (f"its scale {list(partner.shape)} does not fit {list(info.shape)}: "
@@ -375,24 +375,17 @@ def _words(local: str) -> set[str]:
             and not word.isdigit()}
 
 
-def _ends(prefix: str, local: str) -> bool:
-    """Quanto's `weight._data`: the module's name is the weight's."""
-    return local in ("_data", "_qdata") and bool(prefix)
-
-
-def _module(prefix: str) -> str:
-    return prefix.rstrip(".")
-
-
-def _weight_name(local: str) -> str:
-    """The weight that codes stand for.
+def _weight_name(name: str) -> str:
+    """The weight that codes stand for: torchao's, quanto's, and those that keep its name.
 
     Example:
-        >>> _weight_name("_weight_qdata"), _weight_name("weight"), _weight_name("gate_up_proj")
-        ('weight', 'weight', 'gate_up_proj')
+        >>> [_weight_name(f"q.{own}") for own in ("_weight_qdata", "weight._data", "weight")]
+        ['q.weight', 'q.weight', 'q.weight']
     """
-    found = re.fullmatch(r"_?(\w+?)_q?data", local)
-    return found[1] if found else local
+    found = re.fullmatch(r"(.*\.)?_(\w+)_qdata|(.+)\._q?data", name)
+    if found is None:
+        return name
+    return found[3] or f"{found[1] or ''}{found[2]}"
 
 
 def _said_by(directory: Path | None) -> str:

@@ -1,0 +1,335 @@
+"""Quantized checkpoints, in each library's layout: refused as they are, merged as codes x scale."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from modelstock_jax.checkpoint_merge import quantization
+from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.sources import open_source
+from modelstock_jax.tensor_files.reader import TensorFiles
+from modelstock_jax.tensor_files.writer import write_directory_tensors
+from tests.checkpoint_merge.engine import rounding, stock_ratio
+from tests.checkpoint_merge.small import adapter, factors
+
+ROWS, COLUMNS = 256, 300
+E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
+PLAIN = "norm.weight"
+
+
+def weights(number=3, seed=0):
+    """A base and fine-tunes, float64, whose movements a coarse code still sees."""
+    rng = np.random.default_rng(seed)
+    base, common = rng.standard_normal((2, ROWS, COLUMNS))
+    return [base, *(base + 0.5 * (common + rng.standard_normal(base.shape))
+                    for _ in range(number - 1))]
+
+
+def codes_of(weight, scale, dtype):
+    """Codes of a weight for a scale that is spread over it."""
+    scaled = weight / scale
+    if np.dtype(dtype).kind in "iu":
+        return np.clip(np.rint(scaled), -127, 127).astype(dtype)
+    return np.clip(scaled, -448, 448).astype(dtype)
+
+
+def per_tensor(weight, model):
+    """One scale; another in each model, as calibration gives."""
+    return np.float32(0.01 * (1 + model)), np.full(weight.shape, np.float32(0.01 * (1 + model)))
+
+
+def per_row(weight, model):
+    scale = (np.abs(weight).max(axis=1) / 100 * (1 + model)).astype(np.float32)
+    return scale, np.broadcast_to(scale[:, None], weight.shape)
+
+
+def per_row_kept(weight, model):
+    scale, spread = per_row(weight, model)
+    return scale[:, None], spread
+
+
+def per_block(weight, model):
+    scale = np.random.default_rng(model).uniform(0.01, 0.05, (2, 3)).astype(np.float32)
+    wide = np.repeat(np.repeat(scale, 128, axis=0), 128, axis=1)
+    return scale, wide[:ROWS, :COLUMNS]
+
+
+# Library -> name of the codes, of the scale, the weight's own name, the codes' dtype, the scale's
+# layout, and what else is stored.
+LAYOUTS = {
+    "scaled fp8": ("q.weight", "q.scale_weight", "q.weight", E4M3, per_tensor,
+                   {"q.scale_input": np.ones((), np.float32), "scaled_fp8": np.zeros(2, E4M3)}),
+    "torchao": ("q._weight_qdata", "q._weight_scale", "q.weight", np.int8, per_row_kept, {}),
+    "torchao float8": ("q._weight_qdata", "q._weight_scale", "q.weight", E4M3, per_row_kept, {}),
+    "quanto": ("q.weight._data", "q.weight._scale", "q.weight", np.int8, per_row_kept,
+               {"q.input_scale": np.ones((), np.float32),
+                "q.output_scale": np.ones((), np.float32)}),
+    "fused experts": ("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_scale_inv",
+                      "mlp.experts.gate_up_proj", E4M3, per_block, {}),
+    "deepseek": ("q.weight", "q.scale", "q.weight", E4M3, per_block, {}),
+    "fine-grained": ("q.weight", "q.weight_scale_inv", "q.weight", E4M3, per_block, {}),
+    "compressed-tensors": ("q.weight", "q.weight_scale", "q.weight", np.int8, per_row, {}),
+    "modelopt": ("q.weight", "q.weight_scale", "q.weight", E4M3, per_tensor,
+                 {"q.input_scale": np.ones((), np.float32),
+                  "self_attn.k_scale": np.ones((), np.float32)}),
+}
+
+
+def write(root, layout, shard=10**9, configs=({}, {}, {})):
+    """Three quantized models; returns their places, and the weights that they stand for."""
+    codes, scale, name, dtype, scaled, extra = LAYOUTS[layout]
+    meant, places = [], []
+    norm = np.random.default_rng(5).standard_normal(8)
+    for model, weight in enumerate(weights()):
+        stored, spread = scaled(weight, model)
+        code = codes_of(weight, spread, dtype)
+        meant.append(code.astype(np.float64) * spread)
+        tensors = {codes: code, scale: np.asarray(stored), PLAIN: (norm + model).astype(BF16)}
+        places.append(root / ("base", "ft1", "ft2")[model])
+        places[-1].mkdir(parents=True)
+        write_directory_tensors(places[-1], tensors | extra, shard)
+        (places[-1] / "config.json").write_text(json.dumps(
+            {"model_type": "llama", "torch_dtype": "bfloat16"} | configs[model]))
+    return places, meant, name
+
+
+def reference(meant):
+    d = np.stack([m - meant[0] for m in meant[1:]]).reshape(len(meant) - 1, -1)
+    return meant[0] + stock_ratio(d) * np.mean([m - meant[0] for m in meant[1:]], axis=0)
+
+
+@pytest.mark.parametrize("shard", [10**9, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_codes_and_scales_are_refused_and_dequantize_is_offered(tmp_path, capsys, layout, shard):
+    places, _, _ = write(tmp_path, layout, shard)
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "quantized" in said and "--dequantize" in said and LAYOUTS[layout][0] in said
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_codes_times_scale_are_merged(tmp_path, layout, dtype):
+    config = {"quantization_config": {"quant_method": "x"}, "vision_config": {
+        "quantization_config": {"bits": 8}, "hidden_size": 3}}
+    places, meant, name = write(tmp_path, layout, configs=(config, config, config))
+    (places[0] / "hf_quant_config.json").write_text("{}")
+    out = tmp_path / "out"
+    typed = ["--dtype", dtype] if dtype else []
+    assert main(["merge", *map(str, places), "--out", str(out), "--dequantize", *typed]) == 0
+    merged = TensorFiles(out)
+    assert set(merged) == {name, PLAIN}
+    expected = reference(meant)
+    kind = BF16 if dtype is None else np.float32
+    assert merged.dtype(name) == merged.dtype(PLAIN) == kind
+    # Half an ulp of the output dtype, and what float32 leaves of the formed weights.
+    off = np.abs(merged[name].astype(np.float64) - expected)
+    assert (off <= 0.5 * rounding(kind, expected) + 1e-6 * np.abs(expected).max()).all()
+    said = json.loads((out / "config.json").read_text())
+    assert said == {"model_type": "llama", "torch_dtype": dtype or "bfloat16",
+                    "vision_config": {"hidden_size": 3}}
+    assert not (out / "hf_quant_config.json").exists()
+    report = json.loads((out / "merge_report.json").read_text())
+    (row,) = [row for row in report["units"] if row["name"] == name]
+    ratio = stock_ratio(np.stack([m - meant[0] for m in meant[1:]]).reshape(2, -1))
+    assert abs(row["ratio"] - ratio) < 1e-6
+
+
+def test_scales_apart_in_another_shard_and_pieces_in_any_order(tmp_path):
+    places, meant, name = write(tmp_path, "fine-grained", shard=1000)
+    assert len(list(places[0].glob("model-*.safetensors"))) > 1
+    source = quantization.as_weights(open_source(str(places[0])))
+    flat = meant[0].reshape(-1).astype(np.float32)
+    for start, stop in ((0, 5), (299, 301), (12345, 45678), (flat.size - 3, flat.size)):
+        np.testing.assert_array_equal(source.read(name, start, stop), flat[start:stop])
+
+
+@pytest.mark.parametrize(("scale", "shape", "expected"), [
+    ((), (3, 4), (3, 4)), ((1,), (3, 4), (3, 4)), ((3,), (3, 4), (1, 4)), ((3, 1), (3, 4), (1, 4)),
+    ((1, 4), (3, 4), (3, 1)), ((2, 3), (256, 300), (128, 128)), ((3, 2), (3, 8), (1, 4)),
+    ((5, 2, 3), (5, 256, 300), (1, 128, 128)), ((5,), (5, 2, 2), (1, 2, 2)),
+    ((5, 1, 6), (5, 4, 6), (1, 4, 1)), ((3, 4, 1), (3, 4), None), ((5,), (3, 4), None),
+])
+def test_scales_fit_by_their_shapes(scale, shape, expected):
+    found = quantization.blocks(scale, shape)
+    assert found == expected
+    if expected is None:
+        return
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(scale)
+    wide = quantization.fitted(values, shape)
+    for axis, size in enumerate(expected):
+        wide = np.repeat(wide, size, axis=axis)
+    wide = wide[tuple(slice(n) for n in shape)]
+    spread = quantization.spread(quantization.fitted(values, shape), shape, 1, wide.size)
+    np.testing.assert_array_equal(spread, wide.reshape(-1)[1:])
+
+
+def test_a_zero_point_is_subtracted_before_the_scale(tmp_path):
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 256, (4, 6), dtype=np.uint8)
+    scale = rng.uniform(0.1, 1, (4, 1)).astype(np.float32)
+    zero = rng.integers(100, 150, (4, 1)).astype(np.int64)
+    tmp_path.joinpath("m").mkdir()
+    write_directory_tensors(tmp_path / "m", {
+        "q._weight_qdata": codes, "q._weight_scale": scale, "q._weight_zero_point": zero})
+    source = quantization.as_weights(open_source(str(tmp_path / "m")))
+    expected = ((codes.astype(np.float64) - zero) * scale).astype(np.float32)
+    assert list(source.tensors) == ["q.weight"]
+    np.testing.assert_array_equal(source.read("q.weight", 0, 24).reshape(4, 6), expected)
+
+
+# Tensors that no arithmetic here turns into weights: 4 bits, lattices, codebooks, two scales.
+UNREADABLE = {
+    "gptq": {"q.qweight": np.ones((4, 8), np.int32), "q.qzeros": np.ones((2, 1), np.int32),
+             "q.scales": np.ones((2, 8), np.float16), "q.g_idx": np.zeros(32, np.int32)},
+    "nf4": {"q.weight": np.ones((16, 1), np.uint8), "q.weight.absmax": np.ones(2, np.uint8),
+            "q.weight.quant_map": np.ones(16, np.float32)},
+    "bitsandbytes int8": {"q.weight": np.ones((4, 4), np.int8), "q.SCB": np.ones(4, np.float32)},
+    "nvfp4": {"q.weight": np.ones((4, 4), np.uint8), "q.weight_scale": np.ones((4, 1), E4M3),
+              "q.weight_scale_2": np.ones((), np.float32)},
+    "mxfp4": {"mlp.experts.gate_up_proj_blocks": np.ones((2, 4, 2, 8), np.uint8),
+              "mlp.experts.gate_up_proj_scales": np.ones((2, 4, 2), np.uint8)},
+    "packed": {"q.weight_packed": np.ones((4, 1), np.int32),
+               "q.weight_scale": np.ones((4, 1), BF16), "q.weight_shape": np.ones(2, np.int64)},
+    "hqq": {"q.W_q": np.ones((4, 4), np.uint8), "q.scale": np.ones((4, 1), np.float16),
+            "q.zero": np.ones((4, 2), np.float16)},
+    "aqlm": {"q.codes": np.ones((4, 2, 1), np.int16), "q.codebooks": np.ones((1, 8), np.float16),
+             "q.scales": np.ones((4, 1, 1, 1), np.float16)},
+    "unfit": {"q.weight": np.ones((4, 6), E4M3), "q.weight_scale": np.ones(5, np.float32)},
+}
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize("layout", UNREADABLE)
+def test_what_cannot_be_formed_is_refused_with_how_to_fix_it(tmp_path, capsys, layout, dequantize):
+    places = []
+    for model in range(3):
+        places.append(tmp_path / str(model))
+        places[-1].mkdir()
+        extra = {n: (a + np.asarray(model).astype(a.dtype)).astype(a.dtype)
+                 for n, a in UNREADABLE[layout].items()}
+        write_directory_tensors(places[-1], extra | {PLAIN: np.arange(8.0) + model})
+    typed = ["--dequantize"] if dequantize else []
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 1
+    said = capsys.readouterr().err
+    assert "dequantize()" in said and "pass --dequantize" not in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["config.json", "text_config", "hf_quant_config.json"])
+def test_a_config_that_says_quantized_is_believed_of_float8(tmp_path, capsys, where):
+    places = []
+    for model, weight in enumerate(weights()):
+        places.append(tmp_path / str(model))
+        places[-1].mkdir()
+        write_directory_tensors(places[-1], {"q.weight": weight.astype(E4M3)})
+        said = {"quantization_config": {"quant_method": "fp8"}}
+        config = {"config.json": said, "text_config": {"text_config": said}}.get(where, {})
+        (places[-1] / "config.json").write_text(json.dumps(config))
+        if where.startswith("hf_"):
+            (places[-1] / where).write_text("{}")
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 1
+    assert "quantized" in capsys.readouterr().err
+
+
+PLAIN_MODELS = {
+    "float8 without a scale": {"q.weight": lambda rng: rng.standard_normal((8, 8)).astype(E4M3)},
+    "float8 throughout, with a scale that is a weight": {
+        "q.weight": lambda rng: rng.standard_normal((8, 8)).astype(E4M3),
+        "q.scale": lambda rng: rng.standard_normal(8).astype(E4M3)},
+    "swin v2": {
+        "attn.relative_position_index": lambda rng: np.arange(16).reshape(4, 4),
+        "attn.logit_scale": lambda rng: rng.standard_normal((4, 1, 1)).astype(np.float32),
+        "attn.q.weight": lambda rng: rng.standard_normal((8, 8)).astype(np.float32)},
+    "clip": {
+        "text_model.embeddings.position_ids": lambda rng: np.arange(77)[None],
+        "logit_scale": lambda rng: np.float32(rng.standard_normal()),
+        "visual_projection.weight": lambda rng: rng.standard_normal((8, 8)).astype(np.float32)},
+    "small integers": {
+        "attn.mask": lambda rng: np.ones((4, 4), np.uint8),
+        "attn.logit_scale": lambda rng: rng.standard_normal(4).astype(np.float32),
+        "attn.token_type_ids": lambda rng: np.zeros((1, 4), np.int32),
+        "attn.scale": lambda rng: rng.standard_normal(1).astype(np.float32)},
+    "layer scale": {
+        "block.lambda_1": lambda rng: rng.standard_normal(8).astype(BF16),
+        "block.scale": lambda rng: rng.standard_normal(8).astype(BF16),
+        "block.weight": lambda rng: rng.standard_normal((8, 8)).astype(BF16)},
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN_MODELS)
+def test_models_that_are_not_quantized_are_merged(tmp_path, kind):
+    places = []
+    for model in range(3):
+        rng = np.random.default_rng(model)
+        places.append(tmp_path / str(model))
+        places[-1].mkdir()
+        write_directory_tensors(places[-1], {n: np.asarray(make(rng))
+                                             for n, make in PLAIN_MODELS[kind].items()})
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    base, out = TensorFiles(places[0]), TensorFiles(tmp_path / "out")
+    assert {n: out.dtype(n) for n in out} == {n: base.dtype(n) for n in base}
+
+
+def test_a_config_that_says_quantized_of_plain_weights_is_mended(tmp_path, capsys):
+    """QLoRA merged into bfloat16 often keeps the key: the weights are plain, the key is stale."""
+    places = []
+    for model, weight in enumerate(weights()):
+        places.append(tmp_path / str(model))
+        places[-1].mkdir()
+        write_directory_tensors(places[-1], {"q.weight": weight.astype(BF16)})
+        (places[-1] / "config.json").write_text(json.dumps(
+            {"model_type": "llama", "quantization_config": {"load_in_4bit": True}}))
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llama"}
+    assert "quantization" in capsys.readouterr().err
+
+
+def test_adapters_on_a_quantized_base(tmp_path):
+    """QLoRA's own setting: the anchor is what the codes stand for, movements are exact."""
+    places, meant, name = write(tmp_path, "fine-grained")
+    adapters = [adapter(tmp_path / f"lora{k}", factors("q", ROWS, COLUMNS, seed=k))
+                for k in (1, 2)]
+    out = tmp_path / "out"
+    assert main(["merge", str(places[0]), *map(str, adapters), "--out", str(out), "--dequantize",
+                 "--dtype", "float32"]) == 0
+    movements = []
+    for k in (1, 2):
+        a, b = (factors("q", ROWS, COLUMNS, seed=k)[f"base_model.model.q.lora_{side}.weight"]
+                for side in "AB")
+        movements.append(2.0 * b.astype(np.float64) @ a.astype(np.float64))
+    expected = reference([meant[0], *(meant[0] + m for m in movements)])
+    merged = TensorFiles(out)[name]
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_plain_base_and_quantized_fine_tunes(tmp_path):
+    places, meant, name = write(tmp_path, "compressed-tensors")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    base = weights()[0].astype(np.float32)
+    write_directory_tensors(plain, {"q.weight": base, PLAIN: np.arange(8).astype(BF16)})
+    out = tmp_path / "out"
+    assert main(["merge", str(plain), *map(str, places[1:]), "--out", str(out),
+                 "--dequantize"]) == 0
+    expected = reference([base.astype(np.float64), *meant[1:]])
+    merged = TensorFiles(out)
+    assert merged.dtype(name) == np.float32  # As in BASE.
+    np.testing.assert_allclose(merged[name], expected, rtol=0,
+                               atol=1e-6 * np.abs(expected).max())
+
+
+def test_the_digest_of_a_quantized_file_is_the_files(tmp_path):
+    import zlib
+
+    places, _, _ = write(tmp_path, "quanto")
+    out = tmp_path / "out"
+    assert main(["merge", *map(str, places), "--out", str(out), "--dequantize"]) == 0
+    report = json.loads((out / "merge_report.json").read_text())
+    data = (places[1] / "model.safetensors").read_bytes()
+    assert report["models"][0]["files"] == {"model.safetensors": f"crc32:{zlib.crc32(data):08x}"}
