@@ -1,0 +1,336 @@
+"""Models whose names differ from the base's: mapped where that is certain, else named."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.names import TensorInfo, renames
+from modelstock_jax.tensor_files.reader import TensorFiles
+from modelstock_jax.tensor_files.writer import write_directory_tensors
+from tests.checkpoint_merge.engine import deltas, models, stock_ratio
+
+WIDTH, LAYERS = 8, 3
+
+
+def layers(prefix, width=WIDTH, number=LAYERS):
+    shapes = {}
+    for i in range(number):
+        start = f"{prefix}layers.{i}."
+        shapes |= {f"{start}self_attn.{p}_proj.weight": (width, width) for p in "qkvo"}
+        shapes |= {f"{start}mlp.up_proj.weight": (2 * width, width),
+                   f"{start}input_layernorm.weight": (width,)}
+    return shapes
+
+
+def gpt2(prefix="transformer."):
+    shapes = {f"{prefix}wte.weight": (20, WIDTH), f"{prefix}ln_f.weight": (WIDTH,)}
+    for i in range(LAYERS):
+        shapes |= {f"{prefix}h.{i}.attn.c_attn.weight": (WIDTH, 3 * WIDTH),
+                   f"{prefix}h.{i}.mlp.c_fc.weight": (WIDTH, 4 * WIDTH)}
+    return shapes
+
+
+def clip(text="text_model."):
+    return (layers("vision_model.encoder.") | layers(f"{text}encoder.")
+            | {f"{text}embeddings.token_embedding.weight": (20, WIDTH),
+               "vision_model.embeddings.patch_embedding.weight": (WIDTH, 3, 2, 2),
+               "visual_projection.weight": (4, WIDTH), "text_projection.weight": (4, WIDTH)})
+
+
+def qwen2_vl(language, vision):
+    return (layers(language) | {f"{language}embed_tokens.weight": (20, WIDTH),
+                                f"{language}norm.weight": (WIDTH,), "lm_head.weight": (20, WIDTH)}
+            | {f"{vision}blocks.{i}.attn.qkv.weight": (3 * WIDTH, WIDTH) for i in range(LAYERS)}
+            | {f"{vision}merger.mlp.0.weight": (WIDTH, WIDTH)})
+
+
+def llava(language, head, vision, projector):
+    return (layers(language) | {f"{language}embed_tokens.weight": (20, WIDTH),
+                                f"{language}norm.weight": (WIDTH,), head: (20, WIDTH)}
+            | layers(f"{vision}vision_model.encoder.")
+            | {f"{projector}linear_1.weight": (WIDTH, WIDTH),
+               f"{projector}linear_2.weight": (WIDTH, WIDTH)})
+
+
+OLD_LLAVA = llava("language_model.model.", "language_model.lm_head.weight", "vision_tower.",
+                  "multi_modal_projector.")
+NEW_LLAVA = llava("model.language_model.", "lm_head.weight", "model.vision_tower.",
+                  "model.multi_modal_projector.")
+LLAMA = layers("model.") | {"model.embed_tokens.weight": (20, WIDTH), "lm_head.weight": (20, WIDTH)}
+
+
+def wrapped(shapes, *parts):
+    return {"".join(parts) + name: shape for name, shape in shapes.items()}
+
+
+def wrapped_within(shapes, part):
+    """A wrapper within each block, as per-layer compilation and checkpointing write it."""
+    return {name.replace(".self_attn.", f".{part}.self_attn.").replace(".mlp.", f".{part}.mlp."):
+            shape for name, shape in shapes.items()}
+
+
+# (shapes of the base, the same shapes by the names of the fine-tunes, in the same order)
+PAIRS = {
+    "gpt2 without its prefix": (gpt2(), gpt2("")),
+    "gpt2 with a prefix that the base lacks": (gpt2(""), gpt2()),
+    "torch.compile": (LLAMA, wrapped(LLAMA, "_orig_mod.")),
+    "DataParallel": (LLAMA, wrapped(LLAMA, "module.")),
+    "both": (LLAMA, wrapped(LLAMA, "module.", "_orig_mod.")),
+    "a wrapped base": (wrapped(LLAMA, "_orig_mod."), LLAMA),
+    "PEFT's wrapper": (LLAMA, wrapped(LLAMA, "base_model.model.")),
+    "blocks compiled one by one": (LLAMA, wrapped_within(LLAMA, "_orig_mod")),
+    "activation checkpointing": (LLAMA, wrapped_within(LLAMA, "_checkpoint_wrapped_module")),
+    "a CLIP text tower without text_model": (clip(), clip("")),
+    "Qwen2-VL, old base": (qwen2_vl("model.", "visual."),
+                           qwen2_vl("model.language_model.", "model.visual.")),
+    "Qwen2-VL, new base": (qwen2_vl("model.language_model.", "model.visual."),
+                           qwen2_vl("model.", "visual.")),
+    "LLaVA, old base": (OLD_LLAVA, NEW_LLAVA),
+    "LLaVA, new base": (NEW_LLAVA, OLD_LLAVA),
+}
+
+
+def save(root, given, names=None, configs=None):
+    places = []
+    for k, model in enumerate(given):
+        place = root / (f"ft{k}" if k else "base")
+        place.mkdir(parents=True)
+        if names and k:
+            model = {names[name]: array for name, array in model.items()}
+        write_directory_tensors(place, model)
+        (place / "config.json").write_text(json.dumps(configs[k] if configs else {}))
+        places.append(place)
+    return places
+
+
+def run(places, out, *typed):
+    return main(["merge", *map(str, places), "--out", str(out), *typed])
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_names_are_mapped_and_the_merge_is_that_of_equal_names(tmp_path, capsys, kind):
+    ours, theirs = PAIRS[kind]
+    given = models(ours)
+    places = save(tmp_path, given, dict(zip(ours, theirs, strict=True)))
+    assert run(places, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert said.count("other names") == 2  # One line a fine-tune.
+    merged = TensorFiles(tmp_path / "out")
+    assert set(merged) == set(ours)
+    for name in ours:
+        base, d = given[0][name].astype(np.float64), deltas(given, name)
+        expected = base + stock_ratio(d) * d.mean(axis=0).reshape(base.shape)
+        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=4e-7)
+
+
+def test_one_tower_of_a_base_that_has_two_alike(tmp_path, capsys):
+    """The text tower alone: its embedding says that it is not the image tower."""
+    given = models(clip())
+    text = {name: name.removeprefix("text_model.") for name in clip()
+            if name.startswith("text_model.")}
+    places = save(tmp_path, [given[0], *({n: m[n] for n in text} for m in given[1:])], text)
+    assert run(places, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "vision_model." in said and "text_model.encoder" not in said
+    assert "--missing base" not in said  # It would leave most numbers the base's.
+    assert run(places, tmp_path / "out", "--missing", "base") == 0
+    said = capsys.readouterr().err
+    share = sum(w.size for n, w in given[0].items() if n not in text) / sum(
+        w.size for w in given[0].values())
+    assert f"{100 * share:.0f} % of the base's numbers" in said
+    merged = TensorFiles(tmp_path / "out")
+    np.testing.assert_array_equal(merged["visual_projection.weight"],
+                                  given[0]["visual_projection.weight"])
+    name = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    assert not np.array_equal(merged[name], given[0][name])
+
+
+def infos(shapes):
+    return {name: TensorInfo(shape, "F32") for name, shape in shapes.items()}
+
+
+def test_two_places_that_fit_equally_are_not_guessed():
+    """One block that fits the encoder as well as the decoder."""
+    base = layers("encoder.") | layers("decoder.")
+    found = renames(infos(base), infos(layers("")))
+    assert not found.names and len(found.ambiguous) == len(layers(""))
+
+
+@pytest.mark.parametrize("other", [
+    {"layers.7.w.weight": (4, 4)},  # Another layer is another layer.
+    {"score.weight": (4, 4)},  # `weight` alone says nothing.
+    {"model.layers.0.w.weight": (4, 5)},  # Another shape.
+])
+def test_names_that_are_no_prefix_apart_are_not_mapped(other):
+    base = {"layers.0.w.weight": (4, 4), "classifier.weight": (4, 4)}
+    assert not renames(infos(base), infos(other)).names
+
+
+def test_a_name_that_fits_as_it_is_is_never_given_to_another():
+    base = layers("model.") | layers("model.language_model.")
+    found = renames(infos(base), infos(layers("model.")))
+    assert not found.names and not found.ambiguous
+
+
+def test_a_wrong_prefix_is_never_a_reason_to_lose_the_training(tmp_path, capsys):
+    """Names that cannot be mapped at all: no option is offered that keeps the base's numbers."""
+    given = models(layers("a."))
+    places = save(tmp_path, given, {n: f"x{i}" for i, n in enumerate(layers("a."))})
+    assert run(places, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "100 % of the base's numbers" in said and "--missing" not in said
+
+
+@pytest.mark.parametrize("fused_base", [True, False])
+def test_fused_and_separate_experts_are_named(tmp_path, capsys, fused_base):
+    start = "model.layers.0.mlp."
+    common = layers("model.")
+    fused = common | {f"{start}experts.gate_up_proj": (4, WIDTH, 6),
+                      f"{start}experts.down_proj": (4, 3, WIDTH)}
+    apart = common | {f"{start}experts.{e}.{p}_proj.weight": (3, WIDTH)
+                      for e in range(4) for p in ("gate", "up", "down")}
+    base, tuned = (fused, apart) if fused_base else (apart, fused)
+    places = save(tmp_path, [models(base)[0], *models(tuned)[1:]])
+    assert run(places, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "fused" in said and f"{start}experts." in said and "--missing base" not in said
+
+
+@pytest.mark.parametrize(("whole", "parts"), [
+    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+])
+def test_fused_projections_are_named(tmp_path, capsys, whole, parts):
+    base = {f"layers.0.{whole}.weight": (24, 8), "norm.weight": (8,)}
+    tuned = {f"layers.0.{p}.weight": (8, 8) for p in parts} | {"norm.weight": (8,)}
+    places = save(tmp_path, [models(base)[0], *models(tuned)[1:]])
+    assert run(places, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert whole in said and "as one tensor" in said and "--missing base" not in said
+
+
+T5 = {"shared.weight": (20, WIDTH), "encoder.block.0.w.weight": (WIDTH, WIDTH),
+      "decoder.block.0.w.weight": (WIDTH, WIDTH)}
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+def with_copies(model):
+    return model | {name: model["shared.weight"] for name in COPIES}
+
+
+@pytest.mark.parametrize("who", ["base", "one", "both"])
+def test_copies_of_a_shared_embedding(tmp_path, capsys, who):
+    """T5 and BART store copies of `shared`, or do not, by the version that saved them."""
+    given = [dict(m) for m in models(T5)]
+    copied = {"base": (0,), "one": (1,), "both": (1, 2)}[who]
+    places = save(tmp_path, [with_copies(m) if k in copied else m for k, m in enumerate(given)])
+    assert run(places, tmp_path / "out") == 0
+    merged = TensorFiles(tmp_path / "out")
+    assert set(merged) == set(T5) | (set(COPIES) if who == "base" else set())
+    d = deltas(given, "shared.weight")
+    expected = given[0]["shared.weight"] + stock_ratio(d) * d.mean(axis=0).reshape(20, WIDTH)
+    for name in ("shared.weight", *(COPIES if who == "base" else ())):
+        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=4e-7)
+    assert "shared.weight" in capsys.readouterr().err
+
+
+def test_a_copy_that_was_trained_apart_is_no_copy(tmp_path, capsys):
+    given = [dict(m) for m in models(T5)]
+    given[1] = with_copies(given[1])
+    given[1][COPIES[0]] = given[1][COPIES[0]] + np.float32(0.01)
+    assert run(save(tmp_path, given), tmp_path / "out") == 1
+    assert COPIES[0] in capsys.readouterr().err
+
+
+def test_zeros_are_no_copies_of_each_other(tmp_path, capsys):
+    """A bias that a fine-tune lacks is not read from another bias that happens to be zero."""
+    shapes = {"w": (4, 4), "a.first.bias": (8,), "b.second.bias": (8,)}
+    given = [dict(m) for m in models(shapes)]
+    for name in ("a.first.bias", "b.second.bias"):
+        given[0][name] = np.zeros(8, np.float32)
+    del given[1]["a.first.bias"]
+    assert run(save(tmp_path, given), tmp_path / "out") == 1
+    assert "lacks a.first.bias" in capsys.readouterr().err
+
+
+def store(place, tensors, aliases):
+    """As safetensors.torch.save_model writes a model with shared tensors."""
+    place.mkdir(parents=True)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt", **aliases})
+    (place / "config.json").write_text("{}")
+    return place
+
+
+@pytest.mark.parametrize("kept", ["shared.weight", "lm_head.weight"])
+def test_aliases_in_the_metadata_are_read_and_written_back(tmp_path, kept):
+    """Fine-tunes may have kept the other of the two names, or stored both."""
+    given = [dict(m) for m in models(T5)]
+    alias = {"lm_head.weight": "shared.weight"}
+    places = [store(tmp_path / "base", given[0], alias)]
+    if kept == "shared.weight":
+        places.append(store(tmp_path / "ft1", given[1], alias))
+    else:
+        model = {("lm_head.weight" if n == "shared.weight" else n): w
+                 for n, w in given[1].items()}
+        places.append(store(tmp_path / "ft1", model, {"shared.weight": "lm_head.weight"}))
+    places.append(store(tmp_path / "ft2", given[2] | {"lm_head.weight": given[2]["shared.weight"]},
+                        {}))
+    assert run(places, tmp_path / "out") == 0
+    merged = TensorFiles(tmp_path / "out")
+    assert set(merged) == set(T5) and merged.aliases == alias
+    d = deltas(given, "shared.weight")
+    expected = given[0]["shared.weight"] + stock_ratio(d) * d.mean(axis=0).reshape(20, WIDTH)
+    np.testing.assert_allclose(merged["shared.weight"], expected, rtol=0, atol=4e-7)
+
+
+def test_aliases_are_written_to_the_file_that_holds_the_tensor(tmp_path):
+    given = [dict(m) for m in models(T5)]
+    places = [store(tmp_path / n, m, {"lm_head.weight": "shared.weight"})
+              for n, m in zip(("base", "ft1", "ft2"), given, strict=True)]
+    assert run(places, tmp_path / "out", "--max-shard-size", "300") == 0
+    merged = TensorFiles(tmp_path / "out")
+    assert merged.aliases == {"lm_head.weight": "shared.weight"} and len(set(
+        merged.files.values())) > 1
+
+
+def test_legacy_names_of_layer_norms(tmp_path):
+    shapes = {"bert.LayerNorm.weight": (8,), "bert.LayerNorm.bias": (8,), "bert.w.weight": (4, 4)}
+    given = models(shapes)
+    names = {"bert.LayerNorm.weight": "bert.LayerNorm.gamma",
+             "bert.LayerNorm.bias": "bert.LayerNorm.beta", "bert.w.weight": "bert.w.weight"}
+    assert run(save(tmp_path, given, names), tmp_path / "out") == 0
+    merged = TensorFiles(tmp_path / "out")
+    d = deltas(given, "bert.LayerNorm.weight")
+    expected = given[0]["bert.LayerNorm.weight"] + stock_ratio(d) * d.mean(axis=0)
+    np.testing.assert_allclose(merged["bert.LayerNorm.weight"], expected, rtol=0, atol=4e-7)
+
+
+HEADS = {"model.embed_tokens.weight": (20, WIDTH), "lm_head.weight": (20, WIDTH), "w": (4, 4)}
+
+
+def test_an_absent_head_is_no_embedding_unless_the_config_says_tied(tmp_path, capsys):
+    """The base's own head is far from its embedding; a fine-tune without one did not tie it."""
+    given = [dict(m) for m in models(HEADS)]
+    del given[1]["lm_head.weight"]
+    assert run(save(tmp_path / "a", given), tmp_path / "out") == 1
+    assert "lacks lm_head.weight" in capsys.readouterr().err
+    tied = [{}, {"tie_word_embeddings": True}, {}]
+    assert run(save(tmp_path / "b", given, configs=tied), tmp_path / "out") == 0
+    assert "read from model.embed_tokens.weight" in capsys.readouterr().err
+
+
+def test_an_absent_head_is_the_embedding_where_the_bases_are_equal(tmp_path):
+    given = [dict(m) for m in models(HEADS)]
+    given[0]["lm_head.weight"] = given[0]["model.embed_tokens.weight"]
+    del given[1]["lm_head.weight"]
+    assert run(save(tmp_path, given), tmp_path / "out") == 0
+    merged = TensorFiles(tmp_path / "out")
+    base = given[0]["lm_head.weight"].astype(np.float64)
+    d = np.stack([given[1]["model.embed_tokens.weight"] - base, given[2]["lm_head.weight"] - base])
+    expected = base + stock_ratio(d.reshape(2, -1)) * d.mean(axis=0)
+    np.testing.assert_allclose(merged["lm_head.weight"], expected, rtol=0, atol=4e-7)
