@@ -91,10 +91,10 @@ def decide_companions(
         if findings.new_head:
             theirs = read_config(sources[1].directory) or {}
             changes |= {key: theirs[key] for key in _LABELS if key in theirs}
-    if findings.vocabulary and not _has_tokenizer(sources[tokenizer_model]):
+    if findings.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
         findings.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
-            "copy them into the merged model")
+            "copy its tokenizer into the merged model")
     said = quantization.said_only(sources[config_model].directory)
     if said and not options.dequantize:
         findings.notes.append(
@@ -249,12 +249,13 @@ def _settings(source: Source) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _has_tokenizer(source: Source) -> bool:
+def _has_tokenizer(source: Source, base: Source) -> bool:
+    """Whether a model, not the base below its adapter, has a tokenizer's files."""
     directory = source.tokenizer_directory
-    return directory is None or not any(
-        (directory / name).is_file() for name in ("config.json",)
-    ) or any(path.name.startswith(("tokenizer", "vocab", "spiece")) or path.suffix in (
-        ".model", ".spm", ".tiktoken") for path in directory.iterdir())
+    if directory is None or (source is not base and directory == base.tokenizer_directory):
+        return False
+    return any(_TOKENIZER.fullmatch(path.name) and path.name != "generation_config.json"
+               for path in directory.iterdir())
 
 
 def _name_left_behind(source: Source, findings: Findings) -> None:

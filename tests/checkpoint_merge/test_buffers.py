@@ -1,0 +1,66 @@
+"""Buffers of indices and frequencies are the base's, in whatever dtype a library stored them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from modelstock_jax.checkpoint_merge.buffers import is_counter, is_index
+from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.tensor_files.reader import TensorFiles
+from modelstock_jax.tensor_files.writer import write_directory_tensors
+from tests.checkpoint_merge.engine import models
+
+BUFFERS = {
+    "text_model.embeddings.position_ids": np.arange(77)[None],
+    "attn.relative_position_index": np.arange(16).reshape(4, 4),
+    "model.rotary_emb.inv_freq": 1e4 ** -(np.arange(8) / 8),
+    "bert.embeddings.token_type_ids": np.zeros((1, 8)),
+    "h.0.attn.bias": np.tril(np.ones((1, 1, 4, 4))),
+    "h.0.attn.masked_bias": np.float32(-1e4),
+    "text.attn_mask": np.where(np.tri(4), 0, -np.inf),
+    "rotary.cos_cached": np.ones((4, 4)),
+}
+
+
+@pytest.mark.parametrize("dtypes", [
+    (np.float32,) * 3, (np.float16,) * 3, (np.int64, np.float32, np.int64),
+    (np.float32, np.int64, np.int32), (np.float32, np.float16, np.float32),
+])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_are_the_bases_bit_for_bit(tmp_path, name, dtypes, dtype):
+    values = BUFFERS[name]
+    if not np.isfinite(values).all() or (values % 1).any():
+        dtypes = tuple(np.float32 if np.dtype(d).kind == "i" else d for d in dtypes)
+    places = []
+    for k, model in enumerate(models({"w": (4, 4)})):
+        # Each model's numbers differ: as rounded by another library, or moved by a merge before.
+        buffer = np.asarray(values if k == 0 else values + k).astype(dtypes[k])
+        places.append(tmp_path / str(k))
+        places[-1].mkdir()
+        write_directory_tensors(places[-1], {**model, name: buffer})
+    typed = ["--dtype", dtype] if dtype else []
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 0
+    out, base = TensorFiles(tmp_path / "out"), TensorFiles(places[0])
+    assert out.dtype(name) == dtypes[0]
+    np.testing.assert_array_equal(out[name], base[name])
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("vit.embeddings.mask_token", (1, 1, 8)), ("rope.freqs", (2, 4, 8)), ("q.bias", (8,)),
+    ("h.0.attn.bias", (12,)), ("attn.relative_position_bias_table", (49, 4)),
+    ("embeddings.position_embedding.weight", (77, 8)), ("index_proj.weight", (8, 8)),
+])
+def test_weights_are_no_buffers(name, shape):
+    assert not is_index(name, shape)
+
+
+@pytest.mark.parametrize(("name", "shape", "integer", "expected"), [
+    ("bn.num_batches_tracked", (), True, True), ("whatever", (1,), True, True),
+    ("model_ema.num_updates", (), False, True), ("n_averaged", (), True, True),
+    ("logit_scale", (), False, False), ("bn.num_batches_tracked", (4,), False, False),
+    ("discount", (), False, False),
+])
+def test_counters(name, shape, integer, expected):
+    assert is_counter(name, shape, integer) is expected
