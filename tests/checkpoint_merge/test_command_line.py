@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -146,14 +148,21 @@ def test_streams_that_are_not_utf8(models, tmp_path, environment, command):
 
 def test_bars_of_progress_on_a_terminal_that_is_not_utf8(models, tmp_path):
     """On a terminal rich draws with lines and bars that ASCII lacks."""
-    words = shlex.join([sys.executable, "-c", RUN, "merge", *models, "--out",
-                        str(tmp_path / "out")])
-    done = subprocess.run(["script", "-qec", words, "/dev/null"], cwd=ROOT, capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii", "TERM": "xterm"},
-                          stdin=subprocess.DEVNULL, timeout=120)
-    assert done.returncode == 0 and is_merged(tmp_path / "out"), done.stdout
-    assert b"Traceback" not in done.stdout and b"21 interpolated" in done.stdout
-    assert done.stdout.isascii()
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, "merge", *models, "--out", str(tmp_path / "out")], cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "TERM": "xterm"},
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+    ) as merge:  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # How a terminal ends.
+            while piece := os.read(ours, 1000):
+                shown += piece
+    os.close(ours)
+    assert merge.returncode == 0 and is_merged(tmp_path / "out"), shown
+    assert b"Traceback" not in shown and b"21 interpolated" in shown and b"\x1b[" in shown
+    assert shown.isascii()
 
 
 def test_names_that_are_not_text(models, tmp_path):
