@@ -20,8 +20,12 @@ from modelstock_jax.merging import anchor_rounding, geometry
 TENSORS, NUMBERS, PIECES = 48, 2**15, 4
 # Kernels of models with a base in common have cosines far above this, others about 0.
 _RELATED = 0.3
-# Relative spread of a model's distances from all others: of the base at most, of another at least.
-_EQUAL, _UNEQUAL = 0.03, 0.1
+# Relative standard deviation of a model's distances from all others: of the base at most (more for
+# small tensors, whose lengths vary by 1 / sqrt(2 count)), of another at least.
+_EQUAL, _UNEQUAL = 0.012, 0.05
+# Part of the tensors in which that holds: two learning rates make one pair equal by chance, but
+# not in every tensor. Fine-tunes that agree more than this are a base and what is near it.
+_MOST_TENSORS, _AGREE = 0.8, 0.85
 # A head that moved this many times as far as other kernels, relative to its own size.
 _FAR, _OF_ITS_SIZE, _TOGETHER = 10.0, 0.5, 0.8
 _WORTH_A_NOTE = 0.01
@@ -156,18 +160,22 @@ def _unrelated(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
 def _misplaced(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
     """A note where another model than the first is equally far from all others.
 
-    The base is, and fine-tunes are not, but where their task vectors have a cosine of 0.5: then two
-    fine-tunes and the base are all equally far from each other, and nothing can be said.
+    The base is, and fine-tunes are not, but where their task vectors have a cosine of 0.5: then all
+    models are equally far from each other, and nothing can be said.
     """
     if len(sources) < 3 or not kernels:
         return []
-    spreads = np.array([[_spread(_distances(sample.gram), model)
-                         for model in range(len(sources))] for sample in kernels])
+    distances = [_distances(sample.gram) for sample in kernels]
+    spreads = np.array([[_spread(far, model) for model in range(len(sources))]
+                        for far in distances])
+    noise = np.array([max(_EQUAL, 1.5 / math.sqrt(2 * sample.count)) for sample in kernels])
     typical = np.median(spreads, axis=0)
     best = int(typical.argmin())
-    if best == 0 or typical[0] < _UNEQUAL or typical[best] > _EQUAL:
+    if best == 0 or typical[0] < _UNEQUAL or typical[best] > float(np.median(noise)):
         return []
-    if (spreads[:, best] < 2 * _EQUAL).mean() < 0.8:
+    if (spreads[:, best] < 1.5 * noise).mean() < _MOST_TENSORS:
+        return []
+    if statistics.median(_agreement(far, best) for far in distances) > _AGREE:
         return []
     return [f"{sources[best].label} is equally far from all other models and {sources[0].label}, "
             f"given first, is not: is {sources[best].label} the base?"]
@@ -183,11 +191,21 @@ def _distances(gram: np.ndarray) -> np.ndarray:
 
 def _spread(distances: np.ndarray, model: int) -> float:
     """How unequal a model's distances are, and those between the others if it were the base."""
-    own = np.delete(distances[model], model)
-    rest = np.delete(np.delete(distances, model, 0), model, 1)
-    pairs = rest[np.triu_indices(len(rest), 1)]
-    return max(float(np.ptp(values) / values.mean()) if values.mean() > 0 else math.inf
+    own, pairs = _as_base(distances, model)
+    return max(float(values.std() / values.mean()) if values.mean() > 0 else math.inf
                for values in ([own] if len(pairs) < 2 else [own, pairs]))
+
+
+def _agreement(distances: np.ndarray, model: int) -> float:
+    """Cosine of the others' task vectors if a model were the base and all as long."""
+    own, pairs = _as_base(distances, model)
+    return 1.0 - float((pairs**2).mean() / (2 * (own**2).mean()))
+
+
+def _as_base(distances: np.ndarray, model: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of a model from the others, and of each two of these."""
+    rest = np.delete(np.delete(distances, model, 0), model, 1)
+    return np.delete(distances[model], model), rest[np.triu_indices(len(rest), 1)]
 
 
 def _far_heads(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
