@@ -5,16 +5,27 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelstock_jax.checkpoint_merge import quantization
-from modelstock_jax.checkpoint_merge.components import folders
+from modelstock_jax.checkpoint_merge.agreement import (
+    TEMPLATES,
+    compare_configs,
+    compare_processors,
+    compare_tokenizers,
+    read_object,
+)
+from modelstock_jax.checkpoint_merge.components import (
+    MODULES,
+    PIPELINE,
+    folders,
+    tokenizer_folders,
+)
 from modelstock_jax.checkpoint_merge.config import (
     CONFIG,
-    as_text,
-    disagreements,
+    flat,
     generation_keys,
     read_config,
     updated,
@@ -30,21 +41,21 @@ from modelstock_jax.tensor_files.writer import write_json
 _NOT_COPIED = ("adapter_config.json", "merge_report.json")
 _OF_QUANTIZATION = (quantization.QUANT_FILE, "quantize_config.json", "quanto_qmap.json",
                     "quantization_config.json")
-# Configs that say what a model computes, compared key by key.
-_COMPARED = (CONFIG, "open_clip_config.json")
 _TOKENIZER = re.compile(
     r"tokenizer.*\.(?:json|model)|special_tokens_map\.json|added_tokens\.json|vocab.*\.(?:json|txt)|"
-    r"merges\.txt|.*\.(?:model|spm|tiktoken|jinja)|normalizer\.json|generation_config\.json"
+    r"merges\.txt|chat_template.*|.*\.(?:model|spm|tiktoken|jinja)|normalizer\.json|"
+    r"generation_config\.json"
 )
-_TEMPLATES = ("additional_chat_templates", "chat_templates")
-_LABELS = ("id2label", "label2id", "num_labels", "architectures", "problem_type")
+_PROCESSOR, _TEMPLATE = "processor_config.json", "chat_template"
+# What a config says of its classifier; the last three are timm's.
+_LABELS = ("id2label", "label2id", "num_labels", "architectures", "problem_type", "num_classes",
+           "label_names", "label_descriptions")
 # Files that nobody misses in a merged model.
 _OF_TRAINING = re.compile(
     r"README.*|\..*|.*\.(?:md|safetensors|h5|msgpack|onnx|gguf|ot|tflite|png|jpg|log|lock|zip)|"
     r"(?:optimizer|scheduler|training_args|rng_state|scaler|random_states).*|runs|checkpoint-\d+|"
     r"events\.out.*|__pycache__"
 )
-_IMAGES = ("image_mean", "image_std", "size", "crop_size", "rescale_factor", "resample")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Companions:
     Attributes:
         config_model: Whose config and processor files are written; 0 is the base.
         tokenizer_model: Whose tokenizer files are.
-        changes: Dotted key of config.json -> value that the merge changes.
+        changes: Dotted key of config.json -> value that the merge changes; None removes the key.
         dequantized: Whether the config's quantization is taken out.
     """
 
@@ -68,40 +79,77 @@ def decide_companions(
     sources: Sequence[Source], options: Options, findings: Findings
 ) -> Companions:
     """Chooses config and tokenizer; what models disagree on goes to `findings`."""
-    number = len(sources) - 1
-    for name in ("config_from", "tokenizer_from"):
-        if model_index(getattr(options, name)) > number:
-            findings.problems.append(f"{name} is {getattr(options, name)}, and there are {number} "
-                                     "fine-tunes")
-            return Companions()
+    if not _exist(sources, options, findings):
+        return Companions()
     config_model = model_index(options.config_from)
     tokenizer_model = (findings.companion if options.tokenizer_from is None
                        else model_index(options.tokenizer_from))
-    _compare_configs(sources, options, findings)
-    _compare_images(sources, findings)
+    compare_configs(sources, options, findings)
+    compare_processors(sources, options, findings)
     if options.tokenizer_from is None and not findings.companion:
-        _compare_tokenizers(sources, findings)
-    changes = dict(findings.config)
-    config = read_config(sources[config_model].directory)
-    if config is not None:
-        for rows, written in findings.vocabulary.items():
-            changes |= dict.fromkeys(vocabulary_keys(config, rows), written)
-        if tokenizer_model != config_model:
-            changes |= generation_keys(read_config(sources[tokenizer_model].directory) or {})
-        if findings.new_head:
-            theirs = read_config(sources[1].directory) or {}
-            changes |= {key: theirs[key] for key in _LABELS if key in theirs}
-    if findings.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
+        compare_tokenizers(sources, findings)
+    if findings.vocabulary and not _has_tokenizer(sources[tokenizer_model]):
         findings.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
-            "copy its tokenizer into the merged model")
+            "copy them into the merged model")
     said = quantization.said_only(sources[config_model].directory)
     if said and not options.dequantize:
         findings.notes.append(
             f"{sources[config_model].label}: config.json speaks of a quantization, and the weights "
             "are plain; the merged config does not")
     _name_left_behind(sources[config_model], findings)
+    changes = _changes(sources, config_model, tokenizer_model, findings)
     return Companions(config_model, tokenizer_model, changes, said or options.dequantize)
+
+
+def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> bool:
+    """Whether the models that files are asked of exist and have such files."""
+    before = len(findings.problems)
+    for name, what in (("config_from", CONFIG), ("tokenizer_from", "tokenizer files")):
+        if (choice := getattr(options, name)) is None:
+            continue
+        option = f"--{name.replace('_', '-')} {choice}"
+        if (model := model_index(choice)) >= len(sources):
+            findings.problems.append(f"{option}: there are {len(sources) - 1} fine-tunes, give "
+                                     f"base or model:1 to model:{len(sources) - 1}")
+        elif model and not (_has_tokenizer(sources[model]) if name == "tokenizer_from"
+                            else sources[model].directory is not None):
+            findings.problems.append(f"{option}: {sources[model].label} has no {what}; choose a "
+                                     "model that has")
+    return len(findings.problems) == before
+
+
+def _changes(
+    sources: Sequence[Source], config_model: int, tokenizer_model: int, findings: Findings
+) -> dict[str, Any]:
+    """What the merge changes in config.json."""
+    changes = dict(findings.config)
+    config = read_config(sources[config_model].directory)
+    if config is None:
+        return changes
+    for rows, written in findings.vocabulary.items():
+        changes |= dict.fromkeys(vocabulary_keys(config, rows), written)
+    if tokenizer_model != config_model:
+        theirs = read_config(sources[tokenizer_model].directory) or {}
+        # A special token that their config lacks has no value in the merged config either.
+        changes |= {key: None for key in generation_keys(config) if "_token_id" in key}
+        changes |= _placed(config, generation_keys(theirs))
+    if findings.new_head:
+        theirs = read_config(sources[1].directory) or {}
+        changes |= {key: theirs[key] for key in _LABELS if key in theirs}
+        timm = "pretrained_cfg.num_classes"
+        changes |= {timm: flat(theirs)[timm]} if timm in flat(theirs) else {}
+    return changes
+
+
+def _placed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under the dotted keys that a config keeps them at: at the top or in `text_config`."""
+    found = {}
+    for key, value in values.items():
+        tower, _, last = key.rpartition(".")
+        nested = tower and isinstance(config.get(tower), dict)
+        found[key if nested or not tower else last] = value
+    return found
 
 
 def copy_companions(
@@ -120,15 +168,20 @@ def copy_companions(
     tokenizer = sources[companions.tokenizer_model].tokenizer_directory
     apart = tokenizer is not None and tokenizer != source
     if source is not None:
-        templates = [] if apart else _present(source)
-        for folder in dict.fromkeys(("", *folders(source), *templates)):
-            _copy(source / folder, directory / folder, lambda name, folder=folder: (
+        theirs = tokenizer_folders(source) if apart else []
+        for folder in folders(source):
+            mine = folder not in theirs and not (apart and not folder)
+            _copy(source / folder, directory / folder, lambda name, mine=mine: (
                 _wanted(name, companions.dequantized)
-                and not (apart and not folder and _TOKENIZER.fullmatch(name))))
+                and (mine or not _TOKENIZER.fullmatch(name))))
+            if mine:
+                _copy_templates(source / folder, directory / folder)
     if apart and tokenizer is not None:
-        _copy(tokenizer, directory, lambda name: bool(_TOKENIZER.fullmatch(name)))
-        for folder in _present(tokenizer):
-            _copy(tokenizer / folder, directory / folder, lambda name: name.endswith(".jinja"))
+        for folder in dict.fromkeys(("", *tokenizer_folders(tokenizer))):
+            _copy(tokenizer / folder, directory / folder,
+                  lambda name: bool(_TOKENIZER.fullmatch(name)))
+            _copy_templates(tokenizer / folder, directory / folder)
+        _take_template(tokenizer, directory)
     config = read_config(directory)
     if config is not None and (companions.changes or companions.dequantized):
         if companions.dequantized:
@@ -136,9 +189,20 @@ def copy_companions(
         write_json(directory / CONFIG, updated(config, companions.changes))
 
 
-def _present(directory: Path) -> list[str]:
-    """Folders with further chat templates."""
-    return [name for name in _TEMPLATES if (directory / name).is_dir()]
+def _copy_templates(source: Path, directory: Path) -> None:
+    """Further chat templates, each a file in a folder."""
+    for folder in TEMPLATES:
+        if (source / folder).is_dir():
+            _copy(source / folder, directory / folder, lambda name: name.endswith(".jinja"))
+
+
+def _take_template(tokenizer: Path, directory: Path) -> None:
+    """The chat template that some processors keep in their config."""
+    theirs, ours = (read_object(place / _PROCESSOR) for place in (tokenizer, directory))
+    if ours and theirs.get(_TEMPLATE) != ours.get(_TEMPLATE):
+        ours.pop(_TEMPLATE, None)
+        kept = {_TEMPLATE: theirs[_TEMPLATE]} if _TEMPLATE in theirs else {}
+        write_json(directory / _PROCESSOR, ours | kept)
 
 
 def _copy(source: Path, directory: Path, wanted: Callable[[str], bool]) -> None:
@@ -160,124 +224,56 @@ def _wanted(name: str, dequantized: bool = False) -> bool:
     return name.endswith(ENDINGS) or name.startswith(LICENCES)
 
 
-def _compare_configs(
-    sources: Sequence[Source], options: Options, findings: Findings
-) -> None:
-    base = sources[0]
-    harmless: dict[str, list[str]] = {}
-    for source in sources[1:]:
-        for path, ours, theirs in _pairs(base, source):
-            grave, rest = disagreements(ours, theirs)
-            if rest:
-                harmless.setdefault(f"{path}: {listed(rest, 6)}", []).append(source.label)
-            if grave and options.config_from is None:
-                findings.object(
-                    f"{path}: {as_text(grave, (base.label, source.label))} (--config-from base or "
-                    f"model:{sources.index(source)} says whose is right)")
-    for keys, labels in harmless.items():
-        findings.notes.append(f"{keys} differ in {listed(labels)}, which changes no number of the "
-                              f"model; {options.config_from or 'base'}'s are written")
-
-
-def _pairs(base: Source, source: Source) -> Iterable[tuple[str, dict, dict]]:
-    """Configs that both models have: name, the base's, the other's."""
-    if base.directory is None or source.directory in (None, base.directory):
-        return
-    for folder in folders(base.directory):
-        for name in _COMPARED:
-            place = f"{folder}/{name}" if folder else name
-            paths = [s.directory / place for s in (base, source)]  # type: ignore[operator]
-            if not all(path.is_file() for path in paths):
-                continue
-            ours, theirs = map(read_json, paths)
-            if isinstance(ours, dict) and isinstance(theirs, dict):
-                yield place, ours, theirs
-
-
-def _compare_images(sources: Sequence[Source], findings: Findings) -> None:
-    """A note where processors differ in what they make of an image."""
-    ours = _json(sources[0].directory, "preprocessor_config.json")
-    for source in sources[1:]:
-        theirs = _json(source.directory, "preprocessor_config.json")
-        keys = [k for k in _IMAGES if k in ours and k in theirs and ours[k] != theirs[k]]
-        if keys:
-            findings.notes.append(f"preprocessor_config.json: {listed(keys)} of {source.label} "
-                                  "differ from the base's, which are written")
-
-
-def _compare_tokenizers(sources: Sequence[Source], findings: Findings) -> None:
-    """A note where the fine-tunes' templates, tokens or settings are not the base's."""
-    found = [_settings(source) for source in sources]
-    labels = [source.label for source in sources]
-    agreed, apart = [], []
-    for key in sorted(set().union(*found)):
-        values = [settings.get(key) for settings in found]
-        if None in values[1:] or all(value == values[0] for value in values[1:]):
-            continue
-        (agreed if all(value == values[1] for value in values[1:]) else apart).append(key)
-    if agreed:
-        findings.notes.append(
-            f"{listed(agreed, 6)}: the fine-tunes agree and {labels[0]} differs; its files are "
-            "written (--tokenizer-from model:1 writes theirs)")
-    if apart:
-        findings.notes.append(
-            f"{listed(apart, 6)}: the fine-tunes differ from {labels[0]} and from each other; its "
-            "files are written (--tokenizer-from model:1 writes the first one's)")
-
-
-def _settings(source: Source) -> dict[str, Any]:
-    """Chat template, special tokens and generation settings of a model, by name."""
+def _has_tokenizer(source: Source) -> bool:
     directory = source.tokenizer_directory
-    if directory is None:
-        return {}
-    tokenizer = _json(directory, "tokenizer_config.json")
-    found: dict[str, Any] = {}
-    template = directory / "chat_template.jinja"
-    if template.is_file():
-        found["chat template"] = template.read_text(encoding="utf-8", errors="replace").strip()
-    elif "chat_template" in tokenizer:
-        found["chat template"] = str(tokenizer["chat_template"]).strip()
-    special = tokenizer | _json(directory, "special_tokens_map.json")
-    for key, value in special.items():
-        if key.endswith("_token"):
-            found[key] = value.get("content") if isinstance(value, dict) else value
-    generation = _json(directory, "generation_config.json")
-    found |= {f"generation_config {key}": value for key, value in generation.items()
-              if key not in ("transformers_version", "_from_model_config")}
-    if source.directory is not None:
-        found |= generation_keys(read_config(source.directory) or {})
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _has_tokenizer(source: Source, base: Source) -> bool:
-    """Whether a model, not the base below its adapter, has a tokenizer's files."""
-    directory = source.tokenizer_directory
-    if directory is None or (source is not base and directory == base.tokenizer_directory):
-        return False
-    return any(_TOKENIZER.fullmatch(path.name) and path.name != "generation_config.json"
-               for path in directory.iterdir())
+    return directory is not None and any(
+        _TOKENIZER.fullmatch(path.name) and path.name != "generation_config.json"
+        for folder in tokenizer_folders(directory) for path in (directory / folder).iterdir())
 
 
 def _name_left_behind(source: Source, findings: Findings) -> None:
     """Names the files next to a model that are not copied, for the user to copy."""
     if source.directory is None:
         return
-    left = [path.name for path in sorted(source.directory.iterdir())
-            if path.is_file() and not _wanted(path.name) and path.name not in _NOT_COPIED
-            and not _OF_TRAINING.fullmatch(path.name) and path.suffix not in PICKLES
-            and not path.name.endswith(".index.json") and path.suffix != ".py"]
+    left, code, loaded = [], [], _loads_code(source.directory)
+    for folder in folders(source.directory):
+        place = source.directory / folder
+        for path in sorted(place.iterdir()):
+            name = f"{folder}/{path.name}" if folder else path.name
+            if not path.is_file():
+                continue
+            if path.suffix == ".py":
+                code.append(name)
+            elif not (
+                _wanted(path.name) or path.name in _NOT_COPIED or path.suffix in PICKLES
+                or _OF_TRAINING.fullmatch(path.name) or path.name.endswith(".index.json")
+            ):
+                left.append(name)
     if left:
-        findings.notes.append(f"not copied from {source.label}, for it may not be needed: "
-                              f"{listed(left, 6)}; copy it if the model needs it")
-    code = sorted(path.name for path in source.directory.glob("*.py"))
-    if (read_config(source.directory) or {}).get("auto_map"):
-        what = listed(code, 4) if code else "the files that auto_map names"
-        findings.notes.append(f"config.json's auto_map loads code, which is never copied or run: "
-                              f"copy {what} from {source.label} into the merged model")
+        findings.notes.append(f"not copied from {source.label}: {listed(left, 6)}; copy what the "
+                              "model needs into the merged model")
+    if loaded:
+        what = listed(code, 6) if code else "the files that it names"
+        findings.notes.append(f"{loaded} of {source.label} loads code, which is never copied or "
+                              f"run: copy {what} into the merged model")
 
 
-def _json(directory: Path | None, name: str) -> dict[str, Any]:
-    if directory is None or not (directory / name).is_file():
-        return {}
-    value = read_json(directory / name)
-    return value if isinstance(value, dict) else {}
+def _loads_code(directory: Path) -> str | None:
+    """The entry of a config or an index that refers to code of the checkpoint's own."""
+    for folder in folders(directory):
+        for name in (CONFIG, "tokenizer_config.json", _PROCESSOR, "preprocessor_config.json"):
+            if read_object(directory / folder / name).get("auto_map"):
+                return f"auto_map in {folder}/{name}" if folder else f"auto_map in {name}"
+    for entry in read_object(directory / PIPELINE).values():
+        if isinstance(entry, list) and entry and any(
+            isinstance(entry[0], str) and (directory / place / f"{entry[0]}.py").is_file()
+            for place in folders(directory)
+        ):
+            return PIPELINE
+    if (directory / MODULES).is_file():
+        index = read_json(directory / MODULES)
+        for entry in index if isinstance(index, list) else []:
+            kind = str(entry.get("type")) if isinstance(entry, dict) else ""
+            if "." in kind and not kind.startswith("sentence_transformers."):
+                return MODULES
+    return None

@@ -16,6 +16,12 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import HEAD, PICKLES, TensorFiles, read_json
 
 PIPELINE, MODULES = "model_index.json", "modules.json"
+ROUTER = "router_config.json"
+# One of these is in the directory of every tokenizer.
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model",
+              "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")
+# Weights in other formats: opened, so that the error names them.
+_OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".gguf")
 HEAD_PREFIX = f"{HEAD}:"
 
 
@@ -25,20 +31,55 @@ def folders(directory: Path) -> list[str]:
     Raises:
         UserError: An index that is broken, or names a folder outside of the directory.
     """
+    return [name for name in named_folders(directory)
+            if not name or os.path.isdir(directory / name)]
+
+
+def named_folders(directory: Path) -> list[str]:
+    """The folders that a model's index names, whether they exist or not.
+
+    Raises:
+        UserError: As `folders`.
+    """
     if (directory / PIPELINE).is_file():
         index = read_json(directory / PIPELINE)
-        named = [key for key, value in index.items() if isinstance(value, list)] \
+        found = [""]
+        found += [key for key, value in index.items() if isinstance(value, list)] \
             if isinstance(index, dict) else []
     elif (directory / MODULES).is_file():
         index = read_json(directory / MODULES)
         modules = index if isinstance(index, list) else []
-        named = [entry["path"] for entry in modules
+        found = [entry["path"] for entry in modules
                  if isinstance(entry, dict) and isinstance(entry.get("path"), str)]
+        found = ["", *found, *(f"{name}/{inner}" if name else inner for name in found
+                               for inner in _routed(directory / name))]
     else:
         return [""]
-    if outside := [n for n in named if Path(n).is_absolute() or ".." in Path(n).parts]:
+    found = ["" if name == "." else name.rstrip("/") for name in found]
+    if outside := [n for n in found if Path(n).is_absolute() or ".." in Path(n).parts]:
         raise UserError(f"{directory}: {outside[0]!r} is no folder of this model")
-    return [name for name in dict.fromkeys(named) if os.path.isdir(directory / name)]
+    return list(dict.fromkeys(found))
+
+
+def _routed(module: Path) -> list[str]:
+    """Folders in the folder of a sentence-transformers router."""
+    if not (module / ROUTER).is_file():
+        return []
+    config = read_json(module / ROUTER)
+    types = config.get("types") if isinstance(config, dict) else None
+    return list(types) if isinstance(types, dict) else []
+
+
+def tokenizer_folders(directory: Path) -> list[str]:
+    """Folders of a model with a tokenizer; the directory itself where none has one.
+
+    Example:
+        >>> tokenizer_folders(Path("/nowhere"))
+        ['']
+    """
+    found = [name for name in folders(directory) if any(
+        (directory / name / file).is_file() for file in TOKENIZERS)]
+    return found or [""]
 
 
 def is_pipeline(directory: Path | None) -> bool:
@@ -58,10 +99,8 @@ def open_all(path: Path) -> dict[str, tuple[str, TensorFiles]]:
     if not path.is_dir():
         return {"": ("model", TensorFiles(path))}
     found: dict[str, tuple[str, TensorFiles]] = {}
-    for folder in folders(path):
+    for folder in _weight_folders(path):
         place = path / folder
-        if folder and not _has_weights(place):
-            continue
         files = TensorFiles(place)
         prefix = f"{folder}/" if folder else ""
         found[prefix] = (prefix + files.stem, files)
@@ -89,6 +128,24 @@ def prefix_of(name: str, components: Mapping[str, str]) -> str:
     return max((prefix for prefix in components if name.startswith(prefix)), key=len, default="")
 
 
+def _weight_folders(directory: Path) -> list[str]:
+    """Folders with weights; the top folder of a pipeline may hold them in another layout."""
+    parts = folders(directory)
+    if len(parts) == 1:
+        return parts
+    if (directory / PIPELINE).is_file() or not _is_module(directory, ""):
+        parts = [name for name in parts if name]
+    return [name for name in parts if _has_weights(directory / name)]
+
+
+def _is_module(directory: Path, folder: str) -> bool:
+    """Whether `modules.json` names a folder as a module of its own."""
+    index = read_json(directory / MODULES)
+    return any(isinstance(entry, dict) and entry.get("path") in (folder, folder or ".")
+               for entry in (index if isinstance(index, list) else []))
+
+
 def _has_weights(folder: Path) -> bool:
-    return any(path.suffix == ".safetensors" or path.suffix in PICKLES
-               or path.name.endswith(".safetensors.index.json") for path in folder.iterdir())
+    return any(path.suffix == ".safetensors" or path.suffix in _OTHER_WEIGHTS
+               or ".safetensors.index." in path.name for path in folder.iterdir()
+               if not path.name.startswith("."))

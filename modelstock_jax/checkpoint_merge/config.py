@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.tensor_files.writer import write_json
 
 CONFIG = "config.json"
 KEYS = ("torch_dtype", "dtype")  # transformers 4 and 5; 5 reads both
-# Keys that change no number of a forward pass: paths, versions, labels, dtypes, caches, training.
+# Keys that do not change a forward pass at inference: paths, versions, labels, dtypes, kernels,
+# caches, initialization and training. They match any part of a dotted key.
 _HARMLESS = re.compile(
-    r"_?name_or_path|_commit_hash|\w*_version|unsloth_\w+|architectures|auto_map|_class_name|"
-    r"torch_dtype|dtype|\w*use_cache|cache_\w+|_?attn_implementation\w*|"
-    r"id2label|label2id|num_labels|_num_labels|problem_type|finetuning_task|task_specific_params|"
-    r"\w*dropout\w*|\w*drop_?path\w*|\w*_drop|\w*_pdrop|layerdrop|\w*layerdrop|mask_time_\w+|"
-    r"mask_feature_\w+|apply_spec_augment|initializer_\w+|\w*_init_std|init_std|"
-    r"output_attentions|output_hidden_states|return_dict|torchscript|gradient_checkpointing|"
-    r"output_router_logits|router_\w*loss\w*|\w*_loss_\w*|label_smoothing|pretraining_tp|"
+    r"_?name_or_path|model_name|hf_tokenizer_name|mm_vision_tower|_commit_hash|\w*_version|"
+    r"_?unsloth\w*|transformers\.js_config|architectures|auto_map|"
+    r"torch_dtype|dtype|\w*use_cache|cache_\w+|_?attn_impl\w*|_?use_flash_att\w+|_?flash_att\w+|"
+    r"deterministic_flash_attn|use_memory_efficient_attention|use_xformers\w*|use_sdpa|"
+    r"unpad_inputs|reference_compile|slow_but_exact|chunk_size_feed_forward|pretraining_tp|"
+    r"id2label|label2id|_?num_labels|num_classes|label_names|label_descriptions|problem_type|"
+    r"finetuning_task|task_specific_params|pretrained_cfg|"
+    r"\w*dropout\w*|\w*drop_?path\w*|\w*_drop|\w*_pdrop|\w*layerdrop|stochastic_depth\w*|"
+    r"mask_time_\w+|mask_feature_\w+|mask_channel_\w+|apply_spec_augment|"
+    r"initializer_\w+|\w*_init_std|init_std|init_logit_\w+|\w*_init_value|\w*jitter_noise|"
+    r"output_attentions|output_hidden_states|output_past|output_scores|return_dict\w*|"
+    r"use_return_dict|torchscript|gradient_checkpointing\w*|use_gradient_checkpointing|"
+    r"output_router_logits|\w*loss\w*|seq_aux|ctc_zero_infinity|label_smoothing|\w*ignore_index|"
+    r"sparse_prediction|repad_logits_with_grad|\w*_cost|\w*_coefficient|\w*_lr|tune_\w+|"
+    r"(?:un)?freeze_\w+|optimization_step|update_after_step|use_ema_warmup|inv_gamma|min_decay|"
+    r"decay|timm_model_pretrained|hf_model_pretrained|"
     r"tie_word_embeddings|vocab_size|\w*_vocab_size|quantization_config|quantization|"
-    r"compression_config|prefix|use_return_dict|is_decoder|chunk_size_feed_forward|"
-    r"pruned_heads|tf_legacy_loss|use_bfloat16|tokenizer_class|processor_class|"
-    r"model_max_length"
+    r"compression_config|prefix|pruned_heads|use_bfloat16|xla_device|tokenizer_\w+|"
+    r"processor_class|model_max_length"
 )
 # Defaults of `generate` that older configs hold: a note, as generation_config.json's are.
 _GENERATION = re.compile(
-    r"\w*_token_id|max_length|min_length|max_new_tokens|do_sample|early_stopping|num_beams|"
+    r"\w*_token_ids?|max_length|min_length|max_new_tokens|do_sample|early_stopping|num_beams|"
     r"num_beam_groups|diversity_penalty|temperature|top_k|top_p|typical_p|repetition_penalty|"
     r"length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|"
     r"num_return_sequences|remove_invalid_values|suppress_tokens|begin_suppress_tokens|"
-    r"exponential_decay_length_penalty|forced_\w+|sep_token"
+    r"exponential_decay_length_penalty|forced_\w+|sep_token|median_filter_width"
 )
+# Other spellings of a key or a value that transformers has used, and its formulas in common.
+_KEYS = {"rotary_emb_base": "rope_theta", "global_rope_theta": "rope_theta",
+         "rotary_pct": "partial_rotary_factor", "local_rope_theta": "rope_local_base_freq"}
+_VALUES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh",
+           "gelu_accurate": "gelu_pytorch_tanh", "su": "longrope"}
+# Where null is a default that transformers 5 writes out.
+_COMPUTED = ("no_rope_layers", "layer_types", "hidden_activation", "n_inner")
+_NO_SCALING = ("default", "mrope", "axial", None)
+_CLOSE = 1e-6  # Relative: 1e-6 and its float32 spelling are one number.
 _ABSENT = object()
 
 
@@ -90,40 +109,55 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
+class Disagreements(NamedTuple):
+    """Keys in which two configs differ: dotted key -> the two values as JSON.
+
+    Attributes:
+        grave: Keys that change a forward pass.
+        harmless: Keys that do not.
+        lacking: Keys that one config leaves out ('(none)'); their defaults are unknown here.
+    """
+
+    grave: dict[str, tuple[str, str]]
+    harmless: dict[str, tuple[str, str]]
+    lacking: dict[str, tuple[str, str]]
+
+
 def disagreements(
-    base: Mapping[str, Any], other: Mapping[str, Any]
-) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, str]]]:
-    """Keys in which two configs differ: those that change a forward pass, and harmless ones.
+    base: Mapping[str, Any], other: Mapping[str, Any], *, complete: bool = False
+) -> Disagreements:
+    """Compares two configs key by key; spellings of transformers 4 and 5 are compared as one.
 
-    A key that one config leaves out has a default that is not known here; it counts where it says
-    how positions are encoded, and is harmless where it is off (null, false, 0, empty). What
-    transformers 4 and 5 spell differently is compared in one spelling.
+    A key that one config lacks is equal where the other value is off (null, false, 0, empty), an
+    error for rope scaling, and else `lacking`. Generation settings are not compared here.
 
-    Returns:
-        Two mappings, dotted key -> the two values as JSON ('(none)' where a key is left out).
+    Args:
+        base: A config.
+        other: Another one.
+        complete: A lacking key is off, as in OpenCLIP's configs: an error where the other is on.
 
     Example:
         >>> a = {"rope_theta": 1e6, "torch_dtype": "float32"}
         >>> b = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "dtype": "float16"}
-        >>> disagreements(a, b)[0]
+        >>> disagreements(a, b).grave
         {'rope_theta': ('1000000.0', '10000.0')}
     """
-    ours, theirs = _canonical(base), _canonical(other)
-    grave: dict[str, tuple[str, str]] = {}
-    harmless: dict[str, tuple[str, str]] = {}
+    ours, theirs = map(_canonical, _one_level(base, other))
+    found = Disagreements({}, {}, {})
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
-        if a == b or all(not x or x is _ABSENT for x in (a, b)) and _ABSENT in (a, b):
+        parts = key.split(".")
+        if _same(a, b) or _GENERATION.fullmatch(parts[-1]):
             continue
-        last = key.rpartition(".")[2]
-        if _HARMLESS.fullmatch(last) or _GENERATION.fullmatch(last) or _HARMLESS.fullmatch(
-                key.partition(".")[0]):
-            harmless[key] = (_said(a), _said(b))
-        elif _ABSENT in (a, b) and "rope_scaling" not in key:
-            harmless[key] = (_said(a), _said(b))
+        if any(map(_HARMLESS.fullmatch, parts)):
+            kind = found.harmless
+        elif _ABSENT in (a, b) and not complete and "rope_scaling" not in key:
+            kind = found.lacking
         else:
-            grave[key] = (_said(a), _said(b))
-    return grave, harmless
+            kind = found.grave
+        key, a, b = _first_difference(key, a, b)
+        kind[key] = (_said(a), _said(b))
+    return found
 
 
 def generation_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,18 +183,21 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def updated(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with other values under dotted keys.
+    """A config with other values under dotted keys; None removes a key.
 
     Example:
-        >>> updated({"a": 1, "text_config": {"b": 2}}, {"text_config.b": 3, "c": 4})
-        {'a': 1, 'text_config': {'b': 3}, 'c': 4}
+        >>> updated({"a": 1, "text_config": {"b": 2}}, {"text_config.b": 3, "a": None})
+        {'text_config': {'b': 3}}
     """
     made = json.loads(json.dumps(config))
     for dotted, value in changes.items():
         place, keys = made, dotted.split(".")
         for key in keys[:-1]:
             place = place.setdefault(key, {})
-        place[keys[-1]] = value
+        if value is None:
+            place.pop(keys[-1], None)
+        else:
+            place[keys[-1]] = value
     return made
 
 
@@ -177,35 +214,85 @@ def vocabulary_keys(config: Mapping[str, Any], rows: int) -> list[str]:
     return sizes or [key for key in ("text_config.vocab_size", "vocab_size") if key in found][:1]
 
 
+def _one_level(*configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Configs with `text_config` at the top where another one keeps those keys at the top."""
+    nested = [isinstance(config.get("text_config"), dict) for config in configs]
+    if all(nested) or not any(nested):
+        return list(configs)
+    return [{**config["text_config"], **{k: x for k, x in config.items() if k != "text_config"}}
+            if inside else config for config, inside in zip(configs, nested, strict=True)]
+
+
 def _canonical(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config in one spelling: transformers 5's `rope_parameters` as 4 writes them."""
+    """A config by dotted keys, in one spelling of those that libraries have used."""
     made: dict[str, Any] = {}
     for key, value in config.items():
-        if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            made |= _rope(value)
-        elif key == "rope_scaling":
-            made.setdefault(key, None)
+        if key in ("rope_parameters", "rope_scaling"):
+            made |= _rope(value) if isinstance(value, dict) else {}
         elif key in KEYS:
-            made["dtype"] = value
+            made["dtype"] = str(value).removeprefix("torch.")
         elif isinstance(value, dict) and value:
             made |= {f"{key}.{name}": x for name, x in _canonical(value).items()}
         else:
-            made[key] = value
-    return made
+            made[_KEYS.get(key, key)] = _VALUES.get(value, value) if isinstance(value, str) \
+                else value
+    return _filled(made)
+
+
+def _filled(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers computes where a value is null, and without what it then ignores."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if heads and config.get("num_key_value_heads", 0) is None:
+        config["num_key_value_heads"] = heads
+    if heads and isinstance(width, int) and config.get("head_dim", 0) is None:
+        config["head_dim"] = width // heads
+    if config.get("use_sliding_window") is False:
+        config = {k: x for k, x in config.items() if k not in ("sliding_window",
+                                                               "max_window_layers")}
+    if config.get("model_type") in ("gemma", "gemma2"):  # They read hidden_activation alone.
+        config.pop("hidden_act", None)
+    if isinstance(config.get("pos_att_type"), str):  # DeBERTa's
+        config["pos_att_type"] = config["pos_att_type"].split("|")
+    return {k: x for k, x in config.items() if x is not None or k not in _COMPUTED}
 
 
 def _rope(value: Mapping[str, Any]) -> dict[str, Any]:
-    if "full_attention" in value and isinstance(value["full_attention"], dict):  # Gemma 3
+    """Rope settings as transformers 4 spelled them, `rope_scaling.` before those that scale."""
+    if isinstance(value.get("full_attention"), dict):  # Gemma 3, ModernBERT
         local = value.get("sliding_attention")
         found = _rope(value["full_attention"])
         if isinstance(local, dict) and "rope_theta" in local:
             found["rope_local_base_freq"] = local["rope_theta"]
         return found
     rest = {("rope_type" if key == "type" else key): x for key, x in value.items()}
-    found = {key: rest.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rest}
-    if rest.get("rope_type") == "default" or not rest:
-        return found | {"rope_scaling": None}
-    return found | {"rope_scaling": dict(sorted(rest.items()))}
+    rest["rope_type"] = _VALUES.get(rest.get("rope_type"), rest.get("rope_type"))
+    if rest["rope_type"] in _NO_SCALING:
+        del rest["rope_type"]
+    apart = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    return {(key if key in apart else f"rope_scaling.{key}"): x for key, x in rest.items()}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are one number, one list or both off."""
+    if a is _ABSENT or b is _ABSENT:
+        return not (b if a is _ABSENT else a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b)):
+        return math.isclose(a, b, rel_tol=_CLOSE)
+    off = all(x is None or x is False or x in ("", [], {}) for x in (a, b))
+    return off or a == b
+
+
+def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """Of two long lists the first elements that differ, with their index."""
+    if isinstance(a, list) and isinstance(b, list) and _said(a) == _said(b):
+        pairs = enumerate(zip(a, b, strict=False))
+        index = next((i for i, pair in pairs if not _same(*pair)), None)
+        if index is not None:
+            return f"{key}[{index}]", a[index], b[index]
+        return f"length of {key}", len(a), len(b)
+    return key, a, b
 
 
 def _said(value: Any) -> str:
