@@ -143,10 +143,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 count = os.preadv(self._open[self.files[name]], [left], place)
             except OSError as error:
                 raise UserError(
-                    f"{self.files[name]}: cannot be read ({error.strerror})."
+                    f"{shown(self.files[name])}: cannot be read ({error.strerror})."
                 ) from None
             if not count:
-                raise UserError(f"{self.files[name]}: was cut short while it was read.")
+                raise UserError(f"{shown(self.files[name])}: was cut short while it was read.")
             left, place = left[count:], place + count
         return values
 
@@ -175,7 +175,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         code = self._entries[name].code
         if code not in DTYPES:
             raise UserError(
-                f"{self.files[name]}: {name!r} has dtype {code}, which is not supported."
+                f"{shown(self.files[name])}: {name!r} has dtype {code}, which is not supported."
             )
         return DTYPES[code]
 
@@ -189,12 +189,12 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
+        raise UserError(f"{shown(path)}: no such file.") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
         other = formats.by_content(path, formats.head_of(path))
-        raise UserError(other or f"{path}: not JSON ({error}).") from None
+        raise UserError(other or f"{shown(path)}: not JSON ({error}).") from None
 
 
 class _Found(NamedTuple):

@@ -237,3 +237,9 @@ def test_no_name_breaks_the_line(tmp_path):
     with pytest.raises(UserError) as caught:
         TensorFiles(directory)
     assert "\n" not in str(caught.value)
+    for content in (None, b"{"):
+        if content:
+            (directory / "config.json").write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_json(directory / "config.json")
+        assert "\n" not in str(caught.value)
