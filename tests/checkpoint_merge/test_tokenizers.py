@@ -1,0 +1,218 @@
+"""Chat template, special tokens and generation settings: whose are written, and what is said."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from modelstock_jax.checkpoint_merge.recipe import parse
+from modelstock_jax.errors import UserError
+from tests.checkpoint_merge.small import adapter, factors
+from tests.checkpoint_merge.typed import load, trio, write
+
+CONFIG = {"model_type": "llama", "eos_token_id": 2, "forced_bos_token_id": 5, "hidden_size": 8}
+BASE = {
+    "config.json": CONFIG, "tokenizer_config.json": {"eos_token": "</s>", "model_max_length": 32},
+    "tokenizer.json": {"version": "base"}, "generation_config.json": {"max_length": 32},
+}
+CHATML = "{{ '<|im_start|>' }}"
+# What fine-tunes change, the note's name for it, and the files that hold it.
+CHANGES = {
+    "jinja": ({"chat_template.jinja": CHATML}, "chat template", ("chat_template.jinja",)),
+    "key": ({"tokenizer_config.json": {"eos_token": "</s>", "chat_template": CHATML}},
+            "chat template", ("tokenizer_config.json",)),
+    "list": ({"tokenizer_config.json": {"eos_token": "</s>", "chat_template": [
+        {"name": "default", "template": CHATML}, {"name": "rag", "template": "r"}]}},
+        "chat template", ("tokenizer_config.json",)),
+    "processor": ({"chat_template.json": {"chat_template": CHATML}}, "chat template",
+                  ("chat_template.json",)),
+    "more": ({"additional_chat_templates/rag.jinja": "rag"}, "chat template rag",
+             ("additional_chat_templates/rag.jinja",)),
+    "token": ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, "eos_token",
+              ("tokenizer_config.json",)),
+    "object": ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}}, "eos_token",
+               ("tokenizer_config.json",)),
+    "map": ({"special_tokens_map.json": {"pad_token": "<pad>"}}, "pad_token",
+            ("special_tokens_map.json",)),
+    "added": ({"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
+        "9": {"content": "<|im_start|>"}}}}, "added tokens", ("tokenizer_config.json",)),
+    "generation": ({"generation_config.json": {"max_length": 32, "eos_token_id": [2, 7]}},
+                   "generation_config eos_token_id", ("generation_config.json",)),
+    "sampling": ({"generation_config.json": {"max_length": 32, "temperature": 0.6}},
+                 "generation_config temperature", ("generation_config.json",)),
+    "config": ({"config.json": CONFIG | {"eos_token_id": 7}}, "eos_token_id", ()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_fine_tunes_that_agree_are_a_note_and_an_option(say, tmp_path, change):
+    files, named, written = CHANGES[change]
+    paths = trio(tmp_path, BASE, BASE | files)
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 0
+    (note,) = said.notes
+    assert named in note and "the fine-tunes agree" in note and "--tokenizer-from model:1" in note
+    for name in written:
+        ours, theirs = paths[0] / name, tmp_path / "out" / name
+        assert theirs.is_file() == ours.is_file()
+        assert not ours.is_file() or ours.read_bytes() == theirs.read_bytes()
+    out = tmp_path / "theirs"
+    said = say("merge", *paths, "--out", out, "--tokenizer-from", "model:1")
+    assert said.status == 0 and not said.notes
+    for name in written:
+        assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
+    wanted = (BASE | files)["config.json"]
+    assert load(out / "config.json") == wanted
+
+
+def test_everything_of_the_tokenizer_comes_from_one_model(say, tmp_path):
+    """Nothing of the base's is left among the files of another tokenizer."""
+    ours = BASE | {"merges.txt": "m", "tokenizer.model": "b", "chat_template.jinja": "b",
+                   "additional_chat_templates/old.jinja": "b", "vocab.json": {"b": 1},
+                   "preprocessor_config.json": {"size": 1},
+                   "processor_config.json": {"chat_template": "b", "patch": 4}}
+    theirs = {"tokenizer_config.json": {"chat_template": "t"}, "tokenizer.json": {"version": "t"},
+              "additional_chat_templates/new.jinja": "t", "spiece.model": "t",
+              "config.json": {"model_type": "llama", "eos_token_id": 7, "hidden_size": 8},
+              "processor_config.json": {"patch": 4}, "preprocessor_config.json": {"size": 1}}
+    paths = trio(tmp_path, ours, theirs)
+    out = tmp_path / "out"
+    assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
+    found = {str(p.relative_to(out)) for p in out.rglob("*.*") if p.is_file()}
+    made = {"model.safetensors", "merge_report.json", "README.md", "angles.png"}
+    assert found - made == theirs.keys()
+    for name in ("tokenizer_config.json", "tokenizer.json", "spiece.model",
+                 "additional_chat_templates/new.jinja"):
+        assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
+    assert load(out / "processor_config.json") == {"patch": 4}
+    # Their end token, and no token that only the base has.
+    assert load(out / "config.json") == theirs["config.json"]
+
+
+def test_tokens_of_a_text_tower(say, tmp_path):
+    flat = {"model_type": "x", "eos_token_id": 2}
+    nested = {"model_type": "x", "text_config": {"eos_token_id": 7}}
+    for name, ours, theirs, wanted in (
+        ("nested", nested, {"model_type": "x", "text_config": {"eos_token_id": 9}},
+         {"model_type": "x", "text_config": {"eos_token_id": 9}}),
+        ("flat", flat, nested, {"model_type": "x", "eos_token_id": 7}),
+    ):
+        tokenizer = {"tokenizer.json": {}}
+        paths = trio(tmp_path / name, tokenizer | {"config.json": ours},
+                     tokenizer | {"config.json": theirs})
+        out = tmp_path / name / "out"
+        assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
+        assert load(out / "config.json") == wanted
+
+
+def test_fine_tunes_that_do_not_agree(say, tmp_path):
+    paths = trio(tmp_path, *({**BASE, "chat_template.jinja": text} for text in "abc"))
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 0 and "from each other" in said.notes[0]
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "a"
+    # One of them as the base has it: nothing is agreed on, but it is said.
+    paths = trio(tmp_path / "b", *({**BASE, "chat_template.jinja": text} for text in "aab"))
+    assert "chat template" in say("merge", *paths, "--out", tmp_path / "b/out").notes[0]
+
+
+def test_nothing_is_said_where_all_agree(say, tmp_path):
+    paths = trio(tmp_path, BASE | {"chat_template.jinja": "a"},
+                 BASE | {"tokenizer_config.json": BASE["tokenizer_config.json"] | {
+                     "chat_template": "a\n"}})
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 0 and not said.notes
+
+
+def test_a_model_without_a_tokenizer_cannot_give_one(say, tmp_path):
+    paths = trio(tmp_path, BASE, {"config.json": CONFIG, "generation_config.json": {}})
+    for typed, why in (("model:1", "has no tokenizer files"), ("model:3", "there are 2"),
+                       ("ft1", "base or model:1")):
+        said = say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", typed)
+        assert said.status in (1, 2) and why in said.err and said.err.count("\n") == 1
+    assert say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", "base").status == 0
+
+
+def test_a_tokenizer_that_was_saved_with_an_adapter(say, tmp_path):
+    base = trio(tmp_path, BASE)[0]
+    q = "model.layers.0.self_attn.q_proj"
+    for i in (1, 2):
+        adapter(tmp_path / f"lora{i}", factors(q, 8, 8, seed=i))
+        write(tmp_path / f"lora{i}", {"tokenizer_config.json": {"eos_token": "<|im_end|>"},
+                                      "chat_template.jinja": CHATML})
+    models = (base, tmp_path / "lora1", tmp_path / "lora2")
+    said = say("merge", *models, "--out", tmp_path / "out")
+    assert any("chat template, eos_token: the fine-tunes agree" in note for note in said.notes)
+    out = tmp_path / "theirs"
+    assert say("merge", *models, "--out", out, "--tokenizer-from", "model:2").status == 0
+    assert (out / "chat_template.jinja").read_text() == CHATML
+    assert load(out / "config.json")["model_type"] == "llama"
+
+
+def test_tokenizers_of_a_pipeline(say, tmp_path):
+    index = {"_class_name": "P", "unet": ["diffusers", "U"], "tokenizer": ["transformers", "T"],
+             "tokenizer_2": ["transformers", "T"], "scheduler": ["diffusers", "S"]}
+    ours = {"model_index.json": index, "tokenizer/tokenizer_config.json": {"pad_token": "!"},
+            "tokenizer/merges.txt": "b", "tokenizer_2/tokenizer.json": {"b": 1},
+            "scheduler/scheduler_config.json": {"steps_offset": 1}}
+    theirs = ours | {"tokenizer/tokenizer_config.json": {"pad_token": "<pad>"},
+                     "tokenizer/merges.txt": "t", "tokenizer_2/tokenizer.json": {"t": 1},
+                     "scheduler/scheduler_config.json": {"steps_offset": 0}}
+    paths = trio(tmp_path, ours, theirs, file="unet/model.safetensors")
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert "tokenizer pad_token" in said.notes[0]
+    out = tmp_path / "theirs"
+    assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
+    assert load(out / "tokenizer/tokenizer_config.json") == {"pad_token": "<pad>"}
+    assert (out / "tokenizer/merges.txt").read_text() == "t"
+    assert load(out / "tokenizer_2/tokenizer.json") == {"t": 1}
+    assert load(out / "scheduler/scheduler_config.json") == {"steps_offset": 1}
+
+
+def test_the_tokenizer_of_a_sentence_transformer_in_a_folder(say, tmp_path):
+    modules = [{"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
+    ours = {"modules.json": modules, "0_Transformer/config.json": {"model_type": "bert"},
+            "0_Transformer/tokenizer.json": {"b": 1}, "0_Transformer/vocab.txt": "b",
+            "0_Transformer/tokenizer_config.json": {"pad_token": "[PAD]"}}
+    theirs = ours | {"0_Transformer/tokenizer.json": {"t": 1}, "0_Transformer/vocab.txt": "t",
+                     "0_Transformer/tokenizer_config.json": {"pad_token": "<pad>"}}
+    paths = trio(tmp_path, ours, theirs, file="0_Transformer/model.safetensors")
+    assert "pad_token" in say("merge", *paths, "--out", tmp_path / "out").notes[0]
+    out = tmp_path / "theirs"
+    assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
+    assert load(out / "0_Transformer/tokenizer.json") == {"t": 1}
+    assert (out / "0_Transformer/vocab.txt").read_text() == "t"
+    assert load(out / "0_Transformer/config.json") == {"model_type": "bert"}
+
+
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("key", ["tokenizer_source: {}", "tokenizer: {{source: {}}}"])
+def test_recipes_of_mergekit(say, tmp_path, key, base):
+    paths = trio(tmp_path, BASE, BASE | {"chat_template.jinja": CHATML})
+    models = "".join(f"  - {{model: {p}, parameters: {{weight: 0.5}}}}\n" for p in paths[1:])
+    recipe = f"merge_method: linear\nmodels:\n{models}" + (f"base_model: {paths[0]}\n" if base
+                                                           else "")
+    for source, theirs in ((paths[2], True), ("base", not base)):
+        (tmp_path / "r.yml").write_text(recipe + key.format(source) + "\n")
+        out = tmp_path / f"out{theirs}{source == 'base'}"
+        said = say("merge", "--recipe", tmp_path / "r.yml", "--out", out)
+        assert said.status == 0, said.err
+        assert (out / "chat_template.jinja").is_file() == theirs
+    parsed = parse(yaml.safe_load(recipe + key.format(paths[2])))
+    assert parsed.options["tokenizer_from"] == "model:2"
+    assert "tokenizer_from" not in parse(yaml.safe_load(recipe + key.format("base"))).options
+
+
+@pytest.mark.parametrize("text", ["tokenizer_source: union", "tokenizer_source: org/other",
+                                  "tokenizer: {source: union}"])
+def test_tokenizers_that_are_not_made_here(text):
+    recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+    with pytest.raises(UserError, match="give base or one of the models"):
+        parse(yaml.safe_load(recipe + text))
+
+
+@pytest.mark.parametrize("text", ["tokenizer: {source: base, tokens: {}}",
+                                  "tokenizer: {source: a, pad_to_multiple_of: 8}"])
+def test_keys_of_a_tokenizer_that_are_not_done_are_named(text):
+    recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+    with pytest.raises(UserError, match=r"unknown key '(?:tokens|pad_to_multiple_of)'"):
+        parse(yaml.safe_load(recipe + text))
