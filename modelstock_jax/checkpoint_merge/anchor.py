@@ -17,7 +17,7 @@ from modelstock_jax.checkpoint_merge.sources import AdaptedSource, Source
 from modelstock_jax.merging import anchor_rounding, geometry
 
 # Tensors that are looked at, numbers of each, and the pieces that these are read in.
-TENSORS, NUMBERS, PIECES = 48, 2**15, 4
+TENSORS, NUMBERS, PIECES = 32, 2**14, 2
 # Kernels of models with a base in common have cosines far above this, others about 0.
 _RELATED = 0.3
 # Relative standard deviation of a model's distances from all others: of the base at most (more for
