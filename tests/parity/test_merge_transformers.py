@@ -35,8 +35,8 @@ from tests.parity.merge_inputs import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Warnings of other libraries.
 ADDED = 2
-RESIZED = ("bert", "distilbert", "modernbert", "deberta_v2", "electra", "albert", "bart", "marian",
-           "mamba", "llama")
+RESIZED = ("bert", "distilbert", "modernbert", "deberta_v2", "electra", "albert", "roberta", "bart",
+           "marian", "t5", "whisper", "mamba", "llama", "gpt_neox", "gemma3", "llava", "qwen2_vl")
 
 
 def notes(capsys) -> list[str]:
@@ -93,7 +93,8 @@ def test_a_resized_vocabulary(tmp_path, name, take):
     model, paths = resized(tmp_path, name)
     out, size = tmp_path / "out", VOCABULARY + ADDED * (take == "longest")
     assert merge(paths, out, "--vocabulary", take) == 0
-    assert config_of(out)["vocab_size"] == size
+    config = config_of(out)
+    assert config.get("text_config", config)["vocab_size"] == size
     assert len(hf.AutoTokenizer.from_pretrained(out)) == size
     made, base, first, second = map(tensors, (out, *paths))
     grown = [n for n, value in second.items() if value.shape != base[n].shape]
@@ -382,6 +383,75 @@ def test_the_head_of_the_fine_tunes(tmp_path, capsys, kind, config, auto, base):
         else:
             wanted = merged(own[name].numpy(), heads)
         assert_close(value.numpy(), wanted, name)
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("bert", hf.BertForSequenceClassification),
+    ("roberta", hf.RobertaForSequenceClassification),
+    ("distilbert", hf.DistilBertForSequenceClassification),
+    ("deberta_v2", hf.DebertaV2ForSequenceClassification),
+    ("electra", hf.ElectraForSequenceClassification),
+    ("albert", hf.AlbertForSequenceClassification),
+    ("modernbert", hf.ModernBertForSequenceClassification),
+    ("bart", hf.BartForSequenceClassification),
+    ("gpt2", hf.GPT2ForSequenceClassification),
+    ("llama", hf.LlamaForSequenceClassification),
+])  # fmt: skip
+def test_classifiers_of_a_language_model(tmp_path, capsys, name, kind):
+    """The base has a head for words: its layers of equal shape are not the classifier's."""
+    labels = dict(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
+    model, paths = family(name), [tmp_path / "base", tmp_path / "ft1", tmp_path / "ft2"]
+    model.save_pretrained(paths[0])
+    config = type(model.config)(**model.config.to_dict() | labels)
+    start, report = kind.from_pretrained(paths[0], config=config, output_loading_info=True)
+    for i, path in enumerate(paths[1:]):
+        fine_tuned(start, i + 1).save_pretrained(path)
+    assert merge(paths, tmp_path / "refused") == 1
+    assert "--head finetuned" in capsys.readouterr().err
+    assert merge(paths, tmp_path / "out", "--head", "finetuned") == 0
+    again = opened(hf.AutoModelForSequenceClassification, tmp_path / "out")
+    assert isinstance(again, kind) and list(again.config.id2label.values()) == NAMES
+    tuned, base = [fine_tuned(start, i).state_dict() for i in (1, 2)], start.state_dict()
+    assert report["missing_keys"]
+    for key, value in again.state_dict().items():
+        moved = [one[key].numpy() for one in tuned]
+        wanted = (np.mean([x.astype(np.float64) for x in moved], 0)
+                  if key in report["missing_keys"] else merged(base[key].numpy(), moved))
+        assert_close(value.numpy(), wanted, key)
+
+
+def test_names_of_layer_norms_as_tensorflow_saved_them(tmp_path, capsys):
+    """As bert-base-uncased on the hub: LayerNorm.gamma and beta."""
+    model = family("bert")
+    paths = save_all(tmp_path, model)
+    values = {n.replace("LayerNorm.weight", "LayerNorm.gamma")
+              .replace("LayerNorm.bias", "LayerNorm.beta"): torch.from_numpy(x)
+              for n, x in tensors(paths[0]).items()}
+    old = save_tensors(tmp_path / "old", values, paths[0])
+    for given in ([old, *paths[1:]], [paths[0], old, paths[2]]):
+        out = tmp_path / f"out_{given[0].name}"
+        wanted = [paths[0], *(paths[0] if path == old else path for path in given[1:])]
+        assert merge(given, out) == 0
+        assert any("gamma" in line for line in notes(capsys))
+        made = {n.replace("gamma", "weight").replace("beta", "bias"): x
+                for n, x in tensors(out).items()}
+        assert_merged(made, wanted)
+        opened(hf.BertForMaskedLM, out)
+
+
+def test_names_of_weight_norm(tmp_path):
+    """As wav2vec2-base on the hub: weight_g and weight_v."""
+    model = family("wav2vec2")
+    paths = save_all(tmp_path, model)
+    new, old = "parametrizations.weight.original", "weight_"
+    values = {n.replace(f"{new}0", f"{old}g").replace(f"{new}1", f"{old}v"): torch.from_numpy(x)
+              for n, x in tensors(paths[0]).items()}
+    save_tensors(tmp_path / "old", values, paths[0])
+    assert merge([tmp_path / "old", *paths[1:]], tmp_path / "out") == 0
+    made = {n.replace(f"{old}g", f"{new}0").replace(f"{old}v", f"{new}1"): x
+            for n, x in tensors(tmp_path / "out").items()}
+    assert_merged(made, paths)
+    opened(hf.Wav2Vec2ForCTC, tmp_path / "out")
 
 
 # 10. Configs that disagree.
