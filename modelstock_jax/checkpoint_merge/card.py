@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modelstock_jax.checkpoint_merge.components import MODULES, PIPELINE
+from modelstock_jax.checkpoint_merge.config import CONFIG, read_config
 from modelstock_jax.tensor_files.hub import HUB_ID
 
 PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
@@ -100,8 +102,14 @@ def hub_id(label: str) -> str | None:
 
 
 def library_name(directory: Path) -> str | None:
-    """The library that opens a checkpoint, by the files beside it."""
-    known = {"config.json": "transformers", "open_clip_config.json": "open_clip"}
+    """The library that opens a checkpoint, by the files next to its tensors."""
+    config = read_config(directory) or {}
+    if "_class_name" in config:
+        return "diffusers"
+    if "pretrained_cfg" in config:
+        return "timm"
+    known = {PIPELINE: "diffusers", MODULES: "sentence-transformers",
+             "open_clip_config.json": "open_clip", CONFIG: "transformers"}
     return next((name for file, name in known.items() if (directory / file).is_file()), None)
 
 

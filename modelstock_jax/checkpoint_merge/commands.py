@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import card, heads, quantization, screen
+from modelstock_jax.checkpoint_merge.components import folders
 from modelstock_jax.checkpoint_merge.config import read_config, set_dtype
 from modelstock_jax.checkpoint_merge.drawing import Drawing
 from modelstock_jax.checkpoint_merge.meter import Meter
@@ -211,7 +212,8 @@ def _write(directory: Path, made: dict[str, Any], name: str) -> None:
     """Writes report and card into the finished directory."""
     options = made["options"]
     if dtype := options.get("dtype") or ("bfloat16" if options.get("dequantize") else None):
-        set_dtype(directory, dtype)
+        for folder in folders(directory):
+            set_dtype(directory / folder, dtype)
     write_json(directory / REPORT, made)
     library = card.library_name(directory)
     write_text(directory / CARD, card.card(made, name=name, library=library))

@@ -67,12 +67,14 @@ class Companions:
         tokenizer_model: Whose tokenizer files are.
         changes: Dotted key of config.json -> value that the merge changes; None removes the key.
         dequantized: Whether the config's quantization is taken out.
+        folder: Where that config.json is: in the model's directory, or in a component's.
     """
 
     config_model: int = 0
     tokenizer_model: int = 0
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dequantized: bool = False
+    folder: str = ""
 
 
 def decide_companions(
@@ -98,8 +100,9 @@ def decide_companions(
             f"{sources[config_model].label}: config.json speaks of a quantization, and the weights "
             "are plain; the merged config does not")
     _name_left_behind(sources[config_model], findings)
-    changes = _changes(sources, config_model, tokenizer_model, findings)
-    return Companions(config_model, tokenizer_model, changes, said or options.dequantize)
+    folder = _config_folder(sources[config_model].directory, findings)
+    changes = _changes(sources, config_model, tokenizer_model, folder, findings)
+    return Companions(config_model, tokenizer_model, changes, said or options.dequantize, folder)
 
 
 def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> bool:
@@ -120,26 +123,45 @@ def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> b
 
 
 def _changes(
-    sources: Sequence[Source], config_model: int, tokenizer_model: int, findings: Findings
+    sources: Sequence[Source], config_model: int, tokenizer_model: int, folder: str,
+    findings: Findings,
 ) -> dict[str, Any]:
     """What the merge changes in config.json."""
+    def config_of(model: int) -> dict[str, Any] | None:
+        directory = sources[model].directory
+        return directory and read_config(directory / folder)
+
     changes = dict(findings.config)
-    config = read_config(sources[config_model].directory)
+    config = config_of(config_model)
     if config is None:
         return changes
     for rows, written in findings.vocabulary.items():
         changes |= dict.fromkeys(vocabulary_keys(config, rows), written)
     if tokenizer_model != config_model:
-        theirs = read_config(sources[tokenizer_model].directory) or {}
+        theirs = config_of(tokenizer_model) or {}
         # A special token that their config lacks has no value in the merged config either.
         changes |= {key: None for key in generation_keys(config) if "_token_id" in key}
         changes |= _placed(config, generation_keys(theirs))
     if findings.new_head:
-        theirs = read_config(sources[1].directory) or {}
+        theirs = config_of(1) or {}
         changes |= {key: theirs[key] for key in _LABELS if key in theirs}
         timm = "pretrained_cfg.num_classes"
         changes |= {timm: flat(theirs)[timm]} if timm in flat(theirs) else {}
     return changes
+
+
+def _config_folder(directory: Path | None, findings: Findings) -> str:
+    """Folder of the config that a merge changes; `''` where the model has one at its top."""
+    configs = {} if directory is None else {
+        folder: config for folder in folders(directory)
+        if (config := read_config(directory / folder)) is not None}
+    if "" in configs:
+        return ""
+    resized = [folder for folder, config in configs.items() if any(
+        x in findings.vocabulary for key, x in flat(config).items()
+        if key.endswith("vocab_size") and isinstance(x, int))]
+    models = [folder for folder, config in configs.items() if "model_type" in config]
+    return (*resized, *models, "")[0]
 
 
 def _placed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,11 +204,12 @@ def copy_companions(
                   lambda name: bool(_TOKENIZER.fullmatch(name)))
             _copy_templates(tokenizer / folder, directory / folder)
         _take_template(tokenizer, directory)
-    config = read_config(directory)
+    place = directory / companions.folder
+    config = read_config(place)
     if config is not None and (companions.changes or companions.dequantized):
         if companions.dequantized:
             config = quantization.without_keys(config)
-        write_json(directory / CONFIG, updated(config, companions.changes))
+        write_json(place / CONFIG, updated(config, companions.changes))
 
 
 def _copy_templates(source: Path, directory: Path) -> None:

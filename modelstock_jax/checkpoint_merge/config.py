@@ -86,7 +86,10 @@ def set_dtype(directory: Path, dtype: str) -> None:
     config = read_config(directory)
     if config is not None:
         config = _with_dtype(config, dtype)
-        if not any(key in config for key in KEYS):
+        # Not to configs of pooling modules and of diffusers, which say no dtype.
+        if not any(key in config for key in KEYS) and config.keys() & {
+            "model_type", "architectures"
+        }:
             config["torch_dtype"] = dtype
         write_json(directory / CONFIG, config)
 

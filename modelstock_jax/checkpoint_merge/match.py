@@ -207,7 +207,8 @@ def _missing(
             findings.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
         if extra:
             most = max(share, _share(source, [own for n in extra if (own := partly[n][model])]))
-            hint = "" if why or most >= _MOST else _extra_hint(extra, partly)
+            hint = ("" if lacking else f" ({why})") if why else (
+                "" if most >= _MOST else _extra_hint(extra, partly))
             findings.problems.append(f"{sources[0].label} lacks, and {source.label} has, "
                                      f"{listed(extra)}{hint}")
 
@@ -222,9 +223,12 @@ def _why(base: Source, source: Source, lacking: Sequence[str], extra: Sequence[s
     """What the difference in names comes from, where that is known."""
     if is_pipeline(base.directory) != is_pipeline(source.directory):
         pipeline, single = (base, source) if is_pipeline(base.directory) else (source, base)
+        own = set(single.tensors)
+        part = max(pipeline.components, key=lambda prefix: len(
+            own & {n.removeprefix(prefix) for n in pipeline.tensors if n.startswith(prefix)}))
         parts = listed((prefix.rstrip("/") for prefix in pipeline.components), 4)
         return (f"{pipeline.label} is a pipeline of {parts}, and {single.label} is one model: give "
-                f"the folder of that component in place of {pipeline.label}")
+                f"{pipeline.directory}/{part.rstrip('/')} in place of {pipeline.label}")
     return explanation(base.tensors, lacking, extra)
 
 

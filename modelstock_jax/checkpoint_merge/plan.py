@@ -7,10 +7,12 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.anchor import Examination, examine
 from modelstock_jax.checkpoint_merge.chunks import PIECE, WORKING_SET, piece_length
 from modelstock_jax.checkpoint_merge.companions import Companions, decide_companions
@@ -20,6 +22,9 @@ from modelstock_jax.checkpoint_merge.match import Findings, match
 from modelstock_jax.checkpoint_merge.options import METHODS, Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.tensor_files.header import BITS
+
+# The index of a variant, as transformers and diffusers name it: model.safetensors.index.fp16.json.
+_VARIANT = re.compile(r"(?<![^/])(model|diffusion_pytorch_model)(\.\w+)\.safetensors\.index\.json$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Plan:
         for file, names in zip(self.files, self.shards, strict=True):
             stem = self.base.components[prefix_of(names[0], self.base.components)]
             found.setdefault(stem, {}).update(dict.fromkeys(names, file))
-        return {f"{stem}.safetensors.index.json": places for stem, places in found.items()
-                if len(set(places.values())) > 1}
+        return {_VARIANT.sub(r"\1.safetensors.index\2.json", f"{stem}.safetensors.index.json"):
+                places for stem, places in found.items() if len(set(places.values())) > 1}
 
     @property
     def passes(self) -> int:
@@ -123,6 +128,8 @@ def make_plan(
     sources = (base, *finetuned)
     findings = Findings(lenient=lenient)
     _check_number(len(finetuned), options, findings)
+    findings.problems += filter(None, map(quantization.refusal, sources))
+    findings.refuse()  # Codes and scales have no names in common with weights.
     matched = match(sources, options, findings)
     tensors = decide(sources, matched, options, findings)
     companions = decide_companions(sources, options, findings)

@@ -23,6 +23,11 @@ from modelstock_jax.tensor_files.reader import DTYPES
 ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PATTERNS = ("*.safetensors", *(f"*{end}" for end in ENDINGS), *(f"{name}*" for name in LICENCES))
+# Read first: they name a model's folders.
+_INDEXES = (components.PIPELINE, components.MODULES, components.ROUTER)
+# Next to a pipeline's index there may be the same model in one large file of another format.
+_OF_PIPELINES = (*(f"{stem}*.safetensors" for stem in ("model", "diffusion_pytorch_model")),
+                 *PATTERNS[1:])
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _FORMABLE = ("BF16", "F16", "F32", "F64")
 
@@ -102,16 +107,22 @@ class Source:
                          if _hub_sha256(path) is None}
 
     def digests(self, kind: str = "crc32") -> dict[str, str]:
-        """Digest of each file as `kind:digits`, by its name; what did not pass by is read."""
+        """Checksum of each file as `kind:digits`, by its path; what did not pass by is read."""
         found = {}
         for path in self.files:
             if named := _hub_sha256(path):
-                found[path.name] = f"sha256:{named}"
+                digest = f"sha256:{named}"
             elif kind == "crc32" and path in self._watched:
-                found[path.name] = f"{kind}:{self._watched[path].complete(path)}"
+                digest = f"{kind}:{self._watched[path].complete(path)}"
             else:
-                found[path.name] = f"{kind}:{digest_file(path, kind)}"
+                digest = f"{kind}:{digest_file(path, kind)}"
+            found[self._shown(path)] = digest
         return found
+
+    def _shown(self, path: Path) -> str:
+        """A file's path in the model's directory: files of two components may have one name."""
+        inside = self.directory is not None and path.is_relative_to(self.directory)
+        return path.relative_to(self.directory).as_posix() if inside else path.name
 
 
 class AdaptedSource(Source):
@@ -239,7 +250,7 @@ def open_source(
 def _open(
     text: str, base: Source | None, read_as: Callable[[Source], Source]
 ) -> Source:
-    path = resolve(text, PATTERNS)
+    path = _fetch(text)
     if not is_adapter(path):
         source = Source(text, path)
         _refuse_adapter_files(source)
@@ -249,6 +260,18 @@ def _open(
     if base is None:
         raise UserError(f"{text} is an adapter; as BASE give the model that it was trained on")
     return AdaptedSource(text, base, Adapter(path), shared_base=True)
+
+
+def _fetch(text: str) -> Path:
+    """The path of a model; of a pipeline or modules on the hub the folders that its index names."""
+    if os.path.exists(text):
+        return Path(text)
+    path = resolve(text, _INDEXES)
+    if _COMMIT.fullmatch(path.name):  # The branch may move meanwhile.
+        text = f"{text.partition('@')[0]}@{path.name}"
+    pipeline = components.is_pipeline(path)
+    inner = [name for name in components.named_folders(path) if name]
+    return resolve(text, _OF_PIPELINES if pipeline else PATTERNS, inner)
 
 
 def _refuse_adapter_files(source: Source) -> None:
