@@ -94,9 +94,6 @@ def decide(
     findings: Findings,
 ) -> dict[str, Planned]:
     """Every tensor of the output, by name; problems and notes go to `findings`."""
-    for source in sources:
-        if problem := quantization.refusal(source):
-            findings.problems.append(problem)
     vocabularies = _vocabularies(sources, matched)
     tensors = {}
     for name, names in matched.items():
