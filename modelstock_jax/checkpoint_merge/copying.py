@@ -13,6 +13,7 @@ from modelstock_jax.checkpoint_merge.finite import refuse_non_finite
 from modelstock_jax.checkpoint_merge.output import Output
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tally import Tally
+from modelstock_jax.tensor_files.reader import DTYPES
 
 
 def copy_tensor(
@@ -47,7 +48,8 @@ def _read(
 
 def _mean(parts: list[np.ndarray], code: str) -> np.ndarray:
     if len(parts) == 1:
-        return recode(parts[0], code) if code in FLOATS else parts[0]
+        # A counter may be an integer in one model and a float in another.
+        return recode(parts[0], code) if code in FLOATS else parts[0].astype(DTYPES[code])
     total, wide = np.zeros(len(parts[0])), np.empty(len(parts[0]))
     for part in parts:
         widen(part, wide)

@@ -18,6 +18,7 @@ from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging import units
 from modelstock_jax.merging.units import Part
 from modelstock_jax.tensor_files.header import num_bytes
+from modelstock_jax.tensor_files.reader import DTYPES as STORED
 
 _INTEGERS = ("I8", "U8", "I32")  # that quantized weights are packed in
 _EMBEDDING = re.compile(r"(?:.*[./])?(?:\w*emb\w*|wte|shared|lm_head)(?:\.weight)?")
@@ -151,7 +152,7 @@ def _decide(
     if _excluded(name, options):
         return _taken(name, names, infos, code, options, findings)
     if is_counter(name, base.shape, not floats and base.code != "BOOL"):
-        if (counter := _counter(name, names, sources, infos)) is not None:
+        if (counter := _counter(name, names, sources, infos, findings)) is not None:
             return counter
     if any((info.code in FLOATS) != floats for info in infos):
         findings.object(_mixed(name, sources, infos))
@@ -165,15 +166,31 @@ def _decide(
     return _of_rows(name, names, sources, infos, code, options, findings, vocabularies)
 
 
-def _counter(name, names, sources, infos) -> Planned | None:
-    """A counter: the largest of all models'; None where the models' dtypes differ."""
+def _counter(name, names, sources, infos, findings: Findings) -> Planned | None:
+    """A counter: the largest of all models'; None where the base's dtype cannot hold it."""
     base = infos[0]
-    if any(info.code != base.code and not {info.code, base.code} <= {*FLOATS} for info in infos):
+    if any(math.prod(info.shape) != 1 for info in infos):
         return None
-    counts = [float(source.read(own, 0, 1)[0]) for source, own in zip(sources, names, strict=True)]
+    # Integers and floats as Python compares them: exactly.
+    counts = [value if isinstance(value := source.read(own, 0, 1)[0].item(), int) else float(value)
+              for source, own in zip(sources, names, strict=True)]
+    if lost := [s.label for s, x in zip(sources, counts, strict=True) if not math.isfinite(x)]:
+        findings.object(f"{name} is NaN or infinite in {listed(lost)}; pass --exclude {name!r} to "
+                        "keep the base's")
+        return None
     model = counts.index(max(counts))
+    if infos[model].code != base.code and not _holds(base.code, counts[model]):
+        return None
     return Planned(name, base.shape, base.code, f"model:{model}" if model else "base",
                    "a counter: the largest of all models", names=names, checked=False)
+
+
+def _holds(code: str, value: int | float) -> bool:
+    """Whether a dtype stores a number exactly."""
+    try:
+        return bool(STORED[code].type(value) == value)
+    except OverflowError:
+        return False
 
 
 def _mixed(name: str, sources: Sequence[Source], infos) -> str:
