@@ -90,8 +90,6 @@ def _likeness(word: str, known: str) -> float:
     """From 0, unrelated, to 1, equal but for upper case, dashes and underscores."""
     options = word.startswith("-") and known.startswith("-")
     one, two = (re.sub(r"[-_]+", "_", text.lower().strip("-")) for text in (word, known))
-    if not one or not two:
-        return 0.0
     short, long = sorted((one, two), key=len)
     enough = len(short) >= _LEAST if options else len(short) >= _PART * len(long)
     # An option may be cut anywhere (--check for --checksum); what is known is a part as it is.

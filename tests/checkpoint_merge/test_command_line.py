@@ -42,7 +42,7 @@ def shell(redirection: str, *arguments: object, **environment: str) -> subproces
     """Runs the command with redirections of a shell; standard error comes from a file, too."""
     words = shlex.join([sys.executable, "-c", RUN, *map(str, arguments)])
     return subprocess.run(["bash", "-c", f"{words} {redirection}"], cwd=ROOT, capture_output=True,
-                          env=os.environ | environment, timeout=120)
+                          env=os.environ | {"PYTHONUNBUFFERED": ""} | environment, timeout=120)
 
 
 def is_merged(out: Path) -> bool:
@@ -267,6 +267,7 @@ def test_no_option_breaks_the_line(say):
     ("model.layers.10.self_attn.q_proj.weight", SHAPES, ""),
     ("model.layers.0.self_attn.z_proj.weight", SHAPES, ""),
     ("model.layers.0.mlp.down_proj.weight", SHAPES, ""),
+    ("h.100.weight", ["h.10.weight"], ""), ("h.w1", ["h.w"], ""),
     ("visual.proj.weight", SHAPES, ""), ("weight", SHAPES, ""),
     (3, METHODS, ""), ("", METHODS, ""), ("x", [], ""),
 ])  # fmt: skip

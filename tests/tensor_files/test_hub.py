@@ -31,7 +31,7 @@ answers = {}
 names, _, folders = " ".join(sys.argv[1:]).partition(" in ")
 for name in names.split():
     try:
-        answers[name] = str(resolve(name, FILES, folders.split()))
+        answers[name] = str(resolve(name, ("*",) if folders else FILES, folders.split()))
     except UserError as error:
         answers[name] = f"error: {error}"
 print(json.dumps(answers))
@@ -219,6 +219,8 @@ def test_what_is_no_name_for_the_hub(name, message, tmp_path, monkeypatch):
 
 NONE = "no such file or directory"
 WRITTEN = f"{NONE}; a model of the Hugging Face hub is written"
+DATASET = "a dataset of the Hugging Face hub, not a model; give a model as ORG/NAME"
+URL = "a URL; download the model and give the path of its directory"
 ADDRESS = "an address of the Hugging Face hub; give the model's name:"
 
 
@@ -236,10 +238,10 @@ ADDRESS = "an address of the Hugging Face hub; give the model's name:"
         ("./gpt2", NONE),
         ("/gpt2", NONE),
         ("a/b/c", NONE),
-        ("datasets/org/name", "a dataset of the Hugging Face hub, not a model; give a model as"),
-        ("spaces/org/name", "a space of the Hugging Face hub"),
-        ("https://huggingface.co/datasets/org/name/tree/main", "a dataset of the Hugging Face hub"),
-        ("https://huggingface.co/datasets/squad", "a dataset of the Hugging Face hub"),
+        ("datasets/org/name", DATASET),
+        ("spaces/org/name", DATASET.replace("dataset", "space")),
+        ("https://huggingface.co/datasets/org/name/tree/main", DATASET),
+        ("https://huggingface.co/datasets/squad", DATASET),
         ("https://huggingface.co/org/name", f"{ADDRESS} org/name"),
         ("http://huggingface.co/org/name/", f"{ADDRESS} org/name"),
         ("huggingface.co/org/name", f"{ADDRESS} org/name"),
@@ -256,8 +258,8 @@ ADDRESS = "an address of the Hugging Face hub; give the model's name:"
         ("hf://org/name", f"{ADDRESS} org/name"),
         ("hf://", f"{ADDRESS} ORG/NAME"),
         ("https://mirror.example/org/name", f"{ADDRESS} org/name"),
-        ("https://example.com/model.safetensors", "a URL; download the model and give the path"),
-        ("s3://bucket/model", "a URL; download the model and give the path of its directory"),
+        ("https://example.com/model.safetensors", URL),
+        ("s3://bucket/model", URL),
     ],
 )
 def test_what_to_give_for_the_hub_instead(name, message, tmp_path, monkeypatch):
@@ -265,9 +267,7 @@ def test_what_to_give_for_the_hub_instead(name, message, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     with pytest.raises(UserError) as caught:
         resolve(name)
-    line = str(caught.value)
-    assert line.startswith(f"{name}: {message}") and line.endswith(".") and "\n" not in line
-    assert ("hub" in line) == ("hub" in message)
+    assert str(caught.value) == f"{name}: {message}."
 
 
 def test_no_name_breaks_the_line():
