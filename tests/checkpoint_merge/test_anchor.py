@@ -1,4 +1,4 @@
-"""Whether the base is the fine-tunes' anchor: coarser than they are, misplaced, or another model."""
+"""Whether the base is the anchor of the fine-tunes: coarser, misplaced, or another model."""
 
 from __future__ import annotations
 
