@@ -90,10 +90,10 @@ def decide_companions(
     compare_processors(sources, options, findings)
     if options.tokenizer_from is None and not findings.companion:
         compare_tokenizers(sources, findings)
-    if findings.vocabulary and not _has_tokenizer(sources[tokenizer_model]):
+    if findings.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
         findings.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
-            "copy them into the merged model")
+            "copy its tokenizer into the merged model")
     said = quantization.said_only(sources[config_model].directory)
     if said and not options.dequantize:
         findings.notes.append(
@@ -115,7 +115,7 @@ def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> b
         if (model := model_index(choice)) >= len(sources):
             findings.problems.append(f"{option}: there are {len(sources) - 1} fine-tunes, give "
                                      f"base or model:1 to model:{len(sources) - 1}")
-        elif model and not (_has_tokenizer(sources[model]) if name == "tokenizer_from"
+        elif model and not (_has_tokenizer(sources[model], sources[0]) if name == "tokenizer_from"
                             else sources[model].directory is not None):
             findings.problems.append(f"{option}: {sources[model].label} has no {what}; choose a "
                                      "model that has")
@@ -247,9 +247,12 @@ def _wanted(name: str, dequantized: bool = False) -> bool:
     return name.endswith(ENDINGS) or name.startswith(LICENCES)
 
 
-def _has_tokenizer(source: Source) -> bool:
+def _has_tokenizer(source: Source, base: Source) -> bool:
+    """Whether a model, not the base below its adapter, has a tokenizer's files."""
     directory = source.tokenizer_directory
-    return directory is not None and any(
+    if directory is None or (source is not base and directory == base.tokenizer_directory):
+        return False
+    return any(
         _TOKENIZER.fullmatch(path.name) and path.name != "generation_config.json"
         for folder in tokenizer_folders(directory) for path in (directory / folder).iterdir())
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.buffers import is_counter, is_index
 from modelstock_jax.checkpoint_merge.casts import FLOATS
+from modelstock_jax.checkpoint_merge.depth import is_classifier
 from modelstock_jax.checkpoint_merge.match import Findings, same_numbers
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
@@ -22,13 +23,9 @@ from modelstock_jax.tensor_files.reader import DTYPES as STORED
 
 _INTEGERS = ("I8", "U8", "I32")  # that quantized weights are packed in
 _EMBEDDING = re.compile(r"(?:.*[./])?(?:\w*emb\w*|wte|shared|lm_head)(?:\.weight)?")
+_HEAD = re.compile(r"(?:.*[./])?lm_head(?:\.weight)?")
+_BLOCK = re.compile(r"\.\d+\.")
 _NO_EMBEDDING = re.compile(r"pos|type|patch|relative|time|label")
-# At the end of a network: a block's number before it is another layer's.
-_CLASSIFIER = re.compile(
-    r"(?!.*\.\d+\..*)(?:.*[./])?(?:\w*classifi\w*|score|heads?|fc|qa_outputs|last_linear|"
-    r"pre_logits|logits)\.(?:.*\.)?(?:weight|bias)|(?:.*\.)?classifier\.\d+\.(?:weight|bias)|"
-    r"head\.safetensors:.*"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +114,6 @@ def decide(
     return tensors
 
 
-def is_classifier(name: str) -> bool:
-    """Whether a name is that of a classification head.
-
-    Example:
-        >>> is_classifier("head.safetensors:weight"), is_classifier("vit.encoder.layer.0.fc.weight")
-        (True, False)
-    """
-    return _CLASSIFIER.fullmatch(name) is not None
-
-
 def _decide(
     name: str,
     names: tuple[str | None, ...],
@@ -198,7 +185,8 @@ def _mixed(name: str, sources: Sequence[Source], infos) -> str:
     whole = [(s.label, i.code) for s, i in zip(sources, infos, strict=True)
              if i.code not in FLOATS]
     codes = listed(sorted({code for _, code in whole}))
-    fix = (f"quantized? {quantization.HOW_TO_FIX}" if {code for _, code in whole} & set(_INTEGERS)
+    packed = {code for _, code in whole} & set(_INTEGERS) and math.prod(infos[0].shape) > 1
+    fix = (f"quantized? {quantization.HOW_TO_FIX}" if packed
            else f"store it as floating point there too, or pass --exclude {name!r}")
     return (f"{name} is {codes} in {listed(label for label, _ in whole)} and floating point in the "
             f"others: {fix}")
@@ -249,14 +237,20 @@ def _vocabularies(
 ) -> set[tuple[int, ...]]:
     """Numbers of rows of the models' embeddings, one a model, where they differ."""
     found = set()
+    # A head alone is a classifier, such as that of CTC: its rows have nothing in common.
+    embedded = any(_is_embedding(name) and not _HEAD.fullmatch(name) for name in matched)
     for name, names in matched.items():
-        if not _EMBEDDING.fullmatch(name) or _NO_EMBEDDING.search(name):
+        if not _is_embedding(name) or (_HEAD.fullmatch(name) and not embedded):
             continue
         shapes = [source.tensors[own].shape for source, own in zip(sources, names, strict=True)
                   if own is not None]
         if None not in names and len(shapes[0]) == 2 and len({shape[1:] for shape in shapes}) == 1:
             found.add(tuple(shape[0] for shape in shapes))
     return {rows for rows in found if len(set(rows)) > 1}
+
+
+def _is_embedding(name: str) -> bool:
+    return _EMBEDDING.fullmatch(name) is not None and _NO_EMBEDDING.search(name) is None
 
 
 def _of_rows(
@@ -267,13 +261,15 @@ def _of_rows(
     shapes = "; ".join(f"{s.label} {list(i.shape)}" for s, i in zip(sources, infos, strict=True))
     axis = _vocabulary_axis([info.shape for info in infos], vocabularies)
     if axis is None:
-        alike = len({info.shape for info in infos[1:]}) == 1
+        # Between the blocks of a network no tensor is a head.
+        alike = len({info.shape for info in infos[1:]}) == 1 and (
+            is_classifier(name) or _BLOCK.search(name) is None)
         if alike and options.head == "finetuned":
             findings.new_head.append(name)
             return Planned(name, infos[1].shape, code, "mean",
                            f"the fine-tunes' own: {list(base.shape)} in the base", names=names)
         hint = (" (--head finetuned takes the fine-tunes')"
-                if alike and is_classifier(name) else "")
+                if alike and (is_classifier(name) or _EMBEDDING.fullmatch(name)) else "")
         findings.object(f"{name} differs in shape: {shapes}{hint}")
         return Planned(name, base.shape, code, "base", "shapes differ",
                        names=names) if findings.lenient else None

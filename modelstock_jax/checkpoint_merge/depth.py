@@ -24,6 +24,12 @@ _PATTERNS = (
         re.compile(r"embed|wte|wpe|lm_head|classifier|projection|head|\bproj$"),
     ),
 )
+# At the end of a network: a block's number before it is another layer's.
+_CLASSIFIER = re.compile(
+    r"(?!.*\.\d+\..*)(?:.*[./])?(?:\w*classifi\w*|score|heads?|fc|qa_outputs|last_linear|"
+    r"pre_logits|logits)\.(?:.*\.)?(?:weight|bias)|(?:.*\.)?classifier\.\d+\.(?:weight|bias)|"
+    r"head\.safetensors:.*"
+)
 
 
 class Place(NamedTuple):
@@ -73,3 +79,13 @@ def role(name: str) -> str:
       ('attention', 'norms')
     """
     return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "other")
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a name is that of a classification head.
+
+    Example:
+        >>> is_classifier("head.safetensors:weight"), is_classifier("vit.encoder.layer.0.fc.weight")
+        (True, False)
+    """
+    return _CLASSIFIER.fullmatch(name) is not None

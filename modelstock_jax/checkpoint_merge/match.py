@@ -14,6 +14,7 @@ import numpy as np
 from modelstock_jax.checkpoint_merge.buffers import is_index
 from modelstock_jax.checkpoint_merge.components import is_pipeline
 from modelstock_jax.checkpoint_merge.config import read_config
+from modelstock_jax.checkpoint_merge.depth import is_classifier
 from modelstock_jax.checkpoint_merge.names import explanation, note, renames
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import Source
@@ -208,13 +209,16 @@ def _missing(
         if extra:
             most = max(share, _share(source, [own for n in extra if (own := partly[n][model])]))
             hint = ("" if lacking else f" ({why})") if why else (
-                "" if most >= _MOST else _extra_hint(extra, partly))
+                _extra_hint(extra, partly, most))
             findings.problems.append(f"{sources[0].label} lacks, and {source.label} has, "
                                      f"{listed(extra)}{hint}")
 
 
-def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names]) -> str:
+def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names], share: float) -> str:
     theirs = all(None not in partly[name][1:] for name in extra)
+    if share >= _MOST:  # Of another model, unless all are a head's.
+        heads = theirs and all(map(is_classifier, extra))
+        return " (--head finetuned takes the fine-tunes' mean)" if heads else ""
     return " (--missing base leaves them out" + (
         "; --head finetuned takes the fine-tunes' mean)" if theirs else ")")
 

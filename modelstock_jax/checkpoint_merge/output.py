@@ -35,7 +35,7 @@ class Output:
         }
         self._left = {file: {n for n, f in self._file.items() if f == file}
                       for file in set(self._file.values())}
-        self._stored = {name: stored_name(name, plan.base.components) for name in self._file}
+        self._stored = {name: stored_name(name, plan.components) for name in self._file}
         self._writers: dict[str, ShardWriter] = {}
         self._lock = threading.Lock()
         self._finisher = ThreadPoolExecutor(1, "finish")
@@ -66,7 +66,7 @@ class Output:
             future.result()
         for index, places in self._plan.indexes.items():
             size = sum(self._plan.tensors[name].num_bytes for name in places)
-            stored = {stored_name(name, self._plan.base.components): Path(file).name
+            stored = {stored_name(name, self._plan.components): Path(file).name
                       for name, file in places.items()}
             write_json(self._workplace.path / index, {
                 "metadata": {"total_size": size}, "weight_map": dict(sorted(stored.items())),
@@ -95,7 +95,7 @@ class Output:
 
     def _aliases(self, names: Collection[str]) -> dict[str, str]:
         """Other names of tensors that are stored once, as the base's `__metadata__` holds them."""
-        components = self._plan.base.components
+        components = self._plan.components
         return {stored_name(alias, components): self._stored[kept]
                 for alias, kept in self._plan.base.aliases.items() if kept in names}
 

@@ -69,11 +69,16 @@ class Plan:
         return (self.base, *self.finetuned)
 
     @property
+    def components(self) -> dict[str, str]:
+        """Prefix of a tensor's name -> stem of its output file; also of heads that BASE lacks."""
+        return _components(self.sources)
+
+    @property
     def indexes(self) -> dict[str, dict[str, str]]:
         """Index file -> tensor -> file, of each component that takes several files."""
         found: dict[str, dict[str, str]] = {}
         for file, names in zip(self.files, self.shards, strict=True):
-            stem = self.base.components[prefix_of(names[0], self.base.components)]
+            stem = self.components[prefix_of(names[0], self.components)]
             found.setdefault(stem, {}).update(dict.fromkeys(names, file))
         return {_VARIANT.sub(r"\1.safetensors.index\2.json", f"{stem}.safetensors.index.json"):
                 places for stem, places in found.items() if len(set(places.values())) > 1}
@@ -137,7 +142,7 @@ def make_plan(
     examined = examine(sources, tensors, options) if anchored else Examination()
     findings.problems += examined.problems
     findings.refuse()
-    files = _files(tensors, base.components, options.max_shard_bytes)
+    files = _files(tensors, _components(sources), options.max_shard_bytes)
     plan = Plan(
         base, tuple(finetuned), options, tensors, tuple(files.values()), tuple(files),
         bytes_read=0, bytes_written=sum(t.num_bytes for t in tensors.values()), memory=0,
@@ -168,6 +173,13 @@ def _check_number(number: int, options: Options, findings: Findings) -> None:
         findings.problems.append(f"excluded is {options.excluded}, and there are {number}")
     if options.method == "ties" and options.unit in ("filter", "head"):
         findings.problems.append("ties trims whole tensors: unit tensor, layer, block or global")
+
+
+def _components(sources: Sequence[Source]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for source in sources:
+        found = source.components | found
+    return found
 
 
 def _files(

@@ -63,7 +63,7 @@ def test_an_integer_in_one_model_and_a_float_in_another(say, tmp_path):
     assert found.dtype == np.int64 and found == 7
 
 
-@pytest.mark.parametrize("value", [np.int64(300), np.float32(2.5)])
+@pytest.mark.parametrize("value", [np.int64(300), np.float32(4.5)])
 def test_a_counter_that_the_bases_dtype_cannot_hold(say, tmp_path, value):
     paths = models(tmp_path, "n_averaged", [np.uint8(3), value, value])
     said = say("merge", *paths, "--out", tmp_path / "out")
