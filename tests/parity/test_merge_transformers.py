@@ -391,6 +391,7 @@ def test_the_head_of_the_fine_tunes(tmp_path, capsys, kind, config, auto, base):
     ("distilbert", hf.DistilBertForSequenceClassification),
     ("deberta_v2", hf.DebertaV2ForSequenceClassification),
     ("electra", hf.ElectraForSequenceClassification),
+    ("discriminator", hf.ElectraForSequenceClassification),
     ("albert", hf.AlbertForSequenceClassification),
     ("modernbert", hf.ModernBertForSequenceClassification),
     ("bart", hf.BartForSequenceClassification),
@@ -400,7 +401,10 @@ def test_the_head_of_the_fine_tunes(tmp_path, capsys, kind, config, auto, base):
 def test_classifiers_of_a_language_model(tmp_path, capsys, name, kind):
     """The base has a head for words: its layers of equal shape are not the classifier's."""
     labels = dict(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
-    model, paths = family(name), [tmp_path / "base", tmp_path / "ft1", tmp_path / "ft2"]
+    paths = [tmp_path / "base", tmp_path / "ft1", tmp_path / "ft2"]
+    torch.manual_seed(0)
+    model = (hf.ElectraForPreTraining(family("electra").config) if name == "discriminator"
+             else family(name))
     model.save_pretrained(paths[0])
     config = type(model.config)(**model.config.to_dict() | labels)
     start, report = kind.from_pretrained(paths[0], config=config, output_loading_info=True)
