@@ -50,7 +50,7 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     lines += [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
     lines += ["---", "", f"# {name}", ""]
     lines += [
-        f"{merged(document, '`')}, merged by {METHODS[method]}; {_unit(unit)} for itself.",
+        f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
         "",
         "| | |",
         "|---|---|",
@@ -61,11 +61,10 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     lines += [f"| {key.replace('_', ' ')} | {_value(v)} |" for key, v in others.items()]
     lines += ["", "## Ratios", ""]
     lines += _ratios(document)
-    lines += [] if document["base"] is None else [
-        "![Angle and norm of each tensor's movement over the depth of the network](angles.png)",
-        "",
-    ]
-    lines += ["Every tensor's angle, ratio and policy: `merge_report.json`.", ""]
+    if document["base"] is not None:
+        drawn = "Angle and norm" if len(document["models"]) > 1 else "Norm"
+        lines += [f"![{drawn} of each tensor's update over the depth of the network](angles.png)",
+                  "", "Every tensor's angle, ratio and policy: `merge_report.json`.", ""]
     notes = [*document["notes"], *(note for source in inputs for note in source["notes"])]
     if notes:
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
@@ -118,12 +117,18 @@ def _value(value: Any) -> str:
     return f"`{text}`" if len(text) < 200 else "by tensor, see `merge_report.json`"
 
 
+def _method(document: Mapping[str, Any]) -> str:
+    text = METHODS[document["options"]["method"]]
+    return text if document["base"] else text.replace("fine-tunes", "models")
+
+
 def _model(document: Mapping[str, Any]) -> str:
     return "model" if document["base"] is None else "fine-tune"
 
 
 def _ratios(document: Mapping[str, Any]) -> list[str]:
     lines = ["t = 0 is the base, t = 1 the mean of the fine-tunes.", ""]
+    method, alpha = (document["options"].get(key) for key in ("method", "alpha"))
     if document["ratios"]:
         lines += ["| | tensors | least | median | largest |", "|---|---:|---:|---:|---:|"]
         lines += [
@@ -131,8 +136,9 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
             for kind, v in document["ratios"].items()
         ]
     else:
-        none = document["base"] is None or document["options"]["method"] in ("ties", "slerp")
-        lines[:2] = ["This method has no ratio." if none else "No tensor has an angle."]
+        none = document["base"] is None or method in ("ties", "slerp", "task-arithmetic")
+        lines[:2] = ["This method has no ratio." if none else f"t = {alpha:g} for every tensor."
+                     if method == "wise-ft" else "No tensor has an angle."]
     policies = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in
                          sorted(document["policies"].items(), key=lambda item: -item[1]))
     lines += ["", f"Units by policy: {policies or 'none'}."]

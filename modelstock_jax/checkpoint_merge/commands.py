@@ -185,7 +185,7 @@ def _open(recipe: Recipe, asked: Mapping[str, Any]) -> tuple[Source, list[Source
             raise UserError(f"{label} is given twice; its angle with itself is 0, so the merge "
                             "would take it for certain: give each model once")
         seen.add(place)
-    read_as = quantization.as_weights if asked.get("dequantize") else lambda source: source
+    read_as = quantization.as_weights if asked.get("dequantize") else quantization.as_stored
     anchor = open_source(recipe.base or recipe.models[0], read_as=read_as)
     return anchor, [open_source(model, anchor, read_as) for model in recipe.models]
 
@@ -224,7 +224,8 @@ def _print_plan(plan: Plan, arguments: argparse.Namespace) -> None:
         screen.show_plan(plan, arguments.out or "(no --out)", Console())
         return
     _print_json({
-        "base": plan.base.label, "models": [source.label for source in plan.finetuned],
+        "base": plan.base.label if plan.anchored else None,
+        "models": [source.label for source in plan.finetuned],
         "tensors": [
             {"name": name, "shape": t.shape, "code": t.code, "takes": t.action, "reason": t.reason}
             for name, t in plan.tensors.items()

@@ -159,7 +159,7 @@ def _check_number(number: int, options: Options, findings: Findings) -> None:
         findings.problems.append(
             f"method {options.method!r} takes {least}{'' if most is None else f' to {most}'}"
             f"{' or more' if most is None else ''} fine-tuned models, not {number}"
-            f"{'; the model that is given first is the base' if number < least else ''}"
+            f"{_too_few(number, findings.lenient) if number < least else ''}"
         )
     for name in ("weights", "density"):
         value = getattr(options, name)
@@ -173,6 +173,13 @@ def _check_number(number: int, options: Options, findings: Findings) -> None:
         findings.problems.append(f"excluded is {options.excluded}, and there are {number}")
     if options.method == "ties" and options.unit in ("filter", "head"):
         findings.problems.append("ties trims whole tensors: unit tensor, layer, block or global")
+
+
+def _too_few(number: int, lenient: bool) -> str:
+    base = "; the model that is given first is the base"
+    if number != 1 or lenient:
+        return base
+    return f"{base}; of one fine-tune pass --method wise-ft --alpha 0.5"
 
 
 def _components(sources: Sequence[Source]) -> dict[str, str]:

@@ -23,7 +23,8 @@ def tensor_rows(
     """The rows of a unit's tensors, by name; tensors of one unit differ in name and shape alone.
 
     What a method does not define is None: the ratio and the merged weights' distance of TIES and
-    slerp; every angle, norm and distance where there is no base.
+    slerp; the ratio of negative weights, whose sum says nothing about how far the merged weights
+    are from the base; every angle, norm and distance where there is no base.
 
     Args:
         key: Of the unit.
@@ -37,6 +38,8 @@ def tensor_rows(
     shared: Row = {"cosines": _pairwise(solved.gram), "predicted_distance": distance}
     if not solved.has_ratio:
         shared["ratio"] = distance["merged"] = None
+    elif (solution.coefficient < 0).any():
+        shared["ratio"] = None
     if not anchored:
         shared |= {"cosine": None, "angle": None, "ratio": None, "norms": [], "cosines": []}
     rows = {}
@@ -76,8 +79,11 @@ def _pairwise(gram: np.ndarray) -> list[list[float | None]]:
     safe = np.where(moved, norms, 1.0)
     cosines = np.where(both, gram / safe[:, None] / safe[None], 0.0).sum(axis=-1)
     number = both.sum(axis=-1)
-    return [[float(np.clip(c / n, -1.0, 1.0)) if n else None for c, n in zip(*row, strict=True)]
-            for row in zip(cosines, number, strict=True)]
+    found = [[float(np.clip(c / n, -1.0, 1.0)) if n else None for c, n in zip(*row, strict=True)]
+             for row in zip(cosines, number, strict=True)]
+    for i, row in enumerate(found):
+        row[i] = row[i] and 1.0
+    return found
 
 
 def _root_sum_square(distances: np.ndarray) -> float | None:

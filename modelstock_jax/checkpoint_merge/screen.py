@@ -68,7 +68,7 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
                       "says why")
     distance = document["predicted_distance"]
     if distance and all(distance.get(key) is not None for key in ("replica", "mean", "merged")):
-        table.add_row("to the centre", "one fine-tune {replica:.4g}, their mean {mean:.4g}, "
+        table.add_row("to the center", "one fine-tune {replica:.4g}, their mean {mean:.4g}, "
                       "merged {merged:.4g} (predicted)".format(**distance))
     table.add_row("written to", escape(str(out)))
     moved = report.bytes_read + report.bytes_written
@@ -77,7 +77,7 @@ def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
     table.add_row("time", f"{time} for {decimal(report.bytes_read)} read, "
                   f"{decimal(report.bytes_written)} written{rate}")
     if report.resumed:
-        table.add_row("went on", f"{len(report.resumed)} files were there from an earlier start")
+        table.add_row("resumed", f"{len(report.resumed)} files were complete from an earlier run")
     _print(table, console)
 
 
@@ -140,12 +140,12 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
                                     for c in _pairs(row["cosines"])),
     "angle": lambda row: "–" if row["angle"] is None else f"{row['angle']:.1f}",
     "ratio": lambda row: "–" if row["ratio"] is None else f"{row['ratio']:.3f}",
-    "to centre: one, mean, merged": lambda row: " ".join(
+    "to center: one, mean, merged": lambda row: " ".join(
         "–" if (far := row["predicted_distance"][key]) is None else f"{far:.3g}"
         for key in ("replica", "mean", "merged")),
     "policy": lambda row: row["policy"].replace("_", " "),
 }
-_FIRST_TO_GO = ("to centre: one, mean, merged", "cosines", "shape", "norms", "policy")
+_FIRST_TO_GO = ("to center: one, mean, merged", "cosines", "shape", "norms", "policy")
 
 
 def _took(action: str) -> str:
