@@ -13,9 +13,9 @@ from modelstock_jax.errors import listed
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 # Last parts of names that libraries have renamed: TensorFlow's layer norms, torch's weight norm.
 _RENAMED = {
-    "gamma": ("weight",), "beta": ("bias",),
-    "weight_g": ("parametrizations", "weight", "original0"),
-    "weight_v": ("parametrizations", "weight", "original1"),
+    ("gamma",): ("weight",), ("beta",): ("bias",),
+    ("parametrizations", "weight", "original0"): ("weight_g",),
+    ("parametrizations", "weight", "original1"): ("weight_v",),
 }
 # Embeddings, heads and their biases, where a vocabulary has grown.
 _MAX_RESIZED = 6
@@ -79,12 +79,8 @@ def renames(
     """
     unmatched = [name for name in other if name not in base]
     free = {name for name in base if name not in other}
-    found: dict[str, str] = {}
-    for name in unmatched:
-        plain = _unwrapped(name)
-        if plain != name and plain in free:
-            found[plain] = name
-            free.discard(plain)
+    found = _of_one_spelling(unmatched, free)
+    free -= found.keys()
     left = sorted(set(unmatched) - set(found.values()))
     taken = {name for name in other if name in base}
     rules: list[Rule] = []
@@ -191,6 +187,8 @@ def _best(candidates, left, free, base, other, taken, partial):
             continue
         if not partial and _contradicted(rule, hits, taken):
             continue
+        if _unlike(rule) and 2 * len(hits) < len(other):
+            continue
         shared = len(set(_parts(rule.own)) & set(_parts(rule.base)))
         scored.append(((len(alike), shared), rule, hits))
     if not scored:
@@ -207,6 +205,15 @@ def _contradicted(rule: Rule, hits: Mapping[str, str], taken: Iterable[str]) -> 
     """Whether names that fit as they are begin as those do that the rule would rename."""
     heads = {rule.own + _parts(own[len(rule.own):])[0] for own in hits}
     return any(name.startswith(tuple(f"{head}." for head in heads)) for name in taken)
+
+
+def _unlike(rule: Rule) -> bool:
+    """Whether two prefixes have no part in common: another name of most of a model, or no rule.
+
+    A classifier is no language model's head, though their tensors may have equal shapes.
+    """
+    return bool(rule.own) and bool(rule.base) and not (
+        set(_parts(rule.own)) & set(_parts(rule.base)))
 
 
 def _summed_up(found: Mapping[str, str]) -> tuple[Rule, ...]:
@@ -228,13 +235,29 @@ def _prefix(parts: list[str]) -> str:
     return "".join(f"{part}." for part in parts)
 
 
-def _unwrapped(name: str) -> str:
-    """A name without what wrappers and older libraries have put into it."""
+def _of_one_spelling(unmatched: Iterable[str], free: Iterable[str]) -> dict[str, str]:
+    """The base's name -> the model's, where they are equal but for wrappers and old spellings."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for name in free:
+        places[_plain(name)].append(name)
+    own: dict[str, list[str]] = defaultdict(list)
+    for name in unmatched:
+        own[_plain(name)].append(name)
+    return {places[plain][0]: names[0] for plain, names in own.items()
+            if len(names) == 1 and len(places.get(plain, ())) == 1}
+
+
+def _plain(name: str) -> str:
+    """A name without what wrappers have put into it, in today's spelling.
+
+    Example:
+        >>> _plain("h.0._orig_mod.ln.gamma"), _plain("conv.parametrizations.weight.original0")
+        ('h.0.ln.weight', 'conv.weight_g')
+    """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if parts and parts[-1] in _RENAMED:
-        parts[-1:] = _RENAMED[parts[-1]]
-    elif tuple(parts[-3:]) in _RENAMED.values() and len(parts) > 3:
-        parts[-3:] = [next(k for k, v in _RENAMED.items() if v == tuple(parts[-3:]))]
+    for old, new in _RENAMED.items():
+        if tuple(parts[-len(old):]) == old and len(parts) > len(old):
+            parts[-len(old):] = new
     return ".".join(parts)
 
 

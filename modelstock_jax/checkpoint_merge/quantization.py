@@ -30,7 +30,7 @@ _PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 # What bitsandbytes, GPTQ and compressed-tensors keep next to packed weights under other names.
 _OTHER_PARTNERS = re.compile(
     r".*(?:\.(?:SCB|qweight|qzeros|absmax|weight_format|weight_scale(?:_inv)?)|weight_packed|"
-    r"\.(?:quant_map|nested_absmax|nested_quant_map)|quant_state\..*)"
+    r"\.(?:quant_map|nested_absmax|nested_quant_map)|quant_state\..*|\._data\._data|\._shift)"
 )
 _MARKER = "scaled_fp8"
 # Scales of activations and caches: no part of a weight.
@@ -125,6 +125,17 @@ def refusal(source: Source) -> str | None:
         return f"{what} in a format that is not read here, {problems[0]}"
     return (f"{what}: codes without their scales have no mean; pass --dequantize to merge codes x "
             f"scale, written in bfloat16 or --dtype, or {HOW_TO_FIX}")
+
+
+def as_stored(source: Source) -> Source:
+    """A source that is not quantized.
+
+    Raises:
+        UserError: It is; the message offers what can be done.
+    """
+    if problem := refusal(source):
+        raise UserError(problem)
+    return source
 
 
 def as_weights(source: Source) -> Source:
@@ -310,7 +321,8 @@ def _codes(
     eight = info.code in (*_FLOAT8, *_INT8)
     if not eight and info.code not in _INT16_32:
         return None
-    if is_index(name, info.shape) or "scale" in local.lower() or not np.prod(info.shape) > 1:
+    serves = any(kind in local.lower() for kind in ("scale", "zero", "shift"))
+    if is_index(name, info.shape) or serves or not np.prod(info.shape) > 1:
         return None
     scales = [other for other in _partners(local, tensors, "scale")
               if tensors[other].code not in (*_FLOAT8, *_INT16_32) or info.code == "U8"]

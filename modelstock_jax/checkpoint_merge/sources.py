@@ -133,7 +133,7 @@ class AdaptedSource(Source):
         self.base, self.adapter, self._shared_base = base, adapter, shared_base
         self.components, self.aliases = base.components, base.aliases
         self.tensors = dict(base.tensors)
-        self.notes = list(base.notes)
+        self.notes = [] if shared_base else list(base.notes)
         if adapter.base and not _same_model(adapter.base, base.label):
             self.notes.append(
                 f"{adapter.directory} was made for {adapter.base!r} and is applied to {base.label}"
@@ -152,7 +152,8 @@ class AdaptedSource(Source):
             elif (found := self.tensors[name]).shape != shape:
                 problems.append(f"{name} is {list(found.shape)} in the base, {list(shape)} here")
             elif found.code not in _FORMABLE:
-                problems.append(f"{name} is {found.code} in the base: give it without quantization")
+                problems.append(f"{name} is {found.code} in the base: give it without "
+                                "quantization, or pass --dequantize")
             else:
                 self.tensors[name] = found._replace(code="F64" if found.code == "F64" else "F32")
         if problems:

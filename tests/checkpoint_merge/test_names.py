@@ -171,6 +171,23 @@ def test_names_that_are_no_prefix_apart_are_not_mapped(other):
     assert not renames(infos(base), infos(other)).names
 
 
+def test_a_head_is_never_another_head_of_equal_shape():
+    """A classifier with a dense layer is not the head of a masked language model."""
+    base = layers("bert.") | {"cls.predictions.transform.dense.weight": (WIDTH, WIDTH),
+                              "cls.predictions.transform.dense.bias": (WIDTH,)}
+    tuned = layers("bert.") | {"bert.pooler.dense.weight": (WIDTH, WIDTH),
+                               "bert.pooler.dense.bias": (WIDTH,)}
+    assert not renames(infos(base), infos(tuned)).names
+    base = layers("roberta.") | {"lm_head.dense.weight": (WIDTH, WIDTH)}
+    tuned = layers("roberta.") | {"classifier.dense.weight": (WIDTH, WIDTH)}
+    assert not renames(infos(base), infos(tuned)).names
+
+
+def test_another_name_of_the_whole_model_is_a_prefix():
+    found = renames(infos(layers("bert.")), infos(layers("roberta.")))
+    assert len(found.names) == len(layers("bert.")) and not found.ambiguous
+
+
 def test_a_name_that_fits_as_it_is_is_never_given_to_another():
     base = layers("model.") | layers("model.language_model.")
     found = renames(infos(base), infos(layers("model.")))
@@ -298,16 +315,33 @@ def test_aliases_are_written_to_the_file_that_holds_the_tensor(tmp_path):
         merged.files.values())) > 1
 
 
-def test_legacy_names_of_layer_norms(tmp_path):
+@pytest.mark.parametrize("legacy", ["base", "fine-tunes"])
+def test_legacy_names_of_layer_norms(tmp_path, legacy):
     shapes = {"bert.LayerNorm.weight": (8,), "bert.LayerNorm.bias": (8,), "bert.w.weight": (4, 4)}
     given = models(shapes)
     names = {"bert.LayerNorm.weight": "bert.LayerNorm.gamma",
              "bert.LayerNorm.bias": "bert.LayerNorm.beta", "bert.w.weight": "bert.w.weight"}
+    name = "bert.LayerNorm.weight"
+    d = deltas(given, name)
+    expected = given[0][name] + stock_ratio(d) * d.mean(axis=0)
+    if legacy == "base":
+        given = [{names[n]: w for n, w in model.items()} for model in given]
+        names = {old: new for new, old in names.items()}
+        name = "bert.LayerNorm.gamma"
     assert run(save(tmp_path, given, names), tmp_path / "out") == 0
-    merged = TensorFiles(tmp_path / "out")
-    d = deltas(given, "bert.LayerNorm.weight")
-    expected = given[0]["bert.LayerNorm.weight"] + stock_ratio(d) * d.mean(axis=0)
-    np.testing.assert_allclose(merged["bert.LayerNorm.weight"], expected, rtol=0, atol=4e-7)
+    np.testing.assert_allclose(TensorFiles(tmp_path / "out")[name], expected, rtol=0, atol=4e-7)
+
+
+def test_weight_norm_in_both_spellings(tmp_path):
+    shapes = {"conv.weight_g": (8, 1, 1), "conv.weight_v": (8, 4, 3), "conv.bias": (8,)}
+    given = models(shapes)
+    names = {"conv.weight_g": "conv.parametrizations.weight.original0",
+             "conv.weight_v": "conv.parametrizations.weight.original1", "conv.bias": "conv.bias"}
+    assert run(save(tmp_path, given, names), tmp_path / "out") == 0
+    d = deltas(given, "conv.weight_v")
+    expected = given[0]["conv.weight_v"] + stock_ratio(d) * d.mean(axis=0).reshape(8, 4, 3)
+    np.testing.assert_allclose(TensorFiles(tmp_path / "out")["conv.weight_v"], expected, rtol=0,
+                               atol=4e-7)
 
 
 HEADS = {"model.embed_tokens.weight": (20, WIDTH), "lm_head.weight": (20, WIDTH), "w": (4, 4)}

@@ -176,12 +176,16 @@ def test_a_zero_point_is_subtracted_before_the_scale(tmp_path):
     scale = rng.uniform(0.1, 1, (4, 1)).astype(np.float32)
     zero = rng.integers(100, 150, (4, 1)).astype(np.int64)
     tmp_path.joinpath("m").mkdir()
+    # Next to another zero point in 8 bits, which is itself no weight.
     write_directory_tensors(tmp_path / "m", {
-        "q._weight_qdata": codes, "q._weight_scale": scale, "q._weight_zero_point": zero})
+        "q._weight_qdata": codes, "q._weight_scale": scale, "q._weight_zero_point": zero,
+        "k._weight_qdata": codes, "k._weight_scale": scale,
+        "k._weight_zero_point": zero.astype(np.uint8)})
     source = quantization.as_weights(open_source(str(tmp_path / "m")))
     expected = ((codes.astype(np.float64) - zero) * scale).astype(np.float32)
-    assert list(source.tensors) == ["q.weight"]
-    np.testing.assert_array_equal(source.read("q.weight", 0, 24).reshape(4, 6), expected)
+    assert sorted(source.tensors) == ["k.weight", "q.weight"]
+    for name in source.tensors:
+        np.testing.assert_array_equal(source.read(name, 0, 24).reshape(4, 6), expected)
 
 
 # Tensors that no arithmetic here turns into weights: 4 bits, lattices, codebooks, two scales.
@@ -201,6 +205,9 @@ UNREADABLE = {
             "q.zero": np.ones((4, 2), np.float16)},
     "aqlm": {"q.codes": np.ones((4, 2, 1), np.int16), "q.codebooks": np.ones((1, 8), np.float16),
              "q.scales": np.ones((4, 1, 1, 1), np.float16)},
+    "quanto int4": {"q.weight._data._data": np.ones((4, 4), np.uint8),
+                    "q.weight._scale": np.ones((4, 1), np.float32),
+                    "q.weight._shift": np.ones((4, 1), np.float32)},
     "unfit": {"q.weight": np.ones((4, 6), E4M3), "q.weight_scale": np.ones(5, np.float32)},
 }
 
@@ -306,6 +313,16 @@ def test_adapters_on_a_quantized_base(tmp_path):
     expected = reference([meant[0], *(meant[0] + m for m in movements)])
     merged = TensorFiles(out)[name]
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_adapters_on_a_quantized_base_are_offered_it(tmp_path, capsys):
+    places, _, _ = write(tmp_path, "quanto")
+    lora = adapter(tmp_path / "lora", factors("q", ROWS, COLUMNS))
+    assert main(["merge", str(places[0]), str(lora), str(lora), "--out", str(tmp_path / "o")]) == 1
+    assert "given twice" in capsys.readouterr().err
+    other = adapter(tmp_path / "lora2", factors("q", ROWS, COLUMNS, seed=2))
+    assert main(["merge", str(places[0]), str(lora), str(other), "--out", str(tmp_path / "o")]) == 1
+    assert "pass --dequantize" in capsys.readouterr().err
 
 
 def test_a_plain_base_and_quantized_fine_tunes(tmp_path):
