@@ -27,20 +27,18 @@ from modelstock_jax.merging.units import UNITS
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
           "GIB": 2**30}
 _INPUTS = """\
-BASE is the model that was fine-tuned, FT1, FT2, ... are the fine-tunes of it. Each is
-  a directory with safetensors (one file, or shards and their index)
-  a .safetensors file
-  org/name or org/name@revision, from the Hugging Face hub
-  a directory with a LoRA adapter (of BASE), or model+adapter
+BASE is the model that was fine-tuned; FT1, FT2, ... are its fine-tunes. Each is
+  a directory with safetensors, a pipeline's directory, or a .safetensors file
+  ORG/NAME or ORG/NAME@REVISION, a model of the Hugging Face hub
+  a directory with a LoRA adapter of BASE, or MODEL+ADAPTER
 """
 _EXAMPLES = {
     "merge": """\
 examples:
   modelstock merge meta-llama/Llama-3.1-8B ./run1 ./run2 --out merged
   modelstock merge ./base ./lora1 ./lora2 --out merged --dtype bfloat16
-  modelstock merge ./clip ./ft1 ./ft2 --out merged --unit layer --include 'vision_model.*'
+  modelstock merge ./clip ./ft1 ./ft2 --out merged --include 'vision_model.*'
   modelstock merge mergekit.yml --out merged
-  modelstock merge ./base ./ft1 ./ft2 --out merged --dry-run
 """,
     "compare": """\
 examples:
@@ -51,16 +49,10 @@ examples:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """One line an option where that fits."""
+    """One line per option where that fits."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28)
-
-    def _metavar_formatter(self, action, default_metavar):
-        if action.choices is not None and action.metavar is None:
-            choices = "|".join(map(str, action.choices))
-            return lambda size: (choices,) * size
-        return super()._metavar_formatter(action, default_metavar)
+        super().__init__(prog, max_help_position=26)
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,19 +114,24 @@ def _add_common(parser: Parser) -> None:
     # Suppressed is left out of the namespace: what was not typed keeps the default of `Options`.
     parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
     add = _adder(parser)
-    add("--unit", choices=UNITS, help="numbers that share one angle (tensor)")
+    add("--unit", choices=UNITS, metavar="NAME",
+        help=f"elements that share one angle: {', '.join(UNITS)} (tensor)")
     add("--num-heads", metavar="N", help="for --unit head: 12, or vision_model=12,text_model=8")
     add("--include", action="append", metavar="PATTERN",
-        help="merge only matching tensors, like 'model.layers.*'; may be repeated")
+        help="merge only matching tensors: 'model.layers.*'")
     add("--exclude", action="append", metavar="PATTERN", help="do not merge matching tensors")
-    add("--vocabulary", choices=VOCABULARY, help="embeddings of different sizes: merge the rows "
-        "in common, take the rest from base or longest (refuse)")
-    add("--tied", choices=TIED, help="head tied to the embedding in some models only (keep)")
-    add("--missing", choices=MISSING, help="tensors that some models lack: the base's (refuse)")
-    add("--head", choices=HEAD, help="another classifier than the base's: theirs (refuse)")
+    add("--vocabulary", choices=VOCABULARY, metavar="WHICH",
+        help="embeddings of different sizes: merge common rows, take the rest from base or longest "
+        "(refuse)")
+    add("--tied", choices=TIED, metavar="HOW",
+        help="head tied to the embedding in some models: untie (keep)")
+    add("--missing", choices=MISSING, metavar="HOW",
+        help="tensors that some models lack: base (refuse)")
+    add("--head", choices=HEAD, metavar="HOW",
+        help="classifier that is new in the fine-tunes: take theirs, finetuned (refuse)")
     add("--dequantize", action="store_true", help="read quantized weights as codes x scale")
-    add("--anchor-rounding", choices=ANCHOR_ROUNDING,
-        help="correct ratios for a base stored coarser than the fine-tunes (keep)")
+    add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
+        help="correct the angles of a base that was rounded after training: correct (keep)")
     add("--threads", type=int, metavar="N", help="worker threads (one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
 
@@ -142,30 +139,32 @@ def _add_common(parser: Parser) -> None:
 def _add_merge(parser: Parser) -> None:
     add = _adder(parser)
     parser.add_argument("--out", metavar="DIR", help="directory to write")
-    parser.add_argument("--recipe", metavar="FILE", help="mergekit's YAML, in place of the inputs")
-    add("--method", type=method_name, choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
+    add("--method", type=method_name, choices=METHODS, metavar="NAME",
+        help=", ".join(METHODS) + " (stock)")
     add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
-        help="of the output: bfloat16, float16, float32, ... (each as in BASE)")
+        help="of the output: bfloat16, float16, ... (as in BASE)")
     add("--config-from", metavar="WHICH",
-        help="config.json to write where models disagree: base or model:1")
+        help="config to write if models disagree: base or model:1")
     add("--tokenizer-from", metavar="WHICH",
-        help="tokenizer, chat template and generation settings to write (base)")
-    add("--excluded", metavar="WHAT", help="value of tensors that are not merged: base, mean or "
-        "model:1 for the first fine-tune (base)")
+        help="tokenizer, chat template and generation settings to write: base or model:1 (base)")
+    add("--excluded", metavar="WHICH",
+        help="values of tensors that are not merged: base, mean or model:1 (base)")
     add("--weights", type=numbers, metavar="W,W",
-        help="for linear, task-arithmetic, ties: one per fine-tune (1 each)")
+        help="for linear, task-arithmetic, ties: one per fine-tune (1)")
     add("--normalize", action=argparse.BooleanOptionalAction,
-        help="divide weights by their sum (for linear and ties)")
+        help="divide weights by their sum (yes for linear, ties)")
     add("--alpha", type=float, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
-    add("--scale", type=float, metavar="S", help="lambda, for task-arithmetic and ties (1)")
-    add("--density", type=numbers, metavar="D", help="for ties: fraction of each task vector to "
-        "keep, one or one per fine-tune (1)")
+    add("--scale", type=float, metavar="S", help="lambda of task-arithmetic and ties (1)")
+    add("--density", type=numbers, metavar="D,D",
+        help="for ties: fraction of each task vector to keep (1)")
     add("--t", type=float, metavar="T", help="for slerp, in [0, 1]: how far along the arc")
-    add("--digest", choices=DIGESTS, help="checksum of inputs and outputs (crc32)")
+    add("--digest", choices=DIGESTS, metavar="KIND",
+        help="checksums in the report: crc32 or sha256 (crc32)")
     add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
-        help="like 5GB or 500MB (5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan, and stop")
+        help="of a file: 5GB, 500MB (5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
 
 
 def _adder(parser: Parser):

@@ -98,6 +98,7 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """`modelstock compare`."""
     del argv
+    arguments.plot = arguments.plot and os.path.expanduser(arguments.plot)
     if arguments.plot and Path(arguments.plot).suffix != ".png":
         raise UserError(f"--plot {arguments.plot}: give a name that ends in .png")
     recipe = _recipe(arguments)
@@ -139,8 +140,13 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The models, from the recipe's file or as they were typed."""
     models = arguments.models
     path = getattr(arguments, "recipe", None)
-    if "recipe" in arguments and path is None and models and models[0].endswith(_RECIPES) \
-            and os.path.isfile(os.path.expanduser(models[0])):
+    recipes = [text for text in models if text.endswith(_RECIPES)
+               and not os.path.isdir(os.path.expanduser(text))]
+    if recipes and "recipe" not in arguments:
+        raise UserError(f"{recipes[0]}: a recipe is for modelstock merge; give BASE FT1 FT2 ...")
+    if recipes and path is None:
+        if models[0] != recipes[0]:
+            raise UserError(f"{recipes[0]}: a recipe comes first: modelstock merge RECIPE DIR")
         path, *models = models
         if len(models) == 1 and not arguments.out:  # As `mergekit-yaml RECIPE DIR`.
             arguments.out, models = models[0], []

@@ -29,6 +29,9 @@ _INDEXES = (components.PIPELINE, components.MODULES, components.ROUTER)
 _OF_PIPELINES = (*(f"{stem}*.safetensors" for stem in ("model", "diffusion_pytorch_model")),
                  *PATTERNS[1:])
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+# Factors by the names of diffusers' first releases, LyCORIS, XLabs and IA3.
+_OTHER_ADAPTER = re.compile(
+    r"(?:^|[._])lora\d?\.(?:down|up)\.|\.hada_w\d|\.lokr_w\d|\.ia3_l\b|\.oft_(?:r|blocks)\b")
 _FORMABLE = ("BF16", "F16", "F32", "F64")
 
 
@@ -236,9 +239,10 @@ def open_source(
       UserError: there is no such thing, or it cannot be read; it names it.
     """
     text = os.path.expanduser(text)
-    first, *adapters = [text] if Path(text).exists() else text.split("+")
+    first, *adapters = [text] if Path(text).exists() else map(os.path.expanduser, text.split("+"))
     if not all((first, *adapters)):
         raise UserError(f"{text!r}: expected 'model+adapter'")
+    text = "+".join((first, *adapters))
     source = base if base is not None and first == base.label else _open(first, base, read_as)
     for adapter in adapters:
         directory = resolve(adapter, PATTERNS)
@@ -281,6 +285,9 @@ def _refuse_adapter_files(source: Source) -> None:
         raise UserError(f"{source.label}: a LoRA file in kohya's format is not read; convert "
                         "it to PEFT's with diffusers (load_lora_weights, then save_lora_adapter), "
                         "or merge it into its model first")
+    if found := next(filter(_OTHER_ADAPTER.search, source.tensors), None):
+        raise UserError(f"{source.label}: an adapter in a format that is not read ({found}); "
+                        "convert a LoRA to PEFT's format, merge any other into its model first")
     factors = [name for name in source.tensors if ".lora_A." in name or ".lora_B." in name]
     if factors and len(factors) * 2 > len(source.tensors):
         raise UserError(f"{source.label}: an adapter's weights without its {CONFIG}; give the "
