@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,8 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     # A JSON string or list is YAML too, and needs no rules for quoting.
     lines += [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
     lines += ["---", "", f"# {name}", ""]
-    lines += [
-        f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
-    for i, source in enumerate(inputs, 0 if document["base"] else 1):
-        lines.append(f"| {f'{_model(document)} {i}' if i else 'base'} | `{source['model']}` |")
-    others = {k: v for k, v in document["options"].items() if k not in ("method", "unit")}
-    lines += [f"| {key.replace('_', ' ')} | {_value(v)} |" for key, v in others.items()]
+    lines += [f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
+              "", *_setup(document, inputs)]
     lines += ["", "## Ratios", ""]
     lines += _ratios(document)
     if document["base"] is not None:
@@ -115,6 +107,15 @@ def library_name(directory: Path) -> str | None:
 def _value(value: Any) -> str:
     text = json.dumps(value)
     return f"`{text}`" if len(text) < 200 else "by tensor, see `merge_report.json`"
+
+
+def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the models and of the options that are not at their defaults."""
+    lines = ["| | |", "|---|---|"]
+    for i, source in enumerate(inputs, 0 if document["base"] else 1):
+        lines.append(f"| {f'{_model(document)} {i}' if i else 'base'} | `{source['model']}` |")
+    others = {k: v for k, v in document["options"].items() if k not in ("method", "unit")}
+    return lines + [f"| {key.replace('_', ' ')} | {_value(v)} |" for key, v in others.items()]
 
 
 def _method(document: Mapping[str, Any]) -> str:

@@ -39,12 +39,7 @@ _RECIPES = (".yml", ".yaml")
 def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """`modelstock merge`."""
     recipe = _recipe(arguments)
-    if not arguments.out and not arguments.dry_run:
-        raise UserError("--out DIR is missing: the directory to write the merged model to")
-    arguments.out = arguments.out and os.path.expanduser(arguments.out)
-    if (arguments.out or "").endswith(".safetensors"):
-        raise UserError(f"--out {arguments.out}: a directory is made, with model.safetensors in it;"
-                        " give a name for it that does not end so")
+    arguments.out = _out(arguments)
     asked = _asked(arguments)
     if clash := sorted(asked.keys() & recipe.options.keys()):
         raise UserError(f"{clash[0]} is in the recipe; leave the option out, or change it there")
@@ -123,6 +118,17 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         })  # fmt: skip
     else:
         screen.show_comparison(report.rows, summary, Console())
+
+
+def _out(arguments: argparse.Namespace) -> str | None:
+    """The directory to write; None for a plan alone."""
+    out = arguments.out and os.path.expanduser(arguments.out)
+    if not out and not arguments.dry_run:
+        raise UserError("--out DIR is missing: the directory to write the merged model to")
+    if (out or "").endswith(".safetensors"):
+        raise UserError(f"--out {out}: a directory is made, with model.safetensors in it; give a "
+                        "name for it that does not end so")
+    return out
 
 
 def _notes(plan: Plan) -> list[str]:

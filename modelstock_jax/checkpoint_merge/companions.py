@@ -129,7 +129,7 @@ def _changes(
     """What the merge changes in config.json."""
     def config_of(model: int) -> dict[str, Any] | None:
         directory = sources[model].directory
-        return directory and read_config(directory / folder)
+        return None if directory is None else read_config(directory / folder)
 
     changes = dict(findings.config)
     config = config_of(config_model)

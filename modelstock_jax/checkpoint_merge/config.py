@@ -268,7 +268,8 @@ def _rope(value: Mapping[str, Any]) -> dict[str, Any]:
             found["rope_local_base_freq"] = local["rope_theta"]
         return found
     rest = {("rope_type" if key == "type" else key): x for key, x in value.items()}
-    rest["rope_type"] = _VALUES.get(rest.get("rope_type"), rest.get("rope_type"))
+    kind = rest.get("rope_type")
+    rest["rope_type"] = _VALUES.get(kind, kind) if isinstance(kind, str) else kind
     if rest["rope_type"] in _NO_SCALING:
         del rest["rope_type"]
     apart = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")

@@ -44,6 +44,8 @@ def picture(rows: Sequence[Mapping[str, Any]], path: str | Path | None):
     angles = any(row.get("angle") is not None for row in rows)
 
     def fill(figure):
+        from matplotlib.lines import Line2D
+
         widths = [math.sqrt(len({depth for depth, _ in group})) for group in groups.values()]
         panels = figure.subplots(
             1 + angles, max(1, len(groups)), squeeze=False, sharex="col", sharey="row",
@@ -57,15 +59,10 @@ def picture(rows: Sequence[Mapping[str, Any]], path: str | Path | None):
         if angles:
             _scale_angles(panels[0])
         _scale_norms(panels[-1])
-        from matplotlib.lines import Line2D
-
-        figure.legend(
-            handles=[
-                Line2D([], [], color=colour, marker="o", markersize=5, label=role)
-                for role, colour in COLOURS.items() if role in roles
-            ],
-            loc="outside lower center", ncols=6,
-        )  # fmt: skip
+        figure.legend(handles=[
+            Line2D([], [], color=colour, marker="o", markersize=5, label=role)
+            for role, colour in COLOURS.items() if role in roles
+        ], loc="outside lower center", ncols=6)  # fmt: skip
 
     count = sum(len({depth for depth, _ in group}) for group in groups.values())
     size = (min(13.0, max(7.0, 3 + 0.22 * count)), 5.6 if angles else 3.2)

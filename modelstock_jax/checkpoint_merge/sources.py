@@ -124,8 +124,9 @@ class Source:
 
     def _shown(self, path: Path) -> str:
         """A file's path in the model's directory: files of two components may have one name."""
-        inside = self.directory is not None and path.is_relative_to(self.directory)
-        return path.relative_to(self.directory).as_posix() if inside else path.name
+        if self.directory is None or not path.is_relative_to(self.directory):
+            return path.name
+        return path.relative_to(self.directory).as_posix()
 
 
 class AdaptedSource(Source):
