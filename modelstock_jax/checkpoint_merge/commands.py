@@ -44,8 +44,7 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     if clash := sorted(asked.keys() & recipe.options.keys()):
         raise UserError(f"{clash[0]} is in the recipe; leave the option out, or change it there")
     base, finetuned = _open(recipe, asked)
-    if recipe.layers is not None:
-        _check_layers(recipe.layers, base)
+    _check_layers(recipe.layers, base)
     if recipe.t is not None:
         asked["t"] = schedule(recipe.t, list(base.tensors))
     plan = make_plan(base, finetuned, _options({**recipe.options, **asked}, base),
@@ -75,10 +74,8 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         inputs = _digests((base, *finetuned), plan.options.digest, hashing)
         try:
             with Meter("merging", messages) as meter:
-                report = run(
-                    plan, arguments.out, overwrite=arguments.overwrite, progress=meter,
-                    measured=measured, finish=finish,
-                )  # fmt: skip
+                report = run(plan, arguments.out, overwrite=arguments.overwrite, progress=meter,
+                             measured=measured, finish=finish)
         except BaseException:
             hashing.shutdown(wait=False, cancel_futures=True)
             raise
@@ -202,7 +199,9 @@ def _open(recipe: Recipe, asked: Mapping[str, Any]) -> tuple[Source, list[Source
     return anchor, [open_source(model, anchor, read_as) for model in recipe.models]
 
 
-def _check_layers(layers: int, base: Source) -> None:
+def _check_layers(layers: int | None, base: Source) -> None:
+    if layers is None:
+        return
     number = (read_config(base.directory) or {}).get("num_hidden_layers")
     if number is not None and number != layers:
         raise UserError(f"the recipe's slices end at layer {layers}, {base.label} has {number}: "

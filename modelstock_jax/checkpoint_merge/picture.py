@@ -20,9 +20,8 @@ MOST_TOWERS = 3
 def picture(rows: Sequence[Mapping[str, Any]], path: str | Path | None):
     """Draws angles (above) and norms (below) by block; a column for each tower.
 
-    One fine-tune alone has no angle: then the norms alone.
-
-    A dot is a merge unit, a line the median of its kind in each block.
+    A single fine-tune has no angle: then the norms alone. A dot is a merge unit, a line the median
+    of its kind in each block.
 
     Args:
       rows: of a merge's report: name, shape, angle (degrees or None), norms ([N]).

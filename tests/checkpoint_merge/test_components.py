@@ -178,7 +178,7 @@ def test_a_pipeline_resumes_after_a_kill(tmp_path, monkeypatch):
         with pytest.raises(_Killed):
             run(plan, tmp_path / "out")
     (place,) = [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
-    assert {name for name in files(place) if name.endswith(".safetensors")} == set(done)
+    assert {name for name in files(place) if "safetensors" in name} == set(done)
     report = run(plan, tmp_path / "out")
     assert report.resumed == tuple(sorted(done))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -420,4 +420,4 @@ def test_pipelines_and_modules_on_the_hub(hub, tmp_path):
             del made["merge_report.json"], made["README.md"]
         assert fetched == here and any(name.endswith(".safetensors") for name in here)
     cached = {path.name for path in (tmp_path / "cache").rglob("*")}
-    assert not {"diffusion_pytorch_model.bin", "onnx", "code.py"} & cached
+    assert not {"diffusion_pytorch_model.bin", "onnx", "code.py", "sd-v1.safetensors"} & cached
