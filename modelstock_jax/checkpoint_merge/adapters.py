@@ -28,7 +28,8 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 _TYPES = {"base_model_name_or_path": str, "rank_pattern": dict, "alpha_pattern": dict}
 _LARGEST = float(np.finfo(np.float64).max)
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_embedding_|lora_)(?P<side>[AB])(?:\.weight)?")
-_WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|original_module)(?=\.|$)")
+_WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.|$)")
+_UNTRAINED = re.compile(r"\.original_module(?=\.|$)")
 
 
 class Factors(NamedTuple):
@@ -115,6 +116,8 @@ class Adapter:
         sides: dict[str, dict[str, str]] = {}
         kinds: dict[str, str] = {}
         for full in self.files:
+            if _UNTRAINED.search(full):
+                continue  # The base's own, next to what was trained in its place.
             name = _WRAPPER.sub("", full.removeprefix(PREFIX))
             found = _FACTOR.fullmatch(name)
             if found:

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.casts import FLOATS, widen
+from modelstock_jax.checkpoint_merge.casts import FLOATS, narrow, widen
 from modelstock_jax.checkpoint_merge.decide import Planned, is_classifier
+from modelstock_jax.checkpoint_merge.finite import escaped
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import AdaptedSource, Source
+from modelstock_jax.errors import listed
 from modelstock_jax.merging import anchor_rounding, geometry
 
 # Tensors that are looked at, numbers of each, and the pieces that these are read in.
@@ -29,6 +31,9 @@ _MOST_TENSORS, _AGREE = 0.8, 0.85
 # A head that moved this many times as far as other kernels, relative to its own size.
 _FAR, _OF_ITS_SIZE, _TOGETHER = 10.0, 0.5, 0.8
 _WORTH_A_NOTE = 0.01
+# Part of the squared movement that the fine-tunes' own rounding may be, and part of the movement
+# that must survive the rounding of the output, before a note says so.
+_FINE_TUNES_ROUNDING, _SURVIVES = 0.05, 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Sample:
         count: Numbers.
         gram: Products of the base's weights (row 0) and the task vectors, [1 + N, 1 + N].
         energy: Expected squared rounding error of the base, where it is stored coarser; else 0.
+        own_energy: That of the fine-tunes, a mean, where all are stored coarser than the base.
+        kept: Part of the mean movement that is left when the mean is rounded for the output.
         kernel: Whether it has two axes or more.
     """
 
@@ -47,6 +54,8 @@ class Sample:
     count: int
     gram: np.ndarray
     energy: float
+    own_energy: float
+    kept: float
     kernel: bool
 
 
@@ -82,7 +91,8 @@ def examine(
     kernels = [sample for sample in samples if sample.kernel and sample.gram[0, 0] > 0
                and (np.diag(sample.gram)[1:] > 0).all()]
     notes = _unrelated(sources, kernels) or _misplaced(sources, kernels)
-    notes += _far_heads(sources, kernels)
+    notes += _replaced_layers(sources, kernels) + _equal_models(sources, samples)
+    notes += _far_heads(sources, kernels) + _lost_movement(samples) + _coarse(sources, samples)
     rounding, problems, more = _rounding(sources, samples, options)
     return Examination(tuple(notes + more), tuple(problems), rounding)
 
@@ -117,24 +127,51 @@ def _sample(sources: Sequence[Source], tensor: Planned) -> Sample | None:
     starts = {round(k * (total - length) / max(1, PIECES - 1)) for k in range(PIECES)} \
         if total > NUMBERS else {0}
     coarser = is_coarser(sources, tensor.names)
+    coarse = _are_coarser(sources, tensor.names)
     number = len(sources)
-    gram, energy = np.zeros((number, number)), 0.0
+    gram, energy, own_energy, kept = np.zeros((number, number)), 0.0, 0.0, np.zeros(2)
     for start in sorted(starts):
+        stop = start + length
         vectors = np.empty((number, length))
         for model, vector in enumerate(vectors):
             name = tensor.name_in(model)
             if sources[model].tensors[name].code not in FLOATS:
                 return None
-            widen(sources[model].read(name, start, start + length), vector)
+            widen(sources[model].read(name, start, stop), vector)
         if not np.isfinite(vectors).all():
             return None  # The merge itself names the tensor and the number.
         vectors[1:] -= vectors[0]
         gram += np.array([[a @ b for b in vectors] for a in vectors])
+        kept += _after_rounding(vectors, tensor.code)
         if coarser:
-            squares = sources[0].half_ulp_squares(tensor.name_in(0), start, start + length)
+            squares = sources[0].half_ulp_squares(tensor.name_in(0), start, stop)
             energy += float(squares.sum()) / 3.0
+        if coarse:
+            squares = [source.half_ulp_squares(tensor.name_in(model), start, stop).sum()
+                       for model, source in enumerate(sources[1:], 1)]
+            own_energy += float(np.mean(squares)) / 3.0
     kernel = len([length for length in tensor.shape if length > 1]) > 1
-    return Sample(tensor.name, length * len(starts), gram, energy, kernel)
+    return Sample(tensor.name, length * len(starts), gram, energy, own_energy,
+                  float(kept[0] / kept[1]) if kept[1] > 0 else 1.0, kernel)
+
+
+def _are_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
+    """Whether all fine-tunes store a tensor coarser than the base."""
+    pairs = list(zip(sources, names, strict=True))
+    if any(name is None for _, name in pairs):
+        return False
+    first, *rest = (source.stored_dtype(str(name)) for source, name in pairs)
+    return all(anchor_rounding.is_coarser(dtype, [first]) for dtype in rest)
+
+
+def _after_rounding(vectors: np.ndarray, code: str) -> np.ndarray:
+    """Product of the mean movement with what rounding leaves of it, and its square."""
+    movement = vectors[1:].mean(axis=0)
+    if code in ("F32", "F64"):
+        return np.array([1.0, 1.0]) * (movement @ movement)
+    written = np.empty(len(movement))
+    widen(narrow(vectors[0] + movement, code), written)
+    return np.array([(written - vectors[0]) @ movement, movement @ movement])
 
 
 def _unrelated(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
@@ -155,6 +192,57 @@ def _unrelated(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
                 f"{statistics.median(movements):.2g} times the weights; Model Stock needs "
                 "fine-tunes of one base")
     return found
+
+
+def _replaced_layers(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
+    """A note where single kernels have nothing in common with the base's, and most others do."""
+    found: list[str] = []
+    for model, source in enumerate(sources[1:], 1):
+        names = []
+        for sample in kernels:
+            base, along, own = (sample.gram[0, 0], sample.gram[0, model],
+                                sample.gram[model, model])
+            length = base + 2 * along + own
+            if length > 0 and (base + along) / math.sqrt(base * length) < _RELATED and not (
+                    is_classifier(sample.name)):
+                names.append(sample.name)
+        if names and 2 * len(names) < len(kernels):
+            found.append(f"{listed(names, 3)} of {source.label}: nothing in common with the base's "
+                         "(replaced or renumbered layers?)")
+    return found
+
+
+def _equal_models(sources: Sequence[Source], samples: Sequence[Sample]) -> list[str]:
+    """A note where models are equal: their angle says nothing of noise."""
+    if len(sources) < 3 or not samples:
+        return []
+    distances = sum(_distances(sample.gram) ** 2 for sample in samples)
+    pairs = itertools.combinations(range(len(sources)), 2)
+    return [f"{sources[b].label} is equal to {sources[a].label} in all that was sampled: it is "
+            "counted as a fine-tune, and says nothing of its own" for a, b in pairs
+            if distances[a, b] == 0]
+
+
+def _lost_movement(samples: Sequence[Sample]) -> list[str]:
+    """A note where the output's dtype is too coarse for the movement."""
+    moved = [sample for sample in samples if np.trace(sample.gram[1:, 1:]) > 0]
+    kept = statistics.median(sample.kept for sample in moved) if moved else 1.0
+    if kept >= _SURVIVES:
+        return []
+    return [f"the movement is smaller than the rounding of the output: {100 * kept:.0f} % of it is "
+            "left in a typical tensor; pass --dtype float32 to keep it"]
+
+
+def _coarse(sources: Sequence[Source], samples: Sequence[Sample]) -> list[str]:
+    """A note where the fine-tunes' own rounding is much of their movement."""
+    coarse = [sample for sample in samples if sample.own_energy > 0]
+    square = sum(np.diag(sample.gram)[1:].mean() for sample in coarse)
+    part = sum(sample.own_energy for sample in coarse) / square if square > 0 else 0.0
+    if part < _FINE_TUNES_ROUNDING or len(sources) < 3:
+        return []
+    return [f"the fine-tunes are stored coarser than {sources[0].label}: their rounding is "
+            f"{100 * part:.0f} % of the squared movement, in part common to all, and makes the "
+            "ratios too high; merge them as they were before they were rounded"]
 
 
 def _misplaced(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
@@ -223,7 +311,7 @@ def _far_heads(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
     return [f"{sample.name} moved by {relative(sample):.2g} of its size, other kernels by "
             f"{usual:.2g}, and in all fine-tunes alike: they did not start from this head. Give "
             "the base that they started from, or pass "
-            f"--exclude {sample.name!r} --excluded mean" for sample in far]
+            f"--exclude {escaped(sample.name)!r} --excluded mean" for sample in far]
 
 
 def _rounding(sources: Sequence[Source], samples: Sequence[Sample], options: Options):

@@ -8,12 +8,16 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
+
 from modelstock_jax.checkpoint_merge import quantization
-from modelstock_jax.checkpoint_merge.buffers import is_counter, is_index
+from modelstock_jax.checkpoint_merge.buffers import is_counter, is_embedding, is_index, is_mask
 from modelstock_jax.checkpoint_merge.casts import FLOATS
 from modelstock_jax.checkpoint_merge.depth import is_classifier
+from modelstock_jax.checkpoint_merge.finite import escaped
 from modelstock_jax.checkpoint_merge.match import Findings, same_numbers
-from modelstock_jax.checkpoint_merge.options import DTYPES, Options
+from modelstock_jax.checkpoint_merge.names import TensorInfo
+from modelstock_jax.checkpoint_merge.options import CONVEX, DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging import units
@@ -22,10 +26,12 @@ from modelstock_jax.tensor_files.header import num_bytes
 from modelstock_jax.tensor_files.reader import DTYPES as STORED
 
 _INTEGERS = ("I8", "U8", "I32")  # that quantized weights are packed in
-_EMBEDDING = re.compile(r"(?:.*[./])?(?:\w*emb\w*|wte|shared|lm_head)(?:\.weight)?")
 _HEAD = re.compile(r"(?:.*[./])?lm_head(?:\.weight)?")
 _BLOCK = re.compile(r"\.\d+\.")
-_NO_EMBEDDING = re.compile(r"pos|type|patch|relative|time|label")
+_STATISTIC = re.compile(r"(?:.*[._])?running_(?:var|mean)")
+_AVERAGED = "a statistic of activations: the fine-tunes' mean"
+# A mask holds few different numbers: 0 and 1, or 0 and -inf.
+_MASK_NUMBERS, _MASK_SIZE = 3, 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,9 @@ def decide(
         found = _decide(name, names, sources, options, findings, vocabularies)
         if found is not None:
             tensors[name] = found
+    if statistics := [n for n, t in tensors.items() if t.reason == _AVERAGED]:
+        findings.notes.append(f"{listed(statistics, 3)}: the fine-tunes' mean, for a variance has "
+                              "no extrapolation")
     merged = [t for t in tensors.values() if t.action == "merge"]
     shapes = [(t.name, t.merged_shape) for t in merged]
     if not merged:
@@ -130,7 +139,7 @@ def _decide(
     if names[0] is None:  # `match` lets through what all fine-tunes have alike.
         return Planned(name, base.shape, code, "mean" if floats else "model:1",
                        "the fine-tunes' own, which the base lacks", names=names)
-    if is_index(name, base.shape):
+    if is_index(name, base.shape) or (is_mask(name) and _few_numbers(sources[0], names[0], base)):
         return Planned(name, base.shape, base.code, "base",
                        "a buffer of indices, frequencies or a mask", names=names, checked=False)
     if None in names:
@@ -147,10 +156,20 @@ def _decide(
                        names=names) if findings.lenient else None
     if not math.prod(base.shape) or not floats:
         return _kept(name, names, sources, infos, findings)
+    if _STATISTIC.fullmatch(name) and options.method not in CONVEX:
+        return Planned(name, base.shape, code, "mean", _AVERAGED, names=names)
     if all(info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
            for info in infos):
         return Planned(name, base.shape, code, "merge", names=names)
     return _of_rows(name, names, sources, infos, code, options, findings, vocabularies)
+
+
+def _few_numbers(source: Source, name: str | None, info: TensorInfo) -> bool:
+    """Whether a tensor holds as few different numbers as a mask does."""
+    count = math.prod(info.shape)
+    if name is None or count > _MASK_SIZE:
+        return False
+    return len(np.unique(source.read(name, 0, count).astype(np.float64))) <= _MASK_NUMBERS
 
 
 def _counter(name, names, sources, infos, findings: Findings) -> Planned | None:
@@ -162,9 +181,11 @@ def _counter(name, names, sources, infos, findings: Findings) -> Planned | None:
     counts = [value if isinstance(value := source.read(own, 0, 1)[0].item(), int) else float(value)
               for source, own in zip(sources, names, strict=True)]
     if lost := [s.label for s, x in zip(sources, counts, strict=True) if not math.isfinite(x)]:
-        findings.object(f"{name} is NaN or infinite in {listed(lost)}; pass --exclude {name!r} to "
-                        "keep the base's")
+        findings.object(f"{name} is NaN or infinite in {listed(lost)}; pass --exclude "
+                        f"{escaped(name)!r} to keep the base's")
         return None
+    if any(count < 0 or count != int(count) for count in counts):
+        return None  # A number that was trained, with a counter's name.
     model = counts.index(max(counts))
     if infos[model].code != base.code and not _holds(base.code, counts[model]):
         return None
@@ -187,7 +208,7 @@ def _mixed(name: str, sources: Sequence[Source], infos) -> str:
     codes = listed(sorted({code for _, code in whole}))
     packed = {code for _, code in whole} & set(_INTEGERS) and math.prod(infos[0].shape) > 1
     fix = (f"quantized? {quantization.HOW_TO_FIX}" if packed
-           else f"store it as floating point there too, or pass --exclude {name!r}")
+           else f"store it as floating point there too, or pass --exclude {escaped(name)!r}")
     return (f"{name} is {codes} in {listed(label for label, _ in whole)} and floating point in the "
             f"others: {fix}")
 
@@ -201,7 +222,7 @@ def _kept(name, names, sources, infos, findings: Findings) -> Planned | None:
     ):
         packed = base.code in _INTEGERS and len(base.shape) > 1
         fix = (f"quantized? {quantization.HOW_TO_FIX}" if packed else
-               f"such numbers have no mean; pass --exclude {name!r} to keep the base's")
+               f"such numbers have no mean; pass --exclude {escaped(name)!r} to keep the base's")
         findings.object(f"{name} is {base.code} and differs between models: {fix}")
         if not findings.lenient:
             return None
@@ -238,19 +259,15 @@ def _vocabularies(
     """Numbers of rows of the models' embeddings, one a model, where they differ."""
     found = set()
     # A head alone is a classifier, such as that of CTC: its rows have nothing in common.
-    embedded = any(_is_embedding(name) and not _HEAD.fullmatch(name) for name in matched)
+    embedded = any(is_embedding(name) and not _HEAD.fullmatch(name) for name in matched)
     for name, names in matched.items():
-        if not _is_embedding(name) or (_HEAD.fullmatch(name) and not embedded):
+        if not is_embedding(name) or (_HEAD.fullmatch(name) and not embedded):
             continue
         shapes = [source.tensors[own].shape for source, own in zip(sources, names, strict=True)
                   if own is not None]
         if None not in names and len(shapes[0]) == 2 and len({shape[1:] for shape in shapes}) == 1:
             found.add(tuple(shape[0] for shape in shapes))
     return {rows for rows in found if len(set(rows)) > 1}
-
-
-def _is_embedding(name: str) -> bool:
-    return _EMBEDDING.fullmatch(name) is not None and _NO_EMBEDDING.search(name) is None
 
 
 def _of_rows(
@@ -269,7 +286,7 @@ def _of_rows(
             return Planned(name, infos[1].shape, code, "mean",
                            f"the fine-tunes' own: {list(base.shape)} in the base", names=names)
         hint = (" (--head finetuned takes the fine-tunes')"
-                if alike and (is_classifier(name) or _EMBEDDING.fullmatch(name)) else "")
+                if alike and (is_classifier(name) or is_embedding(name)) else "")
         findings.object(f"{name} differs in shape: {shapes}{hint}")
         return Planned(name, base.shape, code, "base", "shapes differ",
                        names=names) if findings.lenient else None
@@ -285,7 +302,7 @@ def _of_rows(
     rest = 0 if lengths[rest] == lengths[0] else rest
     if rest:
         findings.companion = rest
-    findings.vocabulary[lengths[0]] = lengths[rest]
+    findings.vocabulary[name] = tuple(lengths)
     note = (f"{name}: {min(lengths)} rows in common merged, {lengths[rest] - min(lengths)} more "
             f"from {sources[rest].label}")
     findings.notes.append(note)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.buffers import is_index
+from modelstock_jax.checkpoint_merge.buffers import is_embedding, is_index
 from modelstock_jax.checkpoint_merge.components import is_pipeline
 from modelstock_jax.checkpoint_merge.config import read_config
 from modelstock_jax.checkpoint_merge.depth import is_classifier
@@ -37,8 +37,8 @@ class Findings:
     Attributes:
         problems: What stands in the way.
         notes: What a user should know.
-        config: Dotted key of config.json -> value that the merge changes.
-        vocabulary: Rows of the base's embedding -> rows that are written, where they differ.
+        untied: Heads that become tensors of their own; the config has to say so.
+        vocabulary: Tensor with an axis of the vocabulary -> its length in each model.
         new_head: Tensors that are the fine-tunes' own.
         companion: The model with the rows of a longer vocabulary: its tokenizer is written.
         lenient: Nothing will be written: models that disagree in what is only copied will do.
@@ -46,8 +46,8 @@ class Findings:
 
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    vocabulary: dict[int, int] = dataclasses.field(default_factory=dict)
+    untied: list[str] = dataclasses.field(default_factory=list)
+    vocabulary: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     new_head: list[str] = dataclasses.field(default_factory=list)
     companion: int = 0
     lenient: bool = False
@@ -113,14 +113,14 @@ def _copied(
     name: str, own: Names, views: Sequence[Mapping[str, str]], sources: Sequence[Source],
     findings: Findings,
 ) -> Names:
-    """Fills in a tensor that some models store once, under the name of an equal one.
+    """Fills in a tensor of the vocabulary that some models store once, under another's name.
 
     Models that store it must hold it equal, bit for bit, to a tensor that all models have; the
     others then have it by that name. What only a fine-tune stores so is a copy, and left out.
+    Other tensors may be equal by chance (norms of ones, a decoder that started from the encoder).
     """
     has = [model for model, found in enumerate(own) if found is not None]
-    first = sources[has[0]]
-    if math.prod(first.tensors[views[has[0]][name]].shape) < 2:
+    if not all(_of_vocabulary(sources[m], views[m][name]) for m in has):
         return own
     for other in sorted(views[has[0]], key=lambda other: not _nested(name, other)):
         if other == name or any(other not in view for view in views):
@@ -129,7 +129,7 @@ def _copied(
         if not all(itertools.starmap(_equal, pairs)):
             continue
         if not _nested(name, other) and _constant(*pairs[0][:2]):
-            continue  # Zeros and ones are equal everywhere.
+            continue  # Zeros are equal everywhere.
         if own[0] is None:
             findings.notes.append(f"{name}: a copy of {other} in "
                                   f"{listed(sources[m].label for m in has)}; left out, as in the "
@@ -140,6 +140,14 @@ def _copied(
                               "are equal")
         return tuple(found or views[m][other] for m, found in enumerate(own))
     return own
+
+
+def _of_vocabulary(source: Source, name: str) -> bool:
+    """Whether a tensor has a row, or a number, for each row of its model's embedding."""
+    rows = {source.tensors[n].shape[0] for n in source.tensors
+            if is_embedding(n) and len(source.tensors[n].shape) == 2}
+    shape = source.tensors[name].shape
+    return bool(shape) and shape[0] in rows and math.prod(shape) > 1
 
 
 def _nested(a: str, b: str) -> bool:
@@ -285,7 +293,7 @@ def _tied(
             return (None,) * len(own)
         return alias
     if options.tied == "untie":
-        findings.config["tie_word_embeddings"] = False
+        findings.untied.append(name)
         findings.notes.append(f"{name}: untied, for {listed(trained)} trained a head of its own")
         _note_aliases(name, own, alias, sources, findings)
         return alias

@@ -52,9 +52,6 @@ Solver = Callable[[Measured], Solved]
 
 _STRAIGHT = 0.9995  # mergekit's: weights of a larger cosine lie on one line
 
-# Never outside of the range of the inputs, so that nothing can overflow.
-CONVEX = ("stock", "weighted-stock", "uniform", "wise-ft")
-
 
 def solver(options: Options, number: int) -> Solver:
     """The method asked for, of `number` fine-tunes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from modelstock_jax.errors import listed
@@ -19,6 +19,8 @@ _RENAMED = {
 }
 # Embeddings, heads and their biases, where a vocabulary has grown.
 _MAX_RESIZED = 6
+# Part of a model's names that are below a prefix which has another name in the base.
+_MOST = 0.8
 _FUSED_EXPERTS = re.compile(r".*experts\.(?!\d)[A-Za-z_.]*(?:gate|up|down|w\d|proj)\w*")
 _APART_EXPERTS = re.compile(r".*experts\.\d+\..+")
 # Projections that some models store as one tensor: its part of a name, and those of its parts.
@@ -36,6 +38,9 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     code: str
     written: str | None = None  # dtype code of the output where it is not `code`
+
+
+_LAYER = re.compile(r"(?P<tower>.*?(?:layers?|blocks?|h|stages?))\.(?P<layer>\d+)\.")
 
 
 class Rule(NamedTuple):
@@ -116,6 +121,8 @@ def explanation(base: Iterable[str], lacking: Iterable[str], extra: Iterable[str
 (mlp.experts.0.gate_proj.weight)'
     """
     lacking, extra = sorted(lacking), sorted(extra)
+    if depth := _other_depth(base, lacking, extra):
+        return depth
     for ours, theirs, words in (
         (lacking, extra, ("the base stores experts fused ({}), this model each on its own ({})")),
         (extra, lacking, ("this model stores experts fused ({}), the base each on its own ({})")),
@@ -141,6 +148,21 @@ def explanation(base: Iterable[str], lacking: Iterable[str], extra: Iterable[str
     return ""
 
 
+def _other_depth(base: Iterable[str], lacking: Sequence[str], extra: Sequence[str]) -> str:
+    """Whether one of two models has layers beyond the other's last, all tensors of them."""
+    layers = {}
+    for names in (set(base), set(base) - set(lacking) | set(extra)):
+        found = [match for name in names if (match := _LAYER.match(name))]
+        layers[len(layers)] = {tower: {int(m["layer"]) for m in found if m["tower"] == tower}
+                               for tower in {m["tower"] for m in found}}
+    for tower in layers[0].keys() & layers[1].keys():
+        ours, theirs = (sorted(layers[k][tower]) for k in (0, 1))
+        if len(ours) > 1 and len(theirs) > 1 and ours[-1] != theirs[-1]:
+            return (f"the base has {len(ours)} layers in {tower}, this model {len(theirs)}: layers "
+                    "of models of unequal depth do not correspond")
+    return ""
+
+
 def note(label: str, found: Renames) -> str:
     """What a user should know of names that were mapped."""
     rules = listed((str(rule) for rule in found.rules), 4)
@@ -156,19 +178,25 @@ def _candidates(left, free, base, other) -> Counter:
     rules: Counter = Counter()
     for name in left:
         for suffix in _suffixes(name):
-            fits = [n for n in by_suffix.get(suffix, ()) if _alike(other[name], base[n])]
-            if not fits:
-                continue
-            rest = _parts(suffix)
-            if len(rest) < 2 and suffix != name and suffix not in fits:
-                break  # `weight` alone says nothing.
             own = name[: len(name) - len(suffix)]
-            for target in fits:
-                rule = Rule(own, target[: len(target) - len(suffix)])
-                if _numbers(rule.own) == _numbers(rule.base):  # A layer is never another layer.
+            if _numbers(own):  # A layer is never another layer.
+                break
+            alone = len(_parts(suffix)) < 2
+            for target in by_suffix.get(suffix, ()):
+                if alone and suffix not in (name, target):
+                    continue  # `weight` alone says nothing.
+                rule = _shortest(own, target[: len(target) - len(suffix)])
+                if _alike(other[name], base[target]) and not _numbers(rule.base):
                     rules[rule] += 1
-            break
     return rules
+
+
+def _shortest(own: str, base: str) -> Rule:
+    """A rule without the parts at the end of both prefixes that are equal."""
+    while own and base and (tail := re.search(r"[^./]+[./]$", own)) and base.endswith(tail[0]) and (
+            len(base) == len(tail[0]) or base[-len(tail[0]) - 1] in "./"):
+        own, base = own[: tail.start()], base[: len(base) - len(tail[0])]
+    return Rule(own, base)
 
 
 def _best(candidates, left, free, base, other, taken, partial):
@@ -187,7 +215,7 @@ def _best(candidates, left, free, base, other, taken, partial):
             continue
         if not partial and _contradicted(rule, hits, taken):
             continue
-        if _unlike(rule) and 2 * len(hits) < len(other):
+        if _replaces(rule) and len(hits) < _MOST * len(other):
             continue
         shared = len(set(_parts(rule.own)) & set(_parts(rule.base)))
         scored.append(((len(alike), shared), rule, hits))
@@ -207,13 +235,14 @@ def _contradicted(rule: Rule, hits: Mapping[str, str], taken: Iterable[str]) -> 
     return any(name.startswith(tuple(f"{head}." for head in heads)) for name in taken)
 
 
-def _unlike(rule: Rule) -> bool:
-    """Whether two prefixes have no part in common: another name of most of a model, or no rule.
+def _replaces(rule: Rule) -> bool:
+    """Whether parts of one prefix stand for others: another name of a whole model, or no rule.
 
-    A classifier is no language model's head, though their tensors may have equal shapes.
+    A classifier is no language model's head, and one task's head not another's, though their
+    tensors may have equal shapes.
     """
-    return bool(rule.own) and bool(rule.base) and not (
-        set(_parts(rule.own)) & set(_parts(rule.base)))
+    own, base = set(_parts(rule.own)), set(_parts(rule.base))
+    return bool(own - base) and bool(base - own)
 
 
 def _summed_up(found: Mapping[str, str]) -> tuple[Rule, ...]:
@@ -268,8 +297,14 @@ def _suffixes(name: str) -> Iterable[str]:
         yield name[found.end():]
 
 
-def _numbers(name: str) -> list[str]:
-    return [part for part in _parts(name) if part.isdigit()]
+def _numbers(prefix: str) -> list[str]:
+    """Numbers of layers in a prefix, also those at the end of a part like `layer_3` or `layer4`.
+
+    Example:
+        >>> _numbers("encoder.layer_3."), _numbers("layer4.0."), _numbers("wav2vec2.encoder.")
+        (['3'], ['4', '0'], [])
+    """
+    return re.findall(r"(?:^|[./]|_|layers?|blocks?|stages?|h)(\d+)(?=[./])", prefix)
 
 
 def _parts(name: str) -> list[str]:

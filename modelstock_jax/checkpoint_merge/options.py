@@ -22,6 +22,8 @@ METHODS = {
     "ties": (1, None, ("weights", "scale", "density", "normalize")),
     "slerp": (1, 2, ("t",)),
 }
+# Never outside of the range of the inputs: nothing overflows, and a variance stays positive.
+CONVEX = ("stock", "weighted-stock", "uniform", "wise-ft")
 # Other spellings: mergekit's, the library's, and those of papers.
 METHOD_ALIASES = {
     "model-stock": "stock", "weighted-model-stock": "weighted-stock", "uniform-mean": "uniform",

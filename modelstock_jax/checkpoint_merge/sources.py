@@ -187,7 +187,8 @@ class AdaptedSource(Source):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that are read, the base's too."""
-        return (*self.base.files, self.adapter.directory / WEIGHTS)
+        own = self.adapter.directory
+        return (*self.base.files, own / WEIGHTS, own / CONFIG)
 
     def read(
         self, name: str, start: int, stop: int, into: np.ndarray | None = None
@@ -260,6 +261,9 @@ def _open(
     if not is_adapter(path):
         source = Source(text, path)
         _refuse_adapter_files(source)
+        if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+            source.notes.append(f"{text}: {WEIGHTS} is not applied, for the directory holds a "
+                                f"model too; to apply the adapter to that model give {text}+{text}")
         if _COMMIT.fullmatch(path.name) and path != Path(text):
             source.notes.append(f"{text} is commit {path.name} on the hub")
         return read_as(source)

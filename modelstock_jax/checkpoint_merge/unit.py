@@ -15,7 +15,8 @@ from modelstock_jax.checkpoint_merge.casts import narrow, recode, widen
 from modelstock_jax.checkpoint_merge.chunks import PIECE, Layout, Scratch, piece_length, products
 from modelstock_jax.checkpoint_merge.decide import Planned
 from modelstock_jax.checkpoint_merge.finite import refuse_non_finite
-from modelstock_jax.checkpoint_merge.methods import CONVEX, Solved, coefficients, combine
+from modelstock_jax.checkpoint_merge.methods import Solved, coefficients, combine
+from modelstock_jax.checkpoint_merge.options import CONVEX
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tally import Tally
 from modelstock_jax.merging import geometry

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from modelstock_jax.checkpoint_merge.finite import escaped
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.rows import Row
 from modelstock_jax.checkpoint_merge.sources import Source
@@ -47,12 +48,8 @@ class Workplace:
     """
 
     def __init__(self, plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False):
-        self.out = Path(os.path.realpath(out))
         self._plan, self._overwrite = plan, overwrite
-        refuse_inputs(self.out, (plan.base, *plan.finetuned))
-        _refuse_impossible(self.out)
-        refuse_existing(self.out, overwrite=overwrite)
-        self.path = self.out.parent / f".{self.out.name}.{plan.fingerprint[:16]}.merge"
+        self.out, self.path = _places(plan, out, overwrite)
         self._saving = threading.Lock()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -148,23 +145,55 @@ class Workplace:
 
     def _check_room(self) -> None:
         done = sum((self.path / name).stat().st_size for name in self.digests)
-        needed = self._plan.bytes_written - done + _SPARE
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
-            raise UserError(
-                f"{self.out}: {needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are "
-                "free; free some or choose another disk."
-            )
+        _refuse_full(self.out, self._plan.bytes_written - done + _SPARE, self.path)
 
     def _remove_stale(self) -> None:
         """Removes what other, unfinished merges to the same place left, where none is at work."""
-        for path in self.out.parent.glob(f".{_escaped(self.out.name)}.*.merge"):
+        for path in self.out.parent.glob(f".{escaped(self.out.name)}.*.merge"):
             try:
                 with open(path / _LOCK, "a") as lock:
                     if locked(lock):
                         shutil.rmtree(path, ignore_errors=True)
             except OSError:
                 continue
+
+
+def check_out(plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raises a `Workplace`'s errors for a plan that is only shown; makes nothing.
+
+    Args:
+        plan: Of the merge.
+        out: The directory that would be written.
+        overwrite: Whether it may be replaced.
+
+    Raises:
+        UserError: `out` is an input, exists or cannot be made; the disk has too little room.
+    """
+    place, path = _places(plan, out, overwrite)
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{shown(place)}: cannot be written (Permission denied); choose another "
+                        "directory.")
+    done = sum((path / name).stat().st_size for name in plan.files if (path / name).is_file())
+    _refuse_full(place, plan.bytes_written - done + _SPARE, nearest)
+
+
+def _places(plan: Plan, out: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Path]:
+    """The final directory, and the one next to it in which the merge is made."""
+    place = Path(os.path.realpath(out))
+    refuse_inputs(place, plan.sources)
+    _refuse_impossible(place)
+    refuse_existing(place, overwrite=overwrite)
+    return place, place.parent / f".{place.name}.{plan.fingerprint[:16]}.merge"
+
+
+def _refuse_full(out: Path, needed: int, disk: Path) -> None:
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise UserError(
+            f"{out}: {needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are "
+            "free; free some or choose another disk."
+        )
 
 
 def locked(file: TextIO) -> bool | None:
@@ -232,7 +261,3 @@ def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:
 def _digest(path: Path, like: str) -> str:
     kind = like.partition(":")[0]
     return f"{kind}:{digest_file(path, kind)}"
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -229,7 +229,11 @@ def _locate(path: Path) -> _Found:
 
 
 def _candidates(path: Path, names: Sequence[str]) -> dict[str, list[Path]]:
-    """Stem -> the index, or the single file, or the shards, whatever there is first of these."""
+    """Stem -> the single file, or the index, or the shards, whatever there is first of these.
+
+    transformers, too, opens a single file before an index, which an older save may have left; but
+    not a file that the index itself names.
+    """
     indexes, singles, shards = {}, {}, {}
     for name in names:
         if found := _INDEX.fullmatch(name):
@@ -238,7 +242,17 @@ def _candidates(path: Path, names: Sequence[str]) -> dict[str, list[Path]]:
             shards.setdefault(found["stem"] + (found["variant"] or ""), []).append(path / name)
         elif name.endswith(_SUFFIX):
             singles[name.removesuffix(_SUFFIX)] = [path / name]
-    return shards | singles | indexes
+    for stem in singles.keys() & indexes.keys():
+        if _is_named(singles[stem][0].name, indexes[stem][0]):
+            del singles[stem]
+    return shards | indexes | singles
+
+
+def _is_named(file: str, index: Path) -> bool:
+    try:
+        return json.dumps(file) in index.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _choose(path: Path, candidates: Mapping[str, list[Path]]) -> tuple[str, list[Path]]:

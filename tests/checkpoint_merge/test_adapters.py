@@ -210,6 +210,18 @@ def test_tensors_that_do_not_fit(base, tmp_path, change, said):
     assert said in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_trained_module_is_read_and_not_the_original(base, tmp_path, order):
+    """A raw state dict holds both; the original is the base's."""
+    trained = np.full((7, 5), 3, np.float32)
+    names = [f"base_model.model.{Q}.modules_to_save.default.weight",
+             f"base_model.model.{Q}.original_module.weight"][::order]
+    tensors = {name: trained if "default" in name else np.zeros((7, 5), np.float32)
+               for name in names}
+    source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
+    np.testing.assert_array_equal(whole(source, f"{Q}.weight"), trained)
+
+
 def test_an_adapter_of_other_prefixes_is_mapped(base, tmp_path):
     tensors = factors(Q, ROWS, COLUMNS)
     plain = open_source(str(adapter(tmp_path / "plain", tensors)), base)

@@ -240,6 +240,52 @@ def test_a_head_that_did_not_start_from_the_bases(tmp_path, capsys):
                                rtol=0, atol=1e-6)
 
 
+def test_layers_that_were_replaced(tmp_path, capsys):
+    base = original()
+    tuned = trained(base, 0.02, COSINE)
+    for model in tuned:
+        model["layers.1.mlp.up.weight"] = base["layers.2.mlp.up.weight"]
+    places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
+    assert run(places, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert said.count("layers.1.mlp.up.weight of") == said.count("note:") == 2
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 2), (1, 2)])
+def test_a_copy_of_a_model_is_no_fine_tune(tmp_path, capsys, first, second):
+    """Given under another path; the same path twice is an error."""
+    base = original()
+    given = [cast(m, np.float32) for m in (base, *trained(base, 0.02, COSINE))]
+    given[second] = given[first]
+    places = save(tmp_path, given)
+    assert run(places, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert f"{places[second]} is equal to {places[first]}" in said and said.count("note:") == 1
+
+
+def test_a_movement_that_the_output_would_round_away(tmp_path, capsys):
+    base = cast(original(), BF16)
+    wide = {n: w.astype(np.float64) for n, w in base.items()}
+    tuned = [cast(m, np.float32) for m in trained(wide, 2e-4, 0.9)]
+    places = save(tmp_path, [base, *tuned])
+    assert run(places, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "rounding of the output" in said and "--dtype float32" in said
+    assert run(places, tmp_path / "wide", "--dtype", "float32") == 0
+    assert "rounding of the output" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "noted"), [(1e-3, True), (3e-2, False)])
+def test_fine_tunes_that_are_coarser_than_the_base(tmp_path, capsys, size, noted):
+    """They rounded the same base alike: what they have in common is the rounding."""
+    base = original()
+    tuned = trained({n: w.astype(np.float32).astype(np.float64) for n, w in base.items()}, size, 0)
+    places = save(tmp_path, [cast(base, np.float32), *(cast(m, BF16) for m in tuned)])
+    assert run(places, tmp_path / "out") == 0
+    assert ("stored coarser than" in capsys.readouterr().err) is noted
+    assert (median_ratio(report(tmp_path / "out")) > 0.3) is noted
+
+
 def test_a_dry_run_and_a_comparison_say_it_too(tmp_path, capsys):
     places = save(tmp_path, [cast(m, np.float32) for m in (original(), original(8), original(9))])
     assert run(places, tmp_path / "out", "--dry-run") == 0

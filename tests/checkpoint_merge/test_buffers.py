@@ -47,6 +47,40 @@ def test_buffers_are_the_bases_bit_for_bit(tmp_path, name, dtypes, dtype):
     np.testing.assert_array_equal(out[name], base[name])
 
 
+def test_a_mask_that_was_trained_is_a_weight(tmp_path):
+    shapes = {"attn.mask": (8, 8), "w": (4, 4), "ssm.log_step": (1,)}
+    given = models(shapes)
+    places = []
+    for k, model in enumerate(given):
+        places.append(tmp_path / str(k))
+        places[-1].mkdir()
+        write_directory_tensors(places[-1], model)
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    out = TensorFiles(tmp_path / "out")
+    assert not np.array_equal(out["attn.mask"], given[0]["attn.mask"])
+    # A number alone has no angle: the mean, not the largest.
+    mean = (given[1]["ssm.log_step"] + given[2]["ssm.log_step"]) / 2
+    np.testing.assert_allclose(out["ssm.log_step"], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["stock", "task-arithmetic", "ties"])
+def test_variances_stay_positive(tmp_path, capsys, method):
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((8, 8)), "bn.running_var": np.full(8, 0.5)}
+    places = []
+    for k in range(3):
+        model = {"w": base["w"] + 0.1 * rng.standard_normal((8, 8)) * (k > 0),
+                 "bn.running_var": np.full(8, 0.5 if k == 0 else 0.2 + 0.01 * k)}
+        places.append(tmp_path / str(k))
+        places[-1].mkdir()
+        write_directory_tensors(places[-1], {n: w.astype(np.float32) for n, w in model.items()})
+    typed = ["--method", method, *(["--scale", "3"] if method != "stock" else [])]
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 0
+    found = TensorFiles(tmp_path / "out")["bn.running_var"]
+    assert found.min() > 0.19
+    assert ("extrapolation" in capsys.readouterr().err) is (method != "stock")
+
+
 @pytest.mark.parametrize(("name", "shape"), [
     ("vit.embeddings.mask_token", (1, 1, 8)), ("rope.freqs", (2, 4, 8)), ("q.bias", (8,)),
     ("h.0.attn.bias", (12,)), ("attn.relative_position_bias_table", (49, 4)),

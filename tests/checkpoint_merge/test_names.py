@@ -188,6 +188,29 @@ def test_another_name_of_the_whole_model_is_a_prefix():
     assert len(found.names) == len(layers("bert.")) and not found.ambiguous
 
 
+@pytest.mark.parametrize(("base", "tuned"), [
+    ("encoder.encoder_layer_{}.", "encoder.encoder_layer_{}."), ("layer{}.0.", "layer{}.0."),
+])
+def test_numbers_within_a_part_are_layers_too(base, tuned):
+    shapes = {base.format(i) + "w.weight": (WIDTH, WIDTH) for i in range(4)}
+    shifted = {tuned.format(i) + "w.weight": (WIDTH, WIDTH) for i in range(1, 5)}
+    assert not renames(infos(shapes), infos(shifted)).names
+
+
+def test_a_head_of_one_task_is_not_that_of_another():
+    base = layers("") | {f"heads.mnli.{n}.weight": (WIDTH, WIDTH) for n in ("dense", "out")}
+    tuned = layers("") | {f"heads.sst2.{n}.weight": (WIDTH, WIDTH) for n in ("dense", "out")}
+    assert not renames(infos(base), infos(tuned)).names
+
+
+def test_an_adapter_that_fits_two_towers_is_not_guessed():
+    """The longest common end of the names is no proof."""
+    base = layers("audio.model.") | layers("text.")
+    adapter = {n: s for n, s in layers("model.").items() if "q_proj" in n}
+    found = renames(infos(base), infos(adapter), partial=True)
+    assert not found.names and set(found.ambiguous) == set(adapter)
+
+
 def test_a_name_that_fits_as_it_is_is_never_given_to_another():
     base = layers("model.") | layers("model.language_model.")
     found = renames(infos(base), infos(layers("model.")))
@@ -273,6 +296,32 @@ def test_zeros_are_no_copies_of_each_other(tmp_path, capsys):
     del given[1]["a.first.bias"]
     assert run(save(tmp_path, given), tmp_path / "out") == 1
     assert "lacks a.first.bias" in capsys.readouterr().err
+
+
+def test_twins_that_are_no_copies(tmp_path, capsys):
+    """A decoder that started from the encoder is no copy of it, and norms of ones are alike."""
+    encoder = {f"encoder.layer.{i}.w.weight": (WIDTH, WIDTH) for i in range(2)}
+    given = [dict(m) for m in models(encoder | {"x.weight": (40, 40)})]
+    given[0] |= {n.replace("encoder", "decoder"): given[0][n] for n in encoder}
+    assert run(save(tmp_path / "a", given), tmp_path / "out") == 1
+    assert "lacks decoder.layer.0.w.weight" in capsys.readouterr().err
+    given = [dict(m, **{"fc.norm.weight": m["norm.weight"]})
+             for m in models({"l.weight": (4, 4), "norm.weight": (8,)})]
+    for name in ("norm.weight", "fc.norm.weight"):
+        given[0][name] = np.ones(8, np.float32)
+    for model in given[1:]:
+        del model["norm.weight"]
+    assert run(save(tmp_path / "b", given), tmp_path / "out") == 1
+    assert "lacks norm.weight" in capsys.readouterr().err
+
+
+def test_models_of_unequal_depth_get_no_hint(tmp_path, capsys):
+    given = models(layers("model.", number=4))
+    last = {n for n in given[0] if n.startswith("model.layers.3.")}
+    tuned = [{n: w for n, w in m.items() if n not in last} for m in given[1:]]
+    assert run(save(tmp_path, [given[0], *tuned]), tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "unequal depth" in said and "--missing" not in said
 
 
 def store(place, tensors, aliases):

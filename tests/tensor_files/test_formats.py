@@ -127,6 +127,18 @@ def test_several_files_are_named(tmp_path):
     assert "several indexes (a.safetensors.index.json, b.saf" in error(tmp_path)
 
 
+def test_a_single_file_is_read_before_an_index_of_an_older_save(tmp_path):
+    """As transformers does; but not one that the index names among its shards."""
+    put(tmp_path, "model.safetensors", 7)
+    index(tmp_path, "model.safetensors.index.json", w="model-00001-of-00001.safetensors")
+    assert {path.name for path in TensorFiles(tmp_path).files.values()} == {"model.safetensors"}
+    put(tmp_path, "model-00001-of-00001.safetensors", 1)
+    assert {path.name for path in TensorFiles(tmp_path).files.values()} == {"model.safetensors"}
+    put(tmp_path, "more.safetensors", 1, "a")
+    index(tmp_path, "model.safetensors.index.json", w="model.safetensors", a="more.safetensors")
+    assert len(TensorFiles(tmp_path)) == 2
+
+
 def test_a_shard_that_an_index_names_may_be_a_pointer(tmp_path):
     put(tmp_path, "model-00001-of-00002.safetensors", 1, "a")
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(LFS)
