@@ -134,6 +134,8 @@ def make_plan(
     findings = Findings(lenient=lenient)
     _check_number(len(finetuned), options, findings)
     findings.problems += filter(None, map(quantization.refusal, sources))
+    if not findings.problems and (problem := quantization.codes_that_differ(sources)):
+        findings.problems.append(problem)
     findings.refuse()  # Codes and scales have no names in common with weights.
     matched = match(sources, options, findings)
     tensors = decide(sources, matched, options, findings)

@@ -4,51 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from modelstock_jax.checkpoint_merge import quantized_formats as formats
 from modelstock_jax.checkpoint_merge.buffers import is_index
-from modelstock_jax.checkpoint_merge.config import read_config
+from modelstock_jax.checkpoint_merge.components import prefix_of
 from modelstock_jax.checkpoint_merge.names import TensorInfo
+from modelstock_jax.checkpoint_merge.quantized_formats import (
+    CONFIG_KEYS,
+    FLOAT8,
+    HOW_TO_FIX,
+    INT8,
+    PACKED,
+    QUANT_FILE,
+    Stated,
+    stated,
+)
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging.anchor_rounding import half_ulp_square
 
-CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-QUANT_FILE = "hf_quant_config.json"  # NVIDIA's ModelOpt
+__all__ = ("CONFIG_KEYS", "HOW_TO_FIX", "QUANT_FILE", "DequantizedSource", "as_stored",
+           "as_weights", "codes_that_differ", "find", "refusal", "said_only", "without_keys")
 DEFAULT_CODE = "BF16"
-HOW_TO_FIX = "load it with transformers, call model.dequantize(), then save_pretrained"
-_FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-_INT8, _INT16_32 = ("I8", "U8"), ("I16", "U16", "I32", "U32")
-# Numbers of 4 or 6 bits in a container of their own.
-_PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 # What bitsandbytes, GPTQ and compressed-tensors keep next to packed weights under other names.
 _OTHER_PARTNERS = re.compile(
     r".*(?:\.(?:SCB|qweight|qzeros|absmax|weight_format|weight_scale(?:_inv)?)|weight_packed|"
     r"\.(?:quant_map|nested_absmax|nested_quant_map)|quant_state\..*|\._data\._data|\._shift)"
 )
-_MARKER = "scaled_fp8"
-# Scales of activations and caches: no part of a weight.
-_ACTIVATION = {"input", "output", "act", "activation", "in", "out", "k", "v", "q", "kv", "cache"}
-_DTYPE_WORDS = {"inv", "data", "qdata", "q"}
+_LOCAL = re.compile(r"[^./:]*\Z")
 _MAX_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """A quantized tensor and what stands for it.
+    """A quantized tensor and the weight that it encodes.
 
     Attributes:
-        name: Of the weight that the codes stand for: `q.weight` for `q._weight_qdata`.
+        name: Of the weight: `q.weight` for `q._weight_qdata`.
         stored: The tensor that holds the codes.
         scale: The tensor with its scale; None where there is none.
         zero: The tensor with its zero point; None where there is none.
         problem: Why the weight cannot be formed; empty where it can.
+        sizes: Codes along each axis that share one scale.
+        zero_sizes: Codes along each axis that share one zero point.
+        either: Whether the scale may be that of the rows or of the columns, by its shape.
     """
 
     name: str
@@ -56,6 +64,9 @@ class Codes:
     scale: str | None = None
     zero: str | None = None
     problem: str = ""
+    sizes: tuple[int, ...] = ()
+    zero_sizes: tuple[int, ...] = ()
+    either: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +76,12 @@ class Quantization:
     Attributes:
         codes: The quantized tensors.
         dropped: Tensors that only serve the codes: scales, zero points, markers.
-        said_by: The file that says that the checkpoint is quantized; empty where none does.
+        unused: Those of `dropped` that no weight is formed from: of activations and caches.
     """
 
     codes: tuple[Codes, ...] = ()
     dropped: frozenset[str] = frozenset()
-    said_by: str = ""
+    unused: frozenset[str] = frozenset()
 
     @property
     def problems(self) -> list[str]:
@@ -82,36 +93,45 @@ class Quantization:
         return [f"{listed(names, _MAX_NAMED)}: {why}" for why, names in found.items()]
 
 
+@dataclasses.dataclass
+class _Module:
+    """The tensors of one module by their own names, and what its files state."""
+
+    prefix: str
+    said: Stated
+    marked: bool
+    tensors: dict[str, TensorInfo] = dataclasses.field(default_factory=dict)
+
+
 def find(source: Source) -> Quantization | None:
     """What is quantized in a source; None where nothing is.
 
-    A float8 or packed integer tensor is quantized where a tensor of its module has its name's stem
-    with 'scale' in it, or where config.json or hf_quant_config.json says that the checkpoint is.
-    float8 without either is a plain number.
+    A float8 or packed integer tensor is quantized where its module has a scale for it, or where
+    config.json or hf_quant_config.json says that the checkpoint is. float8 without either is a
+    plain number.
     """
-    modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for name, info in source.tensors.items():
-        module, _, local = name.rpartition(".")
-        modules[module][local] = info
-    said_by = _said_by(source.directory)
-    marked = [name for name in source.tensors if name.rpartition(".")[2] == _MARKER]
-    codes: list[Codes] = []
-    dropped = set(marked)
-    for module, tensors in modules.items():
-        prefix = f"{module}." if module else ""
-        for local, info in tensors.items():
-            one = _codes(prefix, local, info, tensors, bool(said_by or marked))
-            if one is not None:
-                codes.append(one)
-                dropped |= {prefix + other for other in _served_by(local, tensors)}
-    others = [name for name in source.tensors if _OTHER_PARTNERS.fullmatch(name)]
-    if others and not codes:
-        codes = [Codes(name, name, problem=HOW_TO_FIX) for name in others]
+    modules = _modules(source)
+    codes, dropped = [], set()
+    for module in modules.values():
+        found = [one for local in module.tensors
+                 if (one := _codes(module, local)) is not None]
+        if not found:
+            continue
+        serving = {module.prefix + other for one in found
+                   for kind in ("scal", "zero", "shape") for other in formats.partners(
+                       one.stored[len(module.prefix):], module.tensors, kind)}
+        codes += _checked(source, module, found, serving)
+        dropped |= serving
+    unused = _unused(modules, codes)
+    stored = {one.stored for one in codes}
+    codes += [Codes(name, name, problem="serves codes that are not read here")
+              for name in source.tensors if _OTHER_PARTNERS.fullmatch(name)
+              and name not in stored | dropped | unused]
     if not codes:
         return None
-    dropped |= _activation_scales(source.tensors)
-    stored = {one.stored for one in codes}
-    return Quantization(tuple(codes), frozenset(dropped - stored), said_by)
+    unused |= {name for name in source.tensors if _local(name) in formats.MARKERS}
+    return Quantization(tuple(_by_rows(codes, source)), frozenset((dropped | unused) - stored),
+                        frozenset(unused - dropped - stored))
 
 
 def refusal(source: Source) -> str | None:
@@ -122,7 +142,7 @@ def refusal(source: Source) -> str | None:
     names = listed(sorted(one.stored for one in found.codes), _MAX_NAMED)
     what = f"{source.label} is quantized ({names})"
     if problems := found.problems:
-        return f"{what} in a format that is not read here, {problems[0]}"
+        return f"{what} in a format that is not read here, {problems[0]}; {HOW_TO_FIX}"
     return (f"{what}: codes without their scales have no mean; pass --dequantize to merge codes x "
             f"scale, written in bfloat16 or --dtype, or {HOW_TO_FIX}")
 
@@ -144,9 +164,31 @@ def as_weights(source: Source) -> Source:
     return source if found is None else DequantizedSource(source, found)
 
 
+def codes_that_differ(sources: Sequence[Source]) -> str | None:
+    """Why models whose configs say quantized, and whose integers differ, are not merged.
+
+    Codes in a format that is not recognized: other integers of a model are the same in all.
+    """
+    said = next((source for source in sources if source.directory is not None
+                 and not _is_read(source) and said_only(source.directory)), None)
+    if said is None:
+        return None
+    for name, info in said.tensors.items():
+        infos = [source.tensors.get(name) for source in sources]
+        if info.code[0] not in "IU" or math.prod(info.shape) <= 1 or None in infos:
+            continue
+        alike = all((i.shape, i.code) == (info.shape, info.code) for i in infos if i is not None)
+        if is_index(name, info.shape) and not alike:
+            continue  # Position ids of a longer context.
+        if not alike or not _equal(sources, name, math.prod(info.shape)):
+            return (f"{said.label} is quantized, as its config says, in a format that is not read "
+                    f"here ({name} is {info.code} and differs between models); {HOW_TO_FIX}")
+    return None
+
+
 def said_only(directory: Path | None) -> bool:
     """Whether a directory's config names a quantization."""
-    return bool(_said_by(directory))
+    return bool(stated(directory).file)
 
 
 class DequantizedSource(Source):
@@ -162,7 +204,8 @@ class DequantizedSource(Source):
 
     def __init__(self, source: Source, found: Quantization):
         if problems := found.problems:
-            raise UserError(f"{source.label}: --dequantize cannot form {'; '.join(problems)}")
+            raise UserError(f"{source.label}: --dequantize cannot form {'; '.join(problems)}; "
+                            f"{HOW_TO_FIX}")
         self.label, self.directory = source.label, source.directory
         self.source = source
         self.components, self.aliases = source.components, source.aliases
@@ -172,8 +215,10 @@ class DequantizedSource(Source):
         for one in found.codes:
             shape = source.tensors[one.stored].shape
             self.tensors[one.name] = TensorInfo(shape, "F32", DEFAULT_CODE)
+        left = f"; left out: {len(found.unused)} scales of activations and caches, and markers " \
+               f"({listed(sorted(found.unused), _MAX_NAMED)})" if found.unused else ""
         self.notes = [*source.notes, f"{source.label}: {len(found.codes)} quantized tensors read "
-                                     "as codes x scale"]
+                                     f"as codes x scale{left}"]
         self.formed = frozenset(self._codes)
         # Several tensors are in work at once, each asked for piece by piece.
         self._load = functools.lru_cache(maxsize=16)(self._load_scale)
@@ -201,8 +246,8 @@ class DequantizedSource(Source):
         scale, zero = self._load(name)
         shape = self.tensors[name].shape
         if zero is not None:
-            wide -= spread(zero, shape, start, stop)
-        wide *= spread(scale, shape, start, stop)
+            wide -= spread(zero, one.zero_sizes, shape, start, stop)
+        wide *= spread(scale, one.sizes, shape, start, stop)
         return wide.astype(np.float32)
 
     def stored_dtype(self, name: str) -> np.dtype:
@@ -213,10 +258,12 @@ class DequantizedSource(Source):
         """Largest squared rounding error: that of the codes, times the squared scale."""
         if name not in self._codes:
             return self.source.half_ulp_squares(name, start, stop)
-        codes = self.source.read(self._codes[name].stored, start, stop)
+        one = self._codes[name]
+        codes = self.source.read(one.stored, start, stop)
         whole = codes.dtype.kind in "iu"
         squares = np.full(len(codes), 0.25) if whole else half_ulp_square(codes)
-        return squares * spread(self._load(name)[0], self.tensors[name].shape, start, stop) ** 2
+        scale, _ = self._load(name)
+        return squares * spread(scale, one.sizes, self.tensors[name].shape, start, stop) ** 2
 
     def note(self, name: str, start: int, values: np.ndarray) -> None:
         """As a plain source's; codes are noted where they are read."""
@@ -235,43 +282,17 @@ class DequantizedSource(Source):
         one, shape = self._codes[name], self.tensors[name].shape
         assert one.scale is not None, "`find` names a problem where there is none"
         zero = None if one.zero is None else fitted(self._whole(one.zero), shape)
-        return fitted(self._whole(one.scale), shape), zero
+        scale = self._whole(one.scale)
+        if scale.dtype == np.uint8:  # An exponent, as `formats.scale_problem` makes sure.
+            scale = scale.view(ml_dtypes.float8_e8m0fnu)
+        return fitted(scale.astype(np.float64), shape), zero
 
     def _whole(self, name: str) -> np.ndarray:
         shape = self.source.tensors[name].shape
         count = int(np.prod(shape, dtype=np.int64))
         values = self.source.read(name, 0, count)
         self.source.note(name, 0, values)
-        return values.astype(np.float64).reshape(shape)
-
-
-def blocks(scale: Sequence[int], shape: Sequence[int]) -> tuple[int, ...] | None:
-    """Numbers along each axis that share one scale; None where the shapes do not fit.
-
-    Example:
-        >>> blocks((), (4, 6)), blocks((4,), (4, 6)), blocks((4, 1), (4, 6))
-        ((4, 6), (1, 6), (1, 6))
-        >>> blocks((2, 3), (256, 300)), blocks((2, 3), (256, 7)) is None
-        ((128, 128), True)
-    """
-    if all(length == 1 for length in scale):
-        return tuple(shape)
-    scale = (*scale, *(1,) * (len(shape) - len(scale)))  # [out] is a scale per row.
-    if len(scale) != len(shape):
-        return None
-    found = []
-    for parts, length in zip(scale, shape, strict=True):
-        if parts == length:
-            found.append(1)
-        elif parts == 1:
-            found.append(length)
-        elif -(-length // 128) == parts:
-            found.append(128)
-        elif length % parts == 0:
-            found.append(length // parts)
-        else:
-            return None
-    return tuple(found)
+        return values.reshape(shape)
 
 
 def fitted(scale: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -281,17 +302,17 @@ def fitted(scale: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return scale.reshape(scale.shape + (1,) * (len(shape) - scale.ndim))
 
 
-def spread(scale: np.ndarray, shape: Sequence[int], start: int, stop: int) -> np.ndarray:
+def spread(
+    scale: np.ndarray, sizes: Sequence[int], shape: Sequence[int], start: int, stop: int
+) -> np.ndarray:
     """The scale of each of the elements [start, stop) of a flattened weight.
 
     Example:
-        >>> spread(np.array([[1.0], [2.0]]), (2, 3), 1, 5).tolist()
+        >>> spread(np.array([[1.0], [2.0]]), (1, 3), (2, 3), 1, 5).tolist()
         [1.0, 1.0, 2.0, 2.0]
     """
     if scale.size == 1:
         return np.broadcast_to(scale.reshape(-1), stop - start)
-    sizes = blocks(scale.shape, shape)
-    assert sizes is not None, "`find` lets only scales that fit through"
     columns = shape[-1]
     first, last = start // columns, -(-stop // columns)
     places = np.unravel_index(np.arange(first, last), shape[:-1]) if len(shape) > 1 else ()
@@ -311,80 +332,162 @@ def without_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in config.items() if key not in CONFIG_KEYS}
 
 
-def _codes(
-    prefix: str, local: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], said: bool
-) -> Codes | None:
-    """What a tensor is the codes of; None where it is no codes."""
-    name = prefix + local
-    if info.code in _PACKED:
-        return Codes(name, name, problem=f"{info.code} is packed: {HOW_TO_FIX}")
-    eight = info.code in (*_FLOAT8, *_INT8)
-    if not eight and info.code not in _INT16_32:
+def _modules(source: Source) -> dict[str, _Module]:
+    """The modules of a source by the beginning of their tensors' names."""
+    said = {prefix: stated(_folder(source.directory, prefix)) for prefix in {*source.components}}
+    whole = stated(source.directory)
+    marked = {prefix_of(name, source.components) for name in source.tensors
+              if _local(name) in formats.MARKERS}
+    modules: dict[str, _Module] = {}
+    for name, info in source.tensors.items():
+        local = _local(name)
+        prefix = name[: len(name) - len(local)]
+        if prefix not in modules:
+            component = prefix_of(name, source.components)
+            own = said.get(component, whole)
+            modules[prefix] = _Module(prefix, own if own.file else whole, component in marked)
+        modules[prefix].tensors[local] = info
+    return modules
+
+
+def _folder(directory: Path | None, prefix: str) -> Path | None:
+    """Where the config of a component is."""
+    return directory if directory is None or not prefix.endswith("/") else directory / prefix
+
+
+def _codes(module: _Module, local: str) -> Codes | None:
+    """The weight that a tensor holds the codes of; None where it holds no codes."""
+    info, name = module.tensors[local], module.prefix + local
+    packed = Codes(name, name, problem=f"{info.code} is packed")
+    if info.code in PACKED:
+        return packed
+    serves = formats.serves(local) or local in formats.MARKERS
+    if serves or is_index(name, info.shape) or math.prod(info.shape) <= 1:
         return None
-    serves = any(kind in local.lower() for kind in ("scale", "zero", "shift"))
-    if is_index(name, info.shape) or serves or not np.prod(info.shape) > 1:
+    said = bool(module.said.file) or module.marked
+    scales = [other for other in formats.partners(local, module.tensors, "scal")
+              if module.tensors[other].code not in FLOAT8 or info.code == "U8"]
+    zeros = formats.partners(local, module.tensors, "zero")
+    if info.code in FLOAT8:
+        extended = [other for other, i in module.tensors.items() if local.endswith("weight")
+                    and other.startswith(f"{local}_") and i.code not in FLOAT8]
+        if not (scales or said or extended):
+            return None
+    elif info.code[0] not in "IU" or not _may_be_codes(module, local, said, scales, zeros):
         return None
-    scales = [other for other in _partners(local, tensors, "scale")
-              if tensors[other].code not in (*_FLOAT8, *_INT16_32) or info.code == "U8"]
-    zeros = _partners(local, tensors, "zero")
-    if info.code in _INT16_32:
-        grouped = [other for other in scales if np.prod(tensors[other].shape) > 1]
-        if not zeros and not grouped:
-            return None if not said or len(info.shape) < 2 else Codes(
-                name, name, problem=f"{info.code} is packed: {HOW_TO_FIX}")
-        return Codes(name, name, problem=f"{info.code} is packed: {HOW_TO_FIX}")
+    elif info.code not in INT8:
+        return packed
     if not scales:
-        plain = not said or (info.code in _INT8 and len(info.shape) < 2)
-        return None if plain else Codes(name, name, problem=f"no scale found: {HOW_TO_FIX}")
-    return Codes(_weight_name(name), name, prefix + scales[0],
-                 prefix + zeros[0] if zeros else None,
-                 _problem(info, [tensors[s] for s in scales], [tensors[z] for z in zeros]))
+        return Codes(name, name, problem="no scale found")
+    return _formed(module, local, scales, zeros)
 
 
-def _problem(info: TensorInfo, scales: list[TensorInfo], zeros: list[TensorInfo]) -> str:
-    """Why codes and scale make no weight here; empty where they do."""
-    if len(scales) > 1 or len(zeros) > 1:
-        return f"{max(len(scales), len(zeros))} scales of one weight: {HOW_TO_FIX}"
-    if info.code == "U8" and not any(zero.code[0] in "IU" for zero in zeros):
-        return f"U8 without a whole zero point is packed: {HOW_TO_FIX}"
-    for partner in (*scales, *zeros):
-        if blocks(partner.shape, info.shape) is None:
-            return (f"its scale {list(partner.shape)} does not fit {list(info.shape)}: "
-                    f"{HOW_TO_FIX}")
-    return ""
+def _may_be_codes(
+    module: _Module, local: str, said: bool, scales: Sequence[str], zeros: Sequence[str]
+) -> bool:
+    """Whether integers are codes, and not a buffer next to some learned scale."""
+    info = module.tensors[local]
+    named = formats.named_after(local, module.tensors)
+    if len(info.shape) < 2 or not (named or formats.is_weight_name(local)
+                                   or said and (scales or zeros)):
+        return False
+    if info.code in INT8:
+        return bool(said or scales or zeros)
+    grouped = any(math.prod(module.tensors[other].shape) > 1 for other in scales)
+    return bool(said or named or zeros or grouped)
 
 
-def _partners(local: str, tensors: Mapping[str, TensorInfo], kind: str) -> list[str]:
-    """Tensors of the same module that have the stem of a name and `kind` ('scale') in theirs."""
-    own = _words(local)
-    return sorted(
-        other for other in tensors
-        if other != local and kind in other.lower()
-        and {w for w in _words(other) if kind not in w} - _DTYPE_WORDS - {"point"} <= own
-    )
+def _formed(
+    module: _Module, local: str, scales: Sequence[str], zeros: Sequence[str]
+) -> Codes:
+    """Codes with a scale: how they make a weight, or why that is not certain."""
+    name, info, tensors = module.prefix + local, module.tensors[local], module.tensors
+    why = formats.method_problem(module.said, info)
+    if not why and (len(scales) > 1 or len(zeros) > 1):
+        why = f"{max(len(scales), len(zeros))} scales of one weight"
+    if not why and any(tensors[zero].code[0] not in "IU" for zero in zeros):
+        why = "a zero point that is no integer"
+    if not why and info.code == "U8" and not zeros:
+        why = "U8 without a whole zero point is packed"
+    found = [formats.sizes(tensors[other].shape, info.shape, module.said)
+             for other in (*scales, *zeros)]
+    why = why or next((size for size in found if isinstance(size, str)), "")
+    fits = [size for size in found if not isinstance(size, str)]
+    why = why or formats.scale_problem(tensors[scales[0]], info, fits[0], module.said)
+    if why:
+        return Codes(name, name, problem=why)
+    scale = tensors[scales[0]].shape
+    either = (not module.said.methods - {""} and len(scale) < len(info.shape)
+              and math.prod(scale) > 1 and scale[-1] in info.shape[len(scale):])
+    return Codes(_weight_name(name), name, module.prefix + scales[0],
+                 module.prefix + zeros[0] if zeros else None, "", fits[0],
+                 fits[1] if zeros else (), either)
 
 
-def _served_by(local: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Scales, zero points and shapes that only serve the codes."""
-    found = [*_partners(local, tensors, "scale"), *_partners(local, tensors, "zero"),
-             *_partners(local, tensors, "shape")]
-    return [*found, *(other for other in tensors if _is_activation_scale(other))]
+def _checked(
+    source: Source, module: _Module, found: list[Codes], serving: set[str]
+) -> list[Codes]:
+    """Codes, refused where their module has tensors that may serve them in an unknown way."""
+    prefix, tensors = module.prefix, module.tensors
+    owns = [one.stored[len(prefix):] for one in found]
+    known = {name[len(prefix):] for name in serving} | {*owns} | {
+        other for other, info in tensors.items() if formats.is_activation(other, info, owns)}
+    why = ""
+    if others := formats.other_roles(tensors, known):
+        why = f"{listed(others, _MAX_NAMED)} next to it: what it is for is not known"
+    elif "comfy_quant" in tensors:
+        count = math.prod(tensors["comfy_quant"].shape)
+        why = formats.comfy_problem(source.read(f"{prefix}comfy_quant", 0, count).tobytes())
+    return [dataclasses.replace(one, problem=one.problem or why) for one in found]
 
 
-def _activation_scales(tensors: Mapping[str, TensorInfo]) -> set[str]:
-    return {name for name, info in tensors.items()
-            if _is_activation_scale(name.rpartition(".")[2]) and np.prod(info.shape) <= 1}
+def _unused(modules: Mapping[str, _Module], codes: Sequence[Codes]) -> set[str]:
+    """Scales of activations and caches, in and above the modules that hold codes."""
+    holding: dict[str, set[str]] = defaultdict(set)
+    for one in codes:
+        for name in (one.stored, one.name):
+            local = _local(name)
+            holding[name[: len(name) - len(local)]].add(local)
+    found = set()
+    for prefix in holding.keys() & modules.keys():
+        found |= {prefix + other for other, info in modules[prefix].tensors.items()
+                  if formats.is_activation(other, info, holding[prefix])}
+    above = {prefix[: len(prefix) - 1 - len(_local(prefix[:-1]))] for prefix in holding}
+    for prefix in above & modules.keys():
+        found |= {prefix + other for other in formats.cache_scales(modules[prefix].tensors)}
+    return found
 
 
-def _is_activation_scale(local: str) -> bool:
-    words = _words(local)
-    scales = {word for word in words if "scale" in word}
-    return bool(scales) and bool(words - scales) and words - scales <= _ACTIVATION
+def _by_rows(codes: Sequence[Codes], source: Source) -> Iterable[Codes]:
+    """Codes; a scale of a square weight is that of its rows where others like it show that."""
+    def kind(one: Codes) -> tuple[str, str, str]:
+        return _local(one.stored), _local(one.scale or ""), source.tensors[one.stored].code
+
+    shown = {kind(one) for one in codes if one.scale and not one.either
+             and len(source.tensors[one.scale].shape) == 1 and len(one.sizes) > 1
+             and math.prod(source.tensors[one.scale].shape) > 1}
+    for one in codes:
+        if one.either and kind(one) not in shown:
+            shapes = [list(source.tensors[own].shape) for own in (one.scale, one.stored) if own]
+            one = dataclasses.replace(one, problem=(
+                f"its scale {shapes[0]} may be that of the rows or of the columns of {shapes[1]}"))
+        yield one
 
 
-def _words(local: str) -> set[str]:
-    return {word for word in re.split(r"[^A-Za-z0-9]+", local.lower()) if word
-            and not word.isdigit()}
+def _is_read(source: Source) -> bool:
+    """Whether a source, or the base of an adapter, is read as codes x scale."""
+    return isinstance(getattr(source, "base", source), DequantizedSource)
+
+
+def _equal(sources: Sequence[Source], name: str, count: int) -> bool:
+    first, *rest = (source.read(name, 0, count) for source in sources)
+    return all(np.array_equal(first, other) for other in rest)
+
+
+def _local(name: str) -> str:
+    """A tensor's name in its module."""
+    found = _LOCAL.search(name)
+    return found[0] if found else name
 
 
 def _weight_name(name: str) -> str:
@@ -398,16 +501,3 @@ def _weight_name(name: str) -> str:
     if found is None:
         return name
     return found[3] or f"{found[1] or ''}{found[2]}"
-
-
-def _said_by(directory: Path | None) -> str:
-    if directory is None:
-        return ""
-    if (directory / QUANT_FILE).is_file():
-        return QUANT_FILE
-    return "config.json" if _says(read_config(directory) or {}) else ""
-
-
-def _says(config: Mapping[str, Any]) -> bool:
-    return any(key in CONFIG_KEYS and bool(value) or isinstance(value, dict) and _says(value)
-               for key, value in config.items())

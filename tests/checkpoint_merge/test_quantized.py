@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge import quantization
+from modelstock_jax.checkpoint_merge import quantization, quantized_formats
 from modelstock_jax.checkpoint_merge.cli import main
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.tensor_files.reader import TensorFiles
@@ -73,15 +73,33 @@ LAYOUTS = {
     "deepseek": ("q.weight", "q.scale", "q.weight", E4M3, per_block, {}),
     "fine-grained": ("q.weight", "q.weight_scale_inv", "q.weight", E4M3, per_block, {}),
     "compressed-tensors": ("q.weight", "q.weight_scale", "q.weight", np.int8, per_row, {}),
-    "modelopt": ("q.weight", "q.weight_scale", "q.weight", E4M3, per_tensor,
-                 {"q.input_scale": np.ones((), np.float32),
-                  "self_attn.k_scale": np.ones((), np.float32)}),
+    "modelopt": ("attn.q.weight", "attn.q.weight_scale", "attn.q.weight", E4M3, per_tensor,
+                 {"attn.q.input_scale": np.ones((), np.float32),
+                  "attn.k_scale": np.ones((), np.float32),
+                  "attn.v_scale": np.ones((), np.float32)}),
+    "tensorrt-llm": ("q.weight", "q.weights_scaling_factor", "q.weight", E4M3, per_tensor,
+                     {"q.activation_scaling_factor": np.ones(1, np.float32),
+                      "q.input_scale_inv": np.ones(1, np.float32)}),
+    "comfyui": ("q.weight", "q.weight_scale", "q.weight", E4M3, per_tensor,
+                {"q.comfy_quant": np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)}),
+}
+FINE = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+# What each library's config says; {} where it leaves none next to the weights.
+STATED = {
+    "scaled fp8": {}, "torchao": {"quant_method": "torchao"},
+    "torchao float8": {"quant_method": "torchao"}, "quanto": {"quant_method": "quanto"},
+    "fused experts": FINE, "deepseek": FINE, "fine-grained": FINE,
+    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8"}, "tensorrt-llm": {},
+    "comfyui": {},
 }
 
 
-def write(root, layout, shard=10**9, configs=({}, {}, {})):
+def write(root, layout, shard=10**9, configs=None):
     """Three quantized models; returns their places, and the weights that they stand for."""
     codes, scale, name, dtype, scaled, extra = LAYOUTS[layout]
+    if configs is None:
+        configs = 3 * [{"quantization_config": STATED[layout]}]
     meant, places = [], []
     norm = np.random.default_rng(5).standard_normal(8)
     for model, weight in enumerate(weights()):
@@ -115,10 +133,11 @@ def test_codes_and_scales_are_refused_and_dequantize_is_offered(tmp_path, capsys
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_codes_times_scale_are_merged(tmp_path, layout, dtype):
-    config = {"quantization_config": {"quant_method": "x"}, "vision_config": {
+    config = {"quantization_config": STATED[layout], "vision_config": {
         "quantization_config": {"bits": 8}, "hidden_size": 3}}
     places, meant, name = write(tmp_path, layout, configs=(config, config, config))
-    (places[0] / "hf_quant_config.json").write_text("{}")
+    if layout == "modelopt":
+        (places[0] / "hf_quant_config.json").write_text("{}")
     out = tmp_path / "out"
     typed = ["--dtype", dtype] if dtype else []
     assert main(["merge", *map(str, places), "--out", str(out), "--dequantize", *typed]) == 0
@@ -151,13 +170,14 @@ def test_scales_apart_in_another_shard_and_pieces_in_any_order(tmp_path):
 
 @pytest.mark.parametrize(("scale", "shape", "expected"), [
     ((), (3, 4), (3, 4)), ((1,), (3, 4), (3, 4)), ((3,), (3, 4), (1, 4)), ((3, 1), (3, 4), (1, 4)),
-    ((1, 4), (3, 4), (3, 1)), ((2, 3), (256, 300), (128, 128)), ((3, 2), (3, 8), (1, 4)),
-    ((5, 2, 3), (5, 256, 300), (1, 128, 128)), ((5,), (5, 2, 2), (1, 2, 2)),
-    ((5, 1, 6), (5, 4, 6), (1, 4, 1)), ((3, 4, 1), (3, 4), None), ((5,), (3, 4), None),
+    ((1, 4), (3, 4), (3, 1)), ((2, 4), (256, 512), (128, 128)), ((3, 2), (3, 64), (1, 32)),
+    ((5, 2, 4), (5, 256, 512), (1, 128, 128)), ((5,), (5, 2, 2), (1, 2, 2)),
+    ((5, 1, 6), (5, 4, 6), (1, 4, 1)), ((5, 4), (576, 512), (128, 128)),
+    ((1, 2), (96, 256), (96, 128)), ((3, 4, 1), (3, 4), None), ((5,), (3, 4), None),
 ])
 def test_scales_fit_by_their_shapes(scale, shape, expected):
-    found = quantization.blocks(scale, shape)
-    assert found == expected
+    found = quantized_formats.sizes(scale, shape)
+    assert (None if isinstance(found, str) else found) == expected
     if expected is None:
         return
     rng = np.random.default_rng(0)
@@ -166,7 +186,7 @@ def test_scales_fit_by_their_shapes(scale, shape, expected):
     for axis, size in enumerate(expected):
         wide = np.repeat(wide, size, axis=axis)
     wide = wide[tuple(slice(n) for n in shape)]
-    spread = quantization.spread(quantization.fitted(values, shape), shape, 1, wide.size)
+    spread = quantization.spread(quantization.fitted(values, shape), found, shape, 1, wide.size)
     np.testing.assert_array_equal(spread, wide.reshape(-1)[1:])
 
 

@@ -1,0 +1,293 @@
+"""What codes mean is certain, or they are refused with how to fix it: methods, scales, blocks."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from modelstock_jax.checkpoint_merge import quantization, quantized_formats
+from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.sources import open_source
+from modelstock_jax.tensor_files.reader import TensorFiles
+from modelstock_jax.tensor_files.writer import write_directory_tensors
+
+E4M3, E5M2, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu
+BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
+
+
+def places_of(root, make, config=None, models=3):
+    """Models of made tensors: `make` gets a random generator that differs between models."""
+    places = []
+    for model in range(models):
+        places.append(root / ("base", "ft1", "ft2")[model])
+        places[-1].mkdir(parents=True)
+        tensors = {name: np.asarray(value)
+                   for name, value in make(np.random.default_rng(model)).items()}
+        norm = np.random.default_rng(9 + model).standard_normal(8).astype(BF16)
+        write_directory_tensors(places[-1], tensors | {"norm.weight": norm})
+        if config is not None:
+            (places[-1] / "config.json").write_text(json.dumps(
+                {"model_type": "llama", "quantization_config": config}))
+    return places
+
+
+def read(root, tensors, config=None):
+    """One model, read with --dequantize."""
+    (place,) = places_of(root, lambda rng: tensors, config, models=1)
+    return quantization.as_weights(open_source(str(place)))
+
+
+def formed(source, name="q.weight"):
+    shape = source.tensors[name].shape
+    return source.read(name, 0, int(np.prod(shape))).reshape(shape)
+
+
+def assert_refused(root, make, config, capsys, why):
+    """By `merge` with and without --dequantize; the option is never offered, and nothing written.
+
+    Also where a user excludes what the message names.
+    """
+    places = [str(place) for place in places_of(root, make, config)]
+    exclude = ["--exclude", "q.*"]
+    for options in ([], ["--dequantize"], exclude, ["--dequantize", *exclude]):
+        assert main(["merge", *places, "--out", str(root / "out"), *options]) == 1
+        said = capsys.readouterr().err
+        assert why in said and quantized_formats.HOW_TO_FIX in said, said
+        assert "pass --" not in said and said.count("\n") == 1 and not (root / "out").exists()
+
+
+def float8(rng, shape=(64, 64)):
+    return rng.standard_normal(shape).astype(E4M3)
+
+
+def int8(rng, shape=(64, 64)):
+    return rng.integers(-127, 127, shape).astype(np.int8)
+
+
+# Microscaling (MX): exponents in bytes, a scale for 32 codes.
+@pytest.mark.parametrize(("config", "size"), [
+    ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, (1, 32)),
+    ({"quant_method": "mxfp8"}, (1, 32)), (None, (1, 32)),
+    ({"quant_method": "fp8", "weight_block_size": [64, 64]}, (64, 64)),
+])
+@pytest.mark.parametrize("kind", [np.uint8, E8M0])
+def test_exponents_of_two_are_read_as_such(tmp_path, config, size, kind):
+    rng = np.random.default_rng(0)
+    codes = float8(rng, (128, 128))
+    exponents = rng.integers(110, 130, (128 // size[0], 128 // size[1])).astype(np.uint8)
+    source = read(tmp_path, {"q.weight": codes, "q.weight_scale": exponents.view(kind)}, config)
+    scale = np.repeat(np.repeat(2.0 ** (exponents.astype(int) - 127), size[0], 0), size[1], 1)
+    np.testing.assert_array_equal(formed(source), (codes.astype(float) * scale).astype(F32))
+    assert sorted(source.tensors) == ["norm.weight", "q.weight"]
+
+
+@pytest.mark.parametrize(("codes", "scale"), [
+    (float8, np.uint8(120)),  # For the tensor: no format stores that.
+    (float8, np.full((64, 4), 120, np.uint8)),  # Blocks of 16.
+    (int8, np.full((64, 2), 120, np.uint8)),
+    (int8, np.full((64, 2), 0.5, E8M0)),  # Two FP4 numbers in a byte: DeepSeek-V4's experts.
+    (float8, np.full((64, 2), 120, np.int8)),
+])
+def test_other_integer_scales_are_refused(tmp_path, capsys, codes, scale):
+    assert_refused(tmp_path, lambda rng: {"q.weight": codes(rng), "q.weight_scale": scale}, None,
+                   capsys, "q.weight")
+
+
+# Methods: a layout that is known, or none.
+@pytest.mark.parametrize("out", [64, 32])
+@pytest.mark.parametrize(("config", "why"), [
+    ({"quant_method": "eetq", "weights": "int8"}, "quant_method 'eetq'"),  # [in, out]
+    ({"quant_method": "of_tomorrow"}, "quant_method 'of-tomorrow'"),
+    ({"quant_method": "fp8"}, "I8 of quant_method 'fp8'"),  # FP4 in bytes
+    ({"quant_method": "modelopt"}, "I8 of quant_method 'modelopt'"),  # smoothed
+    ({"quant_algo": "W8A16"}, "I8 of quant_method 'modelopt'"),  # TensorRT-LLM: interleaved
+    ({"bits": 4}, "I8 holds 4 bits"),
+    ({"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {
+        "type": "hadamard"}}}}, "rotated"),
+    ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+     "sparse"),
+])
+def test_methods_whose_layout_is_not_known_are_refused(tmp_path, capsys, config, why, out):
+    assert_refused(tmp_path, lambda rng: {
+        "q.weight": int8(rng, (64, out)), "q.weight_scales": np.full(out, 0.1, F16)},
+        config, capsys, why if out == 64 else "q.weight")
+
+
+def test_a_method_in_a_tower_and_in_a_component_counts(tmp_path, capsys):
+    def make(rng):
+        return {"q.weight": int8(rng), "q.weight_scale": np.full((64, 1), 0.1, F16)}
+
+    places = places_of(tmp_path, make)
+    for place in places:
+        (place / "config.json").write_text(json.dumps(
+            {"text_config": {"quantization_config": {"quant_method": "eetq"}}}))
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
+    assert "'eetq'" in capsys.readouterr().err
+    for place in places:
+        folder = place / "transformer"
+        folder.mkdir()
+        (place / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
+        (place / "config.json").rename(folder / "config.json")
+        (place / "model_index.json").write_text(json.dumps(
+            {"_class_name": "P", "transformer": ["diffusers", "T"]}))
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
+    assert "'eetq'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "torchao", "quanto"])
+def test_a_scale_of_one_axis_is_that_of_the_rows(tmp_path, method):
+    rng = np.random.default_rng(0)
+    codes, scale = int8(rng), rng.uniform(0.1, 1, 64).astype(F32)
+    source = read(tmp_path, {"q.weight": codes, "q.weight_scale": scale}, {"quant_method": method})
+    np.testing.assert_array_equal(formed(source), codes * scale[:, None])
+
+
+def test_a_square_weight_needs_a_method_or_one_that_is_not_square(tmp_path):
+    rng = np.random.default_rng(0)
+    square = {"q.weight": float8(rng), "q.weight_scale": rng.uniform(0.1, 1, 64).astype(F32)}
+    with pytest.raises(Exception, match="rows or of the columns"):
+        read(tmp_path / "alone", square)
+    wide = {"up.weight": float8(rng, (32, 64)),
+            "up.weight_scale": rng.uniform(0.1, 1, 32).astype(F32)}
+    source = read(tmp_path / "both", square | wide)
+    for name in ("q", "up"):
+        both = square | wide
+        scale = both[f"{name}.weight_scale"][:, None]
+        np.testing.assert_array_equal(
+            formed(source, f"{name}.weight"), both[f"{name}.weight"].astype(F32) * scale)
+
+
+# Blocks: as stated, or in one way only.
+@pytest.mark.parametrize(("shape", "size", "config"), [
+    ((96, 128), (64, 64), {"weight_block_size": [64, 64]}),
+    ((200, 200), (100, 100), {"weight_block_size": [100, 100]}),
+    ((288, 320), (96, 64), {"weight_block_size": [96, 64]}),
+    ((192, 192), (1, 96), {"config_groups": {"group_0": {"weights": {"group_size": 96}}}}),
+    ((192, 192), (96, 96), {"config_groups": {"group_0": {"weights": {"block_structure": [96, 96]},
+                                              "input_activations": {"group_size": 128}}}}),
+    ((256, 384), (128, 128), {}), ((32, 384), (1, 128), {}),
+])
+def test_blocks_are_as_the_config_states(tmp_path, shape, size, config):
+    rng = np.random.default_rng(0)
+    codes = float8(rng, shape)
+    scale = rng.uniform(0.1, 1, [-(-n // s) for n, s in zip(shape, size, strict=True)]).astype(F32)
+    source = read(tmp_path, {"q.weight": codes, "q.weight_scale": scale},
+                  {"quant_method": "compressed-tensors"} | config)
+    wide = np.repeat(np.repeat(scale.astype(float), size[0], 0), size[1], 1)
+    expected = codes.astype(float) * wide[: shape[0], : shape[1]]
+    np.testing.assert_array_equal(formed(source), expected.astype(F32))
+
+
+@pytest.mark.parametrize(("shape", "scale", "config"), [
+    ((288, 32), (3,), {"weight_block_size": [96, 32]}),  # fused qkv
+    ((288, 32), (3,), {}), ((288, 32), (3, 1), {}), ((6144, 64), (3, 1), {}),
+    ((256, 512), (4, 2), {"weight_block_size": [128, 128]}),  # transposed
+    ((256, 512), (4, 2), {}), ((4, 512), (4, 1), {"weight_block_size": [128, 128]}),
+    ((200, 200), (2, 2), {}),  # 128 or an even split
+    ((192, 192), (2, 2), {}), ((256, 300), (2, 3), {}), ((96, 128), (2, 2), {}),
+    ((256, 256), (2, 2), {"weight_block_size": [64, 64]}),  # not as stated
+    ((256, 256), (256, 2), {"weight_block_size": [128, 128]}),
+    ((64, 32), (32,), {}),  # of the columns
+])
+def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale, config):
+    assert_refused(tmp_path, lambda rng: {
+        "q.weight": float8(rng, shape), "q.weight_scale": rng.uniform(0.1, 1, scale).astype(F32)},
+        {"quant_method": "fp8"} | config, capsys, f"its scale {list(scale)} does not fit")
+
+
+# What else is in a module.
+@pytest.mark.parametrize(("extra", "why"), [
+    ({"q.weight_g_idx": np.arange(64).astype(np.int32) % 4}, "weight_g_idx"),  # actorder
+    ({"q.weight_zero_point": np.full((64, 4), 0.5, F16)}, "no integer"),
+    ({"q.pre_quant_scale": np.ones(64, F16)}, "pre_quant_scale"),  # AWQ in ModelOpt
+    ({"q.prequant_scaling_factor": np.ones(64, F16)}, "prequant_scaling_factor"),
+    ({"q.weight_shift": np.ones((64, 1), F16)}, "weight_shift"),
+    ({"q.out_scale": np.ones((), F32)}, "out_scale"),  # learned or not: it is not known
+    ({"q.comfy_quant": np.frombuffer(b'{"format": "int8_tensorwise", "convrot": true}', np.uint8)},
+     "comfy_quant"),
+])
+def test_what_changes_the_meaning_of_codes_is_never_ignored(tmp_path, capsys, extra, why):
+    assert_refused(tmp_path, lambda rng: extra | {
+        "q.weight": int8(rng), "q.weight_scale": np.full((64, 4), 0.1, F32)}, None, capsys, why)
+
+
+def test_learned_scalars_named_like_scales_stay_and_what_goes_is_named(tmp_path):
+    one = np.ones((), F32)
+    learned = {"attn.q_scale": np.full(1, 3.7, F32), "ffn.out_scale": np.full(1, 1.9, F32),
+               "other.k_scale": one, "other.v_scale": one, "logit_scale": one,
+               "deep.attn.output_scale": one}
+    codes = {"attn.q.weight": float8(np.random.default_rng(0)), "attn.q.weight_scale": one,
+             "mlp.experts.up_proj": float8(np.random.default_rng(1), (4, 32, 32)),
+             "mlp.experts.up_proj_scale_inv": np.full((4, 1, 1), 0.1, F32)}
+    source = read(tmp_path / "a", learned | codes)
+    assert {*source.tensors} == {*learned, "norm.weight", "attn.q.weight", "mlp.experts.up_proj"}
+    (note,) = source.notes
+    assert "left out" not in note
+    served = {"attn.q.input_scale": one, "attn.k_scale": one, "attn.v_scale": one,
+              "mlp.experts.up_proj_activation_scale": np.ones(4, F32)}
+    source = read(tmp_path / "b", codes | served | {"logit_scale": one})
+    assert {*source.tensors} == {"logit_scale", "norm.weight", "attn.q.weight",
+                                 "mlp.experts.up_proj"}
+    (note,) = source.notes
+    assert "left out: 4 " in note and "attn.k_scale, attn.q.input_scale" in note
+    assert note.endswith("and 1 more)")
+
+
+@pytest.mark.parametrize("name", ["weights_scaling_factor", "weight_descale", "Scale", "qscales",
+                                  "weight_amax", "weight_s"])
+def test_scales_by_other_words_are_seen(tmp_path, capsys, name):
+    """In a single file no config says quantized; a bias is no scale."""
+    places = places_of(tmp_path, lambda rng: {
+        "q.weight": float8(rng), f"q.{name}": np.full(1, 0.1, F32), "q.bias": np.ones(64, F32)})
+    files = [str(place / "model.safetensors") for place in places]
+    assert main(["merge", *files, "--out", str(tmp_path / "out")]) == 1
+    assert "quantized (q.weight" in capsys.readouterr().err
+
+
+# Integers that no rule of this package recognizes as codes.
+@pytest.mark.parametrize("differ", [True, False])
+@pytest.mark.parametrize("parts", [
+    {"q.Qidxs": ((32, 2), np.int64), "q.Wscale": ((), F32), "q.SU": ((32,), F16)},  # QuIP#
+    {"q.words": ((32, 2), np.int16), "q.Wscale": ((), F32)},
+])
+def test_integers_with_a_scale_under_a_config_that_says_quantized(tmp_path, capsys, differ, parts):
+    def make(rng):
+        rng = rng if differ else np.random.default_rng(0)
+        return {n: rng.integers(0, 99, shape).astype(kind) for n, (shape, kind) in parts.items()}
+
+    assert_refused(tmp_path, make, {"quant_method": "quip"}, capsys, "is packed")
+
+
+@pytest.mark.parametrize("name", ["q.lattice", "q.indices"])  # VPTQ's is named like a buffer.
+def test_integers_that_differ_under_a_config_that_says_quantized(tmp_path, capsys, name):
+    assert_refused(tmp_path, lambda rng: {
+        name: rng.integers(0, 99, (32, 2)), "q.centroids.weight": np.ones((4, 8), F16)},
+        {"quant_method": "vptq"}, capsys, "base is quantized, as its config says, in a format "
+        f"that is not read here ({name} is I64")
+
+
+@pytest.mark.parametrize("said", [None, {"load_in_4bit": True}])  # A key that a merge left behind.
+@pytest.mark.parametrize("buffer", [
+    np.ones((4, 4), np.uint8), np.arange(16, dtype=np.int32), np.arange(16).reshape(4, 4),
+    np.arange(16, dtype=np.int32).reshape(4, 4), np.arange(16, dtype=np.int8)])
+def test_a_learned_scale_next_to_a_table_of_integers_is_no_quantization(tmp_path, buffer, said):
+    def make(rng):
+        scale = {} if said else {"attn.scale": rng.standard_normal(8).astype(F32)}
+        return scale | {"attn.buckets": buffer, "w.weight": rng.standard_normal((8, 8)).astype(F32)}
+
+    places = places_of(tmp_path, make, said)
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    np.testing.assert_array_equal(TensorFiles(tmp_path / "out")["attn.buckets"], buffer)
+
+
+def test_float8_that_only_was_cast_is_merged(tmp_path):
+    """Weight norm, biases and temperatures in other dtypes next to float8 are no scales."""
+    places = places_of(tmp_path, lambda rng: {
+        "q.weight_v": float8(rng), "q.weight_g": rng.standard_normal((64, 1)).astype(F32),
+        "up_proj": float8(rng), "up_proj_bias": rng.standard_normal(64).astype(F32),
+        "k.weight": float8(rng), "k.bias": rng.standard_normal(64).astype(F32),
+        "k.temperature": rng.standard_normal(1).astype(F32)})
+    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
