@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelstock_jax.checkpoint_merge import tokens
 from modelstock_jax.checkpoint_merge.components import MODULES, folders, tokenizer_folders
 from modelstock_jax.checkpoint_merge.config import (
     CONFIG,
@@ -34,17 +35,28 @@ TEMPLATES = ("additional_chat_templates", "chat_templates")
 _DIFFERS = "differ"
 
 
-def compare_configs(sources: Sequence[Source], options: Options, findings: Findings) -> None:
-    """A problem for keys that change a forward pass; one note for those that do not."""
-    base, whose = sources[0], options.config_from or "base"
+def compare_configs(
+    sources: Sequence[Source], options: Options, findings: Findings, whose: str,
+    changes: Mapping[str, Iterable[str]],
+) -> None:
+    """A problem for keys that change a forward pass; one note for those that do not.
+
+    Args:
+        sources: The base and the fine-tunes.
+        options: Of the merge.
+        findings: Where problems and notes go.
+        whose: The model whose config is written, as `--config-from` names it.
+        changes: Path of a config -> keys that the merge writes otherwise, which need no note.
+    """
+    base = sources[0]
     harmless: dict[str, list[str]] = {}
     lacking: dict[str, list[str]] = {}
     found: set[tuple[str, str]] = set()
     for number, source in enumerate(sources[1:], 1):
         for path, seen in _disagreements(base, source):
             found |= {(path, key) for key in seen.grave}
-            for keys, lines in ((seen.harmless, harmless), (seen.lacking, lacking)):
-                if keys:
+            for said, lines in ((seen.harmless, harmless), (seen.lacking, lacking)):
+                if keys := [key for key in said if not _written(key, changes.get(path, ()))]:
                     lines.setdefault(f"{path}: {listed(keys, 6)}", []).append(source.label)
             _object(path, seen.grave, (base, source), number, options, findings)
     # Two fine-tunes may disagree on a key that the base lacks.
@@ -58,6 +70,12 @@ def compare_configs(sources: Sequence[Source], options: Options, findings: Findi
     for keys, labels in lacking.items():
         findings.notes.append(f"{keys}: in only one of the configs of {base.label} and "
                               f"{listed(labels)}; the config of {whose} is written")
+
+
+def _written(key: str, changes: Iterable[str]) -> bool:
+    """Whether a key is one of those that the merge changes, or is in one of them."""
+    return any(f"{key}.".startswith(f"{other}.") or other.endswith(f".{key}")
+               for other in changes)
 
 
 def _object(
@@ -103,9 +121,9 @@ def _modules(index: Any) -> dict[str, Any]:
                         if isinstance(entry, dict)]}
 
 
-def compare_processors(sources: Sequence[Source], options: Options, findings: Findings) -> None:
-    """A note where models prepare images or sentences differently."""
-    ours, whose = _processing(sources[0]), options.config_from or "base"
+def compare_processors(sources: Sequence[Source], findings: Findings, whose: str) -> None:
+    """A note where models prepare images or sentences differently; `whose` files are written."""
+    ours = _processing(sources[0])
     for source in sources[1:]:
         theirs = _processing(source)
         keys = [k for k in ours if k in theirs and ours[k] != theirs[k]]
@@ -132,9 +150,12 @@ def _processing(source: Source) -> dict[str, Any]:
     return found
 
 
-def compare_tokenizers(sources: Sequence[Source], findings: Findings) -> None:
+def compare_tokenizers(
+    sources: Sequence[Source], findings: Findings, read: Sequence[tokens.Read]
+) -> None:
     """A note where the fine-tunes' templates, tokens or settings are not the base's."""
-    found = [_settings(source) for source in sources]
+    found = [_settings(source) | tokens.added(read, model)
+             for model, source in enumerate(sources)]
     agreed, apart = [], []
     for key in sorted(set().union(*found)):
         values = [settings.get(key) for settings in found]
@@ -185,10 +206,6 @@ def _tokens(directory: Path) -> dict[str, Any]:
     for key, value in (tokenizer | read_object(directory / "special_tokens_map.json")).items():
         if key.endswith("_token"):
             found[key] = value.get("content") if isinstance(value, dict) else value
-    added = tokenizer.get("added_tokens_decoder")
-    if isinstance(added, dict):
-        found["added tokens"] = {key: token.get("content") if isinstance(token, dict) else token
-                                 for key, token in added.items()}
     return found
 
 

@@ -16,8 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import card, heads, quantization, screen
-from modelstock_jax.checkpoint_merge.components import folders
-from modelstock_jax.checkpoint_merge.config import read_config, set_dtype
+from modelstock_jax.checkpoint_merge.config import read_config
 from modelstock_jax.checkpoint_merge.drawing import Drawing
 from modelstock_jax.checkpoint_merge.meter import Meter
 from modelstock_jax.checkpoint_merge.options import Options
@@ -27,6 +26,7 @@ from modelstock_jax.checkpoint_merge.report import document, ratios
 from modelstock_jax.checkpoint_merge.run import Report, measure, run
 from modelstock_jax.checkpoint_merge.settings import schedule
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
+from modelstock_jax.checkpoint_merge.workplace import check_out
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.files import plain, write_json, write_text
 
@@ -49,10 +49,10 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         asked["t"] = schedule(recipe.t, list(base.tensors))
     plan = make_plan(base, finetuned, _options({**recipe.options, **asked}, base),
                      anchored=recipe.base is not None)
-    messages = Console(stderr=True)
-    _tell((*recipe.notes, *_notes(plan)), messages)
+    messages, notes = Console(stderr=True), [*recipe.notes, *_notes(plan)]
+    _tell(notes, messages)
     if arguments.dry_run:
-        _print_plan(plan, arguments)
+        _print_plan(plan, arguments, notes)
         return
     command = "modelstock " + shlex.join(argv)
     documents: list[dict[str, Any]] = []
@@ -221,16 +221,14 @@ def _digests(
 
 def _write(directory: Path, made: dict[str, Any], name: str) -> None:
     """Writes report and card into the finished directory."""
-    options = made["options"]
-    if dtype := options.get("dtype") or ("bfloat16" if options.get("dequantize") else None):
-        for folder in folders(directory):
-            set_dtype(directory / folder, dtype)
     write_json(directory / REPORT, made)
     library = card.library_name(directory)
     write_text(directory / CARD, card.card(made, name=name, library=library))
 
 
-def _print_plan(plan: Plan, arguments: argparse.Namespace) -> None:
+def _print_plan(plan: Plan, arguments: argparse.Namespace, notes: Sequence[str]) -> None:
+    if arguments.out:
+        check_out(plan, arguments.out, overwrite=arguments.overwrite)
     if not arguments.json:
         screen.show_plan(plan, arguments.out or "(no --out)", Console())
         return
@@ -243,7 +241,7 @@ def _print_plan(plan: Plan, arguments: argparse.Namespace) -> None:
         ],
         "files": dict(zip(plan.files, map(list, plan.shards), strict=True)),
         "bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written,
-        "memory": plan.memory, "notes": list(plan.notes),
+        "memory": plan.memory, "notes": list(notes),
     })  # fmt: skip
 
 

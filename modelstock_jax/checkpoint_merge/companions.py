@@ -18,6 +18,7 @@ from modelstock_jax.checkpoint_merge.agreement import (
     read_object,
 )
 from modelstock_jax.checkpoint_merge.components import (
+    HEAD_PREFIX,
     MODULES,
     PIPELINE,
     folders,
@@ -25,15 +26,18 @@ from modelstock_jax.checkpoint_merge.components import (
 )
 from modelstock_jax.checkpoint_merge.config import (
     CONFIG,
-    flat,
-    generation_keys,
+    KEYS,
     read_config,
+    set_dtype,
     updated,
-    vocabulary_keys,
 )
+from modelstock_jax.checkpoint_merge.decide import Planned
+from modelstock_jax.checkpoint_merge.edits import by_folder, config_changes, written_dtypes
+from modelstock_jax.checkpoint_merge.labels import check_labels
 from modelstock_jax.checkpoint_merge.match import Findings
 from modelstock_jax.checkpoint_merge.options import Options, model_index
 from modelstock_jax.checkpoint_merge.sources import ENDINGS, LICENCES, Source
+from modelstock_jax.checkpoint_merge.tokens import compare_ids, read_tokens
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import PICKLES, read_json
 from modelstock_jax.tensor_files.writer import write_json
@@ -47,9 +51,6 @@ _TOKENIZER = re.compile(
     r"generation_config\.json"
 )
 _PROCESSOR, _TEMPLATE = "processor_config.json", "chat_template"
-# What a config says of its classifier; the last three are timm's.
-_LABELS = ("id2label", "label2id", "num_labels", "architectures", "problem_type", "num_classes",
-           "label_names", "label_descriptions")
 # Files that nobody misses in a merged model.
 _OF_TRAINING = re.compile(
     r"README.*|\..*|.*\.(?:md|safetensors|h5|msgpack|onnx|gguf|ot|tflite|png|jpg|log|lock|zip)|"
@@ -65,44 +66,141 @@ class Companions:
     Attributes:
         config_model: Whose config and processor files are written; 0 is the base.
         tokenizer_model: Whose tokenizer files are.
-        changes: Dotted key of config.json -> value that the merge changes; None removes the key.
-        dequantized: Whether the config's quantization is taken out.
-        folder: Where that config.json is: in the model's directory, or in a component's.
+        changes: Folder -> dotted key of its config.json -> value that the merge changes; None
+            removes the key.
+        plain: Folders whose config loses what it says of a quantization.
+        dtypes: Folder -> the dtype that its config says.
     """
 
     config_model: int = 0
     tokenizer_model: int = 0
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dequantized: bool = False
-    folder: str = ""
+    changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    plain: tuple[str, ...] = ()
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def decide_companions(
-    sources: Sequence[Source], options: Options, findings: Findings
+    sources: Sequence[Source], tensors: Mapping[str, Planned], options: Options, findings: Findings
 ) -> Companions:
     """Chooses config and tokenizer; what models disagree on goes to `findings`."""
     if not _exist(sources, options, findings):
         return Companions()
-    config_model = model_index(options.config_from)
-    tokenizer_model = (findings.companion if options.tokenizer_from is None
-                       else model_index(options.tokenizer_from))
-    compare_configs(sources, options, findings)
-    compare_processors(sources, options, findings)
-    if options.tokenizer_from is None and not findings.companion:
-        compare_tokenizers(sources, findings)
+    components = by_folder(tensors, sources)
+    config_model = _config_model(sources, components, options, findings)
+    tokenizer_model = _tokenizer_model(sources, config_model, options, findings)
+    whose = f"model:{config_model}" if config_model else "base"
+    changes = config_changes(sources, tensors, config_model, tokenizer_model, findings)
+    directory = sources[config_model].directory
+    names = [] if directory is None else folders(directory)
+    dtypes = written_dtypes(sources, tensors, options, names)
+    plain = () if directory is None else tuple(
+        name for name in names if options.dequantize or quantization.said_only(directory / name))
+    compare_configs(sources, options, findings, whose, _written_keys(changes, dtypes, plain))
+    compare_processors(sources, findings, whose)
+    check_labels(components, sources, findings)
+    read = read_tokens(sources)
+    compare_ids(read, sources, components, options, findings)
+    if options.tokenizer_from is None and not tokenizer_model:
+        compare_tokenizers(sources, findings, read)
     if findings.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
         findings.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
             "copy its tokenizer into the merged model")
-    said = quantization.said_only(sources[config_model].directory)
-    if said and not options.dequantize:
+    if plain and not options.dequantize:
+        said = listed(f"{name}/{CONFIG}" if name else CONFIG for name in plain)
         findings.notes.append(
-            f"{sources[config_model].label}: config.json speaks of a quantization, and the weights "
+            f"{sources[config_model].label}: {said} speaks of a quantization, and the weights "
             "are plain; the merged config does not")
     _name_left_behind(sources[config_model], findings)
-    folder = _config_folder(sources[config_model].directory, findings)
-    changes = _changes(sources, config_model, tokenizer_model, folder, findings)
-    return Companions(config_model, tokenizer_model, changes, said or options.dequantize, folder)
+    return Companions(config_model, tokenizer_model, changes, plain, dtypes)
+
+
+def _config_model(
+    sources: Sequence[Source], components: Mapping[str, Mapping[str, Planned]], options: Options,
+    findings: Findings,
+) -> int:
+    """The model whose config files are written; modules that only fine-tunes have are theirs."""
+    here = component_folders(sources[0].directory)
+    chosen = model_index(options.config_from)
+    if options.config_from is None:
+        own = [name for name, tensors in components.items() if name not in here
+               and any(tensor in findings.new_head for tensor in tensors)]
+        if own:
+            findings.notes.append(f"{listed(own, 3)}: the fine-tunes' own, so the config files of "
+                                  "model:1 are written")
+            chosen = 1
+        elif not findings.lenient:
+            _object_to_lost_modules(sources, components, findings)
+    if findings.lenient:  # Nothing is written.
+        return chosen
+    whose, label = options.config_from or f"model:{chosen}", sources[chosen].label
+    there = component_folders(sources[chosen].directory)
+    if lacking := [name for name in components if name not in there]:
+        findings.object(f"--config-from {whose}: {label} has no {listed(lacking, 3)}, where merged "
+                        "tensors are written; give another model")
+    if chosen and (more := [name for name in _of_weights(sources[chosen])
+                            if name not in components]):
+        findings.object(
+            f"--config-from {whose}: the files of {label} name {listed(map(repr, more), 3)}, and "
+            "the merged model has no tensors there (--head finetuned writes modules that BASE "
+            "lacks; else save BASE with the same folders)")
+    return chosen
+
+
+def _object_to_lost_modules(
+    sources: Sequence[Source], components: Mapping[str, Mapping[str, Planned]], findings: Findings
+) -> None:
+    """A problem where fine-tunes are sentence-transformers models and the base is not."""
+    def has(source: Source) -> bool:
+        return source.directory is not None and (source.directory / MODULES).is_file()
+
+    tuned = [i for i, source in enumerate(sources) if has(source)]
+    if not tuned or has(sources[0]):
+        return
+    fits = [i for i in tuned if all(name in components for name in _of_weights(sources[i]))]
+    source = sources[(fits or tuned)[0]]
+    assert source.directory is not None, "`has` saw a file in it"
+    lost = [MODULES, *(name for name in folders(source.directory) if name)]
+    theirs = f"--config-from model:{fits[0]} to write them, or " if fits else ""
+    findings.object(f"{listed(lost, 6)} of {source.label} would be lost, for {sources[0].label} "
+                    f"has no {MODULES}: pass {theirs}--config-from base to write a model without "
+                    "them")
+
+
+def _of_weights(source: Source) -> list[str]:
+    """Folders of a model that have weights; `''` is the top."""
+    return ["" if prefix == HEAD_PREFIX else prefix.rstrip("/") for prefix in source.components]
+
+
+def component_folders(directory: Path | None) -> list[str]:
+    """`folders` of a directory; `['']` of a single file."""
+    return [""] if directory is None else folders(directory)
+
+
+def _tokenizer_model(
+    sources: Sequence[Source], config_model: int, options: Options, findings: Findings
+) -> int:
+    """The model whose tokenizer is written: one asked for, that of a longer vocabulary, BASE's."""
+    if options.tokenizer_from is not None:
+        return model_index(options.tokenizer_from)
+    base, other = sources[0], sources[config_model]
+    if not findings.companion and config_model and not _has_tokenizer(base, base) and (
+        _has_tokenizer(other, base)
+    ):
+        return config_model
+    return findings.companion
+
+
+def _written_keys(
+    changes: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str], plain: Sequence[str]
+) -> dict[str, list[str]]:
+    """Path of a config.json -> keys that the merge writes otherwise than any model."""
+    found: dict[str, list[str]] = {}
+    for folder in {*changes, *dtypes, *plain}:
+        found[f"{folder}/{CONFIG}" if folder else CONFIG] = [
+            *changes.get(folder, ()), *(KEYS if folder in dtypes else ()),
+            *(quantization.CONFIG_KEYS if folder in plain else ())]
+    return found
 
 
 def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> bool:
@@ -120,58 +218,6 @@ def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> b
             findings.problems.append(f"{option}: {sources[model].label} has no {what}; choose a "
                                      "model that has")
     return len(findings.problems) == before
-
-
-def _changes(
-    sources: Sequence[Source], config_model: int, tokenizer_model: int, folder: str,
-    findings: Findings,
-) -> dict[str, Any]:
-    """What the merge changes in config.json."""
-    def config_of(model: int) -> dict[str, Any] | None:
-        directory = sources[model].directory
-        return None if directory is None else read_config(directory / folder)
-
-    changes = dict(findings.config)
-    config = config_of(config_model)
-    if config is None:
-        return changes
-    for rows, written in findings.vocabulary.items():
-        changes |= dict.fromkeys(vocabulary_keys(config, rows), written)
-    if tokenizer_model != config_model:
-        theirs = config_of(tokenizer_model) or {}
-        # A special token that their config lacks has no value in the merged config either.
-        changes |= {key: None for key in generation_keys(config) if "_token_id" in key}
-        changes |= _placed(config, generation_keys(theirs))
-    if findings.new_head:
-        theirs = config_of(1) or {}
-        changes |= {key: theirs[key] for key in _LABELS if key in theirs}
-        timm = "pretrained_cfg.num_classes"
-        changes |= {timm: flat(theirs)[timm]} if timm in flat(theirs) else {}
-    return changes
-
-
-def _config_folder(directory: Path | None, findings: Findings) -> str:
-    """Folder of the config that a merge changes; `''` where the model has one at its top."""
-    configs = {} if directory is None else {
-        folder: config for folder in folders(directory)
-        if (config := read_config(directory / folder)) is not None}
-    if "" in configs:
-        return ""
-    resized = [folder for folder, config in configs.items() if any(
-        x in findings.vocabulary for key, x in flat(config).items()
-        if key.endswith("vocab_size") and isinstance(x, int))]
-    models = [folder for folder, config in configs.items() if "model_type" in config]
-    return (*resized, *models, "")[0]
-
-
-def _placed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values under the dotted keys that a config keeps them at: at the top or in `text_config`."""
-    found = {}
-    for key, value in values.items():
-        tower, _, last = key.rpartition(".")
-        nested = tower and isinstance(config.get(tower), dict)
-        found[key if nested or not tower else last] = value
-    return found
 
 
 def copy_companions(
@@ -194,7 +240,7 @@ def copy_companions(
         for folder in folders(source):
             mine = folder not in theirs and not (apart and not folder)
             _copy(source / folder, directory / folder, lambda name, mine=mine: (
-                _wanted(name, companions.dequantized)
+                _wanted(name, bool(companions.plain))
                 and (mine or not _TOKENIZER.fullmatch(name))))
             if mine:
                 _copy_templates(source / folder, directory / folder)
@@ -204,12 +250,21 @@ def copy_companions(
                   lambda name: bool(_TOKENIZER.fullmatch(name)))
             _copy_templates(tokenizer / folder, directory / folder)
         _take_template(tokenizer, directory)
-    place = directory / companions.folder
-    config = read_config(place)
-    if config is not None and (companions.changes or companions.dequantized):
-        if companions.dequantized:
-            config = quantization.without_keys(config)
-        write_json(place / CONFIG, updated(config, companions.changes))
+    _rewrite_configs(companions, directory)
+
+
+def _rewrite_configs(companions: Companions, directory: Path) -> None:
+    """Changes the copied configs of all components."""
+    for folder in {*companions.changes, *companions.plain}:
+        config = read_config(directory / folder)
+        if config is None:
+            continue
+        made = quantization.without_keys(config) if folder in companions.plain else config
+        made = updated(made, companions.changes.get(folder, {}))
+        if made != config:
+            write_json(directory / folder / CONFIG, made)
+    for folder, dtype in companions.dtypes.items():
+        set_dtype(directory / folder, dtype)
 
 
 def _copy_templates(source: Path, directory: Path) -> None:

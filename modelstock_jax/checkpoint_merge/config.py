@@ -24,13 +24,13 @@ _HARMLESS = re.compile(
     r"unpad_inputs|reference_compile|slow_but_exact|chunk_size_feed_forward|pretraining_tp|"
     r"id2label|label2id|_?num_labels|num_classes|label_names|label_descriptions|problem_type|"
     r"finetuning_task|task_specific_params|pretrained_cfg|"
-    r"\w*dropout\w*|\w*drop_?path\w*|\w*_drop|\w*_pdrop|\w*layerdrop|stochastic_depth\w*|"
+    r"\w*dropout\w*|\w*drop_?path\w*|(?:attn|proj|pos|path|head|embe?d?|mlp|ffn?|act)_drop|\w*_pdrop|\w*layerdrop|stochastic_depth\w*|"
     r"mask_time_\w+|mask_feature_\w+|mask_channel_\w+|apply_spec_augment|"
     r"initializer_\w+|\w*_init_std|init_std|init_logit_\w+|\w*_init_value|\w*jitter_noise|"
     r"output_attentions|output_hidden_states|output_past|output_scores|return_dict\w*|"
     r"use_return_dict|torchscript|gradient_checkpointing\w*|use_gradient_checkpointing|"
     r"output_router_logits|\w*loss\w*|seq_aux|ctc_zero_infinity|label_smoothing|\w*ignore_index|"
-    r"sparse_prediction|repad_logits_with_grad|\w*_cost|\w*_coefficient|\w*_lr|tune_\w+|"
+    r"sparse_prediction|repad_logits_with_grad|\w*_cost|eos_coefficient|\w*_lr|tune_\w+|"
     r"(?:un)?freeze_\w+|optimization_step|update_after_step|use_ema_warmup|inv_gamma|min_decay|"
     r"decay|timm_model_pretrained|hf_model_pretrained|"
     r"tie_word_embeddings|vocab_size|\w*_vocab_size|quantization_config|quantization|"
@@ -45,6 +45,8 @@ _GENERATION = re.compile(
     r"num_return_sequences|remove_invalid_values|suppress_tokens|begin_suppress_tokens|"
     r"exponential_decay_length_penalty|forced_\w+|sep_token|median_filter_width"
 )
+_TOKENS = re.compile(
+    r"\w*_token_ids?|forced_\w+|(?:begin_)?suppress_tokens|bad_words_ids|sep_token")
 # Other spellings of a key or a value that transformers has used, and its formulas in common.
 _KEYS = {"rotary_emb_base": "rope_theta", "global_rope_theta": "rope_theta",
          "rotary_pct": "partial_rotary_factor", "local_rope_theta": "rope_local_base_freq"}
@@ -52,6 +54,31 @@ _VALUES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_
            "gelu_accurate": "gelu_pytorch_tanh", "su": "longrope"}
 # Where null is a default that transformers 5 writes out.
 _COMPUTED = ("no_rope_layers", "layer_types", "hidden_activation", "n_inner")
+# Keys that change positions, with the values that libraries take where a config lacks them.
+_POSITIONS: dict[str, tuple[Any, ...]] = {
+    "rope_theta": (1e4,), "rope_local_base_freq": (1e4,), "partial_rotary_factor": (1.0,),
+    "rotary_dim": (64,), "relative_attention_num_buckets": (32,),
+    "relative_attention_max_distance": (128,), "max_relative_positions": (-1,),
+    "relative_attention": (), "position_biased_input": (True,), "pos_att_type": (), "alibi": (),
+    "position_embedding_type": ("absolute", "sine"), "position_embeddings_type": (),
+    "use_rotary_embeddings": (), "rotary": (), "rope_scaling": (),
+}
+# Defaults of transformers that are others for a model_type.
+_DEFAULTS = {
+    **dict.fromkeys([("partial_rotary_factor", kind) for kind in (
+        "glm", "glm4", "glm4_moe", "nemotron", "persimmon", "phi", "recurrent_gemma")], 0.5),
+    **dict.fromkeys([("partial_rotary_factor", kind) for kind in (
+        "gpt_neox", "stablelm", "qwen3_next")], 0.25),
+    **dict.fromkeys([("rope_theta", kind) for kind in (
+        "mixtral", "phimoe", "minimax", "ministral3", "lfm2", "lfm2_moe", "gemma3_text",
+        "gemma3n_text", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")], 1e6),
+    **dict.fromkeys([("rope_theta", kind) for kind in (
+        "bitnet", "cohere", "csm", "ernie4_5", "ernie4_5_moe", "exaone", "flex_olmo", "olmo3",
+        "llama4_text", "mllama_text_model", "qwen3_vl_text", "qwen3_vl_moe_text")], 5e5),
+    **dict.fromkeys([("rope_theta", kind) for kind in ("modernbert", "modernbert-decoder")], 1.6e5),
+    ("rope_theta", "smollm3"): 2e6, ("rope_theta", "gpt_oss"): 1.5e5, ("rope_theta", "helium"): 1e5,
+    ("rope_theta", "dinov3_vit"): 100.0, ("rope_theta", "nomic_bert"): 1e3,
+}
 _NO_SCALING = ("default", "mrope", "axial", None)
 _CLOSE = 1e-6  # Relative: 1e-6 and its float32 spelling are one number.
 _ABSENT = object()
@@ -132,7 +159,8 @@ def disagreements(
     """Compares two configs key by key; spellings of transformers 4 and 5 are compared as one.
 
     A key that one config lacks is equal where the other value is off (null, false, 0, empty), an
-    error for rope scaling, and else `lacking`. Generation settings are not compared here.
+    error where it changes positions (`rope_theta`) and the other value is not the libraries'
+    default, and else `lacking`. Generation settings are not compared here.
 
     Args:
         base: A config.
@@ -150,11 +178,12 @@ def disagreements(
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
         parts = key.split(".")
-        if _same(a, b) or _GENERATION.fullmatch(parts[-1]):
+        off = _same(a, b) and not (_ABSENT in (a, b) and _default_is_on(key, a, b))
+        if off or _is_generation(key, ours) or _is_generation(key, theirs):
             continue
         if any(map(_HARMLESS.fullmatch, parts)):
             kind = found.harmless
-        elif _ABSENT in (a, b) and not complete and "rope_scaling" not in key:
+        elif _ABSENT in (a, b) and not complete and not _moves(key, ours, theirs):
             kind = found.lacking
         else:
             kind = found.grave
@@ -165,8 +194,36 @@ def disagreements(
 
 def generation_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of what a config says of special tokens and generation."""
-    return {key: value for key, value in flat(config).items()
-            if _GENERATION.fullmatch(key.rpartition(".")[2])}
+    found = flat(config)
+    return {key: value for key, value in found.items() if _is_generation(key, found)}
+
+
+def _is_generation(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a dotted key of a flat config is a setting of `generate`: `moe.top_k` is none."""
+    parent, _, last = key.rpartition(".")
+    if _GENERATION.fullmatch(last) is None:
+        return False
+    # Older configs repeat all of these settings in each tower.
+    return not parent or _TOKENS.fullmatch(last) is not None or any(
+        f"{parent}.{other}" in config for other in ("num_beams", "do_sample"))
+
+
+def _default_is_on(key: str, *values: Any) -> bool:
+    """Whether false is another value than that of a config without the key."""
+    return False in values and True in _POSITIONS.get(key.rpartition(".")[2], ())
+
+
+def _moves(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether a key that one config lacks changes positions by its value in the other."""
+    parts = key.split(".")
+    named = next((part for part in parts if part in _POSITIONS), None)
+    if named is None:
+        return False
+    value = ours.get(key, theirs.get(key))
+    kind = ".".join([*parts[:-1], "model_type"])
+    special = [x for config in (ours, theirs)
+               if (x := _DEFAULTS.get((named, str(config.get(kind))))) is not None]
+    return not any(_same(value, default) for default in special or _POSITIONS[named])
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -202,19 +259,6 @@ def updated(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         else:
             place[keys[-1]] = value
     return made
-
-
-def vocabulary_keys(config: Mapping[str, Any], rows: int) -> list[str]:
-    """Dotted keys of a config that say how many rows a vocabulary has.
-
-    Example:
-        >>> vocabulary_keys({"vocab_size": 65, "decoder_vocab_size": 65, "type_vocab_size": 2}, 65)
-        ['vocab_size', 'decoder_vocab_size']
-    """
-    found = flat(config)
-    sizes = [key for key, value in found.items()
-             if key.rpartition(".")[2].endswith("vocab_size") and value == rows]
-    return sizes or [key for key in ("text_config.vocab_size", "vocab_size") if key in found][:1]
 
 
 def _one_level(*configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:

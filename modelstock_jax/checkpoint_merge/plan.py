@@ -139,7 +139,7 @@ def make_plan(
     findings.refuse()  # Codes and scales have no names in common with weights.
     matched = match(sources, options, findings)
     tensors = decide(sources, matched, options, findings)
-    companions = decide_companions(sources, options, findings)
+    companions = decide_companions(sources, tensors, options, findings)
     findings.refuse()
     examined = examine(sources, tensors, options) if anchored else Examination()
     findings.problems += examined.problems

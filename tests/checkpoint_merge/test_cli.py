@@ -11,12 +11,13 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from modelstock_jax.checkpoint_merge import commands
+from modelstock_jax.checkpoint_merge import commands, workplace
 from modelstock_jax.checkpoint_merge.cli import main
 from modelstock_jax.checkpoint_merge.meter import Meter
 from modelstock_jax.tensor_files.reader import TensorFiles
@@ -182,6 +183,51 @@ def test_dry_run_writes_nothing(say, models, tmp_path):
     assert plan["bytes_written"] == size and plan["bytes_read"] >= 3 * size - 3 * 20 * 16 * 4
     assert [t["takes"] for t in plan["tensors"] if t["name"] == "lm_head.weight"] == ["base"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["exists", "file", "input", "inside", "holds", "in a file",
+                                   "full", "read-only"])
+def test_a_dry_run_has_the_errors_of_the_merge(say, models, tmp_path, where, monkeypatch):
+    out = {"input": Path(models[1]), "inside": Path(models[0]) / "out",
+           "holds": Path(models[0]).parent, "in a file": tmp_path / "file/out"}.get(
+               where, tmp_path / "out")
+    if where == "exists":
+        out.mkdir()
+        (out / "x").write_text("")
+    elif where == "file":
+        out.write_text("")
+    elif where == "in a file":
+        (tmp_path / "file").write_text("")
+    elif where == "full":
+        monkeypatch.setattr(workplace.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+    elif where == "read-only":  # Tests may run as root, whom no mode stops.
+        monkeypatch.setattr(workplace.os, "access", lambda path, mode: False)
+        monkeypatch.setattr(Path, "mkdir", denied)
+    before = sorted(tmp_path.rglob("*"))
+    found = [say("merge", *models, "--out", out, *dry) for dry in (["--dry-run"], [])]
+    assert [status for status, *_ in found] == [1, 1] and not found[0][1]
+    assert found[0][2].splitlines()[-1] == found[1][2].splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def denied(path, **options):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_a_dry_run_may_replace_what_the_merge_may(say, models, tmp_path):
+    (tmp_path / "x").write_text("")
+    assert say("merge", *models, "--out", tmp_path, "--dry-run", "--overwrite")[0] == 0
+    assert say("merge", *models, "--out", tmp_path / "a/b/c", "--dry-run")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_notes_of_a_dry_run_are_in_its_json(say, models, tmp_path):
+    adapted = save(tmp_path / "ft", weights(llama_shapes(), 3), LLAMA)
+    adapter(adapted, {})
+    status, out, err = say("merge", models[0], models[1], adapted, "--dry-run", "--json")
+    notes = json.loads(out)["notes"]
+    assert status == 0 and f"{adapted}+{adapted}" in notes[0]
+    assert [f"note: {note}" for note in notes] == err.splitlines()
 
 
 @pytest.mark.parametrize(("dtype", "key"), [("bfloat16", "BF16"), ("float16", "F16")])

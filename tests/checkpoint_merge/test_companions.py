@@ -41,7 +41,7 @@ def test_a_config_that_is_no_object_is_copied_as_it_is(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     for place in (base, out):
         place.mkdir()
-    companions = Companions(changes={"tie_word_embeddings": False})
+    companions = Companions(changes={"": {"tie_word_embeddings": False}})
     for said, kept in (([1], [1]), ({}, {"tie_word_embeddings": False})):
         (base / "config.json").write_text(json.dumps(said))
         copy_companions([model_at(base)], companions, out)

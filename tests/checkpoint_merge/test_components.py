@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -289,6 +290,60 @@ def test_a_sentence_transformer(say, tmp_path, folder):
                                   tensors(paths[0] / folder / "model.safetensors")[name])
 
 
+def plain_base(root: Path, folder: str, dense: bool) -> list[Path]:
+    """Fine-tunes that sentence-transformers saved, and their base as transformers saves it."""
+    paths = sentence_transformers(root, folder)
+    if not dense:
+        for path in paths[1:]:
+            (path / "2_Dense/model.safetensors").unlink()
+    base = write(root / "plain", {
+        "config.json": {"model_type": "bert"}, "tokenizer.json": {}, "vocab.txt": "a",
+        "model.safetensors": tensors(paths[0] / folder / "model.safetensors")})
+    return [base, *paths[1:]]
+
+
+def test_sentence_transformers_of_a_plain_base(say, tmp_path):
+    """Their pooling is lost only where that is asked for."""
+    paths = plain_base(tmp_path, "", dense=False)
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 1 and "modules.json, 1_Pooling" in said.err
+    assert "--config-from model:1" in said.err and "--config-from base" in said.err
+    out = tmp_path / "theirs"
+    assert say("merge", *paths, "--out", out, "--config-from", "model:1").status == 0
+    assert files(out) == files(paths[1]) | MADE
+    out = tmp_path / "plain_out"
+    assert say("merge", *paths, "--out", out, "--config-from", "base").status == 0
+    assert files(out) == files(paths[0]) | MADE
+    assert say("compare", *paths).status == 0
+
+
+def test_a_dense_module_of_fine_tunes_of_a_plain_base(say, tmp_path):
+    paths, out = plain_base(tmp_path, "", dense=True), tmp_path / "out"
+    said = say("merge", *paths, "--out", out)
+    assert said.status == 1 and "2_Dense/linear.weight" in said.err
+    said = say("merge", *paths, "--out", out, "--head", "finetuned")
+    assert said.status == 0, said.err
+    assert any("config files of model:1 are written" in note for note in said.notes)
+    assert files(out) == files(paths[1]) | MADE
+    for name in ("modules.json", "2_Dense/config.json", "1_Pooling/config.json"):
+        assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
+    # Half of it opens nowhere: neither its tensors without modules.json, nor the other way round.
+    for options, why in ((("--head", "finetuned", "--config-from", "base"), "has no 2_Dense"),
+                         (("--missing", "base", "--config-from", "model:1"), "'2_Dense'")):
+        said = say("merge", *paths, "--out", tmp_path / "no", *options)
+        assert said.status == 1 and why in said.err, said.err
+
+
+def test_a_plain_base_of_an_encoder_in_a_folder(say, tmp_path):
+    """Its tensors are written at the top, where the fine-tunes' modules.json has none."""
+    paths = plain_base(tmp_path, "0_Transformer", dense=False)
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 1 and "modules.json" in said.err and "model:1" not in said.err
+    said = say("merge", *paths, "--out", tmp_path / "out", "--config-from", "model:1")
+    assert said.status == 1 and "'0_Transformer'" in said.err
+    assert say("merge", *paths, "--out", tmp_path / "out", "--config-from", "base").status == 0
+
+
 def test_the_two_layouts_of_one_sentence_transformer(say, tmp_path):
     old = sentence_transformers(tmp_path / "old", "0_Transformer")
     new = sentence_transformers(tmp_path / "new", "")
@@ -338,6 +393,35 @@ def test_added_tokens_and_dtype_are_in_the_config_of_a_component(say, tmp_path, 
     made = load(out / folder / "config.json")
     assert made == config | {"vocab_size": 8, "torch_dtype": "bfloat16"}
     assert load(out / folder / "tokenizer.json") == {"t": 1}
+
+
+def test_every_quantized_component_loses_its_keys(say, tmp_path):
+    """And its dtype is that of its own weights: the third component is not quantized."""
+    index = {"_class_name": "P", **{part: ["t", "T"] for part in ("a", "b", "vae")}}
+    values = weights({"w.weight": (16, 8)})["w.weight"]
+    paths = []
+    for k in range(3):
+        moved = values + np.float32(0.05) * weights({"w": (16, 8)}, k + 1)["w"] * bool(k)
+        scale = np.float32(np.abs(moved).max() / 448)
+        codes = {"w.weight": (moved / scale).astype(ml_dtypes.float8_e4m3fn),
+                 "w.weight_scale": np.full((16, 1), scale)}
+        said = {"quantization_config": {"quant_method": "fp8"}}
+        paths.append(write(tmp_path / str(k), {
+            "model_index.json": index,
+            "a/model.safetensors": codes, "b/model.safetensors": codes,
+            "vae/model.safetensors": {"w.weight": moved},
+            "a/config.json": {"model_type": "t", "torch_dtype": "float8_e4m3fn", **said},
+            "b/config.json": {"_class_name": "B", "text_config": {"dtype": "float16", **said}},
+            "vae/config.json": {"model_type": "v", "torch_dtype": "float32"}}))
+    out = tmp_path / "out"
+    found = say("merge", *paths, "--out", out, "--dequantize")
+    assert found.status == 0, found.err
+    assert load(out / "a/config.json") == {"model_type": "t", "torch_dtype": "bfloat16"}
+    assert load(out / "b/config.json") == {"_class_name": "B", "text_config": {"dtype": "bfloat16"}}
+    assert load(out / "vae/config.json") == {"model_type": "v", "torch_dtype": "float32"}
+    codes = {part: tensors(out / part)["w.weight"].dtype for part in ("a", "b", "vae")}
+    assert [str(code) for code in codes.values()] == ["bfloat16", "bfloat16", "float32"]
+    assert not any("quantization_config" in note or "dtype" in note for note in found.notes)
 
 
 def test_a_directory_in_which_nothing_has_weights(say, tmp_path):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge.config import disagreements, updated
-from tests.checkpoint_merge.typed import load, trio, write
+from tests.checkpoint_merge.typed import load, tensors, trio, write
+
+TIED = "tie_word_embeddings"
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8,
          "num_attention_heads": 4, "num_hidden_layers": 1, "rope_theta": 1e6, "hidden_act": "silu",
@@ -31,6 +34,9 @@ GRAVE = {
     "_class_name": ("UNet2DModel", "UNet2DConditionModel"), "sample_size": (32, 64),
     "attention_head_dim": (8, [5, 10]), "prediction_type": ("epsilon", "v_prediction"),
     "pooling_mode_mean_tokens": (True, False), "summary_type": ("cls_index", "last"),
+    "width_coefficient": (1.0, 1.1), "depth_coefficient": (1.0, 1.1), "tokens_to_drop": (0, 4),
+    "attn_decay_coefficient": (0.9, 0.99), "tokens_drop": (0, 4), "moe.top_k": (1, 2),
+    "moe_config.top_k": (1, 2), "ffn.max_length": (1, 2),
 }
 # Keys in which training runs of one model differ.
 HARMLESS = {
@@ -50,7 +56,9 @@ HARMLESS = {
     "use_flash_attn": (True, False), "_flash_attn_2_enabled": (True, False),
     "attention_dropout": (0.0, 0.1), "hidden_dropout_prob": (0.0, 0.1), "dropout": (0.0, 0.1),
     "dropout_rate": (0.0, 0.1), "resid_pdrop": (0.0, 0.1), "classifier_dropout": (None, 0.1),
-    "drop_path_rate": (0.0, 0.1), "encoder_layerdrop": (0.0, 0.1), "patch_dropout": (0.0, 0.5),
+    "drop_path_rate": (0.0, 0.1), "attn_drop": (0.0, 0.1), "eos_coefficient": (0.1, 0.2),
+    "class_loss_coefficient": (1, 2), "bbox_cost": (1, 2),
+    "encoder_layerdrop": (0.0, 0.1), "patch_dropout": (0.0, 0.5),
     "mask_time_prob": (0.0, 0.1), "mask_channel_length": (10, 5), "apply_spec_augment": (True, 0),
     "initializer_range": (0.02, 0.01), "init_std": (0.02, 0.1), "logit_scale_init_value": (2.6, 1),
     "gradient_checkpointing": (True, False), "gradient_checkpointing_kwargs": ({"a": 1}, {"a": 2}),
@@ -170,6 +178,60 @@ def test_spellings_do_not_hide_a_difference():
     assert "rope_scaling.factor" in disagreements({"hidden_size": 8}, scaled).grave
 
 
+@pytest.mark.parametrize("tower", ["", "text_config."])
+@pytest.mark.parametrize(("key", "default", "other", "model"), [
+    ("rope_theta", 10000, 5e5, "llama"), ("rope_theta", 1e6, 1e4, "mixtral"),
+    ("rotary_emb_base", 1e4, 1e5, "gpt_neox"), ("rope_local_base_freq", 1e4, 2e4, "gemma3_text"),
+    ("partial_rotary_factor", 1.0, 0.5, "llama"), ("partial_rotary_factor", 0.5, 1.0, "phi"),
+    ("rotary_dim", 64, 32, "gptj"), ("relative_attention_max_distance", 128, 64, "t5"),
+    ("relative_attention_num_buckets", 32, 64, "t5"), ("alibi", False, True, "falcon"),
+    ("position_embedding_type", "absolute", "relative_key", "bert"),
+    ("position_biased_input", True, False, "deberta"),
+    ("max_relative_positions", -1, 64, "deberta"),
+])
+def test_a_key_of_positions_that_one_config_lacks(tower, key, default, other, model):
+    """The library's default takes its place, so another value is another model."""
+    lacking = updated({"x": 1}, {f"{tower}model_type": model})
+    for value in (default, other):
+        for pair in (a := (lacking, updated(lacking, {tower + key: value})), a[::-1]):
+            assert bool(disagreements(*pair).grave) == (value == other), (pair, value)
+
+
+def test_positions_of_fine_tunes_that_agree_are_an_error_too(say, tmp_path):
+    ours = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    paths = trio(tmp_path, {"config.json": ours}, {"config.json": ours | {"rope_theta": 5e5}})
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 1 and "rope_theta is (none) in" in said.err
+    out = tmp_path / "theirs"
+    assert say("merge", *paths, "--out", out, "--config-from", "model:1").status == 0
+    assert load(out / "config.json")["rope_theta"] == 5e5
+
+
+def test_older_configs_repeat_the_settings_of_generate_in_each_tower():
+    tower = {"num_beams": 1, "do_sample": False, "top_k": 50, "max_length": 20}
+    found = disagreements({"text_config": tower | {"a": 1}}, {"text_config": {"a": 1}})
+    assert not found.grave and not found.lacking
+
+
+@pytest.mark.parametrize("said", [("text_config",), ("",), ("", "text_config"), ("language",), ()])
+def test_a_head_that_is_untied_is_untied_wherever_the_config_says_it(say, tmp_path, said):
+    def config(tied):
+        made = {"model_type": "llava", "text_config": {"model_type": "qwen2"}, "language": {"a": 1}}
+        return updated(made, {f"{tower}.{TIED}".lstrip("."): tied for tower in said})
+
+    paths = trio(tmp_path, {"config.json": config(True)}, {"config.json": config(False)})
+    for i, path in enumerate(paths[1:], 1):
+        head = {"lm_head.weight": np.random.default_rng(i).standard_normal((12, 8), np.float32)}
+        write(path, {"model.safetensors": {**tensors(path), **head}})
+    out = tmp_path / "out"
+    found = say("merge", *paths, "--out", out, "--tied", "untie")
+    assert found.status == 0, found.err
+    made = load(out / "config.json")
+    values = [made.get(TIED), made["text_config"].get(TIED), made["language"].get(TIED)]
+    assert values == [False, False, False if "language" in said else None]
+    assert not any(TIED in note for note in found.notes)
+
+
 def test_every_family_as_transformers_reads_and_saves_it():
     transformers = pytest.importorskip("transformers")
     for name in ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mistral", "mixtral",
@@ -209,9 +271,9 @@ def test_the_error_names_key_values_and_option_and_the_option_resolves_it(say, t
 
 def test_fine_tunes_that_disagree_on_a_key_that_the_base_lacks(say, tmp_path):
     paths = trio(tmp_path, *({"config.json": LLAMA | more} for more in (
-        {}, {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.25})))
+        {}, {"num_experts_per_tok": 1}, {"num_experts_per_tok": 2})))
     said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "partial_rotary_factor is 0.5 in" in said.err
+    assert said.status == 1 and "num_experts_per_tok is 1 in" in said.err
     assert "--config-from model:2" in said.err and str(paths[0]) not in said.errors[0]
 
 
@@ -329,6 +391,14 @@ def test_images_that_are_prepared_differently_are_a_note(say, tmp_path, file, wr
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0 and len(said.notes) == 2
     assert "image_mean of" in said.notes[0] and "size" not in said.notes[0]
+
+
+@pytest.mark.parametrize("typed", [(), ("--dtype", "bf16")])
+def test_a_key_that_the_merge_writes_otherwise_is_not_said_to_be_the_bases(say, tmp_path, typed):
+    theirs = LLAMA | {"torch_dtype": "bfloat16", "use_cache": False}
+    paths = trio(tmp_path, {"config.json": LLAMA | {"use_cache": True}}, {"config.json": theirs})
+    (note,) = say("merge", *paths, "--out", tmp_path / "out", *typed).notes
+    assert "use_cache" in note and ("dtype" in note) == (not typed)
 
 
 def test_a_config_that_is_not_json_is_named(say, tmp_path):

@@ -120,12 +120,86 @@ def test_heads_of_the_fine_tunes_that_differ_have_no_mean(say, tmp_path, shapes)
         assert "score" in said.err or "classifier" in said.err
 
 
-def test_labels_that_differ_in_equal_heads_are_a_note(say, tmp_path):
-    head = {"classifier.weight": (2, 8)}
-    paths = models(tmp_path, head, head, config=OLD | {"id2label": {"0": "cat", "1": "dog"}})
+HEAD = {"classifier.weight": (2, 8), "classifier.bias": (2,)}
+NEG_POS, POS_NEG = ({"id2label": dict(zip("01", names, strict=True))}
+                    for names in (("neg", "pos"), ("pos", "neg")))
+
+
+def labelled(root, old, labels, new=HEAD):
+    """A base with a head of shapes `old`, fine-tunes with one of `new`; labels for each model."""
+    paths = models(root, old, new)
+    for path, label in zip(paths, labels, strict=True):
+        write(path, {"config.json": {"model_type": "vit", "hidden_act": "gelu"} | label})
+    return paths
+
+
+@pytest.mark.parametrize("choice", [(), ("--config-from", "model:1"), ("--config-from", "base")])
+@pytest.mark.parametrize(("old", "labels", "options"), [
+    (HEAD, ({}, NEG_POS, POS_NEG), ()),
+    (HEAD, ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, NEG_POS, POS_NEG), ()),
+    (HEAD, (POS_NEG, NEG_POS, NEG_POS), ()),
+    (HEAD, (NEG_POS, NEG_POS, POS_NEG), ()),
+    (HEAD, ({}, {"label_names": ["a", "b"]}, {"label_names": ["b", "a"]}), ()),
+    ({}, ({}, NEG_POS, POS_NEG), ("--head", "finetuned")),
+    ({"classifier.weight": (9, 8), "classifier.bias": (9,)}, ({}, NEG_POS, POS_NEG),
+     ("--head", "finetuned")),
+    (HEAD, ({}, NEG_POS, POS_NEG), ("--exclude", "classifier.*", "--excluded", "mean")),
+])
+def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, options, choice):
+    paths = labelled(tmp_path, old, labels)
+    said = say("merge", *paths, "--out", tmp_path / "out", *options, *choice)
+    assert said.status == 1 and not (tmp_path / "out").exists()
+    for part in ("class 0 is ", "classifier.weight", "--config-from does not change that"):
+        assert part in said.err, said.err
+    assert any("class 0 is" in note for note in say("compare", *paths).notes) == (old == HEAD)
+
+
+@pytest.mark.parametrize(("labels", "options", "written"), [
+    ((POS_NEG, NEG_POS, NEG_POS), ("--excluded", "mean"), NEG_POS),
+    ((POS_NEG, NEG_POS, POS_NEG), ("--excluded", "model:1"), NEG_POS),
+    ((POS_NEG, NEG_POS, POS_NEG), (), POS_NEG),
+])
+def test_the_error_of_classes_says_which_option_resolves_it(
+    say, tmp_path, labels, options, written
+):
+    paths = labelled(tmp_path, HEAD, labels)
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    if options != ("--excluded", "model:1"):
+        assert " ".join(("pass --exclude 'classifier.*'", *options)) in said.err
+    out = tmp_path / "out"
+    said = say("merge", *paths, "--out", out, "--exclude", "classifier.*", *options)
+    assert said.status == 0, said.err
+    assert load(out / "config.json")["id2label"] == written["id2label"]
+
+
+def test_no_classifier_is_written_where_the_error_of_classes_says_so(say, tmp_path):
+    paths = labelled(tmp_path, {}, ({}, NEG_POS, POS_NEG))
+    said = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
+    assert "pass --missing base" in said.err
+    assert say("merge", *paths, "--out", tmp_path / "out", "--missing", "base").status == 0
+
+
+@pytest.mark.parametrize("labels", [
+    ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, NEG_POS, NEG_POS),
+    ({}, NEG_POS, {"id2label": {"0": "NEG", "1": "Pos"}}),
+    ({"id2label": {"0": "0", "1": "1"}}, NEG_POS, NEG_POS)])
+def test_names_of_the_same_classes_are_no_error(say, tmp_path, labels):
+    paths = labelled(tmp_path, HEAD, labels)
+    assert say("merge", *paths, "--out", tmp_path / "out").status == 0
+
+
+def test_labels_of_a_model_without_a_classifier_are_a_note(say, tmp_path):
+    paths = labelled(tmp_path, {}, (POS_NEG, NEG_POS, NEG_POS), {})
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0 and "id2label" in said.notes[0]
-    assert load(tmp_path / "out/config.json") == OLD
+    assert load(tmp_path / "out/config.json")["id2label"] == POS_NEG["id2label"]
+
+
+def test_no_note_says_that_labels_are_the_bases_where_they_are_not(say, tmp_path):
+    paths = models(tmp_path, *HEADS["classifier"])
+    said = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
+    assert said.status == 0
+    assert not any("id2label" in note or "architectures" in note for note in said.notes)
 
 
 def test_the_labels_of_the_fine_tunes_are_asked_for(say, tmp_path):

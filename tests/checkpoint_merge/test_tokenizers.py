@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
+from modelstock_jax.checkpoint_merge import tokens
 from modelstock_jax.checkpoint_merge.recipe import parse
 from modelstock_jax.errors import UserError
 from tests.checkpoint_merge.small import adapter, factors
-from tests.checkpoint_merge.typed import load, trio, write
+from tests.checkpoint_merge.typed import load, trio, weights, write
 
 CONFIG = {"model_type": "llama", "eos_token_id": 2, "forced_bos_token_id": 5, "hidden_size": 8}
 BASE = {
@@ -121,6 +124,114 @@ def test_nothing_is_said_where_all_agree(say, tmp_path):
                      "chat_template": "a\n"}})
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0 and not said.notes
+
+
+def ids(kind, names, first=3):
+    """The files of a tokenizer with `names` from id 3 on, after three that all models share."""
+    whole = {**{text: i for i, text in enumerate("abc")},
+             **{text: first + i for i, text in enumerate(names)}}
+    added = [{"id": i, "content": text, "special": True} for text, i in whole.items() if i > 2]
+    plain = {text: i for text, i in whole.items() if i < 3}
+    return {
+        "added_tokens": {"tokenizer.json": {"added_tokens": added, "model": {
+            "type": "BPE", "vocab": plain}}},
+        "model.vocab": {"tokenizer.json": {"added_tokens": [], "model": {"vocab": whole}}},
+        "unigram": {"tokenizer.json": {"model": {
+            "type": "Unigram", "vocab": [[text, -1.0] for text in whole]}}},
+        "vocab.json": {"vocab.json": whole},
+        "vocab.txt": {"vocab.txt": "\n".join(whole)},
+        "added_tokens.json": {"vocab.json": plain, "added_tokens.json": {
+            text: i for text, i in whole.items() if i > 2}},
+        "added_tokens_decoder": {"tokenizer.json": {}, "tokenizer_config.json": {
+            "added_tokens_decoder": {str(one["id"]): one for one in added}}},
+    }[kind]
+
+
+KINDS = ("added_tokens", "model.vocab", "unigram", "vocab.json", "vocab.txt", "added_tokens.json",
+         "added_tokens_decoder")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_id_for_different_tokens_is_an_error(say, tmp_path, kind):
+    """Rows of an embedding are averaged by their ids: they must be of one token."""
+    files = [{"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
+             for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))]
+    for name, order in (("tuned", (0, 1, 2)), ("base", (1, 2, 2)), ("one", (1, 1, 2))):
+        paths = trio(tmp_path / name, *(files[i] for i in order))
+        out = tmp_path / name / "out"
+        said = say("merge", *paths, "--out", out)
+        assert said.status == 1 and not out.exists(), (name, said)
+        for part in ("id 3 is '<u>' in", "and '<v>' in", "--tokenizer-from model:1"):
+            assert part in said.err, said.err
+        said = say("merge", *paths, "--out", out, "--tokenizer-from", "model:1")
+        assert said.status == 0 and any("id 3 is '<u>'" in note for note in said.notes)
+        for file in ids(kind, ()):
+            assert (out / file).read_bytes() == (paths[1] / file).read_bytes()
+        assert any("id 3 is" in note for note in say("compare", *paths).notes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("order", "said"), [
+    ((0, 1, 1), "the fine-tunes agree"), ((0, 1, 0), "from each other"), ((1, 1, 1), None)])
+def test_a_token_that_only_some_models_have_is_a_note(say, tmp_path, kind, order, said):
+    files = [{"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
+             for names in ((), ("<u>",))]
+    found = say("merge", *trio(tmp_path, *(files[i] for i in order)), "--out", tmp_path / "out")
+    assert found.status == 0, found.err
+    assert len(found.notes) == (said is not None)
+    assert said is None or ("added tokens" in found.notes[0] and said in found.notes[0])
+
+
+def test_ids_of_rows_that_are_not_averaged_may_differ(say, tmp_path):
+    """Beyond the rows in common, and where no embedding is merged."""
+    for first, options, status in ((9, (), 1), (12, (), 0), (9, ("--exclude", "*embed*"), 0)):
+        files = [{"config.json": CONFIG, **ids("vocab.json", names, first)}
+                 for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))]
+        paths = trio(tmp_path / f"{first}{len(options)}", *files)
+        said = say("merge", *paths, "--out", paths[0].parent / "out", *options)
+        assert said.status == status, said.err
+
+
+@pytest.mark.parametrize("free", ["<unused0>", "[unused7]", "<|reserved_special_token_0|>",
+                                  "<|placeholder1|>", "[control_8]", "<|extra_0|>"])
+def test_a_row_that_the_base_keeps_free_is_given_to_a_token(say, tmp_path, free):
+    files = [{"config.json": CONFIG, **ids("vocab.json", names)}
+             for names in ((free,), ("<u>",), ("<v>",))]
+    said = say("merge", *trio(tmp_path / "a", *(files[i] for i in (0, 1, 1))), "--out",
+               tmp_path / "out")
+    assert said.status == 0 and any("added tokens" in note for note in said.notes)
+    said = say("merge", *trio(tmp_path / "b", *files), "--out", tmp_path / "no")
+    assert said.status == 1 and "'<u>'" in said.err and free not in said.err
+
+
+def test_the_tokenizers_of_a_pipeline_belong_to_their_encoders(say, tmp_path):
+    index = {"_class_name": "P", "text_encoder": ["t", "T"], "text_encoder_2": ["t", "T"],
+             "tokenizer": ["t", "T"], "tokenizer_2": ["t", "T"]}
+    for name, folder, status in (("a", "tokenizer", 0), ("b", "tokenizer_2", 1)):
+        paths = []
+        for k, names in enumerate(((), ("<u>", "<v>"), ("<v>", "<u>"))):
+            parts = {"tokenizer": ids("vocab.json", ()), "tokenizer_2": ids("vocab.json", ())}
+            parts[folder] = ids("vocab.json", names)
+            paths.append(write(tmp_path / name / str(k), {
+                "model_index.json": index,
+                **{f"{part}/{file}": text for part, files in parts.items()
+                   for file, text in files.items()},
+                "text_encoder/model.safetensors": weights({"shared.weight": (3, 8)}, k),
+                "text_encoder_2/model.safetensors": weights({"shared.weight": (6, 8)}, k)}))
+        said = say("merge", *paths, "--out", tmp_path / name / "out")
+        assert said.status == status, said.err
+        assert not status or "the tokenizers in tokenizer_2 disagree" in said.err
+
+
+def test_equal_files_are_not_parsed_and_others_once(tmp_path, monkeypatch):
+    """A tokenizer.json of 250,000 tokens takes half a second."""
+    parsed = []
+    monkeypatch.setattr(tokens, "_vocabulary", lambda path: parsed.append(path) or {})
+    files = [ids("model.vocab", names) for names in (("<u>",), ("<v>",))]
+    for order, times in (((0, 0, 0), 0), ((0, 1, 1), 2)):
+        places = [write(tmp_path / f"{order}{i}", files[k]) for i, k in enumerate(order)]
+        tokens.read_tokens([SimpleNamespace(tokenizer_directory=place) for place in places])
+        assert len(parsed) == times
 
 
 def test_a_model_without_a_tokenizer_cannot_give_one(say, tmp_path):

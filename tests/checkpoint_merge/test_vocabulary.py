@@ -12,6 +12,7 @@ from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_directory_tensors
 from tests.checkpoint_merge.engine import deltas, models, stock_ratio
 from tests.checkpoint_merge.small import adapter, factors
+from tests.checkpoint_merge.typed import write
 
 ROWS, MORE, WIDTH = 65, 67, 8
 BODY = {"layers.0.mlp.weight": (WIDTH, WIDTH)}
@@ -122,6 +123,105 @@ def test_a_vocabulary_in_a_tower(tmp_path):
     assert run(places, tmp_path / "out", "--vocabulary", "longest") == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
         "vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": MORE}}
+
+
+def resized(say, root, tables, configs, **more):
+    """Merges models whose embeddings have `tables` rows; the output's config and all notes."""
+    rng = np.random.default_rng(0)
+    longest = {n: rng.standard_normal((max(rows), WIDTH)).astype(np.float32)
+               for n, rows in tables.items()}
+    places = []
+    for k in range(3):
+        moved = {n: w + k * np.float32(0.01) * rng.standard_normal(w.shape).astype(np.float32)
+                 for n, w in (longest | {"x.weight": np.ones((WIDTH, WIDTH), np.float32)}).items()}
+        cut = {n: w[: tables[n][k]] if n in tables else w for n, w in moved.items()}
+        places.append(write(root / str(k), {
+            "model.safetensors": cut, "config.json": configs[min(k, len(configs) - 1)]}))
+    out = root / "out"
+    said = say("merge", *places, "--out", out, "--vocabulary", "longest",
+               *more.get("options", ()))
+    assert said.status == 0, said.err
+    return json.loads((out / "config.json").read_text()), said.notes
+
+
+SPLIT = {"model.encoder.embed_tokens.weight": (50, 50, 50),
+         "model.decoder.embed_tokens.weight": (50, 53, 53), "lm_head.weight": (50, 53, 53)}
+BOTH = {"encoder.embeddings.word_embeddings.weight": (50, 52, 52),
+        "decoder.transformer.wte.weight": (50, 55, 55)}
+
+
+@pytest.mark.parametrize(("tables", "config", "wanted"), [
+    (SPLIT, {"vocab_size": 50, "decoder_vocab_size": 50},
+     {"vocab_size": 50, "decoder_vocab_size": 53}),
+    (SPLIT | {"model.encoder.embed_tokens.weight": (50, 51, 50)},
+     {"src_vocab_size": 50, "tgt_vocab_size": 50}, {"src_vocab_size": 51, "tgt_vocab_size": 53}),
+    (BOTH, {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 50}},
+     {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 55}}),
+    (BOTH | {"decoder.transformer.wte.weight": (60, 60, 60)},
+     {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 60}},
+     {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 60}}),
+    ({"shared.weight": (50, 52, 52)}, {"vocab_size": 50, "text_config": {"vocab_size": 50}},
+     {"vocab_size": 52, "text_config": {"vocab_size": 52}}),
+])
+def test_each_side_has_its_own_key(say, tmp_path, tables, config, wanted):
+    said, notes = resized(say, tmp_path, tables, [config])
+    assert said == wanted
+    assert not any("check" in note for note in notes)
+
+
+def test_the_config_of_a_fine_tune_says_the_rows_that_are_written(say, tmp_path):
+    configs = [{"vocab_size": 50, "decoder_vocab_size": n} for n in (50, 53, 53)]
+    said, notes = resized(say, tmp_path, SPLIT, configs, options=("--config-from", "model:1"))
+    assert said == configs[1] and not any("check" in note for note in notes)
+
+
+@pytest.mark.parametrize(("tables", "config", "key"), [
+    (SPLIT, {"vocab_size": 50}, "vocab_size"),
+    ({"shared.weight": (50, 52, 52)}, {"vocab_size": 50, "char_vocab_size": 50},
+     "char_vocab_size"),
+    ({"shared.weight": (50, 52, 52)}, {"vocab_size": 50, "vision_config": {"vocab_size": 50}},
+     "vision_config.vocab_size"),
+    (BOTH, {"vocab_size": 50}, "vocab_size"),
+])
+def test_a_key_that_is_not_certain_is_a_note(say, tmp_path, tables, config, key):
+    said, notes = resized(say, tmp_path, tables, [config])
+    (note,) = [note for note in notes if "check" in note]
+    assert f"check {key}" in note and " rows" in note
+    place = said
+    for part in key.split("."):
+        place = place[part]
+    assert place == 50
+
+
+def test_no_note_says_that_the_size_is_the_bases(say, tmp_path):
+    configs = [{"vocab_size": n} for n in (50, 52, 52)]
+    _, notes = resized(say, tmp_path, {"shared.weight": (50, 52, 52)}, configs)
+    assert not any("vocab_size" in note for note in notes)
+
+
+def test_components_with_vocabularies_of_their_own(say, tmp_path):
+    """Textual inversion in two text encoders that have the same vocabulary in BASE, and a T5."""
+    names = {"text_encoder": "text_model.embeddings.token_embedding.weight",
+             "text_encoder_2": "text_model.embeddings.token_embedding.weight",
+             "text_encoder_3": "shared.weight"}
+    index = {"_class_name": "P", **{part: ["transformers", "T"] for part in names}}
+    rng, places = np.random.default_rng(0), []
+    whole = {part: rng.standard_normal((60, WIDTH)).astype(np.float32) for part in names}
+    for k, sizes in enumerate(((50, 50, 58), (52, 55, 58), (52, 55, 58))):
+        files = {"model_index.json": index}
+        for (part, name), rows in zip(names.items(), sizes, strict=True):
+            moved = whole[part] + k * np.float32(0.01) * rng.standard_normal(
+                whole[part].shape).astype(np.float32)
+            files |= {f"{part}/model.safetensors": {name: moved[:rows]},
+                      f"{part}/config.json": {"model_type": "t", "vocab_size": rows}}
+        places.append(write(tmp_path / str(k), files))
+    out = tmp_path / "out"
+    said = say("merge", *places, "--out", out, "--vocabulary", "longest")
+    assert said.status == 0, said.err
+    for (part, name), rows in zip(names.items(), (52, 55, 58), strict=True):
+        assert TensorFiles(out / part).shape(name) == (rows, WIDTH)
+        assert json.loads((out / part / "config.json").read_text())["vocab_size"] == rows
+    assert not any("vocab_size" in note for note in said.notes)
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
