@@ -17,6 +17,7 @@ import numpy as np
 from modelstock_jax.checkpoint_merge import quantized_formats as formats
 from modelstock_jax.checkpoint_merge.buffers import is_index
 from modelstock_jax.checkpoint_merge.components import prefix_of
+from modelstock_jax.checkpoint_merge.match import same_numbers
 from modelstock_jax.checkpoint_merge.names import TensorInfo
 from modelstock_jax.checkpoint_merge.quantized_formats import (
     CONFIG_KEYS,
@@ -180,7 +181,7 @@ def codes_that_differ(sources: Sequence[Source]) -> str | None:
         alike = all((i.shape, i.code) == (info.shape, info.code) for i in infos if i is not None)
         if is_index(name, info.shape) and not alike:
             continue  # Position ids of a longer context.
-        if not alike or not _equal(sources, name, math.prod(info.shape)):
+        if not alike or not same_numbers(*((source, name) for source in sources)):
             return (f"{said.label} is quantized, as its config says, in a format that is not read "
                     f"here ({name} is {info.code} and differs between models); {HOW_TO_FIX}")
     return None
@@ -337,7 +338,7 @@ def _modules(source: Source) -> dict[str, _Module]:
     said = {prefix: stated(_folder(source.directory, prefix)) for prefix in {*source.components}}
     whole = stated(source.directory)
     marked = {prefix_of(name, source.components) for name in source.tensors
-              if _local(name) in formats.MARKERS}
+              if _local(name) == formats.OF_ALL_LAYERS}
     modules: dict[str, _Module] = {}
     for name, info in source.tensors.items():
         local = _local(name)
@@ -364,7 +365,7 @@ def _codes(module: _Module, local: str) -> Codes | None:
     serves = formats.serves(local) or local in formats.MARKERS
     if serves or is_index(name, info.shape) or math.prod(info.shape) <= 1:
         return None
-    said = bool(module.said.file) or module.marked
+    said = bool(module.said.file) or module.marked or formats.OF_A_LAYER in module.tensors
     scales = [other for other in formats.partners(local, module.tensors, "scal")
               if module.tensors[other].code not in FLOAT8 or info.code == "U8"]
     zeros = formats.partners(local, module.tensors, "zero")
@@ -413,7 +414,7 @@ def _formed(
              for other in (*scales, *zeros)]
     why = why or next((size for size in found if isinstance(size, str)), "")
     fits = [size for size in found if not isinstance(size, str)]
-    why = why or formats.scale_problem(tensors[scales[0]], info, fits[0], module.said)
+    why = why or formats.scale_problem(local, tensors[scales[0]], info, fits[0], module.said)
     if why:
         return Codes(name, name, problem=why)
     scale = tensors[scales[0]].shape
@@ -435,9 +436,10 @@ def _checked(
     why = ""
     if others := formats.other_roles(tensors, known):
         why = f"{listed(others, _MAX_NAMED)} next to it: what it is for is not known"
-    elif "comfy_quant" in tensors:
-        count = math.prod(tensors["comfy_quant"].shape)
-        why = formats.comfy_problem(source.read(f"{prefix}comfy_quant", 0, count).tobytes())
+    elif formats.OF_A_LAYER in tensors:
+        count = math.prod(tensors[formats.OF_A_LAYER].shape)
+        marker = source.read(f"{prefix}{formats.OF_A_LAYER}", 0, count)
+        why = formats.comfy_problem(marker.tobytes())
     return [dataclasses.replace(one, problem=one.problem or why) for one in found]
 
 
@@ -477,11 +479,6 @@ def _by_rows(codes: Sequence[Codes], source: Source) -> Iterable[Codes]:
 def _is_read(source: Source) -> bool:
     """Whether a source, or the base of an adapter, is read as codes x scale."""
     return isinstance(getattr(source, "base", source), DequantizedSource)
-
-
-def _equal(sources: Sequence[Source], name: str, count: int) -> bool:
-    first, *rest = (source.read(name, 0, count) for source in sources)
-    return all(np.array_equal(first, other) for other in rest)
 
 
 def _local(name: str) -> str:

@@ -27,7 +27,7 @@ INT8 = ("I8", "U8")
 # Numbers of 4 or 6 bits in a container of their own.
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 EXPONENTS = "F8_E8M0"
-_SCALES = ("F64", "F32", "F16", "BF16", EXPONENTS)
+_SCALES = ("F64", "F32", "F16", "BF16")
 # Method -> dtypes of codes whose layout is known: [out, in] as torch's Linear stores it, and a
 # scale of one axis is that of the rows. EETQ stores [in, out]. The int8 of `fp8` is two FP4 numbers
 # in a byte (DeepSeek-V4), that of ModelOpt and TensorRT-LLM was smoothed or interleaved.
@@ -55,8 +55,8 @@ _KINDS = ("scal", "zero")
 _OTHER_ROLES = re.compile(r"scal|zero|amax|absmax|codebook|centroid|smooth|shift|offset|hadamard|"
                           r"g_idx|(?:^|_)perm(?:$|_)")
 _WEIGHT = re.compile(r"\w*weight|\w*proj|w\d*|w[a-z]|q?code|q?data|block|packed|kernel|qidx")
-# ComfyUI's marker of a layer: JSON in bytes.
-MARKERS = ("scaled_fp8", "comfy_quant")
+# ComfyUI's markers; that of a layer is JSON in bytes.
+OF_ALL_LAYERS, OF_A_LAYER = MARKERS = ("scaled_fp8", "comfy_quant")
 _COMFY = {"format": ("float8_e4m3fn", "float8_e5m2"), "full_precision_matrix_mult": (True, False)}
 
 
@@ -159,16 +159,25 @@ def sizes(
     return (*front[:-2], *found.pop()) if found else misfit
 
 
-def scale_problem(scale: TensorInfo, info: TensorInfo, found: Sequence[int], said: Stated) -> str:
-    """Why a scale's numbers may mean something else; empty where their meaning is certain."""
-    if scale.code in _SCALES and (scale.code != EXPONENTS or info.code in FLOAT8):
+def scale_problem(
+    local: str, scale: TensorInfo, info: TensorInfo, found: Sequence[int], said: Stated
+) -> str:
+    """Why a scale's numbers may mean something else; empty where their meaning is certain.
+
+    Args:
+        local: The name of the codes in their module.
+        scale: The scale.
+        info: The codes.
+        found: Codes along each axis that share one scale.
+        said: What the config states.
+    """
+    exponents = scale.code in (EXPONENTS, "U8")
+    if exponents and info.code in FLOAT8[:2] and not local.endswith("qdata"):
+        known = {(1, _MX), *(tuple(map(min, block, info.shape[-2:])) for block in said.blocks)}
+        if math.prod(scale.shape) > 1 and tuple(found[-2:]) in known:
+            return ""  # MX: bytes are exponents. torchao may store them in another order.
+    if scale.code in _SCALES:
         return ""
-    if scale.code == "U8" and info.code in FLOAT8[:2]:
-        pair = tuple(found[-2:])
-        known = {(min(a, info.shape[-2]), min(b, info.shape[-1])) for a, b in said.blocks} \
-            if len(pair) == 2 else set()
-        if len(pair) == 2 and pair in known | {(1, _MX)} and math.prod(scale.shape) > 1:
-            return ""
     return f"a scale in {scale.code} of codes in {info.code} is not read here"
 
 

@@ -96,6 +96,12 @@ def test_other_integer_scales_are_refused(tmp_path, capsys, codes, scale):
                    capsys, "q.weight")
 
 
+def test_exponents_of_torchao_may_be_in_another_order(tmp_path, capsys):
+    assert_refused(tmp_path, lambda rng: {
+        "q._weight_qdata": float8(rng, (128, 128)), "q._weight_scale": np.full((128, 4), 1, E8M0)},
+        {"quant_method": "torchao"}, capsys, "a scale in F8_E8M0")
+
+
 # Methods: a layout that is known, or none.
 @pytest.mark.parametrize("out", [64, 32])
 @pytest.mark.parametrize(("config", "why"), [
@@ -245,6 +251,16 @@ def test_scales_by_other_words_are_seen(tmp_path, capsys, name):
     files = [str(place / "model.safetensors") for place in places]
     assert main(["merge", *files, "--out", str(tmp_path / "out")]) == 1
     assert "quantized (q.weight" in capsys.readouterr().err
+
+
+def test_a_layer_without_a_marker_is_plain_float8(tmp_path):
+    marker = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
+    codes = float8(np.random.default_rng(0))
+    source = read(tmp_path, {
+        "q.weight": codes, "q.weight_scale": np.float32(0.5), "q.comfy_quant": marker,
+        "k.weight": codes, "empty.comfy_quant": marker})
+    assert {n: i.code for n, i in source.tensors.items()} == {
+        "q.weight": "F32", "k.weight": "F8_E4M3", "norm.weight": "BF16"}
 
 
 # Integers that no rule of this package recognizes as codes.
