@@ -7,6 +7,7 @@ known, and from shapes that fit in one way. Everything else is a problem, with h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -171,11 +172,14 @@ def scale_problem(
         found: Codes along each axis that share one scale.
         said: What the config states.
     """
-    exponents = scale.code in (EXPONENTS, "U8")
-    if exponents and info.code in FLOAT8[:2] and not local.endswith("qdata"):
+    # torchao may store exponents in another order.
+    plain = info.code in FLOAT8[:2] and not local.endswith("qdata")
+    if scale.code == "U8" and plain and math.prod(scale.shape) > 1:  # MX: bytes are exponents.
         known = {(1, _MX), *(tuple(map(min, block, info.shape[-2:])) for block in said.blocks)}
-        if math.prod(scale.shape) > 1 and tuple(found[-2:]) in known:
-            return ""  # MX: bytes are exponents. torchao may store them in another order.
+        if tuple(found[-2:]) in known:
+            return ""
+    if scale.code == EXPONENTS and plain:
+        return ""
     if scale.code in _SCALES:
         return ""
     return f"a scale in {scale.code} of codes in {info.code} is not read here"
@@ -254,11 +258,13 @@ def other_roles(tensors: Collection[str], known: Collection[str]) -> list[str]:
                   if other not in known and _OTHER_ROLES.search(other.lower()))
 
 
-def words(local: str) -> set[str]:
+@functools.lru_cache(maxsize=1 << 16)
+def words(local: str) -> frozenset[str]:
     """Words of a name, in the singular."""
     found = (word for word in re.split(r"[^A-Za-z0-9]+", local.lower()) if word
              and not word.isdigit())
-    return {word[:-1] if len(word) > 2 and word.endswith("s") else word for word in found}
+    return frozenset(word[:-1] if len(word) > 2 and word.endswith("s") else word
+                     for word in found)
 
 
 def _has(local: str, kind: str) -> bool:

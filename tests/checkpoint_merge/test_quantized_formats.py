@@ -84,6 +84,18 @@ def test_exponents_of_two_are_read_as_such(tmp_path, config, size, kind):
     assert sorted(source.tensors) == ["norm.weight", "q.weight"]
 
 
+@pytest.mark.parametrize("shape", [(), (128, 1), (1, 1), (2, 2)])
+def test_a_dtype_of_exponents_says_so_itself(tmp_path, shape):
+    codes = float8(np.random.default_rng(0), (128, 192))
+    exponents = np.random.default_rng(0).integers(110, 130, shape).astype(np.uint8)
+    source = read(tmp_path, {"q.weight": codes, "q.weight_scale": exponents.view(E8M0)},
+                  {"quant_method": "compressed-tensors", "block_structure": "64x96"})
+    scale = 2.0 ** (exponents.astype(int) - 127)
+    if shape == (2, 2):
+        scale = np.repeat(np.repeat(scale, 64, 0), 96, 1)
+    np.testing.assert_array_equal(formed(source), (codes.astype(float) * scale).astype(F32))
+
+
 @pytest.mark.parametrize(("codes", "scale"), [
     (float8, np.uint8(120)),  # For the tensor: no format stores that.
     (float8, np.full((64, 4), 120, np.uint8)),  # Blocks of 16.
