@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from modelstock_jax.checkpoint_merge import quantization, quantized_formats
 from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.names import TensorInfo
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_directory_tensors
@@ -183,9 +185,9 @@ def test_a_square_weight_needs_a_method_or_one_that_is_not_square(tmp_path):
     ((96, 128), (64, 64), {"weight_block_size": [64, 64]}),
     ((200, 200), (100, 100), {"weight_block_size": [100, 100]}),
     ((288, 320), (96, 64), {"weight_block_size": [96, 64]}),
-    ((192, 192), (1, 96), {"config_groups": {"group_0": {"weights": {"group_size": 96}}}}),
-    ((192, 192), (96, 96), {"config_groups": {"group_0": {"weights": {"block_structure": [96, 96]},
-                                              "input_activations": {"group_size": 128}}}}),
+    ((192, 192), (1, 96), {"config_groups": {"group_0": {
+        "weights": {"group_size": 96}, "input_activations": {"group_size": 128}}}}),
+    ((192, 192), (96, 96), {"config_groups": {"g": {"weights": {"block_structure": [96, 96]}}}}),
     ((256, 384), (128, 128), {}), ((32, 384), (1, 128), {}),
 ])
 def test_blocks_are_as_the_config_states(tmp_path, shape, size, config):
@@ -319,3 +321,103 @@ def test_float8_that_only_was_cast_is_merged(tmp_path):
         "k.weight": float8(rng), "k.bias": rng.standard_normal(64).astype(F32),
         "k.temperature": rng.standard_normal(1).astype(F32)})
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+
+
+# Names, shapes and dtypes of published checkpoints; what their configs say.
+PUBLISHED = {
+    "DeepSeek-V3": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, {
+        "self_attn.kv_a_proj_with_mqa.weight": ((576, 7168), "F8_E4M3"),
+        "self_attn.kv_a_proj_with_mqa.weight_scale_inv": ((5, 56), "F32"),
+        "self_attn.q_a_proj.weight": ((1536, 7168), "F8_E4M3"),
+        "self_attn.q_a_proj.weight_scale_inv": ((12, 56), "F32"),
+        "mlp.gate.weight": ((256, 7168), "BF16"),
+        "mlp.gate.e_score_correction_bias": ((256,), "F32"),
+    }),
+    "DeepSeek's own names": (None, {
+        "attn.wkv_a.weight": ((576, 7168), "F8_E4M3"), "attn.wkv_a.scale": ((5, 56), "F32"),
+        "attn.wo.weight": ((7168, 16384), "F8_E4M3"), "attn.wo.scale": ((56, 128), "F32"),
+    }),
+    "Mistral": ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}, {
+        "self_attn.q_proj.weight": ((4096, 3072), "F8_E4M3"),
+        "self_attn.q_proj.weight_scale_inv": ((), "BF16"),
+        "self_attn.q_proj.activation_scale": ((), "BF16"),
+    }),
+    "Mistral's own names": (None, {
+        "attention.wq.weight": ((4096, 3072), "F8_E4M3"), "attention.wq.qscale_act": ((), "BF16"),
+        "attention.wq.qscale_weight": ((), "BF16"),
+    }),
+    "RedHatAI FP8-dynamic": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
+            "group_0": {"input_activations": {"num_bits": 8, "group_size": None},
+                        "weights": {"num_bits": 8, "block_structure": None, "group_size": None}}},
+         "sparsity_config": {}, "transform_config": {}, "kv_cache_scheme": None}, {
+            "self_attn.o_proj.weight": ((4096, 4096), "F8_E4M3"),
+            "self_attn.o_proj.weight_scale": ((4096, 1), "BF16"),
+            "mlp.up_proj.weight": ((14336, 4096), "F8_E4M3"),
+            "mlp.up_proj.weight_scale": ((14336, 1), "BF16"),
+        }),
+    "RedHatAI w8a8 with a cache": (
+        {"quant_method": "compressed-tensors", "format": "int-quantized", "kv_cache_scheme": {
+            "num_bits": 8}, "sparsity_config": {"format": "dense"}}, {
+            "self_attn.k_proj.weight": ((1024, 4096), "I8"),
+            "self_attn.k_proj.weight_scale": ((1024, 1), "BF16"),
+            "self_attn.k_proj.input_scale": ((1,), "BF16"),
+            "self_attn.k_proj.input_zero_point": ((1,), "I8"),
+            "self_attn.k_scale": ((1,), "BF16"), "self_attn.v_scale": ((1,), "BF16"),
+        }),
+    "AutoFP8": ({"quant_method": "fp8", "kv_cache_scheme": "static"}, {
+        "self_attn.k_proj.weight": ((1024, 4096), "F8_E4M3"),
+        "self_attn.k_proj.weight_scale": ((1,), "F16"),
+        "self_attn.k_proj.input_scale": ((1,), "F16"), "self_attn.kv_scale": ((1,), "F16"),
+    }),
+    "ModelOpt FP8": ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8",
+                      "producer": {"name": "modelopt"}}, {
+        "self_attn.k_proj.weight": ((1024, 4096), "F8_E4M3"),
+        "self_attn.k_proj.weight_scale": ((), "F32"), "self_attn.k_proj.input_scale": ((), "F32"),
+        "self_attn.k_proj.k_scale": ((), "F32"),
+    }),
+    "Llama 4, fbgemm": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, {
+        "feed_forward.experts.gate_up_proj": ((16, 5120, 16384), "F8_E4M3"),
+        "feed_forward.experts.gate_up_proj_scale": ((16, 1, 16384), "F32"),
+        "feed_forward.experts.down_proj": ((16, 8192, 5120), "F8_E4M3"),
+        "feed_forward.experts.down_proj_scale": ((16, 1, 5120), "F32"),
+        "self_attn.q_proj.weight": ((5120, 5120), "F8_E4M3"),
+        "self_attn.q_proj.weight_scale": ((5120, 1), "F32"),
+    }),
+    "ComfyUI scaled": (None, {
+        "scaled_fp8": ((2,), "F8_E4M3"), "blocks.0.modulation": ((1, 6, 5120), "F32"),
+        "blocks.0.self_attn.q.weight": ((5120, 5120), "F8_E4M3"),
+        "blocks.0.self_attn.q.scale_weight": ((), "F32"),
+        "blocks.0.self_attn.q.scale_input": ((), "F32"),
+        "blocks.0.self_attn.q.bias": ((5120,), "F16"),
+        "blocks.0.norm.scale_shift_table": ((6, 5120), "F16"),
+    }),
+    "TensorRT-LLM": ({"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, {
+        "transformer.layers.0.attention.qkv.weight": ((12288, 4096), "F8_E4M3"),
+        "transformer.layers.0.attention.qkv.weights_scaling_factor": ((1,), "F32"),
+        "transformer.layers.0.attention.qkv.activation_scaling_factor": ((1,), "F32"),
+        "transformer.layers.0.attention.kv_cache_scaling_factor": ((1,), "F32"),
+    }),
+    "Quanto with activations": ({"quant_method": "quanto", "weights": "int8"}, {
+        "fc1.weight._data": ((64, 64), "I8"), "fc1.weight._scale": ((64, 1), "F32"),
+        "fc1.input_scale": ((), "F32"), "fc1.output_scale": ((), "F32"), "fc1.bias": ((64,), "F32"),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_layouts_are_read_and_only_weights_are_left(tmp_path, model):
+    config, stored = PUBLISHED[model]
+    key = "quantization" if model == "TensorRT-LLM" else "quantization_config"
+    (tmp_path / "config.json").write_text(json.dumps({key: config} if config else {}))
+    headers = SimpleNamespace(
+        label=model, directory=tmp_path, components={"": "model"}, aliases={}, notes=[],
+        tensors={name: TensorInfo(*info) for name, info in stored.items()})
+    source = quantization.as_weights(headers)
+    kept = {name for name, info in stored.items()
+            if info[1][0] in "FI" and len(info[0]) > 1 and "scale" not in name
+            or name.endswith(("bias", "table", "modulation"))} | (
+                {"mlp.gate.weight"} & stored.keys())
+    assert {*source.tensors} == {name.removesuffix("._data") for name in kept}
+    assert {*source.codes} == {name.removesuffix("._data") for name, info in stored.items()
+                               if info[1] in ("F8_E4M3", "I8") and len(info[0]) > 1}
