@@ -102,6 +102,8 @@ def decide_companions(
     compare_ids(read, sources, components, options, findings)
     if options.tokenizer_from is None and not tokenizer_model:
         compare_tokenizers(sources, findings, read)
+    if options.tokenizer_from is None:
+        _object_to_several_vocabularies(sources, tensors, findings)
     if findings.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
         findings.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
@@ -165,6 +167,20 @@ def _object_to_lost_modules(
     findings.object(f"{listed(lost, 6)} of {source.label} would be lost, for {sources[0].label} "
                     f"has no {MODULES}: pass {theirs}--config-from base to write a model without "
                     "them")
+
+
+def _object_to_several_vocabularies(
+    sources: Sequence[Source], tensors: Mapping[str, Planned], findings: Findings
+) -> None:
+    """A problem where the rows of two embeddings come from two models: one tokenizer is written."""
+    longest = {tensor.rest: name for name, tensor in reversed(tensors.items())
+               if tensor.rows is not None and tensor.rest}
+    if len(longest) > 1:
+        which = listed(f"{name} is of {sources[model].label}"
+                       for model, name in sorted(longest.items()))
+        findings.object(f"the longest vocabularies are of several models: {which}; pass "
+                        "--tokenizer-from model:1 (or another) to write that model's tokenizers, "
+                        "or --vocabulary base")
 
 
 def _of_weights(source: Source) -> list[str]:

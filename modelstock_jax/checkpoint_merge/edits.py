@@ -87,6 +87,8 @@ def config_changes(
         made = _of_vocabulary(path, folder, config, here, findings)
         if any(name in findings.untied for name in here):
             made |= _untied(config)
+        elif config_model:
+            made |= _ties(config, _config_in(sources[0], folder))
         if tokenizer_model != config_model:
             made |= _of_tokens(config, _config_in(sources[tokenizer_model], folder))
         head = labels_from(here, findings.new_head)
@@ -138,6 +140,12 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
     said = [key for key in flat(config) if key.rpartition(".")[2] == TIED]
     text = [f"text_config.{TIED}"] if isinstance(config.get("text_config"), dict) else []
     return dict.fromkeys([TIED, *text, *said], False)
+
+
+def _ties(config: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What BASE's config says of its head, for the merged model has the head that BASE has."""
+    said = {key: x for key, x in flat(base or {}).items() if key.rpartition(".")[2] == TIED}
+    return {key: said[key] for key, x in flat(config).items() if x != said.get(key, x)}
 
 
 def _of_tokens(config: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, Any]:

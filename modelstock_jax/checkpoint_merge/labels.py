@@ -14,6 +14,9 @@ from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import listed
 
 _MAX_NAMED = 3
+# Of detection and segmentation, with layers or a head for each decoder layer.
+_CLASSES = re.compile(r"(?:.*[./])?(?:class_(?:predictor|labels_classifier|embed|head)|cls_head|"
+                      r"cls_score|conv_seg)\.(?:.*\.)?(?:weight|bias)")
 
 
 def check_labels(
@@ -31,7 +34,7 @@ def check_labels(
                           read_config(source.directory / folder)) for source in sources]
         sizes = {len(one) + more for one in labels if one for more in (0, 1)}  # DETR: no object.
         heads = {name: tensor for name, tensor in tensors.items()
-                 if is_classifier(name) and tensor.shape and tensor.shape[0] in sizes}
+                 if _has_classes(name) and tensor.shape and tensor.shape[0] in sizes}
         merged = any(tensor.action == "merge" for tensor in heads.values())
         if not merged and not any(tensor.action == "mean" for tensor in heads.values()):
             continue
@@ -48,13 +51,17 @@ def check_labels(
 def labels_from(tensors: Mapping[str, Planned], new_head: Collection[str]) -> int:
     """The model whose classes the classifier of a component has: 0 is the base."""
     heads = [tensor for name, tensor in tensors.items()
-             if is_classifier(name) or name in new_head]
+             if _has_classes(name) or name in new_head]
     for tensor in heads:
         if tensor.action == "mean":
             return 1
         if tensor.action.startswith("model:"):
             return int(tensor.action.partition(":")[2])
     return 0
+
+
+def _has_classes(name: str) -> bool:
+    return is_classifier(name) or _CLASSES.fullmatch(name) is not None
 
 
 def _labels(config: Mapping[str, Any] | None) -> dict[int, str]:

@@ -41,10 +41,13 @@ class Read(NamedTuple):
 def read_tokens(sources: Sequence[Source]) -> list[Read]:
     """The token ids of all models, by folder of the tokenizer; empty where all files are equal."""
     places = [source.tokenizer_directory for source in sources]
-    first = next((place for place in places if place is not None), None)
+    names = [[] if place is None else tokenizer_folders(place) for place in places]
     found = []
-    for folder in [] if first is None else tokenizer_folders(first):
-        here = [None if place is None else place / folder for place in places]
+    for folder in next(filter(None, names), []):
+        # A model with one tokenizer may keep it in another folder.
+        here = [None if place is None else
+                place / (theirs[0] if len(theirs) == 1 else folder)
+                for place, theirs in zip(places, names, strict=True)]
         found.append(Read(folder, _read_all(here)))
     return found
 

@@ -232,6 +232,24 @@ def test_a_head_that_is_untied_is_untied_wherever_the_config_says_it(say, tmp_pa
     assert not any(TIED in note for note in found.notes)
 
 
+@pytest.mark.parametrize("place", ["", "text_config."])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_config_of_a_fine_tune_says_of_the_head_what_is_written(say, tmp_path, tied, place):
+    """The merged model has a head where BASE has one."""
+    ours, theirs = (updated({"text_config": {"a": 1}}, {place + TIED: x}) for x in (tied, not tied))
+    paths = trio(tmp_path, {"config.json": ours}, {"config.json": theirs})
+    for path in paths:
+        found = tensors(path)
+        head = found["model.embed_tokens.weight"] if tied else np.ones((12, 8), np.float32)
+        if not tied or path is not paths[0]:
+            write(path, {"model.safetensors": found | {"lm_head.weight": head}})
+    out = tmp_path / "out"
+    said = say("merge", *paths, "--out", out, "--config-from", "model:1")
+    assert said.status == 0, said.err
+    assert ("lm_head.weight" in tensors(out)) == (not tied)
+    assert load(out / "config.json") == ours
+
+
 def test_every_family_as_transformers_reads_and_saves_it():
     transformers = pytest.importorskip("transformers")
     for name in ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mistral", "mixtral",

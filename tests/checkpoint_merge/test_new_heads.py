@@ -154,6 +154,19 @@ def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, opti
     assert any("class 0 is" in note for note in say("compare", *paths).notes) == (old == HEAD)
 
 
+@pytest.mark.parametrize("head", [
+    "class_labels_classifier.weight", "class_labels_classifier.layers.2.weight",
+    "class_predictor.weight", "model.decoder.class_embed.0.weight", "decode_head.classifier.weight",
+    "score.weight", "classifier.1.weight", "head.fc.weight"])
+@pytest.mark.parametrize("rows", [2, 3])
+def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
+    """Some have a row for no object."""
+    shape = {head: (rows, 8)}
+    paths = labelled(tmp_path, shape, ({}, NEG_POS, POS_NEG), shape)
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 1 and f"{head} has a row per class" in said.err
+
+
 @pytest.mark.parametrize(("labels", "options", "written"), [
     ((POS_NEG, NEG_POS, NEG_POS), ("--excluded", "mean"), NEG_POS),
     ((POS_NEG, NEG_POS, POS_NEG), ("--excluded", "model:1"), NEG_POS),

@@ -223,6 +223,22 @@ def test_the_tokenizers_of_a_pipeline_belong_to_their_encoders(say, tmp_path):
         assert not status or "the tokenizers in tokenizer_2 disagree" in said.err
 
 
+def test_the_tokenizers_of_two_layouts_are_compared(say, tmp_path):
+    folder = "0_Transformer"
+    files = [ids("vocab.json", names) for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))]
+    modules = [{"path": folder, "type": "sentence_transformers.models.Transformer"}]
+    paths = []
+    for k, own in enumerate(files):
+        prefix = f"{folder}/" if not k else ""
+        index = {"modules.json": modules if not k else [modules[0] | {"path": ""}]}
+        paths.append(write(tmp_path / str(k), index | {
+            f"{prefix}{file}": text for file, text in own.items()} | {
+            f"{prefix}config.json": {"model_type": "bert"}, f"{prefix}model.safetensors":
+            weights({"embeddings.word_embeddings.weight": (6, 8)}, k)}))
+    said = say("merge", *paths, "--out", tmp_path / "out")
+    assert said.status == 1 and "id 3 is '<u>'" in said.err
+
+
 def test_equal_files_are_not_parsed_and_others_once(tmp_path, monkeypatch):
     """A tokenizer.json of 250,000 tokens takes half a second."""
     parsed = []

@@ -224,6 +224,17 @@ def test_components_with_vocabularies_of_their_own(say, tmp_path):
     assert not any("vocab_size" in note for note in said.notes)
 
 
+def test_vocabularies_that_are_longest_in_two_models(say, tmp_path):
+    """One model's tokenizers are written."""
+    tables = {"encoder.embed_tokens.weight": (50, 52, 50), "decoder.embed_tokens.weight":
+              (50, 50, 53)}
+    configs = [{"encoder_vocab_size": 50, "decoder_vocab_size": 50}]
+    with pytest.raises(AssertionError, match="longest vocabularies are of several models"):
+        resized(say, tmp_path / "a", tables, configs)
+    said, _ = resized(say, tmp_path / "b", tables, configs, options=("--tokenizer-from", "base"))
+    assert said == {"encoder_vocab_size": 52, "decoder_vocab_size": 53}
+
+
 @pytest.mark.parametrize("tokenizer", [True, False])
 def test_an_adapter_with_a_longer_embedding(tmp_path, capsys, tokenizer):
     """PEFT saves a resized embedding whole; its trainer saves the tokenizer next to the adapter."""
