@@ -215,7 +215,7 @@ def _best(candidates, left, free, base, other, taken, partial):
             continue
         if not partial and _contradicted(rule, hits, taken):
             continue
-        if _replaces(rule) and len(hits) < _MOST * len(other):
+        if _replaces(rule, hits) and len(hits) < _MOST * len(other):
             continue
         shared = len(set(_parts(rule.own)) & set(_parts(rule.base)))
         scored.append(((len(alike), shared), rule, hits))
@@ -235,14 +235,15 @@ def _contradicted(rule: Rule, hits: Mapping[str, str], taken: Iterable[str]) -> 
     return any(name.startswith(tuple(f"{head}." for head in heads)) for name in taken)
 
 
-def _replaces(rule: Rule) -> bool:
+def _replaces(rule: Rule, hits: Iterable[str]) -> bool:
     """Whether parts of one prefix stand for others: another name of a whole model, or no rule.
 
     A classifier is no language model's head, and one task's head not another's, though their
-    tensors may have equal shapes.
+    tensors may have equal shapes. A tower with its layers is known by a part that both share.
     """
     own, base = set(_parts(rule.own)), set(_parts(rule.base))
-    return bool(own - base) and bool(base - own)
+    layers = {number for name in hits for number in _numbers(name[len(rule.own):])[:1]}
+    return bool(own - base) and bool(base - own) and not (own & base and len(layers) > 1)
 
 
 def _summed_up(found: Mapping[str, str]) -> tuple[Rule, ...]:
