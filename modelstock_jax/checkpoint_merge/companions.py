@@ -160,6 +160,8 @@ def _object_to_lost_modules(
     if not tuned or has(sources[0]):
         return
     fits = [i for i in tuned if all(name in components for name in _of_weights(sources[i]))]
+    if not fits and findings.problems:
+        return  # Tensors of modules are lacking, which has options of its own.
     source = sources[(fits or tuned)[0]]
     assert source.directory is not None, "`has` saw a file in it"
     lost = [MODULES, *(name for name in folders(source.directory) if name)]

@@ -96,14 +96,13 @@ def _conflicts(ids: Sequence[Ids | None], sources: Sequence[Source], rows: int) 
         if own is None or own in ids[:model]:
             continue
         for i, token in own.items():
-            if (rows and i >= rows) or (i in known and known[i][0] == token):
+            first, label = known.setdefault(i, (token, source.label))
+            if first == token or (rows and i >= rows) or _FREE.fullmatch(token):
                 continue
-            if _FREE.fullmatch(token):
-                continue
-            if i not in known:
+            if _FREE.fullmatch(first):
                 known[i] = token, source.label
             else:
-                seen.setdefault(i, f"id {i} is {known[i][0]!r} in {known[i][1]} and {token!r} in "
+                seen.setdefault(i, f"id {i} is {first!r} in {label} and {token!r} in "
                                    f"{source.label}")
     return [seen[i] for i in sorted(seen)]
 
