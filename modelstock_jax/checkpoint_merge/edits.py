@@ -193,10 +193,9 @@ def _of_vocabulary(
     if not made and not doubtful and main and len({one.written for one in rows}) == 1:
         made[main[0]] = rows[0].written  # It said another number than the embedding had rows.
     said = {*made.values()}
-    unsaid = [one for one in resized if one.written not in said and (keys or one.side)]
-    if doubtful or unsaid:
-        findings.notes.append(_check(path, doubtful or list(keys) or ["vocab_size"],
-                                     unsaid or resized))
+    unsaid = [one for one in resized if one.written not in said]
+    if named := doubtful or (unsaid and [key for key in keys if _certain(key)]):
+        findings.notes.append(_check(path, named, unsaid or resized))
     return {key: value for key, value in made.items() if value != keys[key]}
 
 

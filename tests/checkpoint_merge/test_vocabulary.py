@@ -193,6 +193,13 @@ def test_a_key_that_is_not_certain_is_a_note(say, tmp_path, tables, config, key)
     assert place == 50
 
 
+@pytest.mark.parametrize("config", [{"a": 1}, {"type_vocab_size": 2}])
+def test_a_config_that_says_nothing_of_a_vocabulary_is_no_note(say, tmp_path, config):
+    for name, tables in (("shared", {"shared.weight": (50, 52, 52)}), ("split", SPLIT)):
+        said, notes = resized(say, tmp_path / name, tables, [config])
+        assert said == config and not any("check" in note for note in notes)
+
+
 def test_no_note_says_that_the_size_is_the_bases(say, tmp_path):
     configs = [{"vocab_size": n} for n in (50, 52, 52)]
     _, notes = resized(say, tmp_path, {"shared.weight": (50, 52, 52)}, configs)
