@@ -389,8 +389,9 @@ def _may_be_codes(
     """Whether integers are codes, and not a buffer next to some learned scale."""
     info = module.tensors[local]
     named = formats.named_after(local, module.tensors)
-    if len(info.shape) < 2 or not (named or formats.is_weight_name(local)
-                                   or said and (scales or zeros)):
+    alike = len(info.shape) > 1 and (
+        formats.is_weight_name(local) or said and bool(scales or zeros))
+    if not named and not alike:
         return False
     if info.code in INT8:
         return bool(said or scales or zeros)

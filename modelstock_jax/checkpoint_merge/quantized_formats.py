@@ -235,11 +235,17 @@ def serves(local: str) -> bool:
 
 
 def is_activation(local: str, info: TensorInfo, stored: Collection[str]) -> bool:
-    """Whether a tensor is the scale of an activation or cache, next to the codes `stored`."""
-    if not any(_has(local, kind) for kind in (*_KINDS, "amax")) or not _flat(info):
+    """Whether a tensor is the scale of an activation or cache, next to the codes `stored`.
+
+    It has one element, or one per expert (`gate_up_proj_activation_scale`): the scale of each
+    input of a layer, which smooths it, changes the weight too.
+    """
+    if not any(_has(local, kind) for kind in (*_KINDS, "amax")):
         return False
     rest = {word for word in words(local) if not re.search("scal|zero|amax", word)} - _PLAIN_WORDS
-    return any(rest & _ACTIVATION and rest - words(own) <= _ACTIVATION for own in stored)
+    one = math.prod(info.shape) <= 1
+    return any(rest & _ACTIVATION and rest - words(own) <= _ACTIVATION
+               and (one or len(info.shape) == 1 and rest & words(own)) for own in stored)
 
 
 def cache_scales(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -273,10 +279,6 @@ def _has(local: str, kind: str) -> bool:
 
 def _stem(local: str, kind: str) -> set[str]:
     return {word for word in words(local) if kind not in word} - _PLAIN_WORDS
-
-
-def _flat(info: TensorInfo) -> bool:
-    return math.prod(info.shape) <= 1 or len(info.shape) == 1
 
 
 def _fitting(

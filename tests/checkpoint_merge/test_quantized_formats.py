@@ -42,6 +42,13 @@ def read(root, tensors, config=None):
     return quantization.as_weights(open_source(str(place)))
 
 
+def headers(directory, tensors, components=None):
+    """A source of which only names, shapes and dtypes are known."""
+    return SimpleNamespace(
+        label="model", directory=directory, components=components or {"": "model"}, aliases={},
+        notes=[], tensors={name: TensorInfo(*info) for name, info in tensors.items()})
+
+
 def formed(source, name="q.weight"):
     shape = source.tensors[name].shape
     return source.read(name, 0, int(np.prod(shape))).reshape(shape)
@@ -224,6 +231,7 @@ def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale,
     ({"q.weight_zero_point": np.full((64, 4), 0.5, F16)}, "no integer"),
     ({"q.pre_quant_scale": np.ones(64, F16)}, "pre_quant_scale"),  # AWQ in ModelOpt
     ({"q.prequant_scaling_factor": np.ones(64, F16)}, "prequant_scaling_factor"),
+    ({"q.input_scale": np.ones(64, F32)}, "input_scale"),  # smooths each input
     ({"q.weight_shift": np.ones((64, 1), F16)}, "weight_shift"),
     ({"q.out_scale": np.ones((), F32)}, "out_scale"),  # learned or not: it is not known
     ({"q.comfy_quant": np.frombuffer(b'{"format": "int8_tensorwise", "convrot": true}', np.uint8)},
@@ -277,6 +285,29 @@ def test_a_layer_without_a_marker_is_plain_float8(tmp_path):
         "q.weight": "F32", "k.weight": "F8_E4M3", "norm.weight": "BF16"}
 
 
+def test_a_marker_of_all_layers_is_of_its_component(tmp_path):
+    code, one = ((8, 8), "F8_E4M3"), ((), "F32")
+    source = headers(tmp_path, {
+        "a/scaled_fp8": ((2,), "F8_E4M3"), "a/q.weight": code, "a/q.scale_weight": one,
+        "b/q.weight": code}, {"a/": "a/model", "b/": "b/model"})
+    read = quantization.as_weights(source)
+    assert {n: i.code for n, i in read.tensors.items()} == {
+        "a/q.weight": "F32", "b/q.weight": "F8_E4M3"}
+
+
+@pytest.mark.parametrize("code", ["U8", "I32"])
+def test_flat_codes_with_a_scale_of_their_name(tmp_path, code):
+    source = headers(tmp_path, {"q.weight": ((64,), code), "q.weight_scale": ((2,), "F32")})
+    assert "is packed" in quantization.refusal(source)
+
+
+def test_one_layer_in_another_format_is_enough(tmp_path):
+    source = headers(tmp_path, {
+        "q.weight": ((8, 8), "F8_E4M3"), "q.weight_scale": ((), "F32"),
+        "k.weight": ((8, 8), "I8"), "k.SCB": ((8,), "F32")})  # bitsandbytes
+    assert "k.SCB: serves codes that are not read here" in quantization.refusal(source)
+
+
 # Integers that no rule of this package recognizes as codes.
 @pytest.mark.parametrize("differ", [True, False])
 @pytest.mark.parametrize("parts", [
@@ -306,7 +337,9 @@ def test_integers_that_differ_under_a_config_that_says_quantized(tmp_path, capsy
 def test_a_learned_scale_next_to_a_table_of_integers_is_no_quantization(tmp_path, buffer, said):
     def make(rng):
         scale = {} if said else {"attn.scale": rng.standard_normal(8).astype(F32)}
-        return scale | {"attn.buckets": buffer, "w.weight": rng.standard_normal((8, 8)).astype(F32)}
+        weight = {"attn.codes": buffer} if buffer.ndim == 1 else {}
+        plain = rng.standard_normal((8, 8)).astype(F32)
+        return scale | weight | {"attn.buckets": buffer, "w.weight": plain}
 
     places = places_of(tmp_path, make, said)
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
@@ -410,10 +443,7 @@ def test_published_layouts_are_read_and_only_weights_are_left(tmp_path, model):
     config, stored = PUBLISHED[model]
     key = "quantization" if model == "TensorRT-LLM" else "quantization_config"
     (tmp_path / "config.json").write_text(json.dumps({key: config} if config else {}))
-    headers = SimpleNamespace(
-        label=model, directory=tmp_path, components={"": "model"}, aliases={}, notes=[],
-        tensors={name: TensorInfo(*info) for name, info in stored.items()})
-    source = quantization.as_weights(headers)
+    source = quantization.as_weights(headers(tmp_path, stored))
     kept = {name for name, info in stored.items()
             if info[1][0] in "FI" and len(info[0]) > 1 and "scale" not in name
             or name.endswith(("bias", "table", "modulation"))} | (
