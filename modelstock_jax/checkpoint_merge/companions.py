@@ -175,8 +175,10 @@ def _object_to_several_vocabularies(
     sources: Sequence[Source], tensors: Mapping[str, Planned], findings: Findings
 ) -> None:
     """A problem where the rows of two embeddings come from two models: one tokenizer is written."""
-    longest = {tensor.rest: name for name, tensor in reversed(tensors.items())
-               if tensor.rows is not None and tensor.rest}
+    longest: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.rows is not None and tensor.rest:
+            longest.setdefault(tensor.rest, name)
     if len(longest) > 1:
         which = listed(f"{name} is of {sources[model].label}"
                        for model, name in sorted(longest.items()))

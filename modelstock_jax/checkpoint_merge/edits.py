@@ -194,7 +194,8 @@ def _of_vocabulary(
         made[main[0]] = rows[0].written  # It said another number than the embedding had rows.
     said = {*made.values()}
     unsaid = [one for one in resized if one.written not in said]
-    if named := doubtful or (unsaid and [key for key in keys if _certain(key)]):
+    named = doubtful or [key for key in keys if unsaid and _certain(key)]
+    if named:
         findings.notes.append(_check(path, named, unsaid or resized))
     return {key: value for key, value in made.items() if value != keys[key]}
 
