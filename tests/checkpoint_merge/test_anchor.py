@@ -137,18 +137,15 @@ def test_tensors_that_did_not_move_are_untouched(tmp_path):
     np.testing.assert_allclose(merged[name], tuned[0][name], rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("cosine", [0.0, 0.2, 0.5, 0.9])
-@pytest.mark.parametrize("size", [3e-4, 1e-3, 1e-2, 0.1])
-def test_ratios_stay_in_range(tmp_path, size, cosine):
+@pytest.mark.parametrize("unit", ["tensor", "filter", "global"])
+@pytest.mark.parametrize(("size", "cosine"), [(3e-4, 0.9), (1e-3, 0.0), (1e-3, 0.5), (0.1, 0.2)])
+def test_ratios_stay_in_range(tmp_path, size, cosine, unit):
     base = original()
     places = save(tmp_path, [cast(base, BF16),
                              *(cast(m, np.float32) for m in trained(base, size, cosine, 3))])
-    for k, unit in enumerate(("tensor", "filter", "global")):
-        code = run(places, tmp_path / f"out{k}", "--anchor-rounding", "correct", "--unit", unit)
-        assert code in (0, 1)
-        if code == 0:
-            ratios = [u["ratio"] for u in report(tmp_path / f"out{k}")["units"]]
-            assert all(0 <= ratio <= 1 for ratio in ratios)
+    assert run(places, tmp_path / "out", "--anchor-rounding", "correct", "--unit", unit) == 0
+    ratios = [u["ratio"] for u in report(tmp_path / "out")["units"]]
+    assert all(0 <= ratio <= 1 for ratio in ratios)
 
 
 def test_adapters_hold_no_rounding_of_their_base(tmp_path, capsys):
@@ -190,7 +187,7 @@ def test_a_base_that_is_not_the_first(tmp_path, capsys, number, cosine, place):
     given = [cast(m, np.float32) for m in trained(base, 0.02, cosine, number)]
     given.insert(place, cast(base, np.float32))
     places = save(tmp_path, given)
-    assert run(places, tmp_path / "out") == 0
+    assert run(places, tmp_path / "out", "--dry-run") == 0
     said = capsys.readouterr().err
     if cosine == 0.5:  # All models are equally far from each other.
         assert "equally far" not in said
@@ -205,7 +202,7 @@ def test_a_true_base_raises_no_alarm(tmp_path, capsys, number, cosine, size):
     base = original(seed=number)
     places = save(tmp_path, [cast(m, np.float32)
                              for m in (base, *trained(base, size, cosine, number))])
-    assert run(places, tmp_path / "out") == 0
+    assert run(places, tmp_path / "out", "--dry-run") == 0
     assert "note:" not in capsys.readouterr().err
 
 
@@ -218,7 +215,7 @@ def test_fine_tunes_of_unequal_learning_rates_raise_no_alarm(tmp_path, capsys, l
     tuned = [{n: base[n] + length * rng.uniform(0.85, 1.15) * (w - base[n]) for n, w in m.items()}
              for m, length in zip(tuned, lengths, strict=True)]
     places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
-    assert run(places, tmp_path / "out") == 0
+    assert run(places, tmp_path / "out", "--dry-run") == 0
     assert "note:" not in capsys.readouterr().err
 
 
