@@ -216,7 +216,7 @@ def _equal_models(sources: Sequence[Source], samples: Sequence[Sample]) -> list[
     """A note where models are equal: their angle says nothing of noise."""
     if len(sources) < 3 or not samples:
         return []
-    distances = sum(_distances(sample.gram) ** 2 for sample in samples)
+    distances = np.sum([_distances(sample.gram) ** 2 for sample in samples], axis=0)
     pairs = itertools.combinations(range(len(sources)), 2)
     return [f"{sources[b].label} is equal to {sources[a].label} in all that was sampled: it is "
             "counted as a fine-tune, and says nothing of its own" for a, b in pairs
