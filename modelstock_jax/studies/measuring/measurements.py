@@ -6,7 +6,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -20,6 +20,8 @@ PyTree = Any
 
 class Measurement(abc.ABC):
     """One line of the ledger: a frozen dataclass of models and numbers."""
+
+    key_name: ClassVar[str]
 
     def key(self, bench: Scales) -> list[Any]:
         """A JSON value that says what is measured, and on what."""
@@ -43,6 +45,8 @@ class Score(Measurement):
       shifts: whether on the shifts as well.
     """
 
+    key_name: ClassVar[str] = "Score"
+
     model: Model
     shifts: bool = True
 
@@ -59,6 +63,8 @@ class Score(Measurement):
 class HeldOut(Measurement):
     """Top-1 accuracy on the validation set, in percent: what models may be chosen by."""
 
+    key_name: ClassVar[str] = "HeldOut"
+
     model: Expression
 
     def sets(self, bench: Scales) -> list[Any]:
@@ -74,6 +80,8 @@ class HeldOut(Measurement):
 class Distance(Measurement):
     """|w - c|, over all weights that are merged."""
 
+    key_name: ClassVar[str] = "Distance"
+
     model: Model
     centre: Model = Anchor()
 
@@ -85,6 +93,8 @@ class Distance(Measurement):
 @dataclass(frozen=True)
 class Predicted(Measurement):
     """Expected distances from the centre, from the angles alone: replica, mean and merged."""
+
+    key_name: ClassVar[str] = "Predicted"
 
     of: tuple[Model, ...]
     unit: str = "tensor"
@@ -98,6 +108,8 @@ class Predicted(Measurement):
 @dataclass(frozen=True)
 class Policies(Measurement):
     """How many merge units met which of the merge's rules: {a `Policy`'s name: a number}."""
+
+    key_name: ClassVar[str] = "Policies"
 
     of: tuple[Model, ...]
     method: str = "stock"
@@ -115,6 +127,8 @@ class Angles(Measurement):
     {"name": {"angles": [...], "norms": [N], "size": n}}; pairs i < j in the order of rows.
     """
 
+    key_name: ClassVar[str] = "Angles"
+
     of: tuple[Model, ...]
 
     def measure(self, bench: Scales) -> Any:
@@ -125,6 +139,8 @@ class Angles(Measurement):
 @dataclass(frozen=True)
 class AnglesFrom(Measurement):
     """As `Angles`, of models that started elsewhere than at the anchor."""
+
+    key_name: ClassVar[str] = "AnglesFrom"
 
     of: tuple[Model, ...]
     start: Model
@@ -143,6 +159,8 @@ class Shell(Measurement):
     to each product taken off: the centre of M models lies |e|^2 / M from the true one, and
     |e|^2 is estimated from the spread of `others` about it.
     """
+
+    key_name: ClassVar[str] = "Shell"
 
     of: tuple[Model, ...]
     others: tuple[Model, ...]
@@ -179,6 +197,8 @@ class Projected(Measurement):
     Along is the direction from the anchor to `end`; across that of first - second of `apart`, less
     what of it is along. The anchor lies at the origin.
     """
+
+    key_name: ClassVar[str] = "Projected"
 
     of: tuple[Model, ...]
     end: Model

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,14 @@ PyTree = Any
 
 
 class Model(abc.ABC):
-    """An expression: a frozen dataclass of runs, models and numbers."""
+    """An expression: a frozen dataclass of runs, models and numbers.
+
+    Attributes:
+      key_name: What it is called in the ledger's keys. It never changes, whatever the class is
+        called: finished measurements are found by it.
+    """
+
+    key_name: ClassVar[str]
 
     def key(self, weights: Weights) -> list[Any]:
         """A JSON value that says what the model is."""
@@ -37,20 +44,22 @@ class Model(abc.ABC):
 
 
 def named(value: Any, weights: Weights) -> Any:
-    """The JSON value of an expression or a measurement: its class and what it is made of."""
+    """The JSON value of an expression or a measurement: its key name and what it is made of."""
     if isinstance(value, Run):
         return weights.name(value)
     if isinstance(value, tuple):
         return [named(one, weights) for one in value]
-    if dataclasses.is_dataclass(value):
+    if hasattr(value, "key_name"):
         parts = (getattr(value, field.name) for field in dataclasses.fields(value))
-        return [type(value).__name__, *(named(part, weights) for part in parts)]
+        return [value.key_name, *(named(part, weights) for part in parts)]
     return value
 
 
 @dataclass(frozen=True)
 class Anchor(Model):
     """The pretrained model, w0."""
+
+    key_name: ClassVar[str] = "Anchor"
 
     def build(self, weights: Weights) -> PyTree:
         """See `Model`."""
@@ -60,6 +69,8 @@ class Anchor(Model):
 @dataclass(frozen=True)
 class Start(Model):
     """What the replicas of a run start from: the anchor, or under a probed head."""
+
+    key_name: ClassVar[str] = "Start"
 
     run: Run
 
@@ -71,6 +82,8 @@ class Start(Model):
 @dataclass(frozen=True)
 class Replica(Model):
     """One fine-tuned model, w_i; at the end of an epoch, or of the run (None)."""
+
+    key_name: ClassVar[str] = "Replica"
 
     run: Run
     index: int = 0
@@ -85,6 +98,8 @@ class Replica(Model):
 class Merged(Model):
     """What a run with merges ends in."""
 
+    key_name: ClassVar[str] = "Merged"
+
     run: Run
 
     def build(self, weights: Weights) -> PyTree:
@@ -95,6 +110,8 @@ class Merged(Model):
 @dataclass(frozen=True)
 class Mean(Model):
     """The uniform mean, w_avr."""
+
+    key_name: ClassVar[str] = "Mean"
 
     of: tuple[Model, ...]
 
@@ -119,6 +136,8 @@ METHODS = {
 class Merge(Model):
     """A merge after training by one of `METHODS`."""
 
+    key_name: ClassVar[str] = "Merge"
+
     of: tuple[Model, ...]
     method: str = "stock"
     unit: str = "tensor"
@@ -131,6 +150,8 @@ class Merge(Model):
 @dataclass(frozen=True)
 class MergeFrom(Model):
     """Equation 3 of models that started elsewhere than at the anchor."""
+
+    key_name: ClassVar[str] = "MergeFrom"
 
     of: tuple[Model, ...]
     start: Model
@@ -145,6 +166,8 @@ class MergeFrom(Model):
 class Between(Model):
     """A point of the line from the anchor through a model, w0 + alpha (w - w0): WiSE-FT's curve."""
 
+    key_name: ClassVar[str] = "Between"
+
     model: Model
     alpha: float
 
@@ -156,6 +179,8 @@ class Between(Model):
 @dataclass(frozen=True)
 class InPlane(Model):
     """A point of the plane of three models, w0 + x (u - w0) + y (v - w0) (Figure 3)."""
+
+    key_name: ClassVar[str] = "InPlane"
 
     u: Model
     v: Model
@@ -178,6 +203,8 @@ class Noisy(Model):
     model lies as far from the centre as a fine-tuned one.
     """
 
+    key_name: ClassVar[str] = "Noisy"
+
     of: tuple[Model, ...]
     scale: float
     seed: int
@@ -191,6 +218,8 @@ class Noisy(Model):
 class Best(Model):
     """The model with the highest accuracy on the validation set; the first of equals."""
 
+    key_name: ClassVar[str] = "Best"
+
     of: tuple[Model, ...]
 
     def build(self, weights: Weights) -> PyTree:
@@ -201,6 +230,8 @@ class Best(Model):
 @dataclass(frozen=True)
 class Greedy(Model):
     """The greedy soup, chosen on the validation set (Wortsman et al. 2022, Recipe 1)."""
+
+    key_name: ClassVar[str] = "Greedy"
 
     of: tuple[Model, ...]
 
