@@ -219,7 +219,7 @@ def _equal_models(sources: Sequence[Source], samples: Sequence[Sample]) -> list[
     distances = np.sum([_distances(sample.gram) ** 2 for sample in samples], axis=0)
     pairs = itertools.combinations(range(len(sources)), 2)
     return [f"{sources[b].label} is equal to {sources[a].label} in all that was sampled: it is "
-            "counted as a fine-tune, and says nothing of its own" for a, b in pairs
+            "counted as a fine-tune, and adds no information" for a, b in pairs
             if distances[a, b] == 0]
 
 
@@ -315,7 +315,7 @@ def _far_heads(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
 
 
 def _rounding(sources: Sequence[Source], samples: Sequence[Sample], options: Options):
-    """The base's rounding beside the movements: for the report, and whether it may be corrected."""
+    """The base's rounding compared with the movements, and whether it may be corrected."""
     coarse = [sample for sample in samples if sample.energy > 0]
     asked = options.anchor_rounding == "correct"
     if not coarse or len(sources) < 3:

@@ -251,7 +251,8 @@ def test_the_config_of_a_fine_tune_says_of_the_head_what_is_written(say, tmp_pat
 
 
 def test_every_family_as_transformers_reads_and_saves_it():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     for name in ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mistral", "mixtral",
                  "gemma", "gemma2", "gemma3", "gemma3_text", "phi", "phi3", "bert", "roberta",
                  "distilbert", "deberta-v2", "modernbert", "t5", "bart", "vit", "deit", "dinov2",
