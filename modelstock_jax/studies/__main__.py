@@ -24,7 +24,7 @@ flags.DEFINE_string("ledger", None, "Finished measurements (default: WORKDIR/mea
 flags.DEFINE_string("out", None, "Where tables and figures are written (default: WORKDIR).")
 flags.DEFINE_integer("num_seeds", None, "Seeds of each study (default: its own number).")
 flags.DEFINE_list("anchors", [], "Further pretrained models; every named study is done from each.")
-flags.DEFINE_bool("dry-run", False, "Say what is missing and how long it takes; run nothing.")
+flags.DEFINE_bool("dry-run", False, "Print what is missing (exit code 1) and how long it takes.")
 
 
 def main(argv: list[str]) -> None:
@@ -61,11 +61,12 @@ def main(argv: list[str]) -> None:
             FLAGS.anchors,
             config_arguments(sys.argv[1:]),
         )
-        runner.plan([STUDIES[name] for name in names])
-        if not FLAGS["dry-run"].value:
-            for name in names:
-                runner.run(STUDIES[name])
-                write_index(list(STUDIES.values()), out)
+        missing = runner.plan([STUDIES[name] for name in names])
+        if FLAGS["dry-run"].value:
+            sys.exit(missing > 0)
+        for name in names:
+            runner.run(STUDIES[name])
+            write_index(list(STUDIES.values()), out)
 
 
 if __name__ == "__main__":

@@ -74,13 +74,14 @@ class Runner:
         self._config_arguments = config_arguments
         self._console = Console()
 
-    def plan(self, studies: Sequence[Study]) -> float | None:
+    def plan(self, studies: Sequence[Study]) -> int:
         """Prints what is not in the ledger, and an estimate of the time for it.
 
         Returns:
-          Seconds; None where nothing has been timed yet.
+          The number of missing measurements.
         """
-        seconds, count, measurements, runs = 0.0, 0, 0, 0
+        seconds: float | None = 0.0
+        count, missing, runs = 0, 0, 0
         for bench in self._benches.values():
             wanted = [
                 one
@@ -91,11 +92,11 @@ class Runner:
             more = bench.seconds(schedule.measurements.values(), schedule.runs.values())
             seconds = None if seconds is None or more is None else seconds + more
             count += len(wanted)
-            measurements += len(schedule.measurements)
+            missing += len(schedule.measurements)
             runs += len(schedule.runs)
         guess = "not timed yet" if seconds is None else f"about {duration(seconds)}"
-        self._say(f"{runs} runs to train, {measurements} of {count} measurements to make: {guess}")
-        return seconds
+        self._say(f"{missing} of {count} missing: {runs} runs to train, {guess}")
+        return missing
 
     def run(self, study: Study) -> dict[str, Report]:
         """Measures what is missing, writes the study's files and prints its verdicts.

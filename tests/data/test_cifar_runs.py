@@ -76,4 +76,4 @@ def test_the_study_of_generality_without_shifts(anchor, tmp_path):
     (tmp_path / "prompts.txt").write_text("{}\n")
     hundred.append(f"--config.data.templates={tmp_path / 'prompts.txt'}")
     code, output = small_run.finish("generality", *hundred, program=STUDIES)
-    assert code == 0 and "10 runs to train, 30 of 30 measurements to make" in output, output
+    assert code == 1 and "30 of 30 missing: 10 runs to train" in output, output

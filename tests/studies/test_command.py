@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_signal_ends_it_in_a_line(tmp_path, not_ignored, kind, code):
     process = small_run.start("table1", f"--workdir={tmp_path}", program=PROGRAM)
     try:
         said = ""
-        while "measurements to make" not in said:
+        while " missing: " not in said:
             line = process.stdout.readline()
             assert line, said
             said += line
@@ -111,3 +112,20 @@ def test_two_at_once_share_the_work(tmp_path):
     assert code == 0, output
     for name in ("table7.json", "table7.md"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_committed_ledger_has_every_measurement(tmp_path):
+    """A line less is missing: a key that a change of the code has lost would be found so."""
+    committed = Path(__file__).parents[2] / "docs/results/measured.jsonl"
+    command = ["fig2", "table1", "table7", "--dry-run", f"--workdir={tmp_path}",
+               f"--out={tmp_path}"]  # fmt: skip
+    code, output = small_run.finish(*command, f"--ledger={committed}", program=PROGRAM)
+    assert code == 0 and "0 of 175 missing: 0 runs to train" in output, output
+    lines = committed.read_text().splitlines(keepends=True)
+    scores = (number for number, line in enumerate(lines) if json.loads(line)["what"] == "Score")
+    del lines[next(scores)]
+    (tmp_path / "less.jsonl").write_text("".join(lines))
+    code, output = small_run.finish(*command, f"--ledger={tmp_path / 'less.jsonl'}",
+                                    program=PROGRAM)  # fmt: skip
+    assert code == 1 and "1 of " in output, output
