@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from modelstock_jax.tensor_files.stream import ShardWriter  # noqa: E402
+from modelstock_jax.tensor_files.writer import ShardWriter  # noqa: E402
 
 # Hidden size, width of the MLP, layers, size of a file.
 SIZES = {"134M": (768, 2048, 12, None), "853M": (2048, 5664, 14, "600MB")}

@@ -22,8 +22,8 @@ from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging import units
 from modelstock_jax.merging.units import Part
-from modelstock_jax.tensor_files.header import num_bytes
 from modelstock_jax.tensor_files.reader import DTYPES as STORED
+from modelstock_jax.tensor_files.reader import num_bytes
 
 _INTEGERS = ("I8", "U8", "I32")  # that quantized weights are packed in
 _HEAD = re.compile(r"(?:.*[./])?lm_head(?:\.weight)?")

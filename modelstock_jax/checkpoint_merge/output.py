@@ -14,8 +14,7 @@ from modelstock_jax.checkpoint_merge.components import stored_name
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tally import Tally
 from modelstock_jax.checkpoint_merge.workplace import Workplace
-from modelstock_jax.tensor_files.stream import ShardWriter
-from modelstock_jax.tensor_files.writer import write_json
+from modelstock_jax.tensor_files.writer import ShardWriter, write_json
 
 
 class Output:

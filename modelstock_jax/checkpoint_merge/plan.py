@@ -21,7 +21,7 @@ from modelstock_jax.checkpoint_merge.decide import Planned, decide
 from modelstock_jax.checkpoint_merge.match import Findings, match
 from modelstock_jax.checkpoint_merge.options import METHODS, Options
 from modelstock_jax.checkpoint_merge.sources import Source
-from modelstock_jax.tensor_files.header import BITS
+from modelstock_jax.tensor_files.reader import BITS
 
 # The index of a variant, as transformers and diffusers name it: model.safetensors.index.fp16.json.
 _VARIANT = re.compile(r"(?<![^/])(model|diffusion_pytorch_model)(\.\w+)\.safetensors\.index\.json$")

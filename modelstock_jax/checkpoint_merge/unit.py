@@ -21,7 +21,7 @@ from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tally import Tally
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.policy import NonFiniteError
-from modelstock_jax.tensor_files.header import BITS
+from modelstock_jax.tensor_files.reader import BITS
 
 _SPAN = 8  # pieces that a worker takes at once
 # Mean squares whose float32 products neither vanish nor overflow.

@@ -126,7 +126,7 @@ from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import make_plan
 from modelstock_jax.checkpoint_merge.run import run
 from modelstock_jax.checkpoint_merge.sources import open_source
-from modelstock_jax.tensor_files.stream import ShardWriter
+from modelstock_jax.tensor_files.writer import ShardWriter
 
 root, code, shape = Path(sys.argv[1]), sys.argv[2], (128256, 4096)
 files = [ShardWriter(root / f"{m}.safetensors", {"w": (code, shape)}) for m in range(3)]

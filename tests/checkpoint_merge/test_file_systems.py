@@ -17,7 +17,7 @@ from modelstock_jax.checkpoint_merge.run import run
 from modelstock_jax.checkpoint_merge.workplace import OccupiedError
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting import files as reporting
-from modelstock_jax.tensor_files import disk, stream, writer
+from modelstock_jax.tensor_files import disk, writer
 from tests.checkpoint_merge.engine import models, plan, save
 from tests.checkpoint_merge.small import llama
 from tests.checkpoint_merge.test_run import contents
@@ -61,7 +61,7 @@ def nothing_left(root: Path) -> bool:
 @pytest.mark.parametrize("code", UNSUPPORTED)
 @pytest.mark.parametrize("call", ["fsync", "fdatasync", "chmod"])
 def test_what_a_file_system_cannot_do_is_no_error(made, tmp_path, monkeypatch, call, code):
-    monkeypatch.setattr(stream, "_SYNC", 100)  # So that small files are flushed on the way, too.
+    monkeypatch.setattr(writer, "_SYNC", 100)  # So that small files are flushed on the way, too.
     if (call, code) == ("chmod", "EINVAL"):
         code = "EPERM"
     calls = fails(monkeypatch, os, call, code)
@@ -75,7 +75,7 @@ def test_what_a_file_system_cannot_do_is_no_error(made, tmp_path, monkeypatch, c
 def test_a_broken_or_full_disk_is_an_error(made, tmp_path, monkeypatch, call, code):
     if (call, code) == ("chmod", "EDQUOT"):
         code = "EACCES"
-    monkeypatch.setattr(stream, "_SYNC", 100)
+    monkeypatch.setattr(writer, "_SYNC", 100)
     with monkeypatch.context() as patch:
         assert not fails(patch, os, call, code)
         with pytest.raises(UserError, match="cannot be written|cannot write") as caught:

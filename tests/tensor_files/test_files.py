@@ -16,8 +16,7 @@ import pytest
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files import reader, writer
 from modelstock_jax.tensor_files.digests import RangeDigest, digest_file, digest_tensors
-from modelstock_jax.tensor_files.header import read_header
-from modelstock_jax.tensor_files.reader import INDEX, TensorFiles
+from modelstock_jax.tensor_files.reader import INDEX, TensorFiles, read_header
 
 TENSORS = {
     "a.half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files.header import read_header
+from modelstock_jax.tensor_files.reader import read_header
 
 
 def whole(header, data: bytes = b"", length: int | None = None) -> bytes:

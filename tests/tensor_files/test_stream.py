@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import TensorFiles
-from modelstock_jax.tensor_files.stream import ShardWriter
+from modelstock_jax.tensor_files.writer import ShardWriter
 
 RNG = np.random.default_rng(0)
 TENSORS = {
