@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from modelstock_jax.checkpoint_merge.casts import first_non_finite
-from modelstock_jax.merging.policy import NonFiniteError
+from modelstock_jax.merging.rules import NonFiniteError
 
 
 class Tensor(Protocol):

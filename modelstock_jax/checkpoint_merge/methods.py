@@ -13,7 +13,7 @@ from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.ties import Trim, measure_trim
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.anchor_rounding import correct_gram
-from modelstock_jax.merging.solution import Solution
+from modelstock_jax.merging.rules import Solution
 
 
 class Measured(Protocol):

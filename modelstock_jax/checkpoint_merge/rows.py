@@ -11,7 +11,7 @@ import numpy as np
 
 from modelstock_jax.checkpoint_merge.decide import Planned
 from modelstock_jax.checkpoint_merge.methods import Solved
-from modelstock_jax.merging.summary import unit_row
+from modelstock_jax.merging.rules import unit_row
 
 Row = dict[str, Any]
 _DISTANCES = ("replica", "mean", "merged")

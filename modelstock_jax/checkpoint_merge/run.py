@@ -21,7 +21,7 @@ from modelstock_jax.checkpoint_merge.tally import Stopped, Tally
 from modelstock_jax.checkpoint_merge.unit import Unit
 from modelstock_jax.checkpoint_merge.workplace import OccupiedError, Workplace
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.policy import NonFiniteError
+from modelstock_jax.merging.rules import NonFiniteError
 
 Progress = Callable[[int, int], None]
 

@@ -20,7 +20,7 @@ from modelstock_jax.checkpoint_merge.options import CONVEX
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tally import Tally
 from modelstock_jax.merging import geometry
-from modelstock_jax.merging.policy import NonFiniteError
+from modelstock_jax.merging.rules import NonFiniteError
 from modelstock_jax.tensor_files.reader import BITS
 
 _SPAN = 8  # pieces that a worker takes at once

@@ -7,25 +7,20 @@ must not wait for its import.
 import importlib
 
 _HOMES = {
-    "analysis": ("cosines", "distance", "distances", "mean_model", "norms", "thin_shell"),
-    "baselines": ("constant_ratio", "uniform_mean", "wise_ft"),
-    "shells": ("Shell", "shell", "true_distance"),
+    "analysis": ("cosines", "distance", "distances", "mean_model", "norms", "thin_shell",
+                 "Plane", "plane_coordinates", "plane_point", "plane_through", "random_point"),
+    "averaging": ("Average", "ema", "swa", "LossValley", "swad",
+                  "Span", "twa_coefficients", "twa_init", "twa_params", "twa_span"),
+    "baselines": ("constant_ratio", "uniform_mean", "wise_ft", "slerp", "task_arithmetic", "ties"),
+    "engine": ("Stats", "check_finite", "policy_counts", "report", "total_distance"),
+    "geometry": ("COSINE_UNDEFINED", "DISTANCE_UNDEFINED", "Distances", "Shell", "angle", "cosine",
+                 "mean_distance", "number_averaged", "predicted_distances", "ratio", "shell",
+                 "squared_norms", "true_distance"),
+    "gram": ("stack_replicas",),
+    "rules": ("NonFiniteError", "Policy"),
     "soups": ("GreedySoup", "Trial", "greedy_soup"),
-    "span": ("Span", "twa_coefficients", "twa_init", "twa_params", "twa_span"),
-    "spherical": ("slerp",),
-    "task_vectors": ("task_arithmetic", "ties"),
-    "trajectory": ("Average", "ema", "swa"),
-    "carried": ("model_stock_carried", "zero_noise"),
-    "geometry": ("COSINE_UNDEFINED", "DISTANCE_UNDEFINED", "Distances", "angle", "cosine",
-                 "mean_distance", "number_averaged", "predicted_distances", "ratio",
-                 "squared_norms"),
-    "landscape": ("Plane", "plane_coordinates", "plane_point", "plane_through", "random_point"),
-    "loss_valley": ("LossValley", "swad"),
-    "replicas": ("stack_replicas",),
-    "policy": ("NonFiniteError", "Policy"),
-    "stats": ("Stats", "check_finite", "policy_counts", "report", "total_distance"),
     # Not model_stock.py: a submodule would take the function's name in this package.
-    "stock": ("model_stock", "weighted_model_stock"),
+    "stock": ("model_stock", "model_stock_carried", "weighted_model_stock", "zero_noise"),
     "units": ("UNITS", "assign", "output_axis"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

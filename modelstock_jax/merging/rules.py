@@ -6,15 +6,135 @@ numbers), and whatever else it needs; training, the library and the file merge u
 
 from __future__ import annotations
 
+import collections
+import enum
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.anchor_rounding import correct_gram
-from modelstock_jax.merging.policy import Policy
-from modelstock_jax.merging.solution import Solution, measure, solve_given, solve_measured
+from modelstock_jax.merging.geometry import angle
+
+# What was done with a merge unit, and what is refused; the same words in every door.
+
+
+class Policy(enum.IntEnum):
+    """What was done with a merge unit; `stats.policy` holds these codes as int8."""
+
+    INTERPOLATED = 0  # w0 + t mean(d), the rule itself
+    GIVEN = 1  # the ratio was given, not measured
+    CLIPPED = 2  # cos <= 0 (carried: noise above the movement): no common signal, the anchor
+    UNDEFINED = 3  # no replica moved: the anchor, bit for bit
+    ONE_REPLICA_LEFT = 4  # one replica moved: its weights, bit for bit
+    REPLICAS_LEFT_OUT = 5  # some did not move; the rule over the others
+    TOO_SMALL = 6  # a unit of fewer than two numbers has no angle: the mean
+    WEIGHTED_FALLBACK = 7  # a replica's noise came out negative: equation 3 in its place
+    KEPT = 8  # integers, booleans and empty tensors: the anchor's
+    NON_FINITE = 9  # NaN or infinity in a replica: the anchor, and `stats.finite` says which
+
+
+class NonFiniteError(UserError):
+    """NaN or infinity in the weights; `tensor` is its name, `replica` its index or 'pretrained'."""
+
+    def __init__(self, message: str, replica: int | str, tensor: str):
+        """Keep what a program may want to look at beside the message."""
+        super().__init__(message)
+        self.replica = replica
+        self.tensor = tensor
+
+
+# A method's answer for one merge unit, and the rules that all methods share.
+
+
+class Solution(NamedTuple):
+    """Coefficients and measures; arrays of the unit's shape, with axis N in front where noted."""
+
+    coefficient: Any  # [N, ...], a_i
+    exact: Any  # [N, ...] bool: take this replica's weights bit for bit
+    hold: Any  # bool: take the anchor's bit for bit
+    cosine: Any
+    ratio: Any
+    norm: Any  # [N, ...]
+    distance: geometry.Distances
+    policy: Any  # int8
+    carry: Any = None  # handed on to the next merge
+
+
+class Measured(NamedTuple):
+    """What a Gram matrix says about a unit, before any method."""
+
+    active: Any  # [N, ...] bool: which replicas moved
+    number: Any  # how many did, in the Gram matrix's dtype
+    cosine: Any
+    square: Any  # l^2, the mean squared norm of those
+    signal: Any  # |mu|^2, the mean product of two of those
+    policy: Any  # int8: the rule itself, or some left out
+
+
+def measure(gram) -> Measured:
+    """Read a Gram matrix [N, N, ...]."""
+    xp = geometry.namespace(gram)
+    active = geometry.moved(gram)
+    number = active.astype(gram.dtype).sum(axis=0)
+    squares = xp.where(active, geometry.squared_norms(gram), 0.0)
+    return Measured(
+        active=active,
+        number=number,
+        cosine=geometry.cosine(gram),
+        square=squares.sum(axis=0) / xp.maximum(number, 1.0),
+        signal=geometry.mean_pairs(gram, active),
+        policy=xp.where(active.all(axis=0), np.int8(Policy.INTERPOLATED),
+                        np.int8(Policy.REPLICAS_LEFT_OUT)),
+    )
+
+
+def solve_measured(gram, seen: Measured, single, coefficient, policy) -> Solution:
+    """A solution from measured coefficients [N, ...], with the rules for degenerate units.
+
+    `single` [...] bool: the unit holds fewer than two numbers and has no angle.
+    """
+    xp = geometry.namespace(gram)
+    one = seen.number == 1
+    mean = xp.where(seen.active, (1.0 / xp.maximum(seen.number, 1.0))[None], 0.0)
+    coefficient = xp.where(single[None], mean, coefficient)
+    policy = xp.where(single, np.int8(Policy.TOO_SMALL), policy)
+    exact = seen.active & one[None]
+    coefficient = xp.where(exact, 1.0, coefficient)
+    policy = xp.where(one, np.int8(Policy.ONE_REPLICA_LEFT), policy)
+    policy = xp.where(seen.number == 0, np.int8(Policy.UNDEFINED), policy)
+    hold = (coefficient == 0).all(axis=0)
+    return _solution(gram, seen, single, coefficient, exact, hold, policy, given=False)
+
+
+def solve_given(gram, seen: Measured, single, coefficient) -> Solution:
+    """A solution from coefficients [N, ...] that were given; the measures are for the report."""
+    xp = geometry.namespace(gram)
+    nothing = xp.zeros_like(seen.active)
+    still = seen.number == 0  # the anchor bit for bit: -0.0 + 0.0 is another zero
+    policy = xp.full_like(seen.policy, Policy.GIVEN)
+    return _solution(gram, seen, single, coefficient, nothing, still, policy, given=True)
+
+
+def _solution(gram, seen, single, coefficient, exact, hold, policy, *, given) -> Solution:
+    xp = geometry.namespace(gram)
+    cosine = xp.where(single, geometry.COSINE_UNDEFINED, seen.cosine)
+    # Without an angle the noise is still l^2 - |mu|^2.
+    safe = xp.where(seen.square > 0, seen.square, 1.0)
+    similarity = xp.where(cosine > 1.0, seen.signal / safe, cosine)
+    ratio = coefficient.sum(axis=0)
+    distance = geometry.predicted_distances(
+        seen.square, seen.signal, similarity, xp.maximum(seen.number, 1.0), ratio,
+        given=given | single, squared_shares=(coefficient**2).sum(axis=0),
+    )
+    distance = geometry.Distances(
+        *(xp.where(seen.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
+    )
+    norm = geometry.root(geometry.squared_norms(gram))
+    return Solution(coefficient, exact, hold, cosine, ratio, norm, distance, policy)
 
 
 def equation_3(gram, single) -> Solution:
@@ -130,3 +250,47 @@ def at_length(gram, single, length) -> Solution:
     own = geometry.root(geometry.squared_norms(gram))
     factor = xp.where(own > 0, length[None] / xp.where(own > 0, own, 1.0), 0.0)
     return solve_given(gram, measure(gram), single, factor)
+
+
+# Measures of a merge unit, as a row for tables and JSON.
+
+
+def unit_row(
+    name: str,
+    key: str,
+    cosine: np.ndarray,
+    ratio: np.ndarray,
+    norm: np.ndarray,
+    policy: np.ndarray,
+) -> dict[str, Any]:
+    """One tensor's row: plain Python values, None where undefined.
+
+    Where the tensor lies in many units: means of cosine, angle (degrees) and ratio, and
+    root-sum-squares of norms.
+
+    Args:
+      name: of the tensor.
+      key: of the unit that it lies in.
+      cosine: [...] of the units' shape, `geometry.COSINE_UNDEFINED` where there is none.
+      ratio: [...].
+      norm: [N, ...], |d_i|.
+      policy: [...], codes of `Policy`.
+
+    Example:
+      >>> row = unit_row("w", "w", np.array(0.5), np.array(2 / 3), np.ones(2), np.array(0))
+      >>> round(row["angle"], 4), row["norms"], row["policy"]
+      (60.0, [1.0, 1.0], 'interpolated')
+    """
+    defined = cosine[cosine <= 1.0]
+    policies = collections.Counter(Policy(int(code)).name.lower() for code in policy.flat)
+    return {
+        "name": name,
+        "unit": key,
+        "num_units": int(policy.size),
+        "cosine": float(defined.mean()) if defined.size else None,
+        "angle": float(angle(defined).mean()) if defined.size else None,
+        "ratio": float(ratio.mean()),
+        "norms": [float(np.sqrt(np.sum(n**2))) for n in norm],
+        "policy": policies.most_common(1)[0][0] if len(policies) == 1 else "mixed",
+        "policies": dict(policies),
+    }

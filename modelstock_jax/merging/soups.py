@@ -10,10 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import cast
-from modelstock_jax.merging.policy import NonFiniteError
-from modelstock_jax.merging.precision import compute_dtype, widened
-from modelstock_jax.merging.replicas import check_alike, is_float, named_leaves
+from modelstock_jax.merging.gram import (
+    cast,
+    check_alike,
+    compute_dtype,
+    is_float,
+    named_leaves,
+    widened,
+)
+from modelstock_jax.merging.rules import NonFiniteError
 
 
 class Trial(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.merging import Stats
 from modelstock_jax.merging.engine import merge
-from modelstock_jax.merging.solution import Solution, measure, solve_given
+from modelstock_jax.merging.rules import Solution, measure, solve_given
 
 
 def not_clipped(
