@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags, logging
 
-from modelstock_jax.command_line import parse, run_name
+from modelstock_jax.flags import parse, run_name
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Where the run is written (default: runs/CONFIG).")

@@ -109,7 +109,7 @@ models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 # %%
 from modelstock_jax.merging import angle, cosines, model_stock, norms, report
-from modelstock_jax.reporting import plots
+from modelstock_jax.reporting import figures
 
 
 def kept(name):
@@ -123,7 +123,7 @@ lengths = [np.asarray(n) for n in jax.tree.leaves(norms(anchor, models))]
 sizes = [leaf.size for leaf in jax.tree.leaves(anchor)]
 layers = [{"name": row["name"], "angles": a, "rms": n / size**0.5}
           for row, a, n, size in zip(report(stats), angles, lengths, sizes, strict=True)]
-plots.angle_by_layer(layers, kept("angles"))
+figures.angle_by_layer(layers, kept("angles"))
 
 # %% [markdown]
 # ## Why constants? Because there are many numbers

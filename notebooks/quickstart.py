@@ -105,10 +105,10 @@ print(Path(WORKDIR, "results.md").read_text())
 # %%
 import json
 
-from modelstock_jax.reporting import plots
+from modelstock_jax.reporting import figures
 
 rows = json.loads(Path(WORKDIR, "results.json").read_text())["rows"]
-plots.id_against_shifts(rows)
+figures.id_against_shifts(rows)
 
 # %% [markdown]
 # ## Why each tensor has a ratio of its own
@@ -119,10 +119,10 @@ plots.id_against_shifts(rows)
 # The notebook `geometry` shows where the ratio comes from.
 
 # %%
-from modelstock_jax.reporting.layers import layer_rows
+from modelstock_jax.reporting.figures import layer_rows
 
 seed = json.loads(Path(WORKDIR, f"runs/seed_{config.seed}/results.json").read_text())
-plots.angle_by_layer(layer_rows([seed["geometry"]]))
+figures.angle_by_layer(layer_rows([seed["geometry"]]))
 
 # %% [markdown]
 # ## Use the merged model

@@ -20,7 +20,7 @@ MAX_LAUNCH_LINES = 60
 # A unit (a module or a folder of the package) imports units of lower layers. Units of one layer may
 # import each other in one direction only.
 LAYERS = [
-    {"errors", "command_line", "machine"},
+    {"errors", "fileio", "flags", "machine"},
     {"merging", "tensor_files"},
     {"data", "clip", "towers"},
     {"training", "evaluation", "reporting"},
@@ -32,7 +32,8 @@ LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 THIRD_PARTIES = {
     "errors": set(),
     "machine": set(),
-    "command_line": {"absl", "ml_collections"},
+    "fileio": set(),
+    "flags": {"absl", "ml_collections"},
     "merging": {"jax", "numpy"},
     "tensor_files": {"numpy", "ml_dtypes", "safetensors", "huggingface_hub", "zlib_ng"},
     "checkpoint_merge": {"numpy", "ml_dtypes", "rich", "yaml", "matplotlib"},
@@ -40,7 +41,8 @@ THIRD_PARTIES = {
 # A merge of files starts at once and needs no accelerator: it knows nothing of training.
 OURS = {
     "checkpoint_merge": {
-        *("errors", "machine", "merging", "tensor_files", "reporting", "checkpoint_merge")
+        *("errors", "fileio", "machine", "merging", "tensor_files", "reporting"),
+        "checkpoint_merge",
     }
 }
 

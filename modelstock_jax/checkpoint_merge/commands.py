@@ -18,7 +18,6 @@ from rich.console import Console
 from modelstock_jax.checkpoint_merge import card, heads, quantization, screen
 from modelstock_jax.checkpoint_merge.config import read_config
 from modelstock_jax.checkpoint_merge.drawing import Drawing
-from modelstock_jax.checkpoint_merge.meter import Meter
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
 from modelstock_jax.checkpoint_merge.recipe import Recipe, read_recipe
@@ -28,7 +27,8 @@ from modelstock_jax.checkpoint_merge.settings import schedule
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.checkpoint_merge.workplace import check_out
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import plain, write_json, write_text
+from modelstock_jax.fileio import plain, write_json, write_text
+from modelstock_jax.reporting.progress import Meter
 
 REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
 # A comparison writes no model: what some models lack need not stand in its way.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelstock_jax.reporting.files import plain
+from modelstock_jax.fileio import plain
 
 # matplotlib's start takes a second: a merge of less would wait for a second process longer.
 WORTH_A_PROCESS = 2**30

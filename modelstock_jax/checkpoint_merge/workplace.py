@@ -18,7 +18,7 @@ from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.rows import Row
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import write_json
+from modelstock_jax.fileio import write_json
 from modelstock_jax.tensor_files.digests import digest_file
 from modelstock_jax.tensor_files.formats import shown
 from modelstock_jax.tensor_files.writer import ExistsError, refuse_existing, take_place

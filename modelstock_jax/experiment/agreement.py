@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import flat, plain
+from modelstock_jax.fileio import flat, plain
 from modelstock_jax.training.hosts import distributed
 
 

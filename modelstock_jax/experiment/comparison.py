@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.experiment.candidates import Candidate, after_training
 from modelstock_jax.experiment.evaluate import Measure
+from modelstock_jax.fileio import write_json
 from modelstock_jax.merging import distance, report
-from modelstock_jax.reporting.files import write_json
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.classifier import Classifier

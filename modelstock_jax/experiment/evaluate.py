@@ -20,8 +20,7 @@ from modelstock_jax.experiment.opening import open_all
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.merging import distance
 from modelstock_jax.reporting.progress import Progress
-from modelstock_jax.reporting.rows import make_row
-from modelstock_jax.reporting.tables import screen_table
+from modelstock_jax.reporting.tables import make_row, screen_table
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts import distributed
 from modelstock_jax.training.hosts.cores import use_cores

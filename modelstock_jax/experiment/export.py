@@ -51,7 +51,7 @@ def export(
       params: {"image_tower", "head"}, merged; NumPy arrays.
       class_names: of the head.
       rows: results of this model and of the anchor, for the card.
-      ratios: `layers.ratio_summary` of the last merge, or None.
+      ratios: `figures.ratio_summary` of the last merge, or None.
       command: how the run was started.
     """
     card = model_card(

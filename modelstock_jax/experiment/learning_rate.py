@@ -10,8 +10,8 @@ from rich.console import Console
 
 from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.opening import open_all
-from modelstock_jax.reporting.files import write_json
-from modelstock_jax.reporting.rows import mean_and_error
+from modelstock_jax.fileio import write_json
+from modelstock_jax.reporting.tables import mean_and_error
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
 from modelstock_jax.training.hosts import distributed

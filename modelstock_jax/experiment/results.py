@@ -9,9 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from modelstock_jax.reporting import plots
-from modelstock_jax.reporting.files import plain, write_text
-from modelstock_jax.reporting.layers import layer_rows, ratio_summary
+from modelstock_jax.fileio import plain, write_text
+from modelstock_jax.reporting.figures import layer_rows, ratio_summary
 from modelstock_jax.reporting.metrics import read_metrics
 from modelstock_jax.reporting.tables import screen_table, write_results
 
@@ -30,15 +29,15 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     rows = [row for document in documents for row in document["rows"]]
     write_results(workdir, rows, config=plain(config.to_dict()))
     logs = _gather_metrics(workdir)
-    figures = workdir / "figures"
-    plots.id_against_shifts(rows, figures / "id_against_shifts.png")
+    folder = workdir / "figures"
+    figures.id_against_shifts(rows, folder / "id_against_shifts.png")
     reports = [document["geometry"] for document in documents if "geometry" in document]
     if reports:
-        plots.angle_by_layer(layer_rows(reports), figures / "angle_by_layer.png")
+        figures.angle_by_layer(layer_rows(reports), folder / "angle_by_layer.png")
     histories = {run: history for run, lines in logs.items() if (history := _merge_history(lines))}
     if histories:
         first = dict(list(histories.items())[:1])
-        plots.ratio_over_merges(first, figures / "ratio_over_epochs.png")
+        figures.ratio_over_merges(first, folder / "ratio_over_epochs.png")
     screen_table(rows)
     left = [name for name in ("results.md", "results.json", "figures", "model")
             if (workdir / name).exists()]
@@ -46,7 +45,7 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
 
 
 def last_ratios(workdir: Path, run: str) -> dict[str, dict[str, float]] | None:
-    """Ratios of a run's last merge by kind of tensor, as `layers.ratio_summary` gives them."""
+    """Ratios of a run's last merge by kind of tensor, as `figures.ratio_summary` gives them."""
     history = _merge_history(read_metrics(workdir / "runs" / run))
     return history[-1]["ratios"] if history else None
 
@@ -68,7 +67,7 @@ def _gather_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _merge_history(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a merge, as `plots.ratio_over_merges` takes them."""
+    """One entry a merge, as `figures.ratio_over_merges` takes them."""
     history = []
     for line in lines:
         if "merge/epoch" not in line:

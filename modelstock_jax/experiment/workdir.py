@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import flat, plain, write_json
+from modelstock_jax.fileio import flat, plain, write_json
 
 # No bit of a weight, and no accuracy, depends on these: they may change from start to start.
 FREE = (

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import plain
-from modelstock_jax.reporting.json_lines import JsonLines, read_lines
+from modelstock_jax.fileio import JsonLines, plain, read_lines
 
 
 class _Files(NamedTuple):

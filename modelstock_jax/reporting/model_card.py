@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from modelstock_jax import __version__
-from modelstock_jax.reporting.rows import Row, label
-from modelstock_jax.reporting.tables import markdown_table
+from modelstock_jax.reporting.tables import Row, label, markdown_table
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
@@ -36,7 +35,7 @@ def model_card(
       num_replicas: N.
       unit: the merge unit.
       rows: results to show, as `rows.make_row` gives them.
-      ratios: as `layers.ratio_summary` gives them.
+      ratios: as `figures.ratio_summary` gives them.
       command: what was typed.
 
     Returns:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
-from modelstock_jax.reporting.files import write_atomically
+from modelstock_jax.fileio import write_atomically
 
 # Okabe and Ito's palette, in print and on screen told apart by all common kinds of colour vision.
 BLACK, ORANGE, SKY, GREEN = "#222222", "#E69F00", "#56B4E9", "#009E73"
@@ -134,3 +141,176 @@ def draw(
                 path, lambda file: figure.savefig(file, dpi=180, metadata={"Software": None})
             )
     return figure
+
+
+# Labels beside points that cover neither each other nor the data.
+
+
+# Distances from the point to try, in points of type, and directions, the reader's favourites first.
+RADII = (9, 14, 20, 28, 38, 50, 64)
+ANGLES = (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 65, 295, 115, 245)
+FAR = 16  # From this distance on a thin line leads from the label to its point.
+
+
+class Label(NamedTuple):
+    """A text for the point (x, y), in data coordinates."""
+
+    x: float
+    y: float
+    text: str
+    colour: Any
+    bold: bool = False
+
+
+class Curve(NamedTuple):
+    """Points along a curve, each with its alpha, in data coordinates."""
+
+    alphas: Sequence[float]
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: Any
+
+    def dense(self, between: int = 6) -> list[tuple[float, float]]:
+        """The curve's points and others between them."""
+        at = np.linspace(0, len(self.x) - 1, between * (len(self.x) - 1) + 1)
+        index = np.arange(len(self.x))
+        x, y = np.interp(at, index, self.x), np.interp(at, index, self.y)
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+
+
+def place(
+    axes: Axes,
+    labels: Sequence[Label],
+    occupied: Sequence[tuple[float, float]],
+    *,
+    avoid: Sequence[Bbox] = (),
+    size: float = 9,
+) -> list[Annotation]:
+    """Puts each label at the free place nearest to its point.
+
+    Places that cover a label, a marker or the frame are taken only when nothing else is left, the
+    one that covers least first.
+
+    Args:
+      axes: with its limits and layout final.
+      labels: in order of importance.
+      occupied: data coordinates that should stay uncovered (markers, points along curves).
+      avoid: boxes in display coordinates that no label may cover (the legend).
+      size: of the type, in points.
+
+    Returns:
+      The annotations, as many as `labels`.
+    """
+    dots = axes.transData.transform(np.asarray([*occupied, *((p.x, p.y) for p in labels)]))
+    frame = axes.get_window_extent()
+    pixel = axes.figure.dpi / 72
+    taken = list(avoid)
+    placed = []
+    for label in labels:
+        text = axes.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=size,
+            color=label.colour,
+            fontweight="bold" if label.bold else "normal",
+            linespacing=1.05,
+            va="center",
+            zorder=6,
+        )
+        cost = partial(_cost, taken=taken, dots=dots, frame=frame, pixel=pixel)
+        radius, box = _settle(text, cost, pixel)
+        taken.append(box)
+        if radius >= FAR:
+            _lead(axes, label, box)
+        placed.append(text)
+    return placed
+
+
+def _settle(
+    text: Annotation, cost: Callable[[Bbox], float], pixel: float
+) -> tuple[float, Bbox]:
+    """Moves a label to the place that costs least: its distance from the point, and its box."""
+
+    def move(radius: float, turn: int) -> Bbox:
+        turned = math.radians(ANGLES[turn])
+        dx, dy = round(math.cos(turned), 6), round(math.sin(turned), 6)
+        side = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
+        text.set_horizontalalignment(side)
+        text.set_verticalalignment("bottom" if dy > 0.6 else "top" if dy < -0.6 else "center")
+        text.xyann = (radius * dx, radius * dy)
+        return text.get_window_extent().padded(1.5 * pixel)
+
+    places = product(RADII, range(len(ANGLES)))
+    radius, turn = min(places, key=lambda place: cost(move(*place)) + place[0] + 0.3 * place[1])
+    return radius, move(radius, turn)
+
+
+def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> None:
+    """Writes alpha beside the inner points of curves; where it would cover anything it is left out.
+
+    Args:
+      axes: with its other texts in place.
+      curves: as drawn.
+      size: of the type, in points.
+    """
+    if not curves:
+        return
+    taken = [text.get_window_extent() for text in axes.texts]
+    dots = axes.transData.transform(np.concatenate([curve.dense() for curve in curves]))
+    owner = np.repeat(np.arange(len(curves)), [len(curve.dense()) for curve in curves])
+    for curve in curves:
+        for alpha, x, y in zip(curve.alphas, curve.x, curve.y, strict=True):
+            if not 0 < alpha < 1:
+                continue
+            for dx, dy in [(5, 4), (-5, -4), (5, -4), (-5, 4), (0, 7), (0, -7), (7, 0), (-7, 0)]:
+                text = axes.annotate(
+                    f"{alpha:g}",
+                    (x, y),
+                    xytext=(dx, dy),
+                    textcoords="offset points",
+                    fontsize=size,
+                    color=curve.colour,
+                    ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                    va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                    zorder=5,
+                )
+                box = text.get_window_extent()
+                centre = [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]
+                nearest = int(owner[np.argmin(np.sum((dots - centre) ** 2, axis=1))])
+                free = not box.count_contains(dots) and not box.count_overlaps(taken)
+                if free and curves[nearest] is curve:  # Else a reader takes it for the other's.
+                    taken.append(box)
+                    break
+                text.remove()
+
+
+def _cost(
+    box: Bbox, taken: Sequence[Bbox], dots: np.ndarray, frame: Bbox, pixel: float
+) -> float:
+    cost = 0.0
+    for other in taken:
+        common = Bbox.intersection(box, other)
+        if common is not None:
+            cost += 2000 + common.width * common.height
+    around = box.padded(5 * pixel)
+    inside = (
+        (dots[:, 0] > around.x0)
+        & (dots[:, 0] < around.x1)
+        & (dots[:, 1] > around.y0)
+        & (dots[:, 1] < around.y1)
+    )
+    cost += 120 * float(inside.sum())
+    out = (frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0, box.y1 - frame.y1)
+    return cost + 500 * sum(over > 0 for over in out)
+
+
+def _lead(axes: Axes, label: Label, box: Bbox) -> None:
+    """A thin line from the label's nearest edge to its point."""
+    x, y = axes.transData.transform((label.x, label.y))
+    edge = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+    begin = axes.transData.inverted().transform(edge)
+    axes.plot(
+        [begin[0], label.x], [begin[1], label.y], color=label.colour, lw=0.7, alpha=0.7, zorder=2
+    )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.json_lines import read_lines
+from modelstock_jax.fileio import read_lines
 
 SUMS_ONLY = frozenset({"train", "data"})  # A step has both: a line for each would cost it.
 SHOWN = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from modelstock_jax.command_line import config_arguments, parse
+from modelstock_jax.flags import config_arguments, parse
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "runs/studies", "Where trained runs are kept.")

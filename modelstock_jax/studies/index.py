@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelstock_jax.reporting.files import write_text
+from modelstock_jax.fileio import write_text
 from modelstock_jax.studies.page import stems
 from modelstock_jax.studies.report.claims import cell
 from modelstock_jax.studies.study import Study

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modelstock_jax.reporting.files import write_json, write_text
+from modelstock_jax.fileio import write_json, write_text
 from modelstock_jax.studies.report.claims import Claim, Verdict, cell
 from modelstock_jax.studies.study import Report, Study
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.fileio import flush, flush_path, set_mode
 from modelstock_jax.tensor_files.digests import RangeDigest
-from modelstock_jax.tensor_files.disk import flush, flush_path, set_mode
 from modelstock_jax.tensor_files.formats import shown
 from modelstock_jax.tensor_files.reader import BITS, INDEX, SINGLE, num_bytes
 

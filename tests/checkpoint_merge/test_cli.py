@@ -19,7 +19,7 @@ from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import commands, workplace
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.checkpoint_merge.meter import Meter
+from modelstock_jax.reporting.progress import Meter
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.small import (
     LLAMA,

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from modelstock_jax import fileio
+from modelstock_jax import fileio as reporting
 from modelstock_jax.checkpoint_merge import workplace
 from modelstock_jax.checkpoint_merge.run import run
 from modelstock_jax.checkpoint_merge.workplace import OccupiedError
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting import files as reporting
-from modelstock_jax.tensor_files import disk, writer
+from modelstock_jax.tensor_files import writer
 from tests.checkpoint_merge.engine import models, plan, save
 from tests.checkpoint_merge.small import llama
 from tests.checkpoint_merge.test_run import contents
@@ -105,10 +106,10 @@ def test_flushes_of_directories(made, tmp_path, monkeypatch, code, only, fatal):
 
 def test_only_directories_may_be_no_file_to_flush(tmp_path, monkeypatch):
     fails(monkeypatch, os, "fsync", "EBADF")
-    disk.flush_path(tmp_path)
+    fileio.flush_path(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
-        disk.flush_path(tmp_path / "file")
+        fileio.flush_path(tmp_path / "file")
 
 
 @pytest.mark.parametrize("code", ["EACCES", "EPERM"])

@@ -9,7 +9,7 @@ from configs import default
 from modelstock_jax.clip import weights
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import export
-from modelstock_jax.reporting.rows import make_row
+from modelstock_jax.reporting.tables import make_row
 from tests.clip import small
 from tests.clip.all_layouts import CHECKPOINT, with_head, with_tokenizer
 

@@ -16,7 +16,7 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate
-from modelstock_jax.reporting.rows import make_row
+from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import anchor_classifier
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
 from tests.experiment import small_run

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from modelstock_jax.reporting.rows import make_row
+from modelstock_jax.reporting.tables import make_row
 
 SHIFTS = ["V2", "R", "Sketch", "ObjectNet", "A", "digits"]
 OFFSETS = np.array([12.0, 4.0, -6.0, -3.0, -14.0, 7.0])

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting import layers, metrics, model_card
-from modelstock_jax.reporting.json_lines import read_lines
+from modelstock_jax.fileio import read_lines
+from modelstock_jax.reporting import figures, metrics, model_card
 from modelstock_jax.reporting.metrics import MetricsWriter, read_metrics
 from modelstock_jax.reporting.progress import Progress
 from tests.reporting import made_up
@@ -142,7 +142,7 @@ def test_model_card():
     options = dict(
         name="Glyph CLIP, Model Stock", method="model_stock", anchor="glyph-clip",
         fingerprint="sha256:0123abcd", num_replicas=2, unit="tensor", rows=made_up.rows(),
-        ratios=layers.ratio_summary(made_up.report()), command="python launch.py",
+        ratios=figures.ratio_summary(made_up.report()), command="python launch.py",
     )
     _, front, body = model_card.model_card(**options).split("---\n", 2)
     entries = dict(line.split(": ", 1) for line in front.splitlines())
@@ -159,7 +159,7 @@ def test_reporting_imports_no_jax():
     import sys
 
     code = (
-        "import sys\nfrom modelstock_jax.reporting import tables, plots, model_card, progress, "
+        "import sys\nfrom modelstock_jax.reporting import figures, model_card, progress, tables, "
         "metrics\nassert 'jax' not in sys.modules"
     )
     root = Path(metrics.__file__).parents[2]

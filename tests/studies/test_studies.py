@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from modelstock_jax.reporting.files import flat
-from modelstock_jax.reporting.layers import kind
+from modelstock_jax.fileio import flat
+from modelstock_jax.reporting.figures import kind
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.catalogue.pool import STRONG, STRONG_LENGTH
 from modelstock_jax.studies.measuring.measurements import Score

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.json_lines import JsonLines, read_lines
+from modelstock_jax.fileio import JsonLines, read_lines
 from modelstock_jax.training.communication import collectives
 from modelstock_jax.training.monitoring.health import health
 from modelstock_jax.training.monitoring.watch import LEARNT_AFTER, Band, Watch

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.reporting.layers import kind
-from modelstock_jax.reporting.plots import angle_by_layer
+from modelstock_jax.reporting.figures import angle_by_layer, kind
 from modelstock_jax.studies.catalogue.pool import own_pairs, pool
 from modelstock_jax.studies.measuring.measurements import Angles, Measurement
 from modelstock_jax.studies.report.claims import Claim

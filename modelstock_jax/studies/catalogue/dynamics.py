@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.reporting.layers import kind
+from modelstock_jax.reporting.figures import kind
 from modelstock_jax.studies.catalogue.angles import NOISE
 from modelstock_jax.studies.catalogue.pool import PAIR
 from modelstock_jax.studies.measuring.measurements import Angles, Measurement

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.files import flat, plain
+from modelstock_jax.fileio import flat, plain
 
 # What no trained weight depends on: these are left out of a run's digest.
 _ELSEWHERE = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelstock_jax.reporting.rows import Measured, mean_and_error
+from modelstock_jax.reporting.tables import Measured, mean_and_error
 
 
 def average(score: Mapping[str, Any], names: Sequence[str] | None = None) -> float:

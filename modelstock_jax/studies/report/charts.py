@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from modelstock_jax.reporting.rows import mean_and_error
 from modelstock_jax.reporting.style import (
     BLACK,
     BLUE,
@@ -20,6 +19,7 @@ from modelstock_jax.reporting.style import (
     VERMILION,
     draw,
 )
+from modelstock_jax.reporting.tables import mean_and_error
 from modelstock_jax.studies.report.curves import Curve
 
 # Each line has a marker of its own, so that a print without colours can be read.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from modelstock_jax.reporting.rows import mean_and_error
+from modelstock_jax.reporting.tables import mean_and_error
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 

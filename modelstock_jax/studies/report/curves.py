@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from modelstock_jax.reporting.rows import Measured
+from modelstock_jax.reporting.tables import Measured
 from modelstock_jax.studies.measuring.measurements import Score
 from modelstock_jax.studies.measuring.models import Anchor, Between, Model
 from modelstock_jax.studies.report.cells import id_and_shifts

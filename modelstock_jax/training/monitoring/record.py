@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from modelstock_jax.fileio import JsonLines
 from modelstock_jax.merging import Stats, check_finite, report
-from modelstock_jax.reporting.json_lines import JsonLines
 from modelstock_jax.reporting.metrics import MetricsWriter
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.reporting.json_lines import JsonLines
+from modelstock_jax.fileio import JsonLines
 
 FLAGS = ("ok", "first_bad", "first_bad_weight")
 BANDS = ("loss", "grad_norm")

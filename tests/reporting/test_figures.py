@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modelstock_jax.reporting import layers, plots
+from modelstock_jax.reporting import figures
 from tests.reporting import made_up
 
 
@@ -18,7 +18,7 @@ def texts(figure):
 def test_id_against_shifts(tmp_path, seeds):
     rows = made_up.rows(seeds)
     path = tmp_path / "figures" / "a.png"
-    figure = plots.id_against_shifts(rows, path, title="Glyphs")
+    figure = figures.id_against_shifts(rows, path, title="Glyphs")
     with Image.open(path) as image:
         assert image.width > 1000
     shown = texts(figure)
@@ -42,14 +42,14 @@ def test_error_bars_only_over_several_seeds():
     def bars(figure):
         return sum(len(c.lines[2]) for c in figure.axes[0].containers)
 
-    one, four = (plots.id_against_shifts(made_up.rows(seeds)) for seeds in ([0], range(4)))
+    one, four = (figures.id_against_shifts(made_up.rows(seeds)) for seeds in ([0], range(4)))
     assert bars(one) == 0
     assert bars(four) == 2 * 5  # x and y of every method but zero-shot, which has no seed
 
 
 def test_wise_ft_curve_joins_the_anchor_and_the_mean():
     rows = made_up.rows()
-    figure = plots.id_against_shifts(rows)
+    figure = figures.id_against_shifts(rows)
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     ends = {row["method"]: (row["id"], row["avg_shifts"]) for row in rows}
     points = list(zip(*lines["WiSE-FT of the mean (α)"].get_data(), strict=True))
@@ -58,7 +58,7 @@ def test_wise_ft_curve_joins_the_anchor_and_the_mean():
 
 def test_equal_runs_draw_equal_bytes(tmp_path):
     for name in "ab":
-        plots.id_against_shifts(made_up.rows(), tmp_path / f"{name}.png")
+        figures.id_against_shifts(made_up.rows(), tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -66,21 +66,21 @@ def test_results_without_a_curve_or_with_a_new_method():
     rows = [row for row in made_up.rows() if row["method"] != "wise_ft"]
     rows.append({**rows[-1], "method": "greedy soup"})
     rows.append({**rows[-1], "method": "model_stock", "unit": "filter"})
-    shown = texts(plots.id_against_shifts(rows))
+    shown = texts(figures.id_against_shifts(rows))
     assert "greedy soup" in shown and not any("filter" in text for text in shown)
 
 
 @pytest.mark.parametrize("num_blocks", [4, 12])
 def test_angle_by_layer(tmp_path, num_blocks):
-    rows = layers.layer_rows([made_up.report(seed, num_blocks) for seed in range(3)])
-    figure = plots.angle_by_layer(rows, tmp_path / "b.png", title="CLIP")
+    rows = figures.layer_rows([made_up.report(seed, num_blocks) for seed in range(3)])
+    figure = figures.angle_by_layer(rows, tmp_path / "b.png", title="CLIP")
     assert (tmp_path / "b.png").stat().st_size > 10_000
     shown = texts(figure)
     for text in ["kernels", "biases and norms", "angle (degrees)", "attention", "MLP", "head",
                  "norm scales", "CLIP", "in", "out", "0", "2"]:
         assert text in shown, text
     assert any("key biases" in text for text in shown)
-    kernels = [row for row in rows if not layers.kind(row["name"]) == "norms"
+    kernels = [row for row in rows if not figures.kind(row["name"]) == "norms"
                and not row["name"].endswith("bias")]
     heights = [patch.get_height() for patch in figure.axes[0].containers[0].patches]
     assert len(heights) == len(kernels)
@@ -90,7 +90,7 @@ def test_angle_by_layer(tmp_path, num_blocks):
 
 def test_ratio_over_merges(tmp_path):
     histories = {"equation 3": made_up.history(), "carried (ours)": made_up.history(level=0.8)}
-    figure = plots.ratio_over_merges(histories, tmp_path / "c.png", title="Ratios")
+    figure = figures.ratio_over_merges(histories, tmp_path / "c.png", title="Ratios")
     shown = texts(figure)
     for text in ["equation 3", "carried (ours)", "kernels", "biases", "norms", "head", "epoch",
                  "ratio t, median", "Ratios"]:
@@ -103,12 +103,12 @@ def test_ratio_summary_leaves_out_what_has_no_angle():
     report = [{"name": "a.kernel", "cosine": 0.5, "ratio": r} for r in (0.5, 0.6, 0.9)]
     report += [{"name": "b.kernel", "cosine": None, "ratio": 0.0},
                {"name": "head.bias", "cosine": 0.9, "ratio": 0.95}]
-    summary = layers.ratio_summary(report)
+    summary = figures.ratio_summary(report)
     assert set(summary) == {"kernels", "head"}
     assert summary["kernels"] == pytest.approx(  # quartiles of three: half way between neighbours
         {"median": 0.6, "low": 0.55, "high": 0.75, "count": 3}, rel=1e-12)
 
 
 def test_a_tensor_without_an_angle_has_norms():
-    (row,) = layers.layer_rows([[{"name": "w", "angle": None, "norms": [2.0, 4.0], "size": 16}]])
+    (row,) = figures.layer_rows([[{"name": "w", "angle": None, "norms": [2.0, 4.0], "size": 16}]])
     assert row == {"name": "w", "angles": [], "rms": [0.5, 1.0]}

@@ -48,7 +48,7 @@ def test_a_run_is_written_by_its_configs_name(tmp_path):
 
 
 def test_what_was_typed_of_the_config_can_be_typed_again():
-    say = "import sys; from modelstock_jax.command_line import *; parse(sys.argv); "
+    say = "import sys; from modelstock_jax.flags import *; parse(sys.argv); "
     say += "print(config_arguments(sys.argv[1:]))"
     typed = ["fig1", "--config", "configs/glyphs.py", "--config.compute.remat", "fig2",
              "--noconfig.data.check_counts", "--config.seed", "3", "--config.data.name=glyphs"]
