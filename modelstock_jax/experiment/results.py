@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modelstock_jax.fileio import plain, write_text
+from modelstock_jax.reporting import figures
 from modelstock_jax.reporting.figures import layer_rows, ratio_summary
 from modelstock_jax.reporting.metrics import read_metrics
 from modelstock_jax.reporting.tables import screen_table, write_results
