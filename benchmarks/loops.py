@@ -14,9 +14,13 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import glyphs, vitb32  # noqa: E402
-from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig  # noqa: E402
-from modelstock_jax.clip.model import abstract_params  # noqa: E402
-from modelstock_jax.clip.preprocessor import Preprocessor  # noqa: E402
+from modelstock_jax.models.clip import abstract_params  # noqa: E402
+from modelstock_jax.models.config import (  # noqa: E402
+    CLIPConfig,
+    Preprocessor,  # noqa: E402
+    TextConfig,
+    VisionConfig,
+)
 from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
 from modelstock_jax.training import step as step_module  # noqa: E402
 from modelstock_jax.training.classifier import make_classifier  # noqa: E402

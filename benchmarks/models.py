@@ -11,10 +11,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import glyphs, vitb16, vitb32, vitl14  # noqa: E402
-from modelstock_jax.clip import model  # noqa: E402
-from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig  # noqa: E402
-from modelstock_jax.clip.preprocessor import CLIP_MEAN, CLIP_STD, Preprocessor  # noqa: E402
-from modelstock_jax.clip.transformer import Compute  # noqa: E402
+from modelstock_jax.models.clip import abstract_params, classifier  # noqa: E402
+from modelstock_jax.models.config import (  # noqa: E402  # noqa: E402
+    CLIP_MEAN,
+    CLIP_STD,
+    CLIPConfig,
+    Preprocessor,
+    TextConfig,
+    VisionConfig,
+)
+from modelstock_jax.models.transformer import Compute  # noqa: E402
 from modelstock_jax.training.methods.objectives import cross_entropy  # noqa: E402
 from modelstock_jax.training.programs import Programs, Task  # noqa: E402
 
@@ -60,7 +66,7 @@ def abstract_weights(size: str) -> dict[str, Any]:
     clip, classes = clip_config(size), SIZES[size][-1]
     head = {"kernel": (clip.projection_dim, classes), "bias": (classes,)}
     head = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in head.items()}
-    return {"image_tower": model.abstract_params(clip)["image_tower"], "head": head}
+    return {"image_tower": abstract_params(clip)["image_tower"], "head": head}
 
 
 def weights(size: str) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def make_programs(config, size: str, params: dict[str, Any]) -> Programs:
     task = Task(
         params=params,
         loss_fn=cross_entropy(
-            model.classifier(clip, Compute.of(config.compute)),
+            classifier(clip, Compute.of(config.compute)),
             Preprocessor(CLIP_MEAN, CLIP_STD, clip.vision.image_size),
             label_smoothing=config.label_smoothing,
         ),

@@ -56,12 +56,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from modelstock_jax.clip.model import classifier
-from modelstock_jax.clip.zero_shot import zero_shot_head
 from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
 from modelstock_jax.data.glyphs.sets import training_set
 from modelstock_jax.experiment.pretrained import open_pretrained
+from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.zero_shot import zero_shot_head
 
 checkpoint = open_pretrained(PRETRAINED)
 apply, train = classifier(checkpoint.config), training_set(size=TRAIN_SIZE)

@@ -132,10 +132,10 @@ figures.angle_by_layer(layer_rows([seed["geometry"]]))
 # %%
 import numpy as np
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.model import classifier
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.clip import classifier
 
-merged = weights.load(f"{WORKDIR}/model")
+merged = checkpoint_io.load(f"{WORKDIR}/model")
 images = world.shifts["sketch"].images[:10]
 logits = classifier(merged.config)(merged.replica(), merged.preprocessor(images))
 print("seen: ", [merged.labels[k] for k in np.argmax(logits, axis=1)])

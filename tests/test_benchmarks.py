@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import models, step, turns
-from modelstock_jax.clip import model
-from modelstock_jax.clip.transformer import Compute
+from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.transformer import Compute
 
 ROOT = Path(__file__).parents[1]
 # A bare machine with a GPU has jax, flax and optax; ml_collections needs nothing to be compiled.
@@ -80,7 +80,7 @@ def test_operations_are_those_of_the_published_sizes(size, billions):
 def test_operations_are_those_that_xla_counts():
     """Of the loss's gradient; norms, softmax and activations, not counted here, are a few %."""
     clip = models.clip_config("b32")
-    classify = model.classifier(clip, Compute())
+    classify = classifier(clip, Compute())
     batch = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     lowered = jax.jit(jax.grad(lambda w, x: classify(w, x).sum())).lower(
         models.abstract_weights("b32"), batch

@@ -55,7 +55,7 @@ def test_sizes_and_steps_are_known_before_anything_is_here(name, tower, text, st
     programs, clip = abstract_programs(config)
     sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in programs.task.params.items()}
     assert sizes == {"image_tower": tower, "head": (clip.projection_dim + 1) * 1000}
-    from modelstock_jax.clip.model import abstract_params
+    from modelstock_jax.models.clip import abstract_params
 
     leaves = jax.tree.leaves(abstract_params(clip)["text_tower"])
     assert sum(x.size for x in leaves) == text

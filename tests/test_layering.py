@@ -22,7 +22,7 @@ MAX_LAUNCH_LINES = 60
 LAYERS = [
     {"errors", "fileio", "flags", "machine"},
     {"merging", "tensor_files"},
-    {"data", "clip", "towers"},
+    {"data", "models"},
     {"training", "evaluation", "reporting"},
     {"experiment", "studies", "checkpoint_merge"},
     {"__main__"},
@@ -143,7 +143,7 @@ def test_this_tree():
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("merging/a.py", "import os\nfrom modelstock_jax.clip import model\n", "merging/a.py:2: "),
+        ("merging/a.py", "import os\nfrom modelstock_jax.models import clip\n", "merging/a.py:2: "),
         ("merging/a.py", "import jax\n\ndef f():\n    import flax.nnx\n", "merging/a.py:4: "),
         ("merging/a.py", "from ..training.step import train\n", "merging/a.py:1: merging imports"),
         ("merging/a.py", "from .. import evaluation\n", "merging/a.py:1: merging imports evalu"),
@@ -154,7 +154,7 @@ def test_this_tree():
             "checkpoint_merge/a.py:1: checkpoint_merge may not import training",
         ),
         ("errors.py", "import numpy\n", "errors.py:1: errors may not import numpy"),
-        ("clip/model.py", "import modelstock_jax.experiment\n", "clip/model.py:1: clip imports"),
+        ("models/clip.py", "import modelstock_jax.experiment\n", "models/clip.py:1: clip imports"),
         ("data/a.py", "from modelstock_jax import model_stock\n", "data/a.py:1: import modelstock"),
         ("data/utils.py", "", "data/utils.py:1: "),
         ("data/a.py", "x = 1\n" * 601, "data/a.py:601: longer"),
@@ -170,13 +170,13 @@ def test_a_broken_rule_is_named(tmp_path, file, text, expected):
 
 
 def test_units_of_one_layer_do_not_import_each_other_both_ways(tmp_path):
-    for name, text in [("data", "import modelstock_jax.clip"), ("clip", "import jax\n")]:
+    for name, text in [("data", "import modelstock_jax.models"), ("models", "import jax\n")]:
         (tmp_path / PACKAGE / name).mkdir(parents=True)
         (tmp_path / PACKAGE / name / "a.py").write_text(text)
     assert violations(tmp_path) == []
-    (tmp_path / PACKAGE / "clip" / "b.py").write_text("from modelstock_jax.data import a\n")
+    (tmp_path / PACKAGE / "models" / "b.py").write_text("from modelstock_jax.data import a\n")
     (found,) = violations(tmp_path)
-    assert found.startswith(f"{PACKAGE}/data/a.py:1: data imports clip, and modelstock_jax/clip/b")
+    assert found.startswith(f"{PACKAGE}/data/a.py:1: data imports models, and {PACKAGE}/models/b")
 
 
 def test_a_downward_import_is_allowed(tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.model import abstract_params
+from modelstock_jax.models.clip import abstract_params
+from modelstock_jax.models.config import CLIPConfig
 from modelstock_jax.training.merge import steps_between_merges
 from modelstock_jax.training.programs import Programs
 

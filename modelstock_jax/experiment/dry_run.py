@@ -14,11 +14,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.model import abstract_params
-from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.disk_use import (
@@ -30,6 +25,10 @@ from modelstock_jax.experiment.disk_use import (
 )
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.clip import abstract_params
+from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.classifier import make_classifier
 from modelstock_jax.training.communication import sent_across, sent_bytes
 from modelstock_jax.training.finetune import finetuning_task

@@ -8,10 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip import layouts, weights
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.layouts.hugging_face import HuggingFace
 from modelstock_jax.errors import UserError
+from modelstock_jax.models import checkpoint_io, formats
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.formats import HuggingFace
 from modelstock_jax.reporting.model_card import model_card
 
 PyTree = Any
@@ -25,7 +25,7 @@ def check(config: ConfigDict, pretrained: Checkpoint) -> None:
     """
     for layout in _layouts(config):
         try:
-            layouts.writable(layout).describe(pretrained)
+            formats.writable(layout).describe(pretrained)
         except UserError as error:
             raise UserError(f"export.layouts: {error}") from None
 
@@ -71,7 +71,7 @@ def export(
         if layout != HuggingFace.name:
             place = directory.with_name(f"{directory.name}_{layout}")
         if not place.exists():
-            weights.save(place, checkpoint, layout=layout, texts={"README.md": card})
+            checkpoint_io.save(place, checkpoint, layout=layout, texts={"README.md": card})
 
 
 def _data(config: ConfigDict) -> str:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip.checkpoint import Checkpoint
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
+from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.hosts import distributed
 

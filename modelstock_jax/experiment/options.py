@@ -6,12 +6,12 @@ from operator import attrgetter
 
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip import layouts
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.reader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.units import UNITS
+from modelstock_jax.models import formats
+from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.merge import check_merge
 from modelstock_jax.training.methods.method import check_method
 from modelstock_jax.training.methods.optimizer import check_optimizer
@@ -85,7 +85,7 @@ def check_options(config: ConfigDict) -> None:
     for unit in config.evaluation.units:
         _one_of("evaluation.units", unit, UNITS)
     for layout in config.export.layouts:
-        _one_of("export.layouts", layout, layouts.WRITABLE)
+        _one_of("export.layouts", layout, formats.WRITABLE)
 
 
 def _one_of(name, value, known) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
-from modelstock_jax.clip.positions import resize_positions
-from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.clip.tokenizer import tokenize
 from modelstock_jax.data import glyphs
 from modelstock_jax.errors import UserError
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
+from modelstock_jax.models.tokenizer import tokenize
+from modelstock_jax.models.transformer import resize_positions
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.training.hosts import distributed
@@ -53,7 +52,7 @@ def open_pretrained(name: str) -> Checkpoint:
     Raises:
       UserError: if there is no such directory, or it is not a whole CLIP checkpoint.
     """
-    return weights.load(BUNDLED.get(name, name))
+    return checkpoint_io.load(BUNDLED.get(name, name))
 
 
 def open_anchor(config: ConfigDict) -> Checkpoint:
@@ -157,6 +156,6 @@ def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
     params = jax.tree.map(lambda x: x[0], distributed.whole(state.params))
     if distributed.is_main():
         with timeline.phase("export"):
-            weights.save(model, Checkpoint(clip, params, pixels, tokenizer))
+            checkpoint_io.save(model, Checkpoint(clip, params, pixels, tokenizer))
     distributed.barrier("pretrained model")
     return model

@@ -11,13 +11,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.model import classifier
-from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.methods.text_side import TextSide, needed, text_head
 
 PyTree = Any

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.model import encode_image, encode_text, init
-from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data import glyphs
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.clip import encode_image, encode_text, init
+from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.methods.objectives import contrastive
 from modelstock_jax.training.programs import Task
 

@@ -10,11 +10,11 @@ import pytest
 
 from modelstock_jax.checkpoint_merge import commands
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.clip.weights import load, save
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.checkpoint_io import load, save
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.engine import deltas, plan, stock_ratio
-from tests.clip import small
+from tests.models import small
 
 CLASSES = 5
 # OpenAI's files have no config that could say how many heads there are.

@@ -10,9 +10,9 @@ import pytest
 
 from modelstock_jax.checkpoint_merge import commands
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.clip.weights import load, save
 from modelstock_jax.merging import UNITS, model_stock, report
-from tests.clip import small
+from modelstock_jax.models.checkpoint_io import load, save
+from tests.models import small
 
 HEADS = small.config().vision.num_attention_heads
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from configs import cifar10
-from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.cifar import CIFAR, TEMPLATES
 from modelstock_jax.data.pipeline import eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
+from modelstock_jax.models.config import Preprocessor
 from modelstock_jax.studies.catalogue import STUDIES
 from modelstock_jax.studies.measuring.bench import Bench
 from modelstock_jax.studies.measuring.measurements import Score

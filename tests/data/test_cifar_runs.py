@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from modelstock_jax.clip import weights
 from modelstock_jax.data.cifar import CIFAR
+from modelstock_jax.models import checkpoint_io
 from tests.data.made_records import cifar_set, write_cifar10
 from tests.experiment import small_run
 
@@ -47,7 +47,7 @@ def test_a_run(anchor, tmp_path):
         assert row["avg_shifts"] == row["shifts"]["cifar10_1/v6"]
         # Twenty test images.
         assert row["id"] / 5 == pytest.approx(round(row["id"] / 5))
-    assert weights.load(tmp_path / "run" / "model").labels == CIFAR["cifar10"].class_names
+    assert checkpoint_io.load(tmp_path / "run" / "model").labels == CIFAR["cifar10"].class_names
 
 
 @pytest.mark.slow

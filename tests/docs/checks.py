@@ -105,7 +105,7 @@ def _module(name: str, arguments: Sequence[str]) -> str | None:
     if not importlib.util.find_spec(name):
         return f"no module {name}"
     parser = {"modelstock_jax.data": "modelstock_jax.data.__main__",
-              "modelstock_jax.clip.convert": "modelstock_jax.clip.convert"}.get(name)
+              "modelstock_jax.models.convert": "modelstock_jax.models.convert"}.get(name)
     if parser and len(arguments) > 1:  # Else it is only named.
         try:
             importlib.import_module(parser)._parser().parse_args(list(arguments))

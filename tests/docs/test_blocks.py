@@ -8,11 +8,10 @@ import importlib
 import numpy as np
 import pytest
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
-from modelstock_jax.clip.model import abstract_params
-from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.clip import abstract_params
+from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
 from tests.docs.blocks import PAGES, ROOT, named, python_blocks, run_blocks
 
 WITH_PYTHON = [named(page) for page in PAGES if python_blocks(page)]
@@ -76,7 +75,7 @@ def test_the_page_of_parity(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path/to").mkdir(parents=True)
     pixels = Preprocessor((0.5,) * 3, (0.5,) * 3, image_size=12)
-    weights.save("path/to/clip", Checkpoint(config, params, pixels))
+    checkpoint_io.save("path/to/clip", Checkpoint(config, params, pixels))
     images = rng.standard_normal((2, 12, 12, 3)).astype(np.float32)
     ran = run_blocks(ROOT / "docs/parity.md", {"images": images})
     assert ran["layers"]["blocks.block_03.self_attn"].shape == (2, 5, 12)

@@ -69,7 +69,7 @@ def test_the_patch_applies(title):
 
 def test_a_patch_of_another_tree_does_not_apply():
     changed = patches()["A model"].replace("Tower(ConvNeXt, ", "Tower(ConvNext, ")
-    with pytest.raises(AssertionError, match="towers/tower.py"):
+    with pytest.raises(AssertionError, match="models/tower.py"):
         apply(changed, ROOT, "--check")
 
 

@@ -12,12 +12,11 @@ from types import MappingProxyType
 import jax
 import numpy as np
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
-from modelstock_jax.clip.model import init
-from modelstock_jax.clip.preprocessor import Preprocessor
 from modelstock_jax.experiment.pretrained import BUNDLED
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.clip import init
+from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 8
@@ -41,7 +40,7 @@ def save_anchor(directory: Path) -> Path:
     params = jax.tree.map(np.asarray, init(config, jax.random.key(0)))
     tokenizer = BUNDLED["glyph-clip"]
     pixels = Preprocessor((0.5,) * 3, (0.25,) * 3, 24)
-    return weights.save(directory, Checkpoint(config, params, pixels, tokenizer))
+    return checkpoint_io.save(directory, Checkpoint(config, params, pixels, tokenizer))
 
 
 def arguments(anchor: Path, workdir: Path, *more: str) -> list[str]:

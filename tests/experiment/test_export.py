@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from configs import default
-from modelstock_jax.clip import weights
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import export
+from modelstock_jax.models import checkpoint_io
 from modelstock_jax.reporting.tables import make_row
-from tests.clip import small
-from tests.clip.all_layouts import CHECKPOINT, with_head, with_tokenizer
+from tests.models import small
+from tests.models.all_layouts import CHECKPOINT, with_head, with_tokenizer
 
 
 def config_of(*layouts: str):
@@ -41,10 +41,10 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
     places = {"hugging_face": "model", "open_clip": "model_open_clip", "openai": "model_openai"}
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*places.values(), "anchor"])
     for layout, place in places.items():
-        loaded = weights.load(tmp_path / place)
+        loaded = checkpoint_io.load(tmp_path / place)
         assert (loaded.layout, loaded.labels) == (layout, tuned.labels)
         assert loaded.fingerprint == tuned.fingerprint
-        assert weights.has_tokenizer(loaded)
+        assert checkpoint_io.has_tokenizer(loaded)
         card = (tmp_path / place / "README.md").read_text()
         for part in (
             "org/anchor",  # The anchor, and which weights it had.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from modelstock_jax.clip import weights
+from modelstock_jax.models import checkpoint_io
 from modelstock_jax.reporting.timeline import read_timeline
 from tests.experiment import small_run
 
@@ -81,12 +81,12 @@ def test_the_timeline_tells_every_phase_from_its_beginning_to_its_end(finished):
 
 def test_the_merged_model_is_the_one_that_was_measured(finished, anchor):
     workdir, _ = finished
-    model = weights.load(workdir / "model")
+    model = checkpoint_io.load(workdir / "model")
     assert model.labels is not None and len(model.labels) == 62
-    text = weights.load(anchor).params["text_tower"]
+    text = checkpoint_io.load(anchor).params["text_tower"]
     jax.tree.map(np.testing.assert_array_equal, model.params["text_tower"], text)
     card = (workdir / "model/README.md").read_text()
-    assert "model-stock" in card and weights.load(anchor).fingerprint in card
+    assert "model-stock" in card and checkpoint_io.load(anchor).fingerprint in card
     last = workdir / "runs/seed_0/merged/merged/16"
     periodic = json.loads((workdir / "results.json").read_text())["rows"][-1]
     for checkpoint in (workdir / "model", last):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from configs import default
-from modelstock_jax.clip import weights, zero_shot
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate
+from modelstock_jax.models import checkpoint_io, zero_shot
 from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import anchor_classifier
 from modelstock_jax.training.persistence.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ from tests.experiment import small_run
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return weights.load(small_run.save_anchor(tmp_path_factory.mktemp("clip") / "clip"))
+    return checkpoint_io.load(small_run.save_anchor(tmp_path_factory.mktemp("clip") / "clip"))
 
 
 @pytest.fixture

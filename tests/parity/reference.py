@@ -13,11 +13,10 @@ import torch
 import transformers
 from torch import nn
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.activations import image_activations, text_activations
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.config import CLIPConfig
-from modelstock_jax.clip.preprocessor import Preprocessor
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.clip import image_activations, text_activations
+from modelstock_jax.models.config import CLIPConfig, Preprocessor
 
 
 def pair(
@@ -31,7 +30,7 @@ def pair(
     theirs.save_pretrained(directory)
     preprocessor = Preprocessor((0.5,) * 3, (0.25,) * 3, config.vision.image_size)
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor.to_dict()))
-    ours = weights.load(directory)
+    ours = checkpoint_io.load(directory)
     assert ours.config == config
     return ours, theirs
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import CLIPModel
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.model import encode_image, encode_text, normalise
-from tests.clip import small
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.clip import encode_image, encode_text, normalise
+from tests.models import small
 from tests.parity.reference import torch_features, unit
 
 VARIANTS = {
@@ -26,12 +26,12 @@ VARIANTS = {
 def pair(request, tmp_path_factory):
     """A directory that we wrote, opened by both."""
     directory = tmp_path_factory.mktemp("clip") / "model"
-    weights.save(directory, small.checkpoint(request.param))
+    checkpoint_io.save(directory, small.checkpoint(request.param))
     theirs, report = CLIPModel.from_pretrained(
         directory, attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
-    return weights.load(directory), theirs.eval(), small.images(8), small.ids(8)
+    return checkpoint_io.load(directory), theirs.eval(), small.images(8), small.ids(8)
 
 
 def test_embeddings_and_logits(pair):
@@ -60,7 +60,7 @@ def test_transformers_saves_what_we_load(pair, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="200KB")
     name = "preprocessor_config.json"
     (tmp_path / "theirs" / name).write_bytes((ours.directory / name).read_bytes())
-    loaded = weights.load(tmp_path / "theirs")
+    loaded = checkpoint_io.load(tmp_path / "theirs")
     assert loaded.config == ours.config
     assert loaded.fingerprint == ours.fingerprint
 

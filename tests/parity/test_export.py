@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
-from modelstock_jax.clip.model import encode_image, encode_text, normalise
-from modelstock_jax.clip.zero_shot import tokenize
 from modelstock_jax.experiment.pretrained import BUNDLED
-from tests.clip import small
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.clip import encode_image, encode_text, normalise
+from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.zero_shot import tokenize
+from tests.models import small
 
 TEXTS = ["a cat", "a photo of the letter é.", "seven small squares"]
 SIZES = dict(num_hidden_layers=2, hidden_act="quick_gelu")
@@ -61,8 +61,8 @@ def fine_tuned():
 def exported(request, tmp_path_factory):
     """A directory for transformers: written at once, or by way of another layout."""
     root = tmp_path_factory.mktemp("export")
-    first = weights.save(root / request.param, fine_tuned(), layout=request.param)
-    return weights.load(weights.save(root / "export", weights.load(first)))
+    first = checkpoint_io.save(root / request.param, fine_tuned(), layout=request.param)
+    return checkpoint_io.load(checkpoint_io.save(root / "export", checkpoint_io.load(first)))
 
 
 def test_clip_model_gives_the_same_logits(exported):
@@ -119,7 +119,7 @@ def test_the_image_tower_alone_feeds_the_head(exported):
 
 def test_the_comparison_sees_tokens_and_weights(exported, tmp_path):
     other = dataclasses.replace(exported, params=small.perturbed(CONFIG, seed=9), head=None)
-    directory = weights.save(tmp_path / "other", dataclasses.replace(other, labels=None))
+    directory = checkpoint_io.save(tmp_path / "other", dataclasses.replace(other, labels=None))
     model = CLIPVisionModelWithProjection.from_pretrained(directory).eval()
     images = small.images(4)
     with torch.no_grad():

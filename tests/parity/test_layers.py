@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modelstock_jax.clip import positions, towers, transformer
-from tests.clip import small
+from modelstock_jax.models import clip, transformer
+from tests.models import small
 from tests.parity.reference import first_difference, our_layers, pair, torch_layers, unit
 
 # Float32 on both sides, sums in another order: 9e-7 of a layer's largest number were measured.
@@ -113,9 +113,9 @@ def without_post_norm(tower, images):
 @pytest.mark.parametrize(
     ("where", "name", "value", "image", "text"),
     [
-        (positions, "A", -0.5, "embed", None),
-        (towers.ImageTower, "__call__", mean_pooled, "post_layernorm", None),
-        (towers.ImageTower, "__call__", without_post_norm, "projection", None),
+        (transformer, "A", -0.5, "embed", None),
+        (clip.ImageTower, "__call__", mean_pooled, "post_layernorm", None),
+        (clip.ImageTower, "__call__", without_post_norm, "projection", None),
         (
             jnp,
             "tril",
@@ -129,12 +129,12 @@ def without_post_norm(tower, images):
 def test_a_wrong_program_is_found(sides, monkeypatch, where, name, value, image, text):
     ours, theirs = sides
     monkeypatch.setattr(where, name, value)
-    positions.bicubic.cache_clear()
+    transformer.bicubic.cache_clear()
     jax.clear_caches()
     try:
         layers = our_layers(CONFIG, ours.params, IMAGES, IDS)
     finally:
-        positions.bicubic.cache_clear()
+        transformer.bicubic.cache_clear()
     check_first(theirs, layers, image, text)
 
 

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel
 
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.clip.weights import save
+from modelstock_jax.models.checkpoint_io import save
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.small import LLAMA, llama, moved, weights
 from tests.checkpoint_merge.small import save as write
-from tests.clip import small
+from tests.models import small
 
 IDS = torch.tensor([[1, 5, 7, 9]])
 

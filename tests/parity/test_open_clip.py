@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.layouts.layout import param_shapes
-from modelstock_jax.clip.layouts.open_clip_config import read_model, write_model
-from modelstock_jax.clip.model import encode_image, encode_text
-from modelstock_jax.clip.names import rows
-from tests.clip import small
-from tests.clip.all_layouts import CHECKPOINT, CONFIG
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.checkpoint import param_shapes
+from modelstock_jax.models.clip import encode_image, encode_text
+from modelstock_jax.models.open_clip_format import read_model, write_model
+from modelstock_jax.models.param_mapping import rows
+from tests.models import small
+from tests.models.all_layouts import CHECKPOINT, CONFIG
 
 pytestmark = pytest.mark.slow
 READER = Path(__file__).with_name("open_clip_reader.py")
@@ -48,8 +48,8 @@ def work(tmp_path_factory):
     """What OpenCLIP left of our exports."""
     work = tmp_path_factory.mktemp("work")
     for name, config in VARIANTS.items():
-        weights.save(work / f"open_clip_{name}", small.checkpoint(config), layout="open_clip")
-    weights.save(work / "openai", CHECKPOINT, layout="openai")
+        checkpoint_io.save(work / f"open_clip_{name}", small.checkpoint(config), layout="open_clip")
+    checkpoint_io.save(work / "openai", CHECKPOINT, layout="openai")
     images = np.random.default_rng(0).standard_normal((4, 12, 12, 3)).astype(np.float32)
     # The highest id ends every text, and ids that end it by the other rule come before.
     ids = small.ids(6, 16).astype(np.int64)
@@ -84,11 +84,11 @@ def test_open_clip_opens_an_export(work, name):
     assert_features(work, f"open_clip_{name}", VARIANTS[name], checkpoint.params)
     directory = work / f"open_clip_{name}"
     (work / f"open_clip_{name}.safetensors").replace(directory / "open_clip_model.safetensors")
-    assert weights.load(directory).fingerprint == checkpoint.fingerprint
+    assert checkpoint_io.load(directory).fingerprint == checkpoint.fingerprint
 
 
 def test_half_precision_in_openais_names(work):
-    loaded = weights.load(work / "half.safetensors")
+    loaded = checkpoint_io.load(work / "half.safetensors")
     assert loaded.layout == "openai" and loaded.config.vision == CONFIG.vision
     assert_features(work, "half", loaded.config, loaded.params)
 

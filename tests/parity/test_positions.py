@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from modelstock_jax.clip.model import DEFAULT_COMPUTE, image_tower
-from modelstock_jax.clip.positions import bicubic, interpolate, resize_positions
-from tests.clip import small
+from modelstock_jax.models.clip import DEFAULT_COMPUTE, image_tower
+from modelstock_jax.models.transformer import bicubic, interpolate, resize_positions
+from tests.models import small
 from tests.parity.reference import pair, pixels
 
 

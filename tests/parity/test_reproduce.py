@@ -9,11 +9,10 @@ import jax
 import numpy as np
 import torch
 
-from modelstock_jax.clip import weights
-from modelstock_jax.clip.convert import main
-from modelstock_jax.clip.names import rows
-from modelstock_jax.clip.trees import flatten
-from tests.clip import small
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.convert import main
+from modelstock_jax.models.param_mapping import flatten, rows
+from tests.models import small
 from tests.parity.test_export import CONFIG, fine_tuned
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
@@ -45,7 +44,7 @@ def test_the_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     to_safetensors, merge = snippets()
     clip = small.checkpoint(CONFIG, fine_tuned().directory)
-    weights.save("clip", clip)
+    checkpoint_io.save("clip", clip)
     for seed in (1, 2):
         pickled(tmp_path / f"ft{seed}.pt", seed)
     exec(compile(to_safetensors, "step 1", "exec"), {})
@@ -58,11 +57,11 @@ def test_the_steps(tmp_path, monkeypatch):
     small_lists = "CLASS_NAMES, TEMPLATES = ('cat', 'dog', 'cat'), ('a {}',)\n"
     merge = merge.replace(names, small_lists).replace(f'"{BASE}"', '"clip"')
     exec(compile(merge, "step 3", "exec"), {})
-    base, merged = weights.load("base"), weights.load("merged")
+    base, merged = checkpoint_io.load("base"), checkpoint_io.load("merged")
     assert merged.labels == ("cat", "dog", "cat")
     for name in ("text_tower", "logit_scale"):
         jax.tree.map(np.testing.assert_array_equal, merged.params[name], clip.params[name])
-    tuned = [weights.load(name).replica() for name in ("ft1", "ft2")]
+    tuned = [checkpoint_io.load(name).replica() for name in ("ft1", "ft2")]
     for path, start in flatten(base.replica()):
         leaves = [dict(flatten(tree))[path] for tree in (merged.replica(), *tuned)]
         found, mean = leaves[0], (leaves[1] + leaves[2]) / 2

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from modelstock_jax.clip import build_tokenizer, weights
-from modelstock_jax.clip.zero_shot import zero_shot_head
-from tests.clip import small
-from tests.clip.prompts import CAPTIONS, CLASSES, EOS, TEMPLATES
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.tokenizer import build
+from modelstock_jax.models.zero_shot import zero_shot_head
+from tests.models import small
+from tests.models.prompts import CAPTIONS, CLASSES, EOS, TEMPLATES
 
 NAMES = (*CLASSES, "the photo", "font")
 
@@ -19,9 +20,9 @@ NAMES = (*CLASSES, "the photo", "font")
 def directory(request, tmp_path_factory):
     """A checkpoint with a tokenizer, as transformers opens it."""
     root = tmp_path_factory.mktemp("clip")
-    size = build_tokenizer.build(CAPTIONS, root / "tokenizer", context_length=16)
+    size = build(CAPTIONS, root / "tokenizer", context_length=16)
     config = small.config(layers=4, vocab_size=size, eos_token_id=request.param)
-    return weights.save(root / "model", small.checkpoint(config, root / "tokenizer"))
+    return checkpoint_io.save(root / "model", small.checkpoint(config, root / "tokenizer"))
 
 
 def by_torch(directory) -> np.ndarray:
@@ -43,7 +44,7 @@ def by_torch(directory) -> np.ndarray:
 
 
 def test_the_head_is_torch_s(directory):
-    head = zero_shot_head(weights.load(directory), NAMES, TEMPLATES, batch_size=4)
+    head = zero_shot_head(checkpoint_io.load(directory), NAMES, TEMPLATES, batch_size=4)
     theirs = by_torch(directory)
     scale = np.linalg.norm(theirs, axis=0)
     # 1e-5 of the columns' length, exp(logit_scale): float32 towers that differ in the order of

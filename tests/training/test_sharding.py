@@ -13,9 +13,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from modelstock_jax.clip.model import classifier
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.communication import collectives
 from modelstock_jax.training.memory import device_bytes
 from modelstock_jax.training.methods.objectives import cross_entropy

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from modelstock_jax.clip.config import CLIPConfig, TextConfig, VisionConfig
-from modelstock_jax.clip.model import classifier, init
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.pipeline import steps_per_epoch, train_batches
+from modelstock_jax.models.clip import classifier, init
+from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.loop import Trainer
 from modelstock_jax.training.methods.objectives import cross_entropy
 from modelstock_jax.training.programs import Programs, Task

@@ -12,18 +12,18 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.preprocessor import Preprocessor
-from modelstock_jax.clip.transformer import Compute
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.glyphs.pretraining import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
+from modelstock_jax.models import tower
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.config import Preprocessor
+from modelstock_jax.models.transformer import Compute
 from modelstock_jax.studies.measuring.runs import digest, training_digest
 from modelstock_jax.studies.measuring.tree_file import read_tree, write_tree
 from modelstock_jax.studies.measuring.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
-from modelstock_jax.towers import tower
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.finetune import alone, finetuning_programs, finetuning_trainer
 

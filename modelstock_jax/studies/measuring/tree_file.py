@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from modelstock_jax.clip.trees import flatten, unflatten
+from modelstock_jax.models.param_mapping import flatten, unflatten
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
 

@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modelstock_jax.clip.checkpoint import Checkpoint
-from modelstock_jax.clip.head_cache import cached_context_head, cached_zero_shot_head
-from modelstock_jax.clip.model import encode_image, encode_text
-from modelstock_jax.clip.transformer import Compute, end_of_text
-from modelstock_jax.clip.zero_shot import context_head, prompt_ids, zero_shot_head
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.clip import encode_image, encode_text
+from modelstock_jax.models.transformer import Compute, end_of_text
+from modelstock_jax.models.zero_shot import (
+    cached_context_head,
+    cached_zero_shot_head,
+    context_head,
+    prompt_ids,
+    zero_shot_head,
+)
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.hosts.distributed import main_first
 

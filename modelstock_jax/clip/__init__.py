@@ -1,1 +1,0 @@
-"""CLIP: towers, weights on disk, zero-shot heads."""
