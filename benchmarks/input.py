@@ -31,15 +31,13 @@ from PIL import Image  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.operations import MEAN, STD, operations  # noqa: E402
 from benchmarks.photographs import photograph  # noqa: E402
-from modelstock_jax.data.cache import write_cache  # noqa: E402
-from modelstock_jax.data.crops import random_crop  # noqa: E402
-from modelstock_jax.data.folders import read_folders  # noqa: E402
+from modelstock_jax.data.decoded_cache import write_cache  # noqa: E402
+from modelstock_jax.data.image_folder import read_folders  # noqa: E402
 from modelstock_jax.data.image_set import ImageSet  # noqa: E402
-from modelstock_jax.data.pipeline import train_batches  # noqa: E402
+from modelstock_jax.data.loader import Loading, train_batches  # noqa: E402
 from modelstock_jax.data.prepare import prepare  # noqa: E402
-from modelstock_jax.data.reader import Loading  # noqa: E402
 from modelstock_jax.data.records import read_records  # noqa: E402
-from modelstock_jax.data.views import TrainView  # noqa: E402
+from modelstock_jax.data.transforms import TrainView, random_crop  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("images", 256, "Images of the set.")

@@ -11,8 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.pipeline import eval_batches
-from modelstock_jax.data.reader import Loading
+from modelstock_jax.data.loader import Loading, eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts.distributed import in_order

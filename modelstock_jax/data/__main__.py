@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modelstock_jax.data.folders import read_folders
+from modelstock_jax.data.image_folder import read_folders
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.imagenet import PUBLISHED, WNIDS, objectnet_classes
 from modelstock_jax.data.imagenet.sets import SPLITS, open_set

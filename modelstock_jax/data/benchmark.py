@@ -13,15 +13,14 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data import cifar, glyphs
 from modelstock_jax.data.augment import shift_and_jitter
-from modelstock_jax.data.cache import write_cache
+from modelstock_jax.data.custom_dataset import open_own
+from modelstock_jax.data.decoded_cache import write_cache
 from modelstock_jax.data.glyphs.sets import SHIFTS, TRAIN_SIZE
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.imagenet import CLASS_NAMES, PUBLISHED, TEMPLATES
-from modelstock_jax.data.imagenet.places import missing_sets
-from modelstock_jax.data.imagenet.sets import open_sets
-from modelstock_jax.data.own_images import open_own
+from modelstock_jax.data.imagenet.sets import missing_sets, open_sets
 from modelstock_jax.data.prompts import read_class_names, read_templates
-from modelstock_jax.data.whole import Published
+from modelstock_jax.data.published_sizes import Published
 from modelstock_jax.errors import UserError
 
 

@@ -17,7 +17,7 @@ _PROBES = 16
 class EncodedImages(abc.ABC):
     """Images as they are stored, read one by one: `images[i]` is the bytes of a JPEG or PNG.
 
-    A cache gives pixels, uint8 [H, W, 3], in the place of bytes; `decode.decode` takes both. An
+    A cache gives pixels, uint8 [H, W, 3], in the place of bytes; `transforms.decode` takes both. An
     instance is cheap to open and to pickle, and holds no file open across a fork: worker processes
     each get their own.
     """

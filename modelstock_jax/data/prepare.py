@@ -6,6 +6,7 @@ Shard by shard, in as many processes as wanted: what is finished is not written 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,13 +16,55 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from modelstock_jax.data.image_set import EncodedImages, ImageSet
 from modelstock_jax.data.records import FACTS, LABELS, facts
-from modelstock_jax.data.shrink import shrink
+from modelstock_jax.data.transforms import Unreadable, decode, image_size
 from modelstock_jax.errors import UserError
+
+# Smaller copies of large images, still encoded.
+
+
+QUALITY = 95  # of JPEG
+
+
+def shrink(
+    encoded: bytes | np.ndarray, short_side: int, border: int = 0, name: str = "image"
+) -> bytes | np.ndarray:
+    """Cuts the border, then brings the short side down to `short_side` (bicubic, antialiased).
+
+    An image that is small enough and has no border is returned as it is.
+
+    Args:
+      encoded: as a file holds it, or pixels uint8 [H, W, 3].
+      short_side: pixels.
+      border: pixels to cut from each side.
+      name: of the image, for the message.
+
+    Returns:
+      The same, or an RGB JPEG of quality 95 without chroma subsampling.
+
+    Raises:
+      UserError: not an image, or a truncated one.
+    """
+    try:
+        if not border and min(image_size(encoded)) <= short_side:
+            return encoded
+        image = Image.fromarray(decode(encoded))
+    except Unreadable as error:
+        raise UserError(f"{name}: not a whole image ({error}); replace or remove it") from error
+    image = image.crop((border, border, image.width - border, image.height - border))
+    scale = min(1.0, short_side / min(image.size))
+    size = round(image.width * scale), round(image.height * scale)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=QUALITY, subsampling=0)
+    return file.getvalue()
+
 
 VERSION = "1.0.0"
 PER_SHARD = 4096  # images: about half a gigabyte as ImageNet stores them

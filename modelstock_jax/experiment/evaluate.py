@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.kept import cache_directory
+from modelstock_jax.data.user_cache import cache_directory
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.agreement import check_same

@@ -7,7 +7,7 @@ from operator import attrgetter
 from ml_collections import ConfigDict
 
 from modelstock_jax.data import benchmark
-from modelstock_jax.data.reader import Loading
+from modelstock_jax.data.loader import Loading
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats

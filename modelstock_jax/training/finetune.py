@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.pipeline import Batch, steps_per_epoch, train_batches
-from modelstock_jax.data.reader import Loading
+from modelstock_jax.data.loader import Batch, Loading, steps_per_epoch, train_batches
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.hosts.feed import held

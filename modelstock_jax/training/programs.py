@@ -211,7 +211,7 @@ class Programs:
                 f"compute.execution={execution!r}: choose one of {', '.join(EXECUTIONS)}"
             )
         if execution == "auto":
-            # Vmapped convolutions (ResNet, ConvNeXt) are slow on a CPU; CLIP has none and takes either.
+            # Vmapped convolutions are slow on a CPU: ResNet, ConvNeXt. CLIP has none.
             alone = self.mesh.shape["replica"] == 1 and jax.default_backend() == "cpu"
             return "map" if alone else "vmap"
         if execution == "map" and self.mesh.shape["replica"] > 1:

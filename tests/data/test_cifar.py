@@ -12,7 +12,7 @@ import pytest
 from configs import cifar10
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.cifar import CIFAR, TEMPLATES
-from modelstock_jax.data.pipeline import eval_batches
+from modelstock_jax.data.loader import eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.config import Preprocessor

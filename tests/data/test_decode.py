@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modelstock_jax.data import decode as decode_module
-from modelstock_jax.data.decode import Unreadable, decode, image_size
+from modelstock_jax.data import transforms as decode_module
+from modelstock_jax.data.transforms import Unreadable, decode, image_size
 from tests.data.photographs import encode, opened, photograph
 
 

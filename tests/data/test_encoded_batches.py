@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.pipeline import epoch_order, eval_batches, train_batches
-from modelstock_jax.data.reader import Loading, example_rng
-from modelstock_jax.data.views import EvalView, TrainView
+from modelstock_jax.data.loader import (
+    Loading,
+    epoch_order,
+    eval_batches,
+    example_rng,
+    train_batches,
+)
+from modelstock_jax.data.transforms import EvalView, TrainView
 from modelstock_jax.errors import UserError
 from tests.data.photographs import small_set
 

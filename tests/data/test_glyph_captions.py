@@ -9,9 +9,14 @@ import pytest
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES, pretraining_batch
 from modelstock_jax.data.glyphs import captions as captions_module
 from modelstock_jax.data.glyphs.captions import captions
-from modelstock_jax.data.glyphs.domain import BROAD
-from modelstock_jax.data.glyphs.masks import CHARACTERS, FONTS, HELD_OUT_FONTS, STYLES
-from modelstock_jax.data.glyphs.render import render
+from modelstock_jax.data.glyphs.render import (
+    BROAD,
+    CHARACTERS,
+    FONTS,
+    HELD_OUT_FONTS,
+    STYLES,
+    render,
+)
 
 COUNT = 4096
 

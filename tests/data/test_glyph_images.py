@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 
 from modelstock_jax.data.glyphs import pretraining_batch, world
-from modelstock_jax.data.glyphs.domain import BROAD, Domain
-from modelstock_jax.data.glyphs.masks import (
+from modelstock_jax.data.glyphs.render import (
+    BROAD,
     CHARACTERS,
     FONTS,
     HELD_OUT_FONTS,
     STYLES,
+    Domain,
     font_indices,
     masks,
+    render,
 )
-from modelstock_jax.data.glyphs.render import render
 from modelstock_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.data.glyphs import adversarial, sets, world
-from modelstock_jax.data.glyphs.domain import PRETRAINING_FONTS
-from modelstock_jax.data.glyphs.masks import CHARACTERS
+from modelstock_jax.data.glyphs.render import CHARACTERS, PRETRAINING_FONTS
 from modelstock_jax.errors import UserError
 
 SHIFTS = ["v2", "r", "sketch", "objectnet", "a", "digits"]

@@ -19,9 +19,14 @@ from modelstock_jax.data.imagenet import (
     TEMPLATES,
     WNIDS,
 )
-from modelstock_jax.data.imagenet.places import missing_sets, places
-from modelstock_jax.data.imagenet.sets import open_real, open_set, open_sets
-from modelstock_jax.data.imagenet.whole import check_whole
+from modelstock_jax.data.imagenet.sets import (
+    check_whole,
+    missing_sets,
+    open_real,
+    open_set,
+    open_sets,
+    places,
+)
 from modelstock_jax.errors import UserError
 from tests.data.made_images import encoded, write_folders, write_imagenet, write_mappings
 

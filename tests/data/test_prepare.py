@@ -13,12 +13,11 @@ from PIL import Image
 
 from modelstock_jax.data import prepare as preparation
 from modelstock_jax.data.__main__ import main
-from modelstock_jax.data.folders import read_folders
+from modelstock_jax.data.image_folder import read_folders
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.imagenet.sets import open_real, open_set
-from modelstock_jax.data.prepare import prepare
+from modelstock_jax.data.prepare import prepare, shrink
 from modelstock_jax.data.records import RecordImages, read_records
-from modelstock_jax.data.shrink import shrink
 from modelstock_jax.errors import UserError
 from tests.data.made_images import KINDS, encoded, write_folders, write_imagenet
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from modelstock_jax.data.augment import shift_and_jitter
-from modelstock_jax.data.views import TrainView
+from modelstock_jax.data.transforms import TrainView
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.finetune import _batch_augment
 from modelstock_jax.training.methods.method import check_method, method_name

@@ -10,7 +10,7 @@ import numpy as np
 
 from configs import default
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.pipeline import steps_per_epoch, train_batches
+from modelstock_jax.data.loader import steps_per_epoch, train_batches
 from modelstock_jax.models.clip import classifier, init
 from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from modelstock_jax.models.transformer import Compute

@@ -1,6 +1,12 @@
 """CIFAR-10 and CIFAR-100: their classes and prompts, and the sets on a disk."""
 
-from modelstock_jax.data.cifar.published import CIFAR, TEMPLATES, Cifar
-from modelstock_jax.data.cifar.sets import CifarSets, missing_sets, open_sets
+from modelstock_jax.data.cifar.sets import (
+    CIFAR,
+    TEMPLATES,
+    Cifar,
+    CifarSets,
+    missing_sets,
+    open_sets,
+)
 
 __all__ = ["CIFAR", "TEMPLATES", "Cifar", "CifarSets", "missing_sets", "open_sets"]

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from modelstock_jax.data.glyphs import sets
-from modelstock_jax.data.glyphs.masks import CHARACTERS
+from modelstock_jax.data.glyphs.render import CHARACTERS
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.errors import UserError
 

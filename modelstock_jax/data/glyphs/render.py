@@ -6,15 +6,367 @@ image and mapped over a batch.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.util
+import operator
+import pathlib
+import string
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from modelstock_jax.data.glyphs.domain import Domain
-from modelstock_jax.data.glyphs.masks import CHARACTERS, FONTS, MASK_SIZE, masks
-from modelstock_jax.data.glyphs.scene import SCENE_WORDS, WAVES, Scene, bell, draw_scene
+from modelstock_jax.errors import UserError
+
+# Masks of 62 characters in the 22 Latin fonts that come with matplotlib.
+
+
+CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
+MASK_SIZE = 40
+STYLES = ("fill", "thick", "thin", "outline")
+
+_OVERSAMPLING = 3
+_EM = 34  # pixels of a mask; the widest character (W in a bold face) then spans 38 of 40
+_BASELINE = 31
+
+
+class Font(NamedTuple):
+    """A font file of matplotlib and the words that describe it in a caption."""
+
+    name: str
+    words: str
+
+
+FONTS = (
+    Font("DejaVuSans", "sans serif"),
+    Font("DejaVuSans-Bold", "bold sans serif"),
+    Font("DejaVuSans-Oblique", "italic sans serif"),
+    Font("DejaVuSans-BoldOblique", "bold italic sans serif"),
+    Font("DejaVuSansMono", "monospaced"),
+    Font("DejaVuSansMono-Bold", "bold monospaced"),
+    Font("DejaVuSansMono-Oblique", "italic monospaced"),
+    Font("DejaVuSansMono-BoldOblique", "bold italic monospaced"),
+    Font("DejaVuSerif", "slab serif"),
+    Font("DejaVuSerif-Bold", "bold slab serif"),
+    Font("DejaVuSerif-Italic", "italic slab serif"),
+    Font("DejaVuSerif-BoldItalic", "bold italic slab serif"),
+    Font("STIXGeneral", "book serif"),
+    Font("STIXGeneralBol", "bold book serif"),
+    Font("STIXGeneralItalic", "italic book serif"),
+    Font("STIXGeneralBolIta", "bold italic book serif"),
+    Font("cmb10", "bold modern serif"),
+    Font("cmmi10", "italic mathematical"),
+    Font("cmr10", "modern serif"),
+    Font("cmss10", "modern sans serif"),
+    Font("cmti10", "italic modern serif"),
+    Font("cmtt10", "typewriter"),
+)
+HELD_OUT_FONTS = ("cmtt10", "STIXGeneralItalic", "DejaVuSerif-BoldItalic", "cmss10")
+
+
+def font_indices(names) -> tuple[int, ...]:
+    """Positions in `FONTS` of the fonts with these names."""
+    known = [font.name for font in FONTS]
+    return tuple(known.index(name) for name in names)
+
+
+@functools.cache
+def masks() -> np.ndarray:
+    """Coverage of every character in every font and style.
+
+    Every character is centred by its box from left to right and stands on one baseline, so that
+    'c' and 'C' differ in height and 'p' and 'P' in place.
+
+    Returns:
+      uint8 [4, 22, 62, 40, 40]: style (`STYLES`), font (`FONTS`), character (`CHARACTERS`),
+      row, column; 255 is ink. Read-only, and rendered once a process.
+
+    Raises:
+      UserError: matplotlib's font files are not there.
+
+    >>> masks().shape
+    (4, 22, 62, 40, 40)
+    """
+    directory = _font_directory()
+    fine = np.stack([_render_font(directory / f"{font.name}.ttf") for font in FONTS])
+    fill = _shrink(fine)
+    thick = _shrink(_grow(fine, 3))
+    # Hairlines vanish under an erosion alone.
+    thin = np.maximum(_shrink(255 - _grow(255 - fine, 1)), fill // 2)
+    outline = _shrink(_grow(fine, 5) - _grow(fine, 1))
+    result = np.stack([fill, thick, thin, outline])
+    result.flags.writeable = False
+    return result
+
+
+def _font_directory() -> pathlib.Path:
+    # Found without importing matplotlib, which takes half a second.
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None or spec.origin is None:
+        raise UserError("the glyph world needs matplotlib's fonts: pip install matplotlib")
+    directory = pathlib.Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
+    missing = [font.name for font in FONTS if not (directory / f"{font.name}.ttf").is_file()]
+    if missing:
+        raise UserError(
+            f"matplotlib's font {missing[0]}.ttf is not in {directory}: "
+            "pip install --force-reinstall matplotlib"
+        )
+    return directory
+
+
+def _render_font(path: pathlib.Path) -> np.ndarray:
+    """uint8 [62, 120, 120]: every character of one font, three times too large."""
+    size = MASK_SIZE * _OVERSAMPLING
+    font = ImageFont.truetype(str(path), _EM * _OVERSAMPLING, layout_engine=ImageFont.Layout.BASIC)
+    pages = []
+    for character in CHARACTERS:
+        page = Image.new("L", (size, size))
+        left, _, right, _ = font.getbbox(character, anchor="ls")
+        origin = ((size - left - right) / 2, _BASELINE * _OVERSAMPLING)
+        ImageDraw.Draw(page).text(origin, character, fill=255, font=font, anchor="ls")
+        pages.append(np.asarray(page))
+    return np.stack(pages)
+
+
+def _grow(fine: np.ndarray, reach: int) -> np.ndarray:
+    """Grey dilation by a square of 2 reach + 1 pixels, one axis after the other."""
+    for axis in (-2, -1):
+        ahead = np.moveaxis(fine, axis, -1)
+        grown = fine.copy()
+        into = np.moveaxis(grown, axis, -1)
+        for step in range(1, reach + 1):
+            np.maximum(into[..., step:], ahead[..., :-step], out=into[..., step:])
+            np.maximum(into[..., :-step], ahead[..., step:], out=into[..., :-step])
+        fine = grown
+    return fine
+
+
+def _shrink(fine: np.ndarray) -> np.ndarray:
+    """Means over boxes of three by three pixels."""
+    total = np.zeros((*fine.shape[:-2], MASK_SIZE, MASK_SIZE), np.uint16)
+    for row in range(_OVERSAMPLING):
+        for column in range(_OVERSAMPLING):
+            total += fine[..., row::_OVERSAMPLING, column::_OVERSAMPLING]
+    return (total // _OVERSAMPLING**2).astype(np.uint8)
+
+
+# How images of the glyph world may vary: one `Domain` for each set.
+
+
+ALL_FONTS = tuple(font.name for font in FONTS)
+PRETRAINING_FONTS = tuple(name for name in ALL_FONTS if name not in HELD_OUT_FONTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """Ranges that an image's appearance is drawn from; lengths are shares of the image's side.
+
+    A quantity called `rotation` or the like is drawn from [-rotation, rotation]; a range is drawn
+    from uniformly; a name that ends in `_share` is a probability.
+
+    Attributes:
+      fonts: names of the fonts, equally likely.
+      mixed: whether every image draws a difficulty from [0, 1] that scales all that follows
+        (True), or all images have difficulty 1 (False).
+      rotation: degrees.
+      scale: range of the size, 1 being the mask's own.
+      shear: tangent.
+      perspective: change of the size from one edge of the image to the other.
+      shift: displacement.
+      elastic: standard deviation of a smooth displacement.
+      heavy_share, light_share, outline_share: strokes made thicker, thinner, or outlined.
+      contrast: range of the luminance between ink and paper.
+      paper: range of the paper's luminance (before an inversion).
+      colour_share: ink and paper coloured, not grey.
+      inversion_share: light ink on dark paper.
+      texture_share: waves over the paper and the ink.
+      clutter_share: a second character at the side, and bars.
+      occlusion_share: a patch over a part of the image.
+      blur: largest standard deviation added to 0.35 pixels.
+      noise: largest standard deviation, of each colour channel for itself.
+    """
+
+    fonts: tuple[str, ...] = ALL_FONTS
+    mixed: bool = False
+    rotation: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    shear: float = 0.0
+    perspective: float = 0.0
+    shift: float = 0.0
+    elastic: float = 0.0
+    heavy_share: float = 0.0
+    light_share: float = 0.0
+    outline_share: float = 0.0
+    contrast: tuple[float, float] = (0.9, 0.9)
+    paper: tuple[float, float] = (0.95, 1.0)
+    colour_share: float = 0.0
+    inversion_share: float = 0.0
+    texture_share: float = 0.0
+    clutter_share: float = 0.0
+    occlusion_share: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The same as float32 arrays, so that one compiled function renders every domain."""
+        fields = dataclasses.asdict(self)
+        indices = font_indices(fields.pop("fonts"))
+        padded = np.zeros(len(FONTS), np.int32)
+        padded[: len(indices)] = indices
+        arrays = {name: np.asarray(value, np.float32) for name, value in fields.items()}
+        return arrays | {"fonts": padded, "num_fonts": np.asarray(len(indices), np.float32)}
+
+
+BROAD = Domain(
+    fonts=PRETRAINING_FONTS,
+    mixed=True,
+    rotation=40.0,
+    scale=(0.7, 1.25),
+    shear=0.2,
+    perspective=0.2,
+    shift=0.18,
+    elastic=0.05,
+    heavy_share=0.2,
+    light_share=0.2,
+    outline_share=0.25,
+    contrast=(0.3, 0.95),
+    paper=(0.6, 1.0),
+    colour_share=0.6,
+    inversion_share=0.5,
+    texture_share=0.4,
+    clutter_share=0.35,
+    occlusion_share=0.15,
+    blur=0.4,
+    noise=0.12,
+)
+"""The world that the small CLIP is pretrained on; its captions tell what can be seen."""
+
+
+def at_difficulty(domain: dict, difficulty: jax.Array) -> dict:
+    """The domain's arrays between plain black on white (0) and their own values (1)."""
+    centre = {"scale": 1.0, "contrast": 0.95, "paper": 1.0}
+    unscaled = ("fonts", "num_fonts", "mixed")
+    return {
+        name: value
+        if name in unscaled
+        else centre.get(name, 0.0) + difficulty * (value - centre.get(name, 0.0))
+        for name, value in domain.items()
+    }
+
+
+# What is drawn at random for one image of the glyph world: its `Scene`.
+
+
+HUES = ("red", "yellow", "green", "cyan", "blue", "purple")
+GREY = len(HUES)
+
+WAVES = 4  # the elastic displacement has 4 x 4 knots
+_KNOTS = 2 * WAVES * WAVES
+SCENE_WORDS = _KNOTS + 40  # 40 scalars, and a few to spare
+
+
+class Scene(NamedTuple):
+    """All that was drawn for one image; scalars unless said otherwise."""
+
+    label: jax.Array
+    font: jax.Array
+    style: jax.Array
+    rotation: jax.Array
+    scale: jax.Array
+    shear: jax.Array
+    perspective: jax.Array  # [2]
+    shift: jax.Array  # [2]
+    elastic: jax.Array  # [2, 4, 4]
+    ink_hue: jax.Array
+    ink_light: jax.Array
+    paper_hue: jax.Array
+    paper_light: jax.Array
+    wave: jax.Array  # [4]: amplitude, frequency along y and x, phase
+    clutter: jax.Array  # [6]: strength, character, direction, distance, bar direction, offset
+    patch: jax.Array  # [6]: present, centre y and x, half height and width, luminance
+    blur: jax.Array
+    noise: jax.Array
+
+
+def draw_scene(bits: jax.Array, label: jax.Array, domain: dict[str, jax.Array]) -> Scene:
+    """One image's scene, from `SCENE_WORDS` random words, its label and the domain's arrays."""
+    uniforms = (bits >> 8).astype(jnp.float32) * 2**-24
+    draws = iter(uniforms[_KNOTS:])
+
+    def uniform(low=0.0, high=1.0):
+        return low + (high - low) * next(draws)
+
+    def chance(name):
+        return next(draws) < domain[name]
+
+    def within(name):
+        return uniform(-domain[name], domain[name])
+
+    difficulty = jnp.where(domain["mixed"] > 0, uniform(), 1.0)
+    domain = at_difficulty(domain, difficulty)
+    font = domain["fonts"][jnp.floor(uniform(0.0, domain["num_fonts"])).astype(jnp.int32)]
+    stroke = uniform()
+    style = jnp.select(
+        [
+            stroke < domain["outline_share"],
+            stroke < domain["outline_share"] + domain["heavy_share"],
+            stroke < domain["outline_share"] + domain["heavy_share"] + domain["light_share"],
+        ],
+        [STYLES.index("outline"), STYLES.index("thick"), STYLES.index("thin")],
+        STYLES.index("fill"),
+    )
+    rotation = within("rotation") * (np.pi / 180)
+    scale, shear = uniform(*domain["scale"]), within("shear")
+    perspective = jnp.stack([within("perspective"), within("perspective")])
+    shift = jnp.stack([within("shift"), within("shift")])
+
+    paper_light = uniform(*domain["paper"])
+    ink_light = jnp.maximum(paper_light - uniform(*domain["contrast"]), 0.0)
+    inverted = chance("inversion_share")
+    coloured = chance("colour_share")
+    hues = [jnp.where(coloured, jnp.floor(uniform(0.0, GREY)), GREY) for _ in range(2)]
+
+    wave_present = chance("texture_share")
+    wave = [wave_present * uniform(0.05, 0.2)]
+    wave += [uniform(-5.0, 5.0), uniform(-5.0, 5.0), uniform(0.0, 2 * np.pi)]
+    clutter_present = chance("clutter_share")
+    clutter = [clutter_present * uniform(0.4, 0.9), jnp.floor(uniform(0.0, len(CHARACTERS)))]
+    clutter += [uniform(0.0, 2 * np.pi), uniform(0.45, 0.6)]
+    clutter += [uniform(0.0, 2 * np.pi), uniform(-0.45, 0.45)]
+    patch = [1.0 * chance("occlusion_share"), uniform(-0.35, 0.35), uniform(-0.35, 0.35)]
+    patch += [uniform(0.07, 0.2), uniform(0.07, 0.2), uniform()]
+    blur, noise = 0.35 + uniform(0.0, domain["blur"]), uniform(0.0, domain["noise"])
+    elastic = bell(bits[:_KNOTS].reshape(2, WAVES, WAVES))
+    return Scene(
+        label=label,
+        font=font,
+        style=style,
+        rotation=rotation,
+        scale=scale,
+        shear=shear,
+        perspective=perspective,
+        shift=shift,
+        elastic=elastic * domain["elastic"],
+        ink_hue=hues[0].astype(jnp.int32),
+        ink_light=jnp.where(inverted, 1.0 - ink_light, ink_light),
+        paper_hue=hues[1].astype(jnp.int32),
+        paper_light=jnp.where(inverted, 1.0 - paper_light, paper_light),
+        wave=jnp.stack(wave),
+        clutter=jnp.stack(clutter),
+        patch=jnp.stack(patch),
+        blur=blur,
+        noise=noise,
+    )
+
+
+def bell(bits):
+    """Mean 0 and variance 1 from uint32: four bytes summed, near enough a normal and cheap."""
+    total = functools.reduce(operator.add, [(bits >> shift) & 0xFF for shift in (0, 8, 16, 24)])
+    return (total.astype(jnp.float32) - 510.0) / ((256**2 - 1) / 3) ** 0.5
+
 
 IMAGE_SIZE = 24
 BATCH = 512  # one compiled shape for every set: an image does not depend on its neighbours

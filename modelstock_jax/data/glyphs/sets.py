@@ -15,9 +15,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from modelstock_jax.data.glyphs.domain import ALL_FONTS, Domain
-from modelstock_jax.data.glyphs.masks import CHARACTERS, HELD_OUT_FONTS
-from modelstock_jax.data.glyphs.render import IMAGE_SIZE, render
+from modelstock_jax.data.glyphs.render import (
+    ALL_FONTS,
+    CHARACTERS,
+    HELD_OUT_FONTS,
+    IMAGE_SIZE,
+    Domain,
+    render,
+)
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.errors import UserError
 

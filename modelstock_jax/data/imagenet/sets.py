@@ -2,25 +2,290 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.data.folders import FileImages, Labelled, read_folders
+from modelstock_jax.data.image_folder import FileImages, Labelled, list_files, read_folders
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.imagenet.classes import A_CLASSES, R_CLASSES, WNIDS, class_indices
-from modelstock_jax.data.imagenet.objectnet import objectnet_classes
-from modelstock_jax.data.imagenet.places import SHIFTS, missing_sets, places
-from modelstock_jax.data.imagenet.real import real_labels
-from modelstock_jax.data.imagenet.whole import check_whole
-from modelstock_jax.data.listing import list_files
+from modelstock_jax.data.published_sizes import Published, check_counts
 from modelstock_jax.data.records import facts, find_records, read_label_sets, read_records
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
+from modelstock_jax.tensor_files.reader import read_json
+
+# The 1,000 classes of ImageNet-1K, and the 200 of them that ImageNet-A and ImageNet-R hold.
+
+
+def _lines(name: str) -> tuple[str, ...]:
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return tuple(text.removesuffix("\n").split("\n"))
+
+
+WNIDS = _lines("wnids.txt")
+"""WordNet ids in ascending order: a class's label is its place here."""
+
+CLASS_NAMES = _lines("class_names.txt")
+"""Names for prompts, by label; 'missile' and 'sunglasses' stand twice, as published."""
+
+TEMPLATES = _lines("templates.txt")
+"""The 80 prompts of CLIP's authors; '{}' stands for the class name."""
+
+_INDEX = {wnid: index for index, wnid in enumerate(WNIDS)}
+
+
+def class_indices(wnids: Iterable[str]) -> tuple[int, ...]:
+    """Labels of WordNet ids, in the order given.
+
+    Args:
+      wnids: such as the names of a data set's class folders.
+
+    Raises:
+      UserError: ids that ImageNet-1K does not have; it names them.
+
+    Example:
+      >>> class_indices(["n01443537", "n01440764"])
+      (1, 0)
+    """
+    wnids = list(wnids)
+    if unknown := [wnid for wnid in wnids if wnid not in _INDEX]:
+        raise UserError(
+            f"not among ImageNet's 1,000 classes: {listed(unknown, 5)}; a class is "
+            "named by its WordNet id, such as n01440764"
+        )
+    return tuple(_INDEX[wnid] for wnid in wnids)
+
+
+A_CLASSES = class_indices(_lines("wnids_a.txt"))
+"""Labels of ImageNet-A's 200 classes, ascending; its logits are restricted to them."""
+
+R_CLASSES = class_indices(_lines("wnids_r.txt"))
+"""Labels of ImageNet-R's 200 classes, ascending; its logits are restricted to them."""
+
+
+# Where ImageNet and its shifts lie on a disk.
+
+
+SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
+
+PLACES = {
+    "train": ("train", "imagenet/train", "imagenet2012_train", "imagenet2012"),
+    "validation": ("val", "imagenet/val", "imagenet2012_validation", "imagenet2012"),
+    "v2": (
+        "imagenetv2-matched-frequency-format-val",
+        "imagenetv2-matched-frequency",
+        "imagenet_v2/matched-frequency",
+        "imagenet_v2",
+    ),
+    "r": ("imagenet-r", "imagenet_r"),
+    "sketch": ("imagenet-sketch", "sketch", "imagenet_sketch"),
+    "objectnet": ("objectnet-1.0", "objectnet"),
+    "a": ("imagenet-a", "imagenet_a"),
+    "real": ("real.json", "imagenet2012_real"),
+}
+"""Where each set is looked for below `data.root`; the first that is there is taken."""
+
+
+def places(config: ConfigDict) -> dict[str, Path | None]:
+    """Where each set that a config asks for lies, None where it was not found.
+
+    Args:
+      config: the `data` group of `configs/default.py`.
+
+    Raises:
+      UserError: a name that is no set's.
+    """
+    if unknown := [name for name in config.shifts if name not in SHIFTS]:
+        raise UserError(f"data.shifts: no shift {unknown[0]!r}; ImageNet's are {', '.join(SHIFTS)}")
+    names = ["train", "validation", *(config.shifts or SHIFTS), *["real"] * bool(config.real)]
+    return {name: _place(config, name) for name in names}
+
+
+def _place(config: ConfigDict, name: str) -> Path | None:
+    root = Path(config.root).expanduser()
+    named = config.paths.get(name)
+    found = (root / place for place in ([named] if named else PLACES[name]))
+    return next((path for path in found if path.exists()), None)
+
+
+def missing_sets(config: ConfigDict) -> list[str]:
+    """One line for each set that is asked for and is not there."""
+    return [
+        f"data.paths.{name}={config.paths[name]}: nothing there"
+        if config.paths.get(name)
+        else f"no {' or '.join(PLACES[name])} in data.root={config.root}; "
+        f"give --config.data.paths.{name}=PATH"
+        + (", or leave it out of data.shifts" if name in SHIFTS else "")
+        for name, place in places(config).items()
+        if place is None
+    ]
+
+
+# How large each set is, as its authors published it.
+
+
+PUBLISHED = {
+    "train": Published(1000, 1_281_167),
+    "validation": Published(1000, 50_000, even=True),
+    "v2": Published(1000, 10_000, even=True),
+    "r": Published(200, 30_000),
+    "sketch": Published(1000, 50_889),
+    "a": Published(200, 7_500),
+    "objectnet": Published(113, 18_574),
+}
+"""ImageNet-1K (Russakovsky et al. 2015), V2 matched-frequency (Recht et al. 2019), R (Hendrycks
+et al. 2021a), Sketch (Wang et al. 2019), A (Hendrycks et al. 2021b) and the part of ObjectNet
+(Barbu et al. 2019) whose classes ImageNet has."""
+
+
+# Is a set of ImageNet's whole: as many classes and images as its authors published?
+
+
+def check_whole(
+    name: str, place: str, labels: np.ndarray, classes: Sequence[int] | None = None
+) -> None:
+    """Compares a set with its published counts.
+
+    Args:
+      name: one of `PUBLISHED`.
+      place: where it lies, for the message.
+      labels: int32 [M].
+      classes: labels that should be there; None means 0 to the published number of classes - 1.
+
+    Raises:
+      UserError: one line with everything that is too few, too many or missing.
+    """
+    # ObjectNet's classes are groups of ImageNet's and have no id of WordNet.
+    class_name = "class {}".format if name == "objectnet" else WNIDS.__getitem__
+    check_counts(name, place, labels, PUBLISHED[name], class_name, classes)
+
+
+# Reassessed labels of ImageNet's validation images: ReaL (Beyer et al. 2020).
+
+
+def real_labels(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...]:
+    """The labels that ReaL gives each validation image.
+
+    A prediction is right where it is among an image's labels; an image without any is left out.
+
+    Args:
+      path: `real.json` as github.com/google-research/reassessed-imagenet has it: a list of 50,000
+        lists of labels; item i belongs to ILSVRC2012_val_{i + 1:08}.JPEG.
+
+    Returns:
+      50,000 tuples of labels 0 to 999, some of them empty.
+
+    Raises:
+      UserError: no such file, or it is something else; it names the first wrong item.
+    """
+    path, images = Path(path), PUBLISHED["validation"].images
+    items = read_json(path)
+    if not isinstance(items, list) or len(items) != images:
+        found = f"{len(items):,} items" if isinstance(items, list) else type(items).__name__
+        raise UserError(f"{path}: {found}, not a list of {images:,} lists of labels; not real.json")
+    for place, labels in enumerate(items):
+        # bool is an int, and a label.
+        if not isinstance(labels, list) or any(
+            type(label) is not int or not 0 <= label < len(WNIDS) for label in labels
+        ):
+            raise UserError(f"{path}: item {place} is {labels!r}, not a list of labels 0 to 999")
+    return tuple(map(tuple, items))
+
+
+# ObjectNet's classes in terms of ImageNet's, from the files that come with its images.
+
+
+FOLDERS = "folder_to_objectnet_label.json"
+OVERLAP = "objectnet_to_imagenet_1k.json"
+SYNONYMS = "imagenet_to_label_2012_v2"
+LINES = "pytorch_to_imagenet_2012_id.json"
+
+
+def objectnet_classes(mappings: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The ImageNet labels that each of ObjectNet's 113 shared classes stands for.
+
+    A class's logit is the largest among its labels'. Folders that are not named have no class in
+    ImageNet and are left out.
+
+    Args:
+      mappings: the directory `mappings` of ObjectNet 1.0 (Barbu et al. 2019), with
+        folder_to_objectnet_label.json (folder -> class), objectnet_to_imagenet_1k.json (class ->
+        names of ImageNet classes, '; ' between them), imagenet_to_label_2012_v2 (1,000 lines of
+        such names) and pytorch_to_imagenet_2012_id.json (label -> line, counted from 0).
+
+    Returns:
+      Folder -> labels in ascending order, by folder in alphabetical order; no label has two
+      folders.
+
+    Raises:
+      UserError: a file is missing or of another format, or the files do not fit one another.
+    """
+    mappings = Path(mappings)
+    names = _synonyms(mappings / SYNONYMS)
+    labels = _labels_by_line(mappings / LINES)
+    folders = {}
+    for folder, name in _texts(mappings / FOLDERS).items():
+        if folders.setdefault(name, folder) != folder:
+            raise UserError(f"{mappings / FOLDERS}: {name!r} has two folders")
+    classes: dict[str, tuple[int, ...]] = {}
+    taken: dict[int, str] = {}
+    for name, synonym_lists in _texts(mappings / OVERLAP).items():
+        where = f"{mappings / OVERLAP}: {name!r}"
+        if name not in folders:
+            raise UserError(f"{where} has no folder in {FOLDERS}")
+        found = []
+        for synonyms in synonym_lists.split("; "):
+            lines = [line for line, text in enumerate(names) if text == synonyms]
+            if len(lines) != 1:
+                raise UserError(f"{where}: {synonyms!r} is on {len(lines)} lines of {SYNONYMS}")
+            label = labels[lines[0]]
+            if taken.setdefault(label, name) != name:
+                raise UserError(f"{where} shares ImageNet's class {label} with {taken[label]!r}")
+            found.append(label)
+        classes[folders[name]] = tuple(sorted(found))
+    if len(classes) != PUBLISHED["objectnet"].classes:
+        raise UserError(
+            f"{mappings / OVERLAP}: {len(classes)} classes; ObjectNet 1.0 shares "
+            f"{PUBLISHED['objectnet'].classes} with ImageNet"
+        )
+    return dict(sorted(classes.items()))
+
+
+def _texts(path: Path) -> dict[str, str]:
+    values = read_json(path)
+    if not isinstance(values, dict) or not all(isinstance(x, str) for x in values.values()):
+        raise UserError(f"{path}: not a JSON object of texts")
+    return values
+
+
+def _synonyms(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if len(lines) != len(WNIDS):
+        raise UserError(f"{path}: {len(lines):,} lines, not {len(WNIDS):,}")
+    return lines
+
+
+def _labels_by_line(path: Path) -> list[int]:
+    lines: Any = read_json(path)
+    every = list(range(len(WNIDS)))
+    if not isinstance(lines, dict) or sorted(lines) != sorted(map(str, every)):
+        raise UserError(f"{path}: not a JSON object with the keys '0' to '999'")
+    labels = {line: int(label) for label, line in lines.items() if type(line) is int}
+    if sorted(labels) != every:
+        raise UserError(f"{path}: its values are not the lines 0 to 999, each once")
+    return [labels[line] for line in every]
+
 
 SPLITS = {"train": "train", "validation": "validation", "real": "validation"}
 """Names of splits in prepared records; the other sets have 'test' alone."""

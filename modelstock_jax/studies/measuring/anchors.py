@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.glyphs.pretraining import broad_set
+from modelstock_jax.data.glyphs.captions import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.models import tower

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.data.rand_augment import MAX_MAGNITUDE
-from modelstock_jax.data.views import TrainView
+from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainView
 from modelstock_jax.errors import UserError
 
 

@@ -12,8 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.pipeline import train_batches
-from modelstock_jax.data.reader import Loading
+from modelstock_jax.data.loader import Loading, train_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import alone, finetuning_programs, finetuning_trainer

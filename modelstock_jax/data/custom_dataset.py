@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.data.folders import Labelled, read_folders
+from modelstock_jax.data.image_folder import Labelled, read_folders
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.records import find_records, read_records
 from modelstock_jax.errors import UserError

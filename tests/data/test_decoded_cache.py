@@ -12,13 +12,10 @@ import pytest
 
 from configs import default
 from modelstock_jax.data import benchmark
-from modelstock_jax.data import cache as cache_module
-from modelstock_jax.data.cache import CachedImages, write_cache
-from modelstock_jax.data.crops import resize_short_side
-from modelstock_jax.data.decode import Unreadable, decode
-from modelstock_jax.data.pipeline import eval_batches, train_batches
-from modelstock_jax.data.reader import Loading
-from modelstock_jax.data.views import TrainView
+from modelstock_jax.data import decoded_cache as cache_module
+from modelstock_jax.data.decoded_cache import CachedImages, write_cache
+from modelstock_jax.data.loader import Loading, eval_batches, train_batches
+from modelstock_jax.data.transforms import TrainView, Unreadable, decode, resize_short_side
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
 from tests.data.photographs import InMemory, encode, opened, photograph, small_set

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelstock_jax.data import kept, listing
-from modelstock_jax.data.folders import FileImages, read_folders
+from modelstock_jax.data import image_folder, user_cache
+from modelstock_jax.data.image_folder import FileImages, read_folders
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def cache(tmp_path, monkeypatch):
     """Keeps every listing, in a directory of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(user_cache, "WORTH_KEEPING", 1)
     return tmp_path / "cache"
 
 
@@ -45,34 +45,36 @@ def test_images_come_by_folder_then_by_name(tmp_path):
 def test_a_listing_is_kept_until_a_folder_changes(tmp_path, cache, monkeypatch):
     root = tmp_path / "set"
     write_folders(root, ["a", "b"])
-    first = listing.list_folders(root)
+    first = image_folder.list_folders(root)
     assert len(list(cache.rglob("*.npz"))) == 1
 
-    calls, images = [], listing._images
-    monkeypatch.setattr(listing, "_images", lambda folder: calls.append(folder) or images(folder))
-    again = listing.list_folders(root)
+    calls, images = [], image_folder._images
+    monkeypatch.setattr(
+        image_folder, "_images", lambda folder: calls.append(folder) or images(folder)
+    )
+    again = image_folder.list_folders(root)
     assert not calls
     assert again.folders == first.folders and again.names.tolist() == first.names.tolist()
     np.testing.assert_array_equal(again.folder_of, first.folder_of)
 
     (root / "b" / "new.png").write_bytes(b"")
-    assert b"new.png" in listing.list_folders(root).names.tolist() and len(calls) == 2
+    assert b"new.png" in image_folder.list_folders(root).names.tolist() and len(calls) == 2
     write_folders(root, ["c"])
-    assert listing.list_folders(root).folders == ("a", "b", "c")
-    assert listing.list_folders(root, only={"c"}).folders == ("c",)
+    assert image_folder.list_folders(root).folders == ("a", "b", "c")
+    assert image_folder.list_folders(root, only={"c"}).folders == ("c",)
 
 
 def test_a_damaged_or_unwritable_cache_is_no_error(tmp_path, cache):
     root = tmp_path / "set"
     write_folders(root, ["a"])
-    expected = listing.list_folders(root).names.tolist()
+    expected = image_folder.list_folders(root).names.tolist()
     (file,) = cache.rglob("*.npz")
     file.write_bytes(file.read_bytes()[:40])
-    assert listing.list_folders(root).names.tolist() == expected
+    assert image_folder.list_folders(root).names.tolist() == expected
     for path in (file, file.parent):
         path.unlink() if path.is_file() else path.rmdir()
     file.parent.write_text("in the way")
-    assert listing.list_folders(root).names.tolist() == expected
+    assert image_folder.list_folders(root).names.tolist() == expected
 
 
 def test_nothing_is_written_to_the_images(tmp_path, cache):
@@ -99,7 +101,7 @@ def test_mistakes(tmp_path):
 
 def test_an_image_that_is_gone_is_named(tmp_path):
     write_folders(tmp_path, ["a"])
-    images = FileImages(listing.list_folders(tmp_path))
+    images = FileImages(image_folder.list_folders(tmp_path))
     (tmp_path / "a" / "a_1.JPEG").unlink()
     with pytest.raises(UserError, match="a_1.JPEG: cannot be read"):
         images[1]
@@ -113,7 +115,7 @@ def test_images_are_read_in_a_forked_process(tmp_path):
     written = write_folders(tmp_path, ["a"])
     code = (
         "import os, sys\n"
-        "from modelstock_jax.data.folders import read_folders\n"
+        "from modelstock_jax.data.image_folder import read_folders\n"
         f"images = read_folders({str(tmp_path)!r}).images; images[0]\n"
         "if os.fork() == 0: os._exit(len(images[1]) % 256)\n"
         "print(os.waitstatus_to_exitcode(os.wait()[1]), 'tensorflow' in sys.modules)\n"

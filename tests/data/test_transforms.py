@@ -10,10 +10,18 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from modelstock_jax.data.crops import Crop, central, largest_shrink, random_crop, resized_crop
-from modelstock_jax.data.decode import Unreadable
-from modelstock_jax.data.rand_augment import OPERATIONS, rand_augment
-from modelstock_jax.data.views import EvalView, TrainView
+from modelstock_jax.data.transforms import (
+    OPERATIONS,
+    Crop,
+    EvalView,
+    TrainView,
+    Unreadable,
+    central,
+    largest_shrink,
+    rand_augment,
+    random_crop,
+    resized_crop,
+)
 from modelstock_jax.errors import UserError
 from tests.data.photographs import opened, photograph
 

@@ -8,7 +8,7 @@ import pytest
 from configs import folder
 from modelstock_jax.data.__main__ import main
 from modelstock_jax.data.benchmark import load
-from modelstock_jax.data.own_images import open_own
+from modelstock_jax.data.custom_dataset import open_own
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.pipeline import epoch_order, eval_batches, steps_per_epoch, train_batches
+from modelstock_jax.data.loader import epoch_order, eval_batches, steps_per_epoch, train_batches
 from modelstock_jax.errors import UserError
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from modelstock_jax.data.crops import resize_short_side
-from modelstock_jax.data.decode import Unreadable, decode
 from modelstock_jax.data.image_set import EncodedImages, fingerprint
+from modelstock_jax.data.transforms import Unreadable, decode, resize_short_side
 from modelstock_jax.errors import UserError
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.tensor_files.reader import read_json
