@@ -22,13 +22,13 @@ from modelstock_jax.models.config import (  # noqa: E402
     VisionConfig,
 )
 from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
-from modelstock_jax.training import step as step_module  # noqa: E402
+from modelstock_jax.training import train_step as step_module  # noqa: E402
 from modelstock_jax.training.classifier import make_classifier  # noqa: E402
 from modelstock_jax.training.finetune import finetuning_task  # noqa: E402
-from modelstock_jax.training.monitoring.record import Record  # noqa: E402
-from modelstock_jax.training.persistence.stores import Stores  # noqa: E402
-from modelstock_jax.training.programs import Programs  # noqa: E402
+from modelstock_jax.training.metrics import Record  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
+from modelstock_jax.training.step_fns import Programs  # noqa: E402
+from modelstock_jax.training.trainer import Stores  # noqa: E402
 
 # Width, blocks, heads, patch, image, classes, training images; steps of a round.
 SIZES = {

@@ -24,8 +24,8 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from modelstock_jax.experiment.dry_run import abstract_programs  # noqa: E402
-from modelstock_jax.training.memory import memory  # noqa: E402
-from modelstock_jax.training.persistence.checkpoints import Checkpoints  # noqa: E402
+from modelstock_jax.training.checkpoints import Checkpoints  # noqa: E402
+from modelstock_jax.training.cost_analysis import memory  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("steps", 2, "Steps to measure.")

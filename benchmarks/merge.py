@@ -4,7 +4,7 @@
 
 Two replicas in float32 at the true sizes of ViT-B/32, B/16 and L/14, random weights, one device.
 
-- `in the loop`: `training.programs.Programs.merge`, one compiled program: reads anchor and replicas
+- `in the loop`: `training.step_fns.Programs.merge`, one compiled program: reads anchor and replicas
   twice (angles, then weights), writes the merged model and both replicas: 9 models' bytes.
 - `model_stock, jitted` and `model_stock, eager`: the library's function: 7.
 - `formula, eager`: jax.numpy as one writes it, tensor by tensor: 7 at the least.
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import limits, models  # noqa: E402
 from benchmarks.turns import conditions, keep, ratio, table, take_turns  # noqa: E402
 from modelstock_jax.merging import model_stock  # noqa: E402
-from modelstock_jax.training.memory import device_bytes  # noqa: E402
+from modelstock_jax.training.cost_analysis import device_bytes  # noqa: E402
 
 # Models' bytes that each way moves at the least.
 MOVED = {"in the loop": 9, "model_stock, jitted": 7, "model_stock, eager": 7, "formula, eager": 7}

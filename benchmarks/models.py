@@ -21,8 +21,8 @@ from modelstock_jax.models.config import (  # noqa: E402  # noqa: E402
     VisionConfig,
 )
 from modelstock_jax.models.transformer import Compute  # noqa: E402
-from modelstock_jax.training.methods.objectives import cross_entropy  # noqa: E402
-from modelstock_jax.training.programs import Programs, Task  # noqa: E402
+from modelstock_jax.training.losses import cross_entropy  # noqa: E402
+from modelstock_jax.training.step_fns import Programs, Task  # noqa: E402
 
 CONFIGS = {"tiny": glyphs, "glyph": glyphs, "b32": vitb32, "b16": vitb16, "l14": vitl14}
 # Width, blocks, heads, patch, image, features, classes; `tiny` compiles in a moment.

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.loops import SIZES, Loops, make_programs, random_batch  # noqa: E402
 from modelstock_jax.merging import check_finite, report  # noqa: E402
 from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
-from modelstock_jax.training.monitoring.record import Record  # noqa: E402
+from modelstock_jax.training.metrics import Record  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
 from tests.training import linear  # noqa: E402
 

@@ -3,7 +3,7 @@
     python benchmarks/step.py --json step.json
     python benchmarks/step.py --sizes b32 --batch 4 --torch .venv-parity/bin/python   # on a CPU
 
-The package's own step (`training.programs.Programs`) of CLIP ViT-B/32, B/16 and L/14 at their true
+The package's own step (`training.step_fns.Programs`) of CLIP ViT-B/32, B/16 and L/14 at their true
 sizes, random weights, on one device: two replicas side by side (`vmap`), one after the other
 (`map`), and one replica; attention `xla` and, on a GPU, `cudnn`; beside them PyTorch's step
 (torch_step.py, a process of its own before the others) where an interpreter has torch. The batch
@@ -37,7 +37,7 @@ import numpy as np  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import limits, models  # noqa: E402
 from benchmarks.turns import conditions, keep, ratio, table, take_turns  # noqa: E402
-from modelstock_jax.training.memory import device_bytes, extra_bytes  # noqa: E402
+from modelstock_jax.training.cost_analysis import device_bytes, extra_bytes  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
 
 REPLICAS = {"vmap": 2, "map": 2, "one": 1}

@@ -14,8 +14,8 @@ from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Loading, eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.classifier import Classifier
-from modelstock_jax.training.hosts.distributed import in_order
-from modelstock_jax.training.hosts.feed import held, place, spread
+from modelstock_jax.training.multihost import in_order
+from modelstock_jax.training.sharding import held, place, spread
 
 PyTree = Any
 Evaluate = Callable[..., dict[str, float]]

@@ -145,7 +145,7 @@ def test_this_tree():
     [
         ("merging/a.py", "import os\nfrom modelstock_jax.models import clip\n", "merging/a.py:2: "),
         ("merging/a.py", "import jax\n\ndef f():\n    import flax.nnx\n", "merging/a.py:4: "),
-        ("merging/a.py", "from ..training.step import train\n", "merging/a.py:1: merging imports"),
+        ("merging/a.py", "from ..training.train_step import f\n", "merging/a.py:1: merging imp"),
         ("merging/a.py", "from .. import evaluation\n", "merging/a.py:1: merging imports evalu"),
         ("tensor_files/a.py", "import numpy\nimport jax.numpy as jnp\n", "tensor_files/a.py:2: "),
         ("checkpoint_merge/a.py", "import jax\n", "checkpoint_merge/a.py:1: checkpoint_merge may"),

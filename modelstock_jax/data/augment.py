@@ -60,7 +60,7 @@ def mixup(key: jax.Array, batch: dict[str, jax.Array], alpha: float) -> dict[str
 
     with one s for the batch and b - 1 taken around: the batch is shuffled as it is, and between
     devices a neighbour costs less than a permutation. The target is s y_b + (1 - s) y_{b-1}, which
-    `objectives.cross_entropy` takes from the two labels and the share. As s and 1 - s are equally
+    `losses.cross_entropy` takes from the two labels and the share. As s and 1 - s are equally
     likely, the larger share may always be the example's own.
 
     Args:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import flat, plain
-from modelstock_jax.training.hosts import distributed
+from modelstock_jax.training import multihost
 
 
 def check_same(config: ConfigDict, **more: Any) -> None:
@@ -37,7 +37,7 @@ def check_same(config: ConfigDict, **more: Any) -> None:
         for key in sorted(ours.keys() | theirs.keys())
         if json.dumps(ours.get(key)) != json.dumps(theirs.get(key))
     ]
-    one_does = bool(distributed.anywhere(bool(differing)))
+    one_does = bool(multihost.anywhere(bool(differing)))
     if differing:
         raise UserError(
             f"process {jax.process_index()} was not started as process 0 was: "
@@ -61,6 +61,6 @@ def _code() -> dict[str, str]:
 
 def _from_main(text: str) -> str:
     data = np.frombuffer(text.encode(), np.uint8)
-    padded = np.zeros(distributed.agree(len(data)), np.uint8)
+    padded = np.zeros(multihost.agree(len(data)), np.uint8)
     padded[: len(data)] = data[: len(padded)]
     return multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes().decode()

@@ -18,7 +18,7 @@ from modelstock_jax.merging import (
     weighted_model_stock,
     wise_ft,
 )
-from modelstock_jax.training.methods.method import method_name
+from modelstock_jax.training.finetune import method_name
 
 PyTree = Any
 

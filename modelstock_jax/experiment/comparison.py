@@ -17,11 +17,11 @@ from modelstock_jax.fileio import write_json
 from modelstock_jax.merging import distance, report
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline
+from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
-from modelstock_jax.training.hosts import distributed
-from modelstock_jax.training.loop import Result, Trainer
-from modelstock_jax.training.methods.phases import hold
+from modelstock_jax.training.stages import hold
+from modelstock_jax.training.trainer import Result, Trainer
 
 Document = dict[str, Any]
 
@@ -75,9 +75,9 @@ class Comparison:
     def _once(self, name: str, make: Callable[[], Document]) -> Document:
         """Process 0 says whether it is done, writes it, and alone reads it: {} on the others."""
         path = self.workdir / "runs" / name / "results.json"
-        done = distributed.agree(distributed.is_main() and path.exists())
+        done = multihost.agree(multihost.is_main() and path.exists())
         document = {} if done else make()
-        if not distributed.is_main():
+        if not multihost.is_main():
             return {}
         if not done:
             write_json(path, document)
@@ -88,7 +88,7 @@ class Comparison:
         document: Document = {}
         rows: list[dict[str, Any]] = []
         if config.compare or not self.merges:
-            replicas = distributed.whole(self.train(seed, "unmerged").state.params)
+            replicas = multihost.whole(self.train(seed, "unmerged").state.params)
             replicas = hold(config, anchor, self.data, replicas)
             start = self._programs.task.params
             stats, models, count = after_training(config, start, replicas, anchor.num_heads)
@@ -98,7 +98,7 @@ class Comparison:
             ]
             rows += self._rows(models, count, seed)
         if self.merges:
-            merged = distributed.whole(self.train(seed, "merged").merged)
+            merged = multihost.whole(self.train(seed, "merged").merged)
             details = {"num_replicas": config.num_replicas}
             model = Candidate(_method(config), merged, config.num_replicas, None, details)
             rows += self._rows([model], 1, seed)
@@ -108,7 +108,7 @@ class Comparison:
         self, models: Iterable[Candidate], count: int, seed: int | None
     ) -> list[dict[str, Any]]:
         rows, each = [], self._measure.num_images
-        shown = distributed.is_main()
+        shown = multihost.is_main()
         with (
             self._timeline.phase("evaluate"),
             Progress("evaluate", count * each, unit="images", enabled=shown) as progress,

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.models.clip import abstract_params
 from modelstock_jax.models.config import CLIPConfig
-from modelstock_jax.training.merge import steps_between_merges
-from modelstock_jax.training.programs import Programs
+from modelstock_jax.training.merge_step import steps_between_merges
+from modelstock_jax.training.step_fns import Programs
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,12 @@ from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import abstract_params
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
 from modelstock_jax.models.transformer import Compute
-from modelstock_jax.training.classifier import make_classifier
-from modelstock_jax.training.communication import sent_across, sent_bytes
+from modelstock_jax.training.classifier import AbstractTextSide, make_classifier
+from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, sent_bytes
 from modelstock_jax.training.finetune import finetuning_task
-from modelstock_jax.training.hosts.cores import use_cores
-from modelstock_jax.training.memory import Memory, memory
-from modelstock_jax.training.methods.optimizer import warmup_steps
-from modelstock_jax.training.methods.text_side import AbstractTextSide
-from modelstock_jax.training.programs import Programs, use_compilation_cache
+from modelstock_jax.training.launcher import use_cores
+from modelstock_jax.training.optimizer import warmup_steps
+from modelstock_jax.training.step_fns import Programs, use_compilation_cache
 
 
 def abstract_programs(config: ConfigDict) -> tuple[Programs, CLIPConfig]:

@@ -21,13 +21,12 @@ from modelstock_jax.experiment.options import check_options
 from modelstock_jax.merging import distance
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.tables import make_row, screen_table
+from modelstock_jax.training import multihost
+from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.classifier import Classifier
-from modelstock_jax.training.hosts import distributed
-from modelstock_jax.training.hosts.cores import use_cores
-from modelstock_jax.training.hosts.feed import spread
-from modelstock_jax.training.persistence.checkpoints import Checkpoints
-from modelstock_jax.training.programs import use_compilation_cache
-from modelstock_jax.training.sharding import make_mesh, whole_sharding
+from modelstock_jax.training.launcher import use_cores
+from modelstock_jax.training.sharding import make_mesh, spread, whole_sharding
+from modelstock_jax.training.step_fns import use_compilation_cache
 
 PyTree = Any
 
@@ -112,15 +111,15 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
         everywhere = jax.tree.map(lambda _: whole_sharding(mesh), start)
         with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
             restored = checkpoints.restore(int(directory.name), spread(start, everywhere))
-        params = anchor.classify(distributed.whole(restored))
+        params = anchor.classify(multihost.whole(restored))
     measure = Measure(config, anchor, data, mesh)
     with Progress(
-        "evaluate", measure.num_images, unit="images", enabled=distributed.is_main()
+        "evaluate", measure.num_images, unit="images", enabled=multihost.is_main()
     ) as progress:
         row = measure.row(
             directory.name, params, measured=progress.update, seed=None, cost=None, **details
         )
-    if distributed.is_main():
+    if multihost.is_main():
         screen_table([row])
     return row
 
@@ -142,4 +141,4 @@ def _heads() -> Path | None:
         writable = os.access(place, os.W_OK)
     except OSError:
         writable = False
-    return place if distributed.agree(writable) else None  # Process 0 is the one that writes.
+    return place if multihost.agree(writable) else None  # Process 0 is the one that writes.

@@ -13,9 +13,9 @@ from modelstock_jax.experiment.opening import open_all
 from modelstock_jax.fileio import write_json
 from modelstock_jax.reporting.tables import mean_and_error
 from modelstock_jax.reporting.timeline import Timeline
+from modelstock_jax.training import multihost
 from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
-from modelstock_jax.training.hosts import distributed
-from modelstock_jax.training.methods.phases import probe
+from modelstock_jax.training.stages import probe
 
 
 def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) -> float:
@@ -36,7 +36,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
         programs = finetuning_programs(one, anchor, data)
         name = f"learning_rate_{rate:g}"
         trainer = finetuning_trainer(one, anchor, data, programs, workdir, name, timeline)
-        replicas = distributed.whole(trainer.run().state.params)
+        replicas = multihost.whole(trainer.run().state.params)
         evaluate = classifier_evaluator(config, anchor, programs.mesh)
         with timeline.phase("evaluate"):
             models = (jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(one.num_replicas))
@@ -45,7 +45,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
                 for model in models
             ]
     best = max(tried, key=lambda rate: sum(tried[rate]))
-    if not distributed.is_main():
+    if not multihost.is_main():
         return best
     rows = [{"learning_rate": rate, "validation": found} for rate, found in tried.items()]
     write_json(workdir / "learning_rate.json", {"rows": rows, "best": best})

@@ -13,8 +13,8 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
-from modelstock_jax.training.hosts import distributed
 
 
 class Opened(NamedTuple):
@@ -45,7 +45,7 @@ def check_data(config: ConfigDict) -> None:
 def open_data(config: ConfigDict) -> Benchmark:
     """The data of `config.data`; a cache of decoded images is written by process 0 alone."""
     load = partial(benchmark.load, config.data)
-    return distributed.main_first(load) if config.data.cache else load()
+    return multihost.main_first(load) if config.data.cache else load()
 
 
 def classify(
@@ -53,7 +53,7 @@ def classify(
 ) -> Classifier:
     """`pretrained` as a classifier; a zero-shot head is made by process 0 and kept in `heads`."""
     make = partial(anchor_classifier, config, pretrained, data, heads)
-    return distributed.main_first(make) if pretrained.head is None and heads else make()
+    return multihost.main_first(make) if pretrained.head is None and heads else make()
 
 
 def open_all(config: ConfigDict, heads: Path | None) -> Opened:

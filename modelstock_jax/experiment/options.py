@@ -12,12 +12,11 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats
 from modelstock_jax.models.transformer import Compute
-from modelstock_jax.training.merge import check_merge
-from modelstock_jax.training.methods.method import check_method
-from modelstock_jax.training.methods.optimizer import check_optimizer
-from modelstock_jax.training.methods.per_replica import hyper_parameters, train_views
-from modelstock_jax.training.monitoring.health import check_policy
-from modelstock_jax.training.programs import EXECUTIONS
+from modelstock_jax.training.finetune import check_method, hyper_parameters, train_views
+from modelstock_jax.training.merge_step import check_merge
+from modelstock_jax.training.optimizer import check_optimizer
+from modelstock_jax.training.step_fns import EXECUTIONS
+from modelstock_jax.training.train_step import check_policy
 
 TASKS = ("finetune", "learning_rate", "pretrain")
 # Less would divide by nothing, or leave nothing to train or to measure.

@@ -17,12 +17,11 @@ from modelstock_jax.models.tokenizer import tokenize
 from modelstock_jax.models.transformer import resize_positions
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import read_json
-from modelstock_jax.training.hosts import distributed
-from modelstock_jax.training.hosts.feed import held
-from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.pretrain import pretraining_batches, pretraining_task
-from modelstock_jax.training.programs import Programs
-from modelstock_jax.training.sharding import batch_sharding
+from modelstock_jax.training import multihost
+from modelstock_jax.training.sharding import batch_sharding, held
+from modelstock_jax.training.stages import pretraining_batches, pretraining_task
+from modelstock_jax.training.step_fns import Programs
+from modelstock_jax.training.trainer import Trainer
 
 _DATA = Path(glyphs.__file__).parent
 # Pretrained by configs/glyph_pretrain.py with seeds 0 and 1.
@@ -137,7 +136,7 @@ def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
       The checkpoint's directory.
     """
     model = workdir / "model"
-    if distributed.agree(model.exists()):
+    if multihost.agree(model.exists()):
         return model
     clip = CLIPConfig.from_dict(config.pretrain.clip.to_dict())
     pixels = Preprocessor((0.5,) * 3, (0.25,) * 3, clip.vision.image_size)
@@ -153,9 +152,9 @@ def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
 
     name = f"seed_{config.seed}/pretrain"
     state = Trainer(config, programs, batches, workdir, name, timeline).run().state
-    params = jax.tree.map(lambda x: x[0], distributed.whole(state.params))
-    if distributed.is_main():
+    params = jax.tree.map(lambda x: x[0], multihost.whole(state.params))
+    if multihost.is_main():
         with timeline.phase("export"):
             checkpoint_io.save(model, Checkpoint(clip, params, pixels, tokenizer))
-    distributed.barrier("pretrained model")
+    multihost.barrier("pretrained model")
     return model

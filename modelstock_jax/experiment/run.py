@@ -17,11 +17,11 @@ from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import open_anchor, pretrain
 from modelstock_jax.experiment.workdir import claim, release
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.hosts import distributed
-from modelstock_jax.training.hosts.cores import use_cores
-from modelstock_jax.training.methods.phases import probe
-from modelstock_jax.training.monitoring.compilation import counted
-from modelstock_jax.training.programs import mesh_of, use_compilation_cache
+from modelstock_jax.training import multihost
+from modelstock_jax.training.launcher import use_cores
+from modelstock_jax.training.metrics import counted
+from modelstock_jax.training.stages import probe
+from modelstock_jax.training.step_fns import mesh_of, use_compilation_cache
 
 
 def run(
@@ -48,13 +48,13 @@ def run(
     mesh = mesh_of(config)  # Nor does it take a zero-shot head to know that devices are missing.
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, workdir=str(workdir))
-    distributed.connect(mesh)
-    if distributed.is_main():
+    multihost.connect(mesh)
+    if multihost.is_main():
         claim(workdir, config, allow_change=allow_config_change)
-    distributed.barrier("the workdir is ours")
+    multihost.barrier("the workdir is ours")
     lines = workdir / "timeline.jsonl"
     try:
-        with Timeline(lines, distributed.is_main()) as timeline, counted(timeline):
+        with Timeline(lines, multihost.is_main()) as timeline, counted(timeline):
             if config.task == "pretrain":
                 pretrain(config, workdir, timeline)
             elif config.task == "learning_rate":
@@ -62,7 +62,7 @@ def run(
             else:
                 command = shlex.join(["python", *argv]) if argv else ""
                 finetune(config, workdir, command, timeline)
-            if distributed.is_main():
+            if multihost.is_main():
                 timeline.show()
     finally:
         release(workdir)
@@ -82,8 +82,8 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
         documents.append(comparison.one_seed(seed))
     merged = None
     if comparison.merges:
-        merged = distributed.whole(comparison.train(config.seed, "merged").merged)
-    if not distributed.is_main():
+        merged = multihost.whole(comparison.train(config.seed, "merged").merged)
+    if not multihost.is_main():
         return
     with timeline.phase("export"):
         if merged is not None:

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     from modelstock_jax.studies.index import write_index
     from modelstock_jax.studies.measuring.ledger import Ledger
     from modelstock_jax.studies.runner import Runner
-    from modelstock_jax.training.hosts.job import one_process
+    from modelstock_jax.training.launcher import one_process
 
     workdir = Path(FLAGS.workdir)
     out = Path(FLAGS.out or workdir)

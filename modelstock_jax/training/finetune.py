@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,16 +16,267 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.loader import Batch, Loading, steps_per_epoch, train_batches
+from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainView
+from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.classifier import Classifier
-from modelstock_jax.training.hosts.feed import held
-from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.methods.method import make_method
-from modelstock_jax.training.methods.per_replica import hyper_parameters, train_views
-from modelstock_jax.training.methods.text_side import needed, with_captions
-from modelstock_jax.training.programs import Programs, Task
-from modelstock_jax.training.sharding import batch_sharding
-from modelstock_jax.training.step import Augment
+from modelstock_jax.training.classifier import Classifier, TextSide, needed, with_captions
+from modelstock_jax.training.losses import (
+    Apply,
+    Loss,
+    Normalize,
+    context_aware,
+    contrastive,
+    cross_entropy,
+    with_l2_sp,
+)
+from modelstock_jax.training.projections import NORMS
+from modelstock_jax.training.sharding import batch_sharding, held
+from modelstock_jax.training.state import Trained, biases_and_head, freeze, head_only
+from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.train_step import Augment
+from modelstock_jax.training.trainer import Trainer
+
+# What `config.objective` trains: a loss, the leaves that it moves, and where they start.
+
+
+OBJECTIVES = ("cross_entropy", "car_ft", "flyp", "l2_sp", "linear_probe", "lp_ft", "bitfit")
+HEADS = ("zero_shot", "random")
+PROJECTIONS = ("none", "ftp", "tpgm")
+TRAINED: dict[str, Trained] = {"linear_probe": head_only, "bitfit": biases_and_head}
+
+
+class Method(NamedTuple):
+    """A way to fine-tune.
+
+    Attributes:
+      loss_fn: see `objectives`.
+      trained: which leaves move, by name; None for all.
+      reads_pretrained: whether the loss compares with the pretrained weights.
+    """
+
+    loss_fn: Loss
+    trained: Trained | None
+    reads_pretrained: bool
+
+
+def make_method(
+    config: ConfigDict, apply: Apply, normalize: Normalize, text: TextSide | None = None
+) -> Method:
+    """The loss and the trained leaves that the config names.
+
+    Args:
+      config: the run's options.
+      apply: (params, images float [B, H, W, 3]) -> logits [B, K].
+      normalize: images of 0 to 255 -> images float.
+      text: the text side, which `car_ft` and `flyp` need.
+
+    Raises:
+      UserError: if a name is unknown, a number out of its range, or options do not go together.
+    """
+    check_method(config)
+    rules, smoothing = config.objective, config.label_smoothing
+    if rules.name == "flyp":
+        side = needed(text, rules.name)
+        loss_fn = contrastive(side.encode_image, side.encode_text, normalize)
+    elif rules.name == "car_ft":
+        contexts = needed(text, rules.name).contexts
+        loss_fn = context_aware(
+            apply, normalize, contexts, alpha=rules.car_ft_alpha, label_smoothing=smoothing
+        )
+    else:
+        loss_fn = cross_entropy(apply, normalize, label_smoothing=smoothing)
+    if rules.name == "l2_sp":
+        loss_fn = with_l2_sp(loss_fn, alpha=rules.l2_sp_alpha, beta=rules.l2_sp_beta)
+    trained = TRAINED.get(rules.name)
+    return Method(_frozen(loss_fn, trained), trained, rules.name in ("car_ft", "l2_sp"))
+
+
+def check_method(config: ConfigDict) -> None:
+    """Raises a UserError for the first option of the method that is out of its range."""
+    rules, projection = config.objective, config.optimizer.projection
+    for name, value, known in (
+        ("objective.name", rules.name, OBJECTIVES),
+        ("objective.head", rules.head, HEADS),
+        ("optimizer.projection.name", projection.name, PROJECTIONS),
+        ("optimizer.projection.norm", projection.norm, NORMS),
+    ):
+        if value not in known:
+            raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")
+    for name in ("car_ft_alpha", "l2_sp_alpha", "l2_sp_beta", "probe_learning_rate"):
+        if rules[name] < 0:
+            raise UserError(f"objective.{name} is {rules[name]}; it must be >= 0")
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(f"label_smoothing is {config.label_smoothing}; it must be in [0, 1)")
+    if rules.probe_epochs < 1:
+        raise UserError(f"objective.probe_epochs is {rules.probe_epochs}; it must be at least 1")
+    if projection.steps < 1:
+        raise UserError(f"optimizer.projection.steps is {projection.steps}; it must be at least 1")
+    if rules.name == "flyp":
+        _check_flyp(config)
+    if rules.head == "random" and projection.name != "none":
+        raise UserError(
+            f"optimizer.projection.name={projection.name!r} holds weights near the pretrained "
+            "ones, and objective.head='random' has none; use 'zero_shot'"
+        )
+
+
+def _check_flyp(config: ConfigDict) -> None:
+    if config.accumulate_steps != 1:
+        raise UserError(
+            f"accumulate_steps={config.accumulate_steps}: FLYP compares every image with every "
+            "text of a batch, which parts of it cannot; use 1"
+        )
+    smoothing, mixup = config.per_replica.label_smoothing, config.per_replica.mixup
+    if config.label_smoothing or config.data.augment.mixup or smoothing or mixup:
+        raise UserError(
+            "objective.name='flyp' has texts for labels: set label_smoothing, data.augment.mixup "
+            "and those of per_replica to 0"
+        )
+    if config.objective.head != "zero_shot":
+        raise UserError(
+            f"objective.head={config.objective.head!r}: FLYP makes its head from the text tower; "
+            "use 'zero_shot'"
+        )
+    if config.optimizer.projection.name == "tpgm":
+        raise UserError("optimizer.projection.name='tpgm' needs a head; use another than flyp")
+
+
+def method_name(config: ConfigDict) -> str:
+    """What a row of one trained replica is called: a key of `reporting.style.METHODS`.
+
+    >>> from configs.default import get_config
+    >>> config = get_config()
+    >>> method_name(config)
+    'replica'
+    >>> config.objective.name, config.optimizer.projection.name = "l2_sp", "ftp"
+    >>> method_name(config)
+    'l2_sp+ftp'
+    """
+    parts = [config.objective.name] if config.objective.name != "cross_entropy" else []
+    if config.optimizer.projection.name != "none":
+        parts.append(config.optimizer.projection.name)
+    if config.optimizer.decay_to_pretrained:
+        parts.append("decay_to_pretrained")
+    return "+".join(parts) or "replica"
+
+
+def _frozen(loss_fn: Loss, trained: Trained | None) -> Loss:
+    if trained is None:
+        return loss_fn
+    return lambda params, *rest: loss_fn(freeze(params, trained), *rest)
+
+
+# Numbers of each replica's own: learning rates, decays, lengths, augmentations.
+
+
+class _Range(NamedTuple):
+    """What a number may be: `most` only where `closed`, and whole where `whole`."""
+
+    least: float
+    most: float = np.inf
+    closed: bool = True
+    whole: bool = False
+
+
+_RANGES = {
+    "learning_rate": _Range(0.0),
+    "weight_decay": _Range(0.0),
+    "epochs": _Range(1, whole=True),
+    "label_smoothing": _Range(0.0, 1.0, closed=False),
+    "mixup": _Range(0.0),
+    "augment_strength": _Range(0.0, 1.0),
+    "randaugment_ops": _Range(0, whole=True),
+    "randaugment_magnitude": _Range(0.0, MAX_MAGNITUDE),
+}
+# Of the views of stored images, which the host draws: no program sees them.
+_OF_VIEWS = ("randaugment_ops", "randaugment_magnitude")
+
+
+def hyper_parameters(config: ConfigDict, steps_per_epoch: int) -> dict[str, np.ndarray]:
+    """What of a run each replica has for itself in the step, for `Reference.hyper`.
+
+    Args:
+      config: the run's options; `per_replica` has a number a replica, or none.
+      steps_per_epoch: `epochs` becomes "num_steps" by it.
+
+    Returns:
+      {name: [R]}, only of what differs; a program is compiled for the names, not for the numbers.
+
+    Raises:
+      UserError: if there are not as many numbers as replicas, one is out of its range or of no
+        meaning for the data, or the longest replica does not take `config.epochs`.
+
+    >>> config = ConfigDict({"num_replicas": 2, "per_replica": {"epochs": (1, 3)}, "epochs": 3})
+    >>> hyper_parameters(config, 10)["num_steps"].tolist()
+    [10, 30]
+    """
+    found = {
+        name: np.asarray(given) for name, given in _own(config).items() if name not in _OF_VIEWS
+    }
+    if "epochs" in found:
+        longest = max(found["epochs"])
+        if longest != config.epochs:
+            raise UserError(
+                f"per_replica.epochs goes to {longest}; set epochs={longest}, the run's length"
+            )
+        found["num_steps"] = found.pop("epochs") * steps_per_epoch
+    return found
+
+
+def train_views(config: ConfigDict, size: int) -> list[TrainView]:
+    """What each replica sees of a stored image: `data.augment`, with what is its own.
+
+    Args:
+      config: the run's options.
+      size: side of a view, pixels.
+
+    Returns:
+      R views.
+
+    Raises:
+      UserError: as `hyper_parameters`, or an option of `data.augment` is out of its range.
+    """
+    view, own = TrainView.of(config.data.augment, size), _own(config)
+    views = []
+    for r in range(config.num_replicas):
+        changes: dict[str, Any] = {name: own[name][r] for name in _OF_VIEWS if name in own}
+        views.append(dataclasses.replace(view, **changes))
+    return views
+
+
+def _own(config: ConfigDict) -> dict[str, list[float]]:
+    own = {}
+    for name, given in config.per_replica.items():
+        if not given:
+            continue
+        if len(given) != config.num_replicas:
+            raise UserError(
+                f"per_replica.{name} has {len(given)} numbers for {config.num_replicas} replicas; "
+                "give one a replica"
+            )
+        if name == "augment_strength" and config.data.name != "glyphs":
+            raise UserError(
+                "per_replica.augment_strength is of the glyphs' own augmentation; stored images "
+                "have per_replica.randaugment_ops and per_replica.randaugment_magnitude"
+            )
+        if name in _OF_VIEWS and config.data.name == "glyphs":
+            raise UserError(
+                f"per_replica.{name} is of stored images; the glyphs have "
+                "per_replica.augment_strength"
+            )
+        own[name] = [_checked(name, number) for number in given]
+    return own
+
+
+def _checked(name: str, number: float) -> float:
+    least, most, closed, whole = _RANGES[name]
+    if not least <= number <= most or (number == most and not closed):
+        end = "]" if closed else ")"
+        raise UserError(f"per_replica.{name} has {number}; it must be in [{least}, {most}{end}")
+    if whole and not float(number).is_integer():
+        raise UserError(f"per_replica.{name} has {number}; it must be a whole number")
+    return int(number) if whole else number
+
 
 AugmentImages = Callable[..., jax.Array]
 

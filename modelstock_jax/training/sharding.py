@@ -11,10 +11,72 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.hosts.feed import held, place
 from modelstock_jax.training.state import TrainState
 
+# From what each process has to one array over all devices of all processes.
+
+
 PyTree = Any
+
+
+def held(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """What this process's devices hold of a global array, dimension by dimension.
+
+    On one process that is everything; on a mesh that keeps a replica to a host, the host's own
+    replicas and every example of theirs.
+
+    Args:
+      sharding: of the array.
+      shape: of the array; may leave out trailing dimensions that are not split.
+
+    Returns:
+      For each dimension the ascending indices, int64.
+    """
+    every = sharding.addressable_devices_indices_map(shape).values()
+    blocks = [block for block in every if block is not None]
+    dims = zip(*([range(*one.indices(size)) for one, size in zip(b, shape, strict=True)]
+                 for b in blocks), strict=True)  # fmt: skip
+    return tuple(np.unique(np.concatenate(ranges)) for ranges in dims)
+
+
+def place(sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    """The global array of which this process gives what it holds.
+
+    Args:
+      sharding: of the array.
+      value: this process's part: the rows and columns of `held(sharding, shape)`.
+      shape: global sizes of the leading dimensions; the others are those of `value`.
+    """
+    parts, shape = held(sharding, shape), (*shape, *value.shape[len(shape) :])
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        local = []
+        for part, one, size in zip(parts, index or (), shape, strict=False):
+            start, stop, _ = one.indices(size)
+            local.append(slice(*np.searchsorted(part, (start, stop))))
+        return value[tuple(local)]
+
+    return jax.make_array_from_callback(shape, sharding, block)
+
+
+def spread(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Places values that every process has whole; nothing is sent between processes.
+
+    `jax.device_put` would compare them between all processes first, on the devices.
+
+    Args:
+      tree: of NumPy arrays, or arrays on this process's devices; equal on all processes.
+      shardings: one for each leaf.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def global_array(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(global_array, tree, shardings)
+
 
 AXES = ("replica", "data")
 
@@ -229,7 +291,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
 
     Args:
       mesh: over the devices of all processes.
-      batch: what `feed.held` says of it; on one process, all.
+      batch: what `sharding.held` says of it; on one process, all.
     """
     sharding = batch_sharding(mesh)
     axes = tuple(mesh.shape.values())

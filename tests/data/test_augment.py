@@ -11,7 +11,7 @@ from configs import default
 from modelstock_jax.data.augment import MAX_SHIFT, mixup, shift_and_jitter
 from modelstock_jax.data.glyphs import sets
 from modelstock_jax.training.finetune import Classifier, finetuning_task
-from modelstock_jax.training.methods.objectives import cross_entropy
+from modelstock_jax.training.losses import cross_entropy
 
 COUNT = 512  # one shape for all tests: each costs a compilation
 augment = jax.jit(shift_and_jitter)

@@ -9,7 +9,7 @@ import time
 
 from absl import app, flags, logging
 
-from modelstock_jax.training.hosts.job import job
+from modelstock_jax.training.launcher import job
 
 flags.DEFINE_string("coordinator_address", None, "")
 flags.DEFINE_integer("num_processes", None, "")
@@ -43,18 +43,24 @@ def said(number: int) -> dict:
     import numpy as np
 
     from modelstock_jax.evaluation import make_evaluator
-    from modelstock_jax.training.hosts import distributed
-    from modelstock_jax.training.hosts.feed import held, place, spread
-    from modelstock_jax.training.hosts.interruption import Interruption
-    from modelstock_jax.training.sharding import batch_sharding, make_mesh, put_batch
+    from modelstock_jax.training import multihost
+    from modelstock_jax.training.launcher import Interruption
+    from modelstock_jax.training.sharding import (
+        batch_sharding,
+        held,
+        make_mesh,
+        place,
+        put_batch,
+        spread,
+    )
     from tests.test_evaluation import CLASSES, apply, image_set
 
     print("nobody but process 0 prints", number)
     answers = {
         "devices": jax.device_count(),
-        "main": distributed.is_main(),
-        "agreed": [distributed.agree(7 + number), distributed.agree(bool(number))],
-        "anywhere": [bool(distributed.anywhere(flag)) for flag in (number == 1, False)],
+        "main": multihost.is_main(),
+        "agreed": [multihost.agree(7 + number), multihost.agree(bool(number))],
+        "anywhere": [bool(multihost.anywhere(flag)) for flag in (number == 1, False)],
     }
     meshes = {"(2, 2)": (2, 2), "(1, 4)": (1, 4)}
     for name, sizes in meshes.items():
@@ -64,8 +70,8 @@ def said(number: int) -> dict:
         placed = put_batch(mesh, {"x": batch[np.ix_(rows, places)]})["x"]
         answers[name] = {
             "held": [rows.tolist(), places.tolist()],
-            "whole": np.array_equal(distributed.whole({"x": placed})["x"], batch),
-            "spread": np.array_equal(distributed.whole(spread(batch, batch_sharding(mesh))), batch),
+            "whole": np.array_equal(multihost.whole({"x": placed})["x"], batch),
+            "spread": np.array_equal(multihost.whole(spread(batch, batch_sharding(mesh))), batch),
             "placed": place(batch_sharding(mesh), batch[np.ix_(rows, places)], (2, 8)).shape,
         }
         evaluate = make_evaluator(apply, lambda x: x.astype(jnp.float32), mesh, 6)
@@ -89,10 +95,9 @@ def restored(directory: str) -> list[bool]:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from modelstock_jax.training.hosts import distributed
-    from modelstock_jax.training.hosts.feed import spread
-    from modelstock_jax.training.persistence.checkpoints import Checkpoints
-    from modelstock_jax.training.sharding import make_mesh
+    from modelstock_jax.training import multihost
+    from modelstock_jax.training.checkpoints import Checkpoints
+    from modelstock_jax.training.sharding import make_mesh, spread
 
     values = {
         "bias": np.arange(6.0, dtype=np.float32).reshape(2, 3),
@@ -113,7 +118,7 @@ def restored(directory: str) -> list[bool]:
         checkpoints.wait()
         for shape in ((2, 2), (1, 4)):
             got = checkpoints.restore(1, placed(*shape, jax.tree.map(np.zeros_like, values)))
-            whole = distributed.whole(got)
+            whole = multihost.whole(got)
             found.append(all(np.array_equal(whole[name], values[name]) for name in values))
     return found
 
@@ -130,11 +135,11 @@ def different_configs(number: int) -> None:
 
 def lose_one(number: int) -> None:
     """Process 0, whose loss is the hardest, is killed while the other waits for it."""
-    from modelstock_jax.training.hosts import distributed
+    from modelstock_jax.training import multihost
 
     if number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    distributed.barrier("never")
+    multihost.barrier("never")
 
 
 def met_late(number: int) -> float:
@@ -144,11 +149,11 @@ def met_late(number: int) -> float:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from modelstock_jax.training.hosts import distributed
+    from modelstock_jax.training import multihost
     from modelstock_jax.training.sharding import make_mesh
 
     mesh = make_mesh(2, 2, num_replicas=2, batch_size=8)
-    distributed.connect(mesh)
+    multihost.connect(mesh)
     if number == 1:
         time.sleep(33)
     split = NamedSharding(mesh, PartitionSpec("data"))

@@ -18,14 +18,14 @@ from modelstock_jax.experiment.dry_run import (
     missing_space,
 )
 from modelstock_jax.experiment.pretrained import missing_checkpoint, open_anchor, sizes
-from modelstock_jax.training.memory import device_bytes, extra_bytes, memory
-from modelstock_jax.training.programs import Programs
+from modelstock_jax.training.cost_analysis import device_bytes, extra_bytes, memory
+from modelstock_jax.training.step_fns import Programs
 from tests.experiment import small_run
 from tests.training import tiny
 
 # Compiling is what a dry run spends its time on, and is tested below with true programs.
 NO_COMPILING = (
-    "import jax; from modelstock_jax.training.programs import Programs; "
+    "import jax; from modelstock_jax.training.step_fns import Programs; "
     "Programs.lower = lambda self, batch: {'step': jax.jit(lambda x: x).lower(1.0)}; "
 )
 LAUNCH = "import runpy, sys; sys.argv[0] = 'x'; runpy.run_path('launch.py', run_name='__main__')"

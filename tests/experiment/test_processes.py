@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.hosts import cluster, job
+from modelstock_jax.training import launcher
 from tests.data.made_images import write_folders
 from tests.experiment import processes, small_run
 from tests.test_evaluation import CLASSES, image_set
@@ -84,7 +84,7 @@ def test_a_killed_process_ends_the_job_with_one_line():
     first, second = processes.run(2, "--mistake=lost", program=PARTS)
     assert first[0] == -signal.SIGKILL and second[0] == 1, (first, second)
     assert "process 1: " in one_line(second[2]) and "lost" in one_line(second[2])
-    assert time.monotonic() - began < job.HEARTBEAT_SECONDS + 60
+    assert time.monotonic() - began < launcher.HEARTBEAT_SECONDS + 60
 
 
 SLURM = {"SLURM_STEP_NODELIST": "node[0-3]", "SLURM_NTASKS": "4"}
@@ -122,7 +122,7 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_
     ],
 )
 def test_where_a_process_stands(flags, environ, place):
-    assert cluster.find(*flags, environ) == place
+    assert launcher.find(*flags, environ) == place
 
 
 @pytest.mark.parametrize(
@@ -139,24 +139,24 @@ def test_where_a_process_stands(flags, environ, place):
 )
 def test_a_wrong_place_is_named(flags, environ, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        cluster.find(*flags, environ)
+        launcher.find(*flags, environ)
 
 
 def test_hosts_of_a_tpu_pod():
     endpoints = "unknown:unknown:10.0.0.1,unknown:unknown:10.0.0.2"
-    assert cluster._tpu_hosts({}, lambda name: endpoints) == 2
-    assert cluster._tpu_hosts({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, None) in (0, 4)
+    assert launcher._tpu_hosts({}, lambda name: endpoints) == 2
+    assert launcher._tpu_hosts({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, None) in (0, 4)
     slices = {"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}
-    assert cluster._tpu_hosts(slices, lambda name: "") == 4
-    assert cluster._tpu_hosts({"TPU_SKIP_MDS_QUERY": "1"}, lambda name: endpoints) == 0
+    assert launcher._tpu_hosts(slices, lambda name: "") == 4
+    assert launcher._tpu_hosts({"TPU_SKIP_MDS_QUERY": "1"}, lambda name: endpoints) == 0
 
 
 def test_no_coordinator_is_one_line(monkeypatch):
-    monkeypatch.setattr(job, "START_SECONDS", 0.3)
+    monkeypatch.setattr(launcher, "START_SECONDS", 0.3)
     with pytest.raises(UserError, match="no coordinator at 127.0.0.1:.*is process 0 running"):
-        job._wait_for(f"127.0.0.1:{processes.free_port()}")
+        launcher._wait_for(f"127.0.0.1:{processes.free_port()}")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        job._wait_for(f"127.0.0.1:{server.getsockname()[1]}")
+        launcher._wait_for(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_no_coordinator_is_one_line(monkeypatch):
     ],
 )
 def test_what_jax_says_of_a_loss_becomes_one_line(message, said):
-    line = job.what_was_lost(message)
+    line = launcher.what_was_lost(message)
     assert line.startswith(said) and "\n" not in line
 
 
@@ -251,7 +251,7 @@ def test_a_killed_process_and_another_number_of_them(
     jobs[killed].kill()
     began = time.monotonic()
     ended = processes.finish(jobs)
-    assert time.monotonic() - began < job.HEARTBEAT_SECONDS + 60
+    assert time.monotonic() - began < launcher.HEARTBEAT_SECONDS + 60
     assert ended[killed][0] == -signal.SIGKILL and ended[1 - killed][0] == 1, str(ended)
     assert "lost" in one_line(ended[1 - killed][2])
     again = processes.run(restarted, *arguments(tmp_path), devices=2 // restarted)

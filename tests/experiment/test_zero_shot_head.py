@@ -17,8 +17,8 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate
 from modelstock_jax.models import checkpoint_io, zero_shot
 from modelstock_jax.reporting.tables import make_row
+from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.classifier import anchor_classifier
-from modelstock_jax.training.persistence.checkpoints import Checkpoints
 from tests.experiment import small_run
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modelstock_jax.training.hosts.interruption import STOPPED
+from modelstock_jax.training.launcher import STOPPED
 from tests.experiment import small_run
 
 PROGRAM = ("-m", "modelstock_jax.studies")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.programs import Programs, Task
+from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.trainer import Trainer
 from tests.training import tiny
 
 INPUTS, OUTPUTS, BATCH = 6, 3, 8

@@ -15,7 +15,7 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.persistence.checkpoints import Checkpoints
+from modelstock_jax.training.checkpoints import Checkpoints
 
 
 def tree(value):

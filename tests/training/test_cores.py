@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from modelstock_jax.machine import usable_cores
-from modelstock_jax.training.hosts.cores import devices
+from modelstock_jax.training.launcher import devices
 from tests.experiment import small_run
 
 SAY = """
 import jax, sys
 from configs import glyphs
-from modelstock_jax.training.hosts.cores import use_cores
+from modelstock_jax.training.launcher import use_cores
 config = glyphs.get_config()
 config.num_replicas, config.compute.execution = int(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "late":

@@ -19,8 +19,7 @@ import pytest
 from orbax.checkpoint._src.serialization import serialization
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.persistence.checkpoints import Checkpoints
-from modelstock_jax.training.persistence.damage import DamagedCheckpoint
+from modelstock_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
 
 # A read that Orbax gives up may end after its event loop: whether it does is a matter of timing.
 pytestmark = pytest.mark.filterwarnings(

@@ -9,8 +9,7 @@ import pytest
 
 from configs import vitb32
 from modelstock_jax.experiment.dry_run import abstract_programs
-from modelstock_jax.training.communication import sent_across, sent_bytes
-from modelstock_jax.training.memory import memory
+from modelstock_jax.training.cost_analysis import memory, sent_across, sent_bytes
 from tests.experiment import small_run
 
 GIB = 1024**3

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from modelstock_jax.training.hosts.interruption import Interruption
+from modelstock_jax.training.launcher import Interruption
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])

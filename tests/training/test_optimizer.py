@@ -11,14 +11,17 @@ import pytest
 from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.transforms import TrainView
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.finetune import _batch_augment
-from modelstock_jax.training.methods.method import check_method, method_name
-from modelstock_jax.training.methods.objectives import cross_entropy
-from modelstock_jax.training.methods.optimizer import make_optimizer
-from modelstock_jax.training.methods.per_replica import hyper_parameters, train_views
-from modelstock_jax.training.methods.trained import biases_and_head, leaf_names
-from modelstock_jax.training.state import Reference, init_state
-from modelstock_jax.training.step import make_train_step
+from modelstock_jax.training.finetune import (
+    _batch_augment,
+    check_method,
+    hyper_parameters,
+    method_name,
+    train_views,
+)
+from modelstock_jax.training.losses import cross_entropy
+from modelstock_jax.training.optimizer import make_optimizer
+from modelstock_jax.training.state import Reference, biases_and_head, init_state, leaf_names
+from modelstock_jax.training.train_step import make_train_step
 from tests.training import tiny
 
 STEPS = 12

@@ -9,13 +9,13 @@ import optax
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.methods.projections import (
+from modelstock_jax.training.projections import (
     LEAST_RADIUS,
     fast_trainable_projection,
     layer_norms,
     project,
+    trainable_projection,
 )
-from modelstock_jax.training.methods.tpgm import trainable_projection
 
 
 def tree(seed):

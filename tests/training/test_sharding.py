@@ -16,11 +16,10 @@ from jax.sharding import PartitionSpec
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import classifier
 from modelstock_jax.models.transformer import Compute
-from modelstock_jax.training.communication import collectives
-from modelstock_jax.training.memory import device_bytes
-from modelstock_jax.training.methods.objectives import cross_entropy
-from modelstock_jax.training.programs import Programs, use_compilation_cache
+from modelstock_jax.training.cost_analysis import collectives, device_bytes
+from modelstock_jax.training.losses import cross_entropy
 from modelstock_jax.training.sharding import mesh_shape, put_batch, split_over_data
+from modelstock_jax.training.step_fns import Programs, use_compilation_cache
 from tests.training import tiny
 
 STEPS, MERGED_AFTER = 20, 10

@@ -12,11 +12,11 @@ import pytest
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import JsonLines, read_lines
-from modelstock_jax.training.communication import collectives
-from modelstock_jax.training.monitoring.health import health
-from modelstock_jax.training.monitoring.watch import LEARNT_AFTER, Band, Watch
-from modelstock_jax.training.persistence.checkpoints import Checkpoints
+from modelstock_jax.training.checkpoints import Checkpoints
+from modelstock_jax.training.cost_analysis import collectives
+from modelstock_jax.training.metrics import LEARNT_AFTER, Band, Watch
 from modelstock_jax.training.sharding import put_batch
+from modelstock_jax.training.train_step import health
 from tests.training import linear
 
 NAN, HUGE = np.float32("nan"), np.float32(1e30)

@@ -14,9 +14,9 @@ from modelstock_jax.data.loader import steps_per_epoch, train_batches
 from modelstock_jax.models.clip import classifier, init
 from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from modelstock_jax.models.transformer import Compute
-from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.methods.objectives import cross_entropy
-from modelstock_jax.training.programs import Programs, Task
+from modelstock_jax.training.losses import cross_entropy
+from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.trainer import Trainer
 
 CLASSES = 5
 

@@ -25,7 +25,7 @@ from modelstock_jax.studies.measuring.measurements import HeldOut, Measurement
 from modelstock_jax.studies.measuring.runs import Run, digest
 from modelstock_jax.studies.measuring.trained import Trained, part
 from modelstock_jax.studies.measuring.weights import Expression
-from modelstock_jax.training.hosts.cores import use_cores
+from modelstock_jax.training.launcher import use_cores
 from modelstock_jax.training.sharding import make_mesh
 
 PyTree = Any

@@ -21,18 +21,17 @@ from modelstock_jax.studies.measuring.runs import Run, training_digest
 from modelstock_jax.studies.measuring.tree_file import read_tree, write_tree
 from modelstock_jax.studies.measuring.turns import claim
 from modelstock_jax.tensor_files.writer import new_directory
+from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (
     finetuning_programs,
     finetuning_task,
     finetuning_trainer,
 )
-from modelstock_jax.training.loop import Trainer
-from modelstock_jax.training.methods.phases import hold, probe
-from modelstock_jax.training.monitoring.compilation import counted
-from modelstock_jax.training.persistence.checkpoints import Checkpoints
-from modelstock_jax.training.persistence.stores import saved
-from modelstock_jax.training.programs import Programs, Task
+from modelstock_jax.training.metrics import counted
+from modelstock_jax.training.stages import hold, probe
+from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.trainer import Trainer, saved
 
 PyTree = Any
 

@@ -3,27 +3,126 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import io
+import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import CoroutineType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint.experimental import v1 as ocp
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.hosts.distributed import anywhere, barrier, is_main
-from modelstock_jax.training.persistence import digests, packing
-from modelstock_jax.training.persistence.damage import (
-    DamagedCheckpoint,
-    damaged_steps,
-    end_given_up_reads,
-    holds_only,
-    one_line,
-    put_aside,
-    quiet,
-    unwritable,
-)
+from modelstock_jax.training import array_digests
+from modelstock_jax.training.array_digests import describe, named_leaves
+from modelstock_jax.training.multihost import anywhere, barrier, is_main
+
+# Damaged checkpoints and full disks: their errors; names that are never read again.
+
+
+_SUFFIX = ".damaged"  # Not a number, so Orbax takes no such folder for a step.
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not, bit for bit, what was saved."""
+
+
+def put_aside(folder: Path) -> Path:
+    """Renames the folder of a step; returns its new name.
+
+    Raises:
+      UserError: if it cannot be renamed.
+
+    Example:
+      >>> import tempfile
+      >>> step = Path(tempfile.mkdtemp()) / "12"
+      >>> step.mkdir()
+      >>> put_aside(step).name, list(damaged_steps(step.parent))
+      ('12.damaged', [12])
+    """
+    place, number = folder.with_name(f"{folder.name}{_SUFFIX}"), 1
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"{folder.name}{_SUFFIX}.{number}")
+    try:
+        return folder.rename(place)
+    except OSError as error:
+        raise UserError(f"cannot rename {folder} to {place.name}: {error.strerror}") from error
+
+
+def damaged_steps(directory: Path) -> list[int]:
+    """The steps whose folders were put aside, ascending."""
+    names = [path.name.partition(_SUFFIX)[0] for path in directory.glob(f"*{_SUFFIX}*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def unwritable(directory: Path, error: Exception) -> UserError:
+    """The error of a checkpoint that could not be written: the disk, mostly."""
+    free = shutil.disk_usage(directory).free / 1e6
+    return UserError(
+        f"cannot write a checkpoint under {directory} ({free:.0f} MB free): {one_line(error)}; "
+        "make room or choose another --workdir, and the same command goes on"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the traces of reads that Orbax gives up, when another one fails, from the screen."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    log.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.disabled, sys.unraisablehook = False, hook
+
+
+def end_given_up_reads(most: float = 10.0) -> None:
+    """Collects the reads that Orbax gave up, as each of them ends; `quiet` is to be around it.
+
+    TensorStore goes on with a read that nobody awaits any more, and holds it. What it lets go of
+    later would leave its trace in the midst of something else.
+
+    Args:
+      most: seconds after which what is still held is left to itself.
+    """
+    until = time.monotonic() + most
+    gc.collect()
+    while any(map(_is_read, gc.get_objects())) and time.monotonic() < until:
+        time.sleep(0.02)
+        gc.collect()
+
+
+def _is_read(one: Any) -> bool:
+    # Not isinstance: it asks a proxy for its class, which fails where what it stood for is gone.
+    return (
+        type(one) is CoroutineType
+        and one.__name__.startswith("_read_")
+        and "orbax" in one.cr_code.co_filename
+    )
+
+
+def holds_only(folder: Path, part: str) -> bool:
+    """Whether a checkpoint was saved with this part and no other; False where that is unknown."""
+    try:
+        said = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return set(said) == {part} and {one.name for one in folder.iterdir() if one.is_dir()} <= {part}
+
 
 PyTree = Any
 # The parts of a checkpoint: Orbax renames their folder into place, so both are there or neither.
@@ -34,8 +133,8 @@ class Checkpoints:
     """Numbered checkpoints of one pytree under `directory`, saved while training goes on.
 
     A save is written beside and renamed by Orbax, so a kill at any instant leaves the one
-    before it whole. The digests of every leaf (`digests.tree_digest`) are saved with it, and what
-    is restored is checked against them: TensorStore alone returns most flipped bits as data.
+    before it whole. The digests of every leaf (`array_digests.tree_digest`) are saved with it, and
+    what is restored is checked against them: TensorStore alone returns most flipped bits as data.
 
     Args:
       directory: made if missing.
@@ -90,10 +189,11 @@ class Checkpoints:
           UserError: if this save or the one before it could not be written (a full disk).
         """
         self.wait()  # A step still being written is neither among `steps` nor safe to overwrite.
-        packs = packing.plan(tree)
-        record = {"leaves": digests.describe(tree), "packs": packs, "details": dict(details or {})}
-        saved = packing.pack(tree, packs)
-        document = {"record": record, "sha256": digests.json_digest(record)}
+        packs = array_digests.plan(tree)
+        leaves = array_digests.describe(tree)
+        record = {"leaves": leaves, "packs": packs, "details": dict(details or {})}
+        saved = array_digests.pack(tree, packs)
+        document = {"record": record, "sha256": array_digests.json_digest(record)}
         try:
             saving = self._checkpointer.save_checkpointables_async(
                 step, {_TREE: saved, _DIGESTS: document}, force=True, overwrite=step in self.steps
@@ -137,7 +237,7 @@ class Checkpoints:
                     "version that saved it, or choose another --workdir"
                 )
             raise self._damaged(step, reason)
-        if document.get("sha256") != digests.json_digest(document.get("record")):
+        if document.get("sha256") != array_digests.json_digest(document.get("record")):
             raise self._damaged(step, "its digests are not as they were written")
         return document["record"]
 
@@ -217,7 +317,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        leaves = digests.named_leaves(abstract).items()
+        leaves = array_digests.named_leaves(abstract).items()
         asked = {name: [x.dtype.name, list(x.shape)] for name, x in leaves}
         other = [n for n in sorted(asked.keys() | saved) if asked.get(n) != saved.get(n, [])[:2]]
         if other:
@@ -226,12 +326,13 @@ class Checkpoints:
                 " on; give the options that it was saved with, or choose another --workdir"
             )
         packs = record.get("packs")  # Of older checkpoints, None: each array by itself.
-        packs = packs and {name: packing.Pack(*one) for name, one in packs.items()}
-        loaded, reason = self._load(step, _TREE, packing.abstract(abstract, packs))
+        packs = packs and {name: array_digests.Pack(*one) for name, one in packs.items()}
+        loaded, reason = self._load(step, _TREE, array_digests.abstract(abstract, packs))
         if loaded is None:
             raise self._damaged(step, reason)
-        tree = packing.unpack(loaded, abstract, packs)
-        changed = [n for n, digest in digests.tree_digest(tree).items() if digest != saved[n][2]]
+        tree = array_digests.unpack(loaded, abstract, packs)
+        digests = array_digests.tree_digest(tree)
+        changed = [n for n, digest in digests.items() if digest != saved[n][2]]
         if changed:
             raise self._damaged(step, f"{changed[0]} is not as it was saved")
         return tree
@@ -248,3 +349,111 @@ class Checkpoints:
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
+
+
+# Where a run goes on: the anchor that it began with, and the newest state that is whole.
+
+
+# Of a tensor's largest element: bfloat16 rounds by 2^-8 = 4e-3. Other weights differ far more.
+_ROUNDING = 1e-2
+
+
+def keep_anchor(directory: Path, anchor: PyTree, fingerprint: str = "") -> PyTree:
+    """Saves the anchor when a run begins; later, makes sure that it is still the same.
+
+    What is computed of it (a zero-shot head) may come out rounded otherwise on another machine:
+    where the fingerprints are the same, the run goes on with the anchor that it began with.
+
+    Args:
+      directory: where it is kept, with its digests and fingerprint.
+      anchor: the weights that the config gives now, on their devices.
+      fingerprint: of the pretrained checkpoint that they come from; "" where there is none.
+
+    Returns:
+      The anchor of the run: `anchor`, or the saved one where they differ by rounding.
+
+    Raises:
+      UserError: if other weights, or another head, are now where the run's anchor was.
+    """
+    with Checkpoints(directory, keep=1) as kept:
+        if kept.steps:
+            try:
+                return _same(kept, anchor, fingerprint)
+            except DamagedCheckpoint as error:
+                kept.set_aside(0, error)
+        kept.save(0, anchor, details={"fingerprint": fingerprint})
+    return anchor
+
+
+def _same(kept: Checkpoints, anchor: PyTree, fingerprint: str) -> PyTree:
+    record, now = kept.record(0), describe(anchor)
+    before, same_files = record["leaves"], record["details"]["fingerprint"] == fingerprint
+    changed = [n for n in sorted(before.keys() | now) if before.get(n) != now.get(n)]
+    if not changed and same_files:
+        return anchor
+    alike = [n for n in changed if before.get(n, [])[:2] == now.get(n, [])[:2]]
+    if fingerprint and same_files and alike == changed:
+        saved = kept.restore(0, anchor)
+        ours, theirs = named_leaves(anchor), named_leaves(saved)
+        if all(_close(ours[n], theirs[n]) for n in changed):
+            return saved
+    what = f"{len(changed)} tensors, from {changed[0]} on" if changed else "the text tower"
+    raise UserError(
+        f"the pretrained weights or their head are not those that this run began with: {what}, "
+        f"changed; give the same ones (see {kept.directory}), or choose another --workdir"
+    )
+
+
+def _close(a: jax.Array, b: jax.Array) -> bool:
+    """Whether the two differ by rounding alone."""
+    return bool(jnp.max(jnp.abs(a - b)) <= _ROUNDING * jnp.max(jnp.abs(b)))
+
+
+def resume(
+    states: Checkpoints,
+    merges: Checkpoints,
+    state_like: PyTree,
+    merged_like: PyTree,
+    last_merge: Callable[[int], int],
+    needs_merged: Callable[[int], bool],
+) -> tuple[PyTree, PyTree]:
+    """The newest training state that is whole, and the last merged model before it.
+
+    Where that merged model is damaged or missing, and needed, an older state makes it again.
+
+    Args:
+      states: the run's training states.
+      merges: its merged models.
+      state_like: shapes, dtypes and places of a state.
+      merged_like: those of a merged model.
+      last_merge: step -> the step of the last merge up to it; 0 where there is none.
+      needs_merged: step -> whether a run that goes on from there reads its last merged model.
+
+    Returns:
+      (state, merged); None each where there is none.
+
+    Raises:
+      UserError: if there were states and none can be gone on from.
+    """
+    at_most = None
+    while (found := states.restore_newest(state_like, at_most)) is not None:
+        step, state = found
+        merge = last_merge(step)
+        if merge in merges.steps:
+            try:
+                return state, merges.restore(merge, merged_like)
+            except DamagedCheckpoint as error:
+                merges.set_aside(merge, error)
+        if not merge or not needs_merged(step):
+            return state, None
+        del found, state  # An older one takes its place in memory.
+        at_most = merge - 1
+        if is_main():
+            print(f"the merge of step {merge} is made again, from the state before it", flush=True)
+    if at_most is not None:
+        raise UserError(
+            f"the merged model {at_most + 1} in {merges.directory} is not whole, and no training "
+            "state from before it is kept; put back a copy of it, or remove "
+            f"{merges.directory.parent} to train from the start"
+        )
+    return None, None

@@ -13,10 +13,10 @@ import pytest
 
 from modelstock_jax.merging import model_stock
 from modelstock_jax.training import sharding
-from modelstock_jax.training.communication import collectives
-from modelstock_jax.training.methods.optimizer import make_optimizer
+from modelstock_jax.training.cost_analysis import collectives
+from modelstock_jax.training.optimizer import make_optimizer
 from modelstock_jax.training.state import Reference, init_state
-from modelstock_jax.training.step import make_train_step, mean_gradient
+from modelstock_jax.training.train_step import make_train_step, mean_gradient
 from tests.training import tiny
 
 STEPS = 20

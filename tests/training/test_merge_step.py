@@ -10,9 +10,9 @@ import pytest
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import model_stock, model_stock_carried, uniform_mean
-from modelstock_jax.training.merge import merge_opt_state, steps_between_merges
-from modelstock_jax.training.methods.optimizer import make_optimizer
-from modelstock_jax.training.persistence.checkpoints import Checkpoints
+from modelstock_jax.training.checkpoints import Checkpoints
+from modelstock_jax.training.merge_step import merge_opt_state, steps_between_merges
+from modelstock_jax.training.optimizer import make_optimizer
 from modelstock_jax.training.sharding import put_batch
 from modelstock_jax.training.state import Reference, replicate
 from tests.training import tiny

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from modelstock_jax.training.persistence.digests import describe, json_digest, tree_digest
+from modelstock_jax.training.array_digests import describe, json_digest, tree_digest
 
 SHAPE = (3, 5)
 DTYPES = {

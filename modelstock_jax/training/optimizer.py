@@ -11,8 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.methods.projections import fast_trainable_projection
-from modelstock_jax.training.methods.trained import Trained, leaf_names
+from modelstock_jax.training.projections import fast_trainable_projection
+from modelstock_jax.training.state import Trained, leaf_names
 
 Schedule = Callable[..., jax.Array]
 Hyper = Mapping[str, jax.Array]

@@ -1,8 +1,8 @@
 """What a replica minimises: loss functions (params, batch, reference) -> (loss, metrics).
 
-A loss that is a mean over examples may be taken in parts (`step.mean_gradient`); it draws nothing
-at random, so that the parts do not change it. `reference` holds the pretrained weights for those
-that compare with them, and the numbers that are this replica's own (`per_replica`).
+A loss that is a mean over examples may be taken in parts (`train_step.mean_gradient`); it draws
+nothing at random, so that the parts do not change it. `reference` holds the pretrained weights for
+those that compare with them, and the numbers that are this replica's own (`finetune`).
 """
 
 from __future__ import annotations

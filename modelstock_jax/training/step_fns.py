@@ -18,13 +18,12 @@ from ml_collections import ConfigDict
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import zero_noise
 from modelstock_jax.training import sharding
-from modelstock_jax.training.hosts.feed import spread
-from modelstock_jax.training.merge import make_merge
-from modelstock_jax.training.methods.objectives import Loss
-from modelstock_jax.training.methods.optimizer import make_optimizer, reads_pretrained
-from modelstock_jax.training.methods.trained import Trained
-from modelstock_jax.training.state import Reference, TrainState, init_state
-from modelstock_jax.training.step import Augment, Execution, make_train_step
+from modelstock_jax.training.losses import Loss
+from modelstock_jax.training.merge_step import make_merge
+from modelstock_jax.training.optimizer import make_optimizer, reads_pretrained
+from modelstock_jax.training.sharding import spread
+from modelstock_jax.training.state import Reference, Trained, TrainState, init_state
+from modelstock_jax.training.train_step import Augment, Execution, make_train_step
 
 PyTree = Any
 EXECUTIONS = ("auto", "vmap", "map")

@@ -9,15 +9,9 @@ import optax
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from modelstock_jax.training.methods.objectives import (
-    context_aware,
-    contrastive,
-    cross_entropy,
-    with_l2_sp,
-)
-from modelstock_jax.training.methods.text_side import with_captions
-from modelstock_jax.training.methods.trained import biases_and_head, freeze, head_only, leaf_names
-from modelstock_jax.training.state import Reference
+from modelstock_jax.training.classifier import with_captions
+from modelstock_jax.training.losses import context_aware, contrastive, cross_entropy, with_l2_sp
+from modelstock_jax.training.state import Reference, biases_and_head, freeze, head_only, leaf_names
 from tests.training import tiny
 
 PIXELS, EMBEDDING, CLASSES, CONTEXTS, BATCH = 6, 3, 4, 5, 7

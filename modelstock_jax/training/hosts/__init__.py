@@ -1,1 +1,0 @@
-"""One run of one process or of many."""

@@ -1,1 +1,0 @@
-"""Ways to fine-tune: what is minimised, what moves, and how far."""

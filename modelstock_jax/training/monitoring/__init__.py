@@ -1,1 +1,0 @@
-"""How a run goes: metrics, events, and replicas that are not finite."""
