@@ -10,9 +10,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Loading, eval_batches
 from modelstock_jax.errors import UserError
+from modelstock_jax.merging import distance
+from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.multihost import in_order
 from modelstock_jax.training.sharding import held, place, spread
@@ -211,3 +214,52 @@ def make_evaluator(
         return accuracies
 
     return evaluate
+
+
+# Rows of results: each model's accuracy on every set of a benchmark.
+
+
+class Measure:
+    """Rows of results: each model's accuracy on every set of a benchmark.
+
+    Attributes:
+      num_images: that a row takes, of all sets.
+    """
+
+    def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
+        """Prepares the evaluator for the classifiers of one architecture."""
+        self._anchor, self._data = anchor, data
+        most = config.evaluation.max_shift_images
+        self._sets = [data.test, *(s.take(most or len(s)) for s in data.shifts.values())]
+        if data.real is not None:
+            self._sets.append(data.real)
+        self.num_images = sum(len(image_set) for image_set in self._sets)
+        self._evaluate = classifier_evaluator(config, anchor, mesh)
+
+    def row(
+        self,
+        method: str,
+        params: PyTree,
+        *,
+        measured: Callable[[int], None] = lambda images: None,
+        **details: Any,
+    ) -> dict[str, Any]:
+        """A row as `reporting.rows.make_row` gives it.
+
+        Args:
+          method: the row's.
+          params: whole on every process.
+          measured: told how many images of this row are done.
+          **details: go into the row.
+        """
+        data, accuracy = self._data, self._evaluate(params, self._sets, measured)
+        if data.real is not None:
+            details["real"] = accuracy[data.real.name]
+        if "distance_to_anchor" not in details:
+            details["distance_to_anchor"] = float(distance(self._anchor.params, params))
+        return make_row(
+            method,
+            id=accuracy[data.test.name],
+            shifts={name: accuracy[s.name] for name, s in data.shifts.items()},
+            **details,
+        )

@@ -1,7 +1,6 @@
 """A whole run: train, merge, evaluate every method on every set, write the results."""
 
 from modelstock_jax.experiment.dry_run import dry_run
-from modelstock_jax.experiment.evaluate import evaluate_checkpoint
-from modelstock_jax.experiment.run import run
+from modelstock_jax.experiment.run import evaluate_checkpoint, run
 
 __all__ = ["dry_run", "evaluate_checkpoint", "run"]

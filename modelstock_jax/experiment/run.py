@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 from ml_collections import ConfigDict
+from rich.console import Console
 
-from modelstock_jax.experiment import export, results
-from modelstock_jax.experiment.agreement import check_same
+from modelstock_jax.data.user_cache import cache_directory
+from modelstock_jax.errors import UserError
+from modelstock_jax.evaluation import Measure, classifier_evaluator
+from modelstock_jax.experiment import results
 from modelstock_jax.experiment.comparison import Comparison
-from modelstock_jax.experiment.learning_rate import choose_learning_rate
-from modelstock_jax.experiment.opening import check_data, classify, open_data
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import open_anchor, pretrain
+from modelstock_jax.experiment.setup import check_data, check_same, classify, open_all, open_data
 from modelstock_jax.experiment.workdir import claim, release
+from modelstock_jax.fileio import write_json
+from modelstock_jax.reporting.progress import Progress
+from modelstock_jax.reporting.tables import mean_and_error, screen_table
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
+from modelstock_jax.training.checkpoints import Checkpoints
+from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
 from modelstock_jax.training.launcher import use_cores
 from modelstock_jax.training.metrics import counted
+from modelstock_jax.training.sharding import make_mesh, spread, whole_sharding
 from modelstock_jax.training.stages import probe
 from modelstock_jax.training.step_fns import mesh_of, use_compilation_cache
+
+# The choice of the learning rate, on the in-distribution validation set and nothing else.
+
+
+def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) -> float:
+    """Trains unmerged replicas at each of `search.learning_rates`; keeps the best on validation.
+
+    No test set and no shift is looked at. Writes learning_rate.json and prints the table.
+
+    Returns:
+      The rate with the highest mean validation accuracy over replicas.
+    """
+    _, data, anchor = open_all(config, workdir / "heads")
+    anchor = probe(config, anchor, data, workdir)
+    tried: dict[float, list[float]] = {}
+    for rate in config.search.learning_rates:
+        one = config.copy_and_resolve_references()
+        one.merge.every = "never"
+        one.optimizer.learning_rate = rate
+        programs = finetuning_programs(one, anchor, data)
+        name = f"learning_rate_{rate:g}"
+        trainer = finetuning_trainer(one, anchor, data, programs, workdir, name, timeline)
+        replicas = multihost.whole(trainer.run().state.params)
+        evaluate = classifier_evaluator(config, anchor, programs.mesh)
+        with timeline.phase("evaluate"):
+            models = (jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(one.num_replicas))
+            tried[rate] = [
+                evaluate(anchor.classify(model), [data.validation])[data.validation.name]
+                for model in models
+            ]
+    best = max(tried, key=lambda rate: sum(tried[rate]))
+    if not multihost.is_main():
+        return best
+    rows = [{"learning_rate": rate, "validation": found} for rate, found in tried.items()]
+    write_json(workdir / "learning_rate.json", {"rows": rows, "best": best})
+    console = Console()
+    for rate, accuracies in tried.items():
+        mean, error = mean_and_error(accuracies)
+        chosen = "  <- best" if rate == best else ""
+        console.print(
+            f"learning rate {rate:<8g} validation {mean:.2f} % "
+            f"± {error or 0:.2f} over {len(accuracies)} replicas{chosen}",
+            highlight=False,
+        )
+    return best
 
 
 def run(
@@ -72,7 +128,7 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
     """Trains and compares every seed; writes the results and the merged model."""
     check_data(config)
     pretrained = open_anchor(config)
-    export.check(config, pretrained)
+    results.check_export(config, pretrained)
     data = open_data(config)
     anchor = classify(config, pretrained, data, workdir / "heads")
     probed = probe(config, anchor, data, workdir)
@@ -88,7 +144,7 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
     with timeline.phase("export"):
         if merged is not None:
             rows = [documents[0]["rows"][0], documents[1]["rows"][-1]]
-            export.export(
+            results.export(
                 workdir / "model",
                 config,
                 pretrained,
@@ -99,3 +155,73 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
                 command,
             )
         results.write(workdir, config, documents)
+
+
+# Evaluation of one checkpoint on every set.
+
+
+def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
+    """Evaluates any checkpoint that the code can read; prints the table and returns the row.
+
+    Nothing is written but the zero-shot head, in the user's cache directory.
+
+    Args:
+      config: names the data, and the anchor and the objective of a run's checkpoints.
+      path: a CLIP as `config.pretrained` names one (a directory or a hub id; without a head it
+        gets the zero-shot one), or a step of a run's Orbax checkpoints of merged weights.
+
+    Raises:
+      UserError: if there is no such checkpoint, or it does not fit the data.
+    """
+    if not path:
+        raise UserError("--mode=eval needs --checkpoint=DIR")
+    check_options(config)
+    use_cores(config)
+    use_compilation_cache(config.compute.compilation_cache)
+    check_same(config, checkpoint=path)
+    directory, details = Path(path), {}
+    _check_place(directory)
+    is_step = directory.name.isdigit() and directory.is_dir()
+    if not is_step:
+        config = config.copy_and_resolve_references()
+        config.pretrained = path
+        details["distance_to_anchor"] = None  # It is the model itself that is measured.
+    _, data, anchor = open_all(config, _heads())
+    mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
+    params = anchor.params
+    if is_step:
+        start = anchor.start(config)
+        everywhere = jax.tree.map(lambda _: whole_sharding(mesh), start)
+        with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
+            restored = checkpoints.restore(int(directory.name), spread(start, everywhere))
+        params = anchor.classify(multihost.whole(restored))
+    measure = Measure(config, anchor, data, mesh)
+    with Progress(
+        "evaluate", measure.num_images, unit="images", enabled=multihost.is_main()
+    ) as progress:
+        row = measure.row(
+            directory.name, params, measured=progress.update, seed=None, cost=None, **details
+        )
+    if multihost.is_main():
+        screen_table([row])
+    return row
+
+
+def _check_place(path: Path) -> None:
+    """Parts of a run's workdir that are no models, and are easily taken for one."""
+    if (path / "runs").is_dir() and (path / "model").is_dir():
+        raise UserError(f"{path} is a run's workdir; its merged model is {path / 'model'}")
+    if path.name.isdigit() and path.parent.name == "state":
+        raise UserError(f"{path} is a training state; the merged models of that run are the "
+                        f"numbers in {path.parent.parent / 'merged'}")
+
+
+def _heads() -> Path | None:
+    """Where heads are kept between evaluations; None where the user's cache cannot be written."""
+    place = cache_directory() / "heads"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        writable = os.access(place, os.W_OK)
+    except OSError:
+        writable = False
+    return place if multihost.agree(writable) else None  # Process 0 is the one that writes.

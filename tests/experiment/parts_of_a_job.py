@@ -126,7 +126,7 @@ def restored(directory: str) -> list[bool]:
 def different_configs(number: int) -> None:
     """Process 1 has another learning rate."""
     from configs import glyphs
-    from modelstock_jax.experiment.agreement import check_same
+    from modelstock_jax.experiment.setup import check_same
 
     config = glyphs.get_config()
     config.optimizer.learning_rate += number

@@ -7,7 +7,7 @@ import pytest
 
 from configs import default
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment import export
+from modelstock_jax.experiment import results
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.reporting.tables import make_row
 from tests.models import small
@@ -37,7 +37,7 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
         ratios,
         "python launch.py --workdir=runs/b32",
     )
-    export.export(tmp_path / "model", *arguments)
+    results.export(tmp_path / "model", *arguments)
     places = {"hugging_face": "model", "open_clip": "model_open_clip", "openai": "model_openai"}
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*places.values(), "anchor"])
     for layout, place in places.items():
@@ -61,13 +61,13 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
             assert part in card, part
     # A directory that is there is left alone; one that is not is added.
     (tmp_path / "model" / "README.md").write_text("mine")
-    export.export(tmp_path / "model", *arguments)
+    results.export(tmp_path / "model", *arguments)
     assert (tmp_path / "model" / "README.md").read_text() == "mine"
 
 
 def test_what_cannot_be_exported_is_said_before_training():
     with pytest.raises(UserError, match="export.layouts: layout 'onnx' is not known; write in one"):
-        export.check(config_of("onnx"), CHECKPOINT)
+        results.check_export(config_of("onnx"), CHECKPOINT)
     with pytest.raises(UserError, match="export.layouts: OpenAI's layout has no config.*is 3, not"):
-        export.check(config_of("hugging_face", "openai"), small.checkpoint(small.config()))
-    export.check(config_of("hugging_face", "open_clip", "openai"), CHECKPOINT)
+        results.check_export(config_of("hugging_face", "openai"), small.checkpoint(small.config()))
+    results.check_export(config_of("hugging_face", "open_clip", "openai"), CHECKPOINT)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import folder
 from modelstock_jax.experiment import evaluate_checkpoint
-from modelstock_jax.experiment.learning_rate import choose_learning_rate
+from modelstock_jax.experiment.run import choose_learning_rate
 from modelstock_jax.reporting.timeline import Timeline
 from tests.data.made_images import write_folders
 from tests.experiment import small_run

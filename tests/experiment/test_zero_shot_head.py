@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import chex
@@ -14,7 +15,6 @@ from configs import default
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment import evaluate
 from modelstock_jax.models import checkpoint_io, zero_shot
 from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.checkpoints import Checkpoints
@@ -99,9 +99,10 @@ def test_a_merged_model_of_flyp_is_evaluated_under_the_head_that_its_own_text_to
         return make_row(method, id=0.0, shifts={})
 
     measure = SimpleNamespace(num_images=1, row=row)
-    monkeypatch.setattr(evaluate, "Measure", lambda *_: measure)
-    monkeypatch.setattr(evaluate, "_heads", lambda: None)
-    evaluate.evaluate_checkpoint(config, str(tmp_path / "merged/3"))
+    run = importlib.import_module("modelstock_jax.experiment.run")  # The package has `run` too.
+    monkeypatch.setattr(run, "Measure", lambda *_: measure)
+    monkeypatch.setattr(run, "_heads", lambda: None)
+    run.evaluate_checkpoint(config, str(tmp_path / "merged/3"))
     (measured,) = seen
     chex.assert_trees_all_equal(measured, anchor.classify(tuned))
 
