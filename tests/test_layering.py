@@ -154,7 +154,7 @@ def test_this_tree():
             "checkpoint_merge/a.py:1: checkpoint_merge may not import training",
         ),
         ("errors.py", "import numpy\n", "errors.py:1: errors may not import numpy"),
-        ("models/clip.py", "import modelstock_jax.experiment\n", "models/clip.py:1: clip imports"),
+        ("models/clip.py", "import modelstock_jax.experiment\n", "models/clip.py:1: models imp"),
         ("data/a.py", "from modelstock_jax import model_stock\n", "data/a.py:1: import modelstock"),
         ("data/utils.py", "", "data/utils.py:1: "),
         ("data/a.py", "x = 1\n" * 601, "data/a.py:601: longer"),

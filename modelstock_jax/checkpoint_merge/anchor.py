@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.casts import FLOATS, narrow, widen
-from modelstock_jax.checkpoint_merge.decide import Planned, is_classifier
-from modelstock_jax.checkpoint_merge.finite import escaped
+from modelstock_jax.checkpoint_merge.kernels import FLOATS, escaped, narrow, widen
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import AdaptedSource, Source
+from modelstock_jax.checkpoint_merge.tensor_plan import Planned, is_classifier
 from modelstock_jax.errors import listed
 from modelstock_jax.merging import anchor_rounding, geometry
 

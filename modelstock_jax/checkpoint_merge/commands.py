@@ -15,17 +15,16 @@ from typing import Any
 
 from rich.console import Console
 
-from modelstock_jax.checkpoint_merge import card, heads, quantization, screen
-from modelstock_jax.checkpoint_merge.config import read_config
-from modelstock_jax.checkpoint_merge.drawing import Drawing
+from modelstock_jax.checkpoint_merge import display, hf_config, quantization
+from modelstock_jax.checkpoint_merge.executor import Report, measure, run
+from modelstock_jax.checkpoint_merge.hf_config import read_config
 from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.output import check_out
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
-from modelstock_jax.checkpoint_merge.recipe import Recipe, read_recipe
-from modelstock_jax.checkpoint_merge.report import document, ratios
-from modelstock_jax.checkpoint_merge.run import Report, measure, run
-from modelstock_jax.checkpoint_merge.settings import schedule
+from modelstock_jax.checkpoint_merge.plot_process import Drawing
+from modelstock_jax.checkpoint_merge.recipe import Recipe, read_recipe, schedule
+from modelstock_jax.checkpoint_merge.report import card, document, library_name, ratios
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
-from modelstock_jax.checkpoint_merge.workplace import check_out
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import plain, write_json, write_text
 from modelstock_jax.reporting.progress import Meter
@@ -84,7 +83,7 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     if arguments.json:
         _print_json(documents[0] | {"out": arguments.out, "seconds": report.seconds})
     else:
-        screen.show_merge(documents[0], report, arguments.out, Console())
+        display.show_merge(documents[0], report, arguments.out, Console())
 
 
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -114,7 +113,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             "anchor_rounding": plan.rounding, "notes": _notes(plan),
         })  # fmt: skip
     else:
-        screen.show_comparison(report.rows, summary, Console())
+        display.show_comparison(report.rows, summary, Console())
 
 
 def _out(arguments: argparse.Namespace) -> str | None:
@@ -170,7 +169,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(arguments).items() if name in fields
     }  # fmt: skip
     if "num_heads" in asked:
-        asked["num_heads"] = heads.parse_num_heads(asked["num_heads"])
+        asked["num_heads"] = hf_config.parse_num_heads(asked["num_heads"])
     if len(asked.get("density", ())) == 1:
         asked["density"] = asked["density"][0]
     return asked
@@ -178,7 +177,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _options(asked: dict[str, Any], base: Source) -> Options:
     if asked.get("unit") == "head" and "num_heads" not in asked:
-        asked["num_heads"] = heads.num_heads(base.directory, base.tensors)
+        asked["num_heads"] = hf_config.num_heads(base.directory, base.tensors)
     return Options(**asked)
 
 
@@ -222,15 +221,15 @@ def _digests(
 def _write(directory: Path, made: dict[str, Any], name: str) -> None:
     """Writes report and card into the finished directory."""
     write_json(directory / REPORT, made)
-    library = card.library_name(directory)
-    write_text(directory / CARD, card.card(made, name=name, library=library))
+    library = library_name(directory)
+    write_text(directory / CARD, card(made, name=name, library=library))
 
 
 def _print_plan(plan: Plan, arguments: argparse.Namespace, notes: Sequence[str]) -> None:
     if arguments.out:
         check_out(plan, arguments.out, overwrite=arguments.overwrite)
     if not arguments.json:
-        screen.show_plan(plan, arguments.out or "(no --out)", Console())
+        display.show_plan(plan, arguments.out or "(no --out)", Console())
         return
     _print_json({
         "base": plan.base.label if plan.anchored else None,

@@ -2,18 +2,121 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Protocol
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.chunks import Layout
+from modelstock_jax.checkpoint_merge.kernels import Layout
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.checkpoint_merge.ties import Trim, measure_trim
+from modelstock_jax.checkpoint_merge.tensor_plan import Planned
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.anchor_rounding import correct_gram
-from modelstock_jax.merging.rules import Solution
+from modelstock_jax.merging.rules import Solution, unit_row
+
+# TIES-Merging (2306.01708): trim, elect signs, mean of those that agree; in bounded memory.
+
+
+Reduce = Callable[[Callable[[np.ndarray, np.ndarray], np.ndarray]], np.ndarray]
+
+_HALF = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Trim:
+    """What TIES keeps of a unit, and how it weighs it.
+
+    Attributes:
+        least: Bits of the least magnitude that is kept of each task vector, [N] uint32.
+        weights: [N].
+        scale: Lambda.
+        normalize: Whether to divide by the weights of those that agree.
+    """
+
+    least: np.ndarray
+    weights: np.ndarray
+    scale: float
+    normalize: bool
+
+    def merge(self, deltas: np.ndarray) -> np.ndarray:
+        """Lambda sum_i c_i d_i / sum_i c_i, over the kept d_i whose sign is the sum's; [N, n]."""
+        kept = np.zeros(deltas.shape, deltas.dtype)
+        for row, delta, least, weight in zip(kept, deltas, self.least, self.weights, strict=True):
+            np.multiply(delta, deltas.dtype.type(weight), out=row, where=magnitude(delta) >= least)
+        agree = np.where(kept.sum(axis=0) >= 0, kept > 0, kept < 0)
+        merged = np.where(agree, kept, 0).sum(axis=0)
+        if self.normalize:
+            weights = self.weights.astype(deltas.dtype)[:, None]
+            divisor = np.where(agree, weights, 0).sum(axis=0)
+            merged /= np.where(np.abs(divisor) < 1e-8, 1, divisor)
+        merged *= deltas.dtype.type(self.scale)
+        return merged
+
+
+def magnitude(delta: np.ndarray) -> np.ndarray:
+    """Bits of |d| as float32: whole numbers in the order of the magnitudes.
+
+    Example:
+        >>> magnitude(np.array([-2.0, 1.0, 0.0])).argsort().tolist()
+        [2, 1, 0]
+    """
+    return delta.astype(np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
+
+
+def measure_trim(
+    reduce: Reduce,
+    count: int,
+    density: Sequence[float] | np.ndarray,
+    weights: np.ndarray,
+    scale: float,
+    normalize: bool,
+) -> Trim:
+    """Finds the magnitude of the k-th largest number of each task vector, k = density * count.
+
+    Exact, by two histograms of the magnitudes' bits (upper half, then lower half within the bin
+    that holds the k-th). Numbers as large as the k-th are all kept.
+
+    Args:
+        reduce: Sums a function of (w0 [n], deltas [N, n]) over the unit's pieces.
+        count: Numbers in the unit.
+        density: In (0, 1], one a task vector.
+        weights: [N].
+        scale: Lambda.
+        normalize: See `Trim`.
+    """
+    least = np.zeros(len(weights), np.uint32)
+    if min(density) < 1:
+        ranks = np.maximum(1, (np.asarray(density) * count).astype(np.int64))
+        upper, left = _select(reduce(lambda _, d: _histogram(magnitude(d) >> 16)), ranks)
+
+        def within(_, deltas):
+            bits = magnitude(deltas)
+            return np.stack([_counts(b[b >> 16 == u] & 0xFFFF)
+                             for b, u in zip(bits, upper, strict=True)])
+
+        lower, _ = _select(reduce(within), left)
+        least = (upper << 16 | lower).astype(np.uint32)
+        least[np.asarray(density) >= 1] = 0
+    return Trim(least, weights, scale, normalize)
+
+
+def _histogram(halves: np.ndarray) -> np.ndarray:
+    return np.stack([_counts(row) for row in halves])
+
+
+def _counts(halves: np.ndarray) -> np.ndarray:
+    return np.bincount(halves, minlength=_HALF)
+
+
+def _select(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bin of the k-th largest, [N], and its rank among the numbers of that bin."""
+    above = counts[:, ::-1].cumsum(axis=1)
+    place = (above >= ranks[:, None]).argmax(axis=1)
+    before = np.where(place > 0, above[np.arange(len(place)), place - 1], 0)
+    return (counts.shape[1] - 1 - place).astype(np.uint32), ranks - before
 
 
 class Measured(Protocol):
@@ -188,3 +291,84 @@ def combine(
         total += vector
     total += vectors[0]
     return total
+
+
+# What a merge measured, as rows of plain Python values.
+
+
+Row = dict[str, Any]
+_DISTANCES = ("replica", "mean", "merged")
+
+
+def tensor_rows(
+    key: str, members: Iterable[Planned], solved: Solved, *, anchored: bool = True
+) -> dict[str, Row]:
+    """The rows of a unit's tensors, by name; tensors of one unit differ in name and shape alone.
+
+    What a method does not define is None: the ratio and the merged weights' distance of TIES and
+    slerp; the ratio of negative weights, whose sum says nothing about how far the merged weights
+    are from the base; every angle, norm and distance where there is no base.
+
+    Args:
+        key: Of the unit.
+        members: Its tensors.
+        solved: What was found of it.
+        anchored: Whether there is a base.
+    """
+    solution = solved.solution
+    distance = {name: _root_sum_square(values) if anchored else None
+                for name, values in zip(_DISTANCES, solution.distance, strict=True)}
+    shared: Row = {"cosines": _pairwise(solved.gram), "predicted_distance": distance}
+    if not solved.has_ratio:
+        shared["ratio"] = distance["merged"] = None
+    elif (solution.coefficient < 0).any():
+        shared["ratio"] = None
+    if not anchored:
+        shared |= {"cosine": None, "angle": None, "ratio": None, "norms": [], "cosines": []}
+    rows = {}
+    for member in members:
+        row = unit_row(member.name, key, solution.cosine, solution.ratio, solution.norm,
+                       solution.policy)
+        rows[member.name] = {**row, "shape": list(member.shape), **shared}
+    return rows
+
+
+def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float | None]]:
+    """Units that met each policy, and predicted distances of the whole model, None where unknown.
+
+    A unit counts once, however many tensors share it.
+    """
+    units = {row["unit"]: row for row in rows}.values()
+    policies: collections.Counter[str] = collections.Counter()
+    for row in units:
+        policies.update(row["policies"])
+    distance: dict[str, float | None] = {}
+    for name in _DISTANCES:
+        known = [far for row in units if (far := row["predicted_distance"][name]) is not None]
+        distance[name] = math.sqrt(sum(far**2 for far in known)) if known else None
+    return dict(policies), distance
+
+
+def _pairwise(gram: np.ndarray) -> list[list[float | None]]:
+    """Cosine of each two task vectors, the mean over units where both moved; None where none did.
+
+    Example:
+        >>> _pairwise(np.array([[1.0, 1.0], [1.0, 4.0]])[..., None])
+        [[1.0, 0.5], [0.5, 1.0]]
+    """
+    norms = np.sqrt(np.einsum("iik->ik", gram))
+    moved = norms > 0
+    both = moved[:, None] & moved[None]
+    safe = np.where(moved, norms, 1.0)
+    cosines = np.where(both, gram / safe[:, None] / safe[None], 0.0).sum(axis=-1)
+    number = both.sum(axis=-1)
+    found = [[float(np.clip(c / n, -1.0, 1.0)) if n else None for c, n in zip(*row, strict=True)]
+             for row in zip(cosines, number, strict=True)]
+    for i, row in enumerate(found):
+        row[i] = row[i] and 1.0
+    return found
+
+
+def _root_sum_square(distances: np.ndarray) -> float | None:
+    known = distances[distances >= 0]
+    return float(np.sqrt(np.sum(known**2))) if known.size else None

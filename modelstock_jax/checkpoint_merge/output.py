@@ -2,19 +2,314 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
+import shutil
+import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.components import stored_name
+from modelstock_jax.checkpoint_merge.kernels import escaped
+from modelstock_jax.checkpoint_merge.methods import Row
 from modelstock_jax.checkpoint_merge.plan import Plan
-from modelstock_jax.checkpoint_merge.tally import Tally
-from modelstock_jax.checkpoint_merge.workplace import Workplace
-from modelstock_jax.tensor_files.writer import ShardWriter, write_json
+from modelstock_jax.checkpoint_merge.sources import Source, stored_name
+from modelstock_jax.errors import UserError
+from modelstock_jax.fileio import write_json
+from modelstock_jax.tensor_files.digests import digest_file
+from modelstock_jax.tensor_files.formats import shown
+from modelstock_jax.tensor_files.writer import (
+    ExistsError,
+    ShardWriter,
+    refuse_existing,
+    take_place,
+    write_indented_json,
+)
+
+# The directory in which a merge is made: beside its final place, and found again after a kill.
+
+
+_STATE = "merge_state.json"
+_LOCK = "merge.lock"
+_SPARE = 16 * 2**20  # for headers, config, tokenizer, report and pictures
+
+
+class OccupiedError(UserError):
+    """Another process made the output directory first; the message says how to continue."""
+
+
+class Workplace:
+    """Where a merge's files lie until all of them are there.
+
+    Its name follows from the plan's fingerprint, so that the same command finds it again.
+
+    Args:
+        plan: Of the merge.
+        out: The final directory. Of a link, what it leads to is made or replaced; the link stays.
+        overwrite: Whether it may be replaced.
+
+    Raises:
+        UserError: `out` is, holds or lies in an input, exists, or cannot be made; another process
+            is making this merge; the disk has too little room.
+    """
+
+    def __init__(self, plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False):
+        self._plan, self._overwrite = plan, overwrite
+        self.out, self.path = _places(plan, out, overwrite)
+        self._saving = threading.Lock()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / _LOCK, "w")
+        except OSError as error:
+            why = f"cannot be written ({error.strerror})"
+            raise UserError(f"{shown(self.out)}: {why}; choose another directory.") from None
+        ours = locked(self._lock)
+        if ours is False:
+            self._lock.close()
+            raise UserError(f"{shown(self.out)}: another process is making this merge.")
+        if ours is None and sys.stderr is not None:
+            print(f"note: the file system of {shown(self.out)} has no locks: give no other merge "
+                  "this --out meanwhile", file=sys.stderr)
+        self.rows: dict[str, Row] = {}
+        self.digests = self._complete()
+        self.resumed = tuple(sorted(self.digests))
+        try:
+            self._check_room()
+        except UserError:
+            self.leave()
+            raise
+
+    def save(self, file: str, digest: str) -> None:
+        """Notes that a file of tensors is complete, with the rows of all units solved so far."""
+        with self._saving:
+            self.digests[file] = digest
+            self._write_state()
+
+    def commit(self) -> None:
+        """Gives the directory its final name; it must hold everything.
+
+        Raises:
+            OccupiedError: Another process has made `out` since this merge began.
+            UserError: It cannot be flushed or renamed.
+        """
+        try:
+            refuse_existing(self.out, overwrite=self._overwrite)
+            for name in (_STATE, _LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            take_place(self.path, self.out, self._overwrite)
+        except ExistsError:
+            how = "give the same command with --overwrite (in a program, overwrite=True) to replace"
+            if not self.out.is_dir():
+                how = "move it away and give the same command again to replace"
+            raise OccupiedError(
+                f"{shown(self.out)}: another process made it during this merge; {how} it. The "
+                "merged files are kept, so nothing is computed again."
+            ) from None
+        self._lock.close()
+        self._remove_stale()
+
+    def leave(self, *, keep: bool = True) -> None:
+        """Leaves without the final name; keeps the files that are complete, if any."""
+        if keep and self.digests:
+            for file in self._strangers(self.digests):
+                file.unlink(missing_ok=True)
+            if not (self.path / _STATE).exists():  # `commit` did not come to its end.
+                with contextlib.suppress(UserError):
+                    self._write_state()
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+    def _write_state(self) -> None:
+        state = {"fingerprint": self._plan.fingerprint, "digests": self.digests,
+                 "rows": dict(self.rows)}
+        write_json(self.path / _STATE, state)
+
+    def _complete(self) -> dict[str, str]:
+        """Files that an earlier run finished and that are still what they were."""
+        try:
+            state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
+            same = state["fingerprint"] == self._plan.fingerprint
+            digests = {name: state["digests"][name] for name in self._plan.files
+                       if same and name in state["digests"]}
+            rows = dict(state["rows"])
+        except (OSError, ValueError, KeyError, TypeError):
+            digests, rows = {}, {}
+        whole = {name: digest for name, digest in digests.items()
+                 if (self.path / name).is_file() and _digest(self.path / name, digest) == digest}
+        done = {tensor for file, tensors in zip(self._plan.files, self._plan.shards, strict=True)
+                if file in whole for tensor in tensors}
+        self.rows = {name: row for name, row in rows.items() if name in done}
+        for file in self._strangers(whole):
+            file.unlink(missing_ok=True)
+        return whole
+
+    def _strangers(self, whole: Mapping[str, str]) -> Iterable[Path]:
+        """Files of tensors here that are not known to be complete."""
+        kept = {self.path / name for name in (*whole, _STATE, _LOCK)}
+        return [path for path in self.path.rglob("*") if path.is_file() and path not in kept]
+
+    def _check_room(self) -> None:
+        done = sum((self.path / name).stat().st_size for name in self.digests)
+        _refuse_full(self.out, self._plan.bytes_written - done + _SPARE, self.path)
+
+    def _remove_stale(self) -> None:
+        """Removes what other, unfinished merges to the same place left, where none is at work."""
+        for path in self.out.parent.glob(f".{escaped(self.out.name)}.*.merge"):
+            try:
+                with open(path / _LOCK, "a") as lock:
+                    if locked(lock):
+                        shutil.rmtree(path, ignore_errors=True)
+            except OSError:
+                continue
+
+
+def check_out(plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raises a `Workplace`'s errors for a plan that is only shown; makes nothing.
+
+    Args:
+        plan: Of the merge.
+        out: The directory that would be written.
+        overwrite: Whether it may be replaced.
+
+    Raises:
+        UserError: `out` is an input, exists or cannot be made; the disk has too little room.
+    """
+    place, path = _places(plan, out, overwrite)
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{shown(place)}: cannot be written (Permission denied); choose another "
+                        "directory.")
+    done = sum((path / name).stat().st_size for name in plan.files if (path / name).is_file())
+    _refuse_full(place, plan.bytes_written - done + _SPARE, nearest)
+
+
+def _places(plan: Plan, out: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Path]:
+    """The final directory, and the one next to it in which the merge is made."""
+    place = Path(os.path.realpath(out))
+    refuse_inputs(place, plan.sources)
+    _refuse_impossible(place)
+    refuse_existing(place, overwrite=overwrite)
+    return place, place.parent / f".{place.name}.{plan.fingerprint[:16]}.merge"
+
+
+def _refuse_full(out: Path, needed: int, disk: Path) -> None:
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise UserError(
+            f"{out}: {needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are "
+            "free; free some or choose another disk."
+        )
+
+
+def locked(file: TextIO) -> bool | None:
+    """Locks an open file for this process, without waiting.
+
+    Returns:
+        Whether the lock is this process's; None where the file system has no locks, as some
+        network and FUSE file systems.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _refuse_impossible(out: Path) -> None:
+    """Raises where no directory could take the name `out` when the merge ends."""
+    if os.path.islink(out):
+        raise UserError(f"{shown(out)}: a link that leads to itself; choose a directory.")
+    if _is_mounted(out):
+        raise UserError(f"{shown(out)}: a mount point, which a new directory cannot replace; give "
+                        f"a directory in it: {shown(out / 'merged')}")
+    for parent in out.parents:
+        if os.path.exists(parent) and not os.path.isdir(parent):
+            raise UserError(f"{shown(out)}: {shown(parent)} is a file, so no directory can be made "
+                            "in it; choose another directory.")
+
+
+def _is_mounted(path: Path) -> bool:
+    if os.path.ismount(path):
+        return True
+    # A directory of one file system that is mounted elsewhere on it is found only here.
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    name = str(path)
+    for character in "\\ \t\n":
+        name = name.replace(character, f"\\{ord(character):03o}")
+    return any(line.split(" ")[4:5] == [name] for line in lines)
+
+
+def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:
+    """Raises where `out` is an input, holds one or lies in one."""
+    place = Path(os.path.realpath(out))
+    for source in sources:
+        taken = {Path(os.path.realpath(path)) for path in source.files}
+        if source.directory is not None:
+            # In the hub's cache the files are links: what holds the links is an input as well.
+            taken |= {path.parent for path in taken} | {Path(os.path.realpath(source.directory))}
+        if place in taken:
+            how = "is"
+        elif any(place in path.parents for path in taken):
+            how = "holds"
+        elif source.directory is not None and any(path in place.parents for path in taken):
+            how = "lies in"
+        else:
+            continue
+        raise UserError(f"{out}: {how} the input {source.label}; choose a directory apart from it.")
+
+
+def _digest(path: Path, like: str) -> str:
+    kind = like.partition(":")[0]
+    return f"{kind}:{digest_file(path, kind)}"
+
+
+# Bytes that are done, and the word to stop.
+
+
+class Stopped(Exception):
+    """Another worker failed: this one's work is not wanted."""
+
+
+class Tally:
+    """Counts bytes, tells them, and stops the workers when one has failed."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None = None):
+        self.total, self.read, self.written = total, 0, 0
+        self._skipped = 0
+        self._progress, self._lock = progress, threading.Lock()
+        self.stopped = threading.Event()
+
+    def add(self, *, read: int = 0, written: int = 0) -> None:
+        """Counts; raises `Stopped` where the merge was stopped."""
+        if self.stopped.is_set():
+            raise Stopped
+        with self._lock:
+            self.read += read
+            self.written += written
+            self._tell()
+
+    def skip(self, count: int) -> None:
+        """Counts bytes that an earlier start has read and written."""
+        with self._lock:
+            self._skipped += count
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            done = self.read + self.written + self._skipped
+            self._progress(min(done, self.total), self.total)
 
 
 class Output:
@@ -67,7 +362,7 @@ class Output:
             size = sum(self._plan.tensors[name].num_bytes for name in places)
             stored = {stored_name(name, self._plan.components): Path(file).name
                       for name, file in places.items()}
-            write_json(self._workplace.path / index, {
+            write_indented_json(self._workplace.path / index, {
                 "metadata": {"total_size": size}, "weight_map": dict(sorted(stored.items())),
             })
 

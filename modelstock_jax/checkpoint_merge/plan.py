@@ -14,13 +14,12 @@ import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.anchor import Examination, examine
-from modelstock_jax.checkpoint_merge.chunks import PIECE, WORKING_SET, piece_length
-from modelstock_jax.checkpoint_merge.companions import Companions, decide_companions
-from modelstock_jax.checkpoint_merge.components import prefix_of
-from modelstock_jax.checkpoint_merge.decide import Planned, decide
-from modelstock_jax.checkpoint_merge.match import Findings, match
+from modelstock_jax.checkpoint_merge.auxiliary_files import Companions, decide_companions
+from modelstock_jax.checkpoint_merge.kernels import PIECE, WORKING_SET, piece_length
+from modelstock_jax.checkpoint_merge.matching import Findings, match
 from modelstock_jax.checkpoint_merge.options import METHODS, Options
-from modelstock_jax.checkpoint_merge.sources import Source
+from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
+from modelstock_jax.checkpoint_merge.tensor_plan import Planned, decide
 from modelstock_jax.tensor_files.reader import BITS
 
 # The index of a variant, as transformers and diffusers name it: model.safetensors.index.fp16.json.

@@ -15,10 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantized_formats as formats
-from modelstock_jax.checkpoint_merge.buffers import is_index
-from modelstock_jax.checkpoint_merge.components import prefix_of
-from modelstock_jax.checkpoint_merge.match import same_numbers
-from modelstock_jax.checkpoint_merge.names import TensorInfo
+from modelstock_jax.checkpoint_merge.matching import same_numbers
 from modelstock_jax.checkpoint_merge.quantized_formats import (
     CONFIG_KEYS,
     FLOAT8,
@@ -29,7 +26,8 @@ from modelstock_jax.checkpoint_merge.quantized_formats import (
     Stated,
     stated,
 )
-from modelstock_jax.checkpoint_merge.sources import Source
+from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
+from modelstock_jax.checkpoint_merge.tensor_names import TensorInfo, is_index
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging.anchor_rounding import half_ulp_square
 

@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelstock_jax.checkpoint_merge.config import read_config
-from modelstock_jax.checkpoint_merge.names import TensorInfo
+from modelstock_jax.checkpoint_merge.hf_config import read_config
+from modelstock_jax.checkpoint_merge.tensor_names import TensorInfo
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import read_json
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from modelstock_jax import __version__
-from modelstock_jax.checkpoint_merge.depth import ROLES, role
+from modelstock_jax.checkpoint_merge.executor import Report
+from modelstock_jax.checkpoint_merge.hf_config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan
-from modelstock_jax.checkpoint_merge.run import Report
+from modelstock_jax.checkpoint_merge.sources import MODULES, PIPELINE
+from modelstock_jax.checkpoint_merge.tensor_names import ROLES, role
+from modelstock_jax.tensor_files.hub import HUB_ID
 
 FORMAT = 1
 PACKAGES = ("numpy", "ml_dtypes")
@@ -102,3 +107,154 @@ def versions() -> dict[str, str]:
     """What the numbers depend on."""
     found = {package: version(package) for package in PACKAGES}
     return {"modelstock_jax": __version__, "python": platform.python_version(), **found}
+
+
+# README.md of a merged checkpoint: a model card that Hugging Face's hub reads.
+
+
+PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
+METHODS = {
+    "stock": f"Model Stock ({PAPER})",
+    "weighted-stock": f"Model Stock ({PAPER}), each fine-tune weighted by its own noise",
+    "uniform": "the plain mean of the fine-tunes",
+    "linear": "a weighted mean of the fine-tunes",
+    "wise-ft": "[WiSE-FT](https://arxiv.org/abs/2109.01903)",
+    "task-arithmetic": "[task arithmetic](https://arxiv.org/abs/2212.04089)",
+    "ties": "[TIES](https://arxiv.org/abs/2306.01708)",
+    "slerp": "spherical interpolation",
+}
+
+
+def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
+    """The card's text.
+
+    Args:
+      document: as `report.document` gives it.
+      name: the model's title.
+      library: `library_name` for the metadata, as `library_name` finds it; None leaves it out.
+
+    Returns:
+      Markdown with YAML front matter.
+    """
+    inputs = [*filter(None, [document["base"]]), *document["models"]]
+    method, unit = document["options"]["method"], document["options"]["unit"]
+    names = [hub_id(source["model"]) for source in inputs]
+    front = {
+        "library_name": library,
+        "base_model": sorted({n for n in names if n}, key=names.index) or None,
+        "base_model_relation": "merge" if any(names) else None,
+        "tags": ["merge", "model-stock", "modelstock-jax"]
+        if "stock" in method else ["merge", "modelstock-jax"],
+    }  # fmt: skip
+    lines = ["---"]
+    # A JSON string or list is YAML too, and needs no rules for quoting.
+    lines += [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
+    lines += ["---", "", f"# {name}", ""]
+    lines += [f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
+              "", *_setup(document, inputs)]
+    lines += ["", "## Ratios", ""]
+    lines += _ratios(document)
+    if document["base"] is not None:
+        drawn = "Angle and norm" if len(document["models"]) > 1 else "Norm"
+        lines += [f"![{drawn} of each tensor's update over the depth of the network](angles.png)",
+                  "", "Every tensor's angle, ratio and policy: `merge_report.json`.", ""]
+    notes = [*document["notes"], *(note for source in inputs for note in source["notes"])]
+    if notes:
+        lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
+    lines += ["## Made by", "", "```", document["command"], "```", ""]
+    lines += ["| file | digest |", "|---|---|"]
+    for source in inputs:
+        lines += [f"| `{source['model']}`: {f} | `{d}` |" for f, d in source["files"].items()]
+    lines += [f"| this model: {f} | `{d}` |" for f, d in document["outputs"].items()]
+    versions = ", ".join(f"{package} {n}" for package, n in document["versions"].items())
+    return "\n".join([*lines, "", versions]) + "\n"
+
+
+def merged(document: Mapping[str, Any], quote: str = "") -> str:
+    """What was merged: the number of models, and of which base where there is one.
+
+    Example:
+      >>> merged({"models": [1, 2], "base": None}), merged({"models": [1], "base": {"model": "b"}})
+      ('2 models', '1 fine-tune of b')
+    """
+    count, base = len(document["models"]), document["base"]
+    what = f"{count} {_model(document)}{'s' if count > 1 else ''}"
+    return what if base is None else f"{what} of {quote}{base['model']}{quote}"
+
+
+def hub_id(label: str) -> str | None:
+    """The hub's name of an input, or None for a path.
+
+    Example:
+      >>> hub_id("org/name@main"), hub_id("./run1/model")
+      ('org/name', None)
+    """
+    found = HUB_ID.fullmatch(label.split("+")[0])
+    return found["repo"] if found and not Path(found["repo"]).exists() else None
+
+
+def library_name(directory: Path) -> str | None:
+    """The library that opens a checkpoint, by the files next to its tensors."""
+    config = read_config(directory) or {}
+    if "_class_name" in config:
+        return "diffusers"
+    if "pretrained_cfg" in config:
+        return "timm"
+    known = {PIPELINE: "diffusers", MODULES: "sentence-transformers",
+             "open_clip_config.json": "open_clip", CONFIG: "transformers"}
+    return next((name for file, name in known.items() if (directory / file).is_file()), None)
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value)
+    return f"`{text}`" if len(text) < 200 else "by tensor, see `merge_report.json`"
+
+
+def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the models and of the options that are not at their defaults."""
+    lines = ["| | |", "|---|---|"]
+    for i, source in enumerate(inputs, 0 if document["base"] else 1):
+        lines.append(f"| {f'{_model(document)} {i}' if i else 'base'} | `{source['model']}` |")
+    others = {k: v for k, v in document["options"].items() if k not in ("method", "unit")}
+    return lines + [f"| {key.replace('_', ' ')} | {_value(v)} |" for key, v in others.items()]
+
+
+def _method(document: Mapping[str, Any]) -> str:
+    text = METHODS[document["options"]["method"]]
+    return text if document["base"] else text.replace("fine-tunes", "models")
+
+
+def _model(document: Mapping[str, Any]) -> str:
+    return "model" if document["base"] is None else "fine-tune"
+
+
+def _ratios(document: Mapping[str, Any]) -> list[str]:
+    lines = ["t = 0 is the base, t = 1 the mean of the fine-tunes.", ""]
+    method, alpha = (document["options"].get(key) for key in ("method", "alpha"))
+    if document["ratios"]:
+        lines += ["| | tensors | least | median | largest |", "|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| {kind} | {v['tensors']} | {v['min']:.3f} | {v['median']:.3f} | {v['max']:.3f} |"
+            for kind, v in document["ratios"].items()
+        ]
+    else:
+        none = document["base"] is None or method in ("ties", "slerp", "task-arithmetic")
+        lines[:2] = ["This method has no ratio." if none else f"t = {alpha:g} for every tensor."
+                     if method == "wise-ft" else "No tensor has an angle."]
+    policies = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in
+                         sorted(document["policies"].items(), key=lambda item: -item[1]))
+    lines += ["", f"Units by policy: {policies or 'none'}."]
+    if left := len(document["not_merged"]):
+        lines[-1] += f" Not merged: {left} tensor{'s' if left > 1 else ''}."
+    return [*lines, ""]
+
+
+def _unit(unit: str) -> str:
+    return {
+        "tensor": "each tensor",
+        "layer": "each layer (q, k and v joined)",
+        "filter": "each output channel",
+        "head": "each attention head",
+        "block": "each transformer block",
+        "global": "the whole model",
+    }[unit]

@@ -21,7 +21,7 @@ from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import (
     new_directory,
-    write_json,
+    write_indented_json,
     write_tensors,
     write_text,
 )
@@ -138,7 +138,7 @@ def save(
         raise UserError(f"{directory}: labels without a head.")
     with new_directory(directory, overwrite=overwrite) as beside:
         for name, document in documents.items():
-            write_json(beside / name, document)
+            write_indented_json(beside / name, document)
         chosen.write(beside, tensors, max_shard_bytes)
         if head:
             write_tensors(beside / HEAD_FILE, head)

@@ -85,7 +85,8 @@ def write_directory_tensors(
         write_tensors(directory / file, shard)
         places.update(dict.fromkeys(shard, file))
     total = sum(t.nbytes for t in tensors.values())
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_indented_json(directory / INDEX, index)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,7 +98,7 @@ def write_text(path: Path, text: str) -> None:
         flush(file.fileno())
 
 
-def write_json(path: Path, value: object) -> None:
+def write_indented_json(path: Path, value: object) -> None:
     """Writes JSON, indented, with a last newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from modelstock_jax.checkpoint_merge.executor import Report, run
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
-from modelstock_jax.checkpoint_merge.run import Report, run
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_directory_tensors

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.buffers import is_counter, is_index
 from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.tensor_names import is_counter, is_index
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_directory_tensors
 from tests.checkpoint_merge.engine import models

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from modelstock_jax.checkpoint_merge import commands, workplace
+from modelstock_jax.checkpoint_merge import commands, output
 from modelstock_jax.checkpoint_merge.cli import main
 from modelstock_jax.reporting.progress import Meter
 from modelstock_jax.tensor_files.reader import TensorFiles
@@ -199,9 +199,9 @@ def test_a_dry_run_has_the_errors_of_the_merge(say, models, tmp_path, where, mon
     elif where == "in a file":
         (tmp_path / "file").write_text("")
     elif where == "full":
-        monkeypatch.setattr(workplace.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+        monkeypatch.setattr(output.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
     elif where == "read-only":  # Tests may run as root, whom no mode stops.
-        monkeypatch.setattr(workplace.os, "access", lambda path, mode: False)
+        monkeypatch.setattr(output.os, "access", lambda path, mode: False)
         monkeypatch.setattr(Path, "mkdir", denied)
     before = sorted(tmp_path.rglob("*"))
     found = [say("merge", *models, "--out", out, *dry) for dry in (["--dry-run"], [])]

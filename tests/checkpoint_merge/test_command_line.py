@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from modelstock_jax.checkpoint_merge.arguments import parsers
-from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.cli import main, parsers
 from modelstock_jax.checkpoint_merge.options import METHODS
-from modelstock_jax.checkpoint_merge.spelling import near
+from modelstock_jax.errors import near
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.engine import SHAPES
 from tests.checkpoint_merge.small import llama, llama_shapes
@@ -225,7 +224,7 @@ def test_an_option_that_a_command_lacks_is_not_advised(say):
 
 def test_no_option_of_ours_is_said_to_be_of_another_tool(say):
     """Whoever adds an option that is in the table removes it there."""
-    from modelstock_jax.checkpoint_merge.spelling import elsewhere
+    from modelstock_jax.checkpoint_merge.cli import elsewhere
 
     for parser in parsers()[1].values():
         for option in parser._option_string_actions:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge import output
+from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import make_plan
-from modelstock_jax.checkpoint_merge.run import run
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.tensor_files.writer import write_directory_tensors
 from tests.checkpoint_merge.typed import load, stock, tensors, trio, weights, write

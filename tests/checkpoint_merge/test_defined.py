@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge import commands
-from modelstock_jax.checkpoint_merge.picture import picture
+from modelstock_jax.checkpoint_merge.plot import picture
 from tests.checkpoint_merge.typed import SHAPES, load, tensors, trio, weights, write
 
 TWO = {"stock": [], "weighted-stock": [], "uniform": [], "linear": ["--weights", "1,3"],

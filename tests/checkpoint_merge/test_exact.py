@@ -10,8 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.casts import FLOATS, narrow, widen
-from modelstock_jax.checkpoint_merge.chunks import Layout, products
+from modelstock_jax.checkpoint_merge.kernels import FLOATS, Layout, narrow, products, widen
 from modelstock_jax.tensor_files.reader import DTYPES
 from tests.checkpoint_merge.engine import (
     deltas,
@@ -121,10 +120,10 @@ _LARGE = """
 import sys
 import numpy as np
 from pathlib import Path
-from modelstock_jax.checkpoint_merge.casts import narrow
+from modelstock_jax.checkpoint_merge.kernels import narrow
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import make_plan
-from modelstock_jax.checkpoint_merge.run import run
+from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.tensor_files.writer import ShardWriter
 

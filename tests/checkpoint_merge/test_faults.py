@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.checkpoint_merge.run import run
+from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.engine import (

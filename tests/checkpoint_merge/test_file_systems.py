@@ -14,14 +14,14 @@ import pytest
 
 from modelstock_jax import fileio
 from modelstock_jax import fileio as reporting
-from modelstock_jax.checkpoint_merge import workplace
-from modelstock_jax.checkpoint_merge.run import run
-from modelstock_jax.checkpoint_merge.workplace import OccupiedError
+from modelstock_jax.checkpoint_merge import output
+from modelstock_jax.checkpoint_merge.executor import run
+from modelstock_jax.checkpoint_merge.output import OccupiedError
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files import writer
 from tests.checkpoint_merge.engine import models, plan, save
 from tests.checkpoint_merge.small import llama
-from tests.checkpoint_merge.test_run import contents
+from tests.checkpoint_merge.test_executor import contents
 
 ROOT = Path(__file__).parents[2]
 UNSUPPORTED = ["EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP"]
@@ -135,7 +135,7 @@ def test_single_files_and_reports_are_written_without_flushes(tmp_path, monkeypa
     for call in ("fsync", "chmod"):
         fails(monkeypatch, os, call, "ENOSYS")
     writer.write_tensors(tmp_path / "w.safetensors", models()[0])
-    writer.write_json(tmp_path / "a.json", [1])
+    writer.write_indented_json(tmp_path / "a.json", [1])
     reporting.write_json(tmp_path / "b.json", [1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json", "w.safetensors"]
 
@@ -201,7 +201,7 @@ def test_a_mount_on_its_own_file_system_is_found(tmp_path, monkeypatch):
     real = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: line if str(path).startswith(
         "/proc/self") else real(path, *a, **k))
-    assert workplace._is_mounted(place) and not workplace._is_mounted(tmp_path / "a")
+    assert output._is_mounted(place) and not output._is_mounted(tmp_path / "a")
 
 
 @pytest.mark.parametrize(("out", "said"), [

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from modelstock_jax.checkpoint_merge.heads import num_heads, parse_num_heads
+from modelstock_jax.checkpoint_merge.hf_config import num_heads, parse_num_heads
 from modelstock_jax.errors import UserError
 
 CLIP = ["vision_model.encoder.layers.0.self_attn.q_proj.weight", "text_model.x", "logit_scale"]

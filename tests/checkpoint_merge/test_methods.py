@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge import run as engine
-from modelstock_jax.checkpoint_merge.chunks import Layout
+from modelstock_jax.checkpoint_merge import executor as engine
+from modelstock_jax.checkpoint_merge.kernels import Layout
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import (
     UNITS,

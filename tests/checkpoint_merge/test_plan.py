@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
+from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.checkpoint_merge.run import run
 from modelstock_jax.errors import UserError
 from tests.checkpoint_merge.engine import SHAPES, merge, models, numbers, plan, save, total
 

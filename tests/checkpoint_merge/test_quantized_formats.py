@@ -11,8 +11,8 @@ import pytest
 
 from modelstock_jax.checkpoint_merge import quantization, quantized_formats
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.checkpoint_merge.names import TensorInfo
 from modelstock_jax.checkpoint_merge.sources import open_source
+from modelstock_jax.checkpoint_merge.tensor_names import TensorInfo
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_directory_tensors
 

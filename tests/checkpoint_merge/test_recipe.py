@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from modelstock_jax.checkpoint_merge.recipe import parse, read_recipe
-from modelstock_jax.checkpoint_merge.settings import schedule
+from modelstock_jax.checkpoint_merge.recipe import parse, read_recipe, schedule
 from modelstock_jax.errors import UserError
 
 STOCK = """

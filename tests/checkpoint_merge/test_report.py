@@ -9,12 +9,11 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from modelstock_jax.checkpoint_merge.card import card, hub_id
-from modelstock_jax.checkpoint_merge.depth import place, role
-from modelstock_jax.checkpoint_merge.drawing import WORTH_A_PROCESS, Drawing
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.checkpoint_merge.picture import COLOURS, picture
-from modelstock_jax.checkpoint_merge.report import asked, ratios
+from modelstock_jax.checkpoint_merge.plot import COLOURS, picture
+from modelstock_jax.checkpoint_merge.plot_process import WORTH_A_PROCESS, Drawing
+from modelstock_jax.checkpoint_merge.report import asked, card, hub_id, ratios
+from modelstock_jax.checkpoint_merge.tensor_names import place, role
 
 DIGEST = "0" * 64
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge import workplace
-from modelstock_jax.checkpoint_merge.run import run
+from modelstock_jax.checkpoint_merge import output
+from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.errors import UserError
 from tests.checkpoint_merge.engine import merge, models, plan, save
-from tests.checkpoint_merge.test_run import contents
+from tests.checkpoint_merge.test_executor import contents
 
 ROOT = Path(__file__).parents[2]
 # Enough tensors and files for kills to fall everywhere; units over files too.
@@ -28,7 +28,7 @@ OPTIONS = {"unit": "layer", "max_shard_bytes": 5 * 128 * 128 * 4, "threads": 2}
 COMMAND = """
 import sys, json
 from tests.checkpoint_merge.engine import plan
-from modelstock_jax.checkpoint_merge.run import run
+from modelstock_jax.checkpoint_merge.executor import run
 from pathlib import Path
 root = Path(sys.argv[1])
 made = plan([root / n for n in ("base", "ft1", "ft2")], **json.loads(sys.argv[2]))
@@ -86,10 +86,10 @@ class _Killed(BaseException):
 
 def _stop_after(made, out: Path, share: float, monkeypatch) -> Path:
     """Runs until a share of the bytes is done, and leaves what a killed process would leave."""
-    from modelstock_jax.checkpoint_merge import workplace
+    from modelstock_jax.checkpoint_merge import output
 
     with monkeypatch.context() as patched:
-        patched.setattr(workplace.Workplace, "leave", lambda self, keep=True: self._lock.close())
+        patched.setattr(output.Workplace, "leave", lambda self, keep=True: self._lock.close())
         patched.setattr("modelstock_jax.checkpoint_merge.output.Output.abandon", lambda self:
                         self._finisher.shutdown())
 
@@ -129,7 +129,7 @@ def test_what_could_not_take_its_name_is_not_made_again(tmp_path, monkeypatch):
         raise UserError("out: cannot be written (Input/output error).")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workplace, "take_place", refused)
+        patch.setattr(output, "take_place", refused)
         with pytest.raises(UserError, match="Input/output error.. What is complete is kept"):
             run(made, tmp_path / "out")
     report = run(made, tmp_path / "out")

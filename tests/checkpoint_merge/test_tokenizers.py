@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from modelstock_jax.checkpoint_merge import tokens
+from modelstock_jax.checkpoint_merge import consistency
 from modelstock_jax.checkpoint_merge.recipe import parse
 from modelstock_jax.errors import UserError
 from tests.checkpoint_merge.small import adapter, factors
@@ -242,11 +242,11 @@ def test_the_tokenizers_of_two_layouts_are_compared(say, tmp_path):
 def test_equal_files_are_not_parsed_and_others_once(tmp_path, monkeypatch):
     """A tokenizer.json of 250,000 tokens takes half a second."""
     parsed = []
-    monkeypatch.setattr(tokens, "_vocabulary", lambda path: parsed.append(path) or {})
+    monkeypatch.setattr(consistency, "_vocabulary", lambda path: parsed.append(path) or {})
     files = [ids("model.vocab", names) for names in (("<u>",), ("<v>",))]
     for order, times in (((0, 0, 0), 0), ((0, 1, 1), 2)):
         places = [write(tmp_path / f"{order}{i}", files[k]) for i, k in enumerate(order)]
-        tokens.read_tokens([SimpleNamespace(tokenizer_directory=place) for place in places])
+        consistency.read_tokens([SimpleNamespace(tokenizer_directory=place) for place in places])
         assert len(parsed) == times
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.arguments import parsers
+from modelstock_jax.checkpoint_merge.cli import parsers
 from modelstock_jax.checkpoint_merge.options import DTYPES, METHODS
 from modelstock_jax.tensor_files.writer import write_tensors
 from tests.checkpoint_merge.small import factors

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from modelstock_jax.checkpoint_merge.arguments import parsers
+from modelstock_jax.checkpoint_merge.cli import parsers
 from modelstock_jax.studies.catalogue import STUDIES
 from tests.docs.blocks import ROOT, simple_commands
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from modelstock_jax.checkpoint_merge.ties import measure_trim
+from modelstock_jax.checkpoint_merge.methods import measure_trim
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import (
     Policy,

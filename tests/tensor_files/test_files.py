@@ -217,7 +217,7 @@ def test_the_umask_is_not_touched(tmp_path, monkeypatch):
 
 
 def test_half_a_surrogate_pair_survives(tmp_path):
-    writer.write_json(tmp_path / "config.json", {"é": "\ud83d"})
+    writer.write_indented_json(tmp_path / "config.json", {"é": "\ud83d"})
     assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"é": "\ud83d"}
 
 

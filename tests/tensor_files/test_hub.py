@@ -66,7 +66,7 @@ def hub(tmp_path_factory):
     """A hub with one model: its address, and the paths that were asked for."""
     source = tmp_path_factory.mktemp("source")
     writer.write_tensors(source / "model.safetensors", {"w": np.arange(6.0)})
-    writer.write_json(source / "config.json", {"model_type": "clip"})
+    writer.write_indented_json(source / "config.json", {"model_type": "clip"})
     for name in ("unet/model.safetensors", "text[1]/config.json"):
         (source / name).parent.mkdir()
         writer.write_tensors(source / name, {"w": np.ones(2)})

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from modelstock_jax.checkpoint_merge.companions import Companions, copy_companions
+from modelstock_jax.checkpoint_merge.auxiliary_files import Companions, copy_companions
 from modelstock_jax.checkpoint_merge.sources import PATTERNS
 from modelstock_jax.errors import UserError
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import commonprefix
 from typing import NamedTuple
 
 from modelstock_jax.errors import listed
@@ -314,3 +316,159 @@ def _parts(name: str) -> list[str]:
 
 def _alike(a: TensorInfo, b: TensorInfo) -> bool:
     return a.shape == b.shape
+
+
+# Roles of tensors by their names: index-like buffers, masks, counters, and embeddings.
+
+
+# What a model computes from its config and never trains. They are numbers of positions, masks and
+# tables of frequencies, in whatever dtype a library stored them. `mask_token` and `freqs` alone are
+# weights in some models, so only these endings count.
+_INDEX = re.compile(
+    r"(?:.*[._])?(?:ids|idx|index|indices|inv_freq|inv_freqs|freqs_cis|cos_cached|sin_cached|"
+    r"masked_bias|relative_coords_table)"
+)
+_MASK = re.compile(r"(?:.*[._])?mask")
+
+# GPT-2's causal mask: a buffer with a weight's name, known by its shape [1, 1, n, n].
+_CAUSAL = re.compile(r"(?:.*\.)?attn(?:ention)?\.bias")
+_EMBEDDING = re.compile(r"(?:.*[./])?(?:\w*emb\w*|wte|shared|lm_head)(?:\.weight)?")
+_NO_EMBEDDING = re.compile(r"pos|type|patch|relative|time|label")
+_COUNTER = re.compile(
+    r"(?:.*[._])?(?:num_batches_tracked|num_updates|n_averaged|num_steps|global_step|step|steps|"
+    r"count|counter|iteration|iterations|epoch)"
+)
+
+
+def is_index(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a buffer of indices, frequencies or a mask: it has no mean.
+
+    Example:
+        >>> is_index("text_model.embeddings.position_ids", (1, 77))
+        True
+        >>> is_index("rotary_emb.inv_freq", (32,)), is_index("vit.embeddings.mask_token", (1, 1, 8))
+        (True, False)
+    """
+    if _CAUSAL.fullmatch(name):
+        return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_counter(name: str, shape: tuple[int, ...], integer: bool) -> bool:
+    """Whether a tensor counts batches or updates: the models' numbers differ, the largest is kept.
+
+    A single integer is a counter whatever its name; a single float only by its name.
+
+    Example:
+        >>> is_counter("layer1.bn.num_batches_tracked", (), True)
+        True
+        >>> is_counter("model_ema.num_updates", (1,), False), is_counter("logit_scale", (), False)
+        (True, False)
+    """
+    single = all(length == 1 for length in shape)
+    return single and (integer or _COUNTER.fullmatch(name) is not None)
+
+
+def is_mask(name: str) -> bool:
+    """Whether a tensor is a mask by its name; only its numbers tell it from a trained one.
+
+    Example:
+        >>> is_mask("text.attn_mask"), is_mask("embeddings.mask_token")
+        (True, False)
+    """
+    return _MASK.fullmatch(name) is not None
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor has a row per token of a vocabulary, by its name.
+
+    Example:
+        >>> is_embedding("model.embed_tokens.weight"), is_embedding("position_embeddings.weight")
+        (True, False)
+    """
+    return _EMBEDDING.fullmatch(name) is not None and not _NO_EMBEDDING.search(name)
+
+
+# Where a tensor stands in its network and what it does there, by its name.
+
+
+# In the order of tables and legends.
+ROLES = ("attention", "MLP", "norms", "biases", "embeddings and head", "other")
+_BLOCK = re.compile(r"(?P<tower>.*?)\.(?:block_)?(?P<block>\d+)(?:\.|$)")
+_BEFORE = re.compile(r"embed|wte|wpe|patch|conv1|conv_in|pre_l|ln_pre|class_token|time_")
+
+_PATTERNS = (
+    ("norms", re.compile(r"norm|(?:^|[._])ln(?:[._]|$)|ln_\w+|\bbn\d*\b|layer_scale")),
+    ("biases", re.compile(r"bias$|_b$")),
+    ("attention", re.compile(r"att(?:n|ention)|[._][qkv]_?proj|\bto_[qkv]\b")),
+    ("MLP", re.compile(r"mlp|feed_?forward|\bff\b|\bffn\b|fc\d|experts|dense|c_proj|c_fc")),
+    (
+        "embeddings and head",
+        re.compile(r"embed|wte|wpe|lm_head|classifier|projection|head|\bproj$"),
+    ),
+)
+# At the end of a network: a block's number before it is another layer's.
+_CLASSIFIER = re.compile(
+    r"(?!.*\.\d+\..*)(?:.*[./])?(?:\w*classifi\w*|score|heads?|fc|qa_outputs|last_linear|"
+    r"pre_logits|logits)\.(?:.*\.)?(?:weight|bias)|(?:.*\.)?classifier\.\d+\.(?:weight|bias)|"
+    r"head\.safetensors:.*"
+)
+
+
+class Place(NamedTuple):
+    """A tensor's tower, and its depth there."""
+
+    tower: str
+    depth: float  # the block's number; -1 before the blocks, inf after them
+
+
+def place(names: Sequence[str]) -> list[Place]:
+    """Gives each tensor its tower (what stands before the first number) and its block there.
+
+    A tensor with no number goes before or after the blocks of the tower whose name is most alike.
+
+    Args:
+      names: of all tensors of a model.
+
+    Returns:
+      A `Place` for each, in order.
+
+    Example:
+      >>> names = ["model.embed.weight", "model.layers.0.w", "model.layers.1.w", "model.norm.w"]
+      >>> [p.depth for p in place(names)]
+      [-1.0, 0.0, 1.0, inf]
+    """
+    found = [_BLOCK.match(name) for name in names]
+    blocks = defaultdict(set)
+    for match in found:
+        if match:
+            blocks[match["tower"]].add(match["block"])
+    towers = [tower for tower, numbers in blocks.items() if len(numbers) > 1] or list(blocks)
+    places = []
+    for name, match in zip(names, found, strict=True):
+        if match and match["tower"] in towers:
+            places.append(Place(match["tower"], float(match["block"])))
+        else:
+            nearest = max(towers, key=lambda tower: len(commonprefix((tower, name))), default="")
+            places.append(Place(nearest, -1.0 if _BEFORE.search(name) else math.inf))
+    return places
+
+
+def role(name: str) -> str:
+    """What a tensor does: attention, MLP, norms, biases, ..., by its name.
+
+    Example:
+      >>> role("model.layers.3.self_attn.q_proj.weight"), role("h.0.ln_1.weight")
+      ('attention', 'norms')
+    """
+    return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "other")
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a name is that of a classification head.
+
+    Example:
+        >>> is_classifier("head.safetensors:weight"), is_classifier("vit.encoder.layer.0.fc.weight")
+        (True, False)
+    """
+    return _CLASSIFIER.fullmatch(name) is not None

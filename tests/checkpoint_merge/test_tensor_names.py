@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.checkpoint_merge.names import TensorInfo, renames
+from modelstock_jax.checkpoint_merge.tensor_names import TensorInfo, renames
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_directory_tensors
 from tests.checkpoint_merge.engine import deltas, models, stock_ratio

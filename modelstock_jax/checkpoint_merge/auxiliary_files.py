@@ -10,37 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax.checkpoint_merge import quantization
-from modelstock_jax.checkpoint_merge.agreement import (
+from modelstock_jax.checkpoint_merge.config_edits import (
+    by_folder,
+    check_labels,
+    config_changes,
+    written_dtypes,
+)
+from modelstock_jax.checkpoint_merge.consistency import (
     TEMPLATES,
     compare_configs,
+    compare_ids,
     compare_processors,
     compare_tokenizers,
     read_object,
+    read_tokens,
 )
-from modelstock_jax.checkpoint_merge.components import (
+from modelstock_jax.checkpoint_merge.hf_config import CONFIG, KEYS, read_config, set_dtype, updated
+from modelstock_jax.checkpoint_merge.matching import Findings
+from modelstock_jax.checkpoint_merge.options import Options, model_index
+from modelstock_jax.checkpoint_merge.sources import (
+    ENDINGS,
     HEAD_PREFIX,
+    LICENCES,
     MODULES,
     PIPELINE,
+    Source,
     folders,
     tokenizer_folders,
 )
-from modelstock_jax.checkpoint_merge.config import (
-    CONFIG,
-    KEYS,
-    read_config,
-    set_dtype,
-    updated,
-)
-from modelstock_jax.checkpoint_merge.decide import Planned
-from modelstock_jax.checkpoint_merge.edits import by_folder, config_changes, written_dtypes
-from modelstock_jax.checkpoint_merge.labels import check_labels
-from modelstock_jax.checkpoint_merge.match import Findings
-from modelstock_jax.checkpoint_merge.options import Options, model_index
-from modelstock_jax.checkpoint_merge.sources import ENDINGS, LICENCES, Source
-from modelstock_jax.checkpoint_merge.tokens import compare_ids, read_tokens
+from modelstock_jax.checkpoint_merge.tensor_plan import Planned
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import PICKLES, read_json
-from modelstock_jax.tensor_files.writer import write_json
+from modelstock_jax.tensor_files.writer import write_indented_json
 
 _NOT_COPIED = ("adapter_config.json", "merge_report.json")
 _OF_QUANTIZATION = (quantization.QUANT_FILE, "quantize_config.json", "quanto_qmap.json",
@@ -282,7 +283,7 @@ def _rewrite_configs(companions: Companions, directory: Path) -> None:
         made = quantization.without_keys(config) if folder in companions.plain else config
         made = updated(made, companions.changes.get(folder, {}))
         if made != config:
-            write_json(directory / folder / CONFIG, made)
+            write_indented_json(directory / folder / CONFIG, made)
     for folder, dtype in companions.dtypes.items():
         set_dtype(directory / folder, dtype)
 
@@ -300,7 +301,7 @@ def _take_template(tokenizer: Path, directory: Path) -> None:
     if ours and theirs.get(_TEMPLATE) != ours.get(_TEMPLATE):
         ours.pop(_TEMPLATE, None)
         kept = {_TEMPLATE: theirs[_TEMPLATE]} if _TEMPLATE in theirs else {}
-        write_json(directory / _PROCESSOR, ours | kept)
+        write_indented_json(directory / _PROCESSOR, ours | kept)
 
 
 def _copy(source: Path, directory: Path, wanted: Callable[[str], bool]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.depth import ROLES, place, role
+from modelstock_jax.checkpoint_merge.tensor_names import ROLES, place, role
 from modelstock_jax.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, draw
 
 COLOURS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY), strict=True))

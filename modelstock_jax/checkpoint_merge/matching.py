@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.buffers import is_embedding, is_index
-from modelstock_jax.checkpoint_merge.components import is_pipeline
-from modelstock_jax.checkpoint_merge.config import read_config
-from modelstock_jax.checkpoint_merge.depth import is_classifier
-from modelstock_jax.checkpoint_merge.names import explanation, note, renames
+from modelstock_jax.checkpoint_merge.hf_config import read_config
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.checkpoint_merge.sources import Source
+from modelstock_jax.checkpoint_merge.sources import Source, is_pipeline
+from modelstock_jax.checkpoint_merge.tensor_names import (
+    explanation,
+    is_classifier,
+    is_embedding,
+    is_index,
+    note,
+    renames,
+)
 from modelstock_jax.errors import UserError, listed
 
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")

@@ -13,10 +13,10 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from modelstock_jax.checkpoint_merge.card import merged
-from modelstock_jax.checkpoint_merge.depth import place
+from modelstock_jax.checkpoint_merge.executor import Report
 from modelstock_jax.checkpoint_merge.plan import Plan
-from modelstock_jax.checkpoint_merge.run import Report
+from modelstock_jax.checkpoint_merge.report import merged
+from modelstock_jax.checkpoint_merge.tensor_names import place
 from modelstock_jax.reporting.progress import duration
 
 MOST_LISTED = 20

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.config import disagreements, updated
+from modelstock_jax.checkpoint_merge.hf_config import disagreements, updated
 from tests.checkpoint_merge.typed import load, tensors, trio, write
 
 TIED = "tie_word_embeddings"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge import workplace
-from modelstock_jax.checkpoint_merge.run import measure, run
+from modelstock_jax.checkpoint_merge import output
+from modelstock_jax.checkpoint_merge.executor import measure, run
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import INDEX, TensorFiles
 from tests.checkpoint_merge.engine import SHAPES, merge, models, plan, save, total
@@ -127,7 +127,7 @@ def test_an_excluded_tensor_is_copied_unchecked(tmp_path, model, value):
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(workplace.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="GB are needed there and 0.00 GB are free"):
         merge(tmp_path, models())
     assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2"}
@@ -164,6 +164,6 @@ def test_what_finish_raises_leaves_no_half_directory(tmp_path):
 
 
 def test_a_merge_imports_no_jax():
-    code = ("import sys, modelstock_jax.checkpoint_merge.run\n"
+    code = ("import sys, modelstock_jax.checkpoint_merge.executor\n"
             "assert not {'jax', 'flax', 'torch', 'matplotlib'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

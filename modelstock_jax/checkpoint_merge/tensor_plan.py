@@ -11,14 +11,18 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantization
-from modelstock_jax.checkpoint_merge.buffers import is_counter, is_embedding, is_index, is_mask
-from modelstock_jax.checkpoint_merge.casts import FLOATS
-from modelstock_jax.checkpoint_merge.depth import is_classifier
-from modelstock_jax.checkpoint_merge.finite import escaped
-from modelstock_jax.checkpoint_merge.match import Findings, same_numbers
-from modelstock_jax.checkpoint_merge.names import TensorInfo
+from modelstock_jax.checkpoint_merge.kernels import FLOATS, escaped
+from modelstock_jax.checkpoint_merge.matching import Findings, same_numbers
 from modelstock_jax.checkpoint_merge.options import CONVEX, DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
+from modelstock_jax.checkpoint_merge.tensor_names import (
+    TensorInfo,
+    is_classifier,
+    is_counter,
+    is_embedding,
+    is_index,
+    is_mask,
+)
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging import units
 from modelstock_jax.merging.units import Part

@@ -47,7 +47,7 @@ class Drawing:
         """Waits until the picture is on the disk."""
         if self._process is None or self._process.wait() != 0:
             # matplotlib takes its time: it is imported when there is something to draw.
-            from modelstock_jax.checkpoint_merge.picture import picture
+            from modelstock_jax.checkpoint_merge.plot import picture
 
             picture(self._rows, self._path)
 
@@ -61,7 +61,7 @@ class Drawing:
 
 
 def _start() -> subprocess.Popen | None:
-    command = [sys.executable, "-m", "modelstock_jax.checkpoint_merge.drawing"]
+    command = [sys.executable, "-m", "modelstock_jax.checkpoint_merge.plot_process"]
     try:
         # A session of its own: Ctrl-C is for the merge, which ends this process.
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -72,7 +72,7 @@ def _start() -> subprocess.Popen | None:
 
 def main() -> None:
     """Loads matplotlib, waits for the rows on standard input, draws."""
-    from modelstock_jax.checkpoint_merge.picture import picture
+    from modelstock_jax.checkpoint_merge.plot import picture
 
     if text := sys.stdin.buffer.read():
         path, rows = json.loads(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.adapters import Adapter
+from modelstock_jax.checkpoint_merge.lora import Adapter
 from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import TensorFiles
