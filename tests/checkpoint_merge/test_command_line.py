@@ -104,7 +104,6 @@ def test_no_file_of_a_merge_gets_the_number_of_a_closed_stream(models, tmp_path)
     seen = tmp_path / "seen"
     code = RUN.replace("commands.Drawing.finish = ", f"""
 import os
-from modelstock_jax.tensor_files import stream
 real = os.open
 def call(path, *args, **kwargs):
     number = real(path, *args, **kwargs)

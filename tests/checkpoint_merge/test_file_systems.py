@@ -226,15 +226,15 @@ def test_a_place_where_nothing_can_be_made_is_named_first(made, tmp_path, out, s
 WAITS = """
 import sys, time
 from pathlib import Path
-from modelstock_jax.checkpoint_merge import cli, commands, workplace
-commit, out = workplace.Workplace.commit, Path(sys.argv[1])
+from modelstock_jax.checkpoint_merge import cli, commands, output
+commit, out = output.Workplace.commit, Path(sys.argv[1])
 commands.Drawing.finish = lambda drawing: None
 def late(self):
     print("ready", flush=True)
     while not out.exists():
         time.sleep(0.01)
     commit(self)
-workplace.Workplace.commit = late
+output.Workplace.commit = late
 sys.exit(cli.main(sys.argv[2:]))
 """
 MERGES = """
