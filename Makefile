@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-$(REQUIREMENTS)
 	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
 
 # Finished measurements are committed lines: only what is missing is trained.
-STUDIES := $(VENV)/bin/python -m modelstock_jax.studies
+STUDIES := $(VENV)/bin/python -m studies
 RESULTS := --workdir=runs/studies --ledger=docs/results/measured.jsonl --out=docs/results
 studies: $(VENV)/.installed-$(REQUIREMENTS)
 	$(STUDIES) all $(RESULTS)

@@ -255,8 +255,8 @@ draw(sweep, (6.6, 4), kept("sweep"))
 # angle it lies near the mean, with a large one near the anchor.
 
 # %%
-from modelstock_jax.studies.catalogue.schematic import triangle
-from modelstock_jax.studies.report import figures
+from studies import figures
+from studies.catalogue.fig6_7 import triangle
 
 small_and_large = {names[k]: triangle(found[k]["angle"], found[k]["norms"]) for k in chosen[:2]}
 figures.triangles(small_and_large, kept("triangles"))

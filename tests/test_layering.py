@@ -12,7 +12,7 @@ import pytest
 
 import modelstock_jax
 
-PACKAGE = "modelstock_jax"
+PACKAGE, STUDIES = "modelstock_jax", "studies"
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 600
 MAX_LAUNCH_LINES = 60
@@ -24,8 +24,9 @@ LAYERS = [
     {"merging", "tensor_files"},
     {"data", "models"},
     {"training", "evaluation", "reporting"},
-    {"experiment", "studies", "checkpoint_merge"},
+    {"experiment", "checkpoint_merge"},
     {"__main__"},
+    {"studies"},
 ]
 LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 # Beside the standard library and `errors`, these units import nothing else.
@@ -62,14 +63,15 @@ def imports(path: Path, root: Path) -> list[tuple[int, str]]:
 
 
 def unit_of(path: Path, root: Path) -> str:
-    return path.relative_to(root / PACKAGE).with_suffix("").parts[0]
+    first, *rest = path.relative_to(root).with_suffix("").parts
+    return rest[0] if first == PACKAGE else first
 
 
 def violations(root: Path) -> list[str]:
     """One line `file:line: what is wrong` for every broken rule under `root`."""
     found: list[str] = []
     sideways: dict[tuple[str, str], str] = {}
-    for path in sorted((root / PACKAGE).rglob("*.py")):
+    for path in [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / STUDIES).rglob("*.py"))]:
         where = path.relative_to(root).as_posix()
         length = len(path.read_text().splitlines())
         if length > MAX_LINES:
@@ -84,6 +86,8 @@ def violations(root: Path) -> list[str]:
             continue
         for line, name in imports(path, root):
             top, *rest = name.split(".")
+            if top == STUDIES and unit != STUDIES:
+                found.append(f"{where}:{line}: {unit} imports {STUDIES}, which lies above it")
             if top == PACKAGE:
                 if rest[:1] == ["__version__"]:
                     continue
@@ -112,7 +116,8 @@ def circle(root: Path) -> list[str]:
     """Modules of which each imports the next and the last the first; [] where there are none."""
     paths = {
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in (root / PACKAGE).rglob("*.py")
+        for folder in (PACKAGE, STUDIES)
+        for path in (root / folder).rglob("*.py")
     }
     graph = {}
     for module, path in paths.items():
@@ -159,6 +164,7 @@ def test_this_tree():
         ("data/utils.py", "", "data/utils.py:1: "),
         ("data/a.py", "x = 1\n" * 601, "data/a.py:601: longer"),
         ("misc.py", "", "misc.py:1: misc has no place"),
+        ("training/a.py", "from studies import runs\n", "training/a.py:1: training imports stud"),
     ],
 )
 def test_a_broken_rule_is_named(tmp_path, file, text, expected):

@@ -16,13 +16,13 @@ from modelstock_jax.data.loader import eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.config import Preprocessor
-from modelstock_jax.studies.catalogue import STUDIES
-from modelstock_jax.studies.measuring.bench import Bench
-from modelstock_jax.studies.measuring.measurements import Score
-from modelstock_jax.studies.measuring.models import Anchor
-from modelstock_jax.studies.study import Setup
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
+from studies.bench import Bench
+from studies.catalogue import STUDIES
+from studies.expressions import Anchor
+from studies.measurements import Score
+from studies.study import Setup
 from tests.data.made_records import cifar_set, coloured, write_cifar10
 
 NAMES = CIFAR["cifar10"].class_names

@@ -11,7 +11,7 @@ from modelstock_jax.models import checkpoint_io
 from tests.data.made_records import cifar_set, write_cifar10
 from tests.experiment import small_run
 
-STUDIES = ("-m", "modelstock_jax.studies")
+STUDIES = ("-m", "studies")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from modelstock_jax.checkpoint_merge.cli import parsers
-from modelstock_jax.studies.catalogue import STUDIES
+from studies.catalogue import STUDIES
 from tests.docs.blocks import ROOT, simple_commands
 
 # Programs of others, whose options are not ours to know.
@@ -29,12 +29,12 @@ def launch(arguments: Sequence[str]) -> str | None:
 
 
 def studies(arguments: Sequence[str]) -> str | None:
-    """The same of `python -m modelstock_jax.studies`."""
+    """The same of `python -m studies`."""
     names = [a for a in arguments if not a.startswith("--")]
     if unknown := [name for name in names if name not in (*STUDIES, "all")]:
         return f"no study {unknown[0]}"
     options = [a for a in arguments if a.startswith("--")]
-    return _flags(ROOT / "modelstock_jax/studies/__main__.py", options)
+    return _flags(ROOT / "studies/__main__.py", options)
 
 
 def _flags(program: Path, arguments: Sequence[str]) -> str | None:
@@ -98,7 +98,7 @@ def paths(arguments: Sequence[str]) -> str | None:
 def _module(name: str, arguments: Sequence[str]) -> str | None:
     if name == "modelstock_jax":
         return modelstock(arguments)
-    if name == "modelstock_jax.studies":
+    if name == "studies":
         return studies(arguments)
     if name.partition(".")[0] not in ("modelstock_jax", "tests", "benchmarks"):
         return None

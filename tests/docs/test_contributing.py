@@ -50,7 +50,8 @@ def tree(tmp_path_factory):
     """A copy of what the examples touch and run."""
     copy = tmp_path_factory.mktemp("tree")
     without = shutil.ignore_patterns("__pycache__", ".*")
-    for name in ("modelstock_jax", "tests", "configs", "docs", "notebooks", "benchmarks"):
+    folders = ("modelstock_jax", "studies", "tests", "configs", "docs", "notebooks", "benchmarks")
+    for name in folders:
         shutil.copytree(ROOT / name, copy / name, ignore=without)
     for name in ("pyproject.toml", "launch.py", "Makefile", "README.md", "CONTRIBUTING.md",
                  *(path.name for path in ROOT.glob("requirements*.txt"))):

@@ -12,10 +12,10 @@ import pytest
 from configs import glyphs
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.studies.measuring import anchors
-from modelstock_jax.studies.measuring.anchors import opener
-from modelstock_jax.studies.measuring.bench import Bench
-from modelstock_jax.studies.measuring.ledger import Ledger
+from studies import run_store
+from studies.bench import Bench
+from studies.ledger import Ledger
+from studies.run_store import opener
 
 
 def config_of(name, data="glyphs"):
@@ -53,7 +53,7 @@ def test_an_option_that_a_run_would_refuse_is_refused_first(tmp_path):
 
 def test_a_tower_is_known_before_it_is_trained(tmp_path, monkeypatch, data):
     """A study whose lines are all there needs its name alone."""
-    monkeypatch.setattr(anchors, "_pretrain", pytest.fail)
+    monkeypatch.setattr(run_store, "_pretrain", pytest.fail)
 
     def fingerprint(name="tower:resnet", **options):
         config = config_of(name)
@@ -64,7 +64,7 @@ def test_a_tower_is_known_before_it_is_trained(tmp_path, monkeypatch, data):
     assert len(plain) == 16 and fingerprint() == plain
     assert fingerprint(seed=3, accumulate_steps=2) == plain  # It is the same tower.
     others = [fingerprint("tower:convnext"), fingerprint(label_smoothing=0.1)]
-    monkeypatch.setattr(anchors, "NUM_IMAGES", 256)
+    monkeypatch.setattr(run_store, "NUM_IMAGES", 256)
     others.append(fingerprint())
     assert len({plain, *others}) == 4
     assert not (tmp_path / "towers").exists()
@@ -72,14 +72,14 @@ def test_a_tower_is_known_before_it_is_trained(tmp_path, monkeypatch, data):
 
 @pytest.mark.slow
 def test_a_tower_is_pretrained_once(tmp_path, monkeypatch, data):
-    monkeypatch.setattr(anchors, "NUM_IMAGES", 256)
-    monkeypatch.setattr(anchors, "RECIPE", anchors.RECIPE | {"epochs": 2, "batch_size": 128})
+    monkeypatch.setattr(run_store, "NUM_IMAGES", 256)
+    monkeypatch.setattr(run_store, "RECIPE", run_store.RECIPE | {"epochs": 2, "batch_size": 128})
     config = config_of("tower:hybrid")
     anchor = opener(config)(data, tmp_path)
     first = anchor.load()
     assert anchor.load() is first and first.fingerprint == anchor.outline.fingerprint
     chex.assert_trees_all_equal_shapes_and_dtypes(first.params, anchor.outline.params)
-    start = anchors.tower.init("hybrid", 62, jax.random.key(0))
+    start = run_store.tower.init("hybrid", 62, jax.random.key(0))
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first.params, start)
     assert min(jax.tree.leaves(moved)) > 0
     again = opener(config)(replace(data, train=None), tmp_path).load()  # Nothing to train on.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from modelstock_jax.studies.catalogue.carried import CARRIED
-from modelstock_jax.studies.measuring.models import Anchor, Between
-from modelstock_jax.studies.study import Setup
+from studies.catalogue.noise_carry import CARRIED
+from studies.expressions import Anchor, Between
+from studies.study import Setup
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=8, steps_per_epoch=32)
 JITTER = (0.01, -0.01, 0.02, -0.02)

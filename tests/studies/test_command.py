@@ -12,7 +12,7 @@ import pytest
 from modelstock_jax.training.launcher import STOPPED
 from tests.experiment import small_run
 
-PROGRAM = ("-m", "modelstock_jax.studies")
+PROGRAM = ("-m", "studies")
 
 
 def arguments(anchor, workdir, *names):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.merging import model_stock, policy_counts
-from modelstock_jax.studies.measuring.controls import not_clipped
+from studies.expressions import not_clipped
 
 
 @pytest.mark.parametrize("number", [2, 3])

@@ -5,14 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.studies.report.curves import (
-    Curve,
-    best_at,
-    curve_above,
-    jackknife,
-    mean_curve,
-    own_above,
-)
+from studies.curves import Curve, best_at, curve_above, jackknife, mean_curve, own_above
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -8,7 +8,7 @@ import pytest
 from configs import glyphs
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.studies.measuring.identity import identity
+from studies.runs import identity
 
 
 def benchmark(seed=0, names=("cat", "dog"), templates=("a {}.",), labels=(0, 1, 0)):

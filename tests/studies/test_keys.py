@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from configs import glyphs
-from modelstock_jax.studies.catalogue import STUDIES
-from modelstock_jax.studies.catalogue.soups import soup
-from modelstock_jax.studies.measuring.bench import Bench
-from modelstock_jax.studies.measuring.trained import Trained
-from modelstock_jax.studies.study import Setup
+from studies.bench import Bench
+from studies.catalogue import STUDIES
+from studies.catalogue.soup_search import soup
+from studies.run_store import Trained
+from studies.study import Setup
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=8, steps_per_epoch=32, learning_rate=2e-3)
 

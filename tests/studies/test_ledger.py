@@ -8,8 +8,8 @@ import pytest
 
 from configs import default
 from modelstock_jax.errors import UserError
-from modelstock_jax.studies.measuring.ledger import Ledger
-from modelstock_jax.studies.measuring.runs import Run, training_digest
+from studies.ledger import Ledger
+from studies.runs import Run, training_digest
 
 
 def test_a_torn_line_is_measured_again(tmp_path):

@@ -5,15 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.studies.catalogue.pool import groups, pool
-from modelstock_jax.studies.measuring.measurements import (
-    Angles,
-    Distance,
-    Predicted,
-    Projected,
-    Shell,
-)
-from modelstock_jax.studies.measuring.models import Anchor, Between, Mean
+from studies.catalogue.model_pool import groups, pool
+from studies.expressions import Anchor, Between, Mean
+from studies.measurements import Angles, Distance, Predicted, Projected, Shell
 from tests.studies.bench import SPREAD, DrawnBench
 
 BENCH = DrawnBench()

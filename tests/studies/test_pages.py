@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-from modelstock_jax.studies.index import write_index
-from modelstock_jax.studies.page import together, write
-from modelstock_jax.studies.report.claims import Claim
-from modelstock_jax.studies.study import Report, Study, Table
+from studies.pages import together, write, write_index
+from studies.study import Claim, Report, Study, Table
 
 STUDY = Study("some", "Some study", "About it.", None, None)
 DETAILS = {
@@ -15,7 +13,7 @@ DETAILS = {
     "commits": ["abc"],
     "pretrained": "one",
     "data": "drawn",
-    "command": "python -m modelstock_jax.studies some --num_seeds=2 --anchors=runs/two",
+    "command": "python -m studies some --num_seeds=2 --anchors=runs/two",
 }
 UP, DOWN, OPEN = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.2]
 
@@ -82,5 +80,5 @@ def test_a_page_of_an_older_version_is_asked_to_be_written_again(tmp_path):
         for stem, more in (("some", ""), ("some_anchors", " --anchors=...")):
             (tmp_path / f"{stem}.json").write_text(content)
             text = write_index([STUDY], tmp_path).read_text()
-            command = f"python -m modelstock_jax.studies some{more}"
+            command = f"python -m studies some{more}"
             assert f"| {stem} | cannot be read: run `{command}` | | | |" in text

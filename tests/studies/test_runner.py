@@ -9,10 +9,10 @@ import pytest
 
 from configs import glyphs
 from modelstock_jax.errors import UserError
-from modelstock_jax.studies import runner
-from modelstock_jax.studies.catalogue import STUDIES
-from modelstock_jax.studies.measuring.bench import Bench
-from modelstock_jax.studies.measuring.ledger import Ledger
+from studies import runner
+from studies.bench import Bench
+from studies.catalogue import STUDIES
+from studies.ledger import Ledger
 from tests.studies.bench import DrawnBench
 
 WORLD = SimpleNamespace(shifts={"v2": None})
@@ -72,7 +72,7 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
     assert "2 of 2 missing: 2 runs to train" in said
     document = json.loads((tmp_path / "fig6_anchors.json").read_text())
     assert set(document["further"]) == {"two"}
-    command = "python -m modelstock_jax.studies fig6 --config.seed=3 --num_seeds=2 --anchors=two"
+    command = "python -m studies fig6 --config.seed=3 --num_seeds=2 --anchors=two"
     assert document["command"] == command
     assert f"`{command}`" in (tmp_path / "fig6_anchors.md").read_text()
     run("fig6", ["two"])

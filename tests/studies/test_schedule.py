@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from modelstock_jax.studies.measuring.ledger import Ledger
-from modelstock_jax.studies.measuring.measurements import Score
-from modelstock_jax.studies.measuring.models import Anchor, Mean, Replica
-from modelstock_jax.studies.measuring.runs import Run
-from modelstock_jax.studies.measuring.schedule import Schedule
-from modelstock_jax.studies.measuring.turns import claim
+from studies.expressions import Anchor, Mean, Replica
+from studies.ledger import Ledger, claim
+from studies.measurements import Score
+from studies.runner import Schedule
+from studies.runs import Run
 from tests.studies.bench import DrawnBench
 
 FIRST, SECOND, THIRD = (Run(seed) for seed in range(3))

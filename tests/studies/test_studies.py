@@ -11,12 +11,12 @@ import pytest
 from configs import imagenet
 from modelstock_jax.fileio import flat
 from modelstock_jax.reporting.figures import kind
-from modelstock_jax.studies.catalogue import STUDIES
-from modelstock_jax.studies.catalogue.pool import STRONG, STRONG_LENGTH
-from modelstock_jax.studies.measuring.measurements import Score
-from modelstock_jax.studies.measuring.runs import runs_of
-from modelstock_jax.studies.page import write
-from modelstock_jax.studies.study import Setup
+from studies.catalogue import STUDIES
+from studies.catalogue.model_pool import STRONG, STRONG_LENGTH
+from studies.measurements import Score
+from studies.pages import write
+from studies.runs import runs_of
+from studies.study import Setup
 from tests.studies.bench import DrawnBench
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=2, steps_per_epoch=10)

@@ -10,15 +10,14 @@ import time
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.studies.measuring.ledger import Ledger
-from modelstock_jax.studies.measuring.turns import claim, turns
+from studies.ledger import Ledger, claim, turns
 from tests.experiment.small_run import ROOT
 
 SHARE = """
 import sys, time
 from pathlib import Path
-from modelstock_jax.studies.measuring.ledger import Ledger
-from modelstock_jax.studies.measuring.turns import turns
+from studies.ledger import Ledger
+from studies.ledger import turns
 
 place, who, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 ledger = Ledger(place / "measured.jsonl")

@@ -1,1 +1,0 @@
-"""What studies train, build and measure, each by content and once."""

@@ -1,1 +1,0 @@
-"""What studies say: numbers, verdicts and pictures."""

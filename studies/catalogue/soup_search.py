@@ -1,0 +1,71 @@
+"""The models of a soup: a random search of hyper-parameters, trained side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from studies.expressions import Replica
+from studies.runs import Run
+from studies.study import Setup
+
+SIZE = 12
+# Of a linear probe's learning rate to the config's.
+PROBE_RATIO = 50
+# Of 0, 1 and 2 operations, as 48, 18 and 5 of the authors' models have them.
+_OPERATIONS = (2 / 3, 1 / 4, 1 / 12)
+
+
+def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
+    """The random search of Model Soups (Wortsman et al. 2022) over 71 models, as one program.
+
+    As in the list of the authors' models: learning rates of two decades about the config's (1e-6
+    to 1e-4 there), weight decay, a quarter of the epochs to all (4 to 16), smoothing and mixup each
+    in half of the models, and of stored images RandAugment in a third, of one operation and seldom
+    of two. The crop is the config's for all, and so is the glyphs' own augmentation.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(low: float, high: float) -> tuple[float, ...]:
+        return tuple(float(f"{x:.6g}") for x in rng.uniform(low, high, SIZE))
+
+    def half(high: float) -> tuple[float, ...]:
+        return tuple(
+            x * bool(kept)
+            for x, kept in zip(draw(0, high), rng.integers(2, size=SIZE), strict=True)
+        )
+
+    epochs = rng.integers(max(1, setup.epochs // 4), setup.epochs + 1, SIZE).tolist()
+    options = {
+        "merge.every": "never",
+        "num_replicas": SIZE,
+        "per_replica.learning_rate": tuple(
+            float(f"{setup.learning_rate * 10**x:.6g}") for x in draw(-1.5, 0.5)
+        ),
+        "per_replica.weight_decay": tuple(float(f"{10**x:.6g}") for x in draw(-4.1, -0.28)),
+        "epochs": max(epochs),
+        "per_replica.epochs": tuple(epochs),
+        "per_replica.label_smoothing": half(0.225),
+        "per_replica.mixup": half(0.875),
+        "objective.name": objective,
+    }
+    if setup.stored:
+        options |= {
+            "per_replica.randaugment_ops": tuple(rng.choice(3, SIZE, p=_OPERATIONS).tolist()),
+            "per_replica.randaugment_magnitude": tuple(rng.integers(1, 21, SIZE).tolist()),
+        }
+    run = Run.of(seed, options | probe_options(setup, options))
+    return tuple(Replica(run, r) for r in range(SIZE))
+
+
+def probe_options(setup: Setup, options: Mapping[str, Any]) -> dict[str, Any]:
+    """LP-FT's probe at a rate that suits a probe; nothing for another objective.
+
+    A head of exp(logit_scale) times unit columns hardly moves at the rate of a tower: 50 times the
+    config's, 0.1 on the glyphs, is the best on validation (docs/results.md).
+    """
+    if options.get("objective.name") != "lp_ft":
+        return {}
+    return {"objective.probe_learning_rate": PROBE_RATIO * setup.learning_rate}

@@ -1,0 +1,351 @@
+"""Figures of the studies that no run draws: in the paper's layout, in the house's look."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from modelstock_jax.reporting.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    draw,
+)
+from modelstock_jax.reporting.tables import mean_and_error
+from studies.curves import Curve
+
+Point = tuple[float, float]
+
+
+class Triangle(NamedTuple):
+    """The plane of two task vectors: w0 at the origin, their mean on the first axis."""
+
+    first: Point
+    second: Point
+    mean: float
+    merged: float
+    angle: float
+    ratio: float
+
+
+class Period(NamedTuple):
+    """Two replicas from one merge to the next, on a plane through w0; see `series`."""
+
+    start: Point
+    first: Sequence[Point]
+    second: Sequence[Point]
+    mean: Point
+    merged: Point
+
+
+def near_the_centre(
+    models: Mapping[int, Sequence[Point]],
+    noise: Mapping[float, Sequence[Point]],
+    centre: float,
+    path: str | Path | None = None,
+) -> Figure:
+    """Accuracy against the distance to the centre (the paper's Figure 4).
+
+    Args:
+      models: N -> (distance, accuracy) of means of N models.
+      noise: scale -> (distance, accuracy) of random weights.
+      centre: accuracy of the centre.
+      path: a .png file; None only draws.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        drawn = np.array([point for points in noise.values() for point in points])
+        axes.plot(*drawn.T, "o", color=GREY, ms=6, mfc="white", label="centre + noise")
+        for (n, points), marker in zip(models.items(), "^Dsvph", strict=False):
+            name = "one model" if n == 1 else f"mean of {n}"
+            shade = VERMILION if n == 1 else BLUE
+            axes.plot(
+                *np.array(points).T,
+                marker,
+                ls="",
+                color=shade,
+                alpha=0.45 + 0.5 / n if n > 1 else 1,
+                ms=6,
+                label=name,
+            )
+        axes.plot(0, centre, "*", color=BLACK, ms=14, label="centre")
+        axes.set_xlabel("distance to the centre")
+        axes.set_ylabel("in-distribution accuracy (%)")
+        axes.legend()
+
+    return draw(fill, (6.4, 4.2), path)
+
+
+def landscape(
+    points: Sequence[tuple[float, float, float]],
+    marks: Mapping[str, Point],
+    path: str | Path | None = None,
+) -> Figure:
+    """Test error on a plane (the paper's Figure 3).
+
+    Args:
+      points: (x, y, error in percent), x and y in units of the weights.
+      marks: name -> place of the models.
+      path: a .png file; None only draws.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        x, y, error = np.array(points).T
+        least = error.min()
+        # Far out the error is that of chance: steps grow, and colours go by the step, so that the
+        # basin can be seen.
+        levels = least + np.array([0, 0.5, 1, 2, 3, 5, 8, 12, 20, 40])
+        norm = BoundaryNorm(levels, 256, extend="max")
+        filled = axes.tricontourf(
+            x, y, error, levels=levels, cmap="Blues_r", norm=norm, extend="max"
+        )
+        axes.tricontour(x, y, error, levels=levels, colors="white", linewidths=0.5)
+        figure.colorbar(filled, ax=axes, label="test error (%)", ticks=levels, format="%.1f")
+        for name, (left, up) in marks.items():
+            shade = VERMILION if name == "centre" else BLACK
+            axes.plot(left, up, "*" if name == "centre" else "o", color=shade, ms=9, mec="white")
+            axes.annotate(
+                name, (left, up), (6, 6), textcoords="offset points", fontweight="bold",
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
+        start, end = marks["w0"], marks["w1"]
+        axes.plot([start[0], end[0]], [start[1], end[1]], "--", color=BLACK, lw=1)
+        axes.set_aspect("equal")
+        axes.grid(False)
+        axes.set_xlabel("along w1 − w0")
+        axes.set_ylabel("across, toward the centre")
+
+    return draw(fill, (6.4, 4.6), path)
+
+
+def dynamics(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
+    """Angle and norm over the epochs (the geometry of the paper's Figure 5).
+
+    Args:
+      history: entries {"epoch", "kernels" and "biases": {"angle": of pairs, "norm": of models}}.
+      path: a .png file; None only draws.
+    """
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(1, 2)
+        epochs = [entry["epoch"] for entry in history]
+        labels = {"angle": "angle (degrees)", "norm": "distance from the anchor"}
+        for axes, (key, label) in zip(panels, labels.items(), strict=True):
+            for what, colour, marker in (("kernels", VERMILION, "o"), ("biases", SKY, "s")):
+                values = np.array([entry[what][key] for entry in history])
+                axes.errorbar(
+                    epochs,
+                    values.mean(1),
+                    values.std(1, ddof=1),
+                    fmt=f"-{marker}",
+                    color=colour,
+                    capsize=3,
+                    label=what,
+                )
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+            axes.set_ylim(bottom=0)
+        panels[0].legend()
+
+    return draw(fill, (8.6, 3.6), path)
+
+
+def triangles(chosen: Mapping[str, Triangle], path: str | Path | None = None) -> Figure:
+    """The merge of two models on their plane (the paper's Figure 6).
+
+    Args:
+      chosen: a tensor's name -> its triangle, a panel each.
+      path: a .png file; None only draws.
+    """
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(1, len(chosen), squeeze=False)[0]
+        for axes, (name, one) in zip(panels, chosen.items(), strict=True):
+            corners = np.array([(0.0, 0.0), one.first, one.second])
+            axes.fill(*corners.T, color=GREY, alpha=0.2, lw=0)
+            axes.plot([0, one.mean], [0, 0], "--", color=BLACK, lw=1)
+            axes.plot(*np.array([one.first, one.second]).T, "--", color=BLACK, lw=1)
+            places = {
+                "$w_0$": ((0.0, 0.0), "s", BLACK, (-8, 9)),
+                "$w_1$": (one.first, "o", BLUE, (8, 4)),
+                "$w_2$": (one.second, "o", BLUE, (8, -12)),
+                "$w_{12}$": ((one.mean, 0.0), "D", SKY, (10, -4)),
+                "$w_H$": ((one.merged, 0.0), "*", VERMILION, (-27, 7)),
+            }
+            for label, (place, marker, colour, off) in places.items():
+                axes.plot(*place, marker, color=colour, ms=14 if marker == "*" else 8, mec="white")
+                axes.annotate(label, place, off, textcoords="offset points", fontsize=12)
+            axes.set_aspect("equal", adjustable="datalim")  # Panels of one height.
+            axes.margins(0.18)
+            axes.grid(False)
+            axes.set_axis_off()
+            lines = textwrap.fill(name.replace(".", ". "), 40).replace(". ", ".")
+            axes.set_title(f"{lines}\nθ = {one.angle:.0f}°, t = {one.ratio:.3f}", fontsize=9)
+
+    return draw(fill, (8.6, 4.2), path)
+
+
+def series(periods: Sequence[Period], path: str | Path | None = None) -> Figure:
+    """Replicas and their merges over the epochs (the paper's Figure 7).
+
+    Args:
+      periods: in their order; w0 is the origin, and the last merged model lies on the first axis.
+      path: a .png file; None only draws.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, one in enumerate(periods, 1):
+            shade = 0.35 + 0.65 * number / len(periods)
+            for replica, colour, marker in ((one.first, BLUE, "o"), (one.second, SKY, "^")):
+                axes.plot(
+                    *np.array([one.start, *replica]).T,
+                    "-",
+                    marker=marker,
+                    ms=4,
+                    color=colour,
+                    alpha=shade,
+                    label=f"$w_{1 + (replica is one.second)}$" if number == 1 else None,
+                )
+            ends = np.array([one.first[-1], one.second[-1]])
+            axes.plot(*ends.T, ":", color=GREY, lw=1)
+            # From the mean of the two back toward w0: what the ratio takes off.
+            axes.annotate(
+                "",
+                one.merged,
+                one.mean,
+                arrowprops={"arrowstyle": "->", "color": VERMILION, "lw": 1.4},
+            )
+            axes.plot(*one.mean, "D", color="white", mec=BLACK, ms=6)
+            axes.plot(*one.merged, "*", color=VERMILION, mec="white", ms=14, zorder=4)
+            axes.annotate(
+                f"$w_H^{{({number})}}$",
+                one.merged,
+                (0, -18 if number % 2 else 12),
+                textcoords="offset points",
+                ha="center",
+            )
+        axes.plot([], [], "D", color="white", mec=BLACK, ms=6, label="$w_{12}$, their mean")
+        axes.plot([], [], "*", color=VERMILION, ms=12, label="$w_H$, merged")
+        axes.plot(0, 0, "s", color=BLACK, ms=8, label="$w_0$, the anchor")
+        axes.axhline(0, color=GREY, lw=0.8, ls="--", zorder=1)
+        axes.set_xlabel("along, from the anchor to the last merged model")
+        axes.set_ylabel("across, as the replicas part")
+        axes.legend()
+
+    return draw(fill, (8.6, 4.2), path)
+
+
+# Charts of accuracies: WiSE-FT curves side by side, and accuracy against cost.
+
+
+# Each line has a marker of its own, so that a print without colours can be read.
+_COLOURS = (GREY, SKY, ORANGE, BLUE, PURPLE, VERMILION, GREEN)
+_MARKERS = "oDsP^v<>XhpdH8"
+
+
+def wise_ft_curves(
+    curves: Mapping[str, Sequence[Curve]],
+    path: str | Path | None = None,
+    *,
+    strong: Collection[str] = (),
+) -> Figure:
+    """Accuracy in distribution against the shifts along w0 + alpha (w - w0), of each method.
+
+    Args:
+      curves: a method's label -> its curves, one a seed; means are drawn, and at alpha = 1 the
+        standard error over seeds.
+      path: a .png file; None only draws.
+      strong: labels whose lines stand out.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, (label, seeds) in enumerate(curves.items()):
+            middle = Curve(np.mean([one.points for one in seeds], axis=0).tolist())
+            bold = label in strong
+            shade = _COLOURS[number % len(_COLOURS)]
+            (x, dx), (y, dy) = (
+                mean_and_error(ends) for ends in zip(*(one.own for one in seeds), strict=True)
+            )
+            look = {"color": shade, "zorder": 3 if bold else 2}
+            axes.plot(*middle.dense, "-" if bold else "--", lw=2.4 if bold else 1.1, **look)
+            axes.plot(*np.array(middle.points)[:, 1:].T, ".", **look)
+            axes.errorbar(
+                x,
+                y,
+                yerr=dy,
+                xerr=dx,
+                fmt=_MARKERS[number % len(_MARKERS)],
+                color=shade,
+                mec=BLACK,
+                mew=0.6,
+                ms=11 if bold else 7,
+                capsize=2,
+                label=label,
+                zorder=4,
+            )
+        start = next(iter(curves.values()))[0].points[0]
+        axes.plot(*start[1:], "*", color=BLACK, ms=14, label="zero-shot", zorder=5)
+        axes.set_xlabel("in-distribution accuracy (%)")
+        axes.set_ylabel("average accuracy over the shifts (%)")
+        figure.legend(loc="outside right upper", title="marker: α = 1, line: α from 0")
+
+    return draw(fill, (9.6, 5.2), path)
+
+
+def costs(
+    methods: Mapping[str, tuple[float, Sequence[float], Sequence[float]]],
+    path: str | Path | None = None,
+) -> Figure:
+    """Accuracy against what a model costs (the horizontal axis that the paper speaks of).
+
+    Args:
+      methods: a label -> (cost in fine-tunings of one model, accuracies in distribution, averages
+        over the shifts), one of each a seed.
+      path: a .png file; None only draws.
+    """
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(1, 2)
+        names = ("in-distribution accuracy (%)", "average accuracy over the shifts (%)")
+        for place, (axes, name) in enumerate(zip(panels, names, strict=True)):
+            for number, (label, (cost, *accuracies)) in enumerate(methods.items()):
+                mean, error = mean_and_error(accuracies[place])
+                axes.errorbar(
+                    cost,
+                    mean,
+                    error,
+                    fmt=_MARKERS[number % len(_MARKERS)],
+                    color=_COLOURS[number % len(_COLOURS)],
+                    mec=BLACK,
+                    mew=0.6,
+                    ms=9,
+                    capsize=3,
+                    label=label,
+                )
+            axes.set_xscale("log", base=2)
+            ticks = sorted({cost for cost, *_ in methods.values()})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.margins(0.12)
+            axes.set_xlabel("cost (fine-tunings of one model)")
+            axes.set_ylabel(name)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+
+    return draw(fill, (8.6, 4.4), path)
