@@ -176,13 +176,13 @@ def test_a_broken_rule_is_named(tmp_path, file, text, expected):
 
 
 def test_units_of_one_layer_do_not_import_each_other_both_ways(tmp_path):
-    for name, text in [("data", "import modelstock_jax.models"), ("models", "import jax\n")]:
+    for name, text in [("models", "import modelstock_jax.data"), ("data", "import jax\n")]:
         (tmp_path / PACKAGE / name).mkdir(parents=True)
         (tmp_path / PACKAGE / name / "a.py").write_text(text)
     assert violations(tmp_path) == []
-    (tmp_path / PACKAGE / "models" / "b.py").write_text("from modelstock_jax.data import a\n")
+    (tmp_path / PACKAGE / "data" / "b.py").write_text("from modelstock_jax.models import a\n")
     (found,) = violations(tmp_path)
-    assert found.startswith(f"{PACKAGE}/data/a.py:1: data imports models, and {PACKAGE}/models/b")
+    assert found.startswith(f"{PACKAGE}/models/a.py:1: models imports data, and {PACKAGE}/data/b")
 
 
 def test_a_downward_import_is_allowed(tmp_path):
