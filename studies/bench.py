@@ -17,8 +17,7 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import classifier_evaluator
-from modelstock_jax.experiment.options import check_options
-from modelstock_jax.training.launcher import use_cores
+from modelstock_jax.experiment.setup import prepare
 from modelstock_jax.training.sharding import make_mesh
 from studies.expressions import Expression
 from studies.ledger import Ledger
@@ -60,8 +59,7 @@ class Bench:
         Raises:
           UserError: as `launch.py` does for a wrong config.
         """
-        check_options(config)
-        use_cores(config)
+        prepare(config)
         if jax.process_count() > 1:
             raise UserError("studies run in one process; launch.py trains on many hosts")
         self.config, self.ledger = config, ledger

@@ -31,9 +31,8 @@ from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.finetune import (
     alone,
-    finetuning_programs,
     finetuning_task,
-    finetuning_trainer,
+    make_trainer,
 )
 from modelstock_jax.training.metrics import counted
 from modelstock_jax.training.stages import hold, probe
@@ -160,10 +159,8 @@ def _pretrain(
     recipe: ConfigDict, start: Classifier, data: Benchmark, workdir: Path, path: Path
 ) -> None:
     broad = dataclasses.replace(data, train=broad_set(NUM_IMAGES))
-    programs = finetuning_programs(recipe, start, broad)
     title = f"{recipe.pretrained}: pretraining"
-    name = path.parent.name
-    trainer = finetuning_trainer(recipe, start, broad, programs, workdir, name, title=title)
+    trainer = make_trainer(recipe, start, broad, workdir, path.parent.name, title=title)
     params = jax.tree.map(lambda x: x[0], jax.device_get(trainer.run().state.params))
     with new_directory(path.parent) as beside:
         write_tree(beside / path.name, params)
@@ -257,9 +254,9 @@ class Trained:
         config = run.config(self._config)
         return self._task(config).num_steps * config.num_replicas
 
-    def _task(self, config: ConfigDict) -> Task:
-        data = self._data
-        return finetuning_task(config, self._anchor.outline, len(data.train), data.augment)
+    def _task(self, config: ConfigDict, anchor: Classifier | None = None) -> Task:
+        data, anchor = self._data, anchor or self._anchor.outline
+        return finetuning_task(config, anchor, len(data.train), data.augment)
 
     def is_here(self, run: Run) -> bool:
         """Whether the run has been trained."""
@@ -272,8 +269,11 @@ class Trained:
         steps = programs.task.steps_per_epoch
         if run.every_epoch:
             config.checkpoint.keep, config.checkpoint.every = 0, run.apart(steps)
-        place, timeline = (self._workdir, directory.name), Timeline(None)
-        trainer = finetuning_trainer(config, anchor, self._data, programs, *place, timeline, title)
+        timeline = Timeline(None)
+        trainer = make_trainer(
+            config, anchor, self._data, self._workdir, directory.name,
+            programs=programs, timeline=timeline, title=title,
+        )
         with counted(timeline):  # A merge's time is without the compiler's.
             result = trainer.run()
         replicas = hold(config, anchor, self._data, jax.device_get(result.state.params))
@@ -307,7 +307,8 @@ class Trained:
             one.seed = self._config.seed
             with claim(self._workdir / "locks", f"probe-{key}", wait=True):
                 anchor = probe(one, self._anchor.load(), self._data, self._workdir / "probes" / key)
-            self._last = key, anchor, finetuning_programs(config, anchor, self._data)
+            programs = Programs(config, self._task(config, anchor))
+            self._last = key, anchor, programs
         return self._last[1:]
 
 

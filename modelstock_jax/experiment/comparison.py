@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
-from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer, method_name
+from modelstock_jax.training.finetune import make_trainer, method_name
 from modelstock_jax.training.stages import hold
-from modelstock_jax.training.trainer import Result, Trainer
+from modelstock_jax.training.step_fns import Programs
+from modelstock_jax.training.trainer import Trainer
 
 # The models that a run compares, each made from the anchor and the trained replicas.
 
@@ -124,69 +125,70 @@ class Comparison:
         """Reads and trains nothing yet."""
         self.config, self.workdir, self.anchor, self.data = config, workdir, anchor, data
         self._timeline = timeline
+        self._programs: Programs | None = None
         # Every mistake in the config shows here, before anything is trained.
-        self._programs = finetuning_programs(config, anchor, data)
-        self.merges = self._trainer(config.seed, "merged").merge_steps > 0
-        self._measure = Measure(config, anchor, data, self._programs.mesh)
+        merged = self.trainer(config.seed, "merged")
+        self._programs, self.merges = merged.programs, merged.merge_steps > 0
+        self._start = merged.task.params
+        self._measure = Measure(config, anchor, data, merged.programs.mesh)
 
     def before_training(self, opened: Classifier) -> Document:
         """The row of the model as it was opened, and the probed anchor's where it is another."""
-        drawn = self.config.objective.head == "random"
-        first = [Candidate("random_head" if drawn else "zero_shot", opened.params, 0)]
-        if self.anchor is not opened:
-            cost = self.config.objective.probe_epochs / self.config.epochs
-            first.append(Candidate("probed", self.anchor.params, cost))
-        return self._once("zero_shot", lambda: {"rows": self._rows(first, len(first), None)})
+        path = self._path("zero_shot")
+        if not _finished(path):
+            drawn = self.config.objective.head == "random"
+            first = [Candidate("random_head" if drawn else "zero_shot", opened.params, 0)]
+            if self.anchor is not opened:
+                cost = self.config.objective.probe_epochs / self.config.epochs
+                first.append(Candidate("probed", self.anchor.params, cost))
+            _write(path, {"rows": self._rows(first, len(first), None)})
+        return _read(path)
 
     def one_seed(self, seed: int) -> Document:
         """Rows of every model that one seed gives, and the geometry of its unmerged replicas."""
-        return self._once(f"seed_{seed}", lambda: self._compare(seed))
+        path, config = self._path(f"seed_{seed}"), self.config
+        if not _finished(path):
+            document: Document = {"rows": []}
+            if config.compare or not self.merges:
+                replicas = multihost.whole(self.trainer(seed, "unmerged").run().state.params)
+                document = self._after_training(seed, replicas)
+            if self.merges:
+                merged = multihost.whole(self.trainer(seed, "merged").run().merged)
+                details = {"num_replicas": config.num_replicas}
+                model = Candidate(_method(config), merged, config.num_replicas, None, details)
+                document["rows"] += self._rows([model], 1, seed)
+            _write(path, document)
+        return _read(path)
 
-    def train(self, seed: int, arm: str) -> Result:
-        """Trains an arm to its end: `merged` as the config says, or `unmerged`, with no merges."""
-        return self._trainer(seed, arm).run()
-
-    def _trainer(self, seed: int, arm: str) -> Trainer:
+    def trainer(self, seed: int, arm: str) -> Trainer:
+        """The run of an arm: `merged` as the config says, or `unmerged`, with no merges."""
         config = self.config.copy_and_resolve_references()
         config.seed = seed
         if arm == "unmerged":
             config.merge.every = "never"
-        name, programs = f"seed_{seed}/{arm}", self._programs
-        return finetuning_trainer(
-            config, self.anchor, self.data, programs, self.workdir, name, self._timeline
+        return make_trainer(
+            config,
+            self.anchor,
+            self.data,
+            self.workdir,
+            f"seed_{seed}/{arm}",
+            programs=self._programs,
+            timeline=self._timeline,
         )
 
-    def _once(self, name: str, make: Callable[[], Document]) -> Document:
-        """Process 0 says whether it is done, writes it, and alone reads it: {} on the others."""
-        path = self.workdir / "runs" / name / "results.json"
-        done = multihost.agree(multihost.is_main() and path.exists())
-        document = {} if done else make()
-        if not multihost.is_main():
-            return {}
-        if not done:
-            write_json(path, document)
-        return json.loads(path.read_text())
+    def _after_training(self, seed: int, replicas: Any) -> Document:
+        """Rows of the models that unmerged replicas give, and the replicas' geometry."""
+        replicas = hold(self.config, self.anchor, self.data, replicas)
+        num_heads = self.anchor.num_heads
+        stats, models, count = after_training(self.config, self._start, replicas, num_heads)
+        sizes = [leaf.size for leaf in jax.tree.leaves(self._start)]
+        geometry = [
+            row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)
+        ]
+        return {"geometry": geometry, "rows": self._rows(models, count, seed)}
 
-    def _compare(self, seed: int) -> Document:
-        config, anchor = self.config, self.anchor
-        document: Document = {}
-        rows: list[dict[str, Any]] = []
-        if config.compare or not self.merges:
-            replicas = multihost.whole(self.train(seed, "unmerged").state.params)
-            replicas = hold(config, anchor, self.data, replicas)
-            start = self._programs.task.params
-            stats, models, count = after_training(config, start, replicas, anchor.num_heads)
-            sizes = [leaf.size for leaf in jax.tree.leaves(start)]
-            document["geometry"] = [
-                row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)
-            ]
-            rows += self._rows(models, count, seed)
-        if self.merges:
-            merged = multihost.whole(self.train(seed, "merged").merged)
-            details = {"num_replicas": config.num_replicas}
-            model = Candidate(_method(config), merged, config.num_replicas, None, details)
-            rows += self._rows([model], 1, seed)
-        return document | {"rows": rows}
+    def _path(self, name: str) -> Path:
+        return self.workdir / "runs" / name / "results.json"
 
     def _rows(
         self, models: Iterable[Candidate], count: int, seed: int | None
@@ -200,8 +202,7 @@ class Comparison:
             for number, model in enumerate(models):
                 details = dict(model.details)
                 if "head" not in model.params:  # What is measured is not what was merged.
-                    start = self._programs.task.params
-                    details["distance_to_anchor"] = float(distance(start, model.params))
+                    details["distance_to_anchor"] = float(distance(self._start, model.params))
                 rows.append(
                     self._measure.row(
                         model.method,
@@ -214,6 +215,21 @@ class Comparison:
                     )
                 )
         return rows
+
+
+def _finished(path: Path) -> bool:
+    """Whether process 0 has the document: all processes take the same branch."""
+    return multihost.agree(multihost.is_main() and path.exists())
+
+
+def _write(path: Path, document: Document) -> None:
+    if multihost.is_main():
+        write_json(path, document)
+
+
+def _read(path: Path) -> Document:
+    """The document on process 0, {} on the others."""
+    return json.loads(path.read_text()) if multihost.is_main() else {}
 
 
 def _method(config: ConfigDict) -> str:

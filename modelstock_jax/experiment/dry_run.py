@@ -17,8 +17,8 @@ from rich.table import Table
 
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
+from modelstock_jax.experiment.setup import prepare
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import abstract_params
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
@@ -26,10 +26,9 @@ from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.classifier import AbstractTextSide, make_classifier
 from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, sent_bytes
 from modelstock_jax.training.finetune import finetuning_task
-from modelstock_jax.training.launcher import use_cores
 from modelstock_jax.training.merge_step import steps_between_merges
 from modelstock_jax.training.optimizer import warmup_steps
-from modelstock_jax.training.step_fns import Programs, use_compilation_cache
+from modelstock_jax.training.step_fns import Programs
 
 # What a run leaves on disk, before it is run.
 
@@ -136,14 +135,12 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     Raises:
       UserError: if an option is out of its range, or options do not fit together.
     """
-    check_options(config)
-    use_cores(config)
+    prepare(config)
     if config.task == "pretrain":
         raise UserError("--dry-run knows fine-tuning; task='pretrain' has none")
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # A file or a pipe has no width to fit in.
-    use_compilation_cache(config.compute.compilation_cache)
     programs, clip = abstract_programs(config)
     batch = programs.abstract_batch(clip.vision.image_size)
     disk = disk_use(config, programs, clip)

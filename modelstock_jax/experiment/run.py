@@ -17,9 +17,8 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import Measure, classifier_evaluator
 from modelstock_jax.experiment import results
 from modelstock_jax.experiment.comparison import Comparison
-from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import open_anchor, pretrain
-from modelstock_jax.experiment.setup import check_data, check_same, classify, open_all, open_data
+from modelstock_jax.experiment.setup import check_data, classify, open_all, open_data, prepare
 from modelstock_jax.experiment.workdir import claim, release
 from modelstock_jax.fileio import write_json
 from modelstock_jax.reporting.progress import Progress
@@ -27,12 +26,11 @@ from modelstock_jax.reporting.tables import mean_and_error, screen_table
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
 from modelstock_jax.training.checkpoints import Checkpoints
-from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
-from modelstock_jax.training.launcher import use_cores
+from modelstock_jax.training.finetune import make_trainer
 from modelstock_jax.training.metrics import counted
 from modelstock_jax.training.sharding import make_mesh, spread, whole_sharding
 from modelstock_jax.training.stages import probe
-from modelstock_jax.training.step_fns import mesh_of, use_compilation_cache
+from modelstock_jax.training.step_fns import mesh_of
 
 # The choice of the learning rate, on the in-distribution validation set and nothing else.
 
@@ -52,11 +50,10 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
         one = config.copy_and_resolve_references()
         one.merge.every = "never"
         one.optimizer.learning_rate = rate
-        programs = finetuning_programs(one, anchor, data)
         name = f"learning_rate_{rate:g}"
-        trainer = finetuning_trainer(one, anchor, data, programs, workdir, name, timeline)
+        trainer = make_trainer(one, anchor, data, workdir, name, timeline=timeline)
         replicas = multihost.whole(trainer.run().state.params)
-        evaluate = classifier_evaluator(config, anchor, programs.mesh)
+        evaluate = classifier_evaluator(config, anchor, trainer.programs.mesh)
         with timeline.phase("evaluate"):
             models = (jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(one.num_replicas))
             tried[rate] = [
@@ -99,12 +96,9 @@ def run(
       UserError: on any mistake of a user; nothing written before is lost.
     """
     workdir = Path(workdir)
-    check_options(config)  # Before the workdir is theirs: a mended name is no other config.
-    use_cores(config)
-    mesh = mesh_of(config)  # Nor does it take a zero-shot head to know that devices are missing.
-    use_compilation_cache(config.compute.compilation_cache)
-    check_same(config, workdir=str(workdir))
-    multihost.connect(mesh)
+    # Before the workdir is locked: fixing a typo, or adding devices, is no other config.
+    prepare(config, workdir=str(workdir))
+    multihost.connect(mesh_of(config))
     if multihost.is_main():
         claim(workdir, config, allow_change=allow_config_change)
     multihost.barrier("the workdir is ours")
@@ -138,7 +132,7 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
         documents.append(comparison.one_seed(seed))
     merged = None
     if comparison.merges:
-        merged = multihost.whole(comparison.train(config.seed, "merged").merged)
+        merged = multihost.whole(comparison.trainer(config.seed, "merged").run().merged)
     if not multihost.is_main():
         return
     with timeline.phase("export"):
@@ -175,10 +169,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     """
     if not path:
         raise UserError("--mode=eval needs --checkpoint=DIR")
-    check_options(config)
-    use_cores(config)
-    use_compilation_cache(config.compute.compilation_cache)
-    check_same(config, checkpoint=path)
+    prepare(config, checkpoint=path)
     directory, details = Path(path), {}
     _check_place(directory)
     is_step = directory.name.isdigit() and directory.is_dir()

@@ -17,11 +17,30 @@ from ml_collections import ConfigDict
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.options import check_options
 from modelstock_jax.experiment.pretrained import open_anchor
 from modelstock_jax.fileio import flat, plain
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
+from modelstock_jax.training.launcher import use_cores
+from modelstock_jax.training.step_fns import use_compilation_cache
+
+
+def prepare(config: ConfigDict, **more: Any) -> None:
+    """Checks the options and sets up JAX; call it before anything is opened or computed.
+
+    Args:
+      config: the run's options.
+      **more: what else must be the same on every process, by the flag's name.
+
+    Raises:
+      UserError: for an option that cannot be meant, or a process that was started otherwise.
+    """
+    check_options(config)
+    use_cores(config)
+    use_compilation_cache(config.compute.compilation_cache)
+    check_same(config, **more)
 
 
 class Opened(NamedTuple):

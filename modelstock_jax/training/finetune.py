@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
+from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Batch, Loading, steps_per_epoch, train_batches
 from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainView
 from modelstock_jax.errors import UserError
@@ -336,73 +337,56 @@ def _batch_augment(
     return mixed if alpha or own_mixup else of_images
 
 
-def finetuning_batches(
-    config: ConfigDict, data: Benchmark, image_size: int, start: int, *, mesh: Mesh | None = None
-) -> Iterator[Batch]:
-    """This process's batches from step `start` on, in the order of `config.seed`.
-
-    Args:
-      config: the run's options.
-      data: its training set.
-      image_size: side of the model's input; stored images are cropped and resized to it.
-      start: the first batch's step.
-      mesh: that the batches are placed on; this process draws what its devices hold. None draws
-        all.
-    """
-    share: dict[str, list[int]] = {}
-    if mesh is not None:
-        replicas, examples = held(batch_sharding(mesh), (config.num_replicas, config.batch_size))
-        share = {"replicas": replicas.tolist(), "examples": examples.tolist()}
-    return train_batches(
-        data.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_replicas=config.num_replicas,
-        start_step=start,
-        replicas=share.get("replicas"),
-        examples=share.get("examples"),
-        view=train_views(config, image_size),
-        loading=Loading(**config.data.loading),
-    )
-
-
-def finetuning_programs(config: ConfigDict, anchor: Classifier, data: Benchmark) -> Programs:
-    """The programs of a fine-tuning of `anchor` on the training set of `data`.
-
-    Raises:
-      UserError: if an option is out of its range, or options do not fit together.
-    """
-    return Programs(config, finetuning_task(config, anchor, len(data.train), data.augment))
-
-
-def finetuning_trainer(
+def make_trainer(
     config: ConfigDict,
     anchor: Classifier,
     data: Benchmark,
-    programs: Programs,
     workdir: str | Path,
     name: str,
+    *,
+    programs: Programs | None = None,
     timeline: Timeline | None = None,
     title: str | None = None,
 ) -> Trainer:
-    """One such fine-tuning, as `programs` compute it.
+    """Makes one fine-tuning of `anchor` on the training set of `data`.
 
     Args:
-      config: the run's options; its seed and `merge.every` are this run's own.
+      config: the run's options.
       anchor: what every replica starts from.
       data: its training set.
-      programs: as `finetuning_programs` makes them, of this config or of one with another seed.
-      workdir: see `Trainer`, as the other arguments.
+      workdir: see `Trainer`.
       name: see `Trainer`.
+      programs: those of an earlier trainer whose options differ in `seed`, `merge.every` and
+        `checkpoint` alone; None makes them.
       timeline: see `Trainer`.
       title: see `Trainer`.
 
     Raises:
-      UserError: as `Trainer`.
+      UserError: if an option is out of its range, or options do not fit together.
     """
+    if programs is None:
+        programs = Programs(config, finetuning_task(config, anchor, len(data.train), data.augment))
     size = anchor.normalize.image_size
-    batches = partial(finetuning_batches, config, data, size, mesh=programs.mesh)
+    batches = partial(_batches, config, data.train, size, batch_sharding(programs.mesh))
     return Trainer(config, programs, batches, workdir, name, timeline, title)
+
+
+def _batches(
+    config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start: int
+) -> Iterator[Batch]:
+    """The batches that this process's devices hold, from step `start` on."""
+    replicas, examples = held(sharding, (config.num_replicas, config.batch_size))
+    return train_batches(
+        train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_replicas=config.num_replicas,
+        start_step=start,
+        replicas=replicas.tolist(),
+        examples=examples.tolist(),
+        view=train_views(config, image_size),
+        loading=Loading(**config.data.loading),
+    )
 
 
 def alone(config: ConfigDict) -> ConfigDict:

@@ -24,8 +24,7 @@ from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (
     alone,
     check_method,
-    finetuning_programs,
-    finetuning_trainer,
+    make_trainer,
     train_views,
 )
 from modelstock_jax.training.losses import contrastive, cross_entropy
@@ -61,8 +60,7 @@ def probe(config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path
     one.optimizer.learning_rate = config.objective.probe_learning_rate
     one.optimizer.decay_to_pretrained = 0.0
     one.optimizer.projection.name = "none"
-    programs = finetuning_programs(one, anchor, data)
-    state = finetuning_trainer(one, anchor, data, programs, workdir, "probe").run().state
+    state = make_trainer(one, anchor, data, workdir, "probe").run().state
     head = jax.tree.map(lambda x: x[0], multihost.whole(state.params["head"]))
     return replace(anchor, params=anchor.params | {"head": head})
 

@@ -17,7 +17,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.config import Preprocessor
 from modelstock_jax.training.classifier import Classifier
-from modelstock_jax.training.finetune import finetuning_programs, finetuning_trainer
+from modelstock_jax.training.finetune import make_trainer
 from studies.bench import Bench
 from studies.catalogue import STUDIES
 from studies.expressions import Anchor
@@ -200,9 +200,8 @@ def test_two_replicas_learn_it(root, tmp_path):
         normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, 8),
         num_heads=1,
     )
-    programs = finetuning_programs(options, anchor, data)
-    trainer = finetuning_trainer(options, anchor, data, programs, tmp_path, "run")
-    assert programs.task.num_steps == 40
+    trainer = make_trainer(options, anchor, data, tmp_path, "run")
+    assert trainer.task.num_steps == 40
     merged = jax.device_get(trainer.run().merged)
     batch = next(eval_batches(data.test, len(data.test), image_size=8))
     found = np.argmax(apply(merged, anchor.normalize(jnp.asarray(batch["image"]))), -1)
