@@ -127,8 +127,8 @@ def _open(
             f"{stored.place}: images of shape {shape}, not {IMAGE_SHAPE}; this is not "
             f"{known.title}: give another data.root"
         )
-    # TensorFlow Datasets names the classes of the training set, and only counts those of shifts.
     class_names = CLASS_NAMES[config.name]
+    # TensorFlow Datasets names the classes of the training set, and only counts those of shifts.
     unnamed = tuple(str(label) for label in range(len(class_names)))
     names = tuple(one.replace("_", " ") for one in stored.names)
     if names not in (class_names, unnamed):
