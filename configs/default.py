@@ -5,6 +5,8 @@ Override any of them on the command line: `--config.merge.every=100`.
 
 from ml_collections import ConfigDict
 
+from modelstock_jax.data.published_sets import IMAGENET
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -43,11 +45,7 @@ def get_config() -> ConfigDict:
     config.data.name = "glyphs"
     config.data.root = ""
     # Where a set lies, from data.root on or as a whole path; "" looks in the usual places.
-    config.data.paths = ConfigDict(
-        dict.fromkeys(
-            ("train", "validation", "test", "v2", "r", "sketch", "objectnet", "a", "real"), ""
-        )
-    )
+    config.data.paths = ConfigDict(dict.fromkeys(("train", "validation", "test", *IMAGENET), ""))
     # Whether the sets of ImageNet and CIFAR must have as many classes and images as were published.
     config.data.check_counts = True
     # Training images of each class, of ImageNet or CIFAR, that are kept for validation: the paper

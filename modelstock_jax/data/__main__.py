@@ -11,22 +11,16 @@ import numpy as np
 
 from modelstock_jax.data.image_folder import read_folders
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.imagenet import PUBLISHED, WNIDS, objectnet_classes
-from modelstock_jax.data.imagenet.sets import SPLITS, open_set
+from modelstock_jax.data.imagenet import WNIDS, objectnet_classes, open_set
 from modelstock_jax.data.prepare import prepare
+from modelstock_jax.data.published_sets import IMAGENET
 from modelstock_jax.errors import UserError
 from modelstock_jax.machine import usable_cores
 
-DATASETS = {
-    "train": "imagenet2012_train",
-    "validation": "imagenet2012_validation",
-    "v2": "imagenet_v2",
-    "r": "imagenet_r",
-    "sketch": "imagenet_sketch",
-    "objectnet": "objectnet",
-    "a": "imagenet_a",
-}
-"""What each set is called when prepared; `data.root` finds it by this name."""
+# Those whose classes are not ImageNet's own come last.
+SETS = sorted(
+    (name for name in IMAGENET if IMAGENET[name].prepared), key=lambda name: IMAGENET[name].groups
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,11 +49,9 @@ def _source(options: argparse.Namespace) -> tuple[ImageSet, Sequence[str], str, 
         dataset = options.name or source.resolve().name.replace("-", "_")
         return ImageSet(dataset, stored.images, stored.labels), stored.names, dataset, options.split
     image_set = open_set(options.set, source, check_counts=options.check_counts)
-    names: Sequence[str] = WNIDS
-    if options.set == "objectnet":
-        names = tuple(objectnet_classes(source / "mappings"))
-    dataset = options.name or DATASETS[options.set]
-    return image_set, names, dataset, SPLITS.get(options.set, "test")
+    known = IMAGENET[options.set]
+    names = tuple(objectnet_classes(source / "mappings")) if known.groups else WNIDS
+    return image_set, names, options.name or known.prepared, known.split
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, metavar="DIR", help="where to write")
     command.add_argument(
         "--set",
-        choices=["folder", *PUBLISHED],
+        choices=["folder", *SETS],
         default="folder",
         help="which set it is; 'folder': anyone's own class folders (the default)",
     )

@@ -1,4 +1,7 @@
-"""A data set as a study sees it: where to train, where to choose, where to measure."""
+"""A data set as a study sees it: where to train, where to choose, where to measure.
+
+A run imports the modules of its own data set alone: each is imported where it is opened.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,10 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from modelstock_jax.data import cifar, glyphs
 from modelstock_jax.data.augment import shift_and_jitter
-from modelstock_jax.data.custom_dataset import open_own
-from modelstock_jax.data.decoded_cache import write_cache
-from modelstock_jax.data.glyphs.sets import SHIFTS, TRAIN_SIZE
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.imagenet import CLASS_NAMES, PUBLISHED, TEMPLATES
-from modelstock_jax.data.imagenet.sets import missing_sets, open_sets
 from modelstock_jax.data.prompts import read_class_names, read_templates
-from modelstock_jax.data.published_sizes import Published
+from modelstock_jax.data.published_sets import CIFAR, IMAGENET, Published
 from modelstock_jax.errors import UserError
 
 
@@ -69,22 +66,42 @@ def _as_read(key: jax.Array, images: jax.Array) -> jax.Array:
     return images
 
 
+def _glyphs(config: ConfigDict) -> Benchmark:
+    from modelstock_jax.data import glyphs
+    from modelstock_jax.data.glyphs.sets import SHIFTS
+
+    world = glyphs.world(shifts=config.shifts or SHIFTS)
+    return Benchmark(
+        world.train,
+        world.validation,
+        world.test,
+        world.shifts,
+        glyphs.CLASS_NAMES,
+        glyphs.TEMPLATES,
+        shift_and_jitter,
+    )
+
+
 def _imagenet(config: ConfigDict) -> Benchmark:
-    sets = open_sets(config)
+    from modelstock_jax.data import imagenet
+
+    sets = imagenet.open_sets(config)
     return Benchmark(
         sets.train,
         sets.validation,
         sets.test,
         sets.shifts,
-        CLASS_NAMES,
-        TEMPLATES,
+        imagenet.CLASS_NAMES,
+        imagenet.TEMPLATES,
         _as_read,
         sets.real,
     )
 
 
 def _cifar(config: ConfigDict) -> Benchmark:
-    names = cifar.CIFAR[config.name].class_names
+    from modelstock_jax.data import cifar
+
+    names = cifar.CLASS_NAMES[config.name]
     return Benchmark(*cifar.open_sets(config), names, cifar.TEMPLATES, _as_read)
 
 
@@ -94,23 +111,16 @@ class _Stored(NamedTuple):
     title: str
     root: str
     train: Published
-    missing_sets: Callable[[ConfigDict], list[str]]
     open: Callable[[ConfigDict], Benchmark]
 
 
 _STORED = {
     "imagenet": _Stored(
-        "ImageNet-1K", "ImageNet's directory", PUBLISHED["train"], missing_sets, _imagenet
+        "ImageNet-1K", "ImageNet's directory", IMAGENET["train"].published, _imagenet
     ),
     **{
-        name: _Stored(
-            known.title,
-            "the data_dir of TensorFlow Datasets",
-            known.train,
-            cifar.missing_sets,
-            _cifar,
-        )
-        for name, known in cifar.CIFAR.items()
+        name: _Stored(known.title, "the data_dir of TensorFlow Datasets", known.train, _cifar)
+        for name, known in CIFAR.items()
     },
 }
 
@@ -132,8 +142,13 @@ def outline(config: ConfigDict) -> Outline:
     if config.name not in NAMES:
         raise UserError(f"data.name={config.name!r}: the data sets are: {', '.join(NAMES)}")
     if config.name == "glyphs":
-        return Outline(TRAIN_SIZE, len(glyphs.CLASS_NAMES), "the glyph world's own sizes")
+        from modelstock_jax.data.glyphs.captions import CLASS_NAMES
+        from modelstock_jax.data.glyphs.sets import TRAIN_SIZE
+
+        return Outline(TRAIN_SIZE, len(CLASS_NAMES), "the glyph world's own sizes")
     if config.name == "folder":
+        from modelstock_jax.data.custom_dataset import open_own
+
         own = open_own(config)
         return Outline(len(own.train), len(own.class_names), f"the folders of {config.root}")
     stored = _STORED[config.name]
@@ -164,7 +179,11 @@ def missing(config: ConfigDict) -> list[str]:
         return [f"data.root is not set; give {stored.root} as --config.data.root=DIR"]
     if not Path(config.root).expanduser().is_dir():
         return [f"data.root={config.root}: no such directory; give {stored.root}"]
-    return stored.missing_sets(config)
+    if config.name == "imagenet":
+        from modelstock_jax.data.imagenet import missing_sets
+    else:
+        from modelstock_jax.data.cifar import missing_sets
+    return missing_sets(config)
 
 
 def load(config: ConfigDict) -> Benchmark:
@@ -185,6 +204,8 @@ def load(config: ConfigDict) -> Benchmark:
     if config.name == "glyphs":
         return _with_lists(config, _glyphs(config))
     if config.name == "folder":
+        from modelstock_jax.data.custom_dataset import open_own
+
         opened = Benchmark(*open_own(config), augment=_as_read)
     else:
         opened = _STORED[config.name].open(config)
@@ -195,6 +216,8 @@ def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
     """The benchmark with its training images in the config's cache, written if it is not there."""
     if not config.cache:
         return data
+    from modelstock_jax.data.decoded_cache import write_cache
+
     images = write_cache(
         data.train.encoded,
         Path(config.cache).expanduser(),
@@ -203,19 +226,6 @@ def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
         unreadable=config.loading.unreadable,
     )
     return dataclasses.replace(data, train=dataclasses.replace(data.train, images=images))
-
-
-def _glyphs(config: ConfigDict) -> Benchmark:
-    world = glyphs.world(shifts=config.shifts or SHIFTS)
-    return Benchmark(
-        world.train,
-        world.validation,
-        world.test,
-        world.shifts,
-        glyphs.CLASS_NAMES,
-        glyphs.TEMPLATES,
-        shift_and_jitter,
-    )
 
 
 def _with_lists(config: ConfigDict, data: Benchmark) -> Benchmark:

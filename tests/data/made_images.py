@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modelstock_jax.data.imagenet import A_CLASSES, R_CLASSES, WNIDS
+from modelstock_jax.data.imagenet import CLASSES, WNIDS
+from modelstock_jax.data.published_sets import IMAGENET
 
 SIZES = ((40, 30), (25, 60), (48, 48))
 KINDS = ("jpeg", "grey", "cmyk", "png")  # ImageNet has all four, every file named .JPEG
@@ -80,7 +81,8 @@ def write_imagenet(root: Path, labels: tuple[int, ...] = (0, 2, 10, 207), each: 
 
     Args:
       root: where `train`, `val`, `imagenet-r` and the others are made.
-      labels: classes of train, val, V2 and Sketch; R and A have the first of their own classes.
+      labels: classes of train, val, V2 and Sketch; R, A and any other set with classes of its own
+        have the first of those.
       each: images of a class; the training set has twice as many.
     """
     wnids = [WNIDS[label] for label in labels]
@@ -98,10 +100,11 @@ def write_imagenet(root: Path, labels: tuple[int, ...] = (0, 2, 10, 207), each: 
     v2 = root / "imagenetv2-matched-frequency-format-val"
     write_folders(v2, map(str, labels), each, seed=200, suffix=".jpeg")
     write_folders(root / "sketch", wnids, each, seed=300)
-    for name, classes in (("imagenet-r", R_CLASSES), ("imagenet-a", A_CLASSES)):
+    for name, classes in CLASSES.items():
+        folder = root / IMAGENET[name].places[0]
         folders = [WNIDS[label] for label in classes[: len(labels)]]
-        write_folders(root / name, folders, each, seed=400, suffix=".jpg")
-        (root / name / "README.txt").write_text("as in the archive")
+        write_folders(folder, folders, each, seed=400, suffix=".jpg")
+        (folder / "README.txt").write_text("as in the archive")
     objects = ["alarm_clock", "bench", "t-shirt"]
     write_folders(root / "objectnet-1.0" / "images", objects, each, seed=500, suffix=".png")
     write_folders(root / "objectnet-1.0" / "images", ["air_freshener"], each, seed=600)

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from modelstock_jax.data.cifar import CIFAR
+from modelstock_jax.data.cifar import CLASS_NAMES
 
 
 def write_set(
@@ -98,7 +98,7 @@ def cifar_set(
 
 def write_cifar10(root: Path, each: int = 3) -> Path:
     """cifar10, cifar10_1/v6 and cifar10_corrupted/fog_5 below ROOT, with a few images a class."""
-    names = CIFAR["cifar10"].class_names
+    names = CLASS_NAMES["cifar10"]
     cifar_set(root / "cifar10" / "3.0.2", names, {"train": each, "test": 2})
     for name, config, version in (
         ("cifar10_1", "v6", "1.1.0"),

@@ -11,8 +11,9 @@ import pytest
 
 from configs import cifar10
 from modelstock_jax.data import benchmark
-from modelstock_jax.data.cifar import CIFAR, TEMPLATES
+from modelstock_jax.data.cifar import CLASS_NAMES, TEMPLATES
 from modelstock_jax.data.loader import eval_batches
+from modelstock_jax.data.published_sets import CIFAR
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.config import Preprocessor
@@ -25,7 +26,7 @@ from studies.measurements import Score
 from studies.study import Setup
 from tests.data.made_records import cifar_set, coloured, write_cifar10
 
-NAMES = CIFAR["cifar10"].class_names
+NAMES = CLASS_NAMES["cifar10"]
 EACH = 6
 FOG = "cifar10_corrupted/fog_5"
 
@@ -45,7 +46,7 @@ def config(root, **changes):
 def test_the_published_lists():
     """In the order of the labels, which is alphabetical; CLIP's prompts are 9 for 'a', 9 'the'."""
     assert len(NAMES) == 10 and NAMES[:3] == ("airplane", "automobile", "bird")
-    hundred = CIFAR["cifar100"].class_names
+    hundred = CLASS_NAMES["cifar100"]
     assert len(hundred) == 100 and (hundred[1], hundred[41]) == ("aquarium fish", "lawn mower")
     for names in (NAMES, hundred):
         assert list(names) == sorted(set(names)) and not any("_" in name for name in names)
@@ -91,7 +92,7 @@ def test_the_model_sees_its_own_size(root):
 
 
 def test_a_hundred_classes(tmp_path):
-    stored = [name.replace(" ", "_") for name in CIFAR["cifar100"].class_names]
+    stored = [name.replace(" ", "_") for name in CLASS_NAMES["cifar100"]]
     cifar_set(tmp_path / "cifar100" / "3.0.2", stored, {"train": 2, "test": 1})
     data = config(tmp_path, name="cifar100", held_out=1)
     opened = benchmark.load(data)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from modelstock_jax.data.cifar import CIFAR
+from modelstock_jax.data.cifar import CLASS_NAMES
 from modelstock_jax.models import checkpoint_io
 from tests.data.made_records import cifar_set, write_cifar10
 from tests.experiment import small_run
@@ -47,16 +47,15 @@ def test_a_run(anchor, tmp_path):
         assert row["avg_shifts"] == row["shifts"]["cifar10_1/v6"]
         # Twenty test images.
         assert row["id"] / 5 == pytest.approx(round(row["id"] / 5))
-    assert checkpoint_io.load(tmp_path / "run" / "model").labels == CIFAR["cifar10"].class_names
+    assert checkpoint_io.load(tmp_path / "run" / "model").labels == CLASS_NAMES["cifar10"]
 
 
 @pytest.mark.slow
 def test_the_study_of_generality_without_shifts(anchor, tmp_path):
     """And in the same ledger with CIFAR-100, whose test set has the same name and size."""
-    names = {"cifar10": CIFAR["cifar10"].class_names, "cifar100": CIFAR["cifar100"].class_names}
     each = {"cifar10": {"train": 30, "test": 10}, "cifar100": {"train": 3, "test": 1}}
-    for name in names:
-        cifar_set(tmp_path / "tfds" / name / "3.0.2", names[name], each[name])
+    for name, names in CLASS_NAMES.items():
+        cifar_set(tmp_path / "tfds" / name / "3.0.2", names, each[name])
     base = arguments(anchor, tmp_path / "tfds", tmp_path / "study", "--num_seeds=2")
     code, output = small_run.finish("table1", *base, program=STUDIES)
     assert code == 1 and "Traceback" not in output

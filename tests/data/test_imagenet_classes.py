@@ -15,10 +15,11 @@ import pytest
 
 from modelstock_jax.data import imagenet
 from modelstock_jax.data.prompts import read_templates
+from modelstock_jax.data.published_sets import CLASS_LISTS, IMAGENET
 from modelstock_jax.errors import UserError
 
 OPEN_CLIP = "open_clip_torch==3.3.0"
-FOLDER = Path(imagenet.__file__).parent
+A_CLASSES, R_CLASSES = imagenet.CLASSES["a"], imagenet.CLASSES["r"]
 
 
 @pytest.mark.parametrize(
@@ -29,11 +30,11 @@ FOLDER = Path(imagenet.__file__).parent
         (imagenet.TEMPLATES, "717aaf1055595d318aa456669c0de6675d883ccebfa70ca12ff890b7aab710cb"),
         (imagenet.WNIDS, "70002b0ff5de60a3a17a82dbfcff291931f96225ddf941ad2e182fc39e183d15"),
         (
-            [imagenet.WNIDS[i] for i in imagenet.A_CLASSES],
+            [imagenet.WNIDS[i] for i in A_CLASSES],
             "9826a24166e74ce62fb87b27889874ca26917542c745712309d6e25855d63bc2",
         ),
         (
-            [imagenet.WNIDS[i] for i in imagenet.R_CLASSES],
+            [imagenet.WNIDS[i] for i in R_CLASSES],
             "a6a0729f7a99230280639cab6e51e01485a3b41a676ea35621a501c9d6e83ca4",
         ),
     ],
@@ -91,18 +92,18 @@ def test_two_pairs_of_names_are_equal_as_published():
 
 
 def test_templates_can_be_given_as_a_file_too():
-    assert read_templates(FOLDER / "templates.txt") == imagenet.TEMPLATES
+    assert read_templates(CLASS_LISTS / "imagenet_templates.txt") == imagenet.TEMPLATES
     assert len(imagenet.TEMPLATES) == 80
 
 
 def test_subsets_agree_with_the_published_counts():
-    for name, classes in (("a", imagenet.A_CLASSES), ("r", imagenet.R_CLASSES)):
-        assert len(set(classes)) == imagenet.PUBLISHED[name].classes == 200
+    for name, classes in (("a", A_CLASSES), ("r", R_CLASSES)):
+        assert len(set(classes)) == IMAGENET[name].published.classes == 200
         assert list(classes) == sorted(classes) and 0 <= classes[0] and classes[-1] < 1000
-    assert imagenet.A_CLASSES != imagenet.R_CLASSES
+    assert A_CLASSES != R_CLASSES
     # Goldfinch, box turtle, goldfish.
     both = [
-        tuple(i in classes for classes in (imagenet.A_CLASSES, imagenet.R_CLASSES))
+        tuple(i in classes for classes in (A_CLASSES, R_CLASSES))
         for i in (11, 37, 1)
     ]
     assert both == [(True, True), (True, False), (False, True)]
@@ -110,8 +111,8 @@ def test_subsets_agree_with_the_published_counts():
 
 def test_published_counts():
     order = ("validation", "v2", "r", "sketch", "a", "objectnet")
-    assert [imagenet.PUBLISHED[name].classes for name in order] == [1000, 1000, 200, 1000, 200, 113]
-    assert [imagenet.PUBLISHED[name].images for name in order] == [
+    assert [IMAGENET[name].published.classes for name in order] == [1000, 1000, 200, 1000, 200, 113]
+    assert [IMAGENET[name].published.images for name in order] == [
         *(50_000, 10_000, 30_000, 50_889, 7_500, 18_574)
     ]
 

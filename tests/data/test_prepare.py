@@ -15,8 +15,9 @@ from modelstock_jax.data import prepare as preparation
 from modelstock_jax.data.__main__ import main
 from modelstock_jax.data.image_folder import read_folders
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.imagenet.sets import open_real, open_set
+from modelstock_jax.data.imagenet import open_real, open_set
 from modelstock_jax.data.prepare import prepare, shrink
+from modelstock_jax.data.published_sets import IMAGENET
 from modelstock_jax.data.records import RecordImages, read_records
 from modelstock_jax.errors import UserError
 from tests.data.made_images import KINDS, encoded, write_folders, write_imagenet
@@ -46,6 +47,7 @@ def test_every_layout_gives_the_same_images_and_labels(root, tmp_path, name, cap
     command(root / SOURCES[name], tmp_path, name, "--no-check-counts")
     (directory,) = tmp_path.iterdir()
     assert capsys.readouterr().out.startswith(f"{directory}/1.0.0: ")
+    assert directory.name in IMAGENET[name].places, "data.root finds it by this name"
     plain = open_set(name, root / SOURCES[name], check_counts=False)
     records = open_set(name, directory, check_counts=False)
     assert list(records.images) == list(plain.images)

@@ -13,8 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from modelstock_jax.data import user_cache
-from modelstock_jax.data.imagenet import WNIDS
-from modelstock_jax.data.imagenet.sets import open_real, open_set
+from modelstock_jax.data.imagenet import WNIDS, open_real, open_set
 from modelstock_jax.data.records import RecordImages, find_records, read_records
 from modelstock_jax.errors import UserError
 from tests.data.made_images import encoded

@@ -20,7 +20,8 @@ TRIED = {
     "A merge method": ["tests/merging/test_every_merge.py", "tests/docs/test_library.py",
                        "modelstock_jax/merging/baselines.py", EVERYWHERE,
                        "-k", "balanced_mean or table_names or this_tree or public_name"],
-    "A shift set": ["tests/data/test_imagenet_sets.py", EVERYWHERE],
+    "A shift set": ["tests/data/test_imagenet_sets.py", "tests/docs/test_configuration.py",
+                    EVERYWHERE],
     "A model": ["tests/towers", EVERYWHERE, "-k", "mlp or this_tree"],
 }
 

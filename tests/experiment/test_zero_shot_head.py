@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from modelstock_jax.data import benchmark
+from modelstock_jax.data import benchmark, glyphs
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import checkpoint_io, zero_shot
@@ -44,7 +44,7 @@ def passes(monkeypatch):
 def data(monkeypatch):
     """Opens the glyph world without rendering it."""
     world = SimpleNamespace(train=None, validation=None, test=None, shifts={})
-    monkeypatch.setattr(benchmark.glyphs, "world", lambda **_: world)
+    monkeypatch.setattr(glyphs, "world", lambda **_: world)
     return lambda config: benchmark.load(config.data)
 
 

@@ -13,27 +13,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.image_folder import FileImages, Labelled, list_files, read_folders
-from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.published_sizes import Published, check_counts
+from modelstock_jax.data.image_set import ImageSet, check_counts
+from modelstock_jax.data.published_sets import CLASS_LISTS, IMAGENET, IMAGENET_SHIFTS
 from modelstock_jax.data.records import facts, find_records, read_label_sets, read_records
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import read_json
 
-# The 1,000 classes of ImageNet-1K, and the 200 of them that ImageNet-A and ImageNet-R hold.
+# The 1,000 classes of ImageNet-1K, and those of them that its shifts hold.
 
 
 def _lines(name: str) -> tuple[str, ...]:
-    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    text = (CLASS_LISTS / name).read_text(encoding="utf-8")
     return tuple(text.removesuffix("\n").split("\n"))
 
 
-WNIDS = _lines("wnids.txt")
+WNIDS = _lines("imagenet_wnids.txt")
 """WordNet ids in ascending order: a class's label is its place here."""
 
-CLASS_NAMES = _lines("class_names.txt")
+CLASS_NAMES = _lines("imagenet.txt")
 """Names for prompts, by label; 'missile' and 'sunglasses' stand twice, as published."""
 
-TEMPLATES = _lines("templates.txt")
+TEMPLATES = _lines("imagenet_templates.txt")
 """The 80 prompts of CLIP's authors; '{}' stands for the class name."""
 
 _INDEX = {wnid: index for index, wnid in enumerate(WNIDS)}
@@ -61,34 +61,12 @@ def class_indices(wnids: Iterable[str]) -> tuple[int, ...]:
     return tuple(_INDEX[wnid] for wnid in wnids)
 
 
-A_CLASSES = class_indices(_lines("wnids_a.txt"))
-"""Labels of ImageNet-A's 200 classes, ascending; its logits are restricted to them."""
-
-R_CLASSES = class_indices(_lines("wnids_r.txt"))
-"""Labels of ImageNet-R's 200 classes, ascending; its logits are restricted to them."""
+CLASSES = {name: class_indices(_lines(one.wnids)) for name, one in IMAGENET.items() if one.wnids}
+"""By set, where it has not all of the 1,000: the labels of its classes, ascending, to which its
+logits are restricted."""
 
 
 # Where ImageNet and its shifts lie on a disk.
-
-
-SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
-
-PLACES = {
-    "train": ("train", "imagenet/train", "imagenet2012_train", "imagenet2012"),
-    "validation": ("val", "imagenet/val", "imagenet2012_validation", "imagenet2012"),
-    "v2": (
-        "imagenetv2-matched-frequency-format-val",
-        "imagenetv2-matched-frequency",
-        "imagenet_v2/matched-frequency",
-        "imagenet_v2",
-    ),
-    "r": ("imagenet-r", "imagenet_r"),
-    "sketch": ("imagenet-sketch", "sketch", "imagenet_sketch"),
-    "objectnet": ("objectnet-1.0", "objectnet"),
-    "a": ("imagenet-a", "imagenet_a"),
-    "real": ("real.json", "imagenet2012_real"),
-}
-"""Where each set is looked for below `data.root`; the first that is there is taken."""
 
 
 def places(config: ConfigDict) -> dict[str, Path | None]:
@@ -100,16 +78,18 @@ def places(config: ConfigDict) -> dict[str, Path | None]:
     Raises:
       UserError: a name that is no set's.
     """
-    if unknown := [name for name in config.shifts if name not in SHIFTS]:
-        raise UserError(f"data.shifts: no shift {unknown[0]!r}; ImageNet's are {', '.join(SHIFTS)}")
-    names = ["train", "validation", *(config.shifts or SHIFTS), *["real"] * bool(config.real)]
+    if unknown := [name for name in config.shifts if name not in IMAGENET_SHIFTS]:
+        known = ", ".join(IMAGENET_SHIFTS)
+        raise UserError(f"data.shifts: no shift {unknown[0]!r}; ImageNet's are {known}")
+    shifts = config.shifts or IMAGENET_SHIFTS
+    names = ["train", "validation", *shifts, *["real"] * bool(config.real)]
     return {name: _place(config, name) for name in names}
 
 
 def _place(config: ConfigDict, name: str) -> Path | None:
     root = Path(config.root).expanduser()
     named = config.paths.get(name)
-    found = (root / place for place in ([named] if named else PLACES[name]))
+    found = (root / place for place in ([named] if named else IMAGENET[name].places))
     return next((path for path in found if path.exists()), None)
 
 
@@ -118,51 +98,31 @@ def missing_sets(config: ConfigDict) -> list[str]:
     return [
         f"data.paths.{name}={config.paths[name]}: nothing there"
         if config.paths.get(name)
-        else f"no {' or '.join(PLACES[name])} in data.root={config.root}; "
+        else f"no {' or '.join(IMAGENET[name].places)} in data.root={config.root}; "
         f"give --config.data.paths.{name}=PATH"
-        + (", or leave it out of data.shifts" if name in SHIFTS else "")
+        + (", or leave it out of data.shifts" if name in IMAGENET_SHIFTS else "")
         for name, place in places(config).items()
         if place is None
     ]
 
 
-# How large each set is, as its authors published it.
-
-
-PUBLISHED = {
-    "train": Published(1000, 1_281_167),
-    "validation": Published(1000, 50_000, even=True),
-    "v2": Published(1000, 10_000, even=True),
-    "r": Published(200, 30_000),
-    "sketch": Published(1000, 50_889),
-    "a": Published(200, 7_500),
-    "objectnet": Published(113, 18_574),
-}
-"""ImageNet-1K (Russakovsky et al. 2015), V2 matched-frequency (Recht et al. 2019), R (Hendrycks
-et al. 2021a), Sketch (Wang et al. 2019), A (Hendrycks et al. 2021b) and the part of ObjectNet
-(Barbu et al. 2019) whose classes ImageNet has."""
-
-
 # Is a set of ImageNet's whole: as many classes and images as its authors published?
 
 
-def check_whole(
-    name: str, place: str, labels: np.ndarray, classes: Sequence[int] | None = None
-) -> None:
+def check_whole(name: str, place: str, labels: np.ndarray) -> None:
     """Compares a set with its published counts.
 
     Args:
-      name: one of `PUBLISHED`.
+      name: one of `IMAGENET`.
       place: where it lies, for the message.
       labels: int32 [M].
-      classes: labels that should be there; None means 0 to the published number of classes - 1.
 
     Raises:
       UserError: one line with everything that is too few, too many or missing.
     """
-    # ObjectNet's classes are groups of ImageNet's and have no id of WordNet.
-    class_name = "class {}".format if name == "objectnet" else WNIDS.__getitem__
-    check_counts(name, place, labels, PUBLISHED[name], class_name, classes)
+    known = IMAGENET[name]
+    class_name = "class {}".format if known.groups else WNIDS.__getitem__
+    check_counts(name, place, labels, known.published, class_name, CLASSES.get(name))
 
 
 # Reassessed labels of ImageNet's validation images: ReaL (Beyer et al. 2020).
@@ -183,7 +143,7 @@ def real_labels(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...]:
     Raises:
       UserError: no such file, or it is something else; it names the first wrong item.
     """
-    path, images = Path(path), PUBLISHED["validation"].images
+    path, images = Path(path), IMAGENET["real"].published.images
     items = read_json(path)
     if not isinstance(items, list) or len(items) != images:
         found = f"{len(items):,} items" if isinstance(items, list) else type(items).__name__
@@ -248,10 +208,11 @@ def objectnet_classes(mappings: str | os.PathLike[str]) -> dict[str, tuple[int, 
                 raise UserError(f"{where} shares ImageNet's class {label} with {taken[label]!r}")
             found.append(label)
         classes[folders[name]] = tuple(sorted(found))
-    if len(classes) != PUBLISHED["objectnet"].classes:
+    shared = IMAGENET["objectnet"].published.classes
+    if len(classes) != shared:
         raise UserError(
-            f"{mappings / OVERLAP}: {len(classes)} classes; ObjectNet 1.0 shares "
-            f"{PUBLISHED['objectnet'].classes} with ImageNet"
+            f"{mappings / OVERLAP}: {len(classes)} classes; ObjectNet 1.0 shares {shared} with "
+            "ImageNet"
         )
     return dict(sorted(classes.items()))
 
@@ -287,11 +248,8 @@ def _labels_by_line(path: Path) -> list[int]:
     return [labels[line] for line in every]
 
 
-SPLITS = {"train": "train", "validation": "validation", "real": "validation"}
-"""Names of splits in prepared records; the other sets have 'test' alone."""
 OBJECTNET_BORDER = 2  # pixels of red frame around each of its images
 
-_CLASSES = {"r": R_CLASSES, "a": A_CLASSES}
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -333,7 +291,7 @@ def open_sets(config: ConfigDict) -> ImageNetSets:
         train,
         validation,
         test,
-        {n: open_set(n, found[n], check_counts=check) for n in config.shifts or SHIFTS},
+        {n: open_set(n, found[n], check_counts=check) for n in config.shifts or IMAGENET_SHIFTS},
         open_real(found["real"], test) if config.real else None,
     )
 
@@ -342,7 +300,7 @@ def open_set(name: str, path: str | Path, *, check_counts: bool = True) -> Image
     """One set, as its authors distribute it or as records.
 
     Args:
-      name: 'train', 'validation' (named 'id', as in the tables) or one of `SHIFTS`.
+      name: 'train', 'validation' (named 'id', as in the tables) or one of `IMAGENET_SHIFTS`.
       path: class folders (ids of WordNet; V2's 0 to 999; ObjectNet's own beside its `mappings`),
         the flat folder of ILSVRC2012_val_*.JPEG, or a directory with dataset_info.json.
       check_counts: whether classes and images must be as many as were published.
@@ -354,21 +312,20 @@ def open_set(name: str, path: str | Path, *, check_counts: bool = True) -> Image
       UserError: a folder that is none of the set's classes, or a set that is not whole.
     """
     path = Path(path).expanduser()
-    groups = None
-    if name == "objectnet":
+    known, groups = IMAGENET[name], None
+    if known.groups:
         stored, labels, groups = _objectnet(path)
     else:
-        stored = _stored(path, SPLITS.get(name, "test"))
+        stored = _stored(path, known.split)
         table = _labels_of(stored.names, stored.place)
         labels = np.asarray(table, np.int32)[stored.labels]
-    classes = _CLASSES.get(name)
     if check_counts:
-        check_whole(name, stored.place, labels, classes)
+        check_whole(name, stored.place, labels)
     whole = ImageSet(
         "id" if name == "validation" else name,
         stored.images,
         labels,
-        classes=classes,
+        classes=CLASSES.get(name),
         groups=groups,
         crop_border=0 if groups is None else _border(path),
     )
@@ -389,7 +346,7 @@ def open_real(path: str | Path, test: ImageSet) -> ImageSet:
     """
     path = Path(path).expanduser()
     if find_records(path) is not None:
-        stored = read_records(path, SPLITS["real"], "original_label")
+        stored = read_records(path, IMAGENET["real"].split, "original_label")
         sets = read_label_sets(stored.images, "real_label")
         table = np.asarray(_labels_of(stored.names, stored.place), np.int32)
         sets = tuple(tuple(int(table[label]) for label in one) for one in sets)

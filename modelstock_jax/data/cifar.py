@@ -8,91 +8,28 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from modelstock_jax.data.image_set import ImageSet
+from modelstock_jax.data.image_set import ImageSet, check_counts
 from modelstock_jax.data.prompts import read_class_names, read_templates
-from modelstock_jax.data.published_sizes import Published, check_counts
+from modelstock_jax.data.published_sets import (
+    CIFAR,
+    CLASS_LISTS,
+    CORRUPTIONS,
+    NEW_TEST_SET,
+    Published,
+)
 from modelstock_jax.data.records import find_records, read_records
 from modelstock_jax.errors import UserError, listed
 
-# CIFAR-10 and CIFAR-100 (Krizhevsky 2009): what is known of them before they are opened.
-
-
-_HERE = Path(__file__).parent
-
 IMAGE_SHAPE = (32, 32, 3)
 
-TEMPLATES = read_templates(_HERE / "templates.txt")
-"""The 18 prompts of CLIP's authors, the same for both sets; '{}' stands for the class name."""
-
-
-class Cifar(NamedTuple):
-    """One of the two sets.
-
-    Attributes:
-      title: as papers call it.
-      class_names: by label.
-      train: size of the training set.
-      test: size of the test set.
-      shifts: other test sets with its labels, by their names in TensorFlow Datasets.
-    """
-
-    title: str
-    class_names: tuple[str, ...]
-    train: Published
-    test: Published
-    shifts: dict[str, Published]
-
-
-CORRUPTIONS = (
-    "brightness",
-    "contrast",
-    "defocus_blur",
-    "elastic",
-    "fog",
-    "frost",
-    "frosted_glass_blur",
-    "gaussian_blur",
-    "gaussian_noise",
-    "impulse_noise",
-    "jpeg_compression",
-    "motion_blur",
-    "pixelate",
-    "saturate",
-    "shot_noise",
-    "snow",
-    "spatter",
-    "speckle_noise",
-    "zoom_blur",
-)
-
-NEW_TEST_SET = "cifar10_1/v6"
-
-CIFAR = {
-    "cifar10": Cifar(
-        "CIFAR-10",
-        read_class_names(_HERE / "cifar10_names.txt", 10),
-        Published(10, 50_000, even=True),
-        Published(10, 10_000, even=True),
-        {
-            NEW_TEST_SET: Published(10, 2_000, even=True),
-            "cifar10_1/v4": Published(10, 2_021),
-            **{
-                f"cifar10_corrupted/{corruption}_{severity}": Published(10, 10_000, even=True)
-                for corruption in CORRUPTIONS
-                for severity in range(1, 6)
-            },
-        },
-    ),
-    "cifar100": Cifar(
-        "CIFAR-100",
-        read_class_names(_HERE / "cifar100_names.txt", 100),
-        Published(100, 50_000, even=True),
-        Published(100, 10_000, even=True),
-        {},
-    ),
+CLASS_NAMES = {
+    name: read_class_names(CLASS_LISTS / f"{name}.txt", known.train.classes)
+    for name, known in CIFAR.items()
 }
-"""By `data.name`. Shifts of CIFAR-10: CIFAR-10.1 (Recht et al. 2018), which was collected as
-ImageNet-V2 was, and CIFAR-10-C (Hendrycks and Dietterich 2019) by corruption and severity."""
+"""By `data.name`, in the order of the labels."""
+
+TEMPLATES = read_templates(CLASS_LISTS / "cifar_templates.txt")
+"""The 18 prompts of CLIP's authors, the same for both sets; '{}' stands for the class name."""
 
 
 class CifarSets(NamedTuple):
@@ -149,7 +86,7 @@ def open_sets(config: ConfigDict) -> CifarSets:
         raise UserError("; ".join(missing))
     known = CIFAR[config.name]
     train = _open(config, config.name, "train", known.train)
-    train, validation = train.hold_out(config.held_out, class_names=known.class_names)
+    train, validation = train.hold_out(config.held_out, class_names=CLASS_NAMES[config.name])
     test = _open(config, config.name, "test", known.test, "id")
     shifts = {
         name: _open(config, name, "test", known.shifts[name], name) for name in _shifts(config)
@@ -190,16 +127,16 @@ def _open(
             f"{stored.place}: images of shape {shape}, not {IMAGE_SHAPE}; this is not "
             f"{known.title}: give another data.root"
         )
+    class_names = CLASS_NAMES[config.name]
     # TensorFlow Datasets names the classes of the training set, and only counts those of shifts.
-    unnamed = tuple(str(label) for label in range(len(known.class_names)))
+    unnamed = tuple(str(label) for label in range(len(class_names)))
     names = tuple(one.replace("_", " ") for one in stored.names)
-    if names not in (known.class_names, unnamed):
+    if names not in (class_names, unnamed):
         raise UserError(
             f"{stored.place}: its {len(names)} classes ({listed(names, 5)}) are not the "
-            f"{len(unnamed)} of {known.title} ({listed(known.class_names, 5)}) in their order; "
+            f"{len(unnamed)} of {known.title} ({listed(class_names, 5)}) in their order; "
             "give another data.root"
         )
     if config.check_counts:
-        class_name = known.class_names.__getitem__
-        check_counts(name, stored.place, stored.labels, published, class_name)
+        check_counts(name, stored.place, stored.labels, published, class_names.__getitem__)
     return ImageSet(name, stored.images, stored.labels)
