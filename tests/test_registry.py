@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -14,11 +16,11 @@ from modelstock_jax import merging
 from modelstock_jax.checkpoint_merge import methods, recipe, report
 from modelstock_jax.checkpoint_merge.cli import parsers
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.merging import rules
 from modelstock_jax.registry import COMMANDS, METHODS, ROWS
 from modelstock_jax.reporting.style import COLOURS
 from modelstock_jax.reporting.tables import label
 from modelstock_jax.training.merge_step import check_merge
+from tests.merging.trees import replicas
 
 NEEDED = {"alpha": 0.5, "t": 0.5}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -66,11 +68,20 @@ def test_no_spelling_means_two_methods(name):
 @on_the_command_line
 def test_a_file_merge_solves_by_it(name):
     method = COMMANDS[name]
-    options = Options(method=name, **options_of(method))
-    assert callable(methods.solver(options, method.least))
-    assert not method.rule or callable(getattr(rules, method.rule))
+    assert callable(methods.solver(Options(method=name, **options_of(method)), method.least))
     fields = {field.name for field in dataclasses.fields(Options)}
     assert set(method.options) <= fields
+
+
+@pytest.mark.parametrize("name", [name for name, method in COMMANDS.items() if method.rule])
+def test_a_file_merge_by_a_rule_is_the_librarys(name):
+    w0, w = replicas({"w": (4,)}, 2)
+    deltas = (w["w"] - w0["w"]).astype(np.float64)
+    unit = SimpleNamespace(gram=lambda: (deltas @ deltas.T)[..., None], single=np.array([False]))
+    (share,) = methods.solver(Options(method=name), 2)(unit).solution.coefficient.T
+    merged, _ = getattr(merging, COMMANDS[name].function)(w0, w)
+    # Of float32 weights near 1, rounded once.
+    np.testing.assert_allclose(merged["w"], w0["w"] + share @ deltas, rtol=1e-6)
 
 
 @on_the_command_line
