@@ -8,8 +8,37 @@ and `python launch.py` trains the copies.
 The public names are resolved when they are first used: `import modelstock_jax` does not import jax.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from modelstock_jax import merging
+from modelstock_jax.errors import UserError
+from modelstock_jax.registry import FUNCTIONS
+
+if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__.
+    from modelstock_jax.merging import (
+        Average,
+        Distances,
+        GreedySoup,
+        NonFiniteError,
+        Policy,
+        Stats,
+        check_finite,
+        ema,
+        greedy_soup,
+        report,
+        stack_replicas,
+        swa,
+        swad,
+        thin_shell,
+        total_distance,
+        twa_coefficients,
+        twa_init,
+        twa_params,
+        twa_span,
+        zero_noise,
+    )
+    from modelstock_jax.merging.baselines import *  # noqa: F403
+    from modelstock_jax.merging.stock import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -22,72 +51,27 @@ __all__ = [
     "Stats",
     "UserError",
     "check_finite",
-    "constant_ratio",
     "ema",
     "greedy_soup",
-    "model_stock",
-    "model_stock_carried",
     "report",
-    "slerp",
     "stack_replicas",
     "swa",
     "swad",
-    "task_arithmetic",
     "thin_shell",
-    "ties",
     "total_distance",
     "twa_coefficients",
     "twa_init",
     "twa_params",
     "twa_span",
-    "uniform_mean",
-    "weighted_model_stock",
-    "wise_ft",
     "zero_noise",
 ]
-
-# Where each is defined; what the merges need is in one room.
-_HOME = dict.fromkeys(__all__, "modelstock_jax.merging") | {"UserError": "modelstock_jax.errors"}
-
-if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__.
-    from modelstock_jax.errors import UserError
-    from modelstock_jax.merging import (
-        Average,
-        Distances,
-        GreedySoup,
-        NonFiniteError,
-        Policy,
-        Stats,
-        check_finite,
-        constant_ratio,
-        ema,
-        greedy_soup,
-        model_stock,
-        model_stock_carried,
-        report,
-        slerp,
-        stack_replicas,
-        swa,
-        swad,
-        task_arithmetic,
-        thin_shell,
-        ties,
-        total_distance,
-        twa_coefficients,
-        twa_init,
-        twa_params,
-        twa_span,
-        uniform_mean,
-        weighted_model_stock,
-        wise_ft,
-        zero_noise,
-    )
+__all__ += FUNCTIONS
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(merging, name)
     globals()[name] = value  # So that the next look-up does not come here.
     return value
 

@@ -20,6 +20,7 @@ from modelstock_jax import merging
 from modelstock_jax.merging import Stats
 from modelstock_jax.merging.engine import merge
 from modelstock_jax.merging.rules import Solution, measure, solve_given
+from modelstock_jax.registry import METHODS
 from studies.runs import Run
 
 # Merges that only a study makes: what Model Stock would be without one of its rules.
@@ -219,17 +220,9 @@ class Mean(Model):
         return total
 
 
-METHODS = {
-    "stock": merging.model_stock,
-    "weighted": merging.weighted_model_stock,
-    "constant_ratio": merging.constant_ratio,
-    "not_clipped": not_clipped,
-}
-
-
 @dataclass(frozen=True)
 class Merge(Model):
-    """A merge after training by one of `METHODS`."""
+    """A merge after training by one of `registry.METHODS`, or by `not_clipped`."""
 
     key_name: ClassVar[str] = "Merge"
 
@@ -340,8 +333,9 @@ class Greedy(Model):
 def merge_of(
     weights: Weights, models: Sequence[Model], method: str = "stock", unit: str = "tensor"
 ) -> tuple[PyTree, merging.Stats]:
-    """Models merged by one of `METHODS`, and the merge's measures."""
-    merge = METHODS[method]
+    """Models merged by a method of `Merge`, and the merge's measures."""
+    own = method == "not_clipped"
+    merge = not_clipped if own else getattr(merging, METHODS[method].function)
     replicas = stacked(weights, models)
     return merge(weights.anchor(), replicas, unit=unit, num_heads=weights.num_heads)
 

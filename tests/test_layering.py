@@ -20,7 +20,7 @@ MAX_LAUNCH_LINES = 60
 # A unit (a module or a folder of the package) imports units of lower layers. Units of one layer may
 # import each other in one direction only.
 LAYERS = [
-    {"errors", "fileio", "flags", "machine"},
+    {"errors", "fileio", "flags", "machine", "registry"},
     {"merging", "tensor_files"},
     {"data", "models"},
     {"training", "evaluation", "reporting"},
@@ -34,6 +34,7 @@ THIRD_PARTIES = {
     "errors": set(),
     "machine": set(),
     "fileio": set(),
+    "registry": set(),
     "flags": {"absl", "ml_collections"},
     "merging": {"jax", "numpy"},
     "tensor_files": {"numpy", "ml_dtypes", "safetensors", "huggingface_hub", "zlib_ng"},
@@ -42,7 +43,7 @@ THIRD_PARTIES = {
 # A merge of files starts at once and needs no accelerator: it knows nothing of training.
 OURS = {
     "checkpoint_merge": {
-        *("errors", "fileio", "machine", "merging", "tensor_files", "reporting"),
+        *("errors", "fileio", "machine", "registry", "merging", "tensor_files", "reporting"),
         "checkpoint_merge",
     }
 }

@@ -18,7 +18,6 @@ from modelstock_jax.checkpoint_merge.options import (
     DIGESTS,
     DTYPES,
     HEAD,
-    METHODS,
     MISSING,
     TIED,
     VOCABULARY,
@@ -27,6 +26,7 @@ from modelstock_jax.checkpoint_merge.options import (
 )
 from modelstock_jax.errors import UserError, listed, near
 from modelstock_jax.merging.units import UNITS
+from modelstock_jax.registry import COMMANDS
 
 # What may be typed after `modelstock`. Imports nothing that is slow.
 
@@ -179,8 +179,8 @@ def _add_merge(parser: Parser) -> None:
     add = _adder(parser)
     parser.add_argument("--out", metavar="DIR", help="directory to write")
     parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
-    add("--method", type=method_name, choices=METHODS, metavar="NAME",
-        help=", ".join(METHODS) + " (stock)")
+    add("--method", type=method_name, choices=COMMANDS, metavar="NAME",
+        help=", ".join(COMMANDS) + " (stock)")
     add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
         help="of the output: bfloat16, float16, ... (as in BASE)")
     add("--config-from", metavar="WHICH",

@@ -38,13 +38,13 @@ from modelstock_jax.checkpoint_merge.methods import (
     tensor_rows,
     totals,
 )
-from modelstock_jax.checkpoint_merge.options import CONVEX
 from modelstock_jax.checkpoint_merge.output import OccupiedError, Output, Stopped, Tally, Workplace
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tensor_plan import Planned
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.rules import NonFiniteError
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import BITS, DTYPES
 
 # One merge unit: its tensors read piece by piece, measured, then merged.
@@ -271,7 +271,7 @@ class Unit:
 
     def _may_overflow(self, member: Planned) -> bool:
         codes = {self._code(member, i) for i in range(len(member.names))}
-        return self.plan.options.method not in CONVEX or codes != {member.code}
+        return not COMMANDS[self.plan.options.method].convex or codes != {member.code}
 
     def _refuse_non_finite(self) -> None:
         for piece in self.pieces():

@@ -16,6 +16,7 @@ from modelstock_jax.checkpoint_merge.tensor_plan import Planned
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.anchor_rounding import correct_gram
 from modelstock_jax.merging.rules import Solution, unit_row
+from modelstock_jax.registry import COMMANDS
 
 # TIES-Merging (2306.01708): trim, elect signs, mean of those that agree; in bounded memory.
 
@@ -161,8 +162,7 @@ def solver(options: Options, number: int) -> Solver:
 
     | method | merged weights |
     |---|---|
-    | stock | w0 + t mean_i(d_i), t by equation 3 |
-    | weighted-stock | w0 + sum_i a_i d_i, a_i by each replica's noise (`weighted_model_stock`) |
+    | with a `rule` in `registry` | w0 + sum_i a_i d_i, a_i by that rule |
     | uniform | w0 + mean_i(d_i) |
     | wise-ft | w0 + alpha mean_i(d_i) |
     | linear | w0 + sum_i c_i d_i, c_i = weight_i / sum of weights |
@@ -170,11 +170,9 @@ def solver(options: Options, number: int) -> Solver:
     | ties | w0 + lambda times the disjoint mean of the trimmed d_i (`ties`) |
     | slerp | along the arc from the base to the fine-tune, or from the first to the second of two |
     """
-    method = options.method
-    if method == "stock":
-        return _by_angles(rules.equation_3, options.anchor_rounding == "correct")
-    if method == "weighted-stock":
-        return _by_angles(rules.unequal_noise, options.anchor_rounding == "correct")
+    method, rule = options.method, COMMANDS[options.method].rule
+    if rule:
+        return _by_angles(getattr(rules, rule), options.anchor_rounding == "correct")
     if options.t is not None:  # Slerp's alone, and never missing there.
         return _slerp(options.t)
     if method == "ties":

@@ -10,26 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from modelstock_jax.errors import UserError
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.merging.units import UNITS
+from modelstock_jax.registry import COMMANDS, SPELLINGS
 
-# Each method with the least and the most fine-tunes that it takes, and the options that it reads.
-METHODS = {
-    "stock": (2, None, ()),
-    "weighted-stock": (2, None, ()),
-    "uniform": (1, None, ()),
-    "linear": (1, None, ("weights", "normalize")),
-    "wise-ft": (1, None, ("alpha",)),
-    "task-arithmetic": (1, None, ("weights", "scale", "normalize")),
-    "ties": (1, None, ("weights", "scale", "density", "normalize")),
-    "slerp": (1, 2, ("t",)),
-}
-# Never outside of the range of the inputs: nothing overflows, and a variance stays positive.
-CONVEX = ("stock", "weighted-stock", "uniform", "wise-ft")
-# Other spellings: mergekit's, the library's, and those of papers.
-METHOD_ALIASES = {
-    "model-stock": "stock", "weighted-model-stock": "weighted-stock", "uniform-mean": "uniform",
-    "mean": "uniform", "average": "uniform", "wiseft": "wise-ft", "weighted": "linear",
-    "ties-merging": "ties",
-}
 DTYPE_ALIASES = {
     "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32",
     "f32": "float32", "float": "float32", "fp64": "float64", "f64": "float64", "double": "float64",
@@ -51,15 +33,13 @@ _ONE_MODEL = r"base|model:[1-9]\d*"
 
 
 def method_name(name: str) -> str:
-    """A method as `METHODS` spells it, from mergekit's or Python's spelling.
+    """A method as `registry.COMMANDS` spells it, from mergekit's or Python's spelling.
 
     Example:
         >>> method_name("model_stock"), method_name("task_arithmetic"), method_name("Ties")
         ('stock', 'task-arithmetic', 'ties')
     """
-    plain = str(name).lower().replace("_", "-")
-    plain = METHOD_ALIASES.get(plain, plain)
-    return plain if plain in METHODS else name
+    return SPELLINGS.get(str(name).lower().replace("_", "-"), name)
 
 
 def dtype_name(name: str | None) -> str | None:
@@ -90,7 +70,7 @@ class Options:
     """How to merge; the models themselves are given beside it.
 
     Attributes:
-        method: One of `METHODS`.
+        method: One of `registry.COMMANDS`.
         unit: Which numbers share one angle: tensor, layer, filter, head, block or global.
         num_heads: Query heads, for `unit="head"`: a number, or name prefix -> number.
         dtype: Of the merged floating tensors, one of `DTYPES`; None keeps the base's, each.
@@ -168,7 +148,7 @@ class Options:
         object.__setattr__(self, "method", method_name(self.method))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name, allowed in (
-            ("method", METHODS), ("unit", UNITS), ("vocabulary", VOCABULARY), ("tied", TIED),
+            ("method", COMMANDS), ("unit", UNITS), ("vocabulary", VOCABULARY), ("tied", TIED),
             ("missing", MISSING), ("dtype", (None, *DTYPES)), ("digest", DIGESTS),
             ("head", HEAD), ("anchor_rounding", ANCHOR_ROUNDING),
         ):
@@ -178,7 +158,7 @@ class Options:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        read = METHODS[self.method][2]
+        read = COMMANDS[self.method].options
         for name in ("weights", "normalize", "alpha", "scale", "density", "t"):
             if getattr(self, name) is not None and name not in read:
                 raise UserError(f"method {self.method!r} does not read {name}; leave it out.")
@@ -196,9 +176,10 @@ class Options:
         for name in ("config_from", "tokenizer_from"):
             if not re.fullmatch(_ONE_MODEL, getattr(self, name) or "base"):
                 raise UserError(f"{name} is base or model:1, ..., not {getattr(self, name)!r}.")
-        if self.anchor_rounding == "correct" and self.method not in ("stock", "weighted-stock"):
-            raise UserError("anchor_rounding correct is for methods that measure angles: stock or "
-                            "weighted-stock.")
+        if self.anchor_rounding == "correct" and not COMMANDS[self.method].rule:
+            measured = " or ".join(name for name, method in COMMANDS.items() if method.rule)
+            raise UserError("anchor_rounding correct is for methods that measure angles: "
+                            f"{measured}.")
         if isinstance(self.t, Mapping) and self.unit != "tensor":
             raise UserError("t for each tensor needs unit tensor.")
 

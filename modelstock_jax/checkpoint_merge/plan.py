@@ -17,9 +17,10 @@ from modelstock_jax.checkpoint_merge.anchor import Examination, examine
 from modelstock_jax.checkpoint_merge.auxiliary_files import Companions, decide_companions
 from modelstock_jax.checkpoint_merge.kernels import PIECE, WORKING_SET, piece_length
 from modelstock_jax.checkpoint_merge.matching import Findings, match
-from modelstock_jax.checkpoint_merge.options import METHODS, Options
+from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
 from modelstock_jax.checkpoint_merge.tensor_plan import Planned, decide
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import BITS
 
 # The index of a variant, as transformers and diffusers name it: model.safetensors.index.fp16.json.
@@ -155,7 +156,8 @@ def make_plan(
 
 
 def _check_number(number: int, options: Options, findings: Findings) -> None:
-    least, most, _ = METHODS[options.method]
+    method = COMMANDS[options.method]
+    least, most = method.least, method.most
     if number < least or (most is not None and number > most):
         findings.problems.append(
             f"method {options.method!r} takes {least}{'' if most is None else f' to {most}'}"

@@ -32,7 +32,7 @@ _SCALES = ("F64", "F32", "F16", "BF16")
 # Method -> dtypes of codes whose layout is known: [out, in] as torch's Linear stores it, and a
 # scale of one axis is that of the rows. EETQ stores [in, out]. The int8 of `fp8` is two FP4 numbers
 # in a byte (DeepSeek-V4), that of ModelOpt and TensorRT-LLM was smoothed or interleaved.
-METHODS = {
+QUANT_METHODS = {
     "": (*FLOAT8, *INT8),
     "fp8": FLOAT8,
     "mxfp8": FLOAT8,
@@ -115,10 +115,10 @@ def method_problem(said: Stated, info: TensorInfo) -> str:
     """
     if said.problem:
         return said.problem
-    if unknown := sorted(said.methods - METHODS.keys()):
+    if unknown := sorted(said.methods - QUANT_METHODS.keys()):
         return f"quant_method {unknown[0]!r} is not read here"
     methods = said.methods or {""}
-    if not all(info.code in METHODS[method] for method in methods):
+    if not all(info.code in QUANT_METHODS[method] for method in methods):
         return f"{info.code} of quant_method {sorted(methods)[0]!r} is not read here"
     if info.code in INT8 and methods == {""} and said.bits and 8 not in said.bits:
         return f"{info.code} holds {listed(map(str, sorted(said.bits)))} bits"

@@ -12,6 +12,7 @@ import yaml
 
 from modelstock_jax.checkpoint_merge.tensor_names import place
 from modelstock_jax.errors import UserError, near
+from modelstock_jax.registry import RECIPES
 
 # Values in a recipe: checked mappings, numbers, and numbers that change over the layers.
 
@@ -92,14 +93,6 @@ def is_number(value: Any) -> bool:
 
 
 MAX_BYTES, MAX_VALUES = 2**20, 10**6
-# mergekit's name of a method -> ours, and the parameters that it reads.
-METHODS = {
-    "model_stock": ("stock", ("filter_wise",)),
-    "linear": ("linear", ("weight", "normalize")),
-    "task_arithmetic": ("task-arithmetic", ("weight", "lambda", "normalize", "int8_mask")),
-    "ties": ("ties", ("weight", "density", "lambda", "normalize", "int8_mask")),
-    "slerp": ("slerp", ("t",)),
-}
 _OF_A_MODEL = ("weight", "density")
 _TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
         "tokenizer_source", "tokenizer", "chat_template")
@@ -127,7 +120,7 @@ class Recipe(NamedTuple):
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Reads a recipe of model_stock, linear, task_arithmetic, ties or slerp.
+    """Reads a recipe of one of the methods of `registry.RECIPES`.
 
     Nothing in it is ignored in silence: a key that is not known is an error that names a near one.
 
@@ -192,12 +185,12 @@ def parse(raw: Any) -> Recipe:
         if key in raw:
             raise UserError(f"{key} is not done here: {why}")
     theirs = raw.get("merge_method")
-    if not isinstance(theirs, str) or theirs not in METHODS:
+    if not isinstance(theirs, str) or theirs not in RECIPES:
         raise UserError(
-            f"merge_method {theirs!r} is not done here{near(theirs, METHODS)}; one of "
-            f"{', '.join(METHODS)}"
+            f"merge_method {theirs!r} is not done here{near(theirs, RECIPES)}; one of "
+            f"{', '.join(RECIPES)}"
         )
-    method, known = METHODS[theirs]
+    known = RECIPES[theirs].mergekit_keys
     entries, common, layers = _entries(raw)
     common = mapping(common, "parameters", known)
     base = None if raw.get("base_model") is None else _model(raw["base_model"], "base_model")
@@ -213,7 +206,7 @@ def parse(raw: Any) -> Recipe:
     if not names or (theirs == "slerp" and len(names) != 1):
         raise UserError(f"{theirs} of {len(names)} models beside base_model; give "
                         f"{'one' if theirs == 'slerp' else 'some'}")
-    options = {"method": method, **_numbers(theirs, names, own, common)}
+    options = {"method": RECIPES[theirs].command, **_numbers(theirs, names, own, common)}
     chosen, notes = _tokenizer(raw, base, names)
     options |= {} if chosen is None else {"tokenizer_from": chosen}
     if (dtype := raw.get("out_dtype") or raw.get("dtype")) is not None:
@@ -262,12 +255,12 @@ def _numbers(theirs: str, names: list[str], own: list[dict], common: dict) -> di
     options: dict[str, Any] = {}
     if common.get("filter_wise"):
         options["unit"] = "filter"
-    if theirs in ("linear", "task_arithmetic", "ties"):
+    if "weight" in RECIPES[theirs].mergekit_keys:
         given = [mine.get("weight", common.get("weight")) for mine in own]
         if lost := [name for name, value in zip(names, given, strict=True) if value is None]:
             raise UserError(f"weight is missing for {', '.join(lost)}")
         options["weights"] = tuple(constant(value, "weight") for value in given)
-    if theirs == "ties":
+    if "density" in RECIPES[theirs].mergekit_keys:
         options["density"] = tuple(
             constant(mine.get("density", common.get("density", 1.0)), "density") for mine in own)
     if "lambda" in common:

@@ -19,6 +19,7 @@ from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import MODULES, PIPELINE
 from modelstock_jax.checkpoint_merge.tensor_names import ROLES, role
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.hub import HUB_ID
 
 FORMAT = 1
@@ -110,19 +111,6 @@ def versions() -> dict[str, str]:
 
 
 # README.md of a merged checkpoint: a model card that Hugging Face's hub reads.
-
-
-PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
-METHODS = {
-    "stock": f"Model Stock ({PAPER})",
-    "weighted-stock": f"Model Stock ({PAPER}), each fine-tune weighted by its own noise",
-    "uniform": "the plain mean of the fine-tunes",
-    "linear": "a weighted mean of the fine-tunes",
-    "wise-ft": "[WiSE-FT](https://arxiv.org/abs/2109.01903)",
-    "task-arithmetic": "[task arithmetic](https://arxiv.org/abs/2212.04089)",
-    "ties": "[TIES](https://arxiv.org/abs/2306.01708)",
-    "slerp": "spherical interpolation",
-}
 
 
 def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
@@ -220,7 +208,7 @@ def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> 
 
 
 def _method(document: Mapping[str, Any]) -> str:
-    text = METHODS[document["options"]["method"]]
+    text = COMMANDS[document["options"]["method"]].card
     return text if document["base"] else text.replace("fine-tunes", "models")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.kernels import FLOATS, escaped
 from modelstock_jax.checkpoint_merge.matching import Findings, same_numbers
-from modelstock_jax.checkpoint_merge.options import CONVEX, DTYPES, Options
+from modelstock_jax.checkpoint_merge.options import DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.checkpoint_merge.tensor_names import (
     TensorInfo,
@@ -26,6 +26,7 @@ from modelstock_jax.checkpoint_merge.tensor_names import (
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging import units
 from modelstock_jax.merging.units import Part
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import DTYPES as STORED
 from modelstock_jax.tensor_files.reader import num_bytes
 
@@ -160,7 +161,7 @@ def _decide(
                        names=names) if findings.lenient else None
     if not math.prod(base.shape) or not floats:
         return _kept(name, names, sources, infos, findings)
-    if _STATISTIC.fullmatch(name) and options.method not in CONVEX:
+    if _STATISTIC.fullmatch(name) and not COMMANDS[options.method].convex:
         return Planned(name, base.shape, code, "mean", _AVERAGED, names=names)
     if all(info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
            for info in infos):

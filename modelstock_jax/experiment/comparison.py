@@ -25,6 +25,7 @@ from modelstock_jax.merging import (
     weighted_model_stock,
     wise_ft,
 )
+from modelstock_jax.registry import METHODS
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
@@ -45,7 +46,7 @@ class Candidate:
     """One model to evaluate.
 
     Attributes:
-      method: a key of `reporting.style.METHODS`.
+      method: a key of `registry.ROWS`.
       params: its weights.
       cost: training spent, in fine-tunings of one model.
       predicted_distance: to the centre, from the angles alone; None where nothing predicts it.
@@ -235,7 +236,5 @@ def _read(path: Path) -> Document:
 def _method(config: ConfigDict) -> str:
     if config.merge.carry_noise != "off":
         return "carried"
-    at_end = config.merge.every == "end"
-    if config.merge.method == "mean":
-        return "mean" if at_end else "periodic_mean"
-    return "model_stock" if at_end else "periodic"
+    method = METHODS[config.merge.method]
+    return method.row if config.merge.every == "end" else method.periodic

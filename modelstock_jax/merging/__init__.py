@@ -6,12 +6,13 @@ must not wait for its import.
 
 import importlib
 
+from modelstock_jax.registry import FUNCTIONS
+
 _HOMES = {
     "analysis": ("cosines", "distance", "distances", "mean_model", "norms", "thin_shell",
                  "Plane", "plane_coordinates", "plane_point", "plane_through", "random_point"),
     "averaging": ("Average", "ema", "swa", "LossValley", "swad",
                   "Span", "twa_coefficients", "twa_init", "twa_params", "twa_span"),
-    "baselines": ("constant_ratio", "uniform_mean", "wise_ft", "slerp", "task_arithmetic", "ties"),
     "engine": ("Stats", "check_finite", "policy_counts", "report", "total_distance"),
     "geometry": ("COSINE_UNDEFINED", "DISTANCE_UNDEFINED", "Distances", "Shell", "angle", "cosine",
                  "mean_distance", "number_averaged", "predicted_distances", "ratio", "shell",
@@ -20,10 +21,11 @@ _HOMES = {
     "rules": ("NonFiniteError", "Policy"),
     "soups": ("GreedySoup", "Trial", "greedy_soup"),
     # Not model_stock.py: a submodule would take the function's name in this package.
-    "stock": ("model_stock", "model_stock_carried", "weighted_model_stock", "zero_noise"),
+    "stock": ("zero_noise",),
     "units": ("UNITS", "assign", "output_axis"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
+_HOME |= {name: method.module for name, method in FUNCTIONS.items()}
 __all__ = sorted(_HOME)
 
 

@@ -14,17 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from modelstock_jax.registry import ROWS, Style
 from modelstock_jax.reporting import style
 from modelstock_jax.reporting.style import (
     BLACK,
+    COLOURS,
     GREEN,
     GREY,
     KINDS,
-    METHODS,
     ORANGE,
     PURPLE,
     SKY,
-    Method,
     draw,
     ink,
 )
@@ -238,7 +238,7 @@ def _role(name: str) -> str:
     return "attention" if ".self_attn." in name else "MLP" if ".mlp." in name else "other kernels"
 
 
-OWN_STYLE = Method("", "", PURPLE, "h")
+OWN_STYLE = Style("", "", "purple", "h")
 MARKER_SIZE = {"*": 17, "o": 7, "s": 7, "D": 7, "P": 9, "^": 9, "v": 9}
 
 
@@ -325,7 +325,7 @@ def _wise_ft(axes: Axes, points: Sequence[Point], of: str, colour: str) -> style
 
 
 def _mark(axes: Axes, point: Point) -> None:
-    method = METHODS.get(point.summary.method, OWN_STYLE)
+    method = ROWS.get(point.summary.method, OWN_STYLE)
     axes.errorbar(
         point.id.mean,
         point.shifts.mean,
@@ -333,7 +333,7 @@ def _mark(axes: Axes, point: Point) -> None:
         yerr=point.shifts.error,
         fmt=method.marker,
         ms=MARKER_SIZE.get(method.marker, 8),
-        color=method.colour,
+        color=COLOURS[method.colour],
         mec="white",
         mew=0.8,
         elinewidth=1.2,
@@ -352,12 +352,12 @@ def _names(points: Sequence[Point]) -> list[style.Label]:
     """What stands beside the markers, the most important first."""
     names = []
     for summary, (x, _), (y, _) in points:
-        method = METHODS.get(summary.method)
+        method = ROWS.get(summary.method)
         # "Mean of 2 replicas" -> 2: the label has been filled in already.
         number = next((word for word in summary.label.split() if word.isdigit()), "replicas")
         text = summary.label if method is None else method.short.format(n=number)
         bold = summary.method == "model_stock"
-        names.append(style.Label(x, y, text, ink((method or OWN_STYLE).colour), bold))
+        names.append(style.Label(x, y, text, ink(COLOURS[(method or OWN_STYLE).colour]), bold))
     return sorted(names, key=lambda label: not label.bold)
 
 

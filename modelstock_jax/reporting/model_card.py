@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from modelstock_jax import __version__
+from modelstock_jax.registry import PAPER
 from modelstock_jax.reporting.tables import Row, label, markdown_table
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
 
 
 def model_card(
@@ -29,7 +29,7 @@ def model_card(
 
     Args:
       name: the model's, as the title.
-      method: a key of `style.METHODS`, or a name of your own.
+      method: a key of `registry.ROWS`, or a name of your own.
       anchor: what was fine-tuned, as a reader knows it (a path's last part or a hub name).
       fingerprint: of the anchor's weights (`Checkpoint.fingerprint`).
       num_replicas: N.

@@ -1,4 +1,4 @@
-"""One look for every figure and name: colours that colour-blind readers can tell apart."""
+"""One look for every figure: colours that colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -24,50 +24,11 @@ from modelstock_jax.fileio import write_atomically
 # Okabe and Ito's palette, in print and on screen told apart by all common kinds of colour vision.
 BLACK, ORANGE, SKY, GREEN = "#222222", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
-
-
-class Method(NamedTuple):
-    """How a method is written and drawn; `label` may hold {n}, {of} and {alpha}."""
-
-    label: str
-    short: str
-    colour: str
-    marker: str
-
-
-METHODS = {
-    "zero_shot": Method("Zero-shot (the anchor)", "zero-shot", BLACK, "s"),
-    "replica": Method("One replica", "one replica", GREY, "o"),
-    "mean": Method("Mean of {n} replicas", "mean of {n}", SKY, "D"),
-    "wise_ft": Method("WiSE-FT of {of}, α = {alpha:g}", "WiSE-FT", GREY, "."),
-    "constant_ratio": Method("Mean shrunk by one t", "mean, one t", ORANGE, "P"),
-    "model_stock": Method(
-        "Model Stock, after training", "Model Stock,\nafter training", VERMILION, "*"
-    ),
-    "periodic": Method("Model Stock, periodic", "Model Stock,\nperiodic", BLUE, "^"),
-    "periodic_mean": Method("Mean, periodic (t = 1)", "mean, periodic", SKY, "<"),
-    "carried": Method(
-        "Model Stock, periodic, noise carried (ours)",
-        "Model Stock,\nnoise carried\n(ours)",
-        GREEN,
-        "v",
-    ),
-    "weighted": Method("Model Stock, weighted (ours)", "weighted (ours)", PURPLE, "X"),
-    "random_head": Method("Random head (the anchor)", "random head", BLACK, "x"),
-    "probed": Method("Linear probe (the anchor)", "probed", BLACK, "d"),
-    # One replica of a run whose objective or projection is another (docs/methods.md).
-    "linear_probe": Method("Linear probe", "linear probe", BLACK, "d"),
-    "lp_ft": Method("LP-FT", "LP-FT", ORANGE, "h"),
-    "car_ft": Method("CAR-FT", "CAR-FT", GREEN, "p"),
-    "flyp": Method("FLYP", "FLYP", PURPLE, "H"),
-    "l2_sp": Method("L2-SP", "L2-SP", SKY, ">"),
-    "bitfit": Method("BitFit", "BitFit", BLUE, "8"),
-    "ftp": Method("FTP", "FTP", VERMILION, "P"),
-    "tpgm": Method("TPGM", "TPGM", ORANGE, "<"),
-    "decay_to_pretrained": Method(
-        "Decoupled decay to the anchor", "decay\nto the anchor", GREY, "v"
-    ),
-}
+# By the names that `registry` uses.
+COLOURS = {
+    "black": BLACK, "orange": ORANGE, "sky": SKY, "green": GREEN,
+    "blue": BLUE, "vermilion": VERMILION, "purple": PURPLE, "grey": GREY,
+}  # fmt: skip
 
 KINDS = {"kernels": VERMILION, "biases": BLUE, "norms": GREEN, "head": PURPLE}
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import write_json, write_text
-from modelstock_jax.reporting.style import METHODS
+from modelstock_jax.registry import ROWS
 
 # Rows of results: one evaluated model each; and their mean over seeds.
 
@@ -65,7 +65,7 @@ def make_row(
     """A row of `results.json`; the average of the shifts is their plain mean.
 
     Args:
-      method: a key of `style.METHODS`, or a name of your own.
+      method: a key of `registry.ROWS`, or a name of your own.
       id: top-1 accuracy on the in-distribution test set, in percent.
       shifts: name of a shift -> top-1 accuracy in percent.
       seed: the run's seed; None for what no seed enters (the anchor).
@@ -185,11 +185,11 @@ def label(row: Row) -> str:
       >>> label({"method": "wise_ft", "alpha": 0.5, "of": "mean"})
       'WiSE-FT of the mean, α = 0.5'
     """
-    method = METHODS.get(row["method"])
-    if method is None:
+    style = ROWS.get(row["method"])
+    if style is None:
         return str(row["method"])
     source = "the mean" if row.get("of") == "mean" else "one replica"
-    text = method.label.format(
+    text = style.label.format(
         n=row.get("num_replicas", "the"), of=source, alpha=row.get("alpha", 0.5)
     )
     return f"{text}, unit {row['unit']}" if row.get("unit") else text

@@ -143,7 +143,7 @@ def _check_flyp(config: ConfigDict) -> None:
 
 
 def method_name(config: ConfigDict) -> str:
-    """What a row of one trained replica is called: a key of `reporting.style.METHODS`.
+    """What a row of one trained replica is called: a key of `registry.ROWS`.
 
     >>> from configs.default import get_config
     >>> config = get_config()

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from modelstock_jax import merging
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging import Stats, model_stock, model_stock_carried, uniform_mean
+from modelstock_jax.merging import Stats, model_stock_carried
 from modelstock_jax.merging.units import UNITS
+from modelstock_jax.registry import METHODS
 from modelstock_jax.training.state import TrainState, replicate
 
 PyTree = Any
@@ -20,7 +22,7 @@ Merge = Callable[[PyTree, TrainState], tuple[TrainState, PyTree, Stats]]
 
 OPT_STATE_POLICIES = ("keep", "average", "reset")
 CARRY_NOISE = ("off", "every", "last")
-METHODS = ("stock", "mean")
+MERGES = [name for name, method in METHODS.items() if method.periodic]
 
 
 def steps_between_merges(every: str, steps_per_epoch: int, num_steps: int) -> int:
@@ -67,14 +69,14 @@ def check_merge(config: ConfigDict) -> None:
     """Raises a UserError for an option of the group `merge` that is not one of its choices."""
     steps_between_merges(str(config.every), 1, 1)
     for name, known in (
-        ("method", METHODS),
+        ("method", MERGES),
         ("unit", UNITS),
         ("opt_state", OPT_STATE_POLICIES),
         ("carry_noise", CARRY_NOISE),
     ):
         if config[name] not in known:
             raise UserError(f"merge.{name}={config[name]!r}: choose one of {', '.join(known)}")
-    if config.method == "mean" and config.carry_noise != "off":
+    if config.method != "stock" and config.carry_noise != "off":
         raise UserError("merge.carry_noise needs merge.method='stock': a mean shrinks nothing")
 
 
@@ -102,6 +104,7 @@ def make_merge(
     """
     check_merge(config)
     options = {"unit": config.unit, "num_heads": num_heads}
+    merge_replicas = getattr(merging, METHODS[config.method].function)
 
     def merge(anchor, state):
         noise = state.noise
@@ -114,10 +117,8 @@ def make_merge(
                 shrink=last or config.carry_noise == "every",
                 **options,
             )
-        elif config.method == "mean":
-            merged, stats = uniform_mean(anchor, replicas, **options)
         else:
-            merged, stats = model_stock(anchor, replicas, **options)
+            merged, stats = merge_replicas(anchor, replicas, **options)
         merged = jax.lax.with_sharding_constraint(merged, weights)
         params = replicate(merged, state.key.shape[0])
         state = state._replace(

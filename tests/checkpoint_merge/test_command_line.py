@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from modelstock_jax.checkpoint_merge.cli import main, parsers
-from modelstock_jax.checkpoint_merge.options import METHODS
 from modelstock_jax.errors import near
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.engine import SHAPES
 from tests.checkpoint_merge.small import llama, llama_shapes
@@ -255,9 +255,9 @@ def test_no_option_breaks_the_line(say):
     ("base_modle", ["base_model", "models"], "base_model"),
     ("parameter", ["parameters", "models"], "parameters"),
     ("tokenizer", ["dtype", "models", "slices"], ""),
-    ("TIES", METHODS, "ties"), ("task_arithmetics", METHODS, "task-arithmetic"),
-    ("dare_ties", METHODS, ""), ("della_linear", METHODS, ""), ("karcher", METHODS, ""),
-    ("breadcrumbs", METHODS, ""),
+    ("TIES", COMMANDS, "ties"), ("task_arithmetics", COMMANDS, "task-arithmetic"),
+    ("dare_ties", COMMANDS, ""), ("della_linear", COMMANDS, ""), ("karcher", COMMANDS, ""),
+    ("breadcrumbs", COMMANDS, ""),
     ("layers.0.self_attn.q_proj.weight", SHAPES, "model.layers.0.self_attn.q_proj.weight"),
     ("model.layer.0.self_attn.q_proj.weight", SHAPES, "model.layers.0.self_attn.q_proj.weight"),
     ("layer.0.self_attn.q_proj.weight", SHAPES, ""),
@@ -267,7 +267,7 @@ def test_no_option_breaks_the_line(say):
     ("model.layers.0.mlp.down_proj.weight", SHAPES, ""),
     ("h.100.weight", ["h.10.weight"], ""), ("h.w1", ["h.w"], ""),
     ("visual.proj.weight", SHAPES, ""), ("weight", SHAPES, ""),
-    (3, METHODS, ""), ("", METHODS, ""), ("x", [], ""),
+    (3, COMMANDS, ""), ("", COMMANDS, ""), ("x", [], ""),
 ])  # fmt: skip
 def test_names_keys_and_methods(word, known, meant):
     assert near(word, known) == (f" (did you mean {meant!r}?)" if meant else "")

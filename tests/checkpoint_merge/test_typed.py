@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge.cli import parsers
-from modelstock_jax.checkpoint_merge.options import DTYPES, METHODS
+from modelstock_jax.checkpoint_merge.options import DTYPES
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.writer import write_tensors
 from tests.checkpoint_merge.small import factors
 from tests.checkpoint_merge.typed import load, tensors, trio, write
@@ -37,7 +38,7 @@ def test_methods(say, tmp_path, typed, method):
 def test_a_method_that_is_not_there(say, tmp_path, typed):
     said = say("merge", *trio(tmp_path), "--out", tmp_path / "out", "--method", typed)
     assert said.status == 2 and "--method" in said.err and said.err.count("\n") == 1
-    assert all(method in said.err for method in METHODS)
+    assert all(method in said.err for method in COMMANDS)
 
 
 @pytest.mark.parametrize(("typed", "code"), [

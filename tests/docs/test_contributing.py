@@ -17,12 +17,14 @@ PAGE = ROOT / "CONTRIBUTING.md"
 # What to run in the patched tree, by the example's title.
 EVERYWHERE = "tests/test_layering.py"
 TRIED = {
-    "A merge method": ["tests/merging/test_every_merge.py", "tests/docs/test_library.py",
-                       "modelstock_jax/merging/baselines.py", EVERYWHERE,
-                       "-k", "balanced_mean or table_names or this_tree or public_name"],
+    "A merge method": ["tests/merging/test_every_merge.py", "tests/test_registry.py",
+                       "tests/docs/test_library.py", "modelstock_jax/merging/baselines.py",
+                       EVERYWHERE, "-k", "balanced or share or table_names or this_tree or "
+                       "public_name"],
     "A shift set": ["tests/data/test_imagenet_sets.py", "tests/docs/test_configuration.py",
                     EVERYWHERE],
-    "A model": ["tests/towers", EVERYWHERE, "-k", "mlp or this_tree"],
+    "A model": ["tests/models/test_towers.py", "tests/models/test_mlp.py", EVERYWHERE,
+                "-k", "mlp or this_tree"],
 }
 
 

@@ -12,37 +12,21 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from modelstock_jax import merging
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging import (
-    NonFiniteError,
-    check_finite,
-    constant_ratio,
-    model_stock,
-    model_stock_carried,
-    report,
-    slerp,
-    task_arithmetic,
-    ties,
-    total_distance,
-    uniform_mean,
-    weighted_model_stock,
-    wise_ft,
-)
+from modelstock_jax.merging import NonFiniteError, check_finite, report, total_distance
+from modelstock_jax.registry import FUNCTIONS
 from tests.merging.trees import replicas
 
-MERGES = {
-    "model_stock": model_stock,
-    "weighted_model_stock": weighted_model_stock,
-    "model_stock_carried": lambda w0, w, **how: model_stock_carried(w0, w, **how)[:2],
-    "uniform_mean": uniform_mean,
-    "wise_ft": partial(wise_ft, alpha=0.3),
-    "constant_ratio": constant_ratio,
-    "task_arithmetic": partial(task_arithmetic, scale=0.4),
-    "ties": partial(ties, density=0.5, scale=0.7),
-    "slerp": slerp,
+# What a method cannot do without, or is not tried well by its default.
+ARGUMENTS = {
+    "wise_ft": {"alpha": 0.3},
+    "task_arithmetic": {"scale": 0.4},
+    "ties": {"density": 0.5, "scale": 0.7},
 }
-# An angle, or a spread, needs two.
-FROM_TWO = {"model_stock", "weighted_model_stock", "model_stock_carried", "constant_ratio"}
+MERGES = {name: partial(getattr(merging, name), **ARGUMENTS.get(name, {})) for name in FUNCTIONS}
+# It also returns the noise that it hands on.
+MERGES["model_stock_carried"] = lambda w0, w, **how: merging.model_stock_carried(w0, w, **how)[:2]
 every_merge = pytest.mark.parametrize("name", MERGES)
 
 
@@ -143,7 +127,7 @@ def test_bfloat16_is_the_float32_merge_rounded(name):
 @every_merge
 def test_one_replica(name):
     w0, w = models(1)
-    if name in FROM_TWO:
+    if FUNCTIONS[name].least == 2:  # An angle, or a spread, needs two.
         with pytest.raises(UserError, match="at least 2"):
             MERGES[name](w0, w)
         return

@@ -164,3 +164,15 @@ def test_reporting_imports_no_jax():
     )
     root = Path(metrics.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+
+
+def test_tables_and_cards_import_no_matplotlib():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom modelstock_jax.reporting import model_card, tables\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    root = Path(metrics.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)

@@ -1,0 +1,135 @@
+"""Every method of the registry is found wherever a method is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+
+import modelstock_jax
+from configs.default import get_config
+from modelstock_jax import merging
+from modelstock_jax.checkpoint_merge import methods, recipe, report
+from modelstock_jax.checkpoint_merge.cli import parsers
+from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.registry import COMMANDS, METHODS, ROWS
+from modelstock_jax.reporting.style import COLOURS
+from modelstock_jax.reporting.tables import label
+from modelstock_jax.training.merge_step import check_merge
+from tests.merging.trees import replicas
+
+NEEDED = {"alpha": 0.5, "t": 0.5}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+on_the_command_line = pytest.mark.parametrize("name", COMMANDS)
+in_recipes = pytest.mark.parametrize("method", [m for m in METHODS.values() if m.mergekit])
+
+
+def options_of(method):
+    return {name: NEEDED[name] for name in method.options if name in NEEDED}
+
+
+@every_method
+def test_the_library_has_its_function(method):
+    assert method.function or method.command, "no door leads to it"
+    if not method.function:
+        return
+    function = getattr(merging, method.function)
+    assert function is getattr(modelstock_jax, method.function)
+    assert function.__module__ == f"modelstock_jax.merging.{method.module}"
+    for module in (merging, modelstock_jax):
+        assert method.function in module.__all__ and method.function in dir(module)
+
+
+@on_the_command_line
+def test_the_command_line_takes_every_spelling(name):
+    method = COMMANDS[name]
+    parse = parsers()[1]["merge"].parse
+    spellings = [name, name.upper(), name.replace("-", "_"), *method.aliases]
+    for spelling in filter(None, [*spellings, method.function, method.mergekit]):
+        assert parse(["B", "F", "--out", "o", "--method", spelling]).method == name, spelling
+        assert Options(method=spelling, **options_of(method)).method == name, spelling
+
+
+@on_the_command_line
+def test_no_spelling_means_two_methods(name):
+    method = COMMANDS[name]
+    own = {name, method.function, method.mergekit, *method.aliases}
+    for other in COMMANDS.values():
+        if other is not method:
+            spelled = {other.command, other.function, other.mergekit, *other.aliases}
+            assert not {s.replace("_", "-") for s in own if s} & {
+                s.replace("_", "-") for s in spelled if s}
+
+
+@on_the_command_line
+def test_a_file_merge_solves_by_it(name):
+    method = COMMANDS[name]
+    assert callable(methods.solver(Options(method=name, **options_of(method)), method.least))
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert set(method.options) <= fields
+
+
+@pytest.mark.parametrize("name", [name for name, method in COMMANDS.items() if method.rule])
+def test_a_file_merge_by_a_rule_is_the_librarys(name):
+    w0, w = replicas({"w": (4,)}, 2)
+    deltas = (w["w"] - w0["w"]).astype(np.float64)
+    unit = SimpleNamespace(gram=lambda: (deltas @ deltas.T)[..., None], single=np.array([False]))
+    (share,) = methods.solver(Options(method=name), 2)(unit).solution.coefficient.T
+    merged, _ = getattr(merging, COMMANDS[name].function)(w0, w)
+    # Sums of float32 numbers near 1, some of which cancel: a unit in the last place of those.
+    np.testing.assert_allclose(merged["w"], w0["w"] + share @ deltas, rtol=0, atol=2.0**-23)
+
+
+@on_the_command_line
+def test_its_model_card_says_what_it_is(name):
+    made = report._method({"options": {"method": name}, "base": {"model": "b"}})
+    assert made == COMMANDS[name].card != ""
+
+
+@in_recipes
+def test_a_recipe_of_mergekit_asks_for_it(method):
+    values = {"weight": 1.0, "density": 0.5, "t": 0.5}
+    parameters = {key: values[key] for key in method.mergekit_keys if key in values}
+    made = recipe.parse({"merge_method": method.mergekit, "base_model": "b",
+                         "models": [{"model": "x"}], "parameters": parameters})
+    assert made.options["method"] == method.command
+
+
+@every_method
+def test_its_row_has_a_label_a_color_and_a_marker(method):
+    row = {"method": method.row, "num_replicas": 2, "alpha": 0.5, "of": "mean"}
+    assert ROWS[method.row] is method.style
+    assert label(row) == method.style.label.format(n=2, of="the mean", alpha=0.5)
+    assert method.style.short.format(n=2)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_can_be_drawn(row):
+    style = ROWS[row]
+    Line2D([0], [0], marker=style.marker, color=COLOURS[style.colour])
+    assert Text(text=style.short).get_text()
+
+
+@every_method
+def test_a_run_merges_by_it_where_it_has_a_periodic_row(method):
+    config = get_config().merge
+    with config.unlocked():
+        config.update({"method": method.name, "carry_noise": "off"})
+    if method.periodic:
+        check_merge(config)
+        assert method.periodic in ROWS and method.function
+    else:
+        with pytest.raises(modelstock_jax.UserError, match="choose one of stock, mean"):
+            check_merge(config)
+
+
+def test_no_two_methods_share_a_name():
+    for field in ("name", "row", "function", "command", "mergekit"):
+        names = [name for method in METHODS.values() if (name := getattr(method, field))]
+        assert len(set(names)) == len(names), field
+    drawn = [(method.style.colour, method.style.marker) for method in METHODS.values()]
+    assert len(set(drawn)) == len(drawn)
