@@ -21,7 +21,7 @@ from modelstock_jax.data.imagenet import CLASS_NAMES, PUBLISHED, TEMPLATES
 from modelstock_jax.data.imagenet.sets import missing_sets, open_sets
 from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.data.published_sizes import Published
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ def outline(config: ConfigDict) -> Outline:
     >>> outline(ConfigDict({"name": "imagenet", "held_out": 26})).num_train
     1255167
     """
-    if config.name not in NAMES:
-        raise UserError(f"data.name={config.name!r}: the data sets are: {', '.join(NAMES)}")
+    check_choice("data.name", config.name, NAMES)
     if config.name == "glyphs":
         return Outline(TRAIN_SIZE, len(glyphs.CLASS_NAMES), "the glyph world's own sizes")
     if config.name == "folder":
