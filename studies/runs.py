@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet, fingerprint
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.options import first_names, option
 from modelstock_jax.fileio import flat, plain
 
 
@@ -94,6 +93,9 @@ def training_digest(config: ConfigDict, fingerprint: str) -> str:
       config: of the run.
       fingerprint: of the pretrained weights.
     """
+    # Imports the training loop, for which a list of the studies need not wait.
+    from modelstock_jax.experiment.options import first_names, option
+
     kept = {
         key: value
         for key, value in flat(plain(config.to_dict())).items()

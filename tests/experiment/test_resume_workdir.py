@@ -197,13 +197,14 @@ def test_an_option_that_came_later_was_at_what_its_absence_means(made, key):
 def test_a_run_goes_on_where_its_options_were_called_otherwise(made, monkeypatch):
     workdir, config = made
     monkeypatch.setattr(tables, "RENAMED", {"how": "compute.execution", "guard.": "watch."})
-    values = {"merge.method": {"ms": "stock"}, "export.layouts": {"hf": "hugging_face"}}
+    values = {"merge.method": {"ms": "stock"}, "evaluation.units": {"row": "filter"}}
     monkeypatch.setattr(tables, "RENAMED_VALUES", values)
     path = workdir / "config.json"
-    now = json.loads(path.read_text())
+    config.evaluation.units = ("layer", "filter")
+    now = json.loads(json.dumps(config.to_dict()))
     before = json.loads(path.read_text())
     before["how"], before["guard"] = before["compute"].pop("execution"), before.pop("watch")
-    before["merge"]["method"], before["export"]["layouts"] = "ms", ["hf"]
+    before["merge"]["method"], before["evaluation"]["units"] = "ms", ["layer", "row"]
     path.write_text(json.dumps(before))
     claim(workdir, config)
     assert json.loads(path.read_text()) == now
