@@ -91,13 +91,9 @@ def _default(value: ast.expr) -> str:
 
 def page(source: str) -> str:
     """The page, as Markdown."""
-    from modelstock_jax.experiment.workdir import FREE, PLACES, ROUNDING
+    from modelstock_jax.experiment.options import option
 
-    def going_on(name: str) -> str:
-        kinds = {"yes": FREE, "rounding": ROUNDING, "place": PLACES}
-        return next((kind for kind, names in kinds.items()
-                     if any(n == name or n.startswith(name + ".") for n in names)), "")
-
+    shown = {None: "", "free": "yes", "rounding": "rounding", "place": "place"}
     parts = [_HEAD]
     for group in groups(source):
         title = f"`{group.name}`" if group.name else "The run"
@@ -106,7 +102,7 @@ def page(source: str) -> str:
             continue
         parts.append("| option | default | meaning | may change |\n|---|---|---|---|\n")
         for entry in group.entries:
-            changes = [going_on(name) for name, _ in entry.options]
+            changes = [shown[option(name).resume] for name, _ in entry.options]
             cells = ["<br>".join(f"`{name}`" for name, _ in entry.options),
                      "<br>".join(default for _, default in entry.options),
                      _cell(entry.meaning),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 _SIMILAR = 0.7  # --device and --recipe are 0.5, --exlude and --exclude 0.92.
@@ -16,6 +16,28 @@ _LEAST = 3  # Characters of an option that say which one it is.
 
 class UserError(ValueError):
     """A mistake in the input; the message names the thing and the way out."""
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Refuses a value that is none of the choices.
+
+    Args:
+      name: what the value is given for.
+      value: what was given.
+      choices: in the order in which the message names them.
+
+    Raises:
+      UserError: if it is none of them.
+
+    Example:
+      >>> check_choice("merge.unit", "tensor", ("tensor", "layer"))
+      >>> check_choice("merge.unit", "tensors", ("tensor", "layer"))
+      Traceback (most recent call last):
+      ...
+      modelstock_jax.errors.UserError: merge.unit='tensors': choose one of tensor, layer
+    """
+    if value not in choices:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:

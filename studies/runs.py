@@ -16,38 +16,6 @@ from modelstock_jax.data.image_set import ImageSet, fingerprint
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import flat, plain
 
-# What no trained weight depends on: these are left out of a run's digest.
-_ELSEWHERE = (
-    "task",
-    "seed",
-    "num_seeds",
-    "compare",
-    "accumulate_steps",
-    "log_every",
-    "pretrained",
-    "checkpoint.",
-    "evaluation.",
-    "export.",
-    "search.",
-    "pretrain.",
-    "mesh.",
-    "watch.",
-    "compute.attention",
-    "compute.execution",
-    "compute.remat",
-    "compute.compilation_cache",
-    "data.root",
-    "data.paths.",
-    "data.cache",
-    "data.loading.",
-    "data.shifts",
-    "data.real",
-    "data.check_counts",
-)
-# Options that came after the first lines of a ledger, at what a run did without them. Left out at
-# these, so that a new option does not have every study run again; any other value is kept.
-_LATER = {"per_replica.randaugment_ops": [], "per_replica.randaugment_magnitude": []}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -119,17 +87,21 @@ def runs_of(value: Any) -> Iterator[Run]:
 def training_digest(config: ConfigDict, fingerprint: str) -> str:
     """Sixteen hexadecimal digits of all that a run's weights depend on, but its seed.
 
+    Options have the names in it that they had first, so that what was measured under them is found.
+
     Args:
       config: of the run.
       fingerprint: of the pretrained weights.
     """
+    # Imports the training loop, for which a list of the studies need not wait.
+    from modelstock_jax.experiment.options import first_names, option
+
     kept = {
         key: value
         for key, value in flat(plain(config.to_dict())).items()
-        if not any(key == one or (one[-1] == "." and key.startswith(one)) for one in _ELSEWHERE)
-        and not (key in _LATER and value == _LATER[key])
+        if (row := option(key)).in_digest and (row.absent is None or value != plain(row.absent))
     }
-    return digest([fingerprint, kept])
+    return digest([fingerprint, first_names(kept)])
 
 
 def digest(value: Any) -> str:

@@ -18,7 +18,7 @@ from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.data.published_sets import CIFAR, IMAGENET, Published
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ def outline(config: ConfigDict) -> Outline:
     >>> outline(ConfigDict({"name": "imagenet", "held_out": 26})).num_train
     1255167
     """
-    if config.name not in NAMES:
-        raise UserError(f"data.name={config.name!r}: the data sets are: {', '.join(NAMES)}")
+    check_choice("data.name", config.name, NAMES)
     if config.name == "glyphs":
         from modelstock_jax.data.glyphs.captions import CLASS_NAMES
         from modelstock_jax.data.glyphs.sets import TRAIN_SIZE

@@ -20,12 +20,13 @@ from absl import flags
 
 from modelstock_jax.data.image_set import EncodedImages, ImageSet
 from modelstock_jax.data.transforms import EvalView, TrainView, Unreadable
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.machine import usable_cores
 
 # Reading many stored images at once, by threads, as one array.
 
 
+UNREADABLE = ("error", "skip")
 _PARTS_A_THREAD = 4  # so that a thread with large images does not hold up the others
 
 View = Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
@@ -58,8 +59,7 @@ class Loading:
         for name, least in (("threads", 0), ("workers", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if self.unreadable not in ("error", "skip"):
-            raise UserError(f"unreadable={self.unreadable!r}: choose 'error' or 'skip'")
+        check_choice("unreadable", self.unreadable, UNREADABLE)
 
     @property
     def num_threads(self) -> int:

@@ -1,44 +1,184 @@
-"""The options of a run, refused before anything of it is opened, made or written."""
+"""What there is to say of a run's options beside their values and meanings: one row an option."""
 
 from __future__ import annotations
 
-from operator import attrgetter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
 from modelstock_jax.data import benchmark
-from modelstock_jax.data.loader import Loading
-from modelstock_jax.errors import UserError
+from modelstock_jax.data.loader import UNREADABLE, Loading
+from modelstock_jax.errors import UserError, check_choice
+from modelstock_jax.fileio import flat
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats
-from modelstock_jax.models.transformer import Compute
-from modelstock_jax.training.finetune import check_method, hyper_parameters, train_views
-from modelstock_jax.training.merge_step import check_merge
-from modelstock_jax.training.optimizer import check_optimizer
+from modelstock_jax.models.transformer import ATTENTIONS, Compute
+from modelstock_jax.training import finetune, merge_step, optimizer, projections
 from modelstock_jax.training.step_fns import EXECUTIONS
-from modelstock_jax.training.train_step import check_policy
+from modelstock_jax.training.train_step import POLICIES
 
-TASKS = ("finetune", "learning_rate", "pretrain")
-# Less would divide by nothing, or leave nothing to train or to measure.
-LEAST = {
-    "seed": 0,
-    "num_seeds": 1,
-    "num_replicas": 1,
-    "epochs": 1,
-    "batch_size": 1,
-    "data.augment.mixup": 0,
-    "mesh.fsdp_min_size": 0,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 0,
-    "checkpoint.keep_merged": 0,
-    "watch.max_events": 0,
-    "watch.spike_deviations": 0,
-    "watch.spike_window": 1,
-    "log_every": 1,
-    "evaluation.batch_size": 1,
-    "evaluation.max_shift_images": 0,
-    "pretrain.num_steps": 1,
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table; its defaults are those of a plain option.
+
+    Attributes:
+      choices: what the value, or each value of a tuple, is one of.
+      least: the least that a number may be: less would divide by nothing, or leave nothing to train
+        or to measure. What a module refuses by itself is not repeated here.
+      resume: whether a started workdir goes on where the option has changed; None does not.
+        "free": no bit of a weight, and no accuracy, depends on it, and it may change from start to
+        start. "rounding": what is computed is the same but for rounding; the rest of the run would
+        differ from the one of the old value in the last bits of its weights, and training carries
+        that on. "place": the same weights, images and names may lie elsewhere now; weights and
+        names are compared with the anchor's, that the images are the same is the user's word.
+      in_digest: whether a study's digest of a run holds it: whether a trained weight depends on it.
+      absent: of an option that came after the first files were written: its value in a file that
+        lacks it, which is what a run did without it. A study's digest leaves it out at this value,
+        so that a new option does not have every study run again. None: every file has it.
+    """
+
+    choices: Collection[str] | None = None
+    least: float | None = None
+    resume: Literal["free", "rounding", "place"] | None = None
+    in_digest: bool = True
+    absent: Any = None
+
+
+# In the order of configs/default.py. `group.*` is the row of every option of a group that has none
+# of its own; an option that is not here is plain. One that is added to configs/default.py has a row
+# with `absent`.
+OPTIONS = {
+    "task": Option(choices=("finetune", "learning_rate", "pretrain"), in_digest=False),
+    "pretrained": Option(resume="place", in_digest=False),
+    "seed": Option(least=0, in_digest=False),
+    # Seeds may be added to a finished run.
+    "num_seeds": Option(least=1, resume="free", in_digest=False),
+    "num_replicas": Option(least=1),
+    "compare": Option(in_digest=False),
+    "epochs": Option(least=1),
+    "batch_size": Option(least=1),
+    "accumulate_steps": Option(resume="rounding", in_digest=False),
+    "data.name": Option(choices=benchmark.NAMES),
+    "data.root": Option(resume="place", in_digest=False),
+    "data.paths.*": Option(resume="place", in_digest=False, absent=""),
+    "data.check_counts": Option(resume="free", in_digest=False),
+    "data.shifts": Option(in_digest=False),
+    "data.real": Option(in_digest=False),
+    # A study's keys hold what lies in these two.
+    "data.class_names": Option(resume="place"),
+    "data.templates": Option(resume="place"),
+    "data.loading.threads": Option(resume="free", in_digest=False),
+    "data.loading.workers": Option(resume="free", in_digest=False),
+    "data.loading.prefetch": Option(resume="free", in_digest=False),
+    # Until an image cannot be decoded the two are the same, and then the run has stopped.
+    "data.loading.unreadable": Option(choices=UNREADABLE, resume="free", in_digest=False),
+    "data.cache": Option(in_digest=False),
+    "data.augment.mixup": Option(least=0),
+    "objective.name": Option(choices=finetune.OBJECTIVES),
+    "objective.head": Option(choices=finetune.HEADS),
+    "optimizer.name": Option(choices=optimizer.OPTIMIZERS),
+    "optimizer.projection.name": Option(choices=finetune.PROJECTIONS),
+    "optimizer.projection.norm": Option(choices=projections.NORMS),
+    "per_replica.randaugment_ops": Option(absent=()),
+    "per_replica.randaugment_magnitude": Option(absent=()),
+    "merge.method": Option(choices=merge_step.MERGES),
+    "merge.unit": Option(choices=UNITS),
+    "merge.opt_state": Option(choices=merge_step.OPT_STATE_POLICIES),
+    "merge.carry_noise": Option(choices=merge_step.CARRY_NOISE),
+    "compute.attention": Option(choices=ATTENTIONS, resume="rounding", in_digest=False),
+    "compute.remat": Option(resume="rounding", in_digest=False),
+    "compute.execution": Option(choices=EXECUTIONS, resume="rounding", in_digest=False),
+    "compute.compilation_cache": Option(resume="free", in_digest=False),
+    "mesh.replica": Option(resume="rounding", in_digest=False),
+    "mesh.data": Option(resume="rounding", in_digest=False),
+    "mesh.fsdp_min_size": Option(least=0, resume="rounding", in_digest=False),
+    "checkpoint.every": Option(least=1, resume="free", in_digest=False),
+    "checkpoint.keep": Option(least=0, resume="free", in_digest=False),
+    "checkpoint.keep_merged": Option(least=0, resume="free", in_digest=False),
+    # The policies compute the same until something is not finite; where 'stop' has stopped, another
+    # one may go on.
+    "watch.policy": Option(choices=POLICIES, resume="rounding", in_digest=False),
+    "watch.max_events": Option(least=0, resume="free", in_digest=False),
+    "watch.spike_deviations": Option(least=0, resume="free", in_digest=False),
+    "watch.spike_window": Option(least=1, resume="free", in_digest=False),
+    "log_every": Option(least=1, resume="free", in_digest=False),
+    "evaluation.batch_size": Option(least=1, resume="rounding", in_digest=False),
+    "evaluation.max_shift_images": Option(least=0, in_digest=False),
+    "evaluation.wise_ft_alphas": Option(in_digest=False),
+    "evaluation.units": Option(choices=UNITS, in_digest=False),
+    "export.layouts": Option(choices=formats.WRITABLE, resume="free", in_digest=False),
+    # Rates may be added to a finished run: each is a run of its own.
+    "search.learning_rates": Option(resume="free", in_digest=False),
+    "pretrain.num_steps": Option(least=1, in_digest=False),
+    "pretrain.tokenizer": Option(in_digest=False),
+    "pretrain.clip.*": Option(in_digest=False),
 }
+_PLAIN = Option()
+
+# What files of before call otherwise, so that a started workdir goes on and finished measurements
+# are found: {its old name: its name}, where "old." stands for all names that begin so; the first
+# that fits is taken.
+RENAMED: dict[str, str] = {}
+# {the name of an option: {an old value: what it is called}}.
+RENAMED_VALUES: dict[str, dict[Any, Any]] = {}
+
+
+def option(name: str) -> Option:
+    """The row of an option, or of a group.
+
+    Args:
+      name: from `config.` on.
+
+    Example:
+      >>> option("epochs").least, option("data.paths.v2").resume, option("label_smoothing")
+      (1, 'place', Option(choices=None, least=None, resume=None, in_digest=True, absent=None))
+    """
+    groups = (row for key, row in OPTIONS.items()
+              if key.endswith(".*") and f"{name}.".startswith(key[:-1]))  # fmt: skip
+    return OPTIONS.get(name) or next(groups, _PLAIN)
+
+
+def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values as they are now.
+
+    Args:
+      options: {name: value} as a file has them, of whatever time.
+    """
+    found = {}
+    for name, value in options.items():
+        name = _renamed(name, RENAMED.items())
+        found[name] = _revalued(value, RENAMED_VALUES.get(name, {}))
+    return found
+
+
+def first_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values as they were when the first files were written.
+
+    Args:
+      options: {name: value} as they are now.
+    """
+    found = {}
+    for name, value in options.items():
+        old_values = {new: old for old, new in RENAMED_VALUES.get(name, {}).items()}
+        name = _renamed(name, ((new, old) for old, new in RENAMED.items()))
+        found[name] = _revalued(value, old_values)
+    return found
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for before, after in pairs:
+        if name == before or (before.endswith(".") and name.startswith(before)):
+            return after + name[len(before) :]
+    return name
+
+
+def _revalued(value: Any, names: Mapping[Any, Any]) -> Any:
+    if isinstance(value, list):
+        return [_revalued(one, names) for one in value]
+    return names.get(value, value)
 
 
 def check_options(config: ConfigDict) -> None:
@@ -64,29 +204,20 @@ def check_options(config: ConfigDict) -> None:
       ...
       modelstock_jax.errors.UserError: optimizer.name='adam': choose one of adamw, sgd
     """
-    _one_of("task", config.task, TASKS)
-    _one_of("data.name", config.data.name, benchmark.NAMES)
-    _one_of("compute.execution", config.compute.execution, EXECUTIONS)
-    for name, least in LEAST.items():
-        if (value := attrgetter(name)(config)) < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
+    for name, value in flat(config.to_dict()).items():
+        row = option(name)
+        if row.choices is not None:
+            for one in value if isinstance(value, (tuple, list)) else [value]:
+                check_choice(name, one, row.choices)
+        if row.least is not None and value < row.least:
+            raise UserError(f"{name} is {value}; it must be at least {row.least}")
     rates = config.search.learning_rates
     if min(rates, default=-1.0) < 0:
         raise UserError(f"search.learning_rates={rates}: give one rate or more, each >= 0")
-    check_method(config)
-    check_optimizer(config.optimizer)
-    check_merge(config.merge)
-    check_policy(config.watch.policy)
-    hyper_parameters(config, 1)
+    finetune.check_method(config)
+    optimizer.check_optimizer(config.optimizer)
+    merge_step.check_merge(config.merge)
+    finetune.hyper_parameters(config, 1)
     Compute.of(config.compute)
-    train_views(config, 1)
+    finetune.train_views(config, 1)
     Loading(**config.data.loading)
-    for unit in config.evaluation.units:
-        _one_of("evaluation.units", unit, UNITS)
-    for layout in config.export.layouts:
-        _one_of("export.layouts", layout, formats.WRITABLE)
-
-
-def _one_of(name, value, known) -> None:
-    if value not in known:
-        raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")

@@ -90,7 +90,7 @@ def run(
       workdir: everything is written there; made if missing.
       argv: how Python was started, for the model card.
       allow_config_change: go on in a workdir whose config differs only in what rounds, or in where
-        things lie (`workdir.ROUNDING`, `workdir.PLACES`).
+        things lie ("rounding" and "place" of `options.OPTIONS`).
 
     Raises:
       UserError: on any mistake of a user; nothing written before is lost.

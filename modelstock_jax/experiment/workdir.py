@@ -9,59 +9,14 @@ import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.experiment.options import current_names, option
 from modelstock_jax.fileio import flat, plain, write_json
 
-# No bit of a weight, and no accuracy, depends on these: they may change from start to start.
-FREE = (
-    "num_seeds",  # Seeds may be added to a finished run.
-    "search.learning_rates",  # And so may rates: each is a run of its own.
-    "log_every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "checkpoint.keep_merged",
-    "export.layouts",
-    "compute.compilation_cache",
-    "data.check_counts",
-    "data.loading.threads",
-    "data.loading.workers",
-    "data.loading.prefetch",
-    # Until an image cannot be decoded the two are the same, and then the run has stopped.
-    "data.loading.unreadable",
-    "watch.max_events",
-    "watch.spike_deviations",
-    "watch.spike_window",
-)
-# What is computed is the same but for rounding: the rest of the run would differ from the one of
-# the old values in the last bits of its weights, and training carries that on.
-ROUNDING = (
-    "accumulate_steps",
-    "mesh.replica",
-    "mesh.data",
-    "mesh.fsdp_min_size",
-    "compute.execution",
-    "compute.remat",
-    "compute.attention",
-    "evaluation.batch_size",
-    # The policies compute the same until something is not finite; where 'stop' has stopped, another
-    # one may go on.
-    "watch.policy",
-)
-# The same weights, images and names may lie elsewhere now. Weights and names are compared with the
-# anchor's; that the images are the same is the user's word.
-PLACES = (
-    "pretrained",
-    "data.root",
-    *(
-        f"data.paths.{name}"
-        for name in ("train", "validation", "test", "v2", "r", "sketch", "objectnet", "a", "real")
-    ),
-    "data.class_names",
-    "data.templates",
-)
 # Open files: the kernel frees their locks when the process ends, whatever ends it.
 _held: dict[Path, int] = {}
 
@@ -75,7 +30,8 @@ def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> N
     Args:
       workdir: where the run is, or is to be.
       config: the run's options, kept in `workdir`/config.json.
-      allow_change: let `ROUNDING` and `PLACES` differ from what they were.
+      allow_change: let options that `options.OPTIONS` calls "rounding" or "place" differ from what
+        they were.
 
     Raises:
       UserError: if it cannot be written, another process works in it, or it holds the run of
@@ -100,7 +56,7 @@ def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> N
         if before == now:
             return
         if (workdir / "runs").exists():
-            _compare(workdir, flat(before), flat(now), allow_change)
+            _compare(workdir, current_names(flat(before)), flat(now), allow_change)
     write_json(path, now)
 
 
@@ -115,14 +71,15 @@ def _compare(workdir: Path, before: Mapping, now: Mapping, allow_change: bool) -
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE
+        if _value(before, key) != _value(now, key) and option(key).resume != "free"
     ]
     if not changed:
         return
-    mild = [key for key in changed if key in (*ROUNDING, *PLACES)]
+    marks = {"rounding": " (rounding)", "place": " (a place)"}
+    mild = [key for key in changed if option(key).resume in marks]
     lines = [
         f"  {key} was {_shown(before, key)}, is {_shown(now, key)}"
-        + (" (rounding)" if key in ROUNDING else " (a place)" if key in PLACES else "")
+        + marks.get(option(key).resume or "", "")
         for key in changed
     ]
     if mild == changed and allow_change:
@@ -132,6 +89,11 @@ def _compare(workdir: Path, before: Mapping, now: Mapping, allow_change: bool) -
     if mild:
         ways += "; --allow_config_change lets those marked differ"
     raise UserError("\n".join([f"{workdir} holds a run of another config:", *lines, ways]))
+
+
+def _value(options: Mapping, key: str) -> Any:
+    """A file that lacks an option was written before there was one, and means what it came with."""
+    return options[key] if key in options else plain(option(key).absent)
 
 
 def _shown(options: Mapping, key: str) -> str:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
 
 _DTYPES = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
+ATTENTIONS = ("xla", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,9 @@ class Compute:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         except TypeError:
             pass
-        if self.dtype not in _DTYPES:
-            known = ", ".join(dtype.name for dtype in _DTYPES)
-            raise UserError(f"compute: dtype is one of {known}, not {self.dtype!r}.")
-        if self.attention not in ("xla", "cudnn"):
-            raise UserError(f"compute: attention is 'xla' or 'cudnn', not {self.attention!r}.")
+        name = getattr(self.dtype, "name", self.dtype)
+        check_choice("compute.dtype", name, [dtype.name for dtype in _DTYPES])
+        check_choice("compute.attention", self.attention, ATTENTIONS)
         if self.attention == "cudnn" and self.dtype not in (jnp.bfloat16, jnp.float16):
             raise UserError(
                 "compute: attention 'cudnn' needs dtype bfloat16 or float16, not "

@@ -18,7 +18,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Batch, Loading, steps_per_epoch, train_batches
 from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainView
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.classifier import Classifier, TextSide, needed, with_captions
 from modelstock_jax.training.losses import (
@@ -101,8 +101,7 @@ def check_method(config: ConfigDict) -> None:
         ("optimizer.projection.name", projection.name, PROJECTIONS),
         ("optimizer.projection.norm", projection.norm, NORMS),
     ):
-        if value not in known:
-            raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")
+        check_choice(name, value, known)
     for name in ("car_ft_alpha", "l2_sp_alpha", "l2_sp_beta", "probe_learning_rate"):
         if rules[name] < 0:
             raise UserError(f"objective.{name} is {rules[name]}; it must be >= 0")

@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from modelstock_jax import merging
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging import Stats, model_stock_carried
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import METHODS
@@ -53,6 +53,7 @@ def merge_opt_state(policy: str, opt_state: PyTree, tx: optax.GradientTransforma
     Raises:
       UserError: if the policy is none of these.
     """
+    check_choice("merge.opt_state", policy, OPT_STATE_POLICIES)
     if policy == "keep":
         return opt_state
     if policy == "average":
@@ -60,9 +61,7 @@ def merge_opt_state(policy: str, opt_state: PyTree, tx: optax.GradientTransforma
             lambda x: jnp.broadcast_to(x.mean(0, keepdims=True), x.shape).astype(x.dtype),
             opt_state,
         )
-    if policy == "reset":
-        return jax.vmap(tx.init)(params)
-    raise UserError(f"merge.opt_state={policy!r}: choose one of {', '.join(OPT_STATE_POLICIES)}")
+    return jax.vmap(tx.init)(params)
 
 
 def check_merge(config: ConfigDict) -> None:
@@ -74,8 +73,7 @@ def check_merge(config: ConfigDict) -> None:
         ("opt_state", OPT_STATE_POLICIES),
         ("carry_noise", CARRY_NOISE),
     ):
-        if config[name] not in known:
-            raise UserError(f"merge.{name}={config[name]!r}: choose one of {', '.join(known)}")
+        check_choice(f"merge.{name}", config[name], known)
     if config.method != "stock" and config.carry_noise != "off":
         raise UserError("merge.carry_noise needs merge.method='stock': a mean shrinks nothing")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.training.projections import fast_trainable_projection
 from modelstock_jax.training.state import Trained, leaf_names
 
@@ -157,8 +157,7 @@ def warmup_steps(config: ConfigDict, num_steps: int) -> int:
 
 def check_optimizer(config: ConfigDict) -> None:
     """Raises a UserError for an unknown name or a number out of its range, whatever the run."""
-    if config.name not in OPTIMIZERS:
-        raise UserError(f"optimizer.name={config.name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    check_choice("optimizer.name", config.name, OPTIMIZERS)
     for name in ("learning_rate", "weight_decay", "decay_to_pretrained", "clip_norm"):
         if config[name] < 0:
             raise UserError(f"optimizer.{name} is {config[name]}; it must be >= 0")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.training.state import leaf_names
 
 PyTree = Any
@@ -40,8 +40,7 @@ def layer_norms(delta: PyTree, norm: str = "mars") -> PyTree:
     >>> layer_norms(kernel, "mars")["kernel"].tolist()
     [[7.0, 1.0]]
     """
-    if norm not in NORMS:
-        raise UserError(f"projection.norm={norm!r}: choose one of {', '.join(NORMS)}")
+    check_choice("projection.norm", norm, NORMS)
 
     def one(leaf, name):
         axes = tuple(range(leaf.ndim))

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging import zero_noise
 from modelstock_jax.training import sharding
 from modelstock_jax.training.losses import Loss
@@ -205,10 +205,7 @@ class Programs:
     def execution(self) -> Execution:
         """How the replicas run: 'vmap' or 'map'."""
         execution = self._config.compute.execution
-        if execution not in EXECUTIONS:
-            raise UserError(
-                f"compute.execution={execution!r}: choose one of {', '.join(EXECUTIONS)}"
-            )
+        check_choice("compute.execution", execution, EXECUTIONS)
         if execution == "auto":
             # Vmapped convolutions are slow on a CPU: ResNet, ConvNeXt. CLIP has none.
             alone = self.mesh.shape["replica"] == 1 and jax.default_backend() == "cpu"

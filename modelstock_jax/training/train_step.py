@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import check_choice
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.optimizer import Schedule
 from modelstock_jax.training.state import Reference, TrainState
@@ -21,16 +21,6 @@ from modelstock_jax.training.state import Reference, TrainState
 PyTree = Any
 Policy = Literal["stop", "skip_step", "restore_last_merge"]
 POLICIES = ("stop", "skip_step", "restore_last_merge")
-
-
-def check_policy(policy: str) -> None:
-    """Refuses an unknown `watch.policy`.
-
-    Raises:
-      UserError: if it is none of `POLICIES`.
-    """
-    if policy not in POLICIES:
-        raise UserError(f"watch.policy={policy!r}: choose one of {', '.join(POLICIES)}")
 
 
 def health(loss: jax.Array, grads: PyTree, params: PyTree) -> dict[str, jax.Array]:
@@ -174,7 +164,7 @@ def make_train_step(
     Raises:
       UserError: if there is no such policy.
     """
-    check_policy(policy)
+    check_choice("watch.policy", policy, POLICIES)
 
     def replica_step(step, reference, key, params, opt_state, batch, hyper):
         own = reference._replace(hyper=hyper)

@@ -132,7 +132,7 @@ def test_a_missing_set_is_one_line_with_its_command(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "cifar-10"}, "'cifar-10': the data sets are: glyphs, imagenet, cifar10, cifar10"),
+        ({"name": "cifar-10"}, "'cifar-10': choose one of glyphs, imagenet, cifar10, cifar10"),
         ({"shifts": ("cifar10_1/v5",)}, "'cifar10_1/v5' of CIFAR-10; did you mean cifar10_1/v6; "),
         ({"shifts": ("snow",)}, r"'snow' of CIFAR-10; it has .* cifar10_corrupted/NAME_1 .*snow"),
         ({"paths": {"test": "x"}}, "data.paths.test=x: CIFAR-10 is looked for in data.root"),

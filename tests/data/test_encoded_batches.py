@@ -211,7 +211,7 @@ def test_encoded_images_need_a_size():
         ({"threads": -1}, "threads is -1"),
         ({"workers": -1}, "workers is -1"),
         ({"prefetch": 0}, "prefetch is 0"),
-        ({"unreadable": "ignore"}, "choose 'error' or 'skip'"),
+        ({"unreadable": "ignore"}, "unreadable='ignore': choose one of error, skip"),
     ],
 )
 def test_loading_refuses(change, message):

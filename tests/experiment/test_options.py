@@ -7,14 +7,15 @@ import pytest
 from configs import default, glyphs, vitb16, vitb32, vitl14
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate_checkpoint, run
-from modelstock_jax.experiment.options import check_options
+from modelstock_jax.experiment.options import OPTIONS, check_options
+from modelstock_jax.fileio import flat
 
 NOT_MEANT = {
     "task": ("fine-tune", "finetune, learning_rate"),
     "data.name": ("glyph", "glyphs, imagenet"),
     "data.augment.crop_area": ((0.9, 1.1), "up to 1"),
     "data.augment.randaugment_magnitude": (31, "between 0 and 30"),
-    "data.loading.unreadable": ("ignore", "'error' or 'skip'"),
+    "data.loading.unreadable": ("ignore", "error, skip"),
     "objective.name": ("car_fft", "cross_entropy, car_ft"),
     "objective.head": ("zeroshot", "zero_shot, random"),
     "optimizer.name": ("adam", "adamw, sgd"),
@@ -27,7 +28,7 @@ NOT_MEANT = {
     "merge.opt_state": ("kept", "keep, average"),
     "merge.carry_noise": ("no", "off, every"),
     "compute.dtype": ("float23", "float32, bfloat16"),
-    "compute.attention": ("flash", "'xla' or 'cudnn'"),
+    "compute.attention": ("flash", "xla, cudnn"),
     "compute.execution": ("pmap", "auto, vmap"),
     "watch.policy": ("ignore", "stop, skip_step"),
     "evaluation.units": (("layers",), "tensor, layer"),
@@ -66,6 +67,17 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_opened(key, tmp_path
 @pytest.mark.parametrize("made", [default, glyphs, vitb32, vitb16, vitl14])
 def test_our_own_configs_are_meant(made):
     check_options(made.get_config())
+
+
+def test_every_row_is_of_an_option():
+    names = flat(default.get_config().to_dict())
+    lost = [key for key in OPTIONS
+            if not any(name == key or name.startswith(key.removesuffix("*"))
+                       for name in names)]  # fmt: skip
+    assert not lost
+    changing = [key for key, row in OPTIONS.items()
+                if row.resume in ("free", "rounding") and row.in_digest]  # fmt: skip
+    assert not changing, "a weight depends on these"
 
 
 def test_an_evaluation_takes_the_options_of_a_run(tmp_path):

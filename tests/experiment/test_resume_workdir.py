@@ -12,12 +12,14 @@ import pytest
 
 from configs import default
 from modelstock_jax.errors import UserError
+from modelstock_jax.experiment import options as tables
 from modelstock_jax.experiment import workdir as workdirs
-from modelstock_jax.experiment.workdir import FREE, PLACES, ROUNDING, claim, release
+from modelstock_jax.experiment.options import current_names, option
+from modelstock_jax.experiment.workdir import claim, release
 
-# Results depend on these. A key that is new goes here or, if the reasons there hold for it, to one
-# of the lists of experiment/workdir.py.
-REFUSED = """
+# The options of the first workdirs by their kind, as they were called then: never a new one.
+FIRST = {
+    None: """
     task image_size seed num_replicas compare epochs batch_size label_smoothing
     data.name data.held_out data.shifts data.real data.validation_share data.test_share
     data.cache data.cache_short_side
@@ -37,7 +39,23 @@ REFUSED = """
     compute.dtype
     evaluation.max_shift_images evaluation.wise_ft_alphas evaluation.units
     pretrain.num_steps pretrain.tokenizer
-""".split()
+    """,
+    "free": """
+    num_seeds search.learning_rates log_every checkpoint.every checkpoint.keep
+    checkpoint.keep_merged export.layouts compute.compilation_cache data.check_counts
+    data.loading.threads data.loading.workers data.loading.prefetch data.loading.unreadable
+    watch.max_events watch.spike_deviations watch.spike_window
+    """,
+    "rounding": """
+    accumulate_steps mesh.replica mesh.data mesh.fsdp_min_size
+    compute.execution compute.remat compute.attention evaluation.batch_size watch.policy
+    """,
+    "place": """
+    pretrained data.root data.class_names data.templates
+    data.paths.train data.paths.validation data.paths.test data.paths.v2 data.paths.r
+    data.paths.sketch data.paths.objectnet data.paths.a data.paths.real
+    """,
+}
 
 
 def keys() -> list[str]:
@@ -46,11 +64,20 @@ def keys() -> list[str]:
     return [key for key in flat if not key.startswith("pretrain.clip.")]
 
 
-def test_every_option_has_exactly_one_class():
-    classes = [*FREE, *ROUNDING, *PLACES, *REFUSED]
-    assert len(set(classes)) == len(classes)
-    assert set(keys()) - set(classes) == set(), "say in which class these are"
-    assert set(classes) - set(keys()) == set(), "these are no options"
+def first_keys() -> dict[str, str | None]:
+    """The kind of each of them, by its name of today."""
+    kinds = {name: kind for kind, names in FIRST.items() for name in names.split()}
+    return current_names(kinds)
+
+
+def test_the_first_options_keep_their_kinds():
+    assert {key: option(key).resume for key in first_keys()} == first_keys()
+    assert first_keys().keys() - set(keys()) == set(), "say in RENAMED what these are called now"
+
+
+def test_a_later_option_says_what_its_absence_means():
+    later = set(keys()) - first_keys().keys()
+    assert [key for key in later if option(key).absent is None] == []
 
 
 @pytest.fixture
@@ -84,14 +111,14 @@ def test_each_option_by_its_class(made, key):
     def kept() -> bool:
         return (workdir / "config.json").read_bytes() == before
 
-    if key in FREE:
+    if option(key).resume == "free":
         claim(workdir, changed)
         assert not kept()
         return
     with pytest.raises(UserError, match=f"{key} was .*, is ") as refusal:
         claim(workdir, changed)
     assert kept()
-    allowed = key in (*ROUNDING, *PLACES)
+    allowed = option(key).resume is not None
     assert ("--allow_config_change" in str(refusal.value)) == allowed
     if allowed:
         claim(workdir, changed, allow_change=True)
@@ -140,6 +167,57 @@ def test_an_option_that_was_not_there_is_named(made):
     (workdir / "config.json").write_text(json.dumps(before))
     with pytest.raises(UserError, match="epochs was absent, is 10"):
         claim(workdir, config)
+
+
+LATER = [key for key in keys() if option(key).absent is not None]
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_an_option_that_came_later_was_at_what_its_absence_means(made, key):
+    workdir, config = made
+    before = json.loads((workdir / "config.json").read_text())
+    *groups, name = key.split(".")
+    group = before
+    for one in groups:
+        group = group[one]
+    del group[name]
+    (workdir / "config.json").write_text(json.dumps(before))
+    config.update_from_flattened_dict({key: option(key).absent})
+    claim(workdir, config)
+    assert key in workdirs.flat(json.loads((workdir / "config.json").read_text()))
+    (workdir / "config.json").write_text(json.dumps(before))
+    config.update_from_flattened_dict({key: other(option(key).absent)})
+    if option(key).resume == "free":
+        claim(workdir, config)
+        return
+    with pytest.raises(UserError, match=f"{key} was absent, is "):
+        claim(workdir, config)
+
+
+def test_a_run_goes_on_where_its_options_were_called_otherwise(made, monkeypatch):
+    workdir, config = made
+    monkeypatch.setattr(tables, "RENAMED", {"how": "compute.execution", "guard.": "watch."})
+    values = {"merge.method": {"ms": "stock"}, "evaluation.units": {"row": "filter"}}
+    monkeypatch.setattr(tables, "RENAMED_VALUES", values)
+    path = workdir / "config.json"
+    config.evaluation.units = ("layer", "filter")
+    now = json.loads(json.dumps(config.to_dict()))
+    before = json.loads(path.read_text())
+    before["how"], before["guard"] = before["compute"].pop("execution"), before.pop("watch")
+    before["merge"]["method"], before["evaluation"]["units"] = "ms", ["layer", "row"]
+    path.write_text(json.dumps(before))
+    claim(workdir, config)
+    assert json.loads(path.read_text()) == now
+    path.write_text(json.dumps(before))
+    config.merge.method, config.watch.policy = "mean", "skip_step"
+    config.compute.execution = "map"
+    with pytest.raises(UserError) as refusal:
+        claim(workdir, config)
+    assert str(refusal.value).splitlines()[1:-1] == [
+        "  compute.execution was 'auto', is 'map' (rounding)",
+        "  merge.method was 'stock', is 'mean'",
+        "  watch.policy was 'stop', is 'skip_step' (rounding)",
+    ]
 
 
 def test_a_config_that_cannot_be_read_is_named_and_left(made):

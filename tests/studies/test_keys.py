@@ -36,8 +36,8 @@ def bench(tmp_path_factory):
     return made
 
 
-# An option that is added to configs/default.py changes them all, unless `_ELSEWHERE` or `_LATER` of
-# `studies.measuring.runs` leaves it out of a run's digest.
+# An option that is added to configs/default.py changes them all, unless its row in
+# experiment/options.py leaves it out of a run's digest.
 KEYS = {
     ("fig2", "angles"): "5c2c34863b6034c7",
     ("fig3", ("line", 2, 0.75)): "00975626ec41bb7d",

@@ -8,6 +8,7 @@ import pytest
 
 from configs import default
 from modelstock_jax.errors import UserError
+from modelstock_jax.experiment import options as tables
 from studies.ledger import Ledger
 from studies.runs import Run, training_digest
 
@@ -80,6 +81,22 @@ def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
     before = base.copy_and_resolve_references()
     del before.per_replica.randaugment_ops, before.per_replica.randaugment_magnitude
     assert training_digest(before, "print") == same, "options that came later"
+
+
+def test_a_digest_has_the_first_names_of_options_and_values(monkeypatch):
+    first = default.get_config()
+    before = training_digest(first, "print")
+    renamed = {"merge.method": "merge.rule", "data.augment.": "view.", "watch.": "monitor."}
+    monkeypatch.setattr(tables, "RENAMED", renamed)
+    monkeypatch.setattr(tables, "RENAMED_VALUES", {"merge.rule": {"stock": "model_stock"}})
+    monkeypatch.setitem(tables.OPTIONS, "monitor.*", tables.Option(in_digest=False))
+    now = first.copy_and_resolve_references()
+    with now.unlocked():
+        del now.merge["method"], now.data["augment"], now["watch"]
+        now.merge.rule, now.view, now.monitor = "model_stock", first.data.augment, first.watch
+    assert training_digest(now, "print") == before
+    now.merge.rule = "mean"
+    assert training_digest(now, "print") != before
 
 
 def test_an_unknown_option_is_one_line():
