@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import flat, plain, write_json
+from modelstock_jax.fileio import FileLock, flat, plain, write_json
 
 # No bit of a weight, and no accuracy, depends on these: they may change from start to start.
 FREE = (
@@ -62,8 +61,7 @@ PLACES = (
     "data.class_names",
     "data.templates",
 )
-# Open files: the kernel frees their locks when the process ends, whatever ends it.
-_held: dict[Path, int] = {}
+_held: dict[Path, FileLock] = {}
 
 
 def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> None:
@@ -106,9 +104,9 @@ def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> N
 
 def release(workdir: Path) -> None:
     """Frees a directory before the process ends."""
-    file = _held.pop(_lock_file(workdir), None)
-    if file is not None:
-        os.close(file)
+    lock = _held.pop(_lock_file(workdir), None)
+    if lock is not None:
+        lock.release()
 
 
 def _compare(workdir: Path, before: Mapping, now: Mapping, allow_change: bool) -> None:
@@ -142,31 +140,21 @@ def _lock(workdir: Path) -> None:
     path = _lock_file(workdir)
     if path in _held:
         return
-    file = None
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError as error:  # Some network file systems have no locks.
-            print(f"{path} cannot be locked ({error.strerror}): start no other run there")
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock = FileLock(path, note=f"process {os.getpid()} on {socket.gethostname()}")
     except OSError as error:
-        holder = os.read(file, 300).decode(errors="replace") if file is not None else ""
-        if file is not None:
-            os.close(file)
-        if isinstance(error, BlockingIOError):
-            raise UserError(
-                f"--workdir={workdir} is in use by {holder or 'another process'}; wait until it "
-                "ends, or choose another"
-            ) from error
         raise UserError(
             f"cannot write in --workdir={workdir}: {error.strerror}; free some space there, or "
             "choose another"
         ) from error
-    _held[path] = file
+    if not lock.held:
+        raise UserError(
+            f"--workdir={workdir} is in use by {lock.holder or 'another process'}; wait until it "
+            "ends, or choose another"
+        )
+    if lock.unsupported:
+        print(f"{path} cannot be locked ({lock.unsupported}): start no other run there")
+    _held[path] = lock
 
 
 def _lock_file(workdir: Path) -> Path:
