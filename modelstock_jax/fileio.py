@@ -26,7 +26,7 @@ _MODES = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def flush(descriptor: int, *, data_only: bool = False) -> None:
-    """Flushes an open file to the disk, where its file system supports that.
+    """Flush an open file to the disk, where its file system supports that.
 
     Args:
         descriptor: Of the file.
@@ -43,7 +43,7 @@ def flush(descriptor: int, *, data_only: bool = False) -> None:
 
 
 def flush_path(path: Path) -> None:
-    """Flushes a file or a directory (its names) to the disk, where that is supported.
+    """Flush a file or a directory (its names) to the disk, where that is supported.
 
     Raises:
         OSError: The disk is full or broken, or a file cannot be opened.
@@ -65,7 +65,7 @@ def flush_path(path: Path) -> None:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Sets the permissions of a file or directory, where its file system has any.
+    """Set the permissions of a file or directory, where its file system has any.
 
     Raises:
         OSError: There is no such path, or the disk is read-only or broken.
@@ -79,7 +79,7 @@ def set_mode(path: Path, mode: int) -> None:
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an OSError of the block into a UserError that names the path and the reason."""
+    """Turn an OSError of the block into a UserError that names the path and the reason."""
     try:
         yield
     except OSError as error:
@@ -88,7 +88,7 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
-    """A file to fill, which takes the name `path` only when all of it is on the disk.
+    """Give a file to fill, which takes the name `path` only when all of it is on the disk.
 
     Args:
       path: the final name, in an existing directory; an existing file is replaced.
@@ -116,7 +116,7 @@ def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Lets `write` fill a file beside `path`, then renames it over `path`.
+    """Let `write` fill a file beside `path`, then rename it over `path`.
 
     Args:
       path: the file to write; its directory is made.
@@ -147,17 +147,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes text (UTF-8) atomically; see `write_atomically`."""
+    """Write text (UTF-8) atomically; see `write_atomically`."""
     return write_atomically(path, lambda file: file.write_bytes(_utf8(text)))
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Writes JSON atomically, keys sorted, non-finite as null: equal values give equal bytes."""
+    """Write JSON atomically, keys sorted, non-finite as null: equal values give equal bytes."""
     return write_text(path, json.dumps(plain(value), sort_keys=True, indent=1) + "\n")
 
 
 def _utf8(text: str) -> bytes:
-    """UTF-8, also of text with names of files that are not UTF-8 (or not in this locale)."""
+    """Encode as UTF-8, also text with names of files that are not UTF-8 (or not in this locale)."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -169,7 +169,7 @@ def _utf8(text: str) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """Turns NumPy or jax scalars and arrays into Python's own; NaN and infinities into None.
+    """Turn NumPy or jax scalars and arrays into Python's own; NaN and infinities into None.
 
     Example:
       >>> import numpy as np
@@ -188,7 +188,7 @@ def plain(value: Any) -> Any:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, of mappings in one another.
+    """Return dotted key -> value, of mappings in one another.
 
     Example:
       >>> flat({"a": 1, "b": {"c": (2, 3), "d": {}}})
@@ -208,7 +208,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to fill, which takes the name `path` only when all of it is on the disk.
+    """Make a directory to fill, which takes the name `path` only when all of it is on the disk.
 
     Args:
         path: The final name. Its parents are made.
@@ -247,7 +247,7 @@ class ExistsError(UserError):
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raises ExistsError where `path` is a file, or a directory with files and not `overwrite`."""
+    """Raise ExistsError where `path` is a file, or a directory with files and not `overwrite`."""
     shown = listed([os.fspath(path)])
     if os.path.isfile(path):
         raise ExistsError(f"{shown}: exists already, and is a file; choose a directory.")
@@ -259,7 +259,7 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
 
 
 def take_place(beside: Path, path: Path, overwrite: bool = False) -> None:
-    """Flushes a finished directory to the disk, then gives it the name `path`.
+    """Flush a finished directory to the disk, then give it the name `path`.
 
     Args:
         beside: A directory with the same parent as `path`.
@@ -298,7 +298,7 @@ def _take_place(beside: Path, path: Path, overwrite: bool) -> None:
 
 
 def _settle(directory: Path) -> None:
-    """Flushes a directory; gives it and its files the modes that plain writing would have given."""
+    """Flush a directory; give it and its files the modes that plain writing would have given."""
     # Asked of the file system: to read the umask is to set it, for all threads. Elsewhere: a kill
     # would leave in the directory what was asked with.
     with tempfile.TemporaryDirectory() as asked:
@@ -360,7 +360,7 @@ class FileLock:
             self.release()
 
     def release(self) -> None:
-        """Frees the lock; a second call does nothing."""
+        """Free the lock; a second call does nothing."""
         file, self.file = self.file, -1
         if file != -1:
             os.close(file)
@@ -382,7 +382,7 @@ class FileLock:
 
 
 def open_appending(path: str | Path) -> int:
-    """Opens a file to read and append to; makes it, and its directory, where they are missing.
+    """Open a file to read and append to; make it, and its directory, where they are missing.
 
     Returns:
       The descriptor.
@@ -395,7 +395,7 @@ def open_appending(path: str | Path) -> int:
 
 
 def append_line(file: int, line: str) -> None:
-    """Appends a line; what a kill or a full disk tore at the end of the file ends before it.
+    """Append a line; what a kill or a full disk tore at the end of the file ends before it.
 
     Args:
       file: descriptor of `open_appending`.
@@ -450,7 +450,7 @@ class JsonLines:
         self._file: TextIO | None = self._path.open("a", encoding="utf-8")
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Adds a line; `flush` hands it on.
+        """Add a line; `flush` hands it on.
 
         Args:
           entry: numbers of Python, NumPy or jax; a non-finite one becomes null.
@@ -463,7 +463,7 @@ class JsonLines:
                 self._file.write(_line(plain(entry)))
 
     def flush(self) -> None:
-        """Hands every line to the operating system.
+        """Hand every line to the operating system.
 
         Raises:
           UserError: the disk is full.
@@ -473,7 +473,7 @@ class JsonLines:
                 self._file.flush()
 
     def close(self) -> None:
-        """Flushes and closes; a second call does nothing."""
+        """Flush and close; a second call does nothing."""
         file, self._file = self._file, None
         if file is not None:
             with self._errors():
@@ -497,7 +497,7 @@ class JsonLines:
 
 
 def read_lines(path: str | Path) -> list[Entry]:
-    """The objects of a file of JSON lines, in order; a torn line is left out."""
+    """Read the objects of a file of JSON lines, in order; a torn line is left out."""
     entries = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
