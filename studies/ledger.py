@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.fileio import FileLock, append_line, flush, read_lines
 
 _FIELDS = {"key": str, "what": str, "seconds": (int, float), "commit": str}
 
@@ -48,14 +47,12 @@ class Ledger:
           UserError: if it cannot be read.
         """
         try:
-            text = self._path.read_text(encoding="utf-8", errors="replace")
+            entries = read_lines(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise UserError(f"cannot read {self._path}: {error}; move it away") from error
-        for line in text.splitlines():
-            if (entry := _read(line)) is not None:
-                self._lines[entry["key"]] = entry
+        self._lines |= {entry["key"]: entry for entry in entries if _fits(entry)}
 
     def look_for(self, key: str) -> bool:
         """Whether it is here, or another process has added it since."""
@@ -82,15 +79,11 @@ class Ledger:
             "seconds": round(seconds, 2),
             "commit": commit,
         }
-        text = json.dumps(entry, allow_nan=False) + "\n"
+        line = json.dumps(entry, allow_nan=False)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab+") as file:
-                with contextlib.suppress(OSError):  # Some file systems have no locks.
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(b"\n" * _torn(file) + text.encode())
-                file.flush()
-                os.fsync(file.fileno())
+            with FileLock(self._path, wait=True) as lock:
+                append_line(lock.file, line)
+                flush(lock.file)
         except OSError as error:
             raise UserError(
                 f"cannot write {self._path}: {error.strerror}; make room, and the same command "
@@ -117,23 +110,10 @@ class Ledger:
         return sorted({self._lines[key]["commit"] for key in keys})
 
 
-def _read(line: str) -> dict[str, Any] | None:
-    """The entry of a line; None where it is none."""
-    try:
-        entry = json.loads(line)
-        fits = all(isinstance(entry[name], kind) for name, kind in _FIELDS.items())
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return entry if fits and "value" in entry else None
-
-
-def _torn(file: BinaryIO) -> bool:
-    """Whether the file ends in the middle of a line."""
-    size = file.seek(0, os.SEEK_END)
-    if not size:
-        return False
-    file.seek(size - 1)
-    return file.read(1) != b"\n"
+def _fits(entry: Mapping[str, Any]) -> bool:
+    """Whether a line is one of a ledger's."""
+    of_kinds = (isinstance(entry.get(name), kind) for name, kind in _FIELDS.items())
+    return "value" in entry and all(of_kinds)
 
 
 # Work that several processes share: who claims a piece does it, and the others take the next.
@@ -161,23 +141,14 @@ def claim(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
     """
     path = directory / f"{name}.lock"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = FileLock(path, wait=wait)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another workdir") from error
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
-        # Whoever still comes to the old file finds the piece done.
-        path.unlink(missing_ok=True)
-    finally:
-        os.close(file)
+    with lock:
+        yield lock.held
+        if lock.held:
+            # Whoever still comes to the old file finds the piece done.
+            path.unlink(missing_ok=True)
 
 
 def turns(

@@ -19,6 +19,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.glyphs.captions import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.pretrained import open_anchor
+from modelstock_jax.fileio import new_directory
 from modelstock_jax.models import tower
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.config import Preprocessor
@@ -26,7 +27,7 @@ from modelstock_jax.models.param_mapping import flatten, unflatten
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import TensorFiles
-from modelstock_jax.tensor_files.writer import new_directory, write_tensors
+from modelstock_jax.tensor_files.writer import write_tensors
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.finetune import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
@@ -21,16 +19,10 @@ from modelstock_jax.checkpoint_merge.methods import Row
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import Source, stored_name
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import write_json
+from modelstock_jax.fileio import ExistsError, FileLock, refuse_existing, take_place, write_json
 from modelstock_jax.tensor_files.digests import digest_file
 from modelstock_jax.tensor_files.formats import shown
-from modelstock_jax.tensor_files.writer import (
-    ExistsError,
-    ShardWriter,
-    refuse_existing,
-    take_place,
-    write_indented_json,
-)
+from modelstock_jax.tensor_files.writer import ShardWriter, write_indented_json
 
 # The directory in which a merge is made: beside its final place, and found again after a kill.
 
@@ -64,16 +56,13 @@ class Workplace:
         self.out, self.path = _places(plan, out, overwrite)
         self._saving = threading.Lock()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / _LOCK, "w")
+            self._lock = FileLock(self.path / _LOCK)
         except OSError as error:
             why = f"cannot be written ({error.strerror})"
             raise UserError(f"{shown(self.out)}: {why}; choose another directory.") from None
-        ours = locked(self._lock)
-        if ours is False:
-            self._lock.close()
+        if not self._lock.held:
             raise UserError(f"{shown(self.out)}: another process is making this merge.")
-        if ours is None and sys.stderr is not None:
+        if self._lock.unsupported and sys.stderr is not None:
             print(f"note: the file system of {shown(self.out)} has no locks: give no other merge "
                   "this --out meanwhile", file=sys.stderr)
         self.rows: dict[str, Row] = {}
@@ -111,7 +100,7 @@ class Workplace:
                 f"{shown(self.out)}: another process made it during this merge; {how} it. The "
                 "merged files are kept, so nothing is computed again."
             ) from None
-        self._lock.close()
+        self._lock.release()
         self._remove_stale()
 
     def leave(self, *, keep: bool = True) -> None:
@@ -124,7 +113,7 @@ class Workplace:
                     self._write_state()
         else:
             shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
+        self._lock.release()
 
     def _write_state(self) -> None:
         state = {"fingerprint": self._plan.fingerprint, "digests": self.digests,
@@ -163,8 +152,8 @@ class Workplace:
         """Removes what other, unfinished merges to the same place left, where none is at work."""
         for path in self.out.parent.glob(f".{escaped(self.out.name)}.*.merge"):
             try:
-                with open(path / _LOCK, "a") as lock:
-                    if locked(lock):
+                with FileLock(path / _LOCK) as lock:
+                    if lock.held and not lock.unsupported:
                         shutil.rmtree(path, ignore_errors=True)
             except OSError:
                 continue
@@ -206,22 +195,6 @@ def _refuse_full(out: Path, needed: int, disk: Path) -> None:
             f"{out}: {needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are "
             "free; free some or choose another disk."
         )
-
-
-def locked(file: TextIO) -> bool | None:
-    """Locks an open file for this process, without waiting.
-
-    Returns:
-        Whether the lock is this process's; None where the file system has no locks, as some
-        network and FUSE file systems.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 def _refuse_impossible(out: Path) -> None:

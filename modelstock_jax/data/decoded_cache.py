@@ -17,6 +17,7 @@ from rich.progress import track
 from modelstock_jax.data.image_set import EncodedImages, fingerprint
 from modelstock_jax.data.transforms import Unreadable, decode, resize_short_side
 from modelstock_jax.errors import UserError
+from modelstock_jax.fileio import replacing
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.tensor_files.reader import read_json
 
@@ -203,15 +204,10 @@ def _write_part(directory: Path, part: int, pixels: Iterator[np.ndarray]) -> Non
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
-    """Writes beside and renames, so that a file is whole or not there."""
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        # One name for every try: what a kill leaves may be a gigabyte, and is written over.
+        with replacing(path, path.with_suffix(".tmp")) as beside, beside.open("wb") as file:
+            file.writelines(chunks)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space there and give the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,10 +14,10 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import current_names, option
-from modelstock_jax.fileio import flat, plain, write_json
+from modelstock_jax.fileio import FileLock, flat, plain, write_json
 
-# Open files: the kernel frees their locks when the process ends, whatever ends it.
-_held: dict[Path, int] = {}
+# The kernel frees these locks when the process ends, whatever ends it.
+_held: dict[Path, FileLock] = {}
 
 
 def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> None:
@@ -62,9 +61,9 @@ def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> N
 
 def release(workdir: Path) -> None:
     """Frees a directory before the process ends."""
-    file = _held.pop(_lock_file(workdir), None)
-    if file is not None:
-        os.close(file)
+    lock = _held.pop(_lock_file(workdir), None)
+    if lock is not None:
+        lock.release()
 
 
 def _compare(workdir: Path, before: Mapping, now: Mapping, allow_change: bool) -> None:
@@ -104,31 +103,21 @@ def _lock(workdir: Path) -> None:
     path = _lock_file(workdir)
     if path in _held:
         return
-    file = None
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError as error:  # Some network file systems have no locks.
-            print(f"{path} cannot be locked ({error.strerror}): start no other run there")
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock = FileLock(path, note=f"process {os.getpid()} on {socket.gethostname()}")
     except OSError as error:
-        holder = os.read(file, 300).decode(errors="replace") if file is not None else ""
-        if file is not None:
-            os.close(file)
-        if isinstance(error, BlockingIOError):
-            raise UserError(
-                f"--workdir={workdir} is in use by {holder or 'another process'}; wait until it "
-                "ends, or choose another"
-            ) from error
         raise UserError(
             f"cannot write in --workdir={workdir}: {error.strerror}; free some space there, or "
             "choose another"
         ) from error
-    _held[path] = file
+    if not lock.held:
+        raise UserError(
+            f"--workdir={workdir} is in use by {lock.holder or 'another process'}; wait until it "
+            "ends, or choose another"
+        )
+    if lock.unsupported:
+        print(f"{path} cannot be locked ({lock.unsupported}): start no other run there")
+    _held[path] = lock
 
 
 def _lock_file(workdir: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.fileio import new_directory
 from modelstock_jax.models import formats
 from modelstock_jax.models.checkpoint import HEAD_FILE, Checkpoint, Layout
 from modelstock_jax.models.clip import Params
@@ -19,12 +20,7 @@ from modelstock_jax.models.param_mapping import HEAD, read_tree, write_tree
 from modelstock_jax.models.tokenizer import TOKENIZER_FILES
 from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import TensorFiles, read_json
-from modelstock_jax.tensor_files.writer import (
-    new_directory,
-    write_indented_json,
-    write_tensors,
-    write_text,
-)
+from modelstock_jax.tensor_files.writer import write_indented_json, write_tensors, write_text
 
 # Labels of the head, in a layout whose own config has no place for them.
 LABELS_FILE = "labels.json"

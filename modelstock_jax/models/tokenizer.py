@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.fileio import new_directory
 from modelstock_jax.tensor_files.digests import digest_file
-from modelstock_jax.tensor_files.writer import new_directory, write_text
+from modelstock_jax.tensor_files.writer import write_text
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import read_lines
+from modelstock_jax.fileio import append_line, open_appending, read_lines
 
 SUMS_ONLY = frozenset({"train", "data"})  # A step has both: a line for each would cost it.
 SHOWN = {
@@ -66,14 +66,11 @@ class Timeline:
         self._thread = threading.get_ident()
         self._lock = threading.Lock()  # A save ends on a thread of its own.
         self._path, self._file = path, None
-        self._torn = self._warned = False
+        self._warned = False
         if path is None or not enabled:
             return
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            size = os.fstat(self._file).st_size
-            self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+            self._file = open_appending(path)
         except OSError as error:
             raise UserError(
                 f"cannot write {path}: {error.strerror}; choose another --workdir, or make this "
@@ -162,20 +159,13 @@ class Timeline:
 
     def _write(self, phase: str, event: str, step: int | None) -> None:
         entry = {"phase": phase, "event": event, "time": time.time(), "step": step}
-        line = json.dumps(entry).encode() + b"\n"
         with self._lock:
             if self._file is None:
                 return
-            if self._torn:
-                line = b"\n" + line
             try:
-                written = os.write(self._file, line)
+                append_line(self._file, json.dumps(entry))
             except OSError as error:
                 self._warn(error.strerror or str(error))
-            else:
-                self._torn = written < len(line)
-                if self._torn:
-                    self._warn("No space left on device")
 
     def _warn(self, reason: str) -> None:
         if not self._warned:

@@ -1,17 +1,14 @@
-"""Writes safetensors files and whole directories so that a reader never sees half of one."""
+"""Writes safetensors files so that a reader never sees half of one."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import flush, flush_path, set_mode
+from modelstock_jax.fileio import explained, flush, flush_path, replacing, set_mode
 from modelstock_jax.tensor_files.digests import RangeDigest
-from modelstock_jax.tensor_files.formats import shown
 from modelstock_jax.tensor_files.reader import BITS, INDEX, SINGLE, num_bytes
 
 
@@ -43,19 +39,17 @@ def write_tensors(
     path = Path(path)
     # Not ascontiguousarray, which gives a scalar an axis.
     whole = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
-    with _explaining(path):
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            beside.unlink(missing_ok=True)
-            beside.touch()
+    # A kill leaves the file beside: it must not look like a model's.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained(path):
+        with replacing(path, beside):
             mode = beside.stat().st_mode
-            save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
+            try:
+                save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
+            except SafetensorError as error:  # How the library reports a full disk.
+                raise UserError(f"{path}: cannot be written ({error}).") from None
             set_mode(beside, stat.S_IMODE(mode))  # The library's files are for their owner alone.
-            flush_path(beside)
-            os.replace(beside, path)
-            flush_path(path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
+        flush_path(path.parent)
 
 
 def write_directory_tensors(
@@ -91,130 +85,13 @@ def write_directory_tensors(
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file and flushes it to the disk; half surrogate pairs as JSON's escapes."""
-    how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
-    with _explaining(path), open(path, "w", **how) as file:
-        file.write(text)
-        file.flush()
-        flush(file.fileno())
+    with explained(path), replacing(path) as beside:
+        beside.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_indented_json(path: Path, value: object) -> None:
     """Writes JSON, indented, with a last newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to fill, which takes the name `path` only when all of it is on the disk.
-
-    Args:
-        path: The final name. Its parents are made.
-        overwrite: Replace an existing directory; without it, one that holds files is an error.
-
-    Yields:
-        The directory beside it, to write into. It is removed where the body fails.
-
-    Raises:
-        UserError: `path` exists and `overwrite` is false, or it cannot be written.
-
-    Example:
-        >>> root = Path(tempfile.mkdtemp())
-        >>> with new_directory(root / "model") as directory:
-        ...     write_text(directory / "note.txt", "whole")
-        ...     (root / "model").exists()
-        False
-        >>> (root / "model" / "note.txt").read_text()
-        'whole'
-    """
-    path = Path(os.path.realpath(path))  # A link stays, and leads to the new directory.
-    refuse_existing(path, overwrite=overwrite)
-    with _explaining(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        with _explaining(path):
-            yield beside
-        take_place(beside, path, overwrite)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-class ExistsError(UserError):
-    """The place of a new directory is occupied."""
-
-
-def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raises ExistsError where `path` is a file, or a directory with files and not `overwrite`."""
-    if os.path.isfile(path):
-        raise ExistsError(f"{shown(path)}: exists already, and is a file; choose a directory.")
-    if os.path.isdir(path) and any(path.iterdir()) and not overwrite:
-        raise ExistsError(f"{shown(path)}: exists already; choose another directory, or replace it "
-                          "with --overwrite (in a program, overwrite=True).")
-
-
-def take_place(beside: Path, path: Path, overwrite: bool = False) -> None:
-    """Flushes a finished directory to the disk, then gives it the name `path`.
-
-    Args:
-        beside: A directory with the same parent as `path`.
-        path: The final name.
-        overwrite: Replace a directory of that name; without it, one that holds files is an error.
-
-    Raises:
-        ExistsError: `path` exists, perhaps since a moment ago.
-        UserError: It cannot be flushed or renamed.
-    """
-    with _explaining(path):
-        _settle(beside)
-        _take_place(beside, path, overwrite)
-
-
-def _take_place(beside: Path, path: Path, overwrite: bool) -> None:
-    if not overwrite:
-        try:
-            os.replace(beside, path)  # An empty directory is replaced, another is an error.
-        except OSError:
-            refuse_existing(path)  # Another process made it while this one flushed.
-            raise
-    elif path.exists():
-        # A directory cannot be renamed over one that holds files: the old one steps aside first.
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.replace(path, aside)
-        try:
-            os.replace(beside, path)
-        except OSError:
-            os.replace(aside, path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(beside, path)
-    flush_path(path.parent)
-
-
-def _settle(directory: Path) -> None:
-    """Flushes a directory; gives it and its files the modes that plain writing would have given."""
-    # Asked of the file system: to read the umask is to set it, for all threads. Elsewhere: a kill
-    # would leave in the directory what was asked with.
-    with tempfile.TemporaryDirectory() as asked:
-        file, folder = Path(asked, "file"), Path(asked, "folder")
-        file.touch()
-        folder.mkdir()
-        of_file, of_folder = (stat.S_IMODE(place.stat().st_mode) for place in (file, folder))
-    for place in sorted(directory.rglob("*")):
-        set_mode(place, of_folder if place.is_dir() else of_file)
-        flush_path(place)
-    set_mode(directory, of_folder)
-    flush_path(directory)
-
-
-@contextlib.contextmanager
-def _explaining(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
-    except SafetensorError as error:  # How the library reports a full disk.
-        raise UserError(f"{path}: cannot be written ({error}).") from None
 
 
 # A safetensors file that is written piece by piece, from any thread.
@@ -266,10 +143,8 @@ class ShardWriter:
         self._error: OSError | None = None
         self._changed = threading.Condition()
         self._closing = False
-        try:
+        with explained(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        except OSError as error:
-            raise self._refusal(error) from None
         self._sum = RangeDigest(self.size) if digest == "crc32" else None
         self._sha256 = hashlib.sha256()
         self._follower = threading.Thread(target=self._follow, name="follow", daemon=True)
@@ -309,11 +184,10 @@ class ShardWriter:
         if missing:
             raise ValueError(f"{self.path}: byte {self._prefix} was never written")
         try:
-            if self._error is not None:
-                raise self._error
-            flush(self._file)
-        except OSError as error:
-            raise self._refusal(error) from None
+            with explained(self.path):
+                if self._error is not None:
+                    raise self._error
+                flush(self._file)
         finally:
             os.close(self._file)
         return self._sha256.hexdigest() if self._sum is None else self._sum.hexdigest()
@@ -334,12 +208,10 @@ class ShardWriter:
         start, stop = place, place + len(data)
         if self._sum is not None:
             self._sum.see(place, data)
-        try:
+        with explained(self.path):
             while data:
                 count = os.pwrite(self._file, data, place)
                 place, data = place + count, data[count:]
-        except OSError as error:
-            raise self._refusal(error) from None
         with self._changed:
             if stop > start:
                 self._pieces[start] = stop
@@ -376,9 +248,6 @@ class ShardWriter:
                 raise OSError(errno.EIO, "was cut short meanwhile")
             self._sha256.update(block[:count])
             start += count
-
-    def _refusal(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be written ({error.strerror or error}).")
 
 
 def layout(

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from modelstock_jax import fileio
-from modelstock_jax import fileio as reporting
 from modelstock_jax.checkpoint_merge import output
 from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.checkpoint_merge.output import OccupiedError
@@ -104,14 +103,6 @@ def test_flushes_of_directories(made, tmp_path, monkeypatch, code, only, fatal):
     assert calls
 
 
-def test_only_directories_may_be_no_file_to_flush(tmp_path, monkeypatch):
-    fails(monkeypatch, os, "fsync", "EBADF")
-    fileio.flush_path(tmp_path)
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError):
-        fileio.flush_path(tmp_path / "file")
-
-
 @pytest.mark.parametrize("code", ["EACCES", "EPERM"])
 def test_a_directory_that_may_be_written_and_not_read(made, tmp_path, monkeypatch, code):
     def only(path, flags, *_):
@@ -136,7 +127,7 @@ def test_single_files_and_reports_are_written_without_flushes(tmp_path, monkeypa
         fails(monkeypatch, os, call, "ENOSYS")
     writer.write_tensors(tmp_path / "w.safetensors", models()[0])
     writer.write_indented_json(tmp_path / "a.json", [1])
-    reporting.write_json(tmp_path / "b.json", [1])
+    fileio.write_json(tmp_path / "b.json", [1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json", "w.safetensors"]
 
 
@@ -277,7 +268,7 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
 def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(made, tmp_path,
                                                                           monkeypatch, kind):
     out = tmp_path / "out"
-    settle = writer._settle
+    settle = fileio._settle
 
     def late(directory):
         settle(directory)
@@ -289,7 +280,7 @@ def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(made, 
             (out / "mine").write_text("mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_settle", late)
+        patch.setattr(fileio, "_settle", late)
         if kind == "empty":
             run(made, out)
         else:

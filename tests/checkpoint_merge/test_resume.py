@@ -89,7 +89,7 @@ def _stop_after(made, out: Path, share: float, monkeypatch) -> Path:
     from modelstock_jax.checkpoint_merge import output
 
     with monkeypatch.context() as patched:
-        patched.setattr(output.Workplace, "leave", lambda self, keep=True: self._lock.close())
+        patched.setattr(output.Workplace, "leave", lambda self, keep=True: self._lock.release())
         patched.setattr("modelstock_jax.checkpoint_merge.output.Output.abandon", lambda self:
                         self._finisher.shutdown())
 

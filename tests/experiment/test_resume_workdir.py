@@ -279,7 +279,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # The tests may run as root, whom no mode of a directory stops.
-    monkeypatch.setattr(workdirs.os, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(UserError, match="cannot write in --workdir.*Permission denied"):
         claim(tmp_path / "run", default.get_config())
 

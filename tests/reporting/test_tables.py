@@ -3,13 +3,11 @@
 import io
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from modelstock_jax import fileio
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting import tables
 from modelstock_jax.reporting.tables import make_row, mean_and_error, summarise
@@ -125,31 +123,6 @@ def test_narrow_terminal_keeps_the_average():
     tables.screen_table(made_up.rows(), console=console)
     text = out.getvalue()
     assert "Sketch" not in text and "avg shifts" in text and "results.md" in text
-
-
-def test_numpy_and_nan_become_plain(tmp_path):
-    value = {"b": np.float32(0.5), "a": [np.nan, np.arange(2)]}
-    path = fileio.write_json(tmp_path / "a.json", value)
-    assert json.loads(path.read_text()) == {"a": [None, [0, 1]], "b": 0.5}
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = fileio.write_text(tmp_path / "a.txt", "old")
-
-    def fail(file):
-        file.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device"):
-        fileio.write_atomically(path, fail)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_a_file_has_the_mode_of_any_other_and_the_umask_is_not_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the process's umask was set"))
-    made = fileio.write_text(tmp_path / "made.txt", "")
-    (tmp_path / "plain").touch()
-    assert oct(made.stat().st_mode) == oct((tmp_path / "plain").stat().st_mode)
 
 
 def test_a_file_in_the_place_of_the_directory(tmp_path):

@@ -41,7 +41,7 @@ def test_a_phase_ends_though_a_signal_comes_with_its_first_line(tmp_path, monkey
         return written
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    monkeypatch.setattr(module.os, "write", write_and_be_told_to_stop)
+    monkeypatch.setattr(os, "write", write_and_be_told_to_stop)
     try:
         with Timeline(path) as timeline, pytest.raises(SystemExit), timeline.phase("evaluate"):
             pass
@@ -104,13 +104,15 @@ def test_lines_torn_by_a_kill_and_by_a_full_disk_spoil_no_other(tmp_path, monkey
     with Timeline(path) as timeline:
         timeline.begin("merge", 2)
         with monkeypatch.context() as patch:  # The disk takes a part of a line, then nothing.
-            patch.setattr(module.os, "write", lambda file, line: write(file, line[:9]))
-            timeline.end("merge", 2)
+            room = [9]
 
             def full(file, line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if not room:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return write(file, line[: room.pop()])
 
-            patch.setattr(module.os, "write", full)
+            patch.setattr(os, "write", full)
+            timeline.end("merge", 2)
             timeline.begin("save", 2)
         timeline.end("save", 2)
     assert told(path) == [("save", "begin", 1), ("merge", "begin", 2), ("save", "end", 2)]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 
 import ml_dtypes
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.fileio import new_directory
 from modelstock_jax.tensor_files import reader, writer
 from modelstock_jax.tensor_files.digests import RangeDigest, digest_file, digest_tensors
 from modelstock_jax.tensor_files.reader import INDEX, TensorFiles, read_header
@@ -168,46 +167,10 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_directory_appears_whole_or_not(tmp_path):
-    target = tmp_path / "deep" / "model"
-    with pytest.raises(RuntimeError), writer.new_directory(target) as beside:
-        (beside / "half").write_text("x")
-        raise RuntimeError
-    assert not target.exists() and list(target.parent.iterdir()) == []
-    with writer.new_directory(target) as beside:
-        (beside / "file").touch(mode=0o600)  # as safetensors makes its files
-        (beside / "file").write_text("new")
-    assert (target / "file").read_text() == "new"
-    assert oct(target.stat().st_mode & 0o777) == oct(target.parent.stat().st_mode & 0o777)
-    (tmp_path / "plain").touch()
-    assert (target / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    with pytest.raises(UserError, match="exists already"), writer.new_directory(target):
-        pass
-    with pytest.raises(RuntimeError), writer.new_directory(target, overwrite=True):
-        raise RuntimeError
-    assert (target / "file").read_text() == "new"
-    with writer.new_directory(target, overwrite=True) as beside:
-        (beside / "other").write_text("newer")
-    assert [p.name for p in target.iterdir()] == ["other"]
-    assert [p.name for p in target.parent.iterdir()] == ["model"]
-
-
-def test_a_kill_leaves_nothing_strange_in_what_a_merge_goes_on_with(tmp_path, monkeypatch):
-    def kept(*args, **kwargs):  # As after a SIGKILL: nobody tidies up.
-        return contextlib.nullcontext(tempfile.mkdtemp(*args, **kwargs))
-
-    monkeypatch.setattr(writer.tempfile, "TemporaryDirectory", kept)
-    beside = tmp_path / ".model.merge"
-    beside.mkdir()
-    (beside / "file").write_text("")
-    writer.take_place(beside, tmp_path / "model")
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["file"]
-
-
 def test_the_umask_is_not_touched(tmp_path, monkeypatch):
     """To read it is to set it for all threads: what they make meanwhile, anyone may write."""
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the process's umask was set"))
-    with writer.new_directory(tmp_path / "model") as beside:
+    with new_directory(tmp_path / "model") as beside:
         (beside / "deep").mkdir(mode=0o700)
         writer.write_tensors(beside / "deep" / "w.safetensors", {"w": np.ones(3)})
     (tmp_path / "folder").mkdir()
@@ -219,13 +182,6 @@ def test_the_umask_is_not_touched(tmp_path, monkeypatch):
 def test_half_a_surrogate_pair_survives(tmp_path):
     writer.write_indented_json(tmp_path / "config.json", {"é": "\ud83d"})
     assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"é": "\ud83d"}
-
-
-def test_an_unwritable_place_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file.model: cannot be written"):
-        with writer.new_directory(tmp_path / "file" / "model"):
-            pass
 
 
 def test_digests_see_every_bit_name_shape_and_dtype(tmp_path):
