@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
+from modelstock_jax.merging.gram import named_leaves
 from studies.expressions import Anchor, Expression, Model, Scales, merge_of, named, stacked
 
 PyTree = Any
@@ -238,14 +239,14 @@ def _angles(w0: PyTree, models: PyTree) -> dict[str, Any]:
     norms = jax.device_get(merging.norms(w0, models))
     pairs = np.triu_indices(len(jax.tree.leaves(models)[0]), 1)
     found = {}
-    for (path, cosine), norm, leaf in zip(
-        jax.tree_util.tree_leaves_with_path(cosines),
+    for (name, cosine), norm, leaf in zip(
+        named_leaves(cosines).items(),
         jax.tree.leaves(norms),
         jax.tree.leaves(w0),
         strict=True,
     ):
         known = [c for c in cosine[pairs].tolist() if c != merging.COSINE_UNDEFINED]
-        found[jax.tree_util.keystr(path, simple=True, separator=".")] = {
+        found[name] = {
             "angles": np.degrees(np.arccos(known)).round(4).tolist(),
             "norms": [float(f"{x:.6g}") for x in norm],
             "size": leaf.size,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from modelstock_jax.merging import gram
 from modelstock_jax.training import multihost
 from modelstock_jax.training.sharding import AXES
 
@@ -62,11 +63,8 @@ def describe(tree: PyTree) -> dict[str, list]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """{path: leaf}, a path's keys joined by "/"."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in jax.tree.leaves_with_path(tree)
-    }
+    """{path: leaf}, a path's keys joined by "/", as checkpoints name their arrays."""
+    return gram.named_leaves(tree, separator="/")
 
 
 def json_digest(value: Any) -> str:
