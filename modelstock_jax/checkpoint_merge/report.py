@@ -18,7 +18,7 @@ from modelstock_jax.checkpoint_merge.hf_config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import MODULES, PIPELINE
-from modelstock_jax.checkpoint_merge.tensor_names import ROLES, role
+from modelstock_jax.merging.units import ROLES, role
 from modelstock_jax.tensor_files.hub import HUB_ID
 
 FORMAT = 1
