@@ -159,9 +159,9 @@ def test_flax_variables_have_the_names_of_their_arrays():
     assert set(stats.units.names) == set(w0)
     assert set(stats.units.keys) == {"self_attn.in_proj.kernel"}
     plain, _ = model_stock(nested(w0), nested(w), unit="layer")
-    for role in "qkv":
-        got = merged["self_attn"][f"{role}_proj"]["kernel"]
-        np.testing.assert_array_equal(got[...], plain["self_attn"][f"{role}_proj"]["kernel"])
+    for letter in "qkv":
+        got = merged["self_attn"][f"{letter}_proj"]["kernel"]
+        np.testing.assert_array_equal(got[...], plain["self_attn"][f"{letter}_proj"]["kernel"])
 
 
 # Of each library's layout some names, with tower (counted in order), depth and role.
