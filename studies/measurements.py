@@ -157,7 +157,8 @@ class Shell(Measurement):
     With c the mean of `others`: |w_i - c| of each model, and the cosines between (w0 - c) and
     (w_i - c), and between (w_i - c) and (w_j - c), with the share that the centre's own noise adds
     to each product taken off: the centre of M models lies |e|^2 / M from the true one, and
-    |e|^2 is estimated from the spread of `others` about it.
+    |e|^2 is estimated from the spread of `others` about it. `merging.thin_shell` takes the centre
+    from the measured models themselves, the others of each.
     """
 
     key_name: ClassVar[str] = "Shell"
@@ -247,7 +248,7 @@ def _angles(w0: PyTree, models: PyTree) -> dict[str, Any]:
     ):
         known = [c for c in cosine[pairs].tolist() if c != merging.COSINE_UNDEFINED]
         found[name] = {
-            "angles": np.degrees(np.arccos(known)).round(4).tolist(),
+            "angles": merging.angle(np.array(known)).round(4).tolist(),
             "norms": [float(f"{x:.6g}") for x in norm],
             "size": leaf.size,
         }

@@ -1,4 +1,8 @@
-"""The one reduction that everything needs: products of task vectors, summed in float64."""
+"""Trees of replicas, and the reduction that all need: task vectors' products, summed in float64.
+
+Arithmetic in float64 inside a float32 program, what a merge computes of each tensor, and trees as
+lists of named tensors that are checked against each other.
+"""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def angle_by_layer(
     replicas (norm), black lines their standard deviation.
 
     Args:
-      layers: rows of `figures.layer_rows`, in the network's order: name, angles in degrees, rms.
+      layers: rows of `layer_rows`, in the network's order: name, angles in degrees, rms.
       path: a .png file; None only draws.
       title: above the plot.
 
@@ -398,7 +398,7 @@ def id_against_shifts(
     WiSE-FT curves of one replica and of the mean, labelled by alpha.
 
     Args:
-      rows: as `rows.make_row` gives them; WiSE-FT rows have `alpha` and `of`.
+      rows: as `tables.make_row` gives them; WiSE-FT rows have `alpha` and `of`.
       path: a .png file; None only draws.
       title: above the plot.
 
@@ -513,7 +513,7 @@ def ratio_over_merges(
 
     Args:
       histories: a name a panel -> one entry a merge: {"epoch": number, "ratios": as
-        `figures.ratio_summary` gives them}.
+        `ratio_summary` gives them}.
       path: a .png file; None only draws.
       title: above the plot.
 

@@ -37,7 +37,7 @@ def model_card(
       fingerprint: of the anchor's weights (`Checkpoint.fingerprint`).
       num_replicas: N.
       unit: the merge unit.
-      rows: results to show, as `rows.make_row` gives them.
+      rows: results to show, as `tables.make_row` gives them.
       ratios: as `figures.ratio_summary` gives them.
       command: what was typed.
 

@@ -1,4 +1,7 @@
-"""Digests of a tree of arrays on its devices: one changed bit shows, one moved element shows."""
+"""A tree of arrays as a checkpoint holds it: a digest of each, small ones packed in a few.
+
+A digest is made where the array lies: one changed bit shows, one moved element shows.
+"""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ class Watch:
     """Reports what goes wrong in a replica, and ends a run that cannot go on.
 
     A step that is not finite is an event: a line in `events.jsonl` and on the screen; the step has
-    dealt with it by then (`health`). A loss or gradient norm above its band is a line in the file,
-    and nothing is done. Neither holds a clock: equal runs give equal bytes.
+    dealt with it by then (`train_step`). A loss or gradient norm above its band is a line in the
+    file, and nothing is done. Neither holds a clock: equal runs give equal bytes.
 
     Args:
       config: the `watch` group of `configs/default.py`.

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""What a training run carries from step to step, and which leaves of its weights are trained."""
 
 from __future__ import annotations
 
