@@ -346,7 +346,11 @@ def stacked(weights: Weights, models: Sequence[Model]) -> PyTree:
 
 
 def plane(w0: PyTree, u: PyTree, v: PyTree | None, x: float, y: float) -> PyTree:
-    """w0 + x (u - w0) + y (v - w0); v may be None."""
+    """w0 + x (u - w0) + y (v - w0); v may be None.
+
+    In the weights' own float32, as all points of the ledger were made: merges and planes of
+    `merging` sum in float64, and differ in the last bit of many weights.
+    """
     along = jax.tree.map(lambda a, b: a + x * (b - a), w0, u)
     if v is None:
         return along
@@ -355,7 +359,11 @@ def plane(w0: PyTree, u: PyTree, v: PyTree | None, x: float, y: float) -> PyTree
 
 @jax.jit
 def noisy(models: PyTree, scale: float, key: jax.Array) -> PyTree:
-    """See `Noisy`; a leading axis runs over the models."""
+    """See `Noisy`; a leading axis runs over the models.
+
+    The size is the models' deviation, so that a draw's distance varies as a model's does;
+    `merging.random_point` brings each draw to one given distance.
+    """
     leaves, structure = jax.tree.flatten(models)
     keys = jax.random.split(key, len(leaves))
     drawn = [

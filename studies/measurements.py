@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
+from modelstock_jax.merging.gram import named_leaves
 from studies.expressions import Anchor, Expression, Model, Scales, merge_of, named, stacked
 
 PyTree = Any
@@ -156,7 +157,8 @@ class Shell(Measurement):
     With c the mean of `others`: |w_i - c| of each model, and the cosines between (w0 - c) and
     (w_i - c), and between (w_i - c) and (w_j - c), with the share that the centre's own noise adds
     to each product taken off: the centre of M models lies |e|^2 / M from the true one, and
-    |e|^2 is estimated from the spread of `others` about it.
+    |e|^2 is estimated from the spread of `others` about it. `merging.thin_shell` takes the centre
+    from the measured models themselves, the others of each.
     """
 
     key_name: ClassVar[str] = "Shell"
@@ -238,15 +240,15 @@ def _angles(w0: PyTree, models: PyTree) -> dict[str, Any]:
     norms = jax.device_get(merging.norms(w0, models))
     pairs = np.triu_indices(len(jax.tree.leaves(models)[0]), 1)
     found = {}
-    for (path, cosine), norm, leaf in zip(
-        jax.tree_util.tree_leaves_with_path(cosines),
+    for (name, cosine), norm, leaf in zip(
+        named_leaves(cosines).items(),
         jax.tree.leaves(norms),
         jax.tree.leaves(w0),
         strict=True,
     ):
         known = [c for c in cosine[pairs].tolist() if c != merging.COSINE_UNDEFINED]
-        found[jax.tree_util.keystr(path, simple=True, separator=".")] = {
-            "angles": np.degrees(np.arccos(known)).round(4).tolist(),
+        found[name] = {
+            "angles": merging.angle(np.array(known)).round(4).tolist(),
             "norms": [float(f"{x:.6g}") for x in norm],
             "size": leaf.size,
         }

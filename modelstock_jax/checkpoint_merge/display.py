@@ -16,7 +16,7 @@ from rich.table import Table
 from modelstock_jax.checkpoint_merge.executor import Report
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.report import merged
-from modelstock_jax.checkpoint_merge.tensor_names import place
+from modelstock_jax.merging.units import place
 from modelstock_jax.reporting.progress import duration
 
 MOST_LISTED = 20

@@ -16,7 +16,7 @@ WORTH_A_PROCESS = 2**30
 
 
 class Drawing:
-    """Draws `picture` for a merge that reads `num_bytes`.
+    """Draws `figures.angle_by_block` for a merge that reads `num_bytes`.
 
     A long merge has a process of its own load matplotlib from the start on, and draw while the
     last file is flushed to the disk; a short one draws here.
@@ -47,9 +47,9 @@ class Drawing:
         """Waits until the picture is on the disk."""
         if self._process is None or self._process.wait() != 0:
             # matplotlib takes its time: it is imported when there is something to draw.
-            from modelstock_jax.checkpoint_merge.plot import picture
+            from modelstock_jax.reporting.figures import angle_by_block
 
-            picture(self._rows, self._path)
+            angle_by_block(self._rows, self._path)
 
     def close(self) -> None:
         """Lets go of the process, whatever it does."""
@@ -72,11 +72,11 @@ def _start() -> subprocess.Popen | None:
 
 def main() -> None:
     """Loads matplotlib, waits for the rows on standard input, draws."""
-    from modelstock_jax.checkpoint_merge.plot import picture
+    from modelstock_jax.reporting.figures import angle_by_block
 
     if text := sys.stdin.buffer.read():
         path, rows = json.loads(text)
-        picture(rows, path)
+        angle_by_block(rows, path)
 
 
 if __name__ == "__main__":

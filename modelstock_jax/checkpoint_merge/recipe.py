@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from modelstock_jax.checkpoint_merge.tensor_names import place
 from modelstock_jax.errors import UserError, near
+from modelstock_jax.merging.units import place
 from modelstock_jax.registry import RECIPES
 
 # Values in a recipe: checked mappings, numbers, and numbers that change over the layers.

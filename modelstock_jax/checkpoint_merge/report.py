@@ -1,4 +1,7 @@
-"""merge_report.json: everything that a merge measured and was made of. It holds no clock."""
+"""What is left beside merged tensors: merge_report.json, and README.md, the model card.
+
+The report holds everything that a merge measured and was made of. Neither file holds a clock.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,15 @@ from modelstock_jax.checkpoint_merge.hf_config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import MODULES, PIPELINE
-from modelstock_jax.checkpoint_merge.tensor_names import ROLES, role
+from modelstock_jax.merging.units import ROLES, role
 from modelstock_jax.registry import COMMANDS
+from modelstock_jax.reporting.model_card import (
+    heading,
+    installed,
+    listed_versions,
+    made_by,
+    table,
+)
 from modelstock_jax.tensor_files.hub import HUB_ID
 
 FORMAT = 1
@@ -106,8 +115,8 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
-    found = {package: version(package) for package in PACKAGES}
-    return {"modelstock_jax": __version__, "python": platform.python_version(), **found}
+    python = platform.python_version()
+    return {"modelstock_jax": __version__, "python": python, **installed(PACKAGES)}
 
 
 # README.md of a merged checkpoint: a model card that Hugging Face's hub reads.
@@ -127,17 +136,13 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     inputs = [*filter(None, [document["base"]]), *document["models"]]
     method, unit = document["options"]["method"], document["options"]["unit"]
     names = [hub_id(source["model"]) for source in inputs]
-    front = {
+    lines = heading(name, {
         "library_name": library,
         "base_model": sorted({n for n in names if n}, key=names.index) or None,
         "base_model_relation": "merge" if any(names) else None,
         "tags": ["merge", "model-stock", "modelstock-jax"]
         if "stock" in method else ["merge", "modelstock-jax"],
-    }  # fmt: skip
-    lines = ["---"]
-    # A JSON string or list is YAML too, and needs no rules for quoting.
-    lines += [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
-    lines += ["---", "", f"# {name}", ""]
+    })  # fmt: skip
     lines += [f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
               "", *_setup(document, inputs)]
     lines += ["", "## Ratios", ""]
@@ -149,13 +154,14 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     notes = [*document["notes"], *(note for source in inputs for note in source["notes"])]
     if notes:
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
-    lines += ["## Made by", "", "```", document["command"], "```", ""]
-    lines += ["| file | digest |", "|---|---|"]
-    for source in inputs:
-        lines += [f"| `{source['model']}`: {f} | `{d}` |" for f, d in source["files"].items()]
-    lines += [f"| this model: {f} | `{d}` |" for f, d in document["outputs"].items()]
-    versions = ", ".join(f"{package} {n}" for package, n in document["versions"].items())
-    return "\n".join([*lines, "", versions]) + "\n"
+    lines += made_by(document["command"])
+    files = [(f"`{source['model']}`", source["files"]) for source in inputs]
+    lines += table(["file", "digest"], (
+        [f"{model}: {file}", f"`{digest}`"]
+        for model, digests in [*files, ("this model", document["outputs"])]
+        for file, digest in digests.items()
+    ))  # fmt: skip
+    return "\n".join([*lines, "", listed_versions(document["versions"])]) + "\n"
 
 
 def merged(document: Mapping[str, Any], quote: str = "") -> str:
@@ -200,11 +206,13 @@ def _value(value: Any) -> str:
 
 def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table of the models and of the options that are not at their defaults."""
-    lines = ["| | |", "|---|---|"]
-    for i, source in enumerate(inputs, 0 if document["base"] else 1):
-        lines.append(f"| {f'{_model(document)} {i}' if i else 'base'} | `{source['model']}` |")
+    rows = [
+        [f"{_model(document)} {i}" if i else "base", f"`{source['model']}`"]
+        for i, source in enumerate(inputs, 0 if document["base"] else 1)
+    ]
     others = {k: v for k, v in document["options"].items() if k not in ("method", "unit")}
-    return lines + [f"| {key.replace('_', ' ')} | {_value(v)} |" for key, v in others.items()]
+    rows += [[key.replace("_", " "), _value(v)] for key, v in others.items()]
+    return table(["", ""], rows)
 
 
 def _method(document: Mapping[str, Any]) -> str:
@@ -220,11 +228,10 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
     lines = ["t = 0 is the base, t = 1 the mean of the fine-tunes.", ""]
     method, alpha = (document["options"].get(key) for key in ("method", "alpha"))
     if document["ratios"]:
-        lines += ["| | tensors | least | median | largest |", "|---|---:|---:|---:|---:|"]
-        lines += [
-            f"| {kind} | {v['tensors']} | {v['min']:.3f} | {v['median']:.3f} | {v['max']:.3f} |"
+        lines += table(["", "tensors", "least", "median", "largest"], (
+            [kind, v["tensors"], *(f"{v[key]:.3f}" for key in ("min", "median", "max"))]
             for kind, v in document["ratios"].items()
-        ]
+        ), numbers=True)  # fmt: skip
     else:
         none = document["base"] is None or method in ("ties", "slerp", "task-arithmetic")
         lines[:2] = ["This method has no ratio." if none else f"t = {alpha:g} for every tensor."

@@ -1,4 +1,7 @@
-"""Angles, norms and distances between any models, for the analyses of the paper's section 2."""
+"""Measures of any models, and points around them, for the analyses of the paper's section 2.
+
+Angles, norms, distances and shells; the plane through three models, and noise around one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, on_this_host, unit_grams
-from modelstock_jax.merging.geometry import shell
 from modelstock_jax.merging.gram import is_float, pair_leaves, stack_replicas, widened
 
 
@@ -115,7 +117,7 @@ def cosines(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
 
 
 def thin_shell(pretrained: Any, models: Any, unit: str | None = None, **how: Any):
-    """Radii and angles of M >= 4 models about their centre (section 2.1): see `shells.shell`.
+    """Radii and angles of M >= 4 models about their centre (section 2.1): see `geometry.shell`.
 
     Args:
       pretrained: w0, a tree of arrays.
@@ -131,7 +133,7 @@ def thin_shell(pretrained: Any, models: Any, unit: str | None = None, **how: Any
       >>> [round(float(r), 3) for r in thin_shell({"w": jnp.zeros(5)}, noise).radius]
       [1.0, 1.0, 1.0, 1.0]
     """
-    measure = jax.jit(shell)
+    measure = jax.jit(geometry.shell)
     if unit is None:
         return measure(sum(jax.tree.leaves(unit_grams(pretrained, models))))
     return jax.tree.map(measure, unit_grams(pretrained, models, unit=unit, **how))

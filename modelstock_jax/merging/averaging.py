@@ -1,4 +1,8 @@
-"""Averages of the weights along one run, as init, update and value: usable in any jitted loop."""
+"""Averages of the weights along one run: EMA, SWA, SWAD, and trainable averaging (TWA).
+
+The first three are functions init, update and value, usable in any jitted loop; TWA trains in the
+span of weights that are there.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +154,7 @@ def rounded(mean: Any, params: Any) -> Any:
 
 
 class LossValley(NamedTuple):
-    """`swad`'s functions; as `trajectory.Average`, and `validate(state, loss) -> state`."""
+    """`swad`'s functions; as `Average`, and `validate(state, loss) -> state`."""
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Any], Any]

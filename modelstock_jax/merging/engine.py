@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,6 @@ import numpy as np
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, units
 from modelstock_jax.merging.anchor_rounding import is_coarser, started_from_rounded
-from modelstock_jax.merging.geometry import Distances
 from modelstock_jax.merging.gram import (
     Leaves,
     add_task_vectors,
@@ -41,234 +39,11 @@ from modelstock_jax.merging.rules import (
     without_rounding,
 )
 
-# Solutions of all units at once.
-
-
 Method = Callable[..., Solution]
-
-
-def solve_units(
-    method: Method, grams: list, single: Sequence[bool], own: list, shared: tuple
-) -> list[Solution]:
-    """Solve every unit by `method(gram, single, *own, *shared)`.
-
-    Args:
-      method: a module-level function; it is static under jit.
-      grams: for each unit a list of its tensors' Gram matrices, [N, N, *unit shape]; their sum is
-        the unit's.
-      single: for each unit, whether it holds fewer than two numbers.
-      own: for each unit its own further inputs, of the unit's shape.
-      shared: further inputs that are the same for all units.
-
-    Returns:
-      A `Solution` for each unit, of its shape and dtype.
-    """
-    row = _solve(grams, own, shared, method=method, single=tuple(single))
-    if on_this_host(row):
-        row = jax.device_get(row)  # cut without compiling a slice for each number
-    return _cut(row, grams)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "single"))
-def _solve(grams, own, shared, *, method: Method, single: tuple[bool, ...]) -> Solution:
-    """All units as one row, so that the algebra is compiled once and not once a tensor."""
-    totals = [functools.reduce(jnp.add, group) for group in grams] or [jnp.zeros((2, 2, 0))]
-    gram = jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in totals], axis=-1)
-    own = [jnp.concatenate([jnp.ravel(x) for x in rows]) for rows in zip(*own, strict=True)]
-    sizes = [math.prod(total.shape[2:]) for total in totals]
-    alone = np.repeat(np.array(single, bool), sizes if grams else 0)
-    finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
-
-    def solve(gram, *args):
-        row = widened(method)(gram, *args)
-        return row._replace(
-            coefficient=jnp.where(finite[None], row.coefficient, 0.0),
-            exact=row.exact & finite[None],
-            hold=row.hold | ~finite,
-            ratio=jnp.where(finite, row.ratio, 0.0),
-            policy=jnp.where(finite, row.policy, jnp.int8(Policy.NON_FINITE)),
-        )
-
-    inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(alone), *own, *shared)
-    nothing = _nothing(jax.eval_shape(solve, *inputs))
-    # A branch, for the compiler would fuse a copy of the algebra into every slice of its result.
-    return jax.lax.cond(finite.any(), solve, lambda *_: nothing, *inputs)
-
-
-def _cut(row: Solution, grams) -> list[Solution]:
-    """The row's solutions unit by unit, in each unit's shape and dtype."""
-    solutions, start = [], 0
-    for group in grams:
-        shape, dtype = group[0].shape[2:], jnp.result_type(*group)
-        stop = start + math.prod(shape)
-
-        def own_part(x, cut=slice(start, stop), shape=shape, dtype=dtype):
-            x = x[..., cut].reshape((*x.shape[:-1], *shape))
-            return jnp.asarray(x, dtype if is_float(x) else None)
-
-        solutions.append(jax.tree.map(own_part, row))
-        start = stop
-    return solutions
-
-
-def on_this_host(tree: Any) -> bool:
-    """Whether every array is concrete, and here to be read."""
-    return all(
-        not isinstance(x, jax.core.Tracer) and x.is_fully_addressable for x in jax.tree.leaves(tree)
-    )
-
-
-def _nothing(shapes: Solution) -> Solution:
-    """The answer where no unit is finite."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return zeros._replace(
-        hold=jnp.ones_like(zeros.hold),
-        cosine=jnp.full_like(zeros.cosine, geometry.COSINE_UNDEFINED),
-        policy=jnp.full_like(zeros.policy, Policy.NON_FINITE),
-    )
-
-
-# What a merge measured: per unit, as pytrees; and as rows and totals for tables.
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class UnitTable:
-    """Names of the tensors and the units that they lie in, in the order of the tree's leaves."""
-
-    unit: str
-    names: tuple[str, ...]
-    keys: tuple[str, ...]
-
-
-class Stats(NamedTuple):
-    """Measures of a merge, each a pytree with the structure of `pretrained`.
-
-    A leaf has the unit's shape: `()`, `[F]` output channels under `filter`, `[H]` heads under
-    `head`. Tensors that share a unit hold the same values. All are float32 (float64 for float64
-    weights) but where noted.
-    """
-
-    cosine: Any  # mean pairwise cosine, or COSINE_UNDEFINED (2.0)
-    ratio: Any  # t: how far from the anchor (0) to the mean (1); the sum of a_i
-    norm: Any  # [N, ...], |d_i| of each replica
-    predicted_distance: Distances  # to the centre; DISTANCE_UNDEFINED (-1.0) where unknown
-    policy: Any  # int8 codes of `Policy`
-    finite: Any  # [N, ...] bool, of the tensor itself, not of its unit
-    units: UnitTable  # static: no arrays
-
-
-def report(stats: Stats) -> list[dict[str, Any]]:
-    """Rows for tables and JSON, one a tensor; plain Python values, None where undefined.
-
-    Under `filter` and `head` a row holds the mean over its units of cosine, angle (degrees) and
-    ratio, and root-sum-squares of norms; `policies` counts the units.
-
-    Example:
-      >>> from modelstock_jax.merging import model_stock
-      >>> w0, w = np.zeros(2, np.float32), np.array([[1, 0], [1, 1]], np.float32)
-      >>> row, = report(model_stock({"w": w0}, {"w": w})[1])
-      >>> row["name"], row["policy"], round(row["angle"], 3), round(row["ratio"], 3)
-      ('w', 'interpolated', 45.0, 0.828)
-    """
-    return [
-        unit_row(leaf.name, leaf.key, leaf.cosine, leaf.ratio, leaf.norm, leaf.policy)
-        for leaf in _leaves(stats)
-    ]
-
-
-def total_distance(stats: Stats) -> Distances:
-    """Predicted distances from the centre of the whole model: root-sum-squares over units.
-
-    Each unit counts once, however many tensors share it; units whose distance is unknown (one
-    replica left, cosine undefined) are left out.
-
-    Returns:
-      `Distances` of plain floats, in the units of the weights.
-
-    Example:
-      >>> from modelstock_jax.merging import model_stock
-      >>> w0, w = np.zeros(2, np.float32), np.array([[1, 0], [1, 1]], np.float32)
-      >>> round(total_distance(model_stock({"w": w0}, {"w": w})[1]).mean, 3)
-      0.469
-    """
-    leaves = {leaf.key: leaf for leaf in _leaves(stats)}.values()
-
-    def total(distances):
-        known = (np.asarray(d, np.float64).ravel() for d in distances)
-        return float(np.sqrt(sum(np.sum(d[d > 0] ** 2) for d in known)))
-
-    return Distances(*(total(leaf.distance[k] for leaf in leaves) for k in range(3)))
-
-
-def policy_counts(stats: Stats) -> dict[str, int]:
-    """How many units each policy met, by its name in lower case; only those that occur.
-
-    Example:
-      >>> from modelstock_jax.merging import model_stock
-      >>> policy_counts(model_stock({"w": np.zeros(2)}, {"w": np.zeros((2, 2))})[1])
-      {'undefined': 1}
-    """
-    counts = collections.Counter()
-    for leaf in {leaf.key: leaf for leaf in _leaves(stats)}.values():
-        counts.update(Policy(int(code)).name.lower() for code in leaf.policy.flat)
-    return dict(counts)
-
-
-def check_finite(stats: Stats, pretrained: Any = None) -> None:
-    """Raise where weights were not finite; for use after a jitted merge.
-
-    A merge called eagerly does this by itself.
-
-    Args:
-      stats: of the merge.
-      pretrained: the anchor, to tell a bad anchor from bad replicas; optional.
-
-    Raises:
-      NonFiniteError: naming the replica, counted from 0, and the tensor.
-    """
-    for k, leaf in enumerate(_leaves(stats)):
-        ok = leaf.finite.reshape(len(leaf.finite), -1).all(axis=1)
-        if ok.all():
-            continue
-        anchor = None if pretrained is None else jax.tree.leaves(pretrained)[k]
-        if not ok.any() and (anchor is None or not bool(jnp.isfinite(anchor).all())):
-            replica = "pretrained"
-            who = "pretrained" if anchor is not None else "pretrained, or every replica"
-        else:
-            replica = int(np.argmin(ok))
-            who = f"replica {replica} (counted from 0)"
-        raise NonFiniteError(
-            f"{who}: tensor {leaf.name!r} holds NaN or infinity, or a movement too large for "
-            "float32; mend it or leave it out",
-            replica, leaf.name,
-        )
-
-
-class _Leaf(NamedTuple):
-    name: str
-    key: str
-    cosine: np.ndarray
-    ratio: np.ndarray
-    norm: np.ndarray
-    distance: tuple[np.ndarray, ...]
-    policy: np.ndarray
-    finite: np.ndarray
-
-
-def _leaves(stats: Stats) -> list[_Leaf]:
-    *measures, distances, policy, finite = jax.device_get(tuple(stats)[:-1])
-    columns: list[Any] = [jax.tree.leaves(column) for column in measures]
-    columns.append(zip(*(jax.tree.leaves(part) for part in distances), strict=True))
-    columns += [jax.tree.leaves(policy), jax.tree.leaves(finite)]
-    rows = zip(stats.units.names, stats.units.keys, *columns, strict=True)
-    return [_Leaf(*row) for row in rows]
-
-
-ANCHOR_ROUNDING = ("keep", "correct")
-
 # (tensors of the anchor, of the replicas, the unit's solution, its parts, dtype) -> merged tensors
 Combine = Callable[[list, list, Solution, list[units.Part], Any], list]
+
+ANCHOR_ROUNDING = ("keep", "correct")
 
 
 def merge(
@@ -386,7 +161,7 @@ def _rounding(leaves: Leaves, members, moved, grams) -> tuple[list, Any]:
     return energies, started
 
 
-@partial(jax.jit, static_argnames=("counts",))
+@functools.partial(jax.jit, static_argnames=("counts",))
 def _started(tensors, *, counts: tuple[int, ...]):
     totals = [gram.reshape(*gram.shape[:2], -1).sum(axis=-1) for gram, _ in tensors]
     gram = jnp.stack(totals, axis=-1)
@@ -464,7 +239,7 @@ _energy = jax.jit(rounding_energy, static_argnames=("part",))
 _apply = jax.jit(add_task_vectors, static_argnames=("part", "dtype"))
 
 
-@partial(jax.jit, static_argnames=("part",))
+@functools.partial(jax.jit, static_argnames=("part",))
 def _gram(pretrained, finetuned, *, part: units.Part):
     gram = gram_matrix(pretrained, finetuned, part)
     return gram, jnp.isfinite(geometry.squared_norms(gram))
@@ -497,3 +272,224 @@ def _collect(leaves: Leaves, parts, solutions, finite, unit: str) -> Stats:
         finite=tree(finite),
         units=UnitTable(unit, leaves.names, keys),
     )
+
+
+# Solutions of all units at once.
+
+
+def solve_units(
+    method: Method, grams: list, single: Sequence[bool], own: list, shared: tuple
+) -> list[Solution]:
+    """Solve every unit by `method(gram, single, *own, *shared)`.
+
+    Args:
+      method: a module-level function; it is static under jit.
+      grams: for each unit a list of its tensors' Gram matrices, [N, N, *unit shape]; their sum is
+        the unit's.
+      single: for each unit, whether it holds fewer than two numbers.
+      own: for each unit its own further inputs, of the unit's shape.
+      shared: further inputs that are the same for all units.
+
+    Returns:
+      A `Solution` for each unit, of its shape and dtype.
+    """
+    row = _solve(grams, own, shared, method=method, single=tuple(single))
+    if on_this_host(row):
+        row = jax.device_get(row)  # cut without compiling a slice for each number
+    return _cut(row, grams)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "single"))
+def _solve(grams, own, shared, *, method: Method, single: tuple[bool, ...]) -> Solution:
+    """All units as one row, so that the algebra is compiled once and not once a tensor."""
+    totals = [functools.reduce(jnp.add, group) for group in grams] or [jnp.zeros((2, 2, 0))]
+    gram = jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in totals], axis=-1)
+    own = [jnp.concatenate([jnp.ravel(x) for x in rows]) for rows in zip(*own, strict=True)]
+    sizes = [math.prod(total.shape[2:]) for total in totals]
+    alone = np.repeat(np.array(single, bool), sizes if grams else 0)
+    finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
+
+    def solve(gram, *args):
+        row = widened(method)(gram, *args)
+        return row._replace(
+            coefficient=jnp.where(finite[None], row.coefficient, 0.0),
+            exact=row.exact & finite[None],
+            hold=row.hold | ~finite,
+            ratio=jnp.where(finite, row.ratio, 0.0),
+            policy=jnp.where(finite, row.policy, jnp.int8(Policy.NON_FINITE)),
+        )
+
+    inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(alone), *own, *shared)
+    nothing = _nothing(jax.eval_shape(solve, *inputs))
+    # A branch, for the compiler would fuse a copy of the algebra into every slice of its result.
+    return jax.lax.cond(finite.any(), solve, lambda *_: nothing, *inputs)
+
+
+def _cut(row: Solution, grams) -> list[Solution]:
+    """The row's solutions unit by unit, in each unit's shape and dtype."""
+    solutions, start = [], 0
+    for group in grams:
+        shape, dtype = group[0].shape[2:], jnp.result_type(*group)
+        stop = start + math.prod(shape)
+
+        def own_part(x, cut=slice(start, stop), shape=shape, dtype=dtype):
+            x = x[..., cut].reshape((*x.shape[:-1], *shape))
+            return jnp.asarray(x, dtype if is_float(x) else None)
+
+        solutions.append(jax.tree.map(own_part, row))
+        start = stop
+    return solutions
+
+
+def on_this_host(tree: Any) -> bool:
+    """Whether every array is concrete, and here to be read."""
+    return all(
+        not isinstance(x, jax.core.Tracer) and x.is_fully_addressable for x in jax.tree.leaves(tree)
+    )
+
+
+def _nothing(shapes: Solution) -> Solution:
+    """The answer where no unit is finite."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return zeros._replace(
+        hold=jnp.ones_like(zeros.hold),
+        cosine=jnp.full_like(zeros.cosine, geometry.COSINE_UNDEFINED),
+        policy=jnp.full_like(zeros.policy, Policy.NON_FINITE),
+    )
+
+
+# What a merge measured: per unit, as pytrees; and as rows and totals for tables.
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class UnitTable:
+    """Names of the tensors and the units that they lie in, in the order of the tree's leaves."""
+
+    unit: str
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+class Stats(NamedTuple):
+    """Measures of a merge, each a pytree with the structure of `pretrained`.
+
+    A leaf has the unit's shape: `()`, `[F]` output channels under `filter`, `[H]` heads under
+    `head`. Tensors that share a unit hold the same values. All are float32 (float64 for float64
+    weights) but where noted.
+    """
+
+    cosine: Any  # mean pairwise cosine, or COSINE_UNDEFINED (2.0)
+    ratio: Any  # t: how far from the anchor (0) to the mean (1); the sum of a_i
+    norm: Any  # [N, ...], |d_i| of each replica
+    predicted_distance: geometry.Distances  # to the centre; DISTANCE_UNDEFINED (-1.0) where unknown
+    policy: Any  # int8 codes of `Policy`
+    finite: Any  # [N, ...] bool, of the tensor itself, not of its unit
+    units: UnitTable  # static: no arrays
+
+
+def report(stats: Stats) -> list[dict[str, Any]]:
+    """Rows for tables and JSON, one a tensor; plain Python values, None where undefined.
+
+    Under `filter` and `head` a row holds the mean over its units of cosine, angle (degrees) and
+    ratio, and root-sum-squares of norms; `policies` counts the units.
+
+    Example:
+      >>> from modelstock_jax.merging import model_stock
+      >>> w0, w = np.zeros(2, np.float32), np.array([[1, 0], [1, 1]], np.float32)
+      >>> row, = report(model_stock({"w": w0}, {"w": w})[1])
+      >>> row["name"], row["policy"], round(row["angle"], 3), round(row["ratio"], 3)
+      ('w', 'interpolated', 45.0, 0.828)
+    """
+    return [
+        unit_row(leaf.name, leaf.key, leaf.cosine, leaf.ratio, leaf.norm, leaf.policy)
+        for leaf in _leaves(stats)
+    ]
+
+
+def total_distance(stats: Stats) -> geometry.Distances:
+    """Predicted distances from the centre of the whole model: root-sum-squares over units.
+
+    Each unit counts once, however many tensors share it; units whose distance is unknown (one
+    replica left, cosine undefined) are left out.
+
+    Returns:
+      `Distances` of plain floats, in the units of the weights.
+
+    Example:
+      >>> from modelstock_jax.merging import model_stock
+      >>> w0, w = np.zeros(2, np.float32), np.array([[1, 0], [1, 1]], np.float32)
+      >>> round(total_distance(model_stock({"w": w0}, {"w": w})[1]).mean, 3)
+      0.469
+    """
+    leaves = {leaf.key: leaf for leaf in _leaves(stats)}.values()
+
+    def total(distances):
+        known = (np.asarray(d, np.float64).ravel() for d in distances)
+        return float(np.sqrt(sum(np.sum(d[d > 0] ** 2) for d in known)))
+
+    return geometry.Distances(*(total(leaf.distance[k] for leaf in leaves) for k in range(3)))
+
+
+def policy_counts(stats: Stats) -> dict[str, int]:
+    """How many units each policy met, by its name in lower case; only those that occur.
+
+    Example:
+      >>> from modelstock_jax.merging import model_stock
+      >>> policy_counts(model_stock({"w": np.zeros(2)}, {"w": np.zeros((2, 2))})[1])
+      {'undefined': 1}
+    """
+    counts = collections.Counter()
+    for leaf in {leaf.key: leaf for leaf in _leaves(stats)}.values():
+        counts.update(Policy(int(code)).name.lower() for code in leaf.policy.flat)
+    return dict(counts)
+
+
+def check_finite(stats: Stats, pretrained: Any = None) -> None:
+    """Raise where weights were not finite; for use after a jitted merge.
+
+    A merge called eagerly does this by itself.
+
+    Args:
+      stats: of the merge.
+      pretrained: the anchor, to tell a bad anchor from bad replicas; optional.
+
+    Raises:
+      NonFiniteError: naming the replica, counted from 0, and the tensor.
+    """
+    for k, leaf in enumerate(_leaves(stats)):
+        ok = leaf.finite.reshape(len(leaf.finite), -1).all(axis=1)
+        if ok.all():
+            continue
+        anchor = None if pretrained is None else jax.tree.leaves(pretrained)[k]
+        if not ok.any() and (anchor is None or not bool(jnp.isfinite(anchor).all())):
+            replica = "pretrained"
+            who = "pretrained" if anchor is not None else "pretrained, or every replica"
+        else:
+            replica = int(np.argmin(ok))
+            who = f"replica {replica} (counted from 0)"
+        raise NonFiniteError(
+            f"{who}: tensor {leaf.name!r} holds NaN or infinity, or a movement too large for "
+            "float32; mend it or leave it out",
+            replica, leaf.name,
+        )
+
+
+class _Leaf(NamedTuple):
+    name: str
+    key: str
+    cosine: np.ndarray
+    ratio: np.ndarray
+    norm: np.ndarray
+    distance: tuple[np.ndarray, ...]
+    policy: np.ndarray
+    finite: np.ndarray
+
+
+def _leaves(stats: Stats) -> list[_Leaf]:
+    *measures, distances, policy, finite = jax.device_get(tuple(stats)[:-1])
+    columns: list[Any] = [jax.tree.leaves(column) for column in measures]
+    columns.append(zip(*(jax.tree.leaves(part) for part in distances), strict=True))
+    columns += [jax.tree.leaves(policy), jax.tree.leaves(finite)]
+    rows = zip(stats.units.names, stats.units.keys, *columns, strict=True)
+    return [_Leaf(*row) for row in rows]

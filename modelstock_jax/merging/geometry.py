@@ -1,4 +1,4 @@
-"""From a Gram matrix to cosines, ratios and distances; NumPy or JAX arrays, in and out.
+"""From a Gram matrix to cosines, ratios, distances and shells; NumPy or JAX arrays, in and out.
 
 The Gram matrix G_ij = d_i . d_j of N task vectors d_i = w_i - w0 has shape [N, N, ...]; the
 trailing axes run over merge units. Nothing else of the weights is needed.
@@ -226,7 +226,6 @@ def shell(gram) -> Shell:
       gram: [M, M, ...] of the task vectors, M >= 4, NumPy or JAX; sums of units' are a unit's.
 
     Example:
-      >>> import numpy as np
       >>> noise = np.eye(4, 5)  # orthogonal, of length 1, about mu = 2 e_5
       >>> found = shell((noise + 2 * np.eye(5)[4]) @ (noise + 2 * np.eye(5)[4]).T)
       >>> found.radius.tolist(), float(found.centre), float(abs(found.anchor_cosine).max())

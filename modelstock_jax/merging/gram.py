@@ -1,4 +1,8 @@
-"""The one reduction that everything needs: products of task vectors, summed in float64."""
+"""Trees of replicas, and the reduction that all need: task vectors' products, summed in float64.
+
+Arithmetic in float64 inside a float32 program, what a merge computes of each tensor, and trees as
+lists of named tensors that are checked against each other.
+"""
 
 from __future__ import annotations
 
@@ -273,8 +277,15 @@ def is_float(array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any, separator: str = ".") -> dict[str, Any]:
     """Leaves by their names: paths joined with dots, as merge units know them.
+
+    Args:
+      tree: a pytree of anything.
+      separator: what joins a path's keys.
+
+    Returns:
+      Name -> leaf, in the order of the tree's leaves.
 
     Example:
       >>> list(named_leaves({"mlp": {"kernel": 1.0, "bias": 2.0}, "layers": [3.0]}))
@@ -284,7 +295,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if len(path) > 1 and path[-1] == _VARIABLE:
             path = path[:-1]
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "(root)"
+        name = jax.tree_util.keystr(path, simple=True, separator=separator) or "(root)"
         while name in named:  # a key that holds a dot may spell another tensor's path
             name += "'"
         named[name] = leaf

@@ -1,7 +1,8 @@
-"""Rules that turn a unit's Gram matrix into coefficients; NumPy or JAX arrays, in and out.
+"""What is done with a merge unit: rules from its Gram matrix to coefficients, and what they report.
 
 A rule takes the Gram matrix [N, N, ...] and `single` [...] bool (the unit holds fewer than two
 numbers), and whatever else it needs; training, the library and the file merge use these alone.
+NumPy or JAX arrays, in and out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import numpy as np
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.anchor_rounding import correct_gram
-from modelstock_jax.merging.geometry import angle
 
 # What was done with a merge unit, and what is refused; the same words in every door.
 
@@ -288,7 +288,7 @@ def unit_row(
         "unit": key,
         "num_units": int(policy.size),
         "cosine": float(defined.mean()) if defined.size else None,
-        "angle": float(angle(defined).mean()) if defined.size else None,
+        "angle": float(geometry.angle(defined).mean()) if defined.size else None,
         "ratio": float(ratio.mean()),
         "norms": [float(np.sqrt(np.sum(n**2))) for n in norm],
         "policy": policies.most_common(1)[0][0] if len(policies) == 1 else "mixed",

@@ -10,14 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import (
-    cast,
-    check_alike,
-    compute_dtype,
-    is_float,
-    named_leaves,
-    widened,
-)
+from modelstock_jax.merging.averaging import rounded, widest
+from modelstock_jax.merging.gram import check_alike, is_float, named_leaves, widened
 from modelstock_jax.merging.rules import NonFiniteError
 
 
@@ -100,7 +94,7 @@ def greedy_soup(
     best = order[0]
     first = _load(candidates, best, pretrained)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), first)
-    soup, treedef = jax.tree.flatten(jax.tree.map(_wide, first))
+    soup, treedef = jax.tree.flatten(widest(first))
     del first
     ingredients, reached = [best], float(scores[best])
     trials = [Trial(best, reached, reached, True)]
@@ -108,13 +102,13 @@ def greedy_soup(
         trial = jax.tree.leaves(_load(candidates, i, like))
         for k, mean in enumerate(soup):  # tensor by tensor: a candidate turns into its trial
             trial[k] = _stir(mean, trial[k], len(ingredients)) if is_float(mean) else mean
-        reach = _scored(score, _rounded(treedef.unflatten(trial), like), i)
+        reach = _scored(score, rounded(treedef.unflatten(trial), like), i)
         kept = reach > reached or (reach == reached and not strict)
         trials.append(Trial(i, float(scores[i]), reach, kept))
         if kept:
             soup, reached = trial, reach
             ingredients.append(i)
-    params = _rounded(treedef.unflatten(soup), like if pretrained is None else pretrained)
+    params = rounded(treedef.unflatten(soup), like if pretrained is None else pretrained)
     if pretrained is not None:
         params = jax.tree.map(lambda w0, w: w if is_float(w) else w0, pretrained, params)
     return GreedySoup(params, reached, tuple(ingredients), tuple(trials))
@@ -140,15 +134,6 @@ def _scored(score: Callable[[Any], float], tree: Any, index: int) -> float:
         raise UserError(f"the score of candidate {index} (counted from 0), or of a soup with it, "
                         "is NaN; a score must be a number, higher for a better model")
     return value
-
-
-def _wide(array):
-    return array.astype(compute_dtype(array.dtype)) if is_float(array) else array
-
-
-def _rounded(tree: Any, like: Any) -> Any:
-    return jax.tree.map(
-        lambda x, y: cast(x, jnp.result_type(y)) if is_float(x) else x, tree, like)
 
 
 @jax.jit

@@ -1,4 +1,7 @@
-"""Model Stock (section 3 of the paper), and an extension to replicas of unequal noise."""
+"""Model Stock (section 3 of the paper), and two extensions of it.
+
+One is to replicas of unequal noise, the other to a series of merges that carries noise along.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Merge units: which numbers of a model share one angle.
+"""What a tensor's name says: its role, its place, and the merge unit that it lies in.
 
-A unit is defined on a tensor's name and shape alone, so that training and the command line cut a
-model in the same places. Nothing here needs an array, or JAX.
+A merge unit holds the numbers of a model that share one angle. It is defined on a tensor's name and
+shape alone, so that training and the command line cut a model in the same places. Nothing here
+needs an array, or JAX.
 """
 
 from __future__ import annotations
@@ -9,12 +10,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
+from typing import NamedTuple
 
 from modelstock_jax.errors import UserError
 
 UNITS = ("tensor", "layer", "filter", "head", "block", "global")
+# In the order of tables and legends.
+ROLES = ("attention", "MLP", "norms", "biases", "embeddings and head", "other")
 
+# The first that is found in a name is its role.
+_ROLES = (
+    ("norms", re.compile(r"norm|(?:^|[._])ln(?:[._]|$)|ln_\w+|\bbn\d*\b|layer_scale")),
+    ("biases", re.compile(r"bias$|_b$")),
+    ("attention", re.compile(r"att(?:n|ention)|[._][qkv]_?proj|\bto_[qkv]\b")),
+    ("MLP", re.compile(r"mlp|feed_?forward|\bff\b|\bffn\b|fc\d|experts|dense|c_proj|c_fc")),
+    (
+        "embeddings and head",
+        re.compile(r"embed|wte|wpe|lm_head|classifier|projection|head|\bproj$"),
+    ),
+)
+# Any number is a block's place in its tower: enough for a picture, too much for a merge unit.
+_PLACE = re.compile(r"(?P<tower>.*?)\.(?:block_)?(?P<block>\d+)(?:\.|$)")
+_BEFORE = re.compile(r"embed|wte|wpe|patch|conv1|conv_in|pre_l|ln_pre|class_token|time_")
 # q, k, v and output projections, in the names of this project, of Hugging Face (CLIP, Llama) and
 # of OpenAI and OpenCLIP (`attn.in_proj_weight`).
 _ATTENTION = re.compile(
@@ -26,6 +46,55 @@ _BLOCK = re.compile(r"(?P<block>(?:.*?\.)?(?:layers|layer|blocks|resblocks|h)\.(
 _OUTPUT_LAST = re.compile(
     r"(?:.*\.)?(?:(?:\w*embed\w*|wte|wpe)(?:\.weight)?|text_projection|proj)"
 )
+
+
+def role(name: str) -> str:
+    """What a tensor does: attention, MLP, norms, biases, ..., by its name.
+
+    Example:
+      >>> role("model.layers.3.self_attn.q_proj.weight"), role("h.0.ln_1.weight")
+      ('attention', 'norms')
+    """
+    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+
+
+class Place(NamedTuple):
+    """A tensor's tower, and its depth there."""
+
+    tower: str
+    depth: float  # the block's number; -1 before the blocks, inf after them
+
+
+def place(names: Sequence[str]) -> list[Place]:
+    """Give each tensor its tower (what stands before the first number) and its block there.
+
+    A tensor with no number goes before or after the blocks of the tower whose name is most alike.
+
+    Args:
+      names: of all tensors of a model.
+
+    Returns:
+      A `Place` for each, in order.
+
+    Example:
+      >>> names = ["model.embed.weight", "model.layers.0.w", "model.layers.1.w", "model.norm.w"]
+      >>> [p.depth for p in place(names)]
+      [-1.0, 0.0, 1.0, inf]
+    """
+    found = [_PLACE.match(name) for name in names]
+    blocks = defaultdict(set)
+    for match in found:
+        if match:
+            blocks[match["tower"]].add(match["block"])
+    towers = [tower for tower, numbers in blocks.items() if len(numbers) > 1] or list(blocks)
+    places = []
+    for name, match in zip(names, found, strict=True):
+        if match and match["tower"] in towers:
+            places.append(Place(match["tower"], float(match["block"])))
+        else:
+            nearest = max(towers, key=lambda tower: len(commonprefix((tower, name))), default="")
+            places.append(Place(nearest, -1.0 if _BEFORE.search(name) else math.inf))
+    return places
 
 
 @dataclasses.dataclass(frozen=True)

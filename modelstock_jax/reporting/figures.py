@@ -1,10 +1,13 @@
-"""The figures of a run: accuracy against robustness, angle by layer, ratio over merges."""
+"""The figures of a run and of a merge, and the numbers by layer that they draw.
+
+Accuracy against robustness, angle and norm by layer or by block, ratio over merges.
+"""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from modelstock_jax.merging.units import ROLES, place, role
 from modelstock_jax.registry import ROWS, Style
 from modelstock_jax.reporting import style
 from modelstock_jax.reporting.style import (
     BLACK,
+    BLUE,
     COLOURS,
     GREEN,
     GREY,
@@ -25,15 +31,16 @@ from modelstock_jax.reporting.style import (
     ORANGE,
     PURPLE,
     SKY,
+    VERMILION,
     draw,
     ink,
 )
 from modelstock_jax.reporting.tables import Measured, Row, Summary, summarise
 
+Report = Sequence[Mapping[str, Any]]
+
 # Angles, norms and ratios by layer: what the figures draw, from the merge's own report.
 
-
-Report = Sequence[Mapping[str, Any]]
 
 
 def kind(name: str) -> str:
@@ -45,12 +52,10 @@ def kind(name: str) -> str:
       >>> kind("head.bias"), kind("image_tower.patch_embedding.kernel")
       ('head', 'kernels')
     """
-    parts = name.split(".")
-    if parts[0] == "head":
+    if name.startswith("head."):
         return "head"
-    if len(parts) > 1 and "norm" in parts[-2]:
-        return "norms"
-    return "biases" if parts[-1] == "bias" else "kernels"
+    found = role(name)
+    return found if found in ("norms", "biases") else "kernels"
 
 
 def ratio_summary(report: Report) -> dict[str, dict[str, float]]:
@@ -112,61 +117,167 @@ def _numbers(value: Any) -> list[float]:
     return [float(number) for number in np.ravel(np.asarray(value, dtype=np.float64))]
 
 
-# The panels of angle and norm by layer.
+# Angle and norm over depth. A run has few tensors and many measurements of each: a bar a tensor. A
+# merge of files has one of each of thousands: a dot a tensor, blocks one after the other.
 
 
-# Colour by what a tensor does; two columns, as in the paper's weights and biases.
-LEFT = {"attention": KINDS["kernels"], "MLP": ORANGE, "head": PURPLE, "other kernels": "#9A9A9A"}
-RIGHT = {"biases": KINDS["biases"], "norm biases": SKY, "norm scales": GREEN, "head": PURPLE}
+ROLE_COLOURS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY), strict=True))
+# Two columns, as in the paper's weights and biases.
+LEFT = {
+    "attention": ROLE_COLOURS["attention"],
+    "MLP": ROLE_COLOURS["MLP"],
+    "head": ROLE_COLOURS["embeddings and head"],
+    "other kernels": ROLE_COLOURS["other"],
+}
+RIGHT = {
+    "biases": ROLE_COLOURS["biases"],
+    "norm biases": SKY,
+    "norm scales": ROLE_COLOURS["norms"],
+    "head": ROLE_COLOURS["embeddings and head"],
+}
+MOST_TOWERS = 3
 
 
-def fill(figure: Figure, layers: Sequence[Mapping[str, Any]], title: str | None) -> None:
-    """Draws four panels: angles above, norms below; kernels left, biases and norms right."""
-    sides = ([], [])
-    for row in layers:
-        sides[_is_right(row["name"])].append(row)
-    sides = [_in_depth_order(side) for side in sides]
-    panels = figure.subplots(
-        2,
-        2,
-        sharex="col",
-        sharey="row",
-        height_ratios=[1.35, 1],
-        width_ratios=[max(6, len(side)) for side in sides],
-    )
-    for column, (side, colours, name) in enumerate(
-        zip(sides, (LEFT, RIGHT), ("kernels", "biases and norms"), strict=True)
-    ):
-        top, bottom = panels[:, column]
-        shades = [colours[_role(row["name"])] for row in side]
-        _bars(top, [row["angles"] for row in side], shades)
-        _bars(bottom, [row["rms"] for row in side], shades)
-        _mark_blocks([top, bottom], [_block(row["name"]) for row in side])
-        top.set_title(name)
-        bottom.set_xlabel("block of the image tower")
-        used = [role for role in colours if role in {_role(row["name"]) for row in side}]
-        bottom.legend(
-            handles=[Patch(color=colours[role], label=role) for role in used],
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.32),
-            ncols=max(1, len(used)),
-            columnspacing=1.2,
-            handlelength=1,
+def angle_by_layer(
+    layers: Sequence[Mapping[str, Any]], path: str | Path | None = None, *, title: str | None = None
+) -> Figure:
+    """Angle between task vectors and their norm by layer (the paper's Fig. 2).
+
+    Kernels on the left, biases and norms on the right; bars are means over pairs (angle) or
+    replicas (norm), black lines their standard deviation.
+
+    Args:
+      layers: rows of `layer_rows`, in the network's order: name, angles in degrees, rms.
+      path: a .png file; None only draws.
+      title: above the plot.
+
+    Returns:
+      The figure.
+    """
+    places = place([row["name"] for row in layers])
+    # Embeddings, blocks by number, what follows them, head; within each the given order.
+    deep = [(p.depth, kind(row["name"]) == "head") for p, row in zip(places, layers, strict=True)]
+    ordered = sorted(zip(deep, layers, strict=True), key=lambda pair: pair[0])
+    sides: tuple[list, list] = ([], [])
+    for (depth, _), row in ordered:
+        right = kind(row["name"]) == "norms" or row["name"].endswith(".bias")
+        sides[right].append((depth, row))
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(
+            2,
+            2,
+            sharex="col",
+            sharey="row",
+            height_ratios=[1.35, 1],
+            width_ratios=[max(6, len(side)) for side in sides],
         )
-    panels[0, 0].set_ylabel("angle (degrees)")
-    highest = max((np.mean(row["angles"]) for row in layers if row["angles"]), default=0.0)
-    panels[0, 0].set_ylim(0, max(95.0, highest + 5.0))
-    if highest > 90:
-        panels[0, 1].set_title(
-            "key biases get no gradient through softmax: any angle",
-            loc="right", fontsize=8.5, fontweight="normal", color="#555555",
+        for column, (side, colours, name) in enumerate(
+            zip(sides, (LEFT, RIGHT), ("kernels", "biases and norms"), strict=True)
+        ):
+            _bars_of_side(panels[:, column], side, colours)
+            panels[0, column].set_title(name)
+        _scale_angles(panels[0])
+        _scale_norms(panels[1], bars=True)
+        if any(np.mean(row["angles"]) > 90 for row in layers if row["angles"]):
+            panels[0, 1].set_title(
+                "key biases get no gradient through softmax: any angle",
+                loc="right", fontsize=8.5, fontweight="normal", color="#555555",
+            )  # fmt: skip
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+
+    return draw(fill, (9.6, 4.8), path)
+
+
+def angle_by_block(rows: Report, path: str | Path | None = None) -> Figure:
+    """Angles (above) and norms (below) by block of a merge of files; a column for each tower.
+
+    A single fine-tune has no angle: then the norms alone. A dot is a merge unit, a line the median
+    of its role in each block.
+
+    Args:
+      rows: of a merge's report: name, shape, angle (degrees or None), norms ([N]).
+      path: a .png file; None only draws.
+
+    Returns:
+      The figure.
+    """
+    places = place([row["name"] for row in rows])
+    towers = [tower for tower, _ in Counter(p.tower for p in places).most_common(MOST_TOWERS)]
+    shown = [tower for tower in dict.fromkeys(p.tower for p in places) if tower in towers]
+    groups = {
+        tower: [(p.depth, row) for p, row in zip(places, rows, strict=True) if p.tower == tower]
+        for tower in shown
+    }
+    if list(groups) == [""]:  # No blocks: the tensors in their order.
+        groups[""] = [(float(number), row) for number, row in enumerate(rows)]
+    depths = [len({depth for depth, _ in group}) for group in groups.values()]
+    angles = any(row.get("angle") is not None for row in rows)
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(
+            1 + angles, max(1, len(groups)), squeeze=False, sharex="col", sharey="row",
+            width_ratios=[math.sqrt(number) for number in depths] or None,
+            height_ratios=[1.35, 1] if angles else [1],
         )  # fmt: skip
-    panels[0, 0].set_yticks(range(0, int(max(95.0, highest + 5.0)), 30 if highest > 95 else 15))
-    panels[1, 0].set_ylabel(r"norm / $\sqrt{n}$")
-    panels[1, 0].set_ylim(bottom=0)
-    panels[1, 0].ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        for column, (tower, group) in enumerate(groups.items()):
+            _dots_of_tower(panels[0, column] if angles else None, panels[-1, column], group)
+            panels[0, column].set_title(tower or "all tensors")
+            panels[-1, column].set_xlabel("block" if tower else "tensor, by name")
+        if angles:
+            _scale_angles(panels[0])
+        _scale_norms(panels[-1])
+        roles = {role(row["name"]) for group in groups.values() for _, row in group}
+        figure.legend(handles=[
+            Line2D([], [], color=colour, marker="o", markersize=5, label=role)
+            for role, colour in ROLE_COLOURS.items() if role in roles
+        ], loc="outside lower center", ncols=6)  # fmt: skip
+
+    size = (min(13.0, max(7.0, 3 + 0.22 * sum(depths))), 5.6 if angles else 3.2)
+    return draw(fill, size, path)
+
+
+def _bars_of_side(
+    panels: Sequence[Axes],
+    side: Sequence[tuple[float, Mapping[str, Any]]],
+    colours: Mapping[str, str],
+) -> None:
+    """Draws one column of `angle_by_layer`: its tensors with their depths."""
+    shares = [_share(row["name"]) for _, row in side]
+    shades = [colours[share] for share in shares]
+    for axes, values in zip(panels, ("angles", "rms"), strict=True):
+        _bars(axes, [row[values] for _, row in side], shades)
+    # Every other block is shaded.
+    start, middles = 0, {}
+    for number, (depth, group) in enumerate(groupby(side, key=lambda one: one[0])):
+        stop = start + len(list(group))
+        middles[depth] = (start + stop - 1) / 2
+        for axes in panels:
+            if number % 2:
+                axes.axvspan(start - 0.5, stop - 0.5, color="#F3F3F3", zorder=0, lw=0)
+        start = stop
+    _name_blocks(panels, middles, most=9)
+    panels[-1].set_xlabel("block of the image tower")
+    used = [share for share in colours if share in shares]
+    panels[-1].legend(
+        handles=[Patch(color=colours[share], label=share) for share in used],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.32),
+        ncols=max(1, len(used)),
+        columnspacing=1.2,
+        handlelength=1,
+    )
+
+
+def _share(name: str) -> str:
+    """A key of `LEFT` or `RIGHT`."""
+    what = kind(name)
+    if what == "norms":
+        return "norm biases" if name.endswith(".bias") else "norm scales"
+    if what == "kernels":
+        return role(name) if role(name) in LEFT else "other kernels"
+    return what
 
 
 def _bars(axes: Axes, values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
@@ -180,62 +291,90 @@ def _bars(axes: Axes, values: Sequence[Sequence[float]], colours: Sequence[str])
             x[shown], mean[shown], spread[shown], fmt="none", ecolor=BLACK, elinewidth=1.1,
             capsize=min(2.0, 60 / len(values)),
         )
-    axes.grid(axis="x", visible=False)
     axes.set_xlim(-0.8, len(values) - 0.2)
 
 
-def _mark_blocks(panels: Sequence[Axes], names: Sequence[str]) -> None:
-    """Shades every other block and names the blocks below; many blocks are named sparsely."""
-    start, spans = 0, []
-    for name, group in groupby(names):
-        length = len(list(group))
-        spans.append((name, start - 0.5, start + length - 0.5))
-        start += length
+def _dots_of_tower(
+    top: Axes | None, bottom: Axes, group: Sequence[tuple[float, Mapping[str, Any]]]
+) -> None:
+    """Draws one column of `angle_by_block`: a tower's tensors with their depths."""
+    depths = sorted({depth for depth, _ in group})
+    position = {depth: float(x) for x, depth in enumerate(depths)}
+    points = defaultdict(lambda: defaultdict(list))
+    for depth, row in group:
+        points[role(row["name"])][position[depth]].append(row)
+    for number, (name, colour) in enumerate((n, c) for n, c in ROLE_COLOURS.items() if n in points):
+        shift = (number - 2) * 0.07  # Roles stand beside each other, not on each other.
+        if top is not None:
+            _series(top, points[name], lambda row: _numbers(row.get("angle")), colour, shift)
+        _series(bottom, points[name], _rms, colour, shift)
+    _name_blocks([axes for axes in (top, bottom) if axes is not None], position, most=12)
+    bottom.set_xlim(-0.6, len(depths) - 0.4)
+
+
+def _series(
+    axes: Axes,
+    points: Mapping[float, Report],
+    values: Callable[[Mapping[str, Any]], list[float]],
+    colour: str,
+    shift: float,
+) -> None:
+    dots, line, last = [], [], None
+    for x in sorted(points):
+        if seen := [value for row in points[x] for value in values(row)]:
+            dots += [(x + shift, value) for value in seen]
+            if last is not None and last < x - 1:  # A line over a gap would say too much.
+                line.append((x, math.nan))
+            line.append((x + shift, float(np.median(seen))))
+            last = x
+    if not dots:
+        return
+    axes.plot(*zip(*dots, strict=True), "o", ms=3.2, mew=0, color=colour, alpha=0.55)
+    axes.plot(*zip(*line, strict=True), "-", color=colour, lw=1.3)
+
+
+def _rms(row: Mapping[str, Any]) -> list[float]:
+    size = max(1, math.prod(row["shape"]))
+    return [norm / math.sqrt(size) for norm in row["norms"] if norm]
+
+
+def _name_blocks(panels: Sequence[Axes], position: Mapping[float, float], most: int) -> None:
+    """Names depths at their positions, below the last panel; of blocks at most so many."""
+    names = {-1.0: "in", math.inf: "out"}
+    inner = [depth for depth in position if depth not in names]
+    every = max(1, math.ceil(len(inner) / most))
+    ticks = [depth for depth in position if depth in names or inner.index(depth) % every == 0]
+    panels[-1].set_xticks(
+        [position[depth] for depth in ticks], [names.get(d) or str(int(d)) for d in ticks]
+    )
     for axes in panels:
-        for number, (_, begin, end) in enumerate(spans):
-            if number % 2:
-                axes.axvspan(begin, end, color="#F3F3F3", zorder=0, lw=0)
-    every = 1 if len(spans) <= 9 else 2 if len(spans) <= 16 else 4
-    ticks = [
-        ((begin + end) / 2, name)
-        for name, begin, end in spans
-        if not name.isdigit() or int(name) % every == 0
-    ]
-    panels[-1].set_xticks([x for x, _ in ticks], [name for _, name in ticks])
-    for axes in panels:
+        axes.grid(axis="x", visible=False)
         axes.tick_params(axis="x", length=0)
 
 
-def _in_depth_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Embeddings, blocks by number, what follows them, head; within each the given order."""
-
-    def depth(row: Mapping[str, Any]) -> tuple[float, bool]:
-        block = _block(row["name"])
-        number = {"in": -1.0, "out": math.inf}.get(block)
-        return (int(block) if number is None else number), kind(row["name"]) == "head"
-
-    return sorted(rows, key=depth)
+def _scale_angles(panels: Sequence[Axes]) -> None:
+    panels[0].set_ylabel("angle (degrees)")
+    limit = max(95.0, max(axes.dataLim.y1 for axes in panels) + 3.0)
+    panels[0].set_ylim(0, limit)
+    panels[0].set_yticks(range(0, int(limit) + 1, 30 if limit > 125 else 15))
+    for axes in panels:
+        axes.axhline(90, color="#AAAAAA", lw=0.8, ls="--", zorder=1)
 
 
-def _block(name: str) -> str:
-    found = re.search(r"\bblock_(\d+)\b", name)
-    if found:
-        return str(int(found[1]))
-    return "in" if "embedding" in name or "pre_layernorm" in name else "out"
+def _scale_norms(panels: Sequence[Axes], *, bars: bool = False) -> None:
+    """From 0 on; on a logarithmic scale where norms differ much and are not drawn as bars."""
+    first = panels[0]
+    first.set_ylabel(r"norm of $d_i$ / $\sqrt{n}$")
+    lowest, highest = (f(getattr(axes.dataLim, side) for axes in panels)
+                       for f, side in ((min, "y0"), (max, "y1")))
+    if not bars and 0 < 20 * lowest < highest < math.inf:
+        first.set_yscale("log")
+    else:
+        first.set_ylim(0, 1.06 * highest if highest > 0 else None)
+        first.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
 
 
-def _is_right(name: str) -> bool:
-    return kind(name) == "norms" or name.endswith(".bias")
-
-
-def _role(name: str) -> str:
-    if kind(name) == "head":
-        return "head"
-    if kind(name) == "norms":
-        return "norm biases" if name.endswith(".bias") else "norm scales"
-    if name.endswith(".bias"):
-        return "biases"
-    return "attention" if ".self_attn." in name else "MLP" if ".mlp." in name else "other kernels"
+# Accuracy against robustness.
 
 
 OWN_STYLE = Style("", "", "purple", "h")
@@ -259,7 +398,7 @@ def id_against_shifts(
     WiSE-FT curves of one replica and of the mean, labelled by alpha.
 
     Args:
-      rows: as `rows.make_row` gives them; WiSE-FT rows have `alpha` and `of`.
+      rows: as `tables.make_row` gives them; WiSE-FT rows have `alpha` and `of`.
       path: a .png file; None only draws.
       title: above the plot.
 
@@ -361,25 +500,7 @@ def _names(points: Sequence[Point]) -> list[style.Label]:
     return sorted(names, key=lambda label: not label.bold)
 
 
-def angle_by_layer(
-    layers: Sequence[Mapping[str, Any]], path: str | Path | None = None, *, title: str | None = None
-) -> Figure:
-    """Angle between task vectors and their norm by layer (the paper's Fig. 2).
-
-    Kernels on the left, biases and norms on the right; bars are means over pairs (angle) or
-    replicas (norm), black lines their standard deviation.
-
-    Args:
-      layers: rows of `figures.layer_rows`, in the network's order: name, angles in degrees, rms.
-      path: a .png file; None only draws.
-      title: above the plot.
-
-    Returns:
-      The figure.
-    """
-    pass
-
-    return draw(lambda figure: fill(figure, layers, title), (9.6, 4.8), path)
+# Ratios over merges.
 
 
 def ratio_over_merges(
@@ -392,7 +513,7 @@ def ratio_over_merges(
 
     Args:
       histories: a name a panel -> one entry a merge: {"epoch": number, "ratios": as
-        `figures.ratio_summary` gives them}.
+        `ratio_summary` gives them}.
       path: a .png file; None only draws.
       title: above the plot.
 

@@ -1,14 +1,18 @@
-"""README.md of an exported model: where it comes from and how it was merged."""
+"""README.md of an exported model: where it comes from and how it was merged.
+
+The card of a merge of files is made of the same parts: front matter, tables, and what made it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from modelstock_jax import __version__
 from modelstock_jax.registry import PAPER
-from modelstock_jax.reporting.tables import Row, label, markdown_table
+from modelstock_jax.reporting.tables import label, markdown_table
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -21,7 +25,7 @@ def model_card(
     fingerprint: str,
     num_replicas: int,
     unit: str,
-    rows: Sequence[Row] = (),
+    rows: Sequence[Mapping[str, Any]] = (),
     ratios: Mapping[str, Mapping[str, float]] | None = None,
     command: str | None = None,
 ) -> str:
@@ -34,56 +38,84 @@ def model_card(
       fingerprint: of the anchor's weights (`Checkpoint.fingerprint`).
       num_replicas: N.
       unit: the merge unit.
-      rows: results to show, as `rows.make_row` gives them.
+      rows: results to show, as `tables.make_row` gives them.
       ratios: as `figures.ratio_summary` gives them.
       command: what was typed.
 
     Returns:
       Markdown with YAML front matter.
     """
-    front = {
+    lines = heading(name, {
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["clip", "merge", "model-stock", "modelstock-jax"],
-    }
-    lines = ["---"]
-    # A JSON string or list is YAML too, and needs no rules for quoting.
-    lines += [f"{key}: {json.dumps(value)}" for key, value in front.items()]
-    lines += ["---", "", f"# {name}", ""]
+    })  # fmt: skip
     lines += [
         f"{label({'method': method, 'num_replicas': num_replicas})}: {num_replicas} fine-tuned "
         f"copies of {anchor}, merged toward their centre by the method of {PAPER}.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| anchor | {anchor} |",
-        f"| fingerprint of the anchor's weights | `{fingerprint}` |",
-        f"| replicas | {num_replicas} |",
-        f"| merge unit | {unit} |",
-        "",
     ]
+    lines += table(["", ""], [
+        ["anchor", anchor],
+        ["fingerprint of the anchor's weights", f"`{fingerprint}`"],
+        ["replicas", num_replicas],
+        ["merge unit", unit],
+    ])  # fmt: skip
+    lines.append("")
     if ratios:
         lines += ["## Ratios", "", "t = 0 is the anchor, t = 1 the mean of the replicas.", ""]
-        lines += ["| | units | median | quartiles |", "|---|---:|---:|---:|"]
-        lines += [
-            f"| {kind} | {value['count']} | {value['median']:.3f} "
-            f"| {value['low']:.3f} to {value['high']:.3f} |"
-            for kind, value in ratios.items()
-        ]
+        lines += table(["", "units", "median", "quartiles"], (
+            [kind, v["count"], f"{v['median']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}"]
+            for kind, v in ratios.items()
+        ), numbers=True)  # fmt: skip
         lines.append("")
     if rows:
         lines += ["## Results", "", markdown_table(rows)]
-    lines += ["## Made by", ""]
-    if command:
-        lines += ["```", command, "```", ""]
-    lines.append(", ".join(f"{package} {number}" for package, number in installed().items()))
+    lines += made_by(command)
+    lines.append(listed_versions({"modelstock_jax": __version__, **installed(PACKAGES)}))
     return "\n".join(lines) + "\n"
 
 
-def installed() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {"modelstock_jax": __version__}
-    for package in PACKAGES:
+def heading(name: str, front: Mapping[str, Any]) -> list[str]:
+    """Lines of the YAML front matter, without what is None, and of the title."""
+    # A JSON string or list is YAML too, and needs no rules for quoting.
+    fields = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
+    return ["---", *fields, "---", "", f"# {name}", ""]
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = False
+) -> list[str]:
+    """Lines of a Markdown table.
+
+    Args:
+      columns: headings; they may be empty.
+      rows: of cells.
+      numbers: whether all columns but the first stand to the right.
+
+    Example:
+      >>> table(["", "t"], [["head", 0.9]], numbers=True)
+      ['| | t |', '|---|---:|', '| head | 0.9 |']
+    """
+    rule = "|---|" + ("---:|" if numbers else "---|") * (len(columns) - 1)
+    head = "|" + "".join(f" {column} |" if column else " |" for column in columns)
+    return [head, rule, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+
+
+def made_by(command: str | None) -> list[str]:
+    """Lines of the section that ends with versions: what was typed, where it is known."""
+    return ["## Made by", "", *(["```", command, "```", ""] if command else [])]
+
+
+def listed_versions(versions: Mapping[str, str]) -> str:
+    """Versions on one line."""
+    return ", ".join(f"{package} {number}" for package, number in versions.items())
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of packages that a result depends on."""
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # Not installed by a packager: nothing to say.

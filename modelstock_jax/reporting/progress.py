@@ -1,17 +1,21 @@
-"""Progress with rate and time left: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress with rate and time left: a bar on a terminal, a plain line now and then elsewhere.
+
+`Progress` counts the steps of a loop, `Meter` bytes.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -19,6 +23,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 WINDOW_SECONDS = 20.0
+# How often a meter shows bytes: by a line, and by its bar.
+LINE_SECONDS, BAR_SECONDS = 10.0, 0.1
 
 
 class Progress:
@@ -38,12 +44,18 @@ class Progress:
       enabled: False prints nothing (all processes but the first).
       clock: seconds; replaced in tests.
 
+    Attributes:
+      transient: Whether the bar vanishes at the end.
+      total_known: Whether `total` is known before the first update; until then the bar pulses.
+
     Example:
       >>> import io
       >>> with Progress("train", 2, console=Console(file=io.StringIO())) as progress:
       ...     progress.update(1, {"loss": 2.5})
       ...     progress.update(2)
     """
+
+    transient, total_known = False, True
 
     def __init__(
         self,
@@ -67,18 +79,19 @@ class Progress:
         self._bar: RichProgress | None = None
         self._task: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._enabled and self._console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[text]}"),
+                *self._columns(),
                 console=self._console,
                 refresh_per_second=4,
+                transient=self.transient,
             )
+            total = self._total if self.total_known else None
             self._task = self._bar.add_task(
-                self._title, total=self._total, completed=self._done, text=""
+                self._title, total=total, completed=self._done, text=""
             )
             self._bar.start()
         return self
@@ -136,10 +149,19 @@ class Progress:
         parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
         return "  ".join(parts)
 
+    def _columns(self) -> list[ProgressColumn]:
+        """What stands to the right of the bar."""
+        return [
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[text]}"),
+        ]
+
+    def _amount(self) -> str:
+        """How much is done, on a plain line."""
+        return f"{self._done}/{self._total} ({100 * self._done / max(1, self._total):.0f} %)"
+
     def _print_line(self) -> None:
-        percent = 100 * self._done / max(1, self._total)
-        head = f"{self._title}  {self._done}/{self._total} ({percent:.0f} %)"
-        self.log(f"{head}  {self.text()}".rstrip())
+        self.log(f"{self._title}  {self._amount()}  {self.text()}".rstrip())
         self._printed = (self._clock(), self._done)
 
 
@@ -155,14 +177,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-# Bytes done, bytes a second and the time left: a bar on a terminal, plain lines elsewhere.
+class Meter(Progress):
+    """Called with bytes done and bytes in all; shows them, and the rate from the beginning on.
 
-
-LINE_SECONDS, BAR_SECONDS = 10.0, 0.1
-
-
-class Meter:
-    """Called with bytes done and bytes in all; shows them on `console`.
+    Without a terminal it prints a line every 10 s, and one at the end.
 
     Args:
       title: what is being done, in a word or two.
@@ -178,44 +196,37 @@ class Meter:
       ['merging', '1.0 GB of 1.0 GB']
     """
 
+    transient, total_known = True, False
+
     def __init__(self, title: str, console: Console, clock: Callable[[], float] = time.monotonic):
-        self._title, self._console, self._clock = title, console, clock
-        self._start = self._shown = clock()
-        self._done = 0
-        self._bar: RichProgress | None = None
-        self._task: Any = None
-
-    def __enter__(self) -> Meter:
-        if self._console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(),
-                TransferSpeedColumn(), TimeRemainingColumn(), console=self._console,
-                refresh_per_second=4, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task(self._title, total=None)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        super().__init__(title, 0, console=console, clock=clock)
+        self._start = self._printed[0]
 
     def __call__(self, done: int, total: int) -> None:
         """Says that `done` of `total` bytes are done."""
         now = self._clock()
         wait = LINE_SECONDS if self._bar is None else BAR_SECONDS
-        if now - self._shown < wait and (done < total or self._done == done):
+        if now - self._printed[0] < wait and (done < total or self._done == done):
             return
-        self._shown, self._done = now, done
+        self._done, self._total = done, total
         if self._bar is None:
-            self._print(done, total, now - self._start)
+            self._print_line()
         else:
             self._bar.update(self._task, completed=done, total=total)
+            self._printed = (now, done)
 
-    def _print(self, done: int, total: int, seconds: float) -> None:
-        parts = [self._title, f"{decimal(done)} of {decimal(total)}"]
-        if seconds > 0 and done:
-            parts.append(f"{decimal(int(done / seconds))}/s")
-            if done < total:
-                parts.append(f"{duration(seconds * (total - done) / done)} left")
-        self._console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
+    def text(self) -> str:
+        """Rate and time left, as a line shows them; a bar has columns for them."""
+        seconds, left = self._clock() - self._start, self._total - self._done
+        if seconds <= 0 or not self._done:
+            return ""
+        parts = [f"{decimal(int(self._done / seconds))}/s"]
+        if left > 0:
+            parts.append(f"{duration(seconds * left / self._done)} left")
+        return "  ".join(parts)
+
+    def _columns(self) -> list[ProgressColumn]:
+        return [DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+
+    def _amount(self) -> str:
+        return f"{decimal(self._done)} of {decimal(self._total)}"

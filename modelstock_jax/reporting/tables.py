@@ -1,4 +1,4 @@
-"""The results table: on the screen, as markdown, as JSON."""
+"""Rows of results and their means over seeds, and the table of them: on screen, markdown, JSON."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def markdown_table(
     """The table as GitHub's markdown, a caption below; the best accuracy of a column is bold.
 
     Args:
-      rows: as `rows.make_row` gives them.
+      rows: as `make_row` gives them.
       wise_ft_alphas: which points of the WiSE-FT curves to show; None shows all.
 
     Returns:
@@ -291,7 +291,7 @@ def screen_table(rows: Iterable[Row], *, console: Console | None = None) -> None
     """Prints the table; a terminal too narrow for every shift gets their average alone.
 
     Args:
-      rows: as `rows.make_row` gives them.
+      rows: as `make_row` gives them.
       console: where to print; standard output by default.
     """
     console = console or Console()
@@ -328,7 +328,7 @@ def write_results(workdir: str | Path, rows: Sequence[Row], **more: Any) -> tupl
 
     Args:
       workdir: the run's directory.
-      rows: as `rows.make_row` gives them.
+      rows: as `make_row` gives them.
       **more: further entries of the JSON object (`layers`, `ratios`, `config`, ...).
 
     Returns:

@@ -1,4 +1,7 @@
-"""Digests of a tree of arrays on its devices: one changed bit shows, one moved element shows."""
+"""A tree of arrays as a checkpoint holds it: a digest of each, small ones packed in a few.
+
+A digest is made where the array lies: one changed bit shows, one moved element shows.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from modelstock_jax.merging import gram
 from modelstock_jax.training import multihost
 from modelstock_jax.training.sharding import AXES
 
@@ -62,11 +66,8 @@ def describe(tree: PyTree) -> dict[str, list]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """{path: leaf}, a path's keys joined by "/"."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in jax.tree.leaves_with_path(tree)
-    }
+    """{path: leaf}, a path's keys joined by "/", as checkpoints name their arrays."""
+    return gram.named_leaves(tree, separator="/")
 
 
 def json_digest(value: Any) -> str:

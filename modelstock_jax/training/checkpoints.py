@@ -1,4 +1,4 @@
-"""Orbax behind one thin module: a sequence of checkpoints in one directory, each with digests."""
+"""Orbax behind one thin module: checkpoints with digests, and where a run goes on from them."""
 
 from __future__ import annotations
 

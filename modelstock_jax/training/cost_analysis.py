@@ -1,4 +1,4 @@
-"""What a run takes on one device, from the compiled programs alone."""
+"""What a run takes on one device and what devices send, from the compiled programs alone."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
 import numpy as np
 from jax import monitoring
 from ml_collections import ConfigDict
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import JsonLines
 from modelstock_jax.merging import Stats, check_finite, report
+from modelstock_jax.merging.gram import named_leaves
 from modelstock_jax.reporting.metrics import MetricsWriter
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline
@@ -82,8 +82,8 @@ class Watch:
     """Reports what goes wrong in a replica, and ends a run that cannot go on.
 
     A step that is not finite is an event: a line in `events.jsonl` and on the screen; the step has
-    dealt with it by then (`health`). A loss or gradient norm above its band is a line in the file,
-    and nothing is done. Neither holds a clock: equal runs give equal bytes.
+    dealt with it by then (`train_step`). A loss or gradient norm above its band is a line in the
+    file, and nothing is done. Neither holds a clock: equal runs give equal bytes.
 
     Args:
       config: the `watch` group of `configs/default.py`.
@@ -238,7 +238,7 @@ class Record:
             before = [entry["event"] for entry in events.kept] if events is not None else []
             self._watch = Watch(
                 self._config.watch,
-                _names(self._task.params),
+                list(named_leaves(self._task.params)),
                 events,
                 self.log,
                 multihost.agree(before.count("not_finite")),
@@ -357,11 +357,6 @@ class Record:
         return {n: now[n] - seconds[n] for n in (*now, "merge", "save", "data", "compile")}, (
             self._timeline.wall() - wall
         )
-
-
-def _names(tree: Any) -> list[str]:
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
 
 # How long jax traces and compiles, counted apart from the phase in which it happens.

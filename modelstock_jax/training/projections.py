@@ -1,4 +1,4 @@
-"""Fine-tuned weights held within a radius of the pretrained ones, layer by layer."""
+"""Fine-tuned weights held within given or learned radii of the pretrained ones, by layer."""
 
 from __future__ import annotations
 

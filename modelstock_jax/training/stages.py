@@ -1,4 +1,4 @@
-"""What comes before the replicas' training and after it: a linear probe, and learned radii."""
+"""What comes before and after the replicas' training: pretraining, linear probe, learned radii."""
 
 from __future__ import annotations
 

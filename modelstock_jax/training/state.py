@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""What a training run carries from step to step, and which leaves of its weights are trained."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from modelstock_jax.merging.gram import named_leaves
 
 PyTree = Any
 
@@ -118,9 +120,7 @@ def leaf_names(tree: PyTree) -> PyTree:
     >>> leaf_names({"head": {"bias": 0, "kernel": 0}})
     {'head': {'bias': 'head.bias', 'kernel': 'head.kernel'}}
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: ".".join(str(key.key) for key in path), tree
-    )
+    return jax.tree.unflatten(jax.tree.structure(tree), list(named_leaves(tree)))
 
 
 def freeze(params: PyTree, trained: Trained | None) -> PyTree:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge import commands
-from modelstock_jax.checkpoint_merge.plot import picture
+from modelstock_jax.reporting.figures import angle_by_block
 from tests.checkpoint_merge.typed import SHAPES, load, tensors, trio, weights, write
 
 TWO = {"stock": [], "weighted-stock": [], "uniform": [], "linear": ["--weights", "1,3"],
@@ -118,11 +118,11 @@ def test_the_picture_of_one_fine_tune_has_no_empty_panel(tmp_path):
     rows = [{"name": f"model.layers.{i}.{kind}.weight", "shape": [8, 8], "angle": None,
              "norms": [0.1 + i / 10]} for i in range(4) for kind in ("self_attn.q", "mlp.up")]
     for angle, panels in ((None, 1), (60.0, 2)):
-        shown = picture([row | {"angle": angle} for row in rows], tmp_path / f"{panels}.png")
+        shown = angle_by_block([row | {"angle": angle} for row in rows], tmp_path / f"{panels}.png")
         assert len(shown.axes) == panels
         assert all(axes.has_data() for axes in shown.axes)
     # Nothing moved: nothing to draw, but no failure.
-    picture([row | {"norms": [0.0]} for row in rows], tmp_path / "still.png")
+    angle_by_block([row | {"norms": [0.0]} for row in rows], tmp_path / "still.png")
 
 
 @pytest.fixture

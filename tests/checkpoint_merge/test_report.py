@@ -10,10 +10,10 @@ import yaml
 from matplotlib.image import imread
 
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.checkpoint_merge.plot import COLOURS, picture
 from modelstock_jax.checkpoint_merge.plot_process import WORTH_A_PROCESS, Drawing
 from modelstock_jax.checkpoint_merge.report import asked, card, hub_id, ratios
-from modelstock_jax.checkpoint_merge.tensor_names import place, role
+from modelstock_jax.merging.units import place, role
+from modelstock_jax.reporting.figures import ROLE_COLOURS, angle_by_block
 
 DIGEST = "0" * 64
 
@@ -100,7 +100,7 @@ def test_places_and_roles():
 
 @pytest.mark.parametrize("names", [CLIP, ["a.weight", "b.weight"], ["logit_scale"]])
 def test_picture(names, tmp_path):
-    figure = picture([row(name, (), None) if name == "logit_scale" else row(name)
+    figure = angle_by_block([row(name, (), None) if name == "logit_scale" else row(name)
                       for name in names], tmp_path / "angles.png")  # fmt: skip
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
     assert titles == list(dict.fromkeys(p.tower or "all tensors" for p in place(names)))
@@ -112,11 +112,11 @@ def test_lines_break_where_blocks_are_missing_and_nowhere_else():
     kinds = ("self_attn.q_proj.w", "mlp.w", "norm.w", "bias")
     names = [f"layers.{block}.{kind}" for block in range(12) for kind in kinds
              if (block, kind) != (5, "mlp.w")]  # fmt: skip
-    top = picture([row(name) for name in names], None).axes[0]
+    top = angle_by_block([row(name) for name in names], None).axes[0]
     drawn = [line for line in top.lines if line.get_linestyle() == "-" and line.get_color() in
-             COLOURS.values()]  # fmt: skip
+             ROLE_COLOURS.values()]  # fmt: skip
     broken = {line.get_color(): int(np.isnan(line.get_ydata()).sum()) for line in drawn}
-    assert broken == {COLOURS[kind]: int(kind == "MLP")
+    assert broken == {ROLE_COLOURS[kind]: int(kind == "MLP")
                       for kind in ("attention", "MLP", "norms", "biases")}
 
 
@@ -126,7 +126,7 @@ def test_a_long_merge_has_its_picture_drawn_by_another_process(tmp_path):
     drawing.begin(tmp_path / "angles.png", rows)
     drawing.finish()
     drawing.close()
-    picture(rows, tmp_path / "here.png")
+    angle_by_block(rows, tmp_path / "here.png")
     assert (tmp_path / "angles.png").read_bytes() == (tmp_path / "here.png").read_bytes()
     # One that is killed is made up for; one whose merge failed leaves nothing behind.
     drawing = Drawing(WORTH_A_PROCESS)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import assign, model_stock, output_axis
+from modelstock_jax.merging.units import ROLES, place, role
 from tests.merging.trees import TRANSFORMER, flat, nested, replicas
 
 
@@ -158,6 +159,96 @@ def test_flax_variables_have_the_names_of_their_arrays():
     assert set(stats.units.names) == set(w0)
     assert set(stats.units.keys) == {"self_attn.in_proj.kernel"}
     plain, _ = model_stock(nested(w0), nested(w), unit="layer")
-    for role in "qkv":
-        got = merged["self_attn"][f"{role}_proj"]["kernel"]
-        np.testing.assert_array_equal(got[...], plain["self_attn"][f"{role}_proj"]["kernel"])
+    for letter in "qkv":
+        got = merged["self_attn"][f"{letter}_proj"]["kernel"]
+        np.testing.assert_array_equal(got[...], plain["self_attn"][f"{letter}_proj"]["kernel"])
+
+
+# Of each library's layout some names, with tower (counted in order), depth and role.
+NAMED = {
+    "ours": """
+        image_tower.class_embedding  0  -1  embeddings and head
+        image_tower.patch_embedding.kernel  0  -1  embeddings and head
+        image_tower.position_embedding  0  -1  embeddings and head
+        image_tower.pre_layernorm.scale  0  -1  norms
+        image_tower.blocks.block_00.layer_norm1.bias  0  0  norms
+        image_tower.blocks.block_00.self_attn.k_proj.bias  0  0  biases
+        image_tower.blocks.block_11.self_attn.out_proj.kernel  0  11  attention
+        image_tower.blocks.block_11.mlp.fc1.kernel  0  11  MLP
+        image_tower.post_layernorm.bias  0  inf  norms
+        image_tower.projection.kernel  0  inf  embeddings and head
+        text_tower.token_embedding  1  -1  embeddings and head
+        text_tower.blocks.block_00.mlp.fc2.bias  1  0  biases
+        text_tower.blocks.block_01.mlp.fc2.kernel  1  1  MLP
+        logit_scale  0  inf  other
+        head.kernel  0  inf  embeddings and head
+        head.bias  0  inf  biases
+    """,
+    "hf clip": """
+        vision_model.embeddings.class_embedding  0  -1  embeddings and head
+        vision_model.embeddings.patch_embedding.weight  0  -1  embeddings and head
+        vision_model.pre_layrnorm.weight  0  -1  norms
+        vision_model.encoder.layers.0.self_attn.q_proj.weight  0  0  attention
+        vision_model.encoder.layers.1.layer_norm2.weight  0  1  norms
+        vision_model.post_layernorm.bias  0  inf  norms
+        visual_projection.weight  0  inf  embeddings and head
+        text_model.embeddings.token_embedding.weight  1  -1  embeddings and head
+        text_model.encoder.layers.0.mlp.fc1.weight  1  0  MLP
+        text_model.encoder.layers.1.mlp.fc1.bias  1  1  biases
+        text_model.final_layer_norm.weight  1  inf  norms
+        text_projection.weight  1  inf  embeddings and head
+        logit_scale  0  inf  other
+    """,
+    "openai": """
+        visual.class_embedding  0  -1  embeddings and head
+        visual.positional_embedding  0  -1  embeddings and head
+        visual.proj  0  inf  embeddings and head
+        visual.conv1.weight  0  -1  other
+        visual.ln_pre.weight  0  -1  norms
+        visual.transformer.resblocks.0.attn.in_proj_weight  0  0  attention
+        visual.transformer.resblocks.1.attn.in_proj_bias  0  1  biases
+        visual.ln_post.bias  0  inf  norms
+        transformer.resblocks.0.mlp.c_fc.weight  1  0  MLP
+        transformer.resblocks.1.ln_2.weight  1  1  norms
+        token_embedding.weight  1  -1  embeddings and head
+        ln_final.weight  0  inf  norms
+        text_projection  1  inf  embeddings and head
+    """,
+    "llama": """
+        model.embed_tokens.weight  0  -1  embeddings and head
+        model.layers.0.self_attn.o_proj.weight  0  0  attention
+        model.layers.0.mlp.gate_proj.weight  0  0  MLP
+        model.layers.1.input_layernorm.weight  0  1  norms
+        model.norm.weight  0  inf  norms
+        lm_head.weight  0  inf  embeddings and head
+    """,
+    "bert": """
+        bert.embeddings.word_embeddings.weight  0  -1  embeddings and head
+        bert.embeddings.LayerNorm.weight  0  -1  embeddings and head
+        bert.encoder.layer.0.attention.self.query.weight  0  0  attention
+        bert.encoder.layer.0.attention.output.LayerNorm.weight  0  0  attention
+        bert.encoder.layer.1.intermediate.dense.weight  0  1  MLP
+        bert.encoder.layer.1.output.dense.bias  0  1  biases
+        bert.pooler.dense.weight  0  inf  MLP
+        classifier.weight  0  inf  embeddings and head
+    """,
+    "gpt2": """
+        wte.weight  0  -1  embeddings and head
+        h.0.attn.c_attn.weight  0  0  attention
+        h.1.mlp.c_proj.weight  0  1  MLP
+        ln_f.weight  0  inf  norms
+    """,
+}
+
+
+
+@pytest.mark.parametrize("layout", NAMED)
+def test_roles_and_places_by_name(layout):
+    rows = [re.split(r" {2,}", line.strip()) for line in NAMED[layout].strip().splitlines()]
+    names = [name for name, *_ in rows]
+    places = place(names)
+    towers = list(dict.fromkeys(p.tower for p in places))
+    found = [[name, str(towers.index(p.tower)), f"{p.depth:g}", role(name)]
+             for name, p in zip(names, places, strict=True)]
+    assert found == rows
+    assert {what for *_, what in rows} <= set(ROLES)

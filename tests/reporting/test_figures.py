@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from modelstock_jax.reporting import figures
@@ -86,6 +87,26 @@ def test_angle_by_layer(tmp_path, num_blocks):
     assert len(heights) == len(kernels)
     first = next(row for row in kernels if row["name"].endswith("class_embedding"))
     assert heights[0] == pytest.approx(np.mean(first["angles"]), rel=1e-12)  # float64 rounding
+
+
+@pytest.mark.parametrize(("name", "kind", "colour"), [
+    ("image_tower.patch_embedding.kernel", "kernels", figures.LEFT["other kernels"]),
+    ("image_tower.projection.kernel", "kernels", figures.LEFT["other kernels"]),
+    ("image_tower.blocks.block_00.self_attn.q_proj.kernel", "kernels", figures.LEFT["attention"]),
+    ("image_tower.blocks.block_00.self_attn.q_proj.bias", "biases", figures.RIGHT["biases"]),
+    ("image_tower.blocks.block_00.mlp.fc1.kernel", "kernels", figures.LEFT["MLP"]),
+    ("image_tower.blocks.block_00.layer_norm1.bias", "norms", figures.RIGHT["norm biases"]),
+    ("image_tower.post_layernorm.scale", "norms", figures.RIGHT["norm scales"]),
+    ("image_tower.blocks.block_00.shortcut_norm.scale", "norms", figures.RIGHT["norm scales"]),
+    ("head.kernel", "head", figures.LEFT["head"]),
+    ("head.bias", "head", figures.RIGHT["head"]),
+])  # fmt: skip
+def test_kinds_and_colours_by_name(name, kind, colour):
+    assert figures.kind(name) == kind
+    row = {"name": name, "angles": [45.0], "rms": [1.0]}
+    drawn = figures.angle_by_layer([row]).axes
+    (bar,) = [patch for axes in drawn[:2] for group in axes.containers for patch in group.patches]
+    assert to_hex(bar.get_facecolor()).upper() == colour.upper()
 
 
 def test_ratio_over_merges(tmp_path):
