@@ -31,7 +31,7 @@ from PIL import Image  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.operations import MEAN, STD, operations  # noqa: E402
 from benchmarks.photographs import photograph  # noqa: E402
-from modelstock_jax.data.decoded_cache import write_cache  # noqa: E402
+from modelstock_jax.data.caches import write_cache  # noqa: E402
 from modelstock_jax.data.image_folder import read_folders  # noqa: E402
 from modelstock_jax.data.image_set import ImageSet  # noqa: E402
 from modelstock_jax.data.loader import Loading, train_batches  # noqa: E402

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.glyphs.captions import broad_set
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.pretrained import open_anchor
+from modelstock_jax.experiment.setup import open_anchor
 from modelstock_jax.fileio import new_directory
 from modelstock_jax.models import tower
 from modelstock_jax.models.checkpoint import Checkpoint

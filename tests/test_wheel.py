@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import modelstock_jax
 from modelstock_jax.models.checkpoint_io import load
 from modelstock_jax.data.imagenet import CLASS_NAMES
-from modelstock_jax.experiment.pretrained import BUNDLED
+from modelstock_jax.experiment.setup import BUNDLED
 assert pathlib.Path(modelstock_jax.__file__).is_relative_to(sys.prefix), modelstock_jax.__file__
 assert not importlib.util.find_spec("configs") and not importlib.util.find_spec("tests")
 checkpoint = load(BUNDLED["glyph-clip"])

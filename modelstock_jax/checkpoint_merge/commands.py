@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import display, hf_config, quantization
+from modelstock_jax.checkpoint_merge.display import Drawing
 from modelstock_jax.checkpoint_merge.executor import Report, measure, run
 from modelstock_jax.checkpoint_merge.hf_config import read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.output import check_out
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
-from modelstock_jax.checkpoint_merge.plot_process import Drawing
 from modelstock_jax.checkpoint_merge.recipe import Recipe, read_recipe, schedule
 from modelstock_jax.checkpoint_merge.report import card, document, library_name, ratios
 from modelstock_jax.checkpoint_merge.sources import Source, open_source

@@ -215,7 +215,7 @@ def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
     """The benchmark with its training images in the config's cache, written if it is not there."""
     if not config.cache:
         return data
-    from modelstock_jax.data.decoded_cache import write_cache
+    from modelstock_jax.data.caches import write_cache
 
     images = write_cache(
         data.train.encoded,

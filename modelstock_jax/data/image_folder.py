@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from modelstock_jax.data import user_cache
+from modelstock_jax.data import caches
 from modelstock_jax.data.image_set import EncodedImages
 from modelstock_jax.errors import UserError
 
@@ -60,7 +60,7 @@ def list_folders(root: str | os.PathLike[str], only: Collection[str] | None = No
         "folders": np.array([os.fsencode(name) for name in folders], np.bytes_),
         "changed": np.array([(root / name).stat().st_mtime_ns for name in folders], np.int64),
     }
-    arrays = user_cache.read("listings", root)
+    arrays = caches.load_arrays("listings", root)
     if not all(n in arrays and np.array_equal(arrays[n], stamp) for n, stamp in stamps.items()):
         with ThreadPoolExecutor(_THREADS) as pool:
             files = list(pool.map(lambda name: _images(root / name), folders))
@@ -69,8 +69,8 @@ def list_folders(root: str | os.PathLike[str], only: Collection[str] | None = No
             "folder_of": np.repeat(np.arange(len(folders), dtype=np.int32), counts),
             "names": np.array([name for names in files for name in names], np.bytes_),
         }
-        if sum(counts) >= user_cache.WORTH_KEEPING:
-            user_cache.keep("listings", root, **arrays)
+        if sum(counts) >= caches.WORTH_KEEPING:
+            caches.save_arrays("listings", root, **arrays)
     return Listing(str(root), tuple(folders), arrays["folder_of"], arrays["names"])
 
 

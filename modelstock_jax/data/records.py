@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from modelstock_jax.data import user_cache
+from modelstock_jax.data import caches
 from modelstock_jax.data.image_folder import Labelled
 from modelstock_jax.data.image_set import EncodedImages
 from modelstock_jax.errors import UserError
@@ -189,16 +189,16 @@ def _labels(directory: Path, images: RecordImages, split: str, label: str) -> np
         return np.load(beside, allow_pickle=False)
     place = directory / f"{split}.{label}"
     changed = np.array((directory / INFO).stat().st_mtime_ns, np.int64)
-    found = user_cache.read("labels", place)
+    found = caches.load_arrays("labels", place)
     if "changed" not in found or not np.array_equal(found["changed"], changed):
         indices = track(
             range(len(images)),
             f"labels of {directory.parent.name} {split} (once)",
             transient=True,
-            disable=len(images) < user_cache.WORTH_KEEPING,
+            disable=len(images) < caches.WORTH_KEEPING,
         )
         labels = np.array([images.example(i)[label] for i in indices], np.int32)
         found = {"changed": changed, "labels": labels}
-        if len(labels) >= user_cache.WORTH_KEEPING:
-            user_cache.keep("labels", place, **found)
+        if len(labels) >= caches.WORTH_KEEPING:
+            caches.save_arrays("labels", place, **found)
     return found["labels"]

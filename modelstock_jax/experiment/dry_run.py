@@ -17,8 +17,7 @@ from rich.table import Table
 
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.pretrained import missing_checkpoint, sizes
-from modelstock_jax.experiment.setup import prepare
+from modelstock_jax.experiment.setup import missing_checkpoint, prepare, sizes
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import abstract_params
 from modelstock_jax.models.config import CLIPConfig, Preprocessor

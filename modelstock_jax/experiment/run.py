@@ -12,13 +12,20 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from modelstock_jax.data.user_cache import cache_directory
+from modelstock_jax.data.caches import cache_directory
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import Measure, classifier_evaluator
 from modelstock_jax.experiment import results
 from modelstock_jax.experiment.comparison import Comparison
-from modelstock_jax.experiment.pretrained import open_anchor, pretrain
-from modelstock_jax.experiment.setup import check_data, classify, open_all, open_data, prepare
+from modelstock_jax.experiment.setup import (
+    check_data,
+    classify,
+    open_all,
+    open_anchor,
+    open_data,
+    prepare,
+    pretrain,
+)
 from modelstock_jax.experiment.workdir import claim, release
 from modelstock_jax.fileio import write_json
 from modelstock_jax.reporting.progress import Progress

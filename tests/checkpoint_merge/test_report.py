@@ -9,8 +9,8 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from modelstock_jax.checkpoint_merge.display import WORTH_A_PROCESS, Drawing
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.checkpoint_merge.plot_process import WORTH_A_PROCESS, Drawing
 from modelstock_jax.checkpoint_merge.report import asked, card, hub_id, ratios
 from modelstock_jax.merging.units import place, role
 from modelstock_jax.reporting.figures import ROLE_COLOURS, angle_by_block

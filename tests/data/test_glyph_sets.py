@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from modelstock_jax.data.glyphs import adversarial, sets, world
+from modelstock_jax.data.glyphs import sets, world
 from modelstock_jax.data.glyphs.render import CHARACTERS, PRETRAINING_FONTS
 from modelstock_jax.errors import UserError
+from studies import glyph_adversarial
 
 SHIFTS = ["v2", "r", "sketch", "objectnet", "a", "digits"]
 
@@ -83,7 +84,7 @@ def test_adversarial_file_is_the_one_that_was_chosen():
     # A digest of the chosen indices: to change set A is to change every number in the tables.
     chosen = json.loads(sets.ADVERSARIAL_FILE.read_text())
     indices = np.array(chosen["indices"], "<i4")
-    assert len(indices) == adversarial.SIZE == 2000
+    assert len(indices) == glyph_adversarial.SIZE == 2000
     assert chosen["pool_size"] == sets.POOL_SIZE
     assert (np.diff(indices) > 0).all() and 0 <= indices[0] and indices[-1] < sets.POOL_SIZE
     assert hashlib.sha256(indices.tobytes()).hexdigest()[:16] == "4b1194d6f808c8b4"
@@ -105,14 +106,14 @@ def test_lookalikes_are_no_errors():
     labels, predictions = (
         np.array([CHARACTERS.index(pair[side]) for pair in pairs]) for side in (0, 1)
     )
-    assert adversarial.is_error(labels, predictions).tolist() == list(pairs.values())
+    assert glyph_adversarial.is_error(labels, predictions).tolist() == list(pairs.values())
 
 
 @pytest.mark.slow  # its compilation alone takes 20 s on a busy core
 def test_the_network_that_chooses_learns():
     part = sets.training_set(size=256)
-    params = adversarial.train(part, epochs=20)
-    accuracy = (adversarial.predict(params, part.images) == part.labels).mean()
+    params = glyph_adversarial.train(part, epochs=20)
+    accuracy = (glyph_adversarial.predict(params, part.images) == part.labels).mean()
     assert accuracy > 0.3  # chance is 0.016
 
 

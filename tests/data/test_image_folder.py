@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelstock_jax.data import image_folder, user_cache
+from modelstock_jax.data import caches, image_folder
 from modelstock_jax.data.image_folder import FileImages, read_folders
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def cache(tmp_path, monkeypatch):
     """Keeps every listing, in a directory of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(user_cache, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(caches, "WORTH_KEEPING", 1)
     return tmp_path / "cache"
 
 

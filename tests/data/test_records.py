@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from modelstock_jax.data import user_cache
+from modelstock_jax.data import caches
 from modelstock_jax.data.imagenet import WNIDS, open_real, open_set
 from modelstock_jax.data.records import RecordImages, find_records, read_records
 from modelstock_jax.errors import UserError
@@ -89,7 +89,7 @@ def test_reading_needs_no_tensorflow_and_a_fork_is_refused(imagenet):
 
 def test_labels_of_a_large_set_are_read_once(imagenet, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(user_cache, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(caches, "WORTH_KEEPING", 1)
     first = read_records(imagenet, "train").labels
     monkeypatch.setattr(RecordImages, "example", lambda *_: pytest.fail("read again"))
     np.testing.assert_array_equal(read_records(imagenet, "train").labels, first)

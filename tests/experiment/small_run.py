@@ -12,7 +12,7 @@ from types import MappingProxyType
 import jax
 import numpy as np
 
-from modelstock_jax.experiment.pretrained import BUNDLED
+from modelstock_jax.experiment.setup import BUNDLED
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import init

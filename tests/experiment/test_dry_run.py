@@ -17,7 +17,7 @@ from modelstock_jax.experiment.dry_run import (
     dry_run,
     missing_space,
 )
-from modelstock_jax.experiment.pretrained import missing_checkpoint, open_anchor, sizes
+from modelstock_jax.experiment.setup import missing_checkpoint, open_anchor, sizes
 from modelstock_jax.training.cost_analysis import device_bytes, extra_bytes, memory
 from modelstock_jax.training.step_fns import Programs
 from tests.experiment import small_run

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
-from modelstock_jax.experiment.pretrained import BUNDLED
+from modelstock_jax.experiment.setup import BUNDLED
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.clip import encode_image, encode_text, normalise
 from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig

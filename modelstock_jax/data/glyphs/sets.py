@@ -206,7 +206,7 @@ def pool(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def adversarial_set() -> ImageSet:
     """Set A: images of the pool that a convolutional network trained on ID gets wrong.
 
-    Which images is a file, written by `python -m modelstock_jax.data.glyphs.adversarial`.
+    Which images is a file, written by `python -m studies.glyph_adversarial`.
     """
     chosen = json.loads(ADVERSARIAL_FILE.read_text())["indices"]
     images, labels = pool(np.asarray(chosen, np.int32))

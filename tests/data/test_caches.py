@@ -12,8 +12,8 @@ import pytest
 
 from configs import default
 from modelstock_jax.data import benchmark
-from modelstock_jax.data import decoded_cache as cache_module
-from modelstock_jax.data.decoded_cache import CachedImages, write_cache
+from modelstock_jax.data import caches as cache_module
+from modelstock_jax.data.caches import CachedImages, write_cache
 from modelstock_jax.data.loader import Loading, eval_batches, train_batches
 from modelstock_jax.data.transforms import TrainView, Unreadable, decode, resize_short_side
 from modelstock_jax.errors import UserError

@@ -1,6 +1,6 @@
 """Chooses set A: images that a convolutional network trained on ID gets wrong.
 
-    python -m modelstock_jax.data.glyphs.adversarial
+    python -m studies.glyph_adversarial
 
 trains the network (about a minute on two cores), goes through the pool and writes
 `adversarial.json`, which is committed: nobody needs to run this again, and other machines'
