@@ -64,3 +64,9 @@ def test_a_dead_link_is_seen(tmp_path):
     text = ("[a](page.md) [b](nowhere.md) [c](page.md#a-title-of-two_parts) "
             "[d](page.md#no-heading) [e](https://example.org/x)")
     assert lost(text, tmp_path) == ["nowhere.md", "page.md#no-heading"]
+
+
+def test_the_architecture_page_names_every_module():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    modules = {path.name for path in (ROOT / "modelstock_jax").rglob("*.py")} - {"__init__.py"}
+    assert not [name for name in sorted(modules) if not re.search(rf"\b{name}", page)]
