@@ -1,4 +1,4 @@
-"""WiSE-FT curves, and models compared at equal accuracy in distribution."""
+"""WiSE-FT curves, models compared at equal accuracy in distribution, and cells of tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of the studies that no run draws: in the paper's layout, in the house's look."""
+"""Figures that only studies draw: those of the paper, WiSE-FT curves, accuracy against cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished measurements, a line of JSON each: nothing is measured twice."""
+"""Finished measurements, a line of JSON each; locks by which processes share the work."""
 
 from __future__ import annotations
 

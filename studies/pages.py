@@ -1,4 +1,4 @@
-"""A study's page: its tables, figures and verdicts, of one anchor or of several."""
+"""A study's page (tables, figures, verdicts; one anchor or several), and the page of all claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained replicas by content: trained once, kept as safetensors, read ever after."""
+"""Trained replicas and pretrained anchors by content: made once, kept as safetensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training of a study: what differs from the config, and a seed."""
+"""One training of a study (options and a seed), and the digests that identify it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study: what it measures, and what it says of the paper."""
+"""A study: what it measures, its report, and the paper's claims with their verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`modelstock`: the command line. Heavy imports wait until a command runs."""
+"""`modelstock`: arguments, help and exit codes. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 

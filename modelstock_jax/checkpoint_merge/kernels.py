@@ -1,4 +1,4 @@
-"""Pieces of a tensor: where they begin, which merge units they touch, their products and sums."""
+"""Pieces of a tensor: their merge units, products and sums, casts, and checks for NaN."""
 
 from __future__ import annotations
 

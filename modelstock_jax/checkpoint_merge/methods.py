@@ -1,4 +1,4 @@
-"""The methods: what a merge unit's first pass must measure, and what the second computes of it."""
+"""Merge methods on one unit: what the first pass measures, what the second computes; their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of tensors that a merge writes, each finished as soon as its last tensor is there."""
+"""What a merge writes: its staging directory, which a killed merge resumes from, and the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in plain class folders."""
+"""Images in class folders: their files, listed once, and their labels."""
 
 from __future__ import annotations
 

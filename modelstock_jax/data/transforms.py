@@ -1,4 +1,4 @@
-"""What the model sees of a stored image: for training, at random; for evaluation, the centre."""
+"""Stored images to pixels on the host: decoding, crops and RandAugment; fixed crops to evaluate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CLIP model with all that is needed to use it, in memory."""
+"""A CLIP with its config, tokenizer and head in memory; what a checkpoint format provides."""
 
 from __future__ import annotations
 

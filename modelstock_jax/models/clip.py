@@ -1,6 +1,6 @@
 """CLIP as pure functions of plain nested dictionaries of arrays.
 
-The modules of `towers` are split once; after that a model is a tree of arrays and these functions.
+The Flax NNX towers are split once; after that a model is a tree of arrays and these functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sizes of a CLIP model, read from and written to Hugging Face's ``config.json``."""
+"""Sizes and preprocessing of a CLIP: Hugging Face's config.json and preprocessor_config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions as products and sums, and the norms that go with them.
+"""ConvNeXt (Liu et al. 2022), and the convolutions and norms that all small towers use.
 
 Under vmapped weights a convolution becomes a grouped one, which is several times slower than these.
 Norms are over an image's own channels or groups of them: running statistics would be numbers that

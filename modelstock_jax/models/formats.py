@@ -1,4 +1,4 @@
-"""Hugging Face's layout: what transformers' ``CLIPModel`` reads and writes."""
+"""Checkpoint formats: Hugging Face's, OpenAI's and Model Soups'; which of them a path has."""
 
 from __future__ import annotations
 

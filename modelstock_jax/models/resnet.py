@@ -1,4 +1,4 @@
-"""A residual network (He et al. 2016) of three blocks, with group norms for batch norms."""
+"""A ResNet (He et al. 2016) with group norms, and a hybrid of its stem and a transformer."""
 
 from __future__ import annotations
 

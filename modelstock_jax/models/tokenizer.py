@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer: texts to token ids."""
+"""Tokenizers: texts to token ids by a checkpoint's own; building a small one from captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pre-norm transformer of both towers, as Flax NNX modules, and how it computes."""
+"""The pre-norm transformer of both towers (Flax NNX), and bicubic position embeddings."""
 
 from __future__ import annotations
 

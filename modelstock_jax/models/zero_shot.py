@@ -1,4 +1,4 @@
-"""A linear head from class names and prompts, through a checkpoint's own text tower."""
+"""Zero-shot heads: a linear head from class names and prompts, and its cache on disk."""
 
 from __future__ import annotations
 
