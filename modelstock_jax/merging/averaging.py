@@ -232,13 +232,6 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> LossValley:
         return SwadState(params, zero, last, params, zero, zero, zero,
                          jnp.asarray(jnp.inf), zero, jnp.int32(-1), no, no)
 
-    def update(state: SwadState, params: Any) -> SwadState:
-        more = jnp.logical_not(state.done)
-        count = state.open_count + more
-        share = jnp.where(more, 1.0 / jnp.maximum(count, 1), 0.0)
-        return state._replace(open=toward(state.open, params, share), open_count=count,
-                              step=state.step + 1)
-
     def validate(state: SwadState, loss: Any) -> SwadState:
         oldest = jax.tree.map(lambda x: x[0], state.last.mean)
         total, total_count = _joined(state.total, state.total_count, oldest, state.last.count[0])
@@ -264,22 +257,31 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> LossValley:
         )
         return jax.tree.map(lambda old, new: jnp.where(state.done, old, new), state, new)
 
-    def value(state: SwadState, params: Any) -> Any:
-        counts = jnp.concatenate(
-            [state.total_count[None], state.last.count, state.open_count[None]])
-        nothing = counts.sum() == 0
-        shares = counts.at[0].add(nothing) / jnp.maximum(counts.sum(), 1)
+    return LossValley(init, _swad_update, validate, _swad_value)
 
-        def mean(total, last, latest):
-            if not is_float(total):
-                return latest
-            every = jnp.concatenate([total[None], last, latest[None]])
-            share = shares.astype(total.dtype).reshape((length + 2,) + (1,) * total.ndim)
-            return jnp.sum(jnp.where(share > 0, share * every, 0), axis=0)
 
-        return rounded(jax.tree.map(mean, state.total, state.last.mean, state.open), params)
+def _swad_update(state: SwadState, params: Any) -> SwadState:
+    more = jnp.logical_not(state.done)
+    count = state.open_count + more
+    share = jnp.where(more, 1.0 / jnp.maximum(count, 1), 0.0)
+    return state._replace(open=toward(state.open, params, share), open_count=count,
+                          step=state.step + 1)
 
-    return LossValley(init, update, validate, value)
+
+def _swad_value(state: SwadState, params: Any) -> Any:
+    counts = jnp.concatenate(
+        [state.total_count[None], state.last.count, state.open_count[None]])
+    nothing = counts.sum() == 0
+    shares = counts.at[0].add(nothing) / jnp.maximum(counts.sum(), 1)
+
+    def mean(total, last, latest):
+        if not is_float(total):
+            return latest
+        every = jnp.concatenate([total[None], last, latest[None]])
+        share = shares.astype(total.dtype).reshape(shares.shape + (1,) * total.ndim)
+        return jnp.sum(jnp.where(share > 0, share * every, 0), axis=0)
+
+    return rounded(jax.tree.map(mean, state.total, state.last.mean, state.open), params)
 
 
 def _joined(a: Any, a_count, b: Any, b_count):

@@ -93,17 +93,13 @@ def merge(
     solutions: list[Any] = merged.copy()
     finite: list[Any] = merged.copy()
 
-    members: dict[str, list[int]] = {}
-    moved: dict[int, units.Part] = {}
     for k, part in enumerate(parts):
         if part is None:
             merged[k] = _kept(leaves.pretrained[k], dtype)
             solutions[k] = _kept_solution(leaves.num_replicas)
             finite[k] = jnp.ones(leaves.num_replicas, bool)
-        else:
-            moved[k] = _nameless(part)
-            members.setdefault(part.key, []).append(k)
 
+    moved, members = _by_unit(parts)
     grams: list[list[Any]] = []
     for group in members.values():
         pairs = [_gram(leaves.pretrained[k], leaves.finetuned[k], part=moved[k]) for k in group]
@@ -221,6 +217,19 @@ def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.Part | N
         return [None] * len(moves)
     found = iter(units.assign(shapes, unit, num_heads=num_heads, filter_axis=filter_axis))
     return [next(found) if m else None for m in moves]
+
+
+def _by_unit(
+    parts: Sequence[units.Part | None],
+) -> tuple[dict[int, units.Part], dict[str, list[int]]]:
+    """Parts of the tensors that move, by their numbers, and the numbers of each unit's tensors."""
+    moved: dict[int, units.Part] = {}
+    members: dict[str, list[int]] = {}
+    for k, part in enumerate(parts):
+        if part is not None:
+            moved[k] = _nameless(part)
+            members.setdefault(part.key, []).append(k)
+    return moved, members
 
 
 def _nameless(part: units.Part) -> units.Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from studies.study import Claim, Report, Setup, Study, Table, Values
 
 _SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
 _DRAWS = 8
+# A number of models, or a scale of the noise -> (distance to the centre, accuracy) of each.
+_Points = Mapping[Any, Sequence[tuple[float, float]]]
 
 
 def _wanted(setup: Setup) -> dict[Any, Measurement]:
@@ -46,8 +49,18 @@ def _say(setup: Setup, values: Values) -> Report:
         ]
         for scale in _SCALES
     }
-    tuned = np.mean([score for _, score in models[1]])
-    claims = [
+    centre = values["centre"]["id"]
+    return Report(
+        [Table(["", "to the centre", "ID"], _rows(models, noise, centre))],
+        _claims(models, noise, centre),
+        {"fig4": lambda path: figures.near_the_centre(models, noise, centre, path)},
+        ["The centre is one model, and of all others: its own chance is in no error bar."],
+    )
+
+
+def _claims(models: _Points, noise: _Points, centre: float) -> list[Claim]:
+    tuned = float(np.mean([score for _, score in models[1]]))
+    return [
         Claim(
             "random weights at the distance of fine-tuned ones are as good (within 1 point)",
             "Figure 4",
@@ -62,10 +75,13 @@ def _say(setup: Setup, values: Values) -> Report:
         Claim(
             "the centre is better than a fine-tuned model",
             "Figure 4",
-            [values["centre"]["id"] - score for _, score in models[1]],
+            [centre - score for _, score in models[1]],
         ),
     ]
-    rows = [["centre", "0", shown([values["centre"]["id"]])]]
+
+
+def _rows(models: _Points, noise: _Points, centre: float) -> list[list[str]]:
+    rows = [["centre", "0", shown([centre])]]
     rows += [
         [
             "one model" if n == 1 else f"mean of {n}",
@@ -82,12 +98,7 @@ def _say(setup: Setup, values: Values) -> Report:
         ]
         for scale, points in noise.items()
     ]
-    return Report(
-        [Table(["", "to the centre", "ID"], rows)],
-        claims,
-        {"fig4": lambda path: figures.near_the_centre(models, noise, values["centre"]["id"], path)},
-        ["The centre is one model, and of all others: its own chance is in no error bar."],
-    )
+    return rows
 
 
 FIGURE_4 = Study(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,30 @@ def _wanted(setup: Setup) -> dict[int, Measurement]:
 
 
 def _say(setup: Setup, values: Values) -> Report:
-    history, rows = [], []
+    history = _history(values)
+    rows = [
+        [
+            str(entry["epoch"]),
+            *(
+                _cell(entry[what][key], digits)
+                for what in ("kernels", "biases")
+                for key, digits in (("angle", 2), ("norm", 3))
+            ),
+        ]
+        for entry in history
+    ]
+    columns = ["epoch", "angle of kernels", "norm", "angle of biases", "norm"]
+    return Report(
+        [Table(columns, rows)],
+        _claims(history),
+        {"fig5": lambda path: figures.dynamics(history, path)},
+        ["Mean ± standard deviation, over pairs (angles) and models (norms)."],
+    )
+
+
+def _history(values: Values) -> list[dict[str, Any]]:
+    """Each epoch's angles of any two models and norms of each, of kernels and of biases."""
+    history = []
     for epoch, found in values.items():
         entry: dict[str, Any] = {"epoch": epoch}
         for what in ("kernels", "biases"):
@@ -41,21 +65,16 @@ def _say(setup: Setup, values: Values) -> Report:
                 "norm": np.sqrt((norms**2).sum(0)).tolist(),
             }
         history.append(entry)
-        rows.append(
-            [str(epoch)]
-            + [
-                _cell(entry[what][key], digits)
-                for what in ("kernels", "biases")
-                for key, digits in (("angle", 2), ("norm", 3))
-            ]
-        )
+    return history
 
+
+def _claims(history: Sequence[Mapping[str, Any]]) -> list[Claim]:
     def spread(what: str, key: str) -> list[float]:
         return [
             float(np.std(entry[what][key], ddof=1) / np.mean(entry[what][key])) for entry in history
         ]
 
-    claims = [
+    return [
         Claim(
             "any two models have the same angle (within 5 %, mean over epochs)",
             "Figure 5",
@@ -71,13 +90,6 @@ def _say(setup: Setup, values: Values) -> Report:
             within=0.05,
         ),
     ]
-    columns = ["epoch", "angle of kernels", "norm", "angle of biases", "norm"]
-    return Report(
-        [Table(columns, rows)],
-        claims,
-        {"fig5": lambda path: figures.dynamics(history, path)},
-        ["Mean ± standard deviation, over pairs (angles) and models (norms)."],
-    )
 
 
 def _cell(values: list[float], digits: int) -> str:

@@ -78,26 +78,8 @@ def _say(setup: Setup, values: Values) -> Report:
                 ),
             ]
         )
-        found, distances = values["angles", way], values["shell", way]["distance"]
-        kinds = angles_by_kind(found)
-        geometry.append(
-            [
-                way,
-                *(_cell(kinds.get(what)) for what in ("kernels", "biases", "norms", "head")),
-                f"{np.mean(distances):.3f} ± {np.std(distances, ddof=1):.3f}",
-            ]
-        )
-        claims += angle_claims(found, 2 * len(setup.seeds), "Section 2", f"{way}: ")
-        radius = np.mean(distances)
-        claims += [
-            Claim(
-                f"{way}: models lie at one distance from the centre (within 2 %)",
-                "Section 2.1",
-                [abs(d / radius - 1) for d in distances],
-                unit="",
-                within=0.02,
-            ),
-        ]
+        geometry.append(_geometry(way, values))
+        claims += _geometry_claims(way, setup, values)
         if setup.shifts:
             claims.append(
                 Claim(
@@ -123,6 +105,31 @@ def _say(setup: Setup, values: Values) -> Report:
         ]
         + ([] if setup.shifts else ["The data has no shifts: accuracies are in distribution."]),
     )
+
+
+def _geometry(way: str, values: Values) -> list[str]:
+    """Row of the angles by kind of tensor, and of the distance to the centre."""
+    kinds, distances = angles_by_kind(values["angles", way]), values["shell", way]["distance"]
+    return [
+        way,
+        *(_cell(kinds.get(what)) for what in ("kernels", "biases", "norms", "head")),
+        f"{np.mean(distances):.3f} ± {np.std(distances, ddof=1):.3f}",
+    ]
+
+
+def _geometry_claims(way: str, setup: Setup, values: Values) -> list[Claim]:
+    distances = values["shell", way]["distance"]
+    radius = np.mean(distances)
+    return [
+        *angle_claims(values["angles", way], 2 * len(setup.seeds), "Section 2", f"{way}: "),
+        Claim(
+            f"{way}: models lie at one distance from the centre (within 2 %)",
+            "Section 2.1",
+            [abs(d / radius - 1) for d in distances],
+            unit="",
+            within=0.02,
+        ),
+    ]
 
 
 def _id(score: Mapping[str, Any]) -> float:

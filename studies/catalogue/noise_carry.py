@@ -130,25 +130,7 @@ def _say(setup: Setup, values: Values) -> Report:
         for name in _NAMES
         for seed in setup.seeds
     }
-    claims, rows, notes = [], [], []
-    for how, text in _OURS.items():
-        for rival, members in _RIVALS.items():
-            pairs = [
-                (curves[how, seed], [curves[member, seed] for member in members])
-                for seed in setup.seeds
-            ]
-            own = known(own_above(mine.own, theirs) for mine, theirs in pairs)
-            along = known(curve_above([mine], theirs) for mine, theirs in pairs)
-            together = with_error(jackknife(_of_means, pairs))
-            rows.append([f"{text} − {rival}", shown(own), str(len(own)), together, shown(along)])
-            if len(own) < len(pairs):
-                notes.append(_outside(text, rival, pairs, len(own)))
-            said = {f"{text}, as it is,": own, f"{text}, at its best α,": along}
-            claims += [
-                Claim(f"{what} beats {rival}, at equal ID", "ours", found)
-                for what, found in said.items()
-                if len(found) > 1
-            ]
+    rows, claims, notes = _against_rivals(setup, curves)
     tables = [
         _accuracies(setup, values),
         Table(
@@ -175,6 +157,32 @@ def _say(setup: Setup, values: Values) -> Report:
             *notes,
         ],
     )
+
+
+def _against_rivals(
+    setup: Setup, curves: Mapping[Any, Curve]
+) -> tuple[list[list[str]], list[Claim], list[str]]:
+    """Rows and claims, and a note where there is no point of equal ID at some seeds."""
+    claims, rows, notes = [], [], []
+    for how, text in _OURS.items():
+        for rival, members in _RIVALS.items():
+            pairs = [
+                (curves[how, seed], [curves[member, seed] for member in members])
+                for seed in setup.seeds
+            ]
+            own = known(own_above(mine.own, theirs) for mine, theirs in pairs)
+            along = known(curve_above([mine], theirs) for mine, theirs in pairs)
+            together = with_error(jackknife(_of_means, pairs))
+            rows.append([f"{text} − {rival}", shown(own), str(len(own)), together, shown(along)])
+            if len(own) < len(pairs):
+                notes.append(_outside(text, rival, pairs, len(own)))
+            said = {f"{text}, as it is,": own, f"{text}, at its best α,": along}
+            claims += [
+                Claim(f"{what} beats {rival}, at equal ID", "ours", found)
+                for what, found in said.items()
+                if len(found) > 1
+            ]
+    return rows, claims, notes
 
 
 def _of_means(pairs: Sequence[tuple[Curve, list[Curve]]]) -> float | None:

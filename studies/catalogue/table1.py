@@ -28,11 +28,21 @@ def _scores(setup: Setup, values: Values, n: int):
 
 
 def _say(setup: Setup, values: Values) -> Report:
-    members = averages(setup.seeds)
-    alone = _scores(setup, values, 1)
+    columns = ["", "to the centre", "by 1/√N", "ID", "avg shifts"]
+    columns += ["paper: to the centre", "ImageNet", "avg shifts"]
+    note = (
+        "The centre is the mean of models that are in none of the rows; the distance that its own "
+        "noise adds is taken off. The paper's centre is the mean of 50 models, those of the rows "
+        "among them."
+    )
+    claims = [*_shell_claims(setup, values), *_accuracy_claims(setup, values)]
+    return Report([Table(columns, _rows(setup, values))], claims, notes=[note])
+
+
+def _rows(setup: Setup, values: Values) -> list[list[str]]:
     radius = np.mean(values["shell", 1]["distance"])
     rows = []
-    for n in members:
+    for n in averages(setup.seeds):
         distances, scores = values["shell", n]["distance"], _scores(setup, values, n)
         paper = TABLE_1.get(n)
         rows.append(
@@ -48,16 +58,19 @@ def _say(setup: Setup, values: Values) -> Report:
                 ),
             ]
         )
-    pairs = groups(alone, 2)
-    twos = _scores(setup, values, 2)
-    shell = values["shell", 1]
+    return rows
+
+
+def _shell_claims(setup: Setup, values: Values) -> list[Claim]:
+    members, shell = averages(setup.seeds), values["shell", 1]
+    radius = np.mean(shell["distance"])
     # The means of all N are of the same models: one number each.
     law = [
         abs(np.mean(values["shell", n]["distance"]) * np.sqrt(n) / radius - 1)
         for n in members
         if n > 1
     ]
-    claims = [
+    return [
         Claim(
             "(i) fine-tuned models lie at one distance from the centre (within 1 %)",
             "Section 2.1",
@@ -69,7 +82,7 @@ def _say(setup: Setup, values: Values) -> Report:
             Claim(f"{text} are orthogonal (|cos| < 0.05)", "Section 2.1", cosines, "", within=0.05)
             for text, cosines in (
                 ("(ii) w0 − μ and w_i − μ", shell["to_anchor"]),
-                ("(iii) w_i − μ and w_j − μ", own_pairs(shell["between"], len(alone))),
+                ("(iii) w_i − μ and w_j − μ", own_pairs(shell["between"], len(members[1]))),
             )
         ),
         Claim(
@@ -79,6 +92,12 @@ def _say(setup: Setup, values: Values) -> Report:
             unit="",
             within=0.03,
         ),
+    ]
+
+
+def _accuracy_claims(setup: Setup, values: Values) -> list[Claim]:
+    pairs, twos = groups(_scores(setup, values, 1), 2), _scores(setup, values, 2)
+    return [
         Claim(
             "the mean of two is better than one, in distribution",
             "Table 1",
@@ -93,14 +112,6 @@ def _say(setup: Setup, values: Values) -> Report:
             ],
         ),
     ]
-    columns = ["", "to the centre", "by 1/√N", "ID", "avg shifts"]
-    columns += ["paper: to the centre", "ImageNet", "avg shifts"]
-    note = (
-        "The centre is the mean of models that are in none of the rows; the distance that its own "
-        "noise adds is taken off. The paper's centre is the mean of 50 models, those of the rows "
-        "among them."
-    )
-    return Report([Table(columns, rows)], claims, notes=[note])
 
 
 TABLE_1_STUDY = Study(

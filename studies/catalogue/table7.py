@@ -65,41 +65,7 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
                 shown([one["merged"] for one in predicted], 3),
             ]
         )
-        claims.append(
-            Claim(
-                f"N = {n}: Model Stock beats the mean of the same models on the shifts",
-                "Table 7",
-                [average(a) - average(b) for a, b in zip(stocks, means, strict=True)],
-            )
-        )
-        claims.append(
-            Claim(
-                f"N = {n}: Model Stock is at most 0.5 points behind the mean, in distribution",
-                "Table 7",
-                [a["id"] - b["id"] for a, b in zip(stocks, means, strict=True)],
-                margin=0.5,
-            )
-        )
-        claims.append(
-            Claim(
-                f"N = {n}: Model Stock is closer to the centre than the mean",
-                "Table 7",
-                [far - near for far, near in at],
-                "of distance",
-            )
-        )
-        claims.append(
-            Claim(
-                f"N = {n}: angles alone predict Model Stock's distance to the centre (within 3 %)",
-                "Section 3",
-                [
-                    abs(one["merged"] / near - 1)
-                    for one, (_, near) in zip(predicted, at, strict=True)
-                ],
-                unit="",
-                within=0.03,
-            )
-        )
+        claims += _claims_table_7(n, means, stocks, at, predicted)
     theirs_rows = [
         [f"N = {n}", *(theirs(x) for row in pair for x in row)] for n, pair in TABLE_7.items()
     ]
@@ -113,6 +79,36 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
             "and one angle explains its last column only with N = 5 there.",
         ],
     )
+
+
+def _claims_table_7(n: int, means, stocks, at, predicted) -> list[Claim]:
+    """Claims of the teams of n: their scores, distances to the centre, and those predicted."""
+    return [
+        Claim(
+            f"N = {n}: Model Stock beats the mean of the same models on the shifts",
+            "Table 7",
+            [average(a) - average(b) for a, b in zip(stocks, means, strict=True)],
+        ),
+        Claim(
+            f"N = {n}: Model Stock is at most 0.5 points behind the mean, in distribution",
+            "Table 7",
+            [a["id"] - b["id"] for a, b in zip(stocks, means, strict=True)],
+            margin=0.5,
+        ),
+        Claim(
+            f"N = {n}: Model Stock is closer to the centre than the mean",
+            "Table 7",
+            [far - near for far, near in at],
+            "of distance",
+        ),
+        Claim(
+            f"N = {n}: angles alone predict Model Stock's distance to the centre (within 3 %)",
+            "Section 3",
+            [abs(one["merged"] / near - 1) for one, (_, near) in zip(predicted, at, strict=True)],
+            unit="",
+            within=0.03,
+        ),
+    ]
 
 
 # Units of few enough numbers for an angle above 90 degrees.

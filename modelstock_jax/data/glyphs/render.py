@@ -295,21 +295,41 @@ def draw_scene(bits: jax.Array, label: jax.Array, domain: dict[str, jax.Array]) 
     """One image's scene, from `SCENE_WORDS` random words, its label and the domain's arrays."""
     uniforms = (bits >> 8).astype(jnp.float32) * 2**-24
     draws = iter(uniforms[_KNOTS:])
-
-    def uniform(low=0.0, high=1.0):
-        return low + (high - low) * next(draws)
-
-    def chance(name):
-        return next(draws) < domain[name]
-
-    def within(name):
-        return uniform(-domain[name], domain[name])
-
-    difficulty = jnp.where(domain["mixed"] > 0, uniform(), 1.0)
+    difficulty = jnp.where(domain["mixed"] > 0, _uniform(draws), 1.0)
     domain = at_difficulty(domain, difficulty)
-    font = domain["fonts"][jnp.floor(uniform(0.0, domain["num_fonts"])).astype(jnp.int32)]
-    stroke = uniform()
-    style = jnp.select(
+    elastic = bell(bits[:_KNOTS].reshape(2, WAVES, WAVES))
+    return Scene(  # in the order of the draws, on which every image depends
+        label=label,
+        font=domain["fonts"][
+            jnp.floor(_uniform(draws, 0.0, domain["num_fonts"])).astype(jnp.int32)
+        ],
+        style=_draw_style(draws, domain),
+        rotation=_within(draws, domain["rotation"]) * (np.pi / 180),
+        scale=_uniform(draws, *domain["scale"]),
+        shear=_within(draws, domain["shear"]),
+        perspective=jnp.stack([_within(draws, domain["perspective"]) for _ in range(2)]),
+        shift=jnp.stack([_within(draws, domain["shift"]) for _ in range(2)]),
+        elastic=elastic * domain["elastic"],
+        **_draw_colours(draws, domain),
+        wave=_draw_wave(draws, domain),
+        clutter=_draw_clutter(draws, domain),
+        patch=_draw_patch(draws, domain),
+        blur=0.35 + _uniform(draws, 0.0, domain["blur"]),
+        noise=_uniform(draws, 0.0, domain["noise"]),
+    )
+
+
+def _uniform(draws, low=0.0, high=1.0):
+    return low + (high - low) * next(draws)
+
+
+def _within(draws, limit):
+    return _uniform(draws, -limit, limit)
+
+
+def _draw_style(draws, domain) -> jax.Array:
+    stroke = _uniform(draws)
+    return jnp.select(
         [
             stroke < domain["outline_share"],
             stroke < domain["outline_share"] + domain["heavy_share"],
@@ -318,48 +338,45 @@ def draw_scene(bits: jax.Array, label: jax.Array, domain: dict[str, jax.Array]) 
         [STYLES.index("outline"), STYLES.index("thick"), STYLES.index("thin")],
         STYLES.index("fill"),
     )
-    rotation = within("rotation") * (np.pi / 180)
-    scale, shear = uniform(*domain["scale"]), within("shear")
-    perspective = jnp.stack([within("perspective"), within("perspective")])
-    shift = jnp.stack([within("shift"), within("shift")])
 
-    paper_light = uniform(*domain["paper"])
-    ink_light = jnp.maximum(paper_light - uniform(*domain["contrast"]), 0.0)
-    inverted = chance("inversion_share")
-    coloured = chance("colour_share")
-    hues = [jnp.where(coloured, jnp.floor(uniform(0.0, GREY)), GREY) for _ in range(2)]
 
-    wave_present = chance("texture_share")
-    wave = [wave_present * uniform(0.05, 0.2)]
-    wave += [uniform(-5.0, 5.0), uniform(-5.0, 5.0), uniform(0.0, 2 * np.pi)]
-    clutter_present = chance("clutter_share")
-    clutter = [clutter_present * uniform(0.4, 0.9), jnp.floor(uniform(0.0, len(CHARACTERS)))]
-    clutter += [uniform(0.0, 2 * np.pi), uniform(0.45, 0.6)]
-    clutter += [uniform(0.0, 2 * np.pi), uniform(-0.45, 0.45)]
-    patch = [1.0 * chance("occlusion_share"), uniform(-0.35, 0.35), uniform(-0.35, 0.35)]
-    patch += [uniform(0.07, 0.2), uniform(0.07, 0.2), uniform()]
-    blur, noise = 0.35 + uniform(0.0, domain["blur"]), uniform(0.0, domain["noise"])
-    elastic = bell(bits[:_KNOTS].reshape(2, WAVES, WAVES))
-    return Scene(
-        label=label,
-        font=font,
-        style=style,
-        rotation=rotation,
-        scale=scale,
-        shear=shear,
-        perspective=perspective,
-        shift=shift,
-        elastic=elastic * domain["elastic"],
-        ink_hue=hues[0].astype(jnp.int32),
-        ink_light=jnp.where(inverted, 1.0 - ink_light, ink_light),
-        paper_hue=hues[1].astype(jnp.int32),
-        paper_light=jnp.where(inverted, 1.0 - paper_light, paper_light),
-        wave=jnp.stack(wave),
-        clutter=jnp.stack(clutter),
-        patch=jnp.stack(patch),
-        blur=blur,
-        noise=noise,
-    )
+def _draw_colours(draws, domain) -> dict[str, jax.Array]:
+    """The scene's hues and lights of ink and paper."""
+    paper_light = _uniform(draws, *domain["paper"])
+    ink_light = jnp.maximum(paper_light - _uniform(draws, *domain["contrast"]), 0.0)
+    inverted = next(draws) < domain["inversion_share"]
+    coloured = next(draws) < domain["colour_share"]
+    hues = [jnp.where(coloured, jnp.floor(_uniform(draws, 0.0, GREY)), GREY) for _ in range(2)]
+    return {
+        "ink_hue": hues[0].astype(jnp.int32),
+        "ink_light": jnp.where(inverted, 1.0 - ink_light, ink_light),
+        "paper_hue": hues[1].astype(jnp.int32),
+        "paper_light": jnp.where(inverted, 1.0 - paper_light, paper_light),
+    }
+
+
+def _draw_wave(draws, domain) -> jax.Array:
+    present = next(draws) < domain["texture_share"]
+    wave = [present * _uniform(draws, 0.05, 0.2)]
+    wave += [_uniform(draws, -5.0, 5.0), _uniform(draws, -5.0, 5.0)]
+    wave += [_uniform(draws, 0.0, 2 * np.pi)]
+    return jnp.stack(wave)
+
+
+def _draw_clutter(draws, domain) -> jax.Array:
+    present = next(draws) < domain["clutter_share"]
+    clutter = [present * _uniform(draws, 0.4, 0.9)]
+    clutter += [jnp.floor(_uniform(draws, 0.0, len(CHARACTERS)))]
+    clutter += [_uniform(draws, 0.0, 2 * np.pi), _uniform(draws, 0.45, 0.6)]
+    clutter += [_uniform(draws, 0.0, 2 * np.pi), _uniform(draws, -0.45, 0.45)]
+    return jnp.stack(clutter)
+
+
+def _draw_patch(draws, domain) -> jax.Array:
+    present = next(draws) < domain["occlusion_share"]
+    patch = [1.0 * present, _uniform(draws, -0.35, 0.35), _uniform(draws, -0.35, 0.35)]
+    patch += [_uniform(draws, 0.07, 0.2), _uniform(draws, 0.07, 0.2), _uniform(draws)]
+    return jnp.stack(patch)
 
 
 def bell(bits):
