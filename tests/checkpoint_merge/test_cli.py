@@ -405,24 +405,24 @@ def test_units_by_name_are_refused_where_names_are_not_known(say, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "status", "said"), [
-    (["merge", "B", "F", "--methd", "stock"], 2, "option --methd (did you mean '--method'?)"),
-    (["merge", "B", "F", "--max-shard-sise=1GB"], 2, "did you mean '--max-shard-size'"),
-    (["merge", "B", "F", "--metho", "stock"], 2, "unknown option --metho"),
-    (["merge", "B", "F", "--method", "stok"], 2, "invalid choice: 'stok'"),
-    (["merge", "B", "F", "--max-shard-size", "big"], 2, "expected a size like 5GB"),
-    (["merge", "B", "F", "--weights", "a,b"], 2, "expected numbers like 0.5,1"),
-    (["mrge"], 2, "invalid choice: 'mrge'"),
-    (["merge", "B", "F1", "F2"], 1, "--out DIR is missing"),
-    (["merge", "--out", "o"], 1, "give BASE and the models"),
-    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "does not read alpha"),
-    (["merge", "B", "F1", "F1", "--out", "o"], 1, "error: F1 is given twice"),
-    (["merge", "B", "F1", "./B", "--out", "o"], 1, "error: ./B is given twice"),
-    (["merge", "B", "none", "--out", "o"], 1, "none: no such file or directory"),
-    (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "give --recipe or BASE FT1 FT2"),
-    (["compare", "B"], 1, "give BASE and the models"),
-    (["compare", "B", "F1", "F2", "--out", "o"], 2, "--out is an option of modelstock merge"),
-    (["merge", "B", "F1", "--out", "o"], 1, "not 1; the model that is given first is the base"),
-    (["merge", "B", "F1", "F2", "--out", "o.safetensors"], 1, "a directory is made"),
+    (["merge", "B", "F", "--methd", "stock"], 2, "--methd .*'--method'"),
+    (["merge", "B", "F", "--max-shard-sise=1GB"], 2, "-sise .*'--max-shard-size'"),
+    (["merge", "B", "F", "--metho", "stock"], 2, "--metho "),
+    (["merge", "B", "F", "--method", "stok"], 2, "'stok'.*'stock'"),
+    (["merge", "B", "F", "--max-shard-size", "big"], 2, "--max-shard-size: 'big'"),
+    (["merge", "B", "F", "--weights", "a,b"], 2, "--weights: 'a,b'"),
+    (["mrge"], 2, "'mrge'.*'merge'"),
+    (["merge", "B", "F1", "F2"], 1, "--out DIR"),
+    (["merge", "--out", "o"], 1, "BASE FT1 FT2"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "'stock' .*alpha"),
+    (["merge", "B", "F1", "F1", "--out", "o"], 1, "F1 .*twice"),
+    (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*twice"),
+    (["merge", "B", "none", "--out", "o"], 1, "none: .*ORG/NAME"),
+    (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "--recipe .*BASE FT1 FT2"),
+    (["compare", "B"], 1, "BASE FT1 FT2"),
+    (["compare", "B", "F1", "F2", "--out", "o"], 2, "--out .*modelstock merge "),
+    (["merge", "B", "F1", "--out", "o"], 1, "'stock' .*1.* base"),
+    (["merge", "B", "F1", "F2", "--out", "o.safetensors"], 1, "--out o.safetensors"),
     (["merge", "B", "F1", "F2", "--out", "o", "--method", "wise-ft"], 1, "--alpha 0.5"),
     (["merge", "B", "F1", "F2", "--out", "F1/config.json/o"], 1, "config.json"),
 ])  # fmt: skip
@@ -432,7 +432,7 @@ def test_mistakes_are_one_line(say, models, tmp_path, monkeypatch, arguments, st
     monkeypatch.chdir(tmp_path)
     found, out, err = say(*arguments)
     assert (found, out) == (status, "")
-    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(said, err) and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_an_existing_directory_is_kept(say, models, tmp_path):
