@@ -117,7 +117,7 @@ def test_the_choice_of_a_learning_rate_goes_on(tmp_path):
     output = killed_and_resumed(
         small_run.arguments(anchor, killed, *rates), killed / "runs/learning_rate_0.002/state/6"
     )
-    assert "learning_rate_0.002: goes on from step" in output
+    assert "learning_rate_0.002: " in output and "from step" in output
     name = "learning_rate.json"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
@@ -137,6 +137,6 @@ def test_pretraining_goes_on(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert small_run.finish(*arguments(whole))[0] == 0
     output = killed_and_resumed(arguments(killed), killed / "runs/seed_0/pretrain/state/8")
-    assert "goes on from step" in output
+    assert "from step" in output
     name = "model/model.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
