@@ -276,12 +276,12 @@ def test_wrong_inputs_are_named():
             image_features(CONFIG, PARAMS["image_tower"], jnp.zeros(shape))
     with pytest.raises(UserError, match=r"\(1, 17\).*L <= 16"):
         text_features(CONFIG, PARAMS["text_tower"], jnp.zeros((1, 17), jnp.int32))
-    with pytest.raises(UserError, match="'xla' or 'cudnn', not 'flash'"):
+    with pytest.raises(UserError, match="'xla' or 'cudnn'.*'flash'"):
         Compute(attention="flash")
     for dtype in ("bf16", "int32", object()):
-        with pytest.raises(UserError, match="float32, bfloat16, float16, float64, not"):
+        with pytest.raises(UserError, match="float32, bfloat16, float16, float64"):
             Compute(dtype=dtype)
-    with pytest.raises(UserError, match="needs dtype bfloat16 or float16, not float32"):
+    with pytest.raises(UserError, match="dtype bfloat16 or float16.* float32"):
         Compute(attention="cudnn")
 
 
