@@ -290,7 +290,7 @@ def _assert_refused(paths, root, capsys):
         assert merge(paths, root / "out", *options) == 1
         said = capsys.readouterr().err
         assert said.count("error:") == 1, said
-        assert "quantized" in said or "--dequantize cannot" in said, said
+        assert "quantized" in said or options and "--dequantize" in said, said
         # The option is not offered where it cannot help.
         assert options or "--dequantize" not in said, said
         assert not (root / "out").exists()
