@@ -140,7 +140,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device"):
+    with pytest.raises(UserError, match=r"a\.txt: No space left on device"):
         fileio.write_atomically(path, fail)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
@@ -154,7 +154,7 @@ def test_a_file_has_the_mode_of_any_other_and_the_umask_is_not_touched(tmp_path,
 
 def test_a_file_in_the_place_of_the_directory(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*results.json"):
+    with pytest.raises(UserError, match="file/results.json"):
         tables.write_results(tmp_path / "file", made_up.rows())
 
 
