@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -31,13 +32,13 @@ def arguments(anchor, workdir, *names):
 
 def test_mistakes_are_one_line(tmp_path):
     for more, message in (
-        (["tabel1"], "no study 'tabel1'; did you mean table1? There are: fig1, "),
-        (["shoe"], "error: no study 'shoe'; there are: fig1, "),
-        (["table1", "--num_seeds=1"], "--num_seeds=1: a study compares at least 2 seeds"),
+        (["tabel1"], "'tabel1'.* table1.* fig1, "),
+        (["shoe"], "error: .*'shoe'.* fig1, "),
+        (["table1", "--num_seeds=1"], "--num_seeds=1: .*2 seeds"),
         (["table1", "--config=configs/none.py"], "configs/none.py"),
     ):
         code, output = small_run.finish(*more, f"--workdir={tmp_path}", program=PROGRAM)
-        assert code == 1 and message in output and "Traceback" not in output, output
+        assert code == 1 and re.search(message, output) and "Traceback" not in output, output
     assert not (tmp_path / "trained").exists()
 
 
@@ -64,7 +65,7 @@ def test_a_signal_ends_it_in_a_line(tmp_path, not_ignored, kind, code):
         process.kill()
         process.communicate()
     assert process.returncode == code and "Traceback" not in said, said
-    assert kind != signal.SIGINT or "the same command goes on" in said
+    assert kind != signal.SIGINT or "same command" in said
 
 
 @pytest.mark.slow
