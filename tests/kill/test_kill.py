@@ -11,11 +11,6 @@ from tests.experiment import small_run
 from tests.kill.series import PHASES, Series, wanted
 
 
-def test_the_share_of_each_phase():
-    assert wanted(100) == {**dict.fromkeys(PHASES, 15), "train": 40}
-    assert wanted(10) == {**dict.fromkeys(PHASES, 2), "train": 2}
-
-
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
     return Series(tmp_path_factory.mktemp("kill"), seed=1)
