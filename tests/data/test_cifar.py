@@ -137,7 +137,7 @@ def test_a_missing_set_is_one_line_with_its_command(tmp_path):
         ({"held_out": EACH}, f"'airplane' .*{EACH} images, .*{EACH}"),
         (
             {"check_counts": True},
-            rf"train: .*'train': {10 * EACH} images of 50,000, 49,940 .*"
+            rf"train: .*'train': {10 * EACH} images .*50,000, 49,940 .*"
             r"\(airplane, automobile, bird, cat, deer and 5 more .*5000\)",
         ),
     ],

@@ -88,7 +88,7 @@ def test_mistakes(tmp_path):
     write_folders(tmp_path / "shifts" / "sketch", ["cow"], 1)
     with pytest.raises(UserError, match="sketch: 'cow' .* 2 classes"):
         open_own(config(tmp_path, test_share=0.4, validation_share=0.4))
-    with pytest.raises(UserError, match="'cat' .*1 images, .* 1 for v"):
+    with pytest.raises(UserError, match="'cat' .*1 images, .* 1 .*validation"):
         open_own(config(tmp_path, test_share=0.7))
     with pytest.raises(UserError, match="data.shifts: .*night; .*sketch"):
         open_own(config(tmp_path, shifts=("night",), test_share=0.4, validation_share=0.4))

@@ -183,8 +183,8 @@ def changed(mappings, file, change):
         ),
         ("objectnet_to_imagenet_1k", list, "JSON object"),
         ("folder_to_objectnet_label", lambda x: x | {"more": "Class 3"}, "'Class 3' .*fold"),
-        ("pytorch_to_imagenet_2012_id", lambda x: x | {"0": 4}, "lines 0 to 999"),
-        ("pytorch_to_imagenet_2012_id", lambda x: x | {"1000": 4}, "keys '0' to '999'"),
+        ("pytorch_to_imagenet_2012_id", lambda x: x | {"0": 4}, "lines 0 .*999"),
+        ("pytorch_to_imagenet_2012_id", lambda x: x | {"1000": 4}, "keys '0' .*'999'"),
     ],
 )
 def test_objectnet_files_that_do_not_fit(mappings, file, change, message):
@@ -221,7 +221,7 @@ def test_real(tmp_path):
     assert len(read) == 50_000 and read[:3] == ((), (1, 2), (2, 3)) and read[999] == ()
     for item in ("3", "[1000]", "[-1]", "[true]", '["1"]', "[1.0]"):
         write([*items[:7], item, *items[8:]])
-        with pytest.raises(UserError, match="item 7 .*0 to 999"):
+        with pytest.raises(UserError, match="item 7 .* 0 .*999"):
             imagenet.real_labels(path)
     write(items[:-1])
     with pytest.raises(UserError, match="49,999 items.*50,000"):

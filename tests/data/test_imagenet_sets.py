@@ -145,7 +145,7 @@ def test_places(root, tmp_path):
 def test_a_class_outside_the_thousand_is_refused_whatever_the_counts(tmp_path):
     for name, folders, message in (
         ("sketch", ["n01440764", "n99999999"], "1,000 classes: n99999999"),
-        ("v2", ["0", "1000"], "class 1000 .*0 to 999"),
+        ("v2", ["0", "1000"], "class 1000 .* 0 .*999"),
         ("a", ["n01440764"], "label 0 .*200 classes"),
     ):
         write_folders(tmp_path / name, folders, 1)
@@ -169,8 +169,8 @@ def test_a_part_of_a_set_is_one_clear_line(root):
         open_set("v2", root / V2)
     for part in (
         f"{root / V2}: ",
-        "4 of 1,000 classes (n01443537, n01491361, n01494475, n01496331, n01498041 and 991 more",
-        "12 images of 10,000, 9,988 ",
+        "1,000 classes (n01443537, n01491361, n01494475, n01496331, n01498041 and 991 more",
+        " 10,000, 9,988 ",
         "(n01440764, n01484850, n01530575, n02099601 ",
         "--config.data.check_counts=False",
     ):
@@ -189,7 +189,7 @@ def test_published_counts(name):
     """Whole, with an image too many, and with an image of a wrong class."""
     labels, classes = whole_labels(name)
     check_whole(name, "here", labels, classes)
-    with pytest.raises(UserError, match=r"images of [\d,]+, 1 .*many"):
+    with pytest.raises(UserError, match=r"images .*\d, 1 .*many"):
         check_whole(name, "here", np.append(labels, labels[:1]), classes)
     if len(classes) == 200:
         other = next(k for k in range(1000) if k not in classes)

@@ -138,9 +138,9 @@ def test_evaluation_keeps_the_order():
         ({"seed": -1}, "seed .*-1"),
         ({"num_replicas": 0}, "num_replicas .*0"),
         ({"start_step": -1}, "start_step .*-1"),
-        ({"examples": [0, 8]}, r"examples=\[0, 8\]: .*0 to 7"),
+        ({"examples": [0, 8]}, r"examples=\[0, 8\]: .* 0 .*7"),
         ({"examples": []}, "examples"),
-        ({"replicas": [1, 0]}, "replicas.*0 to 1"),
+        ({"replicas": [1, 0]}, "replicas.* 0 .*1"),
     ],
 )
 def test_training_refuses(change, message):
@@ -151,5 +151,5 @@ def test_training_refuses(change, message):
 def test_evaluation_refuses_before_the_first_batch():
     with pytest.raises(UserError, match="batch_size .*0"):
         eval_batches(numbered(4), 0)
-    with pytest.raises(UserError, match="examples=.*0 to 2"):
+    with pytest.raises(UserError, match="examples=.* 0 .*2,"):
         eval_batches(numbered(4), 3, examples=range(2, 4))

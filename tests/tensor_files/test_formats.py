@@ -104,7 +104,7 @@ def test_shards_without_an_index_must_all_be_there(tmp_path):
     assert sorted(TensorFiles(tmp_path)) == [f"w{n}" for n in range(1, 6)]
     for number in (2, 5):
         (tmp_path / f"model-{number:05d}-of-00005.safetensors").unlink()
-    assert re.search(r"5 shards of model, .*\b2, 5\b", error(tmp_path))
+    assert re.search("5 shards .*model.* 2, 5", error(tmp_path))
     put(tmp_path, "model-00001-of-00004.safetensors", 1)
     assert re.search("shards .*4 .*5 .*index", error(tmp_path))
 
