@@ -320,7 +320,7 @@ def test_slices_of_a_part_are_refused(say, models, tmp_path):
         f"merge_method: slerp\nbase_model: {models[0]}\nparameters: {{t: 0.5}}\n"
     )
     status, _, err = say("merge", "--recipe", recipe, "--out", tmp_path / "out")
-    assert status == 1 and "end at layer 1" in err and "has 2" in err
+    assert status == 1 and re.search("slices .*layer 1, .*base .*2", err)
 
 
 def test_compare(say, models, merged, tmp_path):
@@ -336,7 +336,7 @@ def test_compare(say, models, merged, tmp_path):
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
     # Before anything is read: it may take minutes.
     status, _, err = say("compare", *models[:2], tmp_path / "gone", "--plot", "angles.xyz")
-    assert status == 1 and "angles.xyz: give a name that ends in .png" in err
+    assert status == 1 and re.search("--plot angles.xyz: .*.png", err)
 
 
 def test_one_fine_tune_is_counted_as_one(say, models, tmp_path):
@@ -349,8 +349,8 @@ def test_compare_tells_what_is_odd_about_its_models(say, models, tmp_path):
     tensors = factors(Q, 16, 16)
     lora = adapter(tmp_path / "lora", tensors, base_model_name_or_path="org/another")
     status, out, err = say("compare", *models, lora, "--json")
-    assert status == 0 and "note: " in err and "made for 'org/another'" in err
-    assert any("made for 'org/another'" in note for note in json.loads(out)["notes"])
+    assert status == 0 and "note: " in err and "'org/another'" in err
+    assert any("'org/another'" in note for note in json.loads(out)["notes"])
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -520,7 +520,7 @@ def test_the_config_says_what_is_read(tmp_path, say):
     paths = llama(tmp_path)
     (paths[0] / "config.json").write_text(json.dumps(LLAMA | {"num_attention_heads": 5}))
     status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", "head")
-    assert status == 1 and "num_heads = 5 does not divide" in err
+    assert status == 1 and re.search("num_heads = 5 .*self_attn", err)
 
 
 def _extra(tensors):

@@ -168,7 +168,7 @@ def sliced(*ranges, **source):
     (changed(STOCK, models=[{"model": "x", "parameters": {"weight": 1}}]), "'weight'"),
     (changed(STOCK, slices=[]), "models .*slices"),
     (changed(TIES, parameters={"density": [0.1, 0.9]}, models=[
-        {"model": "x", "parameters": {"weight": 1}}]), "density: .*slerp"),
+        {"model": "x", "parameters": {"weight": 1}}]), "density .*slerp"),
     (changed(TIES, models=[{"model": "org/a"}]), "weight .*org/a"),
     ({"merge_method": "linear", "parameters": {"normalize": False, "weight": 1},
       "models": [{"model": "x"}, {"model": "y"}]}, "weights? .* 2"),

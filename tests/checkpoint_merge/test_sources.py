@@ -101,7 +101,7 @@ def test_a_whole_model_beside_its_adapter_is_the_model(tmp_path):
     ("{tmp}/pickled", "safetensors.torch.save_file"),
     ("{tmp}/pickled/pytorch_model.bin", "pickle"),
     ("{tmp}/lora", "BASE"),
-    ("{model}+{tmp}/empty", "empty: no adapter_config.json"),
+    ("{model}+{tmp}/empty", "adapter_config.json"),
     ("{model}+", "'model+adapter'"),
     ("{tmp}/none+{tmp}/lora", "none: "),
     ("no-such-org/no-such-model", "no-such-org/no-such-model"),

@@ -90,7 +90,7 @@ def test_a_killed_study_repeats_nothing(tmp_path):
     keys = [json.loads(line)["key"] for line in ledger.read_text().splitlines()]
     assert len(set(keys)) == len(keys)
     code, again = small_run.finish(*command, program=PROGRAM)
-    assert code == 0 and "0 runs to train, 0 of" in again
+    assert code == 0 and "0 runs" in again
     whole = tmp_path / "whole"
     code, output = small_run.finish(*arguments(anchor, whole, *names), program=PROGRAM)
     assert code == 0, output
@@ -122,7 +122,7 @@ def test_the_committed_ledger_has_every_measurement(tmp_path):
     command = ["fig2", "table1", "table7", "--dry-run", f"--workdir={tmp_path}",
                f"--out={tmp_path}"]  # fmt: skip
     code, output = small_run.finish(*command, f"--ledger={committed}", program=PROGRAM)
-    assert code == 0 and "0 of 175 missing: 0 runs to train" in output, output
+    assert code == 0 and re.search("0 of 175 .*0 runs", output), output
     lines = committed.read_text().splitlines(keepends=True)
     scores = (number for number, line in enumerate(lines) if json.loads(line)["what"] == "Score")
     del lines[next(scores)]

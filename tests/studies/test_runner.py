@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -69,14 +70,14 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
     for bench in benches.values():
         assert list(bench.trained.done.values()) == ["fig6: replicas of seed 0 (1 of 1)"]
     said = capsys.readouterr().out
-    assert "2 of 2 missing: 2 runs to train" in said
+    assert re.search("2 of 2 .*2 runs", said)
     document = json.loads((tmp_path / "fig6_anchors.json").read_text())
     assert set(document["further"]) == {"two"}
     command = "python -m studies fig6 --config.seed=3 --num_seeds=2 --anchors=two"
     assert document["command"] == command
     assert f"`{command}`" in (tmp_path / "fig6_anchors.md").read_text()
     run("fig6", ["two"])
-    assert "0 of 2 missing: 0 runs to train" in capsys.readouterr().out
+    assert re.search("0 of 2 .*0 runs", capsys.readouterr().out)
     # The page of one anchor is made of the same lines, and leaves the other as it is.
     run("fig6", [])
     assert "further" not in json.loads((tmp_path / "fig6.json").read_text())
