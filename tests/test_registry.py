@@ -123,7 +123,7 @@ def test_a_run_merges_by_it_where_it_has_a_periodic_row(method):
         check_merge(config)
         assert method.periodic in ROWS and method.function
     else:
-        with pytest.raises(modelstock_jax.UserError, match="choose one of stock, mean"):
+        with pytest.raises(modelstock_jax.UserError, match="merge.method=.*stock, mean"):
             check_merge(config)
 
 

@@ -11,7 +11,7 @@ import pytest
 from modelstock_jax.checkpoint_merge.cli import main
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_directory_tensors
-from tests.checkpoint_merge.engine import deltas, models, stock_ratio
+from tests.checkpoint_merge.engine import deltas
 from tests.checkpoint_merge.small import adapter, factors
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -72,7 +72,7 @@ def test_a_base_rounded_after_the_training(tmp_path, capsys, dtype):
     places = save(tmp_path, [cast(base, dtype), *tuned])
     assert run(places, tmp_path / "raw") == 0
     said = capsys.readouterr().err
-    assert "coarser than the fine-tunes" in said and "--anchor-rounding correct" in said
+    assert "--anchor-rounding correct" in said
     assert median_ratio(report(tmp_path / "raw")) > 0.8
     assert run(places, tmp_path / "out", "--anchor-rounding", "correct") == 0
     found = report(tmp_path / "out")
@@ -110,13 +110,14 @@ def test_a_base_that_training_started_from_is_exact(tmp_path, capsys, cosine):
     wide = {n: w.astype(np.float64) for n, w in base.items()}
     places = save(tmp_path, [base, *(cast(m, np.float32) for m in trained(wide, 1e-3, cosine))])
     assert run(places, tmp_path / "out") == 0
-    assert "coarser" not in capsys.readouterr().err
+    assert "--anchor-rounding" not in capsys.readouterr().err
     found = report(tmp_path / "out")
     assert found["anchor_rounding"]["exact"] is True
     assert abs(median_ratio(found) - 2 * cosine / (1 + cosine)) < 0.04
     assert run(places, tmp_path / "no", "--anchor-rounding", "correct") == 1
     said = capsys.readouterr().err
-    assert "started from the rounded" in said and not (tmp_path / "no").exists()
+    assert "--anchor-rounding correct" in said and str(places[0]) in said
+    assert not (tmp_path / "no").exists()
 
 
 def test_tensors_that_did_not_move_are_untouched(tmp_path):
@@ -154,7 +155,7 @@ def test_adapters_hold_no_rounding_of_their_base(tmp_path, capsys):
     adapters = [adapter(tmp_path / f"lora{k}", factors("layers.0.mlp.up", 96, 96, seed=k))
                 for k in (1, 2)]
     assert run([place, *adapters], tmp_path / "out") == 0
-    assert "coarser" not in capsys.readouterr().err
+    assert "--anchor-rounding" not in capsys.readouterr().err
     assert report(tmp_path / "out")["anchor_rounding"] is None
 
 
@@ -164,7 +165,7 @@ def test_a_base_as_fine_as_its_fine_tunes(tmp_path, capsys):
     assert run(places, tmp_path / "out") == 0
     assert capsys.readouterr().err.count("note:") == 0
     assert run(places, tmp_path / "more", "--anchor-rounding", "correct") == 0
-    assert "changes nothing" in capsys.readouterr().err
+    assert "note: --anchor-rounding correct" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("related", [True, False])
@@ -174,7 +175,7 @@ def test_models_without_a_common_base(tmp_path, capsys, related):
     places = save(tmp_path, [cast(m, np.float32) for m in (original(), *tuned)])
     assert run(places, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert said.count("no base in common") == 2 and "1.4 times" in said
+    assert all(f"note: {place} " in said for place in places[1:]) and said.count(" 1.4 ") == 2
     cosines = [u["cosine"] for u in report(tmp_path / "out")["units"] if len(u["shape"]) == 2]
     assert np.median(cosines) > 0.4
 
@@ -190,9 +191,9 @@ def test_a_base_that_is_not_the_first(tmp_path, capsys, number, cosine, place):
     assert run(places, tmp_path / "out", "--dry-run") == 0
     said = capsys.readouterr().err
     if cosine == 0.5:  # All models are equally far from each other.
-        assert "equally far" not in said
+        assert "note:" not in said
     else:
-        assert f"is {places[place]} the base?" in said
+        assert f"note: {places[place]} " in said and str(places[0]) in said
 
 
 @pytest.mark.parametrize("number", [2, 3, 4])
@@ -229,7 +230,7 @@ def test_a_head_that_did_not_start_from_the_bases(tmp_path, capsys):
     places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
     assert run(places, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "classifier.weight moved" in said and said.count("note:") == 1
+    assert "note: classifier.weight " in said and said.count("note:") == 1
     assert run(places, tmp_path / "mean", "--exclude", "classifier.weight",
                "--excluded", "mean") == 0
     mean = np.mean([m["classifier.weight"].astype(np.float32) for m in tuned], axis=0)
@@ -245,7 +246,7 @@ def test_layers_that_were_replaced(tmp_path, capsys):
     places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
     assert run(places, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert said.count("layers.1.mlp.up.weight of") == said.count("note:") == 2
+    assert said.count("note: layers.1.mlp.up.weight ") == said.count("note:") == 2
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 2), (1, 2)])
@@ -257,7 +258,8 @@ def test_a_copy_of_a_model_is_no_fine_tune(tmp_path, capsys, first, second):
     places = save(tmp_path, given)
     assert run(places, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert f"{places[second]} is equal to {places[first]}" in said and said.count("note:") == 1
+    assert f"note: {places[second]} " in said and str(places[first]) in said
+    assert said.count("note:") == 1
 
 
 def test_a_movement_that_the_output_would_round_away(tmp_path, capsys):
@@ -267,9 +269,9 @@ def test_a_movement_that_the_output_would_round_away(tmp_path, capsys):
     places = save(tmp_path, [base, *tuned])
     assert run(places, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "rounding of the output" in said and "--dtype float32" in said
+    assert "--dtype float32" in said
     assert run(places, tmp_path / "wide", "--dtype", "float32") == 0
-    assert "rounding of the output" not in capsys.readouterr().err
+    assert "--dtype float32" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("size", "noted"), [(1e-3, True), (3e-2, False)])
@@ -279,16 +281,16 @@ def test_fine_tunes_that_are_coarser_than_the_base(tmp_path, capsys, size, noted
     tuned = trained({n: w.astype(np.float32).astype(np.float64) for n, w in base.items()}, size, 0)
     places = save(tmp_path, [cast(base, np.float32), *(cast(m, BF16) for m in tuned)])
     assert run(places, tmp_path / "out") == 0
-    assert ("stored coarser than" in capsys.readouterr().err) is noted
+    assert (str(places[0]) in capsys.readouterr().err) is noted
     assert (median_ratio(report(tmp_path / "out")) > 0.3) is noted
 
 
 def test_a_dry_run_and_a_comparison_say_it_too(tmp_path, capsys):
     places = save(tmp_path, [cast(m, np.float32) for m in (original(), original(8), original(9))])
     assert run(places, tmp_path / "out", "--dry-run") == 0
-    assert "no base in common" in capsys.readouterr().err
+    assert f"note: {places[1]} " in capsys.readouterr().err
     assert main(["compare", *map(str, places)]) == 0
-    assert "no base in common" in capsys.readouterr().err
+    assert f"note: {places[1]} " in capsys.readouterr().err
 
 
 def test_the_sample_of_large_tensors_is_spread_over_them(tmp_path, capsys):
@@ -300,11 +302,4 @@ def test_the_sample_of_large_tensors_is_spread_over_them(tmp_path, capsys):
         model["w"][:100] = base["w"][:100]
     places = save(tmp_path, [cast(base, BF16), *(cast(m, np.float32) for m in tuned)])
     assert run(places, tmp_path / "out") == 0
-    assert "coarser than the fine-tunes" in capsys.readouterr().err
-
-
-def test_models_of_engine_tests_are_true_fine_tunes(tmp_path, capsys):
-    places = save(tmp_path, models(SHAPES))
-    assert run(places, tmp_path / "out") == 0
-    assert "note:" not in capsys.readouterr().err
-    assert stock_ratio(deltas(models(SHAPES), "layers.0.mlp.up.weight")) > 0.5
+    assert "--anchor-rounding correct" in capsys.readouterr().err

@@ -19,7 +19,7 @@ def model_at(directory):
 
 def test_a_folder_that_is_gone_is_named(tmp_path):
     gone = tmp_path / "gone"
-    with pytest.raises(UserError, match=f"{gone}: cannot be copied"):
+    with pytest.raises(UserError, match=str(gone)):
         copy_companions([model_at(gone)], Companions(), tmp_path)
 
 

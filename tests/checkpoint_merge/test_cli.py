@@ -320,7 +320,7 @@ def test_slices_of_a_part_are_refused(say, models, tmp_path):
         f"merge_method: slerp\nbase_model: {models[0]}\nparameters: {{t: 0.5}}\n"
     )
     status, _, err = say("merge", "--recipe", recipe, "--out", tmp_path / "out")
-    assert status == 1 and "end at layer 1" in err and "has 2" in err
+    assert status == 1 and re.search("slices .*layer 1, .*base .*2", err)
 
 
 def test_compare(say, models, merged, tmp_path):
@@ -336,7 +336,7 @@ def test_compare(say, models, merged, tmp_path):
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
     # Before anything is read: it may take minutes.
     status, _, err = say("compare", *models[:2], tmp_path / "gone", "--plot", "angles.xyz")
-    assert status == 1 and "angles.xyz: give a name that ends in .png" in err
+    assert status == 1 and re.search("--plot angles.xyz: .*.png", err)
 
 
 def test_one_fine_tune_is_counted_as_one(say, models, tmp_path):
@@ -349,8 +349,8 @@ def test_compare_tells_what_is_odd_about_its_models(say, models, tmp_path):
     tensors = factors(Q, 16, 16)
     lora = adapter(tmp_path / "lora", tensors, base_model_name_or_path="org/another")
     status, out, err = say("compare", *models, lora, "--json")
-    assert status == 0 and "note: " in err and "made for 'org/another'" in err
-    assert any("made for 'org/another'" in note for note in json.loads(out)["notes"])
+    assert status == 0 and "note: " in err and "'org/another'" in err
+    assert any("'org/another'" in note for note in json.loads(out)["notes"])
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -405,24 +405,24 @@ def test_units_by_name_are_refused_where_names_are_not_known(say, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "status", "said"), [
-    (["merge", "B", "F", "--methd", "stock"], 2, "option --methd (did you mean '--method'?)"),
-    (["merge", "B", "F", "--max-shard-sise=1GB"], 2, "did you mean '--max-shard-size'"),
-    (["merge", "B", "F", "--metho", "stock"], 2, "unknown option --metho"),
-    (["merge", "B", "F", "--method", "stok"], 2, "invalid choice: 'stok'"),
-    (["merge", "B", "F", "--max-shard-size", "big"], 2, "expected a size like 5GB"),
-    (["merge", "B", "F", "--weights", "a,b"], 2, "expected numbers like 0.5,1"),
-    (["mrge"], 2, "invalid choice: 'mrge'"),
-    (["merge", "B", "F1", "F2"], 1, "--out DIR is missing"),
-    (["merge", "--out", "o"], 1, "give BASE and the models"),
-    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "does not read alpha"),
-    (["merge", "B", "F1", "F1", "--out", "o"], 1, "error: F1 is given twice"),
-    (["merge", "B", "F1", "./B", "--out", "o"], 1, "error: ./B is given twice"),
-    (["merge", "B", "none", "--out", "o"], 1, "none: no such file or directory"),
-    (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "give --recipe or BASE FT1 FT2"),
-    (["compare", "B"], 1, "give BASE and the models"),
-    (["compare", "B", "F1", "F2", "--out", "o"], 2, "--out is an option of modelstock merge"),
-    (["merge", "B", "F1", "--out", "o"], 1, "not 1; the model that is given first is the base"),
-    (["merge", "B", "F1", "F2", "--out", "o.safetensors"], 1, "a directory is made"),
+    (["merge", "B", "F", "--methd", "stock"], 2, "--methd .*'--method'"),
+    (["merge", "B", "F", "--max-shard-sise=1GB"], 2, "-sise .*'--max-shard-size'"),
+    (["merge", "B", "F", "--metho", "stock"], 2, "--metho "),
+    (["merge", "B", "F", "--method", "stok"], 2, "'stok'.*'stock'"),
+    (["merge", "B", "F", "--max-shard-size", "big"], 2, "--max-shard-size: 'big'"),
+    (["merge", "B", "F", "--weights", "a,b"], 2, "--weights: 'a,b'"),
+    (["mrge"], 2, "'mrge'.*'merge'"),
+    (["merge", "B", "F1", "F2"], 1, "--out DIR"),
+    (["merge", "--out", "o"], 1, "BASE FT1 FT2"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "'stock' .*alpha"),
+    (["merge", "B", "F1", "F1", "--out", "o"], 1, "F1 .*twice"),
+    (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*twice"),
+    (["merge", "B", "none", "--out", "o"], 1, "none: .*ORG/NAME"),
+    (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "--recipe .*BASE FT1 FT2"),
+    (["compare", "B"], 1, "BASE FT1 FT2"),
+    (["compare", "B", "F1", "F2", "--out", "o"], 2, "--out .*modelstock merge "),
+    (["merge", "B", "F1", "--out", "o"], 1, "'stock' .*1.* base"),
+    (["merge", "B", "F1", "F2", "--out", "o.safetensors"], 1, "--out o.safetensors"),
     (["merge", "B", "F1", "F2", "--out", "o", "--method", "wise-ft"], 1, "--alpha 0.5"),
     (["merge", "B", "F1", "F2", "--out", "F1/config.json/o"], 1, "config.json"),
 ])  # fmt: skip
@@ -432,7 +432,7 @@ def test_mistakes_are_one_line(say, models, tmp_path, monkeypatch, arguments, st
     monkeypatch.chdir(tmp_path)
     found, out, err = say(*arguments)
     assert (found, out) == (status, "")
-    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(said, err) and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_an_existing_directory_is_kept(say, models, tmp_path):
@@ -520,7 +520,7 @@ def test_the_config_says_what_is_read(tmp_path, say):
     paths = llama(tmp_path)
     (paths[0] / "config.json").write_text(json.dumps(LLAMA | {"num_attention_heads": 5}))
     status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", "head")
-    assert status == 1 and "num_heads = 5 does not divide" in err
+    assert status == 1 and re.search("num_heads = 5 .*self_attn", err)
 
 
 def _extra(tensors):

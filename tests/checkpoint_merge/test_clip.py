@@ -102,11 +102,11 @@ def test_the_classifier_is_merged_with_its_model(checkpoints, folders, tmp_path,
 def test_a_classifier_that_some_models_lack_is_named(checkpoints, folders, tmp_path):
     bare = save(tmp_path / "bare", dataclasses.replace(checkpoints[1], head=None, labels=None))
     base, _, other = folders["hugging_face"]
-    said = "bare lacks head.safetensors:bias, head.safetensors:weight .--missing base takes"
+    said = "bare .*head.safetensors:bias, head.safetensors:weight .*--missing base"
     with pytest.raises(UserError, match=said):
         plan([base, bare, other])
     made = plan([base, bare, other], missing="base")
     assert made.tensors["head.safetensors:weight"].action == "base"
-    with pytest.raises(UserError, match="lacks, and .* has, head.safetensors:bias"):
+    with pytest.raises(UserError, match=f"bare .*{base} .*head.safetensors:bias"):
         plan([bare, base, other])
     assert "head.safetensors" not in plan([bare, base, other], missing="base").files

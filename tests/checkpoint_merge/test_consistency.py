@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def test_positions_of_fine_tunes_that_agree_are_an_error_too(say, tmp_path):
     ours = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
     paths = trio(tmp_path, {"config.json": ours}, {"config.json": ours | {"rope_theta": 5e5}})
     said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "rope_theta is (none) in" in said.err
+    assert said.status == 1 and re.search("rope_theta .*none.* 500000.0 ", said.err)
     out = tmp_path / "theirs"
     assert say("merge", *paths, "--out", out, "--config-from", "model:1").status == 0
     assert load(out / "config.json")["rope_theta"] == 5e5
@@ -276,7 +277,7 @@ def test_the_error_names_key_values_and_option_and_the_option_resolves_it(say, t
     paths = trio(tmp_path, {"config.json": LLAMA}, {"config.json": theirs})
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 1 and not (tmp_path / "out").exists()
-    for part in ("config.json: rope_theta is 1000000.0 in", "10000.0 in", str(paths[0]),
+    for part in ("config.json: rope_theta ", " 1000000.0 ", " 10000.0 ", str(paths[0]),
                  str(paths[1]), "--config-from base", "--config-from model:1"):
         assert part in said.err, said.err
     for whose, wanted in (("base", LLAMA), ("model:1", theirs)):
@@ -292,7 +293,7 @@ def test_fine_tunes_that_disagree_on_a_key_that_the_base_lacks(say, tmp_path):
     paths = trio(tmp_path, *({"config.json": LLAMA | more} for more in (
         {}, {"num_experts_per_tok": 1}, {"num_experts_per_tok": 2})))
     said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "num_experts_per_tok is 1 in" in said.err
+    assert said.status == 1 and re.search("num_experts_per_tok .*1 .* 2 ", said.err)
     assert "--config-from model:2" in said.err and str(paths[0]) not in said.errors[0]
 
 
@@ -308,13 +309,13 @@ def test_harmless_keys_are_one_note(say, tmp_path):
 
 
 @pytest.mark.parametrize(("choice", "why"), [
-    ("model:3", "there are 2 fine-tunes"), ("model:2", "has no config.json"),
-    ("mode:1", "base or model:1"), ("ft1", "base or model:1")])
+    ("model:3", "model:3: .*2"), ("model:2", "model:2: .*config.json"),
+    ("mode:1", "base .*'mode:1'"), ("ft1", "base .*'ft1'")])
 def test_a_model_that_is_not_there_or_has_no_config(say, tmp_path, choice, why):
     paths = trio(tmp_path, {"config.json": LLAMA})
     said = say("merge", *paths[:2], paths[2] / "model.safetensors", "--out", tmp_path / "out",
                "--config-from", choice)
-    assert said.status in (1, 2) and why in said.err and said.err.count("\n") == 1
+    assert said.status in (1, 2) and re.search(why, said.err) and said.err.count("\n") == 1
 
 
 OPEN_CLIP = {"model_cfg": {"embed_dim": 8, "vision_cfg": {"layers": 2, "width": 64},
@@ -323,8 +324,8 @@ OPEN_CLIP = {"model_cfg": {"embed_dim": 8, "vision_cfg": {"layers": 2, "width": 
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"model_cfg.quick_gelu": True}, "model_cfg.quick_gelu is (none)"),
-    ({"model_cfg.vision_cfg.layers": 3}, "model_cfg.vision_cfg.layers is 2"),
+    ({"model_cfg.quick_gelu": True}, "model_cfg.quick_gelu"),
+    ({"model_cfg.vision_cfg.layers": 3}, "model_cfg.vision_cfg.layers"),
     ({"preprocess_cfg.mean": [0.4, 0.4, 0.4]}, "preprocess_cfg.mean"),
     ({"model_cfg.quick_gelu": False, "model_cfg.vision_cfg.patch_dropout": 0.5}, None),
     ({"model_cfg.text_cfg.hf_tokenizer_name": "b", "model_cfg.init_logit_scale": 4.6}, None),
@@ -336,7 +337,7 @@ def test_open_clip(say, tmp_path, changes, named):
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == (named is not None)
     if named:
-        assert f"{name}: {named}" in said.err
+        assert f"{name}: {named} " in said.err
         out = tmp_path / "theirs"
         assert say("merge", *paths, "--out", out, "--config-from", "model:1").status == 0
         assert load(out / name) == updated(OPEN_CLIP, changes)
@@ -347,17 +348,17 @@ def test_a_towers_config(say, tmp_path):
     theirs = {"model_type": "clip", "vision_config": {"hidden_act": "gelu", "dropout": 0.1}}
     paths = trio(tmp_path, {"config.json": ours}, {"config.json": theirs})
     said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and 'vision_config.hidden_act is "quick_gelu" in' in said.err
+    assert said.status == 1 and re.search('vision_config.hidden_act .*"quick_gelu" ', said.err)
     assert "dropout" not in said.errors[0]
 
 
 @pytest.mark.parametrize(("file", "ours", "theirs", "named"), [
     ("unet/config.json", {"_class_name": "UNet2DModel", "sample_size": 32}, {"sample_size": 64},
-     "unet/config.json: sample_size is 32"),
+     "unet/config.json: sample_size .*32 .* 64"),
     ("unet/config.json", {"_class_name": "UNet2DModel", "_diffusers_version": "0.3"},
      {"_diffusers_version": "0.4"}, None),
     ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"},
-     {"prediction_type": "v_prediction"}, 'prediction_type is "epsilon"'),
+     {"prediction_type": "v_prediction"}, 'prediction_type .*"epsilon" '),
     ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler", "steps_offset": 0},
      {"_class_name": "PNDMScheduler", "steps_offset": 1}, None),
 ])
@@ -369,7 +370,7 @@ def test_a_component_of_a_pipeline(say, tmp_path, file, ours, theirs, named):
                  file="unet/diffusion_pytorch_model.safetensors")
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == (named is not None), said.err
-    assert named is None or named in said.err
+    assert named is None or re.search(named, said.err)
     if named:
         out = tmp_path / "theirs"
         assert say("merge", *paths, "--out", out, "--config-from", "model:1").status == 0
@@ -382,7 +383,7 @@ def test_a_component_of_a_pipeline(say, tmp_path, file, ours, theirs, named):
     ("modules.json", [{"path": "", "type": "sentence_transformers.models.Transformer"}],
      [{"path": "", "type": "sentence_transformers.models.Transformer"},
       {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}], 1,
-     "modules.json: modules is"),
+     "modules.json: modules "),
     ("modules.json", [{"path": "", "type": "sentence_transformers.models.Transformer"}],
      [{"path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}], 0, ""),
     ("sentence_bert_config.json", {"max_seq_length": 128}, {"max_seq_length": 256}, 0,
@@ -409,7 +410,7 @@ def test_images_that_are_prepared_differently_are_a_note(say, tmp_path, file, wr
     paths = trio(tmp_path, {file: wrap(ours)}, {file: wrap(theirs)})
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0 and len(said.notes) == 2
-    assert "image_mean of" in said.notes[0] and "size" not in said.notes[0]
+    assert "image_mean " in said.notes[0] and "size" not in said.notes[0]
 
 
 @pytest.mark.parametrize("typed", [(), ("--dtype", "bf16")])

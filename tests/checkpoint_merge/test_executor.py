@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_measuring_writes_nothing(tmp_path):
 def test_no_output_in_at_or_around_an_input(tmp_path, out):
     made = plan(save(tmp_path / "in", models()))
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="(is|lies in|holds) the input .*apart from it"):
+    with pytest.raises(UserError, match=f"{tmp_path}/in.*: .* {tmp_path}/in/(base|ft2)"):
         run(made, tmp_path / "in" / out, overwrite=True)
     assert contents(tmp_path) == before
 
@@ -84,7 +85,7 @@ def test_no_output_in_at_or_around_an_input(tmp_path, out):
 def test_a_link_to_an_input_is_seen_through(tmp_path):
     made = plan(save(tmp_path / "in", models()))
     (tmp_path / "link").symlink_to(tmp_path / "in" / "base")
-    with pytest.raises(UserError, match="is the input"):
+    with pytest.raises(UserError, match=f"{tmp_path}/in/base: "):
         run(made, tmp_path / "link", overwrite=True)
 
 
@@ -92,7 +93,7 @@ def test_an_existing_directory_is_refused_or_replaced_whole(tmp_path):
     made = plan(save(tmp_path / "in", models()))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(UserError, match="out: exists already"):
+    with pytest.raises(UserError, match="out: .*--overwrite"):
         run(made, tmp_path / "out")
     assert contents(tmp_path / "out") == {"mine": b"x"}
     run(made, tmp_path / "out", overwrite=True)
@@ -109,8 +110,7 @@ def test_a_non_finite_weight_is_named_and_nothing_written(tmp_path, model, value
     with pytest.raises(UserError) as caught:
         merge(tmp_path, given, max_shard_bytes=1000, threads=2, **options)
     who = "base" if model == 0 else "ft2"
-    assert f"{who}: tensor 'model.norm.weight' holds NaN or infinity, first at [3]" in str(
-        caught.value)
+    assert re.search(rf"{who}: .*'model.norm.weight' .*NaN .*\[3\]", str(caught.value))
     assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2"}
 
 
@@ -128,7 +128,7 @@ def test_an_excluded_tensor_is_copied_unchecked(tmp_path, model, value):
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="GB are needed there and 0.00 GB are free"):
+    with pytest.raises(UserError, match="out: 0.02 GB .* 0.00 GB"):
         merge(tmp_path, models())
     assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2"}
 
@@ -144,7 +144,7 @@ def test_a_disk_that_fills_keeps_what_is_complete(tmp_path, monkeypatch):
         return pwrite(*args)
 
     monkeypatch.setattr(os, "pwrite", filling)
-    with pytest.raises(UserError, match="No space left on device.*give the same command again"):
+    with pytest.raises(UserError, match="No space left on device.*same command"):
         run(made, tmp_path / "out")
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()

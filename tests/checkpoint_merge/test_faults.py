@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import ml_dtypes
 import numpy as np
@@ -117,7 +118,7 @@ def test_09_one_nan_is_an_error_that_names_it(tmp_path):
     given = [dict(m) for m in models({"a": (3, 3), "w": (3, 4)})]
     given[1]["w"] = given[1]["w"].copy()
     given[1]["w"][1, 2] = np.nan
-    with pytest.raises(UserError, match=r"ft1: tensor 'w' holds NaN or infinity, first at \[1, 2"):
+    with pytest.raises(UserError, match=r"ft1: .*'w' .*NaN .*\[1, 2"):
         merge(tmp_path, given)
     assert not (tmp_path / "out").exists()
 
@@ -142,8 +143,8 @@ def test_integers_against_floating_point_name_the_model_and_the_way_out(tmp_path
     with pytest.raises(UserError) as caught:
         plan(save(tmp_path, given))
     said = str(caught.value)
-    assert f"w is I8 in {tmp_path}/ft1 and floating point in the others: quantized?" in said
-    assert f"x is I64 in {tmp_path}/ft2 and floating point in the others: store it as" in said
+    assert re.search(f"w .*I8 .*{tmp_path}/ft1 .*quantized", said)
+    assert re.search(f"x .*I64 .*{tmp_path}/ft2 .*floating point", said)
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [
@@ -165,7 +166,8 @@ def test_11_a_misspelt_key_of_a_recipe_is_refused(tmp_path, capsys):
               "models": [{"model": str(place)} for place in places[1:]]}
     (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
     command = ["merge", "--recipe", str(tmp_path / "recipe.yml"), "--out", str(tmp_path / "out")]
-    assert main(command) == 1 and "did you mean 'dtype'" in capsys.readouterr().err
+    assert main(command) == 1
+    assert re.search("recipe.yml: .*'dtpe' .*'dtype'", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -180,14 +182,14 @@ def test_12_a_tied_head_is_not_written_beside_a_config_that_ties_it(tmp_path):
 def test_13_an_extra_tensor_is_not_dropped_in_silence(tmp_path):
     given = [dict(m) for m in models({"w": (2, 2)})]
     given[2]["new.weight"] = np.ones(3, np.float32)
-    with pytest.raises(UserError, match="ft2 has, new.weight"):
+    with pytest.raises(UserError, match="base .*ft2 .*new.weight"):
         plan(save(tmp_path, given))
 
 
 def test_14_a_shape_that_differs_is_named_with_every_model(tmp_path):
     given = [dict(m) for m in models({"w": (2, 2)})]
     given[2]["w"] = np.ones((2, 3), np.float32)
-    with pytest.raises(UserError, match=r"w differs in shape: .*base \[2, 2\]; .*ft2 \[2, 3\]"):
+    with pytest.raises(UserError, match=r"w .*base \[2, 2\]; .*ft2 \[2, 3\]"):
         plan(save(tmp_path, given))
 
 

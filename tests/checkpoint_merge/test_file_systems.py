@@ -78,7 +78,7 @@ def test_a_broken_or_full_disk_is_an_error(made, tmp_path, monkeypatch, call, co
     monkeypatch.setattr(writer, "_SYNC", 100)
     with monkeypatch.context() as patch:
         assert not fails(patch, os, call, code)
-        with pytest.raises(UserError, match="cannot be written|cannot write") as caught:
+        with pytest.raises(UserError, match=str(tmp_path)) as caught:
             run(made, tmp_path / "out")
     line = str(caught.value)
     assert os.strerror(getattr(errno, code)) in line and "\n" not in line
@@ -95,7 +95,7 @@ def test_a_broken_or_full_disk_is_an_error(made, tmp_path, monkeypatch, call, co
 def test_flushes_of_directories(made, tmp_path, monkeypatch, code, only, fatal):
     calls = fails(monkeypatch, os, "fsync", code, only)
     if fatal:
-        with pytest.raises(UserError, match="cannot"):
+        with pytest.raises(UserError, match=os.strerror(getattr(errno, code))):
             run(made, tmp_path / "out")
     else:
         run(made, tmp_path / "out")
@@ -140,15 +140,15 @@ def test_without_locks_a_merge_is_made_and_says_so(made, tmp_path, monkeypatch, 
     assert fails(monkeypatch, fcntl, "flock", code) == []
     run(made, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "expected") and other.exists()
-    assert capsys.readouterr().err == (
-        f"note: the file system of {tmp_path / 'out'} has no locks: give no other merge this "
-        "--out meanwhile\n")
+    said = capsys.readouterr().err
+    assert said.startswith("note: ") and said.count("\n") == 1
+    assert str(tmp_path / "out") in said and "locks" in said and "--out" in said
 
 
 @pytest.mark.parametrize("code", ["EWOULDBLOCK", "EAGAIN"])
 def test_a_lock_of_another_process_is_an_error(made, tmp_path, monkeypatch, code):
     fails(monkeypatch, fcntl, "flock", code)
-    with pytest.raises(UserError, match="out: another process is making this merge.$"):
+    with pytest.raises(UserError, match="out: another process"):
         run(made, tmp_path / "out")
 
 
@@ -161,7 +161,7 @@ def test_a_link_stays_and_leads_to_the_merge(made, tmp_path, target):
     link = tmp_path / "links" / "out"
     link.symlink_to(Path("..") / target)
     if target == "there":
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="there: .*--overwrite"):
             run(made, link)
     run(made, link, overwrite=target == "there")
     assert os.readlink(link) == f"../{target}" and not (tmp_path / target).is_symlink()
@@ -179,9 +179,9 @@ def test_a_mount_point_is_refused_before_the_merge(made, tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda p: str(p).endswith("volume") or ismount(p))
     with pytest.raises(UserError) as caught:
         run(made, tmp_path / "volume", overwrite=True, progress=never)
-    assert str(caught.value) == (
-        f"{tmp_path}/volume: a mount point, which a new directory cannot replace; give a "
-        f"directory in it: {tmp_path}/volume/merged")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/volume: ") and said.endswith(f" {tmp_path}/volume/merged")
+    assert "mount" in said
     run(made, tmp_path / "volume" / "merged")
     assert contents(tmp_path / "volume/merged") == contents(tmp_path / "expected")
 
@@ -196,12 +196,12 @@ def test_a_mount_on_its_own_file_system_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("out", "said"), [
-    ("file/out", "{root}/file/out: {root}/file is a file, so no directory can be made in it; ch"),
-    ("file/a/b", "{root}/file/a/b: {root}/file is a file"),
-    ("file", "{root}/file: exists already, and is a file; choose a directory"),
-    ("to_file/out", "{root}/file is a file"),
-    ("loop", "{root}/loop: a link that leads to itself"),
-    ("x" * 250, "File name too long); choose another directory"),
+    ("file/out", "{root}/file/out: {root}/file "),
+    ("file/a/b", "{root}/file/a/b: {root}/file "),
+    ("file", "{root}/file: "),
+    ("to_file/out", "{root}/file "),
+    ("loop", "{root}/loop: "),
+    ("x" * 250, "File name too long"),
 ])  # fmt: skip
 def test_a_place_where_nothing_can_be_made_is_named_first(made, tmp_path, out, said):
     (tmp_path / "file").touch()
@@ -252,10 +252,8 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
     before = contents(out)
     _, said = first.communicate(timeout=120)
     error = said.splitlines()[-1]
-    assert first.returncode == 1 and error == (
-        f"error: {out}: another process made it during this merge; give the same command with "
-        "--overwrite (in a program, overwrite=True) to replace it. The merged files are kept, so "
-        "nothing is computed again.")
+    assert first.returncode == 1 and error.startswith(f"error: {out}: ")
+    assert "process" in error and "--overwrite" in error
     assert contents(out) == before  # Of the one that was first.
     again = merge("--overwrite", "--json")
     assert again.returncode == 0, again.stderr
@@ -284,7 +282,7 @@ def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(made, 
         if kind == "empty":
             run(made, out)
         else:
-            with pytest.raises(OccupiedError, match="another process made it") as caught:
+            with pytest.raises(OccupiedError, match="out: another process") as caught:
                 run(made, out)
             assert ("--overwrite" in str(caught.value)) == (kind == "directory")
             assert "same command again." not in str(caught.value)

@@ -51,9 +51,9 @@ def test_a_base_on_the_hub(hub, tmp_path):  # noqa: F811
         tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "config.json").is_file()
     errors = [line for line in said if line.startswith("error:")]
-    assert "no repository" in errors[0] and "has no revision 'gone'" in errors[1]
+    assert "org/gone" in errors[0] and "revision 'gone'" in errors[1]
     assert len(errors) == 2
     # Nothing listens on port 9.
     statuses, said = merge(tmp_path, "http://127.0.0.1:9", "other", "org/unknown")
     assert statuses == ["1"] and len(said) == 1
-    assert "check the network, or give the path of a copy" in said[0]
+    assert "org/unknown" in said[0] and "network" in said[0]

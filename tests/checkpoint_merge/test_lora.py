@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -139,33 +140,33 @@ def test_two_adapters_are_added(base, tmp_path):
 def test_another_base_is_named(base, tmp_path):
     lora = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), base_model_name_or_path="org/x")
     (note,) = open_source(str(lora), base).notes
-    assert "made for 'org/x'" in note and base.label in note
+    assert "'org/x'" in note and base.label in note
     same = adapter(tmp_path / "same", factors(Q, ROWS, COLUMNS), base_model_name_or_path="org/base")
     assert open_source(str(same), base).notes == []
 
 
 @pytest.mark.parametrize(("config", "said"), [
-    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+    ({"peft_type": "LOHA"}, "peft_type .*'LOHA'"),
     ({"peft_type": "IA3"}, "merge_and_unload"),
     ({"use_dora": True}, "use_dora"),
     ({"lora_bias": True}, "lora_bias"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights too"),
+    ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
     ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-    ({"r": 4}, "has rank 3"),
-    ({"lora_alpha": None}, "lora_alpha is None"),
-    ({"alpha_pattern": {"(": 3}}, "not a regular expression"),
-    ({"alpha_pattern": [3]}, "alpha_pattern is [3], not names and values"),
-    ({"lora_alpha": 10**400}, "not a number"),
-    ({"lora_alpha": float("nan")}, "lora_alpha is nan, not a number"),
-    ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
+    ({"r": 4}, f"'{Q}'.* 3"),
+    ({"lora_alpha": None}, "lora_alpha .*None"),
+    ({"alpha_pattern": {"(": 3}}, "adapter_config.json: .*expression"),
+    ({"alpha_pattern": [3]}, r"alpha_pattern .*\[3\]"),
+    ({"lora_alpha": 10**400}, "lora_alpha .*number"),
+    ({"lora_alpha": float("nan")}, "lora_alpha .*nan"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path .*3"),
 ])  # fmt: skip
 def test_what_is_not_plain_lora_is_refused(tmp_path, config, said):
     path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), **config)
     with pytest.raises(UserError, match="lora") as error:
         Adapter(path)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert re.search(said, str(error.value)) and "\n" not in str(error.value)
 
 
 def test_initialisations_that_leave_the_base_alone(tmp_path):
@@ -197,17 +198,17 @@ def _misspelt(tensors):
 @pytest.mark.parametrize(("change", "said"), [
     (_convolution, "convolution"),
     (_dora, "lora_magnitude_vector"),
-    (_alone, "has lora_A alone"),
-    (_elsewhere, "is not in the base"),
-    (_misspelt, f"(did you mean '{Q}.weight'?)"),
-    (lambda t: factors(Q, ROWS + 1, COLUMNS), "[7, 5] in the base, [8, 5] here"),
-    (lambda t: {"x": np.ones(2, np.float32)}, "not a tensor of plain LoRA"),
+    (_alone, "lora_A"),
+    (_elsewhere, "layers.9.q_proj.weight .*base"),
+    (_misspelt, f"'{Q}.weight'"),
+    (lambda t: factors(Q, ROWS + 1, COLUMNS), r"\[7, 5\] .*\[8, 5\]"),
+    (lambda t: {"x": np.ones(2, np.float32)}, "'x' .*LoRA"),
 ])  # fmt: skip
 def test_tensors_that_do_not_fit(base, tmp_path, change, said):
     path = adapter(tmp_path / "lora", change(factors(Q, ROWS, COLUMNS)))
     with pytest.raises(UserError) as error:
         open_source(str(path), base)
-    assert said in str(error.value) and str(path) in str(error.value)
+    assert re.search(said, str(error.value)) and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -246,7 +247,7 @@ def test_a_pickled_adapter_is_refused(base, tmp_path):
 
 def test_a_quantised_base_is_refused(tmp_path):
     base = open_source(str(save(tmp_path / "b", {f"{Q}.weight": np.ones((7, 5), np.int8)})))
-    with pytest.raises(UserError, match="is I8 in the base"):
+    with pytest.raises(UserError, match="I8 .*--dequantize"):
         open_source(str(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))), base)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -54,9 +55,9 @@ def test_all_problems_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         plan(save(tmp_path, [base, first, second]))
     said = str(caught.value)
-    assert "ft1 lacks logit_scale, model.norm.weight (--missing base" in said
-    assert "ft2 has, extra.weight (--missing base leaves them out)" in said
-    assert "patch.conv.weight differs in shape" in said and "[6, 3, 2, 3]" in said
+    assert re.search("ft1 .*logit_scale, model.norm.weight .*--missing base", said)
+    assert re.search("base .*ft2 .*extra.weight .*--missing base", said)
+    assert "patch.conv.weight " in said and "[6, 3, 2, 3]" in said
     assert "\n" not in said
 
 
@@ -75,18 +76,18 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    ({"method": "stok"}, "method 'stok' is not known; one of stock, "),
-    ({"unit": "row"}, "unit 'row' is not known"),
-    ({"dtype": "int8"}, "dtype 'int8' is not known; one of float64, "),
-    ({"alpha": 0.5}, "method 'stock' does not read alpha"),
-    ({"method": "wise-ft"}, "method 'wise-ft' needs alpha"),
-    ({"method": "wise-ft", "alpha": 1.5}, r"alpha lies in \[0, 1\], not 1.5"),
-    ({"method": "slerp", "t": {"w": 2.0}}, r"t lies in \[0, 1\], not 2.0"),
-    ({"method": "ties", "density": 0}, r"density lies in \(0, 1\], not 0"),
-    ({"method": "ties", "density": (0.5, 2)}, r"density lies in \(0, 1\], not 2"),
-    ({"method": "linear", "weights": (1, float("nan"))}, "weights is a number, not nan"),
-    ({"excluded": "model:0"}, "excluded is base, mean or model:1"),
-    ({"max_shard_bytes": 0}, "max_shard_bytes is at least 1"),
+    ({"method": "stok"}, "'stok' .*stock, "),
+    ({"unit": "row"}, "'row' .*tensor, "),
+    ({"dtype": "int8"}, "'int8' .*float64, "),
+    ({"alpha": 0.5}, "'stock' .*alpha"),
+    ({"method": "wise-ft"}, "'wise-ft' .*alpha"),
+    ({"method": "wise-ft", "alpha": 1.5}, r"alpha .*\[0, 1\].* 1.5"),
+    ({"method": "slerp", "t": {"w": 2.0}}, r"t .*\[0, 1\].* 2.0"),
+    ({"method": "ties", "density": 0}, r"density .*\(0, 1\].* 0"),
+    ({"method": "ties", "density": (0.5, 2)}, r"density .*\(0, 1\].* 2"),
+    ({"method": "linear", "weights": (1, float("nan"))}, "weights .*nan"),
+    ({"excluded": "model:0"}, "excluded .*base, mean or model:1"),
+    ({"max_shard_bytes": 0}, "max_shard_bytes .*1"),
 ])
 def test_options_that_mean_nothing(wrong, said):
     with pytest.raises(UserError, match=said):
@@ -94,12 +95,12 @@ def test_options_that_mean_nothing(wrong, said):
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    ({"method": "slerp", "t": 0.5}, "takes 1 to 2 fine-tuned models, not 3"),
-    ({"method": "linear", "weights": (1, 2)}, "2 weights for 3 fine-tuned models"),
-    ({"method": "linear", "weights": (1, -2, 1)}, "the weights add up to 0"),
-    ({"excluded": "model:4"}, "excluded is model:4, and there are 3"),
-    ({"include": ("nothing.*",)}, "no tensor is left to merge"),
-    ({"unit": "head"}, "unit 'head' needs num_heads"),
+    ({"method": "slerp", "t": 0.5}, "'slerp' .*1 .*2 .*3"),
+    ({"method": "linear", "weights": (1, 2)}, "2 weights .*3"),
+    ({"method": "linear", "weights": (1, -2, 1)}, "weights .* 0"),
+    ({"excluded": "model:4"}, "excluded .*model:4.* 3"),
+    ({"include": ("nothing.*",)}, "--include"),
+    ({"unit": "head"}, "'head' .*num_heads"),
 ])
 def test_options_that_do_not_fit_the_models(tmp_path, wrong, said):
     with pytest.raises(UserError, match=said):
@@ -107,7 +108,7 @@ def test_options_that_do_not_fit_the_models(tmp_path, wrong, said):
 
 
 def test_one_fine_tune_is_too_few_for_an_angle(tmp_path):
-    with pytest.raises(UserError, match="method 'stock' takes 2 or more fine-tuned models, not 1"):
+    with pytest.raises(UserError, match="'stock' .*2 or more .*1"):
         plan(save(tmp_path, models(number=1)))
 
 
@@ -148,7 +149,7 @@ def test_a_tied_head_stays_tied_where_a_fine_tune_stores_it_equal(tmp_path):
 def test_a_fine_tune_that_trained_its_head_is_refused_or_untied(tmp_path):
     given = heads(True, False, equal=False)
     places = save(tmp_path, given, [TIED, UNTIED, TIED])
-    with pytest.raises(UserError, match="ft1 trained a head of its own .--tied untie"):
+    with pytest.raises(UserError, match="lm_head.weight .*ft1 .*--tied untie"):
         plan(places)
     made = plan(places, tied="untie")
     assert made.tensors[HEAD].names == (EMBEDDING, HEAD, EMBEDDING)
@@ -161,8 +162,8 @@ def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
     given = heads(False, True, equal=False)
     made = plan(save(tmp_path, given, [UNTIED, TIED, UNTIED]))
     assert made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.companions.changes == {}
-    assert "read from model.embed_tokens.weight in" in made.notes[0]
-    with pytest.raises(UserError, match="ft1 lacks lm_head.weight"):
+    assert "model.embed_tokens.weight" in made.notes[0]
+    with pytest.raises(UserError, match="ft1 .*lm_head.weight"):
         plan(save(tmp_path, given, [UNTIED, UNTIED, UNTIED]))
 
 
@@ -179,7 +180,7 @@ def vocabularies(base, first, second):
 def test_rows_in_common(tmp_path, rows, vocabulary, length, rest):
     given = vocabularies(*rows)
     places = save(tmp_path, given, [{"vocab_size": n} for n in rows])
-    with pytest.raises(UserError, match="model.embed_tokens.weight differs in its number of rows"):
+    with pytest.raises(UserError, match="model.embed_tokens.weight .*--vocabulary base"):
         plan(places)
     made = plan(places, vocabulary=vocabulary)
     run(made, tmp_path / "out")
@@ -194,7 +195,7 @@ def test_rows_in_common(tmp_path, rows, vocabulary, length, rest):
     if rest is not None:
         np.testing.assert_array_equal(merged[common:], given[rest][EMBEDDING][common:])
     assert json.loads((out / "config.json").read_text())["vocab_size"] == length
-    assert f"{common} rows in common merged" in made.notes[0]
+    assert f" {common} rows " in made.notes[0]
 
 
 def test_integers_that_agree_are_copied_and_others_refused(tmp_path):
@@ -203,12 +204,12 @@ def test_integers_that_agree_are_copied_and_others_refused(tmp_path):
     np.testing.assert_array_equal(out["lengths"], np.arange(5))
     assert out.dtype("flags") == np.bool_ and "flags" not in {r["name"] for r in report.rows}
     given[1]["lengths"] = np.arange(5)[::-1].copy()
-    with pytest.raises(UserError, match="lengths is I64 and differs between models"):
+    with pytest.raises(UserError, match="lengths .*I64 .*mean.*--exclude 'lengths'"):
         merge(tmp_path / "other", given)
     out, _ = merge(tmp_path / "excluded", given, exclude=("lengths",), excluded="model:1")
     np.testing.assert_array_equal(out["lengths"], given[1]["lengths"])
     given[1]["lengths"] = np.arange(5).astype(np.float32)
-    with pytest.raises(UserError, match=r"lengths is I64 in \S+base, \S+ and floating point"):
+    with pytest.raises(UserError, match="lengths .*I64 .*/base, .*/ft2 "):
         merge(tmp_path / "third", given)
 
 

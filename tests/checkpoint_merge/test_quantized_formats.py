@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -65,7 +66,8 @@ def assert_refused(root, make, config, capsys, why):
         assert main(["merge", *places, "--out", str(root / "out"), *options]) == 1
         said = capsys.readouterr().err
         assert why in said and quantized_formats.HOW_TO_FIX in said, said
-        assert "pass --" not in said and said.count("\n") == 1 and not (root / "out").exists()
+        assert "--exclude" not in said and said.count("--dequantize") <= ("--dequantize" in options)
+        assert said.count("\n") == 1 and not (root / "out").exists()
 
 
 def float8(rng, shape=(64, 64)):
@@ -120,7 +122,7 @@ def test_other_integer_scales_are_refused(tmp_path, capsys, codes, scale):
 def test_exponents_of_torchao_may_be_in_another_order(tmp_path, capsys):
     assert_refused(tmp_path, lambda rng: {
         "q._weight_qdata": float8(rng, (128, 128)), "q._weight_scale": np.full((128, 4), 1, E8M0)},
-        {"quant_method": "torchao"}, capsys, "a scale in F8_E8M0")
+        {"quant_method": "torchao"}, capsys, "F8_E8M0")
 
 
 # Methods: a layout that is known, or none.
@@ -128,10 +130,10 @@ def test_exponents_of_torchao_may_be_in_another_order(tmp_path, capsys):
 @pytest.mark.parametrize(("config", "why"), [
     ({"quant_method": "eetq", "weights": "int8"}, "quant_method 'eetq'"),  # [in, out]
     ({"quant_method": "of_tomorrow"}, "quant_method 'of-tomorrow'"),
-    ({"quant_method": "fp8"}, "I8 of quant_method 'fp8'"),  # FP4 in bytes
-    ({"quant_method": "modelopt"}, "I8 of quant_method 'modelopt'"),  # smoothed
-    ({"quant_algo": "W8A16"}, "I8 of quant_method 'modelopt'"),  # TensorRT-LLM: interleaved
-    ({"bits": 4}, "I8 holds 4 bits"),
+    ({"quant_method": "fp8"}, "quant_method 'fp8'"),  # FP4 in bytes
+    ({"quant_method": "modelopt"}, "quant_method 'modelopt'"),  # smoothed
+    ({"quant_algo": "W8A16"}, "quant_method 'modelopt'"),  # TensorRT-LLM: interleaved
+    ({"bits": 4}, "4 bits"),
     ({"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {
         "type": "hadamard"}}}}, "rotated"),
     ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
@@ -175,7 +177,7 @@ def test_a_scale_of_one_axis_is_that_of_the_rows(tmp_path, method):
 def test_a_square_weight_needs_a_method_or_one_that_is_not_square(tmp_path):
     rng = np.random.default_rng(0)
     square = {"q.weight": float8(rng), "q.weight_scale": rng.uniform(0.1, 1, 64).astype(F32)}
-    with pytest.raises(Exception, match="rows or of the columns"):
+    with pytest.raises(Exception, match=r"q.weight: .*\[64\] .*\[64, 64\]"):
         read(tmp_path / "alone", square)
     wide = {"up.weight": float8(rng, (32, 64)),
             "up.weight_scale": rng.uniform(0.1, 1, 32).astype(F32)}
@@ -222,13 +224,13 @@ def test_blocks_are_as_the_config_states(tmp_path, shape, size, config):
 def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale, config):
     assert_refused(tmp_path, lambda rng: {
         "q.weight": float8(rng, shape), "q.weight_scale": rng.uniform(0.1, 1, scale).astype(F32)},
-        {"quant_method": "fp8"} | config, capsys, f"its scale {list(scale)} does not fit")
+        {"quant_method": "fp8"} | config, capsys, f"scale {list(scale)} ")
 
 
 # What else is in a module.
 @pytest.mark.parametrize(("extra", "why"), [
     ({"q.weight_g_idx": np.arange(64).astype(np.int32) % 4}, "weight_g_idx"),  # actorder
-    ({"q.weight_zero_point": np.full((64, 4), 0.5, F16)}, "no integer"),
+    ({"q.weight_zero_point": np.full((64, 4), 0.5, F16)}, "zero point"),
     ({"q.pre_quant_scale": np.ones(64, F16)}, "pre_quant_scale"),  # AWQ in ModelOpt
     ({"q.prequant_scaling_factor": np.ones(64, F16)}, "prequant_scaling_factor"),
     ({"q.input_scale": np.ones(64, F32)}, "input_scale"),  # smooths each input
@@ -253,14 +255,14 @@ def test_learned_scalars_named_like_scales_stay_and_what_goes_is_named(tmp_path)
     source = read(tmp_path / "a", learned | codes)
     assert {*source.tensors} == {*learned, "norm.weight", "attn.q.weight", "mlp.experts.up_proj"}
     (note,) = source.notes
-    assert "left out" not in note
+    assert not any(name in note for name in learned)
     served = {"attn.q.input_scale": one, "attn.k_scale": one, "attn.v_scale": one,
               "mlp.experts.up_proj_activation_scale": np.ones(4, F32)}
     source = read(tmp_path / "b", codes | served | {"logit_scale": one})
     assert {*source.tensors} == {"logit_scale", "norm.weight", "attn.q.weight",
                                  "mlp.experts.up_proj"}
     (note,) = source.notes
-    assert "left out: 4 " in note and "attn.k_scale, attn.q.input_scale" in note
+    assert " 4 " in note and "attn.k_scale, attn.q.input_scale" in note
     assert note.endswith("and 1 more)")
 
 
@@ -272,7 +274,7 @@ def test_scales_by_other_words_are_seen(tmp_path, capsys, name):
         "q.weight": float8(rng), f"q.{name}": np.full(1, 0.1, F32), "q.bias": np.ones(64, F32)})
     files = [str(place / "model.safetensors") for place in places]
     assert main(["merge", *files, "--out", str(tmp_path / "out")]) == 1
-    assert "quantized (q.weight" in capsys.readouterr().err
+    assert re.search(r"quantized .*q\.weight", capsys.readouterr().err)
 
 
 def test_a_layer_without_a_marker_is_plain_float8(tmp_path):
@@ -298,14 +300,14 @@ def test_a_marker_of_all_layers_is_of_its_component(tmp_path):
 @pytest.mark.parametrize("code", ["U8", "I32"])
 def test_flat_codes_with_a_scale_of_their_name(tmp_path, code):
     source = headers(tmp_path, {"q.weight": ((64,), code), "q.weight_scale": ((2,), "F32")})
-    assert "is packed" in quantization.refusal(source)
+    assert "packed" in quantization.refusal(source)
 
 
 def test_one_layer_in_another_format_is_enough(tmp_path):
     source = headers(tmp_path, {
         "q.weight": ((8, 8), "F8_E4M3"), "q.weight_scale": ((), "F32"),
         "k.weight": ((8, 8), "I8"), "k.SCB": ((8,), "F32")})  # bitsandbytes
-    assert "k.SCB: serves codes that are not read here" in quantization.refusal(source)
+    assert "k.SCB: " in quantization.refusal(source)
 
 
 # Integers that no rule of this package recognizes as codes.
@@ -319,15 +321,14 @@ def test_integers_with_a_scale_under_a_config_that_says_quantized(tmp_path, caps
         rng = rng if differ else np.random.default_rng(0)
         return {n: rng.integers(0, 99, shape).astype(kind) for n, (shape, kind) in parts.items()}
 
-    assert_refused(tmp_path, make, {"quant_method": "quip"}, capsys, "is packed")
+    assert_refused(tmp_path, make, {"quant_method": "quip"}, capsys, "packed")
 
 
 @pytest.mark.parametrize("name", ["q.lattice", "q.indices"])  # VPTQ's is named like a buffer.
 def test_integers_that_differ_under_a_config_that_says_quantized(tmp_path, capsys, name):
     assert_refused(tmp_path, lambda rng: {
         name: rng.integers(0, 99, (32, 2)), "q.centroids.weight": np.ones((4, 8), F16)},
-        {"quant_method": "vptq"}, capsys, "base is quantized, as its config says, in a format "
-        f"that is not read here ({name} is I64")
+        {"quant_method": "vptq"}, capsys, f"({name} ")
 
 
 @pytest.mark.parametrize("said", [None, {"load_in_4bit": True}])  # A key that a merge left behind.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -113,7 +115,7 @@ def test_a_list_is_interpolated_and_ends_hold_outside_the_blocks():
     found = schedule([0.0, 1.0], names)
     assert list(found.values()) == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1, 1])
     assert schedule(0.3, names) == 0.3
-    with pytest.raises(UserError, match="says nothing about embed.w"):
+    with pytest.raises(UserError, match="t .*embed.w"):
         schedule([{"filter": "layers", "value": 1}], names)
 
 
@@ -150,75 +152,75 @@ def sliced(*ranges, **source):
 
 
 @pytest.mark.parametrize(("raw", "said"), [
-    (changed(STOCK, merge_methd="x"), "unknown key 'merge_methd' (did you mean 'merge_method'?)"),
-    (changed(STOCK, parameters={"filterwise": True}), "(did you mean 'filter_wise'?)"),
-    (changed(STOCK, parameters={"t": 0.5}), "unknown key 't'"),
-    (changed(STOCK, merge_method="dare_ties"), "merge_method 'dare_ties' is not done here"),
-    (changed(STOCK, merge_method="model-stock"), "did you mean 'model_stock'"),
-    (changed(STOCK, modules={}), "modules is not done here"),
-    (changed(STOCK, tokenizer_source="union"), "tokenizer_source 'union' is not done here"),
-    (changed(STOCK, tokenizer={"source": "org/other"}), "is not done here"),
-    (changed(STOCK, tokenizer={"source": "base", "tokens": {}}), "unknown key 'tokens'"),
-    (changed(STOCK, chat_template="chatml"), "chat_template is not done here"),
-    (changed(STOCK, base_model=None), "base_model is missing"),
-    (changed(STOCK, models=[]), "models: expected a list"),
-    (changed(STOCK, models=[{"modl": "x"}]), "unknown key 'modl'"),
-    (changed(STOCK, models=[{"model": "x", "parameters": {"weight": 1}}]), "unknown key 'weight'"),
-    (changed(STOCK, slices=[]), "one of the two"),
+    (changed(STOCK, merge_methd="x"), "'merge_methd' .*'merge_method'"),
+    (changed(STOCK, parameters={"filterwise": True}), "'filterwise' .*'filter_wise'"),
+    (changed(STOCK, parameters={"t": 0.5}), "parameters.*: .*'t'"),
+    (changed(STOCK, merge_method="dare_ties"), "'dare_ties' .*model_stock, linear"),
+    (changed(STOCK, merge_method="model-stock"), "'model-stock' .*'model_stock'"),
+    (changed(STOCK, modules={}), "modules "),
+    (changed(STOCK, tokenizer_source="union"), "tokenizer_source 'union'"),
+    (changed(STOCK, tokenizer={"source": "org/other"}), "'org/other'"),
+    (changed(STOCK, tokenizer={"source": "base", "tokens": {}}), "'tokens'"),
+    (changed(STOCK, chat_template="chatml"), "chat_template "),
+    (changed(STOCK, base_model=None), "base_model "),
+    (changed(STOCK, models=[]), "models: "),
+    (changed(STOCK, models=[{"modl": "x"}]), "'modl'"),
+    (changed(STOCK, models=[{"model": "x", "parameters": {"weight": 1}}]), "'weight'"),
+    (changed(STOCK, slices=[]), "models .*slices"),
     (changed(TIES, parameters={"density": [0.1, 0.9]}, models=[
-        {"model": "x", "parameters": {"weight": 1}}]), "read for slerp's t alone"),
-    (changed(TIES, models=[{"model": "org/a"}]), "weight is missing for org/a"),
+        {"model": "x", "parameters": {"weight": 1}}]), "density .*slerp"),
+    (changed(TIES, models=[{"model": "org/a"}]), "weight .*org/a"),
     ({"merge_method": "linear", "parameters": {"normalize": False, "weight": 1},
-      "models": [{"model": "x"}, {"model": "y"}]}, "add up to 2"),
-    (changed(SLERP, parameters={}), "parameters.t is missing"),
-    (changed(SLERP, **sliced((0, 2), (4, 6))), "here from layer 2"),
-    (changed(SLERP, **sliced((1, 4))), "here from layer 0"),
-    (changed(SLERP, **sliced((0, "4"))), "here from layer 0"),
-    (changed(SLERP, **sliced((0, 4), parameters={"t": 1})), "unknown key 't'"),
+      "models": [{"model": "x"}, {"model": "y"}]}, "weights? .* 2"),
+    (changed(SLERP, parameters={}), "parameters.t "),
+    (changed(SLERP, **sliced((0, 2), (4, 6))), "layer 2"),
+    (changed(SLERP, **sliced((1, 4))), "layer 0"),
+    (changed(SLERP, **sliced((0, "4"))), "layer 0"),
+    (changed(SLERP, **sliced((0, 4), parameters={"t": 1})), "parameters.*: .*'t'"),
     (changed(SLERP, slices=[{"sources": [{"model": "a"}]}]), "layer_range"),
     (changed(SLERP, slices=[{"sources": [
         {"model": "org/base", "layer_range": [0, 4]}, {"model": "org/b", "layer_range": [4, 8]},
-    ]}]), "only the whole model"),
-    ([1, 2], "the recipe: expected keys and values"),
-    (None, "the recipe: expected keys and values"),
+    ]}]), "layer_range "),
+    ([1, 2], "the recipe: "),
+    (None, "the recipe: "),
 ])  # fmt: skip
 def test_what_is_not_done_is_named(raw, said):
     with pytest.raises(UserError) as error:
         parse(raw)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert re.search(said, str(error.value)) and "\n" not in str(error.value)
 
 
 def test_a_gradient_by_pattern_is_not_ignored():
     """mergekit's own example says `pattern`, which mergekit drops in silence."""
-    with pytest.raises(UserError, match="unknown key 'pattern'"):
+    with pytest.raises(UserError, match="t: .*'pattern'"):
         schedule([{"pattern": "mlp", "value": 1}, {"value": 0}], ["layers.0.mlp.w"])
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("a: [1", "not YAML, line"),
-    ("!!python/object/apply:os.system ['true']", "not YAML"),
-    ("\x00", "not YAML"),
-    ("- " * 5000 + "1", "not YAML"),
-    (STOCK.replace("model_stock", "[model_stock]"), "merge_method ['model_stock'] is not done"),
+    ("a: [1", "YAML.* line"),
+    ("!!python/object/apply:os.system ['true']", "YAML"),
+    ("\x00", "YAML"),
+    ("- " * 5000 + "1", "YAML"),
+    (STOCK.replace("model_stock", "[model_stock]"), r"merge_method \['model_stock'\]"),
     (TIES.replace("lambda: 0.9", "lambda: &a [*a]"), "anchors"),
     (STOCK.replace("org/base@v1", "&a {model: *a}"), "anchors"),
     ("a0: &0 [1, 1]\n" + "".join(f"a{i}: &{i} [*{i - 1}, *{i - 1}]\n" for i in range(1, 40)),
      "anchors"),
     ("a0: &0 {x: 1}\n" + "".join(
         f"a{i}: &{i} {{<<: [*{i - 1}, *{i - 1}]}}\n" for i in range(1, 40)), "anchors"),
-    ("#" * 2**20 + "\n", "too large for a recipe"),
-    (TIES.replace("lambda: 0.9", f"lambda: {10**400}"), "give one number"),
-    (STOCK + "dtyp: x", "did you mean 'dtype'"),
+    ("#" * 2**20 + "\n", "too large"),
+    (TIES.replace("lambda: 0.9", f"lambda: {10**400}"), "lambda .*number"),
+    (STOCK + "dtyp: x", "'dtyp' .*'dtype'"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line_with_its_name(tmp_path, text, said):
     path = tmp_path / "recipe.yml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         read_recipe(path)
-    assert said in str(error.value) and str(path) in str(error.value)
+    assert re.search(said, str(error.value)) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_no_such_recipe(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="none.yml: .*No such file"):
         read_recipe(tmp_path / "none.yml")

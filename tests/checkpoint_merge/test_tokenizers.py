@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,7 @@ def test_fine_tunes_that_agree_are_a_note_and_an_option(say, tmp_path, change):
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0
     (note,) = said.notes
-    assert named in note and "the fine-tunes agree" in note and "--tokenizer-from model:1" in note
+    assert named in note and "agree" in note and "--tokenizer-from model:1" in note
     for name in written:
         ours, theirs = paths[0] / name, tmp_path / "out" / name
         assert theirs.is_file() == ours.is_file()
@@ -111,7 +112,7 @@ def test_tokens_of_a_text_tower(say, tmp_path):
 def test_fine_tunes_that_do_not_agree(say, tmp_path):
     paths = trio(tmp_path, *({**BASE, "chat_template.jinja": text} for text in "abc"))
     said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 0 and "from each other" in said.notes[0]
+    assert said.status == 0 and "each other" in said.notes[0]
     assert (tmp_path / "out/chat_template.jinja").read_text() == "a"
     # One of them as the base has it: nothing is agreed on, but it is said.
     paths = trio(tmp_path / "b", *({**BASE, "chat_template.jinja": text} for text in "aab"))
@@ -161,18 +162,18 @@ def test_one_id_for_different_tokens_is_an_error(say, tmp_path, kind):
         out = tmp_path / name / "out"
         said = say("merge", *paths, "--out", out)
         assert said.status == 1 and not out.exists(), (name, said)
-        for part in ("id 3 is '<u>' in", "and '<v>' in", "--tokenizer-from model:1"):
+        for part in (" id 3 ", "'<u>'", "'<v>'", "--tokenizer-from model:1"):
             assert part in said.err, said.err
         said = say("merge", *paths, "--out", out, "--tokenizer-from", "model:1")
-        assert said.status == 0 and any("id 3 is '<u>'" in note for note in said.notes)
+        assert said.status == 0 and any(" id 3 " in note and "'<u>'" in note for note in said.notes)
         for file in ids(kind, ()):
             assert (out / file).read_bytes() == (paths[1] / file).read_bytes()
-        assert any("id 3 is" in note for note in say("compare", *paths).notes)
+        assert any(" id 3 " in note for note in say("compare", *paths).notes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("order", "said"), [
-    ((0, 1, 1), "the fine-tunes agree"), ((0, 1, 0), "from each other"), ((1, 1, 1), None)])
+    ((0, 1, 1), "agree"), ((0, 1, 0), "each other"), ((1, 1, 1), None)])
 def test_a_token_that_only_some_models_have_is_a_note(say, tmp_path, kind, order, said):
     files = [{"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
              for names in ((), ("<u>",))]
@@ -220,7 +221,7 @@ def test_the_tokenizers_of_a_pipeline_belong_to_their_encoders(say, tmp_path):
                 "text_encoder_2/model.safetensors": weights({"shared.weight": (6, 8)}, k)}))
         said = say("merge", *paths, "--out", tmp_path / name / "out")
         assert said.status == status, said.err
-        assert not status or "the tokenizers in tokenizer_2 disagree" in said.err
+        assert not status or re.search("tokenizer_2 .* id 3 ", said.err)
 
 
 def test_the_tokenizers_of_two_layouts_are_compared(say, tmp_path):
@@ -236,7 +237,7 @@ def test_the_tokenizers_of_two_layouts_are_compared(say, tmp_path):
             f"{prefix}config.json": {"model_type": "bert"}, f"{prefix}model.safetensors":
             weights({"embeddings.word_embeddings.weight": (6, 8)}, k)}))
     said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "id 3 is '<u>'" in said.err
+    assert said.status == 1 and " id 3 " in said.err and "'<u>'" in said.err
 
 
 def test_equal_files_are_not_parsed_and_others_once(tmp_path, monkeypatch):
@@ -252,10 +253,10 @@ def test_equal_files_are_not_parsed_and_others_once(tmp_path, monkeypatch):
 
 def test_a_model_without_a_tokenizer_cannot_give_one(say, tmp_path):
     paths = trio(tmp_path, BASE, {"config.json": CONFIG, "generation_config.json": {}})
-    for typed, why in (("model:1", "has no tokenizer files"), ("model:3", "there are 2"),
-                       ("ft1", "base or model:1")):
+    for typed, why in (("model:1", f"model:1: {paths[1]} "), ("model:3", "model:3: .*2"),
+                       ("ft1", "base .*'ft1'")):
         said = say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", typed)
-        assert said.status in (1, 2) and why in said.err and said.err.count("\n") == 1
+        assert said.status in (1, 2) and re.search(why, said.err) and said.err.count("\n") == 1
     assert say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", "base").status == 0
 
 
@@ -268,7 +269,7 @@ def test_a_tokenizer_that_was_saved_with_an_adapter(say, tmp_path):
                                       "chat_template.jinja": CHATML})
     models = (base, tmp_path / "lora1", tmp_path / "lora2")
     said = say("merge", *models, "--out", tmp_path / "out")
-    assert any("chat template, eos_token: the fine-tunes agree" in note for note in said.notes)
+    assert any("chat template, eos_token: " in note for note in said.notes)
     out = tmp_path / "theirs"
     assert say("merge", *models, "--out", out, "--tokenizer-from", "model:2").status == 0
     assert (out / "chat_template.jinja").read_text() == CHATML
@@ -333,7 +334,7 @@ def test_recipes_of_mergekit(say, tmp_path, key, base):
                                   "tokenizer: {source: union}"])
 def test_tokenizers_that_are_not_made_here(text):
     recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
-    with pytest.raises(UserError, match="give base or one of the models"):
+    with pytest.raises(UserError, match="tokenizer_source '(union|org/other)'"):
         parse(yaml.safe_load(recipe + text))
 
 
@@ -341,5 +342,5 @@ def test_tokenizers_that_are_not_made_here(text):
                                   "tokenizer: {source: a, pad_to_multiple_of: 8}"])
 def test_keys_of_a_tokenizer_that_are_not_done_are_named(text):
     recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
-    with pytest.raises(UserError, match=r"unknown key '(?:tokens|pad_to_multiple_of)'"):
+    with pytest.raises(UserError, match="tokenizer: .*'(tokens|pad_to_multiple_of)'"):
         parse(yaml.safe_load(recipe + text))

@@ -92,7 +92,7 @@ def test_a_recipe(say, home, tmp_path, typed):
     wrong = typed[0] == "x" or typed[-1] == "x" and typed[0] == "--recipe" and len(typed) == 3
     assert (said.status == 0) != wrong, said.err
     if wrong:
-        assert "a recipe" in said.err and said.err.count("\n") == 1
+        assert "recipe" in said.err and said.err.count("\n") == 1
         return
     report = load(tmp_path / "work/x/merge_report.json")
     assert report["options"]["dtype"] == "bfloat16" and len(report["models"]) == 2
@@ -105,13 +105,13 @@ def test_a_recipe(say, home, tmp_path, typed):
 def test_a_recipe_with_models_next_to_it(say, home):
     root, paths = home
     said = say("merge", root / "r.yml", *paths, "--out", "x")
-    assert said.status == 1 and "a recipe names the models itself" in said.err
+    assert said.status == 1 and "--recipe" in said.err
     said = say("merge", root / "gone.yml", "--out", "x")
     assert said.status == 1 and "gone.yml" in said.err and said.err.count("\n") == 1
     said = say("merge", root / "gone.yml", "x")
     assert said.status == 1 and "gone.yml" in said.err
     said = say("merge", root / "r.yml")
-    assert said.status == 1 and "--out DIR is missing" in said.err
+    assert said.status == 1 and "--out DIR" in said.err
     said = say("compare", root / "r.yml", "x")
     assert said.status == 1 and "r.yml" in said.err
 
@@ -164,8 +164,8 @@ LORA = {"kohya": (kohya("text"), "kohya"), "kohya unet": (kohya("unet"), "kohya"
         "kohya te1": (kohya("te1"), "kohya"), "peft": (PEFT, "adapter_config.json"),
         "diffusers": (DIFFUSERS, "adapter_config.json"),
         "diffusers up/down": ({k.replace(".lora_A.", ".lora.down.").replace(
-            ".lora_B.", ".lora.up."): x for k, x in DIFFUSERS.items()}, "PEFT's format"),
-        **{name: ({f"unet.mid.{name}": np.ones((2, 8), np.float32)}, "PEFT's format") for name in (
+            ".lora_B.", ".lora.up."): x for k, x in DIFFUSERS.items()}, "PEFT"),
+        **{name: ({f"unet.mid.{name}": np.ones((2, 8), np.float32)}, "PEFT") for name in (
             "processor.to_q_lora.down.weight", "processor.qkv_lora1.up.weight", "hada_w1_a",
             "lokr_w1", "ia3_l", "oft_blocks")}}
 
@@ -193,7 +193,7 @@ def test_an_adapter_as_base_and_a_file_behind_a_plus(say, home):
     (root / "lora/adapter_config.json").write_text(json.dumps(
         {"peft_type": "LORA", "r": 3, "lora_alpha": 3}))
     said = say("merge", "~/lora", "~/ft1", "~/ft2", "--out", "x")
-    assert said.status == 1 and "as BASE give the model that it was trained on" in said.err
+    assert said.status == 1 and f"{root}/lora " in said.err and "BASE" in said.err
     said = say("merge", "~/base", "~/base+~/lora", "~/ft2", "--out", "x")
     assert said.status == 0, said.err
     (first, _) = load(root.parent / "work/x/merge_report.json")["models"]
@@ -205,7 +205,7 @@ def test_an_adapter_as_base_and_a_file_behind_a_plus(say, home):
     assert said.status == 1 and "adapter_config.json" in said.err
     # The adapter's file in a directory that has its config: give the directory.
     said = say("merge", "~/base", "~/lora/adapter_model.safetensors", "~/ft2", "--out", "z")
-    assert said.status == 1 and "give the directory" in said.err
+    assert said.status == 1 and "save_pretrained" in said.err
 
 
 @pytest.mark.parametrize(("command", "most"), [("merge", 60), ("compare", 45)])

@@ -82,7 +82,7 @@ def test_every_axis_of_the_vocabulary(tmp_path, capsys, family, vocabulary):
     places = save(tmp_path, cut, rows)
     assert run(places, tmp_path / "no") == 1
     said = capsys.readouterr().err
-    assert all(f"{name} differs in its number of rows" in said for name in FAMILIES[family])
+    assert "--vocabulary base" in said and all(f"{name} " in said for name in FAMILIES[family])
     assert run(places, tmp_path / "out", "--vocabulary", vocabulary) == 0
     merged = TensorFiles(tmp_path / "out")
     length = MORE if vocabulary == "longest" else ROWS
@@ -111,7 +111,7 @@ def test_another_axis_that_grew_is_no_vocabulary(tmp_path, capsys):
         cut[k]["bert.embeddings.position_embeddings.weight"] = np.ones((4, WIDTH), np.float32)
     places = save(tmp_path, cut, (ROWS, MORE, ROWS))
     assert run(places, tmp_path / "out", "--vocabulary", "longest") == 1
-    assert "position_embeddings.weight differs in shape" in capsys.readouterr().err
+    assert "position_embeddings.weight " in capsys.readouterr().err
 
 
 def test_a_vocabulary_in_a_tower(tmp_path):
@@ -123,6 +123,11 @@ def test_a_vocabulary_in_a_tower(tmp_path):
     assert run(places, tmp_path / "out", "--vocabulary", "longest") == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
         "vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": MORE}}
+
+
+def doubtful(notes):
+    """Those that name a key of the config which may have to say another number of rows."""
+    return [note for note in notes if "config.json: " in note and " rows" in note]
 
 
 def resized(say, root, tables, configs, **more):
@@ -166,13 +171,13 @@ BOTH = {"encoder.embeddings.word_embeddings.weight": (50, 52, 52),
 def test_each_side_has_its_own_key(say, tmp_path, tables, config, wanted):
     said, notes = resized(say, tmp_path, tables, [config])
     assert said == wanted
-    assert not any("check" in note for note in notes)
+    assert not doubtful(notes)
 
 
 def test_the_config_of_a_fine_tune_says_the_rows_that_are_written(say, tmp_path):
     configs = [{"vocab_size": 50, "decoder_vocab_size": n} for n in (50, 53, 53)]
     said, notes = resized(say, tmp_path, SPLIT, configs, options=("--config-from", "model:1"))
-    assert said == configs[1] and not any("check" in note for note in notes)
+    assert said == configs[1] and not doubtful(notes)
 
 
 @pytest.mark.parametrize(("tables", "config", "key"), [
@@ -185,8 +190,8 @@ def test_the_config_of_a_fine_tune_says_the_rows_that_are_written(say, tmp_path)
 ])
 def test_a_key_that_is_not_certain_is_a_note(say, tmp_path, tables, config, key):
     said, notes = resized(say, tmp_path, tables, [config])
-    (note,) = [note for note in notes if "check" in note]
-    assert f"check {key}" in note and " rows" in note
+    (note,) = doubtful(notes)
+    assert f" {key}," in note or f" {key} " in note
     place = said
     for part in key.split("."):
         place = place[part]
@@ -197,7 +202,7 @@ def test_a_key_that_is_not_certain_is_a_note(say, tmp_path, tables, config, key)
 def test_a_config_that_says_nothing_of_a_vocabulary_is_no_note(say, tmp_path, config):
     for name, tables in (("shared", {"shared.weight": (50, 52, 52)}), ("split", SPLIT)):
         said, notes = resized(say, tmp_path / name, tables, [config])
-        assert said == config and not any("check" in note for note in notes)
+        assert said == config and not doubtful(notes)
 
 
 def test_no_note_says_that_the_size_is_the_bases(say, tmp_path):
@@ -236,7 +241,8 @@ def test_vocabularies_that_are_longest_in_two_models(say, tmp_path):
     tables = {"encoder.embed_tokens.weight": (50, 52, 50), "decoder.embed_tokens.weight":
               (50, 50, 53)}
     configs = [{"encoder_vocab_size": 50, "decoder_vocab_size": 50}]
-    with pytest.raises(AssertionError, match="longest vocabularies are of several models"):
+    said = "encoder.embed_tokens.weight .*decoder.embed_tokens.weight .*--tokenizer-from"
+    with pytest.raises(AssertionError, match=said):
         resized(say, tmp_path / "a", tables, configs)
     said, _ = resized(say, tmp_path / "b", tables, configs, options=("--tokenizer-from", "base"))
     assert said == {"encoder_vocab_size": 52, "decoder_vocab_size": 53}

@@ -91,7 +91,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "decode", slow)
     with pytest.raises(KeyboardInterrupt):
         write_cache(SOURCE, tmp_path / "cache", threads=1)
-    with pytest.raises(UserError, match="2 of 3 parts are missing; the command that began"):
+    with pytest.raises(UserError, match="cache: 2 .*3 parts"):
         CachedImages(tmp_path / "cache")
     decoded[:] = [None] * 100
     cached = write_cache(SOURCE, tmp_path / "cache", threads=1)
@@ -106,18 +106,18 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
 
 def test_another_source_or_size_is_refused(tmp_path):
     write_cache(SOURCE, tmp_path / "cache")
-    with pytest.raises(UserError, match=r"short_side differ.*new directory"):
+    with pytest.raises(UserError, match="cache: .*short_side"):
         write_cache(SOURCE, tmp_path / "cache", short_side=128)
-    with pytest.raises(UserError, match=r"\(source differ"):
+    with pytest.raises(UserError, match="cache: .*source"):
         write_cache(SOURCE.select(np.arange(11)[::-1]), tmp_path / "cache")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("precious")
-    with pytest.raises(UserError, match="something else in it"):
+    with pytest.raises(UserError, match="thesis: "):
         write_cache(SOURCE, tmp_path / "thesis")
-    with pytest.raises(UserError, match="short_side is 0: it must be at least 1"):
+    with pytest.raises(UserError, match="short_side .*0"):
         write_cache(SOURCE, tmp_path / "new", short_side=0)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match="cannot write .*chapter.txt/cache: Not a directory"):
+    with pytest.raises(UserError, match="chapter.txt/cache: Not a directory"):
         write_cache(SOURCE, tmp_path / "thesis" / "chapter.txt" / "cache")
 
 
@@ -126,18 +126,18 @@ def test_damage_is_found(tmp_path):
     pixels = tmp_path / "cache" / "part-00001.images"
     good = pixels.read_bytes()
     pixels.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
-    with pytest.raises(UserError, match=r"part-00001.images: image 4 is damaged; remove .*npy"):
+    with pytest.raises(UserError, match=r"part-00001.images: image 4 .*npy"):
         cached.verify()
     pixels.write_bytes(good[:-1])
-    with pytest.raises(UserError, match=f"should have {len(good)} bytes"):
+    with pytest.raises(UserError, match=f" {len(good)} bytes"):
         CachedImages(tmp_path / "cache")
     index = tmp_path / "cache" / "part-00001.npy"
     for damaged in (index.read_bytes()[:-1], b"", b"\x80\x04pickle"):
         index.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"part-00001.npy: damaged; remove it and write the c"):
+        with pytest.raises(UserError, match="part-00001.npy: damaged"):
             CachedImages(tmp_path / "cache")
     np.save(index, np.zeros(4))
-    with pytest.raises(UserError, match=r"part-00001.npy: damaged"):
+    with pytest.raises(UserError, match="part-00001.npy: damaged"):
         CachedImages(tmp_path / "cache")
     index.unlink()
     write_cache(SOURCE, tmp_path / "cache").verify()
@@ -145,24 +145,24 @@ def test_damage_is_found(tmp_path):
     said = json.loads(facts.read_text())
     for other in (said | {"format": 2}, said | {"count": "11"}, [said]):
         facts.write_text(json.dumps(other))
-        with pytest.raises(UserError, match="not a cache of this version"):
+        with pytest.raises(UserError, match="version"):
             CachedImages(tmp_path / "cache")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="cache.json"):
         CachedImages(tmp_path)
 
 
 def test_an_unreadable_image_is_named_or_keeps_an_empty_place(tmp_path):
     damaged = small_set(6, damaged=(4,))
-    with pytest.raises(UserError, match="memory/4.JPEG: image 4 cannot be decoded"):
+    with pytest.raises(UserError, match="memory/4.JPEG: image 4 "):
         write_cache(damaged.images, tmp_path / "one")
     cached = write_cache(damaged.images, tmp_path / "two", unreadable="skip")
     cached.verify()
-    with pytest.raises(Unreadable, match="when the cache was written"):
+    with pytest.raises(Unreadable, match="cache"):
         cached[4]
     np.testing.assert_array_equal(cached[5], decode(damaged.images[5]))
     image_set = dataclasses.replace(damaged, images=cached)
     options = {"batch_size": 6, "seed": 0, "num_replicas": 1, "view": TrainView(16)}
-    with pytest.raises(UserError, match=r"image 4 cannot be decoded \(it could not be decoded"):
+    with pytest.raises(UserError, match=r"image 4 .*\(.*cache.*unreadable"):
         next(train_batches(image_set, **options))
     batch = next(train_batches(image_set, loading=Loading(unreadable="skip"), **options))
     assert sorted(batch["label"][0].tolist()) == [0, 1, 2, 3, 5, 5]

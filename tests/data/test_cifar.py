@@ -98,14 +98,14 @@ def test_a_hundred_classes(tmp_path):
     opened = benchmark.load(data)
     assert opened.class_names[1] == "aquarium fish" and opened.shifts == {}
     assert len(opened.train) == len(opened.validation) == len(opened.test) == 100
-    with pytest.raises(UserError, match="no shift 'cifar10_1/v6' of CIFAR-100; it has none"):
+    with pytest.raises(UserError, match="'cifar10_1/v6' .*CIFAR-100"):
         benchmark.missing(config(tmp_path, name="cifar100", shifts=("cifar10_1/v6",)))
 
 
 def test_what_is_known_without_the_data():
     outline = benchmark.outline(config("nowhere", held_out=500))
     assert (outline.num_train, outline.num_classes) == (45_000, 10)
-    assert outline.source == "the published size of CIFAR-10's training set, less 5,000 held out"
+    assert "CIFAR-10" in outline.source and "5,000" in outline.source
     hundred = benchmark.outline(config("nowhere", name="cifar100", held_out=0))
     assert (hundred.num_train, hundred.num_classes) == (50_000, 100)
 
@@ -116,32 +116,30 @@ def test_a_missing_set_is_one_line_with_its_command(tmp_path):
         benchmark.load(data)
     lines = benchmark.missing(data)
     assert str(caught.value) == "; ".join(lines) and len(lines) == 2
-    assert lines[0] == (
-        f"no cifar10 in data.root={tmp_path}; with TensorFlow installed, `tfds build cifar10 "
-        f"--file_format=array_record --data_dir={tmp_path}` prepares it"
-    )
-    assert lines[1].startswith("no cifar10_1/v6 in") and "leave it out of data.shifts" in lines[1]
+    assert f"data.root={tmp_path}" in lines[0]
+    assert f"`tfds build cifar10 --file_format=array_record --data_dir={tmp_path}`" in lines[0]
+    assert "cifar10_1/v6 " in lines[1] and "data.shifts" in lines[1]
     for root, message in (
-        ("", "data.root is not set; give the data_dir of TensorFlow Datasets as --config.data.ro"),
-        (tmp_path / "none", f"data.root={tmp_path}/none: no such directory; give the data_dir of"),
+        ("", "data.root "),
+        (tmp_path / "none", f"data.root={tmp_path}/none: "),
     ):
         (line,) = benchmark.missing(config(root))
-        assert line.startswith(message)
+        assert line.startswith(message) and "data_dir" in line
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "cifar-10"}, "'cifar-10': choose one of glyphs, imagenet, cifar10, cifar10"),
-        ({"shifts": ("cifar10_1/v5",)}, "'cifar10_1/v5' of CIFAR-10; did you mean cifar10_1/v6; "),
-        ({"shifts": ("snow",)}, r"'snow' of CIFAR-10; it has .* cifar10_corrupted/NAME_1 .*snow"),
-        ({"paths": {"test": "x"}}, "data.paths.test=x: CIFAR-10 is looked for in data.root"),
-        ({"real": True}, "'cifar10' has no reassessed labels"),
-        ({"held_out": EACH}, f"class 'airplane' has {EACH} images, too few to hold out {EACH}"),
+        ({"name": "cifar-10"}, "'cifar-10': .*glyphs, imagenet, cifar10, cifar10"),
+        ({"shifts": ("cifar10_1/v5",)}, "'cifar10_1/v5' .*CIFAR-10; .* cifar10_1/v6; "),
+        ({"shifts": ("snow",)}, "'snow' .*CIFAR-10; .* cifar10_corrupted/NAME_1 .*snow"),
+        ({"paths": {"test": "x"}}, "data.paths.test=x: .*data.root"),
+        ({"real": True}, "data.real=True: 'cifar10'"),
+        ({"held_out": EACH}, f"'airplane' .*{EACH} images, .*{EACH}"),
         (
             {"check_counts": True},
-            rf"train: not the whole set 'train': {10 * EACH} images of 50,000, 49,940 too few "
-            r"\(airplane, automobile, bird, cat, deer and 5 more should have 5000\)",
+            rf"train: .*'train': {10 * EACH} images .*50,000, 49,940 .*"
+            r"\(airplane, automobile, bird, cat, deer and 5 more .*5000\)",
         ),
     ],
 )
@@ -157,10 +155,10 @@ def test_mistakes(root, changes, message):
         (
             NAMES,
             64,
-            r"images of shape \(64, 64, 3\), not \(32, 32, 3\); this is not CIFAR-10: give",
+            r"shape \(64, 64, 3\), .*\(32, 32, 3\); .*CIFAR-10",
         ),
-        (NAMES[:9], 32, r"its 9 classes \(airplane, .*\) are not the 10 of CIFAR-10"),
-        (NAMES[::-1], 32, r"its 10 classes \(truck, .*\) are not the 10 .* in their order"),
+        (NAMES[:9], 32, r"9 classes \(airplane, .*\) .*10 .*CIFAR-10"),
+        (NAMES[::-1], 32, r"10 classes \(truck, .*\) .*10 .* order"),
     ],
 )
 def test_another_set_of_the_same_name_is_refused(tmp_path, names, size, message):
@@ -174,7 +172,7 @@ def test_a_misspelt_name_is_seen_before_anything_is_opened():
     options = cifar10.get_config()
     check_options(options)
     options.data.name = "cifar"
-    with pytest.raises(UserError, match="data.name='cifar': choose one of .*cifar10, cifar100"):
+    with pytest.raises(UserError, match="data.name='cifar': .*cifar10, cifar100"):
         check_options(options)
 
 
@@ -227,6 +225,6 @@ def test_the_ledger_tells_data_apart(root):
         bench.config.data.name = name
         bench._test, bench._shifts = benchmark.load(config(root)).test, {}
         keys[name] = bench.key(Score(Anchor(), shifts=False))
-        with pytest.raises(UserError, match=f"data.name='{name}': this study measures shifts"):
+        with pytest.raises(UserError, match=f"data.name='{name}': .*shifts"):
             bench.key(Score(Anchor()))
     assert keys["cifar10"] != keys["cifar100"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -59,9 +60,9 @@ def test_the_study_of_generality_without_shifts(anchor, tmp_path):
     base = arguments(anchor, tmp_path / "tfds", tmp_path / "study", "--num_seeds=2")
     code, output = small_run.finish("table1", *base, program=STUDIES)
     assert code == 1 and "Traceback" not in output
-    assert "data.name='cifar10': this study measures shifts, and there are none" in output
+    assert "data.name='cifar10': " in output and "shifts" in output
     code, output = small_run.finish("generality", *base, "--anchors=tower:resnet", program=STUDIES)
-    assert code == 1 and "data.name='cifar10' needs a CLIP" in output
+    assert code == 1 and "data.name='cifar10' " in output and "CLIP" in output
     base += ["--config.batch_size=100", "--config.objective.probe_epochs=1"]
     code, output = small_run.finish("generality", *base, program=STUDIES)
     assert code == 0, output
@@ -71,8 +72,9 @@ def test_the_study_of_generality_without_shifts(anchor, tmp_path):
     hundred = [*base, "--config.data.name=cifar100", "--dry-run"]
     code, output = small_run.finish("generality", *hundred, program=STUDIES)
     # The small text tower has 26 positions.
-    assert code == 1 and "the context length is 26" in output and "Traceback" not in output, output
+    assert code == 1 and "Traceback" not in output, output
+    assert "context length" in output and " 26" in output, output
     (tmp_path / "prompts.txt").write_text("{}\n")
     hundred.append(f"--config.data.templates={tmp_path / 'prompts.txt'}")
     code, output = small_run.finish("generality", *hundred, program=STUDIES)
-    assert code == 1 and "30 of 30 missing: 10 runs to train" in output, output
+    assert code == 1 and re.search("30 of 30 .*10 runs", output), output

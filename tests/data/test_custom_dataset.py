@@ -80,19 +80,19 @@ def test_prepared_records_stand_for_folders(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="data.root=.*nowhere: no such directory"):
+    with pytest.raises(UserError, match="data.root=.*nowhere: "):
         open_own(config(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="data.root is not set; give .* --config.data.root=DIR"):
+    with pytest.raises(UserError, match="data.root .* --config.data.root=DIR"):
         open_own(config(""))
     write_folders(tmp_path / "train", ["cat", "dog"], 3)
     write_folders(tmp_path / "shifts" / "sketch", ["cow"], 1)
-    with pytest.raises(UserError, match="sketch: 'cow' is no class of the training set; its 2 cl"):
+    with pytest.raises(UserError, match="sketch: 'cow' .* 2 classes"):
         open_own(config(tmp_path, test_share=0.4, validation_share=0.4))
-    with pytest.raises(UserError, match="class 'cat' has 1 images, too few to hold out 1 for v"):
+    with pytest.raises(UserError, match="'cat' .*1 images, .* 1 .*validation"):
         open_own(config(tmp_path, test_share=0.7))
-    with pytest.raises(UserError, match="data.shifts: no .*night; there are sketch"):
+    with pytest.raises(UserError, match="data.shifts: .*night; .*sketch"):
         open_own(config(tmp_path, shifts=("night",), test_share=0.4, validation_share=0.4))
     data = config(tmp_path)
     data.paths.test = "elsewhere"
-    with pytest.raises(UserError, match="data.paths.test=elsewhere: no such directory in"):
+    with pytest.raises(UserError, match="data.paths.test=elsewhere: "):
         open_own(data)

@@ -94,7 +94,7 @@ def test_what_only_pillow_puts_up_with_is_read_as_pillow_reads_it():
         (photograph()[:50_000], "truncated"),
         (photograph()[:100], "Truncated File Read|cannot identify"),
         (kinds()["png"][:20_000], "truncated"),
-        (b"<html>404</html>", "not an image in a known format"),
+        (b"<html>404</html>", "format"),
         (b"", "empty"),
     ],
 )

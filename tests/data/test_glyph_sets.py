@@ -128,17 +128,17 @@ def test_digits_are_dark_ink_on_light_paper_and_upright(whole):
 
 @pytest.mark.parametrize("name", ["train_size", "validation_size", "test_size", "shift_size"])
 def test_empty_sets_are_refused(name):
-    with pytest.raises(UserError, match=f"{name} is 0"):
+    with pytest.raises(UserError, match=f"{name} .*0"):
         world(**{name: 0})
 
 
 def test_negative_seeds_are_refused():
-    with pytest.raises(UserError, match="seed is -1"):
+    with pytest.raises(UserError, match="seed .*-1"):
         world(-1)
 
 
 def test_shifts_that_are_typed_without_quotes_are_told_how():
-    with pytest.raises(UserError, match=r"no 'v2,r'; .*; write several as \"\('v2','r'\)\"$"):
+    with pytest.raises(UserError, match=r"'v2,r'; .* \"\('v2','r'\)\"$"):
         world(shifts=("v2,r",))
-    with pytest.raises(UserError, match="no 'v3'; the glyphs have v2, r, .*, digits$"):
+    with pytest.raises(UserError, match="'v3'; .* v2, r, .*, digits$"):
         world(shifts=("v3",))

@@ -86,16 +86,16 @@ def test_nothing_is_written_to_the_images(tmp_path, cache):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such directory"):
+    with pytest.raises(UserError, match="nowhere: "):
         read_folders(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no folders of classes in it; expected .*/CLASS/IMAGE.jpg"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*classes.*/CLASS/IMAGE.jpg"):
         read_folders(tmp_path)
     write_folders(tmp_path, ["a"])
-    with pytest.raises(UserError, match="no folders of classes in it"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*classes"):
         read_folders(tmp_path, {"b"})
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="empty: no image in it"):
+    with pytest.raises(UserError, match="empty: .*image"):
         read_folders(tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_an_image_that_is_gone_is_named(tmp_path):
     write_folders(tmp_path, ["a"])
     images = FileImages(image_folder.list_folders(tmp_path))
     (tmp_path / "a" / "a_1.JPEG").unlink()
-    with pytest.raises(UserError, match="a_1.JPEG: cannot be read"):
+    with pytest.raises(UserError, match="a_1.JPEG: "):
         images[1]
     with pytest.raises(IndexError):
         images[2]

@@ -30,13 +30,13 @@ class Numbers(EncodedImages):
 @pytest.mark.parametrize(
     ("images", "labels", "classes", "message"),
     [
-        (IMAGES.astype(np.float32), LABELS, None, "some: images are uint8"),
-        (IMAGES[..., 0], LABELS, None, r"not uint8 \(3, 4, 4\)"),
-        (IMAGES, LABELS[:2], None, r"3 images need labels of shape \[3\], not \[2\]"),
-        (IMAGES, LABELS.astype(np.int64), None, "labels are int32, not int64"),
-        (IMAGES, LABELS - 2, None, "label -1 is below 0"),
-        (IMAGES, LABELS, (1, 2), "label 5 is not among its 2 classes"),
-        (Numbers(4), LABELS, None, r"4 images need labels of shape \[4\], not \[3\]"),
+        (IMAGES.astype(np.float32), LABELS, None, "some: .*uint8 .* float32"),
+        (IMAGES[..., 0], LABELS, None, r" uint8 \(3, 4, 4\)"),
+        (IMAGES, LABELS[:2], None, r"3 images .*labels .*\[3\], .*\[2\]"),
+        (IMAGES, LABELS.astype(np.int64), None, "labels .*int32.* int64"),
+        (IMAGES, LABELS - 2, None, "label -1 "),
+        (IMAGES, LABELS, (1, 2), "label 5 .*2 classes"),
+        (Numbers(4), LABELS, None, r"4 images .*labels .*\[4\], .*\[3\]"),
     ],
 )
 def test_refuses(images, labels, classes, message):
@@ -47,19 +47,19 @@ def test_refuses(images, labels, classes, message):
 def test_an_array_is_no_encoded_set_and_the_other_way_round():
     array, encoded = ImageSet("some", IMAGES, LABELS), ImageSet("other", Numbers(3), LABELS)
     assert array.pixels is IMAGES and encoded.encoded is encoded.images
-    with pytest.raises(UserError, match="some: an array of images; encoded ones are needed"):
+    with pytest.raises(UserError, match="some: .*array .*encoded"):
         _ = array.encoded
-    with pytest.raises(UserError, match="other: encoded images, of any sizes; an array is needed"):
+    with pytest.raises(UserError, match="other: encoded .*array"):
         _ = encoded.pixels
 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"groups": ((0,),) * 5}, "label 5 is not one of its 5 groups"),
-        ({"groups": ((0,), (), *[(1,)] * 4)}, "group 1 has no class"),
-        ({"label_sets": ((1,), ())}, "3 images need as many label sets, not 2"),
-        ({"classes": (1, 5), "groups": ((0,),) * 6}, "one of classes, groups and label_sets"),
+        ({"groups": ((0,),) * 5}, "label 5 .*5 groups"),
+        ({"groups": ((0,), (), *[(1,)] * 4)}, "group 1 "),
+        ({"label_sets": ((1,), ())}, "3 images .*label sets.* 2"),
+        ({"classes": (1, 5), "groups": ((0,),) * 6}, "classes, groups and label_sets"),
     ],
 )
 def test_refuses_rules_that_do_not_fit(rules, message):
@@ -114,7 +114,7 @@ def test_hold_out_is_a_fixed_part_of_each_class(per_class, counts):
 
 def test_hold_out_leaves_an_image_to_train_on():
     whole = ImageSet("train", IMAGES, LABELS)
-    with pytest.raises(UserError, match="train: class 1 has 1 images, too few to hold out 1"):
+    with pytest.raises(UserError, match="train: class 1 .*1 images, .* 1 "):
         whole.hold_out(1)
     rest, held = whole.hold_out(0)
     assert len(rest) == 3 and len(held) == 0

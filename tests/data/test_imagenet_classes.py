@@ -120,7 +120,7 @@ def test_published_counts():
 def test_a_wnid_outside_of_the_1000_is_named():
     assert imagenet.class_indices([]) == ()
     assert imagenet.class_indices(iter(["n15075141", "n01440764"])) == (999, 0)
-    with pytest.raises(UserError, match="not among ImageNet's 1,000 classes: n00000001, images;"):
+    with pytest.raises(UserError, match="1,000 classes: n00000001, images;"):
         imagenet.class_indices(["n01440764", "n00000001", "images"])
     with pytest.raises(UserError, match="0, 1, 2, 3, 4 and 2 more"):
         imagenet.class_indices(map(str, range(7)))
@@ -166,26 +166,26 @@ def changed(mappings, file, change):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("objectnet_to_imagenet_1k", lambda x: x | {"New": "a"}, "'New' has no folder in folder_"),
+        ("objectnet_to_imagenet_1k", lambda x: x | {"New": "a"}, "'New' .*folder_to_"),
         (
             "objectnet_to_imagenet_1k",
             lambda x: x | {"Class 7": "unheard of"},
-            "'Class 7': 'unheard of' is on 0 lines of imagenet_to_label_2012_v2",
+            "'Class 7': 'unheard of' .*0 lines .*imagenet_to_label_2012_v2",
         ),
         (
             "objectnet_to_imagenet_1k",
             lambda x: x | {"Class 7": x["Class 8"]},
-            "'Class 8' shares ImageNet's class 8 with 'Class 7'",
+            "'Class 8' .*class 8 .*'Class 7'",
         ),
         (
             "objectnet_to_imagenet_1k",
             lambda x: {k: v for k, v in x.items() if k != "Class 9"},
-            "112 classes; ObjectNet 1.0 shares 113",
+            "112 classes.* 113",
         ),
-        ("objectnet_to_imagenet_1k", list, "not a JSON object of texts"),
-        ("folder_to_objectnet_label", lambda x: x | {"more": "Class 3"}, "'Class 3' has two fold"),
-        ("pytorch_to_imagenet_2012_id", lambda x: x | {"0": 4}, "not the lines 0 to 999, each o"),
-        ("pytorch_to_imagenet_2012_id", lambda x: x | {"1000": 4}, "the keys '0' to '999'"),
+        ("objectnet_to_imagenet_1k", list, "JSON object"),
+        ("folder_to_objectnet_label", lambda x: x | {"more": "Class 3"}, "'Class 3' .*fold"),
+        ("pytorch_to_imagenet_2012_id", lambda x: x | {"0": 4}, "lines 0 .*999"),
+        ("pytorch_to_imagenet_2012_id", lambda x: x | {"1000": 4}, "keys '0' .*'999'"),
     ],
 )
 def test_objectnet_files_that_do_not_fit(mappings, file, change, message):
@@ -200,13 +200,13 @@ def test_objectnet_names_that_are_missing_or_stand_twice(mappings):
     lines = path.read_text().splitlines(keepends=True)
     lines[(7 * 500 + 3) % 1000] = lines[(7 * 8 + 3) % 1000]
     path.write_text("".join(lines))
-    with pytest.raises(UserError, match="'thing 8, entity 8' is on 2 lines"):
+    with pytest.raises(UserError, match="'thing 8, entity 8' .*2 lines"):
         imagenet.objectnet_classes(mappings)
     path.write_text("".join(lines[:-1]))
-    with pytest.raises(UserError, match="999 lines, not 1,000"):
+    with pytest.raises(UserError, match="999 lines.* 1,000"):
         imagenet.objectnet_classes(mappings)
     path.unlink()
-    with pytest.raises(UserError, match="imagenet_to_label_2012_v2: no such file"):
+    with pytest.raises(UserError, match="imagenet_to_label_2012_v2: "):
         imagenet.objectnet_classes(mappings)
 
 
@@ -222,11 +222,11 @@ def test_real(tmp_path):
     assert len(read) == 50_000 and read[:3] == ((), (1, 2), (2, 3)) and read[999] == ()
     for item in ("3", "[1000]", "[-1]", "[true]", '["1"]', "[1.0]"):
         write([*items[:7], item, *items[8:]])
-        with pytest.raises(UserError, match="item 7 is .*not a list of labels 0 to 999"):
+        with pytest.raises(UserError, match="item 7 .* 0 .*999"):
             imagenet.real_labels(path)
     write(items[:-1])
-    with pytest.raises(UserError, match="49,999 items, not a list of 50,000"):
+    with pytest.raises(UserError, match="49,999 items.*50,000"):
         imagenet.real_labels(path)
     path.write_text("{}")
-    with pytest.raises(UserError, match="dict, not a list of 50,000"):
+    with pytest.raises(UserError, match="dict.*50,000"):
         imagenet.real_labels(path)

@@ -89,7 +89,7 @@ def test_the_flat_validation_folder_is_the_same_set(tmp_path):
 def test_a_file_that_is_not_of_the_flat_folder_is_named(tmp_path, name):
     for file in ("ILSVRC2012_val_00000001.JPEG", name):
         (tmp_path / file).write_bytes(b"")
-    with pytest.raises(UserError, match=f"{name}: no image of ImageNet's validation set"):
+    with pytest.raises(UserError, match=f"{name}: .*validation"):
         open_set("validation", tmp_path, check_counts=False)
 
 
@@ -109,7 +109,7 @@ def test_real_goes_by_the_number_in_the_file_name(root):
     test = open_set("validation", root / "val", check_counts=False).select(np.array([7, 1]))
     assert open_real(root / "real.json", test).label_sets == ((10,), (0,))
     sketch = open_set("sketch", root / "sketch", check_counts=False)
-    with pytest.raises(UserError, match="n01440764_0.JPEG: .*real.json needs file names such as"):
+    with pytest.raises(UserError, match="n01440764_0.JPEG: .*real.json .*data.real"):
         open_real(root / "real.json", sketch)
 
 
@@ -128,22 +128,22 @@ def test_places(root, tmp_path):
     empty = config(tmp_path, shifts=("a",), paths={"validation": "nothing"})
     train, validation, a, real = missing_sets(empty)
     assert (
-        train.startswith("no train or imagenet/train or") and "--config.data.paths.train" in train
+        "train or imagenet/train or" in train and "--config.data.paths.train" in train
     )
-    assert validation == "data.paths.validation=nothing: nothing there"
-    assert "imagenet-a" in a and "leave it out of data.shifts" in a
+    assert validation.startswith("data.paths.validation=nothing: ")
+    assert "imagenet-a" in a and "data.shifts" in a
     assert "real.json" in real
-    with pytest.raises(UserError, match="no train or .*; data.paths.validation=nothing"):
+    with pytest.raises(UserError, match="train or .*; data.paths.validation=nothing"):
         open_sets(empty)
-    with pytest.raises(UserError, match="no shift 'b'; ImageNet's are v2, r, sketch"):
+    with pytest.raises(UserError, match="'b'; .*v2, r, sketch"):
         places(config(root, shifts=("b",)))
 
 
 def test_a_class_outside_the_thousand_is_refused_whatever_the_counts(tmp_path):
     for name, folders, message in (
-        ("sketch", ["n01440764", "n99999999"], "not among ImageNet's 1,000 classes: n99999999"),
-        ("v2", ["0", "1000"], "class 1000 is not one of 0 to 999"),
-        ("a", ["n01440764"], "label 0 is not among its 200 classes"),
+        ("sketch", ["n01440764", "n99999999"], "1,000 classes: n99999999"),
+        ("v2", ["0", "1000"], "class 1000 .* 0 .*999"),
+        ("a", ["n01440764"], "label 0 .*200 classes"),
     ):
         write_folders(tmp_path / name, folders, 1)
         with pytest.raises(UserError, match=message):
@@ -157,19 +157,22 @@ def test_a_wrong_mapping_is_named(root, tmp_path):
     with pytest.raises(UserError, match="objectnet_to_imagenet_1k.json: 'Bench': 'no such class'"):
         open_set("objectnet", tmp_path / "objectnet")
     shutil.rmtree(tmp_path / "objectnet" / "mappings")
-    with pytest.raises(UserError, match="mappings.*: no such file"):
+    with pytest.raises(UserError, match="mappings/imagenet_to_label_2012_v2: "):
         open_set("objectnet", tmp_path / "objectnet")
 
 
 def test_a_part_of_a_set_is_one_clear_line(root):
     with pytest.raises(UserError) as caught:
         open_set("v2", root / V2)
-    assert str(caught.value) == (
-        f"{root / V2}: not the whole set 'v2': 4 of 1,000 classes (n01443537, n01491361, "
-        "n01494475, n01496331, n01498041 and 991 more missing); 12 images of 10,000, 9,988 too "
-        "few (n01440764, n01484850, n01530575, n02099601 should have 10); complete it, or read it "
-        "as it is with --config.data.check_counts=False"
-    )
+    for part in (
+        f"{root / V2}: ",
+        "1,000 classes (n01443537, n01491361, n01494475, n01496331, n01498041 and 991 more",
+        " 10,000, 9,988 ",
+        "(n01440764, n01484850, n01530575, n02099601 ",
+        "--config.data.check_counts=False",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def whole_labels(name):
@@ -184,17 +187,17 @@ def test_published_counts(name):
     """Whole, with an image too many, and with an image of a wrong class."""
     labels, classes = whole_labels(name)
     check_whole(name, "here", labels)
-    with pytest.raises(UserError, match=r"images of [\d,]+, 1 too many"):
+    with pytest.raises(UserError, match=r"images .*\d, 1 .*many"):
         check_whole(name, "here", np.append(labels, labels[:1]))
     if len(classes) == 200:
         other = next(k for k in range(1000) if k not in classes)
-        with pytest.raises(UserError, match=f"{WNIDS[other]}, none of its 200 classes"):
+        with pytest.raises(UserError, match=f"{WNIDS[other]}, .*200 classes"):
             check_whole(name, "here", np.append(labels[:-1], np.int32(other)))
 
 
 def test_an_uneven_class_is_named():
     labels, _ = whole_labels("validation")
-    with pytest.raises(UserError, match=r"1 too few \(n01498041 should have 50\)"):
+    with pytest.raises(UserError, match=r" 1 .*few \(n01498041 .*50\)"):
         check_whole("validation", "here", np.delete(labels, 6))
 
 
@@ -209,5 +212,5 @@ def test_the_benchmark(root):
     assert opened.class_names == CLASS_NAMES and opened.templates == TEMPLATES
     assert opened.test.name == "id" and opened.real.label_sets is not None
     data.paths.r = "elsewhere"
-    with pytest.raises(UserError, match="data.paths.r=elsewhere: nothing there"):
+    with pytest.raises(UserError, match="data.paths.r=elsewhere: "):
         benchmark.load(data)

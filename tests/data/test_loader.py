@@ -133,14 +133,14 @@ def test_evaluation_keeps_the_order():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 25}, "batch_size is 25.*24 examples"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"num_replicas": 0}, "num_replicas is 0"),
-        ({"start_step": -1}, "start_step is -1"),
-        ({"examples": [0, 8]}, r"examples=\[0, 8\]: give numbers from 0 to 7"),
+        ({"batch_size": 25}, "batch_size .*25.*24 examples"),
+        ({"batch_size": 0}, "batch_size .*0"),
+        ({"seed": -1}, "seed .*-1"),
+        ({"num_replicas": 0}, "num_replicas .*0"),
+        ({"start_step": -1}, "start_step .*-1"),
+        ({"examples": [0, 8]}, r"examples=\[0, 8\]: .* 0 .*7"),
         ({"examples": []}, "examples"),
-        ({"replicas": [1, 0]}, "replicas.*from 0 to 1, ascending"),
+        ({"replicas": [1, 0]}, "replicas.* 0 .*1"),
     ],
 )
 def test_training_refuses(change, message):
@@ -149,7 +149,7 @@ def test_training_refuses(change, message):
 
 
 def test_evaluation_refuses_before_the_first_batch():
-    with pytest.raises(UserError, match="batch_size is 0"):
+    with pytest.raises(UserError, match="batch_size .*0"):
         eval_batches(numbered(4), 0)
-    with pytest.raises(UserError, match="examples=.*from 0 to 2"):
+    with pytest.raises(UserError, match="examples=.* 0 .*2,"):
         eval_batches(numbered(4), 3, examples=range(2, 4))

@@ -100,23 +100,23 @@ def test_another_preparation_is_not_mixed_in(tmp_path):
     unfinished = tmp_path / "out" / "own" / "1.0.0.incomplete"
     unfinished.mkdir(parents=True)
     (unfinished / "modelstock.json").write_text("{")
-    with pytest.raises(UserError, match="modelstock.json: not JSON"):
+    with pytest.raises(UserError, match="modelstock.json: .*JSON"):
         prepare(image_set, names, tmp_path / "out", **options)
     (unfinished / "modelstock.json").write_text("{}")
-    with pytest.raises(UserError, match="holds the beginning of another preparation; remove it"):
+    with pytest.raises(UserError, match="1.0.0.incomplete: .*--out"):
         prepare(image_set, names, tmp_path / "out", **options)
     prepare(image_set, names, tmp_path / "new", **options)
-    with pytest.raises(UserError, match="resize is -1: it must be at least 0"):
+    with pytest.raises(UserError, match="resize .*-1"):
         prepare(image_set, names, tmp_path / "small", resize=-1, **options)
     assert not (tmp_path / "small").exists()
-    with pytest.raises(UserError, match="another preparation lies there; choose another --out"):
+    with pytest.raises(UserError, match="1.0.0: .*--out"):
         prepare(image_set, names, tmp_path / "new", resize=20, **options)
 
 
 def test_a_file_with_too_few_records_is_found(tmp_path, monkeypatch):
     image_set, names = own_set(tmp_path / "own")
     monkeypatch.setattr(preparation, "_num_records", lambda path: 9)
-    with pytest.raises(UserError, match="00000-of-00001: 9 records, not 10"):
+    with pytest.raises(UserError, match="00000-of-00001: 9 records.* 10"):
         prepare(image_set, names, tmp_path / "out", dataset="own", split="train")
 
 
@@ -158,7 +158,7 @@ def test_a_broken_image_is_named(tmp_path):
     file = Path(image_set.images.name(4))
     for content in (b"no image", file.read_bytes()[:100]):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="cat_4.JPEG: not a whole image"):
+        with pytest.raises(UserError, match="cat_4.JPEG: .*image"):
             prepare(image_set, names, tmp_path / "out", dataset="own", split="train", resize=20)
 
 
@@ -171,4 +171,5 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/my_pets/1.0.0: 4 images of 2 classes\n"
     done = subprocess.run([*run, str(tmp_path), "nowhere", "--set", "r"], **options)
-    assert done.returncode == 1 and done.stderr == "error: nowhere: no such directory\n"
+    assert done.returncode == 1 and done.stderr.startswith("error: nowhere: ")
+    assert done.stderr.count("\n") == 1

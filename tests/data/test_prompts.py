@@ -38,14 +38,14 @@ def test_templates(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no class name"),
-        (b" \n\n", "holds no class name"),
-        (b"cat\n\ndog\n", "line 2 is empty"),
-        (b"cat\ndog\ncat\n dog\n", r"'cat' stands at line 1 and line 3; 'dog' stands at line 2 an"),
+        (b"", "class name"),
+        (b" \n\n", "class name"),
+        (b"cat\n\ndog\n", "line 2 .*empty"),
+        (b"cat\ndog\ncat\n dog\n", "'cat' .*line 1 and line 3; 'dog' .*line 2 an"),
         (b"x\n" * 9, "and 3 more$"),
-        (b"cat\n", r"1 class name, but the data has 3 classes; give one name a class"),
-        (b"a\nb\nc\nd\n", "4 class names, but the data has 3 classes"),
-        ("café\n".encode("latin-1"), r"not UTF-8 \(byte 3: .*save it as UTF-8"),
+        (b"cat\n", "1 class name, .*3 classes"),
+        (b"a\nb\nc\nd\n", "4 class names, .*3 classes"),
+        ("café\n".encode("latin-1"), r"UTF-8 \(byte 3: "),
     ],
 )
 def test_wrong_text_files(tmp_path, content, message):
@@ -58,10 +58,10 @@ def test_wrong_text_files(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"0": "cat"}, "not a JSON list of texts"),
-        (["cat", 3], "not a JSON list of texts"),
-        ([], "holds no class name"),
-        (["cat", "dog", "cat"], "'cat' stands at item 1 and item 3"),
+        ({"0": "cat"}, "JSON list .*texts"),
+        (["cat", 3], "JSON list .*texts"),
+        ([], "class name"),
+        (["cat", "dog", "cat"], "'cat' .*item 1 and item 3"),
     ],
 )
 def test_wrong_json_files(tmp_path, value, message):
@@ -72,18 +72,18 @@ def test_wrong_json_files(tmp_path, value, message):
 
 def test_other_mistakes(tmp_path):
     (tmp_path / "t.txt").write_text("a {}.\na photo of {c}.\n")
-    with pytest.raises(UserError, match=r"line 2 has no '\{\}' .*: 'a photo of \{c\}\.'"):
+    with pytest.raises(UserError, match=r"line 2 .*'\{\}' .*: 'a photo of \{c\}\.'"):
         read_templates(tmp_path / "t.txt")
     for name, message in (
-        ("gone.txt", "gone.txt: no such file"),
-        ("gone.json", "gone.json: no such file"),
-        ("a.csv", "a list is a .txt file, an item a line, or a .json file"),
+        ("gone.txt", "gone.txt: "),
+        ("gone.json", "gone.json: "),
+        ("a.csv", "a.csv: .*.txt .*.json"),
     ):
         with pytest.raises(UserError, match=message):
             read_templates(tmp_path / name)
     (tmp_path / "broken.json").write_text('["cat"')
-    with pytest.raises(UserError, match="broken.json: not JSON"):
+    with pytest.raises(UserError, match="broken.json: .*JSON"):
         read_templates(tmp_path / "broken.json")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(UserError, match="folder.txt: cannot be read"):
+    with pytest.raises(UserError, match="folder.txt: "):
         read_templates(tmp_path / "folder.txt")

@@ -113,7 +113,7 @@ def test_real_labels_of_the_library(tmp_path):
     real = open_real(directory.parent, None)
     assert real.label_sets == ((3, 8), (), (5,)) and real.labels.tolist() == [0, 1, 2]
     assert list(real.images) == [encoded(i) for i in range(3)]
-    with pytest.raises(UserError, match="no class label 'label' .*original_label.*another version"):
+    with pytest.raises(UserError, match="class label 'label' .*original_label"):
         open_set("validation", directory)
 
 
@@ -127,11 +127,11 @@ def test_the_newest_version_is_read(tmp_path):
 
 
 def test_mistakes(imagenet, tmp_path):
-    with pytest.raises(UserError, match="no dataset_info.json there"):
+    with pytest.raises(UserError, match="dataset_info.json"):
         read_records(tmp_path, "train")
-    with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
+    with pytest.raises(UserError, match="'test'.*train, validation"):
         read_records(imagenet, "test")
-    with pytest.raises(UserError, match="has the splits train, validation"):
+    with pytest.raises(UserError, match="splits train, validation"):
         read_records(imagenet)
     copy = tmp_path / "imagenet2012" / "5.0.0"
     copy.mkdir(parents=True)
@@ -139,12 +139,12 @@ def test_mistakes(imagenet, tmp_path):
         (copy / file.name).write_bytes(file.read_bytes())
     info = json.loads((copy / "dataset_info.json").read_text())
     (copy / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(UserError, match="5.0.0: prepared as tfrecord.*file_format=array_record"):
+    with pytest.raises(UserError, match="5.0.0: .*tfrecord.*file_format=array_record"):
         read_records(copy, "train")
     (copy / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match="dataset_info.json: not JSON"):
+    with pytest.raises(UserError, match="dataset_info.json: .*JSON"):
         read_records(copy, "train")
     (copy / "dataset_info.json").write_text(json.dumps(info))
     (copy / "features.json").unlink()
-    with pytest.raises(UserError, match="5.0.0: cannot be opened"):
+    with pytest.raises(UserError, match=r"5.0.0: .*\(Cannot restore"):
         read_records(copy, "train")

@@ -144,7 +144,7 @@ def test_a_border_is_cut_before_anything_else():
     framed = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), constant_values=255)
     result = EvalView(64, border=2)(framed, None)
     np.testing.assert_array_equal(result, central(pixels, 64))
-    with pytest.raises(Unreadable, match="nothing within a border of 2"):
+    with pytest.raises(Unreadable, match="4 x 9 .*border .*2"):
         EvalView(64, border=2)(np.zeros((4, 9, 3), np.uint8), None)
 
 
@@ -239,11 +239,11 @@ def test_a_view_of_the_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crop_area": (0.0, 1.0)}, r"crop_area is \(0.0, 1.0\)"),
-        ({"crop_area": (0.5, 1.1)}, "up to 1"),
-        ({"crop_ratio": (2.0, 0.5)}, "the smaller one first"),
-        ({"randaugment_ops": -1}, "randaugment_ops is -1"),
-        ({"randaugment_magnitude": 31}, "between 0 and 30"),
+        ({"crop_area": (0.0, 1.0)}, r"crop_area .*\(0.0, 1.0\)"),
+        ({"crop_area": (0.5, 1.1)}, r"crop_area .*\(0.5, 1.1\)"),
+        ({"crop_ratio": (2.0, 0.5)}, r"crop_ratio .*\(2.0, 0.5\)"),
+        ({"randaugment_ops": -1}, "randaugment_ops .*-1"),
+        ({"randaugment_magnitude": 31}, "randaugment_magnitude .*0 and 30"),
     ],
 )
 def test_a_view_refuses(change, message):
@@ -254,5 +254,5 @@ def test_a_view_refuses(change, message):
 @pytest.mark.parametrize("shape", [(1, 60_000, 3), (60_000, 1, 3)])
 def test_a_thread_of_pixels_does_not_fill_the_memory(shape):
     """A file of 200 bytes, whose short side at 224 pixels would make 3 thousand million."""
-    with pytest.raises(Unreadable, match="too long for its width"):
+    with pytest.raises(Unreadable, match="60000 .*pixels"):
         EvalView(224)(np.zeros(shape, np.uint8), np.random.default_rng(0))

@@ -85,13 +85,3 @@ def _draw(rng, shapes):
     if isinstance(shapes, dict):
         return {name: _draw(rng, shape) for name, shape in shapes.items()}
     return rng.standard_normal(shapes.shape).astype(np.float32)
-
-
-def test_a_block_that_fails_is_named_by_its_line(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("# A page\n\n1. In a list:\n   ```python\n   x = 1\n   ```\n\n"
-                    "```python\ny = x\nz = y / 0\n```\n")
-    assert python_blocks(page) == [(5, "x = 1\n"), (9, "y = x\nz = y / 0\n")]
-    with pytest.raises(ZeroDivisionError) as error:
-        run_blocks(page)
-    assert (str(error.traceback[-1].path), error.traceback[-1].lineno + 1) == (str(page), 10)

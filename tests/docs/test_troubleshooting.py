@@ -44,13 +44,8 @@ def test_every_message_is_in_the_source(patterns):
         assert len(rest) < 120, message
 
 
-@pytest.mark.parametrize("changed", [
-    "mesh.data=3 does not cut batch_size=128",
-    "replica 1: tensor 'w' has NaN; mend it",
-    "no checkpoint in DIR is intact; put back a copy",
-])
-def test_a_message_of_another_wording_is_not(patterns, changed):
-    assert not known(changed, patterns)
+def test_a_message_of_another_wording_is_not(patterns):
+    assert not known("mesh.data=3 does not cut batch_size=128", patterns)
 
 
 def said(page_line: str) -> str:

@@ -66,8 +66,8 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
 
 
 def test_what_cannot_be_exported_is_said_before_training():
-    with pytest.raises(UserError, match="export.layouts: layout 'onnx' is not known; write in one"):
+    with pytest.raises(UserError, match="export.layouts: .*'onnx'.*hugging_face"):
         results.check_export(config_of("onnx"), CHECKPOINT)
-    with pytest.raises(UserError, match="export.layouts: OpenAI's layout has no config.*is 3, not"):
+    with pytest.raises(UserError, match="export.layouts: OpenAI.*num_attention_heads .*3"):
         results.check_export(config_of("hugging_face", "openai"), small.checkpoint(small.config()))
     results.check_export(config_of("hugging_face", "open_clip", "openai"), CHECKPOINT)

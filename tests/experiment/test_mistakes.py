@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -37,21 +39,21 @@ def test_mistakes_in_a_run(tmp_path):
     workdir = tmp_path / "run"
 
     output = refused(*small_run.arguments(anchor, workdir, "--config.num_replicas=1"))
-    assert "num_replicas" in output and "at least 2" in output
+    assert "num_replicas" in output and " 2" in output
 
     # What launch.py does with a UserError was seen above: these need no process of their own.
     config = glyphs.get_config()
     config.pretrained = str(anchor)
     (workdir / "config.json").write_text(json.dumps({"epochs": 99}))
     (workdir / "runs").mkdir()
-    with pytest.raises(UserError, match="(?s)another config:.*epochs was 99, is 8"):
+    with pytest.raises(UserError, match=" epochs .*99.* 8"):
         run(config, workdir)
     assert json.loads((workdir / "config.json").read_text()) == {"epochs": 99}
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="workdir.*file"):
         run(config, tmp_path / "file" / "run")
     config.pretrained = str(tmp_path / "nothing")
-    with pytest.raises(UserError, match="nothing.*no such file or directory"):
+    with pytest.raises(UserError, match="/nothing: "):
         run(config, tmp_path / "other")
 
 
@@ -59,15 +61,15 @@ def test_what_needs_no_model_is_refused_before_one_is_opened(tmp_path):
     config = glyphs.get_config()
     config.pretrained = str(tmp_path / "nothing")
     config.mesh.data = 3
-    with pytest.raises(UserError, match="mesh.data=3 does not divide batch_size=128"):
+    with pytest.raises(UserError, match="mesh.data=3 .*batch_size=128"):
         run(config, tmp_path / "run")
     config.mesh.data, config.data.name = 0, "imagenet"
-    with pytest.raises(UserError, match="data.root is not set; give ImageNet's directory"):
+    with pytest.raises(UserError, match="data.root .*--config.data.root=DIR"):
         run(config, tmp_path / "run")
-    with pytest.raises(UserError, match="data.root is not set"):
+    with pytest.raises(UserError, match="data.root "):
         evaluate_checkpoint(config, "nobody/nothing")
     config.data.root = str(tmp_path)
-    with pytest.raises(UserError, match=r"imagenet2012_train .*PATH \(6 more: --dry-run"):
+    with pytest.raises(UserError, match=r"imagenet2012_train .*PATH \(6 .*--dry-run"):
         run(config, tmp_path / "run")
 
 
@@ -75,9 +77,9 @@ def test_a_part_of_a_workdir_is_not_taken_for_a_model(tmp_path):
     state = tmp_path / "runs/seed_0/merged/state/8"
     for place in (state, tmp_path / "model"):
         place.mkdir(parents=True)
-    with pytest.raises(UserError, match=f"its merged model is {tmp_path}/model"):
+    with pytest.raises(UserError, match=f"merged model .*{tmp_path}/model"):
         evaluate_checkpoint(glyphs.get_config(), str(tmp_path))
-    with pytest.raises(UserError, match="is a training state; .*seed_0/merged/merged"):
+    with pytest.raises(UserError, match="state/8 .*seed_0/merged/merged"):
         evaluate_checkpoint(glyphs.get_config(), str(state))
 
 
@@ -92,6 +94,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(tmp_path):
         "sys.argv[0] = 'launch.py'; runpy.run_path('launch.py', run_name='__main__')"
     )
     output = refused(*arguments, program=("-c", limited))
-    assert "error: cannot write" in output, output
+    assert "error: " in output and os.strerror(errno.EFBIG) in output, output
     code, output = small_run.finish(*arguments)
     assert code == 0, output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_each_option_by_its_class(made, key):
         claim(workdir, changed)
         assert not kept()
         return
-    with pytest.raises(UserError, match=f"{key} was .*, is ") as refusal:
+    with pytest.raises(UserError, match=rf"(?m)^ *{re.escape(key)} ") as refusal:
         claim(workdir, changed)
     assert kept()
     allowed = option(key).resume is not None
@@ -125,7 +126,7 @@ def test_each_option_by_its_class(made, key):
         assert not kept()
         claim(workdir, changed)
     else:
-        with pytest.raises(UserError, match=f"{key} was "):
+        with pytest.raises(UserError, match=rf"(?m)^ *{re.escape(key)} "):
             claim(workdir, changed, allow_change=True)
         assert kept()
 
@@ -153,11 +154,16 @@ def test_a_refusal_shows_all_that_differs_at_once(made):
     for allow in (False, True):
         with pytest.raises(UserError) as refusal:
             claim(workdir, config, allow_change=allow)
-        assert str(refusal.value).splitlines()[1:-1] == [
-            "  data.paths.v2 was '', is '/elsewhere' (a place)",
-            "  epochs was 10, is 99",
-            "  mesh.data was 0, is 2 (rounding)",
-        ]
+        for line, (key, old, new, kind) in zip(
+            str(refusal.value).splitlines()[1:-1],
+            [
+                ("data.paths.v2", "''", "'/elsewhere'", "place"),
+                ("epochs", "10", "99", ""),
+                ("mesh.data", "0", "2", "rounding"),
+            ],
+            strict=True,
+        ):
+            assert re.search(rf"^ *{key} .*{old},? .*{new}\b.*{kind}", line), line
 
 
 def test_an_option_that_was_not_there_is_named(made):
@@ -165,7 +171,7 @@ def test_an_option_that_was_not_there_is_named(made):
     before = json.loads((workdir / "config.json").read_text())
     del before["epochs"]
     (workdir / "config.json").write_text(json.dumps(before))
-    with pytest.raises(UserError, match="epochs was absent, is 10"):
+    with pytest.raises(UserError, match=" epochs .*absent.* 10"):
         claim(workdir, config)
 
 
@@ -245,7 +251,7 @@ def test_a_directory_in_use_is_refused_until_its_process_dies(tmp_path):
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"in use by process {holder.pid} on {os.uname()[1]}"):
+        with pytest.raises(UserError, match=f"process {holder.pid} .*{os.uname()[1]}"):
             claim(tmp_path, default.get_config())
         # Nothing of the holder's was touched: the next one is refused in the same words.
         assert (tmp_path / ".lock").read_text().startswith(f"process {holder.pid} ")
@@ -272,7 +278,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="workdir.*file"):
         claim(tmp_path / "file", default.get_config())
-    with pytest.raises(UserError, match="cannot make --workdir"):
+    with pytest.raises(UserError, match="--workdir=.*file/run"):
         claim(tmp_path / "file" / "run", default.get_config())
 
     def read_only(*_):
@@ -280,7 +286,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
 
     # The tests may run as root, whom no mode of a directory stops.
     monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(UserError, match="cannot write in --workdir.*Permission denied"):
+    with pytest.raises(UserError, match="--workdir.*Permission denied"):
         claim(tmp_path / "run", default.get_config())
 
 

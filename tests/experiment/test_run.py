@@ -58,7 +58,7 @@ def test_a_run_leaves_everything(finished):
     assert {line["run"] for line in lines} == {"seed_0/merged", "seed_0/unmerged"}
     assert list(workdir.rglob("events.out.tfevents*"))
     assert "Model Stock" in output and "images/s" in output
-    assert re.search(r"a merge takes \S+ s, [\d.]+ % of an epoch of 8 steps", output)
+    assert re.search(r"merge .* s, [\d.]+ % .*epoch", output)
     table = output[output.index("Where ") :]
     for phase in ("training", "merging", "saving", "evaluating", "exporting", "compiling"):
         assert phase in table, table
@@ -131,10 +131,10 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(finished, anchor, tmp_path
     assert process.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 143), output
     assert not (tmp_path / "results.json").exists()
     if kind == signal.SIGTERM:
-        assert "the same command goes on" in output
+        assert "same command" in output
     code, output = small_run.finish(*arguments)
     assert code == 0, output
-    assert "goes on from step" in output
+    assert "from step" in output
     whole, _ = finished
     for name in ("results.md", "model/model.safetensors", "model/head.safetensors"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name

@@ -120,5 +120,5 @@ def test_lists_of_a_user(checkpoint, data, passes, tmp_path):
     after = anchor_classifier(config, checkpoint, opened, tmp_path).params["head"]["kernel"]
     assert after.shape == before.shape and np.abs(after - before).max() > 0.1
     (tmp_path / "names.txt").write_text("\n".join(names[:-1]))
-    with pytest.raises(UserError, match=r"names.txt: 61 class names, but the data has 62 classes"):
+    with pytest.raises(UserError, match="names.txt: 61 .*62 classes"):
         data(config)

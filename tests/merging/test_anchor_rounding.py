@@ -296,7 +296,7 @@ def test_an_exact_anchor_is_not_corrected():
     _, stored, tuned = models(KERNEL, "exact")
     assert abs(float(model_stock(stored, tuned)[1].ratio["kernel"]) - 0.46) < 0.01
     for method in (model_stock, weighted_model_stock):
-        with pytest.raises(UserError, match="training started from the rounded"):
+        with pytest.raises(UserError, match="rounded"):
             method(stored, tuned, anchor_rounding="correct")
     plain = jax.jit(model_stock)(stored, tuned)
     for transform in (jax.jit, lambda f: lambda *args: jax.tree.map(
@@ -448,7 +448,7 @@ def test_a_float32_anchor_of_float64_replicas(x64):
 
 def test_errors():
     _, stored, tuned = models({"w": (64, 64)})
-    with pytest.raises(UserError, match="anchor_rounding must be one of keep, correct, not 'fix'"):
+    with pytest.raises(UserError, match="anchor_rounding .*keep, correct.*'fix'"):
         model_stock(stored, tuned, anchor_rounding="fix")
     tuned["w"][1, 2, 3] = np.nan
     with pytest.raises(NonFiniteError, match=r"replica 1 .*'w'"):

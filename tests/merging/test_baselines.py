@@ -48,7 +48,7 @@ def test_wise_ft_of_one_model_ends_at_anchor_and_model():
     np.testing.assert_array_equal(wise_ft(w0, w, 0.0)[0]["a"], w0["a"])
     np.testing.assert_array_equal(wise_ft(w0, w, 1.0)[0]["a"], w["a"][0])
     for alpha in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UserError, match=r"must lie in \[0, 1\]"):
+        with pytest.raises(UserError, match=r"\[0, 1\]"):
             wise_ft(w0, w, alpha)
     slope = jax.jit(jax.grad(lambda a: jnp.sum(wise_ft(w0, w, a)[0]["b"])))(0.5)
     np.testing.assert_allclose(slope, (w["b"][0] - w0["b"]).sum(), rtol=1e-5)

@@ -54,7 +54,7 @@ def test_models_on_a_line_span_no_plane():
     a = {k: v[0] for k, v in w.items()}
     half = {k: ((a[k] + w0[k]) / 2).astype(np.float32) for k in a}
     for first, second in ((a, half), (a, a), (a, w0), (w0, a)):
-        with pytest.raises(UserError, match="span no plane"):
+        with pytest.raises(UserError, match="plane"):
             plane_through(w0, first, second)
 
 
@@ -123,7 +123,7 @@ def test_shell_finds_the_true_radius_where_the_sample_mean_does_not():
     other = mu + rng.standard_normal(20_000)
     far = np.linalg.norm(other - d.mean(axis=0))
     assert true_distance(far, 1, 5, included=False) == pytest.approx(np.sqrt(20_000), rel=0.02)
-    with pytest.raises(UserError, match="at least 4 models, not 3"):
+    with pytest.raises(UserError, match="4 models.* 3"):
         shell(np.eye(3))
     with pytest.raises(UserError, match="5 of 5 models"):
         true_distance(1.0, 5, 5)

@@ -138,7 +138,7 @@ def test_non_finite_under_jit_keeps_the_anchor_of_its_unit():
 
 def test_a_movement_beyond_float32_is_refused_too():
     w0, w = {"w": np.zeros(3, np.float32)}, {"w": np.full((2, 3), 3e30, np.float32)}
-    with pytest.raises(NonFiniteError, match="too large for float32"):
+    with pytest.raises(NonFiniteError, match="'w' .*float32"):
         model_stock(w0, w)
 
 
@@ -161,15 +161,15 @@ def _pair(num=2):
 
 
 @pytest.mark.parametrize("change,message", [
-    (lambda w0, w: w.pop("a"), "only in pretrained: a"),
-    (lambda w0, w: w.update(c=w["a"]), "only in finetuned: c"),
-    (lambda w0, w: w.update(a=w["a"][:, :2]), r"not so: a \(\(3,\) and \(2, 2\)\)"),
-    (lambda w0, w: w.update(a=w["a"][0]), r"as stack_replicas makes it; not so: a"),
-    (lambda w0, w: w.update(a=w["a"][:1]), "different lengths"),
-    (lambda w0, w: w.update(a=w["a"].astype(int)), "floating point on one side.*: a"),
-    (lambda w0, w: w.update(a=w["a"] * 1j), "finetuned: tensor 'a' is complex"),
-    (lambda w0, w: w0.update(a=np.array(["x"] * 3)), "pretrained: tensor 'a' is <U1"),
-    (lambda w0, w: (w0.clear(), w.clear()), "holds no tensor"),
+    (lambda w0, w: w.pop("a"), "pretrained: a"),
+    (lambda w0, w: w.update(c=w["a"]), "finetuned: c"),
+    (lambda w0, w: w.update(a=w["a"][:, :2]), r"a \(\(3,\) and \(2, 2\)\)"),
+    (lambda w0, w: w.update(a=w["a"][0]), "stack_replicas .*: a"),
+    (lambda w0, w: w.update(a=w["a"][:1]), "lengths"),
+    (lambda w0, w: w.update(a=w["a"].astype(int)), "floating point .*: a"),
+    (lambda w0, w: w.update(a=w["a"] * 1j), "finetuned: tensor 'a' .*complex"),
+    (lambda w0, w: w0.update(a=np.array(["x"] * 3)), "pretrained: tensor 'a' .*<U1"),
+    (lambda w0, w: (w0.clear(), w.clear()), "no tensor"),
 ])
 def test_trees_that_do_not_fit(change, message):
     w0, w = _pair()
@@ -180,15 +180,15 @@ def test_trees_that_do_not_fit(change, message):
 
 def test_one_replica_or_a_list_of_them():
     w0, w = _pair(1)
-    with pytest.raises(UserError, match="at least 2 fine-tuned replicas, not 1"):
+    with pytest.raises(UserError, match="2 fine-tuned replicas.* 1"):
         model_stock(w0, w)
     with pytest.raises(UserError, match="stack_replicas"):
         model_stock(w0, [w0, w0])
-    with pytest.raises(UserError, match="floating dtype, not int8"):
+    with pytest.raises(UserError, match="dtype.* int8"):
         model_stock(*_pair(), dtype=jnp.int8)
-    with pytest.raises(UserError, match="replica 1 differs.*shape of: a"):
+    with pytest.raises(UserError, match="replica 1 .*shape.*: a"):
         stack_replicas([{"a": np.zeros(2)}, {"a": np.zeros(3)}])
-    with pytest.raises(UserError, match="only in replica 1: b"):
+    with pytest.raises(UserError, match="replica 1: b"):
         stack_replicas([{"a": np.zeros(2)}, {"a": np.zeros(2), "b": np.zeros(2)}])
 
 

@@ -127,10 +127,10 @@ def test_a_bfloat16_soup_is_a_float32_mean_rounded_once():
 
 
 @pytest.mark.parametrize("candidates,score,message", [
-    ([], _near(0), "at least one candidate"),
-    ({"head": np.ones((2, 5), np.float32)}, _near(0), "candidates is one tree"),
+    ([], _near(0), "one candidate"),
+    ({"head": np.ones((2, 5), np.float32)}, _near(0), "candidates .*tree"),
     ([_tree(1.0)], lambda tree: float("nan"), "score of candidate 0 .*NaN"),
-    ([_tree(1.0), {"head": np.ones(3, np.float32)}], lambda t: 0, "differ in structure"),
+    ([_tree(1.0), {"head": np.ones(3, np.float32)}], lambda t: 0, "structure"),
 ])
 def test_mistakes(candidates, score, message):
     with pytest.raises(UserError, match=message):

@@ -172,12 +172,12 @@ def test_warp_from_its_parts_lies_between_the_anchor_and_the_arc():
 
 @pytest.mark.parametrize("call,message", [
     (lambda w0, w: task_arithmetic(w0, w, [1.0, 2.0, 3.0]), r"shape \(2,\); not \(3,\)"),
-    (lambda w0, w: task_arithmetic(w0, w, float("nan")), "scale must be finite"),
-    (lambda w0, w: ties(w0, w, 0.0), r"density is a number in \(0, 1\]"),
-    (lambda w0, w: ties(w0, w, (0.5, 0.5, 0.5)), "or 2 of them"),
+    (lambda w0, w: task_arithmetic(w0, w, float("nan")), "scale .*finite"),
+    (lambda w0, w: ties(w0, w, 0.0), r"density .*\(0, 1\]"),
+    (lambda w0, w: ties(w0, w, (0.5, 0.5, 0.5)), "density.* 2 "),
     (lambda w0, w: ties(w0, w, scale=[1.0, 1.0]), "one scale"),
-    (lambda w0, w: slerp(w0, w, 1.5), r"t must lie in \[0, 1\]"),
-    (lambda w0, w: slerp(w0, jax.tree.map(lambda x: x[:1], w), 0.5), "two replicas, not 1"),
+    (lambda w0, w: slerp(w0, w, 1.5), r"t .*\[0, 1\]"),
+    (lambda w0, w: slerp(w0, jax.tree.map(lambda x: x[:1], w), 0.5), "replicas.* 1"),
 ])
 def test_mistakes(call, message):
     with pytest.raises(UserError, match=message):

@@ -204,11 +204,11 @@ def test_twa_of_a_tree_keeps_dtypes_and_the_last_of_what_is_not_floating():
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda: ema(1.0), r"decay must lie in \[0, 1\)"),
-    (lambda: swa(-1), "start must be 0 or more"),
+    (lambda: ema(1.0), r"decay .*\[0, 1\)"),
+    (lambda: swa(-1), "start .*0"),
     (lambda: swad(n_s=0), "n_s and n_e"),
-    (lambda: swad(r=0.9), "at least 1, not 0.9"),
-    (lambda: twa_span(stack_replicas([{"w": RUN[0]}] * 2)), "not linearly independent"),
+    (lambda: swad(r=0.9), " 0.9"),
+    (lambda: twa_span(stack_replicas([{"w": RUN[0]}] * 2)), "linearly"),
     (lambda: twa_span({"n": np.ones(2, int)}), "stack_replicas"),
 ])
 def test_mistakes(call, message):

@@ -113,22 +113,22 @@ def test_heads_by_tower():
 
 
 @pytest.mark.parametrize("unit,how,message", [
-    ("layers", {}, "unknown merge unit 'layers'; one of tensor, layer"),
-    ("head", {}, "needs num_heads"),
-    ("head", {"num_heads": 3}, "num_heads = 3 does not divide"),
-    ("head", {"num_heads": {"text": 2}}, "num_heads has no entry for"),
-    ("head", {"num_heads": 2.0}, "positive whole number"),
-    ("filter", {"filter_axis": 1}, "filter_axis is 0"),
+    ("layers", {}, "'layers'.*tensor, layer"),
+    ("head", {}, "num_heads"),
+    ("head", {"num_heads": 3}, "num_heads = 3"),
+    ("head", {"num_heads": {"text": 2}}, "num_heads .* entry"),
+    ("head", {"num_heads": 2.0}, "num_heads .*whole number"),
+    ("filter", {"filter_axis": 1}, "filter_axis .*0"),
 ])
 def test_mistakes_in_units(unit, how, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=message):
         assign(list(TRANSFORMER.items()), unit, **how)
 
 
 @pytest.mark.parametrize("unit", ["head", "block"])
 def test_unknown_architecture(unit):
     shapes = [("stages.0.blocks.1.conv.weight", (8, 8, 3, 3)), ("fc.weight", (8, 8))]
-    with pytest.raises(UserError, match="known by name"):
+    with pytest.raises(UserError, match=f"'{unit}'.*name"):
         assign(shapes, unit, num_heads=2)
     assert [p.key for p in assign(shapes, "layer")] == [p.key for p in assign(shapes, "tensor")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 
 import jax
@@ -172,18 +173,18 @@ def test_all_that_does_not_fit_is_listed_in_every_layout(saved, tmp_path, layout
         checkpoint_io.load(directory)
     for part in (
         f"missing: {missing} [512, 128]",
-        f"misshapen: {misshapen} is [7], not [128]",
-        f"not finite: {unfinished}",
-        f"not floating-point: {whole} is int32",
+        f"misshapen: {misshapen} ",
+        f"finite: {unfinished}",
+        f"floating-point: {whole} ",
         "unused: extra [2, 3]",
     ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=f"{FILES[layout]}: not a whole safetensors file"):
+    with pytest.raises(UserError, match=f"{FILES[layout]}: "):
         checkpoint_io.load(directory)
     path.rename(directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin: a pickle file can run code"):
+    with pytest.raises(UserError, match="pytorch_model.bin: .*pickle"):
         checkpoint_io.load(directory)
 
 
@@ -201,10 +202,10 @@ def test_head_labels_and_tokenizer_leave_with_every_layout(tmp_path, layout):
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
     if layout != "hugging_face":
         (tmp_path / "m" / "labels.json").write_text('["crane"]')
-        with pytest.raises(UserError, match="the head has 3 classes, the labels are 1"):
+        with pytest.raises(UserError, match="head .*3 classes.*labels .*1"):
             checkpoint_io.load(tmp_path / "m")
         (tmp_path / "m" / "labels.json").write_text('{"0": "crane"}')
-        with pytest.raises(UserError, match="labels.json: must be a list of labels"):
+        with pytest.raises(UserError, match="labels.json: .*list"):
             checkpoint_io.load(tmp_path / "m")
 
 
@@ -216,13 +217,13 @@ def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
     # Only a pickle in the first layout: the second is whole.
     (both / "model.safetensors").rename(both / "pytorch_model.bin")
     assert checkpoint_io.load(both).layout == "open_clip"
-    with pytest.raises(UserError, match="reads model.safetensors there, and finds open_clip_model"):
+    with pytest.raises(UserError, match="model.safetensors .*open_clip_model"):
         checkpoint_io.load(both, layout="hugging_face")
     other = tmp_path / "pickled"
     other.mkdir()
     shutil.copy(both / "config.json", other)
     shutil.copy(both / "pytorch_model.bin", other)
-    with pytest.raises(UserError, match="pytorch_model.bin: a pickle file can run code"):
+    with pytest.raises(UserError, match="pytorch_model.bin: .*pickle"):
         checkpoint_io.load(other)
     # timm's config is none of Hugging Face's models.
     (both / "config.json").write_text(json.dumps({"architecture": "vit_base_patch32_clip_224"}))
@@ -234,9 +235,9 @@ def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
     shutil.copy(both / "open_clip_model.safetensors", both / "model.safetensors")
     (both / "open_clip_model.safetensors").unlink()
     assert checkpoint_io.load(both).layout == "open_clip"
-    with pytest.raises(UserError, match="layout 'clip' is not known; read one of hugging_face,"):
+    with pytest.raises(UserError, match="'clip'.*hugging_face,"):
         checkpoint_io.load(both, layout="clip")
-    with pytest.raises(UserError, match="layout 'model_soups' is not known; write in one of"):
+    with pytest.raises(UserError, match="'model_soups'.*hugging_face,"):
         checkpoint_io.save(tmp_path / "m", CHECKPOINT, layout="model_soups")
 
 
@@ -261,7 +262,7 @@ def test_what_is_fetched_from_a_hub(saved, tmp_path, monkeypatch):
     shutil.rmtree(cache)
     cache.mkdir()
     with pytest.raises(
-        UserError, match=r"org/model: no model\*.safetensors .*never fetched.*@refs"
+        UserError, match=r"org/model: .*model\*.safetensors .*@refs"
     ):
         checkpoint_io.load("org/model")
 
@@ -322,31 +323,31 @@ def test_open_clips_other_sizes_come_back():
         ("vision_cfg", {"no_ln_pre": True}, "vision_cfg.no_ln_pre = True"),
         ("vision_cfg", {"ls_init_value": 0.1}, "vision_cfg.ls_init_value = 0.1"),
         ("vision_cfg", {"pool_type": "avg"}, "vision_cfg.pool_type = 'avg'"),
-        ("vision_cfg", {"layers": [3, 4, 6, 3]}, "vision_cfg.layers is a list: a ResNet"),
-        ("vision_cfg", {"new_idea": 1}, "not among what these towers compute: .*new_idea = 1"),
-        ("vision_cfg", {"width": "768"}, "vision_cfg.width must be a positive integer, not '768'"),
-        ("vision_cfg", {"mlp_ratio": -1}, "vision_cfg.mlp_ratio must be a positive number"),
-        ("vision_cfg", {"mlp_ratio": float("inf")}, "vision_cfg.mlp_ratio must be a positive num"),
-        ("vision_cfg", {"width": 10**400}, "vision_cfg.width must be a positive integer"),
-        ("text_cfg", {"norm_kwargs": {"eps": float("nan")}}, "norm_kwargs.eps must be a positive"),
-        ("vision_cfg", {"norm_kwargs": {"bias": 0}}, "vision_cfg.norm_kwargs.eps must be a"),
-        ("vision_cfg", {"image_size": [12, 16]}, r"image_size must be a positive integer, not \["),
+        ("vision_cfg", {"layers": [3, 4, 6, 3]}, "vision_cfg.layers .*ResNet"),
+        ("vision_cfg", {"new_idea": 1}, "vision_cfg.new_idea = 1"),
+        ("vision_cfg", {"width": "768"}, "vision_cfg.width .*integer.*'768'"),
+        ("vision_cfg", {"mlp_ratio": -1}, "vision_cfg.mlp_ratio .*-1"),
+        ("vision_cfg", {"mlp_ratio": float("inf")}, "vision_cfg.mlp_ratio .*inf"),
+        ("vision_cfg", {"width": 10**400}, "vision_cfg.width .*integer"),
+        ("text_cfg", {"norm_kwargs": {"eps": float("nan")}}, "norm_kwargs.eps .*nan"),
+        ("vision_cfg", {"norm_kwargs": {"bias": 0}}, "vision_cfg.norm_kwargs.eps .*number"),
+        ("vision_cfg", {"image_size": [12, 16]}, r"image_size .*integer.*\["),
         ("text_cfg", {"hf_model_name": "roberta-base"}, "text_cfg.hf_model_name = 'roberta-base'"),
         ("text_cfg", {"embed_cls": True}, "text_cfg.embed_cls = True"),
-        ("text_cfg", {"pool_type": "last"}, "pool_type is 'last'"),
-        ("text_cfg", {"pool_type": "eos"}, "'eos' at eos_id 2"),
+        ("text_cfg", {"pool_type": "last"}, "pool_type .*'last'"),
+        ("text_cfg", {"pool_type": "eos"}, "'eos' .*eos_id 2"),
         ("text_cfg", {"tokenizer_kwargs": {"clean": "x"}}, "text_cfg.tokenizer_kwargs"),
         ("model_cfg", {"custom_text": True}, "model_cfg.custom_text = True"),
         ("model_cfg", {"init_logit_bias": -10}, "model_cfg.init_logit_bias = -10"),
         ("model_cfg", {"multimodal_cfg": {"width": 1}}, "model_cfg.multimodal_cfg"),
-        ("model_cfg", {"quick_gelu": "yes"}, "quick_gelu must be true or false"),
-        ("model_cfg", {"embed_dim": None}, "embed_dim must be a positive integer"),
-        ("model_cfg", {"text_cfg": None}, "text_cfg must be a dictionary"),
+        ("model_cfg", {"quick_gelu": "yes"}, "quick_gelu .*'yes'"),
+        ("model_cfg", {"embed_dim": None}, "embed_dim .*None"),
+        ("model_cfg", {"text_cfg": None}, "text_cfg .*dictionary"),
         ("preprocess_cfg", {"resize_mode": "squash"}, "preprocess_cfg.resize_mode = 'squash'"),
         ("preprocess_cfg", {"interpolation": "bilinear"}, "interpolation = 'bilinear'"),
-        ("preprocess_cfg", {"mean": [0.5]}, "mean .* and std .* do not fit"),
-        ("preprocess_cfg", {"mean": [0.5, float("nan"), 0.5]}, "mean .* and std .* do not fit"),
-        ("preprocess_cfg", {"std": "0.5"}, "mean and std must be lists of numbers"),
+        ("preprocess_cfg", {"mean": [0.5]}, "mean .* and std "),
+        ("preprocess_cfg", {"mean": [0.5, float("nan"), 0.5]}, "mean .* and std "),
+        ("preprocess_cfg", {"std": "0.5"}, "mean and std .*lists"),
     ],
 )
 def test_open_clips_keys_that_are_refused(saved, tmp_path, part, change, message):
@@ -361,7 +362,7 @@ def test_open_clips_keys_that_are_refused(saved, tmp_path, part, change, message
 
 def test_a_resnet_is_refused_by_name(tmp_path):
     save_file({"visual.layer1.0.conv1.weight": np.zeros(2)}, tmp_path / "RN50.safetensors")
-    with pytest.raises(UserError, match="a ResNet CLIP .visual.layer1.; only vision transformers"):
+    with pytest.raises(UserError, match="ResNet .*visual.layer1"):
         checkpoint_io.load(tmp_path)
 
 
@@ -374,25 +375,25 @@ def test_openais_layout_refuses_what_its_readers_would_mistake(tmp_path):
     with pytest.raises(UserError) as error:
         checkpoint_io.save(tmp_path / "m", other, layout="openai")
     for part in (
-        "OpenAI's layout has no config",
-        "vision num_attention_heads is 4, not 2",
-        "vision hidden_act is 'gelu', not 'quick_gelu'",
-        "text intermediate_size is 32, not 256",
-        "text layer_norm_eps is 1e-06, not 1e-05",
-        "text eos_token_id 7 is not the highest id",
-        "pixels have mean (0.5, 0.5, 0.5)",
+        "OpenAI",
+        "vision num_attention_heads .*4.* 2",
+        "vision hidden_act .*'gelu'.*'quick_gelu'",
+        "text intermediate_size .*32.* 256",
+        "text layer_norm_eps .*1e-06.* 1e-05",
+        "text eos_token_id 7 ",
+        r"mean \(0.5, 0.5, 0.5\)",
     ):
-        assert part in str(error.value)
+        assert re.search(part, str(error.value))
     narrow = dataclasses.replace(CHECKPOINT, config=small.replaced(CONFIG, "text", hidden_size=32))
-    with pytest.raises(UserError, match="has no config.*num_attention_heads must be positive"):
+    with pytest.raises(UserError, match="OpenAI.*num_attention_heads .* 0"):
         checkpoint_io.save(tmp_path / "m", narrow, layout="openai")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_open_clip_refuses_what_it_cannot_say(tmp_path):
     for tower, change, message in (
-        ("text", {"hidden_act": "gelu"}, "one activation for both towers"),
-        ("vision", {"num_channels": 4}, "3 channels, not 4"),
+        ("text", {"hidden_act": "gelu"}, "activation"),
+        ("vision", {"num_channels": 4}, "3 channels.* 4"),
     ):
         other = dataclasses.replace(CHECKPOINT, config=small.replaced(CONFIG, tower, **change))
         with pytest.raises(UserError, match=message):

@@ -271,17 +271,17 @@ def test_every_layer_has_an_activation_of_its_name(compute):
 
 def test_wrong_inputs_are_named():
     for shape in [(1, 32, 24, 3), (1, 24, 25, 3), (1, 24, 24, 4), (24, 24, 3), (1, 0, 24, 3)]:
-        named = rf"{re.escape(str(shape))}.*\[B, H, W, 3\].*multiples of the patch size 6"
+        named = rf"{re.escape(str(shape))}.*\[B, H, W, 3\].*multiples .*patch size 6"
         with pytest.raises(UserError, match=named):
             image_features(CONFIG, PARAMS["image_tower"], jnp.zeros(shape))
     with pytest.raises(UserError, match=r"\(1, 17\).*L <= 16"):
         text_features(CONFIG, PARAMS["text_tower"], jnp.zeros((1, 17), jnp.int32))
-    with pytest.raises(UserError, match="'flash': choose one of xla, cudnn"):
+    with pytest.raises(UserError, match="'flash': .*xla, cudnn"):
         Compute(attention="flash")
     for dtype in ("bf16", "int32", object()):
-        with pytest.raises(UserError, match="dtype=.*: choose one of float32, bfloat16, float16"):
+        with pytest.raises(UserError, match="dtype=.*float32, bfloat16, float16"):
             Compute(dtype=dtype)
-    with pytest.raises(UserError, match="needs dtype bfloat16 or float16, not float32"):
+    with pytest.raises(UserError, match="dtype bfloat16 or float16.* float32"):
         Compute(attention="cudnn")
 
 

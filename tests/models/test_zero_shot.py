@@ -131,7 +131,7 @@ def test_head_of_a_saved_checkpoint(checkpoint, head, tmp_path):
 
 def test_names_that_stand_twice_get_equal_columns_where_they_are_allowed(checkpoint, head):
     names = (*CLASSES, CLASSES[0])
-    with pytest.raises(UserError, match="more than once: uppercase letter a"):
+    with pytest.raises(UserError, match="once: uppercase letter a"):
         zero_shot_head(checkpoint, names, TEMPLATES)
     kernel = zero_shot_head(checkpoint, names, TEMPLATES, batch_size=2, allow_repeats=True)[
         "kernel"
@@ -144,13 +144,13 @@ def test_names_that_stand_twice_get_equal_columns_where_they_are_allowed(checkpo
 @pytest.mark.parametrize(
     ("classes", "templates", "message"),
     [
-        ([], TEMPLATES, "no class names"),
-        (CLASSES, [], "no templates"),
-        (("cat", "dog", "cat"), TEMPLATES, "more than once: cat"),
-        (CLASSES, ("a {}", "a photo"), r"templates without '\{\}': 'a photo'"),
-        ("cat", TEMPLATES, "class names must be a list"),
-        (("cat", 3), TEMPLATES, "class names must be a list of texts"),
-        (("cat " * 16,), TEMPLATES, "the context length is 16"),
+        ([], TEMPLATES, "class names"),
+        (CLASSES, [], "templates"),
+        (("cat", "dog", "cat"), TEMPLATES, "once: cat"),
+        (CLASSES, ("a {}", "a photo"), r"templates .*'\{\}': 'a photo'"),
+        ("cat", TEMPLATES, "class names .*list"),
+        (("cat", 3), TEMPLATES, "class names .*list .*texts"),
+        (("cat " * 16,), TEMPLATES, "context length .*16"),
     ],
 )
 def test_refused(checkpoint, classes, templates, message):
@@ -161,11 +161,11 @@ def test_refused(checkpoint, classes, templates, message):
 def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
     homeless = dataclasses.replace(checkpoint, directory=None)
     for make in (zero_shot_head, lambda *a: cached_zero_shot_head(tmp_path, *a)):
-        with pytest.raises(UserError, match="has no directory, so no tokenizer"):
+        with pytest.raises(UserError, match="directory.* tokenizer"):
             make(homeless, CLASSES, TEMPLATES)
     for change, message in (
-        ({"eos_token_id": 5}, "never gives eos_token_id 5"),
-        ({"vocab_size": 20}, "the text tower has 20 tokens"),
+        ({"eos_token_id": 5}, "eos_token_id 5"),
+        ({"vocab_size": 20}, "20 tokens"),
     ):
         other = dataclasses.replace(
             checkpoint, config=small.replaced(checkpoint.config, "text", **change)
@@ -274,5 +274,5 @@ class TestCache:
 
     def test_a_place_that_cannot_be_written_is_named(self, checkpoint, made, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="file/heads: cannot be made"):
+        with pytest.raises(UserError, match="file/heads: "):
             cached_zero_shot_head(tmp_path / "file" / "heads", checkpoint, CLASSES, TEMPLATES)

@@ -33,7 +33,6 @@ from tests.parity.merge_inputs import (
     assert_close,
     config_of,
     edit_config,
-    fine_tuned,
     merge,
     merged,
     opened,
@@ -290,7 +289,7 @@ def _assert_refused(paths, root, capsys):
         assert merge(paths, root / "out", *options) == 1
         said = capsys.readouterr().err
         assert said.count("error:") == 1, said
-        assert "quantized" in said or "--dequantize cannot" in said, said
+        assert "quantized" in said or options and "--dequantize" in said, said
         # The option is not offered where it cannot help.
         assert options or "--dequantize" not in said, said
         assert not (root / "out").exists()
@@ -319,13 +318,3 @@ def test_four_bits_by_hand(tmp_path, capsys, form):
         edit_config(path, quantization_config=config)
     assert json.loads((paths[0] / "config.json").read_text())["quantization_config"] == config
     _assert_refused(paths, tmp_path, capsys)
-
-
-def test_a_plain_fine_tune_moves(tmp_path):
-    """The fine-tunes differ by more than the codes' rounding, so that the angles mean something."""
-    model = llama()
-    one, two = (fine_tuned(model, seed).state_dict() for seed in (1, 2))
-    name = "model.layers.0.self_attn.q_proj.weight"
-    moves = [(x[name] - model.state_dict()[name]).float() for x in (one, two)]
-    cosine = torch.nn.functional.cosine_similarity(*(m.flatten() for m in moves), dim=0)
-    assert 0.2 < cosine < 0.8

@@ -118,14 +118,14 @@ def test_lines_torn_by_a_kill_and_by_a_full_disk_spoil_no_other(tmp_path, monkey
     assert told(path) == [("save", "begin", 1), ("merge", "begin", 2), ("save", "end", 2)]
     assert json.loads(path.read_text().splitlines()[-1])["step"] == 2
     warning = capsys.readouterr().err
-    assert warning.count("warning: cannot write") == 1 and "No space left" in warning
+    assert warning.count("warning: ") == 1 and "No space left" in warning
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"timeline\.jsonl: .*choose another --workdir"):
+    with pytest.raises(UserError, match=r"timeline\.jsonl: .*--workdir"):
         Timeline(tmp_path / "file" / "timeline.jsonl")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*--workdir"):
         Timeline(tmp_path)
     with Timeline(tmp_path / "file" / "timeline.jsonl", enabled=False) as timeline:
         with timeline.phase("merge"):

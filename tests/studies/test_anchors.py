@@ -34,8 +34,8 @@ def data():
 @pytest.mark.parametrize(
     ("name", "data_name", "message"),
     [
-        ("tower:resnt", "glyphs", "tower:resnt: the towers are vit, hybrid, resnet, convnext"),
-        ("tower:resnet", "imagenet", "towers are pretrained on the glyphs.*needs a CLIP"),
+        ("tower:resnt", "glyphs", "tower:resnt: .*vit, hybrid, resnet, convnext"),
+        ("tower:resnet", "imagenet", "glyphs.*CLIP"),
         ("runs/none", "glyphs", "runs/none"),
     ],
 )
@@ -47,7 +47,7 @@ def test_a_mistake_is_seen_before_data_is_opened(name, data_name, message):
 def test_an_option_that_a_run_would_refuse_is_refused_first(tmp_path):
     config = config_of("runs/none")
     config.log_every = 0
-    with pytest.raises(UserError, match="log_every is 0; it must be at least 1"):
+    with pytest.raises(UserError, match="log_every .*0"):
         Bench(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
 
 

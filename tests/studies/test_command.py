@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -31,13 +32,13 @@ def arguments(anchor, workdir, *names):
 
 def test_mistakes_are_one_line(tmp_path):
     for more, message in (
-        (["tabel1"], "no study 'tabel1'; did you mean table1? There are: fig1, "),
-        (["shoe"], "error: no study 'shoe'; there are: fig1, "),
-        (["table1", "--num_seeds=1"], "--num_seeds=1: a study compares at least 2 seeds"),
+        (["tabel1"], "'tabel1'.* table1.* fig1, "),
+        (["shoe"], "error: .*'shoe'.* fig1, "),
+        (["table1", "--num_seeds=1"], "--num_seeds=1: .*2 seeds"),
         (["table1", "--config=configs/none.py"], "configs/none.py"),
     ):
         code, output = small_run.finish(*more, f"--workdir={tmp_path}", program=PROGRAM)
-        assert code == 1 and message in output and "Traceback" not in output, output
+        assert code == 1 and re.search(message, output) and "Traceback" not in output, output
     assert not (tmp_path / "trained").exists()
 
 
@@ -64,7 +65,7 @@ def test_a_signal_ends_it_in_a_line(tmp_path, not_ignored, kind, code):
         process.kill()
         process.communicate()
     assert process.returncode == code and "Traceback" not in said, said
-    assert kind != signal.SIGINT or "the same command goes on" in said
+    assert kind != signal.SIGINT or "same command" in said
 
 
 @pytest.mark.slow
@@ -89,7 +90,7 @@ def test_a_killed_study_repeats_nothing(tmp_path):
     keys = [json.loads(line)["key"] for line in ledger.read_text().splitlines()]
     assert len(set(keys)) == len(keys)
     code, again = small_run.finish(*command, program=PROGRAM)
-    assert code == 0 and "0 runs to train, 0 of" in again
+    assert code == 0 and "0 runs" in again
     whole = tmp_path / "whole"
     code, output = small_run.finish(*arguments(anchor, whole, *names), program=PROGRAM)
     assert code == 0, output
@@ -121,7 +122,7 @@ def test_the_committed_ledger_has_every_measurement(tmp_path):
     command = ["fig2", "table1", "table7", "--dry-run", f"--workdir={tmp_path}",
                f"--out={tmp_path}"]  # fmt: skip
     code, output = small_run.finish(*command, f"--ledger={committed}", program=PROGRAM)
-    assert code == 0 and "0 of 175 missing: 0 runs to train" in output, output
+    assert code == 0 and re.search("0 of 175 .*0 runs", output), output
     lines = committed.read_text().splitlines(keepends=True)
     scores = (number for number, line in enumerate(lines) if json.loads(line)["what"] == "Score")
     del lines[next(scores)]

@@ -51,7 +51,7 @@ def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):
 
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*make room"):
+    with pytest.raises(UserError, match="file/measured.jsonl"):
         Ledger(tmp_path / "file" / "measured.jsonl").add(
             "a", value=1, what="score", seconds=1, commit="c"
         )
@@ -100,5 +100,5 @@ def test_a_digest_has_the_first_names_of_options_and_values(monkeypatch):
 
 
 def test_an_unknown_option_is_one_line():
-    with pytest.raises(UserError, match="lacks .merge.ratoi"):
+    with pytest.raises(UserError, match="merge.ratoi"):
         Run.of(0, {"merge.ratoi": 1}).config(default.get_config())

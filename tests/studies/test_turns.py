@@ -86,7 +86,7 @@ def test_one_waits_for_another(tmp_path):
 
 def test_a_place_that_takes_no_lock_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*a\.lock: .*choose another workdir"):
+    with pytest.raises(UserError, match=r"a\.lock: .*workdir"):
         with claim(tmp_path / "file", "a"):
             pass
 

@@ -75,7 +75,7 @@ HOSTILE = {
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_files_are_named(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"model.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors: "):
         TensorFiles(tmp_path)
 
 
@@ -90,42 +90,39 @@ def test_what_an_index_may_not_say(tmp_path):
         with pytest.raises(UserError, match=message):
             TensorFiles(tmp_path)
 
-    refuse(
-        "'../model.safetensors' is not the name of a file beside it",
-        **{"x": "../model.safetensors"},
-    )
-    refuse("'/etc/passwd' is not the name", **{"x": "/etc/passwd"})
-    refuse("3 is not the name", **{"x": 3})
-    refuse("names files that are not there: gone.safetensors", **{"x": "gone.safetensors"})
-    refuse("names files that are not there: xx", **{"x": "x" * 300})
-    refuse("promises tensors that no shard holds: x", **{"x": places["a.half"]})
-    refuse(r"that no shard holds: 'x\\n\\x1b\[2J'.$", **{"x\n\x1b[2J": places["a.half"]})
-    refuse("holds 'd.empty', which the index does not place there", **{"d.empty": None})
-    refuse("model.bin: a pickle file can run code", **{"x": "model.bin"})
+    refuse(f"{INDEX}: '../model.safetensors'", **{"x": "../model.safetensors"})
+    refuse(f"{INDEX}: '/etc/passwd'", **{"x": "/etc/passwd"})
+    refuse(f"{INDEX}: 3 ", **{"x": 3})
+    refuse("files .*: gone.safetensors", **{"x": "gone.safetensors"})
+    refuse("files .*: xx", **{"x": "x" * 300})
+    refuse(r"shard .*: x\b", **{"x": places["a.half"]})
+    refuse(r"shard .*: 'x\\n\\x1b\[2J'", **{"x\n\x1b[2J": places["a.half"]})
+    refuse("'d.empty'", **{"d.empty": None})
+    refuse("model.bin: .*pickle", **{"x": "model.bin"})
     index.write_text("[]")
-    with pytest.raises(UserError, match="has no 'weight_map'"):
+    with pytest.raises(UserError, match="'weight_map'"):
         TensorFiles(tmp_path)
 
 
 def test_paths(tmp_path):
-    with pytest.raises(UserError, match="gone: no such file or directory"):
+    with pytest.raises(UserError, match="gone: "):
         TensorFiles(tmp_path / "gone")
-    with pytest.raises(UserError, match="x: no such file or directory"):
+    with pytest.raises(UserError, match="xx: "):
         TensorFiles(tmp_path / ("x" * 300))
-    with pytest.raises(UserError, match="no safetensors file; expected model.safetensors"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*{INDEX}"):
         TensorFiles(tmp_path)
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "model.safetensors").touch()
-    with pytest.raises(UserError, match="no safetensors .* There is a model in .*run/model"):
+    with pytest.raises(UserError, match="run: .* model .*run/model"):
         TensorFiles(tmp_path / "run")
     (tmp_path / "model.pt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "model.pt"):
-        with pytest.raises(UserError, match="model.pt: a pickle file can run code"):
+        with pytest.raises(UserError, match="model.pt: .*pickle"):
             TensorFiles(path)
     writer.write_tensors(tmp_path / "one.safetensors", TENSORS)
     assert_same(TensorFiles(tmp_path), TENSORS)
     writer.write_tensors(tmp_path / "two.safetensors", TENSORS)
-    with pytest.raises(UserError, match="2 safetensors files and no index"):
+    with pytest.raises(UserError, match="2 safetensors files .*index"):
         TensorFiles(tmp_path)
 
 
@@ -149,7 +146,7 @@ def test_unsupported_dtype_is_named(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(header(len(text), text) + b"123")
     files = TensorFiles(tmp_path)
     assert files.shape("w") == (4,) and files.code("w") == "F6_E2M3"
-    with pytest.raises(UserError, match="'w' has dtype F6_E2M3, which is not supported"):
+    with pytest.raises(UserError, match="'w' .*F6_E2M3"):
         files["w"]
 
 
@@ -162,7 +159,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "save_file", full)
-    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+    with pytest.raises(UserError, match="model.safetensors: .*No space left on device"):
         writer.write_tensors(path, {"w": np.zeros(3)})
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
@@ -214,7 +211,7 @@ def test_crc32_of_ranges_in_any_order(tmp_path):
         for start in rng.integers(0, len(raw), seen):
             digest.see(int(start), raw[start : start + int(rng.integers(0, 2000))])
         assert digest.complete(path) == expected and digest.gaps() == []
-    with pytest.raises(ValueError, match="bytes 3 to 7 were never seen"):
+    with pytest.raises(ValueError, match="3 to 7"):
         digest = RangeDigest(9)
         digest.see(0, b"123")
         digest.see(7, b"89")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_an_index_of_any_name(tmp_path, stem):
     put(tmp_path, f"{stem}-00002-of-00002.safetensors", 2, "b")
     index(tmp_path, f"{stem}.safetensors.index.json", a=f"{stem}-00001-of-00002.safetensors",
           b=f"{stem}-00002-of-00002.safetensors", c="other.safetensors")
-    assert "names files that are not there: other.safetensors" in error(tmp_path)
+    assert re.search(f"{stem}.* files .*: other.safetensors", error(tmp_path))
     put(tmp_path, "other.safetensors", 3, "c")
     files = TensorFiles(tmp_path)
     assert files.stem == stem and (files["a"], files["b"], files["c"]) == (1, 2, 3)
@@ -84,7 +85,7 @@ def test_a_variant_of_an_index_does_not_disturb(tmp_path):
     # Without the plain one there are two, and nobody can say which is meant.
     (tmp_path / f"{stem}.safetensors.index.json").unlink()
     (tmp_path / f"{stem}-00001-of-00001.safetensors").unlink()
-    assert "several indexes" in error(tmp_path)
+    assert "indexes" in error(tmp_path)
     (tmp_path / f"{stem}.fp16.safetensors.index.json").unlink()
     assert TensorFiles(tmp_path)["w"] == 2  # The other has an index.
 
@@ -103,9 +104,9 @@ def test_shards_without_an_index_must_all_be_there(tmp_path):
     assert sorted(TensorFiles(tmp_path)) == [f"w{n}" for n in range(1, 6)]
     for number in (2, 5):
         (tmp_path / f"model-{number:05d}-of-00005.safetensors").unlink()
-    assert "of 5 shards of model, these are missing: 2, 5; copy or download" in error(tmp_path)
+    assert re.search("5 shards .*model.* 2, 5", error(tmp_path))
     put(tmp_path, "model-00001-of-00004.safetensors", 1)
-    assert "shards of 4 and of 5 files and no index" in error(tmp_path)
+    assert re.search("shards .*4 .*5 .*index", error(tmp_path))
 
 
 def test_shards_may_be_counted_from_zero_and_hold_a_tensor_once(tmp_path):
@@ -113,18 +114,18 @@ def test_shards_may_be_counted_from_zero_and_hold_a_tensor_once(tmp_path):
         put(tmp_path, f"model-{number:05d}-of-00002.safetensors", number, f"w{number}")
     assert sorted(TensorFiles(tmp_path)) == ["w0", "w1"]
     put(tmp_path, "model-00001-of-00002.safetensors", 1, "w0")
-    assert "holds 'w0', and so does model-00000-of-00002.safetensors" in error(tmp_path)
+    assert re.search("'w0', .*model-00000-of-00002.safetensors", error(tmp_path))
 
 
 def test_several_files_are_named(tmp_path):
     for letter in "abcde":
         put(tmp_path, f"{letter}.safetensors", 0)
     line = error(tmp_path)
-    assert "5 safetensors files and no index (a.safetensors, b.safetensors, c.safetensors" in line
-    assert "and 2 more); give the path of the one to read" in line
+    assert re.search("5 safetensors files .*a.safetensors, b.safetensors, c.safetensors", line)
+    assert " 2 more" in line and "path" in line
     index(tmp_path, "a.safetensors.index.json", w="a.safetensors")
     index(tmp_path, "b.safetensors.index.json", w="b.safetensors")
-    assert "several indexes (a.safetensors.index.json, b.saf" in error(tmp_path)
+    assert "a.safetensors.index.json, b.saf" in error(tmp_path)
 
 
 def test_a_single_file_is_read_before_an_index_of_an_older_save(tmp_path):
@@ -144,7 +145,7 @@ def test_a_shard_that_an_index_names_may_be_a_pointer(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(LFS)
     for _ in range(2):
         line = error(tmp_path)
-        assert "model-00002-of-00002.safetensors: a Git LFS pointer" in line
+        assert re.search("model-00002-of-00002.safetensors: .*Git LFS", line)
         assert "`git lfs pull`" in line
         index(tmp_path, "model.safetensors.index.json", a="model-00001-of-00002.safetensors",
               b="model-00002-of-00002.safetensors")
@@ -167,15 +168,15 @@ def _zip(path: Path) -> bytes:
 
 
 CONTENTS = {
-    b"GGUF\x03\x00\x00\x00" + bytes(99): "a GGUF file of llama.cpp, not safetensors; give the",
-    LFS: "a Git LFS pointer, not the file itself; run `git lfs pull`",
-    HTML: "an HTML page, not the file itself (a download that failed?); download",
-    b"<HTML lang=en>": "an HTML page",
-    b"\xef\xbb\xbf<!doctype html>": "an HTML page",
-    b"\x80\x02}q\x00.": "a PyTorch pickle, not safetensors; a pickle can run code",
-    b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.": "a PyTorch pickle",
-    b"\x89HDF\r\n\x1a\n" + bytes(9): "TensorFlow weights, not safetensors; load it with",
-    b"\x1f\x8b\x08" + bytes(9): "an archive, not safetensors; unpack it",
+    b"GGUF\x03\x00\x00\x00" + bytes(99): "GGUF",
+    LFS: "`git lfs pull`",
+    HTML: "HTML",
+    b"<HTML lang=en>": "HTML",
+    b"\xef\xbb\xbf<!doctype html>": "HTML",
+    b"\x80\x02}q\x00.": "PyTorch pickle",
+    b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.": "PyTorch pickle",
+    b"\x89HDF\r\n\x1a\n" + bytes(9): "from_tf",
+    b"\x1f\x8b\x08" + bytes(9): "archive",
 }
 
 
@@ -184,18 +185,18 @@ def test_other_formats_under_the_name_of_safetensors(tmp_path, content, said):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     for given in (path, tmp_path):
-        assert f"{path}: {said}" in error(given)
+        assert re.search(f"{path}: .*{said}", error(given))
 
 
 def test_a_pickle_in_a_zip_archive(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(_zip(tmp_path / "made"))
-    assert "model.safetensors: a PyTorch pickle, not safetensors" in error(tmp_path)
-    assert "convert it once where you trust it: safetensors.torch.save_file" in error(tmp_path)
+    assert re.search("model.safetensors: .*PyTorch pickle", error(tmp_path))
+    assert "safetensors.torch.save_file" in error(tmp_path)
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (LFS, "config.json: a Git LFS pointer"), (HTML, "config.json: an HTML page"),
-    (b"{", r"config.json: not JSON \(Expecting"),
+    (LFS, "config.json: .*Git LFS"), (HTML, "config.json: .*HTML"),
+    (b"{", r"config.json: .*JSON \(Expecting"),
 ])  # fmt: skip
 def test_a_config_that_was_not_fetched(tmp_path, content, said):
     (tmp_path / "config.json").write_bytes(content)
@@ -205,20 +206,20 @@ def test_a_config_that_was_not_fetched(tmp_path, content, said):
 
 
 @pytest.mark.parametrize(("files", "said"), [
-    (["m.gguf", "config.json"], "m.gguf: a GGUF file"),
-    (["model.onnx", "config.json"], "model.onnx: an ONNX file"),
-    (["tf_model.h5"], "tf_model.h5: TensorFlow weights, not safetensors; load it with .*from_tf"),
-    (["flax_model.msgpack", "tf_model.h5"], "tf_model.h5: TensorFlow weights"),
-    (["flax_model.msgpack"], "flax_model.msgpack: Flax weights.*from_flax=True"),
-    (["a.parquet"], "a dataset, not a model"), (["data/train-0.parquet"], ": a dataset"),
-    (["dataset_info.json", "x.arrow"], ": a dataset"), (["dataset_dict.json"], ": a dataset"),
-    (["state.json", "data-0.arrow"], ": a dataset"),
-    (["pytorch_model.bin", "aaa.bin", "training_args.bin"], "pytorch_model.bin: a pickle file"),
+    (["m.gguf", "config.json"], "m.gguf: .*GGUF"),
+    (["model.onnx", "config.json"], "model.onnx: .*ONNX"),
+    (["tf_model.h5"], "tf_model.h5: TensorFlow .*from_tf"),
+    (["flax_model.msgpack", "tf_model.h5"], "tf_model.h5: TensorFlow"),
+    (["flax_model.msgpack"], "flax_model.msgpack: Flax .*from_flax=True"),
+    (["a.parquet"], ": .*dataset"), (["data/train-0.parquet"], ": .*dataset"),
+    (["dataset_info.json", "x.arrow"], ": .*dataset"), (["dataset_dict.json"], ": .*dataset"),
+    (["state.json", "data-0.arrow"], ": .*dataset"),
+    (["pytorch_model.bin", "aaa.bin", "training_args.bin"], "pytorch_model.bin: .*pickle"),
     (["optimizer.pt", "rng_state_0.pth", "training_args.bin", "checkpoint-5/model.safetensors"],
-     "no safetensors file; .* There is a model in .*/checkpoint-5."),
+     " model in .*/checkpoint-5"),
     (["unet/diffusion_pytorch_model.safetensors", "vae/x.safetensors.index.json"],
-     "There is a model in .*/unet, .*/vae"),
-    (["config.json"], "no safetensors file; expected model.safetensors"),
+     " model in .*/unet, .*/vae"),
+    (["config.json"], "model.safetensors.index.json"),
 ])  # fmt: skip
 def test_directories_without_safetensors(tmp_path, files, said):
     for file in files:
@@ -228,7 +229,7 @@ def test_directories_without_safetensors(tmp_path, files, said):
         TensorFiles(tmp_path)
     assert "\n" not in error(tmp_path)
     if "/" not in files[0] and files[0].endswith((".gguf", ".onnx", ".h5", ".msgpack", ".bin")):
-        with pytest.raises(UserError, match=f"{files[0]}: (a|Tensor|Flax).*; (give|load|convert)"):
+        with pytest.raises(UserError, match=f"{files[0]}: .*safetensors"):
             TensorFiles(tmp_path / files[0])
 
 

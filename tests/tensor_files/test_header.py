@@ -33,52 +33,54 @@ EIGHT = bytes(8)
 GOOD = whole(one(), EIGHT)
 # The file, and what must be said of it.
 HOSTILE = {
-    "empty": (b"", "it is empty"),
-    "three bytes": (b"abc", "3 bytes, too few for a header"),
-    "cut in the header": (GOOD[:20], "the file has 12; cut short"),
-    "cut in the data": (GOOD[:-1], "ends at byte .*; cut short"),
-    "longer than the format allows": (whole(b"{}", length=10**9), "the format allows 100000000"),
-    "exabytes": (whole(b"{}", length=2**64 - 1), "header claims 18446744073709551615 bytes"),
-    "not UTF-8": (whole(b'{"\xff\xfe": 1}'), "its header is not UTF-8"),
-    "half a surrogate": (whole(b'{"\\ud800":{}}'), "its header is not UTF-8"),
-    "not JSON": (whole(b"{nonsense}"), "its header is not JSON"),
-    "NaN": (whole(b'{"w": NaN}'), "its header is not JSON: NaN"),
-    "a pickle": (whole(b"\x80\x04cos\nsystem\n."), "not a JSON object"),
-    "a list": (whole([1]), "not a JSON object"),
-    "a space first": (whole(b" {}"), "not a JSON object"),
-    "a number": (whole(b"1"), "not a JSON object"),
+    "empty": (b"", "empty"),
+    "three bytes": (b"abc", "3 bytes"),
+    "cut in the header": (GOOD[:20], " 61 .* 12"),
+    "cut in the data": (GOOD[:-1], "'w' .* 77.* 76"),
+    "longer than the format allows": (whole(b"{}", length=10**9), " 1000000000 .* 100000000"),
+    "exabytes": (whole(b"{}", length=2**64 - 1), " 18446744073709551615 "),
+    "not UTF-8": (whole(b'{"\xff\xfe": 1}'), "UTF-8"),
+    "half a surrogate": (whole(b'{"\\ud800":{}}'), "UTF-8"),
+    "not JSON": (whole(b"{nonsense}"), "JSON: "),
+    "NaN": (whole(b'{"w": NaN}'), "JSON: NaN"),
+    "a pickle": (whole(b"\x80\x04cos\nsystem\n."), "JSON object"),
+    "a list": (whole([1]), "JSON object"),
+    "a space first": (whole(b" {}"), "JSON object"),
+    "a number": (whole(b"1"), "JSON object"),
     "the same name twice": (
         whole(b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
-              b'"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "says 'w' twice"),
+              b'"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "'w' twice"),
     "a key of a tensor twice": (
         whole(b'{"w":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "'dtype' tw"),
-    "nested deeply": (whole(b'{"w":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "nested too deeply"),
-    "overlap": (whole(two([0, 4], [2, 6]), bytes(6)), "tensor 'b' overlaps the one before it"),
+    "nested deeply": (whole(b'{"w":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "nested"),
+    "overlap": (whole(two([0, 4], [2, 6]), bytes(6)), "'b' overlaps"),
     "twice the same place": (whole(two([0, 4], [0, 4]), bytes(4)), "'b' overlaps"),
-    "a hole": (whole(two([0, 4], [5, 9]), bytes(9)), "tensor 'b' leaves a hole before"),
-    "a hole at first": (whole(one(offsets=(1, 9)), bytes(9)), "tensor 'w' leaves a hole"),
-    "beyond the end": (whole(one(shape=(3,), offsets=(0, 12)), EIGHT), "ends at byte"),
-    "bytes after the last": (whole(one(), bytes(9)), "1 bytes follow the last tensor"),
-    "backwards": (whole(one(offsets=(8, 0)), EIGHT), "takes 8 bytes, data_offsets"),
-    "negative": (whole(one(offsets=(-8, 0)), EIGHT), "data_offsets .* are no two numbers"),
-    "three offsets": (whole(one(offsets=(0, 4, 8)), EIGHT), "are no two numbers"),
-    "offsets of text": (whole(one(offsets=("0", "8")), EIGHT), "are no two numbers"),
-    "a fraction": (whole(one(offsets=(0, 8.0)), EIGHT), "are no two numbers"),
-    "wrong size": (whole(one(shape=(3,)), EIGHT), r"F32\[3\] takes 12 bytes"),
-    "overflow": (whole(one(shape=(2**32, 2**32, 4)), EIGHT), "its size overflows"),
-    "overflow, then nothing": (whole(one(shape=(2**63, 2**63, 0)), EIGHT), "its size overflows"),
-    "a negative length": (whole(one(shape=(-2,)), EIGHT), "shape .* is no list of numbers"),
-    "a shape of truth": (whole(one(shape=(True, 2)), EIGHT), "shape .* is no list of numbers"),
-    "a huge number": (whole(b'{"w":' + b"9" * 5000 + b"}"), "its header is not JSON"),
-    "a large number": (whole(one(shape=(10**30,)), EIGHT), "shape .* is no list of numbers"),
-    "65 axes": (whole(one(shape=(1,) * 65, offsets=(0, 4)), bytes(4)), "has 65 axes"),
-    "half a byte": (whole(one("F4", (3,), (0, 1)), b"1"), "no whole number of bytes"),
-    "unknown dtype": (whole(one("F33"), EIGHT), "dtype 'F33' is not known"),
-    "dtype of a list": (whole(one(["F32"]), EIGHT), "is not known"),
-    "no dtype": (whole({"w": {"shape": [2], "data_offsets": [0, 8]}}, EIGHT), "has no dtype"),
-    "a tensor of null": (whole({"w": None}), "tensor 'w': is not an object"),
-    "metadata of numbers": (whole({"__metadata__": {"a": 1}}), "__metadata__ is not text"),
-    "metadata of text": (whole({"__metadata__": "a"}), "__metadata__ is not text"),
+    "a hole": (whole(two([0, 4], [5, 9]), bytes(9)), "'b' .*hole"),
+    "a hole at first": (whole(one(offsets=(1, 9)), bytes(9)), "'w' .*hole"),
+    "beyond the end": (whole(one(shape=(3,), offsets=(0, 12)), EIGHT), "'w' .* 82.* 78"),
+    "bytes after the last": (whole(one(), bytes(9)), r"\(1 bytes"),
+    "backwards": (whole(one(offsets=(8, 0)), EIGHT), r"8 bytes, .*\[8, 0\] .*-8"),
+    "negative": (whole(one(offsets=(-8, 0)), EIGHT), r"data_offsets \[-8, 0\] .*numbers"),
+    "three offsets": (
+        whole(one(offsets=(0, 4, 8)), EIGHT), r"data_offsets \[0, 4, 8\] .*numbers"),
+    "offsets of text": (
+        whole(one(offsets=("0", "8")), EIGHT), r"data_offsets \['0', '8'\] .*numbers"),
+    "a fraction": (whole(one(offsets=(0, 8.0)), EIGHT), r"data_offsets \[0, 8.0\] .*numbers"),
+    "wrong size": (whole(one(shape=(3,)), EIGHT), r"F32\[3\] .*12 bytes"),
+    "overflow": (whole(one(shape=(2**32, 2**32, 4)), EIGHT), "size .*F32"),
+    "overflow, then nothing": (whole(one(shape=(2**63, 2**63, 0)), EIGHT), "size .*F32"),
+    "a negative length": (whole(one(shape=(-2,)), EIGHT), "shape .*numbers"),
+    "a shape of truth": (whole(one(shape=(True, 2)), EIGHT), "shape .*numbers"),
+    "a huge number": (whole(b'{"w":' + b"9" * 5000 + b"}"), "JSON: "),
+    "a large number": (whole(one(shape=(10**30,)), EIGHT), "shape .*numbers"),
+    "65 axes": (whole(one(shape=(1,) * 65, offsets=(0, 4)), bytes(4)), "65 axes"),
+    "half a byte": (whole(one("F4", (3,), (0, 1)), b"1"), r"bytes: F4\[3\]"),
+    "unknown dtype": (whole(one("F33"), EIGHT), "dtype 'F33'"),
+    "dtype of a list": (whole(one(["F32"]), EIGHT), r"dtype \['F32'\]"),
+    "no dtype": (whole({"w": {"shape": [2], "data_offsets": [0, 8]}}, EIGHT), "'w': .*dtype"),
+    "a tensor of null": (whole({"w": None}), "'w': .*object"),
+    "metadata of numbers": (whole({"__metadata__": {"a": 1}}), "__metadata__ .*text"),
+    "metadata of text": (whole({"__metadata__": "a"}), "__metadata__ .*text"),
     "a name with line ends": (whole({"a\nb\x1b[31m": None}), r"tensor 'a\\nb\\x1b\[31m'"),
 }
 
@@ -90,7 +92,7 @@ def test_a_hostile_header_is_one_line(tmp_path, content, said):
     with pytest.raises(UserError, match=said) as caught:
         read_header(path)
     line = str(caught.value)
-    assert line.startswith(f"{path}: not a whole safetensors file (") and "\n" not in line
+    assert line.startswith(f"{path}: ") and "\n" not in line
     assert len(line) < 400
 
 
@@ -104,7 +106,7 @@ def test_a_good_header(tmp_path):
         "dtype": "BF16", "shape": [0, 3], "data_offsets": [8, 8], "later": 1}}
     path.write_bytes(whole(header, EIGHT))
     assert read_header(path).metadata == {"é": "x"} and len(read_header(path).tensors) == 2
-    with pytest.raises(UserError, match="gone: cannot be read .No such file"):
+    with pytest.raises(UserError, match="gone: .*No such file"):
         read_header(tmp_path / "gone")
 
 
@@ -112,7 +114,7 @@ def test_a_large_hostile_header_takes_bounded_memory(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(whole(b'{"w":[' + b"[]," * (10**7) + b"[]]}"))
     tracemalloc.start()
-    with pytest.raises(UserError, match="too large for what it can hold"):
+    with pytest.raises(UserError, match="header .*too large"):
         read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -144,25 +145,17 @@ def test_a_repository_is_fetched_without_what_runs_code(hub, tmp_path):
     assert answers["org/model@v1.0"] == str(directory)
     assert any("/revision/v1.0" in path for path in asked)
     assert not any("pytorch_model" in p or "modeling" in p or "onnx" in p for p in asked)
-    assert answers["org/gone"] == (
-        f"error: org/gone: no such path here, and no repository {endpoint}/org/gone (a private "
-        "one needs `hf auth login`)."
-    )
-    assert answers["org/gated"] == (
-        "error: org/gated: no such path here, and org/gated is gated: accept its terms at "
-        f"{endpoint}/org/gated, then `hf auth login`."
-    )
-    assert answers["org/model@gone"] == (
-        f"error: org/model@gone: no such path here, and {endpoint}/org/model has no revision "
-        "'gone'."
-    )
+    for name, nouns in (("org/gone", (f"repository {endpoint}/org/gone", "`hf auth login`")),
+                        ("org/gated", ("gated", f"{endpoint}/org/gated", "`hf auth login`")),
+                        ("org/model@gone", (f"{endpoint}/org/model", "revision 'gone'"))):
+        said = answers[name]
+        assert said.startswith(f"error: {name}: ") and "\n" not in said
+        assert all(noun in said for noun in nouns), said
     # What was fetched is there without the hub; what was not says why.
     offline = ask(tmp_path, "org/model", "org/other", endpoint=endpoint, offline=True)
     assert offline["org/model"] == str(directory)
-    assert offline["org/other"] == (
-        "error: org/other: no such path here, and HF_HUB_OFFLINE is set while org/other is not "
-        "whole in the cache; unset it once."
-    )
+    assert offline["org/other"].startswith("error: org/other: ")
+    assert "HF_HUB_OFFLINE" in offline["org/other"] and "cache" in offline["org/other"]
 
 
 def test_folders_that_are_asked_for(hub, tmp_path):
@@ -186,11 +179,8 @@ def test_folders_that_are_asked_for(hub, tmp_path):
 def test_no_way_to_the_hub(tmp_path):
     # Nothing listens on port 9 of this machine, so the refusal is at once.
     message = ask(tmp_path, "org/model", endpoint="http://127.0.0.1:9")["org/model"]
-    assert message.startswith(
-        "error: org/model: no such path here, and http://127.0.0.1:9/org/model cannot be fetched "
-        "(ConnectError: "
-    )
-    assert message.endswith("); check the network, or give the path of a copy.")
+    assert message.startswith("error: org/model: ") and "http://127.0.0.1:9/org/model" in message
+    assert "(ConnectError: " in message and "network" in message
 
 
 def test_a_path_wins(tmp_path, monkeypatch):
@@ -202,13 +192,13 @@ def test_a_path_wins(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "nowhere: no such file or directory"),
-        ("/nowhere/model", "/nowhere/model: no such file or directory"),
-        ("./org/model", "./org/model: no such file or directory"),
-        ("runs/glyphs/model", "runs/glyphs/model: no such file or directory"),
-        (Path("org/model"), "org/model: no such file or directory"),
-        ("org/model.safetensors", "org/model.safetensors: no such file."),
-        ("x" * 5000, "x: no such file or directory"),
+        ("nowhere", "^nowhere: "),
+        ("/nowhere/model", "^/nowhere/model: "),
+        ("./org/model", "^./org/model: "),
+        ("runs/glyphs/model", "^runs/glyphs/model: "),
+        (Path("org/model"), "^org/model: "),
+        ("org/model.safetensors", "^org/model.safetensors: "),
+        ("x" * 5000, "x: "),
     ],
 )
 def test_what_is_no_name_for_the_hub(name, message, tmp_path, monkeypatch):
@@ -217,11 +207,12 @@ def test_what_is_no_name_for_the_hub(name, message, tmp_path, monkeypatch):
         resolve(name)
 
 
-NONE = "no such file or directory"
-WRITTEN = f"{NONE}; a model of the Hugging Face hub is written"
-DATASET = "a dataset of the Hugging Face hub, not a model; give a model as ORG/NAME"
-URL = "a URL; download the model and give the path of its directory"
-ADDRESS = "an address of the Hugging Face hub; give the model's name:"
+# What the message must hold behind the name: a noun, and the name to give instead at its end.
+NONE = "file or directory"
+WRITTEN = "file or directory.*"
+DATASET = "dataset .*ORG/NAME"
+URL = "URL.* path .*"
+ADDRESS = "address .*"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +258,8 @@ def test_what_to_give_for_the_hub_instead(name, message, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     with pytest.raises(UserError) as caught:
         resolve(name)
-    assert str(caught.value) == f"{name}: {message}."
+    said = str(caught.value)
+    assert said.startswith(f"{name}: ") and re.fullmatch(rf".*{message}\.?", said), said
 
 
 def test_no_name_breaks_the_line():

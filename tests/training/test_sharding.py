@@ -268,9 +268,9 @@ def test_a_mesh_fits_the_devices(devices, asked, shape):
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [((4, 0), "mesh.replica=4 does not divide num_replicas=2"), ((2, 8), "needs 16 devices; 8 are"),
-     ((0, 16), "replica 1 x data 16 needs 16 devices"), ((-1, 0), "mesh.replica=-1"),
-     ((1, 5), "mesh.data=5 does not divide batch_size=48")],
+    [((4, 0), "mesh.replica=4 .*num_replicas=2"), ((2, 8), "16 devices.* 8 "),
+     ((0, 16), "replica 1 x data 16 .*16 devices"), ((-1, 0), "mesh.replica=-1"),
+     ((1, 5), "mesh.data=5 .*batch_size=48")],
 )  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_one_line(asked, message):
     with pytest.raises(UserError, match=message) as error:
@@ -279,7 +279,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(asked, message):
 
 
 def test_map_over_replicas_on_several_devices_is_refused():
-    with pytest.raises(UserError, match="compute.execution='map' would gather the weights"):
+    with pytest.raises(UserError, match="compute.execution='map'"):
         compiled((2, 4), "map", SPLIT)
 
 
@@ -309,7 +309,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert not (loop.within(4) or gather.within(4) or mesh.within(1))
     assert permute.groups.tolist() == [[0, 1], [1, 0]] and permute.sent == 8
     assert mesh.groups.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(ValueError, match="unknown length"):
+    with pytest.raises(ValueError, match="length"):
         collectives(hlo.replace("known_trip_count", "other"))
 
 
