@@ -57,13 +57,75 @@ PUBLISHED = {
 }
 
 
-def open_pretrained(name: str) -> Checkpoint:
-    """Reads the checkpoint that `config.pretrained` names: a directory, or a bundled one.
+def prepare(config: ConfigDict, **more: Any) -> None:
+    """Checks the options and sets up JAX; call it before anything is opened or computed.
+
+    Args:
+      config: the run's options.
+      **more: what else must be the same on every process, by the flag's name.
 
     Raises:
-      UserError: if there is no such directory, or it is not a whole CLIP checkpoint.
+      UserError: for an option that cannot be meant, or a process that was started otherwise.
     """
-    return checkpoint_io.load(BUNDLED.get(name, name))
+    check_options(config)
+    use_cores(config)
+    use_compilation_cache(config.compute.compilation_cache)
+    check_same(config, **more)
+
+
+class Opened(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+      pretrained: the checkpoint of `config.pretrained`.
+      data: where to train and to measure.
+      anchor: the image tower under its head.
+    """
+
+    pretrained: Checkpoint
+    data: Benchmark
+    anchor: Classifier
+
+
+def open_all(config: ConfigDict, heads: Path | None) -> Opened:
+    """All that a run begins with.
+
+    Args:
+      config: the run's options.
+      heads: where zero-shot heads are kept; None makes them each time.
+
+    Raises:
+      UserError: if something of it is not there, or does not fit.
+    """
+    check_data(config)
+    pretrained = open_anchor(config)
+    data = open_data(config)
+    return Opened(pretrained, data, classify(config, pretrained, data, heads))
+
+
+def check_data(config: ConfigDict) -> None:
+    """Refuses data that is not there: to be asked before a model is fetched.
+
+    Raises:
+      UserError: for the first set that is missing.
+    """
+    if lacking := benchmark.missing(config.data):
+        more = f" ({len(lacking) - 1} more: --dry-run lists all)" if lacking[1:] else ""
+        raise UserError(lacking[0] + more)
+
+
+def open_data(config: ConfigDict) -> Benchmark:
+    """The data of `config.data`; a cache of decoded images is written by process 0 alone."""
+    load = partial(benchmark.load, config.data)
+    return multihost.main_first(load) if config.data.cache else load()
+
+
+def classify(
+    config: ConfigDict, pretrained: Checkpoint, data: Benchmark, heads: Path | None
+) -> Classifier:
+    """`pretrained` as a classifier; a zero-shot head is made by process 0 and kept in `heads`."""
+    make = partial(anchor_classifier, config, pretrained, data, heads)
+    return multihost.main_first(make) if pretrained.head is None and heads else make()
 
 
 def open_anchor(config: ConfigDict) -> Checkpoint:
@@ -78,6 +140,15 @@ def open_anchor(config: ConfigDict) -> Checkpoint:
     clip, params = resize_positions(checkpoint.params, checkpoint.config, size)
     pixels = dataclasses.replace(checkpoint.preprocessor, image_size=size)
     return dataclasses.replace(checkpoint, config=clip, params=params, preprocessor=pixels)
+
+
+def open_pretrained(name: str) -> Checkpoint:
+    """Reads the checkpoint that `config.pretrained` names: a directory, or a bundled one.
+
+    Raises:
+      UserError: if there is no such directory, or it is not a whole CLIP checkpoint.
+    """
+    return checkpoint_io.load(BUNDLED.get(name, name))
 
 
 def sizes(config: ConfigDict) -> CLIPConfig:
@@ -170,80 +241,6 @@ def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
             checkpoint_io.save(model, Checkpoint(clip, params, pixels, tokenizer))
     multihost.barrier("pretrained model")
     return model
-
-
-def prepare(config: ConfigDict, **more: Any) -> None:
-    """Checks the options and sets up JAX; call it before anything is opened or computed.
-
-    Args:
-      config: the run's options.
-      **more: what else must be the same on every process, by the flag's name.
-
-    Raises:
-      UserError: for an option that cannot be meant, or a process that was started otherwise.
-    """
-    check_options(config)
-    use_cores(config)
-    use_compilation_cache(config.compute.compilation_cache)
-    check_same(config, **more)
-
-
-class Opened(NamedTuple):
-    """What a run begins with.
-
-    Attributes:
-      pretrained: the checkpoint of `config.pretrained`.
-      data: where to train and to measure.
-      anchor: the image tower under its head.
-    """
-
-    pretrained: Checkpoint
-    data: Benchmark
-    anchor: Classifier
-
-
-def check_data(config: ConfigDict) -> None:
-    """Refuses data that is not there: to be asked before a model is fetched.
-
-    Raises:
-      UserError: for the first set that is missing.
-    """
-    if lacking := benchmark.missing(config.data):
-        more = f" ({len(lacking) - 1} more: --dry-run lists all)" if lacking[1:] else ""
-        raise UserError(lacking[0] + more)
-
-
-def open_data(config: ConfigDict) -> Benchmark:
-    """The data of `config.data`; a cache of decoded images is written by process 0 alone."""
-    load = partial(benchmark.load, config.data)
-    return multihost.main_first(load) if config.data.cache else load()
-
-
-def classify(
-    config: ConfigDict, pretrained: Checkpoint, data: Benchmark, heads: Path | None
-) -> Classifier:
-    """`pretrained` as a classifier; a zero-shot head is made by process 0 and kept in `heads`."""
-    make = partial(anchor_classifier, config, pretrained, data, heads)
-    return multihost.main_first(make) if pretrained.head is None and heads else make()
-
-
-def open_all(config: ConfigDict, heads: Path | None) -> Opened:
-    """All that a run begins with.
-
-    Args:
-      config: the run's options.
-      heads: where zero-shot heads are kept; None makes them each time.
-
-    Raises:
-      UserError: if something of it is not there, or does not fit.
-    """
-    check_data(config)
-    pretrained = open_anchor(config)
-    data = open_data(config)
-    return Opened(pretrained, data, classify(config, pretrained, data, heads))
-
-
-# All processes of a run are given the same: config, command line and code.
 
 
 def check_same(config: ConfigDict, **more: Any) -> None:

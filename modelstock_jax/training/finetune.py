@@ -37,13 +37,127 @@ from modelstock_jax.training.step_fns import Programs, Task
 from modelstock_jax.training.train_step import Augment
 from modelstock_jax.training.trainer import Trainer
 
-# What `config.objective` trains: a loss, the leaves that it moves, and where they start.
-
-
+AugmentImages = Callable[..., jax.Array]
 OBJECTIVES = ("cross_entropy", "car_ft", "flyp", "l2_sp", "linear_probe", "lp_ft", "bitfit")
 HEADS = ("zero_shot", "random")
 PROJECTIONS = ("none", "ftp", "tpgm")
 TRAINED: dict[str, Trained] = {"linear_probe": head_only, "bitfit": biases_and_head}
+
+
+def make_trainer(
+    config: ConfigDict,
+    anchor: Classifier,
+    data: Benchmark,
+    workdir: str | Path,
+    name: str,
+    *,
+    programs: Programs | None = None,
+    timeline: Timeline | None = None,
+    title: str | None = None,
+) -> Trainer:
+    """Makes one fine-tuning of `anchor` on the training set of `data`.
+
+    Args:
+      config: the run's options.
+      anchor: what every replica starts from.
+      data: its training set.
+      workdir: see `Trainer`.
+      name: see `Trainer`.
+      programs: those of an earlier trainer whose options differ in `seed`, `merge.every` and
+        `checkpoint` alone; None makes them.
+      timeline: see `Trainer`.
+      title: see `Trainer`.
+
+    Raises:
+      UserError: if an option is out of its range, or options do not fit together.
+    """
+    if programs is None:
+        programs = Programs(config, finetuning_task(config, anchor, len(data.train), data.augment))
+    size = anchor.normalize.image_size
+    batches = partial(_batches, config, data.train, size, batch_sharding(programs.mesh))
+    return Trainer(config, programs, batches, workdir, name, timeline, title)
+
+
+def _batches(
+    config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start: int
+) -> Iterator[Batch]:
+    """The batches that this process's devices hold, from step `start` on."""
+    replicas, examples = held(sharding, (config.num_replicas, config.batch_size))
+    return train_batches(
+        train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_replicas=config.num_replicas,
+        start_step=start,
+        replicas=replicas.tolist(),
+        examples=examples.tolist(),
+        view=train_views(config, image_size),
+        loading=Loading(**config.data.loading),
+    )
+
+
+def finetuning_task(
+    config: ConfigDict, anchor: Classifier, num_train: int, augment: AugmentImages
+) -> Task:
+    """Replicas of `anchor`, each with its own augmentation of `num_train` images.
+
+    Args:
+      config: the run's options.
+      anchor: what every replica starts from.
+      num_train: images of the training set.
+      augment: (key, images uint8 [B, H, W, 3]) -> images uint8, in the step; where replicas differ
+        in its strength, (key, images, strength).
+
+    Raises:
+      UserError: if an option of the objective or of `per_replica` is out of its range.
+    """
+    epoch = steps_per_epoch(num_train, config.batch_size)
+    method = make_method(config, anchor.apply, anchor.normalize, anchor.text)
+    hyper = hyper_parameters(config, epoch)
+    prompts = None
+    if config.objective.name == "flyp":
+        prompts = needed(anchor.text, "flyp").prompts
+    return Task(
+        params=anchor.start(config),
+        augment=_batch_augment(augment, config.data.augment.mixup, "mixup" in hyper, prompts),
+        loss_fn=method.loss_fn,
+        steps_per_epoch=epoch,
+        num_steps=config.epochs * epoch,
+        num_heads=anchor.num_heads,
+        fingerprint=anchor.fingerprint,
+        trained=method.trained,
+        reads_pretrained=method.reads_pretrained,
+        hyper=hyper,
+    )
+
+
+def _batch_augment(
+    augment: AugmentImages, alpha: float, own_mixup: bool, prompts: np.ndarray | None
+) -> Augment:
+    def of_images(key, batch):
+        strength = [batch["augment_strength"]] if "augment_strength" in batch else []
+        return batch | {"image": augment(key, batch["image"], *strength)}
+
+    def mixed(key, batch):
+        first, second = jax.random.split(key)
+        return mixup(second, of_images(first, batch), batch.get("mixup", alpha))
+
+    def captioned(texts, key, batch):
+        first, second = jax.random.split(key)
+        return with_captions(second, of_images(first, batch), texts)
+
+    if prompts is not None:
+        return partial(captioned, prompts)
+    return mixed if alpha or own_mixup else of_images
+
+
+def alone(config: ConfigDict) -> ConfigDict:
+    """A copy of the options for one model: none to merge it with, nothing of its own."""
+    one = config.copy_and_resolve_references()
+    one.num_replicas, one.mesh.replica, one.mesh.data = 1, 0, 0
+    one.merge.every, one.merge.carry_noise = "never", "off"
+    one.per_replica.update(dict.fromkeys(one.per_replica, ()))
+    return one
 
 
 class Method(NamedTuple):
@@ -276,122 +390,3 @@ def _checked(name: str, number: float) -> float:
     if whole and not float(number).is_integer():
         raise UserError(f"per_replica.{name} has {number}; it must be a whole number")
     return int(number) if whole else number
-
-
-AugmentImages = Callable[..., jax.Array]
-
-
-def finetuning_task(
-    config: ConfigDict, anchor: Classifier, num_train: int, augment: AugmentImages
-) -> Task:
-    """Replicas of `anchor`, each with its own augmentation of `num_train` images.
-
-    Args:
-      config: the run's options.
-      anchor: what every replica starts from.
-      num_train: images of the training set.
-      augment: (key, images uint8 [B, H, W, 3]) -> images uint8, in the step; where replicas differ
-        in its strength, (key, images, strength).
-
-    Raises:
-      UserError: if an option of the objective or of `per_replica` is out of its range.
-    """
-    epoch = steps_per_epoch(num_train, config.batch_size)
-    method = make_method(config, anchor.apply, anchor.normalize, anchor.text)
-    hyper = hyper_parameters(config, epoch)
-    prompts = None
-    if config.objective.name == "flyp":
-        prompts = needed(anchor.text, "flyp").prompts
-    return Task(
-        params=anchor.start(config),
-        augment=_batch_augment(augment, config.data.augment.mixup, "mixup" in hyper, prompts),
-        loss_fn=method.loss_fn,
-        steps_per_epoch=epoch,
-        num_steps=config.epochs * epoch,
-        num_heads=anchor.num_heads,
-        fingerprint=anchor.fingerprint,
-        trained=method.trained,
-        reads_pretrained=method.reads_pretrained,
-        hyper=hyper,
-    )
-
-
-def _batch_augment(
-    augment: AugmentImages, alpha: float, own_mixup: bool, prompts: np.ndarray | None
-) -> Augment:
-    def of_images(key, batch):
-        strength = [batch["augment_strength"]] if "augment_strength" in batch else []
-        return batch | {"image": augment(key, batch["image"], *strength)}
-
-    def mixed(key, batch):
-        first, second = jax.random.split(key)
-        return mixup(second, of_images(first, batch), batch.get("mixup", alpha))
-
-    def captioned(texts, key, batch):
-        first, second = jax.random.split(key)
-        return with_captions(second, of_images(first, batch), texts)
-
-    if prompts is not None:
-        return partial(captioned, prompts)
-    return mixed if alpha or own_mixup else of_images
-
-
-def make_trainer(
-    config: ConfigDict,
-    anchor: Classifier,
-    data: Benchmark,
-    workdir: str | Path,
-    name: str,
-    *,
-    programs: Programs | None = None,
-    timeline: Timeline | None = None,
-    title: str | None = None,
-) -> Trainer:
-    """Makes one fine-tuning of `anchor` on the training set of `data`.
-
-    Args:
-      config: the run's options.
-      anchor: what every replica starts from.
-      data: its training set.
-      workdir: see `Trainer`.
-      name: see `Trainer`.
-      programs: those of an earlier trainer whose options differ in `seed`, `merge.every` and
-        `checkpoint` alone; None makes them.
-      timeline: see `Trainer`.
-      title: see `Trainer`.
-
-    Raises:
-      UserError: if an option is out of its range, or options do not fit together.
-    """
-    if programs is None:
-        programs = Programs(config, finetuning_task(config, anchor, len(data.train), data.augment))
-    size = anchor.normalize.image_size
-    batches = partial(_batches, config, data.train, size, batch_sharding(programs.mesh))
-    return Trainer(config, programs, batches, workdir, name, timeline, title)
-
-
-def _batches(
-    config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start: int
-) -> Iterator[Batch]:
-    """The batches that this process's devices hold, from step `start` on."""
-    replicas, examples = held(sharding, (config.num_replicas, config.batch_size))
-    return train_batches(
-        train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_replicas=config.num_replicas,
-        start_step=start,
-        replicas=replicas.tolist(),
-        examples=examples.tolist(),
-        view=train_views(config, image_size),
-        loading=Loading(**config.data.loading),
-    )
-
-
-def alone(config: ConfigDict) -> ConfigDict:
-    """A copy of the options for one model: none to merge it with, nothing of its own."""
-    one = config.copy_and_resolve_references()
-    one.num_replicas, one.mesh.replica, one.mesh.data = 1, 0, 0
-    one.merge.every, one.merge.carry_noise = "never", "off"
-    one.per_replica.update(dict.fromkeys(one.per_replica, ()))
-    return one
