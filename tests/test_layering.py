@@ -15,6 +15,7 @@ import modelstock_jax
 PACKAGE, STUDIES = "modelstock_jax", "studies"
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 600
+MAX_FUNCTION_LINES = 50  # without the docstring
 MAX_LAUNCH_LINES = 60
 
 # A unit (a module or a folder of the package) imports units of lower layers. Units of one layer may
@@ -68,45 +69,59 @@ def unit_of(path: Path, root: Path) -> str:
     return rest[0] if first == PACKAGE else first
 
 
+def too_long(path: Path) -> list[tuple[int, str]]:
+    """(line, what is wrong) of a long module and of each long function in it."""
+    text, found = path.read_text(), []
+    if (length := len(text.splitlines())) > MAX_LINES:
+        found.append((length, f"longer than {MAX_LINES} lines"))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body and (node.end_lineno or 0) - body[0].lineno >= MAX_FUNCTION_LINES:
+                found.append((node.lineno, f"{node.name} is over {MAX_FUNCTION_LINES} lines"))
+    return found
+
+
+def wrong_import(unit: str, name: str) -> str | None:
+    """What is wrong with an import of `name` in a unit; None where nothing is."""
+    top, *rest = name.split(".")
+    if top == STUDIES and unit != STUDIES:
+        return f"{unit} imports {STUDIES}, which lies above it"
+    if top != PACKAGE:
+        allowed = THIRD_PARTIES.get(unit, {top}) | sys.stdlib_module_names
+        return None if top in allowed else f"{unit} may not import {top}"
+    target = rest[0] if rest else ""
+    if target == "__version__":
+        return None
+    if target not in LAYER:
+        return f"import {name} from the module that defines it"
+    if target not in OURS.get(unit, LAYER):
+        return f"{unit} may not import {target}"
+    return f"{unit} imports {target}, which lies above it" if LAYER[target] > LAYER[unit] else None
+
+
 def violations(root: Path) -> list[str]:
     """One line `file:line: what is wrong` for every broken rule under `root`."""
     found: list[str] = []
     sideways: dict[tuple[str, str], str] = {}
     for path in [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / STUDIES).rglob("*.py"))]:
-        where = path.relative_to(root).as_posix()
-        length = len(path.read_text().splitlines())
-        if length > MAX_LINES:
-            found.append(f"{where}:{length}: longer than {MAX_LINES} lines")
+        where, unit = path.relative_to(root).as_posix(), unit_of(path, root)
+        found += [f"{where}:{line}: {wrong}" for line, wrong in too_long(path)]
         if path.name == "utils.py":
             found.append(f"{where}:1: a module is named by its noun, not utils")
-        unit = unit_of(path, root)
         if unit == "__init__":
             continue  # The public names, resolved lazily: above everything.
         if unit not in LAYER:
             found.append(f"{where}:1: {unit} has no place in LAYERS")
             continue
         for line, name in imports(path, root):
-            top, *rest = name.split(".")
-            if top == STUDIES and unit != STUDIES:
-                found.append(f"{where}:{line}: {unit} imports {STUDIES}, which lies above it")
-            if top == PACKAGE:
-                if rest[:1] == ["__version__"]:
-                    continue
-                target = rest[0] if rest else ""
-                if target not in LAYER:
-                    found.append(f"{where}:{line}: import {name} from the module that defines it")
-                elif target not in OURS.get(unit, LAYER):
-                    found.append(f"{where}:{line}: {unit} may not import {target}")
-                elif LAYER[target] > LAYER[unit]:
-                    found.append(f"{where}:{line}: {unit} imports {target}, which lies above it")
-                elif LAYER[target] == LAYER[unit] and target != unit:
-                    if (target, unit) in sideways:
-                        other = sideways[target, unit]
-                        found.append(f"{where}:{line}: {unit} imports {target}, and {other} back")
-                    sideways.setdefault((unit, target), f"{where}:{line}")
-            elif unit in THIRD_PARTIES and top not in sys.stdlib_module_names:
-                if top not in THIRD_PARTIES[unit]:
-                    found.append(f"{where}:{line}: {unit} may not import {top}")
+            if wrong := wrong_import(unit, name):
+                found.append(f"{where}:{line}: {wrong}")
+            target = name.split(".")[1] if name.startswith(f"{PACKAGE}.") else unit
+            if target != unit and LAYER.get(target) == LAYER[unit]:
+                if other := sideways.get((target, unit)):
+                    found.append(f"{where}:{line}: {unit} imports {target}, and {other} back")
+                sideways.setdefault((unit, target), f"{where}:{line}")
     launch = root / "launch.py"
     if launch.exists() and (length := len(launch.read_text().splitlines())) > MAX_LAUNCH_LINES:
         found.append(f"launch.py:{length}: longer than {MAX_LAUNCH_LINES} lines")
@@ -152,6 +167,7 @@ def test_this_tree():
         ("merging/a.py", "from ..training.train_step import f\n", "merging/a.py:1: merging imp"),
         ("checkpoint_merge/a.py", "import jax\n", "checkpoint_merge/a.py:1: checkpoint_merge may"),
         ("training/a.py", "from studies import runs\n", "training/a.py:1: training imports stud"),
+        ("data/a.py", "def f():\n" + "    x = 1\n" * 51, "data/a.py:1: f is over"),
     ],
 )
 def test_a_broken_rule_is_named(tmp_path, file, text, expected):
