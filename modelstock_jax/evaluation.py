@@ -244,7 +244,7 @@ class Measure:
         measured: Callable[[int], None] = lambda images: None,
         **details: Any,
     ) -> dict[str, Any]:
-        """A row as `reporting.rows.make_row` gives it.
+        """A row as `tables.make_row` gives it.
 
         Args:
           method: the row's.

@@ -126,7 +126,7 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     """The card's text.
 
     Args:
-      document: as `report.document` gives it.
+      document: as `document` gives it.
       name: the model's title.
       library: `library_name` for the metadata, as `library_name` finds it; None leaves it out.
 

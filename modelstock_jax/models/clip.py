@@ -29,7 +29,7 @@ from modelstock_jax.models.transformer import (
     run_blocks,
 )
 
-# CLIP's image and text towers as Flax NNX modules; `model` holds the functions around them.
+# CLIP's image and text towers as Flax NNX modules; the functions around them come after.
 
 
 class ImageTower(nnx.Module):

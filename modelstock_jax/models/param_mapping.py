@@ -295,7 +295,7 @@ def read_tree(
 
     Args:
         files: Theirs.
-        rows: The table, as `param_mapping.rows` gives it.
+        rows: The table, as `rows` gives it.
         shapes: Shapes of ours, by path.
         where: What an error names.
         tolerates: Says of a tensor outside the table whether it may be there.

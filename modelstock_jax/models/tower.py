@@ -1,4 +1,4 @@
-"""Towers as pure functions of plain nested dictionaries of arrays, as `clip.model` has them."""
+"""Towers as pure functions of plain nested dictionaries of arrays, as `models.clip` has them."""
 
 from __future__ import annotations
 

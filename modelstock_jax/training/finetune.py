@@ -164,7 +164,7 @@ class Method(NamedTuple):
     """A way to fine-tune.
 
     Attributes:
-      loss_fn: see `objectives`.
+      loss_fn: see `losses`.
       trained: which leaves move, by name; None for all.
       reads_pretrained: whether the loss compares with the pretrained weights.
     """

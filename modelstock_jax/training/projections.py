@@ -212,7 +212,7 @@ def trainable_projection(
       pretrained: w0.
       batches: held out from what w was trained on; as many as there are to be steps.
       learning_rate: Adam's, of the radii.
-      norm: "l2" or "mars", see `projections.layer_norms`.
+      norm: "l2" or "mars", see `layer_norms`.
 
     Returns:
       (the projected weights, the radii: a scalar a leaf).

@@ -35,7 +35,7 @@ class Task:
 
     Attributes:
       params: the weights every replica starts from; the anchor of its merges.
-      loss_fn: see `objectives`.
+      loss_fn: see `losses`.
       steps_per_epoch: steps a pass takes.
       num_steps: steps of the whole run.
       num_heads: attention heads of the image tower, for the merge unit `head`.

@@ -150,7 +150,7 @@ def make_train_step(
     the step, so that steps that are run again after a kill give the same bits.
 
     Args:
-      loss_fn: see `objectives`.
+      loss_fn: see `losses`.
       tx: the optimizer's direction.
       schedule: (step, hyper) -> learning rate.
       execution: how the replicas run.
