@@ -28,104 +28,50 @@ Evaluate = Callable[..., dict[str, float]]
 _AHEAD = 2
 
 
-def candidates(image_set: ImageSet, num_classes: int) -> np.ndarray:
-    """What a prediction is chosen from: rows of class ids, the best logit of a row is its score.
+class Measure:
+    """Rows of results: each model's accuracy on every set of a benchmark.
 
-    Args:
-      image_set: its `classes` or `groups` count; without them, every class is a row.
-      num_classes: K.
-
-    Returns:
-      int32 [C, m]; a shorter group repeats its first class.
-
-    Raises:
-      UserError: a class that the classifier does not have.
-
-    >>> images, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32)
-    >>> candidates(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
-    [[4, 4], [0, 7]]
+    Attributes:
+      num_images: that a row takes, of all sets.
     """
-    groups = image_set.groups
-    if groups is None:
-        ids = range(num_classes) if image_set.classes is None else image_set.classes
-        groups = [(one,) for one in ids]
-    if (largest := max(max(group) for group in groups)) >= num_classes:
-        raise UserError(
-            f"{image_set.name}: needs a logit of class {largest}, the classifier has {num_classes}"
+
+    def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
+        """Prepares the evaluator for the classifiers of one architecture."""
+        self._anchor, self._data = anchor, data
+        most = config.evaluation.max_shift_images
+        self._sets = [data.test, *(s.take(most or len(s)) for s in data.shifts.values())]
+        if data.real is not None:
+            self._sets.append(data.real)
+        self.num_images = sum(len(image_set) for image_set in self._sets)
+        self._evaluate = classifier_evaluator(config, anchor, mesh)
+
+    def row(
+        self,
+        method: str,
+        params: PyTree,
+        *,
+        measured: Callable[[int], None] = lambda images: None,
+        **details: Any,
+    ) -> dict[str, Any]:
+        """A row as `tables.make_row` gives it.
+
+        Args:
+          method: the row's.
+          params: whole on every process.
+          measured: told how many images of this row are done.
+          **details: go into the row.
+        """
+        data, accuracy = self._data, self._evaluate(params, self._sets, measured)
+        if data.real is not None:
+            details["real"] = accuracy[data.real.name]
+        if "distance_to_anchor" not in details:
+            details["distance_to_anchor"] = float(distance(self._anchor.params, params))
+        return make_row(
+            method,
+            id=accuracy[data.test.name],
+            shifts={name: accuracy[s.name] for name, s in data.shifts.items()},
+            **details,
         )
-    widest = max(map(len, groups))
-    return np.array([[*row, *[row[0]] * (widest - len(row))] for row in groups], np.int32)
-
-
-def targets(image_set: ImageSet) -> np.ndarray:
-    """Which rows of `candidates` are right for each image.
-
-    Returns:
-      int32 [M, L], filled up with -1; an image with no right answer is not counted.
-
-    >>> images, labels = np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int32)
-    >>> targets(ImageSet("real", images, labels, label_sets=((3, 5), ()))).tolist()
-    [[3, 5], [-1, -1]]
-    """
-    if image_set.label_sets is not None:
-        widest = max(map(len, image_set.label_sets), default=1)
-        rows = np.full((len(image_set), max(1, widest)), -1, np.int32)
-        for row, right in zip(rows, image_set.label_sets, strict=True):
-            row[: len(right)] = right
-        return rows
-    labels = image_set.labels
-    if image_set.classes is not None:
-        labels = np.searchsorted(image_set.classes, labels).astype(np.int32)
-    return labels[:, None]
-
-
-def scored_batches(
-    image_set: ImageSet, batch_size: int, **reading: Any
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, with its `targets`; padding has none and so is not counted.
-
-    Args:
-      image_set: M images.
-      batch_size: B, over all processes.
-      **reading: as `eval_batches` takes it.
-
-    Returns:
-      Iterator of {"image": uint8 [b, H, W, 3], "target": int32 [b, L]}, b of the B.
-    """
-    right = targets(image_set)
-    # The number of an image stands as its label: whatever is padded or left out on the way, an
-    # image is scored by its own targets.
-    numbered = ImageSet(
-        image_set.name,
-        image_set.images,
-        np.arange(len(image_set), dtype=np.int32),
-        crop_border=image_set.crop_border,
-    )
-    for batch in eval_batches(numbered, batch_size, **reading):
-        rows = right[batch["label"]]
-        rows[~batch["mask"]] = -1
-        yield {"image": batch["image"], "target": rows}
-
-
-def count(logits, target, candidate):
-    """How many predictions are right, and how many images count; of NumPy or JAX arrays.
-
-    Args:
-      logits: [B, K].
-      target: int32 [B, L], as `targets` gives them.
-      candidate: int32 [C, m], as `candidates` gives them.
-
-    Returns:
-      Two scalars, right and counted.
-
-    >>> logits = np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
-    >>> right, counted = count(logits, np.array([[0], [-1]]), np.array([[2, 1], [0, 0]]))
-    >>> int(right), int(counted)
-    (1, 1)
-    """
-    choice = logits[:, candidate].max(-1).argmax(-1)
-    right = (choice[:, None] == target).any(-1)
-    return right.sum(), (target >= 0).any(-1).sum()
 
 
 def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> Evaluate:
@@ -216,50 +162,101 @@ def make_evaluator(
     return evaluate
 
 
-# Rows of results: each model's accuracy on every set of a benchmark.
+def scored_batches(
+    image_set: ImageSet, batch_size: int, **reading: Any
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every image once, with its `targets`; padding has none and so is not counted.
 
+    Args:
+      image_set: M images.
+      batch_size: B, over all processes.
+      **reading: as `eval_batches` takes it.
 
-class Measure:
-    """Rows of results: each model's accuracy on every set of a benchmark.
-
-    Attributes:
-      num_images: that a row takes, of all sets.
+    Returns:
+      Iterator of {"image": uint8 [b, H, W, 3], "target": int32 [b, L]}, b of the B.
     """
+    right = targets(image_set)
+    # The number of an image stands as its label: whatever is padded or left out on the way, an
+    # image is scored by its own targets.
+    numbered = ImageSet(
+        image_set.name,
+        image_set.images,
+        np.arange(len(image_set), dtype=np.int32),
+        crop_border=image_set.crop_border,
+    )
+    for batch in eval_batches(numbered, batch_size, **reading):
+        rows = right[batch["label"]]
+        rows[~batch["mask"]] = -1
+        yield {"image": batch["image"], "target": rows}
 
-    def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
-        """Prepares the evaluator for the classifiers of one architecture."""
-        self._anchor, self._data = anchor, data
-        most = config.evaluation.max_shift_images
-        self._sets = [data.test, *(s.take(most or len(s)) for s in data.shifts.values())]
-        if data.real is not None:
-            self._sets.append(data.real)
-        self.num_images = sum(len(image_set) for image_set in self._sets)
-        self._evaluate = classifier_evaluator(config, anchor, mesh)
 
-    def row(
-        self,
-        method: str,
-        params: PyTree,
-        *,
-        measured: Callable[[int], None] = lambda images: None,
-        **details: Any,
-    ) -> dict[str, Any]:
-        """A row as `tables.make_row` gives it.
+def targets(image_set: ImageSet) -> np.ndarray:
+    """Which rows of `candidates` are right for each image.
 
-        Args:
-          method: the row's.
-          params: whole on every process.
-          measured: told how many images of this row are done.
-          **details: go into the row.
-        """
-        data, accuracy = self._data, self._evaluate(params, self._sets, measured)
-        if data.real is not None:
-            details["real"] = accuracy[data.real.name]
-        if "distance_to_anchor" not in details:
-            details["distance_to_anchor"] = float(distance(self._anchor.params, params))
-        return make_row(
-            method,
-            id=accuracy[data.test.name],
-            shifts={name: accuracy[s.name] for name, s in data.shifts.items()},
-            **details,
+    Returns:
+      int32 [M, L], filled up with -1; an image with no right answer is not counted.
+
+    >>> images, labels = np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int32)
+    >>> targets(ImageSet("real", images, labels, label_sets=((3, 5), ()))).tolist()
+    [[3, 5], [-1, -1]]
+    """
+    if image_set.label_sets is not None:
+        widest = max(map(len, image_set.label_sets), default=1)
+        rows = np.full((len(image_set), max(1, widest)), -1, np.int32)
+        for row, right in zip(rows, image_set.label_sets, strict=True):
+            row[: len(right)] = right
+        return rows
+    labels = image_set.labels
+    if image_set.classes is not None:
+        labels = np.searchsorted(image_set.classes, labels).astype(np.int32)
+    return labels[:, None]
+
+
+def candidates(image_set: ImageSet, num_classes: int) -> np.ndarray:
+    """What a prediction is chosen from: rows of class ids, the best logit of a row is its score.
+
+    Args:
+      image_set: its `classes` or `groups` count; without them, every class is a row.
+      num_classes: K.
+
+    Returns:
+      int32 [C, m]; a shorter group repeats its first class.
+
+    Raises:
+      UserError: a class that the classifier does not have.
+
+    >>> images, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32)
+    >>> candidates(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
+    [[4, 4], [0, 7]]
+    """
+    groups = image_set.groups
+    if groups is None:
+        ids = range(num_classes) if image_set.classes is None else image_set.classes
+        groups = [(one,) for one in ids]
+    if (largest := max(max(group) for group in groups)) >= num_classes:
+        raise UserError(
+            f"{image_set.name}: needs a logit of class {largest}, the classifier has {num_classes}"
         )
+    widest = max(map(len, groups))
+    return np.array([[*row, *[row[0]] * (widest - len(row))] for row in groups], np.int32)
+
+
+def count(logits, target, candidate):
+    """How many predictions are right, and how many images count; of NumPy or JAX arrays.
+
+    Args:
+      logits: [B, K].
+      target: int32 [B, L], as `targets` gives them.
+      candidate: int32 [C, m], as `candidates` gives them.
+
+    Returns:
+      Two scalars, right and counted.
+
+    >>> logits = np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
+    >>> right, counted = count(logits, np.array([[0], [-1]]), np.array([[2, 1], [0, 0]]))
+    >>> int(right), int(counted)
+    (1, 1)
+    """
+    choice = logits[:, candidate].max(-1).argmax(-1)
+    right = (choice[:, None] == target).any(-1)
+    return right.sum(), (target >= 0).any(-1).sum()

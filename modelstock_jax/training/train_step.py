@@ -15,113 +15,13 @@ from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.optimizer import Schedule
 from modelstock_jax.training.state import Reference, TrainState
 
-# Whether a replica's step is finite, and what its update becomes where it is not.
-
-
 PyTree = Any
 Policy = Literal["stop", "skip_step", "restore_last_merge"]
 POLICIES = ("stop", "skip_step", "restore_last_merge")
-
-
-def health(loss: jax.Array, grads: PyTree, params: PyTree) -> dict[str, jax.Array]:
-    """Of one replica's step: are its loss, gradients and new weights finite, and how large.
-
-        grad_norm = sqrt(sum_k |g_k|^2)
-        ok = isfinite(loss) and, for all leaves k, isfinite(|g_k|^2) and isfinite(w_k)
-
-    The squares are those of the norm that clipping and the metrics need anyway (XLA computes them
-    once), so the flags cost no second pass over the gradients. A square overflows float32 where
-    |g_k| > 1.8e19: such a gradient counts as not finite. Adam squares it as well, and its second
-    moment would stay infinite and hold the tensor still for ever. The weights are looked at because
-    a finite gradient may make them infinite, and the next step's loss would say so too late: they
-    may be saved or merged before it.
-
-    Args:
-      loss: [].
-      grads: the gradient; floats.
-      params: the weights that the step made.
-
-    Returns:
-      grad_norm: []; ok: bool []; first_bad and first_bad_weight: int32 [], the first leaf (in the
-      tree's order) whose gradient or new weights are not finite, -1 where there is none.
-
-    >>> grads, params = {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, {"a": 1.0, "b": 1.0}
-    >>> found = health(jnp.float32(1), grads, params)
-    >>> bool(found["ok"]), int(found["first_bad"]), int(found["first_bad_weight"])
-    (False, 1, -1)
-    """
-    # As optax.clip_by_global_norm writes them, that XLA may see that they are the same.
-    squares = [optax.tree.norm(g, squared=True) for g in jax.tree.leaves(grads)]
-    bad = ~jnp.isfinite(jnp.stack(squares))
-    lost = jnp.stack([~jnp.isfinite(w).all() for w in jax.tree.leaves(params)])
-    return {
-        "grad_norm": jnp.sqrt(sum(squares)),
-        "ok": jnp.isfinite(loss) & ~bad.any() & ~lost.any(),
-        "first_bad": _first(bad),
-        "first_bad_weight": _first(lost),
-    }
-
-
-def _first(bad: jax.Array) -> jax.Array:
-    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
-
-
-def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where the step was finite, else `old`: a select, so that nothing of `new` remains.
-
-    Args:
-      ok: bool [].
-      new: what the step made.
-      old: what takes its place; same structure and shapes.
-    """
-    return jax.tree.map(lambda n, o: jnp.where(ok, n, o.astype(n.dtype)), new, old)
-
-
 Execution = Literal["vmap", "map"]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Augment = Callable[[jax.Array, Batch], Batch]
-
-
-def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any, Any, Metrics]:
-    """The gradient of a mean loss over a batch, computed a part at a time.
-
-        g = 1/A sum_a grad loss(params, rows a, a + A, a + 2A, ... of the batch)
-
-    Every A-th row, not A blocks of rows: where the batch is split over devices in blocks, each
-    device then holds its share of every part, and nothing moves.
-
-    Args:
-      loss_fn: a mean over examples.
-      params: of one replica.
-      batch: [B, ...] a leaf, B a multiple of A.
-      parts: A.
-
-    Returns:
-      (loss, gradient, metrics), all of them means over the parts.
-
-    >>> loss = lambda w, batch: ((w * batch["x"]).mean(), {})
-    >>> _, gradient, _ = mean_gradient(loss, jnp.float32(3), {"x": jnp.arange(6.0)}, 3)
-    >>> float(gradient)
-    2.5
-    """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def gradient(part):
-        (loss, metrics), gradient = value_and_grad(params, part)
-        return loss, gradient, metrics
-
-    if parts == 1:
-        return gradient(batch)
-    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], cut)),
-    )
-    total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zero, cut
-    )
-    return jax.tree.map(lambda x: x / parts, total)
 
 
 def make_train_step(
@@ -208,3 +108,101 @@ def make_train_step(
 
 def _readable(metric: jax.Array) -> jax.Array:
     return metric.astype(jnp.float32) if jnp.issubdtype(metric.dtype, jnp.floating) else metric
+
+
+def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any, Any, Metrics]:
+    """The gradient of a mean loss over a batch, computed a part at a time.
+
+        g = 1/A sum_a grad loss(params, rows a, a + A, a + 2A, ... of the batch)
+
+    Every A-th row, not A blocks of rows: where the batch is split over devices in blocks, each
+    device then holds its share of every part, and nothing moves.
+
+    Args:
+      loss_fn: a mean over examples.
+      params: of one replica.
+      batch: [B, ...] a leaf, B a multiple of A.
+      parts: A.
+
+    Returns:
+      (loss, gradient, metrics), all of them means over the parts.
+
+    >>> loss = lambda w, batch: ((w * batch["x"]).mean(), {})
+    >>> _, gradient, _ = mean_gradient(loss, jnp.float32(3), {"x": jnp.arange(6.0)}, 3)
+    >>> float(gradient)
+    2.5
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradient(part):
+        (loss, metrics), gradient = value_and_grad(params, part)
+        return loss, gradient, metrics
+
+    if parts == 1:
+        return gradient(batch)
+    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], cut)),
+    )
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zero, cut
+    )
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+# Whether a replica's step is finite, and what its update becomes where it is not.
+
+
+def health(loss: jax.Array, grads: PyTree, params: PyTree) -> dict[str, jax.Array]:
+    """Of one replica's step: are its loss, gradients and new weights finite, and how large.
+
+        grad_norm = sqrt(sum_k |g_k|^2)
+        ok = isfinite(loss) and, for all leaves k, isfinite(|g_k|^2) and isfinite(w_k)
+
+    The squares are those of the norm that clipping and the metrics need anyway (XLA computes them
+    once), so the flags cost no second pass over the gradients. A square overflows float32 where
+    |g_k| > 1.8e19: such a gradient counts as not finite. Adam squares it as well, and its second
+    moment would stay infinite and hold the tensor still for ever. The weights are looked at because
+    a finite gradient may make them infinite, and the next step's loss would say so too late: they
+    may be saved or merged before it.
+
+    Args:
+      loss: [].
+      grads: the gradient; floats.
+      params: the weights that the step made.
+
+    Returns:
+      grad_norm: []; ok: bool []; first_bad and first_bad_weight: int32 [], the first leaf (in the
+      tree's order) whose gradient or new weights are not finite, -1 where there is none.
+
+    >>> grads, params = {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, {"a": 1.0, "b": 1.0}
+    >>> found = health(jnp.float32(1), grads, params)
+    >>> bool(found["ok"]), int(found["first_bad"]), int(found["first_bad_weight"])
+    (False, 1, -1)
+    """
+    # As optax.clip_by_global_norm writes them, that XLA may see that they are the same.
+    squares = [optax.tree.norm(g, squared=True) for g in jax.tree.leaves(grads)]
+    bad = ~jnp.isfinite(jnp.stack(squares))
+    lost = jnp.stack([~jnp.isfinite(w).all() for w in jax.tree.leaves(params)])
+    return {
+        "grad_norm": jnp.sqrt(sum(squares)),
+        "ok": jnp.isfinite(loss) & ~bad.any() & ~lost.any(),
+        "first_bad": _first(bad),
+        "first_bad_weight": _first(lost),
+    }
+
+
+def _first(bad: jax.Array) -> jax.Array:
+    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the step was finite, else `old`: a select, so that nothing of `new` remains.
+
+    Args:
+      ok: bool [].
+      new: what the step made.
+      old: what takes its place; same structure and shapes.
+    """
+    return jax.tree.map(lambda n, o: jnp.where(ok, n, o.astype(n.dtype)), new, old)
