@@ -28,8 +28,61 @@ from modelstock_jax.errors import UserError, listed, near
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import COMMANDS
 
-# What may be typed after `modelstock`. Imports nothing that is slow.
+INTERRUPTED = 130  # As a shell reports a process that Ctrl-C ended.
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: what was typed after `modelstock`; by default the process's own.
+
+    Returns:
+      The exit status: 0, also for a merge whose summary could not be printed; 1 for a mistake (one
+      line on standard error says which), or where the output of another command could not be
+      written; 130 when interrupted. Mistakes in the options themselves exit with 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with guarded() as (output, _):
+        top, commands = parsers()
+        if not argv or argv[0] not in commands or {"-h", "--help"} & set(argv):
+            top.parse_args(argv or ["--help"])  # Help, the version, or a mistake: it exits.
+        arguments = commands[argv[0]].parse(argv[1:])
+        status = _run(argv, arguments)
+        output.flush()
+        if status or output.error is None:
+            return status
+        return _unwritten(output.error, made=argv[0] == "merge" and not arguments.dry_run)
+
+
+def _run(argv: list[str], arguments) -> int:
+    try:
+        from modelstock_jax.checkpoint_merge import commands as run
+
+        getattr(run, argv[0])(arguments, argv)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = listed([str(error.filename or "files")])
+        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _unwritten(error: OSError, *, made: bool) -> int:
+    """The exit status of a command that did all but print its result."""
+    if error.errno != errno.EPIPE:  # Else its reader has enough: `modelstock compare ... | head`
+        what = "note: the merge is made, but its summary" if made else "error: the result"
+        print(f"{what} cannot be written to standard output ({error.strerror or error})",
+              file=sys.stderr)
+    return 0 if made else 1
+
+
+# What may be typed after `modelstock`. Imports nothing that is slow.
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
           "GIB": 2**30}
@@ -53,7 +106,6 @@ examples:
   modelstock compare ./base ./ft1 ./ft2 --json > angles.json
 """,
 }
-
 
 # Options of mergekit, PyTorch and transformers -> the option here, or what to do.
 _NEEDLESS = {
@@ -338,60 +390,6 @@ def guarded() -> Iterator[tuple[Stream, Stream]]:
         finally:
             output.flush()
             errors.flush()
-
-
-INTERRUPTED = 130  # As a shell reports a process that Ctrl-C ended.
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-      argv: what was typed after `modelstock`; by default the process's own.
-
-    Returns:
-      The exit status: 0, also for a merge whose summary could not be printed; 1 for a mistake (one
-      line on standard error says which), or where the output of another command could not be
-      written; 130 when interrupted. Mistakes in the options themselves exit with 2.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with guarded() as (output, _):
-        top, commands = parsers()
-        if not argv or argv[0] not in commands or {"-h", "--help"} & set(argv):
-            top.parse_args(argv or ["--help"])  # Help, the version, or a mistake: it exits.
-        arguments = commands[argv[0]].parse(argv[1:])
-        status = _run(argv, arguments)
-        output.flush()
-        if status or output.error is None:
-            return status
-        return _unwritten(output.error, made=argv[0] == "merge" and not arguments.dry_run)
-
-
-def _run(argv: list[str], arguments) -> int:
-    try:
-        from modelstock_jax.checkpoint_merge import commands as run
-
-        getattr(run, argv[0])(arguments, argv)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = listed([str(error.filename or "files")])
-        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _unwritten(error: OSError, *, made: bool) -> int:
-    """The exit status of a command that did all but print its result."""
-    if error.errno != errno.EPIPE:  # Else its reader has enough: `modelstock compare ... | head`
-        what = "note: the merge is made, but its summary" if made else "error: the result"
-        print(f"{what} cannot be written to standard output ({error.strerror or error})",
-              file=sys.stderr)
-    return 0 if made else 1
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from modelstock_jax.data.transforms import EvalView, TrainView, Unreadable
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.machine import usable_cores
 
-# Reading many stored images at once, by threads, as one array.
-
-
+Batch = dict[str, np.ndarray]
+_log = logging.getLogger(__name__)
 UNREADABLE = ("error", "skip")
 _PARTS_A_THREAD = 4  # so that a thread with large images does not hold up the others
 
@@ -65,189 +64,6 @@ class Loading:
     def num_threads(self) -> int:
         """Threads of one process."""
         return self.threads or max(1, usable_cores() // max(1, self.workers))
-
-
-def example_rng(key: Key, index: int) -> np.random.Generator:
-    """The random numbers of one example: a function of (seed, replica, epoch, index) alone."""
-    return np.random.default_rng(np.random.SeedSequence(key, spawn_key=(index,)))
-
-
-class Reader:
-    """Stored images as a batch of views.
-
-    A copy that is sent to another process starts threads of its own.
-    """
-
-    def __init__(
-        self, images: EncodedImages, views: Sequence[View], size: int, loading: Loading
-    ) -> None:
-        """Opens nothing.
-
-        Args:
-          images: M stored images; a set that is already decoded gives uint8 [H, W, 3].
-          views: (stored image, rng) -> uint8 [size, size, 3], one for all replicas or one each.
-          size: S, pixels.
-          loading: threads, and what happens to unreadable images.
-        """
-        self._images, self._views, self._size, self._loading = images, views, size, loading
-        self._pool = None
-
-    def __getstate__(self):
-        return self.__dict__ | {"_pool": None}
-
-    def __call__(
-        self, indices: np.ndarray, keys: Sequence[Key], *, replace: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The views of some images.
-
-        Args:
-          indices: int [N].
-          keys: N of what their random numbers depend on beside the index.
-          replace: whether, with `unreadable='skip'`, another image stands in for an unreadable one.
-
-        Returns:
-          uint8 [N, S, S, 3], and int64 [N]: the images that they are views of, in place of an
-          unreadable one the next readable, or -1 and zeros without `replace`.
-
-        Raises:
-          UserError: an image that cannot be read, named; or none that can.
-        """
-        out = np.zeros((len(indices), self._size, self._size, 3), np.uint8)
-        shown = np.array(indices, np.int64)
-
-        def fill(places: range) -> None:
-            for place in places:
-                index = int(indices[place])
-                shown[place] = self._one(out[place], index, keys[place], replace)
-
-        threads = self._loading.num_threads
-        step = max(1, len(indices) // (threads * _PARTS_A_THREAD))
-        parts = [
-            range(start, min(start + step, len(indices))) for start in range(0, len(indices), step)
-        ]
-        if threads == 1:
-            for part in parts:
-                fill(part)
-        else:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-            for _ in self._pool.map(fill, parts):
-                pass  # Raises what a thread has raised.
-        return out, shown
-
-    def _one(self, out: np.ndarray, index: int, key: Key, replace: bool) -> int:
-        count, view = len(self._images), self._views[key[1] % len(self._views)]
-        for other in range(index, index + (count if replace else 1)):
-            try:
-                # The numbers of the image asked for: its stand-in looks unlike its own view.
-                out[...] = view(self._images[other % count], example_rng(key, index))
-            except Unreadable as error:
-                if self._loading.unreadable == "error":
-                    raise UserError(
-                        f"{self._images.name(other % count)}: image {other % count} cannot be "
-                        f"decoded ({error}); replace it, remove it, or leave such images out with "
-                        "--config.data.loading.unreadable=skip"
-                    ) from error
-            else:
-                return other % count
-        if replace:
-            raise UserError(f"none of the {count} images can be decoded")
-        return -1
-
-
-# A Grain dataset of batches as an iterator that reads ahead.
-
-
-Batch = dict[str, np.ndarray]
-_log = logging.getLogger(__name__)
-
-
-class Stream(Iterator):
-    """Batches, read ahead by one thread, or by processes of which each makes whole batches.
-
-    Attributes:
-      unreadable: numbers of the images that were met and could not be decoded.
-      close: stops reading; called by itself when the stream is let go or the interpreter ends.
-    """
-
-    def __init__(
-        self, dataset: grain.MapDataset, image_set: ImageSet, loading: Loading | None = None
-    ) -> None:
-        """Starts reading.
-
-        Args:
-          dataset: random access to batches; an entry 'unreadable' is taken out and reported.
-          image_set: that they are made of.
-          loading: how far ahead, and by whom.
-        """
-        loading = loading or Loading()
-        self.unreadable: set[int] = set()
-        self._image_set = image_set
-        self._workers = loading.workers
-        prefetch = 1 if self._workers else loading.prefetch
-        reading = dataset.to_iter_dataset(grain.ReadOptions(1, prefetch))
-        if self._workers:
-            # Grain hands the command line's flags to its processes; a notebook or a test has none.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            held = -(-loading.prefetch // self._workers)
-            reading = reading.mp_prefetch(grain.MultiprocessingOptions(self._workers, held))
-        # Closed and dropped before the interpreter takes its modules apart: Grain's threads and
-        # processes would else end with a trace each.
-        self._batches = [iter(reading)]
-        self.close = weakref.finalize(self, lambda batches: batches.pop().close(), self._batches)
-
-    def __next__(self) -> Batch:
-        """The next batch.
-
-        Raises:
-          StopIteration: at the end, or after `close`.
-        """
-        if not self._batches:
-            raise StopIteration
-        batch = next(self._batches[0])
-        if self._workers:  # Shared memory, which must not outlive the processes.
-            batch = {name: np.array(values) for name, values in batch.items()}
-        for index in batch.pop("unreadable", np.zeros(0, int)).tolist():
-            if index not in self.unreadable:
-                self.unreadable.add(index)
-                _log.warning(
-                    "%s: left out, since it cannot be decoded (image %d of %s, %d such so far)",
-                    self._image_set.encoded.name(index),
-                    index,
-                    self._image_set.name,
-                    len(self.unreadable),
-                )
-        return batch
-
-
-def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Full batches in an epoch; the rest of the shuffled examples waits for the next epoch.
-
-    Args:
-      num_examples: M.
-      batch_size: examples that a replica sees in a step, over all devices.
-
-    Returns:
-      M // batch_size.
-
-    Raises:
-      UserError: a batch that is empty, or larger than the set.
-
-    >>> steps_per_epoch(4096, 128)
-    32
-    """
-    if not 1 <= batch_size <= num_examples:
-        raise UserError(
-            f"batch_size is {batch_size}: it must lie between 1 and the {num_examples} examples "
-            "of the training set"
-        )
-    return num_examples // batch_size
-
-
-def epoch_order(seed: int, replica: int, epoch: int, num_examples: int) -> np.ndarray:
-    """The order in which a replica sees the examples of an epoch: a permutation, int64 [M]."""
-    return np.random.default_rng((seed, replica, epoch)).permutation(num_examples)
 
 
 def train_batches(
@@ -357,6 +173,35 @@ class _TrainBatches:
         return held[1]
 
 
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Full batches in an epoch; the rest of the shuffled examples waits for the next epoch.
+
+    Args:
+      num_examples: M.
+      batch_size: examples that a replica sees in a step, over all devices.
+
+    Returns:
+      M // batch_size.
+
+    Raises:
+      UserError: a batch that is empty, or larger than the set.
+
+    >>> steps_per_epoch(4096, 128)
+    32
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise UserError(
+            f"batch_size is {batch_size}: it must lie between 1 and the {num_examples} examples "
+            "of the training set"
+        )
+    return num_examples // batch_size
+
+
+def epoch_order(seed: int, replica: int, epoch: int, num_examples: int) -> np.ndarray:
+    """The order in which a replica sees the examples of an epoch: a permutation, int64 [M]."""
+    return np.random.default_rng((seed, replica, epoch)).permutation(num_examples)
+
+
 def eval_batches(
     image_set: ImageSet,
     batch_size: int,
@@ -443,3 +288,156 @@ def _chosen(name: str, chosen: Sequence[int] | None, count: int) -> np.ndarray:
     if not inside or (np.diff(numbers) < 1).any():
         raise UserError(f"{name}={chosen}: give numbers from 0 to {count - 1}, ascending")
     return numbers
+
+
+# Reading many stored images at once, by threads, as one array.
+
+
+def example_rng(key: Key, index: int) -> np.random.Generator:
+    """The random numbers of one example: a function of (seed, replica, epoch, index) alone."""
+    return np.random.default_rng(np.random.SeedSequence(key, spawn_key=(index,)))
+
+
+class Reader:
+    """Stored images as a batch of views.
+
+    A copy that is sent to another process starts threads of its own.
+    """
+
+    def __init__(
+        self, images: EncodedImages, views: Sequence[View], size: int, loading: Loading
+    ) -> None:
+        """Opens nothing.
+
+        Args:
+          images: M stored images; a set that is already decoded gives uint8 [H, W, 3].
+          views: (stored image, rng) -> uint8 [size, size, 3], one for all replicas or one each.
+          size: S, pixels.
+          loading: threads, and what happens to unreadable images.
+        """
+        self._images, self._views, self._size, self._loading = images, views, size, loading
+        self._pool = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_pool": None}
+
+    def __call__(
+        self, indices: np.ndarray, keys: Sequence[Key], *, replace: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The views of some images.
+
+        Args:
+          indices: int [N].
+          keys: N of what their random numbers depend on beside the index.
+          replace: whether, with `unreadable='skip'`, another image stands in for an unreadable one.
+
+        Returns:
+          uint8 [N, S, S, 3], and int64 [N]: the images that they are views of, in place of an
+          unreadable one the next readable, or -1 and zeros without `replace`.
+
+        Raises:
+          UserError: an image that cannot be read, named; or none that can.
+        """
+        out = np.zeros((len(indices), self._size, self._size, 3), np.uint8)
+        shown = np.array(indices, np.int64)
+
+        def fill(places: range) -> None:
+            for place in places:
+                index = int(indices[place])
+                shown[place] = self._one(out[place], index, keys[place], replace)
+
+        threads = self._loading.num_threads
+        step = max(1, len(indices) // (threads * _PARTS_A_THREAD))
+        parts = [
+            range(start, min(start + step, len(indices))) for start in range(0, len(indices), step)
+        ]
+        if threads == 1:
+            for part in parts:
+                fill(part)
+        else:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+            for _ in self._pool.map(fill, parts):
+                pass  # Raises what a thread has raised.
+        return out, shown
+
+    def _one(self, out: np.ndarray, index: int, key: Key, replace: bool) -> int:
+        count, view = len(self._images), self._views[key[1] % len(self._views)]
+        for other in range(index, index + (count if replace else 1)):
+            try:
+                # The numbers of the image asked for: its stand-in looks unlike its own view.
+                out[...] = view(self._images[other % count], example_rng(key, index))
+            except Unreadable as error:
+                if self._loading.unreadable == "error":
+                    raise UserError(
+                        f"{self._images.name(other % count)}: image {other % count} cannot be "
+                        f"decoded ({error}); replace it, remove it, or leave such images out with "
+                        "--config.data.loading.unreadable=skip"
+                    ) from error
+            else:
+                return other % count
+        if replace:
+            raise UserError(f"none of the {count} images can be decoded")
+        return -1
+
+
+# A Grain dataset of batches as an iterator that reads ahead.
+
+
+class Stream(Iterator):
+    """Batches, read ahead by one thread, or by processes of which each makes whole batches.
+
+    Attributes:
+      unreadable: numbers of the images that were met and could not be decoded.
+      close: stops reading; called by itself when the stream is let go or the interpreter ends.
+    """
+
+    def __init__(
+        self, dataset: grain.MapDataset, image_set: ImageSet, loading: Loading | None = None
+    ) -> None:
+        """Starts reading.
+
+        Args:
+          dataset: random access to batches; an entry 'unreadable' is taken out and reported.
+          image_set: that they are made of.
+          loading: how far ahead, and by whom.
+        """
+        loading = loading or Loading()
+        self.unreadable: set[int] = set()
+        self._image_set = image_set
+        self._workers = loading.workers
+        prefetch = 1 if self._workers else loading.prefetch
+        reading = dataset.to_iter_dataset(grain.ReadOptions(1, prefetch))
+        if self._workers:
+            # Grain hands the command line's flags to its processes; a notebook or a test has none.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            held = -(-loading.prefetch // self._workers)
+            reading = reading.mp_prefetch(grain.MultiprocessingOptions(self._workers, held))
+        # Closed and dropped before the interpreter takes its modules apart: Grain's threads and
+        # processes would else end with a trace each.
+        self._batches = [iter(reading)]
+        self.close = weakref.finalize(self, lambda batches: batches.pop().close(), self._batches)
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+          StopIteration: at the end, or after `close`.
+        """
+        if not self._batches:
+            raise StopIteration
+        batch = next(self._batches[0])
+        if self._workers:  # Shared memory, which must not outlive the processes.
+            batch = {name: np.array(values) for name, values in batch.items()}
+        for index in batch.pop("unreadable", np.zeros(0, int)).tolist():
+            if index not in self.unreadable:
+                self.unreadable.add(index)
+                _log.warning(
+                    "%s: left out, since it cannot be decoded (image %d of %s, %d such so far)",
+                    self._image_set.encoded.name(index),
+                    index,
+                    self._image_set.name,
+                    len(self.unreadable),
+                )
+        return batch

@@ -29,97 +29,6 @@ from modelstock_jax.training.merge_step import steps_between_merges
 from modelstock_jax.training.optimizer import warmup_steps
 from modelstock_jax.training.step_fns import Programs
 
-# What a run leaves on disk, before it is run.
-
-
-@dataclass(frozen=True)
-class DiskUse:
-    """Bytes on disk.
-
-    Attributes:
-      state: one checkpoint of the training state.
-      merged: one merged model; also the anchor's size.
-      model: the exported model.
-      run: all of it at the run's end, and one state more while it is being saved.
-    """
-
-    state: int
-    merged: int
-    model: int
-    run: int
-
-
-def disk_use(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> DiskUse:
-    """What the run of a config leaves in its workdir, logs and tables apart."""
-    task = programs.task
-    state = sum(_bytes(leaf) for leaf in jax.tree.leaves(programs.abstract_state))
-    merged = sum(_bytes(leaf) for leaf in jax.tree.leaves(task.params))
-    others = {} if "text_tower" in task.params else abstract_params(clip)["text_tower"]
-    tower = sum(_bytes(leaf) for leaf in jax.tree.leaves(others))
-    merges = num_merges(config, programs)
-    # A trainer keeps the newest states, and one more while it writes the next.
-    saves = math.ceil(task.num_steps / config.checkpoint.every) + merges
-    states = min(config.checkpoint.keep or saves, saves) + 1
-    kept = min(config.checkpoint.keep_merged or merges, merges)
-    arms = bool(merges) + bool(config.compare or not merges)
-    run = config.num_seeds * (arms * (merged + states * state) + kept * merged)
-    model = merged + tower if merges else 0
-    return DiskUse(state, merged, model, run + model)
-
-
-def num_merges(config: ConfigDict, programs: Programs) -> int:
-    """Merges in all; the run's end is one of them."""
-    task = programs.task
-    every = steps_between_merges(str(config.merge.every), task.steps_per_epoch, task.num_steps)
-    return math.ceil(task.num_steps / every) if every else 0
-
-
-def missing_space(workdir: str | Path, disk: DiskUse) -> list[str]:
-    """The disk that a run's directory lacks, with the way out; none if it has enough."""
-    there = next(path for path in (Path(workdir).absolute(), *Path(workdir).absolute().parents)
-                 if path.is_dir())  # fmt: skip
-    free = shutil.disk_usage(there).free
-    if free >= disk.run:
-        return []
-    return [
-        f"{as_text(disk.run)} of disk for --workdir={workdir}, where {as_text(free)} are free; "
-        "choose another, or lower --config.checkpoint.keep and --config.checkpoint.keep_merged"
-    ]
-
-
-def as_text(count: float) -> str:
-    """Bytes for a reader.
-
-    >>> as_text(3.14e9), as_text(2.7e6)
-    ('3.14 GB', '2.7 MB')
-    """
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def _bytes(leaf) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
-
-
-def abstract_programs(config: ConfigDict) -> tuple[Programs, CLIPConfig]:
-    """The programs of a run for shapes alone, and the sizes of its model.
-
-    Raises:
-      UserError: if the options do not fit together, or the model's sizes are not known.
-    """
-    clip, outline = sizes(config), benchmark.outline(config.data)
-    head = {
-        "kernel": jax.ShapeDtypeStruct((clip.projection_dim, outline.num_classes), jnp.float32),
-        "bias": jax.ShapeDtypeStruct((outline.num_classes,), jnp.float32),
-    }
-    params = {"image_tower": abstract_params(clip)["image_tower"], "head": head}
-    pixels = Preprocessor((0.5,) * 3, (0.5,) * 3, clip.vision.image_size)
-    names, compute = ("",) * outline.num_classes, Compute.of(config.compute)
-    text = AbstractTextSide(Checkpoint(clip, abstract_params(clip), pixels), names, (), compute)
-    anchor = replace(make_classifier(config, clip, params, pixels), text=text)
-    # The images come augmented: what a data set does on the device is small beside the towers.
-    task = finetuning_task(config, anchor, outline.num_train, lambda key, images: images)
-    return Programs(config, task), clip
-
 
 def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     """Prints a run's sizes, steps, memory and disk, and what is missing; trains nothing.
@@ -190,6 +99,27 @@ def _model(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> dict[str
 
 def _assumed(config: ConfigDict) -> str:
     return " (not here: sizes as published)" if missing_checkpoint(config.pretrained) else ""
+
+
+def abstract_programs(config: ConfigDict) -> tuple[Programs, CLIPConfig]:
+    """The programs of a run for shapes alone, and the sizes of its model.
+
+    Raises:
+      UserError: if the options do not fit together, or the model's sizes are not known.
+    """
+    clip, outline = sizes(config), benchmark.outline(config.data)
+    head = {
+        "kernel": jax.ShapeDtypeStruct((clip.projection_dim, outline.num_classes), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((outline.num_classes,), jnp.float32),
+    }
+    params = {"image_tower": abstract_params(clip)["image_tower"], "head": head}
+    pixels = Preprocessor((0.5,) * 3, (0.5,) * 3, clip.vision.image_size)
+    names, compute = ("",) * outline.num_classes, Compute.of(config.compute)
+    text = AbstractTextSide(Checkpoint(clip, abstract_params(clip), pixels), names, (), compute)
+    anchor = replace(make_classifier(config, clip, params, pixels), text=text)
+    # The images come augmented: what a data set does on the device is small beside the towers.
+    task = finetuning_task(config, anchor, outline.num_train, lambda key, images: images)
+    return Programs(config, task), clip
 
 
 def _run(config: ConfigDict, programs: Programs, batch) -> dict[str, str]:
@@ -280,3 +210,74 @@ def _print(
 
 def _count(tree) -> str:
     return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)):,}"
+
+
+# What a run leaves on disk, before it is run.
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes on disk.
+
+    Attributes:
+      state: one checkpoint of the training state.
+      merged: one merged model; also the anchor's size.
+      model: the exported model.
+      run: all of it at the run's end, and one state more while it is being saved.
+    """
+
+    state: int
+    merged: int
+    model: int
+    run: int
+
+
+def disk_use(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> DiskUse:
+    """What the run of a config leaves in its workdir, logs and tables apart."""
+    task = programs.task
+    state = sum(_bytes(leaf) for leaf in jax.tree.leaves(programs.abstract_state))
+    merged = sum(_bytes(leaf) for leaf in jax.tree.leaves(task.params))
+    others = {} if "text_tower" in task.params else abstract_params(clip)["text_tower"]
+    tower = sum(_bytes(leaf) for leaf in jax.tree.leaves(others))
+    merges = num_merges(config, programs)
+    # A trainer keeps the newest states, and one more while it writes the next.
+    saves = math.ceil(task.num_steps / config.checkpoint.every) + merges
+    states = min(config.checkpoint.keep or saves, saves) + 1
+    kept = min(config.checkpoint.keep_merged or merges, merges)
+    arms = bool(merges) + bool(config.compare or not merges)
+    run = config.num_seeds * (arms * (merged + states * state) + kept * merged)
+    model = merged + tower if merges else 0
+    return DiskUse(state, merged, model, run + model)
+
+
+def num_merges(config: ConfigDict, programs: Programs) -> int:
+    """Merges in all; the run's end is one of them."""
+    task = programs.task
+    every = steps_between_merges(str(config.merge.every), task.steps_per_epoch, task.num_steps)
+    return math.ceil(task.num_steps / every) if every else 0
+
+
+def missing_space(workdir: str | Path, disk: DiskUse) -> list[str]:
+    """The disk that a run's directory lacks, with the way out; none if it has enough."""
+    there = next(path for path in (Path(workdir).absolute(), *Path(workdir).absolute().parents)
+                 if path.is_dir())  # fmt: skip
+    free = shutil.disk_usage(there).free
+    if free >= disk.run:
+        return []
+    return [
+        f"{as_text(disk.run)} of disk for --workdir={workdir}, where {as_text(free)} are free; "
+        "choose another, or lower --config.checkpoint.keep and --config.checkpoint.keep_merged"
+    ]
+
+
+def as_text(count: float) -> str:
+    """Bytes for a reader.
+
+    >>> as_text(3.14e9), as_text(2.7e6)
+    ('3.14 GB', '2.7 MB')
+    """
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _bytes(leaf) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -24,8 +24,66 @@ from modelstock_jax.models.config import (
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_tensors
 
-# ``model_cfg`` of OpenCLIP: its keys to ours and back, and those that are refused.
+CONFIG = "open_clip_config.json"
+_RESIZING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
 
+
+class OpenCLIP(WholeLayout):
+    """``open_clip_config.json`` and ``open_clip_model.safetensors`` (or ``model.safetensors``)."""
+
+    name = "open_clip"
+    column = "openai"
+    file = "open_clip_model.safetensors"
+    weights = (file, SINGLE)
+
+    def locate(self, path: Path) -> Path | None:
+        """The first of its two names that is there."""
+        return next((path / name for name in self.weights if (path / name).is_file()), None)
+
+    def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
+        """From ``model_cfg`` and ``preprocess_cfg``."""
+        raw = read_json(path / CONFIG)
+        try:
+            config = read_model(section(raw, "model_cfg"))
+            return config, _read_preprocessor(raw, config.vision.image_size)
+        except UserError as error:
+            raise UserError(f"{path / CONFIG}: {error}") from None
+
+    def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """One config of both."""
+        pixels = checkpoint.preprocessor
+        statistics = {"mean": list(pixels.mean), "std": list(pixels.std)}
+        model = write_model(checkpoint.config)
+        return {CONFIG: {"model_cfg": model, "preprocess_cfg": {**statistics, **_RESIZING}}}
+
+    def write(
+        self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
+    ) -> None:
+        """One file, whatever its size: OpenCLIP reads no shards."""
+        write_tensors(directory / self.file, tensors)
+
+
+def _read_preprocessor(raw: dict[str, Any], image_size: int) -> Preprocessor:
+    """From ``preprocess_cfg``; what it leaves out is CLIP's own."""
+    given = section({"preprocess_cfg": {}, **raw}, "preprocess_cfg")
+    given = {key: value for key, value in given.items() if value is not None}
+    refuse(given, _RESIZING, "preprocess_cfg", ("mean", "std", "size"))
+    try:
+        mean, std = (
+            tuple(float(x) for x in given.get(key, default))
+            for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD))
+        )
+    except (TypeError, ValueError):
+        raise UserError("preprocess_cfg: mean and std must be lists of numbers.") from None
+    if len(mean) != 3:
+        raise UserError(f"preprocess_cfg: mean {mean} and std {std} do not fit.")
+    try:
+        return Preprocessor(mean, std, image_size)
+    except UserError as error:
+        raise UserError(f"preprocess_cfg: {error}") from None
+
+
+# ``model_cfg`` of OpenCLIP: its keys to ours and back, and those that are refused.
 
 # OpenCLIP's defaults. A key with one of these values asks for nothing that the towers lack; any
 # other value of these, and any key that is not named here, is refused.
@@ -245,62 +303,3 @@ def _end(text: dict[str, Any]) -> int:
     if end == LEGACY_EOS_TOKEN_ID:
         raise UserError("text_cfg: pool_type 'eos' at eos_id 2, which here means the highest id.")
     return end
-
-
-CONFIG = "open_clip_config.json"
-_RESIZING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
-
-
-class OpenCLIP(WholeLayout):
-    """``open_clip_config.json`` and ``open_clip_model.safetensors`` (or ``model.safetensors``)."""
-
-    name = "open_clip"
-    column = "openai"
-    file = "open_clip_model.safetensors"
-    weights = (file, SINGLE)
-
-    def locate(self, path: Path) -> Path | None:
-        """The first of its two names that is there."""
-        return next((path / name for name in self.weights if (path / name).is_file()), None)
-
-    def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
-        """From ``model_cfg`` and ``preprocess_cfg``."""
-        raw = read_json(path / CONFIG)
-        try:
-            config = read_model(section(raw, "model_cfg"))
-            return config, _read_preprocessor(raw, config.vision.image_size)
-        except UserError as error:
-            raise UserError(f"{path / CONFIG}: {error}") from None
-
-    def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """One config of both."""
-        pixels = checkpoint.preprocessor
-        statistics = {"mean": list(pixels.mean), "std": list(pixels.std)}
-        model = write_model(checkpoint.config)
-        return {CONFIG: {"model_cfg": model, "preprocess_cfg": {**statistics, **_RESIZING}}}
-
-    def write(
-        self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
-    ) -> None:
-        """One file, whatever its size: OpenCLIP reads no shards."""
-        write_tensors(directory / self.file, tensors)
-
-
-def _read_preprocessor(raw: dict[str, Any], image_size: int) -> Preprocessor:
-    """From ``preprocess_cfg``; what it leaves out is CLIP's own."""
-    given = section({"preprocess_cfg": {}, **raw}, "preprocess_cfg")
-    given = {key: value for key, value in given.items() if value is not None}
-    refuse(given, _RESIZING, "preprocess_cfg", ("mean", "std", "size"))
-    try:
-        mean, std = (
-            tuple(float(x) for x in given.get(key, default))
-            for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD))
-        )
-    except (TypeError, ValueError):
-        raise UserError("preprocess_cfg: mean and std must be lists of numbers.") from None
-    if len(mean) != 3:
-        raise UserError(f"preprocess_cfg: mean {mean} and std {std} do not fit.")
-    try:
-        return Preprocessor(mean, std, image_size)
-    except UserError as error:
-        raise UserError(f"preprocess_cfg: {error}") from None
