@@ -14,8 +14,66 @@ from modelstock_jax.data import caches
 from modelstock_jax.data.image_set import EncodedImages
 from modelstock_jax.errors import UserError
 
-# The image files of a directory of class folders: listed fast, and listed once.
+Images_co = TypeVar("Images_co", bound=EncodedImages, covariant=True)
 
+
+class Labelled(NamedTuple, Generic[Images_co]):
+    """Images and labels as they are stored, before a data set says what the labels mean.
+
+    Attributes:
+      images: M images.
+      labels: int32 [M], places in `names`.
+      names: of the classes: folder names, or the names in a prepared set's description.
+      place: where they lie, for messages.
+    """
+
+    images: Images_co
+    labels: np.ndarray
+    names: tuple[str, ...]
+    place: str
+
+
+def read_folders(
+    root: str | os.PathLike[str], only: Collection[str] | None = None
+) -> Labelled[FileImages]:
+    """The images of ROOT/CLASS/*.JPEG, in the order of the folders' names, then the files'.
+
+    Args:
+      root: a directory with a folder for each class.
+      only: names of the folders to read; all, if None.
+
+    Raises:
+      UserError: no such directory, no folders, or a folder without an image.
+    """
+    listing = list_folders(root, only)
+    return Labelled(FileImages(listing), listing.folder_of, listing.folders, str(root))
+
+
+class FileImages(EncodedImages):
+    """The files of a listing; bytes are read as they are asked for."""
+
+    def __init__(self, listing: Listing) -> None:
+        """Opens nothing."""
+        self._listing = listing
+
+    def __len__(self) -> int:
+        return len(self._listing.names)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            with open(self.name(index), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        listing = self._listing
+        folder = listing.folders[listing.folder_of[index]]
+        return os.path.join(listing.root, folder, os.fsdecode(listing.names[index]))
+
+
+# The image files of a directory of class folders: listed fast, and listed once.
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _THREADS = 16  # folders listed at once, for the sake of network disks
@@ -110,62 +168,3 @@ def _images(folder: Path) -> list[bytes]:
             "folder, or remove it"
         )
     return sorted(names)
-
-
-Images_co = TypeVar("Images_co", bound=EncodedImages, covariant=True)
-
-
-class Labelled(NamedTuple, Generic[Images_co]):
-    """Images and labels as they are stored, before a data set says what the labels mean.
-
-    Attributes:
-      images: M images.
-      labels: int32 [M], places in `names`.
-      names: of the classes: folder names, or the names in a prepared set's description.
-      place: where they lie, for messages.
-    """
-
-    images: Images_co
-    labels: np.ndarray
-    names: tuple[str, ...]
-    place: str
-
-
-class FileImages(EncodedImages):
-    """The files of a listing; bytes are read as they are asked for."""
-
-    def __init__(self, listing: Listing) -> None:
-        """Opens nothing."""
-        self._listing = listing
-
-    def __len__(self) -> int:
-        return len(self._listing.names)
-
-    def __getitem__(self, index: int) -> bytes:
-        try:
-            with open(self.name(index), "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        listing = self._listing
-        folder = listing.folders[listing.folder_of[index]]
-        return os.path.join(listing.root, folder, os.fsdecode(listing.names[index]))
-
-
-def read_folders(
-    root: str | os.PathLike[str], only: Collection[str] | None = None
-) -> Labelled[FileImages]:
-    """The images of ROOT/CLASS/*.JPEG, in the order of the folders' names, then the files'.
-
-    Args:
-      root: a directory with a folder for each class.
-      only: names of the folders to read; all, if None.
-
-    Raises:
-      UserError: no such directory, no folders, or a folder without an image.
-    """
-    listing = list_folders(root, only)
-    return Labelled(FileImages(listing), listing.folder_of, listing.folders, str(root))

@@ -66,187 +66,7 @@ CLASSES = {name: class_indices(_lines(one.wnids)) for name, one in IMAGENET.item
 logits are restricted."""
 
 
-# Where ImageNet and its shifts lie on a disk.
-
-
-def places(config: ConfigDict) -> dict[str, Path | None]:
-    """Where each set that a config asks for lies, None where it was not found.
-
-    Args:
-      config: the `data` group of `configs/default.py`.
-
-    Raises:
-      UserError: a name that is no set's.
-    """
-    if unknown := [name for name in config.shifts if name not in IMAGENET_SHIFTS]:
-        known = ", ".join(IMAGENET_SHIFTS)
-        raise UserError(f"data.shifts: no shift {unknown[0]!r}; ImageNet's are {known}")
-    shifts = config.shifts or IMAGENET_SHIFTS
-    names = ["train", "validation", *shifts, *["real"] * bool(config.real)]
-    return {name: _place(config, name) for name in names}
-
-
-def _place(config: ConfigDict, name: str) -> Path | None:
-    root = Path(config.root).expanduser()
-    named = config.paths.get(name)
-    found = (root / place for place in ([named] if named else IMAGENET[name].places))
-    return next((path for path in found if path.exists()), None)
-
-
-def missing_sets(config: ConfigDict) -> list[str]:
-    """One line for each set that is asked for and is not there."""
-    return [
-        f"data.paths.{name}={config.paths[name]}: nothing there"
-        if config.paths.get(name)
-        else f"no {' or '.join(IMAGENET[name].places)} in data.root={config.root}; "
-        f"give --config.data.paths.{name}=PATH"
-        + (", or leave it out of data.shifts" if name in IMAGENET_SHIFTS else "")
-        for name, place in places(config).items()
-        if place is None
-    ]
-
-
-# Is a set of ImageNet's whole: as many classes and images as its authors published?
-
-
-def check_whole(name: str, place: str, labels: np.ndarray) -> None:
-    """Compares a set with its published counts.
-
-    Args:
-      name: one of `IMAGENET`.
-      place: where it lies, for the message.
-      labels: int32 [M].
-
-    Raises:
-      UserError: one line with everything that is too few, too many or missing.
-    """
-    known = IMAGENET[name]
-    class_name = "class {}".format if known.groups else WNIDS.__getitem__
-    check_counts(name, place, labels, known.published, class_name, CLASSES.get(name))
-
-
-# Reassessed labels of ImageNet's validation images: ReaL (Beyer et al. 2020).
-
-
-def real_labels(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...]:
-    """The labels that ReaL gives each validation image.
-
-    A prediction is right where it is among an image's labels; an image without any is left out.
-
-    Args:
-      path: `real.json` as github.com/google-research/reassessed-imagenet has it: a list of 50,000
-        lists of labels; item i belongs to ILSVRC2012_val_{i + 1:08}.JPEG.
-
-    Returns:
-      50,000 tuples of labels 0 to 999, some of them empty.
-
-    Raises:
-      UserError: no such file, or it is something else; it names the first wrong item.
-    """
-    path, images = Path(path), IMAGENET["real"].published.images
-    items = read_json(path)
-    if not isinstance(items, list) or len(items) != images:
-        found = f"{len(items):,} items" if isinstance(items, list) else type(items).__name__
-        raise UserError(f"{path}: {found}, not a list of {images:,} lists of labels; not real.json")
-    for place, labels in enumerate(items):
-        # bool is an int, and a label.
-        if not isinstance(labels, list) or any(
-            type(label) is not int or not 0 <= label < len(WNIDS) for label in labels
-        ):
-            raise UserError(f"{path}: item {place} is {labels!r}, not a list of labels 0 to 999")
-    return tuple(map(tuple, items))
-
-
-# ObjectNet's classes in terms of ImageNet's, from the files that come with its images.
-
-
-FOLDERS = "folder_to_objectnet_label.json"
-OVERLAP = "objectnet_to_imagenet_1k.json"
-SYNONYMS = "imagenet_to_label_2012_v2"
-LINES = "pytorch_to_imagenet_2012_id.json"
-
-
-def objectnet_classes(mappings: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """The ImageNet labels that each of ObjectNet's 113 shared classes stands for.
-
-    A class's logit is the largest among its labels'. Folders that are not named have no class in
-    ImageNet and are left out.
-
-    Args:
-      mappings: the directory `mappings` of ObjectNet 1.0 (Barbu et al. 2019), with
-        folder_to_objectnet_label.json (folder -> class), objectnet_to_imagenet_1k.json (class ->
-        names of ImageNet classes, '; ' between them), imagenet_to_label_2012_v2 (1,000 lines of
-        such names) and pytorch_to_imagenet_2012_id.json (label -> line, counted from 0).
-
-    Returns:
-      Folder -> labels in ascending order, by folder in alphabetical order; no label has two
-      folders.
-
-    Raises:
-      UserError: a file is missing or of another format, or the files do not fit one another.
-    """
-    mappings = Path(mappings)
-    names = _synonyms(mappings / SYNONYMS)
-    labels = _labels_by_line(mappings / LINES)
-    folders = {}
-    for folder, name in _texts(mappings / FOLDERS).items():
-        if folders.setdefault(name, folder) != folder:
-            raise UserError(f"{mappings / FOLDERS}: {name!r} has two folders")
-    classes: dict[str, tuple[int, ...]] = {}
-    taken: dict[int, str] = {}
-    for name, synonym_lists in _texts(mappings / OVERLAP).items():
-        where = f"{mappings / OVERLAP}: {name!r}"
-        if name not in folders:
-            raise UserError(f"{where} has no folder in {FOLDERS}")
-        found = []
-        for synonyms in synonym_lists.split("; "):
-            lines = [line for line, text in enumerate(names) if text == synonyms]
-            if len(lines) != 1:
-                raise UserError(f"{where}: {synonyms!r} is on {len(lines)} lines of {SYNONYMS}")
-            label = labels[lines[0]]
-            if taken.setdefault(label, name) != name:
-                raise UserError(f"{where} shares ImageNet's class {label} with {taken[label]!r}")
-            found.append(label)
-        classes[folders[name]] = tuple(sorted(found))
-    shared = IMAGENET["objectnet"].published.classes
-    if len(classes) != shared:
-        raise UserError(
-            f"{mappings / OVERLAP}: {len(classes)} classes; ObjectNet 1.0 shares {shared} with "
-            "ImageNet"
-        )
-    return dict(sorted(classes.items()))
-
-
-def _texts(path: Path) -> dict[str, str]:
-    values = read_json(path)
-    if not isinstance(values, dict) or not all(isinstance(x, str) for x in values.values()):
-        raise UserError(f"{path}: not a JSON object of texts")
-    return values
-
-
-def _synonyms(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
-    if len(lines) != len(WNIDS):
-        raise UserError(f"{path}: {len(lines):,} lines, not {len(WNIDS):,}")
-    return lines
-
-
-def _labels_by_line(path: Path) -> list[int]:
-    lines: Any = read_json(path)
-    every = list(range(len(WNIDS)))
-    if not isinstance(lines, dict) or sorted(lines) != sorted(map(str, every)):
-        raise UserError(f"{path}: not a JSON object with the keys '0' to '999'")
-    labels = {line: int(label) for label, line in lines.items() if type(line) is int}
-    if sorted(labels) != every:
-        raise UserError(f"{path}: its values are not the lines 0 to 999, each once")
-    return [labels[line] for line in every]
-
+# Its sets, opened.
 
 OBJECTNET_BORDER = 2  # pixels of red frame around each of its images
 
@@ -425,3 +245,184 @@ def _objectnet(path: Path) -> tuple[Labelled, np.ndarray, tuple[tuple[int, ...],
 def _border(path: Path) -> int:
     records = find_records(path)
     return OBJECTNET_BORDER if records is None else facts(records)["crop_border"]
+
+
+# Where ImageNet and its shifts lie on a disk.
+
+
+def places(config: ConfigDict) -> dict[str, Path | None]:
+    """Where each set that a config asks for lies, None where it was not found.
+
+    Args:
+      config: the `data` group of `configs/default.py`.
+
+    Raises:
+      UserError: a name that is no set's.
+    """
+    if unknown := [name for name in config.shifts if name not in IMAGENET_SHIFTS]:
+        known = ", ".join(IMAGENET_SHIFTS)
+        raise UserError(f"data.shifts: no shift {unknown[0]!r}; ImageNet's are {known}")
+    shifts = config.shifts or IMAGENET_SHIFTS
+    names = ["train", "validation", *shifts, *["real"] * bool(config.real)]
+    return {name: _place(config, name) for name in names}
+
+
+def _place(config: ConfigDict, name: str) -> Path | None:
+    root = Path(config.root).expanduser()
+    named = config.paths.get(name)
+    found = (root / place for place in ([named] if named else IMAGENET[name].places))
+    return next((path for path in found if path.exists()), None)
+
+
+def missing_sets(config: ConfigDict) -> list[str]:
+    """One line for each set that is asked for and is not there."""
+    return [
+        f"data.paths.{name}={config.paths[name]}: nothing there"
+        if config.paths.get(name)
+        else f"no {' or '.join(IMAGENET[name].places)} in data.root={config.root}; "
+        f"give --config.data.paths.{name}=PATH"
+        + (", or leave it out of data.shifts" if name in IMAGENET_SHIFTS else "")
+        for name, place in places(config).items()
+        if place is None
+    ]
+
+
+# Is a set of ImageNet's whole: as many classes and images as its authors published?
+
+
+def check_whole(name: str, place: str, labels: np.ndarray) -> None:
+    """Compares a set with its published counts.
+
+    Args:
+      name: one of `IMAGENET`.
+      place: where it lies, for the message.
+      labels: int32 [M].
+
+    Raises:
+      UserError: one line with everything that is too few, too many or missing.
+    """
+    known = IMAGENET[name]
+    class_name = "class {}".format if known.groups else WNIDS.__getitem__
+    check_counts(name, place, labels, known.published, class_name, CLASSES.get(name))
+
+
+# Reassessed labels of ImageNet's validation images: ReaL (Beyer et al. 2020).
+
+
+def real_labels(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...]:
+    """The labels that ReaL gives each validation image.
+
+    A prediction is right where it is among an image's labels; an image without any is left out.
+
+    Args:
+      path: `real.json` as github.com/google-research/reassessed-imagenet has it: a list of 50,000
+        lists of labels; item i belongs to ILSVRC2012_val_{i + 1:08}.JPEG.
+
+    Returns:
+      50,000 tuples of labels 0 to 999, some of them empty.
+
+    Raises:
+      UserError: no such file, or it is something else; it names the first wrong item.
+    """
+    path, images = Path(path), IMAGENET["real"].published.images
+    items = read_json(path)
+    if not isinstance(items, list) or len(items) != images:
+        found = f"{len(items):,} items" if isinstance(items, list) else type(items).__name__
+        raise UserError(f"{path}: {found}, not a list of {images:,} lists of labels; not real.json")
+    for place, labels in enumerate(items):
+        # bool is an int, and a label.
+        if not isinstance(labels, list) or any(
+            type(label) is not int or not 0 <= label < len(WNIDS) for label in labels
+        ):
+            raise UserError(f"{path}: item {place} is {labels!r}, not a list of labels 0 to 999")
+    return tuple(map(tuple, items))
+
+
+# ObjectNet's classes in terms of ImageNet's, from the files that come with its images.
+
+FOLDERS = "folder_to_objectnet_label.json"
+OVERLAP = "objectnet_to_imagenet_1k.json"
+SYNONYMS = "imagenet_to_label_2012_v2"
+LINES = "pytorch_to_imagenet_2012_id.json"
+
+
+def objectnet_classes(mappings: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The ImageNet labels that each of ObjectNet's 113 shared classes stands for.
+
+    A class's logit is the largest among its labels'. Folders that are not named have no class in
+    ImageNet and are left out.
+
+    Args:
+      mappings: the directory `mappings` of ObjectNet 1.0 (Barbu et al. 2019), with
+        folder_to_objectnet_label.json (folder -> class), objectnet_to_imagenet_1k.json (class ->
+        names of ImageNet classes, '; ' between them), imagenet_to_label_2012_v2 (1,000 lines of
+        such names) and pytorch_to_imagenet_2012_id.json (label -> line, counted from 0).
+
+    Returns:
+      Folder -> labels in ascending order, by folder in alphabetical order; no label has two
+      folders.
+
+    Raises:
+      UserError: a file is missing or of another format, or the files do not fit one another.
+    """
+    mappings = Path(mappings)
+    names = _synonyms(mappings / SYNONYMS)
+    labels = _labels_by_line(mappings / LINES)
+    folders = {}
+    for folder, name in _texts(mappings / FOLDERS).items():
+        if folders.setdefault(name, folder) != folder:
+            raise UserError(f"{mappings / FOLDERS}: {name!r} has two folders")
+    classes: dict[str, tuple[int, ...]] = {}
+    taken: dict[int, str] = {}
+    for name, synonym_lists in _texts(mappings / OVERLAP).items():
+        where = f"{mappings / OVERLAP}: {name!r}"
+        if name not in folders:
+            raise UserError(f"{where} has no folder in {FOLDERS}")
+        found = []
+        for synonyms in synonym_lists.split("; "):
+            lines = [line for line, text in enumerate(names) if text == synonyms]
+            if len(lines) != 1:
+                raise UserError(f"{where}: {synonyms!r} is on {len(lines)} lines of {SYNONYMS}")
+            label = labels[lines[0]]
+            if taken.setdefault(label, name) != name:
+                raise UserError(f"{where} shares ImageNet's class {label} with {taken[label]!r}")
+            found.append(label)
+        classes[folders[name]] = tuple(sorted(found))
+    shared = IMAGENET["objectnet"].published.classes
+    if len(classes) != shared:
+        raise UserError(
+            f"{mappings / OVERLAP}: {len(classes)} classes; ObjectNet 1.0 shares {shared} with "
+            "ImageNet"
+        )
+    return dict(sorted(classes.items()))
+
+
+def _texts(path: Path) -> dict[str, str]:
+    values = read_json(path)
+    if not isinstance(values, dict) or not all(isinstance(x, str) for x in values.values()):
+        raise UserError(f"{path}: not a JSON object of texts")
+    return values
+
+
+def _synonyms(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if len(lines) != len(WNIDS):
+        raise UserError(f"{path}: {len(lines):,} lines, not {len(WNIDS):,}")
+    return lines
+
+
+def _labels_by_line(path: Path) -> list[int]:
+    lines: Any = read_json(path)
+    every = list(range(len(WNIDS)))
+    if not isinstance(lines, dict) or sorted(lines) != sorted(map(str, every)):
+        raise UserError(f"{path}: not a JSON object with the keys '0' to '999'")
+    labels = {line: int(label) for label, line in lines.items() if type(line) is int}
+    if sorted(labels) != every:
+        raise UserError(f"{path}: its values are not the lines 0 to 999, each once")
+    return [labels[line] for line in every]
