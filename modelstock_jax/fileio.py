@@ -19,8 +19,6 @@ from typing import Any, TextIO
 from modelstock_jax.errors import UserError, listed
 
 # Calls that some file systems do not support (vfat, CIFS, NFS, FUSE): without them a write counts.
-
-
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _MODES = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 

@@ -42,10 +42,10 @@ from modelstock_jax.training.trainer import Trainer, saved
 from studies.ledger import claim
 from studies.runs import Run, digest, training_digest
 
-# A tree of weights as one safetensors file.
-
-
 PyTree = Any
+
+
+# A tree of weights as one safetensors file.
 
 
 def write_tree(path: Path, tree: PyTree) -> None:

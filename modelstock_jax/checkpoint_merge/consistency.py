@@ -200,6 +200,8 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+# Configs, image processors, tokenizers and their templates, compared model by model.
+
 OPEN_CLIP, SCHEDULER = "open_clip_config.json", "scheduler_config.json"
 # Configs that say what a model computes, compared key by key.
 _COMPARED = (CONFIG, OPEN_CLIP, SCHEDULER, MODULES)

@@ -235,6 +235,8 @@ def _index(directory: Path, part: int) -> Path:
     return directory / f"part-{part:05d}.npy"
 
 
+# Small arrays in the user's cache directory, kept for the place that they are about.
+
 WORTH_KEEPING = 20_000  # entries; fewer are found again in about a second
 
 

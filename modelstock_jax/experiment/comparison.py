@@ -35,9 +35,6 @@ from modelstock_jax.training.stages import hold
 from modelstock_jax.training.step_fns import Programs
 from modelstock_jax.training.trainer import Trainer
 
-# The models that a run compares, each made from the anchor and the trained replicas.
-
-
 PyTree = Any
 
 

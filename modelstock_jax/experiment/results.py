@@ -20,6 +20,7 @@ from modelstock_jax.reporting.metrics import read_metrics
 from modelstock_jax.reporting.model_card import model_card
 from modelstock_jax.reporting.tables import screen_table, write_results
 
+PyTree = Any
 Document = Mapping[str, Any]
 
 
@@ -93,9 +94,6 @@ def _merge_history(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 # The merged model as directories that other programs open.
-
-
-PyTree = Any
 
 
 def check_export(config: ConfigDict, pretrained: Checkpoint) -> None:

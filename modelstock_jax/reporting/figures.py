@@ -42,7 +42,6 @@ Report = Sequence[Mapping[str, Any]]
 # Angles, norms and ratios by layer: what the figures draw, from the merge's own report.
 
 
-
 def kind(name: str) -> str:
     """Which of `kernels`, `biases`, `norms`, `head` a tensor is, by its name.
 
