@@ -38,7 +38,7 @@ def studies(arguments: Sequence[str]) -> str | None:
 
 
 def _flags(program: Path, arguments: Sequence[str]) -> str | None:
-    """Parses as `command_line.parse` does, by flags of its own: two programs share some names."""
+    """Parses as `flags.parse` does, by flags of its own: two programs share some names."""
     known, argv = flags.FlagValues(), [program.name, *arguments]
     for node in ast.walk(ast.parse(program.read_text())):
         name = getattr(getattr(node, "func", None), "attr", "")

@@ -1,4 +1,4 @@
-"""Run as one of several processes: asks every part of `distributed` and prints what it says."""
+"""Run as one of several processes: asks every part of `multihost` and prints what it says."""
 
 from __future__ import annotations
 
