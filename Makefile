@@ -24,7 +24,7 @@ endef
 # A step takes and frees a hundred megabytes: in large pages that costs glibc, and so the CPU, less.
 demo studies: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo studies test test-slow test-parity kill-test lint clean
+.PHONY: demo studies test test-fast test-slow test-parity kill-test lint clean
 
 demo: $(VENV)/.installed-$(REQUIREMENTS)
 	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
@@ -38,9 +38,13 @@ studies: $(VENV)/.installed-$(REQUIREMENTS)
 	$(STUDIES) generality --anchors=tower:resnet,tower:convnext,tower:hybrid,tower:vit $(RESULTS)
 
 # A first run compiles for minutes: as JAX's own tests, these do without LLVM's slower passes.
-test: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+test test-fast: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
+
+# Daily use: all but what compiles or trains for more than about a second (tests/conftest.py).
+test-fast: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m fast
 
 # Full-size models take gigabytes each: those of the parity tests run one at a time.
 test-slow: $(VENV)/.installed-test $(PARITY)/.installed

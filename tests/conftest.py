@@ -26,7 +26,27 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-PARITY = Path(__file__).parent / "parity"
+TESTS = Path(__file__).parent
+PARITY = TESTS / "parity"
+# Files and folders that compile, train or start processes for longer: `make test-fast` leaves
+# them out, and takes all others.
+NOT_FAST = {
+    *("training", "kill", "notebooks"),
+    *(f"experiment/test_{name}.py" for name in (
+        "dry_run", "mistakes", "pretrain", "processes", "run", "stored_images_at_once",
+        "zero_shot_head")),
+    *(f"merging/test_{name}.py" for name in (
+        "anchor_rounding", "baselines", "every_merge", "gradients", "landscape", "large",
+        "lowering", "policies", "reference", "trajectory")),
+    *(f"studies/test_{name}.py" for name in (
+        "anchors", "command", "controls", "expressions", "measurements", "runner", "studies")),
+    *(f"checkpoint_merge/test_{name}.py" for name in (
+        "command_line", "training_agrees", "vocabulary")),
+    *(f"data/test_{name}.py" for name in (
+        "augment", "cifar", "glyph_captions", "glyph_images", "glyph_sets")),
+    *("models/test_model.py", "models/test_towers.py", "docs/test_blocks.py"),
+    *("reporting/test_figures.py", "test_benchmarks.py", "test_configs.py", "test_evaluation.py"),
+}
 
 
 @pytest.fixture
@@ -52,5 +72,8 @@ def pytest_ignore_collect(collection_path):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if PARITY in item.path.parents:
+        places = {item.path, *item.path.parents}
+        if PARITY in places:
             item.add_marker(pytest.mark.parity)
+        elif not item.get_closest_marker("slow") and places.isdisjoint(TESTS / n for n in NOT_FAST):
+            item.add_marker(pytest.mark.fast)

@@ -179,7 +179,7 @@ def test_the_anchor_is_kept_and_compared(tmp_path):
         (ANCHOR, "other", "text tower"),
         (ANCHOR | {"more": jnp.zeros(2)}, "print", "more"),
     ]:
-        with pytest.raises(UserError, match=f"{place}.*{named}"):
+        with pytest.raises(UserError, match=f"{named}.*{place}"):
             keep_anchor(place, other, fingerprint)
     assert keep_anchor(place, ANCHOR, "print") is ANCHOR
 
