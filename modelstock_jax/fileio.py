@@ -327,7 +327,7 @@ class FileLock:
         every process is as if alone.
       unsupported: why the file system has no locks, as some network and FUSE file systems; else
         empty.
-      holder: the note of the process that has the lock, where it is another.
+      holder: the note of the process that has the lock, where it is another and can be read.
       file: descriptor of the file, to read and append to while the lock is held.
 
     Raises:
@@ -347,7 +347,8 @@ class FileLock:
         try:
             self.held = self._lock(wait)
             if not self.held:
-                self.holder = os.read(self.file, 300).decode(errors="replace")
+                with contextlib.suppress(OSError):  # A lock may forbid others to read (CIFS).
+                    self.holder = os.read(self.file, 300).decode(errors="replace")
             elif note:
                 os.ftruncate(self.file, 0)
                 os.write(self.file, note.encode())

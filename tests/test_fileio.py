@@ -225,6 +225,16 @@ def test_a_lock_of_another_is_no_missing_support(tmp_path, monkeypatch):
     assert not lock.held and not lock.unsupported and (tmp_path / "a").read_text() == ""
 
 
+def test_a_lock_of_another_whose_note_cannot_be_read(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with FileLock(tmp_path / "a", note="another"):
+        monkeypatch.setattr(os, "read", forbidden)
+        lock = FileLock(tmp_path / "a")
+        assert not lock.held and lock.holder == ""
+
+
 def test_a_note_that_cannot_be_written_frees_the_lock(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

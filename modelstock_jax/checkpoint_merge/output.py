@@ -66,7 +66,11 @@ class Workplace:
             print(f"note: the file system of {shown(self.out)} has no locks: give no other merge "
                   "this --out meanwhile", file=sys.stderr)
         self.rows: dict[str, Row] = {}
-        self.digests = self._complete()
+        try:
+            self.digests = self._complete()
+        except BaseException:  # Ctrl-C, say: to digest large files takes minutes.
+            self._lock.release()
+            raise
         self.resumed = tuple(sorted(self.digests))
         try:
             self._check_room()

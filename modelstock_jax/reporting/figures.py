@@ -176,7 +176,7 @@ def angle_by_layer(
         ):
             _bars_of_side(panels[:, column], side, colours)
             panels[0, column].set_title(name)
-        _scale_angles(panels[0])
+        _scale_angles(panels[0], bars=True)
         _scale_norms(panels[1], bars=True)
         if any(np.mean(row["angles"]) > 90 for row in layers if row["angles"]):
             panels[0, 1].set_title(
@@ -351,9 +351,13 @@ def _name_blocks(panels: Sequence[Axes], position: Mapping[float, float], most: 
         axes.tick_params(axis="x", length=0)
 
 
-def _scale_angles(panels: Sequence[Axes]) -> None:
+def _scale_angles(panels: Sequence[Axes], *, bars: bool = False) -> None:
+    """From 0 on; dots have one of three scales, so that pictures of like models compare."""
     panels[0].set_ylabel("angle (degrees)")
-    limit = max(95.0, max(axes.dataLim.y1 for axes in panels) + 3.0)
+    highest = max(axes.dataLim.y1 for axes in panels)
+    limit = max(95.0, highest + 3.0)
+    if not bars:
+        limit = 180.0 if highest > 120 else 125.0 if highest > 92 else 95.0
     panels[0].set_ylim(0, limit)
     panels[0].set_yticks(range(0, int(limit) + 1, 30 if limit > 125 else 15))
     for axes in panels:

@@ -108,6 +108,12 @@ def test_picture(names, tmp_path):
     assert pixels.shape[0] > 500 and pixels[..., :3].min() < 0.5
 
 
+@pytest.mark.parametrize(("angle", "limit"), [(60, 95), (93, 125), (110, 125), (121, 180)])
+def test_pictures_have_few_scales_of_angles(angle, limit):
+    top = angle_by_block([row("a.0.w") | {"angle": angle}, row("a.1.w")], None).axes[0]
+    assert top.get_ylim() == (0, limit)
+
+
 def test_lines_break_where_blocks_are_missing_and_nowhere_else():
     kinds = ("self_attn.q_proj.w", "mlp.w", "norm.w", "bias")
     names = [f"layers.{block}.{kind}" for block in range(12) for kind in kinds

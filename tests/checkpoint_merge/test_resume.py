@@ -122,6 +122,21 @@ def test_what_is_complete_is_kept_and_the_rest_made_again(tmp_path, monkeypatch)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_start_that_is_interrupted_locks_nothing(tmp_path, monkeypatch):
+    made = plan(save(tmp_path, models(SHAPES)), **{**OPTIONS, "threads": 1})
+    place = _stop_after(made, tmp_path / "out", 0.6, monkeypatch)
+    kept = json.loads((place / "merge_state.json").read_text())["digests"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "digest_file", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:  # Holds the frames, as a notebook does.
+            run(made, tmp_path / "out")
+    assert run(made, tmp_path / "out").resumed == tuple(sorted(kept)), caught
+
+
 def test_what_could_not_take_its_name_is_not_made_again(tmp_path, monkeypatch):
     made = plan(save(tmp_path, models(SHAPES)), **OPTIONS)
 
