@@ -257,8 +257,8 @@ def check_counts(
       (class 1 should have 2); complete it, or read it as it is with
       --config.data.check_counts=False
     """
-    counts = np.bincount(labels, minlength=published.classes)
     wanted = list(range(published.classes) if classes is None else classes)
+    counts = np.bincount(labels, minlength=max(wanted) + 1)
 
     def some(labels: Sequence[int]) -> str:
         return listed(map(class_name, labels), _MOST)

@@ -214,3 +214,10 @@ def test_the_benchmark(root):
     data.paths.r = "elsewhere"
     with pytest.raises(UserError, match="data.paths.r=elsewhere: "):
         benchmark.load(data)
+
+
+def test_a_shift_without_its_last_classes_is_one_line():
+    """R has labels up to 988, and fewer classes: what is not there is counted all the same."""
+    first, second = CLASSES["r"][:2]
+    with pytest.raises(UserError, match=f"1 of 200 classes .*{WNIDS[second]}"):
+        check_whole("r", "here", np.array([first], np.int32))
