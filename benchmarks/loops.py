@@ -17,7 +17,7 @@ from configs import glyphs, vitb32  # noqa: E402
 from modelstock_jax.models.clip import abstract_params  # noqa: E402
 from modelstock_jax.models.config import (  # noqa: E402
     CLIPConfig,
-    Preprocessor,  # noqa: E402
+    Preprocessor,
     TextConfig,
     VisionConfig,
 )

@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import glyphs, vitb16, vitb32, vitl14  # noqa: E402
 from modelstock_jax.models.clip import abstract_params, classifier  # noqa: E402
-from modelstock_jax.models.config import (  # noqa: E402  # noqa: E402
+from modelstock_jax.models.config import (  # noqa: E402
     CLIP_MEAN,
     CLIP_STD,
     CLIPConfig,
