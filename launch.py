@@ -35,9 +35,9 @@ def main(argv: list[str]) -> None:
                  " begins from --config.pretrained")
     workdir = FLAGS.workdir or f"runs/{run_name(FLAGS['config'].config_filename)}"
     # jax takes a second: --help need not wait for it.
-    from modelstock_jax.training.launcher import job
+    from modelstock_jax.training.launcher import distributed_session
 
-    with job(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id):
+    with distributed_session(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id):
         from modelstock_jax import experiment
 
         if FLAGS.mode == "eval":

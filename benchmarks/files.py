@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import CHUNK, NAMES, SIZES, make  # noqa: E402
 
-from modelstock_jax.tensor_files.digests import digest_file  # noqa: E402
+from modelstock_jax.tensor_files.checksums import checksum_file  # noqa: E402
 from modelstock_jax.tensor_files.reader import DTYPES, TensorFiles  # noqa: E402
 
 CASES = ("134M-f32-2", "134M-bf16-2", "853M-bf16-2", "134M-f32-4", "134M-bf16-4", "853M-bf16-4")
@@ -161,7 +161,7 @@ def _apart(function, *arguments):
 
 def _digests_agree(out: Path) -> bool:
     report = json.loads((out / "merge_report.json").read_text())
-    return all(digest == f"{kind}:{digest_file(out / file, kind)}"
+    return all(digest == f"{kind}:{checksum_file(out / file, kind)}"
                for file, digest in report["outputs"].items()
                for kind in [digest.partition(":")[0]])
 

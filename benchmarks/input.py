@@ -34,10 +34,10 @@ from benchmarks.photographs import photograph  # noqa: E402
 from modelstock_jax.data.caches import write_cache  # noqa: E402
 from modelstock_jax.data.image_folder import read_folders  # noqa: E402
 from modelstock_jax.data.image_set import ImageSet  # noqa: E402
-from modelstock_jax.data.loader import Loading, train_batches  # noqa: E402
+from modelstock_jax.data.loader import LoaderOptions, train_batches  # noqa: E402
 from modelstock_jax.data.prepare import prepare  # noqa: E402
 from modelstock_jax.data.records import read_records  # noqa: E402
-from modelstock_jax.data.transforms import TrainView, random_crop  # noqa: E402
+from modelstock_jax.data.transforms import TrainTransform, random_crop  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("images", 256, "Images of the set.")
@@ -121,7 +121,7 @@ def dataloader(paths: list[str], area: tuple[float, float], normalize: bool) -> 
     return Reader(batches, worker)
 
 
-def ours(image_set: ImageSet, view: TrainView) -> Reader:
+def ours(image_set: ImageSet, view: TrainTransform) -> Reader:
     """This package's batches: one thread."""
     return Reader(
         train_batches(
@@ -130,7 +130,7 @@ def ours(image_set: ImageSet, view: TrainView) -> Reader:
             seed=0,
             num_replicas=1,
             view=view,
-            loading=Loading(threads=1),
+            loading=LoaderOptions(threads=1),
         )
     )
 
@@ -150,7 +150,7 @@ def print_table(title: str, rates: dict[str, float], reference: str) -> None:
         print(f"| {name} | {rate:.0f} | {rate / rates[reference]:.2f} |", flush=True)
 
 
-def waits(image_sets: dict[str, ImageSet], view: TrainView) -> None:
+def waits(image_sets: dict[str, ImageSet], view: TrainTransform) -> None:
     """How long a step of --step_ms on the accelerator waits for its batch."""
     print(f"\n| reader | wait of a step of {FLAGS.step_ms:.0f} ms, ms |\n|---|---|")
     for name, image_set in image_sets.items():
@@ -190,7 +190,7 @@ def main(_) -> None:
             "cache": dataclasses.replace(image_set, images=cached),
         }
         for area in ((0.9, 1.0), (0.08, 1.0)):
-            view = TrainView(FLAGS.size, area)
+            view = TrainTransform(FLAGS.size, area)
             readers = {
                 "DataLoader, Pillow, normalised": dataloader(paths, area, True),
                 "DataLoader, Pillow, bytes": dataloader(paths, area, False),
@@ -198,10 +198,10 @@ def main(_) -> None:
             readers |= {name: ours(one, view) for name, one in sets.items()}
             title = f"Random crop of {area[0]:.0%} to {area[1]:.0%} of the area, to {FLAGS.size}"
             print_table(title, measure(readers), "DataLoader, Pillow, normalised")
-        pixels = TrainView(FLAGS.size)(stored.images[0], np.random.default_rng(0))
+        pixels = TrainTransform(FLAGS.size)(stored.images[0], np.random.default_rng(0))
         operations(pixels, FLAGS.batch_size)
         if FLAGS.step_ms:
-            waits(sets, TrainView(FLAGS.size))
+            waits(sets, TrainTransform(FLAGS.size))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
 from modelstock_jax.training import train_step as step_module  # noqa: E402
 from modelstock_jax.training.classifier import make_classifier  # noqa: E402
 from modelstock_jax.training.finetune import finetuning_task  # noqa: E402
-from modelstock_jax.training.metrics import Record  # noqa: E402
+from modelstock_jax.training.metrics import TrainLogger  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
-from modelstock_jax.training.step_fns import Programs  # noqa: E402
-from modelstock_jax.training.trainer import Stores  # noqa: E402
+from modelstock_jax.training.step_fns import StepFunctions  # noqa: E402
+from modelstock_jax.training.trainer import RunCheckpoints  # noqa: E402
 
 # Width, blocks, heads, patch, image, classes, training images; steps of a round.
 SIZES = {
@@ -58,19 +58,19 @@ def make_programs(case: str, batch_size: int | None = None):
     )
     classifier = make_classifier(config, clip, params, Preprocessor((0.5,) * 3, (0.25,) * 3, image))
     task = finetuning_task(config, classifier, num_train, lambda key, images: images)
-    return config, Programs(config, task)
+    return config, StepFunctions(config, task)
 
 
-def without_flags(config, programs: Programs) -> Programs:
+def without_flags(config, programs: StepFunctions) -> StepFunctions:
     """Programs whose step computes the gradient's norm, and looks at nothing else."""
-    real = step_module.health
-    step_module.health = lambda loss, grads, params: {"grad_norm": optax.tree.norm(grads)}
+    real = step_module.finite_checks
+    step_module.finite_checks = lambda loss, grads, params: {"grad_norm": optax.tree.norm(grads)}
     try:
-        bare = Programs(config, programs.task)
+        bare = StepFunctions(config, programs.task)
         state, batch = programs.start(0), put_batch(programs.mesh, random_batch(config, 0))
         bare.step(state, batch, bare.reference(bare.anchor))  # Traced while it is so.
     finally:
-        step_module.health = real
+        step_module.finite_checks = real
     return bare
 
 
@@ -97,8 +97,8 @@ class Loops:
         self.reference = self.programs.reference(self.anchor)
         self.state = self.programs.start(0)
         self.timeline = Timeline(workdir / "timeline.jsonl")
-        self.stores = Stores(workdir, self.config, self.programs, 0, self.timeline)
-        self.record = Record(
+        self.stores = RunCheckpoints(workdir, self.config, self.programs, 0, self.timeline)
+        self.record = TrainLogger(
             self.config, self.programs.task, workdir, "overhead", 0, self.timeline
         )
         self.done, self.lasted = 0, []

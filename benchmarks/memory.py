@@ -89,14 +89,14 @@ def main(argv):
 
     programs.anchor = jax.device_put(draw(programs.task.params, 0), programs.weights_sharding)
     # As in the middle of a run: there is a merged model from the merge before.
-    state, merged, _ = compiled["merge"](programs.anchor, programs.start(0))
+    state, merged, _ = compiled["merge"](programs.anchor, programs.init_state(0))
     jax.block_until_ready((state, merged))
     measured, losses = {}, []
     if on_cpu:
         peaks.append(forget_peak())
     for step in range(FLAGS.steps):
         state, metrics = compiled["step"](
-            state, random_batch(batch, step), programs.reference(programs.anchor, merged)
+            state, random_batch(batch, step), programs.step_constants(programs.anchor, merged)
         )
         losses.append(metrics["loss"].tolist())
     jax.block_until_ready(state)
@@ -114,7 +114,7 @@ def main(argv):
         "config": str(config.pretrained),
         "device": jax.devices()[0].device_kind,
         "batch": list(batch["image"].shape),
-        "execution": programs.execution,
+        "execution": programs.replica_mode,
         "parts": dataclasses.asdict(need),
         "predicted": {name: getattr(need, name) for name in measured},
         "measured": measured,

@@ -51,7 +51,7 @@ def make_ways(size: str) -> tuple[dict, int]:
     config = models.run_config(size)
     config.num_replicas = 2
     programs = models.make_programs(config, size, models.weights(size))
-    anchor, state = programs.anchor, programs.start(0)
+    anchor, state = programs.anchor, programs.init_state(0)
     params = jax.jit(_moved, donate_argnums=0)(state.params)
     held = {"state": state._replace(params=params)}
 

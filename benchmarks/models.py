@@ -22,7 +22,7 @@ from modelstock_jax.models.config import (  # noqa: E402
 )
 from modelstock_jax.models.transformer import Compute  # noqa: E402
 from modelstock_jax.training.losses import cross_entropy  # noqa: E402
-from modelstock_jax.training.step_fns import Programs, Task  # noqa: E402
+from modelstock_jax.training.step_fns import StepFunctions, Task  # noqa: E402
 
 CONFIGS = {"tiny": glyphs, "glyph": glyphs, "b32": vitb32, "b16": vitb16, "l14": vitl14}
 # Width, blocks, heads, patch, image, features, classes; `tiny` compiles in a moment.
@@ -77,7 +77,7 @@ def weights(size: str) -> dict[str, Any]:
     )
 
 
-def make_programs(config, size: str, params: dict[str, Any]) -> Programs:
+def make_programs(config, size: str, params: dict[str, Any]) -> StepFunctions:
     """The step and the merge of a run of `config`, as training compiles them."""
     clip = clip_config(size)
     task = Task(
@@ -92,7 +92,7 @@ def make_programs(config, size: str, params: dict[str, Any]) -> Programs:
         num_heads=clip.vision.num_attention_heads,
         augment=lambda key, batch: batch,
     )
-    return Programs(config, task)
+    return StepFunctions(config, task)
 
 
 def image_flops(size: str) -> float:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.loops import SIZES, Loops, make_programs, random_batch  # noqa: E402
 from modelstock_jax.merging import check_finite, report  # noqa: E402
 from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
-from modelstock_jax.training.metrics import Record  # noqa: E402
+from modelstock_jax.training.metrics import TrainLogger  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
 from tests.training import linear  # noqa: E402
 
@@ -50,7 +50,7 @@ def step_costs(case: str, rounds: int, workdir: Path, step: np.ndarray) -> list[
             first = number % len(ways)
             for way in ways[first:] + ways[:first]:
                 seconds[way].append(getattr(loops, way)())
-        loops.record.settle()
+        loops.record.flush_pending()
     seconds = {way: np.array(rounds) for way, rounds in seconds.items()}
 
     def added(way: str, than: str) -> np.ndarray:
@@ -87,7 +87,7 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
     for batch_size in {"glyphs": [None], "middle": [None], "vitb32": [2, 6]}[case]:
         config, programs = make_programs(case, batch_size)
         config.image_size = SIZES[case][4]
-        state, reference = programs.start(0), programs.reference(programs.anchor)
+        state, reference = programs.init_state(0), programs.step_constants(programs.anchor)
         times = []
         for number in range(rounds + 1):
             began, cpu = time.perf_counter(), time.process_time()
@@ -134,8 +134,8 @@ def host_cost(workdir: Path, steps: int = 1200) -> float:
     config = linear.config(log_every=10)
     programs, timeline = linear.programs(config, 2 * steps), Timeline(workdir / "timeline.jsonl")
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
-    state, reference, spent = programs.start(0), programs.reference(programs.anchor), 0.0
-    with Record(config, programs.task, workdir, "host", 0, timeline) as record:
+    state, reference, spent = programs.init_state(0), programs.step_constants(programs.anchor), 0.0
+    with TrainLogger(config, programs.task, workdir, "host", 0, timeline) as record:
         for step in range(1, steps + 1):
             state, values = programs.step(state, batch, reference)
             jax.block_until_ready(values)  # Waiting for the device is not the records'.

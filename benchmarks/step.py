@@ -71,7 +71,7 @@ class Steps:
         config.compute.execution = "map" if way.replicas == "map" else "vmap"
         config.compute.attention, config.compute.remat = way.attention, way.remat == "on"
         programs = models.make_programs(config, self.size, self.params)
-        reference = programs.reference()  # Fine-tuning reads nothing beside its state.
+        reference = programs.step_constants()  # Fine-tuning reads nothing beside its state.
         shapes = programs.abstract_batch(models.SIZES[self.size][4])
         began = time.perf_counter()
         step = programs.step.lower(programs.abstract_state, shapes, reference).compile()
@@ -81,7 +81,7 @@ class Steps:
 
         def run(count: int) -> None:
             # A step takes the state's memory: there is none at first, nor after a step that failed.
-            state = self.states.pop(replicas, None) or programs.start(0)
+            state = self.states.pop(replicas, None) or programs.init_state(0)
             for _ in range(count):
                 state, metrics = step(state, self.batches[replicas], reference)
             jax.block_until_ready((state, metrics))

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.loader import Loading, eval_batches
+from modelstock_jax.data.loader import LoaderOptions, eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import distance
 from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import Classifier
-from modelstock_jax.training.multihost import in_order
-from modelstock_jax.training.sharding import held, place, spread
+from modelstock_jax.training.multihost import block_on_multihost_cpu
+from modelstock_jax.training.sharding import local_indices, make_global_array, device_put_global
 
 PyTree = Any
 Evaluate = Callable[..., dict[str, float]]
@@ -28,7 +28,7 @@ Evaluate = Callable[..., dict[str, float]]
 _AHEAD = 2
 
 
-class Measure:
+class ModelEvaluator:
     """Rows of results: each model's accuracy on every set of a benchmark.
 
     Attributes:
@@ -88,7 +88,7 @@ def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> 
         mesh,
         config.evaluation.batch_size,
         image_size=anchor.normalize.image_size,
-        loading=Loading(**config.data.loading),
+        loading=LoaderOptions(**config.data.loading),
     )
 
 
@@ -99,7 +99,7 @@ def make_evaluator(
     batch_size: int,
     *,
     image_size: int | None = None,
-    loading: Loading | None = None,
+    loading: LoaderOptions | None = None,
 ) -> Evaluate:
     """Builds (params, image sets, measured) -> {set's name: top-1 accuracy in percent}.
 
@@ -119,7 +119,7 @@ def make_evaluator(
     batch_size = -(-batch_size // devices) * devices
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = NamedSharding(mesh, PartitionSpec())
-    (examples,) = held(split, (batch_size,))
+    (examples,) = local_indices(split, (batch_size,))
     # Two programs: the large one is compiled once for all sets.
     logits_of = jax.jit(lambda params, images: apply(params, prepare(images)), out_shardings=split)
     count_of = jax.jit(count, out_shardings=whole)
@@ -130,10 +130,10 @@ def make_evaluator(
         reading = dict(examples=examples, image_size=image_size, loading=loading)
         for batch in scored_batches(image_set, batch_size, **reading):
             images, target = (
-                place(split, batch[name], (batch_size,)) for name in ("image", "target")
+                make_global_array(split, batch[name], (batch_size,)) for name in ("image", "target")
             )
             found = count_of(logits_of(params, images), target, candidate)
-            pending.append(in_order(found))
+            pending.append(block_on_multihost_cpu(found))
             if len(pending) > _AHEAD:
                 yield jax.device_get(pending.pop(0))
         yield from jax.device_get(pending)
@@ -141,7 +141,7 @@ def make_evaluator(
     def everywhere(leaf):
         """Weights that this process has whole are placed once; a sharded array stays as it is."""
         placed = isinstance(leaf, jax.Array) and leaf.sharding.device_set == split.device_set
-        return leaf if placed else spread(leaf, whole)
+        return leaf if placed else device_put_global(leaf, whole)
 
     def evaluate(params, image_sets, measured=lambda images: None):
         params, before = jax.tree.map(everywhere, params), 0

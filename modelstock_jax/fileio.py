@@ -235,7 +235,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     try:
         with explained(path):
             yield beside
-        take_place(beside, path, overwrite)
+        move_into_place(beside, path, overwrite)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -256,7 +256,7 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def take_place(beside: Path, path: Path, overwrite: bool = False) -> None:
+def move_into_place(beside: Path, path: Path, overwrite: bool = False) -> None:
     """Flush a finished directory to the disk, then give it the name `path`.
 
     Args:

@@ -25,7 +25,7 @@ class Style(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class MergeMethod:
     """One merge method.
 
     Attributes:
@@ -61,86 +61,86 @@ class Method:
     command: str = ""
     aliases: tuple[str, ...] = ()
     rule: str = ""
-    least: int = 1
-    most: int | None = None
+    min_models: int = 1
+    max_models: int | None = None
     options: tuple[str, ...] = ()
     convex: bool = False
     mergekit: str = ""
     mergekit_keys: tuple[str, ...] = ()
-    card: str = ""
+    description: str = ""
 
 
 _ALL = (
-    Method(
+    MergeMethod(
         name="stock", function="model_stock", module="stock", command="stock",
-        rule="equation_3", least=2, convex=True,
+        rule="equation_3", min_models=2, convex=True,
         mergekit="model_stock", mergekit_keys=("filter_wise",),
         row="model_stock", periodic="periodic",
         style=Style("Model Stock, after training", "Model Stock,\nafter training",
                     "vermilion", "*"),
-        card=f"Model Stock ({PAPER})",
+        description=f"Model Stock ({PAPER})",
     ),
-    Method(
+    MergeMethod(
         name="weighted", function="weighted_model_stock", module="stock", command="weighted-stock",
-        rule="unequal_noise", least=2, convex=True,
+        rule="unequal_noise", min_models=2, convex=True,
         row="weighted",
         style=Style("Model Stock, weighted (ours)", "weighted (ours)", "purple", "X"),
-        card=f"Model Stock ({PAPER}), each fine-tune weighted by its own noise",
+        description=f"Model Stock ({PAPER}), each fine-tune weighted by its own noise",
     ),
-    Method(
-        name="carried", function="model_stock_carried", module="stock", least=2,
+    MergeMethod(
+        name="carried", function="model_stock_carried", module="stock", min_models=2,
         row="carried",
         style=Style("Model Stock, periodic, noise carried (ours)",
                     "Model Stock,\nnoise carried\n(ours)", "green", "v"),
     ),
-    Method(
-        name="constant_ratio", function="constant_ratio", least=2,
+    MergeMethod(
+        name="constant_ratio", function="constant_ratio", min_models=2,
         row="constant_ratio",
         style=Style("Mean shrunk by one t", "mean, one t", "orange", "P"),
     ),
-    Method(
+    MergeMethod(
         name="mean", function="uniform_mean", command="uniform", aliases=("mean", "average"),
         convex=True,
         row="mean", periodic="periodic_mean",
         style=Style("Mean of {n} replicas", "mean of {n}", "sky", "D"),
-        card="the plain mean of the fine-tunes",
+        description="the plain mean of the fine-tunes",
     ),
-    Method(
+    MergeMethod(
         name="linear", command="linear", aliases=("weighted",), options=("weights", "normalize"),
         mergekit="linear", mergekit_keys=("weight", "normalize"),
         row="linear",
         style=Style("Weighted mean of {n} replicas", "weighted mean of {n}", "sky", "s"),
-        card="a weighted mean of the fine-tunes",
+        description="a weighted mean of the fine-tunes",
     ),
-    Method(
+    MergeMethod(
         name="wise_ft", function="wise_ft", command="wise-ft", aliases=("wiseft",),
         options=("alpha",), convex=True,
         row="wise_ft",
         style=Style("WiSE-FT of {of}, α = {alpha:g}", "WiSE-FT", "grey", "."),
-        card="[WiSE-FT](https://arxiv.org/abs/2109.01903)",
+        description="[WiSE-FT](https://arxiv.org/abs/2109.01903)",
     ),
-    Method(
+    MergeMethod(
         name="task_arithmetic", function="task_arithmetic", command="task-arithmetic",
         options=("weights", "scale", "normalize"),
         mergekit="task_arithmetic", mergekit_keys=("weight", "lambda", "normalize", "int8_mask"),
         row="task_arithmetic",
         style=Style("Task arithmetic", "task arithmetic", "blue", "s"),
-        card="[task arithmetic](https://arxiv.org/abs/2212.04089)",
+        description="[task arithmetic](https://arxiv.org/abs/2212.04089)",
     ),
-    Method(
+    MergeMethod(
         name="ties", function="ties", command="ties", aliases=("ties-merging",),
         options=("weights", "scale", "density", "normalize"),
         mergekit="ties", mergekit_keys=("weight", "density", "lambda", "normalize", "int8_mask"),
         row="ties",
         style=Style("TIES", "TIES", "green", "s"),
-        card="[TIES](https://arxiv.org/abs/2306.01708)",
+        description="[TIES](https://arxiv.org/abs/2306.01708)",
     ),
-    Method(
-        name="slerp", function="slerp", command="slerp", most=2, options=("t",),
+    MergeMethod(
+        name="slerp", function="slerp", command="slerp", max_models=2, options=("t",),
         mergekit="slerp", mergekit_keys=("t",),
         row="slerp",
         style=Style("SLERP", "SLERP", "orange", "s"),
-        card="spherical interpolation",
+        description="spherical interpolation",
     ),
 )  # fmt: skip
 

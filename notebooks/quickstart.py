@@ -57,7 +57,7 @@ import matplotlib.pyplot as plt
 
 from modelstock_jax.data import glyphs
 
-world = glyphs.world(train_size=62, validation_size=1, test_size=62, shift_size=62)
+world = glyphs.make_sets(train_size=62, validation_size=1, test_size=62, shift_size=62)
 sets = {"training": world.train} | world.shifts
 figure, axes = plt.subplots(len(sets), 10, figsize=(7, 0.8 * len(sets)))
 for row, (name, images) in zip(axes, sets.items(), strict=True):

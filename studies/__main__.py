@@ -44,14 +44,14 @@ def main(argv: list[str]) -> None:
             close = difflib.get_close_matches(name, STUDIES, 1)
             meant = f"did you mean {close[0]}? There" if close else "there"
             sys.exit(f"error: no study {name!r}; {meant} are: {', '.join(STUDIES)}")
-    from modelstock_jax.training.launcher import one_process
+    from modelstock_jax.training.launcher import single_process_session
     from studies.ledger import Ledger
     from studies.pages import write_index
     from studies.runner import Runner
 
     workdir = Path(FLAGS.workdir)
     out = Path(FLAGS.out or workdir)
-    with one_process():
+    with single_process_session():
         runner = Runner(
             FLAGS.config,
             workdir,

@@ -22,13 +22,13 @@ from modelstock_jax.training.sharding import make_mesh
 from studies.expressions import Expression
 from studies.ledger import Ledger
 from studies.measurements import HeldOut, Measurement
-from studies.run_store import Trained, opener, part
-from studies.runs import Run, digest, identity
+from studies.run_store import RunStore, opener, part
+from studies.runs import Run, checksum, identity
 
 PyTree = Any
 
 
-class Bench:
+class StudyContext:
     """Trains, builds and measures; what the ledger has is read from it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Bench:
         outline = self._anchor.outline
         self.fingerprint = identity(config, outline.fingerprint, data)
         self.num_heads = outline.num_heads
-        self.trained = Trained(config, workdir, self._anchor, data, self.fingerprint, self._record)
+        self.trained = RunStore(config, workdir, self._anchor, data, self.fingerprint, self._record)
         most = config.evaluation.max_shift_images
         self._validation, self._test = data.validation, data.test
         self._shifts = {name: one.take(most or len(one)) for name, one in data.shifts.items()}
@@ -96,7 +96,7 @@ class Bench:
         # Sets of other data may have the same names and sizes; the glyphs' lines came first and do
         # not name theirs.
         name = self.config.data.name
-        return digest([self.fingerprint, key, *([name] if name != "glyphs" else [])])
+        return checksum([self.fingerprint, key, *([name] if name != "glyphs" else [])])
 
     def key(self, measurement: Measurement) -> str:
         """The ledger's key: equal for equal models of equal training, measured alike."""

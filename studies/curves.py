@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from modelstock_jax.reporting.tables import Measured, mean_and_error
+from modelstock_jax.reporting.tables import MeanAndError, mean_and_error
 from studies.expressions import Anchor, Between, Model
 from studies.measurements import Score
 
@@ -41,7 +41,7 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
     return with_error(mean_and_error(values) if values else None, digits)
 
 
-def with_error(found: Measured | None, digits: int = 2) -> str:
+def with_error(found: MeanAndError | None, digits: int = 2) -> str:
     """A mean and its error, where it has one."""
     if found is None:
         return "–"
@@ -177,7 +177,7 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 def jackknife(
     statistic: Callable[[Sequence[Sample]], float | None], samples: Sequence[Sample]
-) -> Measured | None:
+) -> MeanAndError | None:
     """A statistic of all samples, and its standard error from leaving out each in turn (Tukey).
 
         error^2 = (n - 1) / n sum_j (s_j - mean(s))^2,  s_j without sample j
@@ -194,7 +194,7 @@ def jackknife(
     found = statistic(samples)
     if found is None or len(without) < count or count < 2:
         return None
-    return Measured(found, float(np.sqrt((count - 1) * np.var(without))))
+    return MeanAndError(found, float(np.sqrt((count - 1) * np.var(without))))
 
 
 def known(gaps: Iterable[float | None]) -> list[float]:

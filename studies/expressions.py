@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from modelstock_jax import merging
 from modelstock_jax.merging import Stats
 from modelstock_jax.merging.engine import merge
-from modelstock_jax.merging.rules import Solution, measure, solve_given
+from modelstock_jax.merging.rules import UnitSolution, measure, solve_given
 from modelstock_jax.registry import METHODS
 from studies.runs import Run
 
@@ -361,7 +361,7 @@ def not_clipped(
     return merged, stats
 
 
-def _equation_3_everywhere(gram, single) -> Solution:
+def _equation_3_everywhere(gram, single) -> UnitSolution:
     seen = measure(gram)
     number = jnp.maximum(seen.number, 1.0)
     # 0 / 0 of two opposite task vectors: their mean is the anchor, whatever t.

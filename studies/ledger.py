@@ -126,7 +126,7 @@ _SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def claim(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
+def lock_run(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
     """Whether the piece is this process's, until the block ends or the process does.
 
     A lock on DIRECTORY/NAME.lock; where a file system has none, every process is as if alone.
@@ -151,7 +151,7 @@ def claim(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
-def turns(
+def work_queue(
     directory: Path,
     pieces: Mapping[str, Piece],
     done: Callable[[str], bool],
@@ -184,7 +184,7 @@ def turns(
         for name in list(left):
             if any(needed in left for needed in after.get(name, ())):
                 continue
-            with claim(directory, name) as ours:
+            with lock_run(directory, name) as ours:
                 if ours and not done(name):
                     found = True
                     yield left[name]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modelstock_jax.fileio import write_json, write_text
-from studies.study import Claim, Report, Study, Verdict, cell
+from studies.study import Claim, StudyReport, Study, Verdict, cell
 
 
 def write(
-    study: Study, reports: Mapping[str, Report], directory: Path, details: Mapping[str, Any]
+    study: Study, reports: Mapping[str, StudyReport], directory: Path, details: Mapping[str, Any]
 ) -> Path:
     """Writes NAME.json, NAME.md and the figures; of several anchors NAME_anchors.json and .md.
 
@@ -96,7 +96,7 @@ class Joint(NamedTuple):
         return "not decided" if others else first
 
 
-def together(reports: Mapping[str, Report]) -> dict[str, Joint]:
+def together(reports: Mapping[str, StudyReport]) -> dict[str, Joint]:
     """The claims that were read from more than one anchor, by their text.
 
     >>> claims = [Claim("a", "", [1.0, 1.1])], [Claim("a", "", [1.0, -1.0]), Claim("b", "", [1.0])]
@@ -117,7 +117,7 @@ def together(reports: Mapping[str, Report]) -> dict[str, Joint]:
     }
 
 
-def _document(report: Report) -> dict[str, Any]:
+def _document(report: StudyReport) -> dict[str, Any]:
     return {
         "tables": [{"columns": t.columns, "rows": t.rows} for t in report.tables],
         "claims": [
@@ -134,7 +134,7 @@ def _document(report: Report) -> dict[str, Any]:
     }
 
 
-def _section(study: Study, report: Report, directory: Path, ending: str) -> list[str]:
+def _section(study: Study, report: StudyReport, directory: Path, ending: str) -> list[str]:
     lines = []
     for stem, draw in report.figures.items():
         draw(directory / f"{stem}{ending}.png")
@@ -148,7 +148,7 @@ def _section(study: Study, report: Report, directory: Path, ending: str) -> list
     return lines + [f"- {note}" for note in report.notes] + [""] * bool(report.notes)
 
 
-def _together(reports: Mapping[str, Report]) -> Sequence[str]:
+def _together(reports: Mapping[str, StudyReport]) -> Sequence[str]:
     names = [f"`{name}`" for name in reports]
     lines = [
         f"| from each anchor | {' | '.join(names)} | all |",

@@ -31,16 +31,16 @@ from modelstock_jax.tensor_files.writer import write_tensors
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.finetune import (
-    alone,
+    single_replica_config,
     finetuning_task,
     make_trainer,
 )
 from modelstock_jax.training.metrics import counted
-from modelstock_jax.training.stages import hold, probe
-from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.stages import apply_tpgm, linear_probe
+from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.trainer import Trainer, saved
-from studies.ledger import claim
-from studies.runs import Run, digest, training_digest
+from studies.ledger import lock_run
+from studies.runs import Run, checksum, training_checksum
 
 PyTree = Any
 
@@ -133,14 +133,14 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
         apply=tower.classifier(name, Compute.of(config.compute)),
         normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, tower.IMAGE_SIZE),
         num_heads=tower.TOWERS[name].num_heads,
-        fingerprint=training_digest(recipe, digest([name, NUM_IMAGES, sizes])),
+        fingerprint=training_checksum(recipe, checksum([name, NUM_IMAGES, sizes])),
     )
 
     @functools.cache
     def load() -> Classifier:
         place = f"{name}-{outline.fingerprint}"
         path = workdir / "towers" / place / "model.safetensors"
-        with claim(workdir / "locks", f"tower-{place}", wait=True):
+        with lock_run(workdir / "locks", f"tower-{place}", wait=True):
             if not path.is_file():
                 start = dataclasses.replace(outline, params=init(), fingerprint="")
                 _pretrain(recipe, start, data, workdir, path)
@@ -150,7 +150,7 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
 
 
 def _recipe(config: ConfigDict) -> ConfigDict:
-    one = alone(config)
+    one = single_replica_config(config)
     one.update_from_flattened_dict(RECIPE)
     one.seed = 0
     return one
@@ -172,7 +172,7 @@ def _pretrain(
 _HELD = 48
 
 
-class Trained:
+class RunStore:
     """What runs end in; each is trained when it is first asked for.
 
     A run is kept in workdir/trained/NAME: `replicas.safetensors` ([N, ...] a tensor),
@@ -204,11 +204,11 @@ class Trained:
         self._anchor, self._data, self._fingerprint = anchor, data, fingerprint
         self._read = functools.lru_cache(_HELD)(read_tree)
         # Runs that differ in their seed alone share compiled programs.
-        self._last: tuple[str, Classifier, Programs] | None = None
+        self._last: tuple[str, Classifier, StepFunctions] | None = None
 
     def name(self, run: Run) -> str:
         """The digest of all that the run's weights depend on."""
-        digest = training_digest(run.config(self._config), self._fingerprint)
+        digest = training_checksum(run.config(self._config), self._fingerprint)
         epochs = f"-epochs{run.per_epoch if run.per_epoch > 1 else ''}"
         return f"{digest}-{run.seed}" + epochs * run.every_epoch
 
@@ -277,7 +277,7 @@ class Trained:
         )
         with counted(timeline):  # A merge's time is without the compiler's.
             result = trainer.run()
-        replicas = hold(config, anchor, self._data, jax.device_get(result.state.params))
+        replicas = apply_tpgm(config, anchor, self._data, jax.device_get(result.state.params))
         parts = {"replicas": _classified(anchor, replicas, config.num_replicas)}
         if result.merged is not None:
             parts["merged"] = anchor.classify(jax.device_get(result.merged))
@@ -299,16 +299,16 @@ class Trained:
         )
         shutil.rmtree(trainer.workdir)  # What is left of it are the optimizer's moments.
 
-    def _compiled(self, config: ConfigDict) -> tuple[Classifier, Programs]:
+    def _compiled(self, config: ConfigDict) -> tuple[Classifier, StepFunctions]:
         """What a run starts from, and its programs; those of the last run serve other seeds."""
-        key = training_digest(config, self._fingerprint)
+        key = training_checksum(config, self._fingerprint)
         if self._last is None or self._last[0] != key:
             # A probe is shared by all seeds, as Model Soups share theirs: it has the base's seed.
             one = config.copy_and_resolve_references()
             one.seed = self._config.seed
-            with claim(self._workdir / "locks", f"probe-{key}", wait=True):
-                anchor = probe(one, self._anchor.load(), self._data, self._workdir / "probes" / key)
-            programs = Programs(config, self._task(config, anchor))
+            with lock_run(self._workdir / "locks", f"probe-{key}", wait=True):
+                anchor = linear_probe(one, self._anchor.load(), self._data, self._workdir / "probes" / key)
+            programs = StepFunctions(config, self._task(config, anchor))
             self._last = key, anchor, programs
         return self._last[1:]
 
@@ -328,7 +328,7 @@ def part(epoch: float) -> str:
     return f"epoch_{epoch:g}"
 
 
-def _epochs(trainer: Trainer, programs: Programs, steps: int) -> dict[str, PyTree]:
+def _epochs(trainer: Trainer, programs: StepFunctions, steps: int) -> dict[str, PyTree]:
     like = saved(programs.abstract_state)
     with Checkpoints(trainer.workdir / "state", keep=0) as states:
         return {part(step / steps): states.restore(step, like)["params"] for step in states.steps}

@@ -14,12 +14,12 @@ from rich.markup import escape
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.progress import duration
-from studies.bench import Bench
-from studies.ledger import Ledger, turns
+from studies.bench import StudyContext
+from studies.ledger import Ledger, work_queue
 from studies.measurements import Measurement
 from studies.pages import write
 from studies.runs import Run, runs_of
-from studies.study import Report, Setup, Study
+from studies.study import StudyReport, Setup, Study
 
 # What studies still have to do: runs, and what each lets be measured, right after it.
 
@@ -38,7 +38,7 @@ class Schedule:
     measurements: Mapping[str, Measurement]
 
     @classmethod
-    def of(cls, bench: Bench, wanted: Iterable[Measurement]) -> Schedule:
+    def of(cls, bench: StudyContext, wanted: Iterable[Measurement]) -> Schedule:
         """What of `wanted` the ledger has not, and the runs that it needs and that are not here."""
         missing = {bench.key(one): one for one in wanted}
         missing = {key: one for key, one in missing.items() if key not in bench.ledger}
@@ -47,7 +47,7 @@ class Schedule:
         return cls(untrained, missing)
 
     def turns(
-        self, bench: Bench, locks: Path, waits: Callable[[int], None]
+        self, bench: StudyContext, locks: Path, waits: Callable[[int], None]
     ) -> Iterator[tuple[str, Run | Measurement]]:
         """(name, piece): a run is followed by the measurements that waited for it alone.
 
@@ -73,7 +73,7 @@ class Schedule:
                 return bench.trained.is_here(self.runs[name])
             return bench.ledger.look_for(name)
 
-        yield from turns(locks, pieces, done, waits, needs)
+        yield from work_queue(locks, pieces, done, waits, needs)
 
 
 _COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
@@ -111,13 +111,13 @@ class Runner:
             raise UserError(f"--num_seeds={num_seeds}: a study compares at least 2 seeds")
         _check_arguments(config_arguments)
         _check_writable(out)
-        self._benches = {config.pretrained: Bench(config, workdir, ledger)}
+        self._benches = {config.pretrained: StudyContext(config, workdir, ledger)}
         self._bench = self._benches[config.pretrained]
         for name in anchors:
             one = config.copy_and_resolve_references()
             one.pretrained = name
             try:
-                bench = Bench(one, workdir, ledger, self._bench.data)
+                bench = StudyContext(one, workdir, ledger, self._bench.data)
             except UserError as error:
                 raise UserError(f"--anchors={name}: {error}") from error
             for known, other in self._benches.items():
@@ -153,7 +153,7 @@ class Runner:
         self._say(f"{missing} of {count} missing: {runs} runs to train, {guess}")
         return missing
 
-    def run(self, study: Study) -> dict[str, Report]:
+    def run(self, study: Study) -> dict[str, StudyReport]:
         """Measures what is missing, writes the study's files and prints its verdicts.
 
         Returns:
@@ -194,7 +194,7 @@ class Runner:
         return " ".join(["python -m studies", study.name, *flags])
 
     def _values(
-        self, study: Study, bench: Bench, wanted: Mapping[Hashable, Measurement]
+        self, study: Study, bench: StudyContext, wanted: Mapping[Hashable, Measurement]
     ) -> dict[Hashable, Any]:
         """Trains and measures what is missing, and says what it does."""
         schedule = Schedule.of(bench, wanted.values())
@@ -222,7 +222,7 @@ class Runner:
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _setup(self, study: Study, bench: Bench) -> Setup:
+    def _setup(self, study: Study, bench: StudyContext) -> Setup:
         config = bench.config
         count = self._num_seeds or study.num_seeds
         return Setup(

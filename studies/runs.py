@@ -84,7 +84,7 @@ def runs_of(value: Any) -> Iterator[Run]:
             yield from runs_of(getattr(value, one.name))
 
 
-def training_digest(config: ConfigDict, fingerprint: str) -> str:
+def training_checksum(config: ConfigDict, fingerprint: str) -> str:
     """Sixteen hexadecimal digits of all that a run's weights depend on, but its seed.
 
     Options have the names in it that they had first, so that what was measured under them is found.
@@ -99,12 +99,12 @@ def training_digest(config: ConfigDict, fingerprint: str) -> str:
     kept = {
         key: value
         for key, value in flat(plain(config.to_dict())).items()
-        if (row := option(key)).in_digest and (row.absent is None or value != plain(row.absent))
+        if (row := option(key)).in_checksum and (row.absent is None or value != plain(row.absent))
     }
-    return digest([fingerprint, first_names(kept)])
+    return checksum([fingerprint, first_names(kept)])
 
 
-def digest(value: Any) -> str:
+def checksum(value: Any) -> str:
     """Sixteen hexadecimal digits of a JSON value; equal values give equal digits.
 
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
@@ -137,7 +137,7 @@ def identity(config: ConfigDict, pretrained: str, data: Benchmark) -> str:
     if config.data.name == "folder":
         sets = {"train": data.train, "validation": data.validation, "test": data.test}
         apart["images"] = {name: _images(one) for name, one in (sets | data.shifts).items()}
-    return digest([pretrained, apart]) if apart else pretrained
+    return checksum([pretrained, apart]) if apart else pretrained
 
 
 def _images(images: ImageSet) -> list[str]:

@@ -35,7 +35,7 @@ class Study:
     title: str
     about: str
     measurements: Callable[[Setup], Mapping[Any, Measurement]]
-    summarise: Callable[[Setup, Values], Report]
+    summarise: Callable[[Setup, Values], StudyReport]
     num_seeds: int = 4
 
 
@@ -63,7 +63,7 @@ class Setup(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class StudyReport:
     """What a study found.
 
     Attributes:

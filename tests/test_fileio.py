@@ -144,7 +144,7 @@ def test_a_kill_leaves_nothing_strange_in_what_a_merge_goes_on_with(tmp_path, mo
     beside = tmp_path / ".model.merge"
     beside.mkdir()
     (beside / "file").write_text("")
-    fileio.take_place(beside, tmp_path / "model")
+    fileio.move_into_place(beside, tmp_path / "model")
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["file"]
 
 

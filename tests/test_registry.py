@@ -68,7 +68,7 @@ def test_no_spelling_means_two_methods(name):
 @on_the_command_line
 def test_a_file_merge_solves_by_it(name):
     method = COMMANDS[name]
-    assert callable(methods.solver(Options(method=name, **options_of(method)), method.least))
+    assert callable(methods.solver(Options(method=name, **options_of(method)), method.min_models))
     fields = {field.name for field in dataclasses.fields(Options)}
     assert set(method.options) <= fields
 
@@ -87,7 +87,7 @@ def test_a_file_merge_by_a_rule_is_the_librarys(name):
 @on_the_command_line
 def test_its_model_card_says_what_it_is(name):
     made = report._method({"options": {"method": name}, "base": {"model": "b"}})
-    assert made == COMMANDS[name].card != ""
+    assert made == COMMANDS[name].description != ""
 
 
 @in_recipes

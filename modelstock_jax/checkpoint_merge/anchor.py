@@ -13,7 +13,7 @@ import numpy as np
 from modelstock_jax.checkpoint_merge.kernels import FLOATS, escaped, narrow, widen
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import AdaptedSource, Source
-from modelstock_jax.checkpoint_merge.tensor_plan import Planned, is_classifier
+from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan, is_classifier
 from modelstock_jax.errors import listed
 from modelstock_jax.merging import anchor_rounding, geometry
 
@@ -76,7 +76,7 @@ class Examination:
 
 
 def examine(
-    sources: Sequence[Source], tensors: Mapping[str, Planned], options: Options
+    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], options: Options
 ) -> Examination:
     """Looks at a sample of all models for signs that the base is not their anchor.
 
@@ -112,14 +112,14 @@ def is_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
     return anchor_rounding.is_coarser(dtypes[0], dtypes[1:])
 
 
-def _chosen(tensors: Mapping[str, Planned]) -> list[Planned]:
+def _chosen(tensors: Mapping[str, TensorPlan]) -> list[TensorPlan]:
     """The largest tensors, and all heads."""
     merged = [tensor for tensor in tensors.values() if tensor.part is not None]
     merged.sort(key=lambda tensor: (-math.prod(tensor.shape), tensor.name))
     return [tensor for k, tensor in enumerate(merged) if k < TENSORS or is_classifier(tensor.name)]
 
 
-def _sample(sources: Sequence[Source], tensor: Planned) -> Sample | None:
+def _sample(sources: Sequence[Source], tensor: TensorPlan) -> Sample | None:
     """Sums over pieces spread through a tensor; None where numbers are not finite."""
     total = math.prod(tensor.merged_shape)
     length = min(total, NUMBERS // PIECES) if total > NUMBERS else total

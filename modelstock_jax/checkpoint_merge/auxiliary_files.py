@@ -26,7 +26,7 @@ from modelstock_jax.checkpoint_merge.consistency import (
     read_tokens,
 )
 from modelstock_jax.checkpoint_merge.hf_config import CONFIG, KEYS, read_config, set_dtype, updated
-from modelstock_jax.checkpoint_merge.matching import Findings
+from modelstock_jax.checkpoint_merge.matching import PlanIssues
 from modelstock_jax.checkpoint_merge.options import Options, model_index
 from modelstock_jax.checkpoint_merge.sources import (
     ENDINGS,
@@ -38,7 +38,7 @@ from modelstock_jax.checkpoint_merge.sources import (
     folders,
     tokenizer_folders,
 )
-from modelstock_jax.checkpoint_merge.tensor_plan import Planned
+from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import PICKLES, read_json
 from modelstock_jax.tensor_files.writer import write_indented_json
@@ -61,7 +61,7 @@ _OF_TRAINING = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Companions:
+class AuxiliaryFiles:
     """Which model the files next to the tensors come from.
 
     Attributes:
@@ -80,12 +80,12 @@ class Companions:
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def decide_companions(
-    sources: Sequence[Source], tensors: Mapping[str, Planned], options: Options, findings: Findings
-) -> Companions:
+def plan_auxiliary_files(
+    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], options: Options, findings: PlanIssues
+) -> AuxiliaryFiles:
     """Chooses config and tokenizer; what models disagree on goes to `findings`."""
     if not _exist(sources, options, findings):
-        return Companions()
+        return AuxiliaryFiles()
     components = by_folder(tensors, sources)
     config_model = _config_model(sources, components, options, findings)
     tokenizer_model = _tokenizer_model(sources, config_model, options, findings)
@@ -115,12 +115,12 @@ def decide_companions(
             f"{sources[config_model].label}: {said} speaks of a quantization, and the weights "
             "are plain; the merged config does not")
     _name_left_behind(sources[config_model], findings)
-    return Companions(config_model, tokenizer_model, changes, plain, dtypes)
+    return AuxiliaryFiles(config_model, tokenizer_model, changes, plain, dtypes)
 
 
 def _config_model(
-    sources: Sequence[Source], components: Mapping[str, Mapping[str, Planned]], options: Options,
-    findings: Findings,
+    sources: Sequence[Source], components: Mapping[str, Mapping[str, TensorPlan]], options: Options,
+    findings: PlanIssues,
 ) -> int:
     """The model whose config files are written; modules that only fine-tunes have are theirs."""
     here = component_folders(sources[0].directory)
@@ -139,11 +139,11 @@ def _config_model(
     whose, label = options.config_from or f"model:{chosen}", sources[chosen].label
     there = component_folders(sources[chosen].directory)
     if lacking := [name for name in components if name not in there]:
-        findings.object(f"--config-from {whose}: {label} has no {listed(lacking, 3)}, where merged "
+        findings.add_problem(f"--config-from {whose}: {label} has no {listed(lacking, 3)}, where merged "
                         "tensors are written; give another model")
     if chosen and (more := [name for name in _of_weights(sources[chosen])
                             if name not in components]):
-        findings.object(
+        findings.add_problem(
             f"--config-from {whose}: the files of {label} name {listed(map(repr, more), 3)}, and "
             "the merged model has no tensors there (--head finetuned writes modules that BASE "
             "lacks; else save BASE with the same folders)")
@@ -151,7 +151,7 @@ def _config_model(
 
 
 def _object_to_lost_modules(
-    sources: Sequence[Source], components: Mapping[str, Mapping[str, Planned]], findings: Findings
+    sources: Sequence[Source], components: Mapping[str, Mapping[str, TensorPlan]], findings: PlanIssues
 ) -> None:
     """A problem where fine-tunes are sentence-transformers models and the base is not."""
     def has(source: Source) -> bool:
@@ -167,13 +167,13 @@ def _object_to_lost_modules(
     assert source.directory is not None, "`has` saw a file in it"
     lost = [MODULES, *(name for name in folders(source.directory) if name)]
     theirs = f"--config-from model:{fits[0]} to write them, or " if fits else ""
-    findings.object(f"{listed(lost, 6)} of {source.label} would be lost, for {sources[0].label} "
+    findings.add_problem(f"{listed(lost, 6)} of {source.label} would be lost, for {sources[0].label} "
                     f"has no {MODULES}: pass {theirs}--config-from base to write a model without "
                     "them")
 
 
 def _object_to_several_vocabularies(
-    sources: Sequence[Source], tensors: Mapping[str, Planned], findings: Findings
+    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], findings: PlanIssues
 ) -> None:
     """A problem where the rows of two embeddings come from two models: one tokenizer is written."""
     longest: dict[int, str] = {}
@@ -183,7 +183,7 @@ def _object_to_several_vocabularies(
     if len(longest) > 1:
         which = listed(f"{name} is of {sources[model].label}"
                        for model, name in sorted(longest.items()))
-        findings.object(f"the longest vocabularies are of several models: {which}; pass "
+        findings.add_problem(f"the longest vocabularies are of several models: {which}; pass "
                         "--tokenizer-from model:1 (or another) to write that model's tokenizers, "
                         "or --vocabulary base")
 
@@ -199,7 +199,7 @@ def component_folders(directory: Path | None) -> list[str]:
 
 
 def _tokenizer_model(
-    sources: Sequence[Source], config_model: int, options: Options, findings: Findings
+    sources: Sequence[Source], config_model: int, options: Options, findings: PlanIssues
 ) -> int:
     """The model whose tokenizer is written: one asked for, that of a longer vocabulary, BASE's."""
     if options.tokenizer_from is not None:
@@ -224,7 +224,7 @@ def _written_keys(
     return found
 
 
-def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> bool:
+def _exist(sources: Sequence[Source], options: Options, findings: PlanIssues) -> bool:
     """Whether the models that files are asked of exist and have such files."""
     before = len(findings.problems)
     for name, what in (("config_from", CONFIG), ("tokenizer_from", "tokenizer files")):
@@ -241,8 +241,8 @@ def _exist(sources: Sequence[Source], options: Options, findings: Findings) -> b
     return len(findings.problems) == before
 
 
-def copy_companions(
-    sources: Sequence[Source], companions: Companions, directory: Path
+def copy_auxiliary_files(
+    sources: Sequence[Source], companions: AuxiliaryFiles, directory: Path
 ) -> None:
     """Copies what a model needs next to its tensors; the config with what the merge changed.
 
@@ -274,7 +274,7 @@ def copy_companions(
     _rewrite_configs(companions, directory)
 
 
-def _rewrite_configs(companions: Companions, directory: Path) -> None:
+def _rewrite_configs(companions: AuxiliaryFiles, directory: Path) -> None:
     """Changes the copied configs of all components."""
     for folder in {*companions.changes, *companions.plain}:
         config = read_config(directory / folder)
@@ -333,7 +333,7 @@ def _has_tokenizer(source: Source, base: Source) -> bool:
         for folder in tokenizer_folders(directory) for path in (directory / folder).iterdir())
 
 
-def _name_left_behind(source: Source, findings: Findings) -> None:
+def _name_left_behind(source: Source, findings: PlanIssues) -> None:
     """Names the files next to a model that are not copied, for the user to copy."""
     if source.directory is None:
         return

@@ -15,12 +15,12 @@ from typing import Any, NoReturn, TextIO
 from modelstock_jax import __version__
 from modelstock_jax.checkpoint_merge.options import (
     ANCHOR_ROUNDING,
-    DIGESTS,
+    CHECKSUMS,
     DTYPES,
     HEAD,
-    MISSING,
-    TIED,
-    VOCABULARY,
+    MISSING_TENSORS,
+    TIED_HEAD,
+    VOCAB_MISMATCH,
     dtype_name,
     method_name,
 )
@@ -211,12 +211,12 @@ def _add_common(parser: Parser) -> None:
     add("--include", action="append", metavar="PATTERN",
         help="merge only matching tensors: 'model.layers.*'")
     add("--exclude", action="append", metavar="PATTERN", help="do not merge matching tensors")
-    add("--vocabulary", choices=VOCABULARY, metavar="WHICH",
+    add("--vocabulary", choices=VOCAB_MISMATCH, metavar="WHICH",
         help="embeddings of different sizes: merge common rows, take the rest from base or longest "
         "(refuse)")
-    add("--tied", choices=TIED, metavar="HOW",
+    add("--tied", choices=TIED_HEAD, metavar="HOW",
         help="head tied to the embedding in some models: untie (keep)")
-    add("--missing", choices=MISSING, metavar="HOW",
+    add("--missing", choices=MISSING_TENSORS, metavar="HOW",
         help="tensors that some models lack: base (refuse)")
     add("--head", choices=HEAD, metavar="HOW",
         help="classifier that is new in the fine-tunes: take theirs, finetuned (refuse)")
@@ -250,7 +250,7 @@ def _add_merge(parser: Parser) -> None:
     add("--density", type=numbers, metavar="D,D",
         help="for ties: fraction of each task vector to keep (1)")
     add("--t", type=float, metavar="T", help="for slerp, in [0, 1]: how far along the arc")
-    add("--digest", choices=DIGESTS, metavar="KIND",
+    add("--digest", choices=CHECKSUMS, metavar="KIND",
         help="checksums in the report: crc32 or sha256 (crc32)")
     add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
         help="of a file: 5GB, 500MB (5GB)")

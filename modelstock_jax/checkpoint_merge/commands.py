@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import display, hf_config, quantization
-from modelstock_jax.checkpoint_merge.display import Drawing
-from modelstock_jax.checkpoint_merge.executor import Report, measure, run
+from modelstock_jax.checkpoint_merge.display import PlotProcess
+from modelstock_jax.checkpoint_merge.executor import MergeResult, measure, run
 from modelstock_jax.checkpoint_merge.hf_config import read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.output import check_out
@@ -27,7 +27,7 @@ from modelstock_jax.checkpoint_merge.report import card, document, library_name,
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import plain, write_json, write_text
-from modelstock_jax.reporting.progress import Meter
+from modelstock_jax.reporting.progress import ByteProgress
 
 REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
 # A comparison writes no model: what some models lack need not stand in its way.
@@ -56,13 +56,13 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     command = "modelstock " + shlex.join(argv)
     documents: list[dict[str, Any]] = []
     name = Path(os.path.abspath(arguments.out)).name
-    drawing = Drawing(plan.bytes_read if plan.anchored else 0)
+    drawing = PlotProcess(plan.bytes_read if plan.anchored else 0)
 
     def measured(directory: Path, rows: list[dict[str, Any]]) -> None:
         if plan.anchored:  # Without a base there are no angles and norms to draw.
             drawing.begin(directory / PICTURE, rows)
 
-    def finish(directory: Path, report: Report) -> None:
+    def finish(directory: Path, report: MergeResult) -> None:
         made = document(plan, report, [digests() for digests in inputs], command)
         _write(directory, made, name)
         if plan.anchored:
@@ -70,9 +70,9 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         documents.append(made)
 
     with ThreadPoolExecutor(1) as hashing:
-        inputs = _digests((base, *finetuned), plan.options.digest, hashing)
+        inputs = _checksums((base, *finetuned), plan.options.checksum, hashing)
         try:
-            with Meter("merging", messages) as meter:
+            with ByteProgress("merging", messages) as meter:
                 report = run(plan, arguments.out, overwrite=arguments.overwrite, progress=meter,
                              measured=measured, finish=finish)
         except BaseException:
@@ -98,18 +98,18 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     plan = make_plan(base, finetuned, _options(_LENIENT | asked, base), lenient=True)
     messages = Console(stderr=True)
     _tell(_notes(plan), messages)
-    with Meter("comparing", messages) as meter:
+    with ByteProgress("comparing", messages) as meter:
         report = measure(plan, progress=meter)
     summary = ratios(report.rows)
     if arguments.plot:
-        drawing = Drawing(0)
+        drawing = PlotProcess(0)
         drawing.begin(Path(arguments.plot), report.rows)
         drawing.finish()
     if arguments.json:
         _print_json({
             "base": base.label, "models": [source.label for source in finetuned],
             "unit": plan.options.unit, "units": report.rows, "ratios": summary,
-            "policies": report.policies, "predicted_distance": report.distance,
+            "policies": report.outcomes, "predicted_distance": report.distance,
             "anchor_rounding": plan.rounding, "notes": _notes(plan),
         })  # fmt: skip
     else:
@@ -207,15 +207,15 @@ def _check_layers(layers: int | None, base: Source) -> None:
                         "only the whole model is merged; give models instead of slices")
 
 
-def _digests(
+def _checksums(
     sources: Sequence[Source], kind: str, beside: ThreadPoolExecutor
 ) -> list[Callable[[], dict[str, str]]]:
     """Ways to the digests of each input: CRC-32 of what the merge reads, SHA-256 beside it."""
     if kind == "sha256":
-        return [beside.submit(source.digests, kind).result for source in sources]
+        return [beside.submit(source.checksums, kind).result for source in sources]
     for source in sources:
         source.watch()
-    return [source.digests for source in sources]
+    return [source.checksums for source in sources]
 
 
 def _write(directory: Path, made: dict[str, Any], name: str) -> None:

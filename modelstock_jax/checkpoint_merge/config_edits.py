@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from modelstock_jax.checkpoint_merge.hf_config import CONFIG, flat, generation_keys, read_config
-from modelstock_jax.checkpoint_merge.matching import Findings
+from modelstock_jax.checkpoint_merge.matching import PlanIssues
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import HEAD_PREFIX, Source, folders, prefix_of
 from modelstock_jax.checkpoint_merge.tensor_names import is_classifier, is_embedding
-from modelstock_jax.checkpoint_merge.tensor_plan import Planned
+from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.errors import listed
 
 TIED = "tie_word_embeddings"
@@ -44,13 +44,13 @@ class Rows(NamedTuple):
 
 
 def by_folder(
-    tensors: Mapping[str, Planned], sources: Sequence[Source]
-) -> dict[str, dict[str, Planned]]:
+    tensors: Mapping[str, TensorPlan], sources: Sequence[Source]
+) -> dict[str, dict[str, TensorPlan]]:
     """The planned tensors of each component, by its folder; `''` is the top."""
     prefixes: dict[str, str] = {}
     for source in sources:
         prefixes |= source.components
-    found: dict[str, dict[str, Planned]] = {}
+    found: dict[str, dict[str, TensorPlan]] = {}
     for name, tensor in tensors.items():
         prefix = prefix_of(name, prefixes)
         folder = "" if prefix == HEAD_PREFIX else prefix.rstrip("/")
@@ -59,8 +59,8 @@ def by_folder(
 
 
 def config_changes(
-    sources: Sequence[Source], tensors: Mapping[str, Planned], config_model: int,
-    tokenizer_model: int, findings: Findings,
+    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], config_model: int,
+    tokenizer_model: int, findings: PlanIssues,
 ) -> dict[str, dict[str, Any]]:
     """Folder -> dotted key of its config.json -> value that the merge changes; None removes it.
 
@@ -100,7 +100,7 @@ def config_changes(
 
 
 def written_dtypes(
-    sources: Sequence[Source], tensors: Mapping[str, Planned], options: Options,
+    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], options: Options,
     names: Sequence[str],
 ) -> dict[str, str]:
     """Folder -> the dtype that its config.json gets: `--dtype`, or that of dequantized weights."""
@@ -166,8 +166,8 @@ def _placed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 
 
 def _of_vocabulary(
-    path: str, folder: str, config: Mapping[str, Any], tensors: Mapping[str, Planned],
-    findings: Findings,
+    path: str, folder: str, config: Mapping[str, Any], tensors: Mapping[str, TensorPlan],
+    findings: PlanIssues,
 ) -> dict[str, int]:
     """The keys that certainly hold the rows of a resized embedding; a note for any other."""
     rows = _rows(folder, tensors, findings.vocabulary)
@@ -205,7 +205,7 @@ def _check(path: str, keys: Sequence[str], rows: Iterable[Rows]) -> str:
 
 
 def _rows(
-    folder: str, tensors: Mapping[str, Planned], lengths: Mapping[str, tuple[int, ...]]
+    folder: str, tensors: Mapping[str, TensorPlan], lengths: Mapping[str, tuple[int, ...]]
 ) -> list[Rows]:
     """Tensors with an axis of the vocabulary, those that all models have alike too."""
     found = []
@@ -257,7 +257,7 @@ _CLASSES = re.compile(r"(?:.*[./])?(?:class_(?:predictor|labels_classifier|embed
 
 
 def check_labels(
-    components: Mapping[str, Mapping[str, Planned]], sources: Sequence[Source], findings: Findings
+    components: Mapping[str, Mapping[str, TensorPlan]], sources: Sequence[Source], findings: PlanIssues
 ) -> None:
     """A problem where a classifier's row is one class in one model and another class in the next.
 
@@ -279,13 +279,13 @@ def check_labels(
         if not rows:
             continue
         path = f"{folder}/{CONFIG}" if folder else CONFIG
-        findings.object(
+        findings.add_problem(
             f"{path}: id2label: {listed(rows, _MAX_NAMED)}, and {listed(sorted(heads), 2)} has a "
             "row per class: the mean of two classes is none, and --config-from does not change "
             f"that. {_fix(heads, bool(_differing(labels, sources, 1)))}")
 
 
-def labels_from(tensors: Mapping[str, Planned], new_head: Collection[str]) -> int:
+def labels_from(tensors: Mapping[str, TensorPlan], new_head: Collection[str]) -> int:
     """The model whose classes the classifier of a component has: 0 is the base."""
     heads = [tensor for name, tensor in tensors.items()
              if _has_classes(name) or name in new_head]
@@ -326,7 +326,7 @@ def _differing(
     return rows
 
 
-def _fix(heads: Mapping[str, Planned], tuned: bool) -> str:
+def _fix(heads: Mapping[str, TensorPlan], tuned: bool) -> str:
     """What a user can do: `tuned` where fine-tunes differ from each other."""
     modules = sorted({re.sub(r"\.?(?:weight|bias)$", "", name) for name in heads})
     pattern = f"{modules[0]}.*" if modules[0] else next(iter(heads))

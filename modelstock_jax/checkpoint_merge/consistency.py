@@ -17,11 +17,11 @@ from modelstock_jax.checkpoint_merge.hf_config import (
     generation_keys,
     read_config,
 )
-from modelstock_jax.checkpoint_merge.matching import Findings
+from modelstock_jax.checkpoint_merge.matching import PlanIssues
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import MODULES, Source, folders, tokenizer_folders
 from modelstock_jax.checkpoint_merge.tensor_names import is_embedding
-from modelstock_jax.checkpoint_merge.tensor_plan import Planned
+from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import read_json
 
@@ -65,7 +65,7 @@ def read_tokens(sources: Sequence[Source]) -> list[Read]:
 
 def compare_ids(
     read: Sequence[Read], sources: Sequence[Source],
-    components: Mapping[str, Mapping[str, Planned]], options: Options, findings: Findings,
+    components: Mapping[str, Mapping[str, TensorPlan]], options: Options, findings: PlanIssues,
 ) -> None:
     """A problem where rows of different tokens are averaged, unless a tokenizer was chosen."""
     for folder, ids in read:
@@ -80,7 +80,7 @@ def compare_ids(
             findings.notes.append(f"{text}; {why}, and the tokenizer of "
                                   f"{options.tokenizer_from or 'base'} is written")
             continue
-        findings.object(
+        findings.add_problem(
             f"{text}: rows of different tokens would be averaged. Add tokens in one order and "
             "train again, or pass --tokenizer-from model:1 (or base, model:2, ...) to write that "
             "model's tokenizer all the same")
@@ -118,7 +118,7 @@ def _conflicts(ids: Sequence[Ids | None], sources: Sequence[Source], rows: int) 
     return [seen[i] for i in sorted(seen)]
 
 
-def _merged_rows(folder: str, components: Mapping[str, Mapping[str, Planned]]) -> int:
+def _merged_rows(folder: str, components: Mapping[str, Mapping[str, TensorPlan]]) -> int:
     """Rows of the token embedding that are averaged; 0 where none are."""
     names = (folder.replace("tokenizer", "text_encoder"), folder)
     here = next((components[name] for name in names if name in components), None)
@@ -216,7 +216,7 @@ _DIFFERS = "differ"
 
 
 def compare_configs(
-    sources: Sequence[Source], options: Options, findings: Findings, whose: str,
+    sources: Sequence[Source], options: Options, findings: PlanIssues, whose: str,
     changes: Mapping[str, Iterable[str]],
 ) -> None:
     """A problem for keys that change a forward pass; one note for those that do not.
@@ -260,11 +260,11 @@ def _written(key: str, changes: Iterable[str]) -> bool:
 
 def _object(
     path: str, grave: dict[str, tuple[str, str]], pair: tuple[Source, Source], number: int,
-    options: Options, findings: Findings,
+    options: Options, findings: PlanIssues,
 ) -> None:
     if grave and options.config_from is None:
         labels = pair[0].label, pair[1].label
-        findings.object(f"{path}: {as_text(grave, labels)} (pass --config-from base or "
+        findings.add_problem(f"{path}: {as_text(grave, labels)} (pass --config-from base or "
                         f"--config-from model:{number} to choose the config that is written)")
 
 
@@ -301,7 +301,7 @@ def _modules(index: Any) -> dict[str, Any]:
                         if isinstance(entry, dict)]}
 
 
-def compare_processors(sources: Sequence[Source], findings: Findings, whose: str) -> None:
+def compare_processors(sources: Sequence[Source], findings: PlanIssues, whose: str) -> None:
     """A note where models prepare images or sentences differently; `whose` files are written."""
     ours = _processing(sources[0])
     for source in sources[1:]:
@@ -331,7 +331,7 @@ def _processing(source: Source) -> dict[str, Any]:
 
 
 def compare_tokenizers(
-    sources: Sequence[Source], findings: Findings, read: Sequence[Read]
+    sources: Sequence[Source], findings: PlanIssues, read: Sequence[Read]
 ) -> None:
     """A note where the fine-tunes' templates, tokens or settings are not the base's."""
     found = [_settings(source) | added(read, model)

@@ -16,11 +16,11 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from modelstock_jax.checkpoint_merge.executor import Report
+from modelstock_jax.checkpoint_merge.executor import MergeResult
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.report import merged
 from modelstock_jax.fileio import plain
-from modelstock_jax.merging.units import place
+from modelstock_jax.merging.units import block_position
 from modelstock_jax.reporting.progress import duration
 
 MOST_LISTED = 20
@@ -57,7 +57,7 @@ def show_plan(plan: Plan, out: str, console: Console) -> None:
                 console.print(f"  {number} {takes}: {why}", highlight=False, markup=False)
 
 
-def show_merge(document: Mapping[str, Any], report: Report, out: str | Path,
+def show_merge(document: Mapping[str, Any], report: MergeResult, out: str | Path,
                console: Console) -> None:
     """What was merged, at which ratios, where it lies, and how long it took."""
     table = _facts()
@@ -91,7 +91,7 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any
 
     A terminal too narrow for all of it shows names, angles and ratios, and what else fits.
     """
-    places = place([row["name"] for row in rows])
+    places = block_position([row["name"] for row in rows])
     towers = list(dict.fromkeys(p.tower for p in places))
     keys = [(towers.index(p.tower), p.depth) for p in places]
     ordered = [row for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0])]
@@ -185,7 +185,7 @@ def _print(table: Table, console: Console) -> None:
 WORTH_A_PROCESS = 2**30
 
 
-class Drawing:
+class PlotProcess:
     """Draws `figures.angle_by_block` for a merge that reads `num_bytes`.
 
     A long merge has a process of its own load matplotlib from the start on, and draw while the

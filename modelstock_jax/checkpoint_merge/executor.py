@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelstock_jax.checkpoint_merge.anchor import is_coarser
-from modelstock_jax.checkpoint_merge.auxiliary_files import copy_companions
+from modelstock_jax.checkpoint_merge.auxiliary_files import copy_auxiliary_files
 from modelstock_jax.checkpoint_merge.kernels import (
     FLOATS,
     PIECE,
-    Layout,
+    UnitLayout,
     Scratch,
     narrow,
     piece_length,
@@ -38,9 +38,9 @@ from modelstock_jax.checkpoint_merge.methods import (
     tensor_rows,
     totals,
 )
-from modelstock_jax.checkpoint_merge.output import OccupiedError, Output, Stopped, Tally, Workplace
+from modelstock_jax.checkpoint_merge.output import OccupiedError, Output, MergeStopped, ByteCounter, StagingDir
 from modelstock_jax.checkpoint_merge.plan import Plan
-from modelstock_jax.checkpoint_merge.tensor_plan import Planned
+from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.rules import NonFiniteError
@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class MergeResult:
     """What a merge measured and wrote; plain Python values throughout.
 
     Attributes:
@@ -72,9 +72,9 @@ class Report:
     """
 
     rows: list[Row]
-    policies: dict[str, int]
+    outcomes: dict[str, int]
     distance: dict[str, float | None]
-    digests: dict[str, str]
+    checksums: dict[str, str]
     resumed: tuple[str, ...]
     bytes_read: int
     bytes_written: int
@@ -88,8 +88,8 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     measured: Callable[[Path, list[Row]], None] | None = None,
-    finish: Callable[[Path, Report], None] | None = None,
-) -> Report:
+    finish: Callable[[Path, MergeResult], None] | None = None,
+) -> MergeResult:
     """Writes the merged checkpoint to `out`: whole, or not at all.
 
     Tensors go to a directory beside `out`, whose name follows from the plan: the same command,
@@ -111,8 +111,8 @@ def run(
             NaN or infinity in a model (nothing is left behind).
     """
     begin = time.monotonic()
-    workplace = Workplace(plan, out, overwrite=overwrite)
-    tally = Tally(plan.bytes_read + plan.bytes_written, progress)
+    workplace = StagingDir(plan, out, overwrite=overwrite)
+    tally = ByteCounter(plan.bytes_read + plan.bytes_written, progress)
     try:
         output = Output(plan, workplace, tally)
         try:
@@ -123,7 +123,7 @@ def run(
         except BaseException:
             output.abandon()
             raise
-        copy_companions(plan.sources, plan.companions, workplace.path)
+        copy_auxiliary_files(plan.sources, plan.auxiliary_files, workplace.path)
         report = _report(workplace.rows, tally, begin, workplace.digests, workplace.resumed)
         if finish is not None:
             finish(workplace.path, report)
@@ -139,7 +139,7 @@ def run(
     return report
 
 
-def measure(plan: Plan, *, progress: Progress | None = None) -> Report:
+def measure(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
     """The first pass alone: the rows of a report, nothing written.
 
     Args:
@@ -147,13 +147,13 @@ def measure(plan: Plan, *, progress: Progress | None = None) -> Report:
         progress: As `run`'s.
     """
     begin = time.monotonic()
-    tally = Tally(plan.bytes_read, progress)
+    tally = ByteCounter(plan.bytes_read, progress)
     rows: dict[str, Row] = {}
     _work(plan, tally, rows, None)
     return _report(rows, tally, begin, {}, ())
 
 
-def _work(plan: Plan, tally: Tally, rows: dict[str, Row], output: Output | None) -> None:
+def _work(plan: Plan, tally: ByteCounter, rows: dict[str, Row], output: Output | None) -> None:
     """Every tensor in turn: units that fit the window side by side, larger ones by all workers."""
     threads, scratch = plan.options.num_threads, Scratch()
     jobs: list[Future] = []
@@ -169,7 +169,7 @@ def _work(plan: Plan, tally: Tally, rows: dict[str, Row], output: Output | None)
                 else:
                     _merge(*task, pool)
                 if tally.stopped.is_set():
-                    raise Stopped
+                    raise MergeStopped
             for job in jobs:
                 job.result()
         except BaseException:
@@ -181,8 +181,8 @@ def _work(plan: Plan, tally: Tally, rows: dict[str, Row], output: Output | None)
 
 def _merge(
     plan: Plan,
-    members: list[Planned],
-    tally: Tally,
+    members: list[TensorPlan],
+    tally: ByteCounter,
     scratch: Scratch,
     rows: dict[str, Row],
     output: Output | None,
@@ -210,7 +210,7 @@ def _merge(
             copy_tensor(plan, member, tally, output, start=unit.layouts[k].count)
 
 
-def _left(plan: Plan, members: list[Planned], tally: Tally, output: Output) -> bool:
+def _left(plan: Plan, members: list[TensorPlan], tally: ByteCounter, output: Output) -> bool:
     """Whether any of a unit is still to be written; tells what an earlier start has done of it."""
     done = [m for m in members if not output.missing(m.name)]
     # The last pass alone is by member.
@@ -219,9 +219,9 @@ def _left(plan: Plan, members: list[Planned], tally: Tally, output: Output) -> b
     return len(done) < len(members)
 
 
-def _tasks(plan: Plan) -> Iterator[list[Planned]]:
+def _tasks(plan: Plan) -> Iterator[list[TensorPlan]]:
     """Tensors unit by unit, in the order of the files."""
-    units: dict[str, list[Planned]] = {}
+    units: dict[str, list[TensorPlan]] = {}
     ordered = [plan.tensors[name] for names in plan.shards for name in names]
     for tensor in ordered:
         if tensor.part is not None:
@@ -233,11 +233,11 @@ def _tasks(plan: Plan) -> Iterator[list[Planned]]:
             yield units[tensor.part.key]
 
 
-def _bytes(plan: Plan, members: list[Planned]) -> int:
+def _bytes(plan: Plan, members: list[TensorPlan]) -> int:
     return sum(plan.bytes_in(member) for member in members)
 
 
-def _stop_if_failed(job: Future, tally: Tally) -> None:
+def _stop_if_failed(job: Future, tally: ByteCounter) -> None:
     if not job.cancelled() and job.exception() is not None:
         tally.stopped.set()
 
@@ -246,7 +246,7 @@ def _raise_first(jobs: list[Future]) -> None:
     """Raises what a worker raised, but not that it was told to stop."""
     for job in jobs:
         if job.done() and not job.cancelled() and (error := job.exception()) is not None:
-            if not isinstance(error, Stopped):
+            if not isinstance(error, MergeStopped):
                 raise error
 
 
@@ -254,11 +254,11 @@ def _ordered(rows: dict[str, Row]) -> list[Row]:
     return [rows[name] for name in sorted(rows)]
 
 
-def _report(rows, tally: Tally, begin: float, digests, resumed) -> Report:
+def _report(rows, tally: ByteCounter, begin: float, digests, resumed) -> MergeResult:
     ordered = _ordered(rows)
     policies, distance = totals(ordered)
-    return Report(
-        rows=ordered, policies=policies, distance=distance, digests=dict(sorted(digests.items())),
+    return MergeResult(
+        rows=ordered, outcomes=policies, distance=distance, checksums=dict(sorted(digests.items())),
         resumed=resumed, bytes_read=tally.read, bytes_written=tally.written,
         seconds=time.monotonic() - begin,
     )
@@ -294,8 +294,8 @@ class Unit:
     def __init__(
         self,
         plan: Plan,
-        members: Sequence[Planned],
-        tally: Tally,
+        members: Sequence[TensorPlan],
+        tally: ByteCounter,
         scratch: Scratch,
         pool: Executor | None = None,
     ):
@@ -304,7 +304,7 @@ class Unit:
         self._sources = (plan.base, *plan.finetuned)
         self._formed: dict[tuple[int, Piece], np.ndarray] = {}
         parts = [member.part for member in members if member.part is not None]
-        self.layouts = [Layout.of(part) for part in parts]
+        self.layouts = [UnitLayout.of(part) for part in parts]
         self.dtypes = [self._dtype(*pair) for pair in zip(members, self.layouts, strict=True)]
         self.name = members[0].name
         self.count = sum(layout.count for layout in self.layouts)
@@ -360,10 +360,10 @@ class Unit:
         """Merged weights of a piece, as they are written; valid until this thread's next call."""
         member, layout = self.members[piece.member], self.layouts[piece.member]
         solution, code, raw = solved.solution, member.code, self._raw(piece)
-        if layout.units == 1 and solution.hold[0]:
+        if layout.units == 1 and solution.keep_anchor[0]:
             return recode(raw[0], code)
-        if layout.units == 1 and solution.exact.any():
-            return recode(raw[1 + int(solution.exact[:, 0].argmax())], code)
+        if layout.units == 1 and solution.copy_replica.any():
+            return recode(raw[1 + int(solution.copy_replica[:, 0].argmax())], code)
         if solved.trim is not None:
             vectors = self._vectors(raw, self._output_dtype(piece.member))
             merged = vectors[0] + solved.trim.merge(vectors[1:])
@@ -371,7 +371,7 @@ class Unit:
             merged = self._combine(raw, solved, piece)
         merged = narrow(merged, code, saturate=self._may_overflow(member), room=self._scratch.take)
         if layout.units > 1:
-            for values, mask in zip(raw, (solution.hold, *solution.exact), strict=True):
+            for values, mask in zip(raw, (solution.keep_anchor, *solution.copy_replica), strict=True):
                 if mask.any():
                     chosen = layout.spread(mask, piece.start, piece.stop)
                     merged = np.where(chosen, recode(values, code), merged)
@@ -469,13 +469,13 @@ class Unit:
     def _length(self, k: int) -> int:
         return piece_length(len(self._sources), self._bits(self.members[k]))
 
-    def _code(self, member: Planned, model: int) -> str:
+    def _code(self, member: TensorPlan, model: int) -> str:
         return self._sources[model].tensors[member.name_in(model)].code
 
-    def _bits(self, member: Planned) -> int:
+    def _bits(self, member: TensorPlan) -> int:
         return max(BITS[self._code(member, i)] for i in range(len(member.names)))
 
-    def _dtype(self, member: Planned, layout: Layout) -> type:
+    def _dtype(self, member: TensorPlan, layout: UnitLayout) -> type:
         """Float32 holds 16-bit weights and the float32 rounding of their differences.
 
         Differences of float32 weights it rounds by 2^-24 of themselves: over many, enough for an
@@ -485,7 +485,7 @@ class Unit:
         narrow_enough = self._bits(member) <= most and self.plan.options.method != "slerp"
         return np.float32 if narrow_enough else np.float64
 
-    def _may_overflow(self, member: Planned) -> bool:
+    def _may_overflow(self, member: TensorPlan) -> bool:
         codes = {self._code(member, i) for i in range(len(member.names))}
         return not COMMANDS[self.plan.options.method].convex or codes != {member.code}
 
@@ -504,7 +504,7 @@ class Unit:
 
 
 def copy_tensor(
-    plan: Plan, tensor: Planned, tally: Tally, output: Output, *, start: int = 0
+    plan: Plan, tensor: TensorPlan, tally: ByteCounter, output: Output, *, start: int = 0
 ) -> None:
     """Writes what is left of a tensor from element `start` on, and says that it is complete.
 
@@ -521,7 +521,7 @@ def copy_tensor(
 
 
 def _read(
-    plan: Plan, tensor: Planned, model: int, start: int, stop: int, tally: Tally
+    plan: Plan, tensor: TensorPlan, model: int, start: int, stop: int, tally: ByteCounter
 ) -> np.ndarray:
     source = (plan.base, *plan.finetuned)[model]
     name = tensor.name_in(model)

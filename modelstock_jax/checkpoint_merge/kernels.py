@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from modelstock_jax.merging.rules import NonFiniteError
-from modelstock_jax.merging.units import Part
+from modelstock_jax.merging.units import UnitView
 from modelstock_jax.tensor_files.reader import DTYPES
 
 # Numbers of a tensor that one model gives at once.
@@ -25,7 +25,7 @@ _DOT = {np.dtype(np.float32): 512, np.dtype(np.float64): 8192}
 _SHORT = 32  # rows this short are not worth a dot each
 
 
-class Layout(NamedTuple):
+class UnitLayout(NamedTuple):
     """How a flattened tensor lies in its units: unit of element e = (e // run) % units."""
 
     units: int
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     count: int  # numbers of the tensor
 
     @classmethod
-    def of(cls, part: Part) -> Layout:
+    def of(cls, part: UnitView) -> UnitLayout:
         """From a part, which keeps one axis of its view at most."""
         kept = [axis for axis in range(len(part.view)) if axis not in part.axes]
         if not kept:
@@ -89,7 +89,7 @@ def piece_length(models: int, bits: int) -> int:
     return max(2**16, 2 ** (WORKING_SET // (models * each)).bit_length() // 2)
 
 
-def products(vectors: np.ndarray, layout: Layout, start: int, stop: int) -> np.ndarray:
+def products(vectors: np.ndarray, layout: UnitLayout, start: int, stop: int) -> np.ndarray:
     """Products of each two vectors, summed in float64 for each unit that a range touches.
 
     Args:

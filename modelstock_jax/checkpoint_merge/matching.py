@@ -35,7 +35,7 @@ Names = tuple[str | None, ...]
 
 
 @dataclasses.dataclass
-class Findings:
+class PlanIssues:
     """What planning comes upon; problems are raised all at once.
 
     Attributes:
@@ -56,18 +56,18 @@ class Findings:
     companion: int = 0
     lenient: bool = False
 
-    def object(self, problem: str) -> None:
+    def add_problem(self, problem: str) -> None:
         """A problem; a note where nothing will be written."""
         (self.notes if self.lenient else self.problems).append(problem)
 
-    def refuse(self) -> None:
+    def raise_problems(self) -> None:
         """Raises where there are problems."""
         if self.problems:
             raise UserError("; ".join(self.problems) + ".")
 
 
-def match(
-    sources: Sequence[Source], options: Options, findings: Findings
+def match_tensors(
+    sources: Sequence[Source], options: Options, findings: PlanIssues
 ) -> dict[str, Names]:
     """The output's tensors, each with its name in every model; None where it has none there.
 
@@ -92,7 +92,7 @@ def match(
     return matched
 
 
-def _view(source: Source, base: Source, findings: Findings) -> dict[str, str]:
+def _view(source: Source, base: Source, findings: PlanIssues) -> dict[str, str]:
     """Names as the base has them -> where this model has them."""
     view = {name: name for name in source.tensors}
     if source is base:
@@ -115,7 +115,7 @@ def _view(source: Source, base: Source, findings: Findings) -> dict[str, str]:
 
 def _copied(
     name: str, own: Names, views: Sequence[Mapping[str, str]], sources: Sequence[Source],
-    findings: Findings,
+    findings: PlanIssues,
 ) -> Names:
     """Fills in a tensor of the vocabulary that some models store once, under another's name.
 
@@ -168,7 +168,7 @@ def _constant(source: Source, name: str) -> bool:
 
 def _new_head(
     matched: dict[str, Names], partly: dict[str, Names], sources: Sequence[Source],
-    options: Options, findings: Findings,
+    options: Options, findings: PlanIssues,
 ) -> None:
     """With `head` finetuned: what all fine-tunes have and the base lacks; what only it has goes."""
     if options.head != "finetuned":
@@ -192,7 +192,7 @@ def _new_head(
 
 
 def _missing(
-    partly: Mapping[str, Names], sources: Sequence[Source], options: Options, findings: Findings
+    partly: Mapping[str, Names], sources: Sequence[Source], options: Options, findings: PlanIssues
 ) -> None:
     """Problems or notes for tensors that some models have and others lack."""
     for model, source in enumerate(sources[1:], 1):
@@ -201,7 +201,7 @@ def _missing(
         extra = [n for n, own in partly.items() if own[0] is None and (found := own[model])
                  and not is_index(n, source.tensors[found].shape)]
         share = _share(sources[0], lacking)
-        if options.missing == "base":
+        if options.missing_tensors == "base":
             if lacking:
                 findings.notes.append(
                     f"{source.label} lacks {listed(lacking, 3)}: {_percent(share)} of the base's "
@@ -265,7 +265,7 @@ def _tied(
     own: Names,
     sources: Sequence[Source],
     options: Options,
-    findings: Findings,
+    findings: PlanIssues,
 ) -> Names:
     """Where each model holds its head: under its own name, or as its embedding."""
     said = [_config(source).get("tie_word_embeddings") for source in sources]
@@ -296,7 +296,7 @@ def _tied(
                                   f"in {listed(stored)} and equal to the embedding there")
             return (None,) * len(own)
         return alias
-    if options.tied == "untie":
+    if options.tied_head == "untie":
         findings.untied.append(name)
         findings.notes.append(f"{name}: untied, for {listed(trained)} trained a head of its own")
         _note_aliases(name, own, alias, sources, findings)
@@ -308,7 +308,7 @@ def _tied(
     return (None,) * len(own)
 
 
-def _note_aliases(name, own, alias, sources, findings: Findings) -> None:
+def _note_aliases(name, own, alias, sources, findings: PlanIssues) -> None:
     for source, found, read in zip(sources, own, alias, strict=True):
         if found is None and read is not None:
             findings.notes.append(f"{name}: read from {read} in {source.label}, which ties them")

@@ -10,22 +10,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.kernels import Layout
+from modelstock_jax.checkpoint_merge.kernels import UnitLayout
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.checkpoint_merge.tensor_plan import Planned
+from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.anchor_rounding import correct_gram
-from modelstock_jax.merging.rules import Solution, unit_row
+from modelstock_jax.merging.rules import UnitSolution, unit_row
 from modelstock_jax.registry import COMMANDS
 
 Reduce = Callable[[Callable[[np.ndarray, np.ndarray], np.ndarray]], np.ndarray]
 
 
-class Measured(Protocol):
+class UnitReader(Protocol):
     """A merge unit whose tensors can be gone through as often as a method needs."""
 
     name: str  # of its first tensor
-    single: np.ndarray  # [K] bool: fewer than two numbers
+    is_scalar: np.ndarray  # [K] bool: fewer than two numbers
     count: int  # numbers in all
 
     def gram(self, *, with_base: bool = False) -> np.ndarray:
@@ -42,7 +42,7 @@ class Measured(Protocol):
 class Solved:
     """A unit's answer: anchor * w0 + sum_i a_i d_i, or what TIES keeps of it."""
 
-    solution: Solution
+    solution: UnitSolution
     gram: np.ndarray  # [N, N, K]
     anchor: np.ndarray | None = None  # [K]; None for 1
     trim: Trim | None = None
@@ -53,7 +53,7 @@ class Solved:
         return self.anchor is None and self.trim is None
 
 
-Solver = Callable[[Measured], Solved]
+Solver = Callable[[UnitReader], Solved]
 
 _STRAIGHT = 0.9995  # mergekit's: weights of a larger cosine lie on one line
 
@@ -101,12 +101,12 @@ def scale(options: Options) -> float:
     return 1.0 if options.scale is None else options.scale
 
 
-def _by_angles(rule: Callable[..., Solution], corrected: bool = False) -> Solver:
-    def solve(unit: Measured) -> Solved:
+def _by_angles(rule: Callable[..., UnitSolution], corrected: bool = False) -> Solver:
+    def solve(unit: UnitReader) -> Solved:
         gram = unit.gram()
         if corrected:
             gram = correct_gram(gram, unit.energy())
-        return Solved(rule(gram, unit.single), gram)
+        return Solved(rule(gram, unit.is_scalar), gram)
 
     return solve
 
@@ -119,11 +119,11 @@ def _ties(options: Options, number: int) -> Solver:
     weights, normalize = shares(options, number), options.normalize is not False
     density = np.broadcast_to(1.0 if options.density is None else options.density, number)
 
-    def solve(unit: Measured) -> Solved:
+    def solve(unit: UnitReader) -> Solved:
         gram = unit.gram()
         coefficients = scale(options) * weights / (weights.sum() if normalize else 1.0)
         trim = measure_trim(unit.reduce, unit.count, density, weights, scale(options), normalize)
-        return Solved(rules.given_shares(gram, unit.single, coefficients), gram, trim=trim)
+        return Solved(rules.given_shares(gram, unit.is_scalar, coefficients), gram, trim=trim)
 
     return solve
 
@@ -131,7 +131,7 @@ def _ties(options: Options, number: int) -> Solver:
 def _slerp(t: float | Mapping[str, float]) -> Solver:
     """Spherical interpolation as it is commonly done: by the angle of the weights themselves."""
 
-    def solve(unit: Measured) -> Solved:
+    def solve(unit: UnitReader) -> Solved:
         whole = unit.gram(with_base=True)
         gram = whole[1:, 1:]
         # Lengths and product of the two ends, w0 + d each; the base itself is the end d = 0.
@@ -145,7 +145,7 @@ def _slerp(t: float | Mapping[str, float]) -> Solver:
         share = t[unit.name] if isinstance(t, Mapping) else t
         from_end, to_end = rules.arc_shares(ends[0], ends[1], product, share, _STRAIGHT)
         each = [to_end] if len(gram) == 1 else [from_end, to_end]
-        solution = rules.given_shares(gram, unit.single, np.zeros(len(gram)))
+        solution = rules.given_shares(gram, unit.is_scalar, np.zeros(len(gram)))
         return Solved(
             solution._replace(coefficient=np.array(each), ratio=sum(each)),
             gram, anchor=from_end + to_end,
@@ -167,7 +167,7 @@ def coefficients(solved: Solved, *, of_weights: bool) -> np.ndarray:
 
 
 def combine(
-    vectors: np.ndarray, factors: np.ndarray, layout: Layout, start: int
+    vectors: np.ndarray, factors: np.ndarray, layout: UnitLayout, start: int
 ) -> np.ndarray:
     """Sum of factors times vectors for one piece, in the precision of the vectors.
 
@@ -298,7 +298,7 @@ _DISTANCES = ("replica", "mean", "merged")
 
 
 def tensor_rows(
-    key: str, members: Iterable[Planned], solved: Solved, *, anchored: bool = True
+    key: str, members: Iterable[TensorPlan], solved: Solved, *, anchored: bool = True
 ) -> dict[str, Row]:
     """The rows of a unit's tensors, by name; tensors of one unit differ in name and shape alone.
 
@@ -325,7 +325,7 @@ def tensor_rows(
     rows = {}
     for member in members:
         row = unit_row(member.name, key, solution.cosine, solution.ratio, solution.norm,
-                       solution.policy)
+                       solution.outcome)
         rows[member.name] = {**row, "shape": list(member.shape), **shared}
     return rows
 

@@ -21,12 +21,12 @@ DTYPES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }
-VOCABULARY = ("refuse", "base", "longest")
-TIED = ("keep", "untie")
-MISSING = ("refuse", "base")
+VOCAB_MISMATCH = ("refuse", "base", "longest")
+TIED_HEAD = ("keep", "untie")
+MISSING_TENSORS = ("refuse", "base")
 HEAD = ("refuse", "finetuned")
 ANCHOR_ROUNDING = ("keep", "correct")
-DIGESTS = ("crc32", "sha256")
+CHECKSUMS = ("crc32", "sha256")
 
 
 _ONE_MODEL = r"base|model:[1-9]\d*"
@@ -124,10 +124,10 @@ class Options:
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    excluded: str = "base"
-    vocabulary: str = "refuse"
-    tied: str = "keep"
-    missing: str = "refuse"
+    unmerged_from: str = "base"
+    vocab_mismatch: str = "refuse"
+    tied_head: str = "keep"
+    missing_tensors: str = "refuse"
     weights: tuple[float, ...] | None = None
     normalize: bool | None = None
     alpha: float | None = None
@@ -139,7 +139,7 @@ class Options:
     config_from: str | None = None
     tokenizer_from: str | None = None
     anchor_rounding: str = "keep"
-    digest: str = "crc32"
+    checksum: str = "crc32"
     max_shard_bytes: int = 5 * 10**9
     threads: int | None = None
     window_bytes: int = 256 * 2**20
@@ -148,8 +148,8 @@ class Options:
         object.__setattr__(self, "method", method_name(self.method))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name, allowed in (
-            ("method", COMMANDS), ("unit", UNITS), ("vocabulary", VOCABULARY), ("tied", TIED),
-            ("missing", MISSING), ("dtype", (None, *DTYPES)), ("digest", DIGESTS),
+            ("method", COMMANDS), ("unit", UNITS), ("vocabulary", VOCAB_MISMATCH), ("tied", TIED_HEAD),
+            ("missing", MISSING_TENSORS), ("dtype", (None, *DTYPES)), ("digest", CHECKSUMS),
             ("head", HEAD), ("anchor_rounding", ANCHOR_ROUNDING),
         ):
             if (value := getattr(self, name)) not in allowed:
@@ -171,8 +171,8 @@ class Options:
             self._check_each(name, math.isfinite, "is a number")
         for name in ("max_shard_bytes", "threads", "window_bytes"):
             self._check_each(name, lambda x: x >= 1, "is at least 1")
-        if not re.fullmatch(r"base|mean|model:[1-9]\d*", self.excluded):
-            raise UserError(f"excluded is base, mean or model:1, ..., not {self.excluded!r}.")
+        if not re.fullmatch(r"base|mean|model:[1-9]\d*", self.unmerged_from):
+            raise UserError(f"excluded is base, mean or model:1, ..., not {self.unmerged_from!r}.")
         for name in ("config_from", "tokenizer_from"):
             if not re.fullmatch(_ONE_MODEL, getattr(self, name) or "base"):
                 raise UserError(f"{name} is base or model:1, ..., not {getattr(self, name)!r}.")

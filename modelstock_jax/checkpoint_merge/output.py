@@ -19,8 +19,8 @@ from modelstock_jax.checkpoint_merge.methods import Row
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import Source, stored_name
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import ExistsError, FileLock, refuse_existing, take_place, write_json
-from modelstock_jax.tensor_files.digests import digest_file
+from modelstock_jax.fileio import ExistsError, FileLock, refuse_existing, move_into_place, write_json
+from modelstock_jax.tensor_files.checksums import checksum_file
 from modelstock_jax.tensor_files.formats import shown
 from modelstock_jax.tensor_files.writer import ShardWriter, write_indented_json
 
@@ -36,7 +36,7 @@ class OccupiedError(UserError):
     """Another process made the output directory first; the message says how to continue."""
 
 
-class Workplace:
+class StagingDir:
     """Where a merge's files lie until all of them are there.
 
     Its name follows from the plan's fingerprint, so that the same command finds it again.
@@ -95,7 +95,7 @@ class Workplace:
             refuse_existing(self.out, overwrite=self._overwrite)
             for name in (_STATE, _LOCK):
                 (self.path / name).unlink(missing_ok=True)
-            take_place(self.path, self.out, self._overwrite)
+            move_into_place(self.path, self.out, self._overwrite)
         except ExistsError:
             how = "give the same command with --overwrite (in a program, overwrite=True) to replace"
             if not self.out.is_dir():
@@ -120,7 +120,7 @@ class Workplace:
         self._lock.release()
 
     def _write_state(self) -> None:
-        state = {"fingerprint": self._plan.fingerprint, "digests": self.digests,
+        state = {"fingerprint": self._plan.checksum, "digests": self.digests,
                  "rows": dict(self.rows)}
         write_json(self.path / _STATE, state)
 
@@ -128,14 +128,14 @@ class Workplace:
         """Files that an earlier run finished and that are still what they were."""
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
-            same = state["fingerprint"] == self._plan.fingerprint
+            same = state["fingerprint"] == self._plan.checksum
             digests = {name: state["digests"][name] for name in self._plan.files
                        if same and name in state["digests"]}
             rows = dict(state["rows"])
         except (OSError, ValueError, KeyError, TypeError):
             digests, rows = {}, {}
         whole = {name: digest for name, digest in digests.items()
-                 if (self.path / name).is_file() and _digest(self.path / name, digest) == digest}
+                 if (self.path / name).is_file() and _checksum(self.path / name, digest) == digest}
         done = {tensor for file, tensors in zip(self._plan.files, self._plan.shards, strict=True)
                 if file in whole for tensor in tensors}
         self.rows = {name: row for name, row in rows.items() if name in done}
@@ -189,7 +189,7 @@ def _places(plan: Plan, out: str | os.PathLike[str], overwrite: bool) -> tuple[P
     refuse_inputs(place, plan.sources)
     _refuse_impossible(place)
     refuse_existing(place, overwrite=overwrite)
-    return place, place.parent / f".{place.name}.{plan.fingerprint[:16]}.merge"
+    return place, place.parent / f".{place.name}.{plan.checksum[:16]}.merge"
 
 
 def _refuse_full(out: Path, needed: int, disk: Path) -> None:
@@ -247,19 +247,19 @@ def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:
         raise UserError(f"{out}: {how} the input {source.label}; choose a directory apart from it.")
 
 
-def _digest(path: Path, like: str) -> str:
+def _checksum(path: Path, like: str) -> str:
     kind = like.partition(":")[0]
-    return f"{kind}:{digest_file(path, kind)}"
+    return f"{kind}:{checksum_file(path, kind)}"
 
 
 # Bytes that are done, and the word to stop.
 
 
-class Stopped(Exception):
+class MergeStopped(Exception):
     """Another worker failed: this one's work is not wanted."""
 
 
-class Tally:
+class ByteCounter:
     """Counts bytes, tells them, and stops the workers when one has failed."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None = None):
@@ -271,7 +271,7 @@ class Tally:
     def add(self, *, read: int = 0, written: int = 0) -> None:
         """Counts; raises `Stopped` where the merge was stopped."""
         if self.stopped.is_set():
-            raise Stopped
+            raise MergeStopped
         with self._lock:
             self.read += read
             self.written += written
@@ -298,7 +298,7 @@ class Output:
         tally: Counts what is written.
     """
 
-    def __init__(self, plan: Plan, workplace: Workplace, tally: Tally):
+    def __init__(self, plan: Plan, workplace: StagingDir, tally: ByteCounter):
         self._plan, self._workplace, self._tally = plan, workplace, tally
         self._file = {
             name: file for file, names in zip(plan.files, plan.shards, strict=True)
@@ -360,7 +360,7 @@ class Output:
                     {self._stored[n]: (self._plan.tensors[n].code, self._plan.tensors[n].shape)
                      for n in self._left[file]},
                     metadata=self._aliases(self._left[file]),
-                    digest=self._plan.options.digest,
+                    digest=self._plan.options.checksum,
                 )
             return self._writers[file]
 
@@ -373,4 +373,4 @@ class Output:
     def _finish(self, file: str, writer: ShardWriter) -> None:
         digest = writer.finish()
         os.replace(writer.path, self._workplace.path / file)
-        self._workplace.save(file, f"{self._plan.options.digest}:{digest}")
+        self._workplace.save(file, f"{self._plan.options.checksum}:{digest}")

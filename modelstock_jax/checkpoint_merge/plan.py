@@ -14,12 +14,12 @@ import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.anchor import Examination, examine
-from modelstock_jax.checkpoint_merge.auxiliary_files import Companions, decide_companions
+from modelstock_jax.checkpoint_merge.auxiliary_files import AuxiliaryFiles, plan_auxiliary_files
 from modelstock_jax.checkpoint_merge.kernels import PIECE, WORKING_SET, piece_length
-from modelstock_jax.checkpoint_merge.matching import Findings, match
+from modelstock_jax.checkpoint_merge.matching import PlanIssues, match_tensors
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
-from modelstock_jax.checkpoint_merge.tensor_plan import Planned, decide
+from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan, plan_tensors
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import BITS
 
@@ -51,15 +51,15 @@ class Plan:
     base: Source
     finetuned: tuple[Source, ...]
     options: Options
-    tensors: dict[str, Planned]
+    tensors: dict[str, TensorPlan]
     shards: tuple[tuple[str, ...], ...]
     files: tuple[str, ...]
     bytes_read: int
     bytes_written: int
     memory: int
-    companions: Companions
+    auxiliary_files: AuxiliaryFiles
     notes: tuple[str, ...]
-    fingerprint: str
+    checksum: str
     anchored: bool = True
     rounding: Mapping[str, float | bool] | None = None
 
@@ -90,7 +90,7 @@ class Plan:
         trimmed = self.options.method == "ties" and density is not None and np.min(density) < 1
         return 4 if trimmed else 2
 
-    def bytes_in(self, tensor: Planned) -> int:
+    def bytes_in(self, tensor: TensorPlan) -> int:
         """Bytes of all models' numbers that are merged into a tensor; 0 where none are."""
         if tensor.part is None:
             return 0
@@ -98,7 +98,7 @@ class Plan:
         return sum(count * BITS[source.tensors[tensor.name_in(m)].code] // 8
                    for m, source in enumerate((self.base, *self.finetuned)))
 
-    def bytes_copied(self, tensor: Planned) -> int:
+    def bytes_copied(self, tensor: TensorPlan) -> int:
         """Bytes that are read to be copied, or for a plain mean."""
         sources = (self.base, *self.finetuned)
         merged = 0 if tensor.part is None else math.prod(tensor.part.view)
@@ -131,33 +131,33 @@ def make_plan(
         UserError: All problems, one a line.
     """
     sources = (base, *finetuned)
-    findings = Findings(lenient=lenient)
+    findings = PlanIssues(lenient=lenient)
     _check_number(len(finetuned), options, findings)
     findings.problems += filter(None, map(quantization.refusal, sources))
     if not findings.problems and (problem := quantization.codes_that_differ(sources)):
         findings.problems.append(problem)
-    findings.refuse()  # Codes and scales have no names in common with weights.
-    matched = match(sources, options, findings)
-    tensors = decide(sources, matched, options, findings)
-    companions = decide_companions(sources, tensors, options, findings)
-    findings.refuse()
+    findings.raise_problems()  # Codes and scales have no names in common with weights.
+    matched = match_tensors(sources, options, findings)
+    tensors = plan_tensors(sources, matched, options, findings)
+    companions = plan_auxiliary_files(sources, tensors, options, findings)
+    findings.raise_problems()
     examined = examine(sources, tensors, options) if anchored else Examination()
     findings.problems += examined.problems
-    findings.refuse()
+    findings.raise_problems()
     files = _files(tensors, _components(sources), options.max_shard_bytes)
     plan = Plan(
         base, tuple(finetuned), options, tensors, tuple(files.values()), tuple(files),
         bytes_read=0, bytes_written=sum(t.num_bytes for t in tensors.values()), memory=0,
-        companions=companions, notes=(*findings.notes, *examined.notes),
-        fingerprint=_fingerprint(sources, options, tensors), anchored=anchored,
+        auxiliary_files=companions, notes=(*findings.notes, *examined.notes),
+        checksum=_fingerprint(sources, options, tensors), anchored=anchored,
         rounding=examined.rounding,
     )
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
 
 
-def _check_number(number: int, options: Options, findings: Findings) -> None:
+def _check_number(number: int, options: Options, findings: PlanIssues) -> None:
     method = COMMANDS[options.method]
-    least, most = method.least, method.most
+    least, most = method.min_models, method.max_models
     if number < least or (most is not None and number > most):
         findings.problems.append(
             f"method {options.method!r} takes {least}{'' if most is None else f' to {most}'}"
@@ -172,8 +172,8 @@ def _check_number(number: int, options: Options, findings: Findings) -> None:
     by_sum = options.method != "task-arithmetic" if options.normalize is None else options.normalize
     if options.weights is not None and sum(options.weights) == 0 and by_sum:
         findings.problems.append("the weights add up to 0")
-    if options.excluded.startswith("model:") and int(options.excluded[6:]) > number:
-        findings.problems.append(f"excluded is {options.excluded}, and there are {number}")
+    if options.unmerged_from.startswith("model:") and int(options.unmerged_from[6:]) > number:
+        findings.problems.append(f"excluded is {options.unmerged_from}, and there are {number}")
     if options.method == "ties" and options.unit in ("filter", "head"):
         findings.problems.append("ties trims whole tensors: unit tensor, layer, block or global")
 
@@ -193,13 +193,13 @@ def _components(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def _files(
-    tensors: dict[str, Planned], components: Mapping[str, str], most: int
+    tensors: dict[str, TensorPlan], components: Mapping[str, str], most: int
 ) -> dict[str, tuple[str, ...]]:
     """Output files, each with its tensors in the order in which they are stored there."""
     def ordered(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(names, key=lambda name: (-BITS[tensors[name].code], name)))
 
-    groups: dict[str, dict[str, Planned]] = {}
+    groups: dict[str, dict[str, TensorPlan]] = {}
     for name, tensor in tensors.items():
         groups.setdefault(prefix_of(name, components), {})[name] = tensor
     files: dict[str, tuple[str, ...]] = {}
@@ -212,7 +212,7 @@ def _files(
     return files
 
 
-def _shards(tensors: dict[str, Planned], most: int) -> list[list[str]]:
+def _shards(tensors: dict[str, TensorPlan], most: int) -> list[list[str]]:
     """Names, cut where a file would grow too large."""
     shards: list[list[str]] = [[]]
     size = 0
@@ -241,7 +241,7 @@ def _memory(plan: Plan) -> int:
 
 
 def _fingerprint(
-    sources: Sequence[Source], options: Options, tensors: dict[str, Planned]
+    sources: Sequence[Source], options: Options, tensors: dict[str, TensorPlan]
 ) -> str:
     fast = ("threads", "window_bytes")  # How fast, and not what.
     asked = {name: x for name, x in dataclasses.asdict(options).items() if name not in fast}

@@ -32,7 +32,7 @@ from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging.anchor_rounding import half_ulp_square
 
 __all__ = ("CONFIG_KEYS", "HOW_TO_FIX", "QUANT_FILE", "DequantizedSource", "as_stored",
-           "as_weights", "codes_that_differ", "find", "refusal", "said_only", "without_keys")
+           "as_weights", "codes_that_differ", "detect", "refusal", "said_only", "without_keys")
 DEFAULT_CODE = "BF16"
 # What bitsandbytes, GPTQ and compressed-tensors keep next to packed weights under other names.
 _OTHER_PARTNERS = re.compile(
@@ -102,7 +102,7 @@ class _Module:
     tensors: dict[str, TensorInfo] = dataclasses.field(default_factory=dict)
 
 
-def find(source: Source) -> Quantization | None:
+def detect(source: Source) -> Quantization | None:
     """What is quantized in a source; None where nothing is.
 
     A float8 or packed integer tensor is quantized where its module has a scale for it, or where
@@ -135,7 +135,7 @@ def find(source: Source) -> Quantization | None:
 
 def refusal(source: Source) -> str | None:
     """Why a quantized source is not merged as it is, and what to do; None for any other."""
-    found = find(source)
+    found = detect(source)
     if found is None:
         return None
     names = listed(sorted(one.stored for one in found.codes), _MAX_NAMED)
@@ -159,7 +159,7 @@ def as_stored(source: Source) -> Source:
 
 def as_weights(source: Source) -> Source:
     """A source that reads codes x scale where the checkpoint is quantized; any other as it is."""
-    found = find(source)
+    found = detect(source)
     return source if found is None else DequantizedSource(source, found)
 
 
@@ -273,9 +273,9 @@ class DequantizedSource(Source):
         """As a plain source's."""
         self.source.watch()
 
-    def digests(self, kind: str = "crc32") -> dict[str, str]:
+    def checksums(self, kind: str = "crc32") -> dict[str, str]:
         """As a plain source's."""
-        return self.source.digests(kind)
+        return self.source.checksums(kind)
 
     def _load_scale(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         one, shape = self._codes[name], self.tensors[name].shape

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from modelstock_jax.errors import UserError, near
-from modelstock_jax.merging.units import place
+from modelstock_jax.merging.units import block_position
 from modelstock_jax.registry import RECIPES
 
 MAX_BYTES, MAX_VALUES = 2**20, 10**6
@@ -265,7 +265,7 @@ def schedule(setting: Any, names: Sequence[str]) -> float | dict[str, float]:
       >>> schedule([{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}], names)["layers.1.mlp.w"]
       1.0
     """
-    places = place(names)
+    places = block_position(names)
     last = max((p.depth for p in places if math.isfinite(p.depth)), default=0.0)
     values = {
         name: _at(setting, name, min(max(p.depth, 0.0) / max(last, 1.0), 1.0))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax import __version__
-from modelstock_jax.checkpoint_merge.executor import Report
+from modelstock_jax.checkpoint_merge.executor import MergeResult
 from modelstock_jax.checkpoint_merge.hf_config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan
@@ -38,7 +38,7 @@ _NOT_WHAT = ("digest", "threads", "window_bytes")
 
 
 def document(
-    plan: Plan, report: Report, digests: Sequence[Mapping[str, str]], command: str
+    plan: Plan, report: MergeResult, digests: Sequence[Mapping[str, str]], command: str
 ) -> dict[str, Any]:
     """The report as JSON holds it; the same merge gives the same document.
 
@@ -63,7 +63,7 @@ def document(
         "models": inputs[1:],
         "options": asked(plan.options),
         "units": report.rows,
-        "policies": report.policies,
+        "policies": report.outcomes,
         "ratios": ratios(report.rows),
         "predicted_distance": report.distance,
         "anchor_rounding": plan.rounding,
@@ -72,7 +72,7 @@ def document(
             for name, tensor in plan.tensors.items() if tensor.action != "merge"
         ],
         "notes": list(plan.notes),
-        "outputs": report.digests,
+        "outputs": report.checksums,
         "command": command,
         "versions": versions(),
     }  # fmt: skip
@@ -216,7 +216,7 @@ def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> 
 
 
 def _method(document: Mapping[str, Any]) -> str:
-    text = COMMANDS[document["options"]["method"]].card
+    text = COMMANDS[document["options"]["method"]].description
     return text if document["base"] else text.replace("fine-tunes", "models")
 
 

@@ -13,7 +13,7 @@ from modelstock_jax.checkpoint_merge.lora import CONFIG, WEIGHTS, Adapter, is_ad
 from modelstock_jax.checkpoint_merge.tensor_names import TensorInfo, note, renames
 from modelstock_jax.errors import UserError, listed, near
 from modelstock_jax.merging.anchor_rounding import half_ulp_square
-from modelstock_jax.tensor_files.digests import RangeDigest, digest_file
+from modelstock_jax.tensor_files.checksums import RangeChecksum, checksum_file
 from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import DTYPES, HEAD, PICKLES, TensorFiles, read_json
 
@@ -67,7 +67,7 @@ class Source:
                         for name, (files, own) in self._stored.items()}
         self.notes: list[str] = []
         self.formed: frozenset[str] = frozenset()
-        self._watched: dict[Path, RangeDigest] = {}
+        self._watched: dict[Path, RangeChecksum] = {}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -108,14 +108,14 @@ class Source:
             files, own = self._stored[name]
             file, place = files.place(own, start)
             if (digest := self._watched.get(file)) is not None:
-                digest.see(place, values.view(np.uint8).data)
+                digest.update(place, values.view(np.uint8).data)
 
     def watch(self) -> None:
         """Takes the CRC-32 of what passes by from here on, for `digests`."""
-        self._watched = {path: RangeDigest(path.stat().st_size) for path in self.files
+        self._watched = {path: RangeChecksum(path.stat().st_size) for path in self.files
                          if _hub_sha256(path) is None}
 
-    def digests(self, kind: str = "crc32") -> dict[str, str]:
+    def checksums(self, kind: str = "crc32") -> dict[str, str]:
         """Checksum of each file as `kind:digits`, by its path; what did not pass by is read."""
         found = {}
         for path in self.files:
@@ -124,7 +124,7 @@ class Source:
             elif kind == "crc32" and path in self._watched:
                 digest = f"{kind}:{self._watched[path].complete(path)}"
             else:
-                digest = f"{kind}:{digest_file(path, kind)}"
+                digest = f"{kind}:{checksum_file(path, kind)}"
             found[self._shown(path)] = digest
         return found
 
@@ -215,11 +215,11 @@ class AdaptedSource(Source):
     def watch(self) -> None:
         """Nothing: its files are small beside its base's, and read for their digests alone."""
 
-    def digests(self, kind: str = "crc32") -> dict[str, str]:
+    def checksums(self, kind: str = "crc32") -> dict[str, str]:
         """Digests of the adapter's files, and of its base's where that is not BASE itself."""
         own = self.adapter.directory
-        digests = {} if self._shared_base else self.base.digests(kind)
-        return digests | {name: f"{kind}:{digest_file(own / name, kind)}"
+        digests = {} if self._shared_base else self.base.checksums(kind)
+        return digests | {name: f"{kind}:{checksum_file(own / name, kind)}"
                           for name in (CONFIG, WEIGHTS)}
 
 

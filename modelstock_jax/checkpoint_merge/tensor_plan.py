@@ -12,7 +12,7 @@ import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.kernels import FLOATS, escaped
-from modelstock_jax.checkpoint_merge.matching import Findings, same_numbers
+from modelstock_jax.checkpoint_merge.matching import PlanIssues, same_numbers
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.checkpoint_merge.tensor_names import (
@@ -25,7 +25,7 @@ from modelstock_jax.checkpoint_merge.tensor_names import (
 )
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging import units
-from modelstock_jax.merging.units import Part
+from modelstock_jax.merging.units import UnitView
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import DTYPES as STORED
 from modelstock_jax.tensor_files.reader import num_bytes
@@ -40,7 +40,7 @@ _MASK_NUMBERS, _MASK_SIZE = 3, 2**24
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class TensorPlan:
     """One tensor of the output.
 
     Attributes:
@@ -62,7 +62,7 @@ class Planned:
     code: str
     action: str
     reason: str = ""
-    part: Part | None = None
+    part: UnitView | None = None
     rows: int | None = None
     rest: int = 0
     names: tuple[str | None, ...] = ()
@@ -96,12 +96,12 @@ class Planned:
         return [int(self.action.partition(":")[2] or 0)]
 
 
-def decide(
+def plan_tensors(
     sources: Sequence[Source],
     matched: Mapping[str, tuple[str | None, ...]],
     options: Options,
-    findings: Findings,
-) -> dict[str, Planned]:
+    findings: PlanIssues,
+) -> dict[str, TensorPlan]:
     """Every tensor of the output, by name; problems and notes go to `findings`."""
     vocabularies = _vocabularies(sources, matched)
     tensors = {}
@@ -133,39 +133,39 @@ def _decide(
     names: tuple[str | None, ...],
     sources: Sequence[Source],
     options: Options,
-    findings: Findings,
+    findings: PlanIssues,
     vocabularies: Collection[tuple[int, ...]],
-) -> Planned | None:
+) -> TensorPlan | None:
     infos = [source.tensors[own] for source, own in zip(sources, names, strict=True)
              if own is not None]
     base = infos[0]
     floats = base.code in FLOATS
     code = DTYPES[options.dtype] if floats and options.dtype else base.written or base.code
     if names[0] is None:  # `match` lets through what all fine-tunes have alike.
-        return Planned(name, base.shape, code, "mean" if floats else "model:1",
+        return TensorPlan(name, base.shape, code, "mean" if floats else "model:1",
                        "the fine-tunes' own, which the base lacks", names=names)
     if is_index(name, base.shape) or (is_mask(name) and _few_numbers(sources[0], names[0], base)):
-        return Planned(name, base.shape, base.code, "base",
+        return TensorPlan(name, base.shape, base.code, "base",
                        "a buffer of indices, frequencies or a mask", names=names, checked=False)
     if None in names:
         lacking = listed(s.label for s, own in zip(sources, names, strict=True) if own is None)
-        return Planned(name, base.shape, code, "base", f"{lacking} lacks it", names=names)
+        return TensorPlan(name, base.shape, code, "base", f"{lacking} lacks it", names=names)
     if _excluded(name, options):
         return _taken(name, names, infos, code, options, findings)
     if is_counter(name, base.shape, not floats and base.code != "BOOL"):
         if (counter := _counter(name, names, sources, infos, findings)) is not None:
             return counter
     if any((info.code in FLOATS) != floats for info in infos):
-        findings.object(_mixed(name, sources, infos))
-        return Planned(name, base.shape, base.code, "base", "of several kinds of number",
+        findings.add_problem(_mixed(name, sources, infos))
+        return TensorPlan(name, base.shape, base.code, "base", "of several kinds of number",
                        names=names) if findings.lenient else None
     if not math.prod(base.shape) or not floats:
         return _kept(name, names, sources, infos, findings)
     if _STATISTIC.fullmatch(name) and not COMMANDS[options.method].convex:
-        return Planned(name, base.shape, code, "mean", _AVERAGED, names=names)
+        return TensorPlan(name, base.shape, code, "mean", _AVERAGED, names=names)
     if all(info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
            for info in infos):
-        return Planned(name, base.shape, code, "merge", names=names)
+        return TensorPlan(name, base.shape, code, "merge", names=names)
     return _of_rows(name, names, sources, infos, code, options, findings, vocabularies)
 
 
@@ -177,7 +177,7 @@ def _few_numbers(source: Source, name: str | None, info: TensorInfo) -> bool:
     return len(np.unique(source.read(name, 0, count).astype(np.float64))) <= _MASK_NUMBERS
 
 
-def _counter(name, names, sources, infos, findings: Findings) -> Planned | None:
+def _counter(name, names, sources, infos, findings: PlanIssues) -> TensorPlan | None:
     """A counter: the largest of all models'; None where the base's dtype cannot hold it."""
     base = infos[0]
     if any(math.prod(info.shape) != 1 for info in infos):
@@ -186,7 +186,7 @@ def _counter(name, names, sources, infos, findings: Findings) -> Planned | None:
     counts = [value if isinstance(value := source.read(own, 0, 1)[0].item(), int) else float(value)
               for source, own in zip(sources, names, strict=True)]
     if lost := [s.label for s, x in zip(sources, counts, strict=True) if not math.isfinite(x)]:
-        findings.object(f"{name} is NaN or infinite in {listed(lost)}; pass --exclude "
+        findings.add_problem(f"{name} is NaN or infinite in {listed(lost)}; pass --exclude "
                         f"{escaped(name)!r} to keep the base's")
         return None
     if any(count < 0 or count != int(count) for count in counts):
@@ -194,7 +194,7 @@ def _counter(name, names, sources, infos, findings: Findings) -> Planned | None:
     model = counts.index(max(counts))
     if infos[model].code != base.code and not _holds(base.code, counts[model]):
         return None
-    return Planned(name, base.shape, base.code, f"model:{model}" if model else "base",
+    return TensorPlan(name, base.shape, base.code, f"model:{model}" if model else "base",
                    "a counter: the largest of all models", names=names, checked=False)
 
 
@@ -218,7 +218,7 @@ def _mixed(name: str, sources: Sequence[Source], infos) -> str:
             f"others: {fix}")
 
 
-def _kept(name, names, sources, infos, findings: Findings) -> Planned | None:
+def _kept(name, names, sources, infos, findings: PlanIssues) -> TensorPlan | None:
     """Integers, booleans and empty tensors: the base's, where all agree."""
     base = infos[0]
     what = "no numbers in it" if not math.prod(base.shape) else f"{base.code}, equal in all models"
@@ -228,11 +228,11 @@ def _kept(name, names, sources, infos, findings: Findings) -> Planned | None:
         packed = base.code in _INTEGERS and len(base.shape) > 1
         fix = (f"quantized? {quantization.HOW_TO_FIX}" if packed else
                f"such numbers have no mean; pass --exclude {escaped(name)!r} to keep the base's")
-        findings.object(f"{name} is {base.code} and differs between models: {fix}")
+        findings.add_problem(f"{name} is {base.code} and differs between models: {fix}")
         if not findings.lenient:
             return None
         what = f"{base.code}, and differs between models"
-    return Planned(name, base.shape, base.code, "base", what, names=names)
+    return TensorPlan(name, base.shape, base.code, "base", what, names=names)
 
 
 def _excluded(name: str, options: Options) -> bool:
@@ -240,19 +240,19 @@ def _excluded(name: str, options: Options) -> bool:
     return not included or any(fnmatchcase(name, p) for p in options.exclude)
 
 
-def _taken(name, names, infos, code, options: Options, findings: Findings) -> Planned | None:
+def _taken(name, names, infos, code, options: Options, findings: PlanIssues) -> TensorPlan | None:
     """A tensor that the patterns leave out; whole numbers have no mean and are the base's."""
-    base, excluded = infos[0], options.excluded
+    base, excluded = infos[0], options.unmerged_from
     if base.code not in FLOATS and excluded == "mean":
         excluded = "base"
-    tensor = Planned(name, base.shape, code, excluded, "excluded by pattern", names=names,
+    tensor = TensorPlan(name, base.shape, code, excluded, "excluded by pattern", names=names,
                      checked=False)
     for model in tensor.models(len(infos) - 1):
         other = infos[model]
         if other.shape != base.shape or (
             other.code != base.code and not {other.code, base.code} <= {*FLOATS}
         ):
-            findings.problems.append(f"{name}: {options.excluded} has another shape or kind of "
+            findings.problems.append(f"{name}: {options.unmerged_from} has another shape or kind of "
                                      "number than the base")
             return None
     return tensor
@@ -276,8 +276,8 @@ def _vocabularies(
 
 
 def _of_rows(
-    name, names, sources, infos, code, options: Options, findings: Findings, vocabularies
-) -> Planned | None:
+    name, names, sources, infos, code, options: Options, findings: PlanIssues, vocabularies
+) -> TensorPlan | None:
     """A tensor whose shapes differ: in the rows of a vocabulary, as another head, or by mistake."""
     base = infos[0]
     shapes = "; ".join(f"{s.label} {list(i.shape)}" for s, i in zip(sources, infos, strict=True))
@@ -288,14 +288,14 @@ def _of_rows(
             is_classifier(name) or _BLOCK.search(name) is None)
         if alike and options.head == "finetuned":
             findings.new_head.append(name)
-            return Planned(name, infos[1].shape, code, "mean",
+            return TensorPlan(name, infos[1].shape, code, "mean",
                            f"the fine-tunes' own: {list(base.shape)} in the base", names=names)
         hint = (" (--head finetuned takes the fine-tunes')"
                 if alike and (is_classifier(name) or is_embedding(name)) else "")
-        findings.object(f"{name} differs in shape: {shapes}{hint}")
-        return Planned(name, base.shape, code, "base", "shapes differ",
+        findings.add_problem(f"{name} differs in shape: {shapes}{hint}")
+        return TensorPlan(name, base.shape, code, "base", "shapes differ",
                        names=names) if findings.lenient else None
-    if options.vocabulary == "refuse":
+    if options.vocab_mismatch == "refuse":
         findings.problems.append(
             f"{name} differs in its number of rows, as vocabularies do: {shapes} (--vocabulary "
             "base merges the rows in common and takes the rest from the base, longest from the "
@@ -303,7 +303,7 @@ def _of_rows(
         )
         return None
     lengths = [info.shape[axis] for info in infos]
-    rest = lengths.index(max(lengths)) if options.vocabulary == "longest" else 0
+    rest = lengths.index(max(lengths)) if options.vocab_mismatch == "longest" else 0
     rest = 0 if lengths[rest] == lengths[0] else rest
     if rest:
         findings.companion = rest
@@ -311,7 +311,7 @@ def _of_rows(
     note = (f"{name}: {min(lengths)} rows in common merged, {lengths[rest] - min(lengths)} more "
             f"from {sources[rest].label}")
     findings.notes.append(note)
-    return Planned(name, infos[rest].shape, code, "merge", note.partition(": ")[2],
+    return TensorPlan(name, infos[rest].shape, code, "merge", note.partition(": ")[2],
                    rows=min(lengths), rest=rest, names=names, axis=axis)
 
 

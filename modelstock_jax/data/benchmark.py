@@ -70,7 +70,7 @@ def _glyphs(config: ConfigDict) -> Benchmark:
     from modelstock_jax.data import glyphs
     from modelstock_jax.data.glyphs.sets import SHIFTS
 
-    world = glyphs.world(shifts=config.shifts or SHIFTS)
+    world = glyphs.make_sets(shifts=config.shifts or SHIFTS)
     return Benchmark(
         world.train,
         world.validation,
@@ -146,9 +146,9 @@ def outline(config: ConfigDict) -> Outline:
 
         return Outline(TRAIN_SIZE, len(CLASS_NAMES), "the glyph world's own sizes")
     if config.name == "folder":
-        from modelstock_jax.data.custom_dataset import open_own
+        from modelstock_jax.data.custom_dataset import open_sets
 
-        own = open_own(config)
+        own = open_sets(config)
         return Outline(len(own.train), len(own.class_names), f"the folders of {config.root}")
     stored = _STORED[config.name]
     classes, images, _ = stored.train
@@ -203,9 +203,9 @@ def load(config: ConfigDict) -> Benchmark:
     if config.name == "glyphs":
         return _with_lists(config, _glyphs(config))
     if config.name == "folder":
-        from modelstock_jax.data.custom_dataset import open_own
+        from modelstock_jax.data.custom_dataset import open_sets
 
-        opened = Benchmark(*open_own(config), augment=_as_read)
+        opened = Benchmark(*open_sets(config), augment=_as_read)
     else:
         opened = _STORED[config.name].open(config)
     return _with_lists(config, _cached(config, opened))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.data.image_folder import Labelled, read_folders
+from modelstock_jax.data.image_folder import LabeledImages, read_folders
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.records import find_records, read_records
 from modelstock_jax.errors import UserError
@@ -26,7 +26,7 @@ SHIFTS = "shifts"
 TEMPLATE = "a photo of a {}."
 
 
-class OwnImages(NamedTuple):
+class CustomSets(NamedTuple):
     """What a study needs of a user's own images."""
 
     train: ImageSet
@@ -37,7 +37,7 @@ class OwnImages(NamedTuple):
     templates: tuple[str, ...]
 
 
-def open_own(config: ConfigDict) -> OwnImages:
+def open_sets(config: ConfigDict) -> CustomSets:
     """Opens ROOT/{train,val,test,shifts/NAME}/CLASS/*.jpg; no image is read.
 
     A label is the place of a folder's name among those of the training set, sorted as text. A set
@@ -75,7 +75,7 @@ def open_own(config: ConfigDict) -> OwnImages:
         for name, path in _shifts(config, root).items()
     }
     class_names = tuple(name.replace("_", " ") for name in stored.names)
-    return OwnImages(train, sets["validation"], sets["test"], shifts, class_names, (TEMPLATE,))
+    return CustomSets(train, sets["validation"], sets["test"], shifts, class_names, (TEMPLATE,))
 
 
 def _place(config: ConfigDict, root: Path, name: str) -> Path | None:
@@ -103,11 +103,11 @@ def _shifts(config: ConfigDict, root: Path) -> dict[str, Path]:
     return {name: parent / name for name in config.shifts or there}
 
 
-def _stored(path: Path) -> Labelled:
+def _stored(path: Path) -> LabeledImages:
     return read_folders(path) if find_records(path) is None else read_records(path)
 
 
-def _aligned(name: str, stored: Labelled, names: tuple[str, ...]) -> ImageSet:
+def _aligned(name: str, stored: LabeledImages, names: tuple[str, ...]) -> ImageSet:
     """A set under the labels of the training set's classes, scored among the classes it has."""
     place = {one: label for label, one in enumerate(names)}
     if unknown := [one for one in stored.names if one not in place]:

@@ -17,7 +17,7 @@ from modelstock_jax.errors import UserError
 Images_co = TypeVar("Images_co", bound=EncodedImages, covariant=True)
 
 
-class Labelled(NamedTuple, Generic[Images_co]):
+class LabeledImages(NamedTuple, Generic[Images_co]):
     """Images and labels as they are stored, before a data set says what the labels mean.
 
     Attributes:
@@ -35,7 +35,7 @@ class Labelled(NamedTuple, Generic[Images_co]):
 
 def read_folders(
     root: str | os.PathLike[str], only: Collection[str] | None = None
-) -> Labelled[FileImages]:
+) -> LabeledImages[FileImages]:
     """The images of ROOT/CLASS/*.JPEG, in the order of the folders' names, then the files'.
 
     Args:
@@ -46,7 +46,7 @@ def read_folders(
       UserError: no such directory, no folders, or a folder without an image.
     """
     listing = list_folders(root, only)
-    return Labelled(FileImages(listing), listing.folder_of, listing.folders, str(root))
+    return LabeledImages(FileImages(listing), listing.folder_of, listing.folders, str(root))
 
 
 class FileImages(EncodedImages):

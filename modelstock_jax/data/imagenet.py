@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from modelstock_jax.data.image_folder import FileImages, Labelled, list_files, read_folders
+from modelstock_jax.data.image_folder import FileImages, LabeledImages, list_files, read_folders
 from modelstock_jax.data.image_set import ImageSet, check_counts
 from modelstock_jax.data.published_sets import CLASS_LISTS, IMAGENET, IMAGENET_SHIFTS
 from modelstock_jax.data.records import facts, find_records, read_label_sets, read_records
@@ -184,7 +184,7 @@ def open_real(path: str | Path, test: ImageSet) -> ImageSet:
     return ImageSet("real", test.images, test.labels, label_sets=tuple(sets))
 
 
-def _stored(path: Path, split: str) -> Labelled:
+def _stored(path: Path, split: str) -> LabeledImages:
     if find_records(path) is not None:
         return read_records(path, split)
     if any(path.glob("ILSVRC2012_val_*")):
@@ -192,7 +192,7 @@ def _stored(path: Path, split: str) -> Labelled:
     return read_folders(path)
 
 
-def _flat_validation(path: Path) -> Labelled:
+def _flat_validation(path: Path) -> LabeledImages:
     """The images of one folder; their labels come with TensorFlow Datasets, by file number."""
     listing = list_files(path)
     text = resources.files("tensorflow_datasets").joinpath(
@@ -209,7 +209,7 @@ def _flat_validation(path: Path) -> Labelled:
             )
         numbers.append(int(number[1]))
     labels = np.array([of_number[number - 1] for number in numbers], np.int32)
-    return Labelled(FileImages(listing), labels, WNIDS, str(path))
+    return LabeledImages(FileImages(listing), labels, WNIDS, str(path))
 
 
 def _labels_of(names: Sequence[str], place: str) -> tuple[int, ...]:
@@ -224,7 +224,7 @@ def _labels_of(names: Sequence[str], place: str) -> tuple[int, ...]:
         raise UserError(f"{place}: {error}") from None
 
 
-def _objectnet(path: Path) -> tuple[Labelled, np.ndarray, tuple[tuple[int, ...], ...]]:
+def _objectnet(path: Path) -> tuple[LabeledImages, np.ndarray, tuple[tuple[int, ...], ...]]:
     records = find_records(path)
     if records is not None:
         stored = read_records(records, "test")

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from modelstock_jax.data.image_set import EncodedImages, ImageSet
-from modelstock_jax.data.transforms import EvalView, TrainView, Unreadable
+from modelstock_jax.data.transforms import EvalTransform, TrainTransform, Unreadable
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.machine import usable_cores
 
@@ -28,12 +28,12 @@ _log = logging.getLogger(__name__)
 UNREADABLE = ("error", "skip")
 _PARTS_A_THREAD = 4  # so that a thread with large images does not hold up the others
 
-View = Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
+Transform = Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
 Key = tuple[int, int, int]  # (seed, replica, epoch)
 
 
 @dataclasses.dataclass(frozen=True)
-class Loading:
+class LoaderOptions:
     """How encoded images are read; the batches do not depend on the first three.
 
     Attributes:
@@ -75,8 +75,8 @@ def train_batches(
     start_step: int = 0,
     replicas: Sequence[int] | None = None,
     examples: Sequence[int] | None = None,
-    view: TrainView | Sequence[TrainView] | None = None,
-    loading: Loading | None = None,
+    view: TrainTransform | Sequence[TrainTransform] | None = None,
+    loading: LoaderOptions | None = None,
 ) -> Iterator[Batch]:
     """Endless shuffled batches, each replica's in an order of its own.
 
@@ -116,7 +116,7 @@ def train_batches(
     ):
         if value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
-    views = [view] if isinstance(view, TrainView) else list(view or ())
+    views = [view] if isinstance(view, TrainTransform) else list(view or ())
     if len(views) not in (0, 1, num_replicas):
         raise UserError(f"{len(views)} views for {num_replicas} replicas; give one, or one each")
     reader = _reader(image_set, views, loading)
@@ -125,7 +125,7 @@ def train_batches(
     batches = _TrainBatches(image_set, batch_size, steps, seed, tuple(rows), places, reader)
     # Worker processes would each need a copy of an array.
     ahead = None if reader is None else loading
-    return Stream(grain.MapDataset.source(batches)[start_step:], image_set, ahead)
+    return PrefetchIterator(grain.MapDataset.source(batches)[start_step:], image_set, ahead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class _TrainBatches:
     seed: int
     replicas: tuple[int, ...]
     places: np.ndarray
-    reader: Reader | None
+    reader: BatchDecoder | None
     _orders: dict[int, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ def eval_batches(
     *,
     examples: Sequence[int] | None = None,
     image_size: int | None = None,
-    loading: Loading | None = None,
+    loading: LoaderOptions | None = None,
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches of one shape.
 
@@ -234,12 +234,12 @@ def eval_batches(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     places = _chosen("examples", examples, batch_size)
-    views = [] if image_size is None else [EvalView(image_size, image_set.crop_border)]
+    views = [] if image_size is None else [EvalTransform(image_size, image_set.crop_border)]
     reader = _reader(image_set, views, loading)
     batches = _EvalBatches(image_set, batch_size, places, reader)
     if reader is None:
         return (batches[number] for number in range(len(batches)))
-    return Stream(grain.MapDataset.source(batches), image_set, loading)
+    return PrefetchIterator(grain.MapDataset.source(batches), image_set, loading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +249,7 @@ class _EvalBatches:
     image_set: ImageSet
     batch_size: int
     places: np.ndarray
-    reader: Reader | None
+    reader: BatchDecoder | None
 
     def __len__(self) -> int:
         return -(-len(self.image_set) // self.batch_size)
@@ -273,13 +273,13 @@ class _EvalBatches:
 
 
 def _reader(
-    image_set: ImageSet, views: Sequence[TrainView | EvalView], loading: Loading | None
-) -> Reader | None:
+    image_set: ImageSet, views: Sequence[TrainTransform | EvalTransform], loading: LoaderOptions | None
+) -> BatchDecoder | None:
     if not isinstance(image_set.images, EncodedImages):
         return None
     if not views:
         raise UserError(f"{image_set.name}: encoded images need a size; give view or image_size")
-    return Reader(image_set.images, views, views[0].size, loading or Loading())
+    return BatchDecoder(image_set.images, views, views[0].size, loading or LoaderOptions())
 
 
 def _chosen(name: str, chosen: Sequence[int] | None, count: int) -> np.ndarray:
@@ -298,14 +298,14 @@ def example_rng(key: Key, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(key, spawn_key=(index,)))
 
 
-class Reader:
+class BatchDecoder:
     """Stored images as a batch of views.
 
     A copy that is sent to another process starts threads of its own.
     """
 
     def __init__(
-        self, images: EncodedImages, views: Sequence[View], size: int, loading: Loading
+        self, images: EncodedImages, views: Sequence[Transform], size: int, loading: LoaderOptions
     ) -> None:
         """Opens nothing.
 
@@ -384,7 +384,7 @@ class Reader:
 # A Grain dataset of batches as an iterator that reads ahead.
 
 
-class Stream(Iterator):
+class PrefetchIterator(Iterator):
     """Batches, read ahead by one thread, or by processes of which each makes whole batches.
 
     Attributes:
@@ -393,7 +393,7 @@ class Stream(Iterator):
     """
 
     def __init__(
-        self, dataset: grain.MapDataset, image_set: ImageSet, loading: Loading | None = None
+        self, dataset: grain.MapDataset, image_set: ImageSet, loading: LoaderOptions | None = None
     ) -> None:
         """Starts reading.
 
@@ -402,7 +402,7 @@ class Stream(Iterator):
           image_set: that they are made of.
           loading: how far ahead, and by whom.
         """
-        loading = loading or Loading()
+        loading = loading or LoaderOptions()
         self.unreadable: set[int] = set()
         self._image_set = image_set
         self._workers = loading.workers

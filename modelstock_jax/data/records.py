@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from modelstock_jax.data import caches
-from modelstock_jax.data.image_folder import Labelled
+from modelstock_jax.data.image_folder import LabeledImages
 from modelstock_jax.data.image_set import EncodedImages
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import read_json
@@ -122,7 +122,7 @@ class RecordImages(EncodedImages):
 
 def read_records(
     path: str | os.PathLike[str], split: str | None = None, label: str = "label"
-) -> Labelled[RecordImages]:
+) -> LabeledImages[RecordImages]:
     """The images of a prepared set, in the order of the records.
 
     Labels lie inside the records: of a large set that others prepared they are read once (all
@@ -150,7 +150,7 @@ def read_records(
     labels = _labels(directory, images, split, label)
     if len(labels) != len(images):
         raise UserError(f"{directory}: {len(images)} records, but {len(labels)} labels kept aside")
-    return Labelled(images, labels, tuple(features[label].names), f"{directory}, split {split}")
+    return LabeledImages(images, labels, tuple(features[label].names), f"{directory}, split {split}")
 
 
 def read_label_sets(images: RecordImages, feature: str) -> tuple[tuple[int, ...], ...]:

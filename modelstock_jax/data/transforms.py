@@ -17,7 +17,7 @@ from modelstock_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainView:
+class TrainTransform:
     """A random resized crop, and what else is asked for, in the order of the attributes.
 
     Attributes:
@@ -61,7 +61,7 @@ class TrainView:
             )
 
     @classmethod
-    def of(cls, config: ConfigDict, size: int) -> TrainView:
+    def of(cls, config: ConfigDict, size: int) -> TrainTransform:
         """The view that the group `data.augment` of configs/default.py describes."""
         return cls(
             size,
@@ -100,7 +100,7 @@ class TrainView:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalView:
+class EvalTransform:
     """The centre of the image, its short side brought to the model's size.
 
     Attributes:

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.evaluation import Measure
+from modelstock_jax.evaluation import ModelEvaluator
 from modelstock_jax.fileio import write_json
 from modelstock_jax.merging import (
     Stats,
@@ -31,8 +31,8 @@ from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer, method_name
-from modelstock_jax.training.stages import hold
-from modelstock_jax.training.step_fns import Programs
+from modelstock_jax.training.stages import apply_tpgm
+from modelstock_jax.training.step_fns import StepFunctions
 from modelstock_jax.training.trainer import Trainer
 
 PyTree = Any
@@ -123,12 +123,12 @@ class Comparison:
         """Reads and trains nothing yet."""
         self.config, self.workdir, self.anchor, self.data = config, workdir, anchor, data
         self._timeline = timeline
-        self._programs: Programs | None = None
+        self._programs: StepFunctions | None = None
         # Every mistake in the config shows here, before anything is trained.
         merged = self.trainer(config.seed, "merged")
         self._programs, self.merges = merged.programs, merged.merge_steps > 0
         self._start = merged.task.params
-        self._measure = Measure(config, anchor, data, merged.programs.mesh)
+        self._measure = ModelEvaluator(config, anchor, data, merged.programs.mesh)
 
     def before_training(self, opened: Classifier) -> Document:
         """The row of the model as it was opened, and the probed anchor's where it is another."""
@@ -148,10 +148,10 @@ class Comparison:
         if not _finished(path):
             document: Document = {"rows": []}
             if config.compare or not self.merges:
-                replicas = multihost.whole(self.trainer(seed, "unmerged").run().state.params)
+                replicas = multihost.to_host(self.trainer(seed, "unmerged").run().state.params)
                 document = self._after_training(seed, replicas)
             if self.merges:
-                merged = multihost.whole(self.trainer(seed, "merged").run().merged)
+                merged = multihost.to_host(self.trainer(seed, "merged").run().merged)
                 details = {"num_replicas": config.num_replicas}
                 model = Candidate(_method(config), merged, config.num_replicas, None, details)
                 document["rows"] += self._rows([model], 1, seed)
@@ -176,7 +176,7 @@ class Comparison:
 
     def _after_training(self, seed: int, replicas: Any) -> Document:
         """Rows of the models that unmerged replicas give, and the replicas' geometry."""
-        replicas = hold(self.config, self.anchor, self.data, replicas)
+        replicas = apply_tpgm(self.config, self.anchor, self.data, replicas)
         num_heads = self.anchor.num_heads
         stats, models, count = after_training(self.config, self._start, replicas, num_heads)
         sizes = [leaf.size for leaf in jax.tree.leaves(self._start)]
@@ -217,7 +217,7 @@ class Comparison:
 
 def _finished(path: Path) -> bool:
     """Whether process 0 has the document: all processes take the same branch."""
-    return multihost.agree(multihost.is_main() and path.exists())
+    return multihost.broadcast_from_main(multihost.is_main() and path.exists())
 
 
 def _write(path: Path, document: Document) -> None:

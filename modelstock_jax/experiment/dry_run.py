@@ -27,7 +27,7 @@ from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, s
 from modelstock_jax.training.finetune import finetuning_task
 from modelstock_jax.training.merge_step import steps_between_merges
 from modelstock_jax.training.optimizer import warmup_steps
-from modelstock_jax.training.step_fns import Programs
+from modelstock_jax.training.step_fns import StepFunctions
 
 
 def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
@@ -80,7 +80,7 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     return found
 
 
-def _model(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> dict[str, str]:
+def _model(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> dict[str, str]:
     vision, text, params = clip.vision, clip.text, programs.task.params
     side, classes = vision.image_size, benchmark.outline(config.data).num_classes
     fate = "is trained too" if "text_tower" in params else "is not trained"
@@ -101,7 +101,7 @@ def _assumed(config: ConfigDict) -> str:
     return " (not here: sizes as published)" if missing_checkpoint(config.pretrained) else ""
 
 
-def abstract_programs(config: ConfigDict) -> tuple[Programs, CLIPConfig]:
+def abstract_programs(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
     """The programs of a run for shapes alone, and the sizes of its model.
 
     Raises:
@@ -119,10 +119,10 @@ def abstract_programs(config: ConfigDict) -> tuple[Programs, CLIPConfig]:
     anchor = replace(make_classifier(config, clip, params, pixels), text=text)
     # The images come augmented: what a data set does on the device is small beside the towers.
     task = finetuning_task(config, anchor, outline.num_train, lambda key, images: images)
-    return Programs(config, task), clip
+    return StepFunctions(config, task), clip
 
 
-def _run(config: ConfigDict, programs: Programs, batch) -> dict[str, str]:
+def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
     outline, task, optimizer = benchmark.outline(config.data), programs.task, config.optimizer
     warmup = warmup_steps(optimizer, task.num_steps)
     mesh, device = programs.mesh, programs.mesh.devices.flat[0]
@@ -135,7 +135,7 @@ def _run(config: ConfigDict, programs: Programs, batch) -> dict[str, str]:
         + (f" in {parts} parts, one after the other" if parts > 1 else ""),
         "mesh": f"replica {mesh.shape['replica']} x data {mesh.shape['data']} on "
         f"{mesh.devices.size} {device.platform} device(s) ({device.device_kind}); replicas run by "
-        f"{programs.execution}",
+        f"{programs.replica_mode}",
         "arithmetic": f"{config.compute.dtype}, attention {config.compute.attention}, "
         f"remat {config.compute.remat}; weights and moments float32",
         "weights": _lying(programs),
@@ -147,7 +147,7 @@ def _run(config: ConfigDict, programs: Programs, batch) -> dict[str, str]:
     }
 
 
-def _lying(programs: Programs) -> str:
+def _lying(programs: StepFunctions) -> str:
     split = [
         leaf
         for leaf in jax.tree.leaves(programs.abstract_anchor)
@@ -232,7 +232,7 @@ class DiskUse:
     run: int
 
 
-def disk_use(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> DiskUse:
+def disk_use(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> DiskUse:
     """What the run of a config leaves in its workdir, logs and tables apart."""
     task = programs.task
     state = sum(_bytes(leaf) for leaf in jax.tree.leaves(programs.abstract_state))
@@ -250,7 +250,7 @@ def disk_use(config: ConfigDict, programs: Programs, clip: CLIPConfig) -> DiskUs
     return DiskUse(state, merged, model, run + model)
 
 
-def num_merges(config: ConfigDict, programs: Programs) -> int:
+def num_merges(config: ConfigDict, programs: StepFunctions) -> int:
     """Merges in all; the run's end is one of them."""
     task = programs.task
     every = steps_between_merges(str(config.merge.every), task.steps_per_epoch, task.num_steps)

@@ -9,15 +9,15 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from modelstock_jax.data import benchmark
-from modelstock_jax.data.loader import UNREADABLE, Loading
+from modelstock_jax.data.loader import UNREADABLE, LoaderOptions
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.fileio import flat
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats
 from modelstock_jax.models.transformer import ATTENTIONS, Compute
 from modelstock_jax.training import finetune, merge_step, optimizer, projections
-from modelstock_jax.training.step_fns import EXECUTIONS
-from modelstock_jax.training.train_step import POLICIES
+from modelstock_jax.training.step_fns import REPLICA_MODES
+from modelstock_jax.training.train_step import ON_NON_FINITE
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Option:
     """
 
     choices: Collection[str] | None = None
-    least: float | None = None
+    minimum: float | None = None
     resume: Literal["free", "rounding", "place"] | None = None
-    in_digest: bool = True
+    in_checksum: bool = True
     absent: Any = None
 
 
@@ -51,32 +51,32 @@ class Option:
 # of its own; an option that is not here is plain. One that is added to configs/default.py has a row
 # with `absent`.
 OPTIONS = {
-    "task": Option(choices=("finetune", "learning_rate", "pretrain"), in_digest=False),
-    "pretrained": Option(resume="place", in_digest=False),
-    "seed": Option(least=0, in_digest=False),
+    "task": Option(choices=("finetune", "learning_rate", "pretrain"), in_checksum=False),
+    "pretrained": Option(resume="place", in_checksum=False),
+    "seed": Option(minimum=0, in_checksum=False),
     # Seeds may be added to a finished run.
-    "num_seeds": Option(least=1, resume="free", in_digest=False),
-    "num_replicas": Option(least=1),
-    "compare": Option(in_digest=False),
-    "epochs": Option(least=1),
-    "batch_size": Option(least=1),
-    "accumulate_steps": Option(resume="rounding", in_digest=False),
+    "num_seeds": Option(minimum=1, resume="free", in_checksum=False),
+    "num_replicas": Option(minimum=1),
+    "compare": Option(in_checksum=False),
+    "epochs": Option(minimum=1),
+    "batch_size": Option(minimum=1),
+    "accumulate_steps": Option(resume="rounding", in_checksum=False),
     "data.name": Option(choices=benchmark.NAMES),
-    "data.root": Option(resume="place", in_digest=False),
-    "data.paths.*": Option(resume="place", in_digest=False, absent=""),
-    "data.check_counts": Option(resume="free", in_digest=False),
-    "data.shifts": Option(in_digest=False),
-    "data.real": Option(in_digest=False),
+    "data.root": Option(resume="place", in_checksum=False),
+    "data.paths.*": Option(resume="place", in_checksum=False, absent=""),
+    "data.check_counts": Option(resume="free", in_checksum=False),
+    "data.shifts": Option(in_checksum=False),
+    "data.real": Option(in_checksum=False),
     # A study's keys hold what lies in these two.
     "data.class_names": Option(resume="place"),
     "data.templates": Option(resume="place"),
-    "data.loading.threads": Option(resume="free", in_digest=False),
-    "data.loading.workers": Option(resume="free", in_digest=False),
-    "data.loading.prefetch": Option(resume="free", in_digest=False),
+    "data.loading.threads": Option(resume="free", in_checksum=False),
+    "data.loading.workers": Option(resume="free", in_checksum=False),
+    "data.loading.prefetch": Option(resume="free", in_checksum=False),
     # Until an image cannot be decoded the two are the same, and then the run has stopped.
-    "data.loading.unreadable": Option(choices=UNREADABLE, resume="free", in_digest=False),
-    "data.cache": Option(in_digest=False),
-    "data.augment.mixup": Option(least=0),
+    "data.loading.unreadable": Option(choices=UNREADABLE, resume="free", in_checksum=False),
+    "data.cache": Option(in_checksum=False),
+    "data.augment.mixup": Option(minimum=0),
     "objective.name": Option(choices=finetune.OBJECTIVES),
     "objective.head": Option(choices=finetune.HEADS),
     "optimizer.name": Option(choices=optimizer.OPTIMIZERS),
@@ -88,33 +88,33 @@ OPTIONS = {
     "merge.unit": Option(choices=UNITS),
     "merge.opt_state": Option(choices=merge_step.OPT_STATE_POLICIES),
     "merge.carry_noise": Option(choices=merge_step.CARRY_NOISE),
-    "compute.attention": Option(choices=ATTENTIONS, resume="rounding", in_digest=False),
-    "compute.remat": Option(resume="rounding", in_digest=False),
-    "compute.execution": Option(choices=EXECUTIONS, resume="rounding", in_digest=False),
-    "compute.compilation_cache": Option(resume="free", in_digest=False),
-    "mesh.replica": Option(resume="rounding", in_digest=False),
-    "mesh.data": Option(resume="rounding", in_digest=False),
-    "mesh.fsdp_min_size": Option(least=0, resume="rounding", in_digest=False),
-    "checkpoint.every": Option(least=1, resume="free", in_digest=False),
-    "checkpoint.keep": Option(least=0, resume="free", in_digest=False),
-    "checkpoint.keep_merged": Option(least=0, resume="free", in_digest=False),
+    "compute.attention": Option(choices=ATTENTIONS, resume="rounding", in_checksum=False),
+    "compute.remat": Option(resume="rounding", in_checksum=False),
+    "compute.execution": Option(choices=REPLICA_MODES, resume="rounding", in_checksum=False),
+    "compute.compilation_cache": Option(resume="free", in_checksum=False),
+    "mesh.replica": Option(resume="rounding", in_checksum=False),
+    "mesh.data": Option(resume="rounding", in_checksum=False),
+    "mesh.fsdp_min_size": Option(minimum=0, resume="rounding", in_checksum=False),
+    "checkpoint.every": Option(minimum=1, resume="free", in_checksum=False),
+    "checkpoint.keep": Option(minimum=0, resume="free", in_checksum=False),
+    "checkpoint.keep_merged": Option(minimum=0, resume="free", in_checksum=False),
     # The policies compute the same until something is not finite; where 'stop' has stopped, another
     # one may go on.
-    "watch.policy": Option(choices=POLICIES, resume="rounding", in_digest=False),
-    "watch.max_events": Option(least=0, resume="free", in_digest=False),
-    "watch.spike_deviations": Option(least=0, resume="free", in_digest=False),
-    "watch.spike_window": Option(least=1, resume="free", in_digest=False),
-    "log_every": Option(least=1, resume="free", in_digest=False),
-    "evaluation.batch_size": Option(least=1, resume="rounding", in_digest=False),
-    "evaluation.max_shift_images": Option(least=0, in_digest=False),
-    "evaluation.wise_ft_alphas": Option(in_digest=False),
-    "evaluation.units": Option(choices=UNITS, in_digest=False),
-    "export.layouts": Option(choices=formats.WRITABLE, resume="free", in_digest=False),
+    "watch.policy": Option(choices=ON_NON_FINITE, resume="rounding", in_checksum=False),
+    "watch.max_events": Option(minimum=0, resume="free", in_checksum=False),
+    "watch.spike_deviations": Option(minimum=0, resume="free", in_checksum=False),
+    "watch.spike_window": Option(minimum=1, resume="free", in_checksum=False),
+    "log_every": Option(minimum=1, resume="free", in_checksum=False),
+    "evaluation.batch_size": Option(minimum=1, resume="rounding", in_checksum=False),
+    "evaluation.max_shift_images": Option(minimum=0, in_checksum=False),
+    "evaluation.wise_ft_alphas": Option(in_checksum=False),
+    "evaluation.units": Option(choices=UNITS, in_checksum=False),
+    "export.layouts": Option(choices=formats.WRITABLE, resume="free", in_checksum=False),
     # Rates may be added to a finished run: each is a run of its own.
-    "search.learning_rates": Option(resume="free", in_digest=False),
-    "pretrain.num_steps": Option(least=1, in_digest=False),
-    "pretrain.tokenizer": Option(in_digest=False),
-    "pretrain.clip.*": Option(in_digest=False),
+    "search.learning_rates": Option(resume="free", in_checksum=False),
+    "pretrain.num_steps": Option(minimum=1, in_checksum=False),
+    "pretrain.tokenizer": Option(in_checksum=False),
+    "pretrain.clip.*": Option(in_checksum=False),
 }
 _PLAIN = Option()
 
@@ -209,8 +209,8 @@ def check_options(config: ConfigDict) -> None:
         if row.choices is not None:
             for one in value if isinstance(value, (tuple, list)) else [value]:
                 check_choice(name, one, row.choices)
-        if row.least is not None and value < row.least:
-            raise UserError(f"{name} is {value}; it must be at least {row.least}")
+        if row.minimum is not None and value < row.minimum:
+            raise UserError(f"{name} is {value}; it must be at least {row.minimum}")
     rates = config.search.learning_rates
     if min(rates, default=-1.0) < 0:
         raise UserError(f"search.learning_rates={rates}: give one rate or more, each >= 0")
@@ -219,5 +219,5 @@ def check_options(config: ConfigDict) -> None:
     merge_step.check_merge(config.merge)
     finetune.hyper_parameters(config, 1)
     Compute.of(config.compute)
-    finetune.train_views(config, 1)
-    Loading(**config.data.loading)
+    finetune.train_transforms(config, 1)
+    LoaderOptions(**config.data.loading)

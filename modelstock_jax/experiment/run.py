@@ -14,7 +14,7 @@ from rich.console import Console
 
 from modelstock_jax.data.caches import cache_directory
 from modelstock_jax.errors import UserError
-from modelstock_jax.evaluation import Measure, classifier_evaluator
+from modelstock_jax.evaluation import ModelEvaluator, classifier_evaluator
 from modelstock_jax.experiment import results
 from modelstock_jax.experiment.comparison import Comparison
 from modelstock_jax.experiment.setup import (
@@ -26,7 +26,7 @@ from modelstock_jax.experiment.setup import (
     prepare,
     pretrain,
 )
-from modelstock_jax.experiment.workdir import claim, release
+from modelstock_jax.experiment.workdir import lock_workdir, unlock_workdir
 from modelstock_jax.fileio import write_json
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.tables import mean_and_error, screen_table
@@ -35,8 +35,8 @@ from modelstock_jax.training import multihost
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.finetune import make_trainer
 from modelstock_jax.training.metrics import counted
-from modelstock_jax.training.sharding import make_mesh, spread, whole_sharding
-from modelstock_jax.training.stages import probe
+from modelstock_jax.training.sharding import make_mesh, device_put_global, replicated_sharding
+from modelstock_jax.training.stages import linear_probe
 from modelstock_jax.training.step_fns import mesh_of
 
 
@@ -61,9 +61,9 @@ def run(
     workdir = Path(workdir)
     # Before the workdir is locked: fixing a typo, or adding devices, is no other config.
     prepare(config, workdir=str(workdir))
-    multihost.connect(mesh_of(config))
+    multihost.warm_up_collectives(mesh_of(config))
     if multihost.is_main():
-        claim(workdir, config, allow_change=allow_config_change)
+        lock_workdir(workdir, config, allow_change=allow_config_change)
     multihost.barrier("the workdir is ours")
     lines = workdir / "timeline.jsonl"
     try:
@@ -78,7 +78,7 @@ def run(
             if multihost.is_main():
                 timeline.show()
     finally:
-        release(workdir)
+        unlock_workdir(workdir)
 
 
 def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline) -> None:
@@ -88,14 +88,14 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
     results.check_export(config, pretrained)
     data = open_data(config)
     anchor = classify(config, pretrained, data, workdir / "heads")
-    probed = probe(config, anchor, data, workdir)
+    probed = linear_probe(config, anchor, data, workdir)
     comparison = Comparison(config, workdir, probed, data, timeline)
     documents = [comparison.before_training(anchor)]
     for seed in range(config.seed, config.seed + config.num_seeds):
         documents.append(comparison.one_seed(seed))
     merged = None
     if comparison.merges:
-        merged = multihost.whole(comparison.trainer(config.seed, "merged").run().merged)
+        merged = multihost.to_host(comparison.trainer(config.seed, "merged").run().merged)
     if not multihost.is_main():
         return
     with timeline.phase("export"):
@@ -123,7 +123,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
       The rate with the highest mean validation accuracy over replicas.
     """
     _, data, anchor = open_all(config, workdir / "heads")
-    anchor = probe(config, anchor, data, workdir)
+    anchor = linear_probe(config, anchor, data, workdir)
     tried: dict[float, list[float]] = {}
     for rate in config.search.learning_rates:
         one = config.copy_and_resolve_references()
@@ -131,7 +131,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
         one.optimizer.learning_rate = rate
         name = f"learning_rate_{rate:g}"
         trainer = make_trainer(one, anchor, data, workdir, name, timeline=timeline)
-        replicas = multihost.whole(trainer.run().state.params)
+        replicas = multihost.to_host(trainer.run().state.params)
         evaluate = classifier_evaluator(config, anchor, trainer.programs.mesh)
         with timeline.phase("evaluate"):
             models = (jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(one.num_replicas))
@@ -184,11 +184,11 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     params = anchor.params
     if is_step:
         start = anchor.start(config)
-        everywhere = jax.tree.map(lambda _: whole_sharding(mesh), start)
+        everywhere = jax.tree.map(lambda _: replicated_sharding(mesh), start)
         with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
-            restored = checkpoints.restore(int(directory.name), spread(start, everywhere))
-        params = anchor.classify(multihost.whole(restored))
-    measure = Measure(config, anchor, data, mesh)
+            restored = checkpoints.restore(int(directory.name), device_put_global(start, everywhere))
+        params = anchor.classify(multihost.to_host(restored))
+    measure = ModelEvaluator(config, anchor, data, mesh)
     with Progress(
         "evaluate", measure.num_images, unit="images", enabled=multihost.is_main()
     ) as progress:
@@ -217,4 +217,4 @@ def _heads() -> Path | None:
         writable = os.access(place, os.W_OK)
     except OSError:
         writable = False
-    return place if multihost.agree(writable) else None  # Process 0 is the one that writes.
+    return place if multihost.broadcast_from_main(writable) else None  # Process 0 is the one that writes.

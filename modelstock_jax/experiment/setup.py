@@ -29,10 +29,10 @@ from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
-from modelstock_jax.training.launcher import use_cores
-from modelstock_jax.training.sharding import batch_sharding, held
+from modelstock_jax.training.launcher import set_cpu_devices
+from modelstock_jax.training.sharding import batch_sharding, local_indices
 from modelstock_jax.training.stages import pretraining_batches, pretraining_task
-from modelstock_jax.training.step_fns import Programs, use_compilation_cache
+from modelstock_jax.training.step_fns import StepFunctions, use_compilation_cache
 from modelstock_jax.training.trainer import Trainer
 
 _DATA = Path(glyphs.__file__).parent
@@ -68,7 +68,7 @@ def prepare(config: ConfigDict, **more: Any) -> None:
       UserError: for an option that cannot be meant, or a process that was started otherwise.
     """
     check_options(config)
-    use_cores(config)
+    set_cpu_devices(config)
     use_compilation_cache(config.compute.compilation_cache)
     check_same(config, **more)
 
@@ -117,7 +117,7 @@ def check_data(config: ConfigDict) -> None:
 def open_data(config: ConfigDict) -> Benchmark:
     """The data of `config.data`; a cache of decoded images is written by process 0 alone."""
     load = partial(benchmark.load, config.data)
-    return multihost.main_first(load) if config.data.cache else load()
+    return multihost.main_process_first(load) if config.data.cache else load()
 
 
 def classify(
@@ -125,7 +125,7 @@ def classify(
 ) -> Classifier:
     """`pretrained` as a classifier; a zero-shot head is made by process 0 and kept in `heads`."""
     make = partial(anchor_classifier, config, pretrained, data, heads)
-    return multihost.main_first(make) if pretrained.head is None and heads else make()
+    return multihost.main_process_first(make) if pretrained.head is None and heads else make()
 
 
 def open_anchor(config: ConfigDict) -> Checkpoint:
@@ -219,23 +219,23 @@ def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
       The checkpoint's directory.
     """
     model = workdir / "model"
-    if multihost.agree(model.exists()):
+    if multihost.broadcast_from_main(model.exists()):
         return model
     clip = CLIPConfig.from_dict(config.pretrain.clip.to_dict())
     pixels = Preprocessor((0.5,) * 3, (0.25,) * 3, clip.vision.image_size)
     tokenizer = BUNDLED.get(config.pretrain.tokenizer, Path(config.pretrain.tokenizer))
     length = clip.text.max_position_embeddings
-    programs = Programs(config, pretraining_task(config, clip, pixels))
+    programs = StepFunctions(config, pretraining_task(config, clip, pixels))
 
     def batches(start: int):
-        _, examples = held(batch_sharding(programs.mesh), (1, config.batch_size))
+        _, examples = local_indices(batch_sharding(programs.mesh), (1, config.batch_size))
         return pretraining_batches(
             config, clip, lambda texts: tokenize(tokenizer, texts, length), start, examples
         )
 
     name = f"seed_{config.seed}/pretrain"
     state = Trainer(config, programs, batches, workdir, name, timeline).run().state
-    params = jax.tree.map(lambda x: x[0], multihost.whole(state.params))
+    params = jax.tree.map(lambda x: x[0], multihost.to_host(state.params))
     if multihost.is_main():
         with timeline.phase("export"):
             checkpoint_io.save(model, Checkpoint(clip, params, pixels, tokenizer))
@@ -262,7 +262,7 @@ def check_same(config: ConfigDict, **more: Any) -> None:
         for key in sorted(ours.keys() | theirs.keys())
         if json.dumps(ours.get(key)) != json.dumps(theirs.get(key))
     ]
-    one_does = bool(multihost.anywhere(bool(differing)))
+    one_does = bool(multihost.any_process(bool(differing)))
     if differing:
         raise UserError(
             f"process {jax.process_index()} was not started as process 0 was: "
@@ -286,6 +286,6 @@ def _code() -> dict[str, str]:
 
 def _from_main(text: str) -> str:
     data = np.frombuffer(text.encode(), np.uint8)
-    padded = np.zeros(multihost.agree(len(data)), np.uint8)
+    padded = np.zeros(multihost.broadcast_from_main(len(data)), np.uint8)
     padded[: len(data)] = data[: len(padded)]
     return multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes().decode()

@@ -20,7 +20,7 @@ from modelstock_jax.fileio import FileLock, flat, plain, write_json
 _held: dict[Path, FileLock] = {}
 
 
-def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> None:
+def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> None:
     """Makes the directory and locks it; checks that what is in it was made with the same config.
 
     Where nothing has been trained or measured yet, another config takes the place of the old one:
@@ -59,7 +59,7 @@ def claim(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> N
     write_json(path, now)
 
 
-def release(workdir: Path) -> None:
+def unlock_workdir(workdir: Path) -> None:
     """Frees a directory before the process ends."""
     lock = _held.pop(_lock_file(workdir), None)
     if lock is not None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, on_this_host, unit_grams
-from modelstock_jax.merging.gram import is_float, pair_leaves, stack_replicas, widened
+from modelstock_jax.merging.gram import is_float, pair_leaves, stack_replicas, in_float64
 
 
 def distance(a: Any, b: Any):
@@ -56,7 +56,7 @@ def _squares(centre, models):
     def squares(centre, models):
         return jnp.stack([jnp.sum(jnp.square(model - centre)) for model in models])
 
-    return widened(squares)(centre, models)
+    return in_float64(squares)(centre, models)
 
 
 def mean_model(models: Any):
@@ -168,7 +168,7 @@ def plane_through(origin: Any, first: Any, second: Any) -> Plane:
       [2.0, 5.0]
     """
     through = stack_replicas([first, second])
-    axes = widened(_axes)(_total_gram(origin, through))
+    axes = in_float64(_axes)(_total_gram(origin, through))
     if on_this_host(axes) and not bool((jnp.diag(axes) > 0).all()):
         raise UserError("the three models lie on one line, or two are the same: they span no plane")
     return Plane(origin, through, axes)

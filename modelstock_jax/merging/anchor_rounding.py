@@ -125,7 +125,7 @@ def correct_gram(gram, energy):
     energy = xp.where(alike, 0.0, energy).astype(gram.dtype)
 
     own = geometry.squared_norms(gram)
-    floor = xp.maximum(LEAST_FRACTION * own, 2.0 * geometry.LEAST_SQUARE)
+    floor = xp.maximum(LEAST_FRACTION * own, 2.0 * geometry.MIN_SQUARED_NORM)
     own = xp.minimum(own, xp.maximum(own - energy[None], floor))  # 0 stays 0
     norm = geometry.root(own)
     bound = norm[:, None] * norm[None]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.engine import on_this_host
-from modelstock_jax.merging.gram import cast, compute_dtype, is_float, widened
+from modelstock_jax.merging.gram import cast, compute_dtype, is_float, in_float64
 
 
 class Average(NamedTuple):
@@ -153,7 +153,7 @@ def rounded(mean: Any, params: Any) -> Any:
 # SWAD: a dense average of one run's weights over the valley of its validation loss.
 
 
-class LossValley(NamedTuple):
+class SWAD(NamedTuple):
     """`swad`'s functions; as `Average`, and `validate(state, loss) -> state`."""
 
     init: Callable[[Any], Any]
@@ -187,7 +187,7 @@ class SwadState(NamedTuple):
     done: jax.Array
 
 
-def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> LossValley:
+def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
     """Stochastic weight averaging densely (Cha et al. 2021, arXiv 2102.08604, algorithm 1).
 
     Every step's weights are averaged, from t_s to t_e, which the validation losses E_i give:
@@ -257,7 +257,7 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> LossValley:
         )
         return jax.tree.map(lambda old, new: jnp.where(state.done, old, new), state, new)
 
-    return LossValley(init, _swad_update, validate, _swad_value)
+    return SWAD(init, _swad_update, validate, _swad_value)
 
 
 def _swad_update(state: SwadState, params: Any) -> SwadState:
@@ -302,14 +302,14 @@ def _pushed(row, new):
 # Trainable weight averaging: the span of a run's weights, as a space of few coordinates.
 
 
-class Span(NamedTuple):
+class TWASubspace(NamedTuple):
     """Solutions w_1 .. w_n and the orthonormal basis e_k = sum_j basis[k, j] w_j of their span."""
 
     solutions: Any  # [n, ...] a leaf
     basis: jax.Array  # [n, n], lower triangular
 
 
-def twa_span(solutions: Any) -> Span:
+def twa_span(solutions: Any) -> TWASubspace:
     """Trainable weight averaging (Li et al. 2023, arXiv 2205.13104, algorithm 1): its subspace.
 
     The solutions of one run are orthonormalised (Gram-Schmidt, in the order given), P = [e_k],
@@ -345,18 +345,18 @@ def twa_span(solutions: Any) -> Span:
     if on_this_host(basis) and not bool(jnp.isfinite(basis).all()):
         raise UserError("the solutions are not linearly independent (two of them equal?), or not "
                         "finite; leave some out")
-    return Span(solutions, basis)
+    return TWASubspace(solutions, basis)
 
 
-def twa_init(span: Span) -> jax.Array:
+def twa_init(span: TWASubspace) -> jax.Array:
     """Coordinates [n] of the mean of the solutions, where training starts."""
     number = len(span.basis)
     # e = C w, so w's mean is the mean of the rows of C^-1.
-    return widened(lambda c: jnp.linalg.solve(c.T, jnp.full(number, 1.0 / number, c.dtype)))(
+    return in_float64(lambda c: jnp.linalg.solve(c.T, jnp.full(number, 1.0 / number, c.dtype)))(
         span.basis)
 
 
-def twa_params(span: Span, coordinates: Any) -> Any:
+def twa_params(span: TWASubspace, coordinates: Any) -> Any:
     """Weights at coordinates [n]; differentiable in them. The rest is the last solution's."""
     coefficients = twa_coefficients(span, coordinates)
 
@@ -365,14 +365,14 @@ def twa_params(span: Span, coordinates: Any) -> Any:
         if not is_float(solutions):
             return solutions[-1]
         wide = solutions.astype(jnp.promote_types(solutions.dtype, coefficients.dtype))
-        return cast(widened(_weighted)(wide, coefficients), solutions.dtype)
+        return cast(in_float64(_weighted)(wide, coefficients), solutions.dtype)
 
     return jax.tree.map(combine, span.solutions)
 
 
-def twa_coefficients(span: Span, coordinates: Any) -> jax.Array:
+def twa_coefficients(span: TWASubspace, coordinates: Any) -> jax.Array:
     """Averaging weights beta [n] of w = sum_j beta_j w_j at coordinates [n]."""
-    return widened(lambda c, basis: jnp.sum(c[:, None] * basis, axis=0))(
+    return in_float64(lambda c, basis: jnp.sum(c[:, None] * basis, axis=0))(
         jnp.asarray(coordinates, span.basis.dtype), span.basis)
 
 
@@ -392,4 +392,4 @@ def _orthonormal(leaves: list) -> jax.Array:
         identity = jnp.eye(len(gram), dtype=gram.dtype)
         return jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
 
-    return widened(invert)(leaves)
+    return in_float64(invert)(leaves)

@@ -20,7 +20,7 @@ from modelstock_jax.merging import rules
 from modelstock_jax.merging.analysis import distance
 from modelstock_jax.merging.engine import Stats, merge
 from modelstock_jax.merging.geometry import namespace
-from modelstock_jax.merging.gram import cast, compute_dtype, pair_leaves, seen_by_unit, widened
+from modelstock_jax.merging.gram import cast, compute_dtype, pair_leaves, seen_by_unit, in_float64
 from modelstock_jax.merging.stock import model_stock
 
 # Merges at one given ratio.
@@ -437,7 +437,7 @@ def add_trimmed(pretrained, finetuned, least, scale, hold, *, part, dtype):
         trimmed = jnp.where(kept, tuned - anchor[None], 0.0)
         return cast(anchor + scale * disjoint_mean(trimmed), dtype)
 
-    merged = widened(combine)(anchor, tuned, kept, scale).astype(dtype)
+    merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
     anchor = cast(pretrained, dtype).reshape(part.view)
     hold = jnp.expand_dims(hold, part.axes)
     return jnp.where(hold, anchor, merged).reshape(pretrained.shape)

@@ -29,25 +29,25 @@ from modelstock_jax.merging.gram import (
     is_float,
     pair_leaves,
     rounding_energy,
-    widened,
+    in_float64,
 )
 from modelstock_jax.merging.rules import (
     NonFiniteError,
-    Policy,
-    Solution,
+    UnitOutcome,
+    UnitSolution,
     unit_row,
     without_rounding,
 )
 
-Method = Callable[..., Solution]
+MergeRule = Callable[..., UnitSolution]
 # (tensors of the anchor, of the replicas, the unit's solution, its parts, dtype) -> merged tensors
-Combine = Callable[[list, list, Solution, list[units.Part], Any], list]
+Combine = Callable[[list, list, UnitSolution, list[units.UnitView], Any], list]
 
 ANCHOR_ROUNDING = ("keep", "correct")
 
 
 def merge(
-    method: Method,
+    method: MergeRule,
     pretrained: Any,
     finetuned: Any,
     *extras: Any,
@@ -208,7 +208,7 @@ def unit_zeros(
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.Part | None]:
+def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.UnitView | None]:
     """Parts of the tensors that a merge moves; None for those that it keeps."""
     moves = [is_float(w) and w.size > 0 for w in leaves.pretrained]
     shapes = [(name, w.shape) for name, w, m in
@@ -220,10 +220,10 @@ def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.Part | N
 
 
 def _by_unit(
-    parts: Sequence[units.Part | None],
-) -> tuple[dict[int, units.Part], dict[str, list[int]]]:
+    parts: Sequence[units.UnitView | None],
+) -> tuple[dict[int, units.UnitView], dict[str, list[int]]]:
     """Parts of the tensors that move, by their numbers, and the numbers of each unit's tensors."""
-    moved: dict[int, units.Part] = {}
+    moved: dict[int, units.UnitView] = {}
     members: dict[str, list[int]] = {}
     for k, part in enumerate(parts):
         if part is not None:
@@ -232,7 +232,7 @@ def _by_unit(
     return moved, members
 
 
-def _nameless(part: units.Part) -> units.Part:
+def _nameless(part: units.UnitView) -> units.UnitView:
     """Tensors of like shape share one compiled function."""
     return dataclasses.replace(part, key="")
 
@@ -249,7 +249,7 @@ _apply = jax.jit(add_task_vectors, static_argnames=("part", "dtype"))
 
 
 @functools.partial(jax.jit, static_argnames=("part",))
-def _gram(pretrained, finetuned, *, part: units.Part):
+def _gram(pretrained, finetuned, *, part: units.UnitView):
     gram = gram_matrix(pretrained, finetuned, part)
     return gram, jnp.isfinite(geometry.squared_norms(gram))
 
@@ -258,12 +258,12 @@ def _kept(array, dtype):
     return cast(array, jnp.dtype(dtype)) if is_float(array) and dtype is not None else array
 
 
-def _kept_solution(num_replicas: int) -> Solution:
+def _kept_solution(num_replicas: int) -> UnitSolution:
     zero, none = jnp.zeros(()), jnp.zeros(num_replicas)
     undefined = jnp.full((), geometry.DISTANCE_UNDEFINED)
-    return Solution(
+    return UnitSolution(
         none, none > 0, zero == 0, jnp.full((), geometry.COSINE_UNDEFINED), zero, none,
-        geometry.Distances(undefined, undefined, undefined), jnp.int8(Policy.KEPT), None,
+        geometry.Distances(undefined, undefined, undefined), jnp.int8(UnitOutcome.KEPT), None,
     )
 
 
@@ -277,7 +277,7 @@ def _collect(leaves: Leaves, parts, solutions, finite, unit: str) -> Stats:
         predicted_distance=geometry.Distances(
             *(tree([s.distance[k] for s in solutions]) for k in range(3))
         ),
-        policy=tree([s.policy for s in solutions]),
+        outcome=tree([s.policy for s in solutions]),
         finite=tree(finite),
         units=UnitTable(unit, leaves.names, keys),
     )
@@ -287,8 +287,8 @@ def _collect(leaves: Leaves, parts, solutions, finite, unit: str) -> Stats:
 
 
 def solve_units(
-    method: Method, grams: list, single: Sequence[bool], own: list, shared: tuple
-) -> list[Solution]:
+    method: MergeRule, grams: list, single: Sequence[bool], own: list, shared: tuple
+) -> list[UnitSolution]:
     """Solve every unit by `method(gram, single, *own, *shared)`.
 
     Args:
@@ -309,7 +309,7 @@ def solve_units(
 
 
 @functools.partial(jax.jit, static_argnames=("method", "single"))
-def _solve(grams, own, shared, *, method: Method, single: tuple[bool, ...]) -> Solution:
+def _solve(grams, own, shared, *, method: MergeRule, single: tuple[bool, ...]) -> UnitSolution:
     """All units as one row, so that the algebra is compiled once and not once a tensor."""
     totals = [functools.reduce(jnp.add, group) for group in grams] or [jnp.zeros((2, 2, 0))]
     gram = jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in totals], axis=-1)
@@ -319,13 +319,13 @@ def _solve(grams, own, shared, *, method: Method, single: tuple[bool, ...]) -> S
     finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
 
     def solve(gram, *args):
-        row = widened(method)(gram, *args)
+        row = in_float64(method)(gram, *args)
         return row._replace(
             coefficient=jnp.where(finite[None], row.coefficient, 0.0),
             exact=row.exact & finite[None],
             hold=row.hold | ~finite,
             ratio=jnp.where(finite, row.ratio, 0.0),
-            policy=jnp.where(finite, row.policy, jnp.int8(Policy.NON_FINITE)),
+            policy=jnp.where(finite, row.policy, jnp.int8(UnitOutcome.NON_FINITE)),
         )
 
     inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(alone), *own, *shared)
@@ -334,7 +334,7 @@ def _solve(grams, own, shared, *, method: Method, single: tuple[bool, ...]) -> S
     return jax.lax.cond(finite.any(), solve, lambda *_: nothing, *inputs)
 
 
-def _cut(row: Solution, grams) -> list[Solution]:
+def _cut(row: UnitSolution, grams) -> list[UnitSolution]:
     """The row's solutions unit by unit, in each unit's shape and dtype."""
     solutions, start = [], 0
     for group in grams:
@@ -357,13 +357,13 @@ def on_this_host(tree: Any) -> bool:
     )
 
 
-def _nothing(shapes: Solution) -> Solution:
+def _nothing(shapes: UnitSolution) -> UnitSolution:
     """The answer where no unit is finite."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return zeros._replace(
         hold=jnp.ones_like(zeros.hold),
         cosine=jnp.full_like(zeros.cosine, geometry.COSINE_UNDEFINED),
-        policy=jnp.full_like(zeros.policy, Policy.NON_FINITE),
+        policy=jnp.full_like(zeros.policy, UnitOutcome.NON_FINITE),
     )
 
 
@@ -392,7 +392,7 @@ class Stats(NamedTuple):
     ratio: Any  # t: how far from the anchor (0) to the mean (1); the sum of a_i
     norm: Any  # [N, ...], |d_i| of each replica
     predicted_distance: geometry.Distances  # to the centre; DISTANCE_UNDEFINED (-1.0) where unknown
-    policy: Any  # int8 codes of `Policy`
+    outcome: Any  # int8 codes of `Policy`
     finite: Any  # [N, ...] bool, of the tensor itself, not of its unit
     units: UnitTable  # static: no arrays
 
@@ -411,7 +411,7 @@ def report(stats: Stats) -> list[dict[str, Any]]:
       ('w', 'interpolated', 45.0, 0.828)
     """
     return [
-        unit_row(leaf.name, leaf.key, leaf.cosine, leaf.ratio, leaf.norm, leaf.policy)
+        unit_row(leaf.name, leaf.key, leaf.cosine, leaf.ratio, leaf.norm, leaf.outcome)
         for leaf in _leaves(stats)
     ]
 
@@ -440,7 +440,7 @@ def total_distance(stats: Stats) -> geometry.Distances:
     return geometry.Distances(*(total(leaf.distance[k] for leaf in leaves) for k in range(3)))
 
 
-def policy_counts(stats: Stats) -> dict[str, int]:
+def outcome_counts(stats: Stats) -> dict[str, int]:
     """How many units each policy met, by its name in lower case; only those that occur.
 
     Example:
@@ -450,7 +450,7 @@ def policy_counts(stats: Stats) -> dict[str, int]:
     """
     counts = collections.Counter()
     for leaf in {leaf.key: leaf for leaf in _leaves(stats)}.values():
-        counts.update(Policy(int(code)).name.lower() for code in leaf.policy.flat)
+        counts.update(UnitOutcome(int(code)).name.lower() for code in leaf.outcome.flat)
     return dict(counts)
 
 
@@ -491,7 +491,7 @@ class _Leaf(NamedTuple):
     ratio: np.ndarray
     norm: np.ndarray
     distance: tuple[np.ndarray, ...]
-    policy: np.ndarray
+    outcome: np.ndarray
     finite: np.ndarray
 
 

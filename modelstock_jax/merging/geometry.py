@@ -15,7 +15,7 @@ from modelstock_jax.errors import UserError
 
 COSINE_UNDEFINED = 2.0  # outside [-1, 1], and no NaN: arrays stay clean under jax_debug_nans
 DISTANCE_UNDEFINED = -1.0
-LEAST_SQUARE = float(np.finfo(np.float32).tiny)
+MIN_SQUARED_NORM = float(np.finfo(np.float32).tiny)
 
 
 class Distances(NamedTuple):
@@ -40,7 +40,7 @@ def squared_norms(gram):
 
 def moved(gram):
     """Which replicas moved at all, [N, ...] bool: a squared norm that float32 can hold."""
-    return squared_norms(gram) > LEAST_SQUARE
+    return squared_norms(gram) > MIN_SQUARED_NORM
 
 
 def mean_pairs(values, active):
@@ -205,7 +205,7 @@ class Shell(NamedTuple):
     radius: Any  # [M, ...], (i) |w_i - mu|
     anchor_cosine: Any  # [M, ...], (ii) of w_0 - mu and w_i - mu
     pair_cosine: Any  # [M, M, ...], (iii) of w_i - mu and w_j - mu; 1 on the diagonal
-    centre: Any  # [...], |mu - w_0|
+    center: Any  # [...], |mu - w_0|
 
 
 def shell(gram) -> Shell:

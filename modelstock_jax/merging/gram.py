@@ -19,7 +19,7 @@ from modelstock_jax.merging.anchor_rounding import half_ulp
 # Arithmetic in float64 inside a float32 program.
 
 
-def widened(function: Callable, derivative_of: Callable | None = None) -> Callable:
+def in_float64(function: Callable, derivative_of: Callable | None = None) -> Callable:
     """Evaluate a function in float64 and differentiate it in its inputs' own precision.
 
     How a backend orders a float32 sum is not ours to choose, and 10^8 terms one after the other
@@ -113,7 +113,7 @@ def gram_matrix(pretrained, finetuned, part):
         return jax.lax.platform_dependent(anchor, tuned, default=in_one_pass, tpu=products)
 
     seen = seen_by_unit(pretrained, finetuned, part)
-    return widened(by_platform, derivative_of=products)(*seen)
+    return in_float64(by_platform, derivative_of=products)(*seen)
 
 
 def rounding_energy(pretrained, part):
@@ -135,7 +135,7 @@ def rounding_energy(pretrained, part):
       True
     """
     halves = half_ulp(jax.lax.stop_gradient(pretrained)).reshape(part.view)
-    return widened(lambda half: jnp.sum(half * half, axis=part.axes) / 3.0)(halves)
+    return in_float64(lambda half: jnp.sum(half * half, axis=part.axes) / 3.0)(halves)
 
 
 def _add_each(left, right):
@@ -172,7 +172,7 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
         moved = sum(spread(a) * d for a, d in zip(coefficient, deltas, strict=True))
         return cast(anchor + moved, dtype)
 
-    merged = widened(combine)(*seen_by_unit(pretrained, finetuned, part), coefficient).astype(dtype)
+    merged = in_float64(combine)(*seen_by_unit(pretrained, finetuned, part), coefficient).astype(dtype)
     for chosen, replica in zip(exact, finetuned, strict=True):
         merged = jnp.where(spread(chosen), cast(replica, dtype).reshape(part.view), merged)
     anchor = cast(pretrained, dtype).reshape(part.view)

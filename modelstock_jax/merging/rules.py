@@ -22,7 +22,7 @@ from modelstock_jax.merging.anchor_rounding import correct_gram
 # What was done with a merge unit, and what is refused; the same words in every door.
 
 
-class Policy(enum.IntEnum):
+class UnitOutcome(enum.IntEnum):
     """What was done with a merge unit; `stats.policy` holds these codes as int8."""
 
     INTERPOLATED = 0  # w0 + t mean(d), the rule itself
@@ -50,21 +50,21 @@ class NonFiniteError(UserError):
 # A method's answer for one merge unit, and the rules that all methods share.
 
 
-class Solution(NamedTuple):
+class UnitSolution(NamedTuple):
     """Coefficients and measures; arrays of the unit's shape, with axis N in front where noted."""
 
     coefficient: Any  # [N, ...], a_i
-    exact: Any  # [N, ...] bool: take this replica's weights bit for bit
-    hold: Any  # bool: take the anchor's bit for bit
+    copy_replica: Any  # [N, ...] bool: take this replica's weights bit for bit
+    keep_anchor: Any  # bool: take the anchor's bit for bit
     cosine: Any
     ratio: Any
     norm: Any  # [N, ...]
     distance: geometry.Distances
-    policy: Any  # int8
+    outcome: Any  # int8
     carry: Any = None  # handed on to the next merge
 
 
-class Measured(NamedTuple):
+class GramStats(NamedTuple):
     """What a Gram matrix says about a unit, before any method."""
 
     active: Any  # [N, ...] bool: which replicas moved
@@ -72,27 +72,27 @@ class Measured(NamedTuple):
     cosine: Any
     square: Any  # l^2, the mean squared norm of those
     signal: Any  # |mu|^2, the mean product of two of those
-    policy: Any  # int8: the rule itself, or some left out
+    outcome: Any  # int8: the rule itself, or some left out
 
 
-def measure(gram) -> Measured:
+def measure(gram) -> GramStats:
     """Read a Gram matrix [N, N, ...]."""
     xp = geometry.namespace(gram)
     active = geometry.moved(gram)
     number = active.astype(gram.dtype).sum(axis=0)
     squares = xp.where(active, geometry.squared_norms(gram), 0.0)
-    return Measured(
+    return GramStats(
         active=active,
         number=number,
         cosine=geometry.cosine(gram),
         square=squares.sum(axis=0) / xp.maximum(number, 1.0),
         signal=geometry.mean_pairs(gram, active),
-        policy=xp.where(active.all(axis=0), np.int8(Policy.INTERPOLATED),
-                        np.int8(Policy.REPLICAS_LEFT_OUT)),
+        outcome=xp.where(active.all(axis=0), np.int8(UnitOutcome.INTERPOLATED),
+                        np.int8(UnitOutcome.REPLICAS_LEFT_OUT)),
     )
 
 
-def solve_measured(gram, seen: Measured, single, coefficient, policy) -> Solution:
+def solve_measured(gram, seen: GramStats, single, coefficient, policy) -> UnitSolution:
     """A solution from measured coefficients [N, ...], with the rules for degenerate units.
 
     `single` [...] bool: the unit holds fewer than two numbers and has no angle.
@@ -101,25 +101,25 @@ def solve_measured(gram, seen: Measured, single, coefficient, policy) -> Solutio
     one = seen.number == 1
     mean = xp.where(seen.active, (1.0 / xp.maximum(seen.number, 1.0))[None], 0.0)
     coefficient = xp.where(single[None], mean, coefficient)
-    policy = xp.where(single, np.int8(Policy.TOO_SMALL), policy)
+    policy = xp.where(single, np.int8(UnitOutcome.TOO_SMALL), policy)
     exact = seen.active & one[None]
     coefficient = xp.where(exact, 1.0, coefficient)
-    policy = xp.where(one, np.int8(Policy.ONE_REPLICA_LEFT), policy)
-    policy = xp.where(seen.number == 0, np.int8(Policy.UNDEFINED), policy)
+    policy = xp.where(one, np.int8(UnitOutcome.ONE_REPLICA_LEFT), policy)
+    policy = xp.where(seen.number == 0, np.int8(UnitOutcome.UNDEFINED), policy)
     hold = (coefficient == 0).all(axis=0)
     return _solution(gram, seen, single, coefficient, exact, hold, policy, given=False)
 
 
-def solve_given(gram, seen: Measured, single, coefficient) -> Solution:
+def solve_given(gram, seen: GramStats, single, coefficient) -> UnitSolution:
     """A solution from coefficients [N, ...] that were given; the measures are for the report."""
     xp = geometry.namespace(gram)
     nothing = xp.zeros_like(seen.active)
     still = seen.number == 0  # the anchor bit for bit: -0.0 + 0.0 is another zero
-    policy = xp.full_like(seen.policy, Policy.GIVEN)
+    policy = xp.full_like(seen.outcome, UnitOutcome.GIVEN)
     return _solution(gram, seen, single, coefficient, nothing, still, policy, given=True)
 
 
-def _solution(gram, seen, single, coefficient, exact, hold, policy, *, given) -> Solution:
+def _solution(gram, seen, single, coefficient, exact, hold, policy, *, given) -> UnitSolution:
     xp = geometry.namespace(gram)
     cosine = xp.where(single, geometry.COSINE_UNDEFINED, seen.cosine)
     # Without an angle the noise is still l^2 - |mu|^2.
@@ -134,21 +134,21 @@ def _solution(gram, seen, single, coefficient, exact, hold, policy, *, given) ->
         *(xp.where(seen.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
     )
     norm = geometry.root(geometry.squared_norms(gram))
-    return Solution(coefficient, exact, hold, cosine, ratio, norm, distance, policy)
+    return UnitSolution(coefficient, exact, hold, cosine, ratio, norm, distance, policy)
 
 
-def equation_3(gram, single) -> Solution:
+def equation_3(gram, single) -> UnitSolution:
     """Equal coefficients t / N over the replicas that moved."""
     xp = geometry.namespace(gram)
     seen = measure(gram)
     number = xp.maximum(seen.number, 1.0)
     ratio = geometry.ratio(xp.where(seen.number > 1, seen.cosine, 0.0), number)
     coefficient = xp.where(seen.active, (ratio / number)[None], 0.0)
-    policy = xp.where(seen.cosine <= 0, np.int8(Policy.CLIPPED), seen.policy)
+    policy = xp.where(seen.cosine <= 0, np.int8(UnitOutcome.CLIPPED), seen.outcome)
     return solve_measured(gram, seen, single, coefficient, policy)
 
 
-def unequal_noise(gram, single) -> Solution:
+def unequal_noise(gram, single) -> UnitSolution:
     """Coefficients by each replica's own noise; the formula is `weighted_model_stock`'s."""
     xp = geometry.namespace(gram)
     seen, plain = measure(gram), equation_3(gram, single)
@@ -162,13 +162,13 @@ def unequal_noise(gram, single) -> Solution:
     weight = xp.where(used, seen.signal[None] / xp.where(used, noise, 1.0), 0.0)
     coefficient = weight / (1.0 + weight.sum(axis=0))[None]
     coefficient = xp.where(fallback[None], plain.coefficient, coefficient)
-    policy = xp.where(signal, seen.policy, np.int8(Policy.CLIPPED))
-    policy = xp.where(fallback, np.int8(Policy.WEIGHTED_FALLBACK), policy)
+    policy = xp.where(signal, seen.outcome, np.int8(UnitOutcome.CLIPPED))
+    policy = xp.where(fallback, np.int8(UnitOutcome.WEIGHTED_FALLBACK), policy)
     return solve_measured(gram, seen, single, coefficient, policy)
 
 
 @functools.cache
-def without_rounding(rule: Callable[..., Solution]) -> Callable[..., Solution]:
+def without_rounding(rule: Callable[..., UnitSolution]) -> Callable[..., UnitSolution]:
     """The same rule on a Gram matrix without the rounding error of the anchor.
 
     It takes two arrays more: E of the unit, [...], and whether training started from the rounded
@@ -181,21 +181,21 @@ def without_rounding(rule: Callable[..., Solution]) -> Callable[..., Solution]:
     return solve
 
 
-def equal_shares(gram, single, ratio) -> Solution:
+def equal_shares(gram, single, ratio) -> UnitSolution:
     """Coefficients ratio / N for every replica, whatever its angles."""
     xp = geometry.namespace(gram)
     share = xp.full_like(gram[0], 1.0 / len(gram)) * ratio.astype(gram.dtype)
     return solve_given(gram, measure(gram), single, share)
 
 
-def given_shares(gram, single, shares) -> Solution:
+def given_shares(gram, single, shares) -> UnitSolution:
     """Coefficients that were given, shares [N], whatever the angles."""
     xp = geometry.namespace(gram)
     shares = xp.asarray(shares, gram.dtype).reshape((-1,) + (1,) * (gram.ndim - 2))
     return solve_given(gram, measure(gram), single, xp.broadcast_to(shares, gram.shape[1:]))
 
 
-def elected(gram, single, scale) -> Solution:
+def elected(gram, single, scale) -> UnitSolution:
     """The mean task vector times a scale, of which only some numbers will be taken (TIES)."""
     xp = geometry.namespace(gram)
     solution = equal_shares(gram, single, scale)
@@ -203,7 +203,7 @@ def elected(gram, single, scale) -> Solution:
     return solution._replace(distance=solution.distance._replace(merged=unknown))
 
 
-def spherical(gram, single, shares) -> Solution:
+def spherical(gram, single, shares) -> UnitSolution:
     """Coefficients of the task vectors merged along arcs, the m-th by shares[m - 2]."""
     xp = geometry.namespace(gram)
     squares = geometry.squared_norms(gram)
@@ -244,7 +244,7 @@ def arc_shares(square_from, square_to, product, t, straight=1.0 - 1e-6):
             xp.where(line, t, xp.sin(t * omega) / xp.sin(omega)))
 
 
-def at_length(gram, single, length) -> Solution:
+def at_length(gram, single, length) -> UnitSolution:
     """The first task vector, brought to a given length; 0 where it has none."""
     xp = geometry.namespace(gram)
     own = geometry.root(geometry.squared_norms(gram))
@@ -282,7 +282,7 @@ def unit_row(
       (60.0, [1.0, 1.0], 'interpolated')
     """
     defined = cosine[cosine <= 1.0]
-    policies = collections.Counter(Policy(int(code)).name.lower() for code in policy.flat)
+    policies = collections.Counter(UnitOutcome(int(code)).name.lower() for code in policy.flat)
     return {
         "name": name,
         "unit": key,

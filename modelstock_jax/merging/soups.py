@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.averaging import rounded, widest
-from modelstock_jax.merging.gram import check_alike, is_float, named_leaves, widened
+from modelstock_jax.merging.gram import check_alike, is_float, named_leaves, in_float64
 from modelstock_jax.merging.rules import NonFiniteError
 
 
@@ -19,9 +19,9 @@ class Trial(NamedTuple):
     """One candidate's turn, in the order of the search."""
 
     candidate: int  # its index among the candidates
-    alone: float  # its own score
-    soup: float  # score of the soup with it
-    kept: bool
+    own_score: float  # its own score
+    soup_score: float  # score of the soup with it
+    accepted: bool
 
 
 class GreedySoup(NamedTuple):
@@ -140,5 +140,5 @@ def _scored(score: Callable[[Any], float], tree: Any, index: int) -> float:
 def _stir(mean, new, count):
     """Mean of count + 1 models, from that of count and one more."""
     share = 1.0 / (jnp.asarray(count, mean.dtype) + 1.0)
-    return widened(lambda mean, new, share: mean + share * (new - mean))(
+    return in_float64(lambda mean, new, share: mean + share * (new - mean))(
         mean, new.astype(mean.dtype), share)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from modelstock_jax.merging.engine import Stats, merge, unit_zeros
 from modelstock_jax.merging.rules import (
-    Policy,
-    Solution,
+    UnitOutcome,
+    UnitSolution,
     equation_3,
     measure,
     solve_measured,
@@ -239,7 +239,7 @@ def model_stock_carried(
     )
 
 
-def shrink_by_carried_noise(gram, single, noise, shrink) -> Solution:
+def shrink_by_carried_noise(gram, single, noise, shrink) -> UnitSolution:
     """Equal coefficients t / N with t from all the noise so far."""
     seen = measure(gram)
     noise = noise.astype(gram.dtype)
@@ -251,7 +251,7 @@ def shrink_by_carried_noise(gram, single, noise, shrink) -> Solution:
     ratio = jnp.where(enough, ratio, 0.0)
     ratio = jnp.where(shrink, ratio, jnp.ones_like(ratio))
     coefficient = jnp.where(seen.active, (ratio / number)[None], 0.0)
-    policy = jnp.where(ratio > 0, seen.policy, jnp.int8(Policy.CLIPPED))
+    policy = jnp.where(ratio > 0, seen.outcome, jnp.int8(UnitOutcome.CLIPPED))
     solved = solve_measured(gram, seen, single, coefficient, policy)
     # One replica says nothing about noise.
     added = jnp.where(seen.number > 1, added, 0.0)

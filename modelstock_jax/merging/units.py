@@ -58,14 +58,14 @@ def role(name: str) -> str:
     return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
 
 
-class Place(NamedTuple):
+class BlockPosition(NamedTuple):
     """A tensor's tower, and its depth there."""
 
     tower: str
     depth: float  # the block's number; -1 before the blocks, inf after them
 
 
-def place(names: Sequence[str]) -> list[Place]:
+def block_position(names: Sequence[str]) -> list[BlockPosition]:
     """Give each tensor its tower (what stands before the first number) and its block there.
 
     A tensor with no number goes before or after the blocks of the tower whose name is most alike.
@@ -90,15 +90,15 @@ def place(names: Sequence[str]) -> list[Place]:
     places = []
     for name, match in zip(names, found, strict=True):
         if match and match["tower"] in towers:
-            places.append(Place(match["tower"], float(match["block"])))
+            places.append(BlockPosition(match["tower"], float(match["block"])))
         else:
             nearest = max(towers, key=lambda tower: len(commonprefix((tower, name))), default="")
-            places.append(Place(nearest, -1.0 if _BEFORE.search(name) else math.inf))
+            places.append(BlockPosition(nearest, -1.0 if _BEFORE.search(name) else math.inf))
     return places
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class UnitView:
     """A tensor's part in its unit: seen as `view`, summed over `axes`, it joins the unit `key`.
 
     The axes of the view that are not summed over are the unit's own shape: `()` where the whole
@@ -126,7 +126,7 @@ def assign(
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
-) -> list[Part]:
+) -> list[UnitView]:
     """Give each tensor its part in a merge unit.
 
     | `unit` | numbers that share one angle |
@@ -193,8 +193,8 @@ def output_axis(name: str, shape: Sequence[int], filter_axis: int = -1) -> int:
     return len(shape) - 1 if last else 0
 
 
-def _whole(key: str, shape: tuple[int, ...]) -> Part:
-    return Part(key, shape, tuple(range(len(shape))))
+def _whole(key: str, shape: tuple[int, ...]) -> UnitView:
+    return UnitView(key, shape, tuple(range(len(shape))))
 
 
 def _layer_key(name: str) -> str:
@@ -204,11 +204,11 @@ def _layer_key(name: str) -> str:
     return name
 
 
-def _filters(name: str, shape: tuple[int, ...], filter_axis: int) -> Part:
+def _filters(name: str, shape: tuple[int, ...], filter_axis: int) -> UnitView:
     if len(shape) < 2:
         return _whole(name, shape)
     kept = output_axis(name, shape, filter_axis)
-    return Part(name, shape, tuple(axis for axis in range(len(shape)) if axis != kept))
+    return UnitView(name, shape, tuple(axis for axis in range(len(shape)) if axis != kept))
 
 
 def _block(name: str, known: frozenset[str]) -> str | None:
@@ -222,7 +222,7 @@ def _transformer_blocks(names: Sequence[str]) -> frozenset[str]:
     return frozenset(match["block"] for match in found if match)
 
 
-def _heads(tensors, num_heads, filter_axis: int) -> list[Part]:
+def _heads(tensors, num_heads, filter_axis: int) -> list[UnitView]:
     found = [_ATTENTION.fullmatch(name) for name, _ in tensors]
     if not any(found):
         raise UserError("unit 'head': no attention known by name; take 'tensor'")
@@ -257,7 +257,7 @@ def _units_of(module: str, shapes: dict, heads: int, filter_axis: int) -> int:
     return key[filter_axis] // (width // heads)
 
 
-def _head_part(name: str, shape: tuple[int, ...], match, heads: int, filter_axis: int) -> Part:
+def _head_part(name: str, shape: tuple[int, ...], match, heads: int, filter_axis: int) -> UnitView:
     bias = match["kind"] == "bias"
     if len(shape) != (1 if bias else 2):
         raise UserError(f"unit 'head': {name} has shape {shape}, not that of an attention tensor")
@@ -271,7 +271,7 @@ def _head_part(name: str, shape: tuple[int, ...], match, heads: int, filter_axis
     view = shape[:axis] + split + shape[axis + 1 :]
     kept = axis + len(joined)
     key = f"{match['module']}.{'head_biases' if bias else 'head_kernels'}"
-    return Part(key, view, tuple(a for a in range(len(view)) if a != kept))
+    return UnitView(key, view, tuple(a for a in range(len(view)) if a != kept))
 
 
 def _lookup(num_heads: int | Mapping[str, int], name: str) -> int:

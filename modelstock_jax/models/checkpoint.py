@@ -15,7 +15,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import Params, abstract_params
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
 from modelstock_jax.models.param_mapping import Shapes, flatten, read_tree, rows, write_tree
-from modelstock_jax.tensor_files.digests import digest_tensors
+from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
 
 
@@ -39,13 +39,13 @@ class Checkpoint:
     directory: Path | None = None
     head: Params | None = None
     labels: tuple[str, ...] | None = None
-    layout: str = "hugging_face"
+    format: str = "hugging_face"
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights and the head as float32, by name, whatever the files' layout."""
         tree = {**self.params, "head": self.head or {}}
-        return digest_tensors({".".join(p): np.asarray(x, np.float32) for p, x in flatten(tree)})
+        return checksum_tensors({".".join(p): np.asarray(x, np.float32) for p, x in flatten(tree)})
 
     def replica(self) -> Params:
         """What is trained and merged: {"image_tower", "head"}; a UserError without a head."""
@@ -71,7 +71,7 @@ class Checkpoint:
 HEAD_FILE = "head.safetensors"
 
 
-class Layout(abc.ABC):
+class CheckpointFormat(abc.ABC):
     """Names of tensors, and the files that say the rest.
 
     Attributes:
@@ -126,7 +126,7 @@ class Layout(abc.ABC):
         """
 
 
-class WholeLayout(Layout):
+class CompleteFormat(CheckpointFormat):
     """A layout that holds both towers, and so can be written."""
 
     @abc.abstractmethod
@@ -165,7 +165,7 @@ class WholeLayout(Layout):
             )
         table = rows(config, self.column)
         params = read_tree(files, table, param_shapes(config), path, self.tolerates)
-        return Checkpoint(config, params, preprocessor, layout=self.name)
+        return Checkpoint(config, params, preprocessor, format=self.name)
 
     def tensors(self, checkpoint: Checkpoint, where: Path) -> dict[str, np.ndarray]:
         """Name -> tensor to write; a UserError that lists all that do not fit the config."""

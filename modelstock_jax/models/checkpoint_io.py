@@ -13,7 +13,7 @@ import numpy as np
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import new_directory
 from modelstock_jax.models import formats
-from modelstock_jax.models.checkpoint import HEAD_FILE, Checkpoint, Layout
+from modelstock_jax.models.checkpoint import HEAD_FILE, Checkpoint, CheckpointFormat
 from modelstock_jax.models.clip import Params
 from modelstock_jax.models.formats import CONFIG
 from modelstock_jax.models.param_mapping import HEAD, read_tree, write_tree
@@ -154,12 +154,12 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     return directory is not None and any((directory / name).is_file() for name in names)
 
 
-def _choose(name: str | os.PathLike[str], layout: str | None) -> tuple[Path, Layout]:
+def _choose(name: str | os.PathLike[str], layout: str | None) -> tuple[Path, CheckpointFormat]:
     """The path that a name stands for, with what its layout needs, and that layout."""
     path = resolve(name, _DOCUMENTS)
     candidates = formats.described(path) if layout is None else [formats.readable(layout)]
     if not candidates:
-        path = resolve(name, (*_DOCUMENTS, *Layout.weights))
+        path = resolve(name, (*_DOCUMENTS, *CheckpointFormat.weights))
         return path, formats.named(path)
     for candidate in candidates:
         # A name that is fetched is asked for again: only now is it known which tensors.

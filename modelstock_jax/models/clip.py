@@ -257,7 +257,7 @@ def classifier(
     """
 
     def apply(params: Params, images: jax.Array) -> jax.Array:
-        features = normalise(encode_image(config, params["image_tower"], images, compute))
+        features = l2_normalize(encode_image(config, params["image_tower"], images, compute))
         head = params["head"]
         # The head is small: full float32 here costs nothing, and TF32 would show in the logits.
         logits = jnp.matmul(features, head["kernel"], precision=jax.lax.Precision.HIGHEST)
@@ -266,7 +266,7 @@ def classifier(
     return apply
 
 
-def normalise(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Divides by the norm, x / |x|, over the last axis.
 
     Example:

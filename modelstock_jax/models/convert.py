@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     size = sum(leaf.size for _, leaf in flatten(checkpoint.params))
     head = f", a head of {len(checkpoint.head['bias'])} classes" if checkpoint.head else ""
-    print(f"{args.out}: {args.to}, from {checkpoint.layout}; {size:,} parameters{head}")
+    print(f"{args.out}: {args.to}, from {checkpoint.format}; {size:,} parameters{head}")
 
 
 def _load(args: argparse.Namespace) -> Checkpoint:

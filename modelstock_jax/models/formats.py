@@ -12,7 +12,7 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import open_clip_format
-from modelstock_jax.models.checkpoint import Checkpoint, Layout, WholeLayout, param_shapes
+from modelstock_jax.models.checkpoint import Checkpoint, CheckpointFormat, CompleteFormat, param_shapes
 from modelstock_jax.models.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -31,7 +31,7 @@ from modelstock_jax.tensor_files.writer import write_directory_tensors, write_te
 CONFIG = "config.json"
 
 
-class HuggingFace(WholeLayout):
+class HuggingFace(CompleteFormat):
     """``config.json``, ``preprocessor_config.json``, ``model.safetensors`` or shards and index."""
 
     name = "hugging_face"
@@ -89,7 +89,7 @@ _HEAD_WIDTH = 64
 _SILENT = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-class OpenAI(WholeLayout):
+class OpenAI(CompleteFormat):
     """One file of tensors; sizes are inferred from shapes, and the rest is OpenAI's own."""
 
     name = "openai"
@@ -218,7 +218,7 @@ _HEAD = "classification_head."
 _ROUNDING = 1e-3
 
 
-class ModelSoups(Layout):
+class ModelSoups(CheckpointFormat):
     """One file: ``model.visual.*`` and ``classification_head.*``, both after ``module.`` or not."""
 
     name = "model_soups"
@@ -257,7 +257,7 @@ class ModelSoups(Layout):
         # The head of a base that has one is the anchor of the file's: the same classes.
         labels = base.labels if base.labels is not None and len(base.labels) == classes else None
         replica = {name: tree[name] for name in ("image_tower", "head")}
-        return dataclasses.replace(base.with_replica(replica), labels=labels, layout=self.name)
+        return dataclasses.replace(base.with_replica(replica), labels=labels, format=self.name)
 
 
 def is_fine_tuned(names: Iterable[str]) -> bool:
@@ -287,27 +287,27 @@ def _check_base(path: Path, tree: dict, base: Checkpoint, untrained: set[tuple[s
 # The layouts in which a CLIP checkpoint may lie on disk, and which one a path is in.
 
 
-WRITABLE: dict[str, WholeLayout] = {
+WRITABLE: dict[str, CompleteFormat] = {
     layout.name: layout for layout in (HuggingFace(), OpenCLIP(), OpenAI())
 }
-READABLE: dict[str, Layout] = {**WRITABLE, ModelSoups.name: ModelSoups()}
+READABLE: dict[str, CheckpointFormat] = {**WRITABLE, ModelSoups.name: ModelSoups()}
 
 
-def writable(name: str) -> WholeLayout:
+def writable(name: str) -> CompleteFormat:
     """The layout of that name; a UserError that lists all where there is none."""
     if name not in WRITABLE:
         raise UserError(f"layout {name!r} is not known; write in one of {', '.join(WRITABLE)}.")
     return WRITABLE[name]
 
 
-def readable(name: str) -> Layout:
+def readable(name: str) -> CheckpointFormat:
     """The layout of that name; a UserError that lists all where there is none."""
     if name not in READABLE:
         raise UserError(f"layout {name!r} is not known; read one of {', '.join(READABLE)}.")
     return READABLE[name]
 
 
-def described(path: Path) -> list[Layout]:
+def described(path: Path) -> list[CheckpointFormat]:
     """The layouts whose config lies in a directory, in the order in which they are tried.
 
     Hugging Face's comes first: where a repository holds a model in several layouts, as LAION's do,
@@ -319,7 +319,7 @@ def described(path: Path) -> list[Layout]:
     Returns:
         Layouts; none where only the names of the tensors can tell.
     """
-    found: list[Layout] = []
+    found: list[CheckpointFormat] = []
     config = path / CONFIG
     is_open_clip = (path / open_clip_format.CONFIG).is_file()
     raw = read_json(config) if config.is_file() and is_open_clip else None
@@ -332,7 +332,7 @@ def described(path: Path) -> list[Layout]:
     return found
 
 
-def named(path: Path) -> Layout:
+def named(path: Path) -> CheckpointFormat:
     """The layout that the names of a path's tensors tell, where no config lies beside them."""
     files = READABLE[OpenAI.name].open(path)
     return READABLE[ModelSoups.name if is_fine_tuned(files) else OpenAI.name]

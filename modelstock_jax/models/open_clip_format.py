@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.checkpoint import Checkpoint, WholeLayout
+from modelstock_jax.models.checkpoint import Checkpoint, CompleteFormat
 from modelstock_jax.models.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -28,7 +28,7 @@ CONFIG = "open_clip_config.json"
 _RESIZING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-class OpenCLIP(WholeLayout):
+class OpenCLIP(CompleteFormat):
     """``open_clip_config.json`` and ``open_clip_model.safetensors`` (or ``model.safetensors``)."""
 
     name = "open_clip"

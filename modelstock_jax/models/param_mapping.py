@@ -311,10 +311,10 @@ def read_tree(
     for row in rows:
         expected = row.shape(shapes)
         if row.theirs not in files:
-            problems.append(f"missing: {row.theirs} {show(expected)}")
+            problems.append(f"missing: {row.theirs} {shape_text(expected)}")
         elif files.shape(row.theirs) != expected:
-            found = show(files.shape(row.theirs))
-            problems.append(f"misshapen: {row.theirs} is {found}, not {show(expected)}")
+            found = shape_text(files.shape(row.theirs))
+            problems.append(f"misshapen: {row.theirs} is {found}, not {shape_text(expected)}")
         elif files.dtype(row.theirs).name not in FLOATS:
             problems.append(f"not floating-point: {row.theirs} is {files.dtype(row.theirs)}")
         else:
@@ -325,7 +325,7 @@ def read_tree(
             leaves |= {path: np.asarray(x, order="C") for path, x in row.read(tensor).items()}
     known = {row.theirs for row in rows}
     problems += [
-        f"unused: {name} {show(files.shape(name))}"
+        f"unused: {name} {shape_text(files.shape(name))}"
         for name in files
         if name not in known and not tolerates(name)
     ]
@@ -345,12 +345,12 @@ def write_tree(
         for path in row.ours:
             name = ".".join(path)
             if path not in leaves:
-                problems.append(f"missing: {name} {show(shapes[path])}")
+                problems.append(f"missing: {name} {shape_text(shapes[path])}")
                 continue
             array = np.asarray(leaves[path], np.float32)
             if array.shape != shapes[path]:
-                expected = show(shapes[path])
-                problems.append(f"misshapen: {name} is {show(array.shape)}, not {expected}")
+                expected = shape_text(shapes[path])
+                problems.append(f"misshapen: {name} is {shape_text(array.shape)}, not {expected}")
             elif not np.isfinite(array).all():
                 problems.append(f"not finite: {name}")
             else:
@@ -361,7 +361,7 @@ def write_tree(
     return tensors
 
 
-def show(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     """A shape as people write it."""
     return f"[{', '.join(map(str, shape))}]"
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import new_directory
-from modelstock_jax.tensor_files.digests import digest_file
+from modelstock_jax.tensor_files.checksums import checksum_file
 from modelstock_jax.tensor_files.writer import write_text
 
 TOKENIZER_FILES = (
@@ -64,7 +64,7 @@ def tokenize(
     return ids
 
 
-def tokenizer_digest(directory: str | os.PathLike[str]) -> str:
+def tokenizer_checksum(directory: str | os.PathLike[str]) -> str:
     """SHA-256 over the names and contents of a tokenizer's files.
 
     Args:
@@ -74,7 +74,7 @@ def tokenizer_digest(directory: str | os.PathLike[str]) -> str:
         64 hexadecimal digits.
     """
     files = [Path(directory) / name for name in TOKENIZER_FILES]
-    lines = [f"{file.name} {digest_file(file)}\n" for file in files if file.is_file()]
+    lines = [f"{file.name} {checksum_file(file)}\n" for file in files if file.is_file()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -19,12 +19,12 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import Params, encode_text, normalise
+from modelstock_jax.models.clip import Params, encode_text, l2_normalize
 from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, CLIPConfig
 from modelstock_jax.models.param_mapping import flatten
-from modelstock_jax.models.tokenizer import tokenize, tokenizer_digest
+from modelstock_jax.models.tokenizer import tokenize, tokenizer_checksum
 from modelstock_jax.models.transformer import DEFAULT_COMPUTE, Compute, end_of_text
-from modelstock_jax.tensor_files.digests import digest_tensors
+from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
 
@@ -170,7 +170,7 @@ def _embed(config: CLIPConfig, params: Params, ids: np.ndarray, compute: Compute
 def _unit_features(
     config: CLIPConfig, params: Params, ids: jax.Array, compute: Compute
 ) -> jax.Array:
-    return normalise(encode_text(config, params, ids, compute))
+    return l2_normalize(encode_text(config, params, ids, compute))
 
 
 def _check(class_names: Sequence[str], templates: Sequence[str], allow_repeats: bool) -> None:
@@ -270,7 +270,7 @@ def _cached(
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{path.parent}: cannot be made ({error.strerror}).") from None
-            write_tensors(path, head, {"key": key, "digest": digest_tensors(head)})
+            write_tensors(path, head, {"key": key, "digest": checksum_tensors(head)})
     return head
 
 
@@ -303,8 +303,8 @@ def head_key(
     parts = {
         "version": _VERSION,
         "config": dataclasses.asdict(checkpoint.config.text),
-        "weights": digest_tensors({".".join(p): np.asarray(x) for p, x in flatten(text)}),
-        "tokenizer": tokenizer_digest(checkpoint.directory),
+        "weights": checksum_tensors({".".join(p): np.asarray(x) for p, x in flatten(text)}),
+        "tokenizer": tokenizer_checksum(checkpoint.directory),
         "class_names": list(class_names),
         "templates": list(templates),
         "dtype": compute.dtype.name,
@@ -325,4 +325,4 @@ def _read(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> Params | 
         head = {name: files[name] for name in files}
     except UserError:
         return None
-    return head if said.get("digest") == digest_tensors(head) else None
+    return head if said.get("digest") == checksum_tensors(head) else None

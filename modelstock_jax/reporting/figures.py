@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from modelstock_jax.merging.units import ROLES, place, role
+from modelstock_jax.merging.units import ROLES, block_position, role
 from modelstock_jax.registry import ROWS, Style
 from modelstock_jax.reporting import style
 from modelstock_jax.reporting.style import (
@@ -35,9 +35,9 @@ from modelstock_jax.reporting.style import (
     draw,
     ink,
 )
-from modelstock_jax.reporting.tables import Measured, Row, Summary, summarise
+from modelstock_jax.reporting.tables import MeanAndError, Row, Summary, summarise
 
-Report = Sequence[Mapping[str, Any]]
+UnitRows = Sequence[Mapping[str, Any]]
 
 # Angles, norms and ratios by layer: what the figures draw, from the merge's own report.
 
@@ -57,7 +57,7 @@ def kind(name: str) -> str:
     return found if found in ("norms", "biases") else "kernels"
 
 
-def ratio_summary(report: Report) -> dict[str, dict[str, float]]:
+def ratio_summary(report: UnitRows) -> dict[str, dict[str, float]]:
     """The median ratio t by kind of tensor, with the quartiles.
 
     Units without an angle (frozen, or of one number) are left out.
@@ -84,7 +84,7 @@ def ratio_summary(report: Report) -> dict[str, dict[str, float]]:
     return result
 
 
-def layer_rows(reports: Iterable[Report]) -> list[dict[str, Any]]:
+def layer_rows(reports: Iterable[UnitRows]) -> list[dict[str, Any]]:
     """Collects the angles and norms of several runs (seeds, or pairs of replicas) by tensor.
 
     Args:
@@ -153,7 +153,7 @@ def angle_by_layer(
     Returns:
       The figure.
     """
-    places = place([row["name"] for row in layers])
+    places = block_position([row["name"] for row in layers])
     # Embeddings, blocks by number, what follows them, head; within each the given order.
     deep = [(p.depth, kind(row["name"]) == "head") for p, row in zip(places, layers, strict=True)]
     ordered = sorted(zip(deep, layers, strict=True), key=lambda pair: pair[0])
@@ -189,7 +189,7 @@ def angle_by_layer(
     return draw(fill, (9.6, 4.8), path)
 
 
-def angle_by_block(rows: Report, path: str | Path | None = None) -> Figure:
+def angle_by_block(rows: UnitRows, path: str | Path | None = None) -> Figure:
     """Angles (above) and norms (below) by block of a merge of files; a column for each tower.
 
     A single fine-tune has no angle: then the norms alone. A dot is a merge unit, a line the median
@@ -202,7 +202,7 @@ def angle_by_block(rows: Report, path: str | Path | None = None) -> Figure:
     Returns:
       The figure.
     """
-    places = place([row["name"] for row in rows])
+    places = block_position([row["name"] for row in rows])
     towers = [tower for tower, _ in Counter(p.tower for p in places).most_common(MOST_TOWERS)]
     shown = [tower for tower in dict.fromkeys(p.tower for p in places) if tower in towers]
     groups = {
@@ -313,7 +313,7 @@ def _dots_of_tower(
 
 def _series(
     axes: Axes,
-    points: Mapping[float, Report],
+    points: Mapping[float, UnitRows],
     values: Callable[[Mapping[str, Any]], list[float]],
     colour: str,
     shift: float,
@@ -388,8 +388,8 @@ class Point(NamedTuple):
     """A method in the plane of both accuracies."""
 
     summary: Summary
-    id: Measured
-    shifts: Measured
+    id: MeanAndError
+    shifts: MeanAndError
 
 
 def id_against_shifts(

@@ -177,7 +177,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Meter(Progress):
+class ByteProgress(Progress):
     """Called with bytes done and bytes in all; shows them, and the rate from the beginning on.
 
     Without a terminal it prints a line every 10 s, and one at the end.

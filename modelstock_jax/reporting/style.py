@@ -58,7 +58,7 @@ RC = {
 }
 
 
-class Picture(Figure):
+class PngFigure(Figure):
     """A figure that a notebook shows where it is a cell's last value; no display is needed."""
 
     def _repr_png_(self) -> bytes:
@@ -81,7 +81,7 @@ def ink(colour: str) -> tuple[float, float, float]:
 
 def draw(
     fill: Callable[[Figure], Any], size: tuple[float, float], path: str | Path | None
-) -> Picture:
+) -> PngFigure:
     """Draws a figure in the house's look and writes it atomically.
 
     Args:
@@ -93,7 +93,7 @@ def draw(
       The figure, for those who want to look into it; no display is touched.
     """
     with matplotlib.rc_context(RC):
-        figure = Picture(figsize=size, layout="constrained")
+        figure = PngFigure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         fill(figure)
         if path is not None:

@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 MEASURES = ("avg_shifts", "distance_to_anchor", "predicted_distance", "cost")
 
 
-class Measured(NamedTuple):
+class MeanAndError(NamedTuple):
     """A mean over seeds and its standard error (None with one seed)."""
 
     mean: float
@@ -43,12 +43,12 @@ class Summary:
     of: str | None
     unit: str | None
     num_seeds: int
-    id: Measured
-    avg_shifts: Measured | None
-    distance_to_anchor: Measured | None
-    predicted_distance: Measured | None
-    cost: Measured | None
-    shifts: dict[str, Measured] = field(default_factory=dict)
+    id: MeanAndError
+    avg_shifts: MeanAndError | None
+    distance_to_anchor: MeanAndError | None
+    predicted_distance: MeanAndError | None
+    cost: MeanAndError | None
+    shifts: dict[str, MeanAndError] = field(default_factory=dict)
 
 
 def make_row(
@@ -96,7 +96,7 @@ def make_row(
     }
 
 
-def mean_and_error(values: Sequence[float]) -> Measured:
+def mean_and_error(values: Sequence[float]) -> MeanAndError:
     """The mean, and the standard error of the mean: sqrt(sum (x - mean)^2 / (S - 1) / S).
 
     Args:
@@ -112,9 +112,9 @@ def mean_and_error(values: Sequence[float]) -> Measured:
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:
-        return Measured(mean)
+        return MeanAndError(mean)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return Measured(mean, math.sqrt(variance / count))
+    return MeanAndError(mean, math.sqrt(variance / count))
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
@@ -160,7 +160,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     return summaries
 
 
-def over_seeds(measured: Iterable[tuple[Row, float]]) -> Measured:
+def over_seeds(measured: Iterable[tuple[Row, float]]) -> MeanAndError:
     """The mean over seeds of the means within a seed, of rows each with its value.
 
     Example:
@@ -173,7 +173,7 @@ def over_seeds(measured: Iterable[tuple[Row, float]]) -> Measured:
     return mean_and_error([math.fsum(group) / len(group) for group in seeds.values()])
 
 
-def _known(rows: Sequence[Row], measure: str) -> Measured | None:
+def _known(rows: Sequence[Row], measure: str) -> MeanAndError | None:
     known = [(row, row[measure]) for row in rows if row.get(measure) is not None]
     return over_seeds(known) if known else None
 
@@ -210,7 +210,7 @@ class Column(NamedTuple):
     """
 
     heading: str
-    values: list[Measured | None]
+    values: list[MeanAndError | None]
     digits: int | None
     with_error: bool
     highlighted: bool
@@ -375,7 +375,7 @@ def _rich_table(summaries: Sequence[Summary], of: Sequence[Column]) -> Table:
     return table
 
 
-def _number(value: Measured | None, column: Column) -> str:
+def _number(value: MeanAndError | None, column: Column) -> str:
     if value is None:
         return "–"
     if column.digits is None:
@@ -388,7 +388,7 @@ def _number(value: Measured | None, column: Column) -> str:
 
 def _flat(value: Any) -> Any:
     """A `Measured` becomes {mean, error}: asdict leaves named tuples as they are."""
-    if isinstance(value, Measured):
+    if isinstance(value, MeanAndError):
         return value._asdict()
     if isinstance(value, dict):
         return {key: _flat(item) for key, item in value.items()}

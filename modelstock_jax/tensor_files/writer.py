@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import explained, flush, flush_path, replacing, set_mode
-from modelstock_jax.tensor_files.digests import RangeDigest
+from modelstock_jax.tensor_files.checksums import RangeChecksum
 from modelstock_jax.tensor_files.reader import BITS, INDEX, SINGLE, num_bytes
 
 
@@ -145,7 +145,7 @@ class ShardWriter:
         self._closing = False
         with explained(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._sum = RangeDigest(self.size) if digest == "crc32" else None
+        self._sum = RangeChecksum(self.size) if digest == "crc32" else None
         self._sha256 = hashlib.sha256()
         self._follower = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._follower.start()
@@ -207,7 +207,7 @@ class ShardWriter:
     def _put(self, place: int, data: memoryview) -> None:
         start, stop = place, place + len(data)
         if self._sum is not None:
-            self._sum.see(place, data)
+            self._sum.update(place, data)
         with explained(self.path):
             while data:
                 count = os.pwrite(self._file, data, place)

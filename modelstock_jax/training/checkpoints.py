@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from orbax.checkpoint.experimental import v1 as ocp
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training import array_digests
-from modelstock_jax.training.array_digests import describe, named_leaves
-from modelstock_jax.training.multihost import anywhere, barrier, is_main
+from modelstock_jax.training import array_checksums
+from modelstock_jax.training.array_checksums import describe, named_leaves
+from modelstock_jax.training.multihost import any_process, barrier, is_main
 
 PyTree = Any
 # The parts of a checkpoint: Orbax renames their folder into place, so both are there or neither.
@@ -34,7 +34,7 @@ class Checkpoints:
     """Numbered checkpoints of one pytree under `directory`, saved while training goes on.
 
     A save is written beside and renamed by Orbax, so a kill at any instant leaves the one
-    before it whole. The digests of every leaf (`array_digests.tree_digest`) are saved with it, and
+    before it whole. The digests of every leaf (`array_checksums.tree_digest`) are saved with it, and
     what is restored is checked against them: TensorStore alone returns most flipped bits as data.
 
     Args:
@@ -90,11 +90,11 @@ class Checkpoints:
           UserError: if this save or the one before it could not be written (a full disk).
         """
         self.wait()  # A step still being written is neither among `steps` nor safe to overwrite.
-        packs = array_digests.plan(tree)
-        leaves = array_digests.describe(tree)
+        packs = array_checksums.plan(tree)
+        leaves = array_checksums.describe(tree)
         record = {"leaves": leaves, "packs": packs, "details": dict(details or {})}
-        saved = array_digests.pack(tree, packs)
-        document = {"record": record, "sha256": array_digests.json_digest(record)}
+        saved = array_checksums.pack(tree, packs)
+        document = {"record": record, "sha256": array_checksums.json_checksum(record)}
         try:
             saving = self._checkpointer.save_checkpointables_async(
                 step, {_TREE: saved, _DIGESTS: document}, force=True, overwrite=step in self.steps
@@ -138,7 +138,7 @@ class Checkpoints:
                     "version that saved it, or choose another --workdir"
                 )
             raise self._damaged(step, reason)
-        if document.get("sha256") != array_digests.json_digest(document.get("record")):
+        if document.get("sha256") != array_checksums.json_checksum(document.get("record")):
             raise self._damaged(step, "its digests are not as they were written")
         return document["record"]
 
@@ -156,9 +156,9 @@ class Checkpoints:
         tree = problem = None
         try:
             tree = self._restore(step, like)
-        except DamagedCheckpoint as error:
+        except CorruptCheckpoint as error:
             problem = error
-        if jax.process_count() > 1 and anywhere(problem is not None):
+        if jax.process_count() > 1 and any_process(problem is not None):
             problem = problem or self._damaged(step, "another process could not read it")
         if problem is not None:
             raise problem
@@ -181,19 +181,19 @@ class Checkpoints:
         for step in sorted((step for step in self.steps if step <= newest), reverse=True):
             try:
                 return step, self.restore(step, like)
-            except DamagedCheckpoint as error:
-                self.set_aside(step, error)
-        if any(step <= newest for step in damaged_steps(self.directory)):
+            except CorruptCheckpoint as error:
+                self.quarantine(step, error)
+        if any(step <= newest for step in quarantined_steps(self.directory)):
             raise UserError(
                 f"no checkpoint in {self.directory} is whole; put back a copy of one, or remove "
                 f"{self.directory.parent} to train from the start"
             )
         return None
 
-    def set_aside(self, step: int, why: Exception) -> None:
+    def quarantine(self, step: int, why: Exception) -> None:
         """Renames a damaged checkpoint, so that it is never read again, and says so."""
         if is_main():
-            place = put_aside(self.directory / str(step))
+            place = quarantine(self.directory / str(step))
             print(f"{why}; set aside as {place.name}", flush=True)
         barrier("set aside")  # No process looks before it is renamed.
         self._checkpointer.reload()
@@ -218,7 +218,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        leaves = array_digests.named_leaves(abstract).items()
+        leaves = array_checksums.named_leaves(abstract).items()
         asked = {name: [x.dtype.name, list(x.shape)] for name, x in leaves}
         other = [n for n in sorted(asked.keys() | saved) if asked.get(n) != saved.get(n, [])[:2]]
         if other:
@@ -227,12 +227,12 @@ class Checkpoints:
                 " on; give the options that it was saved with, or choose another --workdir"
             )
         packs = record.get("packs")  # Of older checkpoints, None: each array by itself.
-        packs = packs and {name: array_digests.Pack(*one) for name, one in packs.items()}
-        loaded, reason = self._load(step, _TREE, array_digests.abstract(abstract, packs))
+        packs = packs and {name: array_checksums.Pack(*one) for name, one in packs.items()}
+        loaded, reason = self._load(step, _TREE, array_checksums.abstract(abstract, packs))
         if loaded is None:
             raise self._damaged(step, reason)
-        tree = array_digests.unpack(loaded, abstract, packs)
-        digests = array_digests.tree_digest(tree)
+        tree = array_checksums.unpack(loaded, abstract, packs)
+        digests = array_checksums.tree_checksum(tree)
         changed = [n for n, digest in digests.items() if digest != saved[n][2]]
         if changed:
             raise self._damaged(step, f"{changed[0]} is not as it was saved")
@@ -248,8 +248,8 @@ class Checkpoints:
             end_given_up_reads()
         return None, reason
 
-    def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
+    def _damaged(self, step: int, reason: str) -> CorruptCheckpoint:
+        return CorruptCheckpoint(f"checkpoint {self.directory / str(step)} is damaged ({reason})")
 
 
 # Where a run goes on: the anchor that it began with, and the newest state that is whole.
@@ -258,7 +258,7 @@ class Checkpoints:
 _ROUNDING = 1e-2
 
 
-def keep_anchor(directory: Path, anchor: PyTree, fingerprint: str = "") -> PyTree:
+def save_or_check_anchor(directory: Path, anchor: PyTree, fingerprint: str = "") -> PyTree:
     """Saves the anchor when a run begins; later, makes sure that it is still the same.
 
     What is computed of it (a zero-shot head) may come out rounded otherwise on another machine:
@@ -279,8 +279,8 @@ def keep_anchor(directory: Path, anchor: PyTree, fingerprint: str = "") -> PyTre
         if kept.steps:
             try:
                 return _same(kept, anchor, fingerprint)
-            except DamagedCheckpoint as error:
-                kept.set_aside(0, error)
+            except CorruptCheckpoint as error:
+                kept.quarantine(0, error)
         kept.save(0, anchor, details={"fingerprint": fingerprint})
     return anchor
 
@@ -342,8 +342,8 @@ def resume(
         if merge in merges.steps:
             try:
                 return state, merges.restore(merge, merged_like)
-            except DamagedCheckpoint as error:
-                merges.set_aside(merge, error)
+            except CorruptCheckpoint as error:
+                merges.quarantine(merge, error)
         if not merge or not needs_merged(step):
             return state, None
         del found, state  # An older one takes its place in memory.
@@ -364,11 +364,11 @@ def resume(
 _SUFFIX = ".damaged"  # Not a number, so Orbax takes no such folder for a step.
 
 
-class DamagedCheckpoint(UserError):
+class CorruptCheckpoint(UserError):
     """A checkpoint that is not, bit for bit, what was saved."""
 
 
-def put_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Renames the folder of a step; returns its new name.
 
     Raises:
@@ -391,7 +391,7 @@ def put_aside(folder: Path) -> Path:
         raise UserError(f"cannot rename {folder} to {place.name}: {error.strerror}") from error
 
 
-def damaged_steps(directory: Path) -> list[int]:
+def quarantined_steps(directory: Path) -> list[int]:
     """The steps whose folders were put aside, ascending."""
     names = [path.name.partition(_SUFFIX)[0] for path in directory.glob(f"*{_SUFFIX}*")]
     return sorted(int(name) for name in names if name.isdigit())

@@ -29,7 +29,7 @@ from modelstock_jax.models.zero_shot import (
     zero_shot_head,
 )
 from modelstock_jax.reporting.progress import Progress
-from modelstock_jax.training.multihost import main_first
+from modelstock_jax.training.multihost import main_process_first
 
 PyTree = Any
 PUBLISHED_TEMPLATES = 80  # CLIP's prompts for ImageNet: what a run is planned for without its data.
@@ -223,7 +223,7 @@ class TextSide:
             self.heads,
             allow_repeats=self.allow_repeats,
         )
-        return main_first(make) if self.heads else make()
+        return main_process_first(make) if self.heads else make()
 
     @cached_property
     def prompts(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from modelstock_jax.training.step_fns import Programs
+from modelstock_jax.training.step_fns import StepFunctions
 
 PyTree = Any
 
@@ -62,7 +62,7 @@ class Memory:
         return max(self.step, self.merge)
 
 
-def memory(programs: Programs, compiled: dict[str, jax.stages.Compiled], batch: PyTree) -> Memory:
+def memory(programs: StepFunctions, compiled: dict[str, jax.stages.Compiled], batch: PyTree) -> Memory:
     """Reads the compiler's own account of the step and the merge.
 
     Temporary memory is the compiler's for the device it compiled for: an analysis made on a CPU
@@ -82,7 +82,7 @@ def memory(programs: Programs, compiled: dict[str, jax.stages.Compiled], batch: 
         opt_state=device_bytes(state.opt_state),
         merged=anchor if merges else 0,
         batch=device_bytes(batch),
-        gradients=anchor if programs.execution == "map" else params,
+        gradients=anchor if programs.replica_mode == "map" else params,
         step_temporary=extra_bytes(compiled["step"]),
         merge_temporary=extra_bytes(compiled["merge"]) - anchor if merges else 0,
     )

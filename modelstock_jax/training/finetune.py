@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
-from modelstock_jax.data.loader import Batch, Loading, steps_per_epoch, train_batches
-from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainView
+from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, train_batches
+from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainTransform
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.classifier import Classifier, TextSide, needed, with_captions
@@ -31,9 +31,9 @@ from modelstock_jax.training.losses import (
     with_l2_sp,
 )
 from modelstock_jax.training.projections import NORMS
-from modelstock_jax.training.sharding import batch_sharding, held
-from modelstock_jax.training.state import Trained, biases_and_head, freeze, head_only
-from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.sharding import batch_sharding, local_indices
+from modelstock_jax.training.state import IsTrained, biases_and_head, freeze, head_only
+from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.train_step import Augment
 from modelstock_jax.training.trainer import Trainer
 
@@ -41,7 +41,7 @@ AugmentImages = Callable[..., jax.Array]
 OBJECTIVES = ("cross_entropy", "car_ft", "flyp", "l2_sp", "linear_probe", "lp_ft", "bitfit")
 HEADS = ("zero_shot", "random")
 PROJECTIONS = ("none", "ftp", "tpgm")
-TRAINED: dict[str, Trained] = {"linear_probe": head_only, "bitfit": biases_and_head}
+TRAINED: dict[str, IsTrained] = {"linear_probe": head_only, "bitfit": biases_and_head}
 
 
 def make_trainer(
@@ -51,7 +51,7 @@ def make_trainer(
     workdir: str | Path,
     name: str,
     *,
-    programs: Programs | None = None,
+    programs: StepFunctions | None = None,
     timeline: Timeline | None = None,
     title: str | None = None,
 ) -> Trainer:
@@ -72,7 +72,7 @@ def make_trainer(
       UserError: if an option is out of its range, or options do not fit together.
     """
     if programs is None:
-        programs = Programs(config, finetuning_task(config, anchor, len(data.train), data.augment))
+        programs = StepFunctions(config, finetuning_task(config, anchor, len(data.train), data.augment))
     size = anchor.normalize.image_size
     batches = partial(_batches, config, data.train, size, batch_sharding(programs.mesh))
     return Trainer(config, programs, batches, workdir, name, timeline, title)
@@ -82,7 +82,7 @@ def _batches(
     config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start: int
 ) -> Iterator[Batch]:
     """The batches that this process's devices hold, from step `start` on."""
-    replicas, examples = held(sharding, (config.num_replicas, config.batch_size))
+    replicas, examples = local_indices(sharding, (config.num_replicas, config.batch_size))
     return train_batches(
         train,
         batch_size=config.batch_size,
@@ -91,8 +91,8 @@ def _batches(
         start_step=start,
         replicas=replicas.tolist(),
         examples=examples.tolist(),
-        view=train_views(config, image_size),
-        loading=Loading(**config.data.loading),
+        view=train_transforms(config, image_size),
+        loading=LoaderOptions(**config.data.loading),
     )
 
 
@@ -151,7 +151,7 @@ def _batch_augment(
     return mixed if alpha or own_mixup else of_images
 
 
-def alone(config: ConfigDict) -> ConfigDict:
+def single_replica_config(config: ConfigDict) -> ConfigDict:
     """A copy of the options for one model: none to merge it with, nothing of its own."""
     one = config.copy_and_resolve_references()
     one.num_replicas, one.mesh.replica, one.mesh.data = 1, 0, 0
@@ -160,7 +160,7 @@ def alone(config: ConfigDict) -> ConfigDict:
     return one
 
 
-class Method(NamedTuple):
+class FinetuningMethod(NamedTuple):
     """A way to fine-tune.
 
     Attributes:
@@ -170,13 +170,13 @@ class Method(NamedTuple):
     """
 
     loss_fn: Loss
-    trained: Trained | None
+    trained: IsTrained | None
     reads_pretrained: bool
 
 
 def make_method(
     config: ConfigDict, apply: Apply, normalize: Normalize, text: TextSide | None = None
-) -> Method:
+) -> FinetuningMethod:
     """The loss and the trained leaves that the config names.
 
     Args:
@@ -203,7 +203,7 @@ def make_method(
     if rules.name == "l2_sp":
         loss_fn = with_l2_sp(loss_fn, alpha=rules.l2_sp_alpha, beta=rules.l2_sp_beta)
     trained = TRAINED.get(rules.name)
-    return Method(_frozen(loss_fn, trained), trained, rules.name in ("car_ft", "l2_sp"))
+    return FinetuningMethod(_frozen(loss_fn, trained), trained, rules.name in ("car_ft", "l2_sp"))
 
 
 def check_method(config: ConfigDict) -> None:
@@ -274,7 +274,7 @@ def method_name(config: ConfigDict) -> str:
     return "+".join(parts) or "replica"
 
 
-def _frozen(loss_fn: Loss, trained: Trained | None) -> Loss:
+def _frozen(loss_fn: Loss, trained: IsTrained | None) -> Loss:
     if trained is None:
         return loss_fn
     return lambda params, *rest: loss_fn(freeze(params, trained), *rest)
@@ -337,7 +337,7 @@ def hyper_parameters(config: ConfigDict, steps_per_epoch: int) -> dict[str, np.n
     return found
 
 
-def train_views(config: ConfigDict, size: int) -> list[TrainView]:
+def train_transforms(config: ConfigDict, size: int) -> list[TrainTransform]:
     """What each replica sees of a stored image: `data.augment`, with what is its own.
 
     Args:
@@ -350,7 +350,7 @@ def train_views(config: ConfigDict, size: int) -> list[TrainView]:
     Raises:
       UserError: as `hyper_parameters`, or an option of `data.augment` is out of its range.
     """
-    view, own = TrainView.of(config.data.augment, size), _own(config)
+    view, own = TrainTransform.of(config.data.augment, size), _own(config)
     views = []
     for r in range(config.num_replicas):
         changes: dict[str, Any] = {name: own[name][r] for name in _OF_VIEWS if name in own}

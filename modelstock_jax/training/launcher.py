@@ -44,7 +44,7 @@ _LOST = (
 
 
 @contextlib.contextmanager
-def job(
+def distributed_session(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -64,11 +64,11 @@ def job(
         to wait for the others would be to wait for those that are lost.
     """
     try:
-        place = find(coordinator_address, num_processes, process_id, os.environ)
+        place = detect_cluster(coordinator_address, num_processes, process_id, os.environ)
     except UserError as error:
         sys.exit(f"error: {error}")
     if place is None:
-        with one_process():
+        with single_process_session():
             yield
         return
     end = _End(place.process_id or 0)
@@ -90,7 +90,7 @@ def job(
 
 
 @contextlib.contextmanager
-def one_process() -> Iterator[None]:
+def single_process_session() -> Iterator[None]:
     """Runs its body as a process of its own; a mistake or a signal in it ends as one line.
 
     Raises:
@@ -107,7 +107,7 @@ def one_process() -> Iterator[None]:
         sys.exit(130)
 
 
-def _start(place: Place) -> None:
+def _start(place: ProcessSpec) -> None:
     if place.coordinator_address and place.process_id:
         _wait_for(place.coordinator_address)
     # Its handler of SIGTERM would take the place of `Interruption`'s.
@@ -130,7 +130,7 @@ def _start(place: Place) -> None:
     multihost.barrier("all are here")
 
 
-def _where(place: Place) -> str:
+def _where(place: ProcessSpec) -> str:
     address, count, number = place
     return f"coordinator {address}, process {number} of {count}" if address else "by the cluster"
 
@@ -246,7 +246,7 @@ def what_was_lost(message: str) -> str:
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
 
-class Place(NamedTuple):
+class ProcessSpec(NamedTuple):
     """One of several processes; None is what `jax.distributed` finds out by itself.
 
     Attributes:
@@ -260,12 +260,12 @@ class Place(NamedTuple):
     process_id: int | None = None
 
 
-def find(
+def detect_cluster(
     coordinator_address: str | None,
     num_processes: int | None,
     process_id: int | None,
     environ: Mapping[str, str],
-) -> Place | None:
+) -> ProcessSpec | None:
     """The place of this process, or None where it is the only one.
 
     Flags come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then
@@ -294,10 +294,10 @@ def find(
         process_id = _number("JAX_PROCESS_ID", environ)
     scheduled = _scheduled(environ)
     if address is None and num_processes is None and process_id is None:
-        return Place() if scheduled or _tpu_hosts(environ) > 1 else None
+        return ProcessSpec() if scheduled or _tpu_hosts(environ) > 1 else None
     if process_id is None and not scheduled:
         process_id = _number("JOB_COMPLETION_INDEX", environ)
-    place = Place(address, num_processes, process_id)
+    place = ProcessSpec(address, num_processes, process_id)
     if num_processes == 1 and not process_id:
         return None
     missing = [f"--{name}" for name, value in place._asdict().items() if value is None]
@@ -310,7 +310,7 @@ def find(
     return place
 
 
-def _check(place: Place) -> None:
+def _check(place: ProcessSpec) -> None:
     address, count, number = place
     host, _, port = (address or "host:1").rpartition(":")
     if not host or not port.isdigit():
@@ -366,7 +366,7 @@ def _number(name: str, environ: Mapping[str, str]) -> int | None:
 STOPPED = 143  # 128 + SIGTERM, as a shell reports it.
 
 
-class Interruption:
+class PreemptionHandler:
     """Turns SIGTERM and Ctrl-C into a request that the loop grants after a save.
 
     A signal that the process was started to ignore stays ignored, as a shell's background job
@@ -383,7 +383,7 @@ class Interruption:
         self._granted = False
         self._number = signal.SIGTERM
 
-    def granted(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to save and stop after `step`: the same answer on every process.
 
         A signal to any one process is enough. Among several, it is granted a step late: each call
@@ -396,11 +396,11 @@ class Interruption:
         if jax.process_count() == 1:
             self._granted = self.requested
         else:
-            before, self._asked = self._asked, multihost.anywhere(self.requested)
+            before, self._asked = self._asked, multihost.any_process(self.requested)
             self._granted = before is not None and bool(before)
         return self._granted
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> PreemptionHandler:
         self._before = {}
         for kind in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(kind) is not signal.SIG_IGN:
@@ -425,7 +425,7 @@ class Interruption:
 _CPU_DEVICES = "jax_num_cpu_devices"
 
 
-def use_cores(config: ConfigDict) -> None:
+def set_cpu_devices(config: ConfigDict) -> None:
     """Makes CPU devices, one a replica as far as the cores reach.
 
     Whoever has said how many there are (`XLA_FLAGS`, `JAX_NUM_CPU_DEVICES`) keeps them, as do

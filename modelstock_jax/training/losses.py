@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from modelstock_jax.training.state import Reference
+from modelstock_jax.training.state import StepConstants
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 Normalize = Callable[[jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 
-NO_REFERENCE = Reference()
+NO_CONSTANTS = StepConstants()
 
 
 def cross_entropy(apply: Apply, normalize: Normalize, *, label_smoothing: float = 0.0) -> Loss:
@@ -37,7 +37,7 @@ def cross_entropy(apply: Apply, normalize: Normalize, *, label_smoothing: float 
       label_smoothing: s, in [0, 1), where the replica has none of its own.
     """
 
-    def loss_fn(params, batch, reference=NO_REFERENCE):
+    def loss_fn(params, batch, reference=NO_CONSTANTS):
         logits = _at_least_float32(apply(params, normalize(batch["image"])))
         return _cross_entropy(
             logits, batch, reference.hyper.get("label_smoothing", label_smoothing)
@@ -84,7 +84,7 @@ def context_aware(
       label_smoothing: of the cross-entropy.
     """
 
-    def loss_fn(params, batch, reference=NO_REFERENCE):
+    def loss_fn(params, batch, reference=NO_CONSTANTS):
         images, classes = normalize(batch["image"]), params["head"]["bias"].shape[0]
         joined = jax.tree.map(
             lambda h, c: jnp.concatenate([h, c.astype(h.dtype)], axis=-1), params["head"], contexts
@@ -122,7 +122,7 @@ def with_l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
     8.0
     """
 
-    def penalised(params, batch, reference=NO_REFERENCE):
+    def penalised(params, batch, reference=NO_CONSTANTS):
         loss, metrics = loss_fn(params, batch, reference)
         kept = {name: part for name, part in params.items() if name != "head"}
         moved = jax.tree.map(
@@ -152,7 +152,7 @@ def contrastive(
     the authors' code.
     """
 
-    def loss_fn(params, batch, reference=NO_REFERENCE):
+    def loss_fn(params, batch, reference=NO_CONSTANTS):
         images = encode_image(params["image_tower"], normalize(batch["image"]))
         texts = encode_text(params["text_tower"], batch["text"])
         images, texts = _at_least_float32(images), _at_least_float32(texts)

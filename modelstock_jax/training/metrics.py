@@ -34,7 +34,7 @@ ACTIONS = {
 LEARNT_AFTER = 20  # values, before a band says anything
 
 
-class Record:
+class TrainLogger:
     """The record of one run; every process makes one, and the first of them writes it.
 
     A step's values are read when the next step is on its way: reading them at once would let the
@@ -66,7 +66,7 @@ class Record:
         self._counted = 0.0  # Steps that count: finite, and not of an earlier life.
         self._merges = 0
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> TrainLogger:
         main, first = multihost.is_main(), self._first
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(
@@ -86,12 +86,12 @@ class Record:
                 )
             )
             before = [entry["event"] for entry in events.kept] if events is not None else []
-            self._watch = Watch(
+            self._watch = NonFiniteMonitor(
                 self._config.watch,
                 list(named_leaves(self._task.params)),
                 events,
                 self.log,
-                multihost.agree(before.count("not_finite")),
+                multihost.broadcast_from_main(before.count("not_finite")),
             )
             for line in self._metrics.kept:
                 self._watch.compare(line["step"], line, again=True)
@@ -115,19 +115,19 @@ class Record:
         Raises:
           UserError: if that one was not finite and the run is not to go on; or the disk is full.
         """
-        self.settle()
+        self.flush_pending()
         self._late = (step, values)
 
-    def settle(self) -> None:
+    def flush_pending(self) -> None:
         """Reads the values that were taken last; see `step`."""
         if self._late is None:
             return
         (step, values), self._late = self._late, None
         due = step % self._config.log_every == 0 or step == self._task.num_steps
-        read = multihost.whole(values if due else {name: values[name] for name in FLAGS})
+        read = multihost.to_host(values if due else {name: values[name] for name in FLAGS})
         ok = read["ok"]
         if not ok.all():
-            self._watch.look(step, read | {"loss": multihost.whole(values["loss"])})
+            self._watch.check(step, read | {"loss": multihost.to_host(values["loss"])})
         if step > self._metrics.furthest:
             self._counted += ok.mean()
         if not due:
@@ -150,7 +150,7 @@ class Record:
         Raises:
           UserError: if a replica's weights are not finite.
         """
-        stats = multihost.whole(stats)
+        stats = multihost.to_host(stats)
         check_finite(stats)
         values = {"merge/epoch": step / self._task.steps_per_epoch}
         for row in report(stats):
@@ -212,7 +212,7 @@ class Record:
 # An eye on the replicas: steps that are not finite, and losses out of their band.
 
 
-class Watch:
+class NonFiniteMonitor:
     """Reports what goes wrong in a replica, and ends a run that cannot go on.
 
     A step that is not finite is an event: a line in `events.jsonl` and on the screen; the step has
@@ -240,10 +240,10 @@ class Watch:
         survived: int = 0,
     ) -> None:
         self._config, self._names, self._lines, self._log = config, names, lines, log
-        self._bands: dict[tuple[str, int], Band] = {}
+        self._bands: dict[tuple[str, int], SpikeDetector] = {}
         self.survived, self.spikes = survived, 0
 
-    def look(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+    def check(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Reports the replicas whose step was not finite.
 
         Args:
@@ -303,10 +303,10 @@ class Watch:
                     continue
                 band = self._bands.setdefault(
                     (name, replica),
-                    Band(self._config.spike_deviations, self._config.spike_window),
+                    SpikeDetector(self._config.spike_deviations, self._config.spike_window),
                 )
                 mean, deviation = band.mean, band.deviation
-                if band.leaves(value):
+                if band.update(value):
                     self.spikes += 1
                     if not again:
                         details = {name: value, "mean": mean, "deviation": deviation}
@@ -318,7 +318,7 @@ class Watch:
             self._lines.flush()
 
 
-class Band:
+class SpikeDetector:
     """The running mean and deviation of a series, and whether a value lies above them.
 
     With a_n = 1 / min(n, window), x the n-th value held at the edge where it lies above,
@@ -347,7 +347,7 @@ class Band:
         """What the edge is measured in; rounding alone is not a spike."""
         return max(math.sqrt(self.variance), abs(self.mean) / 1000)
 
-    def leaves(self, value: float) -> bool:
+    def update(self, value: float) -> bool:
         """Takes the next value; whether it lies above the band that those before it made."""
         edge = self.mean + self._deviations * self.deviation
         above = self._count >= LEARNT_AFTER and value > edge

@@ -25,7 +25,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def agree(value: Value) -> Value:
+def broadcast_from_main(value: Value) -> Value:
     """Process 0's value, on every process; all must call it in the same order.
 
     Args:
@@ -42,7 +42,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def connect(mesh: Mesh) -> None:
+def warm_up_collectives(mesh: Mesh) -> None:
     """Joins the processes along each axis of the mesh, while none of them compiles.
 
     Gloo, between CPUs, joins those that share a program when its first collective runs, and waits
@@ -57,7 +57,7 @@ def connect(mesh: Mesh) -> None:
         jax.block_until_ready(jax.jit(jnp.sum, out_shardings=whole)(flags))
 
 
-def main_first(make: Callable[[], Made]) -> Made:
+def main_process_first(make: Callable[[], Made]) -> Made:
     """`make()` on process 0, and then on all others: they find the files that it left.
 
     What it writes must be on a disk that all share.
@@ -70,14 +70,14 @@ def main_first(make: Callable[[], Made]) -> Made:
     return make()
 
 
-def total(sums: np.ndarray) -> np.ndarray:
+def sum_over_processes(sums: np.ndarray) -> np.ndarray:
     """The sum over processes, modulo the dtype's range; the same array on all of them."""
     if jax.process_count() == 1:
         return sums
     return multihost_utils.process_allgather(sums).sum(axis=0, dtype=sums.dtype)
 
 
-def in_order(tree: PyTree) -> PyTree:
+def block_on_multihost_cpu(tree: PyTree) -> PyTree:
     """`tree`, computed, where two programs under way would take each other's messages.
 
     That is on the CPUs of several processes: a device with streams keeps to the order by itself.
@@ -87,14 +87,14 @@ def in_order(tree: PyTree) -> PyTree:
     return tree
 
 
-def anywhere(flag: bool) -> jax.Array:
+def any_process(flag: bool) -> jax.Array:
     """Whether `flag` is set on any process: bool [], sent at once; reading it waits for it."""
     flags = np.full(jax.local_device_count(), flag)
     split, anyone = _any_flag()
-    return in_order(anyone(jax.make_array_from_process_local_data(split, flags)))
+    return block_on_multihost_cpu(anyone(jax.make_array_from_process_local_data(split, flags)))
 
 
-def whole(tree: PyTree) -> PyTree:
+def to_host(tree: PyTree) -> PyTree:
     """Every leaf as a NumPy array on every process, however it is sharded and over whatever hosts.
 
     All processes must ask for the same, since they send each other their parts. Leaves are

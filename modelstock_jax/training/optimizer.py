@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.training.projections import fast_trainable_projection
-from modelstock_jax.training.state import Trained, leaf_names
+from modelstock_jax.training.state import IsTrained, leaf_names
 
 Schedule = Callable[..., jax.Array]
 Hyper = Mapping[str, jax.Array]
@@ -21,7 +21,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 def make_optimizer(
-    config: ConfigDict, num_steps: int, trained: Trained | None = None
+    config: ConfigDict, num_steps: int, trained: IsTrained | None = None
 ) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
     """The direction u of a step, and the learning rate that the step multiplies it by.
 
@@ -135,7 +135,7 @@ def reads_pretrained(config: ConfigDict) -> bool:
 
 
 def _only(
-    trained: Trained, tx: optax.GradientTransformationExtraArgs
+    trained: IsTrained, tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
     def labels(params: Any) -> Any:
         names = leaf_names(params)

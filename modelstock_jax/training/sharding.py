@@ -121,7 +121,7 @@ def mesh_shape(
 
 def state_sharding(mesh: Mesh, state: TrainState, min_size: int = 0) -> TrainState:
     """A `TrainState` of shardings, leaf by leaf; keys, counters and carried noise are whole."""
-    return jax.tree.map(lambda _: whole_sharding(mesh), state)._replace(
+    return jax.tree.map(lambda _: replicated_sharding(mesh), state)._replace(
         key=NamedSharding(mesh, PartitionSpec("replica")),
         params=replicas_sharding(mesh, state.params, min_size),
         opt_state=replicas_sharding(mesh, state.opt_state, min_size),
@@ -132,7 +132,7 @@ def replicas_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
     """A sharding for each leaf [R, ...]: R over "replica", the rest as one replica's leaf."""
 
     def place(x):
-        spec = split_over_data(x.shape[1:], mesh.shape["data"], min_size)
+        spec = fsdp_spec(x.shape[1:], mesh.shape["data"], min_size)
         return NamedSharding(mesh, PartitionSpec("replica", *spec))
 
     return jax.tree.map(place, replicas)
@@ -141,7 +141,7 @@ def replicas_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
 def weights_sharding(mesh: Mesh, weights: PyTree, min_size: int) -> PyTree:
     """A sharding for each leaf [...] of a model without a replica axis: anchor, merged weights."""
     return jax.tree.map(
-        lambda x: NamedSharding(mesh, split_over_data(x.shape, mesh.shape["data"], min_size)),
+        lambda x: NamedSharding(mesh, fsdp_spec(x.shape, mesh.shape["data"], min_size)),
         weights,
     )
 
@@ -157,7 +157,7 @@ def merging_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
 
     def place(x):
         shape = x.shape[1:]
-        axes = [*split_over_data(shape, data, min_size), *[None] * len(shape)][: len(shape)]
+        axes = [*fsdp_spec(shape, data, min_size), *[None] * len(shape)][: len(shape)]
         part = [size // (data if axis else 1) for size, axis in zip(shape, axes, strict=True)]
         dims = [dim for dim, size in enumerate(part) if size and size % replica == 0]
         if replica > 1 and dims:
@@ -168,7 +168,7 @@ def merging_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
     return jax.tree.map(place, replicas)
 
 
-def split_over_data(shape: tuple[int, ...], data: int, min_size: int) -> PartitionSpec:
+def fsdp_spec(shape: tuple[int, ...], data: int, min_size: int) -> PartitionSpec:
     """How one tensor of a model is split over the data axis (FSDP, or ZeRO stage 3).
 
     Along its largest dimension that `data` divides, the first of equals; whole where it has fewer
@@ -187,7 +187,7 @@ def split_over_data(shape: tuple[int, ...], data: int, min_size: int) -> Partiti
     return PartitionSpec(*[None] * widest, "data")
 
 
-def whole_sharding(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -197,7 +197,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("replica", "data"))
 
 
-def gathered(weights: PyTree, split: PyTree) -> PyTree:
+def all_gather_params(weights: PyTree, split: PyTree) -> PyTree:
     """Weights as a replica computes with them: whole, where they lie split over the data axis.
 
     Their gradients go the other way: summed over the devices and split again at once (an all-gather
@@ -212,7 +212,7 @@ def gathered(weights: PyTree, split: PyTree) -> PyTree:
     def leaf(x, sharding):
         if sharding.is_fully_replicated:
             return x
-        whole = whole_sharding(sharding.mesh)
+        whole = replicated_sharding(sharding.mesh)
         place = jax.lax.with_sharding_constraint
 
         @jax.custom_vjp
@@ -237,16 +237,16 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """
     sharding = batch_sharding(mesh)
     axes = tuple(mesh.shape.values())
-    here = [len(blocks) for blocks in held(sharding, axes)]
+    here = [len(blocks) for blocks in local_indices(sharding, axes)]
 
     def global_array(value):
         sizes = zip(value.shape, axes, here, strict=False)
-        return place(sharding, value, tuple(n * axis // mine for n, axis, mine in sizes))
+        return make_global_array(sharding, value, tuple(n * axis // mine for n, axis, mine in sizes))
 
     return {name: global_array(value) for name, value in batch.items()}
 
 
-def held(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+def local_indices(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """What this process's devices hold of a global array, dimension by dimension.
 
     On one process that is everything; on a mesh that keeps a replica to a host, the host's own
@@ -266,7 +266,7 @@ def held(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.ndarray, .
     return tuple(np.unique(np.concatenate(ranges)) for ranges in dims)
 
 
-def place(sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+def make_global_array(sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
     """The global array of which this process gives what it holds.
 
     Args:
@@ -274,7 +274,7 @@ def place(sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]) ->
       value: this process's part: the rows and columns of `held(sharding, shape)`.
       shape: global sizes of the leading dimensions; the others are those of `value`.
     """
-    parts, shape = held(sharding, shape), (*shape, *value.shape[len(shape) :])
+    parts, shape = local_indices(sharding, shape), (*shape, *value.shape[len(shape) :])
 
     def block(index: tuple[slice, ...] | None) -> np.ndarray:
         local = []
@@ -286,7 +286,7 @@ def place(sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]) ->
     return jax.make_array_from_callback(shape, sharding, block)
 
 
-def spread(tree: PyTree, shardings: PyTree) -> PyTree:
+def device_put_global(tree: PyTree, shardings: PyTree) -> PyTree:
     """Places values that every process has whole; nothing is sent between processes.
 
     `jax.device_put` would compare them between all processes first, on the devices.

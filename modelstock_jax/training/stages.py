@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data import glyphs
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.loader import Loading, train_batches
+from modelstock_jax.data.loader import LoaderOptions, train_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import encode_image, encode_text, init
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
@@ -22,10 +22,10 @@ from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (
-    alone,
+    single_replica_config,
     check_method,
     make_trainer,
-    train_views,
+    train_transforms,
 )
 from modelstock_jax.training.losses import contrastive, cross_entropy
 from modelstock_jax.training.projections import trainable_projection
@@ -34,7 +34,7 @@ from modelstock_jax.training.step_fns import Task
 PyTree = Any
 
 
-def probe(config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path) -> Classifier:
+def linear_probe(config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path) -> Classifier:
     """The first phase of LP-FT (Kumar et al. 2022): the head alone, the tower as it is.
 
     The second phase is a fine-tuning like any other, from what this returns.
@@ -54,18 +54,18 @@ def probe(config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path
     check_method(config)
     if config.objective.name != "lp_ft":
         return anchor
-    one = alone(config)
+    one = single_replica_config(config)
     one.objective.name = "linear_probe"
     one.epochs = config.objective.probe_epochs
     one.optimizer.learning_rate = config.objective.probe_learning_rate
     one.optimizer.decay_to_pretrained = 0.0
     one.optimizer.projection.name = "none"
     state = make_trainer(one, anchor, data, workdir, "probe").run().state
-    head = jax.tree.map(lambda x: x[0], multihost.whole(state.params["head"]))
+    head = jax.tree.map(lambda x: x[0], multihost.to_host(state.params["head"]))
     return replace(anchor, params=anchor.params | {"head": head})
 
 
-def hold(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas: PyTree) -> PyTree:
+def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas: PyTree) -> PyTree:
     """TPGM after training: each replica within radii that validation images choose.
 
     Args:
@@ -90,7 +90,7 @@ def hold(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas: PyTr
         )
     loss_fn = cross_entropy(anchor.apply, anchor.normalize)
     held = []
-    for r, view in enumerate(train_views(config, anchor.normalize.image_size)):
+    for r, view in enumerate(train_transforms(config, anchor.normalize.image_size)):
         batches = train_batches(
             data.validation,
             batch_size=size,
@@ -98,7 +98,7 @@ def hold(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas: PyTr
             num_replicas=1,
             start_step=0,
             view=view,
-            loading=Loading(**config.data.loading),
+            loading=LoaderOptions(**config.data.loading),
         )
         projected, _ = trainable_projection(
             lambda params, batch: loss_fn(params, batch)[0],

@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
     noise: PyTree
 
 
-class Reference(NamedTuple):
+class StepConstants(NamedTuple):
     """Weights that a step reads and does not change; a field is None where nothing reads it.
 
     Attributes:
@@ -91,7 +91,7 @@ def init_state(
 # Which leaves of a model are trained; the others keep their bits.
 
 
-Trained = Callable[[str], bool]
+IsTrained = Callable[[str], bool]
 
 
 def head_only(name: str) -> bool:
@@ -123,7 +123,7 @@ def leaf_names(tree: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), list(named_leaves(tree)))
 
 
-def freeze(params: PyTree, trained: Trained | None) -> PyTree:
+def freeze(params: PyTree, trained: IsTrained | None) -> PyTree:
     """The same weights; none but the trained leaves have a gradient, nor cost what it takes.
 
     Args:

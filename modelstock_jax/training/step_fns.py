@@ -21,12 +21,12 @@ from modelstock_jax.training import sharding
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.merge_step import make_merge
 from modelstock_jax.training.optimizer import make_optimizer, reads_pretrained
-from modelstock_jax.training.sharding import spread
-from modelstock_jax.training.state import Reference, Trained, TrainState, init_state
-from modelstock_jax.training.train_step import Augment, Execution, make_train_step
+from modelstock_jax.training.sharding import device_put_global
+from modelstock_jax.training.state import StepConstants, IsTrained, TrainState, init_state
+from modelstock_jax.training.train_step import Augment, ReplicaMode, make_train_step
 
 PyTree = Any
-EXECUTIONS = ("auto", "vmap", "map")
+REPLICA_MODES = ("auto", "vmap", "map")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Task:
     num_heads: int
     augment: Augment
     fingerprint: str = ""
-    trained: Trained | None = None
+    trained: IsTrained | None = None
     reads_pretrained: bool = False
     hyper: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ def mesh_of(config: ConfigDict) -> Mesh:
     )
 
 
-class Programs:
+class StepFunctions:
     """What is compiled once and serves every seed and every arm of a run.
 
     The task's weights may be `jax.ShapeDtypeStruct`s where programs are lowered and not run.
@@ -93,7 +93,7 @@ class Programs:
         self.task, self._config = task, config
         self.mesh = mesh_of(config)
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps, task.trained)
-        self.whole = sharding.whole_sharding(self.mesh)
+        self.whole = sharding.replicated_sharding(self.mesh)
         least = config.mesh.fsdp_min_size
         self.weights_sharding = sharding.weights_sharding(self.mesh, task.params, least)
         state = jax.eval_shape(self._init, task.params, 0)
@@ -122,7 +122,7 @@ class Programs:
                 self._loss,
                 self._tx,
                 schedule,
-                self.execution,
+                self.replica_mode,
                 augment=task.augment,
                 accumulate_steps=config.accumulate_steps,
                 policy=config.watch.policy,
@@ -134,9 +134,9 @@ class Programs:
     @cached_property
     def anchor(self) -> PyTree:
         """The task's weights, placed as `weights_sharding` says."""
-        return spread(self.task.params, self.weights_sharding)
+        return device_put_global(self.task.params, self.weights_sharding)
 
-    def start(self, seed: int) -> TrainState:
+    def init_state(self, seed: int) -> TrainState:
         """Every replica at the anchor, with the random keys of this seed."""
         return self._start(self.anchor, np.uint32(seed))
 
@@ -153,7 +153,7 @@ class Programs:
         ]
         return {False: compiled[0], True: compiled[-1]}
 
-    def reference(self, anchor: PyTree = None, merged: PyTree = None) -> Reference:
+    def step_constants(self, anchor: PyTree = None, merged: PyTree = None) -> StepConstants:
         """What a step reads beside its state; nothing that no option reads is kept in memory.
 
         Args:
@@ -164,7 +164,7 @@ class Programs:
         last = anchor if merged is None else merged
         restores = self._config.watch.policy == "restore_last_merge"
         compares = self.task.reads_pretrained or reads_pretrained(self._config.optimizer)
-        return Reference(
+        return StepConstants(
             pretrained=anchor if compares else None,
             last_merged=last if restores else None,
             hyper=dict(self.task.hyper),
@@ -176,7 +176,7 @@ class Programs:
         Args:
           batch: placed shapes [R, B, ...] and dtypes, as `abstract_batch` gives them.
         """
-        lowered = {"step": self.step.lower(self.abstract_state, batch, self.reference())}
+        lowered = {"step": self.step.lower(self.abstract_state, batch, self.step_constants())}
         if self._config.merge.every != "never":
             lowered["merge"] = self.merge[False].lower(self.abstract_anchor, self.abstract_state)
         return lowered
@@ -191,7 +191,7 @@ class Programs:
         return _placed(shapes, dict.fromkeys(shapes, sharding.batch_sharding(self.mesh)))
 
     def _loss(self, params: PyTree, *rest: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return self.task.loss_fn(sharding.gathered(params, self.weights_sharding), *rest)
+        return self.task.loss_fn(sharding.all_gather_params(params, self.weights_sharding), *rest)
 
     def _init(self, params: PyTree, seed: jax.Array) -> TrainState:
         config, noise = self._config, None
@@ -202,10 +202,10 @@ class Programs:
         )
 
     @cached_property
-    def execution(self) -> Execution:
+    def replica_mode(self) -> ReplicaMode:
         """How the replicas run: 'vmap' or 'map'."""
         execution = self._config.compute.execution
-        check_choice("compute.execution", execution, EXECUTIONS)
+        check_choice("compute.execution", execution, REPLICA_MODES)
         if execution == "auto":
             # Vmapped convolutions are slow on a CPU: ResNet, ConvNeXt. CLIP has none.
             alone = self.mesh.shape["replica"] == 1 and jax.default_backend() == "cpu"

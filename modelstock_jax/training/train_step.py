@@ -13,12 +13,12 @@ import optax
 from modelstock_jax.errors import check_choice
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.optimizer import Schedule
-from modelstock_jax.training.state import Reference, TrainState
+from modelstock_jax.training.state import StepConstants, TrainState
 
 PyTree = Any
-Policy = Literal["stop", "skip_step", "restore_last_merge"]
-POLICIES = ("stop", "skip_step", "restore_last_merge")
-Execution = Literal["vmap", "map"]
+OnNonFinite = Literal["stop", "skip_step", "restore_last_merge"]
+ON_NON_FINITE = ("stop", "skip_step", "restore_last_merge")
+ReplicaMode = Literal["vmap", "map"]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Augment = Callable[[jax.Array, Batch], Batch]
@@ -28,12 +28,12 @@ def make_train_step(
     loss_fn: Loss,
     tx: optax.GradientTransformationExtraArgs,
     schedule: Schedule,
-    execution: Execution,
+    execution: ReplicaMode,
     *,
     augment: Augment = lambda key, batch: batch,
     accumulate_steps: int = 1,
-    policy: Policy = "stop",
-) -> Callable[[TrainState, Batch, Reference], tuple[TrainState, Metrics]]:
+    policy: OnNonFinite = "stop",
+) -> Callable[[TrainState, Batch, StepConstants], tuple[TrainState, Metrics]]:
     """Builds (state, batch [R, B, ...], reference) -> (state, metrics [R]); to be jitted.
 
     The state may be donated; the reference stays.
@@ -64,7 +64,7 @@ def make_train_step(
     Raises:
       UserError: if there is no such policy.
     """
-    check_choice("watch.policy", policy, POLICIES)
+    check_choice("watch.policy", policy, ON_NON_FINITE)
 
     def replica_step(step, reference, key, params, opt_state, batch, hyper):
         own = reference._replace(hyper=hyper)
@@ -84,12 +84,12 @@ def make_train_step(
             hyper=hyper,
         )
         new = jax.tree.map(lambda w, u: w - (rate * u).astype(w.dtype), params, updates)
-        metrics = metrics | {"learning_rate": rate} | health(loss, grads, new)
+        metrics = metrics | {"learning_rate": rate} | finite_checks(loss, grads, new)
         if policy == "skip_step":
-            new, moments = choose(metrics["ok"], (new, moments), (params, opt_state))
+            new, moments = tree_where(metrics["ok"], (new, moments), (params, opt_state))
         elif policy == "restore_last_merge":
             anew = (reference.last_merged, tx.init(reference.last_merged))
-            new, moments = choose(metrics["ok"], (new, moments), anew)
+            new, moments = tree_where(metrics["ok"], (new, moments), anew)
         return new, moments, metrics
 
     def train_step(state, batch, reference):
@@ -154,7 +154,7 @@ def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any,
 # Whether a replica's step is finite, and what its update becomes where it is not.
 
 
-def health(loss: jax.Array, grads: PyTree, params: PyTree) -> dict[str, jax.Array]:
+def finite_checks(loss: jax.Array, grads: PyTree, params: PyTree) -> dict[str, jax.Array]:
     """Of one replica's step: are its loss, gradients and new weights finite, and how large.
 
         grad_norm = sqrt(sum_k |g_k|^2)
@@ -197,7 +197,7 @@ def _first(bad: jax.Array) -> jax.Array:
     return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
-def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+def tree_where(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the step was finite, else `old`: a select, so that nothing of `new` remains.
 
     Args:

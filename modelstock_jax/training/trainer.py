@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.checkpoints import Checkpoints, keep_anchor, resume
-from modelstock_jax.training.launcher import STOPPED, Interruption
+from modelstock_jax.training.checkpoints import Checkpoints, save_or_check_anchor, resume
+from modelstock_jax.training.launcher import STOPPED, PreemptionHandler
 from modelstock_jax.training.merge_step import steps_between_merges
-from modelstock_jax.training.metrics import Record
-from modelstock_jax.training.multihost import in_order
+from modelstock_jax.training.metrics import TrainLogger
+from modelstock_jax.training.multihost import block_on_multihost_cpu
 from modelstock_jax.training.sharding import put_batch
 from modelstock_jax.training.state import TrainState
-from modelstock_jax.training.step_fns import Programs
+from modelstock_jax.training.step_fns import StepFunctions
 
 PyTree = Any
 
@@ -41,7 +41,7 @@ class Trainer:
     def __init__(
         self,
         config: ConfigDict,
-        programs: Programs,
+        programs: StepFunctions,
         batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
         workdir: str | Path,
         name: str,
@@ -84,36 +84,36 @@ class Trainer:
         """
         config, programs, timeline = self.config, self.programs, self.timeline
         last = self.task.num_steps
-        with Stores(self.workdir, config, programs, self.merge_steps, timeline) as stores:
+        with RunCheckpoints(self.workdir, config, programs, self.merge_steps, timeline) as stores:
             anchor, state, merged = stores.restore()
             first = int(state.step)
             if first == last:
                 return Result(state, merged)
             batches = self.batches(first)
             with (
-                Record(config, self.task, self.workdir, self.title, first, timeline) as record,
-                Interruption() as interruption,
+                TrainLogger(config, self.task, self.workdir, self.title, first, timeline) as record,
+                PreemptionHandler() as interruption,
             ):
-                reference = programs.reference(anchor, merged)
+                reference = programs.step_constants(anchor, merged)
                 for step in range(first + 1, last + 1):
                     with timeline.phase("data"):
                         batch = put_batch(programs.mesh, next(batches))
                     with timeline.phase("train"):
-                        state, values = in_order(programs.step(state, batch, reference))
+                        state, values = block_on_multihost_cpu(programs.step(state, batch, reference))
                         record.step(step, values)
                     merging = self.merge_steps and (step % self.merge_steps == 0 or step == last)
-                    stopping = interruption.granted(step)
+                    stopping = interruption.should_stop(step)
                     saving = step % config.checkpoint.every == 0 or step == last
                     if not (merging or saving or stopping):
                         continue
                     with timeline.phase("train"):
-                        record.settle()
+                        record.flush_pending()
                     if merging:
                         with timeline.phase("merge", step):
                             merge = programs.merge[step == last]
-                            state, merged, stats = in_order(merge(anchor, state))
+                            state, merged, stats = block_on_multihost_cpu(merge(anchor, state))
                             record.merge(step, stats)
-                        reference = programs.reference(anchor, merged)
+                        reference = programs.step_constants(anchor, merged)
                         stores.save_merged(step, merged)
                     record.flush()
                     stores.save(step, state)
@@ -131,7 +131,7 @@ class Trainer:
 # What a run keeps on the disk to go on from: its anchor, its states and its merged models.
 
 
-class Stores:
+class RunCheckpoints:
     """The checkpoints of one run, and the time that they take.
 
     A save goes on while training does. It begins and ends on the timeline as it does on the disk;
@@ -149,14 +149,14 @@ class Stores:
         self,
         workdir: Path,
         config: ConfigDict,
-        programs: Programs,
+        programs: StepFunctions,
         merge_steps: int,
         timeline: Timeline,
     ) -> None:
         self._workdir, self._seed, self._keep = workdir, config.seed, config.checkpoint
         self._programs, self._merge_steps, self._timeline = programs, merge_steps, timeline
 
-    def __enter__(self) -> Stores:
+    def __enter__(self) -> RunCheckpoints:
         keep = self._keep.keep
         keep_merged = self._keep.keep_merged
         if keep_merged:  # A state that is kept needs the merge before it.
@@ -185,9 +185,9 @@ class Stores:
         programs, num_steps = self._programs, self._programs.task.num_steps
         with self._timeline.phase("restore"):
             place, fingerprint = self._workdir / "anchor", programs.task.fingerprint
-            anchor = keep_anchor(place, programs.anchor, fingerprint)
+            anchor = save_or_check_anchor(place, programs.anchor, fingerprint)
             like = programs.abstract_state
-            always = programs.reference().last_merged is not None
+            always = programs.step_constants().last_merged is not None
             found, merged = resume(
                 self._states,
                 self._merges,
@@ -197,7 +197,7 @@ class Stores:
                 needs_merged=lambda step: always or step == num_steps,
             )
             if found is None:
-                return anchor, programs.start(self._seed), None
+                return anchor, programs.init_state(self._seed), None
             return anchor, like._replace(**found), merged
 
     def save_merged(self, step: int, merged: PyTree) -> None:

@@ -11,7 +11,7 @@ from studies.catalogue.soup_search import SIZE, soup
 from studies.curves import ALPHAS, Curve, average, both, curve, curve_above, curve_scores, known
 from studies.expressions import Greedy, Mean, Merge, Model
 from studies.measurements import Measurement
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 # A soup costs as much as all else together: those that Table 2 has as well.
 _SOUP_SEEDS = 3
@@ -47,7 +47,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     seeds = {name: [s for s in setup.seeds if (name, s) in values] for name in _NAMES}
     lines = {name: [curve(values, name, seed) for seed in seeds[name]] for name in _NAMES}
     curves = {label: lines[name] for name, label in _NAMES.items()}
@@ -61,7 +61,7 @@ def _say(setup: Setup, values: Values) -> Report:
         for alpha in (*ALPHAS, 1):
             scores = [values[(name, s) if alpha == 1 else (name, s, alpha)] for s in seeds[name]]
             rows.append([f"{label}, α = {alpha:g}", str(_COSTS[name]), *both(scores)])
-    return Report(
+    return StudyReport(
         [Table(["w0 + α (model − w0)", "cost", "ID", "avg shifts"], rows)],
         [
             _claim(own, "model_stock", "replica", "beats a fine-tuned model"),

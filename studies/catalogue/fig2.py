@@ -10,7 +10,7 @@ import numpy as np
 from modelstock_jax.reporting.figures import angle_by_layer, kind
 from studies.catalogue.model_pool import own_pairs, pool
 from studies.measurements import Angles, Measurement
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 # A key's bias gets no gradient (softmax does not see it): its angle is of noise alone.
 NOISE = "k_proj.bias"
@@ -81,7 +81,7 @@ def _sure(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row for name, row in found.items() if not name.endswith(NOISE)}
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     found = values["angles"]
     layers = [
         {
@@ -101,7 +101,7 @@ def _say(setup: Setup, values: Values) -> Report:
         for what, angles in angles_by_kind(found).items()
     ]
     claims = angle_claims(found, 2 * len(setup.seeds), "Figure 2")
-    return Report(
+    return StudyReport(
         [Table(["", "mean angle (degrees)", "its deviation over pairs", "mean cosine"], rows)],
         claims,
         {"fig2": lambda path: angle_by_layer(layers, path)},

@@ -10,7 +10,7 @@ from studies.catalogue.model_pool import pool
 from studies.curves import shown
 from studies.expressions import Between, InPlane, Mean
 from studies.measurements import Distance, Measurement, Score
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 # In units of w1 - w0, and of the centre's height over that line. The centre lies over about three
 # quarters of it: a point that is as far along for every height lies this much less.
@@ -39,7 +39,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     one, centre, apart = (values[name] for name in ("one", "centre", "apart"))
     # The anchor is the origin, the fine-tuned model lies on the first axis.
     cosine = (one**2 + centre**2 - apart**2) / (2 * one * centre)
@@ -62,7 +62,7 @@ def _say(setup: Setup, values: Values) -> Report:
     ]
     rows = [[f"w0 + {a:g} (w1 − w0)", shown(errors)] for a, errors in lines.items()]
     marks = {"w0": (0.0, 0.0), "w1": (one, 0.0), "centre": corner}
-    return Report(
+    return StudyReport(
         [Table(["", "test error (%)"], [*rows, ["centre", f"{best:.2f}"]])],
         claims,
         {"fig3": lambda path: figures.landscape(points, marks, path)},

@@ -12,7 +12,7 @@ from studies.catalogue.model_pool import averages, mean, pool
 from studies.curves import shown
 from studies.expressions import Noisy
 from studies.measurements import Distance, Measurement, Score
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 _SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
 _DRAWS = 8
@@ -36,7 +36,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     teams = {n: range(len(members)) for n, members in averages(setup.seeds).items()}
     models = {
         n: [(values["at", n, i], values["score", n, i]["id"]) for i in which]
@@ -50,7 +50,7 @@ def _say(setup: Setup, values: Values) -> Report:
         for scale in _SCALES
     }
     centre = values["centre"]["id"]
-    return Report(
+    return StudyReport(
         [Table(["", "to the centre", "ID"], _rows(models, noise, centre))],
         _claims(models, noise, centre),
         {"fig4": lambda path: figures.near_the_centre(models, noise, centre, path)},

@@ -14,7 +14,7 @@ from studies.catalogue.model_pool import PAIR
 from studies.expressions import Replica
 from studies.measurements import Angles, Measurement
 from studies.runs import Run
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 
 def _wanted(setup: Setup) -> dict[int, Measurement]:
@@ -25,7 +25,7 @@ def _wanted(setup: Setup) -> dict[int, Measurement]:
     }
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     history = _history(values)
     rows = [
         [
@@ -39,7 +39,7 @@ def _say(setup: Setup, values: Values) -> Report:
         for entry in history
     ]
     columns = ["epoch", "angle of kernels", "norm", "angle of biases", "norm"]
-    return Report(
+    return StudyReport(
         [Table(columns, rows)],
         _claims(history),
         {"fig5": lambda path: figures.dynamics(history, path)},

@@ -10,7 +10,7 @@ from studies.catalogue.model_pool import MERGING, PAIR
 from studies.expressions import Mean, Merged, Replica
 from studies.measurements import Angles, Measurement, Projected
 from studies.runs import Run
-from studies.study import Report, Setup, Study, Table, Values
+from studies.study import StudyReport, Setup, Study, Table, Values
 
 
 def _pair(setup: Setup) -> dict[str, Measurement]:
@@ -44,7 +44,7 @@ def triangle(angle: float, norms: tuple[float, float]) -> figures.Triangle:
     )
 
 
-def _say_pair(setup: Setup, values: Values) -> Report:
+def _say_pair(setup: Setup, values: Values) -> StudyReport:
     known = {
         name: row
         for name, row in values["angles"].items()
@@ -56,7 +56,7 @@ def _say_pair(setup: Setup, values: Values) -> Report:
         for name in (by_angle[0], by_angle[-1])
     }
     rows = [[f"`{name}`", f"{one.angle:.1f}", f"{one.ratio:.3f}"] for name, one in chosen.items()]
-    return Report(
+    return StudyReport(
         [Table(["tensor", "angle (degrees)", "ratio t"], rows)],
         figures={"fig6": lambda path: figures.triangles(chosen, path)},
         notes=["The tensors with the smallest and the largest angle of all."],
@@ -92,7 +92,7 @@ def _series(setup: Setup) -> dict[int, Measurement]:
     return wanted
 
 
-def _say_series(setup: Setup, values: Values) -> Report:
+def _say_series(setup: Setup, values: Values) -> StudyReport:
     periods, start = [], (0.0, 0.0)
     for points in values.values():
         *inner, mean, merged = map(tuple, points)
@@ -109,7 +109,7 @@ def _say_series(setup: Setup, values: Values) -> Report:
         for number, one in enumerate(periods, 1)
     ]
     columns = ["epoch", "mean, along", "replicas apart, across", "merged, along"]
-    return Report(
+    return StudyReport(
         [Table(columns, rows)],
         figures={"fig7": lambda path: figures.series(periods, path)},
         notes=[

@@ -14,7 +14,7 @@ from studies.curves import average, shown
 from studies.expressions import Merge, MergeFrom, Model, Replica, Start
 from studies.measurements import Angles, AnglesFrom, Measurement, Score, Shell
 from studies.runs import Run
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 _WAYS: Mapping[str, dict[str, Any]] = {
     "AdamW": {},
@@ -62,7 +62,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     teams = range(len(setup.seeds))
     reads = {"ID": _id} | ({"avg shifts": average} if setup.shifts else {})
     accuracies, geometry, claims = [], [], []
@@ -89,7 +89,7 @@ def _say(setup: Setup, values: Values) -> Report:
                 )
             )
     columns = [f"{what}{read}" for what in ("mean: ", "Model Stock: ") for read in reads]
-    return Report(
+    return StudyReport(
         [
             Table(
                 ["angle (degrees)", "kernels", "biases", "norms", "head", "to the centre"],

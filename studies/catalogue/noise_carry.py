@@ -26,7 +26,7 @@ from studies.curves import (
 from studies.expressions import Merge, Merged, Model, Replica
 from studies.measurements import Measurement, Score
 from studies.runs import Run
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 _MEAN = MERGING | {"merge.method": "mean"}
 # Fixed before any of them was run. A run of 8 epochs at 2e-3 takes exp(-0.27 d) off a task vector
@@ -124,7 +124,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     curves = {
         (name, seed): curve(values, name, seed, _ALPHAS)
         for name in _NAMES
@@ -141,7 +141,7 @@ def _say(setup: Setup, values: Values) -> Report:
     if _side_seeds(setup):
         tables.append(_side(setup, values, curves))
     lines = {label: [curves[name, seed] for seed in setup.seeds] for name, label in _NAMES.items()}
-    return Report(
+    return StudyReport(
         tables,
         claims,
         {"carried": lambda path: figures.wise_ft_curves(lines, path, strong=_OURS.values())},

@@ -10,7 +10,7 @@ from studies.catalogue.model_pool import averages, groups, halves, mean, own_pai
 from studies.catalogue.paper_numbers import TABLE_1
 from studies.curves import average, both, shown, theirs
 from studies.measurements import Measurement, Score, Shell
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 
 def _wanted(setup: Setup) -> dict[Any, Measurement]:
@@ -27,7 +27,7 @@ def _scores(setup: Setup, values: Values, n: int):
     return [values["score", n, i] for i in range(len(averages(setup.seeds)[n]))]
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     columns = ["", "to the centre", "by 1/√N", "ID", "avg shifts"]
     columns += ["paper: to the centre", "ImageNet", "avg shifts"]
     note = (
@@ -36,7 +36,7 @@ def _say(setup: Setup, values: Values) -> Report:
         "among them."
     )
     claims = [*_shell_claims(setup, values), *_accuracy_claims(setup, values)]
-    return Report([Table(columns, _rows(setup, values))], claims, notes=[note])
+    return StudyReport([Table(columns, _rows(setup, values))], claims, notes=[note])
 
 
 def _rows(setup: Setup, values: Values) -> list[list[str]]:

@@ -21,7 +21,7 @@ from studies.curves import (
 )
 from studies.expressions import Merge
 from studies.measurements import Measurement, Policies, Predicted, Score, Shell
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 
 def _teams(setup: Setup, size: int):
@@ -48,7 +48,7 @@ def _table_7(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say_table_7(setup: Setup, values: Values) -> Report:
+def _say_table_7(setup: Setup, values: Values) -> StudyReport:
     rows, claims = [], []
     for n in _sizes(setup):
         teams = range(len(_teams(setup, n)))
@@ -71,7 +71,7 @@ def _say_table_7(setup: Setup, values: Values) -> Report:
     ]
     columns = ["", "mean: ID", "avg shifts", "to the centre"]
     columns += ["Model Stock: ID", "avg shifts", "to the centre"]
-    return Report(
+    return StudyReport(
         [Table([*columns, "predicted"], rows), Table(["paper", *columns[1:]], theirs_rows)],
         claims,
         notes=[
@@ -128,7 +128,7 @@ def _units(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say_units(setup: Setup, values: Values) -> Report:
+def _say_units(setup: Setup, values: Values) -> StudyReport:
     teams = range(len(_teams(setup, 2)))
     names = {
         **{unit: f"unit `{unit}`" for unit in UNITS},
@@ -163,7 +163,7 @@ def _say_units(setup: Setup, values: Values) -> Report:
         ),
         Claim("ratios of each layer beat one ratio for all, at equal ID", "ours", above["tensor"]),
     ]
-    return Report(
+    return StudyReport(
         [Table(columns, rows), _positive_part(setup, values)],
         claims,
         notes=[

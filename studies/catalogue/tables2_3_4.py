@@ -10,7 +10,7 @@ from studies.catalogue.paper_numbers import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TA
 from studies.catalogue.soup_search import SIZE
 from studies.curves import average, shown, theirs
 from studies.measurements import HeldOut, Measurement, Score
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 
 def _wanted(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]:
@@ -37,7 +37,7 @@ def _say(
 ):
     """A table's report; `starts` are rows of it that others begin from, and no rivals."""
 
-    def summarise(setup: Setup, values: Values) -> Report:
+    def summarise(setup: Setup, values: Values) -> StudyReport:
         first = values[methods[0], setup.seeds[0]]["shifts"]
         # The paper leaves ObjectNet out there; data without its shifts takes all that it has.
         names = shifts if shifts and set(shifts) <= first.keys() else None
@@ -67,7 +67,7 @@ def _say(
         ]
         columns = ["", "ID", "avg shifts", *(["cost"] if costs else []), "rates chosen"]
         averaged = ", ".join(names or first)
-        return Report(
+        return StudyReport(
             [Table([*columns, "paper: ImageNet", "avg shifts"], rows)],
             claims,
             notes=[

@@ -11,7 +11,7 @@ from studies.curves import average, both, shown, theirs
 from studies.expressions import Merged, Replica
 from studies.measurements import Measurement, Score, Shell
 from studies.runs import Run
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 
 def _others(setup: Setup, seed: int):
@@ -37,7 +37,7 @@ def _table_5(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say_table_5(setup: Setup, values: Values) -> Report:
+def _say_table_5(setup: Setup, values: Values) -> StudyReport:
     rows = []
     for place, (n, paper) in enumerate(TABLE_5.items()):
         scores = [values[n, seed] for seed in setup.seeds]
@@ -68,7 +68,7 @@ def _say_table_5(setup: Setup, values: Values) -> Report:
     ]
     columns = ["periodic merging", "ID", "avg shifts", "to the centre"]
     columns += ["paper: ImageNet", "avg shifts", "to the centre"]
-    return Report([Table(columns, rows)], claims)
+    return StudyReport([Table(columns, rows)], claims)
 
 
 def _better(setup: Setup, values: Values, a, b, what: str, text: str, where: str) -> Claim:
@@ -98,7 +98,7 @@ def _table_6(setup: Setup) -> dict[Any, Measurement]:
     }
 
 
-def _say_table_6(setup: Setup, values: Values) -> Report:
+def _say_table_6(setup: Setup, values: Values) -> StudyReport:
     rows = _rows(setup, values, {p: f"{p:g} epochs" for p in sorted(TABLE_6)}, TABLE_6)
     claims = [
         Claim(
@@ -112,7 +112,7 @@ def _say_table_6(setup: Setup, values: Values) -> Report:
         for of, place in ((_id, "in distribution"), (average, "on the shifts"))
     ]
     columns = ["period", "ID", "avg shifts", "paper: ImageNet", "avg shifts"]
-    return Report([Table(columns, rows)], claims)
+    return StudyReport([Table(columns, rows)], claims)
 
 
 def _rows(
@@ -146,7 +146,7 @@ def _optimizer_state(setup: Setup) -> dict[Any, Measurement]:
     }
 
 
-def _say_optimizer_state(setup: Setup, values: Values) -> Report:
+def _say_optimizer_state(setup: Setup, values: Values) -> StudyReport:
     claims = [
         _better(setup, values, state, "keep", what, f"`{state}` beats `keep`", "an open choice")
         for state in ("average", "reset")
@@ -154,7 +154,7 @@ def _say_optimizer_state(setup: Setup, values: Values) -> Report:
     ]
     names = {state: f"`{state}`: {text}" for state, text in _STATES.items()}
     table = Table(["Adam's moments at a merge", "ID", "avg shifts"], _rows(setup, values, names))
-    return Report([table], claims)
+    return StudyReport([table], claims)
 
 
 TABLE_5_STUDY = Study(

@@ -13,7 +13,7 @@ from studies.curves import both, curve, curve_scores, id_and_shifts, known, own_
 from studies.expressions import Merge, Merged, Replica
 from studies.measurements import Measurement, Policies, Score
 from studies.runs import Run
-from studies.study import Claim, Report, Setup, Study, Table, Values
+from studies.study import Claim, StudyReport, Setup, Study, Table, Values
 
 _SIZES = (2, 4, SIZE)
 _METHODS = {"mean": "mean", "stock": "equation 3", "weighted": "weighted (ours)"}
@@ -48,14 +48,14 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
     return wanted
 
 
-def _say(setup: Setup, values: Values) -> Report:
+def _say(setup: Setup, values: Values) -> StudyReport:
     rows, claims = [], []
     for size in _SIZES:
         more_rows, more_claims = _after_training(setup, values, size)
         rows += more_rows
         claims += more_claims
     columns = ["after training", "ID", "avg shifts", "ID − equation 3", "avg shifts − equation 3"]
-    return Report(
+    return StudyReport(
         [
             Table([*columns, "above the mean's curve (teams)"], rows),
             _policies(setup, values),

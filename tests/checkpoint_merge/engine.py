@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge.executor import Report, run
+from modelstock_jax.checkpoint_merge.executor import MergeResult, run
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
 from modelstock_jax.checkpoint_merge.sources import open_source
@@ -69,7 +69,7 @@ def plan(places: Sequence[Path], **options) -> Plan:
     return make_plan(base, [open_source(str(p), base) for p in places[1:]], Options(**options))
 
 
-def merge(root: Path, given: Sequence[Model], out="out", **options) -> tuple[TensorFiles, Report]:
+def merge(root: Path, given: Sequence[Model], out="out", **options) -> tuple[TensorFiles, MergeResult]:
     """Saves models, merges them, and opens the result."""
     report = run(plan(save(root, given), **options), root / out)
     return TensorFiles(root / out), report
@@ -104,7 +104,7 @@ def rounding(dtype, *values: np.ndarray) -> np.ndarray:
     return 2.0 ** (exponent - info.nmant)
 
 
-def rows(report: Report) -> dict[str, dict]:
+def rows(report: MergeResult) -> dict[str, dict]:
     return {row["name"]: row for row in report.rows}
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from modelstock_jax.checkpoint_merge.auxiliary_files import Companions, copy_companions
+from modelstock_jax.checkpoint_merge.auxiliary_files import AuxiliaryFiles, copy_auxiliary_files
 from modelstock_jax.checkpoint_merge.sources import PATTERNS
 from modelstock_jax.errors import UserError
 
@@ -20,7 +20,7 @@ def model_at(directory):
 def test_a_folder_that_is_gone_is_named(tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(UserError, match=str(gone)):
-        copy_companions([model_at(gone)], Companions(), tmp_path)
+        copy_auxiliary_files([model_at(gone)], AuxiliaryFiles(), tmp_path)
 
 
 def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
@@ -31,7 +31,7 @@ def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
         place.mkdir()
     for name in (*names, "modeling.py", "notes.md"):
         (base / name).write_text("{}")
-    copy_companions([model_at(base)], Companions(), out)
+    copy_auxiliary_files([model_at(base)], AuxiliaryFiles(), out)
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     assert [n for n in names if not any(fnmatch(n, pattern) for pattern in PATTERNS)] == []
 
@@ -41,8 +41,8 @@ def test_a_config_that_is_no_object_is_copied_as_it_is(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     for place in (base, out):
         place.mkdir()
-    companions = Companions(changes={"": {"tie_word_embeddings": False}})
+    companions = AuxiliaryFiles(changes={"": {"tie_word_embeddings": False}})
     for said, kept in (([1], [1]), ({}, {"tie_word_embeddings": False})):
         (base / "config.json").write_text(json.dumps(said))
-        copy_companions([model_at(base)], companions, out)
+        copy_auxiliary_files([model_at(base)], companions, out)
         assert json.loads((out / "config.json").read_text()) == kept

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import commands, output
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.reporting.progress import Meter
+from modelstock_jax.reporting.progress import ByteProgress
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.small import (
     LLAMA,
@@ -52,7 +52,7 @@ def merged(models, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _sketch(monkeypatch):
     """Drawing takes longer than all else here: only the module's own merge draws in earnest."""
-    monkeypatch.setattr(commands.Drawing, "finish",
+    monkeypatch.setattr(commands.PlotProcess, "finish",
                         lambda drawing: drawing._path.write_bytes(b"\x89PNG"))
 
 
@@ -504,7 +504,7 @@ def test_python_m_and_version():
 
 def test_meter_prints_rate_and_time_left():
     out, now = io.StringIO(), [0.0]
-    with Meter("merging", Console(file=out, width=80), clock=lambda: now[0]) as meter:
+    with ByteProgress("merging", Console(file=out, width=80), clock=lambda: now[0]) as meter:
         for second in range(0, 41):
             now[0] = float(second)
             meter(second * 10**8, 4 * 10**9)

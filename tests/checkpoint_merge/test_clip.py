@@ -23,7 +23,7 @@ LAYOUTS = {"hugging_face": (), "open_clip": (), "openai": ("--num-heads", "2")}
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-    monkeypatch.setattr(commands.Drawing, "finish", lambda drawing: None)
+    monkeypatch.setattr(commands.PlotProcess, "finish", lambda drawing: None)
 
 
 @pytest.fixture(scope="module")

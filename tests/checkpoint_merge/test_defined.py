@@ -137,7 +137,7 @@ def recipe(tmp_path):
 
 
 def test_a_mean_of_models_without_a_base(say, tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr(commands.Drawing, "begin", lambda *_: pytest.fail("nothing to draw"))
+    monkeypatch.setattr(commands.PlotProcess, "begin", lambda *_: pytest.fail("nothing to draw"))
     out = tmp_path / "out"
     report, card, said = merged(say, ["--recipe", recipe], out)
     names = [str(tmp_path / "ft1"), str(tmp_path / "ft2")]

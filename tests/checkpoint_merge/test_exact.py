@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.kernels import FLOATS, Layout, narrow, products, widen
+from modelstock_jax.checkpoint_merge.kernels import FLOATS, UnitLayout, narrow, products, widen
 from modelstock_jax.tensor_files.reader import DTYPES
 from tests.checkpoint_merge.engine import (
     deltas,
@@ -71,7 +71,7 @@ def test_dots_of_equal_numbers_do_not_drift():
         value = np.random.default_rng(seed).random(2, np.float32)
         vectors = np.repeat(value[:, None], 2**18, axis=1)
         exact = np.outer(*[value.astype(np.float64)] * 2) * 2**18
-        gram = products(vectors, Layout(1, 2**18, 2**18), 0, 2**18)[..., 0]
+        gram = products(vectors, UnitLayout(1, 2**18, 2**18), 0, 2**18)[..., 0]
         assert (np.abs(gram / exact - 1) < 1e-6).all()
 
 

@@ -53,7 +53,7 @@ def test_the_directory_is_complete_and_true(tmp_path):
     assert index["metadata"]["total_size"] == 4 * total() and len(made.files) > 2
     assert sorted(index["weight_map"]) == sorted(SHAPES) == sorted(TensorFiles(out))
     for file in made.files:
-        assert f"crc32:{zlib.crc32((out / file).read_bytes()):08x}" == report.digests[file]
+        assert f"crc32:{zlib.crc32((out / file).read_bytes()):08x}" == report.checksums[file]
     # Three models are read twice, one is written.
     assert seen[-1] == (28 * total(), 28 * total()) and seen == sorted(seen)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["base", "ft1", "ft2", "out"]
@@ -152,7 +152,7 @@ def test_a_disk_that_fills_keeps_what_is_complete(tmp_path, monkeypatch):
     assert report.resumed and len(report.resumed) < len(made.files)
     fresh = run(made, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh") and fresh.resumed == ()
-    assert report.rows == fresh.rows and report.policies == fresh.policies
+    assert report.rows == fresh.rows and report.outcomes == fresh.outcomes
 
 
 def test_what_finish_raises_leaves_no_half_directory(tmp_path):

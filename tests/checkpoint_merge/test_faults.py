@@ -102,7 +102,7 @@ def test_07_a_frozen_replica_does_not_undo_the_other(tmp_path):
     given = models({"w": (5, 5)})
     out, report = merge(tmp_path, [given[0], given[0], given[2]])
     np.testing.assert_array_equal(out["w"], given[2]["w"])
-    assert report.policies == {"one_replica_left": 1}
+    assert report.outcomes == {"one_replica_left": 1}
 
 
 @pytest.mark.parametrize("second", [[-1.0, -1, -1, -1], [-1.0, -1, -1, 2.5]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge import executor as engine
-from modelstock_jax.checkpoint_merge.kernels import Layout
+from modelstock_jax.checkpoint_merge.kernels import UnitLayout
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import (
     UNITS,
@@ -81,7 +81,7 @@ def test_every_unit_as_in_training(tmp_path, unit, method):
 def test_policies_are_counted(tmp_path):
     _, report = merge(tmp_path, with_degenerate_units(models()))
     # Of 14 tensors: one opposed, one frozen, one with a frozen replica, one scalar.
-    assert report.policies == {
+    assert report.outcomes == {
         "interpolated": 10, "clipped": 1, "undefined": 1, "one_replica_left": 1, "too_small": 1,
     }
 
@@ -165,7 +165,7 @@ GIVEN = [
 def test_methods_of_given_weights(tmp_path, options, reference):
     given = models(number=3)
     out, report = merge(tmp_path, given, **options)
-    assert set(report.policies) == {"given"}
+    assert set(report.outcomes) == {"given"}
     for name in SHAPES:
         ref = reference(given, name)
         # Half a place of float32, and the roundings of a float64 sum.
@@ -218,9 +218,9 @@ def test_pieces_and_passes_do_not_show(tmp_path, monkeypatch, unit, method):
     if method == "ties":
         options["density"] = 0.5
     written = []
-    cut = Layout.cut
+    cut = UnitLayout.cut
     for k, (window, most) in enumerate([(2**28, 2**18), (1, 2**18), (1, 37), (2**28, 100)]):
-        monkeypatch.setattr(Layout, "cut", lambda self, most=most: cut(self, most))
+        monkeypatch.setattr(UnitLayout, "cut", lambda self, most=most: cut(self, most))
         made = plan(places, window_bytes=window, **options)
         report = engine.run(made, tmp_path / f"out{k}")
         assert report.bytes_read == made.bytes_read and report.bytes_written == made.bytes_written

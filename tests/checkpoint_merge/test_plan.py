@@ -38,13 +38,13 @@ def test_a_plan_counts_bytes_files_and_tensors(tmp_path):
 
 def test_the_fingerprint_follows_inputs_and_options(tmp_path):
     places = save(tmp_path, models())
-    seen = {plan(places).fingerprint, plan(places, unit="filter").fingerprint,
-            plan(places[:2] + [places[2]] * 2).fingerprint,
-            plan([places[1], places[0], places[2]]).fingerprint}
+    seen = {plan(places).checksum, plan(places, unit="filter").checksum,
+            plan(places[:2] + [places[2]] * 2).checksum,
+            plan([places[1], places[0], places[2]]).checksum}
     assert len(seen) == 4
-    assert plan(places, threads=1, window_bytes=5).fingerprint in seen
+    assert plan(places, threads=1, window_bytes=5).checksum in seen
     save(tmp_path, models(seed=1))
-    assert plan(places).fingerprint not in seen
+    assert plan(places).checksum not in seen
 
 
 def test_all_problems_at_once(tmp_path):
@@ -142,7 +142,7 @@ def heads(tied_base, tied_first, equal=True):
 def test_a_tied_head_stays_tied_where_a_fine_tune_stores_it_equal(tmp_path):
     places = save(tmp_path, heads(True, False), [TIED, UNTIED, TIED])
     made = plan(places)
-    assert list(made.tensors) == [EMBEDDING] and made.companions.changes == {}
+    assert list(made.tensors) == [EMBEDDING] and made.auxiliary_files.changes == {}
     assert f"{HEAD}: kept tied to {EMBEDDING}" in made.notes[0]
 
 
@@ -161,7 +161,7 @@ def test_a_fine_tune_that_trained_its_head_is_refused_or_untied(tmp_path):
 def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
     given = heads(False, True, equal=False)
     made = plan(save(tmp_path, given, [UNTIED, TIED, UNTIED]))
-    assert made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.companions.changes == {}
+    assert made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.auxiliary_files.changes == {}
     assert "model.embed_tokens.weight" in made.notes[0]
     with pytest.raises(UserError, match="ft1 .*lm_head.weight"):
         plan(save(tmp_path, given, [UNTIED, UNTIED, UNTIED]))

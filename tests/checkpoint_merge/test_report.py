@@ -9,10 +9,10 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from modelstock_jax.checkpoint_merge.display import WORTH_A_PROCESS, Drawing
+from modelstock_jax.checkpoint_merge.display import WORTH_A_PROCESS, PlotProcess
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.report import asked, card, hub_id, ratios
-from modelstock_jax.merging.units import place, role
+from modelstock_jax.merging.units import block_position, role
 from modelstock_jax.reporting.figures import ROLE_COLOURS, angle_by_block
 
 DIGEST = "0" * 64
@@ -87,13 +87,13 @@ CLIP = ["vision_model.embeddings.patch_embedding.weight", "vision_model.encoder.
 
 
 def test_places_and_roles():
-    places = place(CLIP)
+    places = block_position(CLIP)
     image, text = "vision_model.encoder.layers", "text_model.encoder.layers"
     assert [p.tower for p in places] == [image] * 4 + [text] * 3 + [image]
     assert [p.depth for p in places] == [-1, 1, 0, math.inf, 0, 1, math.inf, math.inf]
     assert [role(name) for name in CLIP[:5]] == [
         "embeddings and head", "MLP", "norms", "norms", "attention"]  # fmt: skip
-    assert [p.depth for p in place(["a", "b.c"])] == [math.inf] * 2
+    assert [p.depth for p in block_position(["a", "b.c"])] == [math.inf] * 2
     assert role("visual.transformer.resblocks.0.attn.in_proj_bias") == "biases"
     assert role("visual.transformer.resblocks.0.mlp.c_fc.weight") == "MLP"
 
@@ -103,7 +103,7 @@ def test_picture(names, tmp_path):
     figure = angle_by_block([row(name, (), None) if name == "logit_scale" else row(name)
                       for name in names], tmp_path / "angles.png")  # fmt: skip
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
-    assert titles == list(dict.fromkeys(p.tower or "all tensors" for p in place(names)))
+    assert titles == list(dict.fromkeys(p.tower or "all tensors" for p in block_position(names)))
     pixels = imread(tmp_path / "angles.png")
     assert pixels.shape[0] > 500 and pixels[..., :3].min() < 0.5
 
@@ -128,19 +128,19 @@ def test_lines_break_where_blocks_are_missing_and_nowhere_else():
 
 def test_a_long_merge_has_its_picture_drawn_by_another_process(tmp_path):
     rows = [row(f"layers.{block}.w") for block in range(3)]
-    drawing = Drawing(WORTH_A_PROCESS)
+    drawing = PlotProcess(WORTH_A_PROCESS)
     drawing.begin(tmp_path / "angles.png", rows)
     drawing.finish()
     drawing.close()
     angle_by_block(rows, tmp_path / "here.png")
     assert (tmp_path / "angles.png").read_bytes() == (tmp_path / "here.png").read_bytes()
     # One that is killed is made up for; one whose merge failed leaves nothing behind.
-    drawing = Drawing(WORTH_A_PROCESS)
+    drawing = PlotProcess(WORTH_A_PROCESS)
     drawing._process.kill()
     drawing._process.wait()
     drawing.begin(tmp_path / "again.png", rows)
     drawing.finish()
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "here.png").read_bytes()
-    drawing = Drawing(WORTH_A_PROCESS)
+    drawing = PlotProcess(WORTH_A_PROCESS)
     drawing.close()
     assert drawing._process.poll() is not None

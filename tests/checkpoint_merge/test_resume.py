@@ -66,7 +66,7 @@ def _survives(tmp_path: Path, kills: int) -> None:
             done += finished > 50
     report = run(made, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert report.rows == whole.rows and report.digests == whole.digests
+    assert report.rows == whole.rows and report.checksums == whole.checksums
     assert [contents(place) for place in places] == before
     assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2", "out", "whole"}
 
@@ -89,7 +89,7 @@ def _stop_after(made, out: Path, share: float, monkeypatch) -> Path:
     from modelstock_jax.checkpoint_merge import output
 
     with monkeypatch.context() as patched:
-        patched.setattr(output.Workplace, "leave", lambda self, keep=True: self._lock.release())
+        patched.setattr(output.StagingDir, "leave", lambda self, keep=True: self._lock.release())
         patched.setattr("modelstock_jax.checkpoint_merge.output.Output.abandon", lambda self:
                         self._finisher.shutdown())
 

@@ -34,17 +34,17 @@ def test_a_directory_whole_or_in_shards(tmp_path, max_shard_bytes):
     assert (len(files) > 1) == (max_shard_bytes == 2000)
     assert list(source.files) == files
     assert source.num_bytes == sum(file.stat().st_size for file in files)
-    assert source.digests("sha256") == {
+    assert source.checksums("sha256") == {
         file.name: f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files
     }
     crcs = {file.name: f"crc32:{zlib.crc32(file.read_bytes()):08x}" for file in files}
-    assert source.digests() == crcs
+    assert source.checksums() == crcs
     # Of what passes by, in any order and more than once, with what does not read from the file.
     source.watch()
     for name in sorted(tensors, reverse=True)[2:]:
         for start, stop in ((5, 9), (2, 5), (5, 9), (0, 7)):
             source.note(name, start, source.read(name, start, stop))
-    assert source.digests() == crcs
+    assert source.checksums() == crcs
 
 
 def test_the_hub_names_its_files_by_their_sha256(model, tmp_path):
@@ -58,10 +58,10 @@ def test_the_hub_names_its_files_by_their_sha256(model, tmp_path):
     link.symlink_to(blob)
     source = open_source(str(tmp_path / "snapshots"))
     source.watch()
-    assert source.digests() == {"model.safetensors": f"sha256:{digest}"}
+    assert source.checksums() == {"model.safetensors": f"sha256:{digest}"}
     link.unlink()
     link.symlink_to(blob.rename(tmp_path / digest))  # Any other link says nothing.
-    assert open_source(str(tmp_path / "snapshots")).digests()["model.safetensors"][:6] == "crc32:"
+    assert open_source(str(tmp_path / "snapshots")).checksums()["model.safetensors"][:6] == "crc32:"
 
 
 def test_a_single_file_has_no_directory(model):
@@ -76,9 +76,9 @@ def test_model_plus_adapter(model, tmp_path):
     np.testing.assert_array_equal(*(s.read(f"{Q}.weight", 0, 256) for s in (bare, joined)))
     assert bare.label == str(lora) and joined.label == f"{model}+{lora}"
     # An adapter of BASE adds its own files; one of another model brings that model's.
-    assert set(bare.digests()) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(bare.checksums()) == {"adapter_config.json", "adapter_model.safetensors"}
     other = open_source(f"{model}+{lora}")
-    assert set(other.digests()) == {*bare.digests(), "model.safetensors"}
+    assert set(other.checksums()) == {*bare.checksums(), "model.safetensors"}
     # The config is a part of it: a merge that is resumed under another alpha would be of two.
     assert set(other.files) == {*base.files, lora / "adapter_model.safetensors",
                                 lora / "adapter_config.json"}

@@ -55,7 +55,7 @@ def merged_in_training(trees, unit):
 ])  # fmt: skip
 def test_training_and_command_line_agree(exported, tmp_path, monkeypatch, unit):
     trees, paths = exported
-    monkeypatch.setattr(commands.Drawing, "finish", lambda drawing: None)
+    monkeypatch.setattr(commands.PlotProcess, "finish", lambda drawing: None)
     out = tmp_path / "out"
     assert main(["merge", *paths, "--out", str(out), "--unit", unit]) == 0
     merged, stats = merged_in_training(trees, unit)

@@ -29,7 +29,7 @@ class Said(NamedTuple):
 @pytest.fixture
 def say(capsys, monkeypatch):
     """Runs a command in this process; a picture takes longer than the rest and is not drawn."""
-    monkeypatch.setattr(commands.Drawing, "finish",
+    monkeypatch.setattr(commands.PlotProcess, "finish",
                         lambda drawing: drawing._path.write_bytes(b"\x89PNG"))
 
     def run(*arguments: object) -> Said:

@@ -14,8 +14,8 @@ from configs import default
 from modelstock_jax.data import benchmark
 from modelstock_jax.data import caches as cache_module
 from modelstock_jax.data.caches import CachedImages, write_cache
-from modelstock_jax.data.loader import Loading, eval_batches, train_batches
-from modelstock_jax.data.transforms import TrainView, Unreadable, decode, resize_short_side
+from modelstock_jax.data.loader import LoaderOptions, eval_batches, train_batches
+from modelstock_jax.data.transforms import TrainTransform, Unreadable, decode, resize_short_side
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
 from tests.data.photographs import InMemory, encode, opened, photograph, small_set
@@ -47,7 +47,7 @@ def test_holds_what_decoding_and_resizing_give(tmp_path):
 def test_batches_are_those_of_the_images_where_nothing_is_resized(tmp_path):
     image_set = small_set(9)
     cached = dataclasses.replace(image_set, images=write_cache(image_set.images, tmp_path / "c"))
-    options = {"batch_size": 4, "seed": 0, "num_replicas": 2, "view": TrainView(16, (0.5, 1.0))}
+    options = {"batch_size": 4, "seed": 0, "num_replicas": 2, "view": TrainTransform(16, (0.5, 1.0))}
     for one, other in itertools.islice(
         zip(train_batches(image_set, **options), train_batches(cached, **options), strict=True), 3
     ):
@@ -161,8 +161,8 @@ def test_an_unreadable_image_is_named_or_keeps_an_empty_place(tmp_path):
         cached[4]
     np.testing.assert_array_equal(cached[5], decode(damaged.images[5]))
     image_set = dataclasses.replace(damaged, images=cached)
-    options = {"batch_size": 6, "seed": 0, "num_replicas": 1, "view": TrainView(16)}
+    options = {"batch_size": 6, "seed": 0, "num_replicas": 1, "view": TrainTransform(16)}
     with pytest.raises(UserError, match=r"image 4 .*\(.*cache.*unreadable"):
         next(train_batches(image_set, **options))
-    batch = next(train_batches(image_set, loading=Loading(unreadable="skip"), **options))
+    batch = next(train_batches(image_set, loading=LoaderOptions(unreadable="skip"), **options))
     assert sorted(batch["label"][0].tolist()) == [0, 1, 2, 3, 5, 5]

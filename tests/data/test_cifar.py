@@ -19,7 +19,7 @@ from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.config import Preprocessor
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer
-from studies.bench import Bench
+from studies.bench import StudyContext
 from studies.catalogue import STUDIES
 from studies.expressions import Anchor
 from studies.measurements import Score
@@ -220,7 +220,7 @@ def test_the_ledger_tells_data_apart(root):
     """The test sets of CIFAR-10 and CIFAR-100 have one name and one size, and may have one CLIP."""
     keys = {}
     for name in ("cifar10", "cifar100"):
-        bench = object.__new__(Bench)
+        bench = object.__new__(StudyContext)
         bench.config, bench.fingerprint = cifar10.get_config(), "of a CLIP"
         bench.config.data.name = name
         bench._test, bench._shifts = benchmark.load(config(root)).test, {}

@@ -8,7 +8,7 @@ import pytest
 from configs import folder
 from modelstock_jax.data.__main__ import main
 from modelstock_jax.data.benchmark import load
-from modelstock_jax.data.custom_dataset import open_own
+from modelstock_jax.data.custom_dataset import open_sets
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
 
@@ -26,7 +26,7 @@ def test_folders_for_everything(tmp_path):
     write_folders(tmp_path / "val", ["big_dog", "cat", "fox"], 1)
     write_folders(tmp_path / "shifts" / "sketch", ["cat", "fox"], 2)
     write_folders(tmp_path / "shifts" / "night", ["big_dog", "cat", "fox"], 1)
-    own = open_own(config(tmp_path))
+    own = open_sets(config(tmp_path))
     assert own.class_names == ("big dog", "cat", "fox")
     assert own.templates == ("a photo of a {}.",)
     assert own.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -35,7 +35,7 @@ def test_folders_for_everything(tmp_path):
     assert list(own.shifts) == ["night", "sketch"]
     assert own.shifts["sketch"].labels.tolist() == [1, 1, 2, 2]
     assert own.shifts["sketch"].classes == (1, 2) and own.shifts["night"].classes is None
-    assert list(open_own(config(tmp_path, shifts=("sketch",))).shifts) == ["sketch"]
+    assert list(open_sets(config(tmp_path, shifts=("sketch",))).shifts) == ["sketch"]
 
 
 @pytest.mark.parametrize("train", ["train", "."])
@@ -43,12 +43,12 @@ def test_shares_where_there_are_no_folders(tmp_path, train):
     """`train`, or the class folders themselves beside the shifts."""
     written = write_folders(tmp_path / train, ["cat", "dog"], 20)
     write_folders(tmp_path / "shifts" / "sketch", ["cat"], 1)
-    own = open_own(config(tmp_path, validation_share=0.25, test_share=0.1))
+    own = open_sets(config(tmp_path, validation_share=0.25, test_share=0.1))
     counts = [np.bincount(one.labels).tolist() for one in (own.train, own.validation, own.test)]
     assert counts == [[14, 14], [4, 4], [2, 2]]  # a quarter of what the test set leaves
     parts = [list(one.images) for one in (own.train, own.validation, own.test)]
     assert sorted(sum(parts, [])) == sorted(written)
-    again = open_own(config(tmp_path, validation_share=0.25, test_share=0.1))
+    again = open_sets(config(tmp_path, validation_share=0.25, test_share=0.1))
     assert list(again.test.images) == parts[2]
 
 
@@ -65,11 +65,11 @@ def test_names_and_prompts_from_files(tmp_path):
 def test_prepared_records_stand_for_folders(tmp_path):
     write_folders(tmp_path / "train", ["cat", "dog"], 6)
     write_folders(tmp_path / "shifts" / "sketch", ["dog"], 2)
-    plain, out = open_own(config(tmp_path)), tmp_path / "out"
+    plain, out = open_sets(config(tmp_path)), tmp_path / "out"
     for place, split in (("train", "train"), ("shifts/sketch", "test")):
         to = (out / place).parent
         main(["prepare", str(tmp_path / place), f"--out={to}", f"--split={split}", "--workers=1"])
-    records = open_own(config(out))
+    records = open_sets(config(out))
     for one, other in zip(
         (plain.train, plain.validation, plain.test, *plain.shifts.values()),
         (records.train, records.validation, records.test, *records.shifts.values()),
@@ -81,18 +81,18 @@ def test_prepared_records_stand_for_folders(tmp_path):
 
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="data.root=.*nowhere: "):
-        open_own(config(tmp_path / "nowhere"))
+        open_sets(config(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="data.root .* --config.data.root=DIR"):
-        open_own(config(""))
+        open_sets(config(""))
     write_folders(tmp_path / "train", ["cat", "dog"], 3)
     write_folders(tmp_path / "shifts" / "sketch", ["cow"], 1)
     with pytest.raises(UserError, match="sketch: 'cow' .* 2 classes"):
-        open_own(config(tmp_path, test_share=0.4, validation_share=0.4))
+        open_sets(config(tmp_path, test_share=0.4, validation_share=0.4))
     with pytest.raises(UserError, match="'cat' .*1 images, .* 1 .*validation"):
-        open_own(config(tmp_path, test_share=0.7))
+        open_sets(config(tmp_path, test_share=0.7))
     with pytest.raises(UserError, match="data.shifts: .*night; .*sketch"):
-        open_own(config(tmp_path, shifts=("night",), test_share=0.4, validation_share=0.4))
+        open_sets(config(tmp_path, shifts=("night",), test_share=0.4, validation_share=0.4))
     data = config(tmp_path)
     data.paths.test = "elsewhere"
     with pytest.raises(UserError, match="data.paths.test=elsewhere: "):
-        open_own(data)
+        open_sets(data)

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import (
-    Loading,
+    LoaderOptions,
     epoch_order,
     eval_batches,
     example_rng,
     train_batches,
 )
-from modelstock_jax.data.transforms import EvalView, TrainView
+from modelstock_jax.data.transforms import EvalTransform, TrainTransform
 from modelstock_jax.errors import UserError
 from tests.data.photographs import small_set
 
-VIEW = TrainView(16, (0.3, 1.0), flip=True, randaugment_ops=1, randaugment_magnitude=15)
+VIEW = TrainTransform(16, (0.3, 1.0), flip=True, randaugment_ops=1, randaugment_magnitude=15)
 SET = small_set(23)
-ONE = Loading(threads=1)
+ONE = LoaderOptions(threads=1)
 
 
 def batches(steps=4, image_set=SET, **options):
@@ -54,7 +54,7 @@ def test_each_image_is_the_view_of_its_own_random_numbers():
 
 
 def test_each_replica_may_have_a_view_of_its_own():
-    plain = TrainView(16, (0.3, 1.0), flip=True)
+    plain = TrainTransform(16, (0.3, 1.0), flip=True)
     own, all_plain, all_strong = (
         batches(view=view)["image"] for view in ([plain, VIEW], plain, VIEW)
     )
@@ -84,7 +84,7 @@ def test_random_numbers_stay_what_they_are():
 @given(start=st.integers(0, 12), seed=st.integers(0, 2**40), threads=st.integers(1, 4))
 def test_resume_at_any_step_equals_uninterrupted(start, seed, threads):
     whole = batches(steps=start + 2, seed=seed)
-    resumed = batches(steps=2, seed=seed, start_step=start, loading=Loading(threads=threads))
+    resumed = batches(steps=2, seed=seed, start_step=start, loading=LoaderOptions(threads=threads))
     assert_equal(resumed, {name: values[start:] for name, values in whole.items()})
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_image_is_named(workers):
         seed=0,
         num_replicas=1,
         view=VIEW,
-        loading=Loading(workers=workers),
+        loading=LoaderOptions(workers=workers),
     )
     with pytest.raises(UserError, match="memory/5.JPEG: image 5 "):
         next(stream)
@@ -121,9 +121,9 @@ def test_a_damaged_image_is_named(workers):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(workers):
     some = small_set(23, damaged=(3,))
-    whole = batches(9, some, loading=Loading(threads=2, unreadable="skip"))
+    whole = batches(9, some, loading=LoaderOptions(threads=2, unreadable="skip"))
     for start in (0, 2):
-        loading = Loading(workers=workers, threads=2, unreadable="skip")
+        loading = LoaderOptions(workers=workers, threads=2, unreadable="skip")
         worked = batches(9 - start, some, start_step=start, loading=loading)
         assert_equal(worked, {name: values[start:] for name, values in whole.items()})
 
@@ -131,7 +131,7 @@ def test_worker_processes_change_nothing(workers):
 def test_a_damaged_image_is_replaced_by_the_next_and_reported_once(caplog):
     damaged = small_set(8, damaged=(2, 3, 7))
     options = {"batch_size": 8, "seed": 0, "num_replicas": 2, "view": VIEW}
-    stream = train_batches(damaged, loading=Loading(unreadable="skip"), **options)
+    stream = train_batches(damaged, loading=LoaderOptions(unreadable="skip"), **options)
     with caplog.at_level(logging.WARNING):
         drawn = [next(stream) for _ in range(3)]
     stand_ins = {2: 4, 3: 4, 7: 0}
@@ -147,7 +147,7 @@ def test_a_damaged_image_is_replaced_by_the_next_and_reported_once(caplog):
 
 def test_a_set_without_a_readable_image_is_an_error():
     none = small_set(2, damaged=(0, 1))
-    options = {"seed": 0, "view": VIEW, "loading": Loading(unreadable="skip")}
+    options = {"seed": 0, "view": VIEW, "loading": LoaderOptions(unreadable="skip")}
     with pytest.raises(UserError, match=" 2 images"):
         next(train_batches(none, batch_size=2, num_replicas=1, **options))
 
@@ -164,7 +164,7 @@ def test_evaluation_counts_every_readable_image_once(count, parts, processes):
                 parts * processes,
                 examples=places,
                 image_size=16,
-                loading=Loading(threads=1, unreadable="skip"),
+                loading=LoaderOptions(threads=1, unreadable="skip"),
             )
         )
         steps.add(len(drawn))
@@ -176,7 +176,7 @@ def test_evaluation_counts_every_readable_image_once(count, parts, processes):
             for image, label in zip(
                 batch["image"][batch["mask"]], batch["label"][batch["mask"]], strict=True
             ):
-                np.testing.assert_array_equal(image, EvalView(16)(image_set.images[label], None))
+                np.testing.assert_array_equal(image, EvalTransform(16)(image_set.images[label], None))
                 seen.append(int(label))
     assert sorted(seen) == [number for number in range(count) if number not in (1, 4)]
     assert steps == {-(-count // (parts * processes))}
@@ -187,7 +187,7 @@ def test_evaluation_names_a_damaged_image_and_cuts_the_border():
         list(eval_batches(small_set(3, damaged=(1,)), 2, image_size=16))
     bordered = ImageSet("objects", SET.images, SET.labels, crop_border=2)
     (batch, *_) = eval_batches(bordered, 4, image_size=16)
-    np.testing.assert_array_equal(batch["image"][1], EvalView(16, 2)(SET.images[1], None))
+    np.testing.assert_array_equal(batch["image"][1], EvalTransform(16, 2)(SET.images[1], None))
 
 
 def test_a_closed_stream_ends():
@@ -216,4 +216,4 @@ def test_encoded_images_need_a_size():
 )
 def test_loading_refuses(change, message):
     with pytest.raises(UserError, match=message):
-        Loading(**change)
+        LoaderOptions(**change)

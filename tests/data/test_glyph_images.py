@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from modelstock_jax.data.glyphs import pretraining_batch, world
+from modelstock_jax.data.glyphs import pretraining_batch, make_sets
 from modelstock_jax.data.glyphs.render import (
     BROAD,
     CHARACTERS,
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 def digest() -> str:
     """Of one small world and one pretraining batch."""
-    small = world(train_size=5, validation_size=5, test_size=5, shift_size=5)
+    small = make_sets(train_size=5, validation_size=5, test_size=5, shift_size=5)
     images, texts = pretraining_batch(7, 40)
     parts = [small.train, small.validation, small.test, *small.shifts.values()]
     arrays = [part.images for part in parts] + [part.labels for part in parts] + [images]

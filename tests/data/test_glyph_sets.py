@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from modelstock_jax.data.glyphs import sets, world
+from modelstock_jax.data.glyphs import sets, make_sets
 from modelstock_jax.data.glyphs.render import CHARACTERS, PRETRAINING_FONTS
 from modelstock_jax.errors import UserError
 from studies import glyph_adversarial
@@ -18,7 +18,7 @@ SHIFTS = ["v2", "r", "sketch", "objectnet", "a", "digits"]
 
 @pytest.fixture(scope="module")
 def whole():
-    return world()
+    return make_sets()
 
 
 def test_sizes(whole):
@@ -65,7 +65,7 @@ def test_in_distribution_is_narrow_and_shifts_leave_it(whole):
 
 
 def test_the_first_images_do_not_depend_on_the_size(whole):
-    small = world(train_size=3, validation_size=2, test_size=1, shift_size=4)
+    small = make_sets(train_size=3, validation_size=2, test_size=1, shift_size=4)
     np.testing.assert_array_equal(small.train.images, whole.train.images[:3])
     for name, part in small.shifts.items():
         np.testing.assert_array_equal(part.images, whole.shifts[name].images[:4])
@@ -73,7 +73,7 @@ def test_the_first_images_do_not_depend_on_the_size(whole):
 
 
 def test_seeds_draw_other_images_but_not_of_a_and_digits(whole):
-    other = world(1, train_size=8, validation_size=1, test_size=1, shift_size=8)
+    other = make_sets(1, train_size=8, validation_size=1, test_size=1, shift_size=8)
     assert not np.array_equal(other.train.images, whole.train.images[:8])
     for name, part in other.shifts.items():
         same = np.array_equal(part.images, whole.shifts[name].images[:8])
@@ -129,16 +129,16 @@ def test_digits_are_dark_ink_on_light_paper_and_upright(whole):
 @pytest.mark.parametrize("name", ["train_size", "validation_size", "test_size", "shift_size"])
 def test_empty_sets_are_refused(name):
     with pytest.raises(UserError, match=f"{name} .*0"):
-        world(**{name: 0})
+        make_sets(**{name: 0})
 
 
 def test_negative_seeds_are_refused():
     with pytest.raises(UserError, match="seed .*-1"):
-        world(-1)
+        make_sets(-1)
 
 
 def test_shifts_that_are_typed_without_quotes_are_told_how():
     with pytest.raises(UserError, match=r"'v2,r'; .* \"\('v2','r'\)\"$"):
-        world(shifts=("v2,r",))
+        make_sets(shifts=("v2,r",))
     with pytest.raises(UserError, match="'v3'; .* v2, r, .*, digits$"):
-        world(shifts=("v3",))
+        make_sets(shifts=("v3",))

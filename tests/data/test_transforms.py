@@ -13,8 +13,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from modelstock_jax.data.transforms import (
     OPERATIONS,
     Crop,
-    EvalView,
-    TrainView,
+    EvalTransform,
+    TrainTransform,
     Unreadable,
     central,
     largest_shrink,
@@ -113,7 +113,7 @@ def test_a_jpeg_is_shrunk_only_where_enough_pixels_remain():
 
 
 def test_a_view_of_a_shrunk_jpeg_is_the_same_view():
-    whole, shrunk = (TrainView(48, (0.9, 1.0), scaled_decode=s) for s in (False, True))
+    whole, shrunk = (TrainTransform(48, (0.9, 1.0), scaled_decode=s) for s in (False, True))
     for seed in range(5):
         one, other = (
             view(photograph(), np.random.default_rng(seed)).astype(float)
@@ -135,21 +135,21 @@ def test_evaluation_equals_clips_own_processor():
     for box in ((0, 0, 640, 427), (0, 0, 401, 427), (5, 5, 380, 400), (0, 0, 101, 300)):
         image = PHOTOGRAPH.crop(box)
         (expected,) = processor(images=image, return_tensors="np")["pixel_values"]
-        result = EvalView(224)(np.asarray(image), None)
+        result = EvalTransform(224)(np.asarray(image), None)
         np.testing.assert_array_equal(result, expected.transpose(1, 2, 0))
 
 
 def test_a_border_is_cut_before_anything_else():
     pixels = np.asarray(PHOTOGRAPH)
     framed = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), constant_values=255)
-    result = EvalView(64, border=2)(framed, None)
+    result = EvalTransform(64, border=2)(framed, None)
     np.testing.assert_array_equal(result, central(pixels, 64))
     with pytest.raises(Unreadable, match="4 x 9 .*border .*2"):
-        EvalView(64, border=2)(np.zeros((4, 9, 3), np.uint8), None)
+        EvalTransform(64, border=2)(np.zeros((4, 9, 3), np.uint8), None)
 
 
 def test_a_flip_does_not_change_the_crop():
-    views = [TrainView(32, flip=flip) for flip in (False, True)]
+    views = [TrainTransform(32, flip=flip) for flip in (False, True)]
     flipped = 0
     for seed in range(40):
         straight, maybe = (v(photograph(), np.random.default_rng(seed)) for v in views)
@@ -215,7 +215,7 @@ def test_magnitude_zero_changes_almost_nothing():
 
 
 def test_a_view_is_a_function_of_its_random_numbers():
-    view = TrainView(48, (0.08, 1.0), flip=True, randaugment_ops=2, randaugment_magnitude=15)
+    view = TrainTransform(48, (0.08, 1.0), flip=True, randaugment_ops=2, randaugment_magnitude=15)
     first = view(photograph(), np.random.default_rng(3))
     assert first.shape == (48, 48, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, view(photograph(), np.random.default_rng(3)))
@@ -233,7 +233,7 @@ def test_a_view_of_the_config():
             "mixup": 0.4,
         }
     )
-    assert TrainView.of(config, 224) == TrainView(224, (0.08, 1.0), (0.5, 2.0), True, 2, 10)
+    assert TrainTransform.of(config, 224) == TrainTransform(224, (0.08, 1.0), (0.5, 2.0), True, 2, 10)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +248,11 @@ def test_a_view_of_the_config():
 )
 def test_a_view_refuses(change, message):
     with pytest.raises(UserError, match=message):
-        TrainView(224, **change)
+        TrainTransform(224, **change)
 
 
 @pytest.mark.parametrize("shape", [(1, 60_000, 3), (60_000, 1, 3)])
 def test_a_thread_of_pixels_does_not_fill_the_memory(shape):
     """A file of 200 bytes, whose short side at 224 pixels would make 3 thousand million."""
     with pytest.raises(Unreadable, match="60000 .*pixels"):
-        EvalView(224)(np.zeros(shape, np.uint8), np.random.default_rng(0))
+        EvalTransform(224)(np.zeros(shape, np.uint8), np.random.default_rng(0))

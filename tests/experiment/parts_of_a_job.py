@@ -9,7 +9,7 @@ import time
 
 from absl import app, flags, logging
 
-from modelstock_jax.training.launcher import job
+from modelstock_jax.training.launcher import distributed_session
 
 flags.DEFINE_string("coordinator_address", None, "")
 flags.DEFINE_integer("num_processes", None, "")
@@ -23,7 +23,7 @@ def main(_) -> None:
     logging.set_verbosity(logging.FATAL)  # As launch.py does.
     number = FLAGS.process_id
     out = os.fdopen(os.dup(1), "w")  # The job silences print() on all processes but the first.
-    with job(FLAGS.coordinator_address, FLAGS.num_processes, number):
+    with distributed_session(FLAGS.coordinator_address, FLAGS.num_processes, number):
         if FLAGS.mistake == "other config":
             different_configs(number)
         elif FLAGS.mistake == "lost":
@@ -44,14 +44,14 @@ def said(number: int) -> dict:
 
     from modelstock_jax.evaluation import make_evaluator
     from modelstock_jax.training import multihost
-    from modelstock_jax.training.launcher import Interruption
+    from modelstock_jax.training.launcher import PreemptionHandler
     from modelstock_jax.training.sharding import (
         batch_sharding,
-        held,
+        local_indices,
         make_mesh,
-        place,
+        make_global_array,
         put_batch,
-        spread,
+        device_put_global,
     )
     from tests.test_evaluation import CLASSES, apply, image_set
 
@@ -59,20 +59,20 @@ def said(number: int) -> dict:
     answers = {
         "devices": jax.device_count(),
         "main": multihost.is_main(),
-        "agreed": [multihost.agree(7 + number), multihost.agree(bool(number))],
-        "anywhere": [bool(multihost.anywhere(flag)) for flag in (number == 1, False)],
+        "agreed": [multihost.broadcast_from_main(7 + number), multihost.broadcast_from_main(bool(number))],
+        "anywhere": [bool(multihost.any_process(flag)) for flag in (number == 1, False)],
     }
     meshes = {"(2, 2)": (2, 2), "(1, 4)": (1, 4)}
     for name, sizes in meshes.items():
         mesh = make_mesh(*sizes, num_replicas=2, batch_size=8)
-        rows, places = held(batch_sharding(mesh), (2, 8))
+        rows, places = local_indices(batch_sharding(mesh), (2, 8))
         batch = np.arange(16 * 3).reshape(2, 8, 3)
         placed = put_batch(mesh, {"x": batch[np.ix_(rows, places)]})["x"]
         answers[name] = {
             "held": [rows.tolist(), places.tolist()],
-            "whole": np.array_equal(multihost.whole({"x": placed})["x"], batch),
-            "spread": np.array_equal(multihost.whole(spread(batch, batch_sharding(mesh))), batch),
-            "placed": place(batch_sharding(mesh), batch[np.ix_(rows, places)], (2, 8)).shape,
+            "whole": np.array_equal(multihost.to_host({"x": placed})["x"], batch),
+            "spread": np.array_equal(multihost.to_host(device_put_global(batch, batch_sharding(mesh))), batch),
+            "placed": make_global_array(batch_sharding(mesh), batch[np.ix_(rows, places)], (2, 8)).shape,
         }
         evaluate = make_evaluator(apply, lambda x: x.astype(jnp.float32), mesh, 6)
         params = {"head": {"bias": np.linspace(-20, 20, CLASSES, dtype=np.float32)}}
@@ -80,7 +80,7 @@ def said(number: int) -> dict:
         sets = [image_set(13), image_set(1), image_set(8, (1, 4, 5))]
         answers[name] |= {"accuracy": evaluate(params, sets, seen.append), "seen": seen}
     answers["restored"] = restored(FLAGS.workdir)
-    with Interruption() as interruption:
+    with PreemptionHandler() as interruption:
         granted = []
         for step in range(1, 7):
             if step == 3 and number == 1:
@@ -97,7 +97,7 @@ def restored(directory: str) -> list[bool]:
 
     from modelstock_jax.training import multihost
     from modelstock_jax.training.checkpoints import Checkpoints
-    from modelstock_jax.training.sharding import make_mesh, spread
+    from modelstock_jax.training.sharding import make_mesh, device_put_global
 
     values = {
         "bias": np.arange(6.0, dtype=np.float32).reshape(2, 3),
@@ -110,7 +110,7 @@ def restored(directory: str) -> list[bool]:
     def placed(replica: int, data: int, tree):
         mesh = make_mesh(replica, data, num_replicas=2, batch_size=8)
         shardings = {n: NamedSharding(mesh, PartitionSpec(*spec)) for n, spec in specs.items()}
-        return spread(tree, shardings)
+        return device_put_global(tree, shardings)
 
     found = []
     with Checkpoints(directory) as checkpoints:
@@ -118,7 +118,7 @@ def restored(directory: str) -> list[bool]:
         checkpoints.wait()
         for shape in ((2, 2), (1, 4)):
             got = checkpoints.restore(1, placed(*shape, jax.tree.map(np.zeros_like, values)))
-            whole = multihost.whole(got)
+            whole = multihost.to_host(got)
             found.append(all(np.array_equal(whole[name], values[name]) for name in values))
     return found
 
@@ -153,7 +153,7 @@ def met_late(number: int) -> float:
     from modelstock_jax.training.sharding import make_mesh
 
     mesh = make_mesh(2, 2, num_replicas=2, batch_size=8)
-    multihost.connect(mesh)
+    multihost.warm_up_collectives(mesh)
     if number == 1:
         time.sleep(33)
     split = NamedSharding(mesh, PartitionSpec("data"))

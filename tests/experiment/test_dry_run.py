@@ -19,7 +19,7 @@ from modelstock_jax.experiment.dry_run import (
 )
 from modelstock_jax.experiment.setup import missing_checkpoint, open_anchor, sizes
 from modelstock_jax.training.cost_analysis import device_bytes, extra_bytes, memory
-from modelstock_jax.training.step_fns import Programs
+from modelstock_jax.training.step_fns import StepFunctions
 from tests.experiment import small_run
 from tests.training import tiny
 
@@ -44,7 +44,7 @@ def small(anchor):
 
 def test_a_run_that_lacks_nothing(anchor, tmp_path, capsys, monkeypatch):
     cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
-    monkeypatch.setattr(Programs, "lower", lambda self, batch: cheap)
+    monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: cheap)
     assert dry_run(small(anchor), tmp_path / "run") == []
     printed = capsys.readouterr().out
     for words in (
@@ -71,7 +71,7 @@ def test_a_text_tower_that_is_trained(anchor, tmp_path, capsys, monkeypatch):
     # Both towers and the scale: nothing else of the checkpoint is left to be exported with them.
     assert disk_use(config, programs, clip).model == towers
     cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
-    monkeypatch.setattr(Programs, "lower", lambda self, batch: cheap)
+    monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: cheap)
     assert dry_run(config, tmp_path / "run") == []
     printed = capsys.readouterr().out
     for words in ("trained", "8 features, 62 classes"):
@@ -158,7 +158,7 @@ def test_memory_of_a_device_is_what_lies_on_it(tmp_path):
     batch = programs.abstract_batch(12)
     compiled = {name: one.compile() for name, one in programs.lower(batch).items()}
     need = memory(programs, compiled, batch)
-    state = programs.start(0)
+    state = programs.init_state(0)
 
     def on_one(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))

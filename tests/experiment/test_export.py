@@ -42,7 +42,7 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*places.values(), "anchor"])
     for layout, place in places.items():
         loaded = checkpoint_io.load(tmp_path / place)
-        assert (loaded.layout, loaded.labels) == (layout, tuned.labels)
+        assert (loaded.format, loaded.labels) == (layout, tuned.labels)
         assert loaded.fingerprint == tuned.fingerprint
         assert checkpoint_io.has_tokenizer(loaded)
         card = (tmp_path / place / "README.md").read_text()

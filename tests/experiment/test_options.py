@@ -76,7 +76,7 @@ def test_every_row_is_of_an_option():
                        for name in names)]  # fmt: skip
     assert not lost
     changing = [key for key, row in OPTIONS.items()
-                if row.resume in ("free", "rounding") and row.in_digest]  # fmt: skip
+                if row.resume in ("free", "rounding") and row.in_checksum]  # fmt: skip
     assert not changing, "a weight depends on these"
 
 

@@ -57,7 +57,7 @@ def test_a_shipped_model_is_small_and_good(name):
         make_mesh(1, 1, num_replicas=1, batch_size=500),
         500,
     )
-    world = glyphs.world(train_size=62, validation_size=1000, test_size=62, shift_size=62)
+    world = glyphs.make_sets(train_size=62, validation_size=1000, test_size=62, shift_size=62)
     params = {"image_tower": checkpoint.params["image_tower"], "head": head}
     accuracy = evaluate(params, [world.validation])["validation"]
     assert accuracy > 60, accuracy  # chance is 1.6; the prototype of this world reached 60

@@ -122,7 +122,7 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_
     ],
 )
 def test_where_a_process_stands(flags, environ, place):
-    assert launcher.find(*flags, environ) == place
+    assert launcher.detect_cluster(*flags, environ) == place
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_where_a_process_stands(flags, environ, place):
 )
 def test_a_wrong_place_is_named(flags, environ, message):
     with pytest.raises(UserError, match="^" + message):
-        launcher.find(*flags, environ)
+        launcher.detect_cluster(*flags, environ)
 
 
 def test_hosts_of_a_tpu_pod():

@@ -16,7 +16,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import options as tables
 from modelstock_jax.experiment import workdir as workdirs
 from modelstock_jax.experiment.options import current_names, option
-from modelstock_jax.experiment.workdir import claim, release
+from modelstock_jax.experiment.workdir import lock_workdir, unlock_workdir
 
 # The options of the first workdirs by their kind, as they were called then: never a new one.
 FIRST = {
@@ -85,10 +85,10 @@ def test_a_later_option_says_what_its_absence_means():
 def made(tmp_path):
     """A workdir in which something was trained, and its config."""
     config = default.get_config()
-    claim(tmp_path, config)
+    lock_workdir(tmp_path, config)
     (tmp_path / "runs").mkdir()
     yield tmp_path, config
-    release(tmp_path)
+    unlock_workdir(tmp_path)
 
 
 def other(value):
@@ -113,21 +113,21 @@ def test_each_option_by_its_class(made, key):
         return (workdir / "config.json").read_bytes() == before
 
     if option(key).resume == "free":
-        claim(workdir, changed)
+        lock_workdir(workdir, changed)
         assert not kept()
         return
     with pytest.raises(UserError, match=rf"(?m)^ *{re.escape(key)} ") as refusal:
-        claim(workdir, changed)
+        lock_workdir(workdir, changed)
     assert kept()
     allowed = option(key).resume is not None
     assert ("--allow_config_change" in str(refusal.value)) == allowed
     if allowed:
-        claim(workdir, changed, allow_change=True)
+        lock_workdir(workdir, changed, allow_change=True)
         assert not kept()
-        claim(workdir, changed)
+        lock_workdir(workdir, changed)
     else:
         with pytest.raises(UserError, match=rf"(?m)^ *{re.escape(key)} "):
-            claim(workdir, changed, allow_change=True)
+            lock_workdir(workdir, changed, allow_change=True)
         assert kept()
 
 
@@ -143,7 +143,7 @@ def test_a_mistake_is_mended_where_nothing_was_trained(made):
     workdir, config = made
     (workdir / "runs").rmdir()
     config.epochs = 99
-    claim(workdir, config)
+    lock_workdir(workdir, config)
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 99
 
 
@@ -153,7 +153,7 @@ def test_a_refusal_shows_all_that_differs_at_once(made):
     config.data.paths.v2 = "/elsewhere"
     for allow in (False, True):
         with pytest.raises(UserError) as refusal:
-            claim(workdir, config, allow_change=allow)
+            lock_workdir(workdir, config, allow_change=allow)
         for line, (key, old, new, kind) in zip(
             str(refusal.value).splitlines()[1:-1],
             [
@@ -172,7 +172,7 @@ def test_an_option_that_was_not_there_is_named(made):
     del before["epochs"]
     (workdir / "config.json").write_text(json.dumps(before))
     with pytest.raises(UserError, match=" epochs .*absent.* 10"):
-        claim(workdir, config)
+        lock_workdir(workdir, config)
 
 
 LATER = [key for key in keys() if option(key).absent is not None]
@@ -189,15 +189,15 @@ def test_an_option_that_came_later_was_at_what_its_absence_means(made, key):
     del group[name]
     (workdir / "config.json").write_text(json.dumps(before))
     config.update_from_flattened_dict({key: option(key).absent})
-    claim(workdir, config)
+    lock_workdir(workdir, config)
     assert key in workdirs.flat(json.loads((workdir / "config.json").read_text()))
     (workdir / "config.json").write_text(json.dumps(before))
     config.update_from_flattened_dict({key: other(option(key).absent)})
     if option(key).resume == "free":
-        claim(workdir, config)
+        lock_workdir(workdir, config)
         return
     with pytest.raises(UserError, match=f"{key} was absent, is "):
-        claim(workdir, config)
+        lock_workdir(workdir, config)
 
 
 def test_a_run_goes_on_where_its_options_were_called_otherwise(made, monkeypatch):
@@ -212,13 +212,13 @@ def test_a_run_goes_on_where_its_options_were_called_otherwise(made, monkeypatch
     before["how"], before["guard"] = before["compute"].pop("execution"), before.pop("watch")
     before["merge"]["method"], before["evaluation"]["units"] = "ms", ["layer", "row"]
     path.write_text(json.dumps(before))
-    claim(workdir, config)
+    lock_workdir(workdir, config)
     assert json.loads(path.read_text()) == now
     path.write_text(json.dumps(before))
     config.merge.method, config.watch.policy = "mean", "skip_step"
     config.compute.execution = "map"
     with pytest.raises(UserError) as refusal:
-        claim(workdir, config)
+        lock_workdir(workdir, config)
     assert str(refusal.value).splitlines()[1:-1] == [
         "  compute.execution was 'auto', is 'map' (rounding)",
         "  merge.method was 'stock', is 'mean'",
@@ -230,7 +230,7 @@ def test_a_config_that_cannot_be_read_is_named_and_left(made):
     workdir, config = made
     (workdir / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
-        claim(workdir, config)
+        lock_workdir(workdir, config)
     assert (workdir / "config.json").read_text() == "{"
 
 
@@ -252,17 +252,17 @@ def test_a_directory_in_use_is_refused_until_its_process_dies(tmp_path):
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {holder.pid} .*{os.uname()[1]}"):
-            claim(tmp_path, default.get_config())
+            lock_workdir(tmp_path, default.get_config())
         # Nothing of the holder's was touched: the next one is refused in the same words.
         assert (tmp_path / ".lock").read_text().startswith(f"process {holder.pid} ")
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
-    claim(tmp_path, default.get_config())
-    claim(tmp_path, default.get_config())  # The same process may do so again.
+    lock_workdir(tmp_path, default.get_config())
+    lock_workdir(tmp_path, default.get_config())  # The same process may do so again.
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
-    release(tmp_path)
+    unlock_workdir(tmp_path)
 
 
 def test_a_half_written_model_is_removed_and_nothing_else(made):
@@ -270,16 +270,16 @@ def test_a_half_written_model_is_removed_and_nothing_else(made):
     for name in (".model.abc.tmp", ".model_openai.abc.tmp", "model", ".other.tmp"):
         (workdir / name).mkdir()
         (workdir / name / "file").touch()
-    claim(workdir, config)
+    lock_workdir(workdir, config)
     assert {p.name for p in workdir.iterdir() if p.is_dir()} == {"model", ".other.tmp", "runs"}
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="workdir.*file"):
-        claim(tmp_path / "file", default.get_config())
+        lock_workdir(tmp_path / "file", default.get_config())
     with pytest.raises(UserError, match="--workdir=.*file/run"):
-        claim(tmp_path / "file" / "run", default.get_config())
+        lock_workdir(tmp_path / "file" / "run", default.get_config())
 
     def read_only(*_):
         raise PermissionError(13, "Permission denied")
@@ -287,7 +287,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     # The tests may run as root, whom no mode of a directory stops.
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(UserError, match="--workdir.*Permission denied"):
-        claim(tmp_path / "run", default.get_config())
+        lock_workdir(tmp_path / "run", default.get_config())
 
 
 def test_a_full_disk_damages_nothing(made, monkeypatch):
@@ -300,6 +300,6 @@ def test_a_full_disk_damages_nothing(made, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="config.json.*No space left"):
-        claim(workdir, config)
+        lock_workdir(workdir, config)
     assert (workdir / "config.json").read_bytes() == before
     assert sorted(p.name for p in workdir.iterdir()) == [".lock", "config.json", "runs"]

@@ -40,7 +40,7 @@ from modelstock_jax.merging.anchor_rounding import (
     started_from_rounded,
 )
 from modelstock_jax.merging.gram import rounding_energy
-from modelstock_jax.merging.units import Part
+from modelstock_jax.merging.units import UnitView
 from tests.merging.reference import pieces
 from tests.merging.test_lowering import low_precision
 from tests.merging.trees import TRANSFORMER, flat, nested
@@ -425,7 +425,7 @@ def test_sums_are_wide():
     """The last step of 10^7 additions of 1 in float32 would be lost in a sum of 2^24 and more."""
     values = np.full(2**23, 1.5, ml_dtypes.bfloat16)
     values[0] = 2.0**20
-    part = Part("w", (2**23,), (0,))
+    part = UnitView("w", (2**23,), (0,))
     text = jax.jit(partial(rounding_energy, part=part)).lower(values).as_text()
     assert re.search(r"reduce\(.*f64", text)
     found = float(rounding_energy(jnp.asarray(values), part))

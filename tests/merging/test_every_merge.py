@@ -127,7 +127,7 @@ def test_bfloat16_is_the_float32_merge_rounded(name):
 @every_merge
 def test_one_replica(name):
     w0, w = models(1)
-    if FUNCTIONS[name].least == 2:  # An angle, or a spread, needs two.
+    if FUNCTIONS[name].min_models == 2:  # An angle, or a spread, needs two.
         with pytest.raises(UserError, match="at least 2"):
             MERGES[name](w0, w)
         return

@@ -15,7 +15,7 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import assign, model_stock, output_axis
-from modelstock_jax.merging.units import ROLES, place, role
+from modelstock_jax.merging.units import ROLES, block_position, role
 from tests.merging.trees import TRANSFORMER, flat, nested, replicas
 
 
@@ -246,7 +246,7 @@ NAMED = {
 def test_roles_and_places_by_name(layout):
     rows = [re.split(r" {2,}", line.strip()) for line in NAMED[layout].strip().splitlines()]
     names = [name for name, *_ in rows]
-    places = place(names)
+    places = block_position(names)
     towers = list(dict.fromkeys(p.tower for p in places))
     found = [[name, str(towers.index(p.tower)), f"{p.depth:g}", role(name)]
              for name, p in zip(names, places, strict=True)]

@@ -61,7 +61,7 @@ def test_a_fine_tuned_model_gets_its_text_tower_from_the_base(base, tmp_path, pr
     tuned = with_head(seed=1)
     assert_same(loaded.replica(), tuned.replica())
     assert_same(loaded.params["text_tower"], CHECKPOINT.params["text_tower"])
-    assert (loaded.layout, loaded.labels, loaded.directory) == ("model_soups", None, base)
+    assert (loaded.format, loaded.labels, loaded.directory) == ("model_soups", None, base)
 
 
 def test_names_are_those_of_the_released_state_dicts():
@@ -101,7 +101,7 @@ def test_what_is_wrong_with_a_fine_tuned_model(base, tmp_path):
     refused({"model.token_embedding.weight": other}, "base.* text_to")
     # Half precision of the same base is the same base.
     save_file({k: v.astype(np.float16) for k, v in tensors.items()}, path)
-    assert checkpoint_io.load(path, base=opened).layout == "model_soups"
+    assert checkpoint_io.load(path, base=opened).format == "model_soups"
     with pytest.raises(UserError, match="text tower .*base"):
         checkpoint_io.load(base, base=opened)
 
@@ -150,7 +150,7 @@ def test_every_layout_from_the_command_line(base, tmp_path, capsys):
     with pytest.raises(SystemExit, match="hugging_face: .*--overwrite"):
         main([str(base), "--to", "hugging_face", "--out", str(tmp_path / "hugging_face")])
     main([str(base), "--to", "openai", "--out", str(tmp_path / "hugging_face"), "--overwrite"])
-    assert checkpoint_io.load(tmp_path / "hugging_face").layout == "openai"
+    assert checkpoint_io.load(tmp_path / "hugging_face").format == "openai"
 
 
 def test_a_tokenizer_is_named_where_there_is_none(base, tmp_path, capsys):

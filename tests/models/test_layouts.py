@@ -50,7 +50,7 @@ def assert_same(a, b):
 def test_save_load_save_is_bit_for_bit(saved, tmp_path, layout):
     once = checkpoint_io.load(saved[layout])
     assert_same(once.params, CHECKPOINT.params)
-    assert once.layout == layout and once.preprocessor == CHECKPOINT.preprocessor
+    assert once.format == layout and once.preprocessor == CHECKPOINT.preprocessor
     again = checkpoint_io.save(tmp_path / layout, once, layout=layout)
     files = sorted(p.name for p in again.iterdir())
     assert files == sorted(p.name for p in saved[layout].iterdir())
@@ -144,7 +144,7 @@ def test_openais_half_precision_and_scalars(saved, tmp_path):
         loaded = checkpoint_io.load(path)
         half = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), CHECKPOINT.params)
         assert_same(loaded.params, half)
-        assert loaded.layout == "openai" and loaded.config.vision == CONFIG.vision
+        assert loaded.format == "openai" and loaded.config.vision == CONFIG.vision
     assert loaded.directory is None
     save_file({**tensors, "vocabulary": np.array(7)}, tmp_path / "ViT.safetensors")
     with pytest.raises(UserError, match=r"unused: vocabulary \[\]"):
@@ -212,11 +212,11 @@ def test_head_labels_and_tokenizer_leave_with_every_layout(tmp_path, layout):
 def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
     both = shutil.copytree(saved["hugging_face"], tmp_path / "both")
     shutil.copytree(saved["open_clip"], both, dirs_exist_ok=True)
-    assert checkpoint_io.load(both).layout == "hugging_face"
-    assert checkpoint_io.load(both, layout="open_clip").layout == "open_clip"
+    assert checkpoint_io.load(both).format == "hugging_face"
+    assert checkpoint_io.load(both, layout="open_clip").format == "open_clip"
     # Only a pickle in the first layout: the second is whole.
     (both / "model.safetensors").rename(both / "pytorch_model.bin")
-    assert checkpoint_io.load(both).layout == "open_clip"
+    assert checkpoint_io.load(both).format == "open_clip"
     with pytest.raises(UserError, match="model.safetensors .*open_clip_model"):
         checkpoint_io.load(both, layout="hugging_face")
     other = tmp_path / "pickled"
@@ -228,13 +228,13 @@ def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
     # timm's config is none of Hugging Face's models.
     (both / "config.json").write_text(json.dumps({"architecture": "vit_base_patch32_clip_224"}))
     shutil.copy(saved["hugging_face"] / "model.safetensors", both)
-    assert checkpoint_io.load(both).layout == "open_clip"
+    assert checkpoint_io.load(both).format == "open_clip"
     (both / "config.json").write_text("5")
-    assert checkpoint_io.load(both).layout == "open_clip"
+    assert checkpoint_io.load(both).format == "open_clip"
     # OpenCLIP's other name.
     shutil.copy(both / "open_clip_model.safetensors", both / "model.safetensors")
     (both / "open_clip_model.safetensors").unlink()
-    assert checkpoint_io.load(both).layout == "open_clip"
+    assert checkpoint_io.load(both).format == "open_clip"
     with pytest.raises(UserError, match="'clip'.*hugging_face,"):
         checkpoint_io.load(both, layout="clip")
     with pytest.raises(UserError, match="'model_soups'.*hugging_face,"):
@@ -254,7 +254,7 @@ def test_what_is_fetched_from_a_hub(saved, tmp_path, monkeypatch):
         return cache
 
     monkeypatch.setattr(checkpoint_io, "resolve", resolve)
-    assert checkpoint_io.load("org/model").layout == "hugging_face"
+    assert checkpoint_io.load("org/model").format == "hugging_face"
     # The other layout's weights stay where they are.
     assert sorted(p.name for p in cache.glob("*.safetensors")) == ["model.safetensors"]
     for path in (hub / "model.safetensors", hub / "open_clip_model.safetensors"):

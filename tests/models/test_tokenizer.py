@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.tokenizer import build, main, tokenize, tokenizer_digest
+from modelstock_jax.models.tokenizer import build, main, tokenize, tokenizer_checksum
 from tests.models.prompts import BOS, CAPTIONS, EOS, UNKNOWN
 
 
@@ -120,12 +120,12 @@ def test_long_lists_are_encoded_in_parts(tokenizer, monkeypatch):
 
 def test_the_digest_is_of_names_and_contents(tokenizer, tmp_path):
     copy = shutil.copytree(tokenizer, tmp_path / "t")
-    same = tokenizer_digest(tokenizer)
-    assert tokenizer_digest(copy) == same and len(same) == 64
+    same = tokenizer_checksum(tokenizer)
+    assert tokenizer_checksum(copy) == same and len(same) == 64
     (copy / "README.md").write_text("not a tokenizer's file")
-    assert tokenizer_digest(copy) == same
+    assert tokenizer_checksum(copy) == same
     (copy / "vocab.json").rename(copy / "added_tokens.json")
-    assert tokenizer_digest(copy) != same
+    assert tokenizer_checksum(copy) != same
 
 
 def test_code_of_a_checkpoint_is_never_run(tokenizer, tmp_path):

@@ -47,7 +47,7 @@ def anchor(tmp_path_factory):
 
 @pytest.fixture
 def _small_world(monkeypatch):
-    small = partial(glyphs.world, train_size=64, validation_size=62, test_size=62, shift_size=62)
+    small = partial(glyphs.make_sets, train_size=64, validation_size=62, test_size=62, shift_size=62)
     monkeypatch.setattr(glyphs, "world", small)
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPModel
 
 from modelstock_jax.models import checkpoint_io
-from modelstock_jax.models.clip import encode_image, encode_text, normalise
+from modelstock_jax.models.clip import encode_image, encode_text, l2_normalize
 from tests.models import small
 from tests.parity.reference import torch_features, unit
 
@@ -40,8 +40,8 @@ def test_embeddings_and_logits(pair):
 
     @jax.jit
     def embed(params, images, ids):
-        image = normalise(encode_image(ours.config, params["image_tower"], images))
-        return image, normalise(encode_text(ours.config, params["text_tower"], ids))
+        image = l2_normalize(encode_image(ours.config, params["image_tower"], images))
+        return image, l2_normalize(encode_text(ours.config, params["text_tower"], ids))
 
     image, text = (np.asarray(x, np.float64) for x in embed(ours.params, images, ids))
     # Float32 towers that differ in the order of their sums only.

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisio
 
 from modelstock_jax.experiment.setup import BUNDLED
 from modelstock_jax.models import checkpoint_io
-from modelstock_jax.models.clip import encode_image, encode_text, normalise
+from modelstock_jax.models.clip import encode_image, encode_text, l2_normalize
 from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from modelstock_jax.models.zero_shot import tokenize
 from tests.models import small
@@ -82,8 +82,8 @@ def test_clip_model_gives_the_same_logits(exported):
 
     @jax.jit
     def logits(params, images, ids):
-        image = normalise(encode_image(exported.config, params["image_tower"], images))
-        text = normalise(encode_text(exported.config, params["text_tower"], ids))
+        image = l2_normalize(encode_image(exported.config, params["image_tower"], images))
+        text = l2_normalize(encode_text(exported.config, params["text_tower"], ids))
         return image @ text.T
 
     ours = np.asarray(logits(exported.params, exported.preprocessor(pixels), ids), np.float64)

@@ -89,7 +89,7 @@ def test_open_clip_opens_an_export(work, name):
 
 def test_half_precision_in_openais_names(work):
     loaded = checkpoint_io.load(work / "half.safetensors")
-    assert loaded.layout == "openai" and loaded.config.vision == CONFIG.vision
+    assert loaded.format == "openai" and loaded.config.vision == CONFIG.vision
     assert_features(work, "half", loaded.config, loaded.params)
 
 

@@ -13,7 +13,7 @@ from configs import glyphs
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
 from studies import run_store
-from studies.bench import Bench
+from studies.bench import StudyContext
 from studies.ledger import Ledger
 from studies.run_store import opener
 
@@ -48,7 +48,7 @@ def test_an_option_that_a_run_would_refuse_is_refused_first(tmp_path):
     config = config_of("runs/none")
     config.log_every = 0
     with pytest.raises(UserError, match="log_every .*0"):
-        Bench(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
+        StudyContext(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
 
 
 def test_a_tower_is_known_before_it_is_trained(tmp_path, monkeypatch, data):
@@ -58,7 +58,7 @@ def test_a_tower_is_known_before_it_is_trained(tmp_path, monkeypatch, data):
     def fingerprint(name="tower:resnet", **options):
         config = config_of(name)
         config.update_from_flattened_dict(options)
-        return Bench(config, tmp_path, Ledger(tmp_path / "measured.jsonl"), data).fingerprint
+        return StudyContext(config, tmp_path, Ledger(tmp_path / "measured.jsonl"), data).fingerprint
 
     plain = fingerprint()
     assert len(plain) == 16 and fingerprint() == plain

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from configs import glyphs
-from studies.bench import Bench
+from studies.bench import StudyContext
 from studies.catalogue import STUDIES
 from studies.catalogue.soup_search import soup
-from studies.run_store import Trained
+from studies.run_store import RunStore
 from studies.study import Setup
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=8, steps_per_epoch=32, learning_rate=2e-3)
@@ -25,10 +25,10 @@ class Sized:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A bench that names models as any does, and has no weights."""
-    made = object.__new__(Bench)
+    made = object.__new__(StudyContext)
     config = glyphs.get_config()
     made.config, made.fingerprint = config, "a fingerprint"
-    made.trained = Trained(
+    made.trained = RunStore(
         config, tmp_path_factory.mktemp("none"), None, None, made.fingerprint, None
     )
     made._test, made._validation = Sized("test", 2000), Sized("validation", 1000)

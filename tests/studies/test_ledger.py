@@ -10,7 +10,7 @@ from configs import default
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import options as tables
 from studies.ledger import Ledger
-from studies.runs import Run, training_digest
+from studies.runs import Run, training_checksum
 
 
 def test_a_torn_line_is_measured_again(tmp_path):
@@ -62,7 +62,7 @@ def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
 
     def digest(**options):
         options = {key.replace("__", "."): value for key, value in options.items()}
-        return training_digest(Run.of(0, options).config(base), "print")
+        return training_checksum(Run.of(0, options).config(base), "print")
 
     same = digest()
     assert digest(evaluation__batch_size=7, checkpoint__every=3, mesh__data=2) == same
@@ -77,15 +77,15 @@ def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
         {"per_replica__randaugment_ops": (0, 2)},
     ):
         assert digest(**options) != same, options
-    assert training_digest(base, "other") != same
+    assert training_checksum(base, "other") != same
     before = base.copy_and_resolve_references()
     del before.per_replica.randaugment_ops, before.per_replica.randaugment_magnitude
-    assert training_digest(before, "print") == same, "options that came later"
+    assert training_checksum(before, "print") == same, "options that came later"
 
 
 def test_a_digest_has_the_first_names_of_options_and_values(monkeypatch):
     first = default.get_config()
-    before = training_digest(first, "print")
+    before = training_checksum(first, "print")
     renamed = {"merge.method": "merge.rule", "data.augment.": "view.", "watch.": "monitor."}
     monkeypatch.setattr(tables, "RENAMED", renamed)
     monkeypatch.setattr(tables, "RENAMED_VALUES", {"merge.rule": {"stock": "model_stock"}})
@@ -94,9 +94,9 @@ def test_a_digest_has_the_first_names_of_options_and_values(monkeypatch):
     with now.unlocked():
         del now.merge["method"], now.data["augment"], now["watch"]
         now.merge.rule, now.view, now.monitor = "model_stock", first.data.augment, first.watch
-    assert training_digest(now, "print") == before
+    assert training_checksum(now, "print") == before
     now.merge.rule = "mean"
-    assert training_digest(now, "print") != before
+    assert training_checksum(now, "print") != before
 
 
 def test_an_unknown_option_is_one_line():

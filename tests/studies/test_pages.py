@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from studies.pages import together, write, write_index
-from studies.study import Claim, Report, Study, Table
+from studies.study import Claim, StudyReport, Study, Table
 
 STUDY = Study("some", "Some study", "About it.", None, None)
 DETAILS = {
@@ -19,7 +19,7 @@ UP, DOWN, OPEN = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.2]
 
 
 def report(**claims):
-    return Report(
+    return StudyReport(
         [Table(["", "ID"], [["a model", "80"]])],
         [Claim(text, "ours", differences) for text, differences in claims.items()],
         {"picture": lambda path: path.write_bytes(b"drawn")},

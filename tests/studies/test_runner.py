@@ -11,7 +11,7 @@ import pytest
 from configs import glyphs
 from modelstock_jax.errors import UserError
 from studies import runner
-from studies.bench import Bench
+from studies.bench import StudyContext
 from studies.catalogue import STUDIES
 from studies.ledger import Ledger
 from tests.studies.bench import DrawnBench
@@ -40,7 +40,7 @@ class Trainings:
         self.done[run] = title
 
 
-class Drawn(DrawnBench, Bench):
+class Drawn(DrawnBench, StudyContext):
     def __init__(self, config, workdir, ledger, data=None):
         super().__init__()
         self.config, self.ledger, self.data = config, ledger, data or WORLD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from studies.expressions import Anchor, Mean, Replica
-from studies.ledger import Ledger, claim
+from studies.ledger import Ledger, lock_run
 from studies.measurements import Score
 from studies.runner import Schedule
 from studies.runs import Run
@@ -69,7 +69,7 @@ def test_nothing_is_measured_of_a_run_that_another_is_at(bench, tmp_path):
         told.append(count)
         other.__exit__(None, None, None)  # It gives up: the run is taken over.
 
-    other = claim(tmp_path, bench.name(FIRST))
+    other = lock_run(tmp_path, bench.name(FIRST))
     assert other.__enter__()
     done = done_of(schedule, bench, tmp_path, waits)
     assert done == [SECOND, TWO, FIRST, ONE, BOTH] and told == [3]

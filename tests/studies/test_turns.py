@@ -10,7 +10,7 @@ import time
 import pytest
 
 from modelstock_jax.errors import UserError
-from studies.ledger import Ledger, claim, turns
+from studies.ledger import Ledger, lock_run, work_queue
 from tests.experiment.small_run import ROOT
 
 SHARE = """
@@ -63,7 +63,7 @@ def test_a_piece_that_fails_is_free_again(tmp_path):
     done = set()
 
     def work(fails):
-        for piece in turns(tmp_path, {"a": "a", "b": "b"}, done.__contains__):
+        for piece in work_queue(tmp_path, {"a": "a", "b": "b"}, done.__contains__):
             if piece == fails:
                 raise KeyboardInterrupt
             done.add(piece)
@@ -76,18 +76,18 @@ def test_a_piece_that_fails_is_free_again(tmp_path):
 
 
 def test_one_waits_for_another(tmp_path):
-    with claim(tmp_path, "probe") as ours:
+    with lock_run(tmp_path, "probe") as ours:
         assert ours
-        with claim(tmp_path, "probe") as again, claim(tmp_path, "tower", wait=True) as other:
+        with lock_run(tmp_path, "probe") as again, lock_run(tmp_path, "tower", wait=True) as other:
             assert not again and other
-    with claim(tmp_path, "probe", wait=True) as ours:
+    with lock_run(tmp_path, "probe", wait=True) as ours:
         assert ours
 
 
 def test_a_place_that_takes_no_lock_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"a\.lock: .*workdir"):
-        with claim(tmp_path / "file", "a"):
+        with lock_run(tmp_path / "file", "a"):
             pass
 
 

@@ -14,7 +14,7 @@ import pytest
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import new_directory
 from modelstock_jax.tensor_files import reader, writer
-from modelstock_jax.tensor_files.digests import RangeDigest, digest_file, digest_tensors
+from modelstock_jax.tensor_files.checksums import RangeChecksum, checksum_file, checksum_tensors
 from modelstock_jax.tensor_files.reader import INDEX, TensorFiles, read_header
 
 TENSORS = {
@@ -190,12 +190,12 @@ def test_digests_see_every_bit_name_shape_and_dtype(tmp_path):
         {"a": base["b"], "b": base["a"]},
         {"a": base["a"]},
     ]
-    digests = {digest_tensors(v) for v in [base, *variants]}
+    digests = {checksum_tensors(v) for v in [base, *variants]}
     assert len(digests) == 6
-    assert digest_tensors(TENSORS) == digest_tensors(dict(reversed(TENSORS.items())))
+    assert checksum_tensors(TENSORS) == checksum_tensors(dict(reversed(TENSORS.items())))
     path = tmp_path / "f"
     path.write_bytes(os.urandom(1000))
-    assert digest_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert checksum_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_crc32_of_ranges_in_any_order(tmp_path):
@@ -203,16 +203,16 @@ def test_crc32_of_ranges_in_any_order(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(raw)
     expected = f"{zlib.crc32(raw):08x}"
-    assert digest_file(path, "crc32") == expected
+    assert checksum_file(path, "crc32") == expected
     rng = np.random.default_rng(1)
     for seen in (0, 1, 30, 300):
-        digest = RangeDigest(len(raw))
+        digest = RangeChecksum(len(raw))
         # Ranges may overlap, repeat and leave holes, which are read from the file.
         for start in rng.integers(0, len(raw), seen):
             digest.see(int(start), raw[start : start + int(rng.integers(0, 2000))])
         assert digest.complete(path) == expected and digest.gaps() == []
     with pytest.raises(ValueError, match="3 to 7"):
-        digest = RangeDigest(9)
+        digest = RangeChecksum(9)
         digest.see(0, b"123")
         digest.see(7, b"89")
         digest.hexdigest()

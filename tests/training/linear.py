@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.trainer import Trainer
 from tests.training import tiny
 
@@ -55,12 +55,12 @@ def config(**changes):
     return tiny.config(**{"batch_size": BATCH, "log_every": 2, "checkpoint__every": 5} | changes)
 
 
-def programs(made, steps: int = 8) -> Programs:
+def programs(made, steps: int = 8) -> StepFunctions:
     task = Task(params(), loss_fn, 4, steps, num_heads=1, augment=lambda key, batch: batch)
-    return Programs(made, task)
+    return StepFunctions(made, task)
 
 
-def trainer(workdir, spoiled=(), steps: int = 8, compiled: Programs | None = None, **changes):
+def trainer(workdir, spoiled=(), steps: int = 8, compiled: StepFunctions | None = None, **changes):
     """Eight steps, a merge at the fourth and the eighth, a save at the fifth too."""
     made = config(**changes)
     return Trainer(

@@ -19,7 +19,7 @@ import pytest
 from orbax.checkpoint._src.serialization import serialization
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
+from modelstock_jax.training.checkpoints import Checkpoints, CorruptCheckpoint
 
 # A read that Orbax gives up may end after its event loop: whether it does is a matter of timing.
 pytestmark = pytest.mark.filterwarnings(
@@ -112,7 +112,7 @@ def test_flipped_bits_of_the_data_itself(copied, capsys):
     data[data.index(sought) + 8] ^= 4
     path.write_bytes(data)
     with Checkpoints(copied, keep=0) as checkpoints:
-        with pytest.raises(DamagedCheckpoint, match="bits "):
+        with pytest.raises(CorruptCheckpoint, match="bits "):
             checkpoints.restore(6, tree(0))
     assert not newest_is_right_or_passed_over(copied, capsys, "data")
 
@@ -164,7 +164,7 @@ def test_another_structure_is_a_mistake_and_not_damage(copied):
         ):
             with pytest.raises(UserError, match="structure") as refusal:
                 checkpoints.restore_newest(other)
-            assert not isinstance(refusal.value, DamagedCheckpoint)
+            assert not isinstance(refusal.value, CorruptCheckpoint)
     assert sorted(p.name for p in copied.iterdir()) == ["3", "6"]
 
 
@@ -209,7 +209,7 @@ def test_a_read_that_is_given_up_ends_in_silence(copied, monkeypatch, capsys):
     monkeypatch.setattr(sys, "unraisablehook", lambda found: traces.append(str(found.object)))
     with Checkpoints(copied, keep=0) as checkpoints:
         monkeypatch.setattr(serialization, "_read_shard", one_slow_one_torn)
-        with pytest.raises(DamagedCheckpoint):
+        with pytest.raises(CorruptCheckpoint):
             checkpoints.restore(6, tree(0))
         monkeypatch.setattr(serialization, "_read_shard", read)
         assert not held, "the read had not ended"

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from modelstock_jax.training.launcher import Interruption
+from modelstock_jax.training.launcher import PreemptionHandler
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
@@ -20,7 +20,7 @@ def heard(request):
 
 def test_it_is_granted_at_a_step(heard):
     kind, numbers = heard
-    with Interruption() as interruption:
+    with PreemptionHandler() as interruption:
         assert not interruption.granted(1)
         signal.raise_signal(kind)
         assert interruption.granted(2)
@@ -29,7 +29,7 @@ def test_it_is_granted_at_a_step(heard):
 
 def test_one_after_the_last_step_is_not_forgotten(heard):
     kind, numbers = heard
-    with Interruption() as interruption:
+    with PreemptionHandler() as interruption:
         assert not interruption.granted(1)
         signal.raise_signal(kind)
     assert numbers == [kind]
@@ -38,7 +38,7 @@ def test_one_after_the_last_step_is_not_forgotten(heard):
 def test_what_was_ignored_stays_ignored(heard):
     kind, _ = heard
     signal.signal(kind, signal.SIG_IGN)
-    with Interruption() as interruption:
+    with PreemptionHandler() as interruption:
         signal.raise_signal(kind)
         assert not interruption.requested
     assert signal.getsignal(kind) is signal.SIG_IGN
@@ -46,7 +46,7 @@ def test_what_was_ignored_stays_ignored(heard):
 
 def test_a_second_ctrl_c_stops_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt), Interruption():
+    with pytest.raises(KeyboardInterrupt), PreemptionHandler():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)

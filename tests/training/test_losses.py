@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from modelstock_jax.training.classifier import with_captions
 from modelstock_jax.training.losses import context_aware, contrastive, cross_entropy, with_l2_sp
-from modelstock_jax.training.state import Reference, biases_and_head, freeze, head_only, leaf_names
+from modelstock_jax.training.state import StepConstants, biases_and_head, freeze, head_only, leaf_names
 from tests.training import tiny
 
 PIXELS, EMBEDDING, CLASSES, CONTEXTS, BATCH = 6, 3, 4, 5, 7
@@ -108,8 +108,8 @@ def test_car_ft_is_cross_entropy_and_the_divergence_of_contexts(x64, world):
         return direct_cross_entropy(params, batch, smoothing) + alpha * divergence
 
     loss_fn = context_aware(apply, lambda x: x, contexts, alpha=alpha, label_smoothing=smoothing)
-    agree(loss_fn, direct, params, batch, Reference(pretrained=pretrained))
-    _, metrics = loss_fn(pretrained, batch, Reference(pretrained=pretrained))
+    agree(loss_fn, direct, params, batch, StepConstants(pretrained=pretrained))
+    _, metrics = loss_fn(pretrained, batch, StepConstants(pretrained=pretrained))
     assert abs(metrics["divergence"]) < 1e-15, "a model diverges from itself"
 
 
@@ -156,7 +156,7 @@ def test_l2_sp_pulls_the_tower_to_its_start_and_the_head_to_zero(x64, world):
     alpha, beta = 0.3, 0.05
     plain = cross_entropy(apply, lambda x: x)
     loss_fn = with_l2_sp(plain, alpha=alpha, beta=beta)
-    reference = Reference(pretrained=pretrained)
+    reference = StepConstants(pretrained=pretrained)
 
     def direct(params):
         moved = params["image_tower"]["kernel"] - pretrained["image_tower"]["kernel"]
@@ -170,7 +170,7 @@ def test_l2_sp_pulls_the_tower_to_its_start_and_the_head_to_zero(x64, world):
 def test_a_replicas_own_label_smoothing_is_that_of_its_loss(x64, world):
     params, _, _, batch = world
     own = cross_entropy(apply, lambda x: x)(
-        params, batch, Reference(hyper={"label_smoothing": 0.2})
+        params, batch, StepConstants(hyper={"label_smoothing": 0.2})
     )
     np.testing.assert_allclose(own[0], direct_cross_entropy(params, batch, 0.2), rtol=1e-12)
 

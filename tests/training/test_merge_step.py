@@ -14,7 +14,7 @@ from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.merge_step import merge_opt_state, steps_between_merges
 from modelstock_jax.training.optimizer import make_optimizer
 from modelstock_jax.training.sharding import put_batch
-from modelstock_jax.training.state import Reference, replicate
+from modelstock_jax.training.state import StepConstants, replicate
 from tests.training import tiny
 
 
@@ -69,7 +69,7 @@ def test_merges_happen_when_they_are_due_and_at_the_end(tmp_path, every):
 
 def test_carried_noise_goes_from_merge_to_merge(tmp_path):
     trainer = tiny.trainer(tmp_path, epochs=1, merge__every="2", merge__carry_noise="every")
-    state = trainer.programs.start(0)
+    state = trainer.programs.init_state(0)
     chex.assert_trees_all_equal(state.noise, jax.tree.map(lambda _: jnp.zeros(()), state.noise))
     stream = trainer.batches(0)
     noise = None
@@ -77,7 +77,7 @@ def test_carried_noise_goes_from_merge_to_merge(tmp_path):
     for last in (False, True):
         for _ in range(2):
             state, _ = trainer.programs.step(
-                state, put_batch(trainer.programs.mesh, next(stream)), Reference()
+                state, put_batch(trainer.programs.mesh, next(stream)), StepConstants()
             )
         replicas = jax.device_get(state.params)
         want, _, noise = carried(tiny.params(), replicas, noise)
@@ -146,14 +146,14 @@ def test_steps_between_merges_refuses_zero():
 
 def test_a_diverged_replica_is_named_and_never_merged(tmp_path):
     trainer = tiny.trainer(tmp_path, epochs=1, merge__every="end")
-    start = trainer.programs.start
+    start = trainer.programs.init_state
 
     def spoiled(seed):
         state = start(seed)
         weights = jax.tree.map(lambda x: x.at[1].multiply(jnp.nan), state.params)
         return state._replace(params=weights)
 
-    trainer.programs.start = spoiled
+    trainer.programs.init_state = spoiled
     with pytest.raises(UserError, match=r"replica 1, step 1: "):
         trainer.run()
     with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:

@@ -9,18 +9,18 @@ import optax
 import pytest
 
 from modelstock_jax.data.augment import shift_and_jitter
-from modelstock_jax.data.transforms import TrainView
+from modelstock_jax.data.transforms import TrainTransform
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.finetune import (
     _batch_augment,
     check_method,
     hyper_parameters,
     method_name,
-    train_views,
+    train_transforms,
 )
 from modelstock_jax.training.losses import cross_entropy
 from modelstock_jax.training.optimizer import make_optimizer
-from modelstock_jax.training.state import Reference, biases_and_head, init_state, leaf_names
+from modelstock_jax.training.state import StepConstants, biases_and_head, init_state, leaf_names
 from modelstock_jax.training.train_step import make_train_step
 from tests.training import tiny
 
@@ -61,7 +61,7 @@ def train(config, data, *, hyper=None, trained=None, pretrained=None, steps=STEP
     state = init_state(start(), tx, num_replicas=replicas, seed=0)
     loss_fn = cross_entropy(apply, lambda x: x, label_smoothing=config.label_smoothing)
     step = jax.jit(make_train_step(loss_fn, tx, schedule, "vmap"))
-    reference = Reference(pretrained=pretrained, hyper=hyper or {})
+    reference = StepConstants(pretrained=pretrained, hyper=hyper or {})
     for batch in data[:steps]:
         state, _ = step(state, batch, reference)
     return jax.device_get(state)
@@ -191,13 +191,13 @@ def test_a_replicas_own_mixup_and_strength_are_those_of_a_run_alone():
 
 def test_each_replica_sees_stored_images_by_its_own_randaugment():
     config = tiny.config(data__name="folder", data__augment__randaugment_magnitude=5)
-    assert train_views(config, 16) == [TrainView.of(config.data.augment, 16)] * 2
+    assert train_transforms(config, 16) == [TrainTransform.of(config.data.augment, 16)] * 2
     config.per_replica.randaugment_ops = (0, 2.0)
-    views = train_views(config, 16)
+    views = train_transforms(config, 16)
     assert [repr(view.randaugment_ops) for view in views] == ["0", "2"], "a count, as it is drawn"
     assert [view.randaugment_magnitude for view in views] == [5, 5]
     config.per_replica.randaugment_magnitude = (1, 20)
-    assert [view.randaugment_magnitude for view in train_views(config, 16)] == [1, 20]
+    assert [view.randaugment_magnitude for view in train_transforms(config, 16)] == [1, 20]
     assert hyper_parameters(config, 4) == {}, "no program sees them"
 
 

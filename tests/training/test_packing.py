@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from modelstock_jax.training import array_digests
-from modelstock_jax.training.array_digests import describe, json_digest
+from modelstock_jax.training import array_checksums
+from modelstock_jax.training.array_checksums import describe, json_checksum
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.sharding import make_mesh
 
-LARGE = array_digests.LEAST // 8
+LARGE = array_checksums.LEAST // 8
 # Shape and the axes that it is split over: whole, by replicas, by replicas and over the data.
 LEAVES = {
     "step": ((), ()),
@@ -45,7 +45,7 @@ def mesh(replica, data):
 
 def test_what_is_small_and_lies_alike_is_one_array():
     made = tree(mesh(2, 4), 0)
-    packs = array_digests.plan(made)
+    packs = array_checksums.plan(made)
     together = {tuple(one.names): one.rows for one in packs.values()}
     assert together == {
         ("flag",): 0,
@@ -54,13 +54,13 @@ def test_what_is_small_and_lies_alike_is_one_array():
         ("narrow",): 0,
         ("step",): 0,
     }
-    arrays = array_digests.pack(made, packs)
+    arrays = array_checksums.pack(made, packs)
     assert arrays["large"] is made["large"] and arrays["split"] is made["split"]
     assert len(arrays) == len(packs) + 2
     for key, one in packs.items():
         # A replica's rows stay on its own devices.
         assert (not arrays[key].sharding.is_fully_replicated) == bool(one.rows), key
-    back = array_digests.unpack(arrays, made, packs)
+    back = array_checksums.unpack(arrays, made, packs)
     chex.assert_trees_all_equal(back, made)
     assert [x.sharding for x in jax.tree.leaves(back)] == [
         x.sharding for x in jax.tree.leaves(made)
@@ -86,7 +86,7 @@ def test_a_tree_that_was_saved_array_by_array_comes_back(tmp_path):
     saved = tree(mesh(2, 4), 2)
     with Checkpoints(tmp_path, keep=0) as checkpoints:
         record = {"leaves": describe(saved), "details": {}}
-        document = {"record": record, "sha256": json_digest(record)}
+        document = {"record": record, "sha256": json_checksum(record)}
         parts = {"tree": saved, "digests": document}
         checkpoints._checkpointer.save_checkpointables(1, parts, force=True)
         chex.assert_trees_all_equal(checkpoints.restore(1, saved), saved)

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.checkpoints import Checkpoints, keep_anchor, resume
+from modelstock_jax.training.checkpoints import Checkpoints, save_or_check_anchor, resume
 from tests.training import tiny
 
 # A read that Orbax gives up may end after its event loop: whether it does is a matter of timing.
@@ -169,10 +169,10 @@ def changed(name: str, relative: float):
 
 def test_the_anchor_is_kept_and_compared(tmp_path):
     place = tmp_path / "anchor"
-    assert keep_anchor(place, ANCHOR, "print") is ANCHOR
-    assert keep_anchor(place, ANCHOR, "print") is ANCHOR
+    assert save_or_check_anchor(place, ANCHOR, "print") is ANCHOR
+    assert save_or_check_anchor(place, ANCHOR, "print") is ANCHOR
     # Rounded otherwise, from the same files: the run goes on with its own.
-    chex.assert_trees_all_equal(keep_anchor(place, changed("head", 1e-3), "print"), ANCHOR)
+    chex.assert_trees_all_equal(save_or_check_anchor(place, changed("head", 1e-3), "print"), ANCHOR)
     for other, fingerprint, named in [
         (changed("head", 0.1), "print", "head/kernel"),
         (changed("tower", 1e-6), "other", "tower/w"),
@@ -180,23 +180,23 @@ def test_the_anchor_is_kept_and_compared(tmp_path):
         (ANCHOR | {"more": jnp.zeros(2)}, "print", "more"),
     ]:
         with pytest.raises(UserError, match=f"{named}.*{place}"):
-            keep_anchor(place, other, fingerprint)
-    assert keep_anchor(place, ANCHOR, "print") is ANCHOR
+            save_or_check_anchor(place, other, fingerprint)
+    assert save_or_check_anchor(place, ANCHOR, "print") is ANCHOR
 
 
 def test_without_a_fingerprint_the_anchor_is_the_same_bit_for_bit(tmp_path):
-    keep_anchor(tmp_path, ANCHOR)
+    save_or_check_anchor(tmp_path, ANCHOR)
     with pytest.raises(UserError, match="tower/w"):
-        keep_anchor(tmp_path, changed("tower", 1e-6))
+        save_or_check_anchor(tmp_path, changed("tower", 1e-6))
 
 
 def test_a_damaged_anchor_is_saved_anew(tmp_path, capsys):
-    keep_anchor(tmp_path, ANCHOR, "print")
+    save_or_check_anchor(tmp_path, ANCHOR, "print")
     (tmp_path / "0/digests/data.json").unlink()
-    keep_anchor(tmp_path, ANCHOR, "print")
+    save_or_check_anchor(tmp_path, ANCHOR, "print")
     assert " 0.damaged" in capsys.readouterr().out
     with pytest.raises(UserError, match="head/kernel"):
-        keep_anchor(tmp_path, changed("head", 0.1), "print")
+        save_or_check_anchor(tmp_path, changed("head", 0.1), "print")
 
 
 def test_a_signal_in_the_last_step_ends_the_command(tmp_path):

@@ -18,8 +18,8 @@ from modelstock_jax.models.clip import classifier
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.cost_analysis import collectives, device_bytes
 from modelstock_jax.training.losses import cross_entropy
-from modelstock_jax.training.sharding import mesh_shape, put_batch, split_over_data
-from modelstock_jax.training.step_fns import Programs, use_compilation_cache
+from modelstock_jax.training.sharding import mesh_shape, put_batch, fsdp_spec
+from modelstock_jax.training.step_fns import StepFunctions, use_compilation_cache
 from tests.training import tiny
 
 STEPS, MERGED_AFTER = 20, 10
@@ -97,7 +97,7 @@ def compiled(shape, execution, split, dtype=np.float32, in_parts=False):
         loss = cross_entropy(apply, lambda images: images, label_smoothing=0.1)
         task = dataclasses.replace(task, loss_fn=loss)
     with jax.enable_x64(dtype == np.float64):
-        made = Programs(config, task)
+        made = StepFunctions(config, task)
         lowered = made.lower(made.abstract_batch(12))
         return made, {name: program.compile() for name, program in lowered.items()}
 
@@ -178,7 +178,7 @@ def test_a_step_never_crosses_replicas(case):
     gathered = sorted(_squeezed(s) for c in found if c.kind == "all-gather" for _, s in c.shapes)
     whole = sorted(leaf.shape for leaf in jax.tree.leaves(tiny.params()) if leaf.size >= SPLIT)
     if shape[0] == 2:  # Under (1, 8) both replicas of a kernel are gathered in one.
-        cut = [s for s in whole if split_over_data(s, shape[1], split) != PartitionSpec()]
+        cut = [s for s in whole if fsdp_spec(s, shape[1], split) != PartitionSpec()]
         assert gathered == cut, "each split weight, once"
 
 
@@ -209,7 +209,7 @@ def test_a_merge_gathers_nothing_but_its_result(case):
         weights = device_bytes(made.abstract_anchor)
         assert sent - parts_of_sums <= 1.02 * weights, "and each part once"
     whole = {x.shape for x in jax.tree.leaves(tiny.params())
-             if split_over_data(x.shape, shape[1], split) != PartitionSpec()}  # fmt: skip
+             if fsdp_spec(x.shape, shape[1], split) != PartitionSpec()}  # fmt: skip
     for collective in found:
         for dtype, sizes in collective.shapes:
             # Neither with nor without its replicas is a tensor that lies split ever in one place.
@@ -247,14 +247,14 @@ def test_the_state_is_updated_in_place_and_lies_split(case):
 
 
 def test_a_tensor_is_split_along_its_largest_dimension_that_can_be_cut():
-    assert split_over_data((768, 3072), 8, 1) == PartitionSpec(None, "data")
-    assert split_over_data((257, 1024), 8, 1) == PartitionSpec(None, "data")
-    assert split_over_data((769, 8), 8, 1) == PartitionSpec(None, "data")
-    assert split_over_data((768, 768), 8, 1) == PartitionSpec("data")
-    assert split_over_data((768, 768), 8, 768**2) == PartitionSpec("data")
-    assert split_over_data((768, 768), 8, 768**2 + 1) == PartitionSpec()
-    assert split_over_data((7, 9), 8, 1) == split_over_data((), 8, 1) == PartitionSpec()
-    assert split_over_data((768, 768), 1, 1) == PartitionSpec()
+    assert fsdp_spec((768, 3072), 8, 1) == PartitionSpec(None, "data")
+    assert fsdp_spec((257, 1024), 8, 1) == PartitionSpec(None, "data")
+    assert fsdp_spec((769, 8), 8, 1) == PartitionSpec(None, "data")
+    assert fsdp_spec((768, 768), 8, 1) == PartitionSpec("data")
+    assert fsdp_spec((768, 768), 8, 768**2) == PartitionSpec("data")
+    assert fsdp_spec((768, 768), 8, 768**2 + 1) == PartitionSpec()
+    assert fsdp_spec((7, 9), 8, 1) == fsdp_spec((), 8, 1) == PartitionSpec()
+    assert fsdp_spec((768, 768), 1, 1) == PartitionSpec()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from modelstock_jax.merging import model_stock
 from modelstock_jax.training import sharding
 from modelstock_jax.training.cost_analysis import collectives
 from modelstock_jax.training.optimizer import make_optimizer
-from modelstock_jax.training.state import Reference, init_state
+from modelstock_jax.training.state import StepConstants, init_state
 from modelstock_jax.training.train_step import make_train_step, mean_gradient
 from tests.training import tiny
 
@@ -50,7 +50,7 @@ def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mes
         batch = {name: value[replicas] for name, value in batch.items()}
         if mesh is not None:
             batch = sharding.put_batch(mesh, batch)
-        state, metrics = step(state, batch, Reference())
+        state, metrics = step(state, batch, StepConstants())
         first = metrics if first is None else first
     return jax.device_get(state), jax.device_get(first)
 
@@ -183,7 +183,7 @@ def test_no_collective_crosses_the_replicas(parts):
         out_shardings=(shardings, None),
     )
     batch = sharding.put_batch(mesh, batches(config, 1)[0])
-    compiled = step.lower(jax.device_put(state, shardings), batch, Reference()).compile()
+    compiled = step.lower(jax.device_put(state, shardings), batch, StepConstants()).compile()
     text = compiled.as_text()
     # A batch is cut where it lies: nothing but sums of gradients and metrics travels.
     assert not re.search("all-gather|all-to-all|collective-permute|reduce-scatter", text)

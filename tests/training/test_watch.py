@@ -15,9 +15,9 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import JsonLines, read_lines
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.cost_analysis import collectives
-from modelstock_jax.training.metrics import LEARNT_AFTER, Band, Watch
+from modelstock_jax.training.metrics import LEARNT_AFTER, SpikeDetector, NonFiniteMonitor
 from modelstock_jax.training.sharding import put_batch
-from modelstock_jax.training.train_step import health
+from modelstock_jax.training.train_step import finite_checks
 from tests.training import linear
 
 NAN, HUGE = np.float32("nan"), np.float32(1e30)
@@ -50,13 +50,13 @@ def saved(workdir, folder):
 def test_what_overflows_in_the_square_is_not_finite():
     def of(value):
         grads = {"a": jnp.ones(2), "b": jnp.full(1, value, jnp.float32)}
-        found = health(jnp.float32(1), grads, {"a": jnp.ones(2), "b": jnp.ones(1)})
+        found = finite_checks(jnp.float32(1), grads, {"a": jnp.ones(2), "b": jnp.ones(1)})
         return bool(found["ok"]), int(found["first_bad"]), float(found["grad_norm"])
 
     assert of(1e19)[:2] == (True, -1)
     assert of(2e19) == (False, 1, np.inf)
     assert of(-np.inf)[:2] == (False, 1)
-    lost = health(jnp.float32("inf"), {"a": jnp.ones(2)}, {"a": jnp.ones(2)})
+    lost = finite_checks(jnp.float32("inf"), {"a": jnp.ones(2)}, {"a": jnp.ones(2)})
     assert not lost["ok"] and lost["first_bad"] == -1
 
 
@@ -74,10 +74,10 @@ def test_a_bad_step_leaves_nothing_behind_and_its_neighbour_alone(policy, execut
     programs = linear.programs(config)
     anchor = programs.anchor
     last = jax.tree.map(lambda x: x + 1, anchor)
-    reference = programs.reference(anchor, last)
+    reference = programs.step_constants(anchor, last)
 
     def steps(spoiled):
-        stream, state = linear.batches(config, 0, spoiled), programs.start(0)
+        stream, state = linear.batches(config, 0, spoiled), programs.init_state(0)
         for _ in range(2):
             batch = put_batch(programs.mesh, next(stream))
             before = jax.device_get(state)
@@ -92,7 +92,7 @@ def test_a_bad_step_leaves_nothing_behind_and_its_neighbour_alone(policy, execut
     if policy == "skip_step":
         expected = (before.params, before.opt_state)
     else:
-        expected = jax.device_get((last, programs.start(0).opt_state))
+        expected = jax.device_get((last, programs.init_state(0).opt_state))
         expected = (jax.tree.map(lambda x: np.stack([x, x]), expected[0]), expected[1])
     for replica, want in ((0, (clean.params, clean.opt_state)), (1, expected)):
         chex.assert_trees_all_equal(
@@ -217,7 +217,7 @@ def test_policies_bring_no_collective_across_replicas(policy):
     config = linear.config(watch__policy=policy, mesh__replica=2, mesh__data=4)
     programs = linear.programs(config)
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
-    text = programs.step.lower(programs.abstract_state, batch, programs.reference())
+    text = programs.step.lower(programs.abstract_state, batch, programs.step_constants())
     text = text.compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text and "permute" not in text
     # Devices 0-3 hold replica 0, devices 4-7 replica 1.
@@ -229,16 +229,16 @@ def test_policies_bring_no_collective_across_replicas(policy):
 def test_a_band_follows_its_series():
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(5000)
-    band = Band(deviations=6.0, window=100)
+    band = SpikeDetector(deviations=6.0, window=100)
     assert not any(band.leaves(x) for x in 3 + 0.1 * noise)
     # An exponential window of 100 knows a mean to 1/sqrt(200) of a deviation, and that to 7 %.
     assert abs(band.mean - 3) < 0.03 and abs(band.deviation - 0.1) < 0.03
     assert band.leaves(30.0) and band.leaves(5.0), "one spike hides no other"
     assert not any(band.leaves(x) for x in 3 + 0.1 * noise[:100])
     assert not band.leaves(-30.0), "what falls is no alarm"
-    same = Band(deviations=6.0, window=100)
+    same = SpikeDetector(deviations=6.0, window=100)
     assert not any(same.leaves(2.0 + 1e-4 * (i % 2)) for i in range(100)), "rounding is no spike"
-    level = Band(deviations=6.0, window=20)
+    level = SpikeDetector(deviations=6.0, window=20)
     seen = [level.leaves(x) for x in [*(1 + 0.1 * noise[:50]), *(3 + 0.1 * noise[50:150])]]
     assert seen[50] and not any(seen[-50:]), "a new level is learnt"
 
@@ -250,11 +250,11 @@ def test_a_spike_is_a_line_once_and_survives_a_restart(tmp_path):
 
     config = linear.config().watch
     with JsonLines(tmp_path / "a.jsonl") as lines:
-        watch = Watch(config, linear.NAMES, lines, print)
+        watch = NonFiniteMonitor(config, linear.NAMES, lines, print)
         for step in range(50):
             watch.compare(step, line(step))
     with JsonLines(tmp_path / "b.jsonl") as lines:
-        watch = Watch(config, linear.NAMES, lines, print)
+        watch = NonFiniteMonitor(config, linear.NAMES, lines, print)
         for step in range(50):
             watch.compare(step, line(step), again=step <= 35)
     whole, resumed = (read_lines(tmp_path / f"{name}.jsonl") for name in "ab")
@@ -265,7 +265,7 @@ def test_a_spike_is_a_line_once_and_survives_a_restart(tmp_path):
     assert resumed == whole[1:] and watch.spikes == 2
     assert LEARNT_AFTER < 30
     config.spike_deviations = 0.0
-    silent = Watch(config, linear.NAMES, None, print)
+    silent = NonFiniteMonitor(config, linear.NAMES, None, print)
     for step in range(50):
         silent.compare(step, line(step))
     assert silent.spikes == 0

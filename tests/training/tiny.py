@@ -15,7 +15,7 @@ from modelstock_jax.models.clip import classifier, init
 from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.losses import cross_entropy
-from modelstock_jax.training.step_fns import Programs, Task
+from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.trainer import Trainer
 
 CLASSES = 5
@@ -98,5 +98,5 @@ def task(config, epochs: int = 2, dtype=np.float32) -> Task:
 
 def trainer(workdir, epochs: int = 2, **changes) -> Trainer:
     made = config(**changes)
-    programs = Programs(made, task(made, epochs))
+    programs = StepFunctions(made, task(made, epochs))
     return Trainer(made, programs, partial(batches, made), workdir, "run")

@@ -112,7 +112,7 @@ _POOL_NUMBERS = (7, 8)
 SHIFTS = (*_DRAWN, "a", "digits")
 
 
-class GlyphWorld(NamedTuple):
+class GlyphSets(NamedTuple):
     """The narrow world's splits and its shifts, by name."""
 
     train: ImageSet
@@ -121,7 +121,7 @@ class GlyphWorld(NamedTuple):
     shifts: dict[str, ImageSet]
 
 
-def world(
+def make_sets(
     seed: int = 0,
     *,
     train_size: int = TRAIN_SIZE,
@@ -129,7 +129,7 @@ def world(
     test_size: int = 2000,
     shift_size: int = 2000,
     shifts: Sequence[str] = SHIFTS,
-) -> GlyphWorld:
+) -> GlyphSets:
     """The glyph world: a narrow set to fine-tune on and six shifts of it.
 
     Args:
@@ -166,7 +166,7 @@ def world(
     if unknown := [name for name in shifts if name not in SHIFTS]:
         several = "; write several as \"('v2','r')\"" if "," in unknown[0] else ""
         raise UserError(f"shifts: no {unknown[0]!r}; the glyphs have {', '.join(SHIFTS)}{several}")
-    return GlyphWorld(
+    return GlyphSets(
         train=training_set(seed, train_size),
         validation=_draw("validation", seed, 1, ID, validation_size),
         test=_draw("id", seed, 2, ID, test_size),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from modelstock_jax.training.array_digests import describe, json_digest, tree_digest
+from modelstock_jax.training.array_checksums import describe, json_checksum, tree_checksum
 
 SHAPE = (3, 5)
 DTYPES = {
@@ -42,7 +42,7 @@ def made(seed: int) -> dict[str, np.ndarray]:
 
 def digest(tree):
     with jax.enable_x64(True):
-        return tree_digest(jax.tree.map(jnp.asarray, tree))
+        return tree_checksum(jax.tree.map(jnp.asarray, tree))
 
 
 def mixed(x):
@@ -89,13 +89,13 @@ def test_signs_that_change_places_are_seen():
     """Sums of bits times odd numbers would miss these: they differ by 2^31 times an even number."""
     leaf = np.asarray([1.0, -1.0, 2.0, -2.0] * 4, np.float32)
     swapped = leaf.reshape(-1, 2)[:, ::-1].reshape(-1)
-    assert tree_digest([jnp.asarray(leaf)]) != tree_digest([jnp.asarray(swapped)])
+    assert tree_checksum([jnp.asarray(leaf)]) != tree_checksum([jnp.asarray(swapped)])
 
 
 def test_a_random_key_is_digested_by_its_data():
     key = jax.random.key(7)
-    assert tree_digest({"k": key}) == tree_digest({"k": jax.random.key_data(key)})
-    assert tree_digest({"k": key}) != tree_digest({"k": jax.random.key(8)})
+    assert tree_checksum({"k": key}) == tree_checksum({"k": jax.random.key_data(key)})
+    assert tree_checksum({"k": key}) != tree_checksum({"k": jax.random.key(8)})
 
 
 def mesh(replica: int, data: int):
@@ -126,8 +126,8 @@ def test_the_same_values_have_one_digest_wherever_they_lie():
             name: jax.device_put(leaf, NamedSharding(where, spec if leaf.ndim else PartitionSpec()))
             for name, leaf in tree.items()
         }
-        assert tree_digest(placed) == expected, spec
-    assert tree_digest(jax.tree.map(jnp.asarray, tree)) == expected
+        assert tree_checksum(placed) == expected, spec
+    assert tree_checksum(jax.tree.map(jnp.asarray, tree)) == expected
 
 
 def test_what_is_described():
@@ -136,11 +136,11 @@ def test_what_is_described():
         "a/b": ["bfloat16", [2, 3], by_integers(np.asarray(tree["a"]["b"]))],
         "empty": ["float32", [0, 4], "0" * 16],
     }
-    assert tree_digest({}) == {}
-    assert json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
-    assert json_digest({"a": 1}) != json_digest({"a": 2})
+    assert tree_checksum({}) == {}
+    assert json_checksum({"a": 1, "b": 2}) == json_checksum({"b": 2, "a": 1})
+    assert json_checksum({"a": 1}) != json_checksum({"a": 2})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_the_two_zeros_differ(dtype):
-    assert tree_digest([jnp.asarray(0.0, dtype)]) != tree_digest([jnp.asarray(-0.0, dtype)])
+    assert tree_checksum([jnp.asarray(0.0, dtype)]) != tree_checksum([jnp.asarray(-0.0, dtype)])

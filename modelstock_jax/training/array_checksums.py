@@ -25,7 +25,7 @@ _STRIDE = np.uint32(0x9E3779B9)  # Odd, so that no two of 2^32 places share a mu
 _KEY = np.uint32(0x6A09E667)
 
 
-def tree_digest(tree: PyTree) -> dict[str, str]:
+def tree_checksum(tree: PyTree) -> dict[str, str]:
     """A digest of each leaf's bits and their places, whatever devices they lie on.
 
     With x_i the i-th 32-bit word of a leaf in row-major order, c odd, and m one-to-one on words,
@@ -55,13 +55,13 @@ def tree_digest(tree: PyTree) -> dict[str, str]:
     # A program for each shape, not one for the tree: of 462 leaves that one takes 14 s to compile.
     parts = jax.device_get([_of_shards(x) for x in leaves.values()])
     sums = np.array([np.sum(part, axis=0, dtype=np.uint32) for part in parts], np.uint32)
-    sums = multihost.total(sums.reshape(len(leaves), 2))
+    sums = multihost.sum_over_processes(sums.reshape(len(leaves), 2))
     return {name: f"{a:08x}{b:08x}" for name, (a, b) in zip(leaves, sums.tolist(), strict=True)}
 
 
 def describe(tree: PyTree) -> dict[str, list]:
     """{leaf name: [dtype, shape, digest]}, as a checkpoint records its arrays."""
-    digests = tree_digest(tree)
+    digests = tree_checksum(tree)
     return {n: [x.dtype.name, list(x.shape), digests[n]] for n, x in named_leaves(tree).items()}
 
 
@@ -70,7 +70,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return gram.named_leaves(tree, separator="/")
 
 
-def json_digest(value: Any) -> str:
+def json_checksum(value: Any) -> str:
     """SHA-256 of a value as JSON, in whatever order its keys are."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

@@ -18,7 +18,7 @@ _POLYNOMIAL = 0xEDB88320  # CRC-32's, lowest power first from bit 31
 _BLOCK = 2**20
 
 
-def digest_tensors(tensors: Mapping[str, np.ndarray]) -> str:
+def checksum_tensors(tensors: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, whatever the order and the files they lie in.
 
     Args:
@@ -43,7 +43,7 @@ def digest_tensors(tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def digest_file(path: str | os.PathLike[str], kind: str = "sha256") -> str:
+def checksum_file(path: str | os.PathLike[str], kind: str = "sha256") -> str:
     """Digest of a file's bytes, as ``sha256sum`` or ``crc32`` prints it.
 
     Args:
@@ -54,12 +54,12 @@ def digest_file(path: str | os.PathLike[str], kind: str = "sha256") -> str:
         Hexadecimal digits: 64 of SHA-256, 8 of CRC-32.
     """
     if kind == "crc32":
-        return RangeDigest(Path(path).stat().st_size).complete(path)
+        return RangeChecksum(Path(path).stat().st_size).complete(path)
     with open(Path(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class RangeDigest:
+class RangeChecksum:
     """CRC-32 of a file whose ranges pass by in any order, on any thread.
 
     What is read or written anyway is summed while it lies in the processor's cache: the file need
@@ -80,7 +80,7 @@ class RangeDigest:
         self._seen: dict[int, tuple[int, int]] = {}  # start -> stop, crc
         self._lock = threading.Lock()
 
-    def see(self, start: int, data: memoryview | bytes) -> None:
+    def update(self, start: int, data: memoryview | bytes) -> None:
         """Takes the bytes from `start` on; a range that was seen costs nothing."""
         if start in self._seen or not len(data):
             return
@@ -107,7 +107,7 @@ class RangeDigest:
                     count = file.readinto(memoryview(block)[: min(_BLOCK, stop - start)])
                     if not count:
                         raise ValueError(f"{path}: shorter than {self.size} bytes")
-                    self.see(start, memoryview(block)[:count])
+                    self.update(start, memoryview(block)[:count])
                     start += count
         return self.hexdigest()
 
