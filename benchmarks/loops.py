@@ -24,7 +24,7 @@ from modelstock_jax.models.config import (  # noqa: E402
 from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
 from modelstock_jax.training import train_step as step_module  # noqa: E402
 from modelstock_jax.training.classifier import make_classifier  # noqa: E402
-from modelstock_jax.training.finetune import finetuning_task  # noqa: E402
+from modelstock_jax.training.finetune import make_task  # noqa: E402
 from modelstock_jax.training.metrics import TrainLogger  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
 from modelstock_jax.training.step_fns import StepFunctions  # noqa: E402
@@ -57,7 +57,7 @@ def make_programs(case: str, batch_size: int | None = None):
         {"image_tower": abstract_params(clip)["image_tower"], "head": head},
     )
     classifier = make_classifier(config, clip, params, Preprocessor((0.5,) * 3, (0.25,) * 3, image))
-    task = finetuning_task(config, classifier, num_train, lambda key, images: images)
+    task = make_task(config, classifier, num_train, lambda key, images: images)
     return config, StepFunctions(config, task)
 
 

@@ -20,11 +20,12 @@ if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__
         Distances,
         GreedySoup,
         NonFiniteError,
-        Policy,
         Stats,
+        UnitOutcome,
         check_finite,
         ema,
         greedy_soup,
+        init_noise,
         report,
         stack_replicas,
         swa,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__
         twa_init,
         twa_params,
         twa_span,
-        zero_noise,
     )
     from modelstock_jax.merging.baselines import *  # noqa: F403
     from modelstock_jax.merging.stock import *  # noqa: F403
@@ -47,12 +47,13 @@ __all__ = [
     "Distances",
     "GreedySoup",
     "NonFiniteError",
-    "Policy",
     "Stats",
+    "UnitOutcome",
     "UserError",
     "check_finite",
     "ema",
     "greedy_soup",
+    "init_noise",
     "report",
     "stack_replicas",
     "swa",
@@ -63,7 +64,6 @@ __all__ = [
     "twa_init",
     "twa_params",
     "twa_span",
-    "zero_noise",
 ]
 __all__ += FUNCTIONS
 

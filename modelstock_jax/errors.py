@@ -40,18 +40,18 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(choices)}")
 
 
-def listed(names: Iterable[str], most: int = 10) -> str:
+def listed(names: Iterable[str], max_items: int = 10) -> str:
     r"""Names for such a line: the first of them, and how many more there are.
 
     A name that would break the line, or do more to a terminal, is shown with its escapes.
 
     Example:
-      >>> listed("abcd", most=2), listed(["a", "b\n"])
+      >>> listed("abcd", max_items=2), listed(["a", "b\n"])
       ('a, b and 2 more', "a, 'b\\n'")
     """
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(n if n.isprintable() else repr(n) for n in names[:most]) + more
+    more = f" and {len(names) - max_items} more" if len(names) > max_items else ""
+    return ", ".join(n if n.isprintable() else repr(n) for n in names[:max_items]) + more
 
 
 def near(word: Any, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from modelstock_jax.merging import distance
 from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.multihost import block_on_multihost_cpu
-from modelstock_jax.training.sharding import local_indices, make_global_array, device_put_global
+from modelstock_jax.training.sharding import device_put_global, local_indices, make_global_array
 
 PyTree = Any
 Evaluate = Callable[..., dict[str, float]]
@@ -39,7 +39,7 @@ class ModelEvaluator:
         """Prepares the evaluator for the classifiers of one architecture."""
         self._anchor, self._data = anchor, data
         most = config.evaluation.max_shift_images
-        self._sets = [data.test, *(s.take(most or len(s)) for s in data.shifts.values())]
+        self._sets = [data.test, *(s.first(most or len(s)) for s in data.shifts.values())]
         if data.real is not None:
             self._sets.append(data.real)
         self.num_images = sum(len(image_set) for image_set in self._sets)
@@ -122,11 +122,11 @@ def make_evaluator(
     (examples,) = local_indices(split, (batch_size,))
     # Two programs: the large one is compiled once for all sets.
     logits_of = jax.jit(lambda params, images: apply(params, prepare(images)), out_shardings=split)
-    count_of = jax.jit(count, out_shardings=whole)
+    count_of = jax.jit(count_correct, out_shardings=whole)
 
     def counts(params, image_set, num_classes):
         """Right and counted, batch by batch."""
-        candidate, pending = candidates(image_set, num_classes), []
+        candidate, pending = candidate_classes(image_set, num_classes), []
         reading = dict(examples=examples, image_size=image_size, loading=loading)
         for batch in scored_batches(image_set, batch_size, **reading):
             images, target = (
@@ -212,7 +212,7 @@ def targets(image_set: ImageSet) -> np.ndarray:
     return labels[:, None]
 
 
-def candidates(image_set: ImageSet, num_classes: int) -> np.ndarray:
+def candidate_classes(image_set: ImageSet, num_classes: int) -> np.ndarray:
     """What a prediction is chosen from: rows of class ids, the best logit of a row is its score.
 
     Args:
@@ -241,7 +241,7 @@ def candidates(image_set: ImageSet, num_classes: int) -> np.ndarray:
     return np.array([[*row, *[row[0]] * (widest - len(row))] for row in groups], np.int32)
 
 
-def count(logits, target, candidate):
+def count_correct(logits, target, candidate):
     """How many predictions are right, and how many images count; of NumPy or JAX arrays.
 
     Args:

@@ -85,12 +85,12 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
+def replacing(path: Path, staging_dir: Path | None = None) -> Iterator[Path]:
     """Give a file to fill, which takes the name `path` only when all of it is on the disk.
 
     Args:
       path: the final name, in an existing directory; an existing file is replaced.
-      beside: the temporary file; by default one of this thread, of the same suffix as `path`.
+      staging_dir: the temporary file; by default one of this thread, of the same suffix as `path`.
 
     Yields:
       The temporary file, empty and with the mode of any new file. It is removed where the block
@@ -99,18 +99,18 @@ def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
     Raises:
       OSError: a file cannot be written, flushed or renamed.
     """
-    if beside is None:
+    if staging_dir is None:
         writer = f"{os.getpid()}-{threading.get_ident()}"
-        beside = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
+        staging_dir = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
     try:
-        beside.unlink(missing_ok=True)  # Of a process that died and had the same number.
-        beside.touch(exist_ok=False)
-        yield beside
-        flush_path(beside)
-        os.replace(beside, path)
+        staging_dir.unlink(missing_ok=True)  # Of a process that died and had the same number.
+        staging_dir.touch(exist_ok=False)
+        yield staging_dir
+        flush_path(staging_dir)
+        os.replace(staging_dir, path)
     finally:
         with contextlib.suppress(OSError):  # Of the directory too, whose error is already told.
-            beside.unlink(missing_ok=True)
+            staging_dir.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
@@ -256,7 +256,7 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def move_into_place(beside: Path, path: Path, overwrite: bool = False) -> None:
+def move_into_place(staged: Path, path: Path, overwrite: bool = False) -> None:
     """Flush a finished directory to the disk, then give it the name `path`.
 
     Args:
@@ -269,14 +269,14 @@ def move_into_place(beside: Path, path: Path, overwrite: bool = False) -> None:
         UserError: It cannot be flushed or renamed.
     """
     with explained(path):
-        _settle(beside)
-        _take_place(beside, path, overwrite)
+        _settle(staged)
+        _move_into_place(staged, path, overwrite)
 
 
-def _take_place(beside: Path, path: Path, overwrite: bool) -> None:
+def _move_into_place(staged: Path, path: Path, overwrite: bool) -> None:
     if not overwrite:
         try:
-            os.replace(beside, path)  # An empty directory is replaced, another is an error.
+            os.replace(staged, path)  # An empty directory is replaced, another is an error.
         except OSError:
             refuse_existing(path)  # Another process made it while this one flushed.
             raise
@@ -285,13 +285,13 @@ def _take_place(beside: Path, path: Path, overwrite: bool) -> None:
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
         os.replace(path, aside)
         try:
-            os.replace(beside, path)
+            os.replace(staged, path)
         except OSError:
             os.replace(aside, path)
             raise
         shutil.rmtree(aside, ignore_errors=True)
     else:
-        os.replace(beside, path)
+        os.replace(staged, path)
     flush_path(path.parent)
 
 

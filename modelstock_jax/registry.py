@@ -82,7 +82,7 @@ _ALL = (
     ),
     MergeMethod(
         name="weighted", function="weighted_model_stock", module="stock", command="weighted-stock",
-        rule="unequal_noise", min_models=2, convex=True,
+        rule="noise_weights", min_models=2, convex=True,
         row="weighted",
         style=Style("Model Stock, weighted (ours)", "weighted (ours)", "purple", "X"),
         description=f"Model Stock ({PAPER}), each fine-tune weighted by its own noise",

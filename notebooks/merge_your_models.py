@@ -139,7 +139,7 @@ import json
 report = json.loads(Path(OUT, "merge_report.json").read_text())
 for row in report["units"][:10]:
     angle = "     -" if row["angle"] is None else f"{row['angle']:5.1f}°"
-    print(f"{angle}  t = {row['ratio']:.3f}  {row['policy']:13} {row['name']}")
+    print(f"{angle}  t = {row['ratio']:.3f}  {row['outcome']:13} {row['name']}")
 
 # %% [markdown]
 # ## What goes wrong is said

@@ -17,7 +17,7 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import classifier_evaluator
-from modelstock_jax.experiment.setup import prepare
+from modelstock_jax.experiment.setup import check_and_set_up
 from modelstock_jax.training.sharding import make_mesh
 from studies.expressions import Expression
 from studies.ledger import Ledger
@@ -59,7 +59,7 @@ class StudyContext:
         Raises:
           UserError: as `launch.py` does for a wrong config.
         """
-        prepare(config)
+        check_and_set_up(config)
         if jax.process_count() > 1:
             raise UserError("studies run in one process; launch.py trains on many hosts")
         self.config, self.ledger = config, ledger
@@ -74,7 +74,7 @@ class StudyContext:
         self.trained = RunStore(config, workdir, self._anchor, data, self.fingerprint, self._record)
         most = config.evaluation.max_shift_images
         self._validation, self._test = data.validation, data.test
-        self._shifts = {name: one.take(most or len(one)) for name, one in data.shifts.items()}
+        self._shifts = {name: one.first(most or len(one)) for name, one in data.shifts.items()}
         mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
         self._evaluate = classifier_evaluator(config, outline, mesh)
 

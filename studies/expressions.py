@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from modelstock_jax import merging
 from modelstock_jax.merging import Stats
 from modelstock_jax.merging.engine import merge
-from modelstock_jax.merging.rules import UnitSolution, measure, solve_given
+from modelstock_jax.merging.rules import UnitSolution, measure, solve_with_coefficients
 from modelstock_jax.registry import METHODS
 from studies.runs import Run
 
@@ -290,7 +290,7 @@ def merge_of(
 ) -> tuple[PyTree, merging.Stats]:
     """Models merged by a method of `Merge`, and the merge's measures."""
     own = method == "not_clipped"
-    merge = not_clipped if own else getattr(merging, METHODS[method].function)
+    merge = unclamped if own else getattr(merging, METHODS[method].function)
     replicas = stacked(weights, models)
     return merge(weights.anchor(), replicas, unit=unit, num_heads=weights.num_heads)
 
@@ -331,7 +331,7 @@ def noisy(models: PyTree, scale: float, key: jax.Array) -> PyTree:
 # Merges that only a study makes: what Model Stock would be without one of its rules.
 
 
-def not_clipped(
+def unclamped(
     pretrained: Any,
     finetuned: Any,
     unit: str = "tensor",
@@ -369,4 +369,4 @@ def _equation_3_everywhere(gram, single) -> UnitSolution:
     ratio = jnp.where(below > 0, number * seen.cosine / jnp.where(below > 0, below, 1.0), 0.0)
     ratio = jnp.where(single | (seen.number < 2), 1.0, ratio)
     share = jnp.where(seen.active, (ratio / number)[None], 0.0)
-    return solve_given(gram, seen, single, share)
+    return solve_with_coefficients(gram, seen, single, share)

@@ -83,11 +83,11 @@ class Distance(Measurement):
     key_name: ClassVar[str] = "Distance"
 
     model: Model
-    centre: Model = Anchor()
+    center: Model = Anchor()
 
     def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
-        return float(merging.distance(self.centre.build(bench), self.model.build(bench)))
+        return float(merging.distance(self.center.build(bench), self.model.build(bench)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Predicted(Measurement):
 
 
 @dataclass(frozen=True)
-class Policies(Measurement):
+class Outcomes(Measurement):
     """How many merge units met which of the merge's rules: {a `Policy`'s name: a number}."""
 
     key_name: ClassVar[str] = "Policies"
@@ -117,7 +117,7 @@ class Policies(Measurement):
 
     def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
-        return merging.policy_counts(merge_of(bench, self.of, self.method, self.unit)[1])
+        return merging.outcome_counts(merge_of(bench, self.of, self.method, self.unit)[1])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modelstock_jax.fileio import write_json, write_text
-from studies.study import Claim, StudyReport, Study, Verdict, cell
+from studies.study import Claim, Study, StudyReport, Verdict, cell
 
 
 def write(

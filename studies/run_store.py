@@ -31,9 +31,9 @@ from modelstock_jax.tensor_files.writer import write_tensors
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
 from modelstock_jax.training.finetune import (
-    single_replica_config,
-    finetuning_task,
+    make_task,
     make_trainer,
+    single_replica_config,
 )
 from modelstock_jax.training.metrics import counted
 from modelstock_jax.training.stages import apply_tpgm, linear_probe
@@ -257,7 +257,7 @@ class RunStore:
 
     def _task(self, config: ConfigDict, anchor: Classifier | None = None) -> Task:
         data, anchor = self._data, anchor or self._anchor.outline
-        return finetuning_task(config, anchor, len(data.train), data.augment)
+        return make_task(config, anchor, len(data.train), data.augment)
 
     def is_here(self, run: Run) -> bool:
         """Whether the run has been trained."""

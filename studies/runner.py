@@ -19,7 +19,7 @@ from studies.ledger import Ledger, work_queue
 from studies.measurements import Measurement
 from studies.pages import write
 from studies.runs import Run, runs_of
-from studies.study import StudyReport, Setup, Study
+from studies.study import Setup, Study, StudyReport
 
 # What studies still have to do: runs, and what each lets be measured, right after it.
 
@@ -163,7 +163,7 @@ class Runner:
         for name, bench in self._benches.items():
             setup = self._setup(study, bench)
             wanted = study.measurements(setup)
-            reports[name] = study.summarise(setup, self._values(study, bench, wanted))
+            reports[name] = study.summarize(setup, self._values(study, bench, wanted))
             keys += [bench.key(one) for one in wanted.values()]
             seeds |= {run.seed for run in runs_of(tuple(wanted.values()))}
         details = {

@@ -35,7 +35,7 @@ class Study:
     title: str
     about: str
     measurements: Callable[[Setup], Mapping[Any, Measurement]]
-    summarise: Callable[[Setup, Values], StudyReport]
+    summarize: Callable[[Setup, Values], StudyReport]
     num_seeds: int = 4
 
 

@@ -37,7 +37,7 @@ NOT_FAST = {
         "zero_shot_head")),
     *(f"merging/test_{name}.py" for name in (
         "anchor_rounding", "baselines", "every_merge", "gradients", "landscape", "large",
-        "lowering", "policies", "reference", "trajectory")),
+        "lowering", "outcomes", "reference", "trajectory")),
     *(f"studies/test_{name}.py" for name in (
         "anchors", "command", "controls", "expressions", "measurements", "runner", "studies")),
     *(f"checkpoint_merge/test_{name}.py" for name in (

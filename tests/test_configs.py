@@ -81,7 +81,7 @@ def test_imagenet_says_what_is_missing(tmp_path):
     assert "/nowhere: " in benchmark.missing(config)[0]
     config.name = "imagenets"
     with pytest.raises(UserError, match="imagenets.*glyphs, imagenet"):
-        benchmark.outline(config)
+        benchmark.summarize(config)
 
 
 def test_the_glyphs_refuse_what_they_have_not():

@@ -8,7 +8,12 @@ import pytest
 
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.errors import UserError
-from modelstock_jax.evaluation import candidates, count, make_evaluator, scored_batches
+from modelstock_jax.evaluation import (
+    candidate_classes,
+    count_correct,
+    make_evaluator,
+    scored_batches,
+)
 from modelstock_jax.training.sharding import make_mesh
 
 CLASSES = 6
@@ -98,13 +103,13 @@ def test_counts_are_exact_for_any_number_of_hosts(size, batch_size, processes):
         ImageSet("objects", whole.images, whole.labels % 2, groups=((0, 4, 5), (2,))),
         ImageSet("real", whole.images, whole.labels, label_sets=(sets * 3)[:size]),
     ):
-        candidate, total, lengths = candidates(one, CLASSES), np.zeros(2, int), []
+        candidate, total, lengths = candidate_classes(one, CLASSES), np.zeros(2, int), []
         for places in np.array_split(np.arange(batch_size), processes):
             batches = list(scored_batches(one, batch_size, examples=places))
             lengths.append(len(batches))
             for batch in batches:
                 logits = batch["image"][:, 0, :, 0].astype(np.float32)
-                total += count(logits, batch["target"], candidate)
+                total += count_correct(logits, batch["target"], candidate)
         assert set(lengths) == {-(-size // batch_size)}
         assert total.tolist() == by_hand(one)
 
@@ -129,7 +134,7 @@ def by_hand(one: ImageSet) -> list[int]:
 def test_a_class_without_a_logit_is_named():
     one = ImageSet("a", images_of(LOGITS), np.full(4, 9, np.int32), (2, 9))
     with pytest.raises(UserError, match="a: .*class 9.* 6"):
-        candidates(one, CLASSES)
+        candidate_classes(one, CLASSES)
 
 
 def test_a_set_with_nothing_to_count_is_named():

@@ -114,7 +114,7 @@ def is_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
 
 def _chosen(tensors: Mapping[str, TensorPlan]) -> list[TensorPlan]:
     """The largest tensors, and all heads."""
-    merged = [tensor for tensor in tensors.values() if tensor.part is not None]
+    merged = [tensor for tensor in tensors.values() if tensor.unit_view is not None]
     merged.sort(key=lambda tensor: (-math.prod(tensor.shape), tensor.name))
     return [tensor for k, tensor in enumerate(merged) if k < TENSORS or is_classifier(tensor.name)]
 

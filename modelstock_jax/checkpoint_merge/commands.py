@@ -109,7 +109,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         _print_json({
             "base": base.label, "models": [source.label for source in finetuned],
             "unit": plan.options.unit, "units": report.rows, "ratios": summary,
-            "policies": report.outcomes, "predicted_distance": report.distance,
+            "outcomes": report.outcomes, "predicted_distance": report.distance,
             "anchor_rounding": plan.rounding, "notes": _notes(plan),
         })  # fmt: skip
     else:

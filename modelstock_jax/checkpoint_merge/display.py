@@ -65,7 +65,7 @@ def show_merge(document: Mapping[str, Any], report: MergeResult, out: str | Path
     if found := document["ratios"].get("all"):
         table.add_row("ratios", f"{found['min']:.3f} to {found['max']:.3f}, median "
                       f"{found['median']:.3f} over {found['tensors']} tensors")
-    policies = sorted(document["policies"].items(), key=lambda item: -item[1])
+    policies = sorted(document["outcomes"].items(), key=lambda item: -item[1])
     table.add_row("units", ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in policies))
     if document["not_merged"]:
         table.add_row("not merged", f"{len(document['not_merged'])} tensors; merge_report.json "
@@ -147,9 +147,9 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "to center: one, mean, merged": lambda row: " ".join(
         "–" if (far := row["predicted_distance"][key]) is None else f"{far:.3g}"
         for key in ("replica", "mean", "merged")),
-    "policy": lambda row: row["policy"].replace("_", " "),
+    "outcome": lambda row: row["outcome"].replace("_", " "),
 }
-_FIRST_TO_GO = ("to center: one, mean, merged", "cosines", "shape", "norms", "policy")
+_FIRST_TO_GO = ("to center: one, mean, merged", "cosines", "shape", "norms", "outcome")
 
 
 def _took(action: str) -> str:

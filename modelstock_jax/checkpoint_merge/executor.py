@@ -20,8 +20,8 @@ from modelstock_jax.checkpoint_merge.auxiliary_files import copy_auxiliary_files
 from modelstock_jax.checkpoint_merge.kernels import (
     FLOATS,
     PIECE,
-    UnitLayout,
     Scratch,
+    UnitLayout,
     narrow,
     piece_length,
     products,
@@ -38,7 +38,13 @@ from modelstock_jax.checkpoint_merge.methods import (
     tensor_rows,
     totals,
 )
-from modelstock_jax.checkpoint_merge.output import OccupiedError, Output, MergeStopped, ByteCounter, StagingDir
+from modelstock_jax.checkpoint_merge.output import (
+    ByteCounter,
+    MergeStopped,
+    OccupiedError,
+    Output,
+    StagingDir,
+)
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.errors import UserError
@@ -111,28 +117,28 @@ def run(
             NaN or infinity in a model (nothing is left behind).
     """
     begin = time.monotonic()
-    workplace = StagingDir(plan, out, overwrite=overwrite)
-    tally = ByteCounter(plan.bytes_read + plan.bytes_written, progress)
+    staging = StagingDir(plan, out, overwrite=overwrite)
+    counter = ByteCounter(plan.bytes_read + plan.bytes_written, progress)
     try:
-        output = Output(plan, workplace, tally)
+        output = Output(plan, staging, counter)
         try:
-            _work(plan, tally, workplace.rows, output)
+            _work(plan, counter, staging.rows, output)
             if measured is not None:
-                measured(workplace.path, _ordered(workplace.rows))
+                measured(staging.path, _ordered(staging.rows))
             output.close()
         except BaseException:
             output.abandon()
             raise
-        copy_auxiliary_files(plan.sources, plan.auxiliary_files, workplace.path)
-        report = _report(workplace.rows, tally, begin, workplace.digests, workplace.resumed)
+        copy_auxiliary_files(plan.sources, plan.auxiliary_files, staging.path)
+        report = _report(staging.rows, counter, begin, staging.checksums, staging.resumed)
         if finish is not None:
-            finish(workplace.path, report)
-        workplace.commit()
+            finish(staging.path, report)
+        staging.commit()
     except BaseException as error:
         spoilt = isinstance(error, NonFiniteError)
-        workplace.leave(keep=not spoilt)
+        staging.leave(keep=not spoilt)
         again = isinstance(error, UserError) and not isinstance(error, OccupiedError)
-        if again and workplace.digests and not spoilt:
+        if again and staging.checksums and not spoilt:
             kept = "What is complete is kept; give the same command again."
             raise UserError(f"{error} {kept}") from None
         raise
@@ -147,33 +153,33 @@ def measure(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
         progress: As `run`'s.
     """
     begin = time.monotonic()
-    tally = ByteCounter(plan.bytes_read, progress)
+    counter = ByteCounter(plan.bytes_read, progress)
     rows: dict[str, Row] = {}
-    _work(plan, tally, rows, None)
-    return _report(rows, tally, begin, {}, ())
+    _work(plan, counter, rows, None)
+    return _report(rows, counter, begin, {}, ())
 
 
-def _work(plan: Plan, tally: ByteCounter, rows: dict[str, Row], output: Output | None) -> None:
+def _work(plan: Plan, counter: ByteCounter, rows: dict[str, Row], output: Output | None) -> None:
     """Every tensor in turn: units that fit the window side by side, larger ones by all workers."""
     threads, scratch = plan.options.num_threads, Scratch()
     jobs: list[Future] = []
     with ThreadPoolExecutor(threads, "merge") as pool:
         try:
             for members in _tasks(plan):
-                if output is not None and not _left(plan, members, tally, output):
+                if output is not None and not _left(plan, members, counter, output):
                     continue
-                task = (plan, members, tally, scratch, rows, output)
+                task = (plan, members, counter, scratch, rows, output)
                 if _bytes(plan, members) <= plan.options.window_bytes // threads:
                     jobs.append(pool.submit(_merge, *task, None))
-                    jobs[-1].add_done_callback(lambda job: _stop_if_failed(job, tally))
+                    jobs[-1].add_done_callback(lambda job: _stop_if_failed(job, counter))
                 else:
                     _merge(*task, pool)
-                if tally.stopped.is_set():
+                if counter.stopped.is_set():
                     raise MergeStopped
             for job in jobs:
                 job.result()
         except BaseException:
-            tally.stopped.set()
+            counter.stopped.set()
             pool.shutdown(cancel_futures=True)
             _raise_first(jobs)
             raise
@@ -182,18 +188,18 @@ def _work(plan: Plan, tally: ByteCounter, rows: dict[str, Row], output: Output |
 def _merge(
     plan: Plan,
     members: list[TensorPlan],
-    tally: ByteCounter,
+    counter: ByteCounter,
     scratch: Scratch,
     rows: dict[str, Row],
     output: Output | None,
     pool: Executor | None,
 ) -> None:
     """Measures one unit, then writes its tensors; or copies a tensor that no rule merges."""
-    if (part := members[0].part) is None:
+    if (part := members[0].unit_view) is None:
         if output is not None:
-            copy_tensor(plan, members[0], tally, output)
+            copy_tensor(plan, members[0], counter, output)
         return
-    unit = Unit(plan, members, tally, scratch, pool)
+    unit = Unit(plan, members, counter, scratch, pool)
     solved = solver(plan.options, len(plan.finetuned))(unit)
     rows.update(tensor_rows(part.key, members, solved, anchored=plan.anchored))
     if output is None:
@@ -207,15 +213,15 @@ def _merge(
                 unit.pieces([k]),
             ):
                 pass
-            copy_tensor(plan, member, tally, output, start=unit.layouts[k].count)
+            copy_tensor(plan, member, counter, output, start=unit.layouts[k].count)
 
 
-def _left(plan: Plan, members: list[TensorPlan], tally: ByteCounter, output: Output) -> bool:
+def _left(plan: Plan, members: list[TensorPlan], counter: ByteCounter, output: Output) -> bool:
     """Whether any of a unit is still to be written; tells what an earlier start has done of it."""
     done = [m for m in members if not output.missing(m.name)]
     # The last pass alone is by member.
     passes = plan.passes if len(done) == len(members) else 1
-    tally.skip(sum(passes * plan.bytes_in(m) + plan.bytes_copied(m) + m.num_bytes for m in done))
+    counter.skip(sum(passes * plan.bytes_in(m) + plan.bytes_copied(m) + m.num_bytes for m in done))
     return len(done) < len(members)
 
 
@@ -224,22 +230,22 @@ def _tasks(plan: Plan) -> Iterator[list[TensorPlan]]:
     units: dict[str, list[TensorPlan]] = {}
     ordered = [plan.tensors[name] for names in plan.shards for name in names]
     for tensor in ordered:
-        if tensor.part is not None:
-            units.setdefault(tensor.part.key, []).append(tensor)
+        if tensor.unit_view is not None:
+            units.setdefault(tensor.unit_view.key, []).append(tensor)
     for tensor in ordered:
-        if tensor.part is None:
+        if tensor.unit_view is None:
             yield [tensor]
-        elif units[tensor.part.key][0] is tensor:
-            yield units[tensor.part.key]
+        elif units[tensor.unit_view.key][0] is tensor:
+            yield units[tensor.unit_view.key]
 
 
 def _bytes(plan: Plan, members: list[TensorPlan]) -> int:
     return sum(plan.bytes_in(member) for member in members)
 
 
-def _stop_if_failed(job: Future, tally: ByteCounter) -> None:
+def _stop_if_failed(job: Future, counter: ByteCounter) -> None:
     if not job.cancelled() and job.exception() is not None:
-        tally.stopped.set()
+        counter.stopped.set()
 
 
 def _raise_first(jobs: list[Future]) -> None:
@@ -254,12 +260,12 @@ def _ordered(rows: dict[str, Row]) -> list[Row]:
     return [rows[name] for name in sorted(rows)]
 
 
-def _report(rows, tally: ByteCounter, begin: float, digests, resumed) -> MergeResult:
+def _report(rows, counter: ByteCounter, begin: float, digests, resumed) -> MergeResult:
     ordered = _ordered(rows)
     policies, distance = totals(ordered)
     return MergeResult(
         rows=ordered, outcomes=policies, distance=distance, checksums=dict(sorted(digests.items())),
-        resumed=resumed, bytes_read=tally.read, bytes_written=tally.written,
+        resumed=resumed, bytes_read=counter.read, bytes_written=counter.written,
         seconds=time.monotonic() - begin,
     )
 
@@ -286,7 +292,7 @@ class Unit:
     Args:
         plan: Of the merge.
         members: The unit's tensors.
-        tally: Counts what is read.
+        counter: Counts what is read.
         scratch: Arrays of this thread.
         pool: Workers for the pieces; None to do them here and keep what is formed.
     """
@@ -295,21 +301,21 @@ class Unit:
         self,
         plan: Plan,
         members: Sequence[TensorPlan],
-        tally: ByteCounter,
+        counter: ByteCounter,
         scratch: Scratch,
         pool: Executor | None = None,
     ):
         self.plan, self.members, self.pool = plan, members, pool
-        self._tally, self._scratch = tally, scratch
+        self._tally, self._scratch = counter, scratch
         self._sources = (plan.base, *plan.finetuned)
         self._formed: dict[tuple[int, Piece], np.ndarray] = {}
-        parts = [member.part for member in members if member.part is not None]
+        parts = [member.unit_view for member in members if member.unit_view is not None]
         self.layouts = [UnitLayout.of(part) for part in parts]
         self.dtypes = [self._dtype(*pair) for pair in zip(members, self.layouts, strict=True)]
         self.name = members[0].name
         self.count = sum(layout.count for layout in self.layouts)
         self.per_unit = sum(part.count for part in parts)
-        self.single = np.full(self.layouts[0].units, self.per_unit < 2)
+        self.is_scalar = np.full(self.layouts[0].units, self.per_unit < 2)
 
     def gram(self, *, with_base: bool = False) -> np.ndarray:
         """Gram matrix of the task vectors, [N, N, K] float64.
@@ -504,7 +510,7 @@ class Unit:
 
 
 def copy_tensor(
-    plan: Plan, tensor: TensorPlan, tally: ByteCounter, output: Output, *, start: int = 0
+    plan: Plan, tensor: TensorPlan, counter: ByteCounter, output: Output, *, start: int = 0
 ) -> None:
     """Writes what is left of a tensor from element `start` on, and says that it is complete.
 
@@ -515,19 +521,19 @@ def copy_tensor(
     models = tensor.models(len(plan.finetuned))
     for begin in range(start, count, PIECE):
         stop = min(begin + PIECE, count)
-        parts = [_read(plan, tensor, model, begin, stop, tally) for model in models]
+        parts = [_read(plan, tensor, model, begin, stop, counter) for model in models]
         output.write(tensor.name, begin, _mean(parts, tensor.code))
     output.complete(tensor.name)
 
 
 def _read(
-    plan: Plan, tensor: TensorPlan, model: int, start: int, stop: int, tally: ByteCounter
+    plan: Plan, tensor: TensorPlan, model: int, start: int, stop: int, counter: ByteCounter
 ) -> np.ndarray:
     source = (plan.base, *plan.finetuned)[model]
     name = tensor.name_in(model)
     values = source.read(name, start, stop)
     source.note(name, start, values)
-    tally.add(read=values.nbytes)
+    counter.add(read=values.nbytes)
     if tensor.checked and source.tensors[name].code in FLOATS:
         refuse_non_finite(source.label, model, tensor, values, start)
     return values

@@ -33,15 +33,15 @@ class UnitLayout(NamedTuple):
     count: int  # numbers of the tensor
 
     @classmethod
-    def of(cls, part: UnitView) -> UnitLayout:
+    def of(cls, unit_view: UnitView) -> UnitLayout:
         """From a part, which keeps one axis of its view at most."""
-        kept = [axis for axis in range(len(part.view)) if axis not in part.axes]
+        kept = [axis for axis in range(len(unit_view.view)) if axis not in unit_view.axes]
         if not kept:
-            return cls(1, math.prod(part.view), math.prod(part.view))
+            return cls(1, math.prod(unit_view.view), math.prod(unit_view.view))
         (axis,) = kept
-        return cls(part.view[axis], math.prod(part.view[axis + 1 :]), math.prod(part.view))
+        return cls(unit_view.view[axis], math.prod(unit_view.view[axis + 1 :]), math.prod(unit_view.view))
 
-    def cut(self, most: int = PIECE) -> list[tuple[int, int]]:
+    def cut(self, max_length: int = PIECE) -> list[tuple[int, int]]:
         """Ranges [start, stop): whole cycles of the units, else whole runs, else within a run.
 
         Example:
@@ -49,11 +49,11 @@ class UnitLayout(NamedTuple):
             ([(0, 6), (6, 12)], [(0, 6), (6, 12)], [(0, 7), (7, 10), (10, 17), (17, 20)])
         """
         cycle = self.units * self.run
-        if self.units == 1 or self.run > most:
-            return [(a, min(a + most, first + self.run))
+        if self.units == 1 or self.run > max_length:
+            return [(a, min(a + max_length, first + self.run))
                     for first in range(0, self.count, self.run)
-                    for a in range(first, first + self.run, most)]
-        step = most // cycle * cycle or most // self.run * self.run
+                    for a in range(first, first + self.run, max_length)]
+        step = max_length // cycle * cycle or max_length // self.run * self.run
         return [(a, min(a + step, self.count)) for a in range(0, self.count, step)]
 
     def touched(self, start: int, stop: int) -> tuple[slice | np.ndarray, int, int]:

@@ -67,28 +67,28 @@ class PlanIssues:
 
 
 def match_tensors(
-    sources: Sequence[Source], options: Options, findings: PlanIssues
+    sources: Sequence[Source], options: Options, issues: PlanIssues
 ) -> dict[str, Names]:
     """The output's tensors, each with its name in every model; None where it has none there.
 
     A model's names that differ from the base's by a prefix are mapped; a tensor that a model stores
     under another name, or once for two names, is read from there.
     """
-    views = [_view(source, sources[0], findings) for source in sources]
+    views = [_view(source, sources[0], issues) for source in sources]
     matched: dict[str, Names] = {}
     partly: dict[str, Names] = {}
     for name in sorted(set().union(*views)):
         own: Names = tuple(view.get(name) for view in views)
         if _HEAD.fullmatch(name):
-            own = _tied(name, own, sources, options, findings)
+            own = _tied(name, own, sources, options, issues)
         elif None in own and any(own):
-            own = _copied(name, own, views, sources, findings)
+            own = _copied(name, own, views, sources, issues)
         if own[0] is not None:
             matched[name] = own
         if None in own and any(own):
             partly[name] = own
-    _new_head(matched, partly, sources, options, findings)
-    _missing(partly, sources, options, findings)
+    _new_head(matched, partly, sources, options, issues)
+    _missing(partly, sources, options, issues)
     return matched
 
 
@@ -115,7 +115,7 @@ def _view(source: Source, base: Source, findings: PlanIssues) -> dict[str, str]:
 
 def _copied(
     name: str, own: Names, views: Sequence[Mapping[str, str]], sources: Sequence[Source],
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> Names:
     """Fills in a tensor of the vocabulary that some models store once, under another's name.
 
@@ -135,12 +135,12 @@ def _copied(
         if not _nested(name, other) and _constant(*pairs[0][:2]):
             continue  # Zeros are equal everywhere.
         if own[0] is None:
-            findings.notes.append(f"{name}: a copy of {other} in "
+            issues.notes.append(f"{name}: a copy of {other} in "
                                   f"{listed(sources[m].label for m in has)}; left out, as in the "
                                   "base")
             return (None,) * len(own)
         lacking = [s.label for s, found in zip(sources, own, strict=True) if found is None]
-        findings.notes.append(f"{name}: read from {other} in {listed(lacking)}; the base's two "
+        issues.notes.append(f"{name}: read from {other} in {listed(lacking)}; the base's two "
                               "are equal")
         return tuple(found or views[m][other] for m, found in enumerate(own))
     return own
@@ -168,7 +168,7 @@ def _constant(source: Source, name: str) -> bool:
 
 def _new_head(
     matched: dict[str, Names], partly: dict[str, Names], sources: Sequence[Source],
-    options: Options, findings: PlanIssues,
+    options: Options, issues: PlanIssues,
 ) -> None:
     """With `head` finetuned: what all fine-tunes have and the base lacks; what only it has goes."""
     if options.head != "finetuned":
@@ -179,20 +179,20 @@ def _new_head(
                   if n is not None}
         if own[0] is None and None not in own[1:] and len(shapes) == 1:
             matched[name] = own
-            findings.new_head.append(name)
+            issues.new_head.append(name)
             del partly[name]
         elif own[0] is not None and not any(own[1:]):
             matched.pop(name)
             del partly[name]
             left_out.append(name)
     if left_out:
-        findings.notes.append(
+        issues.notes.append(
             f"{listed(left_out, 4)}: left out, for no fine-tune has it "
             f"({_percent(_share(sources[0], left_out))} of the base's numbers)")
 
 
 def _missing(
-    partly: Mapping[str, Names], sources: Sequence[Source], options: Options, findings: PlanIssues
+    partly: Mapping[str, Names], sources: Sequence[Source], options: Options, issues: PlanIssues
 ) -> None:
     """Problems or notes for tensors that some models have and others lack."""
     for model, source in enumerate(sources[1:], 1):
@@ -203,11 +203,11 @@ def _missing(
         share = _share(sources[0], lacking)
         if options.missing_tensors == "base":
             if lacking:
-                findings.notes.append(
+                issues.notes.append(
                     f"{source.label} lacks {listed(lacking, 3)}: {_percent(share)} of the base's "
                     "numbers stay the base's")
             if extra:
-                findings.notes.append(f"{listed(extra, 3)} of {source.label}: left out, for the "
+                issues.notes.append(f"{listed(extra, 3)} of {source.label}: left out, for the "
                                       "base does not have it")
             continue
         why = _why(sources[0], source, lacking, extra)
@@ -217,12 +217,12 @@ def _missing(
                     f"{_percent(share)} of its numbers)" if share < _MOST else
                     f" ({_percent(share)} of the base's numbers: is this a fine-tune of it, saved "
                     "by the same library?)")
-            findings.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
+            issues.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
         if extra:
             most = max(share, _share(source, [own for n in extra if (own := partly[n][model])]))
             hint = ("" if lacking else f" ({why})") if why else (
                 _extra_hint(extra, partly, most))
-            findings.problems.append(f"{sources[0].label} lacks, and {source.label} has, "
+            issues.problems.append(f"{sources[0].label} lacks, and {source.label} has, "
                                      f"{listed(extra)}{hint}")
 
 
@@ -265,7 +265,7 @@ def _tied(
     own: Names,
     sources: Sequence[Source],
     options: Options,
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> Names:
     """Where each model holds its head: under its own name, or as its embedding."""
     said = [_config(source).get("tie_word_embeddings") for source in sources]
@@ -281,7 +281,7 @@ def _tied(
         for found, tie, embedding in zip(own, said, embeddings, strict=True)
     )
     if said[0] is not True and base_head is not None:  # The base has a head of its own.
-        _note_aliases(name, own, alias, sources, findings)
+        _note_aliases(name, own, alias, sources, issues)
         return alias
     if alias[0] is None:
         return own
@@ -292,26 +292,26 @@ def _tied(
     if not trained:
         if own[0] is None:
             stored = [s.label for s, found in zip(sources, own, strict=True) if found]
-            findings.notes.append(f"{name}: kept tied to {alias[0]}, as in the base; it is stored "
+            issues.notes.append(f"{name}: kept tied to {alias[0]}, as in the base; it is stored "
                                   f"in {listed(stored)} and equal to the embedding there")
             return (None,) * len(own)
         return alias
     if options.tied_head == "untie":
-        findings.untied.append(name)
-        findings.notes.append(f"{name}: untied, for {listed(trained)} trained a head of its own")
-        _note_aliases(name, own, alias, sources, findings)
+        issues.untied.append(name)
+        issues.notes.append(f"{name}: untied, for {listed(trained)} trained a head of its own")
+        _note_aliases(name, own, alias, sources, issues)
         return alias
-    findings.problems.append(
+    issues.problems.append(
         f"{name} is tied to {alias[0]} in {sources[0].label}, but {listed(trained)} trained a head "
         "of its own (--tied untie merges it, and the config says so)"
     )
     return (None,) * len(own)
 
 
-def _note_aliases(name, own, alias, sources, findings: PlanIssues) -> None:
+def _note_aliases(name, own, alias, sources, issues: PlanIssues) -> None:
     for source, found, read in zip(sources, own, alias, strict=True):
         if found is None and read is not None:
-            findings.notes.append(f"{name}: read from {read} in {source.label}, which ties them")
+            issues.notes.append(f"{name}: read from {read} in {source.label}, which ties them")
 
 
 def _embedding(source: Source) -> str | None:

@@ -112,7 +112,7 @@ def _by_angles(rule: Callable[..., UnitSolution], corrected: bool = False) -> So
 
 
 def _by_shares(coefficients: np.ndarray) -> Solver:
-    return _by_angles(lambda gram, single: rules.given_shares(gram, single, coefficients))
+    return _by_angles(lambda gram, single: rules.fixed_coefficients(gram, single, coefficients))
 
 
 def _ties(options: Options, number: int) -> Solver:
@@ -123,7 +123,7 @@ def _ties(options: Options, number: int) -> Solver:
         gram = unit.gram()
         coefficients = scale(options) * weights / (weights.sum() if normalize else 1.0)
         trim = measure_trim(unit.reduce, unit.count, density, weights, scale(options), normalize)
-        return Solved(rules.given_shares(gram, unit.is_scalar, coefficients), gram, trim=trim)
+        return Solved(rules.fixed_coefficients(gram, unit.is_scalar, coefficients), gram, trim=trim)
 
     return solve
 
@@ -143,9 +143,9 @@ def _slerp(t: float | Mapping[str, float]) -> Solver:
         else:
             product = square + along[0] + along[1] + gram[0, 1]
         share = t[unit.name] if isinstance(t, Mapping) else t
-        from_end, to_end = rules.arc_shares(ends[0], ends[1], product, share, _STRAIGHT)
+        from_end, to_end = rules.slerp_coefficients(ends[0], ends[1], product, share, _STRAIGHT)
         each = [to_end] if len(gram) == 1 else [from_end, to_end]
-        solution = rules.given_shares(gram, unit.is_scalar, np.zeros(len(gram)))
+        solution = rules.fixed_coefficients(gram, unit.is_scalar, np.zeros(len(gram)))
         return Solved(
             solution._replace(coefficient=np.array(each), ratio=sum(each)),
             gram, anchor=from_end + to_end,
@@ -208,7 +208,7 @@ class Trim:
         normalize: Whether to divide by the weights of those that agree.
     """
 
-    least: np.ndarray
+    threshold: np.ndarray
     weights: np.ndarray
     scale: float
     normalize: bool
@@ -216,7 +216,7 @@ class Trim:
     def merge(self, deltas: np.ndarray) -> np.ndarray:
         """Lambda sum_i c_i d_i / sum_i c_i, over the kept d_i whose sign is the sum's; [N, n]."""
         kept = np.zeros(deltas.shape, deltas.dtype)
-        for row, delta, least, weight in zip(kept, deltas, self.least, self.weights, strict=True):
+        for row, delta, least, weight in zip(kept, deltas, self.threshold, self.weights, strict=True):
             np.multiply(delta, deltas.dtype.type(weight), out=row, where=magnitude(delta) >= least)
         agree = np.where(kept.sum(axis=0) >= 0, kept > 0, kept < 0)
         merged = np.where(agree, kept, 0).sum(axis=0)
@@ -338,7 +338,7 @@ def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float | None]
     units = {row["unit"]: row for row in rows}.values()
     policies: collections.Counter[str] = collections.Counter()
     for row in units:
-        policies.update(row["policies"])
+        policies.update(row["outcomes"])
     distance: dict[str, float | None] = {}
     for name in _DISTANCES:
         known = [far for row in units if (far := row["predicted_distance"][name]) is not None]

@@ -19,7 +19,13 @@ from modelstock_jax.checkpoint_merge.methods import Row
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import Source, stored_name
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import ExistsError, FileLock, refuse_existing, move_into_place, write_json
+from modelstock_jax.fileio import (
+    ExistsError,
+    FileLock,
+    move_into_place,
+    refuse_existing,
+    write_json,
+)
 from modelstock_jax.tensor_files.checksums import checksum_file
 from modelstock_jax.tensor_files.formats import shown
 from modelstock_jax.tensor_files.writer import ShardWriter, write_indented_json
@@ -67,11 +73,11 @@ class StagingDir:
                   "this --out meanwhile", file=sys.stderr)
         self.rows: dict[str, Row] = {}
         try:
-            self.digests = self._complete()
+            self.checksums = self._complete()
         except BaseException:  # Ctrl-C, say: to digest large files takes minutes.
             self._lock.release()
             raise
-        self.resumed = tuple(sorted(self.digests))
+        self.resumed = tuple(sorted(self.checksums))
         try:
             self._check_room()
         except UserError:
@@ -81,7 +87,7 @@ class StagingDir:
     def save(self, file: str, digest: str) -> None:
         """Notes that a file of tensors is complete, with the rows of all units solved so far."""
         with self._saving:
-            self.digests[file] = digest
+            self.checksums[file] = digest
             self._write_state()
 
     def commit(self) -> None:
@@ -109,8 +115,8 @@ class StagingDir:
 
     def leave(self, *, keep: bool = True) -> None:
         """Leaves without the final name; keeps the files that are complete, if any."""
-        if keep and self.digests:
-            for file in self._strangers(self.digests):
+        if keep and self.checksums:
+            for file in self._strangers(self.checksums):
                 file.unlink(missing_ok=True)
             if not (self.path / _STATE).exists():  # `commit` did not come to its end.
                 with contextlib.suppress(UserError):
@@ -120,7 +126,7 @@ class StagingDir:
         self._lock.release()
 
     def _write_state(self) -> None:
-        state = {"fingerprint": self._plan.checksum, "digests": self.digests,
+        state = {"checksum": self._plan.checksum, "checksums": self.checksums,
                  "rows": dict(self.rows)}
         write_json(self.path / _STATE, state)
 
@@ -128,9 +134,9 @@ class StagingDir:
         """Files that an earlier run finished and that are still what they were."""
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
-            same = state["fingerprint"] == self._plan.checksum
-            digests = {name: state["digests"][name] for name in self._plan.files
-                       if same and name in state["digests"]}
+            same = state["checksum"] == self._plan.checksum
+            digests = {name: state["checksums"][name] for name in self._plan.files
+                       if same and name in state["checksums"]}
             rows = dict(state["rows"])
         except (OSError, ValueError, KeyError, TypeError):
             digests, rows = {}, {}
@@ -149,7 +155,7 @@ class StagingDir:
         return [path for path in self.path.rglob("*") if path.is_file() and path not in kept]
 
     def _check_room(self) -> None:
-        done = sum((self.path / name).stat().st_size for name in self.digests)
+        done = sum((self.path / name).stat().st_size for name in self.checksums)
         _refuse_full(self.out, self._plan.bytes_written - done + _SPARE, self.path)
 
     def _remove_stale(self) -> None:
@@ -294,15 +300,15 @@ class Output:
 
     Args:
         plan: Of the merge.
-        workplace: Where the files go; those that are complete there are left alone.
-        tally: Counts what is written.
+        staging: Where the files go; those that are complete there are left alone.
+        counter: Counts what is written.
     """
 
-    def __init__(self, plan: Plan, workplace: StagingDir, tally: ByteCounter):
-        self._plan, self._workplace, self._tally = plan, workplace, tally
+    def __init__(self, plan: Plan, staging: StagingDir, counter: ByteCounter):
+        self._plan, self._workplace, self._tally = plan, staging, counter
         self._file = {
             name: file for file, names in zip(plan.files, plan.shards, strict=True)
-            for name in names if file not in workplace.digests
+            for name in names if file not in staging.checksums
         }
         self._left = {file: {n for n, f in self._file.items() if f == file}
                       for file in set(self._file.values())}

@@ -92,16 +92,16 @@ class Plan:
 
     def bytes_in(self, tensor: TensorPlan) -> int:
         """Bytes of all models' numbers that are merged into a tensor; 0 where none are."""
-        if tensor.part is None:
+        if tensor.unit_view is None:
             return 0
-        count = math.prod(tensor.part.view)
+        count = math.prod(tensor.unit_view.view)
         return sum(count * BITS[source.tensors[tensor.name_in(m)].code] // 8
                    for m, source in enumerate((self.base, *self.finetuned)))
 
     def bytes_copied(self, tensor: TensorPlan) -> int:
         """Bytes that are read to be copied, or for a plain mean."""
         sources = (self.base, *self.finetuned)
-        merged = 0 if tensor.part is None else math.prod(tensor.part.view)
+        merged = 0 if tensor.unit_view is None else math.prod(tensor.unit_view.view)
         count = math.prod(tensor.shape) - merged
         return sum(count * BITS[sources[m].tensors[tensor.name_in(m)].code] // 8
                    for m in tensor.models(len(self.finetuned)))
@@ -232,7 +232,7 @@ def _bytes_read(plan: Plan) -> int:
 
 def _memory(plan: Plan) -> int:
     number, threads = 1 + len(plan.finetuned), plan.options.num_threads
-    units = max((math.prod(t.part.unit_shape) for t in plan.tensors.values() if t.part), default=1)
+    units = max((math.prod(t.unit_view.unit_shape) for t in plan.tensors.values() if t.unit_view), default=1)
     formed = any(source.formed for source in (plan.base, *plan.finetuned))
     window = plan.options.window_bytes if formed else 0
     pieces = max(WORKING_SET, 16 * number * piece_length(number, 64))
@@ -248,4 +248,4 @@ def _fingerprint(
     files = [[(os.path.realpath(path), path.stat().st_size, path.stat().st_mtime_ns)
               for path in source.files] for source in sources]
     made = [dataclasses.astuple(tensor) for tensor in tensors.values()]
-    return hashlib.sha256(json.dumps([1, asked, files, made]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([2, asked, files, made]).encode()).hexdigest()

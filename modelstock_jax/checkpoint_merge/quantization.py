@@ -233,11 +233,11 @@ class DequantizedSource(Source):
         return self._codes
 
     def read(
-        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+        self, name: str, start: int, stop: int, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Elements [start, stop); float32 where they are formed."""
         if name not in self._codes:
-            return self.source.read(name, start, stop, into)
+            return self.source.read(name, start, stop, out)
         one = self._codes[name]
         codes = self.source.read(one.stored, start, stop)
         self.source.note(one.stored, start, codes)

@@ -63,7 +63,7 @@ def document(
         "models": inputs[1:],
         "options": asked(plan.options),
         "units": report.rows,
-        "policies": report.outcomes,
+        "outcomes": report.outcomes,
         "ratios": ratios(report.rows),
         "predicted_distance": report.distance,
         "anchor_rounding": plan.rounding,
@@ -237,7 +237,7 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
         lines[:2] = ["This method has no ratio." if none else f"t = {alpha:g} for every tensor."
                      if method == "wise-ft" else "No tensor has an angle."]
     policies = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in
-                         sorted(document["policies"].items(), key=lambda item: -item[1]))
+                         sorted(document["outcomes"].items(), key=lambda item: -item[1]))
     lines += ["", f"Units by policy: {policies or 'none'}."]
     if left := len(document["not_merged"]):
         lines[-1] += f" Not merged: {left} tensor{'s' if left > 1 else ''}."

@@ -85,14 +85,14 @@ class Source:
         return sum(path.stat().st_size for path in self.files)
 
     def read(
-        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+        self, name: str, start: int, stop: int, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Elements [start, stop) of the flattened tensor, in its stored dtype; thread-safe.
 
         They are read into the bytes `into` where those are given, which saves fresh memory.
         """
         files, own = self._stored[name]
-        return files.read(own, start, stop, into)
+        return files.read(own, start, stop, out)
 
     def stored_dtype(self, name: str) -> np.dtype:
         """Dtype in which a tensor's numbers are stored: how fine they are."""
@@ -197,13 +197,13 @@ class AdaptedSource(Source):
         return (*self.base.files, own / WEIGHTS, own / CONFIG)
 
     def read(
-        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+        self, name: str, start: int, stop: int, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Elements [start, stop); float32 (float64 for a float64 base) where they are formed."""
         if name in self.adapter.whole:  # An embedding may be both: held whole, and moved.
-            weights = self.adapter.files.read(self.adapter.whole[name], start, stop, into)
+            weights = self.adapter.files.read(self.adapter.whole[name], start, stop, out)
         else:
-            weights = self.base.read(name, start, stop, into)
+            weights = self.base.read(name, start, stop, out)
         if name not in self.adapter.factors:
             return weights
         formed = weights.astype(np.float64) + self.adapter.delta(name, start, stop)

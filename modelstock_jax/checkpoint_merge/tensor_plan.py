@@ -62,7 +62,7 @@ class TensorPlan:
     code: str
     action: str
     reason: str = ""
-    part: UnitView | None = None
+    unit_view: UnitView | None = None
     rows: int | None = None
     rest: int = 0
     names: tuple[str | None, ...] = ()
@@ -89,7 +89,7 @@ class TensorPlan:
 
     def models(self, number: int) -> list[int]:
         """Models that its unmerged numbers come from, of 1 + number: 0 is the base."""
-        if self.part is not None:
+        if self.unit_view is not None:
             return [self.rest]
         if self.action == "mean":
             return list(range(1, 1 + number))
@@ -124,7 +124,7 @@ def plan_tensors(
         findings.problems.append(str(error).rstrip("."))
         return tensors
     for tensor, part in zip(merged, parts, strict=True):
-        tensors[tensor.name] = dataclasses.replace(tensor, part=part)
+        tensors[tensor.name] = dataclasses.replace(tensor, unit_view=part)
     return tensors
 
 

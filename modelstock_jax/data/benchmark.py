@@ -47,7 +47,7 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Outline:
+class DataSummary:
     """What is known of a benchmark that has not been opened.
 
     Attributes:
@@ -127,7 +127,7 @@ _STORED = {
 NAMES = ("glyphs", *_STORED, "folder")
 
 
-def outline(config: ConfigDict) -> Outline:
+def summarize(config: ConfigDict) -> DataSummary:
     """What is known without opening anything; of a user's own images, what their folders hold.
 
     Args:
@@ -144,18 +144,18 @@ def outline(config: ConfigDict) -> Outline:
         from modelstock_jax.data.glyphs.captions import CLASS_NAMES
         from modelstock_jax.data.glyphs.sets import TRAIN_SIZE
 
-        return Outline(TRAIN_SIZE, len(CLASS_NAMES), "the glyph world's own sizes")
+        return DataSummary(TRAIN_SIZE, len(CLASS_NAMES), "the glyph world's own sizes")
     if config.name == "folder":
         from modelstock_jax.data.custom_dataset import open_sets
 
         own = open_sets(config)
-        return Outline(len(own.train), len(own.class_names), f"the folders of {config.root}")
+        return DataSummary(len(own.train), len(own.class_names), f"the folders of {config.root}")
     stored = _STORED[config.name]
     classes, images, _ = stored.train
     kept = classes * config.held_out
     less = f", less {kept:,} held out" if kept else ""
     source = f"the published size of {stored.title}'s training set{less}"
-    return Outline(images - kept, classes, source)
+    return DataSummary(images - kept, classes, source)
 
 
 def missing(config: ConfigDict) -> list[str]:
@@ -166,11 +166,11 @@ def missing(config: ConfigDict) -> list[str]:
     """
     if config.name == "folder":
         try:
-            outline(config)
+            summarize(config)
         except UserError as error:
             return [str(error)]
         return []
-    outline(config)
+    summarize(config)
     if config.name == "glyphs":
         return []
     stored = _STORED[config.name]

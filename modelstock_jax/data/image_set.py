@@ -168,7 +168,7 @@ class ImageSet:
             label_sets=None if sets is None else tuple(sets[int(i)] for i in indices),
         )
 
-    def take(self, count: int) -> ImageSet:
+    def first(self, count: int) -> ImageSet:
         """`count` images, or all where there are fewer.
 
         The first ones of an array; of encoded images, in whose sets a class lies together, ones at

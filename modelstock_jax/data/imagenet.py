@@ -140,7 +140,7 @@ def open_set(name: str, path: str | Path, *, check_counts: bool = True) -> Image
         table = _labels_of(stored.names, stored.place)
         labels = np.asarray(table, np.int32)[stored.labels]
     if check_counts:
-        check_whole(name, stored.place, labels)
+        check_complete(name, stored.place, labels)
     whole = ImageSet(
         "id" if name == "validation" else name,
         stored.images,
@@ -290,7 +290,7 @@ def missing_sets(config: ConfigDict) -> list[str]:
 # Is a set of ImageNet's whole: as many classes and images as its authors published?
 
 
-def check_whole(name: str, place: str, labels: np.ndarray) -> None:
+def check_complete(name: str, place: str, labels: np.ndarray) -> None:
     """Compares a set with its published counts.
 
     Args:

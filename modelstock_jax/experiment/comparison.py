@@ -39,7 +39,7 @@ PyTree = Any
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MergedModel:
     """One model to evaluate.
 
     Attributes:
@@ -52,14 +52,14 @@ class Candidate:
 
     method: str
     params: PyTree
-    cost: float
+    fine_tuning_runs: float
     predicted_distance: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def after_training(
+def merged_models(
     config: ConfigDict, anchor: PyTree, replicas: PyTree, num_heads: int
-) -> tuple[Stats, Iterator[Candidate], int]:
+) -> tuple[Stats, Iterator[MergedModel], int]:
     """Every model that can be made of replicas trained without a merge between them.
 
     Args:
@@ -77,30 +77,30 @@ def after_training(
     expected = total_distance(stats)
     team = {"num_replicas": count}
 
-    def candidates() -> Iterator[Candidate]:
+    def candidates() -> Iterator[MergedModel]:
         for r in range(count):
             one = jax.tree.map(lambda x, r=r: x[r], replicas)
-            yield Candidate(method_name(config), one, 1, expected.replica, {"replica": r})
+            yield MergedModel(method_name(config), one, 1, expected.replica, {"replica": r})
         first = jax.tree.map(lambda x: x[:1], replicas)
         for alpha in config.evaluation.wise_ft_alphas:
             curve = {"alpha": alpha}
-            yield Candidate(
+            yield MergedModel(
                 "wise_ft", wise_ft(anchor, first, alpha)[0], 1, None, curve | {"of": "replica"}
             )
         mean, _ = uniform_mean(anchor, replicas)
-        yield Candidate("mean", mean, count, expected.mean, team)
+        yield MergedModel("mean", mean, count, expected.mean, team)
         for alpha in config.evaluation.wise_ft_alphas:
             details = team | {"alpha": alpha, "of": "mean"}
-            yield Candidate("wise_ft", wise_ft(anchor, replicas, alpha)[0], count, None, details)
+            yield MergedModel("wise_ft", wise_ft(anchor, replicas, alpha)[0], count, None, details)
         shrunk, _ = constant_ratio(anchor, replicas, **options)
-        yield Candidate("constant_ratio", shrunk, count, None, team)
-        yield Candidate("model_stock", stock, count, expected.merged, team)
+        yield MergedModel("constant_ratio", shrunk, count, None, team)
+        yield MergedModel("model_stock", stock, count, expected.merged, team)
         weighted, _ = weighted_model_stock(anchor, replicas, **options)
-        yield Candidate("weighted", weighted, count, None, team)
+        yield MergedModel("weighted", weighted, count, None, team)
         for unit in config.evaluation.units:
             merged, by_unit = model_stock(anchor, replicas, unit=unit, num_heads=num_heads)
             predicted = total_distance(by_unit).merged
-            yield Candidate("model_stock", merged, count, predicted, team | {"unit": unit})
+            yield MergedModel("model_stock", merged, count, predicted, team | {"unit": unit})
 
     curves = 2 * len(config.evaluation.wise_ft_alphas)
     return stats, candidates(), count + curves + 4 + len(config.evaluation.units)
@@ -130,19 +130,19 @@ class Comparison:
         self._start = merged.task.params
         self._measure = ModelEvaluator(config, anchor, data, merged.programs.mesh)
 
-    def before_training(self, opened: Classifier) -> Document:
+    def evaluate_anchor(self, opened: Classifier) -> Document:
         """The row of the model as it was opened, and the probed anchor's where it is another."""
         path = self._path("zero_shot")
         if not _finished(path):
             drawn = self.config.objective.head == "random"
-            first = [Candidate("random_head" if drawn else "zero_shot", opened.params, 0)]
+            first = [MergedModel("random_head" if drawn else "zero_shot", opened.params, 0)]
             if self.anchor is not opened:
                 cost = self.config.objective.probe_epochs / self.config.epochs
-                first.append(Candidate("probed", self.anchor.params, cost))
+                first.append(MergedModel("probed", self.anchor.params, cost))
             _write(path, {"rows": self._rows(first, len(first), None)})
         return _read(path)
 
-    def one_seed(self, seed: int) -> Document:
+    def run_seed(self, seed: int) -> Document:
         """Rows of every model that one seed gives, and the geometry of its unmerged replicas."""
         path, config = self._path(f"seed_{seed}"), self.config
         if not _finished(path):
@@ -153,7 +153,7 @@ class Comparison:
             if self.merges:
                 merged = multihost.to_host(self.trainer(seed, "merged").run().merged)
                 details = {"num_replicas": config.num_replicas}
-                model = Candidate(_method(config), merged, config.num_replicas, None, details)
+                model = MergedModel(_method(config), merged, config.num_replicas, None, details)
                 document["rows"] += self._rows([model], 1, seed)
             _write(path, document)
         return _read(path)
@@ -178,7 +178,7 @@ class Comparison:
         """Rows of the models that unmerged replicas give, and the replicas' geometry."""
         replicas = apply_tpgm(self.config, self.anchor, self.data, replicas)
         num_heads = self.anchor.num_heads
-        stats, models, count = after_training(self.config, self._start, replicas, num_heads)
+        stats, models, count = merged_models(self.config, self._start, replicas, num_heads)
         sizes = [leaf.size for leaf in jax.tree.leaves(self._start)]
         geometry = [
             row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)
@@ -189,7 +189,7 @@ class Comparison:
         return self.workdir / "runs" / name / "results.json"
 
     def _rows(
-        self, models: Iterable[Candidate], count: int, seed: int | None
+        self, models: Iterable[MergedModel], count: int, seed: int | None
     ) -> list[dict[str, Any]]:
         rows, each = [], self._measure.num_images
         shown = multihost.is_main()
@@ -206,7 +206,7 @@ class Comparison:
                         model.method,
                         self.anchor.classify(model.params),
                         seed=seed,
-                        cost=model.cost,
+                        cost=model.fine_tuning_runs,
                         predicted_distance=model.predicted_distance,
                         measured=lambda done, before=number * each: progress.update(before + done),
                         **details,

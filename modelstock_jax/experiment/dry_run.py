@@ -17,14 +17,14 @@ from rich.table import Table
 
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.setup import missing_checkpoint, prepare, sizes
+from modelstock_jax.experiment.setup import check_and_set_up, missing_checkpoint, sizes
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import abstract_params
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.classifier import AbstractTextSide, make_classifier
 from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, sent_bytes
-from modelstock_jax.training.finetune import finetuning_task
+from modelstock_jax.training.finetune import make_task
 from modelstock_jax.training.merge_step import steps_between_merges
 from modelstock_jax.training.optimizer import warmup_steps
 from modelstock_jax.training.step_fns import StepFunctions
@@ -43,7 +43,7 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     Raises:
       UserError: if an option is out of its range, or options do not fit together.
     """
-    prepare(config)
+    check_and_set_up(config)
     if config.task == "pretrain":
         raise UserError("--dry-run knows fine-tuning; task='pretrain' has none")
     console = Console(highlight=False)
@@ -82,7 +82,7 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
 
 def _model(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> dict[str, str]:
     vision, text, params = clip.vision, clip.text, programs.task.params
-    side, classes = vision.image_size, benchmark.outline(config.data).num_classes
+    side, classes = vision.image_size, benchmark.summarize(config.data).num_classes
     fate = "is trained too" if "text_tower" in params else "is not trained"
     return {
         "pretrained": config.pretrained + _assumed(config),
@@ -107,7 +107,7 @@ def abstract_programs(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
     Raises:
       UserError: if the options do not fit together, or the model's sizes are not known.
     """
-    clip, outline = sizes(config), benchmark.outline(config.data)
+    clip, outline = sizes(config), benchmark.summarize(config.data)
     head = {
         "kernel": jax.ShapeDtypeStruct((clip.projection_dim, outline.num_classes), jnp.float32),
         "bias": jax.ShapeDtypeStruct((outline.num_classes,), jnp.float32),
@@ -118,12 +118,12 @@ def abstract_programs(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
     text = AbstractTextSide(Checkpoint(clip, abstract_params(clip), pixels), names, (), compute)
     anchor = replace(make_classifier(config, clip, params, pixels), text=text)
     # The images come augmented: what a data set does on the device is small beside the towers.
-    task = finetuning_task(config, anchor, outline.num_train, lambda key, images: images)
+    task = make_task(config, anchor, outline.num_train, lambda key, images: images)
     return StepFunctions(config, task), clip
 
 
 def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
-    outline, task, optimizer = benchmark.outline(config.data), programs.task, config.optimizer
+    outline, task, optimizer = benchmark.summarize(config.data), programs.task, config.optimizer
     warmup = warmup_steps(optimizer, task.num_steps)
     mesh, device = programs.mesh, programs.mesh.devices.flat[0]
     parts = config.accumulate_steps

@@ -34,7 +34,7 @@ class Option:
         differ from the one of the old value in the last bits of its weights, and training carries
         that on. "place": the same weights, images and names may lie elsewhere now; weights and
         names are compared with the anchor's, that the images are the same is the user's word.
-      in_digest: whether a study's digest of a run holds it: whether a trained weight depends on it.
+      in_checksum: whether a study's digest of a run holds it: whether a trained weight depends on it.
       absent: of an option that came after the first files were written: its value in a file that
         lacks it, which is what a run did without it. A study's digest leaves it out at this value,
         so that a new option does not have every study run again. None: every file has it.
@@ -133,8 +133,8 @@ def option(name: str) -> Option:
       name: from `config.` on.
 
     Example:
-      >>> option("epochs").least, option("data.paths.v2").resume, option("label_smoothing")
-      (1, 'place', Option(choices=None, least=None, resume=None, in_digest=True, absent=None))
+      >>> option("epochs").minimum, option("data.paths.v2").resume, option("label_smoothing")
+      (1, 'place', Option(choices=None, minimum=None, resume=None, in_checksum=True, absent=None))
     """
     groups = (row for key, row in OPTIONS.items()
               if key.endswith(".*") and f"{name}.".startswith(key[:-1]))  # fmt: skip

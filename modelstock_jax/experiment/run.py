@@ -18,12 +18,12 @@ from modelstock_jax.evaluation import ModelEvaluator, classifier_evaluator
 from modelstock_jax.experiment import results
 from modelstock_jax.experiment.comparison import Comparison
 from modelstock_jax.experiment.setup import (
+    check_and_set_up,
     check_data,
     classify,
-    open_all,
     open_anchor,
     open_data,
-    prepare,
+    open_experiment,
     pretrain,
 )
 from modelstock_jax.experiment.workdir import lock_workdir, unlock_workdir
@@ -35,7 +35,7 @@ from modelstock_jax.training import multihost
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.finetune import make_trainer
 from modelstock_jax.training.metrics import counted
-from modelstock_jax.training.sharding import make_mesh, device_put_global, replicated_sharding
+from modelstock_jax.training.sharding import device_put_global, make_mesh, replicated_sharding
 from modelstock_jax.training.stages import linear_probe
 from modelstock_jax.training.step_fns import mesh_of
 
@@ -60,7 +60,7 @@ def run(
     """
     workdir = Path(workdir)
     # Before the workdir is locked: fixing a typo, or adding devices, is no other config.
-    prepare(config, workdir=str(workdir))
+    check_and_set_up(config, workdir=str(workdir))
     multihost.warm_up_collectives(mesh_of(config))
     if multihost.is_main():
         lock_workdir(workdir, config, allow_change=allow_config_change)
@@ -90,9 +90,9 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
     anchor = classify(config, pretrained, data, workdir / "heads")
     probed = linear_probe(config, anchor, data, workdir)
     comparison = Comparison(config, workdir, probed, data, timeline)
-    documents = [comparison.before_training(anchor)]
+    documents = [comparison.evaluate_anchor(anchor)]
     for seed in range(config.seed, config.seed + config.num_seeds):
-        documents.append(comparison.one_seed(seed))
+        documents.append(comparison.run_seed(seed))
     merged = None
     if comparison.merges:
         merged = multihost.to_host(comparison.trainer(config.seed, "merged").run().merged)
@@ -122,7 +122,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
     Returns:
       The rate with the highest mean validation accuracy over replicas.
     """
-    _, data, anchor = open_all(config, workdir / "heads")
+    _, data, anchor = open_experiment(config, workdir / "heads")
     anchor = linear_probe(config, anchor, data, workdir)
     tried: dict[float, list[float]] = {}
     for rate in config.search.learning_rates:
@@ -171,7 +171,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     """
     if not path:
         raise UserError("--mode=eval needs --checkpoint=DIR")
-    prepare(config, checkpoint=path)
+    check_and_set_up(config, checkpoint=path)
     directory, details = Path(path), {}
     _check_place(directory)
     is_step = directory.name.isdigit() and directory.is_dir()
@@ -179,7 +179,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
         config = config.copy_and_resolve_references()
         config.pretrained = path
         details["distance_to_anchor"] = None  # It is the model itself that is measured.
-    _, data, anchor = open_all(config, _heads())
+    _, data, anchor = open_experiment(config, _heads())
     mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
     params = anchor.params
     if is_step:

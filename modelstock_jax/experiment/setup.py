@@ -57,7 +57,7 @@ PUBLISHED = {
 }
 
 
-def prepare(config: ConfigDict, **more: Any) -> None:
+def check_and_set_up(config: ConfigDict, **more: Any) -> None:
     """Checks the options and sets up JAX; call it before anything is opened or computed.
 
     Args:
@@ -70,10 +70,10 @@ def prepare(config: ConfigDict, **more: Any) -> None:
     check_options(config)
     set_cpu_devices(config)
     use_compilation_cache(config.compute.compilation_cache)
-    check_same(config, **more)
+    check_same_on_all_processes(config, **more)
 
 
-class Opened(NamedTuple):
+class OpenedExperiment(NamedTuple):
     """What a run begins with.
 
     Attributes:
@@ -87,7 +87,7 @@ class Opened(NamedTuple):
     anchor: Classifier
 
 
-def open_all(config: ConfigDict, heads: Path | None) -> Opened:
+def open_experiment(config: ConfigDict, heads: Path | None) -> OpenedExperiment:
     """All that a run begins with.
 
     Args:
@@ -100,7 +100,7 @@ def open_all(config: ConfigDict, heads: Path | None) -> Opened:
     check_data(config)
     pretrained = open_anchor(config)
     data = open_data(config)
-    return Opened(pretrained, data, classify(config, pretrained, data, heads))
+    return OpenedExperiment(pretrained, data, classify(config, pretrained, data, heads))
 
 
 def check_data(config: ConfigDict) -> None:
@@ -243,7 +243,7 @@ def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
     return model
 
 
-def check_same(config: ConfigDict, **more: Any) -> None:
+def check_same_on_all_processes(config: ConfigDict, **more: Any) -> None:
     """Compares this process's config and code with those of process 0; free with one process.
 
     Args:

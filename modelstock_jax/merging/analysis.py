@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, on_this_host, unit_grams
-from modelstock_jax.merging.gram import is_float, pair_leaves, stack_replicas, in_float64
+from modelstock_jax.merging.gram import in_float64, is_float, pair_leaves, stack_replicas
 
 
 def distance(a: Any, b: Any):
@@ -47,7 +47,7 @@ def distances(centre: Any, models: Any):
         _squares(w0, w)
         for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True) if is_float(w0)
     )
-    return geometry.root(jnp.broadcast_to(total, leaves.num_replicas))
+    return geometry.positive_sqrt(jnp.broadcast_to(total, leaves.num_replicas))
 
 
 @jax.jit
@@ -86,7 +86,7 @@ def norms(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
       [5.0, 1.0]
     """
     grams = unit_grams(pretrained, models, unit=unit, **how)
-    return jax.tree.map(lambda g: geometry.root(geometry.squared_norms(g)), grams)
+    return jax.tree.map(lambda g: geometry.positive_sqrt(geometry.squared_norms(g)), grams)
 
 
 def cosines(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
@@ -108,7 +108,7 @@ def cosines(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
       45.0
     """
     def cosine(gram):
-        active = geometry.moved(gram)
+        active = geometry.is_moved(gram)
         size = jnp.sqrt(jnp.where(active, geometry.squared_norms(gram), 1.0))
         pairs = jnp.clip(gram / size[:, None] / size[None], -1.0, 1.0)
         return jnp.where(active[:, None] & active[None], pairs, geometry.COSINE_UNDEFINED)
@@ -186,7 +186,7 @@ def plane_point(plane: Plane, x: Any, y: Any) -> Any:
     """The model at (x, y); under jit and vmap too, for a grid."""
     shares = jnp.stack([jnp.asarray(v, plane.axes.dtype) for v in (x, y)])
     shares = jnp.sum(shares[:, None] * plane.axes, axis=0)
-    return merge(rules.given_shares, plane.origin, plane.through, shared=(shares,))[0]
+    return merge(rules.fixed_coefficients, plane.origin, plane.through, shared=(shares,))[0]
 
 
 def random_point(
@@ -227,8 +227,8 @@ def random_point(
         for k, w in zip(keys, leaves, strict=True)
     ]
     return merge(
-        rules.at_length, treedef.unflatten(leaves), treedef.unflatten(noisy), distances,
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, least=1,
+        rules.rescale_to_norm, treedef.unflatten(leaves), treedef.unflatten(noisy), distances,
+        unit=unit, num_heads=num_heads, filter_axis=filter_axis, min_replicas=1,
     )[0]
 
 

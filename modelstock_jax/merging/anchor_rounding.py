@@ -117,7 +117,7 @@ def correct_gram(gram, energy):
       [[1.0, 0.5], [0.5, 1.0]]
     """
     xp = geometry.namespace(gram)
-    active = geometry.moved(gram)
+    active = geometry.is_moved(gram)
     both = active[:, None] & active[None]
     most = xp.where(both, gram, -np.inf).max(axis=(0, 1))
     least = xp.where(both, gram, np.inf).min(axis=(0, 1))
@@ -127,7 +127,7 @@ def correct_gram(gram, energy):
     own = geometry.squared_norms(gram)
     floor = xp.maximum(LEAST_FRACTION * own, 2.0 * geometry.MIN_SQUARED_NORM)
     own = xp.minimum(own, xp.maximum(own - energy[None], floor))  # 0 stays 0
-    norm = geometry.root(own)
+    norm = geometry.positive_sqrt(own)
     bound = norm[:, None] * norm[None]
     products = xp.clip(gram - energy[None, None], -bound, bound)
     diagonal = np.eye(len(gram), dtype=bool).reshape(2 * (len(gram),) + (1,) * (gram.ndim - 2))

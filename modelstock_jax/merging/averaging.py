@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.engine import on_this_host
-from modelstock_jax.merging.gram import cast, compute_dtype, is_float, in_float64
+from modelstock_jax.merging.gram import cast, compute_dtype, in_float64, is_float
 
 
 class Average(NamedTuple):

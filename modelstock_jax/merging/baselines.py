@@ -20,7 +20,13 @@ from modelstock_jax.merging import rules
 from modelstock_jax.merging.analysis import distance
 from modelstock_jax.merging.engine import Stats, merge
 from modelstock_jax.merging.geometry import namespace
-from modelstock_jax.merging.gram import cast, compute_dtype, pair_leaves, seen_by_unit, in_float64
+from modelstock_jax.merging.gram import (
+    to_unit_shape,
+    cast,
+    compute_dtype,
+    in_float64,
+    pair_leaves,
+)
 from modelstock_jax.merging.stock import model_stock
 
 # Merges at one given ratio.
@@ -150,8 +156,8 @@ def _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
     if not isinstance(ratio, jax.core.Tracer) and not 0.0 <= float(ratio) <= 1.0:
         raise UserError(f"the ratio (alpha) must lie in [0, 1], not {float(ratio):g}")
     merged, stats, _ = merge(
-        rules.equal_shares, pretrained, finetuned, shared=(ratio,),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, least=1,
+        rules.fixed_ratio, pretrained, finetuned, shared=(ratio,),
+        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
     )
     return merged, stats
 
@@ -205,8 +211,8 @@ def task_arithmetic(
         raise UserError(f"scale is one number or one a replica, shape ({number},); "
                         f"not {scale.shape}")
     merged, stats, _ = merge(
-        rules.given_shares, pretrained, finetuned, shared=(jnp.broadcast_to(scale, number),),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, least=1,
+        rules.fixed_coefficients, pretrained, finetuned, shared=(jnp.broadcast_to(scale, number),),
+        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
     )
     return merged, stats
 
@@ -264,7 +270,7 @@ def ties(
         raise UserError(f"density is a number in (0, 1], or {number} of them, not {density!r}")
     merged, stats, _ = merge(
         rules.elected, pretrained, finetuned, shared=(scale,),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, least=1,
+        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
         combine=partial(_trim, share, scale),
     )
     return merged, stats
@@ -274,11 +280,11 @@ def _trim(density, scale, pretrained, finetuned, solution, parts, dtype) -> list
     count = sum(part.count for part in parts)
     rank = tuple(ranks(density, count, len(finetuned[0])))
     if min(rank) < count:
-        least = least_kept(pretrained, finetuned, parts=tuple(parts), rank=rank)
+        least = trim_threshold(pretrained, finetuned, parts=tuple(parts), rank=rank)
     else:
         least = jnp.zeros(solution.coefficient.shape, jnp.uint32)
     return [
-        add_trimmed(w0, w, least, scale, solution.hold, part=part, dtype=dtype)
+        add_trimmed(w0, w, least, scale, solution.keep_anchor, unit_view=part, dtype=dtype)
         for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
     ]
 
@@ -352,7 +358,7 @@ def slerp(
     merged, stats, _ = merge(
         rules.spherical, pretrained, finetuned,
         shared=(jnp.asarray(shares, jnp.result_type(float)),),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, least=1,
+        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
     )
     return merged, stats
 
@@ -360,7 +366,7 @@ def slerp(
 # TIES's three steps on one merge unit: trim, elect a sign, mean of those that agree.
 
 
-def disjoint_mean(kept):
+def disjoint_mean(trimmed):
     """Elect the sign of the sum, and take the mean of the numbers that have it.
 
         gamma = sgn(sum_t kept_t),    mean of { kept_t : sgn(kept_t) = gamma }
@@ -375,10 +381,10 @@ def disjoint_mean(kept):
       >>> disjoint_mean(np.array([[2.0, -1.0], [1.0, 3.0], [-1.0, 1.0]])).tolist()
       [1.5, 2.0]
     """
-    xp = namespace(kept)
-    agree = xp.where(kept.sum(axis=0)[None] >= 0, kept > 0, kept < 0)
-    number = agree.sum(axis=0).astype(kept.dtype)
-    return xp.where(agree, kept, 0.0).sum(axis=0) / xp.maximum(number, 1.0)
+    xp = namespace(trimmed)
+    agree = xp.where(trimmed.sum(axis=0)[None] >= 0, trimmed > 0, trimmed < 0)
+    number = agree.sum(axis=0).astype(trimmed.dtype)
+    return xp.where(agree, trimmed, 0.0).sum(axis=0) / xp.maximum(number, 1.0)
 
 
 def ranks(density: float | Sequence[float], count: int, num_replicas: int) -> list[int]:
@@ -393,7 +399,7 @@ def ranks(density: float | Sequence[float], count: int, num_replicas: int) -> li
 
 
 @partial(jax.jit, static_argnames=("parts", "rank"))
-def least_kept(pretrained: list, finetuned: list, *, parts: tuple, rank: tuple[int, ...]):
+def trim_threshold(pretrained: list, finetuned: list, *, parts: tuple, rank: tuple[int, ...]):
     """Bits of the rank-th largest magnitude of each task vector in a unit: [N, *unit shape].
 
     By bisection on the bits, which count up with the magnitude: 31 counts over the unit's own
@@ -403,7 +409,7 @@ def least_kept(pretrained: list, finetuned: list, *, parts: tuple, rank: tuple[i
         trial = least | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
         count = sum(
             jnp.sum(
-                magnitude(*seen_by_unit(w0, w, part)) >= _spread(trial, part),
+                magnitude(*to_unit_shape(w0, w, part)) >= broadcast_to_unit(trial, part),
                 axis=tuple(1 + axis for axis in part.axes), dtype=jnp.float64,
             )
             for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
@@ -417,7 +423,7 @@ def least_kept(pretrained: list, finetuned: list, *, parts: tuple, rank: tuple[i
 
 
 @partial(jax.jit, static_argnames=("part", "dtype"))
-def add_trimmed(pretrained, finetuned, least, scale, hold, *, part, dtype):
+def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_view, dtype):
     """w0 + scale * disjoint mean of the trimmed d_i of one tensor, rounded once to `dtype`.
 
     Args:
@@ -430,16 +436,16 @@ def add_trimmed(pretrained, finetuned, least, scale, hold, *, part, dtype):
       dtype: of the result; None for the anchor's.
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
-    anchor, tuned = seen_by_unit(pretrained, finetuned, part)
-    kept = magnitude(anchor, tuned) >= _spread(least, part)
+    anchor, tuned = to_unit_shape(pretrained, finetuned, unit_view)
+    kept = magnitude(anchor, tuned) >= broadcast_to_unit(threshold, unit_view)
 
     def combine(anchor, tuned, kept, scale):
         trimmed = jnp.where(kept, tuned - anchor[None], 0.0)
         return cast(anchor + scale * disjoint_mean(trimmed), dtype)
 
     merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
-    anchor = cast(pretrained, dtype).reshape(part.view)
-    hold = jnp.expand_dims(hold, part.axes)
+    anchor = cast(pretrained, dtype).reshape(unit_view.view)
+    hold = jnp.expand_dims(keep_anchor, unit_view.axes)
     return jnp.where(hold, anchor, merged).reshape(pretrained.shape)
 
 
@@ -449,5 +455,5 @@ def magnitude(anchor, tuned):
     return lax.bitcast_convert_type(movement, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
-def _spread(values, part):
-    return jnp.expand_dims(values, tuple(1 + axis for axis in part.axes))
+def broadcast_to_unit(values, unit_view):
+    return jnp.expand_dims(values, tuple(1 + axis for axis in unit_view.axes))

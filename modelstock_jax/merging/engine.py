@@ -26,10 +26,10 @@ from modelstock_jax.merging.gram import (
     add_task_vectors,
     cast,
     gram_matrix,
+    in_float64,
     is_float,
     pair_leaves,
     rounding_energy,
-    in_float64,
 )
 from modelstock_jax.merging.rules import (
     NonFiniteError,
@@ -56,11 +56,11 @@ def merge(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-    least: int = 2,
+    min_replicas: int = 2,
     combine: Combine | None = None,
     anchor_rounding: str = "keep",
 ) -> tuple[Any, Stats, Any]:
-    """Merge replicas with the anchor by `method(gram, single, *extras of the unit, *shared)`.
+    """Merge replicas with the anchor by `method(gram, is_scalar, *extras of the unit, *shared)`.
 
     Args:
       method: a module-level function; it is static under jit.
@@ -81,7 +81,7 @@ def merge(
     Returns:
       merged tree, `Stats`, and the tree of what the method carries on (of zeros where nothing).
     """
-    leaves = pair_leaves(pretrained, finetuned, least)
+    leaves = pair_leaves(pretrained, finetuned, min_replicas)
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise UserError(f"dtype must be a floating dtype, not {jnp.dtype(dtype)}")
     if anchor_rounding not in ANCHOR_ROUNDING:
@@ -102,7 +102,7 @@ def merge(
     moved, members = _by_unit(parts)
     grams: list[list[Any]] = []
     for group in members.values():
-        pairs = [_gram(leaves.pretrained[k], leaves.finetuned[k], part=moved[k]) for k in group]
+        pairs = [_gram(leaves.pretrained[k], leaves.finetuned[k], unit_view=moved[k]) for k in group]
         grams.append([gram for gram, _ in pairs])
         for k, (_, every) in zip(group, pairs, strict=True):
             finite[k] = every
@@ -142,7 +142,7 @@ def _rounding(leaves: Leaves, members, moved, grams) -> tuple[list, Any]:
         energy = jnp.zeros(moved[group[0]].unit_shape)
         for k, gram in zip(group, own, strict=True):
             if _coarser(leaves, k):
-                part = _energy(leaves.pretrained[k], part=moved[k])
+                part = _energy(leaves.pretrained[k], unit_view=moved[k])
                 energy = energy + part
                 tensors.append((gram, part))
                 counts.append(leaves.pretrained[k].size)
@@ -165,7 +165,7 @@ def _started(tensors, *, counts: tuple[int, ...]):
     finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
     gram = jnp.where(finite[None, None], gram, 0.0)
     energy = jnp.where(finite, energy, 0.0)  # such a tensor does not count
-    products = geometry.mean_pairs(gram, geometry.moved(gram))
+    products = geometry.mean_pairs(gram, geometry.is_moved(gram))
     return started_from_rounded(products, energy, np.array(counts, np.float64))
 
 
@@ -183,7 +183,7 @@ def unit_grams(
     grams: dict[str, Any] = {}
     for part, w0, w in zip(parts, leaves.pretrained, leaves.finetuned, strict=True):
         if part is not None:
-            gram, _ = _gram(w0, w, part=_nameless(part))
+            gram, _ = _gram(w0, w, unit_view=_nameless(part))
             grams[part.key] = grams[part.key] + gram if part.key in grams else gram
     nothing = jnp.zeros((leaves.num_replicas, leaves.num_replicas))
     return leaves.treedef.unflatten([nothing if p is None else grams[p.key] for p in parts])
@@ -239,18 +239,18 @@ def _nameless(part: units.UnitView) -> units.UnitView:
 
 def _add_up(pretrained, finetuned, solution, parts, dtype) -> list:
     return [
-        _apply(w0, w, solution.coefficient, solution.exact, solution.hold, part=part, dtype=dtype)
+        _apply(w0, w, solution.coefficient, solution.copy_replica, solution.keep_anchor, unit_view=part, dtype=dtype)
         for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
     ]
 
 
-_energy = jax.jit(rounding_energy, static_argnames=("part",))
-_apply = jax.jit(add_task_vectors, static_argnames=("part", "dtype"))
+_energy = jax.jit(rounding_energy, static_argnames=("unit_view",))
+_apply = jax.jit(add_task_vectors, static_argnames=("unit_view", "dtype"))
 
 
-@functools.partial(jax.jit, static_argnames=("part",))
-def _gram(pretrained, finetuned, *, part: units.UnitView):
-    gram = gram_matrix(pretrained, finetuned, part)
+@functools.partial(jax.jit, static_argnames=("unit_view",))
+def _gram(pretrained, finetuned, *, unit_view: units.UnitView):
+    gram = gram_matrix(pretrained, finetuned, unit_view)
     return gram, jnp.isfinite(geometry.squared_norms(gram))
 
 
@@ -263,7 +263,7 @@ def _kept_solution(num_replicas: int) -> UnitSolution:
     undefined = jnp.full((), geometry.DISTANCE_UNDEFINED)
     return UnitSolution(
         none, none > 0, zero == 0, jnp.full((), geometry.COSINE_UNDEFINED), zero, none,
-        geometry.Distances(undefined, undefined, undefined), jnp.int8(UnitOutcome.KEPT), None,
+        geometry.Distances(undefined, undefined, undefined), jnp.int8(UnitOutcome.COPIED), None,
     )
 
 
@@ -277,7 +277,7 @@ def _collect(leaves: Leaves, parts, solutions, finite, unit: str) -> Stats:
         predicted_distance=geometry.Distances(
             *(tree([s.distance[k] for s in solutions]) for k in range(3))
         ),
-        outcome=tree([s.policy for s in solutions]),
+        outcome=tree([s.outcome for s in solutions]),
         finite=tree(finite),
         units=UnitTable(unit, leaves.names, keys),
     )
@@ -287,45 +287,45 @@ def _collect(leaves: Leaves, parts, solutions, finite, unit: str) -> Stats:
 
 
 def solve_units(
-    method: MergeRule, grams: list, single: Sequence[bool], own: list, shared: tuple
+    method: MergeRule, grams: list, is_scalar: Sequence[bool], per_unit: list, shared: tuple
 ) -> list[UnitSolution]:
-    """Solve every unit by `method(gram, single, *own, *shared)`.
+    """Solve every unit by `method(gram, is_scalar, *own, *shared)`.
 
     Args:
       method: a module-level function; it is static under jit.
       grams: for each unit a list of its tensors' Gram matrices, [N, N, *unit shape]; their sum is
         the unit's.
-      single: for each unit, whether it holds fewer than two numbers.
+      is_scalar: for each unit, whether it holds fewer than two numbers.
       own: for each unit its own further inputs, of the unit's shape.
       shared: further inputs that are the same for all units.
 
     Returns:
       A `Solution` for each unit, of its shape and dtype.
     """
-    row = _solve(grams, own, shared, method=method, single=tuple(single))
+    row = _solve(grams, per_unit, shared, method=method, is_scalar=tuple(is_scalar))
     if on_this_host(row):
         row = jax.device_get(row)  # cut without compiling a slice for each number
     return _cut(row, grams)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "single"))
-def _solve(grams, own, shared, *, method: MergeRule, single: tuple[bool, ...]) -> UnitSolution:
+@functools.partial(jax.jit, static_argnames=("method", "is_scalar"))
+def _solve(grams, per_unit, shared, *, method: MergeRule, is_scalar: tuple[bool, ...]) -> UnitSolution:
     """All units as one row, so that the algebra is compiled once and not once a tensor."""
     totals = [functools.reduce(jnp.add, group) for group in grams] or [jnp.zeros((2, 2, 0))]
     gram = jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in totals], axis=-1)
-    own = [jnp.concatenate([jnp.ravel(x) for x in rows]) for rows in zip(*own, strict=True)]
+    own = [jnp.concatenate([jnp.ravel(x) for x in rows]) for rows in zip(*per_unit, strict=True)]
     sizes = [math.prod(total.shape[2:]) for total in totals]
-    alone = np.repeat(np.array(single, bool), sizes if grams else 0)
+    alone = np.repeat(np.array(is_scalar, bool), sizes if grams else 0)
     finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
 
     def solve(gram, *args):
         row = in_float64(method)(gram, *args)
         return row._replace(
             coefficient=jnp.where(finite[None], row.coefficient, 0.0),
-            exact=row.exact & finite[None],
-            hold=row.hold | ~finite,
+            copy_replica=row.copy_replica & finite[None],
+            keep_anchor=row.keep_anchor | ~finite,
             ratio=jnp.where(finite, row.ratio, 0.0),
-            policy=jnp.where(finite, row.policy, jnp.int8(UnitOutcome.NON_FINITE)),
+            outcome=jnp.where(finite, row.outcome, jnp.int8(UnitOutcome.NON_FINITE)),
         )
 
     inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(alone), *own, *shared)
@@ -361,9 +361,9 @@ def _nothing(shapes: UnitSolution) -> UnitSolution:
     """The answer where no unit is finite."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return zeros._replace(
-        hold=jnp.ones_like(zeros.hold),
+        keep_anchor=jnp.ones_like(zeros.keep_anchor),
         cosine=jnp.full_like(zeros.cosine, geometry.COSINE_UNDEFINED),
-        policy=jnp.full_like(zeros.policy, UnitOutcome.NON_FINITE),
+        outcome=jnp.full_like(zeros.outcome, UnitOutcome.NON_FINITE),
     )
 
 
@@ -392,7 +392,7 @@ class Stats(NamedTuple):
     ratio: Any  # t: how far from the anchor (0) to the mean (1); the sum of a_i
     norm: Any  # [N, ...], |d_i| of each replica
     predicted_distance: geometry.Distances  # to the centre; DISTANCE_UNDEFINED (-1.0) where unknown
-    outcome: Any  # int8 codes of `Policy`
+    outcome: Any  # int8 codes of `UnitOutcome`
     finite: Any  # [N, ...] bool, of the tensor itself, not of its unit
     units: UnitTable  # static: no arrays
 
@@ -401,13 +401,13 @@ def report(stats: Stats) -> list[dict[str, Any]]:
     """Rows for tables and JSON, one a tensor; plain Python values, None where undefined.
 
     Under `filter` and `head` a row holds the mean over its units of cosine, angle (degrees) and
-    ratio, and root-sum-squares of norms; `policies` counts the units.
+    ratio, and root-sum-squares of norms; `outcomes` counts the units.
 
     Example:
       >>> from modelstock_jax.merging import model_stock
       >>> w0, w = np.zeros(2, np.float32), np.array([[1, 0], [1, 1]], np.float32)
       >>> row, = report(model_stock({"w": w0}, {"w": w})[1])
-      >>> row["name"], row["policy"], round(row["angle"], 3), round(row["ratio"], 3)
+      >>> row["name"], row["outcome"], round(row["angle"], 3), round(row["ratio"], 3)
       ('w', 'interpolated', 45.0, 0.828)
     """
     return [
@@ -441,12 +441,12 @@ def total_distance(stats: Stats) -> geometry.Distances:
 
 
 def outcome_counts(stats: Stats) -> dict[str, int]:
-    """How many units each policy met, by its name in lower case; only those that occur.
+    """How many units each outcome met, by its name in lower case; only those that occur.
 
     Example:
       >>> from modelstock_jax.merging import model_stock
-      >>> policy_counts(model_stock({"w": np.zeros(2)}, {"w": np.zeros((2, 2))})[1])
-      {'undefined': 1}
+      >>> outcome_counts(model_stock({"w": np.zeros(2)}, {"w": np.zeros((2, 2))})[1])
+      {'unchanged': 1}
     """
     counts = collections.Counter()
     for leaf in {leaf.key: leaf for leaf in _leaves(stats)}.values():
@@ -496,9 +496,9 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(stats: Stats) -> list[_Leaf]:
-    *measures, distances, policy, finite = jax.device_get(tuple(stats)[:-1])
+    *measures, distances, outcome, finite = jax.device_get(tuple(stats)[:-1])
     columns: list[Any] = [jax.tree.leaves(column) for column in measures]
     columns.append(zip(*(jax.tree.leaves(part) for part in distances), strict=True))
-    columns += [jax.tree.leaves(policy), jax.tree.leaves(finite)]
+    columns += [jax.tree.leaves(outcome), jax.tree.leaves(finite)]
     rows = zip(stats.units.names, stats.units.keys, *columns, strict=True)
     return [_Leaf(*row) for row in rows]

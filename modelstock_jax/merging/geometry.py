@@ -38,7 +38,7 @@ def squared_norms(gram):
     return xp.sum(xp.where(diagonal, gram, 0.0), axis=1)
 
 
-def moved(gram):
+def is_moved(gram):
     """Which replicas moved at all, [N, ...] bool: a squared norm that float32 can hold."""
     return squared_norms(gram) > MIN_SQUARED_NORM
 
@@ -68,7 +68,7 @@ def cosine(gram):
       0.5
     """
     xp = namespace(gram)
-    active = moved(gram)
+    active = is_moved(gram)
     squares = squared_norms(gram)
     norms = xp.sqrt(xp.where(active, squares, 1.0))
     # One norm after the other: their product may leave the range where the quotient does not.
@@ -112,7 +112,7 @@ def angle(cosine):
 
 
 def predicted_distances(
-    square, signal, cosine, num_replicas, ratio, *, given=False, squared_shares=None
+    square, signal, cosine, num_replicas, ratio, *, fixed_ratio=False, squared_coefficients=None
 ) -> Distances:
     """Expected distances from the centre, which nobody needs to know.
 
@@ -128,8 +128,8 @@ def predicted_distances(
       cosine: [...], in [-1, 1].
       num_replicas: N.
       ratio: t or r, [...].
-      given: whether the ratio was given; a bool or [...].
-      squared_shares: sum_i(a_i^2), [...]; None for equal shares.
+      fixed_ratio: whether the ratio was given; a bool or [...].
+      squared_coefficients: sum_i(a_i^2), [...]; None for equal shares.
 
     Returns:
       `Distances` of [...], in the units of the weights.
@@ -142,17 +142,17 @@ def predicted_distances(
     xp = namespace(square)
     noise = square * xp.clip(1.0 - cosine, 0.0, 2.0)
     signal = xp.clip(signal, 0.0, None)
-    if squared_shares is None:
-        squared_shares = ratio**2 / num_replicas
+    if squared_coefficients is None:
+        squared_coefficients = ratio**2 / num_replicas
     merged = xp.where(
-        given,
-        (1.0 - ratio) ** 2 * signal + squared_shares * noise,
+        fixed_ratio,
+        (1.0 - ratio) ** 2 * signal + squared_coefficients * noise,
         signal * (1.0 - ratio),
     )
-    return Distances(*(root(part) for part in (noise, noise / num_replicas, merged)))
+    return Distances(*(positive_sqrt(part) for part in (noise, noise / num_replicas, merged)))
 
 
-def mean_distance(one, num_averaged, num_centre=None):
+def mean_distance(single_distance, num_averaged, num_centre=None):
     """Distance of the mean of N models from the centre, from that of one model (Table 1).
 
     one * sqrt((1/N - 1/M) / (1 - 1/M)), where the centre is itself the mean of M models that
@@ -163,23 +163,23 @@ def mean_distance(one, num_averaged, num_centre=None):
       9.19
     """
     centre = 0.0 if num_centre is None else 1.0 / num_centre
-    return one * math.sqrt((1.0 / num_averaged - centre) / (1.0 - centre))
+    return single_distance * math.sqrt((1.0 / num_averaged - centre) / (1.0 - centre))
 
 
-def number_averaged(one, mean, num_centre=None):
+def num_averaged(single_distance, mean, num_centre=None):
     """How many models a mean at this distance from the centre is of: `mean_distance`, inverted.
 
     It finds rows of a table that are not what they say: the paper's Table 7 gives 5.63 for N = 4.
 
     Example:
-      >>> round(number_averaged(13.133, 5.63, 50), 1)
+      >>> round(num_averaged(13.133, 5.63, 50), 1)
       5.0
     """
     centre = 0.0 if num_centre is None else 1.0 / num_centre
-    return 1.0 / ((mean / one) ** 2 * (1.0 - centre) + centre)
+    return 1.0 / ((mean / single_distance) ** 2 * (1.0 - centre) + centre)
 
 
-def root(value):
+def positive_sqrt(value):
     """Square root of the positive part, with derivative 0 and not infinity at 0."""
     xp = namespace(value)
     positive = value > 0
@@ -240,8 +240,8 @@ def shell(gram) -> Shell:
     total = rows.sum(axis=0)
     along = rows / (number - 1)
     square = (total[None] - 2 * rows) / ((number - 1) * (number - 2))
-    radius = root(own - 2 * along + square)
-    centre = root(total / (number * (number - 1)))
+    radius = positive_sqrt(own - 2 * along + square)
+    centre = positive_sqrt(total / (number * (number - 1)))
     anchor = (square - along) / _positive(xp, radius * centre[None])
 
     # For a pair i, j: the sums above without the other one, and without both.

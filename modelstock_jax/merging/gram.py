@@ -73,7 +73,7 @@ def _convert(array, kind, dtype):
 _SUMS = 10
 
 
-def gram_matrix(pretrained, finetuned, part):
+def gram_matrix(pretrained, finetuned, unit_view):
     """G_ij = d_i . d_j of one tensor, for each of its units.
 
     Elementwise products and one sum over the tensor's own axes: a dot would be TF32 on GPUs and
@@ -94,7 +94,7 @@ def gram_matrix(pretrained, finetuned, part):
     """
     def products(anchor, tuned):
         deltas = tuned - anchor[None]
-        return jnp.sum(deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in part.axes))
+        return jnp.sum(deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in unit_view.axes))
 
     def in_one_pass(anchor, tuned):
         deltas = [replica - anchor for replica in tuned]
@@ -104,7 +104,7 @@ def gram_matrix(pretrained, finetuned, part):
         for first in range(0, len(pairs), _SUMS):
             terms = [deltas[i] * deltas[j] for i, j in pairs[first : first + _SUMS]]
             zeros = [np.zeros((), anchor.dtype)] * len(terms)
-            sums += jax.lax.reduce(terms, zeros, _add_each, part.axes)
+            sums += jax.lax.reduce(terms, zeros, _add_each, unit_view.axes)
         place = dict(zip(pairs, sums, strict=True))
         return jnp.stack([jnp.stack([place[min(i, j), max(i, j)] for j in rows]) for i in rows])
 
@@ -112,11 +112,11 @@ def gram_matrix(pretrained, finetuned, part):
         # On a TPU float64 is emulated, and of reductions the plain ones are known to be.
         return jax.lax.platform_dependent(anchor, tuned, default=in_one_pass, tpu=products)
 
-    seen = seen_by_unit(pretrained, finetuned, part)
+    seen = to_unit_shape(pretrained, finetuned, unit_view)
     return in_float64(by_platform, derivative_of=products)(*seen)
 
 
-def rounding_energy(pretrained, part):
+def rounding_energy(pretrained, unit_view):
     """Expected squared rounding error of one tensor of the anchor, for each of its units.
 
         E = sum of (half ulp)^2 / 3
@@ -134,15 +134,15 @@ def rounding_energy(pretrained, part):
       >>> float(rounding_energy(w0, Part("w", (3,), (0,)))) == 2.0**-16
       True
     """
-    halves = half_ulp(jax.lax.stop_gradient(pretrained)).reshape(part.view)
-    return in_float64(lambda half: jnp.sum(half * half, axis=part.axes) / 3.0)(halves)
+    halves = half_ulp(jax.lax.stop_gradient(pretrained)).reshape(unit_view.view)
+    return in_float64(lambda half: jnp.sum(half * half, axis=unit_view.axes) / 3.0)(halves)
 
 
 def _add_each(left, right):
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
-def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, dtype):
+def add_task_vectors(pretrained, finetuned, coefficient, copy_replica, keep_anchor, *, unit_view, dtype):
     """w0 + sum_i a_i d_i of one tensor, rounded once to `dtype`.
 
     Where the answer is one of the inputs it is selected, not computed.
@@ -165,24 +165,24 @@ def add_task_vectors(pretrained, finetuned, coefficient, exact, hold, *, part, d
     finetuned = jax.lax.optimization_barrier(finetuned)
 
     def spread(values):
-        return jnp.expand_dims(values, part.axes)
+        return jnp.expand_dims(values, unit_view.axes)
 
     def combine(anchor, tuned, coefficient):
         deltas = [replica - anchor for replica in tuned]
         moved = sum(spread(a) * d for a, d in zip(coefficient, deltas, strict=True))
         return cast(anchor + moved, dtype)
 
-    merged = in_float64(combine)(*seen_by_unit(pretrained, finetuned, part), coefficient).astype(dtype)
-    for chosen, replica in zip(exact, finetuned, strict=True):
-        merged = jnp.where(spread(chosen), cast(replica, dtype).reshape(part.view), merged)
-    anchor = cast(pretrained, dtype).reshape(part.view)
-    return jnp.where(spread(hold), anchor, merged).reshape(pretrained.shape)
+    merged = in_float64(combine)(*to_unit_shape(pretrained, finetuned, unit_view), coefficient).astype(dtype)
+    for chosen, replica in zip(copy_replica, finetuned, strict=True):
+        merged = jnp.where(spread(chosen), cast(replica, dtype).reshape(unit_view.view), merged)
+    anchor = cast(pretrained, dtype).reshape(unit_view.view)
+    return jnp.where(spread(keep_anchor), anchor, merged).reshape(pretrained.shape)
 
 
-def seen_by_unit(pretrained, finetuned, part):
+def to_unit_shape(pretrained, finetuned, unit_view):
     """Anchor and replicas as the unit sees them, float32 at least (derivatives are in that)."""
     wide = [x.astype(compute_dtype(x.dtype)) for x in (pretrained, finetuned)]
-    return wide[0].reshape(part.view), wide[1].reshape((len(finetuned), *part.view))
+    return wide[0].reshape(unit_view.view), wide[1].reshape((len(finetuned), *unit_view.view))
 
 
 def cast(array, dtype):
@@ -238,7 +238,7 @@ def check_alike(a: Any, b: Any, a_side: str, b_side: str) -> None:
     _refuse(wrong, f"{b_side} differs from {a_side} in the shape of")
 
 
-def pair_leaves(pretrained: Any, finetuned: Any, least: int = 2) -> Leaves:
+def pair_leaves(pretrained: Any, finetuned: Any, min_replicas: int = 2) -> Leaves:
     """Flatten the two trees side by side, or say what does not fit."""
     if isinstance(finetuned, list | tuple) and not isinstance(pretrained, type(finetuned)):
         raise UserError(
@@ -264,8 +264,8 @@ def pair_leaves(pretrained: Any, finetuned: Any, least: int = 2) -> Leaves:
     if len(counts) > 1:
         raise UserError(f"the replica axis has different lengths in different tensors: "
                         f"{sorted(counts)}")
-    if min(counts) < least:
-        raise UserError(f"this merge needs at least {least} fine-tuned replicas, not {min(counts)}")
+    if min(counts) < min_replicas:
+        raise UserError(f"this merge needs at least {min_replicas} fine-tuned replicas, not {min(counts)}")
     wrong = [n for n in anchor if is_float(anchor[n]) != is_float(tuned[n])]
     _refuse([f"{n} ({anchor[n].dtype} and {tuned[n].dtype})" for n in wrong],
             "floating point on one side and not on the other")

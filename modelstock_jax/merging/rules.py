@@ -1,6 +1,6 @@
 """What is done with a merge unit: rules from its Gram matrix to coefficients, and what they report.
 
-A rule takes the Gram matrix [N, N, ...] and `single` [...] bool (the unit holds fewer than two
+A rule takes the Gram matrix [N, N, ...] and `is_scalar` [...] bool (the unit holds fewer than two
 numbers), and whatever else it needs; training, the library and the file merge use these alone.
 NumPy or JAX arrays, in and out.
 """
@@ -23,17 +23,17 @@ from modelstock_jax.merging.anchor_rounding import correct_gram
 
 
 class UnitOutcome(enum.IntEnum):
-    """What was done with a merge unit; `stats.policy` holds these codes as int8."""
+    """What was done with a merge unit; `stats.outcome` holds these codes as int8."""
 
     INTERPOLATED = 0  # w0 + t mean(d), the rule itself
-    GIVEN = 1  # the ratio was given, not measured
-    CLIPPED = 2  # cos <= 0 (carried: noise above the movement): no common signal, the anchor
-    UNDEFINED = 3  # no replica moved: the anchor, bit for bit
-    ONE_REPLICA_LEFT = 4  # one replica moved: its weights, bit for bit
-    REPLICAS_LEFT_OUT = 5  # some did not move; the rule over the others
-    TOO_SMALL = 6  # a unit of fewer than two numbers has no angle: the mean
-    WEIGHTED_FALLBACK = 7  # a replica's noise came out negative: equation 3 in its place
-    KEPT = 8  # integers, booleans and empty tensors: the anchor's
+    FIXED_RATIO = 1  # the ratio was given, not measured
+    CLAMPED = 2  # cos <= 0 (carried: noise above the movement): no common signal, the anchor
+    UNCHANGED = 3  # no replica moved: the anchor, bit for bit
+    ONE_MODEL_CHANGED = 4  # one replica moved: its weights, bit for bit
+    UNCHANGED_MODELS_LEFT_OUT = 5  # some did not move; the rule over the others
+    SCALAR = 6  # a unit of fewer than two numbers has no angle: the mean
+    FALLBACK_TO_EQ3 = 7  # a replica's noise came out negative: equation 3 in its place
+    COPIED = 8  # integers, booleans and empty tensors: the anchor's
     NON_FINITE = 9  # NaN or infinity in a replica: the anchor, and `stats.finite` says which
 
 
@@ -78,7 +78,7 @@ class GramStats(NamedTuple):
 def measure(gram) -> GramStats:
     """Read a Gram matrix [N, N, ...]."""
     xp = geometry.namespace(gram)
-    active = geometry.moved(gram)
+    active = geometry.is_moved(gram)
     number = active.astype(gram.dtype).sum(axis=0)
     squares = xp.where(active, geometry.squared_norms(gram), 0.0)
     return GramStats(
@@ -88,83 +88,83 @@ def measure(gram) -> GramStats:
         square=squares.sum(axis=0) / xp.maximum(number, 1.0),
         signal=geometry.mean_pairs(gram, active),
         outcome=xp.where(active.all(axis=0), np.int8(UnitOutcome.INTERPOLATED),
-                        np.int8(UnitOutcome.REPLICAS_LEFT_OUT)),
+                        np.int8(UnitOutcome.UNCHANGED_MODELS_LEFT_OUT)),
     )
 
 
-def solve_measured(gram, seen: GramStats, single, coefficient, policy) -> UnitSolution:
+def solve_measured(gram, stats: GramStats, is_scalar, coefficient, outcome) -> UnitSolution:
     """A solution from measured coefficients [N, ...], with the rules for degenerate units.
 
-    `single` [...] bool: the unit holds fewer than two numbers and has no angle.
+    `is_scalar` [...] bool: the unit holds fewer than two numbers and has no angle.
     """
     xp = geometry.namespace(gram)
-    one = seen.number == 1
-    mean = xp.where(seen.active, (1.0 / xp.maximum(seen.number, 1.0))[None], 0.0)
-    coefficient = xp.where(single[None], mean, coefficient)
-    policy = xp.where(single, np.int8(UnitOutcome.TOO_SMALL), policy)
-    exact = seen.active & one[None]
-    coefficient = xp.where(exact, 1.0, coefficient)
-    policy = xp.where(one, np.int8(UnitOutcome.ONE_REPLICA_LEFT), policy)
-    policy = xp.where(seen.number == 0, np.int8(UnitOutcome.UNDEFINED), policy)
-    hold = (coefficient == 0).all(axis=0)
-    return _solution(gram, seen, single, coefficient, exact, hold, policy, given=False)
+    one = stats.number == 1
+    mean = xp.where(stats.active, (1.0 / xp.maximum(stats.number, 1.0))[None], 0.0)
+    coefficient = xp.where(is_scalar[None], mean, coefficient)
+    outcome = xp.where(is_scalar, np.int8(UnitOutcome.SCALAR), outcome)
+    copy_replica = stats.active & one[None]
+    coefficient = xp.where(copy_replica, 1.0, coefficient)
+    outcome = xp.where(one, np.int8(UnitOutcome.ONE_MODEL_CHANGED), outcome)
+    outcome = xp.where(stats.number == 0, np.int8(UnitOutcome.UNCHANGED), outcome)
+    keep_anchor = (coefficient == 0).all(axis=0)
+    return _solution(gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, outcome, fixed_ratio=False)
 
 
-def solve_given(gram, seen: GramStats, single, coefficient) -> UnitSolution:
+def solve_with_coefficients(gram, stats: GramStats, is_scalar, coefficient) -> UnitSolution:
     """A solution from coefficients [N, ...] that were given; the measures are for the report."""
     xp = geometry.namespace(gram)
-    nothing = xp.zeros_like(seen.active)
-    still = seen.number == 0  # the anchor bit for bit: -0.0 + 0.0 is another zero
-    policy = xp.full_like(seen.outcome, UnitOutcome.GIVEN)
-    return _solution(gram, seen, single, coefficient, nothing, still, policy, given=True)
+    nothing = xp.zeros_like(stats.active)
+    still = stats.number == 0  # the anchor bit for bit: -0.0 + 0.0 is another zero
+    outcome = xp.full_like(stats.outcome, UnitOutcome.FIXED_RATIO)
+    return _solution(gram, stats, is_scalar, coefficient, nothing, still, outcome, fixed_ratio=True)
 
 
-def _solution(gram, seen, single, coefficient, exact, hold, policy, *, given) -> UnitSolution:
+def _solution(gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, outcome, *, fixed_ratio) -> UnitSolution:
     xp = geometry.namespace(gram)
-    cosine = xp.where(single, geometry.COSINE_UNDEFINED, seen.cosine)
+    cosine = xp.where(is_scalar, geometry.COSINE_UNDEFINED, stats.cosine)
     # Without an angle the noise is still l^2 - |mu|^2.
-    safe = xp.where(seen.square > 0, seen.square, 1.0)
-    similarity = xp.where(cosine > 1.0, seen.signal / safe, cosine)
+    safe = xp.where(stats.square > 0, stats.square, 1.0)
+    similarity = xp.where(cosine > 1.0, stats.signal / safe, cosine)
     ratio = coefficient.sum(axis=0)
     distance = geometry.predicted_distances(
-        seen.square, seen.signal, similarity, xp.maximum(seen.number, 1.0), ratio,
-        given=given | single, squared_shares=(coefficient**2).sum(axis=0),
+        stats.square, stats.signal, similarity, xp.maximum(stats.number, 1.0), ratio,
+        fixed_ratio=fixed_ratio | is_scalar, squared_coefficients=(coefficient**2).sum(axis=0),
     )
     distance = geometry.Distances(
-        *(xp.where(seen.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
+        *(xp.where(stats.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
     )
-    norm = geometry.root(geometry.squared_norms(gram))
-    return UnitSolution(coefficient, exact, hold, cosine, ratio, norm, distance, policy)
+    norm = geometry.positive_sqrt(geometry.squared_norms(gram))
+    return UnitSolution(coefficient, copy_replica, keep_anchor, cosine, ratio, norm, distance, outcome)
 
 
-def equation_3(gram, single) -> UnitSolution:
+def equation_3(gram, is_scalar) -> UnitSolution:
     """Equal coefficients t / N over the replicas that moved."""
     xp = geometry.namespace(gram)
-    seen = measure(gram)
-    number = xp.maximum(seen.number, 1.0)
-    ratio = geometry.ratio(xp.where(seen.number > 1, seen.cosine, 0.0), number)
-    coefficient = xp.where(seen.active, (ratio / number)[None], 0.0)
-    policy = xp.where(seen.cosine <= 0, np.int8(UnitOutcome.CLIPPED), seen.outcome)
-    return solve_measured(gram, seen, single, coefficient, policy)
+    stats = measure(gram)
+    number = xp.maximum(stats.number, 1.0)
+    ratio = geometry.ratio(xp.where(stats.number > 1, stats.cosine, 0.0), number)
+    coefficient = xp.where(stats.active, (ratio / number)[None], 0.0)
+    outcome = xp.where(stats.cosine <= 0, np.int8(UnitOutcome.CLAMPED), stats.outcome)
+    return solve_measured(gram, stats, is_scalar, coefficient, outcome)
 
 
-def unequal_noise(gram, single) -> UnitSolution:
+def noise_weights(gram, is_scalar) -> UnitSolution:
     """Coefficients by each replica's own noise; the formula is `weighted_model_stock`'s."""
     xp = geometry.namespace(gram)
-    seen, plain = measure(gram), equation_3(gram, single)
+    stats, plain = measure(gram), equation_3(gram, is_scalar)
     squares = geometry.squared_norms(gram)
-    noise = squares - seen.signal[None]
+    noise = squares - stats.signal[None]
     clear = noise > 4.0 * np.finfo(np.float32).eps * squares
-    signal = seen.signal > 0
-    fallback = signal & ~(clear | ~seen.active).all(axis=0)
+    signal = stats.signal > 0
+    fallback = signal & ~(clear | ~stats.active).all(axis=0)
     # signal / noise of each: the formula times |mu|^2 above and below.
-    used = seen.active & (signal & ~fallback)[None]
-    weight = xp.where(used, seen.signal[None] / xp.where(used, noise, 1.0), 0.0)
+    used = stats.active & (signal & ~fallback)[None]
+    weight = xp.where(used, stats.signal[None] / xp.where(used, noise, 1.0), 0.0)
     coefficient = weight / (1.0 + weight.sum(axis=0))[None]
     coefficient = xp.where(fallback[None], plain.coefficient, coefficient)
-    policy = xp.where(signal, seen.outcome, np.int8(UnitOutcome.CLIPPED))
-    policy = xp.where(fallback, np.int8(UnitOutcome.WEIGHTED_FALLBACK), policy)
-    return solve_measured(gram, seen, single, coefficient, policy)
+    outcome = xp.where(signal, stats.outcome, np.int8(UnitOutcome.CLAMPED))
+    outcome = xp.where(fallback, np.int8(UnitOutcome.FALLBACK_TO_EQ3), outcome)
+    return solve_measured(gram, stats, is_scalar, coefficient, outcome)
 
 
 @functools.cache
@@ -181,29 +181,29 @@ def without_rounding(rule: Callable[..., UnitSolution]) -> Callable[..., UnitSol
     return solve
 
 
-def equal_shares(gram, single, ratio) -> UnitSolution:
+def fixed_ratio(gram, is_scalar, ratio) -> UnitSolution:
     """Coefficients ratio / N for every replica, whatever its angles."""
     xp = geometry.namespace(gram)
     share = xp.full_like(gram[0], 1.0 / len(gram)) * ratio.astype(gram.dtype)
-    return solve_given(gram, measure(gram), single, share)
+    return solve_with_coefficients(gram, measure(gram), is_scalar, share)
 
 
-def given_shares(gram, single, shares) -> UnitSolution:
+def fixed_coefficients(gram, is_scalar, coefficients) -> UnitSolution:
     """Coefficients that were given, shares [N], whatever the angles."""
     xp = geometry.namespace(gram)
-    shares = xp.asarray(shares, gram.dtype).reshape((-1,) + (1,) * (gram.ndim - 2))
-    return solve_given(gram, measure(gram), single, xp.broadcast_to(shares, gram.shape[1:]))
+    shares = xp.asarray(coefficients, gram.dtype).reshape((-1,) + (1,) * (gram.ndim - 2))
+    return solve_with_coefficients(gram, measure(gram), is_scalar, xp.broadcast_to(shares, gram.shape[1:]))
 
 
-def elected(gram, single, scale) -> UnitSolution:
+def elected(gram, is_scalar, scale) -> UnitSolution:
     """The mean task vector times a scale, of which only some numbers will be taken (TIES)."""
     xp = geometry.namespace(gram)
-    solution = equal_shares(gram, single, scale)
+    solution = fixed_ratio(gram, is_scalar, scale)
     unknown = xp.full_like(solution.ratio, geometry.DISTANCE_UNDEFINED)
     return solution._replace(distance=solution.distance._replace(merged=unknown))
 
 
-def spherical(gram, single, shares) -> UnitSolution:
+def spherical(gram, is_scalar, ratios) -> UnitSolution:
     """Coefficients of the task vectors merged along arcs, the m-th by shares[m - 2]."""
     xp = geometry.namespace(gram)
     squares = geometry.squared_norms(gram)
@@ -211,13 +211,13 @@ def spherical(gram, single, shares) -> UnitSolution:
     for m in range(1, len(gram)):
         along = sum(total[i] * gram[i, m] for i in range(m))
         square = sum(total[i] * total[j] * gram[i, j] for i in range(m) for j in range(m))
-        kept, new = arc_shares(square, squares[m], along, shares[m - 1])
+        kept, new = slerp_coefficients(square, squares[m], along, ratios[m - 1])
         total = [kept * c for c in total]
         total[m] = new
-    return solve_given(gram, measure(gram), single, xp.stack(total))
+    return solve_with_coefficients(gram, measure(gram), is_scalar, xp.stack(total))
 
 
-def arc_shares(square_from, square_to, product, t, straight=1.0 - 1e-6):
+def slerp_coefficients(square_from, square_to, product, t, straight=1.0 - 1e-6):
     """Factors of the two ends of an arc, sin((1 - t) Omega) / sin(Omega) and sin(t Omega) / ...
 
     Args:
@@ -236,7 +236,7 @@ def arc_shares(square_from, square_to, product, t, straight=1.0 - 1e-6):
       [0.7071, 0.7071]
     """
     xp = geometry.namespace(product)
-    lengths = geometry.root(square_from) * geometry.root(square_to)
+    lengths = geometry.positive_sqrt(square_from) * geometry.positive_sqrt(square_to)
     cosine = xp.clip(product / xp.where(lengths > 0, lengths, 1.0), -1.0, 1.0)
     line = (xp.abs(cosine) > straight) | (lengths <= 0)
     omega = xp.arccos(xp.where(line, 0.0, cosine))
@@ -244,12 +244,12 @@ def arc_shares(square_from, square_to, product, t, straight=1.0 - 1e-6):
             xp.where(line, t, xp.sin(t * omega) / xp.sin(omega)))
 
 
-def at_length(gram, single, length) -> UnitSolution:
+def rescale_to_norm(gram, is_scalar, length) -> UnitSolution:
     """The first task vector, brought to a given length; 0 where it has none."""
     xp = geometry.namespace(gram)
-    own = geometry.root(geometry.squared_norms(gram))
+    own = geometry.positive_sqrt(geometry.squared_norms(gram))
     factor = xp.where(own > 0, length[None] / xp.where(own > 0, own, 1.0), 0.0)
-    return solve_given(gram, measure(gram), single, factor)
+    return solve_with_coefficients(gram, measure(gram), is_scalar, factor)
 
 
 # Measures of a merge unit, as a row for tables and JSON.
@@ -261,7 +261,7 @@ def unit_row(
     cosine: np.ndarray,
     ratio: np.ndarray,
     norm: np.ndarray,
-    policy: np.ndarray,
+    outcome: np.ndarray,
 ) -> dict[str, Any]:
     """One tensor's row: plain Python values, None where undefined.
 
@@ -274,23 +274,23 @@ def unit_row(
       cosine: [...] of the units' shape, `geometry.COSINE_UNDEFINED` where there is none.
       ratio: [...].
       norm: [N, ...], |d_i|.
-      policy: [...], codes of `Policy`.
+      outcome: [...], codes of `UnitOutcome`.
 
     Example:
       >>> row = unit_row("w", "w", np.array(0.5), np.array(2 / 3), np.ones(2), np.array(0))
-      >>> round(row["angle"], 4), row["norms"], row["policy"]
+      >>> round(row["angle"], 4), row["norms"], row["outcome"]
       (60.0, [1.0, 1.0], 'interpolated')
     """
     defined = cosine[cosine <= 1.0]
-    policies = collections.Counter(UnitOutcome(int(code)).name.lower() for code in policy.flat)
+    outcomes = collections.Counter(UnitOutcome(int(code)).name.lower() for code in outcome.flat)
     return {
         "name": name,
         "unit": key,
-        "num_units": int(policy.size),
+        "num_units": int(outcome.size),
         "cosine": float(defined.mean()) if defined.size else None,
         "angle": float(geometry.angle(defined).mean()) if defined.size else None,
         "ratio": float(ratio.mean()),
         "norms": [float(np.sqrt(np.sum(n**2))) for n in norm],
-        "policy": policies.most_common(1)[0][0] if len(policies) == 1 else "mixed",
-        "policies": dict(policies),
+        "outcome": outcomes.most_common(1)[0][0] if len(outcomes) == 1 else "mixed",
+        "outcomes": dict(outcomes),
     }

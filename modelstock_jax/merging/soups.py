@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.averaging import rounded, widest
-from modelstock_jax.merging.gram import check_alike, is_float, named_leaves, in_float64
+from modelstock_jax.merging.gram import check_alike, in_float64, is_float, named_leaves
 from modelstock_jax.merging.rules import NonFiniteError
 
 

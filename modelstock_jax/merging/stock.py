@@ -16,8 +16,8 @@ from modelstock_jax.merging.rules import (
     UnitSolution,
     equation_3,
     measure,
+    noise_weights,
     solve_measured,
-    unequal_noise,
 )
 
 
@@ -38,7 +38,7 @@ def model_stock(
         t   = N cos / (1 + (N - 1) cos)          equation 3; N = 2 gives equation 2
         w_H = t mean_i(w_i) + (1 - t) w0
 
-    Rules for what the paper leaves open; `stats.policy` says where each was met:
+    Rules for what the paper leaves open; `stats.outcome` says where each was met:
 
     - cos <= 0: t = 0, the anchor.
     - No replica moved: the anchor, bit for bit; the cosine is undefined (`COSINE_UNDEFINED`).
@@ -114,8 +114,8 @@ def weighted_model_stock(
 
     Replicas of equal noise give equation 3. All are taken for one signal: of replicas that have
     moved unequally far, by their learning rates say, the shorter one's s_i^2 mostly comes out below
-    0. Where an s_i^2 is not above rounding, equation 3 is used; `policy_counts(stats)` counts those
-    units as "weighted_fallback". Where |mu|^2 <= 0 the result is the anchor. All else as
+    0. Where an s_i^2 is not above rounding, equation 3 is used; `outcome_counts(stats)` counts those
+    units as "fallback_to_eq3". Where |mu|^2 <= 0 the result is the anchor. All else as
     `model_stock`; `stats.ratio` is the sum of the a_i.
 
     Args:
@@ -141,7 +141,7 @@ def weighted_model_stock(
       [0.526, 0.474, 0.158]
     """
     merged, stats, _ = merge(
-        unequal_noise, pretrained, finetuned,
+        noise_weights, pretrained, finetuned,
         unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
         anchor_rounding=anchor_rounding,
     )
@@ -151,7 +151,7 @@ def weighted_model_stock(
 # Periodic merging that remembers noise: an extension of this project, not the paper's.
 
 
-def zero_noise(
+def init_noise(
     pretrained: Any,
     unit: str = "tensor",
     *,
@@ -173,7 +173,7 @@ def zero_noise(
       UserError: as `model_stock`, of the unit.
 
     Example:
-      >>> {name: s.shape for name, s in zero_noise({"w": jnp.ones((3, 2))}, "filter").items()}
+      >>> {name: s.shape for name, s in init_noise({"w": jnp.ones((3, 2))}, "filter").items()}
       {'w': (2,)}
     """
     return unit_zeros(pretrained, unit, num_heads=num_heads, filter_axis=filter_axis)
@@ -209,7 +209,7 @@ def model_stock_carried(
     Args:
       pretrained: w0, fixed over the series; as `model_stock`.
       finetuned: as `model_stock`.
-      noise: S of the last merge, or None (`zero_noise(pretrained, unit)`) at the first.
+      noise: S of the last merge, or None (`init_noise(pretrained, unit)`) at the first.
       unit: as `model_stock`.
       shrink: whether to shrink at this merge. False takes the mean, t = 1, and lets the noise add
         up: for series that shrink at the last merge only. A bool, or a traced one.
@@ -231,7 +231,7 @@ def model_stock_carried(
       (0.667, 0.111)
     """
     if noise is None:
-        noise = zero_noise(pretrained, unit, num_heads=num_heads, filter_axis=filter_axis)
+        noise = init_noise(pretrained, unit, num_heads=num_heads, filter_axis=filter_axis)
     return merge(
         shrink_by_carried_noise, pretrained, finetuned, noise,
         shared=(jnp.asarray(shrink, bool),),
@@ -239,7 +239,7 @@ def model_stock_carried(
     )
 
 
-def shrink_by_carried_noise(gram, single, noise, shrink) -> UnitSolution:
+def shrink_by_carried_noise(gram, is_scalar, noise, shrink) -> UnitSolution:
     """Equal coefficients t / N with t from all the noise so far."""
     seen = measure(gram)
     noise = noise.astype(gram.dtype)
@@ -251,8 +251,8 @@ def shrink_by_carried_noise(gram, single, noise, shrink) -> UnitSolution:
     ratio = jnp.where(enough, ratio, 0.0)
     ratio = jnp.where(shrink, ratio, jnp.ones_like(ratio))
     coefficient = jnp.where(seen.active, (ratio / number)[None], 0.0)
-    policy = jnp.where(ratio > 0, seen.outcome, jnp.int8(UnitOutcome.CLIPPED))
-    solved = solve_measured(gram, seen, single, coefficient, policy)
+    outcome = jnp.where(ratio > 0, seen.outcome, jnp.int8(UnitOutcome.CLAMPED))
+    solved = solve_measured(gram, seen, is_scalar, coefficient, outcome)
     # One replica says nothing about noise.
     added = jnp.where(seen.number > 1, added, 0.0)
     return solved._replace(carry=solved.ratio**2 * (noise + added))

@@ -12,7 +12,12 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import open_clip_format
-from modelstock_jax.models.checkpoint import Checkpoint, CheckpointFormat, CompleteFormat, param_shapes
+from modelstock_jax.models.checkpoint import (
+    Checkpoint,
+    CheckpointFormat,
+    CompleteFormat,
+    param_shapes,
+)
 from modelstock_jax.models.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -107,7 +112,7 @@ class OpenAI(CompleteFormat):
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """No file: only a model of which the shapes tell all can be written."""
         shapes = param_shapes(checkpoint.config)
-        named = {row.theirs: row.shape(shapes) for row in rows(checkpoint.config, self.column)}
+        named = {row.name: row.shape(shapes) for row in rows(checkpoint.config, self.column)}
         try:
             untold = _untold(checkpoint, infer(named))
         except UserError as error:
@@ -237,23 +242,23 @@ class ModelSoups(CheckpointFormat):
         files = self.open(path)
         prefix = _prefix(files)
         table = [
-            dataclasses.replace(row, theirs=f"{prefix}model.{row.theirs}")
+            dataclasses.replace(row, name=f"{prefix}model.{row.name}")
             for row in rows(base.config, self.column)
         ]
-        image = [row for row in table if row.ours[0][0] == "image_tower"]
-        others = [row for row in table if row.ours[0][0] != "image_tower" and row.theirs in files]
+        image = [row for row in table if row.path[0][0] == "image_tower"]
+        others = [row for row in table if row.path[0][0] != "image_tower" and row.name in files]
         head = [
-            Row((("head", *row.ours[0]),), f"{prefix}{_HEAD}{row.theirs}", row.transform)
+            Row((("head", *row.path[0]),), f"{prefix}{_HEAD}{row.name}", row.transform)
             for row in HEAD
         ]
-        classes = next(iter(files.shape(head[1].theirs)), 0) if head[1].theirs in files else 0
+        classes = next(iter(files.shape(head[1].name)), 0) if head[1].name in files else 0
         shapes: dict[tuple[str, ...], tuple[int, ...]] = {
             **param_shapes(base.config),
             ("head", "kernel"): (base.config.projection_dim, classes),
             ("head", "bias"): (classes,),
         }
         tree = read_tree(files, [*image, *head, *others], shapes, path)
-        _check_base(path, tree, base, {p for row in others for p in row.ours})
+        _check_base(path, tree, base, {p for row in others for p in row.path})
         # The head of a base that has one is the anchor of the file's: the same classes.
         labels = base.labels if base.labels is not None and len(base.labels) == classes else None
         replica = {name: tree[name] for name in ("image_tower", "head")}

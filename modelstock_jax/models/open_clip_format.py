@@ -67,7 +67,7 @@ def _read_preprocessor(raw: dict[str, Any], image_size: int) -> Preprocessor:
     """From ``preprocess_cfg``; what it leaves out is CLIP's own."""
     given = section({"preprocess_cfg": {}, **raw}, "preprocess_cfg")
     given = {key: value for key, value in given.items() if value is not None}
-    refuse(given, _RESIZING, "preprocess_cfg", ("mean", "std", "size"))
+    check_unsupported(given, _RESIZING, "preprocess_cfg", ("mean", "std", "size"))
     try:
         mean, std = (
             tuple(float(x) for x in given.get(key, default))
@@ -151,11 +151,11 @@ def read_model(model: dict[str, Any]) -> CLIPConfig:
     vision, text = section(model, "vision_cfg"), section(model, "text_cfg")
     if isinstance(vision.get("layers"), list):
         raise UserError("vision_cfg.layers is a list: a ResNet; only vision transformers open.")
-    refuse(model, _MODEL, "model_cfg", ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg"))
+    check_unsupported(model, _MODEL, "model_cfg", ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg"))
     sizes = ("layers", "width", "mlp_ratio", "norm_kwargs")
-    refuse(vision, _VISION, "vision_cfg", (*sizes, "head_width", "patch_size", "image_size"))
+    check_unsupported(vision, _VISION, "vision_cfg", (*sizes, "head_width", "patch_size", "image_size"))
     text_sizes = (*sizes, "heads", "context_length", "vocab_size", "pool_type", "eos_id")
-    refuse(text, _TEXT, "text_cfg", text_sizes)
+    check_unsupported(text, _TEXT, "text_cfg", text_sizes)
     if not isinstance(quick := model.get("quick_gelu", False), bool):
         raise UserError(f"model_cfg.quick_gelu must be true or false, not {quick!r}.")
     activation = "quick_gelu" if quick else "gelu"
@@ -239,7 +239,7 @@ def section(raw: Any, key: str) -> dict[str, Any]:
     return value
 
 
-def refuse(
+def check_unsupported(
     part: dict[str, Any], neutral: dict[str, Any], where: str, known: tuple[str, ...]
 ) -> None:
     """A UserError that names all keys of `part` that ask for what the towers lack."""

@@ -57,25 +57,25 @@ class Row:
         True
     """
 
-    ours: tuple[KeyPath, ...]
-    theirs: str
+    path: tuple[KeyPath, ...]
+    name: str
     transform: Transform
 
     def shape(self, shapes: Mapping[KeyPath, Shape]) -> Shape:
         """Shape of theirs, from the shapes of ours."""
-        parts = [self.transform.shape(shapes[path]) for path in self.ours]
+        parts = [self.transform.shape(shapes[path]) for path in self.path]
         if len(parts) == 1:
             return parts[0]
         return (sum(part[0] for part in parts), *parts[0][1:])
 
     def read(self, tensor: np.ndarray) -> dict[KeyPath, np.ndarray]:
         """Ours, by path, from theirs."""
-        parts = [tensor] if len(self.ours) == 1 else np.split(tensor, len(self.ours))
-        return {p: self.transform.read(x) for p, x in zip(self.ours, parts, strict=True)}
+        parts = [tensor] if len(self.path) == 1 else np.split(tensor, len(self.path))
+        return {p: self.transform.read(x) for p, x in zip(self.path, parts, strict=True)}
 
     def write(self, leaves: Mapping[KeyPath, np.ndarray]) -> np.ndarray:
         """Theirs, from ours by path."""
-        parts = [self.transform.write(leaves[path]) for path in self.ours]
+        parts = [self.transform.write(leaves[path]) for path in self.path]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -310,20 +310,20 @@ def read_tree(
     problems, leaves = [], {}
     for row in rows:
         expected = row.shape(shapes)
-        if row.theirs not in files:
-            problems.append(f"missing: {row.theirs} {shape_text(expected)}")
-        elif files.shape(row.theirs) != expected:
-            found = shape_text(files.shape(row.theirs))
-            problems.append(f"misshapen: {row.theirs} is {found}, not {shape_text(expected)}")
-        elif files.dtype(row.theirs).name not in FLOATS:
-            problems.append(f"not floating-point: {row.theirs} is {files.dtype(row.theirs)}")
+        if row.name not in files:
+            problems.append(f"missing: {row.name} {shape_text(expected)}")
+        elif files.shape(row.name) != expected:
+            found = shape_text(files.shape(row.name))
+            problems.append(f"misshapen: {row.name} is {found}, not {shape_text(expected)}")
+        elif files.dtype(row.name).name not in FLOATS:
+            problems.append(f"not floating-point: {row.name} is {files.dtype(row.name)}")
         else:
             with np.errstate(over="ignore"):  # Infinities are reported below.
-                tensor = files[row.theirs].astype(np.float32, copy=False)
+                tensor = files[row.name].astype(np.float32, copy=False)
             if not np.isfinite(tensor).all():
-                problems.append(f"not finite: {row.theirs}")
+                problems.append(f"not finite: {row.name}")
             leaves |= {path: np.asarray(x, order="C") for path, x in row.read(tensor).items()}
-    known = {row.theirs for row in rows}
+    known = {row.name for row in rows}
     problems += [
         f"unused: {name} {shape_text(files.shape(name))}"
         for name in files
@@ -342,7 +342,7 @@ def write_tree(
     tensors = {}
     for row in rows:
         fitting = {}
-        for path in row.ours:
+        for path in row.path:
             name = ".".join(path)
             if path not in leaves:
                 problems.append(f"missing: {name} {shape_text(shapes[path])}")
@@ -355,8 +355,8 @@ def write_tree(
                 problems.append(f"not finite: {name}")
             else:
                 fitting[path] = array
-        if len(fitting) == len(row.ours):
-            tensors[row.theirs] = row.write(fitting)
+        if len(fitting) == len(row.path):
+            tensors[row.name] = row.write(fitting)
     _raise(where, problems)
     return tensors
 

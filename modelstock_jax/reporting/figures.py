@@ -35,7 +35,7 @@ from modelstock_jax.reporting.style import (
     draw,
     ink,
 )
-from modelstock_jax.reporting.tables import MeanAndError, Row, Summary, summarise
+from modelstock_jax.reporting.tables import MeanAndError, Row, Summary, summarize
 
 UnitRows = Sequence[Mapping[str, Any]]
 
@@ -409,7 +409,7 @@ def id_against_shifts(
       The figure.
     """
     rows = [row for row in rows if row.get("avg_shifts") is not None]
-    every = [Point(s, s.id, s.avg_shifts) for s in summarise(rows) if s.avg_shifts is not None]
+    every = [Point(s, s.id, s.avg_shifts) for s in summarize(rows) if s.avg_shifts is not None]
     # Other merge units crowd around the run's own: they are for the table.
     points = [
         one for one in every if one.summary.method != "wise_ft" and one.summary.unit is None

@@ -117,7 +117,7 @@ def mean_and_error(values: Sequence[float]) -> MeanAndError:
     return MeanAndError(mean, math.sqrt(variance / count))
 
 
-def summarise(rows: Iterable[Row]) -> list[Summary]:
+def summarize(rows: Iterable[Row]) -> list[Summary]:
     """Groups rows by method (and alpha, unit) in order of appearance; means and errors over seeds.
 
     Several rows of one seed (the replicas of a run) are averaged first: the error is over seeds.
@@ -256,7 +256,7 @@ def shown(
     """The summaries that a table shows; of a WiSE-FT curve these alphas only (None: all)."""
     return [
         summary
-        for summary in summarise(rows)
+        for summary in summarize(rows)
         if summary.alpha is None
         or wise_ft_alphas is None
         or any(abs(summary.alpha - alpha) < 1e-9 for alpha in wise_ft_alphas)
@@ -337,7 +337,7 @@ def write_results(workdir: str | Path, rows: Sequence[Row], **more: Any) -> tupl
     Raises:
       UserError: the directory cannot be written.
     """
-    summary = [_flat(asdict(summary)) for summary in summarise(rows)]
+    summary = [_flat(asdict(summary)) for summary in summarize(rows)]
     document = {**more, "rows": list(rows), "summary": summary}
     return (
         write_json(Path(workdir) / "results.json", document),

@@ -118,7 +118,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
     def read(
-        self, name: str, start: int, stop: int, into: np.ndarray | None = None
+        self, name: str, start: int, stop: int, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Reads elements [start, stop) of a flattened tensor; any thread may.
 
@@ -135,7 +135,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         if not 0 <= start <= stop <= math.prod(entry.shape):
             raise IndexError(f"{name}: [{start}, {stop}) of {math.prod(entry.shape)} elements")
         size = (stop - start) * dtype.itemsize
-        raw = np.empty(size, np.uint8) if into is None else into[:size]
+        raw = np.empty(size, np.uint8) if out is None else out[:size]
         values = raw.view(dtype)
         left, place = raw.data, entry.start + start * dtype.itemsize
         while left:

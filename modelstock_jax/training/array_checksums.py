@@ -150,7 +150,7 @@ class Pack(NamedTuple):
     rows: int
 
 
-def plan(tree: PyTree) -> dict[str, Pack]:
+def plan_packs(tree: PyTree) -> dict[str, Pack]:
     """Which leaves of a tree of arrays are packed: small ones, whole or with a replica axis.
 
     Those of one dtype that lie alike share a pack: a device packs what it holds, and nothing is
@@ -188,7 +188,7 @@ def pack(tree: PyTree, packs: Mapping[str, Pack]) -> dict[str, jax.Array]:
     return arrays
 
 
-def abstract(like: PyTree, packs: Mapping[str, Pack] | None) -> PyTree:
+def abstract_packed(like: PyTree, packs: Mapping[str, Pack] | None) -> PyTree:
     """Shapes, dtypes and shardings of what `pack` gave, to restore it by.
 
     Args:

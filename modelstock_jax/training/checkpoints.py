@@ -90,7 +90,7 @@ class Checkpoints:
           UserError: if this save or the one before it could not be written (a full disk).
         """
         self.wait()  # A step still being written is neither among `steps` nor safe to overwrite.
-        packs = array_checksums.plan(tree)
+        packs = array_checksums.plan_packs(tree)
         leaves = array_checksums.describe(tree)
         record = {"leaves": leaves, "packs": packs, "details": dict(details or {})}
         saved = array_checksums.pack(tree, packs)
@@ -100,7 +100,7 @@ class Checkpoints:
                 step, {_TREE: saved, _DIGESTS: document}, force=True, overwrite=step in self.steps
             )
         except (OSError, ValueError) as error:
-            raise unwritable(self.directory, error) from error
+            raise write_error(self.directory, error) from error
         self._saving = saving
         if saving is not None and on_saved is not None:
             saving.on_complete(lambda _: on_saved())
@@ -117,7 +117,7 @@ class Checkpoints:
                 saving.result()  # Else its thread and its three files stay open for ever.
             self._checkpointer.wait()
         except (OSError, ValueError) as error:
-            raise unwritable(self.directory, error) from error
+            raise write_error(self.directory, error) from error
 
     def record(self, step: int) -> dict[str, Any]:
         """What was saved: "leaves", {name: [dtype, shape, digest]}, "packs" and "details".
@@ -228,7 +228,7 @@ class Checkpoints:
             )
         packs = record.get("packs")  # Of older checkpoints, None: each array by itself.
         packs = packs and {name: array_checksums.Pack(*one) for name, one in packs.items()}
-        loaded, reason = self._load(step, _TREE, array_checksums.abstract(abstract, packs))
+        loaded, reason = self._load(step, _TREE, array_checksums.abstract_packed(abstract, packs))
         if loaded is None:
             raise self._damaged(step, reason)
         tree = array_checksums.unpack(loaded, abstract, packs)
@@ -245,7 +245,7 @@ class Checkpoints:
                 return self._checkpointer.load_checkpointables(step, {part: like})[part], ""
             except Exception as error:  # Orbax, TensorStore and asyncio each raise their own kinds.
                 reason = one_line(error)
-            end_given_up_reads()
+            wait_for_abandoned_reads()
         return None, reason
 
     def _damaged(self, step: int, reason: str) -> CorruptCheckpoint:
@@ -397,7 +397,7 @@ def quarantined_steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def unwritable(directory: Path, error: Exception) -> UserError:
+def write_error(directory: Path, error: Exception) -> UserError:
     """The error of a checkpoint that could not be written: the disk, mostly."""
     free = shutil.disk_usage(directory).free / 1e6
     return UserError(
@@ -423,7 +423,7 @@ def quiet() -> Iterator[None]:
         log.disabled, sys.unraisablehook = False, hook
 
 
-def end_given_up_reads(most: float = 10.0) -> None:
+def wait_for_abandoned_reads(timeout: float = 10.0) -> None:
     """Collects the reads that Orbax gave up, as each of them ends; `quiet` is to be around it.
 
     TensorStore goes on with a read that nobody awaits any more, and holds it. What it lets go of
@@ -432,7 +432,7 @@ def end_given_up_reads(most: float = 10.0) -> None:
     Args:
       most: seconds after which what is still held is left to itself.
     """
-    until = time.monotonic() + most
+    until = time.monotonic() + timeout
     gc.collect()
     while any(map(_is_read, gc.get_objects())) and time.monotonic() < until:
         time.sleep(0.02)

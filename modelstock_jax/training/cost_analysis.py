@@ -42,19 +42,19 @@ class Memory:
     merge_temporary: int
 
     @property
-    def held(self) -> int:
+    def total(self) -> int:
         """What stays from step to step."""
         return self.anchor + self.params + self.opt_state + self.merged
 
     @property
     def step(self) -> int:
         """The most during a step: the next batch arrives while it runs."""
-        return self.held + 2 * self.batch + self.step_temporary
+        return self.total + 2 * self.batch + self.step_temporary
 
     @property
     def merge(self) -> int:
         """The most during a merge, before the merged model of the last one is let go."""
-        return self.held + self.merged + self.merge_temporary if self.merged else 0
+        return self.total + self.merged + self.merge_temporary if self.merged else 0
 
     @property
     def peak(self) -> int:

@@ -20,15 +20,15 @@ from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, tr
 from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainTransform
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.classifier import Classifier, TextSide, needed, with_captions
+from modelstock_jax.training.classifier import Classifier, TextSide, needed_text, with_captions
 from modelstock_jax.training.losses import (
     Apply,
     Loss,
     Normalize,
-    context_aware,
-    contrastive,
+    car_ft,
     cross_entropy,
-    with_l2_sp,
+    flyp,
+    l2_sp,
 )
 from modelstock_jax.training.projections import NORMS
 from modelstock_jax.training.sharding import batch_sharding, local_indices
@@ -72,7 +72,7 @@ def make_trainer(
       UserError: if an option is out of its range, or options do not fit together.
     """
     if programs is None:
-        programs = StepFunctions(config, finetuning_task(config, anchor, len(data.train), data.augment))
+        programs = StepFunctions(config, make_task(config, anchor, len(data.train), data.augment))
     size = anchor.normalize.image_size
     batches = partial(_batches, config, data.train, size, batch_sharding(programs.mesh))
     return Trainer(config, programs, batches, workdir, name, timeline, title)
@@ -96,7 +96,7 @@ def _batches(
     )
 
 
-def finetuning_task(
+def make_task(
     config: ConfigDict, anchor: Classifier, num_train: int, augment: AugmentImages
 ) -> Task:
     """Replicas of `anchor`, each with its own augmentation of `num_train` images.
@@ -116,7 +116,7 @@ def finetuning_task(
     hyper = hyper_parameters(config, epoch)
     prompts = None
     if config.objective.name == "flyp":
-        prompts = needed(anchor.text, "flyp").prompts
+        prompts = needed_text(anchor.text, "flyp").prompts
     return Task(
         params=anchor.start(config),
         augment=_batch_augment(augment, config.data.augment.mixup, "mixup" in hyper, prompts),
@@ -191,17 +191,17 @@ def make_method(
     check_method(config)
     rules, smoothing = config.objective, config.label_smoothing
     if rules.name == "flyp":
-        side = needed(text, rules.name)
-        loss_fn = contrastive(side.encode_image, side.encode_text, normalize)
+        side = needed_text(text, rules.name)
+        loss_fn = flyp(side.encode_image, side.encode_text, normalize)
     elif rules.name == "car_ft":
-        contexts = needed(text, rules.name).contexts
-        loss_fn = context_aware(
+        contexts = needed_text(text, rules.name).contexts
+        loss_fn = car_ft(
             apply, normalize, contexts, alpha=rules.car_ft_alpha, label_smoothing=smoothing
         )
     else:
         loss_fn = cross_entropy(apply, normalize, label_smoothing=smoothing)
     if rules.name == "l2_sp":
-        loss_fn = with_l2_sp(loss_fn, alpha=rules.l2_sp_alpha, beta=rules.l2_sp_beta)
+        loss_fn = l2_sp(loss_fn, alpha=rules.l2_sp_alpha, beta=rules.l2_sp_beta)
     trained = TRAINED.get(rules.name)
     return FinetuningMethod(_frozen(loss_fn, trained), trained, rules.name in ("car_ft", "l2_sp"))
 
@@ -286,20 +286,20 @@ def _frozen(loss_fn: Loss, trained: IsTrained | None) -> Loss:
 class _Range(NamedTuple):
     """What a number may be: `most` only where `closed`, and whole where `whole`."""
 
-    least: float
-    most: float = np.inf
-    closed: bool = True
-    whole: bool = False
+    min: float
+    max: float = np.inf
+    inclusive: bool = True
+    is_integer: bool = False
 
 
 _RANGES = {
     "learning_rate": _Range(0.0),
     "weight_decay": _Range(0.0),
-    "epochs": _Range(1, whole=True),
-    "label_smoothing": _Range(0.0, 1.0, closed=False),
+    "epochs": _Range(1, is_integer=True),
+    "label_smoothing": _Range(0.0, 1.0, inclusive=False),
     "mixup": _Range(0.0),
     "augment_strength": _Range(0.0, 1.0),
-    "randaugment_ops": _Range(0, whole=True),
+    "randaugment_ops": _Range(0, is_integer=True),
     "randaugment_magnitude": _Range(0.0, MAX_MAGNITUDE),
 }
 # Of the views of stored images, which the host draws: no program sees them.

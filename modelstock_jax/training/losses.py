@@ -58,7 +58,7 @@ def _cross_entropy(logits, batch, label_smoothing) -> tuple[jax.Array, Metrics]:
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
-def context_aware(
+def car_ft(
     apply: Apply,
     normalize: Normalize,
     contexts: Any,
@@ -102,7 +102,7 @@ def context_aware(
     return loss_fn
 
 
-def with_l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
+def l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
     """L2-SP (Li et al. 2018): a loss, and the distance from the pretrained weights.
 
         loss + alpha/2 |w_S - w0_S|^2 + beta/2 |w_new|^2
@@ -135,7 +135,7 @@ def with_l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
     return penalised
 
 
-def contrastive(
+def flyp(
     encode_image: Callable[[Any, jax.Array], jax.Array],
     encode_text: Callable[[Any, jax.Array], jax.Array],
     normalize: Normalize,

@@ -138,7 +138,7 @@ def replicas_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
     return jax.tree.map(place, replicas)
 
 
-def weights_sharding(mesh: Mesh, weights: PyTree, min_size: int) -> PyTree:
+def params_sharding(mesh: Mesh, weights: PyTree, min_size: int) -> PyTree:
     """A sharding for each leaf [...] of a model without a replica axis: anchor, merged weights."""
     return jax.tree.map(
         lambda x: NamedSharding(mesh, fsdp_spec(x.shape, mesh.shape["data"], min_size)),
@@ -146,7 +146,7 @@ def weights_sharding(mesh: Mesh, weights: PyTree, min_size: int) -> PyTree:
     )
 
 
-def merging_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
+def merge_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
     """Where the leaves [R, ...] lie while they are merged: all R replicas of a part together.
 
     The devices of the replica axis, too, split a tensor's own dimensions. From `replicas_sharding`

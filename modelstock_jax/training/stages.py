@@ -22,12 +22,12 @@ from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (
-    single_replica_config,
     check_method,
     make_trainer,
+    single_replica_config,
     train_transforms,
 )
-from modelstock_jax.training.losses import contrastive, cross_entropy
+from modelstock_jax.training.losses import cross_entropy, flyp
 from modelstock_jax.training.projections import trainable_projection
 from modelstock_jax.training.step_fns import Task
 
@@ -148,7 +148,7 @@ def pretraining_task(
     return Task(
         params=init(clip, jax.random.key(config.seed)),
         augment=lambda key, batch: batch,
-        loss_fn=contrastive(
+        loss_fn=flyp(
             lambda tower, images: encode_image(clip, tower, images, compute),
             lambda tower, ids: encode_text(clip, tower, ids, compute),
             preprocessor,

@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError, check_choice
-from modelstock_jax.merging import zero_noise
+from modelstock_jax.merging import init_noise
 from modelstock_jax.training import sharding
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.merge_step import make_merge
 from modelstock_jax.training.optimizer import make_optimizer, reads_pretrained
 from modelstock_jax.training.sharding import device_put_global
-from modelstock_jax.training.state import StepConstants, IsTrained, TrainState, init_state
+from modelstock_jax.training.state import IsTrained, StepConstants, TrainState, init_state
 from modelstock_jax.training.train_step import Augment, ReplicaMode, make_train_step
 
 PyTree = Any
@@ -95,7 +95,7 @@ class StepFunctions:
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps, task.trained)
         self.whole = sharding.replicated_sharding(self.mesh)
         least = config.mesh.fsdp_min_size
-        self.weights_sharding = sharding.weights_sharding(self.mesh, task.params, least)
+        self.weights_sharding = sharding.params_sharding(self.mesh, task.params, least)
         state = jax.eval_shape(self._init, task.params, 0)
         merges = [
             make_merge(
@@ -103,7 +103,7 @@ class StepFunctions:
                 self._tx,
                 task.num_heads,
                 last=last,
-                together=sharding.merging_sharding(self.mesh, state.params, least),
+                together=sharding.merge_sharding(self.mesh, state.params, least),
                 weights=self.weights_sharding,
             )
             for last in (False, True)
@@ -196,7 +196,7 @@ class StepFunctions:
     def _init(self, params: PyTree, seed: jax.Array) -> TrainState:
         config, noise = self._config, None
         if config.merge.carry_noise != "off":
-            noise = zero_noise(params, unit=config.merge.unit, num_heads=self.task.num_heads)
+            noise = init_noise(params, unit=config.merge.unit, num_heads=self.task.num_heads)
         return init_state(
             params, self._tx, num_replicas=config.num_replicas, seed=seed, noise=noise
         )

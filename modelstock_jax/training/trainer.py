@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.checkpoints import Checkpoints, save_or_check_anchor, resume
+from modelstock_jax.training.checkpoints import Checkpoints, resume, save_or_check_anchor
 from modelstock_jax.training.launcher import STOPPED, PreemptionHandler
 from modelstock_jax.training.merge_step import steps_between_merges
 from modelstock_jax.training.metrics import TrainLogger

@@ -11,7 +11,7 @@ from studies.catalogue.soup_search import SIZE, soup
 from studies.curves import ALPHAS, Curve, average, both, curve, curve_above, curve_scores, known
 from studies.expressions import Greedy, Mean, Merge, Model
 from studies.measurements import Measurement
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 # A soup costs as much as all else together: those that Table 2 has as well.
 _SOUP_SEEDS = 3

@@ -10,7 +10,7 @@ import numpy as np
 from modelstock_jax.reporting.figures import angle_by_layer, kind
 from studies.catalogue.model_pool import own_pairs, pool
 from studies.measurements import Angles, Measurement
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 # A key's bias gets no gradient (softmax does not see it): its angle is of noise alone.
 NOISE = "k_proj.bias"

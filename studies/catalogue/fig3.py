@@ -10,7 +10,7 @@ from studies.catalogue.model_pool import pool
 from studies.curves import shown
 from studies.expressions import Between, InPlane, Mean
 from studies.measurements import Distance, Measurement, Score
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 # In units of w1 - w0, and of the centre's height over that line. The centre lies over about three
 # quarters of it: a point that is as far along for every height lies this much less.

@@ -12,7 +12,7 @@ from studies.catalogue.model_pool import averages, mean, pool
 from studies.curves import shown
 from studies.expressions import Noisy
 from studies.measurements import Distance, Measurement, Score
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
 _DRAWS = 8

@@ -14,7 +14,7 @@ from studies.catalogue.model_pool import PAIR
 from studies.expressions import Replica
 from studies.measurements import Angles, Measurement
 from studies.runs import Run
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
 def _wanted(setup: Setup) -> dict[int, Measurement]:

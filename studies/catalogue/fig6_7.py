@@ -10,7 +10,7 @@ from studies.catalogue.model_pool import MERGING, PAIR
 from studies.expressions import Mean, Merged, Replica
 from studies.measurements import Angles, Measurement, Projected
 from studies.runs import Run
-from studies.study import StudyReport, Setup, Study, Table, Values
+from studies.study import Setup, Study, StudyReport, Table, Values
 
 
 def _pair(setup: Setup) -> dict[str, Measurement]:

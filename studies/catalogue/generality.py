@@ -14,7 +14,7 @@ from studies.curves import average, shown
 from studies.expressions import Merge, MergeFrom, Model, Replica, Start
 from studies.measurements import Angles, AnglesFrom, Measurement, Score, Shell
 from studies.runs import Run
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _WAYS: Mapping[str, dict[str, Any]] = {
     "AdamW": {},

@@ -26,7 +26,7 @@ from studies.curves import (
 from studies.expressions import Merge, Merged, Model, Replica
 from studies.measurements import Measurement, Score
 from studies.runs import Run
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _MEAN = MERGING | {"merge.method": "mean"}
 # Fixed before any of them was run. A run of 8 epochs at 2e-3 takes exp(-0.27 d) off a task vector

@@ -10,7 +10,7 @@ from studies.catalogue.model_pool import averages, groups, halves, mean, own_pai
 from studies.catalogue.paper_numbers import TABLE_1
 from studies.curves import average, both, shown, theirs
 from studies.measurements import Measurement, Score, Shell
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
 def _wanted(setup: Setup) -> dict[Any, Measurement]:

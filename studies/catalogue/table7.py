@@ -20,8 +20,8 @@ from studies.curves import (
     theirs,
 )
 from studies.expressions import Merge
-from studies.measurements import Measurement, Policies, Predicted, Score, Shell
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.measurements import Measurement, Outcomes, Predicted, Score, Shell
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
 def _teams(setup: Setup, size: int):
@@ -123,7 +123,7 @@ def _units(setup: Setup) -> dict[Any, Measurement]:
         wanted["weighted", i] = Score(Merge(team, "weighted"))
         for unit in _UNITS_NOT_CLIPPED:
             wanted["not clipped", unit, i] = Score(Merge(team, "not_clipped", unit))
-            wanted["policies", unit, i] = Policies(team, unit=unit)
+            wanted["outcomes", unit, i] = Outcomes(team, unit=unit)
         wanted |= curve_scores({"mean": mean(team)}, i)
     return wanted
 
@@ -177,8 +177,8 @@ def _positive_part(setup: Setup, values: Values) -> Table:
     """What taking the anchor where cos <= 0 is worth; the paper leaves it open."""
     teams, rows = range(len(_teams(setup, 2))), []
     for unit in _UNITS_NOT_CLIPPED:
-        counts = [values["policies", unit, i] for i in teams]
-        met = sum(one.get("clipped", 0) for one in counts)
+        counts = [values["outcomes", unit, i] for i in teams]
+        met = sum(one.get("clamped", 0) for one in counts)
         pairs = [(values[unit, i], values["not clipped", unit, i]) for i in teams]
         share = f"{100 * met / sum(sum(one.values()) for one in counts):.2f} %"
         rows.append([f"unit `{unit}`", share, *_less(pairs)])

@@ -10,7 +10,7 @@ from studies.catalogue.paper_numbers import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TA
 from studies.catalogue.soup_search import SIZE
 from studies.curves import average, shown, theirs
 from studies.measurements import HeldOut, Measurement, Score
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
 def _wanted(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]:

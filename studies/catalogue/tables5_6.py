@@ -11,7 +11,7 @@ from studies.curves import average, both, shown, theirs
 from studies.expressions import Merged, Replica
 from studies.measurements import Measurement, Score, Shell
 from studies.runs import Run
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
 def _others(setup: Setup, seed: int):

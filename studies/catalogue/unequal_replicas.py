@@ -11,9 +11,9 @@ from studies.catalogue.model_pool import MERGING, groups, mean
 from studies.catalogue.soup_search import SIZE, soup
 from studies.curves import both, curve, curve_scores, id_and_shifts, known, own_above, shown
 from studies.expressions import Merge, Merged, Replica
-from studies.measurements import Measurement, Policies, Score
+from studies.measurements import Measurement, Outcomes, Score
 from studies.runs import Run
-from studies.study import Claim, StudyReport, Setup, Study, Table, Values
+from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _SIZES = (2, 4, SIZE)
 _METHODS = {"mean": "mean", "stock": "equation 3", "weighted": "weighted (ours)"}
@@ -41,7 +41,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
             wanted |= curve_scores({("mean", size): mean(team)}, i)
             for method in ("stock", "weighted"):
                 wanted[(method, size), i] = Score(Merge(team, method))
-            wanted["policies", size, i] = Policies(team, "weighted")
+            wanted["outcomes", size, i] = Outcomes(team, "weighted")
     for seed in setup.seeds:
         for rates in _RATES:
             wanted[rates, seed] = Score(_periodic(setup, seed, rates))
@@ -120,12 +120,12 @@ def _differences(
 def _policies(setup: Setup, values: Values) -> Table:
     columns = {
         "interpolated": "weighted",
-        "weighted_fallback": "fell back on equation 3",
-        "clipped": "anchor kept",
+        "fallback_to_eq3": "fell back on equation 3",
+        "clamped": "anchor kept",
     }
     rows = []
     for size in _SIZES:
-        counts = [values["policies", size, i] for i in range(len(_teams(setup, size)))]
+        counts = [values["outcomes", size, i] for i in range(len(_teams(setup, size)))]
         rows.append([f"N = {size}", *(_share(counts, policy) for policy in columns)])
     return Table(["weighted: share of tensors", *columns.values()], rows)
 

@@ -111,11 +111,11 @@ def test_report(models, merged):
         ratio, _ = stock([file[row["name"]] for file in files])
         assert row["ratio"] == pytest.approx(ratio, abs=1e-6)
         assert tuple(row["shape"]) == llama_shapes()[row["name"]]
-        assert row["policy"] == "interpolated" and len(row["norms"]) == 2
+        assert row["outcome"] == "interpolated" and len(row["norms"]) == 2
         assert row["angle"] == pytest.approx(np.degrees(np.arccos(row["cosine"])))
         distance = row["predicted_distance"]
         assert distance["replica"] > distance["mean"] > distance["merged"] > 0
-    assert report["policies"] == {"interpolated": len(report["units"])}
+    assert report["outcomes"] == {"interpolated": len(report["units"])}
     inputs = [report["base"], *report["models"]]
     assert [i["model"] for i in inputs] == models
     for source in inputs:
@@ -280,8 +280,8 @@ def test_adapters_of_the_base(models, tmp_path):
     for name in before:
         if name != f"{Q}.weight":
             np.testing.assert_array_equal(after[name], before[name])
-    policies = json.loads((out / "merge_report.json").read_text())["policies"]
-    assert policies["undefined"] == 20
+    policies = json.loads((out / "merge_report.json").read_text())["outcomes"]
+    assert policies["unchanged"] == 20
 
 
 def test_recipes_run_unchanged(models, merged, tmp_path):
@@ -365,7 +365,7 @@ def test_compare_shows_angles_and_ratios_at_every_width(models, monkeypatch, wid
     assert all(len(line) <= width for line in lines[lines.index(head):])
     row = next(line for line in lines if "embed_tokens.weight" in line)
     assert len(re.findall(r" \d+\.\d(?= )", row)) == 1 and re.search(r" 0\.\d{3}( |$)", row)
-    assert ("policy" in head.split()) != any("policy" in line for line in lines[-4:])
+    assert ("outcome" in head.split()) != any("outcome" in line for line in lines[-4:])
 
 
 def test_names_are_shown_as_they_are(say, models, tmp_path):

@@ -36,7 +36,7 @@ def test_every_dtype_against_float64(tmp_path, dtype, number):
         d, base = deltas(given, name), numbers(given[0][name]).reshape(-1)
         t = 1.0 if d.shape[1] == 1 else stock_ratio(d)
         # 8-bit numbers leave some small tensors unmoved, or moved by a few steps: t is theirs.
-        assert abs(row["ratio"] - t) < EXACT or row["policy"] != "interpolated", name
+        assert abs(row["ratio"] - t) < EXACT or row["outcome"] != "interpolated", name
         ref = base + row["ratio"] * d.mean(axis=0)
         error = np.abs(numbers(out[name]).reshape(-1) - ref)
         # Half a place is the rounding of the output. Arithmetic, in float32 for 16-bit numbers and

@@ -95,14 +95,14 @@ def test_05_filters_of_a_convolution_are_its_output_channels(tmp_path):
 def test_06_a_scalar_takes_the_mean(tmp_path):
     out, report = merge(tmp_path, one(np.float32, 4.0, 4.5, 3.0))
     (row,) = report.rows
-    assert out["w"] == 3.75 and row["cosine"] is None and row["policy"] == "too_small"
+    assert out["w"] == 3.75 and row["cosine"] is None and row["outcome"] == "scalar"
 
 
 def test_07_a_frozen_replica_does_not_undo_the_other(tmp_path):
     given = models({"w": (5, 5)})
     out, report = merge(tmp_path, [given[0], given[0], given[2]])
     np.testing.assert_array_equal(out["w"], given[2]["w"])
-    assert report.outcomes == {"one_replica_left": 1}
+    assert report.outcomes == {"one_model_changed": 1}
 
 
 @pytest.mark.parametrize("second", [[-1.0, -1, -1, -1], [-1.0, -1, -1, 2.5]])
@@ -110,7 +110,7 @@ def test_08_opposed_task_vectors_give_the_base(tmp_path, second):
     given = one(np.float32, np.ones(4), np.ones(4) + [1.0, 1, 1, 1], np.ones(4) + second)
     out, report = merge(tmp_path, given)
     (row,) = report.rows
-    assert row["cosine"] < 0 and row["ratio"] == 0 and row["policy"] == "clipped"
+    assert row["cosine"] < 0 and row["ratio"] == 0 and row["outcome"] == "clamped"
     np.testing.assert_array_equal(out["w"], given[0]["w"])
 
 

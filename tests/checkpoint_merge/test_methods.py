@@ -60,7 +60,7 @@ def test_every_unit_as_in_training(tmp_path, unit, method):
     assert rows(ours).keys() == theirs.keys()
     for name, row in rows(ours).items():
         same = theirs[name]
-        assert (row["unit"], row["policies"]) == (same["unit"], same["policies"])
+        assert (row["unit"], row["outcomes"]) == (same["unit"], same["outcomes"])
         assert row["ratio"] == pytest.approx(same["ratio"], abs=1e-6)
         assert row["norms"] == pytest.approx(same["norms"], rel=1e-6)
         if same["cosine"] is None:
@@ -72,7 +72,7 @@ def test_every_unit_as_in_training(tmp_path, unit, method):
         if method == "weighted-stock":  # Each a_i has its own 1e-6, of its own task vector.
             tolerance += 1e-6 * np.abs(deltas(given, name)).max(axis=0).reshape(ref.shape)
         assert (np.abs(numbers(out[name]) - ref) <= tolerance).all(), name
-        if row["policy"] in ("undefined", "one_replica_left"):
+        if row["outcome"] in ("unchanged", "one_model_changed"):
             np.testing.assert_array_equal(out[name], ref)
     for key, value in total_distance(stats)._asdict().items():
         assert ours.distance[key] == pytest.approx(value, rel=1e-5)
@@ -82,7 +82,7 @@ def test_policies_are_counted(tmp_path):
     _, report = merge(tmp_path, with_degenerate_units(models()))
     # Of 14 tensors: one opposed, one frozen, one with a frozen replica, one scalar.
     assert report.outcomes == {
-        "interpolated": 10, "clipped": 1, "undefined": 1, "one_replica_left": 1, "too_small": 1,
+        "interpolated": 10, "clamped": 1, "unchanged": 1, "one_model_changed": 1, "scalar": 1,
     }
 
 
@@ -92,8 +92,8 @@ def test_rows_of_one_replica_are_its_own_bit_for_bit(tmp_path):
     first["w"][1:3], second["w"][2:] = base["w"][1:3], base["w"][2:]
     second["w"][1] *= 1e-9
     out, report = merge(tmp_path, [base, first, second], unit="filter")
-    assert report.rows[0]["policies"] == {
-        "interpolated": 1, "one_replica_left": 2, "undefined": 1}
+    assert report.rows[0]["outcomes"] == {
+        "interpolated": 1, "one_model_changed": 2, "unchanged": 1}
     assert (base["w"][1] + (second["w"][1] - base["w"][1]) != second["w"][1]).any()
     for row, model in ((1, second), (2, base), (3, first)):
         np.testing.assert_array_equal(out["w"][row], model["w"][row])
@@ -105,7 +105,7 @@ def test_replicas_that_did_not_move_leave_the_unit(tmp_path):
     out, report = merge(tmp_path, given)
     (row,) = report.rows
     two, _ = merge(tmp_path / "two", [given[0], given[1], given[3]])
-    assert row["policy"] == "replicas_left_out" and row["norms"][1] == 0
+    assert row["outcome"] == "unchanged_models_left_out" and row["norms"][1] == 0
     np.testing.assert_array_equal(out["w"], two["w"])
     assert row["cosines"][0][1] is None and row["cosines"][0][2] == pytest.approx(row["cosine"])
 
@@ -165,7 +165,7 @@ GIVEN = [
 def test_methods_of_given_weights(tmp_path, options, reference):
     given = models(number=3)
     out, report = merge(tmp_path, given, **options)
-    assert set(report.outcomes) == {"given"}
+    assert set(report.outcomes) == {"fixed_ratio"}
     for name in SHAPES:
         ref = reference(given, name)
         # Half a place of float32, and the roundings of a float64 sum.

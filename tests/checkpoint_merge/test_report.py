@@ -21,7 +21,7 @@ DIGEST = "0" * 64
 def row(name, shape=(8, 8), angle=60.0):
     cosine = None if angle is None else math.cos(math.radians(angle))
     return {"name": name, "shape": list(shape), "angle": angle, "cosine": cosine, "ratio": 0.5,
-            "norms": [0.1, 0.2], "policy": "interpolated"}  # fmt: skip
+            "norms": [0.1, 0.2], "outcome": "interpolated"}  # fmt: skip
 
 
 def made_up(**changes):
@@ -32,7 +32,7 @@ def made_up(**changes):
                    source | {"model": "./run2"}],
         "options": {"method": "stock", "unit": "layer", "dtype": "bfloat16"},
         "ratios": ratios([row("layers.0.mlp.weight"), row("logit_scale", (), None)]),
-        "policies": {"interpolated": 20, "too_small": 1},
+        "outcomes": {"interpolated": 20, "scalar": 1},
         "not_merged": [{"name": "a", "takes": "base", "reason": "excluded"}],
         "notes": ["the head is tied"],
         "outputs": {"model.safetensors": DIGEST},

@@ -108,7 +108,7 @@ def test_what_is_complete_is_kept_and_the_rest_made_again(tmp_path, monkeypatch)
     fresh = run(made, tmp_path / "whole")
     place = _stop_after(made, tmp_path / "out", 0.6, monkeypatch)
     state = json.loads((place / "merge_state.json").read_text())
-    kept = {name: (place / name).stat().st_ino for name in state["digests"]}
+    kept = {name: (place / name).stat().st_ino for name in state["checksums"]}
     assert 1 < len(kept) < len(made.files)
     seen = []
     report = run(made, tmp_path / "out", progress=lambda *done: seen.append(done))
@@ -125,7 +125,7 @@ def test_what_is_complete_is_kept_and_the_rest_made_again(tmp_path, monkeypatch)
 def test_a_start_that_is_interrupted_locks_nothing(tmp_path, monkeypatch):
     made = plan(save(tmp_path, models(SHAPES)), **{**OPTIONS, "threads": 1})
     place = _stop_after(made, tmp_path / "out", 0.6, monkeypatch)
-    kept = json.loads((place / "merge_state.json").read_text())["digests"]
+    kept = json.loads((place / "merge_state.json").read_text())["checksums"]
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ import pytest
 from configs import default
 from modelstock_jax.data.augment import MAX_SHIFT, mixup, shift_and_jitter
 from modelstock_jax.data.glyphs import sets
-from modelstock_jax.training.finetune import Classifier, finetuning_task
+from modelstock_jax.training.finetune import Classifier, make_task
 from modelstock_jax.training.losses import cross_entropy
 
 COUNT = 512  # one shape for all tests: each costs a compilation
@@ -132,11 +132,11 @@ def test_a_run_with_mixup_mixes_after_its_own_augmentation():
     config.data.augment.mixup = 0.4
     anchor = Classifier(params={}, apply=None, normalize=None, num_heads=1)
     batch = {"image": jnp.arange(24.0).reshape(2, 2, 2, 3), "label": jnp.arange(2)}
-    task = finetuning_task(config, anchor, 1000, lambda key, images: images + 1)
+    task = make_task(config, anchor, 1000, lambda key, images: images + 1)
     drawn = task.augment(jax.random.key(0), batch)
     _, key = jax.random.split(jax.random.key(0))
     expected = mixup(key, batch | {"image": batch["image"] + 1}, 0.4)
     jax.tree.map(np.testing.assert_array_equal, drawn, expected)
     config.data.augment.mixup = 0.0
-    task = finetuning_task(config, anchor, 1000, lambda key, images: images + 1)
+    task = make_task(config, anchor, 1000, lambda key, images: images + 1)
     assert set(task.augment(jax.random.key(0), batch)) == {"image", "label"}

@@ -103,10 +103,10 @@ def test_a_hundred_classes(tmp_path):
 
 
 def test_what_is_known_without_the_data():
-    outline = benchmark.outline(config("nowhere", held_out=500))
+    outline = benchmark.summarize(config("nowhere", held_out=500))
     assert (outline.num_train, outline.num_classes) == (45_000, 10)
     assert "CIFAR-10" in outline.source and "5,000" in outline.source
-    hundred = benchmark.outline(config("nowhere", name="cifar100", held_out=0))
+    hundred = benchmark.summarize(config("nowhere", name="cifar100", held_out=0))
     assert (hundred.num_train, hundred.num_classes) == (50_000, 100)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from modelstock_jax.data.glyphs import pretraining_batch, make_sets
+from modelstock_jax.data.glyphs import make_sets, pretraining_batch
 from modelstock_jax.data.glyphs.render import (
     BROAD,
     CHARACTERS,

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from modelstock_jax.data.glyphs import sets, make_sets
+from modelstock_jax.data.glyphs import make_sets, sets
 from modelstock_jax.data.glyphs.render import CHARACTERS, PRETRAINING_FONTS
 from modelstock_jax.errors import UserError
 from studies import glyph_adversarial

@@ -69,9 +69,9 @@ def test_refuses_rules_that_do_not_fit(rules, message):
 
 def test_take():
     whole = ImageSet("some", IMAGES, LABELS, (1, 5))
-    assert len(whole) == 3 and len(whole.take(2)) == 2 and len(whole.take(9)) == 3
-    assert whole.take(2).classes == (1, 5) and whole.take(2).name == "some"
-    np.testing.assert_array_equal(whole.take(2).labels, LABELS[:2])
+    assert len(whole) == 3 and len(whole.first(2)) == 2 and len(whole.first(9)) == 3
+    assert whole.first(2).classes == (1, 5) and whole.first(2).name == "some"
+    np.testing.assert_array_equal(whole.first(2).labels, LABELS[:2])
 
 
 def test_take_and_select_of_encoded_images_keep_what_belongs_together():
@@ -85,7 +85,7 @@ def test_take_and_select_of_encoded_images_keep_what_belongs_together():
         crop_border=2,
     )
     for part, expected in [
-        (whole.take(4), [0, 2, 5, 7]),
+        (whole.first(4), [0, 2, 5, 7]),
         (whole.select(np.array([9, 3])), [9, 3]),
         (whole.select(np.array([9, 3, 5])).select(np.array([2, 0])), [5, 9]),
     ]:

@@ -16,7 +16,7 @@ from modelstock_jax.data.imagenet import (
     CLASSES,
     TEMPLATES,
     WNIDS,
-    check_whole,
+    check_complete,
     missing_sets,
     open_real,
     open_set,
@@ -186,19 +186,19 @@ def whole_labels(name):
 def test_published_counts(name):
     """Whole, with an image too many, and with an image of a wrong class."""
     labels, classes = whole_labels(name)
-    check_whole(name, "here", labels)
+    check_complete(name, "here", labels)
     with pytest.raises(UserError, match=r"images .*\d, 1 .*many"):
-        check_whole(name, "here", np.append(labels, labels[:1]))
+        check_complete(name, "here", np.append(labels, labels[:1]))
     if len(classes) == 200:
         other = next(k for k in range(1000) if k not in classes)
         with pytest.raises(UserError, match=f"{WNIDS[other]}, .*200 classes"):
-            check_whole(name, "here", np.append(labels[:-1], np.int32(other)))
+            check_complete(name, "here", np.append(labels[:-1], np.int32(other)))
 
 
 def test_an_uneven_class_is_named():
     labels, _ = whole_labels("validation")
     with pytest.raises(UserError, match=r" 1 .*few \(n01498041 .*50\)"):
-        check_whole("validation", "here", np.delete(labels, 6))
+        check_complete("validation", "here", np.delete(labels, 6))
 
 
 def test_the_benchmark(root):
@@ -206,7 +206,7 @@ def test_the_benchmark(root):
     data = imagenet.get_config().data
     data.root, data.check_counts, data.held_out = str(root), False, 2
     assert benchmark.missing(data) == []
-    assert benchmark.outline(data).num_train == 1_281_167 - 2_000
+    assert benchmark.summarize(data).num_train == 1_281_167 - 2_000
     opened = benchmark.load(data)
     assert len(opened.train) == len(LABELS) * (2 * EACH - 2) and len(opened.validation) == 8
     assert opened.class_names == CLASS_NAMES and opened.templates == TEMPLATES
@@ -220,4 +220,4 @@ def test_a_shift_without_its_last_classes_is_one_line():
     """R has labels up to 988, and fewer classes: what is not there is counted all the same."""
     first, second = CLASSES["r"][:2]
     with pytest.raises(UserError, match=f"1 of 200 classes .*{WNIDS[second]}"):
-        check_whole("r", "here", np.array([first], np.int32))
+        check_complete("r", "here", np.array([first], np.int32))

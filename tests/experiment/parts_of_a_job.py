@@ -47,11 +47,11 @@ def said(number: int) -> dict:
     from modelstock_jax.training.launcher import PreemptionHandler
     from modelstock_jax.training.sharding import (
         batch_sharding,
-        local_indices,
-        make_mesh,
-        make_global_array,
-        put_batch,
         device_put_global,
+        local_indices,
+        make_global_array,
+        make_mesh,
+        put_batch,
     )
     from tests.test_evaluation import CLASSES, apply, image_set
 
@@ -97,7 +97,7 @@ def restored(directory: str) -> list[bool]:
 
     from modelstock_jax.training import multihost
     from modelstock_jax.training.checkpoints import Checkpoints
-    from modelstock_jax.training.sharding import make_mesh, device_put_global
+    from modelstock_jax.training.sharding import device_put_global, make_mesh
 
     values = {
         "bias": np.arange(6.0, dtype=np.float32).reshape(2, 3),
@@ -126,11 +126,11 @@ def restored(directory: str) -> list[bool]:
 def different_configs(number: int) -> None:
     """Process 1 has another learning rate."""
     from configs import glyphs
-    from modelstock_jax.experiment.setup import check_same
+    from modelstock_jax.experiment.setup import check_same_on_all_processes
 
     config = glyphs.get_config()
     config.optimizer.learning_rate += number
-    check_same(config, workdir="there")
+    check_same_on_all_processes(config, workdir="there")
 
 
 def lose_one(number: int) -> None:

@@ -154,8 +154,8 @@ def test_ratios_and_cosines_stay_in_range(gram, energy):
     norms = np.sqrt(np.diagonal(corrected))
     # 1e-9: of the roots.
     assert (np.abs(corrected) <= norms[:, None] * norms * (1 + 1e-9)).all()
-    np.testing.assert_array_equal(geometry.moved(corrected), geometry.moved(gram))
-    for rule in (rules.equation_3, rules.unequal_noise):
+    np.testing.assert_array_equal(geometry.is_moved(corrected), geometry.is_moved(gram))
+    for rule in (rules.equation_3, rules.noise_weights):
         solution = rule(corrected, np.array(False))
         assert 0 <= solution.ratio <= 1 + 1e-12
         assert -1 <= solution.cosine <= 1 or solution.cosine == geometry.COSINE_UNDEFINED
@@ -187,7 +187,7 @@ def test_correct_gram_leaves_alone_what_has_no_error_or_is_frozen():
     corrected = correct_gram(frozen, np.array([1.9, 0.0]))
     np.testing.assert_array_equal(corrected, frozen)
     tiny = np.array([[1e-37, 5e-38], [5e-38, 1e-37]])  # below it a replica counts as unmoved
-    assert geometry.moved(correct_gram(tiny, np.array(1.0))).all()
+    assert geometry.is_moved(correct_gram(tiny, np.array(1.0))).all()
 
 
 def test_one_pair_below_the_noise_does_not_outweigh_the_others():

@@ -9,21 +9,21 @@ import pytest
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import (
-    Policy,
+    UnitOutcome,
     constant_ratio,
     cosines,
     distance,
     distances,
+    init_noise,
     mean_model,
     model_stock,
     model_stock_carried,
     norms,
-    policy_counts,
+    outcome_counts,
     report,
     uniform_mean,
     weighted_model_stock,
     wise_ft,
-    zero_noise,
 )
 from tests.merging.reference import equation_3
 from tests.merging.trees import replicas
@@ -39,7 +39,7 @@ def test_uniform_mean_and_wise_ft():
         np.testing.assert_array_equal(mean[name], exact.astype(np.float32))
         half, _ = wise_ft(w0, w, 0.25)
         np.testing.assert_allclose(half[name], 0.75 * w0[name] + 0.25 * exact, rtol=2e-7, atol=1e-8)
-    assert policy_counts(stats) == {"given": 2} and report(stats)[0]["ratio"] == 1.0
+    assert outcome_counts(stats) == {"fixed_ratio": 2} and report(stats)[0]["ratio"] == 1.0
     assert float(stats.cosine["a"]) == float(model_stock(w0, w)[1].cosine["a"])
 
 
@@ -79,7 +79,7 @@ def test_weighted_formula():
     np.testing.assert_allclose(merged["a"].ravel(), w0["a"].ravel() + a @ deltas, rtol=2e-7,
                                atol=1e-7)
     assert float(stats.ratio["a"]) == pytest.approx(a.sum(), abs=1e-6)
-    assert stats.policy["a"] == Policy.INTERPOLATED
+    assert stats.outcome["a"] == UnitOutcome.INTERPOLATED
 
 
 def test_weighted_falls_back_to_equation_3_and_counts_it():
@@ -90,7 +90,7 @@ def test_weighted_falls_back_to_equation_3_and_counts_it():
     merged, stats = weighted_model_stock(w0, w)
     plain, _ = model_stock(w0, w)
     np.testing.assert_array_equal(merged["w"], plain["w"])
-    assert policy_counts(stats) == {"weighted_fallback": 1, "interpolated": 1}
+    assert outcome_counts(stats) == {"fallback_to_eq3": 1, "interpolated": 1}
     assert float(stats.ratio["w"]) == pytest.approx(equation_3(w0["w"], unequal)[1], abs=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_noise_is_carried_over_merges():
     w0, w = replicas(SHAPES, 2)
     noise, total, rng = None, 0.0, np.random.default_rng(0)
     step = jax.jit(model_stock_carried)
-    noise = zero_noise(w0)
+    noise = init_noise(w0)
     for _ in range(4):
         merged, stats, noise = step(w0, w, noise)
         added, square = _energy(w0["a"], w["a"])
@@ -144,10 +144,10 @@ def test_shrinking_at_the_last_merge_only():
 
 def test_carried_noise_above_the_movement_gives_the_anchor():
     w0, w = replicas(SHAPES, 2)
-    noise = jax.tree.map(lambda s: s + 1e6, zero_noise(w0))
+    noise = jax.tree.map(lambda s: s + 1e6, init_noise(w0))
     merged, stats, noise = model_stock_carried(w0, w, noise)
     np.testing.assert_array_equal(merged["a"], w0["a"])
-    assert policy_counts(stats) == {"clipped": 2} and float(noise["a"]) == 0.0
+    assert outcome_counts(stats) == {"clamped": 2} and float(noise["a"]) == 0.0
 
 
 @pytest.mark.parametrize("unit", ["filter", "global", "tensor"])
@@ -156,7 +156,7 @@ def test_noise_has_the_units_shape(unit):
     w0["i"], w["i"] = np.int32(1), np.int32([1, 1])
     _, stats, noise = model_stock_carried(w0, w, None, unit)
     shapes = jax.tree.map(np.shape, noise)
-    assert shapes == jax.tree.map(np.shape, zero_noise(w0, unit))
+    assert shapes == jax.tree.map(np.shape, init_noise(w0, unit))
     assert shapes == jax.tree.map(np.shape, stats.ratio)
 
 

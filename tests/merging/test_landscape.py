@@ -12,7 +12,7 @@ from modelstock_jax.merging import (
     mean_distance,
     mean_model,
     norms,
-    number_averaged,
+    num_averaged,
     plane_coordinates,
     plane_point,
     plane_through,
@@ -132,7 +132,7 @@ def test_shell_finds_the_true_radius_where_the_sample_mean_does_not():
 def test_rows_that_are_not_what_they_say_are_found():
     # Tables 1 and 7: N from a distance alone, the pseudo-centre holding the models averaged.
     for said, distance, meant in [(2, 9.19, 2), (3, 7.44, 3), (5, 5.633, 5), (4, 5.63, 5)]:
-        implied = number_averaged(13.133, distance, 50)
+        implied = num_averaged(13.133, distance, 50)
         assert implied == pytest.approx(meant, abs=0.03)
         assert (abs(implied - said) > 0.5) == (said == 4)
-    assert number_averaged(7.0, mean_distance(7.0, 6)) == pytest.approx(6)
+    assert num_averaged(7.0, mean_distance(7.0, 6)) == pytest.approx(6)

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from modelstock_jax.checkpoint_merge.methods import measure_trim
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import (
-    Policy,
+    UnitOutcome,
     model_stock,
     report,
     slerp,
@@ -37,7 +37,7 @@ def test_task_arithmetic_by_hand():
     w = {"a": np.float32([[2, 1, 0, 1], [1, 3, 0, 4]])}
     merged, stats = task_arithmetic(w0, w, 0.5)
     assert merged["a"].tolist() == [1.5, 2.0, 0.0, 2.5]
-    assert {row["policy"] for row in report(stats)} == {"given"}
+    assert {row["outcome"] for row in report(stats)} == {"fixed_ratio"}
     assert float(stats.ratio["a"]) == 1.0
     forgotten, _ = task_arithmetic(w0, w, (-1.0, 0.0))
     assert forgotten["a"].tolist() == [0.0, 1.0, 0.0, 3.0]
@@ -102,7 +102,7 @@ def test_ties_by_hand_and_by_tensor():
     assert apart["small"].tolist() == [1, 2, 3, 0]
     assert apart["large"].tolist() == [0, 0, 70, 80]
     assert float(stats.predicted_distance.merged["small"]) == -1.0
-    assert stats.policy["small"] == Policy.GIVEN
+    assert stats.outcome["small"] == UnitOutcome.FIXED_RATIO
     each, _ = ties(w0, w, density=(0.25, 1.0), unit="tensor")
     assert each["small"].tolist() == [1, 2, 3, 0] and each["large"].tolist() == [-50, 60, 70, 80]
 

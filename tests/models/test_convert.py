@@ -35,9 +35,9 @@ def state_dict(seed: int, prefix: str = "", text: bool = True) -> dict[str, np.n
     tuned = with_head(seed=seed)
     left = {}
     for row in rows(CONFIG, "openai"):
-        name, tower = row.theirs, row.ours[0][0]
+        name, tower = row.name, row.path[0][0]
         if tower == "image_tower" or (text and not name.startswith("transformer.")):
-            leaves = {path: walk(tuned.params, path) for path in row.ours}
+            leaves = {path: walk(tuned.params, path) for path in row.path}
             left[f"{prefix}model.{name}"] = np.asarray(row.write(leaves), order="C")
     left[f"{prefix}classification_head.weight"] = np.asarray(tuned.head["kernel"].T, order="C")
     left[f"{prefix}classification_head.bias"] = tuned.head["bias"]

@@ -128,7 +128,7 @@ B32 = {
 def test_sizes_are_inferred_from_the_shapes_of_vit_b_32():
     config = CLIPConfig()
     shapes = param_shapes(config)
-    named = {row.theirs: row.shape(shapes) for row in rows(config, "openai")}
+    named = {row.name: row.shape(shapes) for row in rows(config, "openai")}
     assert {name: named[name] for name in B32} == B32
     assert sum(name.startswith("visual.") for name in named) == 152 and len(named) == 302
     told = infer(named)
@@ -156,7 +156,7 @@ def test_all_that_does_not_fit_is_listed_in_every_layout(saved, tmp_path, layout
     directory = shutil.copytree(saved[layout], tmp_path / layout)
     path = directory / FILES[layout]
     tensors = load_file(path)
-    names = {row.ours[0]: row.theirs for row in rows(CONFIG, formats.WRITABLE[layout].column)}
+    names = {row.path[0]: row.name for row in rows(CONFIG, formats.WRITABLE[layout].column)}
 
     def of(*path):
         return names[("image_tower", "blocks", "block_01", *path)]

@@ -99,7 +99,7 @@ def test_published_sizes(work):
     for name, theirs in published.items():
         config = read_model(theirs["config"])
         shapes = param_shapes(config)
-        ours = {row.theirs: list(row.shape(shapes)) for row in rows(config, "openai")}
+        ours = {row.name: list(row.shape(shapes)) for row in rows(config, "openai")}
         assert ours == theirs["shapes"], name
         written = write_model(config)
         # bigG's published ratio is rounded to four digits.

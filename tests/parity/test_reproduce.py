@@ -31,9 +31,9 @@ def pickled(path: Path, seed: int) -> None:
     params = {**tuned.params, "image_tower": small.perturbed(CONFIG, seed)["image_tower"]}
     leaves = dict(flatten(params))
     state = {
-        f"module.model.{row.theirs}": torch.from_numpy(np.array(row.write(leaves)))
+        f"module.model.{row.name}": torch.from_numpy(np.array(row.write(leaves)))
         for row in rows(CONFIG, "openai")
-        if not row.theirs.startswith("transformer.")
+        if not row.name.startswith("transformer.")
     }
     state["module.classification_head.weight"] = torch.from_numpy(tuned.head["kernel"] + seed).T
     state["module.classification_head.bias"] = torch.from_numpy(tuned.head["bias"] + seed)

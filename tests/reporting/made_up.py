@@ -70,7 +70,7 @@ def report(seed=0, num_blocks=4, num_replicas=2, width=96):
             1 + 0.02 * rng.normal(size=num_replicas))
         ratio = float(np.clip(2 * cosine / (1 + cosine), 0, 1))
         result.append({"name": name, "unit": name, "cosine": cosine, "angle": float(angle),
-                       "ratio": ratio, "norms": norms.tolist(), "policy": "merged", "size": size})
+                       "ratio": ratio, "norms": norms.tolist(), "outcome": "merged", "size": size})
     return result
 
 

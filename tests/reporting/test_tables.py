@@ -10,7 +10,7 @@ from rich.console import Console
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting import tables
-from modelstock_jax.reporting.tables import make_row, mean_and_error, summarise
+from modelstock_jax.reporting.tables import make_row, mean_and_error, summarize
 from tests.reporting import made_up
 
 ROW = {"method", "id", "shifts", "avg_shifts", "seed", "cost", "distance_to_anchor",
@@ -27,7 +27,7 @@ def test_standard_error_by_hand():
 def test_replicas_of_one_seed_are_averaged_before_the_error():
     rows = [make_row("replica", id=x, shifts={"V2": 1.0}, seed=seed)
             for seed, x in [(0, 10.0), (0, 30.0), (1, 40.0), (1, 60.0)]]
-    (summary,) = summarise(rows)
+    (summary,) = summarize(rows)
     assert summary.num_seeds == 2
     assert summary.id == (35.0, 15.0)  # 20 and 50: mean 35, deviation 21.2, error 15
 
@@ -38,12 +38,12 @@ def test_merge_units_and_numbers_of_replicas_are_told_apart():
 
     rows = [row(num_replicas=2), row(num_replicas=3), row(num_replicas=2, unit="filter")]
     stock = "Model Stock, after training"
-    names = [summary.label for summary in summarise(rows)]
+    names = [summary.label for summary in summarize(rows)]
     assert names == [f"{stock}, N = 2", f"{stock}, N = 3", f"{stock}, unit filter"]
 
 
 def test_one_seed_has_no_error():
-    assert summarise(made_up.rows())[1].id.error is None
+    assert summarize(made_up.rows())[1].id.error is None
 
 
 def test_average_is_the_plain_mean_of_the_shifts():

@@ -28,7 +28,7 @@ def report():
         assert isinstance(model, (Between, Anchor)) or alpha == 1
         name, seed = (key[0], key[-1]) if key[0] == "side" else key[:2]
         values[key] = score(name, alpha, seed)
-    return CARRIED.summarise(SETUP, values)
+    return CARRIED.summarize(SETUP, values)
 
 
 def test_what_lies_above_holds(report):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modelstock_jax.merging import model_stock, policy_counts
-from studies.expressions import not_clipped
+from modelstock_jax.merging import model_stock, outcome_counts
+from studies.expressions import unclamped
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -21,7 +21,7 @@ def test_equation_3_goes_below_zero_where_it_is_not_clipped(number):
     expected = number * cosine / (1 + (number - 1) * cosine)
     assert (expected < -0.1).sum() > 5 and (expected > 0.1).sum() > 5
 
-    merged, stats = not_clipped(w0, w, "filter")
+    merged, stats = unclamped(w0, w, "filter")
     # Measures are float32, and divided by as little as 1 + (N - 1) cos = 0.1; so are weights.
     np.testing.assert_allclose(stats.ratio["kernel"], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
@@ -33,10 +33,10 @@ def test_equation_3_goes_below_zero_where_it_is_not_clipped(number):
     np.testing.assert_allclose(
         clipped["kernel"][:, ~below], merged["kernel"][:, ~below], rtol=1e-6, atol=1e-6
     )
-    assert policy_counts(plain)["clipped"] == below.sum()
+    assert outcome_counts(plain)["clamped"] == below.sum()
 
 
 def test_opposite_task_vectors_give_the_anchor():
     w0 = {"w": np.array([1.0, 2.0], np.float32)}
     w = {"w": w0["w"] + np.array([[1, 1], [-1, -1]], np.float32)}
-    np.testing.assert_array_equal(not_clipped(w0, w)[0]["w"], w0["w"])
+    np.testing.assert_array_equal(unclamped(w0, w)[0]["w"], w0["w"])

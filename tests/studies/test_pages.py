@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from studies.pages import together, write, write_index
-from studies.study import Claim, StudyReport, Study, Table
+from studies.study import Claim, Study, StudyReport, Table
 
 STUDY = Study("some", "Some study", "About it.", None, None)
 DETAILS = {

@@ -43,7 +43,7 @@ def test_a_study_makes_its_page(name, bench, tmp_path):
     assert {run.seed for run in runs_of(tuple(wanted.values()))} <= set(SETUP.seeds)
     values = {key: value(one, bench) for key, one in wanted.items()}
     json.dumps(list(values.values()), allow_nan=False)  # As the ledger keeps them.
-    report = study.summarise(SETUP, values)
+    report = study.summarize(SETUP, values)
     details = {"seeds": SETUP.seeds, "commits": ["abc"], "pretrained": "drawn", "data": "drawn"}
     details["command"] = f"studies {study.name}"
     page = write(study, {"drawn": report}, tmp_path, details)
@@ -63,7 +63,7 @@ def test_the_claims_that_are_true_of_drawn_models_hold(bench):
     study, setup = STUDIES["table1"], SETUP._replace(seeds=tuple(range(8)))
     values = {key: one.measure(bench) for key, one in study.measurements(setup).items()}
     verdicts = {
-        c.text.split("(within")[0]: c.verdict for c in study.summarise(setup, values).claims
+        c.text.split("(within")[0]: c.verdict for c in study.summarize(setup, values).claims
     }
     assert verdicts.pop("(i) fine-tuned models lie at one distance from the centre ") in (
         "holds",
@@ -80,7 +80,7 @@ def test_a_tower_without_biases_is_asked_nothing_of_them(name, bench):
     for key in values:
         if "angles" in key:
             values[key] = {n: row for n, row in values[key].items() if kind(n) != "biases"}
-    texts = [claim.text for claim in study.summarise(SETUP, values).claims]
+    texts = [claim.text for claim in study.summarize(SETUP, values).claims]
     assert any("angles of kernels" in text for text in texts)
     assert not any("biases" in text for text in texts)
 
@@ -88,7 +88,7 @@ def test_a_tower_without_biases_is_asked_nothing_of_them(name, bench):
 def test_what_is_level_in_the_paper_is_no_claim(bench):
     study = STUDIES["table4"]
     values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
-    texts = [claim.text for claim in study.summarise(SETUP, values).claims]
+    texts = [claim.text for claim in study.summarize(SETUP, values).claims]
     # 87.0 and 87.0 on ImageNet, 71.6 and 69.4 on the shifts.
     assert [text.split(" (")[0] for text in texts if "TPGM" in text] == [
         "Model Stock beats TPGM, on the shifts"
@@ -98,7 +98,7 @@ def test_what_is_level_in_the_paper_is_no_claim(bench):
 def test_soups_from_a_probe_stand_beside_the_papers_second_set_up(bench):
     study = STUDIES["table2"]
     values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
-    texts = {claim.text for claim in study.summarise(SETUP, values).claims}
+    texts = {claim.text for claim in study.summarize(SETUP, values).claims}
     assert not any("linear probe" in text for text in texts), "there it is what soups start from"
     assert {text for text in texts if "from LP" in text} == {
         "Model Stock* beats uniform soup from LP, in distribution (+1.22 there)",
@@ -123,6 +123,6 @@ def test_a_rate_at_the_end_of_its_search_is_marked(bench):
         if key[0] == "tpgm" and len(key) == 3:
             _, seed, rate = key
             values[key] = 90.0 + (rate == min(seed, 2))  # The least, the middle, and the greatest.
-    (table,) = study.summarise(SETUP, values).tables
+    (table,) = study.summarize(SETUP, values).tables
     (row,) = [row for row in table.rows if row[0] == "TPGM"]
     assert row[table.columns.index("rates chosen")] == "0.33†, 1, 3†, 3†"

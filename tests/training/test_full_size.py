@@ -51,7 +51,7 @@ def test_vitb32_at_full_depth_for_eight_devices():
         lowered.compile(compiler_options=quickly) for lowered in programs.lower(batch).values()
     )
     need = memory(programs, {"step": step, "merge": merge}, batch)
-    assert need.held == pytest.approx(0.444e9, rel=0.01)
+    assert need.total == pytest.approx(0.444e9, rel=0.01)
     assert sent_across(step, 4) == 0, "replicas meet only to merge"
     assert sent_bytes(step) == pytest.approx({"all-gather": 264.6e6, "all-reduce": 530.2e6}, 0.01)
     weights = sum(x.size * 4 for x in jax.tree.leaves(programs.task.params))

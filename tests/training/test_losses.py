@@ -10,8 +10,14 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from modelstock_jax.training.classifier import with_captions
-from modelstock_jax.training.losses import context_aware, contrastive, cross_entropy, with_l2_sp
-from modelstock_jax.training.state import StepConstants, biases_and_head, freeze, head_only, leaf_names
+from modelstock_jax.training.losses import car_ft, cross_entropy, flyp, l2_sp
+from modelstock_jax.training.state import (
+    StepConstants,
+    biases_and_head,
+    freeze,
+    head_only,
+    leaf_names,
+)
 from tests.training import tiny
 
 PIXELS, EMBEDDING, CLASSES, CONTEXTS, BATCH = 6, 3, 4, 5, 7
@@ -107,7 +113,7 @@ def test_car_ft_is_cross_entropy_and_the_divergence_of_contexts(x64, world):
         divergence = (before * np.log(before / now)).sum(1).mean()
         return direct_cross_entropy(params, batch, smoothing) + alpha * divergence
 
-    loss_fn = context_aware(apply, lambda x: x, contexts, alpha=alpha, label_smoothing=smoothing)
+    loss_fn = car_ft(apply, lambda x: x, contexts, alpha=alpha, label_smoothing=smoothing)
     agree(loss_fn, direct, params, batch, StepConstants(pretrained=pretrained))
     _, metrics = loss_fn(pretrained, batch, StepConstants(pretrained=pretrained))
     assert abs(metrics["divergence"]) < 1e-15, "a model diverges from itself"
@@ -135,7 +141,7 @@ def test_flyp_is_clips_loss_with_both_towers_and_the_scale(x64):
         rows, columns = softmax_rows(logits), softmax_rows(logits.T)
         return -(np.log(np.diag(rows)).mean() + np.log(np.diag(columns)).mean()) / 2
 
-    loss_fn = contrastive(
+    loss_fn = flyp(
         lambda tower, images: images @ tower, lambda tower, ids: tower[ids].mean(1), lambda x: x
     )
     agree(loss_fn, direct, params, batch)
@@ -155,7 +161,7 @@ def test_l2_sp_pulls_the_tower_to_its_start_and_the_head_to_zero(x64, world):
     params, pretrained, _, batch = world
     alpha, beta = 0.3, 0.05
     plain = cross_entropy(apply, lambda x: x)
-    loss_fn = with_l2_sp(plain, alpha=alpha, beta=beta)
+    loss_fn = l2_sp(plain, alpha=alpha, beta=beta)
     reference = StepConstants(pretrained=pretrained)
 
     def direct(params):

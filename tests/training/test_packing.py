@@ -45,7 +45,7 @@ def mesh(replica, data):
 
 def test_what_is_small_and_lies_alike_is_one_array():
     made = tree(mesh(2, 4), 0)
-    packs = array_checksums.plan(made)
+    packs = array_checksums.plan_packs(made)
     together = {tuple(one.names): one.rows for one in packs.values()}
     assert together == {
         ("flag",): 0,

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.training.checkpoints import Checkpoints, save_or_check_anchor, resume
+from modelstock_jax.training.checkpoints import Checkpoints, resume, save_or_check_anchor
 from tests.training import tiny
 
 # A read that Orbax gives up may end after its event loop: whether it does is a matter of timing.

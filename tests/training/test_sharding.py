@@ -18,7 +18,7 @@ from modelstock_jax.models.clip import classifier
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.cost_analysis import collectives, device_bytes
 from modelstock_jax.training.losses import cross_entropy
-from modelstock_jax.training.sharding import mesh_shape, put_batch, fsdp_spec
+from modelstock_jax.training.sharding import fsdp_spec, mesh_shape, put_batch
 from modelstock_jax.training.step_fns import StepFunctions, use_compilation_cache
 from tests.training import tiny
 

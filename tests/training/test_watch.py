@@ -15,7 +15,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import JsonLines, read_lines
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.cost_analysis import collectives
-from modelstock_jax.training.metrics import LEARNT_AFTER, SpikeDetector, NonFiniteMonitor
+from modelstock_jax.training.metrics import LEARNT_AFTER, NonFiniteMonitor, SpikeDetector
 from modelstock_jax.training.sharding import put_batch
 from modelstock_jax.training.train_step import finite_checks
 from tests.training import linear

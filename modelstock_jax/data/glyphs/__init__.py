@@ -3,4 +3,4 @@
 from modelstock_jax.data.glyphs.captions import CLASS_NAMES, TEMPLATES, pretraining_batch
 from modelstock_jax.data.glyphs.sets import GlyphSets, make_sets
 
-__all__ = ["CLASS_NAMES", "TEMPLATES", "GlyphSets", "pretraining_batch", "make_sets"]
+__all__ = ["CLASS_NAMES", "TEMPLATES", "GlyphSets", "make_sets", "pretraining_batch"]

@@ -177,7 +177,7 @@ def make_sets(
 def _shift(name: str, seed: int, size: int) -> ImageSet:
     if name in _DRAWN:
         return _draw(name, seed, *_DRAWN[name], size)
-    return {"a": adversarial_set, "digits": digits}[name]().take(size)
+    return {"a": adversarial_set, "digits": digits}[name]().first(size)
 
 
 def training_set(seed: int = 0, size: int = TRAIN_SIZE) -> ImageSet:

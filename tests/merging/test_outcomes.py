@@ -11,10 +11,10 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.merging import (
     COSINE_UNDEFINED,
     NonFiniteError,
-    Policy,
+    UnitOutcome,
     check_finite,
     model_stock,
-    policy_counts,
+    outcome_counts,
     report,
     stack_replicas,
     total_distance,
@@ -35,7 +35,7 @@ def test_frozen_tensor_is_the_anchor_bit_for_bit():
     merged, stats = model_stock(w0, {"w": np.stack([w0["w"]] * 3)})
     assert _bits(merged["w"]) == _bits(w0["w"])
     assert float(stats.cosine["w"]) == COSINE_UNDEFINED == 2.0
-    assert stats.policy["w"] == Policy.UNDEFINED
+    assert stats.outcome["w"] == UnitOutcome.UNCHANGED
     assert report(stats)[0]["cosine"] is None and report(stats)[0]["angle"] is None
     assert total_distance(stats) == (0.0, 0.0, 0.0)
 
@@ -47,7 +47,7 @@ def test_one_replica_left_is_its_weights_bit_for_bit(dtype):
     for method in (model_stock, weighted_model_stock):
         merged, stats = method(w0, w)
         assert _bits(merged["w"]) == _bits(w["w"][1])
-        assert stats.policy["w"] == Policy.ONE_REPLICA_LEFT
+        assert stats.outcome["w"] == UnitOutcome.ONE_MODEL_CHANGED
         assert float(stats.ratio["w"]) == 1.0
         assert report(stats)[0]["cosine"] is None
 
@@ -58,7 +58,7 @@ def test_a_replica_that_did_not_move_leaves_the_unit():
     w["w"][2] = w0["w"]
     merged, stats = model_stock(w0, w)
     np.testing.assert_array_equal(merged["w"], model_stock(w0, pair)[0]["w"])
-    assert stats.policy["w"] == Policy.REPLICAS_LEFT_OUT
+    assert stats.outcome["w"] == UnitOutcome.UNCHANGED_MODELS_LEFT_OUT
     assert stats.norm["w"][2] == 0
 
 
@@ -71,7 +71,7 @@ def test_negative_cosine_is_the_anchor_and_said(cosine, method):
     merged, stats = method(w0, w)
     assert _bits(merged["w"]) == _bits(w0["w"])
     assert float(stats.ratio["w"]) == 0.0
-    assert policy_counts(stats) == {"clipped": 1}
+    assert outcome_counts(stats) == {"clamped": 1}
     assert abs(float(stats.cosine["w"]) - cosine) < 1e-6
 
 
@@ -82,7 +82,7 @@ def test_scalars_and_units_of_one_number_take_the_mean():
     merged, stats = model_stock(w0, w, "filter")
     assert float(merged["logit_scale"]) == 4.25
     np.testing.assert_array_equal(merged["row"], [[3, 1, 3]])
-    assert policy_counts(stats) == {"too_small": 4}
+    assert outcome_counts(stats) == {"scalar": 4}
     assert all(row["cosine"] is None for row in report(stats))
 
 
@@ -98,7 +98,7 @@ def test_integers_booleans_none_and_empty_tensors():
         assert merged["none"] is None and stats.cosine["none"] is None
         assert merged["empty"].shape == (0, 5) and merged["empty"].dtype == jnp.bfloat16
         assert merged["w"].dtype == jnp.bfloat16
-        assert policy_counts(stats)["kept"] == 3
+        assert outcome_counts(stats)["copied"] == 3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -125,7 +125,7 @@ def test_non_finite_under_jit_keeps_the_anchor_of_its_unit():
     np.testing.assert_array_equal(
         merged["q"][:, :5], model_stock({"q": w0["q"][:, :5]}, good, "filter")[0]["q"])
     assert stats.finite["q"].tolist() == [[True] * 6, [True] * 5 + [False]]
-    assert stats.policy["q"].tolist()[5] == Policy.NON_FINITE
+    assert stats.outcome["q"].tolist()[5] == UnitOutcome.NON_FINITE
     with pytest.raises(NonFiniteError, match=r"replica 1 .*'q'"):
         check_finite(stats)
     for method in (weighted_model_stock, uniform_mean):
@@ -206,5 +206,5 @@ def test_shared_units_count_once_in_totals():
     stats = model_stock(nested(w0), nested(w), "global")[1]
     assert total_distance(stats).mean == pytest.approx(
         float(stats.predicted_distance.mean["head"]["bias"]), rel=1e-6)
-    assert policy_counts(stats) == {"interpolated": 1}
+    assert outcome_counts(stats) == {"interpolated": 1}
     assert len(report(stats)) == len(TRANSFORMER)
