@@ -51,7 +51,7 @@ flags.DEFINE_float("step_ms", 0, "Also: wait of a step that takes so long, on al
 class PillowFolder(torch.utils.data.Dataset):
     """What torchvision's ImageFolder with RandomResizedCrop does, without torchvision.
 
-    Open, convert, crop, resize (bicubic; Pillow's always antialiases), to a tensor; normalised as
+    Open, convert, crop, resize (bicubic; Pillow's always antialiases), to a tensor; normalized as
     the usual recipe does on the host, or left in bytes as this package does.
     """
 
@@ -129,8 +129,8 @@ def ours(image_set: ImageSet, view: TrainTransform) -> Reader:
             batch_size=FLAGS.batch_size,
             seed=0,
             num_replicas=1,
-            view=view,
-            loading=LoaderOptions(threads=1),
+            transform=view,
+            loader=LoaderOptions(threads=1),
         )
     )
 
@@ -155,7 +155,7 @@ def waits(image_sets: dict[str, ImageSet], view: TrainTransform) -> None:
     print(f"\n| reader | wait of a step of {FLAGS.step_ms:.0f} ms, ms |\n|---|---|")
     for name, image_set in image_sets.items():
         stream = train_batches(
-            image_set, batch_size=FLAGS.batch_size, seed=0, num_replicas=1, view=view
+            image_set, batch_size=FLAGS.batch_size, seed=0, num_replicas=1, transform=view
         )
         waited = []
         for _ in range(12):
@@ -192,12 +192,12 @@ def main(_) -> None:
         for area in ((0.9, 1.0), (0.08, 1.0)):
             view = TrainTransform(FLAGS.size, area)
             readers = {
-                "DataLoader, Pillow, normalised": dataloader(paths, area, True),
+                "DataLoader, Pillow, normalized": dataloader(paths, area, True),
                 "DataLoader, Pillow, bytes": dataloader(paths, area, False),
             }
             readers |= {name: ours(one, view) for name, one in sets.items()}
             title = f"Random crop of {area[0]:.0%} to {area[1]:.0%} of the area, to {FLAGS.size}"
-            print_table(title, measure(readers), "DataLoader, Pillow, normalised")
+            print_table(title, measure(readers), "DataLoader, Pillow, normalized")
         pixels = TrainTransform(FLAGS.size)(stored.images[0], np.random.default_rng(0))
         operations(pixels, FLAGS.batch_size)
         if FLAGS.step_ms:

@@ -162,7 +162,7 @@ class Loops:
         def take(step, values):
             if late:
                 np.asarray(late.pop())
-            if step % self.config.log_every == 0:
+            if step % self.config.log_every_steps == 0:
                 late.append(values["loss"])
 
         return take

@@ -20,18 +20,18 @@ def operations(pixels: np.ndarray, batch_size: int) -> None:
     batch = jnp.asarray(np.stack([pixels] * batch_size))
     image = Image.fromarray(pixels)
     rng = np.random.default_rng(0)
-    grey = jnp.array([0.299, 0.587, 0.114])
+    gray = jnp.array([0.299, 0.587, 0.114])
 
     def blend(x, degenerate):
         return jnp.clip(degenerate + 1.3 * (x - degenerate), 0, 255).astype(jnp.uint8)
 
     on_device = {
         "flip": lambda x: x[:, :, ::-1],
-        "normalise": lambda x: (x.astype(jnp.float32) / 255 - MEAN) / STD,
+        "normalize": lambda x: (x.astype(jnp.float32) / 255 - MEAN) / STD,
         "brightness": lambda x: blend(x.astype(jnp.float32), 0.0),
-        "color": lambda x: blend(x.astype(jnp.float32), (x @ grey)[..., None]),
+        "color": lambda x: blend(x.astype(jnp.float32), (x @ gray)[..., None]),
         "contrast": lambda x: blend(
-            x.astype(jnp.float32), (x @ grey).mean((1, 2), keepdims=True)[..., None]
+            x.astype(jnp.float32), (x @ gray).mean((1, 2), keepdims=True)[..., None]
         ),
         "solarize": lambda x: jnp.where(x < 128, x, 255 - x),
         "posterize": lambda x: x & 0b11100000,
@@ -40,7 +40,7 @@ def operations(pixels: np.ndarray, batch_size: int) -> None:
     def on_host(name):
         if name == "flip":
             return lambda: np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        if name == "normalise":
+        if name == "normalize":
             return lambda: (pixels.astype(np.float32) / 255 - MEAN) / STD
         return lambda: np.asarray(OPERATIONS[name].apply(image, OPERATIONS[name].strongest / 3))
 
@@ -62,9 +62,9 @@ def operations(pixels: np.ndarray, batch_size: int) -> None:
         )
         measured[name] = microseconds(on_host(name), 1, 50), device
         print(f"| {name} | {measured[name][0]:.0f} | {device:.0f} |")
-    colour = np.array([measured[name] for name in on_device if name in OPERATIONS])
+    color = np.array([measured[name] for name in on_device if name in OPERATIONS])
     # A program for the whole batch computes every operation and selects, twice.
-    host, device = 2 * colour[:, 0].mean(), 2 * colour[:, 1].sum()
+    host, device = 2 * color[:, 0].mean(), 2 * color[:, 1].sum()
     print(f"| two of those five, drawn for each image | {host:.0f} | {device:.0f} |")
     both = np.mean([
         microseconds(lambda: np.asarray(rand_augment(rng, image, 2, 10)), 1, 1) for _ in range(200)

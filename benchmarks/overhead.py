@@ -60,7 +60,7 @@ def step_costs(case: str, rounds: int, workdir: Path, step: np.ndarray) -> list[
     one_save, with_merged = added("saving", "records"), added("epoch", "records")
     # The glyphs' epoch of 32 steps ends before a save is due; others save many times in one.
     glyphs = case == "glyphs"
-    every = 32 if glyphs else loops.config.checkpoint.every
+    every = 32 if glyphs else loops.config.checkpoint.save_every_steps
     share = 100 * (flags + records + (with_merged if glyphs else one_save) / every) / step
     size = sum(x.size for x in jax.tree.leaves(loops.anchor)) / 1e6
     return [
@@ -131,7 +131,7 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
 
 def host_cost(workdir: Path, steps: int = 1200) -> float:
     """Seconds of the loop's own thread that a step's records take, a line of metrics in ten."""
-    config = linear.config(log_every=10)
+    config = linear.config(log_every_steps=10)
     programs, timeline = linear.programs(config, 2 * steps), Timeline(workdir / "timeline.jsonl")
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
     state, reference, spent = programs.init_state(0), programs.step_constants(programs.anchor), 0.0

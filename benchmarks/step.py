@@ -68,8 +68,8 @@ class Steps:
         replicas = REPLICAS[way.replicas]
         config = models.run_config(self.size, self.dtype)
         config.num_replicas, config.batch_size = replicas, self.batch_size
-        config.compute.execution = "map" if way.replicas == "map" else "vmap"
-        config.compute.attention, config.compute.remat = way.attention, way.remat == "on"
+        config.compute.replica_mode = "map" if way.replicas == "map" else "vmap"
+        config.compute.attention_impl, config.compute.remat = way.attention, way.remat == "on"
         programs = models.make_programs(config, self.size, self.params)
         reference = programs.step_constants()  # Fine-tuning reads nothing beside its state.
         shapes = programs.abstract_batch(models.SIZES[self.size][4])

@@ -2,7 +2,7 @@
 
     python launch.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.root=DIR
     python launch.py --config=configs/cifar10.py --workdir=runs/cifar100 --config.data.root=DIR \\
-        --config.data.name=cifar100 --config.data.held_out=50
+        --config.data.name=cifar100 --config.data.held_out_per_class=50
 
 DIR is TensorFlow Datasets' data_dir (~/tensorflow_datasets unless told otherwise). Nothing is
 downloaded here; in an environment with TensorFlow, once:
@@ -31,7 +31,7 @@ def get_config():
     config.pretrained = "openai/clip-vit-base-patch32"
     config.data.name = "cifar10"
     # A tenth of each class: 500 of 5,000 images.
-    config.data.held_out = 500
+    config.data.held_out_per_class = 500
     config.data.augment.crop_area = (0.9, 1.0)
     config.data.augment.flip = True
 

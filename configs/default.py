@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 512
     # Parts that a step cuts its batch into, one after the other, for one update by the mean of
     # their gradients: the same update in less memory. A multiple of the devices must fit a part.
-    config.accumulate_steps = 1
+    config.gradient_accumulation_steps = 1
     # The share of a target that is spread over all classes; 0 turns it off.
     config.label_smoothing = 0.0
 
@@ -51,32 +51,32 @@ def get_config() -> ConfigDict:
     # Training images of each class, of ImageNet or CIFAR, that are kept for validation: the paper
     # trains on all of ImageNet; Model Soups keeps 26, to choose the members of a greedy soup and
     # the learning rate.
-    config.data.held_out = 0
+    config.data.held_out_per_class = 0
     # Shift sets to measure, in the table's order; () takes all that the data set has, of CIFAR-10
     # CIFAR-10.1 where it is there.
     config.data.shifts = ()
     # Also measure the test images by their reassessed labels (ReaL, Beyer et al. 2020).
-    config.data.real = False
+    config.data.real_labels = False
     # Class names and templates ('{}' stands for the name) of the zero-shot head: .txt files, one a
     # line in the order of the labels, or .json lists. "" takes the data set's own; of 'folder',
     # the folders' names and 'a photo of a {}.'.
     config.data.class_names = ""
     config.data.templates = ""
     # For 'folder': the share of each class to hold out where there is no such folder.
-    config.data.validation_share = 0.1
-    config.data.test_share = 0.1
+    config.data.validation_fraction = 0.1
+    config.data.test_fraction = 0.1
     # How stored images are read: threads that decode in each process (0: one a core), processes
     # beside this one, batches held ready, and whether an image that cannot be decoded is an 'error'
     # or left out and named in the log ('skip').
-    config.data.loading = ConfigDict()
-    config.data.loading.threads = 0
-    config.data.loading.workers = 0
-    config.data.loading.prefetch = 2
-    config.data.loading.unreadable = "error"
+    config.data.loader = ConfigDict()
+    config.data.loader.threads = 0
+    config.data.loader.workers = 0
+    config.data.loader.prefetch = 2
+    config.data.loader.unreadable = "error"
     # A directory for the training images decoded and with this short side: written by the first
     # run, read without decoding by all; "" decodes each time (docs/input.md).
-    config.data.cache = ""
-    config.data.cache_short_side = 256
+    config.data.decoded_cache_dir = ""
+    config.data.decoded_cache_short_side = 256
     # What happens to stored training images. The glyphs have an augmentation of their own.
     config.data.augment = ConfigDict()
     # Random resized crop, bicubic: the share of the area, and the aspect ratio.
@@ -89,7 +89,7 @@ def get_config() -> ConfigDict:
     # Mixup's alpha; 0 turns it off.
     config.data.augment.mixup = 0.0
 
-    # What is minimised and what is trained (docs/methods.md): 'cross_entropy', 'car_ft', 'flyp',
+    # What is minimized and what is trained (docs/methods.md): 'cross_entropy', 'car_ft', 'flyp',
     # 'l2_sp', 'linear_probe' (the head alone), 'bitfit' (biases and head), or 'lp_ft' (the head
     # alone first, then everything from there; the merge's anchor is then the probed model).
     config.objective = ConfigDict()
@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
     # The warm-up is the sum of the two; after it a cosine falls to final_fraction of the rate.
     config.optimizer.warmup_steps = 0
     config.optimizer.warmup_fraction = 0.0
-    config.optimizer.final_fraction = 0.0
+    config.optimizer.final_lr_fraction = 0.0
 
     # Numbers of each replica's own, one a replica, in place of the one above: a search of Model
     # Soups as one program, `--config.num_replicas=3 --config.per_replica.epochs="(4,6,8)"`; () is
@@ -157,8 +157,8 @@ def get_config() -> ConfigDict:
     # When replicas merge: 'epoch' (at each epoch's end), a number of steps, 'end' or 'never'.
     # Whatever it is, a run that merges at all merges once more at its end.
     config.merge.every = "epoch"
-    # 'stock' (equation 3) or 'mean' (t = 1, the control).
-    config.merge.method = "stock"
+    # 'model_stock' (equation 3) or 'uniform_mean' (t = 1, the control).
+    config.merge.method = "model_stock"
     # Which numbers share one angle: tensor, layer, filter, head, block, global.
     config.merge.unit = "tensor"
     # The replicas' Adam moments at a merge: 'keep', 'average' or 'reset'.
@@ -171,11 +171,11 @@ def get_config() -> ConfigDict:
     # 'float32' or 'bfloat16' arithmetic in the towers; weights and moments stay float32.
     config.compute.dtype = "float32"
     # 'xla' or 'cudnn'.
-    config.compute.attention = "xla"
+    config.compute.attention_impl = "xla"
     # Recompute activations in the backward pass.
     config.compute.remat = False
     # How replicas run: 'vmap' (side by side), 'map' (one after the other, one device) or 'auto'.
-    config.compute.execution = "auto"
+    config.compute.replica_mode = "auto"
     # A directory for compiled programs, from run to run; nobody else may write there. "" leaves it
     # to JAX_COMPILATION_CACHE_DIR.
     config.compute.compilation_cache = ""
@@ -191,28 +191,28 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     # Steps between saves of the training state, besides the one at each merge.
-    config.checkpoint.every = 500
+    config.checkpoint.save_every_steps = 500
     # How many training states, and how many merged models, to keep (0: all). A kept state's last
     # merged model is kept with it; where a state is damaged, the run goes on from the one before.
     config.checkpoint.keep = 2
     config.checkpoint.keep_merged = 0
 
-    config.watch = ConfigDict()
+    config.monitor = ConfigDict()
     # When a replica's loss or gradient is not finite: 'stop' (an error that names replica, step and
     # tensor), 'skip_step' (the replica keeps its weights and moments) or 'restore_last_merge' (it
     # starts anew from the last merged model, with fresh moments).
-    config.watch.policy = "stop"
+    config.monitor.on_non_finite = "stop"
     # More such steps of replicas than this end the run: it goes nowhere.
-    config.watch.max_events = 20
+    config.monitor.max_non_finite_steps = 20
     # A loss or gradient norm this many deviations above its running mean is a line in
     # events.jsonl, and nothing else; 0 turns it off. Of normal noise 6 deviations are one value in
     # 10^9; both have longer tails, and 4 would fill the file.
-    config.watch.spike_deviations = 6.0
+    config.monitor.spike_deviations = 6.0
     # How many lines of metrics that mean and deviation remember, about: an epoch or so.
-    config.watch.spike_window = 100
+    config.monitor.spike_window = 100
 
     # Steps between two lines of metrics.
-    config.log_every = 10
+    config.log_every_steps = 10
 
     config.evaluation = ConfigDict()
     # Images at once, over all devices.
@@ -227,7 +227,7 @@ def get_config() -> ConfigDict:
     config.export = ConfigDict()
     # Layouts of the merged model. model/ is Hugging Face's, always written; 'open_clip' and
     # 'openai' lie beside it, in model_open_clip/ and model_openai/.
-    config.export.layouts = ("hugging_face",)
+    config.export.formats = ("hugging_face",)
 
     # With task 'learning_rate': the rates to try.
     config.search = ConfigDict()

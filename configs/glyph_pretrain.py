@@ -21,6 +21,6 @@ def get_config():
     config.optimizer.weight_decay = 0.05
     config.optimizer.warmup_steps = 150
     config.pretrain.num_steps = 4000
-    config.checkpoint.every = 250
-    config.log_every = 25
+    config.checkpoint.save_every_steps = 250
+    config.log_every_steps = 25
     return config

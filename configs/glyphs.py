@@ -20,7 +20,7 @@ def get_config():
     # Chosen on the in-distribution validation set alone (docs/results.md).
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_fraction = 0.1
-    config.checkpoint.every = 64
+    config.checkpoint.save_every_steps = 64
     # A demo is short; the README's table takes them all.
     config.evaluation.max_shift_images = 1000
     config.evaluation.wise_ft_alphas = (0.5, 0.75)

@@ -35,7 +35,7 @@ def get_config(setup: str = "plain"):
 
     config.data.name = "imagenet"
     config.data.shifts = ("v2", "r", "sketch", "objectnet", "a")
-    config.data.real = True
+    config.data.real_labels = True
     config.data.augment.crop_area = (0.9, 1.0)
 
     config.optimizer.learning_rate = 3e-5
@@ -46,7 +46,7 @@ def get_config(setup: str = "plain"):
     config.merge.unit = "layer"
     # A GPU or TPU multiplies in it several times faster; on a CPU choose float32.
     config.compute.dtype = "bfloat16"
-    config.log_every = 50
+    config.log_every_steps = 50
 
     if setup == "strong":
         config.epochs = 16

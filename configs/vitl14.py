@@ -12,7 +12,7 @@ four sets or of five with ObjectNet):
 
 The batch is 64, not 512: "due to memory limitation" (the paper's footnote 4). The rate that went
 with it is not published; 3e-5 is the one for 512. The other models' batch, in parts of the same
-size: --config.batch_size=512 --config.accumulate_steps=8.
+size: --config.batch_size=512 --config.gradient_accumulation_steps=8.
 
 Where its values come from: `configs/imagenet.py`. What it needs: the same command with --dry-run.
 """

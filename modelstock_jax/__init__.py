@@ -1,4 +1,4 @@
-"""Model Stock in JAX: fine-tune a few copies of a pretrained model, merge them toward their centre.
+"""Model Stock in JAX: fine-tune a few copies of a pretrained model, merge them toward their center.
 
     merged, stats = model_stock(pretrained, stack_replicas([finetuned_a, finetuned_b]))
 

@@ -40,8 +40,8 @@ class ModelEvaluator:
         self._anchor, self._data = anchor, data
         most = config.evaluation.max_shift_images
         self._sets = [data.test, *(s.first(most or len(s)) for s in data.shifts.values())]
-        if data.real is not None:
-            self._sets.append(data.real)
+        if data.real_labels is not None:
+            self._sets.append(data.real_labels)
         self.num_images = sum(len(image_set) for image_set in self._sets)
         self._evaluate = classifier_evaluator(config, anchor, mesh)
 
@@ -62,8 +62,8 @@ class ModelEvaluator:
           **details: go into the row.
         """
         data, accuracy = self._data, self._evaluate(params, self._sets, measured)
-        if data.real is not None:
-            details["real"] = accuracy[data.real.name]
+        if data.real_labels is not None:
+            details["real"] = accuracy[data.real_labels.name]
         if "distance_to_anchor" not in details:
             details["distance_to_anchor"] = float(distance(self._anchor.params, params))
         return make_row(
@@ -78,7 +78,7 @@ def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> 
     """What `make_evaluator` builds for the replicas of a classifier, as a run's config says.
 
     Args:
-      config: its `evaluation.batch_size` and `data.loading` are used.
+      config: its `evaluation.batch_size` and `data.loader` are used.
       anchor: computes and normalizes as they do; its weights are not looked at.
       mesh: see `make_evaluator`.
     """
@@ -88,7 +88,7 @@ def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> 
         mesh,
         config.evaluation.batch_size,
         image_size=anchor.normalize.image_size,
-        loading=LoaderOptions(**config.data.loading),
+        loader=LoaderOptions(**config.data.loader),
     )
 
 
@@ -99,7 +99,7 @@ def make_evaluator(
     batch_size: int,
     *,
     image_size: int | None = None,
-    loading: LoaderOptions | None = None,
+    loader: LoaderOptions | None = None,
 ) -> Evaluate:
     """Builds (params, image sets, measured) -> {set's name: top-1 accuracy in percent}.
 
@@ -109,7 +109,7 @@ def make_evaluator(
 
     Args:
       apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      prepare: images uint8 -> float, normalised.
+      prepare: images uint8 -> float, normalized.
       mesh: batches are split over all of its devices, of all processes.
       batch_size: B; rounded up to a multiple of the devices.
       image_size: side of the model's input, for sets of encoded images.
@@ -127,7 +127,7 @@ def make_evaluator(
     def counts(params, image_set, num_classes):
         """Right and counted, batch by batch."""
         candidate, pending = candidate_classes(image_set, num_classes), []
-        reading = dict(examples=examples, image_size=image_size, loading=loading)
+        reading = dict(examples=examples, image_size=image_size, loading=loader)
         for batch in scored_batches(image_set, batch_size, **reading):
             images, target = (
                 make_global_array(split, batch[name], (batch_size,)) for name in ("image", "target")

@@ -256,7 +256,7 @@ draw(sweep, (6.6, 4), kept("sweep"))
 
 # %%
 from studies import figures
-from studies.catalogue.fig6_7 import triangle
+from studies.catalog.fig6_7 import triangle
 
 small_and_large = {names[k]: triangle(found[k]["angle"], found[k]["norms"]) for k in chosen[:2]}
 figures.triangles(small_and_large, kept("triangles"))

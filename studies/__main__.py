@@ -30,7 +30,7 @@ flags.DEFINE_bool("dry-run", False, "Print what is missing (exit code 1) and how
 def main(argv: list[str]) -> None:
     """Runs the named studies; a user's mistake is one line and exit code 1."""
     logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
-    from studies.catalogue import STUDIES
+    from studies.catalog import STUDIES
 
     given = argv[1:]
     if not given:

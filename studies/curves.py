@@ -75,7 +75,7 @@ class Curve:
     """Accuracy along w0 + alpha (w - w0): what WiSE-FT may choose from.
 
     Between its alphas accuracies follow a cubic spline in alpha: a straight line would cut the
-    bends and so favour whatever is compared at a measured alpha.
+    bends and so favor whatever is compared at a measured alpha.
 
     Attributes:
       points: (alpha, accuracy in distribution, average over the shifts), alpha rising; the first is

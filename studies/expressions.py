@@ -20,7 +20,6 @@ from modelstock_jax import merging
 from modelstock_jax.merging import Stats
 from modelstock_jax.merging.engine import merge
 from modelstock_jax.merging.rules import UnitSolution, measure, solve_with_coefficients
-from modelstock_jax.registry import METHODS
 from studies.runs import Run
 
 # What models are built of, and what measures them: `bench.Bench` is both.
@@ -177,12 +176,12 @@ class Mean(Model):
 
 @dataclass(frozen=True)
 class Merge(Model):
-    """A merge after training by one of `registry.METHODS`, or by `not_clipped`."""
+    """A merge after training by one of `registry.METHODS`, or by `unclamped`."""
 
     key_name: ClassVar[str] = "Merge"
 
     of: tuple[Model, ...]
-    method: str = "stock"
+    method: str = "model_stock"
     unit: str = "tensor"
 
     def build(self, weights: Weights) -> PyTree:
@@ -243,7 +242,7 @@ class Noisy(Model):
         w = mean_i(w_i) + scale s z,  z ~ N(0, I),
 
     where s^2 is the tensor's variance over the models (and over its elements): at scale 1 such a
-    model lies as far from the centre as a fine-tuned one.
+    model lies as far from the center as a fine-tuned one.
     """
 
     key_name: ClassVar[str] = "Noisy"
@@ -286,11 +285,11 @@ class Greedy(Model):
 
 
 def merge_of(
-    weights: Weights, models: Sequence[Model], method: str = "stock", unit: str = "tensor"
+    weights: Weights, models: Sequence[Model], method: str = "model_stock", unit: str = "tensor"
 ) -> tuple[PyTree, merging.Stats]:
     """Models merged by a method of `Merge`, and the merge's measures."""
-    own = method == "not_clipped"
-    merge = unclamped if own else getattr(merging, METHODS[method].function)
+    own = method == "unclamped"
+    merge = unclamped if own else getattr(merging, method)
     replicas = stacked(weights, models)
     return merge(weights.anchor(), replicas, unit=unit, num_heads=weights.num_heads)
 

@@ -15,8 +15,8 @@ from matplotlib.patheffects import withStroke
 from modelstock_jax.reporting.style import (
     BLACK,
     BLUE,
+    GRAY,
     GREEN,
-    GREY,
     ORANGE,
     PURPLE,
     SKY,
@@ -50,25 +50,25 @@ class Period(NamedTuple):
     merged: Point
 
 
-def near_the_centre(
+def near_the_center(
     models: Mapping[int, Sequence[Point]],
     noise: Mapping[float, Sequence[Point]],
-    centre: float,
+    center: float,
     path: str | Path | None = None,
 ) -> Figure:
-    """Accuracy against the distance to the centre (the paper's Figure 4).
+    """Accuracy against the distance to the center (the paper's Figure 4).
 
     Args:
       models: N -> (distance, accuracy) of means of N models.
       noise: scale -> (distance, accuracy) of random weights.
-      centre: accuracy of the centre.
+      center: accuracy of the center.
       path: a .png file; None only draws.
     """
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         drawn = np.array([point for points in noise.values() for point in points])
-        axes.plot(*drawn.T, "o", color=GREY, ms=6, mfc="white", label="centre + noise")
+        axes.plot(*drawn.T, "o", color=GRAY, ms=6, mfc="white", label="center + noise")
         for (n, points), marker in zip(models.items(), "^Dsvph", strict=False):
             name = "one model" if n == 1 else f"mean of {n}"
             shade = VERMILION if n == 1 else BLUE
@@ -81,8 +81,8 @@ def near_the_centre(
                 ms=6,
                 label=name,
             )
-        axes.plot(0, centre, "*", color=BLACK, ms=14, label="centre")
-        axes.set_xlabel("distance to the centre")
+        axes.plot(0, center, "*", color=BLACK, ms=14, label="center")
+        axes.set_xlabel("distance to the center")
         axes.set_ylabel("in-distribution accuracy (%)")
         axes.legend()
 
@@ -106,7 +106,7 @@ def landscape(
         axes = figure.subplots()
         x, y, error = np.array(points).T
         least = error.min()
-        # Far out the error is that of chance: steps grow, and colours go by the step, so that the
+        # Far out the error is that of chance: steps grow, and colors go by the step, so that the
         # basin can be seen.
         levels = least + np.array([0, 0.5, 1, 2, 3, 5, 8, 12, 20, 40])
         norm = BoundaryNorm(levels, 256, extend="max")
@@ -116,8 +116,8 @@ def landscape(
         axes.tricontour(x, y, error, levels=levels, colors="white", linewidths=0.5)
         figure.colorbar(filled, ax=axes, label="test error (%)", ticks=levels, format="%.1f")
         for name, (left, up) in marks.items():
-            shade = VERMILION if name == "centre" else BLACK
-            axes.plot(left, up, "*" if name == "centre" else "o", color=shade, ms=9, mec="white")
+            shade = VERMILION if name == "center" else BLACK
+            axes.plot(left, up, "*" if name == "center" else "o", color=shade, ms=9, mec="white")
             axes.annotate(
                 name, (left, up), (6, 6), textcoords="offset points", fontweight="bold",
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
@@ -127,7 +127,7 @@ def landscape(
         axes.set_aspect("equal")
         axes.grid(False)
         axes.set_xlabel("along w1 − w0")
-        axes.set_ylabel("across, toward the centre")
+        axes.set_ylabel("across, toward the center")
 
     return draw(fill, (6.4, 4.6), path)
 
@@ -145,14 +145,14 @@ def dynamics(history: Sequence[Mapping[str, Any]], path: str | Path | None = Non
         epochs = [entry["epoch"] for entry in history]
         labels = {"angle": "angle (degrees)", "norm": "distance from the anchor"}
         for axes, (key, label) in zip(panels, labels.items(), strict=True):
-            for what, colour, marker in (("kernels", VERMILION, "o"), ("biases", SKY, "s")):
+            for what, color, marker in (("kernels", VERMILION, "o"), ("biases", SKY, "s")):
                 values = np.array([entry[what][key] for entry in history])
                 axes.errorbar(
                     epochs,
                     values.mean(1),
                     values.std(1, ddof=1),
                     fmt=f"-{marker}",
-                    color=colour,
+                    color=color,
                     capsize=3,
                     label=what,
                 )
@@ -176,7 +176,7 @@ def triangles(chosen: Mapping[str, Triangle], path: str | Path | None = None) ->
         panels = figure.subplots(1, len(chosen), squeeze=False)[0]
         for axes, (name, one) in zip(panels, chosen.items(), strict=True):
             corners = np.array([(0.0, 0.0), one.first, one.second])
-            axes.fill(*corners.T, color=GREY, alpha=0.2, lw=0)
+            axes.fill(*corners.T, color=GRAY, alpha=0.2, lw=0)
             axes.plot([0, one.mean], [0, 0], "--", color=BLACK, lw=1)
             axes.plot(*np.array([one.first, one.second]).T, "--", color=BLACK, lw=1)
             places = {
@@ -186,8 +186,8 @@ def triangles(chosen: Mapping[str, Triangle], path: str | Path | None = None) ->
                 "$w_{12}$": ((one.mean, 0.0), "D", SKY, (10, -4)),
                 "$w_H$": ((one.merged, 0.0), "*", VERMILION, (-27, 7)),
             }
-            for label, (place, marker, colour, off) in places.items():
-                axes.plot(*place, marker, color=colour, ms=14 if marker == "*" else 8, mec="white")
+            for label, (place, marker, color, off) in places.items():
+                axes.plot(*place, marker, color=color, ms=14 if marker == "*" else 8, mec="white")
                 axes.annotate(label, place, off, textcoords="offset points", fontsize=12)
             axes.set_aspect("equal", adjustable="datalim")  # Panels of one height.
             axes.margins(0.18)
@@ -211,18 +211,18 @@ def series(periods: Sequence[Period], path: str | Path | None = None) -> Figure:
         axes = figure.subplots()
         for number, one in enumerate(periods, 1):
             shade = 0.35 + 0.65 * number / len(periods)
-            for replica, colour, marker in ((one.first, BLUE, "o"), (one.second, SKY, "^")):
+            for replica, color, marker in ((one.first, BLUE, "o"), (one.second, SKY, "^")):
                 axes.plot(
                     *np.array([one.start, *replica]).T,
                     "-",
                     marker=marker,
                     ms=4,
-                    color=colour,
+                    color=color,
                     alpha=shade,
                     label=f"$w_{1 + (replica is one.second)}$" if number == 1 else None,
                 )
             ends = np.array([one.first[-1], one.second[-1]])
-            axes.plot(*ends.T, ":", color=GREY, lw=1)
+            axes.plot(*ends.T, ":", color=GRAY, lw=1)
             # From the mean of the two back toward w0: what the ratio takes off.
             axes.annotate(
                 "",
@@ -242,7 +242,7 @@ def series(periods: Sequence[Period], path: str | Path | None = None) -> Figure:
         axes.plot([], [], "D", color="white", mec=BLACK, ms=6, label="$w_{12}$, their mean")
         axes.plot([], [], "*", color=VERMILION, ms=12, label="$w_H$, merged")
         axes.plot(0, 0, "s", color=BLACK, ms=8, label="$w_0$, the anchor")
-        axes.axhline(0, color=GREY, lw=0.8, ls="--", zorder=1)
+        axes.axhline(0, color=GRAY, lw=0.8, ls="--", zorder=1)
         axes.set_xlabel("along, from the anchor to the last merged model")
         axes.set_ylabel("across, as the replicas part")
         axes.legend()
@@ -253,8 +253,8 @@ def series(periods: Sequence[Period], path: str | Path | None = None) -> Figure:
 # Charts of accuracies: WiSE-FT curves side by side, and accuracy against cost.
 
 
-# Each line has a marker of its own, so that a print without colours can be read.
-_COLOURS = (GREY, SKY, ORANGE, BLUE, PURPLE, VERMILION, GREEN)
+# Each line has a marker of its own, so that a print without colors can be read.
+_COLORS = (GRAY, SKY, ORANGE, BLUE, PURPLE, VERMILION, GREEN)
 _MARKERS = "oDsP^v<>XhpdH8"
 
 
@@ -278,7 +278,7 @@ def wise_ft_curves(
         for number, (label, seeds) in enumerate(curves.items()):
             middle = Curve(np.mean([one.points for one in seeds], axis=0).tolist())
             bold = label in strong
-            shade = _COLOURS[number % len(_COLOURS)]
+            shade = _COLORS[number % len(_COLORS)]
             (x, dx), (y, dy) = (
                 mean_and_error(ends) for ends in zip(*(one.own for one in seeds), strict=True)
             )
@@ -331,7 +331,7 @@ def costs(
                     mean,
                     error,
                     fmt=_MARKERS[number % len(_MARKERS)],
-                    color=_COLOURS[number % len(_COLOURS)],
+                    color=_COLORS[number % len(_COLORS)],
                     mec=BLACK,
                     mew=0.6,
                     ms=9,

@@ -92,7 +92,7 @@ class Distance(Measurement):
 
 @dataclass(frozen=True)
 class Predicted(Measurement):
-    """Expected distances from the centre, from the angles alone: replica, mean and merged."""
+    """Expected distances from the center, from the angles alone: replica, mean and merged."""
 
     key_name: ClassVar[str] = "Predicted"
 
@@ -112,7 +112,7 @@ class Outcomes(Measurement):
     key_name: ClassVar[str] = "Policies"
 
     of: tuple[Model, ...]
-    method: str = "stock"
+    method: str = "model_stock"
     unit: str = "tensor"
 
     def measure(self, bench: Scales) -> Any:
@@ -152,12 +152,12 @@ class AnglesFrom(Measurement):
 
 @dataclass(frozen=True)
 class Shell(Measurement):
-    """Inner products that the paper's properties (i) to (iii) speak of, about a held-out centre.
+    """Inner products that the paper's properties (i) to (iii) speak of, about a held-out center.
 
     With c the mean of `others`: |w_i - c| of each model, and the cosines between (w0 - c) and
-    (w_i - c), and between (w_i - c) and (w_j - c), with the share that the centre's own noise adds
-    to each product taken off: the centre of M models lies |e|^2 / M from the true one, and
-    |e|^2 is estimated from the spread of `others` about it. `merging.thin_shell` takes the centre
+    (w_i - c), and between (w_i - c) and (w_j - c), with the share that the center's own noise adds
+    to each product taken off: the center of M models lies |e|^2 / M from the true one, and
+    |e|^2 is estimated from the spread of `others` about it. `merging.thin_shell` takes the center
     from the measured models themselves, the others of each.
     """
 
@@ -168,14 +168,14 @@ class Shell(Measurement):
 
     def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
-        centre = _flat_mean(bench, self.others)
+        center = _flat_mean(bench, self.others)
         w0 = _flat(bench.anchor())
-        spread = sum(_dot(d, d) for d in (_flat(one.build(bench)) - centre for one in self.others))
+        spread = sum(_dot(d, d) for d in (_flat(one.build(bench)) - center for one in self.others))
         count = len(self.others)
         # E |c - mu|^2, from the sample variance about the sample mean.
         noise = spread / (count - 1) / count
-        models = [_flat(one.build(bench)) - centre for one in self.of]
-        away = w0 - centre
+        models = [_flat(one.build(bench)) - center for one in self.of]
+        away = w0 - center
         squares = [_dot(d, d) - noise for d in models]
         anchor = _dot(away, away) - noise
         return {

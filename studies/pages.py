@@ -187,7 +187,7 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
         "above zero, *does not hold* where it lies below, *not decided* where it holds zero. With "
         "*at most*, the mean deviation is held against a bound, over n seeds, tensors, epochs or "
         "draws of noise, of which some may lie beyond it. All seeds meet the same test images: "
-        "what chance there favours is in no error. Of several anchors, one under another, a claim "
+        "what chance there favors is in no error. Of several anchors, one under another, a claim "
         "holds where it holds from each. Written by `make studies`.",
         "",
         "| study | claim | where | here | verdict |",

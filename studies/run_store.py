@@ -269,7 +269,7 @@ class RunStore:
         anchor, programs = self._compiled(config)
         steps = programs.task.steps_per_epoch
         if run.every_epoch:
-            config.checkpoint.keep, config.checkpoint.every = 0, run.apart(steps)
+            config.checkpoint.keep, config.checkpoint.save_every_steps = 0, run.apart(steps)
         timeline = Timeline(None)
         trainer = make_trainer(
             config, anchor, self._data, self._workdir, directory.name,

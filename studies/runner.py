@@ -76,7 +76,7 @@ class Schedule:
         yield from work_queue(locks, pieces, done, waits, needs)
 
 
-_COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
+_COLORS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
 
 
 class Runner:
@@ -180,8 +180,8 @@ class Runner:
             if len(reports) > 1:
                 self._say(f"from {name}:")
             for claim in report.claims:
-                colour = _COLOURS[claim.verdict]
-                verdict = f"[{colour}]{claim.verdict:13}[/{colour}]"
+                color = _COLORS[claim.verdict]
+                verdict = f"[{color}]{claim.verdict:13}[/{color}]"
                 self._console.print(
                     f"  {verdict} {escape(claim.text)}", highlight=False, soft_wrap=True
                 )

@@ -15,6 +15,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet, fingerprint
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import flat, plain
+from modelstock_jax.flags import first_names
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def training_checksum(config: ConfigDict, fingerprint: str) -> str:
       fingerprint: of the pretrained weights.
     """
     # Imports the training loop, for which a list of the studies need not wait.
-    from modelstock_jax.experiment.options import first_names, option
+    from modelstock_jax.experiment.options import option
 
     kept = {
         key: value

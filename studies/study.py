@@ -27,7 +27,7 @@ class Study:
       title: what it is in the paper.
       about: what is measured, in a sentence or two.
       measurements: setup -> {a name: Measurement}; none is made yet.
-      summarise: (setup, values by the same names) -> Report.
+      summarize: (setup, values by the same names) -> Report.
       num_seeds: how many it takes unless asked for more.
     """
 

@@ -29,7 +29,7 @@ def test_the_papers_two_set_ups(name):
         assert config.batch_size == (64 if name == "vitl14" else 512)
         assert config.num_replicas == 2 and config.merge.every == "epoch"
         assert config.optimizer.weight_decay == 0.1
-        assert config.data.shifts == ("v2", "r", "sketch", "objectnet", "a") and config.data.real
+        assert config.data.shifts == ("v2", "r", "sketch", "objectnet", "a") and config.data.real_labels
     assert (plain.epochs, strong.epochs) == (10, 16)
     assert plain.data.augment.crop_area == (0.9, 1.0) and plain.label_smoothing == 0
     assert plain.data.augment.randaugment_ops == 0 and plain.data.augment.mixup == 0
@@ -86,9 +86,9 @@ def test_imagenet_says_what_is_missing(tmp_path):
 
 def test_the_glyphs_refuse_what_they_have_not():
     config = default.get_config().data
-    config.real = True
-    with pytest.raises(UserError, match="data.real"):
+    config.real_labels = True
+    with pytest.raises(UserError, match="data.real_labels"):
         benchmark.load(config)
-    config.real, config.shifts = False, ("v2", "rendition")
+    config.real_labels, config.shifts = False, ("v2", "rendition")
     with pytest.raises(UserError, match="'rendition'.*sketch"):
         benchmark.load(config)

@@ -83,7 +83,7 @@ def test_an_installed_copy_works_away_from_the_repository(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_metadata_names_extras_script_and_licence(installed):
+def test_the_metadata_names_extras_script_and_license(installed):
     wheel, _ = installed
     files = zipfile.ZipFile(wheel)
     (info,) = {name.split("/")[0] for name in files.namelist() if ".dist-info/" in name}

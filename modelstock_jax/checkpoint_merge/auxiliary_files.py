@@ -31,7 +31,7 @@ from modelstock_jax.checkpoint_merge.options import Options, model_index
 from modelstock_jax.checkpoint_merge.sources import (
     ENDINGS,
     HEAD_PREFIX,
-    LICENCES,
+    LICENSES,
     MODULES,
     PIPELINE,
     Source,
@@ -320,7 +320,7 @@ def _wanted(name: str, dequantized: bool = False) -> bool:
         return False
     if dequantized and name in _OF_QUANTIZATION:
         return False
-    return name.endswith(ENDINGS) or name.startswith(LICENCES)
+    return name.endswith(ENDINGS) or name.startswith(LICENSES)
 
 
 def _has_tokenizer(source: Source, base: Source) -> bool:

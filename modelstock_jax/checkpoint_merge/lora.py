@@ -23,7 +23,7 @@ WAY_OUT = "merge it once with PEFT's merge_and_unload() and give the saved model
 _BEYOND = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "megatron_config",
            "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
            "arrow_config", "use_bdlora", "velora_config", "monteclora_config")
-# Initialisations that also change the base's weights, so that B A alone is not the movement.
+# Initializations that also change the base's weights, so that B A alone is not the movement.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 _TYPES = {"base_model_name_or_path": str, "rank_pattern": dict, "alpha_pattern": dict}
 _LARGEST = float(np.finfo(np.float64).max)

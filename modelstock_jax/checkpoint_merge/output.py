@@ -366,7 +366,7 @@ class Output:
                     {self._stored[n]: (self._plan.tensors[n].code, self._plan.tensors[n].shape)
                      for n in self._left[file]},
                     metadata=self._aliases(self._left[file]),
-                    digest=self._plan.options.checksum,
+                    checksum=self._plan.options.checksum,
                 )
             return self._writers[file]
 

@@ -100,7 +100,7 @@ def parse(raw: Any) -> Recipe:
       >>> recipe = parse({"merge_method": "model_stock", "base_model": "b",
       ...                 "models": [{"model": "x"}, {"model": "y+lora"}], "dtype": "bfloat16"})
       >>> recipe.base, recipe.models, recipe.options
-      ('b', ('x', 'y+lora'), {'method': 'stock', 'dtype': 'bfloat16'})
+      ('b', ('x', 'y+lora'), {'method': 'model_stock', 'dtype': 'bfloat16'})
     """
     raw = mapping(raw, "the recipe", _TOP + tuple(_REFUSED))
     for key, why in _REFUSED.items():
@@ -128,7 +128,7 @@ def parse(raw: Any) -> Recipe:
     if not names or (theirs == "slerp" and len(names) != 1):
         raise UserError(f"{theirs} of {len(names)} models beside base_model; give "
                         f"{'one' if theirs == 'slerp' else 'some'}")
-    options = {"method": RECIPES[theirs].command, **_numbers(theirs, names, own, common)}
+    options = {"method": RECIPES[theirs].name, **_numbers(theirs, names, own, common)}
     chosen, notes = _tokenizer(raw, base, names)
     options |= {} if chosen is None else {"tokenizer_from": chosen}
     if (dtype := raw.get("out_dtype") or raw.get("dtype")) is not None:

@@ -27,8 +27,8 @@ _OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".gguf")
 HEAD_PREFIX = f"{HEAD}:"
 # What a model needs beside its tensors, by how names end and begin; never pickles, never code.
 ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
-LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-PATTERNS = ("*.safetensors", *(f"*{end}" for end in ENDINGS), *(f"{name}*" for name in LICENCES))
+LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+PATTERNS = ("*.safetensors", *(f"*{end}" for end in ENDINGS), *(f"{name}*" for name in LICENSES))
 # Read first: they name a model's folders.
 _INDEXES = (PIPELINE, MODULES, ROUTER)
 # Next to a pipeline's index there may be the same model in one large file of another format.

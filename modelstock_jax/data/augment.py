@@ -54,12 +54,12 @@ def shift_and_jitter(
 
 
 def mixup(key: jax.Array, batch: dict[str, jax.Array], alpha: float) -> dict[str, jax.Array]:
-    """Blends each example of a batch with its neighbour (Zhang et al. 2018).
+    """Blends each example of a batch with its neighbor (Zhang et al. 2018).
 
         x_b <- s x_b + (1 - s) x_{b-1},   s = max(u, 1 - u),   u ~ Beta(alpha, alpha)
 
     with one s for the batch and b - 1 taken around: the batch is shuffled as it is, and between
-    devices a neighbour costs less than a permutation. The target is s y_b + (1 - s) y_{b-1}, which
+    devices a neighbor costs less than a permutation. The target is s y_b + (1 - s) y_{b-1}, which
     `losses.cross_entropy` takes from the two labels and the share. As s and 1 - s are equally
     likely, the larger share may always be the example's own.
 

@@ -33,7 +33,7 @@ class Benchmark:
       class_names: in the order of the labels.
       templates: prompts for the zero-shot head, {} stands for the class name.
       augment: (key, images uint8) -> images uint8, run on the device in the step.
-      real: the test images under reassessed labels; None where they are not asked for.
+      real_labels: the test images under reassessed labels; None where they are not asked for.
     """
 
     train: ImageSet
@@ -43,7 +43,7 @@ class Benchmark:
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     augment: Callable[[jax.Array, jax.Array], jax.Array]
-    real: ImageSet | None = None
+    real_labels: ImageSet | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def summarize(config: ConfigDict) -> DataSummary:
         return DataSummary(len(own.train), len(own.class_names), f"the folders of {config.root}")
     stored = _STORED[config.name]
     classes, images, _ = stored.train
-    kept = classes * config.held_out
+    kept = classes * config.held_out_per_class
     less = f", less {kept:,} held out" if kept else ""
     source = f"the published size of {stored.title}'s training set{less}"
     return DataSummary(images - kept, classes, source)
@@ -196,9 +196,9 @@ def load(config: ConfigDict) -> Benchmark:
     """
     if problems := missing(config):
         raise UserError("; ".join(problems))
-    if config.real and config.name != "imagenet":
+    if config.real_labels and config.name != "imagenet":
         raise UserError(
-            f"data.real=True: {config.name!r} has no reassessed labels; set it to False"
+            f"data.real_labels=True: {config.name!r} has no reassessed labels; set it to False"
         )
     if config.name == "glyphs":
         return _with_lists(config, _glyphs(config))
@@ -213,16 +213,16 @@ def load(config: ConfigDict) -> Benchmark:
 
 def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
     """The benchmark with its training images in the config's cache, written if it is not there."""
-    if not config.cache:
+    if not config.decoded_cache_dir:
         return data
     from modelstock_jax.data.caches import write_cache
 
     images = write_cache(
         data.train.encoded,
-        Path(config.cache).expanduser(),
-        short_side=config.cache_short_side,
-        threads=config.loading.threads,
-        unreadable=config.loading.unreadable,
+        Path(config.decoded_cache_dir).expanduser(),
+        short_side=config.decoded_cache_short_side,
+        threads=config.loader.threads,
+        unreadable=config.loader.unreadable,
     )
     return dataclasses.replace(data, train=dataclasses.replace(data.train, images=images))
 

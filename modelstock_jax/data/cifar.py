@@ -37,7 +37,7 @@ class CifarSets(NamedTuple):
 
     Attributes:
       train: without the held-out images.
-      validation: held out of the training images, `data.held_out` a class.
+      validation: held out of the training images, `data.held_out_per_class` a class.
       test: the 10,000 test images.
       shifts: by name.
     """
@@ -86,7 +86,7 @@ def open_sets(config: ConfigDict) -> CifarSets:
         raise UserError("; ".join(missing))
     known = CIFAR[config.name]
     train = _open(config, config.name, "train", known.train)
-    train, validation = train.hold_out(config.held_out, class_names=CLASS_NAMES[config.name])
+    train, validation = train.hold_out(config.held_out_per_class, class_names=CLASS_NAMES[config.name])
     test = _open(config, config.name, "test", known.test, "id")
     shifts = {
         name: _open(config, name, "test", known.shifts[name], name) for name in _shifts(config)

@@ -63,8 +63,8 @@ def open_sets(config: ConfigDict) -> CustomSets:
     train = ImageSet("train", stored.images, stored.labels)
     sets = {}
     for key, name, share in (
-        ("test", "id", config.test_share),
-        ("validation", "validation", config.validation_share),
+        ("test", "id", config.test_fraction),
+        ("validation", "validation", config.validation_fraction),
     ):
         if (place := found[key]) is not None:
             sets[key] = _aligned(name, _stored(place), stored.names)

@@ -1,4 +1,4 @@
-"""A labelled set of images."""
+"""A labeled set of images."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class ImageNetSets(NamedTuple):
 
     Attributes:
       train: without the held-out images.
-      validation: held out of the training images, `data.held_out` a class.
+      validation: held out of the training images, `data.held_out_per_class` a class.
       test: the 50,000 validation images of ImageNet, which papers test on.
       shifts: by name.
       real: the test images under ReaL's labels; None where it was not asked for.
@@ -105,14 +105,14 @@ def open_sets(config: ConfigDict) -> ImageNetSets:
     found = {name: place for name, place in places(config).items() if place is not None}
     check = config.check_counts
     train = open_set("train", found["train"], check_counts=check)
-    train, validation = train.hold_out(config.held_out)
+    train, validation = train.hold_out(config.held_out_per_class)
     test = open_set("validation", found["validation"], check_counts=check)
     return ImageNetSets(
         train,
         validation,
         test,
         {n: open_set(n, found[n], check_counts=check) for n in config.shifts or IMAGENET_SHIFTS},
-        open_real(found["real"], test) if config.real else None,
+        open_real(found["real"], test) if config.real_labels else None,
     )
 
 
@@ -178,7 +178,7 @@ def open_real(path: str | Path, test: ImageSet) -> ImageSet:
         if number is None or not 1 <= int(number[1]) <= len(of_number):
             raise UserError(
                 f"{file}: {path} needs file names such as ILSVRC2012_val_00000001.JPEG; keep the "
-                "names that the images came with, or set data.real=False"
+                "names that the images came with, or set data.real_labels=False"
             )
         sets.append(of_number[int(number[1]) - 1])
     return ImageSet("real", test.images, test.labels, label_sets=tuple(sets))
@@ -263,7 +263,7 @@ def places(config: ConfigDict) -> dict[str, Path | None]:
         known = ", ".join(IMAGENET_SHIFTS)
         raise UserError(f"data.shifts: no shift {unknown[0]!r}; ImageNet's are {known}")
     shifts = config.shifts or IMAGENET_SHIFTS
-    names = ["train", "validation", *shifts, *["real"] * bool(config.real)]
+    names = ["train", "validation", *shifts, *["real"] * bool(config.real_labels)]
     return {name: _place(config, name) for name in names}
 
 

@@ -75,8 +75,8 @@ def train_batches(
     start_step: int = 0,
     replicas: Sequence[int] | None = None,
     examples: Sequence[int] | None = None,
-    view: TrainTransform | Sequence[TrainTransform] | None = None,
-    loading: LoaderOptions | None = None,
+    transform: TrainTransform | Sequence[TrainTransform] | None = None,
+    loader: LoaderOptions | None = None,
 ) -> Iterator[Batch]:
     """Endless shuffled batches, each replica's in an order of its own.
 
@@ -116,15 +116,15 @@ def train_batches(
     ):
         if value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
-    views = [view] if isinstance(view, TrainTransform) else list(view or ())
+    views = [transform] if isinstance(transform, TrainTransform) else list(transform or ())
     if len(views) not in (0, 1, num_replicas):
         raise UserError(f"{len(views)} views for {num_replicas} replicas; give one, or one each")
-    reader = _reader(image_set, views, loading)
+    reader = _reader(image_set, views, loader)
     rows = _chosen("replicas", replicas, num_replicas)
     places = _chosen("examples", examples, batch_size)
     batches = _TrainBatches(image_set, batch_size, steps, seed, tuple(rows), places, reader)
     # Worker processes would each need a copy of an array.
-    ahead = None if reader is None else loading
+    ahead = None if reader is None else loader
     return PrefetchIterator(grain.MapDataset.source(batches)[start_step:], image_set, ahead)
 
 
@@ -208,7 +208,7 @@ def eval_batches(
     *,
     examples: Sequence[int] | None = None,
     image_size: int | None = None,
-    loading: LoaderOptions | None = None,
+    loader: LoaderOptions | None = None,
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches of one shape.
 
@@ -235,11 +235,11 @@ def eval_batches(
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     places = _chosen("examples", examples, batch_size)
     views = [] if image_size is None else [EvalTransform(image_size, image_set.crop_border)]
-    reader = _reader(image_set, views, loading)
+    reader = _reader(image_set, views, loader)
     batches = _EvalBatches(image_set, batch_size, places, reader)
     if reader is None:
         return (batches[number] for number in range(len(batches)))
-    return PrefetchIterator(grain.MapDataset.source(batches), image_set, loading)
+    return PrefetchIterator(grain.MapDataset.source(batches), image_set, loader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +372,7 @@ class BatchDecoder:
                     raise UserError(
                         f"{self._images.name(other % count)}: image {other % count} cannot be "
                         f"decoded ({error}); replace it, remove it, or leave such images out with "
-                        "--config.data.loading.unreadable=skip"
+                        "--config.data.loader.unreadable=skip"
                     ) from error
             else:
                 return other % count

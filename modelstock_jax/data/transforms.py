@@ -101,7 +101,7 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """The centre of the image, its short side brought to the model's size.
+    """The center of the image, its short side brought to the model's size.
 
     Attributes:
       size: side of the result, pixels.
@@ -161,8 +161,8 @@ def decode(stored: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
 
     JPEGs go through simplejpeg, which gives the same numbers as Pillow in less time; what it does
     not read goes through Pillow: other formats, whatever the file is called, CMYK, and files with
-    flaws that Pillow (and so torchvision's ImageFolder) puts up with. Grey becomes RGB. An
-    orientation in EXIF is not applied, as in ImageFolder. Of 16-bit grey the high byte is kept,
+    flaws that Pillow (and so torchvision's ImageFolder) puts up with. Gray becomes RGB. An
+    orientation in EXIF is not applied, as in ImageFolder. Of 16-bit gray the high byte is kept,
     where Pillow would make it white.
 
     Args:
@@ -186,8 +186,8 @@ def decode(stored: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
         return stored
     if stored.startswith(_JPEG):
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(stored)
-            if colours not in _CMYK:
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(stored)
+            if colors not in _CMYK:
                 return simplejpeg.decode_jpeg(
                     stored,
                     min_height=-(-int(height) // shrink),
@@ -244,7 +244,7 @@ def random_crop(
 
         w = round(sqrt(a H W r)),   h = round(sqrt(a H W / r)),
 
-    at a random place if it fits. Else the largest centred part whose aspect ratio lies in
+    at a random place if it fits. Else the largest centerd part whose aspect ratio lies in
     `ratio`, which is the whole image if its own does. This is `RandomResizedCrop.get_params` of
     torchvision 0.24, whose `int(round(...))` rounds halves to even; the random numbers differ.
 
@@ -282,7 +282,7 @@ def largest_shrink(crop: Crop, size: int) -> int:
     """By how much a decoder may shrink an image (1, 2, 4, 8) of which `crop` is seen at `size`.
 
     Twice the pixels a side that are needed remain, so that the resize still decides what is seen:
-    the result is less than 1 grey level of 255 away on average. With just the pixels that are
+    the result is less than 1 gray level of 255 away on average. With just the pixels that are
     needed it would be up to 3, more than between bicubic and bilinear.
     """
     return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= 2 * k * size)
@@ -330,7 +330,7 @@ def resize_short_side(pixels: np.ndarray, size: int) -> Image.Image:
 
 
 def central(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Short side to `size`, then the centre: the evaluation transform of CLIP.
+    """Short side to `size`, then the center: the evaluation transform of CLIP.
 
     Equals transformers' CLIPImageProcessor with Pillow bit for bit. Where the margin is odd the
     smaller half is cut on the left or the top; torchvision's CenterCrop rounds half of the times
@@ -371,7 +371,7 @@ class Operation(NamedTuple):
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    # Nearest neighbour and black outside: torchvision's default.
+    # Nearest neighbor and black outside: torchvision's default.
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
 
 
@@ -411,7 +411,7 @@ def rand_augment(
 
     The 14 operations and their strengths are those of torchvision's RandAugment with 31 bins: at
     magnitude m, shear 0.3 m/30, translation 150/331 m/30 of the side, rotation 30 m/30 degrees,
-    brightness, colour, contrast and sharpness by the factor 1 +- 0.9 m/30, 8 - round(4 m/30) bits,
+    brightness, color, contrast and sharpness by the factor 1 +- 0.9 m/30, 8 - round(4 m/30) bits,
     solarization from 255 (1 - m/30) on; autocontrast and equalization have no strength.
 
     Args:

@@ -46,7 +46,7 @@ class MergedModel:
       method: a key of `registry.ROWS`.
       params: its weights.
       cost: training spent, in fine-tunings of one model.
-      predicted_distance: to the centre, from the angles alone; None where nothing predicts it.
+      predicted_distance: to the center, from the angles alone; None where nothing predicts it.
       details: what else tells its row from others (alpha, of, unit, replica, num_replicas).
     """
 
@@ -85,18 +85,18 @@ def merged_models(
         for alpha in config.evaluation.wise_ft_alphas:
             curve = {"alpha": alpha}
             yield MergedModel(
-                "wise_ft", wise_ft(anchor, first, alpha)[0], 1, None, curve | {"of": "replica"}
+                "wise_ft", wise_ft(anchor, first, alpha)[0], 1, None, curve | {"of": "single_model"}
             )
         mean, _ = uniform_mean(anchor, replicas)
-        yield MergedModel("mean", mean, count, expected.mean, team)
+        yield MergedModel("uniform_mean", mean, count, expected.mean, team)
         for alpha in config.evaluation.wise_ft_alphas:
-            details = team | {"alpha": alpha, "of": "mean"}
+            details = team | {"alpha": alpha, "of": "uniform_mean"}
             yield MergedModel("wise_ft", wise_ft(anchor, replicas, alpha)[0], count, None, details)
         shrunk, _ = constant_ratio(anchor, replicas, **options)
         yield MergedModel("constant_ratio", shrunk, count, None, team)
         yield MergedModel("model_stock", stock, count, expected.merged, team)
         weighted, _ = weighted_model_stock(anchor, replicas, **options)
-        yield MergedModel("weighted", weighted, count, None, team)
+        yield MergedModel("weighted_model_stock", weighted, count, None, team)
         for unit in config.evaluation.units:
             merged, by_unit = model_stock(anchor, replicas, unit=unit, num_heads=num_heads)
             predicted = total_distance(by_unit).merged
@@ -232,6 +232,6 @@ def _read(path: Path) -> Document:
 
 def _method(config: ConfigDict) -> str:
     if config.merge.carry_noise != "off":
-        return "carried"
+        return "model_stock_carried"
     method = METHODS[config.merge.method]
-    return method.row if config.merge.every == "end" else method.periodic
+    return method.name if config.merge.every == "end" else method.periodic_row

@@ -126,7 +126,7 @@ def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
     outline, task, optimizer = benchmark.summarize(config.data), programs.task, config.optimizer
     warmup = warmup_steps(optimizer, task.num_steps)
     mesh, device = programs.mesh, programs.mesh.devices.flat[0]
-    parts = config.accumulate_steps
+    parts = config.gradient_accumulation_steps
     return {
         "data": f"{config.data.name}: {outline.num_train:,} training images, "
         f"{outline.num_classes:,} classes ({outline.source})",
@@ -136,13 +136,13 @@ def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
         "mesh": f"replica {mesh.shape['replica']} x data {mesh.shape['data']} on "
         f"{mesh.devices.size} {device.platform} device(s) ({device.device_kind}); replicas run by "
         f"{programs.replica_mode}",
-        "arithmetic": f"{config.compute.dtype}, attention {config.compute.attention}, "
+        "arithmetic": f"{config.compute.dtype}, attention {config.compute.attention_impl}, "
         f"remat {config.compute.remat}; weights and moments float32",
         "weights": _lying(programs),
         "steps": f"{task.steps_per_epoch:,} an epoch, {task.num_steps:,} in {config.epochs} "
         f"epochs; {num_merges(config, programs)} merges by unit {config.merge.unit}",
         "schedule": f"learning rate 0 to {optimizer.learning_rate:g} in {warmup:,} steps, then a "
-        f"cosine to {optimizer.final_fraction * optimizer.learning_rate:g}; weight decay "
+        f"cosine to {optimizer.final_lr_fraction * optimizer.learning_rate:g}; weight decay "
         f"{optimizer.weight_decay:g}",
     }
 
@@ -241,7 +241,7 @@ def disk_use(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> D
     tower = sum(_bytes(leaf) for leaf in jax.tree.leaves(others))
     merges = num_merges(config, programs)
     # A trainer keeps the newest states, and one more while it writes the next.
-    saves = math.ceil(task.num_steps / config.checkpoint.every) + merges
+    saves = math.ceil(task.num_steps / config.checkpoint.save_every_steps) + merges
     states = min(config.checkpoint.keep or saves, saves) + 1
     kept = min(config.checkpoint.keep_merged or merges, merges)
     arms = bool(merges) + bool(config.compare or not merges)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,22 +60,22 @@ OPTIONS = {
     "compare": Option(in_checksum=False),
     "epochs": Option(minimum=1),
     "batch_size": Option(minimum=1),
-    "accumulate_steps": Option(resume="rounding", in_checksum=False),
+    "gradient_accumulation_steps": Option(resume="rounding", in_checksum=False),
     "data.name": Option(choices=benchmark.NAMES),
     "data.root": Option(resume="place", in_checksum=False),
     "data.paths.*": Option(resume="place", in_checksum=False, absent=""),
     "data.check_counts": Option(resume="free", in_checksum=False),
     "data.shifts": Option(in_checksum=False),
-    "data.real": Option(in_checksum=False),
+    "data.real_labels": Option(in_checksum=False),
     # A study's keys hold what lies in these two.
     "data.class_names": Option(resume="place"),
     "data.templates": Option(resume="place"),
-    "data.loading.threads": Option(resume="free", in_checksum=False),
-    "data.loading.workers": Option(resume="free", in_checksum=False),
-    "data.loading.prefetch": Option(resume="free", in_checksum=False),
+    "data.loader.threads": Option(resume="free", in_checksum=False),
+    "data.loader.workers": Option(resume="free", in_checksum=False),
+    "data.loader.prefetch": Option(resume="free", in_checksum=False),
     # Until an image cannot be decoded the two are the same, and then the run has stopped.
-    "data.loading.unreadable": Option(choices=UNREADABLE, resume="free", in_checksum=False),
-    "data.cache": Option(in_checksum=False),
+    "data.loader.unreadable": Option(choices=UNREADABLE, resume="free", in_checksum=False),
+    "data.decoded_cache_dir": Option(in_checksum=False),
     "data.augment.mixup": Option(minimum=0),
     "objective.name": Option(choices=finetune.OBJECTIVES),
     "objective.head": Option(choices=finetune.HEADS),
@@ -88,28 +88,28 @@ OPTIONS = {
     "merge.unit": Option(choices=UNITS),
     "merge.opt_state": Option(choices=merge_step.OPT_STATE_POLICIES),
     "merge.carry_noise": Option(choices=merge_step.CARRY_NOISE),
-    "compute.attention": Option(choices=ATTENTIONS, resume="rounding", in_checksum=False),
+    "compute.attention_impl": Option(choices=ATTENTIONS, resume="rounding", in_checksum=False),
     "compute.remat": Option(resume="rounding", in_checksum=False),
-    "compute.execution": Option(choices=REPLICA_MODES, resume="rounding", in_checksum=False),
+    "compute.replica_mode": Option(choices=REPLICA_MODES, resume="rounding", in_checksum=False),
     "compute.compilation_cache": Option(resume="free", in_checksum=False),
     "mesh.replica": Option(resume="rounding", in_checksum=False),
     "mesh.data": Option(resume="rounding", in_checksum=False),
     "mesh.fsdp_min_size": Option(minimum=0, resume="rounding", in_checksum=False),
-    "checkpoint.every": Option(minimum=1, resume="free", in_checksum=False),
+    "checkpoint.save_every_steps": Option(minimum=1, resume="free", in_checksum=False),
     "checkpoint.keep": Option(minimum=0, resume="free", in_checksum=False),
     "checkpoint.keep_merged": Option(minimum=0, resume="free", in_checksum=False),
     # The policies compute the same until something is not finite; where 'stop' has stopped, another
     # one may go on.
-    "watch.policy": Option(choices=ON_NON_FINITE, resume="rounding", in_checksum=False),
-    "watch.max_events": Option(minimum=0, resume="free", in_checksum=False),
-    "watch.spike_deviations": Option(minimum=0, resume="free", in_checksum=False),
-    "watch.spike_window": Option(minimum=1, resume="free", in_checksum=False),
-    "log_every": Option(minimum=1, resume="free", in_checksum=False),
+    "monitor.on_non_finite": Option(choices=ON_NON_FINITE, resume="rounding", in_checksum=False),
+    "monitor.max_non_finite_steps": Option(minimum=0, resume="free", in_checksum=False),
+    "monitor.spike_deviations": Option(minimum=0, resume="free", in_checksum=False),
+    "monitor.spike_window": Option(minimum=1, resume="free", in_checksum=False),
+    "log_every_steps": Option(minimum=1, resume="free", in_checksum=False),
     "evaluation.batch_size": Option(minimum=1, resume="rounding", in_checksum=False),
     "evaluation.max_shift_images": Option(minimum=0, in_checksum=False),
     "evaluation.wise_ft_alphas": Option(in_checksum=False),
     "evaluation.units": Option(choices=UNITS, in_checksum=False),
-    "export.layouts": Option(choices=formats.WRITABLE, resume="free", in_checksum=False),
+    "export.formats": Option(choices=formats.WRITABLE, resume="free", in_checksum=False),
     # Rates may be added to a finished run: each is a run of its own.
     "search.learning_rates": Option(resume="free", in_checksum=False),
     "pretrain.num_steps": Option(minimum=1, in_checksum=False),
@@ -117,14 +117,6 @@ OPTIONS = {
     "pretrain.clip.*": Option(in_checksum=False),
 }
 _PLAIN = Option()
-
-# What files of before call otherwise, so that a started workdir goes on and finished measurements
-# are found: {its old name: its name}, where "old." stands for all names that begin so; the first
-# that fits is taken.
-RENAMED: dict[str, str] = {}
-# {the name of an option: {an old value: what it is called}}.
-RENAMED_VALUES: dict[str, dict[Any, Any]] = {}
-
 
 def option(name: str) -> Option:
     """The row of an option, or of a group.
@@ -139,46 +131,6 @@ def option(name: str) -> Option:
     groups = (row for key, row in OPTIONS.items()
               if key.endswith(".*") and f"{name}.".startswith(key[:-1]))  # fmt: skip
     return OPTIONS.get(name) or next(groups, _PLAIN)
-
-
-def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values as they are now.
-
-    Args:
-      options: {name: value} as a file has them, of whatever time.
-    """
-    found = {}
-    for name, value in options.items():
-        name = _renamed(name, RENAMED.items())
-        found[name] = _revalued(value, RENAMED_VALUES.get(name, {}))
-    return found
-
-
-def first_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values as they were when the first files were written.
-
-    Args:
-      options: {name: value} as they are now.
-    """
-    found = {}
-    for name, value in options.items():
-        old_values = {new: old for old, new in RENAMED_VALUES.get(name, {}).items()}
-        name = _renamed(name, ((new, old) for old, new in RENAMED.items()))
-        found[name] = _revalued(value, old_values)
-    return found
-
-
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    for before, after in pairs:
-        if name == before or (before.endswith(".") and name.startswith(before)):
-            return after + name[len(before) :]
-    return name
-
-
-def _revalued(value: Any, names: Mapping[Any, Any]) -> Any:
-    if isinstance(value, list):
-        return [_revalued(one, names) for one in value]
-    return names.get(value, value)
 
 
 def check_options(config: ConfigDict) -> None:
@@ -220,4 +172,4 @@ def check_options(config: ConfigDict) -> None:
     finetune.hyper_parameters(config, 1)
     Compute.of(config.compute)
     finetune.train_transforms(config, 1)
-    LoaderOptions(**config.data.loading)
+    LoaderOptions(**config.data.loader)

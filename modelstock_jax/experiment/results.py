@@ -97,7 +97,7 @@ def _merge_history(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_export(config: ConfigDict, pretrained: Checkpoint) -> None:
-    """Asks every layout of `config.export.layouts` whether it can hold the model, weights unseen.
+    """Asks every layout of `config.export.formats` whether it can hold the model, weights unseen.
 
     Raises:
       UserError: if a layout is not known or cannot; before anything is trained.
@@ -106,7 +106,7 @@ def check_export(config: ConfigDict, pretrained: Checkpoint) -> None:
         try:
             formats.writable(layout).describe(pretrained)
         except UserError as error:
-            raise UserError(f"export.layouts: {error}") from None
+            raise UserError(f"export.formats: {error}") from None
 
 
 def export(
@@ -122,7 +122,7 @@ def export(
     """Writes merged weights with head, labels, tokenizer and a model card.
 
     Args:
-      directory: of Hugging Face's layout; every other that `config.export.layouts` names is written
+      directory: of Hugging Face's layout; every other that `config.export.formats` names is written
         beside it, in `directory`_LAYOUT. Each is written whole or not at all, and left alone where
         it exists.
       config: the run's options.
@@ -150,7 +150,7 @@ def export(
         if layout != HuggingFace.name:
             place = directory.with_name(f"{directory.name}_{layout}")
         if not place.exists():
-            checkpoint_io.save(place, checkpoint, layout=layout, texts={"README.md": card})
+            checkpoint_io.save(place, checkpoint, format=layout, texts={"README.md": card})
 
 
 def _data(config: ConfigDict) -> str:
@@ -160,4 +160,4 @@ def _data(config: ConfigDict) -> str:
 
 
 def _layouts(config: ConfigDict) -> list[str]:
-    return list(dict.fromkeys((HuggingFace.name, *config.export.layouts)))
+    return list(dict.fromkeys((HuggingFace.name, *config.export.formats)))

@@ -117,7 +117,7 @@ def check_data(config: ConfigDict) -> None:
 def open_data(config: ConfigDict) -> Benchmark:
     """The data of `config.data`; a cache of decoded images is written by process 0 alone."""
     load = partial(benchmark.load, config.data)
-    return multihost.main_process_first(load) if config.data.cache else load()
+    return multihost.main_process_first(load) if config.data.decoded_cache_dir else load()
 
 
 def classify(

@@ -13,8 +13,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.options import current_names, option
+from modelstock_jax.experiment.options import option
 from modelstock_jax.fileio import FileLock, flat, plain, write_json
+from modelstock_jax.flags import current_names
 
 # The kernel frees these locks when the process ends, whatever ends it.
 _held: dict[Path, FileLock] = {}

@@ -1,4 +1,4 @@
-"""Measures of any models, and points around them, for the analyses of the paper's section 2.
+"""Measures of any models, and points around them, for the analyzes of the paper's section 2.
 
 Angles, norms, distances and shells; the plane through three models, and noise around one.
 """
@@ -28,11 +28,11 @@ def distance(a: Any, b: Any):
     return distances(a, jax.tree.map(lambda x: jnp.asarray(x)[None], b))[0]
 
 
-def distances(centre: Any, models: Any):
-    """Distance |w_i - centre| of each of M models, over all floating tensors (Table 1).
+def distances(center: Any, models: Any):
+    """Distance |w_i - center| of each of M models, over all floating tensors (Table 1).
 
     Args:
-      centre: a tree of arrays; the anchor, or the pseudo-centre `mean_model(models)`.
+      center: a tree of arrays; the anchor, or the pseudo-center `mean_model(models)`.
       models: the same tree with a leading axis M.
 
     Returns:
@@ -42,7 +42,7 @@ def distances(centre: Any, models: Any):
       >>> distances({"w": jnp.zeros(2)}, {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])}).tolist()
       [5.0, 1.0]
     """
-    leaves = pair_leaves(centre, models, 1)
+    leaves = pair_leaves(center, models, 1)
     total = sum(
         _squares(w0, w)
         for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True) if is_float(w0)
@@ -51,18 +51,18 @@ def distances(centre: Any, models: Any):
 
 
 @jax.jit
-def _squares(centre, models):
+def _squares(center, models):
     """Squared distance of each model, [...] and [M, ...] -> [M]."""
-    def squares(centre, models):
-        return jnp.stack([jnp.sum(jnp.square(model - centre)) for model in models])
+    def squares(center, models):
+        return jnp.stack([jnp.sum(jnp.square(model - center)) for model in models])
 
-    return in_float64(squares)(centre, models)
+    return in_float64(squares)(center, models)
 
 
 def mean_model(models: Any):
     """Mean over the leading axis of every floating tensor; the first model's where not floating.
 
-    The pseudo-centre of section 2.2. Accumulated in float32, rounded to the tensors' dtype.
+    The pseudo-center of section 2.2. Accumulated in float32, rounded to the tensors' dtype.
 
     Example:
       >>> mean_model({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]])})["w"].tolist()
@@ -117,7 +117,7 @@ def cosines(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
 
 
 def thin_shell(pretrained: Any, models: Any, unit: str | None = None, **how: Any):
-    """Radii and angles of M >= 4 models about their centre (section 2.1): see `geometry.shell`.
+    """Radii and angles of M >= 4 models about their center (section 2.1): see `geometry.shell`.
 
     Args:
       pretrained: w0, a tree of arrays.
@@ -191,36 +191,36 @@ def plane_point(plane: Plane, x: Any, y: Any) -> Any:
 
 def random_point(
     key: jax.Array,
-    centre: Any,
+    center: Any,
     distances: Any,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
 ) -> Any:
-    """A random model at given distances from a centre, unit by unit (Observation 4, Figure 4).
+    """A random model at given distances from a center, unit by unit (Observation 4, Figure 4).
 
-    The centre plus Gaussian noise, brought in every merge unit to the distance asked for. The
-    paper gives its noise the standard deviation of fine-tuned weights about the centre; that is
-    their mean distance, `jax.tree.map(lambda d: d.mean(0), norms(centre, models, unit))`.
+    The center plus Gaussian noise, brought in every merge unit to the distance asked for. The
+    paper gives its noise the standard deviation of fine-tuned weights about the center; that is
+    their mean distance, `jax.tree.map(lambda d: d.mean(0), norms(center, models, unit))`.
 
     Args:
       key: of `jax.random`.
-      centre: a tree of arrays.
+      center: a tree of arrays.
       distances: the same tree with arrays of the units' shapes.
       unit: as `model_stock`.
       num_heads: as `model_stock`.
       filter_axis: as `model_stock`.
 
     Returns:
-      A tree in the dtypes of the centre; what is not floating is the centre's.
+      A tree in the dtypes of the center; what is not floating is the center's.
 
     Example:
       >>> point = random_point(jax.random.key(0), {"w": jnp.ones(5)}, {"w": jnp.array(2.0)})
       >>> round(float(jnp.linalg.norm(point["w"] - 1)), 4)
       2.0
     """
-    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, centre))
+    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, center))
     keys = jax.random.split(key, len(leaves))
     noisy = [
         (w + jax.random.normal(k, w.shape).astype(w.dtype) if is_float(w) else w)[None]

@@ -85,7 +85,7 @@ def swa(start: int = 0, period: int = 1) -> Average:
 
     The weights given to `init` are step 0, so with the defaults they are the first model of the
     mean, as in the algorithm. The learning rate is the loop's own: the paper's is constant or
-    cyclical, a period of the average being one cycle. Models with batch normalisation need its
+    cyclical, a period of the average being one cycle. Models with batch normalization need its
     statistics computed anew for the mean.
 
     Args:
@@ -312,7 +312,7 @@ class TWASubspace(NamedTuple):
 def twa_span(solutions: Any) -> TWASubspace:
     """Trainable weight averaging (Li et al. 2023, arXiv 2205.13104, algorithm 1): its subspace.
 
-    The solutions of one run are orthonormalised (Gram-Schmidt, in the order given), P = [e_k],
+    The solutions of one run are orthonormalized (Gram-Schmidt, in the order given), P = [e_k],
     and from their mean on training goes on inside their span alone:
 
         w <- w - lr P P^T grad L(w)

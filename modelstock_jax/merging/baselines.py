@@ -21,11 +21,11 @@ from modelstock_jax.merging.analysis import distance
 from modelstock_jax.merging.engine import Stats, merge
 from modelstock_jax.merging.geometry import namespace
 from modelstock_jax.merging.gram import (
-    to_unit_shape,
     cast,
     compute_dtype,
     in_float64,
     pair_leaves,
+    to_unit_shape,
 )
 from modelstock_jax.merging.stock import model_stock
 
@@ -77,7 +77,7 @@ def wise_ft(
 ) -> tuple[Any, Stats]:
     """WiSE-FT: w = (1 - alpha) w0 + alpha mean_i(w_i), one alpha for all (Figure 1's curves).
 
-    Wortsman et al. 2022 (arXiv 2109.01903), section 3; WARP's interpolation toward initialisation.
+    Wortsman et al. 2022 (arXiv 2109.01903), section 3; WARP's interpolation toward initialization.
 
     Args:
       pretrained: as `model_stock`.

@@ -391,7 +391,7 @@ class Stats(NamedTuple):
     cosine: Any  # mean pairwise cosine, or COSINE_UNDEFINED (2.0)
     ratio: Any  # t: how far from the anchor (0) to the mean (1); the sum of a_i
     norm: Any  # [N, ...], |d_i| of each replica
-    predicted_distance: geometry.Distances  # to the centre; DISTANCE_UNDEFINED (-1.0) where unknown
+    predicted_distance: geometry.Distances  # to the center; DISTANCE_UNDEFINED (-1.0) where unknown
     outcome: Any  # int8 codes of `UnitOutcome`
     finite: Any  # [N, ...] bool, of the tensor itself, not of its unit
     units: UnitTable  # static: no arrays
@@ -417,7 +417,7 @@ def report(stats: Stats) -> list[dict[str, Any]]:
 
 
 def total_distance(stats: Stats) -> geometry.Distances:
-    """Predicted distances from the centre of the whole model: root-sum-squares over units.
+    """Predicted distances from the center of the whole model: root-sum-squares over units.
 
     Each unit counts once, however many tensors share it; units whose distance is unknown (one
     replica left, cosine undefined) are left out.

@@ -19,7 +19,7 @@ MIN_SQUARED_NORM = float(np.finfo(np.float32).tiny)
 
 
 class Distances(NamedTuple):
-    """Expected distances from the centre: of one replica, of the mean, of the merged weights."""
+    """Expected distances from the center: of one replica, of the mean, of the merged weights."""
 
     replica: Any
     mean: Any
@@ -114,7 +114,7 @@ def angle(cosine):
 def predicted_distances(
     square, signal, cosine, num_replicas, ratio, *, fixed_ratio=False, squared_coefficients=None
 ) -> Distances:
-    """Expected distances from the centre, which nobody needs to know.
+    """Expected distances from the center, which nobody needs to know.
 
     With l^2 the mean squared norm and |mu|^2 the mean product of two task vectors:
     one replica l sqrt(1 - cos), the mean of N of them l sqrt((1 - cos) / N), the merged weights
@@ -152,22 +152,22 @@ def predicted_distances(
     return Distances(*(positive_sqrt(part) for part in (noise, noise / num_replicas, merged)))
 
 
-def mean_distance(single_distance, num_averaged, num_centre=None):
-    """Distance of the mean of N models from the centre, from that of one model (Table 1).
+def mean_distance(single_distance, num_averaged, num_center=None):
+    """Distance of the mean of N models from the center, from that of one model (Table 1).
 
-    one * sqrt((1/N - 1/M) / (1 - 1/M)), where the centre is itself the mean of M models that
-    include these; M = None is the true centre, one / sqrt(N).
+    one * sqrt((1/N - 1/M) / (1 - 1/M)), where the center is itself the mean of M models that
+    include these; M = None is the true center, one / sqrt(N).
 
     Example:
       >>> round(mean_distance(13.133, 2, 50), 2)
       9.19
     """
-    centre = 0.0 if num_centre is None else 1.0 / num_centre
-    return single_distance * math.sqrt((1.0 / num_averaged - centre) / (1.0 - centre))
+    center = 0.0 if num_center is None else 1.0 / num_center
+    return single_distance * math.sqrt((1.0 / num_averaged - center) / (1.0 - center))
 
 
-def num_averaged(single_distance, mean, num_centre=None):
-    """How many models a mean at this distance from the centre is of: `mean_distance`, inverted.
+def num_averaged(single_distance, mean, num_center=None):
+    """How many models a mean at this distance from the center is of: `mean_distance`, inverted.
 
     It finds rows of a table that are not what they say: the paper's Table 7 gives 5.63 for N = 4.
 
@@ -175,8 +175,8 @@ def num_averaged(single_distance, mean, num_centre=None):
       >>> round(num_averaged(13.133, 5.63, 50), 1)
       5.0
     """
-    centre = 0.0 if num_centre is None else 1.0 / num_centre
-    return 1.0 / ((mean / single_distance) ** 2 * (1.0 - centre) + centre)
+    center = 0.0 if num_center is None else 1.0 / num_center
+    return 1.0 / ((mean / single_distance) ** 2 * (1.0 - center) + center)
 
 
 def positive_sqrt(value):
@@ -196,11 +196,11 @@ def namespace(array):
     return array.__array_namespace__() if hasattr(array, "__array_namespace__") else np
 
 
-# The thin shell of section 2.1, measured about a centre that no measured model had a part in.
+# The thin shell of section 2.1, measured about a center that no measured model had a part in.
 
 
 class Shell(NamedTuple):
-    """Properties (i) to (iii) of M models about their centre; trailing axes run over units."""
+    """Properties (i) to (iii) of M models about their center; trailing axes run over units."""
 
     radius: Any  # [M, ...], (i) |w_i - mu|
     anchor_cosine: Any  # [M, ...], (ii) of w_0 - mu and w_i - mu
@@ -209,9 +209,9 @@ class Shell(NamedTuple):
 
 
 def shell(gram) -> Shell:
-    """Radii and angles of M models about their centre, without the bias of a sample mean.
+    """Radii and angles of M models about their center, without the bias of a sample mean.
 
-    The mean of M models lies nearer to each of them than the true centre does, and turns (ii) and
+    The mean of M models lies nearer to each of them than the true center does, and turns (ii) and
     (iii) away from 90 degrees. So mu is estimated for each model from the others alone, and its
     square from products of two different ones; with G_ij = d_i . d_j, all j, k other than i:
 
@@ -228,12 +228,12 @@ def shell(gram) -> Shell:
     Example:
       >>> noise = np.eye(4, 5)  # orthogonal, of length 1, about mu = 2 e_5
       >>> found = shell((noise + 2 * np.eye(5)[4]) @ (noise + 2 * np.eye(5)[4]).T)
-      >>> found.radius.tolist(), float(found.centre), float(abs(found.anchor_cosine).max())
+      >>> found.radius.tolist(), float(found.center), float(abs(found.anchor_cosine).max())
       ([1.0, 1.0, 1.0, 1.0], 2.0, 0.0)
     """
     number = len(gram)
     if number < 4:
-        raise UserError(f"a held-out centre for every pair needs at least 4 models, not {number}")
+        raise UserError(f"a held-out center for every pair needs at least 4 models, not {number}")
     xp = namespace(gram)
     own = squared_norms(gram)
     rows = gram.sum(axis=1) - own  # sums over the others
@@ -241,8 +241,8 @@ def shell(gram) -> Shell:
     along = rows / (number - 1)
     square = (total[None] - 2 * rows) / ((number - 1) * (number - 2))
     radius = positive_sqrt(own - 2 * along + square)
-    centre = positive_sqrt(total / (number * (number - 1)))
-    anchor = (square - along) / _positive(xp, radius * centre[None])
+    center = positive_sqrt(total / (number * (number - 1)))
+    anchor = (square - along) / _positive(xp, radius * center[None])
 
     # For a pair i, j: the sums above without the other one, and without both.
     without = (rows[:, None] - gram) / (number - 2)
@@ -250,22 +250,22 @@ def shell(gram) -> Shell:
     pairs = gram - without - xp.swapaxes(without, 0, 1) + rest / ((number - 2) * (number - 3))
     cosine = pairs / _positive(xp, radius[:, None] * radius[None])
     same = xp.eye(number, dtype=bool).reshape((number, number) + (1,) * (gram.ndim - 2))
-    return Shell(radius, anchor, xp.where(same, 1.0, cosine), centre)
+    return Shell(radius, anchor, xp.where(same, 1.0, cosine), center)
 
 
-def true_distance(measured, num_averaged, num_centre, *, included=True):
-    """Distance of the mean of N models from the true centre, from that to a pseudo-centre of M.
+def true_distance(measured, num_averaged, num_center, *, included=True):
+    """Distance of the mean of N models from the true center, from that to a pseudo-center of M.
 
         measured / sqrt(1 - N / M)      where the M models include the N
-        measured / sqrt(1 + N / M)      where they do not: a held-out centre
+        measured / sqrt(1 + N / M)      where they do not: a held-out center
 
     Example:
       >>> round(true_distance(13.133, 1, 50), 2)
       13.27
     """
-    share = num_averaged / num_centre
+    share = num_averaged / num_center
     if included and share >= 1:
-        raise UserError(f"the mean of {num_averaged} of {num_centre} models is the pseudo-centre "
+        raise UserError(f"the mean of {num_averaged} of {num_center} models is the pseudo-center "
                         "itself: it says nothing about its distance")
     return measured / math.sqrt(1.0 - share if included else 1.0 + share)
 

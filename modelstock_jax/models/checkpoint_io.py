@@ -31,7 +31,7 @@ _DOCUMENTS = ("*.json", "merges.txt")
 def load(
     name: str | os.PathLike[str],
     *,
-    layout: str | None = None,
+    format: str | None = None,
     base: Checkpoint | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
@@ -68,7 +68,7 @@ def load(
         UserError: No such path or repository, another architecture, broken files, or tensors that
             are missing, unused, misshapen, of a wrong dtype or not finite (all in one list).
     """
-    path, chosen = _choose(name, layout)
+    path, chosen = _choose(name, format)
     checkpoint = chosen.read(path, base)
     if path.is_dir():
         if (path / HEAD_FILE).is_file():
@@ -88,7 +88,7 @@ def save(
     directory: str | os.PathLike[str],
     checkpoint: Checkpoint,
     *,
-    layout: str = "hugging_face",
+    format: str = "hugging_face",
     overwrite: bool = False,
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
@@ -115,7 +115,7 @@ def save(
             do not fit the config or are not finite (all in one list); labels that do not fit the
             head.
     """
-    config, directory, chosen = checkpoint.config, Path(directory), formats.writable(layout)
+    config, directory, chosen = checkpoint.config, Path(directory), formats.writable(format)
     documents = chosen.describe(checkpoint)
     tensors = chosen.tensors(checkpoint, directory)
     head: dict[str, np.ndarray] = {}
@@ -154,10 +154,10 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     return directory is not None and any((directory / name).is_file() for name in names)
 
 
-def _choose(name: str | os.PathLike[str], layout: str | None) -> tuple[Path, CheckpointFormat]:
+def _choose(name: str | os.PathLike[str], format: str | None) -> tuple[Path, CheckpointFormat]:
     """The path that a name stands for, with what its layout needs, and that layout."""
     path = resolve(name, _DOCUMENTS)
-    candidates = formats.described(path) if layout is None else [formats.readable(layout)]
+    candidates = formats.described(path) if format is None else [formats.readable(format)]
     if not candidates:
         path = resolve(name, (*_DOCUMENTS, *CheckpointFormat.weights))
         return path, formats.named(path)

@@ -176,7 +176,7 @@ def abstract_params(config: CLIPConfig) -> Params:
 def encode_image(
     config: CLIPConfig, tower_params: Params, images: jax.Array, compute: Compute = DEFAULT_COMPUTE
 ) -> jax.Array:
-    """Image features, not normalised: projection(post_layernorm(class token)).
+    """Image features, not normalized: projection(post_layernorm(class token)).
 
     Args:
         config: Sizes.
@@ -198,7 +198,7 @@ def encode_image(
 def encode_text(
     config: CLIPConfig, tower_params: Params, ids: jax.Array, compute: Compute = DEFAULT_COMPUTE
 ) -> jax.Array:
-    """Text features, not normalised: projection(final_layernorm(token at the end of text)).
+    """Text features, not normalized: projection(final_layernorm(token at the end of text)).
 
     Args:
         config: Sizes, and the rule of the end of text.
@@ -270,7 +270,7 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     """Divides by the norm, x / |x|, over the last axis.
 
     Example:
-        >>> normalise(jnp.array([[0.0, 4.0]])).tolist()
+        >>> normalize(jnp.array([[0.0, 4.0]])).tolist()
         [[0.0, 1.0]]
     """
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

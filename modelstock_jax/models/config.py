@@ -286,7 +286,7 @@ class Preprocessor:
         factor = raw.get("rescale_factor", 1 / 255)
         by_255 = isinstance(factor, float | int) and abs(factor * 255 - 1) <= 1e-6
         if not by_255 or False in (raw.get("do_normalize", True), raw.get("do_rescale", True)):
-            raise UserError(f"{path}: only pixels / 255, normalised, are supported.")
+            raise UserError(f"{path}: only pixels / 255, normalized, are supported.")
         if raw.get("resample", _BICUBIC) != _BICUBIC:
             raise UserError(
                 f"{path}: resample is {raw['resample']!r}; images are resized by {_BICUBIC} "

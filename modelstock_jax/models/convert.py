@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.source}: no tokenizer beside it, and {args.to} needs one: name a directory "
                 "or repository that has it, such as --tokenizer=openai/clip-vit-base-patch32."
             )
-        checkpoint_io.save(args.out, checkpoint, layout=args.to, overwrite=args.overwrite)
+        checkpoint_io.save(args.out, checkpoint, format=args.to, overwrite=args.overwrite)
     except UserError as error:
         sys.exit(f"error: {error}")
     size = sum(leaf.size for _, leaf in flatten(checkpoint.params))
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _load(args: argparse.Namespace) -> Checkpoint:
     base = None if args.base is None else checkpoint_io.load(args.base)
     return checkpoint_io.load(
-        args.source, layout=args.source_layout, base=base, tokenizer=args.tokenizer
+        args.source, format=args.source_format, base=base, tokenizer=args.tokenizer
     )
 
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
     parser.add_argument(
         "--from",
-        dest="source_layout",
+        dest="source_format",
         choices=list(formats.READABLE),
         help="the layout of SRC, where it holds several (default: the first of these)",
     )

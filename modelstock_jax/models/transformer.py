@@ -31,7 +31,7 @@ class Compute:
     """
 
     dtype: Any = jnp.float32
-    attention: str = "xla"
+    attention_impl: str = "xla"
     remat: bool = False
 
     def __post_init__(self) -> None:
@@ -41,8 +41,8 @@ class Compute:
             pass
         name = getattr(self.dtype, "name", self.dtype)
         check_choice("compute.dtype", name, [dtype.name for dtype in _DTYPES])
-        check_choice("compute.attention", self.attention, ATTENTIONS)
-        if self.attention == "cudnn" and self.dtype not in (jnp.bfloat16, jnp.float16):
+        check_choice("compute.attention_impl", self.attention_impl, ATTENTIONS)
+        if self.attention_impl == "cudnn" and self.dtype not in (jnp.bfloat16, jnp.float16):
             raise UserError(
                 "compute: attention 'cudnn' needs dtype bfloat16 or float16, not "
                 f"{self.dtype.name}."
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
     def __init__(
         self, width: int, heads: int, layers: int, causal: bool, compute: Compute, rngs: nnx.Rngs
     ):
-        self.heads, self.causal, self.kind = heads, causal, compute.attention
+        self.heads, self.causal, self.kind = heads, causal, compute.attention_impl
         std = width**-0.5
         self.q_proj = linear(width, width, std, compute, rngs)
         self.k_proj = linear(width, width, std, compute, rngs)

@@ -308,7 +308,7 @@ def head_key(
         "class_names": list(class_names),
         "templates": list(templates),
         "dtype": compute.dtype.name,
-        "attention": compute.attention,
+        "attention": compute.attention_impl,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

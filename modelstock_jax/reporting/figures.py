@@ -24,9 +24,9 @@ from modelstock_jax.reporting import style
 from modelstock_jax.reporting.style import (
     BLACK,
     BLUE,
-    COLOURS,
+    COLORS,
+    GRAY,
     GREEN,
-    GREY,
     KINDS,
     ORANGE,
     PURPLE,
@@ -120,19 +120,19 @@ def _numbers(value: Any) -> list[float]:
 # merge of files has one of each of thousands: a dot a tensor, blocks one after the other.
 
 
-ROLE_COLOURS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY), strict=True))
+ROLE_COLORS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GRAY), strict=True))
 # Two columns, as in the paper's weights and biases.
 LEFT = {
-    "attention": ROLE_COLOURS["attention"],
-    "MLP": ROLE_COLOURS["MLP"],
-    "head": ROLE_COLOURS["embeddings and head"],
-    "other kernels": ROLE_COLOURS["other"],
+    "attention": ROLE_COLORS["attention"],
+    "MLP": ROLE_COLORS["MLP"],
+    "head": ROLE_COLORS["embeddings and head"],
+    "other kernels": ROLE_COLORS["other"],
 }
 RIGHT = {
-    "biases": ROLE_COLOURS["biases"],
+    "biases": ROLE_COLORS["biases"],
     "norm biases": SKY,
-    "norm scales": ROLE_COLOURS["norms"],
-    "head": ROLE_COLOURS["embeddings and head"],
+    "norm scales": ROLE_COLORS["norms"],
+    "head": ROLE_COLORS["embeddings and head"],
 }
 MOST_TOWERS = 3
 
@@ -171,10 +171,10 @@ def angle_by_layer(
             height_ratios=[1.35, 1],
             width_ratios=[max(6, len(side)) for side in sides],
         )
-        for column, (side, colours, name) in enumerate(
+        for column, (side, colors, name) in enumerate(
             zip(sides, (LEFT, RIGHT), ("kernels", "biases and norms"), strict=True)
         ):
-            _bars_of_side(panels[:, column], side, colours)
+            _bars_of_side(panels[:, column], side, colors)
             panels[0, column].set_title(name)
         _scale_angles(panels[0], bars=True)
         _scale_norms(panels[1], bars=True)
@@ -229,8 +229,8 @@ def angle_by_block(rows: UnitRows, path: str | Path | None = None) -> Figure:
         _scale_norms(panels[-1])
         roles = {role(row["name"]) for group in groups.values() for _, row in group}
         figure.legend(handles=[
-            Line2D([], [], color=colour, marker="o", markersize=5, label=role)
-            for role, colour in ROLE_COLOURS.items() if role in roles
+            Line2D([], [], color=color, marker="o", markersize=5, label=role)
+            for role, color in ROLE_COLORS.items() if role in roles
         ], loc="outside lower center", ncols=6)  # fmt: skip
 
     size = (min(13.0, max(7.0, 3 + 0.22 * sum(depths))), 5.6 if angles else 3.2)
@@ -240,11 +240,11 @@ def angle_by_block(rows: UnitRows, path: str | Path | None = None) -> Figure:
 def _bars_of_side(
     panels: Sequence[Axes],
     side: Sequence[tuple[float, Mapping[str, Any]]],
-    colours: Mapping[str, str],
+    colors: Mapping[str, str],
 ) -> None:
     """Draws one column of `angle_by_layer`: its tensors with their depths."""
     shares = [_share(row["name"]) for _, row in side]
-    shades = [colours[share] for share in shares]
+    shades = [colors[share] for share in shares]
     for axes, values in zip(panels, ("angles", "rms"), strict=True):
         _bars(axes, [row[values] for _, row in side], shades)
     # Every other block is shaded.
@@ -258,9 +258,9 @@ def _bars_of_side(
         start = stop
     _name_blocks(panels, middles, most=9)
     panels[-1].set_xlabel("block of the image tower")
-    used = [share for share in colours if share in shares]
+    used = [share for share in colors if share in shares]
     panels[-1].legend(
-        handles=[Patch(color=colours[share], label=share) for share in used],
+        handles=[Patch(color=colors[share], label=share) for share in used],
         loc="upper center",
         bbox_to_anchor=(0.5, -0.32),
         ncols=max(1, len(used)),
@@ -279,11 +279,11 @@ def _share(name: str) -> str:
     return what
 
 
-def _bars(axes: Axes, values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+def _bars(axes: Axes, values: Sequence[Sequence[float]], colors: Sequence[str]) -> None:
     x = np.arange(len(values))
     mean = np.array([np.mean(value) if len(value) else np.nan for value in values])
     spread = np.array([np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values])
-    axes.bar(x, mean, width=0.8, color=colours, linewidth=0)
+    axes.bar(x, mean, width=0.8, color=colors, linewidth=0)
     shown = spread > 0
     if shown.any():
         axes.errorbar(
@@ -302,11 +302,11 @@ def _dots_of_tower(
     points = defaultdict(lambda: defaultdict(list))
     for depth, row in group:
         points[role(row["name"])][position[depth]].append(row)
-    for number, (name, colour) in enumerate((n, c) for n, c in ROLE_COLOURS.items() if n in points):
+    for number, (name, color) in enumerate((n, c) for n, c in ROLE_COLORS.items() if n in points):
         shift = (number - 2) * 0.07  # Roles stand beside each other, not on each other.
         if top is not None:
-            _series(top, points[name], lambda row: _numbers(row.get("angle")), colour, shift)
-        _series(bottom, points[name], _rms, colour, shift)
+            _series(top, points[name], lambda row: _numbers(row.get("angle")), color, shift)
+        _series(bottom, points[name], _rms, color, shift)
     _name_blocks([axes for axes in (top, bottom) if axes is not None], position, most=12)
     bottom.set_xlim(-0.6, len(depths) - 0.4)
 
@@ -315,7 +315,7 @@ def _series(
     axes: Axes,
     points: Mapping[float, UnitRows],
     values: Callable[[Mapping[str, Any]], list[float]],
-    colour: str,
+    color: str,
     shift: float,
 ) -> None:
     dots, line, last = [], [], None
@@ -328,8 +328,8 @@ def _series(
             last = x
     if not dots:
         return
-    axes.plot(*zip(*dots, strict=True), "o", ms=3.2, mew=0, color=colour, alpha=0.55)
-    axes.plot(*zip(*line, strict=True), "-", color=colour, lw=1.3)
+    axes.plot(*zip(*dots, strict=True), "o", ms=3.2, mew=0, color=color, alpha=0.55)
+    axes.plot(*zip(*line, strict=True), "-", color=color, lw=1.3)
 
 
 def _rms(row: Mapping[str, Any]) -> list[float]:
@@ -398,7 +398,7 @@ def id_against_shifts(
     """In-distribution accuracy against the average over the shifts (the paper's Fig. 1).
 
     A marker a method (bars: standard error over seeds), single replicas as small dots, and the
-    WiSE-FT curves of one replica and of the mean, labelled by alpha.
+    WiSE-FT curves of one replica and of the mean, labeled by alpha.
 
     Args:
       rows: as `tables.make_row` gives them; WiSE-FT rows have `alpha` and `of`.
@@ -419,11 +419,11 @@ def id_against_shifts(
         axes = figure.subplots()
         for row in rows:
             if row["method"] == "replica":
-                axes.plot(row["id"], row["avg_shifts"], ".", color=GREY, ms=5, alpha=0.7, zorder=2)
+                axes.plot(row["id"], row["avg_shifts"], ".", color=GRAY, ms=5, alpha=0.7, zorder=2)
         curves = [
             curve
-            for of, colour in [("replica", GREY), ("mean", SKY)]
-            if (curve := _wise_ft(axes, every, of, colour))
+            for of, color in [("single_model", GRAY), ("uniform_mean", SKY)]
+            if (curve := _wise_ft(axes, every, of, color))
         ]
         for point in points:
             _mark(axes, point)
@@ -445,7 +445,7 @@ def id_against_shifts(
     return draw(fill, (7.2, 4.9), path)
 
 
-def _wise_ft(axes: Axes, points: Sequence[Point], of: str, colour: str) -> style.Curve | None:
+def _wise_ft(axes: Axes, points: Sequence[Point], of: str, color: str) -> style.Curve | None:
     # A curve begins at the anchor of the replicas.
     probed = any(point.summary.method == "probed" for point in points)
     ends = {"probed" if probed else "zero_shot": 0.0, of: 1.0}
@@ -462,8 +462,8 @@ def _wise_ft(axes: Axes, points: Sequence[Point], of: str, colour: str) -> style
     x = [along[alpha].id.mean for alpha in alphas]
     y = [along[alpha].shifts.mean for alpha in alphas]
     name = {"replica": "WiSE-FT of one replica (α)", "mean": "WiSE-FT of the mean (α)"}[of]
-    axes.plot(x, y, "-", color=colour, lw=1.6, marker="o", ms=3.2, label=name, zorder=1)
-    return style.Curve(alphas, x, y, ink(colour))
+    axes.plot(x, y, "-", color=color, lw=1.6, marker="o", ms=3.2, label=name, zorder=1)
+    return style.Curve(alphas, x, y, ink(color))
 
 
 def _mark(axes: Axes, point: Point) -> None:
@@ -475,7 +475,7 @@ def _mark(axes: Axes, point: Point) -> None:
         yerr=point.shifts.error,
         fmt=method.marker,
         ms=MARKER_SIZE.get(method.marker, 8),
-        color=COLOURS[method.colour],
+        color=COLORS[method.color],
         mec="white",
         mew=0.8,
         elinewidth=1.2,
@@ -499,7 +499,7 @@ def _names(points: Sequence[Point]) -> list[style.Label]:
         number = next((word for word in summary.label.split() if word.isdigit()), "replicas")
         text = summary.label if method is None else method.short.format(n=number)
         bold = summary.method == "model_stock"
-        names.append(style.Label(x, y, text, ink(COLOURS[(method or OWN_STYLE).colour]), bold))
+        names.append(style.Label(x, y, text, ink(COLORS[(method or OWN_STYLE).color]), bold))
     return sorted(names, key=lambda label: not label.bold)
 
 
@@ -527,7 +527,7 @@ def ratio_over_merges(
     def fill(figure: Figure) -> None:
         panels = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
         for axes, (name, history) in zip(panels, histories.items(), strict=True):
-            for kind, colour in KINDS.items():
+            for kind, color in KINDS.items():
                 entries = [entry for entry in history if kind in entry["ratios"]]
                 if not entries:
                     continue
@@ -536,8 +536,8 @@ def ratio_over_merges(
                     np.array([entry["ratios"][kind][key] for entry in entries], dtype=float)
                     for key in ("low", "median", "high")
                 )
-                axes.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
-                axes.plot(x, median, "-o", color=colour, lw=2, ms=4.5, label=kind)
+                axes.fill_between(x, low, high, color=color, alpha=0.13, lw=0)
+                axes.plot(x, median, "-o", color=color, lw=2, ms=4.5, label=kind)
             axes.set_title(name, fontweight="normal" if title else "bold")
             axes.set_xlabel("epoch")
             axes.set_ylim(min(0.5, axes.get_ylim()[0]), 1.02)

@@ -52,7 +52,7 @@ def model_card(
     })  # fmt: skip
     lines += [
         f"{label({'method': method, 'num_replicas': num_replicas})}: {num_replicas} fine-tuned "
-        f"copies of {anchor}, merged toward their centre by the method of {PAPER}.",
+        f"copies of {anchor}, merged toward their center by the method of {PAPER}.",
         "",
     ]
     lines += table(["", ""], [

@@ -1,4 +1,4 @@
-"""One look for every figure: colours that colour-blind readers can tell apart."""
+"""One look for every figure: colors that color-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from matplotlib.transforms import Bbox
 
 from modelstock_jax.fileio import write_atomically
 
-# Okabe and Ito's palette, in print and on screen told apart by all common kinds of colour vision.
+# Okabe and Ito's palette, in print and on screen told apart by all common kinds of color vision.
 BLACK, ORANGE, SKY, GREEN = "#222222", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
+BLUE, VERMILION, PURPLE, GRAY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 # By the names that `registry` uses.
-COLOURS = {
+COLORS = {
     "black": BLACK, "orange": ORANGE, "sky": SKY, "green": GREEN,
-    "blue": BLUE, "vermilion": VERMILION, "purple": PURPLE, "grey": GREY,
+    "blue": BLUE, "vermilion": VERMILION, "purple": PURPLE, "gray": GRAY,
 }  # fmt: skip
 
 KINDS = {"kernels": VERMILION, "biases": BLUE, "norms": GREEN, "head": PURPLE}
@@ -68,14 +68,14 @@ class PngFigure(Figure):
         return file.getvalue()
 
 
-def ink(colour: str) -> tuple[float, float, float]:
-    """The colour darkened for text, which needs more contrast than a marker.
+def ink(color: str) -> tuple[float, float, float]:
+    """The color darkened for text, which needs more contrast than a marker.
 
     Example:
       >>> ink("#FF8000")
       (0.75, 0.376..., 0.0)
     """
-    red, green, blue = to_rgb(colour)
+    red, green, blue = to_rgb(color)
     return 0.75 * red, 0.75 * green, 0.75 * blue
 
 
@@ -107,7 +107,7 @@ def draw(
 # Labels beside points that cover neither each other nor the data.
 
 
-# Distances from the point to try, in points of type, and directions, the reader's favourites first.
+# Distances from the point to try, in points of type, and directions, the reader's favorites first.
 RADII = (9, 14, 20, 28, 38, 50, 64)
 ANGLES = (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 65, 295, 115, 245)
 FAR = 16  # From this distance on a thin line leads from the label to its point.
@@ -119,7 +119,7 @@ class Label(NamedTuple):
     x: float
     y: float
     text: str
-    colour: Any
+    color: Any
     bold: bool = False
 
 
@@ -129,7 +129,7 @@ class Curve(NamedTuple):
     alphas: Sequence[float]
     x: Sequence[float]
     y: Sequence[float]
-    colour: Any
+    color: Any
 
     def dense(self, between: int = 6) -> list[tuple[float, float]]:
         """The curve's points and others between them."""
@@ -174,7 +174,7 @@ def place(
             xytext=(0, 0),
             textcoords="offset points",
             fontsize=size,
-            color=label.colour,
+            color=label.color,
             fontweight="bold" if label.bold else "normal",
             linespacing=1.05,
             va="center",
@@ -232,14 +232,14 @@ def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> Non
                     xytext=(dx, dy),
                     textcoords="offset points",
                     fontsize=size,
-                    color=curve.colour,
+                    color=curve.color,
                     ha="left" if dx > 0 else "right" if dx < 0 else "center",
                     va="bottom" if dy > 0 else "top" if dy < 0 else "center",
                     zorder=5,
                 )
                 box = text.get_window_extent()
-                centre = [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]
-                nearest = int(owner[np.argmin(np.sum((dots - centre) ** 2, axis=1))])
+                center = [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]
+                nearest = int(owner[np.argmin(np.sum((dots - center) ** 2, axis=1))])
                 free = not box.count_contains(dots) and not box.count_overlaps(taken)
                 if free and curves[nearest] is curve:  # Else a reader takes it for the other's.
                     taken.append(box)
@@ -273,5 +273,5 @@ def _lead(axes: Axes, label: Label, box: Bbox) -> None:
     edge = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
     begin = axes.transData.inverted().transform(edge)
     axes.plot(
-        [begin[0], label.x], [begin[1], label.y], color=label.colour, lw=0.7, alpha=0.7, zorder=2
+        [begin[0], label.x], [begin[1], label.y], color=label.color, lw=0.7, alpha=0.7, zorder=2
     )

@@ -71,15 +71,15 @@ def make_row(
       seed: the run's seed; None for what no seed enters (the anchor).
       cost: training spent, in fine-tunings of one model.
       distance_to_anchor: Euclidean, over all weights that are merged.
-      predicted_distance: to the centre (root-sum-squares over units); None where not defined.
-      **more: `alpha` and `of` ("replica" or "mean") of a WiSE-FT row, `num_replicas`; `unit` where
+      predicted_distance: to the center (root-sum-squares over units); None where not defined.
+      **more: `alpha` and `of` ("single_model" or "uniform_mean") of a WiSE-FT row, `num_replicas`; `unit` where
         it is not the run's own; anything else to keep.
 
     Returns:
       A plain dict.
 
     Example:
-      >>> make_row("mean", id=70.0, shifts={"V2": 60.0, "R": 40.0}, seed=0)["avg_shifts"]
+      >>> make_row("uniform_mean", id=70.0, shifts={"V2": 60.0, "R": 40.0}, seed=0)["avg_shifts"]
       50.0
     """
     shifts = {name: float(accuracy) for name, accuracy in shifts.items()}
@@ -182,13 +182,13 @@ def label(row: Row) -> str:
     """What a reader calls the row's method.
 
     Example:
-      >>> label({"method": "wise_ft", "alpha": 0.5, "of": "mean"})
-      'WiSE-FT of the mean, α = 0.5'
+      >>> label({"method": "wise_ft", "alpha": 0.5, "of": "uniform_mean"})
+      'WiSE-FT of the uniform mean, α = 0.5'
     """
     style = ROWS.get(row["method"])
     if style is None:
         return str(row["method"])
-    source = "the mean" if row.get("of") == "mean" else "one replica"
+    source = "the uniform mean" if row.get("of") == "uniform_mean" else "a single model"
     text = style.label.format(
         n=row.get("num_replicas", "the"), of=source, alpha=row.get("alpha", 0.5)
     )
@@ -228,7 +228,7 @@ def columns(summaries: Sequence[Summary]) -> list[Column]:
     of += [Column("avg shifts", measured, 2, True, True)]
     for heading, measure, digits in [
         ("to anchor", "distance_to_anchor", 2),
-        ("to centre", "predicted_distance", 2),
+        ("to center", "predicted_distance", 2),
         ("cost", "cost", None),
     ]:
         values = [getattr(summary, measure) for summary in summaries]
@@ -303,7 +303,7 @@ def screen_table(rows: Iterable[Row], *, console: Console | None = None) -> None
     if not console.is_terminal:
         console.width = max(console.width, needed)  # A file or a pipe has no width to fit in.
     elif needed > console.width:
-        keep = {"ID", "avg shifts", "to anchor", "to centre", "cost"}
+        keep = {"ID", "avg shifts", "to anchor", "to center", "cost"}
         table = _rich_table(summaries, [column for column in of if column.heading in keep])
         note = " Each shift: see results.md."
     console.print(table)
@@ -317,7 +317,7 @@ def caption(summaries: Sequence[Summary]) -> str:
     if seeds > 1:
         text += f", mean ± standard error over {seeds} seeds"
     there = {column.heading for column in columns(summaries)}
-    far = {"to anchor": "to the anchor", "to centre": "to the centre as the angles predict it"}
+    far = {"to anchor": "to the anchor", "to center": "to the center as the angles predict it"}
     if distances := [said for heading, said in far.items() if heading in there]:
         text += f"; distances of weights: {', and '.join(distances)}"
     return text + ("; cost in fine-tunings of one model." if "cost" in there else ".")

@@ -132,11 +132,11 @@ class ShardWriter:
         path: str | os.PathLike[str],
         tensors: Mapping[str, tuple[str, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
-        digest: str = "sha256",
+        checksum: str = "sha256",
     ):
         self.path = Path(path)
         self._codes = {name: code for name, (code, _) in tensors.items()}
-        header, self._places = layout(tensors, metadata)
+        header, self._places = header_layout(tensors, metadata)
         self.size = max((stop for _, stop in self._places.values()), default=len(header))
         self._pieces: dict[int, int] = {}  # written [start, stop) beyond the prefix
         self._prefix = 0
@@ -145,7 +145,7 @@ class ShardWriter:
         self._closing = False
         with explained(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._sum = RangeChecksum(self.size) if digest == "crc32" else None
+        self._sum = RangeChecksum(self.size) if checksum == "crc32" else None
         self._sha256 = hashlib.sha256()
         self._follower = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._follower.start()
@@ -250,7 +250,7 @@ class ShardWriter:
             start += count
 
 
-def layout(
+def header_layout(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header of a file, and each tensor's bytes [start, stop) in it.

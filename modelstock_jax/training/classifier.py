@@ -234,11 +234,11 @@ class TextSide:
         return ids[:, : 1 + int(end.max())].reshape(len(self.class_names), len(self.templates), -1)
 
     def encode_image(self, tower: PyTree, images: jax.Array) -> jax.Array:
-        """Features [B, E] of normalised images, not normalised."""
+        """Features [B, E] of normalized images, not normalized."""
         return encode_image(self.checkpoint.config, tower, images, self.compute)
 
     def encode_text(self, tower: PyTree, ids: jax.Array) -> jax.Array:
-        """Features [B, E] of token ids [B, L], not normalised."""
+        """Features [B, E] of token ids [B, L], not normalized."""
         return encode_text(self.checkpoint.config, tower, ids, self.compute)
 
     def head(self, params: PyTree) -> PyTree:

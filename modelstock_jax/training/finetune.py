@@ -91,8 +91,8 @@ def _batches(
         start_step=start,
         replicas=replicas.tolist(),
         examples=examples.tolist(),
-        view=train_transforms(config, image_size),
-        loading=LoaderOptions(**config.data.loading),
+        transform=train_transforms(config, image_size),
+        loader=LoaderOptions(**config.data.loader),
     )
 
 
@@ -235,9 +235,9 @@ def check_method(config: ConfigDict) -> None:
 
 
 def _check_flyp(config: ConfigDict) -> None:
-    if config.accumulate_steps != 1:
+    if config.gradient_accumulation_steps != 1:
         raise UserError(
-            f"accumulate_steps={config.accumulate_steps}: FLYP compares every image with every "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: FLYP compares every image with every "
             "text of a batch, which parts of it cannot; use 1"
         )
     smoothing, mixup = config.per_replica.label_smoothing, config.per_replica.mixup
@@ -261,7 +261,7 @@ def method_name(config: ConfigDict) -> str:
     >>> from configs.default import get_config
     >>> config = get_config()
     >>> method_name(config)
-    'replica'
+    'single_model'
     >>> config.objective.name, config.optimizer.projection.name = "l2_sp", "ftp"
     >>> method_name(config)
     'l2_sp+ftp'
@@ -271,7 +271,7 @@ def method_name(config: ConfigDict) -> str:
         parts.append(config.optimizer.projection.name)
     if config.optimizer.decay_to_pretrained:
         parts.append("decay_to_pretrained")
-    return "+".join(parts) or "replica"
+    return "+".join(parts) or "single_model"
 
 
 def _frozen(loss_fn: Loss, trained: IsTrained | None) -> Loss:

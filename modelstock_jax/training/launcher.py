@@ -323,7 +323,7 @@ def _check(place: ProcessSpec) -> None:
 
 
 def _scheduled(environ: Mapping[str, str]) -> bool:
-    """Whether `srun` or `mpirun` started this process beside others, as jax recognises it."""
+    """Whether `srun` or `mpirun` started this process beside others, as jax recognizes it."""
     if "SLURM_STEP_NODELIST" in environ:
         return (_number("SLURM_NTASKS", environ) or 1) > 1
     if "OMPI_MCA_orte_hnp_uri" in environ:
@@ -437,7 +437,7 @@ def set_cpu_devices(config: ConfigDict) -> None:
     """
     said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     said = said or getattr(jax.config, _CPU_DEVICES) > 0 or jax.distributed.is_initialized()
-    if said or config.compute.execution == "map":
+    if said or config.compute.replica_mode == "map":
         return
     with contextlib.suppress(RuntimeError):
         jax.config.update(_CPU_DEVICES, devices(config.num_replicas, usable_cores()))

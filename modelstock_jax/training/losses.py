@@ -1,4 +1,4 @@
-"""What a replica minimises: loss functions (params, batch, reference) -> (loss, metrics).
+"""What a replica minimizes: loss functions (params, batch, reference) -> (loss, metrics).
 
 A loss that is a mean over examples may be taken in parts (`train_step.mean_gradient`); it draws
 nothing at random, so that the parts do not change it. `reference` holds the pretrained weights for
@@ -111,7 +111,7 @@ def l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
     decay is not part of it: the penalty stands in its place.
 
     Args:
-      loss_fn: what is penalised.
+      loss_fn: what is penalized.
       alpha: toward the pretrained weights, >= 0.
       beta: of the head toward zero, >= 0.
 
@@ -122,7 +122,7 @@ def l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
     8.0
     """
 
-    def penalised(params, batch, reference=NO_CONSTANTS):
+    def penalized(params, batch, reference=NO_CONSTANTS):
         loss, metrics = loss_fn(params, batch, reference)
         kept = {name: part for name, part in params.items() if name != "head"}
         moved = jax.tree.map(
@@ -132,7 +132,7 @@ def l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
         loss = loss + penalty
         return loss, metrics | {"loss": loss, "penalty": penalty}
 
-    return penalised
+    return penalized
 
 
 def flyp(

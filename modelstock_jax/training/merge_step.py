@@ -74,8 +74,8 @@ def check_merge(config: ConfigDict) -> None:
         ("carry_noise", CARRY_NOISE),
     ):
         check_choice(f"merge.{name}", config[name], known)
-    if config.method != "stock" and config.carry_noise != "off":
-        raise UserError("merge.carry_noise needs merge.method='stock': a mean shrinks nothing")
+    if config.method != "model_stock" and config.carry_noise != "off":
+        raise UserError("merge.carry_noise needs merge.method='model_stock': a mean shrinks nothing")
 
 
 def make_merge(
@@ -102,7 +102,7 @@ def make_merge(
     """
     check_merge(config)
     options = {"unit": config.unit, "num_heads": num_heads}
-    merge_replicas = getattr(merging, METHODS[config.method].function)
+    merge_replicas = getattr(merging, config.method)
 
     def merge(anchor, state):
         noise = state.noise

@@ -86,15 +86,15 @@ class TrainLogger:
                 )
             )
             before = [entry["event"] for entry in events.kept] if events is not None else []
-            self._watch = NonFiniteMonitor(
-                self._config.watch,
+            self._monitor = NonFiniteMonitor(
+                self._config.monitor,
                 list(named_leaves(self._task.params)),
                 events,
                 self.log,
                 multihost.broadcast_from_main(before.count("not_finite")),
             )
             for line in self._metrics.kept:
-                self._watch.compare(line["step"], line, again=True)
+                self._monitor.compare(line["step"], line, again=True)
             self._close = stack.pop_all()
         if first:
             self.log(f"{self._name}: goes on from step {first}")
@@ -123,11 +123,11 @@ class TrainLogger:
         if self._late is None:
             return
         (step, values), self._late = self._late, None
-        due = step % self._config.log_every == 0 or step == self._task.num_steps
+        due = step % self._config.log_every_steps == 0 or step == self._task.num_steps
         read = multihost.to_host(values if due else {name: values[name] for name in FLAGS})
         ok = read["ok"]
         if not ok.all():
-            self._watch.check(step, read | {"loss": multihost.to_host(values["loss"])})
+            self._monitor.check(step, read | {"loss": multihost.to_host(values["loss"])})
         if step > self._metrics.furthest:
             self._counted += ok.mean()
         if not due:
@@ -141,7 +141,7 @@ class TrainLogger:
         }
         self._metrics.write(step, scalars)
         self._metrics.write_performance(step, self._performance(step))
-        self._watch.compare(step, scalars)
+        self._monitor.compare(step, scalars)
         self._progress.update(step, {name: read[name].mean() for name in ("loss", "accuracy")})
 
     def merge(self, step: int, stats: Stats) -> None:
@@ -178,10 +178,10 @@ class TrainLogger:
                 f"{self._name}: a merge takes {merge:.3g} s, {share:g} % of an "
                 f"epoch of {self._task.steps_per_epoch} steps"
             )
-        if self._watch.survived or self._watch.spikes:
+        if self._monitor.survived or self._monitor.spikes:
             self.log(
-                f"{self._name}: {self._watch.survived} times a replica's step was not finite, "
-                f"{self._watch.spikes} times its loss or gradient norm left its band: "
+                f"{self._name}: {self._monitor.survived} times a replica's step was not finite, "
+                f"{self._monitor.spikes} times its loss or gradient norm left its band: "
                 f"{self._workdir / 'events.jsonl'}"
             )
 
@@ -253,7 +253,7 @@ class NonFiniteMonitor:
         Raises:
           UserError: with the policy 'stop', and where there were more than `max_events`.
         """
-        policy, most = self._config.policy, self._config.max_events
+        policy, most = self._config.on_non_finite, self._config.max_non_finite_steps
         for replica in np.flatnonzero(~values["ok"]).tolist():
             loss = float(values["loss"][replica])
             gradient, weights = (
@@ -272,15 +272,15 @@ class NonFiniteMonitor:
                 raise UserError(
                     f"{what}. Nothing of it was merged or saved, and the last checkpoint is "
                     "untouched: lower optimizer.learning_rate in another --workdir, or go on from "
-                    "that checkpoint with --config.watch.policy=skip_step --allow_config_change"
+                    "that checkpoint with --config.monitor.on_non_finite=skip_step --allow_config_change"
                 )
             self.survived += 1
             self._log(f"{what}: {ACTIONS[policy]} ({self.survived} of at most {most})")
             if self.survived > most:
                 raise UserError(
-                    f"{what}, and so were {most} before it: more than watch.max_events={most}. The "
+                    f"{what}, and so were {most} before it: more than monitor.max_non_finite_steps={most}. The "
                     "last checkpoint is untouched: lower optimizer.learning_rate in another "
-                    "--workdir, or go on with a higher --config.watch.max_events"
+                    "--workdir, or go on with a higher --config.monitor.max_non_finite_steps"
                 )
 
     def compare(self, step: int, scalars: Mapping[str, Any], *, again: bool = False) -> None:

@@ -91,7 +91,7 @@ def make_schedule(config: ConfigDict, num_steps: int) -> Schedule:
         rising = (step + 1) / least(warmup, 1)
         progress = (step - warmup) / least(total - warmup, 1)
         falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-        floor = config.final_fraction
+        floor = config.final_lr_fraction
         rate = peak * jnp.where(step < warmup, rising, floor + (1 - floor) * falling)
         return jnp.where(step < total, rate, 0.0) if "num_steps" in hyper else rate
 
@@ -164,7 +164,7 @@ def check_optimizer(config: ConfigDict) -> None:
     for name in ("b1", "b2", "momentum"):
         if not 0 <= config[name] < 1:
             raise UserError(f"optimizer.{name} is {config[name]}; it must be in [0, 1)")
-    if not 0 <= config.final_fraction <= 1:
+    if not 0 <= config.final_lr_fraction <= 1:
         raise UserError(
-            f"optimizer.final_fraction is {config.final_fraction}; it must be in [0, 1]"
+            f"optimizer.final_lr_fraction is {config.final_lr_fraction}; it must be in [0, 1]"
         )

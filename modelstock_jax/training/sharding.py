@@ -18,7 +18,7 @@ AXES = ("replica", "data")
 
 
 def make_mesh(
-    replica: int, data: int, *, num_replicas: int, batch_size: int, accumulate_steps: int = 1
+    replica: int, data: int, *, num_replicas: int, batch_size: int, gradient_accumulation_steps: int = 1
 ) -> Mesh:
     """A mesh ("replica", "data") over all devices, or over the first replica x data of them.
 
@@ -30,7 +30,7 @@ def make_mesh(
       data: see `mesh_shape`.
       num_replicas: R.
       batch_size: B.
-      accumulate_steps: A.
+      gradient_accumulation_steps: A.
 
     Raises:
       UserError: as `mesh_shape`, or if a process has no device in the mesh.
@@ -41,7 +41,7 @@ def make_mesh(
         data,
         num_replicas=num_replicas,
         batch_size=batch_size,
-        accumulate_steps=accumulate_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
     )
     devices = jax.devices()[: replica * data]
     processes = {device.process_index for device in devices}
@@ -71,7 +71,7 @@ def mesh_shape(
     *,
     num_replicas: int,
     batch_size: int,
-    accumulate_steps: int = 1,
+    gradient_accumulation_steps: int = 1,
 ) -> tuple[int, int]:
     """Sizes of the mesh's axes ("replica", "data").
 
@@ -82,7 +82,7 @@ def mesh_shape(
       data: devices along the data axis; 0 takes all that are left.
       num_replicas: R; must be a multiple of `replica`.
       batch_size: B.
-      accumulate_steps: A, parts of a batch; B must be a multiple of A and B / A of `data`.
+      gradient_accumulation_steps: A, parts of a batch; B must be a multiple of A and B / A of `data`.
 
     Raises:
       UserError: if the sizes do not divide what they split.
@@ -104,14 +104,14 @@ def mesh_shape(
         )
     if num_replicas % replica:
         raise UserError(f"mesh.replica={replica} does not divide num_replicas={num_replicas}")
-    if accumulate_steps < 1 or batch_size % accumulate_steps:
+    if gradient_accumulation_steps < 1 or batch_size % gradient_accumulation_steps:
         raise UserError(
-            f"accumulate_steps={accumulate_steps} does not cut batch_size={batch_size} into equal "
+            f"gradient_accumulation_steps={gradient_accumulation_steps} does not cut batch_size={batch_size} into equal "
             "parts"
         )
-    part = batch_size // accumulate_steps
+    part = batch_size // gradient_accumulation_steps
     if part % data:
-        whole = f" / accumulate_steps={accumulate_steps}" if accumulate_steps > 1 else ""
+        whole = f" / gradient_accumulation_steps={gradient_accumulation_steps}" if gradient_accumulation_steps > 1 else ""
         raise UserError(f"mesh.data={data} does not divide batch_size={batch_size}{whole}")
     return replica, data
 

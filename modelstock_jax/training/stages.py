@@ -86,7 +86,7 @@ def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas
     if len(data.validation) < size:
         raise UserError(
             f"optimizer.projection.name='tpgm' learns on validation images; {size} make a batch, "
-            f"and there are {len(data.validation)}: lower batch_size or set data.held_out"
+            f"and there are {len(data.validation)}: lower batch_size or set data.held_out_per_class"
         )
     loss_fn = cross_entropy(anchor.apply, anchor.normalize)
     held = []
@@ -97,8 +97,8 @@ def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas
             seed=config.seed,
             num_replicas=1,
             start_step=0,
-            view=view,
-            loading=LoaderOptions(**config.data.loading),
+            transform=view,
+            loader=LoaderOptions(**config.data.loader),
         )
         projected, _ = trainable_projection(
             lambda params, batch: loss_fn(params, batch)[0],
@@ -134,9 +134,9 @@ def pretraining_task(
       UserError: if the batch size does not divide what is rendered at once, or the batch is to
         be cut in parts, which would be another loss.
     """
-    if config.accumulate_steps != 1:
+    if config.gradient_accumulation_steps != 1:
         raise UserError(
-            f"accumulate_steps={config.accumulate_steps}: pretraining compares every image with "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: pretraining compares every image with "
             "every text of a batch, which parts of it cannot; use 1"
         )
     if RENDERED_AT_ONCE % config.batch_size:

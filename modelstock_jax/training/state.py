@@ -69,7 +69,7 @@ def init_state(
 
     Args:
       params: one replica's weights; every replica starts from them.
-      tx: the optimizer, initialised for each replica apart.
+      tx: the optimizer, initialized for each replica apart.
       num_replicas: R.
       seed: the run's seed; replica r's key is `fold_in(key(seed), r)`.
       noise: the carried noise at the start (zeros), or None when noise is not carried.

@@ -65,7 +65,7 @@ def mesh_of(config: ConfigDict) -> Mesh:
         config.mesh.data,
         num_replicas=config.num_replicas,
         batch_size=config.batch_size,
-        accumulate_steps=config.accumulate_steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
 
 
@@ -124,8 +124,8 @@ class StepFunctions:
                 schedule,
                 self.replica_mode,
                 augment=task.augment,
-                accumulate_steps=config.accumulate_steps,
-                policy=config.watch.policy,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                on_non_finite=config.monitor.on_non_finite,
             ),
             donate_argnums=0,
             out_shardings=(self._shardings, None),
@@ -162,7 +162,7 @@ class StepFunctions:
         """
         anchor = self.abstract_anchor if anchor is None else anchor
         last = anchor if merged is None else merged
-        restores = self._config.watch.policy == "restore_last_merge"
+        restores = self._config.monitor.on_non_finite == "restore_last_merge"
         compares = self.task.reads_pretrained or reads_pretrained(self._config.optimizer)
         return StepConstants(
             pretrained=anchor if compares else None,
@@ -204,15 +204,15 @@ class StepFunctions:
     @cached_property
     def replica_mode(self) -> ReplicaMode:
         """How the replicas run: 'vmap' or 'map'."""
-        execution = self._config.compute.execution
-        check_choice("compute.execution", execution, REPLICA_MODES)
+        execution = self._config.compute.replica_mode
+        check_choice("compute.replica_mode", execution, REPLICA_MODES)
         if execution == "auto":
             # Vmapped convolutions are slow on a CPU: ResNet, ConvNeXt. CLIP has none.
             alone = self.mesh.shape["replica"] == 1 and jax.default_backend() == "cpu"
             return "map" if alone else "vmap"
         if execution == "map" and self.mesh.shape["replica"] > 1:
             raise UserError(
-                "compute.execution='map' would gather the weights over the mesh's replica axis "
+                "compute.replica_mode='map' would gather the weights over the mesh's replica axis "
                 f"({self.mesh.shape['replica']} devices); use 'vmap' or mesh.replica=1"
             )
         return execution

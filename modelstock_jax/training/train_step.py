@@ -28,11 +28,11 @@ def make_train_step(
     loss_fn: Loss,
     tx: optax.GradientTransformationExtraArgs,
     schedule: Schedule,
-    execution: ReplicaMode,
+    replica_mode: ReplicaMode,
     *,
     augment: Augment = lambda key, batch: batch,
-    accumulate_steps: int = 1,
-    policy: OnNonFinite = "stop",
+    gradient_accumulation_steps: int = 1,
+    on_non_finite: OnNonFinite = "stop",
 ) -> Callable[[TrainState, Batch, StepConstants], tuple[TrainState, Metrics]]:
     """Builds (state, batch [R, B, ...], reference) -> (state, metrics [R]); to be jitted.
 
@@ -43,7 +43,7 @@ def make_train_step(
     activations alive and is for meshes whose replica axis is 1.
 
     A step's randomness is drawn for the whole batch, before it is cut: what an example looks
-    like depends on (seed, replica, step, its row) and not on `accumulate_steps`.
+    like depends on (seed, replica, step, its row) and not on `gradient_accumulation_steps`.
 
     A replica whose loss, gradient or new weights are not finite is marked in the metrics (`ok`,
     `first_bad`, `first_bad_weight`: see `health`), and its update is as `policy` says: a part of
@@ -56,7 +56,7 @@ def make_train_step(
       execution: how the replicas run.
       augment: (key, batch [B, ...]) -> batch, once a step; numbers of the replica's own
         (`reference.hyper`) lie in its batch.
-      accumulate_steps: parts of the batch that are computed one after the other.
+      gradient_accumulation_steps: parts of the batch that are computed one after the other.
       policy: of a replica that is not finite: 'stop' leaves it to the caller; 'skip_step' keeps
         its weights and moments; 'restore_last_merge' starts it anew from
         `reference.last_merged`, with fresh moments.
@@ -64,7 +64,7 @@ def make_train_step(
     Raises:
       UserError: if there is no such policy.
     """
-    check_choice("watch.policy", policy, ON_NON_FINITE)
+    check_choice("monitor.on_non_finite", on_non_finite, ON_NON_FINITE)
 
     def replica_step(step, reference, key, params, opt_state, batch, hyper):
         own = reference._replace(hyper=hyper)
@@ -72,7 +72,7 @@ def make_train_step(
         drawn = augment(key, batch | hyper)
         batch = {name: value for name, value in drawn.items() if name not in hyper}
         loss, grads, metrics = mean_gradient(
-            lambda params, part: loss_fn(params, part, own), params, batch, accumulate_steps
+            lambda params, part: loss_fn(params, part, own), params, batch, gradient_accumulation_steps
         )
         rate = schedule(step, hyper)
         updates, moments = tx.update(
@@ -85,9 +85,9 @@ def make_train_step(
         )
         new = jax.tree.map(lambda w, u: w - (rate * u).astype(w.dtype), params, updates)
         metrics = metrics | {"learning_rate": rate} | finite_checks(loss, grads, new)
-        if policy == "skip_step":
+        if on_non_finite == "skip_step":
             new, moments = tree_where(metrics["ok"], (new, moments), (params, opt_state))
-        elif policy == "restore_last_merge":
+        elif on_non_finite == "restore_last_merge":
             anew = (reference.last_merged, tx.init(reference.last_merged))
             new, moments = tree_where(metrics["ok"], (new, moments), anew)
         return new, moments, metrics
@@ -95,7 +95,7 @@ def make_train_step(
     def train_step(state, batch, reference):
         one = partial(replica_step, state.step, reference)
         replicas = (state.key, state.params, state.opt_state, batch, reference.hyper)
-        if execution == "vmap":
+        if replica_mode == "vmap":
             out = jax.vmap(one, spmd_axis_name="replica")(*replicas)
         else:
             out = jax.lax.map(lambda args: one(*args), replicas)

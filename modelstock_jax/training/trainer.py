@@ -103,7 +103,7 @@ class Trainer:
                         record.step(step, values)
                     merging = self.merge_steps and (step % self.merge_steps == 0 or step == last)
                     stopping = interruption.should_stop(step)
-                    saving = step % config.checkpoint.every == 0 or step == last
+                    saving = step % config.checkpoint.save_every_steps == 0 or step == last
                     if not (merging or saving or stopping):
                         continue
                     with timeline.phase("train"):

@@ -540,7 +540,7 @@ def _not_a_number(tensors):
     tensors[f"{Q}.weight"][3, 5] = np.nan
 
 
-def _quantised(tensors):
+def _quantized(tensors):
     tensors[f"{Q}.weight"] = np.ones((16, 16), np.int8)
 
 
@@ -549,7 +549,7 @@ def _quantised(tensors):
     (_missing, ["model.norm.weight", f"{Q}.weight", "odd"]),
     (_other_shape, [f"{Q}.weight", "16", "17", "odd"]),
     (_not_a_number, [f"{Q}.weight", "NaN", "[3, 5]", "odd"]),
-    (_quantised, [f"{Q}.weight", "I8"]),
+    (_quantized, [f"{Q}.weight", "I8"]),
 ])  # fmt: skip
 def test_models_that_do_not_fit_are_named(say, models, tmp_path, change, said):
     """What mergekit drops, garbles or says without a name (rows 9, 10, 13 and 14 of its faults)."""

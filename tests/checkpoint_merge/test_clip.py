@@ -55,7 +55,7 @@ def checkpoints():
 @pytest.fixture(scope="module")
 def folders(checkpoints, tmp_path_factory):
     root = tmp_path_factory.mktemp("clip")
-    return {layout: [str(save(root / layout / str(i), model, layout=layout))
+    return {layout: [str(save(root / layout / str(i), model, format=layout))
                      for i, model in enumerate(checkpoints)] for layout in LAYOUTS}
 
 
@@ -66,7 +66,7 @@ def test_one_merge_whatever_the_names(folders, tmp_path, unit):
         out = tmp_path / layout
         options = options if unit == "head" else ()
         assert main(["merge", *folders[layout], "--out", str(out), "--unit", unit, *options]) == 0
-        found = load(out, layout=layout)
+        found = load(out, format=layout)
         merged.append({"params": found.params, "head": found.head})
     ours, *others = merged
     anchor = load(folders["hugging_face"][0]).params

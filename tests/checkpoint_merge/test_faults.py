@@ -127,7 +127,7 @@ def test_09_one_nan_is_an_error_that_names_it(tmp_path):
     {"w": np.ones((2, 2), np.int8)}, {"w.SCB": np.ones(2, np.float32)},
     {"w.weight_scale_inv": np.ones(1, np.float32)}, {"w.qweight": np.ones((2, 2), np.int32)},
 ])
-def test_10_quantised_weights_are_refused_with_the_way_out(tmp_path, extra):
+def test_10_quantized_weights_are_refused_with_the_way_out(tmp_path, extra):
     given = [dict(m) for m in models({"v": (2, 2)})]
     for k, model in enumerate(given):
         model.update({n: v + np.asarray(k).astype(v.dtype) for n, v in extra.items()})

@@ -169,7 +169,7 @@ def test_what_is_not_plain_lora_is_refused(tmp_path, config, said):
     assert re.search(said, str(error.value)) and "\n" not in str(error.value)
 
 
-def test_initialisations_that_leave_the_base_alone(tmp_path):
+def test_initializations_that_leave_the_base_alone(tmp_path):
     for start in (True, False, "gaussian", "eva"):
         Adapter(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), init_lora_weights=start))
 
@@ -245,7 +245,7 @@ def test_a_pickled_adapter_is_refused(base, tmp_path):
         open_source(str(path), base)
 
 
-def test_a_quantised_base_is_refused(tmp_path):
+def test_a_quantized_base_is_refused(tmp_path):
     base = open_source(str(save(tmp_path / "b", {f"{Q}.weight": np.ones((7, 5), np.int8)})))
     with pytest.raises(UserError, match="I8 .*--dequantize"):
         open_source(str(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))), base)

@@ -125,7 +125,7 @@ NEG_POS, POS_NEG = ({"id2label": dict(zip("01", names, strict=True))}
                     for names in (("neg", "pos"), ("pos", "neg")))
 
 
-def labelled(root, old, labels, new=HEAD):
+def labeled(root, old, labels, new=HEAD):
     """A base with a head of shapes `old`, fine-tunes with one of `new`; labels for each model."""
     paths = models(root, old, new)
     for path, label in zip(paths, labels, strict=True):
@@ -146,7 +146,7 @@ def labelled(root, old, labels, new=HEAD):
     (HEAD, ({}, NEG_POS, POS_NEG), ("--exclude", "classifier.*", "--excluded", "mean")),
 ])
 def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, options, choice):
-    paths = labelled(tmp_path, old, labels)
+    paths = labeled(tmp_path, old, labels)
     said = say("merge", *paths, "--out", tmp_path / "out", *options, *choice)
     assert said.status == 1 and not (tmp_path / "out").exists()
     for part in ("id2label: class 0 ", "classifier.weight", "--config-from"):
@@ -162,7 +162,7 @@ def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, opti
 def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
     """Some have a row for no object."""
     shape = {head: (rows, 8)}
-    paths = labelled(tmp_path, shape, ({}, NEG_POS, POS_NEG), shape)
+    paths = labeled(tmp_path, shape, ({}, NEG_POS, POS_NEG), shape)
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 1 and "id2label: class 0 " in said.err and f" {head} " in said.err
 
@@ -175,7 +175,7 @@ def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
 def test_the_error_of_classes_says_which_option_resolves_it(
     say, tmp_path, labels, options, written
 ):
-    paths = labelled(tmp_path, HEAD, labels)
+    paths = labeled(tmp_path, HEAD, labels)
     said = say("merge", *paths, "--out", tmp_path / "out")
     if options != ("--excluded", "model:1"):
         assert " ".join(("--exclude 'classifier.*'", *options)) in said.err
@@ -186,7 +186,7 @@ def test_the_error_of_classes_says_which_option_resolves_it(
 
 
 def test_no_classifier_is_written_where_the_error_of_classes_says_so(say, tmp_path):
-    paths = labelled(tmp_path, {}, ({}, NEG_POS, POS_NEG))
+    paths = labeled(tmp_path, {}, ({}, NEG_POS, POS_NEG))
     said = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
     assert "--missing base" in said.err
     assert say("merge", *paths, "--out", tmp_path / "out", "--missing", "base").status == 0
@@ -197,12 +197,12 @@ def test_no_classifier_is_written_where_the_error_of_classes_says_so(say, tmp_pa
     ({}, NEG_POS, {"id2label": {"0": "NEG", "1": "Pos"}}),
     ({"id2label": {"0": "0", "1": "1"}}, NEG_POS, NEG_POS)])
 def test_names_of_the_same_classes_are_no_error(say, tmp_path, labels):
-    paths = labelled(tmp_path, HEAD, labels)
+    paths = labeled(tmp_path, HEAD, labels)
     assert say("merge", *paths, "--out", tmp_path / "out").status == 0
 
 
 def test_labels_of_a_model_without_a_classifier_are_a_note(say, tmp_path):
-    paths = labelled(tmp_path, {}, (POS_NEG, NEG_POS, NEG_POS), {})
+    paths = labeled(tmp_path, {}, (POS_NEG, NEG_POS, NEG_POS), {})
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0 and "id2label" in said.notes[0]
     assert load(tmp_path / "out/config.json")["id2label"] == POS_NEG["id2label"]

@@ -13,7 +13,7 @@ from modelstock_jax.checkpoint_merge.display import WORTH_A_PROCESS, PlotProcess
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.report import asked, card, hub_id, ratios
 from modelstock_jax.merging.units import block_position, role
-from modelstock_jax.reporting.figures import ROLE_COLOURS, angle_by_block
+from modelstock_jax.reporting.figures import ROLE_COLORS, angle_by_block
 
 DIGEST = "0" * 64
 
@@ -120,9 +120,9 @@ def test_lines_break_where_blocks_are_missing_and_nowhere_else():
              if (block, kind) != (5, "mlp.w")]  # fmt: skip
     top = angle_by_block([row(name) for name in names], None).axes[0]
     drawn = [line for line in top.lines if line.get_linestyle() == "-" and line.get_color() in
-             ROLE_COLOURS.values()]  # fmt: skip
+             ROLE_COLORS.values()]  # fmt: skip
     broken = {line.get_color(): int(np.isnan(line.get_ydata()).sum()) for line in drawn}
-    assert broken == {ROLE_COLOURS[kind]: int(kind == "MLP")
+    assert broken == {ROLE_COLORS[kind]: int(kind == "MLP")
                       for kind in ("attention", "MLP", "norms", "biases")}
 
 

@@ -14,7 +14,7 @@ from modelstock_jax.data.imagenet import CLASSES, WNIDS
 from modelstock_jax.data.published_sets import IMAGENET
 
 SIZES = ((40, 30), (25, 60), (48, 48))
-KINDS = ("jpeg", "grey", "cmyk", "png")  # ImageNet has all four, every file named .JPEG
+KINDS = ("jpeg", "gray", "cmyk", "png")  # ImageNet has all four, every file named .JPEG
 
 
 def encoded(seed: int) -> bytes:
@@ -23,8 +23,8 @@ def encoded(seed: int) -> bytes:
     (width, height), kind = SIZES[seed % 3], KINDS[seed % 4]
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
     image = coarse.resize((width, height), Image.BICUBIC)
-    if kind in ("grey", "cmyk"):
-        image = image.convert({"grey": "L", "cmyk": "CMYK"}[kind])
+    if kind in ("gray", "cmyk"):
+        image = image.convert({"gray": "L", "cmyk": "CMYK"}[kind])
     file = io.BytesIO()
     image.save(file, "PNG" if kind == "png" else "JPEG")
     return file.getvalue()

@@ -47,11 +47,11 @@ def write_set(
     return directory
 
 
-def coloured(label: int, number: int, size: int = 32) -> bytes:
-    """A noisy PNG whose mean colour is its class's own."""
+def colored(label: int, number: int, size: int = 32) -> bytes:
+    """A noisy PNG whose mean color is its class's own."""
     rng = np.random.default_rng((label, number))
-    colour = np.random.default_rng(label).integers(40, 216, (1, 1, 3))
-    pixels = colour + rng.integers(-30, 31, (size, size, 3))
+    color = np.random.default_rng(label).integers(40, 216, (1, 1, 3))
+    pixels = color + rng.integers(-30, 31, (size, size, 3))
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
@@ -87,7 +87,7 @@ def cifar_set(
         features["id"] = tfds.features.Text()
     examples = {
         split: [
-            {"image": coloured(place % count, 100 * number + place, size), "label": place % count}
+            {"image": colored(place % count, 100 * number + place, size), "label": place % count}
             | ({"id": f"{split}_{place:05d}"} if named else {})
             for place in range(images * count)
         ]

@@ -92,7 +92,7 @@ def mixed(images):
     return batch, {name: np.asarray(values) for name, values in drawn.items()}
 
 
-def test_mixup_blends_neighbours_and_tells_by_how_much(mixed):
+def test_mixup_blends_neighbors_and_tells_by_how_much(mixed):
     batch, drawn = mixed
     share = drawn["share"][:, :1]
     assert (share >= 0.5).all() and (share <= 1).all() and (drawn["share"] == share).all()

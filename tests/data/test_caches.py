@@ -65,12 +65,12 @@ def test_a_run_writes_its_cache_and_finds_it_again(tmp_path, monkeypatch):
     write_folders(tmp_path / "own" / "train", ["cat", "dog"], each=4)
     write_folders(tmp_path / "own" / "test", ["cat", "dog"], each=1)
     config = default.get_config().data
-    config.name, config.root, config.cache = "folder", str(tmp_path / "own"), str(tmp_path / "c")
-    config.cache_short_side = 20
+    config.name, config.root, config.decoded_cache_dir = "folder", str(tmp_path / "own"), str(tmp_path / "c")
+    config.decoded_cache_short_side = 20
     first = benchmark.load(config).train
-    config.cache = ""
+    config.decoded_cache_dir = ""
     plain = benchmark.load(config).train
-    config.cache = str(tmp_path / "c")
+    config.decoded_cache_dir = str(tmp_path / "c")
     assert isinstance(first.images, CachedImages) and len(first) == len(plain)
     monkeypatch.setattr(cache_module, "decode", None)
     again = benchmark.load(config).train
@@ -164,5 +164,5 @@ def test_an_unreadable_image_is_named_or_keeps_an_empty_place(tmp_path):
     options = {"batch_size": 6, "seed": 0, "num_replicas": 1, "view": TrainTransform(16)}
     with pytest.raises(UserError, match=r"image 4 .*\(.*cache.*unreadable"):
         next(train_batches(image_set, **options))
-    batch = next(train_batches(image_set, loading=LoaderOptions(unreadable="skip"), **options))
+    batch = next(train_batches(image_set, loader=LoaderOptions(unreadable="skip"), **options))
     assert sorted(batch["label"][0].tolist()) == [0, 1, 2, 3, 5, 5]

@@ -20,11 +20,11 @@ from modelstock_jax.models.config import Preprocessor
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer
 from studies.bench import StudyContext
-from studies.catalogue import STUDIES
+from studies.catalog import STUDIES
 from studies.expressions import Anchor
 from studies.measurements import Score
 from studies.study import Setup
-from tests.data.made_records import cifar_set, coloured, write_cifar10
+from tests.data.made_records import cifar_set, colored, write_cifar10
 
 NAMES = CLASS_NAMES["cifar10"]
 EACH = 6
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 def config(root, **changes):
     data = cifar10.get_config().data
-    data.root, data.check_counts, data.held_out = str(root), False, 2
+    data.root, data.check_counts, data.held_out_per_class = str(root), False, 2
     data.update(changes)
     return data
 
@@ -61,10 +61,10 @@ def test_sets_labels_and_bytes(root):
     assert np.bincount(opened.train.labels).tolist() == [EACH - 2] * 10
     assert np.bincount(opened.validation.labels).tolist() == [2] * 10
     parts = [*opened.train.images, *opened.validation.images]
-    assert sorted(parts) == sorted(coloured(i % 10, i) for i in range(10 * EACH))
+    assert sorted(parts) == sorted(colored(i % 10, i) for i in range(10 * EACH))
     assert (opened.test.name, opened.validation.name) == ("id", "validation")
     assert opened.test.labels.tolist() == [*range(10)] * 2
-    assert list(opened.test.images) == [coloured(i % 10, 100 + i) for i in range(20)]
+    assert list(opened.test.images) == [colored(i % 10, 100 + i) for i in range(20)]
     assert list(opened.shifts) == ["cifar10_1/v6"]
     assert opened.shifts["cifar10_1/v6"].labels.tolist() == [*range(10)]
     again = benchmark.load(config(root))
@@ -80,15 +80,15 @@ def test_shifts_by_their_names(root, tmp_path):
 
 
 def test_the_model_sees_its_own_size(root):
-    """32 x 32 pixels become those of the tower; the centre is all of the image."""
+    """32 x 32 pixels become those of the tower; the center is all of the image."""
     test = benchmark.load(config(root)).test
     for size in (24, 40):
         batch = next(eval_batches(test, 8, image_size=size))
         assert batch["image"].shape == (8, size, size, 3) and batch["mask"].all()
     batch = next(eval_batches(test, 1, image_size=32))
-    colour = np.random.default_rng(0).integers(40, 216, 3)
+    color = np.random.default_rng(0).integers(40, 216, 3)
     # The mean of 1,024 pixels of noise of +-30: a standard error of 0.55.
-    np.testing.assert_allclose(batch["image"][0].mean((0, 1)), colour, atol=3)
+    np.testing.assert_allclose(batch["image"][0].mean((0, 1)), color, atol=3)
 
 
 def test_a_hundred_classes(tmp_path):
@@ -134,7 +134,7 @@ def test_a_missing_set_is_one_line_with_its_command(tmp_path):
         ({"shifts": ("cifar10_1/v5",)}, "'cifar10_1/v5' .*CIFAR-10; .* cifar10_1/v6; "),
         ({"shifts": ("snow",)}, "'snow' .*CIFAR-10; .* cifar10_corrupted/NAME_1 .*snow"),
         ({"paths": {"test": "x"}}, "data.paths.test=x: .*data.root"),
-        ({"real": True}, "data.real=True: 'cifar10'"),
+        ({"real": True}, "data.real_labels=True: 'cifar10'"),
         ({"held_out": EACH}, f"'airplane' .*{EACH} images, .*{EACH}"),
         (
             {"check_counts": True},
@@ -185,7 +185,7 @@ def test_two_replicas_learn_it(root, tmp_path):
 
     options = cifar10.get_config()
     options.data = config(root)
-    options.batch_size, options.epochs, options.log_every = 20, 20, 1000
+    options.batch_size, options.epochs, options.log_every_steps = 20, 20, 1000
     options.merge.every = "end"
     options.optimizer.learning_rate = 0.3
     options.mesh.replica = options.mesh.data = 1
@@ -204,7 +204,7 @@ def test_two_replicas_learn_it(root, tmp_path):
     merged = jax.device_get(trainer.run().merged)
     batch = next(eval_batches(data.test, len(data.test), image_size=8))
     found = np.argmax(apply(merged, anchor.normalize(jnp.asarray(batch["image"]))), -1)
-    # Ten colours apart in three channels; chance is 10 %.
+    # Ten colors apart in three channels; chance is 10 %.
     assert (found == batch["label"]).mean() >= 0.7
 
 

@@ -27,7 +27,7 @@ def arguments(anchor, root, workdir, *more):
         f"--config.data.root={root}",
         f"--config.pretrained={anchor}",
         "--config.data.check_counts=False",
-        "--config.data.held_out=1",
+        "--config.data.held_out_per_class=1",
         "--config.batch_size=10",
         "--config.epochs=2",
         "--config.evaluation.batch_size=10",

@@ -24,7 +24,7 @@ def kinds() -> dict[str, bytes]:
         "444": encode(image, quality=90, subsampling=0),
         "422": encode(image, quality=90, subsampling=1),
         "progressive": encode(image, progressive=True),
-        "grey": encode(image.convert("L")),
+        "gray": encode(image.convert("L")),
         "cmyk": encode(image.convert("CMYK")),
         "png": encode(image, "PNG"),
         "palette": encode(image.quantize(16), "PNG"),
@@ -46,7 +46,7 @@ def test_jpegs_do_not_go_through_pillow(monkeypatch):
         raise AssertionError("slow")
 
     monkeypatch.setattr(decode_module, "_open", no_pillow)
-    for kind in ("photograph", "progressive", "grey"):
+    for kind in ("photograph", "progressive", "gray"):
         decode(kinds()[kind])
     with pytest.raises(AssertionError, match="slow"):
         decode(kinds()["cmyk"])
@@ -63,9 +63,9 @@ def test_an_orientation_is_not_applied_as_in_image_folder():
 
 
 def test_sixteen_bits_keep_their_high_byte():
-    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
-    pixels = decode(encode(Image.fromarray(grey), "PNG"))
-    np.testing.assert_array_equal(pixels[..., 1], grey // 256)
+    gray = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    pixels = decode(encode(Image.fromarray(gray), "PNG"))
+    np.testing.assert_array_equal(pixels[..., 1], gray // 256)
 
 
 @pytest.mark.parametrize("shrink", [1, 2, 4, 8])
@@ -76,7 +76,7 @@ def test_a_shrunk_jpeg_is_the_mean_of_its_pixels(shrink):
     whole = np.asarray(opened(photograph()), float)[:height, :width]
     boxes = whole.reshape(height // shrink, shrink, width // shrink, shrink, 3).mean((1, 3))
     difference = pixels[: height // shrink, : width // shrink] - boxes
-    # The decoder keeps the low frequencies of a block, which is not quite the mean: 3 grey levels
+    # The decoder keeps the low frequencies of a block, which is not quite the mean: 3 gray levels
     # of 255 on average, where a shift by one pixel of the result makes 10 and more.
     assert np.abs(difference).mean() < 3
 

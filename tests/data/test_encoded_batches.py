@@ -110,8 +110,8 @@ def test_a_damaged_image_is_named(workers):
         batch_size=8,
         seed=0,
         num_replicas=1,
-        view=VIEW,
-        loading=LoaderOptions(workers=workers),
+        transform=VIEW,
+        loader=LoaderOptions(workers=workers),
     )
     with pytest.raises(UserError, match="memory/5.JPEG: image 5 "):
         next(stream)
@@ -131,7 +131,7 @@ def test_worker_processes_change_nothing(workers):
 def test_a_damaged_image_is_replaced_by_the_next_and_reported_once(caplog):
     damaged = small_set(8, damaged=(2, 3, 7))
     options = {"batch_size": 8, "seed": 0, "num_replicas": 2, "view": VIEW}
-    stream = train_batches(damaged, loading=LoaderOptions(unreadable="skip"), **options)
+    stream = train_batches(damaged, loader=LoaderOptions(unreadable="skip"), **options)
     with caplog.at_level(logging.WARNING):
         drawn = [next(stream) for _ in range(3)]
     stand_ins = {2: 4, 3: 4, 7: 0}
@@ -164,7 +164,7 @@ def test_evaluation_counts_every_readable_image_once(count, parts, processes):
                 parts * processes,
                 examples=places,
                 image_size=16,
-                loading=LoaderOptions(threads=1, unreadable="skip"),
+                loader=LoaderOptions(threads=1, unreadable="skip"),
             )
         )
         steps.add(len(drawn))
@@ -191,7 +191,7 @@ def test_evaluation_names_a_damaged_image_and_cuts_the_border():
 
 
 def test_a_closed_stream_ends():
-    stream = train_batches(SET, batch_size=4, seed=0, num_replicas=1, view=VIEW, loading=ONE)
+    stream = train_batches(SET, batch_size=4, seed=0, num_replicas=1, transform=VIEW, loader=ONE)
     next(stream)
     stream.close()
     assert next(stream, None) is None

@@ -74,21 +74,21 @@ def test_style_is_told(captioned):
         assert f"{'a' if style[0] in 'io' else 'an'} {style}" not in text
 
 
-def test_colours_are_told_now_and_then(captioned):
+def test_colors_are_told_now_and_then(captioned):
     _, texts = captioned
     paper = np.mean([" paper" in text for text in texts])
     assert close_to(paper, 0.25, COUNT)
-    colours = ("black", "grey", "white", *captions_module.HUES)
-    ink = np.mean([any(f" in {word}" in text for word in colours) for text in texts])
+    colors = ("black", "grey", "white", *captions_module.HUES)
+    ink = np.mean([any(f" in {word}" in text for word in colors) for text in texts])
     assert close_to(ink, 0.30, COUNT)
 
 
-def test_colour_words_fit_the_pixels():
+def test_color_words_fit_the_pixels():
     labels = np.full(512, CHARACTERS.index("M"))
     images, scenes = render(jax.random.key(2), np.arange(512), labels, BROAD)
     corner = np.median(images[:, [0, 0, -1, -1], [0, -1, 0, -1]].astype(float), axis=1)
     for i in range(512):
-        word = captions_module.colour_word(scenes.paper_hue[i], scenes.paper_light[i])
+        word = captions_module.color_word(scenes.paper_hue[i], scenes.paper_light[i])
         # Corners may be hidden by clutter, texture and noise: plain papers are looked at alone.
         if scenes.wave[i, 0] or scenes.clutter[i, 0] or scenes.patch[i, 0]:
             continue

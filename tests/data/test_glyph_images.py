@@ -1,4 +1,4 @@
-"""Masks and images: legible, independent of their neighbours, the same in every process."""
+"""Masks and images: legible, independent of their neighbors, the same in every process."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_baseline_is_shared():
         assert len(rows) == 1, FONTS[font].name
 
 
-def test_an_image_does_not_depend_on_its_neighbours():
+def test_an_image_does_not_depend_on_its_neighbors():
     key, labels = jax.random.key(3), np.arange(600) % 62
     everything, _ = render(key, np.arange(600), labels, BROAD)
     some = np.array([599, 3, 511, 512])
@@ -96,7 +96,7 @@ def test_plain_domain_renders_the_mask_itself():
     [
         ({"noise": 0.2}, lambda a, b: (np.ptp(a, axis=-1) > 0).mean() > 0.5),
         (
-            {"colour_share": 1.0, "paper": (0.6, 0.6)},
+            {"color_share": 1.0, "paper": (0.6, 0.6)},
             lambda a, b: (np.ptp(a, axis=-1).max(axis=(1, 2)) > 20).all(),
         ),
         ({"inversion_share": 1.0}, lambda a, b: a.mean() < 80),
@@ -135,7 +135,7 @@ def test_pretraining_has_all_classes_and_styles_but_no_held_out_font():
 def test_another_process_makes_the_same_bytes():
     code = "from tests.data.test_glyph_images import digest; print(digest())"
     plain = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
-    # One device in place of eight; how XLA optimises stays, which may change a bit.
+    # One device in place of eight; how XLA optimizes stays, which may change a bit.
     plain["XLA_FLAGS"] = plain["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain, check=True,
                           capture_output=True, text=True)  # fmt: skip

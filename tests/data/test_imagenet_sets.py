@@ -109,7 +109,7 @@ def test_real_goes_by_the_number_in_the_file_name(root):
     test = open_set("validation", root / "val", check_counts=False).select(np.array([7, 1]))
     assert open_real(root / "real.json", test).label_sets == ((10,), (0,))
     sketch = open_set("sketch", root / "sketch", check_counts=False)
-    with pytest.raises(UserError, match="n01440764_0.JPEG: .*real.json .*data.real"):
+    with pytest.raises(UserError, match="n01440764_0.JPEG: .*real.json .*data.real_labels"):
         open_real(root / "real.json", sketch)
 
 
@@ -204,7 +204,7 @@ def test_an_uneven_class_is_named():
 def test_the_benchmark(root):
     """As a run opens it; the held-out images are left out of what is known beforehand, too."""
     data = imagenet.get_config().data
-    data.root, data.check_counts, data.held_out = str(root), False, 2
+    data.root, data.check_counts, data.held_out_per_class = str(root), False, 2
     assert benchmark.missing(data) == []
     assert benchmark.summarize(data).num_train == 1_281_167 - 2_000
     opened = benchmark.load(data)

@@ -135,7 +135,7 @@ def test_several_processes_write_the_same_records(tmp_path):
 
 @pytest.mark.parametrize("seed", range(12), ids=lambda seed: f"{KINDS[seed % 4]}-{seed % 3}")
 def test_shrink(seed):
-    """Against Pillow's own resize; the re-encoding moves a smooth image by a few grey levels."""
+    """Against Pillow's own resize; the re-encoding moves a smooth image by a few gray levels."""
     source, short, border = encoded(seed), 24, 2
     with Image.open(io.BytesIO(source)) as image:
         whole = image.convert("RGB")

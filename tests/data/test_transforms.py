@@ -103,7 +103,7 @@ def test_the_resize_is_antialiased():
     stripes = np.zeros((224 * 4, 224 * 4, 3), np.uint8)
     stripes[:, ::2] = 255
     result = np.asarray(resized_crop(stripes, Crop(0, 0, 896, 896), 224))
-    # Grey, but for the ringing at the border; without antialiasing, black and white.
+    # Gray, but for the ringing at the border; without antialiasing, black and white.
     assert result.min() > 110 and result.max() < 146
 
 
@@ -120,7 +120,7 @@ def test_a_view_of_a_shrunk_jpeg_is_the_same_view():
             for view in (whole, shrunk)
         )
         assert (one != other).any()
-        # Two ways of antialiasing: 0.7 grey levels apart on average. If the shrink is taken for
+        # Two ways of antialiasing: 0.7 gray levels apart on average. If the shrink is taken for
         # the ratio of the heights, 3.99, it is 1.7.
         assert np.abs(one - other).mean() < 1
 

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from modelstock_jax.checkpoint_merge.cli import parsers
-from studies.catalogue import STUDIES
+from studies.catalog import STUDIES
 from tests.docs.blocks import ROOT, simple_commands
 
 # Programs of others, whose options are not ours to know.

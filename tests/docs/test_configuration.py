@@ -39,7 +39,7 @@ def test_every_option_is_there_with_a_meaning(generator):
     assert covered == flat
     assert found.keys() - flat == {"data.paths", "pretrain.clip"}
     assert not [name for name, (meaning, _) in found.items() if len(meaning) < 4]
-    assert found["checkpoint.every"][1] == "`500`"
+    assert found["checkpoint.save_every_steps"][1] == "`500`"
     assert found["mesh.fsdp_min_size"][1] == "`262144`"
 
 

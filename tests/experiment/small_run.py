@@ -50,7 +50,7 @@ def arguments(anchor: Path, workdir: Path, *more: str) -> list[str]:
         f"--config.pretrained={anchor}",
         "--config.batch_size=512",
         "--config.epochs=2",
-        "--config.checkpoint.every=3",
+        "--config.checkpoint.save_every_steps=3",
         "--config.evaluation.wise_ft_alphas=(0.5,)",
         # Drawing and measuring the others is most of a run's time; the demo's test has them all.
         "--config.data.shifts=('v2','sketch')",

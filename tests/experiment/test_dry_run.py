@@ -80,8 +80,8 @@ def test_a_text_tower_that_is_trained(anchor, tmp_path, capsys, monkeypatch):
 
 def test_an_option_that_a_run_would_refuse(anchor, tmp_path):
     config = small(anchor)
-    config.export.layouts = ("huggingface",)
-    with pytest.raises(UserError, match="export.layouts='huggingface'"):
+    config.export.formats = ("huggingface",)
+    with pytest.raises(UserError, match="export.formats='huggingface'"):
         dry_run(config, tmp_path / "run")
 
 

@@ -17,7 +17,7 @@ from tests.models.all_layouts import CHECKPOINT, with_head, with_tokenizer
 def config_of(*layouts: str):
     config = default.get_config()
     config.pretrained = "org/anchor"
-    config.export.layouts = layouts
+    config.export.formats = layouts
     return config
 
 
@@ -66,8 +66,8 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
 
 
 def test_what_cannot_be_exported_is_said_before_training():
-    with pytest.raises(UserError, match="export.layouts: .*'onnx'.*hugging_face"):
+    with pytest.raises(UserError, match="export.formats: .*'onnx'.*hugging_face"):
         results.check_export(config_of("onnx"), CHECKPOINT)
-    with pytest.raises(UserError, match="export.layouts: OpenAI.*num_attention_heads .*3"):
+    with pytest.raises(UserError, match="export.formats: OpenAI.*num_attention_heads .*3"):
         results.check_export(config_of("hugging_face", "openai"), small.checkpoint(small.config()))
     results.check_export(config_of("hugging_face", "open_clip", "openai"), CHECKPOINT)

@@ -27,7 +27,7 @@ def test_a_short_pretraining_learns_and_saves_the_same_layout(tmp_path):
         "--config.pretrain.num_steps=96",
         "--config.batch_size=64",
         "--config.optimizer.warmup_steps=20",
-        "--config.log_every=1",
+        "--config.log_every_steps=1",
     )
     assert code == 0, output
     lines = (tmp_path / "runs/seed_0/pretrain/metrics.jsonl").read_text().splitlines()

@@ -261,11 +261,11 @@ def test_a_killed_process_and_another_number_of_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", [(1,), (0, 1)])
-def test_sigterm_to_one_or_all_saves_one_step(signalled, arguments, finished, tmp_path):
+@pytest.mark.parametrize("signaled", [(1,), (0, 1)])
+def test_sigterm_to_one_or_all_saves_one_step(signaled, arguments, finished, tmp_path):
     jobs = processes.start(2, *arguments(tmp_path))
     wait_for_state(tmp_path, 3, jobs)
-    for number in signalled:
+    for number in signaled:
         jobs[number].send_signal(signal.SIGTERM)
     ended = processes.finish(jobs)
     assert [code for code, _, _ in ended] == [143, 143], str(ended)
@@ -285,7 +285,7 @@ def test_one_process_writes_the_cache_and_two_evaluate_as_one(tmp_path):
     command = (
         "--config=configs/folder.py",
         f"--config.data.root={tmp_path / 'mine'}",
-        f"--config.data.cache={tmp_path / 'cache'}",
+        f"--config.data.decoded_cache_dir={tmp_path / 'cache'}",
         f"--config.pretrained={anchor}",
         f"--workdir={tmp_path / 'run'}",
         "--config.batch_size=8",

@@ -12,11 +12,12 @@ import sys
 import pytest
 
 from configs import default
+from modelstock_jax import flags
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment import options as tables
 from modelstock_jax.experiment import workdir as workdirs
-from modelstock_jax.experiment.options import current_names, option
+from modelstock_jax.experiment.options import option
 from modelstock_jax.experiment.workdir import lock_workdir, unlock_workdir
+from modelstock_jax.flags import current_names
 
 # The options of the first workdirs by their kind, as they were called then: never a new one.
 FIRST = {
@@ -149,7 +150,7 @@ def test_a_mistake_is_mended_where_nothing_was_trained(made):
 
 def test_a_refusal_shows_all_that_differs_at_once(made):
     workdir, config = made
-    config.epochs, config.mesh.data, config.log_every = 99, 2, 1
+    config.epochs, config.mesh.data, config.log_every_steps = 99, 2, 1
     config.data.paths.v2 = "/elsewhere"
     for allow in (False, True):
         with pytest.raises(UserError) as refusal:
@@ -200,29 +201,36 @@ def test_an_option_that_came_later_was_at_what_its_absence_means(made, key):
         lock_workdir(workdir, config)
 
 
-def test_a_run_goes_on_where_its_options_were_called_otherwise(made, monkeypatch):
+def test_a_run_resumes_when_its_config_has_the_old_names(made, monkeypatch):
     workdir, config = made
-    monkeypatch.setattr(tables, "RENAMED", {"how": "compute.execution", "guard.": "watch."})
-    values = {"merge.method": {"ms": "stock"}, "evaluation.units": {"row": "filter"}}
-    monkeypatch.setattr(tables, "RENAMED_VALUES", values)
     path = workdir / "config.json"
     config.evaluation.units = ("layer", "filter")
+    monkeypatch.setitem(flags.RENAMED_VALUES, "evaluation.units", {"row": "filter"})
     now = json.loads(json.dumps(config.to_dict()))
     before = json.loads(path.read_text())
-    before["how"], before["guard"] = before["compute"].pop("execution"), before.pop("watch")
-    before["merge"]["method"], before["evaluation"]["units"] = "ms", ["layer", "row"]
+    monitor = before.pop("monitor")
+    before["watch"] = {
+        "policy": monitor["on_non_finite"],
+        "max_events": monitor["max_non_finite_steps"],
+        "spike_deviations": monitor["spike_deviations"],
+        "spike_window": monitor["spike_window"],
+    }
+    before["log_every"] = before.pop("log_every_steps")
+    before["compute"]["execution"] = before["compute"].pop("replica_mode")
+    before["data"]["loading"] = before["data"].pop("loader")
+    before["merge"]["method"], before["evaluation"]["units"] = "stock", ["layer", "row"]
     path.write_text(json.dumps(before))
     lock_workdir(workdir, config)
     assert json.loads(path.read_text()) == now
     path.write_text(json.dumps(before))
-    config.merge.method, config.watch.policy = "mean", "skip_step"
-    config.compute.execution = "map"
+    config.merge.method, config.monitor.on_non_finite = "uniform_mean", "skip_step"
+    config.compute.replica_mode = "map"
     with pytest.raises(UserError) as refusal:
         lock_workdir(workdir, config)
     assert str(refusal.value).splitlines()[1:-1] == [
-        "  compute.execution was 'auto', is 'map' (rounding)",
-        "  merge.method was 'stock', is 'mean'",
-        "  watch.policy was 'stop', is 'skip_step' (rounding)",
+        "  compute.replica_mode was 'auto', is 'map' (rounding)",
+        "  merge.method was 'model_stock', is 'uniform_mean'",
+        "  monitor.on_non_finite was 'stop', is 'skip_step' (rounding)",
     ]
 
 
@@ -238,8 +246,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from configs import default
-from modelstock_jax.experiment.workdir import claim
-claim(Path(sys.argv[1]), default.get_config())
+from modelstock_jax.experiment.workdir import lock_workdir
+lock_workdir(Path(sys.argv[1]), default.get_config())
 print("held", flush=True)
 time.sleep(600)
 """

@@ -91,7 +91,7 @@ def test_records_and_worker_processes_change_nothing(tmp_path):
         assert code == 0, output
     runs = {
         "folders": (folders, ()),
-        "records": (records, ("--config.data.loading.workers=2",)),
+        "records": (records, ("--config.data.loader.workers=2",)),
     }
     for name, (root, more) in runs.items():
         command = arguments("configs/folder.py", anchor, root, tmp_path / name, *more)

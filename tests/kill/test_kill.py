@@ -126,7 +126,7 @@ def test_pretraining_goes_on(tmp_path):
             "--config.pretrain.num_steps=24",
             "--config.optimizer.warmup_steps=4",
             "--config.batch_size=64",
-            "--config.checkpoint.every=4",
+            "--config.checkpoint.save_every_steps=4",
         ]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"

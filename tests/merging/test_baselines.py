@@ -165,9 +165,9 @@ def test_distances_angles_and_norms_of_models():
     flat0 = np.concatenate([w0[k].ravel() for k in SHAPES]).astype(np.float64)
     flat = np.concatenate([w[k].reshape(3, -1) for k in SHAPES], axis=1)
     np.testing.assert_allclose(distances(w0, w), np.linalg.norm(flat - flat0, axis=1), rtol=1e-6)
-    centre = mean_model(w)
+    center = mean_model(w)
     np.testing.assert_allclose(
-        distances(centre, w), np.linalg.norm(flat - flat.mean(axis=0), axis=1), rtol=1e-5)
+        distances(center, w), np.linalg.norm(flat - flat.mean(axis=0), axis=1), rtol=1e-5)
     d = (w["a"] - w0["a"]).reshape(3, -1).astype(np.float64)
     np.testing.assert_allclose(norms(w0, w)["a"], np.linalg.norm(d, axis=1), rtol=1e-6)
     unit = d / np.linalg.norm(d, axis=1, keepdims=True)

@@ -60,13 +60,13 @@ def test_models_on_a_line_span_no_plane():
 
 def test_random_points_lie_where_they_should():
     w0, w = replicas(SHAPES, 3)
-    centre = mean_model(w)
-    wanted = jax.tree.map(lambda d: jnp.mean(d, axis=0), norms(centre, w, "filter"))
-    points = [random_point(jax.random.key(k), centre, wanted, "filter") for k in (0, 1, 0)]
-    found = norms(centre, stack_replicas(points), "filter")["a"]
+    center = mean_model(w)
+    wanted = jax.tree.map(lambda d: jnp.mean(d, axis=0), norms(center, w, "filter"))
+    points = [random_point(jax.random.key(k), center, wanted, "filter") for k in (0, 1, 0)]
+    found = norms(center, stack_replicas(points), "filter")["a"]
     # A number of order 1 rounded to float32, moved by 0.1.
     np.testing.assert_allclose(found, np.stack([wanted["a"]] * 3), rtol=1e-5)
-    d = [np.asarray(p["a"] - centre["a"]).ravel() for p in points]
+    d = [np.asarray(p["a"] - center["a"]).ravel() for p in points]
     assert abs(d[0] @ d[1]) < 0.5 * np.linalg.norm(d[0]) * np.linalg.norm(d[1])
     np.testing.assert_array_equal(d[0], d[2])
 
@@ -114,7 +114,7 @@ def test_shell_finds_the_true_radius_where_the_sample_mean_does_not():
     found = shell(d @ d.T)
     # Of 20,000 numbers: 1 / sqrt(20000) = 0.7 %.
     np.testing.assert_allclose(found.radius, truth, rtol=0.015)
-    np.testing.assert_allclose(found.centre, np.linalg.norm(mu), rtol=0.02)
+    np.testing.assert_allclose(found.center, np.linalg.norm(mu), rtol=0.02)
     assert abs(found.anchor_cosine).max() < 0.03
     assert abs(found.pair_cosine - np.eye(5)).max() < 0.04
     biased = np.linalg.norm(d - d.mean(axis=0), axis=1)
@@ -130,7 +130,7 @@ def test_shell_finds_the_true_radius_where_the_sample_mean_does_not():
 
 
 def test_rows_that_are_not_what_they_say_are_found():
-    # Tables 1 and 7: N from a distance alone, the pseudo-centre holding the models averaged.
+    # Tables 1 and 7: N from a distance alone, the pseudo-center holding the models averaged.
     for said, distance, meant in [(2, 9.19, 2), (3, 7.44, 3), (5, 5.633, 5), (4, 5.63, 5)]:
         implied = num_averaged(13.133, distance, 50)
         assert implied == pytest.approx(meant, abs=0.03)

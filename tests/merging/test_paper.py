@@ -17,7 +17,7 @@ TABLE_7 = [(2, 9.19, 7.62), (3, 7.44, 6.49), (4, 5.63, 5.16)]
 
 @pytest.mark.parametrize("num", TABLE_1)
 def test_table_1_from_one_number(num):
-    # 0.5 %: the paper's own spread is 0.3 % at N = 3; the pseudo-centre holds the models averaged.
+    # 0.5 %: the paper's own spread is 0.3 % at N = 3; the pseudo-center holds the models averaged.
     assert geometry.mean_distance(ONE, num, 50) == pytest.approx(TABLE_1[num], rel=5e-3)
     assert geometry.mean_distance(ONE, num) == pytest.approx(ONE / math.sqrt(num))
 
@@ -50,7 +50,7 @@ def test_table_7_from_one_replica_and_one_cosine():
         assert float(predicted.merged) == pytest.approx(stock, rel=5e-3)
 
 
-def test_predictions_hold_for_models_about_a_known_centre():
+def test_predictions_hold_for_models_about_a_known_center():
     # 40,000 numbers: norms and angles of random vectors are sharp to 1/sqrt(n) = 0.5 %.
     rng = np.random.default_rng(0)
     size, num = 40_000, 3

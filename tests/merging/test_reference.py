@@ -87,7 +87,7 @@ def test_narrow_dtypes_are_at_the_rounding_floor(dtype):
     merged, stats = model_stock(w0, w)
     assert merged["w"].dtype == jnp.dtype(dtype)
     assert abs(float(stats.ratio["w"]) - ratio) < EXACT
-    # The floor: the exact answer, rounded to the output dtype. A tie, or a neighbour of one, may
+    # The floor: the exact answer, rounded to the output dtype. A tie, or a neighbor of one, may
     # fall the other way for 1e-7 of ratio; nothing else may differ.
     floor = target.reshape(64, 33).astype(jnp.dtype(dtype))
     assert (np.asarray(merged["w"]) == floor).mean() > 0.999

@@ -55,7 +55,7 @@ def test_task_arithmetic_holds_the_mean_the_curve_and_analogies():
 
 
 def test_predicted_distance_of_unequal_shares():
-    # About a known centre: 4,000 numbers, so norms are sharp to 1 / sqrt(8000) = 1 %.
+    # About a known center: 4,000 numbers, so norms are sharp to 1 / sqrt(8000) = 1 %.
     rng = np.random.default_rng(0)
     mu = rng.standard_normal(4000)
     w0 = {"w": np.zeros(4000, np.float32)}

@@ -54,7 +54,7 @@ def checkpoint(config: CLIPConfig, directory: Path | None = None, seed: int = 0)
 
 
 def images(count: int = 3, seed: int = 1) -> np.ndarray:
-    """Normalised images [count, 24, 24, 3]."""
+    """Normalized images [count, 24, 24, 3]."""
     return np.random.default_rng(seed).standard_normal((count, 24, 24, 3)).astype(np.float32)
 
 

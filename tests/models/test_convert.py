@@ -119,7 +119,7 @@ def test_the_released_models_are_converted_merged_and_saved(base, tmp_path, caps
     merge = jax.jit(functools.partial(model_stock, unit="layer"))
     merged, _ = merge(anchor.replica(), stack_replicas([model.replica() for model in tuned]))
     merged = tuned[0].with_replica(jax.tree.map(np.asarray, merged))
-    saved = checkpoint_io.load(checkpoint_io.save(tmp_path / "merged", merged, layout="openai"))
+    saved = checkpoint_io.load(checkpoint_io.save(tmp_path / "merged", merged, format="openai"))
     assert_same(saved.params["text_tower"], CHECKPOINT.params["text_tower"])
 
     w0, w1, w2 = (state_dict(seed, text=False) for seed in (3, 1, 2))
@@ -154,7 +154,7 @@ def test_every_layout_from_the_command_line(base, tmp_path, capsys):
 
 
 def test_a_tokenizer_is_named_where_there_is_none(base, tmp_path, capsys):
-    bare = checkpoint_io.save(tmp_path / "bare", CHECKPOINT, layout="openai")
+    bare = checkpoint_io.save(tmp_path / "bare", CHECKPOINT, format="openai")
     to = ["--to", "open_clip", "--out", str(tmp_path / "out")]
     with pytest.raises(
         SystemExit, match="error: .*bare: .*tokenizer.*open_clip"

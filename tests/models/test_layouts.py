@@ -34,7 +34,7 @@ FILES = {
 def saved(tmp_path_factory):
     """One directory a layout."""
     root = tmp_path_factory.mktemp("layouts")
-    return {name: checkpoint_io.save(root / name, CHECKPOINT, layout=name) for name in FILES}
+    return {name: checkpoint_io.save(root / name, CHECKPOINT, format=name) for name in FILES}
 
 
 def tensors_of(directory):
@@ -51,7 +51,7 @@ def test_save_load_save_is_bit_for_bit(saved, tmp_path, layout):
     once = checkpoint_io.load(saved[layout])
     assert_same(once.params, CHECKPOINT.params)
     assert once.format == layout and once.preprocessor == CHECKPOINT.preprocessor
-    again = checkpoint_io.save(tmp_path / layout, once, layout=layout)
+    again = checkpoint_io.save(tmp_path / layout, once, format=layout)
     files = sorted(p.name for p in again.iterdir())
     assert files == sorted(p.name for p in saved[layout].iterdir())
     for file in files:
@@ -61,7 +61,7 @@ def test_save_load_save_is_bit_for_bit(saved, tmp_path, layout):
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.permutations(FILES, 2)))
 def test_every_layout_leads_to_every_other(saved, tmp_path, source, target):
-    moved = checkpoint_io.save(tmp_path / target, checkpoint_io.load(saved[source]), layout=target)
+    moved = checkpoint_io.save(tmp_path / target, checkpoint_io.load(saved[source]), format=target)
     ours, expected = tensors_of(moved), tensors_of(saved[target])
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
@@ -191,13 +191,13 @@ def test_all_that_does_not_fit_is_listed_in_every_layout(saved, tmp_path, layout
 @pytest.mark.parametrize("layout", FILES)
 def test_head_labels_and_tokenizer_leave_with_every_layout(tmp_path, layout):
     tuned = with_head(with_tokenizer(tmp_path / "tokenizer"))
-    loaded = checkpoint_io.load(checkpoint_io.save(tmp_path / "m", tuned, layout=layout))
+    loaded = checkpoint_io.load(checkpoint_io.save(tmp_path / "m", tuned, format=layout))
     assert_same(loaded.replica(), tuned.replica())
     assert loaded.labels == ("crane", "gull é", "crane")
     assert loaded.fingerprint == tuned.fingerprint
     assert checkpoint_io.has_tokenizer(loaded)
     # Equal models give equal bytes.
-    again = checkpoint_io.save(tmp_path / "again", loaded, layout=layout)
+    again = checkpoint_io.save(tmp_path / "again", loaded, format=layout)
     for path in (tmp_path / "m").iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
     if layout != "hugging_face":
@@ -213,12 +213,12 @@ def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
     both = shutil.copytree(saved["hugging_face"], tmp_path / "both")
     shutil.copytree(saved["open_clip"], both, dirs_exist_ok=True)
     assert checkpoint_io.load(both).format == "hugging_face"
-    assert checkpoint_io.load(both, layout="open_clip").format == "open_clip"
+    assert checkpoint_io.load(both, format="open_clip").format == "open_clip"
     # Only a pickle in the first layout: the second is whole.
     (both / "model.safetensors").rename(both / "pytorch_model.bin")
     assert checkpoint_io.load(both).format == "open_clip"
     with pytest.raises(UserError, match="model.safetensors .*open_clip_model"):
-        checkpoint_io.load(both, layout="hugging_face")
+        checkpoint_io.load(both, format="hugging_face")
     other = tmp_path / "pickled"
     other.mkdir()
     shutil.copy(both / "config.json", other)
@@ -236,9 +236,9 @@ def test_which_layout_is_taken_where_several_lie(saved, tmp_path):
     (both / "open_clip_model.safetensors").unlink()
     assert checkpoint_io.load(both).format == "open_clip"
     with pytest.raises(UserError, match="'clip'.*hugging_face,"):
-        checkpoint_io.load(both, layout="clip")
+        checkpoint_io.load(both, format="clip")
     with pytest.raises(UserError, match="'model_soups'.*hugging_face,"):
-        checkpoint_io.save(tmp_path / "m", CHECKPOINT, layout="model_soups")
+        checkpoint_io.save(tmp_path / "m", CHECKPOINT, format="model_soups")
 
 
 def test_what_is_fetched_from_a_hub(saved, tmp_path, monkeypatch):
@@ -373,7 +373,7 @@ def test_openais_layout_refuses_what_its_readers_would_mistake(tmp_path):
     pixels = dataclasses.replace(CHECKPOINT.preprocessor, mean=(0.5, 0.5, 0.5))
     other = dataclasses.replace(CHECKPOINT, config=config, preprocessor=pixels)
     with pytest.raises(UserError) as error:
-        checkpoint_io.save(tmp_path / "m", other, layout="openai")
+        checkpoint_io.save(tmp_path / "m", other, format="openai")
     for part in (
         "OpenAI",
         "vision num_attention_heads .*4.* 2",
@@ -386,7 +386,7 @@ def test_openais_layout_refuses_what_its_readers_would_mistake(tmp_path):
         assert re.search(part, str(error.value))
     narrow = dataclasses.replace(CHECKPOINT, config=small.replaced(CONFIG, "text", hidden_size=32))
     with pytest.raises(UserError, match="OpenAI.*num_attention_heads .* 0"):
-        checkpoint_io.save(tmp_path / "m", narrow, layout="openai")
+        checkpoint_io.save(tmp_path / "m", narrow, format="openai")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -397,12 +397,12 @@ def test_open_clip_refuses_what_it_cannot_say(tmp_path):
     ):
         other = dataclasses.replace(CHECKPOINT, config=small.replaced(CONFIG, tower, **change))
         with pytest.raises(UserError, match=message):
-            checkpoint_io.save(tmp_path / "m", other, layout="open_clip")
+            checkpoint_io.save(tmp_path / "m", other, format="open_clip")
     # An end of text that is not the highest id is said.
     other = dataclasses.replace(CHECKPOINT, config=small.replaced(CONFIG, "text", eos_token_id=7))
     assert (
         checkpoint_io.load(
-            checkpoint_io.save(tmp_path / "m", other, layout="open_clip")
+            checkpoint_io.save(tmp_path / "m", other, format="open_clip")
         ).config.text.eos_token_id
         == 7
     )

@@ -30,7 +30,7 @@ def test_a_grid_that_pytorch_resized():
 
 
 @pytest.mark.parametrize("sizes", [(7, 9), (9, 7), (24, 16), (4, 1), (1, 5), (2, 16)])
-def test_rows_are_weights_of_four_neighbours(sizes):
+def test_rows_are_weights_of_four_neighbors(sizes):
     old, new = sizes
     matrix = bicubic(old, new)
     np.testing.assert_allclose(matrix.sum(1), 1.0, rtol=1e-14)

@@ -22,7 +22,7 @@ from tests.notebooks.cells import run
 TINY = {
     "batch_size": 32,
     "epochs": 1,
-    "checkpoint.every": 100,
+    "checkpoint.save_every_steps": 100,
     "data.shifts": ("v2", "sketch"),
     "evaluation.batch_size": 64,
     "evaluation.wise_ft_alphas": (0.5,),
@@ -66,7 +66,7 @@ def test_quickstart(anchor, tmp_path, capsys):
 @pytest.mark.usefixtures("_small_world")
 def test_tpu_vitl14(anchor, tmp_path, capsys):
     """First as it stands: nothing to train on, and nothing is trained. Then on the glyphs."""
-    glyph_world = TINY | {"data.name": "glyphs", "data.real": False, "merge.unit": "tensor",
+    glyph_world = TINY | {"data.name": "glyphs", "data.real_labels": False, "merge.unit": "tensor",
                           "compute.dtype": "float32", "optimizer.warmup_steps": 1}
     small = {"WORKDIR": str(tmp_path / "run"), "PRETRAINED": anchor}
     names = run("tpu_vitl14", **small, TRAIN=True, OVERRIDES=glyph_world)
@@ -105,7 +105,7 @@ def drawn_models(names):
     return {"jax": jax, "np": np, "models": tree, "anchor": anchor}
 
 
-def test_geometry_of_models_whose_centre_is_known(tmp_path, capsys):
+def test_geometry_of_models_whose_center_is_known(tmp_path, capsys):
     line = "checkpoint = open_pretrained(PRETRAINED)"
     names = run("geometry", {line: drawn_models}, FIGURES=str(tmp_path))
     printed = capsys.readouterr().out

@@ -61,7 +61,7 @@ def fine_tuned():
 def exported(request, tmp_path_factory):
     """A directory for transformers: written at once, or by way of another layout."""
     root = tmp_path_factory.mktemp("export")
-    first = checkpoint_io.save(root / request.param, fine_tuned(), layout=request.param)
+    first = checkpoint_io.save(root / request.param, fine_tuned(), format=request.param)
     return checkpoint_io.load(checkpoint_io.save(root / "export", checkpoint_io.load(first)))
 
 

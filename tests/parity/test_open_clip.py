@@ -48,8 +48,8 @@ def work(tmp_path_factory):
     """What OpenCLIP left of our exports."""
     work = tmp_path_factory.mktemp("work")
     for name, config in VARIANTS.items():
-        checkpoint_io.save(work / f"open_clip_{name}", small.checkpoint(config), layout="open_clip")
-    checkpoint_io.save(work / "openai", CHECKPOINT, layout="openai")
+        checkpoint_io.save(work / f"open_clip_{name}", small.checkpoint(config), format="open_clip")
+    checkpoint_io.save(work / "openai", CHECKPOINT, format="openai")
     images = np.random.default_rng(0).standard_normal((4, 12, 12, 3)).astype(np.float32)
     # The highest id ends every text, and ids that end it by the other rule come before.
     ids = small.ids(6, 16).astype(np.int64)

@@ -89,7 +89,7 @@ def test_angle_by_layer(tmp_path, num_blocks):
     assert heights[0] == pytest.approx(np.mean(first["angles"]), rel=1e-12)  # float64 rounding
 
 
-@pytest.mark.parametrize(("name", "kind", "colour"), [
+@pytest.mark.parametrize(("name", "kind", "color"), [
     ("image_tower.patch_embedding.kernel", "kernels", figures.LEFT["other kernels"]),
     ("image_tower.projection.kernel", "kernels", figures.LEFT["other kernels"]),
     ("image_tower.blocks.block_00.self_attn.q_proj.kernel", "kernels", figures.LEFT["attention"]),
@@ -101,12 +101,12 @@ def test_angle_by_layer(tmp_path, num_blocks):
     ("head.kernel", "head", figures.LEFT["head"]),
     ("head.bias", "head", figures.RIGHT["head"]),
 ])  # fmt: skip
-def test_kinds_and_colours_by_name(name, kind, colour):
+def test_kinds_and_colors_by_name(name, kind, color):
     assert figures.kind(name) == kind
     row = {"name": name, "angles": [45.0], "rms": [1.0]}
     drawn = figures.angle_by_layer([row]).axes
     (bar,) = [patch for axes in drawn[:2] for group in axes.containers for patch in group.patches]
-    assert to_hex(bar.get_facecolor()).upper() == colour.upper()
+    assert to_hex(bar.get_facecolor()).upper() == color.upper()
 
 
 def test_ratio_over_merges(tmp_path):
@@ -126,7 +126,7 @@ def test_ratio_summary_leaves_out_what_has_no_angle():
                {"name": "head.bias", "cosine": 0.9, "ratio": 0.95}]
     summary = figures.ratio_summary(report)
     assert set(summary) == {"kernels", "head"}
-    assert summary["kernels"] == pytest.approx(  # quartiles of three: half way between neighbours
+    assert summary["kernels"] == pytest.approx(  # quartiles of three: half way between neighbors
         {"median": 0.6, "low": 0.55, "high": 0.75, "count": 3}, rel=1e-12)
 
 

@@ -98,7 +98,7 @@ def test_what_stands_below_speaks_of_the_columns_that_are_there():
     assert said(distance_to_anchor=1.0) == (
         "Top-1 accuracy in %; distances of weights: to the anchor.")
     assert said(distance_to_anchor=1.0, predicted_distance=1.0, cost=2) == (
-        "Top-1 accuracy in %; distances of weights: to the anchor, and to the centre as the angles "
+        "Top-1 accuracy in %; distances of weights: to the anchor, and to the center as the angles "
         "predict it; cost in fine-tunings of one model.")
 
 

@@ -1,4 +1,4 @@
-"""A bench without training: replicas are drawn about a centre, accuracy falls with the distance."""
+"""A bench without training: replicas are drawn about a center, accuracy falls with the distance."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DrawnBench:
     def __init__(self):
         self._w0 = draw(SHAPES, np.random.default_rng(0))
         moved = draw(SHAPES, np.random.default_rng(1))
-        self.centre = combine(lambda w0, d: w0 + d, self._w0, moved)
+        self.center = combine(lambda w0, d: w0 + d, self._w0, moved)
         self.size = sum(leaf.size for leaf in _leaves(self._w0))
 
     def name(self, run):
@@ -56,7 +56,7 @@ class DrawnBench:
     def replica(self, run, index, epoch):
         seed = zlib.crc32(repr((self.name(run), index, epoch)).encode())
         noise = draw(SHAPES, np.random.default_rng(seed))
-        return combine(lambda c, z: c + np.float32(SPREAD) * z, self.centre, noise)
+        return combine(lambda c, z: c + np.float32(SPREAD) * z, self.center, noise)
 
     def merged(self, run):
         return self.replica(run, 100, None)
@@ -76,7 +76,7 @@ class DrawnBench:
     def accuracy(self, params, *, shifts):
         away = sum(
             float(((a - b) ** 2).sum())
-            for a, b in zip(_leaves(params), _leaves(self.centre), strict=True)
+            for a, b in zip(_leaves(params), _leaves(self.center), strict=True)
         )
         accuracy = 90 - np.sqrt(away)
         return {"id": accuracy, "shifts": {"v2": accuracy - 10} if shifts else {}}

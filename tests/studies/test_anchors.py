@@ -46,7 +46,7 @@ def test_a_mistake_is_seen_before_data_is_opened(name, data_name, message):
 
 def test_an_option_that_a_run_would_refuse_is_refused_first(tmp_path):
     config = config_of("runs/none")
-    config.log_every = 0
+    config.log_every_steps = 0
     with pytest.raises(UserError, match="log_every .*0"):
         StudyContext(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
 
@@ -62,7 +62,7 @@ def test_a_tower_is_known_before_it_is_trained(tmp_path, monkeypatch, data):
 
     plain = fingerprint()
     assert len(plain) == 16 and fingerprint() == plain
-    assert fingerprint(seed=3, accumulate_steps=2) == plain  # It is the same tower.
+    assert fingerprint(seed=3, gradient_accumulation_steps=2) == plain  # It is the same tower.
     others = [fingerprint("tower:convnext"), fingerprint(label_smoothing=0.1)]
     monkeypatch.setattr(run_store, "NUM_IMAGES", 256)
     others.append(fingerprint())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from studies.catalogue.noise_carry import CARRIED
+from studies.catalog.noise_carry import CARRIED
 from studies.expressions import Anchor, Between
 from studies.study import Setup
 

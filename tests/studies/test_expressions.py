@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.merging import model_stock, stack_replicas
-from studies.catalogue.model_pool import pool
+from studies.catalog.model_pool import pool
 from studies.expressions import (
     Anchor,
     Best,
@@ -54,10 +54,10 @@ def test_a_merge_is_the_librarys():
 
 def test_noise_lies_as_far_as_a_model():
     models = pool(range(8))
-    centre = Mean(models).build(BENCH)
+    center = Mean(models).build(BENCH)
     for scale in (0.5, 1.0):
         noisy = Noisy(models, scale, seed=0).build(BENCH)
-        squares = jax.tree.map(lambda a, b: float(((a - b) ** 2).sum()), noisy, centre)
+        squares = jax.tree.map(lambda a, b: float(((a - b) ** 2).sum()), noisy, center)
         # chi-square of 3,250 numbers: one standard deviation is 1.2 % of the distance.
         assert np.sqrt(sum(jax.tree.leaves(squares))) == pytest.approx(
             scale * SPREAD * np.sqrt(BENCH.size), rel=0.04
@@ -68,7 +68,7 @@ def test_what_is_chosen_on_held_out_data():
     models = (ONE, TWO, THREE)
     best = max(models, key=lambda model: BENCH.validate(model.build(BENCH)))
     chex.assert_trees_all_equal(Best(models).build(BENCH), best.build(BENCH))
-    # Every model lies as far from the centre, all independently: each helps the soup.
+    # Every model lies as far from the center, all independently: each helps the soup.
     chex.assert_trees_all_close(Greedy(models).build(BENCH), Mean(models).build(BENCH), atol=1e-6)
 
 

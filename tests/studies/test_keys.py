@@ -6,8 +6,8 @@ import pytest
 
 from configs import glyphs
 from studies.bench import StudyContext
-from studies.catalogue import STUDIES
-from studies.catalogue.soup_search import soup
+from studies.catalog import STUDIES
+from studies.catalog.soup_search import soup
 from studies.run_store import RunStore
 from studies.study import Setup
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from configs import default
+from modelstock_jax import flags
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment import options as tables
 from studies.ledger import Ledger
 from studies.runs import Run, training_checksum
 
@@ -65,8 +65,8 @@ def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
         return training_checksum(Run.of(0, options).config(base), "print")
 
     same = digest()
-    assert digest(evaluation__batch_size=7, checkpoint__every=3, mesh__data=2) == same
-    assert digest(compute__execution="map", data__loading__threads=3) == same
+    assert digest(evaluation__batch_size=7, checkpoint__save_every_steps=3, mesh__data=2) == same
+    assert digest(compute__replica_mode="map", data__loader__threads=3) == same
     for options in (
         {"epochs": 3},
         {"optimizer__learning_rate": 0.1},
@@ -83,19 +83,18 @@ def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
     assert training_checksum(before, "print") == same, "options that came later"
 
 
-def test_a_digest_has_the_first_names_of_options_and_values(monkeypatch):
+def test_a_checksum_has_the_first_names_of_options_and_values(monkeypatch):
     first = default.get_config()
     before = training_checksum(first, "print")
-    renamed = {"merge.method": "merge.rule", "data.augment.": "view.", "watch.": "monitor."}
-    monkeypatch.setattr(tables, "RENAMED", renamed)
-    monkeypatch.setattr(tables, "RENAMED_VALUES", {"merge.rule": {"stock": "model_stock"}})
-    monkeypatch.setitem(tables.OPTIONS, "monitor.*", tables.Option(in_digest=False))
+    monkeypatch.setitem(flags.RENAMED, "merge.unit", "merge.rule")
+    monkeypatch.setitem(flags.RENAMED, "data.augment.", "view.")
+    monkeypatch.setitem(flags.RENAMED_VALUES, "merge.rule", {"tensor": "by_tensor"})
     now = first.copy_and_resolve_references()
     with now.unlocked():
-        del now.merge["method"], now.data["augment"], now["watch"]
-        now.merge.rule, now.view, now.monitor = "model_stock", first.data.augment, first.watch
+        del now.merge["unit"], now.data["augment"]
+        now.merge.rule, now.view = "by_tensor", first.data.augment
     assert training_checksum(now, "print") == before
-    now.merge.rule = "mean"
+    now.merge.rule = "filter"
     assert training_checksum(now, "print") != before
 
 

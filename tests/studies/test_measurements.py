@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from studies.catalogue.model_pool import groups, pool
+from studies.catalog.model_pool import groups, pool
 from studies.expressions import Anchor, Between, Mean
 from studies.measurements import Angles, Distance, Predicted, Projected, Shell
 from tests.studies.bench import SPREAD, DrawnBench
@@ -15,12 +15,12 @@ RADIUS = SPREAD * np.sqrt(BENCH.size)
 # Numbers of a model: 3,250. Its distance varies by 1.2 %, a cosine of two such vectors by 0.018.
 
 
-def test_distances_to_a_held_out_centre():
+def test_distances_to_a_held_out_center():
     models = pool(range(8))
     mine, others = models[:8], models[8:]
     found = Shell(mine, others).measure(BENCH)
     assert np.mean(found["distance"]) == pytest.approx(RADIUS, rel=0.015)
-    # The held-out centre is 1/sqrt(8) of the radius away from the true one: uncorrected, the
+    # The held-out center is 1/sqrt(8) of the radius away from the true one: uncorrected, the
     # cosines between models would be 1 / 9 and the distances 6 % too large.
     assert np.abs(np.mean(found["between"])) < 0.015
     assert np.abs(found["to_anchor"]).max() < 0.06

@@ -12,7 +12,7 @@ from configs import glyphs
 from modelstock_jax.errors import UserError
 from studies import runner
 from studies.bench import StudyContext
-from studies.catalogue import STUDIES
+from studies.catalog import STUDIES
 from studies.ledger import Ledger
 from tests.studies.bench import DrawnBench
 

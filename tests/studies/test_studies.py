@@ -11,8 +11,8 @@ import pytest
 from configs import imagenet
 from modelstock_jax.fileio import flat
 from modelstock_jax.reporting.figures import kind
-from studies.catalogue import STUDIES
-from studies.catalogue.model_pool import STRONG, STRONG_LENGTH
+from studies.catalog import STUDIES
+from studies.catalog.model_pool import STRONG, STRONG_LENGTH
 from studies.measurements import Score
 from studies.pages import write
 from studies.runs import runs_of
@@ -65,7 +65,7 @@ def test_the_claims_that_are_true_of_drawn_models_hold(bench):
     verdicts = {
         c.text.split("(within")[0]: c.verdict for c in study.summarize(setup, values).claims
     }
-    assert verdicts.pop("(i) fine-tuned models lie at one distance from the centre ") in (
+    assert verdicts.pop("(i) fine-tuned models lie at one distance from the center ") in (
         "holds",
         "not decided",  # 1 % is what a vector of 3,250 numbers varies by.
     )

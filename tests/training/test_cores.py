@@ -13,7 +13,7 @@ import jax, sys
 from configs import glyphs
 from modelstock_jax.training.launcher import use_cores
 config = glyphs.get_config()
-config.num_replicas, config.compute.execution = int(sys.argv[1]), sys.argv[2]
+config.num_replicas, config.compute.replica_mode = int(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "late":
     jax.numpy.ones(2)
 use_cores(config)

@@ -204,13 +204,13 @@ def test_a_signal_in_the_last_step_ends_the_command(tmp_path):
     trainer = tiny.trainer(tmp_path, epochs=1, merge__every="never")
     last, batches = trainer.task.num_steps, trainer.batches
 
-    def signalled(start):
+    def signaled(start):
         for step, batch in enumerate(batches(start), start + 1):
             if step == last:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    trainer.batches = signalled
+    trainer.batches = signaled
     with pytest.raises(SystemExit) as stopped:
         trainer.run()
     assert stopped.value.code == 143

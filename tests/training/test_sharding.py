@@ -87,8 +87,8 @@ def compiled(shape, execution, split, dtype=np.float32, in_parts=False):
         mesh__replica=shape[0],
         mesh__data=shape[1],
         mesh__fsdp_min_size=split,
-        compute__execution=execution,
-        accumulate_steps=2 if in_parts else 1,
+        compute__replica_mode=execution,
+        gradient_accumulation_steps=2 if in_parts else 1,
         seed=SEED,
     )
     task = tiny.task(config, epochs=STEPS // 4, dtype=dtype)
@@ -279,7 +279,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(asked, message):
 
 
 def test_map_over_replicas_on_several_devices_is_refused():
-    with pytest.raises(UserError, match="compute.execution='map'"):
+    with pytest.raises(UserError, match="compute.replica_mode='map'"):
         compiled((2, 4), "map", SPLIT)
 
 

@@ -42,7 +42,7 @@ def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mes
     augment = functools.partial(tiny.augment, dtype=dtype)
     step = jax.jit(
         make_train_step(
-            tiny.loss_fn(dtype), tx, schedule, execution, augment=augment, accumulate_steps=parts
+            tiny.loss_fn(dtype), tx, schedule, execution, augment=augment, gradient_accumulation_steps=parts
         )
     )
     first = None
@@ -177,7 +177,7 @@ def test_no_collective_crosses_the_replicas(parts):
     shardings = sharding.state_sharding(mesh, state)
     step = jax.jit(
         make_train_step(
-            tiny.loss_fn(), tx, schedule, "vmap", augment=tiny.augment, accumulate_steps=parts
+            tiny.loss_fn(), tx, schedule, "vmap", augment=tiny.augment, gradient_accumulation_steps=parts
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),
@@ -198,7 +198,7 @@ def test_no_collective_crosses_the_replicas(parts):
 
 
 def test_learning_rate_rises_then_falls_to_its_floor():
-    config = tiny.config(optimizer__final_fraction=0.1).optimizer
+    config = tiny.config(optimizer__final_lr_fraction=0.1).optimizer
     _, schedule = make_optimizer(config, STEPS)
     rates = np.array([schedule(jnp.int32(s)) for s in range(STEPS)])
     np.testing.assert_allclose(rates[:3], [0.5e-2, 1e-2, 1e-2], rtol=1e-6)  # two warm-up steps

@@ -24,17 +24,17 @@ NAN, HUGE = np.float32("nan"), np.float32(1e30)
 SURVIVING = ("skip_step", "restore_last_merge")
 compiled = functools.cache(
     lambda policy, rate=1e-2: linear.programs(
-        linear.config(watch__policy=policy, optimizer__learning_rate=rate)
+        linear.config(monitor__on_non_finite=policy, optimizer__learning_rate=rate)
     )
 )
 CARELESS = {"optimizer__b1": 0.0, "optimizer__b2": 0.0, "optimizer__eps": 0.0}
 careless = functools.cache(
-    lambda policy: linear.programs(linear.config(watch__policy=policy, **CARELESS))
+    lambda policy: linear.programs(linear.config(monitor__on_non_finite=policy, **CARELESS))
 )
 
 
 def run(workdir, policy, spoiled=(), **changes):
-    changes["watch__policy"] = policy
+    changes["monitor__on_non_finite"] = policy
     return linear.trainer(workdir, spoiled, compiled=compiled(policy), **changes)
 
 
@@ -64,10 +64,10 @@ def test_what_overflows_in_the_square_is_not_finite():
 @pytest.mark.parametrize(
     ("execution", "shape"), [("map", (1, 1)), ("vmap", (1, 1)), ("vmap", (2, 4))]
 )
-def test_a_bad_step_leaves_nothing_behind_and_its_neighbour_alone(policy, execution, shape):
+def test_a_bad_step_leaves_nothing_behind_and_its_neighbor_alone(policy, execution, shape):
     config = linear.config(
-        watch__policy=policy,
-        compute__execution=execution,
+        monitor__on_non_finite=policy,
+        compute__replica_mode=execution,
         mesh__replica=shape[0],
         mesh__data=shape[1],
     )
@@ -107,7 +107,7 @@ def test_stop_names_the_tensor_and_leaves_the_last_checkpoint(tmp_path, step):
     with pytest.raises(UserError) as error:
         run(tmp_path, "stop", [(step, 1, "curse", HUGE)]).run()
     assert f"replica 1, step {step}: gradient of head.kernel " in str(error.value)
-    assert "learning_rate" in str(error.value) and "watch.policy" in str(error.value)
+    assert "learning_rate" in str(error.value) and "monitor.on_non_finite" in str(error.value)
     assert saved(tmp_path, "merged") == [4] * (step > 4)
     assert saved(tmp_path, "state") == [4, 5] * (step > 5)
     (event,) = events(tmp_path)
@@ -135,7 +135,7 @@ def test_weights_lost_by_a_finite_gradient_are_skipped(tmp_path):
         tmp_path,
         [(5, 1, "image", 0)],
         compiled=careless("skip_step"),
-        watch__policy="skip_step",
+        monitor__on_non_finite="skip_step",
     )
     result = trainer.run()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.state.params, result.merged)))
@@ -184,7 +184,7 @@ def test_a_survived_event_is_told_and_replayed_after_a_kill(tmp_path, capsys, po
 
 @pytest.mark.parametrize("policy", ["stop", "restore_last_merge"])
 def test_a_rate_that_diverges_ends_the_run_and_is_never_merged(tmp_path, policy):
-    changes = {"optimizer__learning_rate": 1e30, "watch__policy": policy, "watch__max_events": 5}
+    changes = {"optimizer__learning_rate": 1e30, "monitor__on_non_finite": policy, "monitor__max_non_finite_steps": 5}
     trainer = linear.trainer(tmp_path, compiled=compiled(policy, 1e30), **changes)
     with pytest.raises(UserError) as error:
         trainer.run()
@@ -200,21 +200,21 @@ def test_a_rate_that_diverges_ends_the_run_and_is_never_merged(tmp_path, policy)
 def test_the_limit_counts_the_events_of_earlier_lives(tmp_path):
     spoiled = [(step, 0, "image", NAN) for step in (1, 2, 3, 7, 8)]
     with pytest.raises(UserError, match="step 7.*max_events=3"):
-        run(tmp_path, "skip_step", spoiled, watch__max_events=3).run()
+        run(tmp_path, "skip_step", spoiled, monitor__max_non_finite_steps=3).run()
     with pytest.raises(UserError, match="step 7.*max_events=3"):
-        run(tmp_path, "skip_step", spoiled, watch__max_events=3).run()
-    run(tmp_path, "skip_step", spoiled, watch__max_events=5).run()
+        run(tmp_path, "skip_step", spoiled, monitor__max_non_finite_steps=3).run()
+    run(tmp_path, "skip_step", spoiled, monitor__max_non_finite_steps=5).run()
     assert [event["step"] for event in events(tmp_path)] == [1, 2, 3, 7, 8]
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(UserError, match="watch.policy='ignore'.*skip_step"):
-        linear.programs(linear.config(watch__policy="ignore"))
+    with pytest.raises(UserError, match="monitor.on_non_finite='ignore'.*skip_step"):
+        linear.programs(linear.config(monitor__on_non_finite="ignore"))
 
 
 @pytest.mark.parametrize("policy", SURVIVING)
 def test_policies_bring_no_collective_across_replicas(policy):
-    config = linear.config(watch__policy=policy, mesh__replica=2, mesh__data=4)
+    config = linear.config(monitor__on_non_finite=policy, mesh__replica=2, mesh__data=4)
     programs = linear.programs(config)
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
     text = programs.step.lower(programs.abstract_state, batch, programs.step_constants())

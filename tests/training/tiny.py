@@ -65,8 +65,8 @@ def config(**changes):
     config.batch_size = 16
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 2
-    config.checkpoint.every = 1000
-    config.log_every = 1
+    config.checkpoint.save_every_steps = 1000
+    config.log_every_steps = 1
     config.mesh.replica = config.mesh.data = 1
     with config.unlocked():
         for name, value in changes.items():

@@ -12,7 +12,7 @@ from modelstock_jax.data.glyphs.render import (
     BROAD,
     CHARACTERS,
     FONTS,
-    GREY,
+    GRAY,
     HUES,
     STYLES,
     Scene,
@@ -49,30 +49,30 @@ INK_NAMED = 0.30
 PAPER_NAMED = 0.25
 
 _CAPTIONS = (
-    "a picture of the {name} in {article} {style} font{colours}.",
-    "a small image of the {name} printed in {article} {style} font{colours}.",
-    "the {name} in {article} {style} font{colours}.",
-    "this is the {name} set in {article} {style} face{colours}.",
-    "a photo of the {name}, {style} type{colours}.",
-    "{article} {style} {name}{colours}, seen close.",
+    "a picture of the {name} in {article} {style} font{colors}.",
+    "a small image of the {name} printed in {article} {style} font{colors}.",
+    "the {name} in {article} {style} font{colors}.",
+    "this is the {name} set in {article} {style} face{colors}.",
+    "a photo of the {name}, {style} type{colors}.",
+    "{article} {style} {name}{colors}, seen close.",
 )
 
 
-def colour_word(hue: int, light: float) -> str:
-    """The word for a colour of a scene: a hue, or black, grey or white by its luminance.
+def color_word(hue: int, light: float) -> str:
+    """The word for a color of a scene: a hue, or black, gray or white by its luminance.
 
-    >>> colour_word(GREY, 0.1)
+    >>> color_word(GRAY, 0.1)
     'black'
     """
-    if hue != GREY:
+    if hue != GRAY:
         return HUES[hue]
     return "black" if light < 0.3 else "grey" if light < 0.75 else "white"
 
 
 def captions(rng: np.random.Generator, scenes: Scene) -> list[str]:
-    """One caption an image: class, case, font style, and now and then its colours.
+    """One caption an image: class, case, font style, and now and then its colors.
 
-    The case of 15 % of the letters, the ink's colour in 70 % and the paper's in 75 % are left
+    The case of 15 % of the letters, the ink's color in 70 % and the paper's in 75 % are left
     out, so that the words that tell classes apart carry most of what can be learned.
 
     Args:
@@ -91,18 +91,18 @@ def captions(rng: np.random.Generator, scenes: Scene) -> list[str]:
         style = FONTS[scenes.font[i]].words
         if STYLES[scenes.style[i]] == "outline":
             style = f"outlined {style}"
-        colours = ""
+        colors = ""
         if ink[i] < INK_NAMED:
-            colours += f" in {colour_word(int(scenes.ink_hue[i]), float(scenes.ink_light[i]))}"
+            colors += f" in {color_word(int(scenes.ink_hue[i]), float(scenes.ink_light[i]))}"
         if paper[i] < PAPER_NAMED:
-            paper_word = colour_word(int(scenes.paper_hue[i]), float(scenes.paper_light[i]))
-            colours += f" on {paper_word} paper"
+            paper_word = color_word(int(scenes.paper_hue[i]), float(scenes.paper_light[i]))
+            colors += f" on {paper_word} paper"
         texts.append(
             _CAPTIONS[templates[i]].format(
                 name=names[scenes.label[i]],
                 article="an" if style[0] in "aeiou" else "a",
                 style=style,
-                colours=colours,
+                colors=colors,
             )
         )
     return texts
@@ -113,7 +113,7 @@ def captions(rng: np.random.Generator, scenes: Scene) -> list[str]:
 
 # Keep these draws apart from those of the sets.
 _STREAM = 1
-_LABELLED = 101
+_LABELED = 101
 
 
 def pretraining_batch(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
@@ -143,11 +143,11 @@ def pretraining_batch(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
 
 
 def broad_set(size: int) -> ImageSet:
-    """Labelled images of the broad world, for towers that are pretrained without text.
+    """Labeled images of the broad world, for towers that are pretrained without text.
 
     >>> broad_set(3).images.shape
     (3, 24, 24, 3)
     """
     labels = (np.arange(size) % len(CHARACTERS)).astype(np.int32)
-    key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), _LABELLED)
+    key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), _LABELED)
     return ImageSet("broad", render(key, np.arange(size), labels, BROAD)[0], labels)

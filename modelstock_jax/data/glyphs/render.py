@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from modelstock_jax.errors import UserError
 
 IMAGE_SIZE = 24
-BATCH = 512  # one compiled shape for every set: an image does not depend on its neighbours
+BATCH = 512  # one compiled shape for every set: an image does not depend on its neighbors
 
 _PALETTE = np.array(
     [[1, 0, 0], [1, 0.85, 0], [0, 0.75, 0.1], [0, 0.85, 0.9], [0.1, 0.2, 1], [0.65, 0, 0.8],
@@ -110,25 +110,25 @@ def compose(scene: Scene, bits: jax.Array, glyphs: jax.Array) -> jax.Array:
 
     amplitude, along_y, along_x, phase = scene.wave
     wave = amplitude * jnp.sin(2 * np.pi * (along_y * y + along_x * x) + phase)
-    ink_colour = _colour(scene.ink_hue, scene.ink_light)[None, None, :]
-    paper_colour = _colour(scene.paper_hue, scene.paper_light)[None, None, :]
-    image = paper_colour + ink[1][:, :, None] * 0.6 * (ink_colour - paper_colour)
+    ink_color = _color(scene.ink_hue, scene.ink_light)[None, None, :]
+    paper_color = _color(scene.paper_hue, scene.paper_light)[None, None, :]
+    image = paper_color + ink[1][:, :, None] * 0.6 * (ink_color - paper_color)
     image = image + wave[:, :, None] * (1.0 - 0.5 * ink[0][:, :, None])
-    image = image + ink[0][:, :, None] * (ink_colour - image)
+    image = image + ink[0][:, :, None] * (ink_color - image)
 
-    present, centre_y, centre_x, half_height, half_width, light = scene.patch
-    inside = (jnp.abs(y - centre_y) < half_height) & (jnp.abs(x - centre_x) < half_width)
+    present, center_y, center_x, half_height, half_width, light = scene.patch
+    inside = (jnp.abs(y - center_y) < half_height) & (jnp.abs(x - center_x) < half_width)
     image = jnp.where((inside & (present > 0))[:, :, None], light, image)
     image = image + scene.noise * barrier(bell(bits))
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
-def _colour(hue, light):
+def _color(hue, light):
     """The hue, [3], mixed with black or white until it has this luminance."""
-    colour = jnp.asarray(_PALETTE)[hue]
-    own = (colour * _LUMINANCE).sum()
-    darker = colour * (light / own)
-    lighter = colour + (1.0 - colour) * ((light - own) / (1.0 - own))
+    color = jnp.asarray(_PALETTE)[hue]
+    own = (color * _LUMINANCE).sum()
+    darker = color * (light / own)
+    lighter = color + (1.0 - color) * ((light - own) / (1.0 - own))
     return jnp.where(light < own, darker, lighter)
 
 
@@ -177,7 +177,7 @@ def _smooth_basis() -> np.ndarray:
 
 
 def _blur_matrix(sigma):
-    """[24, 24], banded: each row a normalised Gaussian of at most 7 pixels."""
+    """[24, 24], banded: each row a normalized Gaussian of at most 7 pixels."""
     at = np.arange(IMAGE_SIZE, dtype=np.float32)
     distance = np.abs(at[:, None] - at)
     weights = jnp.where(distance <= 3, jnp.exp(-0.5 * jnp.square(distance / sigma)), 0.0)
@@ -244,7 +244,7 @@ def font_indices(names) -> tuple[int, ...]:
 def masks() -> np.ndarray:
     """Coverage of every character in every font and style.
 
-    Every character is centred by its box from left to right and stands on one baseline, so that
+    Every character is centerd by its box from left to right and stands on one baseline, so that
     'c' and 'C' differ in height and 'p' and 'P' in place.
 
     Returns:
@@ -299,7 +299,7 @@ def _render_font(path: pathlib.Path) -> np.ndarray:
 
 
 def _grow(fine: np.ndarray, reach: int) -> np.ndarray:
-    """Grey dilation by a square of 2 reach + 1 pixels, one axis after the other."""
+    """Gray dilation by a square of 2 reach + 1 pixels, one axis after the other."""
     for axis in (-2, -1):
         ahead = np.moveaxis(fine, axis, -1)
         grown = fine.copy()
@@ -346,13 +346,13 @@ class Domain:
       heavy_share, light_share, outline_share: strokes made thicker, thinner, or outlined.
       contrast: range of the luminance between ink and paper.
       paper: range of the paper's luminance (before an inversion).
-      colour_share: ink and paper coloured, not grey.
+      color_share: ink and paper colored, not gray.
       inversion_share: light ink on dark paper.
       texture_share: waves over the paper and the ink.
       clutter_share: a second character at the side, and bars.
       occlusion_share: a patch over a part of the image.
       blur: largest standard deviation added to 0.35 pixels.
-      noise: largest standard deviation, of each colour channel for itself.
+      noise: largest standard deviation, of each color channel for itself.
     """
 
     fonts: tuple[str, ...] = ALL_FONTS
@@ -368,7 +368,7 @@ class Domain:
     outline_share: float = 0.0
     contrast: tuple[float, float] = (0.9, 0.9)
     paper: tuple[float, float] = (0.95, 1.0)
-    colour_share: float = 0.0
+    color_share: float = 0.0
     inversion_share: float = 0.0
     texture_share: float = 0.0
     clutter_share: float = 0.0
@@ -400,7 +400,7 @@ BROAD = Domain(
     outline_share=0.25,
     contrast=(0.3, 0.95),
     paper=(0.6, 1.0),
-    colour_share=0.6,
+    color_share=0.6,
     inversion_share=0.5,
     texture_share=0.4,
     clutter_share=0.35,
@@ -413,12 +413,12 @@ BROAD = Domain(
 
 def at_difficulty(domain: dict, difficulty: jax.Array) -> dict:
     """The domain's arrays between plain black on white (0) and their own values (1)."""
-    centre = {"scale": 1.0, "contrast": 0.95, "paper": 1.0}
+    center = {"scale": 1.0, "contrast": 0.95, "paper": 1.0}
     unscaled = ("fonts", "num_fonts", "mixed")
     return {
         name: value
         if name in unscaled
-        else centre.get(name, 0.0) + difficulty * (value - centre.get(name, 0.0))
+        else center.get(name, 0.0) + difficulty * (value - center.get(name, 0.0))
         for name, value in domain.items()
     }
 
@@ -426,7 +426,7 @@ def at_difficulty(domain: dict, difficulty: jax.Array) -> dict:
 # What is drawn at random for one image of the glyph world: its `Scene`.
 
 HUES = ("red", "yellow", "green", "cyan", "blue", "purple")
-GREY = len(HUES)
+GRAY = len(HUES)
 
 WAVES = 4  # the elastic displacement has 4 x 4 knots
 _KNOTS = 2 * WAVES * WAVES
@@ -451,7 +451,7 @@ class Scene(NamedTuple):
     paper_light: jax.Array
     wave: jax.Array  # [4]: amplitude, frequency along y and x, phase
     clutter: jax.Array  # [6]: strength, character, direction, distance, bar direction, offset
-    patch: jax.Array  # [6]: present, centre y and x, half height and width, luminance
+    patch: jax.Array  # [6]: present, center y and x, half height and width, luminance
     blur: jax.Array
     noise: jax.Array
 
@@ -475,7 +475,7 @@ def draw_scene(bits: jax.Array, label: jax.Array, domain: dict[str, jax.Array]) 
         perspective=jnp.stack([_within(draws, domain["perspective"]) for _ in range(2)]),
         shift=jnp.stack([_within(draws, domain["shift"]) for _ in range(2)]),
         elastic=elastic * domain["elastic"],
-        **_draw_colours(draws, domain),
+        **_draw_colors(draws, domain),
         wave=_draw_wave(draws, domain),
         clutter=_draw_clutter(draws, domain),
         patch=_draw_patch(draws, domain),
@@ -505,13 +505,13 @@ def _draw_style(draws, domain) -> jax.Array:
     )
 
 
-def _draw_colours(draws, domain) -> dict[str, jax.Array]:
+def _draw_colors(draws, domain) -> dict[str, jax.Array]:
     """The scene's hues and lights of ink and paper."""
     paper_light = _uniform(draws, *domain["paper"])
     ink_light = jnp.maximum(paper_light - _uniform(draws, *domain["contrast"]), 0.0)
     inverted = next(draws) < domain["inversion_share"]
-    coloured = next(draws) < domain["colour_share"]
-    hues = [jnp.where(coloured, jnp.floor(_uniform(draws, 0.0, GREY)), GREY) for _ in range(2)]
+    colored = next(draws) < domain["color_share"]
+    hues = [jnp.where(colored, jnp.floor(_uniform(draws, 0.0, GRAY)), GRAY) for _ in range(2)]
     return {
         "ink_hue": hues[0].astype(jnp.int32),
         "ink_light": jnp.where(inverted, 1.0 - ink_light, ink_light),

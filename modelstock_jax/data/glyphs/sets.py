@@ -64,7 +64,7 @@ R = Domain(
     outline_share=0.1,
     contrast=(0.35, 0.9),
     paper=(0.6, 1.0),
-    colour_share=1.0,
+    color_share=1.0,
     inversion_share=0.5,
     texture_share=0.7,
     blur=0.3,
@@ -93,7 +93,7 @@ OBJECTNET = Domain(
     elastic=0.02,
     contrast=(0.4, 0.85),
     paper=(0.55, 1.0),
-    colour_share=0.2,
+    color_share=0.2,
     inversion_share=0.2,
     texture_share=0.2,
     clutter_share=0.8,
@@ -222,11 +222,11 @@ def digits() -> ImageSet:
     ink = np.round(255 - scans.images * (255 / 16)).astype(np.uint8)
     size = (IMAGE_SIZE, IMAGE_SIZE)
     bicubic = Image.Resampling.BICUBIC
-    grey = np.stack([np.asarray(Image.fromarray(x).resize(size, bicubic)) for x in ink])
+    gray = np.stack([np.asarray(Image.fromarray(x).resize(size, bicubic)) for x in ink])
     first = CHARACTERS.index("0")
     labels = (scans.target + first).astype(np.int32)
     return ImageSet(
-        "digits", np.repeat(grey[..., None], 3, axis=-1), labels, tuple(range(first, first + 10))
+        "digits", np.repeat(gray[..., None], 3, axis=-1), labels, tuple(range(first, first + 10))
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies import figures
-from studies.catalogue.model_pool import groups, mean, pool
-from studies.catalogue.soup_search import SIZE, soup
+from studies.catalog.model_pool import groups, mean, pool
+from studies.catalog.soup_search import SIZE, soup
 from studies.curves import ALPHAS, Curve, average, both, curve, curve_above, curve_scores, known
 from studies.expressions import Greedy, Mean, Merge, Model
 from studies.measurements import Measurement

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelstock_jax.merging import UNITS
-from studies.catalogue.model_pool import groups, mean, pool
-from studies.catalogue.paper_numbers import TABLE_7
+from studies.catalog.model_pool import groups, mean, pool
+from studies.catalog.paper_numbers import TABLE_7
 from studies.curves import (
     average,
     both,
@@ -33,7 +33,7 @@ def _sizes(setup: Setup):
 
 
 def _others(setup: Setup, team):
-    """Models of no replica of the team: their mean is a centre that it has no part in."""
+    """Models of no replica of the team: their mean is a center that it has no part in."""
     return tuple(one for one in pool(setup.seeds) if one not in team)
 
 
@@ -69,8 +69,8 @@ def _say_table_7(setup: Setup, values: Values) -> StudyReport:
     theirs_rows = [
         [f"N = {n}", *(theirs(x) for row in pair for x in row)] for n, pair in TABLE_7.items()
     ]
-    columns = ["", "mean: ID", "avg shifts", "to the centre"]
-    columns += ["Model Stock: ID", "avg shifts", "to the centre"]
+    columns = ["", "mean: ID", "avg shifts", "to the center"]
+    columns += ["Model Stock: ID", "avg shifts", "to the center"]
     return StudyReport(
         [Table([*columns, "predicted"], rows), Table(["paper", *columns[1:]], theirs_rows)],
         claims,
@@ -82,7 +82,7 @@ def _say_table_7(setup: Setup, values: Values) -> StudyReport:
 
 
 def _claims_table_7(n: int, means, stocks, at, predicted) -> list[Claim]:
-    """Claims of the teams of n: their scores, distances to the centre, and those predicted."""
+    """Claims of the teams of n: their scores, distances to the center, and those predicted."""
     return [
         Claim(
             f"N = {n}: Model Stock beats the mean of the same models on the shifts",
@@ -96,13 +96,13 @@ def _claims_table_7(n: int, means, stocks, at, predicted) -> list[Claim]:
             margin=0.5,
         ),
         Claim(
-            f"N = {n}: Model Stock is closer to the centre than the mean",
+            f"N = {n}: Model Stock is closer to the center than the mean",
             "Table 7",
             [far - near for far, near in at],
             "of distance",
         ),
         Claim(
-            f"N = {n}: angles alone predict Model Stock's distance to the centre (within 3 %)",
+            f"N = {n}: angles alone predict Model Stock's distance to the center (within 3 %)",
             "Section 3",
             [abs(one["merged"] / near - 1) for one, (_, near) in zip(predicted, at, strict=True)],
             unit="",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from studies.catalogue.model_pool import MERGING, STRONG, STRONG_LENGTH
-from studies.catalogue.soup_search import PROBE_RATIO, probe_options, soup
+from studies.catalog.model_pool import MERGING, STRONG, STRONG_LENGTH
+from studies.catalog.soup_search import PROBE_RATIO, probe_options, soup
 from studies.expressions import Anchor, Best, Greedy, Mean, Merged, Model, Replica
 from studies.runs import Run
 from studies.study import Setup

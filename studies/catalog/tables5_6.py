@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from studies.catalogue.model_pool import MERGING, PAIR, pool
-from studies.catalogue.paper_numbers import TABLE_5, TABLE_6, Result
+from studies.catalog.model_pool import MERGING, PAIR, pool
+from studies.catalog.paper_numbers import TABLE_5, TABLE_6, Result
 from studies.curves import average, both, shown, theirs
 from studies.expressions import Merged, Replica
 from studies.measurements import Measurement, Score, Shell
@@ -15,7 +15,7 @@ from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
 def _others(setup: Setup, seed: int):
-    """The pool without this seed, so that no centre shares data order with what it is for."""
+    """The pool without this seed, so that no center shares data order with what it is for."""
     return tuple(one for one in pool(setup.seeds) if one.run.seed != seed)
 
 
@@ -57,7 +57,7 @@ def _say_table_5(setup: Setup, values: Values) -> StudyReport:
         _better(setup, values, 4, 2, "id", "N = 4 beats N = 2", "Table 5"),
         _better(setup, values, 4, 2, "shifts", "N = 4 beats N = 2", "Table 5"),
         Claim(
-            "N = 4 ends nearer to the centre than N = 2",
+            "N = 4 ends nearer to the center than N = 2",
             "Table 5",
             [
                 values["at", seed]["distance"][1] - values["at", seed]["distance"][3]
@@ -66,8 +66,8 @@ def _say_table_5(setup: Setup, values: Values) -> StudyReport:
             "of distance",
         ),
     ]
-    columns = ["periodic merging", "ID", "avg shifts", "to the centre"]
-    columns += ["paper: ImageNet", "avg shifts", "to the centre"]
+    columns = ["periodic merging", "ID", "avg shifts", "to the center"]
+    columns += ["paper: ImageNet", "avg shifts", "to the center"]
     return StudyReport([Table(columns, rows)], claims)
 
 

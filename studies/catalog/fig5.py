@@ -9,8 +9,8 @@ import numpy as np
 
 from modelstock_jax.reporting.figures import kind
 from studies import figures
-from studies.catalogue.fig2 import NOISE
-from studies.catalogue.model_pool import PAIR
+from studies.catalog.fig2 import NOISE
+from studies.catalog.model_pool import PAIR
 from studies.expressions import Replica
 from studies.measurements import Angles, Measurement
 from studies.runs import Run

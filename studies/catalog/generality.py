@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from studies.catalogue.fig2 import angle_claims, angles_by_kind
-from studies.catalogue.model_pool import PAIR, groups, mean
-from studies.catalogue.soup_search import probe_options
+from studies.catalog.fig2 import angle_claims, angles_by_kind
+from studies.catalog.model_pool import PAIR, groups, mean
+from studies.catalog.soup_search import probe_options
 from studies.curves import average, shown
 from studies.expressions import Merge, MergeFrom, Model, Replica, Start
 from studies.measurements import Angles, AnglesFrom, Measurement, Score, Shell
@@ -92,7 +92,7 @@ def _say(setup: Setup, values: Values) -> StudyReport:
     return StudyReport(
         [
             Table(
-                ["angle (degrees)", "kernels", "biases", "norms", "head", "to the centre"],
+                ["angle (degrees)", "kernels", "biases", "norms", "head", "to the center"],
                 geometry,
             ),
             Table(["", *columns], accuracies),
@@ -100,7 +100,7 @@ def _say(setup: Setup, values: Values) -> StudyReport:
         claims,
         notes=[
             "Angles are means over tensors ± the mean over tensors of the deviation over pairs; "
-            "distances to a held-out centre are means ± deviation over models.",
+            "distances to a held-out center are means ± deviation over models.",
             "After LP the probed model is w0.",
         ]
         + ([] if setup.shifts else ["The data has no shifts: accuracies are in distribution."]),
@@ -108,7 +108,7 @@ def _say(setup: Setup, values: Values) -> StudyReport:
 
 
 def _geometry(way: str, values: Values) -> list[str]:
-    """Row of the angles by kind of tensor, and of the distance to the centre."""
+    """Row of the angles by kind of tensor, and of the distance to the center."""
     kinds, distances = angles_by_kind(values["angles", way]), values["shell", way]["distance"]
     return [
         way,
@@ -123,7 +123,7 @@ def _geometry_claims(way: str, setup: Setup, values: Values) -> list[Claim]:
     return [
         *angle_claims(values["angles", way], 2 * len(setup.seeds), "Section 2", f"{way}: "),
         Claim(
-            f"{way}: models lie at one distance from the centre (within 2 %)",
+            f"{way}: models lie at one distance from the center (within 2 %)",
             "Section 2.1",
             [abs(d / radius - 1) for d in distances],
             unit="",
@@ -146,7 +146,7 @@ GENERALITY = Study(
     "generality",
     "Generality",
     "Whether the angle and the norm of fine-tuned models are the same for any two, and their shell "
-    "thin, with another optimizer, augmentation or initialisation; of other architectures, with "
+    "thin, with another optimizer, augmentation or initialization; of other architectures, with "
     "`--anchors=tower:resnet,tower:convnext,tower:hybrid,tower:vit`; and on other data, with "
     "`--config=configs/cifar10.py`.",
     _wanted,

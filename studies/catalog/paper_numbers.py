@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Result(NamedTuple):
-    """A row of the paper: ImageNet, mean over its shifts, and the distance to the centre."""
+    """A row of the paper: ImageNet, mean over its shifts, and the distance to the center."""
 
     id: float
     shifts: float
     distance: float | None = None
 
 
-# Distance to the pseudo-centre of 50 models; N of the mean -> row.
+# Distance to the pseudo-center of 50 models; N of the mean -> row.
 TABLE_1 = {
     1: Result(79.72, 46.37, 13.133),
     2: Result(80.24, 47.76, 9.192),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies import figures
-from studies.catalogue.model_pool import MERGING, PAIR, mean
-from studies.catalogue.tables5_6 import period_options
+from studies.catalog.model_pool import MERGING, PAIR, mean
+from studies.catalog.tables5_6 import period_options
 from studies.curves import (
     ALPHAS,
     Curve,
@@ -104,7 +104,7 @@ def _side_settings(setup: Setup) -> dict[str, dict[str, Any]]:
         "N = 3": {"merge.every": "epoch", "num_replicas": 3},
         "N = 4": {"merge.every": "epoch", "num_replicas": 4},
         f"{2 * setup.epochs} epochs": MERGING | {"epochs": 2 * setup.epochs},
-        "rate falls to a tenth, not to 0": MERGING | {"optimizer.final_fraction": 0.1},
+        "rate falls to a tenth, not to 0": MERGING | {"optimizer.final_lr_fraction": 0.1},
     }
 
 
@@ -148,7 +148,7 @@ def _say(setup: Setup, values: Values) -> StudyReport:
         [
             "As it is: the model with nothing tuned, against the best that a rival's WiSE-FT curve "
             "(its alphas joined by a spline) has at the same accuracy in distribution; of a rival "
-            "with a strength, the best of all strengths, chosen on the test sets in its favour.",
+            "with a strength, the best of all strengths, chosen on the test sets in its favor.",
             "Of mean curves: as it is, of accuracies averaged over the seeds before they are "
             "compared, with a jackknife's error. No seed drops out for having too much ID, and "
             "noise in a seed's ID, which a bent curve does not average out, matters less.",

@@ -34,7 +34,7 @@ def pool(seeds: Sequence[int]) -> tuple[Replica, ...]:
 
 
 def groups(models: Sequence[One], size: int) -> list[tuple[One, ...]]:
-    """Disjoint groups of neighbours, so that their results are independent.
+    """Disjoint groups of neighbors, so that their results are independent.
 
     >>> groups("abcde", 2)
     [('a', 'b'), ('c', 'd')]
@@ -56,7 +56,7 @@ def own_pairs(values: Sequence[One], count: int) -> list[One]:
 
 
 def halves(seeds: Sequence[int]) -> tuple[tuple[Replica, ...], tuple[Replica, ...]]:
-    """The pool's models in two parts of equal size: to measure, and to make a centre of."""
+    """The pool's models in two parts of equal size: to measure, and to make a center of."""
     models = pool(seeds)
     half = len(models) // 2
     return models[:half], models[half:]

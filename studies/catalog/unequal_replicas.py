@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from studies.catalogue.model_pool import MERGING, groups, mean
-from studies.catalogue.soup_search import SIZE, soup
+from studies.catalog.model_pool import MERGING, groups, mean
+from studies.catalog.soup_search import SIZE, soup
 from studies.curves import both, curve, curve_scores, id_and_shifts, known, own_above, shown
 from studies.expressions import Merge, Merged, Replica
 from studies.measurements import Measurement, Outcomes, Score

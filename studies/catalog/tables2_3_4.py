@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from studies.catalogue.compared_methods import NAMES, is_single, model_by, rates_of, single
-from studies.catalogue.paper_numbers import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
-from studies.catalogue.soup_search import SIZE
+from studies.catalog.compared_methods import NAMES, is_single, model_by, rates_of, single
+from studies.catalog.paper_numbers import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
+from studies.catalog.soup_search import SIZE
 from studies.curves import average, shown, theirs
 from studies.measurements import HeldOut, Measurement, Score
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
@@ -37,7 +37,7 @@ def _say(
 ):
     """A table's report; `starts` are rows of it that others begin from, and no rivals."""
 
-    def summarise(setup: Setup, values: Values) -> StudyReport:
+    def summarize(setup: Setup, values: Values) -> StudyReport:
         first = values[methods[0], setup.seeds[0]]["shifts"]
         # The paper leaves ObjectNet out there; data without its shifts takes all that it has.
         names = shifts if shifts and set(shifts) <= first.keys() else None
@@ -80,7 +80,7 @@ def _say(
             ],
         )
 
-    return summarise
+    return summarize
 
 
 def _claims(

@@ -1,4 +1,4 @@
-"""Table 1: the thin shell, its centre, and what nearness to it is worth."""
+"""Table 1: the thin shell, its center, and what nearness to it is worth."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from studies.catalogue.model_pool import averages, groups, halves, mean, own_pairs
-from studies.catalogue.paper_numbers import TABLE_1
+from studies.catalog.model_pool import averages, groups, halves, mean, own_pairs
+from studies.catalog.paper_numbers import TABLE_1
 from studies.curves import average, both, shown, theirs
 from studies.measurements import Measurement, Score, Shell
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
@@ -28,11 +28,11 @@ def _scores(setup: Setup, values: Values, n: int):
 
 
 def _say(setup: Setup, values: Values) -> StudyReport:
-    columns = ["", "to the centre", "by 1/√N", "ID", "avg shifts"]
-    columns += ["paper: to the centre", "ImageNet", "avg shifts"]
+    columns = ["", "to the center", "by 1/√N", "ID", "avg shifts"]
+    columns += ["paper: to the center", "ImageNet", "avg shifts"]
     note = (
-        "The centre is the mean of models that are in none of the rows; the distance that its own "
-        "noise adds is taken off. The paper's centre is the mean of 50 models, those of the rows "
+        "The center is the mean of models that are in none of the rows; the distance that its own "
+        "noise adds is taken off. The paper's center is the mean of 50 models, those of the rows "
         "among them."
     )
     claims = [*_shell_claims(setup, values), *_accuracy_claims(setup, values)]
@@ -72,7 +72,7 @@ def _shell_claims(setup: Setup, values: Values) -> list[Claim]:
     ]
     return [
         Claim(
-            "(i) fine-tuned models lie at one distance from the centre (within 1 %)",
+            "(i) fine-tuned models lie at one distance from the center (within 1 %)",
             "Section 2.1",
             [abs(d / radius - 1) for d in shell["distance"]],
             unit="",
@@ -116,8 +116,8 @@ def _accuracy_claims(setup: Setup, values: Values) -> list[Claim]:
 
 TABLE_1_STUDY = Study(
     "table1",
-    "Table 1: distance to the centre and accuracy",
-    "Means of N models fine-tuned with different seeds: how far they lie from the centre, and how "
+    "Table 1: distance to the center and accuracy",
+    "Means of N models fine-tuned with different seeds: how far they lie from the center, and how "
     "accurate they are.",
     _wanted,
     _say,

@@ -1,4 +1,4 @@
-"""Figure 4: random weights near the centre."""
+"""Figure 4: random weights near the center."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from studies import figures
-from studies.catalogue.model_pool import averages, mean, pool
+from studies.catalog.model_pool import averages, mean, pool
 from studies.curves import shown
 from studies.expressions import Noisy
 from studies.measurements import Distance, Measurement, Score
@@ -16,23 +16,23 @@ from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
 _DRAWS = 8
-# A number of models, or a scale of the noise -> (distance to the centre, accuracy) of each.
+# A number of models, or a scale of the noise -> (distance to the center, accuracy) of each.
 _Points = Mapping[Any, Sequence[tuple[float, float]]]
 
 
 def _wanted(setup: Setup) -> dict[Any, Measurement]:
     models = pool(setup.seeds)
-    centre = mean(models)
-    wanted: dict[Any, Measurement] = {"centre": Score(centre, shifts=False)}
+    center = mean(models)
+    wanted: dict[Any, Measurement] = {"center": Score(center, shifts=False)}
     for scale in _SCALES:
         for seed in range(_DRAWS):
             noisy = Noisy(models, scale, seed)
             wanted["noise", scale, seed] = Score(noisy, shifts=False)
-            wanted["noise at", scale, seed] = Distance(noisy, centre)
+            wanted["noise at", scale, seed] = Distance(noisy, center)
     for n, members in averages(setup.seeds).items():
         for i, group in enumerate(members):
             wanted["score", n, i] = Score(mean(group))
-            wanted["at", n, i] = Distance(mean(group), centre)
+            wanted["at", n, i] = Distance(mean(group), center)
     return wanted
 
 
@@ -49,16 +49,16 @@ def _say(setup: Setup, values: Values) -> StudyReport:
         ]
         for scale in _SCALES
     }
-    centre = values["centre"]["id"]
+    center = values["center"]["id"]
     return StudyReport(
-        [Table(["", "to the centre", "ID"], _rows(models, noise, centre))],
-        _claims(models, noise, centre),
-        {"fig4": lambda path: figures.near_the_centre(models, noise, centre, path)},
-        ["The centre is one model, and of all others: its own chance is in no error bar."],
+        [Table(["", "to the center", "ID"], _rows(models, noise, center))],
+        _claims(models, noise, center),
+        {"fig4": lambda path: figures.near_the_center(models, noise, center, path)},
+        ["The center is one model, and of all others: its own chance is in no error bar."],
     )
 
 
-def _claims(models: _Points, noise: _Points, centre: float) -> list[Claim]:
+def _claims(models: _Points, noise: _Points, center: float) -> list[Claim]:
     tuned = float(np.mean([score for _, score in models[1]]))
     return [
         Claim(
@@ -73,15 +73,15 @@ def _claims(models: _Points, noise: _Points, centre: float) -> list[Claim]:
             [near[1] - far[1] for near, far in zip(noise[0.5], noise[1.0], strict=True)],
         ),
         Claim(
-            "the centre is better than a fine-tuned model",
+            "the center is better than a fine-tuned model",
             "Figure 4",
-            [centre - score for _, score in models[1]],
+            [center - score for _, score in models[1]],
         ),
     ]
 
 
-def _rows(models: _Points, noise: _Points, centre: float) -> list[list[str]]:
-    rows = [["centre", "0", shown([centre])]]
+def _rows(models: _Points, noise: _Points, center: float) -> list[list[str]]:
+    rows = [["center", "0", shown([center])]]
     rows += [
         [
             "one model" if n == 1 else f"mean of {n}",
@@ -92,7 +92,7 @@ def _rows(models: _Points, noise: _Points, centre: float) -> list[list[str]]:
     ]
     rows += [
         [
-            f"centre + noise × {scale:g}",
+            f"center + noise × {scale:g}",
             shown([d for d, _ in points], 3),
             shown([score for _, score in points]),
         ]
@@ -103,8 +103,8 @@ def _rows(models: _Points, noise: _Points, centre: float) -> list[list[str]]:
 
 FIGURE_4 = Study(
     "fig4",
-    "Figure 4: weights near the centre",
-    "In-distribution accuracy of fine-tuned models, of their means, and of the centre with "
+    "Figure 4: weights near the center",
+    "In-distribution accuracy of fine-tuned models, of their means, and of the center with "
     "Gaussian noise of each tensor's own size.",
     _wanted,
     _say,

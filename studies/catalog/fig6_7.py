@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from studies import figures
-from studies.catalogue.fig2 import NOISE
-from studies.catalogue.model_pool import MERGING, PAIR
+from studies.catalog.fig2 import NOISE
+from studies.catalog.model_pool import MERGING, PAIR
 from studies.expressions import Mean, Merged, Replica
 from studies.measurements import Angles, Measurement, Projected
 from studies.runs import Run

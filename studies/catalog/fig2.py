@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.reporting.figures import angle_by_layer, kind
-from studies.catalogue.model_pool import own_pairs, pool
+from studies.catalog.model_pool import own_pairs, pool
 from studies.measurements import Angles, Measurement
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 

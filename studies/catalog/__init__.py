@@ -1,0 +1,42 @@
+"""All studies by name."""
+
+from __future__ import annotations
+
+from studies.catalog.fig1 import FIGURE_1
+from studies.catalog.fig2 import FIGURE_2
+from studies.catalog.fig3 import FIGURE_3
+from studies.catalog.fig4 import FIGURE_4
+from studies.catalog.fig5 import FIGURE_5
+from studies.catalog.fig6_7 import FIGURE_6, FIGURE_7
+from studies.catalog.generality import GENERALITY
+from studies.catalog.noise_carry import CARRIED
+from studies.catalog.table1 import TABLE_1_STUDY
+from studies.catalog.table7 import TABLE_7_STUDY, UNITS_STUDY
+from studies.catalog.tables2_3_4 import TABLE_2_STUDY, TABLE_3_STUDY, TABLE_4_STUDY
+from studies.catalog.tables5_6 import OPTIMIZER_STATE, TABLE_5_STUDY, TABLE_6_STUDY
+from studies.catalog.unequal_replicas import UNEQUAL
+
+STUDIES = {
+    study.name: study
+    for study in (
+        FIGURE_1,
+        FIGURE_2,
+        FIGURE_3,
+        FIGURE_4,
+        FIGURE_5,
+        FIGURE_6,
+        FIGURE_7,
+        TABLE_1_STUDY,
+        TABLE_2_STUDY,
+        TABLE_3_STUDY,
+        TABLE_4_STUDY,
+        TABLE_5_STUDY,
+        TABLE_6_STUDY,
+        TABLE_7_STUDY,
+        UNITS_STUDY,
+        UNEQUAL,
+        OPTIMIZER_STATE,
+        CARRIED,
+        GENERALITY,
+    )
+}
