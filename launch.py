@@ -31,8 +31,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; every option starts with --")
     if FLAGS.checkpoint and FLAGS.mode == "train":
-        sys.exit(f"error: to evaluate it: --mode=eval --checkpoint={FLAGS.checkpoint}; a training"
-                 " begins from --config.pretrained")
+        sys.exit(
+            f"error: to evaluate it: --mode=eval --checkpoint={FLAGS.checkpoint}; a training"
+            " begins from --config.pretrained"
+        )
     workdir = FLAGS.workdir or f"runs/{run_name(FLAGS['config'].config_filename)}"
     # jax takes a second: --help need not wait for it.
     from modelstock_jax.training.launcher import distributed_session

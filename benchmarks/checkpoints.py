@@ -23,15 +23,17 @@ CHUNK = 2**22
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Llama."""
     hidden, width, layers, _ = SIZES[size]
-    found = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,),
-             "lm_head.weight": (VOCABULARY, hidden)}
+    found = {
+        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (VOCABULARY, hidden),
+    }
     for layer in range(layers):
         place = f"model.layers.{layer}."
         found |= {f"{place}self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
         found |= {f"{place}mlp.{x}_proj.weight": (width, hidden) for x in ("gate", "up")}
         found[f"{place}mlp.down_proj.weight"] = (hidden, width)
-        found |= {f"{place}{x}_layernorm.weight": (hidden,)
-                  for x in ("input", "post_attention")}
+        found |= {f"{place}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
     return found
 
 
@@ -57,8 +59,10 @@ def make(root: Path, size: str, dtype: str, number: int) -> None:
         (root / model).mkdir()
         (root / model / "config.json").write_text(json.dumps(config(size, dtype)))
     for file, tensors in files.items():
-        writers = [ShardWriter(root / m / file, {n: (CODES[dtype], s) for n, s in tensors.items()})
-                   for m in models]
+        writers = [
+            ShardWriter(root / m / file, {n: (CODES[dtype], s) for n, s in tensors.items()})
+            for m in models
+        ]
         for (name, shape), depth in zip(tensors.items(), itertools.count()):
             share = np.sqrt(0.15 + 0.7 * (depth % 11) / 10)  # cosines from 0.15 to 0.85
             starts = rng.integers(len(pool), size=2 + number)
@@ -79,8 +83,11 @@ def make(root: Path, size: str, dtype: str, number: int) -> None:
 
 def _numbers(pool, start: int, count: int):
     start %= len(pool)
-    return np.concatenate([pool[start:], pool])[:count] if start + count > len(pool) else \
-        pool[start : start + count]
+    return (
+        np.concatenate([pool[start:], pool])[:count]
+        if start + count > len(pool)
+        else pool[start : start + count]
+    )
 
 
 def _stored(values, dtype: str):

@@ -91,24 +91,34 @@ def errors(root: Path, number: int, outputs: list[str]) -> dict[str, list[float]
 def timed(command: list[str], **environment: str) -> dict[str, float]:
     """Runs a process; its wall and CPU seconds and peak resident bytes."""
     begin = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env=os.environ | environment, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | environment,
+        text=True,
+    )
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.monotonic() - begin
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)}\n{said}")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime,
-            "peak": 1024.0 * usage.ru_maxrss, "load": os.getloadavg()[0]}
+    return {
+        "wall": wall,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "peak": 1024.0 * usage.ru_maxrss,
+        "load": os.getloadavg()[0],
+    }
 
 
 def commands(root: Path, size: str, dtype: str, number: int, mergekit: str | None) -> dict:
     """Tool -> what is run; each writes to a directory of the tool's name."""
     models = [str(root / f"ft{i + 1}") for i in range(number)]
     limit = SIZES[size][3]
-    files = [str(f) for m in (root / "base", *map(Path, models))
-             for f in sorted(m.glob("*.safetensors"))]
+    files = [
+        str(f) for m in (root / "base", *map(Path, models)) for f in sorted(m.glob("*.safetensors"))
+    ]
     (root / "copy.py").write_text(COPY)
     found = {
         "copy": [sys.executable, str(root / "copy.py"), str(root / "copy"), *files],
@@ -116,12 +126,20 @@ def commands(root: Path, size: str, dtype: str, number: int, mergekit: str | Non
                  "--out", str(root / "ours"), *(["--max-shard-size", limit] if limit else [])],
     }  # fmt: skip
     if mergekit:
-        recipe = {"merge_method": "model_stock", "base_model": str(root / "base"),
-                  "models": [{"model": model} for model in models], "dtype": NAMES[dtype]}
+        recipe = {
+            "merge_method": "model_stock",
+            "base_model": str(root / "base"),
+            "models": [{"model": model} for model in models],
+            "dtype": NAMES[dtype],
+        }
         (root / "recipe.yml").write_text(json.dumps(recipe))  # JSON is YAML too.
-        found["mergekit"] = [mergekit, str(root / "recipe.yml"), str(root / "mergekit"),
-                             "--no-copy-tokenizer", *(["--out-shard-size", limit[:-1]] if limit
-                                                      else [])]
+        found["mergekit"] = [
+            mergekit,
+            str(root / "recipe.yml"),
+            str(root / "mergekit"),
+            "--no-copy-tokenizer",
+            *(["--out-shard-size", limit[:-1]] if limit else []),
+        ]
     return found
 
 
@@ -146,9 +164,14 @@ def measure(case: str, folder: Path, mergekit: str | None, rounds: int) -> dict:
         outputs = [tool for tool in tools if tool != "copy"]
         same = _digests_agree(root / "ours")
         found = _apart(errors, root, int(number), outputs)
-        return {"runs": runs, "errors": found, "digests_agree": same,
-                "bytes_of_a_model": sum(f.stat().st_size for f in
-                                        (root / "base").glob("*.safetensors"))}
+        return {
+            "runs": runs,
+            "errors": found,
+            "digests_agree": same,
+            "bytes_of_a_model": sum(
+                f.stat().st_size for f in (root / "base").glob("*.safetensors")
+            ),
+        }
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -161,9 +184,11 @@ def _apart(function, *arguments):
 
 def _digests_agree(out: Path) -> bool:
     report = json.loads((out / "merge_report.json").read_text())
-    return all(digest == f"{kind}:{checksum_file(out / file, kind)}"
-               for file, digest in report["outputs"].items()
-               for kind in [digest.partition(":")[0]])
+    return all(
+        digest == f"{kind}:{checksum_file(out / file, kind)}"
+        for file, digest in report["outputs"].items()
+        for kind in [digest.partition(":")[0]]
+    )
 
 
 def _ratio(runs: list[dict], others: list[dict]) -> float:
@@ -173,20 +198,28 @@ def _ratio(runs: list[dict], others: list[dict]) -> float:
 
 def table(results: dict[str, dict]) -> str:
     """Markdown."""
-    lines = ["| case | | wall s | of the copy | of ours | CPU s | peak MB | error median / max | "
-             "load |",
-             "|---|---|---:|---:|---:|---:|---:|---|---:|"]
+    lines = [
+        "| case | | wall s | of the copy | of ours | CPU s | peak MB | error median / max | load |",
+        "|---|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
     for case, result in results.items():
         floor = result["errors"]["floor"]
         for tool, runs in result["runs"].items():
             error = result["errors"].get(tool)
-            shown = f"{np.median(error):.3g} / {max(error):.3g}" if error else \
-                f"(floor: {np.median(floor):.3g} / {max(floor):.3g})"
-            wall, cpu, peak, load = (float(np.median([run[key] for run in runs]))
-                                     for key in ("wall", "cpu", "peak", "load"))
+            shown = (
+                f"{np.median(error):.3g} / {max(error):.3g}"
+                if error
+                else f"(floor: {np.median(floor):.3g} / {max(floor):.3g})"
+            )
+            wall, cpu, peak, load = (
+                float(np.median([run[key] for run in runs]))
+                for key in ("wall", "cpu", "peak", "load")
+            )
             ratios = (f"{_ratio(runs, result['runs'][other]):.2f}" for other in ("copy", "ours"))
-            lines.append(f"| {case} | {tool} | {wall:.1f} | {' | '.join(ratios)} | {cpu:.1f} | "
-                         f"{peak / 1e6:.0f} | {shown} | {load:.1f} |")
+            lines.append(
+                f"| {case} | {tool} | {wall:.1f} | {' | '.join(ratios)} | {cpu:.1f} | "
+                f"{peak / 1e6:.0f} | {shown} | {load:.1f} |"
+            )
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ def main() -> None:
         ("image_tower", encode_image, images),
         ("text_tower", encode_text, ids),
     ):
+
         def embedded(dtype, encode=encode, name=name, x=x):
             compute = Compute(dtype=dtype)
             found = jax.jit(lambda x: encode(config, params[name], x, compute))(x)

@@ -171,8 +171,17 @@ def main() -> None:
                 costs.append(step_costs(case, args.rounds, Path(place), step))
     if costs:
         table(
-            ["case", "weights", "a step", "flags in it add", "watch, metrics, timeline add",
-             "a save adds (lasts)", "with a merged model's", "steps", "all, of a step"],
+            [
+                "case",
+                "weights",
+                "a step",
+                "flags in it add",
+                "watch, metrics, timeline add",
+                "a save adds (lasts)",
+                "with a merged model's",
+                "steps",
+                "all, of a step",
+            ],
             costs,
         )
     if merges:

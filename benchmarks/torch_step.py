@@ -45,9 +45,7 @@ class Classifier(nn.Module):
 def make_step(sizes: dict, batch_size: int, dtype: str, device: str):
     """One step of fine-tuning, as a way for `take_turns`."""
     classifier = Classifier(**sizes).to(device).train()
-    optimizer = torch.optim.AdamW(
-        classifier.parameters(), lr=3e-5, weight_decay=0.1, fused=True
-    )
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-5, weight_decay=0.1, fused=True)
     side = sizes["vision"]["image_size"]
     images = torch.randint(256, (batch_size, side, side, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(sizes["classes"], (batch_size,), device=device)

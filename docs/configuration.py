@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from configs/default.py: its comments are the meanings.
 
-    python docs/configuration.py
+python docs/configuration.py
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _comment_above(lines: list[str], line: int) -> str:
 def _default(value: ast.expr) -> str:
     text = ast.unparse(value)
     if isinstance(value, ast.Call):  # One option a name, or the sizes of a model.
-        return "`\"\"` each" if "fromkeys" in text else "see configs/default.py"
+        return '`""` each' if "fromkeys" in text else "see configs/default.py"
     if isinstance(value, ast.BinOp):
         return f"`{eval(text)}`"
     return f"`{text}`".replace("'", '"')
@@ -103,10 +103,12 @@ def page(source: str) -> str:
         parts.append("| option | default | meaning | may change |\n|---|---|---|---|\n")
         for entry in group.entries:
             changes = [shown[option(name).resume] for name, _ in entry.options]
-            cells = ["<br>".join(f"`{name}`" for name, _ in entry.options),
-                     "<br>".join(default for _, default in entry.options),
-                     _cell(entry.meaning),
-                     changes[0] if len(set(changes)) == 1 else "<br>".join(changes)]
+            cells = [
+                "<br>".join(f"`{name}`" for name, _ in entry.options),
+                "<br>".join(default for _, default in entry.options),
+                _cell(entry.meaning),
+                changes[0] if len(set(changes)) == 1 else "<br>".join(changes),
+            ]
             parts.append("| " + " | ".join(cells) + " |\n")
     return "".join(parts)
 

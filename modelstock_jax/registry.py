@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-PAPER = "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
+PAPER = (
+    "[Model Stock: All we need is just a few fine-tuned models](https://arxiv.org/abs/2403.19522)"
+)
 
 
 class Style(NamedTuple):

@@ -121,8 +121,10 @@ pairs = np.triu_indices(MODELS, 1)
 angles = [np.asarray(angle(c))[pairs].tolist() for c in jax.tree.leaves(cosines(anchor, models))]
 lengths = [np.asarray(n) for n in jax.tree.leaves(norms(anchor, models))]
 sizes = [leaf.size for leaf in jax.tree.leaves(anchor)]
-layers = [{"name": row["name"], "angles": a, "rms": n / size**0.5}
-          for row, a, n, size in zip(report(stats), angles, lengths, sizes, strict=True)]
+layers = [
+    {"name": row["name"], "angles": a, "rms": n / size**0.5}
+    for row, a, n, size in zip(report(stats), angles, lengths, sizes, strict=True)
+]
 figures.angle_by_layer(layers, kept("angles"))
 
 # %% [markdown]

@@ -181,8 +181,10 @@ print("largest difference:", max(np.abs(merged[name] - written[name]).max() for 
 from modelstock_jax import total_distance, uniform_mean, wise_ft
 
 predicted = total_distance(stats)
-print(f"one fine-tune {predicted.replica:.3f}, their mean {predicted.mean:.3f}, "
-      f"Model Stock {predicted.merged:.3f}")
+print(
+    f"one fine-tune {predicted.replica:.3f}, their mean {predicted.mean:.3f}, "
+    f"Model Stock {predicted.merged:.3f}"
+)
 mean, _ = uniform_mean(w0, w)
 halfway, given = wise_ft(w0, w, 0.5)
 print(f"WiSE-FT of the mean, alpha = 0.5: {total_distance(given).merged:.3f}")

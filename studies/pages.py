@@ -109,9 +109,7 @@ def together(reports: Mapping[str, StudyReport]) -> dict[str, Joint]:
         for claim in report.claims:
             found.setdefault(claim.text, {})[name] = claim
     return {
-        text: Joint(
-            next(iter(claims.values())).where, {name: claims.get(name) for name in reports}
-        )
+        text: Joint(next(iter(claims.values())).where, {name: claims.get(name) for name in reports})
         for text, claims in found.items()
         if len(claims) > 1
     }

@@ -272,8 +272,14 @@ class RunStore:
             config.checkpoint.keep, config.checkpoint.save_every_steps = 0, run.apart(steps)
         timeline = Timeline(None)
         trainer = make_trainer(
-            config, anchor, self._data, self._workdir, directory.name,
-            programs=programs, timeline=timeline, title=title,
+            config,
+            anchor,
+            self._data,
+            self._workdir,
+            directory.name,
+            programs=programs,
+            timeline=timeline,
+            title=title,
         )
         with counted(timeline):  # A merge's time is without the compiler's.
             result = trainer.run()
@@ -307,7 +313,9 @@ class RunStore:
             one = config.copy_and_resolve_references()
             one.seed = self._config.seed
             with lock_run(self._workdir / "locks", f"probe-{key}", wait=True):
-                anchor = linear_probe(one, self._anchor.load(), self._data, self._workdir / "probes" / key)
+                anchor = linear_probe(
+                    one, self._anchor.load(), self._data, self._workdir / "probes" / key
+                )
             programs = StepFunctions(config, self._task(config, anchor))
             self._last = key, anchor, programs
         return self._last[1:]

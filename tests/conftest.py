@@ -32,18 +32,53 @@ PARITY = TESTS / "parity"
 # them out, and takes all others.
 NOT_FAST = {
     *("training", "kill", "notebooks"),
-    *(f"experiment/test_{name}.py" for name in (
-        "dry_run", "mistakes", "pretrain", "processes", "run", "stored_images_at_once",
-        "zero_shot_head")),
-    *(f"merging/test_{name}.py" for name in (
-        "anchor_rounding", "baselines", "every_merge", "gradients", "landscape", "large",
-        "lowering", "outcomes", "reference", "trajectory")),
-    *(f"studies/test_{name}.py" for name in (
-        "anchors", "command", "controls", "expressions", "measurements", "runner", "studies")),
-    *(f"checkpoint_merge/test_{name}.py" for name in (
-        "command_line", "training_agrees", "vocabulary")),
-    *(f"data/test_{name}.py" for name in (
-        "augment", "cifar", "glyph_captions", "glyph_images", "glyph_sets")),
+    *(
+        f"experiment/test_{name}.py"
+        for name in (
+            "dry_run",
+            "mistakes",
+            "pretrain",
+            "processes",
+            "run",
+            "stored_images_at_once",
+            "zero_shot_head",
+        )
+    ),
+    *(
+        f"merging/test_{name}.py"
+        for name in (
+            "anchor_rounding",
+            "baselines",
+            "every_merge",
+            "gradients",
+            "landscape",
+            "large",
+            "lowering",
+            "outcomes",
+            "reference",
+            "trajectory",
+        )
+    ),
+    *(
+        f"studies/test_{name}.py"
+        for name in (
+            "anchors",
+            "command",
+            "controls",
+            "expressions",
+            "measurements",
+            "runner",
+            "studies",
+        )
+    ),
+    *(
+        f"checkpoint_merge/test_{name}.py"
+        for name in ("command_line", "training_agrees", "vocabulary")
+    ),
+    *(
+        f"data/test_{name}.py"
+        for name in ("augment", "cifar", "glyph_captions", "glyph_images", "glyph_sets")
+    ),
     *("models/test_model.py", "models/test_towers.py", "docs/test_blocks.py"),
     *("reporting/test_figures.py", "test_benchmarks.py", "test_configs.py", "test_evaluation.py"),
 }

@@ -35,8 +35,10 @@ def test_they_run_where_only_jax_flax_and_optax_are(tmp_path):
     files = tmp_path / "step.json", tmp_path / "merge.json"
     common = ["--sizes", "tiny", "--rounds", "2", "--seconds", "0.001", "--json"]
     scripts = [
-        ("benchmarks/step.py",
-         [*common, str(files[0]), "--batch", "2", "--side", "64", "--torch", ""]),
+        (
+            "benchmarks/step.py",
+            [*common, str(files[0]), "--batch", "2", "--side", "64", "--torch", ""],
+        ),
         ("benchmarks/merge.py", [*common, str(files[1])]),
     ]
     done = subprocess.run(

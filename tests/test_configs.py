@@ -29,7 +29,10 @@ def test_the_papers_two_set_ups(name):
         assert config.batch_size == (64 if name == "vitl14" else 512)
         assert config.num_replicas == 2 and config.merge.every == "epoch"
         assert config.optimizer.weight_decay == 0.1
-        assert config.data.shifts == ("v2", "r", "sketch", "objectnet", "a") and config.data.real_labels
+        assert (
+            config.data.shifts == ("v2", "r", "sketch", "objectnet", "a")
+            and config.data.real_labels
+        )
     assert (plain.epochs, strong.epochs) == (10, 16)
     assert plain.data.augment.crop_area == (0.9, 1.0) and plain.label_smoothing == 0
     assert plain.data.augment.randaugment_ops == 0 and plain.data.augment.mixup == 0

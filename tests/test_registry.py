@@ -62,7 +62,8 @@ def test_no_spelling_means_two_methods(name):
         if other is not method:
             spelled = {other.command, other.function, other.mergekit, *other.aliases}
             assert not {s.replace("_", "-") for s in own if s} & {
-                s.replace("_", "-") for s in spelled if s}
+                s.replace("_", "-") for s in spelled if s
+            }
 
 
 @on_the_command_line
@@ -94,8 +95,14 @@ def test_its_model_card_says_what_it_is(name):
 def test_a_recipe_of_mergekit_asks_for_it(method):
     values = {"weight": 1.0, "density": 0.5, "t": 0.5}
     parameters = {key: values[key] for key in method.mergekit_keys if key in values}
-    made = recipe.parse({"merge_method": method.mergekit, "base_model": "b",
-                         "models": [{"model": "x"}], "parameters": parameters})
+    made = recipe.parse(
+        {
+            "merge_method": method.mergekit,
+            "base_model": "b",
+            "models": [{"model": "x"}],
+            "parameters": parameters,
+        }
+    )
     assert made.options["method"] == method.command
 
 

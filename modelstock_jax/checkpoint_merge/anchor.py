@@ -85,10 +85,14 @@ def examine(
         tensors: Of the plan.
         options: As asked.
     """
-    samples = [found for tensor in _chosen(tensors)
-               if (found := _sample(sources, tensor)) is not None]
-    kernels = [sample for sample in samples if sample.kernel and sample.gram[0, 0] > 0
-               and (np.diag(sample.gram)[1:] > 0).all()]
+    samples = [
+        found for tensor in _chosen(tensors) if (found := _sample(sources, tensor)) is not None
+    ]
+    kernels = [
+        sample
+        for sample in samples
+        if sample.kernel and sample.gram[0, 0] > 0 and (np.diag(sample.gram)[1:] > 0).all()
+    ]
     notes = _unrelated(sources, kernels) or _misplaced(sources, kernels)
     notes += _replaced_layers(sources, kernels) + _equal_models(sources, samples)
     notes += _far_heads(sources, kernels) + _lost_movement(samples) + _coarse(sources, samples)
@@ -101,10 +105,14 @@ def is_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
 
     Not where a fine-tune is an adapter of this base: its movement holds no rounding of the base.
     """
-    dtypes = [source.stored_dtype(name) for source, name in zip(sources, names, strict=True)
-              if name is not None]
-    adapted = any(isinstance(source, AdaptedSource) and source.base is sources[0]
-                  for source in sources)
+    dtypes = [
+        source.stored_dtype(name)
+        for source, name in zip(sources, names, strict=True)
+        if name is not None
+    ]
+    adapted = any(
+        isinstance(source, AdaptedSource) and source.base is sources[0] for source in sources
+    )
     if adapted or len(dtypes) < len(sources):
         return False
     if dtypes[0].kind == "i":  # Integer codes x scale: no mantissa, and coarser than any float.
@@ -123,8 +131,11 @@ def _sample(sources: Sequence[Source], tensor: TensorPlan) -> Sample | None:
     """Sums over pieces spread through a tensor; None where numbers are not finite."""
     total = math.prod(tensor.merged_shape)
     length = min(total, NUMBERS // PIECES) if total > NUMBERS else total
-    starts = {round(k * (total - length) / max(1, PIECES - 1)) for k in range(PIECES)} \
-        if total > NUMBERS else {0}
+    starts = (
+        {round(k * (total - length) / max(1, PIECES - 1)) for k in range(PIECES)}
+        if total > NUMBERS
+        else {0}
+    )
     coarser = is_coarser(sources, tensor.names)
     coarse = _are_coarser(sources, tensor.names)
     number = len(sources)
@@ -146,12 +157,21 @@ def _sample(sources: Sequence[Source], tensor: TensorPlan) -> Sample | None:
             squares = sources[0].half_ulp_squares(tensor.name_in(0), start, stop)
             energy += float(squares.sum()) / 3.0
         if coarse:
-            squares = [source.half_ulp_squares(tensor.name_in(model), start, stop).sum()
-                       for model, source in enumerate(sources[1:], 1)]
+            squares = [
+                source.half_ulp_squares(tensor.name_in(model), start, stop).sum()
+                for model, source in enumerate(sources[1:], 1)
+            ]
             own_energy += float(np.mean(squares)) / 3.0
     kernel = len([length for length in tensor.shape if length > 1]) > 1
-    return Sample(tensor.name, length * len(starts), gram, energy, own_energy,
-                  float(kept[0] / kept[1]) if kept[1] > 0 else 1.0, kernel)
+    return Sample(
+        tensor.name,
+        length * len(starts),
+        gram,
+        energy,
+        own_energy,
+        float(kept[0] / kept[1]) if kept[1] > 0 else 1.0,
+        kernel,
+    )
 
 
 def _are_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
@@ -179,8 +199,7 @@ def _unrelated(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
     for model, source in enumerate(sources[1:], 1):
         cosines, movements = [], []
         for sample in kernels:
-            base, along, own = (sample.gram[0, 0], sample.gram[0, model],
-                                sample.gram[model, model])
+            base, along, own = (sample.gram[0, 0], sample.gram[0, model], sample.gram[model, model])
             length = base + 2 * along + own
             cosines.append((base + along) / math.sqrt(base * length) if length > 0 else 1.0)
             movements.append(math.sqrt(own / base))
@@ -189,7 +208,8 @@ def _unrelated(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
                 f"{source.label} has no base in common with {sources[0].label}: the cosine of "
                 f"their weights is {statistics.median(cosines):.2f} and the movement "
                 f"{statistics.median(movements):.2g} times the weights; Model Stock needs "
-                "fine-tunes of one base")
+                "fine-tunes of one base"
+            )
     return found
 
 
@@ -199,15 +219,19 @@ def _replaced_layers(sources: Sequence[Source], kernels: Sequence[Sample]) -> li
     for model, source in enumerate(sources[1:], 1):
         names = []
         for sample in kernels:
-            base, along, own = (sample.gram[0, 0], sample.gram[0, model],
-                                sample.gram[model, model])
+            base, along, own = (sample.gram[0, 0], sample.gram[0, model], sample.gram[model, model])
             length = base + 2 * along + own
-            if length > 0 and (base + along) / math.sqrt(base * length) < _RELATED and not (
-                    is_classifier(sample.name)):
+            if (
+                length > 0
+                and (base + along) / math.sqrt(base * length) < _RELATED
+                and not (is_classifier(sample.name))
+            ):
                 names.append(sample.name)
         if names and 2 * len(names) < len(kernels):
-            found.append(f"{listed(names, 3)} of {source.label}: nothing in common with the base's "
-                         "(replaced or renumbered layers?)")
+            found.append(
+                f"{listed(names, 3)} of {source.label}: nothing in common with the base's "
+                "(replaced or renumbered layers?)"
+            )
     return found
 
 
@@ -217,9 +241,12 @@ def _equal_models(sources: Sequence[Source], samples: Sequence[Sample]) -> list[
         return []
     distances = np.sum([_distances(sample.gram) ** 2 for sample in samples], axis=0)
     pairs = itertools.combinations(range(len(sources)), 2)
-    return [f"{sources[b].label} is equal to {sources[a].label} in all that was sampled: it is "
-            "counted as a fine-tune, and adds no information" for a, b in pairs
-            if distances[a, b] == 0]
+    return [
+        f"{sources[b].label} is equal to {sources[a].label} in all that was sampled: it is "
+        "counted as a fine-tune, and adds no information"
+        for a, b in pairs
+        if distances[a, b] == 0
+    ]
 
 
 def _lost_movement(samples: Sequence[Sample]) -> list[str]:
@@ -228,8 +255,10 @@ def _lost_movement(samples: Sequence[Sample]) -> list[str]:
     kept = statistics.median(sample.kept for sample in moved) if moved else 1.0
     if kept >= _SURVIVES:
         return []
-    return [f"the movement is smaller than the rounding of the output: {100 * kept:.0f} % of it is "
-            "left in a typical tensor; pass --dtype float32 to keep it"]
+    return [
+        f"the movement is smaller than the rounding of the output: {100 * kept:.0f} % of it is "
+        "left in a typical tensor; pass --dtype float32 to keep it"
+    ]
 
 
 def _coarse(sources: Sequence[Source], samples: Sequence[Sample]) -> list[str]:
@@ -239,9 +268,11 @@ def _coarse(sources: Sequence[Source], samples: Sequence[Sample]) -> list[str]:
     part = sum(sample.own_energy for sample in coarse) / square if square > 0 else 0.0
     if part < _FINE_TUNES_ROUNDING or len(sources) < 3:
         return []
-    return [f"the fine-tunes are stored coarser than {sources[0].label}: their rounding is "
-            f"{100 * part:.0f} % of the squared movement, in part common to all, and makes the "
-            "ratios too high; merge them as they were before they were rounded"]
+    return [
+        f"the fine-tunes are stored coarser than {sources[0].label}: their rounding is "
+        f"{100 * part:.0f} % of the squared movement, in part common to all, and makes the "
+        "ratios too high; merge them as they were before they were rounded"
+    ]
 
 
 def _misplaced(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
@@ -253,8 +284,9 @@ def _misplaced(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
     if len(sources) < 3 or not kernels:
         return []
     distances = [_distances(sample.gram) for sample in kernels]
-    spreads = np.array([[_spread(far, model) for model in range(len(sources))]
-                        for far in distances])
+    spreads = np.array(
+        [[_spread(far, model) for model in range(len(sources))] for far in distances]
+    )
     noise = np.array([max(_EQUAL, 1.5 / math.sqrt(2 * sample.count)) for sample in kernels])
     typical = np.median(spreads, axis=0)
     best = int(typical.argmin())
@@ -264,8 +296,10 @@ def _misplaced(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
         return []
     if statistics.median(_agreement(far, best) for far in distances) > _AGREE:
         return []
-    return [f"{sources[best].label} is equally far from all other models and {sources[0].label}, "
-            f"given first, is not: is {sources[best].label} the base?"]
+    return [
+        f"{sources[best].label} is equally far from all other models and {sources[0].label}, "
+        f"given first, is not: is {sources[best].label} the base?"
+    ]
 
 
 def _distances(gram: np.ndarray) -> np.ndarray:
@@ -279,8 +313,10 @@ def _distances(gram: np.ndarray) -> np.ndarray:
 def _spread(distances: np.ndarray, model: int) -> float:
     """How unequal a model's distances are, and those between the others if it were the base."""
     own, pairs = _as_base(distances, model)
-    return max(float(values.std() / values.mean()) if values.mean() > 0 else math.inf
-               for values in ([own] if len(pairs) < 2 else [own, pairs]))
+    return max(
+        float(values.std() / values.mean()) if values.mean() > 0 else math.inf
+        for values in ([own] if len(pairs) < 2 else [own, pairs])
+    )
 
 
 def _agreement(distances: np.ndarray, model: int) -> float:
@@ -297,6 +333,7 @@ def _as_base(distances: np.ndarray, model: int) -> tuple[np.ndarray, np.ndarray]
 
 def _far_heads(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
     """A note where a head moved far beyond the others, and all fine-tunes' alike."""
+
     def relative(sample: Sample) -> float:
         return math.sqrt(np.diag(sample.gram)[1:].mean() / sample.gram[0, 0])
 
@@ -304,13 +341,20 @@ def _far_heads(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
     if not others or len(sources) < 3:
         return []
     usual = statistics.median(others)
-    far = [sample for sample in kernels if is_classifier(sample.name)
-           and relative(sample) > max(_FAR * usual, _OF_ITS_SIZE)
-           and float(geometry.cosine(sample.gram[1:, 1:])) > _TOGETHER]
-    return [f"{sample.name} moved by {relative(sample):.2g} of its size, other kernels by "
-            f"{usual:.2g}, and in all fine-tunes alike: they did not start from this head. Give "
-            "the base that they started from, or pass "
-            f"--exclude {escaped(sample.name)!r} --excluded mean" for sample in far]
+    far = [
+        sample
+        for sample in kernels
+        if is_classifier(sample.name)
+        and relative(sample) > max(_FAR * usual, _OF_ITS_SIZE)
+        and float(geometry.cosine(sample.gram[1:, 1:])) > _TOGETHER
+    ]
+    return [
+        f"{sample.name} moved by {relative(sample):.2g} of its size, other kernels by "
+        f"{usual:.2g}, and in all fine-tunes alike: they did not start from this head. Give "
+        "the base that they started from, or pass "
+        f"--exclude {escaped(sample.name)!r} --excluded mean"
+        for sample in far
+    ]
 
 
 def _rounding(sources: Sequence[Source], samples: Sequence[Sample], options: Options):
@@ -318,8 +362,14 @@ def _rounding(sources: Sequence[Source], samples: Sequence[Sample], options: Opt
     coarse = [sample for sample in samples if sample.energy > 0]
     asked = options.anchor_rounding == "correct"
     if not coarse or len(sources) < 3:
-        notes = ["--anchor-rounding correct changes nothing: the base is not stored coarser than "
-                 "the fine-tunes"] if asked else []
+        notes = (
+            [
+                "--anchor-rounding correct changes nothing: the base is not stored coarser than "
+                "the fine-tunes"
+            ]
+            if asked
+            else []
+        )
         return None, [], notes
     grams = [sample.gram[1:, 1:] for sample in coarse]
     pairs = list(itertools.combinations(range(len(sources) - 1), 2))
@@ -329,27 +379,49 @@ def _rounding(sources: Sequence[Source], samples: Sequence[Sample], options: Opt
     exact = bool(anchor_rounding.started_from_rounded(together, energy, counts))
     part = float(energy.sum() / sum(np.diag(gram).mean() for gram in grams))
     ratio = _median_ratio(grams)
-    corrected = _median_ratio([anchor_rounding.correct_gram(gram[..., None], np.array([e]))[..., 0]
-                               for gram, e in zip(grams, energy, strict=True)])
+    corrected = _median_ratio(
+        [
+            anchor_rounding.correct_gram(gram[..., None], np.array([e]))[..., 0]
+            for gram, e in zip(grams, energy, strict=True)
+        ]
+    )
     rounding = {"energy": part, "exact": exact, "ratio": ratio, "corrected_ratio": corrected}
     base = sources[0].label
     if exact:
-        problems = [f"--anchor-rounding correct: the fine-tunes' common movement is smaller than "
-                    f"the rounding of {base}: their training started from the rounded weights, so "
-                    "the ratios are right; leave the option out"] if asked else []
+        problems = (
+            [
+                f"--anchor-rounding correct: the fine-tunes' common movement is smaller than "
+                f"the rounding of {base}: their training started from the rounded weights, so "
+                "the ratios are right; leave the option out"
+            ]
+            if asked
+            else []
+        )
         return rounding, problems, []
     if part < _WORTH_A_NOTE:
         return rounding, [], []
     effect = f"a median ratio of {ratio:.2f}, {corrected:.2f} without it"
     if asked:
-        return rounding, [], [f"the rounding of {base} ({100 * part:.0f} % of the squared "
-                              f"movement) is taken out of the angles: {effect}"]
-    return rounding, [], [
-        f"{base} is stored coarser than the fine-tunes: its rounding is {100 * part:.0f} % of "
-        f"their squared movement and common to all of them ({effect}). If it was rounded after "
-        "the training, give the unrounded base, or pass --anchor-rounding correct"]
+        return (
+            rounding,
+            [],
+            [
+                f"the rounding of {base} ({100 * part:.0f} % of the squared "
+                f"movement) is taken out of the angles: {effect}"
+            ],
+        )
+    return (
+        rounding,
+        [],
+        [
+            f"{base} is stored coarser than the fine-tunes: its rounding is {100 * part:.0f} % of "
+            f"their squared movement and common to all of them ({effect}). If it was rounded after "
+            "the training, give the unrounded base, or pass --anchor-rounding correct"
+        ],
+    )
 
 
 def _median_ratio(grams: Sequence[np.ndarray]) -> float:
     return statistics.median(
-        float(geometry.ratio(np.clip(geometry.cosine(gram), -1, 1), len(gram))) for gram in grams)
+        float(geometry.ratio(np.clip(geometry.cosine(gram), -1, 1), len(gram))) for gram in grams
+    )

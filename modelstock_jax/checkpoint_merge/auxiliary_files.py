@@ -44,8 +44,12 @@ from modelstock_jax.tensor_files.reader import PICKLES, read_json
 from modelstock_jax.tensor_files.writer import write_indented_json
 
 _NOT_COPIED = ("adapter_config.json", "merge_report.json")
-_OF_QUANTIZATION = (quantization.QUANT_FILE, "quantize_config.json", "quanto_qmap.json",
-                    "quantization_config.json")
+_OF_QUANTIZATION = (
+    quantization.QUANT_FILE,
+    "quantize_config.json",
+    "quanto_qmap.json",
+    "quantization_config.json",
+)
 _TOKENIZER = re.compile(
     r"tokenizer.*\.(?:json|model)|special_tokens_map\.json|added_tokens\.json|vocab.*\.(?:json|txt)|"
     r"merges\.txt|chat_template.*|.*\.(?:model|spm|tiktoken|jinja)|normalizer\.json|"
@@ -81,7 +85,10 @@ class AuxiliaryFiles:
 
 
 def plan_auxiliary_files(
-    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], options: Options, findings: PlanIssues
+    sources: Sequence[Source],
+    tensors: Mapping[str, TensorPlan],
+    options: Options,
+    findings: PlanIssues,
 ) -> AuxiliaryFiles:
     """Chooses config and tokenizer; what models disagree on goes to `findings`."""
     if not _exist(sources, options, findings):
@@ -94,8 +101,13 @@ def plan_auxiliary_files(
     directory = sources[config_model].directory
     names = [] if directory is None else folders(directory)
     dtypes = written_dtypes(sources, tensors, options, names)
-    plain = () if directory is None else tuple(
-        name for name in names if options.dequantize or quantization.said_only(directory / name))
+    plain = (
+        ()
+        if directory is None
+        else tuple(
+            name for name in names if options.dequantize or quantization.said_only(directory / name)
+        )
+    )
     compare_configs(sources, options, findings, whose, _written_keys(changes, dtypes, plain))
     compare_processors(sources, findings, whose)
     check_labels(components, sources, findings)
@@ -108,29 +120,37 @@ def plan_auxiliary_files(
     if findings.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
         findings.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
-            "copy its tokenizer into the merged model")
+            "copy its tokenizer into the merged model"
+        )
     if plain and not options.dequantize:
         said = listed(f"{name}/{CONFIG}" if name else CONFIG for name in plain)
         findings.notes.append(
             f"{sources[config_model].label}: {said} speaks of a quantization, and the weights "
-            "are plain; the merged config does not")
+            "are plain; the merged config does not"
+        )
     _name_left_behind(sources[config_model], findings)
     return AuxiliaryFiles(config_model, tokenizer_model, changes, plain, dtypes)
 
 
 def _config_model(
-    sources: Sequence[Source], components: Mapping[str, Mapping[str, TensorPlan]], options: Options,
+    sources: Sequence[Source],
+    components: Mapping[str, Mapping[str, TensorPlan]],
+    options: Options,
     findings: PlanIssues,
 ) -> int:
     """The model whose config files are written; modules that only fine-tunes have are theirs."""
     here = component_folders(sources[0].directory)
     chosen = model_index(options.config_from)
     if options.config_from is None:
-        own = [name for name, tensors in components.items() if name not in here
-               and any(tensor in findings.new_head for tensor in tensors)]
+        own = [
+            name
+            for name, tensors in components.items()
+            if name not in here and any(tensor in findings.new_head for tensor in tensors)
+        ]
         if own:
-            findings.notes.append(f"{listed(own, 3)}: the fine-tunes' own, so the config files of "
-                                  "model:1 are written")
+            findings.notes.append(
+                f"{listed(own, 3)}: the fine-tunes' own, so the config files of model:1 are written"
+            )
             chosen = 1
         elif not findings.lenient:
             _object_to_lost_modules(sources, components, findings)
@@ -139,21 +159,28 @@ def _config_model(
     whose, label = options.config_from or f"model:{chosen}", sources[chosen].label
     there = component_folders(sources[chosen].directory)
     if lacking := [name for name in components if name not in there]:
-        findings.add_problem(f"--config-from {whose}: {label} has no {listed(lacking, 3)}, where merged "
-                        "tensors are written; give another model")
-    if chosen and (more := [name for name in _of_weights(sources[chosen])
-                            if name not in components]):
+        findings.add_problem(
+            f"--config-from {whose}: {label} has no {listed(lacking, 3)}, where merged "
+            "tensors are written; give another model"
+        )
+    if chosen and (
+        more := [name for name in _of_weights(sources[chosen]) if name not in components]
+    ):
         findings.add_problem(
             f"--config-from {whose}: the files of {label} name {listed(map(repr, more), 3)}, and "
             "the merged model has no tensors there (--head finetuned writes modules that BASE "
-            "lacks; else save BASE with the same folders)")
+            "lacks; else save BASE with the same folders)"
+        )
     return chosen
 
 
 def _object_to_lost_modules(
-    sources: Sequence[Source], components: Mapping[str, Mapping[str, TensorPlan]], findings: PlanIssues
+    sources: Sequence[Source],
+    components: Mapping[str, Mapping[str, TensorPlan]],
+    findings: PlanIssues,
 ) -> None:
     """A problem where fine-tunes are sentence-transformers models and the base is not."""
+
     def has(source: Source) -> bool:
         return source.directory is not None and (source.directory / MODULES).is_file()
 
@@ -167,9 +194,11 @@ def _object_to_lost_modules(
     assert source.directory is not None, "`has` saw a file in it"
     lost = [MODULES, *(name for name in folders(source.directory) if name)]
     theirs = f"--config-from model:{fits[0]} to write them, or " if fits else ""
-    findings.add_problem(f"{listed(lost, 6)} of {source.label} would be lost, for {sources[0].label} "
-                    f"has no {MODULES}: pass {theirs}--config-from base to write a model without "
-                    "them")
+    findings.add_problem(
+        f"{listed(lost, 6)} of {source.label} would be lost, for {sources[0].label} "
+        f"has no {MODULES}: pass {theirs}--config-from base to write a model without "
+        "them"
+    )
 
 
 def _object_to_several_vocabularies(
@@ -181,11 +210,14 @@ def _object_to_several_vocabularies(
         if tensor.rows is not None and tensor.rest:
             longest.setdefault(tensor.rest, name)
     if len(longest) > 1:
-        which = listed(f"{name} is of {sources[model].label}"
-                       for model, name in sorted(longest.items()))
-        findings.add_problem(f"the longest vocabularies are of several models: {which}; pass "
-                        "--tokenizer-from model:1 (or another) to write that model's tokenizers, "
-                        "or --vocabulary base")
+        which = listed(
+            f"{name} is of {sources[model].label}" for model, name in sorted(longest.items())
+        )
+        findings.add_problem(
+            f"the longest vocabularies are of several models: {which}; pass "
+            "--tokenizer-from model:1 (or another) to write that model's tokenizers, "
+            "or --vocabulary base"
+        )
 
 
 def _of_weights(source: Source) -> list[str]:
@@ -205,8 +237,11 @@ def _tokenizer_model(
     if options.tokenizer_from is not None:
         return model_index(options.tokenizer_from)
     base, other = sources[0], sources[config_model]
-    if not findings.companion and config_model and not _has_tokenizer(base, base) and (
-        _has_tokenizer(other, base)
+    if (
+        not findings.companion
+        and config_model
+        and not _has_tokenizer(base, base)
+        and (_has_tokenizer(other, base))
     ):
         return config_model
     return findings.companion
@@ -219,8 +254,10 @@ def _written_keys(
     found: dict[str, list[str]] = {}
     for folder in {*changes, *dtypes, *plain}:
         found[f"{folder}/{CONFIG}" if folder else CONFIG] = [
-            *changes.get(folder, ()), *(KEYS if folder in dtypes else ()),
-            *(quantization.CONFIG_KEYS if folder in plain else ())]
+            *changes.get(folder, ()),
+            *(KEYS if folder in dtypes else ()),
+            *(quantization.CONFIG_KEYS if folder in plain else ()),
+        ]
     return found
 
 
@@ -232,12 +269,18 @@ def _exist(sources: Sequence[Source], options: Options, findings: PlanIssues) ->
             continue
         option = f"--{name.replace('_', '-')} {choice}"
         if (model := model_index(choice)) >= len(sources):
-            findings.problems.append(f"{option}: there are {len(sources) - 1} fine-tunes, give "
-                                     f"base or model:1 to model:{len(sources) - 1}")
-        elif model and not (_has_tokenizer(sources[model], sources[0]) if name == "tokenizer_from"
-                            else sources[model].directory is not None):
-            findings.problems.append(f"{option}: {sources[model].label} has no {what}; choose a "
-                                     "model that has")
+            findings.problems.append(
+                f"{option}: there are {len(sources) - 1} fine-tunes, give "
+                f"base or model:1 to model:{len(sources) - 1}"
+            )
+        elif model and not (
+            _has_tokenizer(sources[model], sources[0])
+            if name == "tokenizer_from"
+            else sources[model].directory is not None
+        ):
+            findings.problems.append(
+                f"{option}: {sources[model].label} has no {what}; choose a model that has"
+            )
     return len(findings.problems) == before
 
 
@@ -260,15 +303,23 @@ def copy_auxiliary_files(
         theirs = tokenizer_folders(source) if apart else []
         for folder in folders(source):
             mine = folder not in theirs and not (apart and not folder)
-            _copy(source / folder, directory / folder, lambda name, mine=mine: (
-                _wanted(name, bool(companions.plain))
-                and (mine or not _TOKENIZER.fullmatch(name))))
+            _copy(
+                source / folder,
+                directory / folder,
+                lambda name, mine=mine: (
+                    _wanted(name, bool(companions.plain))
+                    and (mine or not _TOKENIZER.fullmatch(name))
+                ),
+            )
             if mine:
                 _copy_templates(source / folder, directory / folder)
     if apart and tokenizer is not None:
         for folder in dict.fromkeys(("", *tokenizer_folders(tokenizer))):
-            _copy(tokenizer / folder, directory / folder,
-                  lambda name: bool(_TOKENIZER.fullmatch(name)))
+            _copy(
+                tokenizer / folder,
+                directory / folder,
+                lambda name: bool(_TOKENIZER.fullmatch(name)),
+            )
             _copy_templates(tokenizer / folder, directory / folder)
         _take_template(tokenizer, directory)
     _rewrite_configs(companions, directory)
@@ -330,7 +381,9 @@ def _has_tokenizer(source: Source, base: Source) -> bool:
         return False
     return any(
         _TOKENIZER.fullmatch(path.name) and path.name != "generation_config.json"
-        for folder in tokenizer_folders(directory) for path in (directory / folder).iterdir())
+        for folder in tokenizer_folders(directory)
+        for path in (directory / folder).iterdir()
+    )
 
 
 def _name_left_behind(source: Source, findings: PlanIssues) -> None:
@@ -347,17 +400,24 @@ def _name_left_behind(source: Source, findings: PlanIssues) -> None:
             if path.suffix == ".py":
                 code.append(name)
             elif not (
-                _wanted(path.name) or path.name in _NOT_COPIED or path.suffix in PICKLES
-                or _OF_TRAINING.fullmatch(path.name) or path.name.endswith(".index.json")
+                _wanted(path.name)
+                or path.name in _NOT_COPIED
+                or path.suffix in PICKLES
+                or _OF_TRAINING.fullmatch(path.name)
+                or path.name.endswith(".index.json")
             ):
                 left.append(name)
     if left:
-        findings.notes.append(f"not copied from {source.label}: {listed(left, 6)}; copy what the "
-                              "model needs into the merged model")
+        findings.notes.append(
+            f"not copied from {source.label}: {listed(left, 6)}; copy what the "
+            "model needs into the merged model"
+        )
     if loaded:
         what = listed(code, 6) if code else "the files that it names"
-        findings.notes.append(f"{loaded} of {source.label} loads code, which is never copied or "
-                              f"run: copy {what} into the merged model")
+        findings.notes.append(
+            f"{loaded} of {source.label} loads code, which is never copied or "
+            f"run: copy {what} into the merged model"
+        )
 
 
 def _loads_code(directory: Path) -> str | None:
@@ -367,9 +427,13 @@ def _loads_code(directory: Path) -> str | None:
             if read_object(directory / folder / name).get("auto_map"):
                 return f"auto_map in {folder}/{name}" if folder else f"auto_map in {name}"
     for entry in read_object(directory / PIPELINE).values():
-        if isinstance(entry, list) and entry and any(
-            isinstance(entry[0], str) and (directory / place / f"{entry[0]}.py").is_file()
-            for place in folders(directory)
+        if (
+            isinstance(entry, list)
+            and entry
+            and any(
+                isinstance(entry[0], str) and (directory / place / f"{entry[0]}.py").is_file()
+                for place in folders(directory)
+            )
         ):
             return PIPELINE
     if (directory / MODULES).is_file():

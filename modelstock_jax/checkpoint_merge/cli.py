@@ -77,15 +77,25 @@ def _unwritten(error: OSError, *, made: bool) -> int:
     """The exit status of a command that did all but print its result."""
     if error.errno != errno.EPIPE:  # Else its reader has enough: `modelstock compare ... | head`
         what = "note: the merge is made, but its summary" if made else "error: the result"
-        print(f"{what} cannot be written to standard output ({error.strerror or error})",
-              file=sys.stderr)
+        print(
+            f"{what} cannot be written to standard output ({error.strerror or error})",
+            file=sys.stderr,
+        )
     return 0 if made else 1
 
 
 # What may be typed after `modelstock`. Imports nothing that is slow.
 
-_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
-          "GIB": 2**30}
+_SIZES = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 _INPUTS = """\
 BASE is the model that was fine-tuned; FT1, FT2, ... are its fine-tunes. Each is
   a directory with safetensors, a pipeline's directory, or a .safetensors file
@@ -205,24 +215,52 @@ def _add_common(parser: Parser) -> None:
     # Suppressed is left out of the namespace: what was not typed keeps the default of `Options`.
     parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
     add = _adder(parser)
-    add("--unit", choices=UNITS, metavar="NAME",
-        help=f"elements that share one angle: {', '.join(UNITS)} (tensor)")
+    add(
+        "--unit",
+        choices=UNITS,
+        metavar="NAME",
+        help=f"elements that share one angle: {', '.join(UNITS)} (tensor)",
+    )
     add("--num-heads", metavar="N", help="for --unit head: 12, or vision_model=12,text_model=8")
-    add("--include", action="append", metavar="PATTERN",
-        help="merge only matching tensors: 'model.layers.*'")
+    add(
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="merge only matching tensors: 'model.layers.*'",
+    )
     add("--exclude", action="append", metavar="PATTERN", help="do not merge matching tensors")
-    add("--vocabulary", choices=VOCAB_MISMATCH, metavar="WHICH",
+    add(
+        "--vocabulary",
+        choices=VOCAB_MISMATCH,
+        metavar="WHICH",
         help="embeddings of different sizes: merge common rows, take the rest from base or longest "
-        "(refuse)")
-    add("--tied", choices=TIED_HEAD, metavar="HOW",
-        help="head tied to the embedding in some models: untie (keep)")
-    add("--missing", choices=MISSING_TENSORS, metavar="HOW",
-        help="tensors that some models lack: base (refuse)")
-    add("--head", choices=HEAD, metavar="HOW",
-        help="classifier that is new in the fine-tunes: take theirs, finetuned (refuse)")
+        "(refuse)",
+    )
+    add(
+        "--tied",
+        choices=TIED_HEAD,
+        metavar="HOW",
+        help="head tied to the embedding in some models: untie (keep)",
+    )
+    add(
+        "--missing",
+        choices=MISSING_TENSORS,
+        metavar="HOW",
+        help="tensors that some models lack: base (refuse)",
+    )
+    add(
+        "--head",
+        choices=HEAD,
+        metavar="HOW",
+        help="classifier that is new in the fine-tunes: take theirs, finetuned (refuse)",
+    )
     add("--dequantize", action="store_true", help="read quantized weights as codes x scale")
-    add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
-        help="correct the angles of a base that was rounded after training: correct (keep)")
+    add(
+        "--anchor-rounding",
+        choices=ANCHOR_ROUNDING,
+        metavar="HOW",
+        help="correct the angles of a base that was rounded after training: correct (keep)",
+    )
     add("--threads", type=int, metavar="N", help="worker threads (one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
 
@@ -231,29 +269,66 @@ def _add_merge(parser: Parser) -> None:
     add = _adder(parser)
     parser.add_argument("--out", metavar="DIR", help="directory to write")
     parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
-    add("--method", type=method_name, choices=COMMANDS, metavar="NAME",
-        help=", ".join(COMMANDS) + " (stock)")
-    add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
-        help="of the output: bfloat16, float16, ... (as in BASE)")
-    add("--config-from", metavar="WHICH",
-        help="config to write if models disagree: base or model:1")
-    add("--tokenizer-from", metavar="WHICH",
-        help="tokenizer, chat template and generation settings to write: base or model:1 (base)")
-    add("--excluded", metavar="WHICH",
-        help="values of tensors that are not merged: base, mean or model:1 (base)")
-    add("--weights", type=numbers, metavar="W,W",
-        help="for linear, task-arithmetic, ties: one per fine-tune (1)")
-    add("--normalize", action=argparse.BooleanOptionalAction,
-        help="divide weights by their sum (yes for linear, ties)")
+    add(
+        "--method",
+        type=method_name,
+        choices=COMMANDS,
+        metavar="NAME",
+        help=", ".join(COMMANDS) + " (stock)",
+    )
+    add(
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        metavar="NAME",
+        help="of the output: bfloat16, float16, ... (as in BASE)",
+    )
+    add(
+        "--config-from", metavar="WHICH", help="config to write if models disagree: base or model:1"
+    )
+    add(
+        "--tokenizer-from",
+        metavar="WHICH",
+        help="tokenizer, chat template and generation settings to write: base or model:1 (base)",
+    )
+    add(
+        "--excluded",
+        metavar="WHICH",
+        help="values of tensors that are not merged: base, mean or model:1 (base)",
+    )
+    add(
+        "--weights",
+        type=numbers,
+        metavar="W,W",
+        help="for linear, task-arithmetic, ties: one per fine-tune (1)",
+    )
+    add(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="divide weights by their sum (yes for linear, ties)",
+    )
     add("--alpha", type=float, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
     add("--scale", type=float, metavar="S", help="lambda of task-arithmetic and ties (1)")
-    add("--density", type=numbers, metavar="D,D",
-        help="for ties: fraction of each task vector to keep (1)")
+    add(
+        "--density",
+        type=numbers,
+        metavar="D,D",
+        help="for ties: fraction of each task vector to keep (1)",
+    )
     add("--t", type=float, metavar="T", help="for slerp, in [0, 1]: how far along the arc")
-    add("--digest", choices=CHECKSUMS, metavar="KIND",
-        help="checksums in the report: crc32 or sha256 (crc32)")
-    add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
-        help="of a file: 5GB, 500MB (5GB)")
+    add(
+        "--digest",
+        choices=CHECKSUMS,
+        metavar="KIND",
+        help="checksums in the report: crc32 or sha256 (crc32)",
+    )
+    add(
+        "--max-shard-size",
+        type=size,
+        dest="max_shard_bytes",
+        metavar="SIZE",
+        help="of a file: 5GB, 500MB (5GB)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
 
@@ -281,8 +356,10 @@ def elsewhere(option: str, known: Iterable[str]) -> str | None:
         if word in words:
             return advice
     known = set(known)
-    return next((f"write {ours}" for ours, words in _RENAMED.items()
-                 if word in words and ours in known), None)
+    return next(
+        (f"write {ours}" for ours, words in _RENAMED.items() if word in words and ours in known),
+        None,
+    )
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -46,8 +46,12 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     _check_layers(recipe.layers, base)
     if recipe.t is not None:
         asked["t"] = schedule(recipe.t, list(base.tensors))
-    plan = make_plan(base, finetuned, _options({**recipe.options, **asked}, base),
-                     anchored=recipe.base is not None)
+    plan = make_plan(
+        base,
+        finetuned,
+        _options({**recipe.options, **asked}, base),
+        anchored=recipe.base is not None,
+    )
     messages, notes = Console(stderr=True), [*recipe.notes, *_notes(plan)]
     _tell(notes, messages)
     if arguments.dry_run:
@@ -73,8 +77,14 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         inputs = _checksums((base, *finetuned), plan.options.checksum, hashing)
         try:
             with ByteProgress("merging", messages) as meter:
-                report = run(plan, arguments.out, overwrite=arguments.overwrite, progress=meter,
-                             measured=measured, finish=finish)
+                report = run(
+                    plan,
+                    arguments.out,
+                    overwrite=arguments.overwrite,
+                    progress=meter,
+                    measured=measured,
+                    finish=finish,
+                )
         except BaseException:
             hashing.shutdown(wait=False, cancel_futures=True)
             raise
@@ -122,15 +132,19 @@ def _out(arguments: argparse.Namespace) -> str | None:
     if not out and not arguments.dry_run:
         raise UserError("--out DIR is missing: the directory to write the merged model to")
     if (out or "").endswith(".safetensors"):
-        raise UserError(f"--out {out}: a directory is made, with model.safetensors in it; give a "
-                        "name for it that does not end so")
+        raise UserError(
+            f"--out {out}: a directory is made, with model.safetensors in it; give a "
+            "name for it that does not end so"
+        )
     return out
 
 
 def _notes(plan: Plan) -> list[str]:
     """What a user should know of the models, then of the plan."""
-    return [*(note for source in (plan.base, *plan.finetuned) for note in source.notes),
-            *plan.notes]
+    return [
+        *(note for source in (plan.base, *plan.finetuned) for note in source.notes),
+        *plan.notes,
+    ]
 
 
 def _tell(notes: Iterable[str], messages: Console) -> None:
@@ -142,8 +156,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The models, from the recipe's file or as they were typed."""
     models = arguments.models
     path = getattr(arguments, "recipe", None)
-    recipes = [text for text in models if text.endswith(_RECIPES)
-               and not os.path.isdir(os.path.expanduser(text))]
+    recipes = [
+        text
+        for text in models
+        if text.endswith(_RECIPES) and not os.path.isdir(os.path.expanduser(text))
+    ]
     if recipes and "recipe" not in arguments:
         raise UserError(f"{recipes[0]}: a recipe is for modelstock merge; give BASE FT1 FT2 ...")
     if recipes and path is None:
@@ -190,8 +207,10 @@ def _open(recipe: Recipe, asked: Mapping[str, Any]) -> tuple[Source, list[Source
         path = os.path.expanduser(label)
         place = os.path.realpath(path) if os.path.exists(path) else label
         if place in seen:
-            raise UserError(f"{label} is given twice; its angle with itself is 0, so the merge "
-                            "would take it for certain: give each model once")
+            raise UserError(
+                f"{label} is given twice; its angle with itself is 0, so the merge "
+                "would take it for certain: give each model once"
+            )
         seen.add(place)
     read_as = quantization.as_weights if asked.get("dequantize") else quantization.as_stored
     anchor = open_source(recipe.base or recipe.models[0], read_as=read_as)
@@ -203,8 +222,10 @@ def _check_layers(layers: int | None, base: Source) -> None:
         return
     number = (read_config(base.directory) or {}).get("num_hidden_layers")
     if number is not None and number != layers:
-        raise UserError(f"the recipe's slices end at layer {layers}, {base.label} has {number}: "
-                        "only the whole model is merged; give models instead of slices")
+        raise UserError(
+            f"the recipe's slices end at layer {layers}, {base.label} has {number}: "
+            "only the whole model is merged; give models instead of slices"
+        )
 
 
 def _checksums(

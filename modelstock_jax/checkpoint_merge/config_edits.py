@@ -16,11 +16,25 @@ from modelstock_jax.errors import listed
 
 TIED = "tie_word_embeddings"
 # What a config says of its classifier; the last three are timm's.
-_LABELS = ("id2label", "label2id", "num_labels", "architectures", "problem_type", "num_classes",
-           "label_names", "label_descriptions", "pretrained_cfg.num_classes")
+_LABELS = (
+    "id2label",
+    "label2id",
+    "num_labels",
+    "architectures",
+    "problem_type",
+    "num_classes",
+    "label_names",
+    "label_descriptions",
+    "pretrained_cfg.num_classes",
+)
 # Keys that hold the rows of a token embedding, and the side of an encoder-decoder they are for.
-_SIDES = {"vocab_size": "", "encoder_vocab_size": "encoder", "src_vocab_size": "encoder",
-          "decoder_vocab_size": "decoder", "tgt_vocab_size": "decoder"}
+_SIDES = {
+    "vocab_size": "",
+    "encoder_vocab_size": "encoder",
+    "src_vocab_size": "encoder",
+    "decoder_vocab_size": "decoder",
+    "tgt_vocab_size": "decoder",
+}
 # Parts of a config that never describe a token embedding of text.
 _OTHER_TOWER = re.compile(r"vision|image|visual|audio|speech|codec|vocoder|hifi")
 # `decoder.embed_tokens.weight`, and not a linear layer called `decoder` (BERT's head).
@@ -59,8 +73,11 @@ def by_folder(
 
 
 def config_changes(
-    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], config_model: int,
-    tokenizer_model: int, findings: PlanIssues,
+    sources: Sequence[Source],
+    tensors: Mapping[str, TensorPlan],
+    config_model: int,
+    tokenizer_model: int,
+    findings: PlanIssues,
 ) -> dict[str, dict[str, Any]]:
     """Folder -> dotted key of its config.json -> value that the merge changes; None removes it.
 
@@ -92,15 +109,20 @@ def config_changes(
         head = labels_from(here, findings.new_head)
         if head and head != config_model:
             theirs = flat(_config_in(sources[head], folder) or {})
-            made |= {key: _nested(theirs, key) for key in _LABELS
-                     if key in theirs or any(k.startswith(f"{key}.") for k in theirs)}
+            made |= {
+                key: _nested(theirs, key)
+                for key in _LABELS
+                if key in theirs or any(k.startswith(f"{key}.") for k in theirs)
+            }
         if made:
             found[folder] = made
     return found
 
 
 def written_dtypes(
-    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], options: Options,
+    sources: Sequence[Source],
+    tensors: Mapping[str, TensorPlan],
+    options: Options,
     names: Sequence[str],
 ) -> dict[str, str]:
     """Folder -> the dtype that its config.json gets: `--dtype`, or that of dequantized weights."""
@@ -111,7 +133,9 @@ def written_dtypes(
     for folder, here in by_folder(tensors, sources).items():
         formed = any(
             own is not None and source.tensors[own].written
-            for t in here.values() for source, own in zip(sources, t.names, strict=False))
+            for t in here.values()
+            for source, own in zip(sources, t.names, strict=False)
+        )
         sizes: dict[str, int] = {}
         for t in here.values():
             if t.code in called:
@@ -129,8 +153,9 @@ def _nested(values: Mapping[str, Any], key: str) -> Any:
     """A value of a flattened config, an object put together again."""
     if key in values:
         return values[key]
-    return {name.removeprefix(f"{key}."): x for name, x in values.items()
-            if name.startswith(f"{key}.")}
+    return {
+        name.removeprefix(f"{key}."): x for name, x in values.items() if name.startswith(f"{key}.")
+    }
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +191,10 @@ def _placed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 
 
 def _of_vocabulary(
-    path: str, folder: str, config: Mapping[str, Any], tensors: Mapping[str, TensorPlan],
+    path: str,
+    folder: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorPlan],
     findings: PlanIssues,
 ) -> dict[str, int]:
     """The keys that certainly hold the rows of a resized embedding; a note for any other."""
@@ -174,8 +202,11 @@ def _of_vocabulary(
     resized = [one for one in rows if len(set(one.lengths)) > 1]
     if not resized:
         return {}
-    keys = {key: x for key, x in flat(config).items()
-            if key.rpartition(".")[2].endswith("vocab_size") and isinstance(x, int)}
+    keys = {
+        key: x
+        for key, x in flat(config).items()
+        if key.rpartition(".")[2].endswith("vocab_size") and isinstance(x, int)
+    }
     sided = {side for key in keys if (side := _side(key))}
     made, doubtful = {}, []
     for key, value in keys.items():
@@ -200,8 +231,10 @@ def _of_vocabulary(
 
 def _check(path: str, keys: Sequence[str], rows: Iterable[Rows]) -> str:
     sizes = listed((f"{one.name} has {one.written} rows" for one in rows), 3)
-    return (f"{path}: check {listed(keys, 4)}, which may have to change and is written as it was: "
-            f"in the merged model {sizes}")
+    return (
+        f"{path}: check {listed(keys, 4)}, which may have to change and is written as it was: "
+        f"in the merged model {sizes}"
+    )
 
 
 def _rows(
@@ -218,8 +251,10 @@ def _rows(
             found.append(Rows(own, tensor.shape[:1], tensor.shape[0], side))
     if {"encoder", "decoder"} <= {one.side for one in found}:  # Heads are the decoder's.
         head = re.compile(r"(?:.*\.)?(?:lm_head|final_logits|output_projection)\b.*|.*logits_bias")
-        found = [one._replace(side="decoder") if not one.side and head.fullmatch(one.name) else one
-                 for one in found]
+        found = [
+            one._replace(side="decoder") if not one.side and head.fullmatch(one.name) else one
+            for one in found
+        ]
     return found
 
 
@@ -231,8 +266,9 @@ def _side(key: str) -> str:
         ('decoder', 'encoder', '')
     """
     *parents, last = key.split(".")
-    inside = [p for part in parents if (p := part.removesuffix("_config")) in (
-        "encoder", "decoder")]
+    inside = [
+        p for part in parents if (p := part.removesuffix("_config")) in ("encoder", "decoder")
+    ]
     return _SIDES.get(last, "") or (inside[-1] if inside else "")
 
 
@@ -252,12 +288,16 @@ def _certain(key: str) -> bool:
 
 _MAX_NAMED = 3
 # Of detection and segmentation, with layers or a head for each decoder layer.
-_CLASSES = re.compile(r"(?:.*[./])?(?:class_(?:predictor|labels_classifier|embed|head)|cls_head|"
-                      r"cls_score|conv_seg)\.(?:.*\.)?(?:weight|bias)")
+_CLASSES = re.compile(
+    r"(?:.*[./])?(?:class_(?:predictor|labels_classifier|embed|head)|cls_head|"
+    r"cls_score|conv_seg)\.(?:.*\.)?(?:weight|bias)"
+)
 
 
 def check_labels(
-    components: Mapping[str, Mapping[str, TensorPlan]], sources: Sequence[Source], findings: PlanIssues
+    components: Mapping[str, Mapping[str, TensorPlan]],
+    sources: Sequence[Source],
+    findings: PlanIssues,
 ) -> None:
     """A problem where a classifier's row is one class in one model and another class in the next.
 
@@ -267,11 +307,16 @@ def check_labels(
         findings: Where problems go.
     """
     for folder, tensors in components.items():
-        labels = [_labels(None if source.directory is None else
-                          read_config(source.directory / folder)) for source in sources]
+        labels = [
+            _labels(None if source.directory is None else read_config(source.directory / folder))
+            for source in sources
+        ]
         sizes = {len(one) + more for one in labels if one for more in (0, 1)}  # DETR: no object.
-        heads = {name: tensor for name, tensor in tensors.items()
-                 if _has_classes(name) and tensor.shape and tensor.shape[0] in sizes}
+        heads = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if _has_classes(name) and tensor.shape and tensor.shape[0] in sizes
+        }
         merged = any(tensor.action == "merge" for tensor in heads.values())
         if not merged and not any(tensor.action == "mean" for tensor in heads.values()):
             continue
@@ -282,13 +327,13 @@ def check_labels(
         findings.add_problem(
             f"{path}: id2label: {listed(rows, _MAX_NAMED)}, and {listed(sorted(heads), 2)} has a "
             "row per class: the mean of two classes is none, and --config-from does not change "
-            f"that. {_fix(heads, bool(_differing(labels, sources, 1)))}")
+            f"that. {_fix(heads, bool(_differing(labels, sources, 1)))}"
+        )
 
 
 def labels_from(tensors: Mapping[str, TensorPlan], new_head: Collection[str]) -> int:
     """The model whose classes the classifier of a component has: 0 is the base."""
-    heads = [tensor for name, tensor in tensors.items()
-             if _has_classes(name) or name in new_head]
+    heads = [tensor for name, tensor in tensors.items() if _has_classes(name) or name in new_head]
     for tensor in heads:
         if tensor.action == "mean":
             return 1
@@ -317,9 +362,11 @@ def _differing(
     """Rows that are of two classes in models from `first` on; upper case is no other class."""
     rows = []
     for i in sorted(set().union(*labels[first:])):
-        said = {one[i].casefold(): (one[i], source.label)
-                for one, source in reversed([*zip(labels[first:], sources[first:], strict=True)])
-                if one.get(i, str(i)) not in (f"LABEL_{i}", str(i))}  # Those say nothing.
+        said = {
+            one[i].casefold(): (one[i], source.label)
+            for one, source in reversed([*zip(labels[first:], sources[first:], strict=True)])
+            if one.get(i, str(i)) not in (f"LABEL_{i}", str(i))
+        }  # Those say nothing.
         if len(said) > 1:
             (a, ours), (b, theirs) = list(reversed(said.values()))[:2]
             rows.append(f"class {i} is {a!r} in {ours} and {b!r} in {theirs}")
@@ -335,8 +382,12 @@ def _fix(heads: Mapping[str, TensorPlan], tuned: bool) -> str:
     elif tuned:
         other = f"pass --exclude {pattern!r}, which keeps the base's classifier"
     else:
-        other = (f"pass --exclude {pattern!r} --excluded mean, which writes the mean of the "
-                 "fine-tunes' classifiers and their labels")
-    return ("Train the models with one order of labels, or put the rows of one in the order of "
-            f"the others; or {other}. If two names mean one class, write one name in both config "
-            "files")
+        other = (
+            f"pass --exclude {pattern!r} --excluded mean, which writes the mean of the "
+            "fine-tunes' classifiers and their labels"
+        )
+    return (
+        "Train the models with one order of labels, or put the rows of one in the order of "
+        f"the others; or {other}. If two names mean one class, write one name in both config "
+        "files"
+    )

@@ -38,8 +38,11 @@ def show_plan(plan: Plan, out: str, console: Console) -> None:
     actions = Counter(tensor.action for tensor in plan.tensors.values())
     table.add_row("tensors", ", ".join(f"{n} {_took(action)}" for action, n in actions.items()))
     table.add_row("to read", f"{decimal(plan.bytes_read)} in {plan.passes} passes")
-    table.add_row("to write", f"{decimal(plan.bytes_written)} in {len(plan.files)} file"
-                  f"{'s' if len(plan.files) > 1 else ''} under {escape(out)}")
+    table.add_row(
+        "to write",
+        f"{decimal(plan.bytes_written)} in {len(plan.files)} file"
+        f"{'s' if len(plan.files) > 1 else ''} under {escape(out)}",
+    )
     table.add_row("memory", f"at most {decimal(plan.memory)}")
     _print(table, console)
     left = {n: t for n, t in plan.tensors.items() if t.action != "merge" or t.reason}
@@ -57,36 +60,48 @@ def show_plan(plan: Plan, out: str, console: Console) -> None:
                 console.print(f"  {number} {takes}: {why}", highlight=False, markup=False)
 
 
-def show_merge(document: Mapping[str, Any], report: MergeResult, out: str | Path,
-               console: Console) -> None:
+def show_merge(
+    document: Mapping[str, Any], report: MergeResult, out: str | Path, console: Console
+) -> None:
     """What was merged, at which ratios, where it lies, and how long it took."""
     table = _facts()
     table.add_row("merged", f"{escape(merged(document))}, {document['options']['method']}")
     if found := document["ratios"].get("all"):
-        table.add_row("ratios", f"{found['min']:.3f} to {found['max']:.3f}, median "
-                      f"{found['median']:.3f} over {found['tensors']} tensors")
+        table.add_row(
+            "ratios",
+            f"{found['min']:.3f} to {found['max']:.3f}, median "
+            f"{found['median']:.3f} over {found['tensors']} tensors",
+        )
     policies = sorted(document["outcomes"].items(), key=lambda item: -item[1])
     table.add_row("units", ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in policies))
     if document["not_merged"]:
-        table.add_row("not merged", f"{len(document['not_merged'])} tensors; merge_report.json "
-                      "says why")
+        table.add_row(
+            "not merged", f"{len(document['not_merged'])} tensors; merge_report.json says why"
+        )
     distance = document["predicted_distance"]
     if distance and all(distance.get(key) is not None for key in ("replica", "mean", "merged")):
-        table.add_row("to the center", "one fine-tune {replica:.4g}, their mean {mean:.4g}, "
-                      "merged {merged:.4g} (predicted)".format(**distance))
+        table.add_row(
+            "to the center",
+            "one fine-tune {replica:.4g}, their mean {mean:.4g}, "
+            "merged {merged:.4g} (predicted)".format(**distance),
+        )
     table.add_row("written to", escape(str(out)))
     moved = report.bytes_read + report.bytes_written
     rate = f", {decimal(int(moved / report.seconds))}/s" if report.seconds > 0 else ""
     time = f"{report.seconds:.1f} s" if report.seconds < 60 else duration(report.seconds)
-    table.add_row("time", f"{time} for {decimal(report.bytes_read)} read, "
-                  f"{decimal(report.bytes_written)} written{rate}")
+    table.add_row(
+        "time",
+        f"{time} for {decimal(report.bytes_read)} read, "
+        f"{decimal(report.bytes_written)} written{rate}",
+    )
     if report.resumed:
         table.add_row("resumed", f"{len(report.resumed)} files were complete from an earlier run")
     _print(table, console)
 
 
-def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any],
-                    console: Console) -> None:
+def show_comparison(
+    rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], console: Console
+) -> None:
     """A line a tensor: size, norms, cosines, angle, ratio, predicted distances, policy.
 
     A terminal too narrow for all of it shows names, angles and ratios, and what else fits.
@@ -107,16 +122,19 @@ def show_comparison(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any
     for heading in ("ratios", "tensors", "least", "median", "largest"):
         table.add_column(heading, justify="left" if heading == "ratios" else "right")
     for kind, value in summary.items():
-        table.add_row(kind, str(value["tensors"]),
-                      *(f"{value[key]:.3f}" for key in ("min", "median", "max")))
+        table.add_row(
+            kind, str(value["tensors"]), *(f"{value[key]:.3f}" for key in ("min", "median", "max"))
+        )
     _print(table, console)
     if left_out:
-        console.print(f"In a wider window, in a pipe and in --json: {'; '.join(left_out)}.",
-                      highlight=False)
+        console.print(
+            f"In a wider window, in a pipe and in --json: {'; '.join(left_out)}.", highlight=False
+        )
 
 
 def _fit(cells: dict[str, list[str]], width: int) -> list[str]:
     """Takes columns away, and the beginnings of names, until a table is `width` wide."""
+
     def room() -> int:
         widths = (max(len(text) for text in (heading, *texts)) for heading, texts in cells.items())
         return width - sum(widths) - 3 * len(cells) + 1  # Spaces between columns, and at the ends.
@@ -140,13 +158,15 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tensor": lambda row: row["name"],
     "shape": lambda row: "x".join(map(str, row["shape"])) or "1",
     "norms": lambda row: " ".join(f"{norm:.3g}" for norm in row["norms"]),
-    "cosines": lambda row: " ".join("–" if c is None else f"{c:.3f}"
-                                    for c in _pairs(row["cosines"])),
+    "cosines": lambda row: " ".join(
+        "–" if c is None else f"{c:.3f}" for c in _pairs(row["cosines"])
+    ),
     "angle": lambda row: "–" if row["angle"] is None else f"{row['angle']:.1f}",
     "ratio": lambda row: "–" if row["ratio"] is None else f"{row['ratio']:.3f}",
     "to center: one, mean, merged": lambda row: " ".join(
         "–" if (far := row["predicted_distance"][key]) is None else f"{far:.3g}"
-        for key in ("replica", "mean", "merged")),
+        for key in ("replica", "mean", "merged")
+    ),
     "outcome": lambda row: row["outcome"].replace("_", " "),
 }
 _FIRST_TO_GO = ("to center: one, mean, merged", "cosines", "shape", "norms", "outcome")
@@ -155,7 +175,8 @@ _FIRST_TO_GO = ("to center: one, mean, merged", "cosines", "shape", "norms", "ou
 def _took(action: str) -> str:
     kind, _, index = action.partition(":")
     return {"merge": "merged", "base": "from the base", "mean": "the mean"}.get(
-        kind, f"from fine-tune {index}")
+        kind, f"from fine-tune {index}"
+    )
 
 
 def _facts() -> Table:
@@ -234,8 +255,13 @@ def _start() -> subprocess.Popen | None:
     command = [sys.executable, "-m", "modelstock_jax.checkpoint_merge.display"]
     try:
         # A session of its own: Ctrl-C is for the merge, which ends this process.
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     except OSError:
         return None
 

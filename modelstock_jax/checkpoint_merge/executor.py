@@ -264,8 +264,13 @@ def _report(rows, counter: ByteCounter, begin: float, digests, resumed) -> Merge
     ordered = _ordered(rows)
     policies, distance = totals(ordered)
     return MergeResult(
-        rows=ordered, outcomes=policies, distance=distance, checksums=dict(sorted(digests.items())),
-        resumed=resumed, bytes_read=counter.read, bytes_written=counter.written,
+        rows=ordered,
+        outcomes=policies,
+        distance=distance,
+        checksums=dict(sorted(digests.items())),
+        resumed=resumed,
+        bytes_read=counter.read,
+        bytes_written=counter.written,
         seconds=time.monotonic() - begin,
     )
 
@@ -347,8 +352,9 @@ class Unit:
             squares = self._sources[0].half_ulp_squares(name, piece.start, piece.stop)
             return products(np.sqrt(squares / 3.0)[None], layout, piece.start, piece.stop)[0, 0]
 
-        coarse = [k for k, member in enumerate(self.members)
-                  if is_coarser(self._sources, member.names)]
+        coarse = [
+            k for k, member in enumerate(self.members) if is_coarser(self._sources, member.names)
+        ]
         pieces = self.pieces(coarse)
         for piece, part in zip(pieces, self.each(one, pieces), strict=True):
             total[self.layouts[piece.member].touched(piece.start, piece.stop)[0]] += part
@@ -356,6 +362,7 @@ class Unit:
 
     def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Sum over the pieces of function(w0 [n], deltas [N, n])."""
+
         def one(piece: Piece) -> np.ndarray:
             vectors = self._vectors(self._raw(piece), self._output_dtype(piece.member))
             return function(vectors[0], vectors[1:])
@@ -377,7 +384,9 @@ class Unit:
             merged = self._combine(raw, solved, piece)
         merged = narrow(merged, code, saturate=self._may_overflow(member), room=self._scratch.take)
         if layout.units > 1:
-            for values, mask in zip(raw, (solution.keep_anchor, *solution.copy_replica), strict=True):
+            for values, mask in zip(
+                raw, (solution.keep_anchor, *solution.copy_replica), strict=True
+            ):
                 if mask.any():
                     chosen = layout.spread(mask, piece.start, piece.stop)
                     merged = np.where(chosen, recode(values, code), merged)
@@ -402,9 +411,7 @@ class Unit:
         while waiting:
             yield from waiting.popleft().result()
 
-    def _combine(
-        self, raw: Sequence[np.ndarray], solved: Solved, piece: Piece
-    ) -> np.ndarray:
+    def _combine(self, raw: Sequence[np.ndarray], solved: Solved, piece: Piece) -> np.ndarray:
         dtype = self._output_dtype(piece.member)
         # Of 16-bit numbers float32 holds sums of weights far beyond their own rounding, so their
         # differences need not be formed again.
@@ -455,8 +462,9 @@ class Unit:
         own holds costs no more than to keep them, and takes none.
         """
         member = self.members[piece.member]
-        raw = [self._read(model, member.name_in(model), piece)
-               for model in range(len(self._sources))]
+        raw = [
+            self._read(model, member.name_in(model), piece) for model in range(len(self._sources))
+        ]
         self._tally.add(read=sum(values.nbytes for values in raw))
         return raw
 
@@ -499,11 +507,19 @@ class Unit:
         for piece in self.pieces():
             raw = self._raw(piece)
             for model, values in enumerate(raw):
-                refuse_non_finite(self._sources[model].label, model,
-                                  self.members[piece.member], values, piece.start)
+                refuse_non_finite(
+                    self._sources[model].label,
+                    model,
+                    self.members[piece.member],
+                    values,
+                    piece.start,
+                )
         name = self.members[0].name
-        raise NonFiniteError(f"{name}: a movement too large for float32; leave it out with "
-                             f"--exclude", "finetuned", name)
+        raise NonFiniteError(
+            f"{name}: a movement too large for float32; leave it out with --exclude",
+            "finetuned",
+            name,
+        )
 
 
 # Tensors, and rows of them, that no rule merges: taken from one model, or the plain mean.

@@ -47,38 +47,109 @@ _GENERATION = re.compile(
     r"exponential_decay_length_penalty|forced_\w+|sep_token|median_filter_width"
 )
 _TOKENS = re.compile(
-    r"\w*_token_ids?|forced_\w+|(?:begin_)?suppress_tokens|bad_words_ids|sep_token")
+    r"\w*_token_ids?|forced_\w+|(?:begin_)?suppress_tokens|bad_words_ids|sep_token"
+)
 # Other spellings of a key or a value that transformers has used, and its formulas in common.
-_KEYS = {"rotary_emb_base": "rope_theta", "global_rope_theta": "rope_theta",
-         "rotary_pct": "partial_rotary_factor", "local_rope_theta": "rope_local_base_freq"}
-_VALUES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh",
-           "gelu_accurate": "gelu_pytorch_tanh", "su": "longrope"}
+_KEYS = {
+    "rotary_emb_base": "rope_theta",
+    "global_rope_theta": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+    "local_rope_theta": "rope_local_base_freq",
+}
+_VALUES = {
+    "swish": "silu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "su": "longrope",
+}
 # Where null is a default that transformers 5 writes out.
 _COMPUTED = ("no_rope_layers", "layer_types", "hidden_activation", "n_inner")
 # Keys that change positions, with the values that libraries take where a config lacks them.
 _POSITIONS: dict[str, tuple[Any, ...]] = {
-    "rope_theta": (1e4,), "rope_local_base_freq": (1e4,), "partial_rotary_factor": (1.0,),
-    "rotary_dim": (64,), "relative_attention_num_buckets": (32,),
-    "relative_attention_max_distance": (128,), "max_relative_positions": (-1,),
-    "relative_attention": (), "position_biased_input": (True,), "pos_att_type": (), "alibi": (),
-    "position_embedding_type": ("absolute", "sine"), "position_embeddings_type": (),
-    "use_rotary_embeddings": (), "rotary": (), "rope_scaling": (),
+    "rope_theta": (1e4,),
+    "rope_local_base_freq": (1e4,),
+    "partial_rotary_factor": (1.0,),
+    "rotary_dim": (64,),
+    "relative_attention_num_buckets": (32,),
+    "relative_attention_max_distance": (128,),
+    "max_relative_positions": (-1,),
+    "relative_attention": (),
+    "position_biased_input": (True,),
+    "pos_att_type": (),
+    "alibi": (),
+    "position_embedding_type": ("absolute", "sine"),
+    "position_embeddings_type": (),
+    "use_rotary_embeddings": (),
+    "rotary": (),
+    "rope_scaling": (),
 }
 # Defaults of transformers that are others for a model_type.
 _DEFAULTS = {
-    **dict.fromkeys([("partial_rotary_factor", kind) for kind in (
-        "glm", "glm4", "glm4_moe", "nemotron", "persimmon", "phi", "recurrent_gemma")], 0.5),
-    **dict.fromkeys([("partial_rotary_factor", kind) for kind in (
-        "gpt_neox", "stablelm", "qwen3_next")], 0.25),
-    **dict.fromkeys([("rope_theta", kind) for kind in (
-        "mixtral", "phimoe", "minimax", "ministral3", "lfm2", "lfm2_moe", "gemma3_text",
-        "gemma3n_text", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")], 1e6),
-    **dict.fromkeys([("rope_theta", kind) for kind in (
-        "bitnet", "cohere", "csm", "ernie4_5", "ernie4_5_moe", "exaone", "flex_olmo", "olmo3",
-        "llama4_text", "mllama_text_model", "qwen3_vl_text", "qwen3_vl_moe_text")], 5e5),
+    **dict.fromkeys(
+        [
+            ("partial_rotary_factor", kind)
+            for kind in (
+                "glm",
+                "glm4",
+                "glm4_moe",
+                "nemotron",
+                "persimmon",
+                "phi",
+                "recurrent_gemma",
+            )
+        ],
+        0.5,
+    ),
+    **dict.fromkeys(
+        [("partial_rotary_factor", kind) for kind in ("gpt_neox", "stablelm", "qwen3_next")], 0.25
+    ),
+    **dict.fromkeys(
+        [
+            ("rope_theta", kind)
+            for kind in (
+                "mixtral",
+                "phimoe",
+                "minimax",
+                "ministral3",
+                "lfm2",
+                "lfm2_moe",
+                "gemma3_text",
+                "gemma3n_text",
+                "qwen2_vl",
+                "qwen2_vl_text",
+                "qwen2_5_vl",
+                "qwen2_5_vl_text",
+            )
+        ],
+        1e6,
+    ),
+    **dict.fromkeys(
+        [
+            ("rope_theta", kind)
+            for kind in (
+                "bitnet",
+                "cohere",
+                "csm",
+                "ernie4_5",
+                "ernie4_5_moe",
+                "exaone",
+                "flex_olmo",
+                "olmo3",
+                "llama4_text",
+                "mllama_text_model",
+                "qwen3_vl_text",
+                "qwen3_vl_moe_text",
+            )
+        ],
+        5e5,
+    ),
     **dict.fromkeys([("rope_theta", kind) for kind in ("modernbert", "modernbert-decoder")], 1.6e5),
-    ("rope_theta", "smollm3"): 2e6, ("rope_theta", "gpt_oss"): 1.5e5, ("rope_theta", "helium"): 1e5,
-    ("rope_theta", "dinov3_vit"): 100.0, ("rope_theta", "nomic_bert"): 1e3,
+    ("rope_theta", "smollm3"): 2e6,
+    ("rope_theta", "gpt_oss"): 1.5e5,
+    ("rope_theta", "helium"): 1e5,
+    ("rope_theta", "dinov3_vit"): 100.0,
+    ("rope_theta", "nomic_bert"): 1e3,
 }
 _NO_SCALING = ("default", "mrope", "axial", None)
 _CLOSE = 1e-6  # Relative: 1e-6 and its float32 spelling are one number.
@@ -116,7 +187,8 @@ def set_dtype(directory: Path, dtype: str) -> None:
         config = _with_dtype(config, dtype)
         # Not to configs of pooling modules and of diffusers, which say no dtype.
         if not any(key in config for key in KEYS) and config.keys() & {
-            "model_type", "architectures"
+            "model_type",
+            "architectures",
         }:
             config["torch_dtype"] = dtype
         write_indented_json(directory / CONFIG, config)
@@ -205,8 +277,11 @@ def _is_generation(key: str, config: Mapping[str, Any]) -> bool:
     if _GENERATION.fullmatch(last) is None:
         return False
     # Older configs repeat all of these settings in each tower.
-    return not parent or _TOKENS.fullmatch(last) is not None or any(
-        f"{parent}.{other}" in config for other in ("num_beams", "do_sample"))
+    return (
+        not parent
+        or _TOKENS.fullmatch(last) is not None
+        or any(f"{parent}.{other}" in config for other in ("num_beams", "do_sample"))
+    )
 
 
 def _default_is_on(key: str, *values: Any) -> bool:
@@ -222,8 +297,11 @@ def _moves(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool
         return False
     value = ours.get(key, theirs.get(key))
     kind = ".".join([*parts[:-1], "model_type"])
-    special = [x for config in (ours, theirs)
-               if (x := _DEFAULTS.get((named, str(config.get(kind))))) is not None]
+    special = [
+        x
+        for config in (ours, theirs)
+        if (x := _DEFAULTS.get((named, str(config.get(kind))))) is not None
+    ]
     return not any(_same(value, default) for default in special or _POSITIONS[named])
 
 
@@ -267,8 +345,12 @@ def _one_level(*configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     nested = [isinstance(config.get("text_config"), dict) for config in configs]
     if all(nested) or not any(nested):
         return list(configs)
-    return [{**config["text_config"], **{k: x for k, x in config.items() if k != "text_config"}}
-            if inside else config for config, inside in zip(configs, nested, strict=True)]
+    return [
+        {**config["text_config"], **{k: x for k, x in config.items() if k != "text_config"}}
+        if inside
+        else config
+        for config, inside in zip(configs, nested, strict=True)
+    ]
 
 
 def _canonical(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,8 +364,9 @@ def _canonical(config: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict) and value:
             made |= {f"{key}.{name}": x for name, x in _canonical(value).items()}
         else:
-            made[_KEYS.get(key, key)] = _VALUES.get(value, value) if isinstance(value, str) \
-                else value
+            made[_KEYS.get(key, key)] = (
+                _VALUES.get(value, value) if isinstance(value, str) else value
+            )
     return _filled(made)
 
 
@@ -295,8 +378,9 @@ def _filled(config: dict[str, Any]) -> dict[str, Any]:
     if heads and isinstance(width, int) and config.get("head_dim", 0) is None:
         config["head_dim"] = width // heads
     if config.get("use_sliding_window") is False:
-        config = {k: x for k, x in config.items() if k not in ("sliding_window",
-                                                               "max_window_layers")}
+        config = {
+            k: x for k, x in config.items() if k not in ("sliding_window", "max_window_layers")
+        }
     if config.get("model_type") in ("gemma", "gemma2"):  # They read hidden_activation alone.
         config.pop("hidden_act", None)
     if isinstance(config.get("pos_att_type"), str):  # DeBERTa's

@@ -39,7 +39,9 @@ class UnitLayout(NamedTuple):
         if not kept:
             return cls(1, math.prod(unit_view.view), math.prod(unit_view.view))
         (axis,) = kept
-        return cls(unit_view.view[axis], math.prod(unit_view.view[axis + 1 :]), math.prod(unit_view.view))
+        return cls(
+            unit_view.view[axis], math.prod(unit_view.view[axis + 1 :]), math.prod(unit_view.view)
+        )
 
     def cut(self, max_length: int = PIECE) -> list[tuple[int, int]]:
         """Ranges [start, stop): whole cycles of the units, else whole runs, else within a run.
@@ -50,9 +52,11 @@ class UnitLayout(NamedTuple):
         """
         cycle = self.units * self.run
         if self.units == 1 or self.run > max_length:
-            return [(a, min(a + max_length, first + self.run))
-                    for first in range(0, self.count, self.run)
-                    for a in range(first, first + self.run, max_length)]
+            return [
+                (a, min(a + max_length, first + self.run))
+                for first in range(0, self.count, self.run)
+                for a in range(first, first + self.run, max_length)
+            ]
         step = max_length // cycle * cycle or max_length // self.run * self.run
         return [(a, min(a + step, self.count)) for a in range(0, self.count, step)]
 
@@ -147,7 +151,8 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Every value of the 8-bit types, by its bits.
 _BYTES = {
     DTYPES[code]: np.arange(256, dtype=np.uint8).view(DTYPES[code]).astype(np.float32)
-    for code in FLOATS if DTYPES[code].itemsize == 1
+    for code in FLOATS
+    if DTYPES[code].itemsize == 1
 }
 
 
@@ -276,5 +281,6 @@ def refuse_non_finite(
     raise NonFiniteError(
         f"{label}: tensor {tensor.name!r} holds NaN or infinity, first at {place}; mend the model, "
         f"or leave the tensor out with --exclude {escaped(tensor.name)!r} --excluded {instead}",
-        "pretrained" if model == 0 else model - 1, tensor.name,
+        "pretrained" if model == 0 else model - 1,
+        tensor.name,
     )

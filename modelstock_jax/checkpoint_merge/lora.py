@@ -20,9 +20,20 @@ PREFIX = "base_model.model."
 WAY_OUT = "merge it once with PEFT's merge_and_unload() and give the saved model instead"
 
 # Options that make the adapter more than W + s B A, and their values that change nothing.
-_BEYOND = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "megatron_config",
-           "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
-           "arrow_config", "use_bdlora", "velora_config", "monteclora_config")
+_BEYOND = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "layer_replication",
+    "megatron_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+)
 # Initializations that also change the base's weights, so that B A alone is not the movement.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 _TYPES = {"base_model_name_or_path": str, "rank_pattern": dict, "alpha_pattern": dict}
@@ -136,7 +147,9 @@ class Adapter:
             shapes = [self.files.shape(pair[side]) for side in "AB"]
             self._check_shapes(module, *shapes)
             self.factors[f"{module}.weight"] = Factors(
-                pair["A"], pair["B"], self._scale(module, shapes[0][0], config),
+                pair["A"],
+                pair["B"],
+                self._scale(module, shapes[0][0], config),
                 embedding or bool(config.get("fan_in_fan_out")),
             )
         if not self.factors and not self.whole:

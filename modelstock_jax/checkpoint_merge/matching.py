@@ -99,8 +99,11 @@ def _view(source: Source, base: Source, findings: PlanIssues) -> dict[str, str]:
         return view
     aliased = {name: kept for name, kept in source.aliases.items() if name in base.tensors}
     # Two names of one tensor: this model may store it under the one that the base leaves out.
-    aliased |= {kept: name for name, kept in base.aliases.items()
-                if name in view and kept not in view and kept not in aliased}
+    aliased |= {
+        kept: name
+        for name, kept in base.aliases.items()
+        if name in view and kept not in view and kept not in aliased
+    }
     view |= aliased
     found = renames(base.tensors, {n: source.tensors[own] for n, own in view.items()})
     if found.names:
@@ -108,13 +111,17 @@ def _view(source: Source, base: Source, findings: PlanIssues) -> dict[str, str]:
     if found.ambiguous:
         findings.problems.append(
             f"{source.label}: {listed(found.ambiguous, 3)} fit more than one tensor of the base; "
-            "rename them as the base does")
+            "rename them as the base does"
+        )
     renamed = set(found.names.values())
     return {name: own for name, own in view.items() if name not in renamed} | found.names
 
 
 def _copied(
-    name: str, own: Names, views: Sequence[Mapping[str, str]], sources: Sequence[Source],
+    name: str,
+    own: Names,
+    views: Sequence[Mapping[str, str]],
+    sources: Sequence[Source],
     issues: PlanIssues,
 ) -> Names:
     """Fills in a tensor of the vocabulary that some models store once, under another's name.
@@ -135,21 +142,27 @@ def _copied(
         if not _nested(name, other) and _constant(*pairs[0][:2]):
             continue  # Zeros are equal everywhere.
         if own[0] is None:
-            issues.notes.append(f"{name}: a copy of {other} in "
-                                  f"{listed(sources[m].label for m in has)}; left out, as in the "
-                                  "base")
+            issues.notes.append(
+                f"{name}: a copy of {other} in "
+                f"{listed(sources[m].label for m in has)}; left out, as in the "
+                "base"
+            )
             return (None,) * len(own)
         lacking = [s.label for s, found in zip(sources, own, strict=True) if found is None]
-        issues.notes.append(f"{name}: read from {other} in {listed(lacking)}; the base's two "
-                              "are equal")
+        issues.notes.append(
+            f"{name}: read from {other} in {listed(lacking)}; the base's two are equal"
+        )
         return tuple(found or views[m][other] for m, found in enumerate(own))
     return own
 
 
 def _of_vocabulary(source: Source, name: str) -> bool:
     """Whether a tensor has a row, or a number, for each row of its model's embedding."""
-    rows = {source.tensors[n].shape[0] for n in source.tensors
-            if is_embedding(n) and len(source.tensors[n].shape) == 2}
+    rows = {
+        source.tensors[n].shape[0]
+        for n in source.tensors
+        if is_embedding(n) and len(source.tensors[n].shape) == 2
+    }
     shape = source.tensors[name].shape
     return bool(shape) and shape[0] in rows and math.prod(shape) > 1
 
@@ -158,7 +171,8 @@ def _nested(a: str, b: str) -> bool:
     """Whether two names differ by one part alone, as `decoder.bias` and `bias` of a module do."""
     short, long = sorted((a.split("."), b.split(".")), key=len)
     return len(long) == len(short) + 1 and any(
-        long[:i] + long[i + 1 :] == short for i in range(len(long)))
+        long[:i] + long[i + 1 :] == short for i in range(len(long))
+    )
 
 
 def _constant(source: Source, name: str) -> bool:
@@ -167,16 +181,20 @@ def _constant(source: Source, name: str) -> bool:
 
 
 def _new_head(
-    matched: dict[str, Names], partly: dict[str, Names], sources: Sequence[Source],
-    options: Options, issues: PlanIssues,
+    matched: dict[str, Names],
+    partly: dict[str, Names],
+    sources: Sequence[Source],
+    options: Options,
+    issues: PlanIssues,
 ) -> None:
     """With `head` finetuned: what all fine-tunes have and the base lacks; what only it has goes."""
     if options.head != "finetuned":
         return
     left_out = []
     for name, own in list(partly.items()):
-        shapes = {source.tensors[n].shape for source, n in zip(sources, own, strict=True)
-                  if n is not None}
+        shapes = {
+            source.tensors[n].shape for source, n in zip(sources, own, strict=True) if n is not None
+        }
         if own[0] is None and None not in own[1:] and len(shapes) == 1:
             matched[name] = own
             issues.new_head.append(name)
@@ -188,7 +206,8 @@ def _new_head(
     if left_out:
         issues.notes.append(
             f"{listed(left_out, 4)}: left out, for no fine-tune has it "
-            f"({_percent(_share(sources[0], left_out))} of the base's numbers)")
+            f"({_percent(_share(sources[0], left_out))} of the base's numbers)"
+        )
 
 
 def _missing(
@@ -196,34 +215,49 @@ def _missing(
 ) -> None:
     """Problems or notes for tensors that some models have and others lack."""
     for model, source in enumerate(sources[1:], 1):
-        lacking = [n for n, own in partly.items() if own[0] is not None and own[model] is None
-                   and not is_index(n, sources[0].tensors[own[0]].shape)]
-        extra = [n for n, own in partly.items() if own[0] is None and (found := own[model])
-                 and not is_index(n, source.tensors[found].shape)]
+        lacking = [
+            n
+            for n, own in partly.items()
+            if own[0] is not None
+            and own[model] is None
+            and not is_index(n, sources[0].tensors[own[0]].shape)
+        ]
+        extra = [
+            n
+            for n, own in partly.items()
+            if own[0] is None
+            and (found := own[model])
+            and not is_index(n, source.tensors[found].shape)
+        ]
         share = _share(sources[0], lacking)
         if options.missing_tensors == "base":
             if lacking:
                 issues.notes.append(
                     f"{source.label} lacks {listed(lacking, 3)}: {_percent(share)} of the base's "
-                    "numbers stay the base's")
+                    "numbers stay the base's"
+                )
             if extra:
-                issues.notes.append(f"{listed(extra, 3)} of {source.label}: left out, for the "
-                                      "base does not have it")
+                issues.notes.append(
+                    f"{listed(extra, 3)} of {source.label}: left out, for the base does not have it"
+                )
             continue
         why = _why(sources[0], source, lacking, extra)
         if lacking:
-            hint = (f" ({why})" if why else
-                    " (--missing base takes the base's: "
-                    f"{_percent(share)} of its numbers)" if share < _MOST else
-                    f" ({_percent(share)} of the base's numbers: is this a fine-tune of it, saved "
-                    "by the same library?)")
+            hint = (
+                f" ({why})"
+                if why
+                else f" (--missing base takes the base's: {_percent(share)} of its numbers)"
+                if share < _MOST
+                else f" ({_percent(share)} of the base's numbers: is this a fine-tune of it, saved "
+                "by the same library?)"
+            )
             issues.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
         if extra:
             most = max(share, _share(source, [own for n in extra if (own := partly[n][model])]))
-            hint = ("" if lacking else f" ({why})") if why else (
-                _extra_hint(extra, partly, most))
-            issues.problems.append(f"{sources[0].label} lacks, and {source.label} has, "
-                                     f"{listed(extra)}{hint}")
+            hint = ("" if lacking else f" ({why})") if why else (_extra_hint(extra, partly, most))
+            issues.problems.append(
+                f"{sources[0].label} lacks, and {source.label} has, {listed(extra)}{hint}"
+            )
 
 
 def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names], share: float) -> str:
@@ -232,7 +266,8 @@ def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names], share: float)
         heads = theirs and all(map(is_classifier, extra))
         return " (--head finetuned takes the fine-tunes' mean)" if heads else ""
     return " (--missing base leaves them out" + (
-        "; --head finetuned takes the fine-tunes' mean)" if theirs else ")")
+        "; --head finetuned takes the fine-tunes' mean)" if theirs else ")"
+    )
 
 
 def _why(base: Source, source: Source, lacking: Sequence[str], extra: Sequence[str]) -> str:
@@ -240,16 +275,23 @@ def _why(base: Source, source: Source, lacking: Sequence[str], extra: Sequence[s
     if is_pipeline(base.directory) != is_pipeline(source.directory):
         pipeline, single = (base, source) if is_pipeline(base.directory) else (source, base)
         own = set(single.tensors)
-        part = max(pipeline.components, key=lambda prefix: len(
-            own & {n.removeprefix(prefix) for n in pipeline.tensors if n.startswith(prefix)}))
+        part = max(
+            pipeline.components,
+            key=lambda prefix: len(
+                own & {n.removeprefix(prefix) for n in pipeline.tensors if n.startswith(prefix)}
+            ),
+        )
         parts = listed((prefix.rstrip("/") for prefix in pipeline.components), 4)
-        return (f"{pipeline.label} is a pipeline of {parts}, and {single.label} is one model: give "
-                f"{pipeline.directory}/{part.rstrip('/')} in place of {pipeline.label}")
+        return (
+            f"{pipeline.label} is a pipeline of {parts}, and {single.label} is one model: give "
+            f"{pipeline.directory}/{part.rstrip('/')} in place of {pipeline.label}"
+        )
     return explanation(base.tensors, lacking, extra)
 
 
 def _share(source: Source, names: Sequence[str]) -> float:
     """Part of a model's numbers that some tensors hold."""
+
     def size(name: str) -> int:
         return math.prod(source.tensors[source.aliases.get(name, name)].shape)
 
@@ -271,12 +313,16 @@ def _tied(
     said = [_config(source).get("tie_word_embeddings") for source in sources]
     embeddings = [_embedding(source) for source in sources]
     base_head, base_embedding = own[0], embeddings[0]
-    equal = base_head is not None and base_embedding is not None and _equal(
-        sources[0], base_head, base_embedding)
+    equal = (
+        base_head is not None
+        and base_embedding is not None
+        and _equal(sources[0], base_head, base_embedding)
+    )
     # A model without a head ties it where its config says so, or where the base's two are equal. A
     # base without one says so by that: transformers stores a head that is not tied.
     alias = tuple(
-        embedding if found is None and tie is not False and (tie or equal or base_head is None)
+        embedding
+        if found is None and tie is not False and (tie or equal or base_head is None)
         else found
         for found, tie, embedding in zip(own, said, embeddings, strict=True)
     )
@@ -286,14 +332,17 @@ def _tied(
     if alias[0] is None:
         return own
     trained = [
-        source.label for source, found, embedding in zip(sources, own, embeddings, strict=True)
+        source.label
+        for source, found, embedding in zip(sources, own, embeddings, strict=True)
         if found and embedding and not _equal(source, found, embedding)
     ]
     if not trained:
         if own[0] is None:
             stored = [s.label for s, found in zip(sources, own, strict=True) if found]
-            issues.notes.append(f"{name}: kept tied to {alias[0]}, as in the base; it is stored "
-                                  f"in {listed(stored)} and equal to the embedding there")
+            issues.notes.append(
+                f"{name}: kept tied to {alias[0]}, as in the base; it is stored "
+                f"in {listed(stored)} and equal to the embedding there"
+            )
             return (None,) * len(own)
         return alias
     if options.tied_head == "untie":

@@ -136,8 +136,9 @@ def _slerp(t: float | Mapping[str, float]) -> Solver:
         gram = whole[1:, 1:]
         # Lengths and product of the two ends, w0 + d each; the base itself is the end d = 0.
         square, along = whole[0, 0], whole[0, 1:]
-        ends = [square + 2 * a + g for a, g in zip(along, geometry.squared_norms(gram),
-                                                   strict=True)]
+        ends = [
+            square + 2 * a + g for a, g in zip(along, geometry.squared_norms(gram), strict=True)
+        ]
         if len(gram) == 1:
             ends, product = [square, *ends], square + along[0]
         else:
@@ -148,7 +149,8 @@ def _slerp(t: float | Mapping[str, float]) -> Solver:
         solution = rules.fixed_coefficients(gram, unit.is_scalar, np.zeros(len(gram)))
         return Solved(
             solution._replace(coefficient=np.array(each), ratio=sum(each)),
-            gram, anchor=from_end + to_end,
+            gram,
+            anchor=from_end + to_end,
         )
 
     return solve
@@ -166,9 +168,7 @@ def coefficients(solved: Solved, *, of_weights: bool) -> np.ndarray:
     return np.concatenate([base - each.sum(axis=0) if of_weights else base, each])
 
 
-def combine(
-    vectors: np.ndarray, factors: np.ndarray, layout: UnitLayout, start: int
-) -> np.ndarray:
+def combine(vectors: np.ndarray, factors: np.ndarray, layout: UnitLayout, start: int) -> np.ndarray:
     """Sum of factors times vectors for one piece, in the precision of the vectors.
 
     Args:
@@ -216,7 +216,9 @@ class Trim:
     def merge(self, deltas: np.ndarray) -> np.ndarray:
         """Lambda sum_i c_i d_i / sum_i c_i, over the kept d_i whose sign is the sum's; [N, n]."""
         kept = np.zeros(deltas.shape, deltas.dtype)
-        for row, delta, least, weight in zip(kept, deltas, self.threshold, self.weights, strict=True):
+        for row, delta, least, weight in zip(
+            kept, deltas, self.threshold, self.weights, strict=True
+        ):
             np.multiply(delta, deltas.dtype.type(weight), out=row, where=magnitude(delta) >= least)
         agree = np.where(kept.sum(axis=0) >= 0, kept > 0, kept < 0)
         merged = np.where(agree, kept, 0).sum(axis=0)
@@ -266,8 +268,9 @@ def measure_trim(
 
         def within(_, deltas):
             bits = magnitude(deltas)
-            return np.stack([_counts(b[b >> 16 == u] & 0xFFFF)
-                             for b, u in zip(bits, upper, strict=True)])
+            return np.stack(
+                [_counts(b[b >> 16 == u] & 0xFFFF) for b, u in zip(bits, upper, strict=True)]
+            )
 
         lower, _ = _select(reduce(within), left)
         least = (upper << 16 | lower).astype(np.uint32)
@@ -313,8 +316,10 @@ def tensor_rows(
         anchored: Whether there is a base.
     """
     solution = solved.solution
-    distance = {name: _root_sum_square(values) if anchored else None
-                for name, values in zip(_DISTANCES, solution.distance, strict=True)}
+    distance = {
+        name: _root_sum_square(values) if anchored else None
+        for name, values in zip(_DISTANCES, solution.distance, strict=True)
+    }
     shared: Row = {"cosines": _pairwise(solved.gram), "predicted_distance": distance}
     if not solved.has_ratio:
         shared["ratio"] = distance["merged"] = None
@@ -324,8 +329,9 @@ def tensor_rows(
         shared |= {"cosine": None, "angle": None, "ratio": None, "norms": [], "cosines": []}
     rows = {}
     for member in members:
-        row = unit_row(member.name, key, solution.cosine, solution.ratio, solution.norm,
-                       solution.outcome)
+        row = unit_row(
+            member.name, key, solution.cosine, solution.ratio, solution.norm, solution.outcome
+        )
         rows[member.name] = {**row, "shape": list(member.shape), **shared}
     return rows
 
@@ -359,8 +365,10 @@ def _pairwise(gram: np.ndarray) -> list[list[float | None]]:
     safe = np.where(moved, norms, 1.0)
     cosines = np.where(both, gram / safe[:, None] / safe[None], 0.0).sum(axis=-1)
     number = both.sum(axis=-1)
-    found = [[float(np.clip(c / n, -1.0, 1.0)) if n else None for c, n in zip(*row, strict=True)]
-             for row in zip(cosines, number, strict=True)]
+    found = [
+        [float(np.clip(c / n, -1.0, 1.0)) if n else None for c, n in zip(*row, strict=True)]
+        for row in zip(cosines, number, strict=True)
+    ]
     for i, row in enumerate(found):
         row[i] = row[i] and 1.0
     return found

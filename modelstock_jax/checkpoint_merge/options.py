@@ -13,13 +13,27 @@ from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import COMMANDS, SPELLINGS
 
 DTYPE_ALIASES = {
-    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32",
-    "f32": "float32", "float": "float32", "fp64": "float64", "f64": "float64", "double": "float64",
-    "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "f16": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "f64": "float64",
+    "double": "float64",
+    "fp8": "float8_e4m3fn",
+    "float8": "float8_e4m3fn",
+    "float8_e4m3": "float8_e4m3fn",
 }
 DTYPES = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float64": "F64",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
 }
 VOCAB_MISMATCH = ("refuse", "base", "longest")
 TIED_HEAD = ("keep", "untie")
@@ -148,9 +162,15 @@ class Options:
         object.__setattr__(self, "method", method_name(self.method))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name, allowed in (
-            ("method", COMMANDS), ("unit", UNITS), ("vocabulary", VOCAB_MISMATCH), ("tied", TIED_HEAD),
-            ("missing", MISSING_TENSORS), ("dtype", (None, *DTYPES)), ("digest", CHECKSUMS),
-            ("head", HEAD), ("anchor_rounding", ANCHOR_ROUNDING),
+            ("method", COMMANDS),
+            ("unit", UNITS),
+            ("vocabulary", VOCAB_MISMATCH),
+            ("tied", TIED_HEAD),
+            ("missing", MISSING_TENSORS),
+            ("dtype", (None, *DTYPES)),
+            ("digest", CHECKSUMS),
+            ("head", HEAD),
+            ("anchor_rounding", ANCHOR_ROUNDING),
         ):
             if (value := getattr(self, name)) not in allowed:
                 known = ", ".join(str(x) for x in allowed if x is not None)
@@ -178,8 +198,9 @@ class Options:
                 raise UserError(f"{name} is base or model:1, ..., not {getattr(self, name)!r}.")
         if self.anchor_rounding == "correct" and not COMMANDS[self.method].rule:
             measured = " or ".join(name for name, method in COMMANDS.items() if method.rule)
-            raise UserError("anchor_rounding correct is for methods that measure angles: "
-                            f"{measured}.")
+            raise UserError(
+                f"anchor_rounding correct is for methods that measure angles: {measured}."
+            )
         if isinstance(self.t, Mapping) and self.unit != "tensor":
             raise UserError("t for each tensor needs unit tensor.")
 

@@ -69,8 +69,11 @@ class StagingDir:
         if not self._lock.held:
             raise UserError(f"{shown(self.out)}: another process is making this merge.")
         if self._lock.unsupported and sys.stderr is not None:
-            print(f"note: the file system of {shown(self.out)} has no locks: give no other merge "
-                  "this --out meanwhile", file=sys.stderr)
+            print(
+                f"note: the file system of {shown(self.out)} has no locks: give no other merge "
+                "this --out meanwhile",
+                file=sys.stderr,
+            )
         self.rows: dict[str, Row] = {}
         try:
             self.checksums = self._complete()
@@ -126,8 +129,11 @@ class StagingDir:
         self._lock.release()
 
     def _write_state(self) -> None:
-        state = {"checksum": self._plan.checksum, "checksums": self.checksums,
-                 "rows": dict(self.rows)}
+        state = {
+            "checksum": self._plan.checksum,
+            "checksums": self.checksums,
+            "rows": dict(self.rows),
+        }
         write_json(self.path / _STATE, state)
 
     def _complete(self) -> dict[str, str]:
@@ -135,15 +141,25 @@ class StagingDir:
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
             same = state["checksum"] == self._plan.checksum
-            digests = {name: state["checksums"][name] for name in self._plan.files
-                       if same and name in state["checksums"]}
+            digests = {
+                name: state["checksums"][name]
+                for name in self._plan.files
+                if same and name in state["checksums"]
+            }
             rows = dict(state["rows"])
         except (OSError, ValueError, KeyError, TypeError):
             digests, rows = {}, {}
-        whole = {name: digest for name, digest in digests.items()
-                 if (self.path / name).is_file() and _checksum(self.path / name, digest) == digest}
-        done = {tensor for file, tensors in zip(self._plan.files, self._plan.shards, strict=True)
-                if file in whole for tensor in tensors}
+        whole = {
+            name: digest
+            for name, digest in digests.items()
+            if (self.path / name).is_file() and _checksum(self.path / name, digest) == digest
+        }
+        done = {
+            tensor
+            for file, tensors in zip(self._plan.files, self._plan.shards, strict=True)
+            if file in whole
+            for tensor in tensors
+        }
         self.rows = {name: row for name, row in rows.items() if name in done}
         for file in self._strangers(whole):
             file.unlink(missing_ok=True)
@@ -183,8 +199,9 @@ def check_out(plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = Fals
     place, path = _places(plan, out, overwrite)
     nearest = next(parent for parent in path.parents if parent.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{shown(place)}: cannot be written (Permission denied); choose another "
-                        "directory.")
+        raise UserError(
+            f"{shown(place)}: cannot be written (Permission denied); choose another directory."
+        )
     done = sum((path / name).stat().st_size for name in plan.files if (path / name).is_file())
     _refuse_full(place, plan.bytes_written - done + _SPARE, nearest)
 
@@ -212,12 +229,16 @@ def _refuse_impossible(out: Path) -> None:
     if os.path.islink(out):
         raise UserError(f"{shown(out)}: a link that leads to itself; choose a directory.")
     if _is_mounted(out):
-        raise UserError(f"{shown(out)}: a mount point, which a new directory cannot replace; give "
-                        f"a directory in it: {shown(out / 'merged')}")
+        raise UserError(
+            f"{shown(out)}: a mount point, which a new directory cannot replace; give "
+            f"a directory in it: {shown(out / 'merged')}"
+        )
     for parent in out.parents:
         if os.path.exists(parent) and not os.path.isdir(parent):
-            raise UserError(f"{shown(out)}: {shown(parent)} is a file, so no directory can be made "
-                            "in it; choose another directory.")
+            raise UserError(
+                f"{shown(out)}: {shown(parent)} is a file, so no directory can be made "
+                "in it; choose another directory."
+            )
 
 
 def _is_mounted(path: Path) -> bool:
@@ -307,11 +328,15 @@ class Output:
     def __init__(self, plan: Plan, staging: StagingDir, counter: ByteCounter):
         self._plan, self._workplace, self._tally = plan, staging, counter
         self._file = {
-            name: file for file, names in zip(plan.files, plan.shards, strict=True)
-            for name in names if file not in staging.checksums
+            name: file
+            for file, names in zip(plan.files, plan.shards, strict=True)
+            for name in names
+            if file not in staging.checksums
         }
-        self._left = {file: {n for n, f in self._file.items() if f == file}
-                      for file in set(self._file.values())}
+        self._left = {
+            file: {n for n, f in self._file.items() if f == file}
+            for file in set(self._file.values())
+        }
         self._stored = {name: stored_name(name, plan.components) for name in self._file}
         self._writers: dict[str, ShardWriter] = {}
         self._lock = threading.Lock()
@@ -343,11 +368,17 @@ class Output:
             future.result()
         for index, places in self._plan.indexes.items():
             size = sum(self._plan.tensors[name].num_bytes for name in places)
-            stored = {stored_name(name, self._plan.components): Path(file).name
-                      for name, file in places.items()}
-            write_indented_json(self._workplace.path / index, {
-                "metadata": {"total_size": size}, "weight_map": dict(sorted(stored.items())),
-            })
+            stored = {
+                stored_name(name, self._plan.components): Path(file).name
+                for name, file in places.items()
+            }
+            write_indented_json(
+                self._workplace.path / index,
+                {
+                    "metadata": {"total_size": size},
+                    "weight_map": dict(sorted(stored.items())),
+                },
+            )
 
     def abandon(self) -> None:
         """Lets go of files that are not complete."""
@@ -363,8 +394,10 @@ class Output:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 self._writers[file] = ShardWriter(
                     part,
-                    {self._stored[n]: (self._plan.tensors[n].code, self._plan.tensors[n].shape)
-                     for n in self._left[file]},
+                    {
+                        self._stored[n]: (self._plan.tensors[n].code, self._plan.tensors[n].shape)
+                        for n in self._left[file]
+                    },
                     metadata=self._aliases(self._left[file]),
                     checksum=self._plan.options.checksum,
                 )
@@ -373,8 +406,11 @@ class Output:
     def _aliases(self, names: Collection[str]) -> dict[str, str]:
         """Other names of tensors that are stored once, as the base's `__metadata__` holds them."""
         components = self._plan.components
-        return {stored_name(alias, components): self._stored[kept]
-                for alias, kept in self._plan.base.aliases.items() if kept in names}
+        return {
+            stored_name(alias, components): self._stored[kept]
+            for alias, kept in self._plan.base.aliases.items()
+            if kept in names
+        }
 
     def _finish(self, file: str, writer: ShardWriter) -> None:
         digest = writer.finish()

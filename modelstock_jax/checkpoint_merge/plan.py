@@ -80,8 +80,11 @@ class Plan:
         for file, names in zip(self.files, self.shards, strict=True):
             stem = self.components[prefix_of(names[0], self.components)]
             found.setdefault(stem, {}).update(dict.fromkeys(names, file))
-        return {_VARIANT.sub(r"\1.safetensors.index\2.json", f"{stem}.safetensors.index.json"):
-                places for stem, places in found.items() if len(set(places.values())) > 1}
+        return {
+            _VARIANT.sub(r"\1.safetensors.index\2.json", f"{stem}.safetensors.index.json"): places
+            for stem, places in found.items()
+            if len(set(places.values())) > 1
+        }
 
     @property
     def passes(self) -> int:
@@ -95,16 +98,20 @@ class Plan:
         if tensor.unit_view is None:
             return 0
         count = math.prod(tensor.unit_view.view)
-        return sum(count * BITS[source.tensors[tensor.name_in(m)].code] // 8
-                   for m, source in enumerate((self.base, *self.finetuned)))
+        return sum(
+            count * BITS[source.tensors[tensor.name_in(m)].code] // 8
+            for m, source in enumerate((self.base, *self.finetuned))
+        )
 
     def bytes_copied(self, tensor: TensorPlan) -> int:
         """Bytes that are read to be copied, or for a plain mean."""
         sources = (self.base, *self.finetuned)
         merged = 0 if tensor.unit_view is None else math.prod(tensor.unit_view.view)
         count = math.prod(tensor.shape) - merged
-        return sum(count * BITS[sources[m].tensors[tensor.name_in(m)].code] // 8
-                   for m in tensor.models(len(self.finetuned)))
+        return sum(
+            count * BITS[sources[m].tensors[tensor.name_in(m)].code] // 8
+            for m in tensor.models(len(self.finetuned))
+        )
 
 
 def make_plan(
@@ -146,10 +153,19 @@ def make_plan(
     findings.raise_problems()
     files = _files(tensors, _components(sources), options.max_shard_bytes)
     plan = Plan(
-        base, tuple(finetuned), options, tensors, tuple(files.values()), tuple(files),
-        bytes_read=0, bytes_written=sum(t.num_bytes for t in tensors.values()), memory=0,
-        auxiliary_files=companions, notes=(*findings.notes, *examined.notes),
-        checksum=_fingerprint(sources, options, tensors), anchored=anchored,
+        base,
+        tuple(finetuned),
+        options,
+        tensors,
+        tuple(files.values()),
+        tuple(files),
+        bytes_read=0,
+        bytes_written=sum(t.num_bytes for t in tensors.values()),
+        memory=0,
+        auxiliary_files=companions,
+        notes=(*findings.notes, *examined.notes),
+        checksum=_fingerprint(sources, options, tensors),
+        anchored=anchored,
         rounding=examined.rounding,
     )
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
@@ -167,8 +183,9 @@ def _check_number(number: int, options: Options, findings: PlanIssues) -> None:
     for name in ("weights", "density"):
         value = getattr(options, name)
         if isinstance(value, tuple) and len(value) != number:
-            findings.problems.append(f"{len(value)} {name} for {number} fine-tuned models; "
-                                     "give one for each")
+            findings.problems.append(
+                f"{len(value)} {name} for {number} fine-tuned models; give one for each"
+            )
     by_sum = options.method != "task-arithmetic" if options.normalize is None else options.normalize
     if options.weights is not None and sum(options.weights) == 0 and by_sum:
         findings.problems.append("the weights add up to 0")
@@ -196,6 +213,7 @@ def _files(
     tensors: dict[str, TensorPlan], components: Mapping[str, str], most: int
 ) -> dict[str, tuple[str, ...]]:
     """Output files, each with its tensors in the order in which they are stored there."""
+
     def ordered(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(names, key=lambda name: (-BITS[tensors[name].code], name)))
 
@@ -205,10 +223,14 @@ def _files(
     files: dict[str, tuple[str, ...]] = {}
     for prefix in sorted(groups):
         stem, shards = components.get(prefix, "model"), _shards(groups[prefix], most)
-        files |= {f"{stem}.safetensors": ordered(shards[0])} if len(shards) == 1 else {
-            f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": ordered(names)
-            for i, names in enumerate(shards)
-        }
+        files |= (
+            {f"{stem}.safetensors": ordered(shards[0])}
+            if len(shards) == 1
+            else {
+                f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": ordered(names)
+                for i, names in enumerate(shards)
+            }
+        )
     return files
 
 
@@ -226,18 +248,23 @@ def _shards(tensors: dict[str, TensorPlan], most: int) -> list[list[str]]:
 
 
 def _bytes_read(plan: Plan) -> int:
-    return sum(plan.passes * plan.bytes_in(tensor) + plan.bytes_copied(tensor)
-               for tensor in plan.tensors.values())
+    return sum(
+        plan.passes * plan.bytes_in(tensor) + plan.bytes_copied(tensor)
+        for tensor in plan.tensors.values()
+    )
 
 
 def _memory(plan: Plan) -> int:
     number, threads = 1 + len(plan.finetuned), plan.options.num_threads
-    units = max((math.prod(t.unit_view.unit_shape) for t in plan.tensors.values() if t.unit_view), default=1)
+    units = max(
+        (math.prod(t.unit_view.unit_shape) for t in plan.tensors.values() if t.unit_view), default=1
+    )
     formed = any(source.formed for source in (plan.base, *plan.finetuned))
     window = plan.options.window_bytes if formed else 0
     pieces = max(WORKING_SET, 16 * number * piece_length(number, 64))
-    return (100 * 2**20 + window + threads * (pieces + 4 * 8 * PIECE)
-            + 8 * units * (4 * number**2 + 64))
+    return (
+        100 * 2**20 + window + threads * (pieces + 4 * 8 * PIECE) + 8 * units * (4 * number**2 + 64)
+    )
 
 
 def _fingerprint(
@@ -245,7 +272,12 @@ def _fingerprint(
 ) -> str:
     fast = ("threads", "window_bytes")  # How fast, and not what.
     asked = {name: x for name, x in dataclasses.asdict(options).items() if name not in fast}
-    files = [[(os.path.realpath(path), path.stat().st_size, path.stat().st_mtime_ns)
-              for path in source.files] for source in sources]
+    files = [
+        [
+            (os.path.realpath(path), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in source.files
+        ]
+        for source in sources
+    ]
     made = [dataclasses.astuple(tensor) for tensor in tensors.values()]
     return hashlib.sha256(json.dumps([2, asked, files, made]).encode()).hexdigest()

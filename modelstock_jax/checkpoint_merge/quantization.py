@@ -31,8 +31,19 @@ from modelstock_jax.checkpoint_merge.tensor_names import TensorInfo, is_index
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging.anchor_rounding import half_ulp_square
 
-__all__ = ("CONFIG_KEYS", "HOW_TO_FIX", "QUANT_FILE", "DequantizedSource", "as_stored",
-           "as_weights", "codes_that_differ", "detect", "refusal", "said_only", "without_keys")
+__all__ = (
+    "CONFIG_KEYS",
+    "HOW_TO_FIX",
+    "QUANT_FILE",
+    "DequantizedSource",
+    "as_stored",
+    "as_weights",
+    "codes_that_differ",
+    "detect",
+    "refusal",
+    "said_only",
+    "without_keys",
+)
 DEFAULT_CODE = "BF16"
 # What bitsandbytes, GPTQ and compressed-tensors keep next to packed weights under other names.
 _OTHER_PARTNERS = re.compile(
@@ -112,25 +123,32 @@ def detect(source: Source) -> Quantization | None:
     modules = _modules(source)
     codes, dropped = [], set()
     for module in modules.values():
-        found = [one for local in module.tensors
-                 if (one := _codes(module, local)) is not None]
+        found = [one for local in module.tensors if (one := _codes(module, local)) is not None]
         if not found:
             continue
-        serving = {module.prefix + other for one in found
-                   for kind in ("scal", "zero", "shape") for other in formats.partners(
-                       one.stored[len(module.prefix):], module.tensors, kind)}
+        serving = {
+            module.prefix + other
+            for one in found
+            for kind in ("scal", "zero", "shape")
+            for other in formats.partners(one.stored[len(module.prefix) :], module.tensors, kind)
+        }
         codes += _checked(source, module, found, serving)
         dropped |= serving
     unused = _unused(modules, codes)
     stored = {one.stored for one in codes}
-    codes += [Codes(name, name, problem="serves codes that are not read here")
-              for name in source.tensors if _OTHER_PARTNERS.fullmatch(name)
-              and name not in stored | dropped | unused]
+    codes += [
+        Codes(name, name, problem="serves codes that are not read here")
+        for name in source.tensors
+        if _OTHER_PARTNERS.fullmatch(name) and name not in stored | dropped | unused
+    ]
     if not codes:
         return None
     unused |= {name for name in source.tensors if _local(name) in formats.MARKERS}
-    return Quantization(tuple(_by_rows(codes, source)), frozenset((dropped | unused) - stored),
-                        frozenset(unused - dropped - stored))
+    return Quantization(
+        tuple(_by_rows(codes, source)),
+        frozenset((dropped | unused) - stored),
+        frozenset(unused - dropped - stored),
+    )
 
 
 def refusal(source: Source) -> str | None:
@@ -142,8 +160,10 @@ def refusal(source: Source) -> str | None:
     what = f"{source.label} is quantized ({names})"
     if problems := found.problems:
         return f"{what} in a format that is not read here, {problems[0]}; {HOW_TO_FIX}"
-    return (f"{what}: codes without their scales have no mean; pass --dequantize to merge codes x "
-            f"scale, written in bfloat16 or --dtype, or {HOW_TO_FIX}")
+    return (
+        f"{what}: codes without their scales have no mean; pass --dequantize to merge codes x "
+        f"scale, written in bfloat16 or --dtype, or {HOW_TO_FIX}"
+    )
 
 
 def as_stored(source: Source) -> Source:
@@ -168,8 +188,14 @@ def codes_that_differ(sources: Sequence[Source]) -> str | None:
 
     Codes in a format that is not recognized: other integers of a model are the same in all.
     """
-    said = next((source for source in sources if source.directory is not None
-                 and not _is_read(source) and said_only(source.directory)), None)
+    said = next(
+        (
+            source
+            for source in sources
+            if source.directory is not None and not _is_read(source) and said_only(source.directory)
+        ),
+        None,
+    )
     if said is None:
         return None
     for name, info in said.tensors.items():
@@ -180,8 +206,10 @@ def codes_that_differ(sources: Sequence[Source]) -> str | None:
         if is_index(name, info.shape) and not alike:
             continue  # Position ids of a longer context.
         if not alike or not same_numbers(*((source, name) for source in sources)):
-            return (f"{said.label} is quantized, as its config says, in a format that is not read "
-                    f"here ({name} is {info.code} and differs between models); {HOW_TO_FIX}")
+            return (
+                f"{said.label} is quantized, as its config says, in a format that is not read "
+                f"here ({name} is {info.code} and differs between models); {HOW_TO_FIX}"
+            )
     return None
 
 
@@ -203,8 +231,9 @@ class DequantizedSource(Source):
 
     def __init__(self, source: Source, found: Quantization):
         if problems := found.problems:
-            raise UserError(f"{source.label}: --dequantize cannot form {'; '.join(problems)}; "
-                            f"{HOW_TO_FIX}")
+            raise UserError(
+                f"{source.label}: --dequantize cannot form {'; '.join(problems)}; {HOW_TO_FIX}"
+            )
         self.label, self.directory = source.label, source.directory
         self.source = source
         self.components, self.aliases = source.components, source.aliases
@@ -214,10 +243,16 @@ class DequantizedSource(Source):
         for one in found.codes:
             shape = source.tensors[one.stored].shape
             self.tensors[one.name] = TensorInfo(shape, "F32", DEFAULT_CODE)
-        left = f"; left out: {len(found.unused)} scales of activations and caches, and markers " \
-               f"({listed(sorted(found.unused), _MAX_NAMED)})" if found.unused else ""
-        self.notes = [*source.notes, f"{source.label}: {len(found.codes)} quantized tensors read "
-                                     f"as codes x scale{left}"]
+        left = (
+            f"; left out: {len(found.unused)} scales of activations and caches, and markers "
+            f"({listed(sorted(found.unused), _MAX_NAMED)})"
+            if found.unused
+            else ""
+        )
+        self.notes = [
+            *source.notes,
+            f"{source.label}: {len(found.codes)} quantized tensors read as codes x scale{left}",
+        ]
         self.formed = frozenset(self._codes)
         # Several tensors are in work at once, each asked for piece by piece.
         self._load = functools.lru_cache(maxsize=16)(self._load_scale)
@@ -232,9 +267,7 @@ class DequantizedSource(Source):
         """Name of a formed weight -> where its codes and scale are."""
         return self._codes
 
-    def read(
-        self, name: str, start: int, stop: int, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Elements [start, stop); float32 where they are formed."""
         if name not in self._codes:
             return self.source.read(name, start, stop, out)
@@ -327,16 +360,22 @@ def without_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         >>> without_keys({"a": 1, "quantization_config": {}, "text_config": {"quantization": 1}})
         {'a': 1, 'text_config': {}}
     """
-    return {key: without_keys(value) if isinstance(value, dict) else value
-            for key, value in config.items() if key not in CONFIG_KEYS}
+    return {
+        key: without_keys(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in CONFIG_KEYS
+    }
 
 
 def _modules(source: Source) -> dict[str, _Module]:
     """The modules of a source by the beginning of their tensors' names."""
     said = {prefix: stated(_folder(source.directory, prefix)) for prefix in {*source.components}}
     whole = stated(source.directory)
-    marked = {prefix_of(name, source.components) for name in source.tensors
-              if _local(name) == formats.OF_ALL_LAYERS}
+    marked = {
+        prefix_of(name, source.components)
+        for name in source.tensors
+        if _local(name) == formats.OF_ALL_LAYERS
+    }
     modules: dict[str, _Module] = {}
     for name, info in source.tensors.items():
         local = _local(name)
@@ -364,12 +403,18 @@ def _codes(module: _Module, local: str) -> Codes | None:
     if serves or is_index(name, info.shape) or math.prod(info.shape) <= 1:
         return None
     said = bool(module.said.file) or module.marked or formats.OF_A_LAYER in module.tensors
-    scales = [other for other in formats.partners(local, module.tensors, "scal")
-              if module.tensors[other].code not in FLOAT8 or info.code == "U8"]
+    scales = [
+        other
+        for other in formats.partners(local, module.tensors, "scal")
+        if module.tensors[other].code not in FLOAT8 or info.code == "U8"
+    ]
     zeros = formats.partners(local, module.tensors, "zero")
     if info.code in FLOAT8:
-        extended = [other for other, i in module.tensors.items() if local.endswith("weight")
-                    and other.startswith(f"{local}_") and i.code not in FLOAT8]
+        extended = [
+            other
+            for other, i in module.tensors.items()
+            if local.endswith("weight") and other.startswith(f"{local}_") and i.code not in FLOAT8
+        ]
         if not (scales or said or extended):
             return None
     elif info.code[0] not in "IU" or not _may_be_codes(module, local, said, scales, zeros):
@@ -388,7 +433,8 @@ def _may_be_codes(
     info = module.tensors[local]
     named = formats.named_after(local, module.tensors)
     alike = len(info.shape) > 1 and (
-        formats.is_weight_name(local) or said and bool(scales or zeros))
+        formats.is_weight_name(local) or said and bool(scales or zeros)
+    )
     if not named and not alike:
         return False
     if info.code in INT8:
@@ -397,9 +443,7 @@ def _may_be_codes(
     return bool(said or named or zeros or grouped)
 
 
-def _formed(
-    module: _Module, local: str, scales: Sequence[str], zeros: Sequence[str]
-) -> Codes:
+def _formed(module: _Module, local: str, scales: Sequence[str], zeros: Sequence[str]) -> Codes:
     """Codes with a scale: how they make a weight, or why that is not certain."""
     name, info, tensors = module.prefix + local, module.tensors[local], module.tensors
     why = formats.method_problem(module.said, info)
@@ -409,29 +453,42 @@ def _formed(
         why = "a zero point that is no integer"
     if not why and info.code == "U8" and not zeros:
         why = "U8 without a whole zero point is packed"
-    found = [formats.sizes(tensors[other].shape, info.shape, module.said)
-             for other in (*scales, *zeros)]
+    found = [
+        formats.sizes(tensors[other].shape, info.shape, module.said) for other in (*scales, *zeros)
+    ]
     why = why or next((size for size in found if isinstance(size, str)), "")
     fits = [size for size in found if not isinstance(size, str)]
     why = why or formats.scale_problem(local, tensors[scales[0]], info, fits[0], module.said)
     if why:
         return Codes(name, name, problem=why)
     scale = tensors[scales[0]].shape
-    either = (not module.said.methods - {""} and len(scale) < len(info.shape)
-              and math.prod(scale) > 1 and scale[-1] in info.shape[len(scale):])
-    return Codes(_weight_name(name), name, module.prefix + scales[0],
-                 module.prefix + zeros[0] if zeros else None, "", fits[0],
-                 fits[1] if zeros else (), either)
+    either = (
+        not module.said.methods - {""}
+        and len(scale) < len(info.shape)
+        and math.prod(scale) > 1
+        and scale[-1] in info.shape[len(scale) :]
+    )
+    return Codes(
+        _weight_name(name),
+        name,
+        module.prefix + scales[0],
+        module.prefix + zeros[0] if zeros else None,
+        "",
+        fits[0],
+        fits[1] if zeros else (),
+        either,
+    )
 
 
-def _checked(
-    source: Source, module: _Module, found: list[Codes], serving: set[str]
-) -> list[Codes]:
+def _checked(source: Source, module: _Module, found: list[Codes], serving: set[str]) -> list[Codes]:
     """Codes, refused where their module has tensors that may serve them in an unknown way."""
     prefix, tensors = module.prefix, module.tensors
-    owns = [one.stored[len(prefix):] for one in found]
-    known = {name[len(prefix):] for name in serving} | {*owns} | {
-        other for other, info in tensors.items() if formats.is_activation(other, info, owns)}
+    owns = [one.stored[len(prefix) :] for one in found]
+    known = (
+        {name[len(prefix) :] for name in serving}
+        | {*owns}
+        | {other for other, info in tensors.items() if formats.is_activation(other, info, owns)}
+    )
     why = ""
     if others := formats.other_roles(tensors, known):
         why = f"{listed(others, _MAX_NAMED)} next to it: what it is for is not known"
@@ -451,8 +508,11 @@ def _unused(modules: Mapping[str, _Module], codes: Sequence[Codes]) -> set[str]:
             holding[name[: len(name) - len(local)]].add(local)
     found = set()
     for prefix in holding.keys() & modules.keys():
-        found |= {prefix + other for other, info in modules[prefix].tensors.items()
-                  if formats.is_activation(other, info, holding[prefix])}
+        found |= {
+            prefix + other
+            for other, info in modules[prefix].tensors.items()
+            if formats.is_activation(other, info, holding[prefix])
+        }
     above = {prefix[: len(prefix) - 1 - len(_local(prefix[:-1]))] for prefix in holding}
     for prefix in above & modules.keys():
         found |= {prefix + other for other in formats.cache_scales(modules[prefix].tensors)}
@@ -461,17 +521,28 @@ def _unused(modules: Mapping[str, _Module], codes: Sequence[Codes]) -> set[str]:
 
 def _by_rows(codes: Sequence[Codes], source: Source) -> Iterable[Codes]:
     """Codes; a scale of a square weight is that of its rows where others like it show that."""
+
     def kind(one: Codes) -> tuple[str, str, str]:
         return _local(one.stored), _local(one.scale or ""), source.tensors[one.stored].code
 
-    shown = {kind(one) for one in codes if one.scale and not one.either
-             and len(source.tensors[one.scale].shape) == 1 and len(one.sizes) > 1
-             and math.prod(source.tensors[one.scale].shape) > 1}
+    shown = {
+        kind(one)
+        for one in codes
+        if one.scale
+        and not one.either
+        and len(source.tensors[one.scale].shape) == 1
+        and len(one.sizes) > 1
+        and math.prod(source.tensors[one.scale].shape) > 1
+    }
     for one in codes:
         if one.either and kind(one) not in shown:
             shapes = [list(source.tensors[own].shape) for own in (one.scale, one.stored) if own]
-            one = dataclasses.replace(one, problem=(
-                f"its scale {shapes[0]} may be that of the rows or of the columns of {shapes[1]}"))
+            one = dataclasses.replace(
+                one,
+                problem=(
+                    f"its scale {shapes[0]} may be that of the rows or of the columns of {shapes[1]}"
+                ),
+            )
         yield one
 
 

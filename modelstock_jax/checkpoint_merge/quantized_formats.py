@@ -53,8 +53,10 @@ _PLAIN_WORDS = {"inv", "data", "qdata", "point", "factor"}
 _CACHE = {"k", "v", "q", "kv", "cache", "prob"}
 _ACTIVATION = {"input", "output", "act", "activation", "quant", "ub"} | _CACHE
 _KINDS = ("scal", "zero")
-_OTHER_ROLES = re.compile(r"scal|zero|amax|absmax|codebook|centroid|smooth|shift|offset|hadamard|"
-                          r"g_idx|(?:^|_)perm(?:$|_)")
+_OTHER_ROLES = re.compile(
+    r"scal|zero|amax|absmax|codebook|centroid|smooth|shift|offset|hadamard|"
+    r"g_idx|(?:^|_)perm(?:$|_)"
+)
 _WEIGHT = re.compile(r"\w*weight|\w*proj|w\d*|w[a-z]|q?code|q?data|block|packed|kernel|qidx")
 # ComfyUI's markers; that of a layer is JSON in bytes.
 OF_ALL_LAYERS, OF_A_LAYER = MARKERS = ("scaled_fp8", "comfy_quant")
@@ -96,10 +98,13 @@ def stated(directory: Path | None) -> Stated:
     found = [item for value in said for item in _items(value)]
     blocks = {block for key, value in found if (block := _block(key, value))}
     return Stated(
-        file, frozenset(methods), frozenset(blocks),
+        file,
+        frozenset(methods),
+        frozenset(blocks),
         any(key == "weight_block_size" and _block(key, value) for key, value in found),
-        frozenset(value for key, value in found
-                  if key in ("bits", "num_bits") and isinstance(value, int)),
+        frozenset(
+            value for key, value in found if key in ("bits", "num_bits") and isinstance(value, int)
+        ),
         _trouble(found),
     )
 
@@ -142,7 +147,7 @@ def sizes(
     misfit = f"its scale {list(scale)} does not fit {list(shape)}"
     if len(scale) < len(shape):  # [out] is a scale per row; it never divides the rows.
         rows = scale == shape[: len(scale)] and not said.strict
-        return (1,) * len(scale) + shape[len(scale):] if rows else misfit
+        return (1,) * len(scale) + shape[len(scale) :] if rows else misfit
     if len(scale) > len(shape):
         return misfit
     pairs = list(zip(scale, shape, strict=True))
@@ -210,8 +215,11 @@ def partners(local: str, tensors: Mapping[str, TensorInfo], kind: str) -> list[s
         ['scale', 'weight_scale']
     """
     own = words(local)
-    return sorted(other for other in tensors
-                  if other != local and _has(other, kind) and _stem(other, kind) <= own)
+    return sorted(
+        other
+        for other in tensors
+        if other != local and _has(other, kind) and _stem(other, kind) <= own
+    )
 
 
 def named_after(local: str, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -244,14 +252,21 @@ def is_activation(local: str, info: TensorInfo, stored: Collection[str]) -> bool
         return False
     rest = {word for word in words(local) if not re.search("scal|zero|amax", word)} - _PLAIN_WORDS
     one = math.prod(info.shape) <= 1
-    return any(rest & _ACTIVATION and rest - words(own) <= _ACTIVATION
-               and (one or len(info.shape) == 1 and rest & words(own)) for own in stored)
+    return any(
+        rest & _ACTIVATION
+        and rest - words(own) <= _ACTIVATION
+        and (one or len(info.shape) == 1 and rest & words(own))
+        for own in stored
+    )
 
 
 def cache_scales(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Scales of an attention's cache in a module: those of keys and of values come together."""
-    found = {other: _stem(other, "scal") for other, info in tensors.items()
-             if _has(other, "scal") and math.prod(info.shape) <= 1}
+    found = {
+        other: _stem(other, "scal")
+        for other, info in tensors.items()
+        if _has(other, "scal") and math.prod(info.shape) <= 1
+    }
     found = {other: rest for other, rest in found.items() if rest and rest <= _CACHE}
     rests = list(found.values())
     paired = {"k"} in rests and {"v"} in rests or any("kv" in rest for rest in rests)
@@ -260,17 +275,18 @@ def cache_scales(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 def other_roles(tensors: Collection[str], known: Collection[str]) -> list[str]:
     """Tensors of a module that seem to serve codes too, in a way that is not known."""
-    return sorted(other for other in tensors
-                  if other not in known and _OTHER_ROLES.search(other.lower()))
+    return sorted(
+        other for other in tensors if other not in known and _OTHER_ROLES.search(other.lower())
+    )
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def words(local: str) -> frozenset[str]:
     """Words of a name, in the singular."""
-    found = (word for word in re.split(r"[^A-Za-z0-9]+", local.lower()) if word
-             and not word.isdigit())
-    return frozenset(word[:-1] if len(word) > 2 and word.endswith("s") else word
-                     for word in found)
+    found = (
+        word for word in re.split(r"[^A-Za-z0-9]+", local.lower()) if word and not word.isdigit()
+    )
+    return frozenset(word[:-1] if len(word) > 2 and word.endswith("s") else word for word in found)
 
 
 def _has(local: str, kind: str) -> bool:
@@ -287,9 +303,13 @@ def _fitting(
     """Blocks that give the number of scales along two axes; several where it is not certain."""
     asked = blocks or [*((size, size) for size in _COMMON), *((1, size) for size in _COMMON)]
     lengths = [length for _, length in pairs]
-    found = {tuple(map(min, block, lengths)) for block in asked
-             if all(-(-length // size) == parts for (parts, length), size
-                    in zip(pairs, block, strict=True))}
+    found = {
+        tuple(map(min, block, lengths))
+        for block in asked
+        if all(
+            -(-length // size) == parts for (parts, length), size in zip(pairs, block, strict=True)
+        )
+    }
     if found and not blocks and all(length % parts == 0 for parts, length in pairs):
         found.add(tuple(length // parts for parts, length in pairs))
     return found
@@ -353,7 +373,10 @@ def _trouble(found: Sequence[tuple[str, Any]]) -> str:
     for key, value in found:
         if key == "transform_config" and any(inner for _, inner in _items(value)):
             return "its weights are rotated (transform_config)"
-        if key == "sparsity_config" and isinstance(value, dict) and value.get(
-                "format", "dense") not in (None, "dense"):
+        if (
+            key == "sparsity_config"
+            and isinstance(value, dict)
+            and value.get("format", "dense") not in (None, "dense")
+        ):
             return f"its weights are stored sparse ({value['format']})"
     return ""

@@ -16,8 +16,18 @@ from modelstock_jax.registry import RECIPES
 
 MAX_BYTES, MAX_VALUES = 2**20, 10**6
 _OF_A_MODEL = ("weight", "density")
-_TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
-        "tokenizer_source", "tokenizer", "chat_template")
+_TOP = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
 _REFUSED = {"modules": "one checkpoint with one list of models is merged at a time"}
 
 
@@ -117,17 +127,24 @@ def parse(raw: Any) -> Recipe:
     common = mapping(common, "parameters", known)
     base = None if raw.get("base_model") is None else _model(raw["base_model"], "base_model")
     names = [_model(entry["model"], "model") for entry in entries]
-    own = [mapping(entry.get("parameters") or {}, f"parameters of {name}",
-                    [key for key in known if key in _OF_A_MODEL])
-           for name, entry in zip(names, entries, strict=True)]
+    own = [
+        mapping(
+            entry.get("parameters") or {},
+            f"parameters of {name}",
+            [key for key in known if key in _OF_A_MODEL],
+        )
+        for name, entry in zip(names, entries, strict=True)
+    ]
     if base is None and theirs != "linear":
         raise UserError(f"base_model is missing; {theirs} needs it")
     if theirs != "linear":  # There the base's own weight counts.
         kept = [i for i, name in enumerate(names) if name != base]
         names, own = [names[i] for i in kept], [own[i] for i in kept]
     if not names or (theirs == "slerp" and len(names) != 1):
-        raise UserError(f"{theirs} of {len(names)} models beside base_model; give "
-                        f"{'one' if theirs == 'slerp' else 'some'}")
+        raise UserError(
+            f"{theirs} of {len(names)} models beside base_model; give "
+            f"{'one' if theirs == 'slerp' else 'some'}"
+        )
     options = {"method": RECIPES[theirs].name, **_numbers(theirs, names, own, common)}
     chosen, notes = _tokenizer(raw, base, names)
     options |= {} if chosen is None else {"tokenizer_from": chosen}
@@ -146,26 +163,36 @@ def _entries(raw: Mapping) -> tuple[list[dict], dict, int | None]:
     if ("models" in raw) == ("slices" in raw):
         raise UserError("give models or slices, one of the two")
     if "models" in raw:
-        return [_entry(e, ("model", "parameters")) for e in _list(raw["models"], "models")], \
-            common, None
-    slices = [mapping(s, "a slice", ("sources", "parameters", "base_model", "residual_weight"))
-              for s in _list(raw["slices"], "slices")]
+        return (
+            [_entry(e, ("model", "parameters")) for e in _list(raw["models"], "models")],
+            common,
+            None,
+        )
+    slices = [
+        mapping(s, "a slice", ("sources", "parameters", "base_model", "residual_weight"))
+        for s in _list(raw["slices"], "slices")
+    ]
     end, models = 0, []
     for number, piece in enumerate(slices):
         for key in ("base_model", "residual_weight"):
             if key in piece:
                 raise UserError(f"{key} of a slice is not done here: the whole model is merged")
-        sources = [_entry(e, ("model", "layer_range", "parameters"))
-                   for e in _list(piece.get("sources"), "sources")]
+        sources = [
+            _entry(e, ("model", "layer_range", "parameters"))
+            for e in _list(piece.get("sources"), "sources")
+        ]
         ranges = [_list(source.get("layer_range"), "layer_range") for source in sources]
         span = ranges[0]
         whole = len(span) == 2 and span[0] == end and isinstance(span[1], int)
         if not whole or any(other != span for other in ranges):
-            raise UserError(f"layer_range {ranges}: only the whole model in its own order is "
-                            f"merged, here from layer {end}; give models instead of slices")
+            raise UserError(
+                f"layer_range {ranges}: only the whole model in its own order is "
+                f"merged, here from layer {end}; give models instead of slices"
+            )
         end = span[1]
-        merged = [{k: source[k] for k in ("model", "parameters") if k in source}
-                  for source in sources]
+        merged = [
+            {k: source[k] for k in ("model", "parameters") if k in source} for source in sources
+        ]
         models = models if number else merged
         if merged != models or (len(slices) > 1 and piece.get("parameters")):
             raise UserError("slices with models or parameters of their own are not done here")
@@ -184,15 +211,18 @@ def _numbers(theirs: str, names: list[str], own: list[dict], common: dict) -> di
         options["weights"] = tuple(constant(value, "weight") for value in given)
     if "density" in RECIPES[theirs].mergekit_keys:
         options["density"] = tuple(
-            constant(mine.get("density", common.get("density", 1.0)), "density") for mine in own)
+            constant(mine.get("density", common.get("density", 1.0)), "density") for mine in own
+        )
     if "lambda" in common:
         options["scale"] = constant(common["lambda"], "lambda")
     if "normalize" in common:
         options["normalize"] = bool(common["normalize"])
         total = sum(options["weights"])
         if theirs == "linear" and not common["normalize"] and abs(total - 1.0) > 1e-6:
-            raise UserError(f"normalize false of weights that add up to {total:g}: a linear mean "
-                            "is taken here, so let them add up to 1")
+            raise UserError(
+                f"normalize false of weights that add up to {total:g}: a linear mean "
+                "is taken here, so let them add up to 1"
+            )
     return options
 
 
@@ -205,13 +235,16 @@ def _tokenizer(
     chosen = None
     if source != "base" and (model := _model(source, "tokenizer_source")) != base:
         if model not in names:
-            raise UserError(f"tokenizer_source {source!r} is not done here: give base or one of "
-                            "the models; --vocabulary says what becomes of rows that differ")
+            raise UserError(
+                f"tokenizer_source {source!r} is not done here: give base or one of "
+                "the models; --vocabulary says what becomes of rows that differ"
+            )
         # Without a base the first model is opened in its place as well.
         chosen = f"model:{names.index(model) + 1}"
     if raw.get("chat_template") not in (None, "auto"):
-        raise UserError("chat_template is not done here: tokenizer_source says whose is copied; "
-                        "delete the key")
+        raise UserError(
+            "chat_template is not done here: tokenizer_source says whose is copied; delete the key"
+        )
     notes = ["chat_template auto: the tokenizer's is copied"] if raw.get("chat_template") else []
     return chosen, notes
 
@@ -298,8 +331,10 @@ def constant(setting: Any, key: str) -> float:
     if isinstance(setting, Mapping) and set(setting) == {"value"}:
         setting = setting["value"]
     if not is_number(setting):
-        raise UserError(f"{key} {setting!r}: lists over layers and filters are read for slerp's "
-                        "t alone; give one number")
+        raise UserError(
+            f"{key} {setting!r}: lists over layers and filters are read for slerp's "
+            "t alone; give one number"
+        )
     return float(setting)
 
 

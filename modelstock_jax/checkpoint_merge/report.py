@@ -143,14 +143,21 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
         "tags": ["merge", "model-stock", "modelstock-jax"]
         if "stock" in method else ["merge", "modelstock-jax"],
     })  # fmt: skip
-    lines += [f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
-              "", *_setup(document, inputs)]
+    lines += [
+        f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
+        "",
+        *_setup(document, inputs),
+    ]
     lines += ["", "## Ratios", ""]
     lines += _ratios(document)
     if document["base"] is not None:
         drawn = "Angle and norm" if len(document["models"]) > 1 else "Norm"
-        lines += [f"![{drawn} of each tensor's update over the depth of the network](angles.png)",
-                  "", "Every tensor's angle, ratio and policy: `merge_report.json`.", ""]
+        lines += [
+            f"![{drawn} of each tensor's update over the depth of the network](angles.png)",
+            "",
+            "Every tensor's angle, ratio and policy: `merge_report.json`.",
+            "",
+        ]
     notes = [*document["notes"], *(note for source in inputs for note in source["notes"])]
     if notes:
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
@@ -194,8 +201,12 @@ def library_name(directory: Path) -> str | None:
         return "diffusers"
     if "pretrained_cfg" in config:
         return "timm"
-    known = {PIPELINE: "diffusers", MODULES: "sentence-transformers",
-             "open_clip_config.json": "open_clip", CONFIG: "transformers"}
+    known = {
+        PIPELINE: "diffusers",
+        MODULES: "sentence-transformers",
+        "open_clip_config.json": "open_clip",
+        CONFIG: "transformers",
+    }
     return next((name for file, name in known.items() if (directory / file).is_file()), None)
 
 
@@ -234,10 +245,17 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
         ), numbers=True)  # fmt: skip
     else:
         none = document["base"] is None or method in ("ties", "slerp", "task-arithmetic")
-        lines[:2] = ["This method has no ratio." if none else f"t = {alpha:g} for every tensor."
-                     if method == "wise-ft" else "No tensor has an angle."]
-    policies = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in
-                         sorted(document["outcomes"].items(), key=lambda item: -item[1]))
+        lines[:2] = [
+            "This method has no ratio."
+            if none
+            else f"t = {alpha:g} for every tensor."
+            if method == "wise-ft"
+            else "No tensor has an angle."
+        ]
+    policies = ", ".join(
+        f"{name.replace('_', ' ')} {n}"
+        for name, n in sorted(document["outcomes"].items(), key=lambda item: -item[1])
+    )
     lines += ["", f"Units by policy: {policies or 'none'}."]
     if left := len(document["not_merged"]):
         lines[-1] += f" Not merged: {left} tensor{'s' if left > 1 else ''}."

@@ -20,8 +20,16 @@ from modelstock_jax.tensor_files.reader import DTYPES, HEAD, PICKLES, TensorFile
 PIPELINE, MODULES = "model_index.json", "modules.json"
 ROUTER = "router_config.json"
 # One of these is in the directory of every tokenizer.
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model",
-              "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")
+TOKENIZERS = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 # Weights in other formats: opened, so that the error names them.
 _OTHER_WEIGHTS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".gguf")
 HEAD_PREFIX = f"{HEAD}:"
@@ -32,12 +40,15 @@ PATTERNS = ("*.safetensors", *(f"*{end}" for end in ENDINGS), *(f"{name}*" for n
 # Read first: they name a model's folders.
 _INDEXES = (PIPELINE, MODULES, ROUTER)
 # Next to a pipeline's index there may be the same model in one large file of another format.
-_OF_PIPELINES = (*(f"{stem}*.safetensors" for stem in ("model", "diffusion_pytorch_model")),
-                 *PATTERNS[1:])
+_OF_PIPELINES = (
+    *(f"{stem}*.safetensors" for stem in ("model", "diffusion_pytorch_model")),
+    *PATTERNS[1:],
+)
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 # Factors by the names of diffusers' first releases, LyCORIS, XLabs and IA3.
 _OTHER_ADAPTER = re.compile(
-    r"(?:^|[._])lora\d?\.(?:down|up)\.|\.hada_w\d|\.lokr_w\d|\.ia3_l\b|\.oft_(?:r|blocks)\b")
+    r"(?:^|[._])lora\d?\.(?:down|up)\.|\.hada_w\d|\.lokr_w\d|\.ia3_l\b|\.oft_(?:r|blocks)\b"
+)
 _FORMABLE = ("BF16", "F16", "F32", "F64")
 
 
@@ -59,12 +70,18 @@ class Source:
         self.directory = path if path.is_dir() else None
         opened = open_all(path)
         self.components = {prefix: stem for prefix, (stem, _) in opened.items()}
-        self._stored = {prefix + own: (files, own) for prefix, (_, files) in opened.items()
-                        for own in files}
-        self.aliases = {prefix + name: prefix + kept for prefix, (_, files) in opened.items()
-                        for name, kept in files.aliases.items()}
-        self.tensors = {name: TensorInfo(files.shape(own), files.code(own))
-                        for name, (files, own) in self._stored.items()}
+        self._stored = {
+            prefix + own: (files, own) for prefix, (_, files) in opened.items() for own in files
+        }
+        self.aliases = {
+            prefix + name: prefix + kept
+            for prefix, (_, files) in opened.items()
+            for name, kept in files.aliases.items()
+        }
+        self.tensors = {
+            name: TensorInfo(files.shape(own), files.code(own))
+            for name, (files, own) in self._stored.items()
+        }
         self.notes: list[str] = []
         self.formed: frozenset[str] = frozenset()
         self._watched: dict[Path, RangeChecksum] = {}
@@ -84,9 +101,7 @@ class Source:
         """Size of the files that are read."""
         return sum(path.stat().st_size for path in self.files)
 
-    def read(
-        self, name: str, start: int, stop: int, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Elements [start, stop) of the flattened tensor, in its stored dtype; thread-safe.
 
         They are read into the bytes `into` where those are given, which saves fresh memory.
@@ -112,8 +127,11 @@ class Source:
 
     def watch(self) -> None:
         """Takes the CRC-32 of what passes by from here on, for `digests`."""
-        self._watched = {path: RangeChecksum(path.stat().st_size) for path in self.files
-                         if _hub_sha256(path) is None}
+        self._watched = {
+            path: RangeChecksum(path.stat().st_size)
+            for path in self.files
+            if _hub_sha256(path) is None
+        }
 
     def checksums(self, kind: str = "crc32") -> dict[str, str]:
         """Checksum of each file as `kind:digits`, by its path; what did not pass by is read."""
@@ -150,9 +168,7 @@ class AdaptedSource(Source):
             )
         self._rename()
         for name, stored in adapter.whole.items():
-            self.tensors[name] = TensorInfo(
-                adapter.files.shape(stored), adapter.files.code(stored)
-            )
+            self.tensors[name] = TensorInfo(adapter.files.shape(stored), adapter.files.code(stored))
         self.formed = frozenset(base.formed | adapter.factors.keys())
         problems = []
         for name in adapter.factors:
@@ -162,8 +178,10 @@ class AdaptedSource(Source):
             elif (found := self.tensors[name]).shape != shape:
                 problems.append(f"{name} is {list(found.shape)} in the base, {list(shape)} here")
             elif found.code not in _FORMABLE:
-                problems.append(f"{name} is {found.code} in the base: give it without "
-                                "quantization, or pass --dequantize")
+                problems.append(
+                    f"{name} is {found.code} in the base: give it without "
+                    "quantization, or pass --dequantize"
+                )
             else:
                 self.tensors[name] = found._replace(code="F64" if found.code == "F64" else "F32")
         if problems:
@@ -173,12 +191,17 @@ class AdaptedSource(Source):
         """Maps the adapter's names onto the base's where these differ by a prefix."""
         adapter = self.adapter
         shapes = {name: TensorInfo(adapter.shape(name), "F32") for name in adapter.factors}
-        shapes |= {name: TensorInfo(adapter.files.shape(stored), "F32")
-                   for name, stored in adapter.whole.items() if name not in shapes}
+        shapes |= {
+            name: TensorInfo(adapter.files.shape(stored), "F32")
+            for name, stored in adapter.whole.items()
+            if name not in shapes
+        }
         found = renames(self.base.tensors, shapes, partial=True)
         if found.ambiguous:
-            raise UserError(f"{adapter.directory}: {listed(found.ambiguous, 3)} fit more than one "
-                            f"tensor of {self.base.label}")
+            raise UserError(
+                f"{adapter.directory}: {listed(found.ambiguous, 3)} fit more than one "
+                f"tensor of {self.base.label}"
+            )
         if found.names:
             adapter.rename({own: name for name, own in found.names.items()})
             self.notes.append(note(str(adapter.directory), found))
@@ -196,9 +219,7 @@ class AdaptedSource(Source):
         own = self.adapter.directory
         return (*self.base.files, own / WEIGHTS, own / CONFIG)
 
-    def read(
-        self, name: str, start: int, stop: int, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Elements [start, stop); float32 (float64 for a float64 base) where they are formed."""
         if name in self.adapter.whole:  # An embedding may be both: held whole, and moved.
             weights = self.adapter.files.read(self.adapter.whole[name], start, stop, out)
@@ -219,8 +240,9 @@ class AdaptedSource(Source):
         """Digests of the adapter's files, and of its base's where that is not BASE itself."""
         own = self.adapter.directory
         digests = {} if self._shared_base else self.base.checksums(kind)
-        return digests | {name: f"{kind}:{checksum_file(own / name, kind)}"
-                          for name in (CONFIG, WEIGHTS)}
+        return digests | {
+            name: f"{kind}:{checksum_file(own / name, kind)}" for name in (CONFIG, WEIGHTS)
+        }
 
 
 def open_source(
@@ -260,16 +282,16 @@ def open_source(
     return source
 
 
-def _open(
-    text: str, base: Source | None, read_as: Callable[[Source], Source]
-) -> Source:
+def _open(text: str, base: Source | None, read_as: Callable[[Source], Source]) -> Source:
     path = _fetch(text)
     if not is_adapter(path):
         source = Source(text, path)
         _refuse_adapter_files(source)
         if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-            source.notes.append(f"{text}: {WEIGHTS} is not applied, for the directory holds a "
-                                f"model too; to apply the adapter to that model give {text}+{text}")
+            source.notes.append(
+                f"{text}: {WEIGHTS} is not applied, for the directory holds a "
+                f"model too; to apply the adapter to that model give {text}+{text}"
+            )
         if _COMMIT.fullmatch(path.name) and path != Path(text):
             source.notes.append(f"{text} is commit {path.name} on the hub")
         return read_as(source)
@@ -293,16 +315,22 @@ def _fetch(text: str) -> Path:
 def _refuse_adapter_files(source: Source) -> None:
     """Names files that hold an adapter and no model."""
     if any(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in source.tensors):
-        raise UserError(f"{source.label}: a LoRA file in kohya's format is not read; convert "
-                        "it to PEFT's with diffusers (load_lora_weights, then save_lora_adapter), "
-                        "or merge it into its model first")
+        raise UserError(
+            f"{source.label}: a LoRA file in kohya's format is not read; convert "
+            "it to PEFT's with diffusers (load_lora_weights, then save_lora_adapter), "
+            "or merge it into its model first"
+        )
     if found := next(filter(_OTHER_ADAPTER.search, source.tensors), None):
-        raise UserError(f"{source.label}: an adapter in a format that is not read ({found}); "
-                        "convert a LoRA to PEFT's format, merge any other into its model first")
+        raise UserError(
+            f"{source.label}: an adapter in a format that is not read ({found}); "
+            "convert a LoRA to PEFT's format, merge any other into its model first"
+        )
     factors = [name for name in source.tensors if ".lora_A." in name or ".lora_B." in name]
     if factors and len(factors) * 2 > len(source.tensors):
-        raise UserError(f"{source.label}: an adapter's weights without its {CONFIG}; give the "
-                        "directory that PEFT's save_pretrained wrote")
+        raise UserError(
+            f"{source.label}: an adapter's weights without its {CONFIG}; give the "
+            "directory that PEFT's save_pretrained wrote"
+        )
 
 
 def _hub_sha256(path: Path) -> str | None:
@@ -332,8 +360,9 @@ def folders(directory: Path) -> list[str]:
     Raises:
         UserError: An index that is broken, or names a folder outside of the directory.
     """
-    return [name for name in named_folders(directory)
-            if not name or os.path.isdir(directory / name)]
+    return [
+        name for name in named_folders(directory) if not name or os.path.isdir(directory / name)
+    ]
 
 
 def named_folders(directory: Path) -> list[str]:
@@ -345,15 +374,28 @@ def named_folders(directory: Path) -> list[str]:
     if (directory / PIPELINE).is_file():
         index = read_json(directory / PIPELINE)
         found = [""]
-        found += [key for key, value in index.items() if isinstance(value, list)] \
-            if isinstance(index, dict) else []
+        found += (
+            [key for key, value in index.items() if isinstance(value, list)]
+            if isinstance(index, dict)
+            else []
+        )
     elif (directory / MODULES).is_file():
         index = read_json(directory / MODULES)
         modules = index if isinstance(index, list) else []
-        found = [entry["path"] for entry in modules
-                 if isinstance(entry, dict) and isinstance(entry.get("path"), str)]
-        found = ["", *found, *(f"{name}/{inner}" if name else inner for name in found
-                               for inner in _routed(directory / name))]
+        found = [
+            entry["path"]
+            for entry in modules
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str)
+        ]
+        found = [
+            "",
+            *found,
+            *(
+                f"{name}/{inner}" if name else inner
+                for name in found
+                for inner in _routed(directory / name)
+            ),
+        ]
     else:
         return [""]
     found = ["" if name == "." else name.rstrip("/") for name in found]
@@ -378,8 +420,11 @@ def tokenizer_folders(directory: Path) -> list[str]:
         >>> tokenizer_folders(Path("/nowhere"))
         ['']
     """
-    found = [name for name in folders(directory) if any(
-        (directory / name / file).is_file() for file in TOKENIZERS)]
+    found = [
+        name
+        for name in folders(directory)
+        if any((directory / name / file).is_file() for file in TOKENIZERS)
+    ]
     return found or [""]
 
 
@@ -421,7 +466,7 @@ def stored_name(name: str, components: Mapping[str, str]) -> str:
         >>> stored_name("unet/conv.weight", {"unet/": "unet/model"})
         'conv.weight'
     """
-    return name[len(prefix_of(name, components)):]
+    return name[len(prefix_of(name, components)) :]
 
 
 def prefix_of(name: str, components: Mapping[str, str]) -> str:
@@ -442,11 +487,17 @@ def _weight_folders(directory: Path) -> list[str]:
 def _is_module(directory: Path, folder: str) -> bool:
     """Whether `modules.json` names a folder as a module of its own."""
     index = read_json(directory / MODULES)
-    return any(isinstance(entry, dict) and entry.get("path") in (folder, folder or ".")
-               for entry in (index if isinstance(index, list) else []))
+    return any(
+        isinstance(entry, dict) and entry.get("path") in (folder, folder or ".")
+        for entry in (index if isinstance(index, list) else [])
+    )
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(path.suffix == ".safetensors" or path.suffix in _OTHER_WEIGHTS
-               or ".safetensors.index." in path.name for path in folder.iterdir()
-               if not path.name.startswith("."))
+    return any(
+        path.suffix == ".safetensors"
+        or path.suffix in _OTHER_WEIGHTS
+        or ".safetensors.index." in path.name
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+    )

@@ -17,7 +17,8 @@ from modelstock_jax.errors import listed
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 # Last parts of names that libraries have renamed: TensorFlow's layer norms, torch's weight norm.
 _RENAMED = {
-    ("gamma",): ("weight",), ("beta",): ("bias",),
+    ("gamma",): ("weight",),
+    ("beta",): ("bias",),
     ("parametrizations", "weight", "original0"): ("weight_g",),
     ("parametrizations", "weight", "original1"): ("weight_v",),
 }
@@ -29,9 +30,12 @@ _FUSED_EXPERTS = re.compile(r".*experts\.(?!\d)[A-Za-z_.]*(?:gate|up|down|w\d|pr
 _APART_EXPERTS = re.compile(r".*experts\.\d+\..+")
 # Projections that some models store as one tensor: its part of a name, and those of its parts.
 _FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"), "Wqkv": ("q_proj", "query"),
-    "query_key_value": ("q_proj", "query"), "c_attn": ("q_proj", "q_attn"),
-    "in_proj_weight": ("q_proj",), "qkv": ("q_proj", "query", "to_q", "q"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "Wqkv": ("q_proj", "query"),
+    "query_key_value": ("q_proj", "query"),
+    "c_attn": ("q_proj", "q_attn"),
+    "in_proj_weight": ("q_proj",),
+    "qkv": ("q_proj", "query", "to_q", "q"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
@@ -131,8 +135,10 @@ def explanation(base: Iterable[str], lacking: Iterable[str], extra: Iterable[str
         (lacking, extra, ("the base stores experts fused ({}), this model each on its own ({})")),
         (extra, lacking, ("this model stores experts fused ({}), the base each on its own ({})")),
     ):
-        fused = next((n for n in ours if _FUSED_EXPERTS.fullmatch(n)
-                      and not _APART_EXPERTS.fullmatch(n)), None)
+        fused = next(
+            (n for n in ours if _FUSED_EXPERTS.fullmatch(n) and not _APART_EXPERTS.fullmatch(n)),
+            None,
+        )
         apart = next((n for n in theirs if _APART_EXPERTS.fullmatch(n)), None)
         if fused and apart:
             return words.format(fused, apart)
@@ -145,8 +151,10 @@ def explanation(base: Iterable[str], lacking: Iterable[str], extra: Iterable[str
                 if fused not in name.split("."):
                     continue
                 start = name.split(f".{fused}")[0]
-                apart = next((n for n in theirs if n.startswith(start)
-                              and set(parts) & set(n.split("."))), None)
+                apart = next(
+                    (n for n in theirs if n.startswith(start) and set(parts) & set(n.split("."))),
+                    None,
+                )
                 if apart:
                     return words.format(name, apart)
     return ""
@@ -157,13 +165,17 @@ def _other_depth(base: Iterable[str], lacking: Sequence[str], extra: Sequence[st
     layers = {}
     for names in (set(base), set(base) - set(lacking) | set(extra)):
         found = [match for name in names if (match := _LAYER.match(name))]
-        layers[len(layers)] = {tower: {int(m["layer"]) for m in found if m["tower"] == tower}
-                               for tower in {m["tower"] for m in found}}
+        layers[len(layers)] = {
+            tower: {int(m["layer"]) for m in found if m["tower"] == tower}
+            for tower in {m["tower"] for m in found}
+        }
     for tower in layers[0].keys() & layers[1].keys():
         ours, theirs = (sorted(layers[k][tower]) for k in (0, 1))
         if len(ours) > 1 and len(theirs) > 1 and ours[-1] != theirs[-1]:
-            return (f"the base has {len(ours)} layers in {tower}, this model {len(theirs)}: layers "
-                    "of models of unequal depth do not correspond")
+            return (
+                f"the base has {len(ours)} layers in {tower}, this model {len(theirs)}: layers "
+                "of models of unequal depth do not correspond"
+            )
     return ""
 
 
@@ -197,8 +209,13 @@ def _candidates(left, free, base, other) -> Counter:
 
 def _shortest(own: str, base: str) -> Rule:
     """A rule without the parts at the end of both prefixes that are equal."""
-    while own and base and (tail := re.search(r"[^./]+[./]$", own)) and base.endswith(tail[0]) and (
-            len(base) == len(tail[0]) or base[-len(tail[0]) - 1] in "./"):
+    while (
+        own
+        and base
+        and (tail := re.search(r"[^./]+[./]$", own))
+        and base.endswith(tail[0])
+        and (len(base) == len(tail[0]) or base[-len(tail[0]) - 1] in "./")
+    ):
         own, base = own[: tail.start()], base[: len(base) - len(tail[0])]
     return Rule(own, base)
 
@@ -208,13 +225,18 @@ def _best(candidates, left, free, base, other, taken, partial):
     scored = []
     for rule in candidates:
         below = [name for name in left if name.startswith(rule.own)]
-        hits = {name: rule.base + name[len(rule.own):] for name in below}
-        hits = {own: name for own, name in hits.items()
-                if name in free and len(base[name].shape) == len(other[own].shape)}
+        hits = {name: rule.base + name[len(rule.own) :] for name in below}
+        hits = {
+            own: name
+            for own, name in hits.items()
+            if name in free and len(base[name].shape) == len(other[own].shape)
+        }
         alike = [own for own, name in hits.items() if _alike(other[own], base[name])]
-        resized = [own for own, name in hits.items()
-                   if sum(a != b for a, b in zip(base[name].shape, other[own].shape,
-                                                 strict=True)) == 1]
+        resized = [
+            own
+            for own, name in hits.items()
+            if sum(a != b for a, b in zip(base[name].shape, other[own].shape, strict=True)) == 1
+        ]
         if not alike or len(alike) + len(resized) < len(hits) or len(resized) > _MAX_RESIZED:
             continue
         if not partial and _contradicted(rule, hits, taken):
@@ -227,15 +249,18 @@ def _best(candidates, left, free, base, other, taken, partial):
         return None
     scored.sort(key=lambda item: item[0], reverse=True)
     (score, rule, hits), *rest = scored
-    level = any(other_score == score and set(other_hits) & set(hits)
-                and any(hits[n] != other_hits[n] for n in set(other_hits) & set(hits))
-                for other_score, _, other_hits in rest)
+    level = any(
+        other_score == score
+        and set(other_hits) & set(hits)
+        and any(hits[n] != other_hits[n] for n in set(other_hits) & set(hits))
+        for other_score, _, other_hits in rest
+    )
     return rule, hits, level
 
 
 def _contradicted(rule: Rule, hits: Mapping[str, str], taken: Iterable[str]) -> bool:
     """Whether names that fit as they are begin as those do that the rule would rename."""
-    heads = {rule.own + _parts(own[len(rule.own):])[0] for own in hits}
+    heads = {rule.own + _parts(own[len(rule.own) :])[0] for own in hits}
     return any(name.startswith(tuple(f"{head}." for head in heads)) for name in taken)
 
 
@@ -246,7 +271,7 @@ def _replaces(rule: Rule, hits: Iterable[str]) -> bool:
     tensors may have equal shapes. A tower with its layers is known by a part that both share.
     """
     own, base = set(_parts(rule.own)), set(_parts(rule.base))
-    layers = {number for name in hits for number in _numbers(name[len(rule.own):])[:1]}
+    layers = {number for name in hits for number in _numbers(name[len(rule.own) :])[:1]}
     return bool(own - base) and bool(base - own) and not (own & base and len(layers) > 1)
 
 
@@ -277,8 +302,11 @@ def _of_one_spelling(unmatched: Iterable[str], free: Iterable[str]) -> dict[str,
     own: dict[str, list[str]] = defaultdict(list)
     for name in unmatched:
         own[_plain(name)].append(name)
-    return {places[plain][0]: names[0] for plain, names in own.items()
-            if len(names) == 1 and len(places.get(plain, ())) == 1}
+    return {
+        places[plain][0]: names[0]
+        for plain, names in own.items()
+        if len(names) == 1 and len(places.get(plain, ())) == 1
+    }
 
 
 def _plain(name: str) -> str:
@@ -290,8 +318,8 @@ def _plain(name: str) -> str:
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     for old, new in _RENAMED.items():
-        if tuple(parts[-len(old):]) == old and len(parts) > len(old):
-            parts[-len(old):] = new
+        if tuple(parts[-len(old) :]) == old and len(parts) > len(old):
+            parts[-len(old) :] = new
     return ".".join(parts)
 
 
@@ -299,7 +327,7 @@ def _suffixes(name: str) -> Iterable[str]:
     """The name and what follows each of its dots, longest first."""
     yield name
     for found in re.finditer(r"[./]", name):
-        yield name[found.end():]
+        yield name[found.end() :]
 
 
 def _numbers(prefix: str) -> list[str]:

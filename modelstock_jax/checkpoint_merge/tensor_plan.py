@@ -110,8 +110,9 @@ def plan_tensors(
         if found is not None:
             tensors[name] = found
     if statistics := [n for n, t in tensors.items() if t.reason == _AVERAGED]:
-        findings.notes.append(f"{listed(statistics, 3)}: the fine-tunes' mean, for a variance has "
-                              "no extrapolation")
+        findings.notes.append(
+            f"{listed(statistics, 3)}: the fine-tunes' mean, for a variance has no extrapolation"
+        )
     merged = [t for t in tensors.values() if t.action == "merge"]
     shapes = [(t.name, t.merged_shape) for t in merged]
     if not merged:
@@ -136,17 +137,31 @@ def _decide(
     findings: PlanIssues,
     vocabularies: Collection[tuple[int, ...]],
 ) -> TensorPlan | None:
-    infos = [source.tensors[own] for source, own in zip(sources, names, strict=True)
-             if own is not None]
+    infos = [
+        source.tensors[own] for source, own in zip(sources, names, strict=True) if own is not None
+    ]
     base = infos[0]
     floats = base.code in FLOATS
     code = DTYPES[options.dtype] if floats and options.dtype else base.written or base.code
     if names[0] is None:  # `match` lets through what all fine-tunes have alike.
-        return TensorPlan(name, base.shape, code, "mean" if floats else "model:1",
-                       "the fine-tunes' own, which the base lacks", names=names)
+        return TensorPlan(
+            name,
+            base.shape,
+            code,
+            "mean" if floats else "model:1",
+            "the fine-tunes' own, which the base lacks",
+            names=names,
+        )
     if is_index(name, base.shape) or (is_mask(name) and _few_numbers(sources[0], names[0], base)):
-        return TensorPlan(name, base.shape, base.code, "base",
-                       "a buffer of indices, frequencies or a mask", names=names, checked=False)
+        return TensorPlan(
+            name,
+            base.shape,
+            base.code,
+            "base",
+            "a buffer of indices, frequencies or a mask",
+            names=names,
+            checked=False,
+        )
     if None in names:
         lacking = listed(s.label for s, own in zip(sources, names, strict=True) if own is None)
         return TensorPlan(name, base.shape, code, "base", f"{lacking} lacks it", names=names)
@@ -157,14 +172,21 @@ def _decide(
             return counter
     if any((info.code in FLOATS) != floats for info in infos):
         findings.add_problem(_mixed(name, sources, infos))
-        return TensorPlan(name, base.shape, base.code, "base", "of several kinds of number",
-                       names=names) if findings.lenient else None
+        return (
+            TensorPlan(
+                name, base.shape, base.code, "base", "of several kinds of number", names=names
+            )
+            if findings.lenient
+            else None
+        )
     if not math.prod(base.shape) or not floats:
         return _kept(name, names, sources, infos, findings)
     if _STATISTIC.fullmatch(name) and not COMMANDS[options.method].convex:
         return TensorPlan(name, base.shape, code, "mean", _AVERAGED, names=names)
-    if all(info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
-           for info in infos):
+    if all(
+        info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
+        for info in infos
+    ):
         return TensorPlan(name, base.shape, code, "merge", names=names)
     return _of_rows(name, names, sources, infos, code, options, findings, vocabularies)
 
@@ -183,19 +205,30 @@ def _counter(name, names, sources, infos, findings: PlanIssues) -> TensorPlan | 
     if any(math.prod(info.shape) != 1 for info in infos):
         return None
     # Integers and floats as Python compares them: exactly.
-    counts = [value if isinstance(value := source.read(own, 0, 1)[0].item(), int) else float(value)
-              for source, own in zip(sources, names, strict=True)]
+    counts = [
+        value if isinstance(value := source.read(own, 0, 1)[0].item(), int) else float(value)
+        for source, own in zip(sources, names, strict=True)
+    ]
     if lost := [s.label for s, x in zip(sources, counts, strict=True) if not math.isfinite(x)]:
-        findings.add_problem(f"{name} is NaN or infinite in {listed(lost)}; pass --exclude "
-                        f"{escaped(name)!r} to keep the base's")
+        findings.add_problem(
+            f"{name} is NaN or infinite in {listed(lost)}; pass --exclude "
+            f"{escaped(name)!r} to keep the base's"
+        )
         return None
     if any(count < 0 or count != int(count) for count in counts):
         return None  # A number that was trained, with a counter's name.
     model = counts.index(max(counts))
     if infos[model].code != base.code and not _holds(base.code, counts[model]):
         return None
-    return TensorPlan(name, base.shape, base.code, f"model:{model}" if model else "base",
-                   "a counter: the largest of all models", names=names, checked=False)
+    return TensorPlan(
+        name,
+        base.shape,
+        base.code,
+        f"model:{model}" if model else "base",
+        "a counter: the largest of all models",
+        names=names,
+        checked=False,
+    )
 
 
 def _holds(code: str, value: int | float) -> bool:
@@ -208,14 +241,18 @@ def _holds(code: str, value: int | float) -> bool:
 
 def _mixed(name: str, sources: Sequence[Source], infos) -> str:
     """Numbers that are floating point in some models and not in others: which, and how to fix."""
-    whole = [(s.label, i.code) for s, i in zip(sources, infos, strict=True)
-             if i.code not in FLOATS]
+    whole = [(s.label, i.code) for s, i in zip(sources, infos, strict=True) if i.code not in FLOATS]
     codes = listed(sorted({code for _, code in whole}))
     packed = {code for _, code in whole} & set(_INTEGERS) and math.prod(infos[0].shape) > 1
-    fix = (f"quantized? {quantization.HOW_TO_FIX}" if packed
-           else f"store it as floating point there too, or pass --exclude {escaped(name)!r}")
-    return (f"{name} is {codes} in {listed(label for label, _ in whole)} and floating point in the "
-            f"others: {fix}")
+    fix = (
+        f"quantized? {quantization.HOW_TO_FIX}"
+        if packed
+        else f"store it as floating point there too, or pass --exclude {escaped(name)!r}"
+    )
+    return (
+        f"{name} is {codes} in {listed(label for label, _ in whole)} and floating point in the "
+        f"others: {fix}"
+    )
 
 
 def _kept(name, names, sources, infos, findings: PlanIssues) -> TensorPlan | None:
@@ -226,8 +263,11 @@ def _kept(name, names, sources, infos, findings: PlanIssues) -> TensorPlan | Non
         *zip(sources, names, strict=True)
     ):
         packed = base.code in _INTEGERS and len(base.shape) > 1
-        fix = (f"quantized? {quantization.HOW_TO_FIX}" if packed else
-               f"such numbers have no mean; pass --exclude {escaped(name)!r} to keep the base's")
+        fix = (
+            f"quantized? {quantization.HOW_TO_FIX}"
+            if packed
+            else f"such numbers have no mean; pass --exclude {escaped(name)!r} to keep the base's"
+        )
         findings.add_problem(f"{name} is {base.code} and differs between models: {fix}")
         if not findings.lenient:
             return None
@@ -245,15 +285,17 @@ def _taken(name, names, infos, code, options: Options, findings: PlanIssues) -> 
     base, excluded = infos[0], options.unmerged_from
     if base.code not in FLOATS and excluded == "mean":
         excluded = "base"
-    tensor = TensorPlan(name, base.shape, code, excluded, "excluded by pattern", names=names,
-                     checked=False)
+    tensor = TensorPlan(
+        name, base.shape, code, excluded, "excluded by pattern", names=names, checked=False
+    )
     for model in tensor.models(len(infos) - 1):
         other = infos[model]
         if other.shape != base.shape or (
             other.code != base.code and not {other.code, base.code} <= {*FLOATS}
         ):
-            findings.problems.append(f"{name}: {options.unmerged_from} has another shape or kind of "
-                                     "number than the base")
+            findings.problems.append(
+                f"{name}: {options.unmerged_from} has another shape or kind of number than the base"
+            )
             return None
     return tensor
 
@@ -268,8 +310,11 @@ def _vocabularies(
     for name, names in matched.items():
         if not is_embedding(name) or (_HEAD.fullmatch(name) and not embedded):
             continue
-        shapes = [source.tensors[own].shape for source, own in zip(sources, names, strict=True)
-                  if own is not None]
+        shapes = [
+            source.tensors[own].shape
+            for source, own in zip(sources, names, strict=True)
+            if own is not None
+        ]
         if None not in names and len(shapes[0]) == 2 and len({shape[1:] for shape in shapes}) == 1:
             found.add(tuple(shape[0] for shape in shapes))
     return {rows for rows in found if len(set(rows)) > 1}
@@ -285,16 +330,29 @@ def _of_rows(
     if axis is None:
         # Between the blocks of a network no tensor is a head.
         alike = len({info.shape for info in infos[1:]}) == 1 and (
-            is_classifier(name) or _BLOCK.search(name) is None)
+            is_classifier(name) or _BLOCK.search(name) is None
+        )
         if alike and options.head == "finetuned":
             findings.new_head.append(name)
-            return TensorPlan(name, infos[1].shape, code, "mean",
-                           f"the fine-tunes' own: {list(base.shape)} in the base", names=names)
-        hint = (" (--head finetuned takes the fine-tunes')"
-                if alike and (is_classifier(name) or is_embedding(name)) else "")
+            return TensorPlan(
+                name,
+                infos[1].shape,
+                code,
+                "mean",
+                f"the fine-tunes' own: {list(base.shape)} in the base",
+                names=names,
+            )
+        hint = (
+            " (--head finetuned takes the fine-tunes')"
+            if alike and (is_classifier(name) or is_embedding(name))
+            else ""
+        )
         findings.add_problem(f"{name} differs in shape: {shapes}{hint}")
-        return TensorPlan(name, base.shape, code, "base", "shapes differ",
-                       names=names) if findings.lenient else None
+        return (
+            TensorPlan(name, base.shape, code, "base", "shapes differ", names=names)
+            if findings.lenient
+            else None
+        )
     if options.vocab_mismatch == "refuse":
         findings.problems.append(
             f"{name} differs in its number of rows, as vocabularies do: {shapes} (--vocabulary "
@@ -308,11 +366,22 @@ def _of_rows(
     if rest:
         findings.companion = rest
     findings.vocabulary[name] = tuple(lengths)
-    note = (f"{name}: {min(lengths)} rows in common merged, {lengths[rest] - min(lengths)} more "
-            f"from {sources[rest].label}")
+    note = (
+        f"{name}: {min(lengths)} rows in common merged, {lengths[rest] - min(lengths)} more "
+        f"from {sources[rest].label}"
+    )
     findings.notes.append(note)
-    return TensorPlan(name, infos[rest].shape, code, "merge", note.partition(": ")[2],
-                   rows=min(lengths), rest=rest, names=names, axis=axis)
+    return TensorPlan(
+        name,
+        infos[rest].shape,
+        code,
+        "merge",
+        note.partition(": ")[2],
+        rows=min(lengths),
+        rest=rest,
+        names=names,
+        axis=axis,
+    )
 
 
 def _vocabulary_axis(
@@ -326,8 +395,9 @@ def _vocabulary_axis(
     """
     if len({len(shape) for shape in shapes}) > 1:
         return None
-    differ = [axis for axis, lengths in enumerate(zip(*shapes, strict=True))
-              if len(set(lengths)) > 1]
+    differ = [
+        axis for axis, lengths in enumerate(zip(*shapes, strict=True)) if len(set(lengths)) > 1
+    ]
     if len(differ) != 1 or math.prod(shapes[0][: differ[0]]) != 1:
         return None
     lengths = tuple(shape[differ[0]] for shape in shapes)

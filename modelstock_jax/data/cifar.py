@@ -86,7 +86,9 @@ def open_sets(config: ConfigDict) -> CifarSets:
         raise UserError("; ".join(missing))
     known = CIFAR[config.name]
     train = _open(config, config.name, "train", known.train)
-    train, validation = train.hold_out(config.held_out_per_class, class_names=CLASS_NAMES[config.name])
+    train, validation = train.hold_out(
+        config.held_out_per_class, class_names=CLASS_NAMES[config.name]
+    )
     test = _open(config, config.name, "test", known.test, "id")
     shifts = {
         name: _open(config, name, "test", known.shifts[name], name) for name in _shifts(config)

@@ -273,7 +273,9 @@ class _EvalBatches:
 
 
 def _reader(
-    image_set: ImageSet, views: Sequence[TrainTransform | EvalTransform], loading: LoaderOptions | None
+    image_set: ImageSet,
+    views: Sequence[TrainTransform | EvalTransform],
+    loading: LoaderOptions | None,
 ) -> BatchDecoder | None:
     if not isinstance(image_set.images, EncodedImages):
         return None

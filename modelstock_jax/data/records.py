@@ -150,7 +150,9 @@ def read_records(
     labels = _labels(directory, images, split, label)
     if len(labels) != len(images):
         raise UserError(f"{directory}: {len(images)} records, but {len(labels)} labels kept aside")
-    return LabeledImages(images, labels, tuple(features[label].names), f"{directory}, split {split}")
+    return LabeledImages(
+        images, labels, tuple(features[label].names), f"{directory}, split {split}"
+    )
 
 
 def read_label_sets(images: RecordImages, feature: str) -> tuple[tuple[int, ...], ...]:

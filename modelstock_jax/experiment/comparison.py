@@ -180,9 +180,7 @@ class Comparison:
         num_heads = self.anchor.num_heads
         stats, models, count = merged_models(self.config, self._start, replicas, num_heads)
         sizes = [leaf.size for leaf in jax.tree.leaves(self._start)]
-        geometry = [
-            row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)
-        ]
+        geometry = [row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)]
         return {"geometry": geometry, "rows": self._rows(models, count, seed)}
 
     def _path(self, name: str) -> Path:

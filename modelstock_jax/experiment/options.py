@@ -118,6 +118,7 @@ OPTIONS = {
 }
 _PLAIN = Option()
 
+
 def option(name: str) -> Option:
     """The row of an option, or of a group.
 

@@ -46,8 +46,11 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
         first = dict(list(histories.items())[:1])
         figures.ratio_over_merges(first, folder / "ratio_over_epochs.png")
     screen_table(rows)
-    left = [name for name in ("results.md", "results.json", "figures", "model")
-            if (workdir / name).exists()]
+    left = [
+        name
+        for name in ("results.md", "results.json", "figures", "model")
+        if (workdir / name).exists()
+    ]
     print(f"in {workdir}: {', '.join(left)}")
 
 

@@ -186,7 +186,9 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
         start = anchor.start(config)
         everywhere = jax.tree.map(lambda _: replicated_sharding(mesh), start)
         with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
-            restored = checkpoints.restore(int(directory.name), device_put_global(start, everywhere))
+            restored = checkpoints.restore(
+                int(directory.name), device_put_global(start, everywhere)
+            )
         params = anchor.classify(multihost.to_host(restored))
     measure = ModelEvaluator(config, anchor, data, mesh)
     with Progress(
@@ -205,8 +207,10 @@ def _check_place(path: Path) -> None:
     if (path / "runs").is_dir() and (path / "model").is_dir():
         raise UserError(f"{path} is a run's workdir; its merged model is {path / 'model'}")
     if path.name.isdigit() and path.parent.name == "state":
-        raise UserError(f"{path} is a training state; the merged models of that run are the "
-                        f"numbers in {path.parent.parent / 'merged'}")
+        raise UserError(
+            f"{path} is a training state; the merged models of that run are the "
+            f"numbers in {path.parent.parent / 'merged'}"
+        )
 
 
 def _heads() -> Path | None:
@@ -217,4 +221,6 @@ def _heads() -> Path | None:
         writable = os.access(place, os.W_OK)
     except OSError:
         writable = False
-    return place if multihost.broadcast_from_main(writable) else None  # Process 0 is the one that writes.
+    return (
+        place if multihost.broadcast_from_main(writable) else None
+    )  # Process 0 is the one that writes.

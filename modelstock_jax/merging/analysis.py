@@ -45,7 +45,8 @@ def distances(center: Any, models: Any):
     leaves = pair_leaves(center, models, 1)
     total = sum(
         _squares(w0, w)
-        for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True) if is_float(w0)
+        for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True)
+        if is_float(w0)
     )
     return geometry.positive_sqrt(jnp.broadcast_to(total, leaves.num_replicas))
 
@@ -53,6 +54,7 @@ def distances(center: Any, models: Any):
 @jax.jit
 def _squares(center, models):
     """Squared distance of each model, [...] and [M, ...] -> [M]."""
+
     def squares(center, models):
         return jnp.stack([jnp.sum(jnp.square(model - center)) for model in models])
 
@@ -68,10 +70,14 @@ def mean_model(models: Any):
       >>> mean_model({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]])})["w"].tolist()
       [2.0, 2.0]
     """
+
     def mean(w):
         w = jnp.asarray(w)
-        return jnp.mean(w, axis=0, dtype=jnp.promote_types(w.dtype, jnp.float32)).astype(
-            w.dtype) if is_float(w) else w[0]
+        return (
+            jnp.mean(w, axis=0, dtype=jnp.promote_types(w.dtype, jnp.float32)).astype(w.dtype)
+            if is_float(w)
+            else w[0]
+        )
 
     return jax.tree.map(mean, models)
 
@@ -107,6 +113,7 @@ def cosines(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
       >>> round(float(geometry.angle(pairs["w"][0, 1])), 3)
       45.0
     """
+
     def cosine(gram):
         active = geometry.is_moved(gram)
         size = jnp.sqrt(jnp.where(active, geometry.squared_norms(gram), 1.0))
@@ -177,7 +184,8 @@ def plane_through(origin: Any, first: Any, second: Any) -> Plane:
 def plane_coordinates(plane: Plane, models: Any) -> jax.Array:
     """Coordinates [M, 2] of M models ([M, ...] a leaf), projected onto the plane."""
     both = jax.tree.map(
-        lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)]), plane.through, models)
+        lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)]), plane.through, models
+    )
     products = _total_gram(plane.origin, both)[:2, 2:]
     return jnp.sum(plane.axes[:, :, None] * products[None], axis=1).T
 
@@ -227,8 +235,14 @@ def random_point(
         for k, w in zip(keys, leaves, strict=True)
     ]
     return merge(
-        rules.rescale_to_norm, treedef.unflatten(leaves), treedef.unflatten(noisy), distances,
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, min_replicas=1,
+        rules.rescale_to_norm,
+        treedef.unflatten(leaves),
+        treedef.unflatten(noisy),
+        distances,
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        min_replicas=1,
     )[0]
 
 
@@ -246,6 +260,7 @@ def _axes(gram):
     height = jnp.sqrt(jnp.where(clear, height_square, 1.0))
     one = 1.0 / jnp.where(length > 0, length, 1.0)
     along = gram[0, 1] * one**2
-    axes = jnp.stack([jnp.stack([one, jnp.zeros_like(one)]),
-                      jnp.stack([-along / height, 1.0 / height])])
+    axes = jnp.stack(
+        [jnp.stack([one, jnp.zeros_like(one)]), jnp.stack([-along / height, 1.0 / height])]
+    )
     return jnp.where(clear, axes, 0.0)

@@ -126,11 +126,13 @@ def widest(params: Any) -> Any:
     """A tree with its floating arrays in the dtype of averages, float32 or float64."""
     return jax.tree.map(
         lambda w: w.astype(compute_dtype(w.dtype)) if is_float(w) else w,
-        jax.tree.map(jnp.asarray, params))
+        jax.tree.map(jnp.asarray, params),
+    )
 
 
 def toward(mean: Any, params: Any, share: Any) -> Any:
     """Move every floating array a share of the way to params'; the rest is params' own."""
+
     def step(mean, w):
         w = jnp.asarray(w)
         return blend(mean, w.astype(mean.dtype), share) if is_float(w) else w
@@ -147,7 +149,8 @@ def blend(a: jax.Array, b: jax.Array, share: Any) -> jax.Array:
 def rounded(mean: Any, params: Any) -> Any:
     """An average in the dtypes of params."""
     return jax.tree.map(
-        lambda m, w: cast(m, jnp.result_type(w)) if is_float(m) else m, mean, params)
+        lambda m, w: cast(m, jnp.result_type(w)) if is_float(m) else m, mean, params
+    )
 
 
 # SWAD: a dense average of one run's weights over the valley of its validation loss.
@@ -229,8 +232,20 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
         no = jnp.asarray(False)
         mean = jax.tree.map(lambda w: jnp.zeros((length, *w.shape), w.dtype), params)
         last = Segments(mean, jnp.zeros(length, jnp.int32), jnp.full(length, jnp.inf))
-        return SwadState(params, zero, last, params, zero, zero, zero,
-                         jnp.asarray(jnp.inf), zero, jnp.int32(-1), no, no)
+        return SwadState(
+            params,
+            zero,
+            last,
+            params,
+            zero,
+            zero,
+            zero,
+            jnp.asarray(jnp.inf),
+            zero,
+            jnp.int32(-1),
+            no,
+            no,
+        )
 
     def validate(state: SwadState, loss: Any) -> SwadState:
         oldest = jax.tree.map(lambda x: x[0], state.last.mean)
@@ -241,19 +256,24 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
         mean = jax.tree.map(_pushed, state.last.mean, state.open)
         validations, slot = state.validations + 1, jnp.arange(length)
 
-        recent = losses[length - n_s:]
-        found = (~state.converged & (validations >= n_s) & (recent[0] <= recent.min()))
-        ended = state.converged & (state.threshold < losses[length - n_e:].min())
+        recent = losses[length - n_s :]
+        found = ~state.converged & (validations >= n_s) & (recent[0] <= recent.min())
+        ended = state.converged & (state.threshold < losses[length - n_e :].min())
         count = jnp.where(found & (slot < length - n_s), 0, count)
         count = jnp.where(ended & (slot >= length - n_e), 0, count)
-        start = jnp.where(found, state.step - count[length - n_s:].sum(), state.start)
+        start = jnp.where(found, state.step - count[length - n_s :].sum(), state.start)
         total_count = jnp.where(found, 0, total_count)
         new = state._replace(
-            open_count=jnp.zeros_like(state.open_count), last=Segments(mean, count, losses),
-            total=total, total_count=total_count, validations=validations,
-            threshold=jnp.where(found, r * recent.mean(), state.threshold), start=start,
+            open_count=jnp.zeros_like(state.open_count),
+            last=Segments(mean, count, losses),
+            total=total,
+            total_count=total_count,
+            validations=validations,
+            threshold=jnp.where(found, r * recent.mean(), state.threshold),
+            start=start,
             end=jnp.where(ended, start + total_count + count.sum(), state.end),
-            converged=state.converged | found, done=ended,
+            converged=state.converged | found,
+            done=ended,
         )
         return jax.tree.map(lambda old, new: jnp.where(state.done, old, new), state, new)
 
@@ -264,13 +284,13 @@ def _swad_update(state: SwadState, params: Any) -> SwadState:
     more = jnp.logical_not(state.done)
     count = state.open_count + more
     share = jnp.where(more, 1.0 / jnp.maximum(count, 1), 0.0)
-    return state._replace(open=toward(state.open, params, share), open_count=count,
-                          step=state.step + 1)
+    return state._replace(
+        open=toward(state.open, params, share), open_count=count, step=state.step + 1
+    )
 
 
 def _swad_value(state: SwadState, params: Any) -> Any:
-    counts = jnp.concatenate(
-        [state.total_count[None], state.last.count, state.open_count[None]])
+    counts = jnp.concatenate([state.total_count[None], state.last.count, state.open_count[None]])
     nothing = counts.sum() == 0
     shares = counts.at[0].add(nothing) / jnp.maximum(counts.sum(), 1)
 
@@ -339,12 +359,16 @@ def twa_span(solutions: Any) -> TWASubspace:
     leaves = [jnp.asarray(w) for w in jax.tree.leaves(solutions)]
     leaves = [w for w in leaves if is_float(w) and w.size]
     if not leaves or any(len(w) != len(leaves[0]) for w in leaves):
-        raise UserError("solutions must be floating arrays with one leading axis of one length: "
-                        "pass stack_replicas([...])")
+        raise UserError(
+            "solutions must be floating arrays with one leading axis of one length: "
+            "pass stack_replicas([...])"
+        )
     basis = _orthonormal([w.astype(jnp.promote_types(w.dtype, jnp.float32)) for w in leaves])
     if on_this_host(basis) and not bool(jnp.isfinite(basis).all()):
-        raise UserError("the solutions are not linearly independent (two of them equal?), or not "
-                        "finite; leave some out")
+        raise UserError(
+            "the solutions are not linearly independent (two of them equal?), or not "
+            "finite; leave some out"
+        )
     return TWASubspace(solutions, basis)
 
 
@@ -353,7 +377,8 @@ def twa_init(span: TWASubspace) -> jax.Array:
     number = len(span.basis)
     # e = C w, so w's mean is the mean of the rows of C^-1.
     return in_float64(lambda c: jnp.linalg.solve(c.T, jnp.full(number, 1.0 / number, c.dtype)))(
-        span.basis)
+        span.basis
+    )
 
 
 def twa_params(span: TWASubspace, coordinates: Any) -> Any:
@@ -373,7 +398,8 @@ def twa_params(span: TWASubspace, coordinates: Any) -> Any:
 def twa_coefficients(span: TWASubspace, coordinates: Any) -> jax.Array:
     """Averaging weights beta [n] of w = sum_j beta_j w_j at coordinates [n]."""
     return in_float64(lambda c, basis: jnp.sum(c[:, None] * basis, axis=0))(
-        jnp.asarray(coordinates, span.basis.dtype), span.basis)
+        jnp.asarray(coordinates, span.basis.dtype), span.basis
+    )
 
 
 def _weighted(solutions, coefficients):
@@ -383,6 +409,7 @@ def _weighted(solutions, coefficients):
 @jax.jit
 def _orthonormal(leaves: list) -> jax.Array:
     """Gram-Schmidt from products alone: with W W^T = L L^T the basis is L^-1 W."""
+
     def invert(leaves):
         gram = functools.reduce(
             jnp.add,

@@ -156,8 +156,15 @@ def _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
     if not isinstance(ratio, jax.core.Tracer) and not 0.0 <= float(ratio) <= 1.0:
         raise UserError(f"the ratio (alpha) must lie in [0, 1], not {float(ratio):g}")
     merged, stats, _ = merge(
-        rules.fixed_ratio, pretrained, finetuned, shared=(ratio,),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
+        rules.fixed_ratio,
+        pretrained,
+        finetuned,
+        shared=(ratio,),
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        dtype=dtype,
+        min_replicas=1,
     )
     return merged, stats
 
@@ -208,11 +215,19 @@ def task_arithmetic(
     number = _number(finetuned)
     scale = _scale(scale)
     if scale.shape not in ((), (number,)):
-        raise UserError(f"scale is one number or one a replica, shape ({number},); "
-                        f"not {scale.shape}")
+        raise UserError(
+            f"scale is one number or one a replica, shape ({number},); not {scale.shape}"
+        )
     merged, stats, _ = merge(
-        rules.fixed_coefficients, pretrained, finetuned, shared=(jnp.broadcast_to(scale, number),),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
+        rules.fixed_coefficients,
+        pretrained,
+        finetuned,
+        shared=(jnp.broadcast_to(scale, number),),
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        dtype=dtype,
+        min_replicas=1,
     )
     return merged, stats
 
@@ -269,8 +284,15 @@ def ties(
     if share.shape not in ((), (number,)) or not ((share > 0) & (share <= 1)).all():
         raise UserError(f"density is a number in (0, 1], or {number} of them, not {density!r}")
     merged, stats, _ = merge(
-        rules.elected, pretrained, finetuned, shared=(scale,),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
+        rules.elected,
+        pretrained,
+        finetuned,
+        shared=(scale,),
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        dtype=dtype,
+        min_replicas=1,
         combine=partial(_trim, share, scale),
     )
     return merged, stats
@@ -356,9 +378,15 @@ def slerp(
         if not isinstance(t, jax.core.Tracer) and not 0.0 <= float(t) <= 1.0:
             raise UserError(f"t must lie in [0, 1], not {float(t):g}")
     merged, stats, _ = merge(
-        rules.spherical, pretrained, finetuned,
+        rules.spherical,
+        pretrained,
+        finetuned,
         shared=(jnp.asarray(shares, jnp.result_type(float)),),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype, min_replicas=1,
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        dtype=dtype,
+        min_replicas=1,
     )
     return merged, stats
 
@@ -405,12 +433,14 @@ def trim_threshold(pretrained: list, finetuned: list, *, parts: tuple, rank: tup
     By bisection on the bits, which count up with the magnitude: 31 counts over the unit's own
     axes. Exact, and unlike a sort it neither gathers a sharded tensor nor copies one.
     """
+
     def keeps_enough(step, least):
         trial = least | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
         count = sum(
             jnp.sum(
                 magnitude(*to_unit_shape(w0, w, part)) >= broadcast_to_unit(trial, part),
-                axis=tuple(1 + axis for axis in part.axes), dtype=jnp.float64,
+                axis=tuple(1 + axis for axis in part.axes),
+                dtype=jnp.float64,
             )
             for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
         )

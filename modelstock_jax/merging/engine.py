@@ -85,8 +85,9 @@ def merge(
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise UserError(f"dtype must be a floating dtype, not {jnp.dtype(dtype)}")
     if anchor_rounding not in ANCHOR_ROUNDING:
-        raise UserError(f"anchor_rounding must be one of {', '.join(ANCHOR_ROUNDING)}, not "
-                        f"{anchor_rounding!r}")
+        raise UserError(
+            f"anchor_rounding must be one of {', '.join(ANCHOR_ROUNDING)}, not {anchor_rounding!r}"
+        )
     parts = _assign(leaves, unit, num_heads, filter_axis)
     inputs = [leaves.treedef.flatten_up_to(extra) for extra in extras]
     merged: list[Any] = [None] * len(leaves.names)
@@ -102,7 +103,9 @@ def merge(
     moved, members = _by_unit(parts)
     grams: list[list[Any]] = []
     for group in members.values():
-        pairs = [_gram(leaves.pretrained[k], leaves.finetuned[k], unit_view=moved[k]) for k in group]
+        pairs = [
+            _gram(leaves.pretrained[k], leaves.finetuned[k], unit_view=moved[k]) for k in group
+        ]
         grams.append([gram for gram, _ in pairs])
         for k, (_, every) in zip(group, pairs, strict=True):
             finite[k] = every
@@ -111,13 +114,19 @@ def merge(
         energies, started = _rounding(leaves, members, moved, grams)
         method, own, shared = without_rounding(method), [[e] for e in energies], (started,)
     solved = solve_units(
-        method, grams,
-        [sum(moved[k].count for k in group) < 2 for group in members.values()], own, shared,
+        method,
+        grams,
+        [sum(moved[k].count for k in group) < 2 for group in members.values()],
+        own,
+        shared,
     )
     for group, solution in zip(members.values(), solved, strict=True):
         tensors = (combine or _add_up)(
-            [leaves.pretrained[k] for k in group], [leaves.finetuned[k] for k in group], solution,
-            [moved[k] for k in group], None if dtype is None else jnp.dtype(dtype),
+            [leaves.pretrained[k] for k in group],
+            [leaves.finetuned[k] for k in group],
+            solution,
+            [moved[k] for k in group],
+            None if dtype is None else jnp.dtype(dtype),
         )
         for k, tensor in zip(group, tensors, strict=True):
             solutions[k], merged[k] = solution, tensor
@@ -197,6 +206,7 @@ def unit_zeros(
     filter_axis: int = -1,
 ) -> Any:
     """A tree of zeros of each tensor's unit shape: state that is kept between merges."""
+
     def zeros(pretrained):
         one = jax.tree.map(lambda x: jnp.asarray(x)[None], pretrained)
         leaves = pair_leaves(pretrained, one, 1)
@@ -211,8 +221,11 @@ def unit_zeros(
 def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.UnitView | None]:
     """Parts of the tensors that a merge moves; None for those that it keeps."""
     moves = [is_float(w) and w.size > 0 for w in leaves.pretrained]
-    shapes = [(name, w.shape) for name, w, m in
-              zip(leaves.names, leaves.pretrained, moves, strict=True) if m]
+    shapes = [
+        (name, w.shape)
+        for name, w, m in zip(leaves.names, leaves.pretrained, moves, strict=True)
+        if m
+    ]
     if not shapes:
         return [None] * len(moves)
     found = iter(units.assign(shapes, unit, num_heads=num_heads, filter_axis=filter_axis))
@@ -239,7 +252,15 @@ def _nameless(part: units.UnitView) -> units.UnitView:
 
 def _add_up(pretrained, finetuned, solution, parts, dtype) -> list:
     return [
-        _apply(w0, w, solution.coefficient, solution.copy_replica, solution.keep_anchor, unit_view=part, dtype=dtype)
+        _apply(
+            w0,
+            w,
+            solution.coefficient,
+            solution.copy_replica,
+            solution.keep_anchor,
+            unit_view=part,
+            dtype=dtype,
+        )
         for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
     ]
 
@@ -262,8 +283,15 @@ def _kept_solution(num_replicas: int) -> UnitSolution:
     zero, none = jnp.zeros(()), jnp.zeros(num_replicas)
     undefined = jnp.full((), geometry.DISTANCE_UNDEFINED)
     return UnitSolution(
-        none, none > 0, zero == 0, jnp.full((), geometry.COSINE_UNDEFINED), zero, none,
-        geometry.Distances(undefined, undefined, undefined), jnp.int8(UnitOutcome.COPIED), None,
+        none,
+        none > 0,
+        zero == 0,
+        jnp.full((), geometry.COSINE_UNDEFINED),
+        zero,
+        none,
+        geometry.Distances(undefined, undefined, undefined),
+        jnp.int8(UnitOutcome.COPIED),
+        None,
     )
 
 
@@ -309,7 +337,9 @@ def solve_units(
 
 
 @functools.partial(jax.jit, static_argnames=("method", "is_scalar"))
-def _solve(grams, per_unit, shared, *, method: MergeRule, is_scalar: tuple[bool, ...]) -> UnitSolution:
+def _solve(
+    grams, per_unit, shared, *, method: MergeRule, is_scalar: tuple[bool, ...]
+) -> UnitSolution:
     """All units as one row, so that the algebra is compiled once and not once a tensor."""
     totals = [functools.reduce(jnp.add, group) for group in grams] or [jnp.zeros((2, 2, 0))]
     gram = jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in totals], axis=-1)
@@ -480,7 +510,8 @@ def check_finite(stats: Stats, pretrained: Any = None) -> None:
         raise NonFiniteError(
             f"{who}: tensor {leaf.name!r} holds NaN or infinity, or a movement too large for "
             "float32; mend it or leave it out",
-            replica, leaf.name,
+            replica,
+            leaf.name,
         )
 
 

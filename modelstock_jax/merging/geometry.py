@@ -265,8 +265,10 @@ def true_distance(measured, num_averaged, num_center, *, included=True):
     """
     share = num_averaged / num_center
     if included and share >= 1:
-        raise UserError(f"the mean of {num_averaged} of {num_center} models is the pseudo-center "
-                        "itself: it says nothing about its distance")
+        raise UserError(
+            f"the mean of {num_averaged} of {num_center} models is the pseudo-center "
+            "itself: it says nothing about its distance"
+        )
     return measured / math.sqrt(1.0 - share if included else 1.0 + share)
 
 

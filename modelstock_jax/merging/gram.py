@@ -41,6 +41,7 @@ def in_float64(function: Callable, derivative_of: Callable | None = None) -> Cal
       >>> float(widened(jnp.sum)(big))
       1.0
     """
+
     @jax.custom_jvp
     def evaluate(*args):
         dtype = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(args)))
@@ -92,9 +93,12 @@ def gram_matrix(pretrained, finetuned, unit_view):
       >>> gram_matrix(jnp.zeros(2), jnp.eye(2), Part("w", (2,), (0,))).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
+
     def products(anchor, tuned):
         deltas = tuned - anchor[None]
-        return jnp.sum(deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in unit_view.axes))
+        return jnp.sum(
+            deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in unit_view.axes)
+        )
 
     def in_one_pass(anchor, tuned):
         deltas = [replica - anchor for replica in tuned]
@@ -142,7 +146,9 @@ def _add_each(left, right):
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
-def add_task_vectors(pretrained, finetuned, coefficient, copy_replica, keep_anchor, *, unit_view, dtype):
+def add_task_vectors(
+    pretrained, finetuned, coefficient, copy_replica, keep_anchor, *, unit_view, dtype
+):
     """w0 + sum_i a_i d_i of one tensor, rounded once to `dtype`.
 
     Where the answer is one of the inputs it is selected, not computed.
@@ -172,7 +178,9 @@ def add_task_vectors(pretrained, finetuned, coefficient, copy_replica, keep_anch
         moved = sum(spread(a) * d for a, d in zip(coefficient, deltas, strict=True))
         return cast(anchor + moved, dtype)
 
-    merged = in_float64(combine)(*to_unit_shape(pretrained, finetuned, unit_view), coefficient).astype(dtype)
+    merged = in_float64(combine)(
+        *to_unit_shape(pretrained, finetuned, unit_view), coefficient
+    ).astype(dtype)
     for chosen, replica in zip(copy_replica, finetuned, strict=True):
         merged = jnp.where(spread(chosen), cast(replica, dtype).reshape(unit_view.view), merged)
     anchor = cast(pretrained, dtype).reshape(unit_view.view)
@@ -251,24 +259,36 @@ def pair_leaves(pretrained: Any, finetuned: Any, min_replicas: int = 2) -> Leave
     _same_names(anchor, tuned, "pretrained", "finetuned")
     treedef = jax.tree.structure(pretrained)
     if treedef != jax.tree.structure(finetuned):
-        raise UserError("pretrained and finetuned have the same names in different containers: "
-                        f"{treedef} and {jax.tree.structure(finetuned)}")
+        raise UserError(
+            "pretrained and finetuned have the same names in different containers: "
+            f"{treedef} and {jax.tree.structure(finetuned)}"
+        )
     anchor = {name: _array(leaf, name, "pretrained") for name, leaf in anchor.items()}
     tuned = {name: _array(leaf, name, "finetuned") for name, leaf in tuned.items()}
-    wrong = [n for n in anchor if tuned[n].ndim != anchor[n].ndim + 1
-             or tuned[n].shape[1:] != anchor[n].shape]
-    _refuse([f"{n} ({anchor[n].shape} and {tuned[n].shape})" for n in wrong],
-            "finetuned must have the shapes of pretrained behind a leading replica axis, as "
-            "stack_replicas makes it; not so")
+    wrong = [
+        n
+        for n in anchor
+        if tuned[n].ndim != anchor[n].ndim + 1 or tuned[n].shape[1:] != anchor[n].shape
+    ]
+    _refuse(
+        [f"{n} ({anchor[n].shape} and {tuned[n].shape})" for n in wrong],
+        "finetuned must have the shapes of pretrained behind a leading replica axis, as "
+        "stack_replicas makes it; not so",
+    )
     counts = {tuned[n].shape[0] for n in tuned}
     if len(counts) > 1:
-        raise UserError(f"the replica axis has different lengths in different tensors: "
-                        f"{sorted(counts)}")
+        raise UserError(
+            f"the replica axis has different lengths in different tensors: {sorted(counts)}"
+        )
     if min(counts) < min_replicas:
-        raise UserError(f"this merge needs at least {min_replicas} fine-tuned replicas, not {min(counts)}")
+        raise UserError(
+            f"this merge needs at least {min_replicas} fine-tuned replicas, not {min(counts)}"
+        )
     wrong = [n for n in anchor if is_float(anchor[n]) != is_float(tuned[n])]
-    _refuse([f"{n} ({anchor[n].dtype} and {tuned[n].dtype})" for n in wrong],
-            "floating point on one side and not on the other")
+    _refuse(
+        [f"{n} ({anchor[n].dtype} and {tuned[n].dtype})" for n in wrong],
+        "floating point on one side and not on the other",
+    )
     return Leaves(tuple(anchor), list(anchor.values()), list(tuned.values()), treedef, min(counts))
 
 
@@ -306,8 +326,10 @@ def _array(leaf: Any, name: str, side: str):
     array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
-        raise UserError(f"{side}: tensor {name!r} is {array.dtype}; merging takes floating point, "
-                        "and keeps integers and booleans")
+        raise UserError(
+            f"{side}: tensor {name!r} is {array.dtype}; merging takes floating point, "
+            "and keeps integers and booleans"
+        )
     # As JAX would take it: float64 is float32 unless jax_enable_x64 is on.
     return jnp.asarray(array)
 
@@ -316,8 +338,11 @@ def _same_names(a: dict, b: dict, a_side: str, b_side: str) -> None:
     if a.keys() == b.keys():
         return
     missing, extra = [n for n in a if n not in b], [n for n in b if n not in a]
-    told = [f"only in {side}: {listed(names, 5)}"
-            for side, names in ((a_side, missing), (b_side, extra)) if names]
+    told = [
+        f"only in {side}: {listed(names, 5)}"
+        for side, names in ((a_side, missing), (b_side, extra))
+        if names
+    ]
     raise UserError(f"{a_side} and {b_side} differ in structure; {'; '.join(told)}")
 
 

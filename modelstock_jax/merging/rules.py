@@ -87,8 +87,11 @@ def measure(gram) -> GramStats:
         cosine=geometry.cosine(gram),
         square=squares.sum(axis=0) / xp.maximum(number, 1.0),
         signal=geometry.mean_pairs(gram, active),
-        outcome=xp.where(active.all(axis=0), np.int8(UnitOutcome.INTERPOLATED),
-                        np.int8(UnitOutcome.UNCHANGED_MODELS_LEFT_OUT)),
+        outcome=xp.where(
+            active.all(axis=0),
+            np.int8(UnitOutcome.INTERPOLATED),
+            np.int8(UnitOutcome.UNCHANGED_MODELS_LEFT_OUT),
+        ),
     )
 
 
@@ -107,7 +110,9 @@ def solve_measured(gram, stats: GramStats, is_scalar, coefficient, outcome) -> U
     outcome = xp.where(one, np.int8(UnitOutcome.ONE_MODEL_CHANGED), outcome)
     outcome = xp.where(stats.number == 0, np.int8(UnitOutcome.UNCHANGED), outcome)
     keep_anchor = (coefficient == 0).all(axis=0)
-    return _solution(gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, outcome, fixed_ratio=False)
+    return _solution(
+        gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, outcome, fixed_ratio=False
+    )
 
 
 def solve_with_coefficients(gram, stats: GramStats, is_scalar, coefficient) -> UnitSolution:
@@ -119,7 +124,9 @@ def solve_with_coefficients(gram, stats: GramStats, is_scalar, coefficient) -> U
     return _solution(gram, stats, is_scalar, coefficient, nothing, still, outcome, fixed_ratio=True)
 
 
-def _solution(gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, outcome, *, fixed_ratio) -> UnitSolution:
+def _solution(
+    gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, outcome, *, fixed_ratio
+) -> UnitSolution:
     xp = geometry.namespace(gram)
     cosine = xp.where(is_scalar, geometry.COSINE_UNDEFINED, stats.cosine)
     # Without an angle the noise is still l^2 - |mu|^2.
@@ -127,14 +134,21 @@ def _solution(gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, ou
     similarity = xp.where(cosine > 1.0, stats.signal / safe, cosine)
     ratio = coefficient.sum(axis=0)
     distance = geometry.predicted_distances(
-        stats.square, stats.signal, similarity, xp.maximum(stats.number, 1.0), ratio,
-        fixed_ratio=fixed_ratio | is_scalar, squared_coefficients=(coefficient**2).sum(axis=0),
+        stats.square,
+        stats.signal,
+        similarity,
+        xp.maximum(stats.number, 1.0),
+        ratio,
+        fixed_ratio=fixed_ratio | is_scalar,
+        squared_coefficients=(coefficient**2).sum(axis=0),
     )
     distance = geometry.Distances(
         *(xp.where(stats.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
     )
     norm = geometry.positive_sqrt(geometry.squared_norms(gram))
-    return UnitSolution(coefficient, copy_replica, keep_anchor, cosine, ratio, norm, distance, outcome)
+    return UnitSolution(
+        coefficient, copy_replica, keep_anchor, cosine, ratio, norm, distance, outcome
+    )
 
 
 def equation_3(gram, is_scalar) -> UnitSolution:
@@ -174,6 +188,7 @@ def without_rounding(rule: Callable[..., UnitSolution]) -> Callable[..., UnitSol
     It takes two arrays more: E of the unit, [...], and whether training started from the rounded
     anchor, [] bool, in which case nothing is subtracted.
     """
+
     def solve(gram, single, energy, started):
         xp = geometry.namespace(gram)
         return rule(xp.where(started, gram, correct_gram(gram, energy)), single)
@@ -192,7 +207,9 @@ def fixed_coefficients(gram, is_scalar, coefficients) -> UnitSolution:
     """Coefficients that were given, shares [N], whatever the angles."""
     xp = geometry.namespace(gram)
     shares = xp.asarray(coefficients, gram.dtype).reshape((-1,) + (1,) * (gram.ndim - 2))
-    return solve_with_coefficients(gram, measure(gram), is_scalar, xp.broadcast_to(shares, gram.shape[1:]))
+    return solve_with_coefficients(
+        gram, measure(gram), is_scalar, xp.broadcast_to(shares, gram.shape[1:])
+    )
 
 
 def elected(gram, is_scalar, scale) -> UnitSolution:
@@ -240,8 +257,10 @@ def slerp_coefficients(square_from, square_to, product, t, straight=1.0 - 1e-6):
     cosine = xp.clip(product / xp.where(lengths > 0, lengths, 1.0), -1.0, 1.0)
     line = (xp.abs(cosine) > straight) | (lengths <= 0)
     omega = xp.arccos(xp.where(line, 0.0, cosine))
-    return (xp.where(line, 1.0 - t, xp.sin((1.0 - t) * omega) / xp.sin(omega)),
-            xp.where(line, t, xp.sin(t * omega) / xp.sin(omega)))
+    return (
+        xp.where(line, 1.0 - t, xp.sin((1.0 - t) * omega) / xp.sin(omega)),
+        xp.where(line, t, xp.sin(t * omega) / xp.sin(omega)),
+    )
 
 
 def rescale_to_norm(gram, is_scalar, length) -> UnitSolution:

@@ -79,8 +79,9 @@ def greedy_soup(
       ((1, 0), [1.5], -0.5)
     """
     if isinstance(candidates, Mapping):
-        raise UserError("candidates is one tree; give a list of trees, or of functions that load "
-                        "one")
+        raise UserError(
+            "candidates is one tree; give a list of trees, or of functions that load one"
+        )
     candidates = list(candidates)
     if not candidates:
         raise UserError("a greedy soup needs at least one candidate")
@@ -123,16 +124,19 @@ def _load(candidates: list, index: int, like: Any) -> Any:
         check_alike(like, tree, "the anchor or the best candidate", who)
     for name, array in named_leaves(tree).items():
         if is_float(array) and not bool(jnp.isfinite(array).all()):
-            raise NonFiniteError(f"{who}: tensor {name!r} holds NaN or infinity; leave it out",
-                                 index, name)
+            raise NonFiniteError(
+                f"{who}: tensor {name!r} holds NaN or infinity; leave it out", index, name
+            )
     return tree
 
 
 def _scored(score: Callable[[Any], float], tree: Any, index: int) -> float:
     value = float(score(tree))
     if math.isnan(value):
-        raise UserError(f"the score of candidate {index} (counted from 0), or of a soup with it, "
-                        "is NaN; a score must be a number, higher for a better model")
+        raise UserError(
+            f"the score of candidate {index} (counted from 0), or of a soup with it, "
+            "is NaN; a score must be a number, higher for a better model"
+        )
     return value
 
 
@@ -141,4 +145,5 @@ def _stir(mean, new, count):
     """Mean of count + 1 models, from that of count and one more."""
     share = 1.0 / (jnp.asarray(count, mean.dtype) + 1.0)
     return in_float64(lambda mean, new, share: mean + share * (new - mean))(
-        mean, new.astype(mean.dtype), share)
+        mean, new.astype(mean.dtype), share
+    )

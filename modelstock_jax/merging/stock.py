@@ -89,8 +89,13 @@ def model_stock(
       (0.667, [0.5, 0.289])
     """
     merged, stats, _ = merge(
-        equation_3, pretrained, finetuned,
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
+        equation_3,
+        pretrained,
+        finetuned,
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        dtype=dtype,
         anchor_rounding=anchor_rounding,
     )
     return merged, stats
@@ -141,8 +146,13 @@ def weighted_model_stock(
       [0.526, 0.474, 0.158]
     """
     merged, stats, _ = merge(
-        noise_weights, pretrained, finetuned,
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
+        noise_weights,
+        pretrained,
+        finetuned,
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        dtype=dtype,
         anchor_rounding=anchor_rounding,
     )
     return merged, stats
@@ -233,9 +243,15 @@ def model_stock_carried(
     if noise is None:
         noise = init_noise(pretrained, unit, num_heads=num_heads, filter_axis=filter_axis)
     return merge(
-        shrink_by_carried_noise, pretrained, finetuned, noise,
+        shrink_by_carried_noise,
+        pretrained,
+        finetuned,
+        noise,
         shared=(jnp.asarray(shrink, bool),),
-        unit=unit, num_heads=num_heads, filter_axis=filter_axis, dtype=dtype,
+        unit=unit,
+        num_heads=num_heads,
+        filter_axis=filter_axis,
+        dtype=dtype,
     )
 
 

@@ -43,9 +43,7 @@ _ATTENTION = re.compile(
 )
 _BLOCK = re.compile(r"(?P<block>(?:.*?\.)?(?:layers|layer|blocks|resblocks|h)\.(?:block_)?\d+)\.")
 # Tables and bare matrices that PyTorch, too, stores with the output axis last.
-_OUTPUT_LAST = re.compile(
-    r"(?:.*\.)?(?:(?:\w*embed\w*|wte|wpe)(?:\.weight)?|text_projection|proj)"
-)
+_OUTPUT_LAST = re.compile(r"(?:.*\.)?(?:(?:\w*embed\w*|wte|wpe)(?:\.weight)?|text_projection|proj)")
 
 
 def role(name: str) -> str:
@@ -278,8 +276,10 @@ def _lookup(num_heads: int | Mapping[str, int], name: str) -> int:
     if isinstance(num_heads, Mapping):
         fitting = [p for p in num_heads if p in ("", name) or name.startswith(p + ".")]
         if not fitting:
-            raise UserError(f"num_heads has no entry for {name}; its keys begin names, like "
-                            f"{name.split('.')[0]!r}")
+            raise UserError(
+                f"num_heads has no entry for {name}; its keys begin names, like "
+                f"{name.split('.')[0]!r}"
+            )
         num_heads = num_heads[max(fitting, key=len)]
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise UserError(f"num_heads must be a positive whole number, not {num_heads!r}")

@@ -151,9 +151,13 @@ def read_model(model: dict[str, Any]) -> CLIPConfig:
     vision, text = section(model, "vision_cfg"), section(model, "text_cfg")
     if isinstance(vision.get("layers"), list):
         raise UserError("vision_cfg.layers is a list: a ResNet; only vision transformers open.")
-    check_unsupported(model, _MODEL, "model_cfg", ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg"))
+    check_unsupported(
+        model, _MODEL, "model_cfg", ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg")
+    )
     sizes = ("layers", "width", "mlp_ratio", "norm_kwargs")
-    check_unsupported(vision, _VISION, "vision_cfg", (*sizes, "head_width", "patch_size", "image_size"))
+    check_unsupported(
+        vision, _VISION, "vision_cfg", (*sizes, "head_width", "patch_size", "image_size")
+    )
     text_sizes = (*sizes, "heads", "context_length", "vocab_size", "pool_type", "eos_id")
     check_unsupported(text, _TEXT, "text_cfg", text_sizes)
     if not isinstance(quick := model.get("quick_gelu", False), bool):

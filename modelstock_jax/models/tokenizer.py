@@ -176,7 +176,10 @@ def build(
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(
         # pyrefly: ignore [bad-argument-type]  # Pairs are taken too, and are what a file has.
-        vocab=vocabulary, merges=merges, model_max_length=context_length, **names
+        vocab=vocabulary,
+        merges=merges,
+        model_max_length=context_length,
+        **names,
     )
     with new_directory(directory) as beside:
         tokenizer.save_pretrained(beside)

@@ -287,7 +287,12 @@ def _bars(axes: Axes, values: Sequence[Sequence[float]], colors: Sequence[str]) 
     shown = spread > 0
     if shown.any():
         axes.errorbar(
-            x[shown], mean[shown], spread[shown], fmt="none", ecolor=BLACK, elinewidth=1.1,
+            x[shown],
+            mean[shown],
+            spread[shown],
+            fmt="none",
+            ecolor=BLACK,
+            elinewidth=1.1,
             capsize=min(2.0, 60 / len(values)),
         )
     axes.set_xlim(-0.8, len(values) - 0.2)
@@ -368,8 +373,9 @@ def _scale_norms(panels: Sequence[Axes], *, bars: bool = False) -> None:
     """From 0 on; on a logarithmic scale where norms differ much and are not drawn as bars."""
     first = panels[0]
     first.set_ylabel(r"norm of $d_i$ / $\sqrt{n}$")
-    lowest, highest = (f(getattr(axes.dataLim, side) for axes in panels)
-                       for f, side in ((min, "y0"), (max, "y1")))
+    lowest, highest = (
+        f(getattr(axes.dataLim, side) for axes in panels) for f, side in ((min, "y0"), (max, "y1"))
+    )
     if not bars and 0 < 20 * lowest < highest < math.inf:
         first.set_yscale("log")
     else:
@@ -411,9 +417,7 @@ def id_against_shifts(
     rows = [row for row in rows if row.get("avg_shifts") is not None]
     every = [Point(s, s.id, s.avg_shifts) for s in summarize(rows) if s.avg_shifts is not None]
     # Other merge units crowd around the run's own: they are for the table.
-    points = [
-        one for one in every if one.summary.method != "wise_ft" and one.summary.unit is None
-    ]
+    points = [one for one in every if one.summary.method != "wise_ft" and one.summary.unit is None]
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()

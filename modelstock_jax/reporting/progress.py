@@ -90,9 +90,7 @@ class Progress:
                 transient=self.transient,
             )
             total = self._total if self.total_known else None
-            self._task = self._bar.add_task(
-                self._title, total=total, completed=self._done, text=""
-            )
+            self._task = self._bar.add_task(self._title, total=total, completed=self._done, text="")
             self._bar.start()
         return self
 

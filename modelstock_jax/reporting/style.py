@@ -189,9 +189,7 @@ def place(
     return placed
 
 
-def _settle(
-    text: Annotation, cost: Callable[[Bbox], float], pixel: float
-) -> tuple[float, Bbox]:
+def _settle(text: Annotation, cost: Callable[[Bbox], float], pixel: float) -> tuple[float, Bbox]:
     """Moves a label to the place that costs least: its distance from the point, and its box."""
 
     def move(radius: float, turn: int) -> Bbox:
@@ -247,9 +245,7 @@ def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> Non
                 text.remove()
 
 
-def _cost(
-    box: Bbox, taken: Sequence[Bbox], dots: np.ndarray, frame: Bbox, pixel: float
-) -> float:
+def _cost(box: Bbox, taken: Sequence[Bbox], dots: np.ndarray, frame: Bbox, pixel: float) -> float:
     cost = 0.0
     for other in taken:
         common = Bbox.intersection(box, other)

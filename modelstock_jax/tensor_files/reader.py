@@ -117,9 +117,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         shape = self.shape(name)
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
-    def read(
-        self, name: str, start: int, stop: int, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Reads elements [start, stop) of a flattened tensor; any thread may.
 
         Args:
@@ -339,7 +337,12 @@ def _close(descriptors: dict[Path, int]) -> None:
 
 # Bits of a number of each dtype of the format.
 BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "C64": 64,
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "C64": 64,
     **{code: 8 for code in ("F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "I8", "U8")},
     **{code: 16 for code in ("BF16", "F16", "I16", "U16")},
     **{f"{kind}{bits}": bits for kind in "FIU" for bits in (32, 64)},
@@ -497,8 +500,10 @@ def _entry(entry: Any, begin: int) -> Entry:
         raise _Broken(f"data_offsets {_short(offsets)} are no two numbers of at least 0")
     start, stop = offsets
     if (size := num_bytes(code, tuple(shape))) != stop - start:
-        raise _Broken(f"{code}{_short(shape)} takes {size} bytes, data_offsets "
-                      f"{_short(offsets)} give {_short(stop - start)}")
+        raise _Broken(
+            f"{code}{_short(shape)} takes {size} bytes, data_offsets "
+            f"{_short(offsets)} give {_short(stop - start)}"
+        )
     return Entry(code, tuple(shape), begin + start, begin + stop)
 
 
@@ -511,8 +516,9 @@ def _check_places(tensors: dict[str, Entry], begin: int, size: int) -> None:
     place = begin
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.stop > size:
-            raise _Broken(f"tensor {_short(name)} ends at byte {entry.stop}, the file at {size}; "
-                          "cut short?")
+            raise _Broken(
+                f"tensor {_short(name)} ends at byte {entry.stop}, the file at {size}; cut short?"
+            )
         if entry.start != place:
             what = "overlaps the one before it" if entry.start < place else "leaves a hole before"
             raise _Broken(f"tensor {_short(name)} {what}")

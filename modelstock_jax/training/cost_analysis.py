@@ -62,7 +62,9 @@ class Memory:
         return max(self.step, self.merge)
 
 
-def memory(programs: StepFunctions, compiled: dict[str, jax.stages.Compiled], batch: PyTree) -> Memory:
+def memory(
+    programs: StepFunctions, compiled: dict[str, jax.stages.Compiled], batch: PyTree
+) -> Memory:
     """Reads the compiler's own account of the step and the merge.
 
     Temporary memory is the compiler's for the device it compiled for: an analysis made on a CPU

@@ -75,7 +75,9 @@ def check_merge(config: ConfigDict) -> None:
     ):
         check_choice(f"merge.{name}", config[name], known)
     if config.method != "model_stock" and config.carry_noise != "off":
-        raise UserError("merge.carry_noise needs merge.method='model_stock': a mean shrinks nothing")
+        raise UserError(
+            "merge.carry_noise needs merge.method='model_stock': a mean shrinks nothing"
+        )
 
 
 def make_merge(

@@ -18,7 +18,12 @@ AXES = ("replica", "data")
 
 
 def make_mesh(
-    replica: int, data: int, *, num_replicas: int, batch_size: int, gradient_accumulation_steps: int = 1
+    replica: int,
+    data: int,
+    *,
+    num_replicas: int,
+    batch_size: int,
+    gradient_accumulation_steps: int = 1,
 ) -> Mesh:
     """A mesh ("replica", "data") over all devices, or over the first replica x data of them.
 
@@ -111,7 +116,11 @@ def mesh_shape(
         )
     part = batch_size // gradient_accumulation_steps
     if part % data:
-        whole = f" / gradient_accumulation_steps={gradient_accumulation_steps}" if gradient_accumulation_steps > 1 else ""
+        whole = (
+            f" / gradient_accumulation_steps={gradient_accumulation_steps}"
+            if gradient_accumulation_steps > 1
+            else ""
+        )
         raise UserError(f"mesh.data={data} does not divide batch_size={batch_size}{whole}")
     return replica, data
 
@@ -241,7 +250,9 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
 
     def global_array(value):
         sizes = zip(value.shape, axes, here, strict=False)
-        return make_global_array(sharding, value, tuple(n * axis // mine for n, axis, mine in sizes))
+        return make_global_array(
+            sharding, value, tuple(n * axis // mine for n, axis, mine in sizes)
+        )
 
     return {name: global_array(value) for name, value in batch.items()}
 
@@ -266,7 +277,9 @@ def local_indices(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.n
     return tuple(np.unique(np.concatenate(ranges)) for ranges in dims)
 
 
-def make_global_array(sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+def make_global_array(
+    sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]
+) -> jax.Array:
     """The global array of which this process gives what it holds.
 
     Args:

@@ -34,7 +34,9 @@ from modelstock_jax.training.step_fns import Task
 PyTree = Any
 
 
-def linear_probe(config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path) -> Classifier:
+def linear_probe(
+    config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path
+) -> Classifier:
     """The first phase of LP-FT (Kumar et al. 2022): the head alone, the tower as it is.
 
     The second phase is a fine-tuning like any other, from what this returns.

@@ -72,7 +72,10 @@ def make_train_step(
         drawn = augment(key, batch | hyper)
         batch = {name: value for name, value in drawn.items() if name not in hyper}
         loss, grads, metrics = mean_gradient(
-            lambda params, part: loss_fn(params, part, own), params, batch, gradient_accumulation_steps
+            lambda params, part: loss_fn(params, part, own),
+            params,
+            batch,
+            gradient_accumulation_steps,
         )
         rate = schedule(step, hyper)
         updates, moments = tx.update(

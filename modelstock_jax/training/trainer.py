@@ -99,7 +99,9 @@ class Trainer:
                     with timeline.phase("data"):
                         batch = put_batch(programs.mesh, next(batches))
                     with timeline.phase("train"):
-                        state, values = block_on_multihost_cpu(programs.step(state, batch, reference))
+                        state, values = block_on_multihost_cpu(
+                            programs.step(state, batch, reference)
+                        )
                         record.step(step, values)
                     merging = self.merge_steps and (step % self.merge_steps == 0 or step == last)
                     stopping = interruption.should_stop(step)

@@ -46,8 +46,7 @@ def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str =
     of_kind = angles_by_kind(found)
     # One number a tensor, or a seed's own pair.
     own = {
-        what: own_pairs(np.mean(angles, axis=0).tolist(), count)
-        for what, angles in of_kind.items()
+        what: own_pairs(np.mean(angles, axis=0).tolist(), count) for what, angles in of_kind.items()
     }
     claims = [
         Claim(

@@ -126,9 +126,7 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
 
 def _say(setup: Setup, values: Values) -> StudyReport:
     curves = {
-        (name, seed): curve(values, name, seed, _ALPHAS)
-        for name in _NAMES
-        for seed in setup.seeds
+        (name, seed): curve(values, name, seed, _ALPHAS) for name in _NAMES for seed in setup.seeds
     }
     rows, claims, notes = _against_rivals(setup, curves)
     tables = [

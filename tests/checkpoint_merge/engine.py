@@ -43,15 +43,23 @@ def models(shapes=SHAPES, number=2, dtype=np.float32, size=0.1, seed=0) -> list[
     rng = np.random.default_rng(seed)
     base = {n: np.asarray(rng.standard_normal(s)).astype(dtype) for n, s in shapes.items()}
     common = {n: rng.standard_normal(s) for n, s in shapes.items()}
-    return [base, *(
-        {n: np.asarray(w.astype(np.float64) + size * (common[n] + rng.standard_normal(w.shape)))
-            .astype(dtype) for n, w in base.items()}
-        for _ in range(number)
-    )]
+    return [
+        base,
+        *(
+            {
+                n: np.asarray(
+                    w.astype(np.float64) + size * (common[n] + rng.standard_normal(w.shape))
+                ).astype(dtype)
+                for n, w in base.items()
+            }
+            for _ in range(number)
+        ),
+    ]
 
 
-def save(root: Path, given: Sequence[Model], configs: Sequence[Mapping] | None = None,
-         shard: int = 10**9) -> list[Path]:
+def save(
+    root: Path, given: Sequence[Model], configs: Sequence[Mapping] | None = None, shard: int = 10**9
+) -> list[Path]:
     """Writes `base`, `ft1`, ... with a config each."""
     places = []
     for i, model in enumerate(given):
@@ -69,7 +77,9 @@ def plan(places: Sequence[Path], **options) -> Plan:
     return make_plan(base, [open_source(str(p), base) for p in places[1:]], Options(**options))
 
 
-def merge(root: Path, given: Sequence[Model], out="out", **options) -> tuple[TensorFiles, MergeResult]:
+def merge(
+    root: Path, given: Sequence[Model], out="out", **options
+) -> tuple[TensorFiles, MergeResult]:
     """Saves models, merges them, and opens the result."""
     report = run(plan(save(root, given), **options), root / out)
     return TensorFiles(root / out), report
@@ -89,8 +99,9 @@ def stock_ratio(d: np.ndarray) -> float:
     """Equation 3 on task vectors [N, n]."""
     number = len(d)
     lengths = np.sqrt((d**2).sum(axis=1))
-    cosine = np.mean([d[i] @ d[j] / lengths[i] / lengths[j]
-                      for i in range(number) for j in range(i)])
+    cosine = np.mean(
+        [d[i] @ d[j] / lengths[i] / lengths[j] for i in range(number) for j in range(i)]
+    )
     return max(0.0, number * cosine / (1 + (number - 1) * cosine))
 
 

@@ -37,9 +37,13 @@ RECIPES = {
     "model_stock_3": _recipe("model_stock", {"ft1": {}, "ft2": {}, "ft3": {}}),
     "linear": _recipe("linear", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}}, base=None),
     "task_arithmetic": _recipe(
-        "task_arithmetic", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}}, **{"lambda": 0.9}),
-    "ties": _recipe("ties", {"ft1": {"weight": 0.7, "density": 0.5},
-                             "ft2": {"weight": 0.4, "density": 0.3}}, normalize=True),
+        "task_arithmetic", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}}, **{"lambda": 0.9}
+    ),
+    "ties": _recipe(
+        "ties",
+        {"ft1": {"weight": 0.7, "density": 0.5}, "ft2": {"weight": 0.4, "density": 0.3}},
+        normalize=True,
+    ),
     "slerp": _recipe("slerp", {"base": {}, "ft1": {}}, t=0.3),
 }
 
@@ -90,12 +94,23 @@ def _draw() -> dict[str, dict[str, np.ndarray]]:
 
 def made(folder: Path, name: str) -> dict[str, np.ndarray]:
     """What the mergekit of MERGEKIT_PYTHON's environment makes of a recipe."""
-    command = [os.path.abspath(os.environ["MERGEKIT_PYTHON"]), "-m", "mergekit.scripts.run_yaml",
-               write_recipe(folder, name), folder / f"theirs_{name}", "--no-copy-tokenizer"]
+    command = [
+        os.path.abspath(os.environ["MERGEKIT_PYTHON"]),
+        "-m",
+        "mergekit.scripts.run_yaml",
+        write_recipe(folder, name),
+        folder / f"theirs_{name}",
+        "--no-copy-tokenizer",
+    ]
     # Its environment is its own: nothing of ours is on its path.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=folder, env=environment | {"HF_HUB_OFFLINE": "1"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"mergekit failed:\n{done.stderr}")
     return dict(TensorFiles(folder / f"theirs_{name}"))

@@ -51,8 +51,9 @@ def llama_shapes() -> dict[str, tuple[int, ...]]:
 def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 tensors."""
     rng = np.random.default_rng(seed)
-    return {n: rng.standard_normal(s).astype(np.float32) * np.float32(0.2)
-            for n, s in shapes.items()}
+    return {
+        n: rng.standard_normal(s).astype(np.float32) * np.float32(0.2) for n, s in shapes.items()
+    }
 
 
 def moved(base: Mapping[str, np.ndarray], seed: int, cosine: float = 0.5) -> dict[str, np.ndarray]:
@@ -65,8 +66,12 @@ def moved(base: Mapping[str, np.ndarray], seed: int, cosine: float = 0.5) -> dic
     }  # fmt: skip
 
 
-def save(directory: Path, tensors: Mapping[str, np.ndarray], config: Mapping | None = None,
-         max_shard_bytes: int = 10**9) -> Path:
+def save(
+    directory: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping | None = None,
+    max_shard_bytes: int = 10**9,
+) -> Path:
     """Writes a checkpoint with a config, a tokenizer's files, and a pickle and code to ignore."""
     directory.mkdir(parents=True, exist_ok=True)
     write_directory_tensors(directory, tensors, max_shard_bytes)
@@ -86,8 +91,9 @@ def llama(root: Path, count: int = 2) -> list[Path]:
     """A base and its fine-tunes, in directories `base`, `ft1`, ..."""
     base = weights(llama_shapes())
     models = [base, *(moved(base, seed) for seed in range(1, count + 1))]
-    return [save(root / (f"ft{i}" if i else "base"), tensors, LLAMA)
-            for i, tensors in enumerate(models)]
+    return [
+        save(root / (f"ft{i}" if i else "base"), tensors, LLAMA) for i, tensors in enumerate(models)
+    ]
 
 
 def adapter(directory: Path, tensors: Mapping[str, np.ndarray], **config) -> Path:

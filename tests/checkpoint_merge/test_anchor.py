@@ -25,9 +25,18 @@ def trained(base, size, cosine, number=2, seed=1):
     """Fine-tunes with task vectors of a length relative to the weights and a given cosine."""
     rng = np.random.default_rng(seed)
     common = {n: rng.standard_normal(w.shape) for n, w in base.items()}
-    return [{n: (w + size * np.sqrt(np.mean(w**2)) * (
-        cosine**0.5 * common[n] + (1 - cosine) ** 0.5 * rng.standard_normal(w.shape)
-    )) for n, w in base.items()} for _ in range(number)]
+    return [
+        {
+            n: (
+                w
+                + size
+                * np.sqrt(np.mean(w**2))
+                * (cosine**0.5 * common[n] + (1 - cosine) ** 0.5 * rng.standard_normal(w.shape))
+            )
+            for n, w in base.items()
+        }
+        for _ in range(number)
+    ]
 
 
 def original(seed=0):
@@ -131,8 +140,9 @@ def test_tensors_that_did_not_move_are_untouched(tmp_path):
     places = save(tmp_path, [rounded, *tuned])
     assert run(places, tmp_path / "out", "--anchor-rounding", "correct", "--dtype", "float32") == 0
     merged = TensorFiles(tmp_path / "out")
-    np.testing.assert_array_equal(merged["layers.1.norm.weight"],
-                                  rounded["layers.1.norm.weight"].astype(np.float32))
+    np.testing.assert_array_equal(
+        merged["layers.1.norm.weight"], rounded["layers.1.norm.weight"].astype(np.float32)
+    )
     # All fine-tunes are equal: their weights, which the base only rounded.
     name = "layers.0.mlp.up.weight"
     np.testing.assert_allclose(merged[name], tuned[0][name], rtol=0, atol=1e-7)
@@ -142,8 +152,9 @@ def test_tensors_that_did_not_move_are_untouched(tmp_path):
 @pytest.mark.parametrize(("size", "cosine"), [(3e-4, 0.9), (1e-3, 0.0), (1e-3, 0.5), (0.1, 0.2)])
 def test_ratios_stay_in_range(tmp_path, size, cosine, unit):
     base = original()
-    places = save(tmp_path, [cast(base, BF16),
-                             *(cast(m, np.float32) for m in trained(base, size, cosine, 3))])
+    places = save(
+        tmp_path, [cast(base, BF16), *(cast(m, np.float32) for m in trained(base, size, cosine, 3))]
+    )
     assert run(places, tmp_path / "out", "--anchor-rounding", "correct", "--unit", unit) == 0
     ratios = [u["ratio"] for u in report(tmp_path / "out")["units"]]
     assert all(0 <= ratio <= 1 for ratio in ratios)
@@ -152,8 +163,9 @@ def test_ratios_stay_in_range(tmp_path, size, cosine, unit):
 def test_adapters_hold_no_rounding_of_their_base(tmp_path, capsys):
     base = cast(original(), BF16)
     (place,) = save(tmp_path, [base])
-    adapters = [adapter(tmp_path / f"lora{k}", factors("layers.0.mlp.up", 96, 96, seed=k))
-                for k in (1, 2)]
+    adapters = [
+        adapter(tmp_path / f"lora{k}", factors("layers.0.mlp.up", 96, 96, seed=k)) for k in (1, 2)
+    ]
     assert run([place, *adapters], tmp_path / "out") == 0
     assert "--anchor-rounding" not in capsys.readouterr().err
     assert report(tmp_path / "out")["anchor_rounding"] is None
@@ -201,8 +213,9 @@ def test_a_base_that_is_not_the_first(tmp_path, capsys, number, cosine, place):
 @pytest.mark.parametrize("size", [1e-3, 0.02, 0.3])
 def test_a_true_base_raises_no_alarm(tmp_path, capsys, number, cosine, size):
     base = original(seed=number)
-    places = save(tmp_path, [cast(m, np.float32)
-                             for m in (base, *trained(base, size, cosine, number))])
+    places = save(
+        tmp_path, [cast(m, np.float32) for m in (base, *trained(base, size, cosine, number))]
+    )
     assert run(places, tmp_path / "out", "--dry-run") == 0
     assert "note:" not in capsys.readouterr().err
 
@@ -213,8 +226,10 @@ def test_fine_tunes_of_unequal_learning_rates_raise_no_alarm(tmp_path, capsys, l
     """Another model may be equally far from the others by chance, but not in every tensor."""
     base, rng = original(), np.random.default_rng(4)
     tuned = trained(base, 0.02, cosine, len(lengths))
-    tuned = [{n: base[n] + length * rng.uniform(0.85, 1.15) * (w - base[n]) for n, w in m.items()}
-             for m, length in zip(tuned, lengths, strict=True)]
+    tuned = [
+        {n: base[n] + length * rng.uniform(0.85, 1.15) * (w - base[n]) for n, w in m.items()}
+        for m, length in zip(tuned, lengths, strict=True)
+    ]
     places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
     assert run(places, tmp_path / "out", "--dry-run") == 0
     assert "note:" not in capsys.readouterr().err
@@ -231,11 +246,13 @@ def test_a_head_that_did_not_start_from_the_bases(tmp_path, capsys):
     assert run(places, tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "note: classifier.weight " in said and said.count("note:") == 1
-    assert run(places, tmp_path / "mean", "--exclude", "classifier.weight",
-               "--excluded", "mean") == 0
+    assert (
+        run(places, tmp_path / "mean", "--exclude", "classifier.weight", "--excluded", "mean") == 0
+    )
     mean = np.mean([m["classifier.weight"].astype(np.float32) for m in tuned], axis=0)
-    np.testing.assert_allclose(TensorFiles(tmp_path / "mean")["classifier.weight"], mean,
-                               rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        TensorFiles(tmp_path / "mean")["classifier.weight"], mean, rtol=0, atol=1e-6
+    )
 
 
 def test_layers_that_were_replaced(tmp_path, capsys):

@@ -25,8 +25,18 @@ def test_a_folder_that_is_gone_is_named(tmp_path):
 
 def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
-    names = ["LICENSE", "LICENCE.md", "NOTICE", "USE_POLICY.md", "config.json", "merges.txt",
-             "tokenizer.model", "chat_template.jinja", "vocab.tiktoken", "spiece.spm"]
+    names = [
+        "LICENSE",
+        "LICENCE.md",
+        "NOTICE",
+        "USE_POLICY.md",
+        "config.json",
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "vocab.tiktoken",
+        "spiece.spm",
+    ]
     for place in (base, out):
         place.mkdir()
     for name in (*names, "modeling.py", "notes.md"):

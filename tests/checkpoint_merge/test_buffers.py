@@ -23,17 +23,25 @@ BUFFERS = {
 }
 
 
-@pytest.mark.parametrize("dtypes", [
-    (np.float32,) * 3, (np.float16,) * 3, (np.int64, np.float32, np.int64),
-    (np.float32, np.int64, np.int32), (np.float32, np.float16, np.float32),
-])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (np.float32,) * 3,
+        (np.float16,) * 3,
+        (np.int64, np.float32, np.int64),
+        (np.float32, np.int64, np.int32),
+        (np.float32, np.float16, np.float32),
+    ],
+)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_buffers_are_the_bases_bit_for_bit(tmp_path, dtypes, dtype):
     places = []
     for k, model in enumerate(models({"w": (4, 4)})):
         # Each model's numbers differ: as rounded by another library, or moved by a merge before.
-        buffers = {name: np.asarray(values + k).astype(stored(values, dtypes[k]))
-                   for name, values in BUFFERS.items()}
+        buffers = {
+            name: np.asarray(values + k).astype(stored(values, dtypes[k]))
+            for name, values in BUFFERS.items()
+        }
         places.append(tmp_path / str(k))
         places[-1].mkdir()
         write_directory_tensors(places[-1], model | buffers)
@@ -73,8 +81,10 @@ def test_variances_stay_positive(tmp_path, capsys, method):
     base = {"w": rng.standard_normal((8, 8)), "bn.running_var": np.full(8, 0.5)}
     places = []
     for k in range(3):
-        model = {"w": base["w"] + 0.1 * rng.standard_normal((8, 8)) * (k > 0),
-                 "bn.running_var": np.full(8, 0.5 if k == 0 else 0.2 + 0.01 * k)}
+        model = {
+            "w": base["w"] + 0.1 * rng.standard_normal((8, 8)) * (k > 0),
+            "bn.running_var": np.full(8, 0.5 if k == 0 else 0.2 + 0.01 * k),
+        }
         places.append(tmp_path / str(k))
         places[-1].mkdir()
         write_directory_tensors(places[-1], {n: w.astype(np.float32) for n, w in model.items()})
@@ -85,20 +95,33 @@ def test_variances_stay_positive(tmp_path, capsys, method):
     assert ("extrapolation" in capsys.readouterr().err) is (method != "stock")
 
 
-@pytest.mark.parametrize(("name", "shape"), [
-    ("vit.embeddings.mask_token", (1, 1, 8)), ("rope.freqs", (2, 4, 8)), ("q.bias", (8,)),
-    ("h.0.attn.bias", (12,)), ("attn.relative_position_bias_table", (49, 4)),
-    ("embeddings.position_embedding.weight", (77, 8)), ("index_proj.weight", (8, 8)),
-])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("vit.embeddings.mask_token", (1, 1, 8)),
+        ("rope.freqs", (2, 4, 8)),
+        ("q.bias", (8,)),
+        ("h.0.attn.bias", (12,)),
+        ("attn.relative_position_bias_table", (49, 4)),
+        ("embeddings.position_embedding.weight", (77, 8)),
+        ("index_proj.weight", (8, 8)),
+    ],
+)
 def test_weights_are_no_buffers(name, shape):
     assert not is_index(name, shape)
 
 
-@pytest.mark.parametrize(("name", "shape", "integer", "expected"), [
-    ("bn.num_batches_tracked", (), True, True), ("whatever", (1,), True, True),
-    ("model_ema.num_updates", (), False, True), ("n_averaged", (), True, True),
-    ("logit_scale", (), False, False), ("bn.num_batches_tracked", (4,), False, False),
-    ("discount", (), False, False),
-])
+@pytest.mark.parametrize(
+    ("name", "shape", "integer", "expected"),
+    [
+        ("bn.num_batches_tracked", (), True, True),
+        ("whatever", (1,), True, True),
+        ("model_ema.num_updates", (), False, True),
+        ("n_averaged", (), True, True),
+        ("logit_scale", (), False, False),
+        ("bn.num_batches_tracked", (4,), False, False),
+        ("discount", (), False, False),
+    ],
+)
 def test_counters(name, shape, integer, expected):
     assert is_counter(name, shape, integer) is expected

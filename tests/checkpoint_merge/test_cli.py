@@ -52,8 +52,9 @@ def merged(models, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _sketch(monkeypatch):
     """Drawing takes longer than all else here: only the module's own merge draws in earnest."""
-    monkeypatch.setattr(commands.PlotProcess, "finish",
-                        lambda drawing: drawing._path.write_bytes(b"\x89PNG"))
+    monkeypatch.setattr(
+        commands.PlotProcess, "finish", lambda drawing: drawing._path.write_bytes(b"\x89PNG")
+    )
 
 
 @pytest.fixture
@@ -185,12 +186,16 @@ def test_dry_run_writes_nothing(say, models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", ["exists", "file", "input", "inside", "holds", "in a file",
-                                   "full", "read-only"])
+@pytest.mark.parametrize(
+    "where", ["exists", "file", "input", "inside", "holds", "in a file", "full", "read-only"]
+)
 def test_a_dry_run_has_the_errors_of_the_merge(say, models, tmp_path, where, monkeypatch):
-    out = {"input": Path(models[1]), "inside": Path(models[0]) / "out",
-           "holds": Path(models[0]).parent, "in a file": tmp_path / "file/out"}.get(
-               where, tmp_path / "out")
+    out = {
+        "input": Path(models[1]),
+        "inside": Path(models[0]) / "out",
+        "holds": Path(models[0]).parent,
+        "in a file": tmp_path / "file/out",
+    }.get(where, tmp_path / "out")
     if where == "exists":
         out.mkdir()
         (out / "x").write_text("")
@@ -340,8 +345,9 @@ def test_compare(say, models, merged, tmp_path):
 
 
 def test_one_fine_tune_is_counted_as_one(say, models, tmp_path):
-    status, out, _ = say("merge", *models[:2], "--out", tmp_path / "out", "--method", "wise-ft",
-                         "--alpha", "0.5")
+    status, out, _ = say(
+        "merge", *models[:2], "--out", tmp_path / "out", "--method", "wise-ft", "--alpha", "0.5"
+    )
     assert status == 0 and f"1 fine-tune of {models[0]}" in out
 
 
@@ -356,13 +362,18 @@ def test_compare_tells_what_is_odd_about_its_models(say, models, tmp_path):
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_compare_shows_angles_and_ratios_at_every_width(models, monkeypatch, width):
     screen = io.StringIO()
-    monkeypatch.setattr(commands, "Console", lambda **_: Console(
-        file=screen, width=width, force_terminal=True, no_color=True, legacy_windows=False))
+    monkeypatch.setattr(
+        commands,
+        "Console",
+        lambda **_: Console(
+            file=screen, width=width, force_terminal=True, no_color=True, legacy_windows=False
+        ),
+    )
     assert main(["compare", *models]) == 0
     lines = [re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", line) for line in screen.getvalue().splitlines()]
     (head,) = [line for line in lines if line.lstrip().startswith("tensor ")]
     assert {"angle", "ratio"} <= set(head.split())
-    assert all(len(line) <= width for line in lines[lines.index(head):])
+    assert all(len(line) <= width for line in lines[lines.index(head) :])
     row = next(line for line in lines if "embed_tokens.weight" in line)
     assert len(re.findall(r" \d+\.\d(?= )", row)) == 1 and re.search(r" 0\.\d{3}( |$)", row)
     assert ("outcome" in head.split()) != any("outcome" in line for line in lines[-4:])

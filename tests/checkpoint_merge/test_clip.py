@@ -48,15 +48,21 @@ def checkpoints():
         return jax.tree.map(move, trees)
 
     labels = tuple(f"class {i}" for i in range(CLASSES))
-    return [dataclasses.replace(anchor, **tree, labels=labels)
-            for tree in (trees, moved(1), moved(2))]
+    return [
+        dataclasses.replace(anchor, **tree, labels=labels) for tree in (trees, moved(1), moved(2))
+    ]
 
 
 @pytest.fixture(scope="module")
 def folders(checkpoints, tmp_path_factory):
     root = tmp_path_factory.mktemp("clip")
-    return {layout: [str(save(root / layout / str(i), model, format=layout))
-                     for i, model in enumerate(checkpoints)] for layout in LAYOUTS}
+    return {
+        layout: [
+            str(save(root / layout / str(i), model, format=layout))
+            for i, model in enumerate(checkpoints)
+        ]
+        for layout in LAYOUTS
+    }
 
 
 @pytest.mark.parametrize("unit", ["head", "layer", "block"])
@@ -70,8 +76,10 @@ def test_one_merge_whatever_the_names(folders, tmp_path, unit):
         merged.append({"params": found.params, "head": found.head})
     ours, *others = merged
     anchor = load(folders["hugging_face"][0]).params
-    assert any((a != b).any() for a, b in
-               zip(jax.tree.leaves(ours["params"]), jax.tree.leaves(anchor), strict=True))
+    assert any(
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(ours["params"]), jax.tree.leaves(anchor), strict=True)
+    )
     for theirs in others:
         # The same sums in another order: a ratio's last places, then one rounding.
         jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, maxulp=1), ours, theirs)

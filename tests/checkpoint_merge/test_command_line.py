@@ -40,8 +40,13 @@ def models(tmp_path_factory):
 def shell(redirection: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Runs the command with redirections of a shell; standard error comes from a file, too."""
     words = shlex.join([sys.executable, "-c", RUN, *map(str, arguments)])
-    return subprocess.run(["bash", "-c", f"{words} {redirection}"], cwd=ROOT, capture_output=True,
-                          env=os.environ | {"PYTHONUNBUFFERED": ""} | environment, timeout=120)
+    return subprocess.run(
+        ["bash", "-c", f"{words} {redirection}"],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
+        timeout=120,
+    )
 
 
 def is_merged(out: Path) -> bool:
@@ -56,8 +61,9 @@ def is_merged(out: Path) -> bool:
     (">/dev/full", "No space left on device", ["--json"]), (">/dev/full 2>/dev/full", "", []),
     ("| true", "", []), ("| true", "", ["--json"]),
 ])  # fmt: skip
-def test_a_merge_is_kept_whatever_becomes_of_its_output(models, tmp_path, redirection, said,
-                                                        options):
+def test_a_merge_is_kept_whatever_becomes_of_its_output(
+    models, tmp_path, redirection, said, options
+):
     out = tmp_path / "out"
     ended = "; exit ${PIPESTATUS[0]}"
     done = shell(redirection + ended, "merge", *models, "--out", out, *options)
@@ -101,7 +107,9 @@ def test_mistakes_with_closed_streams_keep_their_status(models, tmp_path):
 def test_no_file_of_a_merge_gets_the_number_of_a_closed_stream(models, tmp_path):
     """A message of a library on standard error would be written into it."""
     seen = tmp_path / "seen"
-    code = RUN.replace("commands.Drawing.finish = ", f"""
+    code = RUN.replace(
+        "commands.Drawing.finish = ",
+        f"""
 import os
 real = os.open
 def call(path, *args, **kwargs):
@@ -110,18 +118,25 @@ def call(path, *args, **kwargs):
         open({str(seen)!r}, "a").write(f"{{number}} {{path}}\\n")
     return number
 os.open = call
-commands.Drawing.finish = """)
-    words = shlex.join([sys.executable, "-c", code, "merge", *models, "--out",
-                        str(tmp_path / "out")])
+commands.Drawing.finish = """,
+    )
+    words = shlex.join(
+        [sys.executable, "-c", code, "merge", *models, "--out", str(tmp_path / "out")]
+    )
     subprocess.run(["bash", "-c", f"{words} <&- >&- 2>&-"], cwd=ROOT, check=True, timeout=120)
     numbers = {int(line.split()[0]) for line in seen.read_text().splitlines()}
     assert is_merged(tmp_path / "out") and len(numbers) > 1 and min(numbers) > 2
 
 
-@pytest.mark.parametrize("environment", [
-    {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"},
-    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-], ids=["ascii", "latin-1", "C"])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=["ascii", "latin-1", "C"],
+)
 @pytest.mark.parametrize("command", ["merge", "compare"])
 def test_streams_that_are_not_utf8(models, tmp_path, environment, command):
     options = ["--out", tmp_path / "ôut–…"] if command == "merge" else []
@@ -162,29 +177,48 @@ def test_names_that_are_not_text(models, tmp_path):
     """Bytes that are no UTF-8 in a path: shown as escapes, in the summary and in the card."""
     base = os.fsdecode(os.fsencode(tmp_path / "b") + b"\xff")
     os.symlink(models[0], base)
-    for command in (["merge", base, *models[1:], "--out", str(tmp_path / "out")],
-                    ["compare", base, *models[1:]]):
+    for command in (
+        ["merge", base, *models[1:], "--out", str(tmp_path / "out")],
+        ["compare", base, *models[1:]],
+    ):
         done = shell("", *command)
         assert done.returncode == 0, done.stderr
     assert r"b\udcff" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     # The same name in a locale that has no such letters is in the card as it is on the disk.
-    done = shell("", "merge", *models, "--out", tmp_path / "other", LC_ALL="C", PYTHONUTF8="0",
-                 PYTHONCOERCECLOCALE="0")
+    done = shell(
+        "",
+        "merge",
+        *models,
+        "--out",
+        tmp_path / "other",
+        LC_ALL="C",
+        PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+    )
     assert done.returncode == 0 and models[0] in (tmp_path / "other/README.md").read_text("utf-8")
 
 
 # What is typed -> the noun of what must be said of it.
 FOREIGN = {
-    **dict.fromkeys(("--device", "--cuda", "--gpu", "--gpus", "--multi-gpu", "--device-map"),
-                    "accelerator"),
-    "--trust-remote-code": "code", "--trust_remote_code": "code",
-    "--lazy-unpickle": "tensors", "--low-cpu-memory": "tensors",
-    "--copy-tokenizer": "tokenizer", "--no-copy-tokenizer": "tokenizer",
-    "--out-shard-size": "--max-shard-size", "--write-model-card": "card",
-    "--allow-crimes": "models", "--base-model": "BASE", "--base": "BASE",
+    **dict.fromkeys(
+        ("--device", "--cuda", "--gpu", "--gpus", "--multi-gpu", "--device-map"), "accelerator"
+    ),
+    "--trust-remote-code": "code",
+    "--trust_remote_code": "code",
+    "--lazy-unpickle": "tensors",
+    "--low-cpu-memory": "tensors",
+    "--copy-tokenizer": "tokenizer",
+    "--no-copy-tokenizer": "tokenizer",
+    "--out-shard-size": "--max-shard-size",
+    "--write-model-card": "card",
+    "--allow-crimes": "models",
+    "--base-model": "BASE",
+    "--base": "BASE",
     "--models": "BASE FT1 FT2",
     **dict.fromkeys(("--output", "-o", "--output-dir", "--out-path"), "--out"),
-    "--weight": "--weights", "--lambda": "--scale", "--num-threads": "--threads",
+    "--weight": "--weights",
+    "--lambda": "--scale",
+    "--num-threads": "--threads",
 }
 
 

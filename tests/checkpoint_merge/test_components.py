@@ -22,29 +22,40 @@ from modelstock_jax.tensor_files.writer import write_directory_tensors
 from tests.checkpoint_merge.typed import load, stock, tensors, trio, weights, write
 from tests.tensor_files.test_hub import environment
 
-UNET = {"conv_in.weight": (8, 4, 3, 3), "mid_block.attentions.0.to_q.weight": (8, 8),
-        "conv_out.bias": (4,)}
+UNET = {
+    "conv_in.weight": (8, 4, 3, 3),
+    "mid_block.attentions.0.to_q.weight": (8, 8),
+    "conv_out.bias": (4,),
+}
 TEXT = {"text_model.encoder.layers.0.mlp.fc1.weight": (8, 4), "text_model.final.weight": (4,)}
 VAE = {"encoder.conv_in.weight": (4, 3, 3, 3)}
 INDEX = {
-    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.30.0",
     "feature_extractor": ["transformers", "CLIPImageProcessor"],
-    "safety_checker": [None, None], "requires_safety_checker": False,
-    "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "safety_checker": [None, None],
+    "requires_safety_checker": False,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
 COPIED = {
-    "model_index.json": INDEX, "scheduler/scheduler_config.json": {"steps_offset": 1},
+    "model_index.json": INDEX,
+    "scheduler/scheduler_config.json": {"steps_offset": 1},
     "feature_extractor/preprocessor_config.json": {"size": 8},
-    "tokenizer/merges.txt": "a", "tokenizer/vocab.json": {"a": 1},
+    "tokenizer/merges.txt": "a",
+    "tokenizer/vocab.json": {"a": 1},
     "unet/config.json": {"_class_name": "UNet2DConditionModel"},
     "text_encoder/config.json": {"model_type": "clip_text_model"},
     "vae/config.json": {"_class_name": "AutoencoderKL"},
 }
-FILES = {"unet": "unet/diffusion_pytorch_model.safetensors",
-         "text_encoder": "text_encoder/model.safetensors",
-         "vae": "vae/diffusion_pytorch_model.safetensors"}
+FILES = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
 PARTS = {"unet": UNET, "text_encoder": TEXT, "vae": VAE}
 
 
@@ -53,11 +64,20 @@ def pipelines(root: Path) -> list[Path]:
     base = {part: weights(shapes) for part, shapes in PARTS.items()}
     paths = []
     for i, name in enumerate(("base", "ft1", "ft2")):
-        models = {part: base[part] if not i or part == "vae" else weights(shapes, i, base[part])
-                  for part, shapes in PARTS.items()}
+        models = {
+            part: base[part] if not i or part == "vae" else weights(shapes, i, base[part])
+            for part, shapes in PARTS.items()
+        }
         paths.append(write(root / name, COPIED | {FILES[p]: x for p, x in models.items()}))
-        write(root / name, {"unet/diffusion_pytorch_model.bin": "", "vae/notes.md": "",
-                            "model.png": "", "sd-v1.safetensors": {"model.x": np.ones(3)}})
+        write(
+            root / name,
+            {
+                "unet/diffusion_pytorch_model.bin": "",
+                "vae/notes.md": "",
+                "model.png": "",
+                "sd-v1.safetensors": {"model.x": np.ones(3)},
+            },
+        )
     return paths
 
 
@@ -85,14 +105,17 @@ def test_a_pipeline(say, tmp_path):
         merged = tensors(out / FILES[part])
         assert merged.keys() == PARTS[part].keys()
         for name, value in merged.items():
-            wanted = (models[0][name] if part == "vae" else
-                      stock(*(model[name] for model in models)).astype(np.float32))
+            wanted = (
+                models[0][name]
+                if part == "vae"
+                else stock(*(model[name] for model in models)).astype(np.float32)
+            )
             np.testing.assert_array_max_ulp(value, wanted, maxulp=1)
     report = load(out / "merge_report.json")
     assert {row["name"].partition("/")[0] for row in report["units"]} == PARTS.keys()
     assert set(report["outputs"]) == set(FILES.values())
     assert set(report["base"]["files"]) == set(FILES.values())
-    assert "library_name: \"diffusers\"" in (out / "README.md").read_text()
+    assert 'library_name: "diffusers"' in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("pattern", ["unet/*", "unet/conv_in.weight"])
@@ -109,11 +132,17 @@ def test_one_component_of_a_pipeline(say, tmp_path, pattern):
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_component_alone_keeps_the_name_of_its_file(say, tmp_path, shards):
     base = weights(UNET)
-    paths = trio(tmp_path, {"config.json": {"_class_name": "UNet2DConditionModel"}}, shapes=UNET,
-                 file="diffusion_pytorch_model.safetensors")
+    paths = trio(
+        tmp_path,
+        {"config.json": {"_class_name": "UNet2DConditionModel"}},
+        shapes=UNET,
+        file="diffusion_pytorch_model.safetensors",
+    )
     out = tmp_path / "out"
-    assert say("merge", *paths, "--out", out, *(["--max-shard-size", "1KB"] if shards else [])
-               ).status == 0
+    assert (
+        say("merge", *paths, "--out", out, *(["--max-shard-size", "1KB"] if shards else [])).status
+        == 0
+    )
     found = {name for name in files(out) if "safetensors" in name}
     if shards:
         index = "diffusion_pytorch_model.safetensors.index.json"
@@ -125,11 +154,14 @@ def test_a_component_alone_keeps_the_name_of_its_file(say, tmp_path, shards):
     assert tensors(out).keys() == base.keys()
 
 
-@pytest.mark.parametrize(("stem", "index"), [
-    ("model.fp16", "model.safetensors.index.fp16.json"),
-    ("diffusion_pytorch_model.fp16", "diffusion_pytorch_model.safetensors.index.fp16.json"),
-    ("sd_xl_base_1.0", "sd_xl_base_1.0.safetensors.index.json"),
-])
+@pytest.mark.parametrize(
+    ("stem", "index"),
+    [
+        ("model.fp16", "model.safetensors.index.fp16.json"),
+        ("diffusion_pytorch_model.fp16", "diffusion_pytorch_model.safetensors.index.fp16.json"),
+        ("sd_xl_base_1.0", "sd_xl_base_1.0.safetensors.index.json"),
+    ],
+)
 def test_the_index_of_a_variant_is_named_as_libraries_look_for_it(say, tmp_path, stem, index):
     paths = trio(tmp_path, shapes=UNET, file=f"{stem}.safetensors")
     out = tmp_path / "out"
@@ -162,8 +194,9 @@ class _Killed(BaseException):
 def test_a_pipeline_resumes_after_a_kill(tmp_path, monkeypatch):
     paths = pipelines(tmp_path)
     base = open_source(str(paths[0]))
-    plan = make_plan(base, [open_source(str(p)) for p in paths[1:]],
-                     Options(threads=1, max_shard_bytes=600))
+    plan = make_plan(
+        base, [open_source(str(p)) for p in paths[1:]], Options(threads=1, max_shard_bytes=600)
+    )
     assert len(plan.files) > 3
     run(plan, tmp_path / "whole")
     finish, done = output.Output._finish, []
@@ -217,8 +250,10 @@ def test_a_fine_tune_without_some_components(say, tmp_path):
     assert "--missing base" in said.err
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--missing", "base").status == 0
-    np.testing.assert_array_equal(tensors(out / FILES["vae"])["encoder.conv_in.weight"],
-                                  tensors(paths[0] / FILES["vae"])["encoder.conv_in.weight"])
+    np.testing.assert_array_equal(
+        tensors(out / FILES["vae"])["encoder.conv_in.weight"],
+        tensors(paths[0] / FILES["vae"])["encoder.conv_in.weight"],
+    )
 
 
 @pytest.mark.parametrize("suffix", ["bin", "msgpack", "onnx", "h5", "ckpt"])
@@ -240,23 +275,35 @@ def test_an_index_that_leads_out_of_the_directory(say, tmp_path, name):
     assert said.status == 1 and f"{paths[0]}: {name!r}" in said.err
 
 
-SENTENCES = {"config_sentence_transformers.json": {"prompts": {}},
-             "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
-             "2_Dense/config.json": {"in_features": 4, "out_features": 2}}
+SENTENCES = {
+    "config_sentence_transformers.json": {"prompts": {}},
+    "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
+    "2_Dense/config.json": {"in_features": 4, "out_features": 2},
+}
 DENSE = {"linear.weight": (2, 4), "linear.bias": (2,)}
 
 
 def sentence_transformers(root: Path, folder: str) -> list[Path]:
     """The encoder at the top, or in a folder; pooling, and a dense layer with weights."""
-    kinds = {folder: "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense",
-             "3_Normalize": "Normalize"}
-    modules = [{"idx": i, "name": str(i), "path": path, "type":
-                f"sentence_transformers.models.{kind}"}
-               for i, (path, kind) in enumerate(kinds.items())]
+    kinds = {
+        folder: "Transformer",
+        "1_Pooling": "Pooling",
+        "2_Dense": "Dense",
+        "3_Normalize": "Normalize",
+    }
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
     prefix = f"{folder}/" if folder else ""
-    own = {"modules.json": modules, f"{prefix}config.json": {"model_type": "bert"},
-           f"{prefix}tokenizer.json": {}, f"{prefix}vocab.txt": "a",
-           f"{prefix}sentence_bert_config.json": {"max_seq_length": 8}, **SENTENCES}
+    own = {
+        "modules.json": modules,
+        f"{prefix}config.json": {"model_type": "bert"},
+        f"{prefix}tokenizer.json": {},
+        f"{prefix}vocab.txt": "a",
+        f"{prefix}sentence_bert_config.json": {"max_seq_length": 8},
+        **SENTENCES,
+    }
     paths = trio(root, own, shapes=TEXT, file=f"{prefix}model.safetensors")
     base = weights(DENSE)
     for i, path in enumerate(paths):
@@ -281,13 +328,15 @@ def test_a_sentence_transformer(say, tmp_path, folder):
     for name in files(paths[0]):
         if not name.endswith(".safetensors"):
             assert (out / name).read_bytes() == (paths[0] / name).read_bytes()
-    assert "library_name: \"sentence-transformers\"" in (out / "README.md").read_text()
+    assert 'library_name: "sentence-transformers"' in (out / "README.md").read_text()
     # Patterns name a module's tensors with its folder in front.
     out = tmp_path / "dense"
     assert say("merge", *paths, "--out", out, "--include", "2_Dense/*").status == 0
     name = next(iter(TEXT))
-    np.testing.assert_array_equal(tensors(out / folder / "model.safetensors")[name],
-                                  tensors(paths[0] / folder / "model.safetensors")[name])
+    np.testing.assert_array_equal(
+        tensors(out / folder / "model.safetensors")[name],
+        tensors(paths[0] / folder / "model.safetensors")[name],
+    )
 
 
 def plain_base(root: Path, folder: str, dense: bool) -> list[Path]:
@@ -296,9 +345,15 @@ def plain_base(root: Path, folder: str, dense: bool) -> list[Path]:
     if not dense:
         for path in paths[1:]:
             (path / "2_Dense/model.safetensors").unlink()
-    base = write(root / "plain", {
-        "config.json": {"model_type": "bert"}, "tokenizer.json": {}, "vocab.txt": "a",
-        "model.safetensors": tensors(paths[0] / folder / "model.safetensors")})
+    base = write(
+        root / "plain",
+        {
+            "config.json": {"model_type": "bert"},
+            "tokenizer.json": {},
+            "vocab.txt": "a",
+            "model.safetensors": tensors(paths[0] / folder / "model.safetensors"),
+        },
+    )
     return [base, *paths[1:]]
 
 
@@ -328,8 +383,10 @@ def test_a_dense_module_of_fine_tunes_of_a_plain_base(say, tmp_path):
     for name in ("modules.json", "2_Dense/config.json", "1_Pooling/config.json"):
         assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
     # Half of it opens nowhere: neither its tensors without modules.json, nor the other way round.
-    for options in (("--head", "finetuned", "--config-from", "base"),
-                    ("--missing", "base", "--config-from", "model:1")):
+    for options in (
+        ("--head", "finetuned", "--config-from", "base"),
+        ("--missing", "base", "--config-from", "model:1"),
+    ):
         said = say("merge", *paths, "--out", tmp_path / "no", *options)
         assert said.status == 1 and "2_Dense" in said.err, said.err
         assert " ".join(options[2:]) in said.err
@@ -363,30 +420,52 @@ def test_a_router_of_modules(say, tmp_path):
     """Its folders are in its config, not in modules.json."""
     modules = [{"path": "", "type": "sentence_transformers.models.Router"}]
     kinds = {"query_0_Static": "x.Static", "document_0_Transformer": "x.Transformer"}
-    own = {"modules.json": modules, "router_config.json": {"types": kinds},
-           "query_0_Static/config.json": {}, "document_0_Transformer/config.json": {}}
+    own = {
+        "modules.json": modules,
+        "router_config.json": {"types": kinds},
+        "query_0_Static/config.json": {},
+        "document_0_Transformer/config.json": {},
+    }
     paths = trio(tmp_path, own, shapes=TEXT, file="document_0_Transformer/model.safetensors")
     assert say("merge", *paths, "--out", tmp_path / "out").status == 0
     assert files(tmp_path / "out") == files(paths[0]) | MADE
 
 
-@pytest.mark.parametrize(("folder", "index"), [
-    ("0_Transformer", {"modules.json": [{"path": "0_Transformer", "type": "x.Transformer"}]}),
-    ("text_encoder", {"model_index.json": {"text_encoder": ["transformers", "CLIPTextModel"]}}),
-])
+@pytest.mark.parametrize(
+    ("folder", "index"),
+    [
+        ("0_Transformer", {"modules.json": [{"path": "0_Transformer", "type": "x.Transformer"}]}),
+        ("text_encoder", {"model_index.json": {"text_encoder": ["transformers", "CLIPTextModel"]}}),
+    ],
+)
 def test_added_tokens_and_dtype_are_in_the_config_of_a_component(say, tmp_path, folder, index):
     name = "embeddings.word_embeddings.weight"
     config = {"model_type": "bert", "vocab_size": 6, "torch_dtype": "float32"}
     base = weights({name: (6, 4), "w": (4, 4)})
-    paths = [write(tmp_path / "base", {**index, f"{folder}/config.json": config,
-                                       f"{folder}/tokenizer.json": {"b": 1},
-                                       f"{folder}/model.safetensors": base})]
+    paths = [
+        write(
+            tmp_path / "base",
+            {
+                **index,
+                f"{folder}/config.json": config,
+                f"{folder}/tokenizer.json": {"b": 1},
+                f"{folder}/model.safetensors": base,
+            },
+        )
+    ]
     for i in (1, 2):
         tuned = weights({name: (8, 4), "w": (4, 4)}, i)
-        paths.append(write(tmp_path / f"ft{i}", {
-            **index, f"{folder}/config.json": config | {"vocab_size": 8},
-            f"{folder}/tokenizer.json": {"t": 1},
-            f"{folder}/model.safetensors": tuned}))
+        paths.append(
+            write(
+                tmp_path / f"ft{i}",
+                {
+                    **index,
+                    f"{folder}/config.json": config | {"vocab_size": 8},
+                    f"{folder}/tokenizer.json": {"t": 1},
+                    f"{folder}/model.safetensors": tuned,
+                },
+            )
+        )
     out = tmp_path / "out"
     said = say("merge", *paths, "--out", out, "--vocabulary", "longest", "--dtype", "bf16")
     assert said.status == 0, said.err
@@ -404,16 +483,28 @@ def test_every_quantized_component_loses_its_keys(say, tmp_path):
     for k in range(3):
         moved = values + np.float32(0.05) * weights({"w": (16, 8)}, k + 1)["w"] * bool(k)
         scale = np.float32(np.abs(moved).max() / 448)
-        codes = {"w.weight": (moved / scale).astype(ml_dtypes.float8_e4m3fn),
-                 "w.weight_scale": np.full((16, 1), scale)}
+        codes = {
+            "w.weight": (moved / scale).astype(ml_dtypes.float8_e4m3fn),
+            "w.weight_scale": np.full((16, 1), scale),
+        }
         said = {"quantization_config": {"quant_method": "fp8"}}
-        paths.append(write(tmp_path / str(k), {
-            "model_index.json": index,
-            "a/model.safetensors": codes, "b/model.safetensors": codes,
-            "vae/model.safetensors": {"w.weight": moved},
-            "a/config.json": {"model_type": "t", "torch_dtype": "float8_e4m3fn", **said},
-            "b/config.json": {"_class_name": "B", "text_config": {"dtype": "float16", **said}},
-            "vae/config.json": {"model_type": "v", "torch_dtype": "float32"}}))
+        paths.append(
+            write(
+                tmp_path / str(k),
+                {
+                    "model_index.json": index,
+                    "a/model.safetensors": codes,
+                    "b/model.safetensors": codes,
+                    "vae/model.safetensors": {"w.weight": moved},
+                    "a/config.json": {"model_type": "t", "torch_dtype": "float8_e4m3fn", **said},
+                    "b/config.json": {
+                        "_class_name": "B",
+                        "text_config": {"dtype": "float16", **said},
+                    },
+                    "vae/config.json": {"model_type": "v", "torch_dtype": "float32"},
+                },
+            )
+        )
     out = tmp_path / "out"
     found = say("merge", *paths, "--out", out, "--dequantize")
     assert found.status == 0, found.err
@@ -426,8 +517,9 @@ def test_every_quantized_component_loses_its_keys(say, tmp_path):
 
 
 def test_a_directory_in_which_nothing_has_weights(say, tmp_path):
-    paths = [write(tmp_path / n, {"model_index.json": INDEX, "unet/config.json": {}})
-             for n in "abc"]
+    paths = [
+        write(tmp_path / n, {"model_index.json": INDEX, "unet/config.json": {}}) for n in "abc"
+    ]
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 1 and f"{paths[0]}: " in said.err and said.err.count("\n") == 1
     assert "model.safetensors.index.json" in said.err
@@ -448,9 +540,20 @@ def hub(tmp_path):
             elif kind == "revision" or not kind:
                 self.answer(200, json.dumps({"id": f"org/{name}", "sha": commit}).encode())
             elif kind == "tree":
-                self.answer(200, json.dumps([
-                    {"type": "file", "path": file, "size": (root / file).stat().st_size,
-                     "oid": f"{i:040x}"} for i, file in enumerate(sorted(files(root)))]).encode())
+                self.answer(
+                    200,
+                    json.dumps(
+                        [
+                            {
+                                "type": "file",
+                                "path": file,
+                                "size": (root / file).stat().st_size,
+                                "oid": f"{i:040x}",
+                            }
+                            for i, file in enumerate(sorted(files(root)))
+                        ]
+                    ).encode(),
+                )
             else:
                 body = (root / rest.partition("/")[2]).read_bytes()
                 self.answer(200, body, {"X-Repo-Commit": commit, "ETag": f'"{hash(body):x}"'})
@@ -486,20 +589,35 @@ sys.exit(main(sys.argv[1:]))
 def test_pipelines_and_modules_on_the_hub(hub, tmp_path):
     """Folders are fetched after the index that names them; pickles and other folders are not."""
     served = tmp_path / "served"
-    kinds = {"pipeline": pipelines, "modules": lambda root: sentence_transformers(root, ""),
-             "older": lambda root: sentence_transformers(root, "0_Transformer")}
+    kinds = {
+        "pipeline": pipelines,
+        "modules": lambda root: sentence_transformers(root, ""),
+        "older": lambda root: sentence_transformers(root, "0_Transformer"),
+    }
     for kind, make in kinds.items():
         for path in make(tmp_path / kind):
             path.rename(served.joinpath(f"{kind}-{path.name}")) if served.is_dir() else (
-                served.mkdir(), path.rename(served / f"{kind}-{path.name}"))
+                served.mkdir(),
+                path.rename(served / f"{kind}-{path.name}"),
+            )
         paths = [served / f"{kind}-{name}" for name in ("base", "ft1", "ft2")]
         write(paths[0], {"onnx/config.json": {}, "unet/code.py": ""})
         for source, out in ((paths, "here"), ([f"org/{p.name}" for p in paths], "hub")):
             done = subprocess.run(
-                [sys.executable, "-c", RUN, "merge", *map(str, source), "--out",
-                 str(tmp_path / f"{kind}-{out}")],
-                env=environment(tmp_path / "cache", hub), capture_output=True, text=True,
-                timeout=120)
+                [
+                    sys.executable,
+                    "-c",
+                    RUN,
+                    "merge",
+                    *map(str, source),
+                    "--out",
+                    str(tmp_path / f"{kind}-{out}"),
+                ],
+                env=environment(tmp_path / "cache", hub),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
             assert done.returncode == 0, done.stderr
         here, fetched = (contents(tmp_path / f"{kind}-{out}") for out in ("here", "hub"))
         for made in (here, fetched):

@@ -15,8 +15,10 @@ def models(root, name, values, more=None):
     """A base and fine-tunes with a buffer of given values next to a weight."""
     base = weights(W)
     tuned = [base, *(weights(W, i, base) for i in range(1, len(values)))]
-    return [write(root / f"m{i}", {"model.safetensors": {**model, name: value, **(more or {})}})
-            for i, (model, value) in enumerate(zip(tuned, values, strict=True))]
+    return [
+        write(root / f"m{i}", {"model.safetensors": {**model, name: value, **(more or {})}})
+        for i, (model, value) in enumerate(zip(tuned, values, strict=True))
+    ]
 
 
 INTEGERS = [np.int64, np.int32, np.uint8]
@@ -25,9 +27,19 @@ FLOATS = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("dtype", INTEGERS + FLOATS)
-@pytest.mark.parametrize("name", [
-    "bn1.num_batches_tracked", "model_ema.num_updates", "n_averaged", "steps", "global_step",
-    "codebook.count", "epoch", "iterations"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bn1.num_batches_tracked",
+        "model_ema.num_updates",
+        "n_averaged",
+        "steps",
+        "global_step",
+        "codebook.count",
+        "epoch",
+        "iterations",
+    ],
+)
 def test_the_largest_of_a_counter_is_written(say, tmp_path, name, dtype, shape):
     values = [np.full(shape, x, dtype) for x in (10, 120, 30)]
     paths = models(tmp_path, name, values)
@@ -55,8 +67,7 @@ def test_large_counters_are_compared_exactly(say, tmp_path):
 
 def test_an_integer_in_one_model_and_a_float_in_another(say, tmp_path):
     """A counter that a library converted with the weights."""
-    paths = models(tmp_path, "bn.num_batches_tracked",
-                   [np.int64(3), np.float32(7), np.float32(5)])
+    paths = models(tmp_path, "bn.num_batches_tracked", [np.int64(3), np.float32(7), np.float32(5)])
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0, said.err
     found = tensors(tmp_path / "out")["bn.num_batches_tracked"]
@@ -99,25 +110,31 @@ def test_integers_that_differ(say, tmp_path, dtype, shape):
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 1 and said.err.count("\n") == 1
     assert "table.values" in said.err and ("--exclude" in said.err or "quantized" in said.err)
-    for options, wanted in ((["--exclude", "table.*"], 0),
-                            (["--exclude", "table.*", "--excluded", "mean"], 0),
-                            (["--exclude", "table.*", "--excluded", "model:2"], 1),
-                            (["--include", "layer.*"], 0)):
+    for options, wanted in (
+        (["--exclude", "table.*"], 0),
+        (["--exclude", "table.*", "--excluded", "mean"], 0),
+        (["--exclude", "table.*", "--excluded", "model:2"], 1),
+        (["--include", "layer.*"], 0),
+    ):
         out = tmp_path / "-".join(options[1::2]).replace("*", "")
         assert say("merge", *paths, "--out", out, *options).status == 0
         found = tensors(out)["table.values"]
         assert found.dtype == dtype and (found == wanted).all()
 
 
-@pytest.mark.parametrize("values", [
-    [np.zeros(3, np.int64), np.ones(3, np.int64), np.ones(3, np.int64)],
-    [np.zeros((4, 4), np.uint8), np.ones((4, 4), np.uint8), np.ones((4, 4), np.uint8)],
-    [np.zeros(3, np.int64), np.zeros(4, np.int64), np.zeros(5, np.int64)],
-    [np.zeros(3, np.int64), np.zeros(3, np.int32), np.zeros(3, np.int64)],
-    [np.zeros(3, bool), np.ones(3, bool), np.ones(3, bool)],
-    [np.zeros(3, np.int64), np.zeros(3, np.float32), np.zeros(3, np.float32)],
-    [np.zeros(3, np.float32), np.zeros(3, np.int64), np.zeros(3, np.float32)],
-], ids=["values", "packed", "shapes", "dtypes", "bool", "base integer", "one integer"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [np.zeros(3, np.int64), np.ones(3, np.int64), np.ones(3, np.int64)],
+        [np.zeros((4, 4), np.uint8), np.ones((4, 4), np.uint8), np.ones((4, 4), np.uint8)],
+        [np.zeros(3, np.int64), np.zeros(4, np.int64), np.zeros(5, np.int64)],
+        [np.zeros(3, np.int64), np.zeros(3, np.int32), np.zeros(3, np.int64)],
+        [np.zeros(3, bool), np.ones(3, bool), np.ones(3, bool)],
+        [np.zeros(3, np.int64), np.zeros(3, np.float32), np.zeros(3, np.float32)],
+        [np.zeros(3, np.float32), np.zeros(3, np.int64), np.zeros(3, np.float32)],
+    ],
+    ids=["values", "packed", "shapes", "dtypes", "bool", "base integer", "one integer"],
+)
 def test_a_comparison_runs_whatever_integers_differ(say, tmp_path, values):
     paths = models(tmp_path, "table.values", values)
     said = say("compare", *paths, "--json")

@@ -13,9 +13,16 @@ from modelstock_jax.checkpoint_merge import commands
 from modelstock_jax.reporting.figures import angle_by_block
 from tests.checkpoint_merge.typed import SHAPES, load, tensors, trio, weights, write
 
-TWO = {"stock": [], "weighted-stock": [], "uniform": [], "linear": ["--weights", "1,3"],
-       "wise-ft": ["--alpha", "0.5"], "task-arithmetic": ["--scale", "0.5"],
-       "ties": ["--density", "0.5"], "slerp": ["--t", "0.3"]}
+TWO = {
+    "stock": [],
+    "weighted-stock": [],
+    "uniform": [],
+    "linear": ["--weights", "1,3"],
+    "wise-ft": ["--alpha", "0.5"],
+    "task-arithmetic": ["--scale", "0.5"],
+    "ties": ["--density", "0.5"],
+    "slerp": ["--t", "0.3"],
+}
 NO_RATIO = ("ties", "slerp")
 DISTANCES = ("replica", "mean", "merged")
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -72,9 +79,13 @@ def test_the_ratio_is_where_the_merged_weights_are(say, tmp_path):
 @pytest.mark.parametrize("weights_", ["1,-1", "-1,1", "-0.5,-0.5"])
 def test_negative_weights_have_no_ratio(say, tmp_path, weights_):
     paths = trio(tmp_path)
-    report, card, out = merged(say, paths, tmp_path / "out", "--method", "task-arithmetic",
-                               "--weights", weights_) if weights_[0] != "-" else merged(
-        say, paths, tmp_path / "out", "--method", "task-arithmetic", f"--weights={weights_}")
+    report, card, out = (
+        merged(say, paths, tmp_path / "out", "--method", "task-arithmetic", "--weights", weights_)
+        if weights_[0] != "-"
+        else merged(
+            say, paths, tmp_path / "out", "--method", "task-arithmetic", f"--weights={weights_}"
+        )
+    )
     base, d = vectors(paths)
     a, b = map(float, weights_.split(","))
     found = tensors(tmp_path / "out")[Q].ravel()
@@ -86,16 +97,32 @@ def test_negative_weights_have_no_ratio(say, tmp_path, weights_):
 def test_weights_that_cancel_are_refused_where_they_are_divided_by_their_sum(say, tmp_path):
     paths = trio(tmp_path)
     for method in ("linear", "ties"):
-        said = say("merge", *paths, "--out", tmp_path / "out", "--method", method,
-                   "--weights", "1,-1")
+        said = say(
+            "merge", *paths, "--out", tmp_path / "out", "--method", method, "--weights", "1,-1"
+        )
         assert said.status == 1 and re.search("weights .* 0", said.err)
-    said = say("merge", *paths, "--out", tmp_path / "out", "--method", "task-arithmetic",
-               "--weights", "1,-1", "--normalize")
+    said = say(
+        "merge",
+        *paths,
+        "--out",
+        tmp_path / "out",
+        "--method",
+        "task-arithmetic",
+        "--weights",
+        "1,-1",
+        "--normalize",
+    )
     assert said.status == 1 and re.search("weights .* 0", said.err)
 
 
-ONE = {"wise-ft": ["--alpha", "0.5"], "uniform": [], "task-arithmetic": [], "ties": [],
-       "slerp": ["--t", "0.3"], "linear": []}
+ONE = {
+    "wise-ft": ["--alpha", "0.5"],
+    "uniform": [],
+    "task-arithmetic": [],
+    "ties": [],
+    "slerp": ["--t", "0.3"],
+    "linear": [],
+}
 
 
 @pytest.mark.parametrize("method", ONE)
@@ -116,8 +143,16 @@ def test_one_fine_tune_has_a_norm_and_no_angle(say, tmp_path, method):
 
 
 def test_the_picture_of_one_fine_tune_has_no_empty_panel(tmp_path):
-    rows = [{"name": f"model.layers.{i}.{kind}.weight", "shape": [8, 8], "angle": None,
-             "norms": [0.1 + i / 10]} for i in range(4) for kind in ("self_attn.q", "mlp.up")]
+    rows = [
+        {
+            "name": f"model.layers.{i}.{kind}.weight",
+            "shape": [8, 8],
+            "angle": None,
+            "norms": [0.1 + i / 10],
+        }
+        for i in range(4)
+        for kind in ("self_attn.q", "mlp.up")
+    ]
     for angle, panels in ((None, 1), (60.0, 2)):
         shown = angle_by_block([row | {"angle": angle} for row in rows], tmp_path / f"{panels}.png")
         assert len(shown.axes) == panels
@@ -130,8 +165,10 @@ def test_the_picture_of_one_fine_tune_has_no_empty_panel(tmp_path):
 def recipe(tmp_path):
     """A weighted mean of models, without a base."""
     paths = trio(tmp_path)[1:]
-    models = "".join(f"  - {{model: {p}, parameters: {{weight: {w}}}}}\n"
-                     for p, w in zip(paths, (1, 3), strict=True))
+    models = "".join(
+        f"  - {{model: {p}, parameters: {{weight: {w}}}}}\n"
+        for p, w in zip(paths, (1, 3), strict=True)
+    )
     (tmp_path / "r.yml").write_text(f"merge_method: linear\nmodels:\n{models}")
     return tmp_path / "r.yml"
 
@@ -153,8 +190,9 @@ def test_a_mean_of_models_without_a_base(say, tmp_path, recipe, monkeypatch):
     assert "2 models, linear" in said and "ratios" not in said and "center" not in said
     first, second = map(tensors, names)
     for name, value in tensors(out).items():
-        np.testing.assert_allclose(value, (first[name] + 3.0 * second[name]) / 4, rtol=1e-5,
-                                   atol=1e-6)
+        np.testing.assert_allclose(
+            value, (first[name] + 3.0 * second[name]) / 4, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_its_plan_names_no_base(say, recipe):
@@ -195,28 +233,52 @@ def test_a_scalar_in_two_shapes_is_one_number(say, tmp_path, shapes):
     paths = []
     for i, (shape, value) in enumerate(zip(shapes, (2.0, 3.0, 5.0), strict=True)):
         model = weights(SHAPES, i, base) if i else base
-        paths.append(write(tmp_path / f"m{i}", {"model.safetensors": {
-            **model, "logit_scale": np.full(shape, value, np.float32)}}))
+        paths.append(
+            write(
+                tmp_path / f"m{i}",
+                {"model.safetensors": {**model, "logit_scale": np.full(shape, value, np.float32)}},
+            )
+        )
     merged(say, paths, tmp_path / "out")
     found = tensors(tmp_path / "out")["logit_scale"]
     assert found.shape == shapes[0] and found.item() == 4.0
     assert say("compare", *paths).status == 0
 
 
-@pytest.mark.parametrize(("config", "files", "named"), [
-    ({"config.json": {"auto_map": {"AutoModel": "modeling_x.Model"}}},
-     ["modeling_x.py", "configuration_x.py"],
-     ["auto_map", "config.json", "configuration_x.py, modeling_x.py"]),
-    ({"config.json": {"auto_map": {"AutoModel": "org/other--modeling_x.Model"}}}, [],
-     ["auto_map", "config.json"]),
-    ({"config.json": {}, "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["t.T", None]}}},
-     ["tokenization_t.py"], ["auto_map", "tokenizer_config.json", "tokenization_t.py"]),
-    ({"config.json": {}}, ["bpe.codes"], ["bpe.codes"]),
-    ({"config.json": {}}, ["dict.fairseq", "lang.map", "vocab.bpe"],
-     ["dict.fairseq, lang.map, vocab.bpe"]),
-    ({"modules.json": [{"path": "", "type": "custom_st.Transformer"}]}, ["custom_st.py"],
-     ["modules.json", "custom_st.py"]),
-])
+@pytest.mark.parametrize(
+    ("config", "files", "named"),
+    [
+        (
+            {"config.json": {"auto_map": {"AutoModel": "modeling_x.Model"}}},
+            ["modeling_x.py", "configuration_x.py"],
+            ["auto_map", "config.json", "configuration_x.py, modeling_x.py"],
+        ),
+        (
+            {"config.json": {"auto_map": {"AutoModel": "org/other--modeling_x.Model"}}},
+            [],
+            ["auto_map", "config.json"],
+        ),
+        (
+            {
+                "config.json": {},
+                "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["t.T", None]}},
+            },
+            ["tokenization_t.py"],
+            ["auto_map", "tokenizer_config.json", "tokenization_t.py"],
+        ),
+        ({"config.json": {}}, ["bpe.codes"], ["bpe.codes"]),
+        (
+            {"config.json": {}},
+            ["dict.fairseq", "lang.map", "vocab.bpe"],
+            ["dict.fairseq, lang.map, vocab.bpe"],
+        ),
+        (
+            {"modules.json": [{"path": "", "type": "custom_st.Transformer"}]},
+            ["custom_st.py"],
+            ["modules.json", "custom_st.py"],
+        ),
+    ],
+)
 def test_files_that_are_not_copied_are_named(say, tmp_path, config, files, named):
     paths = trio(tmp_path, config)
     for path in paths:
@@ -241,9 +303,27 @@ def test_code_of_a_pipeline(say, tmp_path):
 def test_files_of_training_are_not_named(say, tmp_path):
     paths = trio(tmp_path, {"config.json": {}})
     for path in paths:
-        write(path, dict.fromkeys((
-            "README.md", ".gitattributes", "training_args.bin", "optimizer.pt", "scheduler.pt",
-            "rng_state_0.pth", "trainer_state.json", "pytorch_model.bin", "model.onnx",
-            "tf_model.h5", "flax_model.msgpack", "events.out.tfevents.1", "run.log", "a.png",
-            "train.py"), "{}"))
+        write(
+            path,
+            dict.fromkeys(
+                (
+                    "README.md",
+                    ".gitattributes",
+                    "training_args.bin",
+                    "optimizer.pt",
+                    "scheduler.pt",
+                    "rng_state_0.pth",
+                    "trainer_state.json",
+                    "pytorch_model.bin",
+                    "model.onnx",
+                    "tf_model.h5",
+                    "flax_model.msgpack",
+                    "events.out.tfevents.1",
+                    "run.log",
+                    "a.png",
+                    "train.py",
+                ),
+                "{}",
+            ),
+        )
     assert not say("merge", *paths, "--out", tmp_path / "out").notes

@@ -59,8 +59,9 @@ def test_small_and_large_task_vectors(tmp_path, dtype, size):
     if size < 1e-7:
         rng = np.random.default_rng(1)
         common = rng.standard_normal((30, 40))
-        given[1:] = [{"w": (size * (common + rng.standard_normal((30, 40)))).astype(dtype)}
-                     for _ in range(2)]
+        given[1:] = [
+            {"w": (size * (common + rng.standard_normal((30, 40)))).astype(dtype)} for _ in range(2)
+        ]
     _, report = merge(tmp_path, given)
     assert abs(report.rows[0]["ratio"] - stock_ratio(deltas(given, "w"))) < EXACT
 
@@ -78,9 +79,13 @@ def test_dots_of_equal_numbers_do_not_drift():
 @pytest.mark.parametrize("code", FLOATS)
 def test_casts_equal_ml_dtypes_bit_for_bit(code):
     dtype, rng = DTYPES[code], np.random.default_rng(0)
-    every = (np.arange(2 ** min(16, 8 * dtype.itemsize), dtype=np.uint16 if dtype.itemsize > 1
-                       else np.uint8).view(dtype) if dtype.itemsize <= 2
-             else rng.standard_normal(1000).astype(dtype))
+    every = (
+        np.arange(
+            2 ** min(16, 8 * dtype.itemsize), dtype=np.uint16 if dtype.itemsize > 1 else np.uint8
+        ).view(dtype)
+        if dtype.itemsize <= 2
+        else rng.standard_normal(1000).astype(dtype)
+    )
     for wide in (np.float32, np.float64):
         if np.dtype(wide).itemsize < dtype.itemsize:
             continue
@@ -105,9 +110,7 @@ def test_float64_is_rounded_to_bfloat16_once():
     # Just beside a tie of bfloat16: float32 in between would make a tie of it, and round it wrong.
     base = np.float64(1 + 2**-8)
     values = np.array([base + 2**-40, base - 2**-40, base, -base - 2**-40, -base + 2**-40])
-    assert numbers(narrow(values, "BF16")).tolist() == [
-        1 + 2**-7, 1.0, 1.0, -1 - 2**-7, -1.0
-    ]
+    assert numbers(narrow(values, "BF16")).tolist() == [1 + 2**-7, 1.0, 1.0, -1 - 2**-7, -1.0]
 
 
 def test_no_overflow_is_written(tmp_path):
@@ -158,8 +161,14 @@ print(report.rows[0]["ratio"], 2 * cos / (1 + cos), peak.split()[1])
 @pytest.mark.parametrize("code", ["BF16", "F32"])
 def test_the_largest_embedding_exactly_and_in_little_memory(tmp_path, code):
     # 128256 x 4096, where a float32 norm on a CPU was seen 9.9 % off.
-    done = subprocess.run([sys.executable, "-c", _LARGE, str(tmp_path), code], cwd=ROOT,
-                          capture_output=True, text=True, check=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", _LARGE, str(tmp_path), code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=900,
+    )
     ours, truth, peak = map(float, done.stdout.split())
     assert abs(ours - truth) < EXACT
     assert peak < 1e6, f"{peak / 1e3:.0f} MB"  # kilobytes

@@ -22,14 +22,22 @@ from tests.checkpoint_merge.engine import SHAPES, merge, models, plan, save, tot
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes()
-            for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(directory).as_posix(): p.read_bytes()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_the_directory_is_complete_and_true(tmp_path):
     places = save(tmp_path, models(), shard=2000)
-    for name, text in {"tokenizer.json": "{}", "merges.txt": "a b", "spiece.model": "\0",
-                       "chat.jinja": "", "LICENSE": "free"}.items():
+    for name, text in {
+        "tokenizer.json": "{}",
+        "merges.txt": "a b",
+        "spiece.model": "\0",
+        "chat.jinja": "",
+        "LICENSE": "free",
+    }.items():
         (places[0] / name).write_text(text)
     for name in ("modeling.py", "pytorch_model.bin", "README.md", "optimizer.pt", ".hidden.json"):
         (places[0] / name).write_text("x")
@@ -46,8 +54,15 @@ def test_the_directory_is_complete_and_true(tmp_path):
     assert finished == [report] and [contents(place) for place in places] == before
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {
-        *made.files, INDEX, "config.json", "tokenizer.json", "merges.txt", "spiece.model",
-        "chat.jinja", "LICENSE", "README.md",
+        *made.files,
+        INDEX,
+        "config.json",
+        "tokenizer.json",
+        "merges.txt",
+        "spiece.model",
+        "chat.jinja",
+        "LICENSE",
+        "README.md",
     }
     index = json.loads((out / INDEX).read_text())
     assert index["metadata"]["total_size"] == 4 * total() and len(made.files) > 2
@@ -120,8 +135,9 @@ def test_an_excluded_tensor_is_copied_unchecked(tmp_path, model, value):
     """A mask of -inf is no weight, and the message about NaN says to exclude what cannot merge."""
     given = [{n: w.copy() for n, w in m.items()} for m in models()]
     given[model]["model.norm.weight"][3] = value
-    out, _ = merge(tmp_path, given, exclude=("model.norm*",),
-                   excluded=f"model:{model}" if model else "base")
+    out, _ = merge(
+        tmp_path, given, exclude=("model.norm*",), excluded=f"model:{model}" if model else "base"
+    )
     np.testing.assert_array_equal(out["model.norm.weight"], given[model]["model.norm.weight"])
 
 
@@ -164,6 +180,8 @@ def test_what_finish_raises_leaves_no_half_directory(tmp_path):
 
 
 def test_a_merge_imports_no_jax():
-    code = ("import sys, modelstock_jax.checkpoint_merge.executor\n"
-            "assert not {'jax', 'flax', 'torch', 'matplotlib'} & set(sys.modules)")
+    code = (
+        "import sys, modelstock_jax.checkpoint_merge.executor\n"
+        "assert not {'jax', 'flax', 'torch', 'matplotlib'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

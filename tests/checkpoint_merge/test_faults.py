@@ -123,10 +123,15 @@ def test_09_one_nan_is_an_error_that_names_it(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("extra", [
-    {"w": np.ones((2, 2), np.int8)}, {"w.SCB": np.ones(2, np.float32)},
-    {"w.weight_scale_inv": np.ones(1, np.float32)}, {"w.qweight": np.ones((2, 2), np.int32)},
-])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"w": np.ones((2, 2), np.int8)},
+        {"w.SCB": np.ones(2, np.float32)},
+        {"w.weight_scale_inv": np.ones(1, np.float32)},
+        {"w.qweight": np.ones((2, 2), np.int32)},
+    ],
+)
 def test_10_quantized_weights_are_refused_with_the_way_out(tmp_path, extra):
     given = [dict(m) for m in models({"v": (2, 2)})]
     for k, model in enumerate(given):
@@ -162,8 +167,12 @@ def test_11_a_misspelt_option_is_refused(tmp_path, capsys, wrong, meant):
 
 def test_11_a_misspelt_key_of_a_recipe_is_refused(tmp_path, capsys):
     places = save(tmp_path, models({"w": (2, 2)}))
-    recipe = {"merge_method": "model_stock", "base_model": str(places[0]), "dtpe": "float32",
-              "models": [{"model": str(place)} for place in places[1:]]}
+    recipe = {
+        "merge_method": "model_stock",
+        "base_model": str(places[0]),
+        "dtpe": "float32",
+        "models": [{"model": str(place)} for place in places[1:]],
+    }
     (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
     command = ["merge", "--recipe", str(tmp_path / "recipe.yml"), "--out", str(tmp_path / "out")]
     assert main(command) == 1

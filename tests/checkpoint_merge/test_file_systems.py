@@ -190,8 +190,11 @@ def test_a_mount_on_its_own_file_system_is_found(tmp_path, monkeypatch):
     place = tmp_path / "a b"
     line = f"36 35 98:0 /x {tmp_path}/a\\040b rw,noatime - ext4 /dev/root rw\n"
     real = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: line if str(path).startswith(
-        "/proc/self") else real(path, *a, **k))
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, *a, **k: line if str(path).startswith("/proc/self") else real(path, *a, **k),
+    )
     assert output._is_mounted(place) and not output._is_mounted(tmp_path / "a")
 
 
@@ -240,13 +243,23 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
     """Real processes: the other one takes the place while the first merges."""
     out = tmp_path / "out"
     command = ["merge", *map(str, llama(tmp_path)), "--out", str(out)]
-    first = subprocess.Popen([sys.executable, "-c", WAITS, str(out), *command], cwd=ROOT,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", WAITS, str(out), *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert first.stdout.readline() == "ready\n"
 
     def merge(*options: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", MERGES, *command, *options], cwd=ROOT,
-                              capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, "-c", MERGES, *command, *options],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     assert merge("--method", "uniform").returncode == 0
     before = contents(out)
@@ -263,8 +276,9 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["directory", "empty", "file"])
-def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(made, tmp_path,
-                                                                          monkeypatch, kind):
+def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(
+    made, tmp_path, monkeypatch, kind
+):
     out = tmp_path / "out"
     settle = fileio._settle
 

@@ -24,9 +24,14 @@ for base in sys.argv[2:]:
 
 def merge(tmp_path, endpoint, out, *bases):
     """Exit status of a merge toward each base, and what was said on standard error."""
-    done = subprocess.run([sys.executable, "-c", RUN, out, *bases], cwd=tmp_path,
-                          env=environment(tmp_path / "hub", endpoint),
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, out, *bases],
+        cwd=tmp_path,
+        env=environment(tmp_path / "hub", endpoint),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return [line for line in done.stdout.splitlines() if line in "01"], done.stderr.splitlines()
 
 
@@ -47,8 +52,10 @@ def test_a_base_on_the_hub(hub, tmp_path):  # noqa: F811
     assert report["base"]["model"] == "org/model@v1.0"
     assert report["base"]["notes"] == [f"org/model@v1.0 is commit {COMMIT} on the hub"]
     (digest,) = report["base"]["files"].values()
-    assert digest.startswith("sha256:") and "base_model: [\"org/model\"]" in (
-        tmp_path / "out" / "README.md").read_text()
+    assert (
+        digest.startswith("sha256:")
+        and 'base_model: ["org/model"]' in (tmp_path / "out" / "README.md").read_text()
+    )
     assert (tmp_path / "out" / "config.json").is_file()
     errors = [line for line in said if line.startswith("error:")]
     assert "org/gone" in errors[0] and "revision 'gone'" in errors[1]

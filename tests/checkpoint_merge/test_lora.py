@@ -215,10 +215,13 @@ def test_tensors_that_do_not_fit(base, tmp_path, change, said):
 def test_the_trained_module_is_read_and_not_the_original(base, tmp_path, order):
     """A raw state dict holds both; the original is the base's."""
     trained = np.full((7, 5), 3, np.float32)
-    names = [f"base_model.model.{Q}.modules_to_save.default.weight",
-             f"base_model.model.{Q}.original_module.weight"][::order]
-    tensors = {name: trained if "default" in name else np.zeros((7, 5), np.float32)
-               for name in names}
+    names = [
+        f"base_model.model.{Q}.modules_to_save.default.weight",
+        f"base_model.model.{Q}.original_module.weight",
+    ][::order]
+    tensors = {
+        name: trained if "default" in name else np.zeros((7, 5), np.float32) for name in names
+    }
     source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
     np.testing.assert_array_equal(whole(source, f"{Q}.weight"), trained)
 

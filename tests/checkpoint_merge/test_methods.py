@@ -44,7 +44,8 @@ def with_degenerate_units(given):
 FAST = [("tensor", "stock"), ("filter", "stock"), ("head", "stock")]
 EVERY = [
     pytest.param(unit, method, marks=() if (unit, method) in FAST else pytest.mark.slow)
-    for unit in UNITS for method in LIBRARY
+    for unit in UNITS
+    for method in LIBRARY
 ]
 
 
@@ -82,7 +83,11 @@ def test_policies_are_counted(tmp_path):
     _, report = merge(tmp_path, with_degenerate_units(models()))
     # Of 14 tensors: one opposed, one frozen, one with a frozen replica, one scalar.
     assert report.outcomes == {
-        "interpolated": 10, "clamped": 1, "unchanged": 1, "one_model_changed": 1, "scalar": 1,
+        "interpolated": 10,
+        "clamped": 1,
+        "unchanged": 1,
+        "one_model_changed": 1,
+        "scalar": 1,
     }
 
 
@@ -92,8 +97,7 @@ def test_rows_of_one_replica_are_its_own_bit_for_bit(tmp_path):
     first["w"][1:3], second["w"][2:] = base["w"][1:3], base["w"][2:]
     second["w"][1] *= 1e-9
     out, report = merge(tmp_path, [base, first, second], unit="filter")
-    assert report.rows[0]["outcomes"] == {
-        "interpolated": 1, "one_model_changed": 2, "unchanged": 1}
+    assert report.rows[0]["outcomes"] == {"interpolated": 1, "one_model_changed": 2, "unchanged": 1}
     assert (base["w"][1] + (second["w"][1] - base["w"][1]) != second["w"][1]).any()
     for row, model in ((1, second), (2, base), (3, first)):
         np.testing.assert_array_equal(out["w"][row], model["w"][row])
@@ -129,7 +133,8 @@ def ties(given, name, density, weights, scale, normalize):
     total = np.where(agree, kept, 0).sum(axis=0)
     if normalize:
         total /= np.maximum(1e-9, np.where(agree, np.asarray(weights)[:, None], 0).sum(axis=0)) + (
-            ~agree.any(axis=0))
+            ~agree.any(axis=0)
+        )
     return numbers(given[0][name]).reshape(-1) + scale * total
 
 
@@ -145,19 +150,29 @@ def slerp(first, second, t):
 
 GIVEN = [
     ({"method": "uniform"}, lambda g, n: mean_shares(g, n, [1 / 3] * 3)),
-    ({"method": "linear", "weights": (1, 2, 5)},
-     lambda g, n: mean_shares(g, n, [1 / 8, 2 / 8, 5 / 8])),
-    ({"method": "linear", "weights": (0.5, 0, 1), "normalize": False},
-     lambda g, n: mean_shares(g, n, [0.5, 0, 1])),
+    (
+        {"method": "linear", "weights": (1, 2, 5)},
+        lambda g, n: mean_shares(g, n, [1 / 8, 2 / 8, 5 / 8]),
+    ),
+    (
+        {"method": "linear", "weights": (0.5, 0, 1), "normalize": False},
+        lambda g, n: mean_shares(g, n, [0.5, 0, 1]),
+    ),
     ({"method": "wise-ft", "alpha": 0.3}, lambda g, n: mean_shares(g, n, [0.1] * 3)),
     ({"method": "task-arithmetic", "scale": 0.4}, lambda g, n: mean_shares(g, n, [0.4] * 3)),
-    ({"method": "task-arithmetic", "weights": (1, -1, 2), "scale": 2.0, "normalize": True},
-     lambda g, n: mean_shares(g, n, [1, -1, 2])),
+    (
+        {"method": "task-arithmetic", "weights": (1, -1, 2), "scale": 2.0, "normalize": True},
+        lambda g, n: mean_shares(g, n, [1, -1, 2]),
+    ),
     ({"method": "ties"}, lambda g, n: ties(g, n, [1] * 3, [1] * 3, 1, True)),
-    ({"method": "ties", "density": 0.3, "scale": 1.5},
-     lambda g, n: ties(g, n, [0.3] * 3, [1] * 3, 1.5, True)),
-    ({"method": "ties", "density": (0.2, 0.5, 1), "weights": (1, 2, 0.5), "normalize": False},
-     lambda g, n: ties(g, n, [0.2, 0.5, 1], [1, 2, 0.5], 1, False)),
+    (
+        {"method": "ties", "density": 0.3, "scale": 1.5},
+        lambda g, n: ties(g, n, [0.3] * 3, [1] * 3, 1.5, True),
+    ),
+    (
+        {"method": "ties", "density": (0.2, 0.5, 1), "weights": (1, 2, 0.5), "normalize": False},
+        lambda g, n: ties(g, n, [0.2, 0.5, 1], [1, 2, 0.5], 1, False),
+    ),
 ]
 
 

@@ -8,18 +8,32 @@ import pytest
 from tests.checkpoint_merge.typed import load, stock, tensors, trio, weights, write
 
 BODY = {"vit.encoder.layer.0.attention.query.weight": (8, 8), "vit.layernorm.weight": (8,)}
-OLD = {"model_type": "vit", "hidden_size": 8, "architectures": ["ViTModel"],
-       "id2label": {"0": "tench", "1": "goldfish"}, "label2id": {"tench": 0, "goldfish": 1},
-       "hidden_act": "gelu"}
-NEW = OLD | {"architectures": ["ViTForImageClassification"], "id2label": {"0": "cat"},
-             "label2id": {"cat": 0}, "num_labels": 1, "problem_type": "regression"}
+OLD = {
+    "model_type": "vit",
+    "hidden_size": 8,
+    "architectures": ["ViTModel"],
+    "id2label": {"0": "tench", "1": "goldfish"},
+    "label2id": {"tench": 0, "goldfish": 1},
+    "hidden_act": "gelu",
+}
+NEW = OLD | {
+    "architectures": ["ViTForImageClassification"],
+    "id2label": {"0": "cat"},
+    "label2id": {"cat": 0},
+    "num_labels": 1,
+    "problem_type": "regression",
+}
 
 
 def models(root, old, new, base_config=OLD, config=NEW):
     """A base with a head of shapes `old` and fine-tunes with `new`, all on one body."""
     body = weights(BODY)
-    paths = [write(root / "base", {"model.safetensors": {**body, **weights(old, 7)},
-                                   "config.json": base_config})]
+    paths = [
+        write(
+            root / "base",
+            {"model.safetensors": {**body, **weights(old, 7)}, "config.json": base_config},
+        )
+    ]
     for i in (1, 2):
         tuned = {**weights(BODY, i, body), **weights(new, 10 + i)}
         paths.append(write(root / f"ft{i}", {"model.safetensors": tuned, "config.json": config}))
@@ -28,23 +42,39 @@ def models(root, old, new, base_config=OLD, config=NEW):
 
 # Heads as libraries name them: the base's shapes, the fine-tunes'.
 HEADS = {
-    "classifier": ({"classifier.weight": (1000, 8), "classifier.bias": (1000,)},
-                   {"classifier.weight": (10, 8), "classifier.bias": (10,)}),
+    "classifier": (
+        {"classifier.weight": (1000, 8), "classifier.bias": (1000,)},
+        {"classifier.weight": (10, 8), "classifier.bias": (10,)},
+    ),
     "score": ({"lm_head.weight": (12, 8)}, {"score.weight": (3, 8)}),
-    "roberta": ({}, {"classifier.dense.weight": (8, 8), "classifier.dense.bias": (8,),
-                     "classifier.out_proj.weight": (2, 8), "classifier.out_proj.bias": (2,)}),
-    "qa": ({"cls.predictions.bias": (12,)}, {"qa_outputs.weight": (2, 8),
-                                             "qa_outputs.bias": (2,)}),
-    "timm": ({"head.weight": (1000, 8), "head.bias": (1000,)},
-             {"head.weight": (10, 8), "head.bias": (10,)}),
+    "roberta": (
+        {},
+        {
+            "classifier.dense.weight": (8, 8),
+            "classifier.dense.bias": (8,),
+            "classifier.out_proj.weight": (2, 8),
+            "classifier.out_proj.bias": (2,),
+        },
+    ),
+    "qa": ({"cls.predictions.bias": (12,)}, {"qa_outputs.weight": (2, 8), "qa_outputs.bias": (2,)}),
+    "timm": (
+        {"head.weight": (1000, 8), "head.bias": (1000,)},
+        {"head.weight": (10, 8), "head.bias": (10,)},
+    ),
     "timm fc": ({"head.fc.weight": (1000, 8)}, {"head.fc.weight": (10, 8)}),
-    "resnet": ({"fc.weight": (1000, 8), "fc.bias": (1000,)},
-               {"fc.weight": (10, 8), "fc.bias": (10,)}),
+    "resnet": (
+        {"fc.weight": (1000, 8), "fc.bias": (1000,)},
+        {"fc.weight": (10, 8), "fc.bias": (10,)},
+    ),
     "transformers resnet": ({"classifier.1.weight": (1000, 8)}, {"classifier.1.weight": (10, 8)}),
-    "deit": ({"cls_classifier.weight": (1000, 8), "distillation_classifier.weight": (1000, 8)},
-             {"cls_classifier.weight": (10, 8), "distillation_classifier.weight": (10, 8)}),
-    "wav2vec2": ({"lm_head.weight": (32, 8), "lm_head.bias": (32,)},
-                 {"lm_head.weight": (40, 8), "lm_head.bias": (40,)}),
+    "deit": (
+        {"cls_classifier.weight": (1000, 8), "distillation_classifier.weight": (1000, 8)},
+        {"cls_classifier.weight": (10, 8), "distillation_classifier.weight": (10, 8)},
+    ),
+    "wav2vec2": (
+        {"lm_head.weight": (32, 8), "lm_head.bias": (32,)},
+        {"lm_head.weight": (40, 8), "lm_head.bias": (40,)},
+    ),
     "none": ({}, {"score.weight": (3, 8)}),
 }
 
@@ -96,20 +126,31 @@ def test_a_new_head_has_the_dtype_of_the_base(say, tmp_path):
     paths = [write(tmp_path / "base", {"model.safetensors": body, "config.json": OLD})]
     for i in (1, 2):
         tuned = {n: x.astype("float16") for n, x in weights(BODY, i, weights(BODY)).items()}
-        paths.append(write(tmp_path / f"ft{i}", {
-            "model.safetensors": {**tuned, **weights({"score.weight": (3, 8)}, i)},
-            "config.json": NEW}))
+        paths.append(
+            write(
+                tmp_path / f"ft{i}",
+                {
+                    "model.safetensors": {**tuned, **weights({"score.weight": (3, 8)}, i)},
+                    "config.json": NEW,
+                },
+            )
+        )
     assert say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned").status == 0
     found = tensors(tmp_path / "out")
-    assert found["score.weight"].dtype == np.float32 and found["vit.layernorm.weight"].dtype == \
-        np.float16
+    assert (
+        found["score.weight"].dtype == np.float32
+        and found["vit.layernorm.weight"].dtype == np.float16
+    )
 
 
-@pytest.mark.parametrize("shapes", [
-    ({"score.weight": (3, 8)}, {"score.weight": (4, 8)}),
-    ({"score.weight": (3, 8)}, {"score.weight": (3, 8), "score.bias": (3,)}),
-    ({"score.weight": (3, 8)}, {"classifier.weight": (3, 8)}),
-])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ({"score.weight": (3, 8)}, {"score.weight": (4, 8)}),
+        ({"score.weight": (3, 8)}, {"score.weight": (3, 8), "score.bias": (3,)}),
+        ({"score.weight": (3, 8)}, {"classifier.weight": (3, 8)}),
+    ],
+)
 def test_heads_of_the_fine_tunes_that_differ_have_no_mean(say, tmp_path, shapes):
     paths = models(tmp_path, {}, {})
     for path, new in zip(paths[1:], shapes, strict=True):
@@ -121,8 +162,9 @@ def test_heads_of_the_fine_tunes_that_differ_have_no_mean(say, tmp_path, shapes)
 
 
 HEAD = {"classifier.weight": (2, 8), "classifier.bias": (2,)}
-NEG_POS, POS_NEG = ({"id2label": dict(zip("01", names, strict=True))}
-                    for names in (("neg", "pos"), ("pos", "neg")))
+NEG_POS, POS_NEG = (
+    {"id2label": dict(zip("01", names, strict=True))} for names in (("neg", "pos"), ("pos", "neg"))
+)
 
 
 def labeled(root, old, labels, new=HEAD):
@@ -134,17 +176,23 @@ def labeled(root, old, labels, new=HEAD):
 
 
 @pytest.mark.parametrize("choice", [(), ("--config-from", "model:1"), ("--config-from", "base")])
-@pytest.mark.parametrize(("old", "labels", "options"), [
-    (HEAD, ({}, NEG_POS, POS_NEG), ()),
-    (HEAD, ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, NEG_POS, POS_NEG), ()),
-    (HEAD, (POS_NEG, NEG_POS, NEG_POS), ()),
-    (HEAD, (NEG_POS, NEG_POS, POS_NEG), ()),
-    (HEAD, ({}, {"label_names": ["a", "b"]}, {"label_names": ["b", "a"]}), ()),
-    ({}, ({}, NEG_POS, POS_NEG), ("--head", "finetuned")),
-    ({"classifier.weight": (9, 8), "classifier.bias": (9,)}, ({}, NEG_POS, POS_NEG),
-     ("--head", "finetuned")),
-    (HEAD, ({}, NEG_POS, POS_NEG), ("--exclude", "classifier.*", "--excluded", "mean")),
-])
+@pytest.mark.parametrize(
+    ("old", "labels", "options"),
+    [
+        (HEAD, ({}, NEG_POS, POS_NEG), ()),
+        (HEAD, ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, NEG_POS, POS_NEG), ()),
+        (HEAD, (POS_NEG, NEG_POS, NEG_POS), ()),
+        (HEAD, (NEG_POS, NEG_POS, POS_NEG), ()),
+        (HEAD, ({}, {"label_names": ["a", "b"]}, {"label_names": ["b", "a"]}), ()),
+        ({}, ({}, NEG_POS, POS_NEG), ("--head", "finetuned")),
+        (
+            {"classifier.weight": (9, 8), "classifier.bias": (9,)},
+            ({}, NEG_POS, POS_NEG),
+            ("--head", "finetuned"),
+        ),
+        (HEAD, ({}, NEG_POS, POS_NEG), ("--exclude", "classifier.*", "--excluded", "mean")),
+    ],
+)
 def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, options, choice):
     paths = labeled(tmp_path, old, labels)
     said = say("merge", *paths, "--out", tmp_path / "out", *options, *choice)
@@ -154,10 +202,19 @@ def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, opti
     assert any("class 0 " in note for note in say("compare", *paths).notes) == (old == HEAD)
 
 
-@pytest.mark.parametrize("head", [
-    "class_labels_classifier.weight", "class_labels_classifier.layers.2.weight",
-    "class_predictor.weight", "model.decoder.class_embed.0.weight", "decode_head.classifier.weight",
-    "score.weight", "classifier.1.weight", "head.fc.weight"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "class_labels_classifier.weight",
+        "class_labels_classifier.layers.2.weight",
+        "class_predictor.weight",
+        "model.decoder.class_embed.0.weight",
+        "decode_head.classifier.weight",
+        "score.weight",
+        "classifier.1.weight",
+        "head.fc.weight",
+    ],
+)
 @pytest.mark.parametrize("rows", [2, 3])
 def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
     """Some have a row for no object."""
@@ -167,11 +224,14 @@ def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
     assert said.status == 1 and "id2label: class 0 " in said.err and f" {head} " in said.err
 
 
-@pytest.mark.parametrize(("labels", "options", "written"), [
-    ((POS_NEG, NEG_POS, NEG_POS), ("--excluded", "mean"), NEG_POS),
-    ((POS_NEG, NEG_POS, POS_NEG), ("--excluded", "model:1"), NEG_POS),
-    ((POS_NEG, NEG_POS, POS_NEG), (), POS_NEG),
-])
+@pytest.mark.parametrize(
+    ("labels", "options", "written"),
+    [
+        ((POS_NEG, NEG_POS, NEG_POS), ("--excluded", "mean"), NEG_POS),
+        ((POS_NEG, NEG_POS, POS_NEG), ("--excluded", "model:1"), NEG_POS),
+        ((POS_NEG, NEG_POS, POS_NEG), (), POS_NEG),
+    ],
+)
 def test_the_error_of_classes_says_which_option_resolves_it(
     say, tmp_path, labels, options, written
 ):
@@ -192,10 +252,14 @@ def test_no_classifier_is_written_where_the_error_of_classes_says_so(say, tmp_pa
     assert say("merge", *paths, "--out", tmp_path / "out", "--missing", "base").status == 0
 
 
-@pytest.mark.parametrize("labels", [
-    ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, NEG_POS, NEG_POS),
-    ({}, NEG_POS, {"id2label": {"0": "NEG", "1": "Pos"}}),
-    ({"id2label": {"0": "0", "1": "1"}}, NEG_POS, NEG_POS)])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, NEG_POS, NEG_POS),
+        ({}, NEG_POS, {"id2label": {"0": "NEG", "1": "Pos"}}),
+        ({"id2label": {"0": "0", "1": "1"}}, NEG_POS, NEG_POS),
+    ],
+)
 def test_names_of_the_same_classes_are_no_error(say, tmp_path, labels):
     paths = labeled(tmp_path, HEAD, labels)
     assert say("merge", *paths, "--out", tmp_path / "out").status == 0
@@ -219,16 +283,26 @@ def test_the_labels_of_the_fine_tunes_are_asked_for(say, tmp_path):
     """Their head and the config of a model: id2label of the fine-tunes wins, not --config-from."""
     paths = models(tmp_path, *HEADS["classifier"])
     out = tmp_path / "out"
-    assert say("merge", *paths, "--out", out, "--head", "finetuned", "--config-from",
-               "base").status == 0
+    assert (
+        say("merge", *paths, "--out", out, "--head", "finetuned", "--config-from", "base").status
+        == 0
+    )
     assert load(out / "config.json")["id2label"] == {"0": "cat"}
 
 
 def test_labels_of_timm(say, tmp_path):
-    old = {"architecture": "vit", "num_classes": 1000, "label_names": ["a"],
-           "pretrained_cfg": {"tag": "in1k", "num_classes": 1000}}
-    new = {"architecture": "vit", "num_classes": 10, "label_names": ["b"],
-           "pretrained_cfg": {"tag": "in1k", "num_classes": 10}}
+    old = {
+        "architecture": "vit",
+        "num_classes": 1000,
+        "label_names": ["a"],
+        "pretrained_cfg": {"tag": "in1k", "num_classes": 1000},
+    }
+    new = {
+        "architecture": "vit",
+        "num_classes": 10,
+        "label_names": ["b"],
+        "pretrained_cfg": {"tag": "in1k", "num_classes": 10},
+    }
     paths = models(tmp_path, *HEADS["timm"], old, new)
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--head", "finetuned").status == 0
@@ -245,17 +319,22 @@ def test_the_head_of_a_fine_tuned_clip(say, tmp_path):
         if old:
             write(paths[0], {"head.safetensors": weights(old)})
         for i in (1, 2):
-            paths.append(write(root / f"ft{i}", {
-                "model.safetensors": weights(BODY, i, body),
-                "head.safetensors": weights({"weight": (10, 8), "bias": (10,)}, i)}))
+            paths.append(
+                write(
+                    root / f"ft{i}",
+                    {
+                        "model.safetensors": weights(BODY, i, body),
+                        "head.safetensors": weights({"weight": (10, 8), "bias": (10,)}, i),
+                    },
+                )
+            )
         said = say("merge", *paths, "--out", root / "out")
         assert said.status == 1 and "--head finetuned" in said.err
         assert say("merge", *paths, "--out", root / "out", "--head", "finetuned").status == 0
         made = tensors(root / "out/head.safetensors")
         theirs = [tensors(path / "head.safetensors") for path in paths[1:]]
         for name, value in made.items():
-            np.testing.assert_allclose(value, np.mean([x[name] for x in theirs], axis=0),
-                                       rtol=1e-6)
+            np.testing.assert_allclose(value, np.mean([x[name] for x in theirs], axis=0), rtol=1e-6)
         assert tensors(root / "out/model.safetensors").keys() == BODY.keys()
 
 
@@ -276,13 +355,16 @@ def test_a_head_that_no_fine_tune_has(say, tmp_path):
 def test_a_body_of_another_width_is_no_head(say, tmp_path):
     paths = trio(tmp_path)
     for path in paths[1:]:
-        wide = {n: np.concatenate([x, x]) if "up_proj" in n else x
-                for n, x in tensors(path).items()}
+        wide = {
+            n: np.concatenate([x, x]) if "up_proj" in n else x for n, x in tensors(path).items()
+        }
         write(path, {"model.safetensors": wide})
     for options in ([], ["--head", "finetuned"]):
         said = say("merge", *paths, "--out", tmp_path / "out", *options)
-        assert said.status == 1 and "up_proj" in said.err and "--head" not in said.errors[0], \
-            (options, said)
+        assert said.status == 1 and "up_proj" in said.err and "--head" not in said.errors[0], (
+            options,
+            said,
+        )
 
 
 def test_a_comparison_of_models_with_other_heads(say, tmp_path):

@@ -38,9 +38,12 @@ def test_a_plan_counts_bytes_files_and_tensors(tmp_path):
 
 def test_the_fingerprint_follows_inputs_and_options(tmp_path):
     places = save(tmp_path, models())
-    seen = {plan(places).checksum, plan(places, unit="filter").checksum,
-            plan(places[:2] + [places[2]] * 2).checksum,
-            plan([places[1], places[0], places[2]]).checksum}
+    seen = {
+        plan(places).checksum,
+        plan(places, unit="filter").checksum,
+        plan(places[:2] + [places[2]] * 2).checksum,
+        plan([places[1], places[0], places[2]]).checksum,
+    }
     assert len(seen) == 4
     assert plan(places, threads=1, window_bytes=5).checksum in seen
     save(tmp_path, models(seed=1))
@@ -75,33 +78,39 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
     assert "extra.weight of" in made.notes[1] and "left out" in made.notes[1]
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"method": "stok"}, "'stok' .*stock, "),
-    ({"unit": "row"}, "'row' .*tensor, "),
-    ({"dtype": "int8"}, "'int8' .*float64, "),
-    ({"alpha": 0.5}, "'stock' .*alpha"),
-    ({"method": "wise-ft"}, "'wise-ft' .*alpha"),
-    ({"method": "wise-ft", "alpha": 1.5}, r"alpha .*\[0, 1\].* 1.5"),
-    ({"method": "slerp", "t": {"w": 2.0}}, r"t .*\[0, 1\].* 2.0"),
-    ({"method": "ties", "density": 0}, r"density .*\(0, 1\].* 0"),
-    ({"method": "ties", "density": (0.5, 2)}, r"density .*\(0, 1\].* 2"),
-    ({"method": "linear", "weights": (1, float("nan"))}, "weights .*nan"),
-    ({"excluded": "model:0"}, "excluded .*base, mean or model:1"),
-    ({"max_shard_bytes": 0}, "max_shard_bytes .*1"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"method": "stok"}, "'stok' .*stock, "),
+        ({"unit": "row"}, "'row' .*tensor, "),
+        ({"dtype": "int8"}, "'int8' .*float64, "),
+        ({"alpha": 0.5}, "'stock' .*alpha"),
+        ({"method": "wise-ft"}, "'wise-ft' .*alpha"),
+        ({"method": "wise-ft", "alpha": 1.5}, r"alpha .*\[0, 1\].* 1.5"),
+        ({"method": "slerp", "t": {"w": 2.0}}, r"t .*\[0, 1\].* 2.0"),
+        ({"method": "ties", "density": 0}, r"density .*\(0, 1\].* 0"),
+        ({"method": "ties", "density": (0.5, 2)}, r"density .*\(0, 1\].* 2"),
+        ({"method": "linear", "weights": (1, float("nan"))}, "weights .*nan"),
+        ({"excluded": "model:0"}, "excluded .*base, mean or model:1"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes .*1"),
+    ],
+)
 def test_options_that_mean_nothing(wrong, said):
     with pytest.raises(UserError, match=said):
         Options(**wrong)
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"method": "slerp", "t": 0.5}, "'slerp' .*1 .*2 .*3"),
-    ({"method": "linear", "weights": (1, 2)}, "2 weights .*3"),
-    ({"method": "linear", "weights": (1, -2, 1)}, "weights .* 0"),
-    ({"excluded": "model:4"}, "excluded .*model:4.* 3"),
-    ({"include": ("nothing.*",)}, "--include"),
-    ({"unit": "head"}, "'head' .*num_heads"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"method": "slerp", "t": 0.5}, "'slerp' .*1 .*2 .*3"),
+        ({"method": "linear", "weights": (1, 2)}, "2 weights .*3"),
+        ({"method": "linear", "weights": (1, -2, 1)}, "weights .* 0"),
+        ({"excluded": "model:4"}, "excluded .*model:4.* 3"),
+        ({"include": ("nothing.*",)}, "--include"),
+        ({"unit": "head"}, "'head' .*num_heads"),
+    ],
+)
 def test_options_that_do_not_fit_the_models(tmp_path, wrong, said):
     with pytest.raises(UserError, match=said):
         plan(save(tmp_path, models(number=3)), **wrong)
@@ -112,15 +121,19 @@ def test_one_fine_tune_is_too_few_for_an_angle(tmp_path):
         plan(save(tmp_path, models(number=1)))
 
 
-@pytest.mark.parametrize(("excluded", "expected"), [
-    ("base", lambda g, n: g[0][n]),
-    ("mean", lambda g, n: (numbers(g[1][n]) + numbers(g[2][n])) / 2),
-    ("model:2", lambda g, n: g[2][n]),
-])
+@pytest.mark.parametrize(
+    ("excluded", "expected"),
+    [
+        ("base", lambda g, n: g[0][n]),
+        ("mean", lambda g, n: (numbers(g[1][n]) + numbers(g[2][n])) / 2),
+        ("model:2", lambda g, n: g[2][n]),
+    ],
+)
 def test_patterns(tmp_path, excluded, expected):
     given = models()
-    out, report = merge(tmp_path, given, include=("model.*",), exclude=("*.k_proj.*", "*norm*"),
-                        excluded=excluded)
+    out, report = merge(
+        tmp_path, given, include=("model.*",), exclude=("*.k_proj.*", "*norm*"), excluded=excluded
+    )
     left = {n for n in SHAPES if not n.startswith("model.") or "k_proj" in n or "norm" in n}
     assert {row["name"] for row in report.rows} == set(SHAPES) - left
     for name in left:
@@ -161,7 +174,9 @@ def test_a_fine_tune_that_trained_its_head_is_refused_or_untied(tmp_path):
 def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
     given = heads(False, True, equal=False)
     made = plan(save(tmp_path, given, [UNTIED, TIED, UNTIED]))
-    assert made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.auxiliary_files.changes == {}
+    assert (
+        made.tensors[HEAD].names == (HEAD, EMBEDDING, HEAD) and made.auxiliary_files.changes == {}
+    )
     assert "model.embed_tokens.weight" in made.notes[0]
     with pytest.raises(UserError, match="ft1 .*lm_head.weight"):
         plan(save(tmp_path, given, [UNTIED, UNTIED, UNTIED]))
@@ -169,14 +184,22 @@ def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
 
 def vocabularies(base, first, second):
     given = models({EMBEDDING: (12, 4), "w": (3, 3)})
-    return [{**m, EMBEDDING: m[EMBEDDING][:rows]}
-            for m, rows in zip(given, (base, first, second), strict=True)]
+    return [
+        {**m, EMBEDDING: m[EMBEDDING][:rows]}
+        for m, rows in zip(given, (base, first, second), strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("rows", "vocabulary", "length", "rest"), [
-    ((10, 12, 11), "base", 10, None), ((10, 12, 11), "longest", 12, 1),
-    ((12, 10, 12), "base", 12, 0), ((12, 10, 12), "longest", 12, 0), ((10, 11, 8), "base", 10, 0),
-])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "length", "rest"),
+    [
+        ((10, 12, 11), "base", 10, None),
+        ((10, 12, 11), "longest", 12, 1),
+        ((12, 10, 12), "base", 12, 0),
+        ((12, 10, 12), "longest", 12, 0),
+        ((10, 11, 8), "base", 10, 0),
+    ],
+)
 def test_rows_in_common(tmp_path, rows, vocabulary, length, rest):
     given = vocabularies(*rows)
     places = save(tmp_path, given, [{"vocab_size": n} for n in rows])

@@ -25,8 +25,10 @@ def weights(number=3, seed=0):
     """A base and fine-tunes, float64, whose movements a coarse code still sees."""
     rng = np.random.default_rng(seed)
     base, common = rng.standard_normal((2, ROWS, COLUMNS))
-    return [base, *(base + 0.5 * (common + rng.standard_normal(base.shape))
-                    for _ in range(number - 1))]
+    return [
+        base,
+        *(base + 0.5 * (common + rng.standard_normal(base.shape)) for _ in range(number - 1)),
+    ]
 
 
 def codes_of(weight, scale, dtype):
@@ -61,36 +63,80 @@ def per_block(weight, model):
 # Library -> name of the codes, of the scale, the weight's own name, the codes' dtype, the scale's
 # layout, and what else is stored.
 LAYOUTS = {
-    "scaled fp8": ("q.weight", "q.scale_weight", "q.weight", E4M3, per_tensor,
-                   {"q.scale_input": np.ones((), np.float32), "scaled_fp8": np.zeros(2, E4M3)}),
+    "scaled fp8": (
+        "q.weight",
+        "q.scale_weight",
+        "q.weight",
+        E4M3,
+        per_tensor,
+        {"q.scale_input": np.ones((), np.float32), "scaled_fp8": np.zeros(2, E4M3)},
+    ),
     "torchao": ("q._weight_qdata", "q._weight_scale", "q.weight", np.int8, per_row_kept, {}),
     "torchao float8": ("q._weight_qdata", "q._weight_scale", "q.weight", E4M3, per_row_kept, {}),
-    "quanto": ("q.weight._data", "q.weight._scale", "q.weight", np.int8, per_row_kept,
-               {"q.input_scale": np.ones((), np.float32),
-                "q.output_scale": np.ones((), np.float32)}),
-    "fused experts": ("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_scale_inv",
-                      "mlp.experts.gate_up_proj", E4M3, per_block, {}),
+    "quanto": (
+        "q.weight._data",
+        "q.weight._scale",
+        "q.weight",
+        np.int8,
+        per_row_kept,
+        {"q.input_scale": np.ones((), np.float32), "q.output_scale": np.ones((), np.float32)},
+    ),
+    "fused experts": (
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.gate_up_proj_scale_inv",
+        "mlp.experts.gate_up_proj",
+        E4M3,
+        per_block,
+        {},
+    ),
     "deepseek": ("q.weight", "q.scale", "q.weight", E4M3, per_block, {}),
     "fine-grained": ("q.weight", "q.weight_scale_inv", "q.weight", E4M3, per_block, {}),
     "compressed-tensors": ("q.weight", "q.weight_scale", "q.weight", np.int8, per_row, {}),
-    "modelopt": ("attn.q.weight", "attn.q.weight_scale", "attn.q.weight", E4M3, per_tensor,
-                 {"attn.q.input_scale": np.ones((), np.float32),
-                  "attn.k_scale": np.ones((), np.float32),
-                  "attn.v_scale": np.ones((), np.float32)}),
-    "tensorrt-llm": ("q.weight", "q.weights_scaling_factor", "q.weight", E4M3, per_tensor,
-                     {"q.activation_scaling_factor": np.ones(1, np.float32),
-                      "q.input_scale_inv": np.ones(1, np.float32)}),
-    "comfyui": ("q.weight", "q.weight_scale", "q.weight", E4M3, per_tensor,
-                {"q.comfy_quant": np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)}),
+    "modelopt": (
+        "attn.q.weight",
+        "attn.q.weight_scale",
+        "attn.q.weight",
+        E4M3,
+        per_tensor,
+        {
+            "attn.q.input_scale": np.ones((), np.float32),
+            "attn.k_scale": np.ones((), np.float32),
+            "attn.v_scale": np.ones((), np.float32),
+        },
+    ),
+    "tensorrt-llm": (
+        "q.weight",
+        "q.weights_scaling_factor",
+        "q.weight",
+        E4M3,
+        per_tensor,
+        {
+            "q.activation_scaling_factor": np.ones(1, np.float32),
+            "q.input_scale_inv": np.ones(1, np.float32),
+        },
+    ),
+    "comfyui": (
+        "q.weight",
+        "q.weight_scale",
+        "q.weight",
+        E4M3,
+        per_tensor,
+        {"q.comfy_quant": np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)},
+    ),
 }
 FINE = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 # What each library's config says; {} where it leaves none next to the weights.
 STATED = {
-    "scaled fp8": {}, "torchao": {"quant_method": "torchao"},
-    "torchao float8": {"quant_method": "torchao"}, "quanto": {"quant_method": "quanto"},
-    "fused experts": FINE, "deepseek": FINE, "fine-grained": FINE,
+    "scaled fp8": {},
+    "torchao": {"quant_method": "torchao"},
+    "torchao float8": {"quant_method": "torchao"},
+    "quanto": {"quant_method": "quanto"},
+    "fused experts": FINE,
+    "deepseek": FINE,
+    "fine-grained": FINE,
     "compressed-tensors": {"quant_method": "compressed-tensors"},
-    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8"}, "tensorrt-llm": {},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8"},
+    "tensorrt-llm": {},
     "comfyui": {},
 }
 
@@ -110,8 +156,9 @@ def write(root, layout, shard=10**9, configs=None):
         places.append(root / ("base", "ft1", "ft2")[model])
         places[-1].mkdir(parents=True)
         write_directory_tensors(places[-1], tensors | extra, shard)
-        (places[-1] / "config.json").write_text(json.dumps(
-            {"model_type": "llama", "torch_dtype": "bfloat16"} | configs[model]))
+        (places[-1] / "config.json").write_text(
+            json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"} | configs[model])
+        )
     return places, meant, name
 
 
@@ -133,8 +180,10 @@ def test_codes_and_scales_are_refused_and_dequantize_is_offered(tmp_path, capsys
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_codes_times_scale_are_merged(tmp_path, layout, dtype):
-    config = {"quantization_config": STATED[layout], "vision_config": {
-        "quantization_config": {"bits": 8}, "hidden_size": 3}}
+    config = {
+        "quantization_config": STATED[layout],
+        "vision_config": {"quantization_config": {"bits": 8}, "hidden_size": 3},
+    }
     places, meant, name = write(tmp_path, layout, configs=(config, config, config))
     if layout == "modelopt":
         (places[0] / "hf_quant_config.json").write_text("{}")
@@ -150,8 +199,11 @@ def test_codes_times_scale_are_merged(tmp_path, layout, dtype):
     off = np.abs(merged[name].astype(np.float64) - expected)
     assert (off <= 0.5 * rounding(kind, expected) + 1e-6 * np.abs(expected).max()).all()
     said = json.loads((out / "config.json").read_text())
-    assert said == {"model_type": "llama", "torch_dtype": dtype or "bfloat16",
-                    "vision_config": {"hidden_size": 3}}
+    assert said == {
+        "model_type": "llama",
+        "torch_dtype": dtype or "bfloat16",
+        "vision_config": {"hidden_size": 3},
+    }
     assert not (out / "hf_quant_config.json").exists()
     report = json.loads((out / "merge_report.json").read_text())
     (row,) = [row for row in report["units"] if row["name"] == name]
@@ -168,13 +220,25 @@ def test_scales_apart_in_another_shard_and_pieces_in_any_order(tmp_path):
         np.testing.assert_array_equal(source.read(name, start, stop), flat[start:stop])
 
 
-@pytest.mark.parametrize(("scale", "shape", "expected"), [
-    ((), (3, 4), (3, 4)), ((1,), (3, 4), (3, 4)), ((3,), (3, 4), (1, 4)), ((3, 1), (3, 4), (1, 4)),
-    ((1, 4), (3, 4), (3, 1)), ((2, 4), (256, 512), (128, 128)), ((3, 2), (3, 64), (1, 32)),
-    ((5, 2, 4), (5, 256, 512), (1, 128, 128)), ((5,), (5, 2, 2), (1, 2, 2)),
-    ((5, 1, 6), (5, 4, 6), (1, 4, 1)), ((5, 4), (576, 512), (128, 128)),
-    ((1, 2), (96, 256), (96, 128)), ((3, 4, 1), (3, 4), None), ((5,), (3, 4), None),
-])
+@pytest.mark.parametrize(
+    ("scale", "shape", "expected"),
+    [
+        ((), (3, 4), (3, 4)),
+        ((1,), (3, 4), (3, 4)),
+        ((3,), (3, 4), (1, 4)),
+        ((3, 1), (3, 4), (1, 4)),
+        ((1, 4), (3, 4), (3, 1)),
+        ((2, 4), (256, 512), (128, 128)),
+        ((3, 2), (3, 64), (1, 32)),
+        ((5, 2, 4), (5, 256, 512), (1, 128, 128)),
+        ((5,), (5, 2, 2), (1, 2, 2)),
+        ((5, 1, 6), (5, 4, 6), (1, 4, 1)),
+        ((5, 4), (576, 512), (128, 128)),
+        ((1, 2), (96, 256), (96, 128)),
+        ((3, 4, 1), (3, 4), None),
+        ((5,), (3, 4), None),
+    ],
+)
 def test_scales_fit_by_their_shapes(scale, shape, expected):
     found = quantized_formats.sizes(scale, shape)
     assert (None if isinstance(found, str) else found) == expected
@@ -197,10 +261,17 @@ def test_a_zero_point_is_subtracted_before_the_scale(tmp_path):
     zero = rng.integers(100, 150, (4, 1)).astype(np.int64)
     tmp_path.joinpath("m").mkdir()
     # Next to another zero point in 8 bits, which is itself no weight.
-    write_directory_tensors(tmp_path / "m", {
-        "q._weight_qdata": codes, "q._weight_scale": scale, "q._weight_zero_point": zero,
-        "k._weight_qdata": codes, "k._weight_scale": scale,
-        "k._weight_zero_point": zero.astype(np.uint8)})
+    write_directory_tensors(
+        tmp_path / "m",
+        {
+            "q._weight_qdata": codes,
+            "q._weight_scale": scale,
+            "q._weight_zero_point": zero,
+            "k._weight_qdata": codes,
+            "k._weight_scale": scale,
+            "k._weight_zero_point": zero.astype(np.uint8),
+        },
+    )
     source = quantization.as_weights(open_source(str(tmp_path / "m")))
     expected = ((codes.astype(np.float64) - zero) * scale).astype(np.float32)
     assert sorted(source.tensors) == ["k.weight", "q.weight"]
@@ -210,24 +281,47 @@ def test_a_zero_point_is_subtracted_before_the_scale(tmp_path):
 
 # Tensors that no arithmetic here turns into weights: 4 bits, lattices, codebooks, two scales.
 UNREADABLE = {
-    "gptq": {"q.qweight": np.ones((4, 8), np.int32), "q.qzeros": np.ones((2, 1), np.int32),
-             "q.scales": np.ones((2, 8), np.float16), "q.g_idx": np.zeros(32, np.int32)},
-    "nf4": {"q.weight": np.ones((16, 1), np.uint8), "q.weight.absmax": np.ones(2, np.uint8),
-            "q.weight.quant_map": np.ones(16, np.float32)},
+    "gptq": {
+        "q.qweight": np.ones((4, 8), np.int32),
+        "q.qzeros": np.ones((2, 1), np.int32),
+        "q.scales": np.ones((2, 8), np.float16),
+        "q.g_idx": np.zeros(32, np.int32),
+    },
+    "nf4": {
+        "q.weight": np.ones((16, 1), np.uint8),
+        "q.weight.absmax": np.ones(2, np.uint8),
+        "q.weight.quant_map": np.ones(16, np.float32),
+    },
     "bitsandbytes int8": {"q.weight": np.ones((4, 4), np.int8), "q.SCB": np.ones(4, np.float32)},
-    "nvfp4": {"q.weight": np.ones((4, 4), np.uint8), "q.weight_scale": np.ones((4, 1), E4M3),
-              "q.weight_scale_2": np.ones((), np.float32)},
-    "mxfp4": {"mlp.experts.gate_up_proj_blocks": np.ones((2, 4, 2, 8), np.uint8),
-              "mlp.experts.gate_up_proj_scales": np.ones((2, 4, 2), np.uint8)},
-    "packed": {"q.weight_packed": np.ones((4, 1), np.int32),
-               "q.weight_scale": np.ones((4, 1), BF16), "q.weight_shape": np.ones(2, np.int64)},
-    "hqq": {"q.W_q": np.ones((4, 4), np.uint8), "q.scale": np.ones((4, 1), np.float16),
-            "q.zero": np.ones((4, 2), np.float16)},
-    "aqlm": {"q.codes": np.ones((4, 2, 1), np.int16), "q.codebooks": np.ones((1, 8), np.float16),
-             "q.scales": np.ones((4, 1, 1, 1), np.float16)},
-    "quanto int4": {"q.weight._data._data": np.ones((4, 4), np.uint8),
-                    "q.weight._scale": np.ones((4, 1), np.float32),
-                    "q.weight._shift": np.ones((4, 1), np.float32)},
+    "nvfp4": {
+        "q.weight": np.ones((4, 4), np.uint8),
+        "q.weight_scale": np.ones((4, 1), E4M3),
+        "q.weight_scale_2": np.ones((), np.float32),
+    },
+    "mxfp4": {
+        "mlp.experts.gate_up_proj_blocks": np.ones((2, 4, 2, 8), np.uint8),
+        "mlp.experts.gate_up_proj_scales": np.ones((2, 4, 2), np.uint8),
+    },
+    "packed": {
+        "q.weight_packed": np.ones((4, 1), np.int32),
+        "q.weight_scale": np.ones((4, 1), BF16),
+        "q.weight_shape": np.ones(2, np.int64),
+    },
+    "hqq": {
+        "q.W_q": np.ones((4, 4), np.uint8),
+        "q.scale": np.ones((4, 1), np.float16),
+        "q.zero": np.ones((4, 2), np.float16),
+    },
+    "aqlm": {
+        "q.codes": np.ones((4, 2, 1), np.int16),
+        "q.codebooks": np.ones((1, 8), np.float16),
+        "q.scales": np.ones((4, 1, 1, 1), np.float16),
+    },
+    "quanto int4": {
+        "q.weight._data._data": np.ones((4, 4), np.uint8),
+        "q.weight._scale": np.ones((4, 1), np.float32),
+        "q.weight._shift": np.ones((4, 1), np.float32),
+    },
     "unfit": {"q.weight": np.ones((4, 6), E4M3), "q.weight_scale": np.ones(5, np.float32)},
 }
 
@@ -239,8 +333,10 @@ def test_what_cannot_be_formed_is_refused_with_how_to_fix_it(tmp_path, capsys, l
     for model in range(3):
         places.append(tmp_path / str(model))
         places[-1].mkdir()
-        extra = {n: (a + np.asarray(model).astype(a.dtype)).astype(a.dtype)
-                 for n, a in UNREADABLE[layout].items()}
+        extra = {
+            n: (a + np.asarray(model).astype(a.dtype)).astype(a.dtype)
+            for n, a in UNREADABLE[layout].items()
+        }
         write_directory_tensors(places[-1], extra | {PLAIN: np.arange(8.0) + model})
     typed = ["--dequantize"] if dequantize else []
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 1
@@ -269,24 +365,29 @@ PLAIN_MODELS = {
     "float8 without a scale": {"q.weight": lambda rng: rng.standard_normal((8, 8)).astype(E4M3)},
     "float8 throughout, with a scale that is a weight": {
         "q.weight": lambda rng: rng.standard_normal((8, 8)).astype(E4M3),
-        "q.scale": lambda rng: rng.standard_normal(8).astype(E4M3)},
+        "q.scale": lambda rng: rng.standard_normal(8).astype(E4M3),
+    },
     "swin v2": {
         "attn.relative_position_index": lambda rng: np.arange(16).reshape(4, 4),
         "attn.logit_scale": lambda rng: rng.standard_normal((4, 1, 1)).astype(np.float32),
-        "attn.q.weight": lambda rng: rng.standard_normal((8, 8)).astype(np.float32)},
+        "attn.q.weight": lambda rng: rng.standard_normal((8, 8)).astype(np.float32),
+    },
     "clip": {
         "text_model.embeddings.position_ids": lambda rng: np.arange(77)[None],
         "logit_scale": lambda rng: np.float32(rng.standard_normal()),
-        "visual_projection.weight": lambda rng: rng.standard_normal((8, 8)).astype(np.float32)},
+        "visual_projection.weight": lambda rng: rng.standard_normal((8, 8)).astype(np.float32),
+    },
     "small integers": {
         "attn.mask": lambda rng: np.ones((4, 4), np.uint8),
         "attn.logit_scale": lambda rng: rng.standard_normal(4).astype(np.float32),
         "attn.token_type_ids": lambda rng: np.zeros((1, 4), np.int32),
-        "attn.scale": lambda rng: rng.standard_normal(1).astype(np.float32)},
+        "attn.scale": lambda rng: rng.standard_normal(1).astype(np.float32),
+    },
     "layer scale": {
         "block.lambda_1": lambda rng: rng.standard_normal(8).astype(BF16),
         "block.scale": lambda rng: rng.standard_normal(8).astype(BF16),
-        "block.weight": lambda rng: rng.standard_normal((8, 8)).astype(BF16)},
+        "block.weight": lambda rng: rng.standard_normal((8, 8)).astype(BF16),
+    },
 }
 
 
@@ -297,8 +398,9 @@ def test_models_that_are_not_quantized_are_merged(tmp_path, kind):
         rng = np.random.default_rng(model)
         places.append(tmp_path / str(model))
         places[-1].mkdir()
-        write_directory_tensors(places[-1], {n: np.asarray(make(rng))
-                                             for n, make in PLAIN_MODELS[kind].items()})
+        write_directory_tensors(
+            places[-1], {n: np.asarray(make(rng)) for n, make in PLAIN_MODELS[kind].items()}
+        )
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
     base, out = TensorFiles(places[0]), TensorFiles(tmp_path / "out")
     assert {n: out.dtype(n) for n in out} == {n: base.dtype(n) for n in base}
@@ -311,8 +413,9 @@ def test_a_config_that_says_quantized_of_plain_weights_is_mended(tmp_path, capsy
         places.append(tmp_path / str(model))
         places[-1].mkdir()
         write_directory_tensors(places[-1], {"q.weight": weight.astype(BF16)})
-        (places[-1] / "config.json").write_text(json.dumps(
-            {"model_type": "llama", "quantization_config": {"load_in_4bit": True}}))
+        (places[-1] / "config.json").write_text(
+            json.dumps({"model_type": "llama", "quantization_config": {"load_in_4bit": True}})
+        )
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llama"}
     assert "quantization" in capsys.readouterr().err
@@ -321,15 +424,29 @@ def test_a_config_that_says_quantized_of_plain_weights_is_mended(tmp_path, capsy
 def test_adapters_on_a_quantized_base(tmp_path):
     """QLoRA's own setting: the anchor is what the codes stand for, movements are exact."""
     places, meant, name = write(tmp_path, "fine-grained")
-    adapters = [adapter(tmp_path / f"lora{k}", factors("q", ROWS, COLUMNS, seed=k))
-                for k in (1, 2)]
+    adapters = [adapter(tmp_path / f"lora{k}", factors("q", ROWS, COLUMNS, seed=k)) for k in (1, 2)]
     out = tmp_path / "out"
-    assert main(["merge", str(places[0]), *map(str, adapters), "--out", str(out), "--dequantize",
-                 "--dtype", "float32"]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                str(places[0]),
+                *map(str, adapters),
+                "--out",
+                str(out),
+                "--dequantize",
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
     movements = []
     for k in (1, 2):
-        a, b = (factors("q", ROWS, COLUMNS, seed=k)[f"base_model.model.q.lora_{side}.weight"]
-                for side in "AB")
+        a, b = (
+            factors("q", ROWS, COLUMNS, seed=k)[f"base_model.model.q.lora_{side}.weight"]
+            for side in "AB"
+        )
         movements.append(2.0 * b.astype(np.float64) @ a.astype(np.float64))
     expected = reference([meant[0], *(meant[0] + m for m in movements)])
     merged = TensorFiles(out)[name]
@@ -353,13 +470,13 @@ def test_a_plain_base_and_quantized_fine_tunes(tmp_path):
     base = weights()[0].astype(np.float32)
     write_directory_tensors(plain, {"q.weight": base, PLAIN: np.arange(8).astype(BF16)})
     out = tmp_path / "out"
-    assert main(["merge", str(plain), *map(str, places[1:]), "--out", str(out),
-                 "--dequantize"]) == 0
+    assert (
+        main(["merge", str(plain), *map(str, places[1:]), "--out", str(out), "--dequantize"]) == 0
+    )
     expected = reference([base.astype(np.float64), *meant[1:]])
     merged = TensorFiles(out)
     assert merged.dtype(name) == np.float32  # As in BASE.
-    np.testing.assert_allclose(merged[name], expected, rtol=0,
-                               atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def test_the_digest_of_a_quantized_file_is_the_files(tmp_path):

@@ -27,13 +27,15 @@ def places_of(root, make, config=None, models=3):
     for model in range(models):
         places.append(root / ("base", "ft1", "ft2")[model])
         places[-1].mkdir(parents=True)
-        tensors = {name: np.asarray(value)
-                   for name, value in make(np.random.default_rng(model)).items()}
+        tensors = {
+            name: np.asarray(value) for name, value in make(np.random.default_rng(model)).items()
+        }
         norm = np.random.default_rng(9 + model).standard_normal(8).astype(BF16)
         write_directory_tensors(places[-1], tensors | {"norm.weight": norm})
         if config is not None:
-            (places[-1] / "config.json").write_text(json.dumps(
-                {"model_type": "llama", "quantization_config": config}))
+            (places[-1] / "config.json").write_text(
+                json.dumps({"model_type": "llama", "quantization_config": config})
+            )
     return places
 
 
@@ -46,8 +48,13 @@ def read(root, tensors, config=None):
 def headers(directory, tensors, components=None):
     """A source of which only names, shapes and dtypes are known."""
     return SimpleNamespace(
-        label="model", directory=directory, components=components or {"": "model"}, aliases={},
-        notes=[], tensors={name: TensorInfo(*info) for name, info in tensors.items()})
+        label="model",
+        directory=directory,
+        components=components or {"": "model"},
+        aliases={},
+        notes=[],
+        tensors={name: TensorInfo(*info) for name, info in tensors.items()},
+    )
 
 
 def formed(source, name="q.weight"):
@@ -79,11 +86,15 @@ def int8(rng, shape=(64, 64)):
 
 
 # Microscaling (MX): exponents in bytes, a scale for 32 codes.
-@pytest.mark.parametrize(("config", "size"), [
-    ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, (1, 32)),
-    ({"quant_method": "mxfp8"}, (1, 32)), (None, (1, 32)),
-    ({"quant_method": "fp8", "weight_block_size": [64, 64]}, (64, 64)),
-])
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, (1, 32)),
+        ({"quant_method": "mxfp8"}, (1, 32)),
+        (None, (1, 32)),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, (64, 64)),
+    ],
+)
 @pytest.mark.parametrize("kind", [np.uint8, E8M0])
 def test_exponents_of_two_are_read_as_such(tmp_path, config, size, kind):
     rng = np.random.default_rng(0)
@@ -99,50 +110,85 @@ def test_exponents_of_two_are_read_as_such(tmp_path, config, size, kind):
 def test_a_dtype_of_exponents_says_so_itself(tmp_path, shape):
     codes = float8(np.random.default_rng(0), (128, 192))
     exponents = np.random.default_rng(0).integers(110, 130, shape).astype(np.uint8)
-    source = read(tmp_path, {"q.weight": codes, "q.weight_scale": exponents.view(E8M0)},
-                  {"quant_method": "compressed-tensors", "block_structure": "64x96"})
+    source = read(
+        tmp_path,
+        {"q.weight": codes, "q.weight_scale": exponents.view(E8M0)},
+        {"quant_method": "compressed-tensors", "block_structure": "64x96"},
+    )
     scale = 2.0 ** (exponents.astype(int) - 127)
     if shape == (2, 2):
         scale = np.repeat(np.repeat(scale, 64, 0), 96, 1)
     np.testing.assert_array_equal(formed(source), (codes.astype(float) * scale).astype(F32))
 
 
-@pytest.mark.parametrize(("codes", "scale"), [
-    (float8, np.uint8(120)),  # For the tensor: no format stores that.
-    (float8, np.full((64, 4), 120, np.uint8)),  # Blocks of 16.
-    (int8, np.full((64, 2), 120, np.uint8)),
-    (int8, np.full((64, 2), 0.5, E8M0)),  # Two FP4 numbers in a byte: DeepSeek-V4's experts.
-    (float8, np.full((64, 2), 120, np.int8)),
-])
+@pytest.mark.parametrize(
+    ("codes", "scale"),
+    [
+        (float8, np.uint8(120)),  # For the tensor: no format stores that.
+        (float8, np.full((64, 4), 120, np.uint8)),  # Blocks of 16.
+        (int8, np.full((64, 2), 120, np.uint8)),
+        (int8, np.full((64, 2), 0.5, E8M0)),  # Two FP4 numbers in a byte: DeepSeek-V4's experts.
+        (float8, np.full((64, 2), 120, np.int8)),
+    ],
+)
 def test_other_integer_scales_are_refused(tmp_path, capsys, codes, scale):
-    assert_refused(tmp_path, lambda rng: {"q.weight": codes(rng), "q.weight_scale": scale}, None,
-                   capsys, "q.weight")
+    assert_refused(
+        tmp_path,
+        lambda rng: {"q.weight": codes(rng), "q.weight_scale": scale},
+        None,
+        capsys,
+        "q.weight",
+    )
 
 
 def test_exponents_of_torchao_may_be_in_another_order(tmp_path, capsys):
-    assert_refused(tmp_path, lambda rng: {
-        "q._weight_qdata": float8(rng, (128, 128)), "q._weight_scale": np.full((128, 4), 1, E8M0)},
-        {"quant_method": "torchao"}, capsys, "F8_E8M0")
+    assert_refused(
+        tmp_path,
+        lambda rng: {
+            "q._weight_qdata": float8(rng, (128, 128)),
+            "q._weight_scale": np.full((128, 4), 1, E8M0),
+        },
+        {"quant_method": "torchao"},
+        capsys,
+        "F8_E8M0",
+    )
 
 
 # Methods: a layout that is known, or none.
 @pytest.mark.parametrize("out", [64, 32])
-@pytest.mark.parametrize(("config", "why"), [
-    ({"quant_method": "eetq", "weights": "int8"}, "quant_method 'eetq'"),  # [in, out]
-    ({"quant_method": "of_tomorrow"}, "quant_method 'of-tomorrow'"),
-    ({"quant_method": "fp8"}, "quant_method 'fp8'"),  # FP4 in bytes
-    ({"quant_method": "modelopt"}, "quant_method 'modelopt'"),  # smoothed
-    ({"quant_algo": "W8A16"}, "quant_method 'modelopt'"),  # TensorRT-LLM: interleaved
-    ({"bits": 4}, "4 bits"),
-    ({"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {
-        "type": "hadamard"}}}}, "rotated"),
-    ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
-     "sparse"),
-])
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"quant_method": "eetq", "weights": "int8"}, "quant_method 'eetq'"),  # [in, out]
+        ({"quant_method": "of_tomorrow"}, "quant_method 'of-tomorrow'"),
+        ({"quant_method": "fp8"}, "quant_method 'fp8'"),  # FP4 in bytes
+        ({"quant_method": "modelopt"}, "quant_method 'modelopt'"),  # smoothed
+        ({"quant_algo": "W8A16"}, "quant_method 'modelopt'"),  # TensorRT-LLM: interleaved
+        ({"bits": 4}, "4 bits"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "transform_config": {"config_groups": {"u": {"type": "hadamard"}}},
+            },
+            "rotated",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "sparsity_config": {"format": "sparse-24-bitmask"},
+            },
+            "sparse",
+        ),
+    ],
+)
 def test_methods_whose_layout_is_not_known_are_refused(tmp_path, capsys, config, why, out):
-    assert_refused(tmp_path, lambda rng: {
-        "q.weight": int8(rng, (64, out)), "q.weight_scales": np.full(out, 0.1, F16)},
-        config, capsys, why if out == 64 else "q.weight")
+    assert_refused(
+        tmp_path,
+        lambda rng: {"q.weight": int8(rng, (64, out)), "q.weight_scales": np.full(out, 0.1, F16)},
+        config,
+        capsys,
+        why if out == 64 else "q.weight",
+    )
 
 
 def test_a_method_in_a_tower_and_in_a_component_counts(tmp_path, capsys):
@@ -151,8 +197,9 @@ def test_a_method_in_a_tower_and_in_a_component_counts(tmp_path, capsys):
 
     places = places_of(tmp_path, make)
     for place in places:
-        (place / "config.json").write_text(json.dumps(
-            {"text_config": {"quantization_config": {"quant_method": "eetq"}}}))
+        (place / "config.json").write_text(
+            json.dumps({"text_config": {"quantization_config": {"quant_method": "eetq"}}})
+        )
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
     assert "'eetq'" in capsys.readouterr().err
     for place in places:
@@ -160,8 +207,9 @@ def test_a_method_in_a_tower_and_in_a_component_counts(tmp_path, capsys):
         folder.mkdir()
         (place / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
         (place / "config.json").rename(folder / "config.json")
-        (place / "model_index.json").write_text(json.dumps(
-            {"_class_name": "P", "transformer": ["diffusers", "T"]}))
+        (place / "model_index.json").write_text(
+            json.dumps({"_class_name": "P", "transformer": ["diffusers", "T"]})
+        )
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
     assert "'eetq'" in capsys.readouterr().err
 
@@ -179,99 +227,176 @@ def test_a_square_weight_needs_a_method_or_one_that_is_not_square(tmp_path):
     square = {"q.weight": float8(rng), "q.weight_scale": rng.uniform(0.1, 1, 64).astype(F32)}
     with pytest.raises(Exception, match=r"q.weight: .*\[64\] .*\[64, 64\]"):
         read(tmp_path / "alone", square)
-    wide = {"up.weight": float8(rng, (32, 64)),
-            "up.weight_scale": rng.uniform(0.1, 1, 32).astype(F32)}
+    wide = {
+        "up.weight": float8(rng, (32, 64)),
+        "up.weight_scale": rng.uniform(0.1, 1, 32).astype(F32),
+    }
     source = read(tmp_path / "both", square | wide)
     for name in ("q", "up"):
         both = square | wide
         scale = both[f"{name}.weight_scale"][:, None]
         np.testing.assert_array_equal(
-            formed(source, f"{name}.weight"), both[f"{name}.weight"].astype(F32) * scale)
+            formed(source, f"{name}.weight"), both[f"{name}.weight"].astype(F32) * scale
+        )
 
 
 # Blocks: as stated, or in one way only.
-@pytest.mark.parametrize(("shape", "size", "config"), [
-    ((96, 128), (64, 64), {"weight_block_size": [64, 64]}),
-    ((200, 200), (100, 100), {"weight_block_size": [100, 100]}),
-    ((288, 320), (96, 64), {"weight_block_size": [96, 64]}),
-    ((192, 192), (1, 96), {"config_groups": {"group_0": {
-        "weights": {"group_size": 96}, "input_activations": {"group_size": 128}}}}),
-    ((192, 192), (96, 96), {"config_groups": {"g": {"weights": {"block_structure": [96, 96]}}}}),
-    ((256, 384), (128, 128), {}), ((32, 384), (1, 128), {}),
-])
+@pytest.mark.parametrize(
+    ("shape", "size", "config"),
+    [
+        ((96, 128), (64, 64), {"weight_block_size": [64, 64]}),
+        ((200, 200), (100, 100), {"weight_block_size": [100, 100]}),
+        ((288, 320), (96, 64), {"weight_block_size": [96, 64]}),
+        (
+            (192, 192),
+            (1, 96),
+            {
+                "config_groups": {
+                    "group_0": {
+                        "weights": {"group_size": 96},
+                        "input_activations": {"group_size": 128},
+                    }
+                }
+            },
+        ),
+        (
+            (192, 192),
+            (96, 96),
+            {"config_groups": {"g": {"weights": {"block_structure": [96, 96]}}}},
+        ),
+        ((256, 384), (128, 128), {}),
+        ((32, 384), (1, 128), {}),
+    ],
+)
 def test_blocks_are_as_the_config_states(tmp_path, shape, size, config):
     rng = np.random.default_rng(0)
     codes = float8(rng, shape)
     scale = rng.uniform(0.1, 1, [-(-n // s) for n, s in zip(shape, size, strict=True)]).astype(F32)
-    source = read(tmp_path, {"q.weight": codes, "q.weight_scale": scale},
-                  {"quant_method": "compressed-tensors"} | config)
+    source = read(
+        tmp_path,
+        {"q.weight": codes, "q.weight_scale": scale},
+        {"quant_method": "compressed-tensors"} | config,
+    )
     wide = np.repeat(np.repeat(scale.astype(float), size[0], 0), size[1], 1)
     expected = codes.astype(float) * wide[: shape[0], : shape[1]]
     np.testing.assert_array_equal(formed(source), expected.astype(F32))
 
 
-@pytest.mark.parametrize(("shape", "scale", "config"), [
-    ((288, 32), (3,), {"weight_block_size": [96, 32]}),  # fused qkv
-    ((288, 32), (3,), {}), ((288, 32), (3, 1), {}), ((6144, 64), (3, 1), {}),
-    ((256, 512), (4, 2), {"weight_block_size": [128, 128]}),  # transposed
-    ((256, 512), (4, 2), {}), ((4, 512), (4, 1), {"weight_block_size": [128, 128]}),
-    ((200, 200), (2, 2), {}),  # 128 or an even split
-    ((192, 192), (2, 2), {}), ((256, 300), (2, 3), {}), ((96, 128), (2, 2), {}),
-    ((256, 256), (2, 2), {"weight_block_size": [64, 64]}),  # not as stated
-    ((256, 256), (256, 2), {"weight_block_size": [128, 128]}),
-    ((64, 32), (32,), {}),  # of the columns
-])
+@pytest.mark.parametrize(
+    ("shape", "scale", "config"),
+    [
+        ((288, 32), (3,), {"weight_block_size": [96, 32]}),  # fused qkv
+        ((288, 32), (3,), {}),
+        ((288, 32), (3, 1), {}),
+        ((6144, 64), (3, 1), {}),
+        ((256, 512), (4, 2), {"weight_block_size": [128, 128]}),  # transposed
+        ((256, 512), (4, 2), {}),
+        ((4, 512), (4, 1), {"weight_block_size": [128, 128]}),
+        ((200, 200), (2, 2), {}),  # 128 or an even split
+        ((192, 192), (2, 2), {}),
+        ((256, 300), (2, 3), {}),
+        ((96, 128), (2, 2), {}),
+        ((256, 256), (2, 2), {"weight_block_size": [64, 64]}),  # not as stated
+        ((256, 256), (256, 2), {"weight_block_size": [128, 128]}),
+        ((64, 32), (32,), {}),  # of the columns
+    ],
+)
 def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale, config):
-    assert_refused(tmp_path, lambda rng: {
-        "q.weight": float8(rng, shape), "q.weight_scale": rng.uniform(0.1, 1, scale).astype(F32)},
-        {"quant_method": "fp8"} | config, capsys, f"scale {list(scale)} ")
+    assert_refused(
+        tmp_path,
+        lambda rng: {
+            "q.weight": float8(rng, shape),
+            "q.weight_scale": rng.uniform(0.1, 1, scale).astype(F32),
+        },
+        {"quant_method": "fp8"} | config,
+        capsys,
+        f"scale {list(scale)} ",
+    )
 
 
 # What else is in a module.
-@pytest.mark.parametrize(("extra", "why"), [
-    ({"q.weight_g_idx": np.arange(64).astype(np.int32) % 4}, "weight_g_idx"),  # actorder
-    ({"q.weight_zero_point": np.full((64, 4), 0.5, F16)}, "zero point"),
-    ({"q.pre_quant_scale": np.ones(64, F16)}, "pre_quant_scale"),  # AWQ in ModelOpt
-    ({"q.prequant_scaling_factor": np.ones(64, F16)}, "prequant_scaling_factor"),
-    ({"q.input_scale": np.ones(64, F32)}, "input_scale"),  # smooths each input
-    ({"q.weight_shift": np.ones((64, 1), F16)}, "weight_shift"),
-    ({"q.out_scale": np.ones((), F32)}, "out_scale"),  # learned or not: it is not known
-    ({"q.comfy_quant": np.frombuffer(b'{"format": "int8_tensorwise", "convrot": true}', np.uint8)},
-     "comfy_quant"),
-])
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ({"q.weight_g_idx": np.arange(64).astype(np.int32) % 4}, "weight_g_idx"),  # actorder
+        ({"q.weight_zero_point": np.full((64, 4), 0.5, F16)}, "zero point"),
+        ({"q.pre_quant_scale": np.ones(64, F16)}, "pre_quant_scale"),  # AWQ in ModelOpt
+        ({"q.prequant_scaling_factor": np.ones(64, F16)}, "prequant_scaling_factor"),
+        ({"q.input_scale": np.ones(64, F32)}, "input_scale"),  # smooths each input
+        ({"q.weight_shift": np.ones((64, 1), F16)}, "weight_shift"),
+        ({"q.out_scale": np.ones((), F32)}, "out_scale"),  # learned or not: it is not known
+        (
+            {
+                "q.comfy_quant": np.frombuffer(
+                    b'{"format": "int8_tensorwise", "convrot": true}', np.uint8
+                )
+            },
+            "comfy_quant",
+        ),
+    ],
+)
 def test_what_changes_the_meaning_of_codes_is_never_ignored(tmp_path, capsys, extra, why):
-    assert_refused(tmp_path, lambda rng: extra | {
-        "q.weight": int8(rng), "q.weight_scale": np.full((64, 4), 0.1, F32)}, None, capsys, why)
+    assert_refused(
+        tmp_path,
+        lambda rng: extra | {"q.weight": int8(rng), "q.weight_scale": np.full((64, 4), 0.1, F32)},
+        None,
+        capsys,
+        why,
+    )
 
 
 def test_learned_scalars_named_like_scales_stay_and_what_goes_is_named(tmp_path):
     one = np.ones((), F32)
-    learned = {"attn.q_scale": np.full(1, 3.7, F32), "ffn.out_scale": np.full(1, 1.9, F32),
-               "other.k_scale": one, "other.v_scale": one, "logit_scale": one,
-               "deep.attn.output_scale": one}
-    codes = {"attn.q.weight": float8(np.random.default_rng(0)), "attn.q.weight_scale": one,
-             "mlp.experts.up_proj": float8(np.random.default_rng(1), (4, 32, 32)),
-             "mlp.experts.up_proj_scale_inv": np.full((4, 1, 1), 0.1, F32)}
+    learned = {
+        "attn.q_scale": np.full(1, 3.7, F32),
+        "ffn.out_scale": np.full(1, 1.9, F32),
+        "other.k_scale": one,
+        "other.v_scale": one,
+        "logit_scale": one,
+        "deep.attn.output_scale": one,
+    }
+    codes = {
+        "attn.q.weight": float8(np.random.default_rng(0)),
+        "attn.q.weight_scale": one,
+        "mlp.experts.up_proj": float8(np.random.default_rng(1), (4, 32, 32)),
+        "mlp.experts.up_proj_scale_inv": np.full((4, 1, 1), 0.1, F32),
+    }
     source = read(tmp_path / "a", learned | codes)
     assert {*source.tensors} == {*learned, "norm.weight", "attn.q.weight", "mlp.experts.up_proj"}
     (note,) = source.notes
     assert not any(name in note for name in learned)
-    served = {"attn.q.input_scale": one, "attn.k_scale": one, "attn.v_scale": one,
-              "mlp.experts.up_proj_activation_scale": np.ones(4, F32)}
+    served = {
+        "attn.q.input_scale": one,
+        "attn.k_scale": one,
+        "attn.v_scale": one,
+        "mlp.experts.up_proj_activation_scale": np.ones(4, F32),
+    }
     source = read(tmp_path / "b", codes | served | {"logit_scale": one})
-    assert {*source.tensors} == {"logit_scale", "norm.weight", "attn.q.weight",
-                                 "mlp.experts.up_proj"}
+    assert {*source.tensors} == {
+        "logit_scale",
+        "norm.weight",
+        "attn.q.weight",
+        "mlp.experts.up_proj",
+    }
     (note,) = source.notes
     assert " 4 " in note and "attn.k_scale, attn.q.input_scale" in note
     assert note.endswith("and 1 more)")
 
 
-@pytest.mark.parametrize("name", ["weights_scaling_factor", "weight_descale", "Scale", "qscales",
-                                  "weight_amax", "weight_s"])
+@pytest.mark.parametrize(
+    "name",
+    ["weights_scaling_factor", "weight_descale", "Scale", "qscales", "weight_amax", "weight_s"],
+)
 def test_scales_by_other_words_are_seen(tmp_path, capsys, name):
     """In a single file no config says quantized; a bias is no scale."""
-    places = places_of(tmp_path, lambda rng: {
-        "q.weight": float8(rng), f"q.{name}": np.full(1, 0.1, F32), "q.bias": np.ones(64, F32)})
+    places = places_of(
+        tmp_path,
+        lambda rng: {
+            "q.weight": float8(rng),
+            f"q.{name}": np.full(1, 0.1, F32),
+            "q.bias": np.ones(64, F32),
+        },
+    )
     files = [str(place / "model.safetensors") for place in places]
     assert main(["merge", *files, "--out", str(tmp_path / "out")]) == 1
     assert re.search(r"quantized .*q\.weight", capsys.readouterr().err)
@@ -280,21 +405,40 @@ def test_scales_by_other_words_are_seen(tmp_path, capsys, name):
 def test_a_layer_without_a_marker_is_plain_float8(tmp_path):
     marker = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
     codes = float8(np.random.default_rng(0))
-    source = read(tmp_path, {
-        "q.weight": codes, "q.weight_scale": np.float32(0.5), "q.comfy_quant": marker,
-        "k.weight": codes, "empty.comfy_quant": marker})
+    source = read(
+        tmp_path,
+        {
+            "q.weight": codes,
+            "q.weight_scale": np.float32(0.5),
+            "q.comfy_quant": marker,
+            "k.weight": codes,
+            "empty.comfy_quant": marker,
+        },
+    )
     assert {n: i.code for n, i in source.tensors.items()} == {
-        "q.weight": "F32", "k.weight": "F8_E4M3", "norm.weight": "BF16"}
+        "q.weight": "F32",
+        "k.weight": "F8_E4M3",
+        "norm.weight": "BF16",
+    }
 
 
 def test_a_marker_of_all_layers_is_of_its_component(tmp_path):
     code, one = ((8, 8), "F8_E4M3"), ((), "F32")
-    source = headers(tmp_path, {
-        "a/scaled_fp8": ((2,), "F8_E4M3"), "a/q.weight": code, "a/q.scale_weight": one,
-        "b/q.weight": code}, {"a/": "a/model", "b/": "b/model"})
+    source = headers(
+        tmp_path,
+        {
+            "a/scaled_fp8": ((2,), "F8_E4M3"),
+            "a/q.weight": code,
+            "a/q.scale_weight": one,
+            "b/q.weight": code,
+        },
+        {"a/": "a/model", "b/": "b/model"},
+    )
     read = quantization.as_weights(source)
     assert {n: i.code for n, i in read.tensors.items()} == {
-        "a/q.weight": "F32", "b/q.weight": "F8_E4M3"}
+        "a/q.weight": "F32",
+        "b/q.weight": "F8_E4M3",
+    }
 
 
 @pytest.mark.parametrize("code", ["U8", "I32"])
@@ -304,18 +448,27 @@ def test_flat_codes_with_a_scale_of_their_name(tmp_path, code):
 
 
 def test_one_layer_in_another_format_is_enough(tmp_path):
-    source = headers(tmp_path, {
-        "q.weight": ((8, 8), "F8_E4M3"), "q.weight_scale": ((), "F32"),
-        "k.weight": ((8, 8), "I8"), "k.SCB": ((8,), "F32")})  # bitsandbytes
+    source = headers(
+        tmp_path,
+        {
+            "q.weight": ((8, 8), "F8_E4M3"),
+            "q.weight_scale": ((), "F32"),
+            "k.weight": ((8, 8), "I8"),
+            "k.SCB": ((8,), "F32"),
+        },
+    )  # bitsandbytes
     assert "k.SCB: " in quantization.refusal(source)
 
 
 # Integers that no rule of this package recognizes as codes.
 @pytest.mark.parametrize("differ", [True, False])
-@pytest.mark.parametrize("parts", [
-    {"q.Qidxs": ((32, 2), np.int64), "q.Wscale": ((), F32), "q.SU": ((32,), F16)},  # QuIP#
-    {"q.words": ((32, 2), np.int16), "q.Wscale": ((), F32)},
-])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"q.Qidxs": ((32, 2), np.int64), "q.Wscale": ((), F32), "q.SU": ((32,), F16)},  # QuIP#
+        {"q.words": ((32, 2), np.int16), "q.Wscale": ((), F32)},
+    ],
+)
 def test_integers_with_a_scale_under_a_config_that_says_quantized(tmp_path, capsys, differ, parts):
     def make(rng):
         rng = rng if differ else np.random.default_rng(0)
@@ -326,15 +479,29 @@ def test_integers_with_a_scale_under_a_config_that_says_quantized(tmp_path, caps
 
 @pytest.mark.parametrize("name", ["q.lattice", "q.indices"])  # VPTQ's is named like a buffer.
 def test_integers_that_differ_under_a_config_that_says_quantized(tmp_path, capsys, name):
-    assert_refused(tmp_path, lambda rng: {
-        name: rng.integers(0, 99, (32, 2)), "q.centroids.weight": np.ones((4, 8), F16)},
-        {"quant_method": "vptq"}, capsys, f"({name} ")
+    assert_refused(
+        tmp_path,
+        lambda rng: {
+            name: rng.integers(0, 99, (32, 2)),
+            "q.centroids.weight": np.ones((4, 8), F16),
+        },
+        {"quant_method": "vptq"},
+        capsys,
+        f"({name} ",
+    )
 
 
 @pytest.mark.parametrize("said", [None, {"load_in_4bit": True}])  # A key that a merge left behind.
-@pytest.mark.parametrize("buffer", [
-    np.ones((4, 4), np.uint8), np.arange(16, dtype=np.int32), np.arange(16).reshape(4, 4),
-    np.arange(16, dtype=np.int32).reshape(4, 4), np.arange(16, dtype=np.int8)])
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        np.ones((4, 4), np.uint8),
+        np.arange(16, dtype=np.int32),
+        np.arange(16).reshape(4, 4),
+        np.arange(16, dtype=np.int32).reshape(4, 4),
+        np.arange(16, dtype=np.int8),
+    ],
+)
 def test_a_learned_scale_next_to_a_table_of_integers_is_no_quantization(tmp_path, buffer, said):
     def make(rng):
         scale = {} if said else {"attn.scale": rng.standard_normal(8).astype(F32)}
@@ -349,11 +516,18 @@ def test_a_learned_scale_next_to_a_table_of_integers_is_no_quantization(tmp_path
 
 def test_float8_that_only_was_cast_is_merged(tmp_path):
     """Weight norm, biases and temperatures in other dtypes next to float8 are no scales."""
-    places = places_of(tmp_path, lambda rng: {
-        "q.weight_v": float8(rng), "q.weight_g": rng.standard_normal((64, 1)).astype(F32),
-        "up_proj": float8(rng), "up_proj_bias": rng.standard_normal(64).astype(F32),
-        "k.weight": float8(rng), "k.bias": rng.standard_normal(64).astype(F32),
-        "k.temperature": rng.standard_normal(1).astype(F32)})
+    places = places_of(
+        tmp_path,
+        lambda rng: {
+            "q.weight_v": float8(rng),
+            "q.weight_g": rng.standard_normal((64, 1)).astype(F32),
+            "up_proj": float8(rng),
+            "up_proj_bias": rng.standard_normal(64).astype(F32),
+            "k.weight": float8(rng),
+            "k.bias": rng.standard_normal(64).astype(F32),
+            "k.temperature": rng.standard_normal(1).astype(F32),
+        },
+    )
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
 
 
@@ -445,10 +619,17 @@ def test_published_layouts_are_read_and_only_weights_are_left(tmp_path, model):
     key = "quantization" if model == "TensorRT-LLM" else "quantization_config"
     (tmp_path / "config.json").write_text(json.dumps({key: config} if config else {}))
     source = quantization.as_weights(headers(tmp_path, stored))
-    kept = {name for name, info in stored.items()
-            if info[1][0] in "FI" and len(info[0]) > 1 and "scale" not in name
-            or name.endswith(("bias", "table", "modulation"))} | (
-                {"mlp.gate.weight"} & stored.keys())
+    kept = {
+        name
+        for name, info in stored.items()
+        if info[1][0] in "FI"
+        and len(info[0]) > 1
+        and "scale" not in name
+        or name.endswith(("bias", "table", "modulation"))
+    } | ({"mlp.gate.weight"} & stored.keys())
     assert {*source.tensors} == {name.removesuffix("._data") for name in kept}
-    assert {*source.codes} == {name.removesuffix("._data") for name, info in stored.items()
-                               if info[1] in ("F8_E4M3", "I8") and len(info[0]) > 1}
+    assert {*source.codes} == {
+        name.removesuffix("._data")
+        for name, info in stored.items()
+        if info[1] in ("F8_E4M3", "I8") and len(info[0]) > 1
+    }

@@ -60,7 +60,9 @@ def test_model_stock(tmp_path):
     (tmp_path / "r.yml").write_text(STOCK)
     recipe = read_recipe(tmp_path / "r.yml")
     assert recipe[:3] == (
-        "org/base@v1", ("org/a", "org/b+org/lora"), {"method": "stock", "dtype": "bfloat16"}
+        "org/base@v1",
+        ("org/a", "org/b+org/lora"),
+        {"method": "stock", "dtype": "bfloat16"},
     )
     assert recipe.layers is None and recipe.notes == ()
 

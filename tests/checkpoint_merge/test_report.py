@@ -122,8 +122,9 @@ def test_lines_break_where_blocks_are_missing_and_nowhere_else():
     drawn = [line for line in top.lines if line.get_linestyle() == "-" and line.get_color() in
              ROLE_COLORS.values()]  # fmt: skip
     broken = {line.get_color(): int(np.isnan(line.get_ydata()).sum()) for line in drawn}
-    assert broken == {ROLE_COLORS[kind]: int(kind == "MLP")
-                      for kind in ("attention", "MLP", "norms", "biases")}
+    assert broken == {
+        ROLE_COLORS[kind]: int(kind == "MLP") for kind in ("attention", "MLP", "norms", "biases")
+    }
 
 
 def test_a_long_merge_has_its_picture_drawn_by_another_process(tmp_path):

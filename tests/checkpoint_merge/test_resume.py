@@ -22,8 +22,9 @@ from tests.checkpoint_merge.test_executor import contents
 
 ROOT = Path(__file__).parents[2]
 # Enough tensors and files for kills to fall everywhere; units over files too.
-SHAPES = {f"model.layers.{i}.self_attn.{r}_proj.weight": (128, 128)
-          for i in range(16) for r in "qkv"}
+SHAPES = {
+    f"model.layers.{i}.self_attn.{r}_proj.weight": (128, 128) for i in range(16) for r in "qkv"
+}
 OPTIONS = {"unit": "layer", "max_shard_bytes": 5 * 128 * 128 * 4, "threads": 2}
 COMMAND = """
 import sys, json
@@ -39,8 +40,12 @@ run(made, root / "out")
 
 def _killed(root: Path, after: float) -> bool:
     """Starts the merge and kills it `after` seconds from its first step; whether it was killed."""
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, str(root), json.dumps(OPTIONS)],
-                               cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ})
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(root), json.dumps(OPTIONS)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        env={**os.environ},
+    )
     process.stdout.readline()
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
@@ -90,8 +95,10 @@ def _stop_after(made, out: Path, share: float, monkeypatch) -> Path:
 
     with monkeypatch.context() as patched:
         patched.setattr(output.StagingDir, "leave", lambda self, keep=True: self._lock.release())
-        patched.setattr("modelstock_jax.checkpoint_merge.output.Output.abandon", lambda self:
-                        self._finisher.shutdown())
+        patched.setattr(
+            "modelstock_jax.checkpoint_merge.output.Output.abandon",
+            lambda self: self._finisher.shutdown(),
+        )
 
         def progress(done, total):
             if done > share * total:
@@ -175,8 +182,9 @@ def test_a_file_that_is_no_longer_what_it_was_is_made_again(tmp_path, monkeypatc
 
 def test_another_merge_does_not_go_on_with_these_files(tmp_path, monkeypatch):
     places = save(tmp_path, models(SHAPES))
-    place = _stop_after(plan(places, **{**OPTIONS, "threads": 1}), tmp_path / "out", 0.6,
-                        monkeypatch)
+    place = _stop_after(
+        plan(places, **{**OPTIONS, "threads": 1}), tmp_path / "out", 0.6, monkeypatch
+    )
     report = run(plan(places, **{**OPTIONS, "method": "uniform"}), tmp_path / "out")
     assert report.resumed == ()
     assert not place.exists()  # It can be of no more use: its place is taken.

@@ -80,8 +80,11 @@ def test_model_plus_adapter(model, tmp_path):
     other = open_source(f"{model}+{lora}")
     assert set(other.checksums()) == {*bare.checksums(), "model.safetensors"}
     # The config is a part of it: a merge that is resumed under another alpha would be of two.
-    assert set(other.files) == {*base.files, lora / "adapter_model.safetensors",
-                                lora / "adapter_config.json"}
+    assert set(other.files) == {
+        *base.files,
+        lora / "adapter_model.safetensors",
+        lora / "adapter_config.json",
+    }
 
 
 def test_a_path_with_a_plus_is_a_path(model, tmp_path):

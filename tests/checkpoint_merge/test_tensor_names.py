@@ -22,45 +22,74 @@ def layers(prefix, width=WIDTH, number=LAYERS):
     for i in range(number):
         start = f"{prefix}layers.{i}."
         shapes |= {f"{start}self_attn.{p}_proj.weight": (width, width) for p in "qkvo"}
-        shapes |= {f"{start}mlp.up_proj.weight": (2 * width, width),
-                   f"{start}input_layernorm.weight": (width,)}
+        shapes |= {
+            f"{start}mlp.up_proj.weight": (2 * width, width),
+            f"{start}input_layernorm.weight": (width,),
+        }
     return shapes
 
 
 def gpt2(prefix="transformer."):
     shapes = {f"{prefix}wte.weight": (20, WIDTH), f"{prefix}ln_f.weight": (WIDTH,)}
     for i in range(LAYERS):
-        shapes |= {f"{prefix}h.{i}.attn.c_attn.weight": (WIDTH, 3 * WIDTH),
-                   f"{prefix}h.{i}.mlp.c_fc.weight": (WIDTH, 4 * WIDTH)}
+        shapes |= {
+            f"{prefix}h.{i}.attn.c_attn.weight": (WIDTH, 3 * WIDTH),
+            f"{prefix}h.{i}.mlp.c_fc.weight": (WIDTH, 4 * WIDTH),
+        }
     return shapes
 
 
 def clip(text="text_model."):
-    return (layers("vision_model.encoder.") | layers(f"{text}encoder.")
-            | {f"{text}embeddings.token_embedding.weight": (20, WIDTH),
-               "vision_model.embeddings.patch_embedding.weight": (WIDTH, 3, 2, 2),
-               "visual_projection.weight": (4, WIDTH), "text_projection.weight": (4, WIDTH)})
+    return (
+        layers("vision_model.encoder.")
+        | layers(f"{text}encoder.")
+        | {
+            f"{text}embeddings.token_embedding.weight": (20, WIDTH),
+            "vision_model.embeddings.patch_embedding.weight": (WIDTH, 3, 2, 2),
+            "visual_projection.weight": (4, WIDTH),
+            "text_projection.weight": (4, WIDTH),
+        }
+    )
 
 
 def qwen2_vl(language, vision):
-    return (layers(language) | {f"{language}embed_tokens.weight": (20, WIDTH),
-                                f"{language}norm.weight": (WIDTH,), "lm_head.weight": (20, WIDTH)}
-            | {f"{vision}blocks.{i}.attn.qkv.weight": (3 * WIDTH, WIDTH) for i in range(LAYERS)}
-            | {f"{vision}merger.mlp.0.weight": (WIDTH, WIDTH)})
+    return (
+        layers(language)
+        | {
+            f"{language}embed_tokens.weight": (20, WIDTH),
+            f"{language}norm.weight": (WIDTH,),
+            "lm_head.weight": (20, WIDTH),
+        }
+        | {f"{vision}blocks.{i}.attn.qkv.weight": (3 * WIDTH, WIDTH) for i in range(LAYERS)}
+        | {f"{vision}merger.mlp.0.weight": (WIDTH, WIDTH)}
+    )
 
 
 def llava(language, head, vision, projector):
-    return (layers(language) | {f"{language}embed_tokens.weight": (20, WIDTH),
-                                f"{language}norm.weight": (WIDTH,), head: (20, WIDTH)}
-            | layers(f"{vision}vision_model.encoder.")
-            | {f"{projector}linear_1.weight": (WIDTH, WIDTH),
-               f"{projector}linear_2.weight": (WIDTH, WIDTH)})
+    return (
+        layers(language)
+        | {
+            f"{language}embed_tokens.weight": (20, WIDTH),
+            f"{language}norm.weight": (WIDTH,),
+            head: (20, WIDTH),
+        }
+        | layers(f"{vision}vision_model.encoder.")
+        | {
+            f"{projector}linear_1.weight": (WIDTH, WIDTH),
+            f"{projector}linear_2.weight": (WIDTH, WIDTH),
+        }
+    )
 
 
-OLD_LLAVA = llava("language_model.model.", "language_model.lm_head.weight", "vision_tower.",
-                  "multi_modal_projector.")
-NEW_LLAVA = llava("model.language_model.", "lm_head.weight", "model.vision_tower.",
-                  "model.multi_modal_projector.")
+OLD_LLAVA = llava(
+    "language_model.model.",
+    "language_model.lm_head.weight",
+    "vision_tower.",
+    "multi_modal_projector.",
+)
+NEW_LLAVA = llava(
+    "model.language_model.", "lm_head.weight", "model.vision_tower.", "model.multi_modal_projector."
+)
 LLAMA = layers("model.") | {"model.embed_tokens.weight": (20, WIDTH), "lm_head.weight": (20, WIDTH)}
 
 
@@ -70,8 +99,10 @@ def wrapped(shapes, *parts):
 
 def wrapped_within(shapes, part):
     """A wrapper within each block, as per-layer compilation and checkpointing write it."""
-    return {name.replace(".self_attn.", f".{part}.self_attn.").replace(".mlp.", f".{part}.mlp."):
-            shape for name, shape in shapes.items()}
+    return {
+        name.replace(".self_attn.", f".{part}.self_attn.").replace(".mlp.", f".{part}.mlp."): shape
+        for name, shape in shapes.items()
+    }
 
 
 # (shapes of the base, the same shapes by the names of the fine-tunes, in the same order)
@@ -86,10 +117,14 @@ PAIRS = {
     "blocks compiled one by one": (LLAMA, wrapped_within(LLAMA, "_orig_mod")),
     "activation checkpointing": (LLAMA, wrapped_within(LLAMA, "_checkpoint_wrapped_module")),
     "a CLIP text tower without text_model": (clip(), clip("")),
-    "Qwen2-VL, old base": (qwen2_vl("model.", "visual."),
-                           qwen2_vl("model.language_model.", "model.visual.")),
-    "Qwen2-VL, new base": (qwen2_vl("model.language_model.", "model.visual."),
-                           qwen2_vl("model.", "visual.")),
+    "Qwen2-VL, old base": (
+        qwen2_vl("model.", "visual."),
+        qwen2_vl("model.language_model.", "model.visual."),
+    ),
+    "Qwen2-VL, new base": (
+        qwen2_vl("model.language_model.", "model.visual."),
+        qwen2_vl("model.", "visual."),
+    ),
     "LLaVA, old base": (OLD_LLAVA, NEW_LLAVA),
     "LLaVA, new base": (NEW_LLAVA, OLD_LLAVA),
 }
@@ -131,8 +166,9 @@ def test_names_are_mapped_and_the_merge_is_that_of_equal_names(tmp_path, capsys,
 def test_one_tower_of_a_base_that_has_two_alike(tmp_path, capsys):
     """The text tower alone: its embedding says that it is not the image tower."""
     given = models(clip())
-    text = {name: name.removeprefix("text_model.") for name in clip()
-            if name.startswith("text_model.")}
+    text = {
+        name: name.removeprefix("text_model.") for name in clip() if name.startswith("text_model.")
+    }
     places = save(tmp_path, [given[0], *({n: m[n] for n in text} for m in given[1:])], text)
     assert run(places, tmp_path / "out") == 1
     said = capsys.readouterr().err
@@ -141,11 +177,13 @@ def test_one_tower_of_a_base_that_has_two_alike(tmp_path, capsys):
     assert run(places, tmp_path / "out", "--missing", "base") == 0
     said = capsys.readouterr().err
     share = sum(w.size for n, w in given[0].items() if n not in text) / sum(
-        w.size for w in given[0].values())
+        w.size for w in given[0].values()
+    )
     assert f"{100 * share:.0f} % " in said
     merged = TensorFiles(tmp_path / "out")
-    np.testing.assert_array_equal(merged["visual_projection.weight"],
-                                  given[0]["visual_projection.weight"])
+    np.testing.assert_array_equal(
+        merged["visual_projection.weight"], given[0]["visual_projection.weight"]
+    )
     name = "text_model.encoder.layers.0.self_attn.q_proj.weight"
     assert not np.array_equal(merged[name], given[0][name])
 
@@ -161,11 +199,14 @@ def test_two_places_that_fit_equally_are_not_guessed():
     assert not found.names and len(found.ambiguous) == len(layers(""))
 
 
-@pytest.mark.parametrize("other", [
-    {"layers.7.w.weight": (4, 4)},  # Another layer is another layer.
-    {"score.weight": (4, 4)},  # `weight` alone says nothing.
-    {"model.layers.0.w.weight": (4, 5)},  # Another shape.
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"layers.7.w.weight": (4, 4)},  # Another layer is another layer.
+        {"score.weight": (4, 4)},  # `weight` alone says nothing.
+        {"model.layers.0.w.weight": (4, 5)},  # Another shape.
+    ],
+)
 def test_names_that_are_no_prefix_apart_are_not_mapped(other):
     base = {"layers.0.w.weight": (4, 4), "classifier.weight": (4, 4)}
     assert not renames(infos(base), infos(other)).names
@@ -173,10 +214,14 @@ def test_names_that_are_no_prefix_apart_are_not_mapped(other):
 
 def test_a_head_is_never_another_head_of_equal_shape():
     """A classifier with a dense layer is not the head of a masked language model."""
-    base = layers("bert.") | {"cls.predictions.transform.dense.weight": (WIDTH, WIDTH),
-                              "cls.predictions.transform.dense.bias": (WIDTH,)}
-    tuned = layers("bert.") | {"bert.pooler.dense.weight": (WIDTH, WIDTH),
-                               "bert.pooler.dense.bias": (WIDTH,)}
+    base = layers("bert.") | {
+        "cls.predictions.transform.dense.weight": (WIDTH, WIDTH),
+        "cls.predictions.transform.dense.bias": (WIDTH,),
+    }
+    tuned = layers("bert.") | {
+        "bert.pooler.dense.weight": (WIDTH, WIDTH),
+        "bert.pooler.dense.bias": (WIDTH,),
+    }
     assert not renames(infos(base), infos(tuned)).names
     base = layers("roberta.") | {"lm_head.dense.weight": (WIDTH, WIDTH)}
     tuned = layers("roberta.") | {"classifier.dense.weight": (WIDTH, WIDTH)}
@@ -188,9 +233,13 @@ def test_another_name_of_the_whole_model_is_a_prefix():
     assert len(found.names) == len(layers("bert.")) and not found.ambiguous
 
 
-@pytest.mark.parametrize(("base", "tuned"), [
-    ("encoder.encoder_layer_{}.", "encoder.encoder_layer_{}."), ("layer{}.0.", "layer{}.0."),
-])
+@pytest.mark.parametrize(
+    ("base", "tuned"),
+    [
+        ("encoder.encoder_layer_{}.", "encoder.encoder_layer_{}."),
+        ("layer{}.0.", "layer{}.0."),
+    ],
+)
 def test_numbers_within_a_part_are_layers_too(base, tuned):
     shapes = {base.format(i) + "w.weight": (WIDTH, WIDTH) for i in range(4)}
     shifted = {tuned.format(i) + "w.weight": (WIDTH, WIDTH) for i in range(1, 5)}
@@ -230,10 +279,15 @@ def test_a_wrong_prefix_is_never_a_reason_to_lose_the_training(tmp_path, capsys)
 def test_fused_and_separate_experts_are_named(tmp_path, capsys, fused_base):
     start = "model.layers.0.mlp."
     common = layers("model.")
-    fused = common | {f"{start}experts.gate_up_proj": (4, WIDTH, 6),
-                      f"{start}experts.down_proj": (4, 3, WIDTH)}
-    apart = common | {f"{start}experts.{e}.{p}_proj.weight": (3, WIDTH)
-                      for e in range(4) for p in ("gate", "up", "down")}
+    fused = common | {
+        f"{start}experts.gate_up_proj": (4, WIDTH, 6),
+        f"{start}experts.down_proj": (4, 3, WIDTH),
+    }
+    apart = common | {
+        f"{start}experts.{e}.{p}_proj.weight": (3, WIDTH)
+        for e in range(4)
+        for p in ("gate", "up", "down")
+    }
     base, tuned = (fused, apart) if fused_base else (apart, fused)
     places = save(tmp_path, [models(base)[0], *models(tuned)[1:]])
     assert run(places, tmp_path / "out") == 1
@@ -241,10 +295,13 @@ def test_fused_and_separate_experts_are_named(tmp_path, capsys, fused_base):
     assert "fused" in said and f"{start}experts." in said and "--missing base" not in said
 
 
-@pytest.mark.parametrize(("whole", "parts"), [
-    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
-])
+@pytest.mark.parametrize(
+    ("whole", "parts"),
+    [
+        ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    ],
+)
 def test_fused_projections_are_named(tmp_path, capsys, whole, parts):
     base = {f"layers.0.{whole}.weight": (24, 8), "norm.weight": (8,)}
     tuned = {f"layers.0.{p}.weight": (8, 8) for p in parts} | {"norm.weight": (8,)}
@@ -254,8 +311,11 @@ def test_fused_projections_are_named(tmp_path, capsys, whole, parts):
     assert whole in said and "parts" in said and "--missing base" not in said
 
 
-T5 = {"shared.weight": (20, WIDTH), "encoder.block.0.w.weight": (WIDTH, WIDTH),
-      "decoder.block.0.w.weight": (WIDTH, WIDTH)}
+T5 = {
+    "shared.weight": (20, WIDTH),
+    "encoder.block.0.w.weight": (WIDTH, WIDTH),
+    "decoder.block.0.w.weight": (WIDTH, WIDTH),
+}
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -305,8 +365,10 @@ def test_twins_that_are_no_copies(tmp_path, capsys):
     given[0] |= {n.replace("encoder", "decoder"): given[0][n] for n in encoder}
     assert run(save(tmp_path / "a", given), tmp_path / "out") == 1
     assert "decoder.layer.0.w.weight" in capsys.readouterr().err
-    given = [dict(m, **{"fc.norm.weight": m["norm.weight"]})
-             for m in models({"l.weight": (4, 4), "norm.weight": (8,)})]
+    given = [
+        dict(m, **{"fc.norm.weight": m["norm.weight"]})
+        for m in models({"l.weight": (4, 4), "norm.weight": (8,)})
+    ]
     for name in ("norm.weight", "fc.norm.weight"):
         given[0][name] = np.ones(8, np.float32)
     for model in given[1:]:
@@ -341,11 +403,11 @@ def test_aliases_in_the_metadata_are_read_and_written_back(tmp_path, kept):
     if kept == "shared.weight":
         places.append(store(tmp_path / "ft1", given[1], alias))
     else:
-        model = {("lm_head.weight" if n == "shared.weight" else n): w
-                 for n, w in given[1].items()}
+        model = {("lm_head.weight" if n == "shared.weight" else n): w for n, w in given[1].items()}
         places.append(store(tmp_path / "ft1", model, {"shared.weight": "lm_head.weight"}))
-    places.append(store(tmp_path / "ft2", given[2] | {"lm_head.weight": given[2]["shared.weight"]},
-                        {}))
+    places.append(
+        store(tmp_path / "ft2", given[2] | {"lm_head.weight": given[2]["shared.weight"]}, {})
+    )
     assert run(places, tmp_path / "out") == 0
     merged = TensorFiles(tmp_path / "out")
     assert set(merged) == set(T5) and merged.aliases == alias
@@ -356,20 +418,27 @@ def test_aliases_in_the_metadata_are_read_and_written_back(tmp_path, kept):
 
 def test_aliases_are_written_to_the_file_that_holds_the_tensor(tmp_path):
     given = [dict(m) for m in models(T5)]
-    places = [store(tmp_path / n, m, {"lm_head.weight": "shared.weight"})
-              for n, m in zip(("base", "ft1", "ft2"), given, strict=True)]
+    places = [
+        store(tmp_path / n, m, {"lm_head.weight": "shared.weight"})
+        for n, m in zip(("base", "ft1", "ft2"), given, strict=True)
+    ]
     assert run(places, tmp_path / "out", "--max-shard-size", "300") == 0
     merged = TensorFiles(tmp_path / "out")
-    assert merged.aliases == {"lm_head.weight": "shared.weight"} and len(set(
-        merged.files.values())) > 1
+    assert (
+        merged.aliases == {"lm_head.weight": "shared.weight"}
+        and len(set(merged.files.values())) > 1
+    )
 
 
 @pytest.mark.parametrize("legacy", ["base", "fine-tunes"])
 def test_legacy_names_of_layer_norms(tmp_path, legacy):
     shapes = {"bert.LayerNorm.weight": (8,), "bert.LayerNorm.bias": (8,), "bert.w.weight": (4, 4)}
     given = models(shapes)
-    names = {"bert.LayerNorm.weight": "bert.LayerNorm.gamma",
-             "bert.LayerNorm.bias": "bert.LayerNorm.beta", "bert.w.weight": "bert.w.weight"}
+    names = {
+        "bert.LayerNorm.weight": "bert.LayerNorm.gamma",
+        "bert.LayerNorm.bias": "bert.LayerNorm.beta",
+        "bert.w.weight": "bert.w.weight",
+    }
     name = "bert.LayerNorm.weight"
     d = deltas(given, name)
     expected = given[0][name] + stock_ratio(d) * d.mean(axis=0)
@@ -384,13 +453,17 @@ def test_legacy_names_of_layer_norms(tmp_path, legacy):
 def test_weight_norm_in_both_spellings(tmp_path):
     shapes = {"conv.weight_g": (8, 1, 1), "conv.weight_v": (8, 4, 3), "conv.bias": (8,)}
     given = models(shapes)
-    names = {"conv.weight_g": "conv.parametrizations.weight.original0",
-             "conv.weight_v": "conv.parametrizations.weight.original1", "conv.bias": "conv.bias"}
+    names = {
+        "conv.weight_g": "conv.parametrizations.weight.original0",
+        "conv.weight_v": "conv.parametrizations.weight.original1",
+        "conv.bias": "conv.bias",
+    }
     assert run(save(tmp_path, given, names), tmp_path / "out") == 0
     d = deltas(given, "conv.weight_v")
     expected = given[0]["conv.weight_v"] + stock_ratio(d) * d.mean(axis=0).reshape(8, 4, 3)
-    np.testing.assert_allclose(TensorFiles(tmp_path / "out")["conv.weight_v"], expected, rtol=0,
-                               atol=4e-7)
+    np.testing.assert_allclose(
+        TensorFiles(tmp_path / "out")["conv.weight_v"], expected, rtol=0, atol=4e-7
+    )
 
 
 HEADS = {"model.embed_tokens.weight": (20, WIDTH), "lm_head.weight": (20, WIDTH), "w": (4, 4)}

@@ -16,34 +16,78 @@ from tests.checkpoint_merge.typed import load, trio, weights, write
 
 CONFIG = {"model_type": "llama", "eos_token_id": 2, "forced_bos_token_id": 5, "hidden_size": 8}
 BASE = {
-    "config.json": CONFIG, "tokenizer_config.json": {"eos_token": "</s>", "model_max_length": 32},
-    "tokenizer.json": {"version": "base"}, "generation_config.json": {"max_length": 32},
+    "config.json": CONFIG,
+    "tokenizer_config.json": {"eos_token": "</s>", "model_max_length": 32},
+    "tokenizer.json": {"version": "base"},
+    "generation_config.json": {"max_length": 32},
 }
 CHATML = "{{ '<|im_start|>' }}"
 # What fine-tunes change, the note's name for it, and the files that hold it.
 CHANGES = {
     "jinja": ({"chat_template.jinja": CHATML}, "chat template", ("chat_template.jinja",)),
-    "key": ({"tokenizer_config.json": {"eos_token": "</s>", "chat_template": CHATML}},
-            "chat template", ("tokenizer_config.json",)),
-    "list": ({"tokenizer_config.json": {"eos_token": "</s>", "chat_template": [
-        {"name": "default", "template": CHATML}, {"name": "rag", "template": "r"}]}},
-        "chat template", ("tokenizer_config.json",)),
-    "processor": ({"chat_template.json": {"chat_template": CHATML}}, "chat template",
-                  ("chat_template.json",)),
-    "more": ({"additional_chat_templates/rag.jinja": "rag"}, "chat template rag",
-             ("additional_chat_templates/rag.jinja",)),
-    "token": ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, "eos_token",
-              ("tokenizer_config.json",)),
-    "object": ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}}, "eos_token",
-               ("tokenizer_config.json",)),
-    "map": ({"special_tokens_map.json": {"pad_token": "<pad>"}}, "pad_token",
-            ("special_tokens_map.json",)),
-    "added": ({"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
-        "9": {"content": "<|im_start|>"}}}}, "added tokens", ("tokenizer_config.json",)),
-    "generation": ({"generation_config.json": {"max_length": 32, "eos_token_id": [2, 7]}},
-                   "generation_config eos_token_id", ("generation_config.json",)),
-    "sampling": ({"generation_config.json": {"max_length": 32, "temperature": 0.6}},
-                 "generation_config temperature", ("generation_config.json",)),
+    "key": (
+        {"tokenizer_config.json": {"eos_token": "</s>", "chat_template": CHATML}},
+        "chat template",
+        ("tokenizer_config.json",),
+    ),
+    "list": (
+        {
+            "tokenizer_config.json": {
+                "eos_token": "</s>",
+                "chat_template": [
+                    {"name": "default", "template": CHATML},
+                    {"name": "rag", "template": "r"},
+                ],
+            }
+        },
+        "chat template",
+        ("tokenizer_config.json",),
+    ),
+    "processor": (
+        {"chat_template.json": {"chat_template": CHATML}},
+        "chat template",
+        ("chat_template.json",),
+    ),
+    "more": (
+        {"additional_chat_templates/rag.jinja": "rag"},
+        "chat template rag",
+        ("additional_chat_templates/rag.jinja",),
+    ),
+    "token": (
+        {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+        "eos_token",
+        ("tokenizer_config.json",),
+    ),
+    "object": (
+        {"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}},
+        "eos_token",
+        ("tokenizer_config.json",),
+    ),
+    "map": (
+        {"special_tokens_map.json": {"pad_token": "<pad>"}},
+        "pad_token",
+        ("special_tokens_map.json",),
+    ),
+    "added": (
+        {
+            "tokenizer_config.json": {
+                "eos_token": "</s>",
+                "added_tokens_decoder": {"9": {"content": "<|im_start|>"}},
+            }
+        },
+        "added tokens",
+        ("tokenizer_config.json",),
+    ),
+    "generation": (
+        {"generation_config.json": {"max_length": 32, "eos_token_id": [2, 7]}},
+        "generation_config eos_token_id",
+        ("generation_config.json",),
+    ),
+    "sampling": (
+        {"generation_config.json": {"max_length": 32, "temperature": 0.6}},
+        "generation_config temperature",
+        ("generation_config.json",),
+    ),
     "config": ({"config.json": CONFIG | {"eos_token_id": 7}}, "eos_token_id", ()),
 }
 
@@ -71,22 +115,36 @@ def test_fine_tunes_that_agree_are_a_note_and_an_option(say, tmp_path, change):
 
 def test_everything_of_the_tokenizer_comes_from_one_model(say, tmp_path):
     """Nothing of the base's is left among the files of another tokenizer."""
-    ours = BASE | {"merges.txt": "m", "tokenizer.model": "b", "chat_template.jinja": "b",
-                   "additional_chat_templates/old.jinja": "b", "vocab.json": {"b": 1},
-                   "preprocessor_config.json": {"size": 1},
-                   "processor_config.json": {"chat_template": "b", "patch": 4}}
-    theirs = {"tokenizer_config.json": {"chat_template": "t"}, "tokenizer.json": {"version": "t"},
-              "additional_chat_templates/new.jinja": "t", "spiece.model": "t",
-              "config.json": {"model_type": "llama", "eos_token_id": 7, "hidden_size": 8},
-              "processor_config.json": {"patch": 4}, "preprocessor_config.json": {"size": 1}}
+    ours = BASE | {
+        "merges.txt": "m",
+        "tokenizer.model": "b",
+        "chat_template.jinja": "b",
+        "additional_chat_templates/old.jinja": "b",
+        "vocab.json": {"b": 1},
+        "preprocessor_config.json": {"size": 1},
+        "processor_config.json": {"chat_template": "b", "patch": 4},
+    }
+    theirs = {
+        "tokenizer_config.json": {"chat_template": "t"},
+        "tokenizer.json": {"version": "t"},
+        "additional_chat_templates/new.jinja": "t",
+        "spiece.model": "t",
+        "config.json": {"model_type": "llama", "eos_token_id": 7, "hidden_size": 8},
+        "processor_config.json": {"patch": 4},
+        "preprocessor_config.json": {"size": 1},
+    }
     paths = trio(tmp_path, ours, theirs)
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
     found = {str(p.relative_to(out)) for p in out.rglob("*.*") if p.is_file()}
     made = {"model.safetensors", "merge_report.json", "README.md", "angles.png"}
     assert found - made == theirs.keys()
-    for name in ("tokenizer_config.json", "tokenizer.json", "spiece.model",
-                 "additional_chat_templates/new.jinja"):
+    for name in (
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "spiece.model",
+        "additional_chat_templates/new.jinja",
+    ):
         assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
     assert load(out / "processor_config.json") == {"patch": 4}
     # Their end token, and no token that only the base has.
@@ -97,13 +155,18 @@ def test_tokens_of_a_text_tower(say, tmp_path):
     flat = {"model_type": "x", "eos_token_id": 2}
     nested = {"model_type": "x", "text_config": {"eos_token_id": 7}}
     for name, ours, theirs, wanted in (
-        ("nested", nested, {"model_type": "x", "text_config": {"eos_token_id": 9}},
-         {"model_type": "x", "text_config": {"eos_token_id": 9}}),
+        (
+            "nested",
+            nested,
+            {"model_type": "x", "text_config": {"eos_token_id": 9}},
+            {"model_type": "x", "text_config": {"eos_token_id": 9}},
+        ),
         ("flat", flat, nested, {"model_type": "x", "eos_token_id": 7}),
     ):
         tokenizer = {"tokenizer.json": {}}
-        paths = trio(tmp_path / name, tokenizer | {"config.json": ours},
-                     tokenizer | {"config.json": theirs})
+        paths = trio(
+            tmp_path / name, tokenizer | {"config.json": ours}, tokenizer | {"config.json": theirs}
+        )
         out = tmp_path / name / "out"
         assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
         assert load(out / "config.json") == wanted
@@ -120,43 +183,66 @@ def test_fine_tunes_that_do_not_agree(say, tmp_path):
 
 
 def test_nothing_is_said_where_all_agree(say, tmp_path):
-    paths = trio(tmp_path, BASE | {"chat_template.jinja": "a"},
-                 BASE | {"tokenizer_config.json": BASE["tokenizer_config.json"] | {
-                     "chat_template": "a\n"}})
+    paths = trio(
+        tmp_path,
+        BASE | {"chat_template.jinja": "a"},
+        BASE | {"tokenizer_config.json": BASE["tokenizer_config.json"] | {"chat_template": "a\n"}},
+    )
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 0 and not said.notes
 
 
 def ids(kind, names, first=3):
     """The files of a tokenizer with `names` from id 3 on, after three that all models share."""
-    whole = {**{text: i for i, text in enumerate("abc")},
-             **{text: first + i for i, text in enumerate(names)}}
+    whole = {
+        **{text: i for i, text in enumerate("abc")},
+        **{text: first + i for i, text in enumerate(names)},
+    }
     added = [{"id": i, "content": text, "special": True} for text, i in whole.items() if i > 2]
     plain = {text: i for text, i in whole.items() if i < 3}
     return {
-        "added_tokens": {"tokenizer.json": {"added_tokens": added, "model": {
-            "type": "BPE", "vocab": plain}}},
+        "added_tokens": {
+            "tokenizer.json": {"added_tokens": added, "model": {"type": "BPE", "vocab": plain}}
+        },
         "model.vocab": {"tokenizer.json": {"added_tokens": [], "model": {"vocab": whole}}},
-        "unigram": {"tokenizer.json": {"model": {
-            "type": "Unigram", "vocab": [[text, -1.0] for text in whole]}}},
+        "unigram": {
+            "tokenizer.json": {
+                "model": {"type": "Unigram", "vocab": [[text, -1.0] for text in whole]}
+            }
+        },
         "vocab.json": {"vocab.json": whole},
         "vocab.txt": {"vocab.txt": "\n".join(whole)},
-        "added_tokens.json": {"vocab.json": plain, "added_tokens.json": {
-            text: i for text, i in whole.items() if i > 2}},
-        "added_tokens_decoder": {"tokenizer.json": {}, "tokenizer_config.json": {
-            "added_tokens_decoder": {str(one["id"]): one for one in added}}},
+        "added_tokens.json": {
+            "vocab.json": plain,
+            "added_tokens.json": {text: i for text, i in whole.items() if i > 2},
+        },
+        "added_tokens_decoder": {
+            "tokenizer.json": {},
+            "tokenizer_config.json": {
+                "added_tokens_decoder": {str(one["id"]): one for one in added}
+            },
+        },
     }[kind]
 
 
-KINDS = ("added_tokens", "model.vocab", "unigram", "vocab.json", "vocab.txt", "added_tokens.json",
-         "added_tokens_decoder")
+KINDS = (
+    "added_tokens",
+    "model.vocab",
+    "unigram",
+    "vocab.json",
+    "vocab.txt",
+    "added_tokens.json",
+    "added_tokens_decoder",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_id_for_different_tokens_is_an_error(say, tmp_path, kind):
     """Rows of an embedding are averaged by their ids: they must be of one token."""
-    files = [{"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
-             for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))]
+    files = [
+        {"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
+        for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))
+    ]
     for name, order in (("tuned", (0, 1, 2)), ("base", (1, 2, 2)), ("one", (1, 1, 2))):
         paths = trio(tmp_path / name, *(files[i] for i in order))
         out = tmp_path / name / "out"
@@ -172,11 +258,14 @@ def test_one_id_for_different_tokens_is_an_error(say, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("order", "said"), [
-    ((0, 1, 1), "agree"), ((0, 1, 0), "each other"), ((1, 1, 1), None)])
+@pytest.mark.parametrize(
+    ("order", "said"), [((0, 1, 1), "agree"), ((0, 1, 0), "each other"), ((1, 1, 1), None)]
+)
 def test_a_token_that_only_some_models_have_is_a_note(say, tmp_path, kind, order, said):
-    files = [{"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
-             for names in ((), ("<u>",))]
+    files = [
+        {"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
+        for names in ((), ("<u>",))
+    ]
     found = say("merge", *trio(tmp_path, *(files[i] for i in order)), "--out", tmp_path / "out")
     assert found.status == 0, found.err
     assert len(found.notes) == (said is not None)
@@ -186,39 +275,67 @@ def test_a_token_that_only_some_models_have_is_a_note(say, tmp_path, kind, order
 def test_ids_of_rows_that_are_not_averaged_may_differ(say, tmp_path):
     """Beyond the rows in common, and where no embedding is merged."""
     for first, options, status in ((9, (), 1), (12, (), 0), (9, ("--exclude", "*embed*"), 0)):
-        files = [{"config.json": CONFIG, **ids("vocab.json", names, first)}
-                 for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))]
+        files = [
+            {"config.json": CONFIG, **ids("vocab.json", names, first)}
+            for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))
+        ]
         paths = trio(tmp_path / f"{first}{len(options)}", *files)
         said = say("merge", *paths, "--out", paths[0].parent / "out", *options)
         assert said.status == status, said.err
 
 
-@pytest.mark.parametrize("free", ["<unused0>", "[unused7]", "<|reserved_special_token_0|>",
-                                  "<|placeholder1|>", "[control_8]", "<|extra_0|>"])
+@pytest.mark.parametrize(
+    "free",
+    [
+        "<unused0>",
+        "[unused7]",
+        "<|reserved_special_token_0|>",
+        "<|placeholder1|>",
+        "[control_8]",
+        "<|extra_0|>",
+    ],
+)
 def test_a_row_that_the_base_keeps_free_is_given_to_a_token(say, tmp_path, free):
-    files = [{"config.json": CONFIG, **ids("vocab.json", names)}
-             for names in ((free,), ("<u>",), ("<v>",))]
-    said = say("merge", *trio(tmp_path / "a", *(files[i] for i in (0, 1, 1))), "--out",
-               tmp_path / "out")
+    files = [
+        {"config.json": CONFIG, **ids("vocab.json", names)}
+        for names in ((free,), ("<u>",), ("<v>",))
+    ]
+    said = say(
+        "merge", *trio(tmp_path / "a", *(files[i] for i in (0, 1, 1))), "--out", tmp_path / "out"
+    )
     assert said.status == 0 and any("added tokens" in note for note in said.notes)
     said = say("merge", *trio(tmp_path / "b", *files), "--out", tmp_path / "no")
     assert said.status == 1 and "'<u>'" in said.err and free not in said.err
 
 
 def test_the_tokenizers_of_a_pipeline_belong_to_their_encoders(say, tmp_path):
-    index = {"_class_name": "P", "text_encoder": ["t", "T"], "text_encoder_2": ["t", "T"],
-             "tokenizer": ["t", "T"], "tokenizer_2": ["t", "T"]}
+    index = {
+        "_class_name": "P",
+        "text_encoder": ["t", "T"],
+        "text_encoder_2": ["t", "T"],
+        "tokenizer": ["t", "T"],
+        "tokenizer_2": ["t", "T"],
+    }
     for name, folder, status in (("a", "tokenizer", 0), ("b", "tokenizer_2", 1)):
         paths = []
         for k, names in enumerate(((), ("<u>", "<v>"), ("<v>", "<u>"))):
             parts = {"tokenizer": ids("vocab.json", ()), "tokenizer_2": ids("vocab.json", ())}
             parts[folder] = ids("vocab.json", names)
-            paths.append(write(tmp_path / name / str(k), {
-                "model_index.json": index,
-                **{f"{part}/{file}": text for part, files in parts.items()
-                   for file, text in files.items()},
-                "text_encoder/model.safetensors": weights({"shared.weight": (3, 8)}, k),
-                "text_encoder_2/model.safetensors": weights({"shared.weight": (6, 8)}, k)}))
+            paths.append(
+                write(
+                    tmp_path / name / str(k),
+                    {
+                        "model_index.json": index,
+                        **{
+                            f"{part}/{file}": text
+                            for part, files in parts.items()
+                            for file, text in files.items()
+                        },
+                        "text_encoder/model.safetensors": weights({"shared.weight": (3, 8)}, k),
+                        "text_encoder_2/model.safetensors": weights({"shared.weight": (6, 8)}, k),
+                    },
+                )
+            )
         said = say("merge", *paths, "--out", tmp_path / name / "out")
         assert said.status == status, said.err
         assert not status or re.search("tokenizer_2 .* id 3 ", said.err)
@@ -232,10 +349,19 @@ def test_the_tokenizers_of_two_layouts_are_compared(say, tmp_path):
     for k, own in enumerate(files):
         prefix = f"{folder}/" if not k else ""
         index = {"modules.json": modules if not k else [modules[0] | {"path": ""}]}
-        paths.append(write(tmp_path / str(k), index | {
-            f"{prefix}{file}": text for file, text in own.items()} | {
-            f"{prefix}config.json": {"model_type": "bert"}, f"{prefix}model.safetensors":
-            weights({"embeddings.word_embeddings.weight": (6, 8)}, k)}))
+        paths.append(
+            write(
+                tmp_path / str(k),
+                index
+                | {f"{prefix}{file}": text for file, text in own.items()}
+                | {
+                    f"{prefix}config.json": {"model_type": "bert"},
+                    f"{prefix}model.safetensors": weights(
+                        {"embeddings.word_embeddings.weight": (6, 8)}, k
+                    ),
+                },
+            )
+        )
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert said.status == 1 and " id 3 " in said.err and "'<u>'" in said.err
 
@@ -253,8 +379,11 @@ def test_equal_files_are_not_parsed_and_others_once(tmp_path, monkeypatch):
 
 def test_a_model_without_a_tokenizer_cannot_give_one(say, tmp_path):
     paths = trio(tmp_path, BASE, {"config.json": CONFIG, "generation_config.json": {}})
-    for typed, why in (("model:1", f"model:1: {paths[1]} "), ("model:3", "model:3: .*2"),
-                       ("ft1", "base .*'ft1'")):
+    for typed, why in (
+        ("model:1", f"model:1: {paths[1]} "),
+        ("model:3", "model:3: .*2"),
+        ("ft1", "base .*'ft1'"),
+    ):
         said = say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", typed)
         assert said.status in (1, 2) and re.search(why, said.err) and said.err.count("\n") == 1
     assert say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", "base").status == 0
@@ -265,8 +394,10 @@ def test_a_tokenizer_that_was_saved_with_an_adapter(say, tmp_path):
     q = "model.layers.0.self_attn.q_proj"
     for i in (1, 2):
         adapter(tmp_path / f"lora{i}", factors(q, 8, 8, seed=i))
-        write(tmp_path / f"lora{i}", {"tokenizer_config.json": {"eos_token": "<|im_end|>"},
-                                      "chat_template.jinja": CHATML})
+        write(
+            tmp_path / f"lora{i}",
+            {"tokenizer_config.json": {"eos_token": "<|im_end|>"}, "chat_template.jinja": CHATML},
+        )
     models = (base, tmp_path / "lora1", tmp_path / "lora2")
     said = say("merge", *models, "--out", tmp_path / "out")
     assert any("chat template, eos_token: " in note for note in said.notes)
@@ -277,14 +408,26 @@ def test_a_tokenizer_that_was_saved_with_an_adapter(say, tmp_path):
 
 
 def test_tokenizers_of_a_pipeline(say, tmp_path):
-    index = {"_class_name": "P", "unet": ["diffusers", "U"], "tokenizer": ["transformers", "T"],
-             "tokenizer_2": ["transformers", "T"], "scheduler": ["diffusers", "S"]}
-    ours = {"model_index.json": index, "tokenizer/tokenizer_config.json": {"pad_token": "!"},
-            "tokenizer/merges.txt": "b", "tokenizer_2/tokenizer.json": {"b": 1},
-            "scheduler/scheduler_config.json": {"steps_offset": 1}}
-    theirs = ours | {"tokenizer/tokenizer_config.json": {"pad_token": "<pad>"},
-                     "tokenizer/merges.txt": "t", "tokenizer_2/tokenizer.json": {"t": 1},
-                     "scheduler/scheduler_config.json": {"steps_offset": 0}}
+    index = {
+        "_class_name": "P",
+        "unet": ["diffusers", "U"],
+        "tokenizer": ["transformers", "T"],
+        "tokenizer_2": ["transformers", "T"],
+        "scheduler": ["diffusers", "S"],
+    }
+    ours = {
+        "model_index.json": index,
+        "tokenizer/tokenizer_config.json": {"pad_token": "!"},
+        "tokenizer/merges.txt": "b",
+        "tokenizer_2/tokenizer.json": {"b": 1},
+        "scheduler/scheduler_config.json": {"steps_offset": 1},
+    }
+    theirs = ours | {
+        "tokenizer/tokenizer_config.json": {"pad_token": "<pad>"},
+        "tokenizer/merges.txt": "t",
+        "tokenizer_2/tokenizer.json": {"t": 1},
+        "scheduler/scheduler_config.json": {"steps_offset": 0},
+    }
     paths = trio(tmp_path, ours, theirs, file="unet/model.safetensors")
     said = say("merge", *paths, "--out", tmp_path / "out")
     assert "tokenizer pad_token" in said.notes[0]
@@ -298,11 +441,18 @@ def test_tokenizers_of_a_pipeline(say, tmp_path):
 
 def test_the_tokenizer_of_a_sentence_transformer_in_a_folder(say, tmp_path):
     modules = [{"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
-    ours = {"modules.json": modules, "0_Transformer/config.json": {"model_type": "bert"},
-            "0_Transformer/tokenizer.json": {"b": 1}, "0_Transformer/vocab.txt": "b",
-            "0_Transformer/tokenizer_config.json": {"pad_token": "[PAD]"}}
-    theirs = ours | {"0_Transformer/tokenizer.json": {"t": 1}, "0_Transformer/vocab.txt": "t",
-                     "0_Transformer/tokenizer_config.json": {"pad_token": "<pad>"}}
+    ours = {
+        "modules.json": modules,
+        "0_Transformer/config.json": {"model_type": "bert"},
+        "0_Transformer/tokenizer.json": {"b": 1},
+        "0_Transformer/vocab.txt": "b",
+        "0_Transformer/tokenizer_config.json": {"pad_token": "[PAD]"},
+    }
+    theirs = ours | {
+        "0_Transformer/tokenizer.json": {"t": 1},
+        "0_Transformer/vocab.txt": "t",
+        "0_Transformer/tokenizer_config.json": {"pad_token": "<pad>"},
+    }
     paths = trio(tmp_path, ours, theirs, file="0_Transformer/model.safetensors")
     assert "pad_token" in say("merge", *paths, "--out", tmp_path / "out").notes[0]
     out = tmp_path / "theirs"
@@ -317,8 +467,9 @@ def test_the_tokenizer_of_a_sentence_transformer_in_a_folder(say, tmp_path):
 def test_recipes_of_mergekit(say, tmp_path, key, base):
     paths = trio(tmp_path, BASE, BASE | {"chat_template.jinja": CHATML})
     models = "".join(f"  - {{model: {p}, parameters: {{weight: 0.5}}}}\n" for p in paths[1:])
-    recipe = f"merge_method: linear\nmodels:\n{models}" + (f"base_model: {paths[0]}\n" if base
-                                                           else "")
+    recipe = f"merge_method: linear\nmodels:\n{models}" + (
+        f"base_model: {paths[0]}\n" if base else ""
+    )
     for source, theirs in ((paths[2], True), ("base", not base)):
         (tmp_path / "r.yml").write_text(recipe + key.format(source) + "\n")
         out = tmp_path / f"out{theirs}{source == 'base'}"
@@ -330,16 +481,19 @@ def test_recipes_of_mergekit(say, tmp_path, key, base):
     assert "tokenizer_from" not in parse(yaml.safe_load(recipe + key.format("base"))).options
 
 
-@pytest.mark.parametrize("text", ["tokenizer_source: union", "tokenizer_source: org/other",
-                                  "tokenizer: {source: union}"])
+@pytest.mark.parametrize(
+    "text", ["tokenizer_source: union", "tokenizer_source: org/other", "tokenizer: {source: union}"]
+)
 def test_tokenizers_that_are_not_made_here(text):
     recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
     with pytest.raises(UserError, match="tokenizer_source '(union|org/other)'"):
         parse(yaml.safe_load(recipe + text))
 
 
-@pytest.mark.parametrize("text", ["tokenizer: {source: base, tokens: {}}",
-                                  "tokenizer: {source: a, pad_to_multiple_of: 8}"])
+@pytest.mark.parametrize(
+    "text",
+    ["tokenizer: {source: base, tokens: {}}", "tokenizer: {source: a, pad_to_multiple_of: 8}"],
+)
 def test_keys_of_a_tokenizer_that_are_not_done_are_named(text):
     recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
     with pytest.raises(UserError, match="tokenizer: .*'(tokens|pad_to_multiple_of)'"):

@@ -19,12 +19,27 @@ from tests.checkpoint_merge.typed import load, tensors, trio, write
 NEEDED = {"wise-ft": ["--alpha", "0.5"], "slerp": ["--t", "0.5"]}
 
 
-@pytest.mark.parametrize(("typed", "method"), [
-    ("stock", "stock"), ("model_stock", "stock"), ("model-stock", "stock"), ("Stock", "stock"),
-    ("MODEL_STOCK", "stock"), ("task_arithmetic", "task-arithmetic"), ("Ties", "ties"),
-    ("TIES", "ties"), ("weighted_stock", "weighted-stock"), ("wise_ft", "wise-ft"),
-    ("wiseft", "wise-ft"), ("WiSE-FT", "wise-ft"), ("Linear", "linear"), ("SLERP", "slerp"),
-    ("uniform", "uniform"), ("mean", "uniform")])
+@pytest.mark.parametrize(
+    ("typed", "method"),
+    [
+        ("stock", "stock"),
+        ("model_stock", "stock"),
+        ("model-stock", "stock"),
+        ("Stock", "stock"),
+        ("MODEL_STOCK", "stock"),
+        ("task_arithmetic", "task-arithmetic"),
+        ("Ties", "ties"),
+        ("TIES", "ties"),
+        ("weighted_stock", "weighted-stock"),
+        ("wise_ft", "wise-ft"),
+        ("wiseft", "wise-ft"),
+        ("WiSE-FT", "wise-ft"),
+        ("Linear", "linear"),
+        ("SLERP", "slerp"),
+        ("uniform", "uniform"),
+        ("mean", "uniform"),
+    ],
+)
 def test_methods(say, tmp_path, typed, method):
     paths = trio(tmp_path)
     for text in ([f"--method={typed}"], ["--method", typed]):
@@ -41,12 +56,26 @@ def test_a_method_that_is_not_there(say, tmp_path, typed):
     assert all(method in said.err for method in COMMANDS)
 
 
-@pytest.mark.parametrize(("typed", "code"), [
-    *((name, code) for name, code in DTYPES.items()),
-    ("bf16", "BF16"), ("BF16", "BF16"), ("torch.bfloat16", "BF16"), ("fp16", "F16"),
-    ("half", "F16"), ("torch.float16", "F16"), ("torch.half", "F16"), ("fp32", "F32"),
-    ("float", "F32"), ("Float32", "F32"), ("f32", "F32"), ("double", "F64"), ("fp8", "F8_E4M3"),
-    ("float8_e4m3", "F8_E4M3")])
+@pytest.mark.parametrize(
+    ("typed", "code"),
+    [
+        *((name, code) for name, code in DTYPES.items()),
+        ("bf16", "BF16"),
+        ("BF16", "BF16"),
+        ("torch.bfloat16", "BF16"),
+        ("fp16", "F16"),
+        ("half", "F16"),
+        ("torch.float16", "F16"),
+        ("torch.half", "F16"),
+        ("fp32", "F32"),
+        ("float", "F32"),
+        ("Float32", "F32"),
+        ("f32", "F32"),
+        ("double", "F64"),
+        ("fp8", "F8_E4M3"),
+        ("float8_e4m3", "F8_E4M3"),
+    ],
+)
 def test_dtypes(say, tmp_path, typed, code):
     paths, out = trio(tmp_path, {"config.json": {"model_type": "llama"}}), tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--dtype", typed).status == 0
@@ -71,7 +100,8 @@ def home(tmp_path, monkeypatch):
     paths = trio(root)
     (root / "r.yml").write_text(
         "merge_method: model_stock\nbase_model: ~/base\ndtype: bf16\n"
-        "models: [{model: ~/ft1}, {model: ~/ft2}]\n")
+        "models: [{model: ~/ft1}, {model: ~/ft2}]\n"
+    )
     (root / "abs.yaml").write_text((root / "r.yml").read_text().replace("~", str(root)))
     monkeypatch.setenv("HOME", str(root))
     (tmp_path / "work").mkdir()
@@ -79,12 +109,20 @@ def home(tmp_path, monkeypatch):
     return root, paths
 
 
-@pytest.mark.parametrize("typed", [
-    ["{root}/r.yml", "--out", "x"], ["{root}/r.yml", "x"], ["{root}/abs.yaml", "x"],
-    ["--recipe", "~/r.yml", "--out", "x"], ["--recipe=~/r.yml", "--out", "x"],
-    ["~/r.yml", "--out", "x"], ["x", "~/r.yml"], ["--out", "x", "{root}/r.yml"],
-    ["--recipe", "{root}/r.yml", "x"],
-])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["{root}/r.yml", "--out", "x"],
+        ["{root}/r.yml", "x"],
+        ["{root}/abs.yaml", "x"],
+        ["--recipe", "~/r.yml", "--out", "x"],
+        ["--recipe=~/r.yml", "--out", "x"],
+        ["~/r.yml", "--out", "x"],
+        ["x", "~/r.yml"],
+        ["--out", "x", "{root}/r.yml"],
+        ["--recipe", "{root}/r.yml", "x"],
+    ],
+)
 def test_a_recipe(say, home, tmp_path, typed):
     root, paths = home
     said = say("merge", *(text.format(root=root) for text in typed))
@@ -99,7 +137,8 @@ def test_a_recipe(say, home, tmp_path, typed):
     direct = say("merge", *paths, "--out", "direct", "--dtype", "bfloat16")
     assert direct.status == 0
     assert (tmp_path / "work/direct/model.safetensors").read_bytes() == (
-        tmp_path / "work/x/model.safetensors").read_bytes()
+        tmp_path / "work/x/model.safetensors"
+    ).read_bytes()
 
 
 def test_a_recipe_with_models_next_to_it(say, home):
@@ -133,8 +172,12 @@ def test_one_fine_tune(say, home):
     said = say("merge", "~/base", "~/ft1", "--out", "x")
     assert said.status == 1 and "--method wise-ft --alpha 0.5" in said.err
     assert said.err.count("\n") == 1
-    assert say("merge", "~/base", "~/ft1", "--out", "x", "--method", "wise-ft", "--alpha",
-               "0.5").status == 0
+    assert (
+        say(
+            "merge", "~/base", "~/ft1", "--out", "x", "--method", "wise-ft", "--alpha", "0.5"
+        ).status
+        == 0
+    )
     said = say("compare", "~/base", "~/ft1")
     assert said.status == 1 and "wise-ft" not in said.err and "2 or more" in said.err
     for typed in (["~/base"], []):
@@ -150,24 +193,46 @@ def test_a_method_without_its_number(say, home, option, needs):
 
 def kohya(kind):
     rng = np.random.default_rng(0)
-    names = {"text": "lora_te_text_model_encoder_layers_0_mlp_fc1",
-             "unet": "lora_unet_down_blocks_0_attentions_0_proj_in", "te1": "lora_te1_x"}
+    names = {
+        "text": "lora_te_text_model_encoder_layers_0_mlp_fc1",
+        "unet": "lora_unet_down_blocks_0_attentions_0_proj_in",
+        "te1": "lora_te1_x",
+    }
     start = names[kind]
-    return {f"{start}.lora_down.weight": rng.standard_normal((2, 8)).astype(np.float32),
-            f"{start}.lora_up.weight": rng.standard_normal((8, 2)).astype(np.float32),
-            f"{start}.alpha": np.float32(2)}
+    return {
+        f"{start}.lora_down.weight": rng.standard_normal((2, 8)).astype(np.float32),
+        f"{start}.lora_up.weight": rng.standard_normal((8, 2)).astype(np.float32),
+        f"{start}.alpha": np.float32(2),
+    }
 
 
 PEFT = factors("model.layers.0.self_attn.q_proj", 8, 8)
 DIFFUSERS = {k.replace("base_model.model.", "unet."): x for k, x in PEFT.items()}
-LORA = {"kohya": (kohya("text"), "kohya"), "kohya unet": (kohya("unet"), "kohya"),
-        "kohya te1": (kohya("te1"), "kohya"), "peft": (PEFT, "adapter_config.json"),
-        "diffusers": (DIFFUSERS, "adapter_config.json"),
-        "diffusers up/down": ({k.replace(".lora_A.", ".lora.down.").replace(
-            ".lora_B.", ".lora.up."): x for k, x in DIFFUSERS.items()}, "PEFT"),
-        **{name: ({f"unet.mid.{name}": np.ones((2, 8), np.float32)}, "PEFT") for name in (
-            "processor.to_q_lora.down.weight", "processor.qkv_lora1.up.weight", "hada_w1_a",
-            "lokr_w1", "ia3_l", "oft_blocks")}}
+LORA = {
+    "kohya": (kohya("text"), "kohya"),
+    "kohya unet": (kohya("unet"), "kohya"),
+    "kohya te1": (kohya("te1"), "kohya"),
+    "peft": (PEFT, "adapter_config.json"),
+    "diffusers": (DIFFUSERS, "adapter_config.json"),
+    "diffusers up/down": (
+        {
+            k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): x
+            for k, x in DIFFUSERS.items()
+        },
+        "PEFT",
+    ),
+    **{
+        name: ({f"unet.mid.{name}": np.ones((2, 8), np.float32)}, "PEFT")
+        for name in (
+            "processor.to_q_lora.down.weight",
+            "processor.qkv_lora1.up.weight",
+            "hada_w1_a",
+            "lokr_w1",
+            "ia3_l",
+            "oft_blocks",
+        )
+    },
+}
 
 
 @pytest.mark.parametrize("where", ["file", "directory", "first"])
@@ -175,8 +240,7 @@ LORA = {"kohya": (kohya("text"), "kohya"), "kohya unet": (kohya("unet"), "kohya"
 def test_a_lora_file_of_another_library_is_named(say, home, kind, where):
     root, _ = home
     content, named = LORA[kind]
-    names = {"peft": "adapter_model.safetensors",
-             "diffusers": "pytorch_lora_weights.safetensors"}
+    names = {"peft": "adapter_model.safetensors", "diffusers": "pytorch_lora_weights.safetensors"}
     path = write(root / "lora", {names.get(kind, "my_lora.safetensors"): content})
     if where == "file":
         path = next(path.iterdir())
@@ -190,8 +254,9 @@ def test_an_adapter_as_base_and_a_file_behind_a_plus(say, home):
     root, _ = home
     (root / "lora").mkdir()
     write_tensors(root / "lora/adapter_model.safetensors", PEFT)
-    (root / "lora/adapter_config.json").write_text(json.dumps(
-        {"peft_type": "LORA", "r": 3, "lora_alpha": 3}))
+    (root / "lora/adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 3})
+    )
     said = say("merge", "~/lora", "~/ft1", "~/ft2", "--out", "x")
     assert said.status == 1 and f"{root}/lora " in said.err and "BASE" in said.err
     said = say("merge", "~/base", "~/base+~/lora", "~/ft2", "--out", "x")
@@ -242,6 +307,9 @@ def test_the_command_in_a_shell(home, tmp_path):
     root, _ = home
     done = subprocess.run(
         [sys.executable, "-m", "modelstock_jax", "merge", str(root / "r.yml"), "x", "--dry-run"],
-        capture_output=True, text=True, timeout=120,
-        env={"HOME": str(root), "PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path)})
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"HOME": str(root), "PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path)},
+    )
     assert done.returncode == 0 and "to write" in done.stdout, done.stderr

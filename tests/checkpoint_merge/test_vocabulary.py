@@ -19,20 +19,44 @@ BODY = {"layers.0.mlp.weight": (WIDTH, WIDTH)}
 # Tensors with an axis of the vocabulary, as transformers names them; R stands for its rows.
 R = -1
 FAMILIES = {
-    "bert": {"bert.embeddings.word_embeddings.weight": (R, WIDTH), "cls.predictions.bias": (R,),
-             "cls.predictions.decoder.weight": (R, WIDTH), "cls.predictions.decoder.bias": (R,)},
-    "distilbert": {"distilbert.embeddings.word_embeddings.weight": (R, WIDTH),
-                   "vocab_projector.weight": (R, WIDTH), "vocab_projector.bias": (R,)},
-    "modernbert": {"model.embeddings.tok_embeddings.weight": (R, WIDTH), "decoder.bias": (R,),
-                   "decoder.weight": (R, WIDTH)},
-    "deberta": {"deberta.embeddings.word_embeddings.weight": (R, WIDTH),
-                "lm_predictions.lm_head.bias": (R,), "cls.predictions.bias": (R,)},
-    "electra": {"electra.embeddings.word_embeddings.weight": (R, WIDTH),
-                "generator_lm_head.weight": (R, WIDTH), "generator_lm_head.bias": (R,)},
-    "albert": {"albert.embeddings.word_embeddings.weight": (R, 4), "predictions.bias": (R,),
-               "predictions.decoder.weight": (R, 4), "predictions.decoder.bias": (R,)},
-    "bart": {"model.shared.weight": (R, WIDTH), "final_logits_bias": (1, R),
-             "model.encoder.embed_tokens.weight": (R, WIDTH), "lm_head.weight": (R, WIDTH)},
+    "bert": {
+        "bert.embeddings.word_embeddings.weight": (R, WIDTH),
+        "cls.predictions.bias": (R,),
+        "cls.predictions.decoder.weight": (R, WIDTH),
+        "cls.predictions.decoder.bias": (R,),
+    },
+    "distilbert": {
+        "distilbert.embeddings.word_embeddings.weight": (R, WIDTH),
+        "vocab_projector.weight": (R, WIDTH),
+        "vocab_projector.bias": (R,),
+    },
+    "modernbert": {
+        "model.embeddings.tok_embeddings.weight": (R, WIDTH),
+        "decoder.bias": (R,),
+        "decoder.weight": (R, WIDTH),
+    },
+    "deberta": {
+        "deberta.embeddings.word_embeddings.weight": (R, WIDTH),
+        "lm_predictions.lm_head.bias": (R,),
+        "cls.predictions.bias": (R,),
+    },
+    "electra": {
+        "electra.embeddings.word_embeddings.weight": (R, WIDTH),
+        "generator_lm_head.weight": (R, WIDTH),
+        "generator_lm_head.bias": (R,),
+    },
+    "albert": {
+        "albert.embeddings.word_embeddings.weight": (R, 4),
+        "predictions.bias": (R,),
+        "predictions.decoder.weight": (R, 4),
+        "predictions.decoder.bias": (R,),
+    },
+    "bart": {
+        "model.shared.weight": (R, WIDTH),
+        "final_logits_bias": (1, R),
+        "model.encoder.embed_tokens.weight": (R, WIDTH),
+        "lm_head.weight": (R, WIDTH),
+    },
     "marian": {"model.shared.weight": (R, WIDTH), "final_logits_bias": (1, R)},
     "mamba": {"backbone.embeddings.weight": (R, WIDTH), "lm_head.weight": (R, WIDTH)},
     "gpt2": {"transformer.wte.weight": (R, WIDTH)},
@@ -45,14 +69,24 @@ FAMILIES = {
 
 
 def given(family, rows=(ROWS, MORE, ROWS), seed=0):
-    shapes = {n: tuple(max(rows) if axis == R else axis for axis in shape)
-              for n, shape in FAMILIES[family].items()}
+    shapes = {
+        n: tuple(max(rows) if axis == R else axis for axis in shape)
+        for n, shape in FAMILIES[family].items()
+    }
     whole = models(shapes | BODY, seed=seed)
     cut = []
     for model, length in zip(whole, rows, strict=True):
-        cut.append({n: w[tuple(slice(length) if axis == R else slice(None)
-                               for axis in FAMILIES[family].get(n, w.shape))]
-                    for n, w in model.items()})
+        cut.append(
+            {
+                n: w[
+                    tuple(
+                        slice(length) if axis == R else slice(None)
+                        for axis in FAMILIES[family].get(n, w.shape)
+                    )
+                ]
+                for n, w in model.items()
+            }
+        )
     return cut
 
 
@@ -62,8 +96,11 @@ def save(root, cut, rows):
         place = root / (f"ft{k}" if k else "base")
         place.mkdir(parents=True)
         write_directory_tensors(place, model)
-        (place / "config.json").write_text(json.dumps(
-            {"model_type": "x", "vocab_size": length, "type_vocab_size": 2, "pad_token_id": k}))
+        (place / "config.json").write_text(
+            json.dumps(
+                {"model_type": "x", "vocab_size": length, "type_vocab_size": 2, "pad_token_id": k}
+            )
+        )
         (place / "tokenizer.json").write_text(json.dumps({"of": place.name}))
         (place / "tokenizer_config.json").write_text("{}")
         places.append(place)
@@ -95,8 +132,10 @@ def test_every_axis_of_the_vocabulary(tmp_path, capsys, family, vocabulary):
         assert found.shape == tuple(length if n == R else n for n in shape)
         np.testing.assert_allclose(np.take(found, range(ROWS), axis), expected, rtol=0, atol=4e-7)
         if vocabulary == "longest":
-            np.testing.assert_array_equal(np.take(found, range(ROWS, MORE), axis),
-                                          np.take(cut[1][name], range(ROWS, MORE), axis))
+            np.testing.assert_array_equal(
+                np.take(found, range(ROWS, MORE), axis),
+                np.take(cut[1][name], range(ROWS, MORE), axis),
+            )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["vocab_size"] == length and config["type_vocab_size"] == 2
     whose = "ft1" if vocabulary == "longest" else "base"
@@ -118,11 +157,16 @@ def test_a_vocabulary_in_a_tower(tmp_path):
     cut = given("llama")
     places = save(tmp_path, cut, (ROWS, MORE, ROWS))
     for place, length in zip(places, (ROWS, MORE, ROWS), strict=True):
-        (place / "config.json").write_text(json.dumps(
-            {"vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": length}}))
+        (place / "config.json").write_text(
+            json.dumps(
+                {"vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": length}}
+            )
+        )
     assert run(places, tmp_path / "out", "--vocabulary", "longest") == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
-        "vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": MORE}}
+        "vision_config": {"vocab_size": ROWS - 1},
+        "text_config": {"vocab_size": MORE},
+    }
 
 
 def doubtful(notes):
@@ -133,41 +177,69 @@ def doubtful(notes):
 def resized(say, root, tables, configs, **more):
     """Merges models whose embeddings have `tables` rows; the output's config and all notes."""
     rng = np.random.default_rng(0)
-    longest = {n: rng.standard_normal((max(rows), WIDTH)).astype(np.float32)
-               for n, rows in tables.items()}
+    longest = {
+        n: rng.standard_normal((max(rows), WIDTH)).astype(np.float32) for n, rows in tables.items()
+    }
     places = []
     for k in range(3):
-        moved = {n: w + k * np.float32(0.01) * rng.standard_normal(w.shape).astype(np.float32)
-                 for n, w in (longest | {"x.weight": np.ones((WIDTH, WIDTH), np.float32)}).items()}
+        moved = {
+            n: w + k * np.float32(0.01) * rng.standard_normal(w.shape).astype(np.float32)
+            for n, w in (longest | {"x.weight": np.ones((WIDTH, WIDTH), np.float32)}).items()
+        }
         cut = {n: w[: tables[n][k]] if n in tables else w for n, w in moved.items()}
-        places.append(write(root / str(k), {
-            "model.safetensors": cut, "config.json": configs[min(k, len(configs) - 1)]}))
+        places.append(
+            write(
+                root / str(k),
+                {"model.safetensors": cut, "config.json": configs[min(k, len(configs) - 1)]},
+            )
+        )
     out = root / "out"
-    said = say("merge", *places, "--out", out, "--vocabulary", "longest",
-               *more.get("options", ()))
+    said = say("merge", *places, "--out", out, "--vocabulary", "longest", *more.get("options", ()))
     assert said.status == 0, said.err
     return json.loads((out / "config.json").read_text()), said.notes
 
 
-SPLIT = {"model.encoder.embed_tokens.weight": (50, 50, 50),
-         "model.decoder.embed_tokens.weight": (50, 53, 53), "lm_head.weight": (50, 53, 53)}
-BOTH = {"encoder.embeddings.word_embeddings.weight": (50, 52, 52),
-        "decoder.transformer.wte.weight": (50, 55, 55)}
+SPLIT = {
+    "model.encoder.embed_tokens.weight": (50, 50, 50),
+    "model.decoder.embed_tokens.weight": (50, 53, 53),
+    "lm_head.weight": (50, 53, 53),
+}
+BOTH = {
+    "encoder.embeddings.word_embeddings.weight": (50, 52, 52),
+    "decoder.transformer.wte.weight": (50, 55, 55),
+}
 
 
-@pytest.mark.parametrize(("tables", "config", "wanted"), [
-    (SPLIT, {"vocab_size": 50, "decoder_vocab_size": 50},
-     {"vocab_size": 50, "decoder_vocab_size": 53}),
-    (SPLIT | {"model.encoder.embed_tokens.weight": (50, 51, 50)},
-     {"src_vocab_size": 50, "tgt_vocab_size": 50}, {"src_vocab_size": 51, "tgt_vocab_size": 53}),
-    (BOTH, {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 50}},
-     {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 55}}),
-    (BOTH | {"decoder.transformer.wte.weight": (60, 60, 60)},
-     {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 60}},
-     {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 60}}),
-    ({"shared.weight": (50, 52, 52)}, {"vocab_size": 50, "text_config": {"vocab_size": 50}},
-     {"vocab_size": 52, "text_config": {"vocab_size": 52}}),
-])
+@pytest.mark.parametrize(
+    ("tables", "config", "wanted"),
+    [
+        (
+            SPLIT,
+            {"vocab_size": 50, "decoder_vocab_size": 50},
+            {"vocab_size": 50, "decoder_vocab_size": 53},
+        ),
+        (
+            SPLIT | {"model.encoder.embed_tokens.weight": (50, 51, 50)},
+            {"src_vocab_size": 50, "tgt_vocab_size": 50},
+            {"src_vocab_size": 51, "tgt_vocab_size": 53},
+        ),
+        (
+            BOTH,
+            {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 50}},
+            {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 55}},
+        ),
+        (
+            BOTH | {"decoder.transformer.wte.weight": (60, 60, 60)},
+            {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 60}},
+            {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 60}},
+        ),
+        (
+            {"shared.weight": (50, 52, 52)},
+            {"vocab_size": 50, "text_config": {"vocab_size": 50}},
+            {"vocab_size": 52, "text_config": {"vocab_size": 52}},
+        ),
+    ],
+)
 def test_each_side_has_its_own_key(say, tmp_path, tables, config, wanted):
     said, notes = resized(say, tmp_path, tables, [config])
     assert said == wanted
@@ -180,14 +252,23 @@ def test_the_config_of_a_fine_tune_says_the_rows_that_are_written(say, tmp_path)
     assert said == configs[1] and not doubtful(notes)
 
 
-@pytest.mark.parametrize(("tables", "config", "key"), [
-    (SPLIT, {"vocab_size": 50}, "vocab_size"),
-    ({"shared.weight": (50, 52, 52)}, {"vocab_size": 50, "char_vocab_size": 50},
-     "char_vocab_size"),
-    ({"shared.weight": (50, 52, 52)}, {"vocab_size": 50, "vision_config": {"vocab_size": 50}},
-     "vision_config.vocab_size"),
-    (BOTH, {"vocab_size": 50}, "vocab_size"),
-])
+@pytest.mark.parametrize(
+    ("tables", "config", "key"),
+    [
+        (SPLIT, {"vocab_size": 50}, "vocab_size"),
+        (
+            {"shared.weight": (50, 52, 52)},
+            {"vocab_size": 50, "char_vocab_size": 50},
+            "char_vocab_size",
+        ),
+        (
+            {"shared.weight": (50, 52, 52)},
+            {"vocab_size": 50, "vision_config": {"vocab_size": 50}},
+            "vision_config.vocab_size",
+        ),
+        (BOTH, {"vocab_size": 50}, "vocab_size"),
+    ],
+)
 def test_a_key_that_is_not_certain_is_a_note(say, tmp_path, tables, config, key):
     said, notes = resized(say, tmp_path, tables, [config])
     (note,) = doubtful(notes)
@@ -213,9 +294,11 @@ def test_no_note_says_that_the_size_is_the_bases(say, tmp_path):
 
 def test_components_with_vocabularies_of_their_own(say, tmp_path):
     """Textual inversion in two text encoders that have the same vocabulary in BASE, and a T5."""
-    names = {"text_encoder": "text_model.embeddings.token_embedding.weight",
-             "text_encoder_2": "text_model.embeddings.token_embedding.weight",
-             "text_encoder_3": "shared.weight"}
+    names = {
+        "text_encoder": "text_model.embeddings.token_embedding.weight",
+        "text_encoder_2": "text_model.embeddings.token_embedding.weight",
+        "text_encoder_3": "shared.weight",
+    }
     index = {"_class_name": "P", **{part: ["transformers", "T"] for part in names}}
     rng, places = np.random.default_rng(0), []
     whole = {part: rng.standard_normal((60, WIDTH)).astype(np.float32) for part in names}
@@ -223,9 +306,12 @@ def test_components_with_vocabularies_of_their_own(say, tmp_path):
         files = {"model_index.json": index}
         for (part, name), rows in zip(names.items(), sizes, strict=True):
             moved = whole[part] + k * np.float32(0.01) * rng.standard_normal(
-                whole[part].shape).astype(np.float32)
-            files |= {f"{part}/model.safetensors": {name: moved[:rows]},
-                      f"{part}/config.json": {"model_type": "t", "vocab_size": rows}}
+                whole[part].shape
+            ).astype(np.float32)
+            files |= {
+                f"{part}/model.safetensors": {name: moved[:rows]},
+                f"{part}/config.json": {"model_type": "t", "vocab_size": rows},
+            }
         places.append(write(tmp_path / str(k), files))
     out = tmp_path / "out"
     said = say("merge", *places, "--out", out, "--vocabulary", "longest")
@@ -238,8 +324,10 @@ def test_components_with_vocabularies_of_their_own(say, tmp_path):
 
 def test_vocabularies_that_are_longest_in_two_models(say, tmp_path):
     """One model's tokenizers are written."""
-    tables = {"encoder.embed_tokens.weight": (50, 52, 50), "decoder.embed_tokens.weight":
-              (50, 50, 53)}
+    tables = {
+        "encoder.embed_tokens.weight": (50, 52, 50),
+        "decoder.embed_tokens.weight": (50, 50, 53),
+    }
     configs = [{"encoder_vocab_size": 50, "decoder_vocab_size": 50}]
     said = "encoder.embed_tokens.weight .*decoder.embed_tokens.weight .*--tokenizer-from"
     with pytest.raises(AssertionError, match=said):
@@ -256,10 +344,13 @@ def test_an_adapter_with_a_longer_embedding(tmp_path, capsys, tokenizer):
     place, *_ = save(tmp_path, [base, base, base], (ROWS, ROWS, ROWS))
     adapters = []
     for k in (1, 2):
-        whole = {f"base_model.model.{n}": cut[k][n][: MORE if k == 1 else ROWS]
-                 for n in FAMILIES["llama"]}
-        adapters.append(adapter(tmp_path / f"lora{k}", whole | factors(
-            "layers.0.mlp", WIDTH, WIDTH, seed=k)))
+        whole = {
+            f"base_model.model.{n}": cut[k][n][: MORE if k == 1 else ROWS]
+            for n in FAMILIES["llama"]
+        }
+        adapters.append(
+            adapter(tmp_path / f"lora{k}", whole | factors("layers.0.mlp", WIDTH, WIDTH, seed=k))
+        )
         if tokenizer:
             (adapters[-1] / "tokenizer.json").write_text(json.dumps({"of": f"lora{k}"}))
             (adapters[-1] / "tokenizer_config.json").write_text("{}")

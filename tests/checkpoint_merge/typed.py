@@ -29,8 +29,9 @@ class Said(NamedTuple):
 @pytest.fixture
 def say(capsys, monkeypatch):
     """Runs a command in this process; a picture takes longer than the rest and is not drawn."""
-    monkeypatch.setattr(commands.PlotProcess, "finish",
-                        lambda drawing: drawing._path.write_bytes(b"\x89PNG"))
+    monkeypatch.setattr(
+        commands.PlotProcess, "finish", lambda drawing: drawing._path.write_bytes(b"\x89PNG")
+    )
 
     def run(*arguments: object) -> Said:
         capsys.readouterr()
@@ -40,8 +41,9 @@ def say(capsys, monkeypatch):
             status = error.code
         out, err = capsys.readouterr()
         lines = err.splitlines()
-        notes, errors = ([line for line in lines if line.startswith(start)]
-                         for start in ("note: ", "error: "))
+        notes, errors = (
+            [line for line in lines if line.startswith(start)] for start in ("note: ", "error: ")
+        )
         assert len(errors) == (status != 0), err
         return Said(status, out, notes, errors, err)
 
@@ -60,28 +62,43 @@ def write(directory: Path, files: Mapping[str, Any]) -> Path:
     return directory
 
 
-def weights(shapes: Mapping[str, Sequence[int]], seed: int = 0, start: Mapping | None = None
-            ) -> dict[str, np.ndarray]:
+def weights(
+    shapes: Mapping[str, Sequence[int]], seed: int = 0, start: Mapping | None = None
+) -> dict[str, np.ndarray]:
     """Random float32 tensors; from `start` a movement that all seeds share in part."""
     own, common = np.random.default_rng(seed), np.random.default_rng(99)
     if start is None:
         return {n: own.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    return {n: (start[n] + 0.05 * (common.standard_normal(s) + own.standard_normal(s))
-                ).astype(np.float32) for n, s in shapes.items()}
+    return {
+        n: (start[n] + 0.05 * (common.standard_normal(s) + own.standard_normal(s))).astype(
+            np.float32
+        )
+        for n, s in shapes.items()
+    }
 
 
-SHAPES = {"model.embed_tokens.weight": (12, 8), "model.layers.0.mlp.up_proj.weight": (16, 8),
-          "model.layers.0.self_attn.q_proj.weight": (8, 8), "model.norm.weight": (8,)}
+SHAPES = {
+    "model.embed_tokens.weight": (12, 8),
+    "model.layers.0.mlp.up_proj.weight": (16, 8),
+    "model.layers.0.self_attn.q_proj.weight": (8, 8),
+    "model.norm.weight": (8,),
+}
 
 
-def trio(root: Path, *extra: Mapping[str, Any], shapes: Mapping[str, Sequence[int]] = SHAPES,
-         file: str = "model.safetensors") -> list[Path]:
+def trio(
+    root: Path,
+    *extra: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]] = SHAPES,
+    file: str = "model.safetensors",
+) -> list[Path]:
     """A base and two fine-tunes, in `base`, `ft1` and `ft2`; `extra` files for each of them."""
     base = weights(shapes)
     models = [base, weights(shapes, 1, base), weights(shapes, 2, base)]
     extra = extra or ({},)
-    return [write(root / name, {file: tensors, **extra[min(i, len(extra) - 1)]})
-            for i, (name, tensors) in enumerate(zip(("base", "ft1", "ft2"), models, strict=True))]
+    return [
+        write(root / name, {file: tensors, **extra[min(i, len(extra) - 1)]})
+        for i, (name, tensors) in enumerate(zip(("base", "ft1", "ft2"), models, strict=True))
+    ]
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:

@@ -47,7 +47,12 @@ def test_holds_what_decoding_and_resizing_give(tmp_path):
 def test_batches_are_those_of_the_images_where_nothing_is_resized(tmp_path):
     image_set = small_set(9)
     cached = dataclasses.replace(image_set, images=write_cache(image_set.images, tmp_path / "c"))
-    options = {"batch_size": 4, "seed": 0, "num_replicas": 2, "view": TrainTransform(16, (0.5, 1.0))}
+    options = {
+        "batch_size": 4,
+        "seed": 0,
+        "num_replicas": 2,
+        "view": TrainTransform(16, (0.5, 1.0)),
+    }
     for one, other in itertools.islice(
         zip(train_batches(image_set, **options), train_batches(cached, **options), strict=True), 3
     ):
@@ -65,7 +70,11 @@ def test_a_run_writes_its_cache_and_finds_it_again(tmp_path, monkeypatch):
     write_folders(tmp_path / "own" / "train", ["cat", "dog"], each=4)
     write_folders(tmp_path / "own" / "test", ["cat", "dog"], each=1)
     config = default.get_config().data
-    config.name, config.root, config.decoded_cache_dir = "folder", str(tmp_path / "own"), str(tmp_path / "c")
+    config.name, config.root, config.decoded_cache_dir = (
+        "folder",
+        str(tmp_path / "own"),
+        str(tmp_path / "c"),
+    )
     config.decoded_cache_short_side = 20
     first = benchmark.load(config).train
     config.decoded_cache_dir = ""

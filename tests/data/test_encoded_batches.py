@@ -176,7 +176,9 @@ def test_evaluation_counts_every_readable_image_once(count, parts, processes):
             for image, label in zip(
                 batch["image"][batch["mask"]], batch["label"][batch["mask"]], strict=True
             ):
-                np.testing.assert_array_equal(image, EvalTransform(16)(image_set.images[label], None))
+                np.testing.assert_array_equal(
+                    image, EvalTransform(16)(image_set.images[label], None)
+                )
                 seen.append(int(label))
     assert sorted(seen) == [number for number in range(count) if number not in (1, 4)]
     assert steps == {-(-count // (parts * processes))}

@@ -102,10 +102,7 @@ def test_subsets_agree_with_the_published_counts():
         assert list(classes) == sorted(classes) and 0 <= classes[0] and classes[-1] < 1000
     assert A_CLASSES != R_CLASSES
     # Goldfinch, box turtle, goldfish.
-    both = [
-        tuple(i in classes for classes in (A_CLASSES, R_CLASSES))
-        for i in (11, 37, 1)
-    ]
+    both = [tuple(i in classes for classes in (A_CLASSES, R_CLASSES)) for i in (11, 37, 1)]
     assert both == [(True, True), (True, False), (False, True)]
 
 

@@ -127,9 +127,7 @@ def test_places(root, tmp_path):
 
     empty = config(tmp_path, shifts=("a",), paths={"validation": "nothing"})
     train, validation, a, real = missing_sets(empty)
-    assert (
-        "train or imagenet/train or" in train and "--config.data.paths.train" in train
-    )
+    assert "train or imagenet/train or" in train and "--config.data.paths.train" in train
     assert validation.startswith("data.paths.validation=nothing: ")
     assert "imagenet-a" in a and "data.shifts" in a
     assert "real.json" in real

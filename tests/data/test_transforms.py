@@ -233,7 +233,9 @@ def test_a_view_of_the_config():
             "mixup": 0.4,
         }
     )
-    assert TrainTransform.of(config, 224) == TrainTransform(224, (0.08, 1.0), (0.5, 2.0), True, 2, 10)
+    assert TrainTransform.of(config, 224) == TrainTransform(
+        224, (0.08, 1.0), (0.5, 2.0), True, 2, 10
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,11 @@ def fenced(page: Path) -> list[tuple[int, str, str]]:
     """(line, language, text) of a page's fenced blocks, those in lists too."""
     text = page.read_text()
     return [
-        (text.count("\n", 0, found.start(3)) + 1, found[2],
-         re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
+        (
+            text.count("\n", 0, found.start(3)) + 1,
+            found[2],
+            re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE),
+        )
         for found in _FENCED.finditer(text)
     ]
 
@@ -56,8 +59,11 @@ def commands(page: Path) -> list[str]:
     text = page.read_text()
     shell = [block for _, language, block in fenced(page) if language in ("sh", "bash")]
     prose = _FENCED.sub("", text)
-    shell += [re.sub("^ {4}", "", block, flags=re.MULTILINE) for block in _INDENTED.findall(prose)
-              if re.match(r" {4}(python|modelstock|make|pytest|XLA_)", block)]
+    shell += [
+        re.sub("^ {4}", "", block, flags=re.MULTILINE)
+        for block in _INDENTED.findall(prose)
+        if re.match(r" {4}(python|modelstock|make|pytest|XLA_)", block)
+    ]
     lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:python |modelstock |make |pytest |pip |hf )[^`\n]+)`", prose)
     return [command for line in lines for command in simple_commands(line)]

@@ -89,9 +89,12 @@ def pip(arguments: Sequence[str]) -> str | None:
 
 def paths(arguments: Sequence[str]) -> str | None:
     """Files of this repository that are named are there."""
-    lost = [a for a in arguments
-            if re.fullmatch(r"(tests|benchmarks|docs|notebooks|modelstock_jax)/[\w/.-]+", a)
-            and not (ROOT / a).exists()]
+    lost = [
+        a
+        for a in arguments
+        if re.fullmatch(r"(tests|benchmarks|docs|notebooks|modelstock_jax)/[\w/.-]+", a)
+        and not (ROOT / a).exists()
+    ]
     return f"no file {lost[0]}" if lost else None
 
 
@@ -104,8 +107,10 @@ def _module(name: str, arguments: Sequence[str]) -> str | None:
         return None
     if not importlib.util.find_spec(name):
         return f"no module {name}"
-    parser = {"modelstock_jax.data": "modelstock_jax.data.__main__",
-              "modelstock_jax.models.convert": "modelstock_jax.models.convert"}.get(name)
+    parser = {
+        "modelstock_jax.data": "modelstock_jax.data.__main__",
+        "modelstock_jax.models.convert": "modelstock_jax.models.convert",
+    }.get(name)
     if parser and len(arguments) > 1:  # Else it is only named.
         try:
             importlib.import_module(parser)._parser().parse_args(list(arguments))
@@ -132,7 +137,7 @@ def wrong(command: str) -> str | None:
         return None
     program, arguments = words[0].rpartition("/")[2], words[1:]
     if program == "srun" and "python" in arguments:
-        program, arguments = "python", arguments[arguments.index("python") + 1:]
+        program, arguments = "python", arguments[arguments.index("python") + 1 :]
     if program == "python" and arguments[:1] == ["launch.py"]:
         return launch(arguments[1:])
     if program == "python" and arguments[:2] == ["-m", "pip"]:

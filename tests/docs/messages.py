@@ -15,8 +15,11 @@ LEAST = 14
 def templates() -> list[re.Pattern[str]]:
     """A pattern for each text of the package, the configs and launch.py that is long enough."""
     found = []
-    for path in (ROOT / "launch.py", *(ROOT / "configs").glob("*.py"),
-                 *(ROOT / "modelstock_jax").rglob("*.py")):
+    for path in (
+        ROOT / "launch.py",
+        *(ROOT / "configs").glob("*.py"),
+        *(ROOT / "modelstock_jax").rglob("*.py"),
+    ):
         for parts in _texts(ast.parse(path.read_text())):
             if sum(len(part.strip()) for part in parts if part) >= LEAST:
                 pattern = "".join(".*?" if part is None else re.escape(part) for part in parts)
@@ -28,8 +31,12 @@ def templates() -> list[re.Pattern[str]]:
 def _texts(tree: ast.AST) -> Iterator[list[str | None]]:
     """Each text as its constant parts, None for what is filled in; docstrings are no messages."""
     statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)
-              for part in node.values}
+    inside = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
     for node in ast.walk(tree):
         if id(node) in statements or id(node) in inside:
             continue

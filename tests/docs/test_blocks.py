@@ -39,14 +39,20 @@ def test_blocks_import_what_there_is(page):
                 for alias in node.names:
                     known = hasattr(importlib.import_module(node.module), alias.name)
                     assert known or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
-                        f"{page}:{line + node.lineno - 1}: no {alias.name}")
+                        f"{page}:{line + node.lineno - 1}: no {alias.name}"
+                    )
 
 
 def test_the_readme():
     w0, movement = np.zeros(2, np.float32), np.array([[1, 0], [0.5, 0.75**0.5]], np.float32)
-    ran = run_blocks(ROOT / "README.md", {"pretrained": {"w": w0},
-                                          "finetuned_a": {"w": movement[0]},
-                                          "finetuned_b": {"w": movement[1]}})
+    ran = run_blocks(
+        ROOT / "README.md",
+        {
+            "pretrained": {"w": w0},
+            "finetuned_a": {"w": movement[0]},
+            "finetuned_b": {"w": movement[1]},
+        },
+    )
     np.testing.assert_allclose(ran["merged"]["w"], movement.mean(0) * 2 / 3, rtol=1e-6)  # 60 deg.
 
 
@@ -56,9 +62,10 @@ def test_the_method(capsys):
     printed = capsys.readouterr().out
     assert "mean of 3: predicted 7.43, in Table 1 7.44" in printed
     assert float(ran["cos"]) == pytest.approx(0.5, abs=0.01)
-    stock, weighted = (np.linalg.norm(np.asarray(merge(ran["w0"], ran["noisy"])[0]["kernel"])
-                                      - ran["mu"])
-                       for merge in (ran["model_stock"], ran["weighted_model_stock"]))
+    stock, weighted = (
+        np.linalg.norm(np.asarray(merge(ran["w0"], ran["noisy"])[0]["kernel"]) - ran["mu"])
+        for merge in (ran["model_stock"], ran["weighted_model_stock"])
+    )
     assert weighted < 0.97 * stock
     # "The noise of both" asks for more shrinking than that of the last period alone.
     assert float(ran["stats"].ratio["kernel"]) < float(ran["plain"]) - 0.05
@@ -67,9 +74,11 @@ def test_the_method(capsys):
 @pytest.mark.slow  # a CLIP's towers, layer by layer
 def test_the_page_of_parity(tmp_path, monkeypatch):
     size = dict(hidden_size=12, intermediate_size=24, num_attention_heads=2, num_hidden_layers=4)
-    config = CLIPConfig(VisionConfig(**size, image_size=12, patch_size=6),
-                        TextConfig(**size, vocab_size=9, max_position_embeddings=4),
-                        projection_dim=8)
+    config = CLIPConfig(
+        VisionConfig(**size, image_size=12, patch_size=6),
+        TextConfig(**size, vocab_size=9, max_position_embeddings=4),
+        projection_dim=8,
+    )
     rng = np.random.default_rng(0)
     params = _draw(rng, abstract_params(config))
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,8 @@ def _at_the_root(monkeypatch):
 def test_every_command_is_taken(page):
     found = {command: wrong(command) for command in commands(page)}
     assert not any(found.values()), "\n".join(
-        f"{named(page)}: {command}: {what}" for command, what in found.items() if what)
+        f"{named(page)}: {command}: {what}" for command, what in found.items() if what
+    )
 
 
 def test_so_is_every_command_of_the_configs():

@@ -34,8 +34,9 @@ def test_every_option_is_there_with_a_meaning(generator):
         if isinstance(value, dict):
             flat.remove(key)
             flat |= _flat(value, f"{key}.")
-    covered = {name for name in flat
-               if name in found or name.startswith(("data.paths.", "pretrain.clip."))}
+    covered = {
+        name for name in flat if name in found or name.startswith(("data.paths.", "pretrain.clip."))
+    }
     assert covered == flat
     assert found.keys() - flat == {"data.paths", "pretrain.clip"}
     assert not [name for name, (meaning, _) in found.items() if len(meaning) < 4]
@@ -44,16 +45,23 @@ def test_every_option_is_there_with_a_meaning(generator):
 
 
 def _flat(tree, prefix):
-    return {name for key, value in tree.items()
-            for name in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict)
-                         else {f"{prefix}{key}"})}
+    return {
+        name
+        for key, value in tree.items()
+        for name in (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+        )
+    }
 
 
 def test_an_option_joins_the_comment_of_the_line_above_alone(generator):
     top, group = generator.groups(
         "def get_config():\n    config = ConfigDict()\n    # First.\n    config.a = 1\n"
         "    config.b = 2\n\n    config.c = 3\n    # A group,\n    # of one.\n"
-        "    config.d = ConfigDict()\n    config.d.e = 2**3\n    return config\n")
+        "    config.d = ConfigDict()\n    config.d.e = 2**3\n    return config\n"
+    )
     assert [(entry.options, entry.meaning) for entry in top.entries] == [
-        ((("a", "`1`"), ("b", "`2`")), "First."), ((("c", "`3`"),), "")]
+        ((("a", "`1`"), ("b", "`2`")), "First."),
+        ((("c", "`3`"),), ""),
+    ]
     assert group == ("d", "A group, of one.", (((("d.e", "`8`"),), ""),))

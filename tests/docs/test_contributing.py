@@ -17,22 +17,37 @@ PAGE = ROOT / "CONTRIBUTING.md"
 # What to run in the patched tree, by the example's title.
 EVERYWHERE = "tests/test_layering.py"
 TRIED = {
-    "A merge method": ["tests/merging/test_every_merge.py", "tests/test_registry.py",
-                       "tests/docs/test_library.py", "modelstock_jax/merging/baselines.py",
-                       EVERYWHERE, "-k", "balanced or share or table_names or this_tree or "
-                       "public_name"],
-    "A shift set": ["tests/data/test_imagenet_sets.py", "tests/docs/test_configuration.py",
-                    EVERYWHERE],
-    "A model": ["tests/models/test_towers.py", "tests/models/test_mlp.py", EVERYWHERE,
-                "-k", "mlp or this_tree"],
+    "A merge method": [
+        "tests/merging/test_every_merge.py",
+        "tests/test_registry.py",
+        "tests/docs/test_library.py",
+        "modelstock_jax/merging/baselines.py",
+        EVERYWHERE,
+        "-k",
+        "balanced or share or table_names or this_tree or public_name",
+    ],
+    "A shift set": [
+        "tests/data/test_imagenet_sets.py",
+        "tests/docs/test_configuration.py",
+        EVERYWHERE,
+    ],
+    "A model": [
+        "tests/models/test_towers.py",
+        "tests/models/test_mlp.py",
+        EVERYWHERE,
+        "-k",
+        "mlp or this_tree",
+    ],
 }
 
 
 def patches() -> dict[str, str]:
     """Title -> the diff blocks below it, as one patch."""
     text = PAGE.read_text()
-    starts = [(text.count("\n", 0, found.start()) + 1, found[1])
-              for found in re.finditer(r"^## (.*)$", text, re.MULTILINE)]
+    starts = [
+        (text.count("\n", 0, found.start()) + 1, found[1])
+        for found in re.finditer(r"^## (.*)$", text, re.MULTILINE)
+    ]
     made: dict[str, str] = {}
     for line, language, block in fenced(PAGE):
         if language == "diff":
@@ -43,8 +58,14 @@ def patches() -> dict[str, str]:
 
 def apply(patch: str, tree: Path, *options: str) -> None:
     """One line of context is enough; a line that is not there is an error."""
-    done = subprocess.run(["git", "apply", "-C1", *options, "-"], cwd=tree, text=True, input=patch,
-                          capture_output=True, check=False)
+    done = subprocess.run(
+        ["git", "apply", "-C1", *options, "-"],
+        cwd=tree,
+        text=True,
+        input=patch,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -56,8 +77,14 @@ def tree(tmp_path_factory):
     folders = ("modelstock_jax", "studies", "tests", "configs", "docs", "notebooks", "benchmarks")
     for name in folders:
         shutil.copytree(ROOT / name, copy / name, ignore=without)
-    for name in ("pyproject.toml", "launch.py", "Makefile", "README.md", "CONTRIBUTING.md",
-                 *(path.name for path in ROOT.glob("requirements*.txt"))):
+    for name in (
+        "pyproject.toml",
+        "launch.py",
+        "Makefile",
+        "README.md",
+        "CONTRIBUTING.md",
+        *(path.name for path in ROOT.glob("requirements*.txt")),
+    ):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -78,16 +105,33 @@ def test_its_tests_pass(title, tree):
     try:
         env = os.environ | {"PYTHONPATH": str(tree)}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        done = subprocess.run([*command, *TRIED[title]], cwd=tree, env=env, text=True,
-                              capture_output=True, check=False, timeout=500)
+        done = subprocess.run(
+            [*command, *TRIED[title]],
+            cwd=tree,
+            env=env,
+            text=True,
+            capture_output=True,
+            check=False,
+            timeout=500,
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
         assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 2, done.stdout
         where = subprocess.run(
             [sys.executable, "-c", "import modelstock_jax; print(modelstock_jax.__file__)"],
-            cwd=tree, env=env, text=True, capture_output=True, check=True).stdout
+            cwd=tree,
+            env=env,
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout
         assert where.startswith(str(tree)), "the tests ran on another tree"
-        lint = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=tree, text=True,
-                              capture_output=True, check=False)
+        lint = subprocess.run(
+            [sys.executable, "-m", "ruff", "check", "."],
+            cwd=tree,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
         assert lint.returncode == 0, lint.stdout
     finally:
         apply(patches()[title], tree, "--reverse")

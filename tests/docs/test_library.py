@@ -21,14 +21,28 @@ def test_every_block_runs_and_shows_what_the_text_says(capsys):
     printed = capsys.readouterr().out
     assert re.search(r"^head\.kernel \d+\.\d+ 0\.\d+ interpolated$", printed, re.MULTILINE)
     anchor = ran["pretrained"]
-    for name in ("merged", "mean", "halfway", "added", "trimmed", "along_the_arc", "by_filter",
-                 "next_start", "averaged", "dense", "random", "corner"):
+    for name in (
+        "merged",
+        "mean",
+        "halfway",
+        "added",
+        "trimmed",
+        "along_the_arc",
+        "by_filter",
+        "next_start",
+        "averaged",
+        "dense",
+        "random",
+        "corner",
+    ):
         assert jax.tree.structure(ran[name]) == jax.tree.structure(anchor), name
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(ran[name])), name
     assert ran["soup"].score >= max(t.alone for t in ran["soup"].trials)
     assert ran["accuracy"](ran["merged"]) > ran["accuracy"](anchor) + 0.2
-    trained = [ran["loss"](ran["twa_params"](ran["span"], c), ran["images"], ran["labels"])
-               for c in (ran["twa_init"](ran["span"]), ran["coordinates"])]
+    trained = [
+        ran["loss"](ran["twa_params"](ran["span"], c), ran["images"], ran["labels"])
+        for c in (ran["twa_init"](ran["span"]), ran["coordinates"])
+    ]
     assert trained[1] < trained[0]
 
 

@@ -61,8 +61,10 @@ def test_files_that_are_named_are_there(page):
 
 def test_a_dead_link_is_seen(tmp_path):
     (tmp_path / "page.md").write_text("# A title: of two_parts\n\n```sh\n# no heading\n```\n")
-    text = ("[a](page.md) [b](nowhere.md) [c](page.md#a-title-of-two_parts) "
-            "[d](page.md#no-heading) [e](https://example.org/x)")
+    text = (
+        "[a](page.md) [b](nowhere.md) [c](page.md#a-title-of-two_parts) "
+        "[d](page.md#no-heading) [e](https://example.org/x)"
+    )
     assert lost(text, tmp_path) == ["nowhere.md", "page.md#no-heading"]
 
 

@@ -58,10 +58,14 @@ def test_some_of_them_as_they_are_said(capsys, monkeypatch):
     """Those that cost nothing to provoke, word for word."""
     monkeypatch.chdir(ROOT)
     assert launch(["--config=configs/vitb32.py:weak"]).endswith(
-        said("error: flag --config=configs/vitb32.py").partition("weak: ")[2])
+        said("error: flag --config=configs/vitb32.py").partition("weak: ")[2]
+    )
     w0 = {"w": np.ones((2, 2), np.float32)}
-    wrong = {"finetuned must": w0, "this merge": {"w": np.ones((1, 2, 2), np.float32)},
-             "pretrained and": {"v": np.ones((2, 2, 2), np.float32)}}
+    wrong = {
+        "finetuned must": w0,
+        "this merge": {"w": np.ones((1, 2, 2), np.float32)},
+        "pretrained and": {"v": np.ones((2, 2, 2), np.float32)},
+    }
     for beginning, finetuned in wrong.items():
         with pytest.raises(UserError) as error:
             model_stock(w0, finetuned)

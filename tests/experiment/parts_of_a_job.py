@@ -59,7 +59,10 @@ def said(number: int) -> dict:
     answers = {
         "devices": jax.device_count(),
         "main": multihost.is_main(),
-        "agreed": [multihost.broadcast_from_main(7 + number), multihost.broadcast_from_main(bool(number))],
+        "agreed": [
+            multihost.broadcast_from_main(7 + number),
+            multihost.broadcast_from_main(bool(number)),
+        ],
         "anywhere": [bool(multihost.any_process(flag)) for flag in (number == 1, False)],
     }
     meshes = {"(2, 2)": (2, 2), "(1, 4)": (1, 4)}
@@ -71,8 +74,12 @@ def said(number: int) -> dict:
         answers[name] = {
             "held": [rows.tolist(), places.tolist()],
             "whole": np.array_equal(multihost.to_host({"x": placed})["x"], batch),
-            "spread": np.array_equal(multihost.to_host(device_put_global(batch, batch_sharding(mesh))), batch),
-            "placed": make_global_array(batch_sharding(mesh), batch[np.ix_(rows, places)], (2, 8)).shape,
+            "spread": np.array_equal(
+                multihost.to_host(device_put_global(batch, batch_sharding(mesh))), batch
+            ),
+            "placed": make_global_array(
+                batch_sharding(mesh), batch[np.ix_(rows, places)], (2, 8)
+            ).shape,
         }
         evaluate = make_evaluator(apply, lambda x: x.astype(jnp.float32), mesh, 6)
         params = {"head": {"bias": np.linspace(-20, 20, CLASSES, dtype=np.float32)}}

@@ -167,8 +167,11 @@ def test_memory_of_a_device_is_what_lies_on_it(tmp_path):
     assert need.anchor == need.merged == on_one(programs.anchor) == need.params
     assert need.batch == device_bytes(batch) == 4 * (12 * 12 * 3 + 4)
     assert need.gradients <= need.step_temporary
-    assert need.peak == max(need.step, need.merge) > need.total == 5 * need.anchor + (
-        need.opt_state - 2 * need.params
+    assert (
+        need.peak
+        == max(need.step, need.merge)
+        > need.total
+        == 5 * need.anchor + (need.opt_state - 2 * need.params)
     )
 
 

@@ -191,9 +191,7 @@ class Series:
         life.events()
         return False
 
-    def _learn(
-        self, entries: Iterable[dict], begun: dict[tuple[str, int | None], float]
-    ) -> None:
+    def _learn(self, entries: Iterable[dict], begun: dict[tuple[str, int | None], float]) -> None:
         """How long each phase takes; `begun` holds those that have not ended."""
         for entry in entries:
             key = (entry["phase"], entry["step"])

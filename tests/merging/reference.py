@@ -13,7 +13,8 @@ def equation_3(w0, w):
     lengths = np.sqrt((deltas**2).sum(axis=1))
     pairs = [
         (deltas[i] * deltas[j]).sum() / (lengths[i] * lengths[j])
-        for i in range(num) for j in range(i)
+        for i in range(num)
+        for j in range(i)
     ]
     cosine = np.mean(pairs)
     ratio = np.clip(num * cosine / (1 + (num - 1) * cosine), 0, 1) if cosine > 0 else 0.0
@@ -30,7 +31,9 @@ def pieces(unit, shapes, heads=2):
     if unit == "filter":
         return [
             [(name, (slice(None),) * (len(shape) - 1) + (f,))]
-            for name, shape in shapes.items() if len(shape) > 1 for f in range(shape[-1])
+            for name, shape in shapes.items()
+            if len(shape) > 1
+            for f in range(shape[-1])
         ] + [[whole[name]] for name, shape in shapes.items() if len(shape) < 2]
     if unit == "block":
         blocks = sorted({name.split(".")[1] for name in shapes if name.startswith("blocks.")})

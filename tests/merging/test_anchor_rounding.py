@@ -45,14 +45,21 @@ from tests.merging.reference import pieces
 from tests.merging.test_lowering import low_precision
 from tests.merging.trees import TRANSFORMER, flat, nested
 
-NARROW = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
-          "float8_e5m2fnuz"]
+NARROW = [
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+]
 correct = partial(model_stock, anchor_rounding="correct")
 ORIGINS = ("rounded", "exact")
 
 
-def models(shapes, origin="rounded", num=2, cosine=0.3, movement=1 / 2.85, seed=0,
-           dtype="bfloat16"):
+def models(
+    shapes, origin="rounded", num=2, cosine=0.3, movement=1 / 2.85, seed=0, dtype="bfloat16"
+):
     """Original anchor, stored anchor, float32 replicas; `movement` is l^2 / E of every tensor."""
     rng = np.random.default_rng(seed)
     original, stored, tuned = {}, {}, {}
@@ -87,7 +94,8 @@ def test_half_ulp_square_of_every_bit_pattern(name):
     # Under XLA's CPU a subnormal bfloat16 may be 0, which has the same ulp. Squares below 1e-38
     # are 0 in float32: the root is compared, where it can be held.
     np.testing.assert_array_equal(
-        half_ulp(jnp.asarray(codes)), np.where(expected >= 2.0**-252, expected, 0.0) ** 0.5)
+        half_ulp(jnp.asarray(codes)), np.where(expected >= 2.0**-252, expected, 0.0) ** 0.5
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -105,8 +113,10 @@ def test_half_ulp_square_keeps_shapes_and_what_is_not_finite_counts_as_0():
     values = np.array([[np.nan, np.inf, 0.0], [-np.inf, 1.0, -2.0]], ml_dtypes.bfloat16)
     for array in (values, values.T, values[:, ::2], values[1, 1]):
         assert half_ulp_square(array).shape == array.shape
-    np.testing.assert_array_equal(half_ulp_square(values[:, :1]), half_ulp_square(values[:1, 2:] *
-                                  np.ones((2, 1), ml_dtypes.bfloat16)))
+    np.testing.assert_array_equal(
+        half_ulp_square(values[:, :1]),
+        half_ulp_square(values[:1, 2:] * np.ones((2, 1), ml_dtypes.bfloat16)),
+    )
     assert np.isfinite(half_ulp(jnp.asarray(values))).all()
 
 
@@ -124,9 +134,15 @@ def test_is_coarser():
     assert is_coarser(ml_dtypes.bfloat16, ["float16"])  # fewer mantissa bits, wider range
     assert is_coarser(jnp.float8_e5m2, [jnp.float8_e4m3fn])
     assert is_coarser("float32", ["float64"])
-    for base, others in (("bfloat16", ["float32", "bfloat16"]), ("float32", ["float32"]),
-                         ("float16", ["bfloat16"]), ("int8", ["float32"]), ("bool", ["float32"]),
-                         ("float16", ["int32"]), ("float16", [])):
+    for base, others in (
+        ("bfloat16", ["float32", "bfloat16"]),
+        ("float32", ["float32"]),
+        ("float16", ["bfloat16"]),
+        ("int8", ["float32"]),
+        ("bool", ["float32"]),
+        ("float16", ["int32"]),
+        ("float16", []),
+    ):
         assert not is_coarser(base, others), (base, others)
 
 
@@ -142,8 +158,11 @@ def test_the_numpy_side_does_not_import_jax():
 
 # The Gram matrix.
 
-grams = st.integers(2, 4).flatmap(lambda num: hnp.arrays(
-    np.float64, (num, 5), elements=st.floats(-8, 8, width=16))).map(lambda d: d @ d.T)
+grams = (
+    st.integers(2, 4)
+    .flatmap(lambda num: hnp.arrays(np.float64, (num, 5), elements=st.floats(-8, 8, width=16)))
+    .map(lambda d: d @ d.T)
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -205,8 +224,9 @@ def _measured(origin, size, tensors, cosine, movement, *, frozen=0.0, dtype="bfl
     rng = np.random.default_rng(seed)
     rows = []
     for k in range(tensors):
-        original, stored, tuned = models({"w": (size,)}, origin, 2, cosine, movement,
-                                         seed + 100 * k, dtype)
+        original, stored, tuned = models(
+            {"w": (size,)}, origin, 2, cosine, movement, seed + 100 * k, dtype
+        )
         base = stored["w"].astype(np.float64)
         if rng.random() < frozen:
             start = original if origin == "rounded" else stored
@@ -244,7 +264,8 @@ def test_mostly_frozen_models_show_their_origin(frozen):
 def test_a_large_frozen_float8_model_shows_that_it_was_rounded():
     """E is 3 to 6 % too large in float8_e4m3, at any size: hence BIAS."""
     assert not started_from_rounded(
-        *_measured("rounded", 10**6, 2, 0.3, 0.1, frozen=1.0, dtype="float8_e4m3fn"))
+        *_measured("rounded", 10**6, 2, 0.3, 0.1, frozen=1.0, dtype="float8_e4m3fn")
+    )
 
 
 def test_one_tensor_that_moved_far_does_not_hide_the_others():
@@ -259,8 +280,9 @@ def test_one_tensor_that_moved_far_does_not_hide_the_others():
 def test_tensors_that_say_nothing_do_not_count():
     none = np.zeros(0)
     assert not started_from_rounded(none, none, none)
-    assert not started_from_rounded(np.array([0.0, np.nan]), np.array([0.0, 1.0]),
-                                    np.array([9999, 9999]))
+    assert not started_from_rounded(
+        np.array([0.0, np.nan]), np.array([0.0, 1.0]), np.array([9999, 9999])
+    )
     # Below 4096 elements only where no tensor is larger.
     small = np.array([0.0, 1.2]), np.array([1.0, 1.0]), np.array([4000, 5000])
     assert not started_from_rounded(*small)
@@ -284,8 +306,12 @@ def test_the_ratio_of_the_original_anchor_is_recovered(method):
     target = stored["kernel"] + found * (mean - stored["kernel"].astype(np.float32))
     assert merged["kernel"].dtype == jnp.bfloat16
     # 2^-8: rounded to bfloat16.
-    np.testing.assert_allclose(np.asarray(merged["kernel"], np.float32),
-                               np.asarray(target, np.float32), rtol=2.0**-7, atol=1e-7)
+    np.testing.assert_allclose(
+        np.asarray(merged["kernel"], np.float32),
+        np.asarray(target, np.float32),
+        rtol=2.0**-7,
+        atol=1e-7,
+    )
     # |d_i| is that from the original, too; its square has a relative error of 0.8 %.
     length = np.linalg.norm(tuned["kernel"] - original["kernel"], axis=(1, 2))
     np.testing.assert_allclose(stats.norm["kernel"], length, rtol=0.02)
@@ -299,8 +325,14 @@ def test_an_exact_anchor_is_not_corrected():
         with pytest.raises(UserError, match="rounded"):
             method(stored, tuned, anchor_rounding="correct")
     plain = jax.jit(model_stock)(stored, tuned)
-    for transform in (jax.jit, lambda f: lambda *args: jax.tree.map(
-            lambda x: x[0], jax.vmap(f)(*jax.tree.map(lambda x: x[None], args)))):
+    for transform in (
+        jax.jit,
+        lambda f: (
+            lambda *args: jax.tree.map(
+                lambda x: x[0], jax.vmap(f)(*jax.tree.map(lambda x: x[None], args))
+            )
+        ),
+    ):
         found = transform(correct)(stored, tuned)
         jax.tree.map(np.testing.assert_array_equal, found, plain)
 
@@ -313,8 +345,15 @@ def test_jit_equals_eager():
 
 def test_what_is_not_rounded_is_untouched():
     """Unmoved and frozen tensors, those of the replicas' own dtype, and integers: bit for bit."""
-    original, stored, tuned = models({"kernel": (512, 512), "still": (64, 64), "frozen": (64, 64),
-                                      "fine": (64, 64), "left": (64, 64)})
+    original, stored, tuned = models(
+        {
+            "kernel": (512, 512),
+            "still": (64, 64),
+            "frozen": (64, 64),
+            "fine": (64, 64),
+            "left": (64, 64),
+        }
+    )
     tuned["still"] = np.stack([stored["still"].astype(np.float32)] * 2)
     tuned["left"][0] = stored["left"].astype(np.float32)
     tuned["frozen"] = np.stack([original["frozen"]] * 2)
@@ -329,8 +368,12 @@ def test_what_is_not_rounded_is_untouched():
     np.testing.assert_array_equal(merged["left"], tuned["left"][1])
     # Frozen since before the rounding: t = 1, the original (2^-23: of the float32 sum).
     np.testing.assert_allclose(merged["frozen"], original["frozen"], rtol=2.0**-22)
-    assert abs(float(stats.ratio["kernel"]) - 0.46) < 0.02 < 0.4 < float(
-        plain_stats.ratio["kernel"]) - 0.46
+    assert (
+        abs(float(stats.ratio["kernel"]) - 0.46)
+        < 0.02
+        < 0.4
+        < float(plain_stats.ratio["kernel"]) - 0.46
+    )
     same = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tuned) | {"number": tuned["number"]}
     first, second = correct(stored, same), model_stock(stored, same)
     jax.tree.map(np.testing.assert_array_equal, first, second)  # the replicas are no finer
@@ -341,8 +384,10 @@ def test_units(unit):
     """Cosines of every unit, from float64 sums over its own pieces of the tensors."""
     shapes = TRANSFORMER | {"head.kernel": (64, 64)}
     _, stored, tuned = models(shapes, movement=2.0)
-    stored = {name: value.astype(np.float32) if name.endswith("norm1.scale") else value
-              for name, value in stored.items()}
+    stored = {
+        name: value.astype(np.float32) if name.endswith("norm1.scale") else value
+        for name, value in stored.items()
+    }
     _, stats = correct(nested(stored), nested(tuned), unit, num_heads=2 if unit == "head" else None)
     cosines = flat(stats.cosine)
     for group in pieces(unit, shapes):
@@ -392,15 +437,18 @@ def test_shards_are_not_gathered():
     w["w"] = jax.device_put(tuned["w"], NamedSharding(mesh, P(None, ("replica", "data"), None)))
     for unit in ("tensor", "filter"):
         program = jax.jit(partial(correct, unit=unit)).lower(w0, w).compile()
-        sent = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)",
-                          program.as_text())
+        sent = re.findall(
+            r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)",
+            program.as_text(),
+        )
         assert all(np.prod([int(d) for d in s.split(",") if d]) < 64 * 256 for s in sent), sent
         merged, stats = program(w0, w)
         alone, own = correct(stored, tuned, unit)
         # Sums are in float64: only the last rounding may differ.
         np.testing.assert_allclose(stats.ratio["w"], own.ratio["w"], rtol=1e-5)
-        np.testing.assert_allclose(np.asarray(merged["w"], np.float32),
-                                   np.asarray(alone["w"], np.float32), rtol=2.0**-7)
+        np.testing.assert_allclose(
+            np.asarray(merged["w"], np.float32), np.asarray(alone["w"], np.float32), rtol=2.0**-7
+        )
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -76,8 +76,9 @@ def test_weighted_formula():
     signal = gram[np.triu_indices(3, 1)].mean()
     inverse = 1 / (np.diag(gram) - signal)
     a = inverse / (1 / signal + inverse.sum())
-    np.testing.assert_allclose(merged["a"].ravel(), w0["a"].ravel() + a @ deltas, rtol=2e-7,
-                               atol=1e-7)
+    np.testing.assert_allclose(
+        merged["a"].ravel(), w0["a"].ravel() + a @ deltas, rtol=2e-7, atol=1e-7
+    )
     assert float(stats.ratio["a"]) == pytest.approx(a.sum(), abs=1e-6)
     assert stats.outcome["a"] == UnitOutcome.INTERPOLATED
 
@@ -126,8 +127,10 @@ def test_noise_is_carried_over_merges():
         assert float(stats.ratio["a"]) == pytest.approx(t, abs=2e-6)
         assert float(noise["a"]) == pytest.approx(total, rel=1e-4)
         plain = float(model_stock(w0, w)[1].ratio["a"])
-        w = {k: (np.asarray(merged[k]) + 0.03 * rng.standard_normal((2, *v))).astype(np.float32)
-             for k, v in SHAPES.items()}
+        w = {
+            k: (np.asarray(merged[k]) + 0.03 * rng.standard_normal((2, *v))).astype(np.float32)
+            for k, v in SHAPES.items()
+        }
     assert t < plain  # equation 3 sees the last period's noise alone
 
 
@@ -167,7 +170,8 @@ def test_distances_angles_and_norms_of_models():
     np.testing.assert_allclose(distances(w0, w), np.linalg.norm(flat - flat0, axis=1), rtol=1e-6)
     center = mean_model(w)
     np.testing.assert_allclose(
-        distances(center, w), np.linalg.norm(flat - flat.mean(axis=0), axis=1), rtol=1e-5)
+        distances(center, w), np.linalg.norm(flat - flat.mean(axis=0), axis=1), rtol=1e-5
+    )
     d = (w["a"] - w0["a"]).reshape(3, -1).astype(np.float64)
     np.testing.assert_allclose(norms(w0, w)["a"], np.linalg.norm(d, axis=1), rtol=1e-6)
     unit = d / np.linalg.norm(d, axis=1, keepdims=True)

@@ -32,8 +32,10 @@ every_merge = pytest.mark.parametrize("name", MERGES)
 
 def fast_for(*names):
     """All merges; those not named in the slow suite: each program takes seconds to compile."""
-    return pytest.mark.parametrize("name", [
-        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MERGES])
+    return pytest.mark.parametrize(
+        "name",
+        [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MERGES],
+    )
 
 
 WEIGHTS = ("kernel", "scale")
@@ -42,10 +44,20 @@ WEIGHTS = ("kernel", "scale")
 def models(num=2, seed=0):
     """One tree for all tests, so that each merge is compiled once."""
     w0, w = replicas({"kernel": (8, 8), "scale": ()}, num, seed)
-    w0 |= {"scale": w0["scale"].astype(jnp.bfloat16), "count": np.int32(3), "none": None,
-           "on": np.array([True, False]), "empty": np.zeros((0, 4), np.float32)}
-    w |= {"scale": w["scale"].astype(jnp.bfloat16), "count": np.int32([5] * num), "none": None,
-          "on": np.zeros((num, 2), bool), "empty": np.zeros((num, 0, 4), np.float32)}
+    w0 |= {
+        "scale": w0["scale"].astype(jnp.bfloat16),
+        "count": np.int32(3),
+        "none": None,
+        "on": np.array([True, False]),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    w |= {
+        "scale": w["scale"].astype(jnp.bfloat16),
+        "count": np.int32([5] * num),
+        "none": None,
+        "on": np.zeros((num, 2), bool),
+        "empty": np.zeros((num, 0, 4), np.float32),
+    }
     return w0, w
 
 
@@ -55,7 +67,8 @@ def test_structure_dtypes_and_what_is_not_merged(name):
     merged, stats = MERGES[name](w0, w)
     assert jax.tree.structure(merged) == jax.tree.structure(w0)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), merged) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), w0)
+        lambda x: (x.shape, x.dtype), w0
+    )
     assert int(merged["count"]) == 3 and merged["on"].tolist() == [True, False]
     assert not np.array_equal(merged["kernel"], w0["kernel"])
     narrow, _ = MERGES[name](w0, w, dtype=jnp.bfloat16)
@@ -104,8 +117,8 @@ def test_jit_vmap_and_shards(name):
 
     assert merged["kernel"].sharding.is_equivalent_to(w0["kernel"].sharding, 3)
     moved = re.findall(
-        r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)",
-        program.as_text())
+        r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", program.as_text()
+    )
     # Measures of units may move, 4 numbers each; never the 64 of a kernel.
     assert all(np.prod([int(d) for d in shape.split(",") if d]) < 64 for shape in moved), moved
 
@@ -113,15 +126,16 @@ def test_jit_vmap_and_shards(name):
 @fast_for("constant_ratio", "ties")
 def test_bfloat16_is_the_float32_merge_rounded(name):
     narrow = jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x, models())
-    wide = jax.tree.map(
-        lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, narrow)
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x, models()
+    )
+    wide = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, narrow)
     merged, _ = MERGES[name](*narrow)
     expected, _ = MERGES[name](*wide)
     for key in WEIGHTS:
         # 2^-8: one unit in the last place, where float32 lay on the edge.
         np.testing.assert_allclose(
-            np.asarray(merged[key], np.float32), expected[key], rtol=2.0**-8, atol=0)
+            np.asarray(merged[key], np.float32), expected[key], rtol=2.0**-8, atol=0
+        )
 
 
 @every_merge
@@ -143,5 +157,9 @@ def test_order_of_replicas_does_not_matter(name):
     here, there = (MERGES[name](w0, x)[0] for x in (w, jax.tree.map(lambda x: x[::-1], w)))
     for key in WEIGHTS:
         # Sums in another order, in float64: after rounding a few units in the last place near 0.
-        np.testing.assert_allclose(np.asarray(here[key], np.float32),
-                                   np.asarray(there[key], np.float32), rtol=2e-7, atol=1e-8)
+        np.testing.assert_allclose(
+            np.asarray(here[key], np.float32),
+            np.asarray(there[key], np.float32),
+            rtol=2e-7,
+            atol=1e-8,
+        )

@@ -32,6 +32,7 @@ def _loss(merge):
         parts = jax.tree.map(lambda x, a: jnp.sum(x.ravel() * a), merged, weights)
         measures = [jnp.sum(x) for x in jax.tree.leaves((stats.ratio, stats.predicted_distance))]
         return sum(jax.tree.leaves(parts)) + 0.1 * sum(measures)
+
     return loss
 
 
@@ -79,8 +80,9 @@ def test_forward_mode_and_vmap_agree_with_reverse():
     w0, w = replicas({"kernel": (4, 3)}, 2, size=0.5)
     loss = _loss(MERGES["tensor"])
     forward = jax.jit(jax.jacfwd(loss, 1))(w0, w)["kernel"]
-    np.testing.assert_allclose(forward, jax.jit(jax.grad(loss, 1))(w0, w)["kernel"], rtol=1e-4,
-                               atol=1e-5)  # float32 derivatives in two orders of summation
+    np.testing.assert_allclose(
+        forward, jax.jit(jax.grad(loss, 1))(w0, w)["kernel"], rtol=1e-4, atol=1e-5
+    )  # float32 derivatives in two orders of summation
     two = jax.tree.map(lambda x: np.stack([x, 2 * x]), (w0, w))
     both = jax.vmap(lambda a, b: model_stock(a, b)[0]["kernel"])(*two)
     np.testing.assert_allclose(both[0], model_stock(w0, w)[0]["kernel"], rtol=2e-7)

@@ -28,8 +28,10 @@ SHAPES = {"a": (8, 8)}
 
 
 def flat(tree, lead=1):
-    return np.concatenate([np.asarray(tree[k], np.float64).reshape(*tree[k].shape[:lead], -1)
-                           for k in SHAPES], axis=-1)
+    return np.concatenate(
+        [np.asarray(tree[k], np.float64).reshape(*tree[k].shape[:lead], -1) for k in SHAPES],
+        axis=-1,
+    )
 
 
 def test_plane_through_three_models():
@@ -90,7 +92,7 @@ def held_out(d):
     for i in range(number):
         for j in range(number):
             if i != j:
-                inner = (gram[i, j] - mu_dot(i, {i, j}) - mu_dot(j, {i, j}) + mu_square({i, j}))
+                inner = gram[i, j] - mu_dot(i, {i, j}) - mu_dot(j, {i, j}) + mu_square({i, j})
                 pairs[i, j] = inner / radius[i] / radius[j]
     return radius, anchor, pairs, length
 

@@ -27,7 +27,9 @@ from tests.merging.trees import nested, replicas
 
 SHAPES = {
     **{f"self_attn.{role}_proj.kernel": (64, 64) for role in ("q", "k", "v", "out")},
-    "mlp.kernel": (64, 256), "mlp.bias": (256,), "logit_scale": (),
+    "mlp.kernel": (64, 256),
+    "mlp.bias": (256,),
+    "logit_scale": (),
 }
 MERGES = {
     "stock": model_stock,
@@ -48,7 +50,8 @@ def low_precision(text):
     """Operations of a StableHLO module that a backend may run in TF32 or bfloat16."""
     dots = re.findall(r"stablehlo\.(?:dot_general|dot|convolution)\b.*", text)
     narrow = re.findall(
-        r"stablehlo\.(?:add|subtract|multiply|divide|reduce|sqrt)\b.*x(?:bf16|f16|f8\w+)>.*", text)
+        r"stablehlo\.(?:add|subtract|multiply|divide|reduce|sqrt)\b.*x(?:bf16|f16|f8\w+)>.*", text
+    )
     return dots + narrow
 
 
@@ -66,11 +69,14 @@ def test_no_low_precision_operation(name, platform):
     assert re.search(r"stablehlo\.reduce.*f64", text), "the sum over numbers is in float64"
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda w0, w: jnp.vdot(w - w0[None], w - w0[None]),
-    lambda w0, w: jnp.einsum("nij,mij->nm", w.astype(jnp.float32), w.astype(jnp.float32)),
-    lambda w0, w: jnp.linalg.norm(w - w0[None]),
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda w0, w: jnp.vdot(w - w0[None], w - w0[None]),
+        lambda w0, w: jnp.einsum("nij,mij->nm", w.astype(jnp.float32), w.astype(jnp.float32)),
+        lambda w0, w: jnp.linalg.norm(w - w0[None]),
+    ],
+)
 def test_the_search_finds_what_it_looks_for(wrong):
     w0, w = (tree["mlp.kernel"] for tree in replicas(SHAPES, 2, dtype=jnp.bfloat16))
     text = export.export(jax.jit(wrong), platforms=["tpu"])(w0, w).mlir_module()
@@ -98,20 +104,30 @@ def _placed(spec):
         return jax.device_put(x, NamedSharding(mesh, P(*(None,) * lead, *own)))
 
     return nested({k: put(v, 0) for k, v in w0.items()}), nested(
-        {k: put(v, 1) for k, v in w.items()})
+        {k: put(v, 1) for k, v in w.items()}
+    )
 
 
-@pytest.mark.parametrize("unit,spec", [
-    *(("tensor", spec) for spec in SPECS), ("layer", SPECS[2]), ("filter", SPECS[1]),
-    ("filter", SPECS[2]), ("head", SPECS[1]), ("global", SPECS[0])])
+@pytest.mark.parametrize(
+    "unit,spec",
+    [
+        *(("tensor", spec) for spec in SPECS),
+        ("layer", SPECS[2]),
+        ("filter", SPECS[1]),
+        ("filter", SPECS[2]),
+        ("head", SPECS[1]),
+        ("global", SPECS[0]),
+    ],
+)
 def test_sharded_equals_unsharded_and_gathers_no_tensor(spec, unit):
     how = {"unit": unit, "num_heads": 8 if unit == "head" else None}
     w0, w = _placed(spec)
     jitted = jax.jit(model_stock, static_argnames=("unit", "num_heads"))
     text = jitted.lower(w0, w, **how).compile().as_text()
     # Measures of units may be gathered: at most N x N x 256 filters of all tensors, never weights.
-    gathers = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)",
-                         text)
+    gathers = re.findall(
+        r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)", text
+    )
     for dtype, shape, op in gathers:
         dims = [int(d) for d in shape.split(",") if d]
         full = any(np.prod(dims) >= np.prod(s) and len(s) == 2 for s in SHAPES.values())
@@ -131,5 +147,6 @@ def test_a_ravel_would_gather():
     w0, w = _placed(P(None, "data"))
     d0, d = w0["mlp"]["kernel"], w["mlp"]["kernel"]
     wrong = jax.jit(lambda a, b: jnp.sum(jnp.cumsum((b - a[None]).reshape(2, -1), axis=1)))
-    assert re.search(r"all-gather|all-to-all|collective-permute",
-                     wrong.lower(d0, d).compile().as_text())
+    assert re.search(
+        r"all-gather|all-to-all|collective-permute", wrong.lower(d0, d).compile().as_text()
+    )

@@ -87,10 +87,20 @@ def test_scalars_and_units_of_one_number_take_the_mean():
 
 
 def test_integers_booleans_none_and_empty_tensors():
-    w0 = {"i": np.int8([3, -4]), "b": np.array(True), "none": None,
-          "empty": np.zeros((0, 5), np.float32), "w": np.ones(3, np.float32)}
-    w = {"i": np.int8([[9, 9], [9, 9]]), "b": np.array([False, False]), "none": None,
-         "empty": np.zeros((2, 0, 5), np.float32), "w": np.ones((2, 3), np.float32) * 2}
+    w0 = {
+        "i": np.int8([3, -4]),
+        "b": np.array(True),
+        "none": None,
+        "empty": np.zeros((0, 5), np.float32),
+        "w": np.ones(3, np.float32),
+    }
+    w = {
+        "i": np.int8([[9, 9], [9, 9]]),
+        "b": np.array([False, False]),
+        "none": None,
+        "empty": np.zeros((2, 0, 5), np.float32),
+        "w": np.ones((2, 3), np.float32) * 2,
+    }
     for method in METHODS:
         merged, stats = method(w0, w, "filter", dtype=jnp.bfloat16)
         assert merged["i"].dtype == np.int8 and merged["i"].tolist() == [3, -4]
@@ -123,7 +133,8 @@ def test_non_finite_under_jit_keeps_the_anchor_of_its_unit():
     assert _bits(merged["q"][:, 5]) == _bits(w0["q"][:, 5])
     good = {"q": w["q"][:, :, :5]}
     np.testing.assert_array_equal(
-        merged["q"][:, :5], model_stock({"q": w0["q"][:, :5]}, good, "filter")[0]["q"])
+        merged["q"][:, :5], model_stock({"q": w0["q"][:, :5]}, good, "filter")[0]["q"]
+    )
     assert stats.finite["q"].tolist() == [[True] * 6, [True] * 5 + [False]]
     assert stats.outcome["q"].tolist()[5] == UnitOutcome.NON_FINITE
     with pytest.raises(NonFiniteError, match=r"replica 1 .*'q'"):
@@ -160,17 +171,20 @@ def _pair(num=2):
     return replicas({"a": (3,), "b": (2, 2)}, num)
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda w0, w: w.pop("a"), "pretrained: a"),
-    (lambda w0, w: w.update(c=w["a"]), "finetuned: c"),
-    (lambda w0, w: w.update(a=w["a"][:, :2]), r"a \(\(3,\) and \(2, 2\)\)"),
-    (lambda w0, w: w.update(a=w["a"][0]), "stack_replicas .*: a"),
-    (lambda w0, w: w.update(a=w["a"][:1]), "lengths"),
-    (lambda w0, w: w.update(a=w["a"].astype(int)), "floating point .*: a"),
-    (lambda w0, w: w.update(a=w["a"] * 1j), "finetuned: tensor 'a' .*complex"),
-    (lambda w0, w: w0.update(a=np.array(["x"] * 3)), "pretrained: tensor 'a' .*<U1"),
-    (lambda w0, w: (w0.clear(), w.clear()), "no tensor"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda w0, w: w.pop("a"), "pretrained: a"),
+        (lambda w0, w: w.update(c=w["a"]), "finetuned: c"),
+        (lambda w0, w: w.update(a=w["a"][:, :2]), r"a \(\(3,\) and \(2, 2\)\)"),
+        (lambda w0, w: w.update(a=w["a"][0]), "stack_replicas .*: a"),
+        (lambda w0, w: w.update(a=w["a"][:1]), "lengths"),
+        (lambda w0, w: w.update(a=w["a"].astype(int)), "floating point .*: a"),
+        (lambda w0, w: w.update(a=w["a"] * 1j), "finetuned: tensor 'a' .*complex"),
+        (lambda w0, w: w0.update(a=np.array(["x"] * 3)), "pretrained: tensor 'a' .*<U1"),
+        (lambda w0, w: (w0.clear(), w.clear()), "no tensor"),
+    ],
+)
 def test_trees_that_do_not_fit(change, message):
     w0, w = _pair()
     change(w0, w)
@@ -205,6 +219,7 @@ def test_shared_units_count_once_in_totals():
     w0, w = replicas(TRANSFORMER, 2)
     stats = model_stock(nested(w0), nested(w), "global")[1]
     assert total_distance(stats).mean == pytest.approx(
-        float(stats.predicted_distance.mean["head"]["bias"]), rel=1e-6)
+        float(stats.predicted_distance.mean["head"]["bias"]), rel=1e-6
+    )
     assert outcome_counts(stats) == {"interpolated": 1}
     assert len(report(stats)) == len(TRANSFORMER)

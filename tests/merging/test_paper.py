@@ -45,7 +45,8 @@ def test_table_7_from_one_replica_and_one_cosine():
         noise = num * mean**2
         square = np.array(noise / (1 - 0.517))
         predicted = geometry.predicted_distances(
-            square, 0.517 * square, np.array(0.517), num, geometry.ratio(np.array(0.517), num))
+            square, 0.517 * square, np.array(0.517), num, geometry.ratio(np.array(0.517), num)
+        )
         assert float(predicted.mean) == pytest.approx(mean, rel=1e-6)
         assert float(predicted.merged) == pytest.approx(stock, rel=5e-3)
 
@@ -68,6 +69,7 @@ def test_geometry_takes_numpy_and_jax_alike():
     d = rng.standard_normal((3, 7)) + 1
     gram = d @ d.T
     import jax.numpy as jnp
+
     cosine = geometry.cosine(gram)
     assert isinstance(cosine, np.ndarray | np.floating)
     both = geometry.cosine(jnp.asarray(gram))

@@ -65,8 +65,9 @@ def test_scale_of_task_vectors_does_not_matter(x, power, sign):
     merged, ratio, cosine = _merge(np.concatenate([zero, deltas]))
     again, ratio2, cosine2 = _merge(np.concatenate([zero, scaled]))
     assert abs(ratio - ratio2) < 1e-6 and abs(cosine - cosine2) < 1e-6
-    np.testing.assert_allclose(again, np.float32(sign * 2.0**power) * merged, rtol=1e-5,
-                               atol=1e-6 * 2.0**power)
+    np.testing.assert_allclose(
+        again, np.float32(sign * 2.0**power) * merged, rtol=1e-5, atol=1e-6 * 2.0**power
+    )
 
 
 @quick
@@ -119,8 +120,9 @@ def test_weighted_is_plain_for_replicas_of_equal_noise(num, cosine, power):
     weighted, ratio2, _ = _merge(x, weighted_model_stock)
     # Rounding the inputs to float32 makes their noises unequal by 1e-7 of their squares.
     assert abs(ratio - ratio2) < 2e-6 / min(cosine, 1 - cosine)
-    np.testing.assert_allclose(weighted, plain, rtol=0,
-                               atol=2e-6 / min(cosine, 1 - cosine) * 10.0**power)
+    np.testing.assert_allclose(
+        weighted, plain, rtol=0, atol=2e-6 / min(cosine, 1 - cosine) * 10.0**power
+    )
 
 
 @quick

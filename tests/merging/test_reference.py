@@ -45,8 +45,21 @@ def test_every_unit_and_number_of_replicas(num, unit):
         assert ours[name].dtype == np.float32
 
 
-@pytest.mark.parametrize("shape", [(2,), (3,), (7, 1), (1, 7), (127,), (1, 1, 2), (5, 3, 1, 2),
-                                   (17, 19, 23), (1009, 31), (4, 3, 2, 3, 2, 5)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2,),
+        (3,),
+        (7, 1),
+        (1, 7),
+        (127,),
+        (1, 1, 2),
+        (5, 3, 1, 2),
+        (17, 19, 23),
+        (1009, 31),
+        (4, 3, 2, 3, 2, 5),
+    ],
+)
 @pytest.mark.parametrize("cosine", [-0.2, 0.001, 0.5, 0.9999])
 def test_odd_shapes_and_angles(shape, cosine):
     w0, w = replicas({"w": shape}, 3, seed=len(shape), cosine=max(cosine, 0.0))
@@ -98,8 +111,10 @@ def test_mixed_dtypes_and_an_asked_dtype():
     w0["a"] = w0["a"].astype(jnp.bfloat16)
     merged, _ = model_stock(w0, w, "global")
     assert (merged["a"].dtype, merged["b"].dtype) == (jnp.bfloat16, np.float32)
-    group = [np.concatenate([np.asarray(x[n], np.float64).reshape(*lead, -1) for n in "ab"], -1)
-             for x, lead in ((w0, ()), (w, (2,)))]
+    group = [
+        np.concatenate([np.asarray(x[n], np.float64).reshape(*lead, -1) for n in "ab"], -1)
+        for x, lead in ((w0, ()), (w, (2,)))
+    ]
     cosine, _, target = equation_3(*group)
     assert abs(float(model_stock(w0, w, "global")[1].cosine["a"]) - cosine) < EXACT
     merged, _ = model_stock(w0, w, "global", dtype=jnp.float32)
@@ -112,8 +127,7 @@ def test_float64(x64):
     merged, stats = model_stock(w0, w)
     assert merged["w"].dtype == stats.cosine["w"].dtype == np.float64
     # Some units of float64's rounding, 1.1e-16, and none of float32's.
-    np.testing.assert_allclose(
-        [stats.cosine["w"], stats.ratio["w"]], [cosine, ratio], rtol=1e-13)
+    np.testing.assert_allclose([stats.cosine["w"], stats.ratio["w"]], [cosine, ratio], rtol=1e-13)
     np.testing.assert_allclose(merged["w"].ravel(), target, rtol=1e-13, atol=1e-15)
 
 

@@ -14,12 +14,14 @@ from modelstock_jax.merging import NonFiniteError, greedy_soup
 
 SIZE = 3
 quick = settings(max_examples=60, deadline=None)
-weights = st.lists(st.lists(st.integers(-4, 4), min_size=SIZE, max_size=SIZE),
-                   min_size=1, max_size=5)
+weights = st.lists(
+    st.lists(st.integers(-4, 4), min_size=SIZE, max_size=SIZE), min_size=1, max_size=5
+)
 
 
 def brute_force(models, score, strict):
     """Recipe 1 as it reads: the average of the ingredients, made anew from them every time."""
+
     def accuracy(members):
         return score(np.mean([models[i] for i in members], axis=0))
 
@@ -43,8 +45,9 @@ def accuracy_like(weights):
 @given(weights, st.booleans())
 def test_against_brute_force(models, strict):
     models = np.array(models, np.float32)
-    soup = greedy_soup(None, [{"w": m} for m in models], lambda t: accuracy_like(t["w"]),
-                       strict=strict)
+    soup = greedy_soup(
+        None, [{"w": m} for m in models], lambda t: accuracy_like(t["w"]), strict=strict
+    )
     ingredients, params = brute_force(models.astype(np.float64), accuracy_like, strict)
     assert list(soup.ingredients) == ingredients
     # A running mean of small whole numbers: float32 rounds it at each of four steps.
@@ -55,8 +58,11 @@ def test_against_brute_force(models, strict):
 
 
 def _tree(value, dtype=np.float32):
-    return {"tower": {"w": np.full((4, 2), value, dtype)}, "head": np.full(3, value, dtype),
-            "count": np.int32(value)}
+    return {
+        "tower": {"w": np.full((4, 2), value, dtype)},
+        "head": np.full(3, value, dtype),
+        "count": np.int32(value),
+    }
 
 
 def _near(goal):
@@ -102,8 +108,9 @@ def test_known_scores_are_not_measured_again():
 
 
 def test_the_anchor_gives_dtypes_and_what_is_not_floating():
-    anchor = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x,
-                          _tree(7.0))
+    anchor = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x, _tree(7.0)
+    )
     soup = greedy_soup(anchor, [_tree(1.0), _tree(3.0)], _near(2.0))
     assert soup.params["head"].dtype == jnp.bfloat16 and int(soup.params["count"]) == 7
     assert float(soup.params["head"][0]) == 2.0 and soup.ingredients == (0, 1)
@@ -126,12 +133,15 @@ def test_a_bfloat16_soup_is_a_float32_mean_rounded_once():
     assert float(soup.params["head"][0]) == float(jnp.bfloat16(np.mean(values))) == 1.015625
 
 
-@pytest.mark.parametrize("candidates,score,message", [
-    ([], _near(0), "one candidate"),
-    ({"head": np.ones((2, 5), np.float32)}, _near(0), "candidates .*tree"),
-    ([_tree(1.0)], lambda tree: float("nan"), "score of candidate 0 .*NaN"),
-    ([_tree(1.0), {"head": np.ones(3, np.float32)}], lambda t: 0, "structure"),
-])
+@pytest.mark.parametrize(
+    "candidates,score,message",
+    [
+        ([], _near(0), "one candidate"),
+        ({"head": np.ones((2, 5), np.float32)}, _near(0), "candidates .*tree"),
+        ([_tree(1.0)], lambda tree: float("nan"), "score of candidate 0 .*NaN"),
+        ([_tree(1.0), {"head": np.ones(3, np.float32)}], lambda t: 0, "structure"),
+    ],
+)
 def test_mistakes(candidates, score, message):
     with pytest.raises(UserError, match=message):
         greedy_soup(None, candidates, score)

@@ -92,8 +92,10 @@ def test_ties_is_its_algorithm_over_the_whole_model(x, density):
 
 def test_ties_by_hand_and_by_tensor():
     w0 = {"small": np.zeros(4, np.float32), "large": np.zeros(4, np.float32)}
-    w = {"small": np.float32([[1, -2, 3, 0], [1, 2, -1, 0]]),
-         "large": np.float32([[50, -60, 70, -80], [-50, 60, 70, 80]])}
+    w = {
+        "small": np.float32([[1, -2, 3, 0], [1, 2, -1, 0]]),
+        "large": np.float32([[50, -60, 70, -80], [-50, 60, 70, 80]]),
+    }
     whole, _ = ties(w0, w, density=0.5)
     assert whole["small"].tolist() == [0, 0, 0, 0]  # all of the largest half is in the other
     # 50 - 50 and -80 + 80 cancel: the positive sign.
@@ -111,13 +113,18 @@ def test_ties_of_a_tensor_is_what_the_command_line_computes():
     w0, w = replicas({"a": (40, 25)}, 3)
     deltas = (w["a"] - w0["a"]).reshape(3, -1)
     trim = measure_trim(
-        lambda f: f(w0["a"].ravel(), deltas), 1000, [0.2] * 3, np.ones(3), 0.7, normalize=True)
+        lambda f: f(w0["a"].ravel(), deltas), 1000, [0.2] * 3, np.ones(3), 0.7, normalize=True
+    )
     merged, _ = ties(w0, w, 0.2, 0.7, unit="tensor")
     kept = np.asarray(merged["a"]) != w0["a"]
     assert 200 <= kept.sum() <= 600
     # The command line adds in float32.
-    np.testing.assert_allclose(np.asarray(merged["a"]).ravel(),
-                               w0["a"].ravel() + trim.merge(deltas.copy()), rtol=3e-7, atol=1e-7)
+    np.testing.assert_allclose(
+        np.asarray(merged["a"]).ravel(),
+        w0["a"].ravel() + trim.merge(deltas.copy()),
+        rtol=3e-7,
+        atol=1e-7,
+    )
 
 
 def slerp_by_hand(first, second, t):
@@ -150,14 +157,19 @@ def test_slerp_keeps_the_length_and_takes_more_than_two_in_turn():
     assert float(np.linalg.norm(merged["w"])) == pytest.approx(3.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("second,expected", [
-    ([2.0, 4.0], [1.5, 3.0]),  # along the first: the mean
-    ([-1.0, -2.0], [0.0, 0.0]),  # against it: no arc is the shortest
-    ([0.0, 0.0], [0.5, 1.0]),  # one that did not move
-])
+@pytest.mark.parametrize(
+    "second,expected",
+    [
+        ([2.0, 4.0], [1.5, 3.0]),  # along the first: the mean
+        ([-1.0, -2.0], [0.0, 0.0]),  # against it: no arc is the shortest
+        ([0.0, 0.0], [0.5, 1.0]),  # one that did not move
+    ],
+)
 def test_slerp_on_one_line_is_linear(second, expected):
-    merged, _ = slerp({"a": np.zeros(4, np.float32)},
-                      {"a": np.float32([[1.0, 2.0, 0.0, 0.0], [*second, 0.0, 0.0]])})
+    merged, _ = slerp(
+        {"a": np.zeros(4, np.float32)},
+        {"a": np.float32([[1.0, 2.0, 0.0, 0.0], [*second, 0.0, 0.0]])},
+    )
     np.testing.assert_allclose(merged["a"], [*expected, 0.0, 0.0], atol=1e-7)
 
 
@@ -170,15 +182,18 @@ def test_warp_from_its_parts_lies_between_the_anchor_and_the_arc():
     assert far[0] < far[1]
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda w0, w: task_arithmetic(w0, w, [1.0, 2.0, 3.0]), r"shape \(2,\); not \(3,\)"),
-    (lambda w0, w: task_arithmetic(w0, w, float("nan")), "scale .*finite"),
-    (lambda w0, w: ties(w0, w, 0.0), r"density .*\(0, 1\]"),
-    (lambda w0, w: ties(w0, w, (0.5, 0.5, 0.5)), "density.* 2 "),
-    (lambda w0, w: ties(w0, w, scale=[1.0, 1.0]), "one scale"),
-    (lambda w0, w: slerp(w0, w, 1.5), r"t .*\[0, 1\]"),
-    (lambda w0, w: slerp(w0, jax.tree.map(lambda x: x[:1], w), 0.5), "replicas.* 1"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda w0, w: task_arithmetic(w0, w, [1.0, 2.0, 3.0]), r"shape \(2,\); not \(3,\)"),
+        (lambda w0, w: task_arithmetic(w0, w, float("nan")), "scale .*finite"),
+        (lambda w0, w: ties(w0, w, 0.0), r"density .*\(0, 1\]"),
+        (lambda w0, w: ties(w0, w, (0.5, 0.5, 0.5)), "density.* 2 "),
+        (lambda w0, w: ties(w0, w, scale=[1.0, 1.0]), "one scale"),
+        (lambda w0, w: slerp(w0, w, 1.5), r"t .*\[0, 1\]"),
+        (lambda w0, w: slerp(w0, jax.tree.map(lambda x: x[:1], w), 0.5), "replicas.* 1"),
+    ],
+)
 def test_mistakes(call, message):
     with pytest.raises(UserError, match=message):
         call(*replicas(ONE, 2))

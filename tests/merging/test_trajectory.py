@@ -35,6 +35,7 @@ def tree(k):
 
 def along(average, steps):
     """The average of the whole run, in one jitted loop."""
+
     def step(state, params):
         return average.update(state, params), None
 
@@ -62,8 +63,9 @@ def test_swa_of_many_steps_does_not_drift():
     # Numbers near 1 are rounded by 3e-8 at each of 10^5 steps: about sqrt(n / 3) of those remain.
     noise = rng.standard_normal(100_000).astype(np.float32) * np.float32(1e-3) + 1
     average = swa()
-    update = jax.jit(lambda s, x: jax.lax.scan(
-        lambda s, w: (average.update(s, {"w": w}), None), s, x)[0])
+    update = jax.jit(
+        lambda s, x: jax.lax.scan(lambda s, w: (average.update(s, {"w": w}), None), s, x)[0]
+    )
     state = update(average.init({"w": noise[0]}), noise[1:])
     assert float(state.mean["w"]) == pytest.approx(noise.mean(dtype=np.float64), abs=6e-6)
     assert int(state.count) == 100_000
@@ -84,6 +86,7 @@ def algorithm_1(losses, n_s, n_e, r):
     """First and last iteration that SWAD averages, as its algorithm 1 reads; from 1, inclusive."""
     first, last, level = 1, len(losses), None
     for i in range(1, len(losses) + 1):
+
         def back(k, i=i):
             return losses[i - k - 1] if i - k >= 1 else np.inf
 
@@ -125,8 +128,9 @@ def test_swad_is_its_algorithm(losses, setting):
     losses = np.array(losses, np.float32) / 4  # exact, and means of three compare as in float64
     mean, start, end, done = swad_run(*setting)(losses, np.ones(STEPS, bool))
     first, last = algorithm_1(losses.astype(np.float64), *setting)
-    np.testing.assert_allclose(mean, RUN[first - 1 : last].mean(axis=0, dtype=np.float64),
-                               rtol=0, atol=3e-6)
+    np.testing.assert_allclose(
+        mean, RUN[first - 1 : last].mean(axis=0, dtype=np.float64), rtol=0, atol=3e-6
+    )
     assert int(start) == first - 1
     assert int(end) == (last if bool(done) else -1)
 
@@ -195,22 +199,27 @@ def test_twa_is_projected_gradient_descent():
 
 
 def test_twa_of_a_tree_keeps_dtypes_and_the_last_of_what_is_not_floating():
-    models = [{"a": jnp.bfloat16(x), "b": jnp.full((2, 2), y), "n": jnp.int32(x)}
-              for x, y in [(1, 5.0), (2, 1.0)]]
+    models = [
+        {"a": jnp.bfloat16(x), "b": jnp.full((2, 2), y), "n": jnp.int32(x)}
+        for x, y in [(1, 5.0), (2, 1.0)]
+    ]
     span = twa_span(stack_replicas(models))
     mean = twa_params(span, twa_init(span))
     assert mean["a"].dtype == jnp.bfloat16 and float(mean["a"]) == 1.5 and int(mean["n"]) == 2
     np.testing.assert_allclose(mean["b"], 3.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda: ema(1.0), r"decay .*\[0, 1\)"),
-    (lambda: swa(-1), "start .*0"),
-    (lambda: swad(n_s=0), "n_s and n_e"),
-    (lambda: swad(r=0.9), " 0.9"),
-    (lambda: twa_span(stack_replicas([{"w": RUN[0]}] * 2)), "linearly"),
-    (lambda: twa_span({"n": np.ones(2, int)}), "stack_replicas"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: ema(1.0), r"decay .*\[0, 1\)"),
+        (lambda: swa(-1), "start .*0"),
+        (lambda: swad(n_s=0), "n_s and n_e"),
+        (lambda: swad(r=0.9), " 0.9"),
+        (lambda: twa_span(stack_replicas([{"w": RUN[0]}] * 2)), "linearly"),
+        (lambda: twa_span({"n": np.ones(2, int)}), "stack_replicas"),
+    ],
+)
 def test_mistakes(call, message):
     with pytest.raises(UserError, match=message):
         call()

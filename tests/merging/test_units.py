@@ -24,16 +24,22 @@ def _b32_tower(width=768, layers=12, positions=50, embed=512, classes=1000):
     norm = {"scale": (width,), "bias": (width,)}
     dense = {"kernel": (width, width), "bias": (width,)}
     block = {
-        "layer_norm1": norm, "layer_norm2": norm,
+        "layer_norm1": norm,
+        "layer_norm2": norm,
         "self_attn": {f"{role}_proj": dense for role in ("q", "k", "v", "out")},
-        "mlp": {"fc1": {"kernel": (width, 4 * width), "bias": (4 * width,)},
-                "fc2": {"kernel": (4 * width, width), "bias": (width,)}},
+        "mlp": {
+            "fc1": {"kernel": (width, 4 * width), "bias": (4 * width,)},
+            "fc2": {"kernel": (4 * width, width), "bias": (width,)},
+        },
     }
     tower = {
-        "class_embedding": (width,), "patch_embedding": {"kernel": (32 * 32 * 3, width)},
-        "position_embedding": (positions, width), "pre_layernorm": norm,
+        "class_embedding": (width,),
+        "patch_embedding": {"kernel": (32 * 32 * 3, width)},
+        "position_embedding": (positions, width),
+        "pre_layernorm": norm,
         "blocks": {f"block_{k:02d}": block for k in range(layers)},
-        "post_layernorm": norm, "projection": {"kernel": (width, embed)},
+        "post_layernorm": norm,
+        "projection": {"kernel": (width, embed)},
     }
     return {"image_tower": tower, "head": {"kernel": (embed, classes), "bias": (classes,)}}
 
@@ -55,15 +61,27 @@ def test_layer_gives_the_papers_154_units():
     shapes = list(flat(_b32_tower()).items())
     assert len({part.key for part in assign(shapes, "layer")}) == 154
     assert len({part.key for part in assign(shapes, "tensor")}) == 154 + 12 * 4  # q, k, v apart
-    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), _b32_tower(),
-                        is_leaf=lambda x: isinstance(x, tuple))
+    tree = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+        _b32_tower(),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
     two = jax.tree.map(lambda s: jax.ShapeDtypeStruct((2, *s.shape), s.dtype), tree)
     stats = jax.eval_shape(lambda a, b: model_stock(a, b, "layer"), tree, two)[1]
     assert len(set(stats.units.keys)) == 154
 
 
-@pytest.mark.parametrize("unit,num_heads", [("tensor", None), ("layer", None), ("filter", None),
-                                            ("head", 2), ("block", None), ("global", None)])
+@pytest.mark.parametrize(
+    "unit,num_heads",
+    [
+        ("tensor", None),
+        ("layer", None),
+        ("filter", None),
+        ("head", 2),
+        ("block", None),
+        ("global", None),
+    ],
+)
 def test_pytorch_layout_gives_the_same_merge(unit, num_heads):
     w0, w = replicas(TRANSFORMER, 2)
     torch0, torch = {}, {}
@@ -82,10 +100,16 @@ def test_pytorch_layout_gives_the_same_merge(unit, num_heads):
 
 def test_openai_and_openclip_names():
     width, heads = 8, 2
-    shapes = [(f"visual.transformer.resblocks.0.{n}", s) for n, s in {
-        "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-        "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-        "mlp.c_fc.weight": (32, width)}.items()] + [("visual.proj", (width, 4))]
+    shapes = [
+        (f"visual.transformer.resblocks.0.{n}", s)
+        for n, s in {
+            "attn.in_proj_weight": (3 * width, width),
+            "attn.in_proj_bias": (3 * width,),
+            "attn.out_proj.weight": (width, width),
+            "attn.out_proj.bias": (width,),
+            "mlp.c_fc.weight": (32, width),
+        }.items()
+    ] + [("visual.proj", (width, 4))]
     parts = assign(shapes, "head", num_heads=heads, filter_axis=0)
     assert [p.unit_shape for p in parts] == [(2,), (2,), (2,), (), (), ()]
     assert parts[0].view == (3, 2, 4, 8) and parts[2].view == (8, 2, 4)
@@ -98,28 +122,37 @@ def test_openai_and_openclip_names():
 
 def test_grouped_queries_share_a_key_value_head():
     name = "model.layers.0.self_attn."
-    shapes = [(name + "q_proj.weight", (16, 16)), (name + "k_proj.weight", (8, 16)),
-              (name + "v_proj.weight", (8, 16)), (name + "o_proj.weight", (16, 16))]
+    shapes = [
+        (name + "q_proj.weight", (16, 16)),
+        (name + "k_proj.weight", (8, 16)),
+        (name + "v_proj.weight", (8, 16)),
+        (name + "o_proj.weight", (16, 16)),
+    ]
     parts = assign(shapes, "head", num_heads=4, filter_axis=0)
     assert [p.view for p in parts] == [(2, 8, 16), (2, 4, 16), (2, 4, 16), (16, 2, 8)]
     assert {p.key for p in parts} == {"model.layers.0.self_attn.head_kernels"}
 
 
 def test_heads_by_tower():
-    shapes = [(f"{tower}.blocks.block_00.self_attn.q_proj.kernel", (12, 12))
-              for tower in ("image_tower", "text_tower")]
+    shapes = [
+        (f"{tower}.blocks.block_00.self_attn.q_proj.kernel", (12, 12))
+        for tower in ("image_tower", "text_tower")
+    ]
     parts = assign(shapes, "head", num_heads={"image_tower": 3, "text_tower": 2})
     assert [p.unit_shape for p in parts] == [(3,), (2,)]
 
 
-@pytest.mark.parametrize("unit,how,message", [
-    ("layers", {}, "'layers'.*tensor, layer"),
-    ("head", {}, "num_heads"),
-    ("head", {"num_heads": 3}, "num_heads = 3"),
-    ("head", {"num_heads": {"text": 2}}, "num_heads .* entry"),
-    ("head", {"num_heads": 2.0}, "num_heads .*whole number"),
-    ("filter", {"filter_axis": 1}, "filter_axis .*0"),
-])
+@pytest.mark.parametrize(
+    "unit,how,message",
+    [
+        ("layers", {}, "'layers'.*tensor, layer"),
+        ("head", {}, "num_heads"),
+        ("head", {"num_heads": 3}, "num_heads = 3"),
+        ("head", {"num_heads": {"text": 2}}, "num_heads .* entry"),
+        ("head", {"num_heads": 2.0}, "num_heads .*whole number"),
+        ("filter", {"filter_axis": 1}, "filter_axis .*0"),
+    ],
+)
 def test_mistakes_in_units(unit, how, message):
     with pytest.raises(UserError, match=message):
         assign(list(TRANSFORMER.items()), unit, **how)
@@ -139,14 +172,17 @@ def test_filters_of_a_pytorch_convolution_are_its_first_axis():
     ratio = model_stock(w0, w, "filter", filter_axis=0)[1].ratio["visual.conv1.weight"]
     assert ratio.shape == (8,)
     for f in range(8):
-        one = model_stock({"w": w0["visual.conv1.weight"][f]},
-                          {"w": w["visual.conv1.weight"][:, f]})[1].ratio["w"]
+        one = model_stock(
+            {"w": w0["visual.conv1.weight"][f]}, {"w": w["visual.conv1.weight"][:, f]}
+        )[1].ratio["w"]
         assert float(ratio[f]) == float(one)
 
 
 def test_units_and_geometry_need_no_jax():
-    code = ("import sys, modelstock_jax.merging.units, modelstock_jax.merging.geometry; "
-            "sys.exit('jax' in sys.modules)")
+    code = (
+        "import sys, modelstock_jax.merging.units, modelstock_jax.merging.geometry; "
+        "sys.exit('jax' in sys.modules)"
+    )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
@@ -241,14 +277,15 @@ NAMED = {
 }
 
 
-
 @pytest.mark.parametrize("layout", NAMED)
 def test_roles_and_places_by_name(layout):
     rows = [re.split(r" {2,}", line.strip()) for line in NAMED[layout].strip().splitlines()]
     names = [name for name, *_ in rows]
     places = block_position(names)
     towers = list(dict.fromkeys(p.tower for p in places))
-    found = [[name, str(towers.index(p.tower)), f"{p.depth:g}", role(name)]
-             for name, p in zip(names, places, strict=True)]
+    found = [
+        [name, str(towers.index(p.tower)), f"{p.depth:g}", role(name)]
+        for name, p in zip(names, places, strict=True)
+    ]
     assert found == rows
     assert {what for *_, what in rows} <= set(ROLES)

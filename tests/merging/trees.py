@@ -6,15 +6,21 @@ import numpy as np
 
 # Few shapes: each is compiled once for each number of replicas. Odd ones have their own test.
 BLOCK = {
-    "layer_norm1.scale": (8,), "layer_norm1.bias": (8,),
-    **{f"self_attn.{role}_proj.{kind}": (8, 8) if kind == "kernel" else (8,)
-       for role in ("q", "k", "v", "out") for kind in ("kernel", "bias")},
-    "mlp.fc1.kernel": (8, 8), "mlp.fc1.bias": (8,),
+    "layer_norm1.scale": (8,),
+    "layer_norm1.bias": (8,),
+    **{
+        f"self_attn.{role}_proj.{kind}": (8, 8) if kind == "kernel" else (8,)
+        for role in ("q", "k", "v", "out")
+        for kind in ("kernel", "bias")
+    },
+    "mlp.fc1.kernel": (8, 8),
+    "mlp.fc1.bias": (8,),
 }
 TRANSFORMER = {
     "position_embedding": (8, 8),
     **{f"blocks.block_0{b}.{name}": shape for b in (0, 1) for name, shape in BLOCK.items()},
-    "head.kernel": (8, 3), "head.bias": (3,),
+    "head.kernel": (8, 3),
+    "head.bias": (3,),
 }
 
 

@@ -156,9 +156,7 @@ def test_every_layout_from_the_command_line(base, tmp_path, capsys):
 def test_a_tokenizer_is_named_where_there_is_none(base, tmp_path, capsys):
     bare = checkpoint_io.save(tmp_path / "bare", CHECKPOINT, format="openai")
     to = ["--to", "open_clip", "--out", str(tmp_path / "out")]
-    with pytest.raises(
-        SystemExit, match="error: .*bare: .*tokenizer.*open_clip"
-    ):
+    with pytest.raises(SystemExit, match="error: .*bare: .*tokenizer.*open_clip"):
         main([str(bare), *to])
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"error: .*empty.*tokenizer\.json.*vocab\.json"):

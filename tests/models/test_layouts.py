@@ -261,9 +261,7 @@ def test_what_is_fetched_from_a_hub(saved, tmp_path, monkeypatch):
         path.unlink()
     shutil.rmtree(cache)
     cache.mkdir()
-    with pytest.raises(
-        UserError, match=r"org/model: .*model\*.safetensors .*@refs"
-    ):
+    with pytest.raises(UserError, match=r"org/model: .*model\*.safetensors .*@refs"):
         checkpoint_io.load("org/model")
 
 

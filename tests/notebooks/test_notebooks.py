@@ -47,7 +47,9 @@ def anchor(tmp_path_factory):
 
 @pytest.fixture
 def _small_world(monkeypatch):
-    small = partial(glyphs.make_sets, train_size=64, validation_size=62, test_size=62, shift_size=62)
+    small = partial(
+        glyphs.make_sets, train_size=64, validation_size=62, test_size=62, shift_size=62
+    )
     monkeypatch.setattr(glyphs, "world", small)
 
 
@@ -66,8 +68,13 @@ def test_quickstart(anchor, tmp_path, capsys):
 @pytest.mark.usefixtures("_small_world")
 def test_tpu_vitl14(anchor, tmp_path, capsys):
     """First as it stands: nothing to train on, and nothing is trained. Then on the glyphs."""
-    glyph_world = TINY | {"data.name": "glyphs", "data.real_labels": False, "merge.unit": "tensor",
-                          "compute.dtype": "float32", "optimizer.warmup_steps": 1}
+    glyph_world = TINY | {
+        "data.name": "glyphs",
+        "data.real_labels": False,
+        "merge.unit": "tensor",
+        "compute.dtype": "float32",
+        "optimizer.warmup_steps": 1,
+    }
     small = {"WORKDIR": str(tmp_path / "run"), "PRETRAINED": anchor}
     names = run("tpu_vitl14", **small, TRAIN=True, OVERRIDES=glyph_world)
     printed = capsys.readouterr().out
@@ -75,8 +82,12 @@ def test_tpu_vitl14(anchor, tmp_path, capsys):
     assert "| Model Stock, periodic" in printed and "head.safetensors" in printed
 
     where = str(tmp_path / "nowhere")
-    names = run("tpu_vitl14", **small | {"WORKDIR": where}, DATA=where,
-                OVERRIDES=glyph_world | {"data.name": "imagenet"})
+    names = run(
+        "tpu_vitl14",
+        **small | {"WORKDIR": where},
+        DATA=where,
+        OVERRIDES=glyph_world | {"data.name": "imagenet"},
+    )
     printed = capsys.readouterr().out
     assert "not training: data.root=" in printed and "no results yet" in printed
 
@@ -87,8 +98,15 @@ DISTANCES = re.compile(r"^(.+?) +predicted +([\d.]+) +measured +([\d.]+)$", re.M
 
 @pytest.mark.slow  # trains six models, of which every shape is merged by a program of its own
 def test_geometry(anchor, tmp_path, capsys):
-    run("geometry", PRETRAINED=anchor, MODELS=6, STEPS=2, BATCH=8, TRAIN_SIZE=62,
-        FIGURES=str(tmp_path))
+    run(
+        "geometry",
+        PRETRAINED=anchor,
+        MODELS=6,
+        STEPS=2,
+        BATCH=8,
+        TRAIN_SIZE=62,
+        FIGURES=str(tmp_path),
+    )
     assert {path.stem.removeprefix("geometry_") for path in tmp_path.glob("*.png")} == PICTURES
     assert len(DISTANCES.findall(capsys.readouterr().out)) == 4
 
@@ -97,8 +115,10 @@ def drawn_models(names):
     """In place of training: a common movement and noise in three kernels, with known angles."""
     rng, count = np.random.default_rng(0), names["MODELS"]
     signals = {"fc1": 0.5, "fc2": 1.0, "fc3": 2.0}
-    flat = {name: (s * rng.standard_normal((96, 96)) + rng.standard_normal((count, 96, 96)))
-            for name, s in signals.items()}
+    flat = {
+        name: (s * rng.standard_normal((96, 96)) + rng.standard_normal((count, 96, 96)))
+        for name, s in signals.items()
+    }
     models = {name: {"kernel": (0.1 * d).astype(np.float32)} for name, d in flat.items()}
     tree = {"image_tower": {"blocks": {"block_00": {"mlp": models}}}}
     anchor = jax.tree.map(lambda w: np.zeros_like(w[0]), tree)

@@ -36,10 +36,15 @@ def test_both_forms_say_the_same(name):
 
 
 def test_a_text_form_is_read_as_jupytext_reads_it():
-    text = ("# ---\n# jupyter: x\n# ---\n\n# %% [markdown]\n# # Title\n#\n# text\n\n"
-            "# %%\nx = 1\n# a comment\n\n# %%\ny = '# %%'\n")
-    assert cells(text) == [("markdown", "# Title\n\ntext"), ("code", "x = 1\n# a comment"),
-                           ("code", "y = '# %%'")]
+    text = (
+        "# ---\n# jupyter: x\n# ---\n\n# %% [markdown]\n# # Title\n#\n# text\n\n"
+        "# %%\nx = 1\n# a comment\n\n# %%\ny = '# %%'\n"
+    )
+    assert cells(text) == [
+        ("markdown", "# Title\n\ntext"),
+        ("code", "x = 1\n# a comment"),
+        ("code", "y = '# %%'"),
+    ]
     assert notebook(text)["cells"][1]["source"] == ["x = 1\n", "# a comment"]
 
 

@@ -43,13 +43,18 @@ def fine_tuned(model: torch.nn.Module, seed: int, size: float = 0.02) -> torch.n
     with torch.no_grad():
         for tensor in tuned.parameters():
             shape = tensor.shape
-            tensor.add_(size * (torch.randn(shape, generator=common)
-                                + torch.randn(shape, generator=own)).to(tensor.dtype))
+            tensor.add_(
+                size
+                * (torch.randn(shape, generator=common) + torch.randn(shape, generator=own)).to(
+                    tensor.dtype
+                )
+            )
     return tuned.eval()
 
 
-def save_all(root: Path, model: torch.nn.Module, save: Callable | None = None,
-             count: int = 2) -> list[Path]:
+def save_all(
+    root: Path, model: torch.nn.Module, save: Callable | None = None, count: int = 2
+) -> list[Path]:
     """Writes `base`, `ft1`, ..., by `save_pretrained` unless `save(model, directory)` is given."""
     paths = [root / "base", *(root / f"ft{i + 1}" for i in range(count))]
     models = [model, *(fine_tuned(model, i + 1) for i in range(count))]
@@ -87,8 +92,11 @@ def merged(base: np.ndarray, tuned: Sequence[np.ndarray]) -> np.ndarray:
         return w0 + sum(moves)
     norms = [np.linalg.norm(d) for d in moves]
     mean, number = sum(moves) / len(moves), len(moves)
-    cosines = [np.vdot(a, b) / (m * n) for i, (a, m) in enumerate(zip(moves, norms, strict=True))
-               for b, n in zip(moves[:i], norms[:i], strict=True)]
+    cosines = [
+        np.vdot(a, b) / (m * n)
+        for i, (a, m) in enumerate(zip(moves, norms, strict=True))
+        for b, n in zip(moves[:i], norms[:i], strict=True)
+    ]
     cosine = sum(cosines) / len(cosines)
     ratio = number * cosine / (1 + (number - 1) * cosine) if cosine > 0 else 0.0
     return w0 + ratio * mean
@@ -102,15 +110,21 @@ def assert_close(value: np.ndarray, wanted: np.ndarray, name: str, tolerance: fl
     assert far <= tolerance * np.abs(wanted).max(initial=0), f"{name}: {far}"
 
 
-def assert_merged(out: Mapping[str, np.ndarray] | Path, inputs: Sequence[Mapping | Path],
-                  tolerance: float = TOLERANCE) -> None:
+def assert_merged(
+    out: Mapping[str, np.ndarray] | Path,
+    inputs: Sequence[Mapping | Path],
+    tolerance: float = TOLERANCE,
+) -> None:
     """Every tensor of the result is equation 3 of the inputs', and none is missing."""
     made, base, *tuned = (tensors(x) if isinstance(x, Path) else x for x in (out, *inputs))
     assert made.keys() == base.keys()
     for name, value in made.items():
         assert value.dtype == base[name].dtype, name
-        wanted = (merged(base[name], [one[name] for one in tuned])
-                  if value.dtype.kind == "f" else base[name])
+        wanted = (
+            merged(base[name], [one[name] for one in tuned])
+            if value.dtype.kind == "f"
+            else base[name]
+        )
         assert_close(value, wanted, name, tolerance)
 
 
@@ -148,8 +162,10 @@ def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if kind == "wav2vec2":
         return {"input_values": torch.randn(1, 400, generator=generator)}
     if kind == "whisper":
-        return {"input_features": torch.randn(1, 8, 16, generator=generator),
-                "decoder_input_ids": IDS}
+        return {
+            "input_features": torch.randn(1, 8, 16, generator=generator),
+            "decoder_input_ids": IDS,
+        }
     if kind == "qwen2_vl":
         vision = config.vision_config
         patch = vision.patch_size**2 * vision.temporal_patch_size * vision.in_channels
@@ -174,116 +190,270 @@ def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return ids | pixels
 
 
-_ENCODER = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                intermediate_size=24, max_position_embeddings=40, pad_token_id=0)
-_DECODER = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, intermediate_size=24, max_position_embeddings=40,
-                pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_ENCODER = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=40,
+    pad_token_id=0,
+)
+_DECODER = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=40,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _EXPERTS = _DECODER | dict(num_experts_per_tok=2)
-_VISION = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-               image_size=16, patch_size=8)
+_VISION = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    image_size=16,
+    patch_size=8,
+)
 _TEXT_TOWER = _ENCODER | dict(bos_token_id=1, eos_token_id=3, projection_dim=8)
-_BART = dict(vocab_size=VOCABULARY, d_model=16, encoder_layers=2, decoder_layers=2,
-             encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
-             decoder_ffn_dim=24, max_position_embeddings=40, pad_token_id=0, bos_token_id=1,
-             eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2)
+_BART = dict(
+    vocab_size=VOCABULARY,
+    d_model=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+    max_position_embeddings=40,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=2,
+    forced_eos_token_id=2,
+)
 _GEMMA = _DECODER | dict(head_dim=4, sliding_window=4, query_pre_attn_scalar=4)
 
 
 def _gemma3():
     text = hf.Gemma3TextConfig(**_GEMMA)
     vision = hf.SiglipVisionConfig(**_VISION)  # 4 patches make 4 image tokens.
-    return hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=23,
-        image_token_id=23, boi_token_index=21, eoi_token_index=22))
+    return hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(
+            text_config=text,
+            vision_config=vision,
+            mm_tokens_per_image=4,
+            image_token_index=23,
+            image_token_id=23,
+            boi_token_index=21,
+            eoi_token_index=22,
+        )
+    )
 
 
 def _llava():
-    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(
-        text_config=hf.LlamaConfig(**_DECODER), vision_config=hf.CLIPVisionConfig(**_VISION),
-        image_token_index=23, image_token_id=23, vision_feature_layer=-1))
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            text_config=hf.LlamaConfig(**_DECODER),
+            vision_config=hf.CLIPVisionConfig(**_VISION),
+            image_token_index=23,
+            image_token_id=23,
+            vision_feature_layer=-1,
+        )
+    )
 
 
 def _qwen2_vl():
-    text = _DECODER | dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
-                                            "mrope_section": [1, 1, 0]})
-    vision = dict(depth=2, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=4,
-                  spatial_merge_size=2, temporal_patch_size=2, in_channels=3)
-    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(
-        text_config=text, vision_config=vision, vision_start_token_id=20, image_token_id=21,
-        vision_end_token_id=22, video_token_id=23))
+    text = _DECODER | dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}
+    )
+    vision = dict(
+        depth=2,
+        embed_dim=16,
+        hidden_size=16,
+        num_heads=2,
+        mlp_ratio=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        in_channels=3,
+    )
+    return hf.Qwen2VLForConditionalGeneration(
+        hf.Qwen2VLConfig(
+            text_config=text,
+            vision_config=vision,
+            vision_start_token_id=20,
+            image_token_id=21,
+            vision_end_token_id=22,
+            video_token_id=23,
+        )
+    )
 
 
 def _clip(kind, config, text, vision):
-    return kind(config(text_config=text(**_TEXT_TOWER).to_dict(),
-                       vision_config=vision(**_VISION, projection_dim=8).to_dict(),
-                       projection_dim=8))
+    return kind(
+        config(
+            text_config=text(**_TEXT_TOWER).to_dict(),
+            vision_config=vision(**_VISION, projection_dim=8).to_dict(),
+            projection_dim=8,
+        )
+    )
 
 
 FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**_ENCODER)),
-    "distilbert": lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(
-        vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=2, hidden_dim=24,
-        max_position_embeddings=40, pad_token_id=0)),
-    "modernbert": lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(
-        **_ENCODER, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)),
-    "deberta_v2": lambda: hf.DebertaV2ForMaskedLM(hf.DebertaV2Config(
-        **_ENCODER, relative_attention=True, position_buckets=8, max_relative_positions=16,
-        pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
-        position_biased_input=False, type_vocab_size=0)),
+    "distilbert": lambda: hf.DistilBertForMaskedLM(
+        hf.DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=16,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=24,
+            max_position_embeddings=40,
+            pad_token_id=0,
+        )
+    ),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(
+            **_ENCODER, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        )
+    ),
+    "deberta_v2": lambda: hf.DebertaV2ForMaskedLM(
+        hf.DebertaV2Config(
+            **_ENCODER,
+            relative_attention=True,
+            position_buckets=8,
+            max_relative_positions=16,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            type_vocab_size=0,
+        )
+    ),
     "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**_ENCODER, embedding_size=12)),
     "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_ENCODER, embedding_size=12)),
     "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ENCODER)),
     "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**_BART)),
     "marian": lambda: hf.MarianMTModel(hf.MarianConfig(**_BART)),
-    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
-        decoder_start_token_id=0)),
-    "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=1,
-        eos_token_id=2)),
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    ),
+    "mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2)
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=40,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_DECODER)),
-    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(
-        **_EXPERTS, num_experts=4, moe_intermediate_size=8, head_dim=4)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**_EXPERTS, num_experts=4, moe_intermediate_size=8, head_dim=4)
+    ),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_EXPERTS, num_local_experts=4)),
     "gemma3_text": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GEMMA)),
     "gemma3": _gemma3,
     "llava": _llava,
     "qwen2_vl": _qwen2_vl,
     "clip": lambda: _clip(hf.CLIPModel, hf.CLIPConfig, hf.CLIPTextConfig, hf.CLIPVisionConfig),
-    "siglip": lambda: _clip(hf.SiglipModel, hf.SiglipConfig, hf.SiglipTextConfig,
-                            hf.SiglipVisionConfig),
+    "siglip": lambda: _clip(
+        hf.SiglipModel, hf.SiglipConfig, hf.SiglipTextConfig, hf.SiglipVisionConfig
+    ),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VISION, num_labels=3)),
-    "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(
-        **{k: v for k, v in _VISION.items() if k != "intermediate_size"}, mlp_ratio=2)),
-    "swinv2": lambda: hf.Swinv2ForImageClassification(hf.Swinv2Config(
-        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4,
-        num_labels=3)),
-    "whisper": lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(
-        **_BART, num_mel_bins=8, max_source_positions=8, max_target_positions=16,
-        begin_suppress_tokens=None, suppress_tokens=None)),
-    "wav2vec2": lambda: hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(
-        **{k: v for k, v in _ENCODER.items() if k != "max_position_embeddings"},
-        conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2)),
-    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, ffn_dim=24,
-        num_attention_heads=2, max_position_embeddings=40, word_embed_proj_dim=16, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2)),
-    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_ENCODER, bos_token_id=1,
-                                                               eos_token_id=2)),
+    "dinov2": lambda: hf.Dinov2Model(
+        hf.Dinov2Config(
+            **{k: v for k, v in _VISION.items() if k != "intermediate_size"}, mlp_ratio=2
+        )
+    ),
+    "swinv2": lambda: hf.Swinv2ForImageClassification(
+        hf.Swinv2Config(
+            image_size=32,
+            patch_size=4,
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[1, 2],
+            window_size=4,
+            num_labels=3,
+        )
+    ),
+    "whisper": lambda: hf.WhisperForConditionalGeneration(
+        hf.WhisperConfig(
+            **_BART,
+            num_mel_bins=8,
+            max_source_positions=8,
+            max_target_positions=16,
+            begin_suppress_tokens=None,
+            suppress_tokens=None,
+        )
+    ),
+    "wav2vec2": lambda: hf.Wav2Vec2ForCTC(
+        hf.Wav2Vec2Config(
+            **{k: v for k, v in _ENCODER.items() if k != "max_position_embeddings"},
+            conv_dim=(8, 8),
+            conv_stride=(5, 2),
+            conv_kernel=(10, 3),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+        )
+    ),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            ffn_dim=24,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+            word_embed_proj_dim=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(**_ENCODER, bos_token_id=1, eos_token_id=2)
+    ),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_DECODER)),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        bos_token_id=1, eos_token_id=2)),
+    "falcon": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
 }
 
 
-def save_tensors(directory: Path, values: Mapping[str, torch.Tensor], config: Path | None = None,
-                 metadata: Mapping[str, str] | None = None) -> Path:
+def save_tensors(
+    directory: Path,
+    values: Mapping[str, torch.Tensor],
+    config: Path | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Writes `model.safetensors` by hand, and a copy of another directory's config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     copies = {name: value.detach().clone().contiguous() for name, value in values.items()}
@@ -310,16 +480,24 @@ def tokenizer(size: int = VOCABULARY) -> hf.PreTrainedTokenizerFast:
     words = special + [f"w{i}" for i in range(len(special), VOCABULARY)]
     made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = Whitespace()
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>",
-                                      eos_token="</s>", unk_token="<unk>", model_max_length=32)
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=32,
+    )
     fast.add_tokens([f"added{i}" for i in range(VOCABULARY, size)])
     return fast
 
 
 # Names at runtime, which transformers 4.52 to 5 also saved, and names of the first releases.
-_TOWERS = {"model.language_model.": "language_model.model.",
-           "model.vision_tower.": "vision_tower.vision_model.",
-           "model.multi_modal_projector.": "multi_modal_projector."}
+_TOWERS = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
 OLD_NAMES: dict[str, Mapping[str, str]] = {
     "qwen2_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
     "llava": _TOWERS | {"lm_head.": "language_model.lm_head."},

@@ -31,33 +31,52 @@ from tests.parity.merge_inputs import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Warnings of other libraries.
-_UNET = dict(sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-             attention_head_dim=4)
+_UNET = dict(
+    sample_size=8,
+    layers_per_block=1,
+    block_out_channels=(8, 16),
+    norm_num_groups=4,
+    attention_head_dim=4,
+)
 
 
 def unet():
     torch.manual_seed(0)
-    return UNet2DModel(**_UNET, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                       up_block_types=("AttnUpBlock2D", "UpBlock2D")).eval()
+    return UNet2DModel(
+        **_UNET,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
 
 
 def conditioned():
     torch.manual_seed(1)
     return UNet2DConditionModel(
-        **_UNET, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16).eval()
+        **_UNET,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+    ).eval()
 
 
 def autoencoder():
     torch.manual_seed(2)
-    return AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-                         norm_num_groups=4, sample_size=16).eval()
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
 
 
 def files(directory: Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*")
-                  if "safetensors" in path.name)
+    return sorted(
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if "safetensors" in path.name
+    )
 
 
 def opened(kind, directory, **how):
@@ -74,8 +93,9 @@ def computed(model) -> torch.Tensor:
             return model(torch.randn(1, 3, 16, 16, generator=noise)).sample
         if isinstance(model, UNet2DModel):
             return model(torch.randn(1, 3, 8, 8, generator=noise), 2).sample
-        return model(torch.randn(1, 4, 8, 8, generator=noise), 2,
-                     torch.randn(1, 5, 16, generator=noise)).sample
+        return model(
+            torch.randn(1, 4, 8, 8, generator=noise), 2, torch.randn(1, 5, 16, generator=noise)
+        ).sample
 
 
 @pytest.mark.parametrize("make", [unet, conditioned, autoencoder])
@@ -116,13 +136,19 @@ def test_a_variant_keeps_its_name(tmp_path):
 
 def test_a_pipeline_of_images(tmp_path):
     model = unet()
-    paths = save_all(tmp_path, model, lambda one, path: DDPMPipeline(
-        one, DDPMScheduler(num_train_timesteps=4)).save_pretrained(path))
+    paths = save_all(
+        tmp_path,
+        model,
+        lambda one, path: DDPMPipeline(one, DDPMScheduler(num_train_timesteps=4)).save_pretrained(
+            path
+        ),
+    )
     assert merge(paths, tmp_path / "out") == 0
     assert files(tmp_path / "out") == ["unet/diffusion_pytorch_model.safetensors"]
     assert_merged(tmp_path / "out" / "unet", [path / "unet" for path in paths])
     assert (tmp_path / "out" / "model_index.json").read_bytes() == (
-        paths[0] / "model_index.json").read_bytes()
+        paths[0] / "model_index.json"
+    ).read_bytes()
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(pipeline, DDPMPipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -153,11 +179,17 @@ def stable_diffusion(root, moved=("unet", "vae", "text_encoder")):
     speller = words(root / "words")
     paths = [root / "base", root / "ft1", root / "ft2"]
     for i, path in enumerate(paths):
-        of_path = {name: fine_tuned(model, i) if i and name in moved else model
-                   for name, model in models.items()}
+        of_path = {
+            name: fine_tuned(model, i) if i and name in moved else model
+            for name, model in models.items()
+        }
         StableDiffusionPipeline(
-            **of_path, tokenizer=speller, scheduler=DDIMScheduler(num_train_timesteps=4),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            **of_path,
+            tokenizer=speller,
+            scheduler=DDIMScheduler(num_train_timesteps=4),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         ).save_pretrained(path)
     return paths
 
@@ -166,8 +198,7 @@ def assert_draws(directory):
     pipeline = DiffusionPipeline.from_pretrained(directory)
     assert isinstance(pipeline, StableDiffusionPipeline)
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("abc def", num_inference_steps=2, output_type="np", height=16,
-                     width=16).images
+    image = pipeline("abc def", num_inference_steps=2, output_type="np", height=16, width=16).images
     assert image.shape == (1, 16, 16, 3) and np.isfinite(image).all()
 
 
@@ -199,14 +230,21 @@ def test_a_text_encoder_of_transformers_4(tmp_path):
     """Pipelines on the hub name it text_model.encoder...; transformers 5 saves encoder...."""
     paths = stable_diffusion(tmp_path)
     plain = {path: tensors(path / "text_encoder") for path in paths}
-    save_tensors(paths[0] / "text_encoder",
-                 {n if n.startswith("text_model.") else f"text_model.{n}": torch.from_numpy(x)
-                  for n, x in plain[paths[0]].items()})
+    save_tensors(
+        paths[0] / "text_encoder",
+        {
+            n if n.startswith("text_model.") else f"text_model.{n}": torch.from_numpy(x)
+            for n, x in plain[paths[0]].items()
+        },
+    )
     assert merge(paths, tmp_path / "out") == 0
-    made = {n.removeprefix("text_model."): x
-            for n, x in tensors(tmp_path / "out" / "text_encoder").items()}
-    assert_merged(made, [{n.removeprefix("text_model."): x for n, x in plain[path].items()}
-                         for path in paths])
+    made = {
+        n.removeprefix("text_model."): x
+        for n, x in tensors(tmp_path / "out" / "text_encoder").items()
+    }
+    assert_merged(
+        made, [{n.removeprefix("text_model."): x for n, x in plain[path].items()} for path in paths]
+    )
     assert_draws(tmp_path / "out")
 
 

@@ -130,8 +130,11 @@ def test_an_adapter_of_a_fine_tune(tmp_path):
     trained = [adapted(tuned, 1), adapted(model, 2)]
     for i, one in enumerate(trained):
         one.save_pretrained(tmp_path / f"adapter{i + 1}")
-    models = [tmp_path / "base", f"{tmp_path / 'ft1'}+{tmp_path / 'adapter1'}",
-              f"{tmp_path / 'base'}+{tmp_path / 'adapter2'}"]
+    models = [
+        tmp_path / "base",
+        f"{tmp_path / 'ft1'}+{tmp_path / 'adapter1'}",
+        f"{tmp_path / 'base'}+{tmp_path / 'adapter2'}",
+    ]
     assert merge(models, tmp_path / "out") == 0
     assert_as_unloaded(tmp_path / "out", model, [unloaded(one) for one in trained])
 
@@ -151,8 +154,10 @@ def test_an_adapter_and_a_complete_fine_tune(tmp_path):
 def rename_adapter(directory: Path, family_name: str) -> None:
     path = directory / "adapter_model.safetensors"
     prefix = "base_model.model."
-    values = {prefix + old_name(family_name, name.removeprefix(prefix)): value
-              for name, value in load_file(path).items()}
+    values = {
+        prefix + old_name(family_name, name.removeprefix(prefix)): value
+        for name, value in load_file(path).items()
+    }
     save_file(values, path, metadata={"format": "pt"})
 
 
@@ -165,13 +170,17 @@ def test_adapters_of_vision_language_models(tmp_path, name, layouts):
     if of_base != "saved":
         tied = set(model.all_tied_weights_keys)
         state = {n: x for n, x in model.state_dict().items() if n not in tied}
-        save_tensors(tmp_path / "base", {old_name(name, n) if of_base == "old" else n: x
-                                         for n, x in state.items()})
+        save_tensors(
+            tmp_path / "base",
+            {old_name(name, n) if of_base == "old" else n: x for n, x in state.items()},
+        )
     trained = [adapted(model, seed, target_modules=LANGUAGE) for seed in (1, 2)]
     for i, one in enumerate(trained):
         one.save_pretrained(tmp_path / f"ft{i + 1}")
-        assert any(".language_model.layers.0" in n for n in
-                   load_file(tmp_path / f"ft{i + 1}" / "adapter_model.safetensors"))
+        assert any(
+            ".language_model.layers.0" in n
+            for n in load_file(tmp_path / f"ft{i + 1}" / "adapter_model.safetensors")
+        )
         if of_adapter == "old":
             rename_adapter(tmp_path / f"ft{i + 1}", name)
     paths = [tmp_path / "base", tmp_path / "ft1", tmp_path / "ft2"]

@@ -69,9 +69,18 @@ FOUR_BITS = {
 def llama(width: int = 32, middle: int = 64) -> torch.nn.Module:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=middle, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=40, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, dtype="bfloat16")
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=middle,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="bfloat16",
+    )
     return hf.LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
@@ -79,14 +88,17 @@ def with_torchao(config):
     def save(model, path: Path) -> None:
         model.save_pretrained(path / "plain")
         quantized = hf.AutoModelForCausalLM.from_pretrained(
-            path / "plain", dtype=torch.bfloat16, quantization_config=hf.TorchAoConfig(config()))
+            path / "plain", dtype=torch.bfloat16, quantization_config=hf.TorchAoConfig(config())
+        )
         quantized.save_pretrained(path)
+
     return save
 
 
 def with_quanto(kind):
     def save(model, path: Path) -> None:
         quanto.QuantizedModelForCausalLM.quantize(model, weights=kind).save_pretrained(path)
+
     return save
 
 
@@ -107,18 +119,26 @@ def _bounds(weight: torch.Tensor, args: QuantizationArgs):
 def with_compressed_tensors(form: str, **args):
     def save(model, path: Path) -> None:
         scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
-        apply_quantization_config(model, QuantizationConfig(
-            config_groups={"group_0": scheme}, quantization_status="frozen", ignore=["lm_head"],
-            format=form))
+        apply_quantization_config(
+            model,
+            QuantizationConfig(
+                config_groups={"group_0": scheme},
+                quantization_status="frozen",
+                ignore=["lm_head"],
+                format=form,
+            ),
+        )
         for module in model.modules():
             if (scheme := getattr(module, "quantization_scheme", None)) is not None:
-                scale, _ = calculate_qparams(*_bounds(module.weight.float(), scheme.weights),
-                                             scheme.weights)
+                scale, _ = calculate_qparams(
+                    *_bounds(module.weight.float(), scheme.weights), scheme.weights
+                )
                 module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
         compressor = ModelCompressor.from_pretrained_model(model, form)
         compressor.compress_model(model)
         model.save_pretrained(path)
         compressor.update_config(path)
+
     return save
 
 
@@ -139,9 +159,15 @@ def fine_grained(model, path: Path) -> None:
         values[name] = codes[: value.shape[0], : value.shape[1]].to(torch.float8_e4m3fn)
         values[f"{name}_scale_inv"] = scale
     save_tensors(path, values)
-    edit_config(path, quantization_config={
-        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3",
-        "weight_block_size": [FINE, FINE]})
+    edit_config(
+        path,
+        quantization_config={
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [FINE, FINE],
+        },
+    )
 
 
 FORMATS = {
@@ -173,8 +199,10 @@ def saved(root: Path, form: str) -> list[Path]:
 
 def dequantized(directory: Path) -> dict[str, np.ndarray]:
     """Codes times scales, in float64; other tensors as they are."""
-    stored = {name: value.double().numpy()
-              for name, value in load_file(directory / "model.safetensors").items()}
+    stored = {
+        name: value.double().numpy()
+        for name, value in load_file(directory / "model.safetensors").items()
+    }
     made = {}
     for name, value in stored.items():
         if name.endswith("._weight_qdata"):  # torchao
@@ -237,24 +265,29 @@ def test_quantized_weights(tmp_path, capsys, form):
         assert "quantization_config" not in config and "compression_config" not in config
         assert not (out / "quanto_qmap.json").exists()
         assert config.get("dtype", config.get("torch_dtype")) == (
-            "float32" if option else "bfloat16")
+            "float32" if option else "bfloat16"
+        )
         model = opened(hf.AutoModelForCausalLM, out, dtype="auto")
         assert model(IDS).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["torchao int8", "torchao float8", "torchao int8 groups",
-                                  "quanto int8", "quanto float8"])
+@pytest.mark.parametrize(
+    "form",
+    ["torchao int8", "torchao float8", "torchao int8 groups", "quanto int8", "quanto float8"],
+)
 def test_the_library_reads_codes_times_scales(tmp_path, form):
     """The reference of this file is what the library's own dequantize() gives."""
     (path, *_) = saved(tmp_path, form)
-    kind = quanto.QuantizedModelForCausalLM if form.startswith("quanto") else (
-        hf.AutoModelForCausalLM)
+    kind = (
+        quanto.QuantizedModelForCausalLM if form.startswith("quanto") else (hf.AutoModelForCausalLM)
+    )
     read, wanted = kind.from_pretrained(str(path)), dequantized(path)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         weight = read.get_submodule(name).weight
         assert type(weight) is not torch.nn.Parameter
-        assert_rounded_once(weight.dequantize().double().detach().numpy(),
-                            wanted[f"{name}.weight"], name)
+        assert_rounded_once(
+            weight.dequantize().double().detach().numpy(), wanted[f"{name}.weight"], name
+        )
 
 
 @pytest.mark.parametrize("quantized", ["fine-tunes", "base"])
@@ -280,7 +313,8 @@ def test_dequantize_needs_no_quantized_model(tmp_path):
     assert merge(paths, tmp_path / "out", "--dequantize") == 0
     assert merge(paths, tmp_path / "same") == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
-        tmp_path / "same" / "model.safetensors").read_bytes()
+        tmp_path / "same" / "model.safetensors"
+    ).read_bytes()
 
 
 def _assert_refused(paths, root, capsys):
@@ -297,9 +331,12 @@ def _assert_refused(paths, root, capsys):
 
 @pytest.mark.parametrize("form", ["quanto", "compressed-tensors"])
 def test_four_bits_of_libraries(tmp_path, capsys, form):
-    save = {"quanto": with_quanto(quanto.qint4),
-            "compressed-tensors": with_compressed_tensors(
-                "pack-quantized", num_bits=4, type="int", strategy="group", group_size=16)}[form]
+    save = {
+        "quanto": with_quanto(quanto.qint4),
+        "compressed-tensors": with_compressed_tensors(
+            "pack-quantized", num_bits=4, type="int", strategy="group", group_size=16
+        ),
+    }[form]
     _assert_refused(save_all(tmp_path, llama(), save), tmp_path, capsys)
 
 
@@ -313,7 +350,8 @@ def test_four_bits_by_hand(tmp_path, capsys, form):
         generator = torch.Generator().manual_seed(i)
         for name, (shape, dtype) in parts.items():
             values[f"model.layers.0.self_attn.q_proj.{name}"] = torch.randint(
-                0, 16, shape, generator=generator).to(dtype)
+                0, 16, shape, generator=generator
+            ).to(dtype)
         save_tensors(path, values)
         edit_config(path, quantization_config=config)
     assert json.loads((paths[0] / "config.json").read_text())["quantization_config"] == config

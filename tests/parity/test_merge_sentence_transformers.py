@@ -54,8 +54,13 @@ def test_a_sentence_transformer(tmp_path, dense):
     out = tmp_path / "out"
     assert merge(paths, out) == 0
     assert_merged(out, paths)
-    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json",
-                 "config_sentence_transformers.json", "tokenizer.json"):
+    for name in (
+        "modules.json",
+        "1_Pooling/config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "tokenizer.json",
+    ):
         assert (out / name).read_bytes() == (paths[0] / name).read_bytes(), name
     if dense:
         assert_merged(out / "2_Dense", [path / "2_Dense" for path in paths])
@@ -69,8 +74,13 @@ def test_a_sentence_transformer(tmp_path, dense):
     read = again.state_dict()
     for folder in [".", "2_Dense"][: 1 + dense]:
         for name, value in tensors(out / folder).items():
-            (same,) = [x for n, x in read.items() if n.endswith(name) and x.shape == value.shape
-                       and (("linear" in n) == (folder != "."))]
+            (same,) = [
+                x
+                for n, x in read.items()
+                if n.endswith(name)
+                and x.shape == value.shape
+                and (("linear" in n) == (folder != "."))
+            ]
             np.testing.assert_array_equal(same.numpy(), value, name)
     base, tuned = model.encode(SENTENCES), SentenceTransformer(str(paths[1])).encode(SENTENCES)
     assert 0 < np.linalg.norm(made - base) < 2 * np.linalg.norm(tuned - base)
@@ -94,8 +104,13 @@ def test_an_encoder_in_a_folder(tmp_path):
     _, paths = saved(tmp_path, dense=True)
     for path in paths:
         (path / "0_Transformer").mkdir()
-        for name in ("model.safetensors", "config.json", "sentence_bert_config.json",
-                     "tokenizer.json", "tokenizer_config.json"):
+        for name in (
+            "model.safetensors",
+            "config.json",
+            "sentence_bert_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ):
             (path / name).rename(path / "0_Transformer" / name)
         modules = json.loads((path / "modules.json").read_text())
         modules[0]["path"] = "0_Transformer"

@@ -35,8 +35,25 @@ from tests.parity.merge_inputs import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Warnings of other libraries.
 ADDED = 2
-RESIZED = ("bert", "distilbert", "modernbert", "deberta_v2", "electra", "albert", "roberta", "bart",
-           "marian", "t5", "whisper", "mamba", "llama", "gpt_neox", "gemma3", "llava", "qwen2_vl")
+RESIZED = (
+    "bert",
+    "distilbert",
+    "modernbert",
+    "deberta_v2",
+    "electra",
+    "albert",
+    "roberta",
+    "bart",
+    "marian",
+    "t5",
+    "whisper",
+    "mamba",
+    "llama",
+    "gpt_neox",
+    "gemma3",
+    "llava",
+    "qwen2_vl",
+)
 
 
 def notes(capsys) -> list[str]:
@@ -74,8 +91,9 @@ def resized(root, name):
     with torch.no_grad():
         for tensor in longer.state_dict().values():  # Biases of added tokens begin at 0.
             if VOCABULARY + ADDED in tensor.shape:
-                tensor.add_(0.01 * torch.randn(tensor.shape, generator=torch.Generator()
-                                               .manual_seed(4)))
+                tensor.add_(
+                    0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(4))
+                )
     longer.save_pretrained(paths[2])
     for path in paths:
         tokenizer(VOCABULARY + ADDED * (path == paths[2])).save_pretrained(path)
@@ -83,8 +101,12 @@ def resized(root, name):
 
 
 def rows_of(value, rows):
-    return value[tuple(slice(rows if size > rows and size == VOCABULARY + ADDED else None)
-                       for size in value.shape)]
+    return value[
+        tuple(
+            slice(rows if size > rows and size == VOCABULARY + ADDED else None)
+            for size in value.shape
+        )
+    ]
 
 
 @pytest.mark.parametrize("name", RESIZED)
@@ -104,9 +126,11 @@ def test_a_resized_vocabulary(tmp_path, name, take):
         assert value.shape == (second if take == "longest" else base)[key].shape, key
         assert_close(rows_of(value, VOCABULARY), merged(common[0], common[1:]), key)
         if key in grown and take == "longest":
-            np.testing.assert_array_equal(np.moveaxis(value, value.shape.index(size), 0)[-ADDED:],
-                                          np.moveaxis(second[key], value.shape.index(size), 0)
-                                          [-ADDED:], key)
+            np.testing.assert_array_equal(
+                np.moveaxis(value, value.shape.index(size), 0)[-ADDED:],
+                np.moveaxis(second[key], value.shape.index(size), 0)[-ADDED:],
+                key,
+            )
     again = opened(type(model), out)
     assert again.get_input_embeddings().weight.shape[0] == size
     if name != "marian" and name != "albert":  # Their own attribute names; the files are enough.
@@ -178,14 +202,18 @@ def test_names_of_a_wrapper(tmp_path, capsys, prefix, wrapped):
 def test_gpt2_with_and_without_its_head(tmp_path, capsys, bare):
     model = family("gpt2")
     whole = save_all(tmp_path / "whole", model)
-    bodies = save_all(tmp_path / "bodies", model, lambda one, path:
-                      one.transformer.save_pretrained(path))
+    bodies = save_all(
+        tmp_path / "bodies", model, lambda one, path: one.transformer.save_pretrained(path)
+    )
     assert "h.0.attn.c_attn.weight" in tensors(bodies[0])
     paths = [bodies[0], *whole[1:]] if bare == "base" else [whole[0], *bodies[1:]]
     assert merge(paths, tmp_path / "out") == 0
     assert any("transformer." in line for line in notes(capsys))
-    made = {f"transformer.{n.removeprefix('transformer.')}": x
-            for n, x in tensors(tmp_path / "out").items() if n != "lm_head.weight"}
+    made = {
+        f"transformer.{n.removeprefix('transformer.')}": x
+        for n, x in tensors(tmp_path / "out").items()
+        if n != "lm_head.weight"
+    }
     assert_merged(made, whole)
     opened(hf.GPT2Model if bare == "base" else hf.GPT2LMHeadModel, tmp_path / "out")
 
@@ -200,8 +228,10 @@ def test_bodies_of_bert_against_a_masked_language_model(tmp_path, capsys):
     assert merge(paths, tmp_path / "out", "--missing", "base") == 0
     assert any("bert." in line for line in notes(capsys))
     made, base = tensors(tmp_path / "out"), tensors(whole[0])
-    assert_merged({n: x for n, x in made.items() if n.startswith("bert.")},
-                  [{n: x for n, x in tensors(p).items() if n.startswith("bert.")} for p in whole])
+    assert_merged(
+        {n: x for n, x in made.items() if n.startswith("bert.")},
+        [{n: x for n, x in tensors(p).items() if n.startswith("bert.")} for p in whole],
+    )
     for name in base:
         if name.startswith("cls."):
             np.testing.assert_array_equal(made[name], base[name], name)
@@ -223,11 +253,14 @@ def test_a_text_tower_without_its_prefix(tmp_path, capsys):
     paths = save_all(tmp_path / "whole", whole)
     text = {}
     for path in paths:
-        values = {n: torch.from_numpy(x) for n, x in tensors(path).items()
-                  if n.startswith("text_model.")}
+        values = {
+            n: torch.from_numpy(x) for n, x in tensors(path).items() if n.startswith("text_model.")
+        }
         text[path] = save_tensors(tmp_path / "with" / path.name, values)
-        save_tensors(tmp_path / "bare" / path.name,
-                     {n.removeprefix("text_model."): x for n, x in values.items()})
+        save_tensors(
+            tmp_path / "bare" / path.name,
+            {n.removeprefix("text_model."): x for n, x in values.items()},
+        )
     bare = [tmp_path / "bare" / path.name for path in paths]
     assert merge([text[paths[0]], *bare[1:]], tmp_path / "out") == 0
     assert any("text_model." in line for line in notes(capsys))
@@ -235,29 +268,37 @@ def test_a_text_tower_without_its_prefix(tmp_path, capsys):
     # A tower alone against the complete CLIP: the image tower is the base's.
     assert merge([paths[0], *bare[1:]], tmp_path / "tower", "--missing", "base") == 0
     made = tensors(tmp_path / "tower")
-    assert_merged({n: x for n, x in made.items() if n.startswith("text_model.")},
-                  list(text.values()))
+    assert_merged(
+        {n: x for n, x in made.items() if n.startswith("text_model.")}, list(text.values())
+    )
     opened(hf.CLIPModel, tmp_path / "tower")
 
 
 def _named(model, old: bool):
     """The state dict by the names at runtime, or by those of the first release."""
     kind, tied = model.config.model_type, set(model.all_tied_weights_keys)
-    return {old_name(kind, name) if old else name: value
-            for name, value in model.state_dict().items() if name not in tied}
+    return {
+        old_name(kind, name) if old else name: value
+        for name, value in model.state_dict().items()
+        if name not in tied
+    }
 
 
 @pytest.mark.parametrize("name", OLD_NAMES)
-@pytest.mark.parametrize("layouts", ["old-new", "new-old", "saved-old", "old-saved", "new-saved",
-                                     "saved-new"])
+@pytest.mark.parametrize(
+    "layouts", ["old-new", "new-old", "saved-old", "old-saved", "new-saved", "saved-new"]
+)
 def test_layouts_of_vision_language_models(tmp_path, capsys, name, layouts):
     model = family(name)
     saved = save_all(tmp_path / "saved", model)
     written = {"saved": saved}
     for layout in ("old", "new"):
         written[layout] = [
-            save_tensors(tmp_path / layout / path.name,
-                         _named(fine_tuned(model, i) if i else model, layout == "old"), path)
+            save_tensors(
+                tmp_path / layout / path.name,
+                _named(fine_tuned(model, i) if i else model, layout == "old"),
+                path,
+            )
             for i, path in enumerate(saved)
         ]
     of_base, of_tuned = (written[layout] for layout in layouts.split("-"))
@@ -276,12 +317,20 @@ def test_layouts_of_vision_language_models(tmp_path, capsys, name, layouts):
 def test_copies_of_shared_embeddings(tmp_path, name, copied):
     model = family(name)
     plain = save_all(tmp_path / "plain", model)
-    copies = [save_tensors(tmp_path / "copies" / path.name,
-                           (fine_tuned(model, i) if i else model).state_dict(), path)
-              for i, path in enumerate(plain)]
+    copies = [
+        save_tensors(
+            tmp_path / "copies" / path.name,
+            (fine_tuned(model, i) if i else model).state_dict(),
+            path,
+        )
+        for i, path in enumerate(plain)
+    ]
     assert len(tensors(copies[0])) >= len(tensors(plain[0])) + 3
-    paths = {"base": [copies[0], *plain[1:]], "fine-tunes": [plain[0], *copies[1:]],
-             "ft1": [plain[0], copies[1], plain[2]]}[copied]
+    paths = {
+        "base": [copies[0], *plain[1:]],
+        "fine-tunes": [plain[0], *copies[1:]],
+        "ft1": [plain[0], copies[1], plain[2]],
+    }[copied]
     assert merge(paths, tmp_path / "out") == 0
     made, wanted = tensors(tmp_path / "out"), [tensors(path) for path in copies]
     assert made.keys() >= tensors(plain[0]).keys()
@@ -339,8 +388,9 @@ def classifiers(root, kind, config, base):
     pretrained = kind(config(num_labels=1000))
     start = kind(config(**labels))
     own = pretrained.state_dict()
-    start.load_state_dict({n: own[n] if own[n].shape == x.shape else x
-                           for n, x in start.state_dict().items()})
+    start.load_state_dict(
+        {n: own[n] if own[n].shape == x.shape else x for n, x in start.state_dict().items()}
+    )
     paths = [root / "base", root / "ft1", root / "ft2"]
     body = getattr(pretrained, pretrained.base_model_prefix)
     {"other head": pretrained, "no head": body}[base].save_pretrained(paths[0])
@@ -354,8 +404,15 @@ def _bert_labels(**labels):
 
 
 def _vit_labels(**labels):
-    return hf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=24, image_size=16, patch_size=8, **labels)
+    return hf.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+        **labels,
+    )
 
 
 @pytest.mark.parametrize("kind, config, auto", [
@@ -403,8 +460,11 @@ def test_classifiers_of_a_language_model(tmp_path, capsys, name, kind):
     labels = dict(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
     paths = [tmp_path / "base", tmp_path / "ft1", tmp_path / "ft2"]
     torch.manual_seed(0)
-    model = (hf.ElectraForPreTraining(family("electra").config) if name == "discriminator"
-             else family(name))
+    model = (
+        hf.ElectraForPreTraining(family("electra").config)
+        if name == "discriminator"
+        else family(name)
+    )
     model.save_pretrained(paths[0])
     config = type(model.config)(**model.config.to_dict() | labels)
     start, report = kind.from_pretrained(paths[0], config=config, output_loading_info=True)
@@ -419,8 +479,11 @@ def test_classifiers_of_a_language_model(tmp_path, capsys, name, kind):
     assert report["missing_keys"]
     for key, value in again.state_dict().items():
         moved = [one[key].numpy() for one in tuned]
-        wanted = (np.mean([x.astype(np.float64) for x in moved], 0)
-                  if key in report["missing_keys"] else merged(base[key].numpy(), moved))
+        wanted = (
+            np.mean([x.astype(np.float64) for x in moved], 0)
+            if key in report["missing_keys"]
+            else merged(base[key].numpy(), moved)
+        )
         assert_close(value.numpy(), wanted, key)
 
 
@@ -428,17 +491,21 @@ def test_names_of_layer_norms_as_tensorflow_saved_them(tmp_path, capsys):
     """As bert-base-uncased on the hub: LayerNorm.gamma and beta."""
     model = family("bert")
     paths = save_all(tmp_path, model)
-    values = {n.replace("LayerNorm.weight", "LayerNorm.gamma")
-              .replace("LayerNorm.bias", "LayerNorm.beta"): torch.from_numpy(x)
-              for n, x in tensors(paths[0]).items()}
+    values = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): torch.from_numpy(x)
+        for n, x in tensors(paths[0]).items()
+    }
     old = save_tensors(tmp_path / "old", values, paths[0])
     for given in ([old, *paths[1:]], [paths[0], old, paths[2]]):
         out = tmp_path / f"out_{given[0].name}"
         wanted = [paths[0], *(paths[0] if path == old else path for path in given[1:])]
         assert merge(given, out) == 0
         assert any("gamma" in line for line in notes(capsys))
-        made = {n.replace("gamma", "weight").replace("beta", "bias"): x
-                for n, x in tensors(out).items()}
+        made = {
+            n.replace("gamma", "weight").replace("beta", "bias"): x for n, x in tensors(out).items()
+        }
         assert_merged(made, wanted)
         opened(hf.BertForMaskedLM, out)
 
@@ -448,12 +515,16 @@ def test_names_of_weight_norm(tmp_path):
     model = family("wav2vec2")
     paths = save_all(tmp_path, model)
     new, old = "parametrizations.weight.original", "weight_"
-    values = {n.replace(f"{new}0", f"{old}g").replace(f"{new}1", f"{old}v"): torch.from_numpy(x)
-              for n, x in tensors(paths[0]).items()}
+    values = {
+        n.replace(f"{new}0", f"{old}g").replace(f"{new}1", f"{old}v"): torch.from_numpy(x)
+        for n, x in tensors(paths[0]).items()
+    }
     save_tensors(tmp_path / "old", values, paths[0])
     assert merge([tmp_path / "old", *paths[1:]], tmp_path / "out") == 0
-    made = {n.replace(f"{old}g", f"{new}0").replace(f"{old}v", f"{new}1"): x
-            for n, x in tensors(tmp_path / "out").items()}
+    made = {
+        n.replace(f"{old}g", f"{new}0").replace(f"{old}v", f"{new}1"): x
+        for n, x in tensors(tmp_path / "out").items()
+    }
     assert_merged(made, paths)
     opened(hf.Wav2Vec2ForCTC, tmp_path / "out")
 
@@ -461,8 +532,11 @@ def test_names_of_weight_norm(tmp_path):
 # 10. Configs that disagree.
 
 DISAGREEMENTS = {
-    "rope_theta": ("llama", {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
-                   ("10000", "500000")),
+    "rope_theta": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+        ("10000", "500000"),
+    ),
     "hidden_act": ("llama", {"hidden_act": "gelu"}, ("silu", "gelu")),
     "num_attention_heads": ("bert", {"num_attention_heads": 4}, ("2", "4")),
     "num_experts_per_tok": ("mixtral", {"num_experts_per_tok": 1}, ("2", "1")),
@@ -497,10 +571,18 @@ def test_configs_of_transformers_4_and_5_agree(tmp_path, name, old):
     paths = save_all(tmp_path, family(name))
     for path in paths[:1] if old == "base" else paths[1:]:
         config = config_of(path)
-        edit_config(path, rope_parameters=None, dtype=None, torch_dtype="float32",
-                    rope_theta=config["rope_parameters"]["rope_theta"], use_cache=True,
-                    transformers_version="4.44.2", layer_types=None, _name_or_path="somewhere",
-                    rope_scaling=None)
+        edit_config(
+            path,
+            rope_parameters=None,
+            dtype=None,
+            torch_dtype="float32",
+            rope_theta=config["rope_parameters"]["rope_theta"],
+            use_cache=True,
+            transformers_version="4.44.2",
+            layer_types=None,
+            _name_or_path="somewhere",
+            rope_scaling=None,
+        )
         config = config_of(path)
         (path / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
     assert merge(paths, tmp_path / "out") == 0
@@ -520,7 +602,8 @@ def with_tokenizers(root):
             words.eos_token = "w5"
         words.save_pretrained(path)
         hf.GenerationConfig(eos_token_id=5 if i else 2, max_new_tokens=7 + i * 0).save_pretrained(
-            path)
+            path
+        )
     return paths
 
 
@@ -553,8 +636,11 @@ def test_equal_tokenizers_need_no_note(tmp_path, capsys):
 @pytest.mark.parametrize("counts", [(10, 25, 40), (10, 40, 25), (99, 25, 40)])
 def test_counters_of_batches(tmp_path, counts):
     torch.manual_seed(0)
-    model = hf.ResNetForImageClassification(hf.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3))
+    model = hf.ResNetForImageClassification(
+        hf.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3
+        )
+    )
     seen = iter(counts)
 
     def save(one, path):
@@ -571,15 +657,18 @@ def test_counters_of_batches(tmp_path, counts):
     counters = {n for n in made if n.endswith("num_batches_tracked")}
     assert counters and {int(made[n]) for n in counters} == {max(counts)}
     assert {made[n].dtype for n in counters} == {np.dtype(np.int64)}
-    assert_merged({n: x for n, x in made.items() if n not in counters},
-                  [{n: x for n, x in tensors(p).items() if n not in counters} for p in paths])
+    assert_merged(
+        {n: x for n, x in made.items() if n not in counters},
+        [{n: x for n, x in tensors(p).items() if n not in counters} for p in paths],
+    )
     assert finite(opened(hf.ResNetForImageClassification, tmp_path / "out"))
 
 
 def test_a_convnext_is_merged(tmp_path):
     torch.manual_seed(0)
-    model = hf.ConvNextForImageClassification(hf.ConvNextConfig(
-        hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, num_labels=3))
+    model = hf.ConvNextForImageClassification(
+        hf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, num_labels=3)
+    )
     paths = save_all(tmp_path, model)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert merge(paths, tmp_path / "out") == 0

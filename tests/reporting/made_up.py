@@ -22,31 +22,62 @@ def rows(seeds=(0,), num_replicas=2):
     add("zero_shot", None, 58.8, 46.5, 0, cost=0, distance_to_anchor=0.0, predicted_distance=5.75)
     for seed in seeds:
         for replica in range(num_replicas):
-            add("replica", seed, 67.6, 36.3, 0.6, cost=1, distance_to_anchor=6.7,
-                predicted_distance=3.54, replica=replica)
-        add("mean", seed, 68.7, 37.5, cost=2, distance_to_anchor=6.2, predicted_distance=2.5,
-            num_replicas=2)
+            add(
+                "replica",
+                seed,
+                67.6,
+                36.3,
+                0.6,
+                cost=1,
+                distance_to_anchor=6.7,
+                predicted_distance=3.54,
+                replica=replica,
+            )
+        add(
+            "mean",
+            seed,
+            68.7,
+            37.5,
+            cost=2,
+            distance_to_anchor=6.2,
+            predicted_distance=2.5,
+            num_replicas=2,
+        )
         add("constant_ratio", seed, 71.0, 41.2, cost=2, distance_to_anchor=4.9)
-        add("model_stock", seed, 71.4, 41.7, cost=2, distance_to_anchor=4.9,
-            predicted_distance=2.25)
+        add(
+            "model_stock", seed, 71.4, 41.7, cost=2, distance_to_anchor=4.9, predicted_distance=2.25
+        )
         add("periodic", seed, 68.9, 41.2, cost=2, distance_to_anchor=5.1)
         for of, id, avg in [("replica", 67.6, 36.3), ("mean", 68.7, 37.5)]:
             for alpha in np.arange(1, 10) / 10:
                 x = 58.8 + (id - 58.8) * alpha + 22 * alpha * (1 - alpha) * (0.35 + alpha / 3)
                 y = 46.5 + (avg - 46.5) * alpha + 14 * alpha * (1 - alpha)
-                add("wise_ft", seed, x, y, 0.05, cost=1 if of == "replica" else 2,
-                    alpha=float(alpha), of=of)
+                add(
+                    "wise_ft",
+                    seed,
+                    x,
+                    y,
+                    0.05,
+                    cost=1 if of == "replica" else 2,
+                    alpha=float(alpha),
+                    of=of,
+                )
     return result
 
 
 def report(seed=0, num_blocks=4, num_replicas=2, width=96):
     """Rows as `merging.report` gives them."""
     rng = np.random.default_rng(seed)
-    names = {"image_tower.class_embedding": width,
-             "image_tower.patch_embedding.kernel": 108 * width,
-             "image_tower.position_embedding": 17 * width}
-    for norm in ["pre_layernorm", *[f"blocks.block_{b:02}" for b in range(num_blocks)],
-                 "post_layernorm"]:
+    names = {
+        "image_tower.class_embedding": width,
+        "image_tower.patch_embedding.kernel": 108 * width,
+        "image_tower.position_embedding": 17 * width,
+    }
+    for norm in [
+        "pre_layernorm",
+        *[f"blocks.block_{b:02}" for b in range(num_blocks)],
+        "post_layernorm",
+    ]:
         if norm.startswith("blocks"):
             for part in ["layer_norm1", "layer_norm2"]:
                 names |= {f"image_tower.{norm}.{part}.{leaf}": width for leaf in ("bias", "scale")}
@@ -66,11 +97,25 @@ def report(seed=0, num_blocks=4, num_replicas=2, width=96):
         base = 12 if name.startswith("head") else base
         angle = base + 3 * np.sin(number) + rng.normal() * (0.4 if size > 999 else 1.6)
         cosine = float(np.cos(np.radians(angle)))
-        norms = 0.012 * np.sqrt(size) * (1 + 0.3 * np.sin(number)) * (
-            1 + 0.02 * rng.normal(size=num_replicas))
+        norms = (
+            0.012
+            * np.sqrt(size)
+            * (1 + 0.3 * np.sin(number))
+            * (1 + 0.02 * rng.normal(size=num_replicas))
+        )
         ratio = float(np.clip(2 * cosine / (1 + cosine), 0, 1))
-        result.append({"name": name, "unit": name, "cosine": cosine, "angle": float(angle),
-                       "ratio": ratio, "norms": norms.tolist(), "outcome": "merged", "size": size})
+        result.append(
+            {
+                "name": name,
+                "unit": name,
+                "cosine": cosine,
+                "angle": float(angle),
+                "ratio": ratio,
+                "norms": norms.tolist(),
+                "outcome": "merged",
+                "size": size,
+            }
+        )
     return result
 
 
@@ -83,7 +128,11 @@ def history(num_merges=8, level=None):
         ratios = {}
         for kind, offset in offsets.items():
             median = min(1.0, t + offset * (1 - t) * 4)
-            ratios[kind] = {"median": median, "low": median - 0.2 * (1 - median) - 0.01,
-                            "high": min(1.0, median + 0.15 * (1 - median)), "count": 24}
+            ratios[kind] = {
+                "median": median,
+                "low": median - 0.2 * (1 - median) - 0.01,
+                "high": min(1.0, median + 0.15 * (1 - median)),
+                "count": 24,
+            }
         entries.append({"epoch": merge + 1, "ratios": ratios})
     return entries

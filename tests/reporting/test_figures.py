@@ -23,9 +23,18 @@ def test_id_against_shifts(tmp_path, seeds):
     with Image.open(path) as image:
         assert image.width > 1000
     shown = texts(figure)
-    for text in ["zero-shot", "one replica", "mean of 2", "mean, one t",
-                 "Model Stock,\nafter training", "Model Stock,\nperiodic", "Glyphs", "0.5",
-                 "WiSE-FT of one replica (α)", "WiSE-FT of the mean (α)"]:
+    for text in [
+        "zero-shot",
+        "one replica",
+        "mean of 2",
+        "mean, one t",
+        "Model Stock,\nafter training",
+        "Model Stock,\nperiodic",
+        "Glyphs",
+        "0.5",
+        "WiSE-FT of one replica (α)",
+        "WiSE-FT of the mean (α)",
+    ]:
         assert text in shown, text
     (axes,) = figure.axes
     renderer = figure.canvas.get_renderer()
@@ -35,8 +44,9 @@ def test_id_against_shifts(tmp_path, seeds):
     for (_, one), (_, other) in itertools.combinations(boxes.items(), 2):
         assert not one.overlaps(other)
     frame = figure.bbox
-    assert all(frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
-               for box in boxes.values())
+    assert all(
+        frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes.values()
+    )
 
 
 def test_error_bars_only_over_several_seeds():
@@ -77,12 +87,27 @@ def test_angle_by_layer(tmp_path, num_blocks):
     figure = figures.angle_by_layer(rows, tmp_path / "b.png", title="CLIP")
     assert (tmp_path / "b.png").stat().st_size > 10_000
     shown = texts(figure)
-    for text in ["kernels", "biases and norms", "angle (degrees)", "attention", "MLP", "head",
-                 "norm scales", "CLIP", "in", "out", "0", "2"]:
+    for text in [
+        "kernels",
+        "biases and norms",
+        "angle (degrees)",
+        "attention",
+        "MLP",
+        "head",
+        "norm scales",
+        "CLIP",
+        "in",
+        "out",
+        "0",
+        "2",
+    ]:
         assert text in shown, text
     assert any("key biases" in text for text in shown)
-    kernels = [row for row in rows if not figures.kind(row["name"]) == "norms"
-               and not row["name"].endswith("bias")]
+    kernels = [
+        row
+        for row in rows
+        if not figures.kind(row["name"]) == "norms" and not row["name"].endswith("bias")
+    ]
     heights = [patch.get_height() for patch in figure.axes[0].containers[0].patches]
     assert len(heights) == len(kernels)
     first = next(row for row in kernels if row["name"].endswith("class_embedding"))
@@ -113,8 +138,17 @@ def test_ratio_over_merges(tmp_path):
     histories = {"equation 3": made_up.history(), "carried (ours)": made_up.history(level=0.8)}
     figure = figures.ratio_over_merges(histories, tmp_path / "c.png", title="Ratios")
     shown = texts(figure)
-    for text in ["equation 3", "carried (ours)", "kernels", "biases", "norms", "head", "epoch",
-                 "ratio t, median", "Ratios"]:
+    for text in [
+        "equation 3",
+        "carried (ours)",
+        "kernels",
+        "biases",
+        "norms",
+        "head",
+        "epoch",
+        "ratio t, median",
+        "Ratios",
+    ]:
         assert text in shown, text
     line = next(line for line in figure.axes[0].lines if line.get_label() == "kernels")
     assert line.get_ydata()[0] == 0.72 and (tmp_path / "c.png").exists()
@@ -122,12 +156,15 @@ def test_ratio_over_merges(tmp_path):
 
 def test_ratio_summary_leaves_out_what_has_no_angle():
     report = [{"name": "a.kernel", "cosine": 0.5, "ratio": r} for r in (0.5, 0.6, 0.9)]
-    report += [{"name": "b.kernel", "cosine": None, "ratio": 0.0},
-               {"name": "head.bias", "cosine": 0.9, "ratio": 0.95}]
+    report += [
+        {"name": "b.kernel", "cosine": None, "ratio": 0.0},
+        {"name": "head.bias", "cosine": 0.9, "ratio": 0.95},
+    ]
     summary = figures.ratio_summary(report)
     assert set(summary) == {"kernels", "head"}
     assert summary["kernels"] == pytest.approx(  # quartiles of three: half way between neighbors
-        {"median": 0.6, "low": 0.55, "high": 0.75, "count": 3}, rel=1e-12)
+        {"median": 0.6, "low": 0.55, "high": 0.75, "count": 3}, rel=1e-12
+    )
 
 
 def test_a_tensor_without_an_angle_has_norms():

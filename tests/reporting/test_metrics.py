@@ -140,15 +140,27 @@ def test_disabled_progress_is_silent():
 
 def test_model_card():
     options = dict(
-        name="Glyph CLIP, Model Stock", method="model_stock", anchor="glyph-clip",
-        fingerprint="sha256:0123abcd", num_replicas=2, unit="tensor", rows=made_up.rows(),
-        ratios=figures.ratio_summary(made_up.report()), command="python launch.py",
+        name="Glyph CLIP, Model Stock",
+        method="model_stock",
+        anchor="glyph-clip",
+        fingerprint="sha256:0123abcd",
+        num_replicas=2,
+        unit="tensor",
+        rows=made_up.rows(),
+        ratios=figures.ratio_summary(made_up.report()),
+        command="python launch.py",
     )
     _, front, body = model_card.model_card(**options).split("---\n", 2)
     entries = dict(line.split(": ", 1) for line in front.splitlines())
     assert "model-stock" in json.loads(entries["tags"])
-    for part in ["sha256:0123abcd", "| kernels | ", "| Model Stock, after training |",
-                 "python launch.py", "jax 0.", "modelstock_jax 0.1"]:
+    for part in [
+        "sha256:0123abcd",
+        "| kernels | ",
+        "| Model Stock, after training |",
+        "python launch.py",
+        "jax 0.",
+        "modelstock_jax 0.1",
+    ]:
         assert part in body, part
     kernels = options["ratios"]["kernels"]
     assert f"| {kernels['median']:.3f} | {kernels['low']:.3f} to " in body

@@ -13,8 +13,16 @@ from modelstock_jax.reporting import tables
 from modelstock_jax.reporting.tables import make_row, mean_and_error, summarize
 from tests.reporting import made_up
 
-ROW = {"method", "id", "shifts", "avg_shifts", "seed", "cost", "distance_to_anchor",
-       "predicted_distance"}
+ROW = {
+    "method",
+    "id",
+    "shifts",
+    "avg_shifts",
+    "seed",
+    "cost",
+    "distance_to_anchor",
+    "predicted_distance",
+}
 
 
 def test_standard_error_by_hand():
@@ -25,8 +33,10 @@ def test_standard_error_by_hand():
 
 
 def test_replicas_of_one_seed_are_averaged_before_the_error():
-    rows = [make_row("replica", id=x, shifts={"V2": 1.0}, seed=seed)
-            for seed, x in [(0, 10.0), (0, 30.0), (1, 40.0), (1, 60.0)]]
+    rows = [
+        make_row("replica", id=x, shifts={"V2": 1.0}, seed=seed)
+        for seed, x in [(0, 10.0), (0, 30.0), (1, 40.0), (1, 60.0)]
+    ]
     (summary,) = summarize(rows)
     assert summary.num_seeds == 2
     assert summary.id == (35.0, 15.0)  # 20 and 50: mean 35, deviation 21.2, error 15
@@ -96,10 +106,12 @@ def test_what_stands_below_speaks_of_the_columns_that_are_there():
 
     assert said() == "Top-1 accuracy in %."
     assert said(distance_to_anchor=1.0) == (
-        "Top-1 accuracy in %; distances of weights: to the anchor.")
+        "Top-1 accuracy in %; distances of weights: to the anchor."
+    )
     assert said(distance_to_anchor=1.0, predicted_distance=1.0, cost=2) == (
         "Top-1 accuracy in %; distances of weights: to the anchor, and to the center as the angles "
-        "predict it; cost in fine-tunings of one model.")
+        "predict it; cost in fine-tunings of one model."
+    )
 
 
 def test_markdown_says_the_error_and_over_what():

@@ -42,8 +42,13 @@ def error(path: Path) -> str:
 def test_an_index_of_any_name(tmp_path, stem):
     put(tmp_path, f"{stem}-00001-of-00002.safetensors", 1, "a")
     put(tmp_path, f"{stem}-00002-of-00002.safetensors", 2, "b")
-    index(tmp_path, f"{stem}.safetensors.index.json", a=f"{stem}-00001-of-00002.safetensors",
-          b=f"{stem}-00002-of-00002.safetensors", c="other.safetensors")
+    index(
+        tmp_path,
+        f"{stem}.safetensors.index.json",
+        a=f"{stem}-00001-of-00002.safetensors",
+        b=f"{stem}-00002-of-00002.safetensors",
+        c="other.safetensors",
+    )
     assert re.search(f"{stem}.* files .*: other.safetensors", error(tmp_path))
     put(tmp_path, "other.safetensors", 3, "c")
     files = TensorFiles(tmp_path)
@@ -74,11 +79,13 @@ def test_the_file_without_a_variant_is_read(tmp_path, files, stem):
 
 def test_a_variant_of_an_index_does_not_disturb(tmp_path):
     stem = "diffusion_pytorch_model"
-    for value, names in enumerate([
-        (f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors"),
-        (f"{stem}.fp16.safetensors.index.json", f"{stem}.fp16-00001-of-00001.safetensors"),
-        (f"{stem}.safetensors.index.bf16.json", f"{stem}-00001-of-00001.bf16.safetensors"),
-    ]):
+    for value, names in enumerate(
+        [
+            (f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors"),
+            (f"{stem}.fp16.safetensors.index.json", f"{stem}.fp16-00001-of-00001.safetensors"),
+            (f"{stem}.safetensors.index.bf16.json", f"{stem}-00001-of-00001.bf16.safetensors"),
+        ]
+    ):
         put(tmp_path, names[1], value)
         index(tmp_path, names[0], w=names[1])
     assert TensorFiles(tmp_path)["w"] == 0 and TensorFiles(tmp_path).stem == stem
@@ -147,15 +154,31 @@ def test_a_shard_that_an_index_names_may_be_a_pointer(tmp_path):
         line = error(tmp_path)
         assert re.search("model-00002-of-00002.safetensors: .*Git LFS", line)
         assert "`git lfs pull`" in line
-        index(tmp_path, "model.safetensors.index.json", a="model-00001-of-00002.safetensors",
-              b="model-00002-of-00002.safetensors")
+        index(
+            tmp_path,
+            "model.safetensors.index.json",
+            a="model-00001-of-00002.safetensors",
+            b="model-00002-of-00002.safetensors",
+        )
 
 
 def test_aliases_are_what_save_model_removed(tmp_path):
-    put(tmp_path, "model-00001-of-00002.safetensors", 1, "shared.weight", "format",
-        **{"encoder.weight": "shared.weight", "other": "head.weight", "author": "me"})
-    put(tmp_path, "model-00002-of-00002.safetensors", 2, "head.weight", "kept",
-        **{"lm_head.weight": "head.weight", "kept": "head.weight", "shared.weight": "kept"})
+    put(
+        tmp_path,
+        "model-00001-of-00002.safetensors",
+        1,
+        "shared.weight",
+        "format",
+        **{"encoder.weight": "shared.weight", "other": "head.weight", "author": "me"},
+    )
+    put(
+        tmp_path,
+        "model-00002-of-00002.safetensors",
+        2,
+        "head.weight",
+        "kept",
+        **{"lm_head.weight": "head.weight", "kept": "head.weight", "shared.weight": "kept"},
+    )
     files = TensorFiles(tmp_path)
     # A value of another file's, and a key that is stored, are no aliases.
     assert files.aliases == {"encoder.weight": "shared.weight", "lm_head.weight": "head.weight"}

@@ -48,10 +48,16 @@ HOSTILE = {
     "a space first": (whole(b" {}"), "JSON object"),
     "a number": (whole(b"1"), "JSON object"),
     "the same name twice": (
-        whole(b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
-              b'"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "'w' twice"),
+        whole(
+            b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
+            b'"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+        ),
+        "'w' twice",
+    ),
     "a key of a tensor twice": (
-        whole(b'{"w":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "'dtype' tw"),
+        whole(b'{"w":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
+        "'dtype' tw",
+    ),
     "nested deeply": (whole(b'{"w":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "nested"),
     "overlap": (whole(two([0, 4], [2, 6]), bytes(6)), "'b' overlaps"),
     "twice the same place": (whole(two([0, 4], [0, 4]), bytes(4)), "'b' overlaps"),
@@ -61,10 +67,11 @@ HOSTILE = {
     "bytes after the last": (whole(one(), bytes(9)), r"\(1 bytes"),
     "backwards": (whole(one(offsets=(8, 0)), EIGHT), r"8 bytes, .*\[8, 0\] .*-8"),
     "negative": (whole(one(offsets=(-8, 0)), EIGHT), r"data_offsets \[-8, 0\] .*numbers"),
-    "three offsets": (
-        whole(one(offsets=(0, 4, 8)), EIGHT), r"data_offsets \[0, 4, 8\] .*numbers"),
+    "three offsets": (whole(one(offsets=(0, 4, 8)), EIGHT), r"data_offsets \[0, 4, 8\] .*numbers"),
     "offsets of text": (
-        whole(one(offsets=("0", "8")), EIGHT), r"data_offsets \['0', '8'\] .*numbers"),
+        whole(one(offsets=("0", "8")), EIGHT),
+        r"data_offsets \['0', '8'\] .*numbers",
+    ),
     "a fraction": (whole(one(offsets=(0, 8.0)), EIGHT), r"data_offsets \[0, 8.0\] .*numbers"),
     "wrong size": (whole(one(shape=(3,)), EIGHT), r"F32\[3\] .*12 bytes"),
     "overflow": (whole(one(shape=(2**32, 2**32, 4)), EIGHT), "size .*F32"),
@@ -102,8 +109,11 @@ def test_a_good_header(tmp_path):
     entry = read_header(path).tensors["w"]
     assert (entry.code, entry.shape, entry.stop - entry.start) == ("F32", (2,), 8)
     assert entry.stop == len(GOOD)
-    header = {"__metadata__": {"é": "x"}, **one(), "none": {
-        "dtype": "BF16", "shape": [0, 3], "data_offsets": [8, 8], "later": 1}}
+    header = {
+        "__metadata__": {"é": "x"},
+        **one(),
+        "none": {"dtype": "BF16", "shape": [0, 3], "data_offsets": [8, 8], "later": 1},
+    }
     path.write_bytes(whole(header, EIGHT))
     assert read_header(path).metadata == {"é": "x"} and len(read_header(path).tensors) == 2
     with pytest.raises(UserError, match="gone: .*No such file"):
@@ -121,18 +131,30 @@ def test_a_large_hostile_header_takes_bounded_memory(tmp_path):
     assert peak < 2 * path.stat().st_size  # the text itself, and no objects of it
 
 
-_numbers = st.one_of(st.integers(-2, 20), st.sampled_from([2**32, 2**63, 2**64, 10**40]),
-                     st.booleans(), st.none(), st.floats(), st.text(max_size=2))
+_numbers = st.one_of(
+    st.integers(-2, 20),
+    st.sampled_from([2**32, 2**63, 2**64, 10**40]),
+    st.booleans(),
+    st.none(),
+    st.floats(),
+    st.text(max_size=2),
+)
 _entries = st.one_of(
-    st.none(), st.integers(), st.text(max_size=3),
-    st.fixed_dictionaries({}, optional={
-        "dtype": st.one_of(st.sampled_from(["F32", "BF16", "U8", "F4", "Q8"]), _numbers),
-        "shape": st.one_of(st.lists(_numbers, max_size=4), _numbers),
-        "data_offsets": st.one_of(st.lists(_numbers, max_size=3), _numbers),
-    }),
+    st.none(),
+    st.integers(),
+    st.text(max_size=3),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.one_of(st.sampled_from(["F32", "BF16", "U8", "F4", "Q8"]), _numbers),
+            "shape": st.one_of(st.lists(_numbers, max_size=4), _numbers),
+            "data_offsets": st.one_of(st.lists(_numbers, max_size=3), _numbers),
+        },
+    ),
 )
 _headers = st.dictionaries(
-    st.one_of(st.sampled_from(["a", "b", "__metadata__"]), st.text(max_size=3)), _entries,
+    st.one_of(st.sampled_from(["a", "b", "__metadata__"]), st.text(max_size=3)),
+    _entries,
     max_size=4,
 ).map(lambda header: json.dumps(header).encode())
 _bytes = st.one_of(st.binary(max_size=60), _headers)
@@ -173,15 +195,25 @@ def _fuzz(path, content):
 
 
 @given(_files())
-@settings(max_examples=150, deadline=None, derandomize=True, database=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_no_bytes_crash_the_reader(tmp_path, content):
     _fuzz(tmp_path / "f.safetensors", content)
 
 
 @pytest.mark.slow
 @given(_files())
-@settings(max_examples=8_000, deadline=None, derandomize=True, database=None,
-          suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=8_000,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 def test_no_bytes_crash_the_reader_at_length(tmp_path, content):
     _fuzz(tmp_path / "f.safetensors", content)

@@ -145,9 +145,11 @@ def test_a_repository_is_fetched_without_what_runs_code(hub, tmp_path):
     assert answers["org/model@v1.0"] == str(directory)
     assert any("/revision/v1.0" in path for path in asked)
     assert not any("pytorch_model" in p or "modeling" in p or "onnx" in p for p in asked)
-    for name, nouns in (("org/gone", (f"repository {endpoint}/org/gone", "`hf auth login`")),
-                        ("org/gated", ("gated", f"{endpoint}/org/gated", "`hf auth login`")),
-                        ("org/model@gone", (f"{endpoint}/org/model", "revision 'gone'"))):
+    for name, nouns in (
+        ("org/gone", (f"repository {endpoint}/org/gone", "`hf auth login`")),
+        ("org/gated", ("gated", f"{endpoint}/org/gated", "`hf auth login`")),
+        ("org/model@gone", (f"{endpoint}/org/model", "revision 'gone'")),
+    ):
         said = answers[name]
         assert said.startswith(f"error: {name}: ") and "\n" not in said
         assert all(noun in said for noun in nouns), said

@@ -34,8 +34,11 @@ def writer(path, digest="sha256") -> ShardWriter:
 
 
 def pieces(seed=0):
-    cuts = [(n, a, min(a + 100_000, t.size)) for n, t in TENSORS.items()
-            for a in range(0, t.size, 100_000)]
+    cuts = [
+        (n, a, min(a + 100_000, t.size))
+        for n, t in TENSORS.items()
+        for a in range(0, t.size, 100_000)
+    ]
     return [cuts[k] for k in np.random.default_rng(seed).permutation(len(cuts))]
 
 
@@ -44,12 +47,20 @@ def test_pieces_in_any_order_from_any_thread(tmp_path):
     for seed, kind in enumerate([*digests, *digests]):
         file = writer(tmp_path / f"{seed}.safetensors", kind)
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda p, file=file: file.write(p[0], p[1],
-                          TENSORS[p[0]].reshape(-1)[p[1]:p[2]]), pieces(seed)))
+            list(
+                pool.map(
+                    lambda p, file=file: file.write(
+                        p[0], p[1], TENSORS[p[0]].reshape(-1)[p[1] : p[2]]
+                    ),
+                    pieces(seed),
+                )
+            )
         digests[kind].add(file.finish())
     path = tmp_path / "0.safetensors"
-    assert digests == {"sha256": {hashlib.sha256(path.read_bytes()).hexdigest()},
-                       "crc32": {f"{zlib.crc32(path.read_bytes()):08x}"}}
+    assert digests == {
+        "sha256": {hashlib.sha256(path.read_bytes()).hexdigest()},
+        "crc32": {f"{zlib.crc32(path.read_bytes()):08x}"},
+    }
     read = load_file(path)  # as the format's own reader sees it
     for name, tensor in TENSORS.items():
         assert read[name].tobytes() == tensor.tobytes()

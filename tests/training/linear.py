@@ -52,7 +52,9 @@ def batches(config, start: int, spoiled=()):
 
 
 def config(**changes):
-    return tiny.config(**{"batch_size": BATCH, "log_every_steps": 2, "checkpoint__save_every_steps": 5} | changes)
+    return tiny.config(
+        **{"batch_size": BATCH, "log_every_steps": 2, "checkpoint__save_every_steps": 5} | changes
+    )
 
 
 def programs(made, steps: int = 8) -> StepFunctions:

@@ -26,9 +26,7 @@ def replicas_before_merge(workdir, steps, **changes):
     return trainer.run().state.params
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1), pytest.param((2, 1), marks=pytest.mark.slow), (2, 4)]
-)
+@pytest.mark.parametrize("shape", [(1, 1), pytest.param((2, 1), marks=pytest.mark.slow), (2, 4)])
 def test_training_merge_equals_the_librarys(tmp_path, shape):
     mesh = {"mesh__replica": shape[0], "mesh__data": shape[1]}
     # The learning rate of a run depends on its length alone: one epoch of two, and one of one.
@@ -126,7 +124,10 @@ def test_moments_at_a_merge():
         ({"compute__replica_mode": "map", "mesh__replica": 2}, "map"),
         ({"mesh__replica": 16}, "mesh"),
         ({"mesh__data": 5}, "mesh.data"),
-        ({"mesh__data": 8, "gradient_accumulation_steps": 4}, "mesh.data=8 .*gradient_accumulation_steps=4"),
+        (
+            {"mesh__data": 8, "gradient_accumulation_steps": 4},
+            "mesh.data=8 .*gradient_accumulation_steps=4",
+        ),
         ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
         ({"optimizer__warmup_steps": 100}, "warm-up"),

@@ -210,7 +210,10 @@ def test_each_replica_sees_stored_images_by_its_own_randaugment():
         ({"objective__probe_epochs": 0}, "objective.probe_epochs .*0.* 1"),
         ({"optimizer__projection__name": "l2"}, "projection.name='l2'.*none, ftp"),
         ({"objective__name": "flyp", "label_smoothing": 0.1}, "'flyp' .*label_smoothing"),
-        ({"objective__name": "flyp", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2: .*FLYP"),
+        (
+            {"objective__name": "flyp", "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=2: .*FLYP",
+        ),
         (
             {"objective__head": "random", "optimizer__projection__name": "ftp"},
             "optimizer.projection.name='ftp' ",

@@ -42,7 +42,12 @@ def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mes
     augment = functools.partial(tiny.augment, dtype=dtype)
     step = jax.jit(
         make_train_step(
-            tiny.loss_fn(dtype), tx, schedule, execution, augment=augment, gradient_accumulation_steps=parts
+            tiny.loss_fn(dtype),
+            tx,
+            schedule,
+            execution,
+            augment=augment,
+            gradient_accumulation_steps=parts,
         )
     )
     first = None
@@ -177,7 +182,12 @@ def test_no_collective_crosses_the_replicas(parts):
     shardings = sharding.state_sharding(mesh, state)
     step = jax.jit(
         make_train_step(
-            tiny.loss_fn(), tx, schedule, "vmap", augment=tiny.augment, gradient_accumulation_steps=parts
+            tiny.loss_fn(),
+            tx,
+            schedule,
+            "vmap",
+            augment=tiny.augment,
+            gradient_accumulation_steps=parts,
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),

@@ -96,8 +96,10 @@ def test_a_bad_step_leaves_nothing_behind_and_its_neighbor_alone(policy, executi
         expected = (jax.tree.map(lambda x: np.stack([x, x]), expected[0]), expected[1])
     for replica, want in ((0, (clean.params, clean.opt_state)), (1, expected)):
         chex.assert_trees_all_equal(
-            *(jax.tree.map(lambda x, r=replica: x[r], t)
-              for t in ((after.params, after.opt_state), want))
+            *(
+                jax.tree.map(lambda x, r=replica: x[r], t)
+                for t in ((after.params, after.opt_state), want)
+            )
         )
     assert after.step == 2
 
@@ -184,7 +186,11 @@ def test_a_survived_event_is_told_and_replayed_after_a_kill(tmp_path, capsys, po
 
 @pytest.mark.parametrize("policy", ["stop", "restore_last_merge"])
 def test_a_rate_that_diverges_ends_the_run_and_is_never_merged(tmp_path, policy):
-    changes = {"optimizer__learning_rate": 1e30, "monitor__on_non_finite": policy, "monitor__max_non_finite_steps": 5}
+    changes = {
+        "optimizer__learning_rate": 1e30,
+        "monitor__on_non_finite": policy,
+        "monitor__max_non_finite_steps": 5,
+    }
     trainer = linear.trainer(tmp_path, compiled=compiled(policy, 1e30), **changes)
     with pytest.raises(UserError) as error:
         trainer.run()
