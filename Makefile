@@ -61,6 +61,7 @@ kill-test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/pyrefly check --summary=none
 
 clean:

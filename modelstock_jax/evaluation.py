@@ -113,7 +113,7 @@ def make_evaluator(
       mesh: batches are split over all of its devices, of all processes.
       batch_size: B; rounded up to a multiple of the devices.
       image_size: side of the model's input, for sets of encoded images.
-      loading: how those are read.
+      loader: how those are read.
     """
     devices = mesh.devices.size
     batch_size = -(-batch_size // devices) * devices

@@ -260,7 +260,7 @@ def move_into_place(staged: Path, path: Path, overwrite: bool = False) -> None:
     """Flush a finished directory to the disk, then give it the name `path`.
 
     Args:
-        beside: A directory with the same parent as `path`.
+        staged: A directory with the same parent as `path`.
         path: The final name.
         overwrite: Replace a directory of that name; without it, one that holds files is an error.
 

@@ -92,9 +92,9 @@ def train_batches(
       start_step: how many batches to leave out; the rest is as if they had been drawn.
       replicas: r of the R that this process draws for; None draws for all.
       examples: b of a batch's B places that this process draws; None draws all.
-      view: what is seen of an encoded image, by all replicas or by each of the R; arrays are taken
+      transform: what is seen of an encoded image, by all replicas or by each of the R; arrays are taken
         as they are.
-      loading: how encoded images are read.
+      loader: how encoded images are read.
 
     Returns:
       Iterator of {"image": uint8 [r, b, H, W, 3], "label": int32 [r, b]}; of encoded images
@@ -217,7 +217,7 @@ def eval_batches(
       batch_size: B, over all processes.
       examples: b of a batch's B places that this process draws; None draws all.
       image_size: side of the model's input, for encoded images: `transforms.EvalView`.
-      loading: how encoded images are read.
+      loader: how encoded images are read.
 
     Returns:
       Iterator of ceil(M / B), on every process, of {"image": uint8 [b, H, W, 3],

@@ -400,7 +400,7 @@ def disjoint_mean(trimmed):
         gamma = sgn(sum_t kept_t),    mean of { kept_t : sgn(kept_t) = gamma }
 
     Args:
-      kept: [N, ...], trimmed task vectors, NumPy or JAX.
+      trimmed: [N, ...], trimmed task vectors, NumPy or JAX.
 
     Returns:
       [...]; 0 where all are 0. Where the sum is 0 but its terms are not, the positive sign.
@@ -438,7 +438,7 @@ def trim_threshold(pretrained: list, finetuned: list, *, parts: tuple, rank: tup
         trial = least | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
         count = sum(
             jnp.sum(
-                magnitude(*to_unit_shape(w0, w, part)) >= broadcast_to_unit(trial, part),
+                magnitude(*to_unit_shape(w0, w, part)) >= _expand_to_unit(trial, part),
                 axis=tuple(1 + axis for axis in part.axes),
                 dtype=jnp.float64,
             )
@@ -452,22 +452,22 @@ def trim_threshold(pretrained: list, finetuned: list, *, parts: tuple, rank: tup
         return lax.fori_loop(0, 31, keeps_enough, jnp.zeros(shape, jnp.uint32))
 
 
-@partial(jax.jit, static_argnames=("part", "dtype"))
+@partial(jax.jit, static_argnames=("unit_view", "dtype"))
 def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_view, dtype):
     """w0 + scale * disjoint mean of the trimmed d_i of one tensor, rounded once to `dtype`.
 
     Args:
       pretrained: w0, [...].
       finetuned: [N, ...].
-      least: bits of the least magnitude kept, [N, *unit shape] uint32.
+      threshold: bits of the least magnitude kept, [N, *unit shape] uint32.
       scale: [].
-      hold: [*unit shape] bool: the anchor's weights.
-      part: `units.Part` of the tensor.
+      keep_anchor: [*unit shape] bool: the anchor's weights.
+      unit_view: `units.Part` of the tensor.
       dtype: of the result; None for the anchor's.
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
     anchor, tuned = to_unit_shape(pretrained, finetuned, unit_view)
-    kept = magnitude(anchor, tuned) >= broadcast_to_unit(threshold, unit_view)
+    kept = magnitude(anchor, tuned) >= _expand_to_unit(threshold, unit_view)
 
     def combine(anchor, tuned, kept, scale):
         trimmed = jnp.where(kept, tuned - anchor[None], 0.0)
@@ -485,5 +485,5 @@ def magnitude(anchor, tuned):
     return lax.bitcast_convert_type(movement, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
-def broadcast_to_unit(values, unit_view):
+def _expand_to_unit(values, unit_view):
     return jnp.expand_dims(values, tuple(1 + axis for axis in unit_view.axes))

@@ -72,7 +72,7 @@ def merge(
       num_heads: see `units.assign`.
       filter_axis: see `units.assign`.
       dtype: of the merged floating tensors; by default each keeps the anchor's.
-      least: least number of replicas.
+      min_replicas: least number of replicas.
       combine: makes a unit's merged tensors of its tensors and its solution; by default
         w0 + sum_i a_i d_i of each.
       anchor_rounding: "correct" subtracts the rounding error of a coarser anchor from the Gram
@@ -324,7 +324,7 @@ def solve_units(
       grams: for each unit a list of its tensors' Gram matrices, [N, N, *unit shape]; their sum is
         the unit's.
       is_scalar: for each unit, whether it holds fewer than two numbers.
-      own: for each unit its own further inputs, of the unit's shape.
+      per_unit: for each unit its own further inputs, of the unit's shape.
       shared: further inputs that are the same for all units.
 
     Returns:

@@ -83,7 +83,7 @@ def gram_matrix(pretrained, finetuned, unit_view):
     Args:
       pretrained: w0, [...], any floating dtype.
       finetuned: [N, ...].
-      part: `units.Part`, which says how the tensor is cut into units.
+      unit_view: `units.Part`, which says how the tensor is cut into units.
 
     Returns:
       [N, N, *unit shape], float32 (float64 for float64 weights).
@@ -127,7 +127,7 @@ def rounding_energy(pretrained, unit_view):
 
     Args:
       pretrained: w0, [...], any floating dtype.
-      part: `units.Part`, which says how the tensor is cut into units.
+      unit_view: `units.Part`, which says how the tensor is cut into units.
 
     Returns:
       [*unit shape], float32, without derivatives.
@@ -157,9 +157,9 @@ def add_task_vectors(
       pretrained: w0, [...].
       finetuned: [N, ...].
       coefficient: a_i, [N, *unit shape].
-      exact: [N, *unit shape] bool: this replica's weights.
-      hold: [*unit shape] bool: the anchor's weights.
-      part: `units.Part` of the tensor.
+      copy_replica: [N, *unit shape] bool: this replica's weights.
+      keep_anchor: [*unit shape] bool: the anchor's weights.
+      unit_view: `units.Part` of the tensor.
       dtype: of the result; None for the anchor's.
 
     Returns:

@@ -56,7 +56,7 @@ def load(
     Args:
         name: A directory, a ``.safetensors`` file (``openai`` and ``model_soups`` need no more) or
             a repository of Hugging Face's hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
-        layout: One of the above. By default the first in that order of which the config and the
+        format: One of the above. By default the first in that order of which the config and the
             tensors are there, and where there is no config the one that the tensors' names tell.
         base: With ``model_soups``, the model that was fine-tuned.
         tokenizer: A directory or repository whose tokenizer is taken instead.
@@ -102,7 +102,7 @@ def save(
         directory: Where.
         checkpoint: What; the tokenizer's files are copied from its own directory. Arrays are
             written as float32.
-        layout: ``hugging_face``, ``open_clip`` or ``openai``, whatever it was read from.
+        format: ``hugging_face``, ``open_clip`` or ``openai``, whatever it was read from.
         overwrite: Replace an existing directory.
         texts: More text files, such as {"README.md": a model card}.
         max_shard_bytes: Larger models are written in shards, in Hugging Face's layout.

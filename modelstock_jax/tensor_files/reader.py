@@ -124,7 +124,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
             name: Of the tensor.
             start: Index of the first element.
             stop: Index after the last.
-            into: Bytes (uint8) to read into, enough of them; by default fresh memory.
+            out: Bytes (uint8) to read into, enough of them; by default fresh memory.
 
         Returns:
             [stop - start], in the stored dtype.

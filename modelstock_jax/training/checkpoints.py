@@ -430,7 +430,7 @@ def wait_for_abandoned_reads(timeout: float = 10.0) -> None:
     later would leave its trace in the midst of something else.
 
     Args:
-      most: seconds after which what is still held is left to itself.
+      timeout: seconds after which what is still held is left to itself.
     """
     until = time.monotonic() + timeout
     gc.collect()

@@ -53,11 +53,11 @@ def make_train_step(
       loss_fn: see `losses`.
       tx: the optimizer's direction.
       schedule: (step, hyper) -> learning rate.
-      execution: how the replicas run.
+      replica_mode: how the replicas run.
       augment: (key, batch [B, ...]) -> batch, once a step; numbers of the replica's own
         (`reference.hyper`) lie in its batch.
       gradient_accumulation_steps: parts of the batch that are computed one after the other.
-      policy: of a replica that is not finite: 'stop' leaves it to the caller; 'skip_step' keeps
+      on_non_finite: of a replica that is not finite: 'stop' leaves it to the caller; 'skip_step' keeps
         its weights and moments; 'restore_last_merge' starts it anew from
         `reference.last_merged`, with fresh moments.
 
