@@ -3,7 +3,7 @@
     python benchmarks/step.py --json step.json
     python benchmarks/step.py --sizes b32 --batch 4 --torch .venv-parity/bin/python   # on a CPU
 
-The package's own step (`training.step_fns.Programs`) of CLIP ViT-B/32, B/16 and L/14 at their true
+The package's own step (`training.step_fns.StepFunctions`) of CLIP ViT-B/32, B/16 and L/14 at their true
 sizes, random weights, on one device: two replicas side by side (`vmap`), one after the other
 (`map`), and one replica; attention `xla` and, on a GPU, `cudnn`; beside them PyTorch's step
 (torch_step.py, a process of its own before the others) where an interpreter has torch. The batch

@@ -191,7 +191,7 @@ def scored_batches(
 
 
 def targets(image_set: ImageSet) -> np.ndarray:
-    """Which rows of `candidates` are right for each image.
+    """Which rows of `candidate_classes` are right for each image.
 
     Returns:
       int32 [M, L], filled up with -1; an image with no right answer is not counted.
@@ -226,7 +226,7 @@ def candidate_classes(image_set: ImageSet, num_classes: int) -> np.ndarray:
       UserError: a class that the classifier does not have.
 
     >>> images, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32)
-    >>> candidates(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
+    >>> candidate_classes(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
     [[4, 4], [0, 7]]
     """
     groups = image_set.groups
@@ -247,13 +247,13 @@ def count_correct(logits, target, candidate):
     Args:
       logits: [B, K].
       target: int32 [B, L], as `targets` gives them.
-      candidate: int32 [C, m], as `candidates` gives them.
+      candidate: int32 [C, m], as `candidate_classes` gives them.
 
     Returns:
       Two scalars, right and counted.
 
     >>> logits = np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
-    >>> right, counted = count(logits, np.array([[0], [-1]]), np.array([[2, 1], [0, 0]]))
+    >>> right, counted = count_correct(logits, np.array([[0], [-1]]), np.array([[2, 1], [0, 0]]))
     >>> int(right), int(counted)
     (1, 1)
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -159,17 +160,13 @@ def _misspelt(reason: str, argv: list[str]) -> str:
 
 
 def _option_for(name: str) -> str:
-    """The option of --config with this name, or with this last part, or with a synonym of it.
-
-    Example:
-      >>> _option_for("lr"), _option_for("optimizer.lr"), _option_for("epochs")
-      ('optimizer.learning_rate', 'optimizer.learning_rate', 'epochs')
-    """
-    from configs import default  # Only an error needs it.
-
+    """The option of --config with this name, or with this last part, or with a synonym of it."""
+    try:
+        options = flat(runpy.run_path("configs/default.py")["get_config"]().to_dict())
+    except OSError:
+        return ""
     group, _, last = name.replace("-", "_").rpartition(".")
     last = _SYNONYMS.get(last, last)
-    options = flat(default.get_config().to_dict())
     within = [option for option in options if option.startswith(f"{group}.")] or list(options)
     same = [option for option in within if option == last or option.endswith(f".{last}")]
     return min(same, key=lambda option: option.count("."), default="")

@@ -85,7 +85,7 @@ class StudyContext:
             begin = time.monotonic()
             value = measurement.measure(self)
             self._record(measurement.key(self), value, time.monotonic() - begin)
-        return self.ledger[key]
+        return measurement.read(self.ledger[key])
 
     def _record(self, key: list[Any], value: Any, seconds: float) -> None:
         self.ledger.add(

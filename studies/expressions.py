@@ -20,9 +20,10 @@ from modelstock_jax import merging
 from modelstock_jax.merging import Stats
 from modelstock_jax.merging.engine import merge
 from modelstock_jax.merging.rules import UnitSolution, measure, solve_with_coefficients
+from modelstock_jax.registry import RENAMED_METHODS
 from studies.runs import Run
 
-# What models are built of, and what measures them: `bench.Bench` is both.
+# What models are built of, and what measures them: `bench.StudyContext` is both.
 
 PyTree = Any
 
@@ -93,6 +94,12 @@ class Model(abc.ABC):
         """Its weights."""
 
 
+# Keys contain the names that methods had when the first measurements were made.
+_FIRST_METHOD_NAMES = {new: old for old, new in RENAMED_METHODS.items()} | {
+    "unclamped": "not_clipped"
+}
+
+
 def named(value: Any, weights: Weights) -> Any:
     """The JSON value of an expression or a measurement: its key name and what it is made of."""
     if isinstance(value, Run):
@@ -100,8 +107,10 @@ def named(value: Any, weights: Weights) -> Any:
     if isinstance(value, tuple):
         return [named(one, weights) for one in value]
     if hasattr(value, "key_name"):
-        parts = (getattr(value, field.name) for field in dataclasses.fields(value))
-        return [value.key_name, *(named(part, weights) for part in parts)]
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if "method" in parts:
+            parts["method"] = _FIRST_METHOD_NAMES.get(parts["method"], parts["method"])
+        return [value.key_name, *(named(part, weights) for part in parts.values())]
     return value
 
 
@@ -351,7 +360,7 @@ def unclamped(
     Example:
       >>> w0 = {"w": jnp.zeros(2)}
       >>> w = {"w": jnp.array([[1.0, 0.0], [-0.5, 0.75**0.5]])}  # 120 degrees apart
-      >>> round(float(not_clipped(w0, w)[1].ratio["w"]), 3)
+      >>> round(float(unclamped(w0, w)[1].ratio["w"]), 3)
       -2.0
     """
     merged, stats, _ = merge(

@@ -173,7 +173,7 @@ def work_queue(
     Example:
       >>> import tempfile
       >>> results = {"a": 1}
-      >>> for piece in turns(Path(tempfile.mkdtemp()), {"a": "a", "b": "b"}, results.__contains__):
+      >>> for piece in work_queue(Path(tempfile.mkdtemp()), {"a": "a", "b": "b"}, results.__contains__):
       ...     results[piece] = 2
       >>> results
       {'a': 1, 'b': 2}

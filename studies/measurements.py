@@ -17,6 +17,18 @@ from studies.expressions import Anchor, Expression, Model, Scales, merge_of, nam
 
 PyTree = Any
 
+# Outcomes in lines of the ledger that earlier versions wrote -> names now.
+_RENAMED_OUTCOMES = {
+    "given": "fixed_ratio",
+    "clipped": "clamped",
+    "undefined": "unchanged",
+    "one_replica_left": "one_model_changed",
+    "replicas_left_out": "unchanged_models_left_out",
+    "too_small": "scalar",
+    "weighted_fallback": "fallback_to_eq3",
+    "kept": "copied",
+}
+
 
 class Measurement(abc.ABC):
     """One line of the ledger: a frozen dataclass of models and numbers."""
@@ -33,7 +45,11 @@ class Measurement(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, bench: Scales) -> Any:
-        """The value, of JSON."""
+        """Return the value, as JSON."""
+
+    def read(self, value: Any) -> Any:
+        """Return a value of the ledger in today's names."""
+        return value
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class Predicted(Measurement):
 
 @dataclass(frozen=True)
 class Outcomes(Measurement):
-    """How many merge units met which of the merge's rules: {a `Policy`'s name: a number}."""
+    """How many merge units met which of the merge's rules: {a `UnitOutcome`'s name: a number}."""
 
     key_name: ClassVar[str] = "Policies"
 
@@ -118,6 +134,10 @@ class Outcomes(Measurement):
     def measure(self, bench: Scales) -> Any:
         """See `Measurement`."""
         return merging.outcome_counts(merge_of(bench, self.of, self.method, self.unit)[1])
+
+    def read(self, value: Any) -> Any:
+        """See `Measurement`."""
+        return {_RENAMED_OUTCOMES.get(name, name): count for name, count in value.items()}
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ class Schedule:
 
         Args:
           bench: what `of` was given.
-          locks: as for `ledger.turns`.
-          waits: as for `ledger.turns`.
+          locks: as for `ledger.work_queue`.
+          waits: as for `ledger.work_queue`.
         """
         needs = {
             key: sorted({bench.name(run) for run in runs_of(one)} & self.runs.keys())

@@ -108,7 +108,7 @@ def training_checksum(config: ConfigDict, fingerprint: str) -> str:
 def checksum(value: Any) -> str:
     """Sixteen hexadecimal digits of a JSON value; equal values give equal digits.
 
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    >>> checksum({"a": 1, "b": 2}) == checksum({"b": 2, "a": 1})
     True
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))

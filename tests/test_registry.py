@@ -17,7 +17,7 @@ from modelstock_jax.checkpoint_merge import methods, recipe, report
 from modelstock_jax.checkpoint_merge.cli import parsers
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.registry import COMMANDS, METHODS, ROWS
-from modelstock_jax.reporting.style import COLOURS
+from modelstock_jax.reporting.style import COLORS
 from modelstock_jax.reporting.tables import label
 from modelstock_jax.training.merge_step import check_merge
 from tests.merging.trees import replicas
@@ -117,7 +117,7 @@ def test_its_row_has_a_label_a_color_and_a_marker(method):
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_can_be_drawn(row):
     style = ROWS[row]
-    Line2D([0], [0], marker=style.marker, color=COLOURS[style.colour])
+    Line2D([0], [0], marker=style.marker, color=COLORS[style.color])
     assert Text(text=style.short).get_text()
 
 
@@ -138,5 +138,5 @@ def test_no_two_methods_share_a_name():
     for field in ("name", "row", "function", "command", "mergekit"):
         names = [name for method in METHODS.values() if (name := getattr(method, field))]
         assert len(set(names)) == len(names), field
-    drawn = [(method.style.colour, method.style.marker) for method in METHODS.values()]
+    drawn = [(method.style.color, method.style.marker) for method in METHODS.values()]
     assert len(set(drawn)) == len(drawn)

@@ -293,7 +293,7 @@ def copy_auxiliary_files(
 
     Args:
         sources: The base and the fine-tunes.
-        companions: From `decide_companions`.
+        companions: From `plan_auxiliary_files`.
         directory: Where to.
     """
     source = sources[companions.config_model].directory or sources[0].directory

@@ -146,6 +146,12 @@ _RENAMED = {
     "--scale": ("lambda", "lambd", "scaling"),
     "--method": ("merge-method",),
     "--recipe": ("yaml",),
+    # Earlier versions of this command.
+    "--unmerged-from": ("excluded",),
+    "--tied-head": ("tied",),
+    "--missing-tensors": ("missing",),
+    "--vocab-mismatch": ("vocabulary",),
+    "--checksum": ("digest",),
 }  # fmt: skip
 
 
@@ -230,29 +236,29 @@ def _add_common(parser: Parser) -> None:
     )
     add("--exclude", action="append", metavar="PATTERN", help="do not merge matching tensors")
     add(
-        "--vocabulary",
+        "--vocab-mismatch",
         choices=VOCAB_MISMATCH,
         metavar="WHICH",
         help="embeddings of different sizes: merge common rows, take the rest from base or longest "
-        "(refuse)",
+        "(error)",
     )
     add(
-        "--tied",
+        "--tied-head",
         choices=TIED_HEAD,
         metavar="HOW",
         help="head tied to the embedding in some models: untie (keep)",
     )
     add(
-        "--missing",
+        "--missing-tensors",
         choices=MISSING_TENSORS,
         metavar="HOW",
-        help="tensors that some models lack: base (refuse)",
+        help="tensors that some models lack: base (error)",
     )
     add(
         "--head",
         choices=HEAD,
         metavar="HOW",
-        help="classifier that is new in the fine-tunes: take theirs, finetuned (refuse)",
+        help="classifier that is new in the fine-tunes: take theirs, finetuned (error)",
     )
     add("--dequantize", action="store_true", help="read quantized weights as codes x scale")
     add(
@@ -271,10 +277,10 @@ def _add_merge(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
     add(
         "--method",
-        type=method_name,
+        type=_method,
         choices=COMMANDS,
         metavar="NAME",
-        help=", ".join(COMMANDS) + " (stock)",
+        help=", ".join(method.command for method in COMMANDS.values()) + " (model-stock)",
     )
     add(
         "--dtype",
@@ -292,7 +298,7 @@ def _add_merge(parser: Parser) -> None:
         help="tokenizer, chat template and generation settings to write: base or model:1 (base)",
     )
     add(
-        "--excluded",
+        "--unmerged-from",
         metavar="WHICH",
         help="values of tensors that are not merged: base, mean or model:1 (base)",
     )
@@ -317,7 +323,7 @@ def _add_merge(parser: Parser) -> None:
     )
     add("--t", type=float, metavar="T", help="for slerp, in [0, 1]: how far along the arc")
     add(
-        "--digest",
+        "--checksum",
         choices=CHECKSUMS,
         metavar="KIND",
         help="checksums in the report: crc32 or sha256 (crc32)",
@@ -360,6 +366,13 @@ def elsewhere(option: str, known: Iterable[str]) -> str | None:
         (f"write {ours}" for ours, words in _RENAMED.items() if word in words and ours in known),
         None,
     )
+
+
+def _method(text: str) -> str:
+    try:
+        return method_name(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def numbers(text: str) -> tuple[float, ...]:

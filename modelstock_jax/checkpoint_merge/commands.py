@@ -31,7 +31,7 @@ from modelstock_jax.reporting.progress import ByteProgress
 
 REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
 # A comparison writes no model: what some models lack need not stand in its way.
-_LENIENT = {"vocabulary": "base", "missing": "base", "tied": "untie"}
+_LENIENT = {"vocab_mismatch": "base", "missing_tensors": "base", "tied_head": "untie"}
 _RECIPES = (".yml", ".yaml")
 
 

@@ -216,7 +216,7 @@ class PlotProcess:
       num_bytes: that the merge reads.
 
     Example:
-      >>> Drawing(0).close()
+      >>> PlotProcess(0).close()
     """
 
     def __init__(self, num_bytes: int):

@@ -47,7 +47,7 @@ class UnitLayout(NamedTuple):
         """Ranges [start, stop): whole cycles of the units, else whole runs, else within a run.
 
         Example:
-            >>> Layout(2, 3, 12).cut(7), Layout(4, 3, 12).cut(7), Layout(2, 10, 20).cut(7)
+            >>> UnitLayout(2, 3, 12).cut(7), UnitLayout(4, 3, 12).cut(7), UnitLayout(2, 10, 20).cut(7)
             ([(0, 6), (6, 12)], [(0, 6), (6, 12)], [(0, 7), (7, 10), (10, 17), (17, 20)])
         """
         cycle = self.units * self.run

@@ -78,7 +78,7 @@ def solver(options: Options, number: int) -> Solver:
         return _slerp(options.t)
     if method == "ties":
         return _ties(options, number)
-    if method in ("uniform", "wise-ft"):
+    if method in ("uniform_mean", "wise_ft"):
         ratio = 1.0 if options.alpha is None else options.alpha
         return _by_shares(np.full(number, ratio / number))
     return _by_shares(scale(options) * shares(options, number))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from modelstock_jax.errors import UserError
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.merging.units import UNITS
-from modelstock_jax.registry import COMMANDS, SPELLINGS
+from modelstock_jax.registry import COMMANDS, RENAMED_COMMANDS, SPELLINGS
 
 DTYPE_ALIASES = {
     "bf16": "bfloat16",
@@ -35,10 +35,10 @@ DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-VOCAB_MISMATCH = ("refuse", "base", "longest")
+VOCAB_MISMATCH = ("error", "base", "longest")
 TIED_HEAD = ("keep", "untie")
-MISSING_TENSORS = ("refuse", "base")
-HEAD = ("refuse", "finetuned")
+MISSING_TENSORS = ("error", "base")
+HEAD = ("error", "finetuned")
 ANCHOR_ROUNDING = ("keep", "correct")
 CHECKSUMS = ("crc32", "sha256")
 
@@ -50,10 +50,13 @@ def method_name(name: str) -> str:
     """A method as `registry.COMMANDS` spells it, from mergekit's or Python's spelling.
 
     Example:
-        >>> method_name("model_stock"), method_name("task_arithmetic"), method_name("Ties")
-        ('stock', 'task-arithmetic', 'ties')
+        >>> method_name("model-stock"), method_name("task_arithmetic"), method_name("Ties")
+        ('model_stock', 'task_arithmetic', 'ties')
     """
-    return SPELLINGS.get(str(name).lower().replace("_", "-"), name)
+    spelled = str(name).lower().replace("-", "_")
+    if spelled in RENAMED_COMMANDS:
+        raise UserError(f"method {name!r} is now {RENAMED_COMMANDS[spelled]!r}")
+    return SPELLINGS.get(spelled, name)
 
 
 def dtype_name(name: str | None) -> str | None:
@@ -128,27 +131,27 @@ class Options:
         UserError: A value that means nothing, or an option that the method would not read.
 
     Example:
-        >>> Options(method="wise-ft", alpha=0.5).alpha
+        >>> Options(method="wise_ft", alpha=0.5).alpha
         0.5
     """
 
-    method: str = "stock"
+    method: str = "model_stock"
     unit: str = "tensor"
     num_heads: int | Mapping[str, int] | None = None
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     unmerged_from: str = "base"
-    vocab_mismatch: str = "refuse"
+    vocab_mismatch: str = "error"
     tied_head: str = "keep"
-    missing_tensors: str = "refuse"
+    missing_tensors: str = "error"
     weights: tuple[float, ...] | None = None
     normalize: bool | None = None
     alpha: float | None = None
     scale: float | None = None
     density: float | tuple[float, ...] | None = None
     t: float | Mapping[str, float] | None = None
-    head: str = "refuse"
+    head: str = "error"
     dequantize: bool = False
     config_from: str | None = None
     tokenizer_from: str | None = None
@@ -164,11 +167,11 @@ class Options:
         for name, allowed in (
             ("method", COMMANDS),
             ("unit", UNITS),
-            ("vocabulary", VOCAB_MISMATCH),
-            ("tied", TIED_HEAD),
-            ("missing", MISSING_TENSORS),
+            ("vocab_mismatch", VOCAB_MISMATCH),
+            ("tied_head", TIED_HEAD),
+            ("missing_tensors", MISSING_TENSORS),
             ("dtype", (None, *DTYPES)),
-            ("digest", CHECKSUMS),
+            ("checksum", CHECKSUMS),
             ("head", HEAD),
             ("anchor_rounding", ANCHOR_ROUNDING),
         ):

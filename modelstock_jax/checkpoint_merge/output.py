@@ -186,7 +186,7 @@ class StagingDir:
 
 
 def check_out(plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises a `Workplace`'s errors for a plan that is only shown; makes nothing.
+    """Raises a `StagingDir`'s errors for a plan that is only shown; makes nothing.
 
     Args:
         plan: Of the merge.
@@ -296,7 +296,7 @@ class ByteCounter:
         self.stopped = threading.Event()
 
     def add(self, *, read: int = 0, written: int = 0) -> None:
-        """Counts; raises `Stopped` where the merge was stopped."""
+        """Counts; raises `MergeStopped` where the merge was stopped."""
         if self.stopped.is_set():
             raise MergeStopped
         with self._lock:

@@ -186,7 +186,7 @@ def _check_number(number: int, options: Options, findings: PlanIssues) -> None:
             findings.problems.append(
                 f"{len(value)} {name} for {number} fine-tuned models; give one for each"
             )
-    by_sum = options.method != "task-arithmetic" if options.normalize is None else options.normalize
+    by_sum = options.method != "task_arithmetic" if options.normalize is None else options.normalize
     if options.weights is not None and sum(options.weights) == 0 and by_sum:
         findings.problems.append("the weights add up to 0")
     if options.unmerged_from.startswith("model:") and int(options.unmerged_from[6:]) > number:

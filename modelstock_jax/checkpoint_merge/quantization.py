@@ -312,7 +312,7 @@ class DequantizedSource(Source):
 
     def _load_scale(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         one, shape = self._codes[name], self.tensors[name].shape
-        assert one.scale is not None, "`find` names a problem where there is none"
+        assert one.scale is not None, "`detect` names a problem where there is none"
         zero = None if one.zero is None else fitted(self._whole(one.zero), shape)
         scale = self._whole(one.scale)
         if scale.dtype == np.uint8:  # An exponent, as `formats.scale_problem` makes sure.

@@ -34,7 +34,7 @@ from modelstock_jax.tensor_files.hub import HUB_ID
 FORMAT = 1
 PACKAGES = ("numpy", "ml_dtypes")
 # These leave the result as it is.
-_NOT_WHAT = ("digest", "threads", "window_bytes")
+_NOT_WHAT = ("checksum", "threads", "window_bytes")
 
 
 def document(
@@ -163,7 +163,7 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
     lines += made_by(document["command"])
     files = [(f"`{source['model']}`", source["files"]) for source in inputs]
-    lines += table(["file", "digest"], (
+    lines += table(["file", "checksum"], (
         [f"{model}: {file}", f"`{digest}`"]
         for model, digests in [*files, ("this model", document["outputs"])]
         for file, digest in digests.items()
@@ -244,12 +244,12 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
             for kind, v in document["ratios"].items()
         ), numbers=True)  # fmt: skip
     else:
-        none = document["base"] is None or method in ("ties", "slerp", "task-arithmetic")
+        none = document["base"] is None or method in ("ties", "slerp", "task_arithmetic")
         lines[:2] = [
             "This method has no ratio."
             if none
             else f"t = {alpha:g} for every tensor."
-            if method == "wise-ft"
+            if method == "wise_ft"
             else "No tensor has an angle."
         ]
     policies = ", ".join(

@@ -353,7 +353,7 @@ def _of_rows(
             if findings.lenient
             else None
         )
-    if options.vocab_mismatch == "refuse":
+    if options.vocab_mismatch == "error":
         findings.problems.append(
             f"{name} differs in its number of rows, as vocabularies do: {shapes} (--vocabulary "
             "base merges the rows in common and takes the rest from the base, longest from the "

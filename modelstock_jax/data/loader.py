@@ -2,7 +2,7 @@
 
 A batch is one element of a Grain dataset: its images are gathered at once, since Grain's cost
 for each element (20 us, images or bare indices) would exceed a small model's training step.
-Encoded images are decoded within the batch by the threads of a `Reader`.
+Encoded images are decoded within the batch by the threads of a `BatchDecoder`.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def eval_batches(
       image_set: M images.
       batch_size: B, over all processes.
       examples: b of a batch's B places that this process draws; None draws all.
-      image_size: side of the model's input, for encoded images: `transforms.EvalView`.
+      image_size: side of the model's input, for encoded images: `transforms.EvalTransform`.
       loader: how encoded images are read.
 
     Returns:

@@ -462,7 +462,7 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
       threshold: bits of the least magnitude kept, [N, *unit shape] uint32.
       scale: [].
       keep_anchor: [*unit shape] bool: the anchor's weights.
-      unit_view: `units.Part` of the tensor.
+      unit_view: `units.UnitView` of the tensor.
       dtype: of the result; None for the anchor's.
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)

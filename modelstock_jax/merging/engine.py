@@ -1,6 +1,6 @@
 """One engine for every merge: Gram matrix, coefficients a_i, then w0 + sum_i a_i d_i.
 
-A method is a function from a unit's Gram matrix to a `Solution`, and where it is no sum of task
+A method is a function from a unit's Gram matrix to a `UnitSolution`, and where it is no sum of task
 vectors, a `Combine` too. All else is here: units, dtypes, what is kept as it is, and that nothing
 non-finite reaches the merged weights.
 """
@@ -328,7 +328,7 @@ def solve_units(
       shared: further inputs that are the same for all units.
 
     Returns:
-      A `Solution` for each unit, of its shape and dtype.
+      A `UnitSolution` for each unit, of its shape and dtype.
     """
     row = _solve(grams, per_unit, shared, method=method, is_scalar=tuple(is_scalar))
     if on_this_host(row):

@@ -38,7 +38,7 @@ def in_float64(function: Callable, derivative_of: Callable | None = None) -> Cal
 
     Example:
       >>> big = jnp.array([1e8, 1.0, -1e8], jnp.float32)
-      >>> float(widened(jnp.sum)(big))
+      >>> float(in_float64(jnp.sum)(big))
       1.0
     """
 
@@ -83,7 +83,7 @@ def gram_matrix(pretrained, finetuned, unit_view):
     Args:
       pretrained: w0, [...], any floating dtype.
       finetuned: [N, ...].
-      unit_view: `units.Part`, which says how the tensor is cut into units.
+      unit_view: `units.UnitView`, which says how the tensor is cut into units.
 
     Returns:
       [N, N, *unit shape], float32 (float64 for float64 weights).
@@ -127,7 +127,7 @@ def rounding_energy(pretrained, unit_view):
 
     Args:
       pretrained: w0, [...], any floating dtype.
-      unit_view: `units.Part`, which says how the tensor is cut into units.
+      unit_view: `units.UnitView`, which says how the tensor is cut into units.
 
     Returns:
       [*unit shape], float32, without derivatives.
@@ -159,7 +159,7 @@ def add_task_vectors(
       coefficient: a_i, [N, *unit shape].
       copy_replica: [N, *unit shape] bool: this replica's weights.
       keep_anchor: [*unit shape] bool: the anchor's weights.
-      unit_view: `units.Part` of the tensor.
+      unit_view: `units.UnitView` of the tensor.
       dtype: of the result; None for the anchor's.
 
     Returns:

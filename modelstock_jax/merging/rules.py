@@ -249,7 +249,7 @@ def slerp_coefficients(square_from, square_to, product, t, straight=1.0 - 1e-6):
 
     Example:
       >>> one = np.array(1.0)
-      >>> [round(float(x), 4) for x in arc_shares(one, one, 0 * one, 0.5)]
+      >>> [round(float(x), 4) for x in slerp_coefficients(one, one, 0 * one, 0.5)]
       [0.7071, 0.7071]
     """
     xp = geometry.namespace(product)

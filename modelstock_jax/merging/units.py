@@ -72,11 +72,11 @@ def block_position(names: Sequence[str]) -> list[BlockPosition]:
       names: of all tensors of a model.
 
     Returns:
-      A `Place` for each, in order.
+      A `BlockPosition` for each, in order.
 
     Example:
       >>> names = ["model.embed.weight", "model.layers.0.w", "model.layers.1.w", "model.norm.w"]
-      >>> [p.depth for p in place(names)]
+      >>> [p.depth for p in block_position(names)]
       [-1.0, 0.0, 1.0, inf]
     """
     found = [_PLACE.match(name) for name in names]
@@ -146,7 +146,7 @@ def assign(
         tables keep theirs last in both.
 
     Returns:
-      One `Part` for each tensor, in order.
+      One `UnitView` for each tensor, in order.
 
     Raises:
       UserError: unknown unit, or one that needs names that are not there, or head counts that are

@@ -1,6 +1,6 @@
 """Progress with rate and time left: a bar on a terminal, a plain line now and then elsewhere.
 
-`Progress` counts the steps of a loop, `Meter` bytes.
+`Progress` counts the steps of a loop, `ByteProgress` bytes.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class ByteProgress(Progress):
     Example:
       >>> import io
       >>> out = io.StringIO()
-      >>> with Meter("merging", Console(file=out, width=80)) as meter:
+      >>> with ByteProgress("merging", Console(file=out, width=80)) as meter:
       ...     meter(10**9, 10**9)
       >>> out.getvalue().split("  ")[:2]
       ['merging', '1.0 GB of 1.0 GB']

@@ -387,7 +387,7 @@ def _number(value: MeanAndError | None, column: Column) -> str:
 
 
 def _flat(value: Any) -> Any:
-    """A `Measured` becomes {mean, error}: asdict leaves named tuples as they are."""
+    """A `GramStats` becomes {mean, error}: asdict leaves named tuples as they are."""
     if isinstance(value, MeanAndError):
         return value._asdict()
     if isinstance(value, dict):

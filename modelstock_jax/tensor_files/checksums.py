@@ -29,9 +29,9 @@ def checksum_tensors(tensors: Mapping[str, np.ndarray]) -> str:
 
     Example:
         >>> a, b = np.zeros(2, np.float32), np.ones((1, 2), np.float32)
-        >>> digest_tensors({"a": a, "b": b}) == digest_tensors({"b": b, "a": a})
+        >>> checksum_tensors({"a": a, "b": b}) == checksum_tensors({"b": b, "a": a})
         True
-        >>> digest_tensors({"a": a, "b": b}) == digest_tensors({"a": a, "b": b.T})
+        >>> checksum_tensors({"a": a, "b": b}) == checksum_tensors({"a": a, "b": b.T})
         False
     """
     digest = hashlib.sha256()
@@ -69,8 +69,8 @@ class RangeChecksum:
         size: Bytes of the file.
 
     Example:
-        >>> digest = RangeDigest(9)
-        >>> digest.see(4, b"56789"); digest.see(0, b"1234")
+        >>> digest = RangeChecksum(9)
+        >>> digest.update(4, b"56789"); digest.update(0, b"1234")
         >>> digest.gaps(), digest.hexdigest()
         ([], 'cbf43926')
     """

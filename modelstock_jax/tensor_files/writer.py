@@ -256,7 +256,7 @@ def header_layout(
     """The header of a file, and each tensor's bytes [start, stop) in it.
 
     Example:
-        >>> header, places = layout({"b": ("U8", (3,)), "w": ("F32", (2,))})
+        >>> header, places = header_layout({"b": ("U8", (3,)), "w": ("F32", (2,))})
         >>> len(header) % 8, places["b"][0] - places["w"][0]
         (0, 8)
     """

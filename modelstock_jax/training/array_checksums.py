@@ -46,9 +46,9 @@ def tree_checksum(tree: PyTree) -> dict[str, str]:
 
     Example:
       >>> w = jnp.arange(3.0)
-      >>> tree_digest({"w": w}) == tree_digest({"w": w + 0.0})
+      >>> tree_checksum({"w": w}) == tree_checksum({"w": w + 0.0})
       True
-      >>> tree_digest({"w": w}) == tree_digest({"w": w[::-1]})
+      >>> tree_checksum({"w": w}) == tree_checksum({"w": w[::-1]})
       False
     """
     leaves = named_leaves(tree)
@@ -156,7 +156,7 @@ def plan_packs(tree: PyTree) -> dict[str, Pack]:
     Those of one dtype that lie alike share a pack: a device packs what it holds, and nothing is
     sent. The replica axis stays one of the pack's, so that it may be restored on any mesh.
 
-    >>> plan({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "step": jnp.int32(0)})
+    >>> plan_packs({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "step": jnp.int32(0)})
     {'packed_0': Pack(names=['b', 'w'], rows=0), 'packed_1': Pack(names=['step'], rows=0)}
     """
     alike: dict[Any, Pack] = {}
@@ -176,7 +176,7 @@ def pack(tree: PyTree, packs: Mapping[str, Pack]) -> dict[str, jax.Array]:
 
     Args:
       tree: arrays on their devices; small ones are copied to the host and back.
-      packs: what `plan` said of them.
+      packs: what `plan_packs` said of them.
 
     Returns:
       {name: array}; a leaf's "/" has become ".", as a file system would take it for a folder.

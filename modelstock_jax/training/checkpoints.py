@@ -34,7 +34,7 @@ class Checkpoints:
     """Numbered checkpoints of one pytree under `directory`, saved while training goes on.
 
     A save is written beside and renamed by Orbax, so a kill at any instant leaves the one
-    before it whole. The digests of every leaf (`array_checksums.tree_digest`) are saved with it, and
+    before it whole. The digests of every leaf (`array_checksums.tree_checksum`) are saved with it, and
     what is restored is checked against them: TensorStore alone returns most flipped bits as data.
 
     Args:
@@ -378,7 +378,7 @@ def quarantine(folder: Path) -> Path:
       >>> import tempfile
       >>> step = Path(tempfile.mkdtemp()) / "12"
       >>> step.mkdir()
-      >>> put_aside(step).name, list(damaged_steps(step.parent))
+      >>> quarantine(step).name, list(quarantined_steps(step.parent))
       ('12.damaged', [12])
     """
     place, number = folder.with_name(f"{folder.name}{_SUFFIX}"), 1

@@ -52,7 +52,7 @@ def distributed_session(
     """Runs its body as one process of a run; every mistake in it ends as one line and exit code 1.
 
     `jax.distributed` is started where flags or the cluster say that there are more processes
-    (`launcher.find`), and only there.
+    (`launcher.detect_cluster`), and only there.
 
     Args:
       coordinator_address: host:port of process 0, or None to find it out; so are the other two.
@@ -110,7 +110,7 @@ def single_process_session() -> Iterator[None]:
 def _start(place: ProcessSpec) -> None:
     if place.coordinator_address and place.process_id:
         _wait_for(place.coordinator_address)
-    # Its handler of SIGTERM would take the place of `Interruption`'s.
+    # Its handler of SIGTERM would take the place of `PreemptionHandler`'s.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -280,11 +280,11 @@ def detect_cluster(
     Raises:
       UserError: if what is given does not make a place.
 
-    >>> find(None, None, None, {}) is None
+    >>> detect_cluster(None, None, None, {}) is None
     True
-    >>> find("node0:1234", 2, 1, {})
+    >>> detect_cluster("node0:1234", 2, 1, {})
     Place(coordinator_address='node0:1234', num_processes=2, process_id=1)
-    >>> find(None, None, None, {"SLURM_STEP_NODELIST": "node[0-3]", "SLURM_NTASKS": "4"})
+    >>> detect_cluster(None, None, None, {"SLURM_STEP_NODELIST": "node[0-3]", "SLURM_NTASKS": "4"})
     Place(coordinator_address=None, num_processes=None, process_id=None)
     """
     address = coordinator_address or environ.get("JAX_COORDINATOR_ADDRESS") or None

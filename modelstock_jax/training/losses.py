@@ -115,7 +115,7 @@ def l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
       alpha: toward the pretrained weights, >= 0.
       beta: of the head toward zero, >= 0.
 
-    >>> toward = with_l2_sp(lambda *_: (jnp.float32(0), {}), alpha=1.0, beta=4.0)
+    >>> toward = l2_sp(lambda *_: (jnp.float32(0), {}), alpha=1.0, beta=4.0)
     >>> params = {"image_tower": jnp.full(2, 3.0), "head": jnp.ones(2)}
     >>> w0 = {"image_tower": jnp.ones(2), "head": jnp.ones(2)}
     >>> float(toward(params, {}, Reference(pretrained=w0))[0])

@@ -96,7 +96,7 @@ def make_merge(
       tx: the optimizer, for the moments' policy.
       num_heads: attention heads of the image tower, for `unit="head"`.
       last: whether this is the run's last merge (noise carried to it is shrunk there).
-      together: shardings of the replicas while they are merged, `sharding.merging_sharding`.
+      together: shardings of the replicas while they are merged, `sharding.merge_sharding`.
       weights: shardings of the anchor and of the merged model.
 
     Raises:

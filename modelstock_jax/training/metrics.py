@@ -333,8 +333,8 @@ class SpikeDetector:
       deviations: how far up the edge lies.
       window: values that the band remembers, about.
 
-    >>> band = Band(deviations=6.0, window=100)
-    >>> [band.leaves(x) for x in [1.0, 1.1, 0.9] * 10 + [1.2, 5.0]][-2:]
+    >>> band = SpikeDetector(deviations=6.0, window=100)
+    >>> [band.update(x) for x in [1.0, 1.1, 0.9] * 10 + [1.2, 5.0]][-2:]
     [False, True]
     """
 

@@ -184,9 +184,9 @@ def fsdp_spec(shape: tuple[int, ...], data: int, min_size: int) -> PartitionSpec
     than `min_size` elements, where no dimension can be cut, on one device, and for a `min_size` of
     0. The shape alone decides, so that a moment lies where its parameter does.
 
-    >>> tuple(split_over_data((768, 3072), 4, 2**18))
+    >>> tuple(fsdp_spec((768, 3072), 4, 2**18))
     (None, 'data')
-    >>> tuple(split_over_data((768,), 4, 2**18)), tuple(split_over_data((768, 3072), 4, 0))
+    >>> tuple(fsdp_spec((768,), 4, 2**18)), tuple(fsdp_spec((768, 3072), 4, 0))
     ((), ())
     """
     dims = [dim for dim, size in enumerate(shape) if size and size % data == 0]
@@ -215,7 +215,7 @@ def all_gather_params(weights: PyTree, split: PyTree) -> PyTree:
 
     Args:
       weights: of one replica, [...] a leaf.
-      split: their shardings, as `weights_sharding` gives them.
+      split: their shardings, as `params_sharding` gives them.
     """
 
     def leaf(x, sharding):
@@ -242,7 +242,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
 
     Args:
       mesh: over the devices of all processes.
-      batch: what `sharding.held` says of it; on one process, all.
+      batch: what `sharding.local_indices` says of it; on one process, all.
     """
     sharding = batch_sharding(mesh)
     axes = tuple(mesh.shape.values())

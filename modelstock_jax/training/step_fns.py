@@ -133,7 +133,7 @@ class StepFunctions:
 
     @cached_property
     def anchor(self) -> PyTree:
-        """The task's weights, placed as `weights_sharding` says."""
+        """The task's weights, placed as `params_sharding` says."""
         return device_put_global(self.task.params, self.weights_sharding)
 
     def init_state(self, seed: int) -> TrainState:

@@ -46,7 +46,7 @@ def make_train_step(
     like depends on (seed, replica, step, its row) and not on `gradient_accumulation_steps`.
 
     A replica whose loss, gradient or new weights are not finite is marked in the metrics (`ok`,
-    `first_bad`, `first_bad_weight`: see `health`), and its update is as `policy` says: a part of
+    `first_bad`, `first_bad_weight`: see `finite_checks`), and its update is as `policy` says: a part of
     the step, so that steps that are run again after a kill give the same bits.
 
     Args:
@@ -180,7 +180,7 @@ def finite_checks(loss: jax.Array, grads: PyTree, params: PyTree) -> dict[str, j
       tree's order) whose gradient or new weights are not finite, -1 where there is none.
 
     >>> grads, params = {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, {"a": 1.0, "b": 1.0}
-    >>> found = health(jnp.float32(1), grads, params)
+    >>> found = finite_checks(jnp.float32(1), grads, params)
     >>> bool(found["ok"]), int(found["first_bad"]), int(found["first_bad_weight"])
     (False, 1, -1)
     """

@@ -28,7 +28,7 @@ from studies.measurements import Measurement, Score
 from studies.runs import Run
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
-_MEAN = MERGING | {"merge.method": "mean"}
+_MEAN = MERGING | {"merge.method": "uniform_mean"}
 # Fixed before any of them was run. A run of 8 epochs at 2e-3 takes exp(-0.27 d) off a task vector
 # that nothing renews: these reach from little to nearly all. A penalty acts through Adam, which
 # divides it by a gradient of about 1e-3 an element: a thousandth of the decay pulls about as hard.

@@ -120,9 +120,9 @@ def _units(setup: Setup) -> dict[Any, Measurement]:
     for i, team in enumerate(_teams(setup, 2)):
         wanted |= {(unit, i): Score(Merge(team, unit=unit)) for unit in UNITS}
         wanted["one t", i] = Score(Merge(team, "constant_ratio"))
-        wanted["weighted", i] = Score(Merge(team, "weighted"))
+        wanted["weighted", i] = Score(Merge(team, "weighted_model_stock"))
         for unit in _UNITS_NOT_CLIPPED:
-            wanted["not clipped", unit, i] = Score(Merge(team, "not_clipped", unit))
+            wanted["not clipped", unit, i] = Score(Merge(team, "unclamped", unit))
             wanted["outcomes", unit, i] = Outcomes(team, unit=unit)
         wanted |= curve_scores({"mean": mean(team)}, i)
     return wanted

@@ -16,7 +16,11 @@ from studies.runs import Run
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _SIZES = (2, 4, SIZE)
-_METHODS = {"mean": "mean", "stock": "equation 3", "weighted": "weighted (ours)"}
+_METHODS = {
+    "uniform_mean": "mean",
+    "model_stock": "equation 3",
+    "weighted_model_stock": "weighted (extension)",
+}
 _PLACES = ("in distribution", "on the shifts")
 # Of the learning rates of two replicas to the config's.
 _RATES = {"one": (1.0, 1.0), "two": (0.5, 2.0)}
@@ -38,10 +42,10 @@ def _wanted(setup: Setup) -> dict[Any, Measurement]:
     wanted: dict[Any, Measurement] = {}
     for size in _SIZES:
         for i, team in enumerate(_teams(setup, size)):
-            wanted |= curve_scores({("mean", size): mean(team)}, i)
-            for method in ("stock", "weighted"):
+            wanted |= curve_scores({("uniform_mean", size): mean(team)}, i)
+            for method in ("model_stock", "weighted_model_stock"):
                 wanted[(method, size), i] = Score(Merge(team, method))
-            wanted["outcomes", size, i] = Outcomes(team, "weighted")
+            wanted["outcomes", size, i] = Outcomes(team, "weighted_model_stock")
     for seed in setup.seeds:
         for rates in _RATES:
             wanted[rates, seed] = Score(_periodic(setup, seed, rates))
@@ -76,21 +80,21 @@ def _say(setup: Setup, values: Values) -> StudyReport:
 
 def _after_training(setup: Setup, values: Values, size: int) -> tuple[list[list[str]], list[Claim]]:
     teams = range(len(_teams(setup, size)))
-    curves = [curve(values, ("mean", size), i) for i in teams]
+    curves = [curve(values, ("uniform_mean", size), i) for i in teams]
     scores = {method: [values[(method, size), i] for i in teams] for method in _METHODS}
     found = {method: [id_and_shifts(one) for one in scores[method]] for method in _METHODS}
     above = {
         method: known(own_above(one, [line]) for one, line in zip(ours, curves, strict=True))
         for method, ours in found.items()
-        if method != "mean"
+        if method != "uniform_mean"
     }
     rows = [
         [
             f"N = {size}, {label}",
             *both(scores[method]),
             *(
-                "–" if method == "stock" else shown(column)
-                for column in _differences(found[method], found["stock"])
+                "–" if method == "model_stock" else shown(column)
+                for column in _differences(found[method], found["model_stock"])
             ),
             f"{shown(above[method])} ({len(above[method])})" if method in above else "–",
         ]
@@ -98,17 +102,20 @@ def _after_training(setup: Setup, values: Values, size: int) -> tuple[list[list[
     ]
     claims = [
         Claim(f"N = {size}: {_METHODS[one]} beats {_rival(other)}, {place}", "ours", column)
-        for one, other in (("stock", "mean"), ("weighted", "stock"))
+        for one, other in (
+            ("model_stock", "uniform_mean"),
+            ("weighted_model_stock", "model_stock"),
+        )
         for place, column in zip(_PLACES, _differences(found[one], found[other]), strict=True)
     ]
-    if len(above["stock"]) > 1:
+    if len(above["model_stock"]) > 1:
         text = f"N = {size}: equation 3 beats the mean's WiSE-FT curve, at equal ID"
-        claims.append(Claim(text, "ours", above["stock"]))
+        claims.append(Claim(text, "ours", above["model_stock"]))
     return rows, claims
 
 
 def _rival(method: str) -> str:
-    return "the mean of the same models" if method == "mean" else _METHODS[method]
+    return "the mean of the same models" if method == "uniform_mean" else _METHODS[method]
 
 
 def _differences(

@@ -247,7 +247,8 @@ def test_a_head_that_did_not_start_from_the_bases(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "note: classifier.weight " in said and said.count("note:") == 1
     assert (
-        run(places, tmp_path / "mean", "--exclude", "classifier.weight", "--excluded", "mean") == 0
+        run(places, tmp_path / "mean", "--exclude", "classifier.weight", "--unmerged-from", "mean")
+        == 0
     )
     mean = np.mean([m["classifier.weight"].astype(np.float32) for m in tuned], axis=0)
     np.testing.assert_allclose(

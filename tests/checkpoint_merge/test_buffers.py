@@ -75,7 +75,7 @@ def test_a_mask_that_was_trained_is_a_weight(tmp_path):
     np.testing.assert_allclose(out["ssm.log_step"], mean, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["stock", "task-arithmetic", "ties"])
+@pytest.mark.parametrize("method", ["model_stock", "task_arithmetic", "ties"])
 def test_variances_stay_positive(tmp_path, capsys, method):
     rng = np.random.default_rng(0)
     base = {"w": rng.standard_normal((8, 8)), "bn.running_var": np.full(8, 0.5)}
@@ -88,11 +88,11 @@ def test_variances_stay_positive(tmp_path, capsys, method):
         places.append(tmp_path / str(k))
         places[-1].mkdir()
         write_directory_tensors(places[-1], {n: w.astype(np.float32) for n, w in model.items()})
-    typed = ["--method", method, *(["--scale", "3"] if method != "stock" else [])]
+    typed = ["--method", method, *(["--scale", "3"] if method != "model_stock" else [])]
     assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 0
     found = TensorFiles(tmp_path / "out")["bn.running_var"]
     assert found.min() > 0.19
-    assert ("extrapolation" in capsys.readouterr().err) is (method != "stock")
+    assert ("extrapolation" in capsys.readouterr().err) is (method != "model_stock")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_report(models, merged):
     assert report["outputs"] == {"model.safetensors": f"crc32:{crc:08x}"}
     assert report["ratios"]["all"]["tensors"] == len(report["units"])
     assert report["command"].startswith("modelstock merge ")
-    assert report["options"] == {"method": "stock", "unit": "tensor"}
+    assert report["options"] == {"method": "model_stock", "unit": "tensor"}
     assert "seconds" not in json.dumps(report)  # equal merges give equal bytes
 
 
@@ -245,7 +245,7 @@ def test_dtype(models, tmp_path, dtype, key):
 
 
 def test_sha256_where_it_is_asked_for(models, merged, tmp_path):
-    assert main(["merge", *models, "--out", str(tmp_path / "out"), "--digest", "sha256"]) == 0
+    assert main(["merge", *models, "--out", str(tmp_path / "out"), "--checksum", "sha256"]) == 0
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     for path, files in [
         (tmp_path / "out", report["outputs"]),
@@ -346,7 +346,7 @@ def test_compare(say, models, merged, tmp_path):
 
 def test_one_fine_tune_is_counted_as_one(say, models, tmp_path):
     status, out, _ = say(
-        "merge", *models[:2], "--out", tmp_path / "out", "--method", "wise-ft", "--alpha", "0.5"
+        "merge", *models[:2], "--out", tmp_path / "out", "--method", "wise_ft", "--alpha", "0.5"
     )
     assert status == 0 and f"1 fine-tune of {models[0]}" in out
 
@@ -416,25 +416,25 @@ def test_units_by_name_are_refused_where_names_are_not_known(say, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "status", "said"), [
-    (["merge", "B", "F", "--methd", "stock"], 2, "--methd .*'--method'"),
+    (["merge", "B", "F", "--methd", "model_stock"], 2, "--methd .*'--method'"),
     (["merge", "B", "F", "--max-shard-sise=1GB"], 2, "-sise .*'--max-shard-size'"),
-    (["merge", "B", "F", "--metho", "stock"], 2, "--metho "),
-    (["merge", "B", "F", "--method", "stok"], 2, "'stok'.*'stock'"),
+    (["merge", "B", "F", "--metho", "model_stock"], 2, "--metho "),
+    (["merge", "B", "F", "--method", "stok"], 2, "'stok'.*'model_stock'"),
     (["merge", "B", "F", "--max-shard-size", "big"], 2, "--max-shard-size: 'big'"),
     (["merge", "B", "F", "--weights", "a,b"], 2, "--weights: 'a,b'"),
     (["mrge"], 2, "'mrge'.*'merge'"),
     (["merge", "B", "F1", "F2"], 1, "--out DIR"),
     (["merge", "--out", "o"], 1, "BASE FT1 FT2"),
-    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "'stock' .*alpha"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "'model_stock' .*alpha"),
     (["merge", "B", "F1", "F1", "--out", "o"], 1, "F1 .*twice"),
     (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*twice"),
     (["merge", "B", "none", "--out", "o"], 1, "none: .*ORG/NAME"),
     (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "--recipe .*BASE FT1 FT2"),
     (["compare", "B"], 1, "BASE FT1 FT2"),
     (["compare", "B", "F1", "F2", "--out", "o"], 2, "--out .*modelstock merge "),
-    (["merge", "B", "F1", "--out", "o"], 1, "'stock' .*1.* base"),
+    (["merge", "B", "F1", "--out", "o"], 1, "'model_stock' .*1.* base"),
     (["merge", "B", "F1", "F2", "--out", "o.safetensors"], 1, "--out o.safetensors"),
-    (["merge", "B", "F1", "F2", "--out", "o", "--method", "wise-ft"], 1, "--alpha 0.5"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--method", "wise_ft"], 1, "--alpha 0.5"),
     (["merge", "B", "F1", "F2", "--out", "F1/config.json/o"], 1, "config.json"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(say, models, tmp_path, monkeypatch, arguments, status, said):
@@ -578,8 +578,10 @@ def test_a_head_that_only_a_fine_tune_trained(say, models, tmp_path):
     tied = {n: a for n, a in TensorFiles(models[0]).items() if n != "lm_head.weight"}
     base = save(tmp_path / "base", tied, config)
     status, _, err = say("merge", base, *models[1:], "--out", tmp_path / "out")
-    assert status == 1 and "lm_head.weight" in err and "--tied" in err
-    assert say("merge", base, *models[1:], "--out", tmp_path / "out", "--tied", "untie")[0] == 0
+    assert status == 1 and "lm_head.weight" in err and "--tied-head" in err
+    assert (
+        say("merge", base, *models[1:], "--out", tmp_path / "out", "--tied-head", "untie")[0] == 0
+    )
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["tie_word_embeddings"] is False
     assert "lm_head.weight" in TensorFiles(tmp_path / "out")
@@ -592,8 +594,8 @@ def test_rows_that_only_one_model_has(say, models, tmp_path):
     long = save(tmp_path / "long", longer, LLAMA | {"vocab_size": 23})
     inputs = (*models[:2], long, "--out", tmp_path / "out")
     status, _, err = say("merge", *inputs)
-    assert status == 1 and "--vocabulary" in err and "model.embed_tokens.weight" in err
-    assert say("merge", *inputs, "--vocabulary", "longest")[0] == 0
+    assert status == 1 and "--vocab-mismatch" in err and "model.embed_tokens.weight" in err
+    assert say("merge", *inputs, "--vocab-mismatch", "longest")[0] == 0
     files = TensorFiles(tmp_path / "out")
     np.testing.assert_array_equal(files["lm_head.weight"][20:], np.ones((3, 16)))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 23

@@ -113,8 +113,8 @@ def test_a_classifier_that_some_models_lack_is_named(checkpoints, folders, tmp_p
     said = "bare .*head.safetensors:bias, head.safetensors:weight .*--missing base"
     with pytest.raises(UserError, match=said):
         plan([base, bare, other])
-    made = plan([base, bare, other], missing="base")
+    made = plan([base, bare, other], missing_tensors="base")
     assert made.tensors["head.safetensors:weight"].action == "base"
     with pytest.raises(UserError, match=f"bare .*{base} .*head.safetensors:bias"):
         plan([bare, base, other])
-    assert "head.safetensors" not in plan([bare, base, other], missing="base").files
+    assert "head.safetensors" not in plan([bare, base, other], missing_tensors="base").files

@@ -284,7 +284,7 @@ def test_no_option_breaks_the_line(say):
     ("base_modle", ["base_model", "models"], "base_model"),
     ("parameter", ["parameters", "models"], "parameters"),
     ("tokenizer", ["dtype", "models", "slices"], ""),
-    ("TIES", COMMANDS, "ties"), ("task_arithmetics", COMMANDS, "task-arithmetic"),
+    ("TIES", COMMANDS, "ties"), ("task_arithmetics", COMMANDS, "task_arithmetic"),
     ("dare_ties", COMMANDS, ""), ("della_linear", COMMANDS, ""), ("karcher", COMMANDS, ""),
     ("breadcrumbs", COMMANDS, ""),
     ("layers.0.self_attn.q_proj.weight", SHAPES, "model.layers.0.self_attn.q_proj.weight"),

@@ -249,7 +249,7 @@ def test_a_fine_tune_without_some_components(say, tmp_path):
     assert said.status == 1 and "vae/encoder.conv_in.weight" in said.err
     assert "--missing base" in said.err
     out = tmp_path / "out"
-    assert say("merge", *paths, "--out", out, "--missing", "base").status == 0
+    assert say("merge", *paths, "--out", out, "--missing-tensors", "base").status == 0
     np.testing.assert_array_equal(
         tensors(out / FILES["vae"])["encoder.conv_in.weight"],
         tensors(paths[0] / FILES["vae"])["encoder.conv_in.weight"],
@@ -385,7 +385,7 @@ def test_a_dense_module_of_fine_tunes_of_a_plain_base(say, tmp_path):
     # Half of it opens nowhere: neither its tensors without modules.json, nor the other way round.
     for options in (
         ("--head", "finetuned", "--config-from", "base"),
-        ("--missing", "base", "--config-from", "model:1"),
+        ("--missing-tensors", "base", "--config-from", "model:1"),
     ):
         said = say("merge", *paths, "--out", tmp_path / "no", *options)
         assert said.status == 1 and "2_Dense" in said.err, said.err
@@ -467,7 +467,7 @@ def test_added_tokens_and_dtype_are_in_the_config_of_a_component(say, tmp_path, 
             )
         )
     out = tmp_path / "out"
-    said = say("merge", *paths, "--out", out, "--vocabulary", "longest", "--dtype", "bf16")
+    said = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest", "--dtype", "bf16")
     assert said.status == 0, said.err
     assert tensors(out / folder)[name].shape == (8, 4)
     made = load(out / folder / "config.json")

@@ -387,7 +387,7 @@ def test_a_head_that_is_untied_is_untied_wherever_the_config_says_it(say, tmp_pa
         head = {"lm_head.weight": np.random.default_rng(i).standard_normal((12, 8), np.float32)}
         write(path, {"model.safetensors": {**tensors(path), **head}})
     out = tmp_path / "out"
-    found = say("merge", *paths, "--out", out, "--tied", "untie")
+    found = say("merge", *paths, "--out", out, "--tied-head", "untie")
     assert found.status == 0, found.err
     made = load(out / "config.json")
     values = [made.get(TIED), made["text_config"].get(TIED), made["language"].get(TIED)]

@@ -112,8 +112,8 @@ def test_integers_that_differ(say, tmp_path, dtype, shape):
     assert "table.values" in said.err and ("--exclude" in said.err or "quantized" in said.err)
     for options, wanted in (
         (["--exclude", "table.*"], 0),
-        (["--exclude", "table.*", "--excluded", "mean"], 0),
-        (["--exclude", "table.*", "--excluded", "model:2"], 1),
+        (["--exclude", "table.*", "--unmerged-from", "mean"], 0),
+        (["--exclude", "table.*", "--unmerged-from", "model:2"], 1),
         (["--include", "layer.*"], 0),
     ):
         out = tmp_path / "-".join(options[1::2]).replace("*", "")

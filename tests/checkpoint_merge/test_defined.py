@@ -14,12 +14,12 @@ from modelstock_jax.reporting.figures import angle_by_block
 from tests.checkpoint_merge.typed import SHAPES, load, tensors, trio, weights, write
 
 TWO = {
-    "stock": [],
-    "weighted-stock": [],
-    "uniform": [],
+    "model_stock": [],
+    "weighted_model_stock": [],
+    "uniform_mean": [],
     "linear": ["--weights", "1,3"],
-    "wise-ft": ["--alpha", "0.5"],
-    "task-arithmetic": ["--scale", "0.5"],
+    "wise_ft": ["--alpha", "0.5"],
+    "task_arithmetic": ["--scale", "0.5"],
     "ties": ["--density", "0.5"],
     "slerp": ["--t", "0.3"],
 }
@@ -68,7 +68,7 @@ def test_the_ratio_is_where_the_merged_weights_are(say, tmp_path):
     paths = trio(tmp_path)
     base, d = vectors(paths)
     for method, more in TWO.items():
-        if method in NO_RATIO or method == "linear" or method == "weighted-stock":
+        if method in NO_RATIO or method == "linear" or method == "weighted_model_stock":
             continue
         report, *_ = merged(say, paths, tmp_path / method, "--method", method, *more)
         ratio = next(row["ratio"] for row in report["units"] if row["name"] == Q)
@@ -80,10 +80,10 @@ def test_the_ratio_is_where_the_merged_weights_are(say, tmp_path):
 def test_negative_weights_have_no_ratio(say, tmp_path, weights_):
     paths = trio(tmp_path)
     report, card, out = (
-        merged(say, paths, tmp_path / "out", "--method", "task-arithmetic", "--weights", weights_)
+        merged(say, paths, tmp_path / "out", "--method", "task_arithmetic", "--weights", weights_)
         if weights_[0] != "-"
         else merged(
-            say, paths, tmp_path / "out", "--method", "task-arithmetic", f"--weights={weights_}"
+            say, paths, tmp_path / "out", "--method", "task_arithmetic", f"--weights={weights_}"
         )
     )
     base, d = vectors(paths)
@@ -107,7 +107,7 @@ def test_weights_that_cancel_are_refused_where_they_are_divided_by_their_sum(say
         "--out",
         tmp_path / "out",
         "--method",
-        "task-arithmetic",
+        "task_arithmetic",
         "--weights",
         "1,-1",
         "--normalize",
@@ -116,9 +116,9 @@ def test_weights_that_cancel_are_refused_where_they_are_divided_by_their_sum(say
 
 
 ONE = {
-    "wise-ft": ["--alpha", "0.5"],
-    "uniform": [],
-    "task-arithmetic": [],
+    "wise_ft": ["--alpha", "0.5"],
+    "uniform_mean": [],
+    "task_arithmetic": [],
     "ties": [],
     "slerp": ["--t", "0.3"],
     "linear": [],
@@ -139,7 +139,7 @@ def test_one_fine_tune_has_a_norm_and_no_angle(say, tmp_path, method):
     assert report["predicted_distance"] == dict.fromkeys(DISTANCES) and report["ratios"] == {}
     assert "to the center" not in out and "ratios" not in out and "nan" not in out.lower()
     assert "1 fine-tune of" in card and "![Norm of" in card and "Angle and norm" not in card
-    assert ("t = 0.5 for every tensor" in card) == (method == "wise-ft")
+    assert ("t = 0.5 for every tensor" in card) == (method == "wise_ft")
 
 
 def test_the_picture_of_one_fine_tune_has_no_empty_panel(tmp_path):

@@ -115,7 +115,7 @@ def test_float64_is_rounded_to_bfloat16_once():
 
 def test_no_overflow_is_written(tmp_path):
     given = [{"w": np.full(4, v, np.float32)} for v in (0.0, 3e5, 4e5)]
-    out, _ = merge(tmp_path, given, dtype="float16", method="uniform")
+    out, _ = merge(tmp_path, given, dtype="float16", method="uniform_mean")
     assert numbers(out["w"]).tolist() == [65504.0] * 4
 
 

@@ -136,7 +136,10 @@ def test_an_excluded_tensor_is_copied_unchecked(tmp_path, model, value):
     given = [{n: w.copy() for n, w in m.items()} for m in models()]
     given[model]["model.norm.weight"][3] = value
     out, _ = merge(
-        tmp_path, given, exclude=("model.norm*",), excluded=f"model:{model}" if model else "base"
+        tmp_path,
+        given,
+        exclude=("model.norm*",),
+        unmerged_from=f"model:{model}" if model else "base",
     )
     np.testing.assert_array_equal(out["model.norm.weight"], given[model]["model.norm.weight"])
 

@@ -153,8 +153,8 @@ def test_integers_against_floating_point_name_the_model_and_the_way_out(tmp_path
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [
-    (["--methd", "uniform"], "--method"), (["--exlude", "w"], "--exclude"),
-    (["--method", "model_stok"], "'stock'"),
+    (["--methd", "uniform_mean"], "--method"), (["--exlude", "w"], "--exclude"),
+    (["--method", "model_stok"], "'model_stock'"),
 ])  # fmt: skip
 def test_11_a_misspelt_option_is_refused(tmp_path, capsys, wrong, meant):
     places = save(tmp_path, models({"w": (2, 2)}))

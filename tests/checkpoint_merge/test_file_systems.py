@@ -261,7 +261,7 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
             timeout=120,
         )
 
-    assert merge("--method", "uniform").returncode == 0
+    assert merge("--method", "uniform_mean").returncode == 0
     before = contents(out)
     _, said = first.communicate(timeout=120)
     error = said.splitlines()[-1]
@@ -271,7 +271,7 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
     again = merge("--overwrite", "--json")
     assert again.returncode == 0, again.stderr
     report = json.loads((out / "merge_report.json").read_text())
-    assert report["options"]["method"] == "stock" and report["units"]
+    assert report["options"]["method"] == "model_stock" and report["units"]
     assert "0 bytes" not in again.stderr and nothing_left(tmp_path)
 
 

@@ -20,7 +20,7 @@ from modelstock_jax.merging import (
 from tests.checkpoint_merge.engine import SHAPES, deltas, merge, models, numbers, plan, rows, save
 from tests.merging.reference import allowed
 
-LIBRARY = {"stock": model_stock, "weighted-stock": weighted_model_stock}
+LIBRARY = {"model_stock": model_stock, "weighted_model_stock": weighted_model_stock}
 
 
 def with_degenerate_units(given):
@@ -41,7 +41,7 @@ def with_degenerate_units(given):
 
 
 # XLA compiles the library's side anew for each: the rest is slow.
-FAST = [("tensor", "stock"), ("filter", "stock"), ("head", "stock")]
+FAST = [("tensor", "model_stock"), ("filter", "model_stock"), ("head", "model_stock")]
 EVERY = [
     pytest.param(unit, method, marks=() if (unit, method) in FAST else pytest.mark.slow)
     for unit in UNITS
@@ -70,7 +70,7 @@ def test_every_unit_as_in_training(tmp_path, unit, method):
             assert row["cosine"] == pytest.approx(same["cosine"], abs=1e-6)
         ref = np.asarray(merged[name])
         tolerance = allowed(given[0][name], np.stack([m[name] for m in given[1:]]), ref)
-        if method == "weighted-stock":  # Each a_i has its own 1e-6, of its own task vector.
+        if method == "weighted_model_stock":  # Each a_i has its own 1e-6, of its own task vector.
             tolerance += 1e-6 * np.abs(deltas(given, name)).max(axis=0).reshape(ref.shape)
         assert (np.abs(numbers(out[name]) - ref) <= tolerance).all(), name
         if row["outcome"] in ("unchanged", "one_model_changed"):
@@ -149,7 +149,7 @@ def slerp(first, second, t):
 
 
 GIVEN = [
-    ({"method": "uniform"}, lambda g, n: mean_shares(g, n, [1 / 3] * 3)),
+    ({"method": "uniform_mean"}, lambda g, n: mean_shares(g, n, [1 / 3] * 3)),
     (
         {"method": "linear", "weights": (1, 2, 5)},
         lambda g, n: mean_shares(g, n, [1 / 8, 2 / 8, 5 / 8]),
@@ -158,10 +158,10 @@ GIVEN = [
         {"method": "linear", "weights": (0.5, 0, 1), "normalize": False},
         lambda g, n: mean_shares(g, n, [0.5, 0, 1]),
     ),
-    ({"method": "wise-ft", "alpha": 0.3}, lambda g, n: mean_shares(g, n, [0.1] * 3)),
-    ({"method": "task-arithmetic", "scale": 0.4}, lambda g, n: mean_shares(g, n, [0.4] * 3)),
+    ({"method": "wise_ft", "alpha": 0.3}, lambda g, n: mean_shares(g, n, [0.1] * 3)),
+    ({"method": "task_arithmetic", "scale": 0.4}, lambda g, n: mean_shares(g, n, [0.4] * 3)),
     (
-        {"method": "task-arithmetic", "weights": (1, -1, 2), "scale": 2.0, "normalize": True},
+        {"method": "task_arithmetic", "weights": (1, -1, 2), "scale": 2.0, "normalize": True},
         lambda g, n: mean_shares(g, n, [1, -1, 2]),
     ),
     ({"method": "ties"}, lambda g, n: ties(g, n, [1] * 3, [1] * 3, 1, True)),
@@ -221,7 +221,7 @@ def test_slerp_between_base_and_one_or_between_two(tmp_path, size):
 
 
 @pytest.mark.parametrize("unit", ["tensor", "filter", "head", "global"])
-@pytest.mark.parametrize("method", ["stock", "ties"])
+@pytest.mark.parametrize("method", ["model_stock", "ties"])
 def test_pieces_and_passes_do_not_show(tmp_path, monkeypatch, unit, method):
     if (unit, method) in {("filter", "ties"), ("head", "ties")}:
         with pytest.raises(UserError, match="ties .*tensor, layer, block or global"):

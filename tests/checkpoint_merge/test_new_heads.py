@@ -190,7 +190,7 @@ def labeled(root, old, labels, new=HEAD):
             ({}, NEG_POS, POS_NEG),
             ("--head", "finetuned"),
         ),
-        (HEAD, ({}, NEG_POS, POS_NEG), ("--exclude", "classifier.*", "--excluded", "mean")),
+        (HEAD, ({}, NEG_POS, POS_NEG), ("--exclude", "classifier.*", "--unmerged-from", "mean")),
     ],
 )
 def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, options, choice):
@@ -227,8 +227,8 @@ def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
 @pytest.mark.parametrize(
     ("labels", "options", "written"),
     [
-        ((POS_NEG, NEG_POS, NEG_POS), ("--excluded", "mean"), NEG_POS),
-        ((POS_NEG, NEG_POS, POS_NEG), ("--excluded", "model:1"), NEG_POS),
+        ((POS_NEG, NEG_POS, NEG_POS), ("--unmerged-from", "mean"), NEG_POS),
+        ((POS_NEG, NEG_POS, POS_NEG), ("--unmerged-from", "model:1"), NEG_POS),
         ((POS_NEG, NEG_POS, POS_NEG), (), POS_NEG),
     ],
 )
@@ -237,7 +237,7 @@ def test_the_error_of_classes_says_which_option_resolves_it(
 ):
     paths = labeled(tmp_path, HEAD, labels)
     said = say("merge", *paths, "--out", tmp_path / "out")
-    if options != ("--excluded", "model:1"):
+    if options != ("--unmerged-from", "model:1"):
         assert " ".join(("--exclude 'classifier.*'", *options)) in said.err
     out = tmp_path / "out"
     said = say("merge", *paths, "--out", out, "--exclude", "classifier.*", *options)
@@ -249,7 +249,7 @@ def test_no_classifier_is_written_where_the_error_of_classes_says_so(say, tmp_pa
     paths = labeled(tmp_path, {}, ({}, NEG_POS, POS_NEG))
     said = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
     assert "--missing base" in said.err
-    assert say("merge", *paths, "--out", tmp_path / "out", "--missing", "base").status == 0
+    assert say("merge", *paths, "--out", tmp_path / "out", "--missing-tensors", "base").status == 0
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_head_that_no_fine_tune_has(say, tmp_path):
     assert said.status == 0 and tensors(out).keys() == BODY.keys()
     assert any("classifier.weight: " in note and "%" in note for note in said.notes)
     out = tmp_path / "kept"
-    assert say("merge", *paths, "--out", out, "--missing", "base").status == 0
+    assert say("merge", *paths, "--out", out, "--missing-tensors", "base").status == 0
     assert "classifier.weight" in tensors(out)
 
 

@@ -68,10 +68,10 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
     base, first, second = (dict(m) for m in models())
     del first["model.norm.weight"]
     second["extra.weight"] = np.zeros(2, np.float32)
-    out, report = merge(tmp_path, [base, first, second], missing="base")
+    out, report = merge(tmp_path, [base, first, second], missing_tensors="base")
     assert sorted(out) == sorted(SHAPES)
     np.testing.assert_array_equal(out["model.norm.weight"], base["model.norm.weight"])
-    made = plan([tmp_path / n for n in ("base", "ft1", "ft2")], missing="base")
+    made = plan([tmp_path / n for n in ("base", "ft1", "ft2")], missing_tensors="base")
     assert "ft1 lacks it" in made.tensors["model.norm.weight"].reason
     share = 100 * 16 / total()
     assert len(made.notes) == 2 and f"ft1 lacks model.norm.weight: {share:.2g} %" in made.notes[0]
@@ -84,14 +84,14 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
         ({"method": "stok"}, "'stok' .*stock, "),
         ({"unit": "row"}, "'row' .*tensor, "),
         ({"dtype": "int8"}, "'int8' .*float64, "),
-        ({"alpha": 0.5}, "'stock' .*alpha"),
-        ({"method": "wise-ft"}, "'wise-ft' .*alpha"),
-        ({"method": "wise-ft", "alpha": 1.5}, r"alpha .*\[0, 1\].* 1.5"),
+        ({"alpha": 0.5}, "'model_stock' .*alpha"),
+        ({"method": "wise_ft"}, "'wise-ft' .*alpha"),
+        ({"method": "wise_ft", "alpha": 1.5}, r"alpha .*\[0, 1\].* 1.5"),
         ({"method": "slerp", "t": {"w": 2.0}}, r"t .*\[0, 1\].* 2.0"),
         ({"method": "ties", "density": 0}, r"density .*\(0, 1\].* 0"),
         ({"method": "ties", "density": (0.5, 2)}, r"density .*\(0, 1\].* 2"),
         ({"method": "linear", "weights": (1, float("nan"))}, "weights .*nan"),
-        ({"excluded": "model:0"}, "excluded .*base, mean or model:1"),
+        ({"unmerged_from": "model:0"}, "unmerged.from .*base, mean or model:1"),
         ({"max_shard_bytes": 0}, "max_shard_bytes .*1"),
     ],
 )
@@ -106,7 +106,7 @@ def test_options_that_mean_nothing(wrong, said):
         ({"method": "slerp", "t": 0.5}, "'slerp' .*1 .*2 .*3"),
         ({"method": "linear", "weights": (1, 2)}, "2 weights .*3"),
         ({"method": "linear", "weights": (1, -2, 1)}, "weights .* 0"),
-        ({"excluded": "model:4"}, "excluded .*model:4.* 3"),
+        ({"unmerged_from": "model:4"}, "unmerged.from .*model:4.* 3"),
         ({"include": ("nothing.*",)}, "--include"),
         ({"unit": "head"}, "'head' .*num_heads"),
     ],
@@ -117,7 +117,7 @@ def test_options_that_do_not_fit_the_models(tmp_path, wrong, said):
 
 
 def test_one_fine_tune_is_too_few_for_an_angle(tmp_path):
-    with pytest.raises(UserError, match="'stock' .*2 or more .*1"):
+    with pytest.raises(UserError, match="'model_stock' .*2 or more .*1"):
         plan(save(tmp_path, models(number=1)))
 
 
@@ -132,7 +132,11 @@ def test_one_fine_tune_is_too_few_for_an_angle(tmp_path):
 def test_patterns(tmp_path, excluded, expected):
     given = models()
     out, report = merge(
-        tmp_path, given, include=("model.*",), exclude=("*.k_proj.*", "*norm*"), excluded=excluded
+        tmp_path,
+        given,
+        include=("model.*",),
+        exclude=("*.k_proj.*", "*norm*"),
+        unmerged_from=excluded,
     )
     left = {n for n in SHAPES if not n.startswith("model.") or "k_proj" in n or "norm" in n}
     assert {row["name"] for row in report.rows} == set(SHAPES) - left
@@ -164,7 +168,7 @@ def test_a_fine_tune_that_trained_its_head_is_refused_or_untied(tmp_path):
     places = save(tmp_path, given, [TIED, UNTIED, TIED])
     with pytest.raises(UserError, match="lm_head.weight .*ft1 .*--tied untie"):
         plan(places)
-    made = plan(places, tied="untie")
+    made = plan(places, tied_head="untie")
     assert made.tensors[HEAD].names == (EMBEDDING, HEAD, EMBEDDING)
     report = run(made, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
@@ -205,7 +209,7 @@ def test_rows_in_common(tmp_path, rows, vocabulary, length, rest):
     places = save(tmp_path, given, [{"vocab_size": n} for n in rows])
     with pytest.raises(UserError, match="model.embed_tokens.weight .*--vocabulary base"):
         plan(places)
-    made = plan(places, vocabulary=vocabulary)
+    made = plan(places, vocab_mismatch=vocabulary)
     run(made, tmp_path / "out")
     out, common = tmp_path / "out", min(rows)
     from modelstock_jax.tensor_files.reader import TensorFiles
@@ -229,7 +233,7 @@ def test_integers_that_agree_are_copied_and_others_refused(tmp_path):
     given[1]["lengths"] = np.arange(5)[::-1].copy()
     with pytest.raises(UserError, match="lengths .*I64 .*mean.*--exclude 'lengths'"):
         merge(tmp_path / "other", given)
-    out, _ = merge(tmp_path / "excluded", given, exclude=("lengths",), excluded="model:1")
+    out, _ = merge(tmp_path / "excluded", given, exclude=("lengths",), unmerged_from="model:1")
     np.testing.assert_array_equal(out["lengths"], given[1]["lengths"])
     given[1]["lengths"] = np.arange(5).astype(np.float32)
     with pytest.raises(UserError, match="lengths .*I64 .*/base, .*/ft2 "):

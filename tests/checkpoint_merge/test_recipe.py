@@ -62,7 +62,7 @@ def test_model_stock(tmp_path):
     assert recipe[:3] == (
         "org/base@v1",
         ("org/a", "org/b+org/lora"),
-        {"method": "stock", "dtype": "bfloat16"},
+        {"method": "model_stock", "dtype": "bfloat16"},
     )
     assert recipe.layers is None and recipe.notes == ()
 
@@ -88,7 +88,7 @@ def test_task_arithmetic_with_one_weight_for_all():
         "models": [{"model": "x"}, {"model": "y", "parameters": {"weight": 0.2}}],
         "parameters": {"weight": [{"value": 0.7}], "lambda": 0.5},
     })  # fmt: skip
-    assert recipe.options == {"method": "task-arithmetic", "weights": (0.7, 0.2), "scale": 0.5}
+    assert recipe.options == {"method": "task_arithmetic", "weights": (0.7, 0.2), "scale": 0.5}
 
 
 def test_linear_needs_no_base_and_counts_it_where_it_is_listed():

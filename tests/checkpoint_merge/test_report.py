@@ -30,7 +30,7 @@ def made_up(**changes):
         "base": source,
         "models": [source | {"model": "org/base+org/lora", "notes": ["made for another"]},
                    source | {"model": "./run2"}],
-        "options": {"method": "stock", "unit": "layer", "dtype": "bfloat16"},
+        "options": {"method": "model_stock", "unit": "layer", "dtype": "bfloat16"},
         "ratios": ratios([row("layers.0.mlp.weight"), row("logit_scale", (), None)]),
         "outcomes": {"interpolated": 20, "scalar": 1},
         "not_merged": [{"name": "a", "takes": "base", "reason": "excluded"}],
@@ -53,7 +53,7 @@ def test_the_hub_reads_the_card():
 
 
 def test_a_card_without_angles():
-    text = card(made_up(ratios={}, options={"method": "uniform", "unit": "tensor"}), name="m",
+    text = card(made_up(ratios={}, options={"method": "uniform_mean", "unit": "tensor"}), name="m",
                 library=None)  # fmt: skip
     assert "No tensor has an angle." in text and "the plain mean" in text
     assert "model-stock" not in text.split("---")[1]
@@ -71,7 +71,7 @@ def test_hub_ids(label, name, monkeypatch, request):
 def test_options_that_make_the_result():
     options = Options(dtype="float16", threads=3, exclude=("a",))
     assert asked(options) == {
-        "method": "stock", "unit": "tensor", "dtype": "float16", "exclude": ("a",)
+        "method": "model_stock", "unit": "tensor", "dtype": "float16", "exclude": ("a",)
     }  # fmt: skip
 
 

@@ -185,11 +185,11 @@ def test_another_merge_does_not_go_on_with_these_files(tmp_path, monkeypatch):
     place = _stop_after(
         plan(places, **{**OPTIONS, "threads": 1}), tmp_path / "out", 0.6, monkeypatch
     )
-    report = run(plan(places, **{**OPTIONS, "method": "uniform"}), tmp_path / "out")
+    report = run(plan(places, **{**OPTIONS, "method": "uniform_mean"}), tmp_path / "out")
     assert report.resumed == ()
     assert not place.exists()  # It can be of no more use: its place is taken.
     given = models(SHAPES, seed=1)
-    os.rename(tmp_path / "out", tmp_path / "uniform")
+    os.rename(tmp_path / "out", tmp_path / "uniform_mean")
     place = _stop_after(plan(places, **OPTIONS), tmp_path / "out", 0.6, monkeypatch)
     save(tmp_path, given)  # The inputs change under a killed merge.
     report = run(plan(places, **OPTIONS), tmp_path / "out")

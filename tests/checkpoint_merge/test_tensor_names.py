@@ -174,7 +174,7 @@ def test_one_tower_of_a_base_that_has_two_alike(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "vision_model." in said and "text_model.encoder" not in said
     assert "--missing base" not in said  # It would leave most numbers the base's.
-    assert run(places, tmp_path / "out", "--missing", "base") == 0
+    assert run(places, tmp_path / "out", "--missing-tensors", "base") == 0
     said = capsys.readouterr().err
     share = sum(w.size for n, w in given[0].items() if n not in text) / sum(
         w.size for w in given[0].values()
@@ -272,7 +272,7 @@ def test_a_wrong_prefix_is_never_a_reason_to_lose_the_training(tmp_path, capsys)
     places = save(tmp_path, given, {n: f"x{i}" for i, n in enumerate(layers("a."))})
     assert run(places, tmp_path / "out") == 1
     said = capsys.readouterr().err
-    assert "100 % " in said and "--missing" not in said
+    assert "100 % " in said and "--missing-tensors" not in said
 
 
 @pytest.mark.parametrize("fused_base", [True, False])
@@ -383,7 +383,7 @@ def test_models_of_unequal_depth_get_no_hint(tmp_path, capsys):
     tuned = [{n: w for n, w in m.items() if n not in last} for m in given[1:]]
     assert run(save(tmp_path, [given[0], *tuned]), tmp_path / "out") == 1
     said = capsys.readouterr().err
-    assert "depth" in said and "--missing" not in said
+    assert "depth" in said and "--missing-tensors" not in said
 
 
 def store(place, tensors, aliases):

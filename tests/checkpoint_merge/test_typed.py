@@ -16,28 +16,28 @@ from modelstock_jax.tensor_files.writer import write_tensors
 from tests.checkpoint_merge.small import factors
 from tests.checkpoint_merge.typed import load, tensors, trio, write
 
-NEEDED = {"wise-ft": ["--alpha", "0.5"], "slerp": ["--t", "0.5"]}
+NEEDED = {"wise_ft": ["--alpha", "0.5"], "slerp": ["--t", "0.5"]}
 
 
 @pytest.mark.parametrize(
     ("typed", "method"),
     [
-        ("stock", "stock"),
-        ("model_stock", "stock"),
-        ("model-stock", "stock"),
-        ("Stock", "stock"),
-        ("MODEL_STOCK", "stock"),
-        ("task_arithmetic", "task-arithmetic"),
+        ("model_stock", "model_stock"),
+        ("model_stock", "model_stock"),
+        ("model-stock", "model_stock"),
+        ("Stock", "model_stock"),
+        ("MODEL_STOCK", "model_stock"),
+        ("task_arithmetic", "task_arithmetic"),
         ("Ties", "ties"),
         ("TIES", "ties"),
-        ("weighted_stock", "weighted-stock"),
-        ("wise_ft", "wise-ft"),
-        ("wiseft", "wise-ft"),
-        ("WiSE-FT", "wise-ft"),
+        ("weighted_stock", "weighted_model_stock"),
+        ("wise_ft", "wise_ft"),
+        ("wiseft", "wise_ft"),
+        ("WiSE-FT", "wise_ft"),
         ("Linear", "linear"),
         ("SLERP", "slerp"),
-        ("uniform", "uniform"),
-        ("mean", "uniform"),
+        ("uniform_mean", "uniform_mean"),
+        ("mean", "uniform_mean"),
     ],
 )
 def test_methods(say, tmp_path, typed, method):
@@ -174,18 +174,18 @@ def test_one_fine_tune(say, home):
     assert said.err.count("\n") == 1
     assert (
         say(
-            "merge", "~/base", "~/ft1", "--out", "x", "--method", "wise-ft", "--alpha", "0.5"
+            "merge", "~/base", "~/ft1", "--out", "x", "--method", "wise_ft", "--alpha", "0.5"
         ).status
         == 0
     )
     said = say("compare", "~/base", "~/ft1")
-    assert said.status == 1 and "wise-ft" not in said.err and "2 or more" in said.err
+    assert said.status == 1 and "wise_ft" not in said.err and "2 or more" in said.err
     for typed in (["~/base"], []):
         said = say("merge", *typed, "--out", "y")
         assert said.status == 1 and "BASE FT1 FT2" in said.err
 
 
-@pytest.mark.parametrize(("option", "needs"), [("wise-ft", "--alpha 0.5"), ("slerp", "--t 0.5")])
+@pytest.mark.parametrize(("option", "needs"), [("wise_ft", "--alpha 0.5"), ("slerp", "--t 0.5")])
 def test_a_method_without_its_number(say, home, option, needs):
     said = say("merge", "~/base", "~/ft1", "--out", "x", "--method", option)
     assert said.status == 1 and needs in said.err
@@ -289,7 +289,7 @@ def test_help_says_every_option_and_value():
             if action.option_strings:
                 assert action.option_strings[0] in text and action.help
                 for value in action.choices or ():
-                    default = {"refuse", "keep"} | set(DTYPES)
+                    default = {"error", "keep"} | set(DTYPES)
                     assert str(value) in text or value in default, (action.dest, value)
 
 

@@ -120,7 +120,7 @@ def test_every_axis_of_the_vocabulary(tmp_path, capsys, family, vocabulary):
     assert run(places, tmp_path / "no") == 1
     said = capsys.readouterr().err
     assert "--vocabulary base" in said and all(f"{name} " in said for name in FAMILIES[family])
-    assert run(places, tmp_path / "out", "--vocabulary", vocabulary) == 0
+    assert run(places, tmp_path / "out", "--vocab-mismatch", vocabulary) == 0
     merged = TensorFiles(tmp_path / "out")
     length = MORE if vocabulary == "longest" else ROWS
     for name, shape in FAMILIES[family].items():
@@ -149,7 +149,7 @@ def test_another_axis_that_grew_is_no_vocabulary(tmp_path, capsys):
     for k in (0, 2):
         cut[k]["bert.embeddings.position_embeddings.weight"] = np.ones((4, WIDTH), np.float32)
     places = save(tmp_path, cut, (ROWS, MORE, ROWS))
-    assert run(places, tmp_path / "out", "--vocabulary", "longest") == 1
+    assert run(places, tmp_path / "out", "--vocab-mismatch", "longest") == 1
     assert "position_embeddings.weight " in capsys.readouterr().err
 
 
@@ -162,7 +162,7 @@ def test_a_vocabulary_in_a_tower(tmp_path):
                 {"vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": length}}
             )
         )
-    assert run(places, tmp_path / "out", "--vocabulary", "longest") == 0
+    assert run(places, tmp_path / "out", "--vocab-mismatch", "longest") == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
         "vision_config": {"vocab_size": ROWS - 1},
         "text_config": {"vocab_size": MORE},
@@ -194,7 +194,9 @@ def resized(say, root, tables, configs, **more):
             )
         )
     out = root / "out"
-    said = say("merge", *places, "--out", out, "--vocabulary", "longest", *more.get("options", ()))
+    said = say(
+        "merge", *places, "--out", out, "--vocab-mismatch", "longest", *more.get("options", ())
+    )
     assert said.status == 0, said.err
     return json.loads((out / "config.json").read_text()), said.notes
 
@@ -314,7 +316,7 @@ def test_components_with_vocabularies_of_their_own(say, tmp_path):
             }
         places.append(write(tmp_path / str(k), files))
     out = tmp_path / "out"
-    said = say("merge", *places, "--out", out, "--vocabulary", "longest")
+    said = say("merge", *places, "--out", out, "--vocab-mismatch", "longest")
     assert said.status == 0, said.err
     for (part, name), rows in zip(names.items(), (52, 55, 58), strict=True):
         assert TensorFiles(out / part).shape(name) == (rows, WIDTH)
@@ -354,7 +356,7 @@ def test_an_adapter_with_a_longer_embedding(tmp_path, capsys, tokenizer):
         if tokenizer:
             (adapters[-1] / "tokenizer.json").write_text(json.dumps({"of": f"lora{k}"}))
             (adapters[-1] / "tokenizer_config.json").write_text("{}")
-    assert run([place, *adapters], tmp_path / "out", "--vocabulary", "longest") == 0
+    assert run([place, *adapters], tmp_path / "out", "--vocab-mismatch", "longest") == 0
     merged = TensorFiles(tmp_path / "out")
     for name in FAMILIES["llama"]:
         assert merged.shape(name) == (MORE, WIDTH)

@@ -203,7 +203,7 @@ def test_a_resized_embedding_saved_whole(tmp_path, take, tied):
         one.save_pretrained(tmp_path / f"ft{i + 1}", save_embedding_layers=bool(i))
         tokenizer(VOCABULARY + 2 * i).save_pretrained(tmp_path / f"ft{i + 1}")
     paths = [tmp_path / "base", tmp_path / "ft1", tmp_path / "ft2"]
-    assert merge(paths, tmp_path / "out", "--vocabulary", take) == 0
+    assert merge(paths, tmp_path / "out", "--vocab-mismatch", take) == 0
     size = VOCABULARY + 2 * (take == "longest")
     assert config_of(tmp_path / "out")["vocab_size"] == size
     words = hf.AutoTokenizer.from_pretrained(tmp_path / "out")

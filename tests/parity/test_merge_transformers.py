@@ -114,7 +114,7 @@ def rows_of(value, rows):
 def test_a_resized_vocabulary(tmp_path, name, take):
     model, paths = resized(tmp_path, name)
     out, size = tmp_path / "out", VOCABULARY + ADDED * (take == "longest")
-    assert merge(paths, out, "--vocabulary", take) == 0
+    assert merge(paths, out, "--vocab-mismatch", take) == 0
     config = config_of(out)
     assert config.get("text_config", config)["vocab_size"] == size
     assert len(hf.AutoTokenizer.from_pretrained(out)) == size
@@ -143,7 +143,7 @@ def test_a_resized_vocabulary_is_an_error_by_default(tmp_path, capsys):
     _, paths = resized(tmp_path, "llama")
     assert merge(paths, tmp_path / "out") == 1
     said = capsys.readouterr().err
-    assert "--vocabulary" in said and str(VOCABULARY + ADDED) in said
+    assert "--vocab-mismatch" in said and str(VOCABULARY + ADDED) in said
     assert not (tmp_path / "out").exists()
 
 
@@ -225,7 +225,7 @@ def test_bodies_of_bert_against_a_masked_language_model(tmp_path, capsys):
     paths = [whole[0], *bodies[1:]]
     assert merge(paths, tmp_path / "refused") == 1
     assert "cls.predictions" in capsys.readouterr().err
-    assert merge(paths, tmp_path / "out", "--missing", "base") == 0
+    assert merge(paths, tmp_path / "out", "--missing-tensors", "base") == 0
     assert any("bert." in line for line in notes(capsys))
     made, base = tensors(tmp_path / "out"), tensors(whole[0])
     assert_merged(
@@ -242,7 +242,7 @@ def test_a_masked_language_model_against_a_body_as_base(tmp_path, capsys):
     model = family("bert")
     whole = save_all(tmp_path / "whole", model)
     bodies = save_all(tmp_path / "bodies", model, lambda one, path: one.bert.save_pretrained(path))
-    assert merge([bodies[0], *whole[1:]], tmp_path / "out", "--missing", "base") == 0
+    assert merge([bodies[0], *whole[1:]], tmp_path / "out", "--missing-tensors", "base") == 0
     assert any("bert." in line for line in notes(capsys))
     assert_merged(tmp_path / "out", bodies)
 
@@ -266,7 +266,7 @@ def test_a_text_tower_without_its_prefix(tmp_path, capsys):
     assert any("text_model." in line for line in notes(capsys))
     assert_merged(tmp_path / "out", list(text.values()))
     # A tower alone against the complete CLIP: the image tower is the base's.
-    assert merge([paths[0], *bare[1:]], tmp_path / "tower", "--missing", "base") == 0
+    assert merge([paths[0], *bare[1:]], tmp_path / "tower", "--missing-tensors", "base") == 0
     made = tensors(tmp_path / "tower")
     assert_merged(
         {n: x for n, x in made.items() if n.startswith("text_model.")}, list(text.values())

@@ -28,7 +28,7 @@ def opened(kind, directory, **how):
 
 
 @pytest.mark.parametrize("options", [
-    [], ["--max-shard-size", "4KB"], ["--unit", "head"], ["--unit", "block", "--method", "stock"],
+    [], ["--max-shard-size", "4KB"], ["--unit", "head"], ["--unit", "block", "--method", "model_stock"],
 ])  # fmt: skip
 def test_llama_generates(tmp_path, options):
     paths = [str(path) for path in llama(tmp_path)]

@@ -34,7 +34,7 @@ def combine(function, *trees):
 
 
 class DrawnBench:
-    """As `studies.bench.Bench`, for measurements and models."""
+    """As `studies.bench.StudyContext`, for measurements and models."""
 
     num_heads = 2
 

@@ -10,7 +10,7 @@ from studies.expressions import unclamped
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_equation_3_goes_below_zero_where_it_is_not_clipped(number):
+def test_equation_3_goes_below_zero_where_it_is_unclamped(number):
     rng = np.random.default_rng(number)
     w0 = {"kernel": rng.standard_normal((5, 40)).astype(np.float32)}
     w = {"kernel": w0["kernel"] + rng.standard_normal((number, 5, 40)).astype(np.float32)}

@@ -76,8 +76,8 @@ def test_keys_tell_models_apart():
     longer = Replica(Run.of(0, {"epochs": 16}))
     models = [
         Anchor(), ONE, TWO, THREE, longer, Merged(Run(0)), Mean((ONE, TWO)), Mean((ONE, THREE)),
-        Merge((ONE, TWO)), Merge((ONE, TWO), unit="global"), Merge((ONE, TWO), "weighted"),
-        Merge((ONE, TWO), "not_clipped"),
+        Merge((ONE, TWO)), Merge((ONE, TWO), unit="global"), Merge((ONE, TWO), "weighted_model_stock"),
+        Merge((ONE, TWO), "unclamped"),
         Between(ONE, 0.5), Between(ONE, 0.25), InPlane(ONE, TWO, 0.5, 0.25),
         InPlane(ONE, TWO, 0.25, 0.5), Noisy((ONE, TWO), 1.0, 0), Noisy((ONE, TWO), 1.0, 1),
         Replica(ONE.run, 0, epoch=3), Best((ONE, TWO)), Greedy((ONE, TWO)),

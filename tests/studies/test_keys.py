@@ -50,7 +50,7 @@ KEYS = {
     ("units", ("head", 1)): "21d1a8a13ca8ce57",
     ("units", ("not clipped", "filter", 0)): "7d1e0b3ffbd1f915",
     ("carried", ("every", 2)): "19e9e917213aced1",
-    ("unequal", (("weighted", 4), 2)): "78f197b4b5580ebb",
+    ("unequal", (("weighted_model_stock", 4), 2)): "78f197b4b5580ebb",
     ("unequal", ("two", 1)): "1b6af3bed974aebf",
 }
 

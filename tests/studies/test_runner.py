@@ -20,7 +20,7 @@ WORLD = SimpleNamespace(shifts={"v2": None})
 
 
 class Trainings:
-    """As `studies.run_store.Trained`; remembers what it was asked for."""
+    """As `studies.run_store.RunStore`; remembers what it was asked for."""
 
     steps_per_epoch = 10
 

@@ -148,7 +148,7 @@ def make_sets(
     Raises:
       UserError: a size below 1, a negative seed, or an unknown shift.
 
-    >>> small = world(train_size=62, validation_size=1, test_size=1, shift_size=2)
+    >>> small = make_sets(train_size=62, validation_size=1, test_size=1, shift_size=2)
     >>> len(small.train), sorted(small.shifts)
     (62, ['a', 'digits', 'objectnet', 'r', 'sketch', 'v2'])
     """
@@ -181,7 +181,7 @@ def _shift(name: str, seed: int, size: int) -> ImageSet:
 
 
 def training_set(seed: int = 0, size: int = TRAIN_SIZE) -> ImageSet:
-    """The narrow world's training images alone, as `world` gives them."""
+    """The narrow world's training images alone, as `make_sets` gives them."""
     return _draw("train", seed, 0, ID, size)
 
 
