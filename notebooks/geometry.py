@@ -221,11 +221,11 @@ draw(approach, (6, 3.4), figure_path("approach"))
 # %% [markdown]
 # ## The angle of two models gives the ratio of the closest point
 #
-# Consider the line from w0 to the mean w₁₂ of two models, w0 + t (w₁₂ − w0). The figure shows the
-# distance from this line to the center for every t. The center is estimated by the mean of the
-# models that are not on the line. The three tensors have a small, a medium and a large angle. A
-# star marks t = 2 cos θ / (1 + cos θ) of equation 2, which uses only the angle of the two models. A
-# bar marks the smallest measured distance.
+# Consider the line from w0 to the mean w₁₂ of two models, w0 + t (w₁₂ − w0). For every t, the
+# figure shows the distance from the point on this line to the center. The center is estimated by
+# the mean of the models that are not on the line. The three tensors have a small, a medium and a
+# large angle. A star marks t = 2 cos θ / (1 + cos θ) of equation 2, which uses only the angle of
+# the two models. A bar marks the smallest measured distance.
 
 # %%
 pair, others = (jax.tree.map(lambda w, k=k: w[k], models) for k in (slice(0, 2), slice(2, None)))

@@ -165,9 +165,10 @@ print("exit status", status)
 # %% [markdown]
 # ## As a library
 #
-# `model_stock` does the same for arrays in memory, in any pytree. Both use the same implementation
-# of the rule, so both give the same weights. PyTorch's kernels have their output channels on the
-# first axis: `filter_axis=0`. This option affects only `unit="filter"`.
+# The function `model_stock` does the same for arrays in memory, in any pytree. The command and the
+# function share one implementation of the rule, so they give the same weights. PyTorch's kernels
+# have their output channels on the first axis: `filter_axis=0`. This option affects only
+# `unit="filter"`.
 
 # %%
 from modelstock_jax import model_stock, stack_replicas

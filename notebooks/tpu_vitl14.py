@@ -68,7 +68,7 @@ if jax.default_backend() == "cpu":
 # ## The experiment
 #
 # In a terminal, run `python launch.py --config=configs/vitl14.py --config.data.root=DIR`.
-# `configs/imagenet.py` states the source of each value: the paper or another one.
+# `configs/imagenet.py` states the source of each value: the paper or another source.
 
 # %%
 import importlib
@@ -94,8 +94,8 @@ missing = experiment.dry_run(config, WORKDIR)
 # %% [markdown]
 # ## Train
 #
-# If the run is interrupted, by you or by the end of the session, run the same cells again. They
-# resume from the last checkpoint; at most `config.checkpoint.save_every_steps` steps are lost.
+# If the run is interrupted, by you or by the end of the Colab session, run the same cells again.
+# They resume from the last checkpoint; at most `config.checkpoint.save_every_steps` steps are lost.
 # During training, `WORKDIR` receives `metrics.jsonl` and TensorBoard files.
 
 # %%
