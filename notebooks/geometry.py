@@ -12,14 +12,14 @@
 # %% [markdown]
 # # The geometry behind Model Stock
 #
-# Why is the ratio t of the merge what it is? This notebook fine-tunes a few copies of a small CLIP
-# and looks at where they lie: at the angles between their movements, at the thin shell about their
-# centre, at the point of the span that is closest to it. Section and equation numbers are those of
-# [the paper](https://arxiv.org/abs/2403.19522); the derivation is in
-# [docs/method.md](../docs/method.md). On two CPU cores it takes about a minute.
+# This notebook explains the ratio t of the merge. It fine-tunes a few copies of a small CLIP and
+# measures three things: the angles between their updates, the thin shell around their center, and
+# the point of their span that is closest to the center. Section and equation numbers are those of
+# [the paper](https://arxiv.org/abs/2403.19522). [docs/method.md](../docs/method.md) contains the
+# derivation. On two CPU cores the notebook takes about a minute.
 
 # %%
-# On Colab this cell fetches the repository and installs it; on your own machine it does neither.
+# On Colab, this cell clones and installs the repository. On your own machine, it does neither.
 import os
 import shutil
 import subprocess
@@ -39,16 +39,16 @@ os.chdir(next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "launch.py").
 sys.path.insert(0, os.getcwd())
 
 PRETRAINED = "glyph-clip"  # the small CLIP of the package
-MODELS = 6  # fine-tuned copies; at least 6
-STEPS, BATCH, RATE = 32, 32, 2e-3
+MODELS = 6  # number of fine-tuned copies; at least 6
+STEPS, BATCH, LEARNING_RATE = 32, 32, 2e-3
 TRAIN_SIZE = 4096
-FIGURES = ""  # a directory to keep the pictures in
+FIGURES = ""  # a directory to write the figures to
 
 # %% [markdown]
-# ## A few fine-tuned models
+# ## Fine-tune a few models
 #
-# All start from the same weights w0 and differ in nothing but the order and the augmentation of
-# their images. `anchor` is a pytree, `models` the same tree with a leading axis.
+# All models start from the same weights w0. They differ only in the order and the augmentation of
+# their images. `anchor` is a pytree, and `models` is the same tree with a leading axis.
 
 # %%
 import jax
@@ -69,7 +69,7 @@ anchor = {
     "image_tower": checkpoint.params["image_tower"],
     "head": zero_shot_head(checkpoint, CLASS_NAMES, TEMPLATES),
 }
-tx = optax.adamw(optax.cosine_decay_schedule(RATE, STEPS), weight_decay=0.1)
+tx = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=0.1)
 
 
 def loss(params, images, labels):
@@ -84,8 +84,8 @@ def finetune(key, images, labels):
         rows, view = jax.random.split(key)
         chosen = jax.random.choice(rows, len(labels), (BATCH,), replace=False)
         augmented = shift_and_jitter(view, images[chosen])
-        slope = jax.grad(loss)(params, augmented, labels[chosen])
-        updates, opt_state = tx.update(slope, opt_state, params)
+        grads = jax.grad(loss)(params, augmented, labels[chosen])
+        updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
     start = jax.tree.map(jnp.asarray, anchor)
@@ -100,19 +100,19 @@ models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 # %% [markdown]
 # ## Observation 1: angles and norms are constants of the layer
 #
-# d_i = w_i − w0 is what training model i has moved. For each tensor the next picture shows the
-# angle between the movements of two models, over all pairs, and the length of the movement.
-# The black lines are standard deviations: between layers the angle differs by tens of degrees,
-# between pairs hardly. That is equation 1: d_i · d_j is l² for i = j and l² cos θ otherwise.
-# Kernels share less of their movement than biases and norms. (A key's bias has no gradient, since
-# softmax does not see it: whatever it moved is noise.)
+# d_i = w_i − w0 is the update (task vector) of model i. For each tensor, the next figure shows the
+# angle between the updates of two models, over all pairs, and the length of the updates. The black
+# lines are standard deviations. The angle differs by tens of degrees between layers, and hardly
+# between pairs. This is equation 1: d_i · d_j is l² for i = j and l² cos θ otherwise. The updates
+# of kernels have less in common than those of biases and norms. Key biases receive no gradient
+# (softmax is shift-invariant); their updates are noise.
 
 # %%
 from modelstock_jax.merging import angle, cosines, model_stock, norms, report
 from modelstock_jax.reporting import figures
 
 
-def kept(name):
+def figure_path(name):
     return Path(FIGURES, f"geometry_{name}.png") if FIGURES else None
 
 
@@ -125,14 +125,15 @@ layers = [
     {"name": row["name"], "angles": a, "rms": n / size**0.5}
     for row, a, n, size in zip(report(stats), angles, lengths, sizes, strict=True)
 ]
-figures.angle_by_layer(layers, kept("angles"))
+figures.angle_by_layer(layers, figure_path("angles"))
 
 # %% [markdown]
-# ## Why constants? Because there are many numbers
+# ## Why they are constants: many dimensions
 #
-# Let every movement be a common part μ and noise: d_i = μ + e_i. In a space of many dimensions two
-# noises are at right angles to each other and to everything else, and all have the same length
-# (section 2.3: concentration of measure). Below, pairs of Gaussian noises in n dimensions.
+# Let every update consist of a common part μ and noise: d_i = μ + e_i. In many dimensions, two
+# noise vectors are nearly orthogonal to each other and to every other vector, and all noise vectors
+# have nearly the same length (section 2.3: concentration of measure). The figure shows pairs of
+# Gaussian noise vectors in n dimensions.
 
 # %%
 from modelstock_jax.reporting.style import BLACK, BLUE, GREY, SKY, VERMILION, draw
@@ -149,42 +150,47 @@ def concentration(figure):
         style = dict(bins=60, histtype="step", lw=1.8, color=shade, label=f"n = {n:,}", log=True)
         left.hist(length, range=(0, 2), **style)
         right.hist(between, range=(0, 180), **style)
-    left.set_xlabel("length of a noise, in its expected length")
-    right.set_xlabel("angle between two noises (degrees)")
+    left.set_xlabel("length of a noise vector / expected length")
+    right.set_xlabel("angle between two noise vectors (degrees)")
     left.legend(loc="upper left")
 
 
-draw(concentration, (8.6, 3.2), kept("concentration"))
+draw(concentration, (8.6, 3.2), figure_path("concentration"))
 
 # %% [markdown]
-# ## The thin shell, and the way to its centre
+# ## The thin shell, and the distance to its center
 #
-# The centre of such models is w0 + μ, and the noise is what leads from there to each of them: all
-# lie at one distance from the centre, (i) on a thin shell; (ii) at right angles to the way from
-# w0 to the centre; (iii) at right angles to one another. Measured about a centre that the measured
-# models had no part in (the mean of a few models lies nearer to its own members than the true
-# centre does).
+# The center of such models is w0 + μ. The difference between a model and the center is the noise of
+# this model. It has three properties:
 #
-# So the mean of N models is l √((1 − cos θ) / N) away from the centre: noises at right angles add
-# up as squares. The curve is predicted from the angle between two models alone; the points are
-# means of N models, measured from the mean of all the others, which is itself a little off the
-# centre: its own distance is taken away.
+# - (i) All models have the same distance to the center: they are on a thin shell.
+# - (ii) The noise is orthogonal to the vector from w0 to the center.
+# - (iii) The noise vectors of two models are orthogonal to each other.
+#
+# The center is estimated from models other than the measured ones, because the mean of a few models
+# is closer to these models than the true center is.
+#
+# Squared lengths of orthogonal noise vectors add up. The mean of N models therefore has the
+# distance l √((1 − cos θ) / N) to the center. In the figure, the curve is predicted from the angle
+# between two models alone. Each point is a mean of N models. Its distance is measured to the mean
+# of all other models. That mean is not exactly at the center, so the measurement is corrected for
+# its distance to the center.
 
 # %%
 from modelstock_jax.merging import thin_shell, total_distance
 
 shell = thin_shell(anchor, models)
-print(f"distance from w0 to the centre: {float(shell.centre):.2f}")
+print(f"distance from w0 to the center: {float(shell.center):.2f}")
 for what, values, unit in (
-    ("(i)   distance from a model to it", shell.radius, ""),
-    ("(ii)  angle at the centre between w0 and a model", angle(shell.anchor_cosine), "°"),
+    ("(i)   distance from a model to the center", shell.radius, ""),
+    ("(ii)  angle at the center between w0 and a model", angle(shell.anchor_cosine), "°"),
     ("(iii) and between two models", angle(np.asarray(shell.pair_cosine)[pairs]), "°"),
 ):
     print(f"{what}: {np.mean(values):.2f}{unit} ± {np.std(values):.2f}")
 
 
 def as_points(trees, count=1):
-    """Each model as one vector."""
+    """Return each model as one vector."""
     leaves = (np.asarray(leaf, float).reshape(count, -1) for leaf in jax.tree.leaves(trees))
     return np.concatenate(list(leaves), axis=1)
 
@@ -192,9 +198,9 @@ def as_points(trees, count=1):
 points, one = as_points(models, MODELS), total_distance(stats).replica
 
 
-def to_centre(point, set_aside):
-    """Distance to the centre, estimated by the mean of models that had no part in the point."""
-    square = np.sum((point - points[set_aside].mean(axis=0)) ** 2) - one**2 / len(set_aside)
+def distance_to_center(point, held_out):
+    """Estimate the distance to the center from models that are not part of the point."""
+    square = np.sum((point - points[held_out].mean(axis=0)) ** 2) - one**2 / len(held_out)
     return max(0.0, square) ** 0.5
 
 
@@ -204,23 +210,24 @@ def approach(figure):
     axes.plot(fine, one / fine**0.5, color=BLACK, lw=1.2, label=r"$l\,\sqrt{(1-\cos\theta)/N}$")
     for n in range(1, MODELS - 2):
         for order in (np.roll(np.arange(MODELS), k) for k in range(MODELS)):
-            far = to_centre(points[order[:n]].mean(axis=0), order[n:])
-            axes.plot(n, far, "o", color=BLUE, ms=5, alpha=0.5)
-    axes.set_xlabel("N, models in the mean")
-    axes.set_ylabel("distance to the centre")
+            distance = distance_to_center(points[order[:n]].mean(axis=0), order[n:])
+            axes.plot(n, distance, "o", color=BLUE, ms=5, alpha=0.5)
+    axes.set_xlabel("N, number of models in the mean")
+    axes.set_ylabel("distance to the center")
     axes.set_ylim(bottom=0)
     axes.legend()
 
 
-draw(approach, (6, 3.4), kept("approach"))
+draw(approach, (6, 3.4), figure_path("approach"))
 
 # %% [markdown]
-# ## The closest point has a ratio, and two models tell it
+# ## The angle of two models gives the ratio of the closest point
 #
-# Now look beyond the mean w₁₂ of two models: along the line from w0 to it, w0 + t (w₁₂ − w0). Below
-# is the distance to the centre (the mean of the models that are not on the line) for every t, in
-# three tensors: with a small, a middling and a large angle. The star is where equation 2 puts
-# t = 2 cos θ / (1 + cos θ); it has seen the two models' angle and nothing of the others.
+# Consider the line from w0 to the mean w₁₂ of two models, w0 + t (w₁₂ − w0). For every t, the
+# figure shows the distance from the point on this line to the center. The center is estimated by
+# the mean of the models that are not on the line. The three tensors have a small, a medium and a
+# large angle. A star marks t = 2 cos θ / (1 + cos θ) of equation 2, which uses only the angle of
+# the two models. A bar marks the smallest measured distance.
 
 # %%
 pair, others = (jax.tree.map(lambda w, k=k: w[k], models) for k in (slice(0, 2), slice(2, None)))
@@ -236,39 +243,42 @@ def sweep(figure):
     t, shades = np.linspace(0, 1.1, 111), (BLUE, SKY, VERMILION)
     axes = figure.subplots()
     for k, shade in zip(chosen, shades, strict=True):
-        w0, w, centre = (np.asarray(jax.tree.leaves(x)[k], float) for x in (anchor, pair, others))
-        step, aim = w.mean(0) - w0, centre.mean(0) - w0
+        w0, w, center = (np.asarray(jax.tree.leaves(x)[k], float) for x in (anchor, pair, others))
+        step, aim = w.mean(0) - w0, center.mean(0) - w0
         square = t**2 * (step**2).sum() - 2 * t * (step * aim).sum() + (aim**2).sum()
-        far = np.sqrt(square / (aim**2).sum())
+        distance = np.sqrt(square / (aim**2).sum())
         star = found[k]["ratio"]
-        axes.plot(t, far, color=shade, lw=2, label=f"{names[k]}, θ = {found[k]['angle']:.0f}°")
-        axes.plot(star, np.interp(star, t, far), "*", color=shade, ms=15, mec="white")
-        axes.plot(t[far.argmin()], far.min(), "|", color=BLACK, ms=12, mew=1.5)
+        label = f"{names[k]}, θ = {found[k]['angle']:.0f}°"
+        axes.plot(t, distance, color=shade, lw=2, label=label)
+        axes.plot(star, np.interp(star, t, distance), "*", color=shade, ms=15, mec="white")
+        axes.plot(t[distance.argmin()], distance.min(), "|", color=BLACK, ms=12, mew=1.5)
     axes.set_xlabel("t: from the anchor (0) to the mean of two models (1)")
-    axes.set_ylabel("distance to the centre,\nas a share of the anchor's")
+    axes.set_ylabel("distance to the center,\nas a fraction of the anchor's")
     axes.legend(fontsize=8)
 
 
-draw(sweep, (6.6, 4), kept("sweep"))
+draw(sweep, (6.6, 4), figure_path("sweep"))
 
 # %% [markdown]
-# The same as a triangle, lengths and angles as they are (the paper's Figure 6): w₁ and w₂, their
-# mean w₁₂ and the merged w_H, which is the foot of the perpendicular from the centre. With a small
-# angle it lies near the mean, with a large one near the anchor.
+# The next figure draws the same merge as a triangle, with true lengths and angles (the paper's
+# Figure 6). It shows w₁, w₂, their mean w₁₂, and the merged weights w_H, the foot of the
+# perpendicular from the center. With a small angle, w_H is near the mean. With a large angle, it is
+# near the anchor.
 
 # %%
 from studies import figures
 from studies.catalog.fig6_7 import triangle
 
 small_and_large = {names[k]: triangle(found[k]["angle"], found[k]["norms"]) for k in chosen[:2]}
-figures.triangles(small_and_large, kept("triangles"))
+figures.triangles(small_and_large, figure_path("triangles"))
 
 # %% [markdown]
 # ## The ratio, for any number of models
 #
-# Equation 3: t = N cos θ / (1 + (N − 1) cos θ). It is the share of the mean's squared length that
-# is common movement and not noise, so more models need less shrinking. At 90° nothing is common,
-# and the merge is the anchor, however many there are. The dots are this notebook's tensors, N = 2.
+# Equation 3 is t = N cos θ / (1 + (N − 1) cos θ). t is the fraction of the mean's squared length
+# that is common update and not noise. More models therefore need less shrinkage. At 90° the updates
+# have nothing in common, and the merge is the anchor for any number of models. The dots are the
+# tensors of this notebook, with N = 2.
 
 # %%
 from modelstock_jax.merging import ratio
@@ -283,18 +293,19 @@ def ratios(figure):
         if row["angle"] is not None:
             axes.plot(row["angle"], row["ratio"], "o", color=BLACK, ms=3.5, alpha=0.6)
     axes.set_xlim(0, 110)
-    axes.set_xlabel("angle θ between the movements (degrees)")
+    axes.set_xlabel("angle θ between the updates (degrees)")
     axes.set_ylabel("ratio t")
     axes.legend()
 
 
-draw(ratios, (6, 3.6), kept("ratio"))
+draw(ratios, (6, 3.6), figure_path("ratio"))
 
 # %% [markdown]
-# ## What it gains
+# ## Predicted and measured distances
 #
-# Distances to the centre, of the whole model: predicted by the merge of two models, and measured
-# from the mean of the others (less that mean's own distance).
+# The last cell prints distances of the complete model to the center. The prediction comes from the
+# merge of two models. The measurement is the distance to the mean of the other models, corrected
+# for that mean's own distance to the center.
 
 # %%
 expected = total_distance(stats)
@@ -302,7 +313,7 @@ for name, point, predicted in (
     ("one model", points[0], expected.replica),
     ("their mean", points[:2].mean(axis=0), expected.mean),
     ("Model Stock", as_points(merged)[0], expected.merged),
-    ("the anchor", as_points(anchor)[0], float(shell.centre)),
+    ("the anchor", as_points(anchor)[0], float(shell.center)),
 ):
-    far = to_centre(point, np.arange(2, MODELS))
-    print(f"{name:12} predicted {predicted:6.3f}   measured {far:6.3f}")
+    measured = distance_to_center(point, np.arange(2, MODELS))
+    print(f"{name:12} predicted {predicted:6.3f}   measured {measured:6.3f}")

@@ -12,12 +12,13 @@
 # %% [markdown]
 # # Merge your own models
 #
-# Model Stock for checkpoints that exist already: a base model and two or more fine-tunes of it, in
-# safetensors, of any architecture. First on files, which needs neither a GPU nor memory for the
-# models; then as a function on arrays. [docs/merging.md](../docs/merging.md) has every option.
+# This notebook applies Model Stock to existing checkpoints: a base model and two or more fine-tuned
+# versions of it, in safetensors, of any architecture. It first merges files, which needs neither a
+# GPU nor memory for the complete models. It then merges arrays with a function call.
+# [docs/merging.md](../docs/merging.md) describes every option.
 
 # %%
-# On Colab this cell fetches the repository and installs it; on your own machine it does neither.
+# On Colab, this cell clones and installs the repository. On your own machine, it does neither.
 import os
 import shutil
 import subprocess
@@ -36,17 +37,17 @@ if "google.colab" in sys.modules and not Path("launch.py").exists():
 os.chdir(next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "launch.py").exists()))
 sys.path.insert(0, os.getcwd())
 
-BASE = ""  # a directory, a .safetensors file or a hub id; "" makes small models to look at
-FINETUNED = []  # the same of its fine-tunes, two or more; LoRA adapters of BASE too
+BASE = ""  # a directory, a .safetensors file or a hub id; "" creates small example models
+FINETUNED = []  # two or more fine-tuned models, given in the same way; or LoRA adapters of BASE
 OUT = "runs/merge_your_models/merged"
-OVERWRITE = True  # replace OUT where it exists
+OVERWRITE = True  # replace OUT if it exists
 
 # %% [markdown]
-# ## Models to look at
+# ## Example models
 #
-# Where no models are named above, this writes three small ones in the shape of a language model:
-# each fine-tune moved along a way that both share, and along one of its own. The embedding was
-# frozen, and norms moved almost alike.
+# If `BASE` is empty, this cell writes three small models in the shape of a language model: a base
+# and two fine-tuned models. The update of each fine-tuned model has a common part and an individual
+# part. The embedding is frozen, and the updates of norms are almost equal.
 
 # %%
 import numpy as np
@@ -96,11 +97,11 @@ if not BASE:
 print(BASE, *FINETUNED)
 
 # %% [markdown]
-# ## Look first
+# ## Compare first
 #
-# `modelstock compare` measures angles and ratios and writes no model. In a terminal:
-# `modelstock compare BASE FT1 FT2`. An angle of 0° between the movements of two fine-tunes means
-# that they agree wholly, 90° that they share nothing.
+# `modelstock compare` measures angles and ratios and writes no model. In a terminal, run
+# `modelstock compare BASE FT1 FT2`. An angle of 0° between the updates of two fine-tuned models
+# means that they agree completely. An angle of 90° means that they have nothing in common.
 
 # %%
 from modelstock_jax.checkpoint_merge.cli import main as modelstock
@@ -108,8 +109,8 @@ from modelstock_jax.checkpoint_merge.cli import main as modelstock
 modelstock(["compare", BASE, *FINETUNED])
 
 # %% [markdown]
-# What would be done, and what stands in the way (other vocabularies, missing tensors, quantised
-# weights), all at once and before anything is written:
+# `--dry-run` shows the plan and all errors (different vocabularies, missing tensors, quantized
+# weights) at once, before anything is written:
 
 # %%
 modelstock(["merge", BASE, *FINETUNED, "--out", OUT, "--dry-run"])
@@ -117,9 +118,10 @@ modelstock(["merge", BASE, *FINETUNED, "--out", OUT, "--dry-run"])
 # %% [markdown]
 # ## Merge
 #
-# In a terminal: `modelstock merge BASE FT1 FT2 --out merged`. `OUT` takes its name when it is
-# complete; stopped, the same command goes on. The result is a whole checkpoint with the base's
-# config and tokenizer, where it has them, and a report.
+# In a terminal, run `modelstock merge BASE FT1 FT2 --out merged`. The output directory is renamed
+# to `OUT` when it is complete. If the merge is interrupted, run the same command again to resume.
+# The result is a complete checkpoint with a report, and with the base's config and tokenizer if the
+# base has them.
 
 # %%
 options = ["--overwrite"] if OVERWRITE else []
@@ -129,9 +131,14 @@ print(sorted(file.name for file in Path(OUT).iterdir()))
 # %% [markdown]
 # ## Read the report
 #
-# The *policy* says which rule a tensor met: `interpolated` is the usual, `undefined` a tensor that
-# no fine-tune moved (it stays the base's, bit for bit), `clipped` one on which they disagree. The
-# *ratio* is how far the merge goes from the base (0) to the mean (1).
+# The *outcome* of a tensor says which rule applied:
+#
+# - *interpolated*: the usual case.
+# - *unchanged*: no fine-tuned model changed the tensor. It equals the base's, bit for bit.
+# - *clamped to 0*: the updates have no common direction (cosine of 0 or less). The result is the
+#   base's tensor.
+#
+# The *ratio* is the position of the result between the base (0) and the mean (1).
 
 # %%
 import json
@@ -142,10 +149,10 @@ for row in report["units"][:10]:
     print(f"{angle}  t = {row['ratio']:.3f}  {row['outcome']:13} {row['name']}")
 
 # %% [markdown]
-# ## What goes wrong is said
+# ## Errors
 #
-# A mistake is one line and exit status 1, and nothing is written. Here one number of a fine-tune
-# is not finite:
+# An error is one line. The exit status is 1, and nothing is written. In this example, one element
+# of a fine-tuned model is not finite:
 
 # %%
 spoiled = {name: np.array(tensor) for name, tensor in read(FINETUNED[0]).items()}
@@ -158,9 +165,10 @@ print("exit status", status)
 # %% [markdown]
 # ## As a library
 #
-# The same on arrays in memory, of any pytree: one rule, defined once, so both give the same
-# weights. PyTorch's kernels have their outputs on the first axis, `filter_axis=0`; it matters for
-# `unit="filter"` alone.
+# The function `model_stock` does the same for arrays in memory, in any pytree. The command and the
+# function share one implementation of the rule, so they give the same weights. PyTorch's kernels
+# have their output channels on the first axis: `filter_axis=0`. This option affects only
+# `unit="filter"`.
 
 # %%
 from modelstock_jax import model_stock, stack_replicas
@@ -171,20 +179,21 @@ written = read(OUT)
 print("largest difference:", max(np.abs(merged[name] - written[name]).max() for name in w0))
 
 # %% [markdown]
-# ## Where the other methods lie
+# ## Compare with other methods
 #
-# `stats` predicts how far each candidate is from the centre of all such fine-tunes, which nobody
-# knows: one fine-tune, their mean, and Model Stock. It holds for fine-tunes that differ in their
-# noise alone (seed, order of data), not for models of different tasks.
+# `stats` predicts the distance of each candidate to the center, the mean of infinitely many such
+# fine-tuned models, although the center is unknown. The candidates are a single fine-tuned model,
+# the mean, and Model Stock. The prediction applies to fine-tuned models that differ only in their
+# noise (seed, data order), not to models of different tasks.
 
 # %%
 from modelstock_jax import total_distance, uniform_mean, wise_ft
 
 predicted = total_distance(stats)
 print(
-    f"one fine-tune {predicted.replica:.3f}, their mean {predicted.mean:.3f}, "
+    f"single fine-tuned model {predicted.replica:.3f}, mean {predicted.mean:.3f}, "
     f"Model Stock {predicted.merged:.3f}"
 )
 mean, _ = uniform_mean(w0, w)
-halfway, given = wise_ft(w0, w, 0.5)
-print(f"WiSE-FT of the mean, alpha = 0.5: {total_distance(given).merged:.3f}")
+halfway, halfway_stats = wise_ft(w0, w, 0.5)
+print(f"WiSE-FT of the mean, alpha = 0.5: {total_distance(halfway_stats).merged:.3f}")

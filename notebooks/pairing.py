@@ -1,9 +1,11 @@
-"""Each notebook has a text form beside it, in Jupytext's percent format: the one to edit.
+"""Write each notebook from its text form, a .py file in Jupytext's percent format.
+
+Edit the .py file, then run:
 
     python notebooks/pairing.py        # writes every NAME.ipynb from its NAME.py
 
-The .ipynb hold no outputs. Both forms then say the same, byte for byte, a change is read as text,
-and nothing shown can be older than the code; pictures to look at without running are in docs/.
+The .ipynb files contain no outputs. Both forms therefore have the same content, a change can be
+reviewed as text, and no output can be older than the code. docs/ contains the figures.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ _CELL = re.compile(r"^# %%(| \[markdown\])\n", re.MULTILINE)
 
 
 def cells(text: str) -> list[tuple[str, str]]:
-    """(kind, source) of each cell of a text form; what stands before the first is its header."""
+    """Return (kind, source) of each cell of a text form; the header above them is left out."""
     parts = _CELL.split(text)[1:]
     return [
         ("code", source.strip("\n"))
@@ -29,7 +31,7 @@ def cells(text: str) -> list[tuple[str, str]]:
 
 
 def notebook(text: str) -> dict[str, Any]:
-    """A text form as a notebook, format 4.5, without outputs."""
+    """Convert a text form to a notebook of format 4.5, without outputs."""
     made = []
     for number, (kind, source) in enumerate(cells(text)):
         cell = {"cell_type": kind, "id": f"cell-{number:02}", "metadata": {}}
@@ -42,12 +44,12 @@ def notebook(text: str) -> dict[str, Any]:
 
 
 def as_json(document: dict[str, Any]) -> str:
-    """As Jupyter writes it."""
+    """Serialize a notebook in the way Jupyter does."""
     return json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def pairs() -> dict[Path, Path]:
-    """The text form of each notebook -> the notebook."""
+    """Return a mapping from the text form of each notebook to the notebook."""
     texts = sorted(path for path in FOLDER.glob("*.py") if path.name != Path(__file__).name)
     return {text: text.with_suffix(".ipynb") for text in texts}
 

@@ -12,17 +12,17 @@
 # %% [markdown]
 # # Model Stock in ten minutes
 #
-# Two copies of one pretrained model are fine-tuned on a narrow world, and merged layer by layer
-# toward the centre of the shell on which fine-tuned weights lie
-# ([Jang et al., 2024](https://arxiv.org/abs/2403.19522)). At the end there is a table and a
-# figure: what fine-tuning gains, what it loses where images look different, and how much of
-# that the merge brings back.
+# This notebook fine-tunes two copies of a pretrained model with different seeds and averages them.
+# Model Stock ([Jang et al., 2024](https://arxiv.org/abs/2403.19522)) then pulls the average back
+# toward the pretrained weights, layer by layer, by a ratio computed from the angle between the two
+# updates. The result is a table and a figure. They show what fine-tuning gains, what it loses on
+# images that look different, and how much of this loss the merge recovers.
 #
-# Nothing is downloaded, no GPU is needed: the model is a small true CLIP that comes with the
-# package, and the world is rendered characters. On two CPU cores the run takes about four minutes.
+# The notebook needs no download and no GPU. The model is a small CLIP that ships with the package,
+# and the images are rendered characters. On two CPU cores the run takes about four minutes.
 
 # %%
-# On Colab this cell fetches the repository and installs it; on your own machine it does neither.
+# On Colab, this cell clones and installs the repository. On your own machine, it does neither.
 import os
 import shutil
 import subprocess
@@ -43,22 +43,23 @@ sys.path.insert(0, os.getcwd())
 
 PRETRAINED = "glyph-clip"  # the small CLIP of the package
 WORKDIR = "runs/quickstart"
-OVERRIDES = {}  # of configs/default.py, such as {"epochs": 2} for a quick look
+OVERRIDES = {}  # options of configs/default.py, e.g. {"epochs": 2} for a shorter run
 
 # %% [markdown]
-# ## The world
+# ## The synthetic benchmark
 #
-# Training images come from one narrow domain: a few fonts, grey, noisy. The *shifts* show the same
-# 62 characters otherwise, in the way that ImageNet's V2, R, Sketch, ObjectNet and A differ from
-# ImageNet; `digits` are scans of handwriting.
+# The training images come from one narrow domain: a few fonts, gray, noisy. The out-of-distribution
+# (OOD) test sets show the same 62 characters in other ways. They differ from the training images as
+# ImageNet-V2, -R, -Sketch, ObjectNet and ImageNet-A differ from ImageNet. `digits` contains scans
+# of handwriting.
 
 # %%
 import matplotlib.pyplot as plt
 
 from modelstock_jax.data import glyphs
 
-world = glyphs.make_sets(train_size=62, validation_size=1, test_size=62, shift_size=62)
-sets = {"training": world.train} | world.shifts
+benchmark = glyphs.make_sets(train_size=62, validation_size=1, test_size=62, shift_size=62)
+sets = {"training": benchmark.train} | benchmark.shifts
 figure, axes = plt.subplots(len(sets), 10, figsize=(7, 0.8 * len(sets)))
 for row, (name, images) in zip(axes, sets.items(), strict=True):
     for axis, image in zip(row, images.images[::6], strict=False):
@@ -70,10 +71,10 @@ for row, (name, images) in zip(axes, sets.items(), strict=True):
 # %% [markdown]
 # ## Train, merge, measure
 #
-# One config file is one experiment; `configs/default.py` explains every option
-# ([docs/configuration.md](../docs/configuration.md)). In a terminal the next cell is
-# `python launch.py --config=configs/glyphs.py --workdir=runs/quickstart`. Interrupted, the same
-# cell goes on where it stopped.
+# Each experiment has one config file. `configs/default.py` explains every option
+# ([docs/configuration.md](../docs/configuration.md)). The next cell does the same as
+# `python launch.py --config=configs/glyphs.py --workdir=runs/quickstart` in a terminal. If it is
+# interrupted, run the cell again to resume.
 
 # %%
 from configs import glyphs as demo
@@ -87,9 +88,12 @@ run(config, WORKDIR)
 # %% [markdown]
 # ## The table
 #
-# `ID` is accuracy on new images of the training domain; `avg shifts` is the mean over the shifts.
-# `to anchor` is the distance from the pretrained weights, `to centre` the distance from the centre
-# of all models that could have been trained so, which is predicted from the angle between the two.
+# - `ID` is the accuracy on new images of the training domain.
+# - `avg. shifts` is the mean accuracy over the OOD sets. `IN-V2`, `IN-R`, `IN-Sketch`, `ObjectNet`
+#   and `IN-A` are the synthetic counterparts of the ImageNet sets.
+# - `L2 distance to anchor` is the distance to the pretrained weights.
+# - `predicted distance to center` is the distance to the center, the mean of infinitely many models
+#   trained in this way. It is predicted from the angle between the two updates.
 
 # %%
 print(Path(WORKDIR, "results.md").read_text())
@@ -97,10 +101,10 @@ print(Path(WORKDIR, "results.md").read_text())
 # %% [markdown]
 # ## The figure
 #
-# Up is robust, right is accurate. One replica lies to the right of the anchor and below it;
-# averaging two moves up and right, and Model Stock moves on from the mean toward the anchor, by a
-# ratio of its own for each tensor. The grey curve is WiSE-FT, which needs data to choose its
-# alpha by.
+# The horizontal axis is ID accuracy, the vertical axis is OOD accuracy. A single fine-tuned model
+# is to the right of the anchor and below it. The mean of two is further up and to the right. Model
+# Stock moves from the mean toward the anchor, with a separate ratio for each tensor. The gray curve
+# is WiSE-FT, which needs data to choose its alpha.
 
 # %%
 import json
@@ -111,12 +115,12 @@ rows = json.loads(Path(WORKDIR, "results.json").read_text())["rows"]
 figures.id_against_shifts(rows)
 
 # %% [markdown]
-# ## Why each tensor has a ratio of its own
+# ## Why each tensor has a separate ratio
 #
-# Below is the angle between the two replicas' movements, tensor by tensor. Kernels have moved
-# along directions of their own, more than 45° apart: much of that is noise, and the merge takes
-# them far back toward the anchor. Biases and norms agree, and stay where fine-tuning brought them.
-# The notebook `geometry` shows where the ratio comes from.
+# The figure shows the angle between the updates of the two replicas, per tensor. The updates of
+# kernels are more than 45° apart. Much of them is noise, so the merge pulls kernels far back toward
+# the anchor. The updates of biases and norms agree, so the merge keeps most of them. The notebook
+# `geometry` explains the ratio.
 
 # %%
 from modelstock_jax.reporting.figures import layer_rows
@@ -127,7 +131,7 @@ figures.angle_by_layer(layer_rows([seed["geometry"]]))
 # %% [markdown]
 # ## Use the merged model
 #
-# `model/` is a Hugging Face directory with the classifier in `head.safetensors`.
+# `model/` is a Hugging Face directory. It stores the classifier in `head.safetensors`.
 
 # %%
 import numpy as np
@@ -136,16 +140,16 @@ from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.clip import classifier
 
 merged = checkpoint_io.load(f"{WORKDIR}/model")
-images = world.shifts["sketch"].images[:10]
+images = benchmark.shifts["sketch"].images[:10]
 logits = classifier(merged.config)(merged.replica(), merged.preprocessor(images))
 print("seen: ", [merged.labels[k] for k in np.argmax(logits, axis=1)])
-print("truth:", [merged.labels[k] for k in world.shifts["sketch"].labels[:10]])
+print("truth:", [merged.labels[k] for k in benchmark.shifts["sketch"].labels[:10]])
 
 # %% [markdown]
-# ## Where to go from here
+# ## Next steps
 #
-# - your own images: `configs/folder.py`; ImageNet: `configs/vitb32.py` and the notebook
-#   `tpu_vitl14`
-# - checkpoints that you have already, of any model: the notebook `merge_your_models`
-# - a training loop of your own: [docs/library.md](../docs/library.md)
-# - the mathematics: the notebook `geometry` and [docs/method.md](../docs/method.md)
+# - Train on your own images: `configs/folder.py`.
+# - Train on ImageNet: `configs/vitb32.py` and the notebook `tpu_vitl14`.
+# - Merge existing checkpoints of any model: the notebook `merge_your_models`.
+# - Use your own training loop: [docs/library.md](../docs/library.md).
+# - Read the mathematics: the notebook `geometry` and [docs/method.md](../docs/method.md).

@@ -12,17 +12,18 @@
 # %% [markdown]
 # # The paper's main run: CLIP ViT-L/14 on ImageNet, on a TPU or a GPU
 #
-# Two copies of CLIP ViT-L/14 are fine-tuned on ImageNet and merged at every epoch's end; the paper
-# reports 87.0 % on ImageNet and 71.6 % on the shifts for it, and 87.7 % with strong augmentation
-# ([Jang et al., 2024](https://arxiv.org/abs/2403.19522), Table 4). **It has not been reproduced
-# with this code yet**: [docs/reproduce.md](../docs/reproduce.md) says what was checked.
+# This notebook fine-tunes two copies of CLIP ViT-L/14 on ImageNet and merges them at the end of
+# every epoch. For this run, the paper reports 87.0 % on ImageNet and an average of 71.6 % on the
+# out-of-distribution (OOD) sets. With strong augmentation it reports 87.7 % on ImageNet
+# ([Jang et al., 2024](https://arxiv.org/abs/2403.19522), Table 4). **These results have not been
+# reproduced with this code yet**. [docs/reproduce.md](../docs/reproduce.md) lists what was checked.
 #
-# You need ImageNet and its shifts on a disk
-# ([docs/train_on_imagenet.md](../docs/train_on_imagenet.md)), an accelerator, and time. Everything
-# that has to be chosen stands in the next cell; until `TRAIN` is True nothing is trained.
+# You need ImageNet and its OOD sets on a disk
+# ([docs/train_on_imagenet.md](../docs/train_on_imagenet.md)), an accelerator, and time. The next
+# cell contains all settings. Nothing is trained until you set `TRAIN` to True.
 
 # %%
-# On Colab this cell fetches the repository and installs it; on your own machine it does neither.
+# On Colab, this cell clones and installs the repository. On your own machine, it does neither.
 import os
 import shutil
 import subprocess
@@ -41,19 +42,19 @@ if "google.colab" in sys.modules and not Path("launch.py").exists():
 os.chdir(next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "launch.py").exists()))
 sys.path.insert(0, os.getcwd())
 
-CONFIG = "vitl14"  # or vitb16, vitb32: less memory, and less time
-SETUP = "plain"  # 'strong': 16 epochs with strong augmentation, the paper's asterisk
-PRETRAINED = ""  # a directory that holds the model; "" fetches OpenAI's from the hub
+CONFIG = "vitl14"  # or vitb16, vitb32: less memory and time
+SETUP = "plain"  # 'strong': 16 epochs with strong augmentation, marked by an asterisk in the paper
+PRETRAINED = ""  # a directory that contains the model; "" downloads OpenAI's from the hub
 DATA = "/content/imagenet"
-WORKDIR = "runs/vitl14"  # on Colab a folder of a mounted drive: what is there outlives the machine
+WORKDIR = "runs/vitl14"  # on Colab, use a folder of a mounted drive: it outlives the machine
 TRAIN = False
-# Options of configs/default.py. Where memory is short: smaller parts of a batch, one after the
-# other, {"accumulate_steps": 4}; activations computed again, {"compute.remat": True}; one replica
-# at a time, {"compute.execution": "map"}.
+# Options of configs/default.py. To reduce memory: gradient accumulation
+# {"gradient_accumulation_steps": 4}, rematerialization {"compute.remat": True}, or one replica at
+# a time {"compute.replica_mode": "map"}.
 OVERRIDES = {}
 
 # %% [markdown]
-# ## What there is to train on
+# ## Available devices
 
 # %%
 import jax
@@ -66,8 +67,8 @@ if jax.default_backend() == "cpu":
 # %% [markdown]
 # ## The experiment
 #
-# In a terminal: `python launch.py --config=configs/vitl14.py --config.data.root=DIR`. Where each
-# value comes from, the paper or elsewhere, is said in `configs/imagenet.py`.
+# In a terminal, run `python launch.py --config=configs/vitl14.py --config.data.root=DIR`.
+# `configs/imagenet.py` states the source of each value: the paper or another source.
 
 # %%
 import importlib
@@ -79,11 +80,11 @@ config.update_from_flattened_dict(OVERRIDES)
 print(config.optimizer)
 
 # %% [markdown]
-# ## What it takes, and what is missing
+# ## Memory, and missing inputs
 #
-# The step and the merge are compiled for the devices at hand, and no weight is allocated. If
-# *peak of a step* is more than a device has, see `OVERRIDES` above. Each line of what is missing
-# says the way out.
+# The next cell compiles the training step and the merge for the available devices, without
+# allocating weights. If *peak of a step* exceeds the memory of a device, see `OVERRIDES` above. The
+# list of missing inputs says how to fix each of them.
 
 # %%
 from modelstock_jax import UserError, experiment
@@ -93,15 +94,15 @@ missing = experiment.dry_run(config, WORKDIR)
 # %% [markdown]
 # ## Train
 #
-# Interrupted, by you or by the end of the session, the same cells go on from the last checkpoint:
-# `config.checkpoint.every` steps are lost at most. `metrics.jsonl` and TensorBoard files in
-# `WORKDIR` are written as it goes.
+# If the run is interrupted, by you or by the end of the Colab session, run the same cells again.
+# They resume from the last checkpoint; at most `config.checkpoint.save_every_steps` steps are lost.
+# During training, `WORKDIR` receives `metrics.jsonl` and TensorBoard files.
 
 # %%
 if TRAIN and not missing:
     try:
         experiment.run(config, WORKDIR)
-    except UserError as error:  # One line that names the thing and the way out.
+    except UserError as error:  # one line that says what is wrong and how to fix it
         print("error:", error)
 else:
     print("not training:", "; ".join(missing) or "TRAIN is False")
@@ -109,8 +110,8 @@ else:
 # %% [markdown]
 # ## Results
 #
-# The rows that merge once after training are made of the same two replicas trained apart; set
-# `OVERRIDES = {"compare": True}` for them. That trains two more replicas.
+# The table can also contain rows that merge once, after training. They need the same two replicas
+# trained without merging: set `OVERRIDES = {"compare": True}`, which trains two more replicas.
 
 # %%
 table = Path(WORKDIR, "results.md")
@@ -119,8 +120,8 @@ print(table.read_text() if table.exists() else "no results yet")
 # %% [markdown]
 # ## The merged model
 #
-# `WORKDIR/model` is a Hugging Face directory with the classifier beside it. To measure it, or any
-# other CLIP, on all sets again:
+# `WORKDIR/model` is a Hugging Face directory, which also contains the classifier. The next cell
+# evaluates the model on all sets again. It works for any other CLIP, too.
 
 # %%
 model = Path(WORKDIR, "model")
