@@ -93,7 +93,7 @@ def page(source: str) -> str:
     """The page, as Markdown."""
     from modelstock_jax.experiment.options import option
 
-    shown = {None: "", "free": "yes", "rounding": "rounding", "place": "place"}
+    shown = {None: "", "ignored": "yes", "numerical": "numerical", "path": "path"}
     parts = [_HEAD]
     for group in groups(source):
         title = f"`{group.name}`" if group.name else "The run"

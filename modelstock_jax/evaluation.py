@@ -15,12 +15,12 @@ from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import LoaderOptions, eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import distance
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.multihost import block_on_multihost_cpu
 from modelstock_jax.training.sharding import device_put_global, local_indices, make_global_array
 
-PyTree = Any
 Evaluate = Callable[..., dict[str, float]]
 
 # A batch's result is awaited when so many more have been sent: the device never waits for the

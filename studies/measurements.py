@@ -12,10 +12,8 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
-from modelstock_jax.merging.gram import named_leaves
+from modelstock_jax.merging.gram import PyTree, named_leaves
 from studies.expressions import Anchor, Expression, Model, Scales, merge_of, named, stacked
-
-PyTree = Any
 
 # Outcomes in lines of the ledger that earlier versions wrote -> names now.
 _RENAMED_OUTCOMES = {

@@ -20,6 +20,7 @@ from modelstock_jax.data.glyphs.captions import broad_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import open_anchor
 from modelstock_jax.fileio import new_directory
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.models import tower
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.config import Preprocessor
@@ -41,9 +42,6 @@ from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.trainer import Trainer, saved
 from studies.ledger import lock_run
 from studies.runs import Run, checksum, training_checksum
-
-PyTree = Any
-
 
 # A tree of weights as one safetensors file.
 

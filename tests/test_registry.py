@@ -16,7 +16,8 @@ from modelstock_jax import merging
 from modelstock_jax.checkpoint_merge import methods, recipe, report
 from modelstock_jax.checkpoint_merge.cli import parsers
 from modelstock_jax.checkpoint_merge.options import Options
-from modelstock_jax.registry import COMMANDS, METHODS, ROWS
+from modelstock_jax.errors import UserError
+from modelstock_jax.registry import COMMANDS, METHODS, RENAMED_COMMANDS, ROWS
 from modelstock_jax.reporting.style import COLORS
 from modelstock_jax.reporting.tables import label
 from modelstock_jax.training.merge_step import check_merge
@@ -34,36 +35,47 @@ def options_of(method):
 
 @every_method
 def test_the_library_has_its_function(method):
-    assert method.function or method.command, "no door leads to it"
-    if not method.function:
+    assert method.module or method.on_command_line, "no interface has it"
+    if not method.module:
         return
-    function = getattr(merging, method.function)
-    assert function is getattr(modelstock_jax, method.function)
+    function = getattr(merging, method.name)
+    assert function is getattr(modelstock_jax, method.name)
     assert function.__module__ == f"modelstock_jax.merging.{method.module}"
     for module in (merging, modelstock_jax):
-        assert method.function in module.__all__ and method.function in dir(module)
+        assert method.name in module.__all__ and method.name in dir(module)
 
 
 @on_the_command_line
-def test_the_command_line_takes_every_spelling(name):
+def test_the_command_line_accepts_every_spelling(name):
     method = COMMANDS[name]
     parse = parsers()[1]["merge"].parse
-    spellings = [name, name.upper(), name.replace("-", "_"), *method.aliases]
-    for spelling in filter(None, [*spellings, method.function, method.mergekit]):
+    spellings = [name, name.upper(), method.command, method.mergekit, *method.aliases]
+    for spelling in filter(None, spellings):
         assert parse(["B", "F", "--out", "o", "--method", spelling]).method == name, spelling
         assert Options(method=spelling, **options_of(method)).method == name, spelling
 
 
+@pytest.mark.parametrize("old", RENAMED_COMMANDS)
+def test_an_old_name_is_an_error_that_tells_the_new_one(old, capsys):
+    new = RENAMED_COMMANDS[old]
+    assert new in COMMANDS
+    for spelling in (old, old.replace("_", "-"), old.capitalize()):
+        with pytest.raises(UserError, match=new.replace("_", "-")):
+            Options(method=spelling)
+        with pytest.raises(SystemExit):
+            parsers()[1]["merge"].parse(["B", "F", "--out", "o", "--method", spelling])
+        assert new.replace("_", "-") in capsys.readouterr().err
+
+
 @on_the_command_line
 def test_no_spelling_means_two_methods(name):
-    method = COMMANDS[name]
-    own = {name, method.function, method.mergekit, *method.aliases}
+    def spelled(method):
+        return {s.replace("-", "_") for s in (method.name, method.mergekit, *method.aliases) if s}
+
+    own = spelled(COMMANDS[name])
+    assert not own & RENAMED_COMMANDS.keys()
     for other in COMMANDS.values():
-        if other is not method:
-            spelled = {other.command, other.function, other.mergekit, *other.aliases}
-            assert not {s.replace("_", "-") for s in own if s} & {
-                s.replace("_", "-") for s in spelled if s
-            }
+        assert other is COMMANDS[name] or not own & spelled(other)
 
 
 @on_the_command_line
@@ -78,9 +90,9 @@ def test_a_file_merge_solves_by_it(name):
 def test_a_file_merge_by_a_rule_is_the_librarys(name):
     w0, w = replicas({"w": (4,)}, 2)
     deltas = (w["w"] - w0["w"]).astype(np.float64)
-    unit = SimpleNamespace(gram=lambda: (deltas @ deltas.T)[..., None], single=np.array([False]))
+    unit = SimpleNamespace(gram=lambda: (deltas @ deltas.T)[..., None], is_scalar=np.array([False]))
     (share,) = methods.solver(Options(method=name), 2)(unit).solution.coefficient.T
-    merged, _ = getattr(merging, COMMANDS[name].function)(w0, w)
+    merged, _ = getattr(merging, name)(w0, w)
     # Sums of float32 numbers near 1, some of which cancel: a unit in the last place of those.
     np.testing.assert_allclose(merged["w"], w0["w"] + share @ deltas, rtol=0, atol=2.0**-23)
 
@@ -103,14 +115,14 @@ def test_a_recipe_of_mergekit_asks_for_it(method):
             "parameters": parameters,
         }
     )
-    assert made.options["method"] == method.command
+    assert made.options["method"] == method.name
 
 
 @every_method
 def test_its_row_has_a_label_a_color_and_a_marker(method):
-    row = {"method": method.row, "num_replicas": 2, "alpha": 0.5, "of": "mean"}
-    assert ROWS[method.row] is method.style
-    assert label(row) == method.style.label.format(n=2, of="the mean", alpha=0.5)
+    row = {"method": method.name, "num_replicas": 2, "alpha": 0.5, "of": "uniform_mean"}
+    assert ROWS[method.name] is method.style
+    assert label(row) == method.style.label.format(n=2, of="the uniform mean", alpha=0.5)
     assert method.style.short.format(n=2)
 
 
@@ -128,14 +140,16 @@ def test_a_run_merges_by_it_where_it_has_a_periodic_row(method):
         config.update({"method": method.name, "carry_noise": "off"})
     if method.periodic:
         check_merge(config)
-        assert method.periodic in ROWS and method.function
+        assert ROWS[method.periodic_row] is method.periodic and method.module
     else:
-        with pytest.raises(modelstock_jax.UserError, match="merge.method=.*stock, mean"):
+        with pytest.raises(
+            modelstock_jax.UserError, match="merge.method=.*model_stock, uniform_mean"
+        ):
             check_merge(config)
 
 
 def test_no_two_methods_share_a_name():
-    for field in ("name", "row", "function", "command", "mergekit"):
+    for field in ("name", "mergekit"):
         names = [name for method in METHODS.values() if (name := getattr(method, field))]
         assert len(set(names)) == len(names), field
     drawn = [(method.style.color, method.style.marker) for method in METHODS.values()]

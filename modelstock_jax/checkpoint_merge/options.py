@@ -55,7 +55,7 @@ def method_name(name: str) -> str:
     """
     spelled = str(name).lower().replace("-", "_")
     if spelled in RENAMED_COMMANDS:
-        raise UserError(f"method {name!r} is now {RENAMED_COMMANDS[spelled]!r}")
+        raise UserError(f"method {name!r} is now {RENAMED_COMMANDS[spelled].replace('_', '-')!r}")
     return SPELLINGS.get(spelled, name)
 
 

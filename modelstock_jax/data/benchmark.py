@@ -136,7 +136,7 @@ def summarize(config: ConfigDict) -> DataSummary:
     Raises:
       UserError: if there is no data set of that name, or no such folders.
 
-    >>> summarize(ConfigDict({"name": "imagenet", "held_out": 26})).num_train
+    >>> summarize(ConfigDict({"name": "imagenet", "held_out_per_class": 26})).num_train
     1255167
     """
     check_choice("data.name", config.name, NAMES)

@@ -25,6 +25,7 @@ from modelstock_jax.merging import (
     weighted_model_stock,
     wise_ft,
 )
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.registry import METHODS
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline
@@ -34,8 +35,6 @@ from modelstock_jax.training.finetune import make_trainer, method_name
 from modelstock_jax.training.stages import apply_tpgm
 from modelstock_jax.training.step_fns import StepFunctions
 from modelstock_jax.training.trainer import Trainer
-
-PyTree = Any
 
 
 @dataclass(frozen=True)

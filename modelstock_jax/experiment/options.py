@@ -29,10 +29,10 @@ class Option:
       least: the least that a number may be: less would divide by nothing, or leave nothing to train
         or to measure. What a module refuses by itself is not repeated here.
       resume: whether a started workdir goes on where the option has changed; None does not.
-        "free": no bit of a weight, and no accuracy, depends on it, and it may change from start to
-        start. "rounding": what is computed is the same but for rounding; the rest of the run would
+        "ignored": no bit of a weight, and no accuracy, depends on it, and it may change from start to
+        start. "numerical": what is computed is the same but for rounding; the rest of the run would
         differ from the one of the old value in the last bits of its weights, and training carries
-        that on. "place": the same weights, images and names may lie elsewhere now; weights and
+        that on. "path": the same weights, images and names may lie elsewhere now; weights and
         names are compared with the anchor's, that the images are the same is the user's word.
       in_checksum: whether a study's digest of a run holds it: whether a trained weight depends on it.
       absent: of an option that came after the first files were written: its value in a file that
@@ -42,7 +42,7 @@ class Option:
 
     choices: Collection[str] | None = None
     minimum: float | None = None
-    resume: Literal["free", "rounding", "place"] | None = None
+    resume: Literal["ignored", "numerical", "path"] | None = None
     in_checksum: bool = True
     absent: Any = None
 
@@ -52,29 +52,29 @@ class Option:
 # with `absent`.
 OPTIONS = {
     "task": Option(choices=("finetune", "learning_rate", "pretrain"), in_checksum=False),
-    "pretrained": Option(resume="place", in_checksum=False),
+    "pretrained": Option(resume="path", in_checksum=False),
     "seed": Option(minimum=0, in_checksum=False),
     # Seeds may be added to a finished run.
-    "num_seeds": Option(minimum=1, resume="free", in_checksum=False),
+    "num_seeds": Option(minimum=1, resume="ignored", in_checksum=False),
     "num_replicas": Option(minimum=1),
     "compare": Option(in_checksum=False),
     "epochs": Option(minimum=1),
     "batch_size": Option(minimum=1),
-    "gradient_accumulation_steps": Option(resume="rounding", in_checksum=False),
+    "gradient_accumulation_steps": Option(resume="numerical", in_checksum=False),
     "data.name": Option(choices=benchmark.NAMES),
-    "data.root": Option(resume="place", in_checksum=False),
-    "data.paths.*": Option(resume="place", in_checksum=False, absent=""),
-    "data.check_counts": Option(resume="free", in_checksum=False),
+    "data.root": Option(resume="path", in_checksum=False),
+    "data.paths.*": Option(resume="path", in_checksum=False, absent=""),
+    "data.check_counts": Option(resume="ignored", in_checksum=False),
     "data.shifts": Option(in_checksum=False),
     "data.real_labels": Option(in_checksum=False),
     # A study's keys hold what lies in these two.
-    "data.class_names": Option(resume="place"),
-    "data.templates": Option(resume="place"),
-    "data.loader.threads": Option(resume="free", in_checksum=False),
-    "data.loader.workers": Option(resume="free", in_checksum=False),
-    "data.loader.prefetch": Option(resume="free", in_checksum=False),
+    "data.class_names": Option(resume="path"),
+    "data.templates": Option(resume="path"),
+    "data.loader.threads": Option(resume="ignored", in_checksum=False),
+    "data.loader.workers": Option(resume="ignored", in_checksum=False),
+    "data.loader.prefetch": Option(resume="ignored", in_checksum=False),
     # Until an image cannot be decoded the two are the same, and then the run has stopped.
-    "data.loader.unreadable": Option(choices=UNREADABLE, resume="free", in_checksum=False),
+    "data.loader.unreadable": Option(choices=UNREADABLE, resume="ignored", in_checksum=False),
     "data.decoded_cache_dir": Option(in_checksum=False),
     "data.augment.mixup": Option(minimum=0),
     "objective.name": Option(choices=finetune.OBJECTIVES),
@@ -88,30 +88,30 @@ OPTIONS = {
     "merge.unit": Option(choices=UNITS),
     "merge.opt_state": Option(choices=merge_step.OPT_STATE_POLICIES),
     "merge.carry_noise": Option(choices=merge_step.CARRY_NOISE),
-    "compute.attention_impl": Option(choices=ATTENTIONS, resume="rounding", in_checksum=False),
-    "compute.remat": Option(resume="rounding", in_checksum=False),
-    "compute.replica_mode": Option(choices=REPLICA_MODES, resume="rounding", in_checksum=False),
-    "compute.compilation_cache": Option(resume="free", in_checksum=False),
-    "mesh.replica": Option(resume="rounding", in_checksum=False),
-    "mesh.data": Option(resume="rounding", in_checksum=False),
-    "mesh.fsdp_min_size": Option(minimum=0, resume="rounding", in_checksum=False),
-    "checkpoint.save_every_steps": Option(minimum=1, resume="free", in_checksum=False),
-    "checkpoint.keep": Option(minimum=0, resume="free", in_checksum=False),
-    "checkpoint.keep_merged": Option(minimum=0, resume="free", in_checksum=False),
+    "compute.attention_impl": Option(choices=ATTENTIONS, resume="numerical", in_checksum=False),
+    "compute.remat": Option(resume="numerical", in_checksum=False),
+    "compute.replica_mode": Option(choices=REPLICA_MODES, resume="numerical", in_checksum=False),
+    "compute.compilation_cache": Option(resume="ignored", in_checksum=False),
+    "mesh.replica": Option(resume="numerical", in_checksum=False),
+    "mesh.data": Option(resume="numerical", in_checksum=False),
+    "mesh.fsdp_min_size": Option(minimum=0, resume="numerical", in_checksum=False),
+    "checkpoint.save_every_steps": Option(minimum=1, resume="ignored", in_checksum=False),
+    "checkpoint.keep": Option(minimum=0, resume="ignored", in_checksum=False),
+    "checkpoint.keep_merged": Option(minimum=0, resume="ignored", in_checksum=False),
     # The policies compute the same until something is not finite; where 'stop' has stopped, another
     # one may go on.
-    "monitor.on_non_finite": Option(choices=ON_NON_FINITE, resume="rounding", in_checksum=False),
-    "monitor.max_non_finite_steps": Option(minimum=0, resume="free", in_checksum=False),
-    "monitor.spike_deviations": Option(minimum=0, resume="free", in_checksum=False),
-    "monitor.spike_window": Option(minimum=1, resume="free", in_checksum=False),
-    "log_every_steps": Option(minimum=1, resume="free", in_checksum=False),
-    "evaluation.batch_size": Option(minimum=1, resume="rounding", in_checksum=False),
+    "monitor.on_non_finite": Option(choices=ON_NON_FINITE, resume="numerical", in_checksum=False),
+    "monitor.max_non_finite_steps": Option(minimum=0, resume="ignored", in_checksum=False),
+    "monitor.spike_deviations": Option(minimum=0, resume="ignored", in_checksum=False),
+    "monitor.spike_window": Option(minimum=1, resume="ignored", in_checksum=False),
+    "log_every_steps": Option(minimum=1, resume="ignored", in_checksum=False),
+    "evaluation.batch_size": Option(minimum=1, resume="numerical", in_checksum=False),
     "evaluation.max_shift_images": Option(minimum=0, in_checksum=False),
     "evaluation.wise_ft_alphas": Option(in_checksum=False),
     "evaluation.units": Option(choices=UNITS, in_checksum=False),
-    "export.formats": Option(choices=formats.WRITABLE, resume="free", in_checksum=False),
+    "export.formats": Option(choices=formats.WRITABLE, resume="ignored", in_checksum=False),
     # Rates may be added to a finished run: each is a run of its own.
-    "search.learning_rates": Option(resume="free", in_checksum=False),
+    "search.learning_rates": Option(resume="ignored", in_checksum=False),
     "pretrain.num_steps": Option(minimum=1, in_checksum=False),
     "pretrain.tokenizer": Option(in_checksum=False),
     "pretrain.clip.*": Option(in_checksum=False),
@@ -127,7 +127,7 @@ def option(name: str) -> Option:
 
     Example:
       >>> option("epochs").minimum, option("data.paths.v2").resume, option("label_smoothing")
-      (1, 'place', Option(choices=None, minimum=None, resume=None, in_checksum=True, absent=None))
+      (1, 'path', Option(choices=None, minimum=None, resume=None, in_checksum=True, absent=None))
     """
     groups = (row for key, row in OPTIONS.items()
               if key.endswith(".*") and f"{name}.".startswith(key[:-1]))  # fmt: skip

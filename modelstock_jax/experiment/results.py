@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import plain, write_text
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.models import checkpoint_io, formats
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.formats import HuggingFace
@@ -20,7 +21,6 @@ from modelstock_jax.reporting.metrics import read_metrics
 from modelstock_jax.reporting.model_card import model_card
 from modelstock_jax.reporting.tables import screen_table, write_results
 
-PyTree = Any
 Document = Mapping[str, Any]
 
 

@@ -30,7 +30,7 @@ def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
     Args:
       workdir: where the run is, or is to be.
       config: the run's options, kept in `workdir`/config.json.
-      allow_change: let options that `options.OPTIONS` calls "rounding" or "place" differ from what
+      allow_change: let options that `options.OPTIONS` calls "numerical" or "path" differ from what
         they were.
 
     Raises:
@@ -71,11 +71,11 @@ def _compare(workdir: Path, before: Mapping, now: Mapping, allow_change: bool) -
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if _value(before, key) != _value(now, key) and option(key).resume != "free"
+        if _value(before, key) != _value(now, key) and option(key).resume != "ignored"
     ]
     if not changed:
         return
-    marks = {"rounding": " (rounding)", "place": " (a place)"}
+    marks = {"numerical": " (numerical)", "path": " (path)"}
     mild = [key for key in changed if option(key).resume in marks]
     lines = [
         f"  {key} was {_shown(before, key)}, is {_shown(now, key)}"

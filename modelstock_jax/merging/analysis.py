@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, on_this_host, unit_grams
-from modelstock_jax.merging.gram import in_float64, is_float, pair_leaves, stack_replicas
+from modelstock_jax.merging.gram import PyTree, in_float64, is_float, pair_leaves, stack_replicas
 
 
-def distance(a: Any, b: Any):
+def distance(a: PyTree, b: PyTree):
     """Distance |a - b| of two models over all floating tensors, a scalar array.
 
     Example:
@@ -28,7 +28,7 @@ def distance(a: Any, b: Any):
     return distances(a, jax.tree.map(lambda x: jnp.asarray(x)[None], b))[0]
 
 
-def distances(center: Any, models: Any):
+def distances(center: PyTree, models: PyTree):
     """Distance |w_i - center| of each of M models, over all floating tensors (Table 1).
 
     Args:
@@ -61,7 +61,7 @@ def _squares(center, models):
     return in_float64(squares)(center, models)
 
 
-def mean_model(models: Any):
+def mean_model(models: PyTree):
     """Mean over the leading axis of every floating tensor; the first model's where not floating.
 
     The pseudo-center of section 2.2. Accumulated in float32, rounded to the tensors' dtype.
@@ -82,7 +82,7 @@ def mean_model(models: Any):
     return jax.tree.map(mean, models)
 
 
-def norms(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
+def norms(pretrained: PyTree, models: PyTree, unit: str = "tensor", **how: Any):
     """Norms |d_i| of the task vectors of M models (Figure 2): a tree of [M, *unit shape].
 
     `how` is `num_heads` and `filter_axis`, as `model_stock`.
@@ -95,7 +95,7 @@ def norms(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
     return jax.tree.map(lambda g: geometry.positive_sqrt(geometry.squared_norms(g)), grams)
 
 
-def cosines(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
+def cosines(pretrained: PyTree, models: PyTree, unit: str = "tensor", **how: Any):
     """Cosines between the task vectors of all pairs of M models (Figure 2).
 
     Args:
@@ -123,7 +123,7 @@ def cosines(pretrained: Any, models: Any, unit: str = "tensor", **how: Any):
     return jax.tree.map(cosine, unit_grams(pretrained, models, unit=unit, **how))
 
 
-def thin_shell(pretrained: Any, models: Any, unit: str | None = None, **how: Any):
+def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **how: Any):
     """Radii and angles of M >= 4 models about their center (section 2.1): see `geometry.shell`.
 
     Args:
@@ -152,12 +152,12 @@ def thin_shell(pretrained: Any, models: Any, unit: str | None = None, **how: Any
 class Plane(NamedTuple):
     """The plane through three models, with orthonormal axes; made by `plane_through`."""
 
-    origin: Any
+    origin: PyTree
     through: Any  # the other two, [2, ...] a leaf
     axes: jax.Array  # [2, 2], e_k = sum_j axes[k, j] (through_j - origin)
 
 
-def plane_through(origin: Any, first: Any, second: Any) -> Plane:
+def plane_through(origin: PyTree, first: PyTree, second: PyTree) -> Plane:
     """The plane of three models: origin at (0, 0), `first` on the positive x axis, `second` above.
 
     Figure 3 has w0, one fine-tuned model and the mean of 50. Distances in the plane are those of
@@ -181,7 +181,7 @@ def plane_through(origin: Any, first: Any, second: Any) -> Plane:
     return Plane(origin, through, axes)
 
 
-def plane_coordinates(plane: Plane, models: Any) -> jax.Array:
+def plane_coordinates(plane: Plane, models: PyTree) -> jax.Array:
     """Coordinates [M, 2] of M models ([M, ...] a leaf), projected onto the plane."""
     both = jax.tree.map(
         lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)]), plane.through, models
@@ -199,7 +199,7 @@ def plane_point(plane: Plane, x: Any, y: Any) -> Any:
 
 def random_point(
     key: jax.Array,
-    center: Any,
+    center: PyTree,
     distances: Any,
     unit: str = "tensor",
     *,
@@ -246,7 +246,7 @@ def random_point(
     )[0]
 
 
-def _total_gram(origin: Any, models: Any) -> jax.Array:
+def _total_gram(origin: PyTree, models: PyTree) -> jax.Array:
     """Products of the movements from the origin over all tensors, [M, M]."""
     return functools.reduce(jnp.add, jax.tree.leaves(unit_grams(origin, models)))
 

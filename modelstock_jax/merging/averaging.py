@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.engine import on_this_host
-from modelstock_jax.merging.gram import cast, compute_dtype, in_float64, is_float
+from modelstock_jax.merging.gram import PyTree, cast, compute_dtype, in_float64, is_float
 
 
 class Average(NamedTuple):
@@ -34,7 +34,7 @@ class Average(NamedTuple):
 class EmaState(NamedTuple):
     """The average, float32 or float64."""
 
-    mean: Any
+    mean: PyTree
 
 
 def ema(decay: Any) -> Average:
@@ -60,7 +60,7 @@ def ema(decay: Any) -> Average:
     if not isinstance(decay, jax.core.Tracer) and not 0.0 <= float(decay) < 1.0:
         raise UserError(f"decay must lie in [0, 1), not {float(decay):g}")
 
-    def update(state: EmaState, params: Any) -> EmaState:
+    def update(state: EmaState, params: PyTree) -> EmaState:
         return EmaState(toward(state.mean, params, 1.0 - decay))
 
     return Average(
@@ -73,7 +73,7 @@ def ema(decay: Any) -> Average:
 class SwaState(NamedTuple):
     """The mean, how many models it is of, and how many steps there were."""
 
-    mean: Any
+    mean: PyTree
     count: jax.Array
     step: jax.Array
 
@@ -106,23 +106,23 @@ def swa(start: int = 0, period: int = 1) -> Average:
     if start < 0 or period < 1:
         raise UserError(f"start must be 0 or more and period 1 or more, not {start} and {period}")
 
-    def init(params: Any) -> SwaState:
+    def init(params: PyTree) -> SwaState:
         return SwaState(widest(params), jnp.int32(start == 0), jnp.int32(0))
 
-    def update(state: SwaState, params: Any) -> SwaState:
+    def update(state: SwaState, params: PyTree) -> SwaState:
         step = state.step + 1
         taken = (step >= start) & ((step - start) % period == 0)
         count = state.count + taken
         share = jnp.where(taken, 1.0 / jnp.maximum(count, 1), 0.0)
         return SwaState(toward(state.mean, params, share), count, step)
 
-    def value(state: SwaState, params: Any) -> Any:
+    def value(state: SwaState, params: PyTree) -> Any:
         return rounded(state.mean, params)
 
     return Average(init, update, value)
 
 
-def widest(params: Any) -> Any:
+def widest(params: PyTree) -> Any:
     """A tree with its floating arrays in the dtype of averages, float32 or float64."""
     return jax.tree.map(
         lambda w: w.astype(compute_dtype(w.dtype)) if is_float(w) else w,
@@ -130,7 +130,7 @@ def widest(params: Any) -> Any:
     )
 
 
-def toward(mean: Any, params: Any, share: Any) -> Any:
+def toward(mean: PyTree, params: PyTree, share: Any) -> Any:
     """Move every floating array a share of the way to params'; the rest is params' own."""
 
     def step(mean, w):
@@ -146,7 +146,7 @@ def blend(a: jax.Array, b: jax.Array, share: Any) -> jax.Array:
     return jnp.where(share <= 0, a, jnp.where(share >= 1, b, a + share * (b - a)))
 
 
-def rounded(mean: Any, params: Any) -> Any:
+def rounded(mean: PyTree, params: PyTree) -> Any:
     """An average in the dtypes of params."""
     return jax.tree.map(
         lambda m, w: cast(m, jnp.result_type(w)) if is_float(m) else m, mean, params
@@ -168,7 +168,7 @@ class SWAD(NamedTuple):
 class Segments(NamedTuple):
     """Means of the weights between validations, with the number of weights in each."""
 
-    mean: Any  # [K, ...] a leaf
+    mean: PyTree  # [K, ...] a leaf
     count: jax.Array  # [K] int32
     loss: jax.Array  # [K], at the segment's end
 
@@ -227,7 +227,7 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
         raise UserError(f"r must be at least 1, not {r:g}: the valley would end before its floor")
     length = max(n_s, n_e)
 
-    def init(params: Any) -> SwadState:
+    def init(params: PyTree) -> SwadState:
         params, zero = widest(params), jnp.int32(0)
         no = jnp.asarray(False)
         mean = jax.tree.map(lambda w: jnp.zeros((length, *w.shape), w.dtype), params)
@@ -280,7 +280,7 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
     return SWAD(init, _swad_update, validate, _swad_value)
 
 
-def _swad_update(state: SwadState, params: Any) -> SwadState:
+def _swad_update(state: SwadState, params: PyTree) -> SwadState:
     more = jnp.logical_not(state.done)
     count = state.open_count + more
     share = jnp.where(more, 1.0 / jnp.maximum(count, 1), 0.0)
@@ -289,7 +289,7 @@ def _swad_update(state: SwadState, params: Any) -> SwadState:
     )
 
 
-def _swad_value(state: SwadState, params: Any) -> Any:
+def _swad_value(state: SwadState, params: PyTree) -> Any:
     counts = jnp.concatenate([state.total_count[None], state.last.count, state.open_count[None]])
     nothing = counts.sum() == 0
     shares = counts.at[0].add(nothing) / jnp.maximum(counts.sum(), 1)
@@ -304,7 +304,7 @@ def _swad_value(state: SwadState, params: Any) -> Any:
     return rounded(jax.tree.map(mean, state.total, state.last.mean, state.open), params)
 
 
-def _joined(a: Any, a_count, b: Any, b_count):
+def _joined(a: PyTree, a_count, b: PyTree, b_count):
     """Mean and number of two groups of models."""
     count = a_count + b_count
     share = b_count / jnp.maximum(count, 1)

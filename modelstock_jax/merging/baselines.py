@@ -21,6 +21,7 @@ from modelstock_jax.merging.analysis import distance
 from modelstock_jax.merging.engine import Stats, merge
 from modelstock_jax.merging.geometry import namespace
 from modelstock_jax.merging.gram import (
+    PyTree,
     cast,
     compute_dtype,
     in_float64,
@@ -33,14 +34,14 @@ from modelstock_jax.merging.stock import model_stock
 
 
 def uniform_mean(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """Mean of the replicas, w = mean_i(w_i): the uniform soup, w_avr of Tables 1 and 7.
 
     Of replicas that differ in hyper-parameters, data order and starting checkpoint it is WARM
@@ -66,15 +67,15 @@ def uniform_mean(
 
 
 def wise_ft(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     alpha: Any,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """WiSE-FT: w = (1 - alpha) w0 + alpha mean_i(w_i), one alpha for all (Figure 1's curves).
 
     Wortsman et al. 2022 (arXiv 2109.01903), section 3; WARP's interpolation toward initialization.
@@ -103,15 +104,15 @@ def wise_ft(
 
 
 def constant_ratio(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     ratio: Any = None,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """The mean of the replicas, shrunk toward the anchor by one constant: w0 + t mean_i(d_i).
 
     The control for what unit-wise ratios are worth: by default the constant at which the result
@@ -173,15 +174,15 @@ def _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
 
 
 def task_arithmetic(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     scale: Any,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """Add scaled task vectors to the anchor (Ilharco et al. 2023, arXiv 2212.04089, section 2).
 
         w = w0 + scale * sum_i d_i          learning by addition (section 4)
@@ -233,8 +234,8 @@ def task_arithmetic(
 
 
 def ties(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     density: float | Sequence[float] = 0.2,
     scale: Any = 1.0,
     unit: str = "global",
@@ -242,7 +243,7 @@ def ties(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """TIES-Merging (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): trim, elect, disjoint mean.
 
         trim     of each d_i the numbers of largest magnitude stay, the rest becomes 0
@@ -311,7 +312,7 @@ def _trim(density, scale, pretrained, finetuned, solution, parts, dtype) -> list
     ]
 
 
-def _number(finetuned: Any) -> int:
+def _number(finetuned: PyTree) -> int:
     """Replicas, by the first leaf that has any axis; what is wrong with the rest `merge` says."""
     return next((len(x) for x in jax.tree.leaves(finetuned) if jnp.ndim(x)), 0)
 
@@ -327,15 +328,15 @@ def _scale(scale: Any):
 
 
 def slerp(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     t: Any = None,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """Spherical interpolation of task vectors: the second stage of WARP (Rame et al. 2024).
 
     Per merge unit, with Omega the angle between d_1 and d_2 (arXiv 2406.16768, section 3.2):

@@ -23,6 +23,7 @@ from modelstock_jax.merging import geometry, units
 from modelstock_jax.merging.anchor_rounding import is_coarser, started_from_rounded
 from modelstock_jax.merging.gram import (
     Leaves,
+    PyTree,
     add_task_vectors,
     cast,
     gram_matrix,
@@ -48,8 +49,8 @@ ANCHOR_ROUNDING = ("keep", "correct")
 
 def merge(
     method: MergeRule,
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     *extras: Any,
     shared: tuple = (),
     unit: str = "tensor",
@@ -59,7 +60,7 @@ def merge(
     min_replicas: int = 2,
     combine: Combine | None = None,
     anchor_rounding: str = "keep",
-) -> tuple[Any, Stats, Any]:
+) -> tuple[PyTree, Stats, PyTree]:
     """Merge replicas with the anchor by `method(gram, is_scalar, *extras of the unit, *shared)`.
 
     Args:
@@ -179,8 +180,8 @@ def _started(tensors, *, counts: tuple[int, ...]):
 
 
 def unit_grams(
-    pretrained: Any,
-    models: Any,
+    pretrained: PyTree,
+    models: PyTree,
     *,
     unit: str = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
@@ -199,7 +200,7 @@ def unit_grams(
 
 
 def unit_zeros(
-    pretrained: Any,
+    pretrained: PyTree,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
@@ -380,7 +381,7 @@ def _cut(row: UnitSolution, grams) -> list[UnitSolution]:
     return solutions
 
 
-def on_this_host(tree: Any) -> bool:
+def on_this_host(tree: PyTree) -> bool:
     """Whether every array is concrete, and here to be read."""
     return all(
         not isinstance(x, jax.core.Tracer) and x.is_fully_addressable for x in jax.tree.leaves(tree)
@@ -453,7 +454,7 @@ def total_distance(stats: Stats) -> geometry.Distances:
     replica left, cosine undefined) are left out.
 
     Returns:
-      `Distances` of plain floats, in the units of the weights.
+      `Distances` of plain floats, in the units of the weights; None if no unit has one.
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -464,8 +465,9 @@ def total_distance(stats: Stats) -> geometry.Distances:
     leaves = {leaf.key: leaf for leaf in _leaves(stats)}.values()
 
     def total(distances):
-        known = (np.asarray(d, np.float64).ravel() for d in distances)
-        return float(np.sqrt(sum(np.sum(d[d > 0] ** 2) for d in known)))
+        values = np.concatenate([np.ravel(d).astype(np.float64) for d in distances] or [[]])
+        known = values[values != geometry.DISTANCE_UNDEFINED]
+        return float(np.sqrt(np.sum(known**2))) if known.size else None
 
     return geometry.Distances(*(total(leaf.distance[k] for leaf in leaves) for k in range(3)))
 
@@ -484,7 +486,7 @@ def outcome_counts(stats: Stats) -> dict[str, int]:
     return dict(counts)
 
 
-def check_finite(stats: Stats, pretrained: Any = None) -> None:
+def check_finite(stats: Stats, pretrained: PyTree = None) -> None:
     """Raise where weights were not finite; for use after a jitted merge.
 
     A merge called eagerly does this by itself.

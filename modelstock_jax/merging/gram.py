@@ -18,6 +18,8 @@ from modelstock_jax.merging.anchor_rounding import half_ulp
 
 # Arithmetic in float64 inside a float32 program.
 
+PyTree = Any  # nested containers with arrays as leaves, as `jax.tree` sees them
+
 
 def in_float64(function: Callable, derivative_of: Callable | None = None) -> Callable:
     """Evaluate a function in float64 and differentiate it in its inputs' own precision.
@@ -238,7 +240,7 @@ def stack_replicas(replicas: Sequence[Any]):
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *replicas)
 
 
-def check_alike(a: Any, b: Any, a_side: str, b_side: str) -> None:
+def check_alike(a: PyTree, b: PyTree, a_side: str, b_side: str) -> None:
     """Raise a UserError that names what differs in the names or shapes of two trees' tensors."""
     named_a, named_b = named_leaves(a), named_leaves(b)
     _same_names(named_a, named_b, a_side, b_side)
@@ -246,7 +248,7 @@ def check_alike(a: Any, b: Any, a_side: str, b_side: str) -> None:
     _refuse(wrong, f"{b_side} differs from {a_side} in the shape of")
 
 
-def pair_leaves(pretrained: Any, finetuned: Any, min_replicas: int = 2) -> Leaves:
+def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) -> Leaves:
     """Flatten the two trees side by side, or say what does not fit."""
     if isinstance(finetuned, list | tuple) and not isinstance(pretrained, type(finetuned)):
         raise UserError(
@@ -297,7 +299,7 @@ def is_float(array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def named_leaves(tree: Any, separator: str = ".") -> dict[str, Any]:
+def named_leaves(tree: PyTree, separator: str = ".") -> dict[str, Any]:
     """Leaves by their names: paths joined with dots, as merge units know them.
 
     Args:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.averaging import rounded, widest
-from modelstock_jax.merging.gram import check_alike, in_float64, is_float, named_leaves
+from modelstock_jax.merging.gram import PyTree, check_alike, in_float64, is_float, named_leaves
 from modelstock_jax.merging.rules import NonFiniteError
 
 
@@ -27,14 +27,14 @@ class Trial(NamedTuple):
 class GreedySoup(NamedTuple):
     """The soup, its score, the candidates in it (in the order they joined), and every trial."""
 
-    params: Any
+    params: PyTree
     score: float
     ingredients: tuple[int, ...]
     trials: tuple[Trial, ...]
 
 
 def greedy_soup(
-    pretrained: Any,
+    pretrained: PyTree,
     candidates: Iterable[Any | Callable[[], Any]],
     score: Callable[[Any], float],
     *,
@@ -130,7 +130,7 @@ def _load(candidates: list, index: int, like: Any) -> Any:
     return tree
 
 
-def _scored(score: Callable[[Any], float], tree: Any, index: int) -> float:
+def _scored(score: Callable[[Any], float], tree: PyTree, index: int) -> float:
     value = float(score(tree))
     if math.isnan(value):
         raise UserError(

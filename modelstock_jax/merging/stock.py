@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from modelstock_jax.merging.engine import Stats, merge, unit_zeros
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.rules import (
     UnitOutcome,
     UnitSolution,
@@ -22,15 +23,15 @@ from modelstock_jax.merging.rules import (
 
 
 def model_stock(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
     anchor_rounding: str = "keep",
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """Merge fine-tuned replicas with their anchor at the ratio that their angles give.
 
     Per merge unit, with task vectors d_i = w_i - w0 and cos their mean pairwise cosine:
@@ -102,15 +103,15 @@ def model_stock(
 
 
 def weighted_model_stock(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
     anchor_rounding: str = "keep",
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """Model Stock for replicas of unequal noise: an extension of this project, not the paper's.
 
     With |mu|^2 = mean_{i<j} d_i . d_j and s_i^2 = |d_i|^2 - |mu|^2, the noise of replica i:
@@ -162,7 +163,7 @@ def weighted_model_stock(
 
 
 def init_noise(
-    pretrained: Any,
+    pretrained: PyTree,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
@@ -190,16 +191,16 @@ def init_noise(
 
 
 def model_stock_carried(
-    pretrained: Any,
-    finetuned: Any,
-    noise: Any = None,
+    pretrained: PyTree,
+    finetuned: PyTree,
+    noise: PyTree = None,
     unit: str = "tensor",
     *,
     shrink: Any = True,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
     dtype: Any = None,
-) -> tuple[Any, Stats, Any]:
+) -> tuple[PyTree, Stats, PyTree]:
     """One of a series of merges, with the noise of the earlier ones carried along.
 
     After a merge replaces every replica, the next angle shows the noise of one period only: the

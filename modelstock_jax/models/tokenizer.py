@@ -175,8 +175,8 @@ def build(
     tokens += dict.fromkeys("".join(pair) for pair in merges if "".join(pair) not in set(tokens))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(
-        # pyrefly: ignore [bad-argument-type]  # Pairs are taken too, and are what a file has.
         vocab=vocabulary,
+        # pyrefly: ignore [bad-argument-type]  # Pairs are accepted too, and are what a file has.
         merges=merges,
         model_max_length=context_length,
         **names,

@@ -422,7 +422,7 @@ def id_against_shifts(
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         for row in rows:
-            if row["method"] == "replica":
+            if row["method"] == "single_model":
                 axes.plot(row["id"], row["avg_shifts"], ".", color=GRAY, ms=5, alpha=0.7, zorder=2)
         curves = [
             curve
@@ -440,7 +440,7 @@ def id_against_shifts(
         figure.set_layout_engine("none")
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
         along = [point for curve in curves for point in curve.dense()]
-        along += [(row["id"], row["avg_shifts"]) for row in rows if row["method"] == "replica"]
+        along += [(row["id"], row["avg_shifts"]) for row in rows if row["method"] == "single_model"]
         along += [tip for point in points for tip in _tips(point)]
         boxes = [legend.get_window_extent() for legend in avoid]
         style.place(axes, _names(points), along, avoid=boxes)
@@ -458,14 +458,17 @@ def _wise_ft(axes: Axes, points: Sequence[Point], of: str, color: str) -> style.
         method, alpha, source = point.summary.method, point.summary.alpha, point.summary.of
         if method in ends:
             along[ends[method]] = point
-        elif method == "wise_ft" and alpha is not None and (source or "replica") == of:
+        elif method == "wise_ft" and alpha is not None and (source or "single_model") == of:
             along[alpha] = point
     if not any(point.summary.method == "wise_ft" for point in along.values()):
         return None
     alphas = sorted(along)
     x = [along[alpha].id.mean for alpha in alphas]
     y = [along[alpha].shifts.mean for alpha in alphas]
-    name = {"replica": "WiSE-FT of one replica (α)", "mean": "WiSE-FT of the mean (α)"}[of]
+    name = {
+        "single_model": "WiSE-FT of a single model (α)",
+        "uniform_mean": "WiSE-FT of the uniform mean (α)",
+    }[of]
     axes.plot(x, y, "-", color=color, lw=1.6, marker="o", ms=3.2, label=name, zorder=1)
     return style.Curve(alphas, x, y, ink(color))
 

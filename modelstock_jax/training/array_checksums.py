@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from modelstock_jax.merging import gram
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training import multihost
 from modelstock_jax.training.sharding import AXES
 
-PyTree = Any
 _STRIDE = np.uint32(0x9E3779B9)  # Odd, so that no two of 2^32 places share a multiple of it.
 _KEY = np.uint32(0x6A09E667)
 

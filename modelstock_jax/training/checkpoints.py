@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from orbax.checkpoint.experimental import v1 as ocp
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training import array_checksums
 from modelstock_jax.training.array_checksums import describe, named_leaves
 from modelstock_jax.training.multihost import any_process, barrier, is_main
 
-PyTree = Any
 # The parts of a checkpoint: Orbax renames their folder into place, so both are there or neither.
 _TREE, _DIGESTS = "tree", "digests"
 

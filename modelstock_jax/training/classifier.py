@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import classifier, encode_image, encode_text
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
@@ -31,7 +32,6 @@ from modelstock_jax.models.zero_shot import (
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.multihost import main_process_first
 
-PyTree = Any
 PUBLISHED_TEMPLATES = 80  # CLIP's prompts for ImageNet: what a run is planned for without its data.
 _TRAINED = ("text_tower", "logit_scale")
 

@@ -7,14 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training.step_fns import StepFunctions
-
-PyTree = Any
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,11 @@ from ml_collections import ConfigDict
 from modelstock_jax import merging
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging import Stats, model_stock_carried
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import METHODS
 from modelstock_jax.training.state import TrainState, replicate
 
-PyTree = Any
 Merge = Callable[[PyTree, TrainState], tuple[TrainState, PyTree, Stats]]
 
 OPT_STATE_POLICIES = ("keep", "average", "reset")

@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-PyTree = Any
+from modelstock_jax.merging.gram import PyTree
+
 Value = TypeVar("Value", bool, int)
 Made = TypeVar("Made")
 

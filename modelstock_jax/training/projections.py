@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from modelstock_jax.errors import UserError, check_choice
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training.state import leaf_names
-
-PyTree = Any
 
 NORMS = ("l2", "mars")
 LEAST_RADIUS = 1e-8

@@ -11,9 +11,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training.state import TrainState
 
-PyTree = Any
 AXES = ("replica", "data")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from modelstock_jax.data import glyphs
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.loader import LoaderOptions, train_batches
 from modelstock_jax.errors import UserError
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.models.clip import encode_image, encode_text, init
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
 from modelstock_jax.models.transformer import Compute
@@ -30,8 +30,6 @@ from modelstock_jax.training.finetune import (
 from modelstock_jax.training.losses import cross_entropy, flyp
 from modelstock_jax.training.projections import trainable_projection
 from modelstock_jax.training.step_fns import Task
-
-PyTree = Any
 
 
 def linear_probe(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from modelstock_jax.merging.gram import named_leaves
-
-PyTree = Any
+from modelstock_jax.merging.gram import PyTree, named_leaves
 
 
 class TrainState(NamedTuple):

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging import init_noise
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training import sharding
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.merge_step import make_merge
@@ -25,7 +26,6 @@ from modelstock_jax.training.sharding import device_put_global
 from modelstock_jax.training.state import IsTrained, StepConstants, TrainState, init_state
 from modelstock_jax.training.train_step import Augment, ReplicaMode, make_train_step
 
-PyTree = Any
 REPLICA_MODES = ("auto", "vmap", "map")
 
 

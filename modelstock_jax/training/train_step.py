@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from modelstock_jax.errors import check_choice
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.optimizer import Schedule
 from modelstock_jax.training.state import StepConstants, TrainState
 
-PyTree = Any
 OnNonFinite = Literal["stop", "skip_step", "restore_last_merge"]
 ON_NON_FINITE = ("stop", "skip_step", "restore_last_merge")
 ReplicaMode = Literal["vmap", "map"]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.checkpoints import Checkpoints, resume, save_or_check_anchor
 from modelstock_jax.training.launcher import STOPPED, PreemptionHandler
@@ -23,8 +23,6 @@ from modelstock_jax.training.multihost import block_on_multihost_cpu
 from modelstock_jax.training.sharding import put_batch
 from modelstock_jax.training.state import TrainState
 from modelstock_jax.training.step_fns import StepFunctions
-
-PyTree = Any
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ RUN = """
 import sys
 from modelstock_jax.checkpoint_merge import commands
 from modelstock_jax.checkpoint_merge.cli import main
-commands.Drawing.finish = lambda drawing: None
+commands.PlotProcess.finish = lambda drawing: None
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -108,7 +108,7 @@ def test_no_file_of_a_merge_gets_the_number_of_a_closed_stream(models, tmp_path)
     """A message of a library on standard error would be written into it."""
     seen = tmp_path / "seen"
     code = RUN.replace(
-        "commands.Drawing.finish = ",
+        "commands.PlotProcess.finish = ",
         f"""
 import os
 real = os.open
@@ -118,7 +118,7 @@ def call(path, *args, **kwargs):
         open({str(seen)!r}, "a").write(f"{{number}} {{path}}\\n")
     return number
 os.open = call
-commands.Drawing.finish = """,
+commands.PlotProcess.finish = """,
     )
     words = shlex.join(
         [sys.executable, "-c", code, "merge", *models, "--out", str(tmp_path / "out")]

@@ -580,8 +580,8 @@ def hub(tmp_path):
 RUN = """
 import sys
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.checkpoint_merge.commands import Drawing
-Drawing.finish = lambda drawing: None
+from modelstock_jax.checkpoint_merge.commands import PlotProcess
+PlotProcess.finish = lambda drawing: None
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -222,7 +222,7 @@ import sys, time
 from pathlib import Path
 from modelstock_jax.checkpoint_merge import cli, commands, output
 commit, out = output.Workplace.commit, Path(sys.argv[1])
-commands.Drawing.finish = lambda drawing: None
+commands.PlotProcess.finish = lambda drawing: None
 def late(self):
     print("ready", flush=True)
     while not out.exists():
@@ -234,7 +234,7 @@ sys.exit(cli.main(sys.argv[2:]))
 MERGES = """
 import sys
 from modelstock_jax.checkpoint_merge import cli, commands
-commands.Drawing.finish = lambda drawing: None
+commands.PlotProcess.finish = lambda drawing: None
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -322,7 +322,7 @@ def test_overwrite_replaces_what_another_merge_made_meanwhile(made, tmp_path, mo
 
 
 def test_parts_in_subdirectories_are_removed_when_a_merge_resumes(made, tmp_path):
-    place = tmp_path / f".out.{made.fingerprint[:16]}.merge"
+    place = tmp_path / f".out.{made.checksum[:16]}.merge"
     (place / "unet").mkdir(parents=True)
     (place / "unet" / "w.safetensors.part").touch()
     run(made, tmp_path / "out")

@@ -15,8 +15,8 @@ from tests.tensor_files.test_hub import COMMIT, environment, hub  # noqa: F401
 RUN = """
 import json, sys
 from modelstock_jax.checkpoint_merge.cli import main
-from modelstock_jax.checkpoint_merge.commands import Drawing
-Drawing.finish = lambda drawing: None
+from modelstock_jax.checkpoint_merge.commands import PlotProcess
+PlotProcess.finish = lambda drawing: None
 for base in sys.argv[2:]:
     print(main(["merge", base, "ft1.safetensors", "ft2.safetensors", "--out", sys.argv[1]]))
 """

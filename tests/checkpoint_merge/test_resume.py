@@ -151,7 +151,7 @@ def test_what_could_not_take_its_name_is_not_made_again(tmp_path, monkeypatch):
         raise UserError("out: cannot be written (Input/output error).")
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "take_place", refused)
+        patch.setattr(output, "move_into_place", refused)
         with pytest.raises(UserError, match="Input/output error.*same command"):
             run(made, tmp_path / "out")
     report = run(made, tmp_path / "out")

@@ -51,7 +51,7 @@ def test_batches_are_those_of_the_images_where_nothing_is_resized(tmp_path):
         "batch_size": 4,
         "seed": 0,
         "num_replicas": 2,
-        "view": TrainTransform(16, (0.5, 1.0)),
+        "transform": TrainTransform(16, (0.5, 1.0)),
     }
     for one, other in itertools.islice(
         zip(train_batches(image_set, **options), train_batches(cached, **options), strict=True), 3
@@ -170,7 +170,7 @@ def test_an_unreadable_image_is_named_or_keeps_an_empty_place(tmp_path):
         cached[4]
     np.testing.assert_array_equal(cached[5], decode(damaged.images[5]))
     image_set = dataclasses.replace(damaged, images=cached)
-    options = {"batch_size": 6, "seed": 0, "num_replicas": 1, "view": TrainTransform(16)}
+    options = {"batch_size": 6, "seed": 0, "num_replicas": 1, "transform": TrainTransform(16)}
     with pytest.raises(UserError, match=r"image 4 .*\(.*cache.*unreadable"):
         next(train_batches(image_set, **options))
     batch = next(train_batches(image_set, loader=LoaderOptions(unreadable="skip"), **options))

@@ -94,7 +94,7 @@ def test_the_model_sees_its_own_size(root):
 def test_a_hundred_classes(tmp_path):
     stored = [name.replace(" ", "_") for name in CLASS_NAMES["cifar100"]]
     cifar_set(tmp_path / "cifar100" / "3.0.2", stored, {"train": 2, "test": 1})
-    data = config(tmp_path, name="cifar100", held_out=1)
+    data = config(tmp_path, name="cifar100", held_out_per_class=1)
     opened = benchmark.load(data)
     assert opened.class_names[1] == "aquarium fish" and opened.shifts == {}
     assert len(opened.train) == len(opened.validation) == len(opened.test) == 100
@@ -103,10 +103,10 @@ def test_a_hundred_classes(tmp_path):
 
 
 def test_what_is_known_without_the_data():
-    outline = benchmark.summarize(config("nowhere", held_out=500))
+    outline = benchmark.summarize(config("nowhere", held_out_per_class=500))
     assert (outline.num_train, outline.num_classes) == (45_000, 10)
     assert "CIFAR-10" in outline.source and "5,000" in outline.source
-    hundred = benchmark.summarize(config("nowhere", name="cifar100", held_out=0))
+    hundred = benchmark.summarize(config("nowhere", name="cifar100", held_out_per_class=0))
     assert (hundred.num_train, hundred.num_classes) == (50_000, 100)
 
 
@@ -134,8 +134,8 @@ def test_a_missing_set_is_one_line_with_its_command(tmp_path):
         ({"shifts": ("cifar10_1/v5",)}, "'cifar10_1/v5' .*CIFAR-10; .* cifar10_1/v6; "),
         ({"shifts": ("snow",)}, "'snow' .*CIFAR-10; .* cifar10_corrupted/NAME_1 .*snow"),
         ({"paths": {"test": "x"}}, "data.paths.test=x: .*data.root"),
-        ({"real": True}, "data.real_labels=True: 'cifar10'"),
-        ({"held_out": EACH}, f"'airplane' .*{EACH} images, .*{EACH}"),
+        ({"real_labels": True}, "data.real_labels=True: 'cifar10'"),
+        ({"held_out_per_class": EACH}, f"'airplane' .*{EACH} images, .*{EACH}"),
         (
             {"check_counts": True},
             rf"train: .*'train': {10 * EACH} images .*50,000, 49,940 .*"

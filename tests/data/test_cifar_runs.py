@@ -42,7 +42,12 @@ def test_a_run(anchor, tmp_path):
     code, output = small_run.finish(*command)
     assert code == 0, output
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
-    assert {row["method"] for row in rows} >= {"zero_shot", "mean", "model_stock", "periodic"}
+    assert {row["method"] for row in rows} >= {
+        "zero_shot",
+        "uniform_mean",
+        "model_stock",
+        "periodic_model_stock",
+    }
     for row in rows:
         assert list(row["shifts"]) == ["cifar10_1/v6"]
         assert row["avg_shifts"] == row["shifts"]["cifar10_1/v6"]

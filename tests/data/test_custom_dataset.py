@@ -43,12 +43,12 @@ def test_shares_where_there_are_no_folders(tmp_path, train):
     """`train`, or the class folders themselves beside the shifts."""
     written = write_folders(tmp_path / train, ["cat", "dog"], 20)
     write_folders(tmp_path / "shifts" / "sketch", ["cat"], 1)
-    own = open_sets(config(tmp_path, validation_share=0.25, test_share=0.1))
+    own = open_sets(config(tmp_path, validation_fraction=0.25, test_fraction=0.1))
     counts = [np.bincount(one.labels).tolist() for one in (own.train, own.validation, own.test)]
     assert counts == [[14, 14], [4, 4], [2, 2]]  # a quarter of what the test set leaves
     parts = [list(one.images) for one in (own.train, own.validation, own.test)]
     assert sorted(sum(parts, [])) == sorted(written)
-    again = open_sets(config(tmp_path, validation_share=0.25, test_share=0.1))
+    again = open_sets(config(tmp_path, validation_fraction=0.25, test_fraction=0.1))
     assert list(again.test.images) == parts[2]
 
 
@@ -87,11 +87,11 @@ def test_mistakes(tmp_path):
     write_folders(tmp_path / "train", ["cat", "dog"], 3)
     write_folders(tmp_path / "shifts" / "sketch", ["cow"], 1)
     with pytest.raises(UserError, match="sketch: 'cow' .* 2 classes"):
-        open_sets(config(tmp_path, test_share=0.4, validation_share=0.4))
+        open_sets(config(tmp_path, test_fraction=0.4, validation_fraction=0.4))
     with pytest.raises(UserError, match="'cat' .*1 images, .* 1 .*validation"):
-        open_sets(config(tmp_path, test_share=0.7))
+        open_sets(config(tmp_path, test_fraction=0.7))
     with pytest.raises(UserError, match="data.shifts: .*night; .*sketch"):
-        open_sets(config(tmp_path, shifts=("night",), test_share=0.4, validation_share=0.4))
+        open_sets(config(tmp_path, shifts=("night",), test_fraction=0.4, validation_fraction=0.4))
     data = config(tmp_path)
     data.paths.test = "elsewhere"
     with pytest.raises(UserError, match="data.paths.test=elsewhere: "):

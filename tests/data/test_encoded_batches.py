@@ -29,7 +29,7 @@ ONE = LoaderOptions(threads=1)
 
 def batches(steps=4, image_set=SET, **options):
     """{name: [steps, R, B, ...]} of the first batches."""
-    usual = {"batch_size": 4, "seed": 0, "num_replicas": 2, "view": VIEW, "loading": ONE}
+    usual = {"batch_size": 4, "seed": 0, "num_replicas": 2, "transform": VIEW, "loading": ONE}
     drawn = list(itertools.islice(train_batches(image_set, **usual | options), steps))
     return {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
 
@@ -56,15 +56,15 @@ def test_each_image_is_the_view_of_its_own_random_numbers():
 def test_each_replica_may_have_a_view_of_its_own():
     plain = TrainTransform(16, (0.3, 1.0), flip=True)
     own, all_plain, all_strong = (
-        batches(view=view)["image"] for view in ([plain, VIEW], plain, VIEW)
+        batches(transform=view)["image"] for view in ([plain, VIEW], plain, VIEW)
     )
     np.testing.assert_array_equal(own[:, 0], all_plain[:, 0])
     np.testing.assert_array_equal(own[:, 1], all_strong[:, 1])
     assert not np.array_equal(own[:, 1], all_plain[:, 1])
-    one_host = batches(view=[plain, VIEW], replicas=[1])["image"]
+    one_host = batches(transform=[plain, VIEW], replicas=[1])["image"]
     np.testing.assert_array_equal(one_host, own[:, 1:])
     with pytest.raises(UserError, match="2 views .*3 replicas"):
-        batches(view=[plain, VIEW], num_replicas=3)
+        batches(transform=[plain, VIEW], num_replicas=3)
 
 
 def test_views_differ_between_seeds_replicas_epochs_and_examples():
@@ -130,7 +130,7 @@ def test_worker_processes_change_nothing(workers):
 
 def test_a_damaged_image_is_replaced_by_the_next_and_reported_once(caplog):
     damaged = small_set(8, damaged=(2, 3, 7))
-    options = {"batch_size": 8, "seed": 0, "num_replicas": 2, "view": VIEW}
+    options = {"batch_size": 8, "seed": 0, "num_replicas": 2, "transform": VIEW}
     stream = train_batches(damaged, loader=LoaderOptions(unreadable="skip"), **options)
     with caplog.at_level(logging.WARNING):
         drawn = [next(stream) for _ in range(3)]
@@ -147,7 +147,7 @@ def test_a_damaged_image_is_replaced_by_the_next_and_reported_once(caplog):
 
 def test_a_set_without_a_readable_image_is_an_error():
     none = small_set(2, damaged=(0, 1))
-    options = {"seed": 0, "view": VIEW, "loading": LoaderOptions(unreadable="skip")}
+    options = {"seed": 0, "transform": VIEW, "loading": LoaderOptions(unreadable="skip")}
     with pytest.raises(UserError, match=" 2 images"):
         next(train_batches(none, batch_size=2, num_replicas=1, **options))
 

@@ -37,7 +37,14 @@ def root(tmp_path_factory):
 
 
 def config(root, **changes):
-    options = dict(root=str(root), shifts=(), real=True, paths={}, check_counts=False, held_out=1)
+    options = dict(
+        root=str(root),
+        shifts=(),
+        real_labels=True,
+        paths={},
+        check_counts=False,
+        held_out_per_class=1,
+    )
     return ConfigDict(options | changes)
 
 
@@ -114,14 +121,16 @@ def test_real_goes_by_the_number_in_the_file_name(root):
 
 
 def test_places(root, tmp_path):
-    found = places(config(root, shifts=("a", "v2"), real=False))
+    found = places(config(root, shifts=("a", "v2"), real_labels=False))
     assert found == {
         "train": root / "train",
         "validation": root / "val",
         "a": root / "imagenet-a",
         "v2": root / V2,
     }
-    elsewhere = config(root, shifts=("a",), real=False, paths={"a": str(tmp_path), "train": "val"})
+    elsewhere = config(
+        root, shifts=("a",), real_labels=False, paths={"a": str(tmp_path), "train": "val"}
+    )
     assert places(elsewhere)["a"] == tmp_path and places(elsewhere)["train"] == root / "val"
     assert missing_sets(elsewhere) == []
 

@@ -37,7 +37,7 @@ def test_every_block_runs_and_shows_what_the_text_says(capsys):
     ):
         assert jax.tree.structure(ran[name]) == jax.tree.structure(anchor), name
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(ran[name])), name
-    assert ran["soup"].score >= max(t.alone for t in ran["soup"].trials)
+    assert ran["soup"].score >= max(t.own_score for t in ran["soup"].trials)
     assert ran["accuracy"](ran["merged"]) > ran["accuracy"](anchor) + 0.2
     trained = [
         ran["loss"](ran["twa_params"](ran["span"], c), ran["images"], ran["labels"])

@@ -25,7 +25,7 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
     anchor, tuned = with_tokenizer(tmp_path / "anchor"), with_head()
     rows = [
         make_row("zero_shot", id=51.25, shifts={"v2": 40.0}),
-        make_row("periodic", id=63.5, shifts={"v2": 44.75}, num_replicas=2, cost=2),
+        make_row("periodic_model_stock", id=63.5, shifts={"v2": 44.75}, num_replicas=2, cost=2),
     ]
     ratios = {"weights": {"count": 9, "median": 0.625, "low": 0.5, "high": 0.75}}
     arguments = (

@@ -42,17 +42,17 @@ FIRST = {
     evaluation.max_shift_images evaluation.wise_ft_alphas evaluation.units
     pretrain.num_steps pretrain.tokenizer
     """,
-    "free": """
+    "ignored": """
     num_seeds search.learning_rates log_every checkpoint.every checkpoint.keep
     checkpoint.keep_merged export.layouts compute.compilation_cache data.check_counts
     data.loading.threads data.loading.workers data.loading.prefetch data.loading.unreadable
     watch.max_events watch.spike_deviations watch.spike_window
     """,
-    "rounding": """
+    "numerical": """
     accumulate_steps mesh.replica mesh.data mesh.fsdp_min_size
     compute.execution compute.remat compute.attention evaluation.batch_size watch.policy
     """,
-    "place": """
+    "path": """
     pretrained data.root data.class_names data.templates
     data.paths.train data.paths.validation data.paths.test data.paths.v2 data.paths.r
     data.paths.sketch data.paths.objectnet data.paths.a data.paths.real
@@ -113,7 +113,7 @@ def test_each_option_by_its_class(made, key):
     def kept() -> bool:
         return (workdir / "config.json").read_bytes() == before
 
-    if option(key).resume == "free":
+    if option(key).resume == "ignored":
         lock_workdir(workdir, changed)
         assert not kept()
         return
@@ -158,9 +158,9 @@ def test_a_refusal_shows_all_that_differs_at_once(made):
         for line, (key, old, new, kind) in zip(
             str(refusal.value).splitlines()[1:-1],
             [
-                ("data.paths.v2", "''", "'/elsewhere'", "place"),
+                ("data.paths.v2", "''", "'/elsewhere'", "path"),
                 ("epochs", "10", "99", ""),
-                ("mesh.data", "0", "2", "rounding"),
+                ("mesh.data", "0", "2", "numerical"),
             ],
             strict=True,
         ):
@@ -194,7 +194,7 @@ def test_an_option_that_came_later_was_at_what_its_absence_means(made, key):
     assert key in workdirs.flat(json.loads((workdir / "config.json").read_text()))
     (workdir / "config.json").write_text(json.dumps(before))
     config.update_from_flattened_dict({key: other(option(key).absent)})
-    if option(key).resume == "free":
+    if option(key).resume == "ignored":
         lock_workdir(workdir, config)
         return
     with pytest.raises(UserError, match=f"{key} was absent, is "):
@@ -228,9 +228,9 @@ def test_a_run_resumes_when_its_config_has_the_old_names(made, monkeypatch):
     with pytest.raises(UserError) as refusal:
         lock_workdir(workdir, config)
     assert str(refusal.value).splitlines()[1:-1] == [
-        "  compute.replica_mode was 'auto', is 'map' (rounding)",
+        "  compute.replica_mode was 'auto', is 'map' (numerical)",
         "  merge.method was 'model_stock', is 'uniform_mean'",
-        "  monitor.on_non_finite was 'stop', is 'skip_step' (rounding)",
+        "  monitor.on_non_finite was 'stop', is 'skip_step' (numerical)",
     ]
 
 

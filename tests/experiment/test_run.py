@@ -35,8 +35,11 @@ def test_a_run_leaves_everything(finished):
     workdir, output = finished
     results = json.loads((workdir / "results.json").read_text())
     methods = [row["method"] for row in results["rows"]]
-    assert methods[0] == "zero_shot" and methods[-1] == "periodic"
-    assert {"replica", "mean", "wise_ft", "constant_ratio", "model_stock", "weighted"} <= {*methods}
+    assert methods[0] == "zero_shot" and methods[-1] == "periodic_model_stock"
+    assert {"single_model", "uniform_mean", "wise_ft", "constant_ratio", "model_stock"} <= {
+        *methods
+    }
+    assert "weighted_model_stock" in methods
     for row in results["rows"]:
         assert {"method", "id", "shifts", "avg_shifts", "seed", "cost"} <= row.keys()
         assert set(row["shifts"]) == {"v2", "sketch"}
@@ -48,8 +51,13 @@ def test_a_run_leaves_everything(finished):
         rows["model_stock"]["distance_to_anchor"], rel=1e-5
     )
     assert rows["zero_shot"]["distance_to_anchor"] == 0 and rows["zero_shot"]["cost"] == 0
-    assert rows["periodic"]["cost"] == 2 and rows["periodic"]["predicted_distance"] is None
-    predicted = [rows[m]["predicted_distance"] for m in ("replica", "mean", "model_stock")]
+    assert (
+        rows["periodic_model_stock"]["cost"] == 2
+        and rows["periodic_model_stock"]["predicted_distance"] is None
+    )
+    predicted = [
+        rows[m]["predicted_distance"] for m in ("single_model", "uniform_mean", "model_stock")
+    ]
     assert predicted[0] > predicted[1] > predicted[2] > 0
     assert (workdir / "results.md").read_text().count("|") > 50
     for name in ("id_against_shifts", "angle_by_layer", "ratio_over_epochs"):

@@ -53,7 +53,7 @@ def test_against_brute_force(models, strict):
     # A running mean of small whole numbers: float32 rounds it at each of four steps.
     np.testing.assert_allclose(soup.params["w"], params, rtol=0, atol=2e-6)
     assert soup.score == accuracy_like(params)
-    assert [t.candidate for t in soup.trials if t.kept] == ingredients
+    assert [t.candidate for t in soup.trials if t.accepted] == ingredients
     assert len(soup.trials) == len(models)
 
 
@@ -103,8 +103,8 @@ def test_known_scores_are_not_measured_again():
 
     soup = greedy_soup(None, models, score, scores=[_near(1.4)(m) for m in models])
     assert soup.ingredients == (1, 2) and asked == pytest.approx([1.5, 8 / 3])
-    assert [t.alone for t in soup.trials] == pytest.approx([-0.4, -0.6, -3.6])
-    assert [t.kept for t in soup.trials] == [True, True, False]
+    assert [t.own_score for t in soup.trials] == pytest.approx([-0.4, -0.6, -3.6])
+    assert [t.accepted for t in soup.trials] == [True, True, False]
 
 
 def test_the_anchor_gives_dtypes_and_what_is_not_floating():

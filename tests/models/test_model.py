@@ -277,12 +277,12 @@ def test_wrong_inputs_are_named():
     with pytest.raises(UserError, match=r"\(1, 17\).*L <= 16"):
         text_features(CONFIG, PARAMS["text_tower"], jnp.zeros((1, 17), jnp.int32))
     with pytest.raises(UserError, match="'flash': .*xla, cudnn"):
-        Compute(attention="flash")
+        Compute(attention_impl="flash")
     for dtype in ("bf16", "int32", object()):
         with pytest.raises(UserError, match="dtype=.*float32, bfloat16, float16"):
             Compute(dtype=dtype)
     with pytest.raises(UserError, match="dtype bfloat16 or float16.* float32"):
-        Compute(attention="cudnn")
+        Compute(attention_impl="cudnn")
 
 
 def test_large_shapes_follow_the_config():

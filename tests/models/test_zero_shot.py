@@ -234,7 +234,7 @@ class TestCache:
             head_key(checkpoint, CLASSES, TEMPLATES[:2]),
             head_key(checkpoint, (*CLASSES, TEMPLATES[0]), TEMPLATES[1:]),
             head_key(checkpoint, CLASSES, TEMPLATES, Compute(dtype="bfloat16")),
-            head_key(checkpoint, CLASSES, TEMPLATES, Compute("bfloat16", attention="cudnn")),
+            head_key(checkpoint, CLASSES, TEMPLATES, Compute("bfloat16", attention_impl="cudnn")),
         ]
         assert len(set(keys)) == len(keys)
 

@@ -59,7 +59,7 @@ def test_quickstart(anchor, tmp_path, capsys):
     names = run("quickstart", PRETRAINED=anchor, WORKDIR=str(tmp_path / "run"), OVERRIDES=TINY)
     printed = capsys.readouterr().out
     assert "Model Stock, after training" in printed and "Model Stock, periodic" in printed
-    assert {row["method"] for row in names["rows"]} >= {"zero_shot", "replica", "model_stock"}
+    assert {row["method"] for row in names["rows"]} >= {"zero_shot", "single_model", "model_stock"}
     assert len(names["merged"].labels) == 62 and names["logits"].shape == (10, 62)
     assert re.search(r"^seen: .*\ntruth: .*upper", printed, re.MULTILINE)
 

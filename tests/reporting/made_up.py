@@ -23,7 +23,7 @@ def rows(seeds=(0,), num_replicas=2):
     for seed in seeds:
         for replica in range(num_replicas):
             add(
-                "replica",
+                "single_model",
                 seed,
                 67.6,
                 36.3,
@@ -34,7 +34,7 @@ def rows(seeds=(0,), num_replicas=2):
                 replica=replica,
             )
         add(
-            "mean",
+            "uniform_mean",
             seed,
             68.7,
             37.5,
@@ -47,8 +47,8 @@ def rows(seeds=(0,), num_replicas=2):
         add(
             "model_stock", seed, 71.4, 41.7, cost=2, distance_to_anchor=4.9, predicted_distance=2.25
         )
-        add("periodic", seed, 68.9, 41.2, cost=2, distance_to_anchor=5.1)
-        for of, id, avg in [("replica", 67.6, 36.3), ("mean", 68.7, 37.5)]:
+        add("periodic_model_stock", seed, 68.9, 41.2, cost=2, distance_to_anchor=5.1)
+        for of, id, avg in [("single_model", 67.6, 36.3), ("uniform_mean", 68.7, 37.5)]:
             for alpha in np.arange(1, 10) / 10:
                 x = 58.8 + (id - 58.8) * alpha + 22 * alpha * (1 - alpha) * (0.35 + alpha / 3)
                 y = 46.5 + (avg - 46.5) * alpha + 14 * alpha * (1 - alpha)
@@ -58,7 +58,7 @@ def rows(seeds=(0,), num_replicas=2):
                     x,
                     y,
                     0.05,
-                    cost=1 if of == "replica" else 2,
+                    cost=1 if of == "single_model" else 2,
                     alpha=float(alpha),
                     of=of,
                 )

@@ -64,7 +64,9 @@ def test_wise_ft_curve_joins_the_anchor_and_the_mean():
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     ends = {row["method"]: (row["id"], row["avg_shifts"]) for row in rows}
     points = list(zip(*lines["WiSE-FT of the mean (α)"].get_data(), strict=True))
-    assert points[0] == ends["zero_shot"] and points[-1] == ends["mean"] and len(points) == 11
+    assert (
+        points[0] == ends["zero_shot"] and points[-1] == ends["uniform_mean"] and len(points) == 11
+    )
 
 
 def test_equal_runs_draw_equal_bytes(tmp_path):

@@ -34,7 +34,7 @@ def test_standard_error_by_hand():
 
 def test_replicas_of_one_seed_are_averaged_before_the_error():
     rows = [
-        make_row("replica", id=x, shifts={"V2": 1.0}, seed=seed)
+        make_row("single_model", id=x, shifts={"V2": 1.0}, seed=seed)
         for seed, x in [(0, 10.0), (0, 30.0), (1, 40.0), (1, 60.0)]
     ]
     (summary,) = summarize(rows)
@@ -57,8 +57,8 @@ def test_one_seed_has_no_error():
 
 
 def test_average_is_the_plain_mean_of_the_shifts():
-    assert make_row("mean", id=1, shifts={"a": 1, "b": 2, "c": 6})["avg_shifts"] == 3.0
-    assert make_row("mean", id=1, shifts={})["avg_shifts"] is None
+    assert make_row("uniform_mean", id=1, shifts={"a": 1, "b": 2, "c": 6})["avg_shifts"] == 3.0
+    assert make_row("uniform_mean", id=1, shifts={})["avg_shifts"] is None
 
 
 def test_results_json_round_trip_and_no_clock(tmp_path):
@@ -83,10 +83,16 @@ def test_results_json_round_trip_and_no_clock(tmp_path):
 
 def test_markdown_marks_the_best_and_shows_every_column():
     rows = [
-        make_row("mean", id=70.0, shifts={"V2": 50.0, "R": 30.0}, seed=0, num_replicas=2, cost=2),
+        make_row(
+            "uniform_mean", id=70.0, shifts={"V2": 50.0, "R": 30.0}, seed=0, num_replicas=2, cost=2
+        ),
         make_row("model_stock", id=69.0, shifts={"V2": 54.0, "R": 30.01}, seed=0, cost=2),
-        make_row("wise_ft", id=69.0, shifts={"V2": 1.0, "R": 2.0}, seed=0, alpha=0.1, of="mean"),
-        make_row("wise_ft", id=69.0, shifts={"V2": 1.0, "R": 2.0}, seed=0, alpha=0.5, of="mean"),
+        make_row(
+            "wise_ft", id=69.0, shifts={"V2": 1.0, "R": 2.0}, seed=0, alpha=0.1, of="uniform_mean"
+        ),
+        make_row(
+            "wise_ft", id=69.0, shifts={"V2": 1.0, "R": 2.0}, seed=0, alpha=0.5, of="uniform_mean"
+        ),
     ]
     lines = tables.markdown_table(rows).splitlines()
     assert lines[0] == "| method | ID | V2 | R | avg shifts | cost |"

@@ -209,10 +209,10 @@ def test_crc32_of_ranges_in_any_order(tmp_path):
         digest = RangeChecksum(len(raw))
         # Ranges may overlap, repeat and leave holes, which are read from the file.
         for start in rng.integers(0, len(raw), seen):
-            digest.see(int(start), raw[start : start + int(rng.integers(0, 2000))])
+            digest.update(int(start), raw[start : start + int(rng.integers(0, 2000))])
         assert digest.complete(path) == expected and digest.gaps() == []
     with pytest.raises(ValueError, match="3 to 7"):
         digest = RangeChecksum(9)
-        digest.see(0, b"123")
-        digest.see(7, b"89")
+        digest.update(0, b"123")
+        digest.update(7, b"89")
         digest.hexdigest()
