@@ -1,4 +1,4 @@
-"""A CLIP with its config, tokenizer and head in memory; what a checkpoint format provides."""
+"""A CLIP checkpoint in memory; the interface of a checkpoint format."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A CLIP model with all that is needed to use it.
+    """A CLIP model with config, preprocessor, tokenizer directory and head.
 
     Attributes:
-        config: Sizes.
-        params: image_tower, text_tower, logit_scale; float32 NumPy arrays when loaded.
-        preprocessor: How pixels become the tower's input.
-        directory: Where its tokenizer's files lie; None where it has none.
-        head: {"kernel" [E, K], "bias" [K]} of a fine-tuned model, or None.
-        labels: The K class names of the head, or None.
-        layout: That of the files it was read from.
+      config: sizes
+      params: image_tower, text_tower, logit_scale; float32 NumPy arrays when loaded
+      preprocessor: preprocessing of images
+      directory: directory with its tokenizer files; None if it has no tokenizer
+      head: {"kernel" [E, K], "bias" [K]} of a fine-tuned model, or None
+      labels: the K class names of the head, or None
+      format: format of the files that it was read from
     """
 
     config: CLIPConfig
@@ -43,20 +43,25 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and the head as float32, by name, whatever the files' layout."""
+        """SHA-256 of weights and head as float32, by name; independent of the file format."""
         tree = {**self.params, "head": self.head or {}}
         return checksum_tensors({".".join(p): np.asarray(x, np.float32) for p, x in flatten(tree)})
 
     def replica(self) -> Params:
-        """What is trained and merged: {"image_tower", "head"}; a UserError without a head."""
+        """Return the part that is trained and merged: {"image_tower", "head"}.
+
+        Raises:
+          UserError: the checkpoint has no head
+        """
         if self.head is None:
-            raise UserError("This checkpoint has no head; make one with zero_shot_head.")
+            raise UserError("the checkpoint has no head; create one with zero_shot_head")
         return {"image_tower": self.params["image_tower"], "head": self.head}
 
     def with_replica(self, replica: Params, labels: tuple[str, ...] | None = None) -> Checkpoint:
-        """The checkpoint with all that a replica has, and `labels` where given.
+        """Return the checkpoint with the weights of a replica, and `labels` if given.
 
-        That is an image tower and a head, and a text tower and scale where they were tuned too.
+        A replica has an image tower and a head; a text tower and logit scale if those were
+        fine-tuned too.
         """
         tuned = {name: part for name, part in replica.items() if name != "head"}
         params = {**self.params, **tuned}
@@ -64,21 +69,18 @@ class Checkpoint:
         return dataclasses.replace(self, params=params, head=replica["head"], labels=labels)
 
 
-# What a layout of a CLIP checkpoint on disk can do.
-
-
-# The classifier of a fine-tuned model lies beside the model, in every layout.
+# The classifier of a fine-tuned model is a separate file, in every format.
 HEAD_FILE = "head.safetensors"
 
 
 class CheckpointFormat(abc.ABC):
-    """Names of tensors, and the files that say the rest.
+    """Tensor names and files of a checkpoint format.
 
     Attributes:
-        name: As a user types it.
-        column: Its column in the table of names.
-        file: Name of the file that holds the tensors.
-        weights: Patterns of all files that may.
+      name: name in options
+      column: its column in the table of tensor names
+      file: name of the file with the tensors
+      weights: patterns of all files that may contain tensors
     """
 
     name: str
@@ -87,7 +89,7 @@ class CheckpointFormat(abc.ABC):
     weights: tuple[str, ...] = ("*.safetensors",)
 
     def locate(self, path: Path) -> Path | None:
-        """What `TensorFiles` is to open of a path: None where its tensors are not there."""
+        """Return the path that `TensorFiles` opens; None if there are no tensors."""
         if path.is_file():
             return path
         found = [file for file in path.glob("*.safetensors") if file.name != HEAD_FILE]
@@ -96,84 +98,97 @@ class CheckpointFormat(abc.ABC):
         return found[0] if len(found) == 1 else None
 
     def open(self, path: Path) -> TensorFiles:
-        """The tensors of a path; a UserError where there are none."""
+        """Open the tensors of a path.
+
+        Raises:
+          UserError: there are none
+        """
         located = self.locate(path)
         found = sorted(file.name for file in path.glob("*.safetensors"))
         if located is None and found:
             raise UserError(
-                f"{path}: {self.name} reads {self.file} there, and finds {', '.join(found)}."
+                f"{path}: format {self.name} expects {self.file}, found {', '.join(found)}"
             )
-        return TensorFiles(located or path)  # Without any, its own error says what is missing.
+        return TensorFiles(
+            located or path
+        )  # If there are none, it raises an error that names the missing file.
 
     def tolerates(self, name: str) -> bool:
-        """Whether a tensor outside the table may lie in the files; it is left there."""
+        """Whether the files may contain this tensor although it is not in the table."""
         return False
 
     @abc.abstractmethod
     def read(self, path: Path, base: Checkpoint | None) -> Checkpoint:
-        """Reads a checkpoint; a head beside it, labels and the tokenizer are not its business.
+        """Read a checkpoint, without separate head, labels and tokenizer.
 
         Args:
-            path: A directory, or one file of tensors where the layout needs no more.
-            base: The checkpoint that gives what the layout lacks, or None.
+          path: a directory, or one file of tensors if the format needs no more
+          base: checkpoint for the parts that the format lacks, or None
 
         Returns:
-            The checkpoint, float32 NumPy arrays.
+          The checkpoint, float32 NumPy arrays
 
         Raises:
-            UserError: Files that are missing or broken, another architecture, tensors that do not
-                fit (all in one list), a base where none is needed or none where one is.
+          UserError: missing or corrupt files, another architecture, tensors that do not match (all
+            in one list), or a base that is given without need or missing
         """
 
 
 class CompleteFormat(CheckpointFormat):
-    """A layout that holds both towers, and so can be written."""
+    """A format with both towers, which can also be written."""
 
     @abc.abstractmethod
     def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
-        """What the files say beside the tensors."""
+        """Read config and preprocessor."""
 
     @abc.abstractmethod
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """File name -> JSON, from which `sizes` reads; a UserError where the layout cannot say it.
+        """Return {file name: JSON} that `sizes` reads.
 
-        It needs no weights: whether a model can be exported is known before it is trained.
+        Needs no weights, so a run checks before training that its model can be exported.
+
+        Raises:
+          UserError: the format cannot represent the model
         """
 
     @abc.abstractmethod
     def write(
         self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
     ) -> None:
-        """Writes the tensors' files."""
+        """Write the files with tensors."""
 
     def read(self, path: Path, base: Checkpoint | None) -> Checkpoint:
-        """See `Layout.read`; there is no base here."""
+        """See `CheckpointFormat.read`; there is no base."""
         if base is not None:
-            raise UserError(f"{path}: {self.name} has a text tower of its own; leave the base out.")
+            raise UserError(f"{path}: format {self.name} includes the text tower; omit the base")
         files = self.open(path)
         config, preprocessor = self.sizes(path, files)
         size = config.vision.image_size
         if preprocessor.image_size != size:
             raise UserError(
-                f"{path}: the preprocessor makes images of {preprocessor.image_size}, the image "
-                f"tower takes {size}."
+                f"{path}: preprocessor image size {preprocessor.image_size} differs from the "
+                f"image tower's {size}"
             )
         layers = config.vision.num_hidden_layers + config.text.num_hidden_layers
-        if layers > len(files):  # Known before a module is made for each.
+        if layers > len(files):  # Checked before any module is created.
             raise UserError(
-                f"{path}: the config says {layers:,} layers, the files hold {len(files):,} tensors."
+                f"{path}: the config has {layers:,} layers, the files only {len(files):,} tensors"
             )
         table = rows(config, self.column)
         params = read_tree(files, table, param_shapes(config), path, self.tolerates)
         return Checkpoint(config, params, preprocessor, format=self.name)
 
     def tensors(self, checkpoint: Checkpoint, where: Path) -> dict[str, np.ndarray]:
-        """Name -> tensor to write; a UserError that lists all that do not fit the config."""
+        """Return {name: tensor} to write.
+
+        Raises:
+          UserError: lists all tensors that do not match the config
+        """
         config = checkpoint.config
         table = rows(config, self.column)
         return write_tree(checkpoint.params, table, param_shapes(config), where)
 
 
 def param_shapes(config: CLIPConfig) -> Shapes:
-    """Path -> shape of every parameter of ours."""
+    """Return {path: shape} of every parameter."""
     return {path: leaf.shape for path, leaf in flatten(abstract_params(config))}

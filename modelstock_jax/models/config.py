@@ -1,4 +1,4 @@
-"""Sizes and preprocessing of a CLIP: Hugging Face's config.json and preprocessor_config.json."""
+"""Sizes and preprocessing of a CLIP model, as in config.json and preprocessor_config.json."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.reader import read_json
 
 ACTIVATIONS = ("quick_gelu", "gelu")
-# Checkpoints converted before 2023 say eos_token_id 2 whatever their tokenizer has: a flag for
-# 'pool at the highest id', not a token.
+# Checkpoints converted before 2023 have eos_token_id 2 regardless of their tokenizer. It is not a
+# token but a flag: pool at the highest id.
 LEGACY_EOS_TOKEN_ID = 2
-LARGEST = 2**31 - 1  # of a size: what an index of an array can hold
+MAX_SIZE = 2**31 - 1  # largest index of an array
 
 _KINDS: dict[Any, Any] = {
     "int": (int,),
@@ -28,14 +28,14 @@ _KINDS: dict[Any, Any] = {
 
 
 def _take(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of `cls` among `values`, each of the declared type."""
+    """Return the entries of `values` that are fields of `cls`, with their types checked."""
     taken: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if field.name not in values or field.type not in _KINDS:
             continue
         value: Any = values[field.name]
         if isinstance(value, bool) or not isinstance(value, _KINDS[field.type]):
-            raise UserError(f"{where}: {field.name} must be {field.type}, not {value!r}.")
+            raise UserError(f"{where}: {field.name} must be {field.type}, not {value!r}")
         taken[field.name] = float(value) if field.type == "float" else value
     return taken
 
@@ -44,30 +44,30 @@ def _check_tower(where: str, tower: VisionConfig | TextConfig) -> None:
     ids = ("pad_token_id", "bos_token_id", "eos_token_id")
     for field in dataclasses.fields(tower):
         value = getattr(tower, field.name)
-        # NaN, which JSON may say, is not between any two numbers.
-        if field.name not in (*ids, "hidden_act") and not 0 < value <= LARGEST:
+        # The comparison is False for NaN, which JSON may contain.
+        if field.name not in (*ids, "hidden_act") and not 0 < value <= MAX_SIZE:
             raise UserError(
-                f"{where}: {field.name} must be positive and at most {LARGEST}, not {value}."
+                f"{where}: {field.name} must be positive and at most {MAX_SIZE}, not {value}"
             )
     if tower.hidden_size % tower.num_attention_heads:
         raise UserError(
             f"{where}: hidden_size {tower.hidden_size} is not a multiple of num_attention_heads "
-            f"{tower.num_attention_heads}."
+            f"{tower.num_attention_heads}"
         )
     if tower.hidden_act not in ACTIVATIONS:
         raise UserError(
-            f"{where}: hidden_act {tower.hidden_act!r} is not known; known are "
-            f"{', '.join(ACTIVATIONS)}."
+            f"{where}: hidden_act {tower.hidden_act!r} is not supported; choose one of "
+            f"{', '.join(ACTIVATIONS)}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the image tower; names and defaults are those of Hugging Face's ``vision_config``.
+    """Sizes of the image tower; names and defaults as in Hugging Face's `vision_config`.
 
     Example:
-        >>> VisionConfig(image_size=224, patch_size=32).num_tokens
-        50
+      >>> VisionConfig(image_size=224, patch_size=32).num_tokens
+      50
     """
 
     hidden_size: int = 768
@@ -85,22 +85,22 @@ class VisionConfig:
         if self.image_size % self.patch_size:
             raise UserError(
                 f"vision_config: image_size {self.image_size} is not a multiple of patch_size "
-                f"{self.patch_size}."
+                f"{self.patch_size}"
             )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image of the config's size: the class token and the patches."""
+        """Number of tokens of an image of the configured size: class token and patches."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the text tower; names and defaults are those of Hugging Face's ``text_config``.
+    """Sizes of the text tower; names and defaults as in Hugging Face's `text_config`.
 
     Example:
-        >>> TextConfig().max_position_embeddings
-        77
+      >>> TextConfig().max_position_embeddings
+      77
     """
 
     vocab_size: int = 49408
@@ -120,20 +120,20 @@ class TextConfig:
 
     @property
     def pools_at_highest_id(self) -> bool:
-        """Whether the end of text is the highest id, so that argmax(ids) finds it."""
+        """Whether the end-of-text token has the highest id, so that argmax(ids) finds it."""
         return self.eos_token_id in (LEGACY_EOS_TOKEN_ID, self.vocab_size - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of a CLIP model: both towers, the shared embedding, the initial temperature.
+    """Sizes of a CLIP model: both towers, the joint embedding, the initial temperature.
 
     Example:
-        >>> config = CLIPConfig.from_dict({"model_type": "clip", "projection_dim": 64})
-        >>> config.projection_dim, config.vision.hidden_size
-        (64, 768)
-        >>> CLIPConfig.from_dict(config.to_dict()) == config
-        True
+      >>> config = CLIPConfig.from_dict({"model_type": "clip", "projection_dim": 64})
+      >>> config.projection_dim, config.vision.hidden_size
+      (64, 768)
+      >>> CLIPConfig.from_dict(config.to_dict()) == config
+      True
     """
 
     vision: VisionConfig = VisionConfig()
@@ -142,37 +142,36 @@ class CLIPConfig:
     logit_scale_init_value: float = 2.6592
 
     def __post_init__(self) -> None:
-        if not 0 < self.projection_dim <= LARGEST:
+        if not 0 < self.projection_dim <= MAX_SIZE:
             raise UserError(
-                f"config: projection_dim must be positive and at most {LARGEST}, not "
-                f"{self.projection_dim}."
+                f"config: projection_dim must be positive and at most {MAX_SIZE}, not "
+                f"{self.projection_dim}"
             )
         if not math.isfinite(self.logit_scale_init_value):
             raise UserError(
-                f"config: logit_scale_init_value must be finite, not {self.logit_scale_init_value}."
+                f"config: logit_scale_init_value must be finite, not {self.logit_scale_init_value}"
             )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> CLIPConfig:
-        """Reads the dictionary of a ``config.json``.
+        """Read the dictionary of a `config.json`.
 
         Args:
-            raw: The dictionary. Keys that say nothing about the architecture are ignored, absent
-                ones take Hugging Face's defaults, and the older ``text_config_dict`` and
-                ``vision_config_dict``, where present, stand for ``text_config`` and
-                ``vision_config``, as they do in transformers.
+          raw: the dictionary. Keys unrelated to the architecture are ignored, absent keys get
+            Hugging Face's defaults, and the older `text_config_dict` and `vision_config_dict`, if
+            present, replace `text_config` and `vision_config`, as in transformers.
 
         Returns:
-            The configuration.
+          The configuration
 
         Raises:
-            UserError: Another architecture, a value of the wrong type, or impossible sizes.
+          UserError: another architecture, a value of the wrong type, or impossible sizes
         """
         if not isinstance(raw, dict) or raw.get("model_type") != "clip":
             found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
             raise UserError(
-                f"config: model_type is {found!r}, not 'clip'; only CLIP models (both towers) "
-                "can be opened."
+                f"config: model_type is {found!r}, not 'clip'; only CLIP models with both "
+                "towers are supported"
             )
         towers: dict[str, Any] = {}
         for name, tower in (("vision", VisionConfig), ("text", TextConfig)):
@@ -183,13 +182,13 @@ class CLIPConfig:
             )
             part = raw.get(key) or {}
             if not isinstance(part, dict):
-                raise UserError(f"config: {key} must be a dictionary, not {part!r}.")
+                raise UserError(f"config: {key} must be a dictionary, not {part!r}")
             towers[name] = tower(**_take(tower, part, key))
         own = {k: raw[k] for k in ("projection_dim", "logit_scale_init_value") if k in raw}
         return cls(**towers, **_take(cls, own, "config"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the ``config.json`` that transformers opens as a ``CLIPModel``."""
+        """Return the `config.json` that transformers opens as a `CLIPModel`."""
         shared = {"projection_dim": self.projection_dim}
         return {
             "architectures": ["CLIPModel"],
@@ -209,33 +208,30 @@ class CLIPConfig:
         }
 
 
-# How pixels become the image tower's input, as a checkpoint's preprocessor file says it.
-
-
 PREPROCESSOR_FILE = "preprocessor_config.json"
-# Of the pixels that CLIP's authors trained on; layouts without a preprocessor mean these.
+# Pixel statistics of CLIP's training images; used for formats without a preprocessor file.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_BICUBIC = 3  # As Pillow counts.
+_BICUBIC = 3  # Pillow's code
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
-    """Pixels to the image tower's input: (pixel / 255 - mean) / std, per channel.
+    """Preprocessing of the image tower: (pixel / 255 - mean) / std, per channel.
 
     Attributes:
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel.
-        image_size: Side of the square image, in pixels.
+      mean: per channel, of pixels in [0, 1]
+      std: per channel
+      image_size: side of the square image, in pixels
 
     Raises:
-        UserError: Another number of means than of standard deviations, or one that is not finite
-            (a standard deviation: not positive).
+      UserError: mean and std have different lengths, a value is not finite, or a std is not
+        positive
 
     Example:
-        >>> half = Preprocessor((0.5,) * 3, (0.5,) * 3, image_size=2)
-        >>> float(half(jnp.full((1, 2, 2, 3), 255, jnp.uint8)).max())
-        1.0
+      >>> half = Preprocessor((0.5,) * 3, (0.5,) * 3, image_size=2)
+      >>> float(half(jnp.full((1, 2, 2, 3), 255, jnp.uint8)).max())
+      1.0
     """
 
     mean: tuple[float, ...]
@@ -245,10 +241,12 @@ class Preprocessor:
     def __post_init__(self) -> None:
         finite = all(math.isfinite(x) for x in (*self.mean, *self.std))
         if not finite or len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
-            raise UserError(f"mean {self.mean} and std {self.std} do not fit.")
+            raise UserError(
+                f"mean {self.mean} and std {self.std} must be finite, of equal length, and std > 0"
+            )
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps uint8 images [..., H, W, C] to the tower's input, float32 of the same shape."""
+        """Map uint8 images [..., H, W, C] to the tower's input, float32 of the same shape."""
         images = jnp.asarray(images)
         shape = (1,) * (images.ndim - 1) + (-1,)
         scale = jnp.asarray([1 / (255 * s) for s in self.std], jnp.float32).reshape(shape)
@@ -259,16 +257,16 @@ class Preprocessor:
 
     @classmethod
     def read(cls, directory: Path) -> Preprocessor:
-        """Reads ``preprocessor_config.json`` (or the newer ``processor_config.json``).
+        """Read `preprocessor_config.json` (or the newer `processor_config.json`).
 
         Args:
-            directory: The checkpoint's.
+          directory: the checkpoint's
 
         Returns:
-            The preprocessor.
+          The preprocessor
 
         Raises:
-            UserError: No such file, or one that describes something else than CLIP's steps.
+          UserError: no such file, or other steps than CLIP's
         """
         path, newer = directory / PREPROCESSOR_FILE, directory / "processor_config.json"
         raw: Any
@@ -282,15 +280,16 @@ class Preprocessor:
             mean = tuple(float(x) for x in raw["image_mean"])
             std = tuple(float(x) for x in raw["image_std"])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            raise UserError(f"{path}: needs image_mean, image_std and size or crop_size.") from None
+            raise UserError(
+                f"{path}: image_mean, image_std and size or crop_size are required"
+            ) from None
         factor = raw.get("rescale_factor", 1 / 255)
         by_255 = isinstance(factor, float | int) and abs(factor * 255 - 1) <= 1e-6
         if not by_255 or False in (raw.get("do_normalize", True), raw.get("do_rescale", True)):
-            raise UserError(f"{path}: only pixels / 255, normalized, are supported.")
+            raise UserError(f"{path}: only rescaling by 1 / 255 with normalization is supported")
         if raw.get("resample", _BICUBIC) != _BICUBIC:
             raise UserError(
-                f"{path}: resample is {raw['resample']!r}; images are resized by {_BICUBIC} "
-                "(bicubic) only."
+                f"{path}: resample is {raw['resample']!r}; only {_BICUBIC} (bicubic) is supported"
             )
         try:
             return cls(mean, std, size)
@@ -298,7 +297,7 @@ class Preprocessor:
             raise UserError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the ``preprocessor_config.json`` that transformers' image processor opens."""
+        """Return the `preprocessor_config.json` that transformers' image processor opens."""
         size = self.image_size
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -317,7 +316,7 @@ class Preprocessor:
 
 
 def _side(size: Any) -> int:
-    """The side of a square, from an integer or any of the dictionaries that are in use."""
+    """Return the side of a square from an integer or one of the dictionaries in use."""
     if isinstance(size, dict):
         sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
         if len(sides) != 1:

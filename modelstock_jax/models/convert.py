@@ -1,6 +1,6 @@
-"""Converts a CLIP checkpoint from one layout to another: `python -m modelstock_jax.models.convert`.
+"""Convert a CLIP checkpoint to another format: `python -m modelstock_jax.models.convert`.
 
-Model Soups' fine-tuned models, which lack a text tower, get that of what was fine-tuned (--base).
+Model Soups' fine-tuned models have no text tower; it is copied from the pretrained model (--base).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from modelstock_jax.models.param_mapping import flatten
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One conversion; a user's mistake is one line on stderr and exit code 1 (2 for usage)."""
+    """Convert one checkpoint; user errors are one line on stderr and exit code 1 (2 for usage)."""
     args = _parser().parse_args(argv)
     try:
         checkpoint = _load(args)
         if args.to != "openai" and not checkpoint_io.has_tokenizer(checkpoint):
             raise UserError(
-                f"{args.source}: no tokenizer beside it, and {args.to} needs one: name a directory "
-                "or repository that has it, such as --tokenizer=openai/clip-vit-base-patch32."
+                f"{args.source}: no tokenizer found, but format {args.to} needs one: pass a "
+                "directory or repository with it, e.g. --tokenizer=openai/clip-vit-base-patch32"
             )
         checkpoint_io.save(args.out, checkpoint, format=args.to, overwrite=args.overwrite)
     except UserError as error:
         sys.exit(f"error: {error}")
     size = sum(leaf.size for _, leaf in flatten(checkpoint.params))
-    head = f", a head of {len(checkpoint.head['bias'])} classes" if checkpoint.head else ""
+    head = f", head with {len(checkpoint.head['bias'])} classes" if checkpoint.head else ""
     print(f"{args.out}: {args.to}, from {checkpoint.format}; {size:,} parameters{head}")
 
 
@@ -43,27 +43,29 @@ def _load(args: argparse.Namespace) -> Checkpoint:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m modelstock_jax.models.convert",
-        description="Converts a CLIP checkpoint from one layout to another.",
+        description="Convert a CLIP checkpoint from one format to another.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="directory, .safetensors file or hub id")
     parser.add_argument(
-        "--to", required=True, choices=list(formats.WRITABLE), help="the layout to write"
+        "--to", required=True, choices=list(formats.WRITABLE), help="format to write"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
     parser.add_argument(
         "--from",
         dest="source_format",
         choices=list(formats.READABLE),
-        help="the layout of SRC, where it holds several (default: the first of these)",
+        help="format of SRC, if it contains several (default: the first of these)",
     )
     parser.add_argument(
         "--base", metavar="BASE", help="with model_soups: the model that was fine-tuned"
     )
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="where the tokenizer lies, if not in SRC (or BASE)"
+        "--tokenizer",
+        metavar="DIR",
+        help="directory or hub id of the tokenizer, if not in SRC (or BASE)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     return parser
 
 

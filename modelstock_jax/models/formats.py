@@ -1,4 +1,4 @@
-"""Checkpoint formats: Hugging Face's, OpenAI's and Model Soups'; which of them a path has."""
+"""Checkpoint formats of Hugging Face, OpenAI and Model Soups; detection of the format."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ CONFIG = "config.json"
 
 
 class HuggingFace(CompleteFormat):
-    """``config.json``, ``preprocessor_config.json``, ``model.safetensors`` or shards and index."""
+    """`config.json`, `preprocessor_config.json`, `model.safetensors` or shards and index."""
 
     name = "hugging_face"
     column = "hugging_face"
     weights = ("model*.safetensors",)
 
     def locate(self, path: Path) -> Path | None:
-        """The directory, where it holds the one file or an index."""
+        """Return the directory if it contains the single file or an index."""
         return path if (path / SINGLE).is_file() or (path / INDEX).is_file() else None
 
     def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
-        """From both configs."""
+        """Read both configs."""
         raw = read_json(path / CONFIG)
         try:
             config = CLIPConfig.from_dict(raw)
@@ -57,7 +57,7 @@ class HuggingFace(CompleteFormat):
         return config, Preprocessor.read(path)
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Both configs; the head's labels are in the first, where transformers keeps them."""
+        """Return both configs; the labels of the head are in config.json, as in transformers."""
         raw = checkpoint.config.to_dict()
         if checkpoint.labels is not None:
             raw["id2label"] = {str(i): label for i, label in enumerate(checkpoint.labels)}
@@ -65,22 +65,19 @@ class HuggingFace(CompleteFormat):
         return {CONFIG: raw, PREPROCESSOR_FILE: checkpoint.preprocessor.to_dict()}
 
     def tolerates(self, name: str) -> bool:
-        """Older checkpoints keep a count 0, 1, 2, ... beside the position embeddings."""
+        """Older checkpoints also store position ids 0, 1, 2, ..."""
         return name.endswith(".position_ids")
 
     def write(
         self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
     ) -> None:
-        """One file, or shards and their index."""
+        """Write one file, or shards and their index."""
         write_directory_tensors(directory, tensors, max_shard_bytes)
 
 
-# OpenAI's layout: the names of its state dict, and nothing beside the tensors.
-
-
-# What the jit archive holds beside the weights.
+# Scalars that OpenAI's jit archive contains besides the weights.
 SCALARS = ("input_resolution", "context_length", "vocab_size")
-# Tensors that tell the sizes, with their numbers of axes.
+# Tensors from which the sizes are inferred -> their number of axes.
 _TELLING = {
     "visual.conv1.weight": 4,
     "visual.positional_embedding": 2,
@@ -90,18 +87,18 @@ _TELLING = {
     "ln_final.weight": 1,
 }
 _HEAD_WIDTH = 64
-# Fields that say nothing about what the towers compute.
+# Fields that do not change what the towers compute.
 _SILENT = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class OpenAI(CompleteFormat):
-    """One file of tensors; sizes are inferred from shapes, and the rest is OpenAI's own."""
+    """One file of tensors; sizes are inferred from shapes, everything else is OpenAI's default."""
 
     name = "openai"
     column = "openai"
 
     def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
-        """From the shapes."""
+        """Infer sizes from the shapes of the tensors."""
         shapes = {name: files.shape(name) for name in files}
         try:
             config = infer(shapes)
@@ -110,48 +107,48 @@ class OpenAI(CompleteFormat):
         return config, Preprocessor(CLIP_MEAN, CLIP_STD, config.vision.image_size)
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """No file: only a model of which the shapes tell all can be written."""
+        """Check that the shapes determine the model; the format has no config file."""
         shapes = param_shapes(checkpoint.config)
         named = {row.name: row.shape(shapes) for row in rows(checkpoint.config, self.column)}
         try:
-            untold = _untold(checkpoint, infer(named))
+            undetermined = _undetermined(checkpoint, infer(named))
         except UserError as error:
-            untold = [str(error).rstrip(".")]
-        if untold:
+            undetermined = [str(error).rstrip(".")]
+        if undetermined:
             raise UserError(
-                "OpenAI's layout has no config, and its readers would take this model for another: "
-                f"{'; '.join(untold)}. Choose hugging_face or open_clip."
+                "OpenAI's format has no config, and its readers would open this model differently: "
+                f"{'; '.join(undetermined)}; choose hugging_face or open_clip"
             )
         return {}
 
     def tolerates(self, name: str) -> bool:
-        """The jit archive's own numbers."""
+        """Accept the scalars of the jit archive."""
         return name in SCALARS
 
     def write(
         self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
     ) -> None:
-        """One file, whatever its size."""
+        """Write one file of any size."""
         write_tensors(directory / self.file, tensors)
 
 
 def infer(shapes: Mapping[str, Shape]) -> CLIPConfig:
-    """The config that OpenAI's code gives a state dict of these shapes.
+    """Infer the config from the shapes of a state dict, as OpenAI's code does.
 
-    Heads are 64 wide, the perceptron 4 times the width, the activation quick_gelu, and a text ends
-    at its highest id.
+    Heads have width 64, the MLP 4 times the model width, the activation is quick_gelu, and a text
+    ends at its highest id.
 
     Args:
-        shapes: OpenAI's names -> shapes.
+      shapes: OpenAI's tensor names -> shapes
 
     Returns:
-        The configuration.
+      The configuration
 
     Raises:
-        UserError: Other names, or a ResNet.
+      UserError: other tensor names, or a ResNet
     """
     if any(name.startswith("visual.layer1.") for name in shapes):
-        raise UserError("a ResNet CLIP (visual.layer1); only vision transformers can be opened.")
+        raise UserError("a ResNet CLIP (visual.layer1); only vision transformers are supported")
     wrong = [
         f"{name} with {axes} axes"
         for name, axes in _TELLING.items()
@@ -159,8 +156,8 @@ def infer(shapes: Mapping[str, Shape]) -> CLIPConfig:
     ]
     if wrong:
         raise UserError(
-            f"not a CLIP with OpenAI's names, which need {', '.join(wrong)}; another layout needs "
-            "its config.json or open_clip_config.json beside the tensors."
+            f"not a CLIP in OpenAI's format, which needs {', '.join(wrong)}; any other format "
+            "needs its config.json or open_clip_config.json next to the tensors"
         )
     width, channels, _, patch = shapes["visual.conv1.weight"]
     tokens, _ = shapes["visual.positional_embedding"]
@@ -182,13 +179,13 @@ def infer(shapes: Mapping[str, Shape]) -> CLIPConfig:
     )
 
 
-def _untold(checkpoint: Checkpoint, told: CLIPConfig) -> list[str]:
-    """Where a model is another than its tensors tell."""
+def _undetermined(checkpoint: Checkpoint, implied: CLIPConfig) -> list[str]:
+    """List where a model differs from the config that its tensors imply."""
     config, pixels = checkpoint.config, checkpoint.preprocessor
-    untold = []
+    undetermined = []
     for tower in ("vision", "text"):
-        found, expected = getattr(config, tower), getattr(told, tower)
-        untold += [
+        found, expected = getattr(config, tower), getattr(implied, tower)
+        undetermined += [
             f"{tower} {key} is {value!r}, not {other!r}"
             for (key, value), other in zip(
                 dataclasses.asdict(found).items(), dataclasses.astuple(expected), strict=True
@@ -196,10 +193,10 @@ def _untold(checkpoint: Checkpoint, told: CLIPConfig) -> list[str]:
             if value != other and key not in _SILENT
         ]
     if not config.text.pools_at_highest_id:
-        untold.append(f"text eos_token_id {config.text.eos_token_id} is not the highest id")
+        undetermined.append(f"text eos_token_id {config.text.eos_token_id} is not the highest id")
     if (pixels.mean, pixels.std) != (CLIP_MEAN, CLIP_STD):
-        untold.append(f"pixels have mean {pixels.mean} and std {pixels.std}, not CLIP's")
-    return untold
+        undetermined.append(f"pixels have mean {pixels.mean} and std {pixels.std}, not CLIP's")
+    return undetermined
 
 
 def _tower(width: int, layers: int) -> dict[str, Any]:
@@ -215,29 +212,26 @@ def _blocks(shapes: Mapping[str, Shape], prefix: str) -> int:
     return len({n.removeprefix(prefix).split(".")[0] for n in shapes if n.startswith(prefix)})
 
 
-# Model Soups' layout: a fine-tuned image tower and its head, in OpenAI's names under a prefix.
-
-
 _HEAD = "classification_head."
-# CLIP was released in half precision, which rounds by at most 2**-11 of a number.
+# CLIP was released in half precision, with a relative rounding error of at most 2**-11.
 _ROUNDING = 1e-3
 
 
 class ModelSoups(CheckpointFormat):
-    """One file: ``model.visual.*`` and ``classification_head.*``, both after ``module.`` or not."""
+    """One file: `model.visual.*` and `classification_head.*`, with or without `module.` prefix."""
 
     name = "model_soups"
     column = "openai"
 
     def read(self, path: Path, base: Checkpoint | None) -> Checkpoint:
-        """The base with the file's image tower and head.
+        """Return the base with the image tower and head of the file.
 
-        What lies there of the text tower must be the base's: it was not trained.
+        Text-tower tensors in the file must equal those of the base: they were not trained.
         """
         if base is None:
             raise UserError(
-                f"{path}: a fine-tuned image tower and head (model_soups) without a text tower; "
-                "name the model that was fine-tuned as its base."
+                f"{path}: contains a fine-tuned image tower and head (model_soups) but no text "
+                "tower; pass the model that was fine-tuned as base"
             )
         files = self.open(path)
         prefix = _prefix(files)
@@ -259,78 +253,81 @@ class ModelSoups(CheckpointFormat):
         }
         tree = read_tree(files, [*image, *head, *others], shapes, path)
         _check_base(path, tree, base, {p for row in others for p in row.path})
-        # The head of a base that has one is the anchor of the file's: the same classes.
+        # If the base has a head, it is the anchor of this head: the classes are the same.
         labels = base.labels if base.labels is not None and len(base.labels) == classes else None
         replica = {name: tree[name] for name in ("image_tower", "head")}
         return dataclasses.replace(base.with_replica(replica), labels=labels, format=self.name)
 
 
 def is_fine_tuned(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are in this layout."""
+    """Whether the tensor names are those of this format."""
     return any(name.endswith(f"{_HEAD}weight") for name in names)
 
 
 def _prefix(files: TensorFiles) -> str:
-    """What stands before every name, such as ``module.`` of a model trained on several GPUs."""
+    """Return the prefix of all names, such as `module.` after training on several GPUs."""
     found = (name for name in files if name.endswith(f"{_HEAD}weight"))
     return next(found, f"{_HEAD}weight").removesuffix(f"{_HEAD}weight")
 
 
 def _check_base(path: Path, tree: dict, base: Checkpoint, untrained: set[tuple[str, ...]]) -> None:
-    theirs, ours = dict(flatten(tree)), dict(flatten(base.params))
-    other = [
+    found, expected = dict(flatten(tree)), dict(flatten(base.params))
+    differing = [
         ".".join(name)
         for name in sorted(untrained)
-        if np.linalg.norm(theirs[name] - ours[name]) > _ROUNDING * np.linalg.norm(ours[name])
+        if np.linalg.norm(found[name] - expected[name]) > _ROUNDING * np.linalg.norm(expected[name])
     ]
-    if other:
-        raise UserError(
-            f"{path}: was not fine-tuned from this base, whose {', '.join(other)} are others."
-        )
-
-
-# The layouts in which a CLIP checkpoint may lie on disk, and which one a path is in.
+    if differing:
+        raise UserError(f"{path}: was not fine-tuned from this base: {', '.join(differing)} differ")
 
 
 WRITABLE: dict[str, CompleteFormat] = {
-    layout.name: layout for layout in (HuggingFace(), OpenCLIP(), OpenAI())
+    format.name: format for format in (HuggingFace(), OpenCLIP(), OpenAI())
 }
 READABLE: dict[str, CheckpointFormat] = {**WRITABLE, ModelSoups.name: ModelSoups()}
 
 
 def writable(name: str) -> CompleteFormat:
-    """The layout of that name; a UserError that lists all where there is none."""
+    """Return the format of this name.
+
+    Raises:
+      UserError: unknown name; lists all names
+    """
     if name not in WRITABLE:
-        raise UserError(f"layout {name!r} is not known; write in one of {', '.join(WRITABLE)}.")
+        raise UserError(f"format {name!r} cannot be written; choose one of {', '.join(WRITABLE)}")
     return WRITABLE[name]
 
 
 def readable(name: str) -> CheckpointFormat:
-    """The layout of that name; a UserError that lists all where there is none."""
+    """Return the format of this name.
+
+    Raises:
+      UserError: unknown name; lists all names
+    """
     if name not in READABLE:
-        raise UserError(f"layout {name!r} is not known; read one of {', '.join(READABLE)}.")
+        raise UserError(f"unknown format {name!r}; choose one of {', '.join(READABLE)}")
     return READABLE[name]
 
 
 def described(path: Path) -> list[CheckpointFormat]:
-    """The layouts whose config lies in a directory, in the order in which they are tried.
+    """Return the formats whose config a directory contains, in the order in which they are tried.
 
-    Hugging Face's comes first: where a repository holds a model in several layouts, as LAION's do,
-    it is the one that says most.
+    Hugging Face's is first: if a repository has a model in several formats, as LAION's do, it has
+    the most complete config.
 
     Args:
-        path: A directory, or a file, in which there is no config.
+      path: a directory, or a file (which has no config)
 
     Returns:
-        Layouts; none where only the names of the tensors can tell.
+      Formats; empty if only the tensor names can tell
     """
     found: list[CheckpointFormat] = []
     config = path / CONFIG
     is_open_clip = (path / open_clip_format.CONFIG).is_file()
     raw = read_json(config) if config.is_file() and is_open_clip else None
-    # Beside OpenCLIP's config, timm's repositories have one of their own, with no model_type.
-    timms = is_open_clip and not (isinstance(raw, dict) and "model_type" in raw)
-    if config.is_file() and not timms:
+    # timm's repositories have OpenCLIP's config and their own config.json without model_type.
+    is_timm = is_open_clip and not (isinstance(raw, dict) and "model_type" in raw)
+    if config.is_file() and not is_timm:
         found.append(WRITABLE[HuggingFace.name])
     if is_open_clip:
         found.append(WRITABLE[OpenCLIP.name])
@@ -338,6 +335,6 @@ def described(path: Path) -> list[CheckpointFormat]:
 
 
 def named(path: Path) -> CheckpointFormat:
-    """The layout that the names of a path's tensors tell, where no config lies beside them."""
+    """Return the format that the tensor names imply, for a path without config."""
     files = READABLE[OpenAI.name].open(path)
     return READABLE[ModelSoups.name if is_fine_tuned(files) else OpenAI.name]

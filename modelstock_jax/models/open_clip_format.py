@@ -1,4 +1,4 @@
-"""OpenCLIP's layout: OpenAI's names, and a config of its own."""
+"""OpenCLIP's checkpoint format: OpenAI's tensor names and a separate config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelstock_jax.models.checkpoint import Checkpoint, CompleteFormat
 from modelstock_jax.models.config import (
     CLIP_MEAN,
     CLIP_STD,
-    LARGEST,
+    MAX_SIZE,
     LEGACY_EOS_TOKEN_ID,
     CLIPConfig,
     Preprocessor,
@@ -29,7 +29,7 @@ _RESIZING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest
 
 
 class OpenCLIP(CompleteFormat):
-    """``open_clip_config.json`` and ``open_clip_model.safetensors`` (or ``model.safetensors``)."""
+    """`open_clip_config.json` and `open_clip_model.safetensors` (or `model.safetensors`)."""
 
     name = "open_clip"
     column = "openai"
@@ -37,11 +37,11 @@ class OpenCLIP(CompleteFormat):
     weights = (file, SINGLE)
 
     def locate(self, path: Path) -> Path | None:
-        """The first of its two names that is there."""
+        """Return the first of the two file names that exists."""
         return next((path / name for name in self.weights if (path / name).is_file()), None)
 
     def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
-        """From ``model_cfg`` and ``preprocess_cfg``."""
+        """Read `model_cfg` and `preprocess_cfg`."""
         raw = read_json(path / CONFIG)
         try:
             config = read_model(section(raw, "model_cfg"))
@@ -50,7 +50,7 @@ class OpenCLIP(CompleteFormat):
             raise UserError(f"{path / CONFIG}: {error}") from None
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """One config of both."""
+        """Return one config with both parts."""
         pixels = checkpoint.preprocessor
         statistics = {"mean": list(pixels.mean), "std": list(pixels.std)}
         model = write_model(checkpoint.config)
@@ -59,12 +59,12 @@ class OpenCLIP(CompleteFormat):
     def write(
         self, directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
     ) -> None:
-        """One file, whatever its size: OpenCLIP reads no shards."""
+        """Write one file of any size: OpenCLIP reads no shards."""
         write_tensors(directory / self.file, tensors)
 
 
 def _read_preprocessor(raw: dict[str, Any], image_size: int) -> Preprocessor:
-    """From ``preprocess_cfg``; what it leaves out is CLIP's own."""
+    """Read `preprocess_cfg`; absent values are CLIP's."""
     given = section({"preprocess_cfg": {}, **raw}, "preprocess_cfg")
     given = {key: value for key, value in given.items() if value is not None}
     check_unsupported(given, _RESIZING, "preprocess_cfg", ("mean", "std", "size"))
@@ -74,19 +74,17 @@ def _read_preprocessor(raw: dict[str, Any], image_size: int) -> Preprocessor:
             for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD))
         )
     except (TypeError, ValueError):
-        raise UserError("preprocess_cfg: mean and std must be lists of numbers.") from None
+        raise UserError("preprocess_cfg: mean and std must be lists of numbers") from None
     if len(mean) != 3:
-        raise UserError(f"preprocess_cfg: mean {mean} and std {std} do not fit.")
+        raise UserError(f"preprocess_cfg: mean {mean} must have 3 values")
     try:
         return Preprocessor(mean, std, image_size)
     except UserError as error:
         raise UserError(f"preprocess_cfg: {error}") from None
 
 
-# ``model_cfg`` of OpenCLIP: its keys to ours and back, and those that are refused.
-
-# OpenCLIP's defaults. A key with one of these values asks for nothing that the towers lack; any
-# other value of these, and any key that is not named here, is refused.
+# OpenCLIP's defaults of keys that the towers do not implement. Any other value, and any unknown
+# key, is an error.
 _BLOCK = {
     "ls_init_value": None,
     "output_tokens": False,
@@ -105,7 +103,7 @@ _VISION = {
     "timm_model_name": None,
     "attentional_pool": False,
     "no_ln_pre": False,
-    "global_average_pool": False,  # This and the next: of earlier releases.
+    "global_average_pool": False,  # This and the next key: earlier releases.
     "input_patchnorm": False,
     "pos_embed_type": "learnable",
     "pool_type": "tok",
@@ -126,7 +124,7 @@ _MODEL = {
     "init_logit_bias": None,
     "nonscalar_logit_scale": False,
 }
-# Keys that change no number in inference, or only where a key above is set.
+# Keys that do not affect inference, or only if a key above is set.
 _IDLE = (
     *("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "pad_id", "hf_tokenizer_name"),
     *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop"),
@@ -137,20 +135,22 @@ _HEAD_WIDTH, _MLP_RATIO, _EPS, _CLIP_VOCABULARY = 64, 4.0, 1e-5, 49408
 
 
 def read_model(model: dict[str, Any]) -> CLIPConfig:
-    """The sizes that ``model_cfg`` says.
+    """Convert `model_cfg` to our config.
 
     Args:
-        model: ``model_cfg``.
+      model: `model_cfg`
 
     Returns:
-        The configuration.
+      The configuration
 
     Raises:
-        UserError: A key or value that the towers do not compute, or of a wrong type; it names it.
+      UserError: a key or value that the towers do not implement, or of a wrong type
     """
     vision, text = section(model, "vision_cfg"), section(model, "text_cfg")
     if isinstance(vision.get("layers"), list):
-        raise UserError("vision_cfg.layers is a list: a ResNet; only vision transformers open.")
+        raise UserError(
+            "vision_cfg.layers is a list (a ResNet); only vision transformers are supported"
+        )
     check_unsupported(
         model, _MODEL, "model_cfg", ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg")
     )
@@ -161,52 +161,54 @@ def read_model(model: dict[str, Any]) -> CLIPConfig:
     text_sizes = (*sizes, "heads", "context_length", "vocab_size", "pool_type", "eos_id")
     check_unsupported(text, _TEXT, "text_cfg", text_sizes)
     if not isinstance(quick := model.get("quick_gelu", False), bool):
-        raise UserError(f"model_cfg.quick_gelu must be true or false, not {quick!r}.")
+        raise UserError(f"model_cfg.quick_gelu must be true or false, not {quick!r}")
     activation = "quick_gelu" if quick else "gelu"
     image = _tower(vision, "vision_cfg", 768, activation)
     words = _tower(text, "text_cfg", 512, activation)
-    vocabulary = _whole(text, "vocab_size", _CLIP_VOCABULARY, "text_cfg")
-    if vocabulary != _CLIP_VOCABULARY:  # Of another tokenizer, which the config does not describe.
+    vocabulary = _positive_int(text, "vocab_size", _CLIP_VOCABULARY, "text_cfg")
+    if vocabulary != _CLIP_VOCABULARY:  # Another tokenizer, which the config does not describe.
         words |= {"pad_token_id": None, "bos_token_id": None}
     return CLIPConfig(
         VisionConfig(
             **image,
             num_attention_heads=image["hidden_size"]
-            // _whole(vision, "head_width", _HEAD_WIDTH, "vision_cfg"),
-            image_size=_whole(vision, "image_size", 224, "vision_cfg"),
-            patch_size=_whole(vision, "patch_size", 16, "vision_cfg"),
+            // _positive_int(vision, "head_width", _HEAD_WIDTH, "vision_cfg"),
+            image_size=_positive_int(vision, "image_size", 224, "vision_cfg"),
+            patch_size=_positive_int(vision, "patch_size", 16, "vision_cfg"),
         ),
         TextConfig(
             **words,
-            num_attention_heads=_whole(text, "heads", 8, "text_cfg"),
+            num_attention_heads=_positive_int(text, "heads", 8, "text_cfg"),
             vocab_size=vocabulary,
-            max_position_embeddings=_whole(text, "context_length", 77, "text_cfg"),
+            max_position_embeddings=_positive_int(text, "context_length", 77, "text_cfg"),
             eos_token_id=_end(text),
         ),
-        projection_dim=_whole(model, "embed_dim", None, "model_cfg"),
+        projection_dim=_positive_int(model, "embed_dim", None, "model_cfg"),
     )
 
 
 def write_model(config: CLIPConfig) -> dict[str, Any]:
-    """The ``model_cfg`` that `read_model` and OpenCLIP read; keys at their defaults are left out.
+    """Convert our config to `model_cfg`; keys at their defaults are omitted.
 
     Args:
-        config: Sizes.
+      config: sizes
 
     Returns:
-        JSON.
+      JSON
 
     Raises:
-        UserError: A config that OpenCLIP cannot say.
+      UserError: OpenCLIP cannot represent the config
     """
     vision, text = config.vision, config.text
     if vision.hidden_act != text.hidden_act:
         raise UserError(
-            f"OpenCLIP has one activation for both towers, not {vision.hidden_act} and "
-            f"{text.hidden_act}; choose hugging_face."
+            f"OpenCLIP supports one activation for both towers, not {vision.hidden_act} and "
+            f"{text.hidden_act}; choose hugging_face"
         )
     if vision.num_channels != 3:
-        raise UserError(f"OpenCLIP has 3 channels, not {vision.num_channels}; use hugging_face.")
+        raise UserError(
+            f"OpenCLIP supports 3 channels, not {vision.num_channels}; choose hugging_face"
+        )
     image = {
         "image_size": vision.image_size,
         "layers": vision.num_hidden_layers,
@@ -228,7 +230,7 @@ def write_model(config: CLIPConfig) -> dict[str, Any]:
     if not text.pools_at_highest_id:
         words |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     if text.vocab_size != _CLIP_VOCABULARY:
-        # Any name makes OpenCLIP read the tokenizer that lies beside this file.
+        # With any name OpenCLIP reads the tokenizer files next to this file.
         words["hf_tokenizer_name"] = "."
     quick = {"quick_gelu": True} if vision.hidden_act == "quick_gelu" else {}
     shared = {"embed_dim": config.projection_dim, **quick}
@@ -236,74 +238,76 @@ def write_model(config: CLIPConfig) -> dict[str, Any]:
 
 
 def section(raw: Any, key: str) -> dict[str, Any]:
-    """A dictionary of the file; a UserError where it is none."""
+    """Return a dictionary of the config; a UserError if it is none."""
     value = raw.get(key) if isinstance(raw, dict) else None
     if not isinstance(value, dict):
-        raise UserError(f"{key} must be a dictionary, not {value!r}.")
+        raise UserError(f"{key} must be a dictionary, not {value!r}")
     return value
 
 
 def check_unsupported(
-    part: dict[str, Any], neutral: dict[str, Any], where: str, known: tuple[str, ...]
+    values: dict[str, Any], neutral: dict[str, Any], where: str, known: tuple[str, ...]
 ) -> None:
-    """A UserError that names all keys of `part` that ask for what the towers lack."""
-    asked = [
+    """Raise a UserError that names all keys of `values` that the towers do not implement."""
+    unsupported = [
         f"{where}.{key} = {value!r}"
-        for key, value in part.items()
+        for key, value in values.items()
         if key not in (*known, *_IDLE)
         and not (key in neutral and (value == neutral[key] or not (value or neutral[key])))
     ]
-    if asked:
-        raise UserError(f"not among what these towers compute: {', '.join(asked)}.")
+    if unsupported:
+        raise UserError(f"not supported by these towers: {', '.join(unsupported)}")
 
 
-def _whole(part: dict[str, Any], key: str, default: int | None, where: str) -> int:
-    value = part.get(key, default)
+def _positive_int(values: dict[str, Any], key: str, default: int | None, where: str) -> int:
+    value = values.get(key, default)
     if isinstance(value, list) and len(set(map(str, value))) == 1:
-        value = value[0]  # Both sides of a square.
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
-        raise UserError(f"{where}.{key} must be a positive integer, not {value!r}.")
+        value = value[0]  # both sides of a square
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
+        raise UserError(f"{where}.{key} must be a positive integer, not {value!r}")
     return value
 
 
-def _tower(part: dict[str, Any], where: str, width: int, activation: str) -> dict[str, Any]:
-    width = _whole(part, "width", width, where)
-    ratio, norm = part.get("mlp_ratio", _MLP_RATIO), part.get("norm_kwargs") or {}
+def _tower(values: dict[str, Any], where: str, width: int, activation: str) -> dict[str, Any]:
+    width = _positive_int(values, "width", width, where)
+    ratio, norm = values.get("mlp_ratio", _MLP_RATIO), values.get("norm_kwargs") or {}
     eps: Any = norm.get("eps", _EPS) if isinstance(norm, dict) and set(norm) <= {"eps"} else None
     for key, value in (("mlp_ratio", ratio), ("norm_kwargs.eps", eps)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value < math.inf:
-            given = part.get(key.partition(".")[0])
-            raise UserError(f"{where}.{key} must be a positive number alone, not {given!r}.")
+            given = values.get(key.partition(".")[0])
+            raise UserError(f"{where}.{key} must be a single positive number, not {given!r}")
     return {
         "hidden_size": width,
         "intermediate_size": int(width * ratio),
-        "num_hidden_layers": _whole(part, "layers", 12, where),
+        "num_hidden_layers": _positive_int(values, "layers", 12, where),
         "hidden_act": activation,
         "layer_norm_eps": float(eps),
     }
 
 
 def _shared(tower: VisionConfig | TextConfig) -> dict[str, Any]:
-    """What OpenCLIP leaves out where it is the default."""
+    """Return the keys that OpenCLIP omits if they have the default."""
     width, inner = tower.hidden_size, tower.intermediate_size
-    said: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     if inner != int(width * _MLP_RATIO):
-        # OpenCLIP rounds the product down: half a unit more is safe from the division's rounding.
+        # OpenCLIP rounds the product down; adding 1/2 protects it from rounding of the division.
         ratio = inner / width
-        said["mlp_ratio"] = ratio if int(width * ratio) == inner else (inner + 0.5) / width
+        keys["mlp_ratio"] = ratio if int(width * ratio) == inner else (inner + 0.5) / width
     if tower.layer_norm_eps != _EPS:
-        said["norm_kwargs"] = {"eps": tower.layer_norm_eps}
-    return said
+        keys["norm_kwargs"] = {"eps": tower.layer_norm_eps}
+    return keys
 
 
 def _end(text: dict[str, Any]) -> int:
-    """Our eos_token_id, of which 2 means the highest id."""
+    """Return our eos_token_id; 2 means the highest id."""
     pool, end = text.get("pool_type", "argmax"), text.get("eos_id", LEGACY_EOS_TOKEN_ID)
     if pool == "argmax":
         return LEGACY_EOS_TOKEN_ID
     if pool != "eos" or isinstance(end, bool) or not isinstance(end, int):
-        raise UserError(f"text_cfg.pool_type is {pool!r} (eos_id {end!r}), not 'argmax' or 'eos'.")
+        raise UserError(f"text_cfg.pool_type is {pool!r} (eos_id {end!r}), not 'argmax' or 'eos'")
     if end == LEGACY_EOS_TOKEN_ID:
-        raise UserError("text_cfg: pool_type 'eos' at eos_id 2, which here means the highest id.")
+        raise UserError(
+            "text_cfg: pool_type 'eos' with eos_id 2 is not supported: 2 means the highest id"
+        )
     return end

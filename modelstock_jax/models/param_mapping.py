@@ -1,6 +1,6 @@
-"""The one table of tensor names and layouts between our parameters and a checkpoint's.
+"""Table of tensor names and memory layouts: our parameters and those of each checkpoint format.
 
-Each row serves both directions, so that what is read is what is written.
+Each row is used for both directions, so reading inverts writing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ KeyPath = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How one tensor is laid out there and here.
+    """Conversion of one tensor between a checkpoint and our parameters.
 
     Attributes:
-        read: Theirs -> ours.
-        write: Ours -> theirs.
-        shape: Shape of ours -> shape of theirs.
+      read: tensor of the checkpoint -> ours
+      write: ours -> tensor of the checkpoint
+      shape: our shape -> shape in the checkpoint
     """
 
     read: Callable[[np.ndarray], np.ndarray]
@@ -38,23 +38,23 @@ class Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of theirs, and the tensors of ours that lie in it, joined along its first axis.
+    """One checkpoint tensor and our tensors that it contains, joined along its first axis.
 
     Attributes:
-        ours: Paths in our tree; nearly always one.
-        theirs: Name in the file.
-        transform: The layout of each part.
+      path: paths in our tree; usually one
+      name: name in the checkpoint
+      transform: conversion of each part
 
     Example:
-        >>> row = Row((("q",), ("k",)), "in_proj_weight", TRANSPOSED)
-        >>> row.shape({("q",): (3, 2), ("k",): (3, 2)})
-        (4, 3)
-        >>> joined = np.arange(12.0).reshape(4, 3)
-        >>> parts = row.read(joined)
-        >>> parts[("k",)].tolist()
-        [[6.0, 9.0], [7.0, 10.0], [8.0, 11.0]]
-        >>> bool((row.write(parts) == joined).all())
-        True
+      >>> row = Row((("q",), ("k",)), "in_proj_weight", TRANSPOSED)
+      >>> row.shape({("q",): (3, 2), ("k",): (3, 2)})
+      (4, 3)
+      >>> joined = np.arange(12.0).reshape(4, 3)
+      >>> parts = row.read(joined)
+      >>> parts[("k",)].tolist()
+      [[6.0, 9.0], [7.0, 10.0], [8.0, 11.0]]
+      >>> bool((row.write(parts) == joined).all())
+      True
     """
 
     path: tuple[KeyPath, ...]
@@ -62,19 +62,19 @@ class Row:
     transform: Transform
 
     def shape(self, shapes: Mapping[KeyPath, Shape]) -> Shape:
-        """Shape of theirs, from the shapes of ours."""
+        """Return the shape in the checkpoint, from our shapes."""
         parts = [self.transform.shape(shapes[path]) for path in self.path]
         if len(parts) == 1:
             return parts[0]
         return (sum(part[0] for part in parts), *parts[0][1:])
 
     def read(self, tensor: np.ndarray) -> dict[KeyPath, np.ndarray]:
-        """Ours, by path, from theirs."""
+        """Return our tensors by path, from a checkpoint tensor."""
         parts = [tensor] if len(self.path) == 1 else np.split(tensor, len(self.path))
         return {p: self.transform.read(x) for p, x in zip(self.path, parts, strict=True)}
 
     def write(self, leaves: Mapping[KeyPath, np.ndarray]) -> np.ndarray:
-        """Theirs, from ours by path."""
+        """Return the checkpoint tensor, from our tensors by path."""
         parts = [self.transform.write(leaves[path]) for path in self.path]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -84,27 +84,27 @@ def _same(x: Any) -> Any:
 
 
 SAME = Transform(_same, _same, _same)
-# A PyTorch linear layer is [out, in], a kernel here is [in, out].
+# PyTorch stores a linear layer as [out, in], we as [in, out].
 TRANSPOSED = Transform(np.transpose, np.transpose, lambda shape: shape[::-1])
 
 
 def patches(size: int, channels: int) -> Transform:
-    """A convolution's [D, C, P, P] and our [P P C, D], a patch flattened as (row, column, channel).
+    """Convert a convolution [D, C, P, P] to [P P C, D], patches in (row, column, channel) order.
 
     Args:
-        size: P.
-        channels: C.
+      size: P
+      channels: C
 
     Returns:
-        The transform.
+      The transform
 
     Example:
-        >>> kernel = np.arange(24.0).reshape(2, 3, 2, 2)
-        >>> ours = patches(2, 3).read(kernel)
-        >>> bool(ours[1 * 3 + 2, 0] == kernel[0, 2, 0, 1])
-        True
-        >>> bool((patches(2, 3).write(ours) == kernel).all())
-        True
+      >>> kernel = np.arange(24.0).reshape(2, 3, 2, 2)
+      >>> ours = patches(2, 3).read(kernel)
+      >>> bool(ours[1 * 3 + 2, 0] == kernel[0, 2, 0, 1])
+      True
+      >>> bool((patches(2, 3).write(ours) == kernel).all())
+      True
     """
     return Transform(
         lambda x: x.transpose(2, 3, 1, 0).reshape(size * size * channels, x.shape[0]),
@@ -113,13 +113,13 @@ def patches(size: int, channels: int) -> Transform:
     )
 
 
-# What a name in the table ends in, ours and theirs.
+# Endings of names in the table: (ours, in the checkpoint).
 _LEAF = (("", ""),)
 _NORM = (("scale", "weight"), ("bias", "bias"))
 _LINEAR = (("kernel", "weight"), ("bias", "bias"))
 
-# Ours; transformers' CLIPModel; OpenAI's state dict, which OpenCLIP and Model Soups kept. Where
-# there are fewer names there than here, ours lie joined in theirs.
+# Columns: ours; transformers' CLIPModel; OpenAI's state dict, also used by OpenCLIP and Model
+# Soups. If a row has fewer checkpoint names than ours, the checkpoint joins our tensors.
 _IMAGE = (
     (_LEAF, "class_embedding", "vision_model.embeddings.class_embedding", "visual.class_embedding"),
     (
@@ -134,7 +134,7 @@ _IMAGE = (
         "vision_model.embeddings.position_embedding.weight",
         "visual.positional_embedding",
     ),
-    # The file's own spelling.
+    # Spelled so in the files.
     (_NORM, "pre_layernorm.", "vision_model.pre_layrnorm.", "visual.ln_pre."),
     (_NORM, "post_layernorm.", "vision_model.post_layernorm.", "visual.ln_post."),
     (_LEAF, "projection.kernel", "visual_projection.weight", "visual.proj"),
@@ -172,33 +172,33 @@ COLUMNS = ("hugging_face", "openai")
 
 
 def rows(config: CLIPConfig, column: str) -> list[Row]:
-    """The rows of a whole model in one column of the table.
+    """Return the rows of a complete model for one column of the table.
 
     Args:
-        config: Sizes.
-        column: One of `COLUMNS`: transformers' ``CLIPModel``, or OpenAI's state dict.
+      config: sizes
+      column: one of `COLUMNS`: transformers' `CLIPModel`, or OpenAI's state dict
 
     Returns:
-        One row for each tensor of theirs.
+      One row per tensor of the checkpoint
 
     Example:
-        >>> [len(rows(CLIPConfig(), column)) for column in COLUMNS]
-        [398, 302]
+      >>> [len(rows(CLIPConfig(), column)) for column in COLUMNS]
+      [398, 302]
     """
-    which = COLUMNS.index(column)
-    found = [Row((("logit_scale",),), "logit_scale", SAME)]
+    index = COLUMNS.index(column)
+    result = [Row((("logit_scale",),), "logit_scale", SAME)]
     for tower, table, *blocks in _TOWERS:
         layers = (config.vision if tower == "image_tower" else config.text).num_hidden_layers
-        for kind, ours, *theirs in table:
-            found += _rows(config, column, (tower,), kind, ours, "", theirs[which])
+        for kind, path, *names in table:
+            result += _rows(config, column, (tower,), kind, path, "", names[index])
         for i in range(layers):
-            here, there = (tower, "blocks", f"block_{i:02d}"), blocks[which].format(i)
-            for kind, ours, *theirs in _BLOCK:
-                found += _rows(config, column, here, kind, ours, there, theirs[which])
-    return found
+            prefix, name_prefix = (tower, "blocks", f"block_{i:02d}"), blocks[index].format(i)
+            for kind, path, *names in _BLOCK:
+                result += _rows(config, column, prefix, kind, path, name_prefix, names[index])
+    return result
 
 
-# The classifier of a fine-tuned model, a file of its own beside the model.
+# The classifier of a fine-tuned model, stored in a separate file.
 HEAD = [
     Row((("kernel",),), "weight", TRANSPOSED),
     Row((("bias",),), "bias", SAME),
@@ -208,20 +208,21 @@ HEAD = [
 def _rows(
     config: CLIPConfig,
     column: str,
-    here: KeyPath,
+    prefix: KeyPath,
     kind: Sequence[tuple[str, str]],
-    ours: str,
-    there: str,
-    theirs: str,
+    path: str,
+    name_prefix: str,
+    name: str,
 ) -> Iterator[Row]:
-    """One line of the table as rows."""
-    names, others = ours.split(), theirs.split()
-    for leaf, other in kind:
-        paths = [(*here, *f"{name}{leaf}".split(".")) for name in names]
-        step = len(paths) // len(others)
-        for i, name in enumerate(others):
-            part = tuple(paths[i * step : (i + 1) * step])
-            yield Row(part, f"{there}{name}{other}", _transform(config, column, part[0]))
+    """Yield the rows of one line of the table."""
+    stems, file_stems = path.split(), name.split()
+    for ending, file_ending in kind:
+        paths = [(*prefix, *f"{stem}{ending}".split(".")) for stem in stems]
+        step = len(paths) // len(file_stems)
+        for i, stem in enumerate(file_stems):
+            joined = tuple(paths[i * step : (i + 1) * step])
+            transform = _transform(config, column, joined[0])
+            yield Row(joined, f"{name_prefix}{stem}{file_ending}", transform)
 
 
 def _transform(config: CLIPConfig, column: str, path: KeyPath) -> Transform:
@@ -229,31 +230,28 @@ def _transform(config: CLIPConfig, column: str, path: KeyPath) -> Transform:
         return SAME
     if path[-2] == "patch_embedding":
         return patches(config.vision.patch_size, config.vision.num_channels)
-    # OpenAI multiplies by its projections as they are, [in, out].
+    # OpenAI stores its projections as [in, out].
     return SAME if path[-2] == "projection" and column == "openai" else TRANSPOSED
 
 
-# Trees of parameters from the tensors of files and back: all that does not fit in one error.
-
-
 Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
-MOST = 30  # Problems of one kind that an error names.
+MAX_NAMED = 30  # problems of one kind that an error lists
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """Yields (path, leaf) of nested dictionaries, in order of the names.
+    """Yield (path, leaf) of nested dictionaries, sorted by name.
 
     Args:
-        tree: Nested dictionaries.
-        prefix: What the paths begin with.
+      tree: nested dictionaries
+      prefix: beginning of the paths
 
     Yields:
-        Tuples of names, and leaves.
+      Paths as tuples of names, with their leaves
 
     Example:
-        >>> list(flatten({"b": 1, "a": {"c": 2}}))
-        [(('a', 'c'), 2), (('b',), 1)]
+      >>> list(flatten({"b": 1, "a": {"c": 2}}))
+      [(('a', 'c'), 2), (('b',), 1)]
     """
     for name in sorted(tree):
         if isinstance(tree[name], Mapping):
@@ -263,17 +261,17 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
 
 
 def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Nests (path, leaf) again.
+    """Invert `flatten`.
 
     Args:
-        leaves: Path -> leaf.
+      leaves: path -> leaf
 
     Returns:
-        Nested dictionaries.
+      Nested dictionaries
 
     Example:
-        >>> unflatten({("a", "c"): 2, ("b",): 1})
-        {'a': {'c': 2}, 'b': 1}
+      >>> unflatten({("a", "c"): 2, ("b",): 1})
+      {'a': {'c': 2}, 'b': 1}
     """
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -291,21 +289,21 @@ def read_tree(
     where: Path,
     tolerates: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """Our tree from their tensors, as float32.
+    """Read a tree of parameters as float32.
 
     Args:
-        files: Theirs.
-        rows: The table, as `rows` gives it.
-        shapes: Shapes of ours, by path.
-        where: What an error names.
-        tolerates: Says of a tensor outside the table whether it may be there.
+      files: tensors of the checkpoint
+      rows: result of `rows`
+      shapes: our shapes by path
+      where: path for error messages
+      tolerates: whether a tensor that is not in the table is allowed
 
     Returns:
-        Nested dictionaries of float32 NumPy arrays.
+      Nested dictionaries of float32 NumPy arrays
 
     Raises:
-        UserError: Tensors that are missing, unused, misshapen, of a wrong dtype or not finite,
-            all of them in one list.
+      UserError: tensors that are missing, unused, of wrong shape or dtype, or not finite (all in
+        one list)
     """
     problems, leaves = [], {}
     for row in rows:
@@ -336,7 +334,7 @@ def read_tree(
 def write_tree(
     tree: Params, rows: Sequence[Row], shapes: Shapes, where: Path
 ) -> dict[str, np.ndarray]:
-    """Their tensors, by name and as float32, from our tree; the other way of `read_tree`."""
+    """Return checkpoint tensors by name, as float32: the inverse of `read_tree`."""
     leaves = dict(flatten(tree))
     problems = [f"unused: {'.'.join(path)}" for path in sorted(leaves.keys() - shapes.keys())]
     tensors = {}
@@ -362,18 +360,18 @@ def write_tree(
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape as people write it."""
+    """Format a shape."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 def _raise(where: Path, problems: list[str]) -> None:
-    """All problems in one error; of each kind the first, for another model's are hundreds."""
+    """Raise one error with all problems, at most `MAX_NAMED` of each kind."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.partition(":")[0], []).append(problem)
     shown = []
     for kind, found in kinds.items():
-        more = len(found) - MOST
-        shown += [*found[:MOST], *([f"{kind}: {more} more"] if more > 0 else [])]
+        more = len(found) - MAX_NAMED
+        shown += [*found[:MAX_NAMED], *([f"{kind}: {more} more"] if more > 0 else [])]
     if shown:
-        raise UserError(f"{where}: tensors that do not fit: {'; '.join(shown)}.")
+        raise UserError(f"{where}: tensors that do not match: {'; '.join(shown)}")

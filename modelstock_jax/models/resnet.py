@@ -1,4 +1,4 @@
-"""A ResNet (He et al. 2016) with group norms, and a hybrid of its stem and a transformer."""
+"""ResNet (He et al. 2016) with group norms; hybrid of a convolutional stem and a transformer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTHS = (32, 64, 128)
 
 
 class ResidualBlock(nnx.Module):
-    """Two convolutions of 3 x 3, the first of which halves the image, and a projected shortcut."""
+    """Two 3 x 3 convolutions, the first with stride 2, and a projection shortcut."""
 
     def __init__(self, inputs: int, outputs: int, compute: Compute, rngs: nnx.Rngs):
         self.conv1 = Convolution(inputs, outputs, 3, compute, rngs, stride=2)
@@ -24,13 +24,13 @@ class ResidualBlock(nnx.Module):
         self.shortcut_norm = group_norm(outputs, compute, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [B, H, W, I] to [B, H/2, W/2, O]."""
+        """Map x [B, H, W, I] to [B, H/2, W/2, O]."""
         y = jax.nn.relu(self.norm1(self.conv1(x)))
         return jax.nn.relu(self.norm2(self.conv2(y)) + self.shortcut_norm(self.shortcut(x)))
 
 
 class ResNet(nnx.Module):
-    """A stem, blocks, and the mean over all places."""
+    """Stem, blocks, global average pooling."""
 
     def __init__(self, compute: Compute, rngs: nnx.Rngs):
         self.stem = Convolution(3, WIDTHS[0], 3, compute, rngs)
@@ -44,14 +44,11 @@ class ResNet(nnx.Module):
         )
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images [B, H, W, 3] to features [B, 128]."""
+        """Map images [B, H, W, 3] to features [B, 128]."""
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
         for i in range(len(WIDTHS)):
             x = self.blocks[f"block_{i:02d}"](x)
         return x.mean((1, 2))
-
-
-# A hybrid (Dosovitskiy et al. 2021): convolutions make the tokens of a transformer.
 
 
 STEM = 32
@@ -66,7 +63,7 @@ SIZES = VisionConfig(
 
 
 class Hybrid(nnx.Module):
-    """Two convolutions that halve the image, blocks over its places, and the mean of them."""
+    """Hybrid (Dosovitskiy et al. 2021): two stride-2 convolutions, transformer blocks, mean."""
 
     def __init__(self, compute: Compute, rngs: nnx.Rngs):
         width, tokens = SIZES.hidden_size, (SIZES.image_size // SIZES.patch_size) ** 2
@@ -80,7 +77,7 @@ class Hybrid(nnx.Module):
         self.post_layernorm = layer_norm(SIZES, compute, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images [B, 24, 24, 3] to features [B, 64]."""
+        """Map images [B, 24, 24, 3] to features [B, 64]."""
         x = jax.nn.relu(self.stem1_norm(self.stem1(images)))
         x = jax.nn.relu(self.stem2_norm(self.stem2(x)))
         x = x.reshape(x.shape[0], -1, x.shape[-1])

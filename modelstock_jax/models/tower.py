@@ -1,4 +1,4 @@
-"""Towers as pure functions of plain nested dictionaries of arrays, as `models.clip` has them."""
+"""Small image towers as pure functions of nested dictionaries of arrays, as in `models.clip`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modelstock_jax.models.transformer import Compute
 
 Params = dict[str, Any]
 IMAGE_SIZE = 24
-# The image tower of the small CLIP that ships with the package.
+# Image tower of the small CLIP that the package contains.
 _VIT = CLIPConfig(
     VisionConfig(
         hidden_size=96,
@@ -39,9 +39,9 @@ class Tower(NamedTuple):
     """An architecture.
 
     Attributes:
-      build: (compute, rngs) -> a module that maps images [B, 24, 24, 3] to features [B, E].
-      width: E.
-      num_heads: attention heads, 1 where there is no attention.
+      build: (compute, rngs) -> a module that maps images [B, 24, 24, 3] to features [B, E]
+      width: E
+      num_heads: attention heads; 1 without attention
     """
 
     build: Callable[[Compute, nnx.Rngs], nnx.Module]
@@ -60,18 +60,18 @@ TOWERS = {
 
 
 def tower(name: str) -> Tower:
-    """The architecture of that name.
+    """Return the architecture of this name.
 
     Raises:
-      UserError: if there is none.
+      UserError: unknown name
     """
     if name not in TOWERS:
-        raise UserError(f"tower:{name}: the towers are {', '.join(TOWERS)}")
+        raise UserError(f"tower:{name}: choose one of {', '.join(TOWERS)}")
     return TOWERS[name]
 
 
 def init(name: str, num_classes: int, key: jax.Array) -> Params:
-    """Draws {"image_tower", "head": {"kernel" [E, K], "bias" [K]}}, float32.
+    """Draw initial parameters {"image_tower", "head": {"kernel" [E, K], "bias" [K]}}, float32.
 
     Example:
       >>> params = jax.eval_shape(lambda key: init("resnet", 62, key), jax.random.key(0))
@@ -90,14 +90,14 @@ def init(name: str, num_classes: int, key: jax.Array) -> Params:
 
 
 def classifier(name: str, compute: Compute) -> Callable[[Params, jax.Array], jax.Array]:
-    """A tower under a linear head: logits = f W + b.
+    """Return a tower with a linear head: logits = f W + b.
 
     Args:
-      name: of the tower.
-      compute: dtype and remat.
+      name: name of the tower
+      compute: dtype and remat
 
     Returns:
-      apply(params, images) -> logits [B, K], float32; images float [B, 24, 24, 3].
+      apply(params, images) -> logits [B, K], float32; images float [B, 24, 24, 3]
     """
     shape = tower(name)
 
@@ -115,5 +115,5 @@ def classifier(name: str, compute: Compute) -> Callable[[Params, jax.Array], jax
 
 @functools.lru_cache(maxsize=16)
 def _structure(shape: Tower, compute: Compute) -> Any:
-    """The module without its numbers; nothing is drawn."""
+    """Return the structure of the module without drawing parameters."""
     return nnx.split(nnx.eval_shape(lambda: shape.build(compute, nnx.Rngs(0))))[0]

@@ -1,4 +1,4 @@
-"""Zero-shot heads: a linear head from class names and prompts, and its cache on disk."""
+"""Zero-shot heads: a linear head from class names and prompts, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
 
-# A text tower runs over positions in steps of this many: few programs, little padding.
+# Text lengths are rounded up to a multiple of this: few compiled programs, little padding.
 _LENGTH_STEP = 8
 
 
@@ -42,31 +42,31 @@ def zero_shot_head(
     allow_repeats: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
-    """The classifier that the text tower makes from prompts.
+    """Create a classifier from prompts with the text tower.
 
     With f(text) the text features, column k is exp(logit_scale) u / |u| with
     u = mean over templates of f(template of class k) / |f(template of class k)|; the bias is zero.
 
-    A text is pooled at its end, which sees nothing of what follows: prompts are run in the order
-    of their ends, each batch cut behind its last one.
+    Attention is causal and a text is pooled at its end, so prompts are sorted by length and each
+    batch is truncated to its longest prompt.
 
     Args:
-        checkpoint: The model, whose directory holds its tokenizer.
-        class_names: K names, all different.
-        templates: Prompts, each with '{}' where the name goes.
-        batch_size: Texts in one pass of the text tower.
-        compute: Dtype, attention and remat. Products of float32 are taken in full float32,
-            whatever an accelerator's default: a head is made once.
-        allow_repeats: Take names that stand twice, as ImageNet's published list has them; such
-            classes get equal columns.
-        progress: Called with (prompts done, prompts in all) after each batch.
+      checkpoint: the model; its directory contains the tokenizer
+      class_names: K different names
+      templates: prompts with '{}' in place of the name
+      batch_size: texts per batch
+      compute: dtype, attention implementation and remat. Float32 products use full float32
+        precision on every accelerator: a head is computed only once.
+      allow_repeats: accept repeated names, as in ImageNet's published list; their classes get
+        equal columns
+      progress: called with (prompts done, total prompts) after each batch
 
     Returns:
-        {"kernel" [E, K], "bias" [K]}, float32.
+      {"kernel" [E, K], "bias" [K]}, float32
 
     Raises:
-        UserError: No names or repeated ones, no templates or one without '{}', a prompt longer
-            than the text tower's context, or a tokenizer that does not fit the model.
+      UserError: no names or repeated names, no templates or one without '{}', a prompt longer than
+        the context length, or a tokenizer that does not match the model
     """
     _check(class_names, templates, allow_repeats)
     ids = prompt_ids(checkpoint, class_names, templates)
@@ -84,15 +84,15 @@ def context_head(
     allow_repeats: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
-    """The classifier of contexts: what a prompt says beside its class (CAR-FT, Mao et al. 2022).
+    """Create a classifier of contexts, i.e. of templates (CAR-FT, Mao et al. 2022).
 
-    As `zero_shot_head`, with the other mean: column c is exp(logit_scale) u / |u| with
+    As `zero_shot_head`, but averaged over classes: column c is exp(logit_scale) u / |u| with
     u = mean over classes k of f(template c of class k) / |f(template c of class k)|.
 
-    Args and errors are those of `zero_shot_head`.
+    Arguments and errors are those of `zero_shot_head`.
 
     Returns:
-        {"kernel" [E, C], "bias" [C]}, float32, C the number of templates.
+      {"kernel" [E, C], "bias" [C]}, float32, C the number of templates
     """
     _check(class_names, templates, allow_repeats)
     ids = prompt_ids(checkpoint, class_names, templates)
@@ -108,24 +108,24 @@ def _head(
     compute: Compute,
     progress: Callable[[int, int], None] | None,
 ) -> Params:
-    """A head whose columns are the mean features of the texts that `column` gives them."""
+    """Return a head; text i contributes to the mean of column `column[i]`."""
     used = 1 + np.asarray(end_of_text(jnp.asarray(ids), checkpoint.config.text.eos_token_id))
     count, size = len(ids), min(batch_size, len(ids))
     params = jax.tree.map(jnp.asarray, checkpoint.params["text_tower"])
-    # Sums on the host: their order, and so the last bit, is the same on every machine, and K E
-    # numbers is all that is kept of the features.
+    # Sums on the host: their order, and so the last bit, is the same on every machine, and only K E
+    # values are stored.
     sums = np.zeros((column.max() + 1, checkpoint.config.projection_dim))
     order = np.argsort(used, kind="stable")
     for start in range(0, count, size):
         chosen = order[start : start + size]
         longest = -(-int(used[chosen].max()) // _LENGTH_STEP) * _LENGTH_STEP
-        # The last batch is padded by its own last text: no other program for it.
+        # Repeat the last text to fill the last batch: no second compiled program.
         rows = np.pad(chosen, (0, size - len(chosen)), mode="edge")
         features = np.asarray(_embed(checkpoint.config, params, ids[rows, :longest], compute))
         np.add.at(sums, column[chosen], features[: len(chosen)])
         if progress is not None:
             progress(start + len(chosen), count)
-    # The direction of a sum is that of the mean.
+    # The sum has the same direction as the mean.
     columns = sums / np.linalg.norm(sums, axis=1, keepdims=True)
     kernel = np.exp(np.float64(checkpoint.params["logit_scale"])) * columns.T
     return {
@@ -137,31 +137,31 @@ def _head(
 def prompt_ids(
     checkpoint: Checkpoint, class_names: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
-    """Token ids int32 [K T, L] of every prompt, a class's templates in a row.
+    """Return token ids, int32 [K T, L], of all prompts; the T templates of a class are adjacent.
 
     Raises:
-        UserError: As `zero_shot_head`.
+      UserError: as `zero_shot_head`
     """
     if checkpoint.directory is None:
-        raise UserError("zero_shot_head: the checkpoint has no directory, so no tokenizer.")
+        raise UserError("zero_shot_head: the checkpoint has no tokenizer directory")
     text = checkpoint.config.text
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     ids = tokenize(checkpoint.directory, prompts, text.max_position_embeddings)
     if ids.max() >= text.vocab_size:
         raise UserError(
-            f"{checkpoint.directory}: the tokenizer gives id {ids.max()}, the text tower has "
-            f"{text.vocab_size} tokens."
+            f"{checkpoint.directory}: the tokenizer returned id {ids.max()}, but the text tower "
+            f"has only {text.vocab_size} tokens"
         )
     if text.eos_token_id != LEGACY_EOS_TOKEN_ID and not (ids == text.eos_token_id).any(1).all():
         raise UserError(
-            f"{checkpoint.directory}: the tokenizer never gives eos_token_id {text.eos_token_id} "
-            "of the config, at which a text is pooled."
+            f"{checkpoint.directory}: the tokenizer does not add eos_token_id {text.eos_token_id} "
+            "of the config, at which texts are pooled"
         )
     return ids
 
 
 def _embed(config: CLIPConfig, params: Params, ids: np.ndarray, compute: Compute) -> jax.Array:
-    # On a GPU or TPU the default is TF32 or bfloat16, an error of 1e-3.
+    # The default on a GPU or TPU is TF32 or bfloat16, with an error of 1e-3.
     with jax.default_matmul_precision("highest"):
         return _unit_features(config, params, ids, compute)
 
@@ -174,22 +174,19 @@ def _unit_features(
 
 
 def _check(class_names: Sequence[str], templates: Sequence[str], allow_repeats: bool) -> None:
-    for what, given in (("class names", class_names), ("templates", templates)):
-        if isinstance(given, str) or not all(isinstance(x, str) for x in given):
-            raise UserError(f"zero_shot_head: {what} must be a list of texts.")
-        if not given:
-            raise UserError(f"zero_shot_head: no {what}.")
-    twice = sorted(name for name, count in Counter(class_names).items() if count > 1)
-    if twice and not allow_repeats:
-        raise UserError(f"zero_shot_head: class names given more than once: {', '.join(twice)}.")
+    for noun, texts in (("class names", class_names), ("templates", templates)):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"zero_shot_head: {noun} must be a list of texts")
+        if not texts:
+            raise UserError(f"zero_shot_head: no {noun}")
+    repeated = sorted(name for name, count in Counter(class_names).items() if count > 1)
+    if repeated and not allow_repeats:
+        raise UserError(f"zero_shot_head: repeated class names: {', '.join(repeated)}")
     if bare := [template for template in templates if "{}" not in template]:
-        raise UserError(f"zero_shot_head: templates without '{{}}': {', '.join(map(repr, bare))}.")
+        raise UserError(f"zero_shot_head: templates without '{{}}': {', '.join(map(repr, bare))}")
 
 
-# Heads from the text tower, kept on disk by what they are made of.
-
-
-# A part of every key: a change of the arithmetic makes all heads anew.
+# Part of every key: increase it when the computation changes, so that all heads are recomputed.
 _VERSION = "1"
 
 
@@ -202,26 +199,26 @@ def cached_zero_shot_head(
     compute: Compute = DEFAULT_COMPUTE,
     **options: Any,
 ) -> Params:
-    """`zero_shot_head`, read where the same head was made before.
+    """Return `zero_shot_head`, from the cache if the same head was computed before.
 
-    The file's name and header say the digest of everything that the head depends on (`head_key`),
-    and its header that of the head. A file that is cut short, changed or of another head is not
-    trusted: the head is made anew and takes its place.
+    File name and header contain the checksum of everything that the head depends on (`head_key`);
+    the header also has the checksum of the head. A truncated, modified or different file is
+    replaced by a newly computed head.
 
     Args:
-        directory: Where heads are kept, one file each; made where missing.
-        checkpoint: As this and the others are for `zero_shot_head`.
-        class_names: K names.
-        templates: Prompts.
-        compute: Dtype and attention, which enter the key.
-        **options: Of `zero_shot_head`, where the head is made: batch_size, allow_repeats and
-            progress, which is not called where it is read.
+      directory: directory of the cache, one file per head; created if missing
+      checkpoint: as in `zero_shot_head`
+      class_names: K names
+      templates: prompts
+      compute: its dtype and attention implementation are part of the key
+      **options: further arguments of `zero_shot_head`: batch_size, allow_repeats, progress (not
+        called if the head is read from the cache)
 
     Returns:
-        {"kernel" [E, K], "bias" [K]}, float32.
+      {"kernel" [E, K], "bias" [K]}, float32
 
     Raises:
-        UserError: As `zero_shot_head`, or the directory cannot be written.
+      UserError: as `zero_shot_head`; or the directory cannot be written
     """
     make = partial(zero_shot_head, **options)
     start = Path(directory, "zero_shot_head")
@@ -237,9 +234,9 @@ def cached_context_head(
     compute: Compute = DEFAULT_COMPUTE,
     **options: Any,
 ) -> Params:
-    """`context_head`, kept as `cached_zero_shot_head` keeps its own.
+    """Return `context_head`, cached as in `cached_zero_shot_head`.
 
-    Args, returns and errors are those of the two.
+    Arguments, return value and errors are those of the two functions.
     """
     make = partial(context_head, **options)
     start = Path(directory, "context_head")
@@ -256,7 +253,7 @@ def _cached(
     compute: Compute,
 ) -> Params:
     key = head_key(checkpoint, class_names, templates, compute)
-    # The key tells what a head is made of, the file's name which of the two it is.
+    # The key identifies the inputs; the file name tells which of the two heads it is.
     path = start.with_name(f"{start.name}_{key[:16]}.safetensors")
     shapes: dict[str, tuple[int, ...]] = {
         "kernel": (checkpoint.config.projection_dim, columns),
@@ -269,7 +266,7 @@ def _cached(
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"{path.parent}: cannot be made ({error.strerror}).") from None
+                raise UserError(f"{path.parent}: cannot be created ({error.strerror})") from None
             write_tensors(path, head, {"key": key, "digest": checksum_tensors(head)})
     return head
 
@@ -280,25 +277,25 @@ def head_key(
     templates: Sequence[str],
     compute: Compute = DEFAULT_COMPUTE,
 ) -> str:
-    """SHA-256 over all that a head depends on.
+    """Compute SHA-256 over everything that a head depends on.
 
-    That is the text tower's sizes and weights, logit_scale, the tokenizer's files, class names,
-    templates, and the dtype and attention that it is computed with.
+    Sizes and weights of the text tower, logit_scale, tokenizer files, class names, templates,
+    dtype and attention implementation.
 
     Args:
-        checkpoint: As for `zero_shot_head`.
-        class_names: In the order of the columns.
-        templates: In any order, which counts.
-        compute: Of the text tower.
+      checkpoint: as in `zero_shot_head`
+      class_names: in the order of the columns
+      templates: in order; another order gives another key
+      compute: dtype and attention implementation of the text tower
 
     Returns:
-        64 hexadecimal digits.
+      64 hexadecimal digits
 
     Raises:
-        UserError: A checkpoint without a directory: none with a tokenizer.
+      UserError: the checkpoint has no tokenizer directory
     """
     if checkpoint.directory is None:
-        raise UserError("head_key: the checkpoint has no directory, so no tokenizer.")
+        raise UserError("head_key: the checkpoint has no tokenizer directory")
     text = {name: checkpoint.params[name] for name in ("text_tower", "logit_scale")}
     parts = {
         "version": _VERSION,
@@ -314,15 +311,15 @@ def head_key(
 
 
 def _read(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> Params | None:
-    """The head of a file that is whole and says the key; else None."""
+    """Return the head of an intact file with this key; else None."""
     if not path.is_file():
         return None
     try:
         files = TensorFiles(path)
-        said = files.metadata()
-        if {name: files.shape(name) for name in files} != shapes or said.get("key") != key:
+        metadata = files.metadata()
+        if {name: files.shape(name) for name in files} != shapes or metadata.get("key") != key:
             return None
         head = {name: files[name] for name in files}
     except UserError:
         return None
-    return head if said.get("digest") == checksum_tensors(head) else None
+    return head if metadata.get("digest") == checksum_tensors(head) else None

@@ -11,7 +11,7 @@ from modelstock_jax.experiment import results
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.reporting.tables import make_row
 from tests.models import small
-from tests.models.all_layouts import CHECKPOINT, with_head, with_tokenizer
+from tests.models.all_formats import CHECKPOINT, with_head, with_tokenizer
 
 
 def config_of(*layouts: str):

@@ -13,7 +13,7 @@ ACTIVATIONS = {
 
 
 def image_features(config, tower, images) -> np.ndarray:
-    """Features [B, E] of images [B, H, W, C] of the config's size."""
+    """Features [B, E] of images [B, H, W, C] with the config's image size."""
     p, x = config.vision.patch_size, np.asarray(images, np.float64)
     grid = config.vision.image_size // p
     kernel = tower["patch_embedding"]["kernel"].reshape(p, p, -1, config.vision.hidden_size)
@@ -28,7 +28,7 @@ def image_features(config, tower, images) -> np.ndarray:
 
 
 def text_features(config, tower, ids) -> np.ndarray:
-    """Features [B, E] of ids [B, L], pooled at the first end of text."""
+    """Features [B, E] of ids [B, L], pooled at the first end-of-text token."""
     x = tower["token_embedding"].astype(np.float64)[ids]
     x = blocks(config.text, tower, x + tower["position_embedding"][: ids.shape[1]], causal=True)
     end = [list(row).index(config.text.eos_token_id) for row in ids]
@@ -49,7 +49,7 @@ def blocks(sizes, tower, x, causal: bool) -> np.ndarray:
 
 
 def attention(heads: int, layer, x, causal: bool) -> np.ndarray:
-    """Head by head."""
+    """Attention, one head at a time."""
     q, k, v = (affine(x, layer[name]) for name in ("q_proj", "k_proj", "v_proj"))
     size, out = x.shape[-1] // heads, np.zeros_like(x)
     for head in range(heads):

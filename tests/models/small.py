@@ -1,4 +1,4 @@
-"""A CLIP of the glyph world's width, with biases and norms that are not the defaults."""
+"""A CLIP as wide as the synthetic benchmark's, with non-default biases and norms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EOS = 7
 
 
 def config(layers: int = 2, **text) -> CLIPConfig:
-    """Image 24, patch 6, width 96; text of half as many layers; embedding 64."""
+    """Image 24, patch 6, width 96; text tower with half as many layers; embedding 64."""
     act = text.pop("hidden_act", "quick_gelu")
     size = dict(hidden_size=96, intermediate_size=384, num_attention_heads=3, hidden_act=act)
     words = dict(
@@ -35,7 +35,7 @@ def config(layers: int = 2, **text) -> CLIPConfig:
 
 
 def perturbed(config: CLIPConfig, seed: int = 0) -> dict:
-    """Random parameters, biases and norms too: zeros and ones would hide a mistake."""
+    """Random parameters, including biases and norms: zeros and ones would hide errors."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -47,7 +47,7 @@ def perturbed(config: CLIPConfig, seed: int = 0) -> dict:
 
 
 def checkpoint(config: CLIPConfig, directory: Path | None = None, seed: int = 0) -> Checkpoint:
-    """A checkpoint of perturbed parameters, with the statistics that CLIP's authors used."""
+    """A checkpoint with perturbed parameters and CLIP's pixel statistics."""
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     preprocessor = Preprocessor(mean, std, config.vision.image_size)
     return Checkpoint(config, perturbed(config, seed), preprocessor, directory)
@@ -59,7 +59,7 @@ def images(count: int = 3, seed: int = 1) -> np.ndarray:
 
 
 def ids(count: int = 5, length: int = 16, seed: int = 2) -> np.ndarray:
-    """Token ids with an end of text at various places, padding after it, and higher ids before."""
+    """Token ids: end-of-text at various positions, padding after it, higher ids before it."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(EOS + 1, 60, (count, length)).astype(np.int32)
     ids[:, 0] = 0
@@ -69,7 +69,7 @@ def ids(count: int = 5, length: int = 16, seed: int = 2) -> np.ndarray:
 
 
 def replaced(config: CLIPConfig, tower: str, **values) -> CLIPConfig:
-    """The config with other values in one tower."""
+    """The config with some values of one tower changed."""
     return dataclasses.replace(
         config, **{tower: dataclasses.replace(getattr(config, tower), **values)}
     )

@@ -1,4 +1,4 @@
-"""The config: Hugging Face's keys both ways, its defaults, and what is refused."""
+"""Configs: read and write Hugging Face's keys, defaults, errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_absent_keys_take_hugging_faces_defaults():
         assert {key: reference[key] for key in mine} == mine
 
 
-def test_the_older_dictionaries_stand_for_the_newer_as_in_transformers():
+def test_older_dictionaries_replace_newer_ones_as_in_transformers():
     from transformers import CLIPConfig as Reference
 
     raw = {
@@ -45,7 +45,7 @@ def test_the_older_dictionaries_stand_for_the_newer_as_in_transformers():
     assert ours.vision.hidden_size == theirs.vision_config.hidden_size == 96
 
 
-# What transformers 4 wrote into every tower's config, from published CLIPs.
+# Keys that transformers 4 wrote into the config of each tower, from published CLIPs.
 GENERATION = {
     "_name_or_path": "",
     "add_cross_attention": False,
@@ -114,7 +114,7 @@ OPENAI_B32 = {
     },
     "vision_config_dict": None,
 }
-# Written with the older dictionaries beside the newer, gelu, and the first end of text.
+# With the older dictionaries in addition to the newer ones, gelu, and pooling at the first EOS.
 GELU_L14 = {
     **OPENAI_B32,
     "projection_dim": 768,
@@ -175,6 +175,6 @@ def test_configs_as_the_hub_has_them(raw):
         ({"logit_scale_init_value": float("nan")}, "logit_scale_init_value .*nan"),
     ],
 )
-def test_refused(change, message):
+def test_errors(change, message):
     with pytest.raises(UserError, match=message):
         CLIPConfig.from_dict({"model_type": "clip", **change})

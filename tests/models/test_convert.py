@@ -1,4 +1,4 @@
-"""Conversion from the command line, and the fine-tuned models of Model Soups' code."""
+"""Conversion on the command line; fine-tuned models of the Model Soups code."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from modelstock_jax.merging import model_stock, stack_replicas
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.convert import main
 from modelstock_jax.models.param_mapping import rows
-from tests.models.all_layouts import CHECKPOINT, CONFIG, with_head, with_tokenizer
+from tests.models.all_formats import CHECKPOINT, CONFIG, with_head, with_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The model that is fine-tuned, in Hugging Face's layout and with a tokenizer."""
+    """The pretrained model in Hugging Face's format, with a tokenizer."""
     root = tmp_path_factory.mktemp("base")
     return checkpoint_io.save(root / "base", with_tokenizer(root / "tokenizer"))
 
 
 def state_dict(seed: int, prefix: str = "", text: bool = True) -> dict[str, np.ndarray]:
-    """What Model Soups' code leaves of a fine-tuned model: all but the text transformer."""
+    """A fine-tuned model as the Model Soups code saves it: without the text transformer."""
     tuned = with_head(seed=seed)
     left = {}
     for row in rows(CONFIG, "openai"):
@@ -99,16 +99,16 @@ def test_what_is_wrong_with_a_fine_tuned_model(base, tmp_path):
     refused({"model.visual.proj": np.full((128, 32), np.inf)}, "finite: model.visual.proj")
     other = 1.01 * tensors["model.token_embedding.weight"]
     refused({"model.token_embedding.weight": other}, "base.* text_to")
-    # Half precision of the same base is the same base.
+    # A base in half precision counts as the same base.
     save_file({k: v.astype(np.float16) for k, v in tensors.items()}, path)
     assert checkpoint_io.load(path, base=opened).format == "model_soups"
-    with pytest.raises(UserError, match="text tower .*base"):
+    with pytest.raises(UserError, match="base: .*text tower"):
         checkpoint_io.load(base, base=opened)
 
 
 @pytest.mark.slow  # A merge of 51 tensors is compiled.
 def test_the_released_models_are_converted_merged_and_saved(base, tmp_path, capsys):
-    """The way of docs/reproduce.md on random weights, against the formula on the state dicts."""
+    """The steps of docs/reproduce.md on random weights, compared with the formula."""
     for seed in (1, 2):
         save_file(state_dict(seed, "module."), tmp_path / f"ft{seed}.safetensors")
         source, out = str(tmp_path / f"ft{seed}.safetensors"), str(tmp_path / f"ft{seed}")
@@ -136,14 +136,14 @@ def test_the_released_models_are_converted_merged_and_saved(base, tmp_path, caps
         np.testing.assert_allclose(ours, expected, atol=2e-6, rtol=0, err_msg=name)
 
 
-def test_every_layout_from_the_command_line(base, tmp_path, capsys):
+def test_every_format_on_the_command_line(base, tmp_path, capsys):
     steps = [(base, "open_clip"), ("open_clip", "openai"), ("openai", "hugging_face")]
     for source, layout in steps:
         main([str(tmp_path / source), "--to", layout, "--out", str(tmp_path / layout)])
     last = capsys.readouterr().out.splitlines()[-1]
     count = sum(leaf.size for leaf in jax.tree.leaves(CHECKPOINT.params))
     assert last == f"{tmp_path / 'hugging_face'}: hugging_face, from openai; {count:,} parameters"
-    # The tokenizer went along, so that no other was asked for.
+    # The tokenizer was copied, so no other one is required.
     assert (tmp_path / "hugging_face" / "tokenizer.json").read_text() == "{}"
     ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "hugging_face", base))
     assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
@@ -153,7 +153,7 @@ def test_every_layout_from_the_command_line(base, tmp_path, capsys):
     assert checkpoint_io.load(tmp_path / "hugging_face").format == "openai"
 
 
-def test_a_tokenizer_is_named_where_there_is_none(base, tmp_path, capsys):
+def test_a_missing_tokenizer_is_an_error(base, tmp_path, capsys):
     bare = checkpoint_io.save(tmp_path / "bare", CHECKPOINT, format="openai")
     to = ["--to", "open_clip", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="error: .*bare: .*tokenizer.*open_clip"):
@@ -163,7 +163,7 @@ def test_a_tokenizer_is_named_where_there_is_none(base, tmp_path, capsys):
         main([str(bare), *to, "--tokenizer", str(tmp_path / "empty")])
     main([str(bare), *to, "--tokenizer", str(base)])
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    # OpenAI's layout never has one.
+    # OpenAI's format never has one.
     main([str(bare), "--to", "openai", "--out", str(tmp_path / "copy")])
     with pytest.raises(SystemExit) as usage:
         main([str(bare), "--to", "onnx", "--out", str(tmp_path / "other")])

@@ -1,4 +1,4 @@
-"""The towers: shapes, causality, pooling, dtypes, and replicas side by side."""
+"""Towers: shapes, causality, pooling, dtypes, vmapped replicas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from modelstock_jax.models.config import CLIPConfig
 from modelstock_jax.models.transformer import _ACTIVATIONS, Compute, end_of_text, patches
 from tests.models import by_numpy, small
 
-# Compiled once a config: run op by op, a tower takes seconds.
+# Compiled once per config: without jit a tower takes seconds.
 image_features = jax.jit(encode_image, static_argnums=(0, 3))
 text_features = jax.jit(encode_text, static_argnums=(0, 3))
 CONFIG = small.config()
@@ -79,15 +79,15 @@ def test_init_draws_the_agreed_tree():
     expected |= block("image_tower.blocks.block_00", 96, 384)
     second = block("image_tower.blocks.block_01", 96, 384)
     assert names(abstract_params(CONFIG)) == expected | second
-    # Fewer layers: every draw is compiled.
+    # Few layers, because every draw is compiled.
     params = init(small.replaced(CONFIG, "vision", num_hidden_layers=1), jax.random.key(0))
     assert names(params) == expected
     assert type(params["image_tower"]["blocks"]) is dict
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    # The scales of CLIP's released code.
+    # The standard deviations of CLIP's released code.
     first = params["image_tower"]["blocks"]["block_00"]
     for name, std in (("q_proj", 96**-0.5), ("out_proj", 96**-0.5 * 2**-0.5)):
-        # 9,216 draws: the standard error of a standard deviation is 0.7 %; four of them.
+        # 9,216 draws: the standard error of a standard deviation is 0.7 %; the tolerance is four of them.
         np.testing.assert_allclose(first["self_attn"][name]["kernel"].std(), std, rtol=0.03)
     assert float(params["logit_scale"]) == pytest.approx(2.6592)
     assert not first["mlp"]["fc1"]["bias"].any()
@@ -107,7 +107,7 @@ def test_patches_are_flattened_row_column_channel():
 
 
 def test_text_before_the_end_is_causal():
-    # What follows the end of text changes nothing; what precedes it does.
+    # Tokens after the end of text have no effect; tokens before it do.
     ids = small.ids()
     end = np.asarray(end_of_text(ids, small.EOS))
     encode = functools.partial(text_features, CONFIG, PARAMS["text_tower"])
@@ -139,12 +139,12 @@ def test_shorter_texts_need_no_padding():
     ids[:, 9:] = small.EOS
     whole = text_features(CONFIG, PARAMS["text_tower"], ids)
     short = text_features(CONFIG, PARAMS["text_tower"], ids[:, :10])
-    # Sums of another length are ordered differently: a few float32 roundings of values near 1.
+    # Sums of another length are ordered differently: a few float32 rounding errors of values near 1.
     np.testing.assert_allclose(short, whole, atol=5e-6, rtol=0)
 
 
 def faint(tower: dict) -> dict:
-    """The tower with small embeddings, as trained ones are: the first norm feels its epsilon."""
+    """The tower with small embeddings, as after training, so that epsilon of the first norm matters."""
     scale = {"class_embedding", "patch_embedding", "position_embedding", "token_embedding"}
     return {
         name: jax.tree.map(lambda a: np.float32(0.03) * a, x) if name in scale else x
@@ -155,7 +155,7 @@ def faint(tower: dict) -> dict:
 def test_towers_by_numpy():
     tower, x = faint(PARAMS["image_tower"]), small.images()
     expected = by_numpy.image_features(CONFIG, tower, x)
-    # Two float32 blocks, features near 1. Flax's epsilon or the other gelu moves them by over 1e-3.
+    # Two float32 blocks, features near 1. Flax's epsilon or the other gelu changes them by more than 1e-3.
     np.testing.assert_allclose(
         image_layers(CONFIG, tower, x)["projection"], expected, atol=1e-5, rtol=0
     )
@@ -179,27 +179,27 @@ def test_vmapped_replicas_equal_separate_ones():
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *replicas)
     together = jax.jit(jax.vmap(classifier(CONFIG)))(stacked, x)
     for i, params in enumerate(replicas):
-        # Batched products round in another order; logits here are of size 1.
+        # Batched products are rounded in another order; logits are of order 1.
         np.testing.assert_allclose(together[i], classify(params, x[i]), atol=2e-5, rtol=0)
 
 
-def test_replicas_side_by_side_are_products_and_no_convolution():
-    # A convolution whose kernel is vmapped becomes a grouped one, several times slower.
+def test_vmapped_replicas_use_products_not_convolutions():
+    # A convolution with vmapped kernels becomes a grouped one, which is several times slower.
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), replica(0), replica(1))
     x = np.zeros((2, 3, 18, 30, 3), np.float32)  # Another size: positions are interpolated.
     program = str(jax.make_jaxpr(jax.vmap(classifier(CONFIG)))(stacked, x))
     assert "dot_general" in program and "conv" not in program
 
 
-def test_compute_changes_no_values_but_by_rounding():
+def test_compute_options_change_values_only_by_rounding():
     tower, x = PARAMS["image_tower"], small.images()
     full = np.asarray(image_layers(CONFIG, tower, x)["projection"])
-    # The same products, fused otherwise: float32 rounding of numbers near 1.
+    # The same products, fused differently: float32 rounding of values near 1.
     remat = image_features(CONFIG, tower, x, Compute(remat=True))
     np.testing.assert_allclose(remat, full, atol=1e-5, rtol=0)
     half = image_features(CONFIG, tower, x, Compute(dtype="bfloat16"))
     assert half.dtype == jnp.float32
-    # bfloat16 keeps 8 bits: 0.4 % a rounding, a dozen of them in each of two blocks.
+    # bfloat16 has 8 bits: a relative error of 0.4 %, about a dozen times in each of two blocks.
     error = np.linalg.norm(half - full) / np.linalg.norm(full)
     assert 1e-4 < error < 0.03
 
@@ -221,7 +221,7 @@ def test_float64_computes_in_float64(x64):
     assert wide.dtype == jnp.float64
     moved = jax.tree.map(lambda a: a * (1 + 1e-12), tower)
     other = image_features(CONFIG, moved, small.images().astype(np.float64), Compute(jnp.float64))
-    # A change of 1e-12 survives only where nothing on the way is rounded to float32.
+    # A change of 1e-12 is visible only if nothing is rounded to float32 on the way.
     assert 0 < np.abs(wide - other).max() < 1e-9
 
 
@@ -238,7 +238,7 @@ def test_gradients_agree_with_differences(x64):
         return (encode_text(CONFIG, moved, ids, Compute(jnp.float64)) ** 2).mean()
 
     slope = (loss(1e-6, tower, along)[0] - loss(-1e-6, tower, along)[0]) / 2e-6
-    # Central differences at 1e-6 leave 1e-10 of rounding and 1e-12 of curvature, relative to O(1).
+    # Central differences at 1e-6 have errors of 1e-10 (rounding) and 1e-12 (curvature).
     np.testing.assert_allclose(loss(0.0, tower, along)[1], slope, rtol=1e-6)
 
 
@@ -286,7 +286,7 @@ def test_wrong_inputs_are_named():
 
 
 def test_large_shapes_follow_the_config():
-    # CLIP ViT-L/14's published count of parameters: 427,616,513.
+    # Published number of parameters of CLIP ViT-L/14: 427,616,513.
     raw = {
         "model_type": "clip",
         "projection_dim": 768,

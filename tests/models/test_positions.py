@@ -1,4 +1,4 @@
-"""Position embeddings on other grids of patches."""
+"""Interpolated position embeddings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARAMS = small.perturbed(CONFIG)
 
 def test_a_grid_that_pytorch_resized():
     # torch.nn.functional.interpolate(mode="bicubic", align_corners=False) of a 3 x 3 grid, in
-    # float64. With jax.image's a = -0.5, or with antialiasing, the numbers differ by 0.05 and more.
+    # float64. With jax.image's a = -0.5, or with antialiasing, values differ by 0.05 or more.
     grid = np.arange(9.0).reshape(3, 3) ** 2
     expected = [
         [-0.60733414, 1.93057632],
@@ -38,22 +38,22 @@ def test_rows_are_weights_of_four_neighbors(sizes):
     assert (np.count_nonzero(matrix, axis=1) <= 4).all()
 
 
-def test_the_same_grid_is_untouched():
+def test_the_same_grid_is_unchanged():
     np.testing.assert_array_equal(bicubic(7, 7), np.eye(7))
     positions = jnp.asarray(PARAMS["image_tower"]["position_embedding"])
     assert interpolate(positions, (4, 4), (4, 4)) is positions
-    # As many patches in another shape are another grid.
+    # The same number of patches in another shape is another grid.
     other = interpolate(positions, (4, 4), (2, 8))
     assert other.shape == positions.shape and np.abs(other - positions).max() > 0.1
 
 
-def test_rows_and_columns_and_the_class_token_keep_their_places():
+def test_rows_columns_and_class_token_keep_their_positions():
     rng = np.random.default_rng(0)
     positions = rng.standard_normal((1 + 16, 3)).astype(np.float32)
     got = np.asarray(interpolate(jnp.asarray(positions), (4, 4), (6, 2)))
     np.testing.assert_array_equal(got[0], positions[0])
     by_hand = np.kron(bicubic(4, 6), bicubic(4, 2)) @ positions[1:].astype(np.float64)
-    # Eight float32 products in a row, of numbers near 1.
+    # Eight successive float32 products of values near 1.
     np.testing.assert_allclose(got[1:], by_hand, atol=1e-6, rtol=0)
 
 
@@ -71,7 +71,7 @@ def test_full_precision_on_any_device():
     assert text.count("dot_general") == text.count("Precision.HIGHEST, Precision.HIGHEST") == 2
 
 
-def test_a_model_resized_computes_what_interpolation_at_the_call_does():
+def test_a_resized_model_equals_interpolation_at_every_call():
     x = np.random.default_rng(2).standard_normal((2, 36, 36, 3)).astype(np.float32)
     config, params = resize_positions(PARAMS, CONFIG, 36)
     assert config == small.replaced(CONFIG, "vision", image_size=36)
@@ -82,7 +82,7 @@ def test_a_model_resized_computes_what_interpolation_at_the_call_does():
         return image_tower(config, params["image_tower"], x, DEFAULT_COMPUTE).embed(x)
 
     np.testing.assert_array_equal(tokens(config, params), tokens(CONFIG, PARAMS))
-    # The rest is shared, and the tree that came in is as it was.
+    # Other leaves are shared, and the input tree is unchanged.
     assert PARAMS["image_tower"]["position_embedding"].shape == (17, 96)
     assert params["image_tower"]["blocks"] is PARAMS["image_tower"]["blocks"]
     assert params["text_tower"] is PARAMS["text_tower"]

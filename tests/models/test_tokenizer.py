@@ -1,4 +1,4 @@
-"""Tokenizers built, opened and used."""
+"""Train, open and use tokenizers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_word_is_one_token(tokenizer):
     ]
 
 
-def test_other_words_are_spelt_and_other_scripts_unknown(tokenizer):
+def test_other_words_are_spelled_and_other_scripts_unknown(tokenizer):
     assert pieces(tokenizer, "zq", 5)[1:3] == ["z", "q</w>"]
     ids = tokenize(tokenizer, ["é ~"], 8)[0]
     assert UNKNOWN in ids and len(set(ids.tolist()) & {EOS}) == 1
@@ -61,11 +61,11 @@ def test_transformers_opens_it(tokenizer):
 
 def test_long_texts_are_an_error_or_cut(tokenizer):
     long = "the cat " * 10
-    with pytest.raises(UserError, match="22 tokens .*'the cat .* context length .*8"):
+    with pytest.raises(UserError, match="'the cat .* 22 tokens.* context length .*8"):
         tokenize(tokenizer, ["the cat", long], 8)
     cut = tokenize(tokenizer, [long], 8, truncate=True)[0]
     assert cut[-1] == EOS and (cut[:-1] != EOS).all()
-    # Cutting is not remembered.
+    # Truncation is not remembered.
     assert tokenize(tokenizer, [long], 22).shape == (1, 22)
 
 
@@ -103,11 +103,11 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_json_alone_is_enough(tokenizer, tmp_path):
-    # As in directories of OpenCLIP's layout, which have no config.json.
+    # As in OpenCLIP's format, which has no config.json.
     shutil.copyfile(tokenizer / "tokenizer.json", tmp_path / "tokenizer.json")
     ids = tokenize(tmp_path, CAPTIONS, 16)
     theirs = tokenize(tokenizer, CAPTIONS, 16)
-    # It does not say its padding: 0, as OpenAI's code pads.
+    # Without a padding token: 0, as in OpenAI's code.
     end = (theirs == EOS).argmax(1)[:, None]
     np.testing.assert_array_equal(ids, np.where(np.arange(16)[None] > end, 0, theirs))
 
@@ -118,7 +118,7 @@ def test_long_lists_are_encoded_in_parts(tokenizer, monkeypatch):
     np.testing.assert_array_equal(tokenize(tokenizer, CAPTIONS, 16), whole)
 
 
-def test_the_digest_is_of_names_and_contents(tokenizer, tmp_path):
+def test_the_checksum_is_of_names_and_contents(tokenizer, tmp_path):
     copy = shutil.copytree(tokenizer, tmp_path / "t")
     same = tokenizer_checksum(tokenizer)
     assert tokenizer_checksum(copy) == same and len(same) == 64

@@ -1,4 +1,4 @@
-"""Convolutions against JAX's own, and what every tower must do."""
+"""Convolutions compared with JAX; properties of every tower."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def reference(x, kernel, size, stride, groups):
 
 
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2)])
-def test_a_convolution_is_xlas(size, stride):
+def test_convolution_equals_xla(size, stride):
     layer = Convolution(3, 5, size, Compute(), nnx.Rngs(1), stride)
     kernel = layer.kernel[...].reshape(size, size, 3, 5)
     found = layer(jnp.asarray(IMAGES))
-    # Sums of at most 27 float32 products of numbers near 1, in another order.
+    # Sums of at most 27 float32 products of values near 1, in another order.
     np.testing.assert_allclose(found, reference(IMAGES, kernel, size, stride, 1), atol=1e-5)
 
 
-def test_a_depthwise_convolution_is_xlas():
+def test_depthwise_convolution_equals_xla():
     layer = Depthwise(3, 5, Compute(), nnx.Rngs(1))
     layer.bias[...] = jnp.arange(3.0)
     kernel = layer.kernel[...].reshape(5, 5, 1, 3)
@@ -68,12 +68,12 @@ def test_a_tower_is_a_function_of_each_image_and_of_all_its_weights(name):
         return apply(params, images), jax.grad(loss)(params)
 
     logits, gradient = both(params, IMAGES)
-    # No statistics of the batch: the other image changes nothing.
+    # No batch statistics: the other image has no effect.
     swapped, _ = both(params, IMAGES[::-1])
     np.testing.assert_allclose(swapped[::-1], logits, rtol=1e-5, atol=1e-5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         where = jax.tree_util.keystr(path)
-        # Softmax does not see a key's bias; what reaches it is rounding.
+        # Softmax is invariant to key biases; only rounding errors reach them.
         assert float(jnp.abs(leaf).max()) > 1e-6 or "k_proj" in where, where
 
 

@@ -1,4 +1,4 @@
-"""Heads from prompts."""
+"""Zero-shot heads."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head(checkpoint):
-    # A batch of 2 leaves a tail of 1 among 9 prompts.
+    # With 9 prompts, a batch size of 2 leaves a last batch of 1.
     return zero_shot_head(checkpoint, CLASSES, TEMPLATES, batch_size=2)
 
 
 def by_numpy(checkpoint) -> np.ndarray:
-    """The kernel [E, K] from its formula, over whole contexts, in float64 behind the tower."""
+    """The kernel [E, K] from its formula, at full context length, in float64 after the tower."""
     encode, columns = jax.jit(encode_text, static_argnums=0), []
     for name in CLASSES:
         ids = tokenize(checkpoint.directory, [t.replace("{}", name) for t in TEMPLATES], 16)
@@ -49,13 +49,13 @@ def by_numpy(checkpoint) -> np.ndarray:
 def test_head_by_numpy(checkpoint, head):
     assert head["kernel"].shape == (64, 3) and head["bias"].shape == (3,)
     assert head["kernel"].dtype == head["bias"].dtype == np.float32
-    # Columns of length exp(logit_scale), about 14: the tower over fewer positions sums in another
-    # order, which moves unit features by 1e-7 or so.
+    # Columns have norm exp(logit_scale), about 14. With fewer positions the tower sums in another
+    # order, which changes unit features by about 1e-7.
     np.testing.assert_allclose(head["kernel"], by_numpy(checkpoint), atol=1.4e-5, rtol=0)
     assert not head["bias"].any()
 
 
-def test_prompts_are_cut_behind_their_ends(checkpoint, head, monkeypatch):
+def test_prompts_are_truncated_after_their_ends(checkpoint, head, monkeypatch):
     seen = []
     embed = zero_shot._embed
 
@@ -66,12 +66,12 @@ def test_prompts_are_cut_behind_their_ends(checkpoint, head, monkeypatch):
     monkeypatch.setattr(zero_shot, "_embed", spy)
     cut = zero_shot_head(checkpoint, CLASSES, TEMPLATES, batch_size=2)
     np.testing.assert_array_equal(cut["kernel"], head["kernel"])
-    # Nine prompts of 4 to 13 tokens in a context of 16, the short ones first.
+    # Nine prompts of 4 to 13 tokens, context length 16, shortest first.
     assert seen == [(2, 8)] + [(2, 16)] * 4
     monkeypatch.setattr(zero_shot, "_LENGTH_STEP", 16)
     whole = zero_shot_head(checkpoint, CLASSES, TEMPLATES, batch_size=2)
     assert seen[5:] == [(2, 16)] * 5
-    # The same features but for the order of float32 sums.
+    # Equal except for the order of float32 sums.
     np.testing.assert_allclose(whole["kernel"], head["kernel"], atol=1.4e-5, rtol=0)
 
 
@@ -129,14 +129,14 @@ def test_head_of_a_saved_checkpoint(checkpoint, head, tmp_path):
     assert head_key(loaded, CLASSES, TEMPLATES) == head_key(checkpoint, CLASSES, TEMPLATES)
 
 
-def test_names_that_stand_twice_get_equal_columns_where_they_are_allowed(checkpoint, head):
+def test_repeated_names_get_equal_columns_if_allowed(checkpoint, head):
     names = (*CLASSES, CLASSES[0])
-    with pytest.raises(UserError, match="once: uppercase letter a"):
+    with pytest.raises(UserError, match="repeated class names: uppercase letter a"):
         zero_shot_head(checkpoint, names, TEMPLATES)
     kernel = zero_shot_head(checkpoint, names, TEMPLATES, batch_size=2, allow_repeats=True)[
         "kernel"
     ]
-    # Rows of a batch are computed alike, but for the batch they stand in.
+    # Rows are computed alike, whatever batch they are in.
     np.testing.assert_allclose(kernel[:, 3], kernel[:, 0], atol=1.4e-5, rtol=0)
     np.testing.assert_allclose(kernel[:, :3], head["kernel"], atol=1.4e-5, rtol=0)
 
@@ -146,22 +146,22 @@ def test_names_that_stand_twice_get_equal_columns_where_they_are_allowed(checkpo
     [
         ([], TEMPLATES, "class names"),
         (CLASSES, [], "templates"),
-        (("cat", "dog", "cat"), TEMPLATES, "once: cat"),
+        (("cat", "dog", "cat"), TEMPLATES, "repeated class names: cat"),
         (CLASSES, ("a {}", "a photo"), r"templates .*'\{\}': 'a photo'"),
         ("cat", TEMPLATES, "class names .*list"),
         (("cat", 3), TEMPLATES, "class names .*list .*texts"),
         (("cat " * 16,), TEMPLATES, "context length .*16"),
     ],
 )
-def test_refused(checkpoint, classes, templates, message):
+def test_errors(checkpoint, classes, templates, message):
     with pytest.raises(UserError, match=message):
         zero_shot_head(checkpoint, classes, templates)
 
 
-def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
+def test_a_tokenizer_of_another_model_is_an_error(checkpoint, tmp_path):
     homeless = dataclasses.replace(checkpoint, directory=None)
     for make in (zero_shot_head, lambda *a: cached_zero_shot_head(tmp_path, *a)):
-        with pytest.raises(UserError, match="directory.* tokenizer"):
+        with pytest.raises(UserError, match="tokenizer directory"):
             make(homeless, CLASSES, TEMPLATES)
     for change, message in (
         ({"eos_token_id": 5}, "eos_token_id 5"),
@@ -177,7 +177,7 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
 class TestCache:
     @pytest.fixture
     def made(self, monkeypatch, head):
-        """How often a head was made; no text tower runs here."""
+        """Count how often a head is computed; the text tower is not run."""
         calls = []
 
         def make(checkpoint, class_names, templates, *, compute, **options):
@@ -195,7 +195,7 @@ class TestCache:
             for name in ("kernel", "bias"):
                 np.testing.assert_array_equal(kept[name], head[name])
         assert made == [(CLASSES, {"batch_size": 2})]
-        # Others who share the directory may read it, as any other file there.
+        # Other users of the directory may read it, as any other file.
         (path,) = (tmp_path / "new").iterdir()
         (tmp_path / "plain").touch()
         assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -242,7 +242,7 @@ class TestCache:
         "damage",
         ["empty", "cut", "one bit", "another's", "another head", "misshapen", "no digest", "extra"],
     )
-    def test_a_file_that_is_not_it_is_made_anew(self, checkpoint, head, made, tmp_path, damage):
+    def test_an_invalid_file_is_recomputed(self, checkpoint, head, made, tmp_path, damage):
         arguments = (tmp_path, checkpoint, CLASSES, TEMPLATES)
         cached_zero_shot_head(*arguments)
         (path,) = tmp_path.iterdir()
@@ -269,10 +269,10 @@ class TestCache:
         kept = cached_zero_shot_head(*arguments)
         np.testing.assert_array_equal(kept["kernel"], head["kernel"])
         cached_zero_shot_head(*arguments)
-        # Once at first, once for the damage; what was written then is read.
+        # Computed once at first and once after the damage; then read.
         assert len(made) == 2
 
-    def test_a_place_that_cannot_be_written_is_named(self, checkpoint, made, tmp_path):
+    def test_a_directory_that_cannot_be_written_is_an_error(self, checkpoint, made, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="file/heads: "):
             cached_zero_shot_head(tmp_path / "file" / "heads", checkpoint, CLASSES, TEMPLATES)

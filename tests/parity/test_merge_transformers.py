@@ -288,7 +288,7 @@ def _named(model, old: bool):
 @pytest.mark.parametrize(
     "layouts", ["old-new", "new-old", "saved-old", "old-saved", "new-saved", "saved-new"]
 )
-def test_layouts_of_vision_language_models(tmp_path, capsys, name, layouts):
+def test_formats_of_vision_language_models(tmp_path, capsys, name, layouts):
     model = family(name)
     saved = save_all(tmp_path / "saved", model)
     written = {"saved": saved}

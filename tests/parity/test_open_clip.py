@@ -20,7 +20,7 @@ from modelstock_jax.models.clip import encode_image, encode_text
 from modelstock_jax.models.open_clip_format import read_model, write_model
 from modelstock_jax.models.param_mapping import rows
 from tests.models import small
-from tests.models.all_layouts import CHECKPOINT, CONFIG
+from tests.models.all_formats import CHECKPOINT, CONFIG
 
 pytestmark = pytest.mark.slow
 READER = Path(__file__).with_name("open_clip_reader.py")

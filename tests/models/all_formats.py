@@ -1,4 +1,4 @@
-"""A tiny CLIP that every layout can hold: heads of 64, perceptrons of 4 widths, quick_gelu."""
+"""A tiny CLIP that every format can represent: heads of width 64, MLP ratio 4, quick_gelu."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ CHECKPOINT = small.checkpoint(CONFIG)
 
 
 def with_tokenizer(directory: Path, checkpoint: Checkpoint = CHECKPOINT) -> Checkpoint:
-    """The checkpoint with a file in the place of a tokenizer."""
+    """The checkpoint with a placeholder file as tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text("{}")
     return dataclasses.replace(checkpoint, directory=directory)
 
 
 def with_head(checkpoint: Checkpoint = CHECKPOINT, seed: int = 1) -> Checkpoint:
-    """Another image tower and a head of three classes, two of which have one name."""
+    """A different image tower and a head with three classes, two of which have the same name."""
     rng = np.random.default_rng(seed)
     head = {
         "kernel": rng.standard_normal((32, 3)).astype(np.float32),
