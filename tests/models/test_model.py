@@ -155,7 +155,7 @@ def faint(tower: dict) -> dict:
 def test_towers_by_numpy():
     tower, x = faint(PARAMS["image_tower"]), small.images()
     expected = by_numpy.image_features(CONFIG, tower, x)
-    # Two float32 blocks, features near 1. Flax's epsilon or the other gelu changes them by more than 1e-3.
+    # Two float32 blocks, features near 1. Flax's epsilon or the other gelu changes them by > 1e-3.
     np.testing.assert_allclose(
         image_layers(CONFIG, tower, x)["projection"], expected, atol=1e-5, rtol=0
     )

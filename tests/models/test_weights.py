@@ -279,4 +279,4 @@ def test_preprocessor_by_numpy():
     p = CHECKPOINT.preprocessor
     mean, std = (np.array(x)[None, None, None] for x in (p.mean, p.std))
     # Two float32 rounding errors of values up to 2.7.
-    np.testing.assert_allclose(p(pixels), (1 / 255 - mean) / std, atol=6e-7, rtol=0)
+    np.testing.assert_allclose(p(pixels), (pixels / 255 - mean) / std, atol=6e-7, rtol=0)

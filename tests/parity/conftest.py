@@ -1,4 +1,4 @@
-"""What in this folder is no test."""
+"""Files in this directory that are not tests."""
 
-# A program for an interpreter of its own; --doctest-modules would import it here.
+# A program for a separate interpreter; --doctest-modules would import it.
 collect_ignore = ["open_clip_reader.py"]

@@ -1,4 +1,4 @@
-"""A program that lets OpenCLIP read: `python open_clip_reader.py SITE WORK`.
+"""Read checkpoints with OpenCLIP: `python open_clip_reader.py SITE WORK`.
 
 OpenCLIP wants torchvision, which it needs for neither towers nor weights: an empty one stands in,
 in this process alone. In: WORK/inputs.npz and directories. Out: WORK/features.npz and shapes.json.
@@ -46,13 +46,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def shapes(config: dict) -> dict[str, list[int]]:
-    """Names and shapes of a model of which nothing is computed."""
+    """Names and shapes of a model that is not run."""
     with torch.device("meta"):
         return {name: list(value.shape) for name, value in CLIP(**config).state_dict().items()}
 
 
 def features(model, inputs) -> list[np.ndarray]:
-    """Of the images and of the texts."""
+    """Return features of images and texts."""
     images = torch.from_numpy(np.ascontiguousarray(inputs["images"].transpose(0, 3, 1, 2)))
     with torch.no_grad():
         found = model.encode_image(images), model.encode_text(torch.from_numpy(inputs["ids"]))
@@ -66,7 +66,7 @@ def main() -> None:
         model = open_clip.create_model(f"local-dir:{directory}", precision="fp32").eval()
         save_file(model.state_dict(), work / f"{directory.name}.safetensors")
         found[f"{directory.name}/image"], found[f"{directory.name}/text"] = features(model, inputs)
-    # By OpenAI's own inference of sizes, in half precision and back.
+    # Sizes inferred by OpenAI's code; through half precision and back.
     state = load_file(work / "openai" / "model.safetensors")
     half = build_model_from_openai_state_dict(state, cast_dtype=torch.float16)
     save_file(half.state_dict(), work / "half.safetensors")

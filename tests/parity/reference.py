@@ -1,4 +1,4 @@
-"""transformers' torch CLIPModel with random weights, the same in our hands, and both's layers."""
+"""transformers' torch CLIPModel with random weights, the same model in JAX, layers of both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modelstock_jax.models.config import CLIPConfig, Preprocessor
 def pair(
     config: CLIPConfig, directory: Path, seed: int = 0
 ) -> tuple[Checkpoint, transformers.CLIPModel]:
-    """A directory that transformers wrote, opened by us, and transformers' model."""
+    """A directory written by transformers: our checkpoint of it, and transformers' model."""
     theirs = transformers.CLIPModel._from_config(
         transformers.CLIPConfig.from_dict(config.to_dict()), attn_implementation="eager"
     ).eval()
@@ -57,7 +57,7 @@ def draw(model: nn.Module, seed: int) -> None:
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
-    """[B, H, W, C] as PyTorch has it, [B, C, H, W]."""
+    """Convert [B, H, W, C] to PyTorch's [B, C, H, W]."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
@@ -82,7 +82,7 @@ _OURS = (
     (r"\.embeddings\.patch_embedding$", ".patch_embedding"),
     (r"\.pre_layrnorm$", ".pre_layernorm"),
     (r"\.encoder\.layers\.(\d+)", lambda found: f".blocks.block_{int(found[1]):02d}"),
-    # Theirs norms every token and pools then; ours norms the pooled token.
+    # transformers normalizes every token, then pools; we pool, then normalize.
     (r"^text_model$", "text_tower.final_layernorm"),
 )
 _NOT_OURS = re.compile(r"activation_fn|_embedding$|final_layer_norm$|encoder$|^vision_model$")
@@ -91,7 +91,7 @@ _NOT_OURS = re.compile(r"activation_fn|_embedding$|final_layer_norm$|encoder$|^v
 def torch_layers(
     model: transformers.CLIPModel, images: np.ndarray, ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Our name -> what that layer gives, in the order in which transformers computes."""
+    """Our layer name -> output of transformers' layer, in the order of computation."""
     layers: dict[str, np.ndarray] = {}
 
     def record(name: str):
@@ -126,7 +126,7 @@ _text_layers = jax.jit(text_activations, static_argnums=0)
 def our_layers(
     config: CLIPConfig, params: dict[str, Any], images: np.ndarray, ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Our name -> what that layer gives."""
+    """Layer name -> output."""
     layers = {
         "image_tower": _image_layers(config, params["image_tower"], images),
         "text_tower": _text_layers(config, params["text_tower"], ids),

@@ -1,4 +1,4 @@
-"""The sizes of CLIP that are compared with torch, and the table of their errors.
+"""CLIP sizes that are compared with torch, and a table of the errors.
 
 .venv-parity/bin/python -m tests.parity.sizes
 """
@@ -64,7 +64,7 @@ def shrunk(config: CLIPConfig) -> CLIPConfig:
 
 
 def inputs(config: CLIPConfig, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Two images and three texts, padded with the end of text.
+    """Two images and three texts, padded with the end-of-text token.
 
     Where the config says that the first end of text counts, a word that was added to the
     vocabulary, with a higher id, stands before it: the other rule would pool there.
@@ -81,7 +81,7 @@ def inputs(config: CLIPConfig, size: tuple[int, int]) -> tuple[np.ndarray, np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """Largest differences from torch, as fractions: of a unit embedding, of exp(logit_scale)."""
+    """Maximum differences from torch, relative to unit embeddings and to exp(logit_scale)."""
 
     image: float
     text: float
@@ -89,7 +89,7 @@ class Errors:
 
 
 def compare(config: CLIPConfig, size: tuple[int, int], directory: Path) -> Errors:
-    """Random weights through transformers' model and through ours, in float32."""
+    """Run random weights through transformers' model and ours, in float32."""
     ours, theirs = reference.pair(config, directory)
     images, ids = inputs(config, size)
     out = reference.torch_features(theirs, images, ids)
@@ -102,7 +102,7 @@ def compare(config: CLIPConfig, size: tuple[int, int], directory: Path) -> Error
 
     image, text = (reference.unit(x) for x in embed(ours.params, images, ids))
     scale = np.exp(np.float64(ours.params["logit_scale"]))
-    # The rows differ from one another, so that the comparison can fail.
+    # The rows differ, so the comparison can fail.
     assert np.abs(image[0] - image[1]).max() > 1e-2 and np.abs(text[0] - text[1]).max() > 1e-2
     return Errors(
         np.abs(image - reference.unit(out.image_embeds)).max(),
@@ -112,10 +112,10 @@ def compare(config: CLIPConfig, size: tuple[int, int], directory: Path) -> Error
 
 
 def main(names: list[str]) -> None:
-    """Prints one row of a Markdown table for each size."""
+    """Print one row of a Markdown table for each size."""
     print("| model | image embedding | text embedding | logits | CPU s | peak GiB |")
     print("|---|---|---|---|---|---|")
-    # A process each: the peak of memory is a process's.
+    # One process per size: peak memory is per process.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for row in pool.map(_row, names or SIZES):

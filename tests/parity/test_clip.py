@@ -1,4 +1,4 @@
-"""Our CLIP against transformers' torch CLIPModel, on the same directory."""
+"""Our CLIP compared with transformers' torch CLIPModel, on the same directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
 def pair(request, tmp_path_factory):
-    """A directory that we wrote, opened by both."""
+    """A directory written by us, opened by both."""
     directory = tmp_path_factory.mktemp("clip") / "model"
     checkpoint_io.save(directory, small.checkpoint(request.param))
     theirs, report = CLIPModel.from_pretrained(
@@ -51,7 +51,7 @@ def test_embeddings_and_logits(pair):
     np.testing.assert_allclose(
         scale * image @ text.T, out.logits_per_image.numpy(), atol=2e-6 * scale, rtol=0
     )
-    # The rows differ from one another, so that the comparison can fail.
+    # The rows differ, so the comparison can fail.
     assert np.abs(image[0] - image[1]).max() > 1e-2 and np.abs(text[0] - text[1]).max() > 1e-2
 
 
@@ -73,5 +73,5 @@ def test_the_image_processor_opens_and_agrees(pair):
     processor = AutoImageProcessor.from_pretrained(ours.directory, backend="pil")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
     theirs = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
-    # Two float32 roundings of values up to 2.7.
+    # Two float32 rounding errors of values up to 2.7.
     np.testing.assert_allclose(ours.preprocessor(pixels), theirs.transpose(1, 2, 0), atol=1e-6)

@@ -1,4 +1,4 @@
-"""What we export, opened by transformers: the same tokens, pixels, embeddings and logits."""
+"""Exports opened by transformers: the same tokens, pixels, embeddings and logits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONFIG = CLIPConfig(
 
 
 def fine_tuned():
-    """Random weights with the glyph world's tokenizer, a head and its labels."""
+    """Random weights with the synthetic benchmark's tokenizer, a head and its labels."""
     rng = np.random.default_rng(5)
     checkpoint = small.checkpoint(CONFIG, BUNDLED["glyph-clip"])
     head = {
@@ -59,7 +59,7 @@ def fine_tuned():
 
 @pytest.fixture(scope="module", params=["hugging_face", "open_clip"])
 def exported(request, tmp_path_factory):
-    """A directory for transformers: written at once, or by way of another layout."""
+    """A directory for transformers, written directly or converted from another format."""
     root = tmp_path_factory.mktemp("export")
     first = checkpoint_io.save(root / request.param, fine_tuned(), format=request.param)
     return checkpoint_io.load(checkpoint_io.save(root / "export", checkpoint_io.load(first)))
@@ -88,7 +88,7 @@ def test_clip_model_gives_the_same_logits(exported):
 
     ours = np.asarray(logits(exported.params, exported.preprocessor(pixels), ids), np.float64)
     scale = np.exp(np.float64(exported.params["logit_scale"]))
-    # Embeddings of norm 1 that differ in the order of float32 sums only.
+    # Embeddings of norm 1 that differ only in the order of float32 sums.
     np.testing.assert_allclose(
         scale * ours, out.logits_per_image.numpy(), atol=2e-6 * scale, rtol=0
     )
@@ -99,7 +99,7 @@ def test_the_image_tower_alone_feeds_the_head(exported):
     model, report = CLIPVisionModelWithProjection.from_pretrained(
         exported.directory, attn_implementation="eager", output_loading_info=True
     )
-    # The text tower is in the file and not asked for; nothing that is asked for is missing.
+    # The file also has the text tower; nothing that the model needs is missing.
     assert not report["missing_keys"] and not report["mismatched_keys"], report
     images = small.images(4)
     with torch.no_grad():

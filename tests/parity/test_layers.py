@@ -1,4 +1,4 @@
-"""Layer by layer against torch: where a tower goes wrong, the first layer that differs is named."""
+"""Every layer compared with torch; an error names the first layer that differs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from tests.models import small
 from tests.parity.reference import first_difference, our_layers, pair, torch_layers
 
-# Float32 on both sides, sums in another order: 9e-7 of a layer's largest number were measured.
+# Float32 on both sides, sums in another order: 9e-7 of a layer's maximum was measured.
 TOLERANCE = 3e-6
 CONFIG = small.config(layers=4)
 IMAGES = np.random.default_rng(0).standard_normal((3, 30, 24, 3)).astype(np.float32)
@@ -17,7 +17,7 @@ IDS = small.ids(8)
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory):
-    """Our checkpoint, and what each layer of transformers' model gives."""
+    """Our checkpoint, and the output of each layer of transformers' model."""
     ours, theirs = pair(CONFIG, tmp_path_factory.mktemp("clip") / "model")
     return ours, torch_layers(theirs, IMAGES, IDS)
 
@@ -27,7 +27,7 @@ def test_every_layer_of_both_towers(sides):
     layers = our_layers(ours.config, ours.params, IMAGES, IDS)
     assert layers.keys() == theirs.keys()
     assert first_difference(theirs, layers, TOLERANCE) is None
-    # Both towers are there, in the order of computing.
+    # Both towers, in the order of computation.
     order = list(theirs)
     for tower in ("image_tower", "text_tower"):
         inner = ("blocks.block_00.self_attn", "blocks.block_00.mlp", "blocks.block_01")
@@ -36,7 +36,7 @@ def test_every_layer_of_both_towers(sides):
 
 
 def moved(params, path: str, value) -> dict:
-    """The tree with another leaf at a dotted path; `value` is a function of the old one."""
+    """The tree with the leaf at a dotted path replaced by `value(leaf)`."""
     name, _, rest = path.partition(".")
     return {**params, name: moved(params[name], rest, value) if rest else value(params[name])}
 

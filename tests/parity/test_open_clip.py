@@ -1,4 +1,4 @@
-"""OpenCLIP opens what we export, and we what it saves: names, shapes and features.
+"""OpenCLIP opens our exports and we open its checkpoints: names, shapes and features.
 
 Its wheel is fetched and installed beside the tests, without what it depends on.
 """
@@ -24,7 +24,7 @@ from tests.models.all_formats import CHECKPOINT, CONFIG
 
 pytestmark = pytest.mark.slow
 READER = Path(__file__).with_name("open_clip_reader.py")
-# Without what they depend on: regex comes with transformers, torchvision is stood in for.
+# Without dependencies: regex is a dependency of transformers, torchvision is replaced.
 PACKAGES = ("open_clip_torch==3.3.0", "ftfy==6.3.1", "wcwidth==0.2.14")
 
 
@@ -45,13 +45,13 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """What OpenCLIP left of our exports."""
+    """Our exports, saved again by OpenCLIP."""
     work = tmp_path_factory.mktemp("work")
     for name, config in VARIANTS.items():
         checkpoint_io.save(work / f"open_clip_{name}", small.checkpoint(config), format="open_clip")
     checkpoint_io.save(work / "openai", CHECKPOINT, format="openai")
     images = np.random.default_rng(0).standard_normal((4, 12, 12, 3)).astype(np.float32)
-    # The highest id ends every text, and ids that end it by the other rule come before.
+    # The highest id ends every text; earlier ids would end it by the other rule.
     ids = small.ids(6, 16).astype(np.int64)
     ids[:, -2:] = 59
     np.savez(work / "inputs.npz", images=images, ids=ids)

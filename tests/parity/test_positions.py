@@ -1,4 +1,4 @@
-"""Position embeddings of other image sizes against torch and against transformers' CLIP."""
+"""Position embeddings at other image sizes compared with torch and transformers' CLIP."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [(30, 24), (24, 24), (12, 48), (6, 96), (36, 36)])
 def test_tokens_are_transformers_s(models, size):
-    # (12, 48) and (6, 96) have as many patches as the config's image, in another shape.
+    # (12, 48) and (6, 96) have the same number of patches as the config's image, in another shape.
     ours, theirs = models
     images = np.random.default_rng(1).standard_normal((2, *size, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs.vision_model.embeddings(pixels(images), interpolate_pos_encoding=True)
     params = ours.params["image_tower"]
     tokens = image_tower(ours.config, params, images, DEFAULT_COMPUTE).embed(images)
-    # Numbers of 0.1 in float32; torch computes the kernel itself in float32.
+    # Values of 0.1 in float32; torch computes the kernel in float32 too.
     np.testing.assert_allclose(tokens, expected.numpy(), atol=2e-7)
 
 

@@ -1,4 +1,4 @@
-"""The snippets of docs/reproduce.md, run as they stand on random weights."""
+"""Run the snippets of docs/reproduce.md unchanged, on random weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BASE = "openai/clip-vit-base-patch32"
 
 
 def snippets() -> list[str]:
-    """The page's Python, out of its list's indentation."""
+    """The Python code of the page, dedented."""
     found = re.findall(r"   ```python\n(.*?)   ```\n", PAGE, re.DOTALL)
     return [re.sub(r"^   ", "", text, flags=re.MULTILINE) for text in found]
 
 
 def pickled(path: Path, seed: int) -> None:
-    """A checkpoint as Model Soups' code saves it: several GPUs, no text transformer."""
+    """A checkpoint as the Model Soups code saves it: several GPUs, no text transformer."""
     tuned = fine_tuned()
     params = {**tuned.params, "image_tower": small.perturbed(CONFIG, seed)["image_tower"]}
     leaves = dict(flatten(params))
@@ -51,7 +51,7 @@ def test_the_steps(tmp_path, monkeypatch):
     assert f"--base {BASE}" in PAGE and "--to hugging_face --out $name" in PAGE
     for name in ("ft1", "ft2"):
         main([f"{name}.safetensors", "--base", "clip", "--to", "hugging_face", "--out", name])
-    # The published model and lists stand for a tiny one and three names.
+    # A tiny model and three names replace the published model and lists.
     names = "from modelstock_jax.data.imagenet import CLASS_NAMES, TEMPLATES\n"
     assert merge.count(names) == 1 and merge.count(f'"{BASE}"') == 1
     small_lists = "CLASS_NAMES, TEMPLATES = ('cat', 'dog', 'cat'), ('a {}',)\n"
@@ -65,7 +65,7 @@ def test_the_steps(tmp_path, monkeypatch):
     for path, start in flatten(base.replica()):
         leaves = [dict(flatten(tree))[path] for tree in (merged.replica(), *tuned)]
         found, mean = leaves[0], (leaves[1] + leaves[2]) / 2
-        # A point of the line from the anchor to the mean, and one inside it for a kernel.
+        # The merged kernel is on the line from the anchor to the mean, between them.
         ratio = ((found - start) * (mean - start)).sum() / ((mean - start) ** 2).sum()
         np.testing.assert_allclose(found, start + ratio * (mean - start), atol=2e-5, rtol=0)
         assert -1e-6 <= ratio <= 1 + 1e-6

@@ -1,4 +1,4 @@
-"""Our CLIP against torch at the sizes that are in use: shallow ones here, true ones when slow."""
+"""Our CLIP compared with torch at published sizes: few layers here, full depth in slow tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.parity.sizes import SIZES, compare, shrunk
 
-# A dozen float32 roundings in each of up to 24 blocks, of embeddings of norm 1.
+# About a dozen float32 rounding errors in each of up to 24 blocks, embeddings of norm 1.
 TOLERANCE = 2e-6
 
 

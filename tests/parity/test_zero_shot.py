@@ -1,4 +1,4 @@
-"""Our zero-shot head against transformers' torch CLIPModel, on the same directory."""
+"""Our zero-shot head compared with transformers' torch CLIPModel, on the same directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = (*CLASSES, "the photo", "font")
 
 @pytest.fixture(scope="module", params=[EOS, 2], ids=["first end of text", "highest id"])
 def directory(request, tmp_path_factory):
-    """A checkpoint with a tokenizer, as transformers opens it."""
+    """A checkpoint with a tokenizer that transformers opens."""
     root = tmp_path_factory.mktemp("clip")
     size = build(CAPTIONS, root / "tokenizer", context_length=16)
     config = small.config(layers=4, vocab_size=size, eos_token_id=request.param)
@@ -26,7 +26,7 @@ def directory(request, tmp_path_factory):
 
 
 def by_torch(directory) -> np.ndarray:
-    """The kernel [E, K], a class at a time, as OpenAI's notebook builds it."""
+    """The kernel [E, K], one class at a time, as in OpenAI's notebook."""
     model = CLIPModel.from_pretrained(directory, attn_implementation="eager").eval()
     tokenizer = CLIPTokenizer.from_pretrained(directory)
     columns = []
@@ -47,9 +47,9 @@ def test_the_head_is_torch_s(directory):
     head = zero_shot_head(checkpoint_io.load(directory), NAMES, TEMPLATES, batch_size=4)
     theirs = by_torch(directory)
     scale = np.linalg.norm(theirs, axis=0)
-    # 1e-5 of the columns' length, exp(logit_scale): float32 towers that differ in the order of
-    # their sums only.
+    # 1e-5 of the column norm, exp(logit_scale): float32 towers that differ only in the order of
+    # their sums.
     np.testing.assert_allclose(head["kernel"] / scale, theirs / scale, atol=1e-5, rtol=0)
     assert not head["bias"].any()
-    # Classes differ by far more, so that the comparison can fail.
+    # Classes differ by far more, so the comparison can fail.
     assert np.abs(theirs[:, 0] - theirs[:, 1]).max() / scale[0] > 1e-2
