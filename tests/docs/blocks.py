@@ -1,4 +1,4 @@
-"""Blocks of Markdown pages: those of Python as programs, those of a shell as commands."""
+"""Code blocks of Markdown pages: Python blocks as programs, shell blocks as commands."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 
 
 def named(page: Path) -> str:
-    """A page's name in messages: there are two README.md."""
+    """Name of a page in messages; there are two README.md."""
     return page.relative_to(ROOT).as_posix()
 
 
 def fenced(page: Path) -> list[tuple[int, str, str]]:
-    """(line, language, text) of a page's fenced blocks, those in lists too."""
+    """(line, language, text) of a page's fenced blocks, including those in lists."""
     text = page.read_text()
     return [
         (
@@ -36,12 +36,12 @@ def fenced(page: Path) -> list[tuple[int, str, str]]:
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """(line, text) of a page's Python blocks."""
+    """(line, text) of the Python blocks of a page."""
     return [(line, text) for line, language, text in fenced(page) if language == "python"]
 
 
 def run_blocks(page: Path, names: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run a page's blocks one after the other; a traceback names the page and its line.
+    """Run the blocks of a page in order; a traceback names the page and its line.
 
     `names` are what the page speaks of and does not make.
     """
@@ -52,7 +52,7 @@ def run_blocks(page: Path, names: dict[str, Any] | None = None) -> dict[str, Any
 
 
 def commands(page: Path) -> list[str]:
-    """What a page gives to type: lines of shell blocks and indented ones, and `code` of commands.
+    """Commands of a page: lines of shell and indented blocks, and `code` that is a command.
 
     Continued lines are joined, those with pipes and the like taken apart.
     """
@@ -70,8 +70,8 @@ def commands(page: Path) -> list[str]:
 
 
 def simple_commands(line: str) -> list[str]:
-    """The commands of a line, without comments and what separates them."""
-    # <placeholder> stands for what a reader puts there, ... for more of the same.
+    """Commands of a line, without comments and separators."""
+    # <placeholder> is replaced by the reader; ... means more of the same.
     line = re.sub(r"\$\w+", "1", re.sub(r"<[^>]*>", "PLACEHOLDER", line)).replace(" ...", "")
     words = shlex.shlex(line, posix=True, punctuation_chars=True)
     words.whitespace_split = True

@@ -1,4 +1,4 @@
-"""Is a command one that the programs take? Parsed by their own parsers; nothing is run."""
+"""Check commands with the parsers of their programs; nothing is run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from modelstock_jax.checkpoint_merge.cli import parsers
 from studies.catalog import STUDIES
 from tests.docs.blocks import ROOT, simple_commands
 
-# Programs of others, whose options are not ours to know.
+# Programs of others; their options are not checked.
 OTHERS = {"git", "cd", "for", "hf", "python", "source", "tensorboard", "tfds"}
 
 
 def launch(arguments: Sequence[str]) -> str | None:
-    """What is wrong with `python launch.py ARGUMENTS`; None where it would start."""
+    """The error of `python launch.py ARGUMENTS`; None if it would start."""
     return _flags(ROOT / "launch.py", arguments)
 
 
 def studies(arguments: Sequence[str]) -> str | None:
-    """The same of `python -m studies`."""
+    """The error of `python -m studies ARGUMENTS`."""
     names = [a for a in arguments if not a.startswith("--")]
     if unknown := [name for name in names if name not in (*STUDIES, "all")]:
         return f"no study {unknown[0]}"
@@ -38,7 +38,7 @@ def studies(arguments: Sequence[str]) -> str | None:
 
 
 def _flags(program: Path, arguments: Sequence[str]) -> str | None:
-    """Parses as `flags.parse` does, by flags of its own: two programs share some names."""
+    """Parse as `flags.parse` does, with separate flags: two programs share some names."""
     known, argv = flags.FlagValues(), [program.name, *arguments]
     for node in ast.walk(ast.parse(program.read_text())):
         name = getattr(getattr(node, "func", None), "attr", "")
@@ -56,7 +56,7 @@ def _flags(program: Path, arguments: Sequence[str]) -> str | None:
 
 
 def modelstock(arguments: Sequence[str]) -> str | None:
-    """What is wrong with `modelstock ARGUMENTS`."""
+    """The error of `modelstock ARGUMENTS`."""
     top, known = parsers()
     try:
         if arguments[:1] and arguments[0] in known and "--help" not in arguments:
@@ -69,14 +69,14 @@ def modelstock(arguments: Sequence[str]) -> str | None:
 
 
 def make(arguments: Sequence[str]) -> str | None:
-    """Each argument is a target, or a variable that is set."""
+    """Each argument is a target or sets a variable."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     lost = [a for a in arguments if "=" not in a and a not in targets]
     return f"no target {lost[0]}" if lost else None
 
 
 def pip(arguments: Sequence[str]) -> str | None:
-    """Requirement files are there, and so are the extras."""
+    """Requirement files and extras exist."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for option, value in zip(arguments, arguments[1:], strict=False):
         if option == "-r" and not (ROOT / value).is_file():
@@ -88,7 +88,7 @@ def pip(arguments: Sequence[str]) -> str | None:
 
 
 def paths(arguments: Sequence[str]) -> str | None:
-    """Files of this repository that are named are there."""
+    """Named files of this repository exist."""
     lost = [
         a
         for a in arguments
@@ -129,7 +129,7 @@ _PROGRAMS: dict[str, Callable[[Sequence[str]], str | None]] = {
 
 
 def wrong(command: str) -> str | None:
-    """What is wrong with a command, as a line; None where its program would take it."""
+    """The error of a command, as a line; None if its program accepts it."""
     words = shlex.split(command)
     while words and (re.match(r"[A-Z_]+=", words[0]) or words[0] in ("do", "done", "wait")):
         words.pop(0)  # What stands before a command.

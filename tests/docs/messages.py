@@ -1,4 +1,4 @@
-"""The texts of messages in the source: constants, and f-strings with holes."""
+"""Texts of messages in the source: constants, and f-strings with placeholders."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 from tests.docs.blocks import ROOT
 
-# Of what a message says beside what is filled in: so much that no other text has it by chance.
+# Minimum length of the constant part of a message, so that no other text matches by chance.
 LEAST = 14
 
 
 def templates() -> list[re.Pattern[str]]:
-    """A pattern for each text of the package, the configs and launch.py that is long enough."""
+    """A pattern for each sufficiently long text of the package, the configs and launch.py."""
     found = []
     for path in (
         ROOT / "launch.py",
@@ -29,7 +29,7 @@ def templates() -> list[re.Pattern[str]]:
 
 
 def _texts(tree: ast.AST) -> Iterator[list[str | None]]:
-    """Each text as its constant parts, None for what is filled in; docstrings are no messages."""
+    """Each text as its constant parts, None for placeholders; without docstrings."""
     statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     inside = {
         id(part)
@@ -47,6 +47,6 @@ def _texts(tree: ast.AST) -> Iterator[list[str | None]]:
 
 
 def known(message: str, patterns: list[re.Pattern[str]]) -> list[str]:
-    """What of a message the source says, longest first."""
+    """Parts of a message that the source contains, longest first."""
     said = {found[0] for pattern in patterns if (found := pattern.search(message))}
     return sorted(said, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Every page's Python blocks run, in the order of the page, and say what the text says."""
+"""The Python blocks of every page run in order and print what the text says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, V
 from tests.docs.blocks import PAGES, ROOT, named, python_blocks, run_blocks
 
 WITH_PYTHON = [named(page) for page in PAGES if python_blocks(page)]
-# Where each page is run: some need more than a moment, one needs torch.
+# Suite of each page: some take longer, one needs torch.
 RUN_BY = {
     "README.md": "tests/docs/test_blocks.py",
     "docs/library.md": "tests/docs/test_library.py",
@@ -57,7 +57,7 @@ def test_the_readme():
 
 
 def test_the_method(capsys):
-    """Its own assertions hold; what its prints say is what the text around them says."""
+    """The assertions of the page hold; its output agrees with the text."""
     ran = run_blocks(ROOT / "docs/method.md")
     printed = capsys.readouterr().out
     assert "mean of 3: predicted 7.43, in Table 1 7.44" in printed
@@ -67,7 +67,7 @@ def test_the_method(capsys):
         for merge in (ran["model_stock"], ran["weighted_model_stock"])
     )
     assert weighted < 0.97 * stock
-    # "The noise of both" asks for more shrinking than that of the last period alone.
+    # The noise of both periods requires a smaller ratio than that of the last period alone.
     assert float(ran["stats"].ratio["kernel"]) < float(ran["plain"]) - 0.05
 
 

@@ -1,4 +1,4 @@
-"""Every command that a page gives is one that its program takes."""
+"""Every command on a page is accepted by its program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_so_is_every_command_of_the_configs():
 
 
 def test_pages_have_commands():
-    """Else the checks above would pass on nothing."""
+    """Otherwise the checks above would pass without checking anything."""
     counts = {named(page): len(commands(page)) for page in PAGES}
     assert counts["README.md"] > 12 and counts["docs/train_on_imagenet.md"] > 7
     assert counts["docs/merging.md"] > 8 and counts["docs/scale.md"] > 3

@@ -1,4 +1,4 @@
-"""The three examples of CONTRIBUTING.md: patches of this tree, applied and tested."""
+"""The three examples of CONTRIBUTING.md are patches of this tree: apply and test them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.docs.blocks import ROOT, fenced
 
 PAGE = ROOT / "CONTRIBUTING.md"
-# What to run in the patched tree, by the example's title.
+# Title of the example -> tests to run in the patched tree.
 EVERYWHERE = "tests/test_layering.py"
 TRIED = {
     "A merge method": [
@@ -42,7 +42,7 @@ TRIED = {
 
 
 def patches() -> dict[str, str]:
-    """Title -> the diff blocks below it, as one patch."""
+    """Title -> its diff blocks, as one patch."""
     text = PAGE.read_text()
     starts = [
         (text.count("\n", 0, found.start()) + 1, found[1])
@@ -57,7 +57,7 @@ def patches() -> dict[str, str]:
 
 
 def apply(patch: str, tree: Path, *options: str) -> None:
-    """One line of context is enough; a line that is not there is an error."""
+    """One line of context is enough; a context line that does not match is an error."""
     done = subprocess.run(
         ["git", "apply", "-C1", *options, "-"],
         cwd=tree,
@@ -71,7 +71,7 @@ def apply(patch: str, tree: Path, *options: str) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of what the examples touch and run."""
+    """A copy of the files that the examples change and run."""
     copy = tmp_path_factory.mktemp("tree")
     without = shutil.ignore_patterns("__pycache__", ".*")
     folders = ("modelstock_jax", "studies", "tests", "configs", "docs", "notebooks", "benchmarks")

@@ -1,4 +1,4 @@
-"""docs/library.md: its blocks run, and its table names what there is."""
+"""The code blocks of docs/library.md run; its table lists every function."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def test_the_table_names_every_merge_of_the_package():
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     named = set(re.findall(r"\| `(\w+)` \|$", "\n".join(rows), re.MULTILINE))
     assert all(callable(getattr(modelstock_jax, name)) for name in named)
-    # A search, and averages along one run: no merge of replicas at its end.
+    # A search and averages along one run, which are not merges of replicas.
     others = {"greedy_soup", "ema", "swa", "swad", "twa_span"}
     assert named == others | FUNCTIONS.keys()

@@ -1,4 +1,4 @@
-"""Every link of a page leads to a file that is there, and to a heading that is there."""
+"""Every link of a page leads to an existing file and heading."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tests.docs.blocks import PAGES, ROOT, named
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|json|txt|ipynb|png|yml))`")
-# Written by runs, or of someone else's, or a form of names.
+# Written by runs, or outside this repository, or a name pattern.
 ELSEWHERE = ("runs/", "WORKDIR/", "merged/", "src/")
 
 
 def anchors(page: Path) -> set[str]:
-    """A page's headings as GitHub names them."""
+    """Anchors of the headings of a page, as on GitHub."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def lost(text: str, place: Path) -> list[str]:
-    """Links of a text in folder `place` that lead nowhere."""
+    """Broken links of a text in folder `place`."""
     found = []
     for target in _LINK.findall(text):
         if re.match(r"https?://|mailto:", target):
@@ -53,7 +53,7 @@ def test_links_of_the_notebooks():
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_files_that_are_named_are_there(page):
-    """`folder/file.py`: from the root, from the package, or from the page."""
+    """`folder/file.py`, relative to the root, the package or the page."""
     places = (ROOT, ROOT / "modelstock_jax", page.parent)
     paths = [path for path in _PATH.findall(page.read_text()) if not path.startswith(ELSEWHERE)]
     assert not [path for path in paths if not any((place / path).exists() for place in places)]

@@ -1,4 +1,4 @@
-"""Each message that docs/troubleshooting.md quotes is one that the source says."""
+"""The source contains each message that docs/troubleshooting.md quotes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = ROOT / "docs/troubleshooting.md"
 
 
 def quoted() -> list[str]:
-    """One message a line; indented lines, and the one after them, belong to the line above."""
+    """One message per line; indented lines, and the one after them, belong to the line above."""
     messages: list[str] = []
     for _, language, block in fenced(PAGE):
         if language == "text":
@@ -34,7 +34,7 @@ def patterns():
 
 
 def test_every_message_is_in_the_source(patterns):
-    """And not a part of it by chance: what is left over is what was filled in."""
+    """The whole message matches: only values of placeholders are left over."""
     assert len(quoted()) > 30
     for message in quoted():
         parts, rest = known(message, patterns), message
@@ -49,13 +49,13 @@ def test_a_message_of_another_wording_is_not(patterns):
 
 
 def said(page_line: str) -> str:
-    """The quoted message that begins so."""
+    """The quoted message with this beginning."""
     (message,) = [m for m in quoted() if m.startswith(page_line)]
     return message
 
 
 def test_some_of_them_as_they_are_said(capsys, monkeypatch):
-    """Those that cost nothing to provoke, word for word."""
+    """Messages that are cheap to provoke, word for word."""
     monkeypatch.chdir(ROOT)
     assert launch(["--config=configs/vitb32.py:weak"]).endswith(
         said("error: flag --config=configs/vitb32.py").partition("weak: ")[2]

@@ -138,8 +138,8 @@ def test_the_released_models_are_converted_merged_and_saved(base, tmp_path, caps
 
 def test_every_format_on_the_command_line(base, tmp_path, capsys):
     steps = [(base, "open_clip"), ("open_clip", "openai"), ("openai", "hugging_face")]
-    for source, layout in steps:
-        main([str(tmp_path / source), "--to", layout, "--out", str(tmp_path / layout)])
+    for source, format in steps:
+        main([str(tmp_path / source), "--to", format, "--out", str(tmp_path / format)])
     last = capsys.readouterr().out.splitlines()[-1]
     count = sum(leaf.size for leaf in jax.tree.leaves(CHECKPOINT.params))
     assert last == f"{tmp_path / 'hugging_face'}: hugging_face, from openai; {count:,} parameters"

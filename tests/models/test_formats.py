@@ -33,7 +33,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """One directory per format."""
-    root = tmp_path_factory.mktemp("layouts")
+    root = tmp_path_factory.mktemp("formats")
     return {name: checkpoint_io.save(root / name, CHECKPOINT, format=name) for name in FILES}
 
 
@@ -46,16 +46,16 @@ def assert_same(a, b):
     assert jax.tree.map(np.shape, a) == jax.tree.map(np.shape, b)
 
 
-@pytest.mark.parametrize("layout", FILES)
-def test_save_load_save_is_bit_for_bit(saved, tmp_path, layout):
-    once = checkpoint_io.load(saved[layout])
+@pytest.mark.parametrize("name", FILES)
+def test_save_load_save_is_bit_for_bit(saved, tmp_path, name):
+    once = checkpoint_io.load(saved[name])
     assert_same(once.params, CHECKPOINT.params)
-    assert once.format == layout and once.preprocessor == CHECKPOINT.preprocessor
-    again = checkpoint_io.save(tmp_path / layout, once, format=layout)
+    assert once.format == name and once.preprocessor == CHECKPOINT.preprocessor
+    again = checkpoint_io.save(tmp_path / name, once, format=name)
     files = sorted(p.name for p in again.iterdir())
-    assert files == sorted(p.name for p in saved[layout].iterdir())
+    assert files == sorted(p.name for p in saved[name].iterdir())
     for file in files:
-        assert (again / file).read_bytes() == (saved[layout] / file).read_bytes(), file
+        assert (again / file).read_bytes() == (saved[name] / file).read_bytes(), file
     assert checkpoint_io.load(again).fingerprint == CHECKPOINT.fingerprint
 
 
@@ -151,12 +151,12 @@ def test_openais_half_precision_and_scalars(saved, tmp_path):
         checkpoint_io.load(tmp_path)
 
 
-@pytest.mark.parametrize("layout", FILES)
-def test_every_format_lists_all_tensors_that_do_not_match(saved, tmp_path, layout):
-    directory = shutil.copytree(saved[layout], tmp_path / layout)
-    path = directory / FILES[layout]
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_lists_all_tensors_that_do_not_match(saved, tmp_path, name):
+    directory = shutil.copytree(saved[name], tmp_path / name)
+    path = directory / FILES[name]
     tensors = load_file(path)
-    names = {row.path[0]: row.name for row in rows(CONFIG, formats.WRITABLE[layout].column)}
+    names = {row.path[0]: row.name for row in rows(CONFIG, formats.WRITABLE[name].column)}
 
     def of(*path):
         return names[("image_tower", "blocks", "block_01", *path)]
@@ -181,26 +181,26 @@ def test_every_format_lists_all_tensors_that_do_not_match(saved, tmp_path, layou
         assert part in str(error.value)
     assert "\n" not in str(error.value)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=f"{FILES[layout]}: "):
+    with pytest.raises(UserError, match=f"{FILES[name]}: "):
         checkpoint_io.load(directory)
     path.rename(directory / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin: .*pickle"):
         checkpoint_io.load(directory)
 
 
-@pytest.mark.parametrize("layout", FILES)
-def test_every_format_saves_head_labels_and_tokenizer(tmp_path, layout):
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_saves_head_labels_and_tokenizer(tmp_path, name):
     tuned = with_head(with_tokenizer(tmp_path / "tokenizer"))
-    loaded = checkpoint_io.load(checkpoint_io.save(tmp_path / "m", tuned, format=layout))
+    loaded = checkpoint_io.load(checkpoint_io.save(tmp_path / "m", tuned, format=name))
     assert_same(loaded.replica(), tuned.replica())
     assert loaded.labels == ("crane", "gull é", "crane")
     assert loaded.fingerprint == tuned.fingerprint
     assert checkpoint_io.has_tokenizer(loaded)
     # Equal models give bitwise identical files.
-    again = checkpoint_io.save(tmp_path / "again", loaded, format=layout)
+    again = checkpoint_io.save(tmp_path / "again", loaded, format=name)
     for path in (tmp_path / "m").iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
-    if layout != "hugging_face":
+    if name != "hugging_face":
         (tmp_path / "m" / "labels.json").write_text('["crane"]')
         with pytest.raises(UserError, match="head .*3 classes.* 1 labels"):
             checkpoint_io.load(tmp_path / "m")

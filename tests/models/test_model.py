@@ -87,7 +87,7 @@ def test_init_draws_the_agreed_tree():
     # The standard deviations of CLIP's released code.
     first = params["image_tower"]["blocks"]["block_00"]
     for name, std in (("q_proj", 96**-0.5), ("out_proj", 96**-0.5 * 2**-0.5)):
-        # 9,216 draws: the standard error of a standard deviation is 0.7 %; the tolerance is four of them.
+        # 9,216 draws: the standard error of a standard deviation is 0.7 %; tolerance: four of them.
         np.testing.assert_allclose(first["self_attn"][name]["kernel"].std(), std, rtol=0.03)
     assert float(params["logit_scale"]) == pytest.approx(2.6592)
     assert not first["mlp"]["fc1"]["bias"].any()
@@ -139,12 +139,12 @@ def test_shorter_texts_need_no_padding():
     ids[:, 9:] = small.EOS
     whole = text_features(CONFIG, PARAMS["text_tower"], ids)
     short = text_features(CONFIG, PARAMS["text_tower"], ids[:, :10])
-    # Sums of another length are ordered differently: a few float32 rounding errors of values near 1.
+    # Sums of another length are ordered differently: some float32 rounding of values near 1.
     np.testing.assert_allclose(short, whole, atol=5e-6, rtol=0)
 
 
 def faint(tower: dict) -> dict:
-    """The tower with small embeddings, as after training, so that epsilon of the first norm matters."""
+    """The tower with small embeddings, as after training: epsilon of the first norm matters."""
     scale = {"class_embedding", "patch_embedding", "position_embedding", "token_embedding"}
     return {
         name: jax.tree.map(lambda a: np.float32(0.03) * a, x) if name in scale else x
