@@ -68,7 +68,7 @@ class Examination:
     """Result of `examine`.
 
     Attributes:
-      notes: what the user should know
+      notes: notes for the user
       problems: why the given options are an error
       rounding: rounding error of the base, for the report; None if the base is not stored at
         lower precision than the fine-tunes. `energy` is the expected squared rounding error as

@@ -100,7 +100,7 @@ def test_the_classifier_is_merged_with_its_model(checkpoints, folders, tmp_path,
     # The index lists only the model, because its library reads it.
     index = (out / "model.safetensors.index.json").read_text()
     assert "head.safetensors" not in index and len(list(out.glob("model-*.safetensors"))) > 1
-    # A separate merge of the classifier gives the same bytes.
+    # A separate merge of the classifier is bitwise identical.
     files = [f"{path}/head.safetensors" for path in paths]
     assert main(["merge", *files, "--out", str(tmp_path / "alone")]) == 0
     alone = (tmp_path / "alone" / "model.safetensors").read_bytes()

@@ -1,7 +1,7 @@
 """Tiny random checkpoints written by other libraries, and the expected results of their merges.
 
-Every fine-tune is the base plus an update that all fine-tunes share plus an own update, so that the
-angles between the fine-tunes are neither 0 nor 90 degrees.
+Every fine-tune is the base plus an update common to all fine-tunes plus an individual update, so
+that the angles between the fine-tunes are neither 0 nor 90 degrees.
 """
 
 from __future__ import annotations
