@@ -403,5 +403,6 @@ def _fix(heads: Mapping[str, TensorPlan], fine_tunes_differ: bool) -> str:
         )
     return (
         "train the models with the same order of labels, put the rows of one model in the order of "
-        f"the others, or {option}; if two names mean the same class, use one name in both config files"
+        f"the others, or {option}; if two names mean the same class, use one name in both config "
+        "files"
     )
