@@ -1,4 +1,4 @@
-"""Whether the base is the fine-tunes' anchor: what a sample of their numbers says."""
+"""Check on a sample of elements whether the base is the anchor of the fine-tunes."""
 
 from __future__ import annotations
 
@@ -17,57 +17,63 @@ from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan, is_classifie
 from modelstock_jax.errors import listed
 from modelstock_jax.merging import anchor_rounding, geometry
 
-# Tensors that are looked at, numbers of each, and the pieces that these are read in.
-TENSORS, NUMBERS, PIECES = 32, 2**14, 2
-# Kernels of models with a base in common have cosines far above this, others about 0.
-_RELATED = 0.3
-# Relative standard deviation of a model's distances from all others: of the base at most (more for
-# small tensors, whose lengths vary by 1 / sqrt(2 count)), of another at least.
-_EQUAL, _UNEQUAL = 0.012, 0.05
-# Part of the tensors in which that holds: two learning rates make one pair equal by chance, but
-# not in every tensor. Fine-tunes that agree more than this are a base and what is near it.
-_MOST_TENSORS, _AGREE = 0.8, 0.85
-# A head that moved this many times as far as other kernels, relative to its own size.
-_FAR, _OF_ITS_SIZE, _TOGETHER = 10.0, 0.5, 0.8
-_WORTH_A_NOTE = 0.01
-# Part of the squared movement that the fine-tunes' own rounding may be, and part of the movement
-# that must survive the rounding of the output, before a note says so.
-_FINE_TUNES_ROUNDING, _SURVIVES = 0.05, 0.75
+# Number of sampled tensors, of sampled elements per tensor, and of pieces to read them in.
+_MAX_TENSORS, _MAX_ELEMENTS, _NUM_PIECES = 32, 2**14, 2
+# Kernels of models with a common base have far higher cosines, other kernels a cosine of about 0.
+_MIN_RELATED_COSINE = 0.3
+# Relative standard deviation of a model's distances to all other models: maximum of a base (more
+# for small tensors, whose norms vary by 1 / sqrt(2 count)), and minimum of a model that is none.
+_MAX_BASE_SPREAD, _MIN_OTHER_SPREAD = 0.012, 0.05
+# Fraction of the tensors in which that must be true: two learning rates can make the distances of
+# one pair equal by chance, but not in every tensor. Models whose task vectors agree more than
+# _MAX_AGREEMENT are a base and models close to it.
+_MIN_TENSOR_FRACTION, _MAX_AGREEMENT = 0.8, 0.85
+# A head did not start from the base if its update is this many times as large as those of other
+# kernels, this large relative to the head, and has this cosine between fine-tunes.
+_FAR_FACTOR, _MIN_FAR_UPDATE, _MIN_FAR_COSINE = 10.0, 0.5, 0.8
+_MIN_NOTED_ENERGY = 0.01
+# A note is printed if the fine-tunes' own rounding error is at least this fraction of the squared
+# norm of the task vectors, or if less than this fraction of the update survives the rounding of the
+# output.
+_MAX_TUNED_ENERGY, _MIN_SURVIVING = 0.05, 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Sums over some numbers of one tensor.
+    """Sums over sampled elements of one tensor.
 
     Attributes:
-        name: Of the tensor.
-        count: Numbers.
-        gram: Products of the base's weights (row 0) and the task vectors, [1 + N, 1 + N].
-        energy: Expected squared rounding error of the base, where it is stored coarser; else 0.
-        own_energy: That of the fine-tunes, a mean, where all are stored coarser than the base.
-        kept: Part of the mean movement that is left when the mean is rounded for the output.
-        kernel: Whether it has two axes or more.
+      name: name of the tensor
+      count: number of sampled elements
+      gram: dot products of the base's weights (row 0) and the task vectors, [1 + N, 1 + N]
+      base_energy: expected squared rounding error of the base if it is stored at lower precision
+        than the fine-tunes, else 0
+      tuned_energy: mean expected squared rounding error of the fine-tunes if all are stored at
+        lower precision than the base, else 0
+      surviving: fraction of the mean task vector that remains after the output is rounded
+      is_kernel: whether the tensor has two axes or more
     """
 
     name: str
     count: int
     gram: np.ndarray
-    energy: float
-    own_energy: float
-    kept: float
-    kernel: bool
+    base_energy: float
+    tuned_energy: float
+    surviving: float
+    is_kernel: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """What the sample says: notes and problems for the user, and the base's rounding for a report.
+    """Result of `examine`.
 
     Attributes:
-        notes: What a user should know.
-        problems: Why the options asked for are refused.
-        rounding: None where the base is not stored coarser than the fine-tunes; else ``energy``
-            (expected squared rounding error as a part of the squared movement), ``exact`` (training
-            started from the rounded base), ``ratio`` and ``corrected_ratio`` (medians of t).
+      notes: notes for the user
+      problems: why the given options are an error
+      rounding: rounding error of the base, for the report; None if the base is not stored at
+        lower precision than the fine-tunes. `energy` is the expected squared rounding error as
+        a fraction of the squared norm of the task vectors, `exact` is whether training started
+        from the rounded base, `ratio` and `corrected_ratio` are medians of t
     """
 
     notes: tuple[str, ...] = ()
@@ -78,32 +84,40 @@ class Examination:
 def examine(
     sources: Sequence[Source], tensors: Mapping[str, TensorPlan], options: Options
 ) -> Examination:
-    """Looks at a sample of all models for signs that the base is not their anchor.
+    """Search a sample of all models for signs that the base is not their anchor.
 
     Args:
-        sources: The base and the fine-tunes.
-        tensors: Of the plan.
-        options: As asked.
+      sources: the base and the fine-tunes
+      tensors: tensors of the plan, by name
+      options: options of the merge
     """
     samples = [
-        found for tensor in _chosen(tensors) if (found := _sample(sources, tensor)) is not None
+        sample
+        for tensor in _sampled_tensors(tensors)
+        if (sample := _sample(sources, tensor)) is not None
     ]
     kernels = [
         sample
         for sample in samples
-        if sample.kernel and sample.gram[0, 0] > 0 and (np.diag(sample.gram)[1:] > 0).all()
+        if sample.is_kernel and sample.gram[0, 0] > 0 and (np.diag(sample.gram)[1:] > 0).all()
     ]
-    notes = _unrelated(sources, kernels) or _misplaced(sources, kernels)
+    notes = _unrelated_models(sources, kernels) or _misplaced_base(sources, kernels)
     notes += _replaced_layers(sources, kernels) + _equal_models(sources, samples)
-    notes += _far_heads(sources, kernels) + _lost_movement(samples) + _coarse(sources, samples)
-    rounding, problems, more = _rounding(sources, samples, options)
-    return Examination(tuple(notes + more), tuple(problems), rounding)
+    notes += _far_heads(sources, kernels) + _rounded_away(samples)
+    notes += _coarse_fine_tunes(sources, samples)
+    rounding, problems, rounding_notes = _base_rounding(sources, samples, options)
+    return Examination((*notes, *rounding_notes), tuple(problems), rounding)
 
 
 def is_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
-    """Whether the base stores a tensor coarser than every fine-tune.
+    """Return whether the base stores a tensor at lower precision than every fine-tune.
 
-    Not where a fine-tune is an adapter of this base: its movement holds no rounding of the base.
+    False if a fine-tune is an adapter of this base: its task vector contains no rounding error of
+    the base.
+
+    Args:
+      sources: the base and the fine-tunes
+      names: name of the tensor in each of them; None where the model lacks it
     """
     dtypes = [
         source.stored_dtype(name)
@@ -115,31 +129,34 @@ def is_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
     )
     if adapted or len(dtypes) < len(sources):
         return False
-    if dtypes[0].kind == "i":  # Integer codes x scale: no mantissa, and coarser than any float.
+    if dtypes[0].kind == "i":  # Integer codes x scale have no mantissa: coarser than any float.
         return all(dtype.kind not in "iu" for dtype in dtypes[1:])
     return anchor_rounding.is_coarser(dtypes[0], dtypes[1:])
 
 
-def _chosen(tensors: Mapping[str, TensorPlan]) -> list[TensorPlan]:
-    """The largest tensors, and all heads."""
+def _sampled_tensors(tensors: Mapping[str, TensorPlan]) -> list[TensorPlan]:
+    """Return the largest merged tensors, and all heads."""
     merged = [tensor for tensor in tensors.values() if tensor.unit_view is not None]
     merged.sort(key=lambda tensor: (-math.prod(tensor.shape), tensor.name))
-    return [tensor for k, tensor in enumerate(merged) if k < TENSORS or is_classifier(tensor.name)]
+    return [
+        tensor for k, tensor in enumerate(merged) if k < _MAX_TENSORS or is_classifier(tensor.name)
+    ]
 
 
 def _sample(sources: Sequence[Source], tensor: TensorPlan) -> Sample | None:
-    """Sums over pieces spread through a tensor; None where numbers are not finite."""
+    """Sum over pieces spread through a tensor; None if a value is not finite."""
     total = math.prod(tensor.merged_shape)
-    length = min(total, NUMBERS // PIECES) if total > NUMBERS else total
+    length = min(total, _MAX_ELEMENTS // _NUM_PIECES) if total > _MAX_ELEMENTS else total
     starts = (
-        {round(k * (total - length) / max(1, PIECES - 1)) for k in range(PIECES)}
-        if total > NUMBERS
+        {round(k * (total - length) / max(1, _NUM_PIECES - 1)) for k in range(_NUM_PIECES)}
+        if total > _MAX_ELEMENTS
         else {0}
     )
-    coarser = is_coarser(sources, tensor.names)
-    coarse = _are_coarser(sources, tensor.names)
+    base_is_coarser = is_coarser(sources, tensor.names)
+    tuned_are_coarser = _fine_tunes_are_coarser(sources, tensor.names)
     number = len(sources)
-    gram, energy, own_energy, kept = np.zeros((number, number)), 0.0, 0.0, np.zeros(2)
+    gram, base_energy, tuned_energy = np.zeros((number, number)), 0.0, 0.0
+    surviving = np.zeros(2)
     for start in sorted(starts):
         stop = start + length
         vectors = np.empty((number, length))
@@ -149,33 +166,32 @@ def _sample(sources: Sequence[Source], tensor: TensorPlan) -> Sample | None:
                 return None
             widen(sources[model].read(name, start, stop), vector)
         if not np.isfinite(vectors).all():
-            return None  # The merge itself names the tensor and the number.
+            return None  # The merge raises an error that names the tensor and the element.
         vectors[1:] -= vectors[0]
         gram += np.array([[a @ b for b in vectors] for a in vectors])
-        kept += _after_rounding(vectors, tensor.code)
-        if coarser:
+        surviving += _after_rounding(vectors, tensor.code)
+        if base_is_coarser:
             squares = sources[0].half_ulp_squares(tensor.name_in(0), start, stop)
-            energy += float(squares.sum()) / 3.0
-        if coarse:
+            base_energy += float(squares.sum()) / 3.0
+        if tuned_are_coarser:
             squares = [
                 source.half_ulp_squares(tensor.name_in(model), start, stop).sum()
                 for model, source in enumerate(sources[1:], 1)
             ]
-            own_energy += float(np.mean(squares)) / 3.0
-    kernel = len([length for length in tensor.shape if length > 1]) > 1
+            tuned_energy += float(np.mean(squares)) / 3.0
     return Sample(
         tensor.name,
         length * len(starts),
         gram,
-        energy,
-        own_energy,
-        float(kept[0] / kept[1]) if kept[1] > 0 else 1.0,
-        kernel,
+        base_energy,
+        tuned_energy,
+        float(surviving[0] / surviving[1]) if surviving[1] > 0 else 1.0,
+        len([size for size in tensor.shape if size > 1]) > 1,
     )
 
 
-def _are_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
-    """Whether all fine-tunes store a tensor coarser than the base."""
+def _fine_tunes_are_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:
+    """Return whether all fine-tunes store a tensor at lower precision than the base."""
     pairs = list(zip(sources, names, strict=True))
     if any(name is None for _, name in pairs):
         return False
@@ -184,155 +200,161 @@ def _are_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool
 
 
 def _after_rounding(vectors: np.ndarray, code: str) -> np.ndarray:
-    """Product of the mean movement with what rounding leaves of it, and its square."""
-    movement = vectors[1:].mean(axis=0)
+    """Return the dot product of the mean task vector with its rounded form, and with itself."""
+    update = vectors[1:].mean(axis=0)
     if code in ("F32", "F64"):
-        return np.array([1.0, 1.0]) * (movement @ movement)
-    written = np.empty(len(movement))
-    widen(narrow(vectors[0] + movement, code), written)
-    return np.array([(written - vectors[0]) @ movement, movement @ movement])
+        return np.array([1.0, 1.0]) * (update @ update)
+    written = np.empty(len(update))
+    widen(narrow(vectors[0] + update, code), written)
+    return np.array([(written - vectors[0]) @ update, update @ update])
 
 
-def _unrelated(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
-    """A note where a model's kernels are nearly orthogonal to the base's."""
-    found = []
+def _unrelated_models(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
+    """Return a note for each model whose kernels are nearly orthogonal to the base's."""
+    notes = []
     for model, source in enumerate(sources[1:], 1):
-        cosines, movements = [], []
-        for sample in kernels:
-            base, along, own = (sample.gram[0, 0], sample.gram[0, model], sample.gram[model, model])
-            length = base + 2 * along + own
-            cosines.append((base + along) / math.sqrt(base * length) if length > 0 else 1.0)
-            movements.append(math.sqrt(own / base))
-        if cosines and statistics.median(cosines) < _RELATED:
-            found.append(
-                f"{source.label} has no base in common with {sources[0].label}: the cosine of "
-                f"their weights is {statistics.median(cosines):.2f} and the movement "
-                f"{statistics.median(movements):.2g} times the weights; Model Stock needs "
+        cosines = [_weight_cosine(sample.gram, model) for sample in kernels]
+        updates = [math.sqrt(sample.gram[model, model] / sample.gram[0, 0]) for sample in kernels]
+        if cosines and statistics.median(cosines) < _MIN_RELATED_COSINE:
+            notes.append(
+                f"{source.label} has no common base with {sources[0].label}: the cosine of their "
+                f"weights is {statistics.median(cosines):.2f} and the norm of the task vector is "
+                f"{statistics.median(updates):.2g} times that of the weights; Model Stock requires "
                 "fine-tunes of one base"
             )
-    return found
+    return notes
+
+
+def _weight_cosine(gram: np.ndarray, model: int) -> float:
+    """Return the cosine between a model's weights and the base's; 1 if the weights are 0."""
+    base, along, update = gram[0, 0], gram[0, model], gram[model, model]
+    square = base + 2 * along + update
+    return (base + along) / math.sqrt(base * square) if square > 0 else 1.0
 
 
 def _replaced_layers(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
-    """A note where single kernels have nothing in common with the base's, and most others do."""
-    found: list[str] = []
+    """Return a note for kernels that are unrelated to the base's while most others are related."""
+    notes: list[str] = []
     for model, source in enumerate(sources[1:], 1):
-        names = []
-        for sample in kernels:
-            base, along, own = (sample.gram[0, 0], sample.gram[0, model], sample.gram[model, model])
-            length = base + 2 * along + own
-            if (
-                length > 0
-                and (base + along) / math.sqrt(base * length) < _RELATED
-                and not (is_classifier(sample.name))
-            ):
-                names.append(sample.name)
+        names = [
+            sample.name
+            for sample in kernels
+            if _weight_cosine(sample.gram, model) < _MIN_RELATED_COSINE
+            and not is_classifier(sample.name)
+        ]
         if names and 2 * len(names) < len(kernels):
-            found.append(
-                f"{listed(names, 3)} of {source.label}: nothing in common with the base's "
-                "(replaced or renumbered layers?)"
+            notes.append(
+                f"{listed(names, 3)} of {source.label}: nothing in common with the base's tensors; "
+                "check whether layers were replaced or renumbered"
             )
-    return found
+    return notes
 
 
 def _equal_models(sources: Sequence[Source], samples: Sequence[Sample]) -> list[str]:
-    """A note where models are equal: their angle says nothing of noise."""
+    """Return a note for each pair of equal models: their angle is no measure of noise."""
     if len(sources) < 3 or not samples:
         return []
     distances = np.sum([_distances(sample.gram) ** 2 for sample in samples], axis=0)
     pairs = itertools.combinations(range(len(sources)), 2)
     return [
-        f"{sources[b].label} is equal to {sources[a].label} in all that was sampled: it is "
-        "counted as a fine-tune, and adds no information"
+        f"{sources[b].label} is equal to {sources[a].label} in every sampled element: it counts as "
+        "a fine-tune, but adds no information"
         for a, b in pairs
         if distances[a, b] == 0
     ]
 
 
-def _lost_movement(samples: Sequence[Sample]) -> list[str]:
-    """A note where the output's dtype is too coarse for the movement."""
-    moved = [sample for sample in samples if np.trace(sample.gram[1:, 1:]) > 0]
-    kept = statistics.median(sample.kept for sample in moved) if moved else 1.0
-    if kept >= _SURVIVES:
+def _rounded_away(samples: Sequence[Sample]) -> list[str]:
+    """Return a note if the dtype of the output is too coarse for the update."""
+    fractions = [sample.surviving for sample in samples if np.trace(sample.gram[1:, 1:]) > 0]
+    surviving = statistics.median(fractions) if fractions else 1.0
+    if surviving >= _MIN_SURVIVING:
         return []
     return [
-        f"the movement is smaller than the rounding of the output: {100 * kept:.0f} % of it is "
-        "left in a typical tensor; pass --dtype float32 to keep it"
+        f"the update is smaller than the rounding of the output: {100 * surviving:.0f} % of it "
+        "remains in a typical tensor; pass --dtype float32 to preserve it"
     ]
 
 
-def _coarse(sources: Sequence[Source], samples: Sequence[Sample]) -> list[str]:
-    """A note where the fine-tunes' own rounding is much of their movement."""
-    coarse = [sample for sample in samples if sample.own_energy > 0]
+def _coarse_fine_tunes(sources: Sequence[Source], samples: Sequence[Sample]) -> list[str]:
+    """Return a note if the fine-tunes' own rounding error is a large part of their task vectors."""
+    coarse = [sample for sample in samples if sample.tuned_energy > 0]
     square = sum(np.diag(sample.gram)[1:].mean() for sample in coarse)
-    part = sum(sample.own_energy for sample in coarse) / square if square > 0 else 0.0
-    if part < _FINE_TUNES_ROUNDING or len(sources) < 3:
+    energy = sum(sample.tuned_energy for sample in coarse) / square if square > 0 else 0.0
+    if energy < _MAX_TUNED_ENERGY or len(sources) < 3:
         return []
     return [
-        f"the fine-tunes are stored coarser than {sources[0].label}: their rounding is "
-        f"{100 * part:.0f} % of the squared movement, in part common to all, and makes the "
-        "ratios too high; merge them as they were before they were rounded"
+        f"the fine-tunes are stored at lower precision than {sources[0].label}: their rounding "
+        f"error is {100 * energy:.0f} % of the squared norm of the task vectors, is partly common "
+        "to all of them, and makes the ratios too high; merge the fine-tunes as they were before "
+        "rounding"
     ]
 
 
-def _misplaced(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
-    """A note where another model than the first is equally far from all others.
+def _misplaced_base(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
+    """Return a note if a model other than the first is equally far from all others.
 
-    The base is, and fine-tunes are not, but where their task vectors have a cosine of 0.5: then all
-    models are equally far from each other, and nothing can be said.
+    The base is equally far from all others; fine-tunes are not, except if their task vectors have a
+    cosine of 0.5. Then all models are equally far from each other, and the base cannot be found.
     """
     if len(sources) < 3 or not kernels:
         return []
     distances = [_distances(sample.gram) for sample in kernels]
     spreads = np.array(
-        [[_spread(far, model) for model in range(len(sources))] for far in distances]
+        [[_spread(matrix, model) for model in range(len(sources))] for matrix in distances]
     )
-    noise = np.array([max(_EQUAL, 1.5 / math.sqrt(2 * sample.count)) for sample in kernels])
+    noise = np.array([max(_MAX_BASE_SPREAD, 1.5 / math.sqrt(2 * s.count)) for s in kernels])
     typical = np.median(spreads, axis=0)
     best = int(typical.argmin())
-    if best == 0 or typical[0] < _UNEQUAL or typical[best] > float(np.median(noise)):
-        return []
-    if (spreads[:, best] < 1.5 * noise).mean() < _MOST_TENSORS:
-        return []
-    if statistics.median(_agreement(far, best) for far in distances) > _AGREE:
+    if (
+        best == 0
+        or typical[0] < _MIN_OTHER_SPREAD
+        or typical[best] > float(np.median(noise))
+        or (spreads[:, best] < 1.5 * noise).mean() < _MIN_TENSOR_FRACTION
+        or statistics.median(_agreement(matrix, best) for matrix in distances) > _MAX_AGREEMENT
+    ):
         return []
     return [
-        f"{sources[best].label} is equally far from all other models and {sources[0].label}, "
-        f"given first, is not: is {sources[best].label} the base?"
+        f"{sources[best].label} is equally far from all other models and {sources[0].label}, the "
+        f"first model, is not; check whether {sources[best].label} is the base"
     ]
 
 
 def _distances(gram: np.ndarray) -> np.ndarray:
-    """Distances between all models, [1 + N, 1 + N], from products with the task vectors."""
-    whole = gram.copy()
-    whole[0], whole[:, 0] = 0.0, 0.0  # Seen from the base, its own task vector is 0.
-    squares = np.diag(whole)
-    return np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * whole, 0.0))
+    """Return the distances between all models, [1 + N, 1 + N], from `Sample.gram`."""
+    gram = gram.copy()
+    gram[0], gram[:, 0] = 0.0, 0.0  # The base's own task vector is 0.
+    squares = np.diag(gram)
+    return np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * gram, 0.0))
 
 
 def _spread(distances: np.ndarray, model: int) -> float:
-    """How unequal a model's distances are, and those between the others if it were the base."""
-    own, pairs = _as_base(distances, model)
+    """Return how unequal the distances are if a model is taken as the base.
+
+    The maximum relative standard deviation of two sets: its distances to the other models, and the
+    distances between those.
+    """
+    to_others, between_others = _as_base(distances, model)
+    sets = [to_others] if len(between_others) < 2 else [to_others, between_others]
     return max(
-        float(values.std() / values.mean()) if values.mean() > 0 else math.inf
-        for values in ([own] if len(pairs) < 2 else [own, pairs])
+        float(values.std() / values.mean()) if values.mean() > 0 else math.inf for values in sets
     )
 
 
 def _agreement(distances: np.ndarray, model: int) -> float:
-    """Cosine of the others' task vectors if a model were the base and all as long."""
-    own, pairs = _as_base(distances, model)
-    return 1.0 - float((pairs**2).mean() / (2 * (own**2).mean()))
+    """Return the cosine of the others' task vectors, of equal norm, with a model as the base."""
+    to_others, between_others = _as_base(distances, model)
+    return 1.0 - float((between_others**2).mean() / (2 * (to_others**2).mean()))
 
 
 def _as_base(distances: np.ndarray, model: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of a model from the others, and of each two of these."""
+    """Return the distances from a model to the others, and those of all pairs of the others."""
     rest = np.delete(np.delete(distances, model, 0), model, 1)
     return np.delete(distances[model], model), rest[np.triu_indices(len(rest), 1)]
 
 
 def _far_heads(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str]:
-    """A note where a head moved far beyond the others, and all fine-tunes' alike."""
+    """Return a note for each head with a far larger update than others, alike in all fine-tunes."""
 
     def relative(sample: Sample) -> float:
         return math.sqrt(np.diag(sample.gram)[1:].mean() / sample.gram[0, 0])
@@ -345,79 +367,79 @@ def _far_heads(sources: Sequence[Source], kernels: Sequence[Sample]) -> list[str
         sample
         for sample in kernels
         if is_classifier(sample.name)
-        and relative(sample) > max(_FAR * usual, _OF_ITS_SIZE)
-        and float(geometry.cosine(sample.gram[1:, 1:])) > _TOGETHER
+        and relative(sample) > max(_FAR_FACTOR * usual, _MIN_FAR_UPDATE)
+        and float(geometry.cosine(sample.gram[1:, 1:])) > _MIN_FAR_COSINE
     ]
     return [
-        f"{sample.name} moved by {relative(sample):.2g} of its size, other kernels by "
-        f"{usual:.2g}, and in all fine-tunes alike: they did not start from this head. Give "
-        "the base that they started from, or pass "
-        f"--exclude {escaped(sample.name)!r} --excluded mean"
+        f"{sample.name} changed by {relative(sample):.2g} of its norm, other kernels by "
+        f"{usual:.2g}, and in all fine-tunes alike: they did not start from this head; give the "
+        f"base that they started from, or pass --exclude {escaped(sample.name)!r} "
+        "--unmerged-from mean"
         for sample in far
     ]
 
 
-def _rounding(sources: Sequence[Source], samples: Sequence[Sample], options: Options):
-    """The base's rounding compared with the movements, and whether it may be corrected."""
-    coarse = [sample for sample in samples if sample.energy > 0]
-    asked = options.anchor_rounding == "correct"
+def _base_rounding(
+    sources: Sequence[Source], samples: Sequence[Sample], options: Options
+) -> tuple[dict[str, float | bool] | None, list[str], list[str]]:
+    """Return `Examination.rounding`, and problems and notes about correcting it."""
+    coarse = [sample for sample in samples if sample.base_energy > 0]
+    correct = options.anchor_rounding == "correct"
     if not coarse or len(sources) < 3:
-        notes = (
-            [
-                "--anchor-rounding correct changes nothing: the base is not stored coarser than "
-                "the fine-tunes"
-            ]
-            if asked
-            else []
+        note = (
+            "--anchor-rounding correct has no effect: the base is not stored at lower precision "
+            "than the fine-tunes"
         )
-        return None, [], notes
-    grams = [sample.gram[1:, 1:] for sample in coarse]
-    pairs = list(itertools.combinations(range(len(sources) - 1), 2))
-    together = np.array([np.mean([gram[i, j] for i, j in pairs]) for gram in grams])
-    energy = np.array([sample.energy for sample in coarse])
-    counts = np.array([sample.count for sample in coarse])
-    exact = bool(anchor_rounding.started_from_rounded(together, energy, counts))
-    part = float(energy.sum() / sum(np.diag(gram).mean() for gram in grams))
-    ratio = _median_ratio(grams)
-    corrected = _median_ratio(
-        [
-            anchor_rounding.correct_gram(gram[..., None], np.array([e]))[..., 0]
-            for gram, e in zip(grams, energy, strict=True)
-        ]
-    )
-    rounding = {"energy": part, "exact": exact, "ratio": ratio, "corrected_ratio": corrected}
+        return None, [], [note] if correct else []
+    energy, exact, ratio, corrected_ratio = _rounding_statistics(coarse)
+    rounding = {
+        "energy": energy,
+        "exact": exact,
+        "ratio": ratio,
+        "corrected_ratio": corrected_ratio,
+    }
     base = sources[0].label
     if exact:
-        problems = (
-            [
-                f"--anchor-rounding correct: the fine-tunes' common movement is smaller than "
-                f"the rounding of {base}: their training started from the rounded weights, so "
-                "the ratios are right; leave the option out"
-            ]
-            if asked
-            else []
+        problem = (
+            f"--anchor-rounding correct: what the task vectors have in common is smaller than the "
+            f"rounding error of {base}: training started from the rounded weights, so the ratios "
+            "are right; leave the option out"
         )
-        return rounding, problems, []
-    if part < _WORTH_A_NOTE:
+        return rounding, [problem] if correct else [], []
+    if energy < _MIN_NOTED_ENERGY:
         return rounding, [], []
-    effect = f"a median ratio of {ratio:.2f}, {corrected:.2f} without it"
-    if asked:
-        return (
-            rounding,
-            [],
-            [
-                f"the rounding of {base} ({100 * part:.0f} % of the squared "
-                f"movement) is taken out of the angles: {effect}"
-            ],
+    effect = f"the median ratio is {ratio:.2f} with it and {corrected_ratio:.2f} without it"
+    if correct:
+        note = (
+            f"the rounding error of {base} ({100 * energy:.0f} % of the squared norm of the task "
+            f"vectors) is removed from the angles: {effect}"
         )
+    else:
+        note = (
+            f"{base} is stored at lower precision than the fine-tunes: its rounding error is "
+            f"{100 * energy:.0f} % of the squared norm of the task vectors and common to all of "
+            f"them ({effect}); if the base was rounded after training, give the unrounded base or "
+            "pass --anchor-rounding correct"
+        )
+    return rounding, [], [note]
+
+
+def _rounding_statistics(coarse: Sequence[Sample]) -> tuple[float, bool, float, float]:
+    """Return the values of `Examination.rounding` for tensors that the base stores coarser."""
+    grams = [sample.gram[1:, 1:] for sample in coarse]
+    pairs = list(itertools.combinations(range(len(grams[0])), 2))
+    off_diagonal = np.array([np.mean([gram[i, j] for i, j in pairs]) for gram in grams])
+    energy = np.array([sample.base_energy for sample in coarse])
+    counts = np.array([sample.count for sample in coarse])
+    corrected = [
+        anchor_rounding.correct_gram(gram[..., None], np.array([e]))[..., 0]
+        for gram, e in zip(grams, energy, strict=True)
+    ]
     return (
-        rounding,
-        [],
-        [
-            f"{base} is stored coarser than the fine-tunes: its rounding is {100 * part:.0f} % of "
-            f"their squared movement and common to all of them ({effect}). If it was rounded after "
-            "the training, give the unrounded base, or pass --anchor-rounding correct"
-        ],
+        float(energy.sum() / sum(np.diag(gram).mean() for gram in grams)),
+        bool(anchor_rounding.started_from_rounded(off_diagonal, energy, counts)),
+        _median_ratio(grams),
+        _median_ratio(corrected),
     )
 
 

@@ -1,4 +1,4 @@
-"""Files next to the tensors: whose config and tokenizer are written, and what changes in them."""
+"""Configs, tokenizers and other auxiliary files: which model they come from, and their changes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from modelstock_jax.tensor_files.reader import PICKLES, read_json
 from modelstock_jax.tensor_files.writer import write_indented_json
 
 _NOT_COPIED = ("adapter_config.json", "merge_report.json")
-_OF_QUANTIZATION = (
+_QUANTIZATION_FILES = (
     quantization.QUANT_FILE,
     "quantize_config.json",
     "quanto_qmap.json",
@@ -56,8 +56,8 @@ _TOKENIZER = re.compile(
     r"generation_config\.json"
 )
 _PROCESSOR, _TEMPLATE = "processor_config.json", "chat_template"
-# Files that nobody misses in a merged model.
-_OF_TRAINING = re.compile(
+# Files that a merged model does not need: no note names them.
+_NOT_NEEDED = re.compile(
     r"README.*|\..*|.*\.(?:md|safetensors|h5|msgpack|onnx|gguf|ot|tflite|png|jpg|log|lock|zip)|"
     r"(?:optimizer|scheduler|training_args|rng_state|scaler|random_states).*|runs|checkpoint-\d+|"
     r"events\.out.*|__pycache__"
@@ -66,15 +66,15 @@ _OF_TRAINING = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryFiles:
-    """Which model the files next to the tensors come from.
+    """Models that the auxiliary files are copied from, and changes to the configs.
 
     Attributes:
-        config_model: Whose config and processor files are written; 0 is the base.
-        tokenizer_model: Whose tokenizer files are.
-        changes: Folder -> dotted key of its config.json -> value that the merge changes; None
-            removes the key.
-        plain: Folders whose config loses what it says of a quantization.
-        dtypes: Folder -> the dtype that its config says.
+      config_model: model whose config and processor files are written; 0 is the base
+      tokenizer_model: model whose tokenizer files are written
+      changes: folder -> dotted key of its config.json -> value that the merge changes; None removes
+        the key
+      plain: folders whose config loses its quantization entries
+      dtypes: folder -> the dtype that its config states
     """
 
     config_model: int = 0
@@ -88,16 +88,23 @@ def plan_auxiliary_files(
     sources: Sequence[Source],
     tensors: Mapping[str, TensorPlan],
     options: Options,
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> AuxiliaryFiles:
-    """Chooses config and tokenizer; what models disagree on goes to `findings`."""
-    if not _exist(sources, options, findings):
+    """Choose the model of the config and of the tokenizer, and compare them in all models.
+
+    Args:
+      sources: the base and the fine-tunes
+      tensors: tensors of the plan, by name
+      options: options of the merge
+      issues: receives the problems and notes
+    """
+    if not _check_choices(sources, options, issues):
         return AuxiliaryFiles()
     components = by_folder(tensors, sources)
-    config_model = _config_model(sources, components, options, findings)
-    tokenizer_model = _tokenizer_model(sources, config_model, options, findings)
-    whose = f"model:{config_model}" if config_model else "base"
-    changes = config_changes(sources, tensors, config_model, tokenizer_model, findings)
+    config_model = _config_model(sources, components, options, issues)
+    tokenizer_model = _tokenizer_model(sources, config_model, options, issues)
+    config_option = f"model:{config_model}" if config_model else "base"
+    changes = config_changes(sources, tensors, config_model, tokenizer_model, issues)
     directory = sources[config_model].directory
     names = [] if directory is None else folders(directory)
     dtypes = written_dtypes(sources, tensors, options, names)
@@ -108,27 +115,28 @@ def plan_auxiliary_files(
             name for name in names if options.dequantize or quantization.said_only(directory / name)
         )
     )
-    compare_configs(sources, options, findings, whose, _written_keys(changes, dtypes, plain))
-    compare_processors(sources, findings, whose)
-    check_labels(components, sources, findings)
-    read = read_tokens(sources)
-    compare_ids(read, sources, components, options, findings)
+    changed_keys = _changed_keys(changes, dtypes, plain)
+    compare_configs(sources, options, issues, config_option, changed_keys)
+    compare_processors(sources, issues, config_option)
+    check_labels(components, sources, issues)
+    token_ids = read_tokens(sources)
+    compare_ids(token_ids, sources, components, options, issues)
     if options.tokenizer_from is None and not tokenizer_model:
-        compare_tokenizers(sources, findings, read)
+        compare_tokenizers(sources, issues, token_ids)
     if options.tokenizer_from is None:
-        _object_to_several_vocabularies(sources, tensors, findings)
-    if findings.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
-        findings.notes.append(
+        _report_several_vocabularies(sources, tensors, issues)
+    if issues.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
+        issues.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
             "copy its tokenizer into the merged model"
         )
     if plain and not options.dequantize:
-        said = listed(f"{name}/{CONFIG}" if name else CONFIG for name in plain)
-        findings.notes.append(
-            f"{sources[config_model].label}: {said} speaks of a quantization, and the weights "
-            "are plain; the merged config does not"
+        paths = listed(f"{name}/{CONFIG}" if name else CONFIG for name in plain)
+        issues.notes.append(
+            f"{sources[config_model].label}: {paths} describes a quantization, but the weights are "
+            "not quantized; the merged config leaves these entries out"
         )
-    _name_left_behind(sources[config_model], findings)
+    _note_files_not_copied(sources[config_model], issues)
     return AuxiliaryFiles(config_model, tokenizer_model, changes, plain, dtypes)
 
 
@@ -136,141 +144,147 @@ def _config_model(
     sources: Sequence[Source],
     components: Mapping[str, Mapping[str, TensorPlan]],
     options: Options,
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> int:
-    """The model whose config files are written; modules that only fine-tunes have are theirs."""
-    here = component_folders(sources[0].directory)
+    """Return the model whose config files are written: a fine-tune if only these have a module."""
+    base_folders = _component_folders(sources[0].directory)
     chosen = model_index(options.config_from)
     if options.config_from is None:
-        own = [
+        new_modules = [
             name
             for name, tensors in components.items()
-            if name not in here and any(tensor in findings.new_head for tensor in tensors)
+            if name not in base_folders and any(tensor in issues.new_head for tensor in tensors)
         ]
-        if own:
-            findings.notes.append(
-                f"{listed(own, 3)}: the fine-tunes' own, so the config files of model:1 are written"
+        if new_modules:
+            issues.notes.append(
+                f"{listed(new_modules, 3)}: only the fine-tunes have it, so the config files of "
+                "model:1 are written"
             )
             chosen = 1
-        elif not findings.lenient:
-            _object_to_lost_modules(sources, components, findings)
-    if findings.lenient:  # Nothing is written.
+        elif not issues.lenient:
+            _report_lost_modules(sources, components, issues)
+    if issues.lenient:  # Nothing is written.
         return chosen
-    whose, label = options.config_from or f"model:{chosen}", sources[chosen].label
-    there = component_folders(sources[chosen].directory)
-    if lacking := [name for name in components if name not in there]:
-        findings.add_problem(
-            f"--config-from {whose}: {label} has no {listed(lacking, 3)}, where merged "
-            "tensors are written; give another model"
+    option, label = options.config_from or f"model:{chosen}", sources[chosen].label
+    chosen_folders = _component_folders(sources[chosen].directory)
+    if missing := [name for name in components if name not in chosen_folders]:
+        issues.add_problem(
+            f"--config-from {option}: {label} has no {listed(missing, 3)}, where merged tensors "
+            "are written; choose another model"
         )
     if chosen and (
-        more := [name for name in _of_weights(sources[chosen]) if name not in components]
+        extra := [name for name in _weight_folders(sources[chosen]) if name not in components]
     ):
-        findings.add_problem(
-            f"--config-from {whose}: the files of {label} name {listed(map(repr, more), 3)}, and "
-            "the merged model has no tensors there (--head finetuned writes modules that BASE "
-            "lacks; else save BASE with the same folders)"
+        issues.add_problem(
+            f"--config-from {option}: the files of {label} name {listed(map(repr, extra), 3)}, but "
+            "the merged model has no tensors there; pass --head finetuned to write modules that "
+            "BASE lacks, or save BASE with the same folders"
         )
     return chosen
 
 
-def _object_to_lost_modules(
+def _report_lost_modules(
     sources: Sequence[Source],
     components: Mapping[str, Mapping[str, TensorPlan]],
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> None:
-    """A problem where fine-tunes are sentence-transformers models and the base is not."""
+    """Report a problem if fine-tunes are sentence-transformers models and the base is not."""
 
-    def has(source: Source) -> bool:
+    def has_modules(source: Source) -> bool:
         return source.directory is not None and (source.directory / MODULES).is_file()
 
-    tuned = [i for i, source in enumerate(sources) if has(source)]
-    if not tuned or has(sources[0]):
+    models = [i for i, source in enumerate(sources) if has_modules(source)]
+    if not models or has_modules(sources[0]):
         return
-    fits = [i for i in tuned if all(name in components for name in _of_weights(sources[i]))]
-    if not fits and findings.problems:
-        return  # Tensors of modules are lacking, which has options of its own.
-    source = sources[(fits or tuned)[0]]
-    assert source.directory is not None, "`has` saw a file in it"
+    complete = [
+        i for i in models if all(name in components for name in _weight_folders(sources[i]))
+    ]
+    if not complete and issues.problems:
+        return  # Tensors of modules are missing: that problem names its own options.
+    source = sources[(complete or models)[0]]
+    assert source.directory is not None, "`has_modules` found a file in it"
     lost = [MODULES, *(name for name in folders(source.directory) if name)]
-    theirs = f"--config-from model:{fits[0]} to write them, or " if fits else ""
-    findings.add_problem(
-        f"{listed(lost, 6)} of {source.label} would be lost, for {sources[0].label} "
-        f"has no {MODULES}: pass {theirs}--config-from base to write a model without "
-        "them"
+    keep = f"--config-from model:{complete[0]} to write them, or " if complete else ""
+    issues.add_problem(
+        f"{listed(lost, 6)} of {source.label} would be lost, because {sources[0].label} "
+        f"has no {MODULES}: pass {keep}--config-from base to write a model without them"
     )
 
 
-def _object_to_several_vocabularies(
-    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], findings: PlanIssues
+def _report_several_vocabularies(
+    sources: Sequence[Source], tensors: Mapping[str, TensorPlan], issues: PlanIssues
 ) -> None:
-    """A problem where the rows of two embeddings come from two models: one tokenizer is written."""
+    """Report a problem if rows of two embeddings come from two models: only one tokenizer fits."""
     longest: dict[int, str] = {}
     for name, tensor in tensors.items():
         if tensor.rows is not None and tensor.rest:
             longest.setdefault(tensor.rest, name)
     if len(longest) > 1:
-        which = listed(
-            f"{name} is of {sources[model].label}" for model, name in sorted(longest.items())
+        rows = listed(
+            f"{name} from {sources[model].label}" for model, name in sorted(longest.items())
         )
-        findings.add_problem(
-            f"the longest vocabularies are of several models: {which}; pass "
+        issues.add_problem(
+            f"the longest vocabularies come from several models: {rows}; pass "
             "--tokenizer-from model:1 (or another) to write that model's tokenizers, "
-            "or --vocabulary base"
+            "or --vocab-mismatch base"
         )
 
 
-def _of_weights(source: Source) -> list[str]:
-    """Folders of a model that have weights; `''` is the top."""
+def _weight_folders(source: Source) -> list[str]:
+    """Return the folders of a model that have weights; `''` is the top."""
     return ["" if prefix == HEAD_PREFIX else prefix.rstrip("/") for prefix in source.components]
 
 
-def component_folders(directory: Path | None) -> list[str]:
-    """`folders` of a directory; `['']` of a single file."""
+def _component_folders(directory: Path | None) -> list[str]:
+    """Return `folders` of a directory; `['']` for a single file."""
     return [""] if directory is None else folders(directory)
 
 
 def _tokenizer_model(
-    sources: Sequence[Source], config_model: int, options: Options, findings: PlanIssues
+    sources: Sequence[Source], config_model: int, options: Options, issues: PlanIssues
 ) -> int:
-    """The model whose tokenizer is written: one asked for, that of a longer vocabulary, BASE's."""
+    """Return the model whose tokenizer is written.
+
+    The one given by the option, else that of a longer vocabulary, else BASE. If BASE has no
+    tokenizer, it is the model of the config.
+    """
     if options.tokenizer_from is not None:
         return model_index(options.tokenizer_from)
     base, other = sources[0], sources[config_model]
     if (
-        not findings.companion
+        not issues.companion
         and config_model
         and not _has_tokenizer(base, base)
         and (_has_tokenizer(other, base))
     ):
         return config_model
-    return findings.companion
+    return issues.companion
 
 
-def _written_keys(
+def _changed_keys(
     changes: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str], plain: Sequence[str]
 ) -> dict[str, list[str]]:
-    """Path of a config.json -> keys that the merge writes otherwise than any model."""
-    found: dict[str, list[str]] = {}
+    """Map the path of each config.json to its keys that the merge itself sets or removes."""
+    keys: dict[str, list[str]] = {}
     for folder in {*changes, *dtypes, *plain}:
-        found[f"{folder}/{CONFIG}" if folder else CONFIG] = [
+        keys[f"{folder}/{CONFIG}" if folder else CONFIG] = [
             *changes.get(folder, ()),
             *(KEYS if folder in dtypes else ()),
             *(quantization.CONFIG_KEYS if folder in plain else ()),
         ]
-    return found
+    return keys
 
 
-def _exist(sources: Sequence[Source], options: Options, findings: PlanIssues) -> bool:
-    """Whether the models that files are asked of exist and have such files."""
-    before = len(findings.problems)
-    for name, what in (("config_from", CONFIG), ("tokenizer_from", "tokenizer files")):
+def _check_choices(sources: Sequence[Source], options: Options, issues: PlanIssues) -> bool:
+    """Return whether the models that the options choose exist and have the files."""
+    before = len(issues.problems)
+    for name, files in (("config_from", CONFIG), ("tokenizer_from", "tokenizer files")):
         if (choice := getattr(options, name)) is None:
             continue
         option = f"--{name.replace('_', '-')} {choice}"
         if (model := model_index(choice)) >= len(sources):
-            findings.problems.append(
-                f"{option}: there are {len(sources) - 1} fine-tunes, give "
+            issues.problems.append(
+                f"{option}: there are {len(sources) - 1} fine-tunes; choose "
                 f"base or model:1 to model:{len(sources) - 1}"
             )
         elif model and not (
@@ -278,42 +292,45 @@ def _exist(sources: Sequence[Source], options: Options, findings: PlanIssues) ->
             if name == "tokenizer_from"
             else sources[model].directory is not None
         ):
-            findings.problems.append(
-                f"{option}: {sources[model].label} has no {what}; choose a model that has"
+            issues.problems.append(
+                f"{option}: {sources[model].label} has no {files}; choose a model that has"
             )
-    return len(findings.problems) == before
+    return len(issues.problems) == before
 
 
 def copy_auxiliary_files(
-    sources: Sequence[Source], companions: AuxiliaryFiles, directory: Path
+    sources: Sequence[Source], auxiliary_files: AuxiliaryFiles, directory: Path
 ) -> None:
-    """Copies what a model needs next to its tensors; the config with what the merge changed.
+    """Copy the auxiliary files of a model, and apply the changes of the merge to its configs.
 
-    Code (``*.py``) and pickles are left where they are.
+    Code (`*.py`) and pickles are not copied.
 
     Args:
-        sources: The base and the fine-tunes.
-        companions: From `plan_auxiliary_files`.
-        directory: Where to.
+      sources: the base and the fine-tunes
+      auxiliary_files: from `plan_auxiliary_files`
+      directory: destination
+
+    Raises:
+      UserError: a file cannot be copied
     """
-    source = sources[companions.config_model].directory or sources[0].directory
-    tokenizer = sources[companions.tokenizer_model].tokenizer_directory
-    apart = tokenizer is not None and tokenizer != source
+    source = sources[auxiliary_files.config_model].directory or sources[0].directory
+    tokenizer = sources[auxiliary_files.tokenizer_model].tokenizer_directory
+    other_tokenizer = tokenizer is not None and tokenizer != source
     if source is not None:
-        theirs = tokenizer_folders(source) if apart else []
+        replaced = ["", *tokenizer_folders(source)] if other_tokenizer else []
         for folder in folders(source):
-            mine = folder not in theirs and not (apart and not folder)
+            with_tokenizer = folder not in replaced
             _copy(
                 source / folder,
                 directory / folder,
-                lambda name, mine=mine: (
-                    _wanted(name, bool(companions.plain))
-                    and (mine or not _TOKENIZER.fullmatch(name))
+                lambda name, with_tokenizer=with_tokenizer: (
+                    _is_copied(name, bool(auxiliary_files.plain))
+                    and (with_tokenizer or not _TOKENIZER.fullmatch(name))
                 ),
             )
-            if mine:
+            if with_tokenizer:
                 _copy_templates(source / folder, directory / folder)
-    if apart and tokenizer is not None:
+    if other_tokenizer and tokenizer is not None:
         for folder in dict.fromkeys(("", *tokenizer_folders(tokenizer))):
             _copy(
                 tokenizer / folder,
@@ -321,61 +338,62 @@ def copy_auxiliary_files(
                 lambda name: bool(_TOKENIZER.fullmatch(name)),
             )
             _copy_templates(tokenizer / folder, directory / folder)
-        _take_template(tokenizer, directory)
-    _rewrite_configs(companions, directory)
+        _copy_processor_template(tokenizer, directory)
+    _rewrite_configs(auxiliary_files, directory)
 
 
-def _rewrite_configs(companions: AuxiliaryFiles, directory: Path) -> None:
-    """Changes the copied configs of all components."""
-    for folder in {*companions.changes, *companions.plain}:
+def _rewrite_configs(auxiliary_files: AuxiliaryFiles, directory: Path) -> None:
+    """Apply the changes to the copied configs of all components."""
+    for folder in {*auxiliary_files.changes, *auxiliary_files.plain}:
         config = read_config(directory / folder)
         if config is None:
             continue
-        made = quantization.without_keys(config) if folder in companions.plain else config
-        made = updated(made, companions.changes.get(folder, {}))
-        if made != config:
-            write_indented_json(directory / folder / CONFIG, made)
-    for folder, dtype in companions.dtypes.items():
+        plain = folder in auxiliary_files.plain
+        changed = quantization.without_keys(config) if plain else config
+        changed = updated(changed, auxiliary_files.changes.get(folder, {}))
+        if changed != config:
+            write_indented_json(directory / folder / CONFIG, changed)
+    for folder, dtype in auxiliary_files.dtypes.items():
         set_dtype(directory / folder, dtype)
 
 
 def _copy_templates(source: Path, directory: Path) -> None:
-    """Further chat templates, each a file in a folder."""
+    """Copy additional chat templates, one file per template in a folder."""
     for folder in TEMPLATES:
         if (source / folder).is_dir():
             _copy(source / folder, directory / folder, lambda name: name.endswith(".jinja"))
 
 
-def _take_template(tokenizer: Path, directory: Path) -> None:
-    """The chat template that some processors keep in their config."""
-    theirs, ours = (read_object(place / _PROCESSOR) for place in (tokenizer, directory))
-    if ours and theirs.get(_TEMPLATE) != ours.get(_TEMPLATE):
-        ours.pop(_TEMPLATE, None)
-        kept = {_TEMPLATE: theirs[_TEMPLATE]} if _TEMPLATE in theirs else {}
-        write_indented_json(directory / _PROCESSOR, ours | kept)
+def _copy_processor_template(tokenizer: Path, directory: Path) -> None:
+    """Copy the chat template that some processors store in their config."""
+    chosen, written = (read_object(path / _PROCESSOR) for path in (tokenizer, directory))
+    if written and chosen.get(_TEMPLATE) != written.get(_TEMPLATE):
+        written.pop(_TEMPLATE, None)
+        template = {_TEMPLATE: chosen[_TEMPLATE]} if _TEMPLATE in chosen else {}
+        write_indented_json(directory / _PROCESSOR, written | template)
 
 
-def _copy(source: Path, directory: Path, wanted: Callable[[str], bool]) -> None:
+def _copy(source: Path, directory: Path, is_copied: Callable[[str], bool]) -> None:
     try:
         directory.mkdir(exist_ok=True, parents=True)
         for path in sorted(source.iterdir()):
-            if path.is_file() and wanted(path.name):
+            if path.is_file() and is_copied(path.name):
                 shutil.copyfile(path, directory / path.name)
     except OSError as error:
-        where = error.filename or source
-        raise UserError(f"{where}: cannot be copied ({error.strerror or error}).") from None
+        path = error.filename or source
+        raise UserError(f"{path}: cannot be copied ({error.strerror or error})") from None
 
 
-def _wanted(name: str, dequantized: bool = False) -> bool:
+def _is_copied(name: str, dequantized: bool = False) -> bool:
     if name in _NOT_COPIED or name.endswith(".index.json") or name.startswith("."):
         return False
-    if dequantized and name in _OF_QUANTIZATION:
+    if dequantized and name in _QUANTIZATION_FILES:
         return False
     return name.endswith(ENDINGS) or name.startswith(LICENSES)
 
 
 def _has_tokenizer(source: Source, base: Source) -> bool:
-    """Whether a model, not the base below its adapter, has a tokenizer's files."""
+    """Return whether a model has own tokenizer files; an adapter's base does not count."""
     directory = source.tokenizer_directory
     if directory is None or (source is not base and directory == base.tokenizer_directory):
         return False
@@ -386,42 +404,41 @@ def _has_tokenizer(source: Source, base: Source) -> bool:
     )
 
 
-def _name_left_behind(source: Source, findings: PlanIssues) -> None:
-    """Names the files next to a model that are not copied, for the user to copy."""
+def _note_files_not_copied(source: Source, issues: PlanIssues) -> None:
+    """Note the auxiliary files that are not copied, so that the user can copy them."""
     if source.directory is None:
         return
-    left, code, loaded = [], [], _loads_code(source.directory)
+    other, code, code_entry = [], [], _entry_with_code(source.directory)
     for folder in folders(source.directory):
-        place = source.directory / folder
-        for path in sorted(place.iterdir()):
+        for path in sorted((source.directory / folder).iterdir()):
             name = f"{folder}/{path.name}" if folder else path.name
             if not path.is_file():
                 continue
             if path.suffix == ".py":
                 code.append(name)
             elif not (
-                _wanted(path.name)
+                _is_copied(path.name)
                 or path.name in _NOT_COPIED
                 or path.suffix in PICKLES
-                or _OF_TRAINING.fullmatch(path.name)
+                or _NOT_NEEDED.fullmatch(path.name)
                 or path.name.endswith(".index.json")
             ):
-                left.append(name)
-    if left:
-        findings.notes.append(
-            f"not copied from {source.label}: {listed(left, 6)}; copy what the "
+                other.append(name)
+    if other:
+        issues.notes.append(
+            f"not copied from {source.label}: {listed(other, 6)}; copy what the "
             "model needs into the merged model"
         )
-    if loaded:
-        what = listed(code, 6) if code else "the files that it names"
-        findings.notes.append(
-            f"{loaded} of {source.label} loads code, which is never copied or "
-            f"run: copy {what} into the merged model"
+    if code_entry:
+        files = listed(code, 6) if code else "the files that it names"
+        issues.notes.append(
+            f"{code_entry} of {source.label} loads code, which is never copied or "
+            f"run: copy {files} into the merged model"
         )
 
 
-def _loads_code(directory: Path) -> str | None:
-    """The entry of a config or an index that refers to code of the checkpoint's own."""
+def _entry_with_code(directory: Path) -> str | None:
+    """Return the entry of a config or an index that refers to code in the checkpoint."""
     for folder in folders(directory):
         for name in (CONFIG, "tokenizer_config.json", _PROCESSOR, "preprocessor_config.json"):
             if read_object(directory / folder / name).get("auto_map"):
@@ -431,8 +448,8 @@ def _loads_code(directory: Path) -> str | None:
             isinstance(entry, list)
             and entry
             and any(
-                isinstance(entry[0], str) and (directory / place / f"{entry[0]}.py").is_file()
-                for place in folders(directory)
+                isinstance(entry[0], str) and (directory / folder / f"{entry[0]}.py").is_file()
+                for folder in folders(directory)
             )
         ):
             return PIPELINE

@@ -1,4 +1,4 @@
-"""What a merge changes in each config.json: vocabulary, tied heads, labels, tokens, dtype."""
+"""Changes of a merge to each config.json: vocabulary, tied heads, labels, tokens, dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.errors import listed
 
 TIED = "tie_word_embeddings"
-# What a config says of its classifier; the last three are timm's.
+# Keys that describe a classifier; the last three are timm's.
 _LABELS = (
     "id2label",
     "label2id",
@@ -27,7 +27,7 @@ _LABELS = (
     "label_descriptions",
     "pretrained_cfg.num_classes",
 )
-# Keys that hold the rows of a token embedding, and the side of an encoder-decoder they are for.
+# Keys with the number of rows of a token embedding -> the side of an encoder-decoder they describe.
 _SIDES = {
     "vocab_size": "",
     "encoder_vocab_size": "encoder",
@@ -35,20 +35,26 @@ _SIDES = {
     "decoder_vocab_size": "decoder",
     "tgt_vocab_size": "decoder",
 }
-# Parts of a config that never describe a token embedding of text.
+# Nested configs that never describe a token embedding of text.
 _OTHER_TOWER = re.compile(r"vision|image|visual|audio|speech|codec|vocoder|hifi")
-# `decoder.embed_tokens.weight`, and not a linear layer called `decoder` (BERT's head).
+# `decoder.embed_tokens.weight`, but not a linear layer named `decoder` (BERT's head).
 _SIDE = re.compile(r"(?:model\.|\w+_model\.)?(encoder|decoder)\..*\.")
+_MAX_NAMED = 3
+# Classifiers of detection and segmentation models, with layers or with one head per decoder layer.
+_CLASSES = re.compile(
+    r"(?:.*[./])?(?:class_(?:predictor|labels_classifier|embed|head)|cls_head|"
+    r"cls_score|conv_seg)\.(?:.*\.)?(?:weight|bias)"
+)
 
 
 class Rows(NamedTuple):
     """Rows of a token embedding, or of another tensor with an axis of the vocabulary.
 
     Attributes:
-        name: In its own file.
-        lengths: In the base and in each fine-tune.
-        written: In the output.
-        side: `encoder` or `decoder` of a model with both; else empty.
+      name: name of the tensor in its file
+      lengths: number of rows in the base and in each fine-tune
+      written: number of rows in the output
+      side: `encoder` or `decoder` of a model with both, else empty
     """
 
     name: str
@@ -60,16 +66,16 @@ class Rows(NamedTuple):
 def by_folder(
     tensors: Mapping[str, TensorPlan], sources: Sequence[Source]
 ) -> dict[str, dict[str, TensorPlan]]:
-    """The planned tensors of each component, by its folder; `''` is the top."""
+    """Group the planned tensors by the folder of their component; `''` is the top."""
     prefixes: dict[str, str] = {}
     for source in sources:
         prefixes |= source.components
-    found: dict[str, dict[str, TensorPlan]] = {}
+    groups: dict[str, dict[str, TensorPlan]] = {}
     for name, tensor in tensors.items():
         prefix = prefix_of(name, prefixes)
         folder = "" if prefix == HEAD_PREFIX else prefix.rstrip("/")
-        found.setdefault(folder, {})[name] = tensor
-    return found
+        groups.setdefault(folder, {})[name] = tensor
+    return groups
 
 
 def config_changes(
@@ -77,46 +83,49 @@ def config_changes(
     tensors: Mapping[str, TensorPlan],
     config_model: int,
     tokenizer_model: int,
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> dict[str, dict[str, Any]]:
-    """Folder -> dotted key of its config.json -> value that the merge changes; None removes it.
+    """Return the values that the merge changes in each config.json.
 
     Args:
-        sources: The base and the fine-tunes.
-        tensors: The plan.
-        config_model: Whose config is written.
-        tokenizer_model: Whose tokenizer is.
-        findings: What planning found; a key that may be wrong becomes a note.
+      sources: the base and the fine-tunes
+      tensors: tensors of the plan, by name
+      config_model: model whose config is written
+      tokenizer_model: model whose tokenizer is written
+      issues: issues of the plan; receives a note for each key that may be wrong
+
+    Returns:
+      folder -> dotted key -> new value; None removes the key
     """
     directory = sources[config_model].directory
     if directory is None:
         return {}
     components = by_folder(tensors, sources)
-    found: dict[str, dict[str, Any]] = {}
+    changes: dict[str, dict[str, Any]] = {}
     for folder in folders(directory):
         config = read_config(directory / folder)
         if config is None:
             continue
-        here = components.get(folder, {})
+        component = components.get(folder, {})
         path = f"{folder}/{CONFIG}" if folder else CONFIG
-        made = _of_vocabulary(path, folder, config, here, findings)
-        if any(name in findings.untied for name in here):
-            made |= _untied(config)
+        changed = _vocabulary_keys(path, folder, config, component, issues)
+        if any(name in issues.untied for name in component):
+            changed |= _untied_keys(config)
         elif config_model:
-            made |= _ties(config, _config_in(sources[0], folder))
+            changed |= _tied_keys_of_base(config, _config_in(sources[0], folder))
         if tokenizer_model != config_model:
-            made |= _of_tokens(config, _config_in(sources[tokenizer_model], folder))
-        head = labels_from(here, findings.new_head)
+            changed |= _token_keys(config, _config_in(sources[tokenizer_model], folder))
+        head = labels_from(component, issues.new_head)
         if head and head != config_model:
-            theirs = flat(_config_in(sources[head], folder) or {})
-            made |= {
-                key: _nested(theirs, key)
+            labels = flat(_config_in(sources[head], folder) or {})
+            changed |= {
+                key: _nested(labels, key)
                 for key in _LABELS
-                if key in theirs or any(k.startswith(f"{key}.") for k in theirs)
+                if key in labels or any(k.startswith(f"{key}.") for k in labels)
             }
-        if made:
-            found[folder] = made
-    return found
+        if changed:
+            changes[folder] = changed
+    return changes
 
 
 def written_dtypes(
@@ -125,24 +134,34 @@ def written_dtypes(
     options: Options,
     names: Sequence[str],
 ) -> dict[str, str]:
-    """Folder -> the dtype that its config.json gets: `--dtype`, or that of dequantized weights."""
+    """Return the dtype of each config.json: `--dtype`, or that of dequantized weights.
+
+    Args:
+      sources: the base and the fine-tunes
+      tensors: tensors of the plan, by name
+      options: options of the merge
+      names: folders whose config is written
+
+    Returns:
+      folder -> dtype
+    """
     if options.dtype:
         return dict.fromkeys(names, options.dtype)
-    called = {code: name for name, code in DTYPES.items()}
-    found: dict[str, str] = {}
-    for folder, here in by_folder(tensors, sources).items():
-        formed = any(
-            own is not None and source.tensors[own].written
-            for t in here.values()
-            for source, own in zip(sources, t.names, strict=False)
+    dtype_names = {code: name for name, code in DTYPES.items()}
+    dtypes: dict[str, str] = {}
+    for folder, component in by_folder(tensors, sources).items():
+        dequantized = any(
+            name is not None and source.tensors[name].written
+            for tensor in component.values()
+            for source, name in zip(sources, tensor.names, strict=False)
         )
         sizes: dict[str, int] = {}
-        for t in here.values():
-            if t.code in called:
-                sizes[t.code] = sizes.get(t.code, 0) + t.num_bytes
-        if formed and sizes:
-            found[folder] = called[max(sizes, key=lambda code: sizes[code])]
-    return found
+        for tensor in component.values():
+            if tensor.code in dtype_names:
+                sizes[tensor.code] = sizes.get(tensor.code, 0) + tensor.num_bytes
+        if dequantized and sizes:
+            dtypes[folder] = dtype_names[max(sizes, key=lambda code: sizes[code])]
+    return dtypes
 
 
 def _config_in(source: Source, folder: str) -> dict[str, Any] | None:
@@ -150,7 +169,7 @@ def _config_in(source: Source, folder: str) -> dict[str, Any] | None:
 
 
 def _nested(values: Mapping[str, Any], key: str) -> Any:
-    """A value of a flattened config, an object put together again."""
+    """Return a value of a flattened config; an object is nested again."""
     if key in values:
         return values[key]
     return {
@@ -158,48 +177,50 @@ def _nested(values: Mapping[str, Any], key: str) -> Any:
     }
 
 
-def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`tie_word_embeddings` false wherever a config says it, or a library looks for it."""
-    said = [key for key in flat(config) if key.rpartition(".")[2] == TIED]
+def _untied_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Set `tie_word_embeddings` to false wherever a config has it or a library searches for it."""
+    present = [key for key in flat(config) if key.rpartition(".")[2] == TIED]
     text = [f"text_config.{TIED}"] if isinstance(config.get("text_config"), dict) else []
-    return dict.fromkeys([TIED, *text, *said], False)
+    return dict.fromkeys([TIED, *text, *present], False)
 
 
-def _ties(config: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What BASE's config says of its head, for the merged model has the head that BASE has."""
-    said = {key: x for key, x in flat(base or {}).items() if key.rpartition(".")[2] == TIED}
-    return {key: said[key] for key, x in flat(config).items() if x != said.get(key, x)}
+def _tied_keys_of_base(config: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return `tie_word_embeddings` of BASE, because the merged model has the head of BASE."""
+    tied = {key: x for key, x in flat(base or {}).items() if key.rpartition(".")[2] == TIED}
+    return {key: tied[key] for key, x in flat(config).items() if x != tied.get(key, x)}
 
 
-def _of_tokens(config: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Special tokens and generation settings of the model whose tokenizer is written."""
-    if theirs is None:
+def _token_keys(
+    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return special tokens and generation settings of the model whose tokenizer is written."""
+    if tokenizer_config is None:
         return {}
-    # A special token that their config lacks has no value in the merged config either.
-    made = {key: None for key in generation_keys(config) if "_token_id" in key}
-    return made | _placed(config, generation_keys(theirs))
+    # A special token that is not in that model's config is removed from the merged config.
+    removed = {key: None for key in generation_keys(config) if "_token_id" in key}
+    return removed | _at_keys_of(config, generation_keys(tokenizer_config))
 
 
-def _placed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values under the dotted keys that a config keeps them at: at the top or in `text_config`."""
-    found = {}
+def _at_keys_of(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Move values to where a config stores them: at the top level or in `text_config`."""
+    moved = {}
     for key, value in values.items():
         tower, _, last = key.rpartition(".")
         nested = tower and isinstance(config.get(tower), dict)
-        found[key if nested or not tower else last] = value
-    return found
+        moved[key if nested or not tower else last] = value
+    return moved
 
 
-def _of_vocabulary(
+def _vocabulary_keys(
     path: str,
     folder: str,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorPlan],
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> dict[str, int]:
-    """The keys that certainly hold the rows of a resized embedding; a note for any other."""
-    rows = _rows(folder, tensors, findings.vocabulary)
-    resized = [one for one in rows if len(set(one.lengths)) > 1]
+    """Return the keys that certainly contain the rows of a resized embedding; note all others."""
+    all_rows = _rows(folder, tensors, issues.vocabulary)
+    resized = [rows for rows in all_rows if len(set(rows.lengths)) > 1]
     if not resized:
         return {}
     keys = {
@@ -207,32 +228,34 @@ def _of_vocabulary(
         for key, x in flat(config).items()
         if key.rpartition(".")[2].endswith("vocab_size") and isinstance(x, int)
     }
-    sided = {side for key in keys if (side := _side(key))}
-    made, doubtful = {}, []
+    sides = {side for key in keys if (side := _side(key))}
+    changed, doubtful = {}, []
     for key, value in keys.items():
-        meant = [one for one in _meant(_side(key), sided, rows) if value in one.lengths]
-        sizes = {one.written for one in meant}
-        if not any(one in resized for one in meant):
+        described = [
+            rows for rows in _described_rows(_side(key), sides, all_rows) if value in rows.lengths
+        ]
+        sizes = {rows.written for rows in described}
+        if not any(rows in resized for rows in described):
             continue
-        if _certain(key) and len(sizes) == 1:
-            made[key] = sizes.pop()
+        if _is_certain(key) and len(sizes) == 1:
+            changed[key] = sizes.pop()
         else:
             doubtful.append(key)
     main = [key for key in ("text_config.vocab_size", "vocab_size") if key in keys]
-    if not made and not doubtful and main and len({one.written for one in rows}) == 1:
-        made[main[0]] = rows[0].written  # It said another number than the embedding had rows.
-    said = {*made.values()}
-    unsaid = [one for one in resized if one.written not in said]
-    named = doubtful or [key for key in keys if unsaid and _certain(key)]
-    if named:
-        findings.notes.append(_check(path, named, unsaid or resized))
-    return {key: value for key, value in made.items() if value != keys[key]}
+    if not changed and not doubtful and main and len({rows.written for rows in all_rows}) == 1:
+        changed[main[0]] = all_rows[0].written  # The value differed from the embedding's rows.
+    sizes = {*changed.values()}
+    without_key = [rows for rows in resized if rows.written not in sizes]
+    noted = doubtful or [key for key in keys if without_key and _is_certain(key)]
+    if noted:
+        issues.notes.append(_note_to_check(path, noted, without_key or resized))
+    return {key: value for key, value in changed.items() if value != keys[key]}
 
 
-def _check(path: str, keys: Sequence[str], rows: Iterable[Rows]) -> str:
-    sizes = listed((f"{one.name} has {one.written} rows" for one in rows), 3)
+def _note_to_check(path: str, keys: Sequence[str], resized: Iterable[Rows]) -> str:
+    sizes = listed((f"{rows.name} has {rows.written} rows" for rows in resized), 3)
     return (
-        f"{path}: check {listed(keys, 4)}, which may have to change and is written as it was: "
+        f"{path}: check {listed(keys, 4)}, which may have to change but is written unchanged: "
         f"in the merged model {sizes}"
     )
 
@@ -240,78 +263,70 @@ def _check(path: str, keys: Sequence[str], rows: Iterable[Rows]) -> str:
 def _rows(
     folder: str, tensors: Mapping[str, TensorPlan], lengths: Mapping[str, tuple[int, ...]]
 ) -> list[Rows]:
-    """Tensors with an axis of the vocabulary, those that all models have alike too."""
+    """Return all tensors with an axis of the vocabulary, also those equal in all models."""
     found = []
     for name, tensor in tensors.items():
-        own = name.removeprefix(f"{folder}/") if folder else name
-        side = match[1] if (match := _SIDE.match(own)) else ""
+        local = name.removeprefix(f"{folder}/") if folder else name
+        side = match[1] if (match := _SIDE.match(local)) else ""
         if name in lengths:
-            found.append(Rows(own, lengths[name], tensor.shape[tensor.axis], side))
-        elif is_embedding(own) and len(tensor.shape) == 2:
-            found.append(Rows(own, tensor.shape[:1], tensor.shape[0], side))
-    if {"encoder", "decoder"} <= {one.side for one in found}:  # Heads are the decoder's.
+            found.append(Rows(local, lengths[name], tensor.shape[tensor.axis], side))
+        elif is_embedding(local) and len(tensor.shape) == 2:
+            found.append(Rows(local, tensor.shape[:1], tensor.shape[0], side))
+    if {"encoder", "decoder"} <= {rows.side for rows in found}:  # Heads belong to the decoder.
         head = re.compile(r"(?:.*\.)?(?:lm_head|final_logits|output_projection)\b.*|.*logits_bias")
         found = [
-            one._replace(side="decoder") if not one.side and head.fullmatch(one.name) else one
-            for one in found
+            rows._replace(side="decoder") if not rows.side and head.fullmatch(rows.name) else rows
+            for rows in found
         ]
     return found
 
 
 def _side(key: str) -> str:
-    """The side of an encoder-decoder that a key is for.
+    """Return the side of an encoder-decoder that a key describes.
 
     Example:
-        >>> _side("decoder_vocab_size"), _side("encoder.vocab_size"), _side("vocab_size")
-        ('decoder', 'encoder', '')
+      >>> _side("decoder_vocab_size"), _side("encoder.vocab_size"), _side("vocab_size")
+      ('decoder', 'encoder', '')
     """
     *parents, last = key.split(".")
-    inside = [
-        p for part in parents if (p := part.removesuffix("_config")) in ("encoder", "decoder")
+    sides = [
+        name
+        for parent in parents
+        if (name := parent.removesuffix("_config")) in ("encoder", "decoder")
     ]
-    return _SIDES.get(last, "") or (inside[-1] if inside else "")
+    return _SIDES.get(last, "") or (sides[-1] if sides else "")
 
 
-def _meant(side: str, sided: set[str], rows: Sequence[Rows]) -> list[Rows]:
-    """The tensors that a key of a side may speak of."""
-    wanted = side or ("encoder" if "decoder" in sided else "")
-    found = [one for one in rows if one.side == wanted] if wanted else list(rows)
-    return found or list(rows)
+def _described_rows(side: str, sides: set[str], all_rows: Sequence[Rows]) -> list[Rows]:
+    """Return the tensors that a key of a side may describe."""
+    side = side or ("encoder" if "decoder" in sides else "")
+    return [rows for rows in all_rows if side and rows.side == side] or list(all_rows)
 
 
-def _certain(key: str) -> bool:
+def _is_certain(key: str) -> bool:
     *parents, last = key.split(".")
     return last in _SIDES and not any(map(_OTHER_TOWER.search, parents))
-
-
-# Whether the rows of classifiers that are averaged stand for the same classes.
-
-_MAX_NAMED = 3
-# Of detection and segmentation, with layers or a head for each decoder layer.
-_CLASSES = re.compile(
-    r"(?:.*[./])?(?:class_(?:predictor|labels_classifier|embed|head)|cls_head|"
-    r"cls_score|conv_seg)\.(?:.*\.)?(?:weight|bias)"
-)
 
 
 def check_labels(
     components: Mapping[str, Mapping[str, TensorPlan]],
     sources: Sequence[Source],
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> None:
-    """A problem where a classifier's row is one class in one model and another class in the next.
+    """Report a problem if an averaged row of a classifier has different classes in two models.
 
     Args:
-        components: Folder of a component -> its planned tensors.
-        sources: The base and the fine-tunes.
-        findings: Where problems go.
+      components: folder of a component -> its planned tensors
+      sources: the base and the fine-tunes
+      issues: receives the problems
     """
     for folder, tensors in components.items():
         labels = [
             _labels(None if source.directory is None else read_config(source.directory / folder))
             for source in sources
         ]
-        sizes = {len(one) + more for one in labels if one for more in (0, 1)}  # DETR: no object.
+        # DETR has one more row, for no object.
+        sizes = {len(classes) + extra for classes in labels if classes for extra in (0, 1)}
         heads = {
             name: tensor
             for name, tensor in tensors.items()
@@ -320,19 +335,19 @@ def check_labels(
         merged = any(tensor.action == "merge" for tensor in heads.values())
         if not merged and not any(tensor.action == "mean" for tensor in heads.values()):
             continue
-        rows = _differing(labels, sources, 0 if merged else 1)
+        rows = _conflicting_rows(labels, sources, 0 if merged else 1)
         if not rows:
             continue
         path = f"{folder}/{CONFIG}" if folder else CONFIG
-        findings.add_problem(
-            f"{path}: id2label: {listed(rows, _MAX_NAMED)}, and {listed(sorted(heads), 2)} has a "
-            "row per class: the mean of two classes is none, and --config-from does not change "
-            f"that. {_fix(heads, bool(_differing(labels, sources, 1)))}"
+        issues.add_problem(
+            f"{path}: id2label: {listed(rows, _MAX_NAMED)}, but {listed(sorted(heads), 2)} has one "
+            "row per class: the mean of rows of two classes is meaningless, and --config-from does "
+            f"not change that; {_fix(heads, bool(_conflicting_rows(labels, sources, 1)))}"
         )
 
 
 def labels_from(tensors: Mapping[str, TensorPlan], new_head: Collection[str]) -> int:
-    """The model whose classes the classifier of a component has: 0 is the base."""
+    """Return the model whose classes the classifier of a component has; 0 is the base."""
     heads = [tensor for name, tensor in tensors.items() if _has_classes(name) or name in new_head]
     for tensor in heads:
         if tensor.action == "mean":
@@ -347,47 +362,47 @@ def _has_classes(name: str) -> bool:
 
 
 def _labels(config: Mapping[str, Any] | None) -> dict[int, str]:
-    """Class names by number; empty where a config gives none."""
-    named = (config or {}).get("id2label") or (config or {}).get("label_names")
-    if isinstance(named, list):
-        named = dict(enumerate(named))
-    if not isinstance(named, dict):
+    """Return the class names by index; empty if a config has none."""
+    labels = (config or {}).get("id2label") or (config or {}).get("label_names")
+    if isinstance(labels, list):
+        labels = dict(enumerate(labels))
+    if not isinstance(labels, dict):
         return {}
-    return {int(key): str(label).strip() for key, label in named.items() if str(key).isdigit()}
+    return {int(key): str(label).strip() for key, label in labels.items() if str(key).isdigit()}
 
 
-def _differing(
+def _conflicting_rows(
     labels: Sequence[Mapping[int, str]], sources: Sequence[Source], first: int
 ) -> list[str]:
-    """Rows that are of two classes in models from `first` on; upper case is no other class."""
+    """Describe rows with different classes in models from `first` on; case is ignored."""
     rows = []
     for i in sorted(set().union(*labels[first:])):
-        said = {
-            one[i].casefold(): (one[i], source.label)
-            for one, source in reversed([*zip(labels[first:], sources[first:], strict=True)])
-            if one.get(i, str(i)) not in (f"LABEL_{i}", str(i))
-        }  # Those say nothing.
-        if len(said) > 1:
-            (a, ours), (b, theirs) = list(reversed(said.values()))[:2]
-            rows.append(f"class {i} is {a!r} in {ours} and {b!r} in {theirs}")
+        names = {
+            classes[i].casefold(): (classes[i], source.label)
+            for classes, source in reversed([*zip(labels[first:], sources[first:], strict=True)])
+            if classes.get(i, str(i)) not in (f"LABEL_{i}", str(i))  # Default names.
+        }
+        if len(names) > 1:
+            (a, label_a), (b, label_b) = list(reversed(names.values()))[:2]
+            rows.append(f"class {i} is {a!r} in {label_a} and {b!r} in {label_b}")
     return rows
 
 
-def _fix(heads: Mapping[str, TensorPlan], tuned: bool) -> str:
-    """What a user can do: `tuned` where fine-tunes differ from each other."""
+def _fix(heads: Mapping[str, TensorPlan], fine_tunes_differ: bool) -> str:
+    """Return how to fix a conflict of classes."""
     modules = sorted({re.sub(r"\.?(?:weight|bias)$", "", name) for name in heads})
     pattern = f"{modules[0]}.*" if modules[0] else next(iter(heads))
     if all(tensor.names[:1] == (None,) for tensor in heads.values()):
-        other = "leave --head finetuned out and pass --missing base, which writes no classifier"
-    elif tuned:
-        other = f"pass --exclude {pattern!r}, which keeps the base's classifier"
+        option = "remove --head finetuned and pass --missing-tensors base to write no classifier"
+    elif fine_tunes_differ:
+        option = f"pass --exclude {pattern!r} to keep the base's classifier"
     else:
-        other = (
-            f"pass --exclude {pattern!r} --excluded mean, which writes the mean of the "
-            "fine-tunes' classifiers and their labels"
+        option = (
+            f"pass --exclude {pattern!r} --unmerged-from mean to write the mean of the fine-tunes' "
+            "classifiers and their labels"
         )
     return (
-        "Train the models with one order of labels, or put the rows of one in the order of "
-        f"the others; or {other}. If two names mean one class, write one name in both config "
+        "train the models with the same order of labels, put the rows of one model in the order of "
+        f"the others, or {option}; if two names mean the same class, use one name in both config "
         "files"
     )

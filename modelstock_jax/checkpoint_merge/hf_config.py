@@ -1,4 +1,4 @@
-"""config.json: what it says of a model, where models disagree, and what a merge changes in it."""
+"""config.json of a model: reading, comparing with other configs, and changing values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.tensor_files.writer import write_indented_json
 
 CONFIG = "config.json"
-KEYS = ("torch_dtype", "dtype")  # transformers 4 and 5; 5 reads both
+KEYS = ("torch_dtype", "dtype")  # Of transformers 4 and 5; version 5 reads both.
 # Keys that do not change a forward pass at inference: paths, versions, labels, dtypes, kernels,
 # caches, initialization and training. They match any part of a dotted key.
 _HARMLESS = re.compile(
@@ -38,7 +38,7 @@ _HARMLESS = re.compile(
     r"compression_config|prefix|pruned_heads|use_bfloat16|xla_device|tokenizer_\w+|"
     r"processor_class|model_max_length"
 )
-# Defaults of `generate` that older configs hold: a note, as generation_config.json's are.
+# Defaults of `generate` in older configs: a difference is a note, as in generation_config.json.
 _GENERATION = re.compile(
     r"\w*_token_ids?|max_length|min_length|max_new_tokens|do_sample|early_stopping|num_beams|"
     r"num_beam_groups|diversity_penalty|temperature|top_k|top_p|typical_p|repetition_penalty|"
@@ -49,7 +49,8 @@ _GENERATION = re.compile(
 _TOKENS = re.compile(
     r"\w*_token_ids?|forced_\w+|(?:begin_)?suppress_tokens|bad_words_ids|sep_token"
 )
-# Other spellings of a key or a value that transformers has used, and its formulas in common.
+# Other spellings of a key or a value in versions of transformers -> the spelling to compare.
+# Values of equal formulas count as spellings.
 _KEYS = {
     "rotary_emb_base": "rope_theta",
     "global_rope_theta": "rope_theta",
@@ -63,9 +64,9 @@ _VALUES = {
     "gelu_accurate": "gelu_pytorch_tanh",
     "su": "longrope",
 }
-# Where null is a default that transformers 5 writes out.
+# Keys whose default null is written as its value by transformers 5.
 _COMPUTED = ("no_rope_layers", "layer_types", "hidden_activation", "n_inner")
-# Keys that change positions, with the values that libraries take where a config lacks them.
+# Keys that change positions -> the defaults of libraries if a config lacks the key.
 _POSITIONS: dict[str, tuple[Any, ...]] = {
     "rope_theta": (1e4,),
     "rope_local_base_freq": (1e4,),
@@ -84,7 +85,7 @@ _POSITIONS: dict[str, tuple[Any, ...]] = {
     "rotary": (),
     "rope_scaling": (),
 }
-# Defaults of transformers that are others for a model_type.
+# Other defaults of transformers, by key and model_type.
 _DEFAULTS = {
     **dict.fromkeys(
         [
@@ -152,18 +153,21 @@ _DEFAULTS = {
     ("rope_theta", "nomic_bert"): 1e3,
 }
 _NO_SCALING = ("default", "mrope", "axial", None)
-_CLOSE = 1e-6  # Relative: 1e-6 and its float32 spelling are one number.
+_CLOSE = 1e-6  # Relative tolerance: 1e-6 and its float32 spelling are the same value.
 _ABSENT = object()
+# Defaults of transformers' CLIPVisionConfig and CLIPTextConfig, which a saved config leaves out.
+_CLIP_HEADS = {"vision_config": 12, "text_config": 8}
+OPEN_CLIP_HEAD_WIDTH = 64
 
 
 def read_config(directory: Path | None) -> dict[str, Any] | None:
-    """The config.json of a model's directory; None where there is none, or no JSON object in it.
+    """Return the config.json in a model's directory; None if it is missing or no JSON object.
 
     Args:
-      directory: None for a model that is a single file.
+      directory: directory of the model; None for a single file
 
     Raises:
-      UserError: a config.json that cannot be read, or is not JSON.
+      UserError: config.json cannot be read or is not JSON
 
     Example:
       >>> read_config(None) is None
@@ -176,16 +180,16 @@ def read_config(directory: Path | None) -> dict[str, Any] | None:
 
 
 def set_dtype(directory: Path, dtype: str) -> None:
-    """Makes config.json, and the configs of towers within it, say `dtype`.
+    """Set the dtype in config.json and in its nested configs of towers.
 
     Args:
-      directory: with a config.json, or without one: then nothing is done.
-      dtype: as transformers writes it, like `bfloat16`.
+      directory: directory of the model; without a config.json, nothing is written
+      dtype: name of the dtype in transformers, such as `bfloat16`
     """
     config = read_config(directory)
     if config is not None:
         config = _with_dtype(config, dtype)
-        # Not to configs of pooling modules and of diffusers, which say no dtype.
+        # Configs of pooling modules and of diffusers have no dtype.
         if not any(key in config for key in KEYS) and config.keys() & {
             "model_type",
             "architectures",
@@ -195,7 +199,7 @@ def set_dtype(directory: Path, dtype: str) -> None:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with the dtype wherever one was said.
+    """Replace the dtype wherever a config has one.
 
     Example:
       >>> _with_dtype({"dtype": "float32", "text_config": {"torch_dtype": "float32"}}, "float16")
@@ -216,9 +220,9 @@ class Disagreements(NamedTuple):
     """Keys in which two configs differ: dotted key -> the two values as JSON.
 
     Attributes:
-        grave: Keys that change a forward pass.
-        harmless: Keys that do not.
-        lacking: Keys that one config leaves out ('(none)'); their defaults are unknown here.
+      grave: keys that change a forward pass
+      harmless: keys that do not
+      lacking: keys that one config leaves out ('(none)') and whose default is not known
     """
 
     grave: dict[str, tuple[str, str]]
@@ -229,50 +233,51 @@ class Disagreements(NamedTuple):
 def disagreements(
     base: Mapping[str, Any], other: Mapping[str, Any], *, complete: bool = False
 ) -> Disagreements:
-    """Compares two configs key by key; spellings of transformers 4 and 5 are compared as one.
+    """Compare two configs key by key; spellings of transformers 4 and 5 are equal.
 
-    A key that one config lacks is equal where the other value is off (null, false, 0, empty), an
-    error where it changes positions (`rope_theta`) and the other value is not the libraries'
-    default, and else `lacking`. Generation settings are not compared here.
+    If only one config has a key, the result depends on its value. The configs agree if the value is
+    off (null, false, 0 or empty). The key is grave if it changes positions (`rope_theta`) and the
+    value is not the default of the libraries. All other keys are `lacking`. Generation settings are
+    not compared.
 
     Args:
-        base: A config.
-        other: Another one.
-        complete: A lacking key is off, as in OpenCLIP's configs: an error where the other is on.
+      base: a config
+      other: another config
+      complete: a missing key is off, as in OpenCLIP's configs, and grave if the other value is on
 
     Example:
-        >>> a = {"rope_theta": 1e6, "torch_dtype": "float32"}
-        >>> b = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "dtype": "float16"}
-        >>> disagreements(a, b).grave
-        {'rope_theta': ('1000000.0', '10000.0')}
+      >>> a = {"rope_theta": 1e6, "torch_dtype": "float32"}
+      >>> b = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "dtype": "float16"}
+      >>> disagreements(a, b).grave
+      {'rope_theta': ('1000000.0', '10000.0')}
     """
     ours, theirs = map(_canonical, _one_level(base, other))
-    found = Disagreements({}, {}, {})
+    result = Disagreements({}, {}, {})
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
         parts = key.split(".")
-        off = _same(a, b) and not (_ABSENT in (a, b) and _default_is_on(key, a, b))
-        if off or _is_generation(key, ours) or _is_generation(key, theirs):
+        equal = _same(a, b) and not (_ABSENT in (a, b) and _default_is_on(key, a, b))
+        if equal or _is_generation(key, ours) or _is_generation(key, theirs):
             continue
         if any(map(_HARMLESS.fullmatch, parts)):
-            kind = found.harmless
-        elif _ABSENT in (a, b) and not complete and not _moves(key, ours, theirs):
-            kind = found.lacking
+            kind = result.harmless
+        elif _ABSENT in (a, b) and not complete and not _changes_positions(key, ours, theirs):
+            kind = result.lacking
         else:
-            kind = found.grave
+            kind = result.grave
         key, a, b = _first_difference(key, a, b)
-        kind[key] = (_said(a), _said(b))
-    return found
+        kind[key] = (_shown(a), _shown(b))
+    return result
 
 
 def generation_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value of what a config says of special tokens and generation."""
-    found = flat(config)
-    return {key: value for key, value in found.items() if _is_generation(key, found)}
+    """Return the special tokens and generation settings of a config, by dotted key."""
+    values = flat(config)
+    return {key: value for key, value in values.items() if _is_generation(key, values)}
 
 
 def _is_generation(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether a dotted key of a flat config is a setting of `generate`: `moe.top_k` is none."""
+    """Return whether a dotted key of a flat config is a setting of `generate`; not `moe.top_k`."""
     parent, _, last = key.rpartition(".")
     if _GENERATION.fullmatch(last) is None:
         return False
@@ -285,63 +290,67 @@ def _is_generation(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def _default_is_on(key: str, *values: Any) -> bool:
-    """Whether false is another value than that of a config without the key."""
+    """Return whether a value is false and the default of the key is true."""
     return False in values and True in _POSITIONS.get(key.rpartition(".")[2], ())
 
 
-def _moves(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Whether a key that one config lacks changes positions by its value in the other."""
+def _changes_positions(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Return whether a key that only one config has changes positions by its value."""
     parts = key.split(".")
-    named = next((part for part in parts if part in _POSITIONS), None)
-    if named is None:
+    name = next((part for part in parts if part in _POSITIONS), None)
+    if name is None:
         return False
     value = ours.get(key, theirs.get(key))
-    kind = ".".join([*parts[:-1], "model_type"])
+    model_type = ".".join([*parts[:-1], "model_type"])
     special = [
         x
         for config in (ours, theirs)
-        if (x := _DEFAULTS.get((named, str(config.get(kind))))) is not None
+        if (x := _DEFAULTS.get((name, str(config.get(model_type))))) is not None
     ]
-    return not any(_same(value, default) for default in special or _POSITIONS[named])
+    return not any(_same(value, default) for default in special or _POSITIONS[name])
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value; lists are values.
+    """Flatten a config to dotted keys; lists are values.
 
     Example:
-        >>> flat({"a": 1, "text_config": {"b": [2]}})
-        {'a': 1, 'text_config.b': [2]}
+      >>> flat({"a": 1, "text_config": {"b": [2]}})
+      {'a': 1, 'text_config.b': [2]}
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            values[f"{prefix}{key}"] = value
+    return values
 
 
 def updated(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with other values under dotted keys; None removes a key.
+    """Return a copy of a config with changed values.
+
+    Args:
+      config: nested config
+      changes: dotted key -> value; None removes the key
 
     Example:
-        >>> updated({"a": 1, "text_config": {"b": 2}}, {"text_config.b": 3, "a": None})
-        {'text_config': {'b': 3}}
+      >>> updated({"a": 1, "text_config": {"b": 2}}, {"text_config.b": 3, "a": None})
+      {'text_config': {'b': 3}}
     """
-    made = json.loads(json.dumps(config))
+    result = json.loads(json.dumps(config))
     for dotted, value in changes.items():
-        place, keys = made, dotted.split(".")
+        parent, keys = result, dotted.split(".")
         for key in keys[:-1]:
-            place = place.setdefault(key, {})
+            parent = parent.setdefault(key, {})
         if value is None:
-            place.pop(keys[-1], None)
+            parent.pop(keys[-1], None)
         else:
-            place[keys[-1]] = value
-    return made
+            parent[keys[-1]] = value
+    return result
 
 
 def _one_level(*configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Configs with `text_config` at the top where another one keeps those keys at the top."""
+    """Move `text_config` to the top level if only some of the configs have it."""
     nested = [isinstance(config.get("text_config"), dict) for config in configs]
     if all(nested) or not any(nested):
         return list(configs)
@@ -354,24 +363,24 @@ def _one_level(*configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _canonical(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config by dotted keys, in one spelling of those that libraries have used."""
-    made: dict[str, Any] = {}
+    """Flatten a config, with one spelling for keys and values that libraries spell differently."""
+    result: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("rope_parameters", "rope_scaling"):
-            made |= _rope(value) if isinstance(value, dict) else {}
+            result |= _rope(value) if isinstance(value, dict) else {}
         elif key in KEYS:
-            made["dtype"] = str(value).removeprefix("torch.")
+            result["dtype"] = str(value).removeprefix("torch.")
         elif isinstance(value, dict) and value:
-            made |= {f"{key}.{name}": x for name, x in _canonical(value).items()}
+            result |= {f"{key}.{name}": x for name, x in _canonical(value).items()}
         else:
-            made[_KEYS.get(key, key)] = (
+            result[_KEYS.get(key, key)] = (
                 _VALUES.get(value, value) if isinstance(value, str) else value
             )
-    return _filled(made)
+    return _filled(result)
 
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers computes where a value is null, and without what it then ignores."""
+    """Replace null by the value that transformers computes, and remove keys that it ignores."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if heads and config.get("num_key_value_heads", 0) is None:
         config["num_key_value_heads"] = heads
@@ -381,32 +390,32 @@ def _filled(config: dict[str, Any]) -> dict[str, Any]:
         config = {
             k: x for k, x in config.items() if k not in ("sliding_window", "max_window_layers")
         }
-    if config.get("model_type") in ("gemma", "gemma2"):  # They read hidden_activation alone.
+    if config.get("model_type") in ("gemma", "gemma2"):  # They read only hidden_activation.
         config.pop("hidden_act", None)
-    if isinstance(config.get("pos_att_type"), str):  # DeBERTa's
+    if isinstance(config.get("pos_att_type"), str):  # DeBERTa
         config["pos_att_type"] = config["pos_att_type"].split("|")
     return {k: x for k, x in config.items() if x is not None or k not in _COMPUTED}
 
 
 def _rope(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope settings as transformers 4 spelled them, `rope_scaling.` before those that scale."""
+    """Return RoPE settings in transformers 4's spelling; scaling keys are in `rope_scaling.`."""
     if isinstance(value.get("full_attention"), dict):  # Gemma 3, ModernBERT
         local = value.get("sliding_attention")
-        found = _rope(value["full_attention"])
+        settings = _rope(value["full_attention"])
         if isinstance(local, dict) and "rope_theta" in local:
-            found["rope_local_base_freq"] = local["rope_theta"]
-        return found
-    rest = {("rope_type" if key == "type" else key): x for key, x in value.items()}
-    kind = rest.get("rope_type")
-    rest["rope_type"] = _VALUES.get(kind, kind) if isinstance(kind, str) else kind
-    if rest["rope_type"] in _NO_SCALING:
-        del rest["rope_type"]
-    apart = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    return {(key if key in apart else f"rope_scaling.{key}"): x for key, x in rest.items()}
+            settings["rope_local_base_freq"] = local["rope_theta"]
+        return settings
+    settings = {("rope_type" if key == "type" else key): x for key, x in value.items()}
+    kind = settings.get("rope_type")
+    settings["rope_type"] = _VALUES.get(kind, kind) if isinstance(kind, str) else kind
+    if settings["rope_type"] in _NO_SCALING:
+        del settings["rope_type"]
+    top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    return {(key if key in top else f"rope_scaling.{key}"): x for key, x in settings.items()}
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are one number, one list or both off."""
+    """Return whether two values are equal as numbers or lists, or both are off."""
     if a is _ABSENT or b is _ABSENT:
         return not (b if a is _ABSENT else a)
     if isinstance(a, list) and isinstance(b, list):
@@ -418,8 +427,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
-    """Of two long lists the first elements that differ, with their index."""
-    if isinstance(a, list) and isinstance(b, list) and _said(a) == _said(b):
+    """Return the first elements in which two long lists differ, with their index."""
+    if isinstance(a, list) and isinstance(b, list) and _shown(a) == _shown(b):
         pairs = enumerate(zip(a, b, strict=False))
         index = next((i for i, pair in pairs if not _same(*pair)), None)
         if index is not None:
@@ -428,45 +437,42 @@ def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
     return key, a, b
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "(none)"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def as_text(found: Mapping[str, tuple[str, str]], names: Iterable[str]) -> str:
-    """Keys with the values that two models say, for one line."""
+def as_text(differences: Mapping[str, tuple[str, str]], names: Iterable[str]) -> str:
+    """Describe the keys in which two models differ, with both values, in one line.
+
+    Args:
+      differences: key -> the two values, from `Disagreements`
+      names: names of the two models
+    """
     a, b = names
-    return ", ".join(f"{key} is {x} in {a} and {y} in {b}" for key, (x, y) in found.items())
-
-
-# Attention heads of a model, from its config.json.
-
-
-# Where a saved config leaves its defaults out: transformers' CLIPVisionConfig and CLIPTextConfig.
-_CLIP = {"vision_config": 12, "text_config": 8}
-OPEN_CLIP_HEAD_WIDTH = 64
+    return ", ".join(f"{key} is {x} in {a} and {y} in {b}" for key, (x, y) in differences.items())
 
 
 def num_heads(directory: Path | None, names: Iterable[str]) -> int | dict[str, int]:
-    """Query heads as `units.assign` takes them: one number, or beginning of a name -> number.
+    """Return the number of query heads for `units.assign`: one number, or name prefix -> number.
 
-    Read from `num_attention_heads` (of the vision and the text config where there are two), or
-    from OpenCLIP's `open_clip_config.json`.
+    Read from `num_attention_heads` (of the vision and the text config if there are two), or from
+    OpenCLIP's `open_clip_config.json`.
 
     Args:
-      directory: of the base model; None for a single file.
-      names: of its tensors, to find where the image tower begins.
+      directory: directory of the base model; None for a single file
+      names: names of its tensors, to find the prefix of the image tower
 
     Raises:
-      UserError: they cannot be known.
+      UserError: the config does not contain the number of heads
     """
-    vision, text = _known(directory) if directory else (None, None)
+    vision, text = _heads_of_towers(directory) if directory else (None, None)
     if text is None:
-        where = f"{directory}/config.json" if directory else "a single file"
+        source = f"{directory}/config.json" if directory else "a single file"
         raise UserError(
-            f"unit 'head': {where} does not say how many attention heads there are; give "
+            f"unit 'head': {source} does not contain the number of attention heads; pass "
             "--num-heads 12, or --num-heads vision_model=12,text_model=8"
         )
     if vision is None:
@@ -476,7 +482,10 @@ def num_heads(directory: Path | None, names: Iterable[str]) -> int | dict[str, i
 
 
 def parse_num_heads(text: str) -> int | dict[str, int]:
-    """Reads `12` or `vision_model=12,text_model=8`.
+    """Parse `12` or `vision_model=12,text_model=8`.
+
+    Raises:
+      UserError: any other text
 
     Example:
       >>> parse_num_heads("12"), parse_num_heads("visual=12,=8")
@@ -491,24 +500,24 @@ def parse_num_heads(text: str) -> int | dict[str, int]:
         raise UserError(f"--num-heads {text!r}: expected 12, or vision=12,text=8") from None
 
 
-def _known(directory: Path) -> tuple[int | None, int | None]:
-    """Heads of the image tower (None where there is none) and of the rest."""
+def _heads_of_towers(directory: Path) -> tuple[int | None, int | None]:
+    """Return the number of heads of the image tower (None if there is none) and of the rest."""
     config = read_config(directory) or {}
     if (number := _count(config.get("num_attention_heads"))) is not None:
         return None, number
     clip = str(config.get("model_type", "")).startswith("clip")
-    found = [
+    vision, text = (
         _count(_object(config.get(key)).get("num_attention_heads", default if clip else None))
-        for key, default in _CLIP.items()
-    ]
-    if found[1] is not None:
-        return found[0], found[1]
+        for key, default in _CLIP_HEADS.items()
+    )
+    if text is not None:
+        return vision, text
     if (path := directory / "open_clip_config.json").is_file():
         config = _object(_object(read_json(path)).get("model_cfg"))
-        vision, text = _object(config.get("vision_cfg")), _object(config.get("text_cfg"))
-        head_width = _count(vision.get("head_width")) or OPEN_CLIP_HEAD_WIDTH
-        if (width := _count(vision.get("width"))) is not None:
-            return width // head_width, _count(text.get("heads"))
+        vision_config, text_config = (_object(config.get(k)) for k in ("vision_cfg", "text_cfg"))
+        head_width = _count(vision_config.get("head_width")) or OPEN_CLIP_HEAD_WIDTH
+        if (width := _count(vision_config.get("width"))) is not None:
+            return width // head_width, _count(text_config.get("heads"))
     return None, None
 
 
@@ -525,5 +534,5 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _count(value: Any) -> int | None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if whole else None
+    valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return value if valid else None

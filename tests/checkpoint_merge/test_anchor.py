@@ -1,4 +1,4 @@
-"""Whether the base is the anchor of the fine-tunes: coarser, misplaced, or another model."""
+"""Check that the base is the anchor: stored coarser, not the first model, or unrelated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 SHAPES = {f"layers.{i}.mlp.{n}.weight": (96, 96) for i in range(3) for n in ("up", "down")}
 SHAPES |= {f"layers.{i}.norm.weight": (96,) for i in range(3)}
 SHAPES["classifier.weight"] = (10, 96)
-COSINE, RATIO = 0.3, 0.46  # Of the task vectors; t = 2 cos / (1 + cos).
+COSINE, RATIO = 0.3, 0.46  # Of the task vectors: t = 2 cos / (1 + cos).
 
 
 def trained(base, size, cosine, number=2, seed=1):
-    """Fine-tunes with task vectors of a length relative to the weights and a given cosine."""
+    """Return fine-tunes whose task vectors have relative norm `size` and cosine `cosine`."""
     rng = np.random.default_rng(seed)
     common = {n: rng.standard_normal(w.shape) for n, w in base.items()}
     return [
@@ -40,7 +40,7 @@ def trained(base, size, cosine, number=2, seed=1):
 
 
 def original(seed=0):
-    """A base before anything was rounded, float64."""
+    """Return a base that was never rounded, in float64."""
     rng = np.random.default_rng(seed)
     return {n: rng.standard_normal(s) / 8 for n, s in SHAPES.items()}
 
@@ -49,18 +49,18 @@ def cast(model, dtype):
     return {n: w.astype(dtype) for n, w in model.items()}
 
 
-def save(root, given):
-    places = []
-    for k, model in enumerate(given):
-        place = root / str(k)
-        place.mkdir(parents=True)
-        write_directory_tensors(place, model)
-        places.append(place)
-    return places
+def save(root, models):
+    paths = []
+    for k, model in enumerate(models):
+        path = root / str(k)
+        path.mkdir(parents=True)
+        write_directory_tensors(path, model)
+        paths.append(path)
+    return paths
 
 
-def run(places, out, *typed):
-    return main(["merge", *map(str, places), "--out", str(out), *typed])
+def run(paths, out, *options):
+    return main(["merge", *map(str, paths), "--out", str(out), *options])
 
 
 def report(out):
@@ -73,19 +73,19 @@ def median_ratio(document):
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16])
 def test_a_base_rounded_after_the_training(tmp_path, capsys, dtype):
-    """Its rounding is common to all task vectors: the ratio comes out far too high."""
+    """Its rounding error is common to all task vectors and makes the ratio far too high."""
     base = original()
-    # Movements of a third of the rounding error: bfloat16's is 2^-9 of a weight, in the mean.
+    # Updates of a third of the rounding error: that of bfloat16 is 2^-9 of a weight on average.
     size = {BF16: 1.0e-3, np.float16: 1.25e-4}[dtype]
     tuned = [cast(m, np.float32) for m in trained(base, size, COSINE)]
-    places = save(tmp_path, [cast(base, dtype), *tuned])
-    assert run(places, tmp_path / "raw") == 0
-    said = capsys.readouterr().err
-    assert "--anchor-rounding correct" in said
+    paths = save(tmp_path, [cast(base, dtype), *tuned])
+    assert run(paths, tmp_path / "raw") == 0
+    err = capsys.readouterr().err
+    assert "--anchor-rounding correct" in err
     assert median_ratio(report(tmp_path / "raw")) > 0.8
-    assert run(places, tmp_path / "out", "--anchor-rounding", "correct") == 0
+    assert run(paths, tmp_path / "out", "--anchor-rounding", "correct") == 0
     found = report(tmp_path / "out")
-    # 9,216 numbers: the cosine's standard error is 0.01, and |e|^2 is known to 1.5 %.
+    # 9,216 elements: the cosine's standard error is 0.01, and |e|^2 is known to 1.5 %.
     assert abs(median_ratio(found) - RATIO) < 0.06
     assert found["anchor_rounding"]["exact"] is False
     assert abs(found["anchor_rounding"]["corrected_ratio"] - RATIO) < 0.06
@@ -93,16 +93,16 @@ def test_a_base_rounded_after_the_training(tmp_path, capsys, dtype):
 
 
 def test_the_correction_is_the_known_energy(tmp_path):
-    """Against float64: G - sum (half ulp)^2 / 3, then equation 3, then the same sum of models."""
+    """The float64 reference: G - sum (half ulp)^2 / 3, equation 3, and the same sum of models."""
     base = original()
     tuned = [cast(m, np.float32) for m in trained(base, 3e-3, 0.6)]
-    given = [cast(base, BF16), *tuned]
-    places = save(tmp_path, given)
-    assert run(places, tmp_path / "out", "--anchor-rounding", "correct", "--dtype", "float32") == 0
+    models = [cast(base, BF16), *tuned]
+    paths = save(tmp_path, models)
+    assert run(paths, tmp_path / "out", "--anchor-rounding", "correct", "--dtype", "float32") == 0
     rows = {u["name"]: u for u in report(tmp_path / "out")["units"]}
     merged = TensorFiles(tmp_path / "out")
     for name in SHAPES:
-        w0, d = given[0][name].astype(np.float64), deltas(given, name)
+        w0, d = models[0][name].astype(np.float64), deltas(models, name)
         half = 2.0 ** (np.floor(np.log2(np.abs(w0))) - 8)
         gram = d @ d.T - (half**2).sum() / 3
         cosine = gram[0, 1] / np.sqrt(gram[0, 0] * gram[1, 1])
@@ -114,36 +114,36 @@ def test_the_correction_is_the_known_energy(tmp_path):
 
 @pytest.mark.parametrize("cosine", [0.1, 0.3, 0.6])
 def test_a_base_that_training_started_from_is_exact(tmp_path, capsys, cosine):
-    """A bfloat16 model trained in float32: raw is right, and corrected would be nonsense."""
+    """A bfloat16 model trained in float32: the plain ratio is right, a correction is wrong."""
     base = cast(original(), BF16)
     wide = {n: w.astype(np.float64) for n, w in base.items()}
-    places = save(tmp_path, [base, *(cast(m, np.float32) for m in trained(wide, 1e-3, cosine))])
-    assert run(places, tmp_path / "out") == 0
+    paths = save(tmp_path, [base, *(cast(m, np.float32) for m in trained(wide, 1e-3, cosine))])
+    assert run(paths, tmp_path / "out") == 0
     assert "--anchor-rounding" not in capsys.readouterr().err
     found = report(tmp_path / "out")
     assert found["anchor_rounding"]["exact"] is True
     assert abs(median_ratio(found) - 2 * cosine / (1 + cosine)) < 0.04
-    assert run(places, tmp_path / "no", "--anchor-rounding", "correct") == 1
-    said = capsys.readouterr().err
-    assert "--anchor-rounding correct" in said and str(places[0]) in said
+    assert run(paths, tmp_path / "no", "--anchor-rounding", "correct") == 1
+    err = capsys.readouterr().err
+    assert "--anchor-rounding correct" in err and str(paths[0]) in err
     assert not (tmp_path / "no").exists()
 
 
 def test_tensors_that_did_not_move_are_untouched(tmp_path):
-    """Frozen in float32 from before the rounding, and frozen since: both as they are."""
+    """Tensors frozen in float32 before the rounding and tensors frozen after it are unchanged."""
     base = original()
     tuned = [cast(m, np.float32) for m in trained(base, 1e-3, COSINE)]
     rounded = cast(base, BF16)
     for k in (0, 1):
         tuned[k]["layers.0.mlp.up.weight"] = base["layers.0.mlp.up.weight"].astype(np.float32)
         tuned[k]["layers.1.norm.weight"] = rounded["layers.1.norm.weight"].astype(np.float32)
-    places = save(tmp_path, [rounded, *tuned])
-    assert run(places, tmp_path / "out", "--anchor-rounding", "correct", "--dtype", "float32") == 0
+    paths = save(tmp_path, [rounded, *tuned])
+    assert run(paths, tmp_path / "out", "--anchor-rounding", "correct", "--dtype", "float32") == 0
     merged = TensorFiles(tmp_path / "out")
     np.testing.assert_array_equal(
         merged["layers.1.norm.weight"], rounded["layers.1.norm.weight"].astype(np.float32)
     )
-    # All fine-tunes are equal: their weights, which the base only rounded.
+    # All fine-tunes are equal: the result is their weights, which the base rounded.
     name = "layers.0.mlp.up.weight"
     np.testing.assert_allclose(merged[name], tuned[0][name], rtol=0, atol=1e-7)
 
@@ -152,77 +152,77 @@ def test_tensors_that_did_not_move_are_untouched(tmp_path):
 @pytest.mark.parametrize(("size", "cosine"), [(3e-4, 0.9), (1e-3, 0.0), (1e-3, 0.5), (0.1, 0.2)])
 def test_ratios_stay_in_range(tmp_path, size, cosine, unit):
     base = original()
-    places = save(
+    paths = save(
         tmp_path, [cast(base, BF16), *(cast(m, np.float32) for m in trained(base, size, cosine, 3))]
     )
-    assert run(places, tmp_path / "out", "--anchor-rounding", "correct", "--unit", unit) == 0
+    assert run(paths, tmp_path / "out", "--anchor-rounding", "correct", "--unit", unit) == 0
     ratios = [u["ratio"] for u in report(tmp_path / "out")["units"]]
     assert all(0 <= ratio <= 1 for ratio in ratios)
 
 
-def test_adapters_hold_no_rounding_of_their_base(tmp_path, capsys):
+def test_adapters_have_no_rounding_error_of_their_base(tmp_path, capsys):
     base = cast(original(), BF16)
-    (place,) = save(tmp_path, [base])
+    (path,) = save(tmp_path, [base])
     adapters = [
         adapter(tmp_path / f"lora{k}", factors("layers.0.mlp.up", 96, 96, seed=k)) for k in (1, 2)
     ]
-    assert run([place, *adapters], tmp_path / "out") == 0
+    assert run([path, *adapters], tmp_path / "out") == 0
     assert "--anchor-rounding" not in capsys.readouterr().err
     assert report(tmp_path / "out")["anchor_rounding"] is None
 
 
-def test_a_base_as_fine_as_its_fine_tunes(tmp_path, capsys):
+def test_a_base_with_the_dtype_of_its_fine_tunes(tmp_path, capsys):
     base = original()
-    places = save(tmp_path, [cast(m, BF16) for m in (base, *trained(base, 0.05, COSINE))])
-    assert run(places, tmp_path / "out") == 0
+    paths = save(tmp_path, [cast(m, BF16) for m in (base, *trained(base, 0.05, COSINE))])
+    assert run(paths, tmp_path / "out") == 0
     assert capsys.readouterr().err.count("note:") == 0
-    assert run(places, tmp_path / "more", "--anchor-rounding", "correct") == 0
+    assert run(paths, tmp_path / "more", "--anchor-rounding", "correct") == 0
     assert "note: --anchor-rounding correct" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("related", [True, False])
 def test_models_without_a_common_base(tmp_path, capsys, related):
-    """Their task vectors have a cosine of a half, so the angle says nothing."""
+    """Their task vectors have a cosine of 0.5, so the angle has no meaning."""
     tuned = trained(original(seed=7), 0.05, COSINE) if related else [original(8), original(9)]
-    places = save(tmp_path, [cast(m, np.float32) for m in (original(), *tuned)])
-    assert run(places, tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert all(f"note: {place} " in said for place in places[1:]) and said.count(" 1.4 ") == 2
+    paths = save(tmp_path, [cast(m, np.float32) for m in (original(), *tuned)])
+    assert run(paths, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert all(f"note: {path} " in err for path in paths[1:]) and err.count(" 1.4 ") == 2
     cosines = [u["cosine"] for u in report(tmp_path / "out")["units"] if len(u["shape"]) == 2]
     assert np.median(cosines) > 0.4
 
 
 @pytest.mark.parametrize("number", [2, 3, 4])
 @pytest.mark.parametrize("cosine", [0.3, 0.5, 0.7])
-@pytest.mark.parametrize("place", [1, 2])
-def test_a_base_that_is_not_the_first(tmp_path, capsys, number, cosine, place):
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_base_that_is_not_the_first(tmp_path, capsys, number, cosine, index):
     base = original()
-    given = [cast(m, np.float32) for m in trained(base, 0.02, cosine, number)]
-    given.insert(place, cast(base, np.float32))
-    places = save(tmp_path, given)
-    assert run(places, tmp_path / "out", "--dry-run") == 0
-    said = capsys.readouterr().err
+    models = [cast(m, np.float32) for m in trained(base, 0.02, cosine, number)]
+    models.insert(index, cast(base, np.float32))
+    paths = save(tmp_path, models)
+    assert run(paths, tmp_path / "out", "--dry-run") == 0
+    err = capsys.readouterr().err
     if cosine == 0.5:  # All models are equally far from each other.
-        assert "note:" not in said
+        assert "note:" not in err
     else:
-        assert f"note: {places[place]} " in said and str(places[0]) in said
+        assert f"note: {paths[index]} " in err and str(paths[0]) in err
 
 
 @pytest.mark.parametrize("number", [2, 3, 4])
 @pytest.mark.parametrize("cosine", [0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("size", [1e-3, 0.02, 0.3])
-def test_a_true_base_raises_no_alarm(tmp_path, capsys, number, cosine, size):
+def test_a_true_base_gets_no_note(tmp_path, capsys, number, cosine, size):
     base = original(seed=number)
-    places = save(
+    paths = save(
         tmp_path, [cast(m, np.float32) for m in (base, *trained(base, size, cosine, number))]
     )
-    assert run(places, tmp_path / "out", "--dry-run") == 0
+    assert run(paths, tmp_path / "out", "--dry-run") == 0
     assert "note:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lengths", [(1.0, 1.3), (1.0, 2.0), (1.0, 3.0), (1.0, 1.1, 1.5)])
 @pytest.mark.parametrize("cosine", [0.2, 0.4, 0.8])
-def test_fine_tunes_of_unequal_learning_rates_raise_no_alarm(tmp_path, capsys, lengths, cosine):
+def test_fine_tunes_of_unequal_learning_rates_get_no_note(tmp_path, capsys, lengths, cosine):
     """Another model may be equally far from the others by chance, but not in every tensor."""
     base, rng = original(), np.random.default_rng(4)
     tuned = trained(base, 0.02, cosine, len(lengths))
@@ -230,24 +230,24 @@ def test_fine_tunes_of_unequal_learning_rates_raise_no_alarm(tmp_path, capsys, l
         {n: base[n] + length * rng.uniform(0.85, 1.15) * (w - base[n]) for n, w in m.items()}
         for m, length in zip(tuned, lengths, strict=True)
     ]
-    places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
-    assert run(places, tmp_path / "out", "--dry-run") == 0
+    paths = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
+    assert run(paths, tmp_path / "out", "--dry-run") == 0
     assert "note:" not in capsys.readouterr().err
 
 
 def test_a_head_that_did_not_start_from_the_bases(tmp_path, capsys):
-    """A zero-shot CLIP as the base of fine-tunes that a linear probe had begun."""
+    """The base is a zero-shot CLIP, but the fine-tunes started from a linear probe."""
     base, probe = original(), np.random.default_rng(3).standard_normal((10, 96))
     tuned = trained(base, 0.02, COSINE)
     for k, model in enumerate(tuned):
         rng = np.random.default_rng(k)
         model["classifier.weight"] = probe + 0.02 * rng.standard_normal(probe.shape)
-    places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
-    assert run(places, tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert "note: classifier.weight " in said and said.count("note:") == 1
+    paths = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
+    assert run(paths, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert "note: classifier.weight " in err and err.count("note:") == 1
     assert (
-        run(places, tmp_path / "mean", "--exclude", "classifier.weight", "--unmerged-from", "mean")
+        run(paths, tmp_path / "mean", "--exclude", "classifier.weight", "--unmerged-from", "mean")
         == 0
     )
     mean = np.mean([m["classifier.weight"].astype(np.float32) for m in tuned], axis=0)
@@ -261,63 +261,63 @@ def test_layers_that_were_replaced(tmp_path, capsys):
     tuned = trained(base, 0.02, COSINE)
     for model in tuned:
         model["layers.1.mlp.up.weight"] = base["layers.2.mlp.up.weight"]
-    places = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
-    assert run(places, tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert said.count("note: layers.1.mlp.up.weight ") == said.count("note:") == 2
+    paths = save(tmp_path, [cast(m, np.float32) for m in (base, *tuned)])
+    assert run(paths, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert err.count("note: layers.1.mlp.up.weight ") == err.count("note:") == 2
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 2), (1, 2)])
-def test_a_copy_of_a_model_is_no_fine_tune(tmp_path, capsys, first, second):
-    """Given under another path; the same path twice is an error."""
+def test_a_copy_of_a_model_is_a_note(tmp_path, capsys, first, second):
+    """The copy has another path: the same path twice is an error."""
     base = original()
-    given = [cast(m, np.float32) for m in (base, *trained(base, 0.02, COSINE))]
-    given[second] = given[first]
-    places = save(tmp_path, given)
-    assert run(places, tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert f"note: {places[second]} " in said and str(places[first]) in said
-    assert said.count("note:") == 1
+    models = [cast(m, np.float32) for m in (base, *trained(base, 0.02, COSINE))]
+    models[second] = models[first]
+    paths = save(tmp_path, models)
+    assert run(paths, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert f"note: {paths[second]} " in err and str(paths[first]) in err
+    assert err.count("note:") == 1
 
 
-def test_a_movement_that_the_output_would_round_away(tmp_path, capsys):
+def test_an_update_that_the_output_would_round_away(tmp_path, capsys):
     base = cast(original(), BF16)
     wide = {n: w.astype(np.float64) for n, w in base.items()}
     tuned = [cast(m, np.float32) for m in trained(wide, 2e-4, 0.9)]
-    places = save(tmp_path, [base, *tuned])
-    assert run(places, tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert "--dtype float32" in said
-    assert run(places, tmp_path / "wide", "--dtype", "float32") == 0
+    paths = save(tmp_path, [base, *tuned])
+    assert run(paths, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert "--dtype float32" in err
+    assert run(paths, tmp_path / "wide", "--dtype", "float32") == 0
     assert "--dtype float32" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("size", "noted"), [(1e-3, True), (3e-2, False)])
 def test_fine_tunes_that_are_coarser_than_the_base(tmp_path, capsys, size, noted):
-    """They rounded the same base alike: what they have in common is the rounding."""
+    """They rounded the same base alike: their task vectors have the rounding error in common."""
     base = original()
     tuned = trained({n: w.astype(np.float32).astype(np.float64) for n, w in base.items()}, size, 0)
-    places = save(tmp_path, [cast(base, np.float32), *(cast(m, BF16) for m in tuned)])
-    assert run(places, tmp_path / "out") == 0
-    assert (str(places[0]) in capsys.readouterr().err) is noted
+    paths = save(tmp_path, [cast(base, np.float32), *(cast(m, BF16) for m in tuned)])
+    assert run(paths, tmp_path / "out") == 0
+    assert (str(paths[0]) in capsys.readouterr().err) is noted
     assert (median_ratio(report(tmp_path / "out")) > 0.3) is noted
 
 
-def test_a_dry_run_and_a_comparison_say_it_too(tmp_path, capsys):
-    places = save(tmp_path, [cast(m, np.float32) for m in (original(), original(8), original(9))])
-    assert run(places, tmp_path / "out", "--dry-run") == 0
-    assert f"note: {places[1]} " in capsys.readouterr().err
-    assert main(["compare", *map(str, places)]) == 0
-    assert f"note: {places[1]} " in capsys.readouterr().err
+def test_a_dry_run_and_a_comparison_print_the_note_too(tmp_path, capsys):
+    paths = save(tmp_path, [cast(m, np.float32) for m in (original(), original(8), original(9))])
+    assert run(paths, tmp_path / "out", "--dry-run") == 0
+    assert f"note: {paths[1]} " in capsys.readouterr().err
+    assert main(["compare", *map(str, paths)]) == 0
+    assert f"note: {paths[1]} " in capsys.readouterr().err
 
 
 def test_the_sample_of_large_tensors_is_spread_over_them(tmp_path, capsys):
-    """A tensor whose beginning was frozen before the rounding still shows its movement."""
+    """The update of a tensor is found although its beginning was frozen before the rounding."""
     shape = {"w": (600, 1000)}
     base = {"w": np.random.default_rng(0).standard_normal(shape["w"])}
     tuned = trained(base, 1e-3, COSINE)
     for model in tuned:
         model["w"][:100] = base["w"][:100]
-    places = save(tmp_path, [cast(base, BF16), *(cast(m, np.float32) for m in tuned)])
-    assert run(places, tmp_path / "out") == 0
+    paths = save(tmp_path, [cast(base, BF16), *(cast(m, np.float32) for m in tuned)])
+    assert run(paths, tmp_path / "out") == 0
     assert "--anchor-rounding correct" in capsys.readouterr().err

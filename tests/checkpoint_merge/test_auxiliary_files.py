@@ -1,4 +1,4 @@
-"""What lies beside a model is copied, or the mistake names the place."""
+"""Auxiliary files of a model are copied; an error names the path."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def model_at(directory):
     return SimpleNamespace(directory=directory, tokenizer_directory=directory)
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(UserError, match=str(gone)):
         copy_auxiliary_files([model_at(gone)], AuxiliaryFiles(), tmp_path)
 
 
-def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
+def test_files_that_are_copied_from_a_folder_are_fetched_from_the_hub(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     names = [
         "LICENSE",
@@ -37,8 +37,8 @@ def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
         "vocab.tiktoken",
         "spiece.spm",
     ]
-    for place in (base, out):
-        place.mkdir()
+    for directory in (base, out):
+        directory.mkdir()
     for name in (*names, "modeling.py", "notes.md"):
         (base / name).write_text("{}")
     copy_auxiliary_files([model_at(base)], AuxiliaryFiles(), out)
@@ -46,13 +46,13 @@ def test_what_is_copied_from_a_folder_is_fetched_from_the_hub(tmp_path):
     assert [n for n in names if not any(fnmatch(n, pattern) for pattern in PATTERNS)] == []
 
 
-def test_a_config_that_is_no_object_is_copied_as_it_is(tmp_path):
-    """It says nothing of heads or dtypes, and says so only when the merge is done."""
+def test_a_config_that_is_no_object_is_copied_unchanged(tmp_path):
+    """Such a config has no keys to change; an object gets the change."""
     base, out = tmp_path / "base", tmp_path / "out"
-    for place in (base, out):
-        place.mkdir()
-    companions = AuxiliaryFiles(changes={"": {"tie_word_embeddings": False}})
-    for said, kept in (([1], [1]), ({}, {"tie_word_embeddings": False})):
-        (base / "config.json").write_text(json.dumps(said))
-        copy_auxiliary_files([model_at(base)], companions, out)
-        assert json.loads((out / "config.json").read_text()) == kept
+    for directory in (base, out):
+        directory.mkdir()
+    auxiliary_files = AuxiliaryFiles(changes={"": {"tie_word_embeddings": False}})
+    for content, written in (([1], [1]), ({}, {"tie_word_embeddings": False})):
+        (base / "config.json").write_text(json.dumps(content))
+        copy_auxiliary_files([model_at(base)], auxiliary_files, out)
+        assert json.loads((out / "config.json").read_text()) == written

@@ -1,4 +1,4 @@
-"""Buffers of indices and frequencies are the base's, in whatever dtype a library stored them."""
+"""Buffers of indices and frequencies are copied from the base, in any dtype of a library."""
 
 from __future__ import annotations
 
@@ -34,44 +34,44 @@ BUFFERS = {
     ],
 )
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_buffers_are_the_bases_bit_for_bit(tmp_path, dtypes, dtype):
-    places = []
+def test_buffers_are_bitwise_those_of_the_base(tmp_path, dtypes, dtype):
+    paths = []
     for k, model in enumerate(models({"w": (4, 4)})):
-        # Each model's numbers differ: as rounded by another library, or moved by a merge before.
+        # The values differ: rounded by another library, or changed by an earlier merge.
         buffers = {
             name: np.asarray(values + k).astype(stored(values, dtypes[k]))
             for name, values in BUFFERS.items()
         }
-        places.append(tmp_path / str(k))
-        places[-1].mkdir()
-        write_directory_tensors(places[-1], model | buffers)
-    typed = ["--dtype", dtype] if dtype else []
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 0
-    out, base = TensorFiles(tmp_path / "out"), TensorFiles(places[0])
+        paths.append(tmp_path / str(k))
+        paths[-1].mkdir()
+        write_directory_tensors(paths[-1], model | buffers)
+    options = ["--dtype", dtype] if dtype else []
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out"), *options]) == 0
+    out, base = TensorFiles(tmp_path / "out"), TensorFiles(paths[0])
     for name, values in BUFFERS.items():
         assert out.dtype(name) == stored(values, dtypes[0])
         np.testing.assert_array_equal(out[name], base[name])
 
 
 def stored(values, dtype):
-    """A dtype that can hold some values: infinities and fractions are no integers."""
-    whole = np.isfinite(values).all() and not (values % 1).any()
-    return np.dtype(dtype if whole or np.dtype(dtype).kind == "f" else np.float32)
+    """Return a dtype that can represent the values: infinities and fractions are no integers."""
+    integer = np.isfinite(values).all() and not (values % 1).any()
+    return np.dtype(dtype if integer or np.dtype(dtype).kind == "f" else np.float32)
 
 
 def test_a_mask_that_was_trained_is_a_weight(tmp_path):
     shapes = {"attn.mask": (8, 8), "w": (4, 4), "ssm.log_step": (1,)}
-    given = models(shapes)
-    places = []
-    for k, model in enumerate(given):
-        places.append(tmp_path / str(k))
-        places[-1].mkdir()
-        write_directory_tensors(places[-1], model)
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    inputs = models(shapes)
+    paths = []
+    for k, model in enumerate(inputs):
+        paths.append(tmp_path / str(k))
+        paths[-1].mkdir()
+        write_directory_tensors(paths[-1], model)
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
     out = TensorFiles(tmp_path / "out")
-    assert not np.array_equal(out["attn.mask"], given[0]["attn.mask"])
-    # A number alone has no angle: the mean, not the largest.
-    mean = (given[1]["ssm.log_step"] + given[2]["ssm.log_step"]) / 2
+    assert not np.array_equal(out["attn.mask"], inputs[0]["attn.mask"])
+    # A single element has no angle: the mean, not the maximum.
+    mean = (inputs[1]["ssm.log_step"] + inputs[2]["ssm.log_step"]) / 2
     np.testing.assert_allclose(out["ssm.log_step"], mean, rtol=1e-6)
 
 
@@ -79,17 +79,17 @@ def test_a_mask_that_was_trained_is_a_weight(tmp_path):
 def test_variances_stay_positive(tmp_path, capsys, method):
     rng = np.random.default_rng(0)
     base = {"w": rng.standard_normal((8, 8)), "bn.running_var": np.full(8, 0.5)}
-    places = []
+    paths = []
     for k in range(3):
         model = {
             "w": base["w"] + 0.1 * rng.standard_normal((8, 8)) * (k > 0),
             "bn.running_var": np.full(8, 0.5 if k == 0 else 0.2 + 0.01 * k),
         }
-        places.append(tmp_path / str(k))
-        places[-1].mkdir()
-        write_directory_tensors(places[-1], {n: w.astype(np.float32) for n, w in model.items()})
-    typed = ["--method", method, *(["--scale", "3"] if method != "model_stock" else [])]
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 0
+        paths.append(tmp_path / str(k))
+        paths[-1].mkdir()
+        write_directory_tensors(paths[-1], {n: w.astype(np.float32) for n, w in model.items()})
+    options = ["--method", method, *(["--scale", "3"] if method != "model_stock" else [])]
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out"), *options]) == 0
     found = TensorFiles(tmp_path / "out")["bn.running_var"]
     assert found.min() > 0.19
     assert ("extrapolation" in capsys.readouterr().err) is (method != "model_stock")

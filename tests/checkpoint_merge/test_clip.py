@@ -1,4 +1,4 @@
-"""CLIP as each library names it: one merge, whatever the names; a classifier is part of it."""
+"""CLIP checkpoints of different libraries give the same merge, including the classifier."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.checkpoint_merge.engine import deltas, plan, stock_ratio
 from tests.models import small
 
 CLASSES = 5
-# OpenAI's files have no config that could say how many heads there are.
-LAYOUTS = {"hugging_face": (), "open_clip": (), "openai": ("--num-heads", "2")}
+# OpenAI's files have no config, so the number of heads is an option.
+FORMATS = {"hugging_face": (), "open_clip": (), "openai": ("--num-heads", "2")}
 
 
 @pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
+def _no_figure(monkeypatch):
     monkeypatch.setattr(commands.PlotProcess, "finish", lambda drawing: None)
 
 
 @pytest.fixture(scope="module")
 def checkpoints():
-    """An anchor and two fine-tunes that agree by halves, each with a classifier."""
+    """An anchor and two fine-tunes whose task vectors have a cosine of 0.5, with classifiers."""
     config, rng = small.config(eos_token_id=59), np.random.default_rng(0)
-    for tower in ("vision", "text"):  # 64 numbers a head, as OpenAI's layout takes for granted.
+    for tower in ("vision", "text"):  # 64 elements per head, which OpenAI's format requires.
         size = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
         config = small.replaced(config, tower, **size)
     anchor = small.checkpoint(config)
@@ -57,32 +57,32 @@ def checkpoints():
 def folders(checkpoints, tmp_path_factory):
     root = tmp_path_factory.mktemp("clip")
     return {
-        layout: [
-            str(save(root / layout / str(i), model, format=layout))
+        name: [
+            str(save(root / name / str(i), model, format=name))
             for i, model in enumerate(checkpoints)
         ]
-        for layout in LAYOUTS
+        for name in FORMATS
     }
 
 
 @pytest.mark.parametrize("unit", ["head", "layer", "block"])
-def test_one_merge_whatever_the_names(folders, tmp_path, unit):
+def test_all_formats_give_the_same_merge(folders, tmp_path, unit):
     merged = []
-    for layout, options in LAYOUTS.items():
-        out = tmp_path / layout
+    for name, options in FORMATS.items():
+        out = tmp_path / name
         options = options if unit == "head" else ()
-        assert main(["merge", *folders[layout], "--out", str(out), "--unit", unit, *options]) == 0
-        found = load(out, format=layout)
+        assert main(["merge", *folders[name], "--out", str(out), "--unit", unit, *options]) == 0
+        found = load(out, format=name)
         merged.append({"params": found.params, "head": found.head})
-    ours, *others = merged
+    first, *others = merged
     anchor = load(folders["hugging_face"][0]).params
     assert any(
         (a != b).any()
-        for a, b in zip(jax.tree.leaves(ours["params"]), jax.tree.leaves(anchor), strict=True)
+        for a, b in zip(jax.tree.leaves(first["params"]), jax.tree.leaves(anchor), strict=True)
     )
-    for theirs in others:
-        # The same sums in another order: a ratio's last places, then one rounding.
-        jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, maxulp=1), ours, theirs)
+    for other in others:
+        # The same sums in another order: the last digits of a ratio, then one rounding.
+        jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, maxulp=1), first, other)
 
 
 def test_the_classifier_is_merged_with_its_model(checkpoints, folders, tmp_path, capsys):
@@ -95,12 +95,12 @@ def test_the_classifier_is_merged_with_its_model(checkpoints, folders, tmp_path,
         d = deltas(heads, name)
         expected = heads[0][name].ravel() + stock_ratio(d) * d.mean(axis=0)
         np.testing.assert_allclose(merged[name].ravel(), expected, rtol=1e-6, atol=1e-7)
-    whole = load(out)
-    assert whole.labels == checkpoints[0].labels and whole.head["kernel"].shape[1] == CLASSES
-    # The index is of the model alone, as its own library reads it.
+    model = load(out)
+    assert model.labels == checkpoints[0].labels and model.head["kernel"].shape[1] == CLASSES
+    # The index lists only the model, because its library reads it.
     index = (out / "model.safetensors.index.json").read_text()
     assert "head.safetensors" not in index and len(list(out.glob("model-*.safetensors"))) > 1
-    # Merged by itself it is the same.
+    # A separate merge of the classifier is bitwise identical.
     files = [f"{path}/head.safetensors" for path in paths]
     assert main(["merge", *files, "--out", str(tmp_path / "alone")]) == 0
     alone = (tmp_path / "alone" / "model.safetensors").read_bytes()
@@ -110,8 +110,8 @@ def test_the_classifier_is_merged_with_its_model(checkpoints, folders, tmp_path,
 def test_a_classifier_that_some_models_lack_is_named(checkpoints, folders, tmp_path):
     bare = save(tmp_path / "bare", dataclasses.replace(checkpoints[1], head=None, labels=None))
     base, _, other = folders["hugging_face"]
-    said = "bare .*head.safetensors:bias, head.safetensors:weight .*--missing base"
-    with pytest.raises(UserError, match=said):
+    problem = "bare .*head.safetensors:bias, head.safetensors:weight .*--missing-tensors base"
+    with pytest.raises(UserError, match=problem):
         plan([base, bare, other])
     made = plan([base, bare, other], missing_tensors="base")
     assert made.tensors["head.safetensors:weight"].action == "base"

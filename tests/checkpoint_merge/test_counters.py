@@ -1,4 +1,4 @@
-"""Counters and integers that differ, and buffers that are copied unchecked."""
+"""Counters and integers that differ, and buffers that are copied without a check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ W = {"layer.weight": (8, 4)}
 
 
 def models(root, name, values, more=None):
-    """A base and fine-tunes with a buffer of given values next to a weight."""
+    """Write a base and fine-tunes with a weight and a buffer of these values."""
     base = weights(W)
     tuned = [base, *(weights(W, i, base) for i in range(1, len(values)))]
     return [
@@ -40,11 +40,11 @@ FLOATS = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
         "iterations",
     ],
 )
-def test_the_largest_of_a_counter_is_written(say, tmp_path, name, dtype, shape):
+def test_the_maximum_of_a_counter_is_written(say, tmp_path, name, dtype, shape):
     values = [np.full(shape, x, dtype) for x in (10, 120, 30)]
     paths = models(tmp_path, name, values)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 0, result.err
     found = tensors(tmp_path / "out")[name]
     assert found.dtype == dtype and found.shape == shape and float(found.item()) == 120
     (row,) = load(tmp_path / "out/merge_report.json")["not_merged"]
@@ -52,7 +52,7 @@ def test_the_largest_of_a_counter_is_written(say, tmp_path, name, dtype, shape):
 
 
 @pytest.mark.parametrize("values", [(5, 5, 5), (9, 5, 5)])
-def test_a_counter_whose_largest_is_the_bases(say, tmp_path, values):
+def test_a_counter_whose_maximum_is_in_the_base(say, tmp_path, values):
     paths = models(tmp_path, "bn.num_batches_tracked", [np.int64(x) for x in values])
     assert say("merge", *paths, "--out", tmp_path / "out").status == 0
     assert tensors(tmp_path / "out")["bn.num_batches_tracked"] == values[0]
@@ -68,17 +68,17 @@ def test_large_counters_are_compared_exactly(say, tmp_path):
 def test_an_integer_in_one_model_and_a_float_in_another(say, tmp_path):
     """A counter that a library converted with the weights."""
     paths = models(tmp_path, "bn.num_batches_tracked", [np.int64(3), np.float32(7), np.float32(5)])
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 0, result.err
     found = tensors(tmp_path / "out")["bn.num_batches_tracked"]
     assert found.dtype == np.int64 and found == 7
 
 
 @pytest.mark.parametrize("value", [np.int64(300), np.float32(4.5)])
-def test_a_counter_that_the_bases_dtype_cannot_hold(say, tmp_path, value):
+def test_a_counter_that_the_dtype_of_the_base_cannot_represent(say, tmp_path, value):
     paths = models(tmp_path, "n_averaged", [np.uint8(3), value, value])
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "n_averaged" in said.err and "--exclude" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "n_averaged" in result.err and "--exclude" in result.err
 
 
 def test_a_counter_is_not_cast_by_dtype(say, tmp_path):
@@ -90,8 +90,8 @@ def test_a_counter_is_not_cast_by_dtype(say, tmp_path):
 
 def test_a_counter_that_is_not_finite_is_named(say, tmp_path):
     paths = models(tmp_path, "num_updates", [np.float32(x) for x in (1, np.nan, 3)])
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "num_updates" in said.err and str(paths[1]) in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "num_updates" in result.err and str(paths[1]) in result.err
 
 
 def test_a_scalar_weight_is_no_counter(say, tmp_path):
@@ -104,13 +104,13 @@ def test_a_scalar_weight_is_no_counter(say, tmp_path):
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
 @pytest.mark.parametrize("dtype", [*INTEGERS, np.bool_])
 def test_integers_that_differ(say, tmp_path, dtype, shape):
-    """No mean: an error that offers `--exclude`, with which the base's are written."""
+    """They have no mean: the error names `--exclude`, which writes those of the base."""
     values = [np.full(shape, x).astype(dtype) for x in (0, 1, 1)]
     paths = models(tmp_path, "table.values", values)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and said.err.count("\n") == 1
-    assert "table.values" in said.err and ("--exclude" in said.err or "quantized" in said.err)
-    for options, wanted in (
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and result.err.count("\n") == 1
+    assert "table.values" in result.err and ("--exclude" in result.err or "quantized" in result.err)
+    for options, expected in (
         (["--exclude", "table.*"], 0),
         (["--exclude", "table.*", "--unmerged-from", "mean"], 0),
         (["--exclude", "table.*", "--unmerged-from", "model:2"], 1),
@@ -119,7 +119,7 @@ def test_integers_that_differ(say, tmp_path, dtype, shape):
         out = tmp_path / "-".join(options[1::2]).replace("*", "")
         assert say("merge", *paths, "--out", out, *options).status == 0
         found = tensors(out)["table.values"]
-        assert found.dtype == dtype and (found == wanted).all()
+        assert found.dtype == dtype and (found == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -133,30 +133,28 @@ def test_integers_that_differ(say, tmp_path, dtype, shape):
         [np.zeros(3, np.int64), np.zeros(3, np.float32), np.zeros(3, np.float32)],
         [np.zeros(3, np.float32), np.zeros(3, np.int64), np.zeros(3, np.float32)],
     ],
-    ids=["values", "packed", "shapes", "dtypes", "bool", "base integer", "one integer"],
+    ids=["values", "packed", "shapes", "dtypes", "bool", "integer in base", "integer in fine-tune"],
 )
 def test_a_comparison_runs_whatever_integers_differ(say, tmp_path, values):
     paths = models(tmp_path, "table.values", values)
-    said = say("compare", *paths, "--json")
-    assert said.status == 0, said.err
-    assert "layer.weight" in said.out and any("table.values" in note for note in said.notes)
+    result = say("compare", *paths, "--json")
+    assert result.status == 0, result.err
+    assert "layer.weight" in result.out and any("table.values" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
-def test_a_buffer_that_is_not_finite_is_copied_unchecked_where_it_is_excluded(
-    say, tmp_path, dtype, value
-):
+def test_an_excluded_buffer_that_is_not_finite_is_copied_unchecked(say, tmp_path, dtype, value):
     mask = np.array([[0, value], [0, 0]]).astype(dtype)
     paths = models(tmp_path, "decoder.future", [mask] * 3)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "--exclude 'decoder.future'" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "--exclude 'decoder.future'" in result.err
     assert say("merge", *paths, "--out", tmp_path / "out", "--exclude", "decoder.*").status == 0
     found = tensors(tmp_path / "out")["decoder.future"]
     assert found.tobytes() == mask.tobytes()
 
 
-def test_an_excluded_weight_is_the_bases_bits(say, tmp_path):
+def test_an_excluded_weight_is_bitwise_that_of_the_base(say, tmp_path):
     paths = trio(tmp_path)
     assert say("merge", *paths, "--out", tmp_path / "out", "--exclude", "*q_proj*").status == 0
     name = "model.layers.0.self_attn.q_proj.weight"

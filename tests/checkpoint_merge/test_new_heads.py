@@ -1,4 +1,4 @@
-"""Fine-tunes with another classifier than the base, or with one that it lacks."""
+"""Fine-tunes whose classifier differs from that of the base, or is missing in the base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEW = OLD | {
 
 
 def models(root, old, new, base_config=OLD, config=NEW):
-    """A base with a head of shapes `old` and fine-tunes with `new`, all on one body."""
+    """Write a base with a head of shapes `old` and fine-tunes of its body with heads `new`."""
     body = weights(BODY)
     paths = [
         write(
@@ -40,7 +40,7 @@ def models(root, old, new, base_config=OLD, config=NEW):
     return paths
 
 
-# Heads as libraries name them: the base's shapes, the fine-tunes'.
+# Heads by names of libraries -> shapes in the base, shapes in the fine-tunes.
 HEADS = {
     "classifier": (
         {"classifier.weight": (1000, 8), "classifier.bias": (1000,)},
@@ -80,39 +80,39 @@ HEADS = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_error_offers_the_option_and_the_option_takes_the_heads_of_the_fine_tunes(
+def test_the_error_names_the_option_and_the_option_writes_the_heads_of_the_fine_tunes(
     say, tmp_path, kind
 ):
     old, new = HEADS[kind]
     paths = models(tmp_path, old, new)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "--head finetuned" in said.err and said.err.count("\n") == 1
-    assert next(iter(new)) in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "--head finetuned" in result.err and result.err.count("\n") == 1
+    assert next(iter(new)) in result.err
     out = tmp_path / "out"
-    said = say("merge", *paths, "--out", out, "--head", "finetuned")
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out, "--head", "finetuned")
+    assert result.status == 0, result.err
     base, *tuned = map(tensors, paths)
     merged = tensors(out)
     assert merged.keys() == BODY.keys() | new.keys()
     for name in new:
-        wanted = np.mean([model[name] for model in tuned], axis=0, dtype=np.float64)
-        np.testing.assert_array_max_ulp(merged[name], wanted.astype(np.float32), maxulp=1)
+        expected = np.mean([model[name] for model in tuned], axis=0, dtype=np.float64)
+        np.testing.assert_array_max_ulp(merged[name], expected.astype(np.float32), maxulp=1)
     for name in BODY:
-        wanted = stock(base[name], *(model[name] for model in tuned)).astype(np.float32)
-        np.testing.assert_array_max_ulp(merged[name], wanted, maxulp=1)
+        expected = stock(base[name], *(model[name] for model in tuned)).astype(np.float32)
+        np.testing.assert_array_max_ulp(merged[name], expected, maxulp=1)
     assert load(out / "config.json") == NEW
     report = load(out / "merge_report.json")
     assert {row["name"] for row in report["units"]} == BODY.keys()
     assert all(row["takes"] == "mean" for row in report["not_merged"])
-    gone = old.keys() - new.keys()
-    notes = [note for note in said.notes if "%" in note]
-    assert bool(gone) == bool(notes) and all(name in notes[0] for name in gone)
-    if gone:
-        share = sum(base[n].size for n in gone) / sum(x.size for x in base.values())
-        assert f"{100 * share:.0f} %" in notes[0]
+    left_out = old.keys() - new.keys()
+    notes = [note for note in result.notes if "%" in note]
+    assert bool(left_out) == bool(notes) and all(name in notes[0] for name in left_out)
+    if left_out:
+        fraction = sum(base[n].size for n in left_out) / sum(x.size for x in base.values())
+        assert f"{100 * fraction:.0f} %" in notes[0]
 
 
-def test_dtype_is_that_of_the_output(say, tmp_path):
+def test_dtype_is_the_dtype_of_the_output(say, tmp_path):
     paths = models(tmp_path, *HEADS["classifier"])
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--head", "finetuned", "--dtype", "bf16").status == 0
@@ -120,8 +120,8 @@ def test_dtype_is_that_of_the_output(say, tmp_path):
     assert load(out / "config.json")["torch_dtype"] == "bfloat16"
 
 
-def test_a_new_head_has_the_dtype_of_the_base(say, tmp_path):
-    """A head trained in float32 on a base in bfloat16."""
+def test_a_new_head_is_written_in_its_own_dtype(say, tmp_path):
+    """The head was trained in float32, on a base in float16."""
     body = {n: x.astype("float16") for n, x in weights(BODY).items()}
     paths = [write(tmp_path / "base", {"model.safetensors": body, "config.json": OLD})]
     for i in (1, 2):
@@ -156,9 +156,9 @@ def test_heads_of_the_fine_tunes_that_differ_have_no_mean(say, tmp_path, shapes)
     for path, new in zip(paths[1:], shapes, strict=True):
         write(path, {"model.safetensors": {**tensors(path), **weights(new, 3)}})
     for options in ([], ["--head", "finetuned"]):
-        said = say("merge", *paths, "--out", tmp_path / "out", *options)
-        assert said.status == 1 and not (tmp_path / "out").exists()
-        assert "score" in said.err or "classifier" in said.err
+        result = say("merge", *paths, "--out", tmp_path / "out", *options)
+        assert result.status == 1 and not (tmp_path / "out").exists()
+        assert "score" in result.err or "classifier" in result.err
 
 
 HEAD = {"classifier.weight": (2, 8), "classifier.bias": (2,)}
@@ -168,7 +168,7 @@ NEG_POS, POS_NEG = (
 
 
 def labeled(root, old, labels, new=HEAD):
-    """A base with a head of shapes `old`, fine-tunes with one of `new`; labels for each model."""
+    """Write a base with head shapes `old` and fine-tunes with `new`; `labels` has one per model."""
     paths = models(root, old, new)
     for path, label in zip(paths, labels, strict=True):
         write(path, {"config.json": {"model_type": "vit", "hidden_act": "gelu"} | label})
@@ -195,10 +195,10 @@ def labeled(root, old, labels, new=HEAD):
 )
 def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, options, choice):
     paths = labeled(tmp_path, old, labels)
-    said = say("merge", *paths, "--out", tmp_path / "out", *options, *choice)
-    assert said.status == 1 and not (tmp_path / "out").exists()
+    result = say("merge", *paths, "--out", tmp_path / "out", *options, *choice)
+    assert result.status == 1 and not (tmp_path / "out").exists()
     for part in ("id2label: class 0 ", "classifier.weight", "--config-from"):
-        assert part in said.err, said.err
+        assert part in result.err, result.err
     assert any("class 0 " in note for note in say("compare", *paths).notes) == (old == HEAD)
 
 
@@ -217,11 +217,11 @@ def test_rows_of_different_classes_are_an_error(say, tmp_path, old, labels, opti
 )
 @pytest.mark.parametrize("rows", [2, 3])
 def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
-    """Some have a row for no object."""
+    """Some of them have one more row, for no object."""
     shape = {head: (rows, 8)}
     paths = labeled(tmp_path, shape, ({}, NEG_POS, POS_NEG), shape)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "id2label: class 0 " in said.err and f" {head} " in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "id2label: class 0 " in result.err and f" {head} " in result.err
 
 
 @pytest.mark.parametrize(
@@ -232,23 +232,23 @@ def test_heads_of_detection_have_classes_too(say, tmp_path, head, rows):
         ((POS_NEG, NEG_POS, POS_NEG), (), POS_NEG),
     ],
 )
-def test_the_error_of_classes_says_which_option_resolves_it(
+def test_the_error_about_classes_names_the_option_that_resolves_it(
     say, tmp_path, labels, options, written
 ):
     paths = labeled(tmp_path, HEAD, labels)
-    said = say("merge", *paths, "--out", tmp_path / "out")
+    result = say("merge", *paths, "--out", tmp_path / "out")
     if options != ("--unmerged-from", "model:1"):
-        assert " ".join(("--exclude 'classifier.*'", *options)) in said.err
+        assert " ".join(("--exclude 'classifier.*'", *options)) in result.err
     out = tmp_path / "out"
-    said = say("merge", *paths, "--out", out, "--exclude", "classifier.*", *options)
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out, "--exclude", "classifier.*", *options)
+    assert result.status == 0, result.err
     assert load(out / "config.json")["id2label"] == written["id2label"]
 
 
-def test_no_classifier_is_written_where_the_error_of_classes_says_so(say, tmp_path):
+def test_the_error_about_classes_names_the_option_that_writes_no_classifier(say, tmp_path):
     paths = labeled(tmp_path, {}, ({}, NEG_POS, POS_NEG))
-    said = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
-    assert "--missing base" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
+    assert "--missing-tensors base" in result.err
     assert say("merge", *paths, "--out", tmp_path / "out", "--missing-tensors", "base").status == 0
 
 
@@ -267,20 +267,20 @@ def test_names_of_the_same_classes_are_no_error(say, tmp_path, labels):
 
 def test_labels_of_a_model_without_a_classifier_are_a_note(say, tmp_path):
     paths = labeled(tmp_path, {}, (POS_NEG, NEG_POS, NEG_POS), {})
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 0 and "id2label" in said.notes[0]
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 0 and "id2label" in result.notes[0]
     assert load(tmp_path / "out/config.json")["id2label"] == POS_NEG["id2label"]
 
 
-def test_no_note_says_that_labels_are_the_bases_where_they_are_not(say, tmp_path):
+def test_no_note_claims_the_labels_of_the_base_if_they_are_replaced(say, tmp_path):
     paths = models(tmp_path, *HEADS["classifier"])
-    said = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
-    assert said.status == 0
-    assert not any("id2label" in note or "architectures" in note for note in said.notes)
+    result = say("merge", *paths, "--out", tmp_path / "out", "--head", "finetuned")
+    assert result.status == 0
+    assert not any("id2label" in note or "architectures" in note for note in result.notes)
 
 
-def test_the_labels_of_the_fine_tunes_are_asked_for(say, tmp_path):
-    """Their head and the config of a model: id2label of the fine-tunes wins, not --config-from."""
+def test_the_labels_of_the_fine_tunes_are_written_with_their_head(say, tmp_path):
+    """With the head of the fine-tunes, their id2label is written in spite of --config-from."""
     paths = models(tmp_path, *HEADS["classifier"])
     out = tmp_path / "out"
     assert (
@@ -311,7 +311,7 @@ def test_labels_of_timm(say, tmp_path):
 
 
 def test_the_head_of_a_fine_tuned_clip(say, tmp_path):
-    """head.safetensors next to the model; the base has one of other classes, or none."""
+    """The head is in head.safetensors; the base has a head of other classes, or none."""
     body = weights(BODY)
     for kind, old in (("other", {"weight": (1000, 8), "bias": (1000,)}), ("none", {})):
         root = tmp_path / kind
@@ -328,26 +328,26 @@ def test_the_head_of_a_fine_tuned_clip(say, tmp_path):
                     },
                 )
             )
-        said = say("merge", *paths, "--out", root / "out")
-        assert said.status == 1 and "--head finetuned" in said.err
+        result = say("merge", *paths, "--out", root / "out")
+        assert result.status == 1 and "--head finetuned" in result.err
         assert say("merge", *paths, "--out", root / "out", "--head", "finetuned").status == 0
-        made = tensors(root / "out/head.safetensors")
-        theirs = [tensors(path / "head.safetensors") for path in paths[1:]]
-        for name, value in made.items():
-            np.testing.assert_allclose(value, np.mean([x[name] for x in theirs], axis=0), rtol=1e-6)
+        written = tensors(root / "out/head.safetensors")
+        heads = [tensors(path / "head.safetensors") for path in paths[1:]]
+        for name, value in written.items():
+            np.testing.assert_allclose(value, np.mean([x[name] for x in heads], axis=0), rtol=1e-6)
         assert tensors(root / "out/model.safetensors").keys() == BODY.keys()
 
 
 def test_a_head_that_no_fine_tune_has(say, tmp_path):
-    """Feature extractors of a classifier: the base's head stays, or is left out."""
+    """The fine-tunes are feature extractors: the base's head is copied or left out."""
     paths = models(tmp_path, {"classifier.weight": (40, 8)}, {}, config=OLD)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "classifier.weight" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "classifier.weight" in result.err
     out = tmp_path / "out"
-    said = say("merge", *paths, "--out", out, "--head", "finetuned")
-    assert said.status == 0 and tensors(out).keys() == BODY.keys()
-    assert any("classifier.weight: " in note and "%" in note for note in said.notes)
-    out = tmp_path / "kept"
+    result = say("merge", *paths, "--out", out, "--head", "finetuned")
+    assert result.status == 0 and tensors(out).keys() == BODY.keys()
+    assert any("classifier.weight: " in note and "%" in note for note in result.notes)
+    out = tmp_path / "copied"
     assert say("merge", *paths, "--out", out, "--missing-tensors", "base").status == 0
     assert "classifier.weight" in tensors(out)
 
@@ -360,15 +360,17 @@ def test_a_body_of_another_width_is_no_head(say, tmp_path):
         }
         write(path, {"model.safetensors": wide})
     for options in ([], ["--head", "finetuned"]):
-        said = say("merge", *paths, "--out", tmp_path / "out", *options)
-        assert said.status == 1 and "up_proj" in said.err and "--head" not in said.errors[0], (
+        result = say("merge", *paths, "--out", tmp_path / "out", *options)
+        assert (
+            result.status == 1 and "up_proj" in result.err and "--head" not in result.errors[0]
+        ), (
             options,
-            said,
+            result,
         )
 
 
 def test_a_comparison_of_models_with_other_heads(say, tmp_path):
     for kind, (old, new) in HEADS.items():
         paths = models(tmp_path / kind, old, new)
-        said = say("compare", *paths)
-        assert said.status == 0 and "query" in said.out, (kind, said.err)
+        result = say("compare", *paths)
+        assert result.status == 0 and "query" in result.out, (kind, result.err)

@@ -1,4 +1,4 @@
-"""Chat template, special tokens and generation settings: whose are written, and what is said."""
+"""Chat templates, special tokens and generation settings: which are written, and the notes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASE = {
     "generation_config.json": {"max_length": 32},
 }
 CHATML = "{{ '<|im_start|>' }}"
-# What fine-tunes change, the note's name for it, and the files that hold it.
+# Files that fine-tunes change, the name in the note, and the files that contain the change.
 CHANGES = {
     "jinja": ({"chat_template.jinja": CHATML}, "chat template", ("chat_template.jinja",)),
     "key": (
@@ -96,26 +96,26 @@ CHANGES = {
 def test_fine_tunes_that_agree_are_a_note_and_an_option(say, tmp_path, change):
     files, named, written = CHANGES[change]
     paths = trio(tmp_path, BASE, BASE | files)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 0
-    (note,) = said.notes
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 0
+    (note,) = result.notes
     assert named in note and "agree" in note and "--tokenizer-from model:1" in note
     for name in written:
-        ours, theirs = paths[0] / name, tmp_path / "out" / name
-        assert theirs.is_file() == ours.is_file()
-        assert not ours.is_file() or ours.read_bytes() == theirs.read_bytes()
-    out = tmp_path / "theirs"
-    said = say("merge", *paths, "--out", out, "--tokenizer-from", "model:1")
-    assert said.status == 0 and not said.notes
+        source, copy = paths[0] / name, tmp_path / "out" / name
+        assert copy.is_file() == source.is_file()
+        assert not source.is_file() or source.read_bytes() == copy.read_bytes()
+    out = tmp_path / "tuned"
+    result = say("merge", *paths, "--out", out, "--tokenizer-from", "model:1")
+    assert result.status == 0 and not result.notes
     for name in written:
         assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
-    wanted = (BASE | files)["config.json"]
-    assert load(out / "config.json") == wanted
+    expected = (BASE | files)["config.json"]
+    assert load(out / "config.json") == expected
 
 
 def test_everything_of_the_tokenizer_comes_from_one_model(say, tmp_path):
-    """Nothing of the base's is left among the files of another tokenizer."""
-    ours = BASE | {
+    """No tokenizer file of the base remains if another tokenizer is written."""
+    base = BASE | {
         "merges.txt": "m",
         "tokenizer.model": "b",
         "chat_template.jinja": "b",
@@ -124,7 +124,7 @@ def test_everything_of_the_tokenizer_comes_from_one_model(say, tmp_path):
         "preprocessor_config.json": {"size": 1},
         "processor_config.json": {"chat_template": "b", "patch": 4},
     }
-    theirs = {
+    tuned = {
         "tokenizer_config.json": {"chat_template": "t"},
         "tokenizer.json": {"version": "t"},
         "additional_chat_templates/new.jinja": "t",
@@ -133,12 +133,12 @@ def test_everything_of_the_tokenizer_comes_from_one_model(say, tmp_path):
         "processor_config.json": {"patch": 4},
         "preprocessor_config.json": {"size": 1},
     }
-    paths = trio(tmp_path, ours, theirs)
+    paths = trio(tmp_path, base, tuned)
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
     found = {str(p.relative_to(out)) for p in out.rglob("*.*") if p.is_file()}
     made = {"model.safetensors", "merge_report.json", "README.md", "angles.png"}
-    assert found - made == theirs.keys()
+    assert found - made == tuned.keys()
     for name in (
         "tokenizer_config.json",
         "tokenizer.json",
@@ -147,14 +147,14 @@ def test_everything_of_the_tokenizer_comes_from_one_model(say, tmp_path):
     ):
         assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
     assert load(out / "processor_config.json") == {"patch": 4}
-    # Their end token, and no token that only the base has.
-    assert load(out / "config.json") == theirs["config.json"]
+    # The end token of the fine-tunes, and no token that only the base has.
+    assert load(out / "config.json") == tuned["config.json"]
 
 
 def test_tokens_of_a_text_tower(say, tmp_path):
     flat = {"model_type": "x", "eos_token_id": 2}
     nested = {"model_type": "x", "text_config": {"eos_token_id": 7}}
-    for name, ours, theirs, wanted in (
+    for name, base, tuned, expected in (
         (
             "nested",
             nested,
@@ -165,61 +165,61 @@ def test_tokens_of_a_text_tower(say, tmp_path):
     ):
         tokenizer = {"tokenizer.json": {}}
         paths = trio(
-            tmp_path / name, tokenizer | {"config.json": ours}, tokenizer | {"config.json": theirs}
+            tmp_path / name, tokenizer | {"config.json": base}, tokenizer | {"config.json": tuned}
         )
         out = tmp_path / name / "out"
         assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
-        assert load(out / "config.json") == wanted
+        assert load(out / "config.json") == expected
 
 
 def test_fine_tunes_that_do_not_agree(say, tmp_path):
     paths = trio(tmp_path, *({**BASE, "chat_template.jinja": text} for text in "abc"))
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 0 and "each other" in said.notes[0]
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 0 and "each other" in result.notes[0]
     assert (tmp_path / "out/chat_template.jinja").read_text() == "a"
-    # One of them as the base has it: nothing is agreed on, but it is said.
+    # One fine-tune agrees with the base and the other does not: also a note.
     paths = trio(tmp_path / "b", *({**BASE, "chat_template.jinja": text} for text in "aab"))
     assert "chat template" in say("merge", *paths, "--out", tmp_path / "b/out").notes[0]
 
 
-def test_nothing_is_said_where_all_agree(say, tmp_path):
+def test_no_note_if_all_agree(say, tmp_path):
     paths = trio(
         tmp_path,
         BASE | {"chat_template.jinja": "a"},
         BASE | {"tokenizer_config.json": BASE["tokenizer_config.json"] | {"chat_template": "a\n"}},
     )
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 0 and not said.notes
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 0 and not result.notes
 
 
 def ids(kind, names, first=3):
-    """The files of a tokenizer with `names` from id 3 on, after three that all models share."""
-    whole = {
+    """Return the files of a tokenizer with `names` from id `first`, after three common tokens."""
+    vocabulary = {
         **{text: i for i, text in enumerate("abc")},
         **{text: first + i for i, text in enumerate(names)},
     }
-    added = [{"id": i, "content": text, "special": True} for text, i in whole.items() if i > 2]
-    plain = {text: i for text, i in whole.items() if i < 3}
+    added = [{"id": i, "content": text, "special": True} for text, i in vocabulary.items() if i > 2]
+    plain = {text: i for text, i in vocabulary.items() if i < 3}
     return {
         "added_tokens": {
             "tokenizer.json": {"added_tokens": added, "model": {"type": "BPE", "vocab": plain}}
         },
-        "model.vocab": {"tokenizer.json": {"added_tokens": [], "model": {"vocab": whole}}},
+        "model.vocab": {"tokenizer.json": {"added_tokens": [], "model": {"vocab": vocabulary}}},
         "unigram": {
             "tokenizer.json": {
-                "model": {"type": "Unigram", "vocab": [[text, -1.0] for text in whole]}
+                "model": {"type": "Unigram", "vocab": [[text, -1.0] for text in vocabulary]}
             }
         },
-        "vocab.json": {"vocab.json": whole},
-        "vocab.txt": {"vocab.txt": "\n".join(whole)},
+        "vocab.json": {"vocab.json": vocabulary},
+        "vocab.txt": {"vocab.txt": "\n".join(vocabulary)},
         "added_tokens.json": {
             "vocab.json": plain,
-            "added_tokens.json": {text: i for text, i in whole.items() if i > 2},
+            "added_tokens.json": {text: i for text, i in vocabulary.items() if i > 2},
         },
         "added_tokens_decoder": {
             "tokenizer.json": {},
             "tokenizer_config.json": {
-                "added_tokens_decoder": {str(one["id"]): one for one in added}
+                "added_tokens_decoder": {str(token["id"]): token for token in added}
             },
         },
     }[kind]
@@ -238,7 +238,7 @@ KINDS = (
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_id_for_different_tokens_is_an_error(say, tmp_path, kind):
-    """Rows of an embedding are averaged by their ids: they must be of one token."""
+    """Rows of an embedding are averaged by id: an id must be the same token in all models."""
     files = [
         {"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
         for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))
@@ -246,12 +246,14 @@ def test_one_id_for_different_tokens_is_an_error(say, tmp_path, kind):
     for name, order in (("tuned", (0, 1, 2)), ("base", (1, 2, 2)), ("one", (1, 1, 2))):
         paths = trio(tmp_path / name, *(files[i] for i in order))
         out = tmp_path / name / "out"
-        said = say("merge", *paths, "--out", out)
-        assert said.status == 1 and not out.exists(), (name, said)
+        result = say("merge", *paths, "--out", out)
+        assert result.status == 1 and not out.exists(), (name, result)
         for part in (" id 3 ", "'<u>'", "'<v>'", "--tokenizer-from model:1"):
-            assert part in said.err, said.err
-        said = say("merge", *paths, "--out", out, "--tokenizer-from", "model:1")
-        assert said.status == 0 and any(" id 3 " in note and "'<u>'" in note for note in said.notes)
+            assert part in result.err, result.err
+        result = say("merge", *paths, "--out", out, "--tokenizer-from", "model:1")
+        assert result.status == 0 and any(
+            " id 3 " in note and "'<u>'" in note for note in result.notes
+        )
         for file in ids(kind, ()):
             assert (out / file).read_bytes() == (paths[1] / file).read_bytes()
         assert any(" id 3 " in note for note in say("compare", *paths).notes)
@@ -259,29 +261,29 @@ def test_one_id_for_different_tokens_is_an_error(say, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("order", "said"), [((0, 1, 1), "agree"), ((0, 1, 0), "each other"), ((1, 1, 1), None)]
+    ("order", "word"), [((0, 1, 1), "agree"), ((0, 1, 0), "each other"), ((1, 1, 1), None)]
 )
-def test_a_token_that_only_some_models_have_is_a_note(say, tmp_path, kind, order, said):
+def test_a_token_that_only_some_models_have_is_a_note(say, tmp_path, kind, order, word):
     files = [
         {"config.json": CONFIG, "tokenizer_config.json": {}, **ids(kind, names)}
         for names in ((), ("<u>",))
     ]
     found = say("merge", *trio(tmp_path, *(files[i] for i in order)), "--out", tmp_path / "out")
     assert found.status == 0, found.err
-    assert len(found.notes) == (said is not None)
-    assert said is None or ("added tokens" in found.notes[0] and said in found.notes[0])
+    assert len(found.notes) == (word is not None)
+    assert word is None or ("added tokens" in found.notes[0] and word in found.notes[0])
 
 
 def test_ids_of_rows_that_are_not_averaged_may_differ(say, tmp_path):
-    """Beyond the rows in common, and where no embedding is merged."""
+    """Rows after those in common, and all rows if no embedding is merged."""
     for first, options, status in ((9, (), 1), (12, (), 0), (9, ("--exclude", "*embed*"), 0)):
         files = [
             {"config.json": CONFIG, **ids("vocab.json", names, first)}
             for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))
         ]
         paths = trio(tmp_path / f"{first}{len(options)}", *files)
-        said = say("merge", *paths, "--out", paths[0].parent / "out", *options)
-        assert said.status == status, said.err
+        result = say("merge", *paths, "--out", paths[0].parent / "out", *options)
+        assert result.status == status, result.err
 
 
 @pytest.mark.parametrize(
@@ -295,17 +297,17 @@ def test_ids_of_rows_that_are_not_averaged_may_differ(say, tmp_path):
         "<|extra_0|>",
     ],
 )
-def test_a_row_that_the_base_keeps_free_is_given_to_a_token(say, tmp_path, free):
+def test_a_free_row_of_the_base_may_be_assigned_to_a_token(say, tmp_path, free):
     files = [
         {"config.json": CONFIG, **ids("vocab.json", names)}
         for names in ((free,), ("<u>",), ("<v>",))
     ]
-    said = say(
+    result = say(
         "merge", *trio(tmp_path / "a", *(files[i] for i in (0, 1, 1))), "--out", tmp_path / "out"
     )
-    assert said.status == 0 and any("added tokens" in note for note in said.notes)
-    said = say("merge", *trio(tmp_path / "b", *files), "--out", tmp_path / "no")
-    assert said.status == 1 and "'<u>'" in said.err and free not in said.err
+    assert result.status == 0 and any("added tokens" in note for note in result.notes)
+    result = say("merge", *trio(tmp_path / "b", *files), "--out", tmp_path / "no")
+    assert result.status == 1 and "'<u>'" in result.err and free not in result.err
 
 
 def test_the_tokenizers_of_a_pipeline_belong_to_their_encoders(say, tmp_path):
@@ -336,12 +338,12 @@ def test_the_tokenizers_of_a_pipeline_belong_to_their_encoders(say, tmp_path):
                     },
                 )
             )
-        said = say("merge", *paths, "--out", tmp_path / name / "out")
-        assert said.status == status, said.err
-        assert not status or re.search("tokenizer_2 .* id 3 ", said.err)
+        result = say("merge", *paths, "--out", tmp_path / name / "out")
+        assert result.status == status, result.err
+        assert not status or re.search("tokenizer_2 .* id 3 ", result.err)
 
 
-def test_the_tokenizers_of_two_layouts_are_compared(say, tmp_path):
+def test_tokenizers_in_different_folders_are_compared(say, tmp_path):
     folder = "0_Transformer"
     files = [ids("vocab.json", names) for names in ((), ("<u>", "<v>"), ("<v>", "<u>"))]
     modules = [{"path": folder, "type": "sentence_transformers.models.Transformer"}]
@@ -362,30 +364,32 @@ def test_the_tokenizers_of_two_layouts_are_compared(say, tmp_path):
                 },
             )
         )
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and " id 3 " in said.err and "'<u>'" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and " id 3 " in result.err and "'<u>'" in result.err
 
 
-def test_equal_files_are_not_parsed_and_others_once(tmp_path, monkeypatch):
+def test_equal_files_are_not_parsed_and_different_files_once(tmp_path, monkeypatch):
     """A tokenizer.json of 250,000 tokens takes half a second."""
     parsed = []
     monkeypatch.setattr(consistency, "_vocabulary", lambda path: parsed.append(path) or {})
     files = [ids("model.vocab", names) for names in (("<u>",), ("<v>",))]
     for order, times in (((0, 0, 0), 0), ((0, 1, 1), 2)):
-        places = [write(tmp_path / f"{order}{i}", files[k]) for i, k in enumerate(order)]
-        consistency.read_tokens([SimpleNamespace(tokenizer_directory=place) for place in places])
+        paths = [write(tmp_path / f"{order}{i}", files[k]) for i, k in enumerate(order)]
+        consistency.read_tokens([SimpleNamespace(tokenizer_directory=path) for path in paths])
         assert len(parsed) == times
 
 
-def test_a_model_without_a_tokenizer_cannot_give_one(say, tmp_path):
+def test_a_model_without_a_tokenizer_cannot_be_chosen(say, tmp_path):
     paths = trio(tmp_path, BASE, {"config.json": CONFIG, "generation_config.json": {}})
-    for typed, why in (
+    for choice, why in (
         ("model:1", f"model:1: {paths[1]} "),
         ("model:3", "model:3: .*2"),
         ("ft1", "base .*'ft1'"),
     ):
-        said = say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", typed)
-        assert said.status in (1, 2) and re.search(why, said.err) and said.err.count("\n") == 1
+        result = say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", choice)
+        assert (
+            result.status in (1, 2) and re.search(why, result.err) and result.err.count("\n") == 1
+        )
     assert say("merge", *paths, "--out", tmp_path / "out", "--tokenizer-from", "base").status == 0
 
 
@@ -399,9 +403,9 @@ def test_a_tokenizer_that_was_saved_with_an_adapter(say, tmp_path):
             {"tokenizer_config.json": {"eos_token": "<|im_end|>"}, "chat_template.jinja": CHATML},
         )
     models = (base, tmp_path / "lora1", tmp_path / "lora2")
-    said = say("merge", *models, "--out", tmp_path / "out")
-    assert any("chat template, eos_token: " in note for note in said.notes)
-    out = tmp_path / "theirs"
+    result = say("merge", *models, "--out", tmp_path / "out")
+    assert any("chat template, eos_token: " in note for note in result.notes)
+    out = tmp_path / "tuned"
     assert say("merge", *models, "--out", out, "--tokenizer-from", "model:2").status == 0
     assert (out / "chat_template.jinja").read_text() == CHATML
     assert load(out / "config.json")["model_type"] == "llama"
@@ -415,23 +419,23 @@ def test_tokenizers_of_a_pipeline(say, tmp_path):
         "tokenizer_2": ["transformers", "T"],
         "scheduler": ["diffusers", "S"],
     }
-    ours = {
+    base = {
         "model_index.json": index,
         "tokenizer/tokenizer_config.json": {"pad_token": "!"},
         "tokenizer/merges.txt": "b",
         "tokenizer_2/tokenizer.json": {"b": 1},
         "scheduler/scheduler_config.json": {"steps_offset": 1},
     }
-    theirs = ours | {
+    tuned = base | {
         "tokenizer/tokenizer_config.json": {"pad_token": "<pad>"},
         "tokenizer/merges.txt": "t",
         "tokenizer_2/tokenizer.json": {"t": 1},
         "scheduler/scheduler_config.json": {"steps_offset": 0},
     }
-    paths = trio(tmp_path, ours, theirs, file="unet/model.safetensors")
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert "tokenizer pad_token" in said.notes[0]
-    out = tmp_path / "theirs"
+    paths = trio(tmp_path, base, tuned, file="unet/model.safetensors")
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert "tokenizer pad_token" in result.notes[0]
+    out = tmp_path / "tuned"
     assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
     assert load(out / "tokenizer/tokenizer_config.json") == {"pad_token": "<pad>"}
     assert (out / "tokenizer/merges.txt").read_text() == "t"
@@ -441,21 +445,21 @@ def test_tokenizers_of_a_pipeline(say, tmp_path):
 
 def test_the_tokenizer_of_a_sentence_transformer_in_a_folder(say, tmp_path):
     modules = [{"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
-    ours = {
+    base = {
         "modules.json": modules,
         "0_Transformer/config.json": {"model_type": "bert"},
         "0_Transformer/tokenizer.json": {"b": 1},
         "0_Transformer/vocab.txt": "b",
         "0_Transformer/tokenizer_config.json": {"pad_token": "[PAD]"},
     }
-    theirs = ours | {
+    tuned = base | {
         "0_Transformer/tokenizer.json": {"t": 1},
         "0_Transformer/vocab.txt": "t",
         "0_Transformer/tokenizer_config.json": {"pad_token": "<pad>"},
     }
-    paths = trio(tmp_path, ours, theirs, file="0_Transformer/model.safetensors")
+    paths = trio(tmp_path, base, tuned, file="0_Transformer/model.safetensors")
     assert "pad_token" in say("merge", *paths, "--out", tmp_path / "out").notes[0]
-    out = tmp_path / "theirs"
+    out = tmp_path / "tuned"
     assert say("merge", *paths, "--out", out, "--tokenizer-from", "model:1").status == 0
     assert load(out / "0_Transformer/tokenizer.json") == {"t": 1}
     assert (out / "0_Transformer/vocab.txt").read_text() == "t"
@@ -470,12 +474,12 @@ def test_recipes_of_mergekit(say, tmp_path, key, base):
     recipe = f"merge_method: linear\nmodels:\n{models}" + (
         f"base_model: {paths[0]}\n" if base else ""
     )
-    for source, theirs in ((paths[2], True), ("base", not base)):
+    for source, from_tuned in ((paths[2], True), ("base", not base)):
         (tmp_path / "r.yml").write_text(recipe + key.format(source) + "\n")
-        out = tmp_path / f"out{theirs}{source == 'base'}"
-        said = say("merge", "--recipe", tmp_path / "r.yml", "--out", out)
-        assert said.status == 0, said.err
-        assert (out / "chat_template.jinja").is_file() == theirs
+        out = tmp_path / f"out{from_tuned}{source == 'base'}"
+        result = say("merge", "--recipe", tmp_path / "r.yml", "--out", out)
+        assert result.status == 0, result.err
+        assert (out / "chat_template.jinja").is_file() == from_tuned
     parsed = parse(yaml.safe_load(recipe + key.format(paths[2])))
     assert parsed.options["tokenizer_from"] == "model:2"
     assert "tokenizer_from" not in parse(yaml.safe_load(recipe + key.format("base"))).options
@@ -484,7 +488,7 @@ def test_recipes_of_mergekit(say, tmp_path, key, base):
 @pytest.mark.parametrize(
     "text", ["tokenizer_source: union", "tokenizer_source: org/other", "tokenizer: {source: union}"]
 )
-def test_tokenizers_that_are_not_made_here(text):
+def test_unsupported_tokenizer_sources(text):
     recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
     with pytest.raises(UserError, match="tokenizer_source '(union|org/other)'"):
         parse(yaml.safe_load(recipe + text))
@@ -494,7 +498,7 @@ def test_tokenizers_that_are_not_made_here(text):
     "text",
     ["tokenizer: {source: base, tokens: {}}", "tokenizer: {source: a, pad_to_multiple_of: 8}"],
 )
-def test_keys_of_a_tokenizer_that_are_not_done_are_named(text):
+def test_unsupported_keys_of_a_tokenizer_are_named(text):
     recipe = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
     with pytest.raises(UserError, match="tokenizer: .*'(tokens|pad_to_multiple_of)'"):
         parse(yaml.safe_load(recipe + text))

@@ -1,4 +1,4 @@
-"""Added tokens: every axis of a vocabulary, what config.json says of it, and whose tokenizer."""
+"""Added tokens: all axes of the vocabulary, the sizes in config.json, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.checkpoint_merge.typed import write
 
 ROWS, MORE, WIDTH = 65, 67, 8
 BODY = {"layers.0.mlp.weight": (WIDTH, WIDTH)}
-# Tensors with an axis of the vocabulary, as transformers names them; R stands for its rows.
+# Tensors with an axis of the vocabulary, by names of transformers; R marks that axis.
 R = -1
 FAMILIES = {
     "bert": {
@@ -68,14 +68,14 @@ FAMILIES = {
 }
 
 
-def given(family, rows=(ROWS, MORE, ROWS), seed=0):
+def resized_models(family, rows=(ROWS, MORE, ROWS), seed=0):
     shapes = {
         n: tuple(max(rows) if axis == R else axis for axis in shape)
         for n, shape in FAMILIES[family].items()
     }
-    whole = models(shapes | BODY, seed=seed)
+    full = models(shapes | BODY, seed=seed)
     cut = []
-    for model, length in zip(whole, rows, strict=True):
+    for model, length in zip(full, rows, strict=True):
         cut.append(
             {
                 n: w[
@@ -91,36 +91,36 @@ def given(family, rows=(ROWS, MORE, ROWS), seed=0):
 
 
 def save(root, cut, rows):
-    places = []
+    paths = []
     for k, (model, length) in enumerate(zip(cut, rows, strict=True)):
-        place = root / (f"ft{k}" if k else "base")
-        place.mkdir(parents=True)
-        write_directory_tensors(place, model)
-        (place / "config.json").write_text(
+        path = root / (f"ft{k}" if k else "base")
+        path.mkdir(parents=True)
+        write_directory_tensors(path, model)
+        (path / "config.json").write_text(
             json.dumps(
                 {"model_type": "x", "vocab_size": length, "type_vocab_size": 2, "pad_token_id": k}
             )
         )
-        (place / "tokenizer.json").write_text(json.dumps({"of": place.name}))
-        (place / "tokenizer_config.json").write_text("{}")
-        places.append(place)
-    return places
+        (path / "tokenizer.json").write_text(json.dumps({"of": path.name}))
+        (path / "tokenizer_config.json").write_text("{}")
+        paths.append(path)
+    return paths
 
 
-def run(places, out, *typed):
-    return main(["merge", *map(str, places), "--out", str(out), *typed])
+def run(paths, out, *options):
+    return main(["merge", *map(str, paths), "--out", str(out), *options])
 
 
 @pytest.mark.parametrize("vocabulary", ["base", "longest"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_axis_of_the_vocabulary(tmp_path, capsys, family, vocabulary):
     rows = (ROWS, MORE, ROWS)
-    cut = given(family, rows)
-    places = save(tmp_path, cut, rows)
-    assert run(places, tmp_path / "no") == 1
-    said = capsys.readouterr().err
-    assert "--vocabulary base" in said and all(f"{name} " in said for name in FAMILIES[family])
-    assert run(places, tmp_path / "out", "--vocab-mismatch", vocabulary) == 0
+    cut = resized_models(family, rows)
+    paths = save(tmp_path, cut, rows)
+    assert run(paths, tmp_path / "no") == 1
+    err = capsys.readouterr().err
+    assert "--vocab-mismatch base" in err and all(f"{name} " in err for name in FAMILIES[family])
+    assert run(paths, tmp_path / "out", "--vocab-mismatch", vocabulary) == 0
     merged = TensorFiles(tmp_path / "out")
     length = MORE if vocabulary == "longest" else ROWS
     for name, shape in FAMILIES[family].items():
@@ -138,31 +138,31 @@ def test_every_axis_of_the_vocabulary(tmp_path, capsys, family, vocabulary):
             )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["vocab_size"] == length and config["type_vocab_size"] == 2
-    whose = "ft1" if vocabulary == "longest" else "base"
-    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": whose}
+    model = "ft1" if vocabulary == "longest" else "base"
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": model}
     assert config["pad_token_id"] == (1 if vocabulary == "longest" else 0)
 
 
-def test_another_axis_that_grew_is_no_vocabulary(tmp_path, capsys):
-    cut = given("bert")
+def test_another_axis_that_differs_is_no_vocabulary(tmp_path, capsys):
+    cut = resized_models("bert")
     cut[1]["bert.embeddings.position_embeddings.weight"] = np.ones((6, WIDTH), np.float32)
     for k in (0, 2):
         cut[k]["bert.embeddings.position_embeddings.weight"] = np.ones((4, WIDTH), np.float32)
-    places = save(tmp_path, cut, (ROWS, MORE, ROWS))
-    assert run(places, tmp_path / "out", "--vocab-mismatch", "longest") == 1
+    paths = save(tmp_path, cut, (ROWS, MORE, ROWS))
+    assert run(paths, tmp_path / "out", "--vocab-mismatch", "longest") == 1
     assert "position_embeddings.weight " in capsys.readouterr().err
 
 
 def test_a_vocabulary_in_a_tower(tmp_path):
-    cut = given("llama")
-    places = save(tmp_path, cut, (ROWS, MORE, ROWS))
-    for place, length in zip(places, (ROWS, MORE, ROWS), strict=True):
-        (place / "config.json").write_text(
+    cut = resized_models("llama")
+    paths = save(tmp_path, cut, (ROWS, MORE, ROWS))
+    for path, length in zip(paths, (ROWS, MORE, ROWS), strict=True):
+        (path / "config.json").write_text(
             json.dumps(
                 {"vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": length}}
             )
         )
-    assert run(places, tmp_path / "out", "--vocab-mismatch", "longest") == 0
+    assert run(paths, tmp_path / "out", "--vocab-mismatch", "longest") == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
         "vision_config": {"vocab_size": ROWS - 1},
         "text_config": {"vocab_size": MORE},
@@ -170,35 +170,33 @@ def test_a_vocabulary_in_a_tower(tmp_path):
 
 
 def doubtful(notes):
-    """Those that name a key of the config which may have to say another number of rows."""
+    """Return the notes that name a key whose number of rows may be wrong."""
     return [note for note in notes if "config.json: " in note and " rows" in note]
 
 
-def resized(say, root, tables, configs, **more):
-    """Merges models whose embeddings have `tables` rows; the output's config and all notes."""
+def resized(say, root, tables, configs, options=()):
+    """Merge models whose embeddings have `tables` rows; return the output's config and notes."""
     rng = np.random.default_rng(0)
     longest = {
         n: rng.standard_normal((max(rows), WIDTH)).astype(np.float32) for n, rows in tables.items()
     }
-    places = []
+    paths = []
     for k in range(3):
         moved = {
             n: w + k * np.float32(0.01) * rng.standard_normal(w.shape).astype(np.float32)
             for n, w in (longest | {"x.weight": np.ones((WIDTH, WIDTH), np.float32)}).items()
         }
         cut = {n: w[: tables[n][k]] if n in tables else w for n, w in moved.items()}
-        places.append(
+        paths.append(
             write(
                 root / str(k),
                 {"model.safetensors": cut, "config.json": configs[min(k, len(configs) - 1)]},
             )
         )
     out = root / "out"
-    said = say(
-        "merge", *places, "--out", out, "--vocab-mismatch", "longest", *more.get("options", ())
-    )
-    assert said.status == 0, said.err
-    return json.loads((out / "config.json").read_text()), said.notes
+    result = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest", *options)
+    assert result.status == 0, result.err
+    return json.loads((out / "config.json").read_text()), result.notes
 
 
 SPLIT = {
@@ -213,7 +211,7 @@ BOTH = {
 
 
 @pytest.mark.parametrize(
-    ("tables", "config", "wanted"),
+    ("tables", "config", "expected"),
     [
         (
             SPLIT,
@@ -242,16 +240,16 @@ BOTH = {
         ),
     ],
 )
-def test_each_side_has_its_own_key(say, tmp_path, tables, config, wanted):
-    said, notes = resized(say, tmp_path, tables, [config])
-    assert said == wanted
+def test_each_side_has_its_own_key(say, tmp_path, tables, config, expected):
+    written, notes = resized(say, tmp_path, tables, [config])
+    assert written == expected
     assert not doubtful(notes)
 
 
-def test_the_config_of_a_fine_tune_says_the_rows_that_are_written(say, tmp_path):
+def test_the_config_of_a_fine_tune_has_the_rows_that_are_written(say, tmp_path):
     configs = [{"vocab_size": 50, "decoder_vocab_size": n} for n in (50, 53, 53)]
-    said, notes = resized(say, tmp_path, SPLIT, configs, options=("--config-from", "model:1"))
-    assert said == configs[1] and not doubtful(notes)
+    written, notes = resized(say, tmp_path, SPLIT, configs, options=("--config-from", "model:1"))
+    assert written == configs[1] and not doubtful(notes)
 
 
 @pytest.mark.parametrize(
@@ -272,29 +270,28 @@ def test_the_config_of_a_fine_tune_says_the_rows_that_are_written(say, tmp_path)
     ],
 )
 def test_a_key_that_is_not_certain_is_a_note(say, tmp_path, tables, config, key):
-    said, notes = resized(say, tmp_path, tables, [config])
+    value, notes = resized(say, tmp_path, tables, [config])
     (note,) = doubtful(notes)
     assert f" {key}," in note or f" {key} " in note
-    place = said
     for part in key.split("."):
-        place = place[part]
-    assert place == 50
+        value = value[part]
+    assert value == 50
 
 
 @pytest.mark.parametrize("config", [{"a": 1}, {"type_vocab_size": 2}])
-def test_a_config_that_says_nothing_of_a_vocabulary_is_no_note(say, tmp_path, config):
+def test_a_config_without_a_vocabulary_size_gets_no_note(say, tmp_path, config):
     for name, tables in (("shared", {"shared.weight": (50, 52, 52)}), ("split", SPLIT)):
-        said, notes = resized(say, tmp_path / name, tables, [config])
-        assert said == config and not doubtful(notes)
+        written, notes = resized(say, tmp_path / name, tables, [config])
+        assert written == config and not doubtful(notes)
 
 
-def test_no_note_says_that_the_size_is_the_bases(say, tmp_path):
+def test_no_note_claims_the_size_of_the_base(say, tmp_path):
     configs = [{"vocab_size": n} for n in (50, 52, 52)]
     _, notes = resized(say, tmp_path, {"shared.weight": (50, 52, 52)}, configs)
     assert not any("vocab_size" in note for note in notes)
 
 
-def test_components_with_vocabularies_of_their_own(say, tmp_path):
+def test_components_with_own_vocabularies(say, tmp_path):
     """Textual inversion in two text encoders that have the same vocabulary in BASE, and a T5."""
     names = {
         "text_encoder": "text_model.embeddings.token_embedding.weight",
@@ -302,75 +299,77 @@ def test_components_with_vocabularies_of_their_own(say, tmp_path):
         "text_encoder_3": "shared.weight",
     }
     index = {"_class_name": "P", **{part: ["transformers", "T"] for part in names}}
-    rng, places = np.random.default_rng(0), []
-    whole = {part: rng.standard_normal((60, WIDTH)).astype(np.float32) for part in names}
+    rng, paths = np.random.default_rng(0), []
+    full = {part: rng.standard_normal((60, WIDTH)).astype(np.float32) for part in names}
     for k, sizes in enumerate(((50, 50, 58), (52, 55, 58), (52, 55, 58))):
         files = {"model_index.json": index}
         for (part, name), rows in zip(names.items(), sizes, strict=True):
-            moved = whole[part] + k * np.float32(0.01) * rng.standard_normal(
-                whole[part].shape
+            moved = full[part] + k * np.float32(0.01) * rng.standard_normal(
+                full[part].shape
             ).astype(np.float32)
             files |= {
                 f"{part}/model.safetensors": {name: moved[:rows]},
                 f"{part}/config.json": {"model_type": "t", "vocab_size": rows},
             }
-        places.append(write(tmp_path / str(k), files))
+        paths.append(write(tmp_path / str(k), files))
     out = tmp_path / "out"
-    said = say("merge", *places, "--out", out, "--vocab-mismatch", "longest")
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest")
+    assert result.status == 0, result.err
     for (part, name), rows in zip(names.items(), (52, 55, 58), strict=True):
         assert TensorFiles(out / part).shape(name) == (rows, WIDTH)
         assert json.loads((out / part / "config.json").read_text())["vocab_size"] == rows
-    assert not any("vocab_size" in note for note in said.notes)
+    assert not any("vocab_size" in note for note in result.notes)
 
 
 def test_vocabularies_that_are_longest_in_two_models(say, tmp_path):
-    """One model's tokenizers are written."""
+    """Only the tokenizers of one model can be written."""
     tables = {
         "encoder.embed_tokens.weight": (50, 52, 50),
         "decoder.embed_tokens.weight": (50, 50, 53),
     }
     configs = [{"encoder_vocab_size": 50, "decoder_vocab_size": 50}]
-    said = "encoder.embed_tokens.weight .*decoder.embed_tokens.weight .*--tokenizer-from"
-    with pytest.raises(AssertionError, match=said):
+    problem = "encoder.embed_tokens.weight .*decoder.embed_tokens.weight .*--tokenizer-from"
+    with pytest.raises(AssertionError, match=problem):
         resized(say, tmp_path / "a", tables, configs)
-    said, _ = resized(say, tmp_path / "b", tables, configs, options=("--tokenizer-from", "base"))
-    assert said == {"encoder_vocab_size": 52, "decoder_vocab_size": 53}
+    written, _ = resized(say, tmp_path / "b", tables, configs, options=("--tokenizer-from", "base"))
+    assert written == {"encoder_vocab_size": 52, "decoder_vocab_size": 53}
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
 def test_an_adapter_with_a_longer_embedding(tmp_path, capsys, tokenizer):
-    """PEFT saves a resized embedding whole; its trainer saves the tokenizer next to the adapter."""
-    cut = given("llama", (MORE, MORE, MORE))
+    """PEFT saves a resized embedding in full, and its trainer saves the tokenizer with it."""
+    cut = resized_models("llama", (MORE, MORE, MORE))
     base = {n: w[:ROWS] if w.shape[0] == MORE else w for n, w in cut[0].items()}
-    place, *_ = save(tmp_path, [base, base, base], (ROWS, ROWS, ROWS))
+    path, *_ = save(tmp_path, [base, base, base], (ROWS, ROWS, ROWS))
     adapters = []
     for k in (1, 2):
-        whole = {
+        embeddings = {
             f"base_model.model.{n}": cut[k][n][: MORE if k == 1 else ROWS]
             for n in FAMILIES["llama"]
         }
         adapters.append(
-            adapter(tmp_path / f"lora{k}", whole | factors("layers.0.mlp", WIDTH, WIDTH, seed=k))
+            adapter(
+                tmp_path / f"lora{k}", embeddings | factors("layers.0.mlp", WIDTH, WIDTH, seed=k)
+            )
         )
         if tokenizer:
             (adapters[-1] / "tokenizer.json").write_text(json.dumps({"of": f"lora{k}"}))
             (adapters[-1] / "tokenizer_config.json").write_text("{}")
-    assert run([place, *adapters], tmp_path / "out", "--vocab-mismatch", "longest") == 0
+    assert run([path, *adapters], tmp_path / "out", "--vocab-mismatch", "longest") == 0
     merged = TensorFiles(tmp_path / "out")
     for name in FAMILIES["llama"]:
         assert merged.shape(name) == (MORE, WIDTH)
         np.testing.assert_array_equal(merged[name][ROWS:], cut[1][name][ROWS:])
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == MORE
-    said = json.loads((tmp_path / "out/tokenizer.json").read_text())
-    assert said == {"of": "lora1" if tokenizer else "base"}
-    # Without one, the rows have no tokens: the user is told.
+    written = json.loads((tmp_path / "out/tokenizer.json").read_text())
+    assert written == {"of": "lora1" if tokenizer else "base"}
+    # Without a tokenizer, the rows have no tokens: a note warns the user.
     assert ("tokenizer" in capsys.readouterr().err) is not tokenizer
 
 
-def test_a_tokenizer_that_is_asked_for(tmp_path):
+def test_a_tokenizer_that_an_option_chooses(tmp_path):
     rows = (ROWS, ROWS, ROWS)
-    places = save(tmp_path, given("llama", rows), rows)
-    assert run(places, tmp_path / "out", "--tokenizer-from", "model:2") == 0
+    paths = save(tmp_path, resized_models("llama", rows), rows)
+    assert run(paths, tmp_path / "out", "--tokenizer-from", "model:2") == 0
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": "ft2"}
     assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 2

@@ -1,7 +1,7 @@
-"""Tiny random checkpoints written by the libraries themselves, and what a merge of them must give.
+"""Tiny random checkpoints written by other libraries, and the expected results of their merges.
 
-Every fine-tune is the base plus a movement that all fine-tunes share plus one of its own, so that
-the angles between the fine-tunes are neither 0 nor 90 degrees.
+Every fine-tune is the base plus an update common to all fine-tunes plus an individual update, so
+that the angles between the fine-tunes are neither 0 nor 90 degrees.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from modelstock_jax.checkpoint_merge.cli import main
 hf.utils.logging.disable_progress_bar()
 VOCABULARY = 24
 IDS = torch.tensor([[1, 5, 7, 9, 3, 4]])
-# Rounding of float32 (6e-8) and of a ratio that is measured in float32 dots.
+# Rounding of float32 (6e-8) and of a ratio computed from float32 dot products.
 TOLERANCE = 1e-6
 
 
 def family(name: str) -> torch.nn.Module:
-    """A tiny random model of a family in `FAMILIES`, the same at each call."""
+    """Return a tiny random model of a family in `FAMILIES`, the same for each call."""
     torch.manual_seed(0)
     model = FAMILIES[name]()
     with torch.no_grad():
-        for tensor in model.parameters():  # Zeros and ones of an initialization hide mistakes.
+        for tensor in model.parameters():  # Initial zeros and ones would hide errors.
             tensor.add_(0.02 * torch.randn(tensor.shape))
     return model.eval()
 
 
 def fine_tuned(model: torch.nn.Module, seed: int, size: float = 0.02) -> torch.nn.Module:
-    """A copy of a model with every parameter moved."""
+    """Return a copy of a model with an update of every parameter."""
     tuned = copy.deepcopy(model)
     common, own = torch.Generator().manual_seed(99), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -55,21 +55,21 @@ def fine_tuned(model: torch.nn.Module, seed: int, size: float = 0.02) -> torch.n
 def save_all(
     root: Path, model: torch.nn.Module, save: Callable | None = None, count: int = 2
 ) -> list[Path]:
-    """Writes `base`, `ft1`, ..., by `save_pretrained` unless `save(model, directory)` is given."""
+    """Write `base`, `ft1`, ... with `save_pretrained`, or with `save(model, directory)`."""
     paths = [root / "base", *(root / f"ft{i + 1}" for i in range(count))]
     models = [model, *(fine_tuned(model, i + 1) for i in range(count))]
-    for path, one in zip(paths, models, strict=True):
-        one.save_pretrained(path) if save is None else save(one, path)
+    for path, saved in zip(paths, models, strict=True):
+        saved.save_pretrained(path) if save is None else save(saved, path)
     return paths
 
 
 def merge(paths: Sequence[Path | str], out: Path, *options: str) -> int:
-    """Exit status of `modelstock merge`."""
+    """Return the exit status of `modelstock merge`."""
     return main(["merge", *map(str, paths), "--out", str(out), *options])
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors of a directory or file, by name."""
+    """Return all tensors of a directory or file, by name."""
     files = [directory] if directory.is_file() else sorted(directory.glob("*.safetensors"))
     assert files, f"no safetensors in {directory}"
     found: dict[str, np.ndarray] = {}
@@ -79,13 +79,13 @@ def tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def merged(base: np.ndarray, tuned: Sequence[np.ndarray]) -> np.ndarray:
-    """Equation 3 in float64: w0 + t mean(d), t = N cos / (1 + (N - 1) cos).
+    """Return equation 3 in float64: w0 + t mean(d), t = N cos / (1 + (N - 1) cos).
 
-    N counts the fine-tunes that moved; a single one of them is taken as it is.
+    N is the number of changed fine-tunes; if only one changed, it is the result.
     """
     w0 = base.astype(np.float64)
     moves = [w.astype(np.float64) - w0 for w in tuned]
-    if base.size < 2:  # No angle: the mean.
+    if base.size < 2:  # A single element has no angle: the mean.
         return w0 + sum(moves) / len(moves)
     moves = [d for d in moves if d.any()]
     if len(moves) < 2:
@@ -102,12 +102,12 @@ def merged(base: np.ndarray, tuned: Sequence[np.ndarray]) -> np.ndarray:
     return w0 + ratio * mean
 
 
-def assert_close(value: np.ndarray, wanted: np.ndarray, name: str, tolerance: float = TOLERANCE):
-    """Compares relative to the largest element."""
-    assert value.shape == wanted.shape, name
-    wanted = np.asarray(wanted, np.float64)
-    far = np.abs(np.asarray(value, np.float64) - wanted).max(initial=0)
-    assert far <= tolerance * np.abs(wanted).max(initial=0), f"{name}: {far}"
+def assert_close(value: np.ndarray, expected: np.ndarray, name: str, tolerance: float = TOLERANCE):
+    """Compare relative to the maximum absolute value."""
+    assert value.shape == expected.shape, name
+    expected = np.asarray(expected, np.float64)
+    far = np.abs(np.asarray(value, np.float64) - expected).max(initial=0)
+    assert far <= tolerance * np.abs(expected).max(initial=0), f"{name}: {far}"
 
 
 def assert_merged(
@@ -115,21 +115,21 @@ def assert_merged(
     inputs: Sequence[Mapping | Path],
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Every tensor of the result is equation 3 of the inputs', and none is missing."""
-    made, base, *tuned = (tensors(x) if isinstance(x, Path) else x for x in (out, *inputs))
-    assert made.keys() == base.keys()
-    for name, value in made.items():
+    """Check that every tensor of the result is equation 3 of the inputs, and none is missing."""
+    result, base, *tuned = (tensors(x) if isinstance(x, Path) else x for x in (out, *inputs))
+    assert result.keys() == base.keys()
+    for name, value in result.items():
         assert value.dtype == base[name].dtype, name
-        wanted = (
-            merged(base[name], [one[name] for one in tuned])
+        expected = (
+            merged(base[name], [model[name] for model in tuned])
             if value.dtype.kind == "f"
             else base[name]
         )
-        assert_close(value, wanted, name, tolerance)
+        assert_close(value, expected, name, tolerance)
 
 
 def opened(kind: type, directory: Path, **how) -> torch.nn.Module:
-    """A model from a directory; no key is missing, unexpected or of another shape."""
+    """Open a model; no key may be missing, unexpected or of another shape."""
     model, report = kind.from_pretrained(directory, output_loading_info=True, **how)
     assert not any(report.values()), report
     return model.eval()
@@ -140,22 +140,22 @@ def config_of(directory: Path) -> dict:
 
 
 def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What a model computes of a fixed input: all floating tensors of its output."""
+    """Return all floating tensors of a model's output for a fixed input."""
     with torch.no_grad():
-        made = model(**inputs_of(model))
-    return [x for x in _flat(made.to_tuple()) if x.is_floating_point()]
+        output = model(**inputs_of(model))
+    return [x for x in _flat(output.to_tuple()) if x.is_floating_point()]
 
 
 def _flat(value) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _flat(one)
+        for element in value:
+            yield from _flat(element)
 
 
 def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """An input that a tiny model of any family here accepts."""
+    """Return an input for a tiny model of any family in `FAMILIES`."""
     generator = torch.Generator().manual_seed(3)
     config, ids = model.config, {"input_ids": IDS}
     kind = config.model_type
@@ -454,7 +454,7 @@ def save_tensors(
     config: Path | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes `model.safetensors` by hand, and a copy of another directory's config.json."""
+    """Write `model.safetensors`, and a copy of the config.json of another directory."""
     directory.mkdir(parents=True, exist_ok=True)
     copies = {name: value.detach().clone().contiguous() for name, value in values.items()}
     save_file(copies, directory / "model.safetensors", metadata={"format": "pt"} | (metadata or {}))
@@ -464,24 +464,24 @@ def save_tensors(
 
 
 def edit_config(directory: Path, name: str = "config.json", **changes) -> None:
-    """Changes entries of a JSON file; None removes one."""
+    """Change entries of a JSON file; None removes an entry."""
     path = directory / name
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def tokenizer(size: int = VOCABULARY) -> hf.PreTrainedTokenizerFast:
-    """A word tokenizer with `size` words; those beyond the model's first 24 were added later."""
+    """Return a word tokenizer with `size` words; words after the first 24 are added tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     words = special + [f"w{i}" for i in range(len(special), VOCABULARY)]
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = Whitespace()
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
     fast = hf.PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=model,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
@@ -492,7 +492,7 @@ def tokenizer(size: int = VOCABULARY) -> hf.PreTrainedTokenizerFast:
     return fast
 
 
-# Names at runtime, which transformers 4.52 to 5 also saved, and names of the first releases.
+# Names at runtime, also saved by transformers 4.52 to 5 -> names of the first releases.
 _TOWERS = {
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.vision_model.",
@@ -506,7 +506,7 @@ OLD_NAMES: dict[str, Mapping[str, str]] = {
 
 
 def old_name(family_name: str, name: str) -> str:
-    """The name that the first releases of a vision language model's files have for a tensor."""
+    """Return the name of a tensor in files of the first releases of a vision-language model."""
     for new, old in OLD_NAMES[family_name].items():
         if name.startswith(new):
             return old + name.removeprefix(new)

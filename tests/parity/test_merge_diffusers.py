@@ -1,4 +1,4 @@
-"""Models and pipelines that diffusers saves, merged by `modelstock merge` and opened again."""
+"""Models and pipelines of diffusers, merged by `modelstock merge` and opened again."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def files(directory: Path) -> list[str]:
 
 
 def opened(kind, directory, **how):
-    """A model of diffusers; no key is missing or unexpected."""
+    """Open a model of diffusers; no key may be missing or unexpected."""
     model, report = kind.from_pretrained(directory, output_loading_info=True, **how)
     assert not any(report.values()), report
     return model.eval()
@@ -100,10 +100,10 @@ def computed(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [unet, conditioned, autoencoder])
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-def test_a_model_alone(tmp_path, make, sharded):
+def test_a_single_model(tmp_path, make, sharded):
     model = make()
     how = {"max_shard_size": "60KB"} if sharded else {}
-    paths = save_all(tmp_path, model, lambda one, path: one.save_pretrained(path, **how))
+    paths = save_all(tmp_path, model, lambda model, path: model.save_pretrained(path, **how))
     assert (len(files(paths[0])) > 1) == sharded
     assert merge(paths, tmp_path / "out", *(["--max-shard-size", "60KB"] if sharded else [])) == 0
     assert_merged(tmp_path / "out", paths)
@@ -126,8 +126,10 @@ def test_shards_of_one_model_and_one_file_of_another(tmp_path):
     opened(UNet2DModel, tmp_path / "out")
 
 
-def test_a_variant_keeps_its_name(tmp_path):
-    paths = save_all(tmp_path, unet(), lambda one, path: one.save_pretrained(path, variant="ema"))
+def test_a_variant_preserves_its_name(tmp_path):
+    paths = save_all(
+        tmp_path, unet(), lambda model, path: model.save_pretrained(path, variant="ema")
+    )
     assert files(paths[0]) == ["diffusion_pytorch_model.ema.safetensors"]
     assert merge(paths, tmp_path / "out") == 0
     assert files(tmp_path / "out") == files(paths[0])
@@ -139,9 +141,9 @@ def test_a_pipeline_of_images(tmp_path):
     paths = save_all(
         tmp_path,
         model,
-        lambda one, path: DDPMPipeline(one, DDPMScheduler(num_train_timesteps=4)).save_pretrained(
-            path
-        ),
+        lambda model, path: DDPMPipeline(
+            model, DDPMScheduler(num_train_timesteps=4)
+        ).save_pretrained(path),
     )
     assert merge(paths, tmp_path / "out") == 0
     assert files(tmp_path / "out") == ["unet/diffusion_pytorch_model.safetensors"]
@@ -156,36 +158,36 @@ def test_a_pipeline_of_images(tmp_path):
     assert image.shape == (1, 8, 8, 3) and np.isfinite(image).all()
 
 
-def words(folder: Path):
-    """A tokenizer of CLIP for the letters a to j."""
+def letter_tokenizer(folder: Path):
+    """Return a CLIP tokenizer for the letters a to j."""
     folder.mkdir(parents=True)
     letters = [chr(97 + i) for i in range(10)]
-    known = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(known)}))
+    tokens = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    made = hf.CLIPTokenizer.from_pretrained(folder)
-    made.model_max_length = 40
-    return made
+    tokenizer = hf.CLIPTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 40
+    return tokenizer
 
 
 def text_tower():
     return hf.CLIPTextModel(family("clip").config.text_config).eval()
 
 
-def stable_diffusion(root, moved=("unet", "vae", "text_encoder")):
-    """A base and two fine-tunes of a pipeline, in which the components in `moved` differ."""
+def stable_diffusion(root, tuned=("unet", "vae", "text_encoder")):
+    """Write a base and two fine-tunes of a pipeline, in which the components in `tuned` differ."""
     torch.manual_seed(3)
     models = {"unet": conditioned(), "vae": autoencoder(), "text_encoder": text_tower()}
-    speller = words(root / "words")
+    tokenizer = letter_tokenizer(root / "tokenizer")
     paths = [root / "base", root / "ft1", root / "ft2"]
     for i, path in enumerate(paths):
         of_path = {
-            name: fine_tuned(model, i) if i and name in moved else model
+            name: fine_tuned(model, i) if i and name in tuned else model
             for name, model in models.items()
         }
         StableDiffusionPipeline(
             **of_path,
-            tokenizer=speller,
+            tokenizer=tokenizer,
             scheduler=DDIMScheduler(num_train_timesteps=4),
             safety_checker=None,
             feature_extractor=None,
@@ -214,8 +216,8 @@ def test_a_pipeline_of_text_to_images(tmp_path):
     assert_draws(tmp_path / "out")
 
 
-def test_components_that_did_not_move(tmp_path):
-    paths = stable_diffusion(tmp_path, moved=("unet",))
+def test_unchanged_components(tmp_path):
+    paths = stable_diffusion(tmp_path, tuned=("unet",))
     assert merge(paths, tmp_path / "out") == 0
     for name in ("vae", "text_encoder"):
         made, base = tensors(tmp_path / "out" / name), tensors(paths[0] / name)
@@ -227,7 +229,7 @@ def test_components_that_did_not_move(tmp_path):
 
 
 def test_a_text_encoder_of_transformers_4(tmp_path):
-    """Pipelines on the hub name it text_model.encoder...; transformers 5 saves encoder...."""
+    """The names are text_model.encoder... on the hub; transformers 5 saves encoder...."""
     paths = stable_diffusion(tmp_path)
     plain = {path: tensors(path / "text_encoder") for path in paths}
     save_tensors(
@@ -252,6 +254,6 @@ def test_a_fine_tuned_component_in_place_of_a_pipeline_is_an_error(tmp_path, cap
     paths = stable_diffusion(tmp_path)
     assert merge([paths[0], paths[1] / "unet", paths[2] / "unet"], tmp_path / "out") == 1
     assert capsys.readouterr().err.count("error:") == 1
-    # The components alone are merged as any model.
+    # The components without the pipeline are merged like any other model.
     assert merge([path / "unet" for path in paths], tmp_path / "out") == 0
     assert_merged(tmp_path / "out", [path / "unet" for path in paths])

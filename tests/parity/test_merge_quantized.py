@@ -43,9 +43,9 @@ from tests.parity.merge_inputs import (
 pytestmark = pytest.mark.filterwarnings("ignore")  # Warnings of other libraries.
 logger.disable("compressed_tensors")
 FINE = 128  # Rows and columns of a block of fine-grained FP8.
-# What must not be left in a dequantized checkpoint.
+# Names of tensors that a dequantized checkpoint must not contain.
 REMAINS = re.compile(r".*(scale|zero_point|qdata|_data|_shift|scale_inv|SCB|packed)")
-# BitsAndBytes, GPTQ, AWQ, and MXFP4 as gpt-oss stores it: names, shapes and dtypes of one weight.
+# Names, shapes and dtypes of one weight in BitsAndBytes, GPTQ, AWQ, and MXFP4 (of gpt-oss).
 FOUR_BITS = {
     "bitsandbytes": ({"weight": ((512, 1), torch.uint8), "weight.absmax": ((16,), torch.uint8),
                       "weight.quant_map": ((16,), torch.float32),
@@ -103,7 +103,7 @@ def with_quanto(kind):
 
 
 def _bounds(weight: torch.Tensor, args: QuantizationArgs):
-    """Least and greatest weight of each part that shares a scale."""
+    """Return the minimum and maximum weight of each part with one scale."""
     if args.strategy == "tensor":
         return weight.min().reshape(1), weight.max().reshape(1)
     if args.strategy == "channel":
@@ -143,7 +143,7 @@ def with_compressed_tensors(form: str, **args):
 
 
 def fine_grained(model, path: Path) -> None:
-    """FP8 with a scale for each block of 128 x 128, as DeepSeek-V3 and Qwen3 are stored."""
+    """Write FP8 with a scale per block of 128 x 128, as in DeepSeek-V3 and Qwen3."""
     model.save_pretrained(path)
     values = {}
     for name, value in load_file(path / "model.safetensors").items():
@@ -198,33 +198,33 @@ def saved(root: Path, form: str) -> list[Path]:
 
 
 def dequantized(directory: Path) -> dict[str, np.ndarray]:
-    """Codes times scales, in float64; other tensors as they are."""
+    """Return codes times scales in float64, and other tensors unchanged."""
     stored = {
         name: value.double().numpy()
         for name, value in load_file(directory / "model.safetensors").items()
     }
-    made = {}
+    result = {}
     for name, value in stored.items():
         if name.endswith("._weight_qdata"):  # torchao
             start = name.removesuffix("_weight_qdata")
             zero = stored.get(f"{start}_weight_zero_point", np.zeros(()))
             scale = _spread(stored[f"{start}_weight_scale"], value.shape)
-            made[f"{start}weight"] = (value - _spread(zero, value.shape)) * scale
+            result[f"{start}weight"] = (value - _spread(zero, value.shape)) * scale
         elif name.endswith(".weight._data"):  # quanto
             start = name.removesuffix("._data")
-            made[start] = value * _spread(stored[f"{start}._scale"], value.shape)
+            result[start] = value * _spread(stored[f"{start}._scale"], value.shape)
         elif f"{name}_scale_inv" in stored:
             blocks = np.repeat(np.repeat(stored[f"{name}_scale_inv"], FINE, 0), FINE, 1)
-            made[name] = value * blocks[: value.shape[0], : value.shape[1]]
+            result[name] = value * blocks[: value.shape[0], : value.shape[1]]
         elif f"{name}_scale" in stored:  # compressed-tensors
-            made[name] = value * _spread(stored[f"{name}_scale"], value.shape)
+            result[name] = value * _spread(stored[f"{name}_scale"], value.shape)
         elif not REMAINS.fullmatch(name):
-            made[name] = value
-    return made
+            result[name] = value
+    return result
 
 
 def _spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A scale for each element, of scales for tensors, rows, groups or blocks."""
+    """Expand the scales of tensors, rows, groups or blocks to one scale per element."""
     if scale.size == 1:
         return scale.reshape(())
     for axis, size in enumerate(shape):
@@ -232,11 +232,11 @@ def _spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return scale
 
 
-def assert_rounded_once(value: np.ndarray, wanted: np.ndarray, name: str) -> None:
-    """bfloat16 has 8 significant bits: half a unit in the last place, and 1e-6 of the largest."""
-    size = np.abs(wanted)
+def assert_rounded_once(value: np.ndarray, expected: np.ndarray, name: str) -> None:
+    """Check for half an ulp of bfloat16 (8 significant bits), plus 1e-6 of the maximum."""
+    size = np.abs(expected)
     unit = 2.0 ** np.floor(np.log2(np.where(size > 0, size, 1.0)))
-    assert (np.abs(value - wanted) <= unit * 2.0**-8 + 1e-6 * size.max(initial=0)).all(), name
+    assert (np.abs(value - expected) <= unit * 2.0**-8 + 1e-6 * size.max(initial=0)).all(), name
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -245,22 +245,24 @@ def test_quantized_weights(tmp_path, capsys, form):
     stored = load_file(paths[0] / "model.safetensors")
     assert any(REMAINS.fullmatch(name) for name in stored)
     capsys.readouterr()
-    # By default an error that names the way to merge them.
-    assert merge(paths, tmp_path / "refused") == 1
-    said = capsys.readouterr().err
-    assert "quantized" in said and "--dequantize" in said, said
-    assert not (tmp_path / "refused").exists()
-    # On request codes times scales, rounded once.
+    # The default is an error that names the option that merges them.
+    assert merge(paths, tmp_path / "error") == 1
+    err = capsys.readouterr().err
+    assert "quantized" in err and "--dequantize" in err, err
+    assert not (tmp_path / "error").exists()
+    # The option merges codes times scales and rounds once.
     base, *tuned = map(dequantized, paths)
     for option in ([], ["--dtype", "float32"]):
         out = tmp_path / f"out{len(option)}"
         assert merge(paths, out, "--dequantize", *option) == 0
-        made = load_file(out / "model.safetensors")
-        assert made.keys() == base.keys()
-        assert {x.dtype for x in made.values()} == {torch.float32 if option else torch.bfloat16}
-        for name, value in made.items():
-            wanted = merged(base[name], [one[name] for one in tuned])
-            (assert_close if option else assert_rounded_once)(value.double().numpy(), wanted, name)
+        result = load_file(out / "model.safetensors")
+        assert result.keys() == base.keys()
+        assert {x.dtype for x in result.values()} == {torch.float32 if option else torch.bfloat16}
+        for name, value in result.items():
+            expected = merged(base[name], [model[name] for model in tuned])
+            (assert_close if option else assert_rounded_once)(
+                value.double().numpy(), expected, name
+            )
         config = config_of(out)
         assert "quantization_config" not in config and "compression_config" not in config
         assert not (out / "quanto_qmap.json").exists()
@@ -276,17 +278,17 @@ def test_quantized_weights(tmp_path, capsys, form):
     ["torchao int8", "torchao float8", "torchao int8 groups", "quanto int8", "quanto float8"],
 )
 def test_the_library_reads_codes_times_scales(tmp_path, form):
-    """The reference of this file is what the library's own dequantize() gives."""
+    """The reference in this file equals dequantize() of the library."""
     (path, *_) = saved(tmp_path, form)
     kind = (
         quanto.QuantizedModelForCausalLM if form.startswith("quanto") else (hf.AutoModelForCausalLM)
     )
-    read, wanted = kind.from_pretrained(str(path)), dequantized(path)
+    read, expected = kind.from_pretrained(str(path)), dequantized(path)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         weight = read.get_submodule(name).weight
         assert type(weight) is not torch.nn.Parameter
         assert_rounded_once(
-            weight.dequantize().double().detach().numpy(), wanted[f"{name}.weight"], name
+            weight.dequantize().double().detach().numpy(), expected[f"{name}.weight"], name
         )
 
 
@@ -295,20 +297,20 @@ def test_quantized_and_full_precision_models(tmp_path, capsys, quantized):
     codes = saved(tmp_path / "codes", "quanto int8")
     plain = save_all(tmp_path / "plain", llama())
     paths = [plain[0], *codes[1:]] if quantized == "fine-tunes" else [codes[0], *plain[1:]]
-    assert merge(paths, tmp_path / "refused") == 1
-    said = capsys.readouterr().err
-    assert "quantized" in said and "--dequantize" in said, said
+    assert merge(paths, tmp_path / "error") == 1
+    err = capsys.readouterr().err
+    assert "quantized" in err and "--dequantize" in err, err
     assert merge(paths, tmp_path / "out", "--dequantize") == 0
-    made = load_file(tmp_path / "out" / "model.safetensors")
+    result = load_file(tmp_path / "out" / "model.safetensors")
     base, *tuned = map(dequantized, paths)
-    assert made.keys() == base.keys()
-    for name, value in made.items():
-        wanted = merged(base[name], [one[name] for one in tuned])
-        assert_rounded_once(value.double().numpy(), wanted, name)
+    assert result.keys() == base.keys()
+    for name, value in result.items():
+        expected = merged(base[name], [model[name] for model in tuned])
+        assert_rounded_once(value.double().numpy(), expected, name)
     opened(hf.AutoModelForCausalLM, tmp_path / "out", dtype="auto")
 
 
-def test_dequantize_needs_no_quantized_model(tmp_path):
+def test_dequantize_accepts_models_without_quantization(tmp_path):
     paths = save_all(tmp_path, llama())
     assert merge(paths, tmp_path / "out", "--dequantize") == 0
     assert merge(paths, tmp_path / "same") == 0
@@ -317,15 +319,15 @@ def test_dequantize_needs_no_quantized_model(tmp_path):
     ).read_bytes()
 
 
-def _assert_refused(paths, root, capsys):
+def _assert_error(paths, root, capsys):
     for options in ([], ["--dequantize"]):
         capsys.readouterr()
         assert merge(paths, root / "out", *options) == 1
-        said = capsys.readouterr().err
-        assert said.count("error:") == 1, said
-        assert "quantized" in said or options and "--dequantize" in said, said
-        # The option is not offered where it cannot help.
-        assert options or "--dequantize" not in said, said
+        err = capsys.readouterr().err
+        assert err.count("error:") == 1, err
+        assert "quantized" in err or options and "--dequantize" in err, err
+        # The message does not name an option that cannot help.
+        assert options or "--dequantize" not in err, err
         assert not (root / "out").exists()
 
 
@@ -337,7 +339,7 @@ def test_four_bits_of_libraries(tmp_path, capsys, form):
             "pack-quantized", num_bits=4, type="int", strategy="group", group_size=16
         ),
     }[form]
-    _assert_refused(save_all(tmp_path, llama(), save), tmp_path, capsys)
+    _assert_error(save_all(tmp_path, llama(), save), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("form", FOUR_BITS)
@@ -355,4 +357,4 @@ def test_four_bits_by_hand(tmp_path, capsys, form):
         save_tensors(path, values)
         edit_config(path, quantization_config=config)
     assert json.loads((paths[0] / "config.json").read_text())["quantization_config"] == config
-    _assert_refused(paths, tmp_path, capsys)
+    _assert_error(paths, tmp_path, capsys)

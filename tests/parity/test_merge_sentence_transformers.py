@@ -1,4 +1,4 @@
-"""Models that sentence-transformers saves, merged by `modelstock merge` and opened by it again."""
+"""Models of sentence-transformers, merged by `modelstock merge` and opened again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SENTENCES = ["w5 w6 w7", "w8", "w9 w10 w11 w12"]
 
 
 def embedder(root: Path, dense: bool) -> SentenceTransformer:
-    """Tiny BERT, mean pooling, and a dense layer to 8 dimensions."""
+    """Return a tiny BERT with mean pooling, and a dense layer to 8 dimensions if `dense`."""
     torch.manual_seed(0)
     family("bert").bert.save_pretrained(root)
     tokenizer().save_pretrained(root)
@@ -68,9 +68,9 @@ def test_a_sentence_transformer(tmp_path, dense):
         assert (out / "3_Normalize").is_dir()
     again = SentenceTransformer(str(out), device="cpu")
     assert [type(module) for module in again] == [type(module) for module in model]
-    made = again.encode(SENTENCES)
-    assert made.shape == (3, 8 if dense else 16) and np.isfinite(made).all()
-    # Every parameter is the merged one: none was initialized when the model was opened.
+    embeddings = again.encode(SENTENCES)
+    assert embeddings.shape == (3, 8 if dense else 16) and np.isfinite(embeddings).all()
+    # Every parameter is merged: none was initialized when the model was opened.
     read = again.state_dict()
     for folder in [".", "2_Dense"][: 1 + dense]:
         for name, value in tensors(out / folder).items():
@@ -83,11 +83,11 @@ def test_a_sentence_transformer(tmp_path, dense):
             ]
             np.testing.assert_array_equal(same.numpy(), value, name)
     base, tuned = model.encode(SENTENCES), SentenceTransformer(str(paths[1])).encode(SENTENCES)
-    assert 0 < np.linalg.norm(made - base) < 2 * np.linalg.norm(tuned - base)
+    assert 0 < np.linalg.norm(embeddings - base) < 2 * np.linalg.norm(tuned - base)
 
 
 def test_fine_tunes_that_are_a_plain_encoder(tmp_path):
-    """A fine-tune without modules, as transformers saves it, gives the encoder alone."""
+    """A fine-tune without modules, as transformers saves it, contains only the encoder."""
     model, paths = saved(tmp_path, dense=False)
     for i in (1, 2):
         plain = tmp_path / f"plain{i}"

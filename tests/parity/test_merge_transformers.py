@@ -1,4 +1,4 @@
-"""Models that transformers saves, merged by `modelstock merge` and opened by transformers."""
+"""Models of transformers, merged by `modelstock merge` and opened by transformers."""
 
 from __future__ import annotations
 
@@ -64,9 +64,6 @@ def finite(model: torch.nn.Module) -> bool:
     return all(bool(x.isfinite().all()) for x in outputs(model))
 
 
-# 1. Families.
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_merged_and_opens(tmp_path, name):
     model = family(name)
@@ -75,15 +72,12 @@ def test_a_family_is_merged_and_opens(tmp_path, name):
     assert_merged(out, paths)
     again = opened(type(model), out)
     assert finite(again)
-    moved = [(a - b).norm() for a, b in zip(outputs(again), outputs(model), strict=True)]
-    assert max(moved) > 0
-
-
-# 2. A vocabulary that one fine-tune resized.
+    changes = [(a - b).norm() for a, b in zip(outputs(again), outputs(model), strict=True)]
+    assert max(changes) > 0
 
 
 def resized(root, name):
-    """A base with V rows, a fine-tune with V rows, and one with V + 2 and its own tokenizer."""
+    """Write a base and a fine-tune with V rows, and a fine-tune with V + 2 and an own tokenizer."""
     model = family(name)
     paths = save_all(root, model)
     longer = fine_tuned(model, 2)
@@ -110,11 +104,11 @@ def rows_of(value, rows):
 
 
 @pytest.mark.parametrize("name", RESIZED)
-@pytest.mark.parametrize("take", ["longest", "base"])
-def test_a_resized_vocabulary(tmp_path, name, take):
+@pytest.mark.parametrize("rows_from", ["longest", "base"])
+def test_a_resized_vocabulary(tmp_path, name, rows_from):
     model, paths = resized(tmp_path, name)
-    out, size = tmp_path / "out", VOCABULARY + ADDED * (take == "longest")
-    assert merge(paths, out, "--vocab-mismatch", take) == 0
+    out, size = tmp_path / "out", VOCABULARY + ADDED * (rows_from == "longest")
+    assert merge(paths, out, "--vocab-mismatch", rows_from) == 0
     config = config_of(out)
     assert config.get("text_config", config)["vocab_size"] == size
     assert len(hf.AutoTokenizer.from_pretrained(out)) == size
@@ -122,10 +116,10 @@ def test_a_resized_vocabulary(tmp_path, name, take):
     grown = [n for n, value in second.items() if value.shape != base[n].shape]
     assert grown and made.keys() == base.keys()
     for key, value in made.items():
-        common = [rows_of(one[key], VOCABULARY) for one in (base, first, second)]
-        assert value.shape == (second if take == "longest" else base)[key].shape, key
+        common = [rows_of(model[key], VOCABULARY) for model in (base, first, second)]
+        assert value.shape == (second if rows_from == "longest" else base)[key].shape, key
         assert_close(rows_of(value, VOCABULARY), merged(common[0], common[1:]), key)
-        if key in grown and take == "longest":
+        if key in grown and rows_from == "longest":
             np.testing.assert_array_equal(
                 np.moveaxis(value, value.shape.index(size), 0)[-ADDED:],
                 np.moveaxis(second[key], value.shape.index(size), 0)[-ADDED:],
@@ -133,7 +127,7 @@ def test_a_resized_vocabulary(tmp_path, name, take):
             )
     again = opened(type(model), out)
     assert again.get_input_embeddings().weight.shape[0] == size
-    if name != "marian" and name != "albert":  # Their own attribute names; the files are enough.
+    if name not in ("marian", "albert"):  # Other attribute names; the files are checked above.
         assert again.get_output_embeddings().weight.shape[0] == size
     assert finite(again)
     assert size in outputs(again)[0].shape
@@ -142,16 +136,13 @@ def test_a_resized_vocabulary(tmp_path, name, take):
 def test_a_resized_vocabulary_is_an_error_by_default(tmp_path, capsys):
     _, paths = resized(tmp_path, "llama")
     assert merge(paths, tmp_path / "out") == 1
-    said = capsys.readouterr().err
-    assert "--vocab-mismatch" in said and str(VOCABULARY + ADDED) in said
+    err = capsys.readouterr().err
+    assert "--vocab-mismatch" in err and str(VOCABULARY + ADDED) in err
     assert not (tmp_path / "out").exists()
 
 
-# 3. Names that a wrapper or another version wrote.
-
-
 def _state(model):
-    """The tensors that save_pretrained writes, by name."""
+    """Return the tensors that save_pretrained writes, by name."""
     import tempfile
     from pathlib import Path
 
@@ -161,15 +152,15 @@ def _state(model):
 
 
 def _compiled(model):
-    kept = _state(model)
+    names = _state(model)
     state = torch.compile(model).state_dict()
-    return {f"_orig_mod.{name}": state[f"_orig_mod.{name}"] for name in kept}
+    return {f"_orig_mod.{name}": state[f"_orig_mod.{name}"] for name in names}
 
 
 def _parallel(model):
-    kept = _state(model)
+    names = _state(model)
     state = torch.nn.DataParallel(model).state_dict()
-    return {f"module.{name}": state[f"module.{name}"] for name in kept}
+    return {f"module.{name}": state[f"module.{name}"] for name in names}
 
 
 def _of_peft(model):
@@ -187,8 +178,9 @@ def test_names_of_a_wrapper(tmp_path, capsys, prefix, wrapped):
     mapped = list(plain)
     for i, path in enumerate(plain):
         if path.name in wrapped:
-            one = model if i == 0 else fine_tuned(model, i)
-            mapped[i] = save_tensors(tmp_path / f"wrapped_{path.name}", WRAPPERS[prefix](one), path)
+            saved = model if i == 0 else fine_tuned(model, i)
+            state = WRAPPERS[prefix](saved)
+            mapped[i] = save_tensors(tmp_path / f"wrapped_{path.name}", state, path)
     assert merge(mapped, tmp_path / "out") == 0
     lines = [line for line in notes(capsys) if prefix in line]
     assert len(lines) == (1 if wrapped == ("ft1",) else 2), lines  # One per fine-tune.
@@ -201,12 +193,12 @@ def test_names_of_a_wrapper(tmp_path, capsys, prefix, wrapped):
 @pytest.mark.parametrize("bare", ["base", "fine-tunes"])
 def test_gpt2_with_and_without_its_head(tmp_path, capsys, bare):
     model = family("gpt2")
-    whole = save_all(tmp_path / "whole", model)
+    complete = save_all(tmp_path / "complete", model)
     bodies = save_all(
-        tmp_path / "bodies", model, lambda one, path: one.transformer.save_pretrained(path)
+        tmp_path / "bodies", model, lambda saved, path: saved.transformer.save_pretrained(path)
     )
     assert "h.0.attn.c_attn.weight" in tensors(bodies[0])
-    paths = [bodies[0], *whole[1:]] if bare == "base" else [whole[0], *bodies[1:]]
+    paths = [bodies[0], *complete[1:]] if bare == "base" else [complete[0], *bodies[1:]]
     assert merge(paths, tmp_path / "out") == 0
     assert any("transformer." in line for line in notes(capsys))
     made = {
@@ -214,23 +206,25 @@ def test_gpt2_with_and_without_its_head(tmp_path, capsys, bare):
         for n, x in tensors(tmp_path / "out").items()
         if n != "lm_head.weight"
     }
-    assert_merged(made, whole)
+    assert_merged(made, complete)
     opened(hf.GPT2Model if bare == "base" else hf.GPT2LMHeadModel, tmp_path / "out")
 
 
 def test_bodies_of_bert_against_a_masked_language_model(tmp_path, capsys):
     model = family("bert")
-    whole = save_all(tmp_path / "whole", model)
-    bodies = save_all(tmp_path / "bodies", model, lambda one, path: one.bert.save_pretrained(path))
-    paths = [whole[0], *bodies[1:]]
-    assert merge(paths, tmp_path / "refused") == 1
+    complete = save_all(tmp_path / "complete", model)
+    bodies = save_all(
+        tmp_path / "bodies", model, lambda saved, path: saved.bert.save_pretrained(path)
+    )
+    paths = [complete[0], *bodies[1:]]
+    assert merge(paths, tmp_path / "error") == 1
     assert "cls.predictions" in capsys.readouterr().err
     assert merge(paths, tmp_path / "out", "--missing-tensors", "base") == 0
     assert any("bert." in line for line in notes(capsys))
-    made, base = tensors(tmp_path / "out"), tensors(whole[0])
+    made, base = tensors(tmp_path / "out"), tensors(complete[0])
     assert_merged(
         {n: x for n, x in made.items() if n.startswith("bert.")},
-        [{n: x for n, x in tensors(p).items() if n.startswith("bert.")} for p in whole],
+        [{n: x for n, x in tensors(p).items() if n.startswith("bert.")} for p in complete],
     )
     for name in base:
         if name.startswith("cls."):
@@ -240,17 +234,19 @@ def test_bodies_of_bert_against_a_masked_language_model(tmp_path, capsys):
 
 def test_a_masked_language_model_against_a_body_as_base(tmp_path, capsys):
     model = family("bert")
-    whole = save_all(tmp_path / "whole", model)
-    bodies = save_all(tmp_path / "bodies", model, lambda one, path: one.bert.save_pretrained(path))
-    assert merge([bodies[0], *whole[1:]], tmp_path / "out", "--missing-tensors", "base") == 0
+    complete = save_all(tmp_path / "complete", model)
+    bodies = save_all(
+        tmp_path / "bodies", model, lambda saved, path: saved.bert.save_pretrained(path)
+    )
+    assert merge([bodies[0], *complete[1:]], tmp_path / "out", "--missing-tensors", "base") == 0
     assert any("bert." in line for line in notes(capsys))
     assert_merged(tmp_path / "out", bodies)
 
 
 def test_a_text_tower_without_its_prefix(tmp_path, capsys):
     torch.manual_seed(0)
-    whole = family("clip")
-    paths = save_all(tmp_path / "whole", whole)
+    complete = family("clip")
+    paths = save_all(tmp_path / "complete", complete)
     text = {}
     for path in paths:
         values = {
@@ -265,7 +261,7 @@ def test_a_text_tower_without_its_prefix(tmp_path, capsys):
     assert merge([text[paths[0]], *bare[1:]], tmp_path / "out") == 0
     assert any("text_model." in line for line in notes(capsys))
     assert_merged(tmp_path / "out", list(text.values()))
-    # A tower alone against the complete CLIP: the image tower is the base's.
+    # Fine-tuned towers and a complete CLIP as base: the image tower is copied from the base.
     assert merge([paths[0], *bare[1:]], tmp_path / "tower", "--missing-tensors", "base") == 0
     made = tensors(tmp_path / "tower")
     assert_merged(
@@ -275,7 +271,7 @@ def test_a_text_tower_without_its_prefix(tmp_path, capsys):
 
 
 def _named(model, old: bool):
-    """The state dict by the names at runtime, or by those of the first release."""
+    """Return the state dict by names at runtime, or by names of the first release."""
     kind, tied = model.config.model_type, set(model.all_tied_weights_keys)
     return {
         old_name(kind, name) if old else name: value
@@ -286,30 +282,27 @@ def _named(model, old: bool):
 
 @pytest.mark.parametrize("name", OLD_NAMES)
 @pytest.mark.parametrize(
-    "layouts", ["old-new", "new-old", "saved-old", "old-saved", "new-saved", "saved-new"]
+    "names", ["old-new", "new-old", "saved-old", "old-saved", "new-saved", "saved-new"]
 )
-def test_formats_of_vision_language_models(tmp_path, capsys, name, layouts):
+def test_old_and_new_names_of_vision_language_models(tmp_path, capsys, name, names):
     model = family(name)
     saved = save_all(tmp_path / "saved", model)
     written = {"saved": saved}
-    for layout in ("old", "new"):
-        written[layout] = [
+    for kind in ("old", "new"):
+        written[kind] = [
             save_tensors(
-                tmp_path / layout / path.name,
-                _named(fine_tuned(model, i) if i else model, layout == "old"),
+                tmp_path / kind / path.name,
+                _named(fine_tuned(model, i) if i else model, kind == "old"),
                 path,
             )
             for i, path in enumerate(saved)
         ]
-    of_base, of_tuned = (written[layout] for layout in layouts.split("-"))
+    of_base, of_tuned = (written[kind] for kind in names.split("-"))
     assert merge([of_base[0], *of_tuned[1:]], tmp_path / "out") == 0
     same = tensors(of_base[0]).keys() == tensors(of_tuned[0]).keys()
     assert any(" -> " in line for line in notes(capsys)) != same
     assert_merged(tmp_path / "out", of_base)
     assert finite(opened(type(model), tmp_path / "out"))
-
-
-# 4. Copies of a shared tensor, and aliases.
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -332,9 +325,9 @@ def test_copies_of_shared_embeddings(tmp_path, name, copied):
         "ft1": [plain[0], copies[1], plain[2]],
     }[copied]
     assert merge(paths, tmp_path / "out") == 0
-    made, wanted = tensors(tmp_path / "out"), [tensors(path) for path in copies]
+    made, expected = tensors(tmp_path / "out"), [tensors(path) for path in copies]
     assert made.keys() >= tensors(plain[0]).keys()
-    assert_merged(made, [{n: one[n] for n in made} for one in wanted])
+    assert_merged(made, [{n: model[n] for n in made} for model in expected])
     again = opened(type(model), tmp_path / "out")
     assert finite(again)
 
@@ -363,10 +356,10 @@ def test_aliases_of_save_model(tmp_path, name):
     assert not missing and not unexpected
     copies = [(fine_tuned(model, i) if i else model).state_dict() for i in range(3)]
     for key, value in again.state_dict().items():
-        base, *tuned = (one[key].numpy() for one in copies)
+        base, *tuned = (state[key].numpy() for state in copies)
         assert_close(value.numpy(), merged(base, tuned), key)
     opened(type(model), tmp_path / "out")
-    # One model with aliases among models that save_pretrained wrote, both ways.
+    # Models with aliases together with models that save_pretrained wrote, in both roles.
     assert merge([plain[0], *paths[1:]], tmp_path / "out2") == 0
     assert_merged(tmp_path / "out2", plain)
     assert merge([paths[0], *plain[1:]], tmp_path / "out3") == 0
@@ -376,20 +369,18 @@ def test_aliases_of_save_model(tmp_path, name):
     assert not missing and not unexpected
 
 
-# 5. Another head than the base's.
-
 NAMES = [f"bird {i}" for i in range(10)]
 
 
 def classifiers(root, kind, config, base):
-    """Two fine-tunes with 10 named labels of a base with 1000 labels, or without a head."""
+    """Write a base with 1000 labels or no head, and two fine-tunes with 10 named labels."""
     labels = dict(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
     torch.manual_seed(0)
     pretrained = kind(config(num_labels=1000))
     start = kind(config(**labels))
-    own = pretrained.state_dict()
+    initial = pretrained.state_dict()
     start.load_state_dict(
-        {n: own[n] if own[n].shape == x.shape else x for n, x in start.state_dict().items()}
+        {n: initial[n] if initial[n].shape == x.shape else x for n, x in start.state_dict().items()}
     )
     paths = [root / "base", root / "ft1", root / "ft2"]
     body = getattr(pretrained, pretrained.base_model_prefix)
@@ -423,8 +414,8 @@ def _vit_labels(**labels):
 def test_the_head_of_the_fine_tunes(tmp_path, capsys, kind, config, auto, base):
     pretrained, paths = classifiers(tmp_path, kind, config, base)
     assert merge(paths, tmp_path / "out") == 1
-    said = capsys.readouterr().err
-    assert "classifier" in said and "--head finetuned" in said
+    err = capsys.readouterr().err
+    assert "classifier" in err and "--head finetuned" in err
     assert merge(paths, tmp_path / "out", "--head", "finetuned") == 0
     config = hf.AutoConfig.from_pretrained(tmp_path / "out")
     assert config.num_labels == 10 and list(config.id2label.values()) == NAMES
@@ -432,14 +423,14 @@ def test_the_head_of_the_fine_tunes(tmp_path, capsys, kind, config, auto, base):
     model = opened(auto, tmp_path / "out")
     assert isinstance(model, kind) and model.num_labels == 10 and finite(model)
     tuned = [kind.from_pretrained(path).state_dict() for path in paths[1:]]
-    own = pretrained.state_dict()
+    base_state = pretrained.state_dict()
     for name, value in model.state_dict().items():
-        heads = [one[name].numpy() for one in tuned]
+        values = [state[name].numpy() for state in tuned]
         if name.startswith("classifier."):
-            wanted = np.mean([x.astype(np.float64) for x in heads], 0)
+            expected = np.mean([x.astype(np.float64) for x in values], 0)
         else:
-            wanted = merged(own[name].numpy(), heads)
-        assert_close(value.numpy(), wanted, name)
+            expected = merged(base_state[name].numpy(), values)
+        assert_close(value.numpy(), expected, name)
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -456,7 +447,7 @@ def test_the_head_of_the_fine_tunes(tmp_path, capsys, kind, config, auto, base):
     ("llama", hf.LlamaForSequenceClassification),
 ])  # fmt: skip
 def test_classifiers_of_a_language_model(tmp_path, capsys, name, kind):
-    """The base has a head for words: its layers of equal shape are not the classifier's."""
+    """The base has a language-model head: layers of equal shape are not those of the classifier."""
     labels = dict(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
     paths = [tmp_path / "base", tmp_path / "ft1", tmp_path / "ft2"]
     torch.manual_seed(0)
@@ -470,7 +461,7 @@ def test_classifiers_of_a_language_model(tmp_path, capsys, name, kind):
     start, report = kind.from_pretrained(paths[0], config=config, output_loading_info=True)
     for i, path in enumerate(paths[1:]):
         fine_tuned(start, i + 1).save_pretrained(path)
-    assert merge(paths, tmp_path / "refused") == 1
+    assert merge(paths, tmp_path / "error") == 1
     assert "--head finetuned" in capsys.readouterr().err
     assert merge(paths, tmp_path / "out", "--head", "finetuned") == 0
     again = opened(hf.AutoModelForSequenceClassification, tmp_path / "out")
@@ -478,17 +469,17 @@ def test_classifiers_of_a_language_model(tmp_path, capsys, name, kind):
     tuned, base = [fine_tuned(start, i).state_dict() for i in (1, 2)], start.state_dict()
     assert report["missing_keys"]
     for key, value in again.state_dict().items():
-        moved = [one[key].numpy() for one in tuned]
-        wanted = (
-            np.mean([x.astype(np.float64) for x in moved], 0)
+        values = [state[key].numpy() for state in tuned]
+        expected = (
+            np.mean([x.astype(np.float64) for x in values], 0)
             if key in report["missing_keys"]
-            else merged(base[key].numpy(), moved)
+            else merged(base[key].numpy(), values)
         )
-        assert_close(value.numpy(), wanted, key)
+        assert_close(value.numpy(), expected, key)
 
 
-def test_names_of_layer_norms_as_tensorflow_saved_them(tmp_path, capsys):
-    """As bert-base-uncased on the hub: LayerNorm.gamma and beta."""
+def test_tensorflow_names_of_layer_norms(tmp_path, capsys):
+    """LayerNorm.gamma and beta, as in bert-base-uncased on the hub."""
     model = family("bert")
     paths = save_all(tmp_path, model)
     values = {
@@ -498,20 +489,20 @@ def test_names_of_layer_norms_as_tensorflow_saved_them(tmp_path, capsys):
         for n, x in tensors(paths[0]).items()
     }
     old = save_tensors(tmp_path / "old", values, paths[0])
-    for given in ([old, *paths[1:]], [paths[0], old, paths[2]]):
-        out = tmp_path / f"out_{given[0].name}"
-        wanted = [paths[0], *(paths[0] if path == old else path for path in given[1:])]
-        assert merge(given, out) == 0
+    for inputs in ([old, *paths[1:]], [paths[0], old, paths[2]]):
+        out = tmp_path / f"out_{inputs[0].name}"
+        expected = [paths[0], *(paths[0] if path == old else path for path in inputs[1:])]
+        assert merge(inputs, out) == 0
         assert any("gamma" in line for line in notes(capsys))
         made = {
             n.replace("gamma", "weight").replace("beta", "bias"): x for n, x in tensors(out).items()
         }
-        assert_merged(made, wanted)
+        assert_merged(made, expected)
         opened(hf.BertForMaskedLM, out)
 
 
 def test_names_of_weight_norm(tmp_path):
-    """As wav2vec2-base on the hub: weight_g and weight_v."""
+    """weight_g and weight_v, as in wav2vec2-base on the hub."""
     model = family("wav2vec2")
     paths = save_all(tmp_path, model)
     new, old = "parametrizations.weight.original", "weight_"
@@ -528,8 +519,6 @@ def test_names_of_weight_norm(tmp_path):
     assert_merged(made, paths)
     opened(hf.Wav2Vec2ForCTC, tmp_path / "out")
 
-
-# 10. Configs that disagree.
 
 DISAGREEMENTS = {
     "rope_theta": (
@@ -556,8 +545,8 @@ def test_configs_that_disagree(tmp_path, capsys, key, edited):
         if path.name in edited:
             edit_config(path, **changes)
     assert merge(paths, tmp_path / "out") == 1
-    said = capsys.readouterr().err
-    assert key in said and "--config-from" in said and all(value in said for value in values), said
+    err = capsys.readouterr().err
+    assert key in err and "--config-from" in err and all(value in err for value in values), err
     for option, path in (("base", paths[0]), ("model:1", paths[1])):
         out = tmp_path / f"from_{path.name}"
         assert merge(paths, out, "--config-from", option) == 0
@@ -590,9 +579,6 @@ def test_configs_of_transformers_4_and_5_agree(tmp_path, name, old):
     opened(type(family(name)), tmp_path / "out")
 
 
-# 11. Files next to the tensors.
-
-
 def with_tokenizers(root):
     paths = save_all(root, family("llama"))
     for i, path in enumerate(paths):
@@ -610,16 +596,16 @@ def with_tokenizers(root):
 def test_a_chat_template_in_which_the_fine_tunes_agree(tmp_path, capsys):
     paths = with_tokenizers(tmp_path)
     assert merge(paths, tmp_path / "out") == 0
-    said = "\n".join(notes(capsys))
-    assert "--tokenizer-from" in said and "chat_template" in said
-    assert "generation_config" in said and "eos_token" in said
-    kept = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert kept.chat_template == "{{ base }}" and kept.eos_token == "</s>"
-    assert merge(paths, tmp_path / "theirs", "--tokenizer-from", "model:1") == 0
-    taken = hf.AutoTokenizer.from_pretrained(tmp_path / "theirs")
-    assert taken.chat_template == "{{ messages }}" and taken.eos_token == "w5"
-    assert hf.GenerationConfig.from_pretrained(tmp_path / "theirs").eos_token_id == 5
-    opened(hf.LlamaForCausalLM, tmp_path / "theirs")
+    err = "\n".join(notes(capsys))
+    assert "--tokenizer-from" in err and "chat template" in err
+    assert "generation_config" in err and "eos_token" in err
+    base = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert base.chat_template == "{{ base }}" and base.eos_token == "</s>"
+    assert merge(paths, tmp_path / "tuned", "--tokenizer-from", "model:1") == 0
+    tuned = hf.AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert tuned.chat_template == "{{ messages }}" and tuned.eos_token == "w5"
+    assert hf.GenerationConfig.from_pretrained(tmp_path / "tuned").eos_token_id == 5
+    opened(hf.LlamaForCausalLM, tmp_path / "tuned")
 
 
 def test_equal_tokenizers_need_no_note(tmp_path, capsys):
@@ -630,9 +616,6 @@ def test_equal_tokenizers_need_no_note(tmp_path, capsys):
     assert not notes(capsys)
 
 
-# 12. Counters of batch normalization.
-
-
 @pytest.mark.parametrize("counts", [(10, 25, 40), (10, 40, 25), (99, 25, 40)])
 def test_counters_of_batches(tmp_path, counts):
     torch.manual_seed(0)
@@ -641,15 +624,15 @@ def test_counters_of_batches(tmp_path, counts):
             embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3
         )
     )
-    seen = iter(counts)
+    remaining = iter(counts)
 
-    def save(one, path):
-        count = next(seen)
+    def save(model, path):
+        count = next(remaining)
         with torch.no_grad():
-            for name, value in one.named_buffers():
+            for name, value in model.named_buffers():
                 if name.endswith("num_batches_tracked"):
                     value.fill_(count)
-        one.save_pretrained(path)
+        model.save_pretrained(path)
 
     paths = save_all(tmp_path, model, save)
     assert merge(paths, tmp_path / "out") == 0

@@ -1,4 +1,4 @@
-"""transformers opens merged directories: a Llama-shaped one generates, a CLIP embeds."""
+"""transformers opens merged directories: a Llama-shaped model generates, a CLIP embeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def opened(kind, directory, **how):
 
 
 @pytest.mark.parametrize("options", [
-    [], ["--max-shard-size", "4KB"], ["--unit", "head"], ["--unit", "block", "--method", "model_stock"],
+    [], ["--max-shard-size", "4KB"], ["--unit", "head"],
+    ["--unit", "block", "--method", "model-stock"],
 ])  # fmt: skip
 def test_llama_generates(tmp_path, options):
     paths = [str(path) for path in llama(tmp_path)]
@@ -37,16 +38,16 @@ def test_llama_generates(tmp_path, options):
     files = TensorFiles(tmp_path / "out")
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), files[name])
-    said = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert said.shape == (1, 8)
+    ids = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert ids.shape == (1, 8)
     logits = {str(p): opened(AutoModelForCausalLM, p)(IDS).logits.detach() for p in paths}
     base, merged = logits[paths[0]], model(IDS).logits.detach()
-    # It moved from the base, and less than either fine-tune.
+    # The output differs from that of the base, but less than that of either fine-tune.
     moves = [(logits[p] - base).norm() for p in paths[1:]]
     assert 0 < (merged - base).norm() < max(moves)
 
 
-def test_dtype_is_what_transformers_takes(tmp_path):
+def test_transformers_reads_the_dtype(tmp_path):
     paths = [str(path) for path in llama(tmp_path)]
     out = tmp_path / "out"
     assert main(["merge", *paths, "--out", str(out), "--dtype", "bfloat16"]) == 0
