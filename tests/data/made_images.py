@@ -101,7 +101,7 @@ def write_imagenet(root: Path, labels: tuple[int, ...] = (0, 2, 10, 207), each: 
     write_folders(v2, map(str, labels), each, seed=200, suffix=".jpeg")
     write_folders(root / "sketch", wnids, each, seed=300)
     for name, classes in CLASSES.items():
-        folder = root / IMAGENET[name].places[0]
+        folder = root / IMAGENET[name].locations[0]
         folders = [WNIDS[label] for label in classes[: len(labels)]]
         write_folders(folder, folders, each, seed=400, suffix=".jpg")
         (folder / "README.txt").write_text("as in the archive")

@@ -25,7 +25,7 @@ SOURCE = InMemory([*small_set(9).images, photograph(), encode(opened(photograph(
 
 @pytest.fixture(autouse=True)
 def _parts_of_four(monkeypatch):
-    monkeypatch.setattr(cache_module, "_A_PART", 4)
+    monkeypatch.setattr(cache_module, "_IMAGES_PER_PART", 4)
 
 
 def test_holds_what_decoding_and_resizing_give(tmp_path):

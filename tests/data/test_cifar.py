@@ -57,7 +57,9 @@ def test_the_published_lists():
 
 def test_sets_labels_and_bytes(root):
     opened = benchmark.load(config(root))
-    assert opened.class_names == NAMES and opened.templates == TEMPLATES and opened.real is None
+    assert (
+        opened.class_names == NAMES and opened.templates == TEMPLATES and opened.real_labels is None
+    )
     assert np.bincount(opened.train.labels).tolist() == [EACH - 2] * 10
     assert np.bincount(opened.validation.labels).tolist() == [2] * 10
     parts = [*opened.train.images, *opened.validation.images]

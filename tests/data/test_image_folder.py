@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def cache(tmp_path, monkeypatch):
     """Keeps every listing, in a directory of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(caches, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(caches, "MIN_ENTRIES", 1)
     return tmp_path / "cache"
 
 
@@ -88,10 +88,10 @@ def test_nothing_is_written_to_the_images(tmp_path, cache):
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="nowhere: "):
         read_folders(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"{tmp_path}: .*classes.*/CLASS/IMAGE.jpg"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*class folders.*/CLASS/IMAGE.jpg"):
         read_folders(tmp_path)
     write_folders(tmp_path, ["a"])
-    with pytest.raises(UserError, match=f"{tmp_path}: .*classes"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*class folders"):
         read_folders(tmp_path, {"b"})
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")

@@ -17,11 +17,11 @@ from modelstock_jax.data.imagenet import (
     TEMPLATES,
     WNIDS,
     check_complete,
+    find_paths,
     missing_sets,
     open_real,
     open_set,
     open_sets,
-    places,
 )
 from modelstock_jax.data.published_sets import IMAGENET
 from modelstock_jax.errors import UserError
@@ -110,7 +110,7 @@ def test_objectnet_has_groups_and_only_its_shared_folders(root, tmp_path):
 
 
 def test_real_goes_by_the_number_in_the_file_name(root):
-    real = open_sets(config(root)).real
+    real = open_sets(config(root)).real_labels
     sets = [[(), (label,), (label, 0)] for label in LABELS]
     assert real.label_sets == tuple(sum(sets, []))
     test = open_set("validation", root / "val", check_counts=False).select(np.array([7, 1]))
@@ -121,7 +121,7 @@ def test_real_goes_by_the_number_in_the_file_name(root):
 
 
 def test_places(root, tmp_path):
-    found = places(config(root, shifts=("a", "v2"), real_labels=False))
+    found = find_paths(config(root, shifts=("a", "v2"), real_labels=False))
     assert found == {
         "train": root / "train",
         "validation": root / "val",
@@ -131,7 +131,7 @@ def test_places(root, tmp_path):
     elsewhere = config(
         root, shifts=("a",), real_labels=False, paths={"a": str(tmp_path), "train": "val"}
     )
-    assert places(elsewhere)["a"] == tmp_path and places(elsewhere)["train"] == root / "val"
+    assert find_paths(elsewhere)["a"] == tmp_path and find_paths(elsewhere)["train"] == root / "val"
     assert missing_sets(elsewhere) == []
 
     empty = config(tmp_path, shifts=("a",), paths={"validation": "nothing"})
@@ -143,7 +143,7 @@ def test_places(root, tmp_path):
     with pytest.raises(UserError, match="train or .*; data.paths.validation=nothing"):
         open_sets(empty)
     with pytest.raises(UserError, match="'b'; .*v2, r, sketch"):
-        places(config(root, shifts=("b",)))
+        find_paths(config(root, shifts=("b",)))
 
 
 def test_a_class_outside_the_thousand_is_refused_whatever_the_counts(tmp_path):
@@ -217,7 +217,7 @@ def test_the_benchmark(root):
     opened = benchmark.load(data)
     assert len(opened.train) == len(LABELS) * (2 * EACH - 2) and len(opened.validation) == 8
     assert opened.class_names == CLASS_NAMES and opened.templates == TEMPLATES
-    assert opened.test.name == "id" and opened.real.label_sets is not None
+    assert opened.test.name == "id" and opened.real_labels.label_sets is not None
     data.paths.r = "elsewhere"
     with pytest.raises(UserError, match="data.paths.r=elsewhere: "):
         benchmark.load(data)

@@ -47,7 +47,7 @@ def test_every_layout_gives_the_same_images_and_labels(root, tmp_path, name, cap
     command(root / SOURCES[name], tmp_path, name, "--no-check-counts")
     (directory,) = tmp_path.iterdir()
     assert capsys.readouterr().out.startswith(f"{directory}/1.0.0: ")
-    assert directory.name in IMAGENET[name].places, "data.root finds it by this name"
+    assert directory.name in IMAGENET[name].locations, "data.root finds it by this name"
     plain = open_set(name, root / SOURCES[name], check_counts=False)
     records = open_set(name, directory, check_counts=False)
     assert list(records.images) == list(plain.images)

@@ -58,8 +58,8 @@ def test_wrong_text_files(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"0": "cat"}, "JSON list .*texts"),
-        (["cat", 3], "JSON list .*texts"),
+        ({"0": "cat"}, "JSON list .*strings"),
+        (["cat", 3], "JSON list .*strings"),
         ([], "class name"),
         (["cat", "dog", "cat"], "'cat' .*item 1 and item 3"),
     ],

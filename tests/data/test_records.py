@@ -89,7 +89,7 @@ def test_reading_needs_no_tensorflow_and_a_fork_is_refused(imagenet):
 
 def test_labels_of_a_large_set_are_read_once(imagenet, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(caches, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(caches, "MIN_ENTRIES", 1)
     first = read_records(imagenet, "train").labels
     monkeypatch.setattr(RecordImages, "example", lambda *_: pytest.fail("read again"))
     np.testing.assert_array_equal(read_records(imagenet, "train").labels, first)
