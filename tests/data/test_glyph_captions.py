@@ -10,10 +10,10 @@ from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES, pretraining_batch
 from modelstock_jax.data.glyphs import captions as captions_module
 from modelstock_jax.data.glyphs.captions import captions
 from modelstock_jax.data.glyphs.render import (
-    BROAD,
     CHARACTERS,
     FONTS,
     HELD_OUT_FONTS,
+    PRETRAINING,
     STYLES,
     render,
 )
@@ -24,7 +24,7 @@ COUNT = 4096
 @pytest.fixture(scope="module")
 def captioned():
     labels = np.arange(COUNT) % 62
-    _, scenes = render(jax.random.key(0), np.arange(COUNT), labels, BROAD)
+    _, scenes = render(jax.random.key(0), np.arange(COUNT), labels, PRETRAINING)
     return scenes, captions(np.random.default_rng(0), scenes)
 
 
@@ -85,7 +85,7 @@ def test_colors_are_told_now_and_then(captioned):
 
 def test_color_words_fit_the_pixels():
     labels = np.full(512, CHARACTERS.index("M"))
-    images, scenes = render(jax.random.key(2), np.arange(512), labels, BROAD)
+    images, scenes = render(jax.random.key(2), np.arange(512), labels, PRETRAINING)
     corner = np.median(images[:, [0, 0, -1, -1], [0, -1, 0, -1]].astype(float), axis=1)
     for i in range(512):
         word = captions_module.color_word(scenes.paper_hue[i], scenes.paper_light[i])

@@ -15,10 +15,10 @@ import pytest
 
 from modelstock_jax.data.glyphs import make_sets, pretraining_batch
 from modelstock_jax.data.glyphs.render import (
-    BROAD,
     CHARACTERS,
     FONTS,
     HELD_OUT_FONTS,
+    PRETRAINING,
     STYLES,
     Domain,
     font_indices,
@@ -72,10 +72,10 @@ def test_baseline_is_shared():
 
 def test_an_image_does_not_depend_on_its_neighbors():
     key, labels = jax.random.key(3), np.arange(600) % 62
-    everything, _ = render(key, np.arange(600), labels, BROAD)
+    everything, _ = render(key, np.arange(600), labels, PRETRAINING)
     some = np.array([599, 3, 511, 512])
-    np.testing.assert_array_equal(render(key, some, labels[some], BROAD)[0], everything[some])
-    assert not np.array_equal(render(jax.random.key(4), some, labels[some], BROAD)[0],
+    np.testing.assert_array_equal(render(key, some, labels[some], PRETRAINING)[0], everything[some])
+    assert not np.array_equal(render(jax.random.key(4), some, labels[some], PRETRAINING)[0],
                               everything[some])  # fmt: skip
 
 
@@ -96,18 +96,18 @@ def test_plain_domain_renders_the_mask_itself():
     [
         ({"noise": 0.2}, lambda a, b: (np.ptp(a, axis=-1) > 0).mean() > 0.5),
         (
-            {"color_share": 1.0, "paper": (0.6, 0.6)},
+            {"color_prob": 1.0, "paper": (0.6, 0.6)},
             lambda a, b: (np.ptp(a, axis=-1).max(axis=(1, 2)) > 20).all(),
         ),
-        ({"inversion_share": 1.0}, lambda a, b: a.mean() < 80),
+        ({"inversion_prob": 1.0}, lambda a, b: a.mean() < 80),
         ({"shift": 0.2}, lambda a, b: not np.array_equal(a, b)),
         ({"rotation": 40.0}, lambda a, b: not np.array_equal(a, b)),
         ({"perspective": 0.3}, lambda a, b: not np.array_equal(a, b)),
         ({"elastic": 0.05}, lambda a, b: not np.array_equal(a, b)),
         ({"blur": 1.0}, lambda a, b: a.min(axis=(1, 2, 3)).mean() > b.min(axis=(1, 2, 3)).mean()),
-        ({"clutter_share": 1.0}, lambda a, b: a.mean() < b.mean()),
-        ({"texture_share": 1.0}, lambda a, b: a[:, 0].std() > b[:, 0].std()),
-        ({"occlusion_share": 1.0}, lambda a, b: (a != b).any(axis=(1, 2, 3)).mean() > 0.95),
+        ({"clutter_prob": 1.0}, lambda a, b: a.mean() < b.mean()),
+        ({"texture_prob": 1.0}, lambda a, b: a[:, 0].std() > b[:, 0].std()),
+        ({"occlusion_prob": 1.0}, lambda a, b: (a != b).any(axis=(1, 2, 3)).mean() > 0.95),
         ({"scale": (1.2, 1.2)}, lambda a, b: a.mean() < b.mean()),
     ],
 )
@@ -123,13 +123,13 @@ def test_every_knob_does_what_its_name_says(change, test):
 
 def test_pretraining_has_all_classes_and_styles_but_no_held_out_font():
     labels = np.arange(4096) % 62
-    _, scenes = render(jax.random.key(5), np.arange(4096), labels, BROAD)
+    _, scenes = render(jax.random.key(5), np.arange(4096), labels, PRETRAINING)
     held_out = set(font_indices(HELD_OUT_FONTS))
     assert set(scenes.font.tolist()) == set(range(22)) - held_out
     assert set(scenes.style.tolist()) == {0, 1, 2, 3}
     # Shares scale with a difficulty that is uniform: half of the domain's own, within 5 errors.
     outlined = (scenes.style == STYLES.index("outline")).mean()
-    assert abs(outlined - BROAD.outline_share / 2) < 5 * np.sqrt(0.125 * 0.875 / 4096)
+    assert abs(outlined - PRETRAINING.outline_prob / 2) < 5 * np.sqrt(0.125 * 0.875 / 4096)
 
 
 def test_another_process_makes_the_same_bytes():
