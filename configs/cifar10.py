@@ -1,23 +1,24 @@
-"""A CLIP on CIFAR-10, or on CIFAR-100, read as TensorFlow Datasets prepared it.
+"""Fine-tune a CLIP on CIFAR-10 or CIFAR-100, as prepared by TensorFlow Datasets.
 
     python launch.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.root=DIR
     python launch.py --config=configs/cifar10.py --workdir=runs/cifar100 --config.data.root=DIR \\
         --config.data.name=cifar100 --config.data.held_out_per_class=50
 
-DIR is TensorFlow Datasets' data_dir (~/tensorflow_datasets unless told otherwise). Nothing is
-downloaded here; in an environment with TensorFlow, once:
+DIR is the data_dir of TensorFlow Datasets (~/tensorflow_datasets by default). The project does
+not download datasets. Prepare the data once, in an environment with TensorFlow:
 
     tfds build cifar10 cifar10_1/v6 --file_format=array_record --data_dir=DIR
 
-- A tenth of the training images is held out for choices, the 10,000 test images are the row 'id'.
-- The shift is CIFAR-10.1 (Recht et al. 2018), where it is there. Others by their names in
-  TensorFlow Datasets: --config.data.shifts="('cifar10_1/v6','cifar10_corrupted/fog_5')".
-  CIFAR-100 has none there.
-- An image is 32 x 32 pixels; it is brought to the size of the model's input, bicubic.
-- The classifier starts from CLIP's 18 prompts for CIFAR.
+- A tenth of the training images is held out for validation. The 10,000 test images are the row
+  'id'.
+- The shifted test set is CIFAR-10.1 (Recht et al. 2018), if it is available. Select others by their
+  names in TensorFlow Datasets: --config.data.shifts="('cifar10_1/v6','cifar10_corrupted/fog_5')".
+  TensorFlow Datasets has none for CIFAR-100.
+- Images of 32 x 32 pixels are resized to the input size of the model (bicubic).
+- The classifier is initialized from CLIP's 18 prompts for CIFAR.
 
-No table of the paper is about CIFAR. The values below are usual ones for fine-tuning a CLIP and
-were not tuned; the learning rate is chosen on the held-out images by
+The paper has no table on CIFAR. The values below are usual ones for fine-tuning a CLIP and are
+not tuned. To select the learning rate on the held-out images:
 
     python launch.py --config=configs/cifar10.py --workdir=runs/rate --config.data.root=DIR \\
         --config.task=learning_rate --config.search.learning_rates="(3e-6,1e-5,3e-5)"
@@ -39,7 +40,7 @@ def get_config():
     config.batch_size = 128
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_fraction = 0.1
-    # Also trains the same two replicas without merging, for the table's other rows.
+    # Also train the same two replicas without merging, for the other rows of the table.
     config.compare = True
     config.merge.every = "epoch"
     config.evaluation.batch_size = 250

@@ -1,6 +1,6 @@
-"""Every option once, with its meaning. The other files of this folder set only what differs.
+"""All options with their defaults and meanings. The other configs set only what differs.
 
-Override any of them on the command line: `--config.merge.every=100`.
+Override any option on the command line: `--config.merge.every=100`.
 """
 
 from ml_collections import ConfigDict
@@ -11,100 +11,108 @@ from modelstock_jax.data.published_sets import IMAGENET
 def get_config() -> ConfigDict:
     config = ConfigDict()
 
-    # What to run: 'finetune' (replicas, merges, evaluation), 'learning_rate' (its choice on
-    # validation data) or 'pretrain' (a CLIP from scratch).
+    # What to run: 'finetune' (train replicas, merge, evaluate), 'learning_rate' (select the
+    # learning rate on validation data) or 'pretrain' (train a CLIP from scratch).
     config.task = "finetune"
-    # The pretrained CLIP: a directory or a hub id with safetensors, in Hugging Face's, OpenCLIP's
-    # or OpenAI's layout; 'glyph-clip' and 'glyph-clip-1' ship with the package.
+    # Pretrained CLIP: a directory or a Hugging Face hub id with safetensors, in Hugging Face,
+    # OpenCLIP or OpenAI format. 'glyph-clip' and 'glyph-clip-1' ship with the package.
     config.pretrained = "glyph-clip"
-    # Side of the images in pixels; 0 takes the checkpoint's. Another one resizes its position
-    # embeddings, once, before training.
+    # Side of the input images in pixels; 0 uses the checkpoint's size. For any other size, the
+    # position embeddings are resized once, before training.
     config.image_size = 0
-    # Replica r of a run uses the data order and augmentation of (seed, r).
+    # Random seed. Replica r draws its data order and augmentation from (seed, r).
     config.seed = 0
-    # Runs seeds seed, seed + 1, ...; the tables then show means and standard errors.
+    # Number of seeds to run: seed, seed + 1, and so on. With more than one, the tables show means
+    # and standard errors.
     config.num_seeds = 1
-    # N, the copies being fine-tuned.
+    # N, the number of replicas to fine-tune.
     config.num_replicas = 2
-    # Also trains the same replicas unmerged, for the rows that merge after training.
+    # Also train the same replicas without merging, for the table rows that merge after training.
     config.compare = False
 
     # Passes over the training images.
     config.epochs = 10
-    # Examples that a replica sees in a step, over all devices.
+    # Examples per replica and optimizer step, over all devices.
     config.batch_size = 512
-    # Parts that a step cuts its batch into, one after the other, for one update by the mean of
-    # their gradients: the same update in less memory. A multiple of the devices must fit a part.
+    # Micro-batches per optimizer step (gradient accumulation). They are processed sequentially, and
+    # the step uses the mean of their gradients: the same update in less memory. The size of a
+    # micro-batch must be a multiple of the number of devices along the data axis.
     config.gradient_accumulation_steps = 1
-    # The share of a target that is spread over all classes; 0 turns it off.
+    # Label smoothing: the fraction of each target that is spread over all classes; 0 disables it.
     config.label_smoothing = 0.0
 
     config.data = ConfigDict()
-    # 'glyphs' is rendered, nothing is read from disk; 'imagenet', 'cifar10', 'cifar100' (as
-    # TensorFlow Datasets prepares them) and 'folder' lie in data.root.
+    # Dataset: 'glyphs' (the synthetic benchmark, rendered and not read from disk), 'imagenet',
+    # 'cifar10' or 'cifar100' (as prepared by TensorFlow Datasets), or 'folder' (your own images).
     config.data.name = "glyphs"
+    # Directory of the dataset; not used by 'glyphs'.
     config.data.root = ""
-    # Where a set lies, from data.root on or as a whole path; "" looks in the usual places.
+    # Path of each dataset, absolute or relative to data.root; "" searches the usual locations.
     config.data.paths = ConfigDict(dict.fromkeys(("train", "validation", "test", *IMAGENET), ""))
-    # Whether the sets of ImageNet and CIFAR must have as many classes and images as were published.
+    # Require the published number of classes and images in the datasets of ImageNet and CIFAR.
     config.data.check_counts = True
-    # Training images of each class, of ImageNet or CIFAR, that are kept for validation: the paper
-    # trains on all of ImageNet; Model Soups keeps 26, to choose the members of a greedy soup and
-    # the learning rate.
+    # Training images per class of ImageNet or CIFAR to hold out for validation. The paper trains on
+    # all of ImageNet; Model Soups holds out 26, to select the members of a greedy soup and the
+    # learning rate.
     config.data.held_out_per_class = 0
-    # Shift sets to measure, in the table's order; () takes all that the data set has, of CIFAR-10
-    # CIFAR-10.1 where it is there.
+    # Shifted (OOD) test sets to evaluate, in the order of the table. () uses all sets of the
+    # dataset; for CIFAR-10, it uses CIFAR-10.1 if it is available.
     config.data.shifts = ()
-    # Also measure the test images by their reassessed labels (ReaL, Beyer et al. 2020).
+    # Also evaluate the test images with reassessed labels (ReaL, Beyer et al. 2020).
     config.data.real_labels = False
-    # Class names and templates ('{}' stands for the name) of the zero-shot head: .txt files, one a
-    # line in the order of the labels, or .json lists. "" takes the data set's own; of 'folder',
-    # the folders' names and 'a photo of a {}.'.
+    # Class names of the zero-shot head: a .txt file, one name per line in the order of the labels,
+    # or a .json list. "" uses the dataset's own names; for 'folder', the folder names.
     config.data.class_names = ""
+    # Prompt templates of the zero-shot head ('{}' is replaced by the class name): a .txt file, one
+    # per line, or a .json list. "" uses the dataset's own; for 'folder', 'a photo of a {}.'.
     config.data.templates = ""
-    # For 'folder': the share of each class to hold out where there is no such folder.
+    # For 'folder': the fraction of each class to hold out if no such folder exists.
     config.data.validation_fraction = 0.1
     config.data.test_fraction = 0.1
-    # How stored images are read: threads that decode in each process (0: one a core), processes
-    # beside this one, batches held ready, and whether an image that cannot be decoded is an 'error'
-    # or left out and named in the log ('skip').
+    # How stored images are read.
     config.data.loader = ConfigDict()
+    # Decoding threads per process; 0 uses one per core.
     config.data.loader.threads = 0
+    # Worker processes in addition to the main process.
     config.data.loader.workers = 0
+    # Batches to prefetch.
     config.data.loader.prefetch = 2
+    # If an image cannot be decoded: 'error', or 'skip' (leave it out and name it in the log).
     config.data.loader.unreadable = "error"
-    # A directory for the training images decoded and with this short side: written by the first
-    # run, read without decoding by all; "" decodes each time (docs/input.md).
+    # Directory in which to cache the decoded and resized training images. The first run writes it;
+    # all runs read it without decoding. "" decodes every time (docs/input.md).
     config.data.decoded_cache_dir = ""
+    # Short side of the cached images, in pixels.
     config.data.decoded_cache_short_side = 256
-    # What happens to stored training images. The glyphs have an augmentation of their own.
+    # Augmentation of stored training images. The glyphs have a separate augmentation.
     config.data.augment = ConfigDict()
-    # Random resized crop, bicubic: the share of the area, and the aspect ratio.
+    # Random resized crop (bicubic): min and max fraction of the area, and min and max aspect ratio.
     config.data.augment.crop_area = (0.9, 1.0)
     config.data.augment.crop_ratio = (0.75, 1.3333333333333333)
+    # Flip horizontally with probability 0.5.
     config.data.augment.flip = False
-    # RandAugment (Cubuk et al. 2020): operations an image gets (0: off) and their strength, 0-30.
+    # RandAugment (Cubuk et al. 2020): operations per image (0 disables it) and magnitude, 0-30.
     config.data.augment.randaugment_ops = 0
     config.data.augment.randaugment_magnitude = 0
-    # Mixup's alpha; 0 turns it off.
+    # Mixup's alpha; 0 disables it.
     config.data.augment.mixup = 0.0
 
-    # What is minimized and what is trained (docs/methods.md): 'cross_entropy', 'car_ft', 'flyp',
-    # 'l2_sp', 'linear_probe' (the head alone), 'bitfit' (biases and head), or 'lp_ft' (the head
-    # alone first, then everything from there; the merge's anchor is then the probed model).
+    # Loss and trained parameters (docs/methods.md).
     config.objective = ConfigDict()
+    # 'cross_entropy', 'car_ft', 'flyp', 'l2_sp', 'linear_probe' (trains the head only), 'bitfit'
+    # (trains biases and the head) or 'lp_ft' (trains the head only, then all parameters from there;
+    # the anchor of the merges is then the probed model).
     config.objective.name = "cross_entropy"
-    # The head that training starts from: 'zero_shot' (the checkpoint's own where it has one) or
-    # 'random'.
+    # Initial head: 'zero_shot' (the checkpoint's own head if it has one) or 'random'.
     config.objective.head = "zero_shot"
-    # car_ft: the weight of the divergence between context distributions.
+    # car_ft: weight of the divergence between context distributions.
     config.objective.car_ft_alpha = 1.0
-    # l2_sp: alpha/2 |w - w0|^2 for what was pretrained, beta/2 |w|^2 for the head. Set
-    # optimizer.weight_decay=0 with it.
+    # l2_sp: alpha/2 |w - w0|^2 for pretrained parameters, beta/2 |w|^2 for the head. Use it with
+    # optimizer.weight_decay=0.
     config.objective.l2_sp_alpha = 0.01
     config.objective.l2_sp_beta = 0.01
-    # lp_ft: the length and the learning rate of its first phase. A zero-shot head, of
-    # exp(logit_scale) times unit columns, needs far more than a tower: 0.1 on the glyphs
+    # lp_ft: epochs and learning rate of the first phase. A zero-shot head is exp(logit_scale) times
+    # unit columns and needs a far higher learning rate than a tower: 0.1 on the glyphs
     # (docs/results.md).
     config.objective.probe_epochs = 5
     config.objective.probe_learning_rate = 1e-3
@@ -112,132 +120,147 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     # 'adamw', or 'sgd' with momentum.
     config.optimizer.name = "adamw"
+    # Peak learning rate.
     config.optimizer.learning_rate = 3e-5
-    # Decoupled, toward 0, and toward the pretrained weights; both are multiplied by the rate.
+    # Decoupled weight decay toward 0, multiplied by the learning rate.
     config.optimizer.weight_decay = 0.1
+    # Decoupled decay toward the pretrained weights, multiplied by the learning rate.
     config.optimizer.decay_to_pretrained = 0.0
-    # AdamW's decay rates of the moments, and what keeps it from dividing by 0.
+    # AdamW: decay rates of the first and second moment, and the constant in the denominator that
+    # prevents division by 0.
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
-    # SGD's.
+    # SGD: momentum.
     config.optimizer.momentum = 0.9
-    # Weights held within a radius of the pretrained ones, layer by layer: 'none', 'ftp' (radii
-    # learned in the steps) or 'tpgm' (after training, on validation images). The radii's norm is
-    # 'mars' or 'l2', `learning_rate` is theirs; `k` is ftp's, `steps` tpgm's.
+    # Projection of each layer's weights onto a radius around the pretrained weights.
     config.optimizer.projection = ConfigDict()
+    # 'none', 'ftp' (radii learned during training) or 'tpgm' (radii learned after training, on
+    # validation images).
     config.optimizer.projection.name = "none"
+    # Norm that a radius limits: 'mars' or 'l2'.
     config.optimizer.projection.norm = "mars"
+    # Learning rate of the radii.
     config.optimizer.projection.learning_rate = 1e-2
+    # ftp: factor in [0, 1] on gradients that would shrink a radius.
     config.optimizer.projection.k = 1.0
+    # tpgm: number of optimization steps.
     config.optimizer.projection.steps = 200
-    # Largest global norm of a replica's gradient; 0 turns clipping off.
+    # Max global gradient norm per replica; 0 disables clipping.
     config.optimizer.clip_norm = 1.0
-    # The warm-up is the sum of the two; after it a cosine falls to final_fraction of the rate.
+    # The warm-up is warmup_steps plus warmup_fraction of all steps. After it the learning rate
+    # follows a cosine down to final_lr_fraction of its peak.
     config.optimizer.warmup_steps = 0
     config.optimizer.warmup_fraction = 0.0
     config.optimizer.final_lr_fraction = 0.0
 
-    # Numbers of each replica's own, one a replica, in place of the one above: a search of Model
-    # Soups as one program, `--config.num_replicas=3 --config.per_replica.epochs="(4,6,8)"`; () is
-    # the same for all. A replica that ends before `epochs` stays as it is.
+    # Values per replica, one for each, that replace the options above: a search of Model Soups as
+    # one program, `--config.num_replicas=3 --config.per_replica.epochs="(4,6,8)"`. () uses the same
+    # value for all replicas. A replica with fewer than `epochs` epochs stops changing after its
+    # last one.
     config.per_replica = ConfigDict()
     config.per_replica.learning_rate = ()
     config.per_replica.weight_decay = ()
     config.per_replica.epochs = ()
     config.per_replica.label_smoothing = ()
     config.per_replica.mixup = ()
-    # Of the glyphs' own augmentation: 0 leaves images as they are, 1 is the usual.
+    # Strength of the glyphs' augmentation: 0 leaves images unchanged, 1 is the usual strength.
     config.per_replica.augment_strength = ()
-    # Of stored images: RandAugment's two.
+    # RandAugment of stored images: operations and magnitude.
     config.per_replica.randaugment_ops = ()
     config.per_replica.randaugment_magnitude = ()
 
     config.merge = ConfigDict()
-    # When replicas merge: 'epoch' (at each epoch's end), a number of steps, 'end' or 'never'.
-    # Whatever it is, a run that merges at all merges once more at its end.
+    # When replicas merge: 'epoch' (at the end of each epoch), a number of steps, 'end' or 'never'.
+    # With any value except 'never', replicas also merge at the end of the run.
     config.merge.every = "epoch"
     # 'model_stock' (equation 3) or 'uniform_mean' (t = 1, the control).
     config.merge.method = "model_stock"
-    # Which numbers share one angle: tensor, layer, filter, head, block, global.
+    # Merge unit, the parameters that share one angle: 'tensor', 'layer', 'filter', 'head', 'block'
+    # or 'global'.
     config.merge.unit = "tensor"
-    # The replicas' Adam moments at a merge: 'keep', 'average' or 'reset'.
+    # Adam moments of the replicas at a merge: 'keep', 'average' or 'reset'.
     config.merge.opt_state = "keep"
-    # Noise carried over merges, an extension of ours: 'off', 'every' (shrink at every merge)
-    # or 'last' (shrink at the last one only).
+    # Noise carried over merges (an extension): 'off', 'every' (shrink it at every merge) or 'last'
+    # (shrink it at the last merge only).
     config.merge.carry_noise = "off"
 
     config.compute = ConfigDict()
-    # 'float32' or 'bfloat16' arithmetic in the towers; weights and moments stay float32.
+    # Arithmetic in the towers: 'float32' or 'bfloat16'. Weights and optimizer state stay float32.
     config.compute.dtype = "float32"
-    # 'xla' or 'cudnn'.
+    # Attention implementation: 'xla' or 'cudnn'.
     config.compute.attention_impl = "xla"
-    # Recompute activations in the backward pass.
+    # Recompute activations in the backward pass (saves memory).
     config.compute.remat = False
-    # How replicas run: 'vmap' (side by side), 'map' (one after the other, one device) or 'auto'.
+    # How replicas run: 'vmap' (in parallel), 'map' (sequentially, on one device) or 'auto'.
     config.compute.replica_mode = "auto"
-    # A directory for compiled programs, from run to run; nobody else may write there. "" leaves it
-    # to JAX_COMPILATION_CACHE_DIR.
+    # Directory in which compiled programs are cached between runs. Nobody else may have write
+    # access to it. "" uses JAX_COMPILATION_CACHE_DIR.
     config.compute.compilation_cache = ""
 
     config.mesh = ConfigDict()
-    # Devices along each axis; 0 lets the code choose (1 device: both replicas on it; 2: one each).
+    # Devices along each mesh axis; 0 chooses automatically (1 device: both replicas on it;
+    # 2 devices: one replica on each).
     config.mesh.replica = 0
     config.mesh.data = 0
-    # Tensors of at least so many elements are split over the data axis (FSDP), with their Adam
-    # moments; smaller ones lie whole on every device, and 0 splits none. 2**18 (1 MiB) takes every
-    # kernel of a CLIP, over 99 % of it, and leaves out biases and norms, which are many and small.
+    # Min number of elements for a tensor to be sharded over the data axis (FSDP), together with its
+    # Adam moments. Smaller tensors are replicated; 0 shards none. The default 2**18 (1 MiB) shards
+    # every kernel of a CLIP, over 99 % of its parameters, but not its many small biases and norms.
     config.mesh.fsdp_min_size = 2**18
 
     config.checkpoint = ConfigDict()
-    # Steps between saves of the training state, besides the one at each merge.
+    # Steps between checkpoints of the training state, in addition to the one at each merge.
     config.checkpoint.save_every_steps = 500
-    # How many training states, and how many merged models, to keep (0: all). A kept state's last
-    # merged model is kept with it; where a state is damaged, the run goes on from the one before.
+    # Number of training states and of merged models to keep; 0 keeps all. The last merged model of
+    # each kept state is kept too. If a state is damaged, the run resumes from the one before it.
     config.checkpoint.keep = 2
     config.checkpoint.keep_merged = 0
 
     config.monitor = ConfigDict()
-    # When a replica's loss or gradient is not finite: 'stop' (an error that names replica, step and
-    # tensor), 'skip_step' (the replica keeps its weights and moments) or 'restore_last_merge' (it
-    # starts anew from the last merged model, with fresh moments).
+    # If the loss or gradient of a replica is not finite: 'stop' (an error that names the replica,
+    # the step and the tensor), 'skip_step' (the replica keeps its weights and optimizer state) or
+    # 'restore_last_merge' (it restarts from the last merged model, with a new optimizer state).
     config.monitor.on_non_finite = "stop"
-    # More such steps of replicas than this end the run: it goes nowhere.
+    # Abort the run after more than this many non-finite steps, counted over all replicas.
     config.monitor.max_non_finite_steps = 20
-    # A loss or gradient norm this many deviations above its running mean is a line in
-    # events.jsonl, and nothing else; 0 turns it off. Of normal noise 6 deviations are one value in
-    # 10^9; both have longer tails, and 4 would fill the file.
+    # Log a loss or gradient norm in events.jsonl (and do nothing else) if it is this many standard
+    # deviations above its running mean; 0 disables it. In normally distributed noise, one value in
+    # 10^9 exceeds 6 deviations; both quantities have longer tails, and 4 would fill the file.
     config.monitor.spike_deviations = 6.0
-    # How many lines of metrics that mean and deviation remember, about: an epoch or so.
+    # Approximate window of the running mean and deviation, in lines of metrics; about an epoch.
     config.monitor.spike_window = 100
 
-    # Steps between two lines of metrics.
+    # Steps between lines of metrics.
     config.log_every_steps = 10
 
     config.evaluation = ConfigDict()
-    # Images at once, over all devices.
+    # Evaluation batch size, over all devices.
     config.evaluation.batch_size = 500
-    # The first so many images of each shift set; 0 takes all.
+    # Evaluate only the first images of each shifted test set, at most this many; 0 evaluates all.
     config.evaluation.max_shift_images = 0
-    # Points of the WiSE-FT curves, w0 + alpha (w - w0), of one replica and of the mean.
+    # alpha of the WiSE-FT curves, w0 + alpha (w - w0), of one replica and of the mean.
     config.evaluation.wise_ft_alphas = (0.25, 0.5, 0.75)
-    # Merge units to compare on the same unmerged replicas, besides merge.unit (compare only).
+    # Merge units to compare on the same replicas trained without merging, in addition to merge.unit
+    # (requires `compare`).
     config.evaluation.units = ()
 
     config.export = ConfigDict()
-    # Layouts of the merged model. model/ is Hugging Face's, always written; 'open_clip' and
-    # 'openai' lie beside it, in model_open_clip/ and model_openai/.
+    # Checkpoint formats of the merged model. 'hugging_face' is always written, to model/;
+    # 'open_clip' and 'openai' are written to model_open_clip/ and model_openai/.
     config.export.formats = ("hugging_face",)
 
-    # With task 'learning_rate': the rates to try.
+    # For task 'learning_rate'.
     config.search = ConfigDict()
+    # Learning rates to try.
     config.search.learning_rates = (5e-4, 1e-3, 2e-3, 4e-3)
 
-    # With task 'pretrain': sizes of the CLIP as in Hugging Face's config.json, and a directory
-    # with its tokenizer (or the bundled one's name).
+    # For task 'pretrain'.
     config.pretrain = ConfigDict()
+    # Training steps.
     config.pretrain.num_steps = 4000
+    # Directory of the tokenizer, or the name of the bundled one.
     config.pretrain.tokenizer = "glyph-clip"
+    # Sizes of the CLIP, as in Hugging Face's config.json.
     config.pretrain.clip = ConfigDict(
         {
             "model_type": "clip",

@@ -1,9 +1,9 @@
-"""Pretrains a small CLIP, as those that ship with the package, by image-text contrast from scratch.
+"""Pretrain a small CLIP from scratch by image-text contrast, like those that ship with the package.
 
     python launch.py --config=configs/glyph_pretrain.py --workdir=runs/glyph-clip
 
-writes runs/glyph-clip/model in Hugging Face's layout: 'glyph-clip'. With --config.seed=1 it is
-'glyph-clip-1', a second anchor for studies; further seeds give further ones.
+This writes 'glyph-clip' to runs/glyph-clip/model in Hugging Face format. With --config.seed=1 it
+writes 'glyph-clip-1', a second anchor for studies. Other seeds give more anchors.
 """
 
 from configs import default

@@ -1,10 +1,10 @@
-"""The paper's main finding on the glyph world, in minutes on a laptop.
+"""The paper's main finding on the synthetic benchmark, in minutes on a laptop.
 
     python launch.py --config=configs/glyphs.py --workdir=runs/glyphs
 
-Trains two replicas of the small CLIP with a merge at every epoch, and beside them the same two
-unmerged. Expect Model Stock after training to beat the mean of the same two replicas on the
-average shift by more than a point; the README has the table over seeds.
+Trains two replicas of the small CLIP with a merge at the end of every epoch, and the same two
+replicas without merging. Expect Model Stock after training to exceed the uniform mean of the same
+two replicas by more than a point of avg. shifts. The README has the table over seeds.
 """
 
 from configs import default
@@ -17,11 +17,11 @@ def get_config():
     config.data.name = "glyphs"
     config.epochs = 8
     config.batch_size = 128
-    # Chosen on the in-distribution validation set alone (docs/results.md).
+    # Chosen on the in-distribution validation set only (docs/results.md).
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_fraction = 0.1
     config.checkpoint.save_every_steps = 64
-    # A demo is short; the README's table takes them all.
+    # Keeps the demo short; the README's table uses all images.
     config.evaluation.max_shift_images = 1000
     config.evaluation.wise_ft_alphas = (0.5, 0.75)
     return config

@@ -1,4 +1,4 @@
-"""How the learning rate of configs/glyphs.py was chosen: on ID validation alone.
+"""Select the learning rate of configs/glyphs.py on in-distribution validation data only.
 
 python launch.py --config=configs/glyphs_learning_rate.py --workdir=runs/learning-rate
 """

@@ -1,21 +1,23 @@
-"""What ViT-B/32, B/16 and L/14 on ImageNet have in common: the paper's two training set-ups.
+"""The paper's two training setups on ImageNet, shared by the configs of ViT-B/32, B/16 and L/14.
 
     --config=configs/vitb32.py           10 epochs, minimal augmentation
-    --config=configs/vitb32.py:strong    16 epochs, strong augmentation (the paper's asterisk)
+    --config=configs/vitb32.py:strong    16 epochs, strong augmentation (the asterisk in the paper)
 
-From the paper (Jang et al. 2024, section 4.1): N = 2, AdamW, batch 512 (64 on L/14), weight decay
-0.1, the classifier from the text tower, epochs, a merge at every epoch's end.
+From the paper (Jang et al. 2024, section 4.1): N = 2, AdamW, batch size 512 (64 for L/14), weight
+decay 0.1, the classifier from the text tower, the epochs, a merge at the end of every epoch.
 
-Not in the paper, and taken from elsewhere:
-- learning rate 3e-5, 500 warm-up steps, then a cosine to 0; random resized crop of 90 to 100 % of
-  the area, no flip: WiSE-FT's fine-tuning (github.com/mlfoundations/wise-ft).
-- gradients clipped to a norm of 1: `finetune.py` of Model Soups
-  (github.com/mlfoundations/model-soups), whose own rate is 2e-5 at batch 256 over 8 epochs.
-- `:strong` follows "one of Model Soup's LP initialization setup", without saying which. Model
-  Soups (Wortsman et al. 2022) drew those at random: smoothing 0 to 0.225, mixup 0 to 0.875,
-  RandAugment of 0 to 2 operations with magnitude 1 to 20, rates 1e-6 to 1e-4. The values below
-  are our choice near the middle of these ranges; 0.08 to 1.0 is the usual crop.
-- the merge unit: `layer` is the authors' notebooks' (a tensor of OpenAI's state dict).
+Not in the paper, from other sources:
+- The learning rate 3e-5, 500 warm-up steps, then a cosine to 0; a random resized crop of 90 to
+  100 % of the area, no flip: the fine-tuning of WiSE-FT (github.com/mlfoundations/wise-ft).
+- Gradients clipped to a norm of 1: `finetune.py` of Model Soups
+  (github.com/mlfoundations/model-soups), which uses a learning rate of 2e-5 at batch size 256 over
+  8 epochs.
+- `:strong` follows "one of Model Soup's LP initialization setup"; the paper does not state which
+  one. Model Soups (Wortsman et al. 2022) drew its setups at random: label smoothing 0 to 0.225,
+  mixup 0 to 0.875, RandAugment with 0 to 2 operations and magnitude 1 to 20, learning rates 1e-6 to
+  1e-4. The values below are our choice near the middle of these ranges; 0.08 to 1.0 is the usual
+  crop.
+- The merge unit `layer` is that of the authors' notebooks (a tensor of OpenAI's state dict).
 """
 
 from configs import default
@@ -25,9 +27,9 @@ SETUPS = ("plain", "strong")
 
 
 def get_config(setup: str = "plain"):
-    """The options of one set-up, without a model."""
+    """Return the options of one setup, without a model."""
     if setup not in SETUPS:
-        raise UserError(f"unknown set-up ':{setup}'; choose one of :{', :'.join(SETUPS)}")
+        raise UserError(f"unknown setup ':{setup}'; choose one of :{', :'.join(SETUPS)}")
     config = default.get_config()
     config.num_replicas = 2
     config.batch_size = 512
@@ -44,7 +46,7 @@ def get_config(setup: str = "plain"):
 
     config.merge.every = "epoch"
     config.merge.unit = "layer"
-    # A GPU or TPU multiplies in it several times faster; on a CPU choose float32.
+    # Several times faster than float32 on a GPU or TPU; on a CPU, use float32.
     config.compute.dtype = "bfloat16"
     config.log_every_steps = 50
 

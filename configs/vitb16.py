@@ -4,13 +4,13 @@
     python launch.py --config=configs/vitb16.py:strong --workdir=runs/vitb16-strong \\
         --config.data.root=DIR
 
-Expect from the paper (top-1 on ImageNet / mean of V2, R, A and Sketch: this table has no
-ObjectNet, so the mean is of four sets):
+Results in the paper (top-1 on ImageNet / mean of V2, R, A and Sketch; Table 3 does not include
+ObjectNet, so the mean is over four datasets):
 
     plain     84.1 / 62.4    Table 3
     :strong   85.2 / 60.1    Table 3
 
-Where its values come from: `configs/imagenet.py`. What it needs: the same command with --dry-run.
+See `configs/imagenet.py` for the sources of the values. Add --dry-run to print the requirements.
 """
 
 from configs import imagenet

@@ -4,12 +4,12 @@
     python launch.py --config=configs/vitb32.py:strong --workdir=runs/vitb32-strong \\
         --config.data.root=DIR
 
-Expect from the paper (top-1 on ImageNet / mean of V2, R, Sketch, ObjectNet, A):
+Results in the paper (top-1 on ImageNet / mean of V2, R, Sketch, ObjectNet, A):
 
     plain     79.89 / 50.99    Table 2
-    :strong   81.19 / 48.69    Table 2; another table of the authors says 81.33 / 48.82
+    :strong   81.19 / 48.69    Table 2; another table of the authors reports 81.33 / 48.82
 
-Where its values come from: `configs/imagenet.py`. What it needs: the same command with --dry-run.
+See `configs/imagenet.py` for the sources of the values. Add --dry-run to print the requirements.
 """
 
 from configs import imagenet

@@ -4,17 +4,18 @@
     python launch.py --config=configs/vitl14.py:strong --workdir=runs/vitl14-strong \\
         --config.data.root=DIR
 
-Expect from the paper (top-1 on ImageNet / mean of the shifts; Table 4 does not say whether of
-four sets or of five with ObjectNet):
+Results in the paper (top-1 on ImageNet / mean of the shifted test sets; Table 4 does not state
+whether the mean is over four datasets or over five with ObjectNet):
 
     plain     87.0 / 71.6    Table 4
-    :strong   87.7 / 73.5    Table 4; the abstract says 87.8 / 74.9, of five sets
+    :strong   87.7 / 73.5    Table 4; the abstract reports 87.8 / 74.9, over five datasets
 
-The batch is 64, not 512: "due to memory limitation" (the paper's footnote 4). The rate that went
-with it is not published; 3e-5 is the one for 512. The other models' batch, in parts of the same
-size: --config.batch_size=512 --config.gradient_accumulation_steps=8.
+The batch size is 64 instead of 512, "due to memory limitation" (footnote 4 of the paper). The paper
+does not publish the learning rate for this batch size; 3e-5 is the one for 512. For the batch size
+of the other models, with the same micro-batch size:
+--config.batch_size=512 --config.gradient_accumulation_steps=8.
 
-Where its values come from: `configs/imagenet.py`. What it needs: the same command with --dry-run.
+See `configs/imagenet.py` for the sources of the values. Add --dry-run to print the requirements.
 """
 
 from configs import imagenet

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from configs/default.py: its comments are the meanings.
+"""Generate docs/configuration.md from the comments of configs/default.py.
 
 python docs/configuration.py
 """
@@ -17,26 +17,43 @@ _HEAD = """\
 
 <!-- Written by `python docs/configuration.py` from configs/default.py: edit that file. -->
 
-Every option, its default and its meaning. A file of `configs/` sets what differs; the command line
-overrides both: `python launch.py --config=configs/glyphs.py --config.merge.every=100`. A tuple is
-written in quotes: `--config.data.shifts="('v2','sketch')"`. An option that there is not is refused.
+This page lists every option with its default and meaning. The other files of `configs/` set only
+what differs. The command line overrides both:
+`python launch.py --config=configs/glyphs.py --config.merge.every=100`. Write a tuple in quotes:
+`--config.data.shifts="('v2','sketch')"`. Unknown options are an error.
 
-The last column says whether the same command may go on in its workdir after a change: *yes*: no
-result depends on it; *rounding*: results may differ in the last bits, and it takes
-`--allow_config_change`; *place*: so does another path to the same thing; empty: no, another
-workdir is needed.
+The column "change on resume" tells whether the same command can resume in its workdir after the
+option has changed:
+
+| value | meaning |
+|---|---|
+| ignored | Yes. No result depends on the option. |
+| numerical | Only with `--allow_config_change`. The results may differ in the last bits. |
+| path | Only with `--allow_config_change`, and only if the new path has the same content. |
+| (empty) | No. Use another workdir. |
 """
 
 
 class Entry(NamedTuple):
-    """Options that one comment explains."""
+    """Options that share one comment.
 
-    options: tuple[tuple[str, str], ...]  # name from `config.` on, its default as written
+    Attributes:
+      options: (name without `config.`, default as Markdown) of each option
+      meaning: the comment
+    """
+
+    options: tuple[tuple[str, str], ...]
     meaning: str
 
 
 class Group(NamedTuple):
-    """A `ConfigDict` of options; "" is the top."""
+    """A `ConfigDict` of options.
+
+    Attributes:
+      name: name without `config.`; "" for the options at the top level
+      meaning: the comment above the group
+      entries: its options in the order of the file
+    """
 
     name: str
     meaning: str
@@ -44,15 +61,15 @@ class Group(NamedTuple):
 
 
 def groups(source: str) -> list[Group]:
-    """The options of a config file in its order, each with the comment above it.
+    """Return the options of a config file in its order, each with the comment above it.
 
-    A line without a comment right below another option belongs to that one's comment.
+    An option without a comment shares the comment of the option on the line directly above it.
     """
     lines = source.splitlines()
     function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     meanings: dict[str, str] = {"": ""}
     entries: dict[str, list[Entry]] = {"": []}
-    previous = 0  # the last line of the statement before
+    previous = 0  # last line of the previous statement
     for node in function.body:
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
             continue
@@ -73,16 +90,16 @@ def groups(source: str) -> list[Group]:
 
 
 def _comment_above(lines: list[str], line: int) -> str:
-    found = []
+    comment = []
     while lines[line - 2].strip().startswith("#"):
         line -= 1
-        found.append(lines[line - 1].strip().removeprefix("#").strip())
-    return " ".join(reversed(found))
+        comment.append(lines[line - 1].strip().removeprefix("#").strip())
+    return " ".join(reversed(comment))
 
 
 def _default(value: ast.expr) -> str:
     text = ast.unparse(value)
-    if isinstance(value, ast.Call):  # One option a name, or the sizes of a model.
+    if isinstance(value, ast.Call):  # One option per name, or the sizes of a model.
         return '`""` each' if "fromkeys" in text else "see configs/default.py"
     if isinstance(value, ast.BinOp):
         return f"`{eval(text)}`"
@@ -90,19 +107,18 @@ def _default(value: ast.expr) -> str:
 
 
 def page(source: str) -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     from modelstock_jax.experiment.options import option
 
-    shown = {None: "", "ignored": "yes", "numerical": "numerical", "path": "path"}
     parts = [_HEAD]
     for group in groups(source):
         title = f"`{group.name}`" if group.name else "The run"
         parts.append(f"\n## {title}\n\n" + (f"{_cell(group.meaning)}\n\n" if group.meaning else ""))
         if not group.entries:
             continue
-        parts.append("| option | default | meaning | may change |\n|---|---|---|---|\n")
+        parts.append("| option | default | meaning | change on resume |\n|---|---|---|---|\n")
         for entry in group.entries:
-            changes = [shown[option(name).resume] for name, _ in entry.options]
+            changes = [option(name).resume or "" for name, _ in entry.options]
             cells = [
                 "<br>".join(f"`{name}`" for name, _ in entry.options),
                 "<br>".join(default for _, default in entry.options),

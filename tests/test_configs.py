@@ -1,4 +1,4 @@
-"""The configs say what the paper says, and every one of them can be planned without its data."""
+"""The configs match the paper, and every config can be planned without its data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def load(name: str, *setup: str):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_papers_two_set_ups(name):
-    """Section 4.1 and its footnote 4."""
+def test_setups_match_the_paper(name):
+    """Section 4.1 and footnote 4."""
     plain, strong = load(name), load(name, "strong")
     for config in (plain, strong):
         assert config.batch_size == (64 if name == "vitl14" else 512)
@@ -46,13 +46,13 @@ def test_the_papers_two_set_ups(name):
 @pytest.mark.parametrize(
     ("name", "tower", "text", "steps"),
     [
-        # Counted from the published tensors of each model: image tower without the head.
+        # Counted from the published tensors of each model; the image tower excludes the head.
         ("vitb32", 87_849_216, 63_428_096, 2502),
         ("vitb16", 86_192_640, 63_428_096, 2502),
         ("vitl14", 303_966_208, 123_650_304, 20018),
     ],
 )
-def test_sizes_and_steps_are_known_before_anything_is_here(name, tower, text, steps):
+def test_sizes_and_steps_are_known_without_data_or_weights(name, tower, text, steps):
     config = load(name)
     config.mesh.replica = config.mesh.data = 1
     programs, clip = abstract_programs(config)
@@ -68,7 +68,7 @@ def test_sizes_and_steps_are_known_before_anything_is_here(name, tower, text, st
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_has_its_command_and_only_known_options(name):
+def test_every_config_states_its_command_and_has_only_known_options(name):
     known = set(default.get_config().to_dict())
     assert set(load(name).to_dict()) == known
     text = (importlib.import_module(f"configs.{name}").__doc__) or ""
@@ -76,7 +76,7 @@ def test_every_file_has_its_command_and_only_known_options(name):
         assert f"python launch.py --config=configs/{name}.py" in text
 
 
-def test_imagenet_says_what_is_missing(tmp_path):
+def test_imagenet_reports_what_is_missing(tmp_path):
     config = imagenet.get_config().data
     with pytest.raises(UserError, match="data.root .*--config.data.root=DIR"):
         benchmark.load(config)
@@ -87,7 +87,7 @@ def test_imagenet_says_what_is_missing(tmp_path):
         benchmark.summarize(config)
 
 
-def test_the_glyphs_refuse_what_they_have_not():
+def test_glyphs_reject_unsupported_options():
     config = default.get_config().data
     config.real_labels = True
     with pytest.raises(UserError, match="data.real_labels"):

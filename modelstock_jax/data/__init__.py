@@ -1,1 +1,1 @@
-"""Image sets, the input pipeline, and the glyph world."""
+"""Datasets, the input pipeline, and the synthetic benchmark."""

@@ -1,4 +1,4 @@
-"""`python -m modelstock_jax.data prepare SOURCE --out DIR`: a set as ArrayRecord."""
+"""Convert a dataset to ArrayRecord: `python -m modelstock_jax.data prepare SOURCE --out DIR`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from modelstock_jax.data.published_sets import IMAGENET
 from modelstock_jax.errors import UserError
 from modelstock_jax.machine import usable_cores
 
-# Those whose classes are not ImageNet's own come last.
+# Datasets whose classes are not ImageNet's come last.
 SETS = sorted(
     (name for name in IMAGENET if IMAGENET[name].prepared), key=lambda name: IMAGENET[name].groups
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; a user's mistake is one line and exit code 1."""
+    """Run the command line; a user error prints one line and exits with code 1."""
     options = _parser().parse_args(argv)
     try:
         image_set, names, dataset, split = _source(options)
@@ -49,9 +49,9 @@ def _source(options: argparse.Namespace) -> tuple[ImageSet, Sequence[str], str, 
         dataset = options.name or source.resolve().name.replace("-", "_")
         return ImageSet(dataset, stored.images, stored.labels), stored.names, dataset, options.split
     image_set = open_set(options.set, source, check_counts=options.check_counts)
-    known = IMAGENET[options.set]
-    names = tuple(objectnet_classes(source / "mappings")) if known.groups else WNIDS
-    return image_set, names, options.name or known.prepared, known.split
+    info = IMAGENET[options.set]
+    names = tuple(objectnet_classes(source / "mappings")) if info.groups else WNIDS
+    return image_set, names, options.name or info.prepared, info.split
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,39 +59,46 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="prepare")
     command = commands.add_parser(
         "prepare",
-        help="write a set as ArrayRecord, in the format of TensorFlow Datasets",
-        description="Writes DIR/NAME/1.0.0. Interrupted, the same command goes on.",
+        help="convert a dataset to ArrayRecord in the format of TensorFlow Datasets",
+        description="Writes DIR/NAME/1.0.0. If interrupted, run the same command again to resume.",
     )
-    command.add_argument("source", metavar="SOURCE", help="the set's directory")
-    command.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    command.add_argument("source", metavar="SOURCE", help="directory of the dataset")
+    command.add_argument("--out", required=True, metavar="DIR", help="output directory")
     command.add_argument(
         "--set",
         choices=["folder", *SETS],
         default="folder",
-        help="which set it is; 'folder': anyone's own class folders (the default)",
+        help="dataset to convert; 'folder' is your own class folders (default: folder)",
     )
     command.add_argument(
         "--resize",
         type=int,
         default=0,
         metavar="N",
-        help="bring the short side of larger images down to N pixels (256, say)",
+        help="resize the short side of larger images to N pixels, e.g. 256 (default: 0, which "
+        "copies the files)",
     )
-    command.add_argument("--name", help="the directory's name below DIR")
+    command.add_argument(
+        "--name", help="name of the dataset's directory in DIR (default: the name of the dataset)"
+    )
     command.add_argument(
         "--split",
         choices=["train", "validation", "test"],
         default="train",
-        help="what a 'folder' is",
+        help="split of a 'folder' dataset (default: train)",
     )
     command.add_argument(
-        "--workers", type=int, default=usable_cores(), metavar="N", help="processes"
+        "--workers",
+        type=int,
+        default=usable_cores(),
+        metavar="N",
+        help="number of processes (default: one per core)",
     )
     command.add_argument(
         "--no-check-counts",
         dest="check_counts",
         action="store_false",
-        help="take a set that has not the published number of classes and images",
+        help="accept a dataset without the published number of classes and images",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Augmentation on the device, in the step."""
+"""Augmentation on the device, in the training step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _CONTRAST = 0.2
 def shift_and_jitter(
     key: jax.Array, images: jax.Array, strength: float | jax.Array = 1.0
 ) -> jax.Array:
-    """Moves each image by up to 2 pixels and changes its brightness and contrast.
+    """Shift each image by up to 2 pixels and change its brightness and contrast.
 
         x <- mean + c (x - mean) + 255 b,   c ~ U(1 - 0.2 s, 1 + 0.2 s),   b ~ U(-0.1 s, 0.1 s)
 
-    with the mean over one image and the strength s, by which the way of 2 pixels is multiplied and
-    rounded too. Pixels that come in from outside repeat the edge.
+    The mean is over one image. The strength s also scales the shift, which is then rounded. Pixels
+    from outside the image repeat the edge.
 
     Args:
-      key: jax key; the same key gives the same result.
-      images: uint8 [B, H, W, 3].
-      strength: s, in [0, 1]; 0 gives the images back.
+      key: jax key; the same key gives the same result
+      images: uint8 [B, H, W, 3]
+      strength: s, in [0, 1]; 0 returns the images unchanged
 
     Returns:
       uint8 [B, H, W, 3].
@@ -41,44 +41,44 @@ def shift_and_jitter(
     padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode="edge")
     rows = offsets[:, :1] + jnp.arange(height)[None, :]
     columns = offsets[:, 1:] + jnp.arange(width)[None, :]
-    moved = jnp.take_along_axis(padded, rows[:, :, None, None], axis=1)
-    moved = jnp.take_along_axis(moved, columns[:, None, :, None], axis=2).astype(jnp.float32)
+    shifted = jnp.take_along_axis(padded, rows[:, :, None, None], axis=1)
+    shifted = jnp.take_along_axis(shifted, columns[:, None, :, None], axis=2).astype(jnp.float32)
 
     shape = (count, 1, 1, 1)
     spread, light = _CONTRAST * strength, 255.0 * _BRIGHTNESS * strength
     contrast = jax.random.uniform(contrast_key, shape, jnp.float32, 1.0 - spread, 1.0 + spread)
     brightness = jax.random.uniform(brightness_key, shape, jnp.float32, -light, light)
-    mean = moved.mean(axis=(1, 2, 3), keepdims=True)
-    changed = mean + contrast * (moved - mean) + brightness
-    return jnp.round(jnp.clip(changed, 0.0, 255.0)).astype(jnp.uint8)
+    mean = shifted.mean(axis=(1, 2, 3), keepdims=True)
+    result = mean + contrast * (shifted - mean) + brightness
+    return jnp.round(jnp.clip(result, 0.0, 255.0)).astype(jnp.uint8)
 
 
 def mixup(key: jax.Array, batch: dict[str, jax.Array], alpha: float) -> dict[str, jax.Array]:
-    """Blends each example of a batch with its neighbor (Zhang et al. 2018).
+    """Blend each example of a batch with its neighbor (mixup, Zhang et al. 2018).
 
         x_b <- s x_b + (1 - s) x_{b-1},   s = max(u, 1 - u),   u ~ Beta(alpha, alpha)
 
-    with one s for the batch and b - 1 taken around: the batch is shuffled as it is, and between
-    devices a neighbor costs less than a permutation. The target is s y_b + (1 - s) y_{b-1}, which
-    `losses.cross_entropy` takes from the two labels and the share. As s and 1 - s are equally
-    likely, the larger share may always be the example's own.
+    One s is used for the batch, and b - 1 wraps around: the batch is already shuffled, and a
+    neighbor requires less communication between devices than a permutation. The target is
+    s y_b + (1 - s) y_{b-1}, which `losses.cross_entropy` computes from the two labels and s.
+    Because s and 1 - s are equally likely, the example itself can always have the larger weight.
 
     Args:
-      key: jax key.
-      batch: {"image": [B, H, W, 3], "label": int32 [B], ...}.
-      alpha: of the Beta distribution; 0 blends nothing.
+      key: jax key
+      batch: {"image": [B, H, W, 3], "label": int32 [B], ...}
+      alpha: parameter of the Beta distribution; 0 blends nothing
 
     Returns:
-      The batch with "image" in float32 on the same scale, and further "other_label" int32 [B] and
-      "share" float32 [B], s.
+      The batch with "image" in float32 on the same scale, and in addition "other_label" int32 [B]
+      and "share" float32 [B], which is s.
 
     >>> batch = {"image": jnp.zeros((4, 2, 2, 3), jnp.uint8), "label": jnp.arange(4)}
     >>> mixup(jax.random.key(0), batch, 0.4)["other_label"].tolist()
     [3, 0, 1, 2]
     """
     shape = jnp.where(alpha > 0, alpha, 1.0)
-    drawn = jax.random.beta(key, shape, shape, dtype=jnp.float32)
-    share = jnp.where(alpha > 0, jnp.maximum(drawn, 1.0 - drawn), 1.0)
+    u = jax.random.beta(key, shape, shape, dtype=jnp.float32)
+    share = jnp.where(alpha > 0, jnp.maximum(u, 1.0 - u), 1.0)
     images = batch["image"].astype(jnp.float32)
     return batch | {
         "image": share * images + (1.0 - share) * jnp.roll(images, 1, axis=0),

@@ -1,6 +1,6 @@
-"""A data set as a study sees it: where to train, where to choose, where to measure.
+"""A benchmark: datasets to train on, to select hyperparameters on, and to evaluate on.
 
-A run imports the modules of its own data set alone: each is imported where it is opened.
+The module of a dataset is imported when the dataset is opened, so that a run imports only its own.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from modelstock_jax.errors import UserError, check_choice
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The data of a study.
+    """The data of a run or study.
 
     Attributes:
-      train: what replicas see.
-      validation: what choices (the learning rate) may look at.
-      test: the in-distribution test set.
-      shifts: the out-of-distribution test sets by name.
-      class_names: in the order of the labels.
-      templates: prompts for the zero-shot head, {} stands for the class name.
-      augment: (key, images uint8) -> images uint8, run on the device in the step.
-      real_labels: the test images under reassessed labels; None where they are not asked for.
+      train: training set of the replicas
+      validation: in-distribution set for selecting hyperparameters, such as the learning rate
+      test: in-distribution test set
+      shifts: out-of-distribution test sets by name
+      class_names: class names in the order of the labels
+      templates: prompts of the zero-shot head; {} is the class name
+      augment: (key, images uint8) -> images uint8, on the device in the training step
+      real_labels: the test images with reassessed labels; None if not requested
     """
 
     train: ImageSet
@@ -48,12 +48,12 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What is known of a benchmark that has not been opened.
+    """Size of a benchmark, available without opening it.
 
     Attributes:
-      num_train: training images.
-      num_classes: K.
-      source: where the two numbers come from.
+      num_train: number of training images
+      num_classes: K
+      source: source of the two numbers
     """
 
     num_train: int
@@ -61,8 +61,8 @@ class DataSummary:
     source: str
 
 
-def _as_read(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Stored images are cropped and changed where they are read."""
+def _no_augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Return `images` unchanged; stored images are augmented on the host."""
     return images
 
 
@@ -70,12 +70,12 @@ def _glyphs(config: ConfigDict) -> Benchmark:
     from modelstock_jax.data import glyphs
     from modelstock_jax.data.glyphs.sets import SHIFTS
 
-    world = glyphs.make_sets(shifts=config.shifts or SHIFTS)
+    sets = glyphs.make_sets(shifts=config.shifts or SHIFTS)
     return Benchmark(
-        world.train,
-        world.validation,
-        world.test,
-        world.shifts,
+        sets.train,
+        sets.validation,
+        sets.test,
+        sets.shifts,
         glyphs.CLASS_NAMES,
         glyphs.TEMPLATES,
         shift_and_jitter,
@@ -93,8 +93,8 @@ def _imagenet(config: ConfigDict) -> Benchmark:
         sets.shifts,
         imagenet.CLASS_NAMES,
         imagenet.TEMPLATES,
-        _as_read,
-        sets.real,
+        _no_augment,
+        sets.real_labels,
     )
 
 
@@ -102,11 +102,18 @@ def _cifar(config: ConfigDict) -> Benchmark:
     from modelstock_jax.data import cifar
 
     names = cifar.CLASS_NAMES[config.name]
-    return Benchmark(*cifar.open_sets(config), names, cifar.TEMPLATES, _as_read)
+    return Benchmark(*cifar.open_sets(config), names, cifar.TEMPLATES, _no_augment)
 
 
 class _Stored(NamedTuple):
-    """A data set of published size that lies in `data.root`."""
+    """A dataset of published size that is stored in `data.root`.
+
+    Attributes:
+      title: name in messages
+      root: what `data.root` must be, for messages
+      train: size of the training set
+      open: opens the benchmark of a config
+    """
 
     title: str
     root: str
@@ -119,8 +126,8 @@ _STORED = {
         "ImageNet-1K", "ImageNet's directory", IMAGENET["train"].published, _imagenet
     ),
     **{
-        name: _Stored(known.title, "the data_dir of TensorFlow Datasets", known.train, _cifar)
-        for name, known in CIFAR.items()
+        name: _Stored(cifar.title, "the data_dir of TensorFlow Datasets", cifar.train, _cifar)
+        for name, cifar in CIFAR.items()
     },
 }
 
@@ -128,13 +135,13 @@ NAMES = ("glyphs", *_STORED, "folder")
 
 
 def summarize(config: ConfigDict) -> DataSummary:
-    """What is known without opening anything; of a user's own images, what their folders hold.
+    """Return the size of a benchmark without opening it; your own folders are listed.
 
     Args:
-      config: the `data` group of `configs/default.py`.
+      config: the `data` group of `configs/default.py`
 
     Raises:
-      UserError: if there is no data set of that name, or no such folders.
+      UserError: there is no dataset of that name, or its folders do not exist
 
     >>> summarize(ConfigDict({"name": "imagenet", "held_out_per_class": 26})).num_train
     1255167
@@ -144,25 +151,25 @@ def summarize(config: ConfigDict) -> DataSummary:
         from modelstock_jax.data.glyphs.captions import CLASS_NAMES
         from modelstock_jax.data.glyphs.sets import TRAIN_SIZE
 
-        return DataSummary(TRAIN_SIZE, len(CLASS_NAMES), "the glyph world's own sizes")
+        return DataSummary(TRAIN_SIZE, len(CLASS_NAMES), "the synthetic benchmark")
     if config.name == "folder":
         from modelstock_jax.data.custom_dataset import open_sets
 
-        own = open_sets(config)
-        return DataSummary(len(own.train), len(own.class_names), f"the folders of {config.root}")
+        sets = open_sets(config)
+        return DataSummary(len(sets.train), len(sets.class_names), f"the folders of {config.root}")
     stored = _STORED[config.name]
     classes, images, _ = stored.train
-    kept = classes * config.held_out_per_class
-    less = f", less {kept:,} held out" if kept else ""
-    source = f"the published size of {stored.title}'s training set{less}"
-    return DataSummary(images - kept, classes, source)
+    held_out = classes * config.held_out_per_class
+    suffix = f", minus {held_out:,} held out" if held_out else ""
+    source = f"the published size of {stored.title}'s training set{suffix}"
+    return DataSummary(images - held_out, classes, source)
 
 
 def missing(config: ConfigDict) -> list[str]:
-    """What stands between this config and its data, each with the way out; none if all is there.
+    """Return one line per missing dataset, with how to fix it; empty if nothing is missing.
 
     Raises:
-      UserError: if there is no data set of that name, or no such shift.
+      UserError: there is no dataset or no shifted test set of that name
     """
     if config.name == "folder":
         try:
@@ -186,16 +193,16 @@ def missing(config: ConfigDict) -> list[str]:
 
 
 def load(config: ConfigDict) -> Benchmark:
-    """Opens the data set that `data.name` names.
+    """Open the benchmark `data.name`.
 
     Args:
-      config: the `data` group of `configs/default.py`.
+      config: the `data` group of `configs/default.py`
 
     Raises:
-      UserError: if there is none of that name, or something of it is not there.
+      UserError: there is no dataset of that name, or a part of it is missing
     """
-    if problems := missing(config):
-        raise UserError("; ".join(problems))
+    if issues := missing(config):
+        raise UserError("; ".join(issues))
     if config.real_labels and config.name != "imagenet":
         raise UserError(
             f"data.real_labels=True: {config.name!r} has no reassessed labels; set it to False"
@@ -205,14 +212,14 @@ def load(config: ConfigDict) -> Benchmark:
     if config.name == "folder":
         from modelstock_jax.data.custom_dataset import open_sets
 
-        opened = Benchmark(*open_sets(config), augment=_as_read)
+        opened = Benchmark(*open_sets(config), augment=_no_augment)
     else:
         opened = _STORED[config.name].open(config)
     return _with_lists(config, _cached(config, opened))
 
 
 def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
-    """The benchmark with its training images in the config's cache, written if it is not there."""
+    """Return the benchmark with cached training images; write the cache if it does not exist."""
     if not config.decoded_cache_dir:
         return data
     from modelstock_jax.data.caches import write_cache
@@ -228,7 +235,7 @@ def _cached(config: ConfigDict, data: Benchmark) -> Benchmark:
 
 
 def _with_lists(config: ConfigDict, data: Benchmark) -> Benchmark:
-    """The benchmark under the class names and templates of the config's files, if it gives any."""
+    """Return the benchmark with the class names and templates of the config's files, if any."""
     names, templates = data.class_names, data.templates
     if config.class_names:
         names = read_class_names(config.class_names, len(names))

@@ -1,4 +1,4 @@
-"""Caches on disk: decoded images, and small arrays in the user's cache directory."""
+"""Disk caches: decoded images, and small arrays in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ from modelstock_jax.tensor_files.reader import read_json
 
 DESCRIPTION = "cache.json"
 _FORMAT = 1
-_A_PART = 4096  # images
+_IMAGES_PER_PART = 4096
 _ENTRY = np.dtype([("height", "<u2"), ("width", "<u2"), ("crc32", "<u4")])
 
 
 class CachedImages(EncodedImages):
-    """The images of a cache: `images[i]` is uint8 [H, W, 3], in the order of their source.
+    """The images of a cache: `images[i]` is uint8 [H, W, 3], in the order of the source.
 
-    No file is held open.
+    No file stays open.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Reads the sizes of all images, 8 bytes each.
+        """Read the sizes of all images, 8 bytes each.
 
         Raises:
-          UserError: no cache there, or one that is not whole.
+          UserError: there is no cache, or it is incomplete
         """
         self._directory = Path(directory)
-        facts = read_json(self._directory / DESCRIPTION)
-        known = isinstance(facts, dict) and facts.get("format") == _FORMAT
-        if not known or not isinstance(facts.get("count"), int):
+        metadata = read_json(self._directory / DESCRIPTION)
+        supported = isinstance(metadata, dict) and metadata.get("format") == _FORMAT
+        if not supported or not isinstance(metadata.get("count"), int):
             raise UserError(f"{directory}: not a cache of this version; write it again")
-        indices = [_index(self._directory, part) for part in range(_num_parts(facts["count"]))]
+        indices = [_index(self._directory, part) for part in range(_num_parts(metadata["count"]))]
         missing = [path for path in indices if not path.is_file()]
         if missing:
             raise UserError(
-                f"{directory}: {len(missing)} of {len(indices)} parts are missing; the command "
-                "that began the cache goes on with it"
+                f"{directory}: {len(missing)} of {len(indices)} parts are missing; run the command "
+                "that started the cache again to complete it"
             )
         entries = [_read_index(path) for path in indices]
         self._entries = np.concatenate([np.zeros(0, _ENTRY), *entries])
-        sizes = [_num_bytes(one) for one in entries]
+        sizes = [_num_bytes(entry) for entry in entries]
         for part, size in enumerate(sizes):
             path = _pixels(self._directory, part)
             if not path.is_file() or path.stat().st_size != size.sum():
@@ -76,7 +76,7 @@ class CachedImages(EncodedImages):
         if not height:
             raise Unreadable("it could not be decoded when the cache was written")
         pixels = np.fromfile(
-            _pixels(self._directory, index // _A_PART),
+            _pixels(self._directory, index // _IMAGES_PER_PART),
             np.uint8,
             count=height * width * 3,
             offset=int(self._starts[index]),
@@ -84,19 +84,19 @@ class CachedImages(EncodedImages):
         return pixels.reshape(height, width, 3)
 
     def name(self, index: int) -> str:
-        """The cache, and the image's number."""
+        """Return the cache directory and the number of the image."""
         return f"{self._directory}, image {index}"
 
     def verify(self) -> None:
-        """Reads everything and compares it with the checksums of when it was written.
+        """Read all images and compare them with the checksums stored when they were written.
 
         Raises:
-          UserError: an image that has changed.
+          UserError: an image has changed
         """
         for index in track(range(len(self)), f"verifying {self._directory}", transient=True):
             entry = self._entries[index]
             if entry["height"] and zlib.crc32(self[index].data) != entry["crc32"]:
-                part = index // _A_PART
+                part = index // _IMAGES_PER_PART
                 raise UserError(
                     f"{_pixels(self._directory, part)}: image {index} is damaged; remove "
                     f"{_index(self._directory, part)} and write the cache again"
@@ -111,23 +111,25 @@ def write_cache(
     threads: int = 0,
     unreadable: str = "error",
 ) -> CachedImages:
-    """Decodes all images, brings the short side of larger ones to `short_side`, and keeps them.
+    """Decode all images, resize the short side of larger ones to `short_side`, and store them.
 
-    For crops of 90 to 100 % of the area at 224 pixels, 256 is what the smallest crop needs. Three
-    bytes a pixel: an image of 4:3 takes 262 kB, ImageNet's training set 0.35 TB. A call that was
-    interrupted goes on where it stopped; each part of 4,096 images is read back once it is written.
-    One process at a time may write: where hosts share the directory, write it before they start.
+    256 is enough for the smallest crop of 90 to 100 % of the area at 224 pixels. A pixel needs
+    three bytes: an image of 4:3 needs 262 kB, ImageNet's training set 0.35 TB. An interrupted call
+    resumes with the part that it was writing; each part of 4,096 images is read back after it is
+    written. Only one process at a time may write: if hosts share the directory, write the cache
+    before they start.
 
     Args:
-      images: the source.
-      directory: of the cache.
-      short_side: pixels; bicubic, antialiased.
-      threads: that decode; 0 means one a core.
-      unreadable: an image that cannot be decoded is an 'error', or 'skip' leaves its place empty.
+      images: the source
+      directory: directory of the cache
+      short_side: in pixels; the resize is bicubic and antialiased
+      threads: decoding threads; 0 uses one per core
+      unreadable: what to do if an image cannot be decoded: 'error', or 'skip', which stores an
+        empty entry
 
     Raises:
-      UserError: an image that cannot be decoded, a directory with something else in it, or a disk
-        that does not give back what was written.
+      UserError: an image cannot be decoded, the directory contains something else, or the disk
+        does not return what was written
     """
     if short_side < 1:
         raise UserError(f"short_side is {short_side}: it must be at least 1")
@@ -136,21 +138,21 @@ def write_cache(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
-    facts = {"format": _FORMAT, "short_side": short_side}
-    facts |= {"count": len(images), "source": fingerprint(images)}
+    metadata = {"format": _FORMAT, "short_side": short_side}
+    metadata |= {"count": len(images), "source": fingerprint(images)}
     path = directory / DESCRIPTION
     if not path.exists():
         if any(directory.iterdir()):
-            raise UserError(f"{directory}: there is something else in it; give a new directory")
-        _write(path, [json.dumps(facts, indent=1).encode()])
-    elif (found := read_json(path)) != facts:
-        changed = [name for name in facts if found.get(name) != facts[name]]
+            raise UserError(f"{directory}: not a cache and not empty; give a new directory")
+        _write(path, [json.dumps(metadata, indent=1).encode()])
+    elif (existing := read_json(path)) != metadata:
+        changed = [name for name in metadata if existing.get(name) != metadata[name]]
         raise UserError(
-            f"{directory}: a cache of something else ({', '.join(changed)} differ); give a new "
-            "directory"
+            f"{directory}: a cache of other images or options ({', '.join(changed)} differ); give "
+            "a new directory"
         )
 
-    def small(index: int) -> np.ndarray:
+    def resized(index: int) -> np.ndarray:
         try:
             pixels = decode(images[index])
         except Unreadable as error:
@@ -168,12 +170,12 @@ def write_cache(
         parts = range(_num_parts(len(images)))
         for part in track(parts, f"writing {directory}", transient=True):
             if not _index(directory, part).is_file():
-                whole = range(part * _A_PART, min((part + 1) * _A_PART, len(images)))
-                # A few at a time: a part's pixels are a gigabyte.
-                some = (whole[first : first + 64] for first in range(0, len(whole), 64))
-                _write_part(
-                    directory, part, itertools.chain.from_iterable(pool.map(small, s) for s in some)
-                )
+                start = part * _IMAGES_PER_PART
+                indices = range(start, min(start + _IMAGES_PER_PART, len(images)))
+                # 64 at a time: the pixels of a complete part are a gigabyte.
+                chunks = (indices[first : first + 64] for first in range(0, len(indices), 64))
+                pixels = itertools.chain.from_iterable(pool.map(resized, chunk) for chunk in chunks)
+                _write_part(directory, part, pixels)
     return CachedImages(directory)
 
 
@@ -190,18 +192,20 @@ def _read_index(path: Path) -> np.ndarray:
 def _write_part(directory: Path, part: int, pixels: Iterator[np.ndarray]) -> None:
     entries = []
 
-    def record() -> Iterator[bytes]:
-        for one in pixels:
-            entries.append((*one.shape[:2], zlib.crc32(one.data)))
-            yield one.tobytes()
+    def image_bytes() -> Iterator[bytes]:
+        for image in pixels:
+            entries.append((*image.shape[:2], zlib.crc32(image.data)))
+            yield image.tobytes()
 
     path = _pixels(directory, part)
-    _write(path, record())
+    _write(path, image_bytes())
     index = np.array(entries, _ENTRY)
     with path.open("rb") as file:
         for entry, size in zip(index, _num_bytes(index), strict=True):
             if zlib.crc32(file.read(size)) != entry["crc32"]:
-                raise UserError(f"{path}: the disk does not give back what was written to it")
+                raise UserError(
+                    f"{path}: the disk does not return what was written; check the disk"
+                )
     file = io.BytesIO()
     np.save(file, index, allow_pickle=False)
     _write(_index(directory, part), [file.getvalue()])
@@ -209,18 +213,19 @@ def _write_part(directory: Path, part: int, pixels: Iterator[np.ndarray]) -> Non
 
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
     try:
-        # One name for every try: what a kill leaves may be a gigabyte, and is written over.
-        with replacing(path, path.with_suffix(".tmp")) as beside, beside.open("wb") as file:
+        # The same temporary name every time: a killed process may leave a gigabyte, which the next
+        # attempt overwrites.
+        with replacing(path, path.with_suffix(".tmp")) as temporary, temporary.open("wb") as file:
             file.writelines(chunks)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space there and give the "
-            "same command again"
+            f"cannot write {path}: {error.strerror or error}; free disk space and run the same "
+            "command again"
         ) from error
 
 
 def _num_parts(count: int) -> int:
-    return -(-count // _A_PART)
+    return -(-count // _IMAGES_PER_PART)
 
 
 def _num_bytes(entries: np.ndarray) -> np.ndarray:
@@ -235,47 +240,45 @@ def _index(directory: Path, part: int) -> Path:
     return directory / f"part-{part:05d}.npy"
 
 
-# Small arrays in the user's cache directory, kept for the place that they are about.
-
-WORTH_KEEPING = 20_000  # entries; fewer are found again in about a second
+MIN_ENTRIES = 20_000  # Smaller arrays are not cached: they are computed in about a second.
 
 
-def load_arrays(kind: str, place: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays kept for a place, by name; empty if there are none or the file is damaged.
+def load_arrays(kind: str, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return the cached arrays of a path by name; empty if there are none or the file is damaged.
 
-    They lie in $XDG_CACHE_HOME, else ~/.cache: nothing is ever written beside a user's data.
+    They are stored in $XDG_CACHE_HOME or ~/.cache; nothing is ever written next to the user's data.
 
     Args:
-      kind: what the arrays are.
-      place: the directory that they are about.
+      kind: kind of the arrays, a subdirectory of the cache directory
+      path: the path that the arrays describe
     """
     try:
-        with _file(kind, place).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with _file(kind, path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return {}
 
 
-def save_arrays(kind: str, place: str | os.PathLike[str], **arrays: Any) -> None:
-    """Keeps arrays for a place; a cache directory that cannot be written is no error."""
-    path, temporary = _file(kind, place), None
+def save_arrays(kind: str, path: str | os.PathLike[str], **arrays: Any) -> None:
+    """Cache arrays for a path; a cache directory that is not writable is not an error."""
+    target, temporary = _file(kind, path), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             np.savez(file, **arrays)
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def cache_directory() -> Path:
-    """The user's cache directory of this package; it may not exist yet."""
+    """Return the user's cache directory of this package; it may not exist yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "modelstock_jax"
 
 
-def _file(kind: str, place: str | os.PathLike[str]) -> Path:
-    digest = hashlib.sha256(os.fsencode(Path(place).resolve())).hexdigest()[:32]
-    return cache_directory() / kind / f"{digest}.npz"
+def _file(kind: str, path: str | os.PathLike[str]) -> Path:
+    checksum = hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:32]
+    return cache_directory() / kind / f"{checksum}.npz"

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as TensorFlow Datasets prepared them."""
+"""CIFAR-10 and CIFAR-100 as prepared by TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from modelstock_jax.errors import UserError, listed
 IMAGE_SHAPE = (32, 32, 3)
 
 CLASS_NAMES = {
-    name: read_class_names(CLASS_LISTS / f"{name}.txt", known.train.classes)
-    for name, known in CIFAR.items()
+    name: read_class_names(CLASS_LISTS / f"{name}.txt", cifar.train.classes)
+    for name, cifar in CIFAR.items()
 }
 """By `data.name`, in the order of the labels."""
 
 TEMPLATES = read_templates(CLASS_LISTS / "cifar_templates.txt")
-"""The 18 prompts of CLIP's authors, the same for both sets; '{}' stands for the class name."""
+"""The 18 prompts of CLIP's authors, the same for both datasets; '{}' is the class name."""
 
 
 class CifarSets(NamedTuple):
-    """What a study needs of CIFAR.
+    """The datasets of a CIFAR benchmark.
 
     Attributes:
-      train: without the held-out images.
-      validation: held out of the training images, `data.held_out_per_class` a class.
-      test: the 10,000 test images.
-      shifts: by name.
+      train: training images without the held-out images
+      validation: held-out training images, `data.held_out_per_class` per class
+      test: the 10,000 test images
+      shifts: shifted test sets by name
     """
 
     train: ImageSet
@@ -49,19 +49,19 @@ class CifarSets(NamedTuple):
 
 
 def missing_sets(config: ConfigDict) -> list[str]:
-    """One line for each set that is asked for and is not there, with the command that prepares it.
+    """Return one line per missing dataset, with the command that prepares it.
 
     Args:
       config: the `data` group of `configs/default.py`; `data.root` is the data_dir of TensorFlow
-        Datasets.
+        Datasets
 
     Raises:
-      UserError: a shift that the set has not, or an option that is another data set's.
+      UserError: there is no such shifted test set, or an option does not apply to CIFAR
     """
-    if given := [name for name, path in config.paths.items() if path]:
+    if names := [name for name, path in config.paths.items() if path]:
         raise UserError(
-            f"data.paths.{given[0]}={config.paths[given[0]]}: {CIFAR[config.name].title} is looked "
-            "for in data.root, by the names of TensorFlow Datasets; leave data.paths empty"
+            f"data.paths.{names[0]}={config.paths[names[0]]}: {CIFAR[config.name].title} is "
+            "searched in data.root by the names of TensorFlow Datasets; leave data.paths empty"
         )
     return [
         f"no {name} in data.root={config.root}; with TensorFlow installed, "
@@ -73,25 +73,25 @@ def missing_sets(config: ConfigDict) -> list[str]:
 
 
 def open_sets(config: ConfigDict) -> CifarSets:
-    """Opens every set that a config asks for; no image is decoded.
+    """Open every dataset of a config without decoding any image.
 
     Args:
-      config: the `data` group of `configs/default.py`. Without `data.shifts`, CIFAR-10.1 is taken
-        where it is there.
+      config: the `data` group of `configs/default.py`; if `data.shifts` is empty, CIFAR-10.1 is
+        used if it exists
 
     Raises:
-      UserError: a set that is not there, is not CIFAR, or is not whole and `check_counts` is on.
+      UserError: a dataset is missing, is not CIFAR, or is incomplete and `check_counts` is set
     """
     if missing := missing_sets(config):
         raise UserError("; ".join(missing))
-    known = CIFAR[config.name]
-    train = _open(config, config.name, "train", known.train)
+    cifar = CIFAR[config.name]
+    train = _open(config, config.name, "train", cifar.train)
     train, validation = train.hold_out(
         config.held_out_per_class, class_names=CLASS_NAMES[config.name]
     )
-    test = _open(config, config.name, "test", known.test, "id")
+    test = _open(config, config.name, "test", cifar.test, "id")
     shifts = {
-        name: _open(config, name, "test", known.shifts[name], name) for name in _shifts(config)
+        name: _open(config, name, "test", cifar.shifts[name], name) for name in _shifts(config)
     }
     return CifarSets(train, validation, test, shifts)
 
@@ -101,44 +101,44 @@ def _root(config: ConfigDict) -> Path:
 
 
 def _shifts(config: ConfigDict) -> tuple[str, ...]:
-    known = CIFAR[config.name]
-    if unknown := [name for name in config.shifts if name not in known.shifts]:
-        close = difflib.get_close_matches(unknown[0], known.shifts, 1)
-        meant = f"; did you mean {close[0]}" if close else ""
-        has = "it has none"
-        if known.shifts:
-            has = (
+    cifar = CIFAR[config.name]
+    if unknown := [name for name in config.shifts if name not in cifar.shifts]:
+        close = difflib.get_close_matches(unknown[0], cifar.shifts, 1)
+        hint = f"; did you mean {close[0]}" if close else ""
+        choices = "it has none"
+        if cifar.shifts:
+            choices = (
                 "it has cifar10_1/v6, cifar10_1/v4, and cifar10_corrupted/NAME_1 to NAME_5 for "
                 f"NAME in {', '.join(CORRUPTIONS)}"
             )
-        raise UserError(f"data.shifts: no shift {unknown[0]!r} of {known.title}{meant}; {has}")
+        raise UserError(f"data.shifts: no shift {unknown[0]!r} of {cifar.title}{hint}; {choices}")
     if config.shifts:
         return tuple(config.shifts)
-    there = NEW_TEST_SET in known.shifts and find_records(_root(config) / NEW_TEST_SET)
-    return (NEW_TEST_SET,) if there else ()
+    exists = NEW_TEST_SET in cifar.shifts and find_records(_root(config) / NEW_TEST_SET)
+    return (NEW_TEST_SET,) if exists else ()
 
 
 def _open(
-    config: ConfigDict, place: str, split: str, published: Published, name: str = "train"
+    config: ConfigDict, folder: str, split: str, published: Published, name: str = "train"
 ) -> ImageSet:
-    known = CIFAR[config.name]
-    stored = read_records(_root(config) / place, split)
+    title = CIFAR[config.name].title
+    stored = read_records(_root(config) / folder, split)
     shape = tuple(stored.images.features["image"].shape)
     if shape != IMAGE_SHAPE:
         raise UserError(
-            f"{stored.place}: images of shape {shape}, not {IMAGE_SHAPE}; this is not "
-            f"{known.title}: give another data.root"
+            f"{stored.source}: images of shape {shape}, not {IMAGE_SHAPE}; this is not "
+            f"{title}: give another data.root"
         )
     class_names = CLASS_NAMES[config.name]
-    # TensorFlow Datasets names the classes of the training set, and only counts those of shifts.
-    unnamed = tuple(str(label) for label in range(len(class_names)))
-    names = tuple(one.replace("_", " ") for one in stored.names)
-    if names not in (class_names, unnamed):
+    # TensorFlow Datasets names the classes of the training set, and numbers those of the shifts.
+    numbers = tuple(str(label) for label in range(len(class_names)))
+    names = tuple(name.replace("_", " ") for name in stored.names)
+    if names not in (class_names, numbers):
         raise UserError(
-            f"{stored.place}: its {len(names)} classes ({listed(names, 5)}) are not the "
-            f"{len(unnamed)} of {known.title} ({listed(class_names, 5)}) in their order; "
+            f"{stored.source}: its {len(names)} classes ({listed(names, 5)}) are not the "
+            f"{len(numbers)} of {title} ({listed(class_names, 5)}) in their order; "
             "give another data.root"
         )
     if config.check_counts:
-        check_counts(name, stored.place, stored.labels, published, class_names.__getitem__)
+        check_counts(name, stored.source, stored.labels, published, class_names.__getitem__)
     return ImageSet(name, stored.images, stored.labels)

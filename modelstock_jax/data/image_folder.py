@@ -18,42 +18,42 @@ Images_co = TypeVar("Images_co", bound=EncodedImages, covariant=True)
 
 
 class LabeledImages(NamedTuple, Generic[Images_co]):
-    """Images and labels as they are stored, before a data set says what the labels mean.
+    """Images and labels as stored, before the labels are mapped to the classes of a dataset.
 
     Attributes:
-      images: M images.
-      labels: int32 [M], places in `names`.
-      names: of the classes: folder names, or the names in a prepared set's description.
-      place: where they lie, for messages.
+      images: M images
+      labels: int32 [M], indices into `names`
+      names: names of the classes: folder names, or the names in a prepared dataset's description
+      source: path of the images, for messages
     """
 
     images: Images_co
     labels: np.ndarray
     names: tuple[str, ...]
-    place: str
+    source: str
 
 
 def read_folders(
     root: str | os.PathLike[str], only: Collection[str] | None = None
 ) -> LabeledImages[FileImages]:
-    """The images of ROOT/CLASS/*.JPEG, in the order of the folders' names, then the files'.
+    """List the images of ROOT/CLASS/*.JPEG, sorted by folder name, then by file name.
 
     Args:
-      root: a directory with a folder for each class.
-      only: names of the folders to read; all, if None.
+      root: a directory with one folder per class
+      only: names of the folders to read; None reads all
 
     Raises:
-      UserError: no such directory, no folders, or a folder without an image.
+      UserError: there is no such directory, no folder in it, or a folder has no image
     """
     listing = list_folders(root, only)
     return LabeledImages(FileImages(listing), listing.folder_of, listing.folders, str(root))
 
 
 class FileImages(EncodedImages):
-    """The files of a listing; bytes are read as they are asked for."""
+    """The files of a listing; each file is read when it is accessed."""
 
     def __init__(self, listing: Listing) -> None:
-        """Opens nothing."""
+        """Store the listing; open no file."""
         self._listing = listing
 
     def __len__(self) -> int:
@@ -67,26 +67,24 @@ class FileImages(EncodedImages):
             raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from error
 
     def name(self, index: int) -> str:
-        """The file's path."""
+        """Return the path of the file."""
         listing = self._listing
         folder = listing.folders[listing.folder_of[index]]
         return os.path.join(listing.root, folder, os.fsdecode(listing.names[index]))
 
 
-# The image files of a directory of class folders: listed fast, and listed once.
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-_THREADS = 16  # folders listed at once, for the sake of network disks
+_THREADS = 16  # Lists folders in parallel, because network disks have a high latency.
 
 
 class Listing(NamedTuple):
-    """The image files of class folders, ordered by folder, then by name (both as text).
+    """The image files of class folders, sorted by folder name, then by file name (both as text).
 
     Attributes:
-      root: the directory of the class folders.
-      folders: their names, F of them.
-      folder_of: int32 [M], which folder a file lies in.
-      names: bytes [M], the file's name in its folder.
+      root: the directory of the class folders
+      folders: names of the F folders
+      folder_of: int32 [M], index of the folder of each file
+      names: bytes [M], name of each file in its folder
     """
 
     root: str
@@ -96,24 +94,23 @@ class Listing(NamedTuple):
 
 
 def list_folders(root: str | os.PathLike[str], only: Collection[str] | None = None) -> Listing:
-    """Lists the images in the folders of `root`, hidden files and other suffixes aside.
+    """List the images in the folders of `root`, without hidden files and files of other suffixes.
 
-    A large listing is kept in the user's cache directory ($XDG_CACHE_HOME, else ~/.cache), and
-    used again as long as the same folders have the same times of change. Nothing is written to
-    `root`.
+    A large listing is stored in the user's cache directory ($XDG_CACHE_HOME or ~/.cache) and reused
+    while the folders and their modification times are the same. Nothing is written to `root`.
 
     Args:
-      root: a directory with a folder for each class.
-      only: names of folders to list; the others are passed over.
+      root: a directory with one folder per class
+      only: names of the folders to list; None lists all
 
     Raises:
-      UserError: no such directory, no folder in it, or a folder without an image.
+      UserError: there is no such directory, no folder in it, or a folder has no image
     """
     root = Path(root)
     folders = sorted(name for name in _subfolders(root) if only is None or name in only)
     if not folders:
-        raise UserError(f"{root}: no folders of classes in it; expected {root}/CLASS/IMAGE.jpg")
-    # Taken before listing: a folder that changes meanwhile is listed again the next time.
+        raise UserError(f"{root}: no class folders; expected {root}/CLASS/IMAGE.jpg")
+    # Read before listing: a folder that changes meanwhile is listed again the next time.
     stamps = {
         "folders": np.array([os.fsencode(name) for name in folders], np.bytes_),
         "changed": np.array([(root / name).stat().st_mtime_ns for name in folders], np.int64),
@@ -127,16 +124,16 @@ def list_folders(root: str | os.PathLike[str], only: Collection[str] | None = No
             "folder_of": np.repeat(np.arange(len(folders), dtype=np.int32), counts),
             "names": np.array([name for names in files for name in names], np.bytes_),
         }
-        if sum(counts) >= caches.WORTH_KEEPING:
+        if sum(counts) >= caches.MIN_ENTRIES:
             caches.save_arrays("listings", root, **arrays)
     return Listing(str(root), tuple(folders), arrays["folder_of"], arrays["names"])
 
 
 def list_files(folder: str | os.PathLike[str]) -> Listing:
-    """Lists the images of one folder, as a listing with this folder alone.
+    """List the images of a single folder.
 
     Raises:
-      UserError: no such directory, or no image in it.
+      UserError: there is no such directory, or it has no image
     """
     folder = Path(folder)
     names = np.array(_images(folder), np.bytes_)
@@ -164,7 +161,7 @@ def _images(folder: Path) -> list[bytes]:
         raise UserError(f"{folder}: {error.strerror}") from error
     if not names:
         raise UserError(
-            f"{folder}: no image in it (a file named .jpg, .jpeg, .png or the like); fill the "
-            "folder, or remove it"
+            f"{folder}: no image (a file named .jpg, .jpeg, .png or similar); add images, or "
+            "remove the folder"
         )
     return sorted(names)

@@ -12,16 +12,16 @@ import numpy as np
 from modelstock_jax.data.published_sets import Published
 from modelstock_jax.errors import UserError, listed
 
-_PROBES = 16
-_MOST = 5  # names in a message
+_CHECKSUM_SAMPLES = 16
+_MAX_NAMES = 5  # in an error message
 
 
 class EncodedImages(abc.ABC):
-    """Images as they are stored, read one by one: `images[i]` is the bytes of a JPEG or PNG.
+    """Stored images, read one by one: `images[i]` is the bytes of a JPEG or PNG.
 
-    A cache gives pixels, uint8 [H, W, 3], in the place of bytes; `transforms.decode` takes both. An
-    instance is cheap to open and to pickle, and holds no file open across a fork: worker processes
-    each get their own.
+    A decoded cache returns pixels, uint8 [H, W, 3], instead of bytes; `transforms.decode` accepts
+    both. An instance is cheap to open and to pickle, and keeps no file open across a fork, so that
+    each worker process gets its own.
     """
 
     @abc.abstractmethod
@@ -32,25 +32,28 @@ class EncodedImages(abc.ABC):
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Where image `index` lies (a file, or a record of a file), for messages."""
+        """Return the location of image `index` (a file, or a record in a file) for messages."""
 
     def select(self, indices: np.ndarray) -> EncodedImages:
-        """Those images, in that order; `indices` is int [K]."""
+        """Return the images at `indices`, int [K], in that order."""
         return _Selected(self, np.asarray(indices))
 
 
 def fingerprint(images: np.ndarray | EncodedImages) -> str:
-    """64 hexadecimal digits of sixteen of the images, by which a source is known again."""
-    digest = hashlib.sha256()
-    for index in np.unique(np.linspace(0, len(images) - 1, _PROBES, dtype=int)):
+    """Return a checksum of 64 hexadecimal digits that identifies the images.
+
+    It is the SHA-256 of sixteen of them.
+    """
+    checksum = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(images) - 1, _CHECKSUM_SAMPLES, dtype=int)):
         if len(images):
-            stored = images[int(index)]
-            digest.update(stored if isinstance(stored, bytes) else stored.tobytes())
-    return digest.hexdigest()
+            image = images[int(index)]
+            checksum.update(image if isinstance(image, bytes) else image.tobytes())
+    return checksum.hexdigest()
 
 
 class _Selected(EncodedImages):
-    """Some images of a set, or all in another order."""
+    """A subset or a reordering of encoded images."""
 
     def __init__(self, images: EncodedImages, indices: np.ndarray) -> None:
         self._images, self._indices = images, indices
@@ -70,26 +73,27 @@ class _Selected(EncodedImages):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images with labels, and how a prediction on them is scored.
+    """Images with labels, and how predictions on them are scored.
 
-    The prediction is the class of the largest logit, among `classes` where they are given. With
-    `groups`, the prediction is the group that holds the largest logit. It is right if it equals
-    the label, or, with `label_sets`, if it is one of the image's set.
+    The prediction is the class with the largest logit, among `classes` if they are set. With
+    `groups`, the prediction is the group that contains the class with the largest logit. A
+    prediction is correct if it equals the label, or, with `label_sets`, if it is in the image's
+    label set.
 
     Attributes:
-      name: as in tables, 'id' or 'sketch' say.
-      images: uint8 [M, H, W, 3], or `EncodedImages` of any sizes.
-      labels: int32 [M]; with `groups`, which group.
+      name: the name in tables, for example 'id' or 'sketch'
+      images: uint8 [M, H, W, 3], or `EncodedImages` of any sizes
+      labels: int32 [M]; with `groups`, the index of the group
       classes: class ids that the logits are restricted to, ascending; None means all. The
-        paper's R and A hold 200 of ImageNet's 1,000 classes, and are scored among those.
-      groups: class ids of each group (ObjectNet: an object has up to three ImageNet classes).
-      label_sets: for each image the class ids that are right (ReaL); an image with none is not
-        counted. `labels` are then not used for scoring.
-      crop_border: pixels to cut from each side before anything else (ObjectNet: 2).
+        paper's R and A contain 200 of ImageNet's 1,000 classes and are scored among those.
+      groups: class ids of each group (ObjectNet: an object has up to three ImageNet classes)
+      label_sets: the correct class ids of each image (ReaL); an image without any is not counted.
+        `labels` are then not used for scoring.
+      crop_border: pixels to crop from each side before any other transform (ObjectNet: 2)
 
     Raises:
-      UserError: images that are neither, as many labels as images wanting, a label outside
-        `classes` or `groups`, or two ways of scoring at once.
+      UserError: the type of the images is wrong, the number of labels differs from the number of
+        images, a label is not in `classes` or `groups`, or more than one scoring rule is set
 
     >>> len(ImageSet("one", np.zeros((1, 24, 24, 3), np.uint8), np.zeros(1, np.int32)))
     1
@@ -104,11 +108,13 @@ class ImageSet:
     crop_border: int = 0
 
     def __post_init__(self):
-        """Checks shapes, dtypes and labels."""
+        """Check shapes, dtypes and labels."""
         if not isinstance(self.images, EncodedImages):
             shape, dtype = np.shape(self.images), self.images.dtype
             if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
-                raise UserError(f"{self.name}: images are uint8 [M, H, W, 3], not {dtype} {shape}")
+                raise UserError(
+                    f"{self.name}: images must be uint8 [M, H, W, 3], not {dtype} {shape}"
+                )
         count = len(self.images)
         if np.shape(self.labels) != (count,):
             raise UserError(
@@ -116,11 +122,11 @@ class ImageSet:
                 f"{list(np.shape(self.labels))}"
             )
         if self.labels.dtype != np.int32:
-            raise UserError(f"{self.name}: labels are int32, not {self.labels.dtype}")
+            raise UserError(f"{self.name}: labels must be int32, not {self.labels.dtype}")
         if count and self.labels.min() < 0:
             raise UserError(f"{self.name}: label {self.labels.min()} is below 0")
         if sum(rule is not None for rule in (self.classes, self.groups, self.label_sets)) > 1:
-            raise UserError(f"{self.name}: give one of classes, groups and label_sets, not more")
+            raise UserError(f"{self.name}: give only one of classes, groups and label_sets")
         if self.classes is not None:
             outside = np.setdiff1d(self.labels, self.classes)
             if outside.size:
@@ -141,25 +147,25 @@ class ImageSet:
             )
 
     def __len__(self) -> int:
-        """M, the number of images."""
+        """Return M, the number of images."""
         return len(self.labels)
 
     @property
     def pixels(self) -> np.ndarray:
-        """The images of a set that is an array; of another one, a UserError."""
+        """The images if they are an array; encoded images raise a UserError."""
         if isinstance(self.images, EncodedImages):
-            raise UserError(f"{self.name}: encoded images, of any sizes; an array is needed here")
+            raise UserError(f"{self.name}: encoded images; this requires an array of images")
         return self.images
 
     @property
     def encoded(self) -> EncodedImages:
-        """The images of a set that is encoded; of another one, a UserError."""
+        """The images if they are encoded; an array raises a UserError."""
         if not isinstance(self.images, EncodedImages):
-            raise UserError(f"{self.name}: an array of images; encoded ones are needed here")
+            raise UserError(f"{self.name}: an array of images; this requires encoded images")
         return self.images
 
     def select(self, indices: np.ndarray) -> ImageSet:
-        """Those images, in that order; `indices` is int [K]."""
+        """Return the images at `indices`, int [K], in that order."""
         images, sets = self.images, self.label_sets
         return dataclasses.replace(
             self,
@@ -169,10 +175,10 @@ class ImageSet:
         )
 
     def first(self, count: int) -> ImageSet:
-        """`count` images, or all where there are fewer.
+        """Return `count` images, or all if there are fewer.
 
-        The first ones of an array; of encoded images, in whose sets a class lies together, ones at
-        even distances.
+        From an array these are the first images. Encoded images are sorted by class; from these
+        they are images at even distances.
         """
         if count >= len(self):
             return self
@@ -187,65 +193,63 @@ class ImageSet:
         seed: int = 0,
         class_names: Sequence[str] = (),
     ) -> tuple[ImageSet, ImageSet]:
-        """Splits off some images of each class, drawn by (seed, class) alone.
+        """Hold out random images of each class; the choice depends only on (seed, class).
 
-        Model Soups holds out 26 training images a class to choose the members of a greedy soup.
+        Model Soups holds out 26 training images per class to select the members of a greedy soup.
 
         Args:
-          per_class: how many; a float is a share of each class, of at least one image.
-          name: of the set that is split off.
-          seed: another one draws others.
-          class_names: the labels' own, for what is raised.
+          per_class: number of images per class; a float is the fraction of each class, of which at
+            least one image is held out
+          name: name of the held-out set
+          seed: random seed
+          class_names: class names by label, for the error message
 
         Returns:
-          What remains, and what was held out; both in the order of the set.
+          (remaining images, held-out images), both in the order of this set.
 
         Raises:
-          UserError: a class with no image left to train on.
+          UserError: a class would have no image left
         """
         order = np.argsort(self.labels, kind="stable")
         classes, starts, counts = np.unique(
             self.labels[order], return_index=True, return_counts=True
         )
-        held = np.zeros(len(self), bool)
+        held_out = np.zeros(len(self), bool)
         for label, start, count in zip(classes, starts, counts, strict=True):
-            share = isinstance(per_class, float)
-            wanted = max(1, round(per_class * count)) if share else per_class
-            if wanted >= count:
-                called = repr(class_names[label]) if class_names else label
+            is_fraction = isinstance(per_class, float)
+            num_held_out = max(1, round(per_class * count)) if is_fraction else per_class
+            if num_held_out >= count:
+                class_name = repr(class_names[label]) if class_names else label
                 raise UserError(
-                    f"{self.name}: class {called} has {count} images, too few to hold out {wanted} "
-                    f"for {name}; add images, or hold out fewer"
+                    f"{self.name}: class {class_name} has {count} images, too few to hold out "
+                    f"{num_held_out} for {name}; add images, or hold out fewer"
                 )
-            drawn = np.random.default_rng((seed, int(label))).permutation(count)[:wanted]
-            held[order[start + drawn]] = True
-        validation = dataclasses.replace(self.select(np.flatnonzero(held)), name=name)
-        return self.select(np.flatnonzero(~held)), validation
-
-
-# Is a set whole: as many classes and images as its authors published?
+            rng = np.random.default_rng((seed, int(label)))
+            held_out[order[start + rng.permutation(count)[:num_held_out]]] = True
+        validation = dataclasses.replace(self.select(np.flatnonzero(held_out)), name=name)
+        return self.select(np.flatnonzero(~held_out)), validation
 
 
 def check_counts(
     name: str,
-    place: str,
+    source: str,
     labels: np.ndarray,
     published: Published,
     class_name: Callable[[int], str],
     classes: Sequence[int] | None = None,
 ) -> None:
-    """Compares a set with its published counts.
+    """Check that a dataset has its published number of classes and images.
 
     Args:
-      name: of the set, for the message.
-      place: where it lies, for the message.
-      labels: int32 [M].
-      published: what should be there.
-      class_name: label -> what a message calls the class.
-      classes: labels that should be there; None means 0 to the published number of classes - 1.
+      name: name of the dataset, for the message
+      source: path of the dataset, for the message
+      labels: int32 [M]
+      published: the published counts
+      class_name: label -> name of the class in the message
+      classes: expected labels; None means 0 to the published number of classes - 1
 
     Raises:
-      UserError: one line with everything that is too few, too many or missing.
+      UserError: one line that lists all missing classes and wrong counts
 
     Example:
       >>> labels = np.array([0, 0, 1], np.int32)
@@ -253,35 +257,36 @@ def check_counts(
       >>> check_counts("pets", "DIR", labels, Published(2, 4, even=True), "class {}".format)
       Traceback (most recent call last):
       ...
-      modelstock_jax.errors.UserError: DIR: not the whole set 'pets': 3 images of 4, 1 too few
-      (class 1 should have 2); complete it, or read it as it is with
+      modelstock_jax.errors.UserError: DIR: not the complete dataset 'pets': 3 images of 4,
+      1 too few (class 1 should have 2); complete it, or read it as it is with
       --config.data.check_counts=False
     """
-    wanted = list(range(published.classes) if classes is None else classes)
-    counts = np.bincount(labels, minlength=max(wanted) + 1)
+    expected = list(range(published.classes) if classes is None else classes)
+    counts = np.bincount(labels, minlength=max(expected) + 1)
 
-    def some(labels: Sequence[int]) -> str:
-        return listed(map(class_name, labels), _MOST)
+    def class_names(labels: Sequence[int]) -> str:
+        return listed(map(class_name, labels), _MAX_NAMES)
 
-    found = []
-    if missing := [label for label in wanted if not counts[label]]:
-        found.append(
-            f"{len(wanted) - len(missing):,} of {len(wanted):,} classes ({some(missing)} missing)"
+    issues = []
+    if missing := [label for label in expected if not counts[label]]:
+        issues.append(
+            f"{len(expected) - len(missing):,} of {len(expected):,} classes "
+            f"({class_names(missing)} missing)"
         )
-    if extra := np.setdiff1d(np.flatnonzero(counts), wanted).tolist():
-        found.append(f"{some(extra)}, none of its {len(wanted)} classes")
+    if extra := np.setdiff1d(np.flatnonzero(counts), expected).tolist():
+        issues.append(f"{class_names(extra)}, none of its {len(expected)} classes")
     if len(labels) != published.images:
         few = "few" if len(labels) < published.images else "many"
         text = (
             f"{len(labels):,} images of {published.images:,}, "
             f"{abs(len(labels) - published.images):,} too {few}"
         )
-        each = published.images // published.classes
-        if published.even and (odd := [k for k in wanted if counts[k] not in (0, each)]):
-            text += f" ({some(odd)} should have {each})"
-        found.append(text)
-    if found:
+        per_class = published.images // published.classes
+        if published.even and (odd := [k for k in expected if counts[k] not in (0, per_class)]):
+            text += f" ({class_names(odd)} should have {per_class})"
+        issues.append(text)
+    if issues:
         raise UserError(
-            f"{place}: not the whole set {name!r}: {'; '.join(found)}; complete it, or read it as "
-            "it is with --config.data.check_counts=False"
+            f"{source}: not the complete dataset {name!r}: {'; '.join(issues)}; complete it, or "
+            "read it as it is with --config.data.check_counts=False"
         )

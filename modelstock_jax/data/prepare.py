@@ -1,6 +1,6 @@
-"""Turns a set into ArrayRecord in the format of TensorFlow Datasets, without TensorFlow.
+"""Converts a dataset to ArrayRecord in the format of TensorFlow Datasets, without TensorFlow.
 
-Shard by shard, in as many processes as wanted: what is finished is not written again.
+It writes one shard at a time per process. Finished shards are not written again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from modelstock_jax.data.image_set import EncodedImages, ImageSet
-from modelstock_jax.data.records import FACTS, LABELS, facts
+from modelstock_jax.data.records import LABELS, METADATA, read_metadata
 from modelstock_jax.data.transforms import Unreadable, decode, image_size
 from modelstock_jax.errors import UserError
 
 VERSION = "1.0.0"
-PER_SHARD = 4096  # images: about half a gigabyte as ImageNet stores them
+PER_SHARD = 4096  # Images; about half a gigabyte of ImageNet's JPEGs.
 
 
 def prepare(
@@ -40,46 +40,47 @@ def prepare(
     workers: int = 1,
     per_shard: int = PER_SHARD,
 ) -> Path:
-    """Writes OUT/DATASET/1.0.0, which `tfds.data_source` and `read_records` read.
+    """Write OUT/DATASET/1.0.0, which `tfds.data_source` and `read_records` can read.
 
-    Called again after an interruption, it goes on with the shards that are missing. The directory
-    gets its name when the number of records in every shard has been read back.
+    After an interruption, another call resumes with the missing shards. The directory gets its
+    final name after the number of records in every shard has been read back.
 
     Args:
-      image_set: encoded images; they are written in its order.
-      class_names: K names, by label; of `groups`, if the set has them.
-      out: made if missing.
-      dataset: the directory's name, as that of a Python module.
-      split: 'train', 'validation' or 'test'.
-      resize: the short side of a larger image becomes so many pixels (see `shrink`); 0 keeps the
-        bytes as they are.
-      workers: processes.
-      per_shard: images in a file.
+      image_set: encoded images; they are written in its order
+      class_names: K names by label, or by group if the dataset has `groups`
+      out: output directory, created if missing
+      dataset: name of the dataset's directory, a valid Python module name
+      split: 'train', 'validation' or 'test'
+      resize: short side in pixels to which larger images are resized (see `shrink`); 0 copies the
+        bytes
+      workers: number of processes
+      per_shard: images per file
 
     Returns:
       The directory.
 
     Raises:
-      UserError: another preparation lies there, an image that cannot be read, or a full disk.
+      UserError: the directory contains another dataset, an image cannot be read, or the disk is
+        full
     """
     plan = _plan(image_set, split, resize, per_shard)
     directory = Path(out) / dataset / VERSION
     if directory.exists():
-        if facts(directory) != plan:
-            raise UserError(f"{directory}: another preparation lies there; choose another --out")
+        if read_metadata(directory) != plan:
+            raise UserError(f"{directory}: already contains another dataset; choose another --out")
         return directory
     unfinished = directory.with_name(VERSION + ".incomplete")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        if not (unfinished / FACTS).exists():
-            (unfinished / FACTS).write_text(json.dumps(plan))
-        if facts(unfinished) != plan:
+        if not (unfinished / METADATA).exists():
+            (unfinished / METADATA).write_text(json.dumps(plan))
+        if read_metadata(unfinished) != plan:
             raise UserError(
-                f"{unfinished}: holds the beginning of another preparation; remove it, or choose "
-                "another --out"
+                f"{unfinished}: contains another, unfinished dataset; remove it, or choose another "
+                "--out"
             )
         shards = _shards(image_set, class_names, unfinished, dataset, split, resize, per_shard)
-        # Its import is not safe beside other threads, such as the progress bar's.
+        # Imported before the progress bar starts its thread: this import is not thread-safe.
         import tensorflow_datasets as _  # noqa: F401
 
         with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -107,7 +108,7 @@ class Shard(NamedTuple):
 
 
 def _plan(image_set: ImageSet, split: str, resize: int, per_shard: int) -> dict[str, Any]:
-    """What tells one preparation from another, and what a reader must know besides."""
+    """Return the metadata that identifies the dataset, and what a reader needs in addition."""
     if resize < 0:
         raise UserError(f"resize is {resize}: it must be at least 0")
     if not len(image_set):
@@ -120,7 +121,7 @@ def _plan(image_set: ImageSet, split: str, resize: int, per_shard: int) -> dict[
         "labels": hashlib.sha256(np.ascontiguousarray(image_set.labels).data).hexdigest(),
         "resize": resize,
         "per_shard": per_shard,
-        # A border is cut before resizing; bytes that are kept still have it.
+        # Resized images are already cropped; copied bytes still have the border.
         "crop_border": 0 if resize else image_set.crop_border,
         "groups": None if groups is None else [list(group) for group in groups],
     }
@@ -151,12 +152,12 @@ def _shards(
 
 
 def _run(shards: list[Shard], workers: int) -> Iterator[int]:
-    """Writes the shards that are not there; the number of images of each as it is finished."""
+    """Write the missing shards; yield the number of images of each finished shard."""
     if workers <= 1:
         for shard in shards:
             yield write_shard(shard)
         return
-    # Not forked: threads of the parent could hold a lock.
+    # Spawned, not forked: a thread of the parent could hold a lock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
         pending = [pool.submit(write_shard, shard) for shard in shards]
@@ -169,7 +170,7 @@ def _run(shards: list[Shard], workers: int) -> Iterator[int]:
 
 
 def write_shard(shard: Shard) -> int:
-    """Writes one file beside its place and renames it, unless it is there; returns its count."""
+    """Write one shard if it is missing, under a temporary name first; return its image count."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     count = len(shard.labels)
@@ -177,10 +178,10 @@ def write_shard(shard: Shard) -> int:
         return count
     features = _features(shard.class_names)
     temporary = shard.path.with_name("." + shard.path.name)
-    # One record a group: random access reads what it needs, no more.
+    # One record per group, so that random access reads only the requested record.
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for place, label in enumerate(shard.labels, shard.first):
-        image, name = shard.images[place], shard.images.name(place)
+    for index, label in enumerate(shard.labels, shard.first):
+        image, name = shard.images[index], shard.images.name(index)
         if shard.resize:
             image = shrink(image, shard.resize, shard.border, name)
         example = {"image": image, "label": int(label), "file_name": Path(name).name}
@@ -210,20 +211,20 @@ def _num_records(path: Path) -> int:
         count = reader.num_records()
         reader.close()
     except (ValueError, RuntimeError):
-        return 0  # Not a whole file.
+        return 0  # An incomplete file.
     return count
 
 
 def _describe(
     directory: Path, shards: list[Shard], class_names: Sequence[str], split: str
 ) -> None:  # fmt: skip
-    """Checks the number of records in each file and writes the description of the whole."""
+    """Check the number of records in each file and write the dataset's description."""
     import tensorflow_datasets as tfds
 
     for shard in shards:
-        if (found := _num_records(shard.path)) != len(shard.labels):
+        if (count := _num_records(shard.path)) != len(shard.labels):
             raise UserError(
-                f"{shard.path}: {found} records, not {len(shard.labels)}; remove it and run again"
+                f"{shard.path}: {count} records, not {len(shard.labels)}; remove it and run again"
             )
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory,
@@ -246,36 +247,34 @@ def _describe(
     )
 
 
-# Smaller copies of large images, still encoded.
-
-QUALITY = 95  # of JPEG
+QUALITY = 95  # JPEG quality of resized images.
 
 
 def shrink(
     encoded: bytes | np.ndarray, short_side: int, border: int = 0, name: str = "image"
 ) -> bytes | np.ndarray:
-    """Cuts the border, then brings the short side down to `short_side` (bicubic, antialiased).
+    """Crop the border, then downscale the short side to `short_side` (bicubic, antialiased).
 
-    An image that is small enough and has no border is returned as it is.
+    An image that is small enough and has no border is returned unchanged.
 
     Args:
-      encoded: as a file holds it, or pixels uint8 [H, W, 3].
-      short_side: pixels.
-      border: pixels to cut from each side.
-      name: of the image, for the message.
+      encoded: bytes of an image file, or pixels uint8 [H, W, 3]
+      short_side: in pixels
+      border: pixels to crop from each side
+      name: name of the image, for the message
 
     Returns:
-      The same, or an RGB JPEG of quality 95 without chroma subsampling.
+      The input, or an RGB JPEG of quality 95 without chroma subsampling.
 
     Raises:
-      UserError: not an image, or a truncated one.
+      UserError: the data is not an image, or is truncated
     """
     try:
         if not border and min(image_size(encoded)) <= short_side:
             return encoded
         image = Image.fromarray(decode(encoded))
     except Unreadable as error:
-        raise UserError(f"{name}: not a whole image ({error}); replace or remove it") from error
+        raise UserError(f"{name}: not a complete image ({error}); replace or remove it") from error
     image = image.crop((border, border, image.width - border, image.height - border))
     scale = min(1.0, short_side / min(image.size))
     size = round(image.width * scale), round(image.height * scale)

@@ -1,4 +1,4 @@
-"""Class names and prompt templates from a user's files."""
+"""Class names and prompt templates from files."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from modelstock_jax.tensor_files.reader import read_json
 
 
 class _Entry(NamedTuple):
-    place: str
+    location: str
     text: str
 
 
 def read_class_names(path: str | os.PathLike[str], num_classes: int) -> tuple[str, ...]:
-    r"""Class names, in the order of the labels.
+    r"""Read class names in the order of the labels.
 
     Args:
-      path: a .txt file (UTF-8, a name a line) or a .json file (a list of texts).
-      num_classes: K, the data's number of classes.
+      path: a .txt file (UTF-8, one name per line) or a .json file (a list of strings)
+      num_classes: K, the number of classes of the dataset
 
     Returns:
-      K names, all different: two classes of one name would get one classifier.
+      K distinct names: two classes with the same name would get the same classifier.
 
     Raises:
-      UserError: no such file, not UTF-8, empty, an empty line, a name that stands twice (with both
-        places), or another number of names than K.
+      UserError: the file does not exist, is not UTF-8 or is empty; a line is empty; a name occurs
+        twice (the message has both locations); or the number of names is not K
 
     Example:
       >>> import tempfile
@@ -40,23 +40,23 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int) -> tuple[st
     if len(names) != num_classes:
         raise UserError(
             f"{path}: {_count(len(names), 'class name')}, but the data has {num_classes:,} "
-            "classes; give one name a class, in the order of the labels"
+            "classes; give one name per class, in the order of the labels"
         )
     return names
 
 
 def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Prompt templates.
+    """Read prompt templates.
 
     Args:
-      path: a .txt file (UTF-8, a template a line) or a .json file (a list of texts); '{}' stands
-        for the class name.
+      path: a .txt file (UTF-8, one template per line) or a .json file (a list of strings); '{}'
+        is replaced by the class name
 
     Returns:
-      The templates, all different.
+      The distinct templates.
 
     Raises:
-      UserError: as `read_class_names`, or a template without '{}'.
+      UserError: as in `read_class_names`, or a template has no '{}'
     """
     return _read(Path(path), "template")
 
@@ -64,28 +64,28 @@ def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
 def _read(path: Path, what: str) -> tuple[str, ...]:
     entries = _json(path, what) if path.suffix == ".json" else _lines(path)
     if not entries:
-        raise UserError(f"{path}: holds no {what}")
-    places: dict[str, str] = {}
-    problems = []
-    for place, text in entries:
+        raise UserError(f"{path}: contains no {what}")
+    locations: dict[str, str] = {}
+    issues = []
+    for location, text in entries:
         if not text:
-            problems.append(f"{place} is empty")
-        elif text in places:
-            problems.append(f"{text!r} stands at {places[text]} and {place}")
+            issues.append(f"{location} is empty")
+        elif text in locations:
+            issues.append(f"{text!r} occurs in {locations[text]} and {location}")
         elif what == "template" and "{}" not in text:
-            problems.append(f"{place} has no '{{}}' where the class name goes: {text!r}")
-        places.setdefault(text, place)
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{path}: {'; '.join(problems[:5])}{more}")
+            issues.append(f"{location} has no '{{}}' for the class name: {text!r}")
+        locations.setdefault(text, location)
+    if issues:
+        more = f"; and {len(issues) - 5} more" if len(issues) > 5 else ""
+        raise UserError(f"{path}: {'; '.join(issues[:5])}{more}")
     return tuple(entry.text for entry in entries)
 
 
 def _lines(path: Path) -> list[_Entry]:
     if path.suffix != ".txt":
-        raise UserError(f"{path}: a list is a .txt file, an item a line, or a .json file")
+        raise UserError(f"{path}: give a .txt file with one item per line, or a .json file")
     try:
-        # Editors of Windows begin a file with a byte order mark.
+        # utf-8-sig: editors on Windows start a file with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -102,7 +102,7 @@ def _lines(path: Path) -> list[_Entry]:
 def _json(path: Path, what: str) -> list[_Entry]:
     items = read_json(path)
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise UserError(f"{path}: not a JSON list of texts, each a {what}")
+        raise UserError(f"{path}: not a JSON list of strings, each a {what}")
     return [_Entry(f"item {number}", item.strip()) for number, item in enumerate(items, 1)]
 
 

@@ -1,7 +1,7 @@
-"""The published data sets: what is known of ImageNet's and CIFAR's before any is opened.
+"""Published properties of the ImageNet and CIFAR datasets, available without opening them.
 
-A new shift is an entry here. The standard library is all that this module imports:
-configs/default.py takes the keys of `data.paths` from it, and `--help` need not wait for NumPy.
+To add a shifted test set, add an entry here. This module imports only the standard library:
+configs/default.py uses it for the keys of `data.paths`, and `--help` must not wait for NumPy.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 CLASS_LISTS = Path(__file__).with_name("class_lists")
-"""Class names, WordNet ids and prompts, one a line; its SOURCES.txt says where they come from."""
+"""Class names, WordNet ids and prompts, one per line; SOURCES.txt lists their sources."""
 
 
 class Published(NamedTuple):
-    """Published sizes of a set: classes, images in all, and whether all classes have as many."""
+    """Published size of a dataset.
+
+    Attributes:
+      classes: number of classes
+      images: number of images
+      even: whether all classes have the same number of images
+    """
 
     classes: int
     images: int
@@ -24,19 +30,19 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetSet:
-    """One of ImageNet's sets.
+    """One of ImageNet's datasets.
 
     Attributes:
-      places: where it is looked for below `data.root`; the first that is there is taken.
-      published: how large it is, as its authors published it.
-      prepared: what it is called when prepared, one of `places`; "" where it cannot be.
-      split: its name in prepared records.
-      wnids: the file of `CLASS_LISTS` with the ids of its classes, to which its logits are
-        restricted; "" for all of ImageNet's.
-      groups: whether its classes are groups of ImageNet's and have no id of WordNet.
+      locations: paths below `data.root` that are searched; the first that exists is used
+      published: size, as published by its authors
+      prepared: name of the prepared dataset, one of `locations`; "" if it cannot be prepared
+      split: name of the split in prepared records
+      wnids: file in `CLASS_LISTS` with the WordNet ids of its classes, to which its logits are
+        restricted; "" for all ImageNet classes
+      groups: whether its classes are groups of ImageNet classes, without WordNet ids
     """
 
-    places: tuple[str, ...]
+    locations: tuple[str, ...]
     published: Published
     prepared: str = ""
     split: str = "test"
@@ -46,7 +52,7 @@ class ImageNetSet:
 
 IMAGENET_SHIFTS = {
     "v2": ImageNetSet(
-        places=(
+        locations=(
             "imagenetv2-matched-frequency-format-val",
             "imagenetv2-matched-frequency",
             "imagenet_v2/matched-frequency",
@@ -56,65 +62,65 @@ IMAGENET_SHIFTS = {
         prepared="imagenet_v2",
     ),
     "r": ImageNetSet(
-        places=("imagenet-r", "imagenet_r"),
+        locations=("imagenet-r", "imagenet_r"),
         published=Published(200, 30_000),
         prepared="imagenet_r",
         wnids="imagenet_r_wnids.txt",
     ),
     "sketch": ImageNetSet(
-        places=("imagenet-sketch", "sketch", "imagenet_sketch"),
+        locations=("imagenet-sketch", "sketch", "imagenet_sketch"),
         published=Published(1000, 50_889),
         prepared="imagenet_sketch",
     ),
     "objectnet": ImageNetSet(
-        places=("objectnet-1.0", "objectnet"),
+        locations=("objectnet-1.0", "objectnet"),
         published=Published(113, 18_574),
         prepared="objectnet",
         groups=True,
     ),
     "a": ImageNetSet(
-        places=("imagenet-a", "imagenet_a"),
+        locations=("imagenet-a", "imagenet_a"),
         published=Published(200, 7_500),
         prepared="imagenet_a",
         wnids="imagenet_a_wnids.txt",
     ),
 }
-"""By name, in the tables' order: V2 matched-frequency (Recht et al. 2019), R (Hendrycks et al.
-2021a), Sketch (Wang et al. 2019), the part of ObjectNet (Barbu et al. 2019) whose classes ImageNet
-has, and A (Hendrycks et al. 2021b)."""
+"""By name, in the order of the tables: V2 matched-frequency (Recht et al. 2019), R (Hendrycks et
+al. 2021a), Sketch (Wang et al. 2019), the classes of ObjectNet (Barbu et al. 2019) that are also in
+ImageNet, and A (Hendrycks et al. 2021b)."""
 
 IMAGENET = {
     "train": ImageNetSet(
-        places=("train", "imagenet/train", "imagenet2012_train", "imagenet2012"),
+        locations=("train", "imagenet/train", "imagenet2012_train", "imagenet2012"),
         published=Published(1000, 1_281_167),
         prepared="imagenet2012_train",
         split="train",
     ),
     "validation": ImageNetSet(
-        places=("val", "imagenet/val", "imagenet2012_validation", "imagenet2012"),
+        locations=("val", "imagenet/val", "imagenet2012_validation", "imagenet2012"),
         published=Published(1000, 50_000, even=True),
         prepared="imagenet2012_validation",
         split="validation",
     ),
     **IMAGENET_SHIFTS,
     "real": ImageNetSet(
-        places=("real.json", "imagenet2012_real"),
+        locations=("real.json", "imagenet2012_real"),
         published=Published(1000, 50_000),
         split="validation",
     ),
 }
-"""By name in `data.paths`: ImageNet-1K (Russakovsky et al. 2015), its shifts, and the reassessed
-labels of its validation images, ReaL (Beyer et al. 2020)."""
+"""By name in `data.paths`: ImageNet-1K (Russakovsky et al. 2015), its shifted test sets, and the
+reassessed labels of its validation images, ReaL (Beyer et al. 2020)."""
 
 
 class Cifar(NamedTuple):
     """CIFAR-10 or CIFAR-100.
 
     Attributes:
-      title: as papers call it.
-      train: size of the training set.
-      test: size of the test set.
-      shifts: other test sets with its labels, by their names in TensorFlow Datasets.
+      title: name in papers
+      train: size of the training set
+      test: size of the test set
+      shifts: shifted test sets with its labels, by their names in TensorFlow Datasets
     """
 
     title: str
@@ -169,6 +175,6 @@ CIFAR = {
         {},
     ),
 }
-"""By `data.name` (Krizhevsky 2009). Shifts of CIFAR-10: CIFAR-10.1 (Recht et al. 2018), which was
-collected as ImageNet-V2 was, and CIFAR-10-C (Hendrycks and Dietterich 2019) by corruption and
-severity."""
+"""By `data.name` (Krizhevsky 2009). The shifted test sets of CIFAR-10 are CIFAR-10.1 (Recht et al.
+2018), which was collected like ImageNet-V2, and CIFAR-10-C (Hendrycks and Dietterich 2019) by
+corruption and severity."""

@@ -1,4 +1,4 @@
-"""Images that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow."""
+"""Datasets prepared by TensorFlow Datasets as ArrayRecord, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -18,50 +18,53 @@ from modelstock_jax.tensor_files.reader import read_json
 
 INFO = "dataset_info.json"
 LABELS = "{split}.labels.npy"
-"""Labels in the order of the records, which our own preparation writes beside them."""
-FACTS = "modelstock.json"
-"""What our own preparation says of a set besides: groups of classes, label sets and the like."""
+"""Labels in the order of the records, written by `prepare` next to them."""
+METADATA = "modelstock.json"
+"""Further metadata written by `prepare`, such as groups of classes."""
 
-# The process whose reader threads run; a fork of it has none, and would wait for them for ever.
+# The process that runs the reader threads. A fork has none and would wait for them forever.
 _reader_process: int | None = None
 
 _VERSION = re.compile(r"\d+(\.\d+)*")
 
 
 def find_records(path: str | os.PathLike[str]) -> Path | None:
-    """The directory with dataset_info.json: `path` or its newest version, None if neither is.
+    """Return the directory with dataset_info.json: `path` or its newest version; None if neither.
 
     Args:
-      path: such as ~/tensorflow_datasets/imagenet2012, or .../imagenet2012/5.1.0.
+      path: a directory such as ~/tensorflow_datasets/imagenet2012 or .../imagenet2012/5.1.0
     """
     path = Path(path)
     if (path / INFO).is_file():
         return path
-    versions = [one.parent for one in path.glob(f"*/{INFO}") if _VERSION.fullmatch(one.parent.name)]
-    return max(versions, key=lambda one: [int(n) for n in one.name.split(".")], default=None)
+    parents = [file.parent for file in path.glob(f"*/{INFO}")]
+    versions = [parent for parent in parents if _VERSION.fullmatch(parent.name)]
+    return max(
+        versions, key=lambda version: [int(n) for n in version.name.split(".")], default=None
+    )
 
 
 class RecordImages(EncodedImages):
     """The records of one split; the files are opened in the process that reads them."""
 
     def __init__(self, directory: str | os.PathLike[str], split: str) -> None:
-        """Opens the set's description.
+        """Open the description of the dataset.
 
         Raises:
-          UserError: not a set of images, not prepared as ArrayRecord, or no such split.
+          UserError: it has no images, is not prepared as ArrayRecord, or has no such split
         """
         self._directory, self._split = str(directory), split
         self._source = None
         info = read_json(Path(directory) / INFO)
-        form = info.get("fileFormat", "tfrecord")
-        if form != "array_record":
+        file_format = info.get("fileFormat", "tfrecord")
+        if file_format != "array_record":
             raise UserError(
-                f"{directory}: prepared as {form}, and reading at random needs array_record; with "
-                "TensorFlow installed: tfds build --file_format=array_record, or tfds "
+                f"{directory}: prepared as {file_format}, but random access needs array_record; "
+                "with TensorFlow installed: tfds build --file_format=array_record, or tfds "
                 f"convert_format --dataset_version_dir={directory} --out_file_format=array_record "
                 "--out_dir=DIR"
             )
-        splits = {one["name"]: one for one in info.get("splits", ())}
+        splits = {entry["name"]: entry for entry in info.get("splits", ())}
         if split not in splits:
             raise UserError(
                 f"{directory}: no split {split!r}; it has {', '.join(sorted(splits)) or 'none'}"
@@ -69,17 +72,17 @@ class RecordImages(EncodedImages):
         self._length = sum(int(count) for count in splits[split].get("shardLengths", ()))
         if "image" not in self.features:
             raise UserError(
-                f"{directory}: no feature 'image' but {', '.join(sorted(self.features))}; another "
-                "version of the set?"
+                f"{directory}: no feature 'image' among {', '.join(sorted(self.features))}; check "
+                "the version of the dataset"
             )
 
     @property
     def features(self) -> Any:
-        """The description of an example, as TensorFlow Datasets has it."""
+        """The features of an example, as described by TensorFlow Datasets."""
         return self._builder().info.features
 
     def example(self, index: int) -> dict[str, Any]:
-        """One example, its image still encoded."""
+        """Return one example with its image still encoded."""
         if not 0 <= index < self._length:
             raise IndexError(index)
         _claim_process()
@@ -97,7 +100,7 @@ class RecordImages(EncodedImages):
         return self.example(index)["image"]
 
     def name(self, index: int) -> str:
-        """The record's number, and the name of the file that it was made from."""
+        """Return the number of the record and the name of its original file."""
         file = self.example(index).get("file_name", b"").decode(errors="replace")
         return f"{self._directory}, split {self._split}, record {index}" + f" ({file})" * bool(file)
 
@@ -105,13 +108,13 @@ class RecordImages(EncodedImages):
         return self.__dict__ | {"_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # In a worker process, before its threads start: this import is not safe beside others.
+        # Import in a worker process before its threads start: this import is not thread-safe.
         import tensorflow_datasets as _  # noqa: F401
 
         self.__dict__.update(state)
 
     def _builder(self) -> Any:
-        import tensorflow_datasets as tfds  # a second
+        import tensorflow_datasets as tfds  # The import takes a second.
 
         try:
             return tfds.builder_from_directory(self._directory)
@@ -123,48 +126,49 @@ class RecordImages(EncodedImages):
 def read_records(
     path: str | os.PathLike[str], split: str | None = None, label: str = "label"
 ) -> LabeledImages[RecordImages]:
-    """The images of a prepared set, in the order of the records.
+    """Open a prepared dataset; its images are in the order of the records.
 
-    Labels lie inside the records: of a large set that others prepared they are read once (all
-    records, with a progress bar) and kept in the user's cache directory.
+    The records contain the labels. If the dataset was not prepared by this package and is large,
+    all records are read once, with a progress bar, and the labels are stored in the user's cache
+    directory.
 
     Args:
-      path: a directory with dataset_info.json, or with versions of such.
-      split: 'train', 'validation' or 'test'; None where there is only one.
-      label: the feature that holds the label.
+      path: a directory with dataset_info.json, or with versions that have one
+      split: 'train', 'validation' or 'test'; None if there is only one
+      label: name of the label feature
 
     Raises:
-      UserError: no such set, or it is of another form or version.
+      UserError: there is no such dataset, or its format or version is wrong
     """
     directory = find_records(path)
     if directory is None:
-        raise UserError(f"{path}: no {INFO} there; not a set that TensorFlow Datasets prepared")
+        raise UserError(f"{path}: no {INFO}; not a dataset prepared by TensorFlow Datasets")
     split = split or _only_split(directory)
     images = RecordImages(directory, split)
     features = images.features
     if not hasattr(features[label] if label in features else None, "names"):
         raise UserError(
             f"{directory}: no class label {label!r} among its features "
-            f"({', '.join(sorted(features))}); another version of the set?"
+            f"({', '.join(sorted(features))}); check the version of the dataset"
         )
     labels = _labels(directory, images, split, label)
     if len(labels) != len(images):
-        raise UserError(f"{directory}: {len(images)} records, but {len(labels)} labels kept aside")
+        raise UserError(f"{directory}: {len(images)} records, but {len(labels)} stored labels")
     return LabeledImages(
         images, labels, tuple(features[label].names), f"{directory}, split {split}"
     )
 
 
 def read_label_sets(images: RecordImages, feature: str) -> tuple[tuple[int, ...], ...]:
-    """The sets of labels in each record's `feature`, such as ReaL's."""
+    """Return the labels in `feature` of each record, such as ReaL's label sets."""
     return tuple(
         tuple(int(label) for label in images.example(i)[feature]) for i in range(len(images))
     )
 
 
-def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What our own preparation wrote down beside the records; empty for others' sets."""
-    file = Path(path) / FACTS
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata that `prepare` wrote; empty for datasets prepared by other tools."""
+    file = Path(path) / METADATA
     return read_json(file) if file.is_file() else {}
 
 
@@ -172,35 +176,37 @@ def _claim_process() -> None:
     global _reader_process
     if _reader_process not in (None, os.getpid()):
         raise RuntimeError(
-            "records were read before this process was forked, and cannot be read after it; start "
-            "worker processes by 'spawn', as Grain does"
+            "records were read before this process was forked and cannot be read in the fork; "
+            "start worker processes with 'spawn', as Grain does"
         )
     _reader_process = os.getpid()
 
 
 def _only_split(directory: Path) -> str:
-    splits = [one["name"] for one in read_json(directory / INFO).get("splits", ())]
+    splits = [entry["name"] for entry in read_json(directory / INFO).get("splits", ())]
     if len(splits) != 1:
-        raise UserError(f"{directory}: has the splits {', '.join(splits)}; prepare each for itself")
+        raise UserError(
+            f"{directory}: has the splits {', '.join(splits)}; prepare each one separately"
+        )
     return splits[0]
 
 
 def _labels(directory: Path, images: RecordImages, split: str, label: str) -> np.ndarray:
-    beside = directory / LABELS.format(split=split)
-    if label == "label" and beside.is_file():
-        return np.load(beside, allow_pickle=False)
-    place = directory / f"{split}.{label}"
+    labels_file = directory / LABELS.format(split=split)
+    if label == "label" and labels_file.is_file():
+        return np.load(labels_file, allow_pickle=False)
+    cache_key = directory / f"{split}.{label}"
     changed = np.array((directory / INFO).stat().st_mtime_ns, np.int64)
-    found = caches.load_arrays("labels", place)
-    if "changed" not in found or not np.array_equal(found["changed"], changed):
+    cached = caches.load_arrays("labels", cache_key)
+    if "changed" not in cached or not np.array_equal(cached["changed"], changed):
         indices = track(
             range(len(images)),
             f"labels of {directory.parent.name} {split} (once)",
             transient=True,
-            disable=len(images) < caches.WORTH_KEEPING,
+            disable=len(images) < caches.MIN_ENTRIES,
         )
         labels = np.array([images.example(i)[label] for i in indices], np.int32)
-        found = {"changed": changed, "labels": labels}
-        if len(labels) >= caches.WORTH_KEEPING:
-            caches.save_arrays("labels", place, **found)
-    return found["labels"]
+        cached = {"changed": changed, "labels": labels}
+        if len(labels) >= caches.MIN_ENTRIES:
+            caches.save_arrays("labels", cache_key, **cached)
+    return cached["labels"]

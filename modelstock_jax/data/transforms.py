@@ -1,4 +1,4 @@
-"""Stored images to pixels on the host: decoding, crops and RandAugment; fixed crops to evaluate."""
+"""Host-side image transforms: decoding, random crops, RandAugment, and center crops to evaluate."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from modelstock_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """A random resized crop, and what else is asked for, in the order of the attributes.
+    """A random resized crop, then an optional flip and RandAugment, in the attributes' order.
 
     Attributes:
-      size: side of the result, pixels.
-      crop_area: least and largest share of the image's area.
-      crop_ratio: least and largest width / height.
-      flip: left and right, half of the times.
-      randaugment_ops: RandAugment's N; 0 turns it off.
-      randaugment_magnitude: RandAugment's M, 0 to 30.
-      scaled_decode: lets the JPEG decoder shrink an image of which much more is stored than the
-        result needs (`transforms.largest_shrink`). Faster, but not Pillow's numbers to the bit.
+      size: side of the result in pixels
+      crop_area: min and max fraction of the image's area
+      crop_ratio: min and max width / height
+      flip: whether to flip horizontally with probability 0.5
+      randaugment_ops: RandAugment's N; 0 disables it
+      randaugment_magnitude: RandAugment's M, 0 to 30
+      scaled_decode: whether the JPEG decoder may downscale images that are much larger than the
+        result needs (`largest_shrink`): faster, but not bitwise identical to Pillow
 
     Raises:
-      UserError: a value out of its range.
+      UserError: a value is out of range
     """
 
     size: int
@@ -43,26 +43,28 @@ class TrainTransform:
     scaled_decode: bool = True
 
     def __post_init__(self):
-        """Checks the ranges."""
-        for name, greatest in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
+        """Check the ranges."""
+        for name, maximum in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= greatest:
+            if not 0 < low <= high <= maximum:
                 raise UserError(
-                    f"data.augment.{name} is ({low}, {high}): two numbers above 0"
-                    + (f" and up to {greatest:g}" if greatest == 1 else "")
+                    f"data.augment.{name} is ({low}, {high}): give two values above 0"
+                    + (f" and at most {maximum:g}" if maximum == 1 else "")
                     + ", the smaller one first"
                 )
         if self.randaugment_ops < 0:
-            raise UserError(f"data.augment.randaugment_ops is {self.randaugment_ops}: at least 0")
+            raise UserError(
+                f"data.augment.randaugment_ops is {self.randaugment_ops}: it must be at least 0"
+            )
         if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
             raise UserError(
-                f"data.augment.randaugment_magnitude is {self.randaugment_magnitude}: it must lie "
+                f"data.augment.randaugment_magnitude is {self.randaugment_magnitude}: it must be "
                 f"between 0 and {MAX_MAGNITUDE}"
             )
 
     @classmethod
     def of(cls, config: ConfigDict, size: int) -> TrainTransform:
-        """The view that the group `data.augment` of configs/default.py describes."""
+        """Return the transform of the group `data.augment` of configs/default.py."""
         return cls(
             size,
             crop_area=tuple(config.crop_area),
@@ -73,23 +75,23 @@ class TrainTransform:
         )
 
     def __call__(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One view.
+        """Transform one image.
 
         Args:
-          stored: an encoded image, or pixels uint8 [H, W, 3].
-          rng: all that is random comes from it.
+          stored: an encoded image, or pixels uint8 [H, W, 3]
+          rng: the source of all random numbers
 
         Returns:
           uint8 [size, size, 3].
 
         Raises:
-          Unreadable: not a whole image.
+          Unreadable: the data is not a complete image
         """
         height, width = image_size(stored)
         crop = random_crop(rng, height, width, self.crop_area, self.crop_ratio)
         shrink = largest_shrink(crop, self.size) if self.scaled_decode else 1
         pixels = decode(stored, shrink)
-        # Not a ratio of heights: a shrunk JPEG's last row may stand for fewer rows.
+        # Not the ratio of the heights: the last row of a downscaled JPEG may cover fewer rows.
         shrink = shrink if pixels.shape[0] < height else 1
         image = resized_crop(pixels, crop, self.size, shrink)
         if self.flip and rng.random() < 0.5:
@@ -101,48 +103,46 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """The center of the image, its short side brought to the model's size.
+    """A resize of the short side to the model's input size, then a center crop.
 
     Attributes:
-      size: side of the result, pixels.
-      border: pixels to cut from each side before anything else (ObjectNet: 2).
+      size: side of the result in pixels
+      border: pixels to crop from each side before the resize (ObjectNet: 2)
     """
 
     size: int
     border: int = 0
 
     def __call__(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The one view, uint8 [size, size, 3]; nothing of it is random.
+        """Return the image, uint8 [size, size, 3]; `rng` is not used.
 
         Raises:
-          Unreadable: not a whole image.
+          Unreadable: the data is not a complete image
         """
         pixels = decode(stored)
         height, width = pixels.shape[:2]
         border = self.border
         if min(height, width) <= 2 * border:
-            raise Unreadable(f"{height} x {width} pixels, nothing within a border of {border}")
+            raise Unreadable(f"{height} x {width} pixels, too small for a border of {border}")
         return central(pixels[border : height - border, border : width - border], self.size)
 
 
-# Encoded images to pixels.
-
 _JPEG = b"\xff\xd8"
-_CMYK = ("CMYK", "YCCK")  # The conversion to RGB is Pillow's.
+_CMYK = ("CMYK", "YCCK")  # Pillow converts these to RGB.
 
 
 class Unreadable(ValueError):
-    """Bytes that are no whole image; the message says why, the caller knows which."""
+    """Bytes that are not a complete image; the message is the reason, without the image's name."""
 
 
 def image_size(stored: bytes | np.ndarray) -> tuple[int, int]:
-    """Height and width in pixels, from the header alone where there is one.
+    """Return height and width in pixels, from the header only if there is one.
 
     Args:
-      stored: a JPEG, PNG or whatever Pillow reads, or pixels uint8 [H, W, 3].
+      stored: a JPEG, a PNG or any other format of Pillow, or pixels uint8 [H, W, 3]
 
     Raises:
-      Unreadable: not an image.
+      Unreadable: the data is not an image
     """
     if isinstance(stored, np.ndarray):
         return stored.shape[0], stored.shape[1]
@@ -157,24 +157,24 @@ def image_size(stored: bytes | np.ndarray) -> tuple[int, int]:
 
 
 def decode(stored: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
-    """Pixels in RGB, as `PIL.Image.open(...).convert("RGB")` gives them.
+    """Decode an image to RGB pixels, as `PIL.Image.open(...).convert("RGB")` does.
 
-    JPEGs go through simplejpeg, which gives the same numbers as Pillow in less time; what it does
-    not read goes through Pillow: other formats, whatever the file is called, CMYK, and files with
-    flaws that Pillow (and so torchvision's ImageFolder) puts up with. Gray becomes RGB. An
-    orientation in EXIF is not applied, as in ImageFolder. Of 16-bit gray the high byte is kept,
-    where Pillow would make it white.
+    simplejpeg decodes JPEGs, with the same values as Pillow in less time. Pillow decodes all other
+    data: other formats (regardless of the file extension), CMYK, and files with errors that Pillow
+    (and thus torchvision's ImageFolder) tolerates. Grayscale becomes RGB. As in ImageFolder, an
+    EXIF orientation is not applied. 16-bit grayscale uses the high byte (Pillow would make it
+    white).
 
     Args:
-      stored: the file's bytes; pixels uint8 [H, W, 3] are returned as they are.
-      shrink: 1, 2, 4 or 8: the decoder may give a JPEG at 1 / shrink of its size, rounded up,
-        in much less time.
+      stored: the bytes of a file; pixels uint8 [H, W, 3] are returned unchanged
+      shrink: 1, 2, 4 or 8; the decoder may return a JPEG at 1 / shrink of its size, rounded up,
+        in much less time
 
     Returns:
-      uint8 [H, W, 3], or at 1 / shrink of that.
+      uint8 [H, W, 3], or 1 / shrink of that height and width.
 
     Raises:
-      Unreadable: truncated, or not an image.
+      Unreadable: the data is truncated or not an image
 
     >>> pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     >>> file = io.BytesIO()
@@ -200,7 +200,7 @@ def decode(stored: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
             if image.mode.startswith("I;16"):
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
-        # Pillow's plugins raise these on damaged files.
+        # Pillow's plugins raise these for damaged files.
         except (OSError, ValueError, SyntaxError, IndexError) as error:
             raise Unreadable(str(error)) from error
 
@@ -211,14 +211,13 @@ def _open(stored: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(stored))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        known = isinstance(error, Image.UnidentifiedImageError)
-        raise Unreadable("not an image in a known format" if known else str(error)) from error
+        unidentified = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not an image in a known format" if unidentified else str(error)
+        raise Unreadable(reason) from error
 
-
-# Which part of an image is seen, at which size.
 
 _TRIES = 10
-_MOST_PIXELS = 178_956_970  # beyond which Pillow takes an image for a trap
+_MAX_PIXELS = 178_956_970  # Pillow rejects larger images as decompression bombs.
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -238,22 +237,23 @@ def random_crop(
     area: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Crop:
-    """A part of an image of random size, shape and place, by torchvision's rule.
+    """Draw a crop of random size, shape and position by torchvision's rule.
 
     Up to ten times: area a H W with a ~ U(area), aspect ratio r = e^u with u ~ U(log ratio),
 
         w = round(sqrt(a H W r)),   h = round(sqrt(a H W / r)),
 
-    at a random place if it fits. Else the largest centerd part whose aspect ratio lies in
-    `ratio`, which is the whole image if its own does. This is `RandomResizedCrop.get_params` of
-    torchvision 0.24, whose `int(round(...))` rounds halves to even; the random numbers differ.
+    at a random position if it fits. If none fits, use the largest centered crop whose aspect ratio
+    is in `ratio`, which is the full image if its own aspect ratio is. This is
+    `RandomResizedCrop.get_params` of torchvision 0.24, whose `int(round(...))` rounds halves to
+    even; the random numbers differ.
 
     Args:
-      rng: takes forty numbers, however many tries it needs.
-      height: H, of the image.
-      width: W, of the image.
-      area: least and largest share of the image's area.
-      ratio: least and largest width / height.
+      rng: source of forty random numbers, regardless of the number of tries
+      height: H of the image
+      width: W of the image
+      area: min and max fraction of the image's area
+      ratio: min and max width / height
 
     >>> random_crop(np.random.default_rng(0), 375, 500, (0.9, 1.0), (3 / 4, 4 / 3))
     Crop(top=2, left=0, height=373, width=479)
@@ -279,66 +279,67 @@ def random_crop(
 
 
 def largest_shrink(crop: Crop, size: int) -> int:
-    """By how much a decoder may shrink an image (1, 2, 4, 8) of which `crop` is seen at `size`.
+    """Return the factor (1, 2, 4 or 8) by which a decoder may downscale before `crop` is resized.
 
-    Twice the pixels a side that are needed remain, so that the resize still decides what is seen:
-    the result is less than 1 gray level of 255 away on average. With just the pixels that are
-    needed it would be up to 3, more than between bicubic and bilinear.
+    The decoded crop keeps at least twice the pixels per side that `size` needs, so that the resize
+    still determines the result, which differs by less than 1 gray level of 255 on average. With
+    exactly the needed pixels the difference would be up to 3, more than between bicubic and
+    bilinear.
     """
     return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= 2 * k * size)
 
 
 def resized_crop(pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1) -> Image.Image:
-    """The part `crop` at size x size pixels, bicubic with antialiasing, as Pillow does it.
+    """Resize `crop` to size x size pixels: bicubic, antialiased, by Pillow.
 
     Args:
-      pixels: uint8 [H, W, 3].
-      crop: within the image at its full size.
-      size: side of the result.
-      shrink: pixels of the image at its full size for one of `pixels`; at 1 the result is that of
-        Pillow's `crop` and `resize`.
+      pixels: uint8 [H, W, 3]
+      crop: the crop in pixels of the full-size image
+      size: side of the result
+      shrink: full-size pixels per pixel of `pixels`; with 1 the result equals Pillow's `crop` and
+        `resize`
     """
     top, left = crop.top / shrink, crop.left / shrink
     bottom, right = top + crop.height / shrink, left + crop.width / shrink
-    first, start = math.floor(top), math.floor(left)
-    part = pixels[first : math.ceil(bottom), start : math.ceil(right)]
-    height, width = part.shape[:2]
-    box = (left - start, top - first, min(right - start, width), min(bottom - first, height))
-    return Image.fromarray(part).resize((size, size), _BICUBIC, box=box)
+    row, column = math.floor(top), math.floor(left)
+    cropped = pixels[row : math.ceil(bottom), column : math.ceil(right)]
+    height, width = cropped.shape[:2]
+    box = (left - column, top - row, min(right - column, width), min(bottom - row, height))
+    return Image.fromarray(cropped).resize((size, size), _BICUBIC, box=box)
 
 
 def resize_short_side(pixels: np.ndarray, size: int) -> Image.Image:
-    """The whole image, its short side brought to `size`, the other one in proportion.
+    """Resize the full image so that its short side is `size`; keep the aspect ratio.
 
     The long side is int(size * long / short), as in torchvision's Resize and transformers.
 
     Args:
-      pixels: uint8 [H, W, 3].
-      size: pixels.
+      pixels: uint8 [H, W, 3]
+      size: short side of the result in pixels
 
     Raises:
-      Unreadable: an image that would be larger than any that Pillow opens.
+      Unreadable: the result would be larger than any image that Pillow opens
     """
     height, width = pixels.shape[:2]
     short, long = min(height, width), max(height, width)
-    other = int(size * long / short)
-    if size * other > _MOST_PIXELS:
-        raise Unreadable(f"{height} x {width} pixels, too long for its width")
-    shape = (size, other) if width <= height else (other, size)
+    long_side = int(size * long / short)
+    if size * long_side > _MAX_PIXELS:
+        raise Unreadable(f"{height} x {width} pixels, too elongated to resize")
+    shape = (size, long_side) if width <= height else (long_side, size)
     image = Image.fromarray(pixels)
     return image if image.size == shape else image.resize(shape, _BICUBIC)
 
 
 def central(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Short side to `size`, then the center: the evaluation transform of CLIP.
+    """Resize the short side to `size` and crop the center: the evaluation transform of CLIP.
 
-    Equals transformers' CLIPImageProcessor with Pillow bit for bit. Where the margin is odd the
-    smaller half is cut on the left or the top; torchvision's CenterCrop rounds half of the times
-    to the other side.
+    The result is bitwise identical to transformers' CLIPImageProcessor with Pillow. If the margin
+    is odd, the smaller half is cropped on the left or the top; torchvision's CenterCrop rounds half
+    of the odd margins to the other side.
 
     Args:
-      pixels: uint8 [H, W, 3].
-      size: S, pixels.
+      pixels: uint8 [H, W, 3]
+      size: S, in pixels
 
     Returns:
       uint8 [S, S, 3].
@@ -351,18 +352,16 @@ def central(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-# RandAugment on the host, by Pillow.
-
 MAX_MAGNITUDE = 30
 
 
 class Operation(NamedTuple):
-    """What is done to an image.
+    """An operation of RandAugment, by Pillow.
 
     Attributes:
-      strongest: x at magnitude 30; at 0 it is 0, where most operations change nothing.
-      signed: whether the sign of x is drawn.
-      apply: (image, x) -> image.
+      strongest: x at magnitude 30; at magnitude 0, x is 0 and most operations change nothing
+      signed: whether the sign of x is random
+      apply: (image, x) -> image
     """
 
     strongest: float
@@ -371,7 +370,7 @@ class Operation(NamedTuple):
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    # Nearest neighbor and black outside: torchvision's default.
+    # Nearest neighbor, black outside the image: torchvision's default.
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
 
 
@@ -401,31 +400,32 @@ OPERATIONS = {
     "autocontrast": Operation(0.0, False, lambda image, x: ImageOps.autocontrast(image)),
     "equalize": Operation(0.0, False, lambda image, x: ImageOps.equalize(image)),
 }
-_ALL = tuple(OPERATIONS.values())
+_OPERATIONS = tuple(OPERATIONS.values())
 
 
 def rand_augment(
     rng: np.random.Generator, image: Image.Image, operations: int, magnitude: float
 ) -> Image.Image:
-    """Applies operations drawn with replacement, all of one magnitude (Cubuk et al. 2020).
+    """Apply random operations, drawn with replacement, at one magnitude (Cubuk et al. 2020).
 
-    The 14 operations and their strengths are those of torchvision's RandAugment with 31 bins: at
-    magnitude m, shear 0.3 m/30, translation 150/331 m/30 of the side, rotation 30 m/30 degrees,
-    brightness, color, contrast and sharpness by the factor 1 +- 0.9 m/30, 8 - round(4 m/30) bits,
-    solarization from 255 (1 - m/30) on; autocontrast and equalization have no strength.
+    The 14 operations and their strengths are those of torchvision's RandAugment with 31 bins. At
+    magnitude m: shear by 0.3 m/30; translation by 150/331 m/30 of the side; rotation by 30 m/30
+    degrees; brightness, color, contrast and sharpness by the factor 1 +- 0.9 m/30; posterization
+    to 8 - round(4 m/30) bits; solarization above 255 (1 - m/30). Autocontrast and equalization
+    have no strength.
 
     Args:
-      rng: takes two numbers an operation.
-      image: RGB.
-      operations: how many, the paper's N.
-      magnitude: 0 to 30, the paper's M.
+      rng: source of two random numbers per operation
+      image: RGB
+      operations: number of operations, the paper's N
+      magnitude: 0 to 30, the paper's M
 
     >>> image = Image.new("RGB", (8, 8), (10, 20, 30))
     >>> rand_augment(np.random.default_rng(0), image, operations=2, magnitude=10).size
     (8, 8)
     """
     for which, sign in rng.random((operations, 2)):
-        operation = _ALL[int(which * len(_ALL))]
+        operation = _OPERATIONS[int(which * len(_OPERATIONS))]
         x = operation.strongest * magnitude / MAX_MAGNITUDE
         image = operation.apply(image, -x if operation.signed and sign < 0.5 else x)
     return image

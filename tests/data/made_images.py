@@ -1,4 +1,4 @@
-"""Small true data sets in the layouts that people have on disk."""
+"""Writes small datasets in the directory formats that users have on disk."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from modelstock_jax.data.imagenet import CLASSES, WNIDS
 from modelstock_jax.data.published_sets import IMAGENET
 
 SIZES = ((40, 30), (25, 60), (48, 48))
-KINDS = ("jpeg", "gray", "cmyk", "png")  # ImageNet has all four, every file named .JPEG
+KINDS = ("jpeg", "gray", "cmyk", "png")  # ImageNet has all four; every file is named .JPEG.
 
 
 def encoded(seed: int) -> bytes:
-    """A smooth image of one of several sizes and kinds, both given by the seed."""
+    """Return a smooth image; the seed determines its size and kind."""
     rng = np.random.default_rng(seed)
     (width, height), kind = SIZES[seed % 3], KINDS[seed % 4]
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
@@ -33,7 +33,7 @@ def encoded(seed: int) -> bytes:
 def write_folders(
     root: Path, folders: Iterable[str], each: int = 2, seed: int = 0, suffix: str = ".JPEG"
 ) -> list[bytes]:
-    """ROOT/FOLDER/FOLDER_0.JPEG and so on; the images in the order of `folders`."""
+    """Write ROOT/FOLDER/FOLDER_0.JPEG and so on; return the images in the order of `folders`."""
     written = []
     for folder in folders:
         (root / folder).mkdir(parents=True)
@@ -44,16 +44,16 @@ def write_folders(
 
 
 def write_mappings(directory: Path, folders: list[str]) -> dict[str, tuple[int, ...]]:
-    """ObjectNet's four files: `folders` and others, 113 in all, with one to three classes each.
+    """Write ObjectNet's four files: 113 folders with one to three classes each.
 
     Returns:
-      The classes of each of the 113 folders, in alphabetical order of the folders.
+      The classes of each of the 113 folders (`folders` and others), in alphabetical order.
     """
     others = [f"zz_other_{i:03d}" for i in range(113 - len(folders))]
     ids = iter(np.random.default_rng(0).permutation(1000).tolist())
     classes = {
-        folder: tuple(sorted(next(ids) for _ in range(1 + place % 3)))
-        for place, folder in enumerate([*folders, *others])
+        folder: tuple(sorted(next(ids) for _ in range(1 + index % 3)))
+        for index, folder in enumerate([*folders, *others])
     }
     line_of = np.random.default_rng(1).permutation(1000).tolist()
     lines = [""] * 1000
@@ -77,31 +77,31 @@ def write_mappings(directory: Path, folders: list[str]) -> dict[str, tuple[int, 
 
 
 def write_imagenet(root: Path, labels: tuple[int, ...] = (0, 2, 10, 207), each: int = 3) -> Path:
-    """ImageNet and its shifts in their authors' layouts, with a few of their classes.
+    """Write ImageNet and its shifts as their authors distribute them, with a few of their classes.
 
     Args:
-      root: where `train`, `val`, `imagenet-r` and the others are made.
-      labels: classes of train, val, V2 and Sketch; R, A and any other set with classes of its own
-        have the first of those.
-      each: images of a class; the training set has twice as many.
+      root: directory of `train`, `val`, `imagenet-r` and the others
+      labels: classes of train, val, V2 and Sketch; datasets with a subset of the classes, such as R
+        and A, have the first of their classes
+      each: images per class; the training set has twice as many
     """
     wnids = [WNIDS[label] for label in labels]
     write_folders(root / "train", wnids, 2 * each, seed=0)
     number, real = 0, [[] for _ in range(50_000)]
     for label, wnid in zip(labels, wnids, strict=True):
         (root / "val" / wnid).mkdir(parents=True)
-        for place in range(each):
+        for index in range(each):
             number += 1
             file = root / "val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG"
             file.write_bytes(encoded(100 + number))
             # The first image of a class has no reassessed label, the others one or two.
-            real[number - 1] = [[], [label], [label, labels[0]]][place % 3]
+            real[number - 1] = [[], [label], [label, labels[0]]][index % 3]
     (root / "real.json").write_text(json.dumps(real))
     v2 = root / "imagenetv2-matched-frequency-format-val"
     write_folders(v2, map(str, labels), each, seed=200, suffix=".jpeg")
     write_folders(root / "sketch", wnids, each, seed=300)
     for name, classes in CLASSES.items():
-        folder = root / IMAGENET[name].places[0]
+        folder = root / IMAGENET[name].locations[0]
         folders = [WNIDS[label] for label in classes[: len(labels)]]
         write_folders(folder, folders, each, seed=400, suffix=".jpg")
         (folder / "README.txt").write_text("as in the archive")

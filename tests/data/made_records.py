@@ -1,4 +1,4 @@
-"""Small sets as TensorFlow Datasets prepares them, in ArrayRecord."""
+"""Writes small datasets as TensorFlow Datasets prepares them, in ArrayRecord."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from modelstock_jax.data.cifar import CLASS_NAMES
 def write_set(
     directory: Path, features: dict, examples: dict[str, list[dict]], name: str = ""
 ) -> Path:
-    """A prepared set as the library itself writes one: NAME/VERSION, two files a split.
+    """Write a prepared dataset like TensorFlow Datasets does: NAME/VERSION, two files per split.
 
     With `name`, the directory is NAME/CONFIG/VERSION.
     """
     directory.mkdir(parents=True)
     name, splits = name or directory.parent.name, []
-    described = tfds.features.FeaturesDict(features)
+    features_dict = tfds.features.FeaturesDict(features)
     for split, rows in examples.items():
         parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
         for number, part in enumerate(parts):
             file = directory / f"{name}-{split}.array_record-{number:05d}-of-00002"
             writer = ArrayRecordWriter(str(file), "group_size:1")
             for row in part:
-                writer.write(described.serialize_example(described.encode_example(row)))
+                writer.write(features_dict.serialize_example(features_dict.encode_example(row)))
             writer.close()
         template = tfds.core.ShardedFileTemplate(
             data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
@@ -39,7 +39,7 @@ def write_set(
         splits.append(tfds.core.SplitInfo(split, lengths, 1, filename_template=template))
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=described,
+        features=features_dict,
         split_infos=splits,
         version=directory.name,
         check_data=False,
@@ -48,7 +48,7 @@ def write_set(
 
 
 def colored(label: int, number: int, size: int = 32) -> bytes:
-    """A noisy PNG whose mean color is its class's own."""
+    """Return a noisy PNG whose mean color is that of its class."""
     rng = np.random.default_rng((label, number))
     color = np.random.default_rng(label).integers(40, 216, (1, 1, 3))
     pixels = color + rng.integers(-30, 31, (size, size, 3))
@@ -66,15 +66,15 @@ def cifar_set(
     named: bool = True,
     size: int = 32,
 ) -> Path:
-    """The features of cifar10 and cifar100, or of CIFAR-10's shifts.
+    """Write a dataset with the features of cifar10 and cifar100, or of CIFAR-10's shifts.
 
     Args:
-      directory: NAME/VERSION or, with `name`, NAME/CONFIG/VERSION.
-      class_names: as the set stores them.
-      each: split -> images a class, which alternate.
-      name: of a set with configs.
-      named: whether classes have their names and images an id, as they have not in the shifts.
-      size: pixels of a side.
+      directory: NAME/VERSION or, with `name`, NAME/CONFIG/VERSION
+      class_names: class names as stored
+      each: {split: images per class}; the classes alternate
+      name: name of a dataset with configs
+      named: whether classes have names and images an id; in the shifts they do not
+      size: side in pixels
     """
     count = len(class_names)
     features = {
@@ -87,9 +87,9 @@ def cifar_set(
         features["id"] = tfds.features.Text()
     examples = {
         split: [
-            {"image": colored(place % count, 100 * number + place, size), "label": place % count}
-            | ({"id": f"{split}_{place:05d}"} if named else {})
-            for place in range(images * count)
+            {"image": colored(index % count, 100 * number + index, size), "label": index % count}
+            | ({"id": f"{split}_{index:05d}"} if named else {})
+            for index in range(images * count)
         ]
         for number, (split, images) in enumerate(each.items())
     }
@@ -97,13 +97,13 @@ def cifar_set(
 
 
 def write_cifar10(root: Path, each: int = 3) -> Path:
-    """cifar10, cifar10_1/v6 and cifar10_corrupted/fog_5 below ROOT, with a few images a class."""
+    """Write cifar10, cifar10_1/v6 and cifar10_corrupted/fog_5 with a few images per class."""
     names = CLASS_NAMES["cifar10"]
     cifar_set(root / "cifar10" / "3.0.2", names, {"train": each, "test": 2})
     for name, config, version in (
         ("cifar10_1", "v6", "1.1.0"),
         ("cifar10_corrupted", "fog_5", "1.0.0"),
     ):
-        place = root / name / config / version
-        cifar_set(place, names, {"test": 1}, name=name, named=False)
+        directory = root / name / config / version
+        cifar_set(directory, names, {"test": 1}, name=name, named=False)
     return root

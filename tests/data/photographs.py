@@ -1,4 +1,4 @@
-"""True photographs (scikit-learn's samples, 640 x 427), and sets of encoded images in memory."""
+"""Photographs (scikit-learn's samples, 640 x 427), and encoded images in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelstock_jax.data.image_set import EncodedImages, ImageSet
 
 @cache
 def photograph(name: str = "china") -> bytes:
-    """'china' or 'flower', as JPEG."""
+    """Return 'china' or 'flower' as JPEG."""
     return (resources.files("sklearn.datasets.images") / f"{name}.jpg").read_bytes()
 
 
@@ -25,7 +25,7 @@ def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
 
 
 def opened(stored: bytes) -> Image.Image:
-    """As ImageFolder of torchvision opens a file."""
+    """Open an image as ImageFolder of torchvision does."""
     return Image.open(io.BytesIO(stored)).convert("RGB")
 
 
@@ -46,12 +46,12 @@ class InMemory(EncodedImages):
 
 
 def small_set(count: int, damaged: tuple[int, ...] = ()) -> ImageSet:
-    """Smooth JPEGs of several sizes, each with its number as label; some cut in half."""
+    """Return smooth JPEGs of several sizes, labeled by index; `damaged` ones are cut in half."""
     stored = []
     for number in range(count):
         rng = np.random.default_rng(number)
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
         size = (24 + 3 * (number % 5), 20 + 5 * (number % 3))
-        one = encode(coarse.resize(size, Image.Resampling.BICUBIC))
-        stored.append(one[: len(one) // 2] if number in damaged else one)
+        jpeg = encode(coarse.resize(size, Image.Resampling.BICUBIC))
+        stored.append(jpeg[: len(jpeg) // 2] if number in damaged else jpeg)
     return ImageSet("small", InMemory(stored), np.arange(count, dtype=np.int32))

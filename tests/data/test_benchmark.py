@@ -1,4 +1,4 @@
-"""What a run imports for its data: the modules of the data set that its config names, no others."""
+"""A run imports only the data modules of the dataset in its config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Packages that `launch.py --help` need not wait for come with none of the options.
+# The options import none of the packages that `launch.py --help` must not wait for.
 OPTIONS = """
 import sys
 from configs import default
@@ -23,7 +23,7 @@ data.shifts = ("none",)
 try:
     benchmark.load(data)
     sys.exit("opened")
-except UserError:  # Told by the data set's own modules, before anything is drawn.
+except UserError:  # Raised by the module of the dataset, before anything is rendered.
     pass
 print(*(name for name in ("glyphs", "imagenet", "cifar", "custom_dataset", "records")
         if f"modelstock_jax.data.{name}" in sys.modules))
@@ -40,7 +40,7 @@ print(*(name for name in ("glyphs", "imagenet", "cifar", "custom_dataset", "reco
         ("folder", "custom_dataset records"),
     ],
 )
-def test_a_run_imports_the_modules_of_its_data_set_alone(tmp_path, name, modules):
+def test_a_run_imports_only_the_modules_of_its_dataset(tmp_path, name, modules):
     done = subprocess.run(
         [sys.executable, "-c", OPTIONS + OPEN, name, str(tmp_path)],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100,

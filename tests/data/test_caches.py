@@ -1,4 +1,4 @@
-"""The cache of decoded images: what was decoded, once, whole, and of this source."""
+"""The cache of decoded images is complete, is written once, and matches its source."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ SOURCE = InMemory([*small_set(9).images, photograph(), encode(opened(photograph(
 
 @pytest.fixture(autouse=True)
 def _parts_of_four(monkeypatch):
-    monkeypatch.setattr(cache_module, "_A_PART", 4)
+    monkeypatch.setattr(cache_module, "_IMAGES_PER_PART", 4)
 
 
-def test_holds_what_decoding_and_resizing_give(tmp_path):
+def test_contains_the_decoded_and_resized_images(tmp_path):
     cached = write_cache(SOURCE, tmp_path / "cache", short_side=128)
     assert len(cached) == 11
-    for index in range(9):  # smaller than that: as they are
+    for index in range(9):  # Smaller than 128 pixels: unchanged.
         np.testing.assert_array_equal(cached[index], decode(SOURCE[index]))
     for index in (9, 10):
         expected = np.asarray(resize_short_side(decode(SOURCE[index]), 128))
         assert expected.shape == (128, 191, 3)
         np.testing.assert_array_equal(cached[index], expected)
     cached.verify()
-    again = pickle.loads(pickle.dumps(CachedImages(tmp_path / "cache")))
-    np.testing.assert_array_equal(again[10], cached[10])
-    np.testing.assert_array_equal(again.select(np.array([10]))[0], cached[10])
+    copy = pickle.loads(pickle.dumps(CachedImages(tmp_path / "cache")))
+    np.testing.assert_array_equal(copy[10], cached[10])
+    np.testing.assert_array_equal(copy.select(np.array([10]))[0], cached[10])
     assert "image 3" in cached.name(3)
 
 
-def test_batches_are_those_of_the_images_where_nothing_is_resized(tmp_path):
+def test_batches_equal_those_of_the_source_without_a_resize(tmp_path):
     image_set = small_set(9)
     cached = dataclasses.replace(image_set, images=write_cache(image_set.images, tmp_path / "c"))
     options = {
@@ -53,20 +53,20 @@ def test_batches_are_those_of_the_images_where_nothing_is_resized(tmp_path):
         "num_replicas": 2,
         "transform": TrainTransform(16, (0.5, 1.0)),
     }
-    for one, other in itertools.islice(
+    for expected, actual in itertools.islice(
         zip(train_batches(image_set, **options), train_batches(cached, **options), strict=True), 3
     ):
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
-    for one, other in zip(
+        for name in expected:
+            np.testing.assert_array_equal(actual[name], expected[name])
+    for expected, actual in zip(
         eval_batches(image_set, 4, image_size=16),
         eval_batches(cached, 4, image_size=16),
         strict=True,
     ):
-        np.testing.assert_array_equal(one["image"], other["image"])
+        np.testing.assert_array_equal(actual["image"], expected["image"])
 
 
-def test_a_run_writes_its_cache_and_finds_it_again(tmp_path, monkeypatch):
+def test_a_run_writes_its_cache_and_reuses_it(tmp_path, monkeypatch):
     write_folders(tmp_path / "own" / "train", ["cat", "dog"], each=4)
     write_folders(tmp_path / "own" / "test", ["cat", "dog"], each=1)
     config = default.get_config().data
@@ -82,13 +82,13 @@ def test_a_run_writes_its_cache_and_finds_it_again(tmp_path, monkeypatch):
     config.decoded_cache_dir = str(tmp_path / "c")
     assert isinstance(first.images, CachedImages) and len(first) == len(plain)
     monkeypatch.setattr(cache_module, "decode", None)
-    again = benchmark.load(config).train
+    reopened = benchmark.load(config).train
     for index in range(len(plain)):
         expected = np.asarray(resize_short_side(decode(plain.images[index]), 20))
-        np.testing.assert_array_equal(again.images[index], expected)
+        np.testing.assert_array_equal(reopened.images[index], expected)
 
 
-def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+def test_resumes_after_an_interruption(tmp_path, monkeypatch):
     decoded = []
 
     def slow(stored):
@@ -104,7 +104,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
         CachedImages(tmp_path / "cache")
     decoded[:] = [None] * 100
     cached = write_cache(SOURCE, tmp_path / "cache", threads=1)
-    assert len(decoded) == 100 + 7  # the first part is not written again
+    assert len(decoded) == 100 + 7  # The first part is not written again.
     np.testing.assert_array_equal(cached[0], decode(SOURCE[0]))
     np.testing.assert_array_equal(cached[8], decode(SOURCE[8]))
     assert not list((tmp_path / "cache").glob("*.tmp"))
@@ -113,24 +113,24 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert len(decoded) == 100
 
 
-def test_another_source_or_size_is_refused(tmp_path):
+def test_rejects_another_source_or_size(tmp_path):
     write_cache(SOURCE, tmp_path / "cache")
     with pytest.raises(UserError, match="cache: .*short_side"):
         write_cache(SOURCE, tmp_path / "cache", short_side=128)
     with pytest.raises(UserError, match="cache: .*source"):
         write_cache(SOURCE.select(np.arange(11)[::-1]), tmp_path / "cache")
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
-    with pytest.raises(UserError, match="thesis: "):
-        write_cache(SOURCE, tmp_path / "thesis")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file.txt").write_text("not a cache")
+    with pytest.raises(UserError, match="other: "):
+        write_cache(SOURCE, tmp_path / "other")
     with pytest.raises(UserError, match="short_side .*0"):
         write_cache(SOURCE, tmp_path / "new", short_side=0)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match="chapter.txt/cache: Not a directory"):
-        write_cache(SOURCE, tmp_path / "thesis" / "chapter.txt" / "cache")
+    with pytest.raises(UserError, match="file.txt/cache: Not a directory"):
+        write_cache(SOURCE, tmp_path / "other" / "file.txt" / "cache")
 
 
-def test_damage_is_found(tmp_path):
+def test_damage_is_detected(tmp_path):
     cached = write_cache(SOURCE, tmp_path / "cache")
     pixels = tmp_path / "cache" / "part-00001.images"
     good = pixels.read_bytes()
@@ -150,17 +150,17 @@ def test_damage_is_found(tmp_path):
         CachedImages(tmp_path / "cache")
     index.unlink()
     write_cache(SOURCE, tmp_path / "cache").verify()
-    facts = tmp_path / "cache" / "cache.json"
-    said = json.loads(facts.read_text())
-    for other in (said | {"format": 2}, said | {"count": "11"}, [said]):
-        facts.write_text(json.dumps(other))
+    file = tmp_path / "cache" / "cache.json"
+    metadata = json.loads(file.read_text())
+    for damaged in (metadata | {"format": 2}, metadata | {"count": "11"}, [metadata]):
+        file.write_text(json.dumps(damaged))
         with pytest.raises(UserError, match="version"):
             CachedImages(tmp_path / "cache")
     with pytest.raises(UserError, match="cache.json"):
         CachedImages(tmp_path)
 
 
-def test_an_unreadable_image_is_named_or_keeps_an_empty_place(tmp_path):
+def test_an_unreadable_image_is_an_error_or_an_empty_entry(tmp_path):
     damaged = small_set(6, damaged=(4,))
     with pytest.raises(UserError, match="memory/4.JPEG: image 4 "):
         write_cache(damaged.images, tmp_path / "one")

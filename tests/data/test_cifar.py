@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from small sets as TensorFlow Datasets prepares them."""
+"""CIFAR-10 and CIFAR-100 from small datasets, as TensorFlow Datasets prepares them."""
 
 from __future__ import annotations
 
@@ -43,21 +43,23 @@ def config(root, **changes):
     return data
 
 
-def test_the_published_lists():
-    """In the order of the labels, which is alphabetical; CLIP's prompts are 9 for 'a', 9 'the'."""
+def test_published_class_names_and_prompts():
+    """Names are in the order of the labels, which is alphabetical; 9 of 18 prompts have 'the'."""
     assert len(NAMES) == 10 and NAMES[:3] == ("airplane", "automobile", "bird")
     hundred = CLASS_NAMES["cifar100"]
     assert len(hundred) == 100 and (hundred[1], hundred[41]) == ("aquarium fish", "lawn mower")
     for names in (NAMES, hundred):
         assert list(names) == sorted(set(names)) and not any("_" in name for name in names)
-    assert len(set(TEMPLATES)) == 18 and all(one.count("{}") == 1 for one in TEMPLATES)
-    assert sum(" the " in one for one in TEMPLATES) == 9
+    assert len(set(TEMPLATES)) == 18 and all(template.count("{}") == 1 for template in TEMPLATES)
+    assert sum(" the " in template for template in TEMPLATES) == 9
     assert len(CIFAR["cifar10"].shifts) == 2 + 19 * 5 and not CIFAR["cifar100"].shifts
 
 
 def test_sets_labels_and_bytes(root):
     opened = benchmark.load(config(root))
-    assert opened.class_names == NAMES and opened.templates == TEMPLATES and opened.real is None
+    assert (
+        opened.class_names == NAMES and opened.templates == TEMPLATES and opened.real_labels is None
+    )
     assert np.bincount(opened.train.labels).tolist() == [EACH - 2] * 10
     assert np.bincount(opened.validation.labels).tolist() == [2] * 10
     parts = [*opened.train.images, *opened.validation.images]
@@ -67,31 +69,31 @@ def test_sets_labels_and_bytes(root):
     assert list(opened.test.images) == [colored(i % 10, 100 + i) for i in range(20)]
     assert list(opened.shifts) == ["cifar10_1/v6"]
     assert opened.shifts["cifar10_1/v6"].labels.tolist() == [*range(10)]
-    again = benchmark.load(config(root))
-    assert list(again.validation.images) == list(opened.validation.images)
+    reopened = benchmark.load(config(root))
+    assert list(reopened.validation.images) == list(opened.validation.images)
     assert "tensorflow" not in sys.modules
 
 
-def test_shifts_by_their_names(root, tmp_path):
+def test_shifts_by_name(root, tmp_path):
     named = benchmark.load(config(root, shifts=(FOG, "cifar10_1/v6"))).shifts
     assert list(named) == [FOG, "cifar10_1/v6"] and named[FOG].name == FOG
     cifar_set(tmp_path / "cifar10" / "3.0.2", NAMES, {"train": 3, "test": 1})
-    assert benchmark.load(config(tmp_path)).shifts == {}, "CIFAR-10.1 where it is there"
+    assert benchmark.load(config(tmp_path)).shifts == {}, "CIFAR-10.1 is optional"
 
 
-def test_the_model_sees_its_own_size(root):
-    """32 x 32 pixels become those of the tower; the center is all of the image."""
+def test_images_are_resized_to_the_input_size(root):
+    """32 x 32 pixels are resized to the tower's input; the center crop is the full image."""
     test = benchmark.load(config(root)).test
     for size in (24, 40):
         batch = next(eval_batches(test, 8, image_size=size))
         assert batch["image"].shape == (8, size, size, 3) and batch["mask"].all()
     batch = next(eval_batches(test, 1, image_size=32))
     color = np.random.default_rng(0).integers(40, 216, 3)
-    # The mean of 1,024 pixels of noise of +-30: a standard error of 0.55.
+    # The mean over 1,024 pixels of noise of +-30 has a standard error of 0.55.
     np.testing.assert_allclose(batch["image"][0].mean((0, 1)), color, atol=3)
 
 
-def test_a_hundred_classes(tmp_path):
+def test_cifar100(tmp_path):
     stored = [name.replace(" ", "_") for name in CLASS_NAMES["cifar100"]]
     cifar_set(tmp_path / "cifar100" / "3.0.2", stored, {"train": 2, "test": 1})
     data = config(tmp_path, name="cifar100", held_out_per_class=1)
@@ -102,15 +104,15 @@ def test_a_hundred_classes(tmp_path):
         benchmark.missing(config(tmp_path, name="cifar100", shifts=("cifar10_1/v6",)))
 
 
-def test_what_is_known_without_the_data():
-    outline = benchmark.summarize(config("nowhere", held_out_per_class=500))
-    assert (outline.num_train, outline.num_classes) == (45_000, 10)
-    assert "CIFAR-10" in outline.source and "5,000" in outline.source
+def test_summary_without_the_data():
+    summary = benchmark.summarize(config("nowhere", held_out_per_class=500))
+    assert (summary.num_train, summary.num_classes) == (45_000, 10)
+    assert "CIFAR-10" in summary.source and "5,000" in summary.source
     hundred = benchmark.summarize(config("nowhere", name="cifar100", held_out_per_class=0))
     assert (hundred.num_train, hundred.num_classes) == (50_000, 100)
 
 
-def test_a_missing_set_is_one_line_with_its_command(tmp_path):
+def test_a_missing_dataset_is_one_line_with_its_command(tmp_path):
     data = config(tmp_path, shifts=("cifar10_1/v6",))
     with pytest.raises(UserError) as caught:
         benchmark.load(data)
@@ -143,7 +145,7 @@ def test_a_missing_set_is_one_line_with_its_command(tmp_path):
         ),
     ],
 )
-def test_mistakes(root, changes, message):
+def test_user_errors(root, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         benchmark.load(config(root, **changes))
     assert "\n" not in str(caught.value)
@@ -161,14 +163,14 @@ def test_mistakes(root, changes, message):
         (NAMES[::-1], 32, r"10 classes \(truck, .*\) .*10 .* order"),
     ],
 )
-def test_another_set_of_the_same_name_is_refused(tmp_path, names, size, message):
+def test_rejects_another_dataset_of_the_same_name(tmp_path, names, size, message):
     cifar_set(tmp_path / "cifar10" / "3.0.2", names, {"train": 3, "test": 1}, size=size)
     with pytest.raises(UserError, match=message) as caught:
         benchmark.load(config(tmp_path))
     assert f"{tmp_path}/cifar10/3.0.2, split train" in str(caught.value)
 
 
-def test_a_misspelt_name_is_seen_before_anything_is_opened():
+def test_a_misspelled_name_raises_before_anything_is_opened():
     options = cifar10.get_config()
     check_options(options)
     options.data.name = "cifar"
@@ -176,8 +178,8 @@ def test_a_misspelt_name_is_seen_before_anything_is_opened():
         check_options(options)
 
 
-def test_two_replicas_learn_it(root, tmp_path):
-    """The trainer's own doors, with a linear model that compiles in a moment."""
+def test_two_replicas_learn_the_classes(root, tmp_path):
+    """Through the trainer's public functions, with a linear model that compiles quickly."""
 
     def apply(params, images):
         features = images.mean((1, 2)) * params["image_tower"]["scale"][None]
@@ -203,28 +205,28 @@ def test_two_replicas_learn_it(root, tmp_path):
     assert trainer.task.num_steps == 40
     merged = jax.device_get(trainer.run().merged)
     batch = next(eval_batches(data.test, len(data.test), image_size=8))
-    found = np.argmax(apply(merged, anchor.normalize(jnp.asarray(batch["image"]))), -1)
-    # Ten colors apart in three channels; chance is 10 %.
-    assert (found == batch["label"]).mean() >= 0.7
+    predictions = np.argmax(apply(merged, anchor.normalize(jnp.asarray(batch["image"]))), -1)
+    # Ten distinct colors in three channels; chance is 10 %.
+    assert (predictions == batch["label"]).mean() >= 0.7
 
 
-def test_a_study_of_data_without_shifts_asks_for_none():
-    """CIFAR-100 has none in TensorFlow Datasets."""
+def test_a_study_without_shifts_measures_none():
+    """TensorFlow Datasets has no shifts for CIFAR-100."""
     study = STUDIES["generality"]
     for shifts in (True, False):
-        wanted = study.measurements(Setup((0, 1), 2, 10, 1e-5, shifts=shifts)).values()
-        assert {one.shifts for one in wanted if isinstance(one, Score)} == {shifts}
+        measurements = study.measurements(Setup((0, 1), 2, 10, 1e-5, shifts=shifts)).values()
+        assert {m.shifts for m in measurements if isinstance(m, Score)} == {shifts}
 
 
-def test_the_ledger_tells_data_apart(root):
-    """The test sets of CIFAR-10 and CIFAR-100 have one name and one size, and may have one CLIP."""
+def test_the_ledger_distinguishes_datasets(root):
+    """The test sets of CIFAR-10 and CIFAR-100 have the same name and size, and may use one CLIP."""
     keys = {}
     for name in ("cifar10", "cifar100"):
-        bench = object.__new__(StudyContext)
-        bench.config, bench.fingerprint = cifar10.get_config(), "of a CLIP"
-        bench.config.data.name = name
-        bench._test, bench._shifts = benchmark.load(config(root)).test, {}
-        keys[name] = bench.key(Score(Anchor(), shifts=False))
+        context = object.__new__(StudyContext)
+        context.config, context.fingerprint = cifar10.get_config(), "of a CLIP"
+        context.config.data.name = name
+        context._test, context._shifts = benchmark.load(config(root)).test, {}
+        keys[name] = context.key(Score(Anchor(), shifts=False))
         with pytest.raises(UserError, match=f"data.name='{name}': .*shifts"):
-            bench.key(Score(Anchor()))
+            context.key(Score(Anchor()))
     assert keys["cifar10"] != keys["cifar100"]

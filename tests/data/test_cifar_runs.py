@@ -1,4 +1,4 @@
-"""Whole runs and a study on CIFAR, in processes of their own: a tiny random CLIP, small sets."""
+"""Complete runs and a study on CIFAR in separate processes: a tiny random CLIP, small datasets."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_a_run(anchor, tmp_path):
     for row in rows:
         assert list(row["shifts"]) == ["cifar10_1/v6"]
         assert row["avg_shifts"] == row["shifts"]["cifar10_1/v6"]
-        # Twenty test images.
+        # An accuracy over twenty test images is a multiple of 5 %.
         assert row["id"] / 5 == pytest.approx(round(row["id"] / 5))
     assert checkpoint_io.load(tmp_path / "run" / "model").labels == CLASS_NAMES["cifar10"]
 
 
 @pytest.mark.slow
-def test_the_study_of_generality_without_shifts(anchor, tmp_path):
-    """And in the same ledger with CIFAR-100, whose test set has the same name and size."""
+def test_generality_study_without_shifts(anchor, tmp_path):
+    """The ledger also contains CIFAR-100, whose test set has the same name and size."""
     each = {"cifar10": {"train": 30, "test": 10}, "cifar100": {"train": 3, "test": 1}}
     for name, names in CLASS_NAMES.items():
         cifar_set(tmp_path / "tfds" / name / "3.0.2", names, each[name])

@@ -1,4 +1,4 @@
-"""Decoding: Pillow's numbers, whatever the file is."""
+"""Decoding gives the same pixels as Pillow for all kinds of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.data.photographs import encode, opened, photograph
 
 @cache
 def kinds() -> dict[str, bytes]:
-    """What ImageNet's files called .JPEG are."""
+    """Return the kinds of files that ImageNet names .JPEG, and others."""
     image = opened(photograph()).crop((100, 100, 281, 221))
     return {
         "photograph": photograph(),
@@ -41,7 +41,7 @@ def test_equals_pillow_bit_for_bit(kind):
     np.testing.assert_array_equal(pixels, np.asarray(opened(stored)))
 
 
-def test_jpegs_do_not_go_through_pillow(monkeypatch):
+def test_jpegs_are_not_decoded_by_pillow(monkeypatch):
     def no_pillow(stored):
         raise AssertionError("slow")
 
@@ -52,39 +52,39 @@ def test_jpegs_do_not_go_through_pillow(monkeypatch):
         decode(kinds()["cmyk"])
 
 
-def test_an_orientation_is_not_applied_as_in_image_folder():
+def test_exif_orientation_is_ignored_as_in_image_folder():
     image = opened(photograph())
     exif = image.getexif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = 6  # A quarter turn.
     turned = encode(image, exif=exif, quality=95)
     assert Image.open(io.BytesIO(turned)).getexif()[0x0112] == 6
     assert decode(turned).shape == (427, 640, 3)
     np.testing.assert_array_equal(decode(turned), np.asarray(opened(turned)))
 
 
-def test_sixteen_bits_keep_their_high_byte():
+def test_sixteen_bit_images_use_the_high_byte():
     gray = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     pixels = decode(encode(Image.fromarray(gray), "PNG"))
     np.testing.assert_array_equal(pixels[..., 1], gray // 256)
 
 
 @pytest.mark.parametrize("shrink", [1, 2, 4, 8])
-def test_a_shrunk_jpeg_is_the_mean_of_its_pixels(shrink):
+def test_a_downscaled_jpeg_is_near_the_mean_of_its_pixels(shrink):
     pixels = decode(photograph(), shrink)
     assert pixels.shape == (-(-427 // shrink), -(-640 // shrink), 3)
     height, width = 427 // shrink * shrink, 640 // shrink * shrink
-    whole = np.asarray(opened(photograph()), float)[:height, :width]
-    boxes = whole.reshape(height // shrink, shrink, width // shrink, shrink, 3).mean((1, 3))
+    full = np.asarray(opened(photograph()), float)[:height, :width]
+    boxes = full.reshape(height // shrink, shrink, width // shrink, shrink, 3).mean((1, 3))
     difference = pixels[: height // shrink, : width // shrink] - boxes
-    # The decoder keeps the low frequencies of a block, which is not quite the mean: 3 gray levels
-    # of 255 on average, where a shift by one pixel of the result makes 10 and more.
+    # The decoder keeps the low frequencies of a block, which is not exactly the mean: 3 gray levels
+    # of 255 on average. A shift by one pixel of the result would give 10 and more.
     assert np.abs(difference).mean() < 3
 
 
-def test_what_only_pillow_puts_up_with_is_read_as_pillow_reads_it():
+def test_files_that_only_pillow_tolerates_are_decoded_like_pillow():
     damaged = bytearray(photograph())
     middle = len(damaged) // 2
-    damaged[middle : middle + 40] = bytes(40)  # broken codes: libjpeg warns and goes on
+    damaged[middle : middle + 40] = bytes(40)  # Broken codes: libjpeg warns and continues.
     np.testing.assert_array_equal(decode(bytes(damaged)), np.asarray(opened(bytes(damaged))))
 
 
@@ -98,11 +98,11 @@ def test_what_only_pillow_puts_up_with_is_read_as_pillow_reads_it():
         (b"", "empty"),
     ],
 )
-def test_what_is_no_whole_image_is_refused(stored, message):
+def test_rejects_incomplete_images(stored, message):
     with pytest.raises(Unreadable, match=message):
         decode(stored)
 
 
-def test_pixels_pass():
+def test_pixels_are_returned_unchanged():
     pixels = np.zeros((3, 5, 3), np.uint8)
     assert decode(pixels, shrink=4) is pixels and image_size(pixels) == (3, 5)

@@ -1,4 +1,4 @@
-"""Captions tell the truth, and leave out what they should."""
+"""Captions are correct, and leave out the stated fractions of the information."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES, pretraining_batch
 from modelstock_jax.data.glyphs import captions as captions_module
 from modelstock_jax.data.glyphs.captions import captions
 from modelstock_jax.data.glyphs.render import (
-    BROAD,
     CHARACTERS,
     FONTS,
     HELD_OUT_FONTS,
+    PRETRAINING,
     STYLES,
     render,
 )
@@ -24,20 +24,20 @@ COUNT = 4096
 @pytest.fixture(scope="module")
 def captioned():
     labels = np.arange(COUNT) % 62
-    _, scenes = render(jax.random.key(0), np.arange(COUNT), labels, BROAD)
+    _, scenes = render(jax.random.key(0), np.arange(COUNT), labels, PRETRAINING)
     return scenes, captions(np.random.default_rng(0), scenes)
 
 
 def words(character: str, text: str) -> bool:
-    """Whether the text names this character, with or without its case."""
+    """Return whether the text names this character, with or without its case."""
     text = f" {text.rstrip('.').replace(',', ' ')} "
     kind = "digit" if character.isdigit() else "letter"
     return f" {kind} {character.lower()} " in text
 
 
-def close_to(share: float, expected: float, count: int) -> bool:
-    """Within five standard errors of a binomial share."""
-    return abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / count)
+def close_to(fraction: float, expected: float, count: int) -> bool:
+    """Return whether a binomial fraction is within five standard errors."""
+    return abs(fraction - expected) < 5 * np.sqrt(expected * (1 - expected) / count)
 
 
 def test_class_names_differ_after_lower_casing():
@@ -64,7 +64,7 @@ def test_case_is_left_out_for_some_letters_only(captioned):
     assert close_to(without, 0.15, len(letters))
 
 
-def test_style_is_told(captioned):
+def test_captions_state_the_style(captioned):
     scenes, texts = captioned
     for i, text in enumerate(texts):
         outlined = scenes.style[i] == STYLES.index("outline")
@@ -74,7 +74,7 @@ def test_style_is_told(captioned):
         assert f"{'a' if style[0] in 'io' else 'an'} {style}" not in text
 
 
-def test_colors_are_told_now_and_then(captioned):
+def test_captions_state_colors_sometimes(captioned):
     _, texts = captioned
     paper = np.mean([" paper" in text for text in texts])
     assert close_to(paper, 0.25, COUNT)
@@ -83,17 +83,17 @@ def test_colors_are_told_now_and_then(captioned):
     assert close_to(ink, 0.30, COUNT)
 
 
-def test_color_words_fit_the_pixels():
+def test_color_words_match_the_pixels():
     labels = np.full(512, CHARACTERS.index("M"))
-    images, scenes = render(jax.random.key(2), np.arange(512), labels, BROAD)
+    images, scenes = render(jax.random.key(2), np.arange(512), labels, PRETRAINING)
     corner = np.median(images[:, [0, 0, -1, -1], [0, -1, 0, -1]].astype(float), axis=1)
     for i in range(512):
         word = captions_module.color_word(scenes.paper_hue[i], scenes.paper_light[i])
-        # Corners may be hidden by clutter, texture and noise: plain papers are looked at alone.
+        # Clutter, texture and patches may hide the corners: only plain papers are checked.
         if scenes.wave[i, 0] or scenes.clutter[i, 0] or scenes.patch[i, 0]:
             continue
         red, green, blue = corner[i]
-        slack = 60  # noise of up to 0.12, and light or dark paper that has little hue
+        slack = 60  # For noise of up to 0.12, and for light or dark paper with little hue.
         ruled_out = {
             "red": red < max(green, blue) - slack,
             "green": green < max(red, blue) - slack,
@@ -113,16 +113,16 @@ def test_about_twelve_words(captioned):
 
 
 def test_held_out_fonts_are_never_in_a_caption():
-    own = {font.name: font.words for font in FONTS}
-    assert len(set(own.values())) == 22
+    words_of = {font.name: font.words for font in FONTS}
+    assert len(set(words_of.values())) == 22
     _, texts = pretraining_batch(1, COUNT)
     for name in HELD_OUT_FONTS:
-        bare = own[name] if own[name].startswith("bold") else f" {own[name]} "
-        found = [t for t in texts if bare in t.replace("bold " + own[name], "") + " "]
-        assert not found, name
+        phrase = words_of[name] if words_of[name].startswith("bold") else f" {words_of[name]} "
+        matches = [t for t in texts if phrase in t.replace("bold " + words_of[name], "") + " "]
+        assert not matches, name
 
 
-def test_batches_differ_by_seed_alone():
+def test_batches_depend_only_on_the_seed():
     images, texts = pretraining_batch(3, 20)
     again, same = pretraining_batch(3, 20)
     other, others = pretraining_batch(4, 20)

@@ -1,4 +1,4 @@
-"""Class folders: what is listed, in which order, and listed once."""
+"""Class folders: which files are listed, in which order, and that they are listed once."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Keeps every listing, in a directory of the test's own."""
+    """Cache every listing in a temporary directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(caches, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(caches, "MIN_ENTRIES", 1)
     return tmp_path / "cache"
 
 
-def test_images_come_by_folder_then_by_name(tmp_path):
+def test_images_are_sorted_by_folder_then_by_name(tmp_path):
     written = write_folders(tmp_path, ["a", "b", "ü c"], each=3)
     (tmp_path / "a" / "notes.txt").write_text("not an image")
     (tmp_path / "a" / ".hidden.jpg").write_bytes(b"")
@@ -42,7 +42,7 @@ def test_images_come_by_folder_then_by_name(tmp_path):
     assert read_folders(tmp_path, {"b", "else"}).names == ("b",)
 
 
-def test_a_listing_is_kept_until_a_folder_changes(tmp_path, cache, monkeypatch):
+def test_a_listing_is_cached_until_a_folder_changes(tmp_path, cache, monkeypatch):
     root = tmp_path / "set"
     write_folders(root, ["a", "b"])
     first = image_folder.list_folders(root)
@@ -52,10 +52,10 @@ def test_a_listing_is_kept_until_a_folder_changes(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(
         image_folder, "_images", lambda folder: calls.append(folder) or images(folder)
     )
-    again = image_folder.list_folders(root)
+    cached = image_folder.list_folders(root)
     assert not calls
-    assert again.folders == first.folders and again.names.tolist() == first.names.tolist()
-    np.testing.assert_array_equal(again.folder_of, first.folder_of)
+    assert cached.folders == first.folders and cached.names.tolist() == first.names.tolist()
+    np.testing.assert_array_equal(cached.folder_of, first.folder_of)
 
     (root / "b" / "new.png").write_bytes(b"")
     assert b"new.png" in image_folder.list_folders(root).names.tolist() and len(calls) == 2
@@ -64,7 +64,7 @@ def test_a_listing_is_kept_until_a_folder_changes(tmp_path, cache, monkeypatch):
     assert image_folder.list_folders(root, only={"c"}).folders == ("c",)
 
 
-def test_a_damaged_or_unwritable_cache_is_no_error(tmp_path, cache):
+def test_a_damaged_or_unwritable_cache_is_not_an_error(tmp_path, cache):
     root = tmp_path / "set"
     write_folders(root, ["a"])
     expected = image_folder.list_folders(root).names.tolist()
@@ -73,11 +73,11 @@ def test_a_damaged_or_unwritable_cache_is_no_error(tmp_path, cache):
     assert image_folder.list_folders(root).names.tolist() == expected
     for path in (file, file.parent):
         path.unlink() if path.is_file() else path.rmdir()
-    file.parent.write_text("in the way")
+    file.parent.write_text("a file instead of the directory")
     assert image_folder.list_folders(root).names.tolist() == expected
 
 
-def test_nothing_is_written_to_the_images(tmp_path, cache):
+def test_nothing_is_written_to_the_image_folders(tmp_path, cache):
     root = tmp_path / "set"
     write_folders(root, ["a"])
     before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
@@ -85,13 +85,13 @@ def test_nothing_is_written_to_the_images(tmp_path, cache):
     assert before == {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
 
 
-def test_mistakes(tmp_path):
+def test_user_errors(tmp_path):
     with pytest.raises(UserError, match="nowhere: "):
         read_folders(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"{tmp_path}: .*classes.*/CLASS/IMAGE.jpg"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*class folders.*/CLASS/IMAGE.jpg"):
         read_folders(tmp_path)
     write_folders(tmp_path, ["a"])
-    with pytest.raises(UserError, match=f"{tmp_path}: .*classes"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*class folders"):
         read_folders(tmp_path, {"b"})
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
@@ -99,7 +99,7 @@ def test_mistakes(tmp_path):
         read_folders(tmp_path)
 
 
-def test_an_image_that_is_gone_is_named(tmp_path):
+def test_error_names_a_missing_image(tmp_path):
     write_folders(tmp_path, ["a"])
     images = FileImages(image_folder.list_folders(tmp_path))
     (tmp_path / "a" / "a_1.JPEG").unlink()
@@ -111,7 +111,7 @@ def test_an_image_that_is_gone_is_named(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="fork")
 def test_images_are_read_in_a_forked_process(tmp_path):
-    """The parent has read before, as a training run that has evaluated."""
+    """The parent has read images before, like a training run that has evaluated."""
     written = write_folders(tmp_path, ["a"])
     code = (
         "import os, sys\n"

@@ -1,4 +1,4 @@
-"""What an image set refuses, and its parts."""
+"""`ImageSet`: what it rejects, and how it is split."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Numbers(EncodedImages):
         (Numbers(4), LABELS, None, r"4 images .*labels .*\[4\], .*\[3\]"),
     ],
 )
-def test_refuses(images, labels, classes, message):
+def test_rejects(images, labels, classes, message):
     with pytest.raises(UserError, match=message):
         ImageSet("some", images, labels, classes)
 
 
-def test_an_array_is_no_encoded_set_and_the_other_way_round():
+def test_pixels_need_an_array_and_encoded_needs_encoded_images():
     array, encoded = ImageSet("some", IMAGES, LABELS), ImageSet("other", Numbers(3), LABELS)
     assert array.pixels is IMAGES and encoded.encoded is encoded.images
     with pytest.raises(UserError, match="some: .*array .*encoded"):
@@ -62,22 +62,22 @@ def test_an_array_is_no_encoded_set_and_the_other_way_round():
         ({"classes": (1, 5), "groups": ((0,),) * 6}, "classes, groups and label_sets"),
     ],
 )
-def test_refuses_rules_that_do_not_fit(rules, message):
+def test_rejects_inconsistent_scoring_rules(rules, message):
     with pytest.raises(UserError, match=message):
         ImageSet("some", IMAGES, LABELS, **rules)
 
 
-def test_take():
-    whole = ImageSet("some", IMAGES, LABELS, (1, 5))
-    assert len(whole) == 3 and len(whole.first(2)) == 2 and len(whole.first(9)) == 3
-    assert whole.first(2).classes == (1, 5) and whole.first(2).name == "some"
-    np.testing.assert_array_equal(whole.first(2).labels, LABELS[:2])
+def test_first():
+    images = ImageSet("some", IMAGES, LABELS, (1, 5))
+    assert len(images) == 3 and len(images.first(2)) == 2 and len(images.first(9)) == 3
+    assert images.first(2).classes == (1, 5) and images.first(2).name == "some"
+    np.testing.assert_array_equal(images.first(2).labels, LABELS[:2])
 
 
-def test_take_and_select_of_encoded_images_keep_what_belongs_together():
-    """Classes lie together in folders: so few images are taken from all along the set."""
+def test_first_and_select_of_encoded_images_select_labels_and_label_sets_too():
+    """Encoded images are sorted by class, so `first` takes images at even distances."""
     count = 10
-    whole = ImageSet(
+    full = ImageSet(
         "real",
         Numbers(count),
         np.arange(count, dtype=np.int32),
@@ -85,9 +85,9 @@ def test_take_and_select_of_encoded_images_keep_what_belongs_together():
         crop_border=2,
     )
     for part, expected in [
-        (whole.first(4), [0, 2, 5, 7]),
-        (whole.select(np.array([9, 3])), [9, 3]),
-        (whole.select(np.array([9, 3, 5])).select(np.array([2, 0])), [5, 9]),
+        (full.first(4), [0, 2, 5, 7]),
+        (full.select(np.array([9, 3])), [9, 3]),
+        (full.select(np.array([9, 3, 5])).select(np.array([2, 0])), [5, 9]),
     ]:
         assert list(part.images) == [str(i).encode() for i in expected]
         assert [part.images.name(i) for i in range(len(part))] == [f"file {i}" for i in expected]
@@ -98,23 +98,23 @@ def test_take_and_select_of_encoded_images_keep_what_belongs_together():
 @pytest.mark.parametrize(("per_class", "counts"), [(2, [2, 2, 2]), (0.25, [1, 2, 3])])
 def test_hold_out_is_a_fixed_part_of_each_class(per_class, counts):
     labels = np.random.default_rng(0).permutation([0] * 3 + [1] * 8 + [7] * 12).astype(np.int32)
-    whole = ImageSet("train", Numbers(len(labels)), labels)
-    rest, held = whole.hold_out(per_class)
-    assert np.unique(held.labels, return_counts=True)[1].tolist() == counts
-    assert (rest.name, held.name) == ("train", "validation")
-    parts = [[int(image) for image in part.images] for part in (rest, held)]
+    full = ImageSet("train", Numbers(len(labels)), labels)
+    train, validation = full.hold_out(per_class)
+    assert np.unique(validation.labels, return_counts=True)[1].tolist() == counts
+    assert (train.name, validation.name) == ("train", "validation")
+    parts = [[int(image) for image in part.images] for part in (train, validation)]
     assert sorted(sum(parts, [])) == list(range(len(labels)))
-    assert parts == [sorted(part) for part in parts], "each part keeps the order of the set"
-    for part, indices in zip((rest, held), parts, strict=True):
+    assert parts == [sorted(part) for part in parts], "each part preserves the order"
+    for part, indices in zip((train, validation), parts, strict=True):
         np.testing.assert_array_equal(part.labels, labels[indices])
-    again = whole.hold_out(per_class)[1]
-    assert list(again.images) == list(held.images)
-    assert list(whole.hold_out(per_class, seed=1)[1].images) != list(held.images)
+    repeated = full.hold_out(per_class)[1]
+    assert list(repeated.images) == list(validation.images)
+    assert list(full.hold_out(per_class, seed=1)[1].images) != list(validation.images)
 
 
 def test_hold_out_leaves_an_image_to_train_on():
-    whole = ImageSet("train", IMAGES, LABELS)
+    full = ImageSet("train", IMAGES, LABELS)
     with pytest.raises(UserError, match="train: class 1 .*1 images, .* 1 "):
-        whole.hold_out(1)
-    rest, held = whole.hold_out(0)
-    assert len(rest) == 3 and len(held) == 0
+        full.hold_out(1)
+    train, validation = full.hold_out(0)
+    assert len(train) == 3 and len(validation) == 0

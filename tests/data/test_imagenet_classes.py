@@ -1,4 +1,4 @@
-"""ImageNet's lists against their sources, and readers of its shifts' own files."""
+"""ImageNet's class lists match their sources; readers of the files of its shifts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ A_CLASSES, R_CLASSES = imagenet.CLASSES["a"], imagenet.CLASSES["r"]
 
 
 @pytest.mark.parametrize(
-    ("items", "digest"),
+    ("items", "checksum"),
     [
-        # Of the items, a line each. The first two as in OPEN_CLIP, which the slow test fetches.
+        # Checksums of the items, one per line. The slow test compares the first two with OPEN_CLIP.
         (imagenet.CLASS_NAMES, "8800e39242cbed4c6889376e20a49cfdaf4f84a773a6686d15c3b39972ef94c4"),
         (imagenet.TEMPLATES, "717aaf1055595d318aa456669c0de6675d883ccebfa70ca12ff890b7aab710cb"),
         (imagenet.WNIDS, "70002b0ff5de60a3a17a82dbfcff291931f96225ddf941ad2e182fc39e183d15"),
@@ -40,21 +40,21 @@ A_CLASSES, R_CLASSES = imagenet.CLASSES["a"], imagenet.CLASSES["r"]
     ],
     ids=["class names", "templates", "wnids", "A", "R"],
 )
-def test_the_lists_are_the_published_ones(items, digest):
+def test_lists_equal_the_published_ones(items, checksum):
     text = "".join(f"{item}\n" for item in items)
-    assert hashlib.sha256(text.encode()).hexdigest() == digest
+    assert hashlib.sha256(text.encode()).hexdigest() == checksum
 
 
-def test_the_wnids_are_those_of_tensorflow_datasets():
-    # Found, not imported, which takes seconds.
+def test_wnids_equal_those_of_tensorflow_datasets():
+    # Located without an import, because the import takes seconds.
     package = Path(importlib.util.find_spec("tensorflow_datasets").origin).parent
     labels = (package / "datasets/imagenet2012/labels.txt").read_text().split()
     assert tuple(labels) == imagenet.WNIDS
 
 
 @pytest.mark.slow
-def test_names_and_templates_are_those_of_open_clip(tmp_path):
-    """Fetches the wheel alone; nothing of it is installed or run."""
+def test_names_and_templates_equal_those_of_open_clip(tmp_path):
+    """Download only the wheel; nothing is installed or run."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     fetched = subprocess.run(
         [*command, "--dest", str(tmp_path), OPEN_CLIP], capture_output=True, text=True, timeout=300
@@ -91,7 +91,7 @@ def test_two_pairs_of_names_are_equal_as_published():
     assert [i for i in range(1000) if names.count(names[i]) > 1] == [657, 744, 836, 837]
 
 
-def test_templates_can_be_given_as_a_file_too():
+def test_templates_can_be_read_from_a_file():
     assert read_templates(CLASS_LISTS / "imagenet_templates.txt") == imagenet.TEMPLATES
     assert len(imagenet.TEMPLATES) == 80
 
@@ -114,7 +114,7 @@ def test_published_counts():
     ]
 
 
-def test_a_wnid_outside_of_the_1000_is_named():
+def test_error_names_an_unknown_wnid():
     assert imagenet.class_indices([]) == ()
     assert imagenet.class_indices(iter(["n15075141", "n01440764"])) == (999, 0)
     with pytest.raises(UserError, match="1,000 classes: n00000001, images;"):
@@ -125,9 +125,9 @@ def test_a_wnid_outside_of_the_1000_is_named():
 
 @pytest.fixture
 def mappings(tmp_path):
-    """The four files of ObjectNet's `mappings`, in their format; names and numbers made up.
+    """Write the four files of ObjectNet's `mappings` in their format, with made-up content.
 
-    Label i's names stand on line (7 i + 3) mod 1000.
+    The names of label i are on line (7 i + 3) mod 1000.
     """
     lines = [(7 * label + 3) % 1000 for label in range(1000)]
     names = {line: f"thing {label}, entity {label}" for label, line in enumerate(lines)}
@@ -185,14 +185,14 @@ def changed(mappings, file, change):
         ("pytorch_to_imagenet_2012_id", lambda x: x | {"1000": 4}, "keys '0' .*'999'"),
     ],
 )
-def test_objectnet_files_that_do_not_fit(mappings, file, change, message):
+def test_inconsistent_objectnet_files(mappings, file, change, message):
     changed(mappings, f"{file}.json", change)
     with pytest.raises(UserError, match=message) as error:
         imagenet.objectnet_classes(mappings)
     assert f"{mappings / file}.json" in str(error.value)
 
 
-def test_objectnet_names_that_are_missing_or_stand_twice(mappings):
+def test_missing_or_duplicate_objectnet_names(mappings):
     path = mappings / "imagenet_to_label_2012_v2"
     lines = path.read_text().splitlines(keepends=True)
     lines[(7 * 500 + 3) % 1000] = lines[(7 * 8 + 3) % 1000]

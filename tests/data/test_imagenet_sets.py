@@ -1,4 +1,4 @@
-"""ImageNet and its shifts in their authors' layouts, with a few classes and images each."""
+"""ImageNet and its shifts as their authors distribute them, with a few classes and images each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from modelstock_jax.data.imagenet import (
     TEMPLATES,
     WNIDS,
     check_complete,
+    find_paths,
     missing_sets,
     open_real,
     open_set,
     open_sets,
-    places,
 )
 from modelstock_jax.data.published_sets import IMAGENET
 from modelstock_jax.errors import UserError
@@ -48,7 +48,7 @@ def config(root, **changes):
     return ConfigDict(options | changes)
 
 
-def test_every_set(root):
+def test_every_dataset(root):
     sets = open_sets(config(root))
     several = [label for label in LABELS for _ in range(EACH)]
     assert sets.train.labels.tolist() == [k for k in LABELS for _ in range(2 * EACH - 1)]
@@ -61,12 +61,12 @@ def test_every_set(root):
         assert sets.shifts[name].classes == classes and len(classes) == 200
         assert np.unique(sets.shifts[name].labels).tolist() == list(classes[: len(LABELS)])
     assert all(
-        one.crop_border == (2 if name == "objectnet" else 0) for name, one in sets.shifts.items()
+        s.crop_border == (2 if name == "objectnet" else 0) for name, s in sets.shifts.items()
     )
 
 
-def test_v2_folders_are_numbers_and_not_texts(root):
-    """As texts, 10 comes before 2: labels by the place of a folder would be wrong."""
+def test_v2_folders_are_sorted_as_numbers(root):
+    """As text, 10 is before 2: labels by the position of a folder would be wrong."""
     v2 = open_set("v2", root / V2, check_counts=False)
     assert v2.labels.tolist() == [label for label in LABELS for _ in range(EACH)]
     files = [root / V2 / str(label) / f"{label}_{n}.jpeg" for label in LABELS for n in range(EACH)]
@@ -74,8 +74,8 @@ def test_v2_folders_are_numbers_and_not_texts(root):
     assert list(v2.images) == [file.read_bytes() for file in files]
 
 
-def test_the_flat_validation_folder_is_the_same_set(tmp_path):
-    """ILSVRC2012_val_*.JPEG as in the archive: the labels are those of the file numbers."""
+def test_the_flat_validation_folder_is_the_same_dataset(tmp_path):
+    """ILSVRC2012_val_*.JPEG in one folder, as in the archive: the file numbers give the labels."""
     wnids = {1: "n01751748", 2: "n09193705", 3: "n02105855", 50_000: "n02437616"}
     for number, wnid in wnids.items():
         name = f"ILSVRC2012_val_{number:08d}.JPEG"
@@ -93,7 +93,7 @@ def test_the_flat_validation_folder_is_the_same_set(tmp_path):
 
 @pytest.mark.parametrize("name", ["cat.JPEG", "ILSVRC2012_val_00000000.JPEG",
                                   "ILSVRC2012_val_00050001.JPEG"])  # fmt: skip
-def test_a_file_that_is_not_of_the_flat_folder_is_named(tmp_path, name):
+def test_error_names_a_foreign_file_in_the_flat_folder(tmp_path, name):
     for file in ("ILSVRC2012_val_00000001.JPEG", name):
         (tmp_path / file).write_bytes(b"")
     with pytest.raises(UserError, match=f"{name}: .*validation"):
@@ -109,8 +109,8 @@ def test_objectnet_has_groups_and_only_its_shared_folders(root, tmp_path):
     assert "air_freshener" not in "".join(map(objectnet.images.name, range(len(objectnet))))
 
 
-def test_real_goes_by_the_number_in_the_file_name(root):
-    real = open_sets(config(root)).real
+def test_real_labels_are_assigned_by_the_file_number(root):
+    real = open_sets(config(root)).real_labels
     sets = [[(), (label,), (label, 0)] for label in LABELS]
     assert real.label_sets == tuple(sum(sets, []))
     test = open_set("validation", root / "val", check_counts=False).select(np.array([7, 1]))
@@ -120,9 +120,9 @@ def test_real_goes_by_the_number_in_the_file_name(root):
         open_real(root / "real.json", sketch)
 
 
-def test_places(root, tmp_path):
-    found = places(config(root, shifts=("a", "v2"), real_labels=False))
-    assert found == {
+def test_paths(root, tmp_path):
+    paths = find_paths(config(root, shifts=("a", "v2"), real_labels=False))
+    assert paths == {
         "train": root / "train",
         "validation": root / "val",
         "a": root / "imagenet-a",
@@ -131,7 +131,7 @@ def test_places(root, tmp_path):
     elsewhere = config(
         root, shifts=("a",), real_labels=False, paths={"a": str(tmp_path), "train": "val"}
     )
-    assert places(elsewhere)["a"] == tmp_path and places(elsewhere)["train"] == root / "val"
+    assert find_paths(elsewhere)["a"] == tmp_path and find_paths(elsewhere)["train"] == root / "val"
     assert missing_sets(elsewhere) == []
 
     empty = config(tmp_path, shifts=("a",), paths={"validation": "nothing"})
@@ -143,10 +143,10 @@ def test_places(root, tmp_path):
     with pytest.raises(UserError, match="train or .*; data.paths.validation=nothing"):
         open_sets(empty)
     with pytest.raises(UserError, match="'b'; .*v2, r, sketch"):
-        places(config(root, shifts=("b",)))
+        find_paths(config(root, shifts=("b",)))
 
 
-def test_a_class_outside_the_thousand_is_refused_whatever_the_counts(tmp_path):
+def test_rejects_an_unknown_class_without_count_checks_too(tmp_path):
     for name, folders, message in (
         ("sketch", ["n01440764", "n99999999"], "1,000 classes: n99999999"),
         ("v2", ["0", "1000"], "class 1000 .* 0 .*999"),
@@ -157,7 +157,7 @@ def test_a_class_outside_the_thousand_is_refused_whatever_the_counts(tmp_path):
             open_set(name, tmp_path / name, check_counts=False)
 
 
-def test_a_wrong_mapping_is_named(root, tmp_path):
+def test_error_names_a_wrong_mapping(root, tmp_path):
     shutil.copytree(root / "objectnet-1.0", tmp_path / "objectnet")
     file = tmp_path / "objectnet" / "mappings" / "objectnet_to_imagenet_1k.json"
     file.write_text(json.dumps({"Bench": "no such class"}))
@@ -168,22 +168,22 @@ def test_a_wrong_mapping_is_named(root, tmp_path):
         open_set("objectnet", tmp_path / "objectnet")
 
 
-def test_a_part_of_a_set_is_one_clear_line(root):
+def test_an_incomplete_dataset_is_one_line(root):
     with pytest.raises(UserError) as caught:
         open_set("v2", root / V2)
-    for part in (
+    for text in (
         f"{root / V2}: ",
         "1,000 classes (n01443537, n01491361, n01494475, n01496331, n01498041 and 991 more",
         " 10,000, 9,988 ",
         "(n01440764, n01484850, n01530575, n02099601 ",
         "--config.data.check_counts=False",
     ):
-        assert part in str(caught.value)
+        assert text in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def whole_labels(name):
-    """As many labels as were published."""
+def published_labels(name):
+    """Return labels with the published counts, and the classes."""
     published = IMAGENET[name].published
     classes = CLASSES.get(name, range(published.classes))
     return np.resize(np.array(classes, np.int32), published.images), list(classes)
@@ -191,25 +191,25 @@ def whole_labels(name):
 
 @pytest.mark.parametrize("name", sorted(set(IMAGENET) - {"real"}))
 def test_published_counts(name):
-    """Whole, with an image too many, and with an image of a wrong class."""
-    labels, classes = whole_labels(name)
-    check_complete(name, "here", labels)
+    """A complete dataset, one with an extra image, and one with an image of a wrong class."""
+    labels, classes = published_labels(name)
+    check_complete(name, "DIR", labels)
     with pytest.raises(UserError, match=r"images .*\d, 1 .*many"):
-        check_complete(name, "here", np.append(labels, labels[:1]))
+        check_complete(name, "DIR", np.append(labels, labels[:1]))
     if len(classes) == 200:
         other = next(k for k in range(1000) if k not in classes)
         with pytest.raises(UserError, match=f"{WNIDS[other]}, .*200 classes"):
-            check_complete(name, "here", np.append(labels[:-1], np.int32(other)))
+            check_complete(name, "DIR", np.append(labels[:-1], np.int32(other)))
 
 
-def test_an_uneven_class_is_named():
-    labels, _ = whole_labels("validation")
+def test_error_names_a_class_with_too_few_images():
+    labels, _ = published_labels("validation")
     with pytest.raises(UserError, match=r" 1 .*few \(n01498041 .*50\)"):
-        check_complete("validation", "here", np.delete(labels, 6))
+        check_complete("validation", "DIR", np.delete(labels, 6))
 
 
 def test_the_benchmark(root):
-    """As a run opens it; the held-out images are left out of what is known beforehand, too."""
+    """The benchmark of a run; its summary excludes the held-out images too."""
     data = imagenet.get_config().data
     data.root, data.check_counts, data.held_out_per_class = str(root), False, 2
     assert benchmark.missing(data) == []
@@ -217,14 +217,14 @@ def test_the_benchmark(root):
     opened = benchmark.load(data)
     assert len(opened.train) == len(LABELS) * (2 * EACH - 2) and len(opened.validation) == 8
     assert opened.class_names == CLASS_NAMES and opened.templates == TEMPLATES
-    assert opened.test.name == "id" and opened.real.label_sets is not None
+    assert opened.test.name == "id" and opened.real_labels.label_sets is not None
     data.paths.r = "elsewhere"
     with pytest.raises(UserError, match="data.paths.r=elsewhere: "):
         benchmark.load(data)
 
 
-def test_a_shift_without_its_last_classes_is_one_line():
-    """R has labels up to 988, and fewer classes: what is not there is counted all the same."""
+def test_a_shift_without_its_last_classes_is_incomplete():
+    """R has labels up to 988 but only 200 classes: missing classes are counted correctly."""
     first, second = CLASSES["r"][:2]
     with pytest.raises(UserError, match=f"1 of 200 classes .*{WNIDS[second]}"):
-        check_complete("r", "here", np.array([first], np.int32))
+        check_complete("r", "DIR", np.array([first], np.int32))

@@ -1,4 +1,4 @@
-"""Any set as ArrayRecord: the same bytes and labels, whole, after interruptions too."""
+"""Preparation as ArrayRecord preserves all bytes and labels, also after interruptions."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ def command(source, out, name, *more):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_layout_gives_the_same_images_and_labels(root, tmp_path, name, capsys):
+def test_every_source_format_gives_the_same_images_and_labels(root, tmp_path, name, capsys):
     command(root / SOURCES[name], tmp_path, name, "--no-check-counts")
     (directory,) = tmp_path.iterdir()
     assert capsys.readouterr().out.startswith(f"{directory}/1.0.0: ")
-    assert directory.name in IMAGENET[name].places, "data.root finds it by this name"
+    assert directory.name in IMAGENET[name].locations, "this name is searched in data.root"
     plain = open_set(name, root / SOURCES[name], check_counts=False)
     records = open_set(name, directory, check_counts=False)
     assert list(records.images) == list(plain.images)
     np.testing.assert_array_equal(records.labels, plain.labels)
-    for fact in ("name", "classes", "groups", "crop_border"):
-        assert getattr(records, fact) == getattr(plain, fact), fact
+    for attribute in ("name", "classes", "groups", "crop_border"):
+        assert getattr(records, attribute) == getattr(plain, attribute), attribute
     if name == "validation":
         real = open_real(root / "real.json", plain)
         assert open_real(root / "real.json", records).label_sets == real.label_sets
 
 
-def own_set(root, names=("cat", "dog"), each=5):
+def make_set(root, names=("cat", "dog"), each=5):
     write_folders(root, names, each)
     stored = read_folders(root)
     return ImageSet("own", stored.images, stored.labels), stored.names
 
 
-def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
-    """What was written is kept, half a file is not, and there is no result before its end."""
-    image_set, names = own_set(tmp_path / "own")
+def test_an_interrupted_preparation_resumes(tmp_path, monkeypatch):
+    """Finished shards are reused, half-written files are not; no result exists before the end."""
+    image_set, names = make_set(tmp_path / "own")
     options = dict(dataset="own", split="train", per_shard=3)
     written, write_shard = [], preparation.write_shard
 
@@ -86,16 +86,16 @@ def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preparation, "write_shard", write_shard)
     directory = prepare(image_set, names, tmp_path / "out", **options)
-    kept = [directory / path.name for path in written]
-    assert [path.stat().st_mtime_ns for path in kept] == times
+    reused = [directory / path.name for path in written]
+    assert [path.stat().st_mtime_ns for path in reused] == times
     stored = read_records(directory, "train")
     assert list(stored.images) == list(image_set.images) and stored.names == names
     assert stored.labels.tolist() == image_set.labels.tolist()
     assert prepare(image_set, names, tmp_path / "out", **options) == directory
 
 
-def test_another_preparation_is_not_mixed_in(tmp_path):
-    image_set, names = own_set(tmp_path / "own")
+def test_different_preparations_are_not_mixed(tmp_path):
+    image_set, names = make_set(tmp_path / "own")
     options = dict(dataset="own", split="train")
     unfinished = tmp_path / "out" / "own" / "1.0.0.incomplete"
     unfinished.mkdir(parents=True)
@@ -113,15 +113,15 @@ def test_another_preparation_is_not_mixed_in(tmp_path):
         prepare(image_set, names, tmp_path / "new", resize=20, **options)
 
 
-def test_a_file_with_too_few_records_is_found(tmp_path, monkeypatch):
-    image_set, names = own_set(tmp_path / "own")
+def test_a_file_with_too_few_records_is_detected(tmp_path, monkeypatch):
+    image_set, names = make_set(tmp_path / "own")
     monkeypatch.setattr(preparation, "_num_records", lambda path: 9)
     with pytest.raises(UserError, match="00000-of-00001: 9 records.* 10"):
         prepare(image_set, names, tmp_path / "out", dataset="own", split="train")
 
 
 def test_several_processes_write_the_same_records(tmp_path):
-    image_set, names = own_set(tmp_path / "own")
+    image_set, names = make_set(tmp_path / "own")
     options = dict(dataset="own", split="train", per_shard=4, resize=24)
     one, two = (
         prepare(image_set, names, tmp_path / str(workers), workers=workers, **options)
@@ -135,26 +135,26 @@ def test_several_processes_write_the_same_records(tmp_path):
 
 @pytest.mark.parametrize("seed", range(12), ids=lambda seed: f"{KINDS[seed % 4]}-{seed % 3}")
 def test_shrink(seed):
-    """Against Pillow's own resize; the re-encoding moves a smooth image by a few gray levels."""
+    """Compare with Pillow's resize; the re-encoding changes a smooth image by a few gray levels."""
     source, short, border = encoded(seed), 24, 2
     with Image.open(io.BytesIO(source)) as image:
-        whole = image.convert("RGB")
-    inner = whole.crop((border, border, whole.width - border, whole.height - border))
+        full = image.convert("RGB")
+    inner = full.crop((border, border, full.width - border, full.height - border))
     scale = min(1, short / min(inner.size))
     expected = inner.resize([round(side * scale) for side in inner.size], Image.BICUBIC)
     with Image.open(io.BytesIO(shrink(source, short, border))) as result:
         assert result.mode == "RGB" and result.size == expected.size
         difference = np.asarray(result, int) - np.asarray(expected, int)
-    assert np.abs(difference).mean() < 2  # JPEG at quality 95; another filter differs by more
+    assert np.abs(difference).mean() < 2  # JPEG at quality 95; another filter differs by more.
 
 
-def test_small_images_are_not_touched():
+def test_small_images_are_unchanged():
     assert shrink(encoded(0), 30) == encoded(0)
     assert shrink(encoded(0), 29) != encoded(0)
 
 
-def test_a_broken_image_is_named(tmp_path):
-    image_set, names = own_set(tmp_path / "own")
+def test_error_names_a_damaged_image(tmp_path):
+    image_set, names = make_set(tmp_path / "own")
     file = Path(image_set.images.name(4))
     for content in (b"no image", file.read_bytes()[:100]):
         file.write_bytes(content)
@@ -163,7 +163,7 @@ def test_a_broken_image_is_named(tmp_path):
 
 
 def test_the_command(tmp_path):
-    """In a process of its own, as a user starts it: any folders, then a mistake in one line."""
+    """Run it in a separate process, like a user: own folders, then an error of one line."""
     write_folders(tmp_path / "my-pets", ["cat", "dog"])
     run = [sys.executable, "-m", "modelstock_jax.data", "prepare", "--workers", "1", "--out"]
     options = dict(cwd=Path(__file__).parents[2], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Lists of class names and templates from files, and what is wrong with them."""
+"""Class names and templates from files, and errors in these files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_read(tmp_path, name, content):
     assert read_class_names(tmp_path / name, 2) == ("tabby cat", "dog")
 
 
-def test_other_scripts_and_other_line_ends(tmp_path):
-    # U+2028 ends no line of a text file.
+def test_other_scripts_and_line_separators(tmp_path):
+    # U+2028 is not a line end in a text file.
     (tmp_path / "a.txt").write_text("хлеб\npain\u2028grillé\n", encoding="utf-8")
     assert read_class_names(tmp_path / "a.txt", 2) == ("хлеб", "pain\u2028grillé")
 
@@ -58,8 +58,8 @@ def test_wrong_text_files(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"0": "cat"}, "JSON list .*texts"),
-        (["cat", 3], "JSON list .*texts"),
+        ({"0": "cat"}, "JSON list .*strings"),
+        (["cat", 3], "JSON list .*strings"),
         ([], "class name"),
         (["cat", "dog", "cat"], "'cat' .*item 1 and item 3"),
     ],
@@ -70,7 +70,7 @@ def test_wrong_json_files(tmp_path, value, message):
         read_class_names(tmp_path / "a.json", 3)
 
 
-def test_other_mistakes(tmp_path):
+def test_other_errors(tmp_path):
     (tmp_path / "t.txt").write_text("a {}.\na photo of {c}.\n")
     with pytest.raises(UserError, match=r"line 2 .*'\{\}' .*: 'a photo of \{c\}\.'"):
         read_templates(tmp_path / "t.txt")

@@ -1,4 +1,4 @@
-"""Sets that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow."""
+"""Datasets prepared by TensorFlow Datasets as ArrayRecord, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def imagenet_set(directory: Path, splits: dict[str, list[int]]) -> Path:
-    """The features of imagenet2012, imagenet_v2 and the others: image, label, file_name."""
+    """Write a dataset with the features of imagenet2012, imagenet_v2 and the others."""
     features = {
         "image": tfds.features.Image(encoding_format="jpeg"),
         "label": tfds.features.ClassLabel(names=WNIDS),
@@ -47,7 +47,7 @@ def imagenet(tmp_path_factory):
 
 @pytest.mark.parametrize("versioned", [True, False])
 def test_bytes_labels_and_names(imagenet, versioned):
-    """As stored, in the order of the records."""
+    """They are as stored, in the order of the records."""
     train = open_set("train", imagenet if versioned else imagenet.parent, check_counts=False)
     assert train.labels.tolist() == [7, 0, 3, 3, 999]
     assert list(train.images) == [encoded(i) for i in range(5)]
@@ -56,18 +56,18 @@ def test_bytes_labels_and_names(imagenet, versioned):
     assert test.labels.tolist() == [5, 1, 5] and test.name == "id"
 
 
-def test_images_travel_to_other_processes(imagenet):
+def test_images_can_be_pickled_for_other_processes(imagenet):
     images = RecordImages(imagenet, "train")
     assert images[4] == encoded(4)
     copy = pickle.loads(pickle.dumps(images))
-    assert copy._source is None, "an open reader does not travel"
+    assert copy._source is None, "an open reader is not pickled"
     assert list(copy) == list(images)
     with pytest.raises(IndexError):
         images[5]
 
 
-def test_reading_needs_no_tensorflow_and_a_fork_is_refused(imagenet):
-    """The reader's threads are not in a forked process: reading there would hang now and then."""
+def test_reading_needs_no_tensorflow_and_raises_in_a_fork(imagenet):
+    """A forked process has no reader threads: reading in it would hang occasionally."""
     code = (
         "import os, sys\n"
         "from modelstock_jax.data.records import RecordImages\n"
@@ -87,16 +87,16 @@ def test_reading_needs_no_tensorflow_and_a_fork_is_refused(imagenet):
     assert "tensorflow" not in sys.modules
 
 
-def test_labels_of_a_large_set_are_read_once(imagenet, tmp_path, monkeypatch):
+def test_labels_of_a_large_dataset_are_read_once(imagenet, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(caches, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(caches, "MIN_ENTRIES", 1)
     first = read_records(imagenet, "train").labels
     monkeypatch.setattr(RecordImages, "example", lambda *_: pytest.fail("read again"))
     np.testing.assert_array_equal(read_records(imagenet, "train").labels, first)
 
 
-def test_real_labels_of_the_library(tmp_path):
-    """imagenet2012_real: the sets come with the images."""
+def test_real_labels_of_tensorflow_datasets(tmp_path):
+    """imagenet2012_real contains the label sets and the images."""
     label = tfds.features.ClassLabel(names=WNIDS)
     features = {
         "image": tfds.features.Image(),
@@ -106,8 +106,8 @@ def test_real_labels_of_the_library(tmp_path):
     }
     sets = [[3, 8], [], [5]]
     rows = [
-        {"image": encoded(i), "original_label": i, "real_label": one, "file_name": f"{i}.JPEG"}
-        for i, one in enumerate(sets)
+        {"image": encoded(i), "original_label": i, "real_label": labels, "file_name": f"{i}.JPEG"}
+        for i, labels in enumerate(sets)
     ]
     directory = write_set(tmp_path / "imagenet2012_real" / "1.0.0", features, {"validation": rows})
     real = open_real(directory.parent, None)

@@ -1,4 +1,4 @@
-"""What the model sees: crops by torchvision's rule, Pillow's pixels, RandAugment's operations."""
+"""Transforms: crops by torchvision's rule, Pillow's pixels, RandAugment's operations."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PHOTOGRAPH = opened(photograph())
 SMALL = PHOTOGRAPH.resize((96, 64), Image.Resampling.BICUBIC)
 
 
-class Given:
-    """A generator whose numbers are given, each row for one try of a crop."""
+class FixedRng:
+    """A generator that returns fixed numbers, one row per try of a crop."""
 
     def __init__(self, *rows):
         self._rows = rows
@@ -41,7 +41,7 @@ class Given:
 
 
 def by_torchvision(height, width, area, ratio, rows):
-    """The documented rule of RandomResizedCrop.get_params, one try after the other."""
+    """Apply the documented rule of RandomResizedCrop.get_params, one try after the other."""
     for a, r, top, left in rows:
         target = height * width * (area[0] + (area[1] - area[0]) * a)
         aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * r)
@@ -64,33 +64,33 @@ def test_crops_follow_torchvisions_rule(area):
     for _ in range(300):
         height, width = rng.integers(1, 700, 2).tolist()
         rows = rng.random((10, 4))
-        crop = random_crop(Given(*rows), height, width, area, RATIO)
+        crop = random_crop(FixedRng(*rows), height, width, area, RATIO)
         assert crop == by_torchvision(height, width, area, RATIO, rows)
         assert crop.top >= 0 and crop.top + crop.height <= height
         assert crop.left >= 0 and crop.left + crop.width <= width
         kinds.add(crop.height * crop.width < area[0] * height * width * 0.98)
-    # Some images are too long for any such crop, and then less than the least area is seen.
+    # Some images are too elongated for any such crop; the crop is then smaller than the min area.
     assert kinds == {True, False} or area[0] == 0.08
 
 
-def test_crops_have_the_stated_areas_shapes_and_places():
+def test_crops_have_the_stated_areas_shapes_and_positions():
     rng = np.random.default_rng(1)
     crops = np.array([random_crop(rng, 400, 400, (0.08, 1.0), RATIO) for _ in range(4000)])
     top, left, height, width = crops.T
     areas, ratios = height * width / 400**2, width / height
-    assert 0.078 < areas.min() < 0.09 and areas.max() > 0.95  # sides are rounded to pixels
+    assert 0.078 < areas.min() < 0.09 and areas.max() > 0.95  # Sides are rounded to pixels.
     assert ratios.min() > 0.74 and ratios.max() < 1.35
-    # A square holds every crop below 3/4 of its area: there all areas are equally likely. The
-    # share below the middle, 0.415, has a standard deviation of 0.01.
+    # Every crop below 3/4 of a square's area fits in it: these areas are equally likely. The
+    # fraction below the middle, 0.415, has a standard deviation of 0.01.
     below = areas[areas < 0.75]
     assert abs((below < 0.415).mean() - 0.5) < 0.04
     free = (400 - height) > 50
-    places = top[free] / (400 - height[free])
-    assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.02 and places.max() > 0.98
+    positions = top[free] / (400 - height[free])
+    assert abs(positions.mean() - 0.5) < 0.03 and positions.min() < 0.02 and positions.max() > 0.98
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 427, 640), (11, 23, 301, 402), (100, 300, 60, 80)])
-def test_a_resized_crop_is_pillows(crop):
+def test_a_resized_crop_equals_pillow(crop):
     crop = Crop(*crop)
     expected = PHOTOGRAPH.crop(
         (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
@@ -103,29 +103,29 @@ def test_the_resize_is_antialiased():
     stripes = np.zeros((224 * 4, 224 * 4, 3), np.uint8)
     stripes[:, ::2] = 255
     result = np.asarray(resized_crop(stripes, Crop(0, 0, 896, 896), 224))
-    # Gray, but for the ringing at the border; without antialiasing, black and white.
+    # Gray except for ringing at the border; without antialiasing, black and white.
     assert result.min() > 110 and result.max() < 146
 
 
-def test_a_jpeg_is_shrunk_only_where_enough_pixels_remain():
+def test_a_jpeg_is_downscaled_only_if_enough_pixels_remain():
     sides = (50, 399, 400, 799, 800, 1600)
     assert [largest_shrink(Crop(0, 0, side, 2000), 100) for side in sides] == [1, 1, 2, 2, 4, 8]
 
 
-def test_a_view_of_a_shrunk_jpeg_is_the_same_view():
-    whole, shrunk = (TrainTransform(48, (0.9, 1.0), scaled_decode=s) for s in (False, True))
+def test_a_downscaled_jpeg_gives_nearly_the_same_result():
+    full, scaled = (TrainTransform(48, (0.9, 1.0), scaled_decode=s) for s in (False, True))
     for seed in range(5):
-        one, other = (
-            view(photograph(), np.random.default_rng(seed)).astype(float)
-            for view in (whole, shrunk)
+        expected, actual = (
+            transform(photograph(), np.random.default_rng(seed)).astype(float)
+            for transform in (full, scaled)
         )
-        assert (one != other).any()
-        # Two ways of antialiasing: 0.7 gray levels apart on average. If the shrink is taken for
-        # the ratio of the heights, 3.99, it is 1.7.
-        assert np.abs(one - other).mean() < 1
+        assert (expected != actual).any()
+        # The two kinds of antialiasing differ by 0.7 gray levels on average. With the ratio of the
+        # heights, 3.99, as the shrink factor, they would differ by 1.7.
+        assert np.abs(expected - actual).mean() < 1
 
 
-def test_evaluation_equals_clips_own_processor():
+def test_evaluation_equals_the_clip_image_processor():
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 224},
         crop_size={"height": 224, "width": 224},
@@ -139,7 +139,7 @@ def test_evaluation_equals_clips_own_processor():
         np.testing.assert_array_equal(result, expected.transpose(1, 2, 0))
 
 
-def test_a_border_is_cut_before_anything_else():
+def test_a_border_is_cropped_first():
     pixels = np.asarray(PHOTOGRAPH)
     framed = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), constant_values=255)
     result = EvalTransform(64, border=2)(framed, None)
@@ -149,12 +149,12 @@ def test_a_border_is_cut_before_anything_else():
 
 
 def test_a_flip_does_not_change_the_crop():
-    views = [TrainTransform(32, flip=flip) for flip in (False, True)]
+    transforms = [TrainTransform(32, flip=flip) for flip in (False, True)]
     flipped = 0
     for seed in range(40):
-        straight, maybe = (v(photograph(), np.random.default_rng(seed)) for v in views)
-        assert (maybe == straight).all() or (maybe == straight[:, ::-1]).all()
-        flipped += not (maybe == straight).all()
+        plain, result = (t(photograph(), np.random.default_rng(seed)) for t in transforms)
+        assert (result == plain).all() or (result == plain[:, ::-1]).all()
+        flipped += not (result == plain).all()
     assert 10 < flipped < 30
 
 
@@ -164,7 +164,7 @@ def affine(*matrix):
     )
 
 
-# torchvision's table at magnitude 20 of 30, by hand; both signs, positive first.
+# torchvision's table at magnitude 20 of 30, computed by hand; both signs, positive first.
 AT_20 = {
     "identity": [lambda: SMALL],
     "shear_x": [affine(1, 0.2, 0, 0, 1, 0), affine(1, -0.2, 0, 0, 1, 0)],
@@ -188,41 +188,43 @@ AT_20 = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_are_pillows_at_torchvisions_strength(name):
+def test_operations_equal_pillow_at_torchvisions_strength(name):
     which = (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
     for expected, sign in zip(AT_20[name], (0.7, 0.2), strict=False):
-        result = rand_augment(Given([which, sign]), SMALL, 1, 20)
+        result = rand_augment(FixedRng([which, sign]), SMALL, 1, 20)
         difference = np.asarray(result, int) - np.asarray(expected(), int)
-        # The factors 1.6 and 0.4 are sums of floats: their last bit may round a pixel elsewhere.
+        # The factors 1.6 and 0.4 are sums of floats: their last bit may change a pixel's rounding.
         assert np.abs(difference).max() <= (1 if OPERATIONS[name].strongest == 0.9 else 0)
 
 
-def test_operations_follow_one_another_and_are_all_drawn():
+def test_operations_are_applied_in_sequence_and_all_are_drawn():
     rows = [(0.5 + list(OPERATIONS).index(name)) / 14 for name in ("solarize", "posterize")]
-    both = rand_augment(Given([rows[0], 0], [rows[1], 0]), SMALL, 2, 20)
+    both = rand_augment(FixedRng([rows[0], 0], [rows[1], 0]), SMALL, 2, 20)
     expected = ImageOps.posterize(ImageOps.solarize(SMALL, 85), 5)
     assert both.tobytes() == expected.tobytes()
     rng = np.random.default_rng(0)
     results = {rand_augment(rng, SMALL, 1, 15).tobytes() for _ in range(300)}
-    assert len(results) == len(AT_20) + 9  # nine of the fourteen with two signs
+    assert len(results) == len(AT_20) + 9  # Nine of the fourteen have two signs.
 
 
 def test_magnitude_zero_changes_almost_nothing():
-    still = set(OPERATIONS) - {"solarize", "autocontrast", "equalize"}
-    for name in still:
+    unchanging = set(OPERATIONS) - {"solarize", "autocontrast", "equalize"}
+    for name in unchanging:
         which = (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
-        assert rand_augment(Given([which, 0]), SMALL, 1, 0).tobytes() == SMALL.tobytes()
+        assert rand_augment(FixedRng([which, 0]), SMALL, 1, 0).tobytes() == SMALL.tobytes()
 
 
-def test_a_view_is_a_function_of_its_random_numbers():
-    view = TrainTransform(48, (0.08, 1.0), flip=True, randaugment_ops=2, randaugment_magnitude=15)
-    first = view(photograph(), np.random.default_rng(3))
+def test_a_transform_depends_only_on_its_random_numbers():
+    transform = TrainTransform(
+        48, (0.08, 1.0), flip=True, randaugment_ops=2, randaugment_magnitude=15
+    )
+    first = transform(photograph(), np.random.default_rng(3))
     assert first.shape == (48, 48, 3) and first.dtype == np.uint8
-    np.testing.assert_array_equal(first, view(photograph(), np.random.default_rng(3)))
-    assert not np.array_equal(first, view(photograph(), np.random.default_rng(4)))
+    np.testing.assert_array_equal(first, transform(photograph(), np.random.default_rng(3)))
+    assert not np.array_equal(first, transform(photograph(), np.random.default_rng(4)))
 
 
-def test_a_view_of_the_config():
+def test_transform_of_a_config():
     config = ConfigDict(
         {
             "crop_area": (0.08, 1.0),
@@ -248,13 +250,13 @@ def test_a_view_of_the_config():
         ({"randaugment_magnitude": 31}, "randaugment_magnitude .*0 and 30"),
     ],
 )
-def test_a_view_refuses(change, message):
+def test_transform_rejects(change, message):
     with pytest.raises(UserError, match=message):
         TrainTransform(224, **change)
 
 
 @pytest.mark.parametrize("shape", [(1, 60_000, 3), (60_000, 1, 3)])
-def test_a_thread_of_pixels_does_not_fill_the_memory(shape):
-    """A file of 200 bytes, whose short side at 224 pixels would make 3 thousand million."""
+def test_an_extremely_elongated_image_does_not_fill_the_memory(shape):
+    """Its file has 200 bytes; with a short side of 224 pixels it would have 3 billion pixels."""
     with pytest.raises(Unreadable, match="60000 .*pixels"):
         EvalTransform(224)(np.zeros(shape, np.uint8), np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""docs/configuration.md is what configs/default.py says."""
+"""docs/configuration.md is generated from configs/default.py."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ def generator():
     return module
 
 
-def test_the_page_is_current(generator):
+def test_page_is_current(generator):
     text = generator.page(generator.SOURCE.read_text())
     assert generator.PAGE.read_text() == text, "run `python docs/configuration.py`"
 
 
-def test_every_option_is_there_with_a_meaning(generator):
-    found = {}
+def test_every_option_is_listed_with_a_meaning(generator):
+    listed = {}
     for group in generator.groups(generator.SOURCE.read_text()):
         for entry in group.entries:
-            for name, shown in entry.options:
-                found[name] = (entry.meaning or group.meaning, shown)
+            for name, default_text in entry.options:
+                listed[name] = (entry.meaning or group.meaning, default_text)
     flat = set(default.get_config().to_dict())
     for key, value in default.get_config().to_dict().items():
         if isinstance(value, dict):
             flat.remove(key)
             flat |= _flat(value, f"{key}.")
     covered = {
-        name for name in flat if name in found or name.startswith(("data.paths.", "pretrain.clip."))
+        name
+        for name in flat
+        if name in listed or name.startswith(("data.paths.", "pretrain.clip."))
     }
     assert covered == flat
-    assert found.keys() - flat == {"data.paths", "pretrain.clip"}
-    assert not [name for name, (meaning, _) in found.items() if len(meaning) < 4]
-    assert found["checkpoint.save_every_steps"][1] == "`500`"
-    assert found["mesh.fsdp_min_size"][1] == "`262144`"
+    assert listed.keys() - flat == {"data.paths", "pretrain.clip"}
+    assert not [name for name, (meaning, _) in listed.items() if len(meaning) < 4]
+    assert listed["checkpoint.save_every_steps"][1] == "`500`"
+    assert listed["mesh.fsdp_min_size"][1] == "`262144`"
 
 
 def _flat(tree, prefix):
@@ -54,7 +56,7 @@ def _flat(tree, prefix):
     }
 
 
-def test_an_option_joins_the_comment_of_the_line_above_alone(generator):
+def test_option_shares_only_the_comment_of_the_line_directly_above(generator):
     top, group = generator.groups(
         "def get_config():\n    config = ConfigDict()\n    # First.\n    config.a = 1\n"
         "    config.b = 2\n\n    config.c = 3\n    # A group,\n    # of one.\n"

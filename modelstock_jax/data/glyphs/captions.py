@@ -1,6 +1,6 @@
-"""Names, prompts and captions of the 62 characters.
+"""Class names, prompts and captions of the 62 characters.
 
-CLIP's tokenizers lower-case their input, so that the case of a letter is said in words.
+CLIP's tokenizers lower-case their input, so words state the case of a letter.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from modelstock_jax.data.glyphs.render import (
-    BROAD,
     CHARACTERS,
     FONTS,
     GRAY,
     HUES,
+    PRETRAINING,
     STYLES,
     Scene,
     render,
@@ -42,7 +42,7 @@ TEMPLATES = (
     "the {} printed in a serif font.",
     "the {} printed in a sans serif font.",
 )
-"""Prompts for a zero-shot head; {} takes a class name."""
+"""Prompts of the zero-shot head; {} is the class name."""
 
 CASE_LEFT_OUT = 0.15
 INK_NAMED = 0.30
@@ -59,7 +59,7 @@ _CAPTIONS = (
 
 
 def color_word(hue: int, light: float) -> str:
-    """The word for a color of a scene: a hue, or black, gray or white by its luminance.
+    """Return the word for a color: its hue, or black, gray or white by its luminance.
 
     >>> color_word(GRAY, 0.1)
     'black'
@@ -70,14 +70,14 @@ def color_word(hue: int, light: float) -> str:
 
 
 def captions(rng: np.random.Generator, scenes: Scene) -> list[str]:
-    """One caption an image: class, case, font style, and now and then its colors.
+    """Return one caption per image: class, case, font style, and sometimes the colors.
 
-    The case of 15 % of the letters, the ink's color in 70 % and the paper's in 75 % are left
-    out, so that the words that tell classes apart carry most of what can be learned.
+    15 % of the captions leave out the case of a letter, 70 % the ink's color and 75 % the paper's
+    color, so that most of the information is in the words that distinguish the classes.
 
     Args:
-      rng: draws templates and what is left out.
-      scenes: NumPy leaves of leading axis M.
+      rng: draws the templates and what is left out
+      scenes: NumPy leaves with leading axis M
 
     Returns:
       M strings of about 12 words.
@@ -108,46 +108,45 @@ def captions(rng: np.random.Generator, scenes: Scene) -> list[str]:
     return texts
 
 
-# Image-text pairs of the broad world, for pretraining a small CLIP.
-
-
-# Keep these draws apart from those of the sets.
+# Separates these random numbers from those of the datasets.
 _STREAM = 1
 _LABELED = 101
 
 
 def pretraining_batch(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
-    """A batch of image-text pairs of the broad world; no held-out font is in it.
+    """Return a batch of image-text pairs of the pretraining distribution, without held-out fonts.
 
     Args:
-      seed: any int >= 0; the same seed gives the same batch in every process.
-      n: number of pairs; multiples of 512 waste nothing.
+      seed: any int >= 0; the same seed gives the same batch in every process
+      n: number of pairs; multiples of 512 need no padding
 
     Returns:
       uint8 [n, 24, 24, 3], and n captions.
 
     Raises:
-      UserError: n < 1 or seed < 0.
+      UserError: n < 1 or seed < 0
 
     >>> images, texts = pretraining_batch(0, 2)
     >>> images.shape, len(texts)
     ((2, 24, 24, 3), 2)
     """
     if n < 1 or seed < 0:
-        raise UserError(f"pretraining_batch takes a seed >= 0 and n >= 1; not {seed} and {n}")
+        raise UserError(
+            f"pretraining_batch: seed is {seed} and n is {n}; give seed >= 0 and n >= 1"
+        )
     rng = np.random.default_rng([_STREAM, seed])
     labels = rng.integers(len(CHARACTERS), size=n)
     key = jax.random.key(int(rng.integers(2**31)), impl="threefry2x32")
-    images, scenes = render(key, np.arange(n), labels, BROAD)
+    images, scenes = render(key, np.arange(n), labels, PRETRAINING)
     return images, captions(rng, scenes)
 
 
 def broad_set(size: int) -> ImageSet:
-    """Labeled images of the broad world, for towers that are pretrained without text.
+    """Return labeled images of the pretraining distribution, to pretrain towers without text.
 
     >>> broad_set(3).images.shape
     (3, 24, 24, 3)
     """
     labels = (np.arange(size) % len(CHARACTERS)).astype(np.int32)
     key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), _LABELED)
-    return ImageSet("broad", render(key, np.arange(size), labels, BROAD)[0], labels)
+    return ImageSet("broad", render(key, np.arange(size), labels, PRETRAINING)[0], labels)

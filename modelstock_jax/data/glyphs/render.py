@@ -1,7 +1,7 @@
-"""Images of the glyph world, composed in JAX.
+"""Renders the images of the synthetic benchmark in JAX.
 
-A scene is drawn for each image, and `compose` turns it into pixels; both are written for one
-image and mapped over a batch.
+`draw_scene` draws the random parameters of an image, and `compose` computes its pixels. Both are
+written for one image and are vmapped over a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from modelstock_jax.errors import UserError
 
 IMAGE_SIZE = 24
-BATCH = 512  # one compiled shape for every set: an image does not depend on its neighbors
+BATCH = 512  # One compiled shape for all datasets: an image does not depend on the others.
 
 _PALETTE = np.array(
     [[1, 0, 0], [1, 0.85, 0], [0, 0.75, 0.1], [0, 0.85, 0.9], [0.1, 0.2, 1], [0.65, 0, 0.8],
@@ -33,57 +33,58 @@ _LUMINANCE = np.array([0.3, 0.59, 0.11], np.float32)
 def render(
     key: jax.Array, indices: np.ndarray, labels: np.ndarray, domain: Domain
 ) -> tuple[np.ndarray, Scene]:
-    """Images number `indices` of the endless row of images that `key` and `domain` define.
+    """Render the images `indices` of the infinite sequence that `key` and `domain` define.
 
     Args:
-      key: jax key of the row.
-      indices: int [M], which images of the row.
-      labels: int [M], the character of each (`CHARACTERS`).
-      domain: how they look.
+      key: jax key of the sequence
+      indices: int [M], indices in the sequence
+      labels: int [M], the characters (indices into `CHARACTERS`)
+      domain: distribution of the images' appearance
 
     Returns:
-      uint8 [M, 24, 24, 3], and the scenes with NumPy leaves of leading axis M.
+      uint8 [M, 24, 24, 3], and the scenes as NumPy leaves with leading axis M.
     """
     indices, labels = (np.asarray(values, np.int32) for values in (indices, labels))
     count = len(indices)
     padding = (0, max(1, -(-count // BATCH)) * BATCH - count)
     indices, labels = np.pad(indices, padding), np.pad(labels, padding)
     arrays = domain.arrays()
-    parts = [
+    batches = [
         _render(key, indices[start : start + BATCH], labels[start : start + BATCH], arrays,
                 _glyphs())
         for start in range(0, len(indices), BATCH)
     ]  # fmt: skip
-    parts = jax.device_get(parts)
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+    batches = jax.device_get(batches)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *batches)
 
 
 @jax.jit
 def _render(key, indices, labels, domain, glyphs):
-    def one(index, label):
-        # One call of the generator: each costs over a second of compilation on a CPU.
+    def draw(index, label):
+        # A single call of the generator: each call compiles for over a second on a CPU.
         words = jax.random.bits(
             jax.random.fold_in(key, index), (SCENE_WORDS + IMAGE_SIZE**2 * 3,), jnp.uint32
         )
         noise = words[SCENE_WORDS:].reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
         return draw_scene(words[:SCENE_WORDS], label, domain), noise
 
-    scenes, noise = jax.lax.optimization_barrier(jax.vmap(one)(indices, labels))
+    scenes, noise = jax.lax.optimization_barrier(jax.vmap(draw)(indices, labels))
     return jax.vmap(compose, (0, 0, None))(scenes, noise, glyphs), scenes
 
 
 def compose(scene: Scene, bits: jax.Array, glyphs: jax.Array) -> jax.Array:
-    """One image: sample the mask, blur, paint, cover, add noise.
+    """Compute one image: sample the mask, blur, color, occlude, add noise.
 
     Args:
-      scene: what to draw.
-      bits: uint32 [24, 24, 3], random, for the noise.
-      glyphs: uint8 [4 * 22 * 62 * 40 * 40], `masks()` in one row.
+      scene: parameters of the image
+      bits: uint32 [24, 24, 3], random bits for the noise
+      glyphs: uint8 [4 * 22 * 62 * 40 * 40], `masks()` flattened
 
     Returns:
       uint8 [24, 24, 3].
     """
-    barrier = jax.lax.optimization_barrier  # else XLA computes coordinates anew at each use
+    # Without barriers XLA recomputes the coordinates at each use.
+    barrier = jax.lax.optimization_barrier
     grid = (jnp.arange(IMAGE_SIZE, dtype=jnp.float32) + 0.5) / IMAGE_SIZE - 0.5
     y, x = jnp.meshgrid(grid, grid, indexing="ij")
     knots = _smooth_basis()
@@ -124,16 +125,16 @@ def compose(scene: Scene, bits: jax.Array, glyphs: jax.Array) -> jax.Array:
 
 
 def _color(hue, light):
-    """The hue, [3], mixed with black or white until it has this luminance."""
+    """Return the hue as RGB, [3], mixed with black or white to the given luminance."""
     color = jnp.asarray(_PALETTE)[hue]
-    own = (color * _LUMINANCE).sum()
-    darker = color * (light / own)
-    lighter = color + (1.0 - color) * ((light - own) / (1.0 - own))
-    return jnp.where(light < own, darker, lighter)
+    luminance = (color * _LUMINANCE).sum()
+    darker = color * (light / luminance)
+    lighter = color + (1.0 - color) * ((light - luminance) / (1.0 - luminance))
+    return jnp.where(light < luminance, darker, lighter)
 
 
 def _mask_coordinates(scene: Scene, y, x):
-    """Rows and columns of the mask under each pixel: undo shift, perspective, rotation, scale."""
+    """Map pixels to rows and columns of the mask: invert shift, perspective, rotation, scale."""
     y, x = y - scene.shift[0], x - scene.shift[1]
     depth = 1.0 + scene.perspective[0] * 2 * y + scene.perspective[1] * 2 * x
     y, x = y / depth, x / depth
@@ -148,18 +149,18 @@ def _mask_coordinates(scene: Scene, y, x):
 
 def _pixel(glyphs, page, row, column):
     inside = (row >= 0) & (row < MASK_SIZE) & (column >= 0) & (column < MASK_SIZE)
-    row, column = (jnp.clip(at, 0, MASK_SIZE - 1) for at in (row, column))
+    row, column = (jnp.clip(index, 0, MASK_SIZE - 1) for index in (row, column))
     index = (page * MASK_SIZE + row) * MASK_SIZE + column
     return jnp.where(inside, glyphs[index], 0).astype(jnp.float32) / 255.0
 
 
 def _nearest(glyphs, page, rows, columns):
-    row, column = (jnp.round(at).astype(jnp.int32) for at in (rows, columns))
+    row, column = (jnp.round(index).astype(jnp.int32) for index in (rows, columns))
     return _pixel(glyphs, page, row, column)
 
 
 def _bilinear(glyphs, page, rows, columns):
-    row, column = (jnp.floor(at).astype(jnp.int32) for at in (rows, columns))
+    row, column = (jnp.floor(index).astype(jnp.int32) for index in (rows, columns))
     down, right = rows - row, columns - column
     top = _pixel(glyphs, page, row, column) * (1 - right)
     top = top + _pixel(glyphs, page, row, column + 1) * right
@@ -169,17 +170,17 @@ def _bilinear(glyphs, page, rows, columns):
 
 
 def _smooth_basis() -> np.ndarray:
-    """float32 [24, 4]: Gaussian bumps at four knots, each row of unit length."""
+    """Return float32 [24, 4]: Gaussian bumps at four knots, each row of unit length."""
     knots = (np.arange(WAVES) + 0.5) / WAVES
-    at = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
-    bumps = np.exp(-0.5 * ((at[:, None] - knots) * WAVES / 0.7) ** 2)
+    positions = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
+    bumps = np.exp(-0.5 * ((positions[:, None] - knots) * WAVES / 0.7) ** 2)
     return (bumps / np.linalg.norm(bumps, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _blur_matrix(sigma):
-    """[24, 24], banded: each row a normalized Gaussian of at most 7 pixels."""
-    at = np.arange(IMAGE_SIZE, dtype=np.float32)
-    distance = np.abs(at[:, None] - at)
+    """Return a banded matrix [24, 24]: each row is a normalized Gaussian of at most 7 pixels."""
+    positions = np.arange(IMAGE_SIZE, dtype=np.float32)
+    distance = np.abs(positions[:, None] - positions)
     weights = jnp.where(distance <= 3, jnp.exp(-0.5 * jnp.square(distance / sigma)), 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -189,19 +190,17 @@ def _glyphs() -> jax.Array:
     return jnp.asarray(masks().reshape(-1))
 
 
-# Masks of 62 characters in the 22 Latin fonts that come with matplotlib.
-
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 MASK_SIZE = 40
 STYLES = ("fill", "thick", "thin", "outline")
 
 _OVERSAMPLING = 3
-_EM = 34  # pixels of a mask; the widest character (W in a bold face) then spans 38 of 40
+_EM = 34  # Font size in mask pixels; the widest character (a bold W) then spans 38 of 40.
 _BASELINE = 31
 
 
 class Font(NamedTuple):
-    """A font file of matplotlib and the words that describe it in a caption."""
+    """A font file of matplotlib, and the words for it in a caption."""
 
     name: str
     words: str
@@ -235,24 +234,24 @@ HELD_OUT_FONTS = ("cmtt10", "STIXGeneralItalic", "DejaVuSerif-BoldItalic", "cmss
 
 
 def font_indices(names) -> tuple[int, ...]:
-    """Positions in `FONTS` of the fonts with these names."""
-    known = [font.name for font in FONTS]
-    return tuple(known.index(name) for name in names)
+    """Return the indices in `FONTS` of the fonts with these names."""
+    all_names = [font.name for font in FONTS]
+    return tuple(all_names.index(name) for name in names)
 
 
 @functools.cache
 def masks() -> np.ndarray:
-    """Coverage of every character in every font and style.
+    """Render the coverage masks of every character in every font and style.
 
-    Every character is centerd by its box from left to right and stands on one baseline, so that
-    'c' and 'C' differ in height and 'p' and 'P' in place.
+    Characters are centered horizontally by their bounding box and share one baseline, so that 'c'
+    and 'C' differ in height, and 'p' and 'P' in position.
 
     Returns:
       uint8 [4, 22, 62, 40, 40]: style (`STYLES`), font (`FONTS`), character (`CHARACTERS`),
-      row, column; 255 is ink. Read-only, and rendered once a process.
+      row, column; 255 is ink. The array is read-only and rendered once per process.
 
     Raises:
-      UserError: matplotlib's font files are not there.
+      UserError: matplotlib's font files are missing
 
     >>> masks().shape
     (4, 22, 62, 40, 40)
@@ -261,7 +260,7 @@ def masks() -> np.ndarray:
     fine = np.stack([_render_font(directory / f"{font.name}.ttf") for font in FONTS])
     fill = _shrink(fine)
     thick = _shrink(_grow(fine, 3))
-    # Hairlines vanish under an erosion alone.
+    # With erosion only, hairlines would vanish.
     thin = np.maximum(_shrink(255 - _grow(255 - fine, 1)), fill // 2)
     outline = _shrink(_grow(fine, 5) - _grow(fine, 1))
     result = np.stack([fill, thick, thin, outline])
@@ -270,10 +269,10 @@ def masks() -> np.ndarray:
 
 
 def _font_directory() -> pathlib.Path:
-    # Found without importing matplotlib, which takes half a second.
+    # Does not import matplotlib, because the import takes half a second.
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or spec.origin is None:
-        raise UserError("the glyph world needs matplotlib's fonts: pip install matplotlib")
+        raise UserError("the synthetic benchmark needs matplotlib's fonts: pip install matplotlib")
     directory = pathlib.Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
     missing = [font.name for font in FONTS if not (directory / f"{font.name}.ttf").is_file()]
     if missing:
@@ -285,7 +284,7 @@ def _font_directory() -> pathlib.Path:
 
 
 def _render_font(path: pathlib.Path) -> np.ndarray:
-    """uint8 [62, 120, 120]: every character of one font, three times too large."""
+    """Return uint8 [62, 120, 120], every character of one font at three times the mask size."""
     size = MASK_SIZE * _OVERSAMPLING
     font = ImageFont.truetype(str(path), _EM * _OVERSAMPLING, layout_engine=ImageFont.Layout.BASIC)
     pages = []
@@ -299,20 +298,20 @@ def _render_font(path: pathlib.Path) -> np.ndarray:
 
 
 def _grow(fine: np.ndarray, reach: int) -> np.ndarray:
-    """Gray dilation by a square of 2 reach + 1 pixels, one axis after the other."""
+    """Apply a gray dilation by a square of 2 reach + 1 pixels, one axis after the other."""
     for axis in (-2, -1):
-        ahead = np.moveaxis(fine, axis, -1)
+        source = np.moveaxis(fine, axis, -1)
         grown = fine.copy()
-        into = np.moveaxis(grown, axis, -1)
+        out = np.moveaxis(grown, axis, -1)
         for step in range(1, reach + 1):
-            np.maximum(into[..., step:], ahead[..., :-step], out=into[..., step:])
-            np.maximum(into[..., :-step], ahead[..., step:], out=into[..., :-step])
+            np.maximum(out[..., step:], source[..., :-step], out=out[..., step:])
+            np.maximum(out[..., :-step], source[..., step:], out=out[..., :-step])
         fine = grown
     return fine
 
 
 def _shrink(fine: np.ndarray) -> np.ndarray:
-    """Means over boxes of three by three pixels."""
+    """Downscale by averaging boxes of three by three pixels."""
     total = np.zeros((*fine.shape[:-2], MASK_SIZE, MASK_SIZE), np.uint16)
     for row in range(_OVERSAMPLING):
         for column in range(_OVERSAMPLING):
@@ -320,39 +319,39 @@ def _shrink(fine: np.ndarray) -> np.ndarray:
     return (total // _OVERSAMPLING**2).astype(np.uint8)
 
 
-# How images of the glyph world may vary: one `Domain` for each set.
-
 ALL_FONTS = tuple(font.name for font in FONTS)
 PRETRAINING_FONTS = tuple(name for name in ALL_FONTS if name not in HELD_OUT_FONTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """Ranges that an image's appearance is drawn from; lengths are shares of the image's side.
+    """Distribution of an image's appearance; lengths are fractions of the image's side.
 
-    A quantity called `rotation` or the like is drawn from [-rotation, rotation]; a range is drawn
-    from uniformly; a name that ends in `_share` is a probability.
+    A single value such as `rotation` is drawn uniformly from [-rotation, rotation], a range is
+    drawn from uniformly, and a name that ends in `_prob` is a probability.
 
     Attributes:
-      fonts: names of the fonts, equally likely.
-      mixed: whether every image draws a difficulty from [0, 1] that scales all that follows
-        (True), or all images have difficulty 1 (False).
-      rotation: degrees.
-      scale: range of the size, 1 being the mask's own.
-      shear: tangent.
-      perspective: change of the size from one edge of the image to the other.
-      shift: displacement.
-      elastic: standard deviation of a smooth displacement.
-      heavy_share, light_share, outline_share: strokes made thicker, thinner, or outlined.
-      contrast: range of the luminance between ink and paper.
-      paper: range of the paper's luminance (before an inversion).
-      color_share: ink and paper colored, not gray.
-      inversion_share: light ink on dark paper.
-      texture_share: waves over the paper and the ink.
-      clutter_share: a second character at the side, and bars.
-      occlusion_share: a patch over a part of the image.
-      blur: largest standard deviation added to 0.35 pixels.
-      noise: largest standard deviation, of each color channel for itself.
+      fonts: names of the fonts, equally likely
+      mixed: whether each image draws a difficulty from [0, 1] that scales all other values (True),
+        or all images have difficulty 1 (False)
+      rotation: in degrees
+      scale: range of the size; 1 is the size of the mask
+      shear: tangent of the shear angle
+      perspective: change of the size from one edge of the image to the other
+      shift: displacement
+      elastic: standard deviation of a smooth displacement
+      heavy_prob: thicker strokes
+      light_prob: thinner strokes
+      outline_prob: outlined strokes
+      contrast: range of the luminance difference between ink and paper
+      paper: range of the paper's luminance (before an inversion)
+      color_prob: colored instead of gray ink and paper
+      inversion_prob: light ink on dark paper
+      texture_prob: waves over the paper and the ink
+      clutter_prob: a second character at the side, and bars
+      occlusion_prob: a patch over a part of the image
+      blur: maximum standard deviation, which is added to 0.35 pixels
+      noise: maximum standard deviation; the noise of the color channels is independent
     """
 
     fonts: tuple[str, ...] = ALL_FONTS
@@ -363,21 +362,21 @@ class Domain:
     perspective: float = 0.0
     shift: float = 0.0
     elastic: float = 0.0
-    heavy_share: float = 0.0
-    light_share: float = 0.0
-    outline_share: float = 0.0
+    heavy_prob: float = 0.0
+    light_prob: float = 0.0
+    outline_prob: float = 0.0
     contrast: tuple[float, float] = (0.9, 0.9)
     paper: tuple[float, float] = (0.95, 1.0)
-    color_share: float = 0.0
-    inversion_share: float = 0.0
-    texture_share: float = 0.0
-    clutter_share: float = 0.0
-    occlusion_share: float = 0.0
+    color_prob: float = 0.0
+    inversion_prob: float = 0.0
+    texture_prob: float = 0.0
+    clutter_prob: float = 0.0
+    occlusion_prob: float = 0.0
     blur: float = 0.0
     noise: float = 0.0
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The same as float32 arrays, so that one compiled function renders every domain."""
+        """Return the values as float32 arrays: one compiled function renders all domains."""
         fields = dataclasses.asdict(self)
         indices = font_indices(fields.pop("fonts"))
         padded = np.zeros(len(FONTS), np.int32)
@@ -386,7 +385,7 @@ class Domain:
         return arrays | {"fonts": padded, "num_fonts": np.asarray(len(indices), np.float32)}
 
 
-BROAD = Domain(
+PRETRAINING = Domain(
     fonts=PRETRAINING_FONTS,
     mixed=True,
     rotation=40.0,
@@ -395,24 +394,24 @@ BROAD = Domain(
     perspective=0.2,
     shift=0.18,
     elastic=0.05,
-    heavy_share=0.2,
-    light_share=0.2,
-    outline_share=0.25,
+    heavy_prob=0.2,
+    light_prob=0.2,
+    outline_prob=0.25,
     contrast=(0.3, 0.95),
     paper=(0.6, 1.0),
-    color_share=0.6,
-    inversion_share=0.5,
-    texture_share=0.4,
-    clutter_share=0.35,
-    occlusion_share=0.15,
+    color_prob=0.6,
+    inversion_prob=0.5,
+    texture_prob=0.4,
+    clutter_prob=0.35,
+    occlusion_prob=0.15,
     blur=0.4,
     noise=0.12,
 )
-"""The world that the small CLIP is pretrained on; its captions tell what can be seen."""
+"""The pretraining distribution of the small CLIP; its captions describe what is visible."""
 
 
 def at_difficulty(domain: dict, difficulty: jax.Array) -> dict:
-    """The domain's arrays between plain black on white (0) and their own values (1)."""
+    """Interpolate the domain's arrays between plain black on white (0) and their values (1)."""
     center = {"scale": 1.0, "contrast": 0.95, "paper": 1.0}
     unscaled = ("fonts", "num_fonts", "mixed")
     return {
@@ -423,18 +422,16 @@ def at_difficulty(domain: dict, difficulty: jax.Array) -> dict:
     }
 
 
-# What is drawn at random for one image of the glyph world: its `Scene`.
-
 HUES = ("red", "yellow", "green", "cyan", "blue", "purple")
 GRAY = len(HUES)
 
-WAVES = 4  # the elastic displacement has 4 x 4 knots
+WAVES = 4  # The elastic displacement has 4 x 4 knots.
 _KNOTS = 2 * WAVES * WAVES
-SCENE_WORDS = _KNOTS + 40  # 40 scalars, and a few to spare
+SCENE_WORDS = _KNOTS + 40  # 40 is enough for all scalars.
 
 
 class Scene(NamedTuple):
-    """All that was drawn for one image; scalars unless said otherwise."""
+    """The random parameters of one image; scalars unless a shape is given."""
 
     label: jax.Array
     font: jax.Array
@@ -457,13 +454,14 @@ class Scene(NamedTuple):
 
 
 def draw_scene(bits: jax.Array, label: jax.Array, domain: dict[str, jax.Array]) -> Scene:
-    """One image's scene, from `SCENE_WORDS` random words, its label and the domain's arrays."""
+    """Return the scene of one image for `SCENE_WORDS` random words, a label and a domain."""
     uniforms = (bits >> 8).astype(jnp.float32) * 2**-24
     draws = iter(uniforms[_KNOTS:])
     difficulty = jnp.where(domain["mixed"] > 0, _uniform(draws), 1.0)
     domain = at_difficulty(domain, difficulty)
     elastic = bell(bits[:_KNOTS].reshape(2, WAVES, WAVES))
-    return Scene(  # in the order of the draws, on which every image depends
+    # The order of the draws determines every image: do not change it.
+    return Scene(
         label=label,
         font=domain["fonts"][
             jnp.floor(_uniform(draws, 0.0, domain["num_fonts"])).astype(jnp.int32)
@@ -496,9 +494,9 @@ def _draw_style(draws, domain) -> jax.Array:
     stroke = _uniform(draws)
     return jnp.select(
         [
-            stroke < domain["outline_share"],
-            stroke < domain["outline_share"] + domain["heavy_share"],
-            stroke < domain["outline_share"] + domain["heavy_share"] + domain["light_share"],
+            stroke < domain["outline_prob"],
+            stroke < domain["outline_prob"] + domain["heavy_prob"],
+            stroke < domain["outline_prob"] + domain["heavy_prob"] + domain["light_prob"],
         ],
         [STYLES.index("outline"), STYLES.index("thick"), STYLES.index("thin")],
         STYLES.index("fill"),
@@ -506,11 +504,11 @@ def _draw_style(draws, domain) -> jax.Array:
 
 
 def _draw_colors(draws, domain) -> dict[str, jax.Array]:
-    """The scene's hues and lights of ink and paper."""
+    """Draw the hue and luminance of ink and paper."""
     paper_light = _uniform(draws, *domain["paper"])
     ink_light = jnp.maximum(paper_light - _uniform(draws, *domain["contrast"]), 0.0)
-    inverted = next(draws) < domain["inversion_share"]
-    colored = next(draws) < domain["color_share"]
+    inverted = next(draws) < domain["inversion_prob"]
+    colored = next(draws) < domain["color_prob"]
     hues = [jnp.where(colored, jnp.floor(_uniform(draws, 0.0, GRAY)), GRAY) for _ in range(2)]
     return {
         "ink_hue": hues[0].astype(jnp.int32),
@@ -521,7 +519,7 @@ def _draw_colors(draws, domain) -> dict[str, jax.Array]:
 
 
 def _draw_wave(draws, domain) -> jax.Array:
-    present = next(draws) < domain["texture_share"]
+    present = next(draws) < domain["texture_prob"]
     wave = [present * _uniform(draws, 0.05, 0.2)]
     wave += [_uniform(draws, -5.0, 5.0), _uniform(draws, -5.0, 5.0)]
     wave += [_uniform(draws, 0.0, 2 * np.pi)]
@@ -529,7 +527,7 @@ def _draw_wave(draws, domain) -> jax.Array:
 
 
 def _draw_clutter(draws, domain) -> jax.Array:
-    present = next(draws) < domain["clutter_share"]
+    present = next(draws) < domain["clutter_prob"]
     clutter = [present * _uniform(draws, 0.4, 0.9)]
     clutter += [jnp.floor(_uniform(draws, 0.0, len(CHARACTERS)))]
     clutter += [_uniform(draws, 0.0, 2 * np.pi), _uniform(draws, 0.45, 0.6)]
@@ -538,13 +536,13 @@ def _draw_clutter(draws, domain) -> jax.Array:
 
 
 def _draw_patch(draws, domain) -> jax.Array:
-    present = next(draws) < domain["occlusion_share"]
+    present = next(draws) < domain["occlusion_prob"]
     patch = [1.0 * present, _uniform(draws, -0.35, 0.35), _uniform(draws, -0.35, 0.35)]
     patch += [_uniform(draws, 0.07, 0.2), _uniform(draws, 0.07, 0.2), _uniform(draws)]
     return jnp.stack(patch)
 
 
 def bell(bits):
-    """Mean 0 and variance 1 from uint32: four bytes summed, near enough a normal and cheap."""
+    """Map uint32 to mean 0 and variance 1: a sum of four bytes, a cheap approximate normal."""
     total = functools.reduce(operator.add, [(bits >> shift) & 0xFF for shift in (0, 8, 16, 24)])
     return (total.astype(jnp.float32) - 510.0) / ((256**2 - 1) / 3) ** 0.5

@@ -1,7 +1,7 @@
-"""The narrow world to fine-tune on, and its shifts.
+"""The datasets of the synthetic benchmark: to fine-tune on, and with distribution shifts.
 
-The domains were fixed before any accuracy was seen, and are not tuned: learning rates and the
-like are chosen on the validation set alone.
+The domains were fixed before any accuracy was measured and are not tuned. Hyperparameters such as
+learning rates are selected on the validation set only.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ R = Domain(
     shear=0.1,
     shift=0.08,
     elastic=0.03,
-    heavy_share=0.25,
-    light_share=0.15,
-    outline_share=0.1,
+    heavy_prob=0.25,
+    light_prob=0.15,
+    outline_prob=0.1,
     contrast=(0.35, 0.9),
     paper=(0.6, 1.0),
-    color_share=1.0,
-    inversion_share=0.5,
-    texture_share=0.7,
+    color_prob=1.0,
+    inversion_prob=0.5,
+    texture_prob=0.7,
     blur=0.3,
     noise=0.06,
 )
@@ -77,7 +77,7 @@ SKETCH = Domain(
     shear=0.1,
     shift=0.08,
     elastic=0.04,
-    outline_share=1.0,
+    outline_prob=1.0,
     contrast=(0.6, 0.95),
     paper=(0.9, 1.0),
     blur=0.3,
@@ -93,11 +93,11 @@ OBJECTNET = Domain(
     elastic=0.02,
     contrast=(0.4, 0.85),
     paper=(0.55, 1.0),
-    color_share=0.2,
-    inversion_share=0.2,
-    texture_share=0.2,
-    clutter_share=0.8,
-    occlusion_share=0.1,
+    color_prob=0.2,
+    inversion_prob=0.2,
+    texture_prob=0.2,
+    clutter_prob=0.8,
+    occlusion_prob=0.1,
     blur=0.4,
     noise=0.08,
 )
@@ -106,14 +106,14 @@ TRAIN_SIZE = 4096
 POOL_SIZE = 32_768
 ADVERSARIAL_FILE = pathlib.Path(__file__).with_name("adversarial.json")
 
-# The number of a set is part of its key: never renumber.
+# The number of a dataset is part of its random key: never renumber.
 _DRAWN = {"v2": (3, V2), "r": (4, R), "sketch": (5, SKETCH), "objectnet": (6, OBJECTNET)}
 _POOL_NUMBERS = (7, 8)
 SHIFTS = (*_DRAWN, "a", "digits")
 
 
 class GlyphSets(NamedTuple):
-    """The narrow world's splits and its shifts, by name."""
+    """The splits of the fine-tuning distribution, and the shifted test sets by name."""
 
     train: ImageSet
     validation: ImageSet
@@ -130,23 +130,23 @@ def make_sets(
     shift_size: int = 2000,
     shifts: Sequence[str] = SHIFTS,
 ) -> GlyphSets:
-    """The glyph world: a narrow set to fine-tune on and six shifts of it.
+    """Render the synthetic benchmark: datasets to fine-tune on, and six shifted test sets.
 
     Args:
-      seed: of all that is drawn; 'a' and 'digits' do not depend on it.
-      train_size: images to fine-tune on.
-      validation_size: images for choices such as the learning rate.
-      test_size: images of the in-distribution test set.
-      shift_size: images of each shift, at most (digits has 1,797, a 2,000).
-      shifts: names of those that are wanted; the others are not drawn.
+      seed: random seed; 'a' and 'digits' do not depend on it
+      train_size: number of training images
+      validation_size: number of images for selecting hyperparameters such as the learning rate
+      test_size: number of images of the in-distribution test set
+      shift_size: maximum number of images of each shifted test set (digits has 1,797, a 2,000)
+      shifts: names of the shifted test sets to render
 
     Returns:
-      A GlyphWorld whose sets hold uint8 [M, 24, 24, 3] images, classes as in `CLASS_NAMES` and
-      `shifts` as they were named. Image i of a set does not depend on the
-      set's size, and classes come in turn, so that any first part of a set is balanced.
+      `GlyphSets` with uint8 [M, 24, 24, 3] images, classes as in `CLASS_NAMES`, and the shifted
+      test sets in the order of `shifts`. Image i of a dataset does not depend on the size of the
+      dataset. The classes are interleaved, so that every prefix of a dataset is balanced.
 
     Raises:
-      UserError: a size below 1, a negative seed, or an unknown shift.
+      UserError: a size is below 1, the seed is negative, or a shift is unknown
 
     >>> small = make_sets(train_size=62, validation_size=1, test_size=1, shift_size=2)
     >>> len(small.train), sorted(small.shifts)
@@ -160,12 +160,12 @@ def make_sets(
     }
     for name, size in sizes.items():
         if size < 1:
-            raise UserError(f"{name} is {size}: a set has at least one image")
+            raise UserError(f"{name} is {size}: it must be at least 1")
     if seed < 0:
-        raise UserError(f"seed is {seed}: seeds are 0 or above")
+        raise UserError(f"seed is {seed}: it must be at least 0")
     if unknown := [name for name in shifts if name not in SHIFTS]:
-        several = "; write several as \"('v2','r')\"" if "," in unknown[0] else ""
-        raise UserError(f"shifts: no {unknown[0]!r}; the glyphs have {', '.join(SHIFTS)}{several}")
+        hint = "; write more than one as \"('v2','r')\"" if "," in unknown[0] else ""
+        raise UserError(f"shifts: no {unknown[0]!r}; choose from {', '.join(SHIFTS)}{hint}")
     return GlyphSets(
         train=training_set(seed, train_size),
         validation=_draw("validation", seed, 1, ID, validation_size),
@@ -181,15 +181,15 @@ def _shift(name: str, seed: int, size: int) -> ImageSet:
 
 
 def training_set(seed: int = 0, size: int = TRAIN_SIZE) -> ImageSet:
-    """The narrow world's training images alone, as `make_sets` gives them."""
+    """Return only the training images of `make_sets`."""
     return _draw("train", seed, 0, ID, size)
 
 
 def pool(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images of the pool that set A is chosen from; even ones look like ID, odd ones like V2.
+    """Render images of the pool that A is selected from: even ones from ID, odd ones from V2.
 
     Args:
-      indices: int [M], of `POOL_SIZE`.
+      indices: int [M], from 0 to `POOL_SIZE` - 1
 
     Returns:
       uint8 [M, 24, 24, 3] and int32 [M], images and labels.
@@ -198,25 +198,28 @@ def pool(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels = (indices // 2 % len(CHARACTERS)).astype(np.int32)
     images = np.empty((len(indices), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for parity, (number, domain) in enumerate(zip(_POOL_NUMBERS, (ID, V2), strict=True)):
-        chosen = indices % 2 == parity
-        images[chosen], _ = render(_key(0, number), indices[chosen], labels[chosen], domain)
+        rows = indices % 2 == parity
+        images[rows], _ = render(_key(0, number), indices[rows], labels[rows], domain)
     return images, labels
 
 
 def adversarial_set() -> ImageSet:
-    """Set A: images of the pool that a convolutional network trained on ID gets wrong.
+    """Render A: images of the pool that a convolutional network trained on ID misclassifies.
 
-    Which images is a file, written by `python -m studies.glyph_adversarial`.
+    `python -m studies.glyph_adversarial` writes the file with their indices.
     """
-    chosen = json.loads(ADVERSARIAL_FILE.read_text())["indices"]
-    images, labels = pool(np.asarray(chosen, np.int32))
+    indices = json.loads(ADVERSARIAL_FILE.read_text())["indices"]
+    images, labels = pool(np.asarray(indices, np.int32))
     present = tuple(int(label) for label in np.unique(labels))
     return ImageSet("a", images, labels, None if len(present) == len(CHARACTERS) else present)
 
 
 def digits() -> ImageSet:
-    """Handwritten digits: scikit-learn's 1,797 scans, dark on white, scored among ten classes."""
-    from sklearn.datasets import load_digits  # takes a second to import
+    """Return scikit-learn's 1,797 scans of handwritten digits, scored among ten classes.
+
+    They are dark on white.
+    """
+    from sklearn.datasets import load_digits  # The import takes a second.
 
     scans: Any = load_digits()
     ink = np.round(255 - scans.images * (255 / 16)).astype(np.uint8)
@@ -237,5 +240,5 @@ def _draw(name: str, seed: int, number: int, domain: Domain, size: int) -> Image
 
 
 def _key(seed: int, number: int) -> jax.Array:
-    # Named, since a user's default generator must not change the sets.
+    # An explicit generator: the user's default one must not change the datasets.
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
