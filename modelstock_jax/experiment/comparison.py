@@ -222,7 +222,9 @@ class Comparison:
                         seed=seed,
                         cost=model.fine_tuning_runs,
                         predicted_distance=model.predicted_distance,
-                        measured=lambda done, before=index * images: progress.update(before + done),
+                        on_progress=lambda done, before=index * images: progress.update(
+                            before + done
+                        ),
                         **details,
                     )
                 )
