@@ -115,8 +115,8 @@ def _numbers(value: Any) -> list[float]:
     return [float(number) for number in np.ravel(np.asarray(value, dtype=np.float64))]
 
 
-# A run has few tensors with many measurements each: `angle_by_layer` draws one bar per tensor. A merge
-# of files has thousands of tensors with one measurement each: `angle_by_block` draws dots.
+# A run has few tensors with many measurements each: `angle_by_layer` draws one bar per tensor.
+# A merge of files has thousands of tensors with one measurement each: `angle_by_block` draws dots.
 ROLE_COLORS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GRAY), strict=True))
 # Two columns: weights and biases, as in the paper.
 LEFT = {
