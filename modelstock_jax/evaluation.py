@@ -128,7 +128,7 @@ def make_evaluator(
     def counts(params, image_set, num_classes):
         """Yield the numbers of correct and counted images of each batch."""
         candidate, pending = candidate_classes(image_set, num_classes), []
-        options = dict(examples=examples, image_size=image_size, loading=loader)
+        options = dict(examples=examples, image_size=image_size, loader=loader)
         for batch in scored_batches(image_set, batch_size, **options):
             images, target = (
                 make_global_array(split, batch[name], (batch_size,)) for name in ("image", "target")

@@ -179,8 +179,7 @@ def angle_by_layer(
         _scale_norms(panels[1], bars=True)
         if any(np.mean(row["angles"]) > 90 for row in layers if row["angles"]):
             panels[0, 1].set_title(
-                "key biases receive no gradient (softmax is shift-invariant);\n"
-                "their angles are arbitrary",
+                "key biases receive no gradient: arbitrary angles",
                 loc="right", fontsize=8.5, fontweight="normal", color="#555555",
             )  # fmt: skip
         if title:
