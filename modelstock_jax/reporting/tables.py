@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,14 @@ TO_ANCHOR = "L2 distance to anchor"
 TO_CENTER = "predicted distance to center"
 RUNS = "fine-tuning runs"
 WISE_FT_SHOWN = (0.5,)
+# Columns on terminals that are too narrow for all, from more to fewer.
+NARROW = (
+    ("ID", AVG_SHIFTS, TO_ANCHOR, TO_CENTER, RUNS),
+    ("ID", AVG_SHIFTS, TO_ANCHOR, RUNS),
+    ("ID", AVG_SHIFTS, RUNS),
+)
+LABEL_WIDTH = 20  # Minimum width of the labels on such a terminal.
+HEADING_WIDTH = 12  # Characters per line of a heading on the screen.
 
 
 class MeanAndError(NamedTuple):
@@ -333,7 +342,7 @@ def markdown_table(
 def screen_table(
     rows: Iterable[Row], *, console: Console | None = None, synthetic: bool = False
 ) -> None:
-    """Print the table; a terminal too narrow for every shift shows only their average.
+    """Print the table; a narrow terminal shows no single shift, a very narrow one no distances.
 
     Args:
       rows: rows of `make_row`
@@ -344,15 +353,19 @@ def screen_table(
     summaries = shown(rows)
     table = columns(summaries)
     rich_table = _rich_table(summaries, table)
-    needed = console.measure(rich_table, options=console.options.update(max_width=10_000)).maximum
+    needed = _width(console, rich_table)
     note = ""
     if not console.is_terminal:
         console.width = max(console.width, needed)  # A file or a pipe has no fixed width.
     elif needed > console.width:
-        always = {"ID", AVG_SHIFTS, TO_ANCHOR, TO_CENTER, RUNS}
-        table = [column for column in table if column.heading in always]
-        rich_table = _rich_table(summaries, table)
-        note = " For each shift, see results.md."
+        note = " For the other columns, see results.md."
+        for headings in NARROW:
+            table = [column for column in table if column.heading in headings]
+            rich_table = _rich_table(summaries, table, label_width=LABEL_WIDTH)
+            free = console.width - _width(console, rich_table)
+            if free >= 0:
+                rich_table = _rich_table(summaries, table, label_width=LABEL_WIDTH + free)
+                break
     console.print(rich_table)
     text = caption(summaries, table, synthetic=synthetic) + note
     console.print(text, style="dim", highlight=False)
@@ -444,11 +457,17 @@ def _summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return [_as_json(asdict(summary)) for summary in summarize(rows)]
 
 
-def _rich_table(summaries: Sequence[Summary], table: Sequence[Column]) -> Table:
+def _rich_table(
+    summaries: Sequence[Summary], table: Sequence[Column], *, label_width: int | None = None
+) -> Table:
+    """Return the table for the screen; labels are wrapped at `label_width`, if it is passed."""
+    longest = max((len(summary.label) for summary in summaries), default=0)
+    wrap = label_width is not None and label_width < longest
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    result.add_column("method", no_wrap=True)
+    result.add_column("method", no_wrap=not wrap, width=label_width if wrap else None)
     for column in table:
-        result.add_column(column.heading, justify="right", no_wrap=True)
+        heading = textwrap.fill(column.heading, HEADING_WIDTH)
+        result.add_column(heading, justify="right", no_wrap=True)
     texts = [
         [f"[bold]{text}[/bold]" if best else text for text, best in cells(column)]
         for column in table
@@ -456,6 +475,10 @@ def _rich_table(summaries: Sequence[Summary], table: Sequence[Column]) -> Table:
     for summary, *row in zip(summaries, *texts, strict=True):
         result.add_row(summary.label, *row)
     return result
+
+
+def _width(console: Console, table: Table) -> int:
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum
 
 
 def _cell_text(value: MeanAndError | None, column: Column) -> str:
