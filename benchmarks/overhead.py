@@ -147,7 +147,7 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
 
 
 def host_cost(workdir: Path, steps: int = 1200) -> float:
-    """Return CPU seconds of the loop's thread per step for logging, with metrics every ten steps."""
+    """Return CPU seconds of the loop thread per step for logging, with metrics every ten steps."""
     config = linear.config(log_every_steps=10)
     programs, timeline = linear.programs(config, 2 * steps), Timeline(workdir / "timeline.jsonl")
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
