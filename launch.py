@@ -17,7 +17,7 @@ flags.DEFINE_string("workdir", None, "Output directory of the run (default: runs
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
 flags.DEFINE_string("checkpoint", None, "Directory or hub id to evaluate with --mode=eval.")
 flags.DEFINE_bool(
-    "dry-run", False, "Print sizes, memory and missing inputs; exit 1 if any input is missing."
+    "dry-run", False, "Print sizes, memory, missing inputs; exit 1 if any is missing."
 )
 flags.DEFINE_bool(
     "allow_config_change",
@@ -25,9 +25,7 @@ flags.DEFINE_bool(
     "Resume even if options that affect only rounding (e.g. mesh.*) or file locations (e.g."
     " data.root) differ from the saved run.",
 )
-flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0 (default: detected on clusters)."
-)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0 (clusters: detected).")
 flags.DEFINE_integer("num_processes", None, "Number of processes that run this command together.")
 flags.DEFINE_integer("process_id", None, "Index of this process, 0 to num_processes - 1.")
 

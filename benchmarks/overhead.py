@@ -165,7 +165,8 @@ def host_cost(workdir: Path, steps: int = 1200) -> float:
 
 def table(header: list[str], rows: list[list[str]]) -> None:
     """Print a Markdown table."""
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    rule = "---|" + "---:|" * (len(header) - 1)
+    print("\n| " + " | ".join(header) + " |\n|" + rule)
     for row in rows:
         print("| " + " | ".join(row) + " |", flush=True)
 
