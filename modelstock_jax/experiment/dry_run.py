@@ -139,7 +139,7 @@ def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
         "mesh": f"replica {mesh.shape['replica']} x data {mesh.shape['data']} on "
         f"{mesh.devices.size} {device.platform} device(s) ({device.device_kind}); replica mode "
         f"{programs.replica_mode}",
-        "arithmetic": f"{config.compute.dtype}, attention {config.compute.attention_impl}, "
+        "compute": f"{config.compute.dtype}, attention {config.compute.attention_impl}, "
         f"remat {config.compute.remat}; weights and optimizer state float32",
         "sharding": _sharding(programs),
         "steps": f"{task.steps_per_epoch:,} per epoch, {task.num_steps:,} in {config.epochs} "
