@@ -1,9 +1,9 @@
-"""Trains, merges and evaluates: `python launch.py --config=configs/glyphs.py --workdir=DIR`.
+"""Train, merge and evaluate: `python launch.py --config=configs/glyphs.py --workdir=DIR`.
 
---config names a file (by default configs/glyphs.py), and --config.epochs=4 or the like overrides
-one of its options (docs/configuration.md). Evaluates any checkpoint: `python launch.py --mode=eval
---checkpoint=DIR`. With --dry-run it says what a run takes and what is missing. On many hosts, the
-same command on each (docs/scale.md).
+--config is the config file (default: configs/glyphs.py). --config.epochs=4 and the like override
+its options (docs/configuration.md). To evaluate any checkpoint, run `python launch.py --mode=eval
+--checkpoint=DIR`. --dry-run prints sizes, memory and missing inputs. On several hosts, run the same
+command on every host (docs/scale.md).
 """
 
 import sys
@@ -13,30 +13,35 @@ from absl import app, flags, logging
 from modelstock_jax.flags import parse, run_name
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Where the run is written (default: runs/CONFIG).")
+flags.DEFINE_string("workdir", None, "Output directory of the run (default: runs/CONFIG).")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
-flags.DEFINE_string("checkpoint", None, "With --mode=eval: a directory or a hub id.")
-flags.DEFINE_bool("dry-run", False, "Print sizes, memory and what is missing; exit 1 if any is.")
+flags.DEFINE_string("checkpoint", None, "Directory or hub id to evaluate with --mode=eval.")
 flags.DEFINE_bool(
-    "allow_config_change", False, "Go on though options changed that only round, or are places."
+    "dry-run", False, "Print sizes, memory, missing inputs; exit 1 if any is missing."
 )
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; clusters tell it.")
-flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
-flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.DEFINE_bool(
+    "allow_config_change",
+    False,
+    "Resume even if options that affect only rounding (e.g. mesh.*) or file locations (e.g."
+    " data.root) differ from the saved run.",
+)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0 (clusters: detected).")
+flags.DEFINE_integer("num_processes", None, "Number of processes that run this command together.")
+flags.DEFINE_integer("process_id", None, "Index of this process, 0 to num_processes - 1.")
 
 
 def main(argv: list[str]) -> None:
-    """One run; a user's mistake is one line and exit code 1."""
-    logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
+    """Run once; a user error is one line and exit code 1."""
+    logging.set_verbosity(logging.FATAL)  # Libraries also raise what they log.
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; every option starts with --")
     if FLAGS.checkpoint and FLAGS.mode == "train":
         sys.exit(
-            f"error: to evaluate it: --mode=eval --checkpoint={FLAGS.checkpoint}; a training"
-            " begins from --config.pretrained"
+            f"error: --checkpoint is for evaluation: pass --mode=eval"
+            f" --checkpoint={FLAGS.checkpoint}; training starts from --config.pretrained"
         )
     workdir = FLAGS.workdir or f"runs/{run_name(FLAGS['config'].config_filename)}"
-    # jax takes a second: --help need not wait for it.
+    # Importing jax takes a second, which --help does not need.
     from modelstock_jax.training.launcher import distributed_session
 
     with distributed_session(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id):

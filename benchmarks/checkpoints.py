@@ -1,4 +1,4 @@
-"""Synthetic Llama-shaped checkpoints: a random base, and fine-tunes that agree by degrees."""
+"""Synthetic Llama-shaped checkpoints: a random base, and fine-tunes with different cosines."""
 
 import itertools
 import json
@@ -11,34 +11,34 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from modelstock_jax.tensor_files.writer import ShardWriter  # noqa: E402
 
-# Hidden size, width of the MLP, layers, size of a file.
+# Hidden size, width of the MLP, layers, maximum size of a file.
 SIZES = {"134M": (768, 2048, 12, None), "853M": (2048, 5664, 14, "600MB")}
 CODES = {"f32": "F32", "bf16": "BF16"}
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
 VOCABULARY = 32000
-WEIGHT, MOVEMENT = 0.02, 2e-4  # root mean squares
+WEIGHT_RMS, UPDATE_RMS = 0.02, 2e-4
 CHUNK = 2**22
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama."""
+    """Return the tensor names and shapes of a Llama."""
     hidden, width, layers, _ = SIZES[size]
-    found = {
+    result = {
         "model.embed_tokens.weight": (VOCABULARY, hidden),
         "model.norm.weight": (hidden,),
         "lm_head.weight": (VOCABULARY, hidden),
     }
     for layer in range(layers):
-        place = f"model.layers.{layer}."
-        found |= {f"{place}self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
-        found |= {f"{place}mlp.{x}_proj.weight": (width, hidden) for x in ("gate", "up")}
-        found[f"{place}mlp.down_proj.weight"] = (hidden, width)
-        found |= {f"{place}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
-    return found
+        prefix = f"model.layers.{layer}."
+        result |= {f"{prefix}self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
+        result |= {f"{prefix}mlp.{x}_proj.weight": (width, hidden) for x in ("gate", "up")}
+        result[f"{prefix}mlp.down_proj.weight"] = (hidden, width)
+        result |= {f"{prefix}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
+    return result
 
 
 def config(size: str, dtype: str) -> dict:
-    """As transformers writes it."""
+    """Return a config.json like those of transformers."""
     hidden, width, layers, _ = SIZES[size]
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
@@ -49,11 +49,11 @@ def config(size: str, dtype: str) -> dict:
 
 
 def make(root: Path, size: str, dtype: str, number: int) -> None:
-    """Writes base, ft1, ft2, ... below `root`."""
+    """Write base, ft1, ft2, ... to `root`."""
     models = ["base", *(f"ft{i + 1}" for i in range(number))]
     files = _shards(shapes(size), {"f32": 4, "bf16": 2}[dtype], 3 if SIZES[size][3] else 1)
     rng = np.random.default_rng(0)
-    # Tensors take their numbers from one pool, each from another place of it.
+    # All tensors take their values from one pool, each from another position.
     pool = rng.standard_normal(2**24 + 1, np.float32)
     for model in models:
         (root / model).mkdir()
@@ -64,15 +64,16 @@ def make(root: Path, size: str, dtype: str, number: int) -> None:
             for m in models
         ]
         for (name, shape), depth in zip(tensors.items(), itertools.count()):
-            share = np.sqrt(0.15 + 0.7 * (depth % 11) / 10)  # cosines from 0.15 to 0.85
+            common_part = np.sqrt(0.15 + 0.7 * (depth % 11) / 10)  # cosines from 0.15 to 0.85
             starts = rng.integers(len(pool), size=2 + number)
-            for begin in range(0, int(np.prod(shape)), CHUNK):
-                n = min(CHUNK, int(np.prod(shape)) - begin)
-                base, common, *own = (_numbers(pool, s + begin, n) for s in starts)
-                writers[0].write(name, begin, _stored(WEIGHT * base, dtype))
-                for writer, noise in zip(writers[1:], own, strict=True):
-                    moved = share * common + np.sqrt(1 - share**2) * noise
-                    writer.write(name, begin, _stored(WEIGHT * base + MOVEMENT * moved, dtype))
+            for start_index in range(0, int(np.prod(shape)), CHUNK):
+                n = min(CHUNK, int(np.prod(shape)) - start_index)
+                base, common, *noises = (_values(pool, s + start_index, n) for s in starts)
+                writers[0].write(name, start_index, _as_dtype(WEIGHT_RMS * base, dtype))
+                for writer, noise in zip(writers[1:], noises, strict=True):
+                    update = common_part * common + np.sqrt(1 - common_part**2) * noise
+                    values = WEIGHT_RMS * base + UPDATE_RMS * update
+                    writer.write(name, start_index, _as_dtype(values, dtype))
         for writer in writers:
             writer.finish()
     if len(files) > 1:
@@ -81,7 +82,7 @@ def make(root: Path, size: str, dtype: str, number: int) -> None:
             (root / model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _numbers(pool, start: int, count: int):
+def _values(pool, start: int, count: int):
     start %= len(pool)
     return (
         np.concatenate([pool[start:], pool])[:count]
@@ -90,7 +91,7 @@ def _numbers(pool, start: int, count: int):
     )
 
 
-def _stored(values, dtype: str):
+def _as_dtype(values, dtype: str):
     return values.astype(np.float32 if dtype == "f32" else ml_dtypes.bfloat16)
 
 

@@ -1,16 +1,17 @@
-"""Time, memory and error of `modelstock merge`, beside a copy of the same bytes and mergekit.
+"""Time, memory and error of `modelstock merge`, compared with a copy of the bytes and mergekit.
 
     python benchmarks/files.py --mergekit /path/to/env/bin/mergekit-yaml --json results.json
 
-Writes synthetic Llama-shaped checkpoints (a random base, fine-tunes = base + correlated movements)
-and merges them with every tool in turn, --rounds times. Each run is a process of its own, start-up
-included; wall time, CPU time and peak resident memory are the child's (wait4). The copy reads every
-input and writes one, as `cp` would, flushed to the disk as a merge is. The tools take turns; the
-table has medians over the rounds, and of the ratios within each round; all are in the JSON.
+Writes synthetic Llama-shaped checkpoints (a random base; fine-tunes = base + correlated updates)
+and merges them with every tool in turn, --rounds times. Each run is a separate process, start-up
+included; wall time, CPU time and peak resident memory are those of the child (wait4). The copy
+reads every input and writes one output, like `cp`, and flushes it to disk as a merge does. The
+table has medians over the rounds, and medians of the ratios within each round; the JSON has all
+values.
 
-Error is |out - ref| / |ref - w0| by tensor against the merge in float64; `floor` is that of the
-exact answer rounded once to the output's dtype. Needs 9 GB of disk for two fine-tunes of 853M, 14
-for four. Without --mergekit that row is left out.
+Error is |out - ref| / |ref - w0| per tensor, where ref is the merge in float64. `floor` is the
+error of the exact result rounded once to the output dtype. Two fine-tunes of 853M need 9 GB of
+disk, four need 14 GB. Without --mergekit, its row is left out.
 """
 
 import argparse
@@ -39,7 +40,7 @@ import os, sys
 buffer = bytearray(2**20)
 out, *inputs = sys.argv[1:]
 for number, source in enumerate(inputs):
-    target = open(os.path.join(out, str(number)), "wb", 0) if number < int(os.environ["KEPT"]) else None
+    target = open(os.path.join(out, str(number)), "wb", 0) if number < int(os.environ["NUM_OUTPUTS"]) else None
     with open(source, "rb", 0) as file:
         while count := file.readinto(buffer):
             if target:
@@ -50,10 +51,10 @@ for number, source in enumerate(inputs):
 
 
 def errors(root: Path, number: int, outputs: list[str]) -> dict[str, list[float]]:
-    """Relative error of every tensor of each output, and that of the rounding alone."""
+    """Return the relative error of every tensor of each output, and of rounding only."""
     models = [TensorFiles(root / m) for m in ("base", *(f"ft{i + 1}" for i in range(number)))]
     merged = {name: TensorFiles(root / name) for name in outputs}
-    found: dict[str, list[float]] = {name: [] for name in ("floor", *outputs)}
+    relative: dict[str, list[float]] = {name: [] for name in ("floor", *outputs)}
     for name in models[0]:
         count, code = int(np.prod(models[0].shape(name))), models[0].code(name)
         cuts = [(a, min(a + CHUNK, count)) for a in range(0, count, CHUNK)]
@@ -61,36 +62,36 @@ def errors(root: Path, number: int, outputs: list[str]) -> dict[str, list[float]
         def read(model: int, start: int, stop: int, name: str = name) -> np.ndarray:
             return models[model].read(name, start, stop).astype(np.float64)
 
-        def moved(start: int, stop: int, read=read) -> np.ndarray:
+        def updates(start: int, stop: int, read=read) -> np.ndarray:
             anchor = read(0, start, stop)
             return np.stack([read(i + 1, start, stop) - anchor for i in range(number)])
 
         gram = np.zeros((number, number))
         for a, b in cuts:
-            moves = moved(a, b)
-            gram += moves @ moves.T
+            update = updates(a, b)
+            gram += update @ update.T
         norms = np.sqrt(gram.diagonal())
         cosine = (gram / np.outer(norms, norms))[np.triu_indices(number, 1)].mean()
         ratio = max(0.0, number * cosine / (1 + (number - 1) * cosine))
-        squares = dict.fromkeys((*found, "moved"), 0.0)
+        squares = dict.fromkeys((*relative, "update"), 0.0)
         for a, b in cuts:
             anchor = read(0, a, b)
-            wanted = anchor + ratio * moved(a, b).mean(axis=0)
-            squares["moved"] += float(np.sum((wanted - anchor) ** 2))
-            # By way of float32 it may round twice, one time in 2^16: nothing beside a norm.
-            rounded = wanted.astype(np.float32).astype(DTYPES[code]).astype(np.float64)
-            squares["floor"] += float(np.sum((rounded - wanted) ** 2))
+            exact = anchor + ratio * updates(a, b).mean(axis=0)
+            squares["update"] += float(np.sum((exact - anchor) ** 2))
+            # Rounding via float32 rounds twice in one of 2^16 cases: negligible in a norm.
+            rounded = exact.astype(np.float32).astype(DTYPES[code]).astype(np.float64)
+            squares["floor"] += float(np.sum((rounded - exact) ** 2))
             for output, tensors in merged.items():
                 values = tensors.read(name, a, b).astype(np.float64)
-                squares[output] += float(np.sum((values - wanted) ** 2))
-        for key in found:
-            found[key].append(float(np.sqrt(squares[key] / squares["moved"])))
-    return found
+                squares[output] += float(np.sum((values - exact) ** 2))
+        for key in relative:
+            relative[key].append(float(np.sqrt(squares[key] / squares["update"])))
+    return relative
 
 
 def timed(command: list[str], **environment: str) -> dict[str, float]:
-    """Runs a process; its wall and CPU seconds and peak resident bytes."""
-    begin = time.monotonic()
+    """Run a process; return its wall and CPU seconds, peak resident bytes and the system load."""
+    start = time.monotonic()
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -98,12 +99,12 @@ def timed(command: list[str], **environment: str) -> dict[str, float]:
         env=os.environ | environment,
         text=True,
     )
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
-    wall = time.monotonic() - begin
+    wall = time.monotonic() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(command)}\n{said}")
+        sys.exit(f"{' '.join(command)}\n{output}")
     return {
         "wall": wall,
         "cpu": usage.ru_utime + usage.ru_stime,
@@ -113,14 +114,14 @@ def timed(command: list[str], **environment: str) -> dict[str, float]:
 
 
 def commands(root: Path, size: str, dtype: str, number: int, mergekit: str | None) -> dict:
-    """Tool -> what is run; each writes to a directory of the tool's name."""
+    """Return tool -> command; each writes to a directory with the name of the tool."""
     models = [str(root / f"ft{i + 1}") for i in range(number)]
     limit = SIZES[size][3]
     files = [
         str(f) for m in (root / "base", *map(Path, models)) for f in sorted(m.glob("*.safetensors"))
     ]
     (root / "copy.py").write_text(COPY)
-    found = {
+    commands_by_tool = {
         "copy": [sys.executable, str(root / "copy.py"), str(root / "copy"), *files],
         "ours": [sys.executable, "-m", "modelstock_jax", "merge", str(root / "base"), *models,
                  "--out", str(root / "ours"), *(["--max-shard-size", limit] if limit else [])],
@@ -132,41 +133,41 @@ def commands(root: Path, size: str, dtype: str, number: int, mergekit: str | Non
             "models": [{"model": model} for model in models],
             "dtype": NAMES[dtype],
         }
-        (root / "recipe.yml").write_text(json.dumps(recipe))  # JSON is YAML too.
-        found["mergekit"] = [
+        (root / "recipe.yml").write_text(json.dumps(recipe))  # JSON is valid YAML.
+        commands_by_tool["mergekit"] = [
             mergekit,
             str(root / "recipe.yml"),
             str(root / "mergekit"),
             "--no-copy-tokenizer",
             *(["--out-shard-size", limit[:-1]] if limit else []),
         ]
-    return found
+    return commands_by_tool
 
 
 def measure(case: str, folder: Path, mergekit: str | None, rounds: int) -> dict:
-    """All tools on one case."""
+    """Measure all tools on one case."""
     size, dtype, number = case.split("-")
     root = folder / case
     root.mkdir()
     try:
-        _apart(make, root, size, dtype, int(number))
+        _in_process(make, root, size, dtype, int(number))
         tools = commands(root, size, dtype, int(number), mergekit)
         runs: dict[str, list] = {tool: [] for tool in tools}
-        kept = str(len(list((root / "base").glob("*.safetensors"))))
+        num_outputs = str(len(list((root / "base").glob("*.safetensors"))))
         for _ in range(rounds):
             for tool, command in tools.items():
                 shutil.rmtree(root / tool, ignore_errors=True)
                 if tool == "copy":
                     (root / tool).mkdir()
-                runs[tool].append(timed(command, KEPT=kept, HF_HUB_OFFLINE="1"))
+                runs[tool].append(timed(command, NUM_OUTPUTS=num_outputs, HF_HUB_OFFLINE="1"))
                 if tool == "copy":
                     shutil.rmtree(root / tool)
         outputs = [tool for tool in tools if tool != "copy"]
-        same = _digests_agree(root / "ours")
-        found = _apart(errors, root, int(number), outputs)
+        same = _checksums_agree(root / "ours")
+        relative = _in_process(errors, root, int(number), outputs)
         return {
             "runs": runs,
-            "errors": found,
+            "errors": relative,
             "digests_agree": same,
             "bytes_of_a_model": sum(
                 f.stat().st_size for f in (root / "base").glob("*.safetensors")
@@ -176,41 +177,39 @@ def measure(case: str, folder: Path, mergekit: str | None, rounds: int) -> dict:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _apart(function, *arguments):
-    """In a process of its own: what a parent held before it starts a child counts as its peak."""
+def _in_process(function, *arguments):
+    """Run in a separate process: the memory of a parent counts in the peak of a later child."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
-def _digests_agree(out: Path) -> bool:
+def _checksums_agree(out: Path) -> bool:
     report = json.loads((out / "merge_report.json").read_text())
     return all(
-        digest == f"{kind}:{checksum_file(out / file, kind)}"
-        for file, digest in report["outputs"].items()
-        for kind in [digest.partition(":")[0]]
+        checksum == f"{kind}:{checksum_file(out / file, kind)}"
+        for file, checksum in report["outputs"].items()
+        for kind in [checksum.partition(":")[0]]
     )
 
 
 def _ratio(runs: list[dict], others: list[dict]) -> float:
-    """Of wall times, round by round: what else the machine did then, it did to both."""
+    """Return the median ratio of wall times per round: other load affects both runs of a round."""
     return float(np.median([a["wall"] / b["wall"] for a, b in zip(runs, others, strict=True)]))
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown."""
+    """Return the results as a Markdown table."""
     lines = [
-        "| case | | wall s | of the copy | of ours | CPU s | peak MB | error median / max | load |",
-        "|---|---|---:|---:|---:|---:|---:|---|---:|",
+        "| case | tool | wall time, s | wall time / copy | wall time / ours | CPU time, s | "
+        "peak memory, MB | error, median | error, max | load |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case, result in results.items():
         floor = result["errors"]["floor"]
         for tool, runs in result["runs"].items():
             error = result["errors"].get(tool)
-            shown = (
-                f"{np.median(error):.3g} / {max(error):.3g}"
-                if error
-                else f"(floor: {np.median(floor):.3g} / {max(floor):.3g})"
-            )
+            mark = "" if error else " (floor)"
+            error = error or floor
             wall, cpu, peak, load = (
                 float(np.median([run[key] for run in runs]))
                 for key in ("wall", "cpu", "peak", "load")
@@ -218,19 +217,24 @@ def table(results: dict[str, dict]) -> str:
             ratios = (f"{_ratio(runs, result['runs'][other]):.2f}" for other in ("copy", "ours"))
             lines.append(
                 f"| {case} | {tool} | {wall:.1f} | {' | '.join(ratios)} | {cpu:.1f} | "
-                f"{peak / 1e6:.0f} | {shown} | {load:.1f} |"
+                f"{peak / 1e6:.0f} | {np.median(error):.3g}{mark} | {max(error):.3g}{mark} | "
+                f"{load:.1f} |"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mergekit", help="path of mergekit-yaml, in an environment of its own")
-    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", help="where to write; a temporary directory by default")
+    parser.add_argument(
+        "--mergekit", help="path of mergekit-yaml in a separate environment (default: not measured)"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=CASES, choices=CASES, help="SIZE-DTYPE-N (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each tool (default: 3)")
+    parser.add_argument("--json", type=Path, help="output file with all values")
+    parser.add_argument("--folder", help="directory for the files (default: a temporary directory)")
     arguments = parser.parse_args()
     results = {}
     if arguments.folder:

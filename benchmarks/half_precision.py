@@ -1,7 +1,7 @@
-"""How far half precision moves embeddings: `python benchmarks/half_precision.py`, a minute of CPU.
+"""Error of embeddings in half precision: `python benchmarks/half_precision.py`, a minute on a CPU.
 
-Towers of 12 layers of width 96 with random weights, eight images and eight texts; embeddings of
-norm 1, their distance from those in float32, the largest of eight.
+Towers with 12 layers of width 96 and random weights; eight images and eight texts. Prints the
+maximum distance between embeddings of norm 1 and those in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIZE = dict(hidden_size=96, intermediate_size=384, num_attention_heads=6, num_hi
 
 
 def main() -> None:
-    """Prints a line for each tower and dtype."""
+    """Print a line for each tower and dtype."""
     config = CLIPConfig(
         VisionConfig(**SIZE, image_size=48, patch_size=8),
         TextConfig(**SIZE, vocab_size=64, max_position_embeddings=16),
@@ -33,13 +33,13 @@ def main() -> None:
 
         def embedded(dtype, encode=encode, name=name, x=x):
             compute = Compute(dtype=dtype)
-            found = jax.jit(lambda x: encode(config, params[name], x, compute))(x)
-            return np.asarray(found) / np.linalg.norm(found, axis=1, keepdims=True)
+            embedding = jax.jit(lambda x: encode(config, params[name], x, compute))(x)
+            return np.asarray(embedding) / np.linalg.norm(embedding, axis=1, keepdims=True)
 
         full = embedded("float32")
         for dtype in ("bfloat16", "float16"):
-            moved = np.linalg.norm(embedded(dtype) - full, axis=1)
-            print(f"{name} {dtype}: {moved.max():.4f}")
+            distance = np.linalg.norm(embedded(dtype) - full, axis=1)
+            print(f"{name} {dtype}: {distance.max():.4f}")
 
 
 if __name__ == "__main__":

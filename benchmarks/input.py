@@ -1,12 +1,12 @@
-"""Images a second and core: this package's readers beside PyTorch's DataLoader with Pillow.
+"""Images per second and core of this package's readers and of PyTorch's DataLoader with Pillow.
 
     .venv-parity/bin/python benchmarks/input.py
 
-Writes synthetic photographs (--images of them, 500 x 375, about 110 kB, JPEG of quality 90) to a
-temporary directory as folders, as ArrayRecord and as a cache, and reads each by one thread of one
-process. The readers take turns of two batches, and of each one's turns the lower quartile counts:
-what else the machine does makes a turn longer. Time is CPU time, with that of DataLoader's worker
-process. Linux. Needs torch (`make test-parity` makes .venv-parity).
+Writes --images synthetic photographs (500 x 375, about 110 kB, JPEG of quality 90) to a temporary
+directory as folders, as ArrayRecord and as a cache, and reads each with one thread of one process.
+The readers take turns of two batches. The lower quartile of a reader's turns counts, because other
+load makes turns longer. Time is CPU time, including DataLoader's worker process. Linux only. Needs
+torch (`make test-parity` creates .venv-parity).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# As each reader would run beside a training step that has the other cores.
+# One thread per reader, as next to a training step that uses the other cores.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
@@ -40,19 +40,21 @@ from modelstock_jax.data.records import read_records  # noqa: E402
 from modelstock_jax.data.transforms import TrainTransform, random_crop  # noqa: E402
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("images", 256, "Images of the set.")
-flags.DEFINE_integer("size", 224, "Side of the model's input.")
-flags.DEFINE_integer("batch_size", 64, "Images of a batch.")
-flags.DEFINE_integer("rounds", 15, "Turns of each reader.")
-flags.DEFINE_float("step_ms", 0, "Also: wait of a step that takes so long, on all cores.")
+flags.DEFINE_integer("images", 256, "Number of images (default: 256).")
+flags.DEFINE_integer("size", 224, "Image size of the model (default: 224).")
+flags.DEFINE_integer("batch_size", 64, "Images per batch (default: 64).")
+flags.DEFINE_integer("rounds", 15, "Turns of each reader (default: 15).")
+flags.DEFINE_float(
+    "step_ms", 0, "Also measure how long a step of this time waits, with all cores (0: off)."
+)
 
 
 @dataclasses.dataclass
 class PillowFolder(torch.utils.data.Dataset):
-    """What torchvision's ImageFolder with RandomResizedCrop does, without torchvision.
+    """The operations of torchvision's ImageFolder with RandomResizedCrop, without torchvision.
 
-    Open, convert, crop, resize (bicubic; Pillow's always antialiases), to a tensor; normalized as
-    the usual recipe does on the host, or left in bytes as this package does.
+    Opens, converts, crops and resizes (bicubic; Pillow always antialiases) an image, and converts
+    it to a tensor: normalized on the host as usual, or as bytes as in this package.
     """
 
     paths: list[str]
@@ -82,28 +84,28 @@ class PillowFolder(torch.utils.data.Dataset):
 
 
 class Reader:
-    """An endless reader and the CPU time that it has used, in this process and in its worker."""
+    """An endless reader with its CPU time, in this process and in its worker."""
 
     def __init__(self, batches: Iterator, worker: int | None = None) -> None:
         self._batches, self._worker = batches, worker
 
     def cpu_seconds(self) -> float:
         used = time.process_time()
-        if self._worker is not None:  # Linux's number of another process's CPU clock.
+        if self._worker is not None:  # Linux's id of the CPU clock of another process.
             used += time.clock_gettime((~self._worker << 3) | 2)
         return used
 
     def settle(self) -> float:
-        """Waits until nothing is read ahead any more; the CPU time until then."""
+        """Wait until prefetching has stopped; return the CPU time until then."""
         used, quiet = self.cpu_seconds(), 0
-        while quiet < 6:  # A thread that only waits for its turn on a busy machine is not done.
+        while quiet < 6:  # A thread that waits for a busy core is not done.
             time.sleep(0.05)
             before, used = used, self.cpu_seconds()
             quiet = quiet + 1 if used - before < 0.001 else 0
         return used
 
     def turn(self, count: int) -> float:
-        """CPU seconds of one batch: what is taken is read again by the end of the turn."""
+        """Return CPU seconds per batch; prefetched batches are refilled by the end of a turn."""
         start = self.settle()
         for _ in range(count):
             next(self._batches)
@@ -111,7 +113,7 @@ class Reader:
 
 
 def dataloader(paths: list[str], area: tuple[float, float], normalize: bool) -> Reader:
-    """torch's DataLoader: one worker process, one thread."""
+    """Return torch's DataLoader with one worker process and one thread."""
     dataset = PillowFolder(paths, FLAGS.size, area, normalize)
     endless = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
     loader = torch.utils.data.DataLoader(dataset, FLAGS.batch_size, sampler=endless, num_workers=1)
@@ -122,7 +124,7 @@ def dataloader(paths: list[str], area: tuple[float, float], normalize: bool) -> 
 
 
 def ours(image_set: ImageSet, view: TrainTransform) -> Reader:
-    """This package's batches: one thread."""
+    """Return this package's reader with one thread."""
     return Reader(
         train_batches(
             image_set,
@@ -136,7 +138,7 @@ def ours(image_set: ImageSet, view: TrainTransform) -> Reader:
 
 
 def measure(readers: dict[str, Reader]) -> dict[str, float]:
-    """Images a CPU second of each reader: the lower quartile of its turns."""
+    """Return the images per CPU second of each reader: the lower quartile of its turns."""
     turns = {name: [] for name in readers}
     for _ in range(FLAGS.rounds + 1):  # The first turn opens files.
         for name, reader in readers.items():
@@ -145,36 +147,36 @@ def measure(readers: dict[str, Reader]) -> dict[str, float]:
 
 
 def print_table(title: str, rates: dict[str, float], reference: str) -> None:
-    print(f"\n{title}\n\n| reader | images/s a core | beside {reference} |\n|---|---|---|")
+    print(f"\n{title}\n\n| reader | images/s per core | relative to {reference} |\n|---|---:|---:|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} | {rate / rates[reference]:.2f} |", flush=True)
 
 
 def waits(image_sets: dict[str, ImageSet], view: TrainTransform) -> None:
-    """How long a step of --step_ms on the accelerator waits for its batch."""
-    print(f"\n| reader | wait of a step of {FLAGS.step_ms:.0f} ms, ms |\n|---|---|")
+    """Print how long a step of --step_ms on the accelerator waits for its batch."""
+    print(f"\n| reader | wait per step of {FLAGS.step_ms:.0f} ms, ms |\n|---|---:|")
     for name, image_set in image_sets.items():
         stream = train_batches(
             image_set, batch_size=FLAGS.batch_size, seed=0, num_replicas=1, transform=view
         )
-        waited = []
+        wait_times = []
         for _ in range(12):
             start = time.perf_counter()
             next(stream)
-            waited.append(time.perf_counter() - start)
+            wait_times.append(time.perf_counter() - start)
             time.sleep(FLAGS.step_ms / 1000)
         stream.close()
-        print(f"| {name} | {1000 * np.median(waited[3:]):.0f} |", flush=True)
+        print(f"| {name} | {1000 * np.median(wait_times[3:]):.0f} |", flush=True)
 
 
 def main(_) -> None:
-    logging.set_verbosity(logging.WARNING)  # TensorFlow Datasets tells of each opening.
+    logging.set_verbosity(logging.WARNING)  # TensorFlow Datasets logs every opened file.
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "folder"
         for number in range(FLAGS.images):
-            place = folder / f"class_{number % 4}"
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{number:05d}.JPEG").write_bytes(photograph(number))
+            path = folder / f"class_{number % 4}"
+            path.mkdir(parents=True, exist_ok=True)
+            (path / f"{number:05d}.JPEG").write_bytes(photograph(number))
         stored = read_folders(folder)
         image_set = ImageSet("train", stored.images, stored.labels)
         paths = [stored.images.name(index) for index in range(len(image_set))]
@@ -195,7 +197,7 @@ def main(_) -> None:
                 "DataLoader, Pillow, normalized": dataloader(paths, area, True),
                 "DataLoader, Pillow, bytes": dataloader(paths, area, False),
             }
-            readers |= {name: ours(one, view) for name, one in sets.items()}
+            readers |= {name: ours(images, view) for name, images in sets.items()}
             title = f"Random crop of {area[0]:.0%} to {area[1]:.0%} of the area, to {FLAGS.size}"
             print_table(title, measure(readers), "DataLoader, Pillow, normalized")
         pixels = TrainTransform(FLAGS.size)(stored.images[0], np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""What the device can do at most, as ways for `turns.take_turns`: a matrix product and a copy."""
+"""Limits of the device for `turns.take_turns`: a large matrix product and a copy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 
 def product(dtype: str, side: int = 0) -> tuple[Callable[[int], None], float]:
-    """A product of two square matrices of random numbers (of zeros it is faster).
+    """Return a product of two square matrices of random values (zeros are faster).
 
     Args:
-      dtype: of the matrices.
-      side: of the matrices; 0 takes one that fills the device.
+      dtype: dtype of the matrices
+      side: size of the matrices; 0 uses one that fills the device
 
     Returns:
-      The way, and the operations of a call.
+      a function for `take_turns`, and its operations per call
     """
     side = side or (2048 if jax.default_backend() == "cpu" else 8192)
     left, right = (
@@ -26,16 +26,16 @@ def product(dtype: str, side: int = 0) -> tuple[Callable[[int], None], float]:
 
 
 def copy(size: int) -> tuple[Callable[[int], None], float]:
-    """An array read and another written.
+    """Return a copy: one array is read and another is written.
 
     Args:
-      size: bytes of the array, of float32.
+      size: bytes of the float32 array
 
     Returns:
-      The way, and the bytes that a call moves: twice the size.
+      a function for `take_turns`, and the bytes moved per call: twice the size
     """
     array = jnp.arange(size // 4, dtype=jnp.float32)
-    # XLA may leave out a copy, but not a change of sign.
+    # XLA can remove a copy, but not a change of sign.
     return _repeated(jax.jit(jnp.negative), array), 2.0 * 4 * (size // 4)
 
 

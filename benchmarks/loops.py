@@ -1,4 +1,4 @@
-"""The same training steps in several ways, for `overhead.py`: bare, watched, recorded, saved."""
+"""The same training steps with more and more overhead, for `overhead.py`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from modelstock_jax.training.sharding import put_batch  # noqa: E402
 from modelstock_jax.training.step_fns import StepFunctions  # noqa: E402
 from modelstock_jax.training.trainer import RunCheckpoints  # noqa: E402
 
-# Width, blocks, heads, patch, image, classes, training images; steps of a round.
+# Width, blocks, heads, patch, image, classes, training images; steps per round.
 SIZES = {
     "glyphs": (96, 4, 3, 6, 24, 62, 4096, 8),
     "middle": (384, 12, 6, 32, 224, 1000, 1_281_167, 6),
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def make_programs(case: str, batch_size: int | None = None):
-    """The config of a case and its programs, at random weights."""
+    """Return the config of a case and its step functions, with random weights."""
     width, blocks, heads, patch, image, classes, num_train, _ = SIZES[case]
     config = glyphs.get_config() if case == "glyphs" else vitb32.get_config()
     config.compute.dtype, config.epochs = "float32", 1000
@@ -61,21 +61,21 @@ def make_programs(case: str, batch_size: int | None = None):
     return config, StepFunctions(config, task)
 
 
-def without_flags(config, programs: StepFunctions) -> StepFunctions:
-    """Programs whose step computes the gradient's norm, and looks at nothing else."""
-    real = step_module.finite_checks
+def without_checks(config, programs: StepFunctions) -> StepFunctions:
+    """Return step functions that compute the gradient norm but no non-finite checks."""
+    original = step_module.finite_checks
     step_module.finite_checks = lambda loss, grads, params: {"grad_norm": optax.tree.norm(grads)}
     try:
         bare = StepFunctions(config, programs.task)
-        state, batch = programs.start(0), put_batch(programs.mesh, random_batch(config, 0))
-        bare.step(state, batch, bare.reference(bare.anchor))  # Traced while it is so.
+        state, batch = programs.init_state(0), put_batch(programs.mesh, random_batch(config, 0))
+        bare.step(state, batch, bare.step_constants(bare.anchor))  # Traces it without the checks.
     finally:
-        step_module.finite_checks = real
+        step_module.finite_checks = original
     return bare
 
 
 def random_batch(config, seed: int):
-    """Images and labels of a step, on the host."""
+    """Return images and labels of a step on the host."""
     rng = np.random.default_rng(seed)
     lead = (config.num_replicas, config.batch_size)
     side = config.image_size
@@ -86,96 +86,96 @@ def random_batch(config, seed: int):
 
 
 class Loops:
-    """The same steps in four ways; each call returns one round's seconds, wall and CPU."""
+    """The same steps in five variants; each returns the wall and CPU seconds of one round."""
 
     def __init__(self, case: str, workdir: Path) -> None:
         self.config, self.programs = make_programs(case, batch_size=2)
         self.config.image_size, self.steps = SIZES[case][4], SIZES[case][7]
-        self.bare_programs = without_flags(self.config, self.programs)
+        self.bare_programs = without_checks(self.config, self.programs)
         self.batches = [random_batch(self.config, seed) for seed in range(4)]
         self.anchor = self.programs.anchor
-        self.reference = self.programs.reference(self.anchor)
-        self.state = self.programs.start(0)
+        self.constants = self.programs.step_constants(self.anchor)
+        self.state = self.programs.init_state(0)
         self.timeline = Timeline(workdir / "timeline.jsonl")
-        self.stores = RunCheckpoints(workdir, self.config, self.programs, 0, self.timeline)
-        self.record = TrainLogger(
+        self.checkpoints = RunCheckpoints(workdir, self.config, self.programs, 0, self.timeline)
+        self.logger = TrainLogger(
             self.config, self.programs.task, workdir, "overhead", 0, self.timeline
         )
-        self.done, self.lasted = 0, []
+        self.done, self.save_seconds = 0, []
 
     def bare(self) -> np.ndarray:
-        """Steps alone; the loss is read every `log_every` steps, a step late."""
-        return self._round(self.bare_programs.step, self._loss_alone())
+        """Run only steps; read the loss every `log_every_steps` steps, one step late."""
+        return self._round(self.bare_programs.step, self._read_loss())
 
-    def flags(self) -> np.ndarray:
-        """The step computes whether every gradient is finite."""
-        return self._round(self.programs.step, self._loss_alone())
+    def checks(self) -> np.ndarray:
+        """Add the non-finite checks inside the step."""
+        return self._round(self.programs.step, self._read_loss())
 
-    def records(self) -> np.ndarray:
-        """As a run does it, but for saving: watch, metrics, progress, timeline."""
-        return self._round(self.programs.step, self.record.step, self.timeline)
+    def logging(self) -> np.ndarray:
+        """Add monitor, metrics, progress and timeline, as in a run without saving."""
+        return self._round(self.programs.step, self.logger.step, self.timeline)
 
     def saving(self) -> np.ndarray:
-        """As a run does it, with one save of the state, at the first step of the round."""
+        """Add one save of the state at the first step of the round."""
         return self._with_save(merged=False)
 
     def epoch(self) -> np.ndarray:
-        """As at an epoch's end: a merged model is saved, and the state after it."""
+        """Add the saves at the end of an epoch: a merged model, then the state."""
         return self._with_save(merged=True)
 
     def _with_save(self, merged: bool) -> np.ndarray:
-        ended = threading.Event()
+        saved = threading.Event()
 
-        def take(step, values):
-            self.record.step(step, values)
+        def log(step, values):
+            self.logger.step(step, values)
             if step == self.done + 1:
-                self.record.settle()
-                self.began = time.perf_counter()
+                self.logger.flush_pending()
+                self.save_start = time.perf_counter()
                 if merged:
-                    self.stores.save_merged(step, self.anchor)
-                self._save(step, ended)
+                    self.checkpoints.save_merged(step, self.anchor)
+                self._save(step, saved)
 
         cpu = time.process_time()
-        seconds = self._round(self.programs.step, take, self.timeline)
-        assert ended.wait(600)
-        self.stores.wait()
+        seconds = self._round(self.programs.step, log, self.timeline)
+        assert saved.wait(600)
+        self.checkpoints.wait()
         if not merged:
-            self.lasted.append(self.ended - self.began)
-        wall = max(seconds[0], self.ended - self.round_began)
+            self.save_seconds.append(self.save_end - self.save_start)
+        wall = max(seconds[0], self.save_end - self.round_start)
         return np.array([wall, time.process_time() - cpu])
 
-    def _save(self, step: int, ended: threading.Event) -> None:
-        tell = self.timeline.end
+    def _save(self, step: int, saved: threading.Event) -> None:
+        original = self.timeline.end
 
         def end(*args):
-            self.ended = time.perf_counter()
-            ended.set()
-            tell(*args)
+            self.save_end = time.perf_counter()
+            saved.set()
+            original(*args)
 
         self.timeline.end = end
-        self.stores.save(step, self.state)
-        self.timeline.end = tell
+        self.checkpoints.save(step, self.state)
+        self.timeline.end = original
 
-    def _loss_alone(self):
-        late = []
+    def _read_loss(self):
+        pending = []
 
-        def take(step, values):
-            if late:
-                np.asarray(late.pop())
+        def log(step, values):
+            if pending:
+                np.asarray(pending.pop())
             if step % self.config.log_every_steps == 0:
-                late.append(values["loss"])
+                pending.append(values["loss"])
 
-        return take
+        return log
 
-    def _round(self, run_step, take, timeline=None) -> np.ndarray:
+    def _round(self, run_step, log, timeline=None) -> np.ndarray:
         phase = timeline.phase if timeline else lambda name: contextlib.nullcontext()
-        self.round_began, cpu = time.perf_counter(), time.process_time()
+        self.round_start, cpu = time.perf_counter(), time.process_time()
         for k in range(self.steps):
             with phase("data"):
                 batch = put_batch(self.programs.mesh, self.batches[k % 4])
             with phase("train"):
-                self.state, values = run_step(self.state, batch, self.reference)
-                take(self.done + k + 1, values)
+                self.state, values = run_step(self.state, batch, self.constants)
+                log(self.done + k + 1, values)
         jax.block_until_ready(self.state)
         self.done += self.steps
-        return np.array([time.perf_counter() - self.round_began, time.process_time() - cpu])
+        return np.array([time.perf_counter() - self.round_start, time.process_time() - cpu])

@@ -1,12 +1,12 @@
-"""Memory of a step and a merge, as `--dry-run` says it and as it is measured.
+"""Memory of a step and a merge, as `--dry-run` predicts it and as measured.
 
     python benchmarks/memory.py --config=configs/vitb32.py --config.compute.dtype=float32 \
         --config.batch_size=32
 
-Random weights and images at the config's true sizes; prints one JSON object. On a CPU (Linux) the
-measure is the growth of the process's resident memory over what it was before the first array, for
-steps and for a merge apart; on a GPU or TPU it is the allocator's peak on a device over both. With
---workdir it also saves the state through Orbax and restores it bit for bit.
+Uses random weights and images at the config's true sizes; prints one JSON object. On a CPU (Linux)
+it measures the growth of the process's resident memory since before the first array, separately for
+the steps and for the merge. On a GPU or TPU it measures the allocator's peak on a device over both.
+With --workdir it also saves the state with Orbax and checks that it is restored bitwise.
 """
 
 import ctypes
@@ -28,41 +28,41 @@ from modelstock_jax.training.checkpoints import Checkpoints  # noqa: E402
 from modelstock_jax.training.cost_analysis import memory  # noqa: E402
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("steps", 2, "Steps to measure.")
-flags.DEFINE_string("workdir", None, "Where to save and restore the state; nowhere by default.")
+flags.DEFINE_integer("steps", 2, "Number of steps (default: 2).")
+flags.DEFINE_string("workdir", None, "Directory to save and restore the state in (default: none).")
 
 
 def resident(key: str) -> int:
-    """Bytes of this process, 'VmRSS' now or 'VmHWM' at the most."""
+    """Return resident bytes of this process: 'VmRSS' is the current value, 'VmHWM' the peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{key}:\s*(\d+)", status).group(1))
 
 
-def forget_peak() -> int:
-    """The process's peak so far; the next one is counted from now on."""
-    time.sleep(0.5)  # A program's results are there a moment before its temporaries are freed.
+def reset_peak() -> int:
+    """Return the process's peak so far, and reset it."""
+    time.sleep(0.5)  # The temporaries of a program are freed shortly after its results are ready.
     peak = resident("VmHWM")
-    ctypes.CDLL(None).malloc_trim(0)  # What was freed, and not yet given back, is no one's.
+    ctypes.CDLL(None).malloc_trim(0)  # Returns freed memory to the system.
     Path("/proc/self/clear_refs").write_text("5")
     return peak
 
 
 def draw(shapes, seed: int):
-    """Random arrays made in place, small enough that a step changes and does not break them."""
+    """Create random arrays on the devices, with values small enough for finite steps."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    make = jax.jit(
-        lambda key, like: 0.02 * jax.random.normal(key, like.shape, like.dtype),
+    normal = jax.jit(
+        lambda key, leaf: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype),
         static_argnums=1,
     )
     arrays = []
     for key, leaf in zip(keys, leaves, strict=True):
-        arrays.append(make(key, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)))
+        arrays.append(normal(key, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)))
     return tree.unflatten(arrays)
 
 
 def random_batch(batch, seed: int):
-    """Images and labels on the devices, as `put_batch` leaves them."""
+    """Return images and labels on the devices, sharded like those of `put_batch`."""
     rng = np.random.default_rng(seed)
     return {
         "image": jax.device_put(
@@ -81,19 +81,19 @@ def main(argv):
     batch = programs.abstract_batch(clip.vision.image_size)
     lowered = programs.lower(batch)
     compiled = {name: program.compile() for name, program in lowered.items()}
-    need = memory(programs, compiled, batch)
+    predicted = memory(programs, compiled, batch)
     del lowered
     on_cpu = jax.default_backend() == "cpu"
-    peaks = [forget_peak()] if on_cpu else []  # Compiling frees much that is not given back.
+    peaks = [reset_peak()] if on_cpu else []  # Compiling leaves much freed memory.
     before = resident("VmRSS")
 
     programs.anchor = jax.device_put(draw(programs.task.params, 0), programs.weights_sharding)
-    # As in the middle of a run: there is a merged model from the merge before.
+    # As in the middle of a run, there is a merged model of an earlier merge.
     state, merged, _ = compiled["merge"](programs.anchor, programs.init_state(0))
     jax.block_until_ready((state, merged))
     measured, losses = {}, []
     if on_cpu:
-        peaks.append(forget_peak())
+        peaks.append(reset_peak())
     for step in range(FLAGS.steps):
         state, metrics = compiled["step"](
             state, random_batch(batch, step), programs.step_constants(programs.anchor, merged)
@@ -101,7 +101,7 @@ def main(argv):
         losses.append(metrics["loss"].tolist())
     jax.block_until_ready(state)
     if on_cpu:
-        peaks.append(forget_peak())
+        peaks.append(reset_peak())
         measured["step"] = peaks[-1] - before
     state, merged, _ = compiled["merge"](programs.anchor, state)
     jax.block_until_ready(merged)
@@ -115,29 +115,29 @@ def main(argv):
         "device": jax.devices()[0].device_kind,
         "batch": list(batch["image"].shape),
         "execution": programs.replica_mode,
-        "parts": dataclasses.asdict(need),
-        "predicted": {name: getattr(need, name) for name in measured},
+        "parts": dataclasses.asdict(predicted),
+        "predicted": {name: getattr(predicted, name) for name in measured},
         "measured": measured,
-        "ratio": {name: size / getattr(need, name) for name, size in measured.items()},
+        "ratio": {name: size / getattr(predicted, name) for name, size in measured.items()},
         "losses": losses,
     }
     if FLAGS.workdir:
-        report["restored_bit_for_bit"] = saved_and_restored(Path(FLAGS.workdir), state, merged)
+        report["restored_bit_for_bit"] = is_restored_bitwise(Path(FLAGS.workdir), state, merged)
     report["peak_resident"] = max([*peaks, resident("VmHWM")])
     print(json.dumps(report))
 
 
-def saved_and_restored(workdir: Path, state, merged) -> bool:
-    """Saves the state and the merged model as a run does; whether all of it comes back."""
+def is_restored_bitwise(workdir: Path, state, merged) -> bool:
+    """Save and restore the state and the merged model; return whether they are equal."""
     tree = {"merged": merged, "state": {k: v for k, v in state._asdict().items() if v is not None}}
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(int(state.step), tree)
         checkpoints.wait()
-        back = checkpoints.restore(int(state.step), tree)
-        same = jax.tree.map(lambda a, b: np.array_equal(a, b), tree, back)
-    return all(jax.tree.leaves(same)) and len(jax.tree.leaves(same)) > 0
+        restored = checkpoints.restore(int(state.step), tree)
+        equal = jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), tree, restored))
+    return bool(equal) and all(equal)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", "configs/vitb32.py", "The run to measure.")
+    config_flags.DEFINE_config_file("config", "configs/vitb32.py", "Config of the run.")
     app.run(main)

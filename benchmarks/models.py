@@ -1,4 +1,4 @@
-"""The models that are measured: true sizes, random weights, and what a step of them computes."""
+"""The benchmarked models: true sizes, random weights, and the operations of a step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from modelstock_jax.training.losses import cross_entropy  # noqa: E402
 from modelstock_jax.training.step_fns import StepFunctions, Task  # noqa: E402
 
 CONFIGS = {"tiny": glyphs, "glyph": glyphs, "b32": vitb32, "b16": vitb16, "l14": vitl14}
-# Width, blocks, heads, patch, image, features, classes; `tiny` compiles in a moment.
+# Width, blocks, heads, patch, image, features, classes; `tiny` compiles quickly.
 SIZES = {
     "tiny": (8, 1, 2, 4, 8, 4, 3),
     "glyph": (96, 4, 3, 6, 24, 64, 62),
@@ -36,7 +36,7 @@ SIZES = {
 
 
 def clip_config(size: str) -> CLIPConfig:
-    """Sizes of the image tower; the text tower is not trained, and is as small as can be."""
+    """Return the sizes of the model; the text tower is not trained and has minimum size."""
     width, blocks, heads, patch, image, features, _ = SIZES[size]
     vision = VisionConfig(
         hidden_size=width,
@@ -54,7 +54,7 @@ def clip_config(size: str) -> CLIPConfig:
 
 
 def run_config(size: str, dtype: str = ""):
-    """The options of the size's experiment, on one device; "" keeps its arithmetic."""
+    """Return the options of the size's config on one device; "" keeps the config's dtype."""
     config = CONFIGS[size].get_config()
     config.compute.dtype = dtype or config.compute.dtype
     config.mesh.replica = config.mesh.data = 1
@@ -62,7 +62,7 @@ def run_config(size: str, dtype: str = ""):
 
 
 def abstract_weights(size: str) -> dict[str, Any]:
-    """Shapes of what is trained, the image tower and the head, float32."""
+    """Return float32 shapes of the trained weights: image tower and head."""
     clip, classes = clip_config(size), SIZES[size][-1]
     head = {"kernel": (clip.projection_dim, classes), "bias": (classes,)}
     head = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in head.items()}
@@ -70,7 +70,7 @@ def abstract_weights(size: str) -> dict[str, Any]:
 
 
 def weights(size: str) -> dict[str, Any]:
-    """Random numbers of these shapes, on the host."""
+    """Return random weights of these shapes on the host."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: np.float32(0.02) * rng.standard_normal(x.shape, x.dtype), abstract_weights(size)
@@ -78,7 +78,7 @@ def weights(size: str) -> dict[str, Any]:
 
 
 def make_programs(config, size: str, params: dict[str, Any]) -> StepFunctions:
-    """The step and the merge of a run of `config`, as training compiles them."""
+    """Return the step functions of a run of `config`, as training compiles them."""
     clip = clip_config(size)
     task = Task(
         params=params,
@@ -96,11 +96,12 @@ def make_programs(config, size: str, params: dict[str, Any]) -> StepFunctions:
 
 
 def image_flops(size: str) -> float:
-    """Operations of forward and backward for one image; a product of [m, k] and [k, n] has 2mkn.
+    """Return the operations of the forward and backward pass per image.
 
-    Products alone: per block and token 24 D^2 for the kernels (MLP of 4 D) and 4 T D for the
-    attention; then patches, projection and head. Backward is twice that, but no one needs the
-    gradient of the pixels. What remat computes again is not counted.
+    A product of [m, k] and [k, n] counts as 2mkn. Only products are counted: per block and token
+    24 D^2 for the kernels (MLP of 4 D) and 4 T D for the attention; then patches, projection and
+    head. The backward pass has twice as many, except for the gradient of the pixels, which is not
+    needed. Operations that remat recomputes are not counted.
     """
     width, blocks, _, patch, image, features, classes = SIZES[size]
     tokens = (image // patch) ** 2 + 1

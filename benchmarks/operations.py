@@ -1,4 +1,4 @@
-"""What could run on the device: on the host, and as XLA's program on the same CPU."""
+"""Time of image operations on the host and as an XLA program on the same CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEAN, STD = (np.array(values, np.float32) for values in (CLIP_MEAN, CLIP_STD))
 
 
 def operations(pixels: np.ndarray, batch_size: int) -> None:
-    """Prints the table for images like `pixels` [H, W, 3]; a program takes `batch_size` of them."""
+    """Print the time per image like `pixels` [H, W, 3]; XLA processes `batch_size` at a time."""
     batch = jnp.asarray(np.stack([pixels] * batch_size))
     image = Image.fromarray(pixels)
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def operations(pixels: np.ndarray, batch_size: int) -> None:
             times.append(time.process_time() - start)
         return 1e6 * min(times) / count
 
-    print("\n| operation | host, us an image | XLA on the CPU, us an image |\n|---|---|---|")
+    print("\n| operation | host, µs per image | XLA on the CPU, µs per image |\n|---|---:|---:|")
     measured = {}
     for name, function in on_device.items():
         compiled = jax.jit(function)
@@ -63,10 +63,10 @@ def operations(pixels: np.ndarray, batch_size: int) -> None:
         measured[name] = microseconds(on_host(name), 1, 50), device
         print(f"| {name} | {measured[name][0]:.0f} | {device:.0f} |")
     color = np.array([measured[name] for name in on_device if name in OPERATIONS])
-    # A program for the whole batch computes every operation and selects, twice.
+    # A program for a complete batch computes every operation and selects one, twice.
     host, device = 2 * color[:, 0].mean(), 2 * color[:, 1].sum()
-    print(f"| two of those five, drawn for each image | {host:.0f} | {device:.0f} |")
+    print(f"| two random ones of the five color operations | {host:.0f} | {device:.0f} |")
     both = np.mean([
         microseconds(lambda: np.asarray(rand_augment(rng, image, 2, 10)), 1, 1) for _ in range(200)
     ])  # fmt: skip
-    print(f"| RandAugment, two of all fourteen | {both:.0f} | - |", flush=True)
+    print(f"| RandAugment, two of all fourteen operations | {both:.0f} | - |", flush=True)

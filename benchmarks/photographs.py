@@ -1,4 +1,4 @@
-"""Synthetic photographs: JPEGs that cost what a camera's cost to decode."""
+"""Synthetic photographs: JPEGs whose decoding takes as long as that of real photographs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def photograph(seed: int, height: int = 375, width: int = 500) -> bytes:
-    """Smooth noise with the falling spectrum of photographs, edges, and a sensor's grain."""
+    """Return a JPEG of smooth noise with the spectrum of photographs, edges, and sensor noise."""
     rng = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128.0)
     for cells in (4, 8, 16, 32, 64, 128, 256):
@@ -19,10 +19,10 @@ def photograph(seed: int, height: int = 375, width: int = 500) -> bytes:
             smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
             pixels[..., channel] += 180 / cells**0.75 * smooth
     rows, columns = np.mgrid[:height, :width]
-    for _ in range(20):  # translucent bars at any angle
-        angle, at = rng.uniform(0, np.pi), rng.uniform(0, 1, 2) * (width, height)
-        across = np.cos(angle) * (columns - at[0]) + np.sin(angle) * (rows - at[1])
-        bar = np.abs(across) < rng.uniform(2, 30)
+    for _ in range(20):  # Translucent bars at random angles.
+        angle, center = rng.uniform(0, np.pi), rng.uniform(0, 1, 2) * (width, height)
+        distance = np.cos(angle) * (columns - center[0]) + np.sin(angle) * (rows - center[1])
+        bar = np.abs(distance) < rng.uniform(2, 30)
         pixels[bar] = (pixels[bar] + rng.uniform(0, 255, 3)) / 2
     pixels += rng.normal(size=(height, width, 1)) * 20
     file = io.BytesIO()

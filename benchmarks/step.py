@@ -1,17 +1,18 @@
-"""Images a second of a training step, and how much of the device that is.
+"""Images per second of a training step, and its fraction of the device's peak.
 
     python benchmarks/step.py --json step.json
     python benchmarks/step.py --sizes b32 --batch 4 --torch .venv-parity/bin/python   # on a CPU
 
-The package's own step (`training.step_fns.StepFunctions`) of CLIP ViT-B/32, B/16 and L/14 at their true
-sizes, random weights, on one device: two replicas side by side (`vmap`), one after the other
-(`map`), and one replica; attention `xla` and, on a GPU, `cudnn`; beside them PyTorch's step
-(torch_step.py, a process of its own before the others) where an interpreter has torch. The batch
-lies on the device: reading images is what input.py measures. Replicas' images are counted together.
+Measures the package's own step (`training.step_fns.StepFunctions`) of CLIP ViT-B/32, B/16 and L/14
+at their true sizes with random weights on one device: two replicas in parallel (`vmap`), two in
+sequence (`map`), and one replica; attention `xla` and, on a GPU, `cudnn`. If an interpreter has
+torch, PyTorch's step is measured first in a separate process (torch_step.py). The batch is already
+on the device; input.py measures reading. The images of all replicas are counted.
 
-Of peak: the model's products (`models.image_flops`) over the time that a large product takes in the
-same round. Memory: weights, moments, batch and what XLA plans beside them; torch's is its
-allocator's peak. Needs jax, flax, optax and ml_collections; without a GPU, say a small --batch.
+"% of peak" is the rate of the model's products (`models.image_flops`) relative to that of a large
+product in the same round. Memory is weights, optimizer state, batch and the temporaries that XLA
+plans; for PyTorch it is the allocator's peak. Needs jax, flax, optax and ml_collections. Without a
+GPU, pass a small --batch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# JAX takes memory as it needs it: PyTorch's process, which comes first, finds it free.
+# JAX allocates memory as needed, so that it is free for PyTorch's process, which runs first.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
@@ -36,14 +37,14 @@ import numpy as np  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import limits, models  # noqa: E402
-from benchmarks.turns import conditions, keep, ratio, table, take_turns  # noqa: E402
+from benchmarks.turns import conditions, ratio, table, take_turns, write_json  # noqa: E402
 from modelstock_jax.training.cost_analysis import device_bytes, extra_bytes  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
 
 REPLICAS = {"vmap": 2, "map": 2, "one": 1}
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """How a step is compiled."""
 
     replicas: str
@@ -51,45 +52,49 @@ class Way(NamedTuple):
     remat: str
 
     def __str__(self) -> str:
-        how = "one replica" if self.replicas == "one" else f"two by {self.replicas}"
-        return f"{how}, {self.attention}" + (", remat" if self.remat == "on" else "")
+        replicas = "one replica" if self.replicas == "one" else f"two by {self.replicas}"
+        return f"{replicas}, {self.attention}" + (", remat" if self.remat == "on" else "")
 
 
 class Steps:
-    """The compiled steps of one size; ways with equally many replicas share one training state."""
+    """The compiled steps of one size; variants with the same replicas share one training state."""
 
     def __init__(self, size: str, batch_size: int, dtype: str) -> None:
         self.size, self.batch_size, self.dtype = size, batch_size, dtype
         self.params = models.weights(size)
         self.states, self.batches = {}, {}
 
-    def make(self, way: Way):
-        """A way for `take_turns`, and what is known of its program."""
-        replicas = REPLICAS[way.replicas]
+    def make(self, variant: Variant):
+        """Return a function for `take_turns`, and the memory and compile time of its program."""
+        replicas = REPLICAS[variant.replicas]
         config = models.run_config(self.size, self.dtype)
         config.num_replicas, config.batch_size = replicas, self.batch_size
-        config.compute.replica_mode = "map" if way.replicas == "map" else "vmap"
-        config.compute.attention_impl, config.compute.remat = way.attention, way.remat == "on"
+        config.compute.replica_mode = "map" if variant.replicas == "map" else "vmap"
+        config.compute.attention_impl = variant.attention
+        config.compute.remat = variant.remat == "on"
         programs = models.make_programs(config, self.size, self.params)
-        reference = programs.step_constants()  # Fine-tuning reads nothing beside its state.
+        constants = programs.step_constants()  # Fine-tuning reads only its state.
         shapes = programs.abstract_batch(models.SIZES[self.size][4])
-        began = time.perf_counter()
-        step = programs.step.lower(programs.abstract_state, shapes, reference).compile()
-        compiled = time.perf_counter() - began
+        start = time.perf_counter()
+        step = programs.step.lower(programs.abstract_state, shapes, constants).compile()
+        compile_seconds = time.perf_counter() - start
         if replicas not in self.batches:
             self.batches[replicas] = put_batch(programs.mesh, self._batch(replicas))
 
         def run(count: int) -> None:
-            # A step takes the state's memory: there is none at first, nor after a step that failed.
+            # A step donates the state: there is none at first, nor after a step that failed.
             state = self.states.pop(replicas, None) or programs.init_state(0)
             for _ in range(count):
-                state, metrics = step(state, self.batches[replicas], reference)
+                state, metrics = step(state, self.batches[replicas], constants)
             jax.block_until_ready((state, metrics))
             self.states[replicas] = state
             assert np.isfinite(metrics["loss"]).all()
 
-        held = device_bytes(programs.abstract_state) + device_bytes(shapes)
-        return run, {"compile_seconds": compiled, "memory_bytes": held + extra_bytes(step)}
+        stored = device_bytes(programs.abstract_state) + device_bytes(shapes)
+        return run, {
+            "compile_seconds": compile_seconds,
+            "memory_bytes": stored + extra_bytes(step),
+        }
 
     def _batch(self, replicas: int) -> dict[str, np.ndarray]:
         rng, lead = np.random.default_rng(0), (replicas, self.batch_size)
@@ -100,21 +105,21 @@ class Steps:
         }
 
 
-def measure(size: str, batch_size: int, ways: list[Way], args) -> list[dict]:
-    """A row for each way of one size, their steps and the large product taking turns."""
+def measure(size: str, batch_size: int, variants: list[Variant], args) -> list[dict]:
+    """Return one row per variant of one size, measured in turns with the large product."""
     steps, runs, rows = Steps(size, batch_size, args.dtype), {}, []
-    for way in ways:
-        row = {"size": size, "way": str(way), "batch": batch_size} | way._asdict()
+    for variant in variants:
+        row = {"size": size, "way": str(variant), "batch": batch_size} | variant._asdict()
         try:
-            run, known = steps.make(way)
+            run, details = steps.make(variant)
             run(1)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             rows.append(row | {"failed": "out of memory"})
             continue
-        runs[str(way)] = run
-        rows.append(row | known)
+        runs[str(variant)] = run
+        rows.append(row | details)
     runs["product"], flops = limits.product(args.dtype, args.side)
     seconds = take_turns(runs, args.rounds, args.seconds)
     for row in rows:
@@ -127,7 +132,7 @@ def measure(size: str, batch_size: int, ways: list[Way], args) -> list[dict]:
 
 
 def measure_torch(size: str, batch_size: int, args) -> dict:
-    """PyTorch's row, by a process that has the device for itself."""
+    """Return PyTorch's row, measured in a process that has the device for itself."""
     clip = models.clip_config(size)
     sizes = {"vision": clip.to_dict()["vision_config"], "features": clip.projection_dim}
     del sizes["vision"]["projection_dim"]
@@ -138,11 +143,11 @@ def measure_torch(size: str, batch_size: int, args) -> dict:
     row = {"size": size, "way": "PyTorch, one replica", "batch": batch_size}
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return row | {"failed": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    seconds, flops = found.pop("seconds"), found.pop("product_flops")
+        return row | {"failed": (done.stderr.strip().splitlines() or ["no error message"])[-1]}
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    seconds, flops = result.pop("seconds"), result.pop("product_flops")
     _rate(row, seconds["step"], seconds["product"], flops, 1)
-    return row | found
+    return row | result
 
 
 def _rate(row: dict, step: list[float], product: list[float], flops: float, replicas: int) -> None:
@@ -153,24 +158,24 @@ def _rate(row: dict, step: list[float], product: list[float], flops: float, repl
     row["of_peak"] = work / flops * ratio(product, step)
 
 
-def shown(row: dict) -> dict[str, str]:
-    """A line of the table."""
+def table_row(row: dict) -> dict[str, str]:
+    """Return a row of the table."""
     line = {"model": row["size"], "step": row["way"], "batch": str(row["batch"])}
-    numbers = ("ms a step", "images/s", "of peak", "memory GB", "compiling s")
+    headings = ("ms per step", "images/s", "% of peak", "memory, GB", "compile time, s")
     if "failed" in row:
-        return line | {numbers[0]: row["failed"]} | dict.fromkeys(numbers[1:], "")
+        return line | {headings[0]: row["failed"]} | dict.fromkeys(headings[1:], "")
     memory, compiled = row.get("memory_bytes"), row.get("compile_seconds")
     return line | {
-        "ms a step": f"{1000 * statistics.median(row['seconds']):.4g}",
+        "ms per step": f"{1000 * statistics.median(row['seconds']):.4g}",
         "images/s": f"{row['images_per_second']:.4g}",
-        "of peak": f"{100 * row['of_peak']:.1f} %",
-        "memory GB": f"{memory / 1e9:.2f}" if memory else "",
-        "compiling s": f"{compiled:.0f}" if compiled else "",
+        "% of peak": f"{100 * row['of_peak']:.1f} %",
+        "memory, GB": f"{memory / 1e9:.2f}" if memory else "",
+        "compile time, s": f"{compiled:.0f}" if compiled else "",
     }
 
 
 def peers(rows: list[dict]) -> list[str]:
-    """Ratios for which there are goals: of the pair to one replica, and to PyTorch."""
+    """Return lines with the ratios of the pair to one replica and to PyTorch."""
     done = {row["way"]: row for row in rows if "failed" not in row}
     lines = []
     for name, row in done.items():
@@ -180,32 +185,40 @@ def peers(rows: list[dict]) -> list[str]:
             lines.append(f"{row['size']}, {name}: {times:.2f} x the time of one replica")
     torch = done.get("PyTorch, one replica")
     if torch and len(done) > 1:
-        best = max((r for r in done.values() if r is not torch), key=_share)
-        times = _share(best) / _share(torch)
-        lines.append(f"{best['size']}, {best['way']}: {times:.2f} x PyTorch, of peak")
+        best = max((r for r in done.values() if r is not torch), key=_of_peak)
+        times = _of_peak(best) / _of_peak(torch)
+        lines.append(f"{best['size']}, {best['way']}: {times:.2f} x PyTorch's % of peak")
     return lines
 
 
-def _share(row: dict) -> float:
-    # Processes do not take turns: each is held against the large product of its own rounds.
+def _of_peak(row: dict) -> float:
+    # Processes do not run in turns; each is compared with the large product of its own rounds.
     return row["of_peak"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["b32", "b16", "l14"], choices=models.SIZES)
-    parser.add_argument("--batch", type=int, help="of a replica; the config's by default")
+    parser.add_argument("--batch", type=int, help="batch size per replica (default: the config's)")
     parser.add_argument("--replicas", nargs="+", default=list(REPLICAS), choices=REPLICAS)
     parser.add_argument("--attention", nargs="+", choices=("xla", "cudnn"))
     parser.add_argument("--remat", nargs="+", default=["off"], choices=("off", "on"))
-    parser.add_argument("--dtype", help="float32 on a CPU, else bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="least time of a turn")
-    parser.add_argument("--side", type=int, default=0, help="of the large product's matrices")
-    parser.add_argument("--torch", default=sys.executable, help="an interpreter with torch, or ''")
-    parser.add_argument("--profile", type=Path, help="where to write traces (jax.profiler)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dtype", help="compute dtype (default: float32 on a CPU, else bfloat16)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant (default: 5)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="minimum time of a turn (default: 1)"
+    )
+    parser.add_argument(
+        "--side", type=int, default=0, help="size of the product's matrices; 0: automatic"
+    )
+    parser.add_argument(
+        "--torch",
+        default=sys.executable,
+        help="interpreter with torch; '' for none (default: this)",
+    )
+    parser.add_argument("--profile", type=Path, help="output directory for traces (jax.profiler)")
+    parser.add_argument("--json", type=Path, help="output file with all values")
     args = parser.parse_args(argv)
     on_cpu = jax.default_backend() == "cpu"
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
@@ -214,19 +227,21 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--attention cudnn needs a GPU")
     if args.torch == sys.executable and importlib.util.find_spec("torch") is None:
         args.torch = ""
-    ways = list(itertools.starmap(Way, itertools.product(args.replicas, attention, args.remat)))
+    variants = list(
+        itertools.starmap(Variant, itertools.product(args.replicas, attention, args.remat))
+    )
     batches = {s: args.batch or models.run_config(s).batch_size for s in args.sizes}
     torch_rows = {s: [measure_torch(s, batches[s], args)] for s in args.sizes if args.torch}
     results = conditions(jax.devices()[0].device_kind, ("jax", "jaxlib", "flax", "optax", "numpy"))
     results |= {"dtype": args.dtype, "rows": []}
     for size in args.sizes:
-        rows = torch_rows.get(size, []) + measure(size, batches[size], ways, args)
+        rows = torch_rows.get(size, []) + measure(size, batches[size], variants, args)
         results["rows"] += rows
-        print(table([shown(row) for row in rows]), *peers(rows), sep="\n", flush=True)
-        keep(args.json, results)
+        print(table([table_row(row) for row in rows]), *peers(rows), sep="\n", flush=True)
+        write_json(args.json, results)
     measured = [row for row in results["rows"] if "seconds" in row]
     peak = statistics.median([row["product_flops_per_second"] for row in measured] or [0])
-    print(f"{results['device']}, {args.dtype}: a large product runs at {peak / 1e12:.3g} TFLOP/s")
+    print(f"{results['device']}, {args.dtype}: the large product runs at {peak / 1e12:.3g} TFLOP/s")
 
 
 if __name__ == "__main__":

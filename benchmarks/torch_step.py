@@ -1,10 +1,11 @@
-"""A PyTorch fine-tuning step of the same classifier, as `step.py` measures its own.
+"""A PyTorch fine-tuning step of the same classifier, for comparison in `step.py`.
 
     python benchmarks/torch_step.py --sizes '{"vision": {...}, "features": 512, "classes": 1000}'
 
-Run by step.py; prints one line of JSON. transformers' CLIP image tower under a linear head,
-torch.compile, SDPA attention, autocast to bfloat16 over float32 weights, fused AdamW, gradients
-clipped to a norm of 1: what step.py's own step computes. Needs torch and transformers, no jax.
+step.py runs it; it prints one line of JSON. It computes what step.py's own step computes: CLIP's
+image tower from transformers with a linear head, torch.compile, SDPA attention, autocast to
+bfloat16 with float32 weights, fused AdamW, gradients clipped to a norm of 1. Needs torch and
+transformers, but no jax.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Classifier(nn.Module):
-    """Bytes to logits: f / |f| W + b of transformers' image features f."""
+    """Logits f / |f| W + b of the image features f of transformers; input are bytes."""
 
     def __init__(self, vision: dict, features: int, classes: int) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class Classifier(nn.Module):
 
 
 def make_step(sizes: dict, batch_size: int, dtype: str, device: str):
-    """One step of fine-tuning, as a way for `take_turns`."""
+    """Return a fine-tuning step for `take_turns`."""
     classifier = Classifier(**sizes).to(device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-5, weight_decay=0.1, fused=True)
     side = sizes["vision"]["image_size"]
@@ -67,7 +68,7 @@ def make_step(sizes: dict, batch_size: int, dtype: str, device: str):
 
 
 def make_product(dtype: str, side: int, device: str):
-    """The same product that step.py measures against."""
+    """Return the large product of step.py for `take_turns`."""
     left, right = (
         torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2)
     )
@@ -86,12 +87,12 @@ def _finish(device: str) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=json.loads, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--side", type=int, default=0, help="of the product")
+    parser.add_argument("--side", type=int, default=0, help="size of the product's matrices")
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     args = parser.parse_args()
@@ -99,11 +100,11 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     side = args.side or (2048 if device == "cpu" else 8192)
-    ways = {
+    variants = {
         "product": make_product(args.dtype, side, device),
         "step": make_step(args.sizes, args.batch, args.dtype, device),
     }
-    seconds = take_turns(ways, args.rounds, args.seconds)
+    seconds = take_turns(variants, args.rounds, args.seconds)
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
     print(json.dumps({
         "seconds": seconds, "product_flops": 2.0 * side**3, "memory_bytes": memory,

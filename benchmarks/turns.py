@@ -1,4 +1,4 @@
-"""Things that take turns under the clock, and their figures on paper; needs no package."""
+"""Measure functions in turns, and format the results; needs no other package."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from pathlib import Path
 
 
 def take_turns(
-    ways: dict[str, Callable[[int], None]], rounds: int, seconds: float
+    variants: dict[str, Callable[[int], None]], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds a call of each way, one number a round.
+    """Return the seconds per call of each variant, one value per round.
 
-    The ways follow each other, in another order each round, so that what else the machine does
-    falls on all alike. A turn is as many calls as take `seconds`.
+    The variants run in turns, in a different order each round, so that other load affects all of
+    them equally. A turn has as many calls as take at least `seconds`.
 
     Args:
-      ways: name -> function of a number of calls, which returns when all of them are done.
-      rounds: how often each has its turn.
-      seconds: the least time of a turn.
+      variants: name -> function of a number of calls that returns when all of them are done
+      rounds: number of turns of each variant
+      seconds: minimum time of a turn
     """
     calls = {}
-    for name, run in ways.items():
-        run(1)  # Compiles, and takes its memory.
-        calls[name] = max(1, math.ceil(seconds / max(_clocked(run, 1), 1e-9)))
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
+    for name, run in variants.items():
+        run(1)  # Compiles, and allocates its memory.
+        calls[name] = max(1, math.ceil(seconds / max(_seconds(run, 1), 1e-9)))
+    per_call: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            found[name].append(_clocked(ways[name], calls[name]) / calls[name])
-    return found
+            per_call[name].append(_seconds(variants[name], calls[name]) / calls[name])
+    return per_call
 
 
-def _clocked(run: Callable[[int], None], count: int) -> float:
-    began = time.perf_counter()
+def _seconds(run: Callable[[int], None], count: int) -> float:
+    start = time.perf_counter()
     run(count)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def ratio(times: Iterable[float], others: Iterable[float]) -> float:
-    """Median of the ratios within each round."""
+    """Return the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: the keys of the first row are the header; all but names are to the right."""
+    """Return a Markdown table; the keys of the first row are its headings."""
     names = list(rows[0])
-    aligned = ["---" if i == 0 else "---:" for i in range(len(names))]
-    lines = [names, aligned, *([row[name] for name in names] for row in rows)]
+    alignment = ["---" if i == 0 else "---:" for i in range(len(names))]
+    lines = [names, alignment, *([row[name] for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def conditions(device: str, packages: Iterable[str]) -> dict[str, object]:
-    """What a figure depends on: machine, versions, command."""
+    """Return the device, host, versions and command of a result."""
     return {
         "device": device,
         "host": f"{_processor()}, {platform.system()}",
@@ -71,16 +71,16 @@ def conditions(device: str, packages: Iterable[str]) -> dict[str, object]:
 
 
 def _processor() -> str:
-    """The processor's name: `platform.processor` has none on most Linux."""
+    """Return the processor's name, which `platform.processor` lacks on most Linux systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(named)} x {named[0]}" if named else platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.machine()
 
 
-def keep(path: Path | None, results: dict) -> None:
-    """Writes the JSON, where one is asked for."""
+def write_json(path: Path | None, results: dict) -> None:
+    """Write the JSON file, if a path is passed."""
     if path is not None:
         path.write_text(json.dumps(results, indent=1) + "\n")

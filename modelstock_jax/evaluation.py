@@ -1,4 +1,4 @@
-"""Top-1 accuracy on the in-distribution set and on every shift."""
+"""Top-1 accuracy on the in-distribution test set and on every shift."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from modelstock_jax.training.sharding import device_put_global, local_indices, m
 
 Evaluate = Callable[..., dict[str, float]]
 
-# A batch's result is awaited when so many more have been sent: the device never waits for the
-# host, and a large set does not pile up in its memory.
+# Number of batches sent ahead of the one whose result is awaited: the device never waits for the
+# host, and the batches of a large dataset do not accumulate in its memory.
 _AHEAD = 2
 
 
 class ModelEvaluator:
-    """Rows of results: each model's accuracy on every set of a benchmark.
+    """Evaluate models on every dataset of a benchmark.
 
     Attributes:
-      num_images: that a row takes, of all sets.
+      num_images: number of images per row, over all datasets
     """
 
     def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
-        """Prepares the evaluator for the classifiers of one architecture."""
+        """Prepare the evaluation of classifiers with the architecture of `anchor`."""
         self._anchor, self._data = anchor, data
-        most = config.evaluation.max_shift_images
-        self._sets = [data.test, *(s.first(most or len(s)) for s in data.shifts.values())]
+        max_images = config.evaluation.max_shift_images
+        shifts = [shift.first(max_images or len(shift)) for shift in data.shifts.values()]
+        self._sets = [data.test, *shifts]
         if data.real_labels is not None:
             self._sets.append(data.real_labels)
         self.num_images = sum(len(image_set) for image_set in self._sets)
@@ -50,18 +51,18 @@ class ModelEvaluator:
         method: str,
         params: PyTree,
         *,
-        measured: Callable[[int], None] = lambda images: None,
+        on_progress: Callable[[int], None] = lambda images: None,
         **details: Any,
     ) -> dict[str, Any]:
-        """A row as `tables.make_row` gives it.
+        """Return the row of `tables.make_row` of one model.
 
         Args:
-          method: the row's.
-          params: whole on every process.
-          measured: told how many images of this row are done.
-          **details: go into the row.
+          method: method of the row
+          params: weights, complete on every process
+          on_progress: called with the number of evaluated images of this row
+          **details: other entries of the row
         """
-        data, accuracy = self._data, self._evaluate(params, self._sets, measured)
+        data, accuracy = self._data, self._evaluate(params, self._sets, on_progress)
         if data.real_labels is not None:
             details["real"] = accuracy[data.real_labels.name]
         if "distance_to_anchor" not in details:
@@ -75,12 +76,12 @@ class ModelEvaluator:
 
 
 def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> Evaluate:
-    """What `make_evaluator` builds for the replicas of a classifier, as a run's config says.
+    """Return `make_evaluator` for the replicas of a classifier.
 
     Args:
-      config: its `evaluation.batch_size` and `data.loader` are used.
-      anchor: computes and normalizes as they do; its weights are not looked at.
-      mesh: see `make_evaluator`.
+      config: options `evaluation.batch_size` and `data.loader` of the run
+      anchor: classifier with the same forward pass and normalization; its weights are not used
+      mesh: see `make_evaluator`
     """
     return make_evaluator(
         anchor.apply,
@@ -101,61 +102,61 @@ def make_evaluator(
     image_size: int | None = None,
     loader: LoaderOptions | None = None,
 ) -> Evaluate:
-    """Builds (params, image sets, measured) -> {set's name: top-1 accuracy in percent}.
+    """Return a function (params, image sets, on_progress) -> {set name: top-1 accuracy in percent}.
 
-    Every image counts once, as its set says (`ImageSet`): among some classes only for R and A, by
-    the best of an object's classes for ObjectNet, by sets of labels for ReaL. `measured`, if given,
-    is told again and again how many images of all sets are done.
+    Every image counts once, by the rules of its `ImageSet`: R and A use a subset of the classes,
+    ObjectNet uses the best logit of an object's classes, and ReaL accepts any label of a set.
+    `on_progress`, if passed, is called repeatedly with the number of evaluated images of all sets.
 
     Args:
-      apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      prepare: images uint8 -> float, normalized.
-      mesh: batches are split over all of its devices, of all processes.
-      batch_size: B; rounded up to a multiple of the devices.
-      image_size: side of the model's input, for sets of encoded images.
-      loader: how those are read.
+      apply: (params, images float [B, H, W, 3]) -> logits [B, K]
+      prepare: images uint8 -> normalized float images
+      mesh: batches are split over all devices of all processes
+      batch_size: B, rounded up to a multiple of the number of devices
+      image_size: side of the model's input, for sets of encoded images
+      loader: how encoded images are read
     """
     devices = mesh.devices.size
     batch_size = -(-batch_size // devices) * devices
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     (examples,) = local_indices(split, (batch_size,))
-    # Two programs: the large one is compiled once for all sets.
+    # Two programs, so that the large one is compiled only once for all sets.
     logits_of = jax.jit(lambda params, images: apply(params, prepare(images)), out_shardings=split)
-    count_of = jax.jit(count_correct, out_shardings=whole)
+    count_of = jax.jit(count_correct, out_shardings=replicated)
 
     def counts(params, image_set, num_classes):
-        """Right and counted, batch by batch."""
+        """Yield the numbers of correct and counted images of each batch."""
         candidate, pending = candidate_classes(image_set, num_classes), []
-        reading = dict(examples=examples, image_size=image_size, loading=loader)
-        for batch in scored_batches(image_set, batch_size, **reading):
+        options = dict(examples=examples, image_size=image_size, loader=loader)
+        for batch in scored_batches(image_set, batch_size, **options):
             images, target = (
                 make_global_array(split, batch[name], (batch_size,)) for name in ("image", "target")
             )
-            found = count_of(logits_of(params, images), target, candidate)
-            pending.append(block_on_multihost_cpu(found))
+            count = count_of(logits_of(params, images), target, candidate)
+            pending.append(block_on_multihost_cpu(count))
             if len(pending) > _AHEAD:
                 yield jax.device_get(pending.pop(0))
         yield from jax.device_get(pending)
 
-    def everywhere(leaf):
-        """Weights that this process has whole are placed once; a sharded array stays as it is."""
+    def on_mesh(leaf):
+        """Replicate weights that this process has complete; return a sharded array unchanged."""
         placed = isinstance(leaf, jax.Array) and leaf.sharding.device_set == split.device_set
-        return leaf if placed else device_put_global(leaf, whole)
+        return leaf if placed else device_put_global(leaf, replicated)
 
-    def evaluate(params, image_sets, measured=lambda images: None):
-        params, before = jax.tree.map(everywhere, params), 0
+    def evaluate(params, image_sets, on_progress=lambda images: None):
+        params, before = jax.tree.map(on_mesh, params), 0
         num_classes = params["head"]["bias"].shape[-1]
         accuracies = {}
         for image_set in image_sets:
             total = np.zeros(2, int)
-            for number, some in enumerate(counts(params, image_set, num_classes), 1):
-                total += some
-                measured(before + min(number * batch_size, len(image_set)))
-            right, counted = total.tolist()
+            for number, count in enumerate(counts(params, image_set, num_classes), 1):
+                total += count
+                on_progress(before + min(number * batch_size, len(image_set)))
+            correct, counted = total.tolist()
             if not counted:
-                raise UserError(f"{image_set.name}: no image to measure on, or none with a label")
-            accuracies[image_set.name] = 100.0 * right / counted
+                raise UserError(f"{image_set.name}: no images, or no image with a label")
+            accuracies[image_set.name] = 100.0 * correct / counted
             before += len(image_set)
         return accuracies
 
@@ -163,48 +164,52 @@ def make_evaluator(
 
 
 def scored_batches(
-    image_set: ImageSet, batch_size: int, **reading: Any
+    image_set: ImageSet, batch_size: int, **options: Any
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, with its `targets`; padding has none and so is not counted.
+    """Yield every image once with its `targets`; padding has no target and is not counted.
 
     Args:
-      image_set: M images.
-      batch_size: B, over all processes.
-      **reading: as `eval_batches` takes it.
+      image_set: M images
+      batch_size: B, over all processes
+      **options: options of `eval_batches`
 
     Returns:
-      Iterator of {"image": uint8 [b, H, W, 3], "target": int32 [b, L]}, b of the B.
+      iterator of {"image": uint8 [b, H, W, 3], "target": int32 [b, L]}, b of the B examples
     """
-    right = targets(image_set)
-    # The number of an image stands as its label: whatever is padded or left out on the way, an
-    # image is scored by its own targets.
+    image_targets = targets(image_set)
+    # The index of each image replaces its label, so that padded or skipped images cannot shift
+    # the targets.
     numbered = ImageSet(
         image_set.name,
         image_set.images,
         np.arange(len(image_set), dtype=np.int32),
         crop_border=image_set.crop_border,
     )
-    for batch in eval_batches(numbered, batch_size, **reading):
-        rows = right[batch["label"]]
+    for batch in eval_batches(numbered, batch_size, **options):
+        rows = image_targets[batch["label"]]
         rows[~batch["mask"]] = -1
         yield {"image": batch["image"], "target": rows}
 
 
 def targets(image_set: ImageSet) -> np.ndarray:
-    """Which rows of `candidate_classes` are right for each image.
+    """Return the correct rows of `candidate_classes` for each image.
+
+    Args:
+      image_set: M images
 
     Returns:
-      int32 [M, L], filled up with -1; an image with no right answer is not counted.
+      int32 [M, L], padded with -1; an image without a correct row is not counted
 
-    >>> images, labels = np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int32)
-    >>> targets(ImageSet("real", images, labels, label_sets=((3, 5), ()))).tolist()
-    [[3, 5], [-1, -1]]
+    Example:
+      >>> images, labels = np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int32)
+      >>> targets(ImageSet("real", images, labels, label_sets=((3, 5), ()))).tolist()
+      [[3, 5], [-1, -1]]
     """
     if image_set.label_sets is not None:
-        widest = max(map(len, image_set.label_sets), default=1)
-        rows = np.full((len(image_set), max(1, widest)), -1, np.int32)
-        for row, right in zip(rows, image_set.label_sets, strict=True):
-            row[: len(right)] = right
+        width = max(map(len, image_set.label_sets), default=1)
+        rows = np.full((len(image_set), max(1, width)), -1, np.int32)
+        for row, labels in zip(rows, image_set.label_sets, strict=True):
+            row[: len(labels)] = labels
         return rows
     labels = image_set.labels
     if image_set.classes is not None:
@@ -213,50 +218,54 @@ def targets(image_set: ImageSet) -> np.ndarray:
 
 
 def candidate_classes(image_set: ImageSet, num_classes: int) -> np.ndarray:
-    """What a prediction is chosen from: rows of class ids, the best logit of a row is its score.
+    """Return the possible predictions: rows of class ids; the score of a row is its best logit.
 
     Args:
-      image_set: its `classes` or `groups` count; without them, every class is a row.
-      num_classes: K.
+      image_set: defines the rows by its `classes` or `groups`; without them every class is a row
+      num_classes: K
 
     Returns:
-      int32 [C, m]; a shorter group repeats its first class.
+      int32 [C, m]; a shorter group repeats its first class
 
     Raises:
-      UserError: a class that the classifier does not have.
+      UserError: the classifier lacks a class
 
-    >>> images, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32)
-    >>> candidate_classes(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
-    [[4, 4], [0, 7]]
+    Example:
+      >>> images, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32)
+      >>> candidate_classes(ImageSet("objects", images, labels, groups=((4,), (0, 7))), 9).tolist()
+      [[4, 4], [0, 7]]
     """
     groups = image_set.groups
     if groups is None:
         ids = range(num_classes) if image_set.classes is None else image_set.classes
-        groups = [(one,) for one in ids]
+        groups = [(class_id,) for class_id in ids]
     if (largest := max(max(group) for group in groups)) >= num_classes:
         raise UserError(
-            f"{image_set.name}: needs a logit of class {largest}, the classifier has {num_classes}"
+            f"{image_set.name}: needs the logit of class {largest}, but the classifier has only "
+            f"{num_classes} classes"
         )
-    widest = max(map(len, groups))
-    return np.array([[*row, *[row[0]] * (widest - len(row))] for row in groups], np.int32)
+    width = max(map(len, groups))
+    return np.array([[*row, *[row[0]] * (width - len(row))] for row in groups], np.int32)
 
 
 def count_correct(logits, target, candidate):
-    """How many predictions are right, and how many images count; of NumPy or JAX arrays.
+    """Count correct predictions and counted images of NumPy or JAX arrays.
 
     Args:
-      logits: [B, K].
-      target: int32 [B, L], as `targets` gives them.
-      candidate: int32 [C, m], as `candidate_classes` gives them.
+      logits: [B, K]
+      target: int32 [B, L] of `targets`
+      candidate: int32 [C, m] of `candidate_classes`
 
     Returns:
-      Two scalars, right and counted.
+      two scalars: the numbers of correct and of counted images
 
-    >>> logits = np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
-    >>> right, counted = count_correct(logits, np.array([[0], [-1]]), np.array([[2, 1], [0, 0]]))
-    >>> int(right), int(counted)
-    (1, 1)
+    Example:
+      >>> logits = np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
+      >>> target, candidate = np.array([[0], [-1]]), np.array([[2, 1], [0, 0]])
+      >>> correct, counted = count_correct(logits, target, candidate)
+      >>> int(correct), int(counted)
+      (1, 1)
     """
     choice = logits[:, candidate].max(-1).argmax(-1)
-    right = (choice[:, None] == target).any(-1)
-    return right.sum(), (target >= 0).any(-1).sum()
+    correct = (choice[:, None] == target).any(-1)
+    return correct.sum(), (target >= 0).any(-1).sum()

@@ -136,7 +136,7 @@ figures.angle_by_layer(layers, figure_path("angles"))
 # Gaussian noise vectors in n dimensions.
 
 # %%
-from modelstock_jax.reporting.style import BLACK, BLUE, GREY, SKY, VERMILION, draw
+from modelstock_jax.reporting.style import BLACK, BLUE, GRAY, SKY, VERMILION, draw
 
 rng, dimensions = np.random.default_rng(0), (3, 30, 300, 3_000)
 noises = [rng.standard_normal((2, 400, n), np.float32) / n**0.5 for n in dimensions]
@@ -144,7 +144,7 @@ noises = [rng.standard_normal((2, 400, n), np.float32) / n**0.5 for n in dimensi
 
 def concentration(figure):
     left, right = figure.subplots(1, 2)
-    for (a, b), n, shade in zip(noises, dimensions, (GREY, SKY, BLUE, VERMILION), strict=True):
+    for (a, b), n, shade in zip(noises, dimensions, (GRAY, SKY, BLUE, VERMILION), strict=True):
         length = np.linalg.norm(a, axis=1)
         between = angle((a * b).sum(1) / length / np.linalg.norm(b, axis=1))
         style = dict(bins=60, histtype="step", lw=1.8, color=shade, label=f"n = {n:,}", log=True)
@@ -286,7 +286,7 @@ from modelstock_jax.merging import ratio
 
 def ratios(figure):
     axes, degrees = figure.subplots(), np.linspace(0, 110, 221)
-    for n, shade in zip((2, 3, 5, 50), (VERMILION, BLUE, SKY, GREY), strict=True):
+    for n, shade in zip((2, 3, 5, 50), (VERMILION, BLUE, SKY, GRAY), strict=True):
         curve = ratio(np.cos(np.radians(degrees)), n)
         axes.plot(degrees, curve, color=shade, lw=2, label=f"N = {n}")
     for row in found:

@@ -1,4 +1,4 @@
-"""The benchmarks of the step and the merge run; what they count is right."""
+"""The benchmarks of the step and the merge run, and their counts are correct."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelstock_jax.models.clip import classifier
 from modelstock_jax.models.transformer import Compute
 
 ROOT = Path(__file__).parents[1]
-# A bare machine with a GPU has jax, flax and optax; ml_collections needs nothing to be compiled.
+# Packages that a minimal environment lacks: it has jax, flax, optax and ml_collections.
 ABSENT = ("PIL", "chex", "datasets", "google", "grain", "huggingface_hub", "matplotlib", "orbax",
           "safetensors", "simplejpeg", "sklearn", "tensorboardX", "tensorflow_datasets",
           "tokenizers", "torch", "transformers", "zlib_ng")  # fmt: skip
@@ -31,7 +31,7 @@ for script, arguments in {{}}:
 
 
 @pytest.mark.slow
-def test_they_run_where_only_jax_flax_and_optax_are(tmp_path):
+def test_they_need_only_jax_flax_and_optax(tmp_path):
     files = tmp_path / "step.json", tmp_path / "merge.json"
     common = ["--sizes", "tiny", "--rounds", "2", "--seconds", "0.001", "--json"]
     scripts = [
@@ -54,12 +54,12 @@ def test_they_run_where_only_jax_flax_and_optax_are(tmp_path):
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0, row
         assert row["way"] in done.stdout
     pair, _, single = steps["rows"]
-    # Weights and two moments, float32, of each replica.
-    held = 12 * sum(x.size for x in jax.tree.leaves(models.abstract_weights("tiny")))
-    assert pair["memory_bytes"] > 2 * held and single["memory_bytes"] > held
+    # Weights and two Adam moments, float32, of each replica.
+    state_bytes = 12 * sum(x.size for x in jax.tree.leaves(models.abstract_weights("tiny")))
+    assert pair["memory_bytes"] > 2 * state_bytes and single["memory_bytes"] > state_bytes
 
 
-def test_a_rate_is_held_against_the_product_of_its_round():
+def test_rate_is_relative_to_the_product_of_its_round():
     row = {"size": "b32", "batch": 8}
     # Two replicas of eight images; the machine was half as fast in the second round.
     step._rate(row, step=[0.5, 1.0], product=[0.1, 0.2], flops=1e12, replicas=2)
@@ -67,20 +67,20 @@ def test_a_rate_is_held_against_the_product_of_its_round():
     assert row["of_peak"] == pytest.approx(16 * models.image_flops("b32") / 0.5 / 1e13)
 
 
-def test_processes_are_compared_by_their_shares_of_peak():
-    """PyTorch's ran on a machine that was twice as fast at the time."""
+def test_processes_are_compared_by_their_fraction_of_peak():
+    """PyTorch's process ran while the machine was twice as fast."""
     ours = {"size": "b32", "way": "two by vmap, xla", "images_per_second": 2.0, "of_peak": 0.5}
     torch = {"size": "b32", "way": "PyTorch, one replica", "images_per_second": 4.0, "of_peak": 0.4}
-    assert step.peers([torch, ours]) == ["b32, two by vmap, xla: 1.25 x PyTorch, of peak"]
+    assert step.peers([torch, ours]) == ["b32, two by vmap, xla: 1.25 x PyTorch's % of peak"]
 
 
 @pytest.mark.parametrize(("size", "billions"), [("b32", 26.2), ("b16", 105.2), ("l14", 485.8)])
-def test_operations_are_those_of_the_published_sizes(size, billions):
+def test_operations_of_the_published_sizes(size, billions):
     assert models.image_flops(size) / 1e9 == pytest.approx(billions, abs=0.05)
 
 
-def test_operations_are_those_that_xla_counts():
-    """Of the loss's gradient; norms, softmax and activations, not counted here, are a few %."""
+def test_operations_agree_with_the_count_of_xla():
+    """For the gradient of the loss; norms, softmax and activations add a few % in XLA's count."""
     clip = models.clip_config("b32")
     classify = classifier(clip, Compute())
     batch = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
@@ -91,10 +91,10 @@ def test_operations_are_those_that_xla_counts():
     assert models.image_flops("b32") < counted < 1.05 * models.image_flops("b32")
 
 
-def test_turns_are_long_enough_and_change_their_order():
-    told = []
-    ways = {name: lambda count, name=name: told.append((name, count)) for name in "ab"}
-    seconds = turns.take_turns(ways, rounds=2, seconds=0.0)
-    assert [name for name, _ in told[-4:]] == ["a", "b", "b", "a"]
+def test_turns_change_their_order():
+    calls = []
+    variants = {name: lambda count, name=name: calls.append((name, count)) for name in "ab"}
+    seconds = turns.take_turns(variants, rounds=2, seconds=0.0)
+    assert [name for name, _ in calls[-4:]] == ["a", "b", "b", "a"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
     assert turns.ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0

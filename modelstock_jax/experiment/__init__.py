@@ -1,4 +1,4 @@
-"""A whole run: train, merge, evaluate every method on every set, write the results."""
+"""Complete runs: train, merge, evaluate every method on every dataset, write the results."""
 
 from modelstock_jax.experiment.dry_run import dry_run
 from modelstock_jax.experiment.run import evaluate_checkpoint, run

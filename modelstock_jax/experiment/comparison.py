@@ -1,4 +1,7 @@
-"""The models that a run compares: trained and measured seed by seed, each finished part a file."""
+"""Train and evaluate the models that a run compares, seed by seed.
+
+The results of the anchor and of each seed are cached in `runs/NAME/results.json`.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from modelstock_jax.merging import (
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.registry import METHODS
 from modelstock_jax.reporting.progress import Progress
+from modelstock_jax.reporting.tables import current_rows
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
@@ -42,11 +46,11 @@ class MergedModel:
     """One model to evaluate.
 
     Attributes:
-      method: a key of `registry.ROWS`.
-      params: its weights.
-      cost: training spent, in fine-tunings of one model.
-      predicted_distance: to the center, from the angles alone; None where nothing predicts it.
-      details: what else tells its row from others (alpha, of, unit, replica, num_replicas).
+      method: key of `registry.ROWS`
+      params: its weights
+      fine_tuning_runs: training cost in fine-tunings of one model
+      predicted_distance: distance to the center as predicted from the angles; None if undefined
+      details: other entries of its row: alpha, of, unit, replica, num_replicas
     """
 
     method: str
@@ -59,57 +63,57 @@ class MergedModel:
 def merged_models(
     config: ConfigDict, anchor: PyTree, replicas: PyTree, num_heads: int
 ) -> tuple[Stats, Iterator[MergedModel], int]:
-    """Every model that can be made of replicas trained without a merge between them.
+    """Merge replicas that were trained without merging, by every method.
 
     Args:
-      config: the run's options; its merge unit and WiSE-FT alphas are used.
-      anchor: the pretrained weights.
-      replicas: trained apart, [N, ...] a leaf.
-      num_heads: for the merge unit `head`.
+      config: options of the run, with the merge unit and WiSE-FT alphas
+      anchor: pretrained weights
+      replicas: fine-tuned weights, leaves [N, ...]
+      num_heads: number of attention heads, for the merge unit `head`
 
     Returns:
-      The geometry of the replicas under `merge.unit`, the candidates one by one, and how many.
+      statistics of `model_stock` with `merge.unit`, an iterator of the models, and their number
     """
     count = config.num_replicas
     options = {"unit": config.merge.unit, "num_heads": num_heads}
-    stock, stats = model_stock(anchor, replicas, **options)
-    expected = total_distance(stats)
-    team = {"num_replicas": count}
+    merged, stats = model_stock(anchor, replicas, **options)
+    predicted = total_distance(stats)
+    details = {"num_replicas": count}
 
-    def candidates() -> Iterator[MergedModel]:
+    def models() -> Iterator[MergedModel]:
         for r in range(count):
-            one = jax.tree.map(lambda x, r=r: x[r], replicas)
-            yield MergedModel(method_name(config), one, 1, expected.replica, {"replica": r})
+            replica = jax.tree.map(lambda x, r=r: x[r], replicas)
+            yield MergedModel(method_name(config), replica, 1, predicted.replica, {"replica": r})
         first = jax.tree.map(lambda x: x[:1], replicas)
         for alpha in config.evaluation.wise_ft_alphas:
-            curve = {"alpha": alpha}
-            yield MergedModel(
-                "wise_ft", wise_ft(anchor, first, alpha)[0], 1, None, curve | {"of": "single_model"}
-            )
+            point = {"alpha": alpha, "of": "single_model"}
+            yield MergedModel("wise_ft", wise_ft(anchor, first, alpha)[0], 1, None, point)
         mean, _ = uniform_mean(anchor, replicas)
-        yield MergedModel("uniform_mean", mean, count, expected.mean, team)
+        yield MergedModel("uniform_mean", mean, count, predicted.mean, details)
         for alpha in config.evaluation.wise_ft_alphas:
-            details = team | {"alpha": alpha, "of": "uniform_mean"}
-            yield MergedModel("wise_ft", wise_ft(anchor, replicas, alpha)[0], count, None, details)
-        shrunk, _ = constant_ratio(anchor, replicas, **options)
-        yield MergedModel("constant_ratio", shrunk, count, None, team)
-        yield MergedModel("model_stock", stock, count, expected.merged, team)
+            point = details | {"alpha": alpha, "of": "uniform_mean"}
+            yield MergedModel("wise_ft", wise_ft(anchor, replicas, alpha)[0], count, None, point)
+        constant, _ = constant_ratio(anchor, replicas, **options)
+        yield MergedModel("constant_ratio", constant, count, None, details)
+        yield MergedModel("model_stock", merged, count, predicted.merged, details)
         weighted, _ = weighted_model_stock(anchor, replicas, **options)
-        yield MergedModel("weighted_model_stock", weighted, count, None, team)
+        yield MergedModel("weighted_model_stock", weighted, count, None, details)
         for unit in config.evaluation.units:
-            merged, by_unit = model_stock(anchor, replicas, unit=unit, num_heads=num_heads)
-            predicted = total_distance(by_unit).merged
-            yield MergedModel("model_stock", merged, count, predicted, team | {"unit": unit})
+            by_unit, unit_stats = model_stock(anchor, replicas, unit=unit, num_heads=num_heads)
+            distance_to_center = total_distance(unit_stats).merged
+            yield MergedModel(
+                "model_stock", by_unit, count, distance_to_center, details | {"unit": unit}
+            )
 
-    curves = 2 * len(config.evaluation.wise_ft_alphas)
-    return stats, candidates(), count + curves + 4 + len(config.evaluation.units)
+    points = 2 * len(config.evaluation.wise_ft_alphas)
+    return stats, models(), count + points + 4 + len(config.evaluation.units)
 
 
 Document = dict[str, Any]
 
 
 class Comparison:
-    """Trains and measures one seed after the other; what is finished is read, not run again."""
+    """Trains and evaluates each seed; finished results are read from files."""
 
     def __init__(
         self,
@@ -119,30 +123,38 @@ class Comparison:
         data: Benchmark,
         timeline: Timeline,
     ) -> None:
-        """Reads and trains nothing yet."""
+        """Validate the config; nothing is trained or read."""
         self.config, self.workdir, self.anchor, self.data = config, workdir, anchor, data
         self._timeline = timeline
         self._programs: StepFunctions | None = None
-        # Every mistake in the config shows here, before anything is trained.
+        # This raises every config error before training.
         merged = self.trainer(config.seed, "merged")
         self._programs, self.merges = merged.programs, merged.merge_steps > 0
         self._start = merged.task.params
-        self._measure = ModelEvaluator(config, anchor, data, merged.programs.mesh)
+        self._evaluator = ModelEvaluator(config, anchor, data, merged.programs.mesh)
 
-    def evaluate_anchor(self, opened: Classifier) -> Document:
-        """The row of the model as it was opened, and the probed anchor's where it is another."""
+    def evaluate_anchor(self, zero_shot: Classifier) -> Document:
+        """Return the row of the anchor as opened and, after a linear probe, of the probed anchor.
+
+        Args:
+          zero_shot: the anchor before the linear probe
+        """
         path = self._path("zero_shot")
         if not _finished(path):
-            drawn = self.config.objective.head == "random"
-            first = [MergedModel("random_head" if drawn else "zero_shot", opened.params, 0)]
-            if self.anchor is not opened:
+            method = "random_head" if self.config.objective.head == "random" else "zero_shot"
+            models = [MergedModel(method, zero_shot.params, 0)]
+            if self.anchor is not zero_shot:
                 cost = self.config.objective.probe_epochs / self.config.epochs
-                first.append(MergedModel("probed", self.anchor.params, cost))
-            _write(path, {"rows": self._rows(first, len(first), None)})
+                models.append(MergedModel("probed", self.anchor.params, cost))
+            _write(path, {"rows": self._rows(models, len(models), None)})
         return _read(path)
 
     def run_seed(self, seed: int) -> Document:
-        """Rows of every model that one seed gives, and the geometry of its unmerged replicas."""
+        """Return the rows of one seed, and the angles and norms of its replicas without merging.
+
+        Args:
+          seed: seed of the run
+        """
         path, config = self._path(f"seed_{seed}"), self.config
         if not _finished(path):
             document: Document = {"rows": []}
@@ -152,29 +164,34 @@ class Comparison:
             if self.merges:
                 merged = multihost.to_host(self.trainer(seed, "merged").run().merged)
                 details = {"num_replicas": config.num_replicas}
-                model = MergedModel(_method(config), merged, config.num_replicas, None, details)
+                model = MergedModel(_row_name(config), merged, config.num_replicas, None, details)
                 document["rows"] += self._rows([model], 1, seed)
             _write(path, document)
         return _read(path)
 
-    def trainer(self, seed: int, arm: str) -> Trainer:
-        """The run of an arm: `merged` as the config says, or `unmerged`, with no merges."""
+    def trainer(self, seed: int, run: str) -> Trainer:
+        """Return the trainer of one run.
+
+        Args:
+          seed: seed of the run
+          run: `merged` for the config's merges, `unmerged` for none
+        """
         config = self.config.copy_and_resolve_references()
         config.seed = seed
-        if arm == "unmerged":
+        if run == "unmerged":
             config.merge.every = "never"
         return make_trainer(
             config,
             self.anchor,
             self.data,
             self.workdir,
-            f"seed_{seed}/{arm}",
+            f"seed_{seed}/{run}",
             programs=self._programs,
             timeline=self._timeline,
         )
 
     def _after_training(self, seed: int, replicas: Any) -> Document:
-        """Rows of the models that unmerged replicas give, and the replicas' geometry."""
+        """Return rows, angles and norms of replicas that were trained without merging."""
         replicas = apply_tpgm(self.config, self.anchor, self.data, replicas)
         num_heads = self.anchor.num_heads
         stats, models, count = merged_models(self.config, self._start, replicas, num_heads)
@@ -188,24 +205,26 @@ class Comparison:
     def _rows(
         self, models: Iterable[MergedModel], count: int, seed: int | None
     ) -> list[dict[str, Any]]:
-        rows, each = [], self._measure.num_images
-        shown = multihost.is_main()
+        rows, images = [], self._evaluator.num_images
+        enabled = multihost.is_main()
         with (
             self._timeline.phase("evaluate"),
-            Progress("evaluate", count * each, unit="images", enabled=shown) as progress,
+            Progress("evaluate", count * images, unit="images", enabled=enabled) as progress,
         ):
-            for number, model in enumerate(models):
+            for index, model in enumerate(models):
                 details = dict(model.details)
-                if "head" not in model.params:  # What is measured is not what was merged.
+                if "head" not in model.params:  # The head is added only for the evaluation.
                     details["distance_to_anchor"] = float(distance(self._start, model.params))
                 rows.append(
-                    self._measure.row(
+                    self._evaluator.row(
                         model.method,
                         self.anchor.classify(model.params),
                         seed=seed,
                         cost=model.fine_tuning_runs,
                         predicted_distance=model.predicted_distance,
-                        measured=lambda done, before=number * each: progress.update(before + done),
+                        on_progress=lambda done, before=index * images: progress.update(
+                            before + done
+                        ),
                         **details,
                     )
                 )
@@ -213,7 +232,7 @@ class Comparison:
 
 
 def _finished(path: Path) -> bool:
-    """Whether process 0 has the document: all processes take the same branch."""
+    """Whether the file exists on process 0; every process gets this answer."""
     return multihost.broadcast_from_main(multihost.is_main() and path.exists())
 
 
@@ -223,11 +242,14 @@ def _write(path: Path, document: Document) -> None:
 
 
 def _read(path: Path) -> Document:
-    """The document on process 0, {} on the others."""
-    return json.loads(path.read_text()) if multihost.is_main() else {}
+    """Return the cached results with the method names of this version, {} on other processes."""
+    if not multihost.is_main():
+        return {}
+    document = json.loads(path.read_text())
+    return document | {"rows": current_rows(document["rows"])}
 
 
-def _method(config: ConfigDict) -> str:
+def _row_name(config: ConfigDict) -> str:
     if config.merge.carry_noise != "off":
         return "model_stock_carried"
     method = METHODS[config.merge.method]

@@ -1,4 +1,4 @@
-"""What a run takes, and what it still lacks, without running it."""
+"""Plan a run without running it: sizes, steps, memory, disk and missing inputs."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from modelstock_jax.training.step_fns import StepFunctions
 
 
 def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
-    """Prints a run's sizes, steps, memory and disk, and what is missing; trains nothing.
+    """Print a run's sizes, steps, memory and disk, and missing inputs; train nothing.
 
     Args:
-      config: see `configs/default.py`.
-      workdir: where the run would be written; nothing is.
+      config: see `configs/default.py`
+      workdir: output directory of the run; nothing is written
 
     Returns:
-      What is missing, each with the way out.
+      missing inputs, each with how to fix it
 
     Raises:
-      UserError: if an option is out of its range, or options do not fit together.
+      UserError: an option is out of its range, or options contradict each other
     """
     check_and_set_up(config)
     if config.task == "pretrain":
-        raise UserError("--dry-run knows fine-tuning; task='pretrain' has none")
+        raise UserError("--dry-run supports only fine-tuning, not task='pretrain'")
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120  # A file or a pipe has no width to fit in.
+        console.width = 120  # A file or a pipe has no fixed width.
     programs, clip = abstract_programs(config)
     batch = programs.abstract_batch(clip.vision.image_size)
     disk = disk_use(config, programs, clip)
@@ -56,56 +56,59 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     _print(console, "run", _run(config, programs, batch))
     compiled = {}
     for name, lowered in programs.lower(batch).items():
-        began = time.monotonic()
+        start = time.monotonic()
         with console.status(f"compiling the {name} ..."):
             compiled[name] = lowered.compile()
-        console.print(f"compiled the {name} in {time.monotonic() - began:.0f} s", style="dim")
+        console.print(f"compiled the {name} in {time.monotonic() - start:.0f} s", style="dim")
     device = programs.mesh.devices.flat[0]
     _print(
         console,
-        f"memory of each device, as compiled for {device.device_kind}",
+        f"memory per device, compiled for {device.device_kind}",
         _memory(memory(programs, compiled, batch)),
         justify="right",
     )
     if programs.mesh.devices.size > 1:
-        sent = _sent(compiled, programs.mesh.shape["data"])
-        _print(console, "what a device sends, and receives", sent)
-    _print(console, "disk, before Orbax compresses", _disk(disk), justify="right")
-    found = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
-    found += missing_space(workdir, disk)
-    for number, line in enumerate(found, 1):
+        communication = _communication(compiled, programs.mesh.shape["data"])
+        _print(console, "communication per device (sent and received)", communication)
+    _print(console, "disk, before compression by Orbax", _disk(disk), justify="right")
+    missing = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
+    missing += missing_space(workdir, disk)
+    for number, line in enumerate(missing, 1):
         console.print(f"missing {number}: {line}", markup=False, soft_wrap=True)
-    if not found:
+    if not missing:
         console.print("nothing is missing")
-    return found
+    return missing
 
 
 def _model(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> dict[str, str]:
     vision, text, params = clip.vision, clip.text, programs.task.params
     side, classes = vision.image_size, benchmark.summarize(config.data).num_classes
-    fate = "is trained too" if "text_tower" in params else "is not trained"
+    trained = "trained" if "text_tower" in params else "not trained"
     return {
-        "pretrained": config.pretrained + _assumed(config),
+        "pretrained": config.pretrained + _sizes_note(config),
         "image tower": f"{_count(params['image_tower'])} parameters: {vision.num_hidden_layers} "
-        f"layers of width {vision.hidden_size}, {side} x {side} px in patches of "
+        f"layers of width {vision.hidden_size}, images {side} x {side}, patch size "
         f"{vision.patch_size}, {vision.num_tokens} tokens",
         "head": f"{(clip.projection_dim + 1) * classes:,} parameters: {clip.projection_dim} "
         f"features, {classes} classes",
         "text tower": f"{_count(abstract_params(clip)['text_tower'])} parameters: "
-        f"{text.num_hidden_layers} layers of width {text.hidden_size}; makes the head, {fate}",
-        "a replica": f"{_count(params)} parameters",
+        f"{text.num_hidden_layers} layers of width {text.hidden_size}; computes the head; "
+        f"{trained}",
+        "replica": f"{_count(params)} parameters",
     }
 
 
-def _assumed(config: ConfigDict) -> str:
-    return " (not here: sizes as published)" if missing_checkpoint(config.pretrained) else ""
+def _sizes_note(config: ConfigDict) -> str:
+    return (
+        " (not on this machine; published sizes)" if missing_checkpoint(config.pretrained) else ""
+    )
 
 
 def abstract_programs(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
-    """The programs of a run for shapes alone, and the sizes of its model.
+    """Return the step functions of a run for abstract arrays, and the sizes of its model.
 
     Raises:
-      UserError: if the options do not fit together, or the model's sizes are not known.
+      UserError: options contradict each other, or the sizes of the model are unknown
     """
     clip, outline = sizes(config), benchmark.summarize(config.data)
     head = {
@@ -117,7 +120,7 @@ def abstract_programs(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
     names, compute = ("",) * outline.num_classes, Compute.of(config.compute)
     text = AbstractTextSide(Checkpoint(clip, abstract_params(clip), pixels), names, (), compute)
     anchor = replace(make_classifier(config, clip, params, pixels), text=text)
-    # The images come augmented: what a data set does on the device is small beside the towers.
+    # Augmentation is left out: on the device it is small compared with the towers.
     task = make_task(config, anchor, outline.num_train, lambda key, images: images)
     return StepFunctions(config, task), clip
 
@@ -126,73 +129,71 @@ def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
     outline, task, optimizer = benchmark.summarize(config.data), programs.task, config.optimizer
     warmup = warmup_steps(optimizer, task.num_steps)
     mesh, device = programs.mesh, programs.mesh.devices.flat[0]
-    parts = config.gradient_accumulation_steps
+    parts, image = config.gradient_accumulation_steps, batch["image"]
     return {
         "data": f"{config.data.name}: {outline.num_train:,} training images, "
         f"{outline.num_classes:,} classes ({outline.source})",
         "batch": ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in batch.items()),
-        "on a device": f"image {list(batch['image'].sharding.shard_shape(batch['image'].shape))}"
-        + (f" in {parts} parts, one after the other" if parts > 1 else ""),
+        "batch per device": f"image {list(image.sharding.shard_shape(image.shape))}"
+        + (f" in {parts} micro-batches" if parts > 1 else ""),
         "mesh": f"replica {mesh.shape['replica']} x data {mesh.shape['data']} on "
-        f"{mesh.devices.size} {device.platform} device(s) ({device.device_kind}); replicas run by "
+        f"{mesh.devices.size} {device.platform} device(s) ({device.device_kind}); replica mode "
         f"{programs.replica_mode}",
-        "arithmetic": f"{config.compute.dtype}, attention {config.compute.attention_impl}, "
-        f"remat {config.compute.remat}; weights and moments float32",
-        "weights": _lying(programs),
-        "steps": f"{task.steps_per_epoch:,} an epoch, {task.num_steps:,} in {config.epochs} "
-        f"epochs; {num_merges(config, programs)} merges by unit {config.merge.unit}",
-        "schedule": f"learning rate 0 to {optimizer.learning_rate:g} in {warmup:,} steps, then a "
-        f"cosine to {optimizer.final_lr_fraction * optimizer.learning_rate:g}; weight decay "
+        "compute": f"{config.compute.dtype}, attention {config.compute.attention_impl}, "
+        f"remat {config.compute.remat}; weights and optimizer state float32",
+        "sharding": _sharding(programs),
+        "steps": f"{task.steps_per_epoch:,} per epoch, {task.num_steps:,} in {config.epochs} "
+        f"epochs; {num_merges(config, programs)} merges, merge unit {config.merge.unit}",
+        "schedule": f"learning rate 0 to {optimizer.learning_rate:g} in {warmup:,} steps, then "
+        f"cosine decay to {optimizer.final_lr_fraction * optimizer.learning_rate:g}; weight decay "
         f"{optimizer.weight_decay:g}",
     }
 
 
-def _lying(programs: StepFunctions) -> str:
-    split = [
-        leaf
-        for leaf in jax.tree.leaves(programs.abstract_anchor)
-        if not leaf.sharding.is_fully_replicated
-    ]
-    if not split:
-        return "weights and moments whole"
-    share = sum(leaf.size for leaf in split) / sum(
-        leaf.size for leaf in jax.tree.leaves(programs.abstract_anchor)
-    )
+def _sharding(programs: StepFunctions) -> str:
+    leaves = jax.tree.leaves(programs.abstract_anchor)
+    sharded = [leaf for leaf in leaves if not leaf.sharding.is_fully_replicated]
+    if not sharded:
+        return "weights and optimizer state replicated"
+    fraction = sum(leaf.size for leaf in sharded) / sum(leaf.size for leaf in leaves)
     data = programs.mesh.shape["data"]
-    return f"1/{data} of {len(split)} large tensors, {100 * share:.1f} % of the weights (FSDP)"
+    return (
+        f"1/{data} of {len(sharded)} large tensors per device, {100 * fraction:.1f} % of the "
+        "weights (FSDP)"
+    )
 
 
-def _memory(need: Memory) -> dict[str, str]:
+def _memory(use: Memory) -> dict[str, str]:
     rows = {
-        "anchor": need.anchor,
-        "replicas' weights": need.params,
-        "optimizer's moments": need.opt_state,
-        "last merged model": need.merged,
-        "batch, twice": 2 * need.batch,
-        "gradients": need.gradients,
-        "activations and other temporaries": need.step_temporary - need.gradients,
-        "peak of a step": need.step,
-        "peak of a merge": need.merge,
+        "anchor": use.anchor,
+        "weights of the replicas": use.params,
+        "optimizer state": use.opt_state,
+        "last merged model": use.merged,
+        "two batches": 2 * use.batch,
+        "gradients": use.gradients,
+        "activations and other temporaries": use.step_temporary - use.gradients,
+        "peak of a step": use.step,
+        "peak of a merge": use.merge,
     }
     return {name: as_text(value) for name, value in rows.items()}
 
 
-def _sent(compiled: dict[str, jax.stages.Compiled], data: int) -> dict[str, str]:
+def _communication(compiled: dict[str, jax.stages.Compiled], data: int) -> dict[str, str]:
     rows = {}
     for name, program in compiled.items():
-        kinds = sent_bytes(program)
-        parts = ", ".join(f"{kind} {as_text(size)}" for kind, size in kinds.most_common())
-        rows[f"a {name}"] = as_text(kinds.total()) + (f" ({parts})" if parts else "")
-        rows[f"a {name}, between replicas"] = as_text(sent_across(program, data))
+        by_collective = sent_bytes(program)
+        parts = ", ".join(f"{kind} {as_text(size)}" for kind, size in by_collective.most_common())
+        rows[name] = as_text(by_collective.total()) + (f" ({parts})" if parts else "")
+        rows[f"{name}, between replicas"] = as_text(sent_across(program, data))
     return rows
 
 
 def _disk(disk: DiskUse) -> dict[str, str]:
     rows = {
-        "a training state": disk.state,
-        "a merged model, or the anchor": disk.merged,
-        "the exported model": disk.model,
-        "the whole run": disk.run,
+        "training state": disk.state,
+        "merged model, or anchor": disk.merged,
+        "exported model": disk.model,
+        "complete run": disk.run,
     }
     return {name: as_text(value) for name, value in rows.items()}
 
@@ -212,18 +213,15 @@ def _count(tree) -> str:
     return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)):,}"
 
 
-# What a run leaves on disk, before it is run.
-
-
 @dataclass(frozen=True)
 class DiskUse:
     """Bytes on disk.
 
     Attributes:
-      state: one checkpoint of the training state.
-      merged: one merged model; also the anchor's size.
-      model: the exported model.
-      run: all of it at the run's end, and one state more while it is being saved.
+      state: one checkpoint of the training state
+      merged: one merged model; the anchor has the same size
+      model: the exported model
+      run: everything at the end of the run, plus one state while it is being saved
     """
 
     state: int
@@ -233,48 +231,57 @@ class DiskUse:
 
 
 def disk_use(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> DiskUse:
-    """What the run of a config leaves in its workdir, logs and tables apart."""
+    """Return the disk use of a run's workdir, without logs and tables."""
     task = programs.task
     state = sum(_bytes(leaf) for leaf in jax.tree.leaves(programs.abstract_state))
     merged = sum(_bytes(leaf) for leaf in jax.tree.leaves(task.params))
-    others = {} if "text_tower" in task.params else abstract_params(clip)["text_tower"]
-    tower = sum(_bytes(leaf) for leaf in jax.tree.leaves(others))
+    # The exported model also contains a text tower that is not trained.
+    tower = {} if "text_tower" in task.params else abstract_params(clip)["text_tower"]
+    tower_bytes = sum(_bytes(leaf) for leaf in jax.tree.leaves(tower))
     merges = num_merges(config, programs)
-    # A trainer keeps the newest states, and one more while it writes the next.
+    # A trainer keeps the newest states, plus one while it writes the next.
     saves = math.ceil(task.num_steps / config.checkpoint.save_every_steps) + merges
     states = min(config.checkpoint.keep or saves, saves) + 1
-    kept = min(config.checkpoint.keep_merged or merges, merges)
-    arms = bool(merges) + bool(config.compare or not merges)
-    run = config.num_seeds * (arms * (merged + states * state) + kept * merged)
-    model = merged + tower if merges else 0
+    saved_merges = min(config.checkpoint.keep_merged or merges, merges)
+    # One run with merging and one without.
+    runs = bool(merges) + bool(config.compare or not merges)
+    run = config.num_seeds * (runs * (merged + states * state) + saved_merges * merged)
+    model = merged + tower_bytes if merges else 0
     return DiskUse(state, merged, model, run + model)
 
 
 def num_merges(config: ConfigDict, programs: StepFunctions) -> int:
-    """Merges in all; the run's end is one of them."""
+    """Return the number of merges, including the one at the end of the run."""
     task = programs.task
     every = steps_between_merges(str(config.merge.every), task.steps_per_epoch, task.num_steps)
     return math.ceil(task.num_steps / every) if every else 0
 
 
 def missing_space(workdir: str | Path, disk: DiskUse) -> list[str]:
-    """The disk that a run's directory lacks, with the way out; none if it has enough."""
-    there = next(path for path in (Path(workdir).absolute(), *Path(workdir).absolute().parents)
-                 if path.is_dir())  # fmt: skip
-    free = shutil.disk_usage(there).free
+    """Return the missing disk space with how to fix it; empty if there is enough.
+
+    Args:
+      workdir: directory of the run
+      disk: disk use of the run
+    """
+    existing = next(path for path in (Path(workdir).absolute(), *Path(workdir).absolute().parents)
+                    if path.is_dir())  # fmt: skip
+    free = shutil.disk_usage(existing).free
     if free >= disk.run:
         return []
     return [
-        f"{as_text(disk.run)} of disk for --workdir={workdir}, where {as_text(free)} are free; "
-        "choose another, or lower --config.checkpoint.keep and --config.checkpoint.keep_merged"
+        f"{as_text(disk.run)} of disk space in --workdir={workdir}; only {as_text(free)} free; "
+        "choose another --workdir, or lower --config.checkpoint.keep and "
+        "--config.checkpoint.keep_merged"
     ]
 
 
 def as_text(count: float) -> str:
-    """Bytes for a reader.
+    """Format a number of bytes.
 
-    >>> as_text(3.14e9), as_text(2.7e6)
-    ('3.14 GB', '2.7 MB')
+    Example:
+      >>> as_text(3.14e9), as_text(2.7e6)
+      ('3.14 GB', '2.7 MB')
     """
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 

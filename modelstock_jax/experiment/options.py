@@ -1,4 +1,4 @@
-"""What there is to say of a run's options beside their values and meanings: one row an option."""
+"""Choices, ranges and resume rules of the options of a run: one row per option."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from modelstock_jax.training.train_step import ON_NON_FINITE
 
 @dataclass(frozen=True)
 class Option:
-    """A row of the table; its defaults are those of a plain option.
+    """The rules of one option; the defaults apply to an option without a row.
 
     Attributes:
-      choices: what the value, or each value of a tuple, is one of.
-      least: the least that a number may be: less would divide by nothing, or leave nothing to train
-        or to measure. What a module refuses by itself is not repeated here.
-      resume: whether a started workdir goes on where the option has changed; None does not.
-        "ignored": no bit of a weight, and no accuracy, depends on it, and it may change from start to
-        start. "numerical": what is computed is the same but for rounding; the rest of the run would
-        differ from the one of the old value in the last bits of its weights, and training carries
-        that on. "path": the same weights, images and names may lie elsewhere now; weights and
-        names are compared with the anchor's, that the images are the same is the user's word.
-      in_checksum: whether a study's digest of a run holds it: whether a trained weight depends on it.
-      absent: of an option that came after the first files were written: its value in a file that
-        lacks it, which is what a run did without it. A study's digest leaves it out at this value,
-        so that a new option does not have every study run again. None: every file has it.
+      choices: allowed values of the option, or of each element of a tuple
+      minimum: smallest number allowed; a smaller one would divide by zero, or leave nothing to
+        train or to evaluate. Limits that a module checks itself are not repeated here
+      resume: whether a run resumes after the option changed; None if it does not.
+        "ignored": no bit of a weight and no accuracy depends on it; it may change at every start.
+        "numerical": it affects only rounding; with another value the rest of the run differs in the
+        last bits of its weights, and training amplifies such differences.
+        "path": the same weights, images and names may be located elsewhere. Weights and names are
+        compared with those of the run; the user guarantees that the images are the same
+      in_checksum: whether the checksum of a study's run includes it, because a trained weight
+        depends on it
+      absent: value of the option in a file that lacks it, for an option that was added after the
+        first files were written; it reproduces the runs of that time. The checksum of a study's
+        run omits the option at this value, so that a new option does not invalidate every study.
+        None: every file has the option
     """
 
     choices: Collection[str] | None = None
@@ -47,14 +49,14 @@ class Option:
     absent: Any = None
 
 
-# In the order of configs/default.py. `group.*` is the row of every option of a group that has none
-# of its own; an option that is not here is plain. One that is added to configs/default.py has a row
-# with `absent`.
+# In the order of configs/default.py. `group.*` applies to every option of a group without its own
+# row; an option without a row has the defaults. An option that is added to configs/default.py needs
+# a row with `absent`.
 OPTIONS = {
     "task": Option(choices=("finetune", "learning_rate", "pretrain"), in_checksum=False),
     "pretrained": Option(resume="path", in_checksum=False),
     "seed": Option(minimum=0, in_checksum=False),
-    # Seeds may be added to a finished run.
+    # Seeds can be added to a finished run.
     "num_seeds": Option(minimum=1, resume="ignored", in_checksum=False),
     "num_replicas": Option(minimum=1),
     "compare": Option(in_checksum=False),
@@ -67,13 +69,13 @@ OPTIONS = {
     "data.check_counts": Option(resume="ignored", in_checksum=False),
     "data.shifts": Option(in_checksum=False),
     "data.real_labels": Option(in_checksum=False),
-    # A study's keys hold what lies in these two.
+    # The keys of a study contain the contents of these two files.
     "data.class_names": Option(resume="path"),
     "data.templates": Option(resume="path"),
     "data.loader.threads": Option(resume="ignored", in_checksum=False),
     "data.loader.workers": Option(resume="ignored", in_checksum=False),
     "data.loader.prefetch": Option(resume="ignored", in_checksum=False),
-    # Until an image cannot be decoded the two are the same, and then the run has stopped.
+    # The values differ only after an undecodable image, and 'error' has stopped the run there.
     "data.loader.unreadable": Option(choices=UNREADABLE, resume="ignored", in_checksum=False),
     "data.decoded_cache_dir": Option(in_checksum=False),
     "data.augment.mixup": Option(minimum=0),
@@ -98,8 +100,7 @@ OPTIONS = {
     "checkpoint.save_every_steps": Option(minimum=1, resume="ignored", in_checksum=False),
     "checkpoint.keep": Option(minimum=0, resume="ignored", in_checksum=False),
     "checkpoint.keep_merged": Option(minimum=0, resume="ignored", in_checksum=False),
-    # The policies compute the same until something is not finite; where 'stop' has stopped, another
-    # one may go on.
+    # The values differ only after a non-finite step; where 'stop' stopped, another can resume.
     "monitor.on_non_finite": Option(choices=ON_NON_FINITE, resume="numerical", in_checksum=False),
     "monitor.max_non_finite_steps": Option(minimum=0, resume="ignored", in_checksum=False),
     "monitor.spike_deviations": Option(minimum=0, resume="ignored", in_checksum=False),
@@ -110,20 +111,20 @@ OPTIONS = {
     "evaluation.wise_ft_alphas": Option(in_checksum=False),
     "evaluation.units": Option(choices=UNITS, in_checksum=False),
     "export.formats": Option(choices=formats.WRITABLE, resume="ignored", in_checksum=False),
-    # Rates may be added to a finished run: each is a run of its own.
+    # Learning rates can be added to a finished search: each is a separate run.
     "search.learning_rates": Option(resume="ignored", in_checksum=False),
     "pretrain.num_steps": Option(minimum=1, in_checksum=False),
     "pretrain.tokenizer": Option(in_checksum=False),
     "pretrain.clip.*": Option(in_checksum=False),
 }
-_PLAIN = Option()
+_DEFAULT = Option()
 
 
 def option(name: str) -> Option:
-    """The row of an option, or of a group.
+    """Return the rules of an option.
 
     Args:
-      name: from `config.` on.
+      name: name without `config.`
 
     Example:
       >>> option("epochs").minimum, option("data.paths.v2").resume, option("label_smoothing")
@@ -131,21 +132,21 @@ def option(name: str) -> Option:
     """
     groups = (row for key, row in OPTIONS.items()
               if key.endswith(".*") and f"{name}.".startswith(key[:-1]))  # fmt: skip
-    return OPTIONS.get(name) or next(groups, _PLAIN)
+    return OPTIONS.get(name) or next(groups, _DEFAULT)
 
 
 def check_options(config: ConfigDict) -> None:
-    """Refuses a misspelt name, or a number out of its range, in no time.
+    """Check all choices and ranges at once, in milliseconds.
 
-    Each module refuses its own options when it is used, which may be after an hour: a zero-shot
-    head is made by then, images are decoded. Here all of them are asked at once. What depends on
-    the data or on the model is not seen here.
+    Each module checks its own options when it is used. This can be an hour later, after a zero-shot
+    head was computed and images were decoded. Checks that depend on the data or on the model are
+    not made here.
 
     Args:
-      config: see `configs/default.py`.
+      config: see `configs/default.py`
 
     Raises:
-      UserError: for the first option that cannot be meant; it names the choices.
+      UserError: the first invalid option, with its choices
 
     Example:
       >>> from configs.default import get_config
@@ -160,13 +161,15 @@ def check_options(config: ConfigDict) -> None:
     for name, value in flat(config.to_dict()).items():
         row = option(name)
         if row.choices is not None:
-            for one in value if isinstance(value, (tuple, list)) else [value]:
-                check_choice(name, one, row.choices)
+            for item in value if isinstance(value, (tuple, list)) else [value]:
+                check_choice(name, item, row.choices)
         if row.minimum is not None and value < row.minimum:
             raise UserError(f"{name} is {value}; it must be at least {row.minimum}")
     rates = config.search.learning_rates
     if min(rates, default=-1.0) < 0:
-        raise UserError(f"search.learning_rates={rates}: give one rate or more, each >= 0")
+        raise UserError(
+            f"search.learning_rates={rates}: pass at least one learning rate, each >= 0"
+        )
     finetune.check_method(config)
     optimizer.check_optimizer(config.optimizer)
     merge_step.check_merge(config.merge)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: the table, the figures, one file of metrics."""
+"""Write the results of a run: table, figures, metrics and the exported model."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ Document = Mapping[str, Any]
 
 
 def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> None:
-    """Writes results.json, results.md, metrics.jsonl and the figures; prints the table.
+    """Write results.json, results.md, metrics.jsonl and the figures; print the table.
 
     Args:
-      workdir: the run's directory.
-      config: the run's options, kept in results.json.
-      documents: {"rows": ..., "geometry": report of the unmerged replicas, where there is one},
-        the anchor's first, then one a seed.
+      workdir: directory of the run
+      config: options of the run, stored in results.json
+      documents: the anchor's, then one per seed: {"rows": ..., and "geometry", the
+        `merging.report` of replicas trained without merging, if they were trained}
     """
     rows = [row for document in documents for row in document["rows"]]
-    write_results(workdir, rows, config=plain(config.to_dict()))
+    synthetic = config.data.name == "glyphs"
+    write_results(workdir, rows, synthetic=synthetic, config=plain(config.to_dict()))
     logs = _gather_metrics(workdir)
     folder = workdir / "figures"
     figures.id_against_shifts(rows, folder / "id_against_shifts.png")
@@ -45,23 +46,28 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     if histories:
         first = dict(list(histories.items())[:1])
         figures.ratio_over_merges(first, folder / "ratio_over_epochs.png")
-    screen_table(rows)
-    left = [
+    screen_table(rows, synthetic=synthetic)
+    written = [
         name
         for name in ("results.md", "results.json", "figures", "model")
         if (workdir / name).exists()
     ]
-    print(f"in {workdir}: {', '.join(left)}")
+    print(f"results in {workdir}: {', '.join(written)}")
 
 
 def last_ratios(workdir: Path, run: str) -> dict[str, dict[str, float]] | None:
-    """Ratios of a run's last merge by kind of tensor, as `figures.ratio_summary` gives them."""
+    """Return `figures.ratio_summary` of a run's last merge; None without a merge.
+
+    Args:
+      workdir: directory of the experiment
+      run: name of the run, for example seed_0/merged
+    """
     history = _merge_history(read_metrics(workdir / "runs" / run))
     return history[-1]["ratios"] if history else None
 
 
 def _gather_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
-    """One metrics.jsonl of all runs, each line with its run's name."""
+    """Write one metrics.jsonl of all runs; each line has the name of its run."""
     runs = workdir / "runs"
     logs = {
         path.parent.relative_to(runs).as_posix(): read_metrics(path.parent)
@@ -77,7 +83,7 @@ def _gather_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _merge_history(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a merge, as `figures.ratio_over_merges` takes them."""
+    """Return one entry per merge for `figures.ratio_over_merges`."""
     history = []
     for line in lines:
         if "merge/epoch" not in line:
@@ -96,18 +102,19 @@ def _merge_history(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return history
 
 
-# The merged model as directories that other programs open.
-
-
 def check_export(config: ConfigDict, pretrained: Checkpoint) -> None:
-    """Asks every layout of `config.export.formats` whether it can hold the model, weights unseen.
+    """Check before training that every format of `export.formats` supports the model.
+
+    Args:
+      config: options of the run
+      pretrained: the anchor; its weights are not read
 
     Raises:
-      UserError: if a layout is not known or cannot; before anything is trained.
+      UserError: a format is unknown or does not support the model
     """
-    for layout in _layouts(config):
+    for name in _formats(config):
         try:
-            formats.writable(layout).describe(pretrained)
+            formats.writable(name).describe(pretrained)
         except UserError as error:
             raise UserError(f"export.formats: {error}") from None
 
@@ -122,45 +129,45 @@ def export(
     ratios: Mapping[str, Mapping[str, float]] | None,
     command: str,
 ) -> None:
-    """Writes merged weights with head, labels, tokenizer and a model card.
+    """Write the merged model with its head, labels, tokenizer and a model card.
 
     Args:
-      directory: of Hugging Face's layout; every other that `config.export.formats` names is written
-        beside it, in `directory`_LAYOUT. Each is written whole or not at all, and left alone where
-        it exists.
-      config: the run's options.
-      pretrained: the anchor; the text tower and the tokenizer are taken from it.
-      params: {"image_tower", "head"}, merged; NumPy arrays.
-      class_names: of the head.
-      rows: results of this model and of the anchor, for the card.
-      ratios: `figures.ratio_summary` of the last merge, or None.
-      command: how the run was started.
+      directory: output in Hugging Face's format; every other format of `config.export.formats` is
+        written to `directory`_FORMAT. Each is written atomically and skipped if it exists
+      config: options of the run
+      pretrained: the anchor, with the text tower and the tokenizer
+      params: {"image_tower", "head"}, merged NumPy arrays
+      class_names: class names of the head
+      rows: results of the anchor and of this model, for the model card
+      ratios: `figures.ratio_summary` of the last merge, or None
+      command: command that started the run
     """
     card = model_card(
-        name=f"{config.pretrained}, fine-tuned on {_data(config)}",
+        name=f"{config.pretrained}, fine-tuned on {_dataset_name(config)}",
         method=rows[-1]["method"],
         anchor=config.pretrained,
         fingerprint=pretrained.fingerprint,
         num_replicas=config.num_replicas,
         unit=config.merge.unit,
         rows=rows,
+        synthetic=config.data.name == "glyphs",
         ratios=ratios,
         command=command,
     )
     checkpoint = pretrained.with_replica(params, tuple(class_names))
-    for layout in _layouts(config):
-        place = directory
-        if layout != HuggingFace.name:
-            place = directory.with_name(f"{directory.name}_{layout}")
-        if not place.exists():
-            checkpoint_io.save(place, checkpoint, format=layout, texts={"README.md": card})
+    for name in _formats(config):
+        path = directory
+        if name != HuggingFace.name:
+            path = directory.with_name(f"{directory.name}_{name}")
+        if not path.exists():
+            checkpoint_io.save(path, checkpoint, format=name, texts={"README.md": card})
 
 
-def _data(config: ConfigDict) -> str:
-    """What it was fine-tuned on, by name; of anyone's own images, their directory's."""
+def _dataset_name(config: ConfigDict) -> str:
+    """Return the name of the dataset; for a folder of images, the name of the folder."""
     data = config.data
     return Path(data.root).name if data.name == "folder" else data.name
 
 
-def _layouts(config: ConfigDict) -> list[str]:
+def _formats(config: ConfigDict) -> list[str]:
     return list(dict.fromkeys((HuggingFace.name, *config.export.formats)))

@@ -1,4 +1,4 @@
-"""One run: what the config says to do, in a workdir of its own, to results and a merged model."""
+"""Run a config in its workdir, and evaluate checkpoints."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ def run(
     argv: Sequence[str] = (),
     allow_config_change: bool = False,
 ) -> None:
-    """Does what the config says, and goes on where an earlier call stopped.
+    """Run the config's task, resuming from an earlier call.
 
     Args:
-      config: see `configs/default.py`.
-      workdir: everything is written there; made if missing.
-      argv: how Python was started, for the model card.
-      allow_config_change: go on in a workdir whose config differs only in what rounds, or in where
-        things lie ("rounding" and "place" of `options.OPTIONS`).
+      config: see `configs/default.py`
+      workdir: output directory, created if missing
+      argv: command-line arguments of Python, for the model card
+      allow_config_change: resume in a workdir whose config differs only in options that affect
+        rounding or file locations ("numerical" and "path" in `options.OPTIONS`)
 
     Raises:
-      UserError: on any mistake of a user; nothing written before is lost.
+      UserError: any user error; earlier output is preserved
     """
     workdir = Path(workdir)
-    # Before the workdir is locked: fixing a typo, or adding devices, is no other config.
+    # Validate before locking the workdir, so that fixing a typo does not count as a config change.
     check_and_set_up(config, workdir=str(workdir))
     multihost.warm_up_collectives(mesh_of(config))
     if multihost.is_main():
         lock_workdir(workdir, config, allow_change=allow_config_change)
-    multihost.barrier("the workdir is ours")
-    lines = workdir / "timeline.jsonl"
+    multihost.barrier("workdir locked")
+    timeline_path = workdir / "timeline.jsonl"
     try:
-        with Timeline(lines, multihost.is_main()) as timeline, counted(timeline):
+        with Timeline(timeline_path, multihost.is_main()) as timeline, counted(timeline):
             if config.task == "pretrain":
                 pretrain(config, workdir, timeline)
             elif config.task == "learning_rate":
@@ -82,7 +82,7 @@ def run(
 
 
 def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline) -> None:
-    """Trains and compares every seed; writes the results and the merged model."""
+    """Train and compare every seed; write the results and the merged model."""
     check_data(config)
     pretrained = open_anchor(config)
     results.check_export(config, pretrained)
@@ -115,112 +115,114 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
 
 
 def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) -> float:
-    """Trains unmerged replicas at each of `search.learning_rates`; keeps the best on validation.
+    """Choose one of `search.learning_rates` by validation accuracy, without merging.
 
-    No test set and no shift is looked at. Writes learning_rate.json and prints the table.
+    Uses no test set and no shift. Writes learning_rate.json and prints the accuracies.
 
     Returns:
-      The rate with the highest mean validation accuracy over replicas.
+      learning rate with the highest mean validation accuracy over replicas
     """
     _, data, anchor = open_experiment(config, workdir / "heads")
     anchor = linear_probe(config, anchor, data, workdir)
-    tried: dict[float, list[float]] = {}
+    results_by_rate: dict[float, list[float]] = {}
     for rate in config.search.learning_rates:
-        one = config.copy_and_resolve_references()
-        one.merge.every = "never"
-        one.optimizer.learning_rate = rate
+        run_config = config.copy_and_resolve_references()
+        run_config.merge.every = "never"
+        run_config.optimizer.learning_rate = rate
         name = f"learning_rate_{rate:g}"
-        trainer = make_trainer(one, anchor, data, workdir, name, timeline=timeline)
+        trainer = make_trainer(run_config, anchor, data, workdir, name, timeline=timeline)
         replicas = multihost.to_host(trainer.run().state.params)
         evaluate = classifier_evaluator(config, anchor, trainer.programs.mesh)
         with timeline.phase("evaluate"):
-            models = (jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(one.num_replicas))
-            tried[rate] = [
+            models = (
+                jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(run_config.num_replicas)
+            )
+            results_by_rate[rate] = [
                 evaluate(anchor.classify(model), [data.validation])[data.validation.name]
                 for model in models
             ]
-    best = max(tried, key=lambda rate: sum(tried[rate]))
+    best = max(results_by_rate, key=lambda rate: sum(results_by_rate[rate]))
     if not multihost.is_main():
         return best
-    rows = [{"learning_rate": rate, "validation": found} for rate, found in tried.items()]
+    rows = [
+        {"learning_rate": rate, "validation": accuracies}
+        for rate, accuracies in results_by_rate.items()
+    ]
     write_json(workdir / "learning_rate.json", {"rows": rows, "best": best})
     console = Console()
-    for rate, accuracies in tried.items():
+    for rate, accuracies in results_by_rate.items():
         mean, error = mean_and_error(accuracies)
-        chosen = "  <- best" if rate == best else ""
+        mark = "  <- best" if rate == best else ""
         console.print(
             f"learning rate {rate:<8g} validation {mean:.2f} % "
-            f"± {error or 0:.2f} over {len(accuracies)} replicas{chosen}",
+            f"± {error or 0:.2f} over {len(accuracies)} replicas{mark}",
             highlight=False,
         )
     return best
 
 
 def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
-    """Evaluates any checkpoint that the code can read; prints the table and returns the row.
+    """Evaluate a checkpoint; print the table and return the row.
 
-    Nothing is written but the zero-shot head, in the user's cache directory.
+    Writes only the zero-shot head, to the user's cache directory.
 
     Args:
-      config: names the data, and the anchor and the objective of a run's checkpoints.
-      path: a CLIP as `config.pretrained` names one (a directory or a hub id; without a head it
-        gets the zero-shot one), or a step of a run's Orbax checkpoints of merged weights.
+      config: options with the data and, for checkpoints of a run, the anchor and the objective
+      path: a CLIP directory or hub id, as in `config.pretrained` (a CLIP without a head gets the
+        zero-shot head), or a step of a run's Orbax checkpoints of merged weights
 
     Raises:
-      UserError: if there is no such checkpoint, or it does not fit the data.
+      UserError: no such checkpoint, or it does not match the data
     """
     if not path:
         raise UserError("--mode=eval needs --checkpoint=DIR")
     check_and_set_up(config, checkpoint=path)
     directory, details = Path(path), {}
-    _check_place(directory)
+    _check_not_run_files(directory)
     is_step = directory.name.isdigit() and directory.is_dir()
     if not is_step:
         config = config.copy_and_resolve_references()
         config.pretrained = path
-        details["distance_to_anchor"] = None  # It is the model itself that is measured.
+        details["distance_to_anchor"] = None  # The model is its own anchor.
     _, data, anchor = open_experiment(config, _heads())
     mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
     params = anchor.params
     if is_step:
         start = anchor.start(config)
-        everywhere = jax.tree.map(lambda _: replicated_sharding(mesh), start)
+        shardings = jax.tree.map(lambda _: replicated_sharding(mesh), start)
         with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
-            restored = checkpoints.restore(
-                int(directory.name), device_put_global(start, everywhere)
-            )
+            restored = checkpoints.restore(int(directory.name), device_put_global(start, shardings))
         params = anchor.classify(multihost.to_host(restored))
-    measure = ModelEvaluator(config, anchor, data, mesh)
+    evaluator = ModelEvaluator(config, anchor, data, mesh)
     with Progress(
-        "evaluate", measure.num_images, unit="images", enabled=multihost.is_main()
+        "evaluate", evaluator.num_images, unit="images", enabled=multihost.is_main()
     ) as progress:
-        row = measure.row(
-            directory.name, params, measured=progress.update, seed=None, cost=None, **details
+        row = evaluator.row(
+            directory.name, params, on_progress=progress.update, seed=None, cost=None, **details
         )
     if multihost.is_main():
-        screen_table([row])
+        screen_table([row], synthetic=config.data.name == "glyphs")
     return row
 
 
-def _check_place(path: Path) -> None:
-    """Parts of a run's workdir that are no models, and are easily taken for one."""
+def _check_not_run_files(path: Path) -> None:
+    """Reject parts of a workdir that are easily mistaken for models."""
     if (path / "runs").is_dir() and (path / "model").is_dir():
-        raise UserError(f"{path} is a run's workdir; its merged model is {path / 'model'}")
+        raise UserError(f"{path} is the workdir of a run; pass its merged model {path / 'model'}")
     if path.name.isdigit() and path.parent.name == "state":
         raise UserError(
-            f"{path} is a training state; the merged models of that run are the "
-            f"numbers in {path.parent.parent / 'merged'}"
+            f"{path} is a training state; pass a merged model of that run, one of the numbered "
+            f"directories in {path.parent.parent / 'merged'}"
         )
 
 
 def _heads() -> Path | None:
-    """Where heads are kept between evaluations; None where the user's cache cannot be written."""
-    place = cache_directory() / "heads"
+    """Return the cache directory of zero-shot heads; None if it cannot be written."""
+    path = cache_directory() / "heads"
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        writable = os.access(place, os.W_OK)
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
     except OSError:
         writable = False
-    return (
-        place if multihost.broadcast_from_main(writable) else None
-    )  # Process 0 is the one that writes.
+    # Only process 0 writes.
+    return path if multihost.broadcast_from_main(writable) else None

@@ -1,4 +1,4 @@
-"""What a run or an evaluation begins with: options, data, pretrained model, classifier."""
+"""Prepare a run or an evaluation: options, data, pretrained model, classifier."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _WIDE_VISION = VisionConfig(
     patch_size=14,
 )
 _WIDE_TEXT = TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-# Sizes (Radford et al. 2021, table 20) of models whose files need not be here to plan a run.
+# Sizes (Radford et al. 2021, table 20) of models that a dry run supports without their files.
 PUBLISHED = {
     "openai/clip-vit-base-patch32": CLIPConfig(),
     "openai/clip-vit-base-patch16": CLIPConfig(VisionConfig(patch_size=16)),
@@ -58,14 +58,14 @@ PUBLISHED = {
 
 
 def check_and_set_up(config: ConfigDict, **more: Any) -> None:
-    """Checks the options and sets up JAX; call it before anything is opened or computed.
+    """Check the options and set up JAX; call it before any file is opened.
 
     Args:
-      config: the run's options.
-      **more: what else must be the same on every process, by the flag's name.
+      config: options of the run
+      **more: other values that must be equal on every process, by the name of their flag
 
     Raises:
-      UserError: for an option that cannot be meant, or a process that was started otherwise.
+      UserError: an option is invalid, or a process was started with other options
     """
     check_options(config)
     set_cpu_devices(config)
@@ -74,12 +74,12 @@ def check_and_set_up(config: ConfigDict, **more: Any) -> None:
 
 
 class OpenedExperiment(NamedTuple):
-    """What a run begins with.
+    """Inputs of a run.
 
     Attributes:
-      pretrained: the checkpoint of `config.pretrained`.
-      data: where to train and to measure.
-      anchor: the image tower under its head.
+      pretrained: checkpoint of `config.pretrained`
+      data: training, validation and test data
+      anchor: classifier of the image tower and its head
     """
 
     pretrained: Checkpoint
@@ -88,14 +88,14 @@ class OpenedExperiment(NamedTuple):
 
 
 def open_experiment(config: ConfigDict, heads: Path | None) -> OpenedExperiment:
-    """All that a run begins with.
+    """Open the inputs of a run.
 
     Args:
-      config: the run's options.
-      heads: where zero-shot heads are kept; None makes them each time.
+      config: options of the run
+      heads: cache directory of zero-shot heads; None computes the head each time
 
     Raises:
-      UserError: if something of it is not there, or does not fit.
+      UserError: an input is missing or does not match the others
     """
     check_data(config)
     pretrained = open_anchor(config)
@@ -104,18 +104,18 @@ def open_experiment(config: ConfigDict, heads: Path | None) -> OpenedExperiment:
 
 
 def check_data(config: ConfigDict) -> None:
-    """Refuses data that is not there: to be asked before a model is fetched.
+    """Check that the data exists; call it before a model is downloaded.
 
     Raises:
-      UserError: for the first set that is missing.
+      UserError: the first missing dataset
     """
-    if lacking := benchmark.missing(config.data):
-        more = f" ({len(lacking) - 1} more: --dry-run lists all)" if lacking[1:] else ""
-        raise UserError(lacking[0] + more)
+    if missing := benchmark.missing(config.data):
+        more = f" ({len(missing) - 1} more: --dry-run lists all)" if missing[1:] else ""
+        raise UserError(missing[0] + more)
 
 
 def open_data(config: ConfigDict) -> Benchmark:
-    """The data of `config.data`; a cache of decoded images is written by process 0 alone."""
+    """Open the data of `config.data`; only process 0 writes a cache of decoded images."""
     load = partial(benchmark.load, config.data)
     return multihost.main_process_first(load) if config.data.decoded_cache_dir else load()
 
@@ -123,16 +123,16 @@ def open_data(config: ConfigDict) -> Benchmark:
 def classify(
     config: ConfigDict, pretrained: Checkpoint, data: Benchmark, heads: Path | None
 ) -> Classifier:
-    """`pretrained` as a classifier; a zero-shot head is made by process 0 and kept in `heads`."""
+    """Return `pretrained` as a classifier; process 0 caches a zero-shot head in `heads`."""
     make = partial(anchor_classifier, config, pretrained, data, heads)
     return multihost.main_process_first(make) if pretrained.head is None and heads else make()
 
 
 def open_anchor(config: ConfigDict) -> Checkpoint:
-    """The checkpoint of `config.pretrained`, moved to `config.image_size` where one is given.
+    """Return the checkpoint of `config.pretrained`, resized to `config.image_size` if it is set.
 
     Raises:
-      UserError: as `open_pretrained`, or if the size does not fit the patches or the data.
+      UserError: as `open_pretrained`, or the size does not match the patches or the data
     """
     checkpoint, size = open_pretrained(config.pretrained), _image_size(config)
     if not size:
@@ -143,19 +143,22 @@ def open_anchor(config: ConfigDict) -> Checkpoint:
 
 
 def open_pretrained(name: str) -> Checkpoint:
-    """Reads the checkpoint that `config.pretrained` names: a directory, or a bundled one.
+    """Read a checkpoint.
+
+    Args:
+      name: value of `config.pretrained`: a directory, a hub id or the name of a bundled checkpoint
 
     Raises:
-      UserError: if there is no such directory, or it is not a whole CLIP checkpoint.
+      UserError: no such checkpoint, or it is not a complete CLIP checkpoint
     """
     return checkpoint_io.load(BUNDLED.get(name, name))
 
 
 def sizes(config: ConfigDict) -> CLIPConfig:
-    """Sizes of the model that `open_anchor` would give; no weight is read.
+    """Return the sizes of the model of `open_anchor` without reading weights.
 
     Raises:
-      UserError: if the model is neither here nor one of those whose sizes are known by name.
+      UserError: the model is not on this machine and not one of `PUBLISHED`
     """
     clip, size = _sizes(config.pretrained), _image_size(config)
     if not size:
@@ -165,19 +168,21 @@ def sizes(config: ConfigDict) -> CLIPConfig:
 
 def _image_size(config: ConfigDict) -> int:
     if config.image_size and config.data.name == "glyphs":
-        raise UserError(f"image_size={config.image_size}: the glyphs are drawn in one size; use 0")
+        raise UserError(
+            f"image_size={config.image_size}: the synthetic images have one size; use 0"
+        )
     return config.image_size
 
 
 def _sizes(name: str) -> CLIPConfig:
-    directory = _here(name)
+    directory = _local_directory(name)
     if directory is None:
         if name in PUBLISHED:
             return PUBLISHED[name]
-        raise UserError(f"{missing_checkpoint(name)[0]}; its sizes are not known without it")
+        raise UserError(f"{missing_checkpoint(name)[0]}; its sizes are unknown without its files")
     path = directory / "config.json"
     if not path.is_file():
-        return open_pretrained(name).config  # Another layout says them elsewhere.
+        return open_pretrained(name).config  # Other formats store the sizes elsewhere.
     try:
         return CLIPConfig.from_dict(read_json(path))
     except UserError as error:
@@ -185,25 +190,31 @@ def _sizes(name: str) -> CLIPConfig:
 
 
 def missing_checkpoint(name: str) -> list[str]:
-    """What stands between `config.pretrained` and its weights, with the way out; none if here."""
-    directory = _here(name)
+    """Return what is missing to read the weights, with how to fix it; empty if nothing is.
+
+    Args:
+      name: value of `config.pretrained`
+    """
+    directory = _local_directory(name)
     if directory is not None:
         if any(directory.glob("*.safetensors")):
             return []
-        return [f"pretrained={name}: {directory} has no .safetensors file; fetch it again"]
+        return [f"pretrained={name}: {directory} has no .safetensors file; download it again"]
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         repository, _, revision = name.partition("@")
         command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
-        return [f"pretrained={name}: not on this machine; `{command}` fetches it, or the run does"]
-    return [f"pretrained={name}: no such directory; give a checkpoint's, or a name on the hub"]
+        return [
+            f"pretrained={name}: not on this machine; download it with `{command}`, or the run does"
+        ]
+    return [f"pretrained={name}: no such directory; pass the directory of a checkpoint or a hub id"]
 
 
-def _here(name: str) -> Path | None:
-    """The checkpoint's directory, where it need not be fetched first."""
+def _local_directory(name: str) -> Path | None:
+    """Return the directory of a checkpoint; None if it must be downloaded first."""
     path = Path(BUNDLED.get(name, name))
     if path.is_dir():
         return path
-    from huggingface_hub import snapshot_download  # Half a second: only for names on the hub.
+    from huggingface_hub import snapshot_download  # Takes half a second: only for hub ids.
 
     repository, _, revision = name.partition("@")
     try:
@@ -213,10 +224,10 @@ def _here(name: str) -> Path | None:
 
 
 def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
-    """Pretrains a CLIP from scratch and writes it to `workdir`/model, unless it is there.
+    """Pretrain a CLIP from scratch and write it to `workdir`/model, unless it exists.
 
     Returns:
-      The checkpoint's directory.
+      directory of the checkpoint
     """
     model = workdir / "model"
     if multihost.broadcast_from_main(model.exists()):
@@ -244,44 +255,44 @@ def pretrain(config: ConfigDict, workdir: Path, timeline: Timeline) -> Path:
 
 
 def check_same_on_all_processes(config: ConfigDict, **more: Any) -> None:
-    """Compares this process's config and code with those of process 0; free with one process.
+    """Check that all processes have the same config and code; does nothing with one process.
 
     Args:
-      config: the run's options.
-      **more: what else must be the same, by the flag's name.
+      config: options of the run
+      **more: other values that must be equal, by the name of their flag
 
     Raises:
-      UserError: on every process if one differs; on that one it says in what.
+      UserError: on every process if one differs; the process that differs lists the differences
     """
     if jax.process_count() == 1:
         return
-    ours = flat({"config": plain(config.to_dict()), "code": _code(), **more})
-    theirs = json.loads(_from_main(json.dumps(ours, sort_keys=True)))
-    differing = [
-        f"{key} is {ours.get(key)!r}, there {theirs.get(key)!r}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if json.dumps(ours.get(key)) != json.dumps(theirs.get(key))
+    own = flat({"config": plain(config.to_dict()), "code": _code(), **more})
+    main = json.loads(_from_main(json.dumps(own, sort_keys=True)))
+    differences = [
+        f"{key} is {own.get(key)!r}, on process 0 {main.get(key)!r}"
+        for key in sorted(own.keys() | main.keys())
+        if json.dumps(own.get(key)) != json.dumps(main.get(key))
     ]
-    one_does = bool(multihost.any_process(bool(differing)))
-    if differing:
+    any_differs = bool(multihost.any_process(bool(differences)))
+    if differences:
         raise UserError(
-            f"process {jax.process_index()} was not started as process 0 was: "
-            f"{'; '.join(differing)}; give all the same command and the same code"
+            f"process {jax.process_index()} was started differently from process 0: "
+            f"{'; '.join(differences)}; start every process with the same command and code"
         )
-    if one_does:
+    if any_differs:
         raise UserError(
-            "not all processes were started with the same config and code: the line of the one "
-            "that differs says in what"
+            "not all processes were started with the same config and code; the error of the "
+            "process that differs lists the differences"
         )
 
 
 def _code() -> dict[str, str]:
-    """Digest of this package's files, and the versions that decide what is computed."""
-    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    """Return a checksum of this package's files, and the versions that results depend on."""
+    checksum, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+        checksum.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy", "grain")}
-    return {"modelstock_jax": digest.hexdigest()[:16], **versions}
+    return {"modelstock_jax": checksum.hexdigest()[:16], **versions}
 
 
 def _from_main(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A run's directory: who works in it, and what it was made with."""
+"""Lock a run's directory, and check that it belongs to the same config."""
 
 from __future__ import annotations
 
@@ -17,108 +17,108 @@ from modelstock_jax.experiment.options import option
 from modelstock_jax.fileio import FileLock, flat, plain, write_json
 from modelstock_jax.flags import current_names
 
-# The kernel frees these locks when the process ends, whatever ends it.
-_held: dict[Path, FileLock] = {}
+# The kernel releases these locks when the process ends for any reason.
+_locks: dict[Path, FileLock] = {}
 
 
 def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> None:
-    """Makes the directory and locks it; checks that what is in it was made with the same config.
+    """Create and lock the directory; check that its contents belong to the same config.
 
-    Where nothing has been trained or measured yet, another config takes the place of the old one:
-    a mistake that ended the run at its beginning is mended in the same directory.
+    If nothing has been trained or evaluated yet, the new config replaces the old one: a mistake
+    that ended the run at its start can be fixed in the same directory.
 
     Args:
-      workdir: where the run is, or is to be.
-      config: the run's options, kept in `workdir`/config.json.
-      allow_change: let options that `options.OPTIONS` calls "numerical" or "path" differ from what
-        they were.
+      workdir: directory of the run
+      config: options of the run, stored in `workdir`/config.json
+      allow_change: accept changes of the options that are "numerical" or "path" in
+        `options.OPTIONS`
 
     Raises:
-      UserError: if it cannot be written, another process works in it, or it holds the run of
-        another config; that one names every key that differs. Nothing is changed then.
+      UserError: the directory cannot be written, another process uses it, or it contains a run
+        with another config; the last one lists every option that differs. Nothing is changed then
     """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make --workdir={workdir}: {error.strerror}; choose another"
+            f"cannot create --workdir={workdir}: {error.strerror}; choose another --workdir"
         ) from error
     _lock(workdir)
-    for half in workdir.glob(".model*.tmp"):  # What a killed process was writing.
-        shutil.rmtree(half, ignore_errors=True)
-    now = plain(config.to_dict())
+    for partial in workdir.glob(".model*.tmp"):  # Left by a killed process.
+        shutil.rmtree(partial, ignore_errors=True)
+    new = plain(config.to_dict())
     if path.exists():
         try:
-            before = json.loads(path.read_text())
+            old = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
-        if before == now:
+        if old == new:
             return
         if (workdir / "runs").exists():
-            _compare(workdir, current_names(flat(before)), flat(now), allow_change)
-    write_json(path, now)
+            _compare(workdir, current_names(flat(old)), flat(new), allow_change)
+    write_json(path, new)
 
 
 def unlock_workdir(workdir: Path) -> None:
-    """Frees a directory before the process ends."""
-    lock = _held.pop(_lock_file(workdir), None)
+    """Release the lock before the process ends."""
+    lock = _locks.pop(_lock_file(workdir), None)
     if lock is not None:
         lock.release()
 
 
-def _compare(workdir: Path, before: Mapping, now: Mapping, allow_change: bool) -> None:
+def _compare(workdir: Path, old: Mapping, new: Mapping, allow_change: bool) -> None:
     changed = [
         key
-        for key in sorted(before.keys() | now.keys())
-        if _value(before, key) != _value(now, key) and option(key).resume != "ignored"
+        for key in sorted(old.keys() | new.keys())
+        if _value(old, key) != _value(new, key) and option(key).resume != "ignored"
     ]
     if not changed:
         return
     marks = {"numerical": " (numerical)", "path": " (path)"}
-    mild = [key for key in changed if option(key).resume in marks]
+    allowed = [key for key in changed if option(key).resume in marks]
     lines = [
-        f"  {key} was {_shown(before, key)}, is {_shown(now, key)}"
+        f"  {key} was {_as_text(old, key)}, is {_as_text(new, key)}"
         + marks.get(option(key).resume or "", "")
         for key in changed
     ]
-    if mild == changed and allow_change:
-        print("\n".join(["goes on with another config:", *lines]), flush=True)
+    if allowed == changed and allow_change:
+        print("\n".join(["resuming with a changed config:", *lines]), flush=True)
         return
-    ways = "give the old values to go on with it, or choose another --workdir"
-    if mild:
-        ways += "; --allow_config_change lets those marked differ"
-    raise UserError("\n".join([f"{workdir} holds a run of another config:", *lines, ways]))
+    fix = "pass the old values to resume, or choose another --workdir"
+    if allowed:
+        fix += "; with --allow_config_change the marked options may differ"
+    raise UserError("\n".join([f"{workdir} contains a run with another config:", *lines, fix]))
 
 
 def _value(options: Mapping, key: str) -> Any:
-    """A file that lacks an option was written before there was one, and means what it came with."""
+    """Return the value of an option; a file that lacks it was written before it was added."""
     return options[key] if key in options else plain(option(key).absent)
 
 
-def _shown(options: Mapping, key: str) -> str:
+def _as_text(options: Mapping, key: str) -> str:
     return repr(options[key]) if key in options else "absent"
 
 
 def _lock(workdir: Path) -> None:
     path = _lock_file(workdir)
-    if path in _held:
+    if path in _locks:
         return
     try:
         lock = FileLock(path, note=f"process {os.getpid()} on {socket.gethostname()}")
     except OSError as error:
         raise UserError(
             f"cannot write in --workdir={workdir}: {error.strerror}; free some space there, or "
-            "choose another"
+            "choose another --workdir"
         ) from error
     if not lock.held:
         raise UserError(
             f"--workdir={workdir} is in use by {lock.holder or 'another process'}; wait until it "
-            "ends, or choose another"
+            "ends, or choose another --workdir"
         )
     if lock.unsupported:
-        print(f"{path} cannot be locked ({lock.unsupported}): start no other run there")
-    _held[path] = lock
+        print(f"cannot lock {path} ({lock.unsupported}); start no other run in this directory")
+    _locks[path] = lock
 
 
 def _lock_file(workdir: Path) -> Path:

@@ -1,1 +1,1 @@
-"""What a run leaves behind: metrics, tables, figures, a model card. Imports no jax."""
+"""Outputs of a run: metrics, tables, figures, model card. Imports no jax."""

@@ -1,6 +1,7 @@
-"""The figures of a run and of a merge, and the numbers by layer that they draw.
+"""Figures of a run and of a merge, and the values by layer that they show.
 
-Accuracy against robustness, angle and norm by layer or by block, ratio over merges.
+In-distribution accuracy versus accuracy on the shifts, angle and norm by layer or by block, ratio
+over merges.
 """
 
 from __future__ import annotations
@@ -39,11 +40,9 @@ from modelstock_jax.reporting.tables import MeanAndError, Row, Summary, summariz
 
 UnitRows = Sequence[Mapping[str, Any]]
 
-# Angles, norms and ratios by layer: what the figures draw, from the merge's own report.
-
 
 def kind(name: str) -> str:
-    """Which of `kernels`, `biases`, `norms`, `head` a tensor is, by its name.
+    """Classify a tensor by its name as `kernels`, `biases`, `norms` or `head`.
 
     Example:
       >>> kind("image_tower.blocks.block_00.layer_norm1.scale")
@@ -53,20 +52,20 @@ def kind(name: str) -> str:
     """
     if name.startswith("head."):
         return "head"
-    found = role(name)
-    return found if found in ("norms", "biases") else "kernels"
+    tensor_role = role(name)
+    return tensor_role if tensor_role in ("norms", "biases") else "kernels"
 
 
 def ratio_summary(report: UnitRows) -> dict[str, dict[str, float]]:
-    """The median ratio t by kind of tensor, with the quartiles.
+    """Return the median and quartiles of the ratio t for each kind of tensor.
 
-    Units without an angle (frozen, or of one number) are left out.
+    Units without an angle (frozen or with one element) are left out.
 
     Args:
-      report: rows of `merging.report`: at least `name`, `ratio`, `cosine`.
+      report: rows of `merging.report`, with at least `name`, `ratio` and `cosine`
 
     Returns:
-      kind -> {median, low, high, count}; a kind with no unit is absent.
+      kind -> {median, low, high, count}; a kind without units is absent
 
     Example:
       >>> rows = [{"name": "a.kernel", "cosine": 0.5, "ratio": r} for r in (0.6, 0.7, 0.8)]
@@ -85,14 +84,14 @@ def ratio_summary(report: UnitRows) -> dict[str, dict[str, float]]:
 
 
 def layer_rows(reports: Iterable[UnitRows]) -> list[dict[str, Any]]:
-    """Collects the angles and norms of several runs (seeds, or pairs of replicas) by tensor.
+    """Collect the angles and norms of several runs (seeds, or pairs of replicas) by tensor.
 
     Args:
-      reports: one `merging.report` a pair or seed: rows of `name`, `angle` (degrees, or None),
-        `norms` ([N], Euclidean, of each replica's task vector), `size` (n, its numbers).
+      reports: one `merging.report` per pair or seed: rows of `name`, `angle` (degrees or None),
+        `norms` ([N], L2 norm of each task vector) and `size` (n, number of elements)
 
     Returns:
-      Rows {name, angles: degrees, one a report, rms: norm / sqrt(n), one a replica}.
+      rows {name, angles: degrees, one per report, rms: norm / sqrt(n), one per replica}
 
     Example:
       >>> report = [{"name": "w", "angle": 45.0, "norms": [2.0, 4.0], "size": 4}]
@@ -116,12 +115,10 @@ def _numbers(value: Any) -> list[float]:
     return [float(number) for number in np.ravel(np.asarray(value, dtype=np.float64))]
 
 
-# Angle and norm over depth. A run has few tensors and many measurements of each: a bar a tensor. A
-# merge of files has one of each of thousands: a dot a tensor, blocks one after the other.
-
-
+# A run has few tensors with many measurements each: `angle_by_layer` draws one bar per tensor.
+# A merge of files has thousands of tensors with one measurement each: `angle_by_block` draws dots.
 ROLE_COLORS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GRAY), strict=True))
-# Two columns, as in the paper's weights and biases.
+# Two columns: weights and biases, as in the paper.
 LEFT = {
     "attention": ROLE_COLORS["attention"],
     "MLP": ROLE_COLORS["MLP"],
@@ -134,29 +131,31 @@ RIGHT = {
     "norm scales": ROLE_COLORS["norms"],
     "head": ROLE_COLORS["embeddings and head"],
 }
-MOST_TOWERS = 3
+MAX_TOWERS = 3
 
 
 def angle_by_layer(
     layers: Sequence[Mapping[str, Any]], path: str | Path | None = None, *, title: str | None = None
 ) -> Figure:
-    """Angle between task vectors and their norm by layer (the paper's Fig. 2).
+    """Plot the angle between task vectors and their norms by layer (the paper's Fig. 2).
 
-    Kernels on the left, biases and norms on the right; bars are means over pairs (angle) or
-    replicas (norm), black lines their standard deviation.
+    Kernels are on the left, biases and norms on the right. Bars are means over pairs (angle) or
+    replicas (norm); black lines are their standard deviation.
 
     Args:
-      layers: rows of `layer_rows`, in the network's order: name, angles in degrees, rms.
-      path: a .png file; None only draws.
-      title: above the plot.
+      layers: rows of `layer_rows` in the order of the network: name, angles in degrees, rms
+      path: .png file; None only draws
+      title: title of the figure
 
     Returns:
-      The figure.
+      the figure
     """
-    places = block_position([row["name"] for row in layers])
-    # Embeddings, blocks by number, what follows them, head; within each the given order.
-    deep = [(p.depth, kind(row["name"]) == "head") for p, row in zip(places, layers, strict=True)]
-    ordered = sorted(zip(deep, layers, strict=True), key=lambda pair: pair[0])
+    positions = block_position([row["name"] for row in layers])
+    # Embeddings, blocks by number, tensors after the blocks, head; the input order within each.
+    keys = [
+        (p.depth, kind(row["name"]) == "head") for p, row in zip(positions, layers, strict=True)
+    ]
+    ordered = sorted(zip(keys, layers, strict=True), key=lambda pair: pair[0])
     sides: tuple[list, list] = ([], [])
     for (depth, _), row in ordered:
         right = kind(row["name"]) == "norms" or row["name"].endswith(".bias")
@@ -180,7 +179,7 @@ def angle_by_layer(
         _scale_norms(panels[1], bars=True)
         if any(np.mean(row["angles"]) > 90 for row in layers if row["angles"]):
             panels[0, 1].set_title(
-                "key biases get no gradient through softmax: any angle",
+                "key biases receive no gradient: arbitrary angles",
                 loc="right", fontsize=8.5, fontweight="normal", color="#555555",
             )  # fmt: skip
         if title:
@@ -190,26 +189,26 @@ def angle_by_layer(
 
 
 def angle_by_block(rows: UnitRows, path: str | Path | None = None) -> Figure:
-    """Angles (above) and norms (below) by block of a merge of files; a column for each tower.
+    """Plot angles (above) and norms (below) by block of a merge of files, one column per tower.
 
-    A single fine-tune has no angle: then the norms alone. A dot is a merge unit, a line the median
-    of its role in each block.
+    A single fine-tune has no angle; only norms are plotted then. A dot is a merge unit, a line is
+    the median of a role in each block.
 
     Args:
-      rows: of a merge's report: name, shape, angle (degrees or None), norms ([N]).
-      path: a .png file; None only draws.
+      rows: rows of a merge's report: name, shape, angle (degrees or None), norms ([N])
+      path: .png file; None only draws
 
     Returns:
-      The figure.
+      the figure
     """
-    places = block_position([row["name"] for row in rows])
-    towers = [tower for tower, _ in Counter(p.tower for p in places).most_common(MOST_TOWERS)]
-    shown = [tower for tower in dict.fromkeys(p.tower for p in places) if tower in towers]
+    positions = block_position([row["name"] for row in rows])
+    towers = [tower for tower, _ in Counter(p.tower for p in positions).most_common(MAX_TOWERS)]
+    shown = [tower for tower in dict.fromkeys(p.tower for p in positions) if tower in towers]
     groups = {
-        tower: [(p.depth, row) for p, row in zip(places, rows, strict=True) if p.tower == tower]
+        tower: [(p.depth, row) for p, row in zip(positions, rows, strict=True) if p.tower == tower]
         for tower in shown
     }
-    if list(groups) == [""]:  # No blocks: the tensors in their order.
+    if list(groups) == [""]:  # Without blocks: tensors in their order.
         groups[""] = [(float(number), row) for number, row in enumerate(rows)]
     depths = [len({depth for depth, _ in group}) for group in groups.values()]
     angles = any(row.get("angle") is not None for row in rows)
@@ -242,25 +241,25 @@ def _bars_of_side(
     side: Sequence[tuple[float, Mapping[str, Any]]],
     colors: Mapping[str, str],
 ) -> None:
-    """Draws one column of `angle_by_layer`: its tensors with their depths."""
-    shares = [_share(row["name"]) for _, row in side]
-    shades = [colors[share] for share in shares]
+    """Draw one column of `angle_by_layer` from its (depth, row) pairs."""
+    names = [_color_name(row["name"]) for _, row in side]
+    bar_colors = [colors[name] for name in names]
     for axes, values in zip(panels, ("angles", "rms"), strict=True):
-        _bars(axes, [row[values] for _, row in side], shades)
+        _bars(axes, [row[values] for _, row in side], bar_colors)
     # Every other block is shaded.
-    start, middles = 0, {}
-    for number, (depth, group) in enumerate(groupby(side, key=lambda one: one[0])):
+    start, centers = 0, {}
+    for number, (depth, group) in enumerate(groupby(side, key=lambda pair: pair[0])):
         stop = start + len(list(group))
-        middles[depth] = (start + stop - 1) / 2
+        centers[depth] = (start + stop - 1) / 2
         for axes in panels:
             if number % 2:
                 axes.axvspan(start - 0.5, stop - 0.5, color="#F3F3F3", zorder=0, lw=0)
         start = stop
-    _name_blocks(panels, middles, most=9)
+    _name_blocks(panels, centers, max_ticks=9)
     panels[-1].set_xlabel("block of the image tower")
-    used = [share for share in colors if share in shares]
+    used = [name for name in colors if name in names]
     panels[-1].legend(
-        handles=[Patch(color=colors[share], label=share) for share in used],
+        handles=[Patch(color=colors[name], label=name) for name in used],
         loc="upper center",
         bbox_to_anchor=(0.5, -0.32),
         ncols=max(1, len(used)),
@@ -269,27 +268,27 @@ def _bars_of_side(
     )
 
 
-def _share(name: str) -> str:
-    """A key of `LEFT` or `RIGHT`."""
-    what = kind(name)
-    if what == "norms":
+def _color_name(name: str) -> str:
+    """Return the key of `LEFT` or `RIGHT` for a tensor."""
+    tensor_kind = kind(name)
+    if tensor_kind == "norms":
         return "norm biases" if name.endswith(".bias") else "norm scales"
-    if what == "kernels":
+    if tensor_kind == "kernels":
         return role(name) if role(name) in LEFT else "other kernels"
-    return what
+    return tensor_kind
 
 
 def _bars(axes: Axes, values: Sequence[Sequence[float]], colors: Sequence[str]) -> None:
     x = np.arange(len(values))
     mean = np.array([np.mean(value) if len(value) else np.nan for value in values])
-    spread = np.array([np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values])
+    deviation = np.array([np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values])
     axes.bar(x, mean, width=0.8, color=colors, linewidth=0)
-    shown = spread > 0
+    shown = deviation > 0
     if shown.any():
         axes.errorbar(
             x[shown],
             mean[shown],
-            spread[shown],
+            deviation[shown],
             fmt="none",
             ecolor=BLACK,
             elinewidth=1.1,
@@ -301,18 +300,18 @@ def _bars(axes: Axes, values: Sequence[Sequence[float]], colors: Sequence[str]) 
 def _dots_of_tower(
     top: Axes | None, bottom: Axes, group: Sequence[tuple[float, Mapping[str, Any]]]
 ) -> None:
-    """Draws one column of `angle_by_block`: a tower's tensors with their depths."""
+    """Draw one column of `angle_by_block` from the (depth, row) pairs of a tower."""
     depths = sorted({depth for depth, _ in group})
     position = {depth: float(x) for x, depth in enumerate(depths)}
     points = defaultdict(lambda: defaultdict(list))
     for depth, row in group:
         points[role(row["name"])][position[depth]].append(row)
     for number, (name, color) in enumerate((n, c) for n, c in ROLE_COLORS.items() if n in points):
-        shift = (number - 2) * 0.07  # Roles stand beside each other, not on each other.
+        shift = (number - 2) * 0.07  # So that roles do not overlap.
         if top is not None:
             _series(top, points[name], lambda row: _numbers(row.get("angle")), color, shift)
         _series(bottom, points[name], _rms, color, shift)
-    _name_blocks([axes for axes in (top, bottom) if axes is not None], position, most=12)
+    _name_blocks([axes for axes in (top, bottom) if axes is not None], position, max_ticks=12)
     bottom.set_xlim(-0.6, len(depths) - 0.4)
 
 
@@ -325,11 +324,11 @@ def _series(
 ) -> None:
     dots, line, last = [], [], None
     for x in sorted(points):
-        if seen := [value for row in points[x] for value in values(row)]:
-            dots += [(x + shift, value) for value in seen]
-            if last is not None and last < x - 1:  # A line over a gap would say too much.
+        if block_values := [value for row in points[x] for value in values(row)]:
+            dots += [(x + shift, value) for value in block_values]
+            if last is not None and last < x - 1:  # No line over missing blocks.
                 line.append((x, math.nan))
-            line.append((x + shift, float(np.median(seen))))
+            line.append((x + shift, float(np.median(block_values))))
             last = x
     if not dots:
         return
@@ -342,11 +341,11 @@ def _rms(row: Mapping[str, Any]) -> list[float]:
     return [norm / math.sqrt(size) for norm in row["norms"] if norm]
 
 
-def _name_blocks(panels: Sequence[Axes], position: Mapping[float, float], most: int) -> None:
-    """Names depths at their positions, below the last panel; of blocks at most so many."""
+def _name_blocks(panels: Sequence[Axes], position: Mapping[float, float], max_ticks: int) -> None:
+    """Label depths at their positions below the last panel, with at most `max_ticks` blocks."""
     names = {-1.0: "in", math.inf: "out"}
     inner = [depth for depth in position if depth not in names]
-    every = max(1, math.ceil(len(inner) / most))
+    every = max(1, math.ceil(len(inner) / max_ticks))
     ticks = [depth for depth in position if depth in names or inner.index(depth) % every == 0]
     panels[-1].set_xticks(
         [position[depth] for depth in ticks], [names.get(d) or str(int(d)) for d in ticks]
@@ -357,7 +356,7 @@ def _name_blocks(panels: Sequence[Axes], position: Mapping[float, float], most: 
 
 
 def _scale_angles(panels: Sequence[Axes], *, bars: bool = False) -> None:
-    """From 0 on; dots have one of three scales, so that pictures of like models compare."""
+    """Scale from 0; dots use one of three scales, so that figures of similar models compare."""
     panels[0].set_ylabel("angle (degrees)")
     highest = max(axes.dataLim.y1 for axes in panels)
     limit = max(95.0, highest + 3.0)
@@ -370,9 +369,9 @@ def _scale_angles(panels: Sequence[Axes], *, bars: bool = False) -> None:
 
 
 def _scale_norms(panels: Sequence[Axes], *, bars: bool = False) -> None:
-    """From 0 on; on a logarithmic scale where norms differ much and are not drawn as bars."""
+    """Scale from 0, or logarithmically for dots whose norms differ by a factor above 20."""
     first = panels[0]
-    first.set_ylabel(r"norm of $d_i$ / $\sqrt{n}$")
+    first.set_ylabel(r"update norm $\|d_i\| / \sqrt{n}$")
     lowest, highest = (
         f(getattr(axes.dataLim, side) for axes in panels) for f, side in ((min, "y0"), (max, "y1"))
     )
@@ -383,15 +382,13 @@ def _scale_norms(panels: Sequence[Axes], *, bars: bool = False) -> None:
         first.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
 
 
-# Accuracy against robustness.
-
-
-OWN_STYLE = Style("", "", "purple", "h")
+# Style of a method that is not in `registry.ROWS`.
+OTHER_STYLE = Style("", "", "purple", "h")
 MARKER_SIZE = {"*": 17, "o": 7, "s": 7, "D": 7, "P": 9, "^": 9, "v": 9}
 
 
 class Point(NamedTuple):
-    """A method in the plane of both accuracies."""
+    """A method with both of its accuracies."""
 
     summary: Summary
     id: MeanAndError
@@ -401,23 +398,23 @@ class Point(NamedTuple):
 def id_against_shifts(
     rows: Iterable[Row], path: str | Path | None = None, *, title: str | None = None
 ) -> Figure:
-    """In-distribution accuracy against the average over the shifts (the paper's Fig. 1).
+    """Plot in-distribution accuracy versus the average over the shifts (the paper's Fig. 1).
 
-    A marker a method (bars: standard error over seeds), single replicas as small dots, and the
-    WiSE-FT curves of one replica and of the mean, labeled by alpha.
+    Each method has a marker with error bars (standard error over seeds). Small dots are the single
+    models. The WiSE-FT curves of a single model and of the uniform mean are labeled with alpha.
 
     Args:
-      rows: as `tables.make_row` gives them; WiSE-FT rows have `alpha` and `of`.
-      path: a .png file; None only draws.
-      title: above the plot.
+      rows: rows of `tables.make_row`; WiSE-FT rows have `alpha` and `of`
+      path: .png file; None only draws
+      title: title of the figure
 
     Returns:
-      The figure.
+      the figure
     """
     rows = [row for row in rows if row.get("avg_shifts") is not None]
-    every = [Point(s, s.id, s.avg_shifts) for s in summarize(rows) if s.avg_shifts is not None]
-    # Other merge units crowd around the run's own: they are for the table.
-    points = [one for one in every if one.summary.method != "wise_ft" and one.summary.unit is None]
+    all_points = [Point(s, s.id, s.avg_shifts) for s in summarize(rows) if s.avg_shifts is not None]
+    # Other merge units would crowd around the run's own; only the table shows them.
+    points = [p for p in all_points if p.summary.method != "wise_ft" and p.summary.unit is None]
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
@@ -427,7 +424,7 @@ def id_against_shifts(
         curves = [
             curve
             for of, color in [("single_model", GRAY), ("uniform_mean", SKY)]
-            if (curve := _wise_ft(axes, every, of, color))
+            if (curve := _wise_ft(axes, all_points, of, color))
         ]
         for point in points:
             _mark(axes, point)
@@ -436,35 +433,37 @@ def id_against_shifts(
         axes.set_title(title or "")
         axes.margins(0.1)
         avoid = [axes.legend(loc="best", handlelength=1.6)] if curves else []
-        figure.canvas.draw()  # Fixes limits and layout, which the placing of labels reads.
+        figure.canvas.draw()  # Fixes limits and layout, which `style.place` reads.
         figure.set_layout_engine("none")
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
-        along = [point for curve in curves for point in curve.dense()]
-        along += [(row["id"], row["avg_shifts"]) for row in rows if row["method"] == "single_model"]
-        along += [tip for point in points for tip in _tips(point)]
+        occupied = [point for curve in curves for point in curve.dense()]
+        occupied += [
+            (row["id"], row["avg_shifts"]) for row in rows if row["method"] == "single_model"
+        ]
+        occupied += [tip for point in points for tip in _tips(point)]
         boxes = [legend.get_window_extent() for legend in avoid]
-        style.place(axes, _names(points), along, avoid=boxes)
+        style.place(axes, _labels(points), occupied, avoid=boxes)
         style.number_curves(axes, curves)
 
     return draw(fill, (7.2, 4.9), path)
 
 
 def _wise_ft(axes: Axes, points: Sequence[Point], of: str, color: str) -> style.Curve | None:
-    # A curve begins at the anchor of the replicas.
+    # A curve starts at the anchor of the replicas.
     probed = any(point.summary.method == "probed" for point in points)
     ends = {"probed" if probed else "zero_shot": 0.0, of: 1.0}
-    along: dict[float, Point] = {}
+    by_alpha: dict[float, Point] = {}
     for point in points:
         method, alpha, source = point.summary.method, point.summary.alpha, point.summary.of
         if method in ends:
-            along[ends[method]] = point
+            by_alpha[ends[method]] = point
         elif method == "wise_ft" and alpha is not None and (source or "single_model") == of:
-            along[alpha] = point
-    if not any(point.summary.method == "wise_ft" for point in along.values()):
+            by_alpha[alpha] = point
+    if not any(point.summary.method == "wise_ft" for point in by_alpha.values()):
         return None
-    alphas = sorted(along)
-    x = [along[alpha].id.mean for alpha in alphas]
-    y = [along[alpha].shifts.mean for alpha in alphas]
+    alphas = sorted(by_alpha)
+    x = [by_alpha[alpha].id.mean for alpha in alphas]
+    y = [by_alpha[alpha].shifts.mean for alpha in alphas]
     name = {
         "single_model": "WiSE-FT of a single model (α)",
         "uniform_mean": "WiSE-FT of the uniform mean (α)",
@@ -474,7 +473,7 @@ def _wise_ft(axes: Axes, points: Sequence[Point], of: str, color: str) -> style.
 
 
 def _mark(axes: Axes, point: Point) -> None:
-    method = ROWS.get(point.summary.method, OWN_STYLE)
+    method = ROWS.get(point.summary.method, OTHER_STYLE)
     axes.errorbar(
         point.id.mean,
         point.shifts.mean,
@@ -492,25 +491,22 @@ def _mark(axes: Axes, point: Point) -> None:
 
 
 def _tips(point: Point) -> list[tuple[float, float]]:
-    """The ends of the error bars."""
+    """Return the ends of the error bars."""
     (x, dx), (y, dy) = point.id, point.shifts
     return [(x - (dx or 0), y), (x + (dx or 0), y), (x, y - (dy or 0)), (x, y + (dy or 0))]
 
 
-def _names(points: Sequence[Point]) -> list[style.Label]:
-    """What stands beside the markers, the most important first."""
-    names = []
+def _labels(points: Sequence[Point]) -> list[style.Label]:
+    """Return the labels of the markers, Model Stock first."""
+    labels = []
     for summary, (x, _), (y, _) in points:
         method = ROWS.get(summary.method)
-        # "Mean of 2 replicas" -> 2: the label has been filled in already.
+        # "Uniform mean of 2 replicas" -> 2: the label is already formatted.
         number = next((word for word in summary.label.split() if word.isdigit()), "replicas")
         text = summary.label if method is None else method.short.format(n=number)
         bold = summary.method == "model_stock"
-        names.append(style.Label(x, y, text, ink(COLORS[(method or OWN_STYLE).color]), bold))
-    return sorted(names, key=lambda label: not label.bold)
-
-
-# Ratios over merges.
+        labels.append(style.Label(x, y, text, ink(COLORS[(method or OTHER_STYLE).color]), bold))
+    return sorted(labels, key=lambda label: not label.bold)
 
 
 def ratio_over_merges(
@@ -519,16 +515,18 @@ def ratio_over_merges(
     *,
     title: str | None = None,
 ) -> Figure:
-    """The ratio t at each merge: its median over kernels, biases, norms and head.
+    """Plot the median ratio t at each merge, for kernels, biases, norms and head.
+
+    Bands are the interquartile range.
 
     Args:
-      histories: a name a panel -> one entry a merge: {"epoch": number, "ratios": as
-        `ratio_summary` gives them}.
-      path: a .png file; None only draws.
-      title: above the plot.
+      histories: name of a panel -> one entry per merge: {"epoch": number, "ratios": result of
+        `ratio_summary`}
+      path: .png file; None only draws
+      title: title of the figure
 
     Returns:
-      The figure; the bands run from the lower to the upper quartile.
+      the figure
     """
 
     def fill(figure: Figure) -> None:

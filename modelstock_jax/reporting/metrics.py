@@ -1,4 +1,4 @@
-"""Metrics while a run goes: JSON lines and TensorBoard, safe to append to after a restart."""
+"""Metrics during a run: JSON lines and TensorBoard, safe to append to after a restart."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class _Files(NamedTuple):
 
 
 class MetricsWriter:
-    """Appends scalars to JSON lines and to TensorBoard files in `workdir`.
+    """Append scalars to JSON lines and to TensorBoard files in `workdir`.
 
-    `metrics.jsonl` holds what training computed and no clock: on a restart, lines past the restored
-    step (and a line torn by a crash) are dropped, so that it is the file of an uninterrupted run.
-    `performance.jsonl` holds what the clock said of the same steps, in every life of the run.
-    TensorBoard gets both.
+    `metrics.jsonl` contains what training computed, without timestamps. On a restart, lines after
+    the restored step (and a line that a crash cut off) are dropped, so that the file equals that
+    of an uninterrupted run. `performance.jsonl` contains the timings of the same steps, from every
+    start of the run. TensorBoard gets both.
 
     Args:
-      workdir: the run's directory.
-      restored_step: the step that training resumes from; None begins anew.
-      enabled: False makes every call do nothing (all processes but the first).
+      workdir: directory of the run
+      restored_step: step that training resumes from; None starts from scratch
+      enabled: False makes every call do nothing (all processes except the first)
 
     Attributes:
-      kept: the lines of metrics.jsonl that a restart left, in order.
-      furthest: the last step that performance.jsonl has of an earlier life; 0 where there is none.
+      kept: lines of metrics.jsonl that a restart preserved, in order
+      furthest: last step in performance.jsonl of an earlier start; 0 if there is none
 
     Raises:
-      UserError: the directory cannot be written.
+      UserError: the directory cannot be written
 
     Example:
       >>> import tempfile
@@ -57,15 +57,15 @@ class MetricsWriter:
         workdir = Path(workdir)
         resumes = restored_step is not None
 
-        def done(entry: Mapping[str, Any]) -> bool:
+        def is_restored(entry: Mapping[str, Any]) -> bool:
             return "step" in entry and entry["step"] <= restored_step
 
-        metrics = JsonLines(workdir / "metrics.jsonl", done if resumes else None)
+        metrics = JsonLines(workdir / "metrics.jsonl", is_restored if resumes else None)
         self.kept = metrics.kept
-        timed = (lambda entry: "step" in entry) if resumes else None
-        performance = JsonLines(workdir / "performance.jsonl", timed)
+        has_step = (lambda entry: "step" in entry) if resumes else None
+        performance = JsonLines(workdir / "performance.jsonl", has_step)
         self.furthest = max((entry["step"] for entry in performance.kept), default=0)
-        import tensorboardX  # Here, since it costs half a second.
+        import tensorboardX  # Takes half a second, so only where it is needed.
 
         board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"),
@@ -74,25 +74,25 @@ class MetricsWriter:
         self._files = _Files(metrics, performance, board)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends a line of what training computed.
+        """Append a line of values that training computed.
 
         Args:
-          step: the training step that the values belong to.
-          values: name -> scalar, of Python, NumPy or jax; a non-finite one is null in the file.
+          step: training step of the values
+          values: name -> scalar of Python, NumPy or jax; a non-finite one is null in the file
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full
         """
         if self._files is not None:
             _write(self._files.metrics, self._files.board, step, values)
 
     def write_performance(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends a line of what the clock says; as `write`."""
+        """Append a line of timings; otherwise like `write`."""
         if self._files is not None:
             _write(self._files.performance, self._files.board, step, values)
 
     def flush(self) -> None:
-        """Hands everything to the operating system."""
+        """Pass everything to the operating system."""
         if self._files is None:
             return
         self._files.metrics.flush()
@@ -101,11 +101,11 @@ class MetricsWriter:
             self._files.board.flush()
 
     def close(self) -> None:
-        """Flushes and closes; a second call does nothing."""
+        """Flush and close; a second call does nothing."""
         files, self._files = self._files, None
         if files is None:
             return
-        with contextlib.ExitStack() as stack:  # On a full disk, too, all of them are closed.
+        with contextlib.ExitStack() as stack:  # Closes all of them even on a full disk.
             stack.enter_context(_errors(files.board))
             stack.callback(files.board.close)
             stack.callback(files.performance.close)
@@ -138,5 +138,5 @@ def _errors(board: Any) -> Iterator[None]:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, in order; a torn last line is left out."""
+    """Return the lines of a run's `metrics.jsonl` in order, without an incomplete last line."""
     return [entry for entry in read_lines(Path(workdir) / "metrics.jsonl") if "step" in entry]

@@ -1,6 +1,6 @@
-"""README.md of an exported model: where it comes from and how it was merged.
+"""The model card (README.md) of an exported model: its origin and how it was merged.
 
-The card of a merge of files is made of the same parts: front matter, tables, and what made it.
+`checkpoint_merge` builds the card of a merge of files from the same functions.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ def model_card(
     num_replicas: int,
     unit: str,
     rows: Sequence[Mapping[str, Any]] = (),
+    synthetic: bool = False,
     ratios: Mapping[str, Mapping[str, float]] | None = None,
     command: str | None = None,
 ) -> str:
-    """The model card's text; the same arguments give the same text (no clock).
+    """Return the model card; equal arguments give equal text (no timestamps).
 
     Args:
-      name: the model's, as the title.
-      method: a key of `registry.ROWS`, or a name of your own.
-      anchor: what was fine-tuned, as a reader knows it (a path's last part or a hub name).
-      fingerprint: of the anchor's weights (`Checkpoint.fingerprint`).
-      num_replicas: N.
-      unit: the merge unit.
-      rows: results to show, as `tables.make_row` gives them.
-      ratios: as `figures.ratio_summary` gives them.
-      command: what was typed.
+      name: title of the card
+      method: key of `registry.ROWS`, or another name
+      anchor: name of the pretrained model: last part of a path, or a hub id
+      fingerprint: checksum of the anchor's weights (`Checkpoint.fingerprint`)
+      num_replicas: N
+      unit: merge unit
+      rows: rows of `tables.make_row` to show
+      synthetic: whether the rows are results of the synthetic benchmark
+      ratios: result of `figures.ratio_summary`
+      command: command that produced the model
 
     Returns:
-      Markdown with YAML front matter.
+      Markdown with YAML front matter
     """
     lines = heading(name, {
         "library_name": "transformers",
@@ -57,28 +59,38 @@ def model_card(
     ]
     lines += table(["", ""], [
         ["anchor", anchor],
-        ["fingerprint of the anchor's weights", f"`{fingerprint}`"],
+        ["checksum of the anchor's weights", f"`{fingerprint}`"],
         ["replicas", num_replicas],
         ["merge unit", unit],
     ])  # fmt: skip
     lines.append("")
     if ratios:
-        lines += ["## Ratios", "", "t = 0 is the anchor, t = 1 the mean of the replicas.", ""]
+        lines += [
+            "## Ratios",
+            "",
+            "t = 0 is the anchor and t = 1 is the mean of the replicas.",
+            "",
+        ]
         lines += table(["", "units", "median", "quartiles"], (
             [kind, v["count"], f"{v['median']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}"]
             for kind, v in ratios.items()
         ), numbers=True)  # fmt: skip
         lines.append("")
     if rows:
-        lines += ["## Results", "", markdown_table(rows)]
+        lines += ["## Results", "", markdown_table(rows, synthetic=synthetic)]
     lines += made_by(command)
     lines.append(listed_versions({"modelstock_jax": __version__, **installed(PACKAGES)}))
     return "\n".join(lines) + "\n"
 
 
 def heading(name: str, front: Mapping[str, Any]) -> list[str]:
-    """Lines of the YAML front matter, without what is None, and of the title."""
-    # A JSON string or list is YAML too, and needs no rules for quoting.
+    """Return the lines of the YAML front matter, without None values, and of the title.
+
+    Args:
+      name: title
+      front: front matter
+    """
+    # A JSON string or list is valid YAML and needs no quoting rules.
     fields = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
     return ["---", *fields, "---", "", f"# {name}", ""]
 
@@ -86,12 +98,12 @@ def heading(name: str, front: Mapping[str, Any]) -> list[str]:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = False
 ) -> list[str]:
-    """Lines of a Markdown table.
+    """Return the lines of a Markdown table.
 
     Args:
-      columns: headings; they may be empty.
-      rows: of cells.
-      numbers: whether all columns but the first stand to the right.
+      columns: headings, may be empty
+      rows: rows of cells
+      numbers: whether to align all columns except the first to the right
 
     Example:
       >>> table(["", "t"], [["head", 0.9]], numbers=True)
@@ -103,21 +115,21 @@ def table(
 
 
 def made_by(command: str | None) -> list[str]:
-    """Lines of the section that ends with versions: what was typed, where it is known."""
+    """Return the first lines of the section with the command, if known, and the versions."""
     return ["## Made by", "", *(["```", command, "```", ""] if command else [])]
 
 
 def listed_versions(versions: Mapping[str, str]) -> str:
-    """Versions on one line."""
+    """Return the versions in one line."""
     return ", ".join(f"{package} {number}" for package, number in versions.items())
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of packages that a result depends on."""
-    found = {}
+    """Return the versions of the packages that are installed."""
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # Not installed by a packager: nothing to say.
+            versions[package] = version(package)
+        except PackageNotFoundError:  # Not installed as a package: no version.
             continue
-    return found
+    return versions

@@ -1,6 +1,6 @@
-"""Progress with rate and time left: a bar on a terminal, a plain line now and then elsewhere.
+"""Progress with rate and time left: a bar on a terminal, otherwise a line at intervals.
 
-`Progress` counts the steps of a loop, `ByteProgress` bytes.
+`Progress` counts the steps of a loop, `ByteProgress` counts bytes.
 """
 
 from __future__ import annotations
@@ -23,30 +23,29 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 WINDOW_SECONDS = 20.0
-# How often a meter shows bytes: by a line, and by its bar.
+# Seconds between updates of `ByteProgress`: lines, and the bar.
 LINE_SECONDS, BAR_SECONDS = 10.0, 0.1
 
 
 class Progress:
-    """Shows how far a loop is, how fast it runs and how long it still takes.
+    """Show how far a loop is, its rate and the time left.
 
-    Without a terminal it prints a line every 10 s or 10 %, whichever is later, but one a minute,
-    and one at the end.
-    The first step's time (compilation) does not enter the rate.
+    Without a terminal it prints a line every 10 s or 10 %, whichever is later, but at least one per
+    minute, and one at the end. The first step's time (compilation) is not part of the rate.
 
     Args:
-      title: what is being done, in a few words.
-      total: steps in all.
-      done: steps that were done before (a resumed run).
-      images_per_step: how many images one step sees; 0 counts steps.
-      unit: what a step is called beside the rate.
-      console: where to print; standard output by default.
-      enabled: False prints nothing (all processes but the first).
-      clock: seconds; replaced in tests.
+      title: short description of the loop
+      total: total number of steps
+      done: steps done before a resumed run started
+      images_per_step: number of images per step, to show images/s; 0 shows steps
+      unit: name of a step in the rate
+      console: output; standard output by default
+      enabled: False prints nothing (all processes except the first)
+      clock: returns seconds; replaced in tests
 
     Attributes:
-      transient: Whether the bar vanishes at the end.
-      total_known: Whether `total` is known before the first update; until then the bar pulses.
+      transient: whether the bar disappears at the end
+      total_known: whether `total` is known before the first update; until then the bar pulses
 
     Example:
       >>> import io
@@ -101,11 +100,11 @@ class Progress:
             self._print_line()
 
     def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
-        """Says that `done` steps are done.
+        """Report that `done` steps are done.
 
         Args:
-          done: steps done in all, those before a restart included.
-          values: name -> number to show beside the rate (loss, ...); kept until replaced.
+          done: total number of steps done, including those before a restart
+          values: name -> value to show next to the rate (loss, ...), until it is replaced
         """
         if not self._enabled:
             return
@@ -123,19 +122,19 @@ class Progress:
             self._print_line()
 
     def log(self, line: str) -> None:
-        """Prints a line above the bar."""
+        """Print a line above the bar."""
         if self._enabled:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def rate(self) -> float | None:
-        """Steps a second over the last 20 s; None before the second update."""
+        """Return steps per second over the last 20 s; None before the second update."""
         if len(self._seen) < 2:
             return None
         (begin, first), (end, last) = self._seen[0], self._seen[-1]
         return (last - first) / (end - begin) if end > begin and last > first else None
 
     def text(self) -> str:
-        """Rate, time left and values, as shown."""
+        """Return rate, time left and values as shown."""
         rate = self.rate()
         parts = []
         if rate is not None:
@@ -148,14 +147,14 @@ class Progress:
         return "  ".join(parts)
 
     def _columns(self) -> list[ProgressColumn]:
-        """What stands to the right of the bar."""
+        """Return the columns to the right of the bar."""
         return [
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[text]}"),
         ]
 
     def _amount(self) -> str:
-        """How much is done, on a plain line."""
+        """Return the progress as shown in a line."""
         return f"{self._done}/{self._total} ({100 * self._done / max(1, self._total):.0f} %)"
 
     def _print_line(self) -> None:
@@ -164,7 +163,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds.
+    """Format seconds as hours, minutes and seconds.
 
     Example:
       >>> duration(75), duration(3700)
@@ -176,20 +175,21 @@ def duration(seconds: float) -> str:
 
 
 class ByteProgress(Progress):
-    """Called with bytes done and bytes in all; shows them, and the rate from the beginning on.
+    """Show the progress of bytes, and their rate since the start.
 
-    Without a terminal it prints a line every 10 s, and one at the end.
+    Call it with the bytes done and the total. Without a terminal it prints a line every 10 s, and
+    one at the end.
 
     Args:
-      title: what is being done, in a word or two.
-      console: standard error, by the command line.
-      clock: seconds; replaced in tests.
+      title: short description of the process
+      console: output; the command line uses standard error
+      clock: returns seconds; replaced in tests
 
     Example:
       >>> import io
       >>> out = io.StringIO()
-      >>> with ByteProgress("merging", Console(file=out, width=80)) as meter:
-      ...     meter(10**9, 10**9)
+      >>> with ByteProgress("merging", Console(file=out, width=80)) as progress:
+      ...     progress(10**9, 10**9)
       >>> out.getvalue().split("  ")[:2]
       ['merging', '1.0 GB of 1.0 GB']
     """
@@ -201,7 +201,7 @@ class ByteProgress(Progress):
         self._start = self._printed[0]
 
     def __call__(self, done: int, total: int) -> None:
-        """Says that `done` of `total` bytes are done."""
+        """Report that `done` of `total` bytes are done."""
         now = self._clock()
         wait = LINE_SECONDS if self._bar is None else BAR_SECONDS
         if now - self._printed[0] < wait and (done < total or self._done == done):
@@ -214,7 +214,7 @@ class ByteProgress(Progress):
             self._printed = (now, done)
 
     def text(self) -> str:
-        """Rate and time left, as a line shows them; a bar has columns for them."""
+        """Return rate and time left as shown in a line; a bar has columns for them."""
         seconds, left = self._clock() - self._start, self._total - self._done
         if seconds <= 0 or not self._done:
             return ""

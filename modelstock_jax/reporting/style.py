@@ -1,4 +1,4 @@
-"""One look for every figure: colors that color-blind readers can tell apart."""
+"""Style of all figures: colors that color-blind readers can distinguish, and labels."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from matplotlib.transforms import Bbox
 
 from modelstock_jax.fileio import write_atomically
 
-# Okabe and Ito's palette, in print and on screen told apart by all common kinds of color vision.
+# Palette of Okabe and Ito: distinguishable in print and on screen by all common kinds of color
+# vision.
 BLACK, ORANGE, SKY, GREEN = "#222222", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GRAY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
-# By the names that `registry` uses.
+# The names are used by `registry`.
 COLORS = {
     "black": BLACK, "orange": ORANGE, "sky": SKY, "green": GREEN,
     "blue": BLUE, "vermilion": VERMILION, "purple": PURPLE, "gray": GRAY,
@@ -59,7 +60,7 @@ RC = {
 
 
 class PngFigure(Figure):
-    """A figure that a notebook shows where it is a cell's last value; no display is needed."""
+    """A figure that a notebook shows as the last value of a cell; it needs no display."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -69,7 +70,7 @@ class PngFigure(Figure):
 
 
 def ink(color: str) -> tuple[float, float, float]:
-    """The color darkened for text, which needs more contrast than a marker.
+    """Darken a color for text, which needs more contrast than a marker.
 
     Example:
       >>> ink("#FF8000")
@@ -82,39 +83,37 @@ def ink(color: str) -> tuple[float, float, float]:
 def draw(
     fill: Callable[[Figure], Any], size: tuple[float, float], path: str | Path | None
 ) -> PngFigure:
-    """Draws a figure in the house's look and writes it atomically.
+    """Draw a figure in the project's style and write it atomically.
 
     Args:
-      fill: draws on the empty figure.
-      size: width and height in inches.
-      path: a .png file; None only draws.
+      fill: draws on the empty figure
+      size: width and height in inches
+      path: .png file; None only draws
 
     Returns:
-      The figure, for those who want to look into it; no display is touched.
+      the figure; no display is used
     """
     with matplotlib.rc_context(RC):
         figure = PngFigure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         fill(figure)
         if path is not None:
-            # No version in the metadata: equal figures give equal bytes.
+            # No version in the metadata: equal figures are bitwise identical.
             write_atomically(
                 path, lambda file: figure.savefig(file, dpi=180, metadata={"Software": None})
             )
     return figure
 
 
-# Labels beside points that cover neither each other nor the data.
-
-
-# Distances from the point to try, in points of type, and directions, the reader's favorites first.
+# Label positions to try: distances from the point in typographic points, and directions in degrees,
+# both in order of preference.
 RADII = (9, 14, 20, 28, 38, 50, 64)
 ANGLES = (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 65, 295, 115, 245)
-FAR = 16  # From this distance on a thin line leads from the label to its point.
+FAR = 16  # At this distance or more, a thin line connects the label and its point.
 
 
 class Label(NamedTuple):
-    """A text for the point (x, y), in data coordinates."""
+    """A label of the point (x, y), in data coordinates."""
 
     x: float
     y: float
@@ -124,18 +123,18 @@ class Label(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Points along a curve, each with its alpha, in data coordinates."""
+    """Points along a curve with their alphas, in data coordinates."""
 
     alphas: Sequence[float]
     x: Sequence[float]
     y: Sequence[float]
     color: Any
 
-    def dense(self, between: int = 6) -> list[tuple[float, float]]:
-        """The curve's points and others between them."""
-        at = np.linspace(0, len(self.x) - 1, between * (len(self.x) - 1) + 1)
+    def dense(self, steps: int = 6) -> list[tuple[float, float]]:
+        """Return the curve with `steps` interpolated steps between neighboring points."""
+        position = np.linspace(0, len(self.x) - 1, steps * (len(self.x) - 1) + 1)
         index = np.arange(len(self.x))
-        x, y = np.interp(at, index, self.x), np.interp(at, index, self.y)
+        x, y = np.interp(position, index, self.x), np.interp(position, index, self.y)
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
 
@@ -147,20 +146,20 @@ def place(
     avoid: Sequence[Bbox] = (),
     size: float = 9,
 ) -> list[Annotation]:
-    """Puts each label at the free place nearest to its point.
+    """Put each label at the free position nearest to its point.
 
-    Places that cover a label, a marker or the frame are taken only when nothing else is left, the
-    one that covers least first.
+    A position that covers a label, a marker or the frame is used only if no other is free; then
+    the one that covers least is used.
 
     Args:
-      axes: with its limits and layout final.
-      labels: in order of importance.
-      occupied: data coordinates that should stay uncovered (markers, points along curves).
-      avoid: boxes in display coordinates that no label may cover (the legend).
-      size: of the type, in points.
+      axes: axes with final limits and layout
+      labels: labels in order of importance
+      occupied: data coordinates to keep uncovered (markers, points along curves)
+      avoid: boxes in display coordinates that no label may cover (the legend)
+      size: font size in points
 
     Returns:
-      The annotations, as many as `labels`.
+      one annotation per label
     """
     dots = axes.transData.transform(np.asarray([*occupied, *((p.x, p.y) for p in labels)]))
     frame = axes.get_window_extent()
@@ -181,38 +180,40 @@ def place(
             zorder=6,
         )
         cost = partial(_cost, taken=taken, dots=dots, frame=frame, pixel=pixel)
-        radius, box = _settle(text, cost, pixel)
+        radius, box = _move_to_best(text, cost, pixel)
         taken.append(box)
         if radius >= FAR:
-            _lead(axes, label, box)
+            _connect(axes, label, box)
         placed.append(text)
     return placed
 
 
-def _settle(text: Annotation, cost: Callable[[Bbox], float], pixel: float) -> tuple[float, Bbox]:
-    """Moves a label to the place that costs least: its distance from the point, and its box."""
+def _move_to_best(
+    text: Annotation, cost: Callable[[Bbox], float], pixel: float
+) -> tuple[float, Bbox]:
+    """Move a label to the position of lowest cost; return its radius and its box."""
 
-    def move(radius: float, turn: int) -> Bbox:
-        turned = math.radians(ANGLES[turn])
-        dx, dy = round(math.cos(turned), 6), round(math.sin(turned), 6)
+    def move(radius: float, index: int) -> Bbox:
+        angle = math.radians(ANGLES[index])
+        dx, dy = round(math.cos(angle), 6), round(math.sin(angle), 6)
         side = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
         text.set_horizontalalignment(side)
         text.set_verticalalignment("bottom" if dy > 0.6 else "top" if dy < -0.6 else "center")
         text.xyann = (radius * dx, radius * dy)
         return text.get_window_extent().padded(1.5 * pixel)
 
-    places = product(RADII, range(len(ANGLES)))
-    radius, turn = min(places, key=lambda place: cost(move(*place)) + place[0] + 0.3 * place[1])
-    return radius, move(radius, turn)
+    positions = product(RADII, range(len(ANGLES)))
+    radius, index = min(positions, key=lambda p: cost(move(*p)) + p[0] + 0.3 * p[1])
+    return radius, move(radius, index)
 
 
 def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> None:
-    """Writes alpha beside the inner points of curves; where it would cover anything it is left out.
+    """Write alpha next to the inner points of curves, except where it would cover something.
 
     Args:
-      axes: with its other texts in place.
-      curves: as drawn.
-      size: of the type, in points.
+      axes: axes with all other texts
+      curves: curves as drawn
+      size: font size in points
     """
     if not curves:
         return
@@ -239,7 +240,7 @@ def number_curves(axes: Axes, curves: Sequence[Curve], size: float = 7.5) -> Non
                 center = [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]
                 nearest = int(owner[np.argmin(np.sum((dots - center) ** 2, axis=1))])
                 free = not box.count_contains(dots) and not box.count_overlaps(taken)
-                if free and curves[nearest] is curve:  # Else a reader takes it for the other's.
+                if free and curves[nearest] is curve:  # It must be nearest to its own curve.
                     taken.append(box)
                     break
                 text.remove()
@@ -263,11 +264,11 @@ def _cost(box: Bbox, taken: Sequence[Bbox], dots: np.ndarray, frame: Bbox, pixel
     return cost + 500 * sum(over > 0 for over in out)
 
 
-def _lead(axes: Axes, label: Label, box: Bbox) -> None:
-    """A thin line from the label's nearest edge to its point."""
+def _connect(axes: Axes, label: Label, box: Bbox) -> None:
+    """Draw a thin line from the label's nearest edge to its point."""
     x, y = axes.transData.transform((label.x, label.y))
     edge = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
-    begin = axes.transData.inverted().transform(edge)
+    start = axes.transData.inverted().transform(edge)
     axes.plot(
-        [begin[0], label.x], [begin[1], label.y], color=label.color, lw=0.7, alpha=0.7, zorder=2
+        [start[0], label.x], [start[1], label.y], color=label.color, lw=0.7, alpha=0.7, zorder=2
     )

@@ -1,9 +1,10 @@
-"""Rows of results and their means over seeds, and the table of them: on screen, markdown, JSON."""
+"""Rows of results, their means over seeds, and the results table: screen, Markdown and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,19 +16,37 @@ from rich.table import Table
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import write_json, write_text
-from modelstock_jax.registry import ROWS
-
-# Rows of results: one evaluated model each; and their mean over seeds.
-
+from modelstock_jax.registry import RENAMED_ROWS, ROWS
 
 Row = Mapping[str, Any]
 
-# What a row may lack; it has always an `id`.
+# Measures that a row may lack; `id` is always present.
 MEASURES = ("avg_shifts", "distance_to_anchor", "predicted_distance", "cost")
+# Names of ImageNet's shifts in tables. results.json has the keys; other shifts keep their names.
+SHIFT_NAMES = {
+    "v2": "IN-V2",
+    "r": "IN-R",
+    "sketch": "IN-Sketch",
+    "objectnet": "ObjectNet",
+    "a": "IN-A",
+}
+AVG_SHIFTS = "avg. shifts"
+TO_ANCHOR = "L2 distance to anchor"
+TO_CENTER = "predicted distance to center"
+RUNS = "fine-tuning runs"
+WISE_FT_SHOWN = (0.5,)
+# Columns on terminals that are too narrow for all, from more to fewer.
+NARROW = (
+    ("ID", AVG_SHIFTS, TO_ANCHOR, TO_CENTER, RUNS),
+    ("ID", AVG_SHIFTS, TO_ANCHOR, RUNS),
+    ("ID", AVG_SHIFTS, RUNS),
+)
+LABEL_WIDTH = 20  # Minimum width of the labels on such a terminal.
+HEADING_WIDTH = 12  # Characters per line of a heading on the screen.
 
 
 class MeanAndError(NamedTuple):
-    """A mean over seeds and its standard error (None with one seed)."""
+    """Mean over seeds and its standard error (None with one seed)."""
 
     mean: float
     error: float | None = None
@@ -35,7 +54,22 @@ class MeanAndError(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """One method over all its seeds; a measure that no row has is None."""
+    """One method over all its seeds.
+
+    Attributes:
+      method: key of `registry.ROWS`, or another name
+      label: label of its table row
+      alpha: position on a WiSE-FT curve; None for other methods
+      of: "single_model" or "uniform_mean", the end of a WiSE-FT curve; None for other methods
+      unit: merge unit if it differs from the run's
+      num_seeds: number of seeds
+      id: in-distribution accuracy in percent
+      avg_shifts: mean accuracy over the shifts; None if no row has it, as for all measures below
+      distance_to_anchor: L2 distance to the anchor
+      predicted_distance: predicted distance to the center
+      cost: training cost in fine-tuning runs of one model
+      shifts: accuracy on each shift
+    """
 
     method: str
     label: str
@@ -62,24 +96,22 @@ def make_row(
     predicted_distance: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """A row of `results.json`; the average of the shifts is their plain mean.
+    """Return a row of `results.json`; `avg_shifts` is the unweighted mean over the shifts.
 
     Args:
-      method: a key of `registry.ROWS`, or a name of your own.
-      id: top-1 accuracy on the in-distribution test set, in percent.
-      shifts: name of a shift -> top-1 accuracy in percent.
-      seed: the run's seed; None for what no seed enters (the anchor).
-      cost: training spent, in fine-tunings of one model.
-      distance_to_anchor: Euclidean, over all weights that are merged.
-      predicted_distance: to the center (root-sum-squares over units); None where not defined.
-      **more: `alpha` and `of` ("single_model" or "uniform_mean") of a WiSE-FT row, `num_replicas`; `unit` where
-        it is not the run's own; anything else to keep.
-
-    Returns:
-      A plain dict.
+      method: key of `registry.ROWS`, or another name
+      id: top-1 accuracy on the in-distribution test set, in percent
+      shifts: name of a shift -> top-1 accuracy in percent
+      seed: seed of the run; None if the model depends on no seed (the anchor)
+      cost: training cost in fine-tuning runs of one model
+      distance_to_anchor: L2 distance over all merged weights
+      predicted_distance: distance to the center, root of the sum of squares over units; None if
+        undefined
+      **more: `alpha` and `of` ("single_model" or "uniform_mean") of a WiSE-FT row, `num_replicas`,
+        `unit` if it differs from the run's, and any other entries to store
 
     Example:
-      >>> make_row("uniform_mean", id=70.0, shifts={"V2": 60.0, "R": 40.0}, seed=0)["avg_shifts"]
+      >>> make_row("uniform_mean", id=70.0, shifts={"v2": 60.0, "r": 40.0}, seed=0)["avg_shifts"]
       50.0
     """
     shifts = {name: float(accuracy) for name, accuracy in shifts.items()}
@@ -96,18 +128,35 @@ def make_row(
     }
 
 
-def mean_and_error(values: Sequence[float]) -> MeanAndError:
-    """The mean, and the standard error of the mean: sqrt(sum (x - mean)^2 / (S - 1) / S).
+def current_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Return rows with the method names of this version.
 
     Args:
-      values: one number a seed; at least one.
+      rows: rows that this or an earlier version wrote
+
+    Example:
+      >>> current_rows([{"method": "wise_ft", "of": "replica"}, {"method": "periodic"}])
+      [{'method': 'wise_ft', 'of': 'single_model'}, {'method': 'periodic_model_stock'}]
+    """
+    return [
+        {**row}
+        | {name: RENAMED_ROWS.get(row[name], row[name]) for name in ("method", "of") if name in row}
+        for row in rows
+    ]
+
+
+def mean_and_error(values: Sequence[float]) -> MeanAndError:
+    """Return the mean and its standard error sqrt(sum (x - mean)^2 / (S - 1) / S).
+
+    Args:
+      values: one value per seed, S >= 1
 
     Returns:
-      `Measured(mean, error)`; the error of a single value is None.
+      mean and error; the error of a single value is None
 
     Example:
       >>> mean_and_error([1.0, 3.0])
-      Measured(mean=2.0, error=1.0)
+      MeanAndError(mean=2.0, error=1.0)
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -118,15 +167,15 @@ def mean_and_error(values: Sequence[float]) -> MeanAndError:
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """Groups rows by method (and alpha, unit) in order of appearance; means and errors over seeds.
+    """Group rows by method, alpha, unit and number of replicas, in order of appearance.
 
-    Several rows of one seed (the replicas of a run) are averaged first: the error is over seeds.
+    Rows of the same seed (the replicas of a run) are averaged first: errors are over seeds.
 
     Args:
-      rows: as `make_row` gives them.
+      rows: rows of `make_row`
 
     Returns:
-      One `Summary` a method.
+      one `Summary` per method
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -154,18 +203,21 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
                     )
                     for shift in shifts
                 },
-                **{measure: _known(group, measure) for measure in MEASURES},
+                **{measure: _over_seeds_if_known(group, measure) for measure in MEASURES},
             )
         )
     return summaries
 
 
 def over_seeds(measured: Iterable[tuple[Row, float]]) -> MeanAndError:
-    """The mean over seeds of the means within a seed, of rows each with its value.
+    """Average the values within each seed, then over seeds.
+
+    Args:
+      measured: rows, each with its value
 
     Example:
       >>> over_seeds([({"seed": 0}, 1.0), ({"seed": 0}, 3.0), ({"seed": 1}, 4.0)])
-      Measured(mean=3.0, error=1.0)
+      MeanAndError(mean=3.0, error=1.0)
     """
     seeds: dict[Any, list[float]] = {}
     for row, value in measured:
@@ -173,13 +225,13 @@ def over_seeds(measured: Iterable[tuple[Row, float]]) -> MeanAndError:
     return mean_and_error([math.fsum(group) / len(group) for group in seeds.values()])
 
 
-def _known(rows: Sequence[Row], measure: str) -> MeanAndError | None:
-    known = [(row, row[measure]) for row in rows if row.get(measure) is not None]
-    return over_seeds(known) if known else None
+def _over_seeds_if_known(rows: Sequence[Row], measure: str) -> MeanAndError | None:
+    measured = [(row, row[measure]) for row in rows if row.get(measure) is not None]
+    return over_seeds(measured) if measured else None
 
 
 def label(row: Row) -> str:
-    """What a reader calls the row's method.
+    """Return the label of a row in tables.
 
     Example:
       >>> label({"method": "wise_ft", "alpha": 0.5, "of": "uniform_mean"})
@@ -195,18 +247,15 @@ def label(row: Row) -> str:
     return f"{text}, unit {row['unit']}" if row.get("unit") else text
 
 
-WISE_FT_SHOWN = (0.5,)
-
-
 class Column(NamedTuple):
-    """A column of numbers.
+    """A numeric column.
 
     Attributes:
-      heading: above it.
-      values: one a row, None where it has none.
-      digits: after the point; None shows three that count, wherever the point is.
-      with_error: whether the standard error is shown.
-      highlighted: whether its highest number stands out.
+      heading: column heading
+      values: one value per row; None for a missing value
+      digits: decimal places; None shows three significant digits
+      with_error: whether to show the standard error
+      highlighted: whether to highlight the highest value
     """
 
     heading: str
@@ -217,33 +266,32 @@ class Column(NamedTuple):
 
 
 def columns(summaries: Sequence[Summary]) -> list[Column]:
-    """The table's columns after the method's name, in reading order."""
+    """Return the table's columns after the method, in reading order."""
     shifts = list(dict.fromkeys(name for summary in summaries for name in summary.shifts))
-    of = [Column("ID", [summary.id for summary in summaries], 2, True, True)]
-    of += [
-        Column(name, [summary.shifts.get(name) for summary in summaries], 1, False, True)
-        for name in shifts
-    ]
-    measured = [summary.avg_shifts for summary in summaries]
-    of += [Column("avg shifts", measured, 2, True, True)]
+    result = [Column("ID", [summary.id for summary in summaries], 2, True, True)]
+    for name in shifts:
+        values = [summary.shifts.get(name) for summary in summaries]
+        result.append(Column(SHIFT_NAMES.get(name, name), values, 1, False, True))
+    averages = [summary.avg_shifts for summary in summaries]
+    result.append(Column(AVG_SHIFTS, averages, 2, True, True))
     for heading, measure, digits in [
-        ("to anchor", "distance_to_anchor", 2),
-        ("to center", "predicted_distance", 2),
-        ("cost", "cost", None),
+        (TO_ANCHOR, "distance_to_anchor", 2),
+        (TO_CENTER, "predicted_distance", 2),
+        (RUNS, "cost", None),
     ]:
         values = [getattr(summary, measure) for summary in summaries]
         if any(value is not None for value in values):
-            of.append(Column(heading, values, digits, False, False))
-    return of
+            result.append(Column(heading, values, digits, False, False))
+    return result
 
 
 def cells(column: Column) -> list[tuple[str, bool]]:
-    """The column's texts, each with whether it is the best (as printed: equal texts tie)."""
-    texts = [_number(value, column) for value in column.values]
-    known = [value.mean for value in column.values if value is not None]
-    if not column.highlighted or len(known) < 2:
+    """Return each cell's text and whether it is the best (equal printed values tie)."""
+    texts = [_cell_text(value, column) for value in column.values]
+    means = [value.mean for value in column.values if value is not None]
+    if not column.highlighted or len(means) < 2:
         return [(text, False) for text in texts]
-    best = round(max(known), column.digits)
+    best = round(max(means), column.digits)
     return [
         (text, value is not None and round(value.mean, column.digits) == best)
         for text, value in zip(texts, column.values, strict=True)
@@ -253,7 +301,7 @@ def cells(column: Column) -> list[tuple[str, bool]]:
 def shown(
     rows: Iterable[Row], wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN
 ) -> list[Summary]:
-    """The summaries that a table shows; of a WiSE-FT curve these alphas only (None: all)."""
+    """Return the summaries to show, with only these alphas of a WiSE-FT curve (None: all)."""
     return [
         summary
         for summary in summarize(rows)
@@ -264,118 +312,176 @@ def shown(
 
 
 def markdown_table(
-    rows: Iterable[Row], *, wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN
+    rows: Iterable[Row],
+    *,
+    wise_ft_alphas: Sequence[float] | None = WISE_FT_SHOWN,
+    synthetic: bool = False,
 ) -> str:
-    """The table as GitHub's markdown, a caption below; the best accuracy of a column is bold.
+    """Return the table in GitHub's Markdown with a caption; the best accuracies are bold.
 
     Args:
-      rows: as `make_row` gives them.
-      wise_ft_alphas: which points of the WiSE-FT curves to show; None shows all.
+      rows: rows of `make_row`
+      wise_ft_alphas: points of the WiSE-FT curves to show; None shows all
+      synthetic: whether the rows are results of the synthetic benchmark
 
     Returns:
-      Text that ends in a newline.
+      text that ends with a newline
     """
     summaries = shown(rows, wise_ft_alphas)
-    of = columns(summaries)
+    table = columns(summaries)
     lines = [
-        "| " + " | ".join(["method", *(column.heading for column in of)]) + " |",
-        "|" + "---|" + "---:|" * len(of),
+        "| " + " | ".join(["method", *(column.heading for column in table)]) + " |",
+        "|" + "---|" + "---:|" * len(table),
     ]
-    texts = [[f"**{text}**" if best else text for text, best in cells(column)] for column in of]
+    texts = [[f"**{text}**" if best else text for text, best in cells(column)] for column in table]
     for summary, *row in zip(summaries, *texts, strict=True):
         lines.append("| " + " | ".join([summary.label, *row]) + " |")
-    return "\n".join(lines) + "\n\n" + caption(summaries) + "\n"
+    return "\n".join(lines) + "\n\n" + caption(summaries, table, synthetic=synthetic) + "\n"
 
 
-def screen_table(rows: Iterable[Row], *, console: Console | None = None) -> None:
-    """Prints the table; a terminal too narrow for every shift gets their average alone.
+def screen_table(
+    rows: Iterable[Row], *, console: Console | None = None, synthetic: bool = False
+) -> None:
+    """Print the table; a narrow terminal shows no single shift, a very narrow one no distances.
 
     Args:
-      rows: as `make_row` gives them.
-      console: where to print; standard output by default.
+      rows: rows of `make_row`
+      console: output; standard output by default
+      synthetic: whether the rows are results of the synthetic benchmark
     """
     console = console or Console()
     summaries = shown(rows)
-    of = columns(summaries)
-    table = _rich_table(summaries, of)
-    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    table = columns(summaries)
+    rich_table = _rich_table(summaries, table)
+    needed = _width(console, rich_table)
     note = ""
     if not console.is_terminal:
-        console.width = max(console.width, needed)  # A file or a pipe has no width to fit in.
+        console.width = max(console.width, needed)  # A file or a pipe has no fixed width.
     elif needed > console.width:
-        keep = {"ID", "avg shifts", "to anchor", "to center", "cost"}
-        table = _rich_table(summaries, [column for column in of if column.heading in keep])
-        note = " Each shift: see results.md."
-    console.print(table)
-    console.print(caption(summaries) + note, style="dim", highlight=False)
+        note = " For the other columns, see results.md."
+        for headings in NARROW:
+            table = [column for column in table if column.heading in headings]
+            rich_table = _rich_table(summaries, table, label_width=LABEL_WIDTH)
+            free = console.width - _width(console, rich_table)
+            if free >= 0:
+                rich_table = _rich_table(summaries, table, label_width=LABEL_WIDTH + free)
+                break
+    console.print(rich_table)
+    text = caption(summaries, table, synthetic=synthetic) + note
+    console.print(text, style="dim", highlight=False)
 
 
-def caption(summaries: Sequence[Summary]) -> str:
-    """What the numbers are, in a line or two."""
+def caption(
+    summaries: Sequence[Summary], table: Sequence[Column], *, synthetic: bool = False
+) -> str:
+    """Explain the columns that are shown.
+
+    Args:
+      summaries: the rows
+      table: the columns
+      synthetic: whether the shifts of ImageNet are their counterparts on the synthetic benchmark
+    """
+    headings = [column.heading for column in table]
     seeds = max((summary.num_seeds for summary in summaries), default=1)
     text = "Top-1 accuracy in %"
     if seeds > 1:
         text += f", mean ± standard error over {seeds} seeds"
-    there = {column.heading for column in columns(summaries)}
-    far = {"to anchor": "to the anchor", "to center": "to the center as the angles predict it"}
-    if distances := [said for heading, said in far.items() if heading in there]:
-        text += f"; distances of weights: {', and '.join(distances)}"
-    return text + ("; cost in fine-tunings of one model." if "cost" in there else ".")
+    sentences = [text]
+    if any(summary.shifts for summary in summaries):
+        sentences.append(f'"{AVG_SHIFTS}" is the mean over the out-of-distribution (OOD) sets')
+    imagenet = [heading for heading in headings if heading in SHIFT_NAMES.values()]
+    if synthetic and imagenet:
+        verb = "are synthetic counterparts" if len(imagenet) > 1 else "is a synthetic counterpart"
+        sentences.append(f"{_listed(imagenet)} {verb} of the paper's OOD sets")
+    if TO_ANCHOR in headings:
+        sentences.append("L2 distances are over all merged weights")
+    if TO_CENTER in headings:
+        sentences.append("The distance to the center is predicted from the angles")
+    if RUNS in headings:
+        sentences.append(f'"{RUNS}" is the training cost in fine-tunings of one model')
+    return ". ".join(sentences) + "."
 
 
-def write_results(workdir: str | Path, rows: Sequence[Row], **more: Any) -> tuple[Path, Path]:
-    """Writes `results.json` (rows, their summary, and `more`) and `results.md`; no clock in either.
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
+
+
+def write_results(
+    workdir: str | Path, rows: Sequence[Row], *, synthetic: bool = False, **more: Any
+) -> tuple[Path, Path]:
+    """Write `results.json` (rows, their summary and `more`) and `results.md`, without timestamps.
 
     Args:
-      workdir: the run's directory.
-      rows: as `make_row` gives them.
-      **more: further entries of the JSON object (`layers`, `ratios`, `config`, ...).
+      workdir: directory of the run
+      rows: rows of `make_row`
+      synthetic: whether the rows are results of the synthetic benchmark
+      **more: further entries of the JSON object (`layers`, `ratios`, `config`, ...)
 
     Returns:
-      The paths of the two files.
+      paths of the two files
 
     Raises:
-      UserError: the directory cannot be written.
+      UserError: the directory cannot be written
     """
-    summary = [_flat(asdict(summary)) for summary in summarize(rows)]
-    document = {**more, "rows": list(rows), "summary": summary}
+    document = {**more, "rows": list(rows), "summary": _summary(rows)}
     return (
         write_json(Path(workdir) / "results.json", document),
-        write_text(Path(workdir) / "results.md", markdown_table(rows)),
+        write_text(Path(workdir) / "results.md", markdown_table(rows, synthetic=synthetic)),
     )
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Reads `results.json` (or the one in a run's directory).
+    """Read `results.json`; a file of an earlier version gets the method names of this version.
+
+    Args:
+      path: the file, or a run's directory
 
     Raises:
-      UserError: there is none, or it is not one of ours.
+      UserError: no such file, or it is not a results file
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; run launch.py to make it") from error
+        raise UserError(f"cannot read {path}: {error}; run launch.py to create it") from error
     if not isinstance(document, Mapping) or "rows" not in document:
-        raise UserError(f"{path} holds no rows; run launch.py to make it")
-    return dict(document)
+        raise UserError(f"{path} contains no rows; run launch.py to create it")
+    rows = current_rows(document["rows"])
+    if rows == document["rows"]:
+        return dict(document)
+    return {**document, "rows": rows, "summary": _summary(rows)}
 
 
-def _rich_table(summaries: Sequence[Summary], of: Sequence[Column]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for column in of:
-        table.add_column(column.heading, justify="right", no_wrap=True)
+def _summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    return [_as_json(asdict(summary)) for summary in summarize(rows)]
+
+
+def _rich_table(
+    summaries: Sequence[Summary], table: Sequence[Column], *, label_width: int | None = None
+) -> Table:
+    """Return the table for the screen; labels are wrapped at `label_width`, if it is passed."""
+    longest = max((len(summary.label) for summary in summaries), default=0)
+    wrap = label_width is not None and label_width < longest
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("method", no_wrap=not wrap, width=label_width if wrap else None)
+    for column in table:
+        heading = textwrap.fill(column.heading, HEADING_WIDTH)
+        result.add_column(heading, justify="right", no_wrap=True)
     texts = [
-        [f"[bold]{text}[/bold]" if best else text for text, best in cells(column)] for column in of
+        [f"[bold]{text}[/bold]" if best else text for text, best in cells(column)]
+        for column in table
     ]
     for summary, *row in zip(summaries, *texts, strict=True):
-        table.add_row(summary.label, *row)
-    return table
+        result.add_row(summary.label, *row)
+    return result
 
 
-def _number(value: MeanAndError | None, column: Column) -> str:
+def _width(console: Console, table: Table) -> int:
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum
+
+
+def _cell_text(value: MeanAndError | None, column: Column) -> str:
     if value is None:
         return "–"
     if column.digits is None:
@@ -386,10 +492,10 @@ def _number(value: MeanAndError | None, column: Column) -> str:
     return text
 
 
-def _flat(value: Any) -> Any:
-    """A `GramStats` becomes {mean, error}: asdict leaves named tuples as they are."""
+def _as_json(value: Any) -> Any:
+    """Convert each `MeanAndError` to {mean, error}; asdict leaves named tuples unchanged."""
     if isinstance(value, MeanAndError):
         return value._asdict()
     if isinstance(value, dict):
-        return {key: _flat(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""Where a run's time goes: a line when a phase begins and when it ends, and seconds by phase."""
+"""Phases of a run: a line at the start and end of each phase, and seconds per phase."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import append_line, open_appending, read_lines
 
-SUMS_ONLY = frozenset({"train", "data"})  # A step has both: a line for each would cost it.
+SUMS_ONLY = frozenset({"train", "data"})  # Every step has both: lines would slow it down.
 SHOWN = {
     "train": "training",
     "data": "waiting for data",
@@ -33,22 +33,22 @@ SHOWN = {
 
 
 class Timeline:
-    """Appends {"phase", "event", "time", "step"} lines to a file, and sums each phase's seconds.
+    """Append {"phase", "event", "time", "step"} lines to a file, and sum each phase's seconds.
 
-    A line is with the operating system when the call returns: the file's last lines are what a run
-    is in now, or was in when it was killed. Phases may lie in one another; a second counts once,
-    for the innermost. A full disk costs lines, and a warning, never the run; a line that it or a
-    kill has torn ends before the next one begins.
+    A line is passed to the operating system before the call returns: the last lines of the file
+    show what a run is doing, or was doing when it was killed. Phases can be nested; a second counts
+    once, for the innermost phase. A full disk loses lines and prints a warning, but does not stop
+    the run. A line that was cut off by a full disk or a kill is ended before the next one.
 
     Args:
-      path: the file, appended to where it exists; None writes none.
-      enabled: False writes nothing (all processes but the first); the sums are kept.
+      path: file to append to; None writes no file
+      enabled: False writes nothing (all processes except the first) but sums seconds
 
     Attributes:
-      seconds: phase -> seconds that the thread which made this has spent in it.
+      seconds: phase -> seconds that the creating thread has spent in it
 
     Raises:
-      UserError: the file cannot be opened.
+      UserError: the file cannot be opened
 
     Example:
       >>> import tempfile
@@ -62,9 +62,9 @@ class Timeline:
     def __init__(self, path: str | Path | None, enabled: bool = True):
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []  # Innermost last.
-        self._began = self._since = time.perf_counter()
+        self._start = self._since = time.perf_counter()
         self._thread = threading.get_ident()
-        self._lock = threading.Lock()  # A save ends on a thread of its own.
+        self._lock = threading.Lock()  # A save ends on another thread.
         self._path, self._file = path, None
         self._warned = False
         if path is None or not enabled:
@@ -79,8 +79,8 @@ class Timeline:
 
     @contextlib.contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-        """What happens inside is in phase `name`; its lines carry `step`."""
-        try:  # From here on: a signal may raise as soon as the line is written.
+        """Record a `with` block as phase `name`, with `step` in its lines."""
+        try:  # A signal can raise as soon as the line is written.
             if name not in SUMS_ONLY:
                 self.begin(name, step)
             with self.spend(name):
@@ -91,7 +91,7 @@ class Timeline:
 
     @contextlib.contextmanager
     def spend(self, name: str) -> Iterator[None]:
-        """Sums the seconds inside for `name`; writes no lines."""
+        """Count the seconds of a `with` block for `name`; write no lines."""
         self._count()
         self._open.append(name)
         try:
@@ -101,45 +101,45 @@ class Timeline:
             self._open.pop()
 
     def move(self, name: str, seconds: float) -> None:
-        """Counts seconds that this thread just spent in the open phase for `name` instead."""
+        """Count seconds that this thread just spent in the open phase for `name` instead."""
         if threading.get_ident() == self._thread:
             if self._open:
                 self.seconds[self._open[-1]] -= seconds
             self.seconds[name] += seconds
 
     def begin(self, name: str, step: int | None = None) -> None:
-        """A line alone: `name` begins; it may end on another thread."""
+        """Write only the line that `name` begins; it may end on another thread."""
         self._write(name, "begin", step)
 
     def end(self, name: str, step: int | None = None) -> None:
-        """A line alone: what `begin` began has ended."""
+        """Write only the line that `name` ends."""
         self._write(name, "end", step)
 
     def totals(self) -> defaultdict[str, float]:
-        """A copy of `seconds`, the open phase counted up to now."""
+        """Return a copy of `seconds`, with the open phase counted until now."""
         self._count()
         return self.seconds.copy()
 
     def wall(self) -> float:
-        """Seconds since this was made."""
-        return time.perf_counter() - self._began
+        """Return the seconds since this object was created."""
+        return time.perf_counter() - self._start
 
     def show(self, console: Console | None = None) -> None:
-        """Prints where this process's time went."""
+        """Print how this process spent its time."""
         wall = self.wall()
-        table = Table(title=f"Where {wall:.1f} s went", title_justify="left", box=None)
+        table = Table(title=f"Time by phase, {wall:.1f} s in total", title_justify="left", box=None)
         table.add_column()
         table.add_column("seconds", justify="right")
-        table.add_column("share", justify="right")
+        table.add_column("fraction", justify="right")
         rows = {text: self.seconds.get(name, 0.0) for name, text in SHOWN.items()}
-        rows["the rest (starting, reading, writing)"] = wall - sum(rows.values())
+        rows["other (startup, reading, writing)"] = wall - sum(rows.values())
         for text, seconds in rows.items():
             if seconds >= 0.001 * wall:
                 table.add_row(text, f"{seconds:.1f}", f"{100 * seconds / wall:.1f} %")
         (console or Console()).print(table)
 
     def close(self) -> None:
-        """Closes the file; later lines are not written, and a second call does nothing."""
+        """Close the file; later lines are dropped, and a second call does nothing."""
         with self._lock:
             file, self._file = self._file, None
             if file is not None:
@@ -174,5 +174,5 @@ class Timeline:
 
 
 def read_timeline(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a timeline, in order; a torn one is left out."""
+    """Return the lines of a timeline in order, without incomplete lines."""
     return [entry for entry in read_lines(path) if "phase" in entry]

@@ -1,4 +1,4 @@
-"""Run as one of several processes: asks every part of `multihost` and prints what it says."""
+"""Program of one of several processes: calls the functions of `multihost`, prints the results."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ FLAGS = flags.FLAGS
 
 
 def main(_) -> None:
-    logging.set_verbosity(logging.FATAL)  # As launch.py does.
+    logging.set_verbosity(logging.FATAL)  # As in launch.py.
     number = FLAGS.process_id
-    out = os.fdopen(os.dup(1), "w")  # The job silences print() on all processes but the first.
+    out = os.fdopen(os.dup(1), "w")  # print() is silent on all processes except the first.
     with distributed_session(FLAGS.coordinator_address, FLAGS.num_processes, number):
         if FLAGS.mistake == "other config":
             different_configs(number)
         elif FLAGS.mistake == "lost":
-            lose_one(number)
+            kill_process_0(number)
         elif FLAGS.mistake == "late":
-            json.dump(met_late(number), out)
+            json.dump(late_sum(number), out)
             out.flush()
         else:
-            json.dump(said(number), out)
+            json.dump(call_all(number), out)
             out.flush()
 
 
-def said(number: int) -> dict:
-    """What each door says here."""
+def call_all(number: int) -> dict:
+    """Return the results of each function on this process."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -55,49 +55,49 @@ def said(number: int) -> dict:
     )
     from tests.test_evaluation import CLASSES, apply, image_set
 
-    print("nobody but process 0 prints", number)
-    answers = {
+    print("only process 0 prints", number)
+    results = {
         "devices": jax.device_count(),
         "main": multihost.is_main(),
-        "agreed": [
+        "broadcast": [
             multihost.broadcast_from_main(7 + number),
             multihost.broadcast_from_main(bool(number)),
         ],
-        "anywhere": [bool(multihost.any_process(flag)) for flag in (number == 1, False)],
+        "any_process": [bool(multihost.any_process(flag)) for flag in (number == 1, False)],
     }
     meshes = {"(2, 2)": (2, 2), "(1, 4)": (1, 4)}
     for name, sizes in meshes.items():
         mesh = make_mesh(*sizes, num_replicas=2, batch_size=8)
-        rows, places = local_indices(batch_sharding(mesh), (2, 8))
+        rows, columns = local_indices(batch_sharding(mesh), (2, 8))
         batch = np.arange(16 * 3).reshape(2, 8, 3)
-        placed = put_batch(mesh, {"x": batch[np.ix_(rows, places)]})["x"]
-        answers[name] = {
-            "held": [rows.tolist(), places.tolist()],
-            "whole": np.array_equal(multihost.to_host({"x": placed})["x"], batch),
-            "spread": np.array_equal(
+        placed = put_batch(mesh, {"x": batch[np.ix_(rows, columns)]})["x"]
+        results[name] = {
+            "local_indices": [rows.tolist(), columns.tolist()],
+            "to_host": np.array_equal(multihost.to_host({"x": placed})["x"], batch),
+            "device_put_global": np.array_equal(
                 multihost.to_host(device_put_global(batch, batch_sharding(mesh))), batch
             ),
-            "placed": make_global_array(
-                batch_sharding(mesh), batch[np.ix_(rows, places)], (2, 8)
+            "shape": make_global_array(
+                batch_sharding(mesh), batch[np.ix_(rows, columns)], (2, 8)
             ).shape,
         }
         evaluate = make_evaluator(apply, lambda x: x.astype(jnp.float32), mesh, 6)
         params = {"head": {"bias": np.linspace(-20, 20, CLASSES, dtype=np.float32)}}
-        seen = []
+        progress = []
         sets = [image_set(13), image_set(1), image_set(8, (1, 4, 5))]
-        answers[name] |= {"accuracy": evaluate(params, sets, seen.append), "seen": seen}
-    answers["restored"] = restored(FLAGS.workdir)
-    with PreemptionHandler() as interruption:
-        granted = []
+        results[name] |= {"accuracy": evaluate(params, sets, progress.append), "progress": progress}
+    results["restored"] = restored(FLAGS.workdir)
+    with PreemptionHandler() as preemption:
+        stops = []
         for step in range(1, 7):
             if step == 3 and number == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            granted.append(interruption.granted(step))
-    return answers | {"granted": granted}
+            stops.append(preemption.should_stop(step))
+    return results | {"should_stop": stops}
 
 
 def restored(directory: str) -> list[bool]:
-    """Whether a state that was saved on one mesh comes back on others, here where it lies."""
+    """Return whether a state that was saved on one mesh is restored on each of two meshes."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -110,38 +110,40 @@ def restored(directory: str) -> list[bool]:
         "bias": np.arange(6.0, dtype=np.float32).reshape(2, 3),
         "step": np.int32(4),
         "count": np.array([7, 8], np.int32),
-        "cut": np.arange(16, dtype=np.float32),
+        "sharded": np.arange(16, dtype=np.float32),
     }
-    specs = {"bias": ("replica",), "step": (), "count": ("replica",), "cut": ("data",)}
+    specs = {"bias": ("replica",), "step": (), "count": ("replica",), "sharded": ("data",)}
 
     def placed(replica: int, data: int, tree):
         mesh = make_mesh(replica, data, num_replicas=2, batch_size=8)
         shardings = {n: NamedSharding(mesh, PartitionSpec(*spec)) for n, spec in specs.items()}
         return device_put_global(tree, shardings)
 
-    found = []
+    equal = []
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(1, placed(2, 2, values))
         checkpoints.wait()
         for shape in ((2, 2), (1, 4)):
             got = checkpoints.restore(1, placed(*shape, jax.tree.map(np.zeros_like, values)))
-            whole = multihost.to_host(got)
-            found.append(all(np.array_equal(whole[name], values[name]) for name in values))
-    return found
+            restored_values = multihost.to_host(got)
+            equal.append(
+                all(np.array_equal(restored_values[name], values[name]) for name in values)
+            )
+    return equal
 
 
 def different_configs(number: int) -> None:
-    """Process 1 has another learning rate."""
+    """Check configs of which process 1 has another learning rate."""
     from configs import glyphs
     from modelstock_jax.experiment.setup import check_same_on_all_processes
 
     config = glyphs.get_config()
     config.optimizer.learning_rate += number
-    check_same_on_all_processes(config, workdir="there")
+    check_same_on_all_processes(config, workdir="run")
 
 
-def lose_one(number: int) -> None:
-    """Process 0, whose loss is the hardest, is killed while the other waits for it."""
+def kill_process_0(number: int) -> None:
+    """Kill process 0, the hardest case, while the other process waits for it."""
     from modelstock_jax.training import multihost
 
     if number == 0:
@@ -149,8 +151,8 @@ def lose_one(number: int) -> None:
     multihost.barrier("never")
 
 
-def met_late(number: int) -> float:
-    """A sum over the data axis, to which process 1 comes later than Gloo waits to join them."""
+def late_sum(number: int) -> float:
+    """Sum over the data axis; process 1 starts later than Gloo's timeout for joining them."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -163,8 +165,8 @@ def met_late(number: int) -> float:
     multihost.warm_up_collectives(mesh)
     if number == 1:
         time.sleep(33)
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    parts = jax.make_array_from_callback((2,), split, lambda index: np.array([1.0, 2.0])[index])
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    parts = jax.make_array_from_callback((2,), sharding, lambda index: np.array([1.0, 2.0])[index])
     total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(parts)
     return float(total.addressable_data(0))
 

@@ -1,4 +1,4 @@
-"""Several real processes of one run on this machine, joined over gloo."""
+"""Start several processes of one run on this machine, connected by Gloo."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from tests.experiment.small_run import ROOT
 
-KEPT = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+INHERITED = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
 def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return some.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def start(
@@ -26,16 +26,18 @@ def start(
     devices: int = 1,
     each: Sequence[Sequence[str]] = (),
 ) -> list[subprocess.Popen]:
-    """`python PROGRAM ARGS` as `count` processes with `devices` devices each.
+    """Start `python PROGRAM ARGS` as `count` processes with `devices` devices each.
 
     Args:
-      count: processes.
-      *args: of all of them.
-      program: what Python runs; it takes launch.py's flags of a process.
-      devices: CPU devices of each.
-      each: further arguments, process by process.
+      count: number of processes
+      *args: arguments of all processes
+      program: program with launch.py's flags for a process
+      devices: CPU devices per process
+      each: further arguments of each process
     """
-    env = {n: v for n, v in os.environ.items() if n in KEPT or not n.startswith(("XLA_", "JAX_"))}
+    env = {
+        n: v for n, v in os.environ.items() if n in INHERITED or not n.startswith(("XLA_", "JAX_"))
+    }
     env |= {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -65,15 +67,15 @@ def start(
 def finish(
     processes: Sequence[subprocess.Popen], timeout: float = 500
 ) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each; none is left behind."""
+    """Wait for all processes; return (exit code, stdout, stderr) of each."""
     try:
-        ended = [process.communicate(timeout=timeout) for process in processes]
+        outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
+    return [(p.returncode, *texts) for p, texts in zip(processes, outputs, strict=True)]
 
 
 def run(count: int, *args: str, **options) -> list[tuple[int, str, str]]:
-    """Starts `count` processes and waits for their end."""
+    """Start `count` processes and wait for their end."""
     return finish(start(count, *args, **options))

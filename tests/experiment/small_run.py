@@ -1,4 +1,4 @@
-"""A whole run in a process of its own: a tiny random CLIP on the true glyph world."""
+"""Complete runs in a separate process: a tiny random CLIP on the synthetic benchmark."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS_PER_EPOCH = 8
 
 
 def save_anchor(directory: Path) -> Path:
-    """A random CLIP of one block with the glyph world's tokenizer."""
+    """Save a random CLIP of one block with the tokenizer of the synthetic benchmark."""
     size = dict(hidden_size=12, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1)
     config = CLIPConfig(
         VisionConfig(**size, image_size=24, patch_size=12),
@@ -52,7 +52,7 @@ def arguments(anchor: Path, workdir: Path, *more: str) -> list[str]:
         "--config.epochs=2",
         "--config.checkpoint.save_every_steps=3",
         "--config.evaluation.wise_ft_alphas=(0.5,)",
-        # Drawing and measuring the others is most of a run's time; the demo's test has them all.
+        # Rendering and evaluating all shifts takes most of a run's time; test_finding.py has them.
         "--config.data.shifts=('v2','sketch')",
         *more,
     ]
@@ -63,12 +63,12 @@ def start(
     program: tuple[str, ...] = ("launch.py",),
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen:
-    """`python launch.py ...` on a CPU, as a user starts it; `environment` is added to ours."""
-    kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    """Start `python launch.py ...` on a CPU; `environment` is added to the inherited one."""
+    inherited = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     env = {
         name: value
         for name, value in os.environ.items()
-        if name in kept or not name.startswith(("XLA_", "JAX_"))
+        if name in inherited or not name.startswith(("XLA_", "JAX_"))
     }
     return subprocess.Popen(
         [sys.executable, *program, *args],
@@ -86,7 +86,7 @@ def finish(
     seconds: float = 540,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[int, str]:
-    """Runs to the end; exit code and all that was printed. One that hangs is killed."""
+    """Run to the end; return the exit code and the output. A run that hangs is killed."""
     process = start(*args, program=program, environment=environment)
     try:
         output, _ = process.communicate(timeout=seconds)

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run takes and lacks, told before anything is read, trained or written."""
+"""`--dry-run`: sizes and missing inputs of a run, without reading, training or writing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from modelstock_jax.training.step_fns import StepFunctions
 from tests.experiment import small_run
 from tests.training import tiny
 
-# Compiling is what a dry run spends its time on, and is tested below with true programs.
+# Compiling takes most of the time of a dry run; it is tested below with real programs.
 NO_COMPILING = (
-    "import jax; from modelstock_jax.training.step_fns import Programs; "
-    "Programs.lower = lambda self, batch: {'step': jax.jit(lambda x: x).lower(1.0)}; "
+    "import jax; from modelstock_jax.training.step_fns import StepFunctions; "
+    "StepFunctions.lower = lambda self, batch: {'step': jax.jit(lambda x: x).lower(1.0)}; "
 )
 LAUNCH = "import runpy, sys; sys.argv[0] = 'x'; runpy.run_path('launch.py', run_name='__main__')"
 
@@ -42,7 +42,7 @@ def small(anchor):
     return config
 
 
-def test_a_run_that_lacks_nothing(anchor, tmp_path, capsys, monkeypatch):
+def test_run_without_missing_inputs(anchor, tmp_path, capsys, monkeypatch):
     cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
     monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: cheap)
     assert dry_run(small(anchor), tmp_path / "run") == []
@@ -58,34 +58,36 @@ def test_a_run_that_lacks_nothing(anchor, tmp_path, capsys, monkeypatch):
         "unit tensor",
         "0.002 in 2 steps",
         "peak of a merge",
+        "optimizer state",
+        "nothing is missing",
     ):
         assert words in printed, (words, printed)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_text_tower_that_is_trained(anchor, tmp_path, capsys, monkeypatch):
+def test_trained_text_tower(anchor, tmp_path, capsys, monkeypatch):
     config = small(anchor)
     config.objective.name = "flyp"
     programs, clip = abstract_programs(config)
     towers = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
-    # Both towers and the scale: nothing else of the checkpoint is left to be exported with them.
+    # Both towers and the scale: the checkpoint has nothing else to export.
     assert disk_use(config, programs, clip).model == towers
     cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
     monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: cheap)
     assert dry_run(config, tmp_path / "run") == []
     printed = capsys.readouterr().out
-    for words in ("trained", "8 features, 62 classes"):
+    for words in ("computes the head; trained", "8 features, 62 classes"):
         assert words in printed, (words, printed)
 
 
-def test_an_option_that_a_run_would_refuse(anchor, tmp_path):
+def test_invalid_option(anchor, tmp_path):
     config = small(anchor)
     config.export.formats = ("huggingface",)
     with pytest.raises(UserError, match="export.formats='huggingface'"):
         dry_run(config, tmp_path / "run")
 
 
-def test_all_that_is_missing_is_listed_with_the_way_out(anchor, tmp_path):
+def test_everything_missing_is_listed_with_how_to_fix_it(anchor, tmp_path):
     bare = tmp_path / "clip"
     bare.mkdir()
     shutil.copy(anchor / "config.json", bare)
@@ -115,11 +117,11 @@ def test_all_that_is_missing_is_listed_with_the_way_out(anchor, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_name_on_the_hub_is_planned_without_its_files(monkeypatch):
-    def nothing(*args, **kwargs):
+def test_hub_id_is_planned_without_its_files(monkeypatch):
+    def not_found(*args, **kwargs):
         raise FileNotFoundError
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", not_found)
     config = vitl14.get_config()
     assert sizes(config).vision.num_tokens == 257
     config.image_size = 448
@@ -135,14 +137,14 @@ def test_a_name_on_the_hub_is_planned_without_its_files(monkeypatch):
     assert "../clip" in missing_checkpoint("../clip")[0]
 
 
-def test_a_disk_that_is_too_small_is_named(anchor, monkeypatch, tmp_path):
+def test_error_if_the_disk_is_too_small(anchor, monkeypatch, tmp_path):
     config = small(anchor)
     programs, clip = abstract_programs(config)
     disk = disk_use(config, programs, clip)
     replica = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
-    # Weights and two moments of two replicas; keys and counters are a few bytes.
+    # Weights and two Adam moments of two replicas; keys and counters are a few bytes.
     assert disk.merged == replica and 6 * replica <= disk.state <= 6 * replica + 100
-    # Two arms of an anchor and three states, two merged models, the export with the text tower.
+    # Two runs with an anchor and three states each, two merged models, and the exported model.
     assert disk.run == 2 * (replica + 3 * disk.state) + 2 * replica + disk.model
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk.run - 1))
     (line,) = missing_space(tmp_path / "a" / "b", disk)
@@ -151,31 +153,33 @@ def test_a_disk_that_is_too_small_is_named(anchor, monkeypatch, tmp_path):
     assert missing_space(tmp_path, disk) == []
 
 
-def test_memory_of_a_device_is_what_lies_on_it(tmp_path):
-    # The run of test_training_merge_equals_the_librarys: compiled once for both.
+def test_memory_equals_the_bytes_on_a_device(tmp_path):
+    # The same run as in test_training_merge_equals_the_librarys, which is compiled only once.
     meshed = {"mesh__replica": 2, "mesh__data": 4}
     programs = tiny.trainer(tmp_path, epochs=1, merge__every="end", **meshed).programs
     batch = programs.abstract_batch(12)
-    compiled = {name: one.compile() for name, one in programs.lower(batch).items()}
-    need = memory(programs, compiled, batch)
+    compiled = {name: lowered.compile() for name, lowered in programs.lower(batch).items()}
+    use = memory(programs, compiled, batch)
     state = programs.init_state(0)
 
-    def on_one(tree):
+    def on_first_device(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
-    assert need.params == on_one(state.params) and need.opt_state == on_one(state.opt_state)
-    assert need.anchor == need.merged == on_one(programs.anchor) == need.params
-    assert need.batch == device_bytes(batch) == 4 * (12 * 12 * 3 + 4)
-    assert need.gradients <= need.step_temporary
+    assert use.params == on_first_device(state.params) and use.opt_state == on_first_device(
+        state.opt_state
+    )
+    assert use.anchor == use.merged == on_first_device(programs.anchor) == use.params
+    assert use.batch == device_bytes(batch) == 4 * (12 * 12 * 3 + 4)
+    assert use.gradients <= use.step_temporary
     assert (
-        need.peak
-        == max(need.step, need.merge)
-        > need.total
-        == 5 * need.anchor + (need.opt_state - 2 * need.params)
+        use.peak
+        == max(use.step, use.merge)
+        > use.total
+        == 5 * use.anchor + (use.opt_state - 2 * use.params)
     )
 
 
-def test_what_is_updated_in_place_is_not_counted_twice():
+def test_donated_buffers_are_not_counted_twice():
     x = jax.ShapeDtypeStruct((1 << 16,), np.float32)
     added = {
         donated: jax.jit(lambda x: x + 1, donate_argnums=donated).lower(x).compile()
@@ -184,12 +188,12 @@ def test_what_is_updated_in_place_is_not_counted_twice():
     assert extra_bytes(added[()]) >= 4 * x.size > extra_bytes(added[(0,)])
 
 
-def test_a_model_moves_to_another_image_size(anchor):
+def test_model_is_resized_to_another_image_size(anchor):
     config = vitl14.get_config()
     config.pretrained, config.image_size = str(anchor), 36
-    moved = open_anchor(config)
-    assert moved.config == sizes(config) and moved.preprocessor.image_size == 36
-    assert moved.params["image_tower"]["position_embedding"].shape == (10, 12)
+    resized = open_anchor(config)
+    assert resized.config == sizes(config) and resized.preprocessor.image_size == 36
+    assert resized.params["image_tower"]["position_embedding"].shape == (10, 12)
     config.image_size = 30
     with pytest.raises(UserError, match="30.*patch_size"):
         open_anchor(config)

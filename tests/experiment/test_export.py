@@ -1,4 +1,4 @@
-"""A run's merged model: its directories, its card, and what is refused before training."""
+"""The exported model of a run: directories, model card, and checks before training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.models import small
 from tests.models.all_formats import CHECKPOINT, with_head, with_tokenizer
 
 
-def config_of(*layouts: str):
+def config_of(*export_formats: str):
     config = default.get_config()
     config.pretrained = "org/anchor"
-    config.export.formats = layouts
+    config.export.formats = export_formats
     return config
 
 
-def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
+def test_merged_model_is_exported_in_every_requested_format(tmp_path):
     anchor, tuned = with_tokenizer(tmp_path / "anchor"), with_head()
     rows = [
         make_row("zero_shot", id=51.25, shifts={"v2": 40.0}),
@@ -38,16 +38,20 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
         "python launch.py --workdir=runs/b32",
     )
     results.export(tmp_path / "model", *arguments)
-    places = {"hugging_face": "model", "open_clip": "model_open_clip", "openai": "model_openai"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*places.values(), "anchor"])
-    for layout, place in places.items():
-        loaded = checkpoint_io.load(tmp_path / place)
-        assert (loaded.format, loaded.labels) == (layout, tuned.labels)
+    directories = {
+        "hugging_face": "model",
+        "open_clip": "model_open_clip",
+        "openai": "model_openai",
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*directories.values(), "anchor"])
+    for name, directory in directories.items():
+        loaded = checkpoint_io.load(tmp_path / directory)
+        assert (loaded.format, loaded.labels) == (name, tuned.labels)
         assert loaded.fingerprint == tuned.fingerprint
         assert checkpoint_io.has_tokenizer(loaded)
-        card = (tmp_path / place / "README.md").read_text()
-        for part in (
-            "org/anchor",  # The anchor, and which weights it had.
+        card = (tmp_path / directory / "README.md").read_text()
+        for text in (
+            "org/anchor",  # The anchor and the checksum of its weights.
             anchor.fingerprint,
             "Model Stock",  # Method, ratios, accuracies.
             "0.625",
@@ -58,14 +62,14 @@ def test_the_merged_model_leaves_in_the_layouts_that_are_asked_for(tmp_path):
             f"numpy {np.__version__}",
             "modelstock_jax ",
         ):
-            assert part in card, part
-    # A directory that is there is left alone; one that is not is added.
-    (tmp_path / "model" / "README.md").write_text("mine")
+            assert text in card, text
+    # An existing directory is not changed.
+    (tmp_path / "model" / "README.md").write_text("edited")
     results.export(tmp_path / "model", *arguments)
-    assert (tmp_path / "model" / "README.md").read_text() == "mine"
+    assert (tmp_path / "model" / "README.md").read_text() == "edited"
 
 
-def test_what_cannot_be_exported_is_said_before_training():
+def test_export_errors_are_raised_before_training():
     with pytest.raises(UserError, match="export.formats: .*'onnx'.*hugging_face"):
         results.check_export(config_of("onnx"), CHECKPOINT)
     with pytest.raises(UserError, match="export.formats: OpenAI.*num_attention_heads .*3"):

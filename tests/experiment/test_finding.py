@@ -1,4 +1,4 @@
-"""The paper's finding, by the demo's own command: minutes on two cores."""
+"""The paper's finding, by the command of the demo: minutes on two cores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.experiment import small_run
 
 
 @pytest.mark.slow
-def test_the_demo_shows_the_papers_finding(tmp_path):
-    # Four minutes on two cores left alone; what else they do may take most of them.
+def test_demo_reproduces_the_papers_finding(tmp_path):
+    # Four minutes on two idle cores; on busy cores it can take much longer.
     code, output = small_run.finish(
         "--config=configs/glyphs.py", f"--workdir={tmp_path}", seconds=1800
     )

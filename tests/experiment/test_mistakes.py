@@ -1,4 +1,4 @@
-"""A user's mistakes at the command line: one line, a non-zero exit, no traceback, nothing lost."""
+"""User errors on the command line: one line, a non-zero exit code, no traceback, nothing lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelstock_jax.experiment import evaluate_checkpoint, run
 from tests.experiment import small_run
 
 
-def refused(*args: str, program: tuple[str, ...] = ("launch.py",)) -> str:
+def fail(*args: str, program: tuple[str, ...] = ("launch.py",)) -> str:
     code, output = small_run.finish(*args, program=program)
     assert code not in (0, None), output
     assert "Traceback" not in output, output
@@ -29,19 +29,19 @@ def refused(*args: str, program: tuple[str, ...] = ("launch.py",)) -> str:
         (["configs/glyphs.py"], ["configs/glyphs.py", "--"]),
     ],
 )
-def test_mistakes_that_are_seen_at_once(args, words):
-    output = refused(*args)
+def test_invalid_arguments(args, words):
+    output = fail(*args)
     assert all(word in output for word in words), output
 
 
-def test_mistakes_in_a_run(tmp_path):
+def test_errors_of_a_run(tmp_path):
     anchor = small_run.save_anchor(tmp_path / "clip")
     workdir = tmp_path / "run"
 
-    output = refused(*small_run.arguments(anchor, workdir, "--config.num_replicas=1"))
+    output = fail(*small_run.arguments(anchor, workdir, "--config.num_replicas=1"))
     assert "num_replicas" in output and " 2" in output
 
-    # What launch.py does with a UserError was seen above: these need no process of their own.
+    # How launch.py handles a UserError is tested above; these need no separate process.
     config = glyphs.get_config()
     config.pretrained = str(anchor)
     (workdir / "config.json").write_text(json.dumps({"epochs": 99}))
@@ -49,7 +49,7 @@ def test_mistakes_in_a_run(tmp_path):
     with pytest.raises(UserError, match=" epochs .*99.* 8"):
         run(config, workdir)
     assert json.loads((workdir / "config.json").read_text()) == {"epochs": 99}
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("a file")
     with pytest.raises(UserError, match="workdir.*file"):
         run(config, tmp_path / "file" / "run")
     config.pretrained = str(tmp_path / "nothing")
@@ -57,7 +57,7 @@ def test_mistakes_in_a_run(tmp_path):
         run(config, tmp_path / "other")
 
 
-def test_what_needs_no_model_is_refused_before_one_is_opened(tmp_path):
+def test_errors_that_need_no_model_are_raised_before_it_is_opened(tmp_path):
     config = glyphs.get_config()
     config.pretrained = str(tmp_path / "nothing")
     config.mesh.data = 3
@@ -73,18 +73,18 @@ def test_what_needs_no_model_is_refused_before_one_is_opened(tmp_path):
         run(config, tmp_path / "run")
 
 
-def test_a_part_of_a_workdir_is_not_taken_for_a_model(tmp_path):
+def test_error_for_a_part_of_a_workdir_that_is_no_model(tmp_path):
     state = tmp_path / "runs/seed_0/merged/state/8"
-    for place in (state, tmp_path / "model"):
-        place.mkdir(parents=True)
+    for path in (state, tmp_path / "model"):
+        path.mkdir(parents=True)
     with pytest.raises(UserError, match=f"merged model .*{tmp_path}/model"):
         evaluate_checkpoint(glyphs.get_config(), str(tmp_path))
     with pytest.raises(UserError, match="state/8 .*seed_0/merged/merged"):
         evaluate_checkpoint(glyphs.get_config(), str(state))
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(tmp_path):
-    """Files may not grow past 40 kB: as on a full disk, writing fails in the middle."""
+def test_full_disk_is_one_line_and_the_run_resumes(tmp_path):
+    """Files are limited to 40 kB: writing fails in the middle, as on a full disk."""
     anchor = small_run.save_anchor(tmp_path / "clip")
     shorter = ("--config.compare=False", "--config.epochs=1")
     arguments = small_run.arguments(anchor, tmp_path / "run", *shorter)
@@ -93,7 +93,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY)); "
         "sys.argv[0] = 'launch.py'; runpy.run_path('launch.py', run_name='__main__')"
     )
-    output = refused(*arguments, program=("-c", limited))
+    output = fail(*arguments, program=("-c", limited))
     assert "error: " in output and os.strerror(errno.EFBIG) in output, output
     code, output = small_run.finish(*arguments)
     assert code == 0, output

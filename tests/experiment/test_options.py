@@ -1,4 +1,4 @@
-"""What cannot be meant ends a run before anything is opened, and leaves nothing behind."""
+"""Invalid options end a run before anything is opened, and leave no files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelstock_jax.experiment import evaluate_checkpoint, run
 from modelstock_jax.experiment.options import OPTIONS, check_options
 from modelstock_jax.fileio import flat
 
-NOT_MEANT = {
+INVALID = {
     "task": ("fine-tune", "finetune, learning_rate"),
     "data.name": ("glyph", "glyphs, imagenet"),
     "data.augment.crop_area": ((0.9, 1.1), "up to 1"),
@@ -23,7 +23,7 @@ NOT_MEANT = {
     "optimizer.projection.norm": ("l3", "l2, mars"),
     "per_replica.learning_rate": ((1e-3,), "1 numbers for 2 replicas"),
     "merge.every": ("epochs", "'epoch', 'end'"),
-    "merge.method": ("stocks", "stock, mean"),
+    "merge.method": ("stocks", "model_stock, uniform_mean"),
     "merge.unit": ("tensors", "tensor, layer"),
     "merge.opt_state": ("kept", "keep, average"),
     "merge.carry_noise": ("no", "off, every"),
@@ -33,7 +33,7 @@ NOT_MEANT = {
     "monitor.on_non_finite": ("ignore", "stop, skip_step"),
     "evaluation.units": (("layers",), "tensor, layer"),
     "export.formats": (("huggingface",), "hugging_face, open_clip"),
-    # Numbers that ended in a division by zero, an empty list or a step uphill.
+    # Numbers that caused a division by zero, an empty list or a step in the wrong direction.
     "seed": (-1, "at least 0"),
     "num_seeds": (0, "at least 1"),
     "num_replicas": (0, "at least 1"),
@@ -48,15 +48,15 @@ NOT_MEANT = {
     "monitor.spike_window": (0, "at least 1"),
     "log_every_steps": (0, "at least 1"),
     "evaluation.batch_size": (0, "at least 1"),
-    "search.learning_rates": ((), "one rate or more"),
+    "search.learning_rates": ((), "at least one learning rate"),
 }
 
 
-@pytest.mark.parametrize("key", NOT_MEANT)
-def test_what_cannot_be_meant_is_refused_before_anything_is_opened(key, tmp_path):
+@pytest.mark.parametrize("key", INVALID)
+def test_invalid_option_is_an_error_before_anything_is_opened(key, tmp_path):
     config = glyphs.get_config()
-    config.pretrained = str(tmp_path / "opened")  # There is none: opening it is another error.
-    value, choices = NOT_MEANT[key]
+    config.pretrained = str(tmp_path / "opened")  # It does not exist: opening it is another error.
+    value, choices = INVALID[key]
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=key.rsplit(".", 1)[-1]) as error:
         run(config, tmp_path / "run")
@@ -64,26 +64,26 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_opened(key, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("made", [default, glyphs, vitb32, vitb16, vitl14])
-def test_our_own_configs_are_meant(made):
-    check_options(made.get_config())
+@pytest.mark.parametrize("module", [default, glyphs, vitb32, vitb16, vitl14])
+def test_configs_are_valid(module):
+    check_options(module.get_config())
 
 
-def test_every_row_is_of_an_option():
+def test_every_row_belongs_to_an_option():
     names = flat(default.get_config().to_dict())
-    lost = [key for key in OPTIONS
+    unknown = [key for key in OPTIONS
             if not any(name == key or name.startswith(key.removesuffix("*"))
                        for name in names)]  # fmt: skip
-    assert not lost
-    changing = [key for key, row in OPTIONS.items()
-                if row.resume in ("free", "rounding") and row.in_checksum]  # fmt: skip
-    assert not changing, "a weight depends on these"
+    assert not unknown
+    wrong = [key for key, row in OPTIONS.items()
+                if row.resume in ("ignored", "numerical") and row.in_checksum]  # fmt: skip
+    assert not wrong, "a weight depends on these"
 
 
-def test_an_evaluation_takes_the_options_of_a_run(tmp_path):
-    """What a run compiled is found again, and a name is looked at first."""
+def test_evaluation_uses_the_options_of_a_run(tmp_path):
+    """It uses the compilation cache of a run, and checks names first."""
     config = glyphs.get_config()
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("a file")
     config.compute.compilation_cache = str(tmp_path / "file" / "cache")
     with pytest.raises(UserError, match="compute.compilation_cache=.*file"):
         evaluate_checkpoint(config, str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""The pretraining's own command, cut short; and the model that it made at full length."""
+"""A short pretraining, and the bundled models of the full pretraining."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.training.sharding import make_mesh
 from tests.experiment import small_run
 
-SHIPPED = BUNDLED["glyph-clip"]
+BUNDLED_CLIP = BUNDLED["glyph-clip"]
 
 
-def test_a_short_pretraining_learns_and_saves_the_same_layout(tmp_path):
+def test_short_pretraining_learns_and_saves_the_same_files(tmp_path):
     code, output = small_run.finish(
         "--config=configs/glyph_pretrain.py",
         f"--workdir={tmp_path}",
@@ -33,21 +33,21 @@ def test_a_short_pretraining_learns_and_saves_the_same_layout(tmp_path):
     lines = (tmp_path / "runs/seed_0/pretrain/metrics.jsonl").read_text().splitlines()
     loss = np.array([json.loads(line)["train/loss/replica_0"] for line in lines])
     assert len(loss) == 96
-    # Chance is ln 64 = 4.16; a batch's loss scatters by about 0.1.
+    # Chance is ln 64 = 4.16; the loss of a batch varies by about 0.1.
     assert loss[:5].mean() > 4.0
     assert loss[-10:].mean() < loss[:5].mean() - 0.4
-    made = tmp_path / "model"
-    assert {p.name for p in made.iterdir()} == {p.name for p in SHIPPED.iterdir()}
-    ours, theirs = TensorFiles(made), TensorFiles(SHIPPED)
-    assert {n: (ours.shape(n), ours.dtype(n)) for n in ours} == {
-        n: (theirs.shape(n), theirs.dtype(n)) for n in theirs
+    directory = tmp_path / "model"
+    assert {p.name for p in directory.iterdir()} == {p.name for p in BUNDLED_CLIP.iterdir()}
+    files, bundled = TensorFiles(directory), TensorFiles(BUNDLED_CLIP)
+    assert {n: (files.shape(n), files.dtype(n)) for n in files} == {
+        n: (bundled.shape(n), bundled.dtype(n)) for n in bundled
     }
-    config = [json.loads((d / "config.json").read_text()) for d in (made, SHIPPED)]
+    config = [json.loads((d / "config.json").read_text()) for d in (directory, BUNDLED_CLIP)]
     assert config[0] == config[1]
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_a_shipped_model_is_small_and_good(name):
+def test_bundled_model_is_small_and_accurate(name):
     assert (BUNDLED[name] / "model.safetensors").stat().st_size <= 3e6
     checkpoint = open_pretrained(name)
     head = zero_shot_head(checkpoint, glyphs.CLASS_NAMES, glyphs.TEMPLATES)
@@ -57,12 +57,12 @@ def test_a_shipped_model_is_small_and_good(name):
         make_mesh(1, 1, num_replicas=1, batch_size=500),
         500,
     )
-    world = glyphs.make_sets(train_size=62, validation_size=1000, test_size=62, shift_size=62)
+    sets = glyphs.make_sets(train_size=62, validation_size=1000, test_size=62, shift_size=62)
     params = {"image_tower": checkpoint.params["image_tower"], "head": head}
-    accuracy = evaluate(params, [world.validation])["validation"]
-    assert accuracy > 60, accuracy  # chance is 1.6; the prototype of this world reached 60
+    accuracy = evaluate(params, [sets.validation])["validation"]
+    assert accuracy > 60, accuracy  # Chance is 1.6; the prototype of the benchmark reached 60.
 
 
-def test_an_unknown_name_says_what_is_wanted():
+def test_error_for_an_unknown_name():
     with pytest.raises(UserError, match="glyph-klip"):
         open_pretrained("glyph-klip")

@@ -1,4 +1,4 @@
-"""One run as several real processes: the same numbers, and every end is one clear line."""
+"""One run as several processes: the same results, and one line for every error."""
 
 from __future__ import annotations
 
@@ -24,67 +24,67 @@ PARTS = ("-m", "tests.experiment.parts_of_a_job")
 def test_two_processes_agree_and_count_every_image_once(tmp_path):
     ended = processes.run(2, f"--workdir={tmp_path}", program=PARTS, devices=2)
     assert [code for code, _, _ in ended] == [0, 0], str(ended)
-    assert ended[0][1].count("nobody but process 0 prints 0") == 1
+    assert ended[0][1].count("only process 0 prints 0") == 1
     first, second = (json.loads(out[out.index("{") :]) for _, out, _ in ended)
     assert ended[1][1].startswith("{"), "process 1 printed something"
     assert first.pop("main") and not second.pop("main")
-    # A replica's row lies on one process where the replica axis does, and each has all examples.
-    assert first["(2, 2)"].pop("held") == [[0], [0, 1, 2, 3, 4, 5, 6, 7]]
-    assert second["(2, 2)"].pop("held") == [[1], [0, 1, 2, 3, 4, 5, 6, 7]]
-    assert first["(1, 4)"].pop("held") == [[0, 1], [0, 1, 2, 3]]
-    assert second["(1, 4)"].pop("held") == [[0, 1], [4, 5, 6, 7]]
+    # If the replica axis is split over processes, each has one replica with all examples.
+    assert first["(2, 2)"].pop("local_indices") == [[0], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert second["(2, 2)"].pop("local_indices") == [[1], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert first["(1, 4)"].pop("local_indices") == [[0, 1], [0, 1, 2, 3]]
+    assert second["(1, 4)"].pop("local_indices") == [[0, 1], [4, 5, 6, 7]]
     assert first == second
     assert first["devices"] == 4 and first["restored"] == [True, True]
-    assert first["agreed"] == [7, False] and first["anywhere"] == [True, False]
+    assert first["broadcast"] == [7, False] and first["any_process"] == [True, False]
     for mesh in ("(2, 2)", "(1, 4)"):
-        assert first[mesh]["whole"] and first[mesh]["spread"]
-        assert first[mesh]["placed"] == [2, 8, 3]
+        assert first[mesh]["to_host"] and first[mesh]["device_put_global"]
+        assert first[mesh]["shape"] == [2, 8, 3]
         # Batches of 6, rounded up to 8 for four devices, over sets of 13, 1 and 8 images.
-        assert first[mesh]["seen"] == [8, 13, 14, 22]
+        assert first[mesh]["progress"] == [8, 13, 14, 22]
         assert first[mesh]["accuracy"] == expected_accuracies()
-    # The signal came to process 1 before its third step; both stop after the same later one.
-    assert first["granted"] == [False, False, False, True, True, True]
+    # Process 1 gets the signal before its third step; both stop after the same later step.
+    assert first["should_stop"] == [False, False, False, True, True, True]
 
 
 def expected_accuracies() -> dict[str, float]:
     accuracies = {}
     bias = np.linspace(-20, 20, CLASSES, dtype=np.float32)
-    for one in (image_set(13), image_set(1), image_set(8, (1, 4, 5))):
-        logits = one.images[:, 0, :, 0] + bias
-        allowed = np.array(one.classes or range(CLASSES))
+    for images in (image_set(13), image_set(1), image_set(8, (1, 4, 5))):
+        logits = images.images[:, 0, :, 0] + bias
+        allowed = np.array(images.classes or range(CLASSES))
         choice = allowed[logits[:, allowed].argmax(-1)]
-        accuracies[one.name] = 100 * int((choice == one.labels).sum()) / len(one)
+        accuracies[images.name] = 100 * int((choice == images.labels).sum()) / len(images)
     return accuracies
 
 
 @pytest.mark.slow
-def test_a_process_that_compiles_for_long_is_waited_for():
+def test_processes_wait_for_one_that_compiles_for_long():
     ended = processes.run(4, "--mistake=late", program=PARTS)
     assert [(code, out) for code, out, _ in ended] == [(0, "3.0")] * 4, str(ended)
 
 
 def one_line(stderr: str) -> str:
-    """The single line that a failed process leaves, with no trace of C++ or Python."""
+    """Return the only line of a failed process, which has no C++ or Python trace."""
     lines = stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     return lines[0]
 
 
 @pytest.mark.slow
-def test_processes_with_different_configs_say_in_what():
+def test_error_lists_the_differences_between_configs():
     ended = processes.run(2, "--mistake=other config", program=PARTS)
     assert [code for code, _, _ in ended] == [1, 1], str(ended)
-    # Process 0 ends at once; process 1 says in what it differs, unless that end was seen first.
+    # Process 0 ends at once; process 1 lists the differences, unless it detects that end first.
     lines = [one_line(err) for _, _, err in ended if err]
     assert any("config" in line or "process 0 " in line for line in lines)
 
 
-def test_a_killed_process_ends_the_job_with_one_line():
-    began = time.monotonic()
+def test_killed_process_ends_the_job_with_one_line():
+    start_time = time.monotonic()
     first, second = processes.run(2, "--mistake=lost", program=PARTS)
     assert first[0] == -signal.SIGKILL and second[0] == 1, (first, second)
     assert "process 1: " in one_line(second[2]) and "lost" in one_line(second[2])
-    assert time.monotonic() - began < launcher.HEARTBEAT_SECONDS + 60
+    assert time.monotonic() - start_time < launcher.HEARTBEAT_SECONDS + 60
 
 
 SLURM = {"SLURM_STEP_NODELIST": "node[0-3]", "SLURM_NTASKS": "4"}
@@ -92,7 +92,7 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_
 
 
 @pytest.mark.parametrize(
-    ("flags", "environ", "place"),
+    ("flags", "environ", "spec"),
     [
         ((None, None, None), {}, None),
         ((None, 1, 0), {}, None),
@@ -100,7 +100,7 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_
         (("a:1", 2, 0), {}, ("a:1", 2, 0)),
         ((None, None, None), JAX, ("a:1", 4, 3)),
         (("b:2", None, 0), JAX, ("b:2", 4, 0)),
-        # A Kubernetes job's index is the process's number.
+        # The index of a Kubernetes job is the process id.
         (
             (None, None, None),
             {
@@ -121,8 +121,8 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_
         ),
     ],
 )
-def test_where_a_process_stands(flags, environ, place):
-    assert launcher.detect_cluster(*flags, environ) == place
+def test_process_spec(flags, environ, spec):
+    assert launcher.detect_cluster(*flags, environ) == spec
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_where_a_process_stands(flags, environ, place):
         ((None, None, None), {"JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID='x'"),
     ],
 )
-def test_a_wrong_place_is_named(flags, environ, message):
+def test_error_for_an_invalid_process_spec(flags, environ, message):
     with pytest.raises(UserError, match="^" + message):
         launcher.detect_cluster(*flags, environ)
 
@@ -151,7 +151,7 @@ def test_hosts_of_a_tpu_pod():
     assert launcher._tpu_hosts({"TPU_SKIP_MDS_QUERY": "1"}, lambda name: endpoints) == 0
 
 
-def test_no_coordinator_is_one_line(monkeypatch):
+def test_error_without_a_coordinator(monkeypatch):
     monkeypatch.setattr(launcher, "START_SECONDS", 0.3)
     with pytest.raises(UserError, match="127.0.0.1:.*process 0"):
         launcher._wait_for(f"127.0.0.1:{processes.free_port()}")
@@ -160,7 +160,7 @@ def test_no_coordinator_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "words"),
     [
         (
             "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n3\n"
@@ -179,9 +179,9 @@ def test_no_coordinator_is_one_line(monkeypatch):
         ("INTERNAL: something new", "another process"),
     ],
 )
-def test_what_jax_says_of_a_loss_becomes_one_line(message, said):
+def test_jax_error_of_a_lost_process_becomes_one_line(message, words):
     line = launcher.what_was_lost(message)
-    assert said in line and "\n" not in line
+    assert words in line and "\n" not in line
 
 
 FILES = ("results.md", "results.json", "model/model.safetensors", "model/head.safetensors")
@@ -189,25 +189,25 @@ FILES = ("results.md", "results.json", "model/model.safetensors", "model/head.sa
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """workdir -> arguments of a short run: one arm, two epochs of eight steps."""
+    """workdir -> arguments of a short run: only with merging, two epochs of eight steps."""
     anchor = small_run.save_anchor(tmp_path_factory.mktemp("anchor") / "clip")
     return lambda workdir, *more: small_run.arguments(
         anchor, workdir, "--config.compare=False", "--config.evaluation.max_shift_images=100", *more
     )
 
 
-# Two rows of two devices; every kernel of the tiny CLIP is split over the data axis.
-SPLIT = ("--config.mesh.replica=2", "--config.mesh.data=2", "--config.mesh.fsdp_min_size=64")
+# A 2 x 2 mesh; every kernel of the tiny CLIP is sharded over the data axis.
+SHARDED = ("--config.mesh.replica=2", "--config.mesh.data=2", "--config.mesh.fsdp_min_size=64")
 
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """devices -> the workdir of a run of one process with so many; of four, with split weights."""
+    """Number of devices -> workdir of a run of one process; with four, weights are sharded."""
 
     @cache
     def workdir_of(devices):
         workdir = tmp_path_factory.mktemp(f"one_process_{devices}")
-        more = SPLIT if devices == 4 else ()
+        more = SHARDED if devices == 4 else ()
         ended = processes.run(1, *arguments(workdir, *more), devices=devices)
         assert ended[0][0] == 0, str(ended)
         return workdir
@@ -222,9 +222,9 @@ def assert_same(workdir, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(2, 1), (2, 2), (4, 1)])
-def test_processes_write_what_one_process_writes(count, devices, arguments, finished, tmp_path):
-    """The same mesh is the same arithmetic: the same bytes, however many processes hold it."""
-    more = SPLIT if count * devices == 4 else ()
+def test_files_are_bitwise_those_of_one_process(count, devices, arguments, finished, tmp_path):
+    """The same mesh gives bitwise identical files for any number of processes."""
+    more = SHARDED if count * devices == 4 else ()
     ended = processes.run(count, *arguments(tmp_path, *more), devices=devices)
     assert [code for code, _, _ in ended] == [0] * count, str(ended)
     assert "Model Stock" in ended[0][1] and not any(out for _, out, _ in ended[1:])
@@ -232,26 +232,26 @@ def test_processes_write_what_one_process_writes(count, devices, arguments, fini
 
 
 def wait_for_state(workdir, step, jobs):
-    """Until a training state of at least `step` is on the disk."""
+    """Wait until a training state of at least `step` is saved."""
     state = workdir / "runs/seed_0/merged/state"
     deadline = time.monotonic() + 300
     while not any(int(p.name) >= step for p in state.glob("*") if p.name.isdigit()):
-        assert all(one.poll() is None for one in jobs), processes.finish(jobs)
+        assert all(job.poll() is None for job in jobs), processes.finish(jobs)
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("killed", "restarted"), [(1, 1), (0, 2)])
-def test_a_killed_process_and_another_number_of_them(
+def test_resume_after_a_kill_with_another_number_of_processes(
     killed, restarted, arguments, finished, tmp_path
 ):
     jobs = processes.start(2, *arguments(tmp_path))
     wait_for_state(tmp_path, 3, jobs)
     jobs[killed].kill()
-    began = time.monotonic()
+    start_time = time.monotonic()
     ended = processes.finish(jobs)
-    assert time.monotonic() - began < launcher.HEARTBEAT_SECONDS + 60
+    assert time.monotonic() - start_time < launcher.HEARTBEAT_SECONDS + 60
     assert ended[killed][0] == -signal.SIGKILL and ended[1 - killed][0] == 1, str(ended)
     assert "process" in one_line(ended[1 - killed][2])
     again = processes.run(restarted, *arguments(tmp_path), devices=2 // restarted)
@@ -278,7 +278,7 @@ def test_sigterm_to_one_or_all_saves_one_step(signaled, arguments, finished, tmp
 
 
 @pytest.mark.slow
-def test_one_process_writes_the_cache_and_two_evaluate_as_one(tmp_path):
+def test_one_process_writes_the_cache_and_two_evaluate_like_one(tmp_path):
     anchor = small_run.save_anchor(tmp_path / "clip")
     for split in ("train", "test"):
         write_folders(tmp_path / "mine" / split, ["a", "b", "c"], 7)

@@ -1,4 +1,4 @@
-"""Whose a run's directory is: one config, one process at a time, and nothing damaged by a no."""
+"""A workdir belongs to one config and one process at a time; an error changes nothing in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modelstock_jax.experiment.options import option
 from modelstock_jax.experiment.workdir import lock_workdir, unlock_workdir
 from modelstock_jax.flags import current_names
 
-# The options of the first workdirs by their kind, as they were called then: never a new one.
+# Options of the first workdirs by kind, with the names of that time. No option is added here.
 FIRST = {
     None: """
     task image_size seed num_replicas compare epochs batch_size label_smoothing
@@ -62,29 +62,29 @@ FIRST = {
 
 def keys() -> list[str]:
     flat = workdirs.flat(default.get_config().to_dict())
-    # Sizes as in Hugging Face's config.json: all of one class, whatever they are.
+    # Sizes as in Hugging Face's config.json: all of one kind.
     return [key for key in flat if not key.startswith("pretrain.clip.")]
 
 
 def first_keys() -> dict[str, str | None]:
-    """The kind of each of them, by its name of today."""
+    """Return the kind of each of these options, by its current name."""
     kinds = {name: kind for kind, names in FIRST.items() for name in names.split()}
     return current_names(kinds)
 
 
-def test_the_first_options_keep_their_kinds():
+def test_first_options_keep_their_kinds():
     assert {key: option(key).resume for key in first_keys()} == first_keys()
-    assert first_keys().keys() - set(keys()) == set(), "say in RENAMED what these are called now"
+    assert first_keys().keys() - set(keys()) == set(), "add the current names of these to RENAMED"
 
 
-def test_a_later_option_says_what_its_absence_means():
+def test_later_option_has_a_value_for_its_absence():
     later = set(keys()) - first_keys().keys()
     assert [key for key in later if option(key).absent is None] == []
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A workdir in which something was trained, and its config."""
+def run_dir(tmp_path):
+    """Return a workdir in which something was trained, and its config."""
     config = default.get_config()
     lock_workdir(tmp_path, config)
     (tmp_path / "runs").mkdir()
@@ -93,7 +93,7 @@ def made(tmp_path):
 
 
 def other(value):
-    """Another value of the same type."""
+    """Return another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
@@ -102,34 +102,34 @@ def other(value):
 
 
 @pytest.mark.parametrize("key", keys())
-def test_each_option_by_its_class(made, key):
-    workdir, config = made
+def test_change_of_each_option(run_dir, key):
+    workdir, config = run_dir
     value = dict(_leaves(config))[key]
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
         changed.update_from_flattened_dict({key: other(value)})
     before = (workdir / "config.json").read_bytes()
 
-    def kept() -> bool:
+    def unchanged() -> bool:
         return (workdir / "config.json").read_bytes() == before
 
     if option(key).resume == "ignored":
         lock_workdir(workdir, changed)
-        assert not kept()
+        assert not unchanged()
         return
-    with pytest.raises(UserError, match=rf"(?m)^ *{re.escape(key)} ") as refusal:
+    with pytest.raises(UserError, match=rf"(?m)^ *{re.escape(key)} ") as error:
         lock_workdir(workdir, changed)
-    assert kept()
+    assert unchanged()
     allowed = option(key).resume is not None
-    assert ("--allow_config_change" in str(refusal.value)) == allowed
+    assert ("--allow_config_change" in str(error.value)) == allowed
     if allowed:
         lock_workdir(workdir, changed, allow_change=True)
-        assert not kept()
+        assert not unchanged()
         lock_workdir(workdir, changed)
     else:
         with pytest.raises(UserError, match=rf"(?m)^ *{re.escape(key)} "):
             lock_workdir(workdir, changed, allow_change=True)
-        assert kept()
+        assert unchanged()
 
 
 def _leaves(config, prefix=""):
@@ -140,23 +140,23 @@ def _leaves(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
-def test_a_mistake_is_mended_where_nothing_was_trained(made):
-    workdir, config = made
+def test_config_can_change_before_anything_is_trained(run_dir):
+    workdir, config = run_dir
     (workdir / "runs").rmdir()
     config.epochs = 99
     lock_workdir(workdir, config)
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 99
 
 
-def test_a_refusal_shows_all_that_differs_at_once(made):
-    workdir, config = made
+def test_error_lists_all_differences(run_dir):
+    workdir, config = run_dir
     config.epochs, config.mesh.data, config.log_every_steps = 99, 2, 1
     config.data.paths.v2 = "/elsewhere"
     for allow in (False, True):
-        with pytest.raises(UserError) as refusal:
+        with pytest.raises(UserError) as error:
             lock_workdir(workdir, config, allow_change=allow)
         for line, (key, old, new, kind) in zip(
-            str(refusal.value).splitlines()[1:-1],
+            str(error.value).splitlines()[1:-1],
             [
                 ("data.paths.v2", "''", "'/elsewhere'", "path"),
                 ("epochs", "10", "99", ""),
@@ -167,8 +167,8 @@ def test_a_refusal_shows_all_that_differs_at_once(made):
             assert re.search(rf"^ *{key} .*{old},? .*{new}(?!\w).*{kind}", line), line
 
 
-def test_an_option_that_was_not_there_is_named(made):
-    workdir, config = made
+def test_error_names_an_absent_option(run_dir):
+    workdir, config = run_dir
     before = json.loads((workdir / "config.json").read_text())
     del before["epochs"]
     (workdir / "config.json").write_text(json.dumps(before))
@@ -180,13 +180,13 @@ LATER = [key for key in keys() if option(key).absent is not None]
 
 
 @pytest.mark.parametrize("key", LATER)
-def test_an_option_that_came_later_was_at_what_its_absence_means(made, key):
-    workdir, config = made
+def test_absent_later_option_has_its_value_for_absence(run_dir, key):
+    workdir, config = run_dir
     before = json.loads((workdir / "config.json").read_text())
     *groups, name = key.split(".")
     group = before
-    for one in groups:
-        group = group[one]
+    for name_of_group in groups:
+        group = group[name_of_group]
     del group[name]
     (workdir / "config.json").write_text(json.dumps(before))
     config.update_from_flattened_dict({key: option(key).absent})
@@ -201,8 +201,8 @@ def test_an_option_that_came_later_was_at_what_its_absence_means(made, key):
         lock_workdir(workdir, config)
 
 
-def test_a_run_resumes_when_its_config_has_the_old_names(made, monkeypatch):
-    workdir, config = made
+def test_config_with_old_names_is_read(run_dir, monkeypatch):
+    workdir, config = run_dir
     path = workdir / "config.json"
     config.evaluation.units = ("layer", "filter")
     monkeypatch.setitem(flags.RENAMED_VALUES, "evaluation.units", {"row": "filter"})
@@ -225,56 +225,56 @@ def test_a_run_resumes_when_its_config_has_the_old_names(made, monkeypatch):
     path.write_text(json.dumps(before))
     config.merge.method, config.monitor.on_non_finite = "uniform_mean", "skip_step"
     config.compute.replica_mode = "map"
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         lock_workdir(workdir, config)
-    assert str(refusal.value).splitlines()[1:-1] == [
+    assert str(error.value).splitlines()[1:-1] == [
         "  compute.replica_mode was 'auto', is 'map' (numerical)",
         "  merge.method was 'model_stock', is 'uniform_mean'",
         "  monitor.on_non_finite was 'stop', is 'skip_step' (numerical)",
     ]
 
 
-def test_a_config_that_cannot_be_read_is_named_and_left(made):
-    workdir, config = made
+def test_unreadable_config_is_named_and_not_changed(run_dir):
+    workdir, config = run_dir
     (workdir / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
         lock_workdir(workdir, config)
     assert (workdir / "config.json").read_text() == "{"
 
 
-HOLD = """
+LOCK = """
 import sys, time
 from pathlib import Path
 from configs import default
 from modelstock_jax.experiment.workdir import lock_workdir
 lock_workdir(Path(sys.argv[1]), default.get_config())
-print("held", flush=True)
+print("locked", flush=True)
 time.sleep(600)
 """
 
 
-def test_a_directory_in_use_is_refused_until_its_process_dies(tmp_path):
+def test_directory_is_locked_until_its_process_ends(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     try:
-        assert holder.stdout.readline() == "held\n"
+        assert holder.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match=f"process {holder.pid} .*{os.uname()[1]}"):
             lock_workdir(tmp_path, default.get_config())
-        # Nothing of the holder's was touched: the next one is refused in the same words.
+        # The lock file is unchanged, so that the next process gets the same message.
         assert (tmp_path / ".lock").read_text().startswith(f"process {holder.pid} ")
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
     lock_workdir(tmp_path, default.get_config())
-    lock_workdir(tmp_path, default.get_config())  # The same process may do so again.
+    lock_workdir(tmp_path, default.get_config())  # The same process can lock it again.
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
     unlock_workdir(tmp_path)
 
 
-def test_a_half_written_model_is_removed_and_nothing_else(made):
-    workdir, config = made
+def test_only_a_partial_model_is_removed(run_dir):
+    workdir, config = run_dir
     for name in (".model.abc.tmp", ".model_openai.abc.tmp", "model", ".other.tmp"):
         (workdir / name).mkdir()
         (workdir / name / "file").touch()
@@ -282,8 +282,8 @@ def test_a_half_written_model_is_removed_and_nothing_else(made):
     assert {p.name for p in workdir.iterdir() if p.is_dir()} == {"model", ".other.tmp", "runs"}
 
 
-def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
+def test_error_if_the_directory_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("a file")
     with pytest.raises(UserError, match="workdir.*file"):
         lock_workdir(tmp_path / "file", default.get_config())
     with pytest.raises(UserError, match="--workdir=.*file/run"):
@@ -292,14 +292,14 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     def read_only(*_):
         raise PermissionError(13, "Permission denied")
 
-    # The tests may run as root, whom no mode of a directory stops.
+    # The tests may run as root, which ignores the mode of a directory.
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(UserError, match="--workdir.*Permission denied"):
         lock_workdir(tmp_path / "run", default.get_config())
 
 
-def test_a_full_disk_damages_nothing(made, monkeypatch):
-    workdir, config = made
+def test_full_disk_damages_nothing(run_dir, monkeypatch):
+    workdir, config = run_dir
     before = (workdir / "config.json").read_bytes()
     config.num_seeds += 1
 

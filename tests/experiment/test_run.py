@@ -1,4 +1,4 @@
-"""From the command to the results, with kills on the way: real processes, real files."""
+"""Complete runs as separate processes, from the command to the results, with kills."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def anchor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(anchor, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """The workdir and output of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished")
     code, output = small_run.finish(*small_run.arguments(anchor, workdir))
     assert code == 0, output
     return workdir, output
 
 
-def test_a_run_leaves_everything(finished):
+def test_run_writes_everything(finished):
     workdir, output = finished
     results = json.loads((workdir / "results.json").read_text())
     methods = [row["method"] for row in results["rows"]]
@@ -46,7 +46,7 @@ def test_a_run_leaves_everything(finished):
         assert row["avg_shifts"] == pytest.approx(np.mean(list(row["shifts"].values())))
         assert 0 <= row["id"] <= 100
     rows = {row["method"]: row for row in results["rows"]}
-    # The control lies at the stock's distance from the anchor by its definition; float32 weights.
+    # By definition, constant_ratio has the distance of model_stock to the anchor; float32 weights.
     assert rows["constant_ratio"]["distance_to_anchor"] == pytest.approx(
         rows["model_stock"]["distance_to_anchor"], rel=1e-5
     )
@@ -67,12 +67,12 @@ def test_a_run_leaves_everything(finished):
     assert list(workdir.rglob("events.out.tfevents*"))
     assert "Model Stock" in output and "images/s" in output
     assert re.search(r"merge .* s, [\d.]+ % .*epoch", output)
-    table = output[output.index("Where ") :]
+    table = output[output.index("Time by phase") :]
     for phase in ("training", "merging", "saving", "evaluating", "exporting", "compiling"):
         assert phase in table, table
 
 
-def test_the_timeline_tells_every_phase_from_its_beginning_to_its_end(finished):
+def test_timeline_has_the_start_and_end_of_every_phase(finished):
     workdir, _ = finished
     lines = read_timeline(workdir / "timeline.jsonl")
     depth = Counter()
@@ -84,10 +84,10 @@ def test_the_timeline_tells_every_phase_from_its_beginning_to_its_end(finished):
     merged = [line["step"] for line in lines if line["phase"] == "merge"]
     assert merged == [8, 8, 16, 16]
     saves = [line["step"] for line in lines if line["phase"] == "save" and line["event"] == "end"]
-    assert Counter(saves)[16] == 3, "both arms' states, and the merged model"
+    assert Counter(saves)[16] == 3, "the states of both runs, and the merged model"
 
 
-def test_the_merged_model_is_the_one_that_was_measured(finished, anchor):
+def test_exported_model_is_the_evaluated_one(finished, anchor):
     workdir, _ = finished
     model = checkpoint_io.load(workdir / "model")
     assert model.labels is not None and len(model.labels) == 62
@@ -108,13 +108,13 @@ def test_the_merged_model_is_the_one_that_was_measured(finished, anchor):
         assert f"{periodic['id']:.2f}" in output and f"{periodic['avg_shifts']:.2f}" in output
 
 
-def test_the_same_command_again_changes_nothing(finished, anchor):
+def test_same_command_again_changes_nothing(finished, anchor):
     workdir, _ = finished
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     code, output = small_run.finish(*small_run.arguments(anchor, workdir))
     assert code == 0, output
     for path, content in before.items():
-        if path.name == "timeline.jsonl":  # The one file that says when.
+        if path.name == "timeline.jsonl":  # The only file with timestamps.
             continue
         if path.suffix in (".json", ".jsonl", ".md", ".safetensors"):
             assert path.read_bytes() == content, path
@@ -124,10 +124,10 @@ def test_the_same_command_again_changes_nothing(finished, anchor):
 @pytest.mark.parametrize(
     "kind", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_killed_in_the_middle_of_an_epoch_and_resumed(finished, anchor, tmp_path, kind):
+def test_resume_after_a_kill_in_the_middle_of_an_epoch(finished, anchor, tmp_path, kind):
     arguments = small_run.arguments(anchor, tmp_path)
     process = small_run.start(*arguments)
-    # Step 11 is in the middle of the second epoch: the run has merged once.
+    # Step 11 is in the middle of the second epoch, after one merge.
     state = tmp_path / "runs/seed_0/merged/state"
     deadline = time.monotonic() + 400
     while not any(int(p.name) >= 9 for p in state.glob("*") if p.name.isdigit()):
@@ -143,10 +143,11 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(finished, anchor, tmp_path
     code, output = small_run.finish(*arguments)
     assert code == 0, output
     assert "from step" in output
-    whole, _ = finished
+    uninterrupted, _ = finished
     for name in ("results.md", "model/model.safetensors", "model/head.safetensors"):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
-    ours, theirs = (json.loads((d / "results.json").read_text()) for d in (tmp_path, whole))
-    assert ours == theirs
-    ours, theirs = ((d / "metrics.jsonl").read_text() for d in (tmp_path, whole))
-    assert ours == theirs
+        assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    directories = (tmp_path, uninterrupted)
+    resumed, expected = (json.loads((d / "results.json").read_text()) for d in directories)
+    assert resumed == expected
+    resumed, expected = ((d / "metrics.jsonl").read_text() for d in directories)
+    assert resumed == expected

@@ -1,4 +1,4 @@
-"""Whole runs on stored images: a small ImageNet in its authors' layouts, and a user's folders."""
+"""Complete runs on stored images: a small ImageNet in its original formats, and image folders."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def arguments(config, anchor, root, workdir, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", ["", ":strong"])
-def test_the_papers_config_on_a_small_imagenet(tmp_path, setup):
-    """Twelve images of training, four classes; every shift and ReaL by its own rule."""
+def test_config_of_the_paper_on_a_small_imagenet(tmp_path, setup):
+    """Twelve training images of four classes; every shift and ReaL with its own rule."""
     anchor = small_run.save_anchor(tmp_path / "clip")
     root = write_imagenet(tmp_path / "data")
     # Short names: the small text tower has few positions.
@@ -61,7 +61,7 @@ def test_the_papers_config_on_a_small_imagenet(tmp_path, setup):
 
 
 @pytest.mark.slow
-def test_a_users_folders(tmp_path):
+def test_image_folders(tmp_path):
     anchor = small_run.save_anchor(tmp_path / "clip")
     write_folders(tmp_path / "mine" / "train", ["a", "b", "c"], 12)
     write_folders(tmp_path / "mine" / "shifts" / "sketch", ["a", "c"], 3)
@@ -75,7 +75,7 @@ def test_a_users_folders(tmp_path):
 
 @pytest.mark.slow
 def test_records_and_worker_processes_change_nothing(tmp_path):
-    """The same folders as ArrayRecord, read by two processes beside the one that trains."""
+    """The same folders as ArrayRecord, read by two worker processes."""
     anchor = small_run.save_anchor(tmp_path / "clip")
     folders, records = tmp_path / "folders", tmp_path / "records"
     for split in ("train", "validation", "test"):

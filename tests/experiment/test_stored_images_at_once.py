@@ -1,4 +1,4 @@
-"""The learning rate's choice and --mode=eval on stored images, in this process."""
+"""The choice of the learning rate and --mode=eval on stored images, in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.experiment import small_run
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Three classes of eight images, and one shift."""
+    """A dataset of three classes with eight images each, and one shift."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for split in ("train", "val", "test"):
         write_folders(tmp_path / "mine" / split, ["a", "b", "c"], 8)
@@ -30,18 +30,18 @@ def config(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_learning_rate_is_chosen_on_stored_images(config, tmp_path, capsys):
+def test_learning_rate_is_chosen_on_stored_images(config, tmp_path, capsys):
     config.search.learning_rates = (1e-5,)
     assert choose_learning_rate(config, tmp_path / "run", Timeline(None)) == 1e-5
-    said = json.loads((tmp_path / "run/learning_rate.json").read_text())
-    (row,) = said["rows"]
-    assert said["best"] == row["learning_rate"] == 1e-5
+    document = json.loads((tmp_path / "run/learning_rate.json").read_text())
+    (row,) = document["rows"]
+    assert document["best"] == row["learning_rate"] == 1e-5
     # 24 validation images, each counted once.
     assert [round(x * 24 / 100, 9) % 1 for x in row["validation"]] == [0, 0]
     assert "<- best" in capsys.readouterr().out
 
 
-def test_eval_keeps_the_head_and_shows_how_far_it_is(config, tmp_path, capsys):
+def test_eval_caches_the_head_and_shows_progress(config, tmp_path, capsys):
     row = evaluate_checkpoint(config, config.pretrained)
     first = capsys.readouterr().out
     assert "zero-shot head" in first and "evaluate  30/30 (100 %)" in first

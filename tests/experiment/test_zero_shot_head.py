@@ -1,4 +1,4 @@
-"""The head of a run: shown while it is made, read when it starts again, of a user's lists."""
+"""The zero-shot head of a run: progress, cache, and class names and prompts of the user."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Shapes of the ids that went through the text tower."""
-    seen, embed = [], zero_shot._embed
+    """Shapes of the token ids that went through the text tower."""
+    shapes, embed = [], zero_shot._embed
 
     def spy(config, params, ids, compute):
-        seen.append(ids.shape)
+        shapes.append(ids.shape)
         return embed(config, params, ids, compute)
 
     monkeypatch.setattr(zero_shot, "_embed", spy)
-    return seen
+    return shapes
 
 
 @pytest.fixture
 def data(monkeypatch):
-    """Opens the glyph world without rendering it."""
-    world = SimpleNamespace(train=None, validation=None, test=None, shifts={})
-    monkeypatch.setattr(glyphs, "world", lambda **_: world)
+    """Opens the synthetic benchmark without rendering it."""
+    sets = SimpleNamespace(train=None, validation=None, test=None, shifts={})
+    monkeypatch.setattr(glyphs, "make_sets", lambda **_: sets)
     return lambda config: benchmark.load(config.data)
 
 
-def test_a_run_makes_its_head_once(checkpoint, data, passes, tmp_path, capsys):
+def test_run_computes_its_head_once(checkpoint, data, passes, tmp_path, capsys):
     config = default.get_config()
     first = anchor_classifier(config, checkpoint, data(config), tmp_path / "heads")
     count = len(CLASS_NAMES) * len(TEMPLATES)
     assert f"zero-shot head  {count}/{count} (100 %)" in capsys.readouterr().out
-    made = list(passes)
+    before = list(passes)
     second = anchor_classifier(config, checkpoint, data(config), tmp_path / "heads")
-    assert capsys.readouterr().out == "" and made and passes == made
+    assert capsys.readouterr().out == "" and before and passes == before
     np.testing.assert_array_equal(first.params["head"]["kernel"], second.params["head"]["kernel"])
-    # In the process that evaluates there is no run's directory.
+    # An evaluation has no run directory.
     anchor_classifier(config, checkpoint, data(config))
-    assert len(passes) == 2 * len(made)
+    assert len(passes) == 2 * len(before)
 
 
-def test_the_head_of_contexts_is_made_once_too(checkpoint, data, passes, tmp_path, capsys):
+def test_context_head_is_computed_once(checkpoint, data, passes, tmp_path, capsys):
     config = default.get_config()
     config.objective.name = "car_ft"
     opened = data(config)
@@ -72,15 +72,15 @@ def test_the_head_of_contexts_is_made_once_too(checkpoint, data, passes, tmp_pat
 
     first, count = contexts(tmp_path), len(CLASS_NAMES) * len(TEMPLATES)
     assert f"context head  {count}/{count} (100 %)" in capsys.readouterr().out
-    made, files = len(passes), sorted(path.name for path in tmp_path.iterdir())
+    count_before, files = len(passes), sorted(path.name for path in tmp_path.iterdir())
     assert [name.rpartition("_")[0] for name in files] == ["context_head", "zero_shot_head"]
     second = contexts(tmp_path)
-    assert capsys.readouterr().out == "" and len(passes) == made
+    assert capsys.readouterr().out == "" and len(passes) == count_before
     assert first["kernel"].shape == (8, len(TEMPLATES))
     np.testing.assert_array_equal(first["kernel"], second["kernel"])
 
 
-def test_a_merged_model_of_flyp_is_evaluated_under_the_head_that_its_own_text_tower_makes(
+def test_merged_flyp_model_is_evaluated_with_the_head_of_its_text_tower(
     checkpoint, data, monkeypatch, tmp_path
 ):
     config = default.get_config()
@@ -92,22 +92,24 @@ def test_a_merged_model_of_flyp_is_evaluated_under_the_head_that_its_own_text_to
     tuned = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, anchor.start(config))
     with Checkpoints(tmp_path / "merged", keep=1) as merges:
         merges.save(3, tuned)
-    seen = []
+    evaluated = []
 
     def row(method, params, **details):
-        seen.append(params)
+        evaluated.append(params)
         return make_row(method, id=0.0, shifts={})
 
-    measure = SimpleNamespace(num_images=1, row=row)
-    run = importlib.import_module("modelstock_jax.experiment.run")  # The package has `run` too.
-    monkeypatch.setattr(run, "Measure", lambda *_: measure)
+    evaluator = SimpleNamespace(num_images=1, row=row)
+    run = importlib.import_module(
+        "modelstock_jax.experiment.run"
+    )  # The package also exports a function `run`.
+    monkeypatch.setattr(run, "ModelEvaluator", lambda *_: evaluator)
     monkeypatch.setattr(run, "_heads", lambda: None)
     run.evaluate_checkpoint(config, str(tmp_path / "merged/3"))
-    (measured,) = seen
-    chex.assert_trees_all_equal(measured, anchor.classify(tuned))
+    (evaluated_params,) = evaluated
+    chex.assert_trees_all_equal(evaluated_params, anchor.classify(tuned))
 
 
-def test_lists_of_a_user(checkpoint, data, passes, tmp_path):
+def test_class_names_and_prompts_of_the_user(checkpoint, data, passes, tmp_path):
     config = default.get_config()
     before = anchor_classifier(config, checkpoint, data(config), tmp_path).params["head"]["kernel"]
     names = [f"the {name}" for name in CLASS_NAMES]

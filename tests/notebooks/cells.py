@@ -1,4 +1,4 @@
-"""Notebooks as programs: their cells, one after the other, in one namespace."""
+"""Run the cells of a notebook in order in one namespace."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ Names = dict[str, Any]
 
 
 def code(name: str) -> list[str]:
-    """The code cells of a notebook."""
+    """Return the code cells of a notebook."""
     return [source for kind, source in cells((FOLDER / f"{name}.py").read_text()) if kind == "code"]
 
 
 def run(
-    name: str, instead: Mapping[str, Callable[[Names], Names]] | None = None, **parameters: Any
+    name: str, replacements: Mapping[str, Callable[[Names], Names]] | None = None, **parameters: Any
 ) -> Names:
-    """Runs a notebook from top to bottom; `parameters` take the place of those of its first cell.
+    """Run a notebook from top to bottom, with other parameters than those of its first cell.
 
     A traceback names the notebook and the cell.
 
     Args:
-      name: of the notebook.
-      instead: a line -> what gives names in place of the one cell that holds it.
-      **parameters: must be in the first cell.
+      name: name of the notebook
+      replacements: line -> function whose names replace the cell that contains the line
+      **parameters: parameters that the first cell defines
 
     Returns:
-      All names at its end.
+      all names at the end
     """
     names: Names = {"__name__": name}
-    left = dict(instead or {})
+    unused = dict(replacements or {})
     for number, source in enumerate(code(name)):
-        line = next((line for line in left if line in source.splitlines()), None)
+        line = next((line for line in unused if line in source.splitlines()), None)
         if line is None:
             exec(compile(source, f"{name}, code cell {number}", "exec"), names)
         else:
-            names |= left.pop(line)(names)
+            names |= unused.pop(line)(names)
         if number == 0:
             assert parameters.keys() <= names.keys(), parameters.keys() - names.keys()
             names |= parameters
-    assert not left, f"no cell has the line {list(left)}"
+    assert not unused, f"no cell has the line {list(unused)}"
     return names

@@ -1,4 +1,4 @@
-"""Each notebook runs from top to bottom: here on a CLIP of one block and a world of few images."""
+"""Each notebook runs from top to bottom, with a CLIP of one block and few images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelstock_jax.reporting.style import draw
 from tests.experiment.small_run import save_anchor
 from tests.notebooks.cells import run
 
-# One mesh and one batch for all: a program that one notebook compiled serves the others.
+# One mesh and one batch for all notebooks, so that compiled programs are reused.
 TINY = {
     "batch_size": 32,
     "epochs": 1,
@@ -32,8 +32,8 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch):
-    """A notebook goes to the repository's root, and draws."""
+def _restore_process(monkeypatch):
+    """Restore the directory and sys.path, and close figures, which a notebook changes."""
     monkeypatch.chdir(".")
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -46,15 +46,15 @@ def anchor(tmp_path_factory):
 
 
 @pytest.fixture
-def _small_world(monkeypatch):
+def _small_benchmark(monkeypatch):
     small = partial(
         glyphs.make_sets, train_size=64, validation_size=62, test_size=62, shift_size=62
     )
-    monkeypatch.setattr(glyphs, "world", small)
+    monkeypatch.setattr(glyphs, "make_sets", small)
 
 
-@pytest.mark.slow  # a whole run, compiled
-@pytest.mark.usefixtures("_small_world")
+@pytest.mark.slow  # Compiles a complete run.
+@pytest.mark.usefixtures("_small_benchmark")
 def test_quickstart(anchor, tmp_path, capsys):
     names = run("quickstart", PRETRAINED=anchor, WORKDIR=str(tmp_path / "run"), OVERRIDES=TINY)
     printed = capsys.readouterr().out
@@ -64,11 +64,11 @@ def test_quickstart(anchor, tmp_path, capsys):
     assert re.search(r"^seen: .*\ntruth: .*upper", printed, re.MULTILINE)
 
 
-@pytest.mark.slow  # the same
-@pytest.mark.usefixtures("_small_world")
+@pytest.mark.slow  # Compiles a complete run.
+@pytest.mark.usefixtures("_small_benchmark")
 def test_tpu_vitl14(anchor, tmp_path, capsys):
-    """First as it stands: nothing to train on, and nothing is trained. Then on the glyphs."""
-    glyph_world = TINY | {
+    """Trains on the synthetic benchmark; without data, it trains nothing."""
+    synthetic = TINY | {
         "data.name": "glyphs",
         "data.real_labels": False,
         "merge.unit": "tensor",
@@ -76,27 +76,27 @@ def test_tpu_vitl14(anchor, tmp_path, capsys):
         "optimizer.warmup_steps": 1,
     }
     small = {"WORKDIR": str(tmp_path / "run"), "PRETRAINED": anchor}
-    names = run("tpu_vitl14", **small, TRAIN=True, OVERRIDES=glyph_world)
+    names = run("tpu_vitl14", **small, TRAIN=True, OVERRIDES=synthetic)
     printed = capsys.readouterr().out
     assert names["missing"] == [] and "peak of a step" in printed
     assert "| Model Stock, periodic" in printed and "head.safetensors" in printed
 
-    where = str(tmp_path / "nowhere")
+    missing = str(tmp_path / "nowhere")
     names = run(
         "tpu_vitl14",
-        **small | {"WORKDIR": where},
-        DATA=where,
-        OVERRIDES=glyph_world | {"data.name": "imagenet"},
+        **small | {"WORKDIR": missing},
+        DATA=missing,
+        OVERRIDES=synthetic | {"data.name": "imagenet"},
     )
     printed = capsys.readouterr().out
     assert "not training: data.root=" in printed and "no results yet" in printed
 
 
-PICTURES = {"angles", "concentration", "approach", "sweep", "triangles", "ratio"}
+FIGURES = {"angles", "concentration", "approach", "sweep", "triangles", "ratio"}
 DISTANCES = re.compile(r"^(.+?) +predicted +([\d.]+) +measured +([\d.]+)$", re.MULTILINE)
 
 
-@pytest.mark.slow  # trains six models, of which every shape is merged by a program of its own
+@pytest.mark.slow  # Trains six models; every shape is merged by a separate program.
 def test_geometry(anchor, tmp_path, capsys):
     run(
         "geometry",
@@ -107,12 +107,12 @@ def test_geometry(anchor, tmp_path, capsys):
         TRAIN_SIZE=62,
         FIGURES=str(tmp_path),
     )
-    assert {path.stem.removeprefix("geometry_") for path in tmp_path.glob("*.png")} == PICTURES
+    assert {path.stem.removeprefix("geometry_") for path in tmp_path.glob("*.png")} == FIGURES
     assert len(DISTANCES.findall(capsys.readouterr().out)) == 4
 
 
 def drawn_models(names):
-    """In place of training: a common movement and noise in three kernels, with known angles."""
+    """Return models instead of training: a common update plus noise in three kernels."""
     rng, count = np.random.default_rng(0), names["MODELS"]
     signals = {"fc1": 0.5, "fc2": 1.0, "fc3": 2.0}
     flat = {
@@ -129,19 +129,19 @@ def test_geometry_of_models_whose_center_is_known(tmp_path, capsys):
     line = "checkpoint = open_pretrained(PRETRAINED)"
     names = run("geometry", {line: drawn_models}, FIGURES=str(tmp_path))
     printed = capsys.readouterr().out
-    assert {path.stem.removeprefix("geometry_") for path in tmp_path.glob("*.png")} == PICTURES
-    # cos = s^2 / (s^2 + 1), t = 2 cos / (1 + cos); 9,216 numbers give cosines to about 0.01.
+    assert {path.stem.removeprefix("geometry_") for path in tmp_path.glob("*.png")} == FIGURES
+    # cos = s^2 / (s^2 + 1), t = 2 cos / (1 + cos); 9,216 elements give cosines to about 0.01.
     ratios = [names["found"][k]["ratio"] for k in names["chosen"]]
     assert ratios == pytest.approx([8 / 9, 2 / 3, 1 / 3], abs=0.03)
-    found = {name: (float(a), float(b)) for name, a, b in DISTANCES.findall(printed)}
-    assert list(found) == ["one model", "their mean", "Model Stock", "the anchor"]
-    for predicted, measured in found.values():
-        assert measured == pytest.approx(predicted, rel=0.03)  # cosines, as above
+    distances = {name: (float(a), float(b)) for name, a, b in DISTANCES.findall(printed)}
+    assert list(distances) == ["one model", "their mean", "Model Stock", "the anchor"]
+    for predicted, measured in distances.values():
+        assert measured == pytest.approx(predicted, rel=0.03)  # Accuracy of the cosines, as above.
     assert re.search(r"\(ii\) .* (89|90)\.\d+°", printed)
 
 
-def test_a_notebook_shows_what_the_project_draws():
-    """As a cell's last value, without pyplot: by what IPython asks an object for."""
+def test_notebook_shows_figures():
+    """As the last value of a cell, without pyplot, by IPython's representation methods."""
     shown = draw(lambda figure: figure.subplots().plot([0, 1]), (2, 1), None)._repr_png_()
     assert shown.startswith(b"\x89PNG") and Image.open(io.BytesIO(shown)).size == (200, 100)
 
@@ -150,10 +150,10 @@ def test_merge_your_models(tmp_path, capsys):
     names = run("merge_your_models", OUT=str(tmp_path / "small" / "merged"))
     printed = capsys.readouterr()
     assert names["status"] == 1 and "error: " in printed.err and "Traceback" not in printed.err
-    assert "undefined     model.embed_tokens.weight" in printed.out
-    # Each door rounds once to float32, half of 2^-23; ratios of files are right to 1e-6, and
-    # movements are below 0.1 here.
+    assert "unchanged     model.embed_tokens.weight" in printed.out
+    # Both implementations round once to float32, half of 2^-23; ratios of the command line are
+    # accurate to 1e-6, and updates are below 0.1 here.
     for name, tensor in names["merged"].items():
         np.testing.assert_allclose(tensor, names["written"][name], rtol=2.0**-23, atol=1e-7)
-    one, mean, stock = names["predicted"]
-    assert stock < mean < one
+    single, mean, merged = names["predicted"]
+    assert merged < mean < single

@@ -1,4 +1,4 @@
-"""A notebook and its text form say the same, and begin alike."""
+"""A notebook and its text form have the same cells, and all start with the same code."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def test_the_notebooks():
 
 
 @every_notebook
-def test_both_forms_say_the_same(name):
+def test_both_forms_have_the_same_cells(name):
     text = (FOLDER / f"{name}.py").read_text()
-    made = (FOLDER / f"{name}.ipynb").read_text()
-    assert made == as_json(notebook(text)), "run `python notebooks/pairing.py`"
-    # Read apart from the code that wrote it.
-    read = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(made)["cells"]]
+    stored = (FOLDER / f"{name}.ipynb").read_text()
+    assert stored == as_json(notebook(text)), "run `python notebooks/pairing.py`"
+    # Read independently of the code that wrote it.
+    read = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(stored)["cells"]]
     assert read == cells(text)
     assert 4 < len(read) < 20 and read[0][0] == "markdown" and read[1][0] == "code"
     assert all(source.strip() for _, source in read)
 
 
-def test_a_text_form_is_read_as_jupytext_reads_it():
+def test_text_form_is_read_like_jupytext():
     text = (
         "# ---\n# jupyter: x\n# ---\n\n# %% [markdown]\n# # Title\n#\n# text\n\n"
         "# %%\nx = 1\n# a comment\n\n# %%\ny = '# %%'\n"
@@ -49,35 +49,35 @@ def test_a_text_form_is_read_as_jupytext_reads_it():
 
 
 @every_notebook
-def test_the_first_cell_installs_on_colab_alone(name, monkeypatch, tmp_path):
-    started = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: started.append(command))
+def test_first_cell_installs_only_on_colab(name, monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(FOLDER)
     exec(code(name)[0], {})
-    assert not started and os.getcwd() == str(FOLDER.parent)
+    assert not commands and os.getcwd() == str(FOLDER.parent)
 
-    # Colab: an empty folder, into which the repository comes.
+    # Colab: an empty folder, into which the repository is cloned.
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AssertionError, match="set REPOSITORY"):
         exec(code(name)[0], {})
 
-    def clone(command, **how):
-        started.append(command)
+    def clone(command, **options):
+        commands.append(command)
         (tmp_path / "modelstock_jax").mkdir(exist_ok=True)
         (tmp_path / "modelstock_jax" / "launch.py").touch()
 
     monkeypatch.setattr(subprocess, "run", clone)
     exec(code(name)[0].replace('REPOSITORY = ""', 'REPOSITORY = "URL"'), {})
     assert os.getcwd() == str(tmp_path / "modelstock_jax")
-    assert started[0][:2] == ["git", "clone"] and "URL" in started[0]
+    assert commands[0][:2] == ["git", "clone"] and "URL" in commands[0]
     extras = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
-    assert started[1][-1] in {".", *(f".[{e}]" for e in extras["optional-dependencies"])}
+    assert commands[1][-1] in {".", *(f".[{e}]" for e in extras["optional-dependencies"])}
 
 
-def test_they_begin_alike():
-    """What installs is one text; what follows are the parameters."""
-    beginnings = {code(name)[0].split("\n\n", 2)[1] for name in NAMES}
+def test_all_start_with_the_same_code():
+    """The installation is the same; the parameters follow it."""
+    imports = {code(name)[0].split("\n\n", 2)[1] for name in NAMES}
     starts = {code(name)[0].split("sys.path.insert")[0] for name in NAMES}
-    assert len(beginnings) == len(starts) == 1
+    assert len(imports) == len(starts) == 1

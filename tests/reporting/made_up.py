@@ -1,15 +1,16 @@
-"""Made-up but likely results, for the tests of reporting."""
+"""Synthetic but plausible results for the tests of reporting."""
 
 import numpy as np
 
 from modelstock_jax.reporting.tables import make_row
 
-SHIFTS = ["V2", "R", "Sketch", "ObjectNet", "A", "digits"]
+SHIFTS = ["v2", "r", "sketch", "objectnet", "a", "digits"]
+HEADINGS = ["IN-V2", "IN-R", "IN-Sketch", "ObjectNet", "IN-A", "digits"]
 OFFSETS = np.array([12.0, 4.0, -6.0, -3.0, -14.0, 7.0])
 
 
 def rows(seeds=(0,), num_replicas=2):
-    """What one run a seed would leave: accuracies near those of a small CLIP."""
+    """Return rows of one run per seed, with accuracies near those of a small CLIP."""
     result = []
 
     def add(method, seed, id, avg, noise=0.3, **more):
@@ -66,7 +67,7 @@ def rows(seeds=(0,), num_replicas=2):
 
 
 def report(seed=0, num_blocks=4, num_replicas=2, width=96):
-    """Rows as `merging.report` gives them."""
+    """Return rows like those of `merging.report`."""
     rng = np.random.default_rng(seed)
     names = {
         "image_tower.class_embedding": width,
@@ -120,7 +121,7 @@ def report(seed=0, num_blocks=4, num_replicas=2, width=96):
 
 
 def history(num_merges=8, level=None):
-    """One entry a merge: the ratios rise to one, or stay at `level`."""
+    """Return one entry per merge: ratios rise to 1, or stay at `level`."""
     entries = []
     for merge, t in enumerate([0.72, 0.82, 0.89, 0.94, 0.97, 0.985, 0.995, 1.0][:num_merges]):
         t = t if level is None else level + 0.02 * np.sin(merge)

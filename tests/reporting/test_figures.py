@@ -1,4 +1,4 @@
-"""The figures are written, hold their labels, and no label covers another."""
+"""Figures are written with their labels, and no label covers another."""
 
 import itertools
 
@@ -25,15 +25,15 @@ def test_id_against_shifts(tmp_path, seeds):
     shown = texts(figure)
     for text in [
         "zero-shot",
-        "one replica",
+        "single\nfine-tuned",
         "mean of 2",
-        "mean, one t",
+        "mean, one\nglobal ratio",
         "Model Stock,\nafter training",
         "Model Stock,\nperiodic",
         "Glyphs",
         "0.5",
-        "WiSE-FT of one replica (α)",
-        "WiSE-FT of the mean (α)",
+        "WiSE-FT of a single model (α)",
+        "WiSE-FT of the uniform mean (α)",
     ]:
         assert text in shown, text
     (axes,) = figure.axes
@@ -41,8 +41,8 @@ def test_id_against_shifts(tmp_path, seeds):
     boxes = {text: text.get_window_extent(renderer) for text in axes.texts}
     boxes[axes.get_legend()] = axes.get_legend().get_window_extent(renderer)
     assert len(boxes) > 15
-    for (_, one), (_, other) in itertools.combinations(boxes.items(), 2):
-        assert not one.overlaps(other)
+    for a, b in itertools.combinations(boxes.values(), 2):
+        assert not a.overlaps(b)
     frame = figure.bbox
     assert all(
         frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes.values()
@@ -53,29 +53,29 @@ def test_error_bars_only_over_several_seeds():
     def bars(figure):
         return sum(len(c.lines[2]) for c in figure.axes[0].containers)
 
-    one, four = (figures.id_against_shifts(made_up.rows(seeds)) for seeds in ([0], range(4)))
-    assert bars(one) == 0
-    assert bars(four) == 2 * 5  # x and y of every method but zero-shot, which has no seed
+    single, four = (figures.id_against_shifts(made_up.rows(seeds)) for seeds in ([0], range(4)))
+    assert bars(single) == 0
+    assert bars(four) == 2 * 5  # x and y of every method except zero-shot, which has no seed
 
 
-def test_wise_ft_curve_joins_the_anchor_and_the_mean():
+def test_wise_ft_curve_connects_the_anchor_and_the_mean():
     rows = made_up.rows()
     figure = figures.id_against_shifts(rows)
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     ends = {row["method"]: (row["id"], row["avg_shifts"]) for row in rows}
-    points = list(zip(*lines["WiSE-FT of the mean (α)"].get_data(), strict=True))
+    points = list(zip(*lines["WiSE-FT of the uniform mean (α)"].get_data(), strict=True))
     assert (
         points[0] == ends["zero_shot"] and points[-1] == ends["uniform_mean"] and len(points) == 11
     )
 
 
-def test_equal_runs_draw_equal_bytes(tmp_path):
+def test_equal_rows_give_bitwise_identical_figures(tmp_path):
     for name in "ab":
         figures.id_against_shifts(made_up.rows(), tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_results_without_a_curve_or_with_a_new_method():
+def test_figure_without_a_curve_and_with_an_unknown_method():
     rows = [row for row in made_up.rows() if row["method"] != "wise_ft"]
     rows.append({**rows[-1], "method": "greedy soup"})
     rows.append({**rows[-1], "method": "model_stock", "unit": "filter"})
@@ -128,7 +128,7 @@ def test_angle_by_layer(tmp_path, num_blocks):
     ("head.kernel", "head", figures.LEFT["head"]),
     ("head.bias", "head", figures.RIGHT["head"]),
 ])  # fmt: skip
-def test_kinds_and_colors_by_name(name, kind, color):
+def test_kind_and_color_by_name(name, kind, color):
     assert figures.kind(name) == kind
     row = {"name": name, "angles": [45.0], "rms": [1.0]}
     drawn = figures.angle_by_layer([row]).axes
@@ -137,12 +137,12 @@ def test_kinds_and_colors_by_name(name, kind, color):
 
 
 def test_ratio_over_merges(tmp_path):
-    histories = {"equation 3": made_up.history(), "carried (ours)": made_up.history(level=0.8)}
+    histories = {"equation 3": made_up.history(), "carried (extension)": made_up.history(level=0.8)}
     figure = figures.ratio_over_merges(histories, tmp_path / "c.png", title="Ratios")
     shown = texts(figure)
     for text in [
         "equation 3",
-        "carried (ours)",
+        "carried (extension)",
         "kernels",
         "biases",
         "norms",
@@ -156,7 +156,7 @@ def test_ratio_over_merges(tmp_path):
     assert line.get_ydata()[0] == 0.72 and (tmp_path / "c.png").exists()
 
 
-def test_ratio_summary_leaves_out_what_has_no_angle():
+def test_ratio_summary_leaves_out_units_without_an_angle():
     report = [{"name": "a.kernel", "cosine": 0.5, "ratio": r} for r in (0.5, 0.6, 0.9)]
     report += [
         {"name": "b.kernel", "cosine": None, "ratio": 0.0},
@@ -164,11 +164,13 @@ def test_ratio_summary_leaves_out_what_has_no_angle():
     ]
     summary = figures.ratio_summary(report)
     assert set(summary) == {"kernels", "head"}
-    assert summary["kernels"] == pytest.approx(  # quartiles of three: half way between neighbors
+    assert summary[
+        "kernels"
+    ] == pytest.approx(  # quartiles of three values: halfway between neighbors
         {"median": 0.6, "low": 0.55, "high": 0.75, "count": 3}, rel=1e-12
     )
 
 
-def test_a_tensor_without_an_angle_has_norms():
+def test_tensor_without_an_angle_has_norms():
     (row,) = figures.layer_rows([[{"name": "w", "angle": None, "norms": [2.0, 4.0], "size": 16}]])
     assert row == {"name": "w", "angles": [], "rms": [0.5, 1.0]}

@@ -1,4 +1,4 @@
-"""Metrics survive a restart; progress falls back to plain lines; the model card has no clock."""
+"""Metrics after a restart, progress lines and bars, and the model card."""
 
 import io
 import json
@@ -27,36 +27,36 @@ def test_scalars_of_every_kind(tmp_path):
     assert b"loss" in board.read_bytes()
 
 
-def test_resume_drops_later_and_torn_lines(tmp_path):
+def test_resume_drops_later_and_incomplete_lines(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": step / 2})
-    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    expected = (tmp_path / "metrics.jsonl").read_bytes()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"loss": 3.0, "st')
     with MetricsWriter(tmp_path, restored_step=3) as writer:
         assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
         for step in (4, 5):
             writer.write(step, {"loss": step / 2})
-    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
 
 
-def test_what_the_clock_says_is_kept_from_every_life_in_a_file_of_its_own(tmp_path):
-    def live(restored, steps):
+def test_timings_of_every_start_are_in_a_separate_file(tmp_path):
+    def start(restored, steps):
         with MetricsWriter(tmp_path, restored) as writer:
             for step in steps:
                 writer.write(step, {"loss": 1.0})
                 writer.write_performance(step, {"time/step": 0.5})
             return writer.furthest
 
-    assert live(None, (1, 2, 3)) == 0
-    assert live(1, (2, 3)) == 3, "steps 2 and 3 were run before"
+    assert start(None, (1, 2, 3)) == 0
+    assert start(1, (2, 3)) == 3, "steps 2 and 3 were run before"
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
     assert [e["step"] for e in read_lines(tmp_path / "performance.jsonl")] == [1, 2, 3, 2, 3]
     assert "time" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_a_new_run_begins_a_new_file(tmp_path):
+def test_new_run_starts_a_new_file(tmp_path):
     for _ in range(2):
         with MetricsWriter(tmp_path) as writer:
             writer.write(0, {"loss": 1.0})
@@ -70,7 +70,7 @@ def test_other_processes_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
+def test_full_disk_error_explains_how_to_resume(tmp_path, monkeypatch):
     class FullDisk(io.StringIO):
         def flush(self):
             raise OSError(28, "No space left on device")
@@ -84,7 +84,7 @@ def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 class Clock:
-    """Seconds that pass when told."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -92,20 +92,20 @@ class Clock:
         return self.now
 
 
-def run(total, seconds_a_step, **options):
+def run(total, seconds_per_step, **options):
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, width=200)
     with Progress("train", total, console=console, clock=clock, **options) as progress:
         for step in range(options.get("done", 0) + 1, total + 1):
-            clock.now += seconds_a_step if step > 1 else 60  # the first step compiles
+            clock.now += seconds_per_step if step > 1 else 60  # The first step compiles.
             progress.update(step, {"loss": 1 / step})
     return out.getvalue().splitlines(), progress
 
 
-def test_plain_lines_are_few_and_tell_rate_and_time_left():
+def test_lines_are_few_and_show_rate_and_time_left():
     lines, progress = run(1000, 0.25, images_per_step=128)
     assert 4 <= len(lines) <= 12
-    assert progress.rate() == pytest.approx(4.0, rel=1e-9)  # exact but for float64 rounding
+    assert progress.rate() == pytest.approx(4.0, rel=1e-9)  # exact except for float64 rounding
     middle = lines[len(lines) // 2]
     assert middle.startswith("train  ") and "512 images/s" in middle and " left" in middle
     assert lines[-1] == "train  1000/1000 (100 %)  512 images/s  0:00 left  loss 0.001"
@@ -114,17 +114,17 @@ def test_plain_lines_are_few_and_tell_rate_and_time_left():
     assert f"{int(seconds // 60)}:{round(seconds % 60):02} left" in middle
 
 
-def test_plain_lines_of_a_slow_loop_come_once_a_minute():
+def test_slow_loop_prints_one_line_per_minute():
     lines, _ = run(1000, 20.0)
-    assert len(lines) == pytest.approx(1000 / 3, rel=0.01)  # 3 steps a minute
+    assert len(lines) == pytest.approx(1000 / 3, rel=0.01)  # 3 steps per minute
 
 
-def test_a_short_loop_prints_its_end_alone():
+def test_short_loop_prints_only_its_end():
     lines, _ = run(20, 0.1, done=10)
     assert len(lines) == 1 and "20/20 (100 %)" in lines[0]
 
 
-def test_a_terminal_gets_a_bar():
+def test_terminal_shows_a_bar():
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, _environ={"TERM": "xterm"})
     with Progress("train", 10, console=console) as progress:
@@ -153,15 +153,15 @@ def test_model_card():
     _, front, body = model_card.model_card(**options).split("---\n", 2)
     entries = dict(line.split(": ", 1) for line in front.splitlines())
     assert "model-stock" in json.loads(entries["tags"])
-    for part in [
-        "sha256:0123abcd",
+    for text in [
+        "| checksum of the anchor's weights | `sha256:0123abcd` |",
         "| kernels | ",
         "| Model Stock, after training |",
         "python launch.py",
         "jax 0.",
         "modelstock_jax 0.1",
     ]:
-        assert part in body, part
+        assert text in body, text
     kernels = options["ratios"]["kernels"]
     assert f"| {kernels['median']:.3f} | {kernels['low']:.3f} to " in body
 
