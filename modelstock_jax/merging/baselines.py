@@ -285,7 +285,7 @@ def ties(
     if share.shape not in ((), (number,)) or not ((share > 0) & (share <= 1)).all():
         raise UserError(f"density is a number in (0, 1], or {number} of them, not {density!r}")
     merged, stats, _ = merge(
-        rules.elected,
+        rules.ties_statistics,
         pretrained,
         finetuned,
         shared=(scale,),
@@ -379,7 +379,7 @@ def slerp(
         if not isinstance(t, jax.core.Tracer) and not 0.0 <= float(t) <= 1.0:
             raise UserError(f"t must lie in [0, 1], not {float(t):g}")
     merged, stats, _ = merge(
-        rules.spherical,
+        rules.sequential_slerp,
         pretrained,
         finetuned,
         shared=(jnp.asarray(shares, jnp.result_type(float)),),
