@@ -291,8 +291,8 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
     ]
     _raise_if_any(
         [f"{n} ({anchor[n].shape} and {tuned[n].shape})" for n in different],
-        "finetuned must have the shapes of pretrained with a leading replica axis, as returned by "
-        "stack_replicas; different shapes",
+        "finetuned must have the shapes of pretrained with a leading replica axis; use "
+        "stack_replicas; shapes that do not match",
     )
     counts = {tuned[n].shape[0] for n in tuned}
     if len(counts) > 1:

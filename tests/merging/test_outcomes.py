@@ -177,7 +177,7 @@ def _pair(num=2):
         (lambda w0, w: w.pop("a"), "pretrained: a"),
         (lambda w0, w: w.update(c=w["a"]), "finetuned: c"),
         (lambda w0, w: w.update(a=w["a"][:, :2]), r"a \(\(3,\) and \(2, 2\)\)"),
-        (lambda w0, w: w.update(a=w["a"][0]), "stack_replicas .*: a"),
+        (lambda w0, w: w.update(a=w["a"][0]), "stack_replicas.*: a"),
         (lambda w0, w: w.update(a=w["a"][:1]), "lengths"),
         (lambda w0, w: w.update(a=w["a"].astype(int)), "floating point .*: a"),
         (lambda w0, w: w.update(a=w["a"] * 1j), "finetuned: tensor 'a' .*complex"),
