@@ -232,7 +232,7 @@ class SwadState(NamedTuple):
 def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
     """Return stochastic weight averaging densely (Cha et al. 2021, arXiv 2102.08604, algorithm 1).
 
-    The weights of every step from t_s to t_e are averaged. The validation losses E_i determine both:
+    Every step's weights from t_s to t_e are averaged. The validation losses E_i determine both:
 
         t_s   the first i such that E_i is the minimum of E_i .. E_{i + n_s - 1}
         l     = r mean(E_{t_s} .. E_{t_s + n_s - 1})

@@ -245,7 +245,7 @@ def test_the_origin_is_found(size, tensors, dtype):
             signal = cosine * movement
             case = (size, tensors, cosine, movement)
             assert not started_from_rounded(*_measured("rounded", *case, dtype=dtype)), case
-            # A few small tensors say it only of signals well below the energy: see MOST_MARGIN.
+            # A few small tensors say it only of signals well below the energy: see MAX_MARGIN.
             if signal <= (0.5 if size * tensors >= 4096 else 0.3):
                 assert started_from_rounded(*_measured("exact", *case, dtype=dtype)), case
             elif signal > 1.5:
@@ -473,10 +473,10 @@ def test_sums_are_wide():
     """The last step of 10^7 additions of 1 in float32 would be lost in a sum of 2^24 and more."""
     values = np.full(2**23, 1.5, ml_dtypes.bfloat16)
     values[0] = 2.0**20
-    part = UnitView("w", (2**23,), (0,))
-    text = jax.jit(partial(rounding_energy, part=part)).lower(values).as_text()
+    view = UnitView("w", (2**23,), (0,))
+    text = jax.jit(partial(rounding_energy, unit_view=view)).lower(values).as_text()
     assert re.search(r"reduce\(.*f64", text)
-    found = float(rounding_energy(jnp.asarray(values), part))
+    found = float(rounding_energy(jnp.asarray(values), view))
     assert abs(found / (half_ulp_square(values).sum() / 3) - 1) < 1e-7
 
 
@@ -501,4 +501,4 @@ def test_errors():
     tuned["w"][1, 2, 3] = np.nan
     with pytest.raises(NonFiniteError, match=r"replica 1 .*'w'"):
         correct(stored, tuned)
-    assert anchor_rounding.LARGE == 4096
+    assert anchor_rounding.MIN_ELEMENTS == 4096
