@@ -230,7 +230,7 @@ def _format(dtype: np.dtype) -> tuple[int, int]:
 
 
 def _half_ulp_square(values: np.ndarray) -> np.ndarray:
-    """The exponent bits alone are the binade (a power of two), which is a constant times the ulp."""
+    """Mask the exponent bits: they are the binade, a power of two that is a multiple of the ulp."""
     mantissa, min_exponent = _format(values.dtype)
     wide = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
     unsigned = np.dtype(f"u{wide.itemsize}")
