@@ -28,12 +28,12 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise an error if a value is not one of the choices.
 
     Args:
-      name: name of the option.
-      value: its value.
-      choices: allowed values, in the order of the message.
+      name: name of the option
+      value: its value
+      choices: allowed values, in the order of the message
 
     Raises:
-      UserError: `value` is not in `choices`.
+      UserError: `value` is not in `choices`
 
     Example:
       >>> check_choice("merge.unit", "tensor", ("tensor", "layer"))
@@ -52,8 +52,8 @@ def listed(names: Iterable[str], max_items: int = 10) -> str:
     A name with control characters, such as a line break, is shown with escapes.
 
     Args:
-      names: names to list.
-      max_items: maximum number of names.
+      names: names to list
+      max_items: maximum number of names
 
     Example:
       >>> listed("abcd", max_items=2), listed(["a", "b\n"])
@@ -71,8 +71,8 @@ def near(word: Any, known: Iterable[str]) -> str:
     differ in few letters, or if one name is part of the other.
 
     Args:
-      word: the word that was typed.
-      known: the valid words.
+      word: the word that was typed
+      known: the valid words
 
     Example:
       >>> near("--methd", ["--method", "--unit"]), near("--shard-size", ["--max-shard-size"])

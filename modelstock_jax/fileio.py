@@ -30,11 +30,11 @@ def flush(descriptor: int, *, data_only: bool = False) -> None:
     """Flush an open file to the disk, if its file system supports it.
 
     Args:
-      descriptor: file descriptor.
-      data_only: flush only the data, without times and mode.
+      descriptor: file descriptor
+      data_only: flush only the data, without times and mode
 
     Raises:
-      OSError: the disk is full or broken.
+      OSError: the disk is full or broken
     """
     try:
         (os.fdatasync if data_only else os.fsync)(descriptor)
@@ -47,7 +47,7 @@ def flush_path(path: Path) -> None:
     """Flush a file, or the names in a directory, to the disk, if the file system supports it.
 
     Raises:
-      OSError: the disk is full or broken, or a file cannot be opened.
+      OSError: the disk is full or broken, or a file cannot be opened
     """
     is_directory = os.path.isdir(path)
     try:
@@ -69,7 +69,7 @@ def set_mode(path: Path, mode: int) -> None:
     """Set the permissions of a file or directory, if its file system supports them.
 
     Raises:
-      OSError: the path does not exist, or the disk is read-only or broken.
+      OSError: the path does not exist, or the disk is read-only or broken
     """
     try:
         os.chmod(path, mode)
@@ -92,7 +92,7 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary file to fill, and rename it to `path` after it is flushed to the disk.
 
     Args:
-      path: final path, in an existing directory; an existing file is replaced.
+      path: final path, in an existing directory; an existing file is replaced
       temporary: path of the temporary file (default: a name for this thread, next to `path`, with
         the same suffix).
 
@@ -101,7 +101,7 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
       kill leaves it.
 
     Raises:
-      OSError: a file cannot be written, flushed or renamed.
+      OSError: a file cannot be written, flushed or renamed
     """
     if temporary is None:
         writer = f"{os.getpid()}-{threading.get_ident()}"
@@ -121,15 +121,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Call `write` on a temporary file, then rename the file to `path`.
 
     Args:
-      path: the file to write; its directory is created.
+      path: the file to write; its directory is created
       write: function that fills the temporary file; its argument is the path, which has the same
         suffix as `path`.
 
     Returns:
-      `path`.
+      `path`
 
     Raises:
-      UserError: the directory cannot be written, or the disk is full.
+      UserError: the directory cannot be written, or the disk is full
 
     Example:
       >>> directory = tempfile.mkdtemp()
@@ -211,14 +211,14 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     """Yield a temporary directory to fill, and rename it to `path` after it is flushed to the disk.
 
     Args:
-      path: final path; its parent directories are created.
-      overwrite: replace an existing directory; False raises an error if it contains files.
+      path: final path; its parent directories are created
+      overwrite: replace an existing directory; False raises an error if it contains files
 
     Yields:
       The temporary directory, next to `path`. It is removed if the body fails.
 
     Raises:
-      UserError: `path` exists and `overwrite` is False, or it cannot be written.
+      UserError: `path` exists and `overwrite` is False, or it cannot be written
 
     Example:
       >>> root = Path(tempfile.mkdtemp())
@@ -250,11 +250,11 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
     """Raise an error if `path` is a file, or a directory that contains files.
 
     Args:
-      path: path of a new directory.
-      overwrite: allow a directory that contains files.
+      path: path of a new directory
+      overwrite: allow a directory that contains files
 
     Raises:
-      ExistsError: `path` is not available.
+      ExistsError: `path` is not available
     """
     shown = listed([os.fspath(path)])
     if os.path.isfile(path):
@@ -270,13 +270,13 @@ def move_into_place(staged: Path, path: Path, overwrite: bool = False) -> None:
     """Flush a complete directory to the disk, then rename it to `path`.
 
     Args:
-      staged: a directory with the same parent as `path`.
-      path: final path.
-      overwrite: replace an existing directory; False raises an error if it contains files.
+      staged: a directory with the same parent as `path`
+      path: final path
+      overwrite: replace an existing directory; False raises an error if it contains files
 
     Raises:
-      ExistsError: `path` exists, possibly created by another process in the meantime.
-      UserError: the directory cannot be flushed or renamed.
+      ExistsError: `path` exists, possibly created by another process in the meantime
+      UserError: the directory cannot be flushed or renamed
     """
     with explained(path):
         _set_modes_and_flush(staged)
@@ -326,19 +326,19 @@ class FileLock:
 
     Args:
       path: path of the file. It is created, with its directory, and never removed.
-      wait: wait until the lock is free; False sets `held` instead.
-      note: text to write into the file while the lock is held; nothing by default.
+      wait: wait until the lock is free; False sets `held` instead
+      note: text to write into the file while the lock is held; nothing by default
 
     Attributes:
       held: whether this process has the lock. Also True if the file system does not support locks:
         every process then continues as if it were alone.
       unsupported: why the file system does not support locks (as with some network and FUSE file
         systems); empty if it does.
-      holder: note of the other process that has the lock, if it can be read.
-      file: descriptor of the file, to read and append to while the lock is held.
+      holder: note of the other process that has the lock, if it can be read
+      file: descriptor of the file, to read and append to while the lock is held
 
     Raises:
-      OSError: the file cannot be created or written.
+      OSError: the file cannot be created or written
 
     Example:
       >>> path = Path(tempfile.mkdtemp()) / "locks" / "a.lock"
@@ -391,10 +391,10 @@ def open_appending(path: str | Path) -> int:
     """Open a file to read and append to; create it and its directory if missing.
 
     Returns:
-      The descriptor.
+      The descriptor
 
     Raises:
-      OSError: the file cannot be written.
+      OSError: the file cannot be written
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -404,11 +404,11 @@ def append_line(file: int, line: str) -> None:
     """Append a line. If a kill or a full disk left an incomplete line, start a new line first.
 
     Args:
-      file: descriptor of `open_appending`.
+      file: descriptor of `open_appending`
       line: text without a line break. It is passed to the operating system before this returns.
 
     Raises:
-      OSError: the disk is full or broken; a part of the line may remain.
+      OSError: the disk is full or broken; a part of the line may remain
     """
     size = os.fstat(file).st_size
     incomplete = size > 0 and os.pread(file, 1, size - 1) != b"\n"
@@ -426,15 +426,15 @@ class JsonLines:
     Keys are sorted, so the output is deterministic.
 
     Args:
-      path: the file; its directory is created.
+      path: the file; its directory is created
       keep: function that selects which entries of an earlier process are preserved; None preserves
         none. Incomplete lines are never preserved.
 
     Attributes:
-      kept: the preserved entries, in order.
+      kept: the preserved entries, in order
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written
 
     Example:
       >>> path = tempfile.mkdtemp() + "/a.jsonl"
@@ -458,10 +458,10 @@ class JsonLines:
         """Add a line; it is buffered until `flush`.
 
         Args:
-          entry: values of Python, NumPy or JAX; a non-finite value becomes null.
+          entry: values of Python, NumPy or JAX; a non-finite value becomes null
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full
         """
         if self._file is not None:
             with self._errors():
@@ -471,7 +471,7 @@ class JsonLines:
         """Pass all buffered lines to the operating system.
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full
         """
         if self._file is not None:
             with self._errors():

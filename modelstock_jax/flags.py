@@ -68,10 +68,10 @@ def parse(argv: list[str]) -> list[str]:
     """Parse absl's flags, and --config with its overrides; exit if they are wrong.
 
     Args:
-      argv: program name and arguments.
+      argv: program name and arguments
 
     Returns:
-      The program name and the arguments that are not flags.
+      The program name and the arguments that are not flags
     """
     try:
         config_flags.DEFINE_config_file("config", "configs/glyphs.py", "The experiment.")
@@ -186,7 +186,7 @@ def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with current names and values.
 
     Args:
-      options: {name: value} from a file of this or an earlier version.
+      options: {name: value} from a file of this or an earlier version
 
     Example:
       >>> current_names({"watch.policy": "stop", "merge.method": "stock"})
@@ -203,7 +203,7 @@ def first_names(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with the names and values of the first version: inverts `current_names`.
 
     Args:
-      options: {name: value} with current names and values.
+      options: {name: value} with current names and values
     """
     first = {}
     for name, value in options.items():

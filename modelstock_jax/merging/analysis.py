@@ -33,11 +33,11 @@ def distances(center: PyTree, models: PyTree):
     """Return the L2 distance |w_i - center| of M models, over all floating tensors (Table 1).
 
     Args:
-      center: a tree of arrays; the anchor, or the pseudo-center `mean_model(models)`.
-      models: the same tree with a leading axis M.
+      center: a tree of arrays; the anchor, or the pseudo-center `mean_model(models)`
+      models: the same tree with a leading axis M
 
     Returns:
-      [M].
+      [M]
 
     Example:
       >>> distances({"w": jnp.zeros(2)}, {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])}).tolist()
@@ -69,7 +69,7 @@ def mean_model(models: PyTree):
     is rounded to the tensor's dtype. Tensors that are not floating are copied from the first model.
 
     Args:
-      models: a tree of arrays [M, ...].
+      models: a tree of arrays [M, ...]
 
     Example:
       >>> mean_model({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]])})["w"].tolist()
@@ -91,13 +91,13 @@ def norms(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_optio
     """Return the norms |d_i| of the task vectors of M models (Figure 2).
 
     Args:
-      pretrained: w0, a tree of arrays.
-      models: the same tree with a leading axis M.
-      unit: merge unit.
-      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`.
+      pretrained: w0, a tree of arrays
+      models: the same tree with a leading axis M
+      unit: merge unit
+      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
 
     Returns:
-      A tree of [M, *unit shape].
+      A tree of [M, *unit shape]
 
     Example:
       >>> norms({"w": jnp.zeros(2)}, {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])})["w"].tolist()
@@ -111,10 +111,10 @@ def cosines(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_opt
     """Return the cosines between the task vectors of all pairs of M models (Figure 2).
 
     Args:
-      pretrained: w0, a tree of arrays.
-      models: the same tree with a leading axis M.
-      unit: merge unit.
-      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`.
+      pretrained: w0, a tree of arrays
+      models: the same tree with a leading axis M
+      unit: merge unit
+      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
 
     Returns:
       A tree of [M, M, *unit shape]; `COSINE_UNDEFINED` for a model that did not change.
@@ -141,13 +141,13 @@ def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **un
     See `geometry.shell` for the estimates.
 
     Args:
-      pretrained: w0, a tree of arrays.
-      models: the same tree with a leading axis M.
-      unit: merge unit; None for the complete model.
-      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`.
+      pretrained: w0, a tree of arrays
+      models: the same tree with a leading axis M
+      unit: merge unit; None for the complete model
+      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
 
     Returns:
-      A `Shell` of the complete model, or a tree with one `Shell` per tensor.
+      A `Shell` of the complete model, or a tree with one `Shell` per tensor
 
     Example:
       >>> noise = {"w": jnp.eye(4, 5) + 2 * jnp.eye(5)[4:]}
@@ -181,12 +181,12 @@ def plane_through(origin: PyTree, first: PyTree, second: PyTree) -> Plane:
     equal distances in weight space, over all floating tensors.
 
     Args:
-      origin: the model at (0, 0).
-      first: the model on the positive x axis.
-      second: the model with positive y.
+      origin: the model at (0, 0)
+      first: the model on the positive x axis
+      second: the model with positive y
 
     Raises:
-      UserError: three collinear models, or trees that differ.
+      UserError: three collinear models, or trees that differ
 
     Example:
       >>> o, a, b = ({"w": jnp.array(w)} for w in ([1.0, 1.0], [3.0, 1.0], [2.0, 5.0]))
@@ -236,12 +236,12 @@ def random_point(
     `jax.tree.map(lambda d: d.mean(0), norms(center, models, unit))`.
 
     Args:
-      key: a `jax.random` key.
-      center: a tree of arrays.
-      distances: the same tree with arrays of the shapes of the units.
-      unit: as in `model_stock`.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
+      key: a `jax.random` key
+      center: a tree of arrays
+      distances: the same tree with arrays of the shapes of the units
+      unit: as in `model_stock`
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
 
     Returns:
       A tree in the dtypes of the center. Arrays that are not floating are copied from the center.

@@ -43,7 +43,7 @@ def half_ulp_square(values):
     float8.
 
     Args:
-      values: [...], NumPy or JAX, any floating dtype of up to 8 bytes.
+      values: [...], NumPy or JAX, any floating dtype of up to 8 bytes
 
     Returns:
       [...], float64 for NumPy; float32 for JAX, where results below 1e-38 are 0. NaN and infinity
@@ -69,10 +69,10 @@ def half_ulp(values):
     derivative. It does not matter if a backend flushes subnormal bfloat16 to 0: 0 has the same ulp.
 
     Args:
-      values: [...], a JAX array of any floating dtype.
+      values: [...], a JAX array of any floating dtype
 
     Returns:
-      [...] float32.
+      [...] float32
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,11 +90,11 @@ def is_coarser(base_dtype: Any, finetuned_dtypes: Iterable[Any]) -> bool:
     """Return whether the anchor's dtype has fewer mantissa bits than every dtype of the replicas.
 
     Args:
-      base_dtype: dtype of the anchor; anything that `np.dtype` accepts.
-      finetuned_dtypes: dtypes of the replicas, one or more.
+      base_dtype: dtype of the anchor; anything that `np.dtype` accepts
+      finetuned_dtypes: dtypes of the replicas, one or more
 
     Returns:
-      A bool; False if any dtype is not floating.
+      A bool; False if any dtype is not floating
 
     Example:
       >>> is_coarser("float16", ["float32", "float64"]), is_coarser("float32", ["float32"])
@@ -117,11 +117,11 @@ def correct_gram(gram, energy):
       that is not above E becomes 0 or negative; equation 3 then gives t = 0.
 
     Args:
-      gram: [N, N, ...].
-      energy: E of each unit, [...]; 0 if the anchor is not coarser.
+      gram: [N, N, ...]
+      energy: E of each unit, [...]; 0 if the anchor is not coarser
 
     Returns:
-      [N, N, ...], of the dtype of `gram`.
+      [N, N, ...], of the dtype of `gram`
 
     Example:
       >>> correct_gram(np.array([[3.0, 2.5], [2.5, 3.0]]), np.array(2.0)).tolist()
@@ -182,11 +182,11 @@ def started_from_rounded(off_diagonal, energy, count):
     Args:
       off_diagonal: m, the mean of G_ij over pairs of changed replicas, of each tensor, [T]; 0 if
         fewer than two changed (their bits equal the anchor's, which rounding would have changed).
-      energy: E of each tensor, [T]; tensors of energy 0 do not count.
-      count: number of elements of each tensor, [T].
+      energy: E of each tensor, [T]; tensors of energy 0 do not count
+      count: number of elements of each tensor, [T]
 
     Returns:
-      bool, [].
+      bool, []
 
     Example:
       >>> count = np.array([10_000, 10_000])

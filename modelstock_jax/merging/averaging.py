@@ -53,10 +53,10 @@ def ema(decay: Any) -> Average:
     WARP's anchor during training (arXiv 2406.16768, section 3.1) is this average with decay 1 - mu.
 
     Args:
-      decay: in [0, 1), a scalar or a traced array.
+      decay: in [0, 1), a scalar or a traced array
 
     Raises:
-      UserError: a decay outside [0, 1).
+      UserError: a decay outside [0, 1)
 
     Example:
       >>> average = ema(0.9)
@@ -103,11 +103,11 @@ def swa(start: int = 0, period: int = 1) -> Average:
     statistics for the mean.
 
     Args:
-      start: first step to average.
-      period: c, number of steps between averaged models.
+      start: first step to average
+      period: c, number of steps between averaged models
 
     Raises:
-      UserError: a negative start or a period below 1.
+      UserError: a negative start or a period below 1
 
     Example:
       >>> average = swa(start=1)
@@ -245,12 +245,12 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
     loss counts as infinite: a run that diverges has left the valley of the loss.
 
     Args:
-      n_s: optimum patience, in validations; 3 in that paper.
-      n_e: overfit patience, in validations; 6 in that paper.
+      n_s: optimum patience, in validations; 3 in that paper
+      n_e: overfit patience, in validations; 6 in that paper
       r: tolerance, at least 1; 1.3 in that paper (1.2 for one dataset). Losses must be positive.
 
     Raises:
-      UserError: a patience below 1 or a tolerance below 1.
+      UserError: a patience below 1 or a tolerance below 1
 
     Example:
       >>> average = swad(n_s=1, n_e=1, r=1.5)
@@ -392,10 +392,10 @@ def twa_span(solutions: Any) -> TWASubspace:
     of the solutions.
 
     Args:
-      solutions: weights along a run, `stack_replicas([...])`: [n, ...] per leaf.
+      solutions: weights along a run, `stack_replicas([...])`: [n, ...] per leaf
 
     Raises:
-      UserError: solutions that are not linearly independent.
+      UserError: solutions that are not linearly independent
 
     Example:
       >>> span = twa_span({"w": jnp.array([[3.0, 0.0], [3.0, 4.0]])})

@@ -49,15 +49,15 @@ def uniform_mean(
     (Rame et al. 2024, arXiv 2401.12187).
 
     Args:
-      pretrained: as in `model_stock`.
-      finetuned: as in `model_stock`, but N = 1 is allowed.
-      unit: merge unit of the statistics; the mean does not depend on it.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed
+      unit: merge unit of the statistics; the mean does not depend on it
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with ratio 1.
+      The merged tree, and `Stats` with ratio 1
 
     Example:
       >>> merged, _ = uniform_mean({"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [3.0, 4.0]])})
@@ -83,20 +83,20 @@ def wise_ft(
     initialization is the same.
 
     Args:
-      pretrained: as in `model_stock`.
+      pretrained: as in `model_stock`
       finetuned: as in `model_stock`, but N = 1 is allowed: the method as published. N > 1
         interpolates toward the mean of the replicas.
-      alpha: in [0, 1], a scalar or a traced array of shape [].
-      unit: merge unit of the statistics; the merge does not depend on it.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      alpha: in [0, 1], a scalar or a traced array of shape []
+      unit: merge unit of the statistics; the merge does not depend on it
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with ratio alpha.
+      The merged tree, and `Stats` with ratio alpha
 
     Raises:
-      UserError: alpha outside [0, 1], or an error of `model_stock`.
+      UserError: alpha outside [0, 1], or an error of `model_stock`
 
     Example:
       >>> merged, _ = wise_ft({"w": jnp.zeros(2)}, {"w": jnp.array([[4.0, 8.0]])}, 0.25)
@@ -124,19 +124,19 @@ def constant_ratio(
         t = min(1, |model_stock - w0| / |mean_i(w_i) - w0|)
 
     Args:
-      pretrained: as in `model_stock`.
-      finetuned: as in `model_stock`.
-      ratio: t in [0, 1]; None to match the distance of Model Stock.
-      unit: merge unit of Model Stock, and of the statistics.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`
+      ratio: t in [0, 1]; None to match the distance of Model Stock
+      unit: merge unit of Model Stock, and of the statistics
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with this ratio in every unit.
+      The merged tree, and `Stats` with this ratio in every unit
 
     Raises:
-      UserError: as in `model_stock`.
+      UserError: as in `model_stock`
 
     Example:
       >>> w0, w = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}
@@ -191,14 +191,14 @@ def task_arithmetic(
         w = w0 + d_C + (d_B - d_A)          analogies (section 5): one scale per task vector
 
     Args:
-      pretrained: as in `model_stock`.
-      finetuned: as in `model_stock`, but N = 1 is allowed.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed
       scale: one scale for all task vectors, or one per task vector, [N]; may be traced. That paper
         chooses one scale on held-out data; 0.3 to 0.5 performed well in its section 4.
-      unit: merge unit of the statistics; the merge does not depend on it.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      unit: merge unit of the statistics; the merge does not depend on it
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
       The merged tree, and `Stats` with ratio sum_i scale_i. The predicted distances hold only for
@@ -258,24 +258,24 @@ def ties(
     is elected.
 
     Args:
-      pretrained: as in `model_stock`.
-      finetuned: as in `model_stock`, but N = 1 is allowed.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed
       density: fraction of elements to keep, in (0, 1], one for all replicas or one per replica.
         Static under jit.
       scale: lambda; may be traced. The defaults of `density` and `scale` are that paper's values
         for use without held-out data.
       unit: which elements are ranked together when trimming: `global` as in that paper, `tensor`
         as in `modelstock merge` and mergekit.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
       The merged tree, and `Stats` of the task vectors before trimming, with ratio `scale` and no
       predicted distance for the merged weights.
 
     Raises:
-      UserError: a density outside (0, 1], or as `task_arithmetic`.
+      UserError: a density outside (0, 1], or as `task_arithmetic`
 
     Example:
       >>> w0 = {"w": jnp.zeros(4)}
@@ -354,17 +354,17 @@ def slerp(
     (Omega of 0 or 180 degrees) and zero task vectors are interpolated linearly.
 
     Args:
-      pretrained: as in `model_stock`.
-      finetuned: as in `model_stock`, but N = 1 is allowed and returns this replica.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed and returns this replica
       t: position from the first (0) to the second (1) of two replicas; may be traced. None for
         equal weights: 1/2 for two replicas.
-      unit: which elements share one angle; a layer in that paper.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      unit: which elements share one angle; a layer in that paper
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats`, whose ratio (the sum of the coefficients) is above 1.
+      The merged tree, and `Stats`, whose ratio (the sum of the coefficients) is above 1
 
     Raises:
       UserError: t outside [0, 1], t for a number of replicas other than two, or an error of
@@ -406,7 +406,7 @@ def disjoint_mean(trimmed):
         gamma = sgn(sum_i trimmed_i),    mean of { trimmed_i : sgn(trimmed_i) = gamma }
 
     Args:
-      trimmed: trimmed task vectors, [N, ...], NumPy or JAX.
+      trimmed: trimmed task vectors, [N, ...], NumPy or JAX
 
     Returns:
       [...]; 0 where all elements are 0. Where nonzero elements sum to 0, the positive sign is
@@ -442,13 +442,13 @@ def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tup
     sharded tensor.
 
     Args:
-      pretrained: the unit's tensors of the anchor, each [...].
-      finetuned: the unit's tensors of the replicas, each [N, ...].
-      views: a `units.UnitView` per tensor.
-      rank: for each replica, which magnitude, counted from 1.
+      pretrained: the unit's tensors of the anchor, each [...]
+      finetuned: the unit's tensors of the replicas, each [N, ...]
+      views: a `units.UnitView` per tensor
+      rank: for each replica, which magnitude, counted from 1
 
     Returns:
-      [N, *unit shape] uint32, see `magnitude`.
+      [N, *unit shape] uint32, see `magnitude`
     """
 
     def set_bit(step, threshold):
@@ -474,13 +474,13 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
     """Return w0 + scale * disjoint mean of the trimmed d_i of one tensor, rounded once to `dtype`.
 
     Args:
-      pretrained: w0, [...].
-      finetuned: [N, ...].
-      threshold: bits of the smallest magnitude to keep, [N, *unit shape] uint32.
-      scale: [].
-      keep_anchor: [*unit shape] bool: copy the anchor's weights.
-      unit_view: how the tensor is split into units.
-      dtype: dtype of the result; None for the anchor's.
+      pretrained: w0, [...]
+      finetuned: [N, ...]
+      threshold: bits of the smallest magnitude to keep, [N, *unit shape] uint32
+      scale: []
+      keep_anchor: [*unit shape] bool: copy the anchor's weights
+      unit_view: how the tensor is split into units
+      dtype: dtype of the result; None for the anchor's
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
     anchor, tuned = to_unit_shape(pretrained, finetuned, unit_view)

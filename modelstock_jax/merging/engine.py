@@ -66,16 +66,16 @@ def merge(
     """Merge replicas with the anchor by `method(gram, is_scalar, *extras of the unit, *shared)`.
 
     Args:
-      method: a module-level function; static under jit.
-      pretrained: w0, a tree of arrays.
-      finetuned: the same tree with a leading axis N on every array.
-      *extras: trees with the structure of `pretrained` and the shapes of its units.
-      shared: arrays that are the same for all units.
-      unit: merge unit, see `units.assign`.
-      num_heads: see `units.assign`.
-      filter_axis: see `units.assign`.
-      dtype: dtype of the merged floating tensors (default: the anchor's).
-      min_replicas: minimum number of replicas.
+      method: a module-level function; static under jit
+      pretrained: w0, a tree of arrays
+      finetuned: the same tree with a leading axis N on every array
+      *extras: trees with the structure of `pretrained` and the shapes of its units
+      shared: arrays that are the same for all units
+      unit: merge unit, see `units.assign`
+      num_heads: see `units.assign`
+      filter_axis: see `units.assign`
+      dtype: dtype of the merged floating tensors (default: the anchor's)
+      min_replicas: minimum number of replicas
       combine: computes the merged tensors of a unit from its tensors and its solution (default:
         w0 + sum_i a_i d_i for each tensor).
       anchor_rounding: "correct" subtracts the rounding error of a coarser anchor from the Gram
@@ -332,15 +332,15 @@ def solve_units(
     """Solve every unit by `method(gram, is_scalar, *inputs of the unit, *shared)`.
 
     Args:
-      method: a module-level function; static under jit.
+      method: a module-level function; static under jit
       grams: for each unit, the list of the Gram matrices of its tensors, [N, N, *unit shape]; the
         Gram matrix of the unit is their sum.
-      is_scalar: for each unit, whether it has fewer than two elements.
-      per_unit: for each unit, its further inputs, of the unit's shape.
-      shared: further inputs that are the same for all units.
+      is_scalar: for each unit, whether it has fewer than two elements
+      per_unit: for each unit, its further inputs, of the unit's shape
+      shared: further inputs that are the same for all units
 
     Returns:
-      One `UnitSolution` per unit, of its shape and dtype.
+      One `UnitSolution` per unit, of its shape and dtype
     """
     row = _solve(grams, per_unit, shared, method=method, is_scalar=tuple(is_scalar))
     if on_this_host(row):
@@ -517,11 +517,11 @@ def check_finite(stats: Stats, pretrained: PyTree = None) -> None:
     A merge outside jit calls it automatically.
 
     Args:
-      stats: statistics of the merge.
-      pretrained: the anchor, to distinguish a non-finite anchor from non-finite replicas; optional.
+      stats: statistics of the merge
+      pretrained: the anchor, to distinguish a non-finite anchor from non-finite replicas; optional
 
     Raises:
-      NonFiniteError: the message names the replica, counted from 0, and the tensor.
+      NonFiniteError: the message names the replica, counted from 0, and the tensor
     """
     anchors = jax.tree.leaves(pretrained)
     for index, leaf in enumerate(_leaf_stats(stats)):

@@ -70,10 +70,10 @@ def cosine(gram):
     take the mean of the pairwise cosines.
 
     Args:
-      gram: [N, N, ...].
+      gram: [N, N, ...]
 
     Returns:
-      [...] in [-1, 1], over the replicas that changed; `COSINE_UNDEFINED` if fewer than two did.
+      [...] in [-1, 1], over the replicas that changed; `COSINE_UNDEFINED` if fewer than two did
 
     Example:
       >>> round(float(cosine(np.array([[2.0, 1.0], [1.0, 2.0]]))), 6)
@@ -95,11 +95,11 @@ def ratio(cosine, num_replicas):
     N = 2 gives equation 2. If cos <= 0, the task vectors show no common signal.
 
     Args:
-      cosine: [...] in [-1, 1].
-      num_replicas: N, a scalar or an array [...].
+      cosine: [...] in [-1, 1]
+      num_replicas: N, a scalar or an array [...]
 
     Returns:
-      [...] in [0, 1].
+      [...] in [0, 1]
 
     Example:
       >>> round(float(ratio(np.array(0.5), 2)), 4)
@@ -149,16 +149,16 @@ def predicted_distances(
     equation 3.
 
     Args:
-      mean_squared_norm: l^2, [...].
-      mean_product: |mu|^2, [...]; a negative value counts as 0.
-      cosine: [...], in [-1, 1].
-      num_replicas: N.
-      ratio: t or r, [...].
-      fixed_ratio: whether the coefficients were not measured; a bool or [...].
-      squared_coefficients: sum_i(a_i^2), [...]; None for equal coefficients.
+      mean_squared_norm: l^2, [...]
+      mean_product: |mu|^2, [...]; a negative value counts as 0
+      cosine: [...], in [-1, 1]
+      num_replicas: N
+      ratio: t or r, [...]
+      fixed_ratio: whether the coefficients were not measured; a bool or [...]
+      squared_coefficients: sum_i(a_i^2), [...]; None for equal coefficients
 
     Returns:
-      `Distances` of [...], in the units of the weights.
+      `Distances` of [...], in the units of the weights
 
     Example:
       >>> one = np.array(1.0)
@@ -187,9 +187,9 @@ def mean_distance(single_distance, num_averaged, num_center=None):
     (`num_center=None`) the distance is single_distance / sqrt(N).
 
     Args:
-      single_distance: distance of a single model from the center.
-      num_averaged: N.
-      num_center: M, or None.
+      single_distance: distance of a single model from the center
+      num_averaged: N
+      num_center: M, or None
 
     Example:
       >>> round(mean_distance(13.133, 2, 50), 2)
@@ -206,9 +206,9 @@ def num_averaged(single_distance, mean, num_center=None):
     models.
 
     Args:
-      single_distance: distance of a single model from the center.
-      mean: distance of the mean from the center.
-      num_center: M, as in `mean_distance`, or None.
+      single_distance: distance of a single model from the center
+      mean: distance of the mean from the center
+      num_center: M, as in `mean_distance`, or None
 
     Example:
       >>> round(num_averaged(13.133, 5.63, 50), 1)
@@ -271,7 +271,7 @@ def shell(gram) -> Shell:
         matrices.
 
     Raises:
-      UserError: fewer than 4 models.
+      UserError: fewer than 4 models
 
     Example:
       >>> noise = np.eye(4, 5)  # orthogonal, of length 1, about mu = 2 e_5
@@ -311,13 +311,13 @@ def true_distance(measured, num_averaged, num_center, *, included=True):
         measured / sqrt(1 + N / M)      if they do not (a held-out center)
 
     Args:
-      measured: distance of the mean from the pseudo-center, the mean of M models.
-      num_averaged: N.
-      num_center: M.
-      included: whether the M models include the N.
+      measured: distance of the mean from the pseudo-center, the mean of M models
+      num_averaged: N
+      num_center: M
+      included: whether the M models include the N
 
     Raises:
-      UserError: `included` and N >= M.
+      UserError: `included` and N >= M
 
     Example:
       >>> round(true_distance(13.133, 1, 50), 2)

@@ -29,7 +29,7 @@ def in_float64(function: Callable, derivative_of: Callable | None = None) -> Cal
     `jax_enable_x64` may be off: only values inside the function are float64.
 
     Args:
-      function: maps arrays (or trees of arrays) to arrays or trees.
+      function: maps arrays (or trees of arrays) to arrays or trees
       derivative_of: the same function in a form that is better to differentiate (default:
         `function`).
 
@@ -86,12 +86,12 @@ def gram_matrix(pretrained, finetuned, unit_view):
     on GPUs and in bfloat16 on TPUs, and raveling a sharded tensor would gather it.
 
     Args:
-      pretrained: w0, [...], any floating dtype.
-      finetuned: [N, ...].
-      unit_view: how the tensor is split into units.
+      pretrained: w0, [...], any floating dtype
+      finetuned: [N, ...]
+      unit_view: how the tensor is split into units
 
     Returns:
-      [N, N, *unit shape], float32 (float64 for float64 weights).
+      [N, N, *unit shape], float32 (float64 for float64 weights)
 
     Example:
       >>> from modelstock_jax.merging.units import UnitView
@@ -131,11 +131,11 @@ def rounding_energy(pretrained, unit_view):
         E = sum of (half ulp)^2 / 3
 
     Args:
-      pretrained: w0, [...], any floating dtype.
-      unit_view: how the tensor is split into units.
+      pretrained: w0, [...], any floating dtype
+      unit_view: how the tensor is split into units
 
     Returns:
-      [*unit shape], float32, with a derivative of 0.
+      [*unit shape], float32, with a derivative of 0
 
     Example:
       >>> from modelstock_jax.merging.units import UnitView
@@ -155,16 +155,16 @@ def add_task_vectors(
     If the result equals one of the inputs, it is copied from the input, not computed.
 
     Args:
-      pretrained: w0, [...].
-      finetuned: [N, ...].
-      coefficient: a_i, [N, *unit shape].
-      copy_replica: [N, *unit shape] bool: copy this replica's weights.
-      keep_anchor: [*unit shape] bool: copy the anchor's weights.
-      unit_view: how the tensor is split into units.
-      dtype: dtype of the result; None for the anchor's.
+      pretrained: w0, [...]
+      finetuned: [N, ...]
+      coefficient: a_i, [N, *unit shape]
+      copy_replica: [N, *unit shape] bool: copy this replica's weights
+      keep_anchor: [*unit shape] bool: copy the anchor's weights
+      unit_view: how the tensor is split into units
+      dtype: dtype of the result; None for the anchor's
 
     Returns:
-      [...].
+      [...]
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
     # Without this barrier XLA merges these with gram_matrix's float64 task vectors and keeps all of
@@ -228,13 +228,13 @@ def stack_replicas(replicas: Sequence[Any]):
     """Stack trees of equal structure into one tree with a leading replica axis.
 
     Args:
-      replicas: one or more trees with the same structure and shapes.
+      replicas: one or more trees with the same structure and shapes
 
     Returns:
-      A tree of [N, ...] arrays.
+      A tree of [N, ...] arrays
 
     Raises:
-      UserError: no tree, trees of different structure, or tensors of different shape.
+      UserError: no tree, trees of different structure, or tensors of different shape
 
     Example:
       >>> stack_replicas([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
@@ -260,12 +260,12 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
     """Flatten anchor and replicas.
 
     Args:
-      pretrained: a tree of arrays [...].
-      finetuned: the same tree of arrays [N, ...].
-      min_replicas: minimum of N.
+      pretrained: a tree of arrays [...]
+      finetuned: the same tree of arrays [N, ...]
+      min_replicas: minimum of N
 
     Raises:
-      UserError: the trees do not match; the message names the tensors.
+      UserError: the trees do not match; the message names the tensors
     """
     if isinstance(finetuned, list | tuple) and not isinstance(pretrained, type(finetuned)):
         raise UserError(
@@ -320,11 +320,11 @@ def named_leaves(tree: PyTree, separator: str = ".") -> dict[str, Any]:
     """Return the leaves of a tree by name: the path, joined with dots, as merge units use it.
 
     Args:
-      tree: any pytree.
-      separator: string that joins the keys of a path.
+      tree: any pytree
+      separator: string that joins the keys of a path
 
     Returns:
-      {name: leaf}, in the order of the tree's leaves.
+      {name: leaf}, in the order of the tree's leaves
 
     Example:
       >>> list(named_leaves({"mlp": {"kernel": 1.0, "bias": 2.0}, "layers": [3.0]}))

@@ -123,11 +123,11 @@ def solve_measured(gram, stats: GramStats, is_scalar, coefficient, outcome) -> U
     """Return a solution from measured coefficients, with the rules for degenerate units.
 
     Args:
-      gram: [N, N, ...].
-      stats: of `gram`.
-      is_scalar: [...] bool.
-      coefficient: a_i, [N, ...].
-      outcome: outcome of a unit that is not degenerate, [...] int8.
+      gram: [N, N, ...]
+      stats: of `gram`
+      is_scalar: [...] bool
+      coefficient: a_i, [N, ...]
+      outcome: outcome of a unit that is not degenerate, [...] int8
 
     Returns:
       A `UnitSolution`. Scalar units get the mean, units in which one replica changed its weights.
@@ -151,10 +151,10 @@ def solve_with_coefficients(gram, stats: GramStats, is_scalar, coefficient) -> U
     """Return a solution from coefficients that were not measured; the measures are for the report.
 
     Args:
-      gram: [N, N, ...].
-      stats: of `gram`.
-      is_scalar: [...] bool.
-      coefficient: a_i, [N, ...].
+      gram: [N, N, ...]
+      stats: of `gram`
+      is_scalar: [...] bool
+      coefficient: a_i, [N, ...]
     """
     xp = geometry.namespace(gram)
     copy_none = xp.zeros_like(stats.active)
@@ -269,8 +269,8 @@ def sequential_slerp(gram, is_scalar, ratios) -> UnitSolution:
     """Return the coefficients of task vectors that are merged along arcs, one after the other.
 
     Args:
-      gram: [N, N, ...].
-      is_scalar: [...] bool.
+      gram: [N, N, ...]
+      is_scalar: [...] bool
       ratios: [N - 1]; ratios[m - 1] is t of the step that adds d_m, m = 1 .. N - 1 from 0.
     """
     xp = geometry.namespace(gram)
@@ -296,15 +296,15 @@ def slerp_coefficients(square_from, square_to, product, t, straight=1.0 - 1e-6):
     Both are divided by sin(Omega); Omega is the angle between the two ends.
 
     Args:
-      square_from: squared length of the end at t = 0, [...].
-      square_to: squared length of the end at t = 1, [...].
-      product: inner product of the two ends, [...].
-      t: position on the arc, in [0, 1].
+      square_from: squared length of the end at t = 0, [...]
+      square_to: squared length of the end at t = 1, [...]
+      product: inner product of the two ends, [...]
+      t: position on the arc, in [0, 1]
       straight: if |cos(Omega)| is above this, the ends count as collinear and the factors are
         1 - t and t.
 
     Returns:
-      Two arrays [...].
+      Two arrays [...]
 
     Example:
       >>> one = np.array(1.0)
@@ -345,12 +345,12 @@ def unit_row(
     leave out the units whose cosine is undefined.
 
     Args:
-      name: name of the tensor.
-      key: name of its merge unit.
-      cosine: [...], the shape of the unit; `geometry.COSINE_UNDEFINED` if undefined.
-      ratio: [...].
-      norm: |d_i|, [N, ...].
-      outcome: codes of `UnitOutcome`, [...].
+      name: name of the tensor
+      key: name of its merge unit
+      cosine: [...], the shape of the unit; `geometry.COSINE_UNDEFINED` if undefined
+      ratio: [...]
+      norm: |d_i|, [N, ...]
+      outcome: codes of `UnitOutcome`, [...]
 
     Example:
       >>> row = unit_row("w", "w", np.array(0.5), np.array(2 / 3), np.ones(2), np.array(0))

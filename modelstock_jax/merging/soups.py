@@ -77,16 +77,16 @@ def greedy_soup(
       candidates: models as trees, or functions without arguments that load a model. Each model is
         loaded once for its own score and once for its trial. Candidates of equal score keep their
         order.
-      score: returns the score of a tree on held-out data, higher is better; never on the test set.
-      scores: the candidates' own scores, if known; they are then not computed again.
-      strict: whether a candidate must raise the score to be accepted; False accepts an equal score.
+      score: returns the score of a tree on held-out data, higher is better; never on the test set
+      scores: the candidates' own scores, if known; they are then not computed again
+      strict: whether a candidate must raise the score to be accepted; False accepts an equal score
 
     Returns:
-      `GreedySoup`.
+      `GreedySoup`
 
     Raises:
-      UserError: no candidate, trees that differ, or a score that is NaN.
-      NonFiniteError: NaN or infinity in a candidate; the message names candidate and tensor.
+      UserError: no candidate, trees that differ, or a score that is NaN
+      NonFiniteError: NaN or infinity in a candidate; the message names candidate and tensor
 
     Example:
       >>> models = [{"w": jnp.array([x])} for x in (0.0, 3.0, 10.0)]

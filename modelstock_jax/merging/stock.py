@@ -59,14 +59,14 @@ def model_stock(
     saturate at its largest finite value.
 
     Args:
-      pretrained: w0, any pytree of arrays.
-      finetuned: the same tree with a leading replica axis N >= 2 on every array.
+      pretrained: w0, any pytree of arrays
+      finetuned: the same tree with a leading replica axis N >= 2 on every array
       unit: which elements share one angle: tensor, layer, filter, head, block or global
         (see `units.assign`). Static under jit.
       num_heads: number of attention heads, for `unit="head"`: an integer, or a mapping from name
         prefix to integer.
-      filter_axis: output axis of kernels: -1 (JAX) or 0 (PyTorch).
-      dtype: dtype of the merged floating tensors (default: the anchor's).
+      filter_axis: output axis of kernels: -1 (JAX) or 0 (PyTorch)
+      dtype: dtype of the merged floating tensors (default: the anchor's)
       anchor_rounding: "keep" (default) or "correct". Use "correct" if the anchor was rounded to a
         coarser dtype after the replicas were trained from the original, for example a bfloat16
         base of float32 fine-tuned models. It subtracts the expected energy of the rounding error,
@@ -77,12 +77,12 @@ def model_stock(
         "keep" applies (see `anchor_rounding.started_from_rounded`). Static under jit.
 
     Returns:
-      The merged tree, and `Stats`.
+      The merged tree, and `Stats`
 
     Raises:
       UserError: fewer than two replicas; trees or shapes that differ; dtypes that cannot be
         merged; `anchor_rounding="correct"` if training started from the rounded anchor.
-      NonFiniteError: NaN or infinity; the message names replica and tensor.
+      NonFiniteError: NaN or infinity; the message names replica and tensor
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,20 +129,20 @@ def weighted_model_stock(
     the a_i.
 
     Args:
-      pretrained: as in `model_stock`.
-      finetuned: as in `model_stock`.
-      unit: as in `model_stock`.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`
+      unit: as in `model_stock`
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
       anchor_rounding: as in `model_stock`. It changes |mu|^2; the noise energies s_i^2 do not
         change.
 
     Returns:
-      The merged tree, and `Stats`.
+      The merged tree, and `Stats`
 
     Raises:
-      UserError: as in `model_stock`.
+      UserError: as in `model_stock`
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,16 +174,16 @@ def init_noise(
     """Return the noise energy before the first of a series of merges: S = 0 in every unit.
 
     Args:
-      pretrained: w0; only names and shapes are used, so `jax.ShapeDtypeStruct` leaves work too.
-      unit: as in `model_stock`.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
+      pretrained: w0; only names and shapes are used, so `jax.ShapeDtypeStruct` leaves work too
+      unit: as in `model_stock`
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
 
     Returns:
-      A tree of zeros with the shapes of the units: the input of the first `model_stock_carried`.
+      A tree of zeros with the shapes of the units: the input of the first `model_stock_carried`
 
     Raises:
-      UserError: a `unit` that `model_stock` does not accept.
+      UserError: a `unit` that `model_stock` does not accept
 
     Example:
       >>> {name: s.shape for name, s in init_noise({"w": jnp.ones((3, 2))}, "filter").items()}
@@ -222,22 +222,22 @@ def model_stock_carried(
     another (docs/method.md, section 8).
 
     Args:
-      pretrained: w0, the same for all merges of the series; as in `model_stock`.
-      finetuned: as in `model_stock`.
-      noise: S that the last merge returned, or None (`init_noise(pretrained, unit)`) at the first.
-      unit: as in `model_stock`.
+      pretrained: w0, the same for all merges of the series; as in `model_stock`
+      finetuned: as in `model_stock`
+      noise: S that the last merge returned, or None (`init_noise(pretrained, unit)`) at the first
+      unit: as in `model_stock`
       shrink: whether to shrink at this merge. False returns the mean (t = 1) and accumulates the
         noise, for series that shrink only at the last merge. A bool, which may be traced.
-      num_heads: as in `model_stock`.
-      filter_axis: as in `model_stock`.
-      dtype: as in `model_stock`.
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
       The merged tree, `Stats`, and S: a tree with the shapes of the units, in squared units of the
       weights. The predicted distances use only the angle of this period.
 
     Raises:
-      UserError: as in `model_stock`.
+      UserError: as in `model_stock`
 
     Example:
       >>> w0, w = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}
@@ -264,13 +264,13 @@ def shrink_by_carried_noise(gram, is_scalar, noise, shrink) -> UnitSolution:
     """Return equal coefficients t / N, with t from the noise of all merges so far.
 
     Args:
-      gram: [N, N, ...].
-      is_scalar: [...] bool, see `rules`.
-      noise: S, [...].
-      shrink: [] bool; False sets t = 1.
+      gram: [N, N, ...]
+      is_scalar: [...] bool, see `rules`
+      noise: S, [...]
+      shrink: [] bool; False sets t = 1
 
     Returns:
-      A `UnitSolution` whose `carry` is the new S, [...].
+      A `UnitSolution` whose `carry` is the new S, [...]
     """
     stats = measure(gram)
     noise = noise.astype(gram.dtype)

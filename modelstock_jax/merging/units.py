@@ -74,10 +74,10 @@ def block_position(names: Sequence[str]) -> list[BlockPosition]:
     common name prefix.
 
     Args:
-      names: names of all tensors of a model.
+      names: names of all tensors of a model
 
     Returns:
-      One `BlockPosition` per tensor, in order.
+      One `BlockPosition` per tensor, in order
 
     Example:
       >>> names = ["model.embed.weight", "model.layers.0.w", "model.layers.1.w", "model.norm.w"]
@@ -148,8 +148,8 @@ def assign(
     | `global` | all elements |
 
     Args:
-      tensors: names (tree paths joined with dots) and shapes.
-      unit: one of `UNITS`.
+      tensors: names (tree paths joined with dots) and shapes
+      unit: one of `UNITS`
       num_heads: number of query heads, for `head`: an integer, or a mapping from name prefix
         (`"image_tower"`) to integer. If there are fewer key-value heads than query heads, a unit is
         a key-value head with the query heads that use it.
@@ -157,7 +157,7 @@ def assign(
         embedding tables is last in both.
 
     Returns:
-      One `UnitView` per tensor, in order.
+      One `UnitView` per tensor, in order
 
     Raises:
       UserError: an unknown unit; a unit that requires names that do not occur; head counts that
