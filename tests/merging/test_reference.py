@@ -100,13 +100,13 @@ def test_narrow_dtypes_are_at_the_rounding_expected(dtype):
     merged, stats = model_stock(w0, w)
     assert merged["w"].dtype == jnp.dtype(dtype)
     assert abs(float(stats.ratio["w"]) - ratio) < EXACT
-    # The exact result, rounded to the output dtype. An error of 1e-7 in the ratio may round a tie, or
-    # a neighbor of a tie, the other way; all other elements are equal.
+    # The exact result, rounded to the output dtype. An error of 1e-7 in the ratio may round a tie,
+    # or a neighbor of a tie, the other way; all other elements are equal.
     expected = target.reshape(64, 33).astype(jnp.dtype(dtype))
     assert (np.asarray(merged["w"]) == expected).mean() > 0.999
 
 
-def test_mixed_dtypes_and_an_asked_dtype():
+def test_mixed_dtypes_and_a_given_dtype():
     w0, w = replicas({"a": (9, 4), "b": (9, 4)}, 2, size=0.5)
     w0["a"] = w0["a"].astype(jnp.bfloat16)
     merged, _ = model_stock(w0, w, "global")
@@ -126,7 +126,7 @@ def test_float64(x64):
     cosine, ratio, target = equation_3(w0["w"].ravel(), w["w"].reshape(3, -1))
     merged, stats = model_stock(w0, w)
     assert merged["w"].dtype == stats.cosine["w"].dtype == np.float64
-    # Some units of float64's rounding, 1.1e-16, and none of float32's.
+    # A few roundings in float64 (1.1e-16), none in float32.
     np.testing.assert_allclose([stats.cosine["w"], stats.ratio["w"]], [cosine, ratio], rtol=1e-13)
     np.testing.assert_allclose(merged["w"].ravel(), target, rtol=1e-13, atol=1e-15)
 

@@ -60,7 +60,7 @@ def test_swa_is_the_mean_of_every_period_from_the_start(start, period):
 
 
 def test_swa_of_many_steps_does_not_drift():
-    # Values near 1 are rounded by 3e-8 at each of 10^5 steps: about sqrt(n / 3) of these errors remain.
+    # Values near 1 are rounded by 3e-8 at each of 10^5 steps; about sqrt(n / 3) errors remain.
     noise = rng.standard_normal(100_000).astype(np.float32) * np.float32(1e-3) + 1
     average = swa()
     update = jax.jit(
@@ -83,7 +83,7 @@ def test_averages_preserve_dtypes_and_replicas():
 
 
 def algorithm_1(losses, n_s, n_e, r):
-    """Return the first and last iteration that SWAD averages, by its algorithm 1; from 1, inclusive."""
+    """Return the first and last iteration that SWAD's algorithm 1 averages, counted from 1."""
     first, last, level = 1, len(losses), None
     for i in range(1, len(losses) + 1):
 
@@ -148,7 +148,7 @@ def test_swad_with_steps_between_validations():
 
 
 def test_weights_outside_the_average_have_no_effect():
-    """Even non-finite weights after the valley, or at a step that is not averaged, have no effect."""
+    """Even non-finite weights after the valley, or at a skipped step, have no effect."""
     average = swad(1, 1, 1.5)
     state = average.init({"w": jnp.zeros(1)})
     for w, loss in [(1.0, 1.0), (2.0, 1.2), (6.0, 1.1), (np.inf, np.nan), (np.nan, np.nan)]:
@@ -170,7 +170,7 @@ def test_weights_outside_the_average_have_no_effect():
 
 
 def gram_schmidt(solutions):
-    """Orthonormalize as in the paper: subtract from each vector its components along the earlier."""
+    """Orthonormalize as in the paper: subtract the components along the earlier vectors."""
     basis = []
     for w in np.asarray(solutions, np.float64):
         for e in basis:
