@@ -161,7 +161,7 @@ def test_there_is_no_import_cycle(tmp_path):
     assert set(import_cycle(tmp_path)) == {f"{PACKAGE}.a", f"{PACKAGE}.b"}
 
 
-def test_this_repository():
+def test_this_tree():
     assert not violations(ROOT), "\n" + "\n".join(violations(ROOT))
 
 
