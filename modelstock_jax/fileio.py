@@ -391,7 +391,7 @@ def open_appending(path: str | Path) -> int:
     """Open a file to read and append to; create it and its directory if missing.
 
     Returns:
-      The descriptor
+      the descriptor
 
     Raises:
       OSError: the file cannot be written

@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> list[str]:
       argv: program name and arguments
 
     Returns:
-      The program name and the arguments that are not flags
+      the program name and the arguments that are not flags
     """
     try:
         config_flags.DEFINE_config_file("config", "configs/glyphs.py", "The experiment.")

@@ -97,7 +97,7 @@ def norms(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_optio
       **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
 
     Returns:
-      A tree of [M, *unit shape]
+      a tree of [M, *unit shape]
 
     Example:
       >>> norms({"w": jnp.zeros(2)}, {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])})["w"].tolist()
@@ -147,7 +147,7 @@ def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **un
       **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
 
     Returns:
-      A `Shell` of the complete model, or a tree with one `Shell` per tensor
+      a `Shell` of the complete model, or a tree with one `Shell` per tensor
 
     Example:
       >>> noise = {"w": jnp.eye(4, 5) + 2 * jnp.eye(5)[4:]}

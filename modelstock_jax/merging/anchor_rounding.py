@@ -94,7 +94,7 @@ def is_coarser(base_dtype: Any, finetuned_dtypes: Iterable[Any]) -> bool:
       finetuned_dtypes: dtypes of the replicas, one or more
 
     Returns:
-      A bool; False if any dtype is not floating
+      a bool; False if any dtype is not floating
 
     Example:
       >>> is_coarser("float16", ["float32", "float64"]), is_coarser("float32", ["float32"])

@@ -57,7 +57,7 @@ def uniform_mean(
       dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with ratio 1
+      the merged tree, and `Stats` with ratio 1
 
     Example:
       >>> merged, _ = uniform_mean({"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [3.0, 4.0]])})
@@ -93,7 +93,7 @@ def wise_ft(
       dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with ratio alpha
+      the merged tree, and `Stats` with ratio alpha
 
     Raises:
       UserError: alpha outside [0, 1], or an error of `model_stock`
@@ -133,7 +133,7 @@ def constant_ratio(
       dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with this ratio in every unit
+      the merged tree, and `Stats` with this ratio in every unit
 
     Raises:
       UserError: as in `model_stock`
@@ -364,7 +364,7 @@ def slerp(
       dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats`, whose ratio (the sum of the coefficients) is above 1
+      the merged tree, and `Stats`, whose ratio (the sum of the coefficients) is above 1
 
     Raises:
       UserError: t outside [0, 1], t for a number of replicas other than two, or an error of

@@ -340,7 +340,7 @@ def solve_units(
       shared: further inputs that are the same for all units
 
     Returns:
-      One `UnitSolution` per unit, of its shape and dtype
+      one `UnitSolution` per unit, of its shape and dtype
     """
     row = _solve(grams, per_unit, shared, method=method, is_scalar=tuple(is_scalar))
     if on_this_host(row):

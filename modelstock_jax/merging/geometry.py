@@ -67,7 +67,7 @@ def cosine(gram):
     """Return the mean cosine over all pairs, cos = mean_{i<j} G_ij / (|d_i| |d_j|).
 
     This is cos(theta) of the paper's section 3. The paper does not define it for N > 2; its authors
-    take the mean of the pairwise cosines.
+    use the mean of the pairwise cosines.
 
     Args:
       gram: [N, N, ...]

@@ -231,7 +231,7 @@ def stack_replicas(replicas: Sequence[Any]):
       replicas: one or more trees with the same structure and shapes
 
     Returns:
-      A tree of [N, ...] arrays
+      a tree of [N, ...] arrays
 
     Raises:
       UserError: no tree, trees of different structure, or tensors of different shape

@@ -304,7 +304,7 @@ def slerp_coefficients(square_from, square_to, product, t, straight=1.0 - 1e-6):
         1 - t and t.
 
     Returns:
-      Two arrays [...]
+      two arrays [...]
 
     Example:
       >>> one = np.array(1.0)

@@ -77,7 +77,7 @@ def model_stock(
         "keep" applies (see `anchor_rounding.started_from_rounded`). Static under jit.
 
     Returns:
-      The merged tree, and `Stats`
+      the merged tree, and `Stats`
 
     Raises:
       UserError: fewer than two replicas; trees or shapes that differ; dtypes that cannot be
@@ -139,7 +139,7 @@ def weighted_model_stock(
         change.
 
     Returns:
-      The merged tree, and `Stats`
+      the merged tree, and `Stats`
 
     Raises:
       UserError: as in `model_stock`
@@ -180,7 +180,7 @@ def init_noise(
       filter_axis: as in `model_stock`
 
     Returns:
-      A tree of zeros with the shapes of the units: the input of the first `model_stock_carried`
+      a tree of zeros with the shapes of the units: the input of the first `model_stock_carried`
 
     Raises:
       UserError: a `unit` that `model_stock` does not accept
@@ -270,7 +270,7 @@ def shrink_by_carried_noise(gram, is_scalar, noise, shrink) -> UnitSolution:
       shrink: [] bool; False sets t = 1
 
     Returns:
-      A `UnitSolution` whose `carry` is the new S, [...]
+      a `UnitSolution` whose `carry` is the new S, [...]
     """
     stats = measure(gram)
     noise = noise.astype(gram.dtype)

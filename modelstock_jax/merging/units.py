@@ -77,7 +77,7 @@ def block_position(names: Sequence[str]) -> list[BlockPosition]:
       names: names of all tensors of a model
 
     Returns:
-      One `BlockPosition` per tensor, in order
+      one `BlockPosition` per tensor, in order
 
     Example:
       >>> names = ["model.embed.weight", "model.layers.0.w", "model.layers.1.w", "model.norm.w"]
@@ -157,7 +157,7 @@ def assign(
         embedding tables is last in both.
 
     Returns:
-      One `UnitView` per tensor, in order
+      one `UnitView` per tensor, in order
 
     Raises:
       UserError: an unknown unit; a unit that requires names that do not occur; head counts that
