@@ -1,11 +1,11 @@
-"""Model Stock in JAX: fine-tune a few copies of a pretrained model, merge them toward their center.
+"""Model Stock in JAX: fine-tune copies of a pretrained model, and merge them toward their center.
 
     merged, stats = model_stock(pretrained, stack_replicas([finetuned_a, finetuned_b]))
 
-takes any pytrees of weights; docs/library.md has each method, `modelstock merge` does it on files,
-and `python launch.py` trains the copies.
+accepts any pytrees of weights. docs/library.md describes all methods. `modelstock merge` merges
+checkpoint files, and `python launch.py` trains the copies.
 
-The public names are resolved when they are first used: `import modelstock_jax` does not import jax.
+Public names are imported on first use: `import modelstock_jax` does not import JAX.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from modelstock_jax import merging
 from modelstock_jax.errors import UserError
 from modelstock_jax.registry import FUNCTIONS
 
-if TYPE_CHECKING:  # For editors and type checkers, which do not run __getattr__.
+if TYPE_CHECKING:  # editors and type checkers do not run __getattr__
     from modelstock_jax.merging import (
         Average,
         Distances,
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(merging, name)
-    globals()[name] = value  # So that the next look-up does not come here.
+    globals()[name] = value  # later lookups skip __getattr__
     return value
 
 

@@ -1,4 +1,4 @@
-"""`python -m modelstock_jax`: the command `modelstock`, where it is not installed as a script."""
+"""Run the command `modelstock` as `python -m modelstock_jax`, without an installed script."""
 
 import sys
 

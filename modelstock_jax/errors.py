@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one clear line, no traceback."""
+"""Errors that a user can fix: one line, no traceback; and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-_SIMILAR = 0.7  # --device and --recipe are 0.5, --exlude and --exclude 0.92.
-_JOINED = 0.85  # Of names of different numbers of words: --dryrun and --dry-run are 1.
-_PART = 0.6  # Of other names than options: "ties" of "dare_ties" is another method.
-_LEAST = 3  # Characters of an option that say which one it is.
+# Minimum similarity of two names with equal numbers of words: --device and --recipe have 0.5,
+# --exlude and --exclude 0.92.
+_MIN_SIMILARITY = 0.7
+# Minimum similarity of names with different numbers of words: --dryrun and --dry-run have 1.
+_MIN_SIMILARITY_JOINED = 0.85
+# Minimum fraction of a name, other than an option, that an abbreviation must have: "ties" and
+# "dare_ties" are different methods.
+_MIN_FRACTION = 0.6
+# Minimum number of characters of an abbreviated option.
+_MIN_CHARACTERS = 3
 
 
 class UserError(ValueError):
-    """A mistake in the input; the message names the thing and the way out."""
+    """A mistake in the input. The message states the problem and how to fix it, in one line."""
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuses a value that is none of the choices.
+    """Raise an error if a value is not one of the choices.
 
     Args:
-      name: what the value is given for.
-      value: what was given.
-      choices: in the order in which the message names them.
+      name: name of the option
+      value: its value
+      choices: allowed values, in the order of the message
 
     Raises:
-      UserError: if it is none of them.
+      UserError: `value` is not in `choices`
 
     Example:
       >>> check_choice("merge.unit", "tensor", ("tensor", "layer"))
@@ -41,9 +47,13 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def listed(names: Iterable[str], max_items: int = 10) -> str:
-    r"""Names for such a line: the first of them, and how many more there are.
+    r"""Return the first names as one line, and the number of the others.
 
-    A name that would break the line, or do more to a terminal, is shown with its escapes.
+    A name with control characters, such as a line break, is shown with escapes.
+
+    Args:
+      names: names to list
+      max_items: maximum number of names
 
     Example:
       >>> listed("abcd", max_items=2), listed(["a", "b\n"])
@@ -55,14 +65,14 @@ def listed(names: Iterable[str], max_items: int = 10) -> str:
 
 
 def near(word: Any, known: Iterable[str]) -> str:
-    """A hint to put behind an error, or nothing.
+    """Return a hint " (did you mean ...?)" to append to a message, or an empty string.
 
-    Names are near each other if all their words (between dots, dashes or underscores) are equal or
-    differ in few letters, or if one name is a part of the other.
+    Two names are similar if all their words (between dots, dashes or underscores) are equal or
+    differ in few letters, or if one name is part of the other.
 
     Args:
-      word: what was typed.
-      known: the words that would have been right.
+      word: the word that was typed
+      known: the valid words
 
     Example:
       >>> near("--methd", ["--method", "--unit"]), near("--shard-size", ["--max-shard-size"])
@@ -70,34 +80,37 @@ def near(word: Any, known: Iterable[str]) -> str:
       >>> near("--device", ["--recipe"]), near("layers.1.q.weight", ["layers.1.k.weight"])
       ('', '')
     """
-    scores = [(_likeness(str(word), one), one) for one in known]
-    best, found = max(scores, key=lambda score: score[0], default=(0.0, ""))
-    return f" (did you mean {found!r}?)" if best else ""
+    scores = [(_similarity(str(word), candidate), candidate) for candidate in known]
+    best_score, best = max(scores, key=lambda score: score[0], default=(0.0, ""))
+    return f" (did you mean {best!r}?)" if best_score else ""
 
 
-def _likeness(word: str, known: str) -> float:
-    """From 0, unrelated, to 1, equal but for upper case, dashes and underscores."""
-    options = word.startswith("-") and known.startswith("-")
-    one, two = (re.sub(r"[-_]+", "_", text.lower().strip("-")) for text in (word, known))
-    short, long = sorted((one, two), key=len)
-    enough = len(short) >= _LEAST if options else len(short) >= _PART * len(long)
-    # An option may be cut anywhere (--check for --checksum); what is known is a part as it is.
-    end = "" if options and short == one else r"(?:$|[._])"
-    if enough and re.search(rf"(?:^|[._]){re.escape(short)}{end}", long):
-        return _SIMILAR + (1 - _SIMILAR) * len(short) / len(long)
-    return _ratio(re.split("[._]", one), re.split("[._]", two))
-
-
-def _ratio(one: list[str], two: list[str]) -> float:
-    """Likeness of two names, given as the words between their separators."""
-    if re.findall(r"\d+", " ".join(one)) != re.findall(r"\d+", " ".join(two)):
-        return 0.0  # Another layer.
-    if len(one) == len(two):
-        pairs, least = list(zip(one, two, strict=True)), _SIMILAR
+def _similarity(word: str, known: str) -> float:
+    """Return the similarity in [0, 1]; 1 if equal except for case, dashes and underscores."""
+    are_options = word.startswith("-") and known.startswith("-")
+    first, second = (re.sub(r"[-_]+", "_", text.lower().strip("-")) for text in (word, known))
+    short, long = sorted((first, second), key=len)
+    if are_options:
+        long_enough = len(short) >= _MIN_CHARACTERS
     else:
-        for _ in range(2):  # Without what they begin with in common, and then end with.
-            same = len(os.path.commonprefix([one, two]))
-            one, two = one[same:][::-1], two[same:][::-1]
-        pairs, least = [("".join(one), "".join(two))], _JOINED
+        long_enough = len(short) >= _MIN_FRACTION * len(long)
+    # A typed option may be cut anywhere (--check for --checksum); otherwise complete words count.
+    end = "" if are_options and short == first else r"(?:$|[._])"
+    if long_enough and re.search(rf"(?:^|[._]){re.escape(short)}{end}", long):
+        return _MIN_SIMILARITY + (1 - _MIN_SIMILARITY) * len(short) / len(long)
+    return _words_similarity(re.split("[._]", first), re.split("[._]", second))
+
+
+def _words_similarity(first: list[str], second: list[str]) -> float:
+    """Return the similarity of two names, given as lists of their words; 0 below the minimum."""
+    if re.findall(r"\d+", " ".join(first)) != re.findall(r"\d+", " ".join(second)):
+        return 0.0  # another layer
+    if len(first) == len(second):
+        pairs, minimum = list(zip(first, second, strict=True)), _MIN_SIMILARITY
+    else:
+        for _ in range(2):  # remove the common beginning, then the common end
+            common = len(os.path.commonprefix([first, second]))
+            first, second = first[common:][::-1], second[common:][::-1]
+        pairs, minimum = [("".join(first), "".join(second))], _MIN_SIMILARITY_JOINED
     ratio = min(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-    return ratio if ratio >= least else 0.0
+    return ratio if ratio >= minimum else 0.0

@@ -1,4 +1,7 @@
-"""Files that outlive a kill: whole or absent, locked by one process, appended to line by line."""
+"""File operations that are safe under kills: atomic writes, locks, and appended JSON lines.
+
+A file or directory is complete or absent. A file lock belongs to one process.
+"""
 
 from __future__ import annotations
 
@@ -18,128 +21,130 @@ from typing import Any, TextIO
 
 from modelstock_jax.errors import UserError, listed
 
-# Calls that some file systems do not support (vfat, CIFS, NFS, FUSE): without them a write counts.
-_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_MODES = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# Errors of calls that some file systems (vfat, CIFS, NFS, FUSE) do not support. They are ignored.
+_FLUSH_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_CHMOD_UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def flush(descriptor: int, *, data_only: bool = False) -> None:
-    """Flush an open file to the disk, where its file system supports that.
+    """Flush an open file to the disk, if its file system supports it.
 
     Args:
-        descriptor: Of the file.
-        data_only: Without its times and modes.
+      descriptor: file descriptor
+      data_only: flush only the data, without times and mode
 
     Raises:
-        OSError: The disk is full or broken.
+      OSError: the disk is full or broken
     """
     try:
         (os.fdatasync if data_only else os.fsync)(descriptor)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in _FLUSH_UNSUPPORTED:
             raise
 
 
 def flush_path(path: Path) -> None:
-    """Flush a file or a directory (its names) to the disk, where that is supported.
+    """Flush a file, or the names in a directory, to the disk, if the file system supports it.
 
     Raises:
-        OSError: The disk is full or broken, or a file cannot be opened.
+      OSError: the disk is full or broken, or a file cannot be opened
     """
-    directory = os.path.isdir(path)
+    is_directory = os.path.isdir(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError:
-        if directory:  # It may be written without being readable.
+        if is_directory:  # it may be writable but not readable
             return
         raise
     try:
         flush(descriptor)
     except OSError as error:
-        if not (directory and error.errno == errno.EBADF):
+        if not (is_directory and error.errno == errno.EBADF):
             raise
     finally:
         os.close(descriptor)
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Set the permissions of a file or directory, where its file system has any.
+    """Set the permissions of a file or directory, if its file system supports them.
 
     Raises:
-        OSError: There is no such path, or the disk is read-only or broken.
+      OSError: the path does not exist, or the disk is read-only or broken
     """
     try:
         os.chmod(path, mode)
     except OSError as error:
-        if error.errno not in _MODES:
+        if error.errno not in _CHMOD_UNSUPPORTED:
             raise
 
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError of the block into a UserError that names the path and the reason."""
+    """Convert an OSError of the block to a UserError that names the path and the reason."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager
-def replacing(path: Path, staging_dir: Path | None = None) -> Iterator[Path]:
-    """Give a file to fill, which takes the name `path` only when all of it is on the disk.
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary file to fill, and rename it to `path` after it is flushed to the disk.
 
     Args:
-      path: the final name, in an existing directory; an existing file is replaced.
-      staging_dir: the temporary file; by default one of this thread, of the same suffix as `path`.
+      path: final path, in an existing directory; an existing file is replaced
+      temporary: path of the temporary file (default: a name for this thread, next to `path`, with
+        the same suffix).
 
     Yields:
-      The temporary file, empty and with the mode of any new file. It is removed where the block
-      fails; a kill leaves it.
+      The temporary file, empty and with the mode of a new file. It is removed if the block fails; a
+      kill leaves it.
 
     Raises:
-      OSError: a file cannot be written, flushed or renamed.
+      OSError: a file cannot be written, flushed or renamed
     """
-    if staging_dir is None:
+    if temporary is None:
         writer = f"{os.getpid()}-{threading.get_ident()}"
-        staging_dir = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
+        temporary = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
     try:
-        staging_dir.unlink(missing_ok=True)  # Of a process that died and had the same number.
-        staging_dir.touch(exist_ok=False)
-        yield staging_dir
-        flush_path(staging_dir)
-        os.replace(staging_dir, path)
+        temporary.unlink(missing_ok=True)  # left by a killed process with the same process ID
+        temporary.touch(exist_ok=False)
+        yield temporary
+        flush_path(temporary)
+        os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # Of the directory too, whose error is already told.
-            staging_dir.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # e.g. of the directory, which was already reported
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a file beside `path`, then rename it over `path`.
+    """Call `write` on a temporary file, then rename the file to `path`.
 
     Args:
-      path: the file to write; its directory is made.
-      write: is given the path of the temporary file (same suffix as `path`).
+      path: the file to write; its directory is created
+      write: function that fills the temporary file; its argument is the path, which has the same
+        suffix as `path`.
 
     Returns:
-      `path`.
+      `path`
 
     Raises:
-      UserError: the directory cannot be written, or the disk is full.
+      UserError: the directory cannot be written, or the disk is full
 
     Example:
       >>> directory = tempfile.mkdtemp()
-      >>> write_atomically(directory + "/a.txt", lambda p: p.write_text("whole")).read_text()
-      'whole'
+      >>> write_atomically(directory + "/a.txt", lambda p: p.write_text("complete")).read_text()
+      'complete'
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            write(beside)
+        with replacing(path) as temporary:
+            write(temporary)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space there or choose "
-            "another directory"
+            f"cannot write {path}: {error.strerror or error}; free disk space or choose another "
+            "directory"
         ) from error
     return path
 
@@ -150,24 +155,24 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically, keys sorted, non-finite as null: equal values give equal bytes."""
+    """Write JSON atomically and deterministically: keys sorted, non-finite values as null."""
     return write_text(path, json.dumps(plain(value), sort_keys=True, indent=1) + "\n")
 
 
 def _utf8(text: str) -> bytes:
-    """Encode as UTF-8, also text with names of files that are not UTF-8 (or not in this locale)."""
+    """Encode as UTF-8, including text with file names that are not valid UTF-8 or in the locale."""
     try:
         return text.encode()
     except UnicodeEncodeError:
         with contextlib.suppress(UnicodeError):
-            raw = text.encode("utf-8", "surrogateescape")  # The bytes of the names.
+            raw = text.encode("utf-8", "surrogateescape")  # restores the bytes of the file names
             raw.decode()
             return raw
         return text.encode("utf-8", "backslashreplace")
 
 
 def plain(value: Any) -> Any:
-    """Turn NumPy or jax scalars and arrays into Python's own; NaN and infinities into None.
+    """Convert NumPy or JAX scalars and arrays to Python values, NaN and infinity to None.
 
     Example:
       >>> import numpy as np
@@ -186,158 +191,160 @@ def plain(value: Any) -> Any:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value, of mappings in one another.
+    """Flatten nested mappings to {dotted key: value}.
 
     Example:
       >>> flat({"a": 1, "b": {"c": (2, 3), "d": {}}})
       {'a': 1, 'b.c': (2, 3)}
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-# A directory that is there whole or not at all.
+            flattened[f"{prefix}{key}"] = value
+    return flattened
 
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Make a directory to fill, which takes the name `path` only when all of it is on the disk.
+    """Yield a temporary directory to fill, and rename it to `path` after it is flushed to the disk.
 
     Args:
-        path: The final name. Its parents are made.
-        overwrite: Replace an existing directory; without it, one that holds files is an error.
+      path: final path; its parent directories are created
+      overwrite: replace an existing directory; False raises an error if it contains files
 
     Yields:
-        The directory beside it, to write into. It is removed where the body fails.
+      The temporary directory, next to `path`. It is removed if the body fails.
 
     Raises:
-        UserError: `path` exists and `overwrite` is false, or it cannot be written.
+      UserError: `path` exists and `overwrite` is False, or it cannot be written
 
     Example:
-        >>> root = Path(tempfile.mkdtemp())
-        >>> with new_directory(root / "model") as directory:
-        ...     _ = write_text(directory / "note.txt", "whole")
-        ...     (root / "model").exists()
-        False
-        >>> (root / "model" / "note.txt").read_text()
-        'whole'
+      >>> root = Path(tempfile.mkdtemp())
+      >>> with new_directory(root / "model") as directory:
+      ...     _ = write_text(directory / "note.txt", "complete")
+      ...     (root / "model").exists()
+      False
+      >>> (root / "model" / "note.txt").read_text()
+      'complete'
     """
-    path = Path(os.path.realpath(path))  # A link stays, and leads to the new directory.
+    path = Path(os.path.realpath(path))  # a symbolic link is kept and points to the new directory
     refuse_existing(path, overwrite=overwrite)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         with explained(path):
-            yield beside
-        move_into_place(beside, path, overwrite)
+            yield staged
+        move_into_place(staged, path, overwrite)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 class ExistsError(UserError):
-    """The place of a new directory is occupied."""
+    """The path of a new directory exists already."""
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raise ExistsError where `path` is a file, or a directory with files and not `overwrite`."""
+    """Raise an error if `path` is a file, or a directory that contains files.
+
+    Args:
+      path: path of a new directory
+      overwrite: allow a directory that contains files
+
+    Raises:
+      ExistsError: `path` is not available
+    """
     shown = listed([os.fspath(path)])
     if os.path.isfile(path):
-        raise ExistsError(f"{shown}: exists already, and is a file; choose a directory.")
+        raise ExistsError(f"{shown}: exists already, and is a file; choose a directory")
     if os.path.isdir(path) and any(path.iterdir()) and not overwrite:
         raise ExistsError(
             f"{shown}: exists already; choose another directory, or replace it with --overwrite "
-            "(in a program, overwrite=True)."
+            "(in a program, overwrite=True)"
         )
 
 
 def move_into_place(staged: Path, path: Path, overwrite: bool = False) -> None:
-    """Flush a finished directory to the disk, then give it the name `path`.
+    """Flush a complete directory to the disk, then rename it to `path`.
 
     Args:
-        staged: A directory with the same parent as `path`.
-        path: The final name.
-        overwrite: Replace a directory of that name; without it, one that holds files is an error.
+      staged: a directory with the same parent as `path`
+      path: final path
+      overwrite: replace an existing directory; False raises an error if it contains files
 
     Raises:
-        ExistsError: `path` exists, perhaps since a moment ago.
-        UserError: It cannot be flushed or renamed.
+      ExistsError: `path` exists, possibly created by another process in the meantime
+      UserError: the directory cannot be flushed or renamed
     """
     with explained(path):
-        _settle(staged)
+        _set_modes_and_flush(staged)
         _move_into_place(staged, path, overwrite)
 
 
 def _move_into_place(staged: Path, path: Path, overwrite: bool) -> None:
     if not overwrite:
         try:
-            os.replace(staged, path)  # An empty directory is replaced, another is an error.
+            os.replace(staged, path)  # replaces an empty directory, fails on any other
         except OSError:
-            refuse_existing(path)  # Another process made it while this one flushed.
+            refuse_existing(path)  # another process created it during the flush
             raise
     elif path.exists():
-        # A directory cannot be renamed over one that holds files: the old one steps aside first.
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.replace(path, aside)
+        # A rename cannot replace a directory that contains files: rename the old directory first.
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        os.replace(path, old)
         try:
             os.replace(staged, path)
         except OSError:
-            os.replace(aside, path)
+            os.replace(old, path)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(staged, path)
     flush_path(path.parent)
 
 
-def _settle(directory: Path) -> None:
-    """Flush a directory; give it and its files the modes that plain writing would have given."""
-    # Asked of the file system: to read the umask is to set it, for all threads. Elsewhere: a kill
-    # would leave in the directory what was asked with.
-    with tempfile.TemporaryDirectory() as asked:
-        file, folder = Path(asked, "file"), Path(asked, "folder")
+def _set_modes_and_flush(directory: Path) -> None:
+    """Set default modes for a directory and its files, and flush them to the disk."""
+    # Create a file and a folder to find the default modes: reading the umask requires setting it,
+    # for all threads. They are created elsewhere, because a kill would leave them in `directory`.
+    with tempfile.TemporaryDirectory() as probe:
+        file, folder = Path(probe, "file"), Path(probe, "folder")
         file.touch()
         folder.mkdir()
-        of_file, of_folder = (stat.S_IMODE(place.stat().st_mode) for place in (file, folder))
-    for place in sorted(directory.rglob("*")):
-        set_mode(place, of_folder if place.is_dir() else of_file)
-        flush_path(place)
-    set_mode(directory, of_folder)
+        file_mode, folder_mode = (stat.S_IMODE(path.stat().st_mode) for path in (file, folder))
+    for path in sorted(directory.rglob("*")):
+        set_mode(path, folder_mode if path.is_dir() else file_mode)
+        flush_path(path)
+    set_mode(directory, folder_mode)
     flush_path(directory)
 
 
-# A file that one process has at a time.
-
-
 class FileLock:
-    """An exclusive lock on a file, which the kernel frees when its process ends, whatever ends it.
+    """An exclusive lock on a file. The kernel frees it when its process ends, even by a kill.
 
     Args:
-      path: of the file; it is made, with its directory, and stays.
-      wait: until whoever has the lock frees it; else `held` says whether it was free.
-      note: what is written into the file where the lock is held; nothing by default.
+      path: path of the file. It is created, with its directory, and never removed.
+      wait: wait until the lock is free; False sets `held` instead
+      note: text to write into the file while the lock is held; nothing by default
 
     Attributes:
-      held: whether the lock is this process's. True too where the file system has no locks: there
-        every process is as if alone.
-      unsupported: why the file system has no locks, as some network and FUSE file systems; else
-        empty.
-      holder: the note of the process that has the lock, where it is another and can be read.
-      file: descriptor of the file, to read and append to while the lock is held.
+      held: whether this process has the lock. Also True if the file system does not support locks:
+        every process then continues as if it were alone.
+      unsupported: why the file system does not support locks (as with some network and FUSE file
+        systems); empty if it does.
+      holder: note of the other process that has the lock, if it can be read
+      file: descriptor of the file, to read and append to while the lock is held
 
     Raises:
-      OSError: the file cannot be made or written.
+      OSError: the file cannot be created or written
 
     Example:
       >>> path = Path(tempfile.mkdtemp()) / "locks" / "a.lock"
-      >>> with FileLock(path, note="process 7") as ours:
+      >>> with FileLock(path, note="process 7") as lock:
       ...     other = FileLock(path)
-      ...     ours.held, other.held, other.holder
+      ...     lock.held, other.held, other.holder
       (True, False, 'process 7')
     """
 
@@ -347,7 +354,7 @@ class FileLock:
         try:
             self.held = self._lock(wait)
             if not self.held:
-                with contextlib.suppress(OSError):  # A lock may forbid others to read (CIFS).
+                with contextlib.suppress(OSError):  # a lock may prevent reading (CIFS)
                     self.holder = os.read(self.file, 300).decode(errors="replace")
             elif note:
                 os.ftruncate(self.file, 0)
@@ -381,54 +388,53 @@ class FileLock:
 
 
 def open_appending(path: str | Path) -> int:
-    """Open a file to read and append to; make it, and its directory, where they are missing.
+    """Open a file to read and append to; create it and its directory if missing.
 
     Returns:
-      The descriptor.
+      the descriptor
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
 
 
 def append_line(file: int, line: str) -> None:
-    """Append a line; what a kill or a full disk tore at the end of the file ends before it.
+    """Append a line. If a kill or a full disk left an incomplete line, start a new line first.
 
     Args:
-      file: descriptor of `open_appending`.
-      line: without its end. It is with the operating system when this returns.
+      file: descriptor of `open_appending`
+      line: text without a line break. It is passed to the operating system before this returns.
 
     Raises:
-      OSError: the disk is full or broken; a part of the line may stay.
+      OSError: the disk is full or broken; a part of the line may remain
     """
     size = os.fstat(file).st_size
-    torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-    left = b"\n" * torn + line.encode() + b"\n"
-    while left:
-        left = left[os.write(file, left) :]
-
-
-# A file of JSON lines that a run appends to, through kills and restarts.
+    incomplete = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+    remaining = b"\n" * incomplete + line.encode() + b"\n"
+    while remaining:
+        remaining = remaining[os.write(file, remaining) :]
 
 
 Entry = dict[str, Any]
 
 
 class JsonLines:
-    """Appends objects to a file, one a line, keys sorted: equal entries give equal bytes.
+    """A file of JSON objects, one per line, that a run appends to across kills and restarts.
+
+    Keys are sorted, so the output is deterministic.
 
     Args:
-      path: the file; its directory is made.
-      keep: which of the whole lines of an earlier life stay; None begins anew. A line torn by a
-        crash never stays.
+      path: the file; its directory is created
+      keep: function that selects which entries of an earlier process are preserved; None preserves
+        none. Incomplete lines are never preserved.
 
     Attributes:
-      kept: the entries that stayed, in order.
+      kept: the preserved entries, in order
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written
 
     Example:
       >>> path = tempfile.mkdtemp() + "/a.jsonl"
@@ -449,23 +455,23 @@ class JsonLines:
         self._file: TextIO | None = self._path.open("a", encoding="utf-8")
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line; `flush` hands it on.
+        """Add a line; it is buffered until `flush`.
 
         Args:
-          entry: numbers of Python, NumPy or jax; a non-finite one becomes null.
+          entry: values of Python, NumPy or JAX; a non-finite value becomes null
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full
         """
         if self._file is not None:
             with self._errors():
                 self._file.write(_line(plain(entry)))
 
     def flush(self) -> None:
-        """Hand every line to the operating system.
+        """Pass all buffered lines to the operating system.
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full
         """
         if self._file is not None:
             with self._errors():
@@ -484,7 +490,7 @@ class JsonLines:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror}; free some space and run the same "
+                f"cannot write {self._path}: {error.strerror}; free disk space and run the same "
                 "command again to resume"
             ) from error
 
@@ -496,7 +502,7 @@ class JsonLines:
 
 
 def read_lines(path: str | Path) -> list[Entry]:
-    """Read the objects of a file of JSON lines, in order; a torn line is left out."""
+    """Return the objects of a file of JSON lines, in order; incomplete lines are left out."""
     entries = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -1,6 +1,6 @@
-"""Command-line flags and --config; names that options had before.
+"""Command-line flags, --config with its overrides, and old names of options.
 
-A mistake of the user is one line and exit code 1.
+A user error prints one line and exits with code 1.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ml_collections import config_flags
 from modelstock_jax.fileio import flat
 from modelstock_jax.registry import RENAMED_METHODS
 
-_ALL = "(all options: docs/configuration.md)"
+_ALL_OPTIONS = "(all options: docs/configuration.md)"
 
-# {old name: name now}; "old." renames every option that begins with it; the first match counts.
-# An old name on the command line is an error that tells the new one. In files (a workdir's
-# config.json, the studies' ledger) it is read.
+# {old name: current name}. A name that ends in "." renames all options that begin with it; the
+# first match counts. On the command line an old name is an error that reports the current name. In
+# files (config.json of a workdir, the ledger of the studies) old names are accepted.
 RENAMED = {
     "accumulate_steps": "gradient_accumulation_steps",
     "log_every": "log_every_steps",
@@ -45,9 +45,9 @@ RENAMED = {
     "watch.": "monitor.",
     "export.layouts": "export.formats",
 }
-# {option by its name now: {old value: value now}}
+# {current name of an option: {old value: current value}}
 RENAMED_VALUES: dict[str, dict[Any, Any]] = {"merge.method": RENAMED_METHODS}
-# What other libraries call an option.
+# {name of an option in other libraries: name here}
 _SYNONYMS = {
     "lr": "learning_rate",
     "wd": "weight_decay",
@@ -65,43 +65,50 @@ _SYNONYMS = {
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Reads absl's flags, and --config with its overrides.
+    """Parse absl's flags, and --config with its overrides; exit if they are wrong.
 
     Args:
-      argv: the program's name and its arguments.
+      argv: program name and arguments
 
     Returns:
-      The program's name and the arguments that are no flags.
+      the program name and the arguments that are not flags
     """
     try:
         config_flags.DEFINE_config_file("config", "configs/glyphs.py", "The experiment.")
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config.keys()  # The file is read when it is first used.
+        flags.FLAGS.config.keys()  # the config file is read on first use
         return rest
     except OSError as error:
-        sys.exit(f"error: --config: {_no_file(error)}")
-    except flags.Error as error:  # A config file that raises brings its traceback.
+        sys.exit(f"error: --config: {_missing_file(error)}")
+    except flags.Error as error:  # the error of a config file that raises includes a traceback
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         flag = lines[0].split(": Error whilst")[0] + ": " if len(lines) > 1 else ""
         if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", lines[0]):
-            sys.exit(f"error: --config.{group[1]} is a group of options, not one {_ALL}")
+            sys.exit(
+                f"error: --config.{group[1]} is a group of options, not an option {_ALL_OPTIONS}"
+            )
         reason = lines[-1].split("Error: ")[-1]
         if (unknown := re.search(r"Unknown command line flag '([\w.-]+)'", reason)) and (
-            meant := _option_for(unknown[1])
+            option := _similar_option(unknown[1])
         ):
-            reason = f"--{unknown[1]} is not a flag; did you mean --config.{meant}?"
+            reason = f"--{unknown[1]} is not a flag; did you mean --config.{option}?"
         sys.exit(f"error: {flag}{reason}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        for argument in argv:
-            option = argument.removeprefix("--config.").partition("=")[0]
-            if argument.startswith("--config.") and (new := _current_name(option)) != option:
-                sys.exit(f"error: --config.{option} is now --config.{new} {_ALL}")
         reason = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
-        sys.exit(f"error: --config has no such option: {_misspelt(reason, argv)} {_ALL}")
+        sys.exit(f"error: {_unknown_option(reason, argv)} {_ALL_OPTIONS}")
+
+
+def _unknown_option(reason: str, argv: Sequence[str]) -> str:
+    """Return the message for an unknown option of --config: its current name, or a similar one."""
+    for argument in argv:
+        option = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and (new := _current_name(option)) != option:
+            return f"--config.{option} is now --config.{new}"
+    return f"--config has no such option: {_misspelled_option(reason, argv)}"
 
 
 def run_name(config: str) -> str:
-    """What a run is called after its config file.
+    """Return the default name of a run, from the path of its config file.
 
     Example:
       >>> run_name("configs/vitl14.py:strong")
@@ -111,110 +118,113 @@ def run_name(config: str) -> str:
 
 
 def config_arguments(argv: Sequence[str]) -> list[str]:
-    """The arguments of a command line that say what the config is, for a shell.
+    """Return the arguments of a command line that set the config, quoted for a shell.
 
     Args:
-      argv: without the program's name; its flags are parsed, so that a switch is known as one.
+      argv: arguments without the program name. The flags must be parsed before, so that boolean
+        flags are recognized.
 
     Example:
       >>> config_arguments(["fig1", "--config", "my config.py", "--config.seed=3"])
       ["'--config=my config.py'", '--config.seed=3']
     """
-    typed, rest = [], iter(argv)
+    arguments, rest = [], iter(argv)
     for argument in rest:
         name, equals, _ = argument.partition("=")
         if re.fullmatch(r"--?(no)?config(\.[\w.]+)?", name):
-            whole = equals or _is_switch(name.lstrip("-"))
-            typed.append(shlex.quote(argument if whole else f"{argument}={next(rest, '')}"))
-    return typed
+            is_complete = equals or _is_boolean(name.lstrip("-"))
+            arguments.append(
+                shlex.quote(argument if is_complete else f"{argument}={next(rest, '')}")
+            )
+    return arguments
 
 
-def _is_switch(name: str) -> bool:
+def _is_boolean(name: str) -> bool:
     return name.startswith("no") or bool(name in flags.FLAGS and flags.FLAGS[name].boolean)
 
 
-def _no_file(error: OSError) -> str:
-    """A path that is none, with one that is there and looks like it."""
+def _missing_file(error: OSError) -> str:
+    """Return the message for a config file that does not exist, with a similar path if any."""
     reason = str(error).splitlines()[-1].strip()
-    found = re.search(r"No such file or directory: '(.+)'", reason)
-    if not found:
+    match = re.search(r"No such file or directory: '(.+)'", reason)
+    if not match:
         return reason
-    path = found[1]
-    there = [os.fspath(near) for near in Path(path).parent.glob("*.py") if near.stem != "__init__"]
-    close = difflib.get_close_matches(path, there, 1)
-    return f"no file {path} in {os.getcwd()}" + (f"; did you mean {close[0]}?" if close else "")
+    path = match[1]
+    files = [os.fspath(file) for file in Path(path).parent.glob("*.py") if file.stem != "__init__"]
+    similar = difflib.get_close_matches(path, files, 1)
+    return f"no file {path} in {os.getcwd()}" + (f"; did you mean {similar[0]}?" if similar else "")
 
 
-def _misspelt(reason: str, argv: list[str]) -> str:
-    """The option as it was typed, groups and all, and the one that was probably meant."""
-    found = re.match(r"'(\w+)'(?: Did you mean \"(\w+)\")?", reason)
-    if found is None:
+def _misspelled_option(reason: str, argv: Sequence[str]) -> str:
+    """Return the unknown option as it was typed, with its groups, and a similar option if any."""
+    match = re.match(r"'(\w+)'(?: Did you mean \"(\w+)\")?", reason)
+    if match is None:
         return reason
     for argument in argv:
         option = argument.removeprefix("--config.").partition("=")[0]
-        if argument.startswith("--config.") and found[1] in option.split("."):
-            meant = option.replace(found[1], found[2]) if found[2] else ""
-            meant = _option_for(option) or meant
-            return option + (f"; did you mean {meant}?" if meant else "")
+        if argument.startswith("--config.") and match[1] in option.split("."):
+            similar = option.replace(match[1], match[2]) if match[2] else ""
+            similar = _similar_option(option) or similar
+            return option + (f"; did you mean {similar}?" if similar else "")
     return reason
 
 
-def _option_for(name: str) -> str:
-    """The option of --config with this name, or with this last part, or with a synonym of it."""
+def _similar_option(name: str) -> str:
+    """Return the option of --config with this name, this last part, or a synonym of it; else ''."""
     try:
         options = flat(runpy.run_path("configs/default.py")["get_config"]().to_dict())
     except OSError:
         return ""
     group, _, last = name.replace("-", "_").rpartition(".")
     last = _SYNONYMS.get(last, last)
-    within = [option for option in options if option.startswith(f"{group}.")] or list(options)
-    same = [option for option in within if option == last or option.endswith(f".{last}")]
-    return min(same, key=lambda option: option.count("."), default="")
+    candidates = [option for option in options if option.startswith(f"{group}.")] or list(options)
+    matches = [option for option in candidates if option == last or option.endswith(f".{last}")]
+    return min(matches, key=lambda option: option.count("."), default="")
 
 
 def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values as they are now.
+    """Return the options with current names and values.
 
     Args:
-      options: {name: value} from a file that this or an earlier version wrote
+      options: {name: value} from a file of this or an earlier version
 
     Example:
       >>> current_names({"watch.policy": "stop", "merge.method": "stock"})
       {'monitor.on_non_finite': 'stop', 'merge.method': 'model_stock'}
     """
-    found = {}
+    current = {}
     for name, value in options.items():
         name = _current_name(name)
-        found[name] = _revalued(value, RENAMED_VALUES.get(name, {}))
-    return found
+        current[name] = _rename_value(value, RENAMED_VALUES.get(name, {}))
+    return current
 
 
 def first_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values as they were in the first files: the inverse of `current_names`.
+    """Return the options with the names and values of the first version: inverts `current_names`.
 
     Args:
-      options: {name: value} as they are now
+      options: {name: value} with current names and values
     """
-    found = {}
+    first = {}
     for name, value in options.items():
         old_values = {new: old for old, new in RENAMED_VALUES.get(name, {}).items()}
-        name = _renamed(name, ((new, old) for old, new in RENAMED.items()))
-        found[name] = _revalued(value, old_values)
-    return found
+        name = _rename(name, ((new, old) for old, new in RENAMED.items()))
+        first[name] = _rename_value(value, old_values)
+    return first
 
 
 def _current_name(name: str) -> str:
-    return _renamed(name, RENAMED.items())
+    return _rename(name, RENAMED.items())
 
 
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     for before, after in pairs:
         if name == before or (before.endswith(".") and name.startswith(before)):
             return after + name[len(before) :]
     return name
 
 
-def _revalued(value: Any, names: Mapping[Any, Any]) -> Any:
+def _rename_value(value: Any, names: Mapping[Any, Any]) -> Any:
     if isinstance(value, list):
-        return [_revalued(one, names) for one in value]
+        return [_rename_value(item, names) for item in value]
     return names.get(value, value)

@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""Properties of the machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: `taskset` and a batch system's share count."""
+    """Return the number of cores available to this process, under `taskset` and batch systems."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # Linux alone tells.
+    except AttributeError:  # only Linux has it
         return os.cpu_count() or 1

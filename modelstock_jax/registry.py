@@ -1,4 +1,4 @@
-"""One entry per merge method: its name, its options, its label and color."""
+"""Merge methods: names, options, labels and colors, one entry per method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PAPER = (
 
 
 class Style(NamedTuple):
-    """How a row of a results table is labeled and drawn.
+    """Label and plot style of a row of results.
 
     Attributes:
       label: row label in tables; may contain {n}, {of} and {alpha}
@@ -31,25 +31,25 @@ class MergeMethod:
     """One merge method.
 
     Attributes:
-      name: its only name: in the library, in `merge.method`, as a row of results, in the studies
-        and, with `-` for `_`, on the command line
+      name: the name in the library, in `merge.method`, in results and in studies; the command line
+        uses `-` for `_`
       style: style of its row in results
-      periodic: style of the row of a run that merges by it during training; None if no run can
-      module: module of `merging` that defines the function; empty for a method that only the
-        command line has
-      on_command_line: whether `modelstock merge --method` has it
+      periodic: style of the row of a run that merges by it during training; None if unsupported
+      module: module of `merging` that defines the function; empty if only the command line
+        supports the method
+      on_command_line: whether `modelstock merge --method` supports it
       aliases: spellings of other tools that the command line also accepts
-      rule: function of `merging.rules` that computes the coefficients from the Gram matrix and
-        `is_scalar` alone; empty if `checkpoint_merge.methods` defines it
+      rule: function of `merging.rules` that computes the coefficients from only the Gram matrix
+        and `is_scalar`; empty if `checkpoint_merge.methods` defines it
       min_models: minimum number of fine-tuned models
       max_models: maximum number on the command line; None for any number
       options: command-line options that it reads, of weights, normalize, alpha, scale, density
         and t
-      convex: whether every merged value is within the range of the inputs: nothing overflows, and
-        variances stay positive
-      mergekit: its name in mergekit's recipes; empty if mergekit lacks it
+      convex: whether every merged value is within the range of the inputs, so that nothing
+        overflows and variances stay positive
+      mergekit: name in recipes of mergekit; empty if mergekit does not support it
       mergekit_keys: parameters of such a recipe that are read
-      description: its name in the model card of a merged checkpoint
+      description: name in the model card of a merged checkpoint
     """
 
     name: str
@@ -69,12 +69,12 @@ class MergeMethod:
 
     @property
     def command(self) -> str:
-        """Its name on the command line."""
+        """Name on the command line."""
         return self.name.replace("_", "-")
 
     @property
     def periodic_row(self) -> str:
-        """The row of a run that merges by it during training."""
+        """Row of a run that merges by this method during training."""
         return f"periodic_{self.name}"
 
 
@@ -144,14 +144,14 @@ METHODS = {method.name: method for method in _ALL}
 FUNCTIONS = {method.name: method for method in _ALL if method.module}
 COMMANDS = {method.name: method for method in _ALL if method.on_command_line}
 RECIPES = {method.mergekit: method for method in _ALL if method.mergekit}
-# Every spelling that the command line accepts -> name.
+# {spelling that the command line accepts: name}
 SPELLINGS = {
     spelling.replace("-", "_"): name
     for name, method in COMMANDS.items()
     for spelling in (name, method.mergekit, *method.aliases)
     if spelling
 }
-# Names in files that earlier versions wrote -> names now.
+# {name in files of earlier versions: current name}
 RENAMED_METHODS = {
     "stock": "model_stock",
     "weighted": "weighted_model_stock",
@@ -163,19 +163,19 @@ RENAMED_ROWS = RENAMED_METHODS | {
     "periodic": "periodic_model_stock",
     "periodic_mean": "periodic_uniform_mean",
 }
-# Names that the command line had -> names now.
+# {name on the command line of earlier versions: current name}
 RENAMED_COMMANDS = {
     "stock": "model_stock",
     "weighted_stock": "weighted_model_stock",
     "uniform": "uniform_mean",
 }
-# Every row of a results table; rows that are not merges after training come first.
+# All rows of a results table, with their styles. Rows that are not merges after training are first.
 ROWS = {
     "zero_shot": Style("Zero-shot (the anchor)", "zero-shot", "black", "s"),
     "random_head": Style("Random head (the anchor)", "random head", "black", "x"),
     "probed": Style("Linear probe (the anchor)", "probed", "black", "d"),
     "single_model": Style("Single fine-tuned model", "single\nfine-tuned", "gray", "o"),
-    # A single model of a run with another objective or projection (docs/methods.md).
+    # Single models of runs with another objective or projection (docs/methods.md).
     "linear_probe": Style("Linear probe", "linear probe", "black", "d"),
     "lp_ft": Style("LP-FT", "LP-FT", "orange", "h"),
     "car_ft": Style("CAR-FT", "CAR-FT", "green", "p"),

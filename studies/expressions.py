@@ -370,10 +370,10 @@ def unclamped(
 
 def _equation_3_everywhere(gram, single) -> UnitSolution:
     seen = measure(gram)
-    number = jnp.maximum(seen.number, 1.0)
+    number = jnp.maximum(seen.num_active, 1.0)
     # 0 / 0 of two opposite task vectors: their mean is the anchor, whatever t.
     below = 1.0 + (number - 1.0) * seen.cosine
     ratio = jnp.where(below > 0, number * seen.cosine / jnp.where(below > 0, below, 1.0), 0.0)
-    ratio = jnp.where(single | (seen.number < 2), 1.0, ratio)
+    ratio = jnp.where(single | (seen.num_active < 2), 1.0, ratio)
     share = jnp.where(seen.active, (ratio / number)[None], 0.0)
     return solve_with_coefficients(gram, seen, single, share)

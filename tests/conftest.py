@@ -1,4 +1,4 @@
-"""Strict settings for every test: eight CPU devices, no silent broadcasting, warnings are errors.
+"""Strict settings for all tests: eight CPU devices, no implicit broadcasting, warnings are errors.
 
 Shared test code is imported from the repository root: `from tests.<folder>.<module> import ...`.
 Warnings become errors in pyproject.toml (`filterwarnings`).
@@ -10,7 +10,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-# All of these are read when jax (or transformers, matplotlib) is first imported.
+# These are read at the first import of jax, transformers or matplotlib.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -19,7 +19,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_ENABLE_X64"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# Tests and the processes that they start compile the same programs: once is enough.
+# Tests and the processes that they start compile the same programs; cache them.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache/xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
@@ -28,8 +28,8 @@ import pytest  # noqa: E402
 
 TESTS = Path(__file__).parent
 PARITY = TESTS / "parity"
-# Files and folders that compile, train or start processes for longer: `make test-fast` leaves
-# them out, and takes all others.
+# Files and folders that take longer, because they compile, train or start processes.
+# `make test-fast` runs all other tests.
 NOT_FAST = {
     *("training", "kill", "notebooks"),
     *(
@@ -57,6 +57,7 @@ NOT_FAST = {
             "outcomes",
             "reference",
             "trajectory",
+            "undefined",
         )
     ),
     *(
@@ -86,19 +87,19 @@ NOT_FAST = {
 
 @pytest.fixture
 def x64():
-    """Float64 within one test."""
+    """Enable float64 in one test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _eight_devices():
-    # A library that imported jax before this file would undo the settings without a word.
+    # If jax was imported before this file, the settings above have no effect.
     assert jax.device_count() == 8, "jax was imported before tests/conftest.py"
 
 
 def pytest_ignore_collect(collection_path):
-    """Without torch, tests/parity cannot be imported: `make test-parity` then finds no test."""
+    """Ignore tests/parity if torch is missing, because it cannot be imported."""
     if PARITY in (collection_path, *collection_path.parents):
         return True if importlib.util.find_spec("torch") is None else None
     return None
@@ -107,8 +108,8 @@ def pytest_ignore_collect(collection_path):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        places = {item.path, *item.path.parents}
-        if PARITY in places:
+        paths = {item.path, *item.path.parents}
+        if PARITY in paths:
             item.add_marker(pytest.mark.parity)
-        elif not item.get_closest_marker("slow") and places.isdisjoint(TESTS / n for n in NOT_FAST):
+        elif not item.get_closest_marker("slow") and paths.isdisjoint(TESTS / n for n in NOT_FAST):
             item.add_marker(pytest.mark.fast)

@@ -1,4 +1,4 @@
-"""Files outlive kills, full disks and file systems without locks. Kills are real ones."""
+"""Files are safe under kills, full disks and file systems without locks. The kills are real."""
 
 from __future__ import annotations
 
@@ -25,27 +25,24 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen:
-    """A process of its own that runs `code`; what it prints is read line by line."""
+    """Start a process that runs `code`; its output is read line by line."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def end(process: subprocess.Popen) -> int:
-    """Waits for a process; its exit status."""
+    """Wait for a process, and return its exit status."""
     process.communicate(timeout=60)
     return process.returncode
 
 
-# Files.
-
-
-def test_numpy_and_nan_become_plain(tmp_path):
+def test_numpy_values_and_nan_are_converted(tmp_path):
     value = {"b": np.float32(0.5), "a": [np.nan, np.arange(2)]}
     path = fileio.write_json(tmp_path / "a.json", value)
     assert json.loads(path.read_text()) == {"a": [None, [0, 1]], "b": 0.5}
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_preserves_the_old_file(tmp_path):
     path = fileio.write_text(tmp_path / "a.txt", "old")
 
     def fail(file):
@@ -57,15 +54,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_file_has_the_mode_of_any_other_and_the_umask_is_not_touched(tmp_path, monkeypatch):
+def test_a_file_has_the_default_mode_and_the_umask_is_not_set(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the process's umask was set"))
-    made = fileio.write_text(tmp_path / "made.txt", "")
+    path = fileio.write_text(tmp_path / "a.txt", "")
     (tmp_path / "plain").touch()
-    assert oct(made.stat().st_mode) == oct((tmp_path / "plain").stat().st_mode)
+    assert oct(path.stat().st_mode) == oct((tmp_path / "plain").stat().st_mode)
 
 
-# Dies as what it wrote is to take its name.
-DIES = """
+# Killed before the rename.
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 from modelstock_jax import fileio
@@ -76,51 +73,48 @@ sys.addaudithook(watch)
 path = Path(sys.argv[1])
 if path.suffix:
     fileio.write_json(path, {"new": 1})
-with fileio.new_directory(path) as beside:
-    (beside / "file").write_text("whole")
+with fileio.new_directory(path) as staged:
+    (staged / "file").write_text("complete")
 """
 
 
-def test_killed_before_the_rename_a_file_is_the_old_one(tmp_path):
+def test_a_kill_before_the_rename_preserves_the_old_file(tmp_path):
     path = fileio.write_text(tmp_path / "a.json", "old")
-    assert end(start(DIES, path)) == -signal.SIGKILL
+    assert end(start(KILLED, path)) == -signal.SIGKILL
     assert path.read_text() == "old"
     (left,) = (file for file in tmp_path.iterdir() if file != path)
     assert left.name.startswith(".a.") and json.loads(left.read_text()) == {"new": 1}
     assert fileio.write_text(path, "newer").read_text() == "newer"
 
 
-def test_what_a_kill_left_under_a_name_of_its_own_is_written_over(tmp_path):
-    (tmp_path / "a.tmp").write_text("much more, of a killed process")
-    with fileio.replacing(tmp_path / "a", tmp_path / "a.tmp") as beside:
-        assert beside.read_text() == ""
-        beside.write_text("new")
+def test_a_temporary_file_left_by_a_kill_is_overwritten(tmp_path):
+    (tmp_path / "a.tmp").write_text("longer text of a killed process")
+    with fileio.replacing(tmp_path / "a", tmp_path / "a.tmp") as staged:
+        assert staged.read_text() == ""
+        staged.write_text("new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
 
 
-def test_only_directories_may_be_no_file_to_flush(tmp_path, monkeypatch):
-    def bad(_):
+def test_ebadf_is_ignored_only_for_directories(tmp_path, monkeypatch):
+    def fail(_):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
-    monkeypatch.setattr(os, "fsync", bad)
+    monkeypatch.setattr(os, "fsync", fail)
     fileio.flush_path(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         fileio.flush_path(tmp_path / "file")
 
 
-# Directories.
-
-
-def test_a_directory_appears_whole_or_not(tmp_path):
+def test_a_directory_is_complete_or_absent(tmp_path):
     target = tmp_path / "deep" / "model"
-    with pytest.raises(RuntimeError), fileio.new_directory(target) as beside:
-        (beside / "half").write_text("x")
+    with pytest.raises(RuntimeError), fileio.new_directory(target) as staged:
+        (staged / "half").write_text("x")
         raise RuntimeError
     assert not target.exists() and list(target.parent.iterdir()) == []
-    with fileio.new_directory(target) as beside:
-        (beside / "file").touch(mode=0o600)  # as safetensors makes its files
-        (beside / "file").write_text("new")
+    with fileio.new_directory(target) as staged:
+        (staged / "file").touch(mode=0o600)  # as safetensors creates its files
+        (staged / "file").write_text("new")
     assert (target / "file").read_text() == "new"
     assert oct(target.stat().st_mode & 0o777) == oct(target.parent.stat().st_mode & 0o777)
     (tmp_path / "plain").touch()
@@ -130,46 +124,43 @@ def test_a_directory_appears_whole_or_not(tmp_path):
     with pytest.raises(RuntimeError), fileio.new_directory(target, overwrite=True):
         raise RuntimeError
     assert (target / "file").read_text() == "new"
-    with fileio.new_directory(target, overwrite=True) as beside:
-        (beside / "other").write_text("newer")
+    with fileio.new_directory(target, overwrite=True) as staged:
+        (staged / "other").write_text("newer")
     assert [p.name for p in target.iterdir()] == ["other"]
     assert [p.name for p in target.parent.iterdir()] == ["model"]
 
 
-def test_a_kill_leaves_nothing_strange_in_what_a_merge_goes_on_with(tmp_path, monkeypatch):
-    def kept(*args, **kwargs):  # As after a SIGKILL: nobody tidies up.
+def test_a_kill_leaves_no_extra_file_in_a_directory_that_a_merge_resumes(tmp_path, monkeypatch):
+    def not_removed(*args, **kwargs):  # as after a SIGKILL
         return contextlib.nullcontext(tempfile.mkdtemp(*args, **kwargs))
 
-    monkeypatch.setattr(fileio.tempfile, "TemporaryDirectory", kept)
-    beside = tmp_path / ".model.merge"
-    beside.mkdir()
-    (beside / "file").write_text("")
-    fileio.move_into_place(beside, tmp_path / "model")
+    monkeypatch.setattr(fileio.tempfile, "TemporaryDirectory", not_removed)
+    staged = tmp_path / ".model.merge"
+    staged.mkdir()
+    (staged / "file").write_text("")
+    fileio.move_into_place(staged, tmp_path / "model")
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["file"]
 
 
-def test_an_unwritable_place_is_named(tmp_path):
+def test_an_unwritable_path_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file.model: "):
         with fileio.new_directory(tmp_path / "file" / "model"):
             pass
 
 
-def test_killed_before_the_rename_a_directory_is_absent(tmp_path):
+def test_a_kill_before_the_rename_leaves_no_directory(tmp_path):
     path = tmp_path / "model"
-    assert end(start(DIES, path)) == -signal.SIGKILL
+    assert end(start(KILLED, path)) == -signal.SIGKILL
     assert not path.exists()
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".model.") and (left / "file").read_text() == "whole"
-    with fileio.new_directory(path) as beside:
-        (beside / "file").write_text("again")
+    assert left.name.startswith(".model.") and (left / "file").read_text() == "complete"
+    with fileio.new_directory(path) as staged:
+        (staged / "file").write_text("again")
     assert (path / "file").read_text() == "again"
 
 
-# Locks.
-
-
-HOLDS = """
+LOCKS = """
 import sys, time
 from pathlib import Path
 from modelstock_jax.fileio import FileLock
@@ -179,12 +170,12 @@ time.sleep(600)
 """
 
 
-def test_a_lock_is_one_process_s_until_it_dies(tmp_path):
+def test_a_lock_belongs_to_one_process_until_it_ends(tmp_path):
     path = tmp_path / "deep" / ".lock"
-    holder = start(HOLDS, path)
+    holder = start(LOCKS, path)
     try:
         assert holder.stdout.readline() == "True\n"
-        other = FileLock(path, note="mine")
+        other = FileLock(path, note="this process")
         assert not other.held and other.holder == "a process with a longer name"
         assert path.read_text() == "a process with a longer name"
         waiting = []
@@ -199,14 +190,14 @@ def test_a_lock_is_one_process_s_until_it_dies(tmp_path):
     assert waiting[0].held and not FileLock(path).held
     waiting[0].release()
     waiting[0].release()
-    with FileLock(path, note="mine") as lock:
-        assert lock.held and path.read_text() == "mine"
+    with FileLock(path, note="this process") as lock:
+        assert lock.held and path.read_text() == "this process"
     assert FileLock(path).held
 
 
 @pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
-def test_without_locks_every_process_is_as_if_alone(tmp_path, monkeypatch, code, wait):
+def test_without_support_for_locks_every_process_has_the_lock(tmp_path, monkeypatch, code, wait):
     def unsupported(*_):
         raise OSError(getattr(errno, code), "no locks here")
 
@@ -216,7 +207,7 @@ def test_without_locks_every_process_is_as_if_alone(tmp_path, monkeypatch, code,
     assert (tmp_path / "a").read_text() == "me"
 
 
-def test_a_lock_of_another_is_no_missing_support(tmp_path, monkeypatch):
+def test_a_lock_of_another_process_is_not_missing_support(tmp_path, monkeypatch):
     def taken(*_):
         raise OSError(errno.EWOULDBLOCK, "taken")
 
@@ -225,7 +216,7 @@ def test_a_lock_of_another_is_no_missing_support(tmp_path, monkeypatch):
     assert not lock.held and not lock.unsupported and (tmp_path / "a").read_text() == ""
 
 
-def test_a_lock_of_another_whose_note_cannot_be_read(tmp_path, monkeypatch):
+def test_the_note_of_another_process_may_be_unreadable(tmp_path, monkeypatch):
     def forbidden(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -235,7 +226,7 @@ def test_a_lock_of_another_whose_note_cannot_be_read(tmp_path, monkeypatch):
         assert not lock.held and lock.holder == ""
 
 
-def test_a_note_that_cannot_be_written_frees_the_lock(tmp_path, monkeypatch):
+def test_the_lock_is_freed_if_the_note_cannot_be_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -246,10 +237,7 @@ def test_a_note_that_cannot_be_written_frees_the_lock(tmp_path, monkeypatch):
     assert FileLock(tmp_path / "a").held
 
 
-# Lines.
-
-
-TEARS = """
+KILLED_IN_A_LINE = """
 import os, signal, sys
 from modelstock_jax.fileio import append_line, open_appending
 file = open_appending(sys.argv[1])
@@ -263,9 +251,9 @@ append_line(file, '{"a": 2}')
 """
 
 
-def test_a_line_torn_by_a_kill_spoils_no_other(tmp_path):
+def test_a_line_cut_by_a_kill_damages_no_other_line(tmp_path):
     path = tmp_path / "deep" / "a.jsonl"
-    assert end(start(TEARS, path)) == -signal.SIGKILL
+    assert end(start(KILLED_IN_A_LINE, path)) == -signal.SIGKILL
     assert path.read_text() == '{"a": 1}\n{"a":'
     file = open_appending(path)
     append_line(file, '{"a": 3}')
@@ -280,14 +268,14 @@ import os, sys
 from pathlib import Path
 from modelstock_jax.fileio import FileLock, append_line
 write = os.write
-os.write = lambda file, line: write(file, line[:1])  # So that lines could mix.
+os.write = lambda file, line: write(file, line[:1])  # one byte at a time, so that lines could mix
 for number in range(50):
     with FileLock(Path(sys.argv[1]), wait=True) as lock:
         append_line(lock.file, '{"who": "%s", "number": %d}' % (sys.argv[2], number))
 """
 
 
-def test_lines_of_processes_that_lock_the_file_do_not_mix(tmp_path):
+def test_lines_of_two_processes_that_lock_the_file_do_not_mix(tmp_path):
     path = tmp_path / "a.jsonl"
     processes = [start(APPENDS, path, who) for who in ("one", "two")]
     assert [end(process) for process in processes] == [0, 0]
@@ -296,7 +284,7 @@ def test_lines_of_processes_that_lock_the_file_do_not_mix(tmp_path):
         assert [line["number"] for line in lines if line["who"] == who] == list(range(50))
 
 
-def test_lines_that_are_no_objects_are_left_out(tmp_path):
+def test_lines_that_are_not_objects_are_left_out(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n[1]\n' + b"[" * 200_000 + b'\n\xff\n{"a": 2}\n{"a": ')
     assert read_lines(path) == [{"a": 1}, {"a": 2}]

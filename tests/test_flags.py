@@ -1,4 +1,4 @@
-"""What is typed wrong after `python launch.py` is said in one line, at once."""
+"""A user error after `python launch.py` is one line, printed at once."""
 
 from __future__ import annotations
 
@@ -9,61 +9,106 @@ from pathlib import Path
 
 import pytest
 
+from configs.default import get_config
+from modelstock_jax import flags
+from modelstock_jax.fileio import flat
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch.py"
+OPTIONS = flat(get_config().to_dict())
 
 
-@pytest.mark.parametrize(("argument", "said"), [
+def run(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(("argument", "message"), [
     ("--config.num_replica=3", " num_replica;.* num_replicas"),
     ("--config.merge.evry=3", " merge.evry;.* merge.every"),
     ("--config.foo=3", " foo .*docs/configuration.md"),
     ("--config.optimizer=sgd", "--config.optimizer .*group"),
+    ("--config.optimizer.lr=1", r" optimizer\.lr;.* optimizer\.learning_rate\?"),
     ("--config.epochs=two", r"--config.epochs=two: .*int\(\)"),
     ("--config=configs/vitl41.py", " configs/vitl41.py in "),
     ("--config=configs/vitl41.py", "configs/vitl41.py .*configs/vitl14.py"),
     ("--config=/nowhere.py", "--config: .* /nowhere.py "),
     ("--config=configs/vitl14.py:strnog", ":strnog.*:plain, :strong"),
     ("--confg=configs/vitl14.py", "confg.*: config"),
+    ("--epochs=3", r"--epochs .*--config\.epochs\?"),
+    ("--batch-size=3", r"--batch-size .*--config\.batch_size\?"),
     ("--checkpoint=runs/b32/model", "--mode=eval --checkpoint=runs/b32/model"),
+    ("--config.log_every=3", r"--config\.log_every .*--config\.log_every_steps "),
+    ("--config.watch.policy=stop", r"--config\.watch\.policy .*--config\.monitor\.on_non_finite "),
 ])  # fmt: skip
-def test_a_mistake_is_one_line(argument, said):
-    ran = subprocess.run(
-        [sys.executable, LAUNCH, "--workdir=/dev/null/nowhere", argument],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
-    assert ran.stderr.startswith("error: ") and "Errno" not in ran.stderr
-    assert re.search(said, ran.stderr)
+def test_an_error_is_one_line(argument, message):
+    completed = run(LAUNCH, "--workdir=/dev/null/nowhere", argument)
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr.count("\n") == 1
+    assert completed.stderr.startswith("error: ") and "Errno" not in completed.stderr
+    assert re.search(message, completed.stderr)
 
 
-def test_help_tells_of_the_config():
-    ran = subprocess.run(
-        [sys.executable, LAUNCH, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert "--config.epochs=4" in ran.stdout and "docs/configuration.md" in ran.stdout
+def renamed_options():
+    """(old name, current name) of every option that `flags.RENAMED` renames."""
+    pairs = []
+    for old, new in flags.RENAMED.items():
+        if old.endswith("."):
+            names = [name.removeprefix(new) for name in OPTIONS if name.startswith(new)]
+            assert names, old
+            pairs += [(old + name, new + name) for name in names]
+        else:
+            pairs.append((old, new))
+    # An exact name comes before a prefix such as "watch.": the first match counts.
+    return {new: (old, new) for old, new in reversed(pairs)}.values()
 
 
-def test_a_run_is_written_by_its_configs_name(tmp_path):
-    """Else the second experiment would lie in the workdir of the first."""
+@pytest.mark.parametrize(("old", "new"), renamed_options())
+def test_an_old_name_is_answered_with_the_current_one(old, new):
+    assert new in OPTIONS and old not in OPTIONS
+    argv = ["launch.py", "--config.epochs=1", f"--config.{old}=x"]
+    # What ml_collections raises for an option that does not exist.
+    reason = repr(old.rpartition(".")[2])
+    assert flags._unknown_option(reason, argv) == f"--config.{old} is now --config.{new}"
+
+
+def test_every_entry_of_the_table_is_tested():
+    tested = {old for old, _ in renamed_options()}
+    for old in flags.RENAMED:
+        assert old in tested or any(name.startswith(old) for name in tested), old
+
+
+def test_names_in_files_are_renamed_and_back():
+    old = {"watch.policy": "stop", "merge.method": "stock", "data.loading.prefetch": 2, "seed": 0}
+    new = {
+        "monitor.on_non_finite": "stop",
+        "merge.method": "model_stock",
+        "data.loader.prefetch": 2,
+        "seed": 0,
+    }
+    assert flags.current_names(old) == flags.current_names(new) == new
+    assert flags.first_names(new) == old
+
+
+def test_help_mentions_the_config():
+    completed = run(LAUNCH, "--help")
+    assert "--config.epochs=4" in completed.stdout
+    assert "docs/configuration.md" in completed.stdout
+
+
+def test_the_default_workdir_has_the_name_of_the_config(tmp_path):
+    """Otherwise a second experiment would use the workdir of the first."""
     (tmp_path / "own.py").write_text("from configs.glyphs import get_config\n")
     (tmp_path / "runs").touch()
-    ran = subprocess.run(
-        [sys.executable, LAUNCH, "--config=own.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 1 and "--workdir=runs/own: " in ran.stderr
+    completed = run(LAUNCH, "--config=own.py", cwd=tmp_path)
+    assert completed.returncode == 1 and "--workdir=runs/own: " in completed.stderr
 
 
-def test_what_was_typed_of_the_config_can_be_typed_again():
-    say = "import sys; from modelstock_jax.flags import *; parse(sys.argv); "
-    say += "print(config_arguments(sys.argv[1:]))"
-    typed = [
+def test_config_arguments_can_be_typed_again():
+    program = "import sys; from modelstock_jax.flags import *; parse(sys.argv); "
+    program += "print(config_arguments(sys.argv[1:]))"
+    arguments = [
         "fig1",
         "--config",
         "configs/glyphs.py",
@@ -74,14 +119,12 @@ def test_what_was_typed_of_the_config_can_be_typed_again():
         "3",
         "--config.data.name=glyphs",
     ]
-    ran = subprocess.run(
-        [sys.executable, "-c", say, *typed], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    kept = [
+    completed = run("-c", program, *arguments)
+    expected = [
         "--config=configs/glyphs.py",
         "--config.compute.remat",
         "--noconfig.data.check_counts",
         "--config.seed=3",
         "--config.data.name=glyphs",
     ]
-    assert ran.stdout == f"{kept}\n", ran.stderr
+    assert completed.stdout == f"{expected}\n", completed.stderr

@@ -1,4 +1,4 @@
-"""The arrows between modules run downward; modules are short; none is called utils."""
+"""Modules import only lower layers, are short, and none is named utils."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAX_LINES = 600
 MAX_FUNCTION_LINES = 50  # without the docstring
 MAX_LAUNCH_LINES = 60
 
-# A unit (a module or a folder of the package) imports units of lower layers. Units of one layer may
-# import each other in one direction only.
+# A unit (a module or a folder of the package) may import units of lower layers. Units of the same
+# layer may import each other in one direction only.
 LAYERS = [
     {"errors", "fileio", "flags", "machine", "registry"},
     {"merging", "tensor_files"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"studies"},
 ]
 LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
-# Beside the standard library and `errors`, these units import nothing else.
+# These units import nothing but the standard library, other units, and these packages.
 THIRD_PARTIES = {
     "errors": set(),
     "machine": set(),
@@ -41,8 +41,8 @@ THIRD_PARTIES = {
     "tensor_files": {"numpy", "ml_dtypes", "safetensors", "huggingface_hub", "zlib_ng"},
     "checkpoint_merge": {"numpy", "ml_dtypes", "rich", "yaml", "matplotlib"},
 }
-# A merge of files starts at once and needs no accelerator: it knows nothing of training.
-OURS = {
+# A merge of files starts quickly and needs no accelerator: it must not import training.
+INTERNAL = {
     "checkpoint_merge": {
         *("errors", "fileio", "machine", "registry", "merging", "tensor_files", "reporting"),
         "checkpoint_merge",
@@ -51,7 +51,7 @@ OURS = {
 
 
 def imports(path: Path, root: Path) -> list[tuple[int, str]]:
-    """(line, dotted name) of every import anywhere in a file, relative ones resolved."""
+    """Return (line, dotted name) of every import in a file; relative imports are resolved."""
     package = list(path.relative_to(root).with_suffix("").parts[:-1])
     found = []
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
@@ -70,7 +70,7 @@ def unit_of(path: Path, root: Path) -> str:
 
 
 def too_long(path: Path) -> list[tuple[int, str]]:
-    """(line, what is wrong) of a long module and of each long function in it."""
+    """Return (line, problem) for a module that is too long and for each function that is."""
     text, found = path.read_text(), []
     if (length := len(text.splitlines())) > MAX_LINES:
         found.append((length, f"longer than {MAX_LINES} lines"))
@@ -83,10 +83,10 @@ def too_long(path: Path) -> list[tuple[int, str]]:
 
 
 def wrong_import(unit: str, name: str) -> str | None:
-    """What is wrong with an import of `name` in a unit; None where nothing is."""
+    """Return the problem with an import of `name` in a unit, or None."""
     top, *rest = name.split(".")
     if top == STUDIES and unit != STUDIES:
-        return f"{unit} imports {STUDIES}, which lies above it"
+        return f"{unit} imports {STUDIES}, which is in a higher layer"
     if top != PACKAGE:
         allowed = THIRD_PARTIES.get(unit, {top}) | sys.stdlib_module_names
         return None if top in allowed else f"{unit} may not import {top}"
@@ -95,24 +95,28 @@ def wrong_import(unit: str, name: str) -> str | None:
         return None
     if target not in LAYER:
         return f"import {name} from the module that defines it"
-    if target not in OURS.get(unit, LAYER):
+    if target not in INTERNAL.get(unit, LAYER):
         return f"{unit} may not import {target}"
-    return f"{unit} imports {target}, which lies above it" if LAYER[target] > LAYER[unit] else None
+    return (
+        f"{unit} imports {target}, which is in a higher layer"
+        if LAYER[target] > LAYER[unit]
+        else None
+    )
 
 
 def violations(root: Path) -> list[str]:
-    """One line `file:line: what is wrong` for every broken rule under `root`."""
+    """Return one line `file:line: problem` for every broken rule under `root`."""
     found: list[str] = []
     sideways: dict[tuple[str, str], str] = {}
     for path in [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / STUDIES).rglob("*.py"))]:
         where, unit = path.relative_to(root).as_posix(), unit_of(path, root)
         found += [f"{where}:{line}: {wrong}" for line, wrong in too_long(path)]
         if path.name == "utils.py":
-            found.append(f"{where}:1: a module is named by its noun, not utils")
+            found.append(f"{where}:1: name the module after its contents, not utils")
         if unit == "__init__":
-            continue  # The public names, resolved lazily: above everything.
+            continue  # the public names, imported on first use: above all layers
         if unit not in LAYER:
-            found.append(f"{where}:1: {unit} has no place in LAYERS")
+            found.append(f"{where}:1: {unit} is missing in LAYERS")
             continue
         for line, name in imports(path, root):
             if wrong := wrong_import(unit, name):
@@ -128,8 +132,8 @@ def violations(root: Path) -> list[str]:
     return found
 
 
-def circle(root: Path) -> list[str]:
-    """Modules of which each imports the next and the last the first; [] where there are none."""
+def import_cycle(root: Path) -> list[str]:
+    """Return the modules of an import cycle, or []."""
     paths = {
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
         for folder in (PACKAGE, STUDIES)
@@ -138,7 +142,7 @@ def circle(root: Path) -> list[str]:
     graph = {}
     for module, path in paths.items():
         names = [name for _, name in imports(path, root)]
-        # What is imported is a module, or a name in one.
+        # An imported name is a module, or a name in a module.
         found = {name if name in paths else name.rpartition(".")[0] for name in names}
         graph[module] = (found & paths.keys()) - {module}
     try:
@@ -148,13 +152,13 @@ def circle(root: Path) -> list[str]:
     return []
 
 
-def test_no_module_imports_itself_by_way_of_others(tmp_path):
-    assert circle(ROOT) == []
+def test_there_is_no_import_cycle(tmp_path):
+    assert import_cycle(ROOT) == []
     package = tmp_path / PACKAGE
     package.mkdir()
     (package / "a.py").write_text("def f():\n    from modelstock_jax.b import g\n")
     (package / "b.py").write_text("from modelstock_jax import a\n")
-    assert set(circle(tmp_path)) == {f"{PACKAGE}.a", f"{PACKAGE}.b"}
+    assert set(import_cycle(tmp_path)) == {f"{PACKAGE}.a", f"{PACKAGE}.b"}
 
 
 def test_this_tree():
@@ -170,7 +174,7 @@ def test_this_tree():
         ("data/a.py", "def f():\n" + "    x = 1\n" * 51, "data/a.py:1: f is over"),
     ],
 )
-def test_a_broken_rule_is_named(tmp_path, file, text, expected):
+def test_a_broken_rule_is_reported(tmp_path, file, text, expected):
     path = tmp_path / PACKAGE / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -178,7 +182,7 @@ def test_a_broken_rule_is_named(tmp_path, file, text, expected):
     assert found.startswith(f"{PACKAGE}/{expected}"), found
 
 
-def test_the_package_alone_does_not_import_jax():
+def test_the_package_does_not_import_jax():
     code = (
         "import sys, modelstock_jax; dir(modelstock_jax); modelstock_jax.UserError\n"
         "assert 'numpy' not in sys.modules and 'jax' not in sys.modules\n"

@@ -1,4 +1,4 @@
-"""Every method of the registry is found wherever a method is named."""
+"""Every method of the registry works in every interface that names methods."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def options_of(method):
 
 
 @every_method
-def test_the_library_has_its_function(method):
+def test_the_library_has_the_function(method):
     assert method.module or method.on_command_line, "no interface has it"
     if not method.module:
         return
@@ -56,7 +56,7 @@ def test_the_command_line_accepts_every_spelling(name):
 
 
 @pytest.mark.parametrize("old", RENAMED_COMMANDS)
-def test_an_old_name_is_an_error_that_tells_the_new_one(old, capsys):
+def test_an_old_name_is_an_error_that_names_the_new_one(old, capsys):
     new = RENAMED_COMMANDS[old]
     assert new in COMMANDS
     for spelling in (old, old.replace("_", "-"), old.capitalize()):
@@ -68,18 +68,18 @@ def test_an_old_name_is_an_error_that_tells_the_new_one(old, capsys):
 
 
 @on_the_command_line
-def test_no_spelling_means_two_methods(name):
-    def spelled(method):
+def test_no_two_methods_have_the_same_spelling(name):
+    def spellings(method):
         return {s.replace("-", "_") for s in (method.name, method.mergekit, *method.aliases) if s}
 
-    own = spelled(COMMANDS[name])
-    assert not own & RENAMED_COMMANDS.keys()
+    of_this = spellings(COMMANDS[name])
+    assert not of_this & RENAMED_COMMANDS.keys()
     for other in COMMANDS.values():
-        assert other is COMMANDS[name] or not own & spelled(other)
+        assert other is COMMANDS[name] or not of_this & spellings(other)
 
 
 @on_the_command_line
-def test_a_file_merge_solves_by_it(name):
+def test_a_file_merge_has_a_solver(name):
     method = COMMANDS[name]
     assert callable(methods.solver(Options(method=name, **options_of(method)), method.min_models))
     fields = {field.name for field in dataclasses.fields(Options)}
@@ -87,27 +87,27 @@ def test_a_file_merge_solves_by_it(name):
 
 
 @pytest.mark.parametrize("name", [name for name, method in COMMANDS.items() if method.rule])
-def test_a_file_merge_by_a_rule_is_the_librarys(name):
+def test_a_file_merge_by_a_rule_equals_the_library(name):
     w0, w = replicas({"w": (4,)}, 2)
     deltas = (w["w"] - w0["w"]).astype(np.float64)
     unit = SimpleNamespace(gram=lambda: (deltas @ deltas.T)[..., None], is_scalar=np.array([False]))
-    (share,) = methods.solver(Options(method=name), 2)(unit).solution.coefficient.T
+    (coefficients,) = methods.solver(Options(method=name), 2)(unit).solution.coefficient.T
     merged, _ = getattr(merging, name)(w0, w)
-    # Sums of float32 numbers near 1, some of which cancel: a unit in the last place of those.
-    np.testing.assert_allclose(merged["w"], w0["w"] + share @ deltas, rtol=0, atol=2.0**-23)
+    # Sums of float32 values near 1, some of which cancel: a unit in the last place of the terms.
+    np.testing.assert_allclose(merged["w"], w0["w"] + coefficients @ deltas, rtol=0, atol=2.0**-23)
 
 
 @on_the_command_line
-def test_its_model_card_says_what_it_is(name):
-    made = report._method({"options": {"method": name}, "base": {"model": "b"}})
-    assert made == COMMANDS[name].description != ""
+def test_the_model_card_names_the_method(name):
+    description = report._method({"options": {"method": name}, "base": {"model": "b"}})
+    assert description == COMMANDS[name].description != ""
 
 
 @in_recipes
-def test_a_recipe_of_mergekit_asks_for_it(method):
+def test_a_mergekit_recipe_selects_the_method(method):
     values = {"weight": 1.0, "density": 0.5, "t": 0.5}
     parameters = {key: values[key] for key in method.mergekit_keys if key in values}
-    made = recipe.parse(
+    parsed = recipe.parse(
         {
             "merge_method": method.mergekit,
             "base_model": "b",
@@ -115,11 +115,11 @@ def test_a_recipe_of_mergekit_asks_for_it(method):
             "parameters": parameters,
         }
     )
-    assert made.options["method"] == method.name
+    assert parsed.options["method"] == method.name
 
 
 @every_method
-def test_its_row_has_a_label_a_color_and_a_marker(method):
+def test_the_row_has_a_label(method):
     row = {"method": method.name, "num_replicas": 2, "alpha": 0.5, "of": "uniform_mean"}
     assert ROWS[method.name] is method.style
     assert label(row) == method.style.label.format(n=2, of="the uniform mean", alpha=0.5)
@@ -134,7 +134,7 @@ def test_a_row_can_be_drawn(row):
 
 
 @every_method
-def test_a_run_merges_by_it_where_it_has_a_periodic_row(method):
+def test_methods_with_a_periodic_row_are_accepted_as_merge_method(method):
     config = get_config().merge
     with config.unlocked():
         config.update({"method": method.name, "carry_noise": "off"})
@@ -152,5 +152,5 @@ def test_no_two_methods_share_a_name():
     for field in ("name", "mergekit"):
         names = [name for method in METHODS.values() if (name := getattr(method, field))]
         assert len(set(names)) == len(names), field
-    drawn = [(method.style.color, method.style.marker) for method in METHODS.values()]
-    assert len(set(drawn)) == len(drawn)
+    styles = [(method.style.color, method.style.marker) for method in METHODS.values()]
+    assert len(set(styles)) == len(styles)

@@ -16,5 +16,5 @@ def test_warnings_are_errors():
         warnings.warn("made up", UserWarning, stacklevel=1)
 
 
-def test_float32_unless_asked():
+def test_float32_is_the_default():
     assert jnp.ones(1).dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""The wheel, built from what git knows and installed in an environment of its own."""
+"""The wheel, built from the files in git and installed in a separate environment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What only an installed copy can show: its data files are found, and nothing of the repository is.
-USE = """
+# Only an installed copy can test this: its data files are found, the repository is not.
+PROGRAM = """
 import importlib.util, pathlib, sys
 import jax.numpy as jnp
 import modelstock_jax
@@ -31,7 +31,7 @@ print(round(float(merged["w"][0]), 3), checkpoint.config.vision.image_size, len(
 
 
 def tracked(folder: str) -> list[str]:
-    """Files of the repository below a folder, those that are new and not ignored among them."""
+    """Return the files of the repository in a folder, including new files that are not ignored."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder]
     found = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True)
     return [name for name in found.stdout.splitlines() if (ROOT / name).is_file()]
@@ -39,7 +39,7 @@ def tracked(folder: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """(the wheel, an environment that holds it; its other packages are this environment's)."""
+    """Return the wheel and an environment with it; the other packages are those of the tests."""
     folder = tmp_path_factory.mktemp("wheel")
     source, clean = folder / "source", folder / "clean"
     for name in tracked("."):
@@ -51,34 +51,34 @@ def installed(tmp_path_factory):
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", wheel], check=True)
     (packages,) = clean.glob("lib/python*/site-packages")
-    # A .pth file's own lines are followed, those of the folder that it names are not: what was
-    # installed there for editing stays out.
+    # Python reads this .pth file, but no .pth files in the folder that it names: editable installs
+    # there are therefore not visible.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return wheel, clean
 
 
 def run(clean: Path, folder: Path, program: str, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
-    done = subprocess.run(
+    completed = subprocess.run(
         [clean / "bin" / program, *arguments], cwd=folder, env=environment,
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_the_package_and_nothing_else(installed):
+def test_the_wheel_contains_only_the_package(installed):
     wheel, _ = installed
-    inside = zipfile.ZipFile(wheel).namelist()
-    assert sorted(n for n in inside if ".dist-info/" not in n) == sorted(tracked("modelstock_jax"))
+    files = zipfile.ZipFile(wheel).namelist()
+    assert sorted(n for n in files if ".dist-info/" not in n) == sorted(tracked("modelstock_jax"))
 
 
 @pytest.mark.slow
-def test_an_installed_copy_works_away_from_the_repository(installed, tmp_path):
+def test_an_installed_copy_works_outside_the_repository(installed, tmp_path):
     _, clean = installed
     assert "merge" in run(clean, tmp_path, "modelstock", "--help")
-    assert run(clean, tmp_path, "python", "-c", USE).split() == ["0.5", "24", "1000"]
+    assert run(clean, tmp_path, "python", "-c", PROGRAM).split() == ["0.5", "24", "1000"]
     assert "--out" in run(clean, tmp_path, "python", "-m", "modelstock_jax", "merge", "--help")
 
 

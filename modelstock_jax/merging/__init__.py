@@ -1,14 +1,28 @@
-"""Merging of fine-tuned weights: the paper's section 3.
+"""Merging of fine-tuned weights: section 3 of the paper.
 
-Names are resolved when first used: units and the ratio algebra need no JAX, and a command line
-must not wait for its import.
+| module | contents |
+|---|---|
+| `geometry` | cosine, ratio (equations 2 and 3), predicted distances, shells, from a Gram matrix |
+| `rules` | merge rules: from a Gram matrix to coefficients |
+| `units` | merge units: which elements share an angle |
+| `gram` | operations on single tensors; checks of the trees |
+| `engine` | the engine of every merge, and its statistics |
+| `stock` | `model_stock` and its extensions |
+| `baselines` | other merge methods: mean, WiSE-FT, task arithmetic, TIES, SLERP |
+| `averaging` | averages along one run: EMA, SWA, SWAD, TWA |
+| `soups` | greedy soup |
+| `analysis` | angles, norms, distances, planes and shells of models |
+| `anchor_rounding` | correction for an anchor in a coarser dtype |
+
+Names are imported on first use, because the command line needs `units` and `geometry` but must not
+wait for the import of JAX.
 """
 
 import importlib
 
 from modelstock_jax.registry import FUNCTIONS
 
-_HOMES = {
+_EXPORTS = {
     "analysis": (
         "cosines",
         "distance",
@@ -53,19 +67,19 @@ _HOMES = {
     "gram": ("stack_replicas",),
     "rules": ("NonFiniteError", "UnitOutcome"),
     "soups": ("GreedySoup", "Trial", "greedy_soup"),
-    # Not model_stock.py: a submodule would take the function's name in this package.
+    # The module is not named model_stock.py: it would hide the function of this name.
     "stock": ("init_noise",),
     "units": ("UNITS", "assign", "output_axis"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-_HOME |= {name: method.module for name, method in FUNCTIONS.items()}
-__all__ = sorted(_HOME)
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+_MODULE_OF |= {name: method.module for name, method in FUNCTIONS.items()}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name):
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__():

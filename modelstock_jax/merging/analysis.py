@@ -1,6 +1,7 @@
-"""Measures of any models, and points around them, for the analyzes of the paper's section 2.
+"""Measures of models and points around them, for the analyses of the paper's section 2.
 
-Angles, norms, distances and shells; the plane through three models, and noise around one.
+Angles, norms, distances and shells; the plane through three models (Figure 3); noise around a model
+(Figure 4).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from modelstock_jax.merging.gram import PyTree, in_float64, is_float, pair_leave
 
 
 def distance(a: PyTree, b: PyTree):
-    """Distance |a - b| of two models over all floating tensors, a scalar array.
+    """Return the L2 distance |a - b| of two models over all floating tensors, a scalar array.
 
     Example:
       >>> float(distance({"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 4.0])}))
@@ -29,14 +30,14 @@ def distance(a: PyTree, b: PyTree):
 
 
 def distances(center: PyTree, models: PyTree):
-    """Distance |w_i - center| of each of M models, over all floating tensors (Table 1).
+    """Return the L2 distance |w_i - center| of M models, over all floating tensors (Table 1).
 
     Args:
-      center: a tree of arrays; the anchor, or the pseudo-center `mean_model(models)`.
-      models: the same tree with a leading axis M.
+      center: a tree of arrays; the anchor, or the pseudo-center `mean_model(models)`
+      models: the same tree with a leading axis M
 
     Returns:
-      [M].
+      [M]
 
     Example:
       >>> distances({"w": jnp.zeros(2)}, {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])}).tolist()
@@ -53,7 +54,7 @@ def distances(center: PyTree, models: PyTree):
 
 @jax.jit
 def _squares(center, models):
-    """Squared distance of each model, [...] and [M, ...] -> [M]."""
+    """Return the squared distance of each model, [...] and [M, ...] -> [M]."""
 
     def squares(center, models):
         return jnp.stack([jnp.sum(jnp.square(model - center)) for model in models])
@@ -62,9 +63,13 @@ def _squares(center, models):
 
 
 def mean_model(models: PyTree):
-    """Mean over the leading axis of every floating tensor; the first model's where not floating.
+    """Return the mean over the leading axis of every floating tensor: the pseudo-center.
 
-    The pseudo-center of section 2.2. Accumulated in float32, rounded to the tensors' dtype.
+    See section 2.2 of the paper. The sum is in float32 (float64 for float64 weights), and the mean
+    is rounded to the tensor's dtype. Tensors that are not floating are copied from the first model.
+
+    Args:
+      models: a tree of arrays [M, ...]
 
     Example:
       >>> mean_model({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]])})["w"].tolist()
@@ -82,31 +87,38 @@ def mean_model(models: PyTree):
     return jax.tree.map(mean, models)
 
 
-def norms(pretrained: PyTree, models: PyTree, unit: str = "tensor", **how: Any):
-    """Norms |d_i| of the task vectors of M models (Figure 2): a tree of [M, *unit shape].
+def norms(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_options: Any):
+    """Return the norms |d_i| of the task vectors of M models (Figure 2).
 
-    `how` is `num_heads` and `filter_axis`, as `model_stock`.
+    Args:
+      pretrained: w0, a tree of arrays
+      models: the same tree with a leading axis M
+      unit: merge unit
+      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
+
+    Returns:
+      a tree of [M, *unit shape]
 
     Example:
       >>> norms({"w": jnp.zeros(2)}, {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])})["w"].tolist()
       [5.0, 1.0]
     """
-    grams = unit_grams(pretrained, models, unit=unit, **how)
+    grams = unit_grams(pretrained, models, unit=unit, **unit_options)
     return jax.tree.map(lambda g: geometry.positive_sqrt(geometry.squared_norms(g)), grams)
 
 
-def cosines(pretrained: PyTree, models: PyTree, unit: str = "tensor", **how: Any):
-    """Cosines between the task vectors of all pairs of M models (Figure 2).
+def cosines(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_options: Any):
+    """Return the cosines between the task vectors of all pairs of M models (Figure 2).
 
     Args:
-      pretrained: w0, a tree of arrays.
-      models: the same tree with a leading axis M.
-      unit: merge unit.
-      **how: `num_heads` and `filter_axis`, as `model_stock`.
+      pretrained: w0, a tree of arrays
+      models: the same tree with a leading axis M
+      unit: merge unit
+      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
 
     Returns:
-      A tree of [M, M, *unit shape]; `COSINE_UNDEFINED` for a model that did not move.
-      `geometry.angle` turns cosines into degrees.
+      A tree of [M, M, *unit shape]; `COSINE_UNDEFINED` for a model that did not change.
+      `geometry.angle` converts cosines to degrees.
 
     Example:
       >>> pairs = cosines({"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [1.0, 1.0]])})
@@ -116,55 +128,65 @@ def cosines(pretrained: PyTree, models: PyTree, unit: str = "tensor", **how: Any
 
     def cosine(gram):
         active = geometry.is_moved(gram)
-        size = jnp.sqrt(jnp.where(active, geometry.squared_norms(gram), 1.0))
-        pairs = jnp.clip(gram / size[:, None] / size[None], -1.0, 1.0)
+        norm = jnp.sqrt(jnp.where(active, geometry.squared_norms(gram), 1.0))
+        pairs = jnp.clip(gram / norm[:, None] / norm[None], -1.0, 1.0)
         return jnp.where(active[:, None] & active[None], pairs, geometry.COSINE_UNDEFINED)
 
-    return jax.tree.map(cosine, unit_grams(pretrained, models, unit=unit, **how))
+    return jax.tree.map(cosine, unit_grams(pretrained, models, unit=unit, **unit_options))
 
 
-def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **how: Any):
-    """Radii and angles of M >= 4 models about their center (section 2.1): see `geometry.shell`.
+def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **unit_options: Any):
+    """Return radii and angles of M >= 4 models about their center (section 2.1).
+
+    See `geometry.shell` for the estimates.
 
     Args:
-      pretrained: w0, a tree of arrays.
-      models: the same tree with a leading axis M.
-      unit: merge unit; None for the whole model.
-      **how: `num_heads` and `filter_axis`, as `model_stock`.
+      pretrained: w0, a tree of arrays
+      models: the same tree with a leading axis M
+      unit: merge unit; None for the complete model
+      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
 
     Returns:
-      A `Shell` of the whole model, or a tree of them.
+      a `Shell` of the complete model, or a tree with one `Shell` per tensor
 
     Example:
       >>> noise = {"w": jnp.eye(4, 5) + 2 * jnp.eye(5)[4:]}
       >>> [round(float(r), 3) for r in thin_shell({"w": jnp.zeros(5)}, noise).radius]
       [1.0, 1.0, 1.0, 1.0]
     """
-    measure = jax.jit(geometry.shell)
+    shell = jax.jit(geometry.shell)
     if unit is None:
-        return measure(sum(jax.tree.leaves(unit_grams(pretrained, models))))
-    return jax.tree.map(measure, unit_grams(pretrained, models, unit=unit, **how))
-
-
-# Points around models in weight space: the plane through three (Figure 3), noise (Figure 4).
+        return shell(sum(jax.tree.leaves(unit_grams(pretrained, models))))
+    return jax.tree.map(shell, unit_grams(pretrained, models, unit=unit, **unit_options))
 
 
 class Plane(NamedTuple):
-    """The plane through three models, with orthonormal axes; made by `plane_through`."""
+    """A plane through three models; see `plane_through`.
+
+    Attributes:
+      origin: the model at (0, 0)
+      through: the other two models, [2, ...] per leaf
+      axes: [2, 2], e_k = sum_j axes[k, j] (through_j - origin)
+    """
 
     origin: PyTree
-    through: Any  # the other two, [2, ...] a leaf
-    axes: jax.Array  # [2, 2], e_k = sum_j axes[k, j] (through_j - origin)
+    through: Any
+    axes: jax.Array
 
 
 def plane_through(origin: PyTree, first: PyTree, second: PyTree) -> Plane:
-    """The plane of three models: origin at (0, 0), `first` on the positive x axis, `second` above.
+    """Return the plane through three models.
 
-    Figure 3 has w0, one fine-tuned model and the mean of 50. Distances in the plane are those of
-    weight space, over all floating tensors.
+    The paper's Figure 3 shows w0, one fine-tuned model and the mean of 50. Distances in the plane
+    equal distances in weight space, over all floating tensors.
+
+    Args:
+      origin: the model at (0, 0)
+      first: the model on the positive x axis
+      second: the model with positive y
 
     Raises:
-      UserError: three models on one line, or trees that differ.
+      UserError: three collinear models, or trees that differ
 
     Example:
       >>> o, a, b = ({"w": jnp.array(w)} for w in ([1.0, 1.0], [3.0, 1.0], [2.0, 5.0]))
@@ -177,24 +199,24 @@ def plane_through(origin: PyTree, first: PyTree, second: PyTree) -> Plane:
     through = stack_replicas([first, second])
     axes = in_float64(_axes)(_total_gram(origin, through))
     if on_this_host(axes) and not bool((jnp.diag(axes) > 0).all()):
-        raise UserError("the three models lie on one line, or two are the same: they span no plane")
+        raise UserError("the three models are collinear or two are equal; a plane needs others")
     return Plane(origin, through, axes)
 
 
 def plane_coordinates(plane: Plane, models: PyTree) -> jax.Array:
-    """Coordinates [M, 2] of M models ([M, ...] a leaf), projected onto the plane."""
-    both = jax.tree.map(
+    """Return the coordinates [M, 2] of M models ([M, ...] per leaf), projected onto the plane."""
+    joined = jax.tree.map(
         lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)]), plane.through, models
     )
-    products = _total_gram(plane.origin, both)[:2, 2:]
+    products = _total_gram(plane.origin, joined)[:2, 2:]
     return jnp.sum(plane.axes[:, :, None] * products[None], axis=1).T
 
 
 def plane_point(plane: Plane, x: Any, y: Any) -> Any:
-    """The model at (x, y); under jit and vmap too, for a grid."""
-    shares = jnp.stack([jnp.asarray(v, plane.axes.dtype) for v in (x, y)])
-    shares = jnp.sum(shares[:, None] * plane.axes, axis=0)
-    return merge(rules.fixed_coefficients, plane.origin, plane.through, shared=(shares,))[0]
+    """Return the model at (x, y). For a grid, use it under jit and vmap."""
+    point = jnp.stack([jnp.asarray(v, plane.axes.dtype) for v in (x, y)])
+    coefficients = jnp.sum(point[:, None] * plane.axes, axis=0)
+    return merge(rules.fixed_coefficients, plane.origin, plane.through, shared=(coefficients,))[0]
 
 
 def random_point(
@@ -206,22 +228,23 @@ def random_point(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
 ) -> Any:
-    """A random model at given distances from a center, unit by unit (Observation 4, Figure 4).
+    """Return a random model at given distances from a center (Observation 4, Figure 4).
 
-    The center plus Gaussian noise, brought in every merge unit to the distance asked for. The
-    paper gives its noise the standard deviation of fine-tuned weights about the center; that is
-    their mean distance, `jax.tree.map(lambda d: d.mean(0), norms(center, models, unit))`.
+    The model is the center plus Gaussian noise, scaled in every merge unit to the given distance.
+    The paper's noise has the standard deviation of fine-tuned weights about the center. This
+    corresponds to their mean distance,
+    `jax.tree.map(lambda d: d.mean(0), norms(center, models, unit))`.
 
     Args:
-      key: of `jax.random`.
-      center: a tree of arrays.
-      distances: the same tree with arrays of the units' shapes.
-      unit: as `model_stock`.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
+      key: a `jax.random` key
+      center: a tree of arrays
+      distances: the same tree with arrays of the shapes of the units
+      unit: as in `model_stock`
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
 
     Returns:
-      A tree in the dtypes of the center; what is not floating is the center's.
+      A tree in the dtypes of the center. Arrays that are not floating are copied from the center.
 
     Example:
       >>> point = random_point(jax.random.key(0), {"w": jnp.ones(5)}, {"w": jnp.array(2.0)})
@@ -247,20 +270,20 @@ def random_point(
 
 
 def _total_gram(origin: PyTree, models: PyTree) -> jax.Array:
-    """Products of the movements from the origin over all tensors, [M, M]."""
+    """Return the Gram matrix of the task vectors from the origin over all tensors, [M, M]."""
     return functools.reduce(jnp.add, jax.tree.leaves(unit_grams(origin, models)))
 
 
 def _axes(gram):
-    """Gram-Schmidt of two vectors, as coefficients; a row of zeros for one that is missing."""
+    """Return Gram-Schmidt coefficients of two vectors; zeros if they are dependent."""
     length = jnp.sqrt(gram[0, 0])
     height_square = gram[1, 1] - gram[0, 1] ** 2 / jnp.where(length > 0, gram[0, 0], 1.0)
-    # Below the rounding of float32 products there is no direction left.
-    clear = (height_square > 1e-6 * gram[1, 1]) & (length > 0)
-    height = jnp.sqrt(jnp.where(clear, height_square, 1.0))
-    one = 1.0 / jnp.where(length > 0, length, 1.0)
-    along = gram[0, 1] * one**2
+    # Below the rounding error of float32 products, no second direction remains.
+    independent = (height_square > 1e-6 * gram[1, 1]) & (length > 0)
+    height = jnp.sqrt(jnp.where(independent, height_square, 1.0))
+    inverse = 1.0 / jnp.where(length > 0, length, 1.0)
+    slope = gram[0, 1] * inverse**2
     axes = jnp.stack(
-        [jnp.stack([one, jnp.zeros_like(one)]), jnp.stack([-along / height, 1.0 / height])]
+        [jnp.stack([inverse, jnp.zeros_like(inverse)]), jnp.stack([-slope / height, 1.0 / height])]
     )
-    return jnp.where(clear, axes, 0.0)
+    return jnp.where(independent, axes, 0.0)

@@ -1,7 +1,10 @@
-"""Merges that measure no ratio, with Model Stock's signature and statistics.
+"""Merge methods that do not measure a ratio, with the signature and statistics of `model_stock`.
 
-At one given ratio (mean, WiSE-FT), of models of different tasks (task arithmetic, TIES), and along
-arcs (slerp).
+| methods | merged weights |
+|---|---|
+| `uniform_mean`, `wise_ft`, `constant_ratio` | the mean of the replicas, at one ratio |
+| `task_arithmetic`, `ties` | models of different tasks |
+| `slerp` | interpolation along arcs |
 """
 
 from __future__ import annotations
@@ -30,8 +33,6 @@ from modelstock_jax.merging.gram import (
 )
 from modelstock_jax.merging.stock import model_stock
 
-# Merges at one given ratio.
-
 
 def uniform_mean(
     pretrained: PyTree,
@@ -42,28 +43,28 @@ def uniform_mean(
     filter_axis: int = -1,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
-    """Mean of the replicas, w = mean_i(w_i): the uniform soup, w_avr of Tables 1 and 7.
+    """Merge by the mean of the replicas, w = mean_i(w_i): the uniform soup (Tables 1 and 7: w_avr).
 
-    Of replicas that differ in hyper-parameters, data order and starting checkpoint it is WARM
+    For replicas that differ in hyperparameters, data order and starting checkpoint, this is WARM
     (Rame et al. 2024, arXiv 2401.12187).
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`; N = 1 will do.
-      unit: of the statistics; the mean does not depend on it.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed
+      unit: merge unit of the statistics; the mean does not depend on it
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with ratio 1.
+      the merged tree, and `Stats` with ratio 1
 
     Example:
       >>> merged, _ = uniform_mean({"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [3.0, 4.0]])})
       >>> merged["w"].tolist()
       [2.0, 2.0]
     """
-    return _given(pretrained, finetuned, 1.0, unit, num_heads, filter_axis, dtype)
+    return _merge_at_ratio(pretrained, finetuned, 1.0, unit, num_heads, filter_axis, dtype)
 
 
 def wise_ft(
@@ -76,31 +77,33 @@ def wise_ft(
     filter_axis: int = -1,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
-    """WiSE-FT: w = (1 - alpha) w0 + alpha mean_i(w_i), one alpha for all (Figure 1's curves).
+    """Merge by WiSE-FT: w = (1 - alpha) w0 + alpha mean_i(w_i), one alpha for all units (Figure 1).
 
-    Wortsman et al. 2022 (arXiv 2109.01903), section 3; WARP's interpolation toward initialization.
+    Wortsman et al. 2022 (arXiv 2109.01903), section 3. WARP's interpolation toward the
+    initialization is the same.
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`; N = 1 is the method as published, more is its curve of the mean.
-      alpha: in [0, 1], a number or a traced array of shape [].
-      unit: of the statistics; the merge does not depend on it.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed: the method as published. N > 1
+        interpolates toward the mean of the replicas.
+      alpha: in [0, 1], a scalar or a traced array of shape []
+      unit: merge unit of the statistics; the merge does not depend on it
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with ratio alpha.
+      the merged tree, and `Stats` with ratio alpha
 
     Raises:
-      UserError: alpha outside [0, 1], or as `model_stock`.
+      UserError: alpha outside [0, 1], or an error of `model_stock`
 
     Example:
       >>> merged, _ = wise_ft({"w": jnp.zeros(2)}, {"w": jnp.array([[4.0, 8.0]])}, 0.25)
       >>> merged["w"].tolist()
       [1.0, 2.0]
     """
-    return _given(pretrained, finetuned, alpha, unit, num_heads, filter_axis, dtype)
+    return _merge_at_ratio(pretrained, finetuned, alpha, unit, num_heads, filter_axis, dtype)
 
 
 def constant_ratio(
@@ -113,27 +116,27 @@ def constant_ratio(
     filter_axis: int = -1,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
-    """The mean of the replicas, shrunk toward the anchor by one constant: w0 + t mean_i(d_i).
+    """Merge by the mean with one global ratio: w = w0 + t mean_i(d_i).
 
-    The control for what unit-wise ratios are worth: by default the constant at which the result
-    lies as far from the anchor as Model Stock's,
+    This is the control for the benefit of a ratio per unit. By default, t is chosen such that the
+    result is as far from the anchor as that of Model Stock:
 
-        t = |model_stock - w0| / |mean_i(w_i) - w0|,    1 at most
+        t = min(1, |model_stock - w0| / |mean_i(w_i) - w0|)
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`.
-      ratio: t in [0, 1]; None for Model Stock's distance.
-      unit: of Model Stock's merge, and of the statistics.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`
+      ratio: t in [0, 1]; None to match the distance of Model Stock
+      unit: merge unit of Model Stock, and of the statistics
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with that ratio in every unit.
+      the merged tree, and `Stats` with this ratio in every unit
 
     Raises:
-      UserError: as `model_stock`.
+      UserError: as in `model_stock`
 
     Example:
       >>> w0, w = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}
@@ -142,20 +145,21 @@ def constant_ratio(
     """
     how: dict[str, Any] = {"num_heads": num_heads, "filter_axis": filter_axis}
     if ratio is None:
-        # Measured before either is rounded to narrower weights.
+        # Measure both distances before the results are rounded to a narrower dtype.
         how["dtype"] = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))
         stock, _ = model_stock(pretrained, finetuned, unit, **how)
         mean, _ = uniform_mean(pretrained, finetuned, unit, **how)
-        far = distance(pretrained, mean)
-        ratio = jnp.where(far > 0, distance(pretrained, stock) / jnp.where(far > 0, far, 1.0), 0.0)
+        length = distance(pretrained, mean)
+        safe_length = jnp.where(length > 0, length, 1.0)
+        ratio = jnp.where(length > 0, distance(pretrained, stock) / safe_length, 0.0)
         ratio = jnp.clip(ratio, 0.0, 1.0)
-    return _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype)
+    return _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype)
 
 
-def _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
+def _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
     ratio = jnp.asarray(ratio, jnp.result_type(float))
     if not isinstance(ratio, jax.core.Tracer) and not 0.0 <= float(ratio) <= 1.0:
-        raise UserError(f"the ratio (alpha) must lie in [0, 1], not {float(ratio):g}")
+        raise UserError(f"the ratio (alpha) must be in [0, 1], not {float(ratio):g}")
     merged, stats, _ = merge(
         rules.fixed_ratio,
         pretrained,
@@ -168,9 +172,6 @@ def _given(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
         min_replicas=1,
     )
     return merged, stats
-
-
-# Merges of models of different tasks: task arithmetic and TIES.
 
 
 def task_arithmetic(
@@ -187,24 +188,25 @@ def task_arithmetic(
 
         w = w0 + scale * sum_i d_i          learning by addition (section 4)
         w = w0 - scale * d                  forgetting by negation (section 3): a negative scale
-        w = w0 + d_C + (d_B - d_A)          analogies (section 5): one scale a task vector
+        w = w0 + d_C + (d_B - d_A)          analogies (section 5): one scale per task vector
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`; N = 1 will do.
-      scale: one number for all task vectors, or one for each, [N]; it may be traced. The paper
-        chooses one number on held-out data; 0.3 to 0.5 did well in its section 4.
-      unit: of the statistics; the merge does not depend on it.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed
+      scale: one scale for all task vectors, or one per task vector, [N]; may be traced. That paper
+        chooses one scale on held-out data; 0.3 to 0.5 performed well in its section 4.
+      unit: merge unit of the statistics; the merge does not depend on it
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` with ratio sum_i scale_i. The predicted distances are those of
-      replicas that differ in noise alone: of models of different tasks they say nothing.
+      The merged tree, and `Stats` with ratio sum_i scale_i. The predicted distances hold only for
+      replicas that differ in noise alone, not for models of different tasks.
 
     Raises:
-      UserError: a scale that is not finite or of another length than N, or as `model_stock`.
+      UserError: a scale that is not finite, a number of scales other than 1 or N, or an error of
+        `model_stock`.
 
     Example:
       >>> w0, w = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [3.0, 4.0]])}
@@ -213,17 +215,18 @@ def task_arithmetic(
       >>> task_arithmetic(w0, w, (1.0, -1.0))[0]["w"].tolist()
       [-2.0, -4.0]
     """
-    number = _number(finetuned)
-    scale = _scale(scale)
-    if scale.shape not in ((), (number,)):
+    num_replicas = _num_replicas(finetuned)
+    scale = _finite_scale(scale)
+    if scale.shape not in ((), (num_replicas,)):
         raise UserError(
-            f"scale is one number or one a replica, shape ({number},); not {scale.shape}"
+            "scale must be one scalar, or one per replica, shape "
+            f"({num_replicas},); not {scale.shape}"
         )
     merged, stats, _ = merge(
         rules.fixed_coefficients,
         pretrained,
         finetuned,
-        shared=(jnp.broadcast_to(scale, number),),
+        shared=(jnp.broadcast_to(scale, num_replicas),),
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
@@ -244,33 +247,35 @@ def ties(
     filter_axis: int = -1,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
-    """TIES-Merging (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): trim, elect, disjoint mean.
+    """Merge by TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): trim, elect, disjoint mean.
 
-        trim     of each d_i the numbers of largest magnitude stay, the rest becomes 0
-        elect    gamma = sgn(sum_i d_i), number by number
-        merge    w = w0 + scale * mean of those d_i whose sign is gamma
+        trim     keep the elements of largest magnitude of each d_i, set the others to 0
+        elect    gamma = sgn(sum_i d_i), elementwise
+        merge    w = w0 + scale * mean of the d_i whose sign is gamma
 
-    What the paper leaves open: of numbers as large as the last that is kept, all are kept; at
-    least one is; where opposite numbers cancel to exactly 0, the positive sign is elected.
+    That paper leaves three cases open. All elements that tie with the smallest kept element are
+    kept. At least one element is kept. If opposite elements cancel to exactly 0, the positive sign
+    is elected.
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`; N = 1 will do.
-      density: share of numbers that is kept, in (0, 1], one for all or one a replica. Static
-        under jit.
-      scale: lambda; it may be traced. The defaults of both are the paper's, for no held-out data.
-      unit: which numbers are ranked together when trimming: `global` is the paper's, `tensor`
-        what `modelstock merge` and mergekit do.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed
+      density: fraction of elements to keep, in (0, 1], one for all replicas or one per replica.
+        Static under jit.
+      scale: lambda; may be traced. The defaults of `density` and `scale` are that paper's values
+        for use without held-out data.
+      unit: which elements are ranked together when trimming: `global` as in that paper, `tensor`
+        as in `modelstock merge` and mergekit.
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
       The merged tree, and `Stats` of the task vectors before trimming, with ratio `scale` and no
       predicted distance for the merged weights.
 
     Raises:
-      UserError: a density outside (0, 1], or as `task_arithmetic`.
+      UserError: a density outside (0, 1], or as `task_arithmetic`
 
     Example:
       >>> w0 = {"w": jnp.zeros(4)}
@@ -278,14 +283,17 @@ def ties(
       >>> ties(w0, w, density=0.5)[0]["w"].tolist()  # 1s are trimmed; -3 loses against 5
       [3.0, 5.0, 0.0, 0.0]
     """
-    number, scale = _number(finetuned), _scale(scale)
+    num_replicas, scale = _num_replicas(finetuned), _finite_scale(scale)
     if scale.shape:
-        raise UserError(f"TIES takes one scale, not an array of shape {scale.shape}")
-    share = np.asarray(density, np.float64)
-    if share.shape not in ((), (number,)) or not ((share > 0) & (share <= 1)).all():
-        raise UserError(f"density is a number in (0, 1], or {number} of them, not {density!r}")
+        raise UserError(f"TIES accepts one scale, not an array of shape {scale.shape}")
+    densities = np.asarray(density, np.float64)
+    in_range = ((densities > 0) & (densities <= 1)).all()
+    if densities.shape not in ((), (num_replicas,)) or not in_range:
+        raise UserError(
+            f"density must be a value in (0, 1], or {num_replicas} such values, not {density!r}"
+        )
     merged, stats, _ = merge(
-        rules.elected,
+        rules.ties_statistics,
         pretrained,
         finetuned,
         shared=(scale,),
@@ -294,37 +302,34 @@ def ties(
         filter_axis=filter_axis,
         dtype=dtype,
         min_replicas=1,
-        combine=partial(_trim, share, scale),
+        combine=partial(_trim, densities, scale),
     )
     return merged, stats
 
 
-def _trim(density, scale, pretrained, finetuned, solution, parts, dtype) -> list:
-    count = sum(part.count for part in parts)
+def _trim(density, scale, pretrained, finetuned, solution, views, dtype) -> list:
+    count = sum(view.count for view in views)
     rank = tuple(ranks(density, count, len(finetuned[0])))
     if min(rank) < count:
-        least = trim_threshold(pretrained, finetuned, parts=tuple(parts), rank=rank)
+        threshold = trim_threshold(pretrained, finetuned, views=tuple(views), rank=rank)
     else:
-        least = jnp.zeros(solution.coefficient.shape, jnp.uint32)
+        threshold = jnp.zeros(solution.coefficient.shape, jnp.uint32)
     return [
-        add_trimmed(w0, w, least, scale, solution.keep_anchor, unit_view=part, dtype=dtype)
-        for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
+        add_trimmed(w0, w, threshold, scale, solution.keep_anchor, unit_view=view, dtype=dtype)
+        for w0, w, view in zip(pretrained, finetuned, views, strict=True)
     ]
 
 
-def _number(finetuned: PyTree) -> int:
-    """Replicas, by the first leaf that has any axis; what is wrong with the rest `merge` says."""
+def _num_replicas(finetuned: PyTree) -> int:
+    """Return N from the first leaf that has an axis; `merge` checks the other leaves."""
     return next((len(x) for x in jax.tree.leaves(finetuned) if jnp.ndim(x)), 0)
 
 
-def _scale(scale: Any):
+def _finite_scale(scale: Any):
     scale = jnp.asarray(scale, jnp.result_type(float))
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.isfinite(scale).all()):
         raise UserError(f"scale must be finite, not {scale}")
     return scale
-
-
-# Merges along arcs of task vectors.
 
 
 def slerp(
@@ -337,52 +342,55 @@ def slerp(
     filter_axis: int = -1,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
-    """Spherical interpolation of task vectors: the second stage of WARP (Rame et al. 2024).
+    """Merge by spherical interpolation of task vectors: stage 2 of WARP (Rame et al. 2024).
 
     Per merge unit, with Omega the angle between d_1 and d_2 (arXiv 2406.16768, section 3.2):
 
         w = w0 + sin((1 - t) Omega) / sin(Omega) d_1 + sin(t Omega) / sin(Omega) d_2
 
-    The mean of two task vectors is shorter than either; this keeps their length. More than two
-    are merged one after the other, the m-th at t = 1 / m, as the paper's appendix does: their
-    order then matters. Vectors along one line (Omega of 0 or 180 degrees), and one that is 0,
-    are interpolated linearly.
+    The mean of two task vectors is shorter than either; spherical interpolation preserves their
+    length. More than two task vectors are merged one after the other, the m-th at t = 1 / m, as in
+    the appendix of that paper. The result then depends on their order. Collinear task vectors
+    (Omega of 0 or 180 degrees) and zero task vectors are interpolated linearly.
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`; N = 1 gives that replica.
-      t: from the first (0) to the second (1) of two replicas; it may be traced. None for equal
-        shares, 1/2 of two.
-      unit: which numbers share one angle; the paper's is a layer.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`, but N = 1 is allowed and returns this replica
+      t: position from the first (0) to the second (1) of two replicas; may be traced. None for
+        equal weights: 1/2 for two replicas.
+      unit: which elements share one angle; a layer in that paper
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats`, whose ratio (the sum of the coefficients) is above 1.
+      the merged tree, and `Stats`, whose ratio (the sum of the coefficients) is above 1
 
     Raises:
-      UserError: t outside [0, 1], or given for another number than two; or as `model_stock`.
+      UserError: t outside [0, 1], t for a number of replicas other than two, or an error of
+        `model_stock`.
 
     Example:
       >>> w0, w = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
       >>> [round(float(x), 4) for x in slerp(w0, w)[0]["w"]]
       [0.7071, 0.7071]
     """
-    number = pair_leaves(pretrained, finetuned, 1).num_replicas
+    num_replicas = pair_leaves(pretrained, finetuned, 1).num_replicas
     if t is None:
-        shares = [1.0 / m for m in range(2, number + 1)]
-    elif number != 2:
-        raise UserError(f"t is for two replicas, not {number}; leave it out for equal shares")
+        ratios = [1.0 / m for m in range(2, num_replicas + 1)]
+    elif num_replicas != 2:
+        raise UserError(
+            f"t requires two replicas, not {num_replicas}; leave it out for equal weights"
+        )
     else:
-        shares = [t]
+        ratios = [t]
         if not isinstance(t, jax.core.Tracer) and not 0.0 <= float(t) <= 1.0:
-            raise UserError(f"t must lie in [0, 1], not {float(t):g}")
+            raise UserError(f"t must be in [0, 1], not {float(t):g}")
     merged, stats, _ = merge(
-        rules.spherical,
+        rules.sequential_slerp,
         pretrained,
         finetuned,
-        shared=(jnp.asarray(shares, jnp.result_type(float)),),
+        shared=(jnp.asarray(ratios, jnp.result_type(float)),),
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
@@ -392,19 +400,17 @@ def slerp(
     return merged, stats
 
 
-# TIES's three steps on one merge unit: trim, elect a sign, mean of those that agree.
-
-
 def disjoint_mean(trimmed):
-    """Elect the sign of the sum, and take the mean of the numbers that have it.
+    """Elect the sign of the sum, and return the mean of the elements with this sign (TIES).
 
-        gamma = sgn(sum_t kept_t),    mean of { kept_t : sgn(kept_t) = gamma }
+        gamma = sgn(sum_i trimmed_i),    mean of { trimmed_i : sgn(trimmed_i) = gamma }
 
     Args:
-      trimmed: [N, ...], trimmed task vectors, NumPy or JAX.
+      trimmed: trimmed task vectors, [N, ...], NumPy or JAX
 
     Returns:
-      [...]; 0 where all are 0. Where the sum is 0 but its terms are not, the positive sign.
+      [...]; 0 where all elements are 0. Where nonzero elements sum to 0, the positive sign is
+      elected.
 
     Example:
       >>> disjoint_mean(np.array([[2.0, -1.0], [1.0, 3.0], [-1.0, 1.0]])).tolist()
@@ -412,59 +418,69 @@ def disjoint_mean(trimmed):
     """
     xp = namespace(trimmed)
     agree = xp.where(trimmed.sum(axis=0)[None] >= 0, trimmed > 0, trimmed < 0)
-    number = agree.sum(axis=0).astype(trimmed.dtype)
-    return xp.where(agree, trimmed, 0.0).sum(axis=0) / xp.maximum(number, 1.0)
+    count = agree.sum(axis=0).astype(trimmed.dtype)
+    return xp.where(agree, trimmed, 0.0).sum(axis=0) / xp.maximum(count, 1.0)
 
 
 def ranks(density: float | Sequence[float], count: int, num_replicas: int) -> list[int]:
-    """How many of `count` numbers each replica keeps: density * count, at least one.
+    """Return how many of `count` elements to keep per replica: density * count, at least 1 (TIES).
 
     Example:
       >>> ranks(0.2, 24, 2)
       [4, 4]
     """
-    each = np.broadcast_to(np.asarray(density, np.float64), num_replicas)
-    return [max(1, int(share * count)) for share in each]
+    densities = np.broadcast_to(np.asarray(density, np.float64), num_replicas)
+    return [max(1, int(density * count)) for density in densities]
 
 
-@partial(jax.jit, static_argnames=("parts", "rank"))
-def trim_threshold(pretrained: list, finetuned: list, *, parts: tuple, rank: tuple[int, ...]):
-    """Bits of the rank-th largest magnitude of each task vector in a unit: [N, *unit shape].
+@partial(jax.jit, static_argnames=("views", "rank"))
+def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tuple[int, ...]):
+    """Return the bits of the rank-th largest magnitude of each task vector in a unit (TIES).
 
-    By bisection on the bits, which count up with the magnitude: 31 counts over the unit's own
-    axes. Exact, and unlike a sort it neither gathers a sharded tensor nor copies one.
+    The order of the bits is the order of the magnitudes. A bisection on the bits makes 31 counts
+    over the tensors' own axes. It is exact, and unlike a sort it neither gathers nor copies a
+    sharded tensor.
+
+    Args:
+      pretrained: the unit's tensors of the anchor, each [...]
+      finetuned: the unit's tensors of the replicas, each [N, ...]
+      views: a `units.UnitView` per tensor
+      rank: for each replica, which magnitude, counted from 1
+
+    Returns:
+      [N, *unit shape] uint32, see `magnitude`
     """
 
-    def keeps_enough(step, least):
-        trial = least | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
+    def set_bit(step, threshold):
+        trial = threshold | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
         count = sum(
             jnp.sum(
-                magnitude(*to_unit_shape(w0, w, part)) >= _expand_to_unit(trial, part),
-                axis=tuple(1 + axis for axis in part.axes),
+                magnitude(*to_unit_shape(w0, w, view)) >= _expand_to_unit(trial, view),
+                axis=tuple(1 + axis for axis in view.axes),
                 dtype=jnp.float64,
             )
-            for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
+            for w0, w, view in zip(pretrained, finetuned, views, strict=True)
         )
-        wanted = np.array(rank, np.float64).reshape((-1,) + (1,) * (least.ndim - 1))
-        return jnp.where(count >= wanted, trial, least)
+        min_count = np.array(rank, np.float64).reshape((-1,) + (1,) * (threshold.ndim - 1))
+        return jnp.where(count >= min_count, trial, threshold)
 
-    shape = (len(finetuned[0]), *parts[0].unit_shape)
-    with jax.enable_x64(True):  # float64 counts to 2^53; int32 only to 2^31
-        return lax.fori_loop(0, 31, keeps_enough, jnp.zeros(shape, jnp.uint32))
+    shape = (len(finetuned[0]), *views[0].unit_shape)
+    with jax.enable_x64(True):  # float64 counts up to 2^53, int32 only up to 2^31
+        return lax.fori_loop(0, 31, set_bit, jnp.zeros(shape, jnp.uint32))
 
 
 @partial(jax.jit, static_argnames=("unit_view", "dtype"))
 def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_view, dtype):
-    """w0 + scale * disjoint mean of the trimmed d_i of one tensor, rounded once to `dtype`.
+    """Return w0 + scale * disjoint mean of the trimmed d_i of one tensor, rounded once to `dtype`.
 
     Args:
-      pretrained: w0, [...].
-      finetuned: [N, ...].
-      threshold: bits of the least magnitude kept, [N, *unit shape] uint32.
-      scale: [].
-      keep_anchor: [*unit shape] bool: the anchor's weights.
-      unit_view: `units.UnitView` of the tensor.
-      dtype: of the result; None for the anchor's.
+      pretrained: w0, [...]
+      finetuned: [N, ...]
+      threshold: bits of the smallest magnitude to keep, [N, *unit shape] uint32
+      scale: []
+      keep_anchor: [*unit shape] bool: copy the anchor's weights
+      unit_view: how the tensor is split into units
+      dtype: dtype of the result; None for the anchor's
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
     anchor, tuned = to_unit_shape(pretrained, finetuned, unit_view)
@@ -476,14 +492,14 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
 
     merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
     anchor = cast(pretrained, dtype).reshape(unit_view.view)
-    hold = jnp.expand_dims(keep_anchor, unit_view.axes)
-    return jnp.where(hold, anchor, merged).reshape(pretrained.shape)
+    keep_anchor = jnp.expand_dims(keep_anchor, unit_view.axes)
+    return jnp.where(keep_anchor, anchor, merged).reshape(pretrained.shape)
 
 
 def magnitude(anchor, tuned):
-    """Bits of |w_i - w0| as float32: whole numbers in the order of the magnitudes."""
-    movement = (tuned - anchor[None]).astype(jnp.float32)
-    return lax.bitcast_convert_type(movement, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+    """Return the bits of |w_i - w0| as float32: integers in the order of the magnitudes."""
+    deltas = (tuned - anchor[None]).astype(jnp.float32)
+    return lax.bitcast_convert_type(deltas, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
 def _expand_to_unit(values, unit_view):

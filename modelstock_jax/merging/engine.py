@@ -1,8 +1,9 @@
-"""One engine for every merge: Gram matrix, coefficients a_i, then w0 + sum_i a_i d_i.
+"""The engine of every merge: Gram matrices, coefficients a_i, then w0 + sum_i a_i d_i.
 
-A method is a function from a unit's Gram matrix to a `UnitSolution`, and where it is no sum of task
-vectors, a `Combine` too. All else is here: units, dtypes, what is kept as it is, and that nothing
-non-finite reaches the merged weights.
+A merge method is a rule that maps the Gram matrix of a unit to a `UnitSolution`. A method whose
+result is not a sum of task vectors also has a `Combine` function. The engine handles everything
+else: merge units, dtypes, tensors that are copied, and non-finite weights, which never reach the
+merged weights.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from modelstock_jax.merging.rules import (
     without_rounding,
 )
 
+# (gram, is_scalar, *extras of the unit, *shared) -> solution
 MergeRule = Callable[..., UnitSolution]
-# (tensors of the anchor, of the replicas, the unit's solution, its parts, dtype) -> merged tensors
+# (anchor tensors, replica tensors, solution of their unit, unit views, dtype) -> merged tensors
 Combine = Callable[[list, list, UnitSolution, list[units.UnitView], Any], list]
 
 ANCHOR_ROUNDING = ("keep", "correct")
@@ -64,75 +66,55 @@ def merge(
     """Merge replicas with the anchor by `method(gram, is_scalar, *extras of the unit, *shared)`.
 
     Args:
-      method: a module-level function; it is static under jit.
-      pretrained: w0, a tree of arrays.
-      finetuned: the same tree with a leading axis N on every array.
-      *extras: trees with the structure of `pretrained` and the shapes of its units.
-      shared: arrays that are the same for all units.
-      unit: merge unit, see `units.assign`.
-      num_heads: see `units.assign`.
-      filter_axis: see `units.assign`.
-      dtype: of the merged floating tensors; by default each keeps the anchor's.
-      min_replicas: least number of replicas.
-      combine: makes a unit's merged tensors of its tensors and its solution; by default
-        w0 + sum_i a_i d_i of each.
+      method: a module-level function; static under jit
+      pretrained: w0, a tree of arrays
+      finetuned: the same tree with a leading axis N on every array
+      *extras: trees with the structure of `pretrained` and the shapes of its units
+      shared: arrays that are the same for all units
+      unit: merge unit, see `units.assign`
+      num_heads: see `units.assign`
+      filter_axis: see `units.assign`
+      dtype: dtype of the merged floating tensors (default: the anchor's)
+      min_replicas: minimum number of replicas
+      combine: computes the merged tensors of a unit from its tensors and its solution (default:
+        w0 + sum_i a_i d_i for each tensor).
       anchor_rounding: "correct" subtracts the rounding error of a coarser anchor from the Gram
-        matrices; `method` has no extras then.
+        matrices; `method` must have no extras then.
 
     Returns:
-      merged tree, `Stats`, and the tree of what the method carries on (of zeros where nothing).
+      The merged tree, `Stats`, and the tree of states that the method carries to the next merge
+      (zeros if it has none).
     """
     leaves = pair_leaves(pretrained, finetuned, min_replicas)
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise UserError(f"dtype must be a floating dtype, not {jnp.dtype(dtype)}")
-    if anchor_rounding not in ANCHOR_ROUNDING:
-        raise UserError(
-            f"anchor_rounding must be one of {', '.join(ANCHOR_ROUNDING)}, not {anchor_rounding!r}"
-        )
-    parts = _assign(leaves, unit, num_heads, filter_axis)
-    inputs = [leaves.treedef.flatten_up_to(extra) for extra in extras]
-    merged: list[Any] = [None] * len(leaves.names)
-    solutions: list[Any] = merged.copy()
-    finite: list[Any] = merged.copy()
+    dtype = _check_options(dtype, anchor_rounding)
+    views = _unit_views(leaves, unit, num_heads, filter_axis)
+    changing, groups = _group_by_unit(views)
+    extra_leaves = [leaves.treedef.flatten_up_to(extra) for extra in extras]
+    per_unit = [[extra[group[0]] for extra in extra_leaves] for group in groups]
 
-    for k, part in enumerate(parts):
-        if part is None:
-            merged[k] = _kept(leaves.pretrained[k], dtype)
-            solutions[k] = _kept_solution(leaves.num_replicas)
-            finite[k] = jnp.ones(leaves.num_replicas, bool)
+    grams, finite = _compute_grams(leaves, changing, groups)
+    if anchor_rounding == "correct" and any(_is_coarser(leaves, k) for k in changing):
+        energies, started = _rounding_energies(leaves, groups, changing, grams)
+        method, per_unit, shared = without_rounding(method), [[e] for e in energies], (started,)
+    is_scalar = [sum(changing[k].count for k in group) < 2 for group in groups]
+    unit_solutions = solve_units(method, grams, is_scalar, per_unit, shared)
 
-    moved, members = _by_unit(parts)
-    grams: list[list[Any]] = []
-    for group in members.values():
-        pairs = [
-            _gram(leaves.pretrained[k], leaves.finetuned[k], unit_view=moved[k]) for k in group
-        ]
-        grams.append([gram for gram, _ in pairs])
-        for k, (_, every) in zip(group, pairs, strict=True):
-            finite[k] = every
-    own = [[extra[group[0]] for extra in inputs] for group in members.values()]
-    if anchor_rounding == "correct" and any(_coarser(leaves, k) for k in moved):
-        energies, started = _rounding(leaves, members, moved, grams)
-        method, own, shared = without_rounding(method), [[e] for e in energies], (started,)
-    solved = solve_units(
-        method,
-        grams,
-        [sum(moved[k].count for k in group) < 2 for group in members.values()],
-        own,
-        shared,
-    )
-    for group, solution in zip(members.values(), solved, strict=True):
+    merged: list[Any] = [
+        None if k in changing else _copy_anchor(w0, dtype) for k, w0 in enumerate(leaves.pretrained)
+    ]
+    solutions = [_copied_solution(leaves.num_replicas)] * len(views)
+    for group, solution in zip(groups, unit_solutions, strict=True):
         tensors = (combine or _add_up)(
             [leaves.pretrained[k] for k in group],
             [leaves.finetuned[k] for k in group],
             solution,
-            [moved[k] for k in group],
-            None if dtype is None else jnp.dtype(dtype),
+            [changing[k] for k in group],
+            dtype,
         )
         for k, tensor in zip(group, tensors, strict=True):
             solutions[k], merged[k] = solution, tensor
 
-    stats = _collect(leaves, parts, solutions, finite, unit)
+    stats = _collect(leaves, views, solutions, finite, unit)
     if on_this_host((merged, stats)):
         check_finite(stats, pretrained)
     carry = leaves.treedef.unflatten(
@@ -141,28 +123,58 @@ def merge(
     return leaves.treedef.unflatten(merged), stats, carry
 
 
-def _coarser(leaves: Leaves, k: int) -> bool:
+def _check_options(dtype: Any, anchor_rounding: str) -> Any:
+    """Return `dtype` as a NumPy dtype (None stays None), or raise a UserError."""
+    if dtype is not None:
+        dtype = jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise UserError(f"dtype must be a floating dtype, not {dtype}")
+    if anchor_rounding not in ANCHOR_ROUNDING:
+        raise UserError(
+            f"anchor_rounding must be one of {', '.join(ANCHOR_ROUNDING)}, not {anchor_rounding!r}"
+        )
+    return dtype
+
+
+def _compute_grams(
+    leaves: Leaves, changing: Mapping[int, units.UnitView], groups: Sequence[Sequence[int]]
+) -> tuple[list[list[Any]], list[Any]]:
+    """Return each unit's list of Gram matrices, one per tensor, and which tensors are finite."""
+    finite: list[Any] = [jnp.ones(leaves.num_replicas, bool)] * len(leaves.names)
+    grams: list[list[Any]] = []
+    for group in groups:
+        tensor_grams = []
+        for k in group:
+            gram, finite[k] = _gram(
+                leaves.pretrained[k], leaves.finetuned[k], unit_view=changing[k]
+            )
+            tensor_grams.append(gram)
+        grams.append(tensor_grams)
+    return grams, finite
+
+
+def _is_coarser(leaves: Leaves, k: int) -> bool:
     return is_coarser(leaves.pretrained[k].dtype, [leaves.finetuned[k].dtype])
 
 
-def _rounding(leaves: Leaves, members, moved, grams) -> tuple[list, Any]:
-    """Rounding energy of each unit, and whether training started from the rounded anchor."""
-    energies, tensors, counts = [], [], []
-    for group, own in zip(members.values(), grams, strict=True):
-        energy = jnp.zeros(moved[group[0]].unit_shape)
-        for k, gram in zip(group, own, strict=True):
-            if _coarser(leaves, k):
-                part = _energy(leaves.pretrained[k], unit_view=moved[k])
-                energy = energy + part
-                tensors.append((gram, part))
+def _rounding_energies(leaves: Leaves, groups, changing, grams) -> tuple[list, Any]:
+    """Return the rounding energy E of each unit, and whether training started from the rounding."""
+    energies, coarse, counts = [], [], []
+    for group, tensor_grams in zip(groups, grams, strict=True):
+        energy = jnp.zeros(changing[group[0]].unit_shape)
+        for k, gram in zip(group, tensor_grams, strict=True):
+            if _is_coarser(leaves, k):
+                tensor_energy = _energy(leaves.pretrained[k], unit_view=changing[k])
+                energy = energy + tensor_energy
+                coarse.append((gram, tensor_energy))
                 counts.append(leaves.pretrained[k].size)
         energies.append(energy)
-    started = _started(tensors, counts=tuple(counts))
+    started = _started(coarse, counts=tuple(counts))
     if on_this_host(started) and bool(started):
         raise UserError(
             "anchor_rounding='correct': the task vectors have less in common than the rounding "
             "error of pretrained, so training started from the rounded weights and there is "
-            "nothing to correct; drop the option"
+            "nothing to correct; use anchor_rounding='keep'"
         )
     return energies, started
 
@@ -174,7 +186,7 @@ def _started(tensors, *, counts: tuple[int, ...]):
     energy = jnp.stack([energy.sum() for _, energy in tensors])
     finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
     gram = jnp.where(finite[None, None], gram, 0.0)
-    energy = jnp.where(finite, energy, 0.0)  # such a tensor does not count
+    energy = jnp.where(finite, energy, 0.0)  # tensors of energy 0 are not counted
     products = geometry.mean_pairs(gram, geometry.is_moved(gram))
     return started_from_rounded(products, energy, np.array(counts, np.float64))
 
@@ -187,16 +199,19 @@ def unit_grams(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
 ) -> Any:
-    """Tree of the Gram matrices [M, M, *unit shape] of M >= 1 models; zeros for what is kept."""
+    """Return the Gram matrices of M >= 1 models, a tree of [M, M, *unit shape].
+
+    Tensors that a merge copies (integers, booleans, empty tensors) get zeros, [M, M].
+    """
     leaves = pair_leaves(pretrained, models, 1)
-    parts = _assign(leaves, unit, num_heads, filter_axis)
+    views = _unit_views(leaves, unit, num_heads, filter_axis)
     grams: dict[str, Any] = {}
-    for part, w0, w in zip(parts, leaves.pretrained, leaves.finetuned, strict=True):
-        if part is not None:
-            gram, _ = _gram(w0, w, unit_view=_nameless(part))
-            grams[part.key] = grams[part.key] + gram if part.key in grams else gram
-    nothing = jnp.zeros((leaves.num_replicas, leaves.num_replicas))
-    return leaves.treedef.unflatten([nothing if p is None else grams[p.key] for p in parts])
+    for view, w0, w in zip(views, leaves.pretrained, leaves.finetuned, strict=True):
+        if view is not None:
+            gram, _ = _gram(w0, w, unit_view=_without_key(view))
+            grams[view.key] = grams[view.key] + gram if view.key in grams else gram
+    zeros = jnp.zeros((leaves.num_replicas, leaves.num_replicas))
+    return leaves.treedef.unflatten([zeros if v is None else grams[v.key] for v in views])
 
 
 def unit_zeros(
@@ -206,52 +221,52 @@ def unit_zeros(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
 ) -> Any:
-    """A tree of zeros of each tensor's unit shape: state that is kept between merges."""
+    """Return a tree of zeros with the shapes of the units, for state between merges."""
 
     def zeros(pretrained):
-        one = jax.tree.map(lambda x: jnp.asarray(x)[None], pretrained)
-        leaves = pair_leaves(pretrained, one, 1)
-        parts = _assign(leaves, unit, num_heads, filter_axis)
-        shapes = [() if part is None else part.unit_shape for part in parts]
+        models = jax.tree.map(lambda x: jnp.asarray(x)[None], pretrained)
+        leaves = pair_leaves(pretrained, models, 1)
+        views = _unit_views(leaves, unit, num_heads, filter_axis)
+        shapes = [() if view is None else view.unit_shape for view in views]
         return leaves.treedef.unflatten([jnp.zeros(shape) for shape in shapes])
 
-    shapes = jax.eval_shape(zeros, pretrained)  # names and shapes suffice: no copy of the weights
+    shapes = jax.eval_shape(zeros, pretrained)  # needs only names and shapes: copies no weights
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def _assign(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.UnitView | None]:
-    """Parts of the tensors that a merge moves; None for those that it keeps."""
-    moves = [is_float(w) and w.size > 0 for w in leaves.pretrained]
+def _unit_views(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.UnitView | None]:
+    """Return the unit view of each tensor; None for tensors that a merge copies."""
+    changes = [is_float(w) and w.size > 0 for w in leaves.pretrained]
     shapes = [
         (name, w.shape)
-        for name, w, m in zip(leaves.names, leaves.pretrained, moves, strict=True)
-        if m
+        for name, w, change in zip(leaves.names, leaves.pretrained, changes, strict=True)
+        if change
     ]
     if not shapes:
-        return [None] * len(moves)
-    found = iter(units.assign(shapes, unit, num_heads=num_heads, filter_axis=filter_axis))
-    return [next(found) if m else None for m in moves]
+        return [None] * len(changes)
+    views = iter(units.assign(shapes, unit, num_heads=num_heads, filter_axis=filter_axis))
+    return [next(views) if change else None for change in changes]
 
 
-def _by_unit(
-    parts: Sequence[units.UnitView | None],
-) -> tuple[dict[int, units.UnitView], dict[str, list[int]]]:
-    """Parts of the tensors that move, by their numbers, and the numbers of each unit's tensors."""
-    moved: dict[int, units.UnitView] = {}
-    members: dict[str, list[int]] = {}
-    for k, part in enumerate(parts):
-        if part is not None:
-            moved[k] = _nameless(part)
-            members.setdefault(part.key, []).append(k)
-    return moved, members
+def _group_by_unit(
+    views: Sequence[units.UnitView | None],
+) -> tuple[dict[int, units.UnitView], list[list[int]]]:
+    """Return {tensor index: view} of the tensors that change, and the indices of each unit."""
+    changing: dict[int, units.UnitView] = {}
+    groups: dict[str, list[int]] = {}
+    for k, view in enumerate(views):
+        if view is not None:
+            changing[k] = _without_key(view)
+            groups.setdefault(view.key, []).append(k)
+    return changing, list(groups.values())
 
 
-def _nameless(part: units.UnitView) -> units.UnitView:
-    """Tensors of like shape share one compiled function."""
-    return dataclasses.replace(part, key="")
+def _without_key(view: units.UnitView) -> units.UnitView:
+    """Remove the key, so that tensors of equal shape share one compiled function."""
+    return dataclasses.replace(view, key="")
 
 
-def _add_up(pretrained, finetuned, solution, parts, dtype) -> list:
+def _add_up(pretrained, finetuned, solution, views, dtype) -> list:
     return [
         _apply(
             w0,
@@ -259,10 +274,10 @@ def _add_up(pretrained, finetuned, solution, parts, dtype) -> list:
             solution.coefficient,
             solution.copy_replica,
             solution.keep_anchor,
-            unit_view=part,
+            unit_view=view,
             dtype=dtype,
         )
-        for w0, w, part in zip(pretrained, finetuned, parts, strict=True)
+        for w0, w, view in zip(pretrained, finetuned, views, strict=True)
     ]
 
 
@@ -276,29 +291,28 @@ def _gram(pretrained, finetuned, *, unit_view: units.UnitView):
     return gram, jnp.isfinite(geometry.squared_norms(gram))
 
 
-def _kept(array, dtype):
-    return cast(array, jnp.dtype(dtype)) if is_float(array) and dtype is not None else array
+def _copy_anchor(array, dtype):
+    return cast(array, dtype) if is_float(array) and dtype is not None else array
 
 
-def _kept_solution(num_replicas: int) -> UnitSolution:
-    zero, none = jnp.zeros(()), jnp.zeros(num_replicas)
+def _copied_solution(num_replicas: int) -> UnitSolution:
+    zero, zeros = jnp.zeros(()), jnp.zeros(num_replicas)
     undefined = jnp.full((), geometry.DISTANCE_UNDEFINED)
     return UnitSolution(
-        none,
-        none > 0,
-        zero == 0,
-        jnp.full((), geometry.COSINE_UNDEFINED),
-        zero,
-        none,
-        geometry.Distances(undefined, undefined, undefined),
-        jnp.int8(UnitOutcome.COPIED),
-        None,
+        coefficient=zeros,
+        copy_replica=zeros > 0,
+        keep_anchor=zero == 0,
+        cosine=jnp.full((), geometry.COSINE_UNDEFINED),
+        ratio=zero,
+        norm=zeros,
+        distance=geometry.Distances(undefined, undefined, undefined),
+        outcome=jnp.int8(UnitOutcome.COPIED),
     )
 
 
-def _collect(leaves: Leaves, parts, solutions, finite, unit: str) -> Stats:
+def _collect(leaves: Leaves, views, solutions, finite, unit: str) -> Stats:
     tree = leaves.treedef.unflatten
-    keys = tuple(n if p is None else p.key for n, p in zip(leaves.names, parts, strict=True))
+    keys = tuple(n if v is None else v.key for n, v in zip(leaves.names, views, strict=True))
     return Stats(
         cosine=tree([s.cosine for s in solutions]),
         ratio=tree([s.ratio for s in solutions]),
@@ -312,41 +326,38 @@ def _collect(leaves: Leaves, parts, solutions, finite, unit: str) -> Stats:
     )
 
 
-# Solutions of all units at once.
-
-
 def solve_units(
     method: MergeRule, grams: list, is_scalar: Sequence[bool], per_unit: list, shared: tuple
 ) -> list[UnitSolution]:
-    """Solve every unit by `method(gram, is_scalar, *own, *shared)`.
+    """Solve every unit by `method(gram, is_scalar, *inputs of the unit, *shared)`.
 
     Args:
-      method: a module-level function; it is static under jit.
-      grams: for each unit a list of its tensors' Gram matrices, [N, N, *unit shape]; their sum is
-        the unit's.
-      is_scalar: for each unit, whether it holds fewer than two numbers.
-      per_unit: for each unit its own further inputs, of the unit's shape.
-      shared: further inputs that are the same for all units.
+      method: a module-level function; static under jit
+      grams: for each unit, the list of the Gram matrices of its tensors, [N, N, *unit shape]; the
+        Gram matrix of the unit is their sum.
+      is_scalar: for each unit, whether it has fewer than two elements
+      per_unit: for each unit, its further inputs, of the unit's shape
+      shared: further inputs that are the same for all units
 
     Returns:
-      A `UnitSolution` for each unit, of its shape and dtype.
+      one `UnitSolution` per unit, of its shape and dtype
     """
     row = _solve(grams, per_unit, shared, method=method, is_scalar=tuple(is_scalar))
     if on_this_host(row):
-        row = jax.device_get(row)  # cut without compiling a slice for each number
-    return _cut(row, grams)
+        row = jax.device_get(row)  # slicing on the host compiles nothing
+    return _split_row(row, grams)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "is_scalar"))
 def _solve(
     grams, per_unit, shared, *, method: MergeRule, is_scalar: tuple[bool, ...]
 ) -> UnitSolution:
-    """All units as one row, so that the algebra is compiled once and not once a tensor."""
+    """Solve all units as one row, so that the rule is compiled once and not once per tensor."""
     totals = [functools.reduce(jnp.add, group) for group in grams] or [jnp.zeros((2, 2, 0))]
     gram = jnp.concatenate([t.reshape(*t.shape[:2], -1) for t in totals], axis=-1)
-    own = [jnp.concatenate([jnp.ravel(x) for x in rows]) for rows in zip(*per_unit, strict=True)]
+    extras = [jnp.concatenate([jnp.ravel(x) for x in rows]) for rows in zip(*per_unit, strict=True)]
     sizes = [math.prod(total.shape[2:]) for total in totals]
-    alone = np.repeat(np.array(is_scalar, bool), sizes if grams else 0)
+    scalar_row = np.repeat(np.array(is_scalar, bool), sizes if grams else 0)
     finite = jnp.isfinite(geometry.squared_norms(gram)).all(axis=0)
 
     def solve(gram, *args):
@@ -359,37 +370,37 @@ def _solve(
             outcome=jnp.where(finite, row.outcome, jnp.int8(UnitOutcome.NON_FINITE)),
         )
 
-    inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(alone), *own, *shared)
-    nothing = _nothing(jax.eval_shape(solve, *inputs))
-    # A branch, for the compiler would fuse a copy of the algebra into every slice of its result.
-    return jax.lax.cond(finite.any(), solve, lambda *_: nothing, *inputs)
+    inputs = (jnp.where(finite[None, None], gram, 0.0), jnp.asarray(scalar_row), *extras, *shared)
+    all_non_finite = _non_finite_solution(jax.eval_shape(solve, *inputs))
+    # A branch, because XLA would otherwise fuse a copy of the rule into every slice of the row.
+    return jax.lax.cond(finite.any(), solve, lambda *_: all_non_finite, *inputs)
 
 
-def _cut(row: UnitSolution, grams) -> list[UnitSolution]:
-    """The row's solutions unit by unit, in each unit's shape and dtype."""
+def _split_row(row: UnitSolution, grams) -> list[UnitSolution]:
+    """Split a row of solutions into units, each in the unit's shape and dtype."""
     solutions, start = [], 0
     for group in grams:
         shape, dtype = group[0].shape[2:], jnp.result_type(*group)
         stop = start + math.prod(shape)
 
-        def own_part(x, cut=slice(start, stop), shape=shape, dtype=dtype):
-            x = x[..., cut].reshape((*x.shape[:-1], *shape))
+        def take(x, columns=slice(start, stop), shape=shape, dtype=dtype):
+            x = x[..., columns].reshape((*x.shape[:-1], *shape))
             return jnp.asarray(x, dtype if is_float(x) else None)
 
-        solutions.append(jax.tree.map(own_part, row))
+        solutions.append(jax.tree.map(take, row))
         start = stop
     return solutions
 
 
 def on_this_host(tree: PyTree) -> bool:
-    """Whether every array is concrete, and here to be read."""
+    """Return whether every array is concrete and fully addressable by this process."""
     return all(
         not isinstance(x, jax.core.Tracer) and x.is_fully_addressable for x in jax.tree.leaves(tree)
     )
 
 
-def _nothing(shapes: UnitSolution) -> UnitSolution:
-    """The answer where no unit is finite."""
+def _non_finite_solution(shapes: UnitSolution) -> UnitSolution:
+    """Return the solution if no unit is finite: the anchor."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return zeros._replace(
         keep_anchor=jnp.ones_like(zeros.keep_anchor),
@@ -398,13 +409,16 @@ def _nothing(shapes: UnitSolution) -> UnitSolution:
     )
 
 
-# What a merge measured: per unit, as pytrees; and as rows and totals for tables.
-
-
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class UnitTable:
-    """Names of the tensors and the units that they lie in, in the order of the tree's leaves."""
+    """Names of the tensors and of their merge units, in the order of the tree's leaves.
+
+    Attributes:
+      unit: one of `units.UNITS`
+      names: name of each tensor
+      keys: name of the merge unit of each tensor
+    """
 
     unit: str
     names: tuple[str, ...]
@@ -414,25 +428,35 @@ class UnitTable:
 class Stats(NamedTuple):
     """Measures of a merge, each a pytree with the structure of `pretrained`.
 
-    A leaf has the unit's shape: `()`, `[F]` output channels under `filter`, `[H]` heads under
-    `head`. Tensors that share a unit hold the same values. All are float32 (float64 for float64
-    weights) but where noted.
+    A leaf has the shape of the unit: `()`; `[F]`, the output channels, under `filter`; `[H]`, the
+    heads, under `head`. Tensors that share a unit have the same values. The dtype is float32
+    (float64 for float64 weights) unless noted.
+
+    Attributes:
+      cosine: mean pairwise cosine, or COSINE_UNDEFINED (2.0)
+      ratio: t, from 0 (the anchor) to 1 (the mean); the sum of the a_i
+      norm: |d_i| of each replica, [N, ...]
+      predicted_distance: from the center, or DISTANCE_UNDEFINED (-1.0)
+      outcome: int8 codes of `UnitOutcome`
+      finite: whether the tensor itself, not its unit, is finite, [N, ...] bool
+      units: names of tensors and units; static, no arrays
     """
 
-    cosine: Any  # mean pairwise cosine, or COSINE_UNDEFINED (2.0)
-    ratio: Any  # t: how far from the anchor (0) to the mean (1); the sum of a_i
-    norm: Any  # [N, ...], |d_i| of each replica
-    predicted_distance: geometry.Distances  # to the center; DISTANCE_UNDEFINED (-1.0) where unknown
-    outcome: Any  # int8 codes of `UnitOutcome`
-    finite: Any  # [N, ...] bool, of the tensor itself, not of its unit
-    units: UnitTable  # static: no arrays
+    cosine: Any
+    ratio: Any
+    norm: Any
+    predicted_distance: geometry.Distances
+    outcome: Any
+    finite: Any
+    units: UnitTable
 
 
 def report(stats: Stats) -> list[dict[str, Any]]:
-    """Rows for tables and JSON, one a tensor; plain Python values, None where undefined.
+    """Return one row per tensor for tables and JSON: plain Python values, None if undefined.
 
-    Under `filter` and `head` a row holds the mean over its units of cosine, angle (degrees) and
-    ratio, and root-sum-squares of norms; `outcomes` counts the units.
+    Under `filter` and `head` a row has the means over its units of cosine, angle (degrees) and
+    ratio, and root-sum-squares of norms; `outcomes` counts the units. Means of cosine and angle
+    leave out the units whose cosine is undefined.
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -443,18 +467,19 @@ def report(stats: Stats) -> list[dict[str, Any]]:
     """
     return [
         unit_row(leaf.name, leaf.key, leaf.cosine, leaf.ratio, leaf.norm, leaf.outcome)
-        for leaf in _leaves(stats)
+        for leaf in _leaf_stats(stats)
     ]
 
 
 def total_distance(stats: Stats) -> geometry.Distances:
-    """Predicted distances from the center of the whole model: root-sum-squares over units.
+    """Return the predicted distances of the complete model from the center.
 
-    Each unit counts once, however many tensors share it; units whose distance is unknown (one
-    replica left, cosine undefined) are left out.
+    These are root-sum-squares over units. Each unit counts once, even if several tensors share it.
+    Units whose distance is unknown (one replica changed, copied tensors) are left out.
 
     Returns:
-      `Distances` of plain floats, in the units of the weights; None if no unit has one.
+      `Distances` of Python floats, in the units of the weights; None if it is unknown in every
+      unit.
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -462,18 +487,18 @@ def total_distance(stats: Stats) -> geometry.Distances:
       >>> round(total_distance(model_stock({"w": w0}, {"w": w})[1]).mean, 3)
       0.469
     """
-    leaves = {leaf.key: leaf for leaf in _leaves(stats)}.values()
+    unit_stats = {leaf.key: leaf for leaf in _leaf_stats(stats)}.values()
 
     def total(distances):
         values = np.concatenate([np.ravel(d).astype(np.float64) for d in distances] or [[]])
         known = values[values != geometry.DISTANCE_UNDEFINED]
         return float(np.sqrt(np.sum(known**2))) if known.size else None
 
-    return geometry.Distances(*(total(leaf.distance[k] for leaf in leaves) for k in range(3)))
+    return geometry.Distances(*(total(leaf.distance[k] for leaf in unit_stats) for k in range(3)))
 
 
 def outcome_counts(stats: Stats) -> dict[str, int]:
-    """How many units each outcome met, by its name in lower case; only those that occur.
+    """Return the number of units per outcome, {name in lower case: count}, without zeros.
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -481,43 +506,44 @@ def outcome_counts(stats: Stats) -> dict[str, int]:
       {'unchanged': 1}
     """
     counts = collections.Counter()
-    for leaf in {leaf.key: leaf for leaf in _leaves(stats)}.values():
+    for leaf in {leaf.key: leaf for leaf in _leaf_stats(stats)}.values():
         counts.update(UnitOutcome(int(code)).name.lower() for code in leaf.outcome.flat)
     return dict(counts)
 
 
 def check_finite(stats: Stats, pretrained: PyTree = None) -> None:
-    """Raise where weights were not finite; for use after a jitted merge.
+    """Raise an error if weights were not finite. Call this after a jitted merge.
 
-    A merge called eagerly does this by itself.
+    A merge outside jit calls it automatically.
 
     Args:
-      stats: of the merge.
-      pretrained: the anchor, to tell a bad anchor from bad replicas; optional.
+      stats: statistics of the merge
+      pretrained: the anchor, to distinguish a non-finite anchor from non-finite replicas; optional
 
     Raises:
-      NonFiniteError: naming the replica, counted from 0, and the tensor.
+      NonFiniteError: the message names the replica, counted from 0, and the tensor
     """
-    for k, leaf in enumerate(_leaves(stats)):
-        ok = leaf.finite.reshape(len(leaf.finite), -1).all(axis=1)
-        if ok.all():
+    anchors = jax.tree.leaves(pretrained)
+    for index, leaf in enumerate(_leaf_stats(stats)):
+        finite = leaf.finite.reshape(len(leaf.finite), -1).all(axis=1)
+        if finite.all():
             continue
-        anchor = None if pretrained is None else jax.tree.leaves(pretrained)[k]
-        if not ok.any() and (anchor is None or not bool(jnp.isfinite(anchor).all())):
+        anchor = anchors[index] if anchors else None
+        if not finite.any() and (anchor is None or not bool(jnp.isfinite(anchor).all())):
             replica = "pretrained"
             who = "pretrained" if anchor is not None else "pretrained, or every replica"
         else:
-            replica = int(np.argmin(ok))
+            replica = int(np.argmin(finite))
             who = f"replica {replica} (counted from 0)"
         raise NonFiniteError(
-            f"{who}: tensor {leaf.name!r} holds NaN or infinity, or a movement too large for "
-            "float32; mend it or leave it out",
+            f"{who}: tensor {leaf.name!r} contains NaN or infinity, or an update too large for "
+            "float32; repair the tensor or leave it out",
             replica,
             leaf.name,
         )
 
 
-class _Leaf(NamedTuple):
+class _LeafStats(NamedTuple):
     name: str
     key: str
     cosine: np.ndarray
@@ -528,10 +554,10 @@ class _Leaf(NamedTuple):
     finite: np.ndarray
 
 
-def _leaves(stats: Stats) -> list[_Leaf]:
+def _leaf_stats(stats: Stats) -> list[_LeafStats]:
     *measures, distances, outcome, finite = jax.device_get(tuple(stats)[:-1])
     columns: list[Any] = [jax.tree.leaves(column) for column in measures]
-    columns.append(zip(*(jax.tree.leaves(part) for part in distances), strict=True))
+    columns.append(zip(*(jax.tree.leaves(distance) for distance in distances), strict=True))
     columns += [jax.tree.leaves(outcome), jax.tree.leaves(finite)]
     rows = zip(stats.units.names, stats.units.keys, *columns, strict=True)
-    return [_Leaf(*row) for row in rows]
+    return [_LeafStats(*row) for row in rows]

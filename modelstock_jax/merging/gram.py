@@ -1,7 +1,8 @@
-"""Trees of replicas, and the reduction that all need: task vectors' products, summed in float64.
+"""Operations on single tensors, and checks of the trees of anchor and replicas.
 
-Arithmetic in float64 inside a float32 program, what a merge computes of each tensor, and trees as
-lists of named tensors that are checked against each other.
+`in_float64` evaluates a function in float64 inside a float32 program. `gram_matrix` and
+`add_task_vectors` are the two passes of a merge over a tensor. `pair_leaves` flattens anchor and
+replicas into lists of named tensors and checks that they match.
 """
 
 from __future__ import annotations
@@ -16,27 +17,25 @@ import numpy as np
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging.anchor_rounding import half_ulp
 
-# Arithmetic in float64 inside a float32 program.
-
 PyTree = Any  # nested containers with arrays as leaves, as `jax.tree` sees them
 
 
 def in_float64(function: Callable, derivative_of: Callable | None = None) -> Callable:
-    """Evaluate a function in float64 and differentiate it in its inputs' own precision.
+    """Return a function that evaluates in float64 and is differentiated in the inputs' precision.
 
-    How a backend orders a float32 sum is not ours to choose, and 10^8 terms one after the other
-    lose 1 to 10 %. In float64 neither that order nor what a compiler fuses can be seen in the
-    float32 result, so that a merge inside a training step equals the same merge outside of it.
-    `jax_enable_x64` may be off: only values inside the function are wide.
+    The backend chooses the order of a float32 sum, and a sequential float32 sum of 10^8 terms loses
+    1 to 10 %. In float64 neither the order nor the compiler's fusion is visible in the float32
+    result, so a merge inside a training step equals the same merge outside of it.
+    `jax_enable_x64` may be off: only values inside the function are float64.
 
     Args:
-      function: of arrays (or trees of them), to arrays or trees.
-      derivative_of: the same function in a form that is better differentiated; `function` where
-        nothing is given.
+      function: maps arrays (or trees of arrays) to arrays or trees
+      derivative_of: the same function in a form that is better to differentiate (default:
+        `function`).
 
     Returns:
-      A function that takes float32 arrays and narrower and returns float32 where the function
-      gives float64; or float64 where an argument is float64.
+      A function of the same arguments. Its floating outputs are float32, or float64 if an argument
+      is float64.
 
     Example:
       >>> big = jnp.array([1e8, 1.0, -1e8], jnp.float32)
@@ -53,7 +52,7 @@ def in_float64(function: Callable, derivative_of: Callable | None = None) -> Cal
 
     @evaluate.defjvp
     def _differentiate(primals, tangents):
-        # At an infinite weight the function is not used, but 0 * inf would be.
+        # The value at a non-finite weight is discarded, but 0 * inf would make the derivative NaN.
         safe = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), primals)
         return evaluate(*primals), jax.jvp(derivative_of or function, safe, tangents)[1]
 
@@ -61,7 +60,7 @@ def in_float64(function: Callable, derivative_of: Callable | None = None) -> Cal
 
 
 def compute_dtype(*dtypes):
-    """Dtype of measures: float32, or float64 where one of the dtypes is."""
+    """Return the dtype of statistics: float64 if one of the dtypes is float64, else float32."""
     return jnp.dtype("float64" if any(d == jnp.float64 for d in dtypes) else "float32")
 
 
@@ -72,27 +71,31 @@ def _convert(array, kind, dtype):
     return array
 
 
-# Sums that are made in one pass over the tensors: all of up to four replicas'.
-_SUMS = 10
+# Sums per pass over a tensor. All pairs of up to four replicas are 10.
+_SUMS_PER_PASS = 10
+
+
+def _add_pairwise(left, right):
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def gram_matrix(pretrained, finetuned, unit_view):
-    """G_ij = d_i . d_j of one tensor, for each of its units.
+    """Return G_ij = d_i . d_j of one tensor, for each of its units.
 
-    Elementwise products and one sum over the tensor's own axes: a dot would be TF32 on GPUs and
-    bfloat16 on TPUs, and to ravel a sharded tensor would gather it.
+    The products are elementwise and the sum is over the tensor's own axes. A dot would run in TF32
+    on GPUs and in bfloat16 on TPUs, and raveling a sharded tensor would gather it.
 
     Args:
-      pretrained: w0, [...], any floating dtype.
-      finetuned: [N, ...].
-      unit_view: `units.UnitView`, which says how the tensor is cut into units.
+      pretrained: w0, [...], any floating dtype
+      finetuned: [N, ...]
+      unit_view: how the tensor is split into units
 
     Returns:
-      [N, N, *unit shape], float32 (float64 for float64 weights).
+      [N, N, *unit shape], float32 (float64 for float64 weights)
 
     Example:
-      >>> from modelstock_jax.merging.units import Part
-      >>> gram_matrix(jnp.zeros(2), jnp.eye(2), Part("w", (2,), (0,))).tolist()
+      >>> from modelstock_jax.merging.units import UnitView
+      >>> gram_matrix(jnp.zeros(2), jnp.eye(2), UnitView("w", (2,), (0,))).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
 
@@ -107,110 +110,112 @@ def gram_matrix(pretrained, finetuned, unit_view):
         rows = range(len(deltas))
         pairs = [(i, j) for i in rows for j in rows[i:]]
         sums = []
-        for first in range(0, len(pairs), _SUMS):
-            terms = [deltas[i] * deltas[j] for i, j in pairs[first : first + _SUMS]]
+        for first in range(0, len(pairs), _SUMS_PER_PASS):
+            terms = [deltas[i] * deltas[j] for i, j in pairs[first : first + _SUMS_PER_PASS]]
             zeros = [np.zeros((), anchor.dtype)] * len(terms)
-            sums += jax.lax.reduce(terms, zeros, _add_each, unit_view.axes)
-        place = dict(zip(pairs, sums, strict=True))
-        return jnp.stack([jnp.stack([place[min(i, j), max(i, j)] for j in rows]) for i in rows])
+            sums += jax.lax.reduce(terms, zeros, _add_pairwise, unit_view.axes)
+        product = dict(zip(pairs, sums, strict=True))
+        return jnp.stack([jnp.stack([product[min(i, j), max(i, j)] for j in rows]) for i in rows])
 
     def by_platform(anchor, tuned):
-        # On a TPU float64 is emulated, and of reductions the plain ones are known to be.
+        # TPUs emulate float64. Of the reductions, only plain sums are known to be emulated.
         return jax.lax.platform_dependent(anchor, tuned, default=in_one_pass, tpu=products)
 
-    seen = to_unit_shape(pretrained, finetuned, unit_view)
-    return in_float64(by_platform, derivative_of=products)(*seen)
+    views = to_unit_shape(pretrained, finetuned, unit_view)
+    return in_float64(by_platform, derivative_of=products)(*views)
 
 
 def rounding_energy(pretrained, unit_view):
-    """Expected squared rounding error of one tensor of the anchor, for each of its units.
+    """Return the expected squared rounding error of one tensor of the anchor, for each unit.
 
         E = sum of (half ulp)^2 / 3
 
     Args:
-      pretrained: w0, [...], any floating dtype.
-      unit_view: `units.UnitView`, which says how the tensor is cut into units.
+      pretrained: w0, [...], any floating dtype
+      unit_view: how the tensor is split into units
 
     Returns:
-      [*unit shape], float32, without derivatives.
+      [*unit shape], float32, with a derivative of 0
 
     Example:
-      >>> from modelstock_jax.merging.units import Part
+      >>> from modelstock_jax.merging.units import UnitView
       >>> w0 = jnp.ones(3, jnp.bfloat16)  # an ulp is 2^-7
-      >>> float(rounding_energy(w0, Part("w", (3,), (0,)))) == 2.0**-16
+      >>> float(rounding_energy(w0, UnitView("w", (3,), (0,)))) == 2.0**-16
       True
     """
     halves = half_ulp(jax.lax.stop_gradient(pretrained)).reshape(unit_view.view)
     return in_float64(lambda half: jnp.sum(half * half, axis=unit_view.axes) / 3.0)(halves)
 
 
-def _add_each(left, right):
-    return [a + b for a, b in zip(left, right, strict=True)]
-
-
 def add_task_vectors(
     pretrained, finetuned, coefficient, copy_replica, keep_anchor, *, unit_view, dtype
 ):
-    """w0 + sum_i a_i d_i of one tensor, rounded once to `dtype`.
+    """Return w0 + sum_i a_i d_i of one tensor, rounded once to `dtype`.
 
-    Where the answer is one of the inputs it is selected, not computed.
+    If the result equals one of the inputs, it is copied from the input, not computed.
 
     Args:
-      pretrained: w0, [...].
-      finetuned: [N, ...].
-      coefficient: a_i, [N, *unit shape].
-      copy_replica: [N, *unit shape] bool: this replica's weights.
-      keep_anchor: [*unit shape] bool: the anchor's weights.
-      unit_view: `units.UnitView` of the tensor.
-      dtype: of the result; None for the anchor's.
+      pretrained: w0, [...]
+      finetuned: [N, ...]
+      coefficient: a_i, [N, *unit shape]
+      copy_replica: [N, *unit shape] bool: copy this replica's weights
+      keep_anchor: [*unit shape] bool: copy the anchor's weights
+      unit_view: how the tensor is split into units
+      dtype: dtype of the result; None for the anchor's
 
     Returns:
-      [...].
+      [...]
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
-    # Else a compiler finds the Gram matrix's task vectors here again, and keeps those of the whole
-    # model in float64 from there to here.
+    # Without this barrier XLA merges these with gram_matrix's float64 task vectors and keeps all of
+    # them alive.
     finetuned = jax.lax.optimization_barrier(finetuned)
 
-    def spread(values):
+    def expand(values):
         return jnp.expand_dims(values, unit_view.axes)
 
     def combine(anchor, tuned, coefficient):
         deltas = [replica - anchor for replica in tuned]
-        moved = sum(spread(a) * d for a, d in zip(coefficient, deltas, strict=True))
-        return cast(anchor + moved, dtype)
+        update = sum(expand(a) * d for a, d in zip(coefficient, deltas, strict=True))
+        return cast(anchor + update, dtype)
 
     merged = in_float64(combine)(
         *to_unit_shape(pretrained, finetuned, unit_view), coefficient
     ).astype(dtype)
-    for chosen, replica in zip(copy_replica, finetuned, strict=True):
-        merged = jnp.where(spread(chosen), cast(replica, dtype).reshape(unit_view.view), merged)
+    for copy, replica in zip(copy_replica, finetuned, strict=True):
+        merged = jnp.where(expand(copy), cast(replica, dtype).reshape(unit_view.view), merged)
     anchor = cast(pretrained, dtype).reshape(unit_view.view)
-    return jnp.where(spread(keep_anchor), anchor, merged).reshape(pretrained.shape)
+    return jnp.where(expand(keep_anchor), anchor, merged).reshape(pretrained.shape)
 
 
 def to_unit_shape(pretrained, finetuned, unit_view):
-    """Anchor and replicas as the unit sees them, float32 at least (derivatives are in that)."""
+    """Reshape anchor and replicas to the unit view, in float32 or wider for the derivatives."""
     wide = [x.astype(compute_dtype(x.dtype)) for x in (pretrained, finetuned)]
     return wide[0].reshape(unit_view.view), wide[1].reshape((len(finetuned), *unit_view.view))
 
 
 def cast(array, dtype):
-    """To a dtype of smaller range by saturation: an overflow would be a non-finite weight."""
-    limits, own = jnp.finfo(dtype), jnp.finfo(array.dtype)
-    if float(limits.max) < float(own.max):
-        array = jnp.clip(array, float(limits.min), float(limits.max))
+    """Cast to a dtype; values outside a smaller range saturate instead of becoming infinite."""
+    target, source = jnp.finfo(dtype), jnp.finfo(array.dtype)
+    if float(target.max) < float(source.max):
+        array = jnp.clip(array, float(target.min), float(target.max))
     return array.astype(dtype)
 
 
-# Trees of replicas: stacked on axis 0, and checked against the anchor.
-
-# A flax.nnx state wraps each array in a variable, which is no part of its name.
+# A flax.nnx state wraps each array in a variable, whose key is not part of the tensor's name.
 _VARIABLE = jax.tree_util.GetAttrKey("value")
 
 
 class Leaves(NamedTuple):
-    """An anchor and its replicas as flat lists, in the order of the tree's leaves."""
+    """Anchor and replicas as flat lists, in the order of the tree's leaves.
+
+    Attributes:
+      names: names of the tensors
+      pretrained: arrays [...]
+      finetuned: arrays [N, ...]
+      treedef: structure of `pretrained`
+      num_replicas: N
+    """
 
     names: tuple[str, ...]
     pretrained: list
@@ -220,13 +225,16 @@ class Leaves(NamedTuple):
 
 
 def stack_replicas(replicas: Sequence[Any]):
-    """One tree with a leading replica axis from a sequence of trees of like structure.
+    """Stack trees of equal structure into one tree with a leading replica axis.
+
+    Args:
+      replicas: one or more trees with the same structure and shapes
 
     Returns:
-      A tree of [N, ...] arrays.
+      a tree of [N, ...] arrays
 
     Raises:
-      UserError: trees of different structure, or tensors of different shape.
+      UserError: no tree, trees of different structure, or tensors of different shape
 
     Example:
       >>> stack_replicas([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
@@ -234,22 +242,31 @@ def stack_replicas(replicas: Sequence[Any]):
     """
     replicas = list(replicas)
     if not replicas:
-        raise UserError("stack_replicas was given no replica")
+        raise UserError("stack_replicas got an empty sequence; pass at least one tree")
     for index, replica in enumerate(replicas[1:], 1):
         check_alike(replicas[0], replica, "replica 0", f"replica {index}")
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *replicas)
 
 
 def check_alike(a: PyTree, b: PyTree, a_side: str, b_side: str) -> None:
-    """Raise a UserError that names what differs in the names or shapes of two trees' tensors."""
+    """Raise a UserError if the names or shapes of the tensors of two trees differ."""
     named_a, named_b = named_leaves(a), named_leaves(b)
-    _same_names(named_a, named_b, a_side, b_side)
-    wrong = [n for n in named_a if np.shape(named_a[n]) != np.shape(named_b[n])]
-    _refuse(wrong, f"{b_side} differs from {a_side} in the shape of")
+    _check_names(named_a, named_b, a_side, b_side)
+    different = [n for n in named_a if np.shape(named_a[n]) != np.shape(named_b[n])]
+    _raise_if_any(different, f"{b_side} differs from {a_side} in the shape of")
 
 
 def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) -> Leaves:
-    """Flatten the two trees side by side, or say what does not fit."""
+    """Flatten anchor and replicas.
+
+    Args:
+      pretrained: a tree of arrays [...]
+      finetuned: the same tree of arrays [N, ...]
+      min_replicas: minimum of N
+
+    Raises:
+      UserError: the trees do not match; the message names the tensors
+    """
     if isinstance(finetuned, list | tuple) and not isinstance(pretrained, type(finetuned)):
         raise UserError(
             "finetuned is a sequence of trees: pass stack_replicas(finetuned), one tree with a "
@@ -257,25 +274,25 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
         )
     anchor, tuned = named_leaves(pretrained), named_leaves(finetuned)
     if not anchor:
-        raise UserError("pretrained holds no tensor")
-    _same_names(anchor, tuned, "pretrained", "finetuned")
+        raise UserError("pretrained contains no tensor; pass a tree with at least one array")
+    _check_names(anchor, tuned, "pretrained", "finetuned")
     treedef = jax.tree.structure(pretrained)
     if treedef != jax.tree.structure(finetuned):
         raise UserError(
-            "pretrained and finetuned have the same names in different containers: "
+            "pretrained and finetuned have the same names but different containers: "
             f"{treedef} and {jax.tree.structure(finetuned)}"
         )
     anchor = {name: _array(leaf, name, "pretrained") for name, leaf in anchor.items()}
     tuned = {name: _array(leaf, name, "finetuned") for name, leaf in tuned.items()}
-    wrong = [
+    different = [
         n
         for n in anchor
         if tuned[n].ndim != anchor[n].ndim + 1 or tuned[n].shape[1:] != anchor[n].shape
     ]
-    _refuse(
-        [f"{n} ({anchor[n].shape} and {tuned[n].shape})" for n in wrong],
-        "finetuned must have the shapes of pretrained behind a leading replica axis, as "
-        "stack_replicas makes it; not so",
+    _raise_if_any(
+        [f"{n} ({anchor[n].shape} and {tuned[n].shape})" for n in different],
+        "finetuned must have the shapes of pretrained with a leading replica axis; use "
+        "stack_replicas; shapes that do not match",
     )
     counts = {tuned[n].shape[0] for n in tuned}
     if len(counts) > 1:
@@ -286,28 +303,28 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
         raise UserError(
             f"this merge needs at least {min_replicas} fine-tuned replicas, not {min(counts)}"
         )
-    wrong = [n for n in anchor if is_float(anchor[n]) != is_float(tuned[n])]
-    _refuse(
-        [f"{n} ({anchor[n].dtype} and {tuned[n].dtype})" for n in wrong],
-        "floating point on one side and not on the other",
+    different = [n for n in anchor if is_float(anchor[n]) != is_float(tuned[n])]
+    _raise_if_any(
+        [f"{n} ({anchor[n].dtype} and {tuned[n].dtype})" for n in different],
+        "tensors that are floating point in only one of pretrained and finetuned",
     )
     return Leaves(tuple(anchor), list(anchor.values()), list(tuned.values()), treedef, min(counts))
 
 
 def is_float(array) -> bool:
-    """Whether a merge moves this tensor: any floating dtype, down to float8."""
+    """Return whether a merge changes this tensor: any floating dtype, including float8."""
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def named_leaves(tree: PyTree, separator: str = ".") -> dict[str, Any]:
-    """Leaves by their names: paths joined with dots, as merge units know them.
+    """Return the leaves of a tree by name: the path, joined with dots, as merge units use it.
 
     Args:
-      tree: a pytree of anything.
-      separator: what joins a path's keys.
+      tree: any pytree
+      separator: string that joins the keys of a path
 
     Returns:
-      Name -> leaf, in the order of the tree's leaves.
+      {name: leaf}, in the order of the tree's leaves
 
     Example:
       >>> list(named_leaves({"mlp": {"kernel": 1.0, "bias": 2.0}, "layers": [3.0]}))
@@ -318,7 +335,7 @@ def named_leaves(tree: PyTree, separator: str = ".") -> dict[str, Any]:
         if len(path) > 1 and path[-1] == _VARIABLE:
             path = path[:-1]
         name = jax.tree_util.keystr(path, simple=True, separator=separator) or "(root)"
-        while name in named:  # a key that holds a dot may spell another tensor's path
+        while name in named:  # a key that contains a dot may equal another tensor's path
             name += "'"
         named[name] = leaf
     return named
@@ -329,25 +346,25 @@ def _array(leaf: Any, name: str, side: str):
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise UserError(
-            f"{side}: tensor {name!r} is {array.dtype}; merging takes floating point, "
-            "and keeps integers and booleans"
+            f"{side}: tensor {name!r} has dtype {array.dtype}; use a floating, integer or boolean "
+            "dtype"
         )
-    # As JAX would take it: float64 is float32 unless jax_enable_x64 is on.
+    # Convert as JAX does: float64 becomes float32 unless jax_enable_x64 is on.
     return jnp.asarray(array)
 
 
-def _same_names(a: dict, b: dict, a_side: str, b_side: str) -> None:
+def _check_names(a: dict, b: dict, a_side: str, b_side: str) -> None:
     if a.keys() == b.keys():
         return
-    missing, extra = [n for n in a if n not in b], [n for n in b if n not in a]
-    told = [
+    only_a, only_b = [n for n in a if n not in b], [n for n in b if n not in a]
+    differences = [
         f"only in {side}: {listed(names, 5)}"
-        for side, names in ((a_side, missing), (b_side, extra))
+        for side, names in ((a_side, only_a), (b_side, only_b))
         if names
     ]
-    raise UserError(f"{a_side} and {b_side} differ in structure; {'; '.join(told)}")
+    raise UserError(f"{a_side} and {b_side} differ in structure; {'; '.join(differences)}")
 
 
-def _refuse(names: list[str], message: str) -> None:
+def _raise_if_any(names: list[str], message: str) -> None:
     if names:
         raise UserError(f"{message}: {listed(names, 5)}")

@@ -1,8 +1,12 @@
-"""What is done with a merge unit: rules from its Gram matrix to coefficients, and what they report.
+"""Merge rules: functions from the Gram matrix of a merge unit to its coefficients.
 
-A rule takes the Gram matrix [N, N, ...] and `is_scalar` [...] bool (the unit holds fewer than two
-numbers), and whatever else it needs; training, the library and the file merge use these alone.
-NumPy or JAX arrays, in and out.
+The merged weights of a unit are w0 + sum_i a_i d_i. A rule computes the coefficients a_i from
+
+    gram       [N, N, ...], G_ij = d_i . d_j; the trailing axes run over units
+    is_scalar  [...] bool: the unit has fewer than two elements, hence no angle
+
+and from the further inputs that its signature names. Training, the library and the file merge all
+use these functions. Inputs and outputs are NumPy or JAX arrays.
 """
 
 from __future__ import annotations
@@ -19,74 +23,94 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.anchor_rounding import correct_gram
 
-# What was done with a merge unit, and what is refused; the same words in every door.
-
 
 class UnitOutcome(enum.IntEnum):
-    """What was done with a merge unit; `stats.outcome` holds these codes as int8."""
+    """How a merge unit was merged. `stats.outcome` contains these codes as int8."""
 
-    INTERPOLATED = 0  # w0 + t mean(d), the rule itself
-    FIXED_RATIO = 1  # the ratio was given, not measured
-    CLAMPED = 2  # cos <= 0 (carried: noise above the movement): no common signal, the anchor
-    UNCHANGED = 3  # no replica moved: the anchor, bit for bit
-    ONE_MODEL_CHANGED = 4  # one replica moved: its weights, bit for bit
-    UNCHANGED_MODELS_LEFT_OUT = 5  # some did not move; the rule over the others
-    SCALAR = 6  # a unit of fewer than two numbers has no angle: the mean
-    FALLBACK_TO_EQ3 = 7  # a replica's noise came out negative: equation 3 in its place
-    COPIED = 8  # integers, booleans and empty tensors: the anchor's
-    NON_FINITE = 9  # NaN or infinity in a replica: the anchor, and `stats.finite` says which
+    INTERPOLATED = 0  # the rule itself: w0 + t mean(d)
+    FIXED_RATIO = 1  # the ratio was an input, not measured
+    CLAMPED = 2  # cos <= 0, or carried noise above the squared mean update: t = 0, the anchor
+    UNCHANGED = 3  # no replica changed: the anchor, bit for bit
+    ONE_MODEL_CHANGED = 4  # only one replica changed: its weights, bit for bit
+    UNCHANGED_MODELS_LEFT_OUT = 5  # some replicas did not change: the rule over the others
+    SCALAR = 6  # a unit of fewer than two elements has no angle: the mean
+    FALLBACK_TO_EQ3 = 7  # a replica's estimated noise was negative: equation 3 instead
+    COPIED = 8  # integers, booleans and empty tensors: the anchor's values
+    NON_FINITE = 9  # NaN or infinity in a replica: the anchor; `stats.finite` shows the replica
 
 
 class NonFiniteError(UserError):
-    """NaN or infinity in the weights; `tensor` is its name, `replica` its index or 'pretrained'."""
+    """NaN or infinity in the weights.
+
+    Attributes:
+      replica: index of the replica, or 'pretrained'
+      tensor: name of the tensor
+    """
 
     def __init__(self, message: str, replica: int | str, tensor: str):
-        """Keep what a program may want to look at beside the message."""
         super().__init__(message)
         self.replica = replica
         self.tensor = tensor
 
 
-# A method's answer for one merge unit, and the rules that all methods share.
-
-
 class UnitSolution(NamedTuple):
-    """Coefficients and measures; arrays of the unit's shape, with axis N in front where noted."""
+    """The coefficients of a merge unit and its measures.
 
-    coefficient: Any  # [N, ...], a_i
-    copy_replica: Any  # [N, ...] bool: take this replica's weights bit for bit
-    keep_anchor: Any  # bool: take the anchor's bit for bit
+    Attributes:
+      coefficient: a_i, [N, ...]
+      copy_replica: [N, ...] bool: the result is this replica's weights, bit for bit
+      keep_anchor: [...] bool: the result is the anchor's weights, bit for bit
+      cosine: [...]
+      ratio: sum of the a_i, [...]
+      norm: |d_i|, [N, ...]
+      distance: predicted distances from the center, each [...]
+      outcome: codes of `UnitOutcome`, [...] int8
+      carry: state for the next merge; None if the rule has none
+    """
+
+    coefficient: Any
+    copy_replica: Any
+    keep_anchor: Any
     cosine: Any
     ratio: Any
-    norm: Any  # [N, ...]
+    norm: Any
     distance: geometry.Distances
-    outcome: Any  # int8
-    carry: Any = None  # handed on to the next merge
+    outcome: Any
+    carry: Any = None
 
 
 class GramStats(NamedTuple):
-    """What a Gram matrix says about a unit, before any method."""
+    """Statistics of a Gram matrix, before any rule. Means are over the replicas that changed.
 
-    active: Any  # [N, ...] bool: which replicas moved
-    number: Any  # how many did, in the Gram matrix's dtype
+    Attributes:
+      active: whether a replica changed, [N, ...] bool
+      num_active: how many replicas changed, [...] in the dtype of the Gram matrix
+      cosine: mean pairwise cosine, [...]
+      mean_squared_norm: l^2, the mean of G_ii, [...]
+      mean_product: |mu|^2, the mean of G_ij over pairs i < j, [...]
+      outcome: INTERPOLATED or UNCHANGED_MODELS_LEFT_OUT, [...] int8
+    """
+
+    active: Any
+    num_active: Any
     cosine: Any
-    square: Any  # l^2, the mean squared norm of those
-    signal: Any  # |mu|^2, the mean product of two of those
-    outcome: Any  # int8: the rule itself, or some left out
+    mean_squared_norm: Any
+    mean_product: Any
+    outcome: Any
 
 
 def measure(gram) -> GramStats:
-    """Read a Gram matrix [N, N, ...]."""
+    """Return the statistics of a Gram matrix [N, N, ...]."""
     xp = geometry.namespace(gram)
     active = geometry.is_moved(gram)
-    number = active.astype(gram.dtype).sum(axis=0)
-    squares = xp.where(active, geometry.squared_norms(gram), 0.0)
+    num_active = active.astype(gram.dtype).sum(axis=0)
+    squared_norms = xp.where(active, geometry.squared_norms(gram), 0.0)
     return GramStats(
         active=active,
-        number=number,
+        num_active=num_active,
         cosine=geometry.cosine(gram),
-        square=squares.sum(axis=0) / xp.maximum(number, 1.0),
-        signal=geometry.mean_pairs(gram, active),
+        mean_squared_norm=squared_norms.sum(axis=0) / xp.maximum(num_active, 1.0),
+        mean_product=geometry.mean_pairs(gram, active),
         outcome=xp.where(
             active.all(axis=0),
             np.int8(UnitOutcome.INTERPOLATED),
@@ -96,19 +120,27 @@ def measure(gram) -> GramStats:
 
 
 def solve_measured(gram, stats: GramStats, is_scalar, coefficient, outcome) -> UnitSolution:
-    """A solution from measured coefficients [N, ...], with the rules for degenerate units.
+    """Return a solution from measured coefficients, with the rules for degenerate units.
 
-    `is_scalar` [...] bool: the unit holds fewer than two numbers and has no angle.
+    Args:
+      gram: [N, N, ...]
+      stats: of `gram`
+      is_scalar: [...] bool
+      coefficient: a_i, [N, ...]
+      outcome: outcome of a unit that is not degenerate, [...] int8
+
+    Returns:
+      A `UnitSolution`. Scalar units get the mean, units in which one replica changed its weights.
     """
     xp = geometry.namespace(gram)
-    one = stats.number == 1
-    mean = xp.where(stats.active, (1.0 / xp.maximum(stats.number, 1.0))[None], 0.0)
+    one_changed = stats.num_active == 1
+    mean = xp.where(stats.active, (1.0 / xp.maximum(stats.num_active, 1.0))[None], 0.0)
     coefficient = xp.where(is_scalar[None], mean, coefficient)
     outcome = xp.where(is_scalar, np.int8(UnitOutcome.SCALAR), outcome)
-    copy_replica = stats.active & one[None]
+    copy_replica = stats.active & one_changed[None]
     coefficient = xp.where(copy_replica, 1.0, coefficient)
-    outcome = xp.where(one, np.int8(UnitOutcome.ONE_MODEL_CHANGED), outcome)
-    outcome = xp.where(stats.number == 0, np.int8(UnitOutcome.UNCHANGED), outcome)
+    outcome = xp.where(one_changed, np.int8(UnitOutcome.ONE_MODEL_CHANGED), outcome)
+    outcome = xp.where(stats.num_active == 0, np.int8(UnitOutcome.UNCHANGED), outcome)
     keep_anchor = (coefficient == 0).all(axis=0)
     return _solution(
         gram, stats, is_scalar, coefficient, copy_replica, keep_anchor, outcome, fixed_ratio=False
@@ -116,12 +148,21 @@ def solve_measured(gram, stats: GramStats, is_scalar, coefficient, outcome) -> U
 
 
 def solve_with_coefficients(gram, stats: GramStats, is_scalar, coefficient) -> UnitSolution:
-    """A solution from coefficients [N, ...] that were given; the measures are for the report."""
+    """Return a solution from coefficients that were not measured; the measures are for the report.
+
+    Args:
+      gram: [N, N, ...]
+      stats: of `gram`
+      is_scalar: [...] bool
+      coefficient: a_i, [N, ...]
+    """
     xp = geometry.namespace(gram)
-    nothing = xp.zeros_like(stats.active)
-    still = stats.number == 0  # the anchor bit for bit: -0.0 + 0.0 is another zero
+    copy_none = xp.zeros_like(stats.active)
+    unchanged = stats.num_active == 0  # copy the anchor: -0.0 + 0.0 would change the sign of zero
     outcome = xp.full_like(stats.outcome, UnitOutcome.FIXED_RATIO)
-    return _solution(gram, stats, is_scalar, coefficient, nothing, still, outcome, fixed_ratio=True)
+    return _solution(
+        gram, stats, is_scalar, coefficient, copy_none, unchanged, outcome, fixed_ratio=True
+    )
 
 
 def _solution(
@@ -129,21 +170,21 @@ def _solution(
 ) -> UnitSolution:
     xp = geometry.namespace(gram)
     cosine = xp.where(is_scalar, geometry.COSINE_UNDEFINED, stats.cosine)
-    # Without an angle the noise is still l^2 - |mu|^2.
-    safe = xp.where(stats.square > 0, stats.square, 1.0)
-    similarity = xp.where(cosine > 1.0, stats.signal / safe, cosine)
+    # If the cosine is undefined, the noise is still l^2 - |mu|^2.
+    safe = xp.where(stats.mean_squared_norm > 0, stats.mean_squared_norm, 1.0)
+    similarity = xp.where(cosine > 1.0, stats.mean_product / safe, cosine)
     ratio = coefficient.sum(axis=0)
     distance = geometry.predicted_distances(
-        stats.square,
-        stats.signal,
+        stats.mean_squared_norm,
+        stats.mean_product,
         similarity,
-        xp.maximum(stats.number, 1.0),
+        xp.maximum(stats.num_active, 1.0),
         ratio,
         fixed_ratio=fixed_ratio | is_scalar,
         squared_coefficients=(coefficient**2).sum(axis=0),
     )
     distance = geometry.Distances(
-        *(xp.where(stats.number == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
+        *(xp.where(stats.num_active == 1, geometry.DISTANCE_UNDEFINED, d) for d in distance)
     )
     norm = geometry.positive_sqrt(geometry.squared_norms(gram))
     return UnitSolution(
@@ -152,100 +193,118 @@ def _solution(
 
 
 def equation_3(gram, is_scalar) -> UnitSolution:
-    """Equal coefficients t / N over the replicas that moved."""
+    """Return equal coefficients t / N over the replicas that changed; see `model_stock`."""
     xp = geometry.namespace(gram)
     stats = measure(gram)
-    number = xp.maximum(stats.number, 1.0)
-    ratio = geometry.ratio(xp.where(stats.number > 1, stats.cosine, 0.0), number)
-    coefficient = xp.where(stats.active, (ratio / number)[None], 0.0)
+    num_active = xp.maximum(stats.num_active, 1.0)
+    ratio = geometry.ratio(xp.where(stats.num_active > 1, stats.cosine, 0.0), num_active)
+    coefficient = xp.where(stats.active, (ratio / num_active)[None], 0.0)
     outcome = xp.where(stats.cosine <= 0, np.int8(UnitOutcome.CLAMPED), stats.outcome)
     return solve_measured(gram, stats, is_scalar, coefficient, outcome)
 
 
 def noise_weights(gram, is_scalar) -> UnitSolution:
-    """Coefficients by each replica's own noise; the formula is `weighted_model_stock`'s."""
+    """Return coefficients from the noise of each replica; see `weighted_model_stock`."""
     xp = geometry.namespace(gram)
-    stats, plain = measure(gram), equation_3(gram, is_scalar)
-    squares = geometry.squared_norms(gram)
-    noise = squares - stats.signal[None]
-    clear = noise > 4.0 * np.finfo(np.float32).eps * squares
-    signal = stats.signal > 0
-    fallback = signal & ~(clear | ~stats.active).all(axis=0)
-    # signal / noise of each: the formula times |mu|^2 above and below.
-    used = stats.active & (signal & ~fallback)[None]
-    weight = xp.where(used, stats.signal[None] / xp.where(used, noise, 1.0), 0.0)
+    stats, by_equation_3 = measure(gram), equation_3(gram, is_scalar)
+    squared_norms = geometry.squared_norms(gram)
+    noise = squared_norms - stats.mean_product[None]
+    above_rounding = noise > 4.0 * np.finfo(np.float32).eps * squared_norms
+    has_signal = stats.mean_product > 0
+    fallback = has_signal & ~(above_rounding | ~stats.active).all(axis=0)
+    # |mu|^2 / s_i^2: numerator and denominator of the formula, multiplied by |mu|^2.
+    valid = stats.active & (has_signal & ~fallback)[None]
+    weight = xp.where(valid, stats.mean_product[None] / xp.where(valid, noise, 1.0), 0.0)
     coefficient = weight / (1.0 + weight.sum(axis=0))[None]
-    coefficient = xp.where(fallback[None], plain.coefficient, coefficient)
-    outcome = xp.where(signal, stats.outcome, np.int8(UnitOutcome.CLAMPED))
+    coefficient = xp.where(fallback[None], by_equation_3.coefficient, coefficient)
+    outcome = xp.where(has_signal, stats.outcome, np.int8(UnitOutcome.CLAMPED))
     outcome = xp.where(fallback, np.int8(UnitOutcome.FALLBACK_TO_EQ3), outcome)
     return solve_measured(gram, stats, is_scalar, coefficient, outcome)
 
 
 @functools.cache
 def without_rounding(rule: Callable[..., UnitSolution]) -> Callable[..., UnitSolution]:
-    """The same rule on a Gram matrix without the rounding error of the anchor.
+    """Return the rule, applied to a Gram matrix without the rounding error of the anchor.
 
-    It takes two arrays more: E of the unit, [...], and whether training started from the rounded
-    anchor, [] bool, in which case nothing is subtracted.
+    The new rule has two more inputs: the rounding energy E of the unit, [...], and whether training
+    started from the rounded anchor, [] bool. If it did, nothing is subtracted.
     """
 
-    def solve(gram, single, energy, started):
+    def solve(gram, is_scalar, energy, started_from_rounded):
         xp = geometry.namespace(gram)
-        return rule(xp.where(started, gram, correct_gram(gram, energy)), single)
+        return rule(xp.where(started_from_rounded, gram, correct_gram(gram, energy)), is_scalar)
 
     return solve
 
 
 def fixed_ratio(gram, is_scalar, ratio) -> UnitSolution:
-    """Coefficients ratio / N for every replica, whatever its angles."""
+    """Return coefficients ratio / N for every replica, independent of the angles."""
     xp = geometry.namespace(gram)
-    share = xp.full_like(gram[0], 1.0 / len(gram)) * ratio.astype(gram.dtype)
-    return solve_with_coefficients(gram, measure(gram), is_scalar, share)
+    coefficient = xp.full_like(gram[0], 1.0 / len(gram)) * ratio.astype(gram.dtype)
+    return solve_with_coefficients(gram, measure(gram), is_scalar, coefficient)
 
 
 def fixed_coefficients(gram, is_scalar, coefficients) -> UnitSolution:
-    """Coefficients that were given, shares [N], whatever the angles."""
+    """Return the given coefficients [N] for every unit, independent of the angles."""
     xp = geometry.namespace(gram)
-    shares = xp.asarray(coefficients, gram.dtype).reshape((-1,) + (1,) * (gram.ndim - 2))
+    coefficient = xp.asarray(coefficients, gram.dtype).reshape((-1,) + (1,) * (gram.ndim - 2))
     return solve_with_coefficients(
-        gram, measure(gram), is_scalar, xp.broadcast_to(shares, gram.shape[1:])
+        gram, measure(gram), is_scalar, xp.broadcast_to(coefficient, gram.shape[1:])
     )
 
 
-def elected(gram, is_scalar, scale) -> UnitSolution:
-    """The mean task vector times a scale, of which only some numbers will be taken (TIES)."""
+def ties_statistics(gram, is_scalar, scale) -> UnitSolution:
+    """Return the statistics of a TIES merge: ratio `scale`, no distance of the merged weights.
+
+    The coefficients are those of the untrimmed mean task vector. TIES computes the merged weights
+    from the trimmed elements instead.
+    """
     xp = geometry.namespace(gram)
     solution = fixed_ratio(gram, is_scalar, scale)
-    unknown = xp.full_like(solution.ratio, geometry.DISTANCE_UNDEFINED)
-    return solution._replace(distance=solution.distance._replace(merged=unknown))
+    undefined = xp.full_like(solution.ratio, geometry.DISTANCE_UNDEFINED)
+    return solution._replace(distance=solution.distance._replace(merged=undefined))
 
 
-def spherical(gram, is_scalar, ratios) -> UnitSolution:
-    """Coefficients of the task vectors merged along arcs, the m-th by shares[m - 2]."""
+def sequential_slerp(gram, is_scalar, ratios) -> UnitSolution:
+    """Return the coefficients of task vectors that are merged along arcs, one after the other.
+
+    Args:
+      gram: [N, N, ...]
+      is_scalar: [...] bool
+      ratios: [N - 1]; ratios[m - 1] is t of the step that adds d_m, m = 1 .. N - 1 from 0.
+    """
     xp = geometry.namespace(gram)
-    squares = geometry.squared_norms(gram)
-    total = [xp.ones_like(squares[0])] + [xp.zeros_like(squares[0])] * (len(gram) - 1)
+    squared_norms = geometry.squared_norms(gram)
+    coefficients = [xp.ones_like(squared_norms[0])]
+    coefficients += [xp.zeros_like(squared_norms[0])] * (len(gram) - 1)
     for m in range(1, len(gram)):
-        along = sum(total[i] * gram[i, m] for i in range(m))
-        square = sum(total[i] * total[j] * gram[i, j] for i in range(m) for j in range(m))
-        kept, new = slerp_coefficients(square, squares[m], along, ratios[m - 1])
-        total = [kept * c for c in total]
-        total[m] = new
-    return solve_with_coefficients(gram, measure(gram), is_scalar, xp.stack(total))
+        product = sum(coefficients[i] * gram[i, m] for i in range(m))
+        squared_norm = sum(
+            coefficients[i] * coefficients[j] * gram[i, j] for i in range(m) for j in range(m)
+        )
+        from_factor, to_factor = slerp_coefficients(
+            squared_norm, squared_norms[m], product, ratios[m - 1]
+        )
+        coefficients = [from_factor * c for c in coefficients]
+        coefficients[m] = to_factor
+    return solve_with_coefficients(gram, measure(gram), is_scalar, xp.stack(coefficients))
 
 
 def slerp_coefficients(square_from, square_to, product, t, straight=1.0 - 1e-6):
-    """Factors of the two ends of an arc, sin((1 - t) Omega) / sin(Omega) and sin(t Omega) / ...
+    """Return the factors of the two ends of an arc: sin((1 - t) Omega) and sin(t Omega).
+
+    Both are divided by sin(Omega); Omega is the angle between the two ends.
 
     Args:
-      square_from: squared length of the end at t = 0, [...].
-      square_to: of the end at t = 1, [...].
-      product: their inner product, [...].
-      t: in [0, 1].
-      straight: cosines beyond this, of either sign, count as one line: 1 - t and t.
+      square_from: squared length of the end at t = 0, [...]
+      square_to: squared length of the end at t = 1, [...]
+      product: inner product of the two ends, [...]
+      t: position on the arc, in [0, 1]
+      straight: if |cos(Omega)| is above this, the ends count as collinear and the factors are
+        1 - t and t.
 
     Returns:
-      Two arrays [...].
+      two arrays [...]
 
     Example:
       >>> one = np.array(1.0)
@@ -255,23 +314,20 @@ def slerp_coefficients(square_from, square_to, product, t, straight=1.0 - 1e-6):
     xp = geometry.namespace(product)
     lengths = geometry.positive_sqrt(square_from) * geometry.positive_sqrt(square_to)
     cosine = xp.clip(product / xp.where(lengths > 0, lengths, 1.0), -1.0, 1.0)
-    line = (xp.abs(cosine) > straight) | (lengths <= 0)
-    omega = xp.arccos(xp.where(line, 0.0, cosine))
+    collinear = (xp.abs(cosine) > straight) | (lengths <= 0)
+    omega = xp.arccos(xp.where(collinear, 0.0, cosine))
     return (
-        xp.where(line, 1.0 - t, xp.sin((1.0 - t) * omega) / xp.sin(omega)),
-        xp.where(line, t, xp.sin(t * omega) / xp.sin(omega)),
+        xp.where(collinear, 1.0 - t, xp.sin((1.0 - t) * omega) / xp.sin(omega)),
+        xp.where(collinear, t, xp.sin(t * omega) / xp.sin(omega)),
     )
 
 
 def rescale_to_norm(gram, is_scalar, length) -> UnitSolution:
-    """The first task vector, brought to a given length; 0 where it has none."""
+    """Return the coefficient that scales the only task vector to `length`; 0 if it is zero."""
     xp = geometry.namespace(gram)
-    own = geometry.positive_sqrt(geometry.squared_norms(gram))
-    factor = xp.where(own > 0, length[None] / xp.where(own > 0, own, 1.0), 0.0)
+    norm = geometry.positive_sqrt(geometry.squared_norms(gram))
+    factor = xp.where(norm > 0, length[None] / xp.where(norm > 0, norm, 1.0), 0.0)
     return solve_with_coefficients(gram, measure(gram), is_scalar, factor)
-
-
-# Measures of a merge unit, as a row for tables and JSON.
 
 
 def unit_row(
@@ -282,18 +338,19 @@ def unit_row(
     norm: np.ndarray,
     outcome: np.ndarray,
 ) -> dict[str, Any]:
-    """One tensor's row: plain Python values, None where undefined.
+    """Return the measures of one tensor as a row for tables and JSON.
 
-    Where the tensor lies in many units: means of cosine, angle (degrees) and ratio, and
-    root-sum-squares of norms.
+    Values are plain Python values, None if undefined. If the tensor has several units: means of
+    cosine, angle (degrees) and ratio, and root-sum-squares of norms. Means of cosine and angle
+    leave out the units whose cosine is undefined.
 
     Args:
-      name: of the tensor.
-      key: of the unit that it lies in.
-      cosine: [...] of the units' shape, `geometry.COSINE_UNDEFINED` where there is none.
-      ratio: [...].
-      norm: [N, ...], |d_i|.
-      outcome: [...], codes of `UnitOutcome`.
+      name: name of the tensor
+      key: name of its merge unit
+      cosine: [...], the shape of the unit; `geometry.COSINE_UNDEFINED` if undefined
+      ratio: [...]
+      norm: |d_i|, [N, ...]
+      outcome: codes of `UnitOutcome`, [...]
 
     Example:
       >>> row = unit_row("w", "w", np.array(0.5), np.array(2 / 3), np.ones(2), np.array(0))

@@ -1,4 +1,4 @@
-"""Model soups that are searched for on held-out data."""
+"""Model soups selected on held-out data."""
 
 from __future__ import annotations
 
@@ -16,16 +16,30 @@ from modelstock_jax.merging.rules import NonFiniteError
 
 
 class Trial(NamedTuple):
-    """One candidate's turn, in the order of the search."""
+    """The trial of one candidate.
 
-    candidate: int  # its index among the candidates
-    own_score: float  # its own score
-    soup_score: float  # score of the soup with it
+    Attributes:
+      candidate: index of the candidate
+      own_score: score of the candidate
+      soup_score: score of the soup with the candidate
+      accepted: whether the candidate became an ingredient
+    """
+
+    candidate: int
+    own_score: float
+    soup_score: float
     accepted: bool
 
 
 class GreedySoup(NamedTuple):
-    """The soup, its score, the candidates in it (in the order they joined), and every trial."""
+    """Result of `greedy_soup`.
+
+    Attributes:
+      params: weights of the soup
+      score: its score
+      ingredients: indices of the candidates in it, in the order they were added
+      trials: all trials, in the order of the search
+    """
 
     params: PyTree
     score: float
@@ -41,36 +55,38 @@ def greedy_soup(
     scores: Sequence[float] | None = None,
     strict: bool = True,
 ) -> GreedySoup:
-    """Greedy soup (Wortsman et al. 2022, arXiv 2203.05482, Recipe 1): keep what helps.
+    """Select a greedy soup (Wortsman et al. 2022, arXiv 2203.05482, Recipe 1).
 
-    Candidates are sorted by their own held-out score, best first, and tried one after the other:
+    Candidates are sorted by their own held-out score, best first, and tried in this order:
 
-        soup <- mean of the ingredients and theta_i, where that scores higher than the soup
+        soup <- mean of the ingredients and theta_i, if its score is above that of the soup
 
-    Recipe 1 says `ValAcc(with theta_i) >= ValAcc(without)`; the authors' released code, which
-    made the published numbers, asks for a strict gain. Equal scores are common on a small held-out
-    set, so the two differ. The default is the code; `strict=False` is the recipe as printed.
+    Recipe 1 states `ValAcc(with theta_i) >= ValAcc(without)`. The authors' released code, which
+    produced the published numbers, requires a strict gain. The two differ because equal scores are
+    common on a small held-out set. The default follows the code; `strict=False` follows the recipe
+    as printed.
 
-    The soup is a running mean in float32 (float64 for float64 weights), scored as rounded to the
-    candidates' dtypes. Where candidates are loaders, two models lie in memory: soup and trial.
-    All floating tensors are averaged, the head among them.
+    The soup is a running mean in float32 (float64 for float64 weights). It is scored after rounding
+    to the candidates' dtypes. If the candidates are loaders, at most two models are in memory: the
+    soup and the trial. All floating tensors are averaged, including the head.
 
     Args:
-      pretrained: a tree of the models' structure that gives the soup's dtypes and what is not
-        floating; None to take both from the best candidate. It is an ingredient only if it is
-        among the candidates too.
-      candidates: models as trees, or functions of no argument that load one; each is loaded once
-        for its own score and once for its trial. Equal scores keep their order.
-      score: a tree's score on held-out data, higher is better; never on the test set.
-      scores: the candidates' own scores, where they are known: they are then not measured again.
-      strict: whether a candidate must raise the score to stay, or only not lower it.
+      pretrained: a tree with the structure of the models. It supplies the dtypes of the soup and
+        all arrays that are not floating; None to take both from the best candidate. It is an
+        ingredient only if it is also a candidate.
+      candidates: models as trees, or functions without arguments that load a model. Each model is
+        loaded once for its own score and once for its trial. Candidates of equal score keep their
+        order.
+      score: returns the score of a tree on held-out data, higher is better; never on the test set
+      scores: the candidates' own scores, if known; they are then not computed again
+      strict: whether a candidate must raise the score to be accepted; False accepts an equal score
 
     Returns:
-      `GreedySoup`.
+      `GreedySoup`
 
     Raises:
-      UserError: no candidate, trees that differ, or a score that is NaN.
-      NonFiniteError: NaN or infinity in a candidate, naming it and the tensor.
+      UserError: no candidate, trees that differ, or a score that is NaN
+      NonFiniteError: NaN or infinity in a candidate; the message names candidate and tensor
 
     Example:
       >>> models = [{"w": jnp.array([x])} for x in (0.0, 3.0, 10.0)]
@@ -80,43 +96,46 @@ def greedy_soup(
     """
     if isinstance(candidates, Mapping):
         raise UserError(
-            "candidates is one tree; give a list of trees, or of functions that load one"
+            "candidates is a single tree; pass a list of trees, or of functions that load a tree"
         )
     candidates = list(candidates)
     if not candidates:
         raise UserError("a greedy soup needs at least one candidate")
     if scores is None:
         scores = [
-            _scored(score, _load(candidates, i, pretrained), i) for i in range(len(candidates))
+            _checked_score(score, _load(candidates, i, pretrained), i)
+            for i in range(len(candidates))
         ]
     elif len(scores) != len(candidates) or any(math.isnan(s) for s in scores):
-        raise UserError(f"scores: {len(candidates)} numbers are needed, one a candidate")
+        raise UserError(
+            f"scores must be {len(candidates)} numbers, one per candidate and none of them NaN"
+        )
     order = sorted(range(len(candidates)), key=lambda i: -scores[i])
     best = order[0]
     first = _load(candidates, best, pretrained)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), first)
     soup, treedef = jax.tree.flatten(widest(first))
     del first
-    ingredients, reached = [best], float(scores[best])
-    trials = [Trial(best, reached, reached, True)]
+    ingredients, soup_score = [best], float(scores[best])
+    trials = [Trial(best, soup_score, soup_score, True)]
     for i in order[1:]:
         trial = jax.tree.leaves(_load(candidates, i, like))
-        for k, mean in enumerate(soup):  # tensor by tensor: a candidate turns into its trial
-            trial[k] = _stir(mean, trial[k], len(ingredients)) if is_float(mean) else mean
-        reach = _scored(score, rounded(treedef.unflatten(trial), like), i)
-        kept = reach > reached or (reach == reached and not strict)
-        trials.append(Trial(i, float(scores[i]), reach, kept))
-        if kept:
-            soup, reached = trial, reach
+        for k, mean in enumerate(soup):  # replace the candidate by the trial, tensor by tensor
+            trial[k] = _update_mean(mean, trial[k], len(ingredients)) if is_float(mean) else mean
+        trial_score = _checked_score(score, rounded(treedef.unflatten(trial), like), i)
+        accepted = trial_score > soup_score or (trial_score == soup_score and not strict)
+        trials.append(Trial(i, float(scores[i]), trial_score, accepted))
+        if accepted:
+            soup, soup_score = trial, trial_score
             ingredients.append(i)
     params = rounded(treedef.unflatten(soup), like if pretrained is None else pretrained)
     if pretrained is not None:
         params = jax.tree.map(lambda w0, w: w if is_float(w) else w0, pretrained, params)
-    return GreedySoup(params, reached, tuple(ingredients), tuple(trials))
+    return GreedySoup(params, soup_score, tuple(ingredients), tuple(trials))
 
 
 def _load(candidates: list, index: int, like: Any) -> Any:
-    """A candidate as a tree of finite arrays, of the structure of `like`."""
+    """Return a candidate as a tree of finite arrays with the structure of `like`."""
     tree = candidates[index]
     tree = jax.tree.map(jnp.asarray, tree() if callable(tree) else tree)
     who = f"candidate {index} (counted from 0)"
@@ -125,25 +144,27 @@ def _load(candidates: list, index: int, like: Any) -> Any:
     for name, array in named_leaves(tree).items():
         if is_float(array) and not bool(jnp.isfinite(array).all()):
             raise NonFiniteError(
-                f"{who}: tensor {name!r} holds NaN or infinity; leave it out", index, name
+                f"{who}: tensor {name!r} contains NaN or infinity; leave the candidate out",
+                index,
+                name,
             )
     return tree
 
 
-def _scored(score: Callable[[Any], float], tree: PyTree, index: int) -> float:
+def _checked_score(score: Callable[[Any], float], tree: PyTree, index: int) -> float:
     value = float(score(tree))
     if math.isnan(value):
         raise UserError(
-            f"the score of candidate {index} (counted from 0), or of a soup with it, "
-            "is NaN; a score must be a number, higher for a better model"
+            f"the score of candidate {index} (counted from 0), or of a soup with it, is NaN; "
+            "`score` must return a number, higher for a better model"
         )
     return value
 
 
 @jax.jit
-def _stir(mean, new, count):
-    """Mean of count + 1 models, from that of count and one more."""
-    share = 1.0 / (jnp.asarray(count, mean.dtype) + 1.0)
-    return in_float64(lambda mean, new, share: mean + share * (new - mean))(
-        mean, new.astype(mean.dtype), share
+def _update_mean(mean, new, count):
+    """Return the mean of count + 1 models from the mean of count models and a new model."""
+    weight = 1.0 / (jnp.asarray(count, mean.dtype) + 1.0)
+    return in_float64(lambda mean, new, weight: mean + weight * (new - mean))(
+        mean, new.astype(mean.dtype), weight
     )

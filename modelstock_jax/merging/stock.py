@@ -1,6 +1,7 @@
-"""Model Stock (section 3 of the paper), and two extensions of it.
+"""Model Stock (section 3 of the paper) and two extensions of this project.
 
-One is to replicas of unequal noise, the other to a series of merges that carries noise along.
+`weighted_model_stock` merges replicas of unequal noise. `model_stock_carried` carries the noise
+estimate from one periodic merge to the next. docs/method.md derives the equations.
 """
 
 from __future__ import annotations
@@ -32,54 +33,56 @@ def model_stock(
     dtype: Any = None,
     anchor_rounding: str = "keep",
 ) -> tuple[PyTree, Stats]:
-    """Merge fine-tuned replicas with their anchor at the ratio that their angles give.
+    """Merge fine-tuned replicas with their anchor by the ratio that the angles determine.
 
     Per merge unit, with task vectors d_i = w_i - w0 and cos their mean pairwise cosine:
 
         t   = N cos / (1 + (N - 1) cos)          equation 3; N = 2 gives equation 2
         w_H = t mean_i(w_i) + (1 - t) w0
 
-    Rules for what the paper leaves open; `stats.outcome` says where each was met:
+    The paper leaves some cases open. `stats.outcome` reports which units they occurred in:
 
     - cos <= 0: t = 0, the anchor.
-    - No replica moved: the anchor, bit for bit; the cosine is undefined (`COSINE_UNDEFINED`).
-    - A replica that did not move while others did leaves the unit; where one is left, the result
-      is its weights, bit for bit. To have moved is to have a squared norm that float32 can hold
-      (rms of a delta above about 1e-19).
-    - A unit of fewer than two numbers (a scalar) takes the mean; its cosine is undefined.
-    - Integers and booleans keep the anchor's values; empty tensors stay empty; None stays None.
-    - Any floating dtype from float8 to float64 (the latter needs `jax_enable_x64`; without it JAX
-      makes it float32), mixed as you like: all arithmetic is in float64, whatever the setting.
-      Statistics are float32 (float64 for float64 weights). The result is rounded once, to the
-      anchor's dtype or to `dtype`, saturating at the largest number of a dtype of smaller range.
-    - A non-finite weight is an error. In a traced call (jit, grad, vmap) it cannot be raised: its
-      unit keeps the anchor's weights, and `check_finite(stats)` raises afterwards.
+    - No replica changed: the anchor, bit for bit. The cosine is undefined (`COSINE_UNDEFINED`).
+    - Some replicas did not change: the unit is merged from the other replicas. If only one replica
+      changed, the result is its weights, bit for bit. A replica changed if float32 can represent
+      its squared norm |d_i|^2 (rms of d_i above about 1e-19).
+    - A unit of fewer than two elements (a scalar): the mean. Its cosine is undefined.
+    - Integers and booleans: the anchor's values. Empty tensors stay empty; None stays None.
+    - A non-finite weight: an error. In a traced call (jit, grad, vmap) no error can be raised: the
+      unit keeps the anchor's weights, and `check_finite(stats)` raises the error afterwards.
+
+    Weights may have any floating dtype from float8 to float64, in any combination. (float64
+    requires `jax_enable_x64`; without it JAX converts to float32.) All arithmetic is in float64,
+    regardless of this setting. Statistics are float32 (float64 for float64 weights). The result is
+    rounded once, to the anchor's dtype or to `dtype`; values outside the range of a narrower dtype
+    saturate at its largest finite value.
 
     Args:
-      pretrained: w0, any pytree of arrays.
-      finetuned: the same tree with a leading replica axis N >= 2 on every array.
-      unit: which numbers share one angle: tensor, layer, filter, head, block or global
-        (`units.assign`). Static under jit.
-      num_heads: attention heads, for `unit="head"`: a number, or a mapping from the beginning of
-        a name to a number.
-      filter_axis: the output axis of kernels: -1 (JAX) or 0 (PyTorch).
-      dtype: of the merged floating tensors.
-      anchor_rounding: "keep" (default), or "correct" for an anchor that was rounded to a coarser
-        dtype after the replicas were trained from its original (say a bfloat16 base of float32
-        fine-tunes). The expected energy of the rounding error, sum of (half ulp)^2 / 3, is then
-        subtracted from every entry of the Gram matrix, so that t and the statistics are about
-        those of the original anchor. Tensors whose anchor is not coarser than the replicas are
-        unchanged. If training started from the rounded anchor, nothing may be subtracted: the
-        call raises an error, and under jit or vmap, which cannot raise, "keep" applies
-        (`anchor_rounding.started_from_rounded`). Static under jit.
+      pretrained: w0, any pytree of arrays
+      finetuned: the same tree with a leading replica axis N >= 2 on every array
+      unit: which elements share one angle: tensor, layer, filter, head, block or global
+        (see `units.assign`). Static under jit.
+      num_heads: number of attention heads, for `unit="head"`: an integer, or a mapping from name
+        prefix to integer.
+      filter_axis: output axis of kernels: -1 (JAX) or 0 (PyTorch)
+      dtype: dtype of the merged floating tensors (default: the anchor's)
+      anchor_rounding: "keep" (default) or "correct". Use "correct" if the anchor was rounded to a
+        coarser dtype after the replicas were trained from the original, for example a bfloat16
+        base of float32 fine-tuned models. It subtracts the expected energy of the rounding error,
+        sum of (half ulp)^2 / 3, from every entry of the Gram matrix, so that t and the statistics
+        approximate those of the original anchor. Tensors whose anchor is not coarser than the
+        replicas are not affected. If training started from the rounded anchor, nothing may be
+        subtracted: the call raises an error. Under jit or vmap, where no error can be raised,
+        "keep" applies (see `anchor_rounding.started_from_rounded`). Static under jit.
 
     Returns:
-      The merged tree, and `Stats`.
+      the merged tree, and `Stats`
 
     Raises:
-      UserError: fewer than two replicas, trees or shapes that differ, dtypes that cannot merge;
-        `anchor_rounding="correct"` where training started from the rounded anchor.
-      NonFiniteError: NaN or infinity, naming replica and tensor.
+      UserError: fewer than two replicas; trees or shapes that differ; dtypes that cannot be
+        merged; `anchor_rounding="correct"` if training started from the rounded anchor.
+      NonFiniteError: NaN or infinity; the message names replica and tensor
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,32 +115,34 @@ def weighted_model_stock(
     dtype: Any = None,
     anchor_rounding: str = "keep",
 ) -> tuple[PyTree, Stats]:
-    """Model Stock for replicas of unequal noise: an extension of this project, not the paper's.
+    """Merge replicas of unequal noise: an extension of this project, not part of the paper.
 
-    With |mu|^2 = mean_{i<j} d_i . d_j and s_i^2 = |d_i|^2 - |mu|^2, the noise of replica i:
+    With |mu|^2 = mean_{i<j} d_i . d_j and the noise energy s_i^2 = |d_i|^2 - |mu|^2 of replica i:
 
         w = w0 + sum_i a_i d_i,    a_i = (1 / s_i^2) / (1 / |mu|^2 + sum_j 1 / s_j^2)
 
-    Replicas of equal noise give equation 3. All are taken for one signal: of replicas that have
-    moved unequally far, by their learning rates say, the shorter one's s_i^2 mostly comes out below
-    0. Where an s_i^2 is not above rounding, equation 3 is used; `outcome_counts(stats)` counts those
-    units as "fallback_to_eq3". Where |mu|^2 <= 0 the result is the anchor. All else as
-    `model_stock`; `stats.ratio` is the sum of the a_i.
+    Replicas of equal noise give equation 3. The formula assumes that all replicas have the same
+    signal. If their updates differ in length, for example because of their learning rates, s_i^2
+    of the shorter update is usually negative. Where some s_i^2 is not above rounding, equation 3
+    is used; `outcome_counts(stats)` counts these units as "fallback_to_eq3". Where |mu|^2 <= 0,
+    the result is the anchor. All other cases are as in `model_stock`. `stats.ratio` is the sum of
+    the a_i.
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`.
-      unit: as `model_stock`.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
-      anchor_rounding: as `model_stock`. It changes |mu|^2; the noises s_i^2 are the same.
+      pretrained: as in `model_stock`
+      finetuned: as in `model_stock`
+      unit: as in `model_stock`
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
+      anchor_rounding: as in `model_stock`. It changes |mu|^2; the noise energies s_i^2 do not
+        change.
 
     Returns:
-      The merged tree, and `Stats`.
+      the merged tree, and `Stats`
 
     Raises:
-      UserError: as `model_stock`.
+      UserError: as in `model_stock`
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,9 +164,6 @@ def weighted_model_stock(
     return merged, stats
 
 
-# Periodic merging that remembers noise: an extension of this project, not the paper's.
-
-
 def init_noise(
     pretrained: PyTree,
     unit: str = "tensor",
@@ -169,19 +171,19 @@ def init_noise(
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
 ) -> Any:
-    """The noise energy before the first merge of a series: S = 0 in every unit.
+    """Return the noise energy before the first of a series of merges: S = 0 in every unit.
 
     Args:
-      pretrained: w0; its names and shapes suffice (`jax.ShapeDtypeStruct` will do).
-      unit: as `model_stock`.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
+      pretrained: w0; only names and shapes are used, so `jax.ShapeDtypeStruct` leaves work too
+      unit: as in `model_stock`
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
 
     Returns:
-      A tree of zeros of the units' shapes, as `model_stock_carried` takes and gives it.
+      a tree of zeros with the shapes of the units: the input of the first `model_stock_carried`
 
     Raises:
-      UserError: as `model_stock`, of the unit.
+      UserError: a `unit` that `model_stock` does not accept
 
     Example:
       >>> {name: s.shape for name, s in init_noise({"w": jnp.ones((3, 2))}, "filter").items()}
@@ -201,39 +203,41 @@ def model_stock_carried(
     filter_axis: int = -1,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats, PyTree]:
-    """One of a series of merges, with the noise of the earlier ones carried along.
+    """Merge in a series of periodic merges, and account for the noise of the earlier merges.
 
-    After a merge replaces every replica, the next angle shows the noise of one period only: the
-    replicas share the rest. The noise energy S that is in the merged weights is kept per unit:
+    After a merge replaces every replica, the next angle shows only the noise of one period,
+    because the replicas share the rest of their weights. This function therefore tracks the noise
+    energy S of the merged weights, per unit:
 
-        s  = (mean_i |d_i|^2 - mean_{i<j} d_i . d_j) / N     what this period adds to the mean
+        s  = (mean_i |d_i|^2 - mean_{i<j} d_i . d_j) / N     noise that this period adds to the mean
         t  = 1 - (S + s) / |mean_i d_i|^2                    clipped to [0, 1]
         w  = w0 + t mean_i(d_i),   S <- t^2 (S + s)
 
-    With S = 0, at the first merge, t is equation 3 with cos = mean G_ij / mean G_ii. Only
-    differences between replicas enter s, so the last merged weights are not needed, but all
-    replicas must have begun the period from them.
+    At the first merge, S = 0 and t is equation 3 with cos = mean G_ij / mean G_ii. Only differences
+    between replicas enter s. The last merged weights are therefore not an input, but all replicas
+    must have started the period from them.
 
-    Ours and not proved: it ends nearer to the anchor; at equal accuracy in distribution it was a
-    little worse than Model Stock from one anchor and better from another (docs/method.md).
+    This is an extension of this project, without a proof. It ends closer to the anchor. At equal
+    in-distribution accuracy it was slightly worse than Model Stock from one anchor and better from
+    another (docs/method.md, section 8).
 
     Args:
-      pretrained: w0, fixed over the series; as `model_stock`.
-      finetuned: as `model_stock`.
-      noise: S of the last merge, or None (`init_noise(pretrained, unit)`) at the first.
-      unit: as `model_stock`.
-      shrink: whether to shrink at this merge. False takes the mean, t = 1, and lets the noise add
-        up: for series that shrink at the last merge only. A bool, or a traced one.
-      num_heads: as `model_stock`.
-      filter_axis: as `model_stock`.
-      dtype: as `model_stock`.
+      pretrained: w0, the same for all merges of the series; as in `model_stock`
+      finetuned: as in `model_stock`
+      noise: S that the last merge returned, or None (`init_noise(pretrained, unit)`) at the first
+      unit: as in `model_stock`
+      shrink: whether to shrink at this merge. False returns the mean (t = 1) and accumulates the
+        noise, for series that shrink only at the last merge. A bool, which may be traced.
+      num_heads: as in `model_stock`
+      filter_axis: as in `model_stock`
+      dtype: as in `model_stock`
 
     Returns:
-      The merged tree, `Stats`, and S: a tree of the units' shapes, squared units of the weights.
-      The predicted distances are those of this period's angle alone.
+      The merged tree, `Stats`, and S: a tree with the shapes of the units, in squared units of the
+      weights. The predicted distances use only the angle of this period.
 
     Raises:
-      UserError: as `model_stock`.
+      UserError: as in `model_stock`
 
     Example:
       >>> w0, w = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}
@@ -257,19 +261,30 @@ def model_stock_carried(
 
 
 def shrink_by_carried_noise(gram, is_scalar, noise, shrink) -> UnitSolution:
-    """Equal coefficients t / N with t from all the noise so far."""
-    seen = measure(gram)
+    """Return equal coefficients t / N, with t from the noise of all merges so far.
+
+    Args:
+      gram: [N, N, ...]
+      is_scalar: [...] bool, see `rules`
+      noise: S, [...]
+      shrink: [] bool; False sets t = 1
+
+    Returns:
+      a `UnitSolution` whose `carry` is the new S, [...]
+    """
+    stats = measure(gram)
     noise = noise.astype(gram.dtype)
-    number = jnp.maximum(seen.number, 1.0)
-    added = jnp.maximum(seen.square - seen.signal, 0.0) / number
-    mean_square = (seen.square + (number - 1.0) * seen.signal) / number
-    enough = mean_square > noise + added
-    ratio = 1.0 - (noise + added) / jnp.where(enough, mean_square, 1.0)
-    ratio = jnp.where(enough, ratio, 0.0)
+    num_active = jnp.maximum(stats.num_active, 1.0)
+    added = jnp.maximum(stats.mean_squared_norm - stats.mean_product, 0.0) / num_active
+    # |mean_i d_i|^2
+    squared_mean = (stats.mean_squared_norm + (num_active - 1.0) * stats.mean_product) / num_active
+    has_signal = squared_mean > noise + added
+    ratio = 1.0 - (noise + added) / jnp.where(has_signal, squared_mean, 1.0)
+    ratio = jnp.where(has_signal, ratio, 0.0)
     ratio = jnp.where(shrink, ratio, jnp.ones_like(ratio))
-    coefficient = jnp.where(seen.active, (ratio / number)[None], 0.0)
-    outcome = jnp.where(ratio > 0, seen.outcome, jnp.int8(UnitOutcome.CLAMPED))
-    solved = solve_measured(gram, seen, is_scalar, coefficient, outcome)
-    # One replica says nothing about noise.
-    added = jnp.where(seen.number > 1, added, 0.0)
-    return solved._replace(carry=solved.ratio**2 * (noise + added))
+    coefficient = jnp.where(stats.active, (ratio / num_active)[None], 0.0)
+    outcome = jnp.where(ratio > 0, stats.outcome, jnp.int8(UnitOutcome.CLAMPED))
+    solution = solve_measured(gram, stats, is_scalar, coefficient, outcome)
+    # Noise cannot be estimated from a single replica.
+    added = jnp.where(stats.num_active > 1, added, 0.0)
+    return solution._replace(carry=solution.ratio**2 * (noise + added))

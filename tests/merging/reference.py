@@ -1,4 +1,4 @@
-"""The paper's section 3 in float64 NumPy, written from its equations and from nothing of ours."""
+"""The paper's section 3 in float64 NumPy, from its equations and independent of the package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def equation_3(w0, w):
-    """Cosine, ratio and merged numbers of one unit: w0 [n], w [N, n], any dtype."""
+    """Return cosine, ratio and merged weights of one unit: w0 [n], w [N, n], any dtype."""
     w0, w = np.asarray(w0, np.float64), np.asarray(w, np.float64)
     num = len(w)
     deltas = w - w0
@@ -22,27 +22,27 @@ def equation_3(w0, w):
 
 
 def pieces(unit, shapes, heads=2):
-    """The slices of each tensor that share an angle: a list of units, each [(name, index), ...]."""
-    whole = {name: (name, (slice(None),) * len(shape)) for name, shape in shapes.items()}
+    """Return the merge units: a list of [(name, index), ...], the slices that share an angle."""
+    full = {name: (name, (slice(None),) * len(shape)) for name, shape in shapes.items()}
     if unit == "global":
-        return [list(whole.values())]
+        return [list(full.values())]
     if unit == "tensor":
-        return [[part] for part in whole.values()]
+        return [[entry] for entry in full.values()]
     if unit == "filter":
         return [
             [(name, (slice(None),) * (len(shape) - 1) + (f,))]
             for name, shape in shapes.items()
             if len(shape) > 1
             for f in range(shape[-1])
-        ] + [[whole[name]] for name, shape in shapes.items() if len(shape) < 2]
+        ] + [[full[name]] for name, shape in shapes.items() if len(shape) < 2]
     if unit == "block":
         blocks = sorted({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-        rest = [[whole[name]] for name in shapes if not name.startswith("blocks.")]
+        rest = [[full[name]] for name in shapes if not name.startswith("blocks.")]
         return rest + [
-            [whole[name] for name in shapes if name.startswith(f"blocks.{block}.")]
+            [full[name] for name in shapes if name.startswith(f"blocks.{block}.")]
             for block in blocks
         ]
-    groups, taken = [], set()
+    groups, grouped = [], set()
     for name, shape in shapes.items():
         if not name.endswith("self_attn.q_proj.kernel"):
             continue
@@ -50,9 +50,9 @@ def pieces(unit, shapes, heads=2):
         for kind in ("kernel", "bias"):
             qkv = [f"{module}.{role}_proj.{kind}" for role in "qkv"]
             out = f"{module}.out_proj.{kind}"
-            taken |= set(qkv)
+            grouped |= set(qkv)
             if unit == "layer":
-                groups.append([whole[n] for n in qkv])
+                groups.append([full[n] for n in qkv])
                 continue
             size = shape[1] // heads
             for h in range(heads):
@@ -61,33 +61,33 @@ def pieces(unit, shapes, heads=2):
                 group = [(n, index) for n in qkv]
                 if kind == "kernel":
                     group.append((out, (cut, slice(None))))
-                    taken.add(out)
+                    grouped.add(out)
                 groups.append(group)
-    return groups + [[whole[name]] for name in shapes if name not in taken]
+    return groups + [[full[name]] for name in shapes if name not in grouped]
 
 
 def merge_tree(w0, w, unit, heads=2):
-    """Merge flat dicts of arrays: cosines and ratios (spread over the numbers), merged weights."""
+    """Merge flat dicts of arrays; return cosines and ratios per element, and merged weights."""
     shapes = {name: value.shape for name, value in w0.items()}
     cosine, ratio, merged = ({n: np.full(s, np.nan) for n, s in shapes.items()} for _ in range(3))
     for group in pieces(unit, shapes, heads):
-        cut0 = [np.asarray(w0[name], np.float64)[index] for name, index in group]
-        cut = [np.asarray(w[name], np.float64)[(slice(None), *index)] for name, index in group]
-        flat0 = np.concatenate([part.ravel() for part in cut0])
-        flat = np.concatenate([part.reshape(len(part), -1) for part in cut], axis=1)
+        slices0 = [np.asarray(w0[name], np.float64)[index] for name, index in group]
+        slices = [np.asarray(w[name], np.float64)[(slice(None), *index)] for name, index in group]
+        flat0 = np.concatenate([x.ravel() for x in slices0])
+        flat = np.concatenate([x.reshape(len(x), -1) for x in slices], axis=1)
         c, t, out = equation_3(flat0, flat)
         start = 0
-        for (name, index), part in zip(group, cut0, strict=True):
+        for (name, index), x in zip(group, slices0, strict=True):
             cosine[name][index], ratio[name][index] = c, t
-            merged[name][index] = out[start : start + part.size].reshape(part.shape)
-            start += part.size
+            merged[name][index] = out[start : start + x.size].reshape(x.shape)
+            start += x.size
     return cosine, ratio, merged
 
 
 def allowed(w0, w, merged):
-    """Tolerance of a float32 merge: 1 ulp of the larger of anchor and result, + 1e-6 |mean d|.
+    """Return the tolerance of a float32 merge: 1 ulp of max(|anchor|, |result|), + 1e-6 |mean d|.
 
-    The first is the rounding of the result; the second what 1e-6 of ratio amounts to.
+    The first term is the rounding of the result, the second the effect of 1e-6 of ratio.
     """
     w0 = np.asarray(w0, np.float64)
     larger = np.maximum(np.abs(w0), np.abs(merged)).astype(np.float32)

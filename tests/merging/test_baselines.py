@@ -1,4 +1,4 @@
-"""Merges at a given ratio, the weighted and the carried extension, and distances of models."""
+"""Merges at a fixed ratio, the weighted and the carried extension, and distances of models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_wise_ft_of_one_model_ends_at_anchor_and_model():
     np.testing.assert_allclose(slope, (w["b"][0] - w0["b"]).sum(), rtol=1e-5)
 
 
-def test_constant_ratio_lies_as_far_from_the_anchor_as_model_stock():
+def test_constant_ratio_is_as_far_from_the_anchor_as_model_stock():
     w0, w = replicas(SHAPES, 2)
     w["b"] = w0["b"] + 3 * (w["b"] - w0["b"])
     constant, stats = constant_ratio(w0, w)
@@ -63,8 +63,8 @@ def test_constant_ratio_lies_as_far_from_the_anchor_as_model_stock():
     assert float(stats.ratio["a"]) == float(stats.ratio["b"])
     jitted = jax.jit(constant_ratio)(w0, w)[0]
     np.testing.assert_allclose(jitted["a"], constant["a"], rtol=1e-6)
-    given, _ = constant_ratio(w0, w, 0.5)
-    np.testing.assert_array_equal(given["a"], wise_ft(w0, w, 0.5)[0]["a"])
+    fixed, _ = constant_ratio(w0, w, 0.5)
+    np.testing.assert_array_equal(fixed["a"], wise_ft(w0, w, 0.5)[0]["a"])
 
 
 def test_weighted_formula():
@@ -84,7 +84,7 @@ def test_weighted_formula():
 
 
 def test_weighted_falls_back_to_equation_3_and_counts_it():
-    # The first replica is shorter than the common part: its noise comes out negative.
+    # The first task vector is shorter than the common part, so its estimated noise is negative.
     w0 = {"w": np.zeros(3, np.float32), "v": np.zeros(3, np.float32)}
     unequal = np.array([[0.1, 0, 0], [2, 1, 0], [2, 0, 1]], np.float32)
     w = {"w": unequal, "v": np.eye(3, dtype=np.float32) + 1}
@@ -96,7 +96,7 @@ def test_weighted_falls_back_to_equation_3_and_counts_it():
 
 
 def _energy(w0, w):
-    """Noise that a merge leaves in the mean, and the mean's squared length, in float64."""
+    """Return the noise energy in the mean, and the squared length of the mean, in float64."""
     d = (w.astype(np.float64) - w0).reshape(len(w), -1)
     gram = d @ d.T
     off = gram[np.triu_indices(len(w), 1)].mean()
@@ -131,7 +131,7 @@ def test_noise_is_carried_over_merges():
             k: (np.asarray(merged[k]) + 0.03 * rng.standard_normal((2, *v))).astype(np.float32)
             for k, v in SHAPES.items()
         }
-    assert t < plain  # equation 3 sees the last period's noise alone
+    assert t < plain  # equation 3 uses only the noise of the last period
 
 
 def test_shrinking_at_the_last_merge_only():
@@ -145,7 +145,7 @@ def test_shrinking_at_the_last_merge_only():
     assert float(stats.ratio["a"]) == pytest.approx(1 - 2 * added / square, abs=1e-6)
 
 
-def test_carried_noise_above_the_movement_gives_the_anchor():
+def test_carried_noise_above_the_update_gives_the_anchor():
     w0, w = replicas(SHAPES, 2)
     noise = jax.tree.map(lambda s: s + 1e6, init_noise(w0))
     merged, stats, noise = model_stock_carried(w0, w, noise)
@@ -154,7 +154,7 @@ def test_carried_noise_above_the_movement_gives_the_anchor():
 
 
 @pytest.mark.parametrize("unit", ["filter", "global", "tensor"])
-def test_noise_has_the_units_shape(unit):
+def test_noise_has_the_shape_of_the_unit(unit):
     w0, w = replicas({**SHAPES, "i": ()}, 2)
     w0["i"], w["i"] = np.int32(1), np.int32([1, 1])
     _, stats, noise = model_stock_carried(w0, w, None, unit)

@@ -1,4 +1,4 @@
-"""What every way to merge must do, whatever it computes."""
+"""Properties that every merge method must have."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from modelstock_jax.merging import NonFiniteError, check_finite, report, total_d
 from modelstock_jax.registry import FUNCTIONS
 from tests.merging.trees import replicas
 
-# What a method cannot do without, or is not tried well by its default.
+# Required arguments, and arguments whose default would test little.
 ARGUMENTS = {
     "wise_ft": {"alpha": 0.3},
     "task_arithmetic": {"scale": 0.4},
     "ties": {"density": 0.5, "scale": 0.7},
 }
 MERGES = {name: partial(getattr(merging, name), **ARGUMENTS.get(name, {})) for name in FUNCTIONS}
-# It also returns the noise that it hands on.
-MERGES["model_stock_carried"] = lambda w0, w, **how: merging.model_stock_carried(w0, w, **how)[:2]
+# It also returns the noise for the next merge.
+MERGES["model_stock_carried"] = lambda w0, w, **options: merging.model_stock_carried(
+    w0, w, **options
+)[:2]
 every_merge = pytest.mark.parametrize("name", MERGES)
 
 
 def fast_for(*names):
-    """All merges; those not named in the slow suite: each program takes seconds to compile."""
+    """All merges; those not named are in the slow suite, because each takes seconds to compile."""
     return pytest.mark.parametrize(
         "name",
         [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MERGES],
@@ -42,7 +44,7 @@ WEIGHTS = ("kernel", "scale")
 
 
 def models(num=2, seed=0):
-    """One tree for all tests, so that each merge is compiled once."""
+    """Return the same tree for all tests, so that each merge is compiled once."""
     w0, w = replicas({"kernel": (8, 8), "scale": ()}, num, seed)
     w0 |= {
         "scale": w0["scale"].astype(jnp.bfloat16),
@@ -62,7 +64,7 @@ def models(num=2, seed=0):
 
 
 @every_merge
-def test_structure_dtypes_and_what_is_not_merged(name):
+def test_structure_dtypes_and_copied_tensors(name):
     w0, w = models()
     merged, stats = MERGES[name](w0, w)
     assert jax.tree.structure(merged) == jax.tree.structure(w0)
@@ -79,7 +81,7 @@ def test_structure_dtypes_and_what_is_not_merged(name):
 
 
 @every_merge
-def test_replicas_that_did_not_move_give_the_anchor_bit_for_bit(name):
+def test_unchanged_replicas_give_the_anchor_bit_for_bit(name):
     w0, _ = models()
     w0["kernel"][0, 0] = -0.0
     merged, _ = MERGES[name](w0, jax.tree.map(lambda x: np.stack([x] * 2), w0))
@@ -95,9 +97,9 @@ def test_a_non_finite_replica_is_named(name):
         MERGES[name](w0, w)
 
 
-@fast_for("ties")  # the only one that looks for a rank; the rest share their last step
+@fast_for("ties")  # the only one that searches for a rank; the others have the same last step
 def test_jit_vmap_and_shards(name):
-    """Two merges at once, weights cut over eight devices, one with a replica that is not finite."""
+    """Two merges under vmap, weights sharded over eight devices, one merge with a NaN."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     pairs = [models(seed=seed) for seed in (0, 1)]
     pairs[1][1]["kernel"][1, 2, 3] = np.nan
@@ -107,20 +109,24 @@ def test_jit_vmap_and_shards(name):
     program = jax.jit(jax.vmap(MERGES[name])).lower(w0, w).compile()
     merged, stats = program(w0, w)
 
-    alone, own = MERGES[name](*pairs[0])
+    single, single_stats = MERGES[name](*pairs[0])
     # Sums are in float64: only the last rounding may differ.
-    np.testing.assert_array_max_ulp(np.asarray(merged["kernel"][0]), np.asarray(alone["kernel"]), 1)
-    np.testing.assert_allclose(stats.ratio["kernel"][0], own.ratio["kernel"], rtol=1e-6)
+    np.testing.assert_array_max_ulp(
+        np.asarray(merged["kernel"][0]), np.asarray(single["kernel"]), 1
+    )
+    np.testing.assert_allclose(stats.ratio["kernel"][0], single_stats.ratio["kernel"], rtol=1e-6)
     np.testing.assert_array_equal(merged["kernel"][1], pairs[1][0]["kernel"])
     with pytest.raises(NonFiniteError, match=r"replica 1 .*'kernel'"):
         check_finite(jax.tree.map(lambda x: x[1], stats), pairs[1][0])
 
     assert merged["kernel"].sharding.is_equivalent_to(w0["kernel"].sharding, 3)
-    moved = re.findall(
+    collectives = re.findall(
         r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", program.as_text()
     )
-    # Measures of units may move, 4 numbers each; never the 64 of a kernel.
-    assert all(np.prod([int(d) for d in shape.split(",") if d]) < 64 for shape in moved), moved
+    # Statistics of units may be communicated, 4 values each; never the 64 elements of a kernel.
+    assert all(np.prod([int(d) for d in shape.split(",") if d]) < 64 for shape in collectives), (
+        collectives
+    )
 
 
 @fast_for("constant_ratio", "ties")
@@ -132,7 +138,7 @@ def test_bfloat16_is_the_float32_merge_rounded(name):
     merged, _ = MERGES[name](*narrow)
     expected, _ = MERGES[name](*wide)
     for key in WEIGHTS:
-        # 2^-8: one unit in the last place, where float32 lay on the edge.
+        # 2^-8: one unit in the last place, where the float32 value is close to a tie.
         np.testing.assert_allclose(
             np.asarray(merged[key], np.float32), expected[key], rtol=2.0**-8, atol=0
         )
@@ -141,25 +147,25 @@ def test_bfloat16_is_the_float32_merge_rounded(name):
 @every_merge
 def test_one_replica(name):
     w0, w = models(1)
-    if FUNCTIONS[name].min_models == 2:  # An angle, or a spread, needs two.
+    if FUNCTIONS[name].min_models == 2:  # an angle, or a spread, requires two
         with pytest.raises(UserError, match="at least 2"):
             MERGES[name](w0, w)
         return
     merged, _ = MERGES[name](w0, w)
-    # On the line from the anchor to the replica, number by number (TIES leaves some at the anchor).
-    share = (merged["kernel"] - w0["kernel"]) / (w["kernel"][0] - w0["kernel"])
-    assert ((share > -1e-5) & (share < 1 + 1e-5)).all() and share.max() > 0.2
+    # Every element is between anchor and replica (TIES leaves some at the anchor).
+    position = (merged["kernel"] - w0["kernel"]) / (w["kernel"][0] - w0["kernel"])
+    assert ((position > -1e-5) & (position < 1 + 1e-5)).all() and position.max() > 0.2
 
 
 @every_merge
 def test_order_of_replicas_does_not_matter(name):
     w0, w = models()
-    here, there = (MERGES[name](w0, x)[0] for x in (w, jax.tree.map(lambda x: x[::-1], w)))
+    found, reversed_ = (MERGES[name](w0, x)[0] for x in (w, jax.tree.map(lambda x: x[::-1], w)))
     for key in WEIGHTS:
-        # Sums in another order, in float64: after rounding a few units in the last place near 0.
+        # float64 sums in another order: after rounding, a few units in the last place near 0.
         np.testing.assert_allclose(
-            np.asarray(here[key], np.float32),
-            np.asarray(there[key], np.float32),
+            np.asarray(found[key], np.float32),
+            np.asarray(reversed_[key], np.float32),
             rtol=2e-7,
             atol=1e-8,
         )

@@ -1,4 +1,4 @@
-"""Derivatives of the merge: finite everywhere, and right where it is smooth."""
+"""Derivatives of the merge: finite everywhere, and correct where it is smooth."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _loss(merge):
     def loss(w0, w):
         merged, stats = merge(w0, w)
         weights = jax.tree.map(lambda x: jnp.sin(1.0 + jnp.arange(x.size, dtype=x.dtype)), merged)
-        parts = jax.tree.map(lambda x, a: jnp.sum(x.ravel() * a), merged, weights)
+        weighted = jax.tree.map(lambda x, a: jnp.sum(x.ravel() * a), merged, weights)
         measures = [jnp.sum(x) for x in jax.tree.leaves((stats.ratio, stats.predicted_distance))]
-        return sum(jax.tree.leaves(parts)) + 0.1 * sum(measures)
+        return sum(jax.tree.leaves(weighted)) + 0.1 * sum(measures)
 
     return loss
 
@@ -43,22 +43,22 @@ def test_gradients_against_finite_differences(name, x64):
     loss, gradient = lambda *x: both(*x)[0], both(w0, w)[1]  # compiled once
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        way = jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape), (w0, w))
+        direction = jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape), (w0, w))
         h = 1e-5
-        ahead = loss(*jax.tree.map(lambda x, d, h=h: x + h * d, (w0, w), way))
-        behind = loss(*jax.tree.map(lambda x, d, h=h: x - h * d, (w0, w), way))
-        slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, way)))
+        ahead = loss(*jax.tree.map(lambda x, d, h=h: x + h * d, (w0, w), direction))
+        behind = loss(*jax.tree.map(lambda x, d, h=h: x - h * d, (w0, w), direction))
+        slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)))
         # Central differences: h^2 = 1e-10 of the third derivative, 1e-16 / h = 1e-11 of rounding.
         np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["tensor", "weighted", "carried"])
-def test_gradients_are_finite_in_the_corners(name):
-    # One tensor a corner, each a unit for itself.
-    corners = ("frozen", "one left", "opposed", "equal", "not finite", "bad anchor", "huge")
-    w0, w = replicas({corner: (4, 3) for corner in corners}, 3, size=0.5)
+def test_gradients_are_finite_in_degenerate_units(name):
+    # One tensor, and one unit, per degenerate case.
+    cases = ("frozen", "one changed", "opposed", "equal", "not finite", "bad anchor", "huge")
+    w0, w = replicas({case: (4, 3) for case in cases}, 3, size=0.5)
     w["frozen"][:] = w0["frozen"]
-    w["one left"][1:] = w0["one left"]
+    w["one changed"][1:] = w0["one changed"]
     w["opposed"][1] = 2 * w0["opposed"] - w["opposed"][0]
     w["opposed"][2] = w0["opposed"]
     w["equal"][:] = w["equal"][0]
@@ -67,13 +67,13 @@ def test_gradients_are_finite_in_the_corners(name):
     w["huge"] *= 1e30
     merged = jax.jit(lambda a, b: MERGES[name](a, b)[0])(w0, w)
     gradient = jax.jit(jax.grad(_loss(MERGES[name]), (0, 1)))(w0, w)
-    for corner in corners:
+    for case in cases:
         for side in gradient:
-            assert np.isfinite(side[corner]).all(), corner
-        if corner != "bad anchor":
-            assert np.isfinite(merged[corner]).all(), corner
+            assert np.isfinite(side[case]).all(), case
+        if case != "bad anchor":
+            assert np.isfinite(merged[case]).all(), case
     if name == "tensor":
-        assert not np.asarray(gradient[0]["one left"]).any()  # the replica's weights, not w0's
+        assert not np.asarray(gradient[0]["one changed"]).any()  # the replica's weights, not w0's
 
 
 def test_forward_mode_and_vmap_agree_with_reverse():
@@ -83,7 +83,7 @@ def test_forward_mode_and_vmap_agree_with_reverse():
     np.testing.assert_allclose(
         forward, jax.jit(jax.grad(loss, 1))(w0, w)["kernel"], rtol=1e-4, atol=1e-5
     )  # float32 derivatives in two orders of summation
-    two = jax.tree.map(lambda x: np.stack([x, 2 * x]), (w0, w))
-    both = jax.vmap(lambda a, b: model_stock(a, b)[0]["kernel"])(*two)
+    scaled = jax.tree.map(lambda x: np.stack([x, 2 * x]), (w0, w))
+    both = jax.vmap(lambda a, b: model_stock(a, b)[0]["kernel"])(*scaled)
     np.testing.assert_allclose(both[0], model_stock(w0, w)[0]["kernel"], rtol=2e-7)
     np.testing.assert_allclose(both[1], 2 * both[0], rtol=2e-7)

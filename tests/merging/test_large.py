@@ -1,4 +1,4 @@
-"""Tensors of up to 10^8 numbers: accuracy does not depend on size."""
+"""Tensors of up to 10^8 elements: accuracy does not depend on size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXACT = 1e-6  # absolute, on cosine and ratio
 
 
 def _large(shape, num=2):
-    """Float32 replicas made in pieces, and float64 sums over pieces, for tensors of gigabytes."""
+    """Return an anchor and float32 replicas, computed one replica at a time to save memory."""
     rng = np.random.default_rng(0)
     w0 = rng.standard_normal(shape, dtype=np.float32)
     w = np.empty((num, *shape), np.float32)
@@ -39,19 +39,19 @@ def _check_large(shape):
     assert abs(float(stats.ratio["w"]) - ratio) < EXACT
     merged = np.asarray(merged["w"]).ravel()
     for chunk in chunks:
-        part0, part = flat0[chunk].astype(np.float64), flat_w[:, chunk]
-        target = ratio * part.mean(axis=0, dtype=np.float64) + (1 - ratio) * part0
+        anchor, tuned = flat0[chunk].astype(np.float64), flat_w[:, chunk]
+        target = ratio * tuned.mean(axis=0, dtype=np.float64) + (1 - ratio) * anchor
         error = np.abs(merged[chunk] - target)
-        assert (error <= allowed(part0, part, target)).all()
+        assert (error <= allowed(anchor, tuned, target)).all()
 
 
 @pytest.mark.parametrize("shape", [(10**7,), (1, 9_999_991), (4882, 2048)])
-def test_ten_million_numbers(shape):
+def test_ten_million_elements(shape):
     _check_large(shape)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(10**8,), (32000, 2048)])
-def test_hundred_million_numbers(shape):
-    # 32000 x 2048 is where a float32 norm on a CPU was seen 0.6 % off.
+def test_hundred_million_elements(shape):
+    # At 32000 x 2048, a float32 norm on a CPU was off by 0.6 %.
     _check_large(shape)

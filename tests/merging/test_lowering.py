@@ -1,4 +1,4 @@
-"""What the merge compiles to: no dot on any backend, no gathered tensor under sharding."""
+"""The compiled merge: no dot on any backend, and no gathered tensor under sharding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MERGES = {
 
 
 def low_precision(text):
-    """Operations of a StableHLO module that a backend may run in TF32 or bfloat16."""
+    """Return the operations of a StableHLO module that a backend may run in TF32 or bfloat16."""
     dots = re.findall(r"stablehlo\.(?:dot_general|dot|convolution)\b.*", text)
     narrow = re.findall(
         r"stablehlo\.(?:add|subtract|multiply|divide|reduce|sqrt)\b.*x(?:bf16|f16|f8\w+)>.*", text
@@ -66,7 +66,7 @@ def _module(merge, platform, dtype):
 def test_no_low_precision_operation(name, platform):
     text = _module(MERGES[name], platform, jnp.bfloat16)
     assert low_precision(text) == []
-    assert re.search(r"stablehlo\.reduce.*f64", text), "the sum over numbers is in float64"
+    assert re.search(r"stablehlo\.reduce.*f64", text), "the sum over elements is in float64"
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,15 @@ def test_no_low_precision_operation(name, platform):
         lambda w0, w: jnp.linalg.norm(w - w0[None]),
     ],
 )
-def test_the_search_finds_what_it_looks_for(wrong):
+def test_low_precision_operations_are_found(wrong):
     w0, w = (tree["mlp.kernel"] for tree in replicas(SHAPES, 2, dtype=jnp.bfloat16))
     text = export.export(jax.jit(wrong), platforms=["tpu"])(w0, w).mlir_module()
     assert low_precision(text)
 
 
 @pytest.mark.parametrize("num", [2, 5])
-def test_no_tensor_is_kept_between_the_two_passes(num):
-    """Task vectors of the angles' pass, in float64, are not what the weights' pass is made of."""
+def test_no_tensor_stays_in_memory_between_the_two_passes(num):
+    """XLA does not reuse the float64 task vectors of the Gram matrix for the merged weights."""
     w0, w = replicas({"fc1.kernel": (256, 1024), "fc2.kernel": (1024, 256)}, num)
     compiled = jax.jit(model_stock).lower(nested(w0), nested(w)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**16  # a kernel has 2^20
@@ -94,14 +94,14 @@ def test_no_tensor_is_kept_between_the_two_passes(num):
 SPECS = [P("data", None), P(None, "data"), P(("replica", "data"), None)]
 
 
-def _placed(spec):
+def _sharded_models(spec):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("replica", "data"))
     w0, w = replicas(SHAPES, 2)
 
     def put(x, lead):
         rank = x.ndim - lead
-        own = tuple(spec) if rank == 2 else ("data",) * rank
-        return jax.device_put(x, NamedSharding(mesh, P(*(None,) * lead, *own)))
+        axes = tuple(spec) if rank == 2 else ("data",) * rank
+        return jax.device_put(x, NamedSharding(mesh, P(*(None,) * lead, *axes)))
 
     return nested({k: put(v, 0) for k, v in w0.items()}), nested(
         {k: put(v, 1) for k, v in w.items()}
@@ -120,11 +120,11 @@ def _placed(spec):
     ],
 )
 def test_sharded_equals_unsharded_and_gathers_no_tensor(spec, unit):
-    how = {"unit": unit, "num_heads": 8 if unit == "head" else None}
-    w0, w = _placed(spec)
+    options = {"unit": unit, "num_heads": 8 if unit == "head" else None}
+    w0, w = _sharded_models(spec)
     jitted = jax.jit(model_stock, static_argnames=("unit", "num_heads"))
-    text = jitted.lower(w0, w, **how).compile().as_text()
-    # Measures of units may be gathered: at most N x N x 256 filters of all tensors, never weights.
+    text = jitted.lower(w0, w, **options).compile().as_text()
+    # Statistics may be gathered, at most N x N x 256 filters of all tensors; weights never.
     gathers = re.findall(
         r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)", text
     )
@@ -133,8 +133,8 @@ def test_sharded_equals_unsharded_and_gathers_no_tensor(spec, unit):
         full = any(np.prod(dims) >= np.prod(s) and len(s) == 2 for s in SHAPES.values())
         assert not full or dims[:2] == [2, 2], (dtype, shape, op)
     plain0, plain = replicas(SHAPES, 2)
-    expected = model_stock(nested(plain0), nested(plain), **how)
-    merged, stats = jitted(w0, w, **how)
+    expected = model_stock(nested(plain0), nested(plain), **options)
+    merged, stats = jitted(w0, w, **options)
     for got, want in zip(jax.tree.leaves(stats), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-7)  # float32's rounding of float64 sums
     for got, want in zip(jax.tree.leaves(merged), jax.tree.leaves(expected[0]), strict=True):
@@ -144,7 +144,7 @@ def test_sharded_equals_unsharded_and_gathers_no_tensor(spec, unit):
 
 
 def test_a_ravel_would_gather():
-    w0, w = _placed(P(None, "data"))
+    w0, w = _sharded_models(P(None, "data"))
     d0, d = w0["mlp"]["kernel"], w["mlp"]["kernel"]
     wrong = jax.jit(lambda a, b: jnp.sum(jnp.cumsum((b - a[None]).reshape(2, -1), axis=1)))
     assert re.search(

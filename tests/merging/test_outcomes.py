@@ -1,4 +1,4 @@
-"""What other implementations get wrong, and what the paper leaves open: each a case."""
+"""Cases that the paper leaves open, and cases that other implementations get wrong."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_frozen_tensor_is_the_anchor_bit_for_bit():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_one_replica_left_is_its_weights_bit_for_bit(dtype):
+def test_if_one_replica_changed_the_result_is_its_weights_bit_for_bit(dtype):
     w0, w = replicas({"w": (37,)}, 3, dtype=dtype)
     w["w"][0] = w["w"][2] = w0["w"]
     for method in (model_stock, weighted_model_stock):
@@ -52,7 +52,7 @@ def test_one_replica_left_is_its_weights_bit_for_bit(dtype):
         assert report(stats)[0]["cosine"] is None
 
 
-def test_a_replica_that_did_not_move_leaves_the_unit():
+def test_a_replica_that_did_not_change_is_left_out():
     w0, w = replicas({"w": (50,)}, 3)
     pair = {"w": w["w"][:2]}
     w["w"][2] = w0["w"]
@@ -64,8 +64,8 @@ def test_a_replica_that_did_not_move_leaves_the_unit():
 
 @pytest.mark.parametrize("cosine", [-0.3, -0.9, -1.0])
 @pytest.mark.parametrize("method", [model_stock, weighted_model_stock])
-def test_negative_cosine_is_the_anchor_and_said(cosine, method):
-    # Elsewhere: t = -2, -18, -198; NaN at cos = -1.
+def test_a_negative_cosine_gives_the_anchor_and_is_reported(cosine, method):
+    # In other implementations t = -2, -18, -198; NaN at cos = -1.
     second = [cosine, (1 - cosine**2) ** 0.5]
     w0, w = {"w": np.ones(2, np.float32)}, {"w": np.array([[1, 0], second], np.float32) + 1}
     merged, stats = method(w0, w)
@@ -75,7 +75,7 @@ def test_negative_cosine_is_the_anchor_and_said(cosine, method):
     assert abs(float(stats.cosine["w"]) - cosine) < 1e-6
 
 
-def test_scalars_and_units_of_one_number_take_the_mean():
+def test_scalars_and_units_of_one_element_get_the_mean():
     w0 = {"logit_scale": np.float32(4.0), "row": np.ones((1, 3), np.float32)}
     w = {"logit_scale": np.array([5.0, 3.5], np.float32), "row": np.ones((2, 1, 3), np.float32)}
     w["row"] += np.array([[[1, 2, 3]], [[3, -2, 1]]], np.float32)
@@ -147,7 +147,7 @@ def test_non_finite_under_jit_keeps_the_anchor_of_its_unit():
     assert [bool(stats.finite[n].all()) for n in "kqv"] == [True, False, False]
 
 
-def test_a_movement_beyond_float32_is_refused_too():
+def test_an_update_too_large_for_float32_is_an_error():
     w0, w = {"w": np.zeros(3, np.float32)}, {"w": np.full((2, 3), 3e30, np.float32)}
     with pytest.raises(NonFiniteError, match="'w' .*float32"):
         model_stock(w0, w)
@@ -158,7 +158,7 @@ def test_a_smaller_dtype_saturates():
     assert (np.asarray(model_stock(w0, w, dtype=jnp.float16)[0]["w"]) == 65504).all()
 
 
-def test_nothing_trips_debug_nans():
+def test_no_merge_raises_under_debug_nans():
     w0, w = replicas({"a": (5,), "b": (3, 4), "c": ()}, 2)
     w["a"][:] = w0["a"]
     w["b"][1] = 2 * w0["b"] - w["b"][0]
@@ -177,7 +177,7 @@ def _pair(num=2):
         (lambda w0, w: w.pop("a"), "pretrained: a"),
         (lambda w0, w: w.update(c=w["a"]), "finetuned: c"),
         (lambda w0, w: w.update(a=w["a"][:, :2]), r"a \(\(3,\) and \(2, 2\)\)"),
-        (lambda w0, w: w.update(a=w["a"][0]), "stack_replicas .*: a"),
+        (lambda w0, w: w.update(a=w["a"][0]), "stack_replicas.*: a"),
         (lambda w0, w: w.update(a=w["a"][:1]), "lengths"),
         (lambda w0, w: w.update(a=w["a"].astype(int)), "floating point .*: a"),
         (lambda w0, w: w.update(a=w["a"] * 1j), "finetuned: tensor 'a' .*complex"),
@@ -185,14 +185,14 @@ def _pair(num=2):
         (lambda w0, w: (w0.clear(), w.clear()), "no tensor"),
     ],
 )
-def test_trees_that_do_not_fit(change, message):
+def test_trees_that_do_not_match(change, message):
     w0, w = _pair()
     change(w0, w)
     with pytest.raises(UserError, match=message):
         model_stock(w0, w)
 
 
-def test_one_replica_or_a_list_of_them():
+def test_a_single_replica_and_a_list_are_errors():
     w0, w = _pair(1)
     with pytest.raises(UserError, match="2 fine-tuned replicas.* 1"):
         model_stock(w0, w)
@@ -210,9 +210,9 @@ def test_names_with_dots_do_not_join_units():
     w0, w = replicas({"x": (9,), "y": (9,)}, 2)
     tree = lambda t: {"a": {"b": t["x"]}, "a.b": t["y"]}  # noqa: E731
     stats = model_stock(tree(w0), tree(w))[1]
-    apart = model_stock(w0, w)[1]
-    assert float(stats.cosine["a"]["b"]) == float(apart.cosine["x"])
-    assert float(stats.cosine["a.b"]) == float(apart.cosine["y"])
+    separate = model_stock(w0, w)[1]
+    assert float(stats.cosine["a"]["b"]) == float(separate.cosine["x"])
+    assert float(stats.cosine["a.b"]) == float(separate.cosine["y"])
 
 
 def test_shared_units_count_once_in_totals():

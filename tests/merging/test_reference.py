@@ -11,19 +11,19 @@ from modelstock_jax.merging import UNITS, assign, model_stock
 from tests.merging.reference import allowed, equation_3, merge_tree
 from tests.merging.trees import TRANSFORMER, flat, nested, replicas
 
-EXACT = 1e-6  # absolute, on cosine and ratio: what the project promises at any size
+EXACT = 1e-6  # absolute error of cosine and ratio that the project guarantees at any size
 
 
 def _spread(values, shapes, unit):
-    """Unit values at every number, as the reference has them."""
-    parts = assign(list(shapes.items()), unit, num_heads=2)
+    """Broadcast unit values to every element, as in the reference."""
+    views = assign(list(shapes.items()), unit, num_heads=2)
     return {
-        name: np.broadcast_to(np.expand_dims(values[name], part.axes), part.view).reshape(shape)
-        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: np.broadcast_to(np.expand_dims(values[name], view.axes), view.view).reshape(shape)
+        for (name, shape), view in zip(shapes.items(), views, strict=True)
     }
 
 
-# Every number of replicas with the default unit, every unit with three; all of them when slow.
+# All numbers of replicas with the default unit, all units with 2, 3 and 8; the rest is slow.
 EVERY = [(num, unit) for num in range(2, 9) for unit in UNITS]
 QUICK = [(num, unit) for num, unit in EVERY if unit == "tensor" or num in (2, 3, 8)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in QUICK]
@@ -33,16 +33,16 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case no
 def test_every_unit_and_number_of_replicas(num, unit):
     w0, w = replicas(TRANSFORMER, num, seed=num)
     cosine, ratio, merged = merge_tree(w0, w, unit)
-    ours, stats = model_stock(nested(w0), nested(w), unit, num_heads=2)
-    ours = flat(ours)
-    ours_cosine = _spread(flat(stats.cosine), TRANSFORMER, unit)
-    ours_ratio = _spread(flat(stats.ratio), TRANSFORMER, unit)
+    found, stats = model_stock(nested(w0), nested(w), unit, num_heads=2)
+    found = flat(found)
+    found_cosine = _spread(flat(stats.cosine), TRANSFORMER, unit)
+    found_ratio = _spread(flat(stats.ratio), TRANSFORMER, unit)
     for name in w0:
-        np.testing.assert_allclose(ours_cosine[name], cosine[name], rtol=0, atol=EXACT)
-        np.testing.assert_allclose(ours_ratio[name], ratio[name], rtol=0, atol=EXACT)
-        error = np.abs(np.asarray(ours[name], np.float64) - merged[name])
+        np.testing.assert_allclose(found_cosine[name], cosine[name], rtol=0, atol=EXACT)
+        np.testing.assert_allclose(found_ratio[name], ratio[name], rtol=0, atol=EXACT)
+        error = np.abs(np.asarray(found[name], np.float64) - merged[name])
         assert (error <= allowed(w0[name], w[name], merged[name])).all(), name
-        assert ours[name].dtype == np.float32
+        assert found[name].dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_odd_shapes_and_angles(shape, cosine):
 
 @pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-3, 1.0, 100.0])
 def test_small_and_large_task_vectors(size):
-    # At 1e-5 a product of norms clamped at 1e-6 gives t = 0.08 for 0.70; 100 is far from the
-    # anchor, where a difference of task vectors cancels.
+    # At 1e-5, a product of norms clamped at 1e-6 would give t = 0.08 instead of 0.70. At 100, the
+    # difference of task vectors cancels.
     w0, w = replicas({"w": (50, 20)}, 2, size=size)
-    if size < 1e-2:  # weights small enough to hold such movements
+    if size < 1e-2:  # weights small enough to represent such updates
         w = {"w": w["w"] - w0["w"]}
         w0 = {"w": w0["w"] * np.float32(1e-2)}
         w = {"w": w0["w"] + w["w"]}
@@ -93,20 +93,20 @@ def test_small_and_large_task_vectors(size):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
-def test_narrow_dtypes_are_at_the_rounding_floor(dtype):
+def test_narrow_dtypes_are_at_the_rounding_expected(dtype):
     w0, w = replicas({"w": (64, 33)}, 2, dtype=np.float32, size=0.5)
     w0, w = ({"w": x["w"].astype(jnp.dtype(dtype))} for x in (w0, w))
     _, ratio, target = equation_3(w0["w"].ravel(), w["w"].reshape(2, -1))
     merged, stats = model_stock(w0, w)
     assert merged["w"].dtype == jnp.dtype(dtype)
     assert abs(float(stats.ratio["w"]) - ratio) < EXACT
-    # The floor: the exact answer, rounded to the output dtype. A tie, or a neighbor of one, may
-    # fall the other way for 1e-7 of ratio; nothing else may differ.
-    floor = target.reshape(64, 33).astype(jnp.dtype(dtype))
-    assert (np.asarray(merged["w"]) == floor).mean() > 0.999
+    # The exact result, rounded to the output dtype. An error of 1e-7 in the ratio may round a tie,
+    # or a neighbor of a tie, the other way; all other elements are equal.
+    expected = target.reshape(64, 33).astype(jnp.dtype(dtype))
+    assert (np.asarray(merged["w"]) == expected).mean() > 0.999
 
 
-def test_mixed_dtypes_and_an_asked_dtype():
+def test_mixed_dtypes_and_a_given_dtype():
     w0, w = replicas({"a": (9, 4), "b": (9, 4)}, 2, size=0.5)
     w0["a"] = w0["a"].astype(jnp.bfloat16)
     merged, _ = model_stock(w0, w, "global")
@@ -126,7 +126,7 @@ def test_float64(x64):
     cosine, ratio, target = equation_3(w0["w"].ravel(), w["w"].reshape(3, -1))
     merged, stats = model_stock(w0, w)
     assert merged["w"].dtype == stats.cosine["w"].dtype == np.float64
-    # Some units of float64's rounding, 1.1e-16, and none of float32's.
+    # A few roundings in float64 (1.1e-16), none in float32.
     np.testing.assert_allclose([stats.cosine["w"], stats.ratio["w"]], [cosine, ratio], rtol=1e-13)
     np.testing.assert_allclose(merged["w"].ravel(), target, rtol=1e-13, atol=1e-15)
 

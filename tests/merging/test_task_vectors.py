@@ -1,4 +1,4 @@
-"""Task arithmetic, TIES and SLERP against cases by hand and plain readings of their papers."""
+"""Task arithmetic, TIES and SLERP, compared with hand-computed cases and their papers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from modelstock_jax.merging import (
 from tests.merging.trees import replicas
 
 quick = settings(max_examples=50, deadline=None)
-# Halves, so that numbers of equal magnitude, zeros and exact cancellation all occur.
+# Multiples of 0.5, so that equal magnitudes, zeros and exact cancellation all occur.
 halves = st.integers(-6, 6).map(lambda k: np.float32(k / 2))
 
 
-ONE = {"a": (4,)}  # most cases share this shape: each is compiled once
+ONE = {"a": (4,)}  # most cases use this shape, so that each is compiled once
 
 
 def test_task_arithmetic_by_hand():
@@ -43,19 +43,19 @@ def test_task_arithmetic_by_hand():
     assert forgotten["a"].tolist() == [0.0, 1.0, 0.0, 3.0]
 
 
-def test_task_arithmetic_holds_the_mean_the_curve_and_analogies():
+def test_task_arithmetic_includes_mean_wise_ft_and_analogies():
     w0, w = replicas(ONE, 2)
-    for got, want in [
+    for found, expected in [
         (task_arithmetic(w0, w, 0.5), uniform_mean(w0, w)[0]["a"]),
         (task_arithmetic(w0, w, 0.15), wise_ft(w0, w, 0.3)[0]["a"]),
         (task_arithmetic(w0, w, [1.0, -1.0]), w0["a"] + w["a"][0] - w["a"][1]),
     ]:
-        # The scale is a float32 number.
-        np.testing.assert_allclose(got[0]["a"], want, rtol=1e-6, atol=1e-7)
+        # The scale is rounded to float32.
+        np.testing.assert_allclose(found[0]["a"], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_predicted_distance_of_unequal_shares():
-    # About a known center: 4,000 numbers, so norms are sharp to 1 / sqrt(8000) = 1 %.
+def test_predicted_distance_of_unequal_coefficients():
+    # With a known center. 4,000 elements: norms vary by 1 / sqrt(8000) = 1 %.
     rng = np.random.default_rng(0)
     mu = rng.standard_normal(4000)
     w0 = {"w": np.zeros(4000, np.float32)}
@@ -66,13 +66,13 @@ def test_predicted_distance_of_unequal_shares():
 
 
 def ties_by_the_paper(w0, w, density, scale):
-    """Algorithm 1 on flat float64 vectors: sort, sum, and the mean of those that agree."""
+    """Algorithm 1 on flat float64 vectors: sort, sum, and the mean of elements with equal sign."""
     deltas = np.asarray(w, np.float64) - np.asarray(w0, np.float64)
     trimmed = np.zeros_like(deltas)
     for row, delta in zip(trimmed, deltas, strict=True):
         keep = max(1, int(density * delta.size))
-        least = np.sort(np.abs(delta))[::-1][keep - 1]
-        row[np.abs(delta) >= least] = delta[np.abs(delta) >= least]
+        threshold = np.sort(np.abs(delta))[::-1][keep - 1]
+        row[np.abs(delta) >= threshold] = delta[np.abs(delta) >= threshold]
     merged = np.zeros(deltas.shape[1])
     for p, column in enumerate(trimmed.T):
         sign = 1.0 if column.sum() >= 0 else -1.0
@@ -83,11 +83,13 @@ def ties_by_the_paper(w0, w, density, scale):
 
 @quick
 @given(hnp.arrays(np.float32, (4, 8), elements=halves), st.sampled_from([0.3, 1.0]))
-def test_ties_is_its_algorithm_over_the_whole_model(x, density):
+def test_ties_follows_its_algorithm_over_the_complete_model(x, density):
     w0, w = {"a": x[0, :4], "b": x[0, 4:]}, {"a": x[1:, :4], "b": x[1:, 4:]}
     merged, _ = ties(w0, w, density, 0.5)
-    got = np.concatenate([merged["a"], merged["b"]])
-    np.testing.assert_allclose(got, ties_by_the_paper(x[0], x[1:], density, 0.5), rtol=0, atol=1e-6)
+    found = np.concatenate([merged["a"], merged["b"]])
+    np.testing.assert_allclose(
+        found, ties_by_the_paper(x[0], x[1:], density, 0.5), rtol=0, atol=1e-6
+    )
 
 
 def test_ties_by_hand_and_by_tensor():
@@ -96,17 +98,27 @@ def test_ties_by_hand_and_by_tensor():
         "small": np.float32([[1, -2, 3, 0], [1, 2, -1, 0]]),
         "large": np.float32([[50, -60, 70, -80], [-50, 60, 70, 80]]),
     }
-    whole, _ = ties(w0, w, density=0.5)
-    assert whole["small"].tolist() == [0, 0, 0, 0]  # all of the largest half is in the other
+    by_model, _ = ties(w0, w, density=0.5)
+    assert by_model["small"].tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]  # the larger half of the elements is in the other tensor
     # 50 - 50 and -80 + 80 cancel: the positive sign.
-    assert whole["large"].tolist() == [50, 60, 70, 80]
-    apart, stats = ties(w0, w, density=0.5, unit="tensor")
-    assert apart["small"].tolist() == [1, 2, 3, 0]
-    assert apart["large"].tolist() == [0, 0, 70, 80]
+    assert by_model["large"].tolist() == [50, 60, 70, 80]
+    by_tensor, stats = ties(w0, w, density=0.5, unit="tensor")
+    assert by_tensor["small"].tolist() == [1, 2, 3, 0]
+    assert by_tensor["large"].tolist() == [0, 0, 70, 80]
     assert float(stats.predicted_distance.merged["small"]) == -1.0
     assert stats.outcome["small"] == UnitOutcome.FIXED_RATIO
-    each, _ = ties(w0, w, density=(0.25, 1.0), unit="tensor")
-    assert each["small"].tolist() == [1, 2, 3, 0] and each["large"].tolist() == [-50, 60, 70, 80]
+    per_replica, _ = ties(w0, w, density=(0.25, 1.0), unit="tensor")
+    assert per_replica["small"].tolist() == [1, 2, 3, 0] and per_replica["large"].tolist() == [
+        -50,
+        60,
+        70,
+        80,
+    ]
 
 
 def test_ties_of_a_tensor_is_what_the_command_line_computes():
@@ -116,8 +128,8 @@ def test_ties_of_a_tensor_is_what_the_command_line_computes():
         lambda f: f(w0["a"].ravel(), deltas), 1000, [0.2] * 3, np.ones(3), 0.7, normalize=True
     )
     merged, _ = ties(w0, w, 0.2, 0.7, unit="tensor")
-    kept = np.asarray(merged["a"]) != w0["a"]
-    assert 200 <= kept.sum() <= 600
+    changed = np.asarray(merged["a"]) != w0["a"]
+    assert 200 <= changed.sum() <= 600
     # The command line adds in float32.
     np.testing.assert_allclose(
         np.asarray(merged["a"]).ravel(),
@@ -143,7 +155,7 @@ def test_slerp_of_two(t):
         assert float(stats.ratio["a"]) > 1.05
 
 
-def test_slerp_keeps_the_length_and_takes_more_than_two_in_turn():
+def test_slerp_preserves_the_length_and_merges_more_than_two_in_turn():
     rng = np.random.default_rng(0)
     d = rng.standard_normal((4, 50))
     d *= 3.0 / np.linalg.norm(d, axis=1, keepdims=True)
@@ -162,10 +174,10 @@ def test_slerp_keeps_the_length_and_takes_more_than_two_in_turn():
     [
         ([2.0, 4.0], [1.5, 3.0]),  # along the first: the mean
         ([-1.0, -2.0], [0.0, 0.0]),  # against it: no arc is the shortest
-        ([0.0, 0.0], [0.5, 1.0]),  # one that did not move
+        ([0.0, 0.0], [0.5, 1.0]),  # a replica that did not change
     ],
 )
-def test_slerp_on_one_line_is_linear(second, expected):
+def test_slerp_of_collinear_vectors_is_linear(second, expected):
     merged, _ = slerp(
         {"a": np.zeros(4, np.float32)},
         {"a": np.float32([[1.0, 2.0, 0.0, 0.0], [*second, 0.0, 0.0]])},
@@ -173,13 +185,13 @@ def test_slerp_on_one_line_is_linear(second, expected):
     np.testing.assert_allclose(merged["a"], [*expected, 0.0, 0.0], atol=1e-7)
 
 
-def test_warp_from_its_parts_lies_between_the_anchor_and_the_arc():
+def test_warp_is_slerp_then_interpolation_to_the_anchor():
     w0, w = replicas(ONE, 2)
     arc, _ = slerp(w0, w)
     back, _ = wise_ft(w0, stack_replicas([arc]), 0.3)
     np.testing.assert_allclose(back["a"], 0.7 * w0["a"] + 0.3 * arc["a"], rtol=1e-6, atol=1e-7)
-    far = [np.linalg.norm(x["a"] - w0["a"]) for x in (model_stock(w0, w)[0], arc)]
-    assert far[0] < far[1]
+    distances = [np.linalg.norm(x["a"] - w0["a"]) for x in (model_stock(w0, w)[0], arc)]
+    assert distances[0] < distances[1]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +206,6 @@ def test_warp_from_its_parts_lies_between_the_anchor_and_the_arc():
         (lambda w0, w: slerp(w0, jax.tree.map(lambda x: x[:1], w), 0.5), "replicas.* 1"),
     ],
 )
-def test_mistakes(call, message):
+def test_errors(call, message):
     with pytest.raises(UserError, match=message):
         call(*replicas(ONE, 2))

@@ -1,4 +1,4 @@
-"""Averages along a run against closed forms and literal readings of the algorithms."""
+"""Averages along a run, compared with closed forms and literal versions of the algorithms."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def tree(k):
 
 
 def along(average, steps):
-    """The average of the whole run, in one jitted loop."""
+    """Return the average of a run, computed in one jitted loop."""
 
     def step(state, params):
         return average.update(state, params), None
 
-    later = {"w": RUN[1:steps], "step": np.arange(1, steps)}
-    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, later))(average.init(tree(0)))
+    rest = {"w": RUN[1:steps], "step": np.arange(1, steps)}
+    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, rest))(average.init(tree(0)))
     return average.value(state, tree(0))
 
 
 def test_ema_in_closed_form():
     powers = 0.9 ** np.arange(STEPS - 1, -1, -1)
-    shares = np.where(np.arange(STEPS) == 0, powers, 0.1 * powers)
+    weights = np.where(np.arange(STEPS) == 0, powers, 0.1 * powers)
     averaged = along(ema(0.9), STEPS)
-    # float32 at each of 24 steps.
-    np.testing.assert_allclose(averaged["w"], shares @ RUN.astype(np.float64), rtol=2e-6)
+    # float32 rounding at each of 24 steps.
+    np.testing.assert_allclose(averaged["w"], weights @ RUN.astype(np.float64), rtol=2e-6)
     assert int(averaged["step"]) == STEPS - 1
 
 
@@ -60,7 +60,7 @@ def test_swa_is_the_mean_of_every_period_from_the_start(start, period):
 
 
 def test_swa_of_many_steps_does_not_drift():
-    # Numbers near 1 are rounded by 3e-8 at each of 10^5 steps: about sqrt(n / 3) of those remain.
+    # Values near 1 are rounded by 3e-8 at each of 10^5 steps; about sqrt(n / 3) errors remain.
     noise = rng.standard_normal(100_000).astype(np.float32) * np.float32(1e-3) + 1
     average = swa()
     update = jax.jit(
@@ -71,7 +71,7 @@ def test_swa_of_many_steps_does_not_drift():
     assert int(state.count) == 100_000
 
 
-def test_averages_keep_dtypes_and_replicas():
+def test_averages_preserve_dtypes_and_replicas():
     params = {"w": jnp.ones((2, 3), jnp.bfloat16)}
     for average in (ema(0.5), swa(), swad(1, 1)):
         state = average.init(params)
@@ -83,7 +83,7 @@ def test_averages_keep_dtypes_and_replicas():
 
 
 def algorithm_1(losses, n_s, n_e, r):
-    """First and last iteration that SWAD averages, as its algorithm 1 reads; from 1, inclusive."""
+    """Return the first and last iteration that SWAD's algorithm 1 averages, counted from 1."""
     first, last, level = 1, len(losses), None
     for i in range(1, len(losses) + 1):
 
@@ -102,14 +102,14 @@ def algorithm_1(losses, n_s, n_e, r):
 
 @cache
 def swad_run(n_s, n_e, r):
-    """The program for one setting: validates after the steps that say so."""
+    """Return a jitted run for one setting; it validates after the steps marked in `validates`."""
     average = swad(n_s, n_e, r)
 
     def step(state, row):
         w, loss, validates = row
         state = average.update(state, {"w": w})
-        told = average.validate(state, loss)
-        return jax.tree.map(lambda a, b: jnp.where(validates, a, b), told, state), None
+        validated = average.validate(state, loss)
+        return jax.tree.map(lambda a, b: jnp.where(validates, a, b), validated, state), None
 
     def run(losses, validates):
         state = average.init({"w": jnp.zeros(5)})
@@ -124,8 +124,10 @@ valley = st.lists(st.integers(1, 12), min_size=STEPS, max_size=STEPS)
 
 @quick
 @given(valley, st.sampled_from([(3, 6, 1.25), (3, 1, 1.0)]))
-def test_swad_is_its_algorithm(losses, setting):
-    losses = np.array(losses, np.float32) / 4  # exact, and means of three compare as in float64
+def test_swad_follows_its_algorithm(losses, setting):
+    losses = (
+        np.array(losses, np.float32) / 4
+    )  # exact in float32, and so are comparisons of means of three
     mean, start, end, done = swad_run(*setting)(losses, np.ones(STEPS, bool))
     first, last = algorithm_1(losses.astype(np.float64), *setting)
     np.testing.assert_allclose(
@@ -145,15 +147,15 @@ def test_swad_with_steps_between_validations():
     assert (int(start), int(end)) == (6, 18)
 
 
-def test_weights_that_are_not_averaged_may_be_anything():
-    """A run that diverges after its valley, or at a step that is passed over, leaves no trace."""
+def test_weights_outside_the_average_have_no_effect():
+    """Even non-finite weights after the valley, or at a skipped step, have no effect."""
     average = swad(1, 1, 1.5)
     state = average.init({"w": jnp.zeros(1)})
     for w, loss in [(1.0, 1.0), (2.0, 1.2), (6.0, 1.1), (np.inf, np.nan), (np.nan, np.nan)]:
         state = average.validate(average.update(state, {"w": jnp.array([w])}), loss)
     assert bool(state.done) and (int(state.start), int(state.end)) == (0, 3)
     assert average.value(state, {"w": jnp.zeros(1)})["w"].tolist() == [3.0]
-    # Nor does what came before the loss converged.
+    # Neither do weights from before the loss converged.
     average = swad(2, 1, 1.5)
     state = average.init({"w": jnp.zeros(1)})
     for w, loss in [(np.nan, 5.0), (2.0, 1.0), (4.0, 1.1)]:
@@ -168,7 +170,7 @@ def test_weights_that_are_not_averaged_may_be_anything():
 
 
 def gram_schmidt(solutions):
-    """As the paper has it: one after the other, less its parts along those before."""
+    """Orthonormalize as in the paper: subtract the components along the earlier vectors."""
     basis = []
     for w in np.asarray(solutions, np.float64):
         for e in basis:
@@ -181,7 +183,7 @@ def test_twa_is_projected_gradient_descent():
     solutions = RUN[:4] + 10  # nearly parallel, as the weights of one run are
     span = twa_span(stack_replicas([{"w": w} for w in solutions]))
     basis = gram_schmidt(solutions)
-    goal, rate = rng.standard_normal(5), 0.05
+    goal, learning_rate = rng.standard_normal(5), 0.05
 
     def loss(c):
         return jnp.sum((twa_params(span, c)["w"] - goal) ** 2 * jnp.arange(1.0, 6.0)) / 2
@@ -190,15 +192,15 @@ def test_twa_is_projected_gradient_descent():
     c, w = twa_init(span), solutions.mean(axis=0, dtype=np.float64)
     np.testing.assert_allclose(twa_params(span, c)["w"], w, rtol=1e-6)
     for _ in range(5):
-        c = c - rate * slope(c)
-        w = w - rate * basis.T @ (basis @ ((w - goal) * np.arange(1, 6)))
-    # Coefficients of vectors 10 long whose differences are 1: float32 keeps 1e-6 of the weights.
+        c = c - learning_rate * slope(c)
+        w = w - learning_rate * basis.T @ (basis @ ((w - goal) * np.arange(1, 6)))
+    # Coefficients of vectors of length 10 with differences of 1: float32 has 1e-6 of the weights.
     np.testing.assert_allclose(twa_params(span, c)["w"], w, rtol=2e-5)
     beta = np.asarray(twa_coefficients(span, c), np.float64)
     np.testing.assert_allclose(beta @ solutions, w, rtol=2e-5)
 
 
-def test_twa_of_a_tree_keeps_dtypes_and_the_last_of_what_is_not_floating():
+def test_twa_preserves_dtypes_and_copies_the_last_non_floating_arrays():
     models = [
         {"a": jnp.bfloat16(x), "b": jnp.full((2, 2), y), "n": jnp.int32(x)}
         for x, y in [(1, 5.0), (2, 1.0)]
@@ -220,6 +222,6 @@ def test_twa_of_a_tree_keeps_dtypes_and_the_last_of_what_is_not_floating():
         (lambda: twa_span({"n": np.ones(2, int)}), "stack_replicas"),
     ],
 )
-def test_mistakes(call, message):
+def test_errors(call, message):
     with pytest.raises(UserError, match=message):
         call()

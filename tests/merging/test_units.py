@@ -1,4 +1,4 @@
-"""Merge units: cut by names and shapes, the same in every layout."""
+"""Merge units: they depend on names and shapes, and are the same in every checkpoint format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.merging.trees import TRANSFORMER, flat, nested, replicas
 
 
 def _b32_tower(width=768, layers=12, positions=50, embed=512, classes=1000):
-    """Names and shapes of the ViT-B/32 image tower and head, in this project's layout."""
+    """Return names and shapes of the ViT-B/32 image tower and head, as in this project."""
     norm = {"scale": (width,), "bias": (width,)}
     dense = {"kernel": (width, width), "bias": (width,)}
     block = {
@@ -44,8 +44,8 @@ def _b32_tower(width=768, layers=12, positions=50, embed=512, classes=1000):
     return {"image_tower": tower, "head": {"kernel": (embed, classes), "bias": (classes,)}}
 
 
-def _torch_layout(shapes):
-    """The same tensors as a Hugging Face state dict has them: renamed, kernels transposed."""
+def _torch_shapes(shapes):
+    """Return the shapes of the same tensors in a Hugging Face state dict (kernels transposed)."""
     out = {}
     for name, shape in shapes.items():
         name = re.sub(r"blocks\.block_0*(\d+)", r"layers.\1", name)
@@ -59,15 +59,15 @@ def _torch_layout(shapes):
 
 def test_layer_gives_the_papers_154_units():
     shapes = list(flat(_b32_tower()).items())
-    assert len({part.key for part in assign(shapes, "layer")}) == 154
-    assert len({part.key for part in assign(shapes, "tensor")}) == 154 + 12 * 4  # q, k, v apart
+    assert len({view.key for view in assign(shapes, "layer")}) == 154
+    assert len({view.key for view in assign(shapes, "tensor")}) == 154 + 12 * 4  # q, k, v apart
     tree = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
         _b32_tower(),
         is_leaf=lambda x: isinstance(x, tuple),
     )
-    two = jax.tree.map(lambda s: jax.ShapeDtypeStruct((2, *s.shape), s.dtype), tree)
-    stats = jax.eval_shape(lambda a, b: model_stock(a, b, "layer"), tree, two)[1]
+    stacked = jax.tree.map(lambda s: jax.ShapeDtypeStruct((2, *s.shape), s.dtype), tree)
+    stats = jax.eval_shape(lambda a, b: model_stock(a, b, "layer"), tree, stacked)[1]
     assert len(set(stats.units.keys)) == 154
 
 
@@ -85,17 +85,17 @@ def test_layer_gives_the_papers_154_units():
 def test_pytorch_layout_gives_the_same_merge(unit, num_heads):
     w0, w = replicas(TRANSFORMER, 2)
     torch0, torch = {}, {}
-    for name, new in zip(TRANSFORMER, _torch_layout(TRANSFORMER), strict=True):
+    for name, new in zip(TRANSFORMER, _torch_shapes(TRANSFORMER), strict=True):
         flip = name.endswith(".kernel")
         torch0[new] = w0[name].T if flip else w0[name]
         torch[new] = w[name].swapaxes(1, 2) if flip else w[name]
-    ours, _ = model_stock(nested(w0), nested(w), unit, num_heads=num_heads)
-    theirs, _ = model_stock(torch0, torch, unit, num_heads=num_heads, filter_axis=0)
-    ours = flat(ours)
-    for name, new in zip(TRANSFORMER, _torch_layout(TRANSFORMER), strict=True):
-        back = theirs[new].T if name.endswith(".kernel") else theirs[new]
-        # Sums in another order: 1e-16 of a ratio, unseen but where float32 rounding is a tie.
-        np.testing.assert_array_max_ulp(np.asarray(ours[name]), np.asarray(back), 1)
+    merged, _ = model_stock(nested(w0), nested(w), unit, num_heads=num_heads)
+    torch_merged, _ = model_stock(torch0, torch, unit, num_heads=num_heads, filter_axis=0)
+    merged = flat(merged)
+    for name, new in zip(TRANSFORMER, _torch_shapes(TRANSFORMER), strict=True):
+        back = torch_merged[new].T if name.endswith(".kernel") else torch_merged[new]
+        # Sums in another order change a ratio by 1e-16: visible only at ties of float32 rounding.
+        np.testing.assert_array_max_ulp(np.asarray(merged[name]), np.asarray(back), 1)
 
 
 def test_openai_and_openclip_names():
@@ -110,12 +110,12 @@ def test_openai_and_openclip_names():
             "mlp.c_fc.weight": (32, width),
         }.items()
     ] + [("visual.proj", (width, 4))]
-    parts = assign(shapes, "head", num_heads=heads, filter_axis=0)
-    assert [p.unit_shape for p in parts] == [(2,), (2,), (2,), (), (), ()]
-    assert parts[0].view == (3, 2, 4, 8) and parts[2].view == (8, 2, 4)
-    assert parts[0].key == parts[2].key != parts[1].key
-    assert len({p.key for p in assign(shapes, "layer", filter_axis=0)}) == 6
-    assert len({p.key for p in assign(shapes, "block", filter_axis=0)}) == 2
+    views = assign(shapes, "head", num_heads=heads, filter_axis=0)
+    assert [v.unit_shape for v in views] == [(2,), (2,), (2,), (), (), ()]
+    assert views[0].view == (3, 2, 4, 8) and views[2].view == (8, 2, 4)
+    assert views[0].key == views[2].key != views[1].key
+    assert len({v.key for v in assign(shapes, "layer", filter_axis=0)}) == 6
+    assert len({v.key for v in assign(shapes, "block", filter_axis=0)}) == 2
     assert output_axis("visual.proj", (width, 4), 0) == 1
     assert output_axis("visual.conv1.weight", (8, 3, 4, 4), 0) == 0  # not the last axis
 
@@ -128,9 +128,9 @@ def test_grouped_queries_share_a_key_value_head():
         (name + "v_proj.weight", (8, 16)),
         (name + "o_proj.weight", (16, 16)),
     ]
-    parts = assign(shapes, "head", num_heads=4, filter_axis=0)
-    assert [p.view for p in parts] == [(2, 8, 16), (2, 4, 16), (2, 4, 16), (16, 2, 8)]
-    assert {p.key for p in parts} == {"model.layers.0.self_attn.head_kernels"}
+    views = assign(shapes, "head", num_heads=4, filter_axis=0)
+    assert [v.view for v in views] == [(2, 8, 16), (2, 4, 16), (2, 4, 16), (16, 2, 8)]
+    assert {v.key for v in views} == {"model.layers.0.self_attn.head_kernels"}
 
 
 def test_heads_by_tower():
@@ -138,24 +138,24 @@ def test_heads_by_tower():
         (f"{tower}.blocks.block_00.self_attn.q_proj.kernel", (12, 12))
         for tower in ("image_tower", "text_tower")
     ]
-    parts = assign(shapes, "head", num_heads={"image_tower": 3, "text_tower": 2})
-    assert [p.unit_shape for p in parts] == [(3,), (2,)]
+    views = assign(shapes, "head", num_heads={"image_tower": 3, "text_tower": 2})
+    assert [v.unit_shape for v in views] == [(3,), (2,)]
 
 
 @pytest.mark.parametrize(
-    "unit,how,message",
+    "unit,options,message",
     [
         ("layers", {}, "'layers'.*tensor, layer"),
         ("head", {}, "num_heads"),
         ("head", {"num_heads": 3}, "num_heads = 3"),
         ("head", {"num_heads": {"text": 2}}, "num_heads .* entry"),
-        ("head", {"num_heads": 2.0}, "num_heads .*whole number"),
+        ("head", {"num_heads": 2.0}, "num_heads .*integer"),
         ("filter", {"filter_axis": 1}, "filter_axis .*0"),
     ],
 )
-def test_mistakes_in_units(unit, how, message):
+def test_errors(unit, options, message):
     with pytest.raises(UserError, match=message):
-        assign(list(TRANSFORMER.items()), unit, **how)
+        assign(list(TRANSFORMER.items()), unit, **options)
 
 
 @pytest.mark.parametrize("unit", ["head", "block"])
@@ -163,19 +163,19 @@ def test_unknown_architecture(unit):
     shapes = [("stages.0.blocks.1.conv.weight", (8, 8, 3, 3)), ("fc.weight", (8, 8))]
     with pytest.raises(UserError, match=f"'{unit}'.*name"):
         assign(shapes, unit, num_heads=2)
-    assert [p.key for p in assign(shapes, "layer")] == [p.key for p in assign(shapes, "tensor")]
+    assert [v.key for v in assign(shapes, "layer")] == [v.key for v in assign(shapes, "tensor")]
 
 
 def test_filters_of_a_pytorch_convolution_are_its_first_axis():
-    # Along the last axis others find ratios of -2333 here.
+    # Other implementations use the last axis and get ratios of -2333 here.
     w0, w = replicas({"visual.conv1.weight": (8, 3, 4, 4)}, 2)
     ratio = model_stock(w0, w, "filter", filter_axis=0)[1].ratio["visual.conv1.weight"]
     assert ratio.shape == (8,)
     for f in range(8):
-        one = model_stock(
+        expected = model_stock(
             {"w": w0["visual.conv1.weight"][f]}, {"w": w["visual.conv1.weight"][:, f]}
         )[1].ratio["w"]
-        assert float(ratio[f]) == float(one)
+        assert float(ratio[f]) == float(expected)
 
 
 def test_units_and_geometry_need_no_jax():
@@ -188,7 +188,7 @@ def test_units_and_geometry_need_no_jax():
 
 
 def test_flax_variables_have_the_names_of_their_arrays():
-    # As `nnx.split` gives them: units that go by names must see through the wrapper.
+    # As returned by `nnx.split`: the wrapper must not be part of the name.
     w0, w = replicas({f"self_attn.{role}_proj.kernel": (8, 8) for role in "qkv"}, 2)
     wrapped = [jax.tree.map(nnx.Param, nested(tree)) for tree in (w0, w)]
     merged, stats = model_stock(*wrapped, unit="layer")
@@ -196,13 +196,13 @@ def test_flax_variables_have_the_names_of_their_arrays():
     assert set(stats.units.keys) == {"self_attn.in_proj.kernel"}
     plain, _ = model_stock(nested(w0), nested(w), unit="layer")
     for letter in "qkv":
-        got = merged["self_attn"][f"{letter}_proj"]["kernel"]
-        np.testing.assert_array_equal(got[...], plain["self_attn"][f"{letter}_proj"]["kernel"])
+        found = merged["self_attn"][f"{letter}_proj"]["kernel"]
+        np.testing.assert_array_equal(found[...], plain["self_attn"][f"{letter}_proj"]["kernel"])
 
 
-# Of each library's layout some names, with tower (counted in order), depth and role.
+# Some names of each library, with tower (counted in order), depth and role.
 NAMED = {
-    "ours": """
+    "this project": """
         image_tower.class_embedding  0  -1  embeddings and head
         image_tower.patch_embedding.kernel  0  -1  embeddings and head
         image_tower.position_embedding  0  -1  embeddings and head
@@ -277,15 +277,15 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("layout", NAMED)
-def test_roles_and_places_by_name(layout):
-    rows = [re.split(r" {2,}", line.strip()) for line in NAMED[layout].strip().splitlines()]
+@pytest.mark.parametrize("library", NAMED)
+def test_roles_and_positions_by_name(library):
+    rows = [re.split(r" {2,}", line.strip()) for line in NAMED[library].strip().splitlines()]
     names = [name for name, *_ in rows]
-    places = block_position(names)
-    towers = list(dict.fromkeys(p.tower for p in places))
+    positions = block_position(names)
+    towers = list(dict.fromkeys(p.tower for p in positions))
     found = [
         [name, str(towers.index(p.tower)), f"{p.depth:g}", role(name)]
-        for name, p in zip(names, places, strict=True)
+        for name, p in zip(names, positions, strict=True)
     ]
     assert found == rows
     assert {what for *_, what in rows} <= set(ROLES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# Few shapes: each is compiled once for each number of replicas. Odd ones have their own test.
+# Few shapes, because each is compiled for each number of replicas. Other tests use odd shapes.
 BLOCK = {
     "layer_norm1.scale": (8,),
     "layer_norm1.bias": (8,),
@@ -25,21 +25,21 @@ TRANSFORMER = {
 
 
 def replicas(shapes, num, seed=0, cosine=0.6, size=0.1, dtype=np.float32):
-    """Flat dicts of an anchor and of `num` replicas whose task vectors have about this cosine."""
+    """Return an anchor and `num` replicas with about this cosine between task vectors, as dicts."""
     rng = np.random.default_rng(seed)
     w0, w = {}, {}
     for name, shape in shapes.items():
         anchor = rng.standard_normal(shape)
         shared = rng.standard_normal(shape)
-        own = rng.standard_normal((num, *shape))
-        deltas = size * (cosine**0.5 * shared + (1 - cosine) ** 0.5 * own)
+        noise = rng.standard_normal((num, *shape))
+        deltas = size * (cosine**0.5 * shared + (1 - cosine) ** 0.5 * noise)
         w0[name] = anchor.astype(dtype)
         w[name] = (w0[name].astype(np.float64) + deltas).astype(dtype)
     return w0, w
 
 
 def nested(flat):
-    """Nested dicts from dotted names."""
+    """Return nested dicts from dotted names."""
     tree: dict = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -51,7 +51,7 @@ def nested(flat):
 
 
 def flat(tree, prefix=""):
-    """Dotted names from nested dicts; the inverse of `nested`."""
+    """Return a dict with dotted names from nested dicts; inverts `nested`."""
     out = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
