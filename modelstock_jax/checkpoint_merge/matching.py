@@ -39,13 +39,13 @@ class PlanIssues:
     """What planning comes upon; problems are raised all at once.
 
     Attributes:
-        problems: What stands in the way.
-        notes: What a user should know.
-        untied: Heads that become tensors of their own; the config has to say so.
-        vocabulary: Tensor with an axis of the vocabulary -> its length in each model.
-        new_head: Tensors that are the fine-tunes' own.
-        companion: The model with the rows of a longer vocabulary: its tokenizer is written.
-        lenient: Nothing will be written: models that disagree in what is only copied will do.
+      problems: What stands in the way.
+      notes: What a user should know.
+      untied: Heads that become tensors of their own; the config has to say so.
+      vocabulary: Tensor with an axis of the vocabulary -> its length in each model.
+      new_head: Tensors that are the fine-tunes' own.
+      companion: The model with the rows of a longer vocabulary: its tokenizer is written.
+      lenient: Nothing will be written: models that disagree in what is only copied will do.
     """
 
     problems: list[str] = dataclasses.field(default_factory=list)

@@ -59,14 +59,14 @@ class Codes:
     """A quantized tensor and the weight that it encodes.
 
     Attributes:
-        name: Of the weight: `q.weight` for `q._weight_qdata`.
-        stored: The tensor that holds the codes.
-        scale: The tensor with its scale; None where there is none.
-        zero: The tensor with its zero point; None where there is none.
-        problem: Why the weight cannot be formed; empty where it can.
-        sizes: Codes along each axis that share one scale.
-        zero_sizes: Codes along each axis that share one zero point.
-        either: Whether the scale may be that of the rows or of the columns, by its shape.
+      name: Of the weight: `q.weight` for `q._weight_qdata`.
+      stored: The tensor that holds the codes.
+      scale: The tensor with its scale; None where there is none.
+      zero: The tensor with its zero point; None where there is none.
+      problem: Why the weight cannot be formed; empty where it can.
+      sizes: Codes along each axis that share one scale.
+      zero_sizes: Codes along each axis that share one zero point.
+      either: Whether the scale may be that of the rows or of the columns, by its shape.
     """
 
     name: str
@@ -84,9 +84,9 @@ class Quantization:
     """What is quantized in a checkpoint.
 
     Attributes:
-        codes: The quantized tensors.
-        dropped: Tensors that only serve the codes: scales, zero points, markers.
-        unused: Those of `dropped` that no weight is formed from: of activations and caches.
+      codes: The quantized tensors.
+      dropped: Tensors that only serve the codes: scales, zero points, markers.
+      unused: Those of `dropped` that no weight is formed from: of activations and caches.
     """
 
     codes: tuple[Codes, ...] = ()
@@ -170,7 +170,7 @@ def as_stored(source: Source) -> Source:
     """A source that is not quantized.
 
     Raises:
-        UserError: It is; the message offers what can be done.
+      UserError: It is; the message offers what can be done.
     """
     if problem := refusal(source):
         raise UserError(problem)
@@ -222,11 +222,11 @@ class DequantizedSource(Source):
     """A quantized checkpoint, read as weights: codes x scale, formed for the range asked for.
 
     Args:
-        source: The checkpoint as it is stored.
-        found: What is quantized in it.
+      source: The checkpoint as it is stored.
+      found: What is quantized in it.
 
     Raises:
-        UserError: A format that is not formed here.
+      UserError: A format that is not formed here.
     """
 
     def __init__(self, source: Source, found: Quantization):
@@ -340,8 +340,8 @@ def spread(
     """The scale of each of the elements [start, stop) of a flattened weight.
 
     Example:
-        >>> spread(np.array([[1.0], [2.0]]), (1, 3), (2, 3), 1, 5).tolist()
-        [1.0, 1.0, 2.0, 2.0]
+      >>> spread(np.array([[1.0], [2.0]]), (1, 3), (2, 3), 1, 5).tolist()
+      [1.0, 1.0, 2.0, 2.0]
     """
     if scale.size == 1:
         return np.broadcast_to(scale.reshape(-1), stop - start)
@@ -357,8 +357,8 @@ def without_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what it says of a quantization, in its towers too.
 
     Example:
-        >>> without_keys({"a": 1, "quantization_config": {}, "text_config": {"quantization": 1}})
-        {'a': 1, 'text_config': {}}
+      >>> without_keys({"a": 1, "quantization_config": {}, "text_config": {"quantization": 1}})
+      {'a': 1, 'text_config': {}}
     """
     return {
         key: without_keys(value) if isinstance(value, dict) else value
@@ -561,8 +561,8 @@ def _weight_name(name: str) -> str:
     """The weight that codes stand for: torchao's, quanto's, and those that keep its name.
 
     Example:
-        >>> [_weight_name(f"q.{own}") for own in ("_weight_qdata", "weight._data", "weight")]
-        ['q.weight', 'q.weight', 'q.weight']
+      >>> [_weight_name(f"q.{own}") for own in ("_weight_qdata", "weight._data", "weight")]
+      ['q.weight', 'q.weight', 'q.weight']
     """
     found = re.fullmatch(r"(.*\.)?_(\w+)_qdata|(.+)\._q?data", name)
     if found is None:

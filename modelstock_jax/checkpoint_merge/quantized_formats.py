@@ -68,12 +68,12 @@ class Stated:
     """What the files next to a checkpoint say of its quantization.
 
     Attributes:
-        file: The file that says that it is quantized; empty where none does.
-        methods: Each `quant_method`, spelled with hyphens.
-        blocks: Rows and columns that share one scale, as stated.
-        strict: Whether `weight_block_size` is stated: of every weight, not of some.
-        bits: Stated bits of a weight.
-        problem: Why no weight is formed whatever its codes; empty where that is not so.
+      file: The file that says that it is quantized; empty where none does.
+      methods: Each `quant_method`, spelled with hyphens.
+      blocks: Rows and columns that share one scale, as stated.
+      strict: Whether `weight_block_size` is stated: of every weight, not of some.
+      bits: Stated bits of a weight.
+      problem: Why no weight is formed whatever its codes; empty where that is not so.
     """
 
     file: str = ""
@@ -113,10 +113,10 @@ def method_problem(said: Stated, info: TensorInfo) -> str:
     """Why the stated method does not tell what codes mean; empty where it does.
 
     Example:
-        >>> method_problem(Stated(methods=frozenset({"eetq"})), TensorInfo((4, 4), "I8"))
-        "quant_method 'eetq' is not read here"
-        >>> method_problem(Stated(), TensorInfo((4, 4), "I8"))
-        ''
+      >>> method_problem(Stated(methods=frozenset({"eetq"})), TensorInfo((4, 4), "I8"))
+      "quant_method 'eetq' is not read here"
+      >>> method_problem(Stated(), TensorInfo((4, 4), "I8"))
+      ''
     """
     if said.problem:
         return said.problem
@@ -136,10 +136,10 @@ def sizes(
     """Numbers along each axis that share one scale; or why that is not certain.
 
     Example:
-        >>> sizes((), (4, 6)), sizes((4,), (4, 6)), sizes((4, 1), (4, 6))
-        ((4, 6), (1, 6), (1, 6))
-        >>> sizes((2, 4), (256, 512)), sizes((3,), (288, 32))
-        ((128, 128), 'its scale [3] does not fit [288, 32]')
+      >>> sizes((), (4, 6)), sizes((4,), (4, 6)), sizes((4, 1), (4, 6))
+      ((4, 6), (1, 6), (1, 6))
+      >>> sizes((2, 4), (256, 512)), sizes((3,), (288, 32))
+      ((128, 128), 'its scale [3] does not fit [288, 32]')
     """
     said, scale, shape = said or Stated(), tuple(scale), tuple(shape)
     if all(length == 1 for length in scale):
@@ -171,11 +171,11 @@ def scale_problem(
     """Why a scale's numbers may mean something else; empty where their meaning is certain.
 
     Args:
-        local: The name of the codes in their module.
-        scale: The scale.
-        info: The codes.
-        found: Codes along each axis that share one scale.
-        said: What the config states.
+      local: The name of the codes in their module.
+      scale: The scale.
+      info: The codes.
+      found: Codes along each axis that share one scale.
+      said: What the config states.
     """
     # torchao may store exponents in another order.
     plain = info.code in FLOAT8[:2] and not local.endswith("qdata")
@@ -194,8 +194,8 @@ def comfy_problem(data: bytes) -> str:
     """Why a layer that ComfyUI marked is not codes x scale; empty where it is.
 
     Example:
-        >>> comfy_problem(b'{"format": "float8_e4m3fn"}'), comfy_problem(b'{"format": "nvfp4"}')
-        ('', "comfy_quant says {'format': 'nvfp4'}, which is not read here")
+      >>> comfy_problem(b'{"format": "float8_e4m3fn"}'), comfy_problem(b'{"format": "nvfp4"}')
+      ('', "comfy_quant says {'format': 'nvfp4'}, which is not read here")
     """
     try:
         said = json.loads(data)
@@ -210,9 +210,9 @@ def partners(local: str, tensors: Mapping[str, TensorInfo], kind: str) -> list[s
     """Tensors of the same module that have the stem of a name and `kind` in theirs.
 
     Example:
-        >>> module = dict.fromkeys(["weight", "weight_scale", "input_scale", "scale", "k_scale"])
-        >>> partners("weight", module, "scal")
-        ['scale', 'weight_scale']
+      >>> module = dict.fromkeys(["weight", "weight_scale", "input_scale", "scale", "k_scale"])
+      >>> partners("weight", module, "scal")
+      ['scale', 'weight_scale']
     """
     own = words(local)
     return sorted(
@@ -231,8 +231,8 @@ def is_weight_name(local: str) -> bool:
     """Whether a name is one that libraries give to weights or their codes.
 
     Example:
-        >>> [is_weight_name(name) for name in ("qweight", "W_q", "codes", "buckets", "table")]
-        [True, True, True, False, False]
+      >>> [is_weight_name(name) for name in ("qweight", "W_q", "codes", "buckets", "table")]
+      [True, True, True, False, False]
     """
     return any(_WEIGHT.fullmatch(word) for word in words(local))
 
@@ -355,8 +355,8 @@ def _block(key: str, value: Any) -> tuple[int, int] | None:
     """A stated block of a weight.
 
     Example:
-        >>> _block("group_size", 64), _block("block_structure", "128x64"), _block("bits", 4)
-        ((1, 64), (128, 64), None)
+      >>> _block("group_size", 64), _block("block_structure", "128x64"), _block("bits", 4)
+      ((1, 64), (128, 64), None)
     """
     if key == "group_size" and isinstance(value, int) and value > 0:
         return 1, value

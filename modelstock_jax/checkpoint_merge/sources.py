@@ -358,7 +358,7 @@ def folders(directory: Path) -> list[str]:
     """Folders of a directory that belong to its model; `''` is the directory itself.
 
     Raises:
-        UserError: An index that is broken, or names a folder outside of the directory.
+      UserError: An index that is broken, or names a folder outside of the directory.
     """
     return [
         name for name in named_folders(directory) if not name or os.path.isdir(directory / name)
@@ -369,7 +369,7 @@ def named_folders(directory: Path) -> list[str]:
     """The folders that a model's index names, whether they exist or not.
 
     Raises:
-        UserError: As `folders`.
+      UserError: As `folders`.
     """
     if (directory / PIPELINE).is_file():
         index = read_json(directory / PIPELINE)
@@ -417,8 +417,8 @@ def tokenizer_folders(directory: Path) -> list[str]:
     """Folders of a model with a tokenizer; the directory itself where none has one.
 
     Example:
-        >>> tokenizer_folders(Path("/nowhere"))
-        ['']
+      >>> tokenizer_folders(Path("/nowhere"))
+      ['']
     """
     found = [
         name
@@ -437,10 +437,10 @@ def open_all(path: Path) -> dict[str, tuple[str, TensorFiles]]:
     """The weight files of a checkpoint: prefix of a tensor's name -> output stem, and the files.
 
     Args:
-        path: A directory, or a `.safetensors` file.
+      path: A directory, or a `.safetensors` file.
 
     Raises:
-        UserError: No weights, or a file that cannot be read.
+      UserError: No weights, or a file that cannot be read.
     """
     if not path.is_dir():
         return {"": ("model", TensorFiles(path))}
@@ -463,8 +463,8 @@ def stored_name(name: str, components: Mapping[str, str]) -> str:
     """A tensor's name in its own file.
 
     Example:
-        >>> stored_name("unet/conv.weight", {"unet/": "unet/model"})
-        'conv.weight'
+      >>> stored_name("unet/conv.weight", {"unet/": "unet/model"})
+      'conv.weight'
     """
     return name[len(prefix_of(name, components)) :]
 

@@ -65,9 +65,9 @@ class Renames(NamedTuple):
     """A model's names that differ from the base's, and how.
 
     Attributes:
-        names: The base's name -> the model's.
-        rules: Prefixes in which they differ.
-        ambiguous: Names that fit more than one place.
+      names: The base's name -> the model's.
+      rules: Prefixes in which they differ.
+      ambiguous: Names that fit more than one place.
     """
 
     names: dict[str, str]
@@ -86,9 +86,9 @@ def renames(
     taken, then the one whose prefixes share most words; where two are level, none.
 
     Args:
-        base: The base's tensors.
-        other: The model's.
-        partial: The model holds some tensors alone (an adapter).
+      base: The base's tensors.
+      other: The model's.
+      partial: The model holds some tensors alone (an adapter).
     """
     unmatched = [name for name in other if name not in base]
     free = {name for name in base if name not in other}
@@ -119,13 +119,13 @@ def explanation(base: Iterable[str], lacking: Iterable[str], extra: Iterable[str
     """What the difference between two sets of names is called, where it has a name; else nothing.
 
     Args:
-        base: Names of the base.
-        lacking: Those that a model lacks.
-        extra: Those that only the model has.
+      base: Names of the base.
+      lacking: Those that a model lacks.
+      extra: Those that only the model has.
 
     Example:
-        >>> explanation([], ["mlp.experts.gate_up_proj"], ["mlp.experts.0.gate_proj.weight"])
-        'the base stores experts fused (mlp.experts.gate_up_proj), this model each on its own \
+      >>> explanation([], ["mlp.experts.gate_up_proj"], ["mlp.experts.0.gate_proj.weight"])
+      'the base stores experts fused (mlp.experts.gate_up_proj), this model each on its own \
 (mlp.experts.0.gate_proj.weight)'
     """
     lacking, extra = sorted(lacking), sorted(extra)
@@ -313,8 +313,8 @@ def _plain(name: str) -> str:
     """A name without what wrappers have put into it, in today's spelling.
 
     Example:
-        >>> _plain("h.0._orig_mod.ln.gamma"), _plain("conv.parametrizations.weight.original0")
-        ('h.0.ln.weight', 'conv.weight_g')
+      >>> _plain("h.0._orig_mod.ln.gamma"), _plain("conv.parametrizations.weight.original0")
+      ('h.0.ln.weight', 'conv.weight_g')
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     for old, new in _RENAMED.items():
@@ -334,8 +334,8 @@ def _numbers(prefix: str) -> list[str]:
     """Numbers of layers in a prefix, also those at the end of a part like `layer_3` or `layer4`.
 
     Example:
-        >>> _numbers("encoder.layer_3."), _numbers("layer4.0."), _numbers("wav2vec2.encoder.")
-        (['3'], ['4', '0'], [])
+      >>> _numbers("encoder.layer_3."), _numbers("layer4.0."), _numbers("wav2vec2.encoder.")
+      (['3'], ['4', '0'], [])
     """
     return re.findall(r"(?:^|[./]|_|layers?|blocks?|stages?|h)(\d+)(?=[./])", prefix)
 
@@ -374,10 +374,10 @@ def is_index(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a buffer of indices, frequencies or a mask: it has no mean.
 
     Example:
-        >>> is_index("text_model.embeddings.position_ids", (1, 77))
-        True
-        >>> is_index("rotary_emb.inv_freq", (32,)), is_index("vit.embeddings.mask_token", (1, 1, 8))
-        (True, False)
+      >>> is_index("text_model.embeddings.position_ids", (1, 77))
+      True
+      >>> is_index("rotary_emb.inv_freq", (32,)), is_index("vit.embeddings.mask_token", (1, 1, 8))
+      (True, False)
     """
     if _CAUSAL.fullmatch(name):
         return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
@@ -390,10 +390,10 @@ def is_counter(name: str, shape: tuple[int, ...], integer: bool) -> bool:
     A single integer is a counter whatever its name; a single float only by its name.
 
     Example:
-        >>> is_counter("layer1.bn.num_batches_tracked", (), True)
-        True
-        >>> is_counter("model_ema.num_updates", (1,), False), is_counter("logit_scale", (), False)
-        (True, False)
+      >>> is_counter("layer1.bn.num_batches_tracked", (), True)
+      True
+      >>> is_counter("model_ema.num_updates", (1,), False), is_counter("logit_scale", (), False)
+      (True, False)
     """
     single = all(length == 1 for length in shape)
     return single and (integer or _COUNTER.fullmatch(name) is not None)
@@ -403,8 +403,8 @@ def is_mask(name: str) -> bool:
     """Whether a tensor is a mask by its name; only its numbers tell it from a trained one.
 
     Example:
-        >>> is_mask("text.attn_mask"), is_mask("embeddings.mask_token")
-        (True, False)
+      >>> is_mask("text.attn_mask"), is_mask("embeddings.mask_token")
+      (True, False)
     """
     return _MASK.fullmatch(name) is not None
 
@@ -413,8 +413,8 @@ def is_embedding(name: str) -> bool:
     """Whether a tensor has a row per token of a vocabulary, by its name.
 
     Example:
-        >>> is_embedding("model.embed_tokens.weight"), is_embedding("position_embeddings.weight")
-        (True, False)
+      >>> is_embedding("model.embed_tokens.weight"), is_embedding("position_embeddings.weight")
+      (True, False)
     """
     return _EMBEDDING.fullmatch(name) is not None and not _NO_EMBEDDING.search(name)
 
@@ -431,7 +431,7 @@ def is_classifier(name: str) -> bool:
     """Whether a name is that of a classification head.
 
     Example:
-        >>> is_classifier("head.safetensors:weight"), is_classifier("vit.encoder.layer.0.fc.weight")
-        (True, False)
+      >>> is_classifier("head.safetensors:weight"), is_classifier("vit.encoder.layer.0.fc.weight")
+      (True, False)
     """
     return _CLASSIFIER.fullmatch(name) is not None

@@ -44,17 +44,17 @@ class TensorPlan:
     """One tensor of the output.
 
     Attributes:
-        name: Its name.
-        shape: Of the output.
-        code: Dtype that is written, as in a safetensors header.
-        action: ``merge``, ``mean``, ``base`` or ``model:1`` (taken whole from the first fine-tune).
-        reason: Why it is not merged by the rule; empty where it is.
-        part: Its part in a merge unit, of the rows that are merged; None where it is not merged.
-        rows: Rows (of `axis`) that are merged, where models differ in them; else None.
-        rest: The model that gives the other rows: 0 the base, 1 the first fine-tune.
-        names: The tensor's name in the base and in each fine-tune; None where it has none.
-        axis: The vocabulary's, where models differ in its rows; the axes before it have length 1.
-        checked: Whether a copy of it is searched for NaN and infinity.
+      name: Its name.
+      shape: Of the output.
+      code: Dtype that is written, as in a safetensors header.
+      action: `merge`, `mean`, `base` or `model:1` (taken whole from the first fine-tune).
+      reason: Why it is not merged by the rule; empty where it is.
+      part: Its part in a merge unit, of the rows that are merged; None where it is not merged.
+      rows: Rows (of `axis`) that are merged, where models differ in them; else None.
+      rest: The model that gives the other rows: 0 the base, 1 the first fine-tune.
+      names: The tensor's name in the base and in each fine-tune; None where it has none.
+      axis: The vocabulary's, where models differ in its rows; the axes before it have length 1.
+      checked: Whether a copy of it is searched for NaN and infinity.
     """
 
     name: str
@@ -390,8 +390,8 @@ def _vocabulary_axis(
     """The axis that changed exactly as an embedding's rows did; None where no axis did.
 
     Example:
-        >>> _vocabulary_axis([(1, 65), (1, 67)], {(65, 67)}), _vocabulary_axis([(5,), (7,)], set())
-        (1, None)
+      >>> _vocabulary_axis([(1, 65), (1, 67)], {(65, 67)}), _vocabulary_axis([(5,), (7,)], set())
+      (1, None)
     """
     if len({len(shape) for shape in shapes}) > 1:
         return None

@@ -44,25 +44,25 @@ def resolve(
 
     A path that exists wins over a repository of the same spelling. From the hub come only the
     files of the repository's top folder and of `subfolders` that match `patterns`, never a pickle
-    or code, into Hugging Face's own cache; with ``HF_HUB_OFFLINE=1`` that cache is all there is.
+    or code, into Hugging Face's own cache; with `HF_HUB_OFFLINE=1` that cache is all there is.
 
     Args:
-        name: A path, or ``ORG/NAME`` or ``ORG/NAME@REVISION`` (a branch, tag or commit). An
-            `os.PathLike` is only ever a path.
-        patterns: Names of files to fetch, with ``*`` for anything.
-        subfolders: Folders of the repository, such as ``unet``; those that are not there are left
-            out, and so are the folders in them.
+      name: A path, or `ORG/NAME` or `ORG/NAME@REVISION` (a branch, tag or commit). An
+          `os.PathLike` is only ever a path.
+      patterns: Names of files to fetch, with `*` for anything.
+      subfolders: Folders of the repository, such as `unet`; those that are not there are left
+          out, and so are the folders in them.
 
     Returns:
-        The path as it was given, or a directory of the cache.
+      The path as it was given, or a directory of the cache.
 
     Raises:
-        UserError: No such path, and no such repository or revision, a gated one, or no way to the
-            hub; for a URL, a dataset or a bare name like ``gpt2`` with the name to give instead.
+      UserError: No such path, and no such repository or revision, a gated one, or no way to the
+          hub; for a URL, a dataset or a bare name like `gpt2` with the name to give instead.
 
     Example:
-        >>> resolve(".").is_dir()
-        True
+      >>> resolve(".").is_dir()
+      True
     """
     path = Path(name)
     if os.path.exists(path):
@@ -107,8 +107,8 @@ def _hub_name(parts: Sequence[str]) -> str:
     """ORG/NAME@REVISION for the parts of an address or a bare name.
 
     Example:
-        >>> _hub_name(["org", "name", "tree", "v1", "unet"]), _hub_name(["gpt2", "tree", "main"])
-        ('org/name@v1', 'openai-community/gpt2')
+      >>> _hub_name(["org", "name", "tree", "v1", "unet"]), _hub_name(["gpt2", "tree", "main"])
+      ('org/name@v1', 'openai-community/gpt2')
     """
     bare = len(parts) < 2 or parts[1] in _PAGES
     name, rest = "/".join(parts[: 1 if bare else 2]), parts[1 if bare else 2 :]

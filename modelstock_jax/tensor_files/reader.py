@@ -17,7 +17,7 @@ import numpy as np
 
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files import formats
-from modelstock_jax.tensor_files.formats import PICKLES, by_content, head_of, shown
+from modelstock_jax.tensor_files.formats import PICKLES, content_error, read_head, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,29 +51,29 @@ class TensorFiles(Mapping[str, np.ndarray]):
     Shapes and dtypes are known from the headers, so a check of names costs no reading.
 
     Args:
-        path: A ``.safetensors`` file, or a directory with ``NAME.safetensors``, with
-            ``NAME.safetensors.index.json`` and its shards, or with all shards and no index. NAME
-            is ``model`` where there is one, else any name that is the only one. Variants such as
-            ``NAME.fp16`` are read only where there is no ``NAME``.
+      path: A `.safetensors` file, or a directory with `NAME.safetensors`, with
+          `NAME.safetensors.index.json` and its shards, or with all shards and no index. NAME
+          is `model` where there is one, else any name that is the only one. Variants such as
+          `NAME.fp16` are read only where there is no `NAME`.
 
     Attributes:
-        stem: NAME; of a path to one file, its name without the suffix.
-        aliases: Names of tensors that were not stored because they share the memory of another ->
-            the name of the stored one, as ``safetensors.torch.save_model`` writes it.
+      stem: NAME; of a path to one file, its name without the suffix.
+      aliases: Names of tensors that were not stored because they share the memory of another ->
+          the name of the stored one, as `safetensors.torch.save_model` writes it.
 
     Raises:
-        UserError: No such path, no safetensors in it, another format, shards that are missing, or
-            a file that is cut short, has a hostile header or lacks what the index promises; it
-            names the file.
+      UserError: No such path, no safetensors in it, another format, shards that are missing, or
+          a file that is cut short, has a hostile header or lacks what the index promises; it
+          names the file.
 
     Example:
-        >>> import tempfile
-        >>> from modelstock_jax.tensor_files.writer import write_tensors
-        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> write_tensors(path, {"w": np.ones((2, 3), np.float32)})
-        >>> tensors = TensorFiles(path.parent)
-        >>> tensors.shape("w"), tensors.dtype("w").name, float(tensors["w"].sum())
-        ((2, 3), 'float32', 6.0)
+      >>> import tempfile
+      >>> from modelstock_jax.tensor_files.writer import write_tensors
+      >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> write_tensors(path, {"w": np.ones((2, 3), np.float32)})
+      >>> tensors = TensorFiles(path.parent)
+      >>> tensors.shape("w"), tensors.dtype("w").name, float(tensors["w"].sum())
+      ((2, 3), 'float32', 6.0)
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -121,13 +121,13 @@ class TensorFiles(Mapping[str, np.ndarray]):
         """Reads elements [start, stop) of a flattened tensor; any thread may.
 
         Args:
-            name: Of the tensor.
-            start: Index of the first element.
-            stop: Index after the last.
-            out: Bytes (uint8) to read into, enough of them; by default fresh memory.
+          name: Of the tensor.
+          start: Index of the first element.
+          stop: Index after the last.
+          out: Bytes (uint8) to read into, enough of them; by default fresh memory.
 
         Returns:
-            [stop - start], in the stored dtype.
+          [stop - start], in the stored dtype.
         """
         entry, dtype = self._entries[name], self.dtype(name)
         if not 0 <= start <= stop <= math.prod(entry.shape):
@@ -165,7 +165,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return self._entries[name].shape
 
     def code(self, name: str) -> str:
-        """Dtype code of a tensor, as the format spells it: ``BF16``, ``F8_E4M3``, ..."""
+        """Dtype code of a tensor, as the format spells it: `BF16`, `F8_E4M3`, ..."""
         return self._entries[name].code
 
     def dtype(self, name: str) -> np.dtype:
@@ -191,7 +191,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
-        other = formats.by_content(path, formats.head_of(path))
+        other = formats.content_error(path, formats.read_head(path))
         raise UserError(other or f"{shown(path)}: not JSON ({error}).") from None
 
 
@@ -208,12 +208,12 @@ def _locate(path: Path) -> _Found:
     """The files of the model at a path."""
     # Not Path.is_file, which raises where a name is too long or a directory cannot be searched.
     if os.path.isfile(path):
-        if (other := formats.by_name(path)) is not None:
+        if (other := formats.suffix_error(path)) is not None:
             raise UserError(other)
         return _Found(path.name.removesuffix(_SUFFIX), [path])
     if not os.path.isdir(path):
         if path.suffix in PICKLES:
-            raise UserError(formats.pickled(path))
+            raise UserError(formats.pickle_error(path))
         raise UserError(f"{shown(path)}: no such file or directory.")
     try:
         names = sorted(name for name in os.listdir(path) if not os.path.isdir(path / name))
@@ -319,7 +319,7 @@ def _places(index: Path) -> dict[str, Path]:
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
             raise UserError(f"{shown(index)}: {file!r} is not the name of a file beside it.")
         if Path(file).suffix in PICKLES:
-            raise UserError(formats.pickled(index.parent / file))
+            raise UserError(formats.pickle_error(index.parent / file))
     if lost := sorted({f for f in places.values() if not os.path.isfile(index.parent / f)}):
         raise UserError(
             f"{shown(index)}: names files that are not there: {listed(lost)}; copy or download "
@@ -383,14 +383,14 @@ def read_header(path: str | os.PathLike[str], descriptor: int | None = None) -> 
     without holes, to the last byte of the file.
 
     Args:
-        path: A ``.safetensors`` file.
-        descriptor: Of the file, where it is open already: by its path it may be another by now.
+      path: A `.safetensors` file.
+      descriptor: Of the file, where it is open already: by its path it may be another by now.
 
     Returns:
-        The `Header`, with offsets from the file's beginning.
+      The `Header`, with offsets from the file's beginning.
 
     Raises:
-        UserError: A file that cannot be read, or that breaks a rule; it names both.
+      UserError: A file that cannot be read, or that breaks a rule; it names both.
     """
     path = Path(path)
     try:
@@ -400,7 +400,7 @@ def read_header(path: str | os.PathLike[str], descriptor: int | None = None) -> 
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except _Broken as broken:
-        other = by_content(path, head_of(path))
+        other = content_error(path, read_head(path))
         raise UserError(other or f"{path}: not a whole safetensors file ({broken}).") from None
 
 
@@ -408,8 +408,8 @@ def num_bytes(code: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor.
 
     Example:
-        >>> num_bytes("BF16", (3, 5))
-        30
+      >>> num_bytes("BF16", (3, 5))
+      30
     """
     bits = BITS[code]
     for length in shape:

@@ -29,12 +29,12 @@ def write_tensors(
     """Writes one safetensors file: beside its place, flushed to the disk, then renamed.
 
     Args:
-        path: Where; an existing file is replaced.
-        tensors: Name -> array of any shape; bfloat16 is ml_dtypes'.
-        metadata: Free text for the header.
+      path: Where; an existing file is replaced.
+      tensors: Name -> array of any shape; bfloat16 is ml_dtypes'.
+      metadata: Free text for the header.
 
     Raises:
-        UserError: The file cannot be written (it names the path and the reason).
+      UserError: The file cannot be written (it names the path and the reason).
     """
     path = Path(path)
     # Not ascontiguousarray, which gives a scalar an axis.
@@ -55,12 +55,12 @@ def write_tensors(
 def write_directory_tensors(
     directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes ``model.safetensors``, or shards and their index where one file would be too large.
+    """Writes `model.safetensors`, or shards and their index where one file would be too large.
 
     Args:
-        directory: An existing directory.
-        tensors: Name -> array.
-        max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
+      directory: An existing directory.
+      tensors: Name -> array.
+      max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
     """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -108,23 +108,23 @@ class ShardWriter:
     aligned.
 
     Args:
-        path: The file; it is replaced. Give it a name of its own and rename it when finished.
-        tensors: Name -> dtype code and shape.
-        metadata: Free text for the header.
-        digest: One of `digests.KINDS`.
+      path: The file; it is replaced. Give it a name of its own and rename it when finished.
+      tensors: Name -> dtype code and shape.
+      metadata: Free text for the header.
+      digest: One of `digests.KINDS`.
 
     Raises:
-        UserError: The file cannot be written; it names the path and the reason.
+      UserError: The file cannot be written; it names the path and the reason.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "w.safetensors"
-        >>> file = ShardWriter(path, {"w": ("F32", (2, 2))})
-        >>> file.write("w", 2, np.ones(2, np.float32)); file.write("w", 0, np.zeros(2, np.float32))
-        >>> digest = file.finish()
-        >>> from modelstock_jax.tensor_files.reader import TensorFiles
-        >>> TensorFiles(path)["w"].tolist()
-        [[0.0, 0.0], [1.0, 1.0]]
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "w.safetensors"
+      >>> file = ShardWriter(path, {"w": ("F32", (2, 2))})
+      >>> file.write("w", 2, np.ones(2, np.float32)); file.write("w", 0, np.zeros(2, np.float32))
+      >>> digest = file.finish()
+      >>> from modelstock_jax.tensor_files.reader import TensorFiles
+      >>> TensorFiles(path)["w"].tolist()
+      [[0.0, 0.0], [1.0, 1.0]]
     """
 
     def __init__(
@@ -159,9 +159,9 @@ class ShardWriter:
         """Writes elements [start, start + len(values)) of a flattened tensor; thread-safe.
 
         Args:
-            name: Of the tensor.
-            start: Index of the first element.
-            values: [n], of the file's dtype (or its bits, as whole numbers of that width).
+          name: Of the tensor.
+          start: Index of the first element.
+          values: [n], of the file's dtype (or its bits, as whole numbers of that width).
         """
         width = BITS[self._codes[name]] // 8
         if values.itemsize != width or values.ndim != 1:
@@ -176,7 +176,7 @@ class ShardWriter:
         """Flushes the file to the disk; every element must have been written.
 
         Returns:
-            The file's digest, hexadecimal digits.
+          The file's digest, hexadecimal digits.
         """
         with self._changed:
             missing = self._error is None and self._prefix != self.size
@@ -256,9 +256,9 @@ def header_layout(
     """The header of a file, and each tensor's bytes [start, stop) in it.
 
     Example:
-        >>> header, places = header_layout({"b": ("U8", (3,)), "w": ("F32", (2,))})
-        >>> len(header) % 8, places["b"][0] - places["w"][0]
-        (0, 8)
+      >>> header, places = header_layout({"b": ("U8", (3,)), "w": ("F32", (2,))})
+      >>> len(header) % 8, places["b"][0] - places["w"][0]
+      (0, 8)
     """
     order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name))
     top: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
