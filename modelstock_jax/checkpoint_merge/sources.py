@@ -121,7 +121,7 @@ class Source:
         """Takes numbers that were read into their file's digest, if `watch` asked for that."""
         if self._watched:
             files, own = self._stored[name]
-            file, place = files.place(own, start)
+            file, place = files.file_offset(own, start)
             if (digest := self._watched.get(file)) is not None:
                 digest.update(place, values.view(np.uint8).data)
 
