@@ -167,7 +167,7 @@ class AdaptedSource(Source):
                 f"{adapter.directory} was made for {adapter.base!r} and is applied to {base.label}"
             )
         self._rename()
-        for name, stored in adapter.whole.items():
+        for name, stored in adapter.replacements.items():
             self.tensors[name] = TensorInfo(adapter.files.shape(stored), adapter.files.code(stored))
         self.formed = frozenset(base.formed | adapter.factors.keys())
         problems = []
@@ -193,7 +193,7 @@ class AdaptedSource(Source):
         shapes = {name: TensorInfo(adapter.shape(name), "F32") for name in adapter.factors}
         shapes |= {
             name: TensorInfo(adapter.files.shape(stored), "F32")
-            for name, stored in adapter.whole.items()
+            for name, stored in adapter.replacements.items()
             if name not in shapes
         }
         found = renames(self.base.tensors, shapes, partial=True)
@@ -221,8 +221,8 @@ class AdaptedSource(Source):
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Elements [start, stop); float32 (float64 for a float64 base) where they are formed."""
-        if name in self.adapter.whole:  # An embedding may be both: held whole, and moved.
-            weights = self.adapter.files.read(self.adapter.whole[name], start, stop, out)
+        if name in self.adapter.replacements:  # An embedding may be both: held whole, and moved.
+            weights = self.adapter.files.read(self.adapter.replacements[name], start, stop, out)
         else:
             weights = self.base.read(name, start, stop, out)
         if name not in self.adapter.factors:
