@@ -167,8 +167,8 @@ def plan_tensors(
             tensors[name] = plan
     if statistics := [n for n, t in tensors.items() if t.reason == _AVERAGED]:
         issues.notes.append(
-            f"{listed(statistics, 3)}: the fine-tunes' mean, because a variance must not be "
-            "extrapolated"
+            f"{listed(statistics, 3)}: the fine-tunes' mean, because extrapolation is not defined "
+            "for a variance"
         )
     merged = [t for t in tensors.values() if t.action == "merge"]
     shapes = [(t.name, t.merged_shape) for t in merged]
