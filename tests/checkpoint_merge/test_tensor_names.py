@@ -471,7 +471,7 @@ HEADS = {"model.embed_tokens.weight": (20, WIDTH), "lm_head.weight": (20, WIDTH)
 
 
 def test_missing_head_is_not_tied_unless_the_config_ties_it(tmp_path, capsys):
-    """The head of the base differs from its embedding, so a fine-tune without one did not tie it."""
+    """The base has a separate head, so a fine-tune without a head did not tie it."""
     inputs = [dict(m) for m in models(HEADS)]
     del inputs[1]["lm_head.weight"]
     assert run(save(tmp_path / "a", inputs), tmp_path / "out") == 1
