@@ -114,16 +114,16 @@ def _view(source: Source, base: Source, issues: PlanIssues) -> dict[str, str]:
         if name in view and stored not in view and stored not in aliased
     }
     view |= aliased
-    found = renames(base.tensors, {n: source.tensors[stored] for n, stored in view.items()})
-    if found.names:
-        issues.notes.append(note(source.label, found))
-    if found.ambiguous:
+    mapped = renames(base.tensors, {n: source.tensors[stored] for n, stored in view.items()})
+    if mapped.names:
+        issues.notes.append(note(source.label, mapped))
+    if mapped.ambiguous:
         issues.problems.append(
-            f"{source.label}: {listed(found.ambiguous, 3)} match more than one tensor of the base; "
-            "rename them to the names of the base"
+            f"{source.label}: {listed(mapped.ambiguous, 3)} match more than one tensor of the "
+            "base; rename them to the names of the base"
         )
-    renamed = set(found.names.values())
-    return {name: stored for name, stored in view.items() if name not in renamed} | found.names
+    renamed = set(mapped.names.values())
+    return {name: stored for name, stored in view.items() if name not in renamed} | mapped.names
 
 
 def _match_copy(
@@ -140,7 +140,7 @@ def _match_copy(
     out. Tensors outside the vocabulary may be equal by chance (norms of ones, a decoder that
     started from the encoder), so they are not matched.
     """
-    has = [model for model, own in enumerate(names) if own is not None]
+    has = [model for model, model_name in enumerate(names) if model_name is not None]
     if not all(_of_vocabulary(sources[m], views[m][name]) for m in has):
         return names
     for other in sorted(views[has[0]], key=lambda other: not _nested(name, other)):
@@ -158,11 +158,13 @@ def _match_copy(
                 "base"
             )
             return (None,) * len(names)
-        lacking = [s.label for s, own in zip(sources, names, strict=True) if own is None]
+        lacking = [
+            s.label for s, model_name in zip(sources, names, strict=True) if model_name is None
+        ]
         issues.notes.append(
             f"{name}: read from {other} in {listed(lacking)}; the two tensors are equal in the base"
         )
-        return tuple(own or views[m][other] for m, own in enumerate(names))
+        return tuple(model_name or views[m][other] for m, model_name in enumerate(names))
     return names
 
 
@@ -207,9 +209,9 @@ def _new_head(
     left_out = []
     for name, names in list(partly.items()):
         shapes = {
-            source.tensors[own].shape
-            for source, own in zip(sources, names, strict=True)
-            if own is not None
+            source.tensors[model_name].shape
+            for source, model_name in zip(sources, names, strict=True)
+            if model_name is not None
         }
         if names[0] is None and None not in names[1:] and len(shapes) == 1:
             matched[name] = names
@@ -242,8 +244,8 @@ def _missing(
             name
             for name, names in partly.items()
             if names[0] is None
-            and (own := names[model])
-            and not is_index(name, source.tensors[own].shape)
+            and (model_name := names[model])
+            and not is_index(name, source.tensors[model_name].shape)
         ]
         fraction = _fraction(sources[0], lacking)
         if options.missing_tensors == "base":
@@ -262,7 +264,9 @@ def _missing(
             hint = f" ({why or _lacking_hint(fraction)})"
             issues.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
         if extra:
-            extra_fraction = _fraction(source, [own for n in extra if (own := partly[n][model])])
+            extra_fraction = _fraction(
+                source, [model_name for n in extra if (model_name := partly[n][model])]
+            )
             if why:
                 hint = "" if lacking else f" ({why})"
             else:
@@ -343,9 +347,9 @@ def _match_head(
     # the base. A base without a head ties it, because transformers stores every untied head.
     alias = tuple(
         embedding
-        if own is None and tie is not False and (tie or equal or base_head is None)
-        else own
-        for own, tie, embedding in zip(names, ties, embeddings, strict=True)
+        if model_name is None and tie is not False and (tie or equal or base_head is None)
+        else model_name
+        for model_name, tie, embedding in zip(names, ties, embeddings, strict=True)
     )
     if ties[0] is not True and base_head is not None:  # The base has a separate head.
         _note_aliases(name, names, alias, sources, issues)
@@ -354,12 +358,12 @@ def _match_head(
         return names
     trained = [
         source.label
-        for source, own, embedding in zip(sources, names, embeddings, strict=True)
-        if own and embedding and not _equal(source, own, embedding)
+        for source, model_name, embedding in zip(sources, names, embeddings, strict=True)
+        if model_name and embedding and not _equal(source, model_name, embedding)
     ]
     if not trained:
         if names[0] is None:
-            stored = [s.label for s, own in zip(sources, names, strict=True) if own]
+            stored = [s.label for s, model_name in zip(sources, names, strict=True) if model_name]
             issues.notes.append(
                 f"{name}: remains tied to {alias[0]}, as in the base; {listed(stored)} stores "
                 "it, equal to the embedding"
@@ -379,8 +383,8 @@ def _match_head(
 
 
 def _note_aliases(name, names, alias, sources, issues: PlanIssues) -> None:
-    for source, own, read in zip(sources, names, alias, strict=True):
-        if own is None and read is not None:
+    for source, model_name, read in zip(sources, names, alias, strict=True):
+        if model_name is None and read is not None:
             issues.notes.append(f"{name}: read from {read} in {source.label}, which ties them")
 
 

@@ -212,15 +212,15 @@ class AdaptedSource(Source):
             for name, stored in adapter.replacements.items()
             if name not in shapes
         }
-        found = renames(self.base.tensors, shapes, partial=True)
-        if found.ambiguous:
+        mapped = renames(self.base.tensors, shapes, partial=True)
+        if mapped.ambiguous:
             raise UserError(
-                f"{adapter.directory}: {listed(found.ambiguous, 3)} match more than one "
+                f"{adapter.directory}: {listed(mapped.ambiguous, 3)} match more than one "
                 f"tensor of {self.base.label}"
             )
-        if found.names:
-            adapter.rename({adapter_name: name for name, adapter_name in found.names.items()})
-            self.notes.append(note(str(adapter.directory), found))
+        if mapped.names:
+            adapter.rename({adapter_name: name for name, adapter_name in mapped.names.items()})
+            self.notes.append(note(str(adapter.directory), mapped))
 
     @property
     def tokenizer_directory(self) -> Path | None:
@@ -341,9 +341,9 @@ def _reject_adapter_files(source: Source) -> None:
             "the file to PEFT's format with diffusers (load_lora_weights, then "
             "save_lora_adapter), or merge it into its model first"
         )
-    if found := next(filter(_OTHER_ADAPTER.search, source.tensors), None):
+    if other := next(filter(_OTHER_ADAPTER.search, source.tensors), None):
         raise UserError(
-            f"{source.label}: an adapter in a format that is not supported ({found}); "
+            f"{source.label}: an adapter in a format that is not supported ({other}); "
             "convert a LoRA to PEFT's format, or merge any other adapter into its model first"
         )
     factors = [name for name in source.tensors if ".lora_A." in name or ".lora_B." in name]
@@ -372,7 +372,7 @@ def _near(name: str, names) -> str:
     return near(name, tail[:1] or names)
 
 
-# Below: checkpoints with several components (pipelines, modules, a head), each with its own files.
+# Below: checkpoints with several components (pipelines, modules, a head) in separate files.
 
 
 def folders(directory: Path) -> list[str]:

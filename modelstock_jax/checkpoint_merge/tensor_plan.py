@@ -158,9 +158,9 @@ def plan_tensors(
     tensors = {}
     for name, names in matched.items():
         infos = [
-            source.tensors[own]
-            for source, own in zip(sources, names, strict=True)
-            if own is not None
+            source.tensors[model_name]
+            for source, model_name in zip(sources, names, strict=True)
+            if model_name is not None
         ]
         tensor = _MatchedTensor(name, names, sources, infos, options, issues, vocabularies)
         if (plan := _plan(tensor)) is not None:
@@ -197,7 +197,11 @@ def _plan(tensor: _MatchedTensor) -> TensorPlan | None:
         reason = "a buffer of indices, frequencies or a mask"
         return tensor.plan("base", reason, code=base.code, checked=False)
     if None in names:
-        lacking = [s.label for s, own in zip(tensor.sources, names, strict=True) if own is None]
+        lacking = [
+            s.label
+            for s, model_name in zip(tensor.sources, names, strict=True)
+            if model_name is None
+        ]
         return tensor.plan("base", f"{listed(lacking)} lacks it")
     if _excluded(name, tensor.options):
         return _plan_excluded(tensor)
@@ -238,9 +242,9 @@ def _plan_counter(tensor: _MatchedTensor) -> TensorPlan | None:
     models = list(zip(tensor.sources, tensor.names, strict=True))
     # Integers and floats, which Python compares exactly.
     counts = [
-        value if isinstance(value := source.read(own, 0, 1)[0].item(), int) else float(value)
-        for source, own in models
-        if own is not None
+        value if isinstance(value := source.read(model_name, 0, 1)[0].item(), int) else float(value)
+        for source, model_name in models
+        if model_name is not None
     ]
     pairs = zip(tensor.sources, counts, strict=True)
     if non_finite := [source.label for source, count in pairs if not math.isfinite(count)]:
@@ -289,7 +293,11 @@ def _plan_equal(tensor: _MatchedTensor) -> TensorPlan | None:
     """Plan a copy of integers, booleans or an empty tensor, which must be equal in all models."""
     name, base = tensor.name, tensor.base
     reason = f"{base.code}, equal in all models" if math.prod(base.shape) else "no elements"
-    models = [(s, own) for s, own in zip(tensor.sources, tensor.names, strict=True) if own]
+    models = [
+        (s, model_name)
+        for s, model_name in zip(tensor.sources, tensor.names, strict=True)
+        if model_name
+    ]
     if any((i.shape, i.code) != (base.shape, base.code) for i in tensor.infos) or not same_numbers(
         *models
     ):
@@ -337,9 +345,9 @@ def _vocabularies(sources: Sequence[Source], matched: Mapping[str, Names]) -> se
         if not is_embedding(name) or (_HEAD.fullmatch(name) and not embedded):
             continue
         shapes = [
-            source.tensors[own].shape
-            for source, own in zip(sources, names, strict=True)
-            if own is not None
+            source.tensors[model_name].shape
+            for source, model_name in zip(sources, names, strict=True)
+            if model_name is not None
         ]
         if None not in names and len(shapes[0]) == 2 and len({shape[1:] for shape in shapes}) == 1:
             vocabularies.add(tuple(shape[0] for shape in shapes))

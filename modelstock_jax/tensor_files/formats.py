@@ -133,10 +133,10 @@ def directory_without_safetensors(path: Path) -> str | None:
     """
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     weights = [file for file in files if not file.name.startswith(_TRAINING)]
-    if found := [file for file in weights if file.suffix.lower() in PICKLES]:
+    if other_weights := [file for file in weights if file.suffix.lower() in PICKLES]:
         # If there are several, the one that transformers reads.
         return pickle_error(
-            min(found, key=lambda f: (not f.name.startswith("pytorch_model"), f.name))
+            min(other_weights, key=lambda f: (not f.name.startswith("pytorch_model"), f.name))
         )
     names = {file.name for file in files}
     has_arrow = any(file.suffix == ".arrow" for file in files)
@@ -145,8 +145,10 @@ def directory_without_safetensors(path: Path) -> str | None:
     if dataset_files or tables or (has_arrow and "state.json" in names):
         return f"{shown(path)}: a dataset, not a model; pass a directory with safetensors"
     suffixes = list(_SUFFIXES)
-    if found := [file for file in weights if file.suffix.lower() in _SUFFIXES]:
-        return suffix_error(min(found, key=lambda f: (suffixes.index(f.suffix.lower()), f.name)))
+    if other_weights := [file for file in weights if file.suffix.lower() in _SUFFIXES]:
+        return suffix_error(
+            min(other_weights, key=lambda f: (suffixes.index(f.suffix.lower()), f.name))
+        )
     return None
 
 

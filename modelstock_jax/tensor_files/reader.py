@@ -244,10 +244,10 @@ def _candidates(path: Path, names: Sequence[str]) -> dict[str, list[Path]]:
     """
     indexes, singles, shards = {}, {}, {}
     for name in names:
-        if found := _INDEX.fullmatch(name):
-            indexes.setdefault(found["stem"] + (found["variant"] or ""), [path / name])
-        elif found := _SHARD.fullmatch(name):
-            shards.setdefault(found["stem"] + (found["variant"] or ""), []).append(path / name)
+        if match := _INDEX.fullmatch(name):
+            indexes.setdefault(match["stem"] + (match["variant"] or ""), [path / name])
+        elif match := _SHARD.fullmatch(name):
+            shards.setdefault(match["stem"] + (match["variant"] or ""), []).append(path / name)
         elif name.endswith(_SUFFIX):
             singles[name.removesuffix(_SUFFIX)] = [path / name]
     for stem in singles.keys() & indexes.keys():

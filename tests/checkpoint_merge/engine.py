@@ -1,4 +1,4 @@
-"""Merges of models given as arrays, and their float64 NumPy reference."""
+"""Merges of models that are given as arrays, and their float64 NumPy reference."""
 
 from __future__ import annotations
 
@@ -58,11 +58,14 @@ def models(shapes=SHAPES, number=2, dtype=np.float32, size=0.1, seed=0) -> list[
 
 
 def save(
-    root: Path, given: Sequence[Model], configs: Sequence[Mapping] | None = None, shard: int = 10**9
+    root: Path,
+    inputs: Sequence[Model],
+    configs: Sequence[Mapping] | None = None,
+    shard: int = 10**9,
 ) -> list[Path]:
     """Write `base`, `ft1`, ..., each with a config."""
     paths = []
-    for i, model in enumerate(given):
+    for i, model in enumerate(inputs):
         path = root / (f"ft{i}" if i else "base")
         path.mkdir(parents=True, exist_ok=True)
         write_directory_tensors(path, model, shard)
@@ -78,10 +81,10 @@ def plan(paths: Sequence[Path], **options) -> Plan:
 
 
 def merge(
-    root: Path, given: Sequence[Model], out="out", **options
+    root: Path, inputs: Sequence[Model], out="out", **options
 ) -> tuple[TensorFiles, MergeResult]:
     """Save models, merge them, and open the result."""
-    report = run(plan(save(root, given), **options), root / out)
+    report = run(plan(save(root, inputs), **options), root / out)
     return TensorFiles(root / out), report
 
 
@@ -89,10 +92,10 @@ def numbers(tensor: np.ndarray) -> np.ndarray:
     return np.asarray(tensor).astype(np.float64)
 
 
-def deltas(given: Sequence[Model], name: str) -> np.ndarray:
+def deltas(inputs: Sequence[Model], name: str) -> np.ndarray:
     """[N, n], float64."""
-    base = numbers(given[0][name]).reshape(-1)
-    return np.stack([numbers(model[name]).reshape(-1) - base for model in given[1:]])
+    base = numbers(inputs[0][name]).reshape(-1)
+    return np.stack([numbers(model[name]).reshape(-1) - base for model in inputs[1:]])
 
 
 def stock_ratio(d: np.ndarray) -> float:

@@ -94,8 +94,8 @@ GENERATED = {"merge_report.json", "README.md", "angles.png"}
 
 def test_pipeline(say, tmp_path):
     paths, out = pipelines(tmp_path), tmp_path / "out"
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 0, result.err
     # Not the checkpoint in another format that some pipelines store in the top folder.
     assert files(out) == {*COPIED, *FILES.values(), *GENERATED}
     for name in COPIED:
@@ -221,8 +221,8 @@ def test_pipeline_resumes_after_a_kill(tmp_path, monkeypatch):
 def test_overwrite_removes_all_files_of_the_old_directory(say, tmp_path):
     paths, out = pipelines(tmp_path), tmp_path / "out"
     write(out, {"old/model.safetensors": {"w": np.ones(2)}, "unet/old.json": {}})
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 1 and "--overwrite" in said.err
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 1 and "--overwrite" in result.err
     assert say("merge", *paths, "--out", out, "--overwrite").status == 0
     assert files(out) == {*COPIED, *FILES.values(), *GENERATED}
 
@@ -230,12 +230,12 @@ def test_overwrite_removes_all_files_of_the_old_directory(say, tmp_path):
 def test_error_for_a_pipeline_and_one_component(say, tmp_path):
     paths = pipelines(tmp_path)
     units = [path / "unet" for path in paths]
-    said = say("merge", paths[0], *units[1:], "--out", tmp_path / "out")
-    assert said.status == 1 and said.err.count("\n") == 1
-    assert f" {paths[0] / 'unet'} " in said.err
-    said = say("merge", units[0], *paths[1:], "--out", tmp_path / "out")
-    assert said.status == 1
-    assert f" {paths[1] / 'unet'} " in said.err
+    result = say("merge", paths[0], *units[1:], "--out", tmp_path / "out")
+    assert result.status == 1 and result.err.count("\n") == 1
+    assert f" {paths[0] / 'unet'} " in result.err
+    result = say("merge", units[0], *paths[1:], "--out", tmp_path / "out")
+    assert result.status == 1
+    assert f" {paths[1] / 'unet'} " in result.err
     assert say("merge", *units, "--out", tmp_path / "out").status == 0
 
 
@@ -245,9 +245,9 @@ def test_fine_tune_without_some_components(say, tmp_path):
     for path in paths[1:]:
         (path / FILES["vae"]).unlink()
         (path / "vae/config.json").unlink()
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "vae/encoder.conv_in.weight" in said.err
-    assert "--missing-tensors base" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "vae/encoder.conv_in.weight" in result.err
+    assert "--missing-tensors base" in result.err
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--missing-tensors", "base").status == 0
     np.testing.assert_array_equal(
@@ -263,16 +263,16 @@ def test_error_names_a_component_in_another_format(say, tmp_path, suffix):
     for path in paths:
         (path / FILES["vae"]).unlink()
         (path / f"vae/model.{suffix}").write_bytes(b"\x80\x04")
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and str(paths[0] / "vae") in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and str(paths[0] / "vae") in result.err
 
 
 @pytest.mark.parametrize("name", ["../base", "/etc"])
 def test_error_for_an_index_with_a_folder_outside_of_the_directory(say, tmp_path, name):
     paths = pipelines(tmp_path)
     write(paths[0], {"model_index.json": INDEX | {name: ["a", "b"]}})
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and f"{paths[0]}: {name!r}" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and f"{paths[0]}: {name!r}" in result.err
 
 
 SENTENCES = {
@@ -315,8 +315,8 @@ def sentence_transformers(root: Path, folder: str) -> list[Path]:
 @pytest.mark.parametrize("folder", ["", "0_Transformer"])
 def test_sentence_transformer(say, tmp_path, folder):
     paths, out = sentence_transformers(tmp_path, folder), tmp_path / "out"
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 0, result.err
     assert files(out) == files(paths[0]) | GENERATED
     for part, shapes in ((folder, TEXT), ("2_Dense", DENSE)):
         models = [tensors(path / part / "model.safetensors") for path in paths]
@@ -360,9 +360,9 @@ def plain_base(root: Path, folder: str, dense: bool) -> list[Path]:
 def test_sentence_transformers_of_a_plain_base(say, tmp_path):
     """The pooling is dropped only with `--config-from base`."""
     paths = plain_base(tmp_path, "", dense=False)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "modules.json, 1_Pooling" in said.err
-    assert "--config-from model:1" in said.err and "--config-from base" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "modules.json, 1_Pooling" in result.err
+    assert "--config-from model:1" in result.err and "--config-from base" in result.err
     out = tmp_path / "from_model"
     assert say("merge", *paths, "--out", out, "--config-from", "model:1").status == 0
     assert files(out) == files(paths[1]) | GENERATED
@@ -374,11 +374,11 @@ def test_sentence_transformers_of_a_plain_base(say, tmp_path):
 
 def test_dense_module_of_fine_tunes_of_a_plain_base(say, tmp_path):
     paths, out = plain_base(tmp_path, "", dense=True), tmp_path / "out"
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 1 and "2_Dense/linear.weight" in said.err
-    said = say("merge", *paths, "--out", out, "--head", "finetuned")
-    assert said.status == 0, said.err
-    assert any("2_Dense" in note and "model:1" in note for note in said.notes)
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 1 and "2_Dense/linear.weight" in result.err
+    result = say("merge", *paths, "--out", out, "--head", "finetuned")
+    assert result.status == 0, result.err
+    assert any("2_Dense" in note and "model:1" in note for note in result.notes)
     assert files(out) == files(paths[1]) | GENERATED
     for name in ("modules.json", "2_Dense/config.json", "1_Pooling/config.json"):
         assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
@@ -387,18 +387,18 @@ def test_dense_module_of_fine_tunes_of_a_plain_base(say, tmp_path):
         ("--head", "finetuned", "--config-from", "base"),
         ("--missing-tensors", "base", "--config-from", "model:1"),
     ):
-        said = say("merge", *paths, "--out", tmp_path / "no", *options)
-        assert said.status == 1 and "2_Dense" in said.err, said.err
-        assert " ".join(options[2:]) in said.err
+        result = say("merge", *paths, "--out", tmp_path / "no", *options)
+        assert result.status == 1 and "2_Dense" in result.err, result.err
+        assert " ".join(options[2:]) in result.err
 
 
 def test_plain_base_of_an_encoder_in_a_folder(say, tmp_path):
     """Its tensors are written to the top folder, which modules.json of the fine-tunes lacks."""
     paths = plain_base(tmp_path, "0_Transformer", dense=False)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "modules.json" in said.err and "model:1" not in said.err
-    said = say("merge", *paths, "--out", tmp_path / "out", "--config-from", "model:1")
-    assert said.status == 1 and "'0_Transformer'" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "modules.json" in result.err and "model:1" not in result.err
+    result = say("merge", *paths, "--out", tmp_path / "out", "--config-from", "model:1")
+    assert result.status == 1 and "'0_Transformer'" in result.err
     assert say("merge", *paths, "--out", tmp_path / "out", "--config-from", "base").status == 0
 
 
@@ -407,8 +407,8 @@ def test_two_layouts_of_one_sentence_transformer(say, tmp_path):
     new = sentence_transformers(tmp_path / "new", "")
     for base, tuned in ((old[0], new[1:]), (new[0], old[1:])):
         out = base / "../out"
-        said = say("merge", base, *tuned, "--out", out)
-        assert said.status == 0, said.err
+        result = say("merge", base, *tuned, "--out", out)
+        assert result.status == 0, result.err
         assert files(out) == files(base) | GENERATED
         say("merge", *(old if base is old[0] else new), "--out", base / "../same")
         for name in files(base):
@@ -467,8 +467,8 @@ def test_config_of_a_component_has_added_tokens_and_dtype(say, tmp_path, folder,
             )
         )
     out = tmp_path / "out"
-    said = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest", "--dtype", "bf16")
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest", "--dtype", "bf16")
+    assert result.status == 0, result.err
     assert tensors(out / folder)[name].shape == (8, 4)
     written = load(out / folder / "config.json")
     assert written == config | {"vocab_size": 8, "torch_dtype": "bfloat16"}
@@ -506,23 +506,23 @@ def test_quantization_keys_of_every_component_are_removed(say, tmp_path):
             )
         )
     out = tmp_path / "out"
-    said = say("merge", *paths, "--out", out, "--dequantize")
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out, "--dequantize")
+    assert result.status == 0, result.err
     assert load(out / "a/config.json") == {"model_type": "t", "torch_dtype": "bfloat16"}
     assert load(out / "b/config.json") == {"_class_name": "B", "text_config": {"dtype": "bfloat16"}}
     assert load(out / "vae/config.json") == {"model_type": "v", "torch_dtype": "float32"}
     codes = {part: tensors(out / part)["w.weight"].dtype for part in ("a", "b", "vae")}
     assert [str(code) for code in codes.values()] == ["bfloat16", "bfloat16", "float32"]
-    assert not any("quantization_config" in note or "dtype" in note for note in said.notes)
+    assert not any("quantization_config" in note or "dtype" in note for note in result.notes)
 
 
 def test_error_for_a_directory_without_weights(say, tmp_path):
     paths = [
         write(tmp_path / n, {"model_index.json": INDEX, "unet/config.json": {}}) for n in "abc"
     ]
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and f"{paths[0]}: " in said.err and said.err.count("\n") == 1
-    assert "model.safetensors.index.json" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and f"{paths[0]}: " in result.err and result.err.count("\n") == 1
+    assert "model.safetensors.index.json" in result.err
 
 
 @pytest.fixture

@@ -248,8 +248,8 @@ def test_scales_in_another_shard_and_ranges_in_any_order(tmp_path):
     ],
 )
 def test_sizes_from_the_shape_of_the_scale(scale, shape, expected):
-    found = quantized_formats.sizes(scale, shape)
-    assert (None if isinstance(found, str) else found) == expected
+    sizes = quantized_formats.sizes(scale, shape)
+    assert (None if isinstance(sizes, str) else sizes) == expected
     if expected is None:
         return
     rng = np.random.default_rng(0)
@@ -258,7 +258,7 @@ def test_sizes_from_the_shape_of_the_scale(scale, shape, expected):
     for axis, size in enumerate(expected):
         wide = np.repeat(wide, size, axis=axis)
     wide = wide[tuple(slice(n) for n in shape)]
-    spread = quantization.spread(quantization.fitted(values, shape), found, shape, 1, wide.size)
+    spread = quantization.spread(quantization.fitted(values, shape), sizes, shape, 1, wide.size)
     np.testing.assert_array_equal(spread, wide.reshape(-1)[1:])
 
 

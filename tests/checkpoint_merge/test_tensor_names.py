@@ -195,8 +195,8 @@ def infos(shapes):
 def test_ambiguous_names_are_not_mapped():
     """Blocks that match the encoder as well as the decoder."""
     base = layers("encoder.") | layers("decoder.")
-    found = renames(infos(base), infos(layers("")))
-    assert not found.names and len(found.ambiguous) == len(layers(""))
+    mapped = renames(infos(base), infos(layers("")))
+    assert not mapped.names and len(mapped.ambiguous) == len(layers(""))
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_head_is_not_mapped_to_another_head_of_equal_shape():
 
 
 def test_another_name_of_the_model_is_a_prefix():
-    found = renames(infos(layers("bert.")), infos(layers("roberta.")))
-    assert len(found.names) == len(layers("bert.")) and not found.ambiguous
+    mapped = renames(infos(layers("bert.")), infos(layers("roberta.")))
+    assert len(mapped.names) == len(layers("bert.")) and not mapped.ambiguous
 
 
 @pytest.mark.parametrize(
@@ -256,14 +256,14 @@ def test_adapter_that_matches_two_towers_is_ambiguous():
     """The longest common suffix of the names does not decide."""
     base = layers("audio.model.") | layers("text.")
     adapter = {n: s for n, s in layers("model.").items() if "q_proj" in n}
-    found = renames(infos(base), infos(adapter), partial=True)
-    assert not found.names and set(found.ambiguous) == set(adapter)
+    mapped = renames(infos(base), infos(adapter), partial=True)
+    assert not mapped.names and set(mapped.ambiguous) == set(adapter)
 
 
 def test_name_that_matches_unchanged_is_not_mapped():
     base = layers("model.") | layers("model.language_model.")
-    found = renames(infos(base), infos(layers("model.")))
-    assert not found.names and not found.ambiguous
+    mapped = renames(infos(base), infos(layers("model.")))
+    assert not mapped.names and not mapped.ambiguous
 
 
 def test_no_option_is_suggested_that_discards_the_training(tmp_path, capsys):

@@ -169,8 +169,8 @@ def test_subfolders(hub, tmp_path):
     before = len(requested)
     names = ("org/model", "in", "unet", "text[1]", "gone")
     directory = Path(resolve_in_process(tmp_path, *names, endpoint=endpoint)["org/model"])
-    found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
-    assert found == {"config.json", "model.safetensors", "unet/model.safetensors",
+    fetched = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    assert fetched == {"config.json", "model.safetensors", "unet/model.safetensors",
                      "text[1]/config.json"}  # fmt: skip
     np.testing.assert_array_equal(TensorFiles(directory / "unet")["w"], np.ones(2))
     never = ("model.bin", "code.py", "deep", "onnx")
