@@ -382,7 +382,7 @@ def _plan_vocabulary(tensor: _MatchedTensor, axis: int) -> TensorPlan | None:
     if options.vocab_mismatch == "error":
         issues.problems.append(
             f"{name} differs in its number of rows, as vocabularies do: {_shapes(tensor)} "
-            "(--vocab-mismatch base merges the common rows and copies the rest from the base, "
+            "(--vocab-mismatch base merges the rows in common and copies the rest from the base, "
             "longest copies the rest from the model with the most rows)"
         )
         return None
@@ -394,7 +394,7 @@ def _plan_vocabulary(tensor: _MatchedTensor, axis: int) -> TensorPlan | None:
     issues.vocabulary[name] = tuple(lengths)
     common = min(lengths)
     reason = (
-        f"{common} common rows merged, {lengths[rest] - common} more "
+        f"{common} rows in common merged, {lengths[rest] - common} more copied "
         f"from {tensor.sources[rest].label}"
     )
     issues.notes.append(f"{name}: {reason}")
