@@ -1,4 +1,4 @@
-"""Which tensor of one model is which of another: names, aliases, tied weights, what is missing."""
+"""Match the tensors of the models: names, aliases, tied weights and missing tensors."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from modelstock_jax.errors import UserError, listed
 
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight")
-_COMPARED = 2**20
-_PROBED = 1024
-# Above this share of a model's numbers, taking the base's instead would throw its training away.
-_MOST = 0.5
+_COMPARED = 2**20  # elements per comparison
+_PROBED = 1024  # elements that are compared first
+# Using the base's weights for more than this fraction of a model would discard its training.
+_MAX_FRACTION = 0.5
 
 Names = tuple[str | None, ...]
 
 
 @dataclasses.dataclass
 class PlanIssues:
-    """What planning comes upon; problems are raised all at once.
+    """Problems and notes that planning collects; all problems are raised at once.
 
     Attributes:
-        problems: What stands in the way.
-        notes: What a user should know.
-        untied: Heads that become tensors of their own; the config has to say so.
-        vocabulary: Tensor with an axis of the vocabulary -> its length in each model.
-        new_head: Tensors that are the fine-tunes' own.
-        companion: The model with the rows of a longer vocabulary: its tokenizer is written.
-        lenient: Nothing will be written: models that disagree in what is only copied will do.
+      problems: reasons why the models cannot be merged
+      notes: notes for the user
+      untied: heads that become separate tensors, which the config must reflect
+      vocabulary: tensor with a vocabulary axis -> length of the axis in each model
+      new_head: tensors that only the fine-tunes have
+      companion: the model with the rows of a longer vocabulary, whose tokenizer is written
+      lenient: whether nothing will be written, so that copied tensors may differ between models
     """
 
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -57,82 +57,92 @@ class PlanIssues:
     lenient: bool = False
 
     def add_problem(self, problem: str) -> None:
-        """A problem; a note where nothing will be written."""
+        """Add a problem, or a note if nothing will be written."""
         (self.notes if self.lenient else self.problems).append(problem)
 
     def raise_problems(self) -> None:
-        """Raises where there are problems."""
+        """Raise all problems as one error.
+
+        Raises:
+          UserError: there are problems
+        """
         if self.problems:
-            raise UserError("; ".join(self.problems) + ".")
+            raise UserError("; ".join(self.problems))
 
 
 def match_tensors(
     sources: Sequence[Source], options: Options, issues: PlanIssues
 ) -> dict[str, Names]:
-    """The output's tensors, each with its name in every model; None where it has none there.
+    """Return the tensors of the output, each with its name in every model (None if it has none).
 
-    A model's names that differ from the base's by a prefix are mapped; a tensor that a model stores
-    under another name, or once for two names, is read from there.
+    Names of a model that differ from those of the base by a prefix are mapped. A tensor that a
+    model stores under another name, or once for two names, is read under the stored name.
+
+    Args:
+      sources: the base and the fine-tunes
+      options: the options of the merge
+      issues: collects problems and notes
     """
     views = [_view(source, sources[0], issues) for source in sources]
     matched: dict[str, Names] = {}
     partly: dict[str, Names] = {}
     for name in sorted(set().union(*views)):
-        own: Names = tuple(view.get(name) for view in views)
+        names: Names = tuple(view.get(name) for view in views)
         if _HEAD.fullmatch(name):
-            own = _tied(name, own, sources, options, issues)
-        elif None in own and any(own):
-            own = _copied(name, own, views, sources, issues)
-        if own[0] is not None:
-            matched[name] = own
-        if None in own and any(own):
-            partly[name] = own
+            names = _match_head(name, names, sources, options, issues)
+        elif None in names and any(names):
+            names = _match_copy(name, names, views, sources, issues)
+        if names[0] is not None:
+            matched[name] = names
+        if None in names and any(names):
+            partly[name] = names
     _new_head(matched, partly, sources, options, issues)
     _missing(partly, sources, options, issues)
     return matched
 
 
-def _view(source: Source, base: Source, findings: PlanIssues) -> dict[str, str]:
-    """Names as the base has them -> where this model has them."""
+def _view(source: Source, base: Source, issues: PlanIssues) -> dict[str, str]:
+    """Map names of the base to the names in this model."""
     view = {name: name for name in source.tensors}
     if source is base:
         return view
-    aliased = {name: kept for name, kept in source.aliases.items() if name in base.tensors}
-    # Two names of one tensor: this model may store it under the one that the base leaves out.
+    aliased = {name: stored for name, stored in source.aliases.items() if name in base.tensors}
+    # If a tensor has two names, this model may store it under the one that the base leaves out.
     aliased |= {
-        kept: name
-        for name, kept in base.aliases.items()
-        if name in view and kept not in view and kept not in aliased
+        stored: name
+        for name, stored in base.aliases.items()
+        if name in view and stored not in view and stored not in aliased
     }
     view |= aliased
-    found = renames(base.tensors, {n: source.tensors[own] for n, own in view.items()})
-    if found.names:
-        findings.notes.append(note(source.label, found))
-    if found.ambiguous:
-        findings.problems.append(
-            f"{source.label}: {listed(found.ambiguous, 3)} fit more than one tensor of the base; "
-            "rename them as the base does"
+    mapped = renames(base.tensors, {n: source.tensors[stored] for n, stored in view.items()})
+    if mapped.names:
+        issues.notes.append(note(source.label, mapped))
+    if mapped.ambiguous:
+        issues.problems.append(
+            f"{source.label}: {listed(mapped.ambiguous, 3)} match more than one tensor of the "
+            "base; rename them to the names of the base"
         )
-    renamed = set(found.names.values())
-    return {name: own for name, own in view.items() if name not in renamed} | found.names
+    renamed = set(mapped.names.values())
+    return {name: stored for name, stored in view.items() if name not in renamed} | mapped.names
 
 
-def _copied(
+def _match_copy(
     name: str,
-    own: Names,
+    names: Names,
     views: Sequence[Mapping[str, str]],
     sources: Sequence[Source],
     issues: PlanIssues,
 ) -> Names:
-    """Fills in a tensor of the vocabulary that some models store once, under another's name.
+    """Match a tensor of the vocabulary that some models store only under another name.
 
-    Models that store it must hold it equal, bit for bit, to a tensor that all models have; the
-    others then have it by that name. What only a fine-tune stores so is a copy, and left out.
-    Other tensors may be equal by chance (norms of ones, a decoder that started from the encoder).
+    In the models that store the tensor, it must be bitwise identical to another tensor that all
+    models have. The other models then read that tensor. A copy that only a fine-tune stores is left
+    out. Tensors outside the vocabulary may be equal by chance (norms of ones, a decoder that
+    started from the encoder), so they are not matched.
     """
-    has = [model for model, found in enumerate(own) if found is not None]
+    has = [model for model, model_name in enumerate(names) if model_name is not None]
     if not all(_of_vocabulary(sources[m], views[m][name]) for m in has):
-        return own
+        return names
     for other in sorted(views[has[0]], key=lambda other: not _nested(name, other)):
         if other == name or any(other not in view for view in views):
             continue
@@ -140,24 +150,26 @@ def _copied(
         if not all(itertools.starmap(_equal, pairs)):
             continue
         if not _nested(name, other) and _constant(*pairs[0][:2]):
-            continue  # Zeros are equal everywhere.
-        if own[0] is None:
+            continue  # All tensors of zeros are equal.
+        if names[0] is None:
             issues.notes.append(
                 f"{name}: a copy of {other} in "
                 f"{listed(sources[m].label for m in has)}; left out, as in the "
                 "base"
             )
-            return (None,) * len(own)
-        lacking = [s.label for s, found in zip(sources, own, strict=True) if found is None]
+            return (None,) * len(names)
+        lacking = [
+            s.label for s, model_name in zip(sources, names, strict=True) if model_name is None
+        ]
         issues.notes.append(
-            f"{name}: read from {other} in {listed(lacking)}; the base's two are equal"
+            f"{name}: read from {other} in {listed(lacking)}; the two tensors are equal in the base"
         )
-        return tuple(found or views[m][other] for m, found in enumerate(own))
-    return own
+        return tuple(model_name or views[m][other] for m, model_name in enumerate(names))
+    return names
 
 
 def _of_vocabulary(source: Source, name: str) -> bool:
-    """Whether a tensor has a row, or a number, for each row of its model's embedding."""
+    """Return whether a tensor has a row, or an element, for each row of its model's embedding."""
     rows = {
         source.tensors[n].shape[0]
         for n in source.tensors
@@ -168,7 +180,7 @@ def _of_vocabulary(source: Source, name: str) -> bool:
 
 
 def _nested(a: str, b: str) -> bool:
-    """Whether two names differ by one part alone, as `decoder.bias` and `bias` of a module do."""
+    """Return whether two names differ by one part, as `decoder.bias` and `bias` of a module do."""
     short, long = sorted((a.split("."), b.split(".")), key=len)
     return len(long) == len(short) + 1 and any(
         long[:i] + long[i + 1 :] == short for i in range(len(long))
@@ -187,110 +199,123 @@ def _new_head(
     options: Options,
     issues: PlanIssues,
 ) -> None:
-    """With `head` finetuned: what all fine-tunes have and the base lacks; what only it has goes."""
+    """Apply `--head finetuned`.
+
+    Add the tensors that all fine-tunes have and the base lacks. Remove those that only the base
+    has.
+    """
     if options.head != "finetuned":
         return
     left_out = []
-    for name, own in list(partly.items()):
+    for name, names in list(partly.items()):
         shapes = {
-            source.tensors[n].shape for source, n in zip(sources, own, strict=True) if n is not None
+            source.tensors[model_name].shape
+            for source, model_name in zip(sources, names, strict=True)
+            if model_name is not None
         }
-        if own[0] is None and None not in own[1:] and len(shapes) == 1:
-            matched[name] = own
+        if names[0] is None and None not in names[1:] and len(shapes) == 1:
+            matched[name] = names
             issues.new_head.append(name)
             del partly[name]
-        elif own[0] is not None and not any(own[1:]):
+        elif names[0] is not None and not any(names[1:]):
             matched.pop(name)
             del partly[name]
             left_out.append(name)
     if left_out:
         issues.notes.append(
-            f"{listed(left_out, 4)}: left out, for no fine-tune has it "
-            f"({_percent(_share(sources[0], left_out))} of the base's numbers)"
+            f"{listed(left_out, 4)}: left out, because no fine-tune has it "
+            f"({_percent(_fraction(sources[0], left_out))} of the base's parameters)"
         )
 
 
 def _missing(
     partly: Mapping[str, Names], sources: Sequence[Source], options: Options, issues: PlanIssues
 ) -> None:
-    """Problems or notes for tensors that some models have and others lack."""
+    """Add problems or notes for tensors that some models have and others lack."""
     for model, source in enumerate(sources[1:], 1):
         lacking = [
-            n
-            for n, own in partly.items()
-            if own[0] is not None
-            and own[model] is None
-            and not is_index(n, sources[0].tensors[own[0]].shape)
+            name
+            for name, names in partly.items()
+            if names[0] is not None
+            and names[model] is None
+            and not is_index(name, sources[0].tensors[names[0]].shape)
         ]
         extra = [
-            n
-            for n, own in partly.items()
-            if own[0] is None
-            and (found := own[model])
-            and not is_index(n, source.tensors[found].shape)
+            name
+            for name, names in partly.items()
+            if names[0] is None
+            and (model_name := names[model])
+            and not is_index(name, source.tensors[model_name].shape)
         ]
-        share = _share(sources[0], lacking)
+        fraction = _fraction(sources[0], lacking)
         if options.missing_tensors == "base":
             if lacking:
                 issues.notes.append(
-                    f"{source.label} lacks {listed(lacking, 3)}: {_percent(share)} of the base's "
-                    "numbers stay the base's"
+                    f"{source.label} lacks {listed(lacking, 3)}: {_percent(fraction)} of the "
+                    "base's parameters are copied from the base"
                 )
             if extra:
                 issues.notes.append(
-                    f"{listed(extra, 3)} of {source.label}: left out, for the base does not have it"
+                    f"{listed(extra, 3)} of {source.label}: left out, because the base lacks it"
                 )
             continue
         why = _why(sources[0], source, lacking, extra)
         if lacking:
-            hint = (
-                f" ({why})"
-                if why
-                else f" (--missing base takes the base's: {_percent(share)} of its numbers)"
-                if share < _MOST
-                else f" ({_percent(share)} of the base's numbers: is this a fine-tune of it, saved "
-                "by the same library?)"
-            )
+            hint = f" ({why or _lacking_hint(fraction)})"
             issues.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
         if extra:
-            most = max(share, _share(source, [own for n in extra if (own := partly[n][model])]))
-            hint = ("" if lacking else f" ({why})") if why else (_extra_hint(extra, partly, most))
+            extra_fraction = _fraction(
+                source, [model_name for n in extra if (model_name := partly[n][model])]
+            )
+            if why:
+                hint = "" if lacking else f" ({why})"
+            else:
+                hint = _extra_hint(extra, partly, max(fraction, extra_fraction))
             issues.problems.append(
                 f"{sources[0].label} lacks, and {source.label} has, {listed(extra)}{hint}"
             )
 
 
-def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names], share: float) -> str:
-    theirs = all(None not in partly[name][1:] for name in extra)
-    if share >= _MOST:  # Of another model, unless all are a head's.
-        heads = theirs and all(map(is_classifier, extra))
-        return " (--head finetuned takes the fine-tunes' mean)" if heads else ""
-    return " (--missing base leaves them out" + (
-        "; --head finetuned takes the fine-tunes' mean)" if theirs else ")"
+def _lacking_hint(fraction: float) -> str:
+    if fraction < _MAX_FRACTION:
+        return f"--missing-tensors base copies the base's: {_percent(fraction)} of its parameters"
+    return (
+        f"{_percent(fraction)} of the base's parameters: is this a fine-tune of it, saved by the "
+        "same library?"
+    )
+
+
+def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names], fraction: float) -> str:
+    in_all = all(None not in partly[name][1:] for name in extra)
+    if fraction >= _MAX_FRACTION:  # Probably another model, unless all tensors belong to a head.
+        heads = in_all and all(map(is_classifier, extra))
+        return " (--head finetuned writes the fine-tunes' mean)" if heads else ""
+    return " (--missing-tensors base leaves them out" + (
+        "; --head finetuned writes the fine-tunes' mean)" if in_all else ")"
     )
 
 
 def _why(base: Source, source: Source, lacking: Sequence[str], extra: Sequence[str]) -> str:
-    """What the difference in names comes from, where that is known."""
+    """Return why the names differ, or '' if the reason is not recognized."""
     if is_pipeline(base.directory) != is_pipeline(source.directory):
         pipeline, single = (base, source) if is_pipeline(base.directory) else (source, base)
-        own = set(single.tensors)
-        part = max(
+        names = set(single.tensors)
+        component = max(
             pipeline.components,
             key=lambda prefix: len(
-                own & {n.removeprefix(prefix) for n in pipeline.tensors if n.startswith(prefix)}
+                names & {n.removeprefix(prefix) for n in pipeline.tensors if n.startswith(prefix)}
             ),
         )
-        parts = listed((prefix.rstrip("/") for prefix in pipeline.components), 4)
+        components = listed((prefix.rstrip("/") for prefix in pipeline.components), 4)
         return (
-            f"{pipeline.label} is a pipeline of {parts}, and {single.label} is one model: give "
-            f"{pipeline.directory}/{part.rstrip('/')} in place of {pipeline.label}"
+            f"{pipeline.label} is a pipeline of {components}, and {single.label} is one model: "
+            f"pass {pipeline.directory}/{component.rstrip('/')} instead of {pipeline.label}"
         )
     return explanation(base.tensors, lacking, extra)
 
 
-def _share(source: Source, names: Sequence[str]) -> float:
-    """Part of a model's numbers that some tensors hold."""
+def _fraction(source: Source, names: Sequence[str]) -> float:
+    """Return the fraction of a model's parameters that are in the tensors `names`."""
 
     def size(name: str) -> int:
         return math.prod(source.tensors[source.aliases.get(name, name)].shape)
@@ -298,68 +323,68 @@ def _share(source: Source, names: Sequence[str]) -> float:
     return sum(map(size, names)) / max(1, sum(map(size, source.tensors)))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.2g} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %" if fraction >= 0.01 else f"{100 * fraction:.2g} %"
 
 
-def _tied(
+def _match_head(
     name: str,
-    own: Names,
+    names: Names,
     sources: Sequence[Source],
     options: Options,
     issues: PlanIssues,
 ) -> Names:
-    """Where each model holds its head: under its own name, or as its embedding."""
-    said = [_config(source).get("tie_word_embeddings") for source in sources]
+    """Return the tensor of each model that contains its head: a separate one, or its embedding."""
+    ties = [_config(source).get("tie_word_embeddings") for source in sources]
     embeddings = [_embedding(source) for source in sources]
-    base_head, base_embedding = own[0], embeddings[0]
+    base_head, base_embedding = names[0], embeddings[0]
     equal = (
         base_head is not None
         and base_embedding is not None
         and _equal(sources[0], base_head, base_embedding)
     )
-    # A model without a head ties it where its config says so, or where the base's two are equal. A
-    # base without one says so by that: transformers stores a head that is not tied.
+    # A model without a head ties it if its config says so, or if head and embedding are equal in
+    # the base. A base without a head ties it, because transformers stores every untied head.
     alias = tuple(
         embedding
-        if found is None and tie is not False and (tie or equal or base_head is None)
-        else found
-        for found, tie, embedding in zip(own, said, embeddings, strict=True)
+        if model_name is None and tie is not False and (tie or equal or base_head is None)
+        else model_name
+        for model_name, tie, embedding in zip(names, ties, embeddings, strict=True)
     )
-    if said[0] is not True and base_head is not None:  # The base has a head of its own.
-        _note_aliases(name, own, alias, sources, issues)
+    if ties[0] is not True and base_head is not None:  # The base has a separate head.
+        _note_aliases(name, names, alias, sources, issues)
         return alias
     if alias[0] is None:
-        return own
+        return names
     trained = [
         source.label
-        for source, found, embedding in zip(sources, own, embeddings, strict=True)
-        if found and embedding and not _equal(source, found, embedding)
+        for source, model_name, embedding in zip(sources, names, embeddings, strict=True)
+        if model_name and embedding and not _equal(source, model_name, embedding)
     ]
     if not trained:
-        if own[0] is None:
-            stored = [s.label for s, found in zip(sources, own, strict=True) if found]
+        if names[0] is None:
+            stored = [s.label for s, model_name in zip(sources, names, strict=True) if model_name]
             issues.notes.append(
-                f"{name}: kept tied to {alias[0]}, as in the base; it is stored "
-                f"in {listed(stored)} and equal to the embedding there"
+                f"{name}: remains tied to {alias[0]}, as in the base; {listed(stored)} stores "
+                "it, equal to the embedding"
             )
-            return (None,) * len(own)
+            return (None,) * len(names)
         return alias
     if options.tied_head == "untie":
         issues.untied.append(name)
-        issues.notes.append(f"{name}: untied, for {listed(trained)} trained a head of its own")
-        _note_aliases(name, own, alias, sources, issues)
+        issues.notes.append(f"{name}: untied, because {listed(trained)} trained a separate head")
+        _note_aliases(name, names, alias, sources, issues)
         return alias
     issues.problems.append(
-        f"{name} is tied to {alias[0]} in {sources[0].label}, but {listed(trained)} trained a head "
-        "of its own (--tied untie merges it, and the config says so)"
+        f"{name} is tied to {alias[0]} in {sources[0].label}, but {listed(trained)} trained a "
+        "separate head (--tied-head untie merges it and unties it in the config)"
     )
-    return (None,) * len(own)
+    return (None,) * len(names)
 
 
-def _note_aliases(name, own, alias, sources, issues: PlanIssues) -> None:
-    for source, found, read in zip(sources, own, alias, strict=True):
-        if found is None and read is not None:
+def _note_aliases(name, names, alias, sources, issues: PlanIssues) -> None:
+    for source, model_name, read in zip(sources, names, alias, strict=True):
+        if model_name is None and read is not None:
             issues.notes.append(f"{name}: read from {read} in {source.label}, which ties them")
 
 
@@ -369,13 +394,13 @@ def _embedding(source: Source) -> str | None:
 
 def _config(source: Source) -> dict[str, Any]:
     config = read_config(source.directory) or {}
-    # Models of several towers keep the language model's settings one level down.
+    # Models with several towers store the settings of the language model in `text_config`.
     text = config.get("text_config")
     return {**(text if isinstance(text, dict) else {}), **config}
 
 
 def _equal(source: Source, a: str | None, b: str | None) -> bool:
-    """Whether two tensors of a model are equal, bit for bit; few numbers are read first."""
+    """Return whether two tensors of a model are bitwise identical; compare few elements first."""
     if a is None or b is None:
         return False
     if a == b:
@@ -388,7 +413,7 @@ def _equal(source: Source, a: str | None, b: str | None) -> bool:
 
 
 def same_numbers(*tensors: tuple[Source, str]) -> bool:
-    """Whether stored tensors of one shape and dtype are equal, bit for bit."""
+    """Return whether stored tensors of one shape and dtype are bitwise identical."""
     count = math.prod(tensors[0][0].tensors[tensors[0][1]].shape)
     for start in range(0, count, _COMPARED):
         stop = min(start + _COMPARED, count)

@@ -1,4 +1,4 @@
-"""What becomes of each tensor: merged by the rule, or taken from somewhere, and why."""
+"""Decide for each tensor of the output whether it is merged or copied, from where, and why."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.kernels import FLOATS, escaped
-from modelstock_jax.checkpoint_merge.matching import PlanIssues, same_numbers
+from modelstock_jax.checkpoint_merge.matching import Names, PlanIssues, same_numbers
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.checkpoint_merge.tensor_names import (
@@ -30,31 +31,31 @@ from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import DTYPES as STORED
 from modelstock_jax.tensor_files.reader import num_bytes
 
-_INTEGERS = ("I8", "U8", "I32")  # that quantized weights are packed in
+_INTEGERS = ("I8", "U8", "I32")  # dtypes that quantized weights are packed in
 _HEAD = re.compile(r"(?:.*[./])?lm_head(?:\.weight)?")
 _BLOCK = re.compile(r"\.\d+\.")
 _STATISTIC = re.compile(r"(?:.*[._])?running_(?:var|mean)")
 _AVERAGED = "a statistic of activations: the fine-tunes' mean"
-# A mask holds few different numbers: 0 and 1, or 0 and -inf.
-_MASK_NUMBERS, _MASK_SIZE = 3, 2**24
+# A mask has few different values: 0 and 1, or 0 and -inf.
+_MAX_MASK_VALUES, _MAX_MASK_SIZE = 3, 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the output.
+    """The plan for one tensor of the output.
 
     Attributes:
-        name: Its name.
-        shape: Of the output.
-        code: Dtype that is written, as in a safetensors header.
-        action: ``merge``, ``mean``, ``base`` or ``model:1`` (taken whole from the first fine-tune).
-        reason: Why it is not merged by the rule; empty where it is.
-        part: Its part in a merge unit, of the rows that are merged; None where it is not merged.
-        rows: Rows (of `axis`) that are merged, where models differ in them; else None.
-        rest: The model that gives the other rows: 0 the base, 1 the first fine-tune.
-        names: The tensor's name in the base and in each fine-tune; None where it has none.
-        axis: The vocabulary's, where models differ in its rows; the axes before it have length 1.
-        checked: Whether a copy of it is searched for NaN and infinity.
+      name: name of the tensor
+      shape: shape in the output
+      code: dtype in the output, as in a safetensors header
+      action: `merge`, `mean`, `base` or `model:1` (a copy from the first fine-tune)
+      reason: why the merge rule does not apply; empty if it does
+      unit_view: the merge unit of the merged rows; None if the tensor is not merged
+      rows: number of rows (along `axis`) that are merged if the models differ in it; else None
+      rest: the model that supplies the other rows: 0 is the base, 1 the first fine-tune
+      names: name of the tensor in the base and in each fine-tune; None if a model lacks it
+      axis: the vocabulary axis if the models differ in its length; the axes before it have length 1
+      checked: whether a copied tensor is checked for NaN and infinity
     """
 
     name: str
@@ -65,7 +66,7 @@ class TensorPlan:
     unit_view: UnitView | None = None
     rows: int | None = None
     rest: int = 0
-    names: tuple[str | None, ...] = ()
+    names: Names = ()
     axis: int = 0
     checked: bool = True
 
@@ -78,17 +79,21 @@ class TensorPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that it takes in the output."""
+        """Size in the output, in bytes."""
         return num_bytes(self.code, self.shape)
 
     def name_in(self, model: int) -> str:
-        """Its name in a model, 0 the base; a KeyError where it has none there."""
+        """Return the name of the tensor in a model, 0 for the base.
+
+        Raises:
+          KeyError: the model lacks the tensor
+        """
         if (name := self.names[model]) is None:
             raise KeyError(f"{self.name} is not in model {model}")
         return name
 
     def models(self, number: int) -> list[int]:
-        """Models that its unmerged numbers come from, of 1 + number: 0 is the base."""
+        """Return the models, of a base and `number` fine-tunes, that supply unmerged elements."""
         if self.unit_view is not None:
             return [self.rest]
         if self.action == "mean":
@@ -96,183 +101,215 @@ class TensorPlan:
         return [int(self.action.partition(":")[2] or 0)]
 
 
+@dataclasses.dataclass(frozen=True)
+class _MatchedTensor:
+    """A tensor of the output with everything that its plan depends on.
+
+    Attributes:
+      name: name in the output
+      names: name in each model; None if a model lacks it
+      sources: the base and the fine-tunes
+      infos: shape and dtype in each model that has the tensor
+      options: the options of the merge
+      issues: collects problems and notes
+      vocabularies: as `_vocabularies` returns them
+    """
+
+    name: str
+    names: Names
+    sources: Sequence[Source]
+    infos: Sequence[TensorInfo]
+    options: Options
+    issues: PlanIssues
+    vocabularies: Collection[tuple[int, ...]]
+
+    @property
+    def base(self) -> TensorInfo:
+        """Shape and dtype in the base; in the first fine-tune if the base lacks the tensor."""
+        return self.infos[0]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the base stores floating-point values."""
+        return self.base.code in FLOATS
+
+    @property
+    def code(self) -> str:
+        """Dtype code of the output if the tensor is merged or averaged."""
+        if self.is_float and self.options.dtype:
+            return DTYPES[self.options.dtype]
+        return self.base.written or self.base.code
+
+    def plan(self, action: str, reason: str = "", **fields: Any) -> TensorPlan:
+        """Return the plan, by default with the shape of the base and the dtype `code`."""
+        defaults: dict[str, Any] = {"shape": self.base.shape, "code": self.code}
+        fields = defaults | fields
+        return TensorPlan(self.name, action=action, reason=reason, names=self.names, **fields)
+
+
 def plan_tensors(
     sources: Sequence[Source],
-    matched: Mapping[str, tuple[str | None, ...]],
+    matched: Mapping[str, Names],
     options: Options,
-    findings: PlanIssues,
+    issues: PlanIssues,
 ) -> dict[str, TensorPlan]:
-    """Every tensor of the output, by name; problems and notes go to `findings`."""
+    """Plan every tensor of the output, by name; add problems and notes to `issues`."""
     vocabularies = _vocabularies(sources, matched)
     tensors = {}
     for name, names in matched.items():
-        found = _decide(name, names, sources, options, findings, vocabularies)
-        if found is not None:
-            tensors[name] = found
+        infos = [
+            source.tensors[model_name]
+            for source, model_name in zip(sources, names, strict=True)
+            if model_name is not None
+        ]
+        tensor = _MatchedTensor(name, names, sources, infos, options, issues, vocabularies)
+        if (plan := _plan(tensor)) is not None:
+            tensors[name] = plan
     if statistics := [n for n, t in tensors.items() if t.reason == _AVERAGED]:
-        findings.notes.append(
-            f"{listed(statistics, 3)}: the fine-tunes' mean, for a variance has no extrapolation"
+        issues.notes.append(
+            f"{listed(statistics, 3)}: the fine-tunes' mean, because extrapolation is not defined "
+            "for a variance"
         )
     merged = [t for t in tensors.values() if t.action == "merge"]
     shapes = [(t.name, t.merged_shape) for t in merged]
     if not merged:
-        if not findings.problems:
-            findings.problems.append("no tensor is left to merge: look at --include and --exclude")
+        if not issues.problems:
+            issues.problems.append("no tensor is left to merge; check --include and --exclude")
         return tensors
     try:
-        parts = units.assign(shapes, options.unit, num_heads=options.num_heads, filter_axis=0)
+        views = units.assign(shapes, options.unit, num_heads=options.num_heads, filter_axis=0)
     except UserError as error:
-        findings.problems.append(str(error).rstrip("."))
+        issues.problems.append(str(error).rstrip("."))
         return tensors
-    for tensor, part in zip(merged, parts, strict=True):
-        tensors[tensor.name] = dataclasses.replace(tensor, unit_view=part)
+    for tensor, view in zip(merged, views, strict=True):
+        tensors[tensor.name] = dataclasses.replace(tensor, unit_view=view)
     return tensors
 
 
-def _decide(
-    name: str,
-    names: tuple[str | None, ...],
-    sources: Sequence[Source],
-    options: Options,
-    findings: PlanIssues,
-    vocabularies: Collection[tuple[int, ...]],
-) -> TensorPlan | None:
-    infos = [
-        source.tensors[own] for source, own in zip(sources, names, strict=True) if own is not None
-    ]
-    base = infos[0]
-    floats = base.code in FLOATS
-    code = DTYPES[options.dtype] if floats and options.dtype else base.written or base.code
-    if names[0] is None:  # `match` lets through what all fine-tunes have alike.
-        return TensorPlan(
-            name,
-            base.shape,
-            code,
-            "mean" if floats else "model:1",
-            "the fine-tunes' own, which the base lacks",
-            names=names,
-        )
-    if is_index(name, base.shape) or (is_mask(name) and _few_numbers(sources[0], names[0], base)):
-        return TensorPlan(
-            name,
-            base.shape,
-            base.code,
-            "base",
-            "a buffer of indices, frequencies or a mask",
-            names=names,
-            checked=False,
-        )
+def _plan(tensor: _MatchedTensor) -> TensorPlan | None:
+    """Return the plan of one tensor, or None if it has a problem."""
+    name, names, base = tensor.name, tensor.names, tensor.base
+    if names[0] is None:  # `match_tensors` passes on only tensors that all fine-tunes have.
+        return tensor.plan("mean" if tensor.is_float else "model:1", "only the fine-tunes have it")
+    if is_index(name, base.shape) or (
+        is_mask(name) and _has_mask_values(tensor.sources[0], names[0], base)
+    ):
+        reason = "a buffer of indices, frequencies or a mask"
+        return tensor.plan("base", reason, code=base.code, checked=False)
     if None in names:
-        lacking = listed(s.label for s, own in zip(sources, names, strict=True) if own is None)
-        return TensorPlan(name, base.shape, code, "base", f"{lacking} lacks it", names=names)
-    if _excluded(name, options):
-        return _taken(name, names, infos, code, options, findings)
-    if is_counter(name, base.shape, not floats and base.code != "BOOL"):
-        if (counter := _counter(name, names, sources, infos, findings)) is not None:
+        lacking = [
+            s.label
+            for s, model_name in zip(tensor.sources, names, strict=True)
+            if model_name is None
+        ]
+        return tensor.plan("base", f"{listed(lacking)} lacks it")
+    if _excluded(name, tensor.options):
+        return _plan_excluded(tensor)
+    if is_counter(name, base.shape, not tensor.is_float and base.code != "BOOL"):
+        if (counter := _plan_counter(tensor)) is not None:
             return counter
-    if any((info.code in FLOATS) != floats for info in infos):
-        findings.add_problem(_mixed(name, sources, infos))
-        return (
-            TensorPlan(
-                name, base.shape, base.code, "base", "of several kinds of number", names=names
-            )
-            if findings.lenient
-            else None
-        )
-    if not math.prod(base.shape) or not floats:
-        return _kept(name, names, sources, infos, findings)
-    if _STATISTIC.fullmatch(name) and not COMMANDS[options.method].convex:
-        return TensorPlan(name, base.shape, code, "mean", _AVERAGED, names=names)
+    if any((info.code in FLOATS) != tensor.is_float for info in tensor.infos):
+        tensor.issues.add_problem(_mixed_kinds(tensor))
+        if not tensor.issues.lenient:
+            return None
+        return tensor.plan("base", "floating point in some models only", code=base.code)
+    if not math.prod(base.shape) or not tensor.is_float:
+        return _plan_equal(tensor)
+    if _STATISTIC.fullmatch(name) and not COMMANDS[tensor.options.method].convex:
+        return tensor.plan("mean", _AVERAGED)
     if all(
         info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
-        for info in infos
+        for info in tensor.infos
     ):
-        return TensorPlan(name, base.shape, code, "merge", names=names)
-    return _of_rows(name, names, sources, infos, code, options, findings, vocabularies)
+        return tensor.plan("merge")
+    axis = _vocabulary_axis([info.shape for info in tensor.infos], tensor.vocabularies)
+    return _plan_other_shape(tensor) if axis is None else _plan_vocabulary(tensor, axis)
 
 
-def _few_numbers(source: Source, name: str | None, info: TensorInfo) -> bool:
-    """Whether a tensor holds as few different numbers as a mask does."""
+def _has_mask_values(source: Source, name: str, info: TensorInfo) -> bool:
+    """Return whether a tensor has as few different values as a mask."""
     count = math.prod(info.shape)
-    if name is None or count > _MASK_SIZE:
+    if count > _MAX_MASK_SIZE:
         return False
-    return len(np.unique(source.read(name, 0, count).astype(np.float64))) <= _MASK_NUMBERS
+    return len(np.unique(source.read(name, 0, count).astype(np.float64))) <= _MAX_MASK_VALUES
 
 
-def _counter(name, names, sources, infos, findings: PlanIssues) -> TensorPlan | None:
-    """A counter: the largest of all models'; None where the base's dtype cannot hold it."""
-    base = infos[0]
-    if any(math.prod(info.shape) != 1 for info in infos):
+def _plan_counter(tensor: _MatchedTensor) -> TensorPlan | None:
+    """Plan the maximum of a counter; None if it is no counter or the base's dtype is too small."""
+    name, base = tensor.name, tensor.base
+    if any(math.prod(info.shape) != 1 for info in tensor.infos):
         return None
-    # Integers and floats as Python compares them: exactly.
+    models = list(zip(tensor.sources, tensor.names, strict=True))
+    # Integers and floats, which Python compares exactly.
     counts = [
-        value if isinstance(value := source.read(own, 0, 1)[0].item(), int) else float(value)
-        for source, own in zip(sources, names, strict=True)
+        value if isinstance(value := source.read(model_name, 0, 1)[0].item(), int) else float(value)
+        for source, model_name in models
+        if model_name is not None
     ]
-    if lost := [s.label for s, x in zip(sources, counts, strict=True) if not math.isfinite(x)]:
-        findings.add_problem(
-            f"{name} is NaN or infinite in {listed(lost)}; pass --exclude "
-            f"{escaped(name)!r} to keep the base's"
+    pairs = zip(tensor.sources, counts, strict=True)
+    if non_finite := [source.label for source, count in pairs if not math.isfinite(count)]:
+        tensor.issues.add_problem(
+            f"{name} is NaN or infinite in {listed(non_finite)}; pass --exclude "
+            f"{escaped(name)!r} to copy the base's"
         )
         return None
     if any(count < 0 or count != int(count) for count in counts):
-        return None  # A number that was trained, with a counter's name.
+        return None  # a trained parameter with the name of a counter
     model = counts.index(max(counts))
-    if infos[model].code != base.code and not _holds(base.code, counts[model]):
+    if tensor.infos[model].code != base.code and not _is_exact(base.code, counts[model]):
         return None
-    return TensorPlan(
-        name,
-        base.shape,
-        base.code,
-        f"model:{model}" if model else "base",
-        "a counter: the largest of all models",
-        names=names,
-        checked=False,
-    )
+    action = f"model:{model}" if model else "base"
+    reason = "a counter: the maximum of all models"
+    return tensor.plan(action, reason, code=base.code, checked=False)
 
 
-def _holds(code: str, value: int | float) -> bool:
-    """Whether a dtype stores a number exactly."""
+def _is_exact(code: str, value: int | float) -> bool:
+    """Return whether a dtype stores a value exactly."""
     try:
         return bool(STORED[code].type(value) == value)
     except OverflowError:
         return False
 
 
-def _mixed(name: str, sources: Sequence[Source], infos) -> str:
-    """Numbers that are floating point in some models and not in others: which, and how to fix."""
-    whole = [(s.label, i.code) for s, i in zip(sources, infos, strict=True) if i.code not in FLOATS]
-    codes = listed(sorted({code for _, code in whole}))
-    packed = {code for _, code in whole} & set(_INTEGERS) and math.prod(infos[0].shape) > 1
-    fix = (
-        f"quantized? {quantization.HOW_TO_FIX}"
-        if packed
-        else f"store it as floating point there too, or pass --exclude {escaped(name)!r}"
-    )
+def _mixed_kinds(tensor: _MatchedTensor) -> str:
+    """Return the error message for a tensor that is floating point in some models only."""
+    integers = [
+        (source.label, info.code)
+        for source, info in zip(tensor.sources, tensor.infos, strict=True)
+        if info.code not in FLOATS
+    ]
+    codes = {code for _, code in integers}
+    if codes & set(_INTEGERS) and math.prod(tensor.base.shape) > 1:
+        fix = f"quantized? {quantization.HOW_TO_FIX}"
+    else:
+        fix = f"store it as floating point there too, or pass --exclude {escaped(tensor.name)!r}"
     return (
-        f"{name} is {codes} in {listed(label for label, _ in whole)} and floating point in the "
-        f"others: {fix}"
+        f"{tensor.name} is {listed(sorted(codes))} in {listed(label for label, _ in integers)} and "
+        f"floating point in the others: {fix}"
     )
 
 
-def _kept(name, names, sources, infos, findings: PlanIssues) -> TensorPlan | None:
-    """Integers, booleans and empty tensors: the base's, where all agree."""
-    base = infos[0]
-    what = "no numbers in it" if not math.prod(base.shape) else f"{base.code}, equal in all models"
-    if any((i.shape, i.code) != (base.shape, base.code) for i in infos) or not same_numbers(
-        *zip(sources, names, strict=True)
+def _plan_equal(tensor: _MatchedTensor) -> TensorPlan | None:
+    """Plan a copy of integers, booleans or an empty tensor, which must be equal in all models."""
+    name, base = tensor.name, tensor.base
+    reason = f"{base.code}, equal in all models" if math.prod(base.shape) else "no elements"
+    models = [
+        (s, model_name)
+        for s, model_name in zip(tensor.sources, tensor.names, strict=True)
+        if model_name
+    ]
+    if any((i.shape, i.code) != (base.shape, base.code) for i in tensor.infos) or not same_numbers(
+        *models
     ):
-        packed = base.code in _INTEGERS and len(base.shape) > 1
-        fix = (
-            f"quantized? {quantization.HOW_TO_FIX}"
-            if packed
-            else f"such numbers have no mean; pass --exclude {escaped(name)!r} to keep the base's"
-        )
-        findings.add_problem(f"{name} is {base.code} and differs between models: {fix}")
-        if not findings.lenient:
+        if base.code in _INTEGERS and len(base.shape) > 1:
+            fix = f"quantized? {quantization.HOW_TO_FIX}"
+        else:
+            fix = f"these values have no mean; pass --exclude {escaped(name)!r} to copy the base's"
+        tensor.issues.add_problem(f"{name} is {base.code} and differs between models: {fix}")
+        if not tensor.issues.lenient:
             return None
-        what = f"{base.code}, and differs between models"
-    return TensorPlan(name, base.shape, base.code, "base", what, names=names)
+        reason = f"{base.code}, differs between models"
+    return tensor.plan("base", reason, code=base.code)
 
 
 def _excluded(name: str, options: Options) -> bool:
@@ -280,118 +317,99 @@ def _excluded(name: str, options: Options) -> bool:
     return not included or any(fnmatchcase(name, p) for p in options.exclude)
 
 
-def _taken(name, names, infos, code, options: Options, findings: PlanIssues) -> TensorPlan | None:
-    """A tensor that the patterns leave out; whole numbers have no mean and are the base's."""
-    base, excluded = infos[0], options.unmerged_from
-    if base.code not in FLOATS and excluded == "mean":
-        excluded = "base"
-    tensor = TensorPlan(
-        name, base.shape, code, excluded, "excluded by pattern", names=names, checked=False
-    )
-    for model in tensor.models(len(infos) - 1):
-        other = infos[model]
+def _plan_excluded(tensor: _MatchedTensor) -> TensorPlan | None:
+    """Plan a tensor that the patterns exclude; integers have no mean and come from the base."""
+    base, action = tensor.base, tensor.options.unmerged_from
+    if not tensor.is_float and action == "mean":
+        action = "base"
+    plan = tensor.plan(action, "excluded by pattern", checked=False)
+    for model in plan.models(len(tensor.infos) - 1):
+        other = tensor.infos[model]
         if other.shape != base.shape or (
             other.code != base.code and not {other.code, base.code} <= {*FLOATS}
         ):
-            findings.problems.append(
-                f"{name}: {options.unmerged_from} has another shape or kind of number than the base"
+            tensor.issues.problems.append(
+                f"{tensor.name}: the shape or dtype in {tensor.options.unmerged_from} does not "
+                "match the base; pass another --unmerged-from"
             )
             return None
-    return tensor
+    return plan
 
 
-def _vocabularies(
-    sources: Sequence[Source], matched: Mapping[str, tuple[str | None, ...]]
-) -> set[tuple[int, ...]]:
-    """Numbers of rows of the models' embeddings, one a model, where they differ."""
-    found = set()
-    # A head alone is a classifier, such as that of CTC: its rows have nothing in common.
+def _vocabularies(sources: Sequence[Source], matched: Mapping[str, Names]) -> set[tuple[int, ...]]:
+    """Return the numbers of embedding rows, one per model, of embeddings whose rows differ."""
+    vocabularies = set()
+    # A head without an embedding is a classifier, such as that of CTC: its rows do not correspond.
     embedded = any(is_embedding(name) and not _HEAD.fullmatch(name) for name in matched)
     for name, names in matched.items():
         if not is_embedding(name) or (_HEAD.fullmatch(name) and not embedded):
             continue
         shapes = [
-            source.tensors[own].shape
-            for source, own in zip(sources, names, strict=True)
-            if own is not None
+            source.tensors[model_name].shape
+            for source, model_name in zip(sources, names, strict=True)
+            if model_name is not None
         ]
         if None not in names and len(shapes[0]) == 2 and len({shape[1:] for shape in shapes}) == 1:
-            found.add(tuple(shape[0] for shape in shapes))
-    return {rows for rows in found if len(set(rows)) > 1}
+            vocabularies.add(tuple(shape[0] for shape in shapes))
+    return {rows for rows in vocabularies if len(set(rows)) > 1}
 
 
-def _of_rows(
-    name, names, sources, infos, code, options: Options, findings: PlanIssues, vocabularies
-) -> TensorPlan | None:
-    """A tensor whose shapes differ: in the rows of a vocabulary, as another head, or by mistake."""
-    base = infos[0]
-    shapes = "; ".join(f"{s.label} {list(i.shape)}" for s, i in zip(sources, infos, strict=True))
-    axis = _vocabulary_axis([info.shape for info in infos], vocabularies)
-    if axis is None:
-        # Between the blocks of a network no tensor is a head.
-        alike = len({info.shape for info in infos[1:]}) == 1 and (
-            is_classifier(name) or _BLOCK.search(name) is None
-        )
-        if alike and options.head == "finetuned":
-            findings.new_head.append(name)
-            return TensorPlan(
-                name,
-                infos[1].shape,
-                code,
-                "mean",
-                f"the fine-tunes' own: {list(base.shape)} in the base",
-                names=names,
-            )
-        hint = (
-            " (--head finetuned takes the fine-tunes')"
-            if alike and (is_classifier(name) or is_embedding(name))
-            else ""
-        )
-        findings.add_problem(f"{name} differs in shape: {shapes}{hint}")
-        return (
-            TensorPlan(name, base.shape, code, "base", "shapes differ", names=names)
-            if findings.lenient
-            else None
-        )
+def _shapes(tensor: _MatchedTensor) -> str:
+    pairs = zip(tensor.sources, tensor.infos, strict=True)
+    return "; ".join(f"{source.label} {list(info.shape)}" for source, info in pairs)
+
+
+def _plan_other_shape(tensor: _MatchedTensor) -> TensorPlan | None:
+    """Plan a tensor whose shapes differ, but not in a vocabulary: a new head, or a mismatch."""
+    name, base, infos = tensor.name, tensor.base, tensor.infos
+    # A tensor in a block of the network is not a head.
+    same_in_finetuned = len({info.shape for info in infos[1:]}) == 1 and (
+        is_classifier(name) or _BLOCK.search(name) is None
+    )
+    if same_in_finetuned and tensor.options.head == "finetuned":
+        tensor.issues.new_head.append(name)
+        reason = f"the fine-tunes' head: {list(base.shape)} in the base"
+        return tensor.plan("mean", reason, shape=infos[1].shape)
+    is_head = same_in_finetuned and (is_classifier(name) or is_embedding(name))
+    hint = " (--head finetuned writes the fine-tunes' mean)" if is_head else ""
+    tensor.issues.add_problem(f"{name} differs in shape: {_shapes(tensor)}{hint}")
+    return tensor.plan("base", "shapes differ") if tensor.issues.lenient else None
+
+
+def _plan_vocabulary(tensor: _MatchedTensor, axis: int) -> TensorPlan | None:
+    """Plan a tensor whose shapes differ in the length of a vocabulary axis."""
+    name, options, issues = tensor.name, tensor.options, tensor.issues
     if options.vocab_mismatch == "error":
-        findings.problems.append(
-            f"{name} differs in its number of rows, as vocabularies do: {shapes} (--vocabulary "
-            "base merges the rows in common and takes the rest from the base, longest from the "
-            "model with most)"
+        issues.problems.append(
+            f"{name} differs in its number of rows, as vocabularies do: {_shapes(tensor)} "
+            "(--vocab-mismatch base merges the rows in common and copies the rest from the base, "
+            "longest copies the rest from the model with the most rows)"
         )
         return None
-    lengths = [info.shape[axis] for info in infos]
+    lengths = [info.shape[axis] for info in tensor.infos]
     rest = lengths.index(max(lengths)) if options.vocab_mismatch == "longest" else 0
     rest = 0 if lengths[rest] == lengths[0] else rest
     if rest:
-        findings.companion = rest
-    findings.vocabulary[name] = tuple(lengths)
-    note = (
-        f"{name}: {min(lengths)} rows in common merged, {lengths[rest] - min(lengths)} more "
-        f"from {sources[rest].label}"
+        issues.companion = rest
+    issues.vocabulary[name] = tuple(lengths)
+    common = min(lengths)
+    reason = (
+        f"{common} rows in common merged, {lengths[rest] - common} more copied "
+        f"from {tensor.sources[rest].label}"
     )
-    findings.notes.append(note)
-    return TensorPlan(
-        name,
-        infos[rest].shape,
-        code,
-        "merge",
-        note.partition(": ")[2],
-        rows=min(lengths),
-        rest=rest,
-        names=names,
-        axis=axis,
-    )
+    issues.notes.append(f"{name}: {reason}")
+    shape = tensor.infos[rest].shape
+    return tensor.plan("merge", reason, shape=shape, rows=common, rest=rest, axis=axis)
 
 
 def _vocabulary_axis(
     shapes: Sequence[tuple[int, ...]], vocabularies: Collection[tuple[int, ...]]
 ) -> int | None:
-    """The axis that changed exactly as an embedding's rows did; None where no axis did.
+    """Return the axis that changed exactly like the rows of an embedding, or None.
 
     Example:
-        >>> _vocabulary_axis([(1, 65), (1, 67)], {(65, 67)}), _vocabulary_axis([(5,), (7,)], set())
-        (1, None)
+      >>> _vocabulary_axis([(1, 65), (1, 67)], {(65, 67)}), _vocabulary_axis([(5,), (7,)], set())
+      (1, None)
     """
     if len({len(shape) for shape in shapes}) > 1:
         return None

@@ -1,1 +1,1 @@
-"""Directories of safetensors files: reading, writing, digests; NumPy alone."""
+"""Safetensors files and directories: read, write and checksum them with NumPy only."""

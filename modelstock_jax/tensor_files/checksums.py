@@ -1,4 +1,4 @@
-"""Digests of tensors and files: what was read is what was written."""
+"""Checksums of tensors and files."""
 
 from __future__ import annotations
 
@@ -12,46 +12,48 @@ from pathlib import Path
 import numpy as np
 from zlib_ng import zlib_ng
 
-# By their cost: 10 and 1.6 GB/s a core where both were measured.
+# Fastest first: measured at 10 GB/s (CRC-32) and 1.6 GB/s (SHA-256) per core.
 KINDS = ("crc32", "sha256")
-_POLYNOMIAL = 0xEDB88320  # CRC-32's, lowest power first from bit 31
+_POLYNOMIAL = 0xEDB88320  # of CRC-32; bit 31 is the coefficient of x^0
 _BLOCK = 2**20
 
 
 def checksum_tensors(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, whatever the order and the files they lie in.
+    """Return the SHA-256 of names, dtypes, shapes and bytes.
+
+    The result does not depend on the order of the tensors or on the files that store them.
 
     Args:
-        tensors: Name -> array.
+      tensors: name -> array
 
     Returns:
-        64 hexadecimal digits.
+      64 hexadecimal digits
 
     Example:
-        >>> a, b = np.zeros(2, np.float32), np.ones((1, 2), np.float32)
-        >>> checksum_tensors({"a": a, "b": b}) == checksum_tensors({"b": b, "a": a})
-        True
-        >>> checksum_tensors({"a": a, "b": b}) == checksum_tensors({"a": a, "b": b.T})
-        False
+      >>> a, b = np.zeros(2, np.float32), np.ones((1, 2), np.float32)
+      >>> checksum_tensors({"a": a, "b": b}) == checksum_tensors({"b": b, "a": a})
+      True
+      >>> checksum_tensors({"a": a, "b": b}) == checksum_tensors({"a": a, "b": b.T})
+      False
     """
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in sorted(tensors):
         array = np.asarray(tensors[name], order="C")
         head = f"{name}\0{array.dtype.name}\0{','.join(map(str, array.shape))}\0"
-        digest.update(head.encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+        sha256.update(head.encode())
+        sha256.update(array.reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()
 
 
 def checksum_file(path: str | os.PathLike[str], kind: str = "sha256") -> str:
-    """Digest of a file's bytes, as ``sha256sum`` or ``crc32`` prints it.
+    """Return the checksum of a file, as `sha256sum` or `crc32` prints it.
 
     Args:
-        path: The file.
-        kind: One of `KINDS`.
+      path: the file
+      kind: one of `KINDS`
 
     Returns:
-        Hexadecimal digits: 64 of SHA-256, 8 of CRC-32.
+      hexadecimal digits: 64 for SHA-256, 8 for CRC-32
     """
     if kind == "crc32":
         return RangeChecksum(Path(path).stat().st_size).complete(path)
@@ -60,19 +62,19 @@ def checksum_file(path: str | os.PathLike[str], kind: str = "sha256") -> str:
 
 
 class RangeChecksum:
-    """CRC-32 of a file whose ranges pass by in any order, on any thread.
+    """CRC-32 of a file, computed from ranges in any order and on any thread.
 
-    What is read or written anyway is summed while it lies in the processor's cache: the file need
-    not be gone through once more.
+    Data that is read or written anyway is summed while it is in the processor's cache, so the file
+    does not need a second pass.
 
     Args:
-        size: Bytes of the file.
+      size: bytes of the file
 
     Example:
-        >>> digest = RangeChecksum(9)
-        >>> digest.update(4, b"56789"); digest.update(0, b"1234")
-        >>> digest.gaps(), digest.hexdigest()
-        ([], 'cbf43926')
+      >>> checksum = RangeChecksum(9)
+      >>> checksum.update(4, b"56789"); checksum.update(0, b"1234")
+      >>> checksum.gaps(), checksum.hexdigest()
+      ([], 'cbf43926')
     """
 
     def __init__(self, size: int):
@@ -81,7 +83,7 @@ class RangeChecksum:
         self._lock = threading.Lock()
 
     def update(self, start: int, data: memoryview | bytes) -> None:
-        """Takes the bytes from `start` on; a range that was seen costs nothing."""
+        """Add the bytes from offset `start`; a range that was added before costs nothing."""
         if start in self._seen or not len(data):
             return
         crc = zlib_ng.crc32(data)
@@ -89,16 +91,16 @@ class RangeChecksum:
             self._seen[start] = (start + len(data), crc)
 
     def gaps(self) -> list[tuple[int, int]]:
-        """Ranges [start, stop) that are still to be seen, in order."""
-        found, place = [], 0
-        for start, stop, _ in self._chain():
-            if start > place:
-                found.append((place, start))
-            place = stop
-        return found if place == self.size else [*found, (place, self.size)]
+        """Return the ranges [start, stop) that were not added yet, in order."""
+        gaps, offset = [], 0
+        for start, stop, _ in self._disjoint_ranges():
+            if start > offset:
+                gaps.append((offset, start))
+            offset = stop
+        return gaps if offset == self.size else [*gaps, (offset, self.size)]
 
     def complete(self, path: str | os.PathLike[str]) -> str:
-        """Reads from the file what was not seen; returns `hexdigest`."""
+        """Read the missing ranges from the file and return `hexdigest`."""
         block = bytearray(_BLOCK)
         with open(path, "rb", 0) as file:
             for start, stop in self.gaps():
@@ -112,27 +114,31 @@ class RangeChecksum:
         return self.hexdigest()
 
     def hexdigest(self) -> str:
-        """8 hexadecimal digits; every byte must have been seen."""
+        """Return 8 hexadecimal digits.
+
+        Raises:
+          ValueError: a byte was never added
+        """
         if gaps := self.gaps():
-            raise ValueError(f"bytes {gaps[0][0]} to {gaps[0][1]} were never seen")
+            raise ValueError(f"bytes {gaps[0][0]} to {gaps[0][1]} were never added")
         total = 0
-        for start, stop, crc in self._chain():
-            total = _times(_shift(stop - start), total) ^ crc
+        for start, stop, crc in self._disjoint_ranges():
+            total = _multiply(_shift(stop - start), total) ^ crc
         return f"{total:08x}"
 
-    def _chain(self) -> list[tuple[int, int, int]]:
-        """Ranges seen, without those that begin within another."""
+    def _disjoint_ranges(self) -> list[tuple[int, int, int]]:
+        """Return (start, stop, crc) in order, without ranges that begin within another range."""
         with self._lock:
-            seen, found, place = sorted(self._seen.items()), [], 0
+            seen, ranges, offset = sorted(self._seen.items()), [], 0
         for start, (stop, crc) in seen:
-            if start >= place:
-                found.append((start, stop, crc))
-                place = stop
-        return found
+            if start >= offset:
+                ranges.append((start, stop, crc))
+                offset = stop
+        return ranges
 
 
-def _times(a: int, b: int) -> int:
-    """Product of two polynomials over GF(2), modulo CRC-32's; x^0 is bit 31."""
+def _multiply(a: int, b: int) -> int:
+    """Multiply two polynomials over GF(2) modulo the CRC-32 polynomial; bit 31 is x^0."""
     product = 0
     while a:
         if a & 0x80000000:
@@ -144,10 +150,10 @@ def _times(a: int, b: int) -> int:
 
 @functools.lru_cache(4096)
 def _shift(count: int) -> int:
-    """x^(8 count): what `count` bytes behind a sum multiply it by."""
+    """Return x^(8 count), the factor by which `count` following bytes multiply a CRC."""
     power, square = 0x80000000, 0x00800000  # x^0, x^8
     while count:
         if count & 1:
-            power = _times(power, square)
-        square, count = _times(square, square), count >> 1
+            power = _multiply(power, square)
+        square, count = _multiply(square, square), count >> 1
     return power

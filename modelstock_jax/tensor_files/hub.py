@@ -1,4 +1,4 @@
-"""Names of models: a path here, or a repository of Hugging Face's hub."""
+"""Resolve a model name to a local path or a Hugging Face hub repository."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from urllib.parse import unquote
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import PICKLES
 
-# A model without its pickles and code: tensors, configs, the tokenizer's files.
+# The files of a model without pickles and code: tensors, configs and tokenizer files.
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
-# Whatever is asked for: files that run code when they are opened.
+# Never fetched, whatever the patterns: files that can run code when they are opened.
 NEVER = (*(f"*{suffix}" for suffix in PICKLES), "*.py")
 # ORG/NAME or ORG/NAME@REVISION.
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-# Models that had no organization in their names, and the one that they moved to.
+# Models whose old names had no organization, by the organization that they moved to.
 _MOVED = {
     "FacebookAI": "roberta-base roberta-large xlm-roberta-base xlm-roberta-large",
     "albert": "albert-base-v1 albert-base-v2 albert-large-v2",
@@ -30,7 +30,7 @@ _MOVED = {
     "xlnet": "xlnet-base-cased xlnet-large-cased",
 }
 _ORGANIZATION = {name: org for org, names in _MOVED.items() for name in names.split()}
-# A name with an ending such as .safetensors is a file's.
+# A name with an extension such as .safetensors is a file name.
 _BARE = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?=\d)){0,95}")
 _URL = re.compile(r"(?:\w+://)?(?P<host>[\w.-]+(?::\d+)?)/(?P<path>[^?#]*)(?:[?#].*)?")
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
@@ -40,75 +40,76 @@ _PAGES = ("tree", "blob", "resolve", "raw", "commit", "commits")
 def resolve(
     name: str | os.PathLike[str], patterns: Sequence[str] = FILES, subfolders: Sequence[str] = ()
 ) -> Path:
-    """The path that a model's name stands for, fetched from the hub where it is not here.
+    """Return the path of a model; fetch it from the hub if it is not a local path.
 
-    A path that exists wins over a repository of the same spelling. From the hub come only the
-    files of the repository's top folder and of `subfolders` that match `patterns`, never a pickle
-    or code, into Hugging Face's own cache; with ``HF_HUB_OFFLINE=1`` that cache is all there is.
+    An existing path takes precedence over a repository of the same name. Only files that match
+    `patterns` in the top folder of the repository and in `subfolders` are fetched, never a pickle
+    or code. They are stored in Hugging Face's own cache. With `HF_HUB_OFFLINE=1` only that cache
+    is used.
 
     Args:
-        name: A path, or ``ORG/NAME`` or ``ORG/NAME@REVISION`` (a branch, tag or commit). An
-            `os.PathLike` is only ever a path.
-        patterns: Names of files to fetch, with ``*`` for anything.
-        subfolders: Folders of the repository, such as ``unet``; those that are not there are left
-            out, and so are the folders in them.
+      name: a path, or `ORG/NAME` or `ORG/NAME@REVISION` (a branch, tag or commit). An
+        `os.PathLike` is always a path.
+      patterns: names of the files to fetch; `*` matches any characters
+      subfolders: folders of the repository, such as `unet`. Folders that do not exist are skipped,
+        and so are the folders inside `subfolders`.
 
     Returns:
-        The path as it was given, or a directory of the cache.
+      the given path, or a directory of the cache
 
     Raises:
-        UserError: No such path, and no such repository or revision, a gated one, or no way to the
-            hub; for a URL, a dataset or a bare name like ``gpt2`` with the name to give instead.
+      UserError: the path does not exist, and the repository or revision does not exist or is gated,
+        or the hub cannot be reached. For a URL, a dataset or a bare name like `gpt2`, the message
+        has the name to pass instead.
 
     Example:
-        >>> resolve(".").is_dir()
-        True
+      >>> resolve(".").is_dir()
+      True
     """
     path = Path(name)
     if os.path.exists(path):
         return path
     shown = listed([os.fspath(name)])
     if not isinstance(name, str):
-        raise UserError(f"{shown}: no such file or directory.")
-    if (wrong := _misnamed(name)) is not None:
-        raise UserError(f"{shown}: {wrong}.")
+        raise UserError(f"{shown}: no such file or directory")
+    if (problem := _name_problem(name)) is not None:
+        raise UserError(f"{shown}: {problem}")
     if (match := HUB_ID.fullmatch(name)) is None:
-        raise UserError(f"{shown}: no such file or directory.")
+        raise UserError(f"{shown}: no such file or directory")
     if path.suffix in (*PICKLES, ".safetensors", ".json"):
-        raise UserError(f"{shown}: no such file.")
+        raise UserError(f"{shown}: no such file")
     return _fetch(name, match["repo"], match["revision"], patterns, subfolders)
 
 
-def _misnamed(name: str) -> str | None:
-    """What is wrong with a name that is meant for the hub but is not ORG/NAME, or None."""
+def _name_problem(name: str) -> str | None:
+    """Return what is wrong with a name that is meant for the hub but is not ORG/NAME, or None."""
     address = _URL.fullmatch(name)
     endpoint = os.environ.get("HF_ENDPOINT", "").rpartition("//")[2].strip("/")
     if name.startswith("hf://"):
-        address, where = None, name.removeprefix("hf://")
+        address, hub_path = None, name.removeprefix("hf://")
     elif address is not None and address["host"] in (*_HOSTS, endpoint):
-        where = unquote(address["path"])
+        hub_path = unquote(address["path"])
     elif re.match(r"\w+://", name):
-        return "a URL; download the model and give the path of its directory"
+        return "a URL; download the model and pass the path of its directory"
     else:
-        where = None
-    parts = [part for part in (name if where is None else where).split("/") if part]
-    if parts[:1] in (["datasets"], ["spaces"]) and (where is not None or len(parts) == 3):
-        return f"a {parts[0][:-1]} of the Hugging Face hub, not a model; give a model as ORG/NAME"
-    if where is not None:
+        hub_path = None
+    parts = [part for part in (name if hub_path is None else hub_path).split("/") if part]
+    if parts[:1] in (["datasets"], ["spaces"]) and (hub_path is not None or len(parts) == 3):
+        return f"a {parts[0][:-1]} of the Hugging Face hub, not a model; pass a model as ORG/NAME"
+    if hub_path is not None:
         model = listed([_hub_name(parts)])
-        return f"an address of the Hugging Face hub; give the model's name: {model}"
+        return f"an address of the Hugging Face hub; pass the name of the model: {model}"
     if _BARE.fullmatch(name) or (HUB_ID.fullmatch(name.rstrip("/")) and name.endswith("/")):
-        how = f"a model of the Hugging Face hub is written {_hub_name(parts)}"
-        return f"no such file or directory; {how}"
+        return f"no such file or directory; for a Hugging Face hub model pass {_hub_name(parts)}"
     return None
 
 
 def _hub_name(parts: Sequence[str]) -> str:
-    """ORG/NAME@REVISION for the parts of an address or a bare name.
+    """Return ORG/NAME@REVISION for the parts of an address or a bare name.
 
     Example:
-        >>> _hub_name(["org", "name", "tree", "v1", "unet"]), _hub_name(["gpt2", "tree", "main"])
-        ('org/name@v1', 'openai-community/gpt2')
+      >>> _hub_name(["org", "name", "tree", "v1", "unet"]), _hub_name(["gpt2", "tree", "main"])
+      ('org/name@v1', 'openai-community/gpt2')
     """
     bare = len(parts) < 2 or parts[1] in _PAGES
     name, rest = "/".join(parts[: 1 if bare else 2]), parts[1 if bare else 2 :]
@@ -122,40 +123,44 @@ def _hub_name(parts: Sequence[str]) -> str:
 def _fetch(
     name: str, repo: str, revision: str | None, patterns: Sequence[str], subfolders: Sequence[str]
 ) -> Path:
-    # Half a second: only where the hub is asked.
+    # Importing it takes half a second, so only if the hub is needed.
     from huggingface_hub import constants, errors
 
-    here = f"{name}: no such path here"
+    no_path = f"{name}: no such local path"
     page = f"{constants.ENDPOINT}/{repo}"
     try:
         path = _download(repo, revision, "", patterns)
-        for folder in subfolders:  # Of the same commit: a branch may move meanwhile.
+        # Fetch the folders at the same commit: a branch can change in between.
+        for folder in subfolders:
             _download(repo, path.name, f"{glob.escape(folder.strip('/'))}/", patterns)
         return path
-    except errors.GatedRepoError:  # A kind of RepositoryNotFoundError.
-        reason = f"{repo} is gated: accept its terms at {page}, then `hf auth login`"
-        raise UserError(f"{here}, and {reason}.") from None
+    except errors.GatedRepoError:  # a subclass of RepositoryNotFoundError
+        reason = f"{repo} is gated: accept its terms at {page}, then run `hf auth login`"
+        raise UserError(f"{no_path}, and {reason}") from None
     except errors.RepositoryNotFoundError:
-        reason = f"no repository {page} (a private one needs `hf auth login`)"
-        raise UserError(f"{here}, and {reason}.") from None
+        reason = f"no repository {page} (a private one requires `hf auth login`)"
+        raise UserError(f"{no_path}, and {reason}") from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{here}, and {page} has no revision {revision!r}.") from None
+        raise UserError(f"{no_path}, and {page} has no revision {revision!r}") from None
     except errors.HFValidationError as error:
-        raise UserError(f"{here}, and not a name for the hub: {_line(error)}.") from None
-    except Exception as error:  # Its HTTP client, the network and the cache's disk have their own.
+        raise UserError(f"{no_path}, and not a valid hub name: {_first_line(error)}") from None
+    except Exception as error:  # The HTTP client, the network and the disk raise their own errors.
         if constants.HF_HUB_OFFLINE:
-            reason = f"HF_HUB_OFFLINE is set while {repo} is not whole in the cache; unset it once"
+            reason = (
+                f"HF_HUB_OFFLINE is set, but {repo} is not completely in the cache; unset it to "
+                "download the model"
+            )
         else:
             cause = error.__cause__ or error
             reason = (
-                f"{page} cannot be fetched ({type(cause).__name__}: {_line(cause)}); check the "
-                "network, or give the path of a copy"
+                f"{page} cannot be fetched ({type(cause).__name__}: {_first_line(cause)}); check "
+                "the network, or pass the path of a copy"
             )
-        raise UserError(f"{here}, and {reason}.") from None
+        raise UserError(f"{no_path}, and {reason}") from None
 
 
 def _download(repo: str, revision: str | None, folder: str, patterns: Sequence[str]) -> Path:
-    """Fetches the files of one folder, not those of folders in it."""
+    """Fetch the files of one folder, without its subfolders."""
     from huggingface_hub import snapshot_download
 
     return Path(
@@ -163,12 +168,12 @@ def _download(repo: str, revision: str | None, folder: str, patterns: Sequence[s
             repo,
             revision=revision,
             allow_patterns=[f"{folder}{pattern}" for pattern in patterns],
-            # In the hub's patterns `*` matches `/`, too.
+            # In the hub's patterns `*` also matches `/`.
             ignore_patterns=[*NEVER, f"{folder}*/*"],
         )
     )
 
 
-def _line(error: BaseException) -> str:
-    """The first line of a message, without its last full stop."""
+def _first_line(error: BaseException) -> str:
+    """Return the first line of a message, without the final full stop."""
     return next(iter(str(error).strip().splitlines()), "no reason given").rstrip(". ")

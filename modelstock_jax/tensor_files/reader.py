@@ -1,4 +1,4 @@
-"""Reads safetensors: one file, or shards with or without an index. Nothing is unpickled."""
+"""Read safetensors: one file, or shards with or without an index. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ import numpy as np
 
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files import formats
-from modelstock_jax.tensor_files.formats import PICKLES, by_content, head_of, shown
+from modelstock_jax.tensor_files.formats import PICKLES, content_error, read_head, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD = "head.safetensors"  # A classifier beside the model whose features it takes.
+HEAD = "head.safetensors"  # a classifier next to the model whose features it uses
 _SUFFIX = ".safetensors"
-# The index of NAME.safetensors; of a variant "fp16" it is NAME.safetensors.index.fp16.json, too.
+# The index of NAME.safetensors; that of a variant "fp16" may also be named
+# NAME.safetensors.index.fp16.json.
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?P<variant>\.[\w-]+)?\.json")
 _SHARD = re.compile(
     r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})(?P<variant>\.[\w-]+)?\.safetensors"
 )
 
-# What NumPy and ml_dtypes can hold; the format knows a few more.
+# The dtypes that NumPy and ml_dtypes support; the format defines a few more.
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "BOOL": np.dtype(np.bool_),
@@ -46,34 +47,34 @@ DTYPES = {
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of a safetensors file or directory, each read when it is asked for.
+    """The tensors of a safetensors file or directory, each read on access.
 
-    Shapes and dtypes are known from the headers, so a check of names costs no reading.
+    Shapes and dtypes come from the headers, so checking names reads no tensor data.
 
     Args:
-        path: A ``.safetensors`` file, or a directory with ``NAME.safetensors``, with
-            ``NAME.safetensors.index.json`` and its shards, or with all shards and no index. NAME
-            is ``model`` where there is one, else any name that is the only one. Variants such as
-            ``NAME.fp16`` are read only where there is no ``NAME``.
+      path: a `.safetensors` file, or a directory with `NAME.safetensors`, with
+        `NAME.safetensors.index.json` and its shards, or with all shards and no index. NAME is
+        `model` if such files exist, else the only name in the directory. A variant such as
+        `NAME.fp16` is read only if `NAME` does not exist.
 
     Attributes:
-        stem: NAME; of a path to one file, its name without the suffix.
-        aliases: Names of tensors that were not stored because they share the memory of another ->
-            the name of the stored one, as ``safetensors.torch.save_model`` writes it.
+      stem: NAME; for a path to one file, its name without the suffix
+      aliases: name of a tensor that was not stored because it shares memory with another -> name of
+        the stored tensor, as `safetensors.torch.save_model` writes it
 
     Raises:
-        UserError: No such path, no safetensors in it, another format, shards that are missing, or
-            a file that is cut short, has a hostile header or lacks what the index promises; it
-            names the file.
+      UserError: the path does not exist, contains no safetensors or another format, shards are
+        missing, or a file is truncated, has an invalid header or lacks a tensor that the index
+        lists. The message names the file.
 
     Example:
-        >>> import tempfile
-        >>> from modelstock_jax.tensor_files.writer import write_tensors
-        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> write_tensors(path, {"w": np.ones((2, 3), np.float32)})
-        >>> tensors = TensorFiles(path.parent)
-        >>> tensors.shape("w"), tensors.dtype("w").name, float(tensors["w"].sum())
-        ((2, 3), 'float32', 6.0)
+      >>> import tempfile
+      >>> from modelstock_jax.tensor_files.writer import write_tensors
+      >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> write_tensors(path, {"w": np.ones((2, 3), np.float32)})
+      >>> tensors = TensorFiles(path.parent)
+      >>> tensors.shape("w"), tensors.dtype("w").name, float(tensors["w"].sum())
+      ((2, 3), 'float32', 6.0)
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -83,51 +84,52 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._metadata: dict[str, str] = {}
         self._open: dict[Path, int] = {}
         weakref.finalize(self, _close, self._open)
-        found = _locate(self.path)
-        self.stem = found.stem
+        model = _locate(self.path)
+        self.stem = model.stem
         aliases: dict[str, str] = {}
-        for file in found.files:
+        for file in model.files:
             try:
                 self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise UserError(f"{shown(file)}: cannot be read ({error.strerror}).") from None
+                raise UserError(f"{shown(file)}: cannot be read ({error.strerror})") from None
             header = read_header(file, self._open[file])
             self._metadata.update(header.metadata)
             aliases |= {a: n for a, n in header.metadata.items() if n in header.tensors}
             for name, entry in header.tensors.items():
-                if found.places is not None and found.places.get(name) != file:
+                if model.file_of is not None and model.file_of.get(name) != file:
                     raise UserError(
-                        f"{shown(file)}: holds {name!r}, which the index does not place there."
+                        f"{shown(file)}: contains {name!r}, but the index does not assign it to "
+                        "this file"
                     )
                 if name in self.files:
                     raise UserError(
-                        f"{shown(file)}: holds {name!r}, and so does {self.files[name].name}; "
-                        "these shards are not of one model."
+                        f"{shown(file)}: contains {name!r}, and so does {self.files[name].name}; "
+                        "these shards do not belong to one model"
                     )
                 self._entries[name] = entry
                 self.files[name] = file
         self.aliases = {a: n for a, n in aliases.items() if a not in self._entries}
-        if found.places and (lost := sorted(found.places.keys() - self._entries.keys())):
+        if model.file_of and (missing := sorted(model.file_of.keys() - self._entries.keys())):
             raise UserError(
-                f"{shown(found.index)}: promises tensors that no shard holds: {listed(lost)}."
+                f"{shown(model.index)}: lists tensors that no shard contains: {listed(missing)}"
             )
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Reads one tensor."""
+        """Read one tensor."""
         shape = self.shape(name)
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Reads elements [start, stop) of a flattened tensor; any thread may.
+        """Read elements [start, stop) of a flattened tensor. Thread-safe.
 
         Args:
-            name: Of the tensor.
-            start: Index of the first element.
-            stop: Index after the last.
-            out: Bytes (uint8) to read into, enough of them; by default fresh memory.
+          name: name of the tensor
+          start: index of the first element
+          stop: index after the last element
+          out: uint8 buffer to read into, at least as large as the range; by default a new one
 
         Returns:
-            [stop - start], in the stored dtype.
+          [stop - start], in the stored dtype
         """
         entry, dtype = self._entries[name], self.dtype(name)
         if not 0 <= start <= stop <= math.prod(entry.shape):
@@ -135,91 +137,99 @@ class TensorFiles(Mapping[str, np.ndarray]):
         size = (stop - start) * dtype.itemsize
         raw = np.empty(size, np.uint8) if out is None else out[:size]
         values = raw.view(dtype)
-        left, place = raw.data, entry.start + start * dtype.itemsize
+        left, offset = raw.data, entry.start + start * dtype.itemsize
         while left:
             try:
-                count = os.preadv(self._open[self.files[name]], [left], place)
+                count = os.preadv(self._open[self.files[name]], [left], offset)
             except OSError as error:
                 raise UserError(
-                    f"{shown(self.files[name])}: cannot be read ({error.strerror})."
+                    f"{shown(self.files[name])}: cannot be read ({error.strerror})"
                 ) from None
             if not count:
-                raise UserError(f"{shown(self.files[name])}: was cut short while it was read.")
-            left, place = left[count:], place + count
+                raise UserError(f"{shown(self.files[name])}: was truncated while it was read")
+            left, offset = left[count:], offset + count
         return values
 
-    def place(self, name: str, start: int) -> tuple[Path, int]:
-        """The file and the byte at which an element of a flattened tensor begins."""
+    def file_offset(self, name: str, start: int) -> tuple[Path, int]:
+        """Return the file and the byte offset of an element of a flattened tensor."""
         return self.files[name], self._entries[name].start + start * self.dtype(name).itemsize
 
     def __iter__(self) -> Iterator[str]:
-        """Names, sorted."""
+        """Iterate over the sorted names."""
         return iter(sorted(self._entries))
 
     def __len__(self) -> int:
-        """How many tensors there are."""
+        """Return the number of tensors."""
         return len(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header."""
+        """Return the shape of a tensor, from the header."""
         return self._entries[name].shape
 
     def code(self, name: str) -> str:
-        """Dtype code of a tensor, as the format spells it: ``BF16``, ``F8_E4M3``, ..."""
+        """Return the dtype code of a tensor in the format's spelling: `BF16`, `F8_E4M3`, ...."""
         return self._entries[name].code
 
     def dtype(self, name: str) -> np.dtype:
-        """Dtype of a tensor, from the header; bfloat16 is ml_dtypes'."""
+        """Return the dtype of a tensor, from the header; bfloat16 is that of ml_dtypes.
+
+        Raises:
+          UserError: NumPy and ml_dtypes do not support the dtype
+        """
         code = self._entries[name].code
         if code not in DTYPES:
             raise UserError(
-                f"{shown(self.files[name])}: {name!r} has dtype {code}, which is not supported."
+                f"{shown(self.files[name])}: {name!r} has dtype {code}, which is not supported"
             )
         return DTYPES[code]
 
     def metadata(self) -> dict[str, str]:
-        """The free text of the headers, of all files together."""
+        """Return the `__metadata__` text of the headers of all files together."""
         return dict(self._metadata)
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; a missing or broken one is a UserError that names it."""
+    """Read a JSON file.
+
+    Raises:
+      UserError: the file is missing or is not JSON; the message names it
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{shown(path)}: no such file.") from None
+        raise UserError(f"{shown(path)}: no such file") from None
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        other = formats.by_content(path, formats.head_of(path))
-        raise UserError(other or f"{shown(path)}: not JSON ({error}).") from None
+        other = formats.content_error(path, formats.read_head(path))
+        raise UserError(other or f"{shown(path)}: not JSON ({error})") from None
 
 
-class _Found(NamedTuple):
-    """The files of a model, in order; with an index also that and the file of each tensor."""
+class _ModelFiles(NamedTuple):
+    """The files of a model, in order; with an index also its path and the file of each tensor."""
 
     stem: str
     files: Sequence[Path]
     index: Path = Path()
-    places: Mapping[str, Path] | None = None
+    file_of: Mapping[str, Path] | None = None
 
 
-def _locate(path: Path) -> _Found:
-    """The files of the model at a path."""
-    # Not Path.is_file, which raises where a name is too long or a directory cannot be searched.
+def _locate(path: Path) -> _ModelFiles:
+    """Find the files of the model at a path."""
+    # Path.is_file raises if a name is too long or a directory cannot be searched.
     if os.path.isfile(path):
-        if (other := formats.by_name(path)) is not None:
+        if (other := formats.suffix_error(path)) is not None:
             raise UserError(other)
-        return _Found(path.name.removesuffix(_SUFFIX), [path])
+        return _ModelFiles(path.name.removesuffix(_SUFFIX), [path])
     if not os.path.isdir(path):
         if path.suffix in PICKLES:
-            raise UserError(formats.pickled(path))
-        raise UserError(f"{shown(path)}: no such file or directory.")
+            raise UserError(formats.pickle_error(path))
+        raise UserError(f"{shown(path)}: no such file or directory")
     try:
         names = sorted(name for name in os.listdir(path) if not os.path.isdir(path / name))
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
-    # Files that begin with a dot are temporary, or macOS's ("._model.safetensors").
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+    # Files that begin with a dot are temporary or from macOS ("._model.safetensors").
     candidates = _candidates(path, [name for name in names if not name.startswith(".")])
     if not candidates:
         _raise_without_safetensors(path)
@@ -227,17 +237,17 @@ def _locate(path: Path) -> _Found:
 
 
 def _candidates(path: Path, names: Sequence[str]) -> dict[str, list[Path]]:
-    """Stem -> the single file, or the index, or the shards, whatever there is first of these.
+    """Map each stem to its single file, else its index, else its shards.
 
-    transformers, too, opens a single file before an index, which an older save may have left; but
-    not a file that the index itself names.
+    Like transformers, prefer a single file to an index, which an older save may have left. A single
+    file that the index itself lists is one of its shards.
     """
     indexes, singles, shards = {}, {}, {}
     for name in names:
-        if found := _INDEX.fullmatch(name):
-            indexes.setdefault(found["stem"] + (found["variant"] or ""), [path / name])
-        elif found := _SHARD.fullmatch(name):
-            shards.setdefault(found["stem"] + (found["variant"] or ""), []).append(path / name)
+        if match := _INDEX.fullmatch(name):
+            indexes.setdefault(match["stem"] + (match["variant"] or ""), [path / name])
+        elif match := _SHARD.fullmatch(name):
+            shards.setdefault(match["stem"] + (match["variant"] or ""), []).append(path / name)
         elif name.endswith(_SUFFIX):
             singles[name.removesuffix(_SUFFIX)] = [path / name]
     for stem in singles.keys() & indexes.keys():
@@ -254,7 +264,7 @@ def _is_named(file: str, index: Path) -> bool:
 
 
 def _choose(path: Path, candidates: Mapping[str, list[Path]]) -> tuple[str, list[Path]]:
-    """`model`, or else the only stem that is no variant of another and no classifier."""
+    """Choose `model`, else the only stem that is neither a variant of another nor a classifier."""
     model = SINGLE.removesuffix(_SUFFIX)
     if model in candidates:
         return model, candidates[model]
@@ -271,61 +281,62 @@ def _choose(path: Path, candidates: Mapping[str, list[Path]]) -> tuple[str, list
         count = sum(len(candidates[stem]) for stem in stems)
         what = "several indexes" if indexed else f"{count} safetensors files and no index"
         raise UserError(
-            f"{shown(path)}: {what} ({listed(files, 3)}); give the path of the one to read."
+            f"{shown(path)}: {what} ({listed(files, 3)}); pass the path of the one to read"
         )
     return stems[0], candidates[stems[0]]
 
 
-def _open_candidate(path: Path, stem: str, files: Sequence[Path]) -> _Found:
+def _open_candidate(path: Path, stem: str, files: Sequence[Path]) -> _ModelFiles:
     if _INDEX.fullmatch(files[0].name):
-        places = _places(files[0])
-        return _Found(stem, list(dict.fromkeys(places.values())), files[0], places)
+        file_of = _read_index(files[0])
+        return _ModelFiles(stem, list(dict.fromkeys(file_of.values())), files[0], file_of)
     shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
     if not shards:
-        return _Found(stem, files)
+        return _ModelFiles(stem, files)
     totals = {int(match["total"]) for match in shards}
     if len(totals) > 1:
         raise UserError(
             f"{shown(path)}: shards of {' and of '.join(map(str, sorted(totals)))} files and no "
-            "index; keep those of one model."
+            "index; leave only the shards of one model in the directory"
         )
     (total,), numbers = totals, {int(match["number"]) for match in shards}
-    # Numbers begin at 1, with few writers at 0.
+    # Shards are numbered from 1, by a few writers from 0.
     missing = sorted(set(range(total) if 0 in numbers else range(1, total + 1)) - numbers)
     if missing:
         raise UserError(
             f"{shown(path)}: of {total} shards of {listed([stem])}, these are missing: "
-            f"{listed(map(str, missing))}; copy or download them."
+            f"{listed(map(str, missing))}; copy or download them"
         )
-    return _Found(stem, files)
+    return _ModelFiles(stem, files)
 
 
 def _raise_without_safetensors(path: Path) -> None:
     if (other := formats.directory_without_safetensors(path)) is not None:
         raise UserError(other)
     below = [os.fspath(directory) for directory in formats.models_below(path)]
-    meant = f" There is a model in {listed(below, 3)}." if below else ""
-    raise UserError(f"{shown(path)}: no safetensors file; expected {SINGLE} or {INDEX}.{meant}")
+    hint = f"; there is a model in {listed(below, 3)}" if below else ""
+    raise UserError(f"{shown(path)}: no safetensors file; expected {SINGLE} or {INDEX}{hint}")
 
 
-def _places(index: Path) -> dict[str, Path]:
-    """The file of each tensor, as an index names it."""
+def _read_index(index: Path) -> dict[str, Path]:
+    """Return the file of each tensor that an index lists."""
     raw = read_json(index)
-    places = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{shown(index)}: has no 'weight_map'.")
-    for file in places.values():
-        # A shard is in the directory of its index: a path could point anywhere on the machine.
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{shown(index)}: has no 'weight_map'")
+    for file in weight_map.values():
+        # Shards must be in the directory of their index: a path could point anywhere.
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise UserError(f"{shown(index)}: {file!r} is not the name of a file beside it.")
+            raise UserError(f"{shown(index)}: {file!r} is not the name of a file next to it")
         if Path(file).suffix in PICKLES:
-            raise UserError(formats.pickled(index.parent / file))
-    if lost := sorted({f for f in places.values() if not os.path.isfile(index.parent / f)}):
+            raise UserError(formats.pickle_error(index.parent / file))
+    files = set(weight_map.values())
+    if missing := sorted(file for file in files if not os.path.isfile(index.parent / file)):
         raise UserError(
-            f"{shown(index)}: names files that are not there: {listed(lost)}; copy or download "
-            "them."
+            f"{shown(index)}: lists files that do not exist: {listed(missing)}; copy or download "
+            "them"
         )
-    return {name: index.parent / file for name, file in places.items()}
+    return {name: index.parent / file for name, file in weight_map.items()}
 
 
 def _close(descriptors: dict[Path, int]) -> None:
@@ -333,9 +344,7 @@ def _close(descriptors: dict[Path, int]) -> None:
         os.close(descriptor)
 
 
-# The header of a safetensors file, read by the format's own rules before anything is allocated.
-
-# Bits of a number of each dtype of the format.
+# Bits per element of each dtype of the format.
 BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -347,11 +356,11 @@ BITS = {
     **{code: 16 for code in ("BF16", "F16", "I16", "U16")},
     **{f"{kind}{bits}": bits for kind in "FIU" for bits in (32, 64)},
 }
-MAX_HEADER = 100 * 10**6  # the format's own limit
-MAX_AXES = 64  # NumPy's
+MAX_HEADER = 100 * 10**6  # bytes; limit of the format
+MAX_AXES = 64  # limit of NumPy
 _METADATA = "__metadata__"
-# Text of this length, whatever it holds, parses into some 200 MB of objects at most.
-_PLAIN = 8 * 10**6
+# JSON text of this length parses into about 200 MB of objects at most, whatever it contains.
+_ALWAYS_SAFE_BYTES = 8 * 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,31 +375,34 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file holds, by name, and its free text."""
+    """The tensors of a file by name, and its `__metadata__` text."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]
 
 
-class _Broken(ValueError):
-    """A rule of the format that does not hold."""
+class _InvalidHeader(ValueError):
+    """The file violates a rule of the format."""
 
 
 def read_header(path: str | os.PathLike[str], descriptor: int | None = None) -> Header:
-    """Reads and checks a file's header; no tensor is read.
+    """Read and validate the header of a file; no tensor is read.
 
-    8 bytes give the length of a JSON object, name -> dtype, shape and offsets; the tensors follow
-    without holes, to the last byte of the file.
+    The first 8 bytes give the length of a JSON object that maps each name to a dtype, shape and
+    offsets. The tensors follow without gaps, up to the last byte of the file. Every rule is checked
+    before memory is allocated for tensors.
 
     Args:
-        path: A ``.safetensors`` file.
-        descriptor: Of the file, where it is open already: by its path it may be another by now.
+      path: a `.safetensors` file
+      descriptor: file descriptor if the file is open already; its path may refer to another file
+        by now
 
     Returns:
-        The `Header`, with offsets from the file's beginning.
+      the `Header`, with offsets from the beginning of the file
 
     Raises:
-        UserError: A file that cannot be read, or that breaks a rule; it names both.
+      UserError: the file cannot be read or violates the format; the message names the file and the
+        reason
     """
     path = Path(path)
     try:
@@ -398,140 +410,145 @@ def read_header(path: str | os.PathLike[str], descriptor: int | None = None) -> 
         with open(opened, "rb", closefd=descriptor is None) as file:
             return _parse(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    except _Broken as broken:
-        other = by_content(path, head_of(path))
-        raise UserError(other or f"{path}: not a whole safetensors file ({broken}).") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except _InvalidHeader as reason:
+        other = content_error(path, read_head(path))
+        raise UserError(other or f"{path}: not a valid safetensors file ({reason})") from None
 
 
 def num_bytes(code: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor.
+    """Return the size of a tensor in bytes.
 
     Example:
-        >>> num_bytes("BF16", (3, 5))
-        30
+      >>> num_bytes("BF16", (3, 5))
+      30
     """
     bits = BITS[code]
     for length in shape:
         bits *= length
         if bits >= 2**66:
-            raise _Broken(f"its size overflows: {code}{_short(list(shape))}")
+            raise _InvalidHeader(f"its size overflows: {code}{_short(list(shape))}")
     if bits % 8:
-        raise _Broken(f"its size is no whole number of bytes: {code}{_short(list(shape))}")
+        raise _InvalidHeader(f"its size is not a multiple of 8 bits: {code}{_short(list(shape))}")
     return bits // 8
 
 
 def _parse(file: Any, size: int) -> Header:
     if size < 8:
-        raise _Broken("it is empty" if size == 0 else f"it has {size} bytes, too few for a header")
+        raise _InvalidHeader(
+            "it is empty" if size == 0 else f"it has {size} bytes, too few for a header"
+        )
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER:
-        raise _Broken(f"its header claims {length} bytes, the format allows {MAX_HEADER}")
+        raise _InvalidHeader(f"its header length is {length} bytes, the format allows {MAX_HEADER}")
     if length > size - 8:
-        raise _Broken(f"its header claims {length} bytes, the file has {size - 8}; cut short?")
+        raise _InvalidHeader(
+            f"its header length is {length} bytes, the file has {size - 8}; truncated?"
+        )
     raw = file.read(length)
     if len(raw) < length or raw[:1] != b"{":
-        raise _Broken("its header is not a JSON object")
-    if length > _PLAIN and raw.count(b"[") + raw.count(b"{") > length // 10:
-        raise _Broken("its header is too large for what it can hold")
+        raise _InvalidHeader("its header is not a JSON object")
+    if length > _ALWAYS_SAFE_BYTES and raw.count(b"[") + raw.count(b"{") > length // 10:
+        raise _InvalidHeader("its header has too many entries to parse safely")
     top = _json(raw)
     metadata = top.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _Broken(f"{_METADATA} is not text -> text")
+        raise _InvalidHeader(f"{_METADATA} does not map text to text")
     tensors = {}
     for name, entry in top.items():
         try:
             tensors[name] = _entry(entry, 8 + length)
-        except _Broken as broken:
-            raise _Broken(f"tensor {_short(name)}: {broken}") from None
-    _check_places(tensors, 8 + length, size)
+        except _InvalidHeader as reason:
+            raise _InvalidHeader(f"tensor {_short(name)}: {reason}") from None
+    _check_offsets(tensors, 8 + length, size)
     return Header(tensors, metadata)
 
 
 def _json(raw: bytes) -> dict[str, Any]:
     try:
-        top = json.loads(raw.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+        top = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError:
-        raise _Broken("its header is not UTF-8") from None
+        raise _InvalidHeader("its header is not UTF-8") from None
     except RecursionError:
-        raise _Broken("its header is nested too deeply") from None
-    except _Broken:
+        raise _InvalidHeader("its header is nested too deeply") from None
+    except _InvalidHeader:
         raise
     except ValueError as error:
-        raise _Broken(f"its header is not JSON: {_short(str(error))}") from None
+        raise _InvalidHeader(f"its header is not JSON: {_short(str(error))}") from None
     if not isinstance(top, dict):
-        raise _Broken("its header is not a JSON object")
+        raise _InvalidHeader("its header is not a JSON object")
     return top
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise _Broken(f"its header says {_short(twice)} twice")
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _InvalidHeader(f"its header contains {_short(duplicate)} twice")
     for key, value in pairs:
-        # JSON may spell half a surrogate pair, which no terminal or file can take.
+        # JSON can encode a lone surrogate, which terminals and files cannot encode.
         if not (key + value if isinstance(value, str) else key).isascii():
             try:
                 f"{key}{value if isinstance(value, str) else ''}".encode()
             except UnicodeEncodeError:
-                raise _Broken(f"its header is not UTF-8: {_short(key)}") from None
-    return found
+                raise _InvalidHeader(f"its header is not UTF-8: {_short(key)}") from None
+    return unique
 
 
 def _no_constant(text: str) -> None:
-    raise _Broken(f"its header is not JSON: {text}")
+    raise _InvalidHeader(f"its header is not JSON: {text}")
 
 
 def _entry(entry: Any, begin: int) -> Entry:
     if not isinstance(entry, dict):
-        raise _Broken("is not an object")
-    if lost := [key for key in ("dtype", "shape", "data_offsets") if key not in entry]:
-        raise _Broken(f"has no {lost[0]}")
+        raise _InvalidHeader("is not an object")
+    if missing := [key for key in ("dtype", "shape", "data_offsets") if key not in entry]:
+        raise _InvalidHeader(f"has no {missing[0]}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in BITS:
-        raise _Broken(f"dtype {_short(code)} is not known")
+        raise _InvalidHeader(f"dtype {_short(code)} is unknown")
     if not _naturals(shape):
-        raise _Broken(f"shape {_short(shape)} is no list of numbers of at least 0")
+        raise _InvalidHeader(f"shape {_short(shape)} is not a list of integers >= 0")
     if len(shape) > MAX_AXES:
-        raise _Broken(f"has {len(shape)} axes; {MAX_AXES} are supported")
+        raise _InvalidHeader(f"has {len(shape)} axes; {MAX_AXES} are supported")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise _Broken(f"data_offsets {_short(offsets)} are no two numbers of at least 0")
+        raise _InvalidHeader(f"data_offsets {_short(offsets)} are not two integers >= 0")
     start, stop = offsets
     if (size := num_bytes(code, tuple(shape))) != stop - start:
-        raise _Broken(
-            f"{code}{_short(shape)} takes {size} bytes, data_offsets "
+        raise _InvalidHeader(
+            f"{code}{_short(shape)} needs {size} bytes, data_offsets "
             f"{_short(offsets)} give {_short(stop - start)}"
         )
     return Entry(code, tuple(shape), begin + start, begin + stop)
 
 
 def _naturals(values: Any) -> bool:
-    """A list of whole numbers from 0 to 2^64 - 1; True is no number."""
+    """Whether `values` is a list of integers from 0 to 2^64 - 1 (booleans do not count)."""
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**64 for n in values)
 
 
-def _check_places(tensors: dict[str, Entry], begin: int, size: int) -> None:
-    place = begin
+def _check_offsets(tensors: dict[str, Entry], begin: int, size: int) -> None:
+    offset = begin
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.stop > size:
-            raise _Broken(
-                f"tensor {_short(name)} ends at byte {entry.stop}, the file at {size}; cut short?"
+            raise _InvalidHeader(
+                f"tensor {_short(name)} ends at byte {entry.stop}, the file at {size}; truncated?"
             )
-        if entry.start != place:
-            what = "overlaps the one before it" if entry.start < place else "leaves a hole before"
-            raise _Broken(f"tensor {_short(name)} {what}")
-        place = entry.stop
-    if place != size:
-        raise _Broken(f"{size - place} bytes follow the last tensor")
+        if entry.start != offset:
+            overlaps = entry.start < offset
+            what = "overlaps the one before it" if overlaps else "leaves a gap before it"
+            raise _InvalidHeader(f"tensor {_short(name)} {what}")
+        offset = entry.stop
+    if offset != size:
+        raise _InvalidHeader(f"{size - offset} bytes follow the last tensor")
 
 
-def _short(value: Any, most: int = 60) -> str:
-    """A value on one line, whatever a file says it is."""
+def _short(value: Any, max_length: int = 60) -> str:
+    """Format any value of a header on one line."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # Whole numbers of thousands of digits; deep lists.
+    except (ValueError, RecursionError):  # integers of thousands of digits; deeply nested lists
         return "(too long to show)"
     text = text.encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."

@@ -1,4 +1,4 @@
-"""Writes safetensors files so that a reader never sees half of one."""
+"""Write safetensors files atomically: a reader never sees a partial file."""
 
 from __future__ import annotations
 
@@ -26,41 +26,42 @@ def write_tensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one safetensors file: beside its place, flushed to the disk, then renamed.
+    """Write one safetensors file: to a temporary file, flushed to disk, then renamed.
 
     Args:
-        path: Where; an existing file is replaced.
-        tensors: Name -> array of any shape; bfloat16 is ml_dtypes'.
-        metadata: Free text for the header.
+      path: the file; an existing file is replaced
+      tensors: name -> array of any shape; bfloat16 is that of ml_dtypes
+      metadata: text for the header's `__metadata__`
 
     Raises:
-        UserError: The file cannot be written (it names the path and the reason).
+      UserError: the file cannot be written; the message names the path and the reason
     """
     path = Path(path)
-    # Not ascontiguousarray, which gives a scalar an axis.
-    whole = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
-    # A kill leaves the file beside: it must not look like a model's.
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # np.ascontiguousarray would add an axis to a scalar.
+    contiguous = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+    # A kill leaves the temporary file behind: its name must not look like a model file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
-        with replacing(path, beside):
-            mode = beside.stat().st_mode
+        with replacing(path, temporary):
+            mode = temporary.stat().st_mode
             try:
-                save_file(whole, beside, metadata={"format": "pt", **(metadata or {})})
-            except SafetensorError as error:  # How the library reports a full disk.
-                raise UserError(f"{path}: cannot be written ({error}).") from None
-            set_mode(beside, stat.S_IMODE(mode))  # The library's files are for their owner alone.
+                save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+            except SafetensorError as error:  # The library reports a full disk this way.
+                raise UserError(f"{path}: cannot be written ({error})") from None
+            # The library creates files that only their owner can read.
+            set_mode(temporary, stat.S_IMODE(mode))
         flush_path(path.parent)
 
 
 def write_directory_tensors(
     directory: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes ``model.safetensors``, or shards and their index where one file would be too large.
+    """Write `model.safetensors`, or shards and their index if one file would be too large.
 
     Args:
-        directory: An existing directory.
-        tensors: Name -> array.
-        max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
+      directory: an existing directory
+      tensors: name -> array
+      max_shard_bytes: maximum bytes of tensors per file; a larger tensor gets a separate file
     """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -73,58 +74,56 @@ def write_directory_tensors(
     if len(shards) == 1:
         write_tensors(directory / SINGLE, shards[0])
         return
-    places = {}
+    weight_map = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(directory / file, shard)
-        places.update(dict.fromkeys(shard, file))
+        weight_map.update(dict.fromkeys(shard, file))
     total = sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_indented_json(directory / INDEX, index)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file and flushes it to the disk; half surrogate pairs as JSON's escapes."""
-    with explained(path), replacing(path) as beside:
-        beside.write_bytes(text.encode("utf-8", "backslashreplace"))
+    """Write a text file and flush it to disk; lone surrogates become JSON escapes."""
+    with explained(path), replacing(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_indented_json(path: Path, value: object) -> None:
-    """Writes JSON, indented, with a last newline."""
+    """Write indented JSON that ends with a newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-# A safetensors file that is written piece by piece, from any thread.
-
 _BLOCK = 2**20
-_SYNC = 2**28  # So that the disk writes while the rest is computed.
+_SYNC = 2**28  # bytes between flushes, so that the disk writes while the rest is computed
 
 
 class ShardWriter:
-    """Writes one file: its header at once, its tensors in pieces and in any order.
+    """Write one safetensors file: the header first, then the tensors in pieces, in any order.
 
-    The digest is taken while the file is written: CRC-32 of each piece as it passes by, SHA-256 of
-    the written prefix, on a thread of its own. Widest numbers come first, so that every tensor is
-    aligned.
+    Pieces may come from any thread. The checksum is computed while the file is written: CRC-32 of
+    each piece when it is written, or SHA-256 of the written prefix on a separate thread. Tensors
+    are stored by decreasing element size, so that every tensor is aligned.
 
     Args:
-        path: The file; it is replaced. Give it a name of its own and rename it when finished.
-        tensors: Name -> dtype code and shape.
-        metadata: Free text for the header.
-        digest: One of `digests.KINDS`.
+      path: the file; it is replaced. Use a temporary name, and rename the file when it is finished.
+      tensors: name -> dtype code and shape
+      metadata: text for the header's `__metadata__`
+      checksum: one of `checksums.KINDS`
 
     Raises:
-        UserError: The file cannot be written; it names the path and the reason.
+      UserError: the file cannot be written; the message names the path and the reason
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "w.safetensors"
-        >>> file = ShardWriter(path, {"w": ("F32", (2, 2))})
-        >>> file.write("w", 2, np.ones(2, np.float32)); file.write("w", 0, np.zeros(2, np.float32))
-        >>> digest = file.finish()
-        >>> from modelstock_jax.tensor_files.reader import TensorFiles
-        >>> TensorFiles(path)["w"].tolist()
-        [[0.0, 0.0], [1.0, 1.0]]
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "w.safetensors"
+      >>> file = ShardWriter(path, {"w": ("F32", (2, 2))})
+      >>> file.write("w", 2, np.ones(2, np.float32)); file.write("w", 0, np.zeros(2, np.float32))
+      >>> checksum = file.finish()
+      >>> from modelstock_jax.tensor_files.reader import TensorFiles
+      >>> TensorFiles(path)["w"].tolist()
+      [[0.0, 0.0], [1.0, 1.0]]
     """
 
     def __init__(
@@ -136,16 +135,16 @@ class ShardWriter:
     ):
         self.path = Path(path)
         self._codes = {name: code for name, (code, _) in tensors.items()}
-        header, self._places = header_layout(tensors, metadata)
-        self.size = max((stop for _, stop in self._places.values()), default=len(header))
-        self._pieces: dict[int, int] = {}  # written [start, stop) beyond the prefix
+        header, self._offsets = header_layout(tensors, metadata)
+        self.size = max((stop for _, stop in self._offsets.values()), default=len(header))
+        self._pieces: dict[int, int] = {}  # written ranges [start, stop) after the prefix
         self._prefix = 0
         self._error: OSError | None = None
         self._changed = threading.Condition()
         self._closing = False
         with explained(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._sum = RangeChecksum(self.size) if checksum == "crc32" else None
+        self._crc32 = RangeChecksum(self.size) if checksum == "crc32" else None
         self._sha256 = hashlib.sha256()
         self._follower = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._follower.start()
@@ -156,27 +155,27 @@ class ShardWriter:
             raise
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Writes elements [start, start + len(values)) of a flattened tensor; thread-safe.
+        """Write elements [start, start + len(values)) of a flattened tensor. Thread-safe.
 
         Args:
-            name: Of the tensor.
-            start: Index of the first element.
-            values: [n], of the file's dtype (or its bits, as whole numbers of that width).
+          name: name of the tensor
+          start: index of the first element
+          values: [n], of the file's dtype (or its bits as integers of the same width)
         """
         width = BITS[self._codes[name]] // 8
         if values.itemsize != width or values.ndim != 1:
             raise ValueError(f"{name}: {self._codes[name]} expected, not {values.dtype}")
-        begin, stop = self._places[name]
-        place = begin + start * width
-        if place < begin or place + values.nbytes > stop:
-            raise ValueError(f"{name}: elements {start} to {start + len(values)} lie outside of it")
-        self._put(place, np.ascontiguousarray(values).view(np.uint8).data)
+        begin, stop = self._offsets[name]
+        offset = begin + start * width
+        if offset < begin or offset + values.nbytes > stop:
+            raise ValueError(f"{name}: elements {start} to {start + len(values)} are out of range")
+        self._put(offset, np.ascontiguousarray(values).view(np.uint8).data)
 
     def finish(self) -> str:
-        """Flushes the file to the disk; every element must have been written.
+        """Flush the file to disk and close it; every element must have been written.
 
         Returns:
-            The file's digest, hexadecimal digits.
+          the checksum of the file, hexadecimal digits
         """
         with self._changed:
             missing = self._error is None and self._prefix != self.size
@@ -190,10 +189,10 @@ class ShardWriter:
                 flush(self._file)
         finally:
             os.close(self._file)
-        return self._sha256.hexdigest() if self._sum is None else self._sum.hexdigest()
+        return self._sha256.hexdigest() if self._crc32 is None else self._crc32.hexdigest()
 
     def abandon(self) -> None:
-        """Closes and removes the file."""
+        """Close and remove the file."""
         self._stop()
         os.close(self._file)
         self.path.unlink(missing_ok=True)
@@ -204,14 +203,14 @@ class ShardWriter:
             self._changed.notify_all()
         self._follower.join()
 
-    def _put(self, place: int, data: memoryview) -> None:
-        start, stop = place, place + len(data)
-        if self._sum is not None:
-            self._sum.update(place, data)
+    def _put(self, offset: int, data: memoryview) -> None:
+        start, stop = offset, offset + len(data)
+        if self._crc32 is not None:
+            self._crc32.update(offset, data)
         with explained(self.path):
             while data:
-                count = os.pwrite(self._file, data, place)
-                place, data = place + count, data[count:]
+                count = os.pwrite(self._file, data, offset)
+                offset, data = offset + count, data[count:]
         with self._changed:
             if stop > start:
                 self._pieces[start] = stop
@@ -220,16 +219,16 @@ class ShardWriter:
             self._changed.notify_all()
 
     def _follow(self) -> None:
-        """Goes after the written prefix: sends it to the disk, hashes it if asked."""
+        """Flush the written prefix to disk as it grows, and hash it for SHA-256."""
         done, synced = 0, 0
-        step = _BLOCK if self._sum is None else _SYNC
+        step = _BLOCK if self._crc32 is None else _SYNC
         try:
             while True:
                 with self._changed:
                     while not self._closing and self._prefix - done < step:
                         self._changed.wait()
                     ready, closing = self._prefix, self._closing
-                if self._sum is None:
+                if self._crc32 is None:
                     self._hash(done, ready)
                 if not closing and ready - synced >= _SYNC:
                     flush(self._file, data_only=True)
@@ -245,7 +244,7 @@ class ShardWriter:
         while start < stop:
             count = os.preadv(self._file, [block[: min(_BLOCK, stop - start)]], start)
             if not count:
-                raise OSError(errno.EIO, "was cut short meanwhile")
+                raise OSError(errno.EIO, "was truncated while it was written")
             self._sha256.update(block[:count])
             start += count
 
@@ -253,22 +252,22 @@ class ShardWriter:
 def header_layout(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header of a file, and each tensor's bytes [start, stop) in it.
+    """Return the header of a file and the bytes [start, stop) of each tensor in the file.
 
     Example:
-        >>> header, places = header_layout({"b": ("U8", (3,)), "w": ("F32", (2,))})
-        >>> len(header) % 8, places["b"][0] - places["w"][0]
-        (0, 8)
+      >>> header, offsets = header_layout({"b": ("U8", (3,)), "w": ("F32", (2,))})
+      >>> len(header) % 8, offsets["b"][0] - offsets["w"][0]
+      (0, 8)
     """
     order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name))
     top: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offsets, place = {}, 0
+    offsets, offset = {}, 0
     for name in order:
         code, shape = tensors[name]
-        stop = place + num_bytes(code, tuple(shape))
-        offsets[name] = (place, stop)
-        top[name] = {"dtype": code, "shape": list(shape), "data_offsets": [place, stop]}
-        place = stop
+        stop = offset + num_bytes(code, tuple(shape))
+        offsets[name] = (offset, stop)
+        top[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps(top, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text

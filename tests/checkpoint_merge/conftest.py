@@ -1,3 +1,3 @@
-"""The fixture `say`, for all tests of the command line that do not have their own."""
+"""The fixture `say`, for all command-line tests that do not define another one."""
 
 from tests.checkpoint_merge.typed import say  # noqa: F401

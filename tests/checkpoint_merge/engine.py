@@ -1,4 +1,4 @@
-"""Runs of the engine on models given as arrays, and what float64 NumPy says of them."""
+"""Merges of models that are given as arrays, and their float64 NumPy reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelstock_jax.tensor_files.writer import write_directory_tensors
 
 Model = Mapping[str, np.ndarray]
 
-# Names and shapes in PyTorch's layout: an embedding, attention with grouped queries, a convolution,
+# Names and shapes in PyTorch's layout: an embedding, grouped-query attention, a convolution,
 # one-dimensional tensors and a scalar.
 SHAPES = {
     "model.embed_tokens.weight": (40, 16),
@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def models(shapes=SHAPES, number=2, dtype=np.float32, size=0.1, seed=0) -> list[Model]:
-    """A base and fine-tunes whose task vectors have cosines of about a half."""
+    """A base and fine-tunes whose task vectors have pairwise cosines of about 0.5."""
     rng = np.random.default_rng(seed)
     base = {n: np.asarray(rng.standard_normal(s)).astype(dtype) for n, s in shapes.items()}
     common = {n: rng.standard_normal(s) for n, s in shapes.items()}
@@ -58,30 +58,33 @@ def models(shapes=SHAPES, number=2, dtype=np.float32, size=0.1, seed=0) -> list[
 
 
 def save(
-    root: Path, given: Sequence[Model], configs: Sequence[Mapping] | None = None, shard: int = 10**9
+    root: Path,
+    inputs: Sequence[Model],
+    configs: Sequence[Mapping] | None = None,
+    shard: int = 10**9,
 ) -> list[Path]:
-    """Writes `base`, `ft1`, ... with a config each."""
-    places = []
-    for i, model in enumerate(given):
-        place = root / (f"ft{i}" if i else "base")
-        place.mkdir(parents=True, exist_ok=True)
-        write_directory_tensors(place, model, shard)
+    """Write `base`, `ft1`, ..., each with a config."""
+    paths = []
+    for i, model in enumerate(inputs):
+        path = root / (f"ft{i}" if i else "base")
+        path.mkdir(parents=True, exist_ok=True)
+        write_directory_tensors(path, model, shard)
         config = {"model_type": "llama"} if configs is None else configs[i]
-        (place / "config.json").write_text(json.dumps(config))
-        places.append(place)
-    return places
+        (path / "config.json").write_text(json.dumps(config))
+        paths.append(path)
+    return paths
 
 
-def plan(places: Sequence[Path], **options) -> Plan:
-    base = open_source(str(places[0]))
-    return make_plan(base, [open_source(str(p), base) for p in places[1:]], Options(**options))
+def plan(paths: Sequence[Path], **options) -> Plan:
+    base = open_source(str(paths[0]))
+    return make_plan(base, [open_source(str(p), base) for p in paths[1:]], Options(**options))
 
 
 def merge(
-    root: Path, given: Sequence[Model], out="out", **options
+    root: Path, inputs: Sequence[Model], out="out", **options
 ) -> tuple[TensorFiles, MergeResult]:
-    """Saves models, merges them, and opens the result."""
-    report = run(plan(save(root, given), **options), root / out)
+    """Save models, merge them, and open the result."""
+    report = run(plan(save(root, inputs), **options), root / out)
     return TensorFiles(root / out), report
 
 
@@ -89,14 +92,14 @@ def numbers(tensor: np.ndarray) -> np.ndarray:
     return np.asarray(tensor).astype(np.float64)
 
 
-def deltas(given: Sequence[Model], name: str) -> np.ndarray:
+def deltas(inputs: Sequence[Model], name: str) -> np.ndarray:
     """[N, n], float64."""
-    base = numbers(given[0][name]).reshape(-1)
-    return np.stack([numbers(model[name]).reshape(-1) - base for model in given[1:]])
+    base = numbers(inputs[0][name]).reshape(-1)
+    return np.stack([numbers(model[name]).reshape(-1) - base for model in inputs[1:]])
 
 
 def stock_ratio(d: np.ndarray) -> float:
-    """Equation 3 on task vectors [N, n]."""
+    """Return the ratio of equation 3 for task vectors [N, n]."""
     number = len(d)
     lengths = np.sqrt((d**2).sum(axis=1))
     cosine = np.mean(
@@ -106,12 +109,12 @@ def stock_ratio(d: np.ndarray) -> float:
 
 
 def rounding(dtype, *values: np.ndarray) -> np.ndarray:
-    """One unit in the last place of the largest of some values, in a dtype."""
+    """Return one unit in the last place of the maximum absolute value, in a dtype."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype)
-    largest = np.max([np.abs(v) for v in np.broadcast_arrays(*values)], axis=0)
-    exponent = np.floor(np.log2(np.maximum(largest, float(info.smallest_normal))))
+    maximum = np.max([np.abs(v) for v in np.broadcast_arrays(*values)], axis=0)
+    exponent = np.floor(np.log2(np.maximum(maximum, float(info.smallest_normal))))
     return 2.0 ** (exponent - info.nmant)
 
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk: Llama-shaped, CLIP-shaped, and LoRA adapters."""
+"""Tiny checkpoints on disk: Llama-shaped models and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LLAMA = {
 
 
 def llama_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes as transformers' LlamaForCausalLM saves them."""
+    """Names and shapes that LlamaForCausalLM of transformers saves."""
     width, middle, rows = 16, 24, 20
     shapes = {"model.embed_tokens.weight": (rows, width), "model.norm.weight": (width,)}
     for i in range(LLAMA["num_hidden_layers"]):
@@ -57,7 +57,7 @@ def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, n
 
 
 def moved(base: Mapping[str, np.ndarray], seed: int, cosine: float = 0.5) -> dict[str, np.ndarray]:
-    """A fine-tune: the base, a movement that all seeds share, and one of its own."""
+    """A fine-tune: the base plus an update that all seeds share and an update of this seed."""
     common, own = np.random.default_rng(99), np.random.default_rng(seed)
     return {
         name: (w + 0.05 * (cosine**0.5 * common.standard_normal(w.shape)
@@ -72,7 +72,7 @@ def save(
     config: Mapping | None = None,
     max_shard_bytes: int = 10**9,
 ) -> Path:
-    """Writes a checkpoint with a config, a tokenizer's files, and a pickle and code to ignore."""
+    """Write a checkpoint with a config, tokenizer files, and a pickle and code to be ignored."""
     directory.mkdir(parents=True, exist_ok=True)
     write_directory_tensors(directory, tensors, max_shard_bytes)
     if config is not None:
@@ -88,7 +88,7 @@ def save(
 
 
 def llama(root: Path, count: int = 2) -> list[Path]:
-    """A base and its fine-tunes, in directories `base`, `ft1`, ..."""
+    """A base and its fine-tunes, in directories `base`, `ft1`, ...."""
     base = weights(llama_shapes())
     models = [base, *(moved(base, seed) for seed in range(1, count + 1))]
     return [
@@ -97,7 +97,7 @@ def llama(root: Path, count: int = 2) -> list[Path]:
 
 
 def adapter(directory: Path, tensors: Mapping[str, np.ndarray], **config) -> Path:
-    """Writes an adapter as PEFT does."""
+    """Write an adapter as PEFT does."""
     directory.mkdir(parents=True, exist_ok=True)
     defaults = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": "base"}
     (directory / "adapter_config.json").write_text(json.dumps(defaults | config))
@@ -106,7 +106,7 @@ def adapter(directory: Path, tensors: Mapping[str, np.ndarray], **config) -> Pat
 
 
 def factors(module: str, out: int, inner: int, rank: int = 3, seed: int = 0) -> dict:
-    """LoRA factors of one linear module, by PEFT's names."""
+    """LoRA factors of one linear module, with PEFT's names."""
     rng = np.random.default_rng(seed)
     start = f"base_model.model.{module}"
     return {

@@ -1,4 +1,4 @@
-"""Pipelines, sentence-transformers and single components: merged part by part, in one plan."""
+"""Pipelines, sentence-transformers and single components: all components in one plan."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PARTS = {"unet": UNET, "text_encoder": TEXT, "vae": VAE}
 
 
 def pipelines(root: Path) -> list[Path]:
-    """A base and two fine-tunes; their VAEs are equal, as training leaves them."""
+    """A base and two fine-tunes with equal VAEs, which training does not change."""
     base = {part: weights(shapes) for part, shapes in PARTS.items()}
     paths = []
     for i, name in enumerate(("base", "ft1", "ft2")):
@@ -89,15 +89,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in files(directory)}
 
 
-MADE = {"merge_report.json", "README.md", "angles.png"}
+GENERATED = {"merge_report.json", "README.md", "angles.png"}
 
 
-def test_a_pipeline(say, tmp_path):
+def test_pipeline(say, tmp_path):
     paths, out = pipelines(tmp_path), tmp_path / "out"
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 0, said.err
-    # Not the checkpoint of another format at the top, which some pipelines keep there as well.
-    assert files(out) == {*COPIED, *FILES.values(), *MADE}
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 0, result.err
+    # Not the checkpoint in another format that some pipelines store in the top folder.
+    assert files(out) == {*COPIED, *FILES.values(), *GENERATED}
     for name in COPIED:
         assert (out / name).read_bytes() == (paths[0] / name).read_bytes()
     for part in PARTS:
@@ -105,12 +105,12 @@ def test_a_pipeline(say, tmp_path):
         merged = tensors(out / FILES[part])
         assert merged.keys() == PARTS[part].keys()
         for name, value in merged.items():
-            wanted = (
+            expected = (
                 models[0][name]
                 if part == "vae"
                 else stock(*(model[name] for model in models)).astype(np.float32)
             )
-            np.testing.assert_array_max_ulp(value, wanted, maxulp=1)
+            np.testing.assert_array_max_ulp(value, expected, maxulp=1)
     report = load(out / "merge_report.json")
     assert {row["name"].partition("/")[0] for row in report["units"]} == PARTS.keys()
     assert set(report["outputs"]) == set(FILES.values())
@@ -130,7 +130,7 @@ def test_one_component_of_a_pipeline(say, tmp_path, pattern):
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_component_alone_keeps_the_name_of_its_file(say, tmp_path, shards):
+def test_single_component_keeps_its_file_name(say, tmp_path, shards):
     base = weights(UNET)
     paths = trio(
         tmp_path,
@@ -143,14 +143,14 @@ def test_a_component_alone_keeps_the_name_of_its_file(say, tmp_path, shards):
         say("merge", *paths, "--out", out, *(["--max-shard-size", "1KB"] if shards else [])).status
         == 0
     )
-    found = {name for name in files(out) if "safetensors" in name}
+    written = {name for name in files(out) if "safetensors" in name}
     if shards:
         index = "diffusion_pytorch_model.safetensors.index.json"
-        assert index in found and len(found) > 2
+        assert index in written and len(written) > 2
         assert set(load(out / index)["weight_map"]) == base.keys()
-        assert all(name.startswith("diffusion_pytorch_model-0000") for name in found - {index})
+        assert all(name.startswith("diffusion_pytorch_model-0000") for name in written - {index})
     else:
-        assert found == {"diffusion_pytorch_model.safetensors"}
+        assert written == {"diffusion_pytorch_model.safetensors"}
     assert tensors(out).keys() == base.keys()
 
 
@@ -162,7 +162,7 @@ def test_a_component_alone_keeps_the_name_of_its_file(say, tmp_path, shards):
         ("sd_xl_base_1.0", "sd_xl_base_1.0.safetensors.index.json"),
     ],
 )
-def test_the_index_of_a_variant_is_named_as_libraries_look_for_it(say, tmp_path, stem, index):
+def test_index_name_of_a_variant(say, tmp_path, stem, index):
     paths = trio(tmp_path, shapes=UNET, file=f"{stem}.safetensors")
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--max-shard-size", "1KB").status == 0
@@ -174,14 +174,14 @@ def test_the_index_of_a_variant_is_named_as_libraries_look_for_it(say, tmp_path,
 def test_components_in_shards(say, tmp_path):
     paths, out = pipelines(tmp_path), tmp_path / "out"
     for path in paths:
-        whole = tensors(path / FILES["unet"])
+        unet = tensors(path / FILES["unet"])
         (path / FILES["unet"]).unlink()
-        write_directory_tensors(path / "unet", whole, 400)
+        write_directory_tensors(path / "unet", unet, 400)
     assert say("merge", *paths, "--out", out, "--max-shard-size", "400B").status == 0
     for part, shapes in PARTS.items():
-        found = tensors(out / part)
-        assert found.keys() == shapes.keys()
-    # In the base the files are named as write_directory_tensors names them: model-00001-of-...
+        merged = tensors(out / part)
+        assert merged.keys() == shapes.keys()
+    # In the base, the files have the names of write_directory_tensors: model-00001-of-...
     index = load(out / "unet/model.safetensors.index.json")
     assert all("/" not in file for file in index["weight_map"].values())
     assert not any("/" in name for name in index["weight_map"])
@@ -191,14 +191,14 @@ class _Killed(BaseException):
     pass
 
 
-def test_a_pipeline_resumes_after_a_kill(tmp_path, monkeypatch):
+def test_pipeline_resumes_after_a_kill(tmp_path, monkeypatch):
     paths = pipelines(tmp_path)
     base = open_source(str(paths[0]))
     plan = make_plan(
         base, [open_source(str(p)) for p in paths[1:]], Options(threads=1, max_shard_bytes=600)
     )
     assert len(plan.files) > 3
-    run(plan, tmp_path / "whole")
+    run(plan, tmp_path / "uninterrupted")
     finish, done = output.Output._finish, []
 
     def stop(self, file, writer):
@@ -211,43 +211,43 @@ def test_a_pipeline_resumes_after_a_kill(tmp_path, monkeypatch):
         patch.setattr(output.Output, "_finish", stop)
         with pytest.raises(_Killed):
             run(plan, tmp_path / "out")
-    (place,) = [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
-    assert {name for name in files(place) if "safetensors" in name} == set(done)
+    (staging,) = [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
+    assert {name for name in files(staging) if "safetensors" in name} == set(done)
     report = run(plan, tmp_path / "out")
     assert report.resumed == tuple(sorted(done))
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "uninterrupted")
 
 
-def test_overwrite_leaves_nothing_of_the_old_directory(say, tmp_path):
+def test_overwrite_removes_all_files_of_the_old_directory(say, tmp_path):
     paths, out = pipelines(tmp_path), tmp_path / "out"
     write(out, {"old/model.safetensors": {"w": np.ones(2)}, "unet/old.json": {}})
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 1 and "--overwrite" in said.err
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 1 and "--overwrite" in result.err
     assert say("merge", *paths, "--out", out, "--overwrite").status == 0
-    assert files(out) == {*COPIED, *FILES.values(), *MADE}
+    assert files(out) == {*COPIED, *FILES.values(), *GENERATED}
 
 
-def test_a_pipeline_and_one_component(say, tmp_path):
+def test_error_for_a_pipeline_and_one_component(say, tmp_path):
     paths = pipelines(tmp_path)
     units = [path / "unet" for path in paths]
-    said = say("merge", paths[0], *units[1:], "--out", tmp_path / "out")
-    assert said.status == 1 and said.err.count("\n") == 1
-    assert f" {paths[0] / 'unet'} " in said.err
-    said = say("merge", units[0], *paths[1:], "--out", tmp_path / "out")
-    assert said.status == 1
-    assert f" {paths[1] / 'unet'} " in said.err
+    result = say("merge", paths[0], *units[1:], "--out", tmp_path / "out")
+    assert result.status == 1 and result.err.count("\n") == 1
+    assert f" {paths[0] / 'unet'} " in result.err
+    result = say("merge", units[0], *paths[1:], "--out", tmp_path / "out")
+    assert result.status == 1
+    assert f" {paths[1] / 'unet'} " in result.err
     assert say("merge", *units, "--out", tmp_path / "out").status == 0
 
 
-def test_a_fine_tune_without_some_components(say, tmp_path):
-    """Training saves the components that it trained: `--missing base` takes the others."""
+def test_fine_tune_without_some_components(say, tmp_path):
+    """Training may save only trained components: `--missing-tensors base` copies the others."""
     paths = pipelines(tmp_path)
     for path in paths[1:]:
         (path / FILES["vae"]).unlink()
         (path / "vae/config.json").unlink()
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "vae/encoder.conv_in.weight" in said.err
-    assert "--missing base" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "vae/encoder.conv_in.weight" in result.err
+    assert "--missing-tensors base" in result.err
     out = tmp_path / "out"
     assert say("merge", *paths, "--out", out, "--missing-tensors", "base").status == 0
     np.testing.assert_array_equal(
@@ -257,22 +257,22 @@ def test_a_fine_tune_without_some_components(say, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["bin", "msgpack", "onnx", "h5", "ckpt"])
-def test_a_component_in_another_format_is_named(say, tmp_path, suffix):
-    """Left out without a word it would be missing in the merged pipeline."""
+def test_error_names_a_component_in_another_format(say, tmp_path, suffix):
+    """Without an error, the component would be missing from the merged pipeline."""
     paths = pipelines(tmp_path)
     for path in paths:
         (path / FILES["vae"]).unlink()
         (path / f"vae/model.{suffix}").write_bytes(b"\x80\x04")
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and str(paths[0] / "vae") in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and str(paths[0] / "vae") in result.err
 
 
 @pytest.mark.parametrize("name", ["../base", "/etc"])
-def test_an_index_that_leads_out_of_the_directory(say, tmp_path, name):
+def test_error_for_an_index_with_a_folder_outside_of_the_directory(say, tmp_path, name):
     paths = pipelines(tmp_path)
     write(paths[0], {"model_index.json": INDEX | {name: ["a", "b"]}})
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and f"{paths[0]}: {name!r}" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and f"{paths[0]}: {name!r}" in result.err
 
 
 SENTENCES = {
@@ -284,7 +284,7 @@ DENSE = {"linear.weight": (2, 4), "linear.bias": (2,)}
 
 
 def sentence_transformers(root: Path, folder: str) -> list[Path]:
-    """The encoder at the top, or in a folder; pooling, and a dense layer with weights."""
+    """Models with the encoder in `folder`, pooling, and a dense layer with weights."""
     kinds = {
         folder: "Transformer",
         "1_Pooling": "Pooling",
@@ -296,7 +296,7 @@ def sentence_transformers(root: Path, folder: str) -> list[Path]:
         for i, (path, kind) in enumerate(kinds.items())
     ]
     prefix = f"{folder}/" if folder else ""
-    own = {
+    extra = {
         "modules.json": modules,
         f"{prefix}config.json": {"model_type": "bert"},
         f"{prefix}tokenizer.json": {},
@@ -304,7 +304,7 @@ def sentence_transformers(root: Path, folder: str) -> list[Path]:
         f"{prefix}sentence_bert_config.json": {"max_seq_length": 8},
         **SENTENCES,
     }
-    paths = trio(root, own, shapes=TEXT, file=f"{prefix}model.safetensors")
+    paths = trio(root, extra, shapes=TEXT, file=f"{prefix}model.safetensors")
     base = weights(DENSE)
     for i, path in enumerate(paths):
         write(path, {"2_Dense/model.safetensors": weights(DENSE, i, base) if i else base})
@@ -313,23 +313,23 @@ def sentence_transformers(root: Path, folder: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("folder", ["", "0_Transformer"])
-def test_a_sentence_transformer(say, tmp_path, folder):
+def test_sentence_transformer(say, tmp_path, folder):
     paths, out = sentence_transformers(tmp_path, folder), tmp_path / "out"
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 0, said.err
-    assert files(out) == files(paths[0]) | MADE
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 0, result.err
+    assert files(out) == files(paths[0]) | GENERATED
     for part, shapes in ((folder, TEXT), ("2_Dense", DENSE)):
         models = [tensors(path / part / "model.safetensors") for path in paths]
         merged = tensors(out / part / "model.safetensors")
         assert merged.keys() == shapes.keys()
         for name, value in merged.items():
-            wanted = stock(*(model[name] for model in models)).astype(np.float32)
-            np.testing.assert_array_max_ulp(value, wanted, maxulp=1)
+            expected = stock(*(model[name] for model in models)).astype(np.float32)
+            np.testing.assert_array_max_ulp(value, expected, maxulp=1)
     for name in files(paths[0]):
         if not name.endswith(".safetensors"):
             assert (out / name).read_bytes() == (paths[0] / name).read_bytes()
     assert 'library_name: "sentence-transformers"' in (out / "README.md").read_text()
-    # Patterns name a module's tensors with its folder in front.
+    # Patterns match the tensors of a module with its folder as prefix.
     out = tmp_path / "dense"
     assert say("merge", *paths, "--out", out, "--include", "2_Dense/*").status == 0
     name = next(iter(TEXT))
@@ -340,7 +340,7 @@ def test_a_sentence_transformer(say, tmp_path, folder):
 
 
 def plain_base(root: Path, folder: str, dense: bool) -> list[Path]:
-    """Fine-tunes that sentence-transformers saved, and their base as transformers saves it."""
+    """Fine-tunes saved by sentence-transformers, and their base saved by transformers."""
     paths = sentence_transformers(root, folder)
     if not dense:
         for path in paths[1:]:
@@ -358,77 +358,77 @@ def plain_base(root: Path, folder: str, dense: bool) -> list[Path]:
 
 
 def test_sentence_transformers_of_a_plain_base(say, tmp_path):
-    """Their pooling is lost only where that is asked for."""
+    """The pooling is dropped only with `--config-from base`."""
     paths = plain_base(tmp_path, "", dense=False)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "modules.json, 1_Pooling" in said.err
-    assert "--config-from model:1" in said.err and "--config-from base" in said.err
-    out = tmp_path / "theirs"
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "modules.json, 1_Pooling" in result.err
+    assert "--config-from model:1" in result.err and "--config-from base" in result.err
+    out = tmp_path / "from_model"
     assert say("merge", *paths, "--out", out, "--config-from", "model:1").status == 0
-    assert files(out) == files(paths[1]) | MADE
+    assert files(out) == files(paths[1]) | GENERATED
     out = tmp_path / "plain_out"
     assert say("merge", *paths, "--out", out, "--config-from", "base").status == 0
-    assert files(out) == files(paths[0]) | MADE
+    assert files(out) == files(paths[0]) | GENERATED
     assert say("compare", *paths).status == 0
 
 
-def test_a_dense_module_of_fine_tunes_of_a_plain_base(say, tmp_path):
+def test_dense_module_of_fine_tunes_of_a_plain_base(say, tmp_path):
     paths, out = plain_base(tmp_path, "", dense=True), tmp_path / "out"
-    said = say("merge", *paths, "--out", out)
-    assert said.status == 1 and "2_Dense/linear.weight" in said.err
-    said = say("merge", *paths, "--out", out, "--head", "finetuned")
-    assert said.status == 0, said.err
-    assert any("2_Dense" in note and "model:1" in note for note in said.notes)
-    assert files(out) == files(paths[1]) | MADE
+    result = say("merge", *paths, "--out", out)
+    assert result.status == 1 and "2_Dense/linear.weight" in result.err
+    result = say("merge", *paths, "--out", out, "--head", "finetuned")
+    assert result.status == 0, result.err
+    assert any("2_Dense" in note and "model:1" in note for note in result.notes)
+    assert files(out) == files(paths[1]) | GENERATED
     for name in ("modules.json", "2_Dense/config.json", "1_Pooling/config.json"):
         assert (out / name).read_bytes() == (paths[1] / name).read_bytes()
-    # Half of it opens nowhere: neither its tensors without modules.json, nor the other way round.
+    # Tensors without modules.json, or modules.json without tensors, cannot be opened.
     for options in (
         ("--head", "finetuned", "--config-from", "base"),
         ("--missing-tensors", "base", "--config-from", "model:1"),
     ):
-        said = say("merge", *paths, "--out", tmp_path / "no", *options)
-        assert said.status == 1 and "2_Dense" in said.err, said.err
-        assert " ".join(options[2:]) in said.err
+        result = say("merge", *paths, "--out", tmp_path / "no", *options)
+        assert result.status == 1 and "2_Dense" in result.err, result.err
+        assert " ".join(options[2:]) in result.err
 
 
-def test_a_plain_base_of_an_encoder_in_a_folder(say, tmp_path):
-    """Its tensors are written at the top, where the fine-tunes' modules.json has none."""
+def test_plain_base_of_an_encoder_in_a_folder(say, tmp_path):
+    """Its tensors are written to the top folder, which modules.json of the fine-tunes lacks."""
     paths = plain_base(tmp_path, "0_Transformer", dense=False)
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and "modules.json" in said.err and "model:1" not in said.err
-    said = say("merge", *paths, "--out", tmp_path / "out", "--config-from", "model:1")
-    assert said.status == 1 and "'0_Transformer'" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "modules.json" in result.err and "model:1" not in result.err
+    result = say("merge", *paths, "--out", tmp_path / "out", "--config-from", "model:1")
+    assert result.status == 1 and "'0_Transformer'" in result.err
     assert say("merge", *paths, "--out", tmp_path / "out", "--config-from", "base").status == 0
 
 
-def test_the_two_layouts_of_one_sentence_transformer(say, tmp_path):
+def test_two_layouts_of_one_sentence_transformer(say, tmp_path):
     old = sentence_transformers(tmp_path / "old", "0_Transformer")
     new = sentence_transformers(tmp_path / "new", "")
     for base, tuned in ((old[0], new[1:]), (new[0], old[1:])):
         out = base / "../out"
-        said = say("merge", base, *tuned, "--out", out)
-        assert said.status == 0, said.err
-        assert files(out) == files(base) | MADE
+        result = say("merge", base, *tuned, "--out", out)
+        assert result.status == 0, result.err
+        assert files(out) == files(base) | GENERATED
         say("merge", *(old if base is old[0] else new), "--out", base / "../same")
         for name in files(base):
             if name.endswith(".safetensors"):
                 assert (out / name).read_bytes() == (base / "../same" / name).read_bytes()
 
 
-def test_a_router_of_modules(say, tmp_path):
-    """Its folders are in its config, not in modules.json."""
+def test_router(say, tmp_path):
+    """The folders of a router are in its config, not in modules.json."""
     modules = [{"path": "", "type": "sentence_transformers.models.Router"}]
     kinds = {"query_0_Static": "x.Static", "document_0_Transformer": "x.Transformer"}
-    own = {
+    extra = {
         "modules.json": modules,
         "router_config.json": {"types": kinds},
         "query_0_Static/config.json": {},
         "document_0_Transformer/config.json": {},
     }
-    paths = trio(tmp_path, own, shapes=TEXT, file="document_0_Transformer/model.safetensors")
+    paths = trio(tmp_path, extra, shapes=TEXT, file="document_0_Transformer/model.safetensors")
     assert say("merge", *paths, "--out", tmp_path / "out").status == 0
-    assert files(tmp_path / "out") == files(paths[0]) | MADE
+    assert files(tmp_path / "out") == files(paths[0]) | GENERATED
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_a_router_of_modules(say, tmp_path):
         ("text_encoder", {"model_index.json": {"text_encoder": ["transformers", "CLIPTextModel"]}}),
     ],
 )
-def test_added_tokens_and_dtype_are_in_the_config_of_a_component(say, tmp_path, folder, index):
+def test_config_of_a_component_has_added_tokens_and_dtype(say, tmp_path, folder, index):
     name = "embeddings.word_embeddings.weight"
     config = {"model_type": "bert", "vocab_size": 6, "torch_dtype": "float32"}
     base = weights({name: (6, 4), "w": (4, 4)})
@@ -467,27 +467,27 @@ def test_added_tokens_and_dtype_are_in_the_config_of_a_component(say, tmp_path, 
             )
         )
     out = tmp_path / "out"
-    said = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest", "--dtype", "bf16")
-    assert said.status == 0, said.err
+    result = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest", "--dtype", "bf16")
+    assert result.status == 0, result.err
     assert tensors(out / folder)[name].shape == (8, 4)
-    made = load(out / folder / "config.json")
-    assert made == config | {"vocab_size": 8, "torch_dtype": "bfloat16"}
+    written = load(out / folder / "config.json")
+    assert written == config | {"vocab_size": 8, "torch_dtype": "bfloat16"}
     assert load(out / folder / "tokenizer.json") == {"t": 1}
 
 
-def test_every_quantized_component_loses_its_keys(say, tmp_path):
-    """And its dtype is that of its own weights: the third component is not quantized."""
+def test_quantization_keys_of_every_component_are_removed(say, tmp_path):
+    """The dtype in each config is that of the component; the third one is not quantized."""
     index = {"_class_name": "P", **{part: ["t", "T"] for part in ("a", "b", "vae")}}
     values = weights({"w.weight": (16, 8)})["w.weight"]
     paths = []
     for k in range(3):
-        moved = values + np.float32(0.05) * weights({"w": (16, 8)}, k + 1)["w"] * bool(k)
-        scale = np.float32(np.abs(moved).max() / 448)
+        tuned = values + np.float32(0.05) * weights({"w": (16, 8)}, k + 1)["w"] * bool(k)
+        scale = np.float32(np.abs(tuned).max() / 448)
         codes = {
-            "w.weight": (moved / scale).astype(ml_dtypes.float8_e4m3fn),
+            "w.weight": (tuned / scale).astype(ml_dtypes.float8_e4m3fn),
             "w.weight_scale": np.full((16, 1), scale),
         }
-        said = {"quantization_config": {"quant_method": "fp8"}}
+        entry = {"quantization_config": {"quant_method": "fp8"}}
         paths.append(
             write(
                 tmp_path / str(k),
@@ -495,34 +495,34 @@ def test_every_quantized_component_loses_its_keys(say, tmp_path):
                     "model_index.json": index,
                     "a/model.safetensors": codes,
                     "b/model.safetensors": codes,
-                    "vae/model.safetensors": {"w.weight": moved},
-                    "a/config.json": {"model_type": "t", "torch_dtype": "float8_e4m3fn", **said},
+                    "vae/model.safetensors": {"w.weight": tuned},
+                    "a/config.json": {"model_type": "t", "torch_dtype": "float8_e4m3fn", **entry},
                     "b/config.json": {
                         "_class_name": "B",
-                        "text_config": {"dtype": "float16", **said},
+                        "text_config": {"dtype": "float16", **entry},
                     },
                     "vae/config.json": {"model_type": "v", "torch_dtype": "float32"},
                 },
             )
         )
     out = tmp_path / "out"
-    found = say("merge", *paths, "--out", out, "--dequantize")
-    assert found.status == 0, found.err
+    result = say("merge", *paths, "--out", out, "--dequantize")
+    assert result.status == 0, result.err
     assert load(out / "a/config.json") == {"model_type": "t", "torch_dtype": "bfloat16"}
     assert load(out / "b/config.json") == {"_class_name": "B", "text_config": {"dtype": "bfloat16"}}
     assert load(out / "vae/config.json") == {"model_type": "v", "torch_dtype": "float32"}
     codes = {part: tensors(out / part)["w.weight"].dtype for part in ("a", "b", "vae")}
     assert [str(code) for code in codes.values()] == ["bfloat16", "bfloat16", "float32"]
-    assert not any("quantization_config" in note or "dtype" in note for note in found.notes)
+    assert not any("quantization_config" in note or "dtype" in note for note in result.notes)
 
 
-def test_a_directory_in_which_nothing_has_weights(say, tmp_path):
+def test_error_for_a_directory_without_weights(say, tmp_path):
     paths = [
         write(tmp_path / n, {"model_index.json": INDEX, "unet/config.json": {}}) for n in "abc"
     ]
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    assert said.status == 1 and f"{paths[0]}: " in said.err and said.err.count("\n") == 1
-    assert "model.safetensors.index.json" in said.err
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and f"{paths[0]}: " in result.err and result.err.count("\n") == 1
+    assert "model.safetensors.index.json" in result.err
 
 
 @pytest.fixture
@@ -581,13 +581,13 @@ RUN = """
 import sys
 from modelstock_jax.checkpoint_merge.cli import main
 from modelstock_jax.checkpoint_merge.commands import PlotProcess
-PlotProcess.finish = lambda drawing: None
+PlotProcess.finish = lambda plot: None
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_pipelines_and_modules_on_the_hub(hub, tmp_path):
-    """Folders are fetched after the index that names them; pickles and other folders are not."""
+    """The folders that the index lists are fetched; pickles and other folders are not."""
     served = tmp_path / "served"
     kinds = {
         "pipeline": pipelines,
@@ -602,7 +602,7 @@ def test_pipelines_and_modules_on_the_hub(hub, tmp_path):
             )
         paths = [served / f"{kind}-{name}" for name in ("base", "ft1", "ft2")]
         write(paths[0], {"onnx/config.json": {}, "unet/code.py": ""})
-        for source, out in ((paths, "here"), ([f"org/{p.name}" for p in paths], "hub")):
+        for source, out in ((paths, "local"), ([f"org/{p.name}" for p in paths], "hub")):
             done = subprocess.run(
                 [
                     sys.executable,
@@ -619,9 +619,9 @@ def test_pipelines_and_modules_on_the_hub(hub, tmp_path):
                 timeout=120,
             )
             assert done.returncode == 0, done.stderr
-        here, fetched = (contents(tmp_path / f"{kind}-{out}") for out in ("here", "hub"))
-        for made in (here, fetched):
-            del made["merge_report.json"], made["README.md"]
-        assert fetched == here and any(name.endswith(".safetensors") for name in here)
+        local, fetched = (contents(tmp_path / f"{kind}-{out}") for out in ("local", "hub"))
+        for written in (local, fetched):
+            del written["merge_report.json"], written["README.md"]
+        assert fetched == local and any(name.endswith(".safetensors") for name in local)
     cached = {path.name for path in (tmp_path / "cache").rglob("*")}
     assert not {"diffusion_pytorch_model.bin", "onnx", "code.py", "sd-v1.safetensors"} & cached

@@ -1,4 +1,4 @@
-"""A base on the hub, by its name: fetched, merged, told from where; or a line of what is wrong."""
+"""A base on the hub: fetched, merged and recorded in the report; or a one-line error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RUN = """
 import json, sys
 from modelstock_jax.checkpoint_merge.cli import main
 from modelstock_jax.checkpoint_merge.commands import PlotProcess
-PlotProcess.finish = lambda drawing: None
+PlotProcess.finish = lambda plot: None
 for base in sys.argv[2:]:
     print(main(["merge", base, "ft1.safetensors", "ft2.safetensors", "--out", sys.argv[1]]))
 """
 
 
 def merge(tmp_path, endpoint, out, *bases):
-    """Exit status of a merge toward each base, and what was said on standard error."""
+    """Return the exit status of a merge with each base, and the lines of standard error."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, out, *bases],
         cwd=tmp_path,
@@ -35,32 +35,32 @@ def merge(tmp_path, endpoint, out, *bases):
     return [line for line in done.stdout.splitlines() if line in "01"], done.stderr.splitlines()
 
 
-def test_a_base_on_the_hub(hub, tmp_path):  # noqa: F811
-    endpoint, asked = hub
+def test_base_on_the_hub(hub, tmp_path):  # noqa: F811
+    endpoint, requested = hub
     base = np.arange(6.0)
-    steps = [np.array([1.0, 1, 0, 0, 1, 0]), np.array([1.0, 0, 1, 0, 1, 0])]
-    for i, step in enumerate(steps, 1):
-        write_tensors(tmp_path / f"ft{i}.safetensors", {"w": base + step})
+    updates = [np.array([1.0, 1, 0, 0, 1, 0]), np.array([1.0, 0, 1, 0, 1, 0])]
+    for i, update in enumerate(updates, 1):
+        write_tensors(tmp_path / f"ft{i}.safetensors", {"w": base + update})
     names = ("org/model@v1.0", "org/gone", "org/model@gone")
-    statuses, said = merge(tmp_path, endpoint, "out", *names)
+    statuses, stderr = merge(tmp_path, endpoint, "out", *names)
     assert statuses == ["0", "1", "1"]
-    # The cosine of the steps is 2/3, so t is 4/5.
+    # The cosine of the updates is 2/3, so t is 4/5.
     merged = TensorFiles(tmp_path / "out")["w"]
-    np.testing.assert_allclose(merged, base + 0.4 * (steps[0] + steps[1]), rtol=1e-12)
-    assert any("/revision/v1.0" in path for path in asked)
+    np.testing.assert_allclose(merged, base + 0.4 * (updates[0] + updates[1]), rtol=1e-12)
+    assert any("/revision/v1.0" in path for path in requested)
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["base"]["model"] == "org/model@v1.0"
     assert report["base"]["notes"] == [f"org/model@v1.0 is commit {COMMIT} on the hub"]
-    (digest,) = report["base"]["files"].values()
+    (checksum,) = report["base"]["files"].values()
     assert (
-        digest.startswith("sha256:")
+        checksum.startswith("sha256:")
         and 'base_model: ["org/model"]' in (tmp_path / "out" / "README.md").read_text()
     )
     assert (tmp_path / "out" / "config.json").is_file()
-    errors = [line for line in said if line.startswith("error:")]
+    errors = [line for line in stderr if line.startswith("error:")]
     assert "org/gone" in errors[0] and "revision 'gone'" in errors[1]
     assert len(errors) == 2
-    # Nothing listens on port 9.
-    statuses, said = merge(tmp_path, "http://127.0.0.1:9", "other", "org/unknown")
-    assert statuses == ["1"] and len(said) == 1
-    assert "org/unknown" in said[0] and "network" in said[0]
+    # Nothing listens on local port 9.
+    statuses, stderr = merge(tmp_path, "http://127.0.0.1:9", "other", "org/unknown")
+    assert statuses == ["1"] and len(stderr) == 1
+    assert "org/unknown" in stderr[0] and "network" in stderr[0]

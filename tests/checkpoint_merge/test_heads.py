@@ -1,4 +1,4 @@
-"""Attention heads are read from the config where a merge by head needs them."""
+"""Numbers of attention heads, read from the config for a merge per head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPEN_CLIP = ["visual.transformer.resblocks.0.attn.in_proj_weight", "transformer.
     ("config.json", {"vision_config": {"num_attention_heads": 12},
                      "text_config": {"num_attention_heads": 8}}, CLIP,
      {"": 8, "vision_model": 12}),
-    # transformers leaves out what equals its defaults.
+    # transformers leaves out values that equal its defaults.
     ("config.json", {"model_type": "clip", "vision_config": {}, "text_config": {}}, CLIP,
      {"": 8, "vision_model": 12}),
     ("config.json", {"vision_config": {"num_attention_heads": 16},
@@ -29,13 +29,13 @@ OPEN_CLIP = ["visual.transformer.resblocks.0.attn.in_proj_weight", "transformer.
         "vision_cfg": {"width": 768}, "text_cfg": {"heads": 8, "width": 512}}}, OPEN_CLIP,
      {"": 8, "visual": 12}),
 ])  # fmt: skip
-def test_from_the_config(tmp_path, file, config, names, expected):
+def test_heads_from_the_config(tmp_path, file, config, names, expected):
     (tmp_path / file).write_text(json.dumps(config))
     assert num_heads(tmp_path, names) == expected
 
 
 @pytest.mark.parametrize("config", [{}, {"num_attention_heads": "8"}, [1], {"text_config": 3}])
-def test_unknown_heads_say_how_to_give_them(tmp_path, config):
+def test_error_for_unknown_heads_names_the_option(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="--num-heads 12"):
         num_heads(tmp_path, CLIP)
@@ -43,7 +43,7 @@ def test_unknown_heads_say_how_to_give_them(tmp_path, config):
         num_heads(None, CLIP)
 
 
-def test_typed_heads():
+def test_heads_from_the_option():
     assert parse_num_heads("vision_model=12,text_model=8") == {"vision_model": 12, "text_model": 8}
     for text in ("x", "a=b", "a=1=2"):
         with pytest.raises(UserError, match=f"--num-heads '{text}'"):

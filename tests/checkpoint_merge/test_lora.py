@@ -1,4 +1,4 @@
-"""A LoRA adapter is W + s B A, formed for any range, to float32's rounding."""
+"""A LoRA adapter is W + s B A, computed for any range, up to float32 rounding."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def base(tmp_path):
     return open_source(str(save(tmp_path / "base", tensors)))
 
 
-def whole(source, name):
+def read_all(source, name):
     shape = source.tensors[name].shape
     return source.read(name, 0, math.prod(shape)).reshape(shape)
 
 
-def formed(base, name, a, b, scale, transposed=False):
+def adapted(base, name, a, b, scale, transposed=False):
     delta = scale * (b.astype(np.float64) @ a.astype(np.float64))
-    return whole(base, name).astype(np.float64) + (delta.T if transposed else delta)
+    return read_all(base, name).astype(np.float64) + (delta.T if transposed else delta)
 
 
 @pytest.mark.parametrize(("config", "scale"), [
@@ -49,35 +49,35 @@ def formed(base, name, a, b, scale, transposed=False):
     ({"use_rslora": True}, 6 / math.sqrt(3)),
     ({"alpha_pattern": {"q_proj": 9}}, 3.0),
     ({"alpha_pattern": {r"layers\.\d+\.q_proj": 9, "q_proj": 12}}, 3.0),
-    ({"alpha_pattern": {"proj": 9}}, 2.0),  # a pattern names a module's last parts, whole
+    ({"alpha_pattern": {"proj": 9}}, 2.0),  # a pattern must match complete parts at the end
     ({"r": 8, "rank_pattern": {"q_proj": 3}}, 2.0),
 ])  # fmt: skip
 def test_scale(base, tmp_path, config, scale):
     tensors = factors(Q, ROWS, COLUMNS)
     source = open_source(str(adapter(tmp_path / "lora", tensors, **config)), base)
     a, b = tensors.values()
-    expected = formed(base, f"{Q}.weight", a, b, scale).astype(np.float32)
-    # Rounded once: the float64 sums differ by their order alone.
-    np.testing.assert_array_max_ulp(whole(source, f"{Q}.weight"), expected, maxulp=1)
+    expected = adapted(base, f"{Q}.weight", a, b, scale).astype(np.float32)
+    # One rounding to float32; the float64 sums differ only in their order.
+    np.testing.assert_array_max_ulp(read_all(source, f"{Q}.weight"), expected, maxulp=1)
     assert source.tensors[f"{Q}.weight"].code == "F32"
 
 
-def test_every_range_is_a_piece_of_the_whole(base, tmp_path):
+def test_every_range_equals_the_range_of_the_tensor(base, tmp_path):
     tensors = factors(Q, ROWS, COLUMNS)
     source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
-    name, everything = f"{Q}.weight", None
-    everything = whole(source, name).reshape(-1)
+    name = f"{Q}.weight"
+    values = read_all(source, name).reshape(-1)
     for start in range(ROWS * COLUMNS + 1):
         for stop in range(start, ROWS * COLUMNS + 1):
             np.testing.assert_allclose(
-                source.read(name, start, stop), everything[start:stop], rtol=2e-7, atol=1e-7
-            )  # one rounding to float32, of sums whose order may differ
+                source.read(name, start, stop), values[start:stop], rtol=2e-7, atol=1e-7
+            )  # one rounding to float32; the sums may differ in their order
 
 
-def test_what_the_adapter_does_not_name_is_the_base_bit_for_bit(base, tmp_path):
+def test_tensors_without_an_update_are_bitwise_identical_to_the_base(base, tmp_path):
     source = open_source(str(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))), base)
     for name in base.tensors.keys() - {f"{Q}.weight"}:
-        np.testing.assert_array_equal(whole(source, name), whole(base, name))
+        np.testing.assert_array_equal(read_all(source, name), read_all(base, name))
     assert source.directory == base.directory
 
 
@@ -85,8 +85,8 @@ def test_fan_in_fan_out(base, tmp_path):
     tensors = factors(Q, COLUMNS, ROWS)  # stored [in, out], as GPT-2's Conv1D
     source = open_source(str(adapter(tmp_path / "lora", tensors, fan_in_fan_out=True)), base)
     a, b = tensors.values()
-    expected = formed(base, f"{Q}.weight", a, b, 2.0, transposed=True)
-    np.testing.assert_allclose(whole(source, f"{Q}.weight"), expected, rtol=1e-7, atol=1e-7)
+    expected = adapted(base, f"{Q}.weight", a, b, 2.0, transposed=True)
+    np.testing.assert_allclose(read_all(source, f"{Q}.weight"), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_embedding(base, tmp_path):
@@ -95,49 +95,49 @@ def test_embedding(base, tmp_path):
     start = "base_model.model.embed.lora_embedding_"
     tensors = {f"{start}A": a.astype(np.float32), f"{start}B": b.astype(np.float32)}
     source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
-    expected = formed(base, "embed.weight", *tensors.values(), 2.0, transposed=True)
-    np.testing.assert_allclose(whole(source, "embed.weight"), expected, rtol=1e-7, atol=1e-7)
+    expected = adapted(base, "embed.weight", *tensors.values(), 2.0, transposed=True)
+    np.testing.assert_allclose(read_all(source, "embed.weight"), expected, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("middle", ["", ".modules_to_save", ".modules_to_save.default"])
-def test_modules_to_save_and_biases_are_taken_whole(base, tmp_path, middle):
+def test_modules_to_save_and_biases_replace_those_of_the_base(base, tmp_path, middle):
     head, bias = np.full((2, 4), 3, np.float32), np.full(ROWS, 4, np.float32)
     tensors = factors(Q, ROWS, COLUMNS) | {
         f"base_model.model.head{middle}.weight": head,
         f"base_model.model.{Q}.base_layer.bias": bias,
     }
     source = open_source(str(adapter(tmp_path / "lora", tensors, bias="lora_only")), base)
-    np.testing.assert_array_equal(whole(source, "head.weight"), head)
-    np.testing.assert_array_equal(whole(source, f"{Q}.bias"), bias)
+    np.testing.assert_array_equal(read_all(source, "head.weight"), head)
+    np.testing.assert_array_equal(read_all(source, f"{Q}.bias"), bias)
 
 
-def test_an_embedding_held_whole_and_moved(base, tmp_path):
-    """PEFT saves the embedding beside its factors when it may have been resized."""
+def test_embedding_with_a_replacement_and_an_update(base, tmp_path):
+    """PEFT saves the embedding next to its factors if it may have been resized."""
     rng = np.random.default_rng(1)
-    whole_one = rng.standard_normal((13, 4)).astype(np.float32)  # the base has 11 rows
+    embedding = rng.standard_normal((13, 4)).astype(np.float32)  # the base has 11 rows
     start = "base_model.model.embed"
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 13), (4, 3)))
     tensors = {f"{start}.lora_embedding_A": a, f"{start}.lora_embedding_B": b,
-               f"{start}.base_layer.weight": whole_one}  # fmt: skip
+               f"{start}.base_layer.weight": embedding}  # fmt: skip
     source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
-    expected = whole_one + 2.0 * (b.astype(np.float64) @ a.astype(np.float64)).T
-    np.testing.assert_allclose(whole(source, "embed.weight"), expected, rtol=1e-7, atol=1e-7)
+    expected = embedding + 2.0 * (b.astype(np.float64) @ a.astype(np.float64)).T
+    np.testing.assert_allclose(read_all(source, "embed.weight"), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_two_adapters_are_added(base, tmp_path):
     one = adapter(tmp_path / "one", factors(Q, ROWS, COLUMNS, seed=1))
     two = adapter(tmp_path / "two", factors(Q, ROWS, COLUMNS, seed=2))
     both = open_source(f"{base.label}+{one}+{two}", base)
-    expected = whole(base, f"{Q}.weight").astype(np.float64)
+    expected = read_all(base, f"{Q}.weight").astype(np.float64)
     for seed in (1, 2):
         a, b = factors(Q, ROWS, COLUMNS, seed=seed).values()
         expected += 2.0 * (b.astype(np.float64) @ a.astype(np.float64))
     # The first sum is rounded to float32 before the second.
-    np.testing.assert_allclose(whole(both, f"{Q}.weight"), expected, rtol=3e-7, atol=1e-6)
+    np.testing.assert_allclose(read_all(both, f"{Q}.weight"), expected, rtol=3e-7, atol=1e-6)
     assert both.label == f"{base.label}+{one}+{two}"
 
 
-def test_another_base_is_named(base, tmp_path):
+def test_note_about_an_adapter_of_another_base(base, tmp_path):
     lora = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), base_model_name_or_path="org/x")
     (note,) = open_source(str(lora), base).notes
     assert "'org/x'" in note and base.label in note
@@ -145,7 +145,7 @@ def test_another_base_is_named(base, tmp_path):
     assert open_source(str(same), base).notes == []
 
 
-@pytest.mark.parametrize(("config", "said"), [
+@pytest.mark.parametrize(("config", "message"), [
     ({"peft_type": "LOHA"}, "peft_type .*'LOHA'"),
     ({"peft_type": "IA3"}, "merge_and_unload"),
     ({"use_dora": True}, "use_dora"),
@@ -162,16 +162,16 @@ def test_another_base_is_named(base, tmp_path):
     ({"lora_alpha": float("nan")}, "lora_alpha .*nan"),
     ({"base_model_name_or_path": 3}, "base_model_name_or_path .*3"),
 ])  # fmt: skip
-def test_what_is_not_plain_lora_is_refused(tmp_path, config, said):
+def test_error_for_adapters_that_are_not_plain_lora(tmp_path, config, message):
     path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), **config)
     with pytest.raises(UserError, match="lora") as error:
         Adapter(path)
-    assert re.search(said, str(error.value)) and "\n" not in str(error.value)
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
 
 
-def test_initializations_that_leave_the_base_alone(tmp_path):
-    for start in (True, False, "gaussian", "eva"):
-        Adapter(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), init_lora_weights=start))
+def test_initializations_that_do_not_change_the_base(tmp_path):
+    for init in (True, False, "gaussian", "eva"):
+        Adapter(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS), init_lora_weights=init))
 
 
 def _convolution(tensors):
@@ -183,37 +183,37 @@ def _dora(tensors):
     return tensors | magnitude
 
 
-def _alone(tensors):
+def _without_b(tensors):
     return dict(list(tensors.items())[:1])
 
 
-def _elsewhere(tensors):
+def _other_layer(tensors):
     return {name.replace("layers.0", "layers.9"): array for name, array in tensors.items()}
 
 
-def _misspelt(tensors):
+def _misspelled(tensors):
     return {name.replace("q_proj", "q_prj"): array for name, array in tensors.items()}
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     (_convolution, "convolution"),
     (_dora, "lora_magnitude_vector"),
-    (_alone, "lora_A"),
-    (_elsewhere, "layers.9.q_proj.weight .*base"),
-    (_misspelt, f"'{Q}.weight'"),
+    (_without_b, "lora_A"),
+    (_other_layer, "layers.9.q_proj.weight .*base"),
+    (_misspelled, f"'{Q}.weight'"),
     (lambda t: factors(Q, ROWS + 1, COLUMNS), r"\[7, 5\] .*\[8, 5\]"),
     (lambda t: {"x": np.ones(2, np.float32)}, "'x' .*LoRA"),
 ])  # fmt: skip
-def test_tensors_that_do_not_fit(base, tmp_path, change, said):
+def test_tensors_that_do_not_match_the_base(base, tmp_path, change, message):
     path = adapter(tmp_path / "lora", change(factors(Q, ROWS, COLUMNS)))
     with pytest.raises(UserError) as error:
         open_source(str(path), base)
-    assert re.search(said, str(error.value)) and str(path) in str(error.value)
+    assert re.search(message, str(error.value)) and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_trained_module_is_read_and_not_the_original(base, tmp_path, order):
-    """A raw state dict holds both; the original is the base's."""
+def test_trained_module_is_read_instead_of_the_original(base, tmp_path, order):
+    """A raw state dict contains both; the original is that of the base."""
     trained = np.full((7, 5), 3, np.float32)
     names = [
         f"base_model.model.{Q}.modules_to_save.default.weight",
@@ -223,71 +223,71 @@ def test_the_trained_module_is_read_and_not_the_original(base, tmp_path, order):
         name: trained if "default" in name else np.zeros((7, 5), np.float32) for name in names
     }
     source = open_source(str(adapter(tmp_path / "lora", tensors)), base)
-    np.testing.assert_array_equal(whole(source, f"{Q}.weight"), trained)
+    np.testing.assert_array_equal(read_all(source, f"{Q}.weight"), trained)
 
 
-def test_an_adapter_of_other_prefixes_is_mapped(base, tmp_path):
+def test_adapter_with_other_prefixes_is_mapped(base, tmp_path):
     tensors = factors(Q, ROWS, COLUMNS)
     plain = open_source(str(adapter(tmp_path / "plain", tensors)), base)
-    moved = {name.replace("layers.0", "model.layers.0"): a for name, a in tensors.items()}
-    mapped = open_source(str(adapter(tmp_path / "moved", moved)), base)
-    np.testing.assert_array_equal(whole(mapped, f"{Q}.weight"), whole(plain, f"{Q}.weight"))
+    renamed = {name.replace("layers.0", "model.layers.0"): a for name, a in tensors.items()}
+    mapped = open_source(str(adapter(tmp_path / "renamed", renamed)), base)
+    np.testing.assert_array_equal(read_all(mapped, f"{Q}.weight"), read_all(plain, f"{Q}.weight"))
     assert any("other names" in note for note in mapped.notes)
 
 
-def test_a_rank_of_0_is_refused(base, tmp_path):
+def test_error_for_rank_0(base, tmp_path):
     path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS, rank=0), r=0)
     with pytest.raises(UserError, match="rank 0"):
         open_source(str(path), base)
 
 
-def test_a_pickled_adapter_is_refused(base, tmp_path):
+def test_error_for_a_pickled_adapter(base, tmp_path):
     path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))
     (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
     with pytest.raises(UserError, match="safe_serialization=True"):
         open_source(str(path), base)
 
 
-def test_a_quantized_base_is_refused(tmp_path):
+def test_error_for_a_quantized_base(tmp_path):
     base = open_source(str(save(tmp_path / "b", {f"{Q}.weight": np.ones((7, 5), np.int8)})))
     with pytest.raises(UserError, match="I8 .*--dequantize"):
         open_source(str(adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))), base)
 
 
-def test_a_row_is_formed_by_its_columns_alone(base, tmp_path, monkeypatch):
-    """Memory is a window: one element of a wide row costs one product of rank r."""
+def test_part_of_a_row_is_computed_from_its_columns(base, tmp_path, monkeypatch):
+    """Memory is bounded: one element of a wide row costs one product of rank r."""
     path = adapter(tmp_path / "lora", factors(Q, ROWS, COLUMNS))
-    made = Adapter(path)
-    left, right = made._load(f"{Q}.weight")
-    seen = []
+    opened = Adapter(path)
+    left, right = opened._load(f"{Q}.weight")
+    shapes = []
 
-    class Watched(np.ndarray):
+    class Recorded(np.ndarray):
         def __getitem__(self, key):
-            taken = super().__getitem__(key)
-            seen.append(taken.shape)
-            return taken
+            part = super().__getitem__(key)
+            shapes.append(part.shape)
+            return part
 
-    monkeypatch.setattr(made, "_load", lambda name: (left.view(Watched), right.view(Watched)))
-    made.delta(f"{Q}.weight", 11, 13)
-    assert seen[:2] == [(1, 3), (3, 2)]
+    monkeypatch.setattr(opened, "_load", lambda name: (left.view(Recorded), right.view(Recorded)))
+    opened.delta(f"{Q}.weight", 11, 13)
+    assert shapes[:2] == [(1, 3), (3, 2)]
 
 
-def test_an_adapter_that_peft_saved_and_merged(tmp_path):
-    """`peft/` was saved by PEFT 0.21.2; `merged.safetensors` is its own merge_and_unload().
+def test_adapter_that_peft_saved_and_merged(tmp_path):
+    """PEFT 0.21.2 saved `peft/`; `merged.safetensors` is the result of its merge_and_unload().
 
     Base: `small.weights(llama_shapes())`. LoraConfig(r=2, lora_alpha=3, use_rslora=True,
     target_modules=["embed_tokens", "q_proj", "up_proj", "down_proj"], rank_pattern={"down_proj":
     1, "layers.1.self_attn.q_proj": 3} (dots escaped), alpha_pattern={"up_proj": 5},
-    modules_to_save=["lm_head"]), every trained number then moved at random.
+    modules_to_save=["lm_head"]); then every trained parameter was changed at random.
     """
     base = open_source(str(save(tmp_path / "base", weights(llama_shapes()))))
     source = open_source(str(PEFT), base)
     merged = TensorFiles(PEFT / "merged.safetensors")
     assert len(merged) == 8
     for name in base.tensors:
-        found = whole(source, name)
+        value = read_all(source, name)
         if name in merged:
             # PEFT computes in float32: B A, its scale and the sum are each rounded (2^-24).
-            np.testing.assert_allclose(found, merged[name], rtol=2e-7, atol=2e-7)
+            np.testing.assert_allclose(value, merged[name], rtol=2e-7, atol=2e-7)
         else:
-            np.testing.assert_array_equal(found, whole(base, name))
+            np.testing.assert_array_equal(value, read_all(base, name))

@@ -1,4 +1,4 @@
-"""Quantized checkpoints, in each library's layout: refused as they are, merged as codes x scale."""
+"""Quantized checkpoints in the layout of each library: an error, or merged as codes x scale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = "norm.weight"
 
 
 def weights(number=3, seed=0):
-    """A base and fine-tunes, float64, whose movements a coarse code still sees."""
+    """A base and fine-tunes, float64, with updates that are larger than the quantization error."""
     rng = np.random.default_rng(seed)
     base, common = rng.standard_normal((2, ROWS, COLUMNS))
     return [
@@ -32,7 +32,7 @@ def weights(number=3, seed=0):
 
 
 def codes_of(weight, scale, dtype):
-    """Codes of a weight for a scale that is spread over it."""
+    """Quantize a weight with a scale of the weight's shape."""
     scaled = weight / scale
     if np.dtype(dtype).kind in "iu":
         return np.clip(np.rint(scaled), -127, 127).astype(dtype)
@@ -40,7 +40,7 @@ def codes_of(weight, scale, dtype):
 
 
 def per_tensor(weight, model):
-    """One scale; another in each model, as calibration gives."""
+    """One scale, different in each model, as after calibration."""
     return np.float32(0.01 * (1 + model)), np.full(weight.shape, np.float32(0.01 * (1 + model)))
 
 
@@ -49,7 +49,7 @@ def per_row(weight, model):
     return scale, np.broadcast_to(scale[:, None], weight.shape)
 
 
-def per_row_kept(weight, model):
+def per_row_with_axis(weight, model):
     scale, spread = per_row(weight, model)
     return scale[:, None], spread
 
@@ -60,8 +60,8 @@ def per_block(weight, model):
     return scale, wide[:ROWS, :COLUMNS]
 
 
-# Library -> name of the codes, of the scale, the weight's own name, the codes' dtype, the scale's
-# layout, and what else is stored.
+# Library -> names of the codes, the scale and the weight; dtype of the codes; function that makes
+# the scale; other stored tensors.
 LAYOUTS = {
     "scaled fp8": (
         "q.weight",
@@ -71,14 +71,21 @@ LAYOUTS = {
         per_tensor,
         {"q.scale_input": np.ones((), np.float32), "scaled_fp8": np.zeros(2, E4M3)},
     ),
-    "torchao": ("q._weight_qdata", "q._weight_scale", "q.weight", np.int8, per_row_kept, {}),
-    "torchao float8": ("q._weight_qdata", "q._weight_scale", "q.weight", E4M3, per_row_kept, {}),
+    "torchao": ("q._weight_qdata", "q._weight_scale", "q.weight", np.int8, per_row_with_axis, {}),
+    "torchao float8": (
+        "q._weight_qdata",
+        "q._weight_scale",
+        "q.weight",
+        E4M3,
+        per_row_with_axis,
+        {},
+    ),
     "quanto": (
         "q.weight._data",
         "q.weight._scale",
         "q.weight",
         np.int8,
-        per_row_kept,
+        per_row_with_axis,
         {"q.input_scale": np.ones((), np.float32), "q.output_scale": np.ones((), np.float32)},
     ),
     "fused experts": (
@@ -125,8 +132,8 @@ LAYOUTS = {
     ),
 }
 FINE = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-# What each library's config says; {} where it leaves none next to the weights.
-STATED = {
+# The quantization config of each library; {} if it stores none next to the weights.
+CONFIGS = {
     "scaled fp8": {},
     "torchao": {"quant_method": "torchao"},
     "torchao float8": {"quant_method": "torchao"},
@@ -142,64 +149,65 @@ STATED = {
 
 
 def write(root, layout, shard=10**9, configs=None):
-    """Three quantized models; returns their places, and the weights that they stand for."""
+    """Write three quantized models; return their paths, their weights, and the weight's name."""
     codes, scale, name, dtype, scaled, extra = LAYOUTS[layout]
     if configs is None:
-        configs = 3 * [{"quantization_config": STATED[layout]}]
-    meant, places = [], []
+        configs = 3 * [{"quantization_config": CONFIGS[layout]}]
+    dequantized, paths = [], []
     norm = np.random.default_rng(5).standard_normal(8)
     for model, weight in enumerate(weights()):
         stored, spread = scaled(weight, model)
         code = codes_of(weight, spread, dtype)
-        meant.append(code.astype(np.float64) * spread)
+        dequantized.append(code.astype(np.float64) * spread)
         tensors = {codes: code, scale: np.asarray(stored), PLAIN: (norm + model).astype(BF16)}
-        places.append(root / ("base", "ft1", "ft2")[model])
-        places[-1].mkdir(parents=True)
-        write_directory_tensors(places[-1], tensors | extra, shard)
-        (places[-1] / "config.json").write_text(
+        paths.append(root / ("base", "ft1", "ft2")[model])
+        paths[-1].mkdir(parents=True)
+        write_directory_tensors(paths[-1], tensors | extra, shard)
+        (paths[-1] / "config.json").write_text(
             json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"} | configs[model])
         )
-    return places, meant, name
+    return paths, dequantized, name
 
 
-def reference(meant):
-    d = np.stack([m - meant[0] for m in meant[1:]]).reshape(len(meant) - 1, -1)
-    return meant[0] + stock_ratio(d) * np.mean([m - meant[0] for m in meant[1:]], axis=0)
+def reference(dequantized):
+    d = np.stack([m - dequantized[0] for m in dequantized[1:]]).reshape(len(dequantized) - 1, -1)
+    return dequantized[0] + stock_ratio(d) * np.mean(
+        [m - dequantized[0] for m in dequantized[1:]], axis=0
+    )
 
 
 @pytest.mark.parametrize("shard", [10**9, 1000])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_codes_and_scales_are_refused_and_dequantize_is_offered(tmp_path, capsys, layout, shard):
-    places, _, _ = write(tmp_path, layout, shard)
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert "quantized" in said and "--dequantize" in said and LAYOUTS[layout][0] in said
-    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+def test_error_for_quantized_models_suggests_dequantize(tmp_path, capsys, layout, shard):
+    paths, _, _ = write(tmp_path, layout, shard)
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 1
+    stderr = capsys.readouterr().err
+    assert "quantized" in stderr and "--dequantize" in stderr and LAYOUTS[layout][0] in stderr
+    assert stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_codes_times_scale_are_merged(tmp_path, layout, dtype):
     config = {
-        "quantization_config": STATED[layout],
+        "quantization_config": CONFIGS[layout],
         "vision_config": {"quantization_config": {"bits": 8}, "hidden_size": 3},
     }
-    places, meant, name = write(tmp_path, layout, configs=(config, config, config))
+    paths, dequantized, name = write(tmp_path, layout, configs=(config, config, config))
     if layout == "modelopt":
-        (places[0] / "hf_quant_config.json").write_text("{}")
+        (paths[0] / "hf_quant_config.json").write_text("{}")
     out = tmp_path / "out"
     typed = ["--dtype", dtype] if dtype else []
-    assert main(["merge", *map(str, places), "--out", str(out), "--dequantize", *typed]) == 0
+    assert main(["merge", *map(str, paths), "--out", str(out), "--dequantize", *typed]) == 0
     merged = TensorFiles(out)
     assert set(merged) == {name, PLAIN}
-    expected = reference(meant)
+    expected = reference(dequantized)
     kind = BF16 if dtype is None else np.float32
     assert merged.dtype(name) == merged.dtype(PLAIN) == kind
-    # Half an ulp of the output dtype, and what float32 leaves of the formed weights.
-    off = np.abs(merged[name].astype(np.float64) - expected)
-    assert (off <= 0.5 * rounding(kind, expected) + 1e-6 * np.abs(expected).max()).all()
-    said = json.loads((out / "config.json").read_text())
-    assert said == {
+    # Half an ulp of the output dtype, plus the float32 rounding of the dequantized weights.
+    error = np.abs(merged[name].astype(np.float64) - expected)
+    assert (error <= 0.5 * rounding(kind, expected) + 1e-6 * np.abs(expected).max()).all()
+    assert json.loads((out / "config.json").read_text()) == {
         "model_type": "llama",
         "torch_dtype": dtype or "bfloat16",
         "vision_config": {"hidden_size": 3},
@@ -207,15 +215,15 @@ def test_codes_times_scale_are_merged(tmp_path, layout, dtype):
     assert not (out / "hf_quant_config.json").exists()
     report = json.loads((out / "merge_report.json").read_text())
     (row,) = [row for row in report["units"] if row["name"] == name]
-    ratio = stock_ratio(np.stack([m - meant[0] for m in meant[1:]]).reshape(2, -1))
+    ratio = stock_ratio(np.stack([m - dequantized[0] for m in dequantized[1:]]).reshape(2, -1))
     assert abs(row["ratio"] - ratio) < 1e-6
 
 
-def test_scales_apart_in_another_shard_and_pieces_in_any_order(tmp_path):
-    places, meant, name = write(tmp_path, "fine-grained", shard=1000)
-    assert len(list(places[0].glob("model-*.safetensors"))) > 1
-    source = quantization.as_weights(open_source(str(places[0])))
-    flat = meant[0].reshape(-1).astype(np.float32)
+def test_scales_in_another_shard_and_ranges_in_any_order(tmp_path):
+    paths, dequantized, name = write(tmp_path, "fine-grained", shard=1000)
+    assert len(list(paths[0].glob("model-*.safetensors"))) > 1
+    source = quantization.as_weights(open_source(str(paths[0])))
+    flat = dequantized[0].reshape(-1).astype(np.float32)
     for start, stop in ((0, 5), (299, 301), (12345, 45678), (flat.size - 3, flat.size)):
         np.testing.assert_array_equal(source.read(name, start, stop), flat[start:stop])
 
@@ -239,9 +247,9 @@ def test_scales_apart_in_another_shard_and_pieces_in_any_order(tmp_path):
         ((5,), (3, 4), None),
     ],
 )
-def test_scales_fit_by_their_shapes(scale, shape, expected):
-    found = quantized_formats.sizes(scale, shape)
-    assert (None if isinstance(found, str) else found) == expected
+def test_sizes_from_the_shape_of_the_scale(scale, shape, expected):
+    sizes = quantized_formats.sizes(scale, shape)
+    assert (None if isinstance(sizes, str) else sizes) == expected
     if expected is None:
         return
     rng = np.random.default_rng(0)
@@ -250,17 +258,17 @@ def test_scales_fit_by_their_shapes(scale, shape, expected):
     for axis, size in enumerate(expected):
         wide = np.repeat(wide, size, axis=axis)
     wide = wide[tuple(slice(n) for n in shape)]
-    spread = quantization.spread(quantization.fitted(values, shape), found, shape, 1, wide.size)
+    spread = quantization.spread(quantization.fitted(values, shape), sizes, shape, 1, wide.size)
     np.testing.assert_array_equal(spread, wide.reshape(-1)[1:])
 
 
-def test_a_zero_point_is_subtracted_before_the_scale(tmp_path):
+def test_zero_point_is_subtracted_before_scaling(tmp_path):
     rng = np.random.default_rng(1)
     codes = rng.integers(0, 256, (4, 6), dtype=np.uint8)
     scale = rng.uniform(0.1, 1, (4, 1)).astype(np.float32)
     zero = rng.integers(100, 150, (4, 1)).astype(np.int64)
     tmp_path.joinpath("m").mkdir()
-    # Next to another zero point in 8 bits, which is itself no weight.
+    # The second zero point has 8 bits, but is not a weight.
     write_directory_tensors(
         tmp_path / "m",
         {
@@ -279,8 +287,8 @@ def test_a_zero_point_is_subtracted_before_the_scale(tmp_path):
         np.testing.assert_array_equal(source.read(name, 0, 24).reshape(4, 6), expected)
 
 
-# Tensors that no arithmetic here turns into weights: 4 bits, lattices, codebooks, two scales.
-UNREADABLE = {
+# Formats that are not supported: 4 bits, lattices, codebooks, two scales.
+UNSUPPORTED = {
     "gptq": {
         "q.qweight": np.ones((4, 8), np.int32),
         "q.qzeros": np.ones((2, 1), np.int32),
@@ -322,48 +330,51 @@ UNREADABLE = {
         "q.weight._scale": np.ones((4, 1), np.float32),
         "q.weight._shift": np.ones((4, 1), np.float32),
     },
-    "unfit": {"q.weight": np.ones((4, 6), E4M3), "q.weight_scale": np.ones(5, np.float32)},
+    "mismatched scale": {
+        "q.weight": np.ones((4, 6), E4M3),
+        "q.weight_scale": np.ones(5, np.float32),
+    },
 }
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
-@pytest.mark.parametrize("layout", UNREADABLE)
-def test_what_cannot_be_formed_is_refused_with_how_to_fix_it(tmp_path, capsys, layout, dequantize):
-    places = []
+@pytest.mark.parametrize("layout", UNSUPPORTED)
+def test_error_for_unsupported_formats_says_how_to_fix_it(tmp_path, capsys, layout, dequantize):
+    paths = []
     for model in range(3):
-        places.append(tmp_path / str(model))
-        places[-1].mkdir()
+        paths.append(tmp_path / str(model))
+        paths[-1].mkdir()
         extra = {
             n: (a + np.asarray(model).astype(a.dtype)).astype(a.dtype)
-            for n, a in UNREADABLE[layout].items()
+            for n, a in UNSUPPORTED[layout].items()
         }
-        write_directory_tensors(places[-1], extra | {PLAIN: np.arange(8.0) + model})
+        write_directory_tensors(paths[-1], extra | {PLAIN: np.arange(8.0) + model})
     typed = ["--dequantize"] if dequantize else []
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out"), *typed]) == 1
-    said = capsys.readouterr().err
-    assert "dequantize()" in said and said.count("\n") == 1
-    assert said.count("--dequantize") <= dequantize  # The option is never offered.
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out"), *typed]) == 1
+    stderr = capsys.readouterr().err
+    assert "dequantize()" in stderr and stderr.count("\n") == 1
+    assert stderr.count("--dequantize") <= dequantize  # The option is not suggested.
 
 
 @pytest.mark.parametrize("where", ["config.json", "text_config", "hf_quant_config.json"])
-def test_a_config_that_says_quantized_is_believed_of_float8(tmp_path, capsys, where):
-    places = []
+def test_float8_with_a_quantization_config_is_quantized(tmp_path, capsys, where):
+    paths = []
     for model, weight in enumerate(weights()):
-        places.append(tmp_path / str(model))
-        places[-1].mkdir()
-        write_directory_tensors(places[-1], {"q.weight": weight.astype(E4M3)})
-        said = {"quantization_config": {"quant_method": "fp8"}}
-        config = {"config.json": said, "text_config": {"text_config": said}}.get(where, {})
-        (places[-1] / "config.json").write_text(json.dumps(config))
+        paths.append(tmp_path / str(model))
+        paths[-1].mkdir()
+        write_directory_tensors(paths[-1], {"q.weight": weight.astype(E4M3)})
+        entry = {"quantization_config": {"quant_method": "fp8"}}
+        config = {"config.json": entry, "text_config": {"text_config": entry}}.get(where, {})
+        (paths[-1] / "config.json").write_text(json.dumps(config))
         if where.startswith("hf_"):
-            (places[-1] / where).write_text("{}")
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 1
+            (paths[-1] / where).write_text("{}")
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 1
     assert "quantized" in capsys.readouterr().err
 
 
 PLAIN_MODELS = {
     "float8 without a scale": {"q.weight": lambda rng: rng.standard_normal((8, 8)).astype(E4M3)},
-    "float8 throughout, with a scale that is a weight": {
+    "only float8, with a scale that is a weight": {
         "q.weight": lambda rng: rng.standard_normal((8, 8)).astype(E4M3),
         "q.scale": lambda rng: rng.standard_normal(8).astype(E4M3),
     },
@@ -393,44 +404,44 @@ PLAIN_MODELS = {
 
 @pytest.mark.parametrize("kind", PLAIN_MODELS)
 def test_models_that_are_not_quantized_are_merged(tmp_path, kind):
-    places = []
+    paths = []
     for model in range(3):
         rng = np.random.default_rng(model)
-        places.append(tmp_path / str(model))
-        places[-1].mkdir()
+        paths.append(tmp_path / str(model))
+        paths[-1].mkdir()
         write_directory_tensors(
-            places[-1], {n: np.asarray(make(rng)) for n, make in PLAIN_MODELS[kind].items()}
+            paths[-1], {n: np.asarray(make(rng)) for n, make in PLAIN_MODELS[kind].items()}
         )
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
-    base, out = TensorFiles(places[0]), TensorFiles(tmp_path / "out")
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
+    base, out = TensorFiles(paths[0]), TensorFiles(tmp_path / "out")
     assert {n: out.dtype(n) for n in out} == {n: base.dtype(n) for n in base}
 
 
-def test_a_config_that_says_quantized_of_plain_weights_is_mended(tmp_path, capsys):
-    """QLoRA merged into bfloat16 often keeps the key: the weights are plain, the key is stale."""
-    places = []
+def test_quantization_config_of_plain_weights_is_removed(tmp_path, capsys):
+    """A QLoRA model merged into bfloat16 often keeps the key, which is then stale."""
+    paths = []
     for model, weight in enumerate(weights()):
-        places.append(tmp_path / str(model))
-        places[-1].mkdir()
-        write_directory_tensors(places[-1], {"q.weight": weight.astype(BF16)})
-        (places[-1] / "config.json").write_text(
+        paths.append(tmp_path / str(model))
+        paths[-1].mkdir()
+        write_directory_tensors(paths[-1], {"q.weight": weight.astype(BF16)})
+        (paths[-1] / "config.json").write_text(
             json.dumps({"model_type": "llama", "quantization_config": {"load_in_4bit": True}})
         )
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llama"}
     assert "quantization" in capsys.readouterr().err
 
 
 def test_adapters_on_a_quantized_base(tmp_path):
-    """QLoRA's own setting: the anchor is what the codes stand for, movements are exact."""
-    places, meant, name = write(tmp_path, "fine-grained")
+    """The setting of QLoRA: the anchor is the dequantized base, and the updates are exact."""
+    paths, dequantized, name = write(tmp_path, "fine-grained")
     adapters = [adapter(tmp_path / f"lora{k}", factors("q", ROWS, COLUMNS, seed=k)) for k in (1, 2)]
     out = tmp_path / "out"
     assert (
         main(
             [
                 "merge",
-                str(places[0]),
+                str(paths[0]),
                 *map(str, adapters),
                 "--out",
                 str(out),
@@ -441,50 +452,48 @@ def test_adapters_on_a_quantized_base(tmp_path):
         )
         == 0
     )
-    movements = []
+    updates = []
     for k in (1, 2):
         a, b = (
             factors("q", ROWS, COLUMNS, seed=k)[f"base_model.model.q.lora_{side}.weight"]
             for side in "AB"
         )
-        movements.append(2.0 * b.astype(np.float64) @ a.astype(np.float64))
-    expected = reference([meant[0], *(meant[0] + m for m in movements)])
+        updates.append(2.0 * b.astype(np.float64) @ a.astype(np.float64))
+    expected = reference([dequantized[0], *(dequantized[0] + m for m in updates)])
     merged = TensorFiles(out)[name]
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_adapters_on_a_quantized_base_are_offered_it(tmp_path, capsys):
-    places, _, _ = write(tmp_path, "quanto")
+def test_error_for_adapters_on_a_quantized_base_suggests_dequantize(tmp_path, capsys):
+    paths, _, _ = write(tmp_path, "quanto")
     lora = adapter(tmp_path / "lora", factors("q", ROWS, COLUMNS))
-    assert main(["merge", str(places[0]), str(lora), str(lora), "--out", str(tmp_path / "o")]) == 1
+    assert main(["merge", str(paths[0]), str(lora), str(lora), "--out", str(tmp_path / "o")]) == 1
     assert f"{lora} " in capsys.readouterr().err
     other = adapter(tmp_path / "lora2", factors("q", ROWS, COLUMNS, seed=2))
-    assert main(["merge", str(places[0]), str(lora), str(other), "--out", str(tmp_path / "o")]) == 1
+    assert main(["merge", str(paths[0]), str(lora), str(other), "--out", str(tmp_path / "o")]) == 1
     assert "--dequantize" in capsys.readouterr().err
 
 
-def test_a_plain_base_and_quantized_fine_tunes(tmp_path):
-    places, meant, name = write(tmp_path, "compressed-tensors")
+def test_plain_base_and_quantized_fine_tunes(tmp_path):
+    paths, dequantized, name = write(tmp_path, "compressed-tensors")
     plain = tmp_path / "plain"
     plain.mkdir()
     base = weights()[0].astype(np.float32)
     write_directory_tensors(plain, {"q.weight": base, PLAIN: np.arange(8).astype(BF16)})
     out = tmp_path / "out"
-    assert (
-        main(["merge", str(plain), *map(str, places[1:]), "--out", str(out), "--dequantize"]) == 0
-    )
-    expected = reference([base.astype(np.float64), *meant[1:]])
+    assert main(["merge", str(plain), *map(str, paths[1:]), "--out", str(out), "--dequantize"]) == 0
+    expected = reference([base.astype(np.float64), *dequantized[1:]])
     merged = TensorFiles(out)
-    assert merged.dtype(name) == np.float32  # As in BASE.
+    assert merged.dtype(name) == np.float32  # as in BASE
     np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_the_digest_of_a_quantized_file_is_the_files(tmp_path):
+def test_checksum_of_a_quantized_file(tmp_path):
     import zlib
 
-    places, _, _ = write(tmp_path, "quanto")
+    paths, _, _ = write(tmp_path, "quanto")
     out = tmp_path / "out"
-    assert main(["merge", *map(str, places), "--out", str(out), "--dequantize"]) == 0
+    assert main(["merge", *map(str, paths), "--out", str(out), "--dequantize"]) == 0
     report = json.loads((out / "merge_report.json").read_text())
-    data = (places[1] / "model.safetensors").read_bytes()
+    data = (paths[1] / "model.safetensors").read_bytes()
     assert report["models"][0]["files"] == {"model.safetensors": f"crc32:{zlib.crc32(data):08x}"}

@@ -1,4 +1,4 @@
-"""What codes mean is certain, or they are refused with how to fix it: methods, scales, blocks."""
+"""Quantization methods, scales and blocks: the meaning of codes is certain, or an error."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ E4M3, E5M2, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.flo
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 
-def places_of(root, make, config=None, models=3):
-    """Models of made tensors: `make` gets a random generator that differs between models."""
-    places = []
+def write_models(root, make, config=None, models=3):
+    """Write models with the tensors of `make(rng)`, where `rng` differs between models."""
+    paths = []
     for model in range(models):
-        places.append(root / ("base", "ft1", "ft2")[model])
-        places[-1].mkdir(parents=True)
+        paths.append(root / ("base", "ft1", "ft2")[model])
+        paths[-1].mkdir(parents=True)
         tensors = {
             name: np.asarray(value) for name, value in make(np.random.default_rng(model)).items()
         }
         norm = np.random.default_rng(9 + model).standard_normal(8).astype(BF16)
-        write_directory_tensors(places[-1], tensors | {"norm.weight": norm})
+        write_directory_tensors(paths[-1], tensors | {"norm.weight": norm})
         if config is not None:
-            (places[-1] / "config.json").write_text(
+            (paths[-1] / "config.json").write_text(
                 json.dumps({"model_type": "llama", "quantization_config": config})
             )
-    return places
+    return paths
 
 
 def read(root, tensors, config=None):
-    """One model, read with --dequantize."""
-    (place,) = places_of(root, lambda rng: tensors, config, models=1)
-    return quantization.as_weights(open_source(str(place)))
+    """Open one model as with --dequantize."""
+    (path,) = write_models(root, lambda rng: tensors, config, models=1)
+    return quantization.as_weights(open_source(str(path)))
 
 
 def headers(directory, tensors, components=None):
-    """A source of which only names, shapes and dtypes are known."""
+    """A source with names, shapes and dtypes, but no values."""
     return SimpleNamespace(
         label="model",
         directory=directory,
@@ -57,24 +57,27 @@ def headers(directory, tensors, components=None):
     )
 
 
-def formed(source, name="q.weight"):
+def read_all(source, name="q.weight"):
     shape = source.tensors[name].shape
     return source.read(name, 0, int(np.prod(shape))).reshape(shape)
 
 
-def assert_refused(root, make, config, capsys, why):
-    """By `merge` with and without --dequantize; the option is never offered, and nothing written.
+def assert_rejected(root, make, config, capsys, why):
+    """Assert that `merge` raises an error, with and without --dequantize.
 
-    Also where a user excludes what the message names.
+    The message does not suggest the option, and nothing is written. The same applies if the user
+    excludes the tensor that the message names.
     """
-    places = [str(place) for place in places_of(root, make, config)]
+    paths = [str(path) for path in write_models(root, make, config)]
     exclude = ["--exclude", "q.*"]
     for options in ([], ["--dequantize"], exclude, ["--dequantize", *exclude]):
-        assert main(["merge", *places, "--out", str(root / "out"), *options]) == 1
-        said = capsys.readouterr().err
-        assert why in said and quantized_formats.HOW_TO_FIX in said, said
-        assert "--exclude" not in said and said.count("--dequantize") <= ("--dequantize" in options)
-        assert said.count("\n") == 1 and not (root / "out").exists()
+        assert main(["merge", *paths, "--out", str(root / "out"), *options]) == 1
+        stderr = capsys.readouterr().err
+        assert why in stderr and quantized_formats.HOW_TO_FIX in stderr, stderr
+        assert "--exclude" not in stderr and stderr.count("--dequantize") <= (
+            "--dequantize" in options
+        )
+        assert stderr.count("\n") == 1 and not (root / "out").exists()
 
 
 def float8(rng, shape=(64, 64)):
@@ -85,7 +88,7 @@ def int8(rng, shape=(64, 64)):
     return rng.integers(-127, 127, shape).astype(np.int8)
 
 
-# Microscaling (MX): exponents in bytes, a scale for 32 codes.
+# Microscaling (MX): exponents in bytes, one scale per 32 codes.
 @pytest.mark.parametrize(
     ("config", "size"),
     [
@@ -96,18 +99,18 @@ def int8(rng, shape=(64, 64)):
     ],
 )
 @pytest.mark.parametrize("kind", [np.uint8, E8M0])
-def test_exponents_of_two_are_read_as_such(tmp_path, config, size, kind):
+def test_microscaling_exponents(tmp_path, config, size, kind):
     rng = np.random.default_rng(0)
     codes = float8(rng, (128, 128))
     exponents = rng.integers(110, 130, (128 // size[0], 128 // size[1])).astype(np.uint8)
     source = read(tmp_path, {"q.weight": codes, "q.weight_scale": exponents.view(kind)}, config)
     scale = np.repeat(np.repeat(2.0 ** (exponents.astype(int) - 127), size[0], 0), size[1], 1)
-    np.testing.assert_array_equal(formed(source), (codes.astype(float) * scale).astype(F32))
+    np.testing.assert_array_equal(read_all(source), (codes.astype(float) * scale).astype(F32))
     assert sorted(source.tensors) == ["norm.weight", "q.weight"]
 
 
 @pytest.mark.parametrize("shape", [(), (128, 1), (1, 1), (2, 2)])
-def test_a_dtype_of_exponents_says_so_itself(tmp_path, shape):
+def test_scales_with_an_exponent_dtype(tmp_path, shape):
     codes = float8(np.random.default_rng(0), (128, 192))
     exponents = np.random.default_rng(0).integers(110, 130, shape).astype(np.uint8)
     source = read(
@@ -118,21 +121,21 @@ def test_a_dtype_of_exponents_says_so_itself(tmp_path, shape):
     scale = 2.0 ** (exponents.astype(int) - 127)
     if shape == (2, 2):
         scale = np.repeat(np.repeat(scale, 64, 0), 96, 1)
-    np.testing.assert_array_equal(formed(source), (codes.astype(float) * scale).astype(F32))
+    np.testing.assert_array_equal(read_all(source), (codes.astype(float) * scale).astype(F32))
 
 
 @pytest.mark.parametrize(
     ("codes", "scale"),
     [
-        (float8, np.uint8(120)),  # For the tensor: no format stores that.
-        (float8, np.full((64, 4), 120, np.uint8)),  # Blocks of 16.
+        (float8, np.uint8(120)),  # one exponent per tensor: no format stores it
+        (float8, np.full((64, 4), 120, np.uint8)),  # blocks of 16
         (int8, np.full((64, 2), 120, np.uint8)),
-        (int8, np.full((64, 2), 0.5, E8M0)),  # Two FP4 numbers in a byte: DeepSeek-V4's experts.
+        (int8, np.full((64, 2), 0.5, E8M0)),  # two FP4 values per byte: experts of DeepSeek-V4
         (float8, np.full((64, 2), 120, np.int8)),
     ],
 )
-def test_other_integer_scales_are_refused(tmp_path, capsys, codes, scale):
-    assert_refused(
+def test_error_for_other_integer_scales(tmp_path, capsys, codes, scale):
+    assert_rejected(
         tmp_path,
         lambda rng: {"q.weight": codes(rng), "q.weight_scale": scale},
         None,
@@ -141,8 +144,9 @@ def test_other_integer_scales_are_refused(tmp_path, capsys, codes, scale):
     )
 
 
-def test_exponents_of_torchao_may_be_in_another_order(tmp_path, capsys):
-    assert_refused(
+def test_error_for_torchao_exponents(tmp_path, capsys):
+    """torchao may store exponents in another order."""
+    assert_rejected(
         tmp_path,
         lambda rng: {
             "q._weight_qdata": float8(rng, (128, 128)),
@@ -154,7 +158,7 @@ def test_exponents_of_torchao_may_be_in_another_order(tmp_path, capsys):
     )
 
 
-# Methods: a layout that is known, or none.
+# Methods with an unknown layout.
 @pytest.mark.parametrize("out", [64, 32])
 @pytest.mark.parametrize(
     ("config", "why"),
@@ -181,8 +185,8 @@ def test_exponents_of_torchao_may_be_in_another_order(tmp_path, capsys):
         ),
     ],
 )
-def test_methods_whose_layout_is_not_known_are_refused(tmp_path, capsys, config, why, out):
-    assert_refused(
+def test_error_for_methods_with_an_unknown_layout(tmp_path, capsys, config, why, out):
+    assert_rejected(
         tmp_path,
         lambda rng: {"q.weight": int8(rng, (64, out)), "q.weight_scales": np.full(out, 0.1, F16)},
         config,
@@ -191,38 +195,38 @@ def test_methods_whose_layout_is_not_known_are_refused(tmp_path, capsys, config,
     )
 
 
-def test_a_method_in_a_tower_and_in_a_component_counts(tmp_path, capsys):
+def test_method_in_the_config_of_a_tower_or_component(tmp_path, capsys):
     def make(rng):
         return {"q.weight": int8(rng), "q.weight_scale": np.full((64, 1), 0.1, F16)}
 
-    places = places_of(tmp_path, make)
-    for place in places:
-        (place / "config.json").write_text(
+    paths = write_models(tmp_path, make)
+    for path in paths:
+        (path / "config.json").write_text(
             json.dumps({"text_config": {"quantization_config": {"quant_method": "eetq"}}})
         )
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
     assert "'eetq'" in capsys.readouterr().err
-    for place in places:
-        folder = place / "transformer"
+    for path in paths:
+        folder = path / "transformer"
         folder.mkdir()
-        (place / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
-        (place / "config.json").rename(folder / "config.json")
-        (place / "model_index.json").write_text(
+        (path / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
+        (path / "config.json").rename(folder / "config.json")
+        (path / "model_index.json").write_text(
             json.dumps({"_class_name": "P", "transformer": ["diffusers", "T"]})
         )
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "o"), "--dequantize"]) == 1
     assert "'eetq'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "torchao", "quanto"])
-def test_a_scale_of_one_axis_is_that_of_the_rows(tmp_path, method):
+def test_scale_with_one_axis_applies_to_the_rows(tmp_path, method):
     rng = np.random.default_rng(0)
     codes, scale = int8(rng), rng.uniform(0.1, 1, 64).astype(F32)
     source = read(tmp_path, {"q.weight": codes, "q.weight_scale": scale}, {"quant_method": method})
-    np.testing.assert_array_equal(formed(source), codes * scale[:, None])
+    np.testing.assert_array_equal(read_all(source), codes * scale[:, None])
 
 
-def test_a_square_weight_needs_a_method_or_one_that_is_not_square(tmp_path):
+def test_square_weight_needs_a_method_or_a_weight_that_is_not_square(tmp_path):
     rng = np.random.default_rng(0)
     square = {"q.weight": float8(rng), "q.weight_scale": rng.uniform(0.1, 1, 64).astype(F32)}
     with pytest.raises(Exception, match=r"q.weight: .*\[64\] .*\[64, 64\]"):
@@ -236,11 +240,11 @@ def test_a_square_weight_needs_a_method_or_one_that_is_not_square(tmp_path):
         both = square | wide
         scale = both[f"{name}.weight_scale"][:, None]
         np.testing.assert_array_equal(
-            formed(source, f"{name}.weight"), both[f"{name}.weight"].astype(F32) * scale
+            read_all(source, f"{name}.weight"), both[f"{name}.weight"].astype(F32) * scale
         )
 
 
-# Blocks: as stated, or in one way only.
+# Blocks: from the config, or if only one block size matches.
 @pytest.mark.parametrize(
     ("shape", "size", "config"),
     [
@@ -268,7 +272,7 @@ def test_a_square_weight_needs_a_method_or_one_that_is_not_square(tmp_path):
         ((32, 384), (1, 128), {}),
     ],
 )
-def test_blocks_are_as_the_config_states(tmp_path, shape, size, config):
+def test_block_sizes(tmp_path, shape, size, config):
     rng = np.random.default_rng(0)
     codes = float8(rng, shape)
     scale = rng.uniform(0.1, 1, [-(-n // s) for n, s in zip(shape, size, strict=True)]).astype(F32)
@@ -279,7 +283,7 @@ def test_blocks_are_as_the_config_states(tmp_path, shape, size, config):
     )
     wide = np.repeat(np.repeat(scale.astype(float), size[0], 0), size[1], 1)
     expected = codes.astype(float) * wide[: shape[0], : shape[1]]
-    np.testing.assert_array_equal(formed(source), expected.astype(F32))
+    np.testing.assert_array_equal(read_all(source), expected.astype(F32))
 
 
 @pytest.mark.parametrize(
@@ -292,17 +296,17 @@ def test_blocks_are_as_the_config_states(tmp_path, shape, size, config):
         ((256, 512), (4, 2), {"weight_block_size": [128, 128]}),  # transposed
         ((256, 512), (4, 2), {}),
         ((4, 512), (4, 1), {"weight_block_size": [128, 128]}),
-        ((200, 200), (2, 2), {}),  # 128 or an even split
+        ((200, 200), (2, 2), {}),  # 128 or an equal split
         ((192, 192), (2, 2), {}),
         ((256, 300), (2, 3), {}),
         ((96, 128), (2, 2), {}),
-        ((256, 256), (2, 2), {"weight_block_size": [64, 64]}),  # not as stated
+        ((256, 256), (2, 2), {"weight_block_size": [64, 64]}),  # not as in the config
         ((256, 256), (256, 2), {"weight_block_size": [128, 128]}),
-        ((64, 32), (32,), {}),  # of the columns
+        ((64, 32), (32,), {}),  # per column
     ],
 )
-def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale, config):
-    assert_refused(
+def test_error_for_uncertain_blocks(tmp_path, capsys, shape, scale, config):
+    assert_rejected(
         tmp_path,
         lambda rng: {
             "q.weight": float8(rng, shape),
@@ -314,7 +318,7 @@ def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale,
     )
 
 
-# What else is in a module.
+# Other tensors in a module.
 @pytest.mark.parametrize(
     ("extra", "why"),
     [
@@ -324,7 +328,7 @@ def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale,
         ({"q.prequant_scaling_factor": np.ones(64, F16)}, "prequant_scaling_factor"),
         ({"q.input_scale": np.ones(64, F32)}, "input_scale"),  # smooths each input
         ({"q.weight_shift": np.ones((64, 1), F16)}, "weight_shift"),
-        ({"q.out_scale": np.ones((), F32)}, "out_scale"),  # learned or not: it is not known
+        ({"q.out_scale": np.ones((), F32)}, "out_scale"),  # may be learned
         (
             {
                 "q.comfy_quant": np.frombuffer(
@@ -335,8 +339,8 @@ def test_blocks_that_are_not_certain_are_refused(tmp_path, capsys, shape, scale,
         ),
     ],
 )
-def test_what_changes_the_meaning_of_codes_is_never_ignored(tmp_path, capsys, extra, why):
-    assert_refused(
+def test_tensors_that_change_the_meaning_of_codes_are_not_ignored(tmp_path, capsys, extra, why):
+    assert_rejected(
         tmp_path,
         lambda rng: extra | {"q.weight": int8(rng), "q.weight_scale": np.full((64, 4), 0.1, F32)},
         None,
@@ -345,7 +349,7 @@ def test_what_changes_the_meaning_of_codes_is_never_ignored(tmp_path, capsys, ex
     )
 
 
-def test_learned_scalars_named_like_scales_stay_and_what_goes_is_named(tmp_path):
+def test_learned_scalars_are_kept_and_a_note_names_dropped_scales(tmp_path):
     one = np.ones((), F32)
     learned = {
         "attn.q_scale": np.full(1, 3.7, F32),
@@ -365,13 +369,13 @@ def test_learned_scalars_named_like_scales_stay_and_what_goes_is_named(tmp_path)
     assert {*source.tensors} == {*learned, "norm.weight", "attn.q.weight", "mlp.experts.up_proj"}
     (note,) = source.notes
     assert not any(name in note for name in learned)
-    served = {
+    activation_scales = {
         "attn.q.input_scale": one,
         "attn.k_scale": one,
         "attn.v_scale": one,
         "mlp.experts.up_proj_activation_scale": np.ones(4, F32),
     }
-    source = read(tmp_path / "b", codes | served | {"logit_scale": one})
+    source = read(tmp_path / "b", codes | activation_scales | {"logit_scale": one})
     assert {*source.tensors} == {
         "logit_scale",
         "norm.weight",
@@ -387,9 +391,9 @@ def test_learned_scalars_named_like_scales_stay_and_what_goes_is_named(tmp_path)
     "name",
     ["weights_scaling_factor", "weight_descale", "Scale", "qscales", "weight_amax", "weight_s"],
 )
-def test_scales_by_other_words_are_seen(tmp_path, capsys, name):
-    """In a single file no config says quantized; a bias is no scale."""
-    places = places_of(
+def test_scales_with_other_names_are_detected(tmp_path, capsys, name):
+    """A single file has no config; a bias is not a scale."""
+    paths = write_models(
         tmp_path,
         lambda rng: {
             "q.weight": float8(rng),
@@ -397,12 +401,12 @@ def test_scales_by_other_words_are_seen(tmp_path, capsys, name):
             "q.bias": np.ones(64, F32),
         },
     )
-    files = [str(place / "model.safetensors") for place in places]
+    files = [str(path / "model.safetensors") for path in paths]
     assert main(["merge", *files, "--out", str(tmp_path / "out")]) == 1
     assert re.search(r"quantized .*q\.weight", capsys.readouterr().err)
 
 
-def test_a_layer_without_a_marker_is_plain_float8(tmp_path):
+def test_layer_without_a_marker_is_plain_float8(tmp_path):
     marker = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
     codes = float8(np.random.default_rng(0))
     source = read(
@@ -422,7 +426,7 @@ def test_a_layer_without_a_marker_is_plain_float8(tmp_path):
     }
 
 
-def test_a_marker_of_all_layers_is_of_its_component(tmp_path):
+def test_marker_of_all_layers_applies_to_its_component(tmp_path):
     code, one = ((8, 8), "F8_E4M3"), ((), "F32")
     source = headers(
         tmp_path,
@@ -442,12 +446,12 @@ def test_a_marker_of_all_layers_is_of_its_component(tmp_path):
 
 
 @pytest.mark.parametrize("code", ["U8", "I32"])
-def test_flat_codes_with_a_scale_of_their_name(tmp_path, code):
+def test_flat_codes_with_a_scale_of_the_same_name(tmp_path, code):
     source = headers(tmp_path, {"q.weight": ((64,), code), "q.weight_scale": ((2,), "F32")})
     assert "packed" in quantization.refusal(source)
 
 
-def test_one_layer_in_another_format_is_enough(tmp_path):
+def test_one_layer_in_an_unsupported_format_is_an_error(tmp_path):
     source = headers(
         tmp_path,
         {
@@ -460,7 +464,7 @@ def test_one_layer_in_another_format_is_enough(tmp_path):
     assert "k.SCB: " in quantization.refusal(source)
 
 
-# Integers that no rule of this package recognizes as codes.
+# Integers that no rule recognizes as codes.
 @pytest.mark.parametrize("differ", [True, False])
 @pytest.mark.parametrize(
     "parts",
@@ -469,17 +473,17 @@ def test_one_layer_in_another_format_is_enough(tmp_path):
         {"q.words": ((32, 2), np.int16), "q.Wscale": ((), F32)},
     ],
 )
-def test_integers_with_a_scale_under_a_config_that_says_quantized(tmp_path, capsys, differ, parts):
+def test_integers_with_a_scale_and_a_quantization_config(tmp_path, capsys, differ, parts):
     def make(rng):
         rng = rng if differ else np.random.default_rng(0)
         return {n: rng.integers(0, 99, shape).astype(kind) for n, (shape, kind) in parts.items()}
 
-    assert_refused(tmp_path, make, {"quant_method": "quip"}, capsys, "packed")
+    assert_rejected(tmp_path, make, {"quant_method": "quip"}, capsys, "packed")
 
 
-@pytest.mark.parametrize("name", ["q.lattice", "q.indices"])  # VPTQ's is named like a buffer.
-def test_integers_that_differ_under_a_config_that_says_quantized(tmp_path, capsys, name):
-    assert_refused(
+@pytest.mark.parametrize("name", ["q.lattice", "q.indices"])  # VPTQ's name is that of a buffer.
+def test_different_integers_with_a_quantization_config(tmp_path, capsys, name):
+    assert_rejected(
         tmp_path,
         lambda rng: {
             name: rng.integers(0, 99, (32, 2)),
@@ -491,7 +495,7 @@ def test_integers_that_differ_under_a_config_that_says_quantized(tmp_path, capsy
     )
 
 
-@pytest.mark.parametrize("said", [None, {"load_in_4bit": True}])  # A key that a merge left behind.
+@pytest.mark.parametrize("config", [None, {"load_in_4bit": True}])  # A stale key.
 @pytest.mark.parametrize(
     "buffer",
     [
@@ -502,21 +506,21 @@ def test_integers_that_differ_under_a_config_that_says_quantized(tmp_path, capsy
         np.arange(16, dtype=np.int8),
     ],
 )
-def test_a_learned_scale_next_to_a_table_of_integers_is_no_quantization(tmp_path, buffer, said):
+def test_learned_scale_next_to_an_integer_buffer_is_not_quantization(tmp_path, buffer, config):
     def make(rng):
-        scale = {} if said else {"attn.scale": rng.standard_normal(8).astype(F32)}
+        scale = {} if config else {"attn.scale": rng.standard_normal(8).astype(F32)}
         weight = {"attn.codes": buffer} if buffer.ndim == 1 else {}
         plain = rng.standard_normal((8, 8)).astype(F32)
         return scale | weight | {"attn.buckets": buffer, "w.weight": plain}
 
-    places = places_of(tmp_path, make, said)
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    paths = write_models(tmp_path, make, config)
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
     np.testing.assert_array_equal(TensorFiles(tmp_path / "out")["attn.buckets"], buffer)
 
 
-def test_float8_that_only_was_cast_is_merged(tmp_path):
-    """Weight norm, biases and temperatures in other dtypes next to float8 are no scales."""
-    places = places_of(
+def test_float8_from_a_cast_is_merged(tmp_path):
+    """Weight norm, biases and temperatures in other dtypes next to float8 are not scales."""
+    paths = write_models(
         tmp_path,
         lambda rng: {
             "q.weight_v": float8(rng),
@@ -528,10 +532,10 @@ def test_float8_that_only_was_cast_is_merged(tmp_path):
             "k.temperature": rng.standard_normal(1).astype(F32),
         },
     )
-    assert main(["merge", *map(str, places), "--out", str(tmp_path / "out")]) == 0
+    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
 
 
-# Names, shapes and dtypes of published checkpoints; what their configs say.
+# Published checkpoints: quantization config; names, shapes and dtypes of tensors.
 PUBLISHED = {
     "DeepSeek-V3": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, {
         "self_attn.kv_a_proj_with_mqa.weight": ((576, 7168), "F8_E4M3"),
@@ -541,7 +545,7 @@ PUBLISHED = {
         "mlp.gate.weight": ((256, 7168), "BF16"),
         "mlp.gate.e_score_correction_bias": ((256,), "F32"),
     }),
-    "DeepSeek's own names": (None, {
+    "DeepSeek's names": (None, {
         "attn.wkv_a.weight": ((576, 7168), "F8_E4M3"), "attn.wkv_a.scale": ((5, 56), "F32"),
         "attn.wo.weight": ((7168, 16384), "F8_E4M3"), "attn.wo.scale": ((56, 128), "F32"),
     }),
@@ -550,7 +554,7 @@ PUBLISHED = {
         "self_attn.q_proj.weight_scale_inv": ((), "BF16"),
         "self_attn.q_proj.activation_scale": ((), "BF16"),
     }),
-    "Mistral's own names": (None, {
+    "Mistral's names": (None, {
         "attention.wq.weight": ((4096, 3072), "F8_E4M3"), "attention.wq.qscale_act": ((), "BF16"),
         "attention.wq.qscale_weight": ((), "BF16"),
     }),
@@ -614,12 +618,12 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_published_layouts_are_read_and_only_weights_are_left(tmp_path, model):
+def test_published_layouts(tmp_path, model):
     config, stored = PUBLISHED[model]
     key = "quantization" if model == "TensorRT-LLM" else "quantization_config"
     (tmp_path / "config.json").write_text(json.dumps({key: config} if config else {}))
     source = quantization.as_weights(headers(tmp_path, stored))
-    kept = {
+    expected = {
         name
         for name, info in stored.items()
         if info[1][0] in "FI"
@@ -627,7 +631,7 @@ def test_published_layouts_are_read_and_only_weights_are_left(tmp_path, model):
         and "scale" not in name
         or name.endswith(("bias", "table", "modulation"))
     } | ({"mlp.gate.weight"} & stored.keys())
-    assert {*source.tensors} == {name.removesuffix("._data") for name in kept}
+    assert {*source.tensors} == {name.removesuffix("._data") for name in expected}
     assert {*source.codes} == {
         name.removesuffix("._data")
         for name, info in stored.items()

@@ -1,4 +1,4 @@
-"""Inputs: what each kind of text opens, and one clear line for what cannot be opened."""
+"""Inputs of a merge: what each kind of text opens, and one-line errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 2000])
-def test_a_directory_whole_or_in_shards(tmp_path, max_shard_bytes):
+def test_directory_with_one_file_or_shards(tmp_path, max_shard_bytes):
     tensors = weights(llama_shapes())
     path = save(tmp_path / "m", tensors, max_shard_bytes=max_shard_bytes)
     source = open_source(str(path))
@@ -39,7 +39,7 @@ def test_a_directory_whole_or_in_shards(tmp_path, max_shard_bytes):
     }
     crcs = {file.name: f"crc32:{zlib.crc32(file.read_bytes()):08x}" for file in files}
     assert source.checksums() == crcs
-    # Of what passes by, in any order and more than once, with what does not read from the file.
+    # Ranges are noted in any order and more than once; the rest is read from the file.
     source.watch()
     for name in sorted(tensors, reverse=True)[2:]:
         for start, stop in ((5, 9), (2, 5), (5, 9), (0, 7)):
@@ -47,24 +47,24 @@ def test_a_directory_whole_or_in_shards(tmp_path, max_shard_bytes):
     assert source.checksums() == crcs
 
 
-def test_the_hub_names_its_files_by_their_sha256(model, tmp_path):
-    # As huggingface_hub lays its cache out: a snapshot of links to blobs.
+def test_checksum_of_a_file_in_the_hub_cache_is_its_blob_name(model, tmp_path):
+    # The layout of the cache of huggingface_hub: a snapshot of links to blobs.
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshots").mkdir()
-    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
-    blob = tmp_path / "blobs" / digest
+    sha256 = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    blob = tmp_path / "blobs" / sha256
     blob.write_bytes((model / "model.safetensors").read_bytes())
     link = tmp_path / "snapshots" / "model.safetensors"
     link.symlink_to(blob)
     source = open_source(str(tmp_path / "snapshots"))
     source.watch()
-    assert source.checksums() == {"model.safetensors": f"sha256:{digest}"}
+    assert source.checksums() == {"model.safetensors": f"sha256:{sha256}"}
     link.unlink()
-    link.symlink_to(blob.rename(tmp_path / digest))  # Any other link says nothing.
+    link.symlink_to(blob.rename(tmp_path / sha256))  # A link outside `blobs` is not used.
     assert open_source(str(tmp_path / "snapshots")).checksums()["model.safetensors"][:6] == "crc32:"
 
 
-def test_a_single_file_has_no_directory(model):
+def test_single_file_has_no_directory(model):
     source = open_source(str(model / "model.safetensors"))
     assert source.directory is None and source.tensors.keys() == llama_shapes().keys()
 
@@ -75,11 +75,11 @@ def test_model_plus_adapter(model, tmp_path):
     bare, joined = open_source(str(lora), base), open_source(f"{model}+{lora}", base)
     np.testing.assert_array_equal(*(s.read(f"{Q}.weight", 0, 256) for s in (bare, joined)))
     assert bare.label == str(lora) and joined.label == f"{model}+{lora}"
-    # An adapter of BASE adds its own files; one of another model brings that model's.
+    # An adapter of BASE adds only its files; an adapter of another model also adds that model's.
     assert set(bare.checksums()) == {"adapter_config.json", "adapter_model.safetensors"}
     other = open_source(f"{model}+{lora}")
     assert set(other.checksums()) == {*bare.checksums(), "model.safetensors"}
-    # The config is a part of it: a merge that is resumed under another alpha would be of two.
+    # The config counts: resuming with another alpha would mix two merges.
     assert set(other.files) == {
         *base.files,
         lora / "adapter_model.safetensors",
@@ -87,18 +87,18 @@ def test_model_plus_adapter(model, tmp_path):
     }
 
 
-def test_a_path_with_a_plus_is_a_path(model, tmp_path):
+def test_existing_path_with_a_plus(model, tmp_path):
     path = save(tmp_path / "a+b", weights({"w": (2, 3)}))
     assert open_source(str(path)).tensors["w"].shape == (2, 3)
 
 
-def test_a_whole_model_beside_its_adapter_is_the_model(tmp_path):
+def test_model_next_to_its_adapter_is_opened_without_it(tmp_path):
     path = save(tmp_path / "m", weights({"w": (2, 3)}))
     adapter(path, factors(Q, 16, 16))
     assert "w" in open_source(str(path)).tensors
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("{tmp}/none", "none: "),
     ("{tmp}/empty", "model.safetensors.index.json"),
     ("{tmp}/pickled", "safetensors.torch.save_file"),
@@ -109,17 +109,17 @@ def test_a_whole_model_beside_its_adapter_is_the_model(tmp_path):
     ("{tmp}/none+{tmp}/lora", "none: "),
     ("no-such-org/no-such-model", "no-such-org/no-such-model"),
 ])  # fmt: skip
-def test_what_cannot_be_opened_is_one_line(model, tmp_path, text, said):
+def test_error_is_one_line(model, tmp_path, text, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04")
     adapter(tmp_path / "lora", factors(Q, 16, 16))
     with pytest.raises(UserError) as error:
         open_source(text.format(tmp=tmp_path, model=model))
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_shard_may_not_lie_outside(tmp_path):
+def test_error_for_a_shard_outside_of_the_directory(tmp_path):
     write_tensors(tmp_path / "secret.safetensors", {"w": np.ones(2, np.float32)})
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "model.safetensors.index.json").write_text(

@@ -1,4 +1,4 @@
-"""A merge in training and a merge of the exported files are one merge, whatever the unit."""
+"""A merge in training equals a merge of the exported files, for every merge unit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS = small.config().vision.num_attention_heads
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Anchor and two replicas, as trees and as directories in Hugging Face's layout."""
+    """An anchor and two replicas, as pytrees and as directories in Hugging Face's format."""
     root, config = tmp_path_factory.mktemp("exported"), small.config()
     anchor = small.checkpoint(config)
     common = small.perturbed(config, seed=3)
@@ -55,26 +55,27 @@ def merged_in_training(trees, unit):
 ])  # fmt: skip
 def test_training_and_command_line_agree(exported, tmp_path, monkeypatch, unit):
     trees, paths = exported
-    monkeypatch.setattr(commands.PlotProcess, "finish", lambda drawing: None)
+    monkeypatch.setattr(commands.PlotProcess, "finish", lambda plot: None)
     out = tmp_path / "out"
     assert main(["merge", *paths, "--out", str(out), "--unit", unit]) == 0
     merged, stats = merged_in_training(trees, unit)
-    ours = flat(jax.device_get(merged))
-    theirs = flat(load(out).params)
-    anchor, one, two = map(flat, trees)
-    assert ours.keys() == theirs.keys()
-    for path in ours:
-        w0, mean = np.float64(anchor[path]), np.float64(one[path]) / 2 + np.float64(two[path]) / 2
-        # One rounding to float32 in each door, and a ratio that differs by 1e-6 at most.
-        largest = np.maximum(np.abs(anchor[path]), np.abs(ours[path]))
-        allowed = np.spacing(largest).astype(np.float64) + 1e-6 * np.abs(mean - w0)
-        error = np.abs(np.float64(theirs[path]) - np.float64(ours[path]))
+    in_training = flat(jax.device_get(merged))
+    from_files = flat(load(out).params)
+    anchor, first, second = map(flat, trees)
+    assert in_training.keys() == from_files.keys()
+    for path in in_training:
+        w0 = np.float64(anchor[path])
+        mean = np.float64(first[path]) / 2 + np.float64(second[path]) / 2
+        # Each merge rounds once to float32, and the ratios differ by at most 1e-6.
+        maximum = np.maximum(np.abs(anchor[path]), np.abs(in_training[path]))
+        allowed = np.spacing(maximum).astype(np.float64) + 1e-6 * np.abs(mean - w0)
+        error = np.abs(np.float64(from_files[path]) - np.float64(in_training[path]))
         assert (error <= allowed).all(), (path, (error - allowed).max())
     rows = json.loads((out / "merge_report.json").read_text())["units"]
-    # The names differ, the measures do not.
+    # The names differ, the values do not.
     for key in ("ratio", "cosine"):
-        found, expected = (
+        actual, expected = (
             sorted(row[key] for row in table if row[key] is not None)
             for table in (rows, report(stats))
         )
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Small checkpoints written file by file, and the command line run on them in this process."""
+"""Write small checkpoints file by file, and run the command line on them in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelstock_jax.tensor_files.writer import write_tensors
 
 
 class Said(NamedTuple):
-    """Exit status, standard output, and standard error split into notes, errors and all of it."""
+    """Exit status, standard output, and the notes, errors and full text of standard error."""
 
     status: int
     out: str
@@ -28,9 +28,9 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def say(capsys, monkeypatch):
-    """Runs a command in this process; a picture takes longer than the rest and is not drawn."""
+    """Run a command in this process, without the figure, which is the slowest part."""
     monkeypatch.setattr(
-        commands.PlotProcess, "finish", lambda drawing: drawing._path.write_bytes(b"\x89PNG")
+        commands.PlotProcess, "finish", lambda plot: plot._path.write_bytes(b"\x89PNG")
     )
 
     def run(*arguments: object) -> Said:
@@ -51,7 +51,7 @@ def say(capsys, monkeypatch):
 
 
 def write(directory: Path, files: Mapping[str, Any]) -> Path:
-    """Writes tensors to `.safetensors`, JSON to `.json`, text to other names."""
+    """Write tensors to `.safetensors`, JSON to `.json`, and text to other files."""
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write(directory: Path, files: Mapping[str, Any]) -> Path:
 def weights(
     shapes: Mapping[str, Sequence[int]], seed: int = 0, start: Mapping | None = None
 ) -> dict[str, np.ndarray]:
-    """Random float32 tensors; from `start` a movement that all seeds share in part."""
+    """Random float32 tensors; with `start`, a fine-tune whose update all seeds share in part."""
     own, common = np.random.default_rng(seed), np.random.default_rng(99)
     if start is None:
         return {n: own.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
@@ -91,7 +91,7 @@ def trio(
     shapes: Mapping[str, Sequence[int]] = SHAPES,
     file: str = "model.safetensors",
 ) -> list[Path]:
-    """A base and two fine-tunes, in `base`, `ft1` and `ft2`; `extra` files for each of them."""
+    """A base and two fine-tunes, in `base`, `ft1` and `ft2`, each with `extra` files."""
     base = weights(shapes)
     models = [base, weights(shapes, 1, base), weights(shapes, 2, base)]
     extra = extra or ({},)
@@ -102,18 +102,18 @@ def trio(
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors at a path."""
+    """Read all tensors at a path."""
     files = TensorFiles(path)
     return {name: files[name] for name in files}
 
 
 def load(path: Path) -> Any:
-    """A JSON file."""
+    """Read a JSON file."""
     return json.loads(path.read_text())
 
 
 def stock(base: np.ndarray, *tuned: np.ndarray) -> np.ndarray:
-    """Equation 3 in float64."""
+    """Merge by equation 3, in float64."""
     w0 = base.astype(np.float64)
     d = np.array([(w.astype(np.float64) - w0).ravel() for w in tuned])
     unit = d / np.linalg.norm(d, axis=1, keepdims=True)

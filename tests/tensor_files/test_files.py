@@ -1,4 +1,4 @@
-"""Safetensors there and back, shards and indexes, and files that lie."""
+"""Safetensors round trips, shards and indexes, and invalid files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from modelstock_jax.tensor_files.reader import INDEX, TensorFiles, read_header
 
 TENSORS = {
     "a.half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
-    "b.turned": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+    "b.transposed": np.arange(12, dtype=np.float32).reshape(3, 4).T,
     "c.scalar": np.float64(2.5),
     "d.empty": np.zeros((0, 4), np.float16),
-    "e.whole": np.arange(-3, 3, dtype=np.int64),
+    "e.integers": np.arange(-3, 3, dtype=np.int64),
     "f.flags": np.array([True, False]),
 }
 
@@ -45,7 +45,7 @@ def test_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_shards_hold_every_tensor_once(tmp_path):
+def test_shards_contain_every_tensor_once(tmp_path):
     writer.write_directory_tensors(tmp_path, TENSORS, max_shard_bytes=40)
     assert_same(TensorFiles(tmp_path), TENSORS)
     index = json.loads((tmp_path / INDEX).read_text())
@@ -60,7 +60,7 @@ def header(length: int, text: bytes) -> bytes:
     return length.to_bytes(8, "little") + text
 
 
-HOSTILE = {
+INVALID = {
     "empty": b"",
     "header longer than the file": header(10**6, b"{}"),
     "header of exabytes": header(2**63, b"{}"),
@@ -72,39 +72,39 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_files_are_named(tmp_path, content):
+@pytest.mark.parametrize("content", INVALID.values(), ids=INVALID.keys())
+def test_error_names_the_invalid_file(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="model.safetensors: "):
         TensorFiles(tmp_path)
 
 
-def test_what_an_index_may_not_say(tmp_path):
+def test_invalid_indexes(tmp_path):
     writer.write_directory_tensors(tmp_path, TENSORS, max_shard_bytes=40)
     index = tmp_path / INDEX
-    places = json.loads(index.read_text())["weight_map"]
+    weight_map = json.loads(index.read_text())["weight_map"]
 
-    def refuse(message, **changes):
-        kept = {k: v for k, v in {**places, **changes}.items() if v is not None}
-        index.write_text(json.dumps({"weight_map": kept}))
+    def check_error(message, **changes):
+        changed = {k: v for k, v in {**weight_map, **changes}.items() if v is not None}
+        index.write_text(json.dumps({"weight_map": changed}))
         with pytest.raises(UserError, match=message):
             TensorFiles(tmp_path)
 
-    refuse(f"{INDEX}: '../model.safetensors'", **{"x": "../model.safetensors"})
-    refuse(f"{INDEX}: '/etc/passwd'", **{"x": "/etc/passwd"})
-    refuse(f"{INDEX}: 3 ", **{"x": 3})
-    refuse("files .*: gone.safetensors", **{"x": "gone.safetensors"})
-    refuse("files .*: xx", **{"x": "x" * 300})
-    refuse(r"shard .*: x\b", **{"x": places["a.half"]})
-    refuse(r"shard .*: 'x\\n\\x1b\[2J'", **{"x\n\x1b[2J": places["a.half"]})
-    refuse("'d.empty'", **{"d.empty": None})
-    refuse("model.bin: .*pickle", **{"x": "model.bin"})
+    check_error(f"{INDEX}: '../model.safetensors'", **{"x": "../model.safetensors"})
+    check_error(f"{INDEX}: '/etc/passwd'", **{"x": "/etc/passwd"})
+    check_error(f"{INDEX}: 3 ", **{"x": 3})
+    check_error("files .*: gone.safetensors", **{"x": "gone.safetensors"})
+    check_error("files .*: xx", **{"x": "x" * 300})
+    check_error(r"shard .*: x\b", **{"x": weight_map["a.half"]})
+    check_error(r"shard .*: 'x\\n\\x1b\[2J'", **{"x\n\x1b[2J": weight_map["a.half"]})
+    check_error("'d.empty'", **{"d.empty": None})
+    check_error("model.bin: .*pickle", **{"x": "model.bin"})
     index.write_text("[]")
     with pytest.raises(UserError, match="'weight_map'"):
         TensorFiles(tmp_path)
 
 
-def test_paths(tmp_path):
+def test_path_errors(tmp_path):
     with pytest.raises(UserError, match="gone: "):
         TensorFiles(tmp_path / "gone")
     with pytest.raises(UserError, match="xx: "):
@@ -126,13 +126,13 @@ def test_paths(tmp_path):
         TensorFiles(tmp_path)
 
 
-def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, monkeypatch):
+def test_file_replaced_during_open_is_read_consistently(tmp_path, monkeypatch):
     path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
     writer.write_tensors(path, {"w": np.arange(4.0), "z": np.zeros(3)})
     writer.write_tensors(other, {"a": np.ones(3), "w": np.full(4, 7.0)})
 
-    def read_and_replace(*place):
-        header = read_header(*place)
+    def read_and_replace(*args):
+        header = read_header(*args)
         other.rename(path)
         return header
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, 
     assert sorted(files) == ["w", "z"] and files["w"].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_unsupported_dtype_is_named(tmp_path):
+def test_error_names_the_unsupported_dtype(tmp_path):
     text = b'{"w":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
     (tmp_path / "m.safetensors").write_bytes(header(len(text), text) + b"123")
     files = TensorFiles(tmp_path)
@@ -150,7 +150,7 @@ def test_unsupported_dtype_is_named(tmp_path):
         files["w"]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     writer.write_tensors(path, {"w": np.ones(3)})
     before = path.read_bytes()
@@ -164,24 +164,24 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_umask_is_not_touched(tmp_path, monkeypatch):
-    """To read it is to set it for all threads: what they make meanwhile, anyone may write."""
+def test_umask_is_not_changed(tmp_path, monkeypatch):
+    """Reading the umask sets it for all threads; files made meanwhile are writable by anyone."""
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the process's umask was set"))
-    with new_directory(tmp_path / "model") as beside:
-        (beside / "deep").mkdir(mode=0o700)
-        writer.write_tensors(beside / "deep" / "w.safetensors", {"w": np.ones(3)})
+    with new_directory(tmp_path / "model") as temporary:
+        (temporary / "deep").mkdir(mode=0o700)
+        writer.write_tensors(temporary / "deep" / "w.safetensors", {"w": np.ones(3)})
     (tmp_path / "folder").mkdir()
     (tmp_path / "plain").touch()
     for made, plain in (("model/deep", "folder"), ("model/deep/w.safetensors", "plain")):
         assert oct((tmp_path / made).stat().st_mode) == oct((tmp_path / plain).stat().st_mode)
 
 
-def test_half_a_surrogate_pair_survives(tmp_path):
+def test_lone_surrogate_is_preserved(tmp_path):
     writer.write_indented_json(tmp_path / "config.json", {"é": "\ud83d"})
     assert json.loads((tmp_path / "config.json").read_text("utf-8")) == {"é": "\ud83d"}
 
 
-def test_digests_see_every_bit_name_shape_and_dtype(tmp_path):
+def test_checksum_depends_on_every_bit_name_shape_and_dtype(tmp_path):
     base = {"a": np.zeros((2, 3), np.float32), "b": np.ones(1, np.float32)}
     variants = [
         {**base, "a": np.zeros((3, 2), np.float32)},
@@ -190,8 +190,8 @@ def test_digests_see_every_bit_name_shape_and_dtype(tmp_path):
         {"a": base["b"], "b": base["a"]},
         {"a": base["a"]},
     ]
-    digests = {checksum_tensors(v) for v in [base, *variants]}
-    assert len(digests) == 6
+    checksums = {checksum_tensors(v) for v in [base, *variants]}
+    assert len(checksums) == 6
     assert checksum_tensors(TENSORS) == checksum_tensors(dict(reversed(TENSORS.items())))
     path = tmp_path / "f"
     path.write_bytes(os.urandom(1000))
@@ -205,14 +205,14 @@ def test_crc32_of_ranges_in_any_order(tmp_path):
     expected = f"{zlib.crc32(raw):08x}"
     assert checksum_file(path, "crc32") == expected
     rng = np.random.default_rng(1)
-    for seen in (0, 1, 30, 300):
-        digest = RangeChecksum(len(raw))
-        # Ranges may overlap, repeat and leave holes, which are read from the file.
-        for start in rng.integers(0, len(raw), seen):
-            digest.update(int(start), raw[start : start + int(rng.integers(0, 2000))])
-        assert digest.complete(path) == expected and digest.gaps() == []
+    for num_ranges in (0, 1, 30, 300):
+        checksum = RangeChecksum(len(raw))
+        # Ranges may overlap, repeat and leave gaps, which are read from the file.
+        for start in rng.integers(0, len(raw), num_ranges):
+            checksum.update(int(start), raw[start : start + int(rng.integers(0, 2000))])
+        assert checksum.complete(path) == expected and checksum.gaps() == []
     with pytest.raises(ValueError, match="3 to 7"):
-        digest = RangeChecksum(9)
-        digest.update(0, b"123")
-        digest.update(7, b"89")
-        digest.hexdigest()
+        checksum = RangeChecksum(9)
+        checksum.update(0, b"123")
+        checksum.update(7, b"89")
+        checksum.hexdigest()

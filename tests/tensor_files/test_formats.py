@@ -1,4 +1,4 @@
-"""Which files of a directory are read, and what is said of files in other formats."""
+"""Which files of a directory are read, and the errors for files in other formats."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ HTML = b"\n <!DOCTYPE html>\n<html><body>404</body></html>"
 
 
 def put(directory: Path, file: str, value: float, *names: str, **metadata: str) -> None:
-    """Writes a file with one element, `value`, in each tensor."""
+    """Write a file with one element, `value`, in each tensor."""
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / file, {n: np.full(1, value) for n in names or ("w",)}, metadata)
 
 
-def index(directory: Path, file: str, **places: str) -> None:
-    (directory / file).write_text(json.dumps({"weight_map": places}))
+def index(directory: Path, file: str, **weight_map: str) -> None:
+    (directory / file).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def error(path: Path) -> str:
-    """The message, which is one line and names the path."""
+    """Return the error message; it must be one line and name the path."""
     with pytest.raises(UserError) as caught:
         TensorFiles(path)
     line = str(caught.value)
@@ -39,7 +39,7 @@ def error(path: Path) -> str:
 
 
 @pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model", "open_clip_model", "a.b-c"])
-def test_an_index_of_any_name(tmp_path, stem):
+def test_index_with_any_name(tmp_path, stem):
     put(tmp_path, f"{stem}-00001-of-00002.safetensors", 1, "a")
     put(tmp_path, f"{stem}-00002-of-00002.safetensors", 2, "b")
     index(
@@ -68,16 +68,16 @@ def test_an_index_of_any_name(tmp_path, stem):
     (["model.fp16"], "model.fp16"),
     (["head"], "head"),
     (["sd_xl_base_1.0"], "sd_xl_base_1.0"),
-    (["x", "._x", ".x"], "x"),  # macOS's and temporary files.
+    (["x", "._x", ".x"], "x"),  # files of macOS and temporary files
 ])  # fmt: skip
-def test_the_file_without_a_variant_is_read(tmp_path, files, stem):
+def test_file_without_a_variant_is_read(tmp_path, files, stem):
     for file in files:
         put(tmp_path, f"{file}.safetensors", float(file == stem))
-    found = TensorFiles(tmp_path)
-    assert found.stem == stem and found["w"] == 1
+    tensors = TensorFiles(tmp_path)
+    assert tensors.stem == stem and tensors["w"] == 1
 
 
-def test_a_variant_of_an_index_does_not_disturb(tmp_path):
+def test_variants_of_an_index_are_ignored(tmp_path):
     stem = "diffusion_pytorch_model"
     for value, names in enumerate(
         [
@@ -89,15 +89,15 @@ def test_a_variant_of_an_index_does_not_disturb(tmp_path):
         put(tmp_path, names[1], value)
         index(tmp_path, names[0], w=names[1])
     assert TensorFiles(tmp_path)["w"] == 0 and TensorFiles(tmp_path).stem == stem
-    # Without the plain one there are two, and nobody can say which is meant.
+    # Without the plain index, two variants remain, which is ambiguous.
     (tmp_path / f"{stem}.safetensors.index.json").unlink()
     (tmp_path / f"{stem}-00001-of-00001.safetensors").unlink()
     assert "indexes" in error(tmp_path)
     (tmp_path / f"{stem}.fp16.safetensors.index.json").unlink()
-    assert TensorFiles(tmp_path)["w"] == 2  # The other has an index.
+    assert TensorFiles(tmp_path)["w"] == 2  # the variant that still has an index
 
 
-def test_an_index_wins_over_files_that_are_not_of_it(tmp_path):
+def test_index_takes_precedence_over_unrelated_files(tmp_path):
     put(tmp_path, "consolidated.safetensors", 0)
     put(tmp_path, "unet-00001-of-00001.safetensors", 1)
     index(tmp_path, "unet.safetensors.index.json", w="unet-00001-of-00001.safetensors")
@@ -105,7 +105,7 @@ def test_an_index_wins_over_files_that_are_not_of_it(tmp_path):
     assert TensorFiles(tmp_path / "consolidated.safetensors").stem == "consolidated"
 
 
-def test_shards_without_an_index_must_all_be_there(tmp_path):
+def test_shards_without_an_index_must_be_complete(tmp_path):
     for number in range(1, 6):
         put(tmp_path, f"model-{number:05d}-of-00005.safetensors", number, f"w{number}")
     assert sorted(TensorFiles(tmp_path)) == [f"w{n}" for n in range(1, 6)]
@@ -116,7 +116,7 @@ def test_shards_without_an_index_must_all_be_there(tmp_path):
     assert re.search("shards .*4 .*5 .*index", error(tmp_path))
 
 
-def test_shards_may_be_counted_from_zero_and_hold_a_tensor_once(tmp_path):
+def test_shards_may_be_numbered_from_zero_and_contain_a_tensor_once(tmp_path):
     for number in range(2):
         put(tmp_path, f"model-{number:05d}-of-00002.safetensors", number, f"w{number}")
     assert sorted(TensorFiles(tmp_path)) == ["w0", "w1"]
@@ -124,7 +124,7 @@ def test_shards_may_be_counted_from_zero_and_hold_a_tensor_once(tmp_path):
     assert re.search("'w0', .*model-00000-of-00002.safetensors", error(tmp_path))
 
 
-def test_several_files_are_named(tmp_path):
+def test_error_names_several_candidate_files(tmp_path):
     for letter in "abcde":
         put(tmp_path, f"{letter}.safetensors", 0)
     line = error(tmp_path)
@@ -135,8 +135,8 @@ def test_several_files_are_named(tmp_path):
     assert "a.safetensors.index.json, b.saf" in error(tmp_path)
 
 
-def test_a_single_file_is_read_before_an_index_of_an_older_save(tmp_path):
-    """As transformers does; but not one that the index names among its shards."""
+def test_single_file_takes_precedence_over_an_index(tmp_path):
+    """Like transformers, unless the index lists the file among its shards."""
     put(tmp_path, "model.safetensors", 7)
     index(tmp_path, "model.safetensors.index.json", w="model-00001-of-00001.safetensors")
     assert {path.name for path in TensorFiles(tmp_path).files.values()} == {"model.safetensors"}
@@ -147,7 +147,7 @@ def test_a_single_file_is_read_before_an_index_of_an_older_save(tmp_path):
     assert len(TensorFiles(tmp_path)) == 2
 
 
-def test_a_shard_that_an_index_names_may_be_a_pointer(tmp_path):
+def test_shard_that_is_a_git_lfs_pointer(tmp_path):
     put(tmp_path, "model-00001-of-00002.safetensors", 1, "a")
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(LFS)
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_a_shard_that_an_index_names_may_be_a_pointer(tmp_path):
         )
 
 
-def test_aliases_are_what_save_model_removed(tmp_path):
+def test_aliases_are_the_tensors_that_save_model_removed(tmp_path):
     put(
         tmp_path,
         "model-00001-of-00002.safetensors",
@@ -180,7 +180,7 @@ def test_aliases_are_what_save_model_removed(tmp_path):
         **{"lm_head.weight": "head.weight", "kept": "head.weight", "shared.weight": "kept"},
     )
     files = TensorFiles(tmp_path)
-    # A value of another file's, and a key that is stored, are no aliases.
+    # A tensor of another file and a key that is stored are not aliases.
     assert files.aliases == {"encoder.weight": "shared.weight", "lm_head.weight": "head.weight"}
 
 
@@ -203,32 +203,32 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), CONTENTS.items(), ids=CONTENTS.values())
-def test_other_formats_under_the_name_of_safetensors(tmp_path, content, said):
+@pytest.mark.parametrize(("content", "message"), CONTENTS.items(), ids=CONTENTS.values())
+def test_other_formats_with_the_safetensors_suffix(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    for given in (path, tmp_path):
-        assert re.search(f"{path}: .*{said}", error(given))
+    for opened in (path, tmp_path):
+        assert re.search(f"{path}: .*{message}", error(opened))
 
 
-def test_a_pickle_in_a_zip_archive(tmp_path):
+def test_pickle_in_a_zip_archive(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(_zip(tmp_path / "made"))
     assert re.search("model.safetensors: .*PyTorch pickle", error(tmp_path))
     assert "safetensors.torch.save_file" in error(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "said"), [
+@pytest.mark.parametrize(("content", "message"), [
     (LFS, "config.json: .*Git LFS"), (HTML, "config.json: .*HTML"),
     (b"{", r"config.json: .*JSON \(Expecting"),
 ])  # fmt: skip
-def test_a_config_that_was_not_fetched(tmp_path, content, said):
+def test_config_that_was_not_fetched(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_json(tmp_path / "config.json")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("files", "said"), [
+@pytest.mark.parametrize(("files", "message"), [
     (["m.gguf", "config.json"], "m.gguf: .*GGUF"),
     (["model.onnx", "config.json"], "model.onnx: .*ONNX"),
     (["tf_model.h5"], "tf_model.h5: TensorFlow .*from_tf"),
@@ -244,11 +244,11 @@ def test_a_config_that_was_not_fetched(tmp_path, content, said):
      " model in .*/unet, .*/vae"),
     (["config.json"], "model.safetensors.index.json"),
 ])  # fmt: skip
-def test_directories_without_safetensors(tmp_path, files, said):
+def test_directories_without_safetensors(tmp_path, files, message):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(b"x")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         TensorFiles(tmp_path)
     assert "\n" not in error(tmp_path)
     if "/" not in files[0] and files[0].endswith((".gguf", ".onnx", ".h5", ".msgpack", ".bin")):
@@ -256,12 +256,12 @@ def test_directories_without_safetensors(tmp_path, files, said):
             TensorFiles(tmp_path / files[0])
 
 
-def test_a_directory_may_have_the_suffix_of_a_pickle(tmp_path):
+def test_directory_with_the_suffix_of_a_pickle(tmp_path):
     put(tmp_path / "epoch=1.ckpt", "model.safetensors", 1)
     assert TensorFiles(tmp_path / "epoch=1.ckpt")["w"] == 1
 
 
-def test_no_name_breaks_the_line(tmp_path):
+def test_names_with_newlines_do_not_break_the_message(tmp_path):
     directory = tmp_path / "a\nb"
     directory.mkdir()
     for content in (LFS, HTML, b"GGUF" + bytes(20)):

@@ -1,4 +1,4 @@
-"""Names on the hub, asked of a server on this machine: what is fetched, what is refused and how."""
+"""Hub names, resolved against a local server: what is fetched, and the errors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from modelstock_jax.tensor_files.reader import TensorFiles
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "1234567890" * 4
-# The hub's cache and its address are read once, when huggingface_hub is imported.
-ASK = """
+# huggingface_hub reads its cache path and endpoint once, on import, so this needs a new process.
+RESOLVE = """
 import json, sys
 from modelstock_jax.errors import UserError
 from modelstock_jax.tensor_files.hub import FILES, resolve
@@ -40,7 +40,7 @@ print(json.dumps(answers))
 
 
 def environment(home: Path, endpoint: str, *, offline: bool = False) -> dict[str, str]:
-    """That of a process with a cache and a hub of its own."""
+    """Environment of a process with a separate cache and hub."""
     return os.environ | {
         "HF_HOME": str(home),
         "HF_ENDPOINT": endpoint,
@@ -51,10 +51,12 @@ def environment(home: Path, endpoint: str, *, offline: bool = False) -> dict[str
     }
 
 
-def ask(home: Path, *names: str, endpoint: str, offline: bool = False) -> dict[str, str]:
-    """What `resolve` says of each name."""
+def resolve_in_process(
+    home: Path, *names: str, endpoint: str, offline: bool = False
+) -> dict[str, str]:
+    """Return the path or the error message of `resolve` for each name."""
     done = subprocess.run(
-        [sys.executable, "-c", ASK, *names],
+        [sys.executable, "-c", RESOLVE, *names],
         env=environment(home, endpoint, offline=offline),
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -64,7 +66,7 @@ def ask(home: Path, *names: str, endpoint: str, offline: bool = False) -> dict[s
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A hub with one model: its address, and the paths that were asked for."""
+    """A hub with one model: its address and the requested paths."""
     source = tmp_path_factory.mktemp("source")
     writer.write_tensors(source / "model.safetensors", {"w": np.arange(6.0)})
     writer.write_indented_json(source / "config.json", {"model_type": "clip"})
@@ -75,11 +77,11 @@ def hub(tmp_path_factory):
                  "unet/code.py", "unet/deep/config.json"):  # fmt: skip
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"never to be fetched")
-    asked: list[str] = []
+    requested: list[str] = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             path = self.path.partition("?")[0]
             base = "/api/models/org/model/"
             if path.startswith("/api/models/org/gated"):
@@ -103,7 +105,7 @@ def hub(tmp_path_factory):
             elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
                 name = unquote(path.partition(f"/{COMMIT}/")[2])
                 body = (source / name).read_bytes()
-                # As the hub names large files.
+                # The hub uses the SHA-256 as ETag of large files.
                 etag = f'"{hashlib.sha256(body).hexdigest()}"'
                 self.answer(200, body, {"X-Repo-Commit": COMMIT, "ETag": etag})
             else:
@@ -124,13 +126,13 @@ def hub(tmp_path_factory):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requested
         server.shutdown()
 
 
-def test_a_repository_is_fetched_without_what_runs_code(hub, tmp_path):
-    endpoint, asked = hub
-    answers = ask(
+def test_repository_is_fetched_without_pickles_and_code(hub, tmp_path):
+    endpoint, requested = hub
+    answers = resolve_in_process(
         tmp_path,
         "org/model",
         "org/model@v1.0",
@@ -143,49 +145,51 @@ def test_a_repository_is_fetched_without_what_runs_code(hub, tmp_path):
     assert sorted(p.name for p in directory.iterdir()) == ["config.json", "model.safetensors"]
     np.testing.assert_array_equal(TensorFiles(directory)["w"], np.arange(6.0))
     assert answers["org/model@v1.0"] == str(directory)
-    assert any("/revision/v1.0" in path for path in asked)
-    assert not any("pytorch_model" in p or "modeling" in p or "onnx" in p for p in asked)
+    assert any("/revision/v1.0" in path for path in requested)
+    assert not any("pytorch_model" in p or "modeling" in p or "onnx" in p for p in requested)
     for name, nouns in (
         ("org/gone", (f"repository {endpoint}/org/gone", "`hf auth login`")),
         ("org/gated", ("gated", f"{endpoint}/org/gated", "`hf auth login`")),
         ("org/model@gone", (f"{endpoint}/org/model", "revision 'gone'")),
     ):
-        said = answers[name]
-        assert said.startswith(f"error: {name}: ") and "\n" not in said
-        assert all(noun in said for noun in nouns), said
-    # What was fetched is there without the hub; what was not says why.
-    offline = ask(tmp_path, "org/model", "org/other", endpoint=endpoint, offline=True)
+        message = answers[name]
+        assert message.startswith(f"error: {name}: ") and "\n" not in message
+        assert all(noun in message for noun in nouns), message
+    # Offline, a fetched model is still available; for another, the message names the reason.
+    offline = resolve_in_process(
+        tmp_path, "org/model", "org/other", endpoint=endpoint, offline=True
+    )
     assert offline["org/model"] == str(directory)
     assert offline["org/other"].startswith("error: org/other: ")
     assert "HF_HUB_OFFLINE" in offline["org/other"] and "cache" in offline["org/other"]
 
 
-def test_folders_that_are_asked_for(hub, tmp_path):
-    endpoint, asked = hub
-    before = len(asked)
+def test_subfolders(hub, tmp_path):
+    endpoint, requested = hub
+    before = len(requested)
     names = ("org/model", "in", "unet", "text[1]", "gone")
-    directory = Path(ask(tmp_path, *names, endpoint=endpoint)["org/model"])
-    found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
-    assert found == {"config.json", "model.safetensors", "unet/model.safetensors",
+    directory = Path(resolve_in_process(tmp_path, *names, endpoint=endpoint)["org/model"])
+    fetched = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    assert fetched == {"config.json", "model.safetensors", "unet/model.safetensors",
                      "text[1]/config.json"}  # fmt: skip
     np.testing.assert_array_equal(TensorFiles(directory / "unet")["w"], np.ones(2))
     never = ("model.bin", "code.py", "deep", "onnx")
-    assert not any(name in path for name in never for path in asked[before:])
-    # The branch is looked up once; all folders are of its commit.
-    assert len([path for path in asked[before:] if "/revision/main" in path]) == 1
-    assert all(COMMIT in path for path in asked[before:] if "/tree/" in path)
-    offline = ask(tmp_path, *names, endpoint=endpoint, offline=True)
+    assert not any(name in path for name in never for path in requested[before:])
+    # The branch is resolved once; all folders come from that commit.
+    assert len([path for path in requested[before:] if "/revision/main" in path]) == 1
+    assert all(COMMIT in path for path in requested[before:] if "/tree/" in path)
+    offline = resolve_in_process(tmp_path, *names, endpoint=endpoint, offline=True)
     assert offline["org/model"] == str(directory)
 
 
-def test_no_way_to_the_hub(tmp_path):
-    # Nothing listens on port 9 of this machine, so the refusal is at once.
-    message = ask(tmp_path, "org/model", endpoint="http://127.0.0.1:9")["org/model"]
+def test_unreachable_hub(tmp_path):
+    # Nothing listens on local port 9, so the connection fails immediately.
+    message = resolve_in_process(tmp_path, "org/model", endpoint="http://127.0.0.1:9")["org/model"]
     assert message.startswith("error: org/model: ") and "http://127.0.0.1:9/org/model" in message
     assert "(ConnectError: " in message and "network" in message
 
 
-def test_a_path_wins(tmp_path, monkeypatch):
+def test_existing_path_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert resolve("org/model") == Path("org/model")
@@ -203,15 +207,15 @@ def test_a_path_wins(tmp_path, monkeypatch):
         ("x" * 5000, "x: "),
     ],
 )
-def test_what_is_no_name_for_the_hub(name, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # After `make demo`, runs/glyphs/model is there.
+def test_names_that_are_not_hub_names(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # After `make demo`, runs/glyphs/model exists.
     with pytest.raises(UserError, match=message):
         resolve(name)
 
 
-# What the message must hold behind the name: a noun, and the name to give instead at its end.
+# The message must contain a noun after the name, and end with the name to pass instead.
 NONE = "file or directory"
-WRITTEN = "file or directory.*"
+BARE_NAME = "file or directory.*"
 DATASET = "dataset .*ORG/NAME"
 URL = "URL.* path .*"
 ADDRESS = "address .*"
@@ -220,12 +224,12 @@ ADDRESS = "address .*"
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpt2", f"{WRITTEN} openai-community/gpt2"),
-        ("bert-base-uncased", f"{WRITTEN} google-bert/bert-base-uncased"),
-        ("t5-small", f"{WRITTEN} google-t5/t5-small"),
-        ("bert-of-mine", f"{WRITTEN} ORG/NAME"),
-        ("llama-3.1", f"{WRITTEN} ORG/NAME"),
-        ("org/model/", f"{WRITTEN} org/model"),
+        ("gpt2", f"{BARE_NAME} openai-community/gpt2"),
+        ("bert-base-uncased", f"{BARE_NAME} google-bert/bert-base-uncased"),
+        ("t5-small", f"{BARE_NAME} google-t5/t5-small"),
+        ("bert-of-mine", f"{BARE_NAME} ORG/NAME"),
+        ("llama-3.1", f"{BARE_NAME} ORG/NAME"),
+        ("org/model/", f"{BARE_NAME} org/model"),
         ("model.bin", NONE),
         ("my.model.safetensors", NONE),
         ("./gpt2", NONE),
@@ -255,16 +259,16 @@ ADDRESS = "address .*"
         ("s3://bucket/model", URL),
     ],
 )
-def test_what_to_give_for_the_hub_instead(name, message, tmp_path, monkeypatch):
+def test_message_has_the_hub_name_to_pass_instead(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     with pytest.raises(UserError) as caught:
         resolve(name)
-    said = str(caught.value)
-    assert said.startswith(f"{name}: ") and re.fullmatch(rf".*{message}\.?", said), said
+    error = str(caught.value)
+    assert error.startswith(f"{name}: ") and re.fullmatch(rf".*{message}", error), error
 
 
-def test_no_name_breaks_the_line():
+def test_names_with_newlines_do_not_break_the_message():
     for name in ("a\nb", "https://huggingface.co/a\nb/c", "org/a\nb"):
         with pytest.raises(UserError) as caught:
             resolve(name)

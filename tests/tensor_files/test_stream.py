@@ -1,4 +1,4 @@
-"""Files written in pieces, from several threads, and read in ranges."""
+"""Files that several threads write in pieces and that are read in ranges."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ TENSORS = {
 CODES = {"odd": "U8", "wide": "F64", "half": "BF16", "none": "F32", "one": "I64"}
 
 
-def writer(path, digest="sha256") -> ShardWriter:
+def writer(path, checksum="sha256") -> ShardWriter:
     tensors = {n: (CODES[n], t.shape) for n, t in TENSORS.items()}
-    return ShardWriter(path, tensors, {"a": "b"}, digest)
+    return ShardWriter(path, tensors, {"a": "b"}, checksum)
 
 
 def pieces(seed=0):
@@ -43,8 +43,8 @@ def pieces(seed=0):
 
 
 def test_pieces_in_any_order_from_any_thread(tmp_path):
-    digests = {"sha256": set(), "crc32": set()}
-    for seed, kind in enumerate([*digests, *digests]):
+    checksums = {"sha256": set(), "crc32": set()}
+    for seed, kind in enumerate([*checksums, *checksums]):
         file = writer(tmp_path / f"{seed}.safetensors", kind)
         with ThreadPoolExecutor(4) as pool:
             list(
@@ -55,20 +55,20 @@ def test_pieces_in_any_order_from_any_thread(tmp_path):
                     pieces(seed),
                 )
             )
-        digests[kind].add(file.finish())
+        checksums[kind].add(file.finish())
     path = tmp_path / "0.safetensors"
-    assert digests == {
+    assert checksums == {
         "sha256": {hashlib.sha256(path.read_bytes()).hexdigest()},
         "crc32": {f"{zlib.crc32(path.read_bytes()):08x}"},
     }
-    read = load_file(path)  # as the format's own reader sees it
+    read = load_file(path)  # with the reader of the safetensors library
     for name, tensor in TENSORS.items():
         assert read[name].tobytes() == tensor.tobytes()
         assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
     assert TensorFiles(path).metadata() == {"format": "pt", "a": "b"}
 
 
-def test_ranges(tmp_path):
+def test_read_ranges(tmp_path):
     file = writer(tmp_path / "w.safetensors")
     for name, start, stop in pieces():
         file.write(name, start, TENSORS[name].reshape(-1)[start:stop])
@@ -85,7 +85,7 @@ def test_ranges(tmp_path):
             files.read("half", *wrong)
 
 
-def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+def test_file_truncated_while_it_is_read(tmp_path):
     path = tmp_path / "w.safetensors"
     file = ShardWriter(path, {"w": ("F32", (4,))})
     file.write("w", 0, np.ones(4, np.float32))
@@ -96,7 +96,7 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
         files.read("w", 0, 4)
 
 
-def test_what_was_not_written_is_not_finished(tmp_path):
+def test_missing_element_fails_finish(tmp_path):
     file = ShardWriter(tmp_path / "w", {"w": ("F32", (4,))})
     file.write("w", 1, np.ones(3, np.float32))
     with pytest.raises(ValueError, match="w: byte 96 "):
@@ -109,15 +109,15 @@ def test_what_was_not_written_is_not_finished(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_file_that_is_cut_while_it_is_written(tmp_path):
+def test_file_truncated_while_it_is_written(tmp_path):
     file = ShardWriter(tmp_path / "w", {"w": ("F32", (4,))})
     file.write("w", 0, np.ones(4, np.float32))
     os.truncate(tmp_path / "w", 0)
-    with pytest.raises(UserError, match="w: .*cut short"):
+    with pytest.raises(UserError, match="w: .*truncated"):
         file.finish()
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_full_disk_error_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="w: .*No space left on device"):
         file.write("w", 0, np.ones(4, np.float32))
     file.abandon()
-    # Of one that cannot even take its header nothing stays: no file, no thread.
+    # If even the header cannot be written, no file and no thread remain.
     before = threading.active_count()
     with pytest.raises(UserError, match="w: .*No space left on device"):
         ShardWriter(tmp_path / "w", {"w": ("F32", (4,))})
