@@ -101,9 +101,9 @@ def parse(argv: list[str]) -> list[str]:
 def _unknown_option(reason: str, argv: Sequence[str]) -> str:
     """Return the message for an unknown option of --config: its current name, or a similar one."""
     for argument in argv:
-        option = argument.removeprefix("--config.").partition("=")[0]
-        if argument.startswith("--config.") and (new := _current_name(option)) != option:
-            return f"--config.{option} is now --config.{new}"
+        typed = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        if typed and (new := _current_name(typed[1])) != typed[1]:
+            return f"--config.{typed[1]} is now --config.{new}"
     return f"--config has no such option: {_misspelled_option(reason, argv)}"
 
 

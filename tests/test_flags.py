@@ -40,6 +40,7 @@ def run(*arguments, cwd=ROOT):
     ("--batch-size=3", r"--batch-size .*--config\.batch_size\?"),
     ("--checkpoint=runs/b32/model", "--mode=eval --checkpoint=runs/b32/model"),
     ("--config.log_every=3", r"--config\.log_every .*--config\.log_every_steps "),
+    ("--noconfig.data.real", r"--config\.data\.real .*--config\.data\.real_labels "),
     ("--config.watch.policy=stop", r"--config\.watch\.policy .*--config\.monitor\.on_non_finite "),
 ])  # fmt: skip
 def test_an_error_is_one_line(argument, message):

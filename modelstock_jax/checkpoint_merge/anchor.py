@@ -431,12 +431,13 @@ def _rounding_statistics(coarse: Sequence[Sample]) -> tuple[float, bool, float, 
     off_diagonal = np.array([np.mean([gram[i, j] for i, j in pairs]) for gram in grams])
     energy = np.array([sample.base_energy for sample in coarse])
     counts = np.array([sample.count for sample in coarse])
+    square = sum(np.diag(gram).mean() for gram in grams)
     corrected = [
         anchor_rounding.correct_gram(gram[..., None], np.array([e]))[..., 0]
         for gram, e in zip(grams, energy, strict=True)
     ]
     return (
-        float(energy.sum() / sum(np.diag(gram).mean() for gram in grams)),
+        float(energy.sum() / square) if square > 0 else 0.0,
         bool(anchor_rounding.started_from_rounded(off_diagonal, energy, counts)),
         _median_ratio(grams),
         _median_ratio(corrected),
@@ -444,6 +445,11 @@ def _rounding_statistics(coarse: Sequence[Sample]) -> tuple[float, bool, float, 
 
 
 def _median_ratio(grams: Sequence[np.ndarray]) -> float:
-    return statistics.median(
-        float(geometry.ratio(np.clip(geometry.cosine(gram), -1, 1), len(gram))) for gram in grams
-    )
+    """Return the median ratio of the tensors that have an angle; 0 if none has."""
+    cosines = (geometry.cosine(gram) for gram in grams)
+    ratios = [
+        float(geometry.ratio(cosine, len(gram)))
+        for cosine, gram in zip(cosines, grams, strict=True)
+        if cosine != geometry.COSINE_UNDEFINED
+    ]
+    return statistics.median(ratios) if ratios else 0.0

@@ -367,6 +367,9 @@ def _solve(
             copy_replica=row.copy_replica & finite[None],
             keep_anchor=row.keep_anchor | ~finite,
             ratio=jnp.where(finite, row.ratio, 0.0),
+            distance=geometry.Distances(
+                *(jnp.where(finite, d, geometry.DISTANCE_UNDEFINED) for d in row.distance)
+            ),
             outcome=jnp.where(finite, row.outcome, jnp.int8(UnitOutcome.NON_FINITE)),
         )
 
@@ -405,6 +408,9 @@ def _non_finite_solution(shapes: UnitSolution) -> UnitSolution:
     return zeros._replace(
         keep_anchor=jnp.ones_like(zeros.keep_anchor),
         cosine=jnp.full_like(zeros.cosine, geometry.COSINE_UNDEFINED),
+        distance=geometry.Distances(
+            *(jnp.full_like(d, geometry.DISTANCE_UNDEFINED) for d in zeros.distance)
+        ),
         outcome=jnp.full_like(zeros.outcome, UnitOutcome.NON_FINITE),
     )
 

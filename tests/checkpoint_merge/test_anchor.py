@@ -92,6 +92,23 @@ def test_a_base_rounded_after_the_training(tmp_path, capsys, dtype):
     assert found["options"]["anchor_rounding"] == "correct"
 
 
+def test_the_median_ratio_leaves_out_kernels_without_an_angle(tmp_path):
+    base = original()
+    tuned = [cast(m, np.float32) for m in trained(base, 1.0e-3, COSINE)]
+    paths = save(tmp_path / "all", [cast(base, BF16), *tuned])
+    assert run(paths, tmp_path / "out") == 0
+    ratio = report(tmp_path / "out")["anchor_rounding"]["ratio"]
+    frozen = cast(cast(base, BF16), np.float32)
+    names = [name for name, shape in SHAPES.items() if len(shape) == 2]
+    for model in tuned:
+        for name in names[1:]:  # most kernels unchanged: an undefined cosine is not a cosine of 1
+            model[name] = frozen[name]
+    paths = save(tmp_path / "most", [cast(base, BF16), *tuned])
+    assert run(paths, tmp_path / "one") == 0
+    found = report(tmp_path / "one")["anchor_rounding"]
+    assert abs(found["ratio"] - ratio) < 0.05 and ratio < 0.95
+
+
 def test_the_correction_is_the_known_energy(tmp_path):
     """The float64 reference: G - sum (half ulp)^2 / 3, equation 3, and the same sum of models."""
     base = original()

@@ -54,6 +54,17 @@ def test_total_distance_of_a_merge_in_which_nothing_changed_is_0():
     assert all(row["cosine"] is None and row["angle"] is None for row in report(stats))
 
 
+def test_a_non_finite_unit_has_no_distance():
+    w0, w = replicas({"a": (5,), "b": (2, 3)}, 2)
+    known = total_distance(model_stock(w0, w)[1])
+    w["a"][1, 2] = np.nan
+    stats = jax.jit(model_stock)(w0, w)[1]
+    assert stats.predicted_distance.merged["a"] == DISTANCE_UNDEFINED
+    assert all(0 < value < both for value, both in zip(total_distance(stats), known, strict=True))
+    w["b"][0, 0, 0] = np.inf
+    assert total_distance(jax.jit(model_stock)(w0, w)[1]) == UNKNOWN
+
+
 @pytest.mark.parametrize("unit", ["tensor", "filter", "global"])
 def test_ties_has_no_merged_distance(unit):
     w0, w = replicas({"a": (5,), "b": (2, 3)}, 2)
