@@ -37,7 +37,11 @@ PACKAGES = ("numpy", "ml_dtypes")
 # These options do not change the result.
 _WITHOUT_EFFECT = ("checksum", "threads", "window_bytes")
 # Outcomes whose name in the report is not its label with `_` for spaces.
-_OUTCOME_LABELS = {"clamped": "clamped to 0", "fallback_to_eq3": "fallback to eq. 3"}
+_OUTCOME_LABELS = {
+    "clamped": "clamped to 0",
+    "fallback_to_eq3": "fallback to eq. 3",
+    "non_finite": "non-finite",
+}
 _UNIT_LABELS = {
     "tensor": "each tensor",
     "layer": "each layer (q, k and v joined)",
