@@ -204,9 +204,13 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            name = action.option_strings[0] if action.option_strings else action.metavar
-            choices = map(str, action.choices)
-            raise argparse.ArgumentError(None, f"{name}: {invalid_choice(value, choices)}")
+            choices = list(map(str, action.choices))
+            if action.option_strings:
+                message = f"{action.option_strings[0]}: {invalid_choice(value, choices)}"
+            else:
+                known = ", ".join(choices)
+                message = f"unknown command {value!r}; choose one of {known}{near(value, choices)}"
+            raise argparse.ArgumentError(None, message)
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -245,7 +249,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         parser.add_argument(
             "--json", action="store_true", help="print only JSON to standard output"
         )
-        _adder(parser)("--threads", type=int, metavar="N", help="worker threads (one per core)")
+        _adder(parser)("--threads", type=integer, metavar="N", help="worker threads (one per core)")
         if is_merge:
             _add_method_options(parser)
         _add_tensor_options(parser, is_merge=is_merge)
@@ -288,11 +292,11 @@ def _add_method_options(parser: Parser) -> None:
         help="for linear, task-arithmetic, ties: 0.5,1 (all 1)")  # fmt: skip
     add("--normalize", action=argparse.BooleanOptionalAction,
         help="divide weights by their sum (yes for linear, ties)")  # fmt: skip
-    add("--alpha", type=float, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
-    add("--scale", type=float, metavar="S", help="for task-arithmetic, ties: lambda (1)")
+    add("--alpha", type=number, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
+    add("--scale", type=number, metavar="S", help="for task-arithmetic, ties: lambda (1)")
     add("--density", type=numbers, metavar="D,D",
         help="for ties: fraction of each task vector to keep (1)")  # fmt: skip
-    add("--t", type=float, metavar="T", help="for slerp: position on the arc, 0 to 1")
+    add("--t", type=number, metavar="T", help="for slerp: position on the arc, 0 to 1")
 
 
 def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
@@ -368,6 +372,22 @@ def _method(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def integer(text: str) -> int:
+    """Parse an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; give an integer") from None
+
+
+def number(text: str) -> float:
+    """Parse a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; give a number") from None
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Parse numbers separated by commas.
 
@@ -376,7 +396,7 @@ def numbers(text: str) -> tuple[float, ...]:
       (0.5, 1.0)
     """
     try:
-        return tuple(float(number) for number in text.split(","))
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not valid; give numbers such as 0.5,1"

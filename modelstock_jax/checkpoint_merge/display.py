@@ -156,6 +156,8 @@ def show_comparison(
     for line in zip(*cells.values(), strict=True):
         table.add_row(*map(escape, line))
     _print(table, console)
+    if "merged to center" in cells:
+        console.print("The distances to the center are predicted.", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("ratios", "tensors", "min", "median", "max"):
         table.add_column(heading, justify="left" if heading == "ratios" else "right")
@@ -228,9 +230,9 @@ _OMITTED_FIRST = (
 
 
 def _source(action: str, prefix: str = "") -> str:
-    """Return where the values of a tensor come from; `prefix` stands before the name of a model."""
+    """Return the source of a tensor's values; `prefix` precedes it, except "merged"."""
     kind, _, index = action.partition(":")
-    labels = {"merge": "merged", "base": f"{prefix}the base", "mean": "the mean"}
+    labels = {"merge": "merged", "base": f"{prefix}the base", "mean": f"{prefix}the mean"}
     return labels.get(kind, f"{prefix}fine-tune {index}")
 
 

@@ -298,7 +298,10 @@ def check_not_input(out: Path, sources: Iterable[Source]) -> None:
             relation = "is inside"
         else:
             continue
-        raise UserError(f"{out}: {relation} the input {source.label}; choose another directory")
+        raise UserError(
+            f"{out}: the output directory {relation} the input {source.label}; choose another "
+            "directory"
+        )
 
 
 def _checksum(path: Path, example: str) -> str:

@@ -377,7 +377,8 @@ def mapping(value: Any, name: str, keys: Collection[str] | None = None) -> dict:
         raise UserError(f"{name}: expected keys and values, not {value!r}")
     for key in value:
         if keys is not None and key not in keys:
-            raise UserError(f"{name}: unknown key {key!r}{near(key, keys)}")
+            known = ", ".join(keys) or "none"
+            raise UserError(f"{name}: unknown key {key!r}{near(key, keys)}; known keys: {known}")
     return value
 
 

@@ -421,6 +421,8 @@ def test_units_by_name_are_an_error_for_unknown_names(say, tmp_path):
     (["merge", "B", "F", "--method", "stok"], 2, "--method: 'stok' .*model-stock"),
     (["merge", "B", "F", "--max-shard-size", "big"], 2, "--max-shard-size: 'big'"),
     (["merge", "B", "F", "--weights", "a,b"], 2, "--weights: 'a,b'"),
+    (["merge", "B", "F", "--threads", "x"], 2, "--threads: 'x'"),
+    (["merge", "B", "F", "--alpha", "x"], 2, "--alpha: 'x'"),
     (["mrge"], 2, "'mrge'.*'merge'"),
     (["merge", "B", "F1", "F2"], 1, "--out DIR"),
     (["merge", "--out", "o"], 1, "BASE FT1 FT2"),

@@ -29,11 +29,11 @@ EXACT = 1e-6  # absolute, on t
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"])
 def test_every_dtype_against_float64(tmp_path, dtype, number):
-    given = models(number=number, dtype=DTYPES[dtype], size=0.5)
-    out, report = merge(tmp_path, given)
+    inputs = models(number=number, dtype=DTYPES[dtype], size=0.5)
+    out, report = merge(tmp_path, inputs)
     for name, row in rows(report).items():
         assert out.dtype(name) == DTYPES[dtype]
-        d, base = deltas(given, name), numbers(given[0][name]).reshape(-1)
+        d, base = deltas(inputs, name), numbers(inputs[0][name]).reshape(-1)
         t = 1.0 if d.shape[1] == 1 else stock_ratio(d)
         # In 8 bits some small tensors do not change, or change by a few steps.
         assert abs(row["ratio"] - t) < EXACT or row["outcome"] != "interpolated", name
@@ -51,19 +51,19 @@ def test_every_dtype_against_float64(tmp_path, dtype, number):
 @pytest.mark.parametrize("size", [1e-5, 1e-15, 3e-21, 1e15])
 def test_small_and_large_task_vectors(tmp_path, dtype, size):
     # The base is zero, so that it can represent any update.
-    given = models({"w": (30, 40)}, dtype=dtype, size=size)
-    given = [{"w": np.zeros_like(given[0]["w"])}] + [
-        {"w": (numbers(m["w"]) - numbers(given[0]["w"])).astype(dtype) if size < 1e-3 else m["w"]}
-        for m in given[1:]
+    inputs = models({"w": (30, 40)}, dtype=dtype, size=size)
+    inputs = [{"w": np.zeros_like(inputs[0]["w"])}] + [
+        {"w": (numbers(m["w"]) - numbers(inputs[0]["w"])).astype(dtype) if size < 1e-3 else m["w"]}
+        for m in inputs[1:]
     ]
     if size < 1e-7:
         rng = np.random.default_rng(1)
         common = rng.standard_normal((30, 40))
-        given[1:] = [
+        inputs[1:] = [
             {"w": (size * (common + rng.standard_normal((30, 40)))).astype(dtype)} for _ in range(2)
         ]
-    _, report = merge(tmp_path, given)
-    assert abs(report.rows[0]["ratio"] - stock_ratio(deltas(given, "w"))) < EXACT
+    _, report = merge(tmp_path, inputs)
+    assert abs(report.rows[0]["ratio"] - stock_ratio(deltas(inputs, "w"))) < EXACT
 
 
 def test_dots_of_equal_values_do_not_drift():
@@ -114,8 +114,8 @@ def test_float64_is_rounded_to_bfloat16_once():
 
 
 def test_overflow_is_saturated(tmp_path):
-    given = [{"w": np.full(4, v, np.float32)} for v in (0.0, 3e5, 4e5)]
-    out, _ = merge(tmp_path, given, dtype="float16", method="uniform_mean")
+    inputs = [{"w": np.full(4, v, np.float32)} for v in (0.0, 3e5, 4e5)]
+    out, _ = merge(tmp_path, inputs, dtype="float16", method="uniform_mean")
     assert numbers(out["w"]).tolist() == [65504.0] * 4
 
 

@@ -86,7 +86,7 @@ def test_a_hundred_kills(tmp_path):
 
 
 class _Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates a killed process."""
 
 
 def _stop_after(planned, out: Path, fraction: float, monkeypatch) -> Path:
