@@ -245,8 +245,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not re.fullmatch(pattern, value):
                 raise UserError(
-                    f"{_flag(name)}: {value!r} is not valid; give {choices} (the first fine-tune), "
-                    "model:2, ..."
+                    f"{_flag(name)}: must be {choices} (the first fine-tune), model:2, ..., not "
+                    f"{value!r}"
                 )
         if self.anchor_rounding == "correct" and not COMMANDS[self.method].rule:
             rules = [method.command for method in COMMANDS.values() if method.rule]
