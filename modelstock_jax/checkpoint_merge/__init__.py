@@ -1,1 +1,1 @@
-"""`modelstock merge`: checkpoints of any model, merged tensor by tensor without loading a model."""
+"""`modelstock merge`: merge checkpoints of any model by tensor, without loading a model."""

@@ -1,4 +1,7 @@
-"""`modelstock`: arguments, help and exit codes. Heavy imports wait until a command runs."""
+"""Command line of `modelstock`: arguments, help texts and exit codes.
+
+Slow modules are imported only when a command runs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from modelstock_jax import __version__
@@ -22,69 +25,14 @@ from modelstock_jax.checkpoint_merge.options import (
     TIED_HEAD,
     VOCAB_MISMATCH,
     dtype_name,
+    invalid_choice,
     method_name,
 )
 from modelstock_jax.errors import UserError, listed, near
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import COMMANDS
 
-INTERRUPTED = 130  # As a shell reports a process that Ctrl-C ended.
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-      argv: what was typed after `modelstock`; by default the process's own.
-
-    Returns:
-      The exit status: 0, also for a merge whose summary could not be printed; 1 for a mistake (one
-      line on standard error says which), or where the output of another command could not be
-      written; 130 when interrupted. Mistakes in the options themselves exit with 2.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with guarded() as (output, _):
-        top, commands = parsers()
-        if not argv or argv[0] not in commands or {"-h", "--help"} & set(argv):
-            top.parse_args(argv or ["--help"])  # Help, the version, or a mistake: it exits.
-        arguments = commands[argv[0]].parse(argv[1:])
-        status = _run(argv, arguments)
-        output.flush()
-        if status or output.error is None:
-            return status
-        return _unwritten(output.error, made=argv[0] == "merge" and not arguments.dry_run)
-
-
-def _run(argv: list[str], arguments) -> int:
-    try:
-        from modelstock_jax.checkpoint_merge import commands as run
-
-        getattr(run, argv[0])(arguments, argv)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = listed([str(error.filename or "files")])
-        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _unwritten(error: OSError, *, made: bool) -> int:
-    """The exit status of a command that did all but print its result."""
-    if error.errno != errno.EPIPE:  # Else its reader has enough: `modelstock compare ... | head`
-        what = "note: the merge is made, but its summary" if made else "error: the result"
-        print(
-            f"{what} cannot be written to standard output ({error.strerror or error})",
-            file=sys.stderr,
-        )
-    return 0 if made else 1
-
-
-# What may be typed after `modelstock`. Imports nothing that is slow.
+INTERRUPTED = 130  # The exit status that a shell reports after Ctrl-C.
 
 _SIZES = {
     "": 1,
@@ -97,11 +45,19 @@ _SIZES = {
     "GIB": 2**30,
 }
 _INPUTS = """\
-BASE is the model that was fine-tuned; FT1, FT2, ... are its fine-tunes. Each is
-  a directory with safetensors, a pipeline's directory, or a .safetensors file
-  ORG/NAME or ORG/NAME@REVISION, a model of the Hugging Face hub
-  a directory with a LoRA adapter of BASE, or MODEL+ADAPTER
+FT1 (model:1), FT2 (model:2), ... are fine-tunes of BASE. Each model is
+  a directory with safetensors files (also a pipeline), or a .safetensors file,
+  ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or
+  a directory with a LoRA adapter of BASE, or MODEL+ADAPTER.
 """
+_SUMMARIES = {
+    "merge": "merge fine-tunes of one base model into a new checkpoint",
+    "compare": "print angles, norms and ratios per tensor; write no model",
+}
+_USAGES = {
+    "merge": "modelstock merge BASE FT1 FT2 [FT3 ...] --out DIR [options]",
+    "compare": "modelstock compare BASE FT1 FT2 [FT3 ...] [options]",
+}
 _EXAMPLES = {
     "merge": """\
 examples:
@@ -117,27 +73,27 @@ examples:
 """,
 }
 
-# Options of mergekit, PyTorch and transformers -> the option here, or what to do.
-_NEEDLESS = {
-    "no accelerator is needed or used; leave it out": (
+# Options of mergekit, PyTorch and transformers: what to do instead -> options.
+_UNNECESSARY = {
+    "no accelerator is used; remove this option": (
         "device", "devices", "cuda", "gpu", "gpus", "gpu-rich", "multi-gpu", "device-map", "cpu",
         "read-to-gpu"),
-    "code of a checkpoint is never run; leave it out": ("trust-remote-code",),
-    "tensors are always read in pieces; leave it out": (
+    "code of a checkpoint is never run; remove this option": ("trust-remote-code",),
+    "tensors are always read in pieces; remove this option": (
         "lazy-unpickle", "lazy-loader", "low-cpu-memory", "low-cpu-mem-usage", "low-memory"),
-    "tokenizer files are always copied; leave it out": ("copy-tokenizer",),
-    "a model card is always written; leave it out": ("write-model-card",),
-    "safetensors are always written; leave it out": ("safe-serialization",),
-    "models that do not fit each other are an error; leave it out": ("allow-crimes",),
-    "adapters are applied while they are read; leave it out": (
+    "tokenizer files are always copied; remove this option": ("copy-tokenizer",),
+    "a model card is always written; remove this option": ("write-model-card",),
+    "safetensors files are always written; remove this option": ("safe-serialization",),
+    "models that do not match are an error; remove this option": ("allow-crimes",),
+    "adapters are applied while they are read; remove this option": (
         "lora-merge-cache", "lora-merge-dtype"),
-    "models of the hub are in Hugging Face's cache; set HF_HOME to move it": (
+    "models of the hub are in the cache of Hugging Face; set HF_HOME to move it": (
         "transformers-cache", "cache-dir"),
-    "BASE is the first model given; give it before the others": ("base-model", "base"),
-    "give the models one after the other: BASE FT1 FT2": ("models", "model", "finetuned"),
-    "nothing is random in a merge; leave it out": ("random-seed", "seed"),
+    "BASE is the first model; pass it before the fine-tunes": ("base-model", "base"),
+    "pass the models one after the other: BASE FT1 FT2": ("models", "model", "finetuned"),
+    "a merge uses no random numbers; remove this option": ("random-seed", "seed"),
 }  # fmt: skip
-_RENAMED = {
+_ALTERNATIVES = {
     "--out": ("output", "o", "output-dir", "output-path", "out-path", "out-dir", "outdir",
               "save-path", "save-dir"),
     "--max-shard-size": ("out-shard-size", "shard-size"),
@@ -146,224 +102,265 @@ _RENAMED = {
     "--scale": ("lambda", "lambd", "scaling"),
     "--method": ("merge-method",),
     "--recipe": ("yaml",),
-    # Earlier versions of this command.
-    "--unmerged-from": ("excluded",),
-    "--tied-head": ("tied",),
-    "--missing-tensors": ("missing",),
-    "--vocab-mismatch": ("vocabulary",),
-    "--checksum": ("digest",),
 }  # fmt: skip
+# Options that earlier versions of this command had -> options now.
+RENAMED = {
+    "--excluded": "--unmerged-from",
+    "--tied": "--tied-head",
+    "--missing": "--missing-tensors",
+    "--vocabulary": "--vocab-mismatch",
+    "--digest": "--checksum",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+      argv: arguments after `modelstock`; by default those of this process
+
+    Returns:
+      The exit status: 0 for success, also if only the summary of a complete merge could not be
+      printed; 1 for an error in the inputs (one line on standard error), or if the output of
+      another command could not be written; 130 after Ctrl-C. An error in the options exits with 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with guarded() as (output, _):
+        top, commands = parsers()
+        if not argv or argv[0] not in commands or {"-h", "--help"} & set(argv):
+            top.parse_args(argv or ["--help"])  # Help, the version or an error: it exits.
+        arguments = commands[argv[0]].parse(argv[1:])
+        status = _run(argv, arguments)
+        output.flush()
+        if status or output.error is None:
+            return status
+        is_merged = argv[0] == "merge" and not arguments.dry_run
+        return _report_output_error(output.error, is_merged=is_merged)
+
+
+def _run(argv: list[str], arguments: argparse.Namespace) -> int:
+    try:
+        from modelstock_jax.checkpoint_merge import commands
+
+        getattr(commands, argv[0])(arguments, argv)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        path = listed([str(error.filename or "files")])
+        print(f"error: {path}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        resume = " to resume" if argv[0] == "merge" else ""
+        print(f"interrupted; run the same command again{resume}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _report_output_error(error: OSError, *, is_merged: bool) -> int:
+    """Print why standard output could not be written; return the exit status."""
+    if error.errno != errno.EPIPE:  # A closed pipe is normal: `modelstock compare ... | head`.
+        reason = error.strerror or error
+        subject = (
+            "note: the merge is complete, but its summary" if is_merged else "error: the result"
+        )
+        print(f"{subject} could not be written to standard output ({reason})", file=sys.stderr)
+    return 0 if is_merged else 1
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """One line per option where that fits."""
+    """Help with one line per option where it fits."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26)
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, and a misspelt option names the one that was meant."""
+    """Parser whose errors are one line and suggest the option that was probably meant."""
 
-    others: Sequence[Parser] = ()  # Those of the other commands.
+    others: Sequence[Parser] = ()  # Parsers of the other commands.
 
     def error(self, message: str) -> NoReturn:
-        """Prints the mistake and where help is; exit status 2."""
+        """Print the error and how to get help; exit with status 2."""
+        message = message.removeprefix("argument ")
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Reads options and inputs in any order."""
+        """Parse options and models in any order."""
         values, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            wrong = next((text for text in unknown if text.startswith("-")), unknown[0])
-            wrong = wrong.split("=")[0]
-            if (advice := elsewhere(wrong, options)) is not None:
-                self.error(f"{wrong}: {advice}")
-            for command in self.others:
-                if wrong in command._option_string_actions:
-                    self.error(f"{wrong} is an option of {command.prog}")
-            self.error(f"unknown option {listed([wrong])}{near(wrong, options)}")
+            option = next((text for text in unknown if text.startswith("-")), unknown[0])
+            self._unknown_option(option.split("=")[0])
         return values
+
+    def _unknown_option(self, option: str) -> NoReturn:
+        options = [name for action in self._actions for name in action.option_strings]
+        if (advice := advice_on(option, options)) is not None:
+            self.error(f"{option}: {advice}")
+        for command in self.others:
+            if option in command._option_string_actions:
+                self.error(f"{option} is an option of {command.prog}")
+        self.error(f"unknown option {listed([option])}{near(option, options)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            if action.option_strings:
+                message = f"{action.option_strings[0]}: {invalid_choice(value, choices)}"
+            else:
+                known = ", ".join(choices)
+                message = f"unknown command {value!r}; choose one of {known}{near(value, choices)}"
+            raise argparse.ArgumentError(None, message)
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of `modelstock`, and that of each command."""
+    """Return the parser of `modelstock` and the parser of each command."""
     top = Parser(
         prog="modelstock", allow_abbrev=False,
-        description="Merge fine-tuned models with their base by Model Stock (arXiv 2403.19522).",
+        description="Merge fine-tuned models with Model Stock (arXiv 2403.19522).",
+        epilog="Run `modelstock COMMAND --help` for the options of a command.",
     )  # fmt: skip
-    top.add_argument("--version", action="version", version=f"modelstock {__version__}")
-    listed = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands = {}
-    for name, what in (
-        ("merge", "merge fine-tunes of one base model into a new checkpoint"),
-        ("compare", "angles, norms and ratios by layer; writes no model"),
-    ):
-        commands[name] = listed.add_parser(
-            name, help=what, description=f"{what[0].upper()}{what[1:]}.\n\n{_INPUTS}",
-            epilog=_EXAMPLES[name], formatter_class=_Formatter,
-            usage=f"modelstock {name} BASE FT1 FT2 [FT3 ...] "
-            + ("--out DIR [options]" if name == "merge" else "[options]"),
-            allow_abbrev=False,
-        )  # fmt: skip
-    _add_merge(commands["merge"])
-    commands["compare"].add_argument(
-        "--plot", metavar="FILE", help="draw angles and norms over depth (.png)"
+    top.add_argument(
+        "--version", action="version", version=f"modelstock {__version__}",
+        help="show the version and exit",
+    )  # fmt: skip
+    subparsers = top.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
     )
-    for parser in commands.values():
-        _add_common(parser)
+    commands = {
+        name: subparsers.add_parser(
+            name, help=summary, usage=_USAGES[name], epilog=_EXAMPLES[name],
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{_INPUTS}",
+            formatter_class=_Formatter, allow_abbrev=False,
+        )
+        for name, summary in _SUMMARIES.items()
+    }  # fmt: skip
+    for name, parser in commands.items():
+        is_merge = name == "merge"
+        parser._optionals.title = "options (defaults in parentheses)"
         parser.others = [other for other in commands.values() if other is not parser]
+        parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
+        if is_merge:
+            _add_output_options(parser)
+        else:
+            parser.add_argument(
+                "--plot", metavar="FILE", help="draw angles and norms by depth (.png)"
+            )
+        parser.add_argument(
+            "--json", action="store_true", help="print only JSON to standard output"
+        )
+        _adder(parser)("--threads", type=integer, metavar="N", help="worker threads (one per core)")
+        if is_merge:
+            _add_method_options(parser)
+        _add_tensor_options(parser, is_merge=is_merge)
+        _add_mismatch_options(parser, is_merge=is_merge)
     return top, commands
 
 
-def _add_common(parser: Parser) -> None:
-    # Suppressed is left out of the namespace: what was not typed keeps the default of `Options`.
-    parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
-    add = _adder(parser)
-    add(
-        "--unit",
-        choices=UNITS,
-        metavar="NAME",
-        help=f"elements that share one angle: {', '.join(UNITS)} (tensor)",
-    )
-    add("--num-heads", metavar="N", help="for --unit head: 12, or vision_model=12,text_model=8")
-    add(
-        "--include",
-        action="append",
-        metavar="PATTERN",
-        help="merge only matching tensors: 'model.layers.*'",
-    )
-    add("--exclude", action="append", metavar="PATTERN", help="do not merge matching tensors")
-    add(
-        "--vocab-mismatch",
-        choices=VOCAB_MISMATCH,
-        metavar="WHICH",
-        help="embeddings of different sizes: merge common rows, take the rest from base or longest "
-        "(error)",
-    )
-    add(
-        "--tied-head",
-        choices=TIED_HEAD,
-        metavar="HOW",
-        help="head tied to the embedding in some models: untie (keep)",
-    )
-    add(
-        "--missing-tensors",
-        choices=MISSING_TENSORS,
-        metavar="HOW",
-        help="tensors that some models lack: base (error)",
-    )
-    add(
-        "--head",
-        choices=HEAD,
-        metavar="HOW",
-        help="classifier that is new in the fine-tunes: take theirs, finetuned (error)",
-    )
-    add("--dequantize", action="store_true", help="read quantized weights as codes x scale")
-    add(
-        "--anchor-rounding",
-        choices=ANCHOR_ROUNDING,
-        metavar="HOW",
-        help="correct the angles of a base that was rounded after training: correct (keep)",
-    )
-    add("--threads", type=int, metavar="N", help="worker threads (one per core)")
-    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+def _adder(parser: argparse._ActionsContainer) -> Callable[..., None]:
+    """Return an `add_argument` whose options are absent from the namespace unless typed.
 
+    An option that is absent has the default of `Options`.
+    """
 
-def _add_merge(parser: Parser) -> None:
-    add = _adder(parser)
-    parser.add_argument("--out", metavar="DIR", help="directory to write")
-    parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
-    add(
-        "--method",
-        type=_method,
-        choices=COMMANDS,
-        metavar="NAME",
-        help=", ".join(method.command for method in COMMANDS.values()) + " (model-stock)",
-    )
-    add(
-        "--dtype",
-        type=dtype_name,
-        choices=DTYPES,
-        metavar="NAME",
-        help="of the output: bfloat16, float16, ... (as in BASE)",
-    )
-    add(
-        "--config-from", metavar="WHICH", help="config to write if models disagree: base or model:1"
-    )
-    add(
-        "--tokenizer-from",
-        metavar="WHICH",
-        help="tokenizer, chat template and generation settings to write: base or model:1 (base)",
-    )
-    add(
-        "--unmerged-from",
-        metavar="WHICH",
-        help="values of tensors that are not merged: base, mean or model:1 (base)",
-    )
-    add(
-        "--weights",
-        type=numbers,
-        metavar="W,W",
-        help="for linear, task-arithmetic, ties: one per fine-tune (1)",
-    )
-    add(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        help="divide weights by their sum (yes for linear, ties)",
-    )
-    add("--alpha", type=float, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
-    add("--scale", type=float, metavar="S", help="lambda of task-arithmetic and ties (1)")
-    add(
-        "--density",
-        type=numbers,
-        metavar="D,D",
-        help="for ties: fraction of each task vector to keep (1)",
-    )
-    add("--t", type=float, metavar="T", help="for slerp, in [0, 1]: how far along the arc")
-    add(
-        "--checksum",
-        choices=CHECKSUMS,
-        metavar="KIND",
-        help="checksums in the report: crc32 or sha256 (crc32)",
-    )
-    add(
-        "--max-shard-size",
-        type=size,
-        dest="max_shard_bytes",
-        metavar="SIZE",
-        help="of a file: 5GB, 500MB (5GB)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
-
-
-def _adder(parser: Parser):
-    def add(option: str, **how) -> None:
-        parser.add_argument(option, default=argparse.SUPPRESS, **how)
+    def add(option: str, **settings) -> None:
+        parser.add_argument(option, default=argparse.SUPPRESS, **settings)
 
     return add
 
 
-def elsewhere(option: str, known: Iterable[str]) -> str | None:
-    """What to do about an option of another tool; None for one that is not listed.
+def _add_output_options(parser: Parser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
+    add = _adder(parser)
+    add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
+        help="dtype to write: float32, bfloat16, ... (as in BASE)")  # fmt: skip
+    add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
+        help="maximum size of a file: 5GB, 500MB, ... (5GB)")  # fmt: skip
+    add("--checksum", choices=CHECKSUMS, metavar="KIND",
+        help="checksums in the report: crc32, sha256 (crc32)")  # fmt: skip
+
+
+def _add_method_options(parser: Parser) -> None:
+    add = _adder(parser.add_argument_group("merge method"))
+    names = ", ".join(method.command for method in COMMANDS.values())
+    add("--method", type=_method, choices=COMMANDS, metavar="NAME",
+        help=f"{names} (model-stock)")  # fmt: skip
+    add("--weights", type=numbers, metavar="W,W",
+        help="for linear, task-arithmetic, ties: 0.5,1 (all 1)")  # fmt: skip
+    add("--normalize", action=argparse.BooleanOptionalAction,
+        help="divide weights by their sum (yes for linear, ties)")  # fmt: skip
+    add("--alpha", type=number, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
+    add("--scale", type=number, metavar="S", help="for task-arithmetic, ties: lambda (1)")
+    add("--density", type=numbers, metavar="D,D",
+        help="for ties: fraction of each task vector to keep (1)")  # fmt: skip
+    add("--t", type=number, metavar="T", help="for slerp: position on the arc, 0 to 1")
+
+
+def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
+    add = _adder(parser.add_argument_group("tensors and merge units"))
+    verb = "merge" if is_merge else "compare"
+    add("--include", action="append", metavar="PATTERN",
+        help=f"{verb} only matching tensors: 'model.layers.*'")  # fmt: skip
+    add("--exclude", action="append", metavar="PATTERN", help=f"do not {verb} matching tensors")
+    if is_merge:
+        add("--unmerged-from", metavar="WHICH",
+            help="values of tensors that are not merged: base, model:1 or mean, the "
+            "fine-tunes' mean (base)")  # fmt: skip
+    add("--unit", choices=UNITS, metavar="NAME",
+        help=f"elements that share one angle: {', '.join(UNITS)} (tensor)")  # fmt: skip
+    add("--num-heads", metavar="N", help="for --unit head: 12, or vision_model=12,text_model=8")
+    add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
+        help="angles if BASE was rounded after training: correct, keep (keep)")  # fmt: skip
+
+
+def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
+    """Add the options for models that do not match; `compare` has defaults that raise no error."""
+    add = _adder(parser.add_argument_group("models that do not match"))
+    add("--vocab-mismatch", choices=VOCAB_MISMATCH, metavar="HOW",
+        help="embeddings of different lengths: merge common rows, take the rest from base or "
+        f"longest ({'error' if is_merge else 'base'})")  # fmt: skip
+    add("--missing-tensors", choices=MISSING_TENSORS, metavar="HOW",
+        help="copy tensors that some models lack: base "
+        f"({'error' if is_merge else 'base'})")  # fmt: skip
+    add("--tied-head", choices=TIED_HEAD, metavar="HOW",
+        help="head that is tied in some models only: untie "
+        f"({'keep' if is_merge else 'untie'})")  # fmt: skip
+    add("--head", choices=HEAD, metavar="HOW",
+        help="a classifier that is not BASE's: finetuned (error)")  # fmt: skip
+    if is_merge:
+        add("--config-from", metavar="WHICH",
+            help="config.json if they disagree: base, model:1 (error)")  # fmt: skip
+        add("--tokenizer-from", metavar="WHICH",
+            help="tokenizer, chat template and generation settings: base or model:1 "
+            "(base)")  # fmt: skip
+    add("--dequantize", action="store_true", help="read quantized weights as codes x scale")
+
+
+def advice_on(option: str, known: Iterable[str]) -> str | None:
+    """Return what to do about an option of another tool or an earlier version, or None.
 
     Args:
-      option: as it was typed, with its dashes.
-      known: the options of this command.
+      option: as typed, with its dashes
+      known: options of this command
 
     Example:
-      >>> elsewhere("--device", []), elsewhere("--output", ["--out"])
-      ('no accelerator is needed or used; leave it out', 'write --out')
+      >>> advice_on("--device", []), advice_on("--output", ["--out"])
+      ('no accelerator is used; remove this option', 'use --out')
+      >>> advice_on("--digest", ["--checksum"])
+      'renamed to --checksum'
     """
+    known = set(known)
+    if RENAMED.get(option) in known:
+        return f"renamed to {RENAMED[option]}"
     word = option.strip("-").replace("_", "-").lower().removeprefix("no-")
-    for advice, words in _NEEDLESS.items():
+    for advice, words in _UNNECESSARY.items():
         if word in words:
             return advice
-    known = set(known)
     return next(
-        (f"write {ours}" for ours, words in _RENAMED.items() if word in words and ours in known),
+        (f"use {name}" for name, words in _ALTERNATIVES.items() if word in words and name in known),
         None,
     )
 
@@ -375,8 +372,24 @@ def _method(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def integer(text: str) -> int:
+    """Parse an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; give an integer") from None
+
+
+def number(text: str) -> float:
+    """Parse a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; give a number") from None
+
+
 def numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them.
+    """Parse numbers separated by commas.
 
     Example:
       >>> numbers("0.5,1")
@@ -385,32 +398,32 @@ def numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like 0.5,1") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not valid; give numbers such as 0.5,1"
+        ) from None
 
 
 def size(text: str) -> int:
-    """Bytes, from `5GB`, `500MB`, `2GiB` or a plain number.
+    """Parse a size in bytes: `5GB`, `500MB`, `2GiB` or a plain number.
 
     Example:
       >>> size("5GB"), size("2GiB"), size("1000")
       (5000000000, 2147483648, 1000)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in _SIZES or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 5GB or 500MB")
-    return int(float(found[1]) * _SIZES[found[2].upper()])
-
-
-# Standard output and error of a command: closed, full or not UTF-8, they never end a merge.
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _SIZES or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; give a size such as 5GB or 500MB")
+    return int(float(match[1]) * _SIZES[match[2].upper()])
 
 
 class Stream:
-    r"""A text stream whose write errors are kept in `error`, not raised.
+    r"""Text stream that stores write errors in `error` instead of raising them.
 
-    Characters that its encoding lacks are written as escapes. Everything else is the stream's own.
+    A merge must not fail because standard output is closed, full or not UTF-8. Characters that the
+    encoding lacks are written as escapes. All other attributes are those of the wrapped stream.
 
     Args:
-      stream: the stream, or None where it was closed before this process began.
+      stream: the stream; None if it was closed before this process started
 
     Example:
       >>> stream = Stream(io.TextIOWrapper(io.BytesIO(), "ascii"))
@@ -423,7 +436,7 @@ class Stream:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Writes text, or nothing after an error."""
+        """Write text; after an error do nothing."""
         if self.error is None:
             try:
                 self._stream.write(self._encodable(text))
@@ -432,7 +445,7 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
-        """Flushes what was written, or nothing after an error."""
+        """Flush the stream; after an error do nothing."""
         if self.error is None:
             try:
                 self._stream.flush()
@@ -452,7 +465,7 @@ class Stream:
 
     def _fail(self, error: OSError) -> None:
         self.error = error
-        # What is still buffered would fail again when Python exits, which changes its status.
+        # Python flushes the buffer again at exit; another failure would change the exit status.
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -461,18 +474,18 @@ class Stream:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[tuple[Stream, Stream]]:
-    """Replaces standard output and error by `Stream`s while the block runs.
+    """Replace standard output and standard error by `Stream`s inside the block.
 
     Yields:
-      Output and error.
+      Standard output and standard error.
     """
-    # The next file to be opened would get the number of a closed one: a library's message on
-    # standard error would be written into a model.
+    # The next file that is opened would get the descriptor of a closed stream, and a library's
+    # message on standard error would be written into a model.
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # It gets the lowest free number.
+            os.open(os.devnull, os.O_RDWR)  # Returns the lowest free descriptor.
     output, errors = Stream(sys.stdout), Stream(sys.stderr)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):  # type: ignore
         try:

@@ -1,4 +1,4 @@
-"""The commands of `modelstock`, from what was typed to what is shown."""
+"""Commands of `modelstock`: from the parsed arguments to the printed result."""
 
 from __future__ import annotations
 
@@ -23,234 +23,289 @@ from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.output import check_out
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
 from modelstock_jax.checkpoint_merge.recipe import Recipe, read_recipe, schedule
-from modelstock_jax.checkpoint_merge.report import card, document, library_name, ratios
+from modelstock_jax.checkpoint_merge.report import (
+    library_name,
+    model_card,
+    ratio_summary,
+    report_document,
+)
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import plain, write_json, write_text
 from modelstock_jax.reporting.progress import ByteProgress
 
-REPORT, CARD, PICTURE = "merge_report.json", "README.md", "angles.png"
-# A comparison writes no model: what some models lack need not stand in its way.
+REPORT, MODEL_CARD, FIGURE = "merge_report.json", "README.md", "angles.png"
+# `compare` writes no model, so these mismatches are not errors.
 _LENIENT = {"vocab_mismatch": "base", "missing_tensors": "base", "tied_head": "untie"}
-_RECIPES = (".yml", ".yaml")
+_RECIPE_SUFFIXES = (".yml", ".yaml")
 
 
 def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """`modelstock merge`."""
-    recipe = _recipe(arguments)
-    arguments.out = _out(arguments)
-    asked = _asked(arguments)
-    if clash := sorted(asked.keys() & recipe.options.keys()):
-        raise UserError(f"{clash[0]} is in the recipe; leave the option out, or change it there")
-    base, finetuned = _open(recipe, asked)
-    _check_layers(recipe.layers, base)
-    if recipe.t is not None:
-        asked["t"] = schedule(recipe.t, list(base.tensors))
-    plan = make_plan(
-        base,
-        finetuned,
-        _options({**recipe.options, **asked}, base),
-        anchored=recipe.base is not None,
-    )
+    """Run `modelstock merge`.
+
+    Args:
+      arguments: parsed arguments
+      argv: arguments as typed; the report contains them
+
+    Raises:
+      UserError: an option, a model or the output directory is not valid
+    """
+    recipe = _models(arguments)
+    arguments.out = _output_directory(arguments)
+    plan = _plan_merge(recipe, _typed_options(arguments))
     messages, notes = Console(stderr=True), [*recipe.notes, *_notes(plan)]
-    _tell(notes, messages)
+    _print_notes(notes, messages)
     if arguments.dry_run:
         _print_plan(plan, arguments, notes)
         return
-    command = "modelstock " + shlex.join(argv)
+    document, result = _write_merge(plan, arguments, shlex.join(["modelstock", *argv]), messages)
+    if arguments.json:
+        _print_json(document | {"out": arguments.out, "seconds": result.seconds})
+    else:
+        display.show_merge(document, result, arguments.out, Console())
+
+
+def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Run `modelstock compare`.
+
+    Args:
+      arguments: parsed arguments
+      argv: arguments as typed; not used
+
+    Raises:
+      UserError: an option or a model is not valid
+    """
+    del argv
+    arguments.plot = arguments.plot and os.path.expanduser(arguments.plot)
+    if arguments.plot and Path(arguments.plot).suffix != ".png":
+        raise UserError(f"--plot {arguments.plot}: the name of the figure must end in .png")
+    recipe = _models(arguments)
+    options = _typed_options(arguments)
+    base, finetuned = _open_models(recipe, options)
+    plan = make_plan(base, finetuned, _complete_options(_LENIENT | options, base), lenient=True)
+    messages = Console(stderr=True)
+    _print_notes(_notes(plan), messages)
+    with ByteProgress("comparing", messages) as progress:
+        result = measure(plan, progress=progress)
+    summary = ratio_summary(result.rows)
+    if arguments.plot:
+        plot = PlotProcess(0)
+        plot.begin(Path(arguments.plot), result.rows)
+        plot.finish()
+    if arguments.json:
+        _print_json({
+            "base": base.label, "models": [source.label for source in finetuned],
+            "unit": plan.options.unit, "units": result.rows, "ratios": summary,
+            "outcomes": result.outcomes, "predicted_distance": result.distance,
+            "anchor_rounding": plan.rounding, "notes": _notes(plan),
+        })  # fmt: skip
+    else:
+        display.show_comparison(result.rows, summary, Console())
+
+
+def _plan_merge(recipe: Recipe, options: dict[str, Any]) -> Plan:
+    """Open the models and plan their merge.
+
+    Args:
+      recipe: models, and the options that a recipe file sets
+      options: options that were typed
+    """
+    if conflicts := sorted(options.keys() & recipe.options.keys()):
+        raise UserError(
+            f"the recipe already sets {conflicts[0]}; remove the option, or change the recipe"
+        )
+    base, finetuned = _open_models(recipe, options)
+    _check_layers(recipe.layers, base)
+    if recipe.t is not None:
+        options["t"] = schedule(recipe.t, list(base.tensors))
+    return make_plan(
+        base,
+        finetuned,
+        _complete_options({**recipe.options, **options}, base),
+        anchored=recipe.base is not None,
+    )
+
+
+def _write_merge(
+    plan: Plan, arguments: argparse.Namespace, command: str, messages: Console
+) -> tuple[dict[str, Any], MergeResult]:
+    """Write the merged checkpoint with its report, model card and figure.
+
+    Args:
+      plan: plan of the merge
+      arguments: parsed arguments
+      command: command line for the report
+      messages: console for the progress
+
+    Returns:
+      The content of the report, and the result.
+    """
     documents: list[dict[str, Any]] = []
     name = Path(os.path.abspath(arguments.out)).name
-    drawing = PlotProcess(plan.bytes_read if plan.anchored else 0)
+    plot = PlotProcess(plan.bytes_read if plan.anchored else 0)
 
     def measured(directory: Path, rows: list[dict[str, Any]]) -> None:
-        if plan.anchored:  # Without a base there are no angles and norms to draw.
-            drawing.begin(directory / PICTURE, rows)
+        if plan.anchored:  # Without a base there are no angles and no norms.
+            plot.begin(directory / FIGURE, rows)
 
-    def finish(directory: Path, report: MergeResult) -> None:
-        made = document(plan, report, [digests() for digests in inputs], command)
-        _write(directory, made, name)
+    def finish(directory: Path, result: MergeResult) -> None:
+        document = report_document(plan, result, [get() for get in checksums], command)
+        _write_report(directory, document, name)
         if plan.anchored:
-            drawing.finish()
-        documents.append(made)
+            plot.finish()
+        documents.append(document)
 
-    with ThreadPoolExecutor(1) as hashing:
-        inputs = _checksums((base, *finetuned), plan.options.checksum, hashing)
+    with ThreadPoolExecutor(1) as pool:
+        checksums = _start_checksums(plan.sources, plan.options.checksum, pool)
         try:
-            with ByteProgress("merging", messages) as meter:
-                report = run(
+            with ByteProgress("merging", messages) as progress:
+                result = run(
                     plan,
                     arguments.out,
                     overwrite=arguments.overwrite,
-                    progress=meter,
+                    progress=progress,
                     measured=measured,
                     finish=finish,
                 )
         except BaseException:
-            hashing.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
         finally:
-            drawing.close()
-    if arguments.json:
-        _print_json(documents[0] | {"out": arguments.out, "seconds": report.seconds})
-    else:
-        display.show_merge(documents[0], report, arguments.out, Console())
+            plot.close()
+    return documents[0], result
 
 
-def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """`modelstock compare`."""
-    del argv
-    arguments.plot = arguments.plot and os.path.expanduser(arguments.plot)
-    if arguments.plot and Path(arguments.plot).suffix != ".png":
-        raise UserError(f"--plot {arguments.plot}: give a name that ends in .png")
-    recipe = _recipe(arguments)
-    asked = _asked(arguments)
-    base, finetuned = _open(recipe, asked)
-    plan = make_plan(base, finetuned, _options(_LENIENT | asked, base), lenient=True)
-    messages = Console(stderr=True)
-    _tell(_notes(plan), messages)
-    with ByteProgress("comparing", messages) as meter:
-        report = measure(plan, progress=meter)
-    summary = ratios(report.rows)
-    if arguments.plot:
-        drawing = PlotProcess(0)
-        drawing.begin(Path(arguments.plot), report.rows)
-        drawing.finish()
-    if arguments.json:
-        _print_json({
-            "base": base.label, "models": [source.label for source in finetuned],
-            "unit": plan.options.unit, "units": report.rows, "ratios": summary,
-            "outcomes": report.outcomes, "predicted_distance": report.distance,
-            "anchor_rounding": plan.rounding, "notes": _notes(plan),
-        })  # fmt: skip
-    else:
-        display.show_comparison(report.rows, summary, Console())
-
-
-def _out(arguments: argparse.Namespace) -> str | None:
-    """The directory to write; None for a plan alone."""
+def _output_directory(arguments: argparse.Namespace) -> str | None:
+    """Return the directory to write; None for a dry run without --out."""
     out = arguments.out and os.path.expanduser(arguments.out)
     if not out and not arguments.dry_run:
-        raise UserError("--out DIR is missing: the directory to write the merged model to")
+        raise UserError("--out DIR is missing; give the directory to write the merged model to")
     if (out or "").endswith(".safetensors"):
         raise UserError(
-            f"--out {out}: a directory is made, with model.safetensors in it; give a "
-            "name for it that does not end so"
+            f"--out {out}: the output is a directory that contains model.safetensors; give a name "
+            "that does not end in .safetensors"
         )
     return out
 
 
 def _notes(plan: Plan) -> list[str]:
-    """What a user should know of the models, then of the plan."""
-    return [
-        *(note for source in (plan.base, *plan.finetuned) for note in source.notes),
-        *plan.notes,
-    ]
+    """Return the notes about the models, then those about the plan."""
+    return [*(note for source in plan.sources for note in source.notes), *plan.notes]
 
 
-def _tell(notes: Iterable[str], messages: Console) -> None:
+def _print_notes(notes: Iterable[str], messages: Console) -> None:
     for note in notes:
         messages.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """The models, from the recipe's file or as they were typed."""
+def _models(arguments: argparse.Namespace) -> Recipe:
+    """Return the models, from a recipe file or as typed."""
     models = arguments.models
     path = getattr(arguments, "recipe", None)
     recipes = [
         text
         for text in models
-        if text.endswith(_RECIPES) and not os.path.isdir(os.path.expanduser(text))
+        if text.endswith(_RECIPE_SUFFIXES) and not os.path.isdir(os.path.expanduser(text))
     ]
     if recipes and "recipe" not in arguments:
-        raise UserError(f"{recipes[0]}: a recipe is for modelstock merge; give BASE FT1 FT2 ...")
+        raise UserError(
+            f"{recipes[0]}: only modelstock merge accepts a recipe; give BASE FT1 FT2 ..."
+        )
     if recipes and path is None:
         if models[0] != recipes[0]:
-            raise UserError(f"{recipes[0]}: a recipe comes first: modelstock merge RECIPE DIR")
+            raise UserError(
+                f"{recipes[0]}: a recipe must be the first argument: modelstock merge RECIPE DIR"
+            )
         path, *models = models
-        if len(models) == 1 and not arguments.out:  # As `mergekit-yaml RECIPE DIR`.
+        if len(models) == 1 and not arguments.out:  # As in `mergekit-yaml RECIPE DIR`.
             arguments.out, models = models[0], []
     if path:
         if models:
-            raise UserError("a recipe names the models itself: give --recipe or BASE FT1 FT2")
+            raise UserError(
+                "a recipe already names the models; give either --recipe or BASE FT1 FT2, not both"
+            )
         return read_recipe(os.path.expanduser(path))
     if len(models) < 2:
-        raise UserError("give BASE and the models that were fine-tuned from it: BASE FT1 FT2 ...")
+        raise UserError("give the base model and its fine-tunes: BASE FT1 FT2 ...")
     return Recipe(models[0], tuple(models[1:]), {})
 
 
-def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that were typed, as `Options` takes them."""
+def _typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were typed, as arguments of `Options`."""
     fields = {field.name for field in dataclasses.fields(Options)}
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items() if name in fields
     }  # fmt: skip
-    if "num_heads" in asked:
-        asked["num_heads"] = hf_config.parse_num_heads(asked["num_heads"])
-    if len(asked.get("density", ())) == 1:
-        asked["density"] = asked["density"][0]
-    return asked
+    if "num_heads" in options:
+        options["num_heads"] = hf_config.parse_num_heads(options["num_heads"])
+    if len(options.get("density", ())) == 1:
+        options["density"] = options["density"][0]
+    return options
 
 
-def _options(asked: dict[str, Any], base: Source) -> Options:
-    if asked.get("unit") == "head" and "num_heads" not in asked:
-        asked["num_heads"] = hf_config.num_heads(base.directory, base.tensors)
-    return Options(**asked)
+def _complete_options(options: dict[str, Any], base: Source) -> Options:
+    if options.get("unit") == "head" and "num_heads" not in options:
+        options["num_heads"] = hf_config.num_heads(base.directory, base.tensors)
+    return Options(**options)
 
 
-def _open(recipe: Recipe, asked: Mapping[str, Any]) -> tuple[Source, list[Source]]:
-    """Opens base and fine-tunes; a model that is given twice would count twice."""
+def _open_models(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Source, list[Source]]:
+    """Open the base and the fine-tunes; a model that is given twice is an error."""
     seen: set[str] = set()
-    # A recipe of a linear mean may list its base: there that is a model like the others.
-    alone = recipe.options.get("method") == "linear"
-    for label in recipe.models if alone or recipe.base is None else (recipe.base, *recipe.models):
+    # A linear mean may also list its base as one of the models.
+    is_linear = recipe.options.get("method") == "linear"
+    labels = recipe.models if is_linear or recipe.base is None else (recipe.base, *recipe.models)
+    for label in labels:
         path = os.path.expanduser(label)
-        place = os.path.realpath(path) if os.path.exists(path) else label
-        if place in seen:
+        identity = os.path.realpath(path) if os.path.exists(path) else label
+        if identity in seen:
             raise UserError(
-                f"{label} is given twice; its angle with itself is 0, so the merge "
-                "would take it for certain: give each model once"
+                f"{label} is given twice; the angle between two copies is 0, so their update would "
+                "count as certain; give each model once"
             )
-        seen.add(place)
-    read_as = quantization.as_weights if asked.get("dequantize") else quantization.as_stored
-    anchor = open_source(recipe.base or recipe.models[0], read_as=read_as)
-    return anchor, [open_source(model, anchor, read_as) for model in recipe.models]
+        seen.add(identity)
+    read_as = quantization.as_weights if options.get("dequantize") else quantization.as_stored
+    base = open_source(recipe.base or recipe.models[0], read_as=read_as)
+    return base, [open_source(model, base, read_as) for model in recipe.models]
 
 
 def _check_layers(layers: int | None, base: Source) -> None:
     if layers is None:
         return
-    number = (read_config(base.directory) or {}).get("num_hidden_layers")
-    if number is not None and number != layers:
+    num_layers = (read_config(base.directory) or {}).get("num_hidden_layers")
+    if num_layers is not None and num_layers != layers:
         raise UserError(
-            f"the recipe's slices end at layer {layers}, {base.label} has {number}: "
-            "only the whole model is merged; give models instead of slices"
+            f"the slices of the recipe end at layer {layers}, but {base.label} has {num_layers} "
+            "layers; only complete models can be merged: give models instead of slices"
         )
 
 
-def _checksums(
-    sources: Sequence[Source], kind: str, beside: ThreadPoolExecutor
+def _start_checksums(
+    sources: Sequence[Source], kind: str, pool: ThreadPoolExecutor
 ) -> list[Callable[[], dict[str, str]]]:
-    """Ways to the digests of each input: CRC-32 of what the merge reads, SHA-256 beside it."""
+    """Return a function per input that returns its checksums.
+
+    CRC-32 is computed from what the merge reads; SHA-256 is computed in the pool at the same time.
+    """
     if kind == "sha256":
-        return [beside.submit(source.checksums, kind).result for source in sources]
+        return [pool.submit(source.checksums, kind).result for source in sources]
     for source in sources:
         source.watch()
     return [source.checksums for source in sources]
 
 
-def _write(directory: Path, made: dict[str, Any], name: str) -> None:
-    """Writes report and card into the finished directory."""
-    write_json(directory / REPORT, made)
-    library = library_name(directory)
-    write_text(directory / CARD, card(made, name=name, library=library))
+def _write_report(directory: Path, document: dict[str, Any], name: str) -> None:
+    write_json(directory / REPORT, document)
+    card = model_card(document, name=name, library=library_name(directory))
+    write_text(directory / MODEL_CARD, card)
 
 
 def _print_plan(plan: Plan, arguments: argparse.Namespace, notes: Sequence[str]) -> None:
     if arguments.out:
         check_out(plan, arguments.out, overwrite=arguments.overwrite)
     if not arguments.json:
-        display.show_plan(plan, arguments.out or "(no --out)", Console())
+        display.show_plan(plan, arguments.out, Console())
         return
     _print_json({
         "base": plan.base.label if plan.anchored else None,

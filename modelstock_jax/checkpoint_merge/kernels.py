@@ -1,4 +1,4 @@
-"""Pieces of a tensor: their merge units, products and sums, casts, and checks for NaN."""
+"""Operations on pieces of a tensor: merge units, products and sums, casts, checks for NaN."""
 
 from __future__ import annotations
 
@@ -14,41 +14,54 @@ from modelstock_jax.merging.rules import NonFiniteError
 from modelstock_jax.merging.units import UnitView
 from modelstock_jax.tensor_files.reader import DTYPES
 
-# Numbers of a tensor that one model gives at once.
+# Elements of a tensor that are read from one model at a time.
 PIECE = 2**18
-# Bytes that a thread's pieces of all models take: few enough for the caches, and so many that
-# Python, whose threads take turns, costs little beside the sums.
+# Bytes of the pieces of all models per thread: small enough for the caches, and large enough that
+# Python, whose threads run one at a time, costs little compared with the sums.
 WORKING_SET = 10 * 2**20
-# Numbers that one BLAS dot sums; the sums of dots are float64. 512 keep a float32 dot exact to
-# 16 terms a lane; 8192 keep BLAS from starting threads of its own.
+# Elements that one BLAS dot product sums; the dot products are summed in float64. 512 keep a
+# float32 dot product exact to 16 terms per lane; 8192 keep BLAS from starting threads.
 _DOT = {np.dtype(np.float32): 512, np.dtype(np.float64): 8192}
-_SHORT = 32  # rows this short are not worth a dot each
+_MIN_DOT = 32  # A dot product per row does not pay off for shorter rows.
 
 
 class UnitLayout(NamedTuple):
-    """How a flattened tensor lies in its units: unit of element e = (e // run) % units."""
+    """Layout of the merge units in a flattened tensor: element e is in unit (e // run) % units.
+
+    Attributes:
+      units: number of units
+      run: number of consecutive elements in the same unit
+      count: number of elements of the tensor
+    """
 
     units: int
     run: int
-    count: int  # numbers of the tensor
+    count: int
 
     @classmethod
     def of(cls, unit_view: UnitView) -> UnitLayout:
-        """From a part, which keeps one axis of its view at most."""
-        kept = [axis for axis in range(len(unit_view.view)) if axis not in unit_view.axes]
-        if not kept:
-            return cls(1, math.prod(unit_view.view), math.prod(unit_view.view))
-        (axis,) = kept
-        return cls(
-            unit_view.view[axis], math.prod(unit_view.view[axis + 1 :]), math.prod(unit_view.view)
-        )
+        """Return the layout of a view, in which at most one axis is not reduced."""
+        count = math.prod(unit_view.view)
+        axes = [axis for axis in range(len(unit_view.view)) if axis not in unit_view.axes]
+        if not axes:
+            return cls(1, count, count)
+        (axis,) = axes
+        return cls(unit_view.view[axis], math.prod(unit_view.view[axis + 1 :]), count)
 
     def cut(self, max_length: int = PIECE) -> list[tuple[int, int]]:
-        """Ranges [start, stop): whole cycles of the units, else whole runs, else within a run.
+        """Return ranges [start, stop) of at most `max_length` elements.
+
+        A range contains complete cycles of the units if a cycle fits, otherwise complete runs,
+        otherwise a part of one run.
+
+        Args:
+          max_length: maximum number of elements
 
         Example:
-            >>> UnitLayout(2, 3, 12).cut(7), UnitLayout(4, 3, 12).cut(7), UnitLayout(2, 10, 20).cut(7)
-            ([(0, 6), (6, 12)], [(0, 6), (6, 12)], [(0, 7), (7, 10), (10, 17), (17, 20)])
+          >>> UnitLayout(2, 3, 12).cut(7), UnitLayout(4, 3, 12).cut(7)
+          ([(0, 6), (6, 12)], [(0, 6), (6, 12)])
+          >>> UnitLayout(2, 10, 20).cut(7)
+          [(0, 7), (7, 10), (10, 17), (17, 20)]
         """
         cycle = self.units * self.run
         if self.units == 1 or self.run > max_length:
@@ -61,7 +74,12 @@ class UnitLayout(NamedTuple):
         return [(a, min(a + step, self.count)) for a in range(0, self.count, step)]
 
     def touched(self, start: int, stop: int) -> tuple[slice | np.ndarray, int, int]:
-        """Units of a range in the order of its rows, the number of rows, and of cycles."""
+        """Return the units of a range in the order of its rows, the number of rows, and of cycles.
+
+        Args:
+          start: first element of the range
+          stop: end of the range
+        """
         if self.units == 1:
             return slice(0, 1), 1, 1
         rows = max(1, (stop - start) // self.run)
@@ -69,7 +87,13 @@ class UnitLayout(NamedTuple):
         return (start // self.run + np.arange(rows // cycles)) % self.units, rows, cycles
 
     def spread(self, values: np.ndarray, start: int, stop: int) -> np.ndarray | np.generic:
-        """Values [units] as they fall on the numbers of a range: a scalar, or [stop - start]."""
+        """Return the value of each element's unit: a scalar, or [stop - start].
+
+        Args:
+          values: [units]
+          start: first element of the range
+          stop: end of the range
+        """
         units, rows, cycles = self.touched(start, stop)
         if isinstance(units, slice):
             return values[0]
@@ -79,120 +103,129 @@ class UnitLayout(NamedTuple):
 
 
 def piece_length(models: int, bits: int) -> int:
-    """Numbers of a piece, a power of two: stored and computed with, they fill `WORKING_SET`.
+    """Return the number of elements per piece, a power of two that fills `WORKING_SET`.
+
+    The working set contains the stored and the widened values of all models.
 
     Args:
-        models: That are read together.
-        bits: Of a stored number; 16 are computed with as float32, more as float64.
+      models: number of models that are read together
+      bits: bits of a stored value; up to 16 bits are widened to float32, more to float64
 
     Example:
-        >>> piece_length(3, 16) == 2**19, piece_length(3, 32) == 2**18, piece_length(500, 32)
-        (True, True, 65536)
+      >>> piece_length(3, 16) == 2**19, piece_length(3, 32) == 2**18, piece_length(500, 32)
+      (True, True, 65536)
     """
-    each = bits // 8 + (4 if bits <= 16 else 8)
-    return max(2**16, 2 ** (WORKING_SET // (models * each)).bit_length() // 2)
+    element_bytes = bits // 8 + (4 if bits <= 16 else 8)
+    return max(2**16, 2 ** (WORKING_SET // (models * element_bytes)).bit_length() // 2)
 
 
 def products(vectors: np.ndarray, layout: UnitLayout, start: int, stop: int) -> np.ndarray:
-    """Products of each two vectors, summed in float64 for each unit that a range touches.
+    """Return the products of each pair of vectors, summed in float64 per unit of a range.
 
     Args:
-        vectors: [N, stop - start], float32 or float64.
-        layout: Of the tensor.
-        start: Of the range.
-        stop: Of the range.
+      vectors: [N, stop - start], float32 or float64
+      layout: layout of the tensor
+      start: first element of the range
+      stop: end of the range
 
     Returns:
-        [N, N, units touched], float64.
+      [N, N, units touched], float64.
     """
     units, rows, cycles = layout.touched(start, stop)
-    cut = vectors.reshape(len(vectors), rows, -1)
+    by_row = vectors.reshape(len(vectors), rows, -1)
     touched = 1 if isinstance(units, slice) else len(units)
     gram = np.empty((len(vectors), len(vectors), touched))
     for i in range(len(vectors)):
         for j in range(i + 1):
-            sums = _row_dots(cut[i], cut[j]).reshape(cycles, touched).sum(axis=0)
+            sums = _row_dots(by_row[i], by_row[j]).reshape(cycles, touched).sum(axis=0)
             gram[i, j] = gram[j, i] = sums
     return gram
 
 
 def _row_dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Row by row, [rows, n] and [rows, n] -> [rows] float64."""
+    """Return the dot product of each row of [rows, n] and [rows, n], [rows] float64."""
     rows, length = x.shape
-    if length < _SHORT:
+    if length < _MIN_DOT:
         return np.multiply(x, y, dtype=np.float64).sum(axis=1)
     width = _DOT[x.dtype]
-    whole = length - length % width
-    blocks = (rows, whole // width, width)
-    sums = np.vecdot(x[:, :whole].reshape(blocks), y[:, :whole].reshape(blocks))
-    rest = np.vecdot(x[:, whole:], y[:, whole:])
+    end = length - length % width
+    blocks = (rows, end // width, width)
+    sums = np.vecdot(x[:, :end].reshape(blocks), y[:, :end].reshape(blocks))
+    rest = np.vecdot(x[:, end:], y[:, end:])
     return sums.sum(axis=1, dtype=np.float64) + rest
 
 
 class Scratch(threading.local):
-    """Arrays that a thread uses again for every piece: fresh memory costs as much as the sums."""
+    """Arrays that a thread reuses for every piece: new memory costs as much time as the sums."""
 
     def __init__(self):
         self._arrays: dict[tuple, np.ndarray] = {}
 
     def take(self, use: str, length: int, dtype: np.dtype | type) -> np.ndarray:
-        """An array [length] with anything in it, until the same use is asked for again."""
+        """Return an array [length] with arbitrary content, valid until the next call for its use.
+
+        Args:
+          use: name of the use
+          length: number of elements
+          dtype: dtype of the array
+        """
         array = self._arrays.get((use, dtype))
         if array is None or array.size < length:
             array = self._arrays[use, dtype] = np.empty(length, dtype)
         return array[:length]
 
 
-# Between stored numbers and those that are computed with: exact up, rounded once down.
-
-
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Every value of the 8-bit types, by its bits.
-_BYTES = {
+# Values of the 8-bit dtypes by their bits.
+_TABLES = {
     DTYPES[code]: np.arange(256, dtype=np.uint8).view(DTYPES[code]).astype(np.float32)
     for code in FLOATS
     if DTYPES[code].itemsize == 1
 }
 
 
-Room = Callable[[str, int, np.dtype], np.ndarray]
+Allocate = Callable[[str, int, np.dtype], np.ndarray]
 
 
-def _fresh(use: str, length: int, dtype: np.dtype) -> np.ndarray:
+def _new_array(use: str, length: int, dtype: np.dtype) -> np.ndarray:
     return np.empty(length, dtype)
 
 
 def widen(values: np.ndarray, out: np.ndarray) -> None:
-    """Copies stored numbers [n] of any dtype of `FLOATS` into float32 or float64, exactly.
+    """Copy stored values [n] of any dtype of `FLOATS` to float32 or float64, exactly.
+
+    Args:
+      values: [n], stored values
+      out: [n], float32 or float64
 
     Example:
-        >>> wide = np.empty(2, np.float32)
-        >>> widen(np.array([1.5, -2], ml_dtypes.bfloat16), wide)
-        >>> wide.tolist()
-        [1.5, -2.0]
+      >>> wide = np.empty(2, np.float32)
+      >>> widen(np.array([1.5, -2], ml_dtypes.bfloat16), wide)
+      >>> wide.tolist()
+      [1.5, -2.0]
     """
-    if values.dtype in _BYTES:
-        out[...] = _BYTES[values.dtype][values.view(np.uint8)]
+    if values.dtype in _TABLES:
+        out[...] = _TABLES[values.dtype][values.view(np.uint8)]
     else:
         np.copyto(out, values)
 
 
 def narrow(
-    values: np.ndarray, code: str, *, saturate: bool = True, room: Room = _fresh
+    values: np.ndarray, code: str, *, saturate: bool = True, allocate: Allocate = _new_array
 ) -> np.ndarray:
-    """Numbers [n], float32 or float64, rounded once to nearest, ties to even, to a stored dtype.
+    """Round values once to a stored dtype, to nearest with ties to even.
 
     Args:
-        values: [n].
-        code: One of `FLOATS`.
-        saturate: Take the largest number of a dtype of smaller range where a value is beyond it:
-            an overflow would be a non-finite weight. False where none can be.
-        room: Gives arrays by use, length and dtype: memory that was used before costs less.
+      values: [n], float32 or float64
+      code: one of `FLOATS`
+      saturate: replace values beyond the range of the dtype by its largest value, since an overflow
+        would be a non-finite weight; False if no value can be beyond it
+      allocate: returns an array for a use, a length and a dtype; reused memory is faster
 
     Example:
-        >>> narrow(np.array([1.00390625, 1e39]), "BF16").astype(float).tolist()
-        [1.0, 3.3895313892515355e+38]
+      >>> narrow(np.array([1.00390625, 1e39]), "BF16").astype(float).tolist()
+      [1.0, 3.3895313892515355e+38]
     """
     dtype = DTYPES[code]
     if values.dtype == dtype:
@@ -202,14 +235,14 @@ def narrow(
         if float(limits.max) < float(np.finfo(values.dtype).max):
             values = np.clip(values, float(limits.min), float(limits.max))
     if dtype == _BFLOAT16 and values.dtype == np.float64:
-        values = _halfway_kept(values)
-    out = room("narrowed", len(values), dtype)
+        values = _round_without_ties(values)
+    out = allocate("narrowed", len(values), dtype)
     np.copyto(out, values, casting="same_kind" if dtype.itemsize > 1 else "unsafe")
     return out
 
 
-def _halfway_kept(values: np.ndarray) -> np.ndarray:
-    """Float32 of float64, but never rounded onto a tie of bfloat16: a tie would round twice."""
+def _round_without_ties(values: np.ndarray) -> np.ndarray:
+    """Round float64 to float32, but never onto a tie of bfloat16, which would be rounded twice."""
     single = values.astype(np.float32)
     bits = single.view(np.uint32)
     ties = np.flatnonzero(bits & 0xFFFF == 0x8000)
@@ -219,7 +252,7 @@ def _halfway_kept(values: np.ndarray) -> np.ndarray:
 
 
 def recode(values: np.ndarray, code: str) -> np.ndarray:
-    """Stored numbers in another dtype; the same numbers where it is their own."""
+    """Return stored values in another dtype; the same array if they already have it."""
     if values.dtype == DTYPES[code]:
         return values
     wide = np.empty(len(values), np.float64 if values.itemsize > 4 else np.float32)
@@ -228,26 +261,23 @@ def recode(values: np.ndarray, code: str) -> np.ndarray:
 
 
 def first_non_finite(values: np.ndarray) -> int | None:
-    """Index of the first NaN or infinity of stored numbers [n], or None.
+    """Return the index of the first NaN or infinity in stored values [n], or None.
 
     Example:
-        >>> first_non_finite(np.array([1, np.inf], ml_dtypes.bfloat16))
-        1
+      >>> first_non_finite(np.array([1, np.inf], ml_dtypes.bfloat16))
+      1
     """
     if values.dtype == _BFLOAT16:
         bad = np.bitwise_and(values.view(np.uint16), 0x7F80) == 0x7F80
-    elif values.dtype in _BYTES:
-        bad = ~np.isfinite(_BYTES[values.dtype])[values.view(np.uint8)]
+    elif values.dtype in _TABLES:
+        bad = ~np.isfinite(_TABLES[values.dtype])[values.view(np.uint8)]
     else:
         bad = ~np.isfinite(values)
     return int(bad.argmax()) if bad.any() else None
 
 
-# NaN and infinity in a model: refused with its name, the tensor's and the place.
-
-
 class Tensor(Protocol):
-    """What a message says of a tensor."""
+    """Attributes of a tensor that an error message contains."""
 
     @property
     def name(self) -> str:
@@ -259,28 +289,38 @@ class Tensor(Protocol):
 
 
 def escaped(name: str) -> str:
-    """A name as a shell pattern that fits it alone.
+    """Return a shell pattern that matches only this name.
 
     Example:
-        >>> escaped("head[0].weight"), escaped("q.weight")
-        ('head[[]0].weight', 'q.weight')
+      >>> escaped("head[0].weight"), escaped("q.weight")
+      ('head[[]0].weight', 'q.weight')
     """
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def refuse_non_finite(
-    label: str, model: int, tensor: Tensor, values: np.ndarray, start: int
-) -> None:
-    """Raises where stored numbers are not finite, with the model, the tensor and the element."""
-    if (found := first_non_finite(values)) is None:
+def check_finite(label: str, model: int, tensor: Tensor, values: np.ndarray, start: int) -> None:
+    """Raise an error if stored values contain NaN or infinity.
+
+    Args:
+      label: label of the model
+      model: index of the model, 0 for the base
+      tensor: the tensor
+      values: [n], stored values
+      start: index of the first value in the tensor
+
+    Raises:
+      NonFiniteError: with the model, the tensor and the element
+    """
+    if (offset := first_non_finite(values)) is None:
         return
-    shape = tensor.shape if math.prod(tensor.shape) > start + found else (start + found + 1,)
-    place = [int(n) for n in np.unravel_index(start + found, shape)]
-    # What is left out is taken from models that are finite.
-    instead = "mean" if model == 0 else "base"
+    index = start + offset
+    shape = tensor.shape if math.prod(tensor.shape) > index else (index + 1,)
+    position = [int(i) for i in np.unravel_index(index, shape)]
+    # If the base is not finite, the excluded tensor must come from the fine-tunes.
+    source = "mean" if model == 0 else "base"
     raise NonFiniteError(
-        f"{label}: tensor {tensor.name!r} holds NaN or infinity, first at {place}; mend the model, "
-        f"or leave the tensor out with --exclude {escaped(tensor.name)!r} --excluded {instead}",
+        f"{label}: tensor {tensor.name!r} contains NaN or infinity, first at {position}; fix "
+        f"the model, or pass --exclude {escaped(tensor.name)!r} --unmerged-from {source}",
         "pretrained" if model == 0 else model - 1,
         tensor.name,
     )

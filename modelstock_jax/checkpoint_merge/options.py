@@ -1,4 +1,4 @@
-"""What a user may ask of a merge; every wrong value is refused before a file is opened."""
+"""Options of a merge. Invalid values raise an error before any file is opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, near
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import COMMANDS, RENAMED_COMMANDS, SPELLINGS
@@ -41,98 +41,120 @@ MISSING_TENSORS = ("error", "base")
 HEAD = ("error", "finetuned")
 ANCHOR_ROUNDING = ("keep", "correct")
 CHECKSUMS = ("crc32", "sha256")
+# Values that earlier versions of the command had -> values now.
+RENAMED_VALUES = {"refuse": "error"}
 
-
-_ONE_MODEL = r"base|model:[1-9]\d*"
+_MODEL = r"base|model:[1-9]\d*"
 
 
 def method_name(name: str) -> str:
-    """A method as `registry.COMMANDS` spells it, from mergekit's or Python's spelling.
+    """Return a method's name in `registry.COMMANDS`, from any spelling of it.
+
+    Raises:
+      UserError: the name is unknown, or an earlier version's
 
     Example:
-        >>> method_name("model-stock"), method_name("task_arithmetic"), method_name("Ties")
-        ('model_stock', 'task_arithmetic', 'ties')
+      >>> method_name("model-stock"), method_name("task_arithmetic"), method_name("Ties")
+      ('model_stock', 'task_arithmetic', 'ties')
     """
-    spelled = str(name).lower().replace("-", "_")
-    if spelled in RENAMED_COMMANDS:
-        raise UserError(f"method {name!r} is now {RENAMED_COMMANDS[spelled].replace('_', '-')!r}")
-    return SPELLINGS.get(spelled, name)
+    spelling = str(name).lower().replace("-", "_")
+    if spelling in RENAMED_COMMANDS:
+        raise UserError(f"{name!r} is now {COMMANDS[RENAMED_COMMANDS[spelling]].command!r}")
+    if spelling not in SPELLINGS:
+        raise UserError(invalid_choice(name, [method.command for method in COMMANDS.values()]))
+    return SPELLINGS[spelling]
 
 
 def dtype_name(name: str | None) -> str | None:
-    """A dtype as `DTYPES` spells it.
+    """Return a dtype's name in `DTYPES`, from any spelling of it.
 
     Example:
-        >>> dtype_name("bf16"), dtype_name("torch.float16"), dtype_name(None)
-        ('bfloat16', 'float16', None)
+      >>> dtype_name("bf16"), dtype_name("torch.float16"), dtype_name(None)
+      ('bfloat16', 'float16', None)
     """
     if name is None:
         return None
-    plain = str(name).lower().removeprefix("torch.").removeprefix("jnp.")
-    return DTYPE_ALIASES.get(plain, plain)
+    spelling = str(name).lower().removeprefix("torch.").removeprefix("jnp.")
+    return DTYPE_ALIASES.get(spelling, spelling)
 
 
 def model_index(choice: str | None) -> int:
-    """The model that `base` or `model:1` names; 0 is the base.
+    """Return the index of the model that `base` or `model:1` names; 0 is the base.
 
     Example:
-        >>> model_index("base"), model_index("model:2"), model_index(None)
-        (0, 2, 0)
+      >>> model_index("base"), model_index("model:2"), model_index(None)
+      (0, 2, 0)
     """
     return int((choice or "base").partition(":")[2] or 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to merge; the models themselves are given beside it.
-
-    Attributes:
-        method: One of `registry.COMMANDS`.
-        unit: Which numbers share one angle: tensor, layer, filter, head, block or global.
-        num_heads: Query heads, for `unit="head"`: a number, or name prefix -> number.
-        dtype: Of the merged floating tensors, one of `DTYPES`; None keeps the base's, each.
-        include: Shell patterns (``model.layers.*``); only tensors that fit one are merged.
-        exclude: Shell patterns; tensors that fit one are not merged.
-        excluded: What tensors that are not merged take: ``base``, ``mean`` or ``model:1`` (the
-            first fine-tune).
-        vocabulary: Where embeddings differ in their number of rows: ``refuse``; ``base`` (rows in
-            common merged, the base's number of rows, the rest from the base) or ``longest`` (rows
-            in common merged, the rest, and the config, from the model with most rows).
-        tied: Where one model ties its head to its embedding and another trained its own: ``keep``
-            refuses unless they are equal; ``untie`` merges the head as a tensor of its own.
-        missing: Tensors that some models lack: ``refuse``, or ``base`` (the base's, unmerged;
-            what only fine-tunes have is left out).
-        weights: One number a fine-tune, for linear, task-arithmetic and ties; 1 each by default.
-        normalize: Whether weights are divided by their sum; by default the method's custom: yes
-            for linear and ties, no for task-arithmetic.
-        alpha: Wise-ft's, in [0, 1].
-        scale: Lambda of task-arithmetic and ties.
-        density: The part of each task vector that ties keeps, in (0, 1]: one, or one a fine-tune.
-        t: Slerp's, in [0, 1]: one number, or one for each tensor by its name in the base.
-        head: Where the fine-tunes have another classifier than the base, or one that it lacks:
-            ``refuse``, or ``finetuned`` (the mean of theirs, for they have no common anchor, and
-            the labels of their config; what the base alone has is left out).
-        dequantize: Read quantized models as codes x scale; else they are refused.
-        config_from: Which model's config.json is written where they disagree: ``base`` or
-            ``model:1``; None refuses a disagreement.
-        tokenizer_from: Which model's tokenizer files, special tokens, chat template and generation
-            settings are written; None for the base's, or those of the model that gives the rows of
-            a longer vocabulary.
-        anchor_rounding: ``correct`` takes the expected energy of the base's own rounding out of the
-            Gram matrix, where the base is stored coarser than the fine-tunes; ``keep`` does not.
-        digest: Of inputs and outputs, in report and card: ``crc32``, or the dearer ``sha256``.
-            What the hub names by its SHA-256 keeps that.
-        max_shard_bytes: Bytes of tensors in a file; a larger tensor has a file of its own.
-        threads: Workers; None for one a core.
-        window_bytes: A unit of as many bytes a worker is merged by one; what an adapter forms of it
-            is kept from the first pass to the second.
-
-    Raises:
-        UserError: A value that means nothing, or an option that the method would not read.
+def invalid_choice(value: object, choices: Iterable[str]) -> str:
+    """Return the error for a value that is not one of the choices.
 
     Example:
-        >>> Options(method="wise_ft", alpha=0.5).alpha
-        0.5
+      >>> invalid_choice("tensors", ["tensor", "layer"])
+      "'tensors' is not valid; choose one of tensor, layer (did you mean 'tensor'?)"
+    """
+    choices = list(choices)
+    if (renamed := RENAMED_VALUES.get(str(value))) in choices:
+        return f"{value!r} is now {renamed!r}"
+    return f"{value!r} is not valid; choose one of {', '.join(choices)}{near(value, choices)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a merge, without the models.
+
+    Attributes:
+      method: one of `registry.COMMANDS`
+      unit: elements that share one angle: tensor, layer, filter, head, block or global
+      num_heads: query heads, for `unit="head"`: a number, or name prefix -> number
+      dtype: dtype of the merged floating-point tensors, one of `DTYPES`; with None each tensor
+        has the base's
+      include: shell patterns (`model.layers.*`); only tensors that match one are merged
+      exclude: shell patterns; tensors that match one are not merged
+      unmerged_from: values of tensors that are not merged: `base`, `mean` or `model:1` (the first
+        fine-tune)
+      vocab_mismatch: if embeddings have different numbers of rows: `error`; `base` (merge the rows
+        in common, with the base's number of rows and the remaining rows from the base) or `longest`
+        (merge the rows in common; the remaining rows and the config come from the model with the
+        most rows)
+      tied_head: if one model ties its head to its embedding and another trained a separate head:
+        `keep` is an error unless the two are equal; `untie` merges the head as a separate tensor
+      missing_tensors: tensors that some models lack: `error`, or `base` (the base's tensor,
+        unmerged; tensors that only fine-tunes have are dropped)
+      weights: one per fine-tune, for linear, task_arithmetic and ties; 1 each by default
+      normalize: whether weights are divided by their sum; None for the method's default: yes for
+        linear and ties, no for task_arithmetic
+      alpha: ratio of wise_ft, in [0, 1]
+      scale: lambda of task_arithmetic and ties
+      density: fraction of each task vector that ties keeps, in (0, 1]: one value, or one per
+        fine-tune
+      t: position of slerp, in [0, 1]: one value, or one per tensor by its name in the base
+      head: if the classifier of the fine-tunes differs from the base's, or the base has none:
+        `error`, or `finetuned` (the mean of the fine-tunes' classifiers, which have no common
+        anchor, and the labels of their config; a classifier that only the base has is dropped)
+      dequantize: read quantized models as codes x scale; otherwise they are an error
+      config_from: model whose config.json is written if the configs disagree: `base` or `model:1`;
+        with None a disagreement is an error
+      tokenizer_from: model whose tokenizer files, special tokens, chat template and generation
+        settings are written; None for the base, or for the model that supplies the rows of a longer
+        vocabulary
+      anchor_rounding: `correct` subtracts the expected energy of the base's own rounding from the
+        Gram matrix if the base is stored at lower precision than the fine-tunes; `keep` does not
+      checksum: kind of checksum of inputs and outputs in the report and the model card: `crc32`, or
+        the slower `sha256`. A file that the hub names by its SHA-256 always gets that
+      max_shard_bytes: maximum bytes of tensors in a file; a larger tensor gets a separate file
+      threads: number of worker threads; None for one per core
+      window_bytes: a unit with at most this many bytes per worker is merged by one worker, which
+        caches the values that it computes from an adapter from the first pass to the second
+
+    Raises:
+      UserError: a value is not valid, or the method does not use the option
+
+    Example:
+      >>> Options(method="wise_ft", alpha=0.5).alpha
+      0.5
     """
 
     method: str = "model_stock"
@@ -162,10 +184,12 @@ class Options:
     window_bytes: int = 256 * 2**20
 
     def __post_init__(self):
-        object.__setattr__(self, "method", method_name(self.method))
+        try:
+            object.__setattr__(self, "method", method_name(self.method))
+        except UserError as error:
+            raise UserError(f"--method: {error}") from None
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        for name, allowed in (
-            ("method", COMMANDS),
+        for name, choices in (
             ("unit", UNITS),
             ("vocab_mismatch", VOCAB_MISMATCH),
             ("tied_head", TIED_HEAD),
@@ -175,48 +199,70 @@ class Options:
             ("head", HEAD),
             ("anchor_rounding", ANCHOR_ROUNDING),
         ):
-            if (value := getattr(self, name)) not in allowed:
-                known = ", ".join(str(x) for x in allowed if x is not None)
-                raise UserError(f"{name} {value!r} is not known; one of {known}.")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        read = COMMANDS[self.method].options
-        for name in ("weights", "normalize", "alpha", "scale", "density", "t"):
-            if getattr(self, name) is not None and name not in read:
-                raise UserError(f"method {self.method!r} does not read {name}; leave it out.")
-        for name in {"alpha", "t"} & set(read):
-            if getattr(self, name) is None:
-                raise UserError(f"method {self.method!r} needs {name}, in [0, 1]: --{name} 0.5")
-            self._check_each(name, lambda x: 0 <= x <= 1, "lies in [0, 1]")
-        self._check_each("density", lambda x: 0 < x <= 1, "lies in (0, 1]")
-        for name in ("weights", "scale"):
-            self._check_each(name, math.isfinite, "is a number")
-        for name in ("max_shard_bytes", "threads", "window_bytes"):
-            self._check_each(name, lambda x: x >= 1, "is at least 1")
-        if not re.fullmatch(r"base|mean|model:[1-9]\d*", self.unmerged_from):
-            raise UserError(f"excluded is base, mean or model:1, ..., not {self.unmerged_from!r}.")
-        for name in ("config_from", "tokenizer_from"):
-            if not re.fullmatch(_ONE_MODEL, getattr(self, name) or "base"):
-                raise UserError(f"{name} is base or model:1, ..., not {getattr(self, name)!r}.")
-        if self.anchor_rounding == "correct" and not COMMANDS[self.method].rule:
-            measured = " or ".join(name for name, method in COMMANDS.items() if method.rule)
-            raise UserError(
-                f"anchor_rounding correct is for methods that measure angles: {measured}."
-            )
-        if isinstance(self.t, Mapping) and self.unit != "tensor":
-            raise UserError("t for each tensor needs unit tensor.")
-
-    def _check_each(self, name: str, allowed: Callable[[float], bool], rule: str) -> None:
-        value = getattr(self, name)
-        values = value.values() if isinstance(value, Mapping) else value
-        for one in values if isinstance(values, Iterable) else (values,):
-            if one is not None and (isinstance(one, bool) or not allowed(one)):
-                raise UserError(f"{name} {rule}, not {one!r}.")
+            if (value := getattr(self, name)) not in choices:
+                shown = invalid_choice(value, [x for x in choices if x is not None])
+                raise UserError(f"{_flag(name)}: {shown}")
+        self._check_values()
+        self._check_models()
 
     @property
     def num_threads(self) -> int:
-        """Workers: one a core unless said."""
-        if self.threads is not None:
-            return self.threads
-        return usable_cores()
+        """Number of worker threads."""
+        return usable_cores() if self.threads is None else self.threads
+
+    def _check_values(self) -> None:
+        method = COMMANDS[self.method]
+        for name in ("weights", "normalize", "alpha", "scale", "density", "t"):
+            if getattr(self, name) is not None and name not in method.options:
+                users = [m.command for m in COMMANDS.values() if name in m.options]
+                raise UserError(
+                    f"--{name} does not apply to --method {method.command}; remove it (it applies "
+                    f"to {', '.join(users)})"
+                )
+        for name in ("alpha", "t"):
+            if name in method.options and getattr(self, name) is None:
+                raise UserError(
+                    f"--method {method.command} requires --{name}, a number in [0, 1]; for "
+                    f"example --{name} 0.5"
+                )
+            self._check_each(name, lambda x: 0 <= x <= 1, "in [0, 1]")
+        self._check_each("density", lambda x: 0 < x <= 1, "in (0, 1]")
+        for name in ("weights", "scale"):
+            self._check_each(name, math.isfinite, "a finite number")
+        for name in ("max_shard_bytes", "threads", "window_bytes"):
+            self._check_each(name, lambda x: x >= 1, "at least 1")
+        if isinstance(self.t, Mapping) and self.unit != "tensor":
+            raise UserError(
+                f"a list of t over layers or filters requires --unit tensor, not {self.unit}"
+            )
+
+    def _check_models(self) -> None:
+        for name, pattern, choices in (
+            ("unmerged_from", rf"mean|{_MODEL}", "base, mean or model:1"),
+            ("config_from", _MODEL, "base or model:1"),
+            ("tokenizer_from", _MODEL, "base or model:1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(pattern, value):
+                raise UserError(
+                    f"{_flag(name)}: must be {choices} (the first fine-tune), model:2, ..., not "
+                    f"{value!r}"
+                )
+        if self.anchor_rounding == "correct" and not COMMANDS[self.method].rule:
+            rules = [method.command for method in COMMANDS.values() if method.rule]
+            raise UserError(
+                "--anchor-rounding correct requires a method that measures angles: --method "
+                f"{' or '.join(rules)}"
+            )
+
+    def _check_each(self, name: str, is_valid: Callable[[float], bool], rule: str) -> None:
+        value = getattr(self, name)
+        values = value.values() if isinstance(value, Mapping) else value
+        for x in values if isinstance(values, Iterable) else (values,):
+            if x is not None and (isinstance(x, bool) or not is_valid(x)):
+                raise UserError(f"{_flag(name)}: must be {rule}, not {x!r}")
+
+
+def _flag(name: str) -> str:
+    special = {"max_shard_bytes": "--max-shard-size", "window_bytes": name}
+    return special.get(name, f"--{name.replace('_', '-')}")

@@ -1,4 +1,7 @@
-"""What a merge writes: its staging directory, which a killed merge resumes from, and the files."""
+"""Output of a merge: the staging directory, from which an interrupted merge resumes, and the files.
+
+The staging directory is next to the output directory and is renamed to it at the end.
+"""
 
 from __future__ import annotations
 
@@ -30,75 +33,85 @@ from modelstock_jax.tensor_files.checksums import checksum_file
 from modelstock_jax.tensor_files.formats import shown
 from modelstock_jax.tensor_files.writer import ShardWriter, write_indented_json
 
-# The directory in which a merge is made: beside its final place, and found again after a kill.
-
-
 _STATE = "merge_state.json"
 _LOCK = "merge.lock"
-_SPARE = 16 * 2**20  # for headers, config, tokenizer, report and pictures
+_RESERVE_BYTES = 16 * 2**20  # For headers, config, tokenizer, report and figures.
 
 
 class OccupiedError(UserError):
-    """Another process made the output directory first; the message says how to continue."""
+    """Another process created the output directory first; the message says how to continue."""
 
 
 class StagingDir:
-    """Where a merge's files lie until all of them are there.
+    """Directory that contains the files of a merge until all of them are complete.
 
-    Its name follows from the plan's fingerprint, so that the same command finds it again.
+    Its name contains the checksum of the plan, so the same command finds it again.
 
     Args:
-        plan: Of the merge.
-        out: The final directory. Of a link, what it leads to is made or replaced; the link stays.
-        overwrite: Whether it may be replaced.
+      plan: plan of the merge
+      out: output directory; if it is a link, the directory that it points to is created or replaced
+      overwrite: whether the output directory may be replaced
+
+    Attributes:
+      out: output directory, with links resolved
+      path: the staging directory
+      checksums: complete files -> checksum
+      rows: report rows of the units solved so far, by tensor
+      resumed: files that were complete at the start
 
     Raises:
-        UserError: `out` is, holds or lies in an input, exists, or cannot be made; another process
-            is making this merge; the disk has too little room.
+      UserError: `out` is an input, contains one, is inside one, exists, or cannot be created;
+        another process runs this merge; the disk is too full
     """
 
     def __init__(self, plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False):
         self._plan, self._overwrite = plan, overwrite
-        self.out, self.path = _places(plan, out, overwrite)
-        self._saving = threading.Lock()
+        self.out, self.path = _paths(plan, out, overwrite)
+        self._state_lock = threading.Lock()
         try:
             self._lock = FileLock(self.path / _LOCK)
         except OSError as error:
-            why = f"cannot be written ({error.strerror})"
-            raise UserError(f"{shown(self.out)}: {why}; choose another directory.") from None
+            raise UserError(_not_writable(self.out, error.strerror)) from None
         if not self._lock.held:
-            raise UserError(f"{shown(self.out)}: another process is making this merge.")
+            raise UserError(
+                f"{shown(self.out)}: another process runs this merge; wait until it ends"
+            )
         if self._lock.unsupported and sys.stderr is not None:
             print(
-                f"note: the file system of {shown(self.out)} has no locks: give no other merge "
-                "this --out meanwhile",
+                f"note: the file system of {shown(self.out)} does not support locks; do not run "
+                "another merge with this --out at the same time",
                 file=sys.stderr,
             )
         self.rows: dict[str, Row] = {}
         try:
-            self.checksums = self._complete()
-        except BaseException:  # Ctrl-C, say: to digest large files takes minutes.
+            self.checksums = self._restore()
+        except BaseException:  # For example Ctrl-C: checksums of large files take minutes.
             self._lock.release()
             raise
         self.resumed = tuple(sorted(self.checksums))
         try:
-            self._check_room()
+            self._check_free_space()
         except UserError:
             self.leave()
             raise
 
-    def save(self, file: str, digest: str) -> None:
-        """Notes that a file of tensors is complete, with the rows of all units solved so far."""
-        with self._saving:
-            self.checksums[file] = digest
+    def save(self, file: str, checksum: str) -> None:
+        """Record that a file of tensors is complete, with the rows of all units solved so far.
+
+        Args:
+          file: name of the file
+          checksum: its checksum
+        """
+        with self._state_lock:
+            self.checksums[file] = checksum
             self._write_state()
 
     def commit(self) -> None:
-        """Gives the directory its final name; it must hold everything.
+        """Rename the directory, which must be complete, to the output directory.
 
         Raises:
-            OccupiedError: Another process has made `out` since this merge began.
-            UserError: It cannot be flushed or renamed.
+          OccupiedError: another process has created the output directory since this merge started
+          UserError: the directory cannot be flushed or renamed
         """
         try:
             refuse_existing(self.out, overwrite=self._overwrite)
@@ -106,22 +119,26 @@ class StagingDir:
                 (self.path / name).unlink(missing_ok=True)
             move_into_place(self.path, self.out, self._overwrite)
         except ExistsError:
-            how = "give the same command with --overwrite (in a program, overwrite=True) to replace"
+            how = "run the same command with --overwrite (in Python, overwrite=True) to replace it"
             if not self.out.is_dir():
-                how = "move it away and give the same command again to replace"
+                how = "move it away and run the same command again"
             raise OccupiedError(
-                f"{shown(self.out)}: another process made it during this merge; {how} it. The "
-                "merged files are kept, so nothing is computed again."
+                f"{shown(self.out)}: another process created it during this merge; {how} (the "
+                "merged files are reused, nothing is computed again)"
             ) from None
         self._lock.release()
         self._remove_stale()
 
     def leave(self, *, keep: bool = True) -> None:
-        """Leaves without the final name; keeps the files that are complete, if any."""
+        """Stop without renaming the directory.
+
+        Args:
+          keep: keep the complete files, if there are any; otherwise remove the directory
+        """
         if keep and self.checksums:
-            for file in self._strangers(self.checksums):
+            for file in self._other_files(self.checksums):
                 file.unlink(missing_ok=True)
-            if not (self.path / _STATE).exists():  # `commit` did not come to its end.
+            if not (self.path / _STATE).exists():  # `commit` failed after removing it.
                 with contextlib.suppress(UserError):
                     self._write_state()
         else:
@@ -136,46 +153,46 @@ class StagingDir:
         }
         write_json(self.path / _STATE, state)
 
-    def _complete(self) -> dict[str, str]:
-        """Files that an earlier run finished and that are still what they were."""
+    def _restore(self) -> dict[str, str]:
+        """Read the rows, and return the files of an earlier run that are complete and unchanged."""
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
-            same = state["checksum"] == self._plan.checksum
-            digests = {
+            is_same_plan = state["checksum"] == self._plan.checksum
+            checksums = {
                 name: state["checksums"][name]
                 for name in self._plan.files
-                if same and name in state["checksums"]
+                if is_same_plan and name in state["checksums"]
             }
             rows = dict(state["rows"])
         except (OSError, ValueError, KeyError, TypeError):
-            digests, rows = {}, {}
-        whole = {
-            name: digest
-            for name, digest in digests.items()
-            if (self.path / name).is_file() and _checksum(self.path / name, digest) == digest
+            checksums, rows = {}, {}
+        complete = {
+            name: checksum
+            for name, checksum in checksums.items()
+            if (self.path / name).is_file() and _checksum(self.path / name, checksum) == checksum
         }
-        done = {
+        tensors = {
             tensor
-            for file, tensors in zip(self._plan.files, self._plan.shards, strict=True)
-            if file in whole
-            for tensor in tensors
+            for file, names in zip(self._plan.files, self._plan.shards, strict=True)
+            if file in complete
+            for tensor in names
         }
-        self.rows = {name: row for name, row in rows.items() if name in done}
-        for file in self._strangers(whole):
+        self.rows = {name: row for name, row in rows.items() if name in tensors}
+        for file in self._other_files(complete):
             file.unlink(missing_ok=True)
-        return whole
+        return complete
 
-    def _strangers(self, whole: Mapping[str, str]) -> Iterable[Path]:
-        """Files of tensors here that are not known to be complete."""
-        kept = {self.path / name for name in (*whole, _STATE, _LOCK)}
-        return [path for path in self.path.rglob("*") if path.is_file() and path not in kept]
+    def _other_files(self, complete: Mapping[str, str]) -> Iterable[Path]:
+        """Return the files of the directory that are not known to be complete."""
+        known = {self.path / name for name in (*complete, _STATE, _LOCK)}
+        return [path for path in self.path.rglob("*") if path.is_file() and path not in known]
 
-    def _check_room(self) -> None:
+    def _check_free_space(self) -> None:
         done = sum((self.path / name).stat().st_size for name in self.checksums)
-        _refuse_full(self.out, self._plan.bytes_written - done + _SPARE, self.path)
+        _check_free_space(self.out, self._plan.bytes_written - done + _RESERVE_BYTES, self.path)
 
     def _remove_stale(self) -> None:
-        """Removes what other, unfinished merges to the same place left, where none is at work."""
+        """Remove the staging directories of other merges to this output that are not running."""
         for path in self.out.parent.glob(f".{escaped(self.out.name)}.*.merge"):
             try:
                 with FileLock(path / _LOCK) as lock:
@@ -186,65 +203,67 @@ class StagingDir:
 
 
 def check_out(plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises a `StagingDir`'s errors for a plan that is only shown; makes nothing.
+    """Raise the errors of `StagingDir` for a plan that is only printed; create nothing.
 
     Args:
-        plan: Of the merge.
-        out: The directory that would be written.
-        overwrite: Whether it may be replaced.
+      plan: plan of the merge
+      out: directory that would be written
+      overwrite: whether it may be replaced
 
     Raises:
-        UserError: `out` is an input, exists or cannot be made; the disk has too little room.
+      UserError: `out` is an input, exists or cannot be created; the disk is too full
     """
-    place, path = _places(plan, out, overwrite)
-    nearest = next(parent for parent in path.parents if parent.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{shown(place)}: cannot be written (Permission denied); choose another directory."
-        )
+    out, path = _paths(plan, out, overwrite)
+    ancestor = next(parent for parent in path.parents if parent.exists())
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UserError(_not_writable(out, "Permission denied"))
     done = sum((path / name).stat().st_size for name in plan.files if (path / name).is_file())
-    _refuse_full(place, plan.bytes_written - done + _SPARE, nearest)
+    _check_free_space(out, plan.bytes_written - done + _RESERVE_BYTES, ancestor)
 
 
-def _places(plan: Plan, out: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Path]:
-    """The final directory, and the one next to it in which the merge is made."""
-    place = Path(os.path.realpath(out))
-    refuse_inputs(place, plan.sources)
-    _refuse_impossible(place)
-    refuse_existing(place, overwrite=overwrite)
-    return place, place.parent / f".{place.name}.{plan.checksum[:16]}.merge"
+def _paths(plan: Plan, out: str | os.PathLike[str], overwrite: bool) -> tuple[Path, Path]:
+    """Return the output directory and the staging directory next to it."""
+    path = Path(os.path.realpath(out))
+    check_not_input(path, plan.sources)
+    _check_can_be_created(path)
+    refuse_existing(path, overwrite=overwrite)
+    return path, path.parent / f".{path.name}.{plan.checksum[:16]}.merge"
 
 
-def _refuse_full(out: Path, needed: int, disk: Path) -> None:
+def _not_writable(out: Path, reason: str | None) -> str:
+    return f"{shown(out)}: cannot be written ({reason}); choose another directory"
+
+
+def _check_free_space(out: Path, needed: int, disk: Path) -> None:
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise UserError(
-            f"{out}: {needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are "
-            "free; free some or choose another disk."
+            f"{out}: the merge needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB "
+            "free; free some space or choose another disk"
         )
 
 
-def _refuse_impossible(out: Path) -> None:
-    """Raises where no directory could take the name `out` when the merge ends."""
+def _check_can_be_created(out: Path) -> None:
+    """Raise an error if no directory can be renamed to `out` at the end of the merge."""
     if os.path.islink(out):
-        raise UserError(f"{shown(out)}: a link that leads to itself; choose a directory.")
+        raise UserError(f"{shown(out)}: a link that points to itself; choose a directory")
     if _is_mounted(out):
         raise UserError(
-            f"{shown(out)}: a mount point, which a new directory cannot replace; give "
-            f"a directory in it: {shown(out / 'merged')}"
+            f"{shown(out)}: a mount point cannot be replaced by the merged directory; choose a "
+            f"directory inside it: {shown(out / 'merged')}"
         )
     for parent in out.parents:
         if os.path.exists(parent) and not os.path.isdir(parent):
             raise UserError(
-                f"{shown(out)}: {shown(parent)} is a file, so no directory can be made "
-                "in it; choose another directory."
+                f"{shown(out)}: {shown(parent)} is a file, so no directory can be created in it; "
+                "choose another directory"
             )
 
 
 def _is_mounted(path: Path) -> bool:
     if os.path.ismount(path):
         return True
-    # A directory of one file system that is mounted elsewhere on it is found only here.
+    # A bind mount within one file system appears only in mountinfo.
     try:
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -255,39 +274,53 @@ def _is_mounted(path: Path) -> bool:
     return any(line.split(" ")[4:5] == [name] for line in lines)
 
 
-def refuse_inputs(out: Path, sources: Iterable[Source]) -> None:
-    """Raises where `out` is an input, holds one or lies in one."""
-    place = Path(os.path.realpath(out))
+def check_not_input(out: Path, sources: Iterable[Source]) -> None:
+    """Raise an error if `out` is an input, contains one or is inside one.
+
+    Args:
+      out: directory to write
+      sources: inputs
+
+    Raises:
+      UserError: see above
+    """
+    path = Path(os.path.realpath(out))
     for source in sources:
-        taken = {Path(os.path.realpath(path)) for path in source.files}
+        inputs = {Path(os.path.realpath(file)) for file in source.files}
         if source.directory is not None:
-            # In the hub's cache the files are links: what holds the links is an input as well.
-            taken |= {path.parent for path in taken} | {Path(os.path.realpath(source.directory))}
-        if place in taken:
-            how = "is"
-        elif any(place in path.parents for path in taken):
-            how = "holds"
-        elif source.directory is not None and any(path in place.parents for path in taken):
-            how = "lies in"
+            # The hub's cache contains links, so the directories of the links are inputs too.
+            inputs |= {file.parent for file in inputs} | {Path(os.path.realpath(source.directory))}
+        if path in inputs:
+            relation = "is"
+        elif any(path in file.parents for file in inputs):
+            relation = "contains"
+        elif source.directory is not None and any(file in path.parents for file in inputs):
+            relation = "is inside"
         else:
             continue
-        raise UserError(f"{out}: {how} the input {source.label}; choose a directory apart from it.")
+        raise UserError(
+            f"{out}: the output directory {relation} the input {source.label}; choose another "
+            "directory"
+        )
 
 
-def _checksum(path: Path, like: str) -> str:
-    kind = like.partition(":")[0]
+def _checksum(path: Path, example: str) -> str:
+    """Return the checksum of a file, of the same kind as an example of a checksum."""
+    kind = example.partition(":")[0]
     return f"{kind}:{checksum_file(path, kind)}"
 
 
-# Bytes that are done, and the word to stop.
-
-
 class MergeStopped(Exception):
-    """Another worker failed: this one's work is not wanted."""
+    """Another worker has failed, so this worker's result is not needed."""
 
 
 class ByteCounter:
-    """Counts bytes, tells them, and stops the workers when one has failed."""
+    """Counts bytes, reports them, and stops the workers after one has failed.
+
+    Args:
+      total: bytes that will be read and written
+      progress: called with bytes done and total bytes
+    """
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None = None):
         self.total, self.read, self.written = total, 0, 0
@@ -296,44 +329,52 @@ class ByteCounter:
         self.stopped = threading.Event()
 
     def add(self, *, read: int = 0, written: int = 0) -> None:
-        """Counts; raises `MergeStopped` where the merge was stopped."""
+        """Count bytes.
+
+        Args:
+          read: bytes that were read
+          written: bytes that were written
+
+        Raises:
+          MergeStopped: the merge was stopped
+        """
         if self.stopped.is_set():
             raise MergeStopped
         with self._lock:
             self.read += read
             self.written += written
-            self._tell()
+            self._report()
 
     def skip(self, count: int) -> None:
-        """Counts bytes that an earlier start has read and written."""
+        """Count bytes that an earlier run has read and written."""
         with self._lock:
             self._skipped += count
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._progress is not None:
             done = self.read + self.written + self._skipped
             self._progress(min(done, self.total), self.total)
 
 
 class Output:
-    """Writes tensors, from any thread, to the files that the plan gives them.
+    """Writes tensors from any thread to their files.
 
     Args:
-        plan: Of the merge.
-        staging: Where the files go; those that are complete there are left alone.
-        counter: Counts what is written.
+      plan: plan of the merge
+      staging: directory of the files; files that are complete there are not written again
+      counter: counts the bytes that are written
     """
 
     def __init__(self, plan: Plan, staging: StagingDir, counter: ByteCounter):
-        self._plan, self._workplace, self._tally = plan, staging, counter
+        self._plan, self._staging, self._counter = plan, staging, counter
         self._file = {
             name: file
             for file, names in zip(plan.files, plan.shards, strict=True)
             for name in names
             if file not in staging.checksums
         }
-        self._left = {
+        self._missing = {
             file: {n for n, f in self._file.items() if f == file}
             for file in set(self._file.values())
         }
@@ -344,36 +385,42 @@ class Output:
         self._finishing: list[Future] = []
 
     def missing(self, name: str) -> bool:
-        """Whether a tensor is still to be written."""
+        """Return whether a tensor must still be written."""
         return name in self._file
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Writes elements from `start` on."""
+        """Write elements of a tensor.
+
+        Args:
+          name: name of the tensor
+          start: index of the first element
+          values: stored values
+        """
         self._writer(name).write(self._stored[name], start, values)
-        self._tally.add(written=values.nbytes)
+        self._counter.add(written=values.nbytes)
 
     def complete(self, name: str) -> None:
-        """Says that a tensor is all written; its file may then be."""
+        """Mark a tensor as complete; after its last tensor a file is flushed and recorded."""
         writer, file = self._writer(name), self._file[name]
         with self._lock:
-            self._left[file].discard(name)
-            if not self._left[file]:
+            self._missing[file].discard(name)
+            if not self._missing[file]:
                 del self._writers[file]
                 self._finishing.append(self._finisher.submit(self._finish, file, writer))
 
     def close(self) -> None:
-        """Waits until every file is on the disk and writes their index."""
+        """Wait until every file is on the disk, then write the index files."""
         self._finisher.shutdown()
         for future in self._finishing:
             future.result()
-        for index, places in self._plan.indexes.items():
-            size = sum(self._plan.tensors[name].num_bytes for name in places)
+        for index, files in self._plan.indexes.items():
+            size = sum(self._plan.tensors[name].num_bytes for name in files)
             stored = {
                 stored_name(name, self._plan.components): Path(file).name
-                for name, file in places.items()
+                for name, file in files.items()
             }
             write_indented_json(
-                self._workplace.path / index,
+                self._staging.path / index,
                 {
                     "metadata": {"total_size": size},
                     "weight_map": dict(sorted(stored.items())),
@@ -381,7 +428,7 @@ class Output:
             )
 
     def abandon(self) -> None:
-        """Lets go of files that are not complete."""
+        """Close the files that are not complete."""
         self._finisher.shutdown()
         for writer in self._writers.values():
             writer.abandon()
@@ -390,29 +437,29 @@ class Output:
         file = self._file[name]
         with self._lock:
             if file not in self._writers:
-                part = self._workplace.path / f"{file}.part"
-                part.parent.mkdir(parents=True, exist_ok=True)
+                path = self._staging.path / f"{file}.part"
+                path.parent.mkdir(parents=True, exist_ok=True)
                 self._writers[file] = ShardWriter(
-                    part,
+                    path,
                     {
                         self._stored[n]: (self._plan.tensors[n].code, self._plan.tensors[n].shape)
-                        for n in self._left[file]
+                        for n in self._missing[file]
                     },
-                    metadata=self._aliases(self._left[file]),
+                    metadata=self._aliases(self._missing[file]),
                     checksum=self._plan.options.checksum,
                 )
             return self._writers[file]
 
     def _aliases(self, names: Collection[str]) -> dict[str, str]:
-        """Other names of tensors that are stored once, as the base's `__metadata__` holds them."""
+        """Return other names of tensors that are stored once, as in the base's `__metadata__`."""
         components = self._plan.components
         return {
-            stored_name(alias, components): self._stored[kept]
-            for alias, kept in self._plan.base.aliases.items()
-            if kept in names
+            stored_name(alias, components): self._stored[name]
+            for alias, name in self._plan.base.aliases.items()
+            if name in names
         }
 
     def _finish(self, file: str, writer: ShardWriter) -> None:
-        digest = writer.finish()
-        os.replace(writer.path, self._workplace.path / file)
-        self._workplace.save(file, f"{self._plan.options.checksum}:{digest}")
+        checksum = writer.finish()
+        os.replace(writer.path, self._staging.path / file)
+        self._staging.save(file, f"{self._plan.options.checksum}:{checksum}")

@@ -1,4 +1,4 @@
-"""What a merge will do, known from headers alone: tensors, files, bytes, and why."""
+"""Plan of a merge, made from file headers: tensors, output files, bytes and memory."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from modelstock_jax.checkpoint_merge.matching import PlanIssues, match_tensors
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan, plan_tensors
-from modelstock_jax.registry import COMMANDS
+from modelstock_jax.registry import COMMANDS, MergeMethod
 from modelstock_jax.tensor_files.reader import BITS
 
-# The index of a variant, as transformers and diffusers name it: model.safetensors.index.fp16.json.
+# Index file of a variant in transformers and diffusers: model.safetensors.index.fp16.json.
 _VARIANT = re.compile(r"(?<![^/])(model|diffusion_pytorch_model)(\.\w+)\.safetensors\.index\.json$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A merge, before anything of it is done.
+    """A merge that has not started.
 
     Attributes:
-        base: The anchor.
-        finetuned: The models that are merged toward it.
-        options: As asked.
-        tensors: By name, sorted.
-        shards: Names of the tensors of each output file.
-        files: Name of each output file.
-        bytes_read: Bytes of tensors that will be read, second passes included.
-        bytes_written: Bytes of tensors that will be written.
-        memory: Upper estimate of the process's peak, bytes.
-        companions: Whose config and tokenizer files are copied, and what changes in them.
-        notes: What a user should know: tied weights, vocabulary, what is left out.
-        fingerprint: Of inputs, options and tensors; a killed merge resumes only where it is equal.
-        anchored: Whether there is a base: a linear mean of models alone has none.
-        rounding: The base's rounding error beside the movements (`anchor.Examination`).
+      base: the anchor
+      finetuned: models that are merged toward it
+      options: options of the merge
+      tensors: tensors of the output by name, sorted
+      shards: names of the tensors in each output file
+      files: name of each output file
+      bytes_read: bytes of tensors that will be read, including second passes
+      bytes_written: bytes of tensors that will be written
+      memory: upper estimate of the peak memory of the process, in bytes
+      auxiliary_files: source of the config and tokenizer files, and the changes to them
+      notes: notes for the user: tied weights, vocabulary, dropped tensors
+      checksum: checksum of inputs, options and tensors; an interrupted merge resumes only if it is
+        equal
+      anchored: whether there is a base; a linear mean of models has none
+      rounding: rounding error of the base compared with the updates (`anchor.Examination`)
     """
 
     base: Source
@@ -70,47 +71,49 @@ class Plan:
 
     @property
     def components(self) -> dict[str, str]:
-        """Prefix of a tensor's name -> stem of its output file; also of heads that BASE lacks."""
+        """Prefix of a tensor's name -> stem of its output file, also for heads that BASE lacks."""
         return _components(self.sources)
 
     @property
     def indexes(self) -> dict[str, dict[str, str]]:
-        """Index file -> tensor -> file, of each component that takes several files."""
-        found: dict[str, dict[str, str]] = {}
+        """Index file -> tensor -> file, for each component that has several files."""
+        files_by_stem: dict[str, dict[str, str]] = {}
         for file, names in zip(self.files, self.shards, strict=True):
             stem = self.components[prefix_of(names[0], self.components)]
-            found.setdefault(stem, {}).update(dict.fromkeys(names, file))
+            files_by_stem.setdefault(stem, {}).update(dict.fromkeys(names, file))
         return {
-            _VARIANT.sub(r"\1.safetensors.index\2.json", f"{stem}.safetensors.index.json"): places
-            for stem, places in found.items()
-            if len(set(places.values())) > 1
+            _VARIANT.sub(r"\1.safetensors.index\2.json", f"{stem}.safetensors.index.json"): files
+            for stem, files in files_by_stem.items()
+            if len(set(files.values())) > 1
         }
 
     @property
     def passes(self) -> int:
-        """How often what is merged is read: measured, then combined; TIES counts in between."""
+        """Number of times that merged tensors are read.
+
+        Two: to measure, then to combine. TIES that trims needs two more to find its thresholds.
+        """
         density = self.options.density
-        trimmed = self.options.method == "ties" and density is not None and np.min(density) < 1
-        return 4 if trimmed else 2
+        is_trimmed = self.options.method == "ties" and density is not None and np.min(density) < 1
+        return 4 if is_trimmed else 2
 
     def bytes_in(self, tensor: TensorPlan) -> int:
-        """Bytes of all models' numbers that are merged into a tensor; 0 where none are."""
+        """Return the bytes of all models that are merged into a tensor; 0 if it is not merged."""
         if tensor.unit_view is None:
             return 0
         count = math.prod(tensor.unit_view.view)
         return sum(
-            count * BITS[source.tensors[tensor.name_in(m)].code] // 8
-            for m, source in enumerate((self.base, *self.finetuned))
+            count * BITS[source.tensors[tensor.name_in(i)].code] // 8
+            for i, source in enumerate(self.sources)
         )
 
     def bytes_copied(self, tensor: TensorPlan) -> int:
-        """Bytes that are read to be copied, or for a plain mean."""
-        sources = (self.base, *self.finetuned)
+        """Return the bytes that are read to copy a tensor, or to compute its plain mean."""
         merged = 0 if tensor.unit_view is None else math.prod(tensor.unit_view.view)
         count = math.prod(tensor.shape) - merged
         return sum(
-            count * BITS[sources[m].tensors[tensor.name_in(m)].code] // 8
-            for m in tensor.models(len(self.finetuned))
+            count * BITS[self.sources[i].tensors[tensor.name_in(i)].code] // 8
+            for i in tensor.models(len(self.finetuned))
         )
 
 
@@ -122,35 +125,36 @@ def make_plan(
     lenient: bool = False,
     anchored: bool = True,
 ) -> Plan:
-    """Plans a merge of models, or says everything that stands in its way at once.
+    """Plan a merge, or raise one error with all problems.
 
-    Headers suffice but for integers (which must be equal everywhere to be copied), weights that
-    may be tied, and a sample of numbers that shows whether the base is one.
+    File headers are sufficient, with these exceptions: integers (which must be equal in all models
+    to be copied), weights that may be tied, and a sample of weights that shows whether the base is
+    the base of the fine-tunes.
 
     Args:
-        base: The anchor.
-        finetuned: The models that are merged toward it.
-        options: How.
-        lenient: Nothing will be written: what models disagree on that is only copied is a note.
-        anchored: False for a mean of models without a base; `base` is then the first of them.
+      base: the anchor
+      finetuned: models that are merged toward it
+      options: options of the merge
+      lenient: nothing will be written, so a mismatch in something that is only copied is a note
+      anchored: False for a mean of models without a base; `base` is then the first of them
 
     Raises:
-        UserError: All problems, one a line.
+      UserError: the models or the options do not fit; the message lists all problems
     """
     sources = (base, *finetuned)
-    findings = PlanIssues(lenient=lenient)
-    _check_number(len(finetuned), options, findings)
-    findings.problems += filter(None, map(quantization.refusal, sources))
-    if not findings.problems and (problem := quantization.codes_that_differ(sources)):
-        findings.problems.append(problem)
-    findings.raise_problems()  # Codes and scales have no names in common with weights.
-    matched = match_tensors(sources, options, findings)
-    tensors = plan_tensors(sources, matched, options, findings)
-    companions = plan_auxiliary_files(sources, tensors, options, findings)
-    findings.raise_problems()
-    examined = examine(sources, tensors, options) if anchored else Examination()
-    findings.problems += examined.problems
-    findings.raise_problems()
+    issues = PlanIssues(lenient=lenient)
+    _check_number_of_models(len(finetuned), options, issues)
+    issues.problems += filter(None, map(quantization.refusal, sources))
+    if not issues.problems and (problem := quantization.codes_that_differ(sources)):
+        issues.problems.append(problem)
+    issues.raise_problems()  # Names of codes and scales do not match names of weights.
+    matched = match_tensors(sources, options, issues)
+    tensors = plan_tensors(sources, matched, options, issues)
+    auxiliary_files = plan_auxiliary_files(sources, tensors, options, issues)
+    issues.raise_problems()
+    examination = examine(sources, tensors, options) if anchored else Examination()
+    issues.problems += examination.problems
+    issues.raise_problems()
     files = _files(tensors, _components(sources), options.max_shard_bytes)
     plan = Plan(
         base,
@@ -162,59 +166,72 @@ def make_plan(
         bytes_read=0,
         bytes_written=sum(t.num_bytes for t in tensors.values()),
         memory=0,
-        auxiliary_files=companions,
-        notes=(*findings.notes, *examined.notes),
-        checksum=_fingerprint(sources, options, tensors),
+        auxiliary_files=auxiliary_files,
+        notes=(*issues.notes, *examination.notes),
+        checksum=_checksum(sources, options, tensors),
         anchored=anchored,
-        rounding=examined.rounding,
+        rounding=examination.rounding,
     )
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
 
 
-def _check_number(number: int, options: Options, findings: PlanIssues) -> None:
+def _check_number_of_models(number: int, options: Options, issues: PlanIssues) -> None:
     method = COMMANDS[options.method]
-    least, most = method.min_models, method.max_models
-    if number < least or (most is not None and number > most):
-        findings.problems.append(
-            f"method {options.method!r} takes {least}{'' if most is None else f' to {most}'}"
-            f"{' or more' if most is None else ''} fine-tuned models, not {number}"
-            f"{_too_few(number, findings.lenient) if number < least else ''}"
-        )
+    if problem := _wrong_number(number, method, lenient=issues.lenient):
+        issues.problems.append(problem)
     for name in ("weights", "density"):
         value = getattr(options, name)
         if isinstance(value, tuple) and len(value) != number:
-            findings.problems.append(
-                f"{len(value)} {name} for {number} fine-tuned models; give one for each"
+            issues.problems.append(
+                f"--{name} has {len(value)} values, but there are {number} fine-tuned models; give "
+                "one per model"
             )
-    by_sum = options.method != "task_arithmetic" if options.normalize is None else options.normalize
-    if options.weights is not None and sum(options.weights) == 0 and by_sum:
-        findings.problems.append("the weights add up to 0")
-    if options.unmerged_from.startswith("model:") and int(options.unmerged_from[6:]) > number:
-        findings.problems.append(f"excluded is {options.unmerged_from}, and there are {number}")
+    normalize = options.normalize
+    if normalize is None:
+        normalize = options.method != "task_arithmetic"
+    if options.weights is not None and sum(options.weights) == 0 and normalize:
+        issues.problems.append("the sum of --weights is 0, so they cannot be normalized")
+    source = options.unmerged_from
+    if source.startswith("model:") and int(source.removeprefix("model:")) > number:
+        issues.problems.append(
+            f"--unmerged-from {source}: no such model; the last fine-tuned model is model:{number}"
+        )
     if options.method == "ties" and options.unit in ("filter", "head"):
-        findings.problems.append("ties trims whole tensors: unit tensor, layer, block or global")
+        issues.problems.append(
+            f"--unit {options.unit} does not apply to ties, which trims complete tensors; choose "
+            "tensor, layer, block or global"
+        )
 
 
-def _too_few(number: int, lenient: bool) -> str:
-    base = "; the model that is given first is the base"
-    if number != 1 or lenient:
-        return base
-    return f"{base}; of one fine-tune pass --method wise-ft --alpha 0.5"
+def _wrong_number(number: int, method: MergeMethod, *, lenient: bool) -> str | None:
+    """Return the error for too few or too many fine-tuned models; None if the number is right."""
+    min_models, max_models = method.min_models, method.max_models
+    if number >= min_models and (max_models is None or number <= max_models):
+        return None
+    required = f"{min_models} or more" if max_models is None else f"{min_models} to {max_models}"
+    subject = "an angle" if lenient else f"--method {method.command}"
+    problem = (
+        f"{subject} requires {required} fine-tuned models, not {number} (the first model is the "
+        "base)"
+    )
+    if number == 1 and not lenient:
+        problem += "; to merge one fine-tune, pass --method wise-ft --alpha 0.5"
+    return problem
 
 
 def _components(sources: Sequence[Source]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    components: dict[str, str] = {}
     for source in sources:
-        found = source.components | found
-    return found
+        components = source.components | components
+    return components
 
 
 def _files(
-    tensors: dict[str, TensorPlan], components: Mapping[str, str], most: int
+    tensors: dict[str, TensorPlan], components: Mapping[str, str], max_bytes: int
 ) -> dict[str, tuple[str, ...]]:
-    """Output files, each with its tensors in the order in which they are stored there."""
+    """Return the output files, each with its tensors in the order in which they are stored."""
 
-    def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    def in_order(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(names, key=lambda name: (-BITS[tensors[name].code], name)))
 
     groups: dict[str, dict[str, TensorPlan]] = {}
@@ -222,24 +239,24 @@ def _files(
         groups.setdefault(prefix_of(name, components), {})[name] = tensor
     files: dict[str, tuple[str, ...]] = {}
     for prefix in sorted(groups):
-        stem, shards = components.get(prefix, "model"), _shards(groups[prefix], most)
+        stem, shards = components.get(prefix, "model"), _shards(groups[prefix], max_bytes)
         files |= (
-            {f"{stem}.safetensors": ordered(shards[0])}
+            {f"{stem}.safetensors": in_order(shards[0])}
             if len(shards) == 1
             else {
-                f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": ordered(names)
+                f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": in_order(names)
                 for i, names in enumerate(shards)
             }
         )
     return files
 
 
-def _shards(tensors: dict[str, TensorPlan], most: int) -> list[list[str]]:
-    """Names, cut where a file would grow too large."""
+def _shards(tensors: dict[str, TensorPlan], max_bytes: int) -> list[list[str]]:
+    """Return the names of the tensors in each file."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.num_bytes > most:
+        if shards[-1] and size + tensor.num_bytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
@@ -255,23 +272,23 @@ def _bytes_read(plan: Plan) -> int:
 
 
 def _memory(plan: Plan) -> int:
-    number, threads = 1 + len(plan.finetuned), plan.options.num_threads
+    number, threads = len(plan.sources), plan.options.num_threads
     units = max(
         (math.prod(t.unit_view.unit_shape) for t in plan.tensors.values() if t.unit_view), default=1
     )
-    formed = any(source.formed for source in (plan.base, *plan.finetuned))
-    window = plan.options.window_bytes if formed else 0
+    is_cached = any(source.formed for source in plan.sources)
+    window = plan.options.window_bytes if is_cached else 0
     pieces = max(WORKING_SET, 16 * number * piece_length(number, 64))
     return (
         100 * 2**20 + window + threads * (pieces + 4 * 8 * PIECE) + 8 * units * (4 * number**2 + 64)
     )
 
 
-def _fingerprint(
-    sources: Sequence[Source], options: Options, tensors: dict[str, TensorPlan]
-) -> str:
-    fast = ("threads", "window_bytes")  # How fast, and not what.
-    asked = {name: x for name, x in dataclasses.asdict(options).items() if name not in fast}
+def _checksum(sources: Sequence[Source], options: Options, tensors: dict[str, TensorPlan]) -> str:
+    without_effect = ("threads", "window_bytes")  # They change the speed, not the result.
+    values = {
+        name: x for name, x in dataclasses.asdict(options).items() if name not in without_effect
+    }
     files = [
         [
             (os.path.realpath(path), path.stat().st_size, path.stat().st_mtime_ns)
@@ -279,5 +296,5 @@ def _fingerprint(
         ]
         for source in sources
     ]
-    made = [dataclasses.astuple(tensor) for tensor in tensors.values()]
-    return hashlib.sha256(json.dumps([2, asked, files, made]).encode()).hexdigest()
+    rows = [dataclasses.astuple(tensor) for tensor in tensors.values()]
+    return hashlib.sha256(json.dumps([2, values, files, rows]).encode()).hexdigest()

@@ -1,6 +1,7 @@
-"""What is left beside merged tensors: merge_report.json, and README.md, the model card.
+"""Report (merge_report.json) and model card (README.md) of a merged checkpoint.
 
-The report holds everything that a merge measured and was made of. Neither file holds a clock.
+The report contains the inputs, the options and all measurements of a merge. Neither file contains
+timestamps.
 """
 
 from __future__ import annotations
@@ -33,102 +34,135 @@ from modelstock_jax.tensor_files.hub import HUB_ID
 
 FORMAT = 1
 PACKAGES = ("numpy", "ml_dtypes")
-# These leave the result as it is.
-_NOT_WHAT = ("checksum", "threads", "window_bytes")
+# These options do not change the result.
+_WITHOUT_EFFECT = ("checksum", "threads", "window_bytes")
+# Outcomes whose name in the report is not its label with `_` for spaces.
+_OUTCOME_LABELS = {
+    "clamped": "clamped to 0",
+    "fallback_to_eq3": "fallback to eq. 3",
+    "non_finite": "non-finite",
+}
+_UNIT_LABELS = {
+    "tensor": "each tensor",
+    "layer": "each layer (q, k and v joined)",
+    "filter": "each output channel",
+    "head": "each attention head",
+    "block": "each transformer block",
+    "global": "the entire model",
+}
 
 
-def document(
-    plan: Plan, report: MergeResult, digests: Sequence[Mapping[str, str]], command: str
+def report_document(
+    plan: Plan, result: MergeResult, checksums: Sequence[Mapping[str, str]], command: str
 ) -> dict[str, Any]:
-    """The report as JSON holds it; the same merge gives the same document.
+    """Return the content of merge_report.json; equal merges give equal documents.
 
     Args:
-      plan: of the merge.
-      report: of the merge.
-      digests: file name -> digest (`crc32:...`) of each input, the base first; empty where not
-        computed.
-      command: what was typed.
+      plan: plan of the merge
+      result: result of the merge
+      checksums: file name -> checksum (`crc32:...`) for each input, the base first; empty if not
+        computed
+      command: command line of the merge
 
     Returns:
-      Plain values: `units` has a row a tensor, `not_merged` the others and why.
+      Plain values. `units` has a row per merged tensor; `not_merged` lists the other tensors, each
+      with the source of its values and the reason.
     """
     inputs = [
         {"model": source.label, "bytes": source.num_bytes, "files": dict(files),
          "notes": list(source.notes)}
-        for source, files in zip((plan.base, *plan.finetuned), digests, strict=True)
+        for source, files in zip(plan.sources, checksums, strict=True)
     ]  # fmt: skip
     return {
         "format": FORMAT,
         "base": inputs[0] if plan.anchored else None,
         "models": inputs[1:],
-        "options": asked(plan.options),
-        "units": report.rows,
-        "outcomes": report.outcomes,
-        "ratios": ratios(report.rows),
-        "predicted_distance": report.distance,
+        "options": result_options(plan.options),
+        "units": result.rows,
+        "outcomes": result.outcomes,
+        "ratios": ratio_summary(result.rows),
+        "predicted_distance": result.distance,
         "anchor_rounding": plan.rounding,
         "not_merged": [
-            {"name": name, "takes": tensor.action, "reason": tensor.reason}
+            {"name": name, "source": tensor.action, "reason": tensor.reason}
             for name, tensor in plan.tensors.items() if tensor.action != "merge"
         ],
         "notes": list(plan.notes),
-        "outputs": report.checksums,
+        "outputs": result.checksums,
         "command": command,
-        "versions": versions(),
+        "versions": package_versions(),
     }  # fmt: skip
 
 
-def asked(options: Options) -> dict[str, Any]:
-    """The options that make the result, those left at their default but for method and unit."""
+def result_options(options: Options) -> dict[str, Any]:
+    """Return method, unit, and the other options that change the result and are not defaults."""
     default = Options()
     values = {
         field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options) if field.name not in _NOT_WHAT
+        for field in dataclasses.fields(options) if field.name not in _WITHOUT_EFFECT
     }  # fmt: skip
-    keep = ("method", "unit")
-    return {k: v for k, v in values.items() if k in keep or v != getattr(default, k)}
+    always = ("method", "unit")
+    return {k: v for k, v in values.items() if k in always or v != getattr(default, k)}
 
 
-def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Count, least, median and largest ratio of the tensors that have one, by role.
+def ratio_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return count, min, median and max of the ratios by role, over tensors that have a ratio.
 
     Example:
       >>> rows = [{"name": f"layers.{i}.mlp.w", "cosine": 0.5, "ratio": i / 4} for i in range(4)]
-      >>> ratios(rows)["all"]
+      >>> ratio_summary(rows)["all"]
       {'tensors': 4, 'min': 0.0, 'median': 0.375, 'max': 0.75}
     """
-    found: dict[str, list[float]] = defaultdict(list)
+    ratios: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row["cosine"] is not None and row["ratio"] is not None:
-            found["all"].append(row["ratio"])
-            found[role(row["name"])].append(row["ratio"])
+            ratios["all"].append(row["ratio"])
+            ratios[role(row["name"])].append(row["ratio"])
     return {
         name: {
-            "tensors": len(found[name]),
-            "min": min(found[name]),
-            "median": statistics.median(found[name]),
-            "max": max(found[name]),
+            "tensors": len(ratios[name]),
+            "min": min(ratios[name]),
+            "median": statistics.median(ratios[name]),
+            "max": max(ratios[name]),
         }
-        for name in ("all", *ROLES) if name in found
+        for name in ("all", *ROLES) if name in ratios
     }  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
+def outcome_label(name: str) -> str:
+    """Return the label of an outcome of the report.
+
+    Example:
+      >>> outcome_label("clamped"), outcome_label("one_model_changed")
+      ('clamped to 0', 'one model changed')
+    """
+    return _OUTCOME_LABELS.get(name, name.replace("_", " "))
+
+
+def outcome_counts(outcomes: Mapping[str, int]) -> str:
+    """Return the number of units per outcome as text, the most frequent outcome first.
+
+    Example:
+      >>> outcome_counts({"scalar": 1, "interpolated": 1200})
+      '1,200 interpolated, 1 scalar'
+    """
+    ordered = sorted(outcomes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count:,} {outcome_label(name)}" for name, count in ordered)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that the values depend on."""
     python = platform.python_version()
     return {"modelstock_jax": __version__, "python": python, **installed(PACKAGES)}
 
 
-# README.md of a merged checkpoint: a model card that Hugging Face's hub reads.
-
-
-def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
-    """The card's text.
+def model_card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
+    """Return README.md of a merged checkpoint: a model card for the Hugging Face hub.
 
     Args:
-      document: as `document` gives it.
-      name: the model's title.
-      library: `library_name` for the metadata, as `library_name` finds it; None leaves it out.
+      document: content of the report, from `report_document`
+      name: title of the model
+      library: `library_name` in the metadata, from the function of that name; None to omit it
 
     Returns:
       Markdown with YAML front matter.
@@ -144,18 +178,21 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
         if "stock" in method else ["merge", "modelstock-jax"],
     })  # fmt: skip
     lines += [
-        f"{merged(document, '`')}, merged by {_method(document)}; {_unit(unit)} for itself.",
+        f"{merged_models(document, '`')}, merged by {_method(document)}. "
+        f"Merge unit: {_UNIT_LABELS[unit]}.",
         "",
         *_setup(document, inputs),
+        "",
+        "## Ratios",
+        "",
+        *_ratios(document),
     ]
-    lines += ["", "## Ratios", ""]
-    lines += _ratios(document)
     if document["base"] is not None:
-        drawn = "Angle and norm" if len(document["models"]) > 1 else "Norm"
+        quantity = "Angle and norm" if len(document["models"]) > 1 else "Norm"
         lines += [
-            f"![{drawn} of each tensor's update over the depth of the network](angles.png)",
+            f"![{quantity} of each tensor's update by depth in the network](angles.png)",
             "",
-            "Every tensor's angle, ratio and policy: `merge_report.json`.",
+            "`merge_report.json` contains the angle, ratio and outcome of every tensor.",
             "",
         ]
     notes = [*document["notes"], *(note for source in inputs for note in source["notes"])]
@@ -164,59 +201,61 @@ def card(document: Mapping[str, Any], *, name: str, library: str | None) -> str:
     lines += made_by(document["command"])
     files = [(f"`{source['model']}`", source["files"]) for source in inputs]
     lines += table(["file", "checksum"], (
-        [f"{model}: {file}", f"`{digest}`"]
-        for model, digests in [*files, ("this model", document["outputs"])]
-        for file, digest in digests.items()
+        [f"{model}: {file}", f"`{checksum}`"]
+        for model, checksums in [*files, ("this model", document["outputs"])]
+        for file, checksum in checksums.items()
     ))  # fmt: skip
     return "\n".join([*lines, "", listed_versions(document["versions"])]) + "\n"
 
 
-def merged(document: Mapping[str, Any], quote: str = "") -> str:
-    """What was merged: the number of models, and of which base where there is one.
+def merged_models(document: Mapping[str, Any], quote: str = "") -> str:
+    """Return the number of merged models and their base, if there is one.
 
     Example:
-      >>> merged({"models": [1, 2], "base": None}), merged({"models": [1], "base": {"model": "b"}})
-      ('2 models', '1 fine-tune of b')
+      >>> merged_models({"models": [1, 2], "base": None})
+      '2 models'
+      >>> merged_models({"models": [1], "base": {"model": "b"}})
+      '1 fine-tune of b'
     """
     count, base = len(document["models"]), document["base"]
-    what = f"{count} {_model(document)}{'s' if count > 1 else ''}"
-    return what if base is None else f"{what} of {quote}{base['model']}{quote}"
+    models = f"{count} {_model(document)}{'s' if count > 1 else ''}"
+    return models if base is None else f"{models} of {quote}{base['model']}{quote}"
 
 
 def hub_id(label: str) -> str | None:
-    """The hub's name of an input, or None for a path.
+    """Return the repository of an input on the hub; None for a path.
 
     Example:
       >>> hub_id("org/name@main"), hub_id("./run1/model")
       ('org/name', None)
     """
-    found = HUB_ID.fullmatch(label.split("+")[0])
-    return found["repo"] if found and not Path(found["repo"]).exists() else None
+    match = HUB_ID.fullmatch(label.split("+")[0])
+    return match["repo"] if match and not Path(match["repo"]).exists() else None
 
 
 def library_name(directory: Path) -> str | None:
-    """The library that opens a checkpoint, by the files next to its tensors."""
+    """Return the library that opens a checkpoint, by the files next to its tensors."""
     config = read_config(directory) or {}
     if "_class_name" in config:
         return "diffusers"
     if "pretrained_cfg" in config:
         return "timm"
-    known = {
+    libraries = {
         PIPELINE: "diffusers",
         MODULES: "sentence-transformers",
         "open_clip_config.json": "open_clip",
         CONFIG: "transformers",
     }
-    return next((name for file, name in known.items() if (directory / file).is_file()), None)
+    return next((name for file, name in libraries.items() if (directory / file).is_file()), None)
 
 
 def _value(value: Any) -> str:
     text = json.dumps(value)
-    return f"`{text}`" if len(text) < 200 else "by tensor, see `merge_report.json`"
+    return f"`{text}`" if len(text) < 200 else "per tensor; see `merge_report.json`"
 
 
 def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of the models and of the options that are not at their defaults."""
+    """Return a table of the models and of the options that are not defaults."""
     rows = [
         [f"{_model(document)} {i}" if i else "base", f"`{source['model']}`"]
         for i, source in enumerate(inputs, 0 if document["base"] else 1)
@@ -228,7 +267,7 @@ def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> 
 
 def _method(document: Mapping[str, Any]) -> str:
     text = COMMANDS[document["options"]["method"]].description
-    return text if document["base"] else text.replace("fine-tunes", "models")
+    return text if document["base"] else text.replace("fine-tuned models", "models")
 
 
 def _model(document: Mapping[str, Any]) -> str:
@@ -236,38 +275,20 @@ def _model(document: Mapping[str, Any]) -> str:
 
 
 def _ratios(document: Mapping[str, Any]) -> list[str]:
-    lines = ["t = 0 is the base, t = 1 the mean of the fine-tunes.", ""]
     method, alpha = (document["options"].get(key) for key in ("method", "alpha"))
     if document["ratios"]:
-        lines += table(["", "tensors", "least", "median", "largest"], (
+        lines = ["t = 0 is the base, t = 1 the mean of the fine-tunes.", ""]
+        lines += table(["", "tensors", "min", "median", "max"], (
             [kind, v["tensors"], *(f"{v[key]:.3f}" for key in ("min", "median", "max"))]
             for kind, v in document["ratios"].items()
         ), numbers=True)  # fmt: skip
+    elif document["base"] is None or method in ("ties", "slerp", "task_arithmetic"):
+        lines = ["This method has no ratio."]
+    elif method == "wise_ft":
+        lines = [f"t = {alpha:g} for every tensor."]
     else:
-        none = document["base"] is None or method in ("ties", "slerp", "task_arithmetic")
-        lines[:2] = [
-            "This method has no ratio."
-            if none
-            else f"t = {alpha:g} for every tensor."
-            if method == "wise_ft"
-            else "No tensor has an angle."
-        ]
-    policies = ", ".join(
-        f"{name.replace('_', ' ')} {n}"
-        for name, n in sorted(document["outcomes"].items(), key=lambda item: -item[1])
-    )
-    lines += ["", f"Units by policy: {policies or 'none'}."]
-    if left := len(document["not_merged"]):
-        lines[-1] += f" Not merged: {left} tensor{'s' if left > 1 else ''}."
-    return [*lines, ""]
-
-
-def _unit(unit: str) -> str:
-    return {
-        "tensor": "each tensor",
-        "layer": "each layer (q, k and v joined)",
-        "filter": "each output channel",
-        "head": "each attention head",
-        "block": "each transformer block",
-        "global": "the whole model",
-    }[unit]
+        lines = ["No tensor has an angle."]
+    counts = f"Units by outcome: {outcome_counts(document['outcomes']) or 'none'}."
+    if count := len(document["not_merged"]):
+        counts += f" Not merged: {count} tensor{'s' if count > 1 else ''}."
+    return [*lines, "", counts, ""]

@@ -1,9 +1,10 @@
-"""What mergekit 0.1.5 makes of one tiny base and three fine-tunes, recipe by recipe.
+"""Outputs of mergekit 0.1.5 for a tiny base and three fine-tunes, one per recipe.
+
+To generate `mergekit_reference.safetensors`, which contains the inputs and all outputs:
 
     MERGEKIT_PYTHON=/path/to/env/bin/python python -m tests.checkpoint_merge.mergekit_reference
 
-runs it (in an environment of its own) and writes `mergekit_reference.safetensors` beside this file:
-the inputs and every output, so that the tests need neither mergekit nor torch.
+mergekit runs in its own environment; the tests need neither mergekit nor torch.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ MODELS = ("base", "ft1", "ft2", "ft3")
 
 
 def _recipe(method: str, models: dict[str, dict], base: str | None = "base", **parameters) -> dict:
-    listed = [{"model": m, **({"parameters": p} if p else {})} for m, p in models.items()]
-    found = {"merge_method": method, "models": listed, "dtype": "float32"}
-    found |= {"base_model": base} if base else {}
-    return found | ({"parameters": parameters} if parameters else {})
+    entries = [{"model": m, **({"parameters": p} if p else {})} for m, p in models.items()]
+    recipe = {"merge_method": method, "models": entries, "dtype": "float32"}
+    recipe |= {"base_model": base} if base else {}
+    return recipe | ({"parameters": parameters} if parameters else {})
 
 
 RECIPES = {
@@ -49,7 +50,7 @@ RECIPES = {
 
 
 def write_inputs(folder: Path, tensors: dict[str, dict[str, np.ndarray]]) -> None:
-    """Writes each model to a directory of its name."""
+    """Write each model to a directory with its name."""
     for model in MODELS:
         (folder / model).mkdir()
         (folder / model / "config.json").write_text(json.dumps(CONFIG))
@@ -57,7 +58,7 @@ def write_inputs(folder: Path, tensors: dict[str, dict[str, np.ndarray]]) -> Non
 
 
 def write_recipe(folder: Path, name: str) -> Path:
-    """Writes a recipe with the models' whole paths."""
+    """Write a recipe with absolute paths of the models."""
     recipe = json.loads(json.dumps(RECIPES[name]))
     for model in recipe["models"]:
         model["model"] = str(folder / model["model"])
@@ -69,40 +70,40 @@ def write_recipe(folder: Path, name: str) -> Path:
 
 
 def load() -> dict[str, dict[str, np.ndarray]]:
-    """Inputs and outputs, each by its name."""
-    stored, found = TensorFiles(FILE), {}
+    """Return the stored inputs and outputs by name."""
+    stored, models = TensorFiles(FILE), {}
     for key in stored:
         model, name = key.split("/", 1)
-        found.setdefault(model, {})[name] = stored[key]
-    return found
+        models.setdefault(model, {})[name] = stored[key]
+    return models
 
 
-def _draw() -> dict[str, dict[str, np.ndarray]]:
-    """Float32 weights; movements with cosines near 0.7, so that every ratio is within (0, 1)."""
+def _random_models() -> dict[str, dict[str, np.ndarray]]:
+    """Return float32 models whose updates have cosines near 0.7, so all ratios are in (0, 1)."""
     rng = np.random.default_rng(0)
-    found: dict[str, dict[str, np.ndarray]] = {model: {} for model in MODELS}
+    models: dict[str, dict[str, np.ndarray]] = {model: {} for model in MODELS}
     for name, shape in llama_shapes().items():
         if ".layers.1." in name:
             continue
         base, common = rng.standard_normal((2, *shape))
-        found["base"][name] = (0.5 * base).astype(np.float32)
+        models["base"][name] = (0.5 * base).astype(np.float32)
         for model in MODELS[1:]:
-            moved = 0.02 * (common + 0.6 * rng.standard_normal(shape))
-            found[model][name] = (found["base"][name] + moved).astype(np.float32)
-    return found
+            update = 0.02 * (common + 0.6 * rng.standard_normal(shape))
+            models[model][name] = (models["base"][name] + update).astype(np.float32)
+    return models
 
 
-def made(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """What the mergekit of MERGEKIT_PYTHON's environment makes of a recipe."""
+def run_mergekit(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Return the output of a recipe from the mergekit in the environment of MERGEKIT_PYTHON."""
     command = [
         os.path.abspath(os.environ["MERGEKIT_PYTHON"]),
         "-m",
         "mergekit.scripts.run_yaml",
         write_recipe(folder, name),
-        folder / f"theirs_{name}",
+        folder / f"mergekit_{name}",
         "--no-copy-tokenizer",
     ]
-    # Its environment is its own: nothing of ours is on its path.
+    # Its environment must not import modules of this one.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         command,
@@ -113,18 +114,20 @@ def made(folder: Path, name: str) -> dict[str, np.ndarray]:
     )
     if done.returncode:
         raise RuntimeError(f"mergekit failed:\n{done.stderr}")
-    return dict(TensorFiles(folder / f"theirs_{name}"))
+    return dict(TensorFiles(folder / f"mergekit_{name}"))
 
 
 def main() -> None:
-    """Makes the file."""
-    found = _draw()
+    """Generate the file."""
+    models = _random_models()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_inputs(folder, found)
+        write_inputs(folder, models)
         for name in RECIPES:
-            found[name] = made(folder, name)
-    write_tensors(FILE, {f"{m}/{n}": x for m, tensors in found.items() for n, x in tensors.items()})
+            models[name] = run_mergekit(folder, name)
+    write_tensors(
+        FILE, {f"{m}/{n}": x for m, tensors in models.items() for n, x in tensors.items()}
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line from end to end: what it writes, what it says, and how it fails."""
+"""The command line end to end: output files, printed text and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Base, two fine-tunes; never written to."""
+    """A base and two fine-tunes; tests do not change them."""
     return [str(path) for path in llama(tmp_path_factory.mktemp("models"))]
 
 
@@ -50,16 +50,16 @@ def merged(models, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _sketch(monkeypatch):
-    """Drawing takes longer than all else here: only the module's own merge draws in earnest."""
+def _no_figure(monkeypatch):
+    """Replace the figure by a stub, except in `merged`: drawing is the slowest part of a merge."""
     monkeypatch.setattr(
-        commands.PlotProcess, "finish", lambda drawing: drawing._path.write_bytes(b"\x89PNG")
+        commands.PlotProcess, "finish", lambda plot: plot._path.write_bytes(b"\x89PNG")
     )
 
 
 @pytest.fixture
 def say(capsys):
-    """Runs the command and gives its exit status, standard output and standard error."""
+    """Run the command; return its exit status, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -73,7 +73,7 @@ def say(capsys):
 
 
 def stock(arrays: list[np.ndarray]) -> tuple[float, np.ndarray]:
-    """Equation 3 in float64: the ratio and the merged weights."""
+    """Return the ratio of equation 3 and the merged weights, in float64."""
     w0, *rest = [a.astype(np.float64).ravel() for a in arrays]
     d = np.array([w - w0 for w in rest])
     unit = d / np.linalg.norm(d, axis=1, keepdims=True)
@@ -96,12 +96,12 @@ def test_the_directory_is_complete(models, merged):
     base = Path(models[0])
     copied = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model",
               "chat_template.jinja", "merges.txt")  # fmt: skip
-    made = ("model.safetensors", "merge_report.json", "README.md", "angles.png")
-    assert sorted(path.name for path in merged.iterdir()) == sorted((*copied, *made))
+    written = ("model.safetensors", "merge_report.json", "README.md", "angles.png")
+    assert sorted(path.name for path in merged.iterdir()) == sorted((*copied, *written))
     for name in copied:
         assert (merged / name).read_bytes() == (base / name).read_bytes()
     assert len((merged / "angles.png").read_bytes()) > 10_000
-    assert sorted(p.name for p in merged.parent.iterdir()) == ["out"]  # nothing left beside it
+    assert sorted(p.name for p in merged.parent.iterdir()) == ["out"]
 
 
 def test_report(models, merged):
@@ -121,17 +121,17 @@ def test_report(models, merged):
     assert [i["model"] for i in inputs] == models
     for source in inputs:
         assert set(source["files"]) == {"model.safetensors"}
-        whole = (Path(source["model"]) / "model.safetensors").read_bytes()
-        assert source["files"]["model.safetensors"] == f"crc32:{zlib.crc32(whole):08x}"
+        content = (Path(source["model"]) / "model.safetensors").read_bytes()
+        assert source["files"]["model.safetensors"] == f"crc32:{zlib.crc32(content):08x}"
     crc = zlib.crc32((merged / "model.safetensors").read_bytes())
     assert report["outputs"] == {"model.safetensors": f"crc32:{crc:08x}"}
     assert report["ratios"]["all"]["tensors"] == len(report["units"])
     assert report["command"].startswith("modelstock merge ")
     assert report["options"] == {"method": "model_stock", "unit": "tensor"}
-    assert "seconds" not in json.dumps(report)  # equal merges give equal bytes
+    assert "seconds" not in json.dumps(report)  # Equal merges give equal files.
 
 
-def test_the_same_merge_gives_the_same_bytes(models, merged, tmp_path):
+def test_equal_merges_give_equal_files(models, merged, tmp_path):
     out = tmp_path / "out"
     assert main(["merge", *models, "--out", str(out)]) == 0
     name = "model.safetensors"
@@ -143,29 +143,28 @@ def test_the_same_merge_gives_the_same_bytes(models, merged, tmp_path):
 def test_card(models, merged):
     import yaml
 
-    text = (merged / "README.md").read_text()
-    _, front, body = text.split("---\n", 2)
+    _, front, body = (merged / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["library_name"] == "transformers"
     assert front["tags"] == ["merge", "model-stock", "modelstock-jax"]
-    assert "base_model" not in front  # paths of this machine are no models of the hub
-    for said in ("# out", models[0], models[1], "modelstock merge", "| all | 21 |",
-                 "2403.19522", "interpolated 21", "angles.png"):  # fmt: skip
-        assert said in body, said
+    assert "base_model" not in front  # Local paths are not models of the hub.
+    for text in ("# out", models[0], models[1], "modelstock merge", "| all | 21 |",
+                 "2403.19522", "Units by outcome: 21 interpolated.", "angles.png"):  # fmt: skip
+        assert text in body, text
     report = json.loads((merged / "merge_report.json").read_text())
     assert report["outputs"]["model.safetensors"] in body
 
 
-def test_what_is_printed(say, models, tmp_path):
+def test_printed_summary(say, models, tmp_path):
     status, out, err = say("merge", *models, "--out", tmp_path / "out")
     assert status == 0
-    for said in ("merged", "ratios", "21 interpolated", str(tmp_path / "out"), "B/s"):
-        assert said in out, said
-    assert "\x1b" not in out + err  # plain where it is piped
+    for text in ("merged", "ratios", "21 interpolated", str(tmp_path / "out"), "B/s"):
+        assert text in out, text
+    assert "\x1b" not in out + err  # No colors in a pipe.
     assert err.startswith("merging  127.7 kB of 127.7 kB")
 
 
-def test_json_alone(say, models, tmp_path):
+def test_json_output(say, models, tmp_path):
     status, out, err = say("merge", *models, "--out", tmp_path / "out", "--json")
     assert status == 0
     printed = json.loads(out)
@@ -187,31 +186,31 @@ def test_dry_run_writes_nothing(say, models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where", ["exists", "file", "input", "inside", "holds", "in a file", "full", "read-only"]
+    "case", ["exists", "file", "input", "inside", "parent", "in a file", "full", "read-only"]
 )
-def test_a_dry_run_has_the_errors_of_the_merge(say, models, tmp_path, where, monkeypatch):
+def test_a_dry_run_has_the_errors_of_the_merge(say, models, tmp_path, case, monkeypatch):
     out = {
         "input": Path(models[1]),
         "inside": Path(models[0]) / "out",
-        "holds": Path(models[0]).parent,
+        "parent": Path(models[0]).parent,
         "in a file": tmp_path / "file/out",
-    }.get(where, tmp_path / "out")
-    if where == "exists":
+    }.get(case, tmp_path / "out")
+    if case == "exists":
         out.mkdir()
         (out / "x").write_text("")
-    elif where == "file":
+    elif case == "file":
         out.write_text("")
-    elif where == "in a file":
+    elif case == "in a file":
         (tmp_path / "file").write_text("")
-    elif where == "full":
+    elif case == "full":
         monkeypatch.setattr(output.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-    elif where == "read-only":  # Tests may run as root, whom no mode stops.
+    elif case == "read-only":  # File modes do not apply if the tests run as root.
         monkeypatch.setattr(output.os, "access", lambda path, mode: False)
         monkeypatch.setattr(Path, "mkdir", denied)
     before = sorted(tmp_path.rglob("*"))
-    found = [say("merge", *models, "--out", out, *dry) for dry in (["--dry-run"], [])]
-    assert [status for status, *_ in found] == [1, 1] and not found[0][1]
-    assert found[0][2].splitlines()[-1] == found[1][2].splitlines()[-1]
+    results = [say("merge", *models, "--out", out, *dry) for dry in (["--dry-run"], [])]
+    assert [status for status, *_ in results] == [1, 1] and not results[0][1]
+    assert results[0][2].splitlines()[-1] == results[1][2].splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -219,14 +218,14 @@ def denied(path, **options):
     raise PermissionError(13, "Permission denied", str(path))
 
 
-def test_a_dry_run_may_replace_what_the_merge_may(say, models, tmp_path):
+def test_a_dry_run_accepts_the_output_directories_that_the_merge_accepts(say, models, tmp_path):
     (tmp_path / "x").write_text("")
     assert say("merge", *models, "--out", tmp_path, "--dry-run", "--overwrite")[0] == 0
     assert say("merge", *models, "--out", tmp_path / "a/b/c", "--dry-run")[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_the_notes_of_a_dry_run_are_in_its_json(say, models, tmp_path):
+def test_the_json_of_a_dry_run_contains_the_notes(say, models, tmp_path):
     adapted = save(tmp_path / "ft", weights(llama_shapes(), 3), LLAMA)
     adapter(adapted, {})
     status, out, err = say("merge", models[0], models[1], adapted, "--dry-run", "--json")
@@ -244,15 +243,15 @@ def test_dtype(models, tmp_path, dtype, key):
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == dtype
 
 
-def test_sha256_where_it_is_asked_for(models, merged, tmp_path):
+def test_sha256_checksums(models, merged, tmp_path):
     assert main(["merge", *models, "--out", str(tmp_path / "out"), "--checksum", "sha256"]) == 0
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     for path, files in [
         (tmp_path / "out", report["outputs"]),
         *((Path(s["model"]), s["files"]) for s in (report["base"], *report["models"])),
     ]:
-        whole = (path / "model.safetensors").read_bytes()
-        assert files["model.safetensors"] == f"sha256:{hashlib.sha256(whole).hexdigest()}"
+        content = (path / "model.safetensors").read_bytes()
+        assert files["model.safetensors"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
     plain = json.loads((merged / "merge_report.json").read_text())
     assert report["options"] == plain["options"] and report["units"] == plain["units"]
 
@@ -263,9 +262,9 @@ def test_shards(models, merged, tmp_path):
     assert len(list(out.glob("model-*.safetensors"))) > 1
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {p.name for p in out.glob("model-*.safetensors")}
-    whole, parts = TensorFiles(merged), TensorFiles(out)
-    for name in whole:
-        np.testing.assert_array_equal(parts[name], whole[name])
+    single, sharded = TensorFiles(merged), TensorFiles(out)
+    for name in single:
+        np.testing.assert_array_equal(sharded[name], single[name])
 
 
 def test_adapters_of_the_base(models, tmp_path):
@@ -280,13 +279,13 @@ def test_adapters_of_the_base(models, tmp_path):
         a, b = (f.astype(np.float64) for f in factors(Q, 16, 16, seed=i).values())
         tuned.append((w0 + 2.0 * b @ a).astype(np.float32))
     _, expected = stock([before[f"{Q}.weight"], *tuned])
-    # Each formed weight may differ by one rounding, which moves the ratio by as little.
+    # Each computed weight may differ by one rounding, which changes the ratio by as little.
     np.testing.assert_allclose(after[f"{Q}.weight"], expected, rtol=1e-6, atol=1e-6)
     for name in before:
         if name != f"{Q}.weight":
             np.testing.assert_array_equal(after[name], before[name])
-    policies = json.loads((out / "merge_report.json").read_text())["outcomes"]
-    assert policies["unchanged"] == 20
+    outcomes = json.loads((out / "merge_report.json").read_text())["outcomes"]
+    assert outcomes["unchanged"] == 20
 
 
 def test_recipes_run_unchanged(models, merged, tmp_path):
@@ -313,11 +312,11 @@ def test_a_slerp_recipe_with_values_over_the_layers(models, tmp_path):
     base, tuned, out = (TensorFiles(p) for p in (*models[:2], tmp_path / "out"))
     for name in out:
         end = base if "layers.0.mlp" in name else tuned
-        # At its ends the arc is one of the models, but for sin(theta) / sin(theta).
+        # The ends of the arc are the models, up to the rounding of sin(theta) / sin(theta).
         np.testing.assert_allclose(out[name], end[name], rtol=1e-6, atol=1e-7)
 
 
-def test_slices_of_a_part_are_refused(say, models, tmp_path):
+def test_slices_of_a_part_of_the_model_are_an_error(say, models, tmp_path):
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(
         f"slices:\n- sources:\n  - {{model: {models[0]}, layer_range: [0, 1]}}\n"
@@ -339,19 +338,19 @@ def test_compare(say, models, merged, tmp_path):
     status, out, _ = say("compare", *models, "--plot", tmp_path / "angles.png")
     assert status == 0 and "model.layers.1.mlp.down_proj.weight" in out and "median" in out
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
-    # Before anything is read: it may take minutes.
+    # The name of the figure is checked before the models are read, which may take minutes.
     status, _, err = say("compare", *models[:2], tmp_path / "gone", "--plot", "angles.xyz")
     assert status == 1 and re.search("--plot angles.xyz: .*.png", err)
 
 
-def test_one_fine_tune_is_counted_as_one(say, models, tmp_path):
+def test_one_fine_tune_is_singular_in_the_summary(say, models, tmp_path):
     status, out, _ = say(
         "merge", *models[:2], "--out", tmp_path / "out", "--method", "wise_ft", "--alpha", "0.5"
     )
     assert status == 0 and f"1 fine-tune of {models[0]}" in out
 
 
-def test_compare_tells_what_is_odd_about_its_models(say, models, tmp_path):
+def test_compare_prints_the_notes_about_its_models(say, models, tmp_path):
     tensors = factors(Q, 16, 16)
     lora = adapter(tmp_path / "lora", tensors, base_model_name_or_path="org/another")
     status, out, err = say("compare", *models, lora, "--json")
@@ -380,7 +379,7 @@ def test_compare_shows_angles_and_ratios_at_every_width(models, monkeypatch, wid
 
 
 def test_names_are_shown_as_they_are(say, models, tmp_path):
-    """Brackets are markup to the library that draws the tables."""
+    """Brackets are markup in the library that prints the tables."""
     base = tmp_path / "base[bold]"
     shutil.copytree(models[0], base)
     status, out, _ = say("merge", base, *models[1:], "--dry-run", "--out", tmp_path / "o[red]")
@@ -400,11 +399,11 @@ def test_units_by_head_read_the_config(models, tmp_path, say):
     status, _, err = say("merge", *models, "--out", out, "--unit", "head")
     assert status == 0, err
     rows = json.loads((out / "merge_report.json").read_text())["units"]
-    # Four query heads, two key-value heads: a unit is a key-value head with its two query heads.
+    # Four query heads and two key-value heads: a unit is a key-value head with two query heads.
     assert {r["num_units"] for r in rows if ".q_proj." in r["name"]} == {2}
 
 
-def test_units_by_name_are_refused_where_names_are_not_known(say, tmp_path):
+def test_units_by_name_are_an_error_for_unknown_names(say, tmp_path):
     base = weights({"a.w": (4, 4), "b.w": (4, 4)})
     paths = [save(tmp_path / str(i), t) for i, t in
              enumerate([base, moved(base, 1), moved(base, 2)])]  # fmt: skip
@@ -415,38 +414,40 @@ def test_units_by_name_are_refused_where_names_are_not_known(say, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("arguments", "status", "said"), [
+@pytest.mark.parametrize(("arguments", "status", "pattern"), [
     (["merge", "B", "F", "--methd", "model_stock"], 2, "--methd .*'--method'"),
     (["merge", "B", "F", "--max-shard-sise=1GB"], 2, "-sise .*'--max-shard-size'"),
     (["merge", "B", "F", "--metho", "model_stock"], 2, "--metho "),
-    (["merge", "B", "F", "--method", "stok"], 2, "'stok'.*'model_stock'"),
+    (["merge", "B", "F", "--method", "stok"], 2, "--method: 'stok' .*model-stock"),
     (["merge", "B", "F", "--max-shard-size", "big"], 2, "--max-shard-size: 'big'"),
     (["merge", "B", "F", "--weights", "a,b"], 2, "--weights: 'a,b'"),
+    (["merge", "B", "F", "--threads", "x"], 2, "--threads: 'x'"),
+    (["merge", "B", "F", "--alpha", "x"], 2, "--alpha: 'x'"),
     (["mrge"], 2, "'mrge'.*'merge'"),
     (["merge", "B", "F1", "F2"], 1, "--out DIR"),
     (["merge", "--out", "o"], 1, "BASE FT1 FT2"),
-    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "'model_stock' .*alpha"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "--alpha .*model-stock"),
     (["merge", "B", "F1", "F1", "--out", "o"], 1, "F1 .*twice"),
     (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*twice"),
     (["merge", "B", "none", "--out", "o"], 1, "none: .*ORG/NAME"),
     (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "--recipe .*BASE FT1 FT2"),
     (["compare", "B"], 1, "BASE FT1 FT2"),
     (["compare", "B", "F1", "F2", "--out", "o"], 2, "--out .*modelstock merge "),
-    (["merge", "B", "F1", "--out", "o"], 1, "'model_stock' .*1.* base"),
+    (["merge", "B", "F1", "--out", "o"], 1, "--method model-stock .*1 .* base"),
     (["merge", "B", "F1", "F2", "--out", "o.safetensors"], 1, "--out o.safetensors"),
     (["merge", "B", "F1", "F2", "--out", "o", "--method", "wise_ft"], 1, "--alpha 0.5"),
     (["merge", "B", "F1", "F2", "--out", "F1/config.json/o"], 1, "config.json"),
 ])  # fmt: skip
-def test_mistakes_are_one_line(say, models, tmp_path, monkeypatch, arguments, status, said):
+def test_errors_are_one_line(say, models, tmp_path, monkeypatch, arguments, status, pattern):
     for path, name in zip(models, ("B", "F1", "F2"), strict=True):
         (tmp_path / name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    found, out, err = say(*arguments)
-    assert (found, out) == (status, "")
-    assert re.search(said, err) and err.startswith("error: ") and err.count("\n") == 1
+    exit_status, out, err = say(*arguments)
+    assert (exit_status, out) == (status, "")
+    assert re.search(pattern, err) and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_an_existing_directory_is_kept(say, models, tmp_path):
+def test_an_existing_directory_is_replaced_only_with_overwrite(say, models, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -463,17 +464,17 @@ def test_interrupted(say, models, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "run", stop)
     status, out, err = say("merge", *models, "--out", tmp_path / "out")
     assert (status, out) == (130, "")
-    assert err == "interrupted; the same command goes on from here\n"
+    assert err == "interrupted; run the same command again to resume\n"
 
 
-def test_inputs_are_not_touched(models, tmp_path):
+def test_inputs_are_not_changed(models, tmp_path):
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for m in models for p in Path(m).iterdir()}
     assert main(["merge", *models, "--out", str(tmp_path / "out")]) == 0
     after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for m in models for p in Path(m).iterdir()}
     assert before == after
 
 
-def test_single_files_need_no_directory(models, tmp_path):
+def test_single_files_as_inputs(models, tmp_path):
     inputs = []
     for i, path in enumerate(models):
         inputs.append(str(tmp_path / f"{i}.safetensors"))
@@ -484,12 +485,12 @@ def test_single_files_need_no_directory(models, tmp_path):
     assert "library_name" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_help_waits_for_nothing_heavy():
+def test_help_imports_no_slow_package():
     code = (
         "import sys\nfrom modelstock_jax.checkpoint_merge.cli import main\n"
         "try:\n    main(['merge', '--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'numpy', 'jax', 'rich', 'yaml', 'matplotlib', 'huggingface_hub'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "slow = {'numpy', 'jax', 'rich', 'yaml', 'matplotlib', 'huggingface_hub'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -500,7 +501,7 @@ def test_a_merge_imports_no_jax(models, tmp_path):
     code = (
         "import sys\nfrom modelstock_jax.checkpoint_merge.cli import main\n"
         f"assert main(['merge', *{models!r}, '--out', {str(tmp_path / 'out')!r}]) == 0\n"
-        "assert 'matplotlib' in sys.modules  # all of it ran\n"
+        "assert 'matplotlib' in sys.modules  # The figure was drawn too.\n"
         "assert not {'jax', 'flax', 'grain', 'orbax', 'torch'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -513,21 +514,20 @@ def test_python_m_and_version():
     assert done.stdout.startswith("modelstock 0.")
 
 
-def test_meter_prints_rate_and_time_left():
+def test_progress_prints_rate_and_time_left():
     out, now = io.StringIO(), [0.0]
-    with ByteProgress("merging", Console(file=out, width=80), clock=lambda: now[0]) as meter:
+    with ByteProgress("merging", Console(file=out, width=80), clock=lambda: now[0]) as progress:
         for second in range(0, 41):
             now[0] = float(second)
-            meter(second * 10**8, 4 * 10**9)
-        meter(4 * 10**9, 4 * 10**9)
+            progress(second * 10**8, 4 * 10**9)
+        progress(4 * 10**9, 4 * 10**9)
     assert out.getvalue().splitlines() == [
         f"merging  {n / 10:.1f} GB of 4.0 GB  100.0 MB/s" + (f"  0:{40 - n} left" if n < 40 else "")
         for n in (10, 20, 30, 40)
     ]
 
 
-def test_the_config_says_what_is_read(tmp_path, say):
-    """Head counts of a config that lies: named, not merged by wrong heads."""
+def test_a_wrong_number_of_heads_in_the_config_is_an_error(tmp_path, say):
     paths = llama(tmp_path)
     (paths[0] / "config.json").write_text(json.dumps(LLAMA | {"num_attention_heads": 5}))
     status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", "head")
@@ -546,7 +546,7 @@ def _other_shape(tensors):
     tensors[f"{Q}.weight"] = np.ones((16, 17), np.float32)
 
 
-def _not_a_number(tensors):
+def _non_finite(tensors):
     tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"].copy()
     tensors[f"{Q}.weight"][3, 5] = np.nan
 
@@ -555,25 +555,25 @@ def _quantized(tensors):
     tensors[f"{Q}.weight"] = np.ones((16, 16), np.int8)
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "words"), [
     (_extra, ["score.weight", "odd"]),
     (_missing, ["model.norm.weight", f"{Q}.weight", "odd"]),
     (_other_shape, [f"{Q}.weight", "16", "17", "odd"]),
-    (_not_a_number, [f"{Q}.weight", "NaN", "[3, 5]", "odd"]),
+    (_non_finite, [f"{Q}.weight", "NaN", "[3, 5]", "odd"]),
     (_quantized, [f"{Q}.weight", "I8"]),
 ])  # fmt: skip
-def test_models_that_do_not_fit_are_named(say, models, tmp_path, change, said):
-    """What mergekit drops, garbles or says without a name (rows 9, 10, 13 and 14 of its faults)."""
+def test_errors_name_tensors_and_models_that_do_not_match(say, models, tmp_path, change, words):
+    """Cases 9, 10, 13 and 14 of the faults of mergekit in test_faults.py."""
     tensors = dict(TensorFiles(models[2]))
     change(tensors)
     odd = save(tmp_path / "odd", tensors, LLAMA)
     status, out, err = say("merge", *models[:2], odd, "--out", tmp_path / "out")
     assert (status, out) == (1, "") and not (tmp_path / "out").exists()
-    assert all(word in err for word in said), err
+    assert all(word in err for word in words), err
 
 
 def test_a_head_that_only_a_fine_tune_trained(say, models, tmp_path):
-    """mergekit writes the head while the config says that it is tied."""
+    """mergekit writes the head although the config ties it."""
     config = LLAMA | {"tie_word_embeddings": True}
     tied = {n: a for n, a in TensorFiles(models[0]).items() if n != "lm_head.weight"}
     base = save(tmp_path / "base", tied, config)

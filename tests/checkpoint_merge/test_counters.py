@@ -48,7 +48,7 @@ def test_the_maximum_of_a_counter_is_written(say, tmp_path, name, dtype, shape):
     found = tensors(tmp_path / "out")[name]
     assert found.dtype == dtype and found.shape == shape and float(found.item()) == 120
     (row,) = load(tmp_path / "out/merge_report.json")["not_merged"]
-    assert row["takes"] == "model:1" and "counter" in row["reason"]
+    assert row["source"] == "model:1" and "counter" in row["reason"]
 
 
 @pytest.mark.parametrize("values", [(5, 5, 5), (9, 5, 5)])

@@ -1,4 +1,4 @@
-"""Reports say only what is so; and numbers, scalars and files that are easily taken for others."""
+"""Values that a method does not define are null; scalars, negative weights and files not copied."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 def merged(say, paths, out, *options):
-    said = say("merge", *paths, "--out", out, *options)
-    assert said.status == 0, said.err
-    return load(out / "merge_report.json"), (out / "README.md").read_text(), said.out
+    result = say("merge", *paths, "--out", out, *options)
+    assert result.status == 0, result.err
+    return load(out / "merge_report.json"), (out / "README.md").read_text(), result.out
 
 
 def vectors(paths, name=Q):
@@ -46,34 +46,34 @@ def test_what_a_method_defines_of_two_fine_tunes(say, tmp_path, method):
     row = next(row for row in report["units"] if row["name"] == Q)
     _, d = vectors(paths)
     cosine = d[0] @ d[1] / math.prod(np.linalg.norm(d, axis=1))
-    # Angles and norms are of the fine-tunes, whatever the method.
+    # Angles and norms are those of the fine-tunes for every method.
     assert row["cosine"] == pytest.approx(cosine, rel=1e-6)
     assert row["cosines"][0][0] == 1 and row["cosines"][0][1] == pytest.approx(cosine, rel=1e-6)
     assert row["norms"] == pytest.approx(np.linalg.norm(d, axis=1), rel=1e-6)
     mean = row["predicted_distance"]["mean"]
     assert row["predicted_distance"]["replica"] > mean > 0
-    for where in (row, *report["units"]):
-        assert (where["ratio"] is None) == (method in NO_RATIO)
-        assert (where["predicted_distance"]["merged"] is None) == (method in NO_RATIO)
+    for unit in (row, *report["units"]):
+        assert (unit["ratio"] is None) == (method in NO_RATIO)
+        assert (unit["predicted_distance"]["merged"] is None) == (method in NO_RATIO)
     assert (report["predicted_distance"]["merged"] is None) == (method in NO_RATIO)
     assert bool(report["ratios"]) == (method not in NO_RATIO)
     assert ("This method has no ratio." in card) == (method in NO_RATIO)
-    assert ("ratios " in out) == ("to the center" in out) == (method not in NO_RATIO)
+    assert ("ratios " in out) == ("to the center (predicted)" in out) == (method not in NO_RATIO)
     # A scalar has no angle.
     (scalar,) = [row for row in report["units"] if row["name"] == "logit_scale"]
     assert scalar["angle"] is None and scalar["cosine"] is None
 
 
-def test_the_ratio_is_where_the_merged_weights_are(say, tmp_path):
+def test_the_ratio_matches_the_merged_weights(say, tmp_path):
     paths = trio(tmp_path)
     base, d = vectors(paths)
-    for method, more in TWO.items():
+    for method, options in TWO.items():
         if method in NO_RATIO or method == "linear" or method == "weighted_model_stock":
             continue
-        report, *_ = merged(say, paths, tmp_path / method, "--method", method, *more)
+        report, *_ = merged(say, paths, tmp_path / method, "--method", method, *options)
         ratio = next(row["ratio"] for row in report["units"] if row["name"] == Q)
-        moved = tensors(tmp_path / method)[Q].ravel() - base
-        assert moved == pytest.approx(ratio * d.mean(axis=0), abs=1e-6), method
+        update = tensors(tmp_path / method)[Q].ravel() - base
+        assert update == pytest.approx(ratio * d.mean(axis=0), abs=1e-6), method
 
 
 @pytest.mark.parametrize("weights_", ["1,-1", "-1,1", "-0.5,-0.5"])
@@ -88,20 +88,20 @@ def test_negative_weights_have_no_ratio(say, tmp_path, weights_):
     )
     base, d = vectors(paths)
     a, b = map(float, weights_.split(","))
-    found = tensors(tmp_path / "out")[Q].ravel()
-    np.testing.assert_allclose(found, base + a * d[0] + b * d[1], atol=1e-6)
+    weights_out = tensors(tmp_path / "out")[Q].ravel()
+    np.testing.assert_allclose(weights_out, base + a * d[0] + b * d[1], atol=1e-6)
     assert all(row["ratio"] is None for row in report["units"]) and not report["ratios"]
     assert "ratios" not in out and "This method has no ratio." in card
 
 
-def test_weights_that_cancel_are_refused_where_they_are_divided_by_their_sum(say, tmp_path):
+def test_weights_with_a_sum_of_0_cannot_be_normalized(say, tmp_path):
     paths = trio(tmp_path)
     for method in ("linear", "ties"):
-        said = say(
+        result = say(
             "merge", *paths, "--out", tmp_path / "out", "--method", method, "--weights", "1,-1"
         )
-        assert said.status == 1 and re.search("weights .* 0", said.err)
-    said = say(
+        assert result.status == 1 and re.search("weights .* 0", result.err)
+    result = say(
         "merge",
         *paths,
         "--out",
@@ -112,7 +112,7 @@ def test_weights_that_cancel_are_refused_where_they_are_divided_by_their_sum(say
         "1,-1",
         "--normalize",
     )
-    assert said.status == 1 and re.search("weights .* 0", said.err)
+    assert result.status == 1 and re.search("weights .* 0", result.err)
 
 
 ONE = {
@@ -142,7 +142,7 @@ def test_one_fine_tune_has_a_norm_and_no_angle(say, tmp_path, method):
     assert ("t = 0.5 for every tensor" in card) == (method == "wise_ft")
 
 
-def test_the_picture_of_one_fine_tune_has_no_empty_panel(tmp_path):
+def test_the_figure_of_one_fine_tune_has_no_empty_panel(tmp_path):
     rows = [
         {
             "name": f"model.layers.{i}.{kind}.weight",
@@ -154,16 +154,18 @@ def test_the_picture_of_one_fine_tune_has_no_empty_panel(tmp_path):
         for kind in ("self_attn.q", "mlp.up")
     ]
     for angle, panels in ((None, 1), (60.0, 2)):
-        shown = angle_by_block([row | {"angle": angle} for row in rows], tmp_path / f"{panels}.png")
-        assert len(shown.axes) == panels
-        assert all(axes.has_data() for axes in shown.axes)
-    # Nothing moved: nothing to draw, but no failure.
+        figure = angle_by_block(
+            [row | {"angle": angle} for row in rows], tmp_path / f"{panels}.png"
+        )
+        assert len(figure.axes) == panels
+        assert all(axes.has_data() for axes in figure.axes)
+    # Without updates the figure is empty, but there is no error.
     angle_by_block([row | {"norms": [0.0]} for row in rows], tmp_path / "still.png")
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A weighted mean of models, without a base."""
+    """Return the recipe of a weighted mean of models without a base."""
     paths = trio(tmp_path)[1:]
     models = "".join(
         f"  - {{model: {p}, parameters: {{weight: {w}}}}}\n"
@@ -176,7 +178,7 @@ def recipe(tmp_path):
 def test_a_mean_of_models_without_a_base(say, tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(commands.PlotProcess, "begin", lambda *_: pytest.fail("nothing to draw"))
     out = tmp_path / "out"
-    report, card, said = merged(say, ["--recipe", recipe], out)
+    report, card, result = merged(say, ["--recipe", recipe], out)
     names = [str(tmp_path / "ft1"), str(tmp_path / "ft2")]
     assert report["base"] is None and [m["model"] for m in report["models"]] == names
     for row in report["units"]:
@@ -187,7 +189,7 @@ def test_a_mean_of_models_without_a_base(say, tmp_path, recipe, monkeypatch):
     assert not (out / "angles.png").exists() and "angles.png" not in card and "![" not in card
     assert "2 models, merged by a weighted mean of the models" in card
     assert "fine-tune" not in card and "base" not in card and "angle" not in card
-    assert "2 models, linear" in said and "ratios" not in said and "center" not in said
+    assert "2 models, linear" in result and "ratios" not in result and "center" not in result
     first, second = map(tensors, names)
     for name, value in tensors(out).items():
         np.testing.assert_allclose(
@@ -195,40 +197,39 @@ def test_a_mean_of_models_without_a_base(say, tmp_path, recipe, monkeypatch):
         )
 
 
-def test_its_plan_names_no_base(say, recipe):
-    said = say("merge", "--recipe", recipe, "--dry-run")
-    first = [line.split()[0] for line in said.out.splitlines()]
-    assert said.status == 0 and first[:2] == ["model", "model"] and "base" not in first
-    assert "fine-tune" not in said.out
-    said = say("merge", "--recipe", recipe, "--dry-run", "--json")
-    assert json.loads(said.out)["base"] is None
+def test_the_plan_of_a_recipe_without_a_base_names_no_base(say, recipe):
+    result = say("merge", "--recipe", recipe, "--dry-run")
+    first = [line.split()[0] for line in result.out.splitlines()]
+    assert result.status == 0 and first[:2] == ["model", "model"] and "base" not in first
+    assert "fine-tune" not in result.out
+    result = say("merge", "--recipe", recipe, "--dry-run", "--json")
+    assert json.loads(result.out)["base"] is None
 
 
-def test_json_holds_null_and_no_nan(say, tmp_path):
-    """Frozen tensors have no angle: null in JSON, a dash on a terminal. All models are their
-    center, at a distance of 0."""
+def test_undefined_values_are_null_in_json(say, tmp_path):
+    """A frozen tensor has no angle (null in JSON, a dash in the table) and distances of 0."""
     paths = trio(tmp_path)
-    still = tensors(paths[0])["model.norm.weight"]
+    frozen = tensors(paths[0])["model.norm.weight"]
     for path in paths[1:]:
-        write(path, {"model.safetensors": tensors(path) | {"model.norm.weight": still}})
-    said = say("compare", *paths, "--json")
-    row = next(r for r in json.loads(said.out)["units"] if r["name"] == "model.norm.weight")
+        write(path, {"model.safetensors": tensors(path) | {"model.norm.weight": frozen}})
+    result = say("compare", *paths, "--json")
+    row = next(r for r in json.loads(result.out)["units"] if r["name"] == "model.norm.weight")
     assert row["angle"] is None and row["cosines"] == [[None, None]] * 2
     assert row["predicted_distance"] == dict.fromkeys(DISTANCES, 0.0)
-    assert "NaN" not in said.out and "Infinity" not in said.out
-    said = say("compare", *paths)
-    (line,) = [line for line in said.out.splitlines() if line.strip().startswith("model.norm")]
-    assert line.count("–") >= 2 and "nan" not in said.out
-    # All are frozen: there are no ratios.
+    assert "NaN" not in result.out and "Infinity" not in result.out
+    result = say("compare", *paths)
+    (line,) = [line for line in result.out.splitlines() if line.strip().startswith("model.norm")]
+    assert line.count("–") >= 2 and "nan" not in result.out
+    # If all tensors are frozen, there are no ratios.
     for path in paths[1:]:
         write(path, {"model.safetensors": tensors(paths[0])})
-    found = json.loads(say("compare", *paths, "--json").out)
-    assert found["predicted_distance"] == dict.fromkeys(DISTANCES, 0.0) and found["ratios"] == {}
+    shown = json.loads(say("compare", *paths, "--json").out)
+    assert shown["predicted_distance"] == dict.fromkeys(DISTANCES, 0.0) and shown["ratios"] == {}
 
 
 @pytest.mark.parametrize("shapes", [((), (1,), (1,)), ((1,), (), ()), ((1,), (1, 1), ())])
-def test_a_scalar_in_two_shapes_is_one_number(say, tmp_path, shapes):
-    """`logit_scale` is [] in transformers and [1] in other libraries."""
+def test_a_scalar_may_have_two_shapes(say, tmp_path, shapes):
+    """`logit_scale` has shape [] in transformers and [1] in other libraries."""
     base = weights(SHAPES)
     paths = []
     for i, (shape, value) in enumerate(zip(shapes, (2.0, 3.0, 5.0), strict=True)):
@@ -240,13 +241,13 @@ def test_a_scalar_in_two_shapes_is_one_number(say, tmp_path, shapes):
             )
         )
     merged(say, paths, tmp_path / "out")
-    found = tensors(tmp_path / "out")["logit_scale"]
-    assert found.shape == shapes[0] and found.item() == 4.0
+    scale = tensors(tmp_path / "out")["logit_scale"]
+    assert scale.shape == shapes[0] and scale.item() == 4.0
     assert say("compare", *paths).status == 0
 
 
 @pytest.mark.parametrize(
-    ("config", "files", "named"),
+    ("config", "files", "words"),
     [
         (
             {"config.json": {"auto_map": {"AutoModel": "modeling_x.Model"}}},
@@ -279,20 +280,20 @@ def test_a_scalar_in_two_shapes_is_one_number(say, tmp_path, shapes):
         ),
     ],
 )
-def test_files_that_are_not_copied_are_named(say, tmp_path, config, files, named):
+def test_a_note_names_files_that_are_not_copied(say, tmp_path, config, files, words):
     paths = trio(tmp_path, config)
     for path in paths:
         write(path, dict.fromkeys(files, "x"))
-    said = say("merge", *paths, "--out", tmp_path / "out")
-    (note,) = said.notes
-    assert said.status == 0 and str(paths[0]) in note
-    for part in named:
-        assert part in note, note
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    (note,) = result.notes
+    assert result.status == 0 and str(paths[0]) in note
+    for word in words:
+        assert word in note, note
     assert not any((tmp_path / "out" / file).exists() for file in files)
     assert note.removeprefix("note: ") in (tmp_path / "out/README.md").read_text()
 
 
-def test_code_of_a_pipeline(say, tmp_path):
+def test_a_note_names_the_code_of_a_pipeline(say, tmp_path):
     index = {"_class_name": "P", "unet": ["my_unet", "MyUNet"]}
     config = {"model_index.json": index, "unet/my_unet.py": "raise SystemExit"}
     paths = trio(tmp_path, config, file="unet/model.safetensors")
@@ -300,7 +301,7 @@ def test_code_of_a_pipeline(say, tmp_path):
     assert "model_index.json" in note and "copy unet/my_unet.py" in note
 
 
-def test_files_of_training_are_not_named(say, tmp_path):
+def test_no_note_names_files_of_training(say, tmp_path):
     paths = trio(tmp_path, {"config.json": {}})
     for path in paths:
         write(

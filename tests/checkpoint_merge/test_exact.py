@@ -1,4 +1,4 @@
-"""Ratios to 1e-6 and weights to the last place, against float64, for every dtype and size."""
+"""Ratios to 1e-6 and weights to one unit in the last place of float64 results, for every dtype."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ EXACT = 1e-6  # absolute, on t
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"])
 def test_every_dtype_against_float64(tmp_path, dtype, number):
-    given = models(number=number, dtype=DTYPES[dtype], size=0.5)
-    out, report = merge(tmp_path, given)
+    inputs = models(number=number, dtype=DTYPES[dtype], size=0.5)
+    out, report = merge(tmp_path, inputs)
     for name, row in rows(report).items():
         assert out.dtype(name) == DTYPES[dtype]
-        d, base = deltas(given, name), numbers(given[0][name]).reshape(-1)
+        d, base = deltas(inputs, name), numbers(inputs[0][name]).reshape(-1)
         t = 1.0 if d.shape[1] == 1 else stock_ratio(d)
-        # 8-bit numbers leave some small tensors unmoved, or moved by a few steps: t is theirs.
+        # In 8 bits some small tensors do not change, or change by a few steps.
         assert abs(row["ratio"] - t) < EXACT or row["outcome"] != "interpolated", name
         ref = base + row["ratio"] * d.mean(axis=0)
         error = np.abs(numbers(out[name]).reshape(-1) - ref)
-        # Half a place is the rounding of the output. Arithmetic, in float32 for 16-bit numbers and
-        # in float64 else, adds three roundings of what it is done with.
+        # The rounding of the output is half a unit in the last place. The arithmetic, in float32
+        # for 16-bit values and in float64 otherwise, adds three roundings of its terms.
         wide = 2**-52 if dtype in ("F32", "F64") else 2**-23
         terms = np.abs(base) + np.abs(d).max(axis=0)
         assert (error <= rounding(out.dtype(name), ref) * 0.5 + wide * terms).all(), name
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-# At 3e-21 the squares are beneath float32's smallest numbers, and at 1e15 near its largest.
+# The squares of 3e-21 underflow in float32, and those of 1e15 are near its largest value.
 @pytest.mark.parametrize("size", [1e-5, 1e-15, 3e-21, 1e15])
 def test_small_and_large_task_vectors(tmp_path, dtype, size):
-    # Around a base of zeros, where any movement can be held.
-    given = models({"w": (30, 40)}, dtype=dtype, size=size)
-    given = [{"w": np.zeros_like(given[0]["w"])}] + [
-        {"w": (numbers(m["w"]) - numbers(given[0]["w"])).astype(dtype) if size < 1e-3 else m["w"]}
-        for m in given[1:]
+    # The base is zero, so that it can represent any update.
+    inputs = models({"w": (30, 40)}, dtype=dtype, size=size)
+    inputs = [{"w": np.zeros_like(inputs[0]["w"])}] + [
+        {"w": (numbers(m["w"]) - numbers(inputs[0]["w"])).astype(dtype) if size < 1e-3 else m["w"]}
+        for m in inputs[1:]
     ]
     if size < 1e-7:
         rng = np.random.default_rng(1)
         common = rng.standard_normal((30, 40))
-        given[1:] = [
+        inputs[1:] = [
             {"w": (size * (common + rng.standard_normal((30, 40)))).astype(dtype)} for _ in range(2)
         ]
-    _, report = merge(tmp_path, given)
-    assert abs(report.rows[0]["ratio"] - stock_ratio(deltas(given, "w"))) < EXACT
+    _, report = merge(tmp_path, inputs)
+    assert abs(report.rows[0]["ratio"] - stock_ratio(deltas(inputs, "w"))) < EXACT
 
 
-def test_dots_of_equal_numbers_do_not_drift():
-    # Rounding that always errs to one side is the worst case of a float32 sum.
+def test_dots_of_equal_values_do_not_drift():
+    # Rounding always in one direction is the worst case of a float32 sum.
     for seed in range(20):
         value = np.random.default_rng(seed).random(2, np.float32)
         vectors = np.repeat(value[:, None], 2**18, axis=1)
@@ -99,23 +99,23 @@ def test_casts_equal_ml_dtypes_bit_for_bit(code):
             special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0], np.float32)
             values = np.concatenate([bits.view(np.float32), ties.view(np.float32), special])
             values = np.concatenate([values, np.uint32([0x7FFFFFFF]).view(np.float32)])
-            # NaN takes a way of its own, which must not hide that of the others.
+            # NaN is converted by another code path, which must not hide that of other values.
             for part in (values, values[~np.isnan(values)]):
                 with np.errstate(all="ignore"):
-                    narrowed, theirs = narrow(part, code, saturate=False), part.astype(dtype)
-                assert narrowed.tobytes() == theirs.tobytes()
+                    narrowed, expected = narrow(part, code, saturate=False), part.astype(dtype)
+                assert narrowed.tobytes() == expected.tobytes()
 
 
 def test_float64_is_rounded_to_bfloat16_once():
-    # Just beside a tie of bfloat16: float32 in between would make a tie of it, and round it wrong.
+    # Next to a tie of bfloat16: rounding to float32 first would create the tie, and round it wrong.
     base = np.float64(1 + 2**-8)
     values = np.array([base + 2**-40, base - 2**-40, base, -base - 2**-40, -base + 2**-40])
     assert numbers(narrow(values, "BF16")).tolist() == [1 + 2**-7, 1.0, 1.0, -1 - 2**-7, -1.0]
 
 
-def test_no_overflow_is_written(tmp_path):
-    given = [{"w": np.full(4, v, np.float32)} for v in (0.0, 3e5, 4e5)]
-    out, _ = merge(tmp_path, given, dtype="float16", method="uniform_mean")
+def test_overflow_is_saturated(tmp_path):
+    inputs = [{"w": np.full(4, v, np.float32)} for v in (0.0, 3e5, 4e5)]
+    out, _ = merge(tmp_path, inputs, dtype="float16", method="uniform_mean")
     assert numbers(out["w"]).tolist() == [65504.0] * 4
 
 
@@ -151,7 +151,7 @@ for file in files:
 cos = gram[0, 1] / np.sqrt(gram[0, 0] * gram[1, 1])
 sources = [open_source(str(root / f"{m}.safetensors")) for m in range(3)]
 report = run(make_plan(sources[0], sources[1:], Options()), root / "out")
-# Not getrusage: its maximum takes in the process that started this one, before it became Python.
+# getrusage would include the memory of the parent process before exec.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.rows[0]["ratio"], 2 * cos / (1 + cos), peak.split()[1])
 """
@@ -160,7 +160,7 @@ print(report.rows[0]["ratio"], 2 * cos / (1 + cos), peak.split()[1])
 @pytest.mark.slow
 @pytest.mark.parametrize("code", ["BF16", "F32"])
 def test_the_largest_embedding_exactly_and_in_little_memory(tmp_path, code):
-    # 128256 x 4096, where a float32 norm on a CPU was seen 9.9 % off.
+    # 128256 x 4096: a float32 norm on a CPU was off by 9.9 %.
     done = subprocess.run(
         [sys.executable, "-c", _LARGE, str(tmp_path), code],
         cwd=ROOT,
@@ -169,6 +169,6 @@ def test_the_largest_embedding_exactly_and_in_little_memory(tmp_path, code):
         check=True,
         timeout=900,
     )
-    ours, truth, peak = map(float, done.stdout.split())
-    assert abs(ours - truth) < EXACT
+    ratio, expected, peak = map(float, done.stdout.split())
+    assert abs(ratio - expected) < EXACT
     assert peak < 1e6, f"{peak / 1e3:.0f} MB"  # kilobytes

@@ -1,4 +1,4 @@
-"""Merges on file systems that lack locks, flushes or permissions, and to every kind of `--out`."""
+"""Merges on file systems without locks, flushes or permissions, and to every kind of `--out`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ BROKEN = ["EIO", "ENOSPC", "EDQUOT", "EROFS"]
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A plan of several files, and the bytes of its merge on a file system that has everything."""
-    found = plan(save(tmp_path, models()), max_shard_bytes=2000)
-    assert len(found.files) > 2
-    run(found, tmp_path / "expected")
-    return found
+def planned(tmp_path):
+    """Return a plan with several files; its merge on a normal file system is in `expected`."""
+    result = plan(save(tmp_path, models()), max_shard_bytes=2000)
+    assert len(result.files) > 2
+    run(result, tmp_path / "expected")
+    return result
 
 
 def fails(monkeypatch, module, name: str, code: str, only=lambda *_: True) -> list:
-    """Lets a system call fail with an errno; returns the calls that failed."""
+    """Make a system call fail with an errno; return the calls that failed."""
     real, calls = getattr(module, name), []
 
     def call(*args):
@@ -60,30 +60,34 @@ def nothing_left(root: Path) -> bool:
 
 @pytest.mark.parametrize("code", UNSUPPORTED)
 @pytest.mark.parametrize("call", ["fsync", "fdatasync", "chmod"])
-def test_what_a_file_system_cannot_do_is_no_error(made, tmp_path, monkeypatch, call, code):
-    monkeypatch.setattr(writer, "_SYNC", 100)  # So that small files are flushed on the way, too.
+def test_unsupported_calls_of_a_file_system_are_not_an_error(
+    planned, tmp_path, monkeypatch, call, code
+):
+    monkeypatch.setattr(
+        writer, "_SYNC", 100
+    )  # Small files are flushed while they are written, too.
     if (call, code) == ("chmod", "EINVAL"):
         code = "EPERM"
     calls = fails(monkeypatch, os, call, code)
-    run(made, tmp_path / "out")
+    run(planned, tmp_path / "out")
     assert calls and contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("code", BROKEN)
 @pytest.mark.parametrize("call", ["fsync", "fdatasync", "chmod"])
-def test_a_broken_or_full_disk_is_an_error(made, tmp_path, monkeypatch, call, code):
+def test_a_broken_or_full_disk_is_an_error(planned, tmp_path, monkeypatch, call, code):
     if (call, code) == ("chmod", "EDQUOT"):
         code = "EACCES"
     monkeypatch.setattr(writer, "_SYNC", 100)
     with monkeypatch.context() as patch:
         assert not fails(patch, os, call, code)
         with pytest.raises(UserError, match=str(tmp_path)) as caught:
-            run(made, tmp_path / "out")
+            run(planned, tmp_path / "out")
     line = str(caught.value)
     assert os.strerror(getattr(errno, code)) in line and "\n" not in line
     assert not (tmp_path / "out").exists()
-    run(made, tmp_path / "out")
+    run(planned, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
@@ -92,19 +96,19 @@ def test_a_broken_or_full_disk_is_an_error(made, tmp_path, monkeypatch, call, co
     ("EBADF", lambda file: not is_directory(file), True),
     ("EIO", is_directory, True),
 ])  # fmt: skip
-def test_flushes_of_directories(made, tmp_path, monkeypatch, code, only, fatal):
+def test_flushes_of_directories(planned, tmp_path, monkeypatch, code, only, fatal):
     calls = fails(monkeypatch, os, "fsync", code, only)
     if fatal:
         with pytest.raises(UserError, match=os.strerror(getattr(errno, code))):
-            run(made, tmp_path / "out")
+            run(planned, tmp_path / "out")
     else:
-        run(made, tmp_path / "out")
+        run(planned, tmp_path / "out")
         assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert calls
 
 
 @pytest.mark.parametrize("code", ["EACCES", "EPERM"])
-def test_a_directory_that_may_be_written_and_not_read(made, tmp_path, monkeypatch, code):
+def test_a_directory_that_is_writable_but_not_readable(planned, tmp_path, monkeypatch, code):
     def only(path, flags, *_):
         return os.path.isdir(path) and flags & os.O_ACCMODE == os.O_RDONLY
 
@@ -117,7 +121,7 @@ def test_a_directory_that_may_be_written_and_not_read(made, tmp_path, monkeypatc
         return real(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", call)
-    run(made, tmp_path / "out")
+    run(planned, tmp_path / "out")
     monkeypatch.undo()
     assert calls and contents(tmp_path / "out") == contents(tmp_path / "expected")
 
@@ -132,73 +136,73 @@ def test_single_files_and_reports_are_written_without_flushes(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
-def test_without_locks_a_merge_is_made_and_says_so(made, tmp_path, monkeypatch, capsys, code):
-    # What may be another process's is left alone, for nobody can say whether it is at work.
+def test_without_locks_a_merge_runs_and_prints_a_note(planned, tmp_path, monkeypatch, capsys, code):
+    # The directory of another process is kept, because that process may still be running.
     other = tmp_path / ".out.0123456789abcdef.merge"
     other.mkdir()
     (other / "merge.lock").touch()
     assert fails(monkeypatch, fcntl, "flock", code) == []
-    run(made, tmp_path / "out")
+    run(planned, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "expected") and other.exists()
-    said = capsys.readouterr().err
-    assert said.startswith("note: ") and said.count("\n") == 1
-    assert str(tmp_path / "out") in said and "locks" in said and "--out" in said
+    note = capsys.readouterr().err
+    assert note.startswith("note: ") and note.count("\n") == 1
+    assert str(tmp_path / "out") in note and "locks" in note and "--out" in note
 
 
 @pytest.mark.parametrize("code", ["EWOULDBLOCK", "EAGAIN"])
-def test_a_lock_of_another_process_is_an_error(made, tmp_path, monkeypatch, code):
+def test_a_lock_of_another_process_is_an_error(planned, tmp_path, monkeypatch, code):
     fails(monkeypatch, fcntl, "flock", code)
     with pytest.raises(UserError, match="out: another process"):
-        run(made, tmp_path / "out")
+        run(planned, tmp_path / "out")
 
 
-@pytest.mark.parametrize("target", ["there", "empty", "gone", "deep/gone"])
-def test_a_link_stays_and_leads_to_the_merge(made, tmp_path, target):
-    for name in ("there", "empty"):
+@pytest.mark.parametrize("target", ["full", "empty", "missing", "deep/missing"])
+def test_a_link_is_kept_and_points_to_the_merge(planned, tmp_path, target):
+    for name in ("full", "empty"):
         (tmp_path / name).mkdir()
-    (tmp_path / "there" / "old").touch()
+    (tmp_path / "full" / "old").touch()
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "out"
     link.symlink_to(Path("..") / target)
-    if target == "there":
-        with pytest.raises(UserError, match="there: .*--overwrite"):
-            run(made, link)
-    run(made, link, overwrite=target == "there")
+    if target == "full":
+        with pytest.raises(UserError, match="full: .*--overwrite"):
+            run(planned, link)
+    run(planned, link, overwrite=target == "full")
     assert os.readlink(link) == f"../{target}" and not (tmp_path / target).is_symlink()
     assert contents(tmp_path / target) == contents(tmp_path / "expected")
     assert [p.name for p in (tmp_path / "links").iterdir()] == ["out"] and nothing_left(tmp_path)
 
 
 def never(*_: object) -> None:
-    pytest.fail("the merge began")
+    pytest.fail("the merge has started")
 
 
-def test_a_mount_point_is_refused_before_the_merge(made, tmp_path, monkeypatch):
+def test_a_mount_point_is_an_error_before_the_merge(planned, tmp_path, monkeypatch):
     (tmp_path / "volume").mkdir()
     ismount = os.path.ismount
     monkeypatch.setattr(os.path, "ismount", lambda p: str(p).endswith("volume") or ismount(p))
     with pytest.raises(UserError) as caught:
-        run(made, tmp_path / "volume", overwrite=True, progress=never)
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path}/volume: ") and said.endswith(f" {tmp_path}/volume/merged")
-    assert "mount" in said
-    run(made, tmp_path / "volume" / "merged")
+        run(planned, tmp_path / "volume", overwrite=True, progress=never)
+    error = str(caught.value)
+    assert error.startswith(f"{tmp_path}/volume: ")
+    assert error.endswith(f" {tmp_path}/volume/merged") and "mount" in error
+    run(planned, tmp_path / "volume" / "merged")
     assert contents(tmp_path / "volume/merged") == contents(tmp_path / "expected")
 
 
-def test_a_mount_on_its_own_file_system_is_found(tmp_path, monkeypatch):
-    place = tmp_path / "a b"
+def test_a_bind_mount_is_detected(tmp_path, monkeypatch):
+    path = tmp_path / "a b"
     line = f"36 35 98:0 /x {tmp_path}/a\\040b rw,noatime - ext4 /dev/root rw\n"
     real = Path.read_text
     monkeypatch.setattr(
         Path,
         "read_text",
-        lambda path, *a, **k: line if str(path).startswith("/proc/self") else real(path, *a, **k),
+        lambda file, *a, **k: line if str(file).startswith("/proc/self") else real(file, *a, **k),
     )
-    assert output._is_mounted(place) and not output._is_mounted(tmp_path / "a")
+    assert output._is_mounted(path) and not output._is_mounted(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("out", "said"), [
+@pytest.mark.parametrize(("out", "text"), [
     ("file/out", "{root}/file/out: {root}/file "),
     ("file/a/b", "{root}/file/a/b: {root}/file "),
     ("file", "{root}/file: "),
@@ -206,14 +210,16 @@ def test_a_mount_on_its_own_file_system_is_found(tmp_path, monkeypatch):
     ("loop", "{root}/loop: "),
     ("x" * 250, "File name too long"),
 ])  # fmt: skip
-def test_a_place_where_nothing_can_be_made_is_named_first(made, tmp_path, out, said):
+def test_an_output_that_cannot_be_created_is_an_error_before_the_merge(
+    planned, tmp_path, out, text
+):
     (tmp_path / "file").touch()
     (tmp_path / "to_file").symlink_to("file")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError) as caught:
-        run(made, tmp_path / out, progress=never)
+        run(planned, tmp_path / out, progress=never)
     line = str(caught.value)
-    assert said.format(root=tmp_path) in line and "\n" not in line
+    assert text.format(root=tmp_path) in line and "\n" not in line
     assert nothing_left(tmp_path)
 
 
@@ -221,26 +227,26 @@ WAITS = """
 import sys, time
 from pathlib import Path
 from modelstock_jax.checkpoint_merge import cli, commands, output
-commit, out = output.Workplace.commit, Path(sys.argv[1])
-commands.PlotProcess.finish = lambda drawing: None
+commit, out = output.StagingDir.commit, Path(sys.argv[1])
+commands.PlotProcess.finish = lambda plot: None
 def late(self):
     print("ready", flush=True)
     while not out.exists():
         time.sleep(0.01)
     commit(self)
-output.Workplace.commit = late
+output.StagingDir.commit = late
 sys.exit(cli.main(sys.argv[2:]))
 """
 MERGES = """
 import sys
 from modelstock_jax.checkpoint_merge import cli, commands
-commands.PlotProcess.finish = lambda drawing: None
+commands.PlotProcess.finish = lambda plot: None
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
-    """Real processes: the other one takes the place while the first merges."""
+def test_the_later_of_two_merges_can_still_succeed_with_overwrite(tmp_path):
+    """Real processes: the second creates the output while the first still merges."""
     out = tmp_path / "out"
     command = ["merge", *map(str, llama(tmp_path)), "--out", str(out)]
     first = subprocess.Popen(
@@ -263,11 +269,10 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
 
     assert merge("--method", "uniform_mean").returncode == 0
     before = contents(out)
-    _, said = first.communicate(timeout=120)
-    error = said.splitlines()[-1]
+    error = first.communicate(timeout=120)[1].splitlines()[-1]
     assert first.returncode == 1 and error.startswith(f"error: {out}: ")
     assert "process" in error and "--overwrite" in error
-    assert contents(out) == before  # Of the one that was first.
+    assert contents(out) == before  # The output of the merge that ended first.
     again = merge("--overwrite", "--json")
     assert again.returncode == 0, again.stderr
     report = json.loads((out / "merge_report.json").read_text())
@@ -277,7 +282,7 @@ def test_the_later_of_two_merges_says_how_it_still_succeeds(tmp_path):
 
 @pytest.mark.parametrize("kind", ["directory", "empty", "file"])
 def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(
-    made, tmp_path, monkeypatch, kind
+    planned, tmp_path, monkeypatch, kind
 ):
     out = tmp_path / "out"
     settle = fileio._settle
@@ -285,45 +290,47 @@ def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(
     def late(directory):
         settle(directory)
         if kind == "file":
-            out.write_text("mine")
+            out.write_text("other")
         else:
             out.mkdir()
         if kind == "directory":
-            (out / "mine").write_text("mine")
+            (out / "other").write_text("other")
 
     with monkeypatch.context() as patch:
         patch.setattr(fileio, "_settle", late)
         if kind == "empty":
-            run(made, out)
+            run(planned, out)
         else:
             with pytest.raises(OccupiedError, match="out: another process") as caught:
-                run(made, out)
+                run(planned, out)
             assert ("--overwrite" in str(caught.value)) == (kind == "directory")
-            assert "same command again." not in str(caught.value)
-            mine = out if kind == "file" else out / "mine"
-            assert mine.read_text() == "mine"
+            assert "complete files are kept" not in str(caught.value)
+            other = out if kind == "file" else out / "other"
+            assert other.read_text() == "other"
             if kind == "file":
                 out.unlink()
     if kind != "empty":
-        report = run(made, out, overwrite=True)
-        assert report.bytes_read == 0 and set(report.resumed) == set(made.files)
+        report = run(planned, out, overwrite=True)
+        assert report.bytes_read == 0 and set(report.resumed) == set(planned.files)
     assert contents(out) == contents(tmp_path / "expected") and nothing_left(tmp_path)
 
 
-def test_overwrite_replaces_what_another_merge_made_meanwhile(made, tmp_path, monkeypatch):
+def test_overwrite_replaces_the_output_of_a_merge_that_ended_meanwhile(
+    planned, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
 
     def late(directory, report):
         out.mkdir()
-        (out / "theirs").touch()
+        (out / "other").touch()
 
-    run(made, out, overwrite=True, finish=late)
+    run(planned, out, overwrite=True, finish=late)
     assert contents(out) == contents(tmp_path / "expected")
 
 
-def test_parts_in_subdirectories_are_removed_when_a_merge_resumes(made, tmp_path):
-    place = tmp_path / f".out.{made.checksum[:16]}.merge"
-    (place / "unet").mkdir(parents=True)
-    (place / "unet" / "w.safetensors.part").touch()
-    run(made, tmp_path / "out")
+def test_partial_files_in_subdirectories_are_removed_when_a_merge_resumes(planned, tmp_path):
+    staging = tmp_path / f".out.{planned.checksum[:16]}.merge"
+    (staging / "unet").mkdir(parents=True)
+    (staging / "unet" / "w.safetensors.part").touch()
+    run(planned, tmp_path / "out")
     assert not (tmp_path / "out" / "unet" / "w.safetensors.part").exists()

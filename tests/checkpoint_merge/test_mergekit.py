@@ -1,8 +1,9 @@
-"""Where mergekit 0.1.5 is right, the same recipe gives the same weights here.
+"""Where mergekit 0.1.5 is correct, the same recipe gives the same weights.
 
-Float32, small tensors, clear angles: there its arithmetic is sound. Its outputs are stored
-(`mergekit_reference.py` made them); where it is wrong, `test_faults.py` says what is done instead.
-The slow test asks a mergekit that is installed, where MERGEKIT_PYTHON names its interpreter.
+The models are small float32 tensors with clear angles, for which its arithmetic is accurate. Its
+outputs are stored (`mergekit_reference.py` generates them); `test_faults.py` lists the cases in
+which it is wrong. The slow test runs an installed mergekit if MERGEKIT_PYTHON names its Python
+interpreter.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ def stored():
 
 @pytest.fixture(scope="module")
 def folder(stored, tmp_path_factory):
-    made = tmp_path_factory.mktemp("mergekit")
-    reference.write_inputs(made, stored)
-    return made
+    path = tmp_path_factory.mktemp("mergekit")
+    reference.write_inputs(path, stored)
+    return path
 
 
 @pytest.mark.parametrize("name", reference.RECIPES)
-def test_recipe_gives_what_mergekit_gives(name, stored, folder, capsys):
+def test_a_recipe_gives_the_weights_of_mergekit(name, stored, folder, capsys):
     recipe = reference.write_recipe(folder, name)
     assert main(["merge", "--recipe", str(recipe), "--out", str(folder / f"out_{name}")]) == 0
     check(TensorFiles(folder / f"out_{name}"), stored[name], stored)
@@ -38,24 +39,25 @@ def test_recipe_gives_what_mergekit_gives(name, stored, folder, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", reference.RECIPES)
-def test_recipe_gives_what_an_installed_mergekit_gives(name, stored, folder, capsys):
-    """Without MERGEKIT_PYTHON, the stored outputs once more, by way of other files."""
-    theirs = reference.made(folder, name) if "MERGEKIT_PYTHON" in os.environ else stored[name]
+def test_a_recipe_gives_the_weights_of_an_installed_mergekit(name, stored, folder, capsys):
+    """Without MERGEKIT_PYTHON, compare with the stored outputs, but write shards."""
+    is_installed = "MERGEKIT_PYTHON" in os.environ
+    expected = reference.run_mergekit(folder, name) if is_installed else stored[name]
     out = folder / f"live_{name}"
     recipe = str(reference.write_recipe(folder, name))
     assert main(["merge", "--recipe", recipe, "--out", str(out), "--max-shard-size", "4KB"]) == 0
-    check(TensorFiles(out), theirs, stored)
+    check(TensorFiles(out), expected, stored)
 
 
-def check(merged, theirs, stored):
-    """Asserts that two outputs are one to the rounding of float32."""
-    assert set(merged) == set(theirs)
-    for tensor, expected in theirs.items():
+def check(merged, reference_weights, stored):
+    """Check that two outputs are equal up to the rounding of float32."""
+    assert set(merged) == set(reference_weights)
+    for tensor, expected in reference_weights.items():
         anchor = stored["base"][tensor]
-        moved = np.max([np.abs(stored[m][tensor] - anchor) for m in reference.MODELS[1:]])
-        # Its float32: a few roundings of a weight, and a ratio good to 2e-6 of the movement.
-        allowed = 2 * np.spacing(np.maximum(abs(anchor), abs(expected))) + 2e-6 * moved
-        off = np.abs(merged[tensor].astype(np.float64) - expected)
-        assert (off <= allowed).all(), (tensor, (off / allowed).max())
-        # The output is far from every input, by that measure.
+        update = np.max([np.abs(stored[m][tensor] - anchor) for m in reference.MODELS[1:]])
+        # The float32 of mergekit: a few roundings of a weight, and a ratio accurate to 2e-6.
+        allowed = 2 * np.spacing(np.maximum(abs(anchor), abs(expected))) + 2e-6 * update
+        error = np.abs(merged[tensor].astype(np.float64) - expected)
+        assert (error <= allowed).all(), (tensor, (error / allowed).max())
+        # Compared with this tolerance, the output is far from the base.
         assert (np.abs(expected - anchor) > 100 * allowed).mean() > 0.3

@@ -103,7 +103,7 @@ def test_the_error_names_the_option_and_the_option_writes_the_heads_of_the_fine_
     assert load(out / "config.json") == NEW
     report = load(out / "merge_report.json")
     assert {row["name"] for row in report["units"]} == BODY.keys()
-    assert all(row["takes"] == "mean" for row in report["not_merged"])
+    assert all(row["source"] == "mean" for row in report["not_merged"])
     left_out = old.keys() - new.keys()
     notes = [note for note in result.notes if "%" in note]
     assert bool(left_out) == bool(notes) and all(name in notes[0] for name in left_out)

@@ -1,4 +1,4 @@
-"""mergekit's recipes run as they are; what is not done here is named, never ignored."""
+"""Recipes of mergekit run unchanged; unsupported settings are errors, never ignored."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_task_arithmetic_with_one_weight_for_all():
     assert recipe.options == {"method": "task_arithmetic", "weights": (0.7, 0.2), "scale": 0.5}
 
 
-def test_linear_needs_no_base_and_counts_it_where_it_is_listed():
+def test_linear_requires_no_base_and_includes_a_base_that_is_listed():
     models = [{"model": m, "parameters": {"weight": w}} for m, w in (("x", 1), ("y", 3))]
     recipe = parse({"merge_method": "linear", "models": models})
     assert recipe[:3] == (None, ("x", "y"), {"method": "linear", "weights": (1.0, 3.0)})
@@ -112,10 +112,10 @@ def test_slerp_over_layers_and_filters():
     assert [values[f"model.layers.{i}.mlp.up.weight"] for i in range(5)] == [1, 0.5, 0.7, 0.3, 0]
 
 
-def test_a_list_is_interpolated_and_ends_hold_outside_the_blocks():
+def test_a_list_is_interpolated_and_its_ends_apply_outside_the_blocks():
     names = ["embed.w", *(f"layers.{i}.w" for i in range(5)), "norm.w"]
-    found = schedule([0.0, 1.0], names)
-    assert list(found.values()) == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1, 1])
+    values = schedule([0.0, 1.0], names)
+    assert list(values.values()) == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1, 1])
     assert schedule(0.3, names) == 0.3
     with pytest.raises(UserError, match="t .*embed.w"):
         schedule([{"filter": "layers", "value": 1}], names)
@@ -133,7 +133,7 @@ def test_ways_to_write_a_model(model, text):
     assert recipe.models == (text, "z")
 
 
-def test_slices_of_the_whole_model():
+def test_slices_of_the_complete_model():
     halves = yaml.safe_load(SLERP)
     first = halves["slices"][0]["sources"]
     halves["slices"] = [
@@ -153,7 +153,7 @@ def sliced(*ranges, **source):
     ]}  # fmt: skip
 
 
-@pytest.mark.parametrize(("raw", "said"), [
+@pytest.mark.parametrize(("raw", "pattern"), [
     (changed(STOCK, merge_methd="x"), "'merge_methd' .*'merge_method'"),
     (changed(STOCK, parameters={"filterwise": True}), "'filterwise' .*'filter_wise'"),
     (changed(STOCK, parameters={"t": 0.5}), "parameters.*: .*'t'"),
@@ -186,19 +186,19 @@ def sliced(*ranges, **source):
     ([1, 2], "the recipe: "),
     (None, "the recipe: "),
 ])  # fmt: skip
-def test_what_is_not_done_is_named(raw, said):
+def test_unsupported_settings_are_errors(raw, pattern):
     with pytest.raises(UserError) as error:
         parse(raw)
-    assert re.search(said, str(error.value)) and "\n" not in str(error.value)
+    assert re.search(pattern, str(error.value)) and "\n" not in str(error.value)
 
 
-def test_a_gradient_by_pattern_is_not_ignored():
-    """mergekit's own example says `pattern`, which mergekit drops in silence."""
+def test_a_gradient_by_pattern_is_an_error():
+    """An example of mergekit has the key `pattern`, which mergekit ignores without a message."""
     with pytest.raises(UserError, match="t: .*'pattern'"):
         schedule([{"pattern": "mlp", "value": 1}, {"value": 0}], ["layers.0.mlp.w"])
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "pattern"), [
     ("a: [1", "YAML.* line"),
     ("!!python/object/apply:os.system ['true']", "YAML"),
     ("\x00", "YAML"),
@@ -214,15 +214,15 @@ def test_a_gradient_by_pattern_is_not_ignored():
     (TIES.replace("lambda: 0.9", f"lambda: {10**400}"), "lambda .*number"),
     (STOCK + "dtyp: x", "'dtyp' .*'dtype'"),
 ])  # fmt: skip
-def test_a_broken_file_is_one_line_with_its_name(tmp_path, text, said):
+def test_the_error_for_a_broken_file_is_one_line_with_its_name(tmp_path, text, pattern):
     path = tmp_path / "recipe.yml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         read_recipe(path)
-    assert re.search(said, str(error.value)) and str(path) in str(error.value)
+    assert re.search(pattern, str(error.value)) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_no_such_recipe(tmp_path):
+def test_a_missing_recipe_is_an_error(tmp_path):
     with pytest.raises(UserError, match="none.yml: .*No such file"):
         read_recipe(tmp_path / "none.yml")

@@ -1,4 +1,4 @@
-"""What people type: other spellings, recipes, paths with ~, adapters; help on one screen."""
+"""Arguments as users type them: spellings, old names, recipes, paths with ~, adapters; help."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ import sys
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.cli import parsers
+from modelstock_jax.checkpoint_merge.cli import RENAMED, parsers
 from modelstock_jax.checkpoint_merge.options import DTYPES
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.writer import write_tensors
 from tests.checkpoint_merge.small import factors
 from tests.checkpoint_merge.typed import load, tensors, trio, write
 
-NEEDED = {"wise_ft": ["--alpha", "0.5"], "slerp": ["--t", "0.5"]}
+REQUIRED = {"wise_ft": ["--alpha", "0.5"], "slerp": ["--t", "0.5"]}
 
 
 @pytest.mark.parametrize(
     ("typed", "method"),
     [
         ("model_stock", "model_stock"),
-        ("model_stock", "model_stock"),
         ("model-stock", "model_stock"),
-        ("Stock", "model_stock"),
+        ("Model-Stock", "model_stock"),
         ("MODEL_STOCK", "model_stock"),
         ("task_arithmetic", "task_arithmetic"),
         ("Ties", "ties"),
         ("TIES", "ties"),
-        ("weighted_stock", "weighted_model_stock"),
+        ("weighted-model-stock", "weighted_model_stock"),
         ("wise_ft", "wise_ft"),
         ("wiseft", "wise_ft"),
         ("WiSE-FT", "wise_ft"),
@@ -38,22 +37,71 @@ NEEDED = {"wise_ft": ["--alpha", "0.5"], "slerp": ["--t", "0.5"]}
         ("SLERP", "slerp"),
         ("uniform_mean", "uniform_mean"),
         ("mean", "uniform_mean"),
+        ("average", "uniform_mean"),
     ],
 )
 def test_methods(say, tmp_path, typed, method):
     paths = trio(tmp_path)
     for text in ([f"--method={typed}"], ["--method", typed]):
         out = tmp_path / f"out{len(text)}"
-        said = say("merge", *paths, "--out", out, *text, *NEEDED.get(method, []))
-        assert said.status == 0, said.err
+        result = say("merge", *paths, "--out", out, *text, *REQUIRED.get(method, []))
+        assert result.status == 0, result.err
         assert load(out / "merge_report.json")["options"]["method"] == method
 
 
 @pytest.mark.parametrize("typed", ["dare_ties", "stok", "", "model stock"])
-def test_a_method_that_is_not_there(say, tmp_path, typed):
-    said = say("merge", *trio(tmp_path), "--out", tmp_path / "out", "--method", typed)
-    assert said.status == 2 and "--method" in said.err and said.err.count("\n") == 1
-    assert all(method in said.err for method in COMMANDS)
+def test_an_unknown_method_lists_all_methods(say, tmp_path, typed):
+    result = say("merge", *trio(tmp_path), "--out", tmp_path / "out", "--method", typed)
+    assert result.status == 2 and "--method" in result.err and result.err.count("\n") == 1
+    assert all(method.command in result.err for method in COMMANDS.values())
+
+
+OLD_METHODS = {
+    "stock": "model-stock",
+    "Stock": "model-stock",
+    "weighted-stock": "weighted-model-stock",
+    "weighted_stock": "weighted-model-stock",
+    "uniform": "uniform-mean",
+}
+
+
+@pytest.mark.parametrize("typed", OLD_METHODS)
+def test_an_old_method_name_is_an_error_with_the_new_name(say, tmp_path, typed):
+    result = say("merge", *trio(tmp_path), "--out", tmp_path / "out", f"--method={typed}")
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert result.err.startswith(f"error: --method: {typed!r} is now {OLD_METHODS[typed]!r} ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_old_option_is_listed():
+    assert RENAMED == {
+        "--excluded": "--unmerged-from",
+        "--tied": "--tied-head",
+        "--missing": "--missing-tensors",
+        "--vocabulary": "--vocab-mismatch",
+        "--digest": "--checksum",
+    }
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_option_is_an_error_with_the_new_name(say, old):
+    for typed in ([old, "base"], [f"{old}=base"]):
+        result = say("merge", "BASE", "FT1", "FT2", "--out", "out", *typed)
+        assert result.status == 2 and result.err.count("\n") == 1
+        assert result.err.startswith(f"error: {old}: renamed to {RENAMED[old]} ")
+
+
+@pytest.mark.parametrize("option", ["--vocab-mismatch", "--missing-tensors", "--head"])
+@pytest.mark.parametrize("command", ["merge", "compare"])
+def test_the_old_value_refuse_is_an_error_with_the_new_value(say, command, option):
+    result = say(command, "BASE", "FT1", "FT2", option, "refuse")
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert result.err.startswith(f"error: {option}: 'refuse' is now 'error' ")
+
+
+def test_an_old_value_is_renamed_only_where_it_was_valid(say):
+    result = say("merge", "BASE", "FT1", "FT2", "--out", "out", "--tied-head", "refuse")
+    assert result.status == 2 and "choose one of keep, untie" in result.err
 
 
 @pytest.mark.parametrize(
@@ -88,14 +136,14 @@ def test_dtypes(say, tmp_path, typed, code):
 
 
 @pytest.mark.parametrize("typed", ["int8", "bf17", "4bit", ""])
-def test_a_dtype_that_is_not_there(say, tmp_path, typed):
-    said = say("merge", *trio(tmp_path), "--out", tmp_path / "out", "--dtype", typed)
-    assert said.status == 2 and "bfloat16" in said.err and said.err.count("\n") == 1
+def test_an_unknown_dtype(say, tmp_path, typed):
+    result = say("merge", *trio(tmp_path), "--out", tmp_path / "out", "--dtype", typed)
+    assert result.status == 2 and "bfloat16" in result.err and result.err.count("\n") == 1
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home with models in it, a recipe of them, and another working directory."""
+    """Home directory with models and a recipe; the working directory is another one."""
     root = tmp_path / "home"
     paths = trio(root)
     (root / "r.yml").write_text(
@@ -125,12 +173,12 @@ def home(tmp_path, monkeypatch):
 )
 def test_a_recipe(say, home, tmp_path, typed):
     root, paths = home
-    said = say("merge", *(text.format(root=root) for text in typed))
-    # Only the first name may be a recipe, and with --recipe the models are not typed.
+    result = say("merge", *(text.format(root=root) for text in typed))
+    # Only the first argument may be a recipe, and --recipe excludes models as arguments.
     wrong = typed[0] == "x" or typed[-1] == "x" and typed[0] == "--recipe" and len(typed) == 3
-    assert (said.status == 0) != wrong, said.err
+    assert (result.status == 0) != wrong, result.err
     if wrong:
-        assert "recipe" in said.err and said.err.count("\n") == 1
+        assert "recipe" in result.err and result.err.count("\n") == 1
         return
     report = load(tmp_path / "work/x/merge_report.json")
     assert report["options"]["dtype"] == "bfloat16" and len(report["models"]) == 2
@@ -141,27 +189,27 @@ def test_a_recipe(say, home, tmp_path, typed):
     ).read_bytes()
 
 
-def test_a_recipe_with_models_next_to_it(say, home):
+def test_a_recipe_and_models_are_an_error(say, home):
     root, paths = home
-    said = say("merge", root / "r.yml", *paths, "--out", "x")
-    assert said.status == 1 and "--recipe" in said.err
-    said = say("merge", root / "gone.yml", "--out", "x")
-    assert said.status == 1 and "gone.yml" in said.err and said.err.count("\n") == 1
-    said = say("merge", root / "gone.yml", "x")
-    assert said.status == 1 and "gone.yml" in said.err
-    said = say("merge", root / "r.yml")
-    assert said.status == 1 and "--out DIR" in said.err
-    said = say("compare", root / "r.yml", "x")
-    assert said.status == 1 and "r.yml" in said.err
+    result = say("merge", root / "r.yml", *paths, "--out", "x")
+    assert result.status == 1 and "--recipe" in result.err
+    result = say("merge", root / "gone.yml", "--out", "x")
+    assert result.status == 1 and "gone.yml" in result.err and result.err.count("\n") == 1
+    result = say("merge", root / "gone.yml", "x")
+    assert result.status == 1 and "gone.yml" in result.err
+    result = say("merge", root / "r.yml")
+    assert result.status == 1 and "--out DIR" in result.err
+    result = say("compare", root / "r.yml", "x")
+    assert result.status == 1 and "r.yml" in result.err
 
 
 @pytest.mark.parametrize("out", ["--out=~/x", "--out ~/x", "--out=$HOME/x"])
 def test_paths_with_a_tilde(say, home, tmp_path, out, monkeypatch):
-    """A shell does not expand ~ behind `=`; $HOME it does."""
+    """A shell expands $HOME after `=`, but not ~."""
     root, _ = home
     typed = out.replace("$HOME", str(root)).split()
-    said = say("merge", "~/base", "~/ft1", "~/ft2/model.safetensors", *typed)
-    assert said.status == 0, said.err
+    result = say("merge", "~/base", "~/ft1", "~/ft2/model.safetensors", *typed)
+    assert result.status == 0, result.err
     assert (root / "x/model.safetensors").is_file()
     assert list((tmp_path / "work").iterdir()) == []
     assert say("compare", "~/base", "~/ft1", "~/ft2", "--plot", "~/angles.png").status == 0
@@ -169,26 +217,26 @@ def test_paths_with_a_tilde(say, home, tmp_path, out, monkeypatch):
 
 
 def test_one_fine_tune(say, home):
-    said = say("merge", "~/base", "~/ft1", "--out", "x")
-    assert said.status == 1 and "--method wise-ft --alpha 0.5" in said.err
-    assert said.err.count("\n") == 1
+    result = say("merge", "~/base", "~/ft1", "--out", "x")
+    assert result.status == 1 and "--method wise-ft --alpha 0.5" in result.err
+    assert result.err.count("\n") == 1
     assert (
         say(
             "merge", "~/base", "~/ft1", "--out", "x", "--method", "wise_ft", "--alpha", "0.5"
         ).status
         == 0
     )
-    said = say("compare", "~/base", "~/ft1")
-    assert said.status == 1 and "wise_ft" not in said.err and "2 or more" in said.err
+    result = say("compare", "~/base", "~/ft1")
+    assert result.status == 1 and "wise" not in result.err and "2 or more" in result.err
     for typed in (["~/base"], []):
-        said = say("merge", *typed, "--out", "y")
-        assert said.status == 1 and "BASE FT1 FT2" in said.err
+        result = say("merge", *typed, "--out", "y")
+        assert result.status == 1 and "BASE FT1 FT2" in result.err
 
 
-@pytest.mark.parametrize(("option", "needs"), [("wise_ft", "--alpha 0.5"), ("slerp", "--t 0.5")])
-def test_a_method_without_its_number(say, home, option, needs):
-    said = say("merge", "~/base", "~/ft1", "--out", "x", "--method", option)
-    assert said.status == 1 and needs in said.err
+@pytest.mark.parametrize(("method", "required"), [("wise_ft", "--alpha 0.5"), ("slerp", "--t 0.5")])
+def test_a_method_without_its_required_option(say, home, method, required):
+    result = say("merge", "~/base", "~/ft1", "--out", "x", "--method", method)
+    assert result.status == 1 and required in result.err
 
 
 def kohya(kind):
@@ -198,11 +246,11 @@ def kohya(kind):
         "unet": "lora_unet_down_blocks_0_attentions_0_proj_in",
         "te1": "lora_te1_x",
     }
-    start = names[kind]
+    prefix = names[kind]
     return {
-        f"{start}.lora_down.weight": rng.standard_normal((2, 8)).astype(np.float32),
-        f"{start}.lora_up.weight": rng.standard_normal((8, 2)).astype(np.float32),
-        f"{start}.alpha": np.float32(2),
+        f"{prefix}.lora_down.weight": rng.standard_normal((2, 8)).astype(np.float32),
+        f"{prefix}.lora_up.weight": rng.standard_normal((8, 2)).astype(np.float32),
+        f"{prefix}.alpha": np.float32(2),
     }
 
 
@@ -235,65 +283,68 @@ LORA = {
 }
 
 
-@pytest.mark.parametrize("where", ["file", "directory", "first"])
+@pytest.mark.parametrize("position", ["file", "directory", "first"])
 @pytest.mark.parametrize("kind", LORA)
-def test_a_lora_file_of_another_library_is_named(say, home, kind, where):
+def test_the_error_for_a_lora_file_of_another_library_names_its_format(say, home, kind, position):
     root, _ = home
-    content, named = LORA[kind]
+    content, format_name = LORA[kind]
     names = {"peft": "adapter_model.safetensors", "diffusers": "pytorch_lora_weights.safetensors"}
     path = write(root / "lora", {names.get(kind, "my_lora.safetensors"): content})
-    if where == "file":
+    if position == "file":
         path = next(path.iterdir())
-    models = ["~/base", path, "~/ft2"] if where != "first" else [path, "~/ft1", "~/ft2"]
-    said = say("merge", *models, "--out", "x")
-    assert said.status == 1 and str(path) in said.err and said.err.count("\n") == 1
-    assert named in said.err, said.err
+    models = ["~/base", path, "~/ft2"] if position != "first" else [path, "~/ft1", "~/ft2"]
+    result = say("merge", *models, "--out", "x")
+    assert result.status == 1 and str(path) in result.err and result.err.count("\n") == 1
+    assert format_name in result.err, result.err
 
 
-def test_an_adapter_as_base_and_a_file_behind_a_plus(say, home):
+def test_an_adapter_as_base_and_as_a_file_after_plus(say, home):
     root, _ = home
     (root / "lora").mkdir()
     write_tensors(root / "lora/adapter_model.safetensors", PEFT)
     (root / "lora/adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 3})
     )
-    said = say("merge", "~/lora", "~/ft1", "~/ft2", "--out", "x")
-    assert said.status == 1 and f"{root}/lora " in said.err and "BASE" in said.err
-    said = say("merge", "~/base", "~/base+~/lora", "~/ft2", "--out", "x")
-    assert said.status == 0, said.err
+    result = say("merge", "~/lora", "~/ft1", "~/ft2", "--out", "x")
+    assert result.status == 1 and f"{root}/lora " in result.err and "BASE" in result.err
+    result = say("merge", "~/base", "~/base+~/lora", "~/ft2", "--out", "x")
+    assert result.status == 0, result.err
     (first, _) = load(root.parent / "work/x/merge_report.json")["models"]
     assert first["model"] == f"{root}/base+{root}/lora"
     assert say("merge", "~/base", "~/lora", "~/ft2", "--out", "y").status == 0
     for name, value in tensors(root.parent / "work/x").items():
         np.testing.assert_array_equal(value, tensors(root.parent / "work/y")[name])
-    said = say("merge", "~/base", "~/base+~/lora/adapter_model.safetensors", "~/ft2", "--out", "z")
-    assert said.status == 1 and "adapter_config.json" in said.err
-    # The adapter's file in a directory that has its config: give the directory.
-    said = say("merge", "~/base", "~/lora/adapter_model.safetensors", "~/ft2", "--out", "z")
-    assert said.status == 1 and "save_pretrained" in said.err
+    result = say(
+        "merge", "~/base", "~/base+~/lora/adapter_model.safetensors", "~/ft2", "--out", "z"
+    )
+    assert result.status == 1 and "adapter_config.json" in result.err
+    # If the directory of the file has the config, the error suggests the directory.
+    result = say("merge", "~/base", "~/lora/adapter_model.safetensors", "~/ft2", "--out", "z")
+    assert result.status == 1 and "save_pretrained" in result.err
 
 
-@pytest.mark.parametrize(("command", "most"), [("merge", 60), ("compare", 45)])
-def test_help_fits_one_screen(command, most, monkeypatch):
+@pytest.mark.parametrize(("command", "max_lines"), [("merge", 60), ("compare", 45)])
+def test_help_fits_one_screen(command, max_lines, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = parsers()[1][command].format_help().splitlines()
-    assert len(lines) <= most
+    assert len(lines) <= max_lines
     assert [line for line in lines if len(line) > 80] == []
     assert any(line.startswith("examples:") for line in lines)
 
 
-def test_help_says_every_option_and_value():
+def test_help_lists_every_option_and_value():
     for parser in parsers()[1].values():
         text = " ".join(parser.format_help().split())
         for action in parser._actions:
             if action.option_strings:
                 assert action.option_strings[0] in text and action.help
                 for value in action.choices or ():
+                    shown = COMMANDS[value].command if action.dest == "method" else str(value)
                     default = {"error", "keep"} | set(DTYPES)
-                    assert str(value) in text or value in default, (action.dest, value)
+                    assert shown in text or value in default, (action.dest, value)
 
 
-def test_every_example_of_the_help_is_read():
+def test_every_example_of_the_help_parses():
     top, commands = parsers()
     for name, parser in commands.items():
         for line in parser.format_help().splitlines():
@@ -303,13 +354,13 @@ def test_every_example_of_the_help_is_read():
 
 
 def test_the_command_in_a_shell(home, tmp_path):
-    """`python -m modelstock_jax` with a recipe, as mergekit-yaml is called."""
+    """`python -m modelstock_jax` with a recipe, in the form of mergekit-yaml."""
     root, _ = home
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "modelstock_jax", "merge", str(root / "r.yml"), "x", "--dry-run"],
         capture_output=True,
         text=True,
         timeout=120,
         env={"HOME": str(root), "PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path)},
     )
-    assert done.returncode == 0 and "to write" in done.stdout, done.stderr
+    assert process.returncode == 0 and "to write" in process.stdout, process.stderr
