@@ -117,7 +117,9 @@ class Curve:
     @cached_property
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
         """(in distribution, shifts) at 401 alphas of the curve."""
-        from scipy.interpolate import CubicSpline  # Takes half a second; not every command needs it.
+        from scipy.interpolate import (
+            CubicSpline,
+        )  # Takes half a second; not every command needs it.
 
         alphas, *accuracies = np.array(self.points, dtype=float).T
         dense_alphas = np.linspace(alphas[0], alphas[-1], _NUM_SAMPLES)
