@@ -115,7 +115,7 @@ def choose(seed: int = 0) -> dict:
     wrong = np.flatnonzero(is_error(labels, predict(params, images)))
     if len(wrong) < SIZE:
         raise UserError(
-            f"the network misclassifies {len(wrong)} images of the pool; set A needs {SIZE}"
+            f"the network misclassifies {len(wrong)} images of the pool; shift A needs {SIZE}"
         )
     indices = wrong[:SIZE]
     means = images[indices].astype(np.float64).mean(axis=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""A study's page (tables, figures, verdicts; one or several anchors), and the page of all claims."""
+"""A study's page (tables, figures, verdicts; one or more anchors), and the page of all claims."""
 
 from __future__ import annotations
 

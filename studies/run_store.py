@@ -237,7 +237,7 @@ class RunStore:
         return f"{count} replicas, seed {run.seed}" if count > 1 else f"one model, seed {run.seed}"
 
     def start(self, run: Run) -> PyTree:
-        """Return the initial weights of the run's replicas; for LP-FT, train the probe if needed."""
+        """Return the initial weights of the run's replicas; for LP-FT, those with a probed head."""
         return self._compiled(run.config(self._config))[0].params
 
     @property
