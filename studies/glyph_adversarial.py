@@ -109,7 +109,7 @@ def is_error(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
 
 
 def choose(seed: int = 0) -> dict:
-    """Return shift A as a JSON object: indices into the pool, and each image's mean as a checksum."""
+    """Return shift A as JSON: indices into the pool, and the mean of each image as a checksum."""
     params = train(sets.training_set(seed), seed)
     images, labels = sets.pool(np.arange(sets.POOL_SIZE))
     wrong = np.flatnonzero(is_error(labels, predict(params, images)))

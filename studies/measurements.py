@@ -119,7 +119,7 @@ class Distance(Measurement):
 
 @dataclass(frozen=True)
 class Predicted(Measurement):
-    """Distances to the center predicted from the angles alone: of a replica, the mean, the merge."""
+    """Distances to center of replica, mean and merged model, predicted from the angles alone."""
 
     key_name: ClassVar[str] = "Predicted"
 

@@ -54,7 +54,7 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
         _claims(models, noise, center),
         {"fig4": lambda path: figures.near_the_center(models, noise, center, path)},
         [
-            "The center is one model, the mean of all others. Error bars do not include its "
+            "The center is one model, the mean of all fine-tuned ones. Error bars do not include its "
             "randomness."
         ],
     )
