@@ -44,7 +44,7 @@ class ModelSource(Protocol):
         """Return the pretrained weights."""
 
     def start(self, run: Run) -> PyTree:
-        """Return the initial weights of a run's replicas: the anchor, or for LP-FT the probed one."""
+        """Return the initial weights of a run's replicas: the anchor, for LP-FT the probed one."""
 
     def replica(self, run: Run, index: int, epoch: float | None) -> PyTree:
         """Return a replica at the end of the run, or at an epoch (0.5: middle of the first)."""

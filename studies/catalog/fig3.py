@@ -78,8 +78,8 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
         [
             "The point between the anchor and the model is α = 0.75, fixed before any error was "
             "measured.",
-            "The center is one model, the mean of all fine-tuned ones. Error bars do not include its "
-            "randomness.",
+            "The center is one model, the mean of all fine-tuned ones. Error bars do not include "
+            "its randomness.",
         ],
     )
 

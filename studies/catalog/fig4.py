@@ -54,8 +54,8 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
         _claims(models, noise, center),
         {"fig4": lambda path: figures.near_the_center(models, noise, center, path)},
         [
-            "The center is one model, the mean of all fine-tuned ones. Error bars do not include its "
-            "randomness."
+            "The center is one model, the mean of all fine-tuned ones. Error bars do not include "
+            "its randomness."
         ],
     )
 

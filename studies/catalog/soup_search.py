@@ -56,7 +56,7 @@ def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
         "per_replica.mixup": half(0.875),
         "objective.name": objective,
     }
-    if setup.stored:
+    if setup.stored_images:
         options |= {
             "per_replica.randaugment_ops": tuple(rng.choice(3, SIZE, p=_OPERATIONS).tolist()),
             "per_replica.randaugment_magnitude": tuple(rng.integers(1, 21, SIZE).tolist()),

@@ -19,8 +19,8 @@ from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.config import Preprocessor
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer
-from studies.bench import StudyContext
 from studies.catalog import STUDIES
+from studies.context import StudyContext
 from studies.expressions import Anchor
 from studies.measurements import Score
 from studies.study import Setup
@@ -221,7 +221,7 @@ def test_the_ledger_tells_data_apart(root):
     keys = {}
     for name in ("cifar10", "cifar100"):
         bench = object.__new__(StudyContext)
-        bench.config, bench.fingerprint = cifar10.get_config(), "of a CLIP"
+        bench.config, bench.checksum = cifar10.get_config(), "of a CLIP"
         bench.config.data.name = name
         bench._test, bench._shifts = benchmark.load(config(root)).test, {}
         keys[name] = bench.key(Score(Anchor(), shifts=False))

@@ -1,4 +1,4 @@
-"""Work that real processes share: every piece once, and nothing lost with a killed one."""
+"""Work that processes share: every task runs once, and none is lost with a killed process."""
 
 from __future__ import annotations
 
@@ -13,60 +13,59 @@ from modelstock_jax.errors import UserError
 from studies.ledger import Ledger, lock_run, work_queue
 from tests.experiment.small_run import ROOT
 
-SHARE = """
+WORKER = """
 import sys, time
 from pathlib import Path
-from studies.ledger import Ledger
-from studies.ledger import turns
+from studies.ledger import Ledger, work_queue
 
-place, who, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-ledger = Ledger(place / "measured.jsonl")
-pieces = {f"piece{i}": f"piece{i}" for i in range(12)}
-waits = lambda count: print(who, "waits for", count, flush=True)
-for piece in turns(place / "locks", pieces, ledger.look_for, waits):
-    print(who, "is at", piece, flush=True)
+directory, worker, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+ledger = Ledger(directory / "measured.jsonl")
+tasks = {f"task{i}": f"task{i}" for i in range(12)}
+on_wait = lambda count: print(worker, "waits for", count, flush=True)
+for task in work_queue(directory / "locks", tasks, ledger.look_for, on_wait):
+    print(worker, "runs", task, flush=True)
     time.sleep(seconds)
-    ledger.add(piece, value=who, what="piece", seconds=seconds, commit="c")
-assert all(piece in ledger for piece in pieces)
+    ledger.add(task, value=worker, what="task", seconds=seconds, commit="c")
+assert all(task in ledger for task in tasks)
 """
 
 
-def share(place, who, seconds):
+def start_worker(directory, worker, seconds):
     return subprocess.Popen(
-        [sys.executable, "-c", SHARE, str(place), who, str(seconds)],
+        [sys.executable, "-c", WORKER, str(directory), worker, str(seconds)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )
 
 
-def test_processes_do_every_piece_once(tmp_path):
-    stuck = share(tmp_path, "stuck", 1000)
-    assert stuck.stdout.readline() == "stuck is at piece0\n"
-    others = [share(tmp_path, who, 0.2) for who in ("first", "second")]
+def test_processes_run_every_task_once(tmp_path):
+    stuck = start_worker(tmp_path, "stuck", 1000)
+    assert stuck.stdout.readline() == "stuck runs task0\n"
+    others = [start_worker(tmp_path, worker, 0.2) for worker in ("first", "second")]
     ledger = tmp_path / "measured.jsonl"
     while not ledger.exists() or ledger.read_bytes().count(b"\n") < 11:
         assert all(process.poll() is None for process in (stuck, *others))
         time.sleep(0.05)
     stuck.kill()
     stuck.communicate()
-    said = [process.communicate(timeout=60)[0] for process in others]
+    outputs = [process.communicate(timeout=60)[0] for process in others]
     assert [process.returncode for process in others] == [0, 0]
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    assert sorted(line["key"] for line in lines) == sorted(f"piece{i}" for i in range(12))
-    assert lines[-1]["key"] == "piece0" and {line["value"] for line in lines} == {"first", "second"}
-    assert all(" waits for " in text for text in said), said
+    assert sorted(line["key"] for line in lines) == sorted(f"task{i}" for i in range(12))
+    assert lines[-1]["key"] == "task0" and {line["value"] for line in lines} == {"first", "second"}
+    assert all(" waits for " in text for text in outputs), outputs
     assert not list((tmp_path / "locks").iterdir())
 
 
-def test_a_piece_that_fails_is_free_again(tmp_path):
+def test_a_failed_task_is_available_again(tmp_path):
     done = set()
 
     def work(fails):
-        for piece in work_queue(tmp_path, {"a": "a", "b": "b"}, done.__contains__):
-            if piece == fails:
+        for task in work_queue(tmp_path, {"a": "a", "b": "b"}, done.__contains__):
+            if task == fails:
                 raise KeyboardInterrupt
-            done.add(piece)
+            done.add(task)
 
     with pytest.raises(KeyboardInterrupt):
         work("b")
@@ -75,27 +74,29 @@ def test_a_piece_that_fails_is_free_again(tmp_path):
     assert done == {"a", "b"}
 
 
-def test_one_waits_for_another(tmp_path):
-    with lock_run(tmp_path, "probe") as ours:
-        assert ours
+def test_a_lock_waits_for_its_holder(tmp_path):
+    with lock_run(tmp_path, "probe") as locked:
+        assert locked
         with lock_run(tmp_path, "probe") as again, lock_run(tmp_path, "tower", wait=True) as other:
             assert not again and other
-    with lock_run(tmp_path, "probe", wait=True) as ours:
-        assert ours
+    with lock_run(tmp_path, "probe", wait=True) as locked:
+        assert locked
 
 
-def test_a_place_that_takes_no_lock_is_one_line(tmp_path):
+def test_an_unwritable_lock_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"a\.lock: .*workdir"):
         with lock_run(tmp_path / "file", "a"):
             pass
 
 
-def test_lines_of_several_processes_stay_whole(tmp_path):
+def test_lines_of_several_processes_stay_intact(tmp_path):
     path = tmp_path / "measured.jsonl"
-    one, other = Ledger(path), Ledger(path)
-    one.add("a", value=1, what="score", seconds=1, commit="c")
-    assert "a" not in other and other.look_for("a") and other["a"] == 1
-    path.write_bytes(path.read_bytes() + b'{"key": "b", "val')  # Killed while it wrote.
-    other.add("c", value=3, what="score", seconds=1, commit="c")
-    assert not one.look_for("b") and one.look_for("c")
+    first, second = Ledger(path), Ledger(path)
+    first.add("a", value=1, what="score", seconds=1, commit="c")
+    assert "a" not in second and second.look_for("a") and second["a"] == 1
+    path.write_bytes(
+        path.read_bytes() + b'{"key": "b", "val'
+    )  # A process was killed while writing.
+    second.add("c", value=3, what="score", seconds=1, commit="c")
+    assert not first.look_for("b") and first.look_for("c")
