@@ -42,7 +42,8 @@ def test_angles_and_distances():
     angles = Angles(models).measure(CONTEXT)
     row = angles["head.kernel"]
     assert row["size"] == 1500 and len(row["angles"]) == 6 and len(row["norms"]) == 4
-    # The signal of task vectors has unit variance, the noise SPREAD^2: cos = 1 / (1 + SPREAD^2) = 0.8.
+    # The common signal of task vectors has unit variance, the noise SPREAD^2:
+    # cos = 1 / (1 + SPREAD^2) = 0.8.
     assert np.cos(np.radians(row["angles"])).mean() == pytest.approx(0.8, abs=0.03)
     total = np.sqrt(sum(row["norms"][1] ** 2 for row in angles.values()))
     assert Distance(models[1]).measure(CONTEXT) == pytest.approx(total, rel=1e-5)

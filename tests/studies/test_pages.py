@@ -86,15 +86,10 @@ def test_verdicts_of_earlier_versions_have_current_names(tmp_path):
     }
     for old, new in verdicts.items():
         claim = {"text": "better", "where": "Table 1", "here": "+1.00", "verdict": old}
-        for stem, here, more in (
-            ("some", "+1.00", {"claims": [claim]}),
-            (
-                "some_anchors",
-                "+1.00",
-                {"further": {"two": {}}, "together": [claim | {"here": ["+1.00"]}]},
-            ),
-        ):
-            (tmp_path / f"{stem}.json").write_text(json.dumps({"title": "Some study", **more}))
+        page = {"title": "Some study", "claims": [claim]}
+        joint = page | {"further": {"two": {}}, "together": [claim | {"here": ["+1.00"]}]}
+        (tmp_path / "some.json").write_text(json.dumps(page))
+        (tmp_path / "some_anchors.json").write_text(json.dumps(joint))
         text = write_index([STUDY], tmp_path).read_text()
         assert text.count(f"| better | Table 1 | +1.00 | **{new}** |") == 2
         assert f"**{old}**" not in text

@@ -106,11 +106,12 @@ def test_soups_from_lp_init_are_compared_with_the_second_setup(context):
     values = values_of(study, context)
     texts = {claim.text for claim in study.summarize(SETUP, values).claims}
     assert not any("LP," in text for text in texts), "LP is an initialization of soups"
+    uniform, greedy = (f"{name} Model Soup (from LP init)" for name in ("Uniform", "Greedy"))
     assert {text for text in texts if "from LP" in text} == {
-        "Model Stock* beats Uniform Model Soup (from LP init), in distribution (paper: +1.22)",
-        "Model Stock* is behind Uniform Model Soup (from LP init), out of distribution (paper: -2.76)",
-        "Model Stock* beats Greedy Model Soup (from LP init), in distribution (paper: +0.16)",
-        "Model Stock* is behind Greedy Model Soup (from LP init), out of distribution (paper: -2.06)",
+        f"Model Stock* beats {uniform}, in distribution (paper: +1.22)",
+        f"Model Stock* is behind {uniform}, out of distribution (paper: -2.76)",
+        f"Model Stock* beats {greedy}, in distribution (paper: +0.16)",
+        f"Model Stock* is behind {greedy}, out of distribution (paper: -2.06)",
     }
 
 
