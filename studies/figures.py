@@ -245,7 +245,7 @@ def series(periods: Sequence[Period], path: str | Path | None = None) -> Figure:
         axes.plot(0, 0, "s", color=BLACK, ms=8, label="$w_0$, the anchor")
         axes.axhline(0, color=GRAY, lw=0.8, ls="--", zorder=1)
         axes.set_xlabel("along, from the anchor to the last merged model")
-        axes.set_ylabel("across, as the replicas part")
+        axes.set_ylabel("across, as the replicas diverge")
         axes.legend()
 
     return draw(fill, (8.6, 4.2), path)

@@ -60,9 +60,11 @@ def _last_line(anchors: Sequence[str], details: Mapping[str, Any]) -> str:
     anchor_text = f"anchor{'s' * (len(anchors) > 1)} {', '.join(f'`{name}`' for name in anchors)}"
     max_images = details.get("max_shift_images")
     images = f" (at most {max_images:,} images of each shift)" if max_images else ""
+    commits = details["commits"]
+    commit_text = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     return (
-        f"{seed_text}; {anchor_text}; data `{details['data']}`{images}; measured at commits "
-        f"{', '.join(details['commits'])}. Command: `{details['command']}`"
+        f"{seed_text}; {anchor_text}; data `{details['data']}`{images}; measured at "
+        f"{commit_text}. Command: `{details['command']}`"
     )
 
 
@@ -173,7 +175,8 @@ _INTRODUCTION = (
     "marks claims that are not in the paper.",
     "",
     "A value is the mean of paired differences ± its standard error over n seeds or disjoint "
-    "groups of models. The verdict uses the 95 % interval of Student's t:",
+    "groups of models. Differences are positive if the claim is true. The verdict uses the 95 % "
+    "interval of Student's t:",
     "",
     "| verdict | interval of the difference |",
     "|---|---|",

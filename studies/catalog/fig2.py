@@ -14,6 +14,13 @@ from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 # Key biases receive no gradient (softmax is shift-invariant); their angles are noise.
 NO_GRADIENT = "k_proj.bias"
+# Kind of tensor -> its name in tables.
+KIND_LABELS = {
+    "kernels": "kernels",
+    "biases": "biases",
+    "norms": "normalization layers",
+    "head": "head",
+}
 
 
 def _measurements(setup: Setup) -> dict[str, Measurement]:
@@ -27,7 +34,7 @@ def angles_by_kind(angles: Mapping[str, Any]) -> dict[str, list[list[float]]]:
       angles: value of an `Angles` measurement.
     """
     kinds: dict[str, list[list[float]]] = {}
-    for name in ("kernels", "biases", "norms", "head"):
+    for name in KIND_LABELS:
         rows = [
             row["angles"] for tensor, row in _with_gradient(angles).items() if kind(tensor) == name
         ]
@@ -62,7 +69,8 @@ def angle_claims(
             within=0.05,
         ),
         Claim(
-            f"{prefix}norms are the same for any model (within 5 %, mean over tensors)",
+            f"{prefix}norms of task vectors are the same for any model "
+            "(within 5 %, mean over tensors)",
             where,
             [_relative_std(row["norms"]) for row in _with_gradient(angles).values()],
             unit="",
@@ -96,7 +104,7 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
     ]
     rows = [
         [
-            name,
+            KIND_LABELS[name],
             f"{np.mean(degrees):.1f}",
             f"{np.mean(np.std(degrees, axis=1, ddof=1)):.2f}",
             f"{np.mean(np.cos(np.radians(degrees))):.3f}",

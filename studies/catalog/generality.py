@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.catalog.fig2 import angle_claims, angles_by_kind
+from studies.catalog.fig2 import KIND_LABELS, angle_claims, angles_by_kind
 from studies.catalog.model_pool import PAIR, groups, mean
 from studies.catalog.soup_search import probe_options
 from studies.curves import average_shifts, mean_cell
@@ -97,7 +97,7 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
     columns = [
         f"{method}: {metric}" for method in ("uniform mean", "Model Stock") for metric in metrics
     ]
-    kinds = [f"angle of {kind} (degrees)" for kind in ("kernels", "biases", "norms", "head")]
+    kinds = [f"angle of {label} (degrees)" for label in KIND_LABELS.values()]
     return StudyReport(
         [
             Table(["fine-tuning", *kinds, "L2 distance to center"], geometry),
@@ -118,7 +118,7 @@ def _geometry_row(name: str, values: Values) -> list[str]:
     kinds, distances = angles_by_kind(values["angles", name]), values["shell", name]["distance"]
     return [
         name,
-        *(_cell(kinds.get(kind)) for kind in ("kernels", "biases", "norms", "head")),
+        *(_cell(kinds.get(kind)) for kind in KIND_LABELS),
         f"{np.mean(distances):.3f} ± {np.std(distances, ddof=1):.3f}",
     ]
 

@@ -29,6 +29,12 @@ _METHODS = {
     "model_stock": "Model Stock",
     "weighted_model_stock": "Model Stock, weighted (extension)",
 }
+# Names in claims.
+_SUBJECTS = {
+    "uniform_mean": "the uniform mean of the same models",
+    "model_stock": "Model Stock",
+    "weighted_model_stock": "weighted Model Stock (extension)",
+}
 _PLACES = ("in distribution", "out of distribution")
 # Learning rates of two replicas, divided by the config's.
 _RATES = {"equal": (1.0, 1.0), "unequal": (0.5, 2.0)}
@@ -108,7 +114,7 @@ def _after_training(setup: Setup, values: Values, size: int) -> tuple[list[list[
         for method, label in _METHODS.items()
     ]
     claims = [
-        Claim(f"N = {size}: {_METHODS[a]} beats {_rival(b)}, {place}", "this project", column)
+        Claim(f"N = {size}: {_SUBJECTS[a]} beats {_SUBJECTS[b]}, {place}", "this project", column)
         for a, b in (
             ("model_stock", "uniform_mean"),
             ("weighted_model_stock", "model_stock"),
@@ -119,10 +125,6 @@ def _after_training(setup: Setup, values: Values, size: int) -> tuple[list[list[
         text = f"N = {size}: Model Stock beats the uniform mean's WiSE-FT curve, at equal ID"
         claims.append(Claim(text, "this project", gaps["model_stock"]))
     return rows, claims
-
-
-def _rival(method: str) -> str:
-    return "the uniform mean of the same models" if method == "uniform_mean" else _METHODS[method]
 
 
 def _differences(
