@@ -1,1 +1,1 @@
-"""Each table and figure of the paper as measurements and one summary."""
+"""Each table and figure of the paper: its measurements and its summary."""

@@ -1,11 +1,11 @@
-"""Tables and figures of the paper: `python -m studies table1 fig2`.
+"""Reproduce tables and figures of the paper: `python -m studies table1 fig2`.
 
-Without a name it lists them; `all` takes every one. Finished measurements are read from --ledger,
-finished runs from --workdir; interrupted, the same command goes on, and given again while it runs
-(on another GPU, or on another machine with the same disk) it shares the work. With --anchors each
-study is done again from other pretrained models, CLIPs or towers (`tower:resnet`), and has a page
-of its own, NAME_anchors.md: a tower is pretrained when it is first named, be it with --dry-run,
-for a study is of its weights.
+Without a name, list the studies. `all` runs every study. Finished measurements are read from
+`--ledger`, finished runs from `--workdir`. Run the same command again to resume an interrupted
+one. Run it several times at once (on several GPUs, or on several machines with a shared disk) to
+split the work. With `--anchors`, each study is repeated from other pretrained models (CLIPs, or
+towers such as `tower:resnet`) and written to a separate page, NAME_anchors.md. A tower is
+pretrained when a measurement first needs its weights.
 """
 
 from __future__ import annotations
@@ -19,31 +19,35 @@ from absl import app, flags, logging
 from modelstock_jax.flags import config_arguments, parse
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "runs/studies", "Where trained runs are kept.")
-flags.DEFINE_string("ledger", None, "Finished measurements (default: WORKDIR/measured.jsonl).")
-flags.DEFINE_string("out", None, "Where tables and figures are written (default: WORKDIR).")
-flags.DEFINE_integer("num_seeds", None, "Seeds of each study (default: its own number).")
-flags.DEFINE_list("anchors", [], "Further pretrained models; every named study is done from each.")
-flags.DEFINE_bool("dry-run", False, "Print what is missing (exit code 1) and how long it takes.")
+flags.DEFINE_string("workdir", "runs/studies", "Directory of trained runs.")
+flags.DEFINE_string(
+    "ledger", None, "File of finished measurements (default: WORKDIR/measured.jsonl)."
+)
+flags.DEFINE_string("out", None, "Directory of tables and figures (default: WORKDIR).")
+flags.DEFINE_integer("num_seeds", None, "Seeds per study (default: set by each study).")
+flags.DEFINE_list("anchors", [], "More pretrained models; each study is repeated from each one.")
+flags.DEFINE_bool(
+    "dry-run", False, "Print missing measurements and their time; exit code 1 if any is missing."
+)
 
 
 def main(argv: list[str]) -> None:
-    """Runs the named studies; a user's mistake is one line and exit code 1."""
+    """Run the named studies; a user error prints one line and exits with code 1."""
     logging.set_verbosity(logging.FATAL)  # Libraries log what they also raise.
     from studies.catalog import STUDIES
 
-    given = argv[1:]
-    if not given:
+    arguments = argv[1:]
+    if not arguments:
         for study in STUDIES.values():
             print(f"{study.name:16} {study.title}")
-        print(f"{'all':16} All of them")
+        print(f"{'all':16} All studies")
         return
-    names = list(dict.fromkeys([*STUDIES] if "all" in given else given))
+    names = list(dict.fromkeys([*STUDIES] if "all" in arguments else arguments))
     for name in names:
         if name not in STUDIES:
             close = difflib.get_close_matches(name, STUDIES, 1)
-            meant = f"did you mean {close[0]}? There" if close else "there"
-            sys.exit(f"error: no study {name!r}; {meant} are: {', '.join(STUDIES)}")
+            hint = f"did you mean {close[0]}? Choose" if close else "choose"
+            sys.exit(f"error: no study {name!r}; {hint} one of {', '.join(STUDIES)}")
     from modelstock_jax.training.launcher import single_process_session
     from studies.ledger import Ledger
     from studies.pages import write_index
@@ -61,9 +65,9 @@ def main(argv: list[str]) -> None:
             FLAGS.anchors,
             config_arguments(sys.argv[1:]),
         )
-        missing = runner.plan([STUDIES[name] for name in names])
+        num_missing = runner.plan([STUDIES[name] for name in names])
         if FLAGS["dry-run"].value:
-            sys.exit(missing > 0)
+            sys.exit(num_missing > 0)
         for name in names:
             runner.run(STUDIES[name])
             write_index(list(STUDIES.values()), out)

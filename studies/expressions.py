@@ -1,7 +1,7 @@
-"""How a model is made from trained ones: what a study measures, by content.
+"""Models as expressions of trained models.
 
-An expression names its model (`key`), so that two studies that need one model share its
-measurements, and makes its weights (`build`).
+The key of an expression identifies its model, so that studies share the measurements of equal
+models. `build` computes the weights.
 """
 
 from __future__ import annotations
@@ -24,92 +24,90 @@ from modelstock_jax.merging.rules import UnitSolution, measure, solve_with_coeff
 from modelstock_jax.registry import RENAMED_METHODS
 from studies.runs import Run
 
-# What models are built of, and what measures them: `bench.StudyContext` is both.
-
 
 class Expression(Protocol):
-    """A model by what it is made of: every `expressions.Model` is one."""
+    """A model that can be built; every `expressions.Model` is one."""
 
-    def build(self, weights: Weights) -> PyTree:
-        """Its weights."""
+    def build(self, source: ModelSource) -> PyTree:
+        """Return the weights."""
 
 
-class Weights(Protocol):
-    """What a bench gives to a model's `build`."""
+class ModelSource(Protocol):
+    """The part of `context.StudyContext` that a model's `build` uses."""
 
     num_heads: int
 
     def name(self, run: Run) -> str:
-        """The digest of a run and its seed."""
+        """Return the checksum of a run, with its seed."""
 
     def anchor(self) -> PyTree:
-        """The pretrained weights."""
+        """Return the pretrained weights."""
 
     def start(self, run: Run) -> PyTree:
-        """What a run's replicas start from: the anchor, or LP-FT's probed one."""
+        """Return the initial weights of a run's replicas: the anchor, for LP-FT the probed one."""
 
     def replica(self, run: Run, index: int, epoch: float | None) -> PyTree:
-        """A replica at the end of the run, or of an epoch (0.5: in the middle of the first)."""
+        """Return a replica at the end of the run, or at an epoch (0.5: middle of the first)."""
 
     def merged(self, run: Run) -> PyTree:
-        """The last merged model of a run."""
+        """Return the last merged model of a run."""
 
     def held_out(self, model: Expression) -> float:
-        """Accuracy on the validation set, in percent."""
+        """Return the accuracy on the validation set, in percent."""
 
     def validate(self, params: PyTree) -> float:
-        """The same, of weights that no expression names."""
+        """Return the accuracy of weights on the validation set, in percent."""
 
 
-class Scales(Weights, Protocol):
-    """What a bench gives to a measurement's `measure`."""
+class MeasurementContext(ModelSource, Protocol):
+    """The part of `context.StudyContext` that a measurement uses."""
 
     def sets(self, shifts: bool) -> list[Any]:
-        """What accuracies are measured on, as a part of their key: names and sizes."""
+        """Return names and sizes of the test sets, which are part of an accuracy's key."""
 
     def accuracy(self, params: PyTree, *, shifts: bool) -> dict[str, Any]:
-        """Top-1 in percent: {"id": ..., "shifts": {name: ...}}."""
+        """Return top-1 accuracies in percent: {"id": ..., "shifts": {name: ...}}."""
 
     def validation_set(self) -> list[Any]:
-        """What models are chosen on, as a part of its measurements' key."""
+        """Return name and size of the validation set, which are part of a measurement's key."""
 
 
 class Model(abc.ABC):
-    """An expression: a frozen dataclass of runs, models and numbers.
+    """An expression: a frozen dataclass of runs, models and parameters.
 
     Attributes:
-      key_name: What it is called in the ledger's keys. It never changes, whatever the class is
-        called: finished measurements are found by it.
+      key_name: name in the ledger's keys. It never changes, even if the class is renamed, because
+        finished measurements are found by it.
     """
 
     key_name: ClassVar[str]
 
-    def key(self, weights: Weights) -> list[Any]:
-        """A JSON value that says what the model is."""
-        return named(self, weights)
+    def key(self, source: ModelSource) -> list[Any]:
+        """Return a JSON value that identifies the model."""
+        return named(self, source)
 
     @abc.abstractmethod
-    def build(self, weights: Weights) -> PyTree:
-        """Its weights."""
+    def build(self, source: ModelSource) -> PyTree:
+        """Return the weights."""
 
 
-# Keys contain the names that methods had when the first measurements were made.
+# Keys contain the names that merge methods had at the time of the first measurements.
 _FIRST_METHOD_NAMES = {new: old for old, new in RENAMED_METHODS.items()} | {
     "unclamped": "not_clipped"
 }
 
 
-def named(value: Any, weights: Weights) -> Any:
-    """The JSON value of an expression or a measurement: its key name and what it is made of."""
+def named(value: Any, source: ModelSource) -> Any:
+    """Return the JSON value of an expression or measurement: its key name and its fields."""
     if isinstance(value, Run):
-        return weights.name(value)
+        return source.name(value)
     if isinstance(value, tuple):
-        return [named(one, weights) for one in value]
+        return [named(item, source) for item in value]
     if hasattr(value, "key_name"):
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        if "method" in parts:
-            parts["method"] = _FIRST_METHOD_NAMES.get(parts["method"], parts["method"])
-        return [value.key_name, *(named(part, weights) for part in parts.values())]
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if "method" in fields:
+            fields["method"] = _FIRST_METHOD_NAMES.get(fields["method"], fields["method"])
+        return [value.key_name, *(named(item, source) for item in fields.values())]
     return value
 
 
@@ -119,27 +117,27 @@ class Anchor(Model):
 
     key_name: ClassVar[str] = "Anchor"
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return weights.anchor()
+        return source.anchor()
 
 
 @dataclass(frozen=True)
 class Start(Model):
-    """What the replicas of a run start from: the anchor, or under a probed head."""
+    """The initial model of a run's replicas: the anchor, or the anchor with a probed head."""
 
     key_name: ClassVar[str] = "Start"
 
     run: Run
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return weights.start(self.run)
+        return source.start(self.run)
 
 
 @dataclass(frozen=True)
 class Replica(Model):
-    """One fine-tuned model, w_i; at the end of an epoch, or of the run (None)."""
+    """A single fine-tuned model, w_i, at an epoch or at the end of the run (None)."""
 
     key_name: ClassVar[str] = "Replica"
 
@@ -147,22 +145,22 @@ class Replica(Model):
     index: int = 0
     epoch: float | None = None
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return weights.replica(self.run, self.index, self.epoch)
+        return source.replica(self.run, self.index, self.epoch)
 
 
 @dataclass(frozen=True)
 class Merged(Model):
-    """What a run with merges ends in."""
+    """The last merged model of a run with merging."""
 
     key_name: ClassVar[str] = "Merged"
 
     run: Run
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return weights.merged(self.run)
+        return source.merged(self.run)
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,15 @@ class Mean(Model):
 
     key_name: ClassVar[str] = "Mean"
 
-    of: tuple[Model, ...]
+    models: tuple[Model, ...]
 
-    def build(self, weights: Weights) -> PyTree:
-        """See `Model`; one model at a time is in memory beside the sum."""
-        total = self.of[0].build(weights)
-        for number, one in enumerate(self.of[1:], 2):
-            model = one.build(weights)
-            total = jax.tree.map(lambda m, w, n=number: m + (w - m) / n, total, model)
-        return total
+    def build(self, source: ModelSource) -> PyTree:
+        """See `Model`; only one model and the sum are in memory at a time."""
+        mean = self.models[0].build(source)
+        for number, model in enumerate(self.models[1:], 2):
+            weights = model.build(source)
+            mean = jax.tree.map(lambda m, w, n=number: m + (w - m) / n, mean, weights)
+        return mean
 
 
 @dataclass(frozen=True)
@@ -188,42 +186,42 @@ class Merge(Model):
 
     key_name: ClassVar[str] = "Merge"
 
-    of: tuple[Model, ...]
+    models: tuple[Model, ...]
     method: str = "model_stock"
     unit: str = "tensor"
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return merge_of(weights, self.of, self.method, self.unit)[0]
+        return merge_of(source, self.models, self.method, self.unit)[0]
 
 
 @dataclass(frozen=True)
 class MergeFrom(Model):
-    """Equation 3 of models that started elsewhere than at the anchor."""
+    """Equation 3 for models with an initial model other than the anchor."""
 
     key_name: ClassVar[str] = "MergeFrom"
 
-    of: tuple[Model, ...]
+    models: tuple[Model, ...]
     start: Model
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        merged, _ = merging.model_stock(self.start.build(weights), stacked(weights, self.of))
+        merged, _ = merging.model_stock(self.start.build(source), stacked(source, self.models))
         return merged
 
 
 @dataclass(frozen=True)
 class Between(Model):
-    """A point of the line from the anchor through a model, w0 + alpha (w - w0): WiSE-FT's curve."""
+    """A point of a model's WiSE-FT curve, w0 + alpha (w - w0)."""
 
     key_name: ClassVar[str] = "Between"
 
     model: Model
     alpha: float
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return plane(weights.anchor(), self.model.build(weights), None, self.alpha, 0.0)
+        return plane(source.anchor(), self.model.build(source), None, self.alpha, 0.0)
 
 
 @dataclass(frozen=True)
@@ -237,81 +235,80 @@ class InPlane(Model):
     x: float
     y: float
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        u, v = self.u.build(weights), self.v.build(weights)
-        return plane(weights.anchor(), u, v, self.x, self.y)
+        u, v = self.u.build(source), self.v.build(source)
+        return plane(source.anchor(), u, v, self.x, self.y)
 
 
 @dataclass(frozen=True)
 class Noisy(Model):
-    """The mean of models and Gaussian noise, of each tensor's own size (Figure 4).
+    """The mean of models plus Gaussian noise, scaled separately for each tensor (Figure 4).
 
         w = mean_i(w_i) + scale s z,  z ~ N(0, I),
 
-    where s^2 is the tensor's variance over the models (and over its elements): at scale 1 such a
-    model lies as far from the center as a fine-tuned one.
+    where s^2 is the tensor's variance over the models, averaged over its elements. At scale 1 the
+    distance to the center equals that of a fine-tuned model.
     """
 
     key_name: ClassVar[str] = "Noisy"
 
-    of: tuple[Model, ...]
+    models: tuple[Model, ...]
     scale: float
     seed: int
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return noisy(stacked(weights, self.of), self.scale, jax.random.key(self.seed))
+        return noisy(stacked(source, self.models), self.scale, jax.random.key(self.seed))
 
 
 @dataclass(frozen=True)
 class Best(Model):
-    """The model with the highest accuracy on the validation set; the first of equals."""
+    """The model with the highest accuracy on the validation set; the first one of a tie."""
 
     key_name: ClassVar[str] = "Best"
 
-    of: tuple[Model, ...]
+    models: tuple[Model, ...]
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        return max(self.of, key=weights.held_out).build(weights)
+        return max(self.models, key=source.held_out).build(source)
 
 
 @dataclass(frozen=True)
 class Greedy(Model):
-    """The greedy soup, chosen on the validation set (Wortsman et al. 2022, Recipe 1)."""
+    """The greedy soup, selected on the validation set (Wortsman et al. 2022, Recipe 1)."""
 
     key_name: ClassVar[str] = "Greedy"
 
-    of: tuple[Model, ...]
+    models: tuple[Model, ...]
 
-    def build(self, weights: Weights) -> PyTree:
+    def build(self, source: ModelSource) -> PyTree:
         """See `Model`."""
-        loaders = [partial(one.build, weights) for one in self.of]
-        scores = [weights.held_out(one) for one in self.of]
-        return merging.greedy_soup(None, loaders, weights.validate, scores=scores).params
+        loaders = [partial(model.build, source) for model in self.models]
+        scores = [source.held_out(model) for model in self.models]
+        return merging.greedy_soup(None, loaders, source.validate, scores=scores).params
 
 
 def merge_of(
-    weights: Weights, models: Sequence[Model], method: str = "model_stock", unit: str = "tensor"
+    source: ModelSource, models: Sequence[Model], method: str = "model_stock", unit: str = "tensor"
 ) -> tuple[PyTree, merging.Stats]:
-    """Models merged by a method of `Merge`, and the merge's measures."""
-    own = method == "unclamped"
-    merge = unclamped if own else getattr(merging, method)
-    replicas = stacked(weights, models)
-    return merge(weights.anchor(), replicas, unit=unit, num_heads=weights.num_heads)
+    """Merge models by a method of `Merge`; return the merged weights and `Stats`."""
+    merge = unclamped if method == "unclamped" else getattr(merging, method)
+    replicas = stacked(source, models)
+    return merge(source.anchor(), replicas, unit=unit, num_heads=source.num_heads)
 
 
-def stacked(weights: Weights, models: Sequence[Model]) -> PyTree:
-    """Models as one tree with a leading axis."""
-    return merging.stack_replicas([model.build(weights) for model in models])
+def stacked(source: ModelSource, models: Sequence[Model]) -> PyTree:
+    """Return models as one tree with a leading replica axis."""
+    return merging.stack_replicas([model.build(source) for model in models])
 
 
 def plane(w0: PyTree, u: PyTree, v: PyTree | None, x: float, y: float) -> PyTree:
-    """w0 + x (u - w0) + y (v - w0); v may be None.
+    """Return w0 + x (u - w0) + y (v - w0); v may be None.
 
-    In the weights' own float32, as all points of the ledger were made: merges and planes of
-    `merging` sum in float64, and differ in the last bit of many weights.
+    Computes in the weights' float32, as for all points in the ledger. Merges and planes of
+    `merging` sum in float64 and differ in the last bit of many weights.
     """
     along = jax.tree.map(lambda a, b: a + x * (b - a), w0, u)
     if v is None:
@@ -321,21 +318,18 @@ def plane(w0: PyTree, u: PyTree, v: PyTree | None, x: float, y: float) -> PyTree
 
 @jax.jit
 def noisy(models: PyTree, scale: float, key: jax.Array) -> PyTree:
-    """See `Noisy`; a leading axis runs over the models.
+    """See `Noisy`; `models` has a leading replica axis.
 
-    The size is the models' deviation, so that a draw's distance varies as a model's does;
-    `merging.random_point` brings each draw to one given distance.
+    The noise has the models' standard deviation, so the distance of a draw varies like that of a
+    model. `merging.random_point` instead scales each draw to a fixed distance.
     """
     leaves, structure = jax.tree.flatten(models)
     keys = jax.random.split(key, len(leaves))
-    drawn = [
+    noisy_leaves = [
         w.mean(0) + scale * jnp.sqrt(w.var(0, ddof=1).mean()) * jax.random.normal(k, w.shape[1:])
         for k, w in zip(keys, leaves, strict=True)
     ]
-    return jax.tree.unflatten(structure, drawn)
-
-
-# Merges that only a study makes: what Model Stock would be without one of its rules.
+    return jax.tree.unflatten(structure, noisy_leaves)
 
 
 def unclamped(
@@ -345,16 +339,18 @@ def unclamped(
     *,
     num_heads: int | Mapping[str, int] | None = None,
 ) -> tuple[Any, Stats]:
-    """Equation 3 where cos <= 0 as well: t = N cos / (1 + (N - 1) cos), below zero there.
+    """Merge by equation 3 without clamping: t = N cos / (1 + (N - 1) cos) < 0 if cos < 0.
+
+    Only studies use this control.
 
     Args:
-      pretrained: as `model_stock`.
-      finetuned: as `model_stock`.
-      unit: as `model_stock`.
-      num_heads: as `model_stock`.
+      pretrained: as for `model_stock`.
+      finetuned: as for `model_stock`.
+      unit: as for `model_stock`.
+      num_heads: as for `model_stock`.
 
     Returns:
-      The merged tree, and `Stats`.
+      The merged tree and `Stats`.
 
     Example:
       >>> w0 = {"w": jnp.zeros(2)}
@@ -363,17 +359,19 @@ def unclamped(
       -2.0
     """
     merged, stats, _ = merge(
-        _equation_3_everywhere, pretrained, finetuned, unit=unit, num_heads=num_heads
+        _unclamped_equation_3, pretrained, finetuned, unit=unit, num_heads=num_heads
     )
     return merged, stats
 
 
-def _equation_3_everywhere(gram, single) -> UnitSolution:
-    seen = measure(gram)
-    number = jnp.maximum(seen.num_active, 1.0)
-    # 0 / 0 of two opposite task vectors: their mean is the anchor, whatever t.
-    below = 1.0 + (number - 1.0) * seen.cosine
-    ratio = jnp.where(below > 0, number * seen.cosine / jnp.where(below > 0, below, 1.0), 0.0)
-    ratio = jnp.where(single | (seen.num_active < 2), 1.0, ratio)
-    share = jnp.where(seen.active, (ratio / number)[None], 0.0)
-    return solve_with_coefficients(gram, seen, single, share)
+def _unclamped_equation_3(gram, is_scalar) -> UnitSolution:
+    stats = measure(gram)
+    number = jnp.maximum(stats.num_active, 1.0)
+    # Two opposite task vectors give 0 / 0. Their mean is the anchor for every t.
+    divisor = 1.0 + (number - 1.0) * stats.cosine
+    ratio = jnp.where(
+        divisor > 0, number * stats.cosine / jnp.where(divisor > 0, divisor, 1.0), 0.0
+    )
+    ratio = jnp.where(is_scalar | (stats.num_active < 2), 1.0, ratio)
+    coefficients = jnp.where(stats.active, (ratio / number)[None], 0.0)
+    return solve_with_coefficients(gram, stats, is_scalar, coefficients)

@@ -1,4 +1,4 @@
-"""Figures that only studies draw: those of the paper, WiSE-FT curves, accuracy against cost."""
+"""Figures of the studies: those of the paper, WiSE-FT curves, accuracy against training cost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Triangle(NamedTuple):
 
 
 class Period(NamedTuple):
-    """Two replicas from one merge to the next, on a plane through w0; see `series`."""
+    """Two replicas between two merges, on a plane through w0; see `series`."""
 
     start: Point
     first: Sequence[Point]
@@ -56,33 +56,33 @@ def near_the_center(
     center: float,
     path: str | Path | None = None,
 ) -> Figure:
-    """Accuracy against the distance to the center (the paper's Figure 4).
+    """Draw accuracy against distance to the center (the paper's Figure 4).
 
     Args:
       models: N -> (distance, accuracy) of means of N models.
       noise: scale -> (distance, accuracy) of random weights.
       center: accuracy of the center.
-      path: a .png file; None only draws.
+      path: a .png file; None draws without saving.
     """
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        drawn = np.array([point for points in noise.values() for point in points])
-        axes.plot(*drawn.T, "o", color=GRAY, ms=6, mfc="white", label="center + noise")
+        noisy = np.array([point for points in noise.values() for point in points])
+        axes.plot(*noisy.T, "o", color=GRAY, ms=6, mfc="white", label="center + noise")
         for (n, points), marker in zip(models.items(), "^Dsvph", strict=False):
-            name = "one model" if n == 1 else f"mean of {n}"
-            shade = VERMILION if n == 1 else BLUE
+            name = "single fine-tuned model" if n == 1 else f"uniform mean of {n}"
+            color = VERMILION if n == 1 else BLUE
             axes.plot(
                 *np.array(points).T,
                 marker,
                 ls="",
-                color=shade,
+                color=color,
                 alpha=0.45 + 0.5 / n if n > 1 else 1,
                 ms=6,
                 label=name,
             )
         axes.plot(0, center, "*", color=BLACK, ms=14, label="center")
-        axes.set_xlabel("distance to the center")
+        axes.set_xlabel("L2 distance to center")
         axes.set_ylabel("in-distribution accuracy (%)")
         axes.legend()
 
@@ -94,21 +94,20 @@ def landscape(
     marks: Mapping[str, Point],
     path: str | Path | None = None,
 ) -> Figure:
-    """Test error on a plane (the paper's Figure 3).
+    """Draw the test error on a plane (the paper's Figure 3).
 
     Args:
       points: (x, y, error in percent), x and y in units of the weights.
-      marks: name -> place of the models.
-      path: a .png file; None only draws.
+      marks: name -> position of a model.
+      path: a .png file; None draws without saving.
     """
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         x, y, error = np.array(points).T
-        least = error.min()
-        # Far out the error is that of chance: steps grow, and colors go by the step, so that the
-        # basin can be seen.
-        levels = least + np.array([0, 0.5, 1, 2, 3, 5, 8, 12, 20, 40])
+        # Far from the basin, the error is that of guessing. Increasing steps, with one color per
+        # step, make the basin visible.
+        levels = error.min() + np.array([0, 0.5, 1, 2, 3, 5, 8, 12, 20, 40])
         norm = BoundaryNorm(levels, 256, extend="max")
         filled = axes.tricontourf(
             x, y, error, levels=levels, cmap="Blues_r", norm=norm, extend="max"
@@ -116,8 +115,8 @@ def landscape(
         axes.tricontour(x, y, error, levels=levels, colors="white", linewidths=0.5)
         figure.colorbar(filled, ax=axes, label="test error (%)", ticks=levels, format="%.1f")
         for name, (left, up) in marks.items():
-            shade = VERMILION if name == "center" else BLACK
-            axes.plot(left, up, "*" if name == "center" else "o", color=shade, ms=9, mec="white")
+            color = VERMILION if name == "center" else BLACK
+            axes.plot(left, up, "*" if name == "center" else "o", color=color, ms=9, mec="white")
             axes.annotate(
                 name, (left, up), (6, 6), textcoords="offset points", fontweight="bold",
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
@@ -133,17 +132,17 @@ def landscape(
 
 
 def dynamics(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
-    """Angle and norm over the epochs (the geometry of the paper's Figure 5).
+    """Draw angle and norm over the epochs (the geometry of the paper's Figure 5).
 
     Args:
       history: entries {"epoch", "kernels" and "biases": {"angle": of pairs, "norm": of models}}.
-      path: a .png file; None only draws.
+      path: a .png file; None draws without saving.
     """
 
     def fill(figure: Figure) -> None:
         panels = figure.subplots(1, 2)
         epochs = [entry["epoch"] for entry in history]
-        labels = {"angle": "angle (degrees)", "norm": "distance from the anchor"}
+        labels = {"angle": "angle (degrees)", "norm": "L2 distance to anchor"}
         for axes, (key, label) in zip(panels, labels.items(), strict=True):
             for what, color, marker in (("kernels", VERMILION, "o"), ("biases", SKY, "s")):
                 values = np.array([entry[what][key] for entry in history])
@@ -165,95 +164,94 @@ def dynamics(history: Sequence[Mapping[str, Any]], path: str | Path | None = Non
 
 
 def triangles(chosen: Mapping[str, Triangle], path: str | Path | None = None) -> Figure:
-    """The merge of two models on their plane (the paper's Figure 6).
+    """Draw the merge of two models on their plane (the paper's Figure 6).
 
     Args:
-      chosen: a tensor's name -> its triangle, a panel each.
-      path: a .png file; None only draws.
+      chosen: name of a tensor -> its triangle; one panel per tensor.
+      path: a .png file; None draws without saving.
     """
 
     def fill(figure: Figure) -> None:
         panels = figure.subplots(1, len(chosen), squeeze=False)[0]
-        for axes, (name, one) in zip(panels, chosen.items(), strict=True):
-            corners = np.array([(0.0, 0.0), one.first, one.second])
+        for axes, (name, triangle) in zip(panels, chosen.items(), strict=True):
+            corners = np.array([(0.0, 0.0), triangle.first, triangle.second])
             axes.fill(*corners.T, color=GRAY, alpha=0.2, lw=0)
-            axes.plot([0, one.mean], [0, 0], "--", color=BLACK, lw=1)
-            axes.plot(*np.array([one.first, one.second]).T, "--", color=BLACK, lw=1)
-            places = {
+            axes.plot([0, triangle.mean], [0, 0], "--", color=BLACK, lw=1)
+            axes.plot(*np.array([triangle.first, triangle.second]).T, "--", color=BLACK, lw=1)
+            points = {
                 "$w_0$": ((0.0, 0.0), "s", BLACK, (-8, 9)),
-                "$w_1$": (one.first, "o", BLUE, (8, 4)),
-                "$w_2$": (one.second, "o", BLUE, (8, -12)),
-                "$w_{12}$": ((one.mean, 0.0), "D", SKY, (10, -4)),
-                "$w_H$": ((one.merged, 0.0), "*", VERMILION, (-27, 7)),
+                "$w_1$": (triangle.first, "o", BLUE, (8, 4)),
+                "$w_2$": (triangle.second, "o", BLUE, (8, -12)),
+                "$w_{12}$": ((triangle.mean, 0.0), "D", SKY, (10, -4)),
+                "$w_H$": ((triangle.merged, 0.0), "*", VERMILION, (-27, 7)),
             }
-            for label, (place, marker, color, off) in places.items():
-                axes.plot(*place, marker, color=color, ms=14 if marker == "*" else 8, mec="white")
-                axes.annotate(label, place, off, textcoords="offset points", fontsize=12)
-            axes.set_aspect("equal", adjustable="datalim")  # Panels of one height.
+            for label, (point, marker, color, offset) in points.items():
+                axes.plot(*point, marker, color=color, ms=14 if marker == "*" else 8, mec="white")
+                axes.annotate(label, point, offset, textcoords="offset points", fontsize=12)
+            axes.set_aspect("equal", adjustable="datalim")  # Panels of equal height.
             axes.margins(0.18)
             axes.grid(False)
             axes.set_axis_off()
             lines = textwrap.fill(name.replace(".", ". "), 40).replace(". ", ".")
-            axes.set_title(f"{lines}\nθ = {one.angle:.0f}°, t = {one.ratio:.3f}", fontsize=9)
+            axes.set_title(
+                f"{lines}\nθ = {triangle.angle:.0f}°, t = {triangle.ratio:.3f}", fontsize=9
+            )
 
     return draw(fill, (8.6, 4.2), path)
 
 
 def series(periods: Sequence[Period], path: str | Path | None = None) -> Figure:
-    """Replicas and their merges over the epochs (the paper's Figure 7).
+    """Draw replicas and their merges over the epochs (the paper's Figure 7).
 
     Args:
-      periods: in their order; w0 is the origin, and the last merged model lies on the first axis.
-      path: a .png file; None only draws.
+      periods: in order; w0 is the origin, and the last merged model is on the first axis.
+      path: a .png file; None draws without saving.
     """
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        for number, one in enumerate(periods, 1):
-            shade = 0.35 + 0.65 * number / len(periods)
-            for replica, color, marker in ((one.first, BLUE, "o"), (one.second, SKY, "^")):
+        for number, period in enumerate(periods, 1):
+            opacity = 0.35 + 0.65 * number / len(periods)
+            for replica, color, marker in ((period.first, BLUE, "o"), (period.second, SKY, "^")):
                 axes.plot(
-                    *np.array([one.start, *replica]).T,
+                    *np.array([period.start, *replica]).T,
                     "-",
                     marker=marker,
                     ms=4,
                     color=color,
-                    alpha=shade,
-                    label=f"$w_{1 + (replica is one.second)}$" if number == 1 else None,
+                    alpha=opacity,
+                    label=f"$w_{1 + (replica is period.second)}$" if number == 1 else None,
                 )
-            ends = np.array([one.first[-1], one.second[-1]])
+            ends = np.array([period.first[-1], period.second[-1]])
             axes.plot(*ends.T, ":", color=GRAY, lw=1)
-            # From the mean of the two back toward w0: what the ratio takes off.
+            # From the mean of the replicas toward w0, by the ratio.
             axes.annotate(
                 "",
-                one.merged,
-                one.mean,
+                period.merged,
+                period.mean,
                 arrowprops={"arrowstyle": "->", "color": VERMILION, "lw": 1.4},
             )
-            axes.plot(*one.mean, "D", color="white", mec=BLACK, ms=6)
-            axes.plot(*one.merged, "*", color=VERMILION, mec="white", ms=14, zorder=4)
+            axes.plot(*period.mean, "D", color="white", mec=BLACK, ms=6)
+            axes.plot(*period.merged, "*", color=VERMILION, mec="white", ms=14, zorder=4)
             axes.annotate(
                 f"$w_H^{{({number})}}$",
-                one.merged,
+                period.merged,
                 (0, -18 if number % 2 else 12),
                 textcoords="offset points",
                 ha="center",
             )
-        axes.plot([], [], "D", color="white", mec=BLACK, ms=6, label="$w_{12}$, their mean")
+        axes.plot([], [], "D", color="white", mec=BLACK, ms=6, label="$w_{12}$, mean")
         axes.plot([], [], "*", color=VERMILION, ms=12, label="$w_H$, merged")
         axes.plot(0, 0, "s", color=BLACK, ms=8, label="$w_0$, the anchor")
         axes.axhline(0, color=GRAY, lw=0.8, ls="--", zorder=1)
         axes.set_xlabel("along, from the anchor to the last merged model")
-        axes.set_ylabel("across, as the replicas part")
+        axes.set_ylabel("across, as the replicas diverge")
         axes.legend()
 
     return draw(fill, (8.6, 4.2), path)
 
 
-# Charts of accuracies: WiSE-FT curves side by side, and accuracy against cost.
-
-
-# Each line has a marker of its own, so that a print without colors can be read.
+# Each line has a different marker, so that the figure is readable without colors.
 _COLORS = (GRAY, SKY, ORANGE, BLUE, PURPLE, VERMILION, GREEN)
 _MARKERS = "oDsP^v<>XhpdH8"
 
@@ -264,34 +262,35 @@ def wise_ft_curves(
     *,
     strong: Collection[str] = (),
 ) -> Figure:
-    """Accuracy in distribution against the shifts along w0 + alpha (w - w0), of each method.
+    """Draw in-distribution accuracy against avg. shifts along w0 + alpha (w - w0).
 
     Args:
-      curves: a method's label -> its curves, one a seed; means are drawn, and at alpha = 1 the
-        standard error over seeds.
-      path: a .png file; None only draws.
-      strong: labels whose lines stand out.
+      curves: label of a method -> its curves, one per seed. Means are drawn, with the standard
+        error over seeds at alpha = 1.
+      path: a .png file; None draws without saving.
+      strong: labels of highlighted lines.
     """
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         for number, (label, seeds) in enumerate(curves.items()):
-            middle = Curve(np.mean([one.points for one in seeds], axis=0).tolist())
+            mean = Curve(np.mean([curve.points for curve in seeds], axis=0).tolist())
             bold = label in strong
-            shade = _COLORS[number % len(_COLORS)]
+            color = _COLORS[number % len(_COLORS)]
             (x, dx), (y, dy) = (
-                mean_and_error(ends) for ends in zip(*(one.own for one in seeds), strict=True)
+                mean_and_error(ends)
+                for ends in zip(*(curve.endpoint for curve in seeds), strict=True)
             )
-            look = {"color": shade, "zorder": 3 if bold else 2}
-            axes.plot(*middle.dense, "-" if bold else "--", lw=2.4 if bold else 1.1, **look)
-            axes.plot(*np.array(middle.points)[:, 1:].T, ".", **look)
+            style = {"color": color, "zorder": 3 if bold else 2}
+            axes.plot(*mean.samples, "-" if bold else "--", lw=2.4 if bold else 1.1, **style)
+            axes.plot(*np.array(mean.points)[:, 1:].T, ".", **style)
             axes.errorbar(
                 x,
                 y,
                 yerr=dy,
                 xerr=dx,
                 fmt=_MARKERS[number % len(_MARKERS)],
-                color=shade,
+                color=color,
                 mec=BLACK,
                 mew=0.6,
                 ms=11 if bold else 7,
@@ -300,9 +299,9 @@ def wise_ft_curves(
                 zorder=4,
             )
         start = next(iter(curves.values()))[0].points[0]
-        axes.plot(*start[1:], "*", color=BLACK, ms=14, label="zero-shot", zorder=5)
+        axes.plot(*start[1:], "*", color=BLACK, ms=14, label="Zero-shot", zorder=5)
         axes.set_xlabel("in-distribution accuracy (%)")
-        axes.set_ylabel("average accuracy over the shifts (%)")
+        axes.set_ylabel("avg. shifts (%)")
         figure.legend(loc="outside right upper", title="marker: α = 1, line: α from 0")
 
     return draw(fill, (9.6, 5.2), path)
@@ -312,20 +311,20 @@ def costs(
     methods: Mapping[str, tuple[float, Sequence[float], Sequence[float]]],
     path: str | Path | None = None,
 ) -> Figure:
-    """Accuracy against what a model costs (the horizontal axis that the paper speaks of).
+    """Draw accuracy against the number of fine-tuning runs.
 
     Args:
-      methods: a label -> (cost in fine-tunings of one model, accuracies in distribution, averages
-        over the shifts), one of each a seed.
-      path: a .png file; None only draws.
+      methods: label -> (fine-tuning runs, in-distribution accuracies, averages over the shifts);
+        one accuracy per seed.
+      path: a .png file; None draws without saving.
     """
 
     def fill(figure: Figure) -> None:
         panels = figure.subplots(1, 2)
-        names = ("in-distribution accuracy (%)", "average accuracy over the shifts (%)")
-        for place, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        names = ("in-distribution accuracy (%)", "avg. shifts (%)")
+        for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
             for number, (label, (cost, *accuracies)) in enumerate(methods.items()):
-                mean, error = mean_and_error(accuracies[place])
+                mean, error = mean_and_error(accuracies[index])
                 axes.errorbar(
                     cost,
                     mean,
@@ -343,7 +342,7 @@ def costs(
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
             axes.margins(0.12)
-            axes.set_xlabel("cost (fine-tunings of one model)")
+            axes.set_xlabel("fine-tuning runs")
             axes.set_ylabel(name)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)

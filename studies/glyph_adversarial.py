@@ -1,10 +1,10 @@
-"""Chooses set A: images that a convolutional network trained on ID gets wrong.
+"""Select shift A: images that a convolutional network trained on ID misclassifies.
 
     python -m studies.glyph_adversarial
 
-trains the network (about a minute on two cores), goes through the pool and writes
-`adversarial.json`, which is committed: nobody needs to run this again, and other machines'
-rounding cannot change the set.
+This trains the network (about a minute on two cores), classifies the pool and writes
+`adversarial.json`. The file is committed, so the command does not need to run again, and the
+rounding of other machines cannot change the set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from modelstock_jax.errors import UserError
 
 SIZE = 2000
 LOOKALIKES = ("0Oo", "1Il", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")
-"""Characters that differ in size or place alone: to confuse them is not held to be an error."""
+"""Characters that differ only in size or position; confusing them does not count as an error."""
 
 _EPOCHS = 24
 _BATCH = 128
@@ -34,7 +34,7 @@ _WIDTHS = (32, 64, 96)
 
 
 def init(key: jax.Array) -> dict:
-    """Weights of a network of three 3 x 3 convolutions and one linear map."""
+    """Initialize a network of three 3 x 3 convolutions and one linear layer."""
     keys = jax.random.split(key, len(_WIDTHS) + 1)
     he = jax.nn.initializers.he_normal()
     params, channels = {}, 3
@@ -48,7 +48,7 @@ def init(key: jax.Array) -> dict:
 
 
 def apply(params: dict, images: jax.Array) -> jax.Array:
-    """Logits [B, 62] of uint8 images [B, 24, 24, 3]."""
+    """Return logits [B, 62] of uint8 images [B, 24, 24, 3]."""
     x = images.astype(jnp.float32) / 127.5 - 1.0
     x = x - x.mean(axis=(1, 2), keepdims=True)
     for i in range(len(_WIDTHS)):
@@ -63,7 +63,7 @@ def apply(params: dict, images: jax.Array) -> jax.Array:
 
 
 def train(train_set: ImageSet, seed: int = 0, epochs: int = _EPOCHS) -> dict:
-    """Weights after AdamW on the set, with shifts of up to 2 pixels."""
+    """Train with AdamW and translations of up to 2 pixels; return the weights."""
     rng = np.random.default_rng(seed)
     steps = epochs * (len(train_set) // _BATCH)
     tx = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=0.05)
@@ -91,14 +91,16 @@ def train(train_set: ImageSet, seed: int = 0, epochs: int = _EPOCHS) -> dict:
 
 
 def predict(params: dict, images: np.ndarray) -> np.ndarray:
-    """Classes int32 [M] of images uint8 [M, 24, 24, 3]."""
-    run = jax.jit(lambda params, batch: apply(params, batch).argmax(axis=-1))
-    parts = [run(params, images[start : start + 1024]) for start in range(0, len(images), 1024)]
+    """Return int32 classes [M] of uint8 images [M, 24, 24, 3]."""
+    classify = jax.jit(lambda params, batch: apply(params, batch).argmax(axis=-1))
+    parts = [
+        classify(params, images[start : start + 1024]) for start in range(0, len(images), 1024)
+    ]
     return np.concatenate(jax.device_get(parts)).astype(np.int32)
 
 
 def is_error(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """Whether, [M], the prediction is neither the label nor a lookalike of it."""
+    """Return [M] whether each prediction is neither the label nor a lookalike of it."""
     group = np.arange(len(CHARACTERS))
     for lookalikes in LOOKALIKES:
         members = [CHARACTERS.index(character) for character in lookalikes]
@@ -107,12 +109,14 @@ def is_error(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
 
 
 def choose(seed: int = 0) -> dict:
-    """Set A as a JSON object: indices into the pool, and each image's mean as a fingerprint."""
+    """Return shift A as JSON: indices into the pool, and the mean of each image as a checksum."""
     params = train(sets.training_set(seed), seed)
     images, labels = sets.pool(np.arange(sets.POOL_SIZE))
     wrong = np.flatnonzero(is_error(labels, predict(params, images)))
     if len(wrong) < SIZE:
-        raise UserError(f"the network errs on {len(wrong)} images of the pool, fewer than {SIZE}")
+        raise UserError(
+            f"the network misclassifies {len(wrong)} images of the pool; shift A needs {SIZE}"
+        )
     indices = wrong[:SIZE]
     means = images[indices].astype(np.float64).mean(axis=(1, 2, 3))
     return {
@@ -124,13 +128,18 @@ def choose(seed: int = 0) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the file."""
-    parser = argparse.ArgumentParser(description="Choose the images of set A.")
-    parser.add_argument("--out", type=pathlib.Path, default=sets.ADVERSARIAL_FILE)
+    """Write the file."""
+    parser = argparse.ArgumentParser(description="Select the images of shift A.")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=sets.ADVERSARIAL_FILE,
+        help="output file (default: %(default)s)",
+    )
     out = parser.parse_args(argv).out
     chosen = choose()
     out.write_text(json.dumps(chosen) + "\n")
-    print(f"{out}: {SIZE} of {chosen['errors_in_pool']} errors in {sets.POOL_SIZE} images")
+    print(f"{out}: {SIZE} of {chosen['errors_in_pool']} misclassified of {sets.POOL_SIZE} images")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finished measurements, a line of JSON each; locks by which processes share the work."""
+"""Finished measurements, one line of JSON each, and locks with which processes share work."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _FIELDS = {"key": str, "what": str, "seconds": (int, float), "commit": str}
 class Ledger:
     """A file of lines {"key", "what", "value", "seconds", "commit"}; appended to, never rewritten.
 
-    Several processes may add to it. A line torn by a crash, or not of these, is passed over: its
-    measurement is made again.
+    Several processes may append to it. Lines that a crash truncated, and lines in another format,
+    are ignored: their measurements run again.
 
     Args:
-      path: made when the first line is added.
+      path: created with the first line.
 
     Raises:
-      UserError: if it cannot be read.
+      UserError: if the file cannot be read.
 
     Example:
       >>> import tempfile
@@ -41,10 +41,10 @@ class Ledger:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads what other processes have added.
+        """Read the lines that other processes have appended.
 
         Raises:
-          UserError: if it cannot be read.
+          UserError: if the file cannot be read.
         """
         try:
             entries = read_lines(self._path)
@@ -52,10 +52,10 @@ class Ledger:
             return
         except OSError as error:
             raise UserError(f"cannot read {self._path}: {error}; move it away") from error
-        self._lines |= {entry["key"]: entry for entry in entries if _fits(entry)}
+        self._lines |= {entry["key"]: entry for entry in entries if _is_valid(entry)}
 
     def look_for(self, key: str) -> bool:
-        """Whether it is here, or another process has added it since."""
+        """Return whether the ledger contains a key; read the file again if needed."""
         if key not in self._lines:
             self.refresh()
         return key in self._lines
@@ -67,10 +67,10 @@ class Ledger:
         return self._lines[key]["value"]
 
     def add(self, key: str, *, value: Any, what: str, seconds: float, commit: str) -> None:
-        """Appends a line, on disk when this returns.
+        """Append a line and flush it to disk.
 
         Raises:
-          UserError: if it cannot be written.
+          UserError: if the file cannot be written.
         """
         entry = {
             "key": key,
@@ -86,17 +86,19 @@ class Ledger:
                 flush(lock.file)
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror}; make room, and the same command "
-                "goes on"
+                f"cannot write {self._path}: {error.strerror}; free some disk space and run the "
+                "same command again to resume"
             ) from error
         self._lines[key] = entry
 
-    def rate(self, what: str, work: Callable[[Any], float] = lambda value: 1) -> float | None:
-        """The median time of a unit of work in measurements of a kind; None if there is none.
+    def median_seconds(
+        self, what: str, work: Callable[[Any], float] = lambda value: 1
+    ) -> float | None:
+        """Return the median time per unit of work; None without measurements of this kind.
 
         Args:
-          what: the kind.
-          work: value -> units of work that it took.
+          what: kind of measurement.
+          work: value -> units of work.
         """
         times = []
         for entry in self._lines.values():
@@ -106,38 +108,35 @@ class Ledger:
         return sorted(times)[len(times) // 2] if times else None
 
     def commits(self, keys: Iterable[str]) -> list[str]:
-        """The commits that measured these keys, each once."""
+        """Return the commits that measured these keys, without duplicates."""
         return sorted({self._lines[key]["commit"] for key in keys})
 
 
-def _fits(entry: Mapping[str, Any]) -> bool:
-    """Whether a line is one of a ledger's."""
-    of_kinds = (isinstance(entry.get(name), kind) for name, kind in _FIELDS.items())
-    return "value" in entry and all(of_kinds)
+def _is_valid(entry: Mapping[str, Any]) -> bool:
+    """Return whether a line has the ledger's fields and types."""
+    has_types = (isinstance(entry.get(name), kind) for name, kind in _FIELDS.items())
+    return "value" in entry and all(has_types)
 
 
-# Work that several processes share: who claims a piece does it, and the others take the next.
+Task = TypeVar("Task")
 
-
-Piece = TypeVar("Piece")
-
-# Between two looks at what others are doing; a piece takes a second to days.
-_SECONDS = 0.5
+# Time between two looks at the work of other processes; a task takes a second to days.
+_POLL_SECONDS = 0.5
 
 
 @contextlib.contextmanager
 def lock_run(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
-    """Whether the piece is this process's, until the block ends or the process does.
+    """Lock a task until the block or the process ends; yield whether this process has the lock.
 
-    A lock on DIRECTORY/NAME.lock; where a file system has none, every process is as if alone.
+    The lock is on DIRECTORY/NAME.lock. On a file system without locks, every process gets it.
 
     Args:
-      directory: made if missing; on a disk that the processes share.
-      name: of the piece.
-      wait: until whoever has it is done.
+      directory: created if missing; on a disk that the processes share.
+      name: of the task.
+      wait: wait until the process that has the lock frees it.
 
     Raises:
-      UserError: if nothing can be written there.
+      UserError: if the lock file cannot be written.
     """
     path = directory / f"{name}.lock"
     try:
@@ -147,51 +146,53 @@ def lock_run(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool
     with lock:
         yield lock.held
         if lock.held:
-            # Whoever still comes to the old file finds the piece done.
+            # A process that still has the old file open finds the task done.
             path.unlink(missing_ok=True)
 
 
 def work_queue(
     directory: Path,
-    pieces: Mapping[str, Piece],
-    done: Callable[[str], bool],
-    waits: Callable[[int], None] = lambda count: None,
-    after: Mapping[str, Collection[str]] | None = None,
-) -> Iterator[Piece]:
-    """The pieces that are not done and that no other process is at; ends when all are done.
+    tasks: Mapping[str, Task],
+    is_done: Callable[[str], bool],
+    on_wait: Callable[[int], None] = lambda count: None,
+    dependencies: Mapping[str, Collection[str]] | None = None,
+) -> Iterator[Task]:
+    """Yield the tasks that are not done and that no other process works on, until all are done.
 
-    A piece is claimed until the next is asked for. What another process gave up is taken over.
+    A task is locked until the next one is requested. Tasks that another process gave up are taken
+    over.
 
     Args:
-      directory: of the locks.
-      pieces: by name, in the order in which they are done.
-      done: name -> whether anyone has done it.
-      waits: told of the number of pieces whenever only others', and what needs them, are left and
-        it has changed.
-      after: name -> the pieces that must be done before it.
+      directory: of the lock files.
+      tasks: name -> task, in order of execution.
+      is_done: name -> whether any process has done the task.
+      on_wait: called with the number of remaining tasks whenever all of them belong to other
+        processes, or depend on such tasks, and the number has changed.
+      dependencies: name -> names of the tasks that must be done before it.
 
     Example:
       >>> import tempfile
       >>> results = {"a": 1}
-      >>> for piece in work_queue(Path(tempfile.mkdtemp()), {"a": "a", "b": "b"}, results.__contains__):
-      ...     results[piece] = 2
+      >>> tasks = {"a": "a", "b": "b"}
+      >>> for task in work_queue(Path(tempfile.mkdtemp()), tasks, results.__contains__):
+      ...     results[task] = 2
       >>> results
       {'a': 1, 'b': 2}
     """
-    left, told, after = dict(pieces), 0, after or {}
-    while left:
+    remaining, reported, dependencies = dict(tasks), 0, dependencies or {}
+    while remaining:
         found = False
-        for name in list(left):
-            if any(needed in left for needed in after.get(name, ())):
+        for name in list(remaining):
+            if any(needed in remaining for needed in dependencies.get(name, ())):
                 continue
-            with lock_run(directory, name) as ours:
-                if ours and not done(name):
+            with lock_run(directory, name) as locked:
+                if locked and not is_done(name):
                     found = True
-                    yield left[name]
-                if ours:
-                    del left[name]
-        if left and not found:
-            if len(left) != told:
-                waits(len(left))
-                told = len(left)
-            time.sleep(_SECONDS)
+                    yield remaining[name]
+                if locked:
+                    del remaining[name]
+        if remaining and not found:
+            if len(remaining) != reported:
+                on_wait(len(remaining))
+                reported = len(remaining)
+            time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""A study's page (tables, figures, verdicts; one anchor or several), and the page of all claims."""
+"""A study's page (tables, figures, verdicts; one or more anchors), and the page of all claims."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from studies.study import Claim, Study, StudyReport, Verdict, cell
 def write(
     study: Study, reports: Mapping[str, StudyReport], directory: Path, details: Mapping[str, Any]
 ) -> Path:
-    """Writes NAME.json, NAME.md and the figures; of several anchors NAME_anchors.json and .md.
+    """Write NAME.json, NAME.md and the figures; for several anchors NAME_anchors.json and .md.
 
     Args:
-      study: what was studied.
-      reports: an anchor's name -> what was found from it; the config's own comes first.
+      study: the study.
+      reports: name of an anchor -> report from it; the config's anchor comes first.
       directory: of all studies.
-      details: seeds, commits, data and command, for the JSON file and the page's last line.
+      details: seeds, commits, data and command, for the JSON file and the last line of the page.
 
     Returns:
       The page's path.
@@ -35,51 +35,53 @@ def write(
             {
                 "text": text,
                 "where": joint.where,
-                "here": [claim.here() if claim else "–" for claim in joint.claims.values()],
+                "here": [claim.result() if claim else "–" for claim in joint.claims.values()],
                 "verdict": joint.verdict,
             }
-            for text, joint in together(reports).items()
+            for text, joint in joint_claims(reports).items()
         ]
     write_json(directory / f"{stem}.json", document)
     lines = [f"# {study.title}", "", study.about, ""]
     if further:
-        lines += _together(reports)
+        lines += _joint_table(reports)
     for number, (name, report) in enumerate(reports.items(), 1):
         if further:
             lines += [f"## Anchor `{name}`", ""]
-        # The config's own anchor keeps the plain file names, with others beside it or without.
-        ending = "" if number == 1 else f"_anchor_{number}"
-        lines += _section(study, report, directory, ending)
-    seeds, commits = details["seeds"], ", ".join(details["commits"])
-    most = details.get("max_shift_images")
-    images = f" (of each shift at most {most:,} images)" if most else ""
-    lines += [
-        f"{_seeds(seeds)}; anchor{'s' * bool(further)} "
-        f"{', '.join(f'`{name}`' for name in reports)}, data `{details['data']}`{images}; "
-        f"measured at {commits}. `{details['command']}`",
-        "",
-    ]
+        # The config's anchor has the same file names with and without other anchors.
+        suffix = "" if number == 1 else f"_anchor_{number}"
+        lines += _section(study, report, directory, suffix)
+    lines += [_last_line(list(reports), details), ""]
     return write_text(directory / f"{stem}.md", "\n".join(lines))
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"Seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+def _last_line(anchors: Sequence[str], details: Mapping[str, Any]) -> str:
+    seeds = details["seeds"]
+    seed_text = f"Seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    anchor_text = f"anchor{'s' * (len(anchors) > 1)} {', '.join(f'`{name}`' for name in anchors)}"
+    max_images = details.get("max_shift_images")
+    images = f" (at most {max_images:,} images of each shift)" if max_images else ""
+    commits = details["commits"]
+    commit_text = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return (
+        f"{seed_text}; {anchor_text}; data `{details['data']}`{images}; measured at "
+        f"{commit_text}. Command: `{details['command']}`"
+    )
 
 
 def stems(study: Study) -> tuple[str, str]:
-    """Names of a study's two pages: of the config's own anchor, and of that beside others.
+    """Return the file stems of a study's two pages: the config's anchor, and several anchors.
 
-    They are apart, so that the one, for which nobody needs another anchor, is made again alone.
+    The first page is separate, so that it can be written without the other anchors.
     """
     return study.name, f"{study.name}_anchors"
 
 
-class Joint(NamedTuple):
-    """A claim that was read from several anchors.
+class JointClaim(NamedTuple):
+    """A claim that was measured from several anchors.
 
     Attributes:
       where: table, figure or section of the paper.
-      claims: an anchor's name -> the claim there, None where it has no meaning.
+      claims: name of an anchor -> its claim, None if it does not apply there.
     """
 
     where: str
@@ -87,30 +89,33 @@ class Joint(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """Seeds of one anchor say nothing of another, so they are not pooled.
+        """The verdict of all anchors that have the claim if they agree, else inconclusive.
 
-        Together a claim holds where it holds from each anchor that it was read from, does not
-        where it does not from each, and is else not decided.
+        Seeds of different anchors are not pooled, because seeds of one anchor contain no
+        information about another.
         """
         first, *others = {claim.verdict for claim in self.claims.values() if claim}
-        return "not decided" if others else first
+        return "inconclusive" if others else first
 
 
-def together(reports: Mapping[str, StudyReport]) -> dict[str, Joint]:
-    """The claims that were read from more than one anchor, by their text.
+def joint_claims(reports: Mapping[str, StudyReport]) -> dict[str, JointClaim]:
+    """Return the claims that were measured from more than one anchor, by their text.
 
-    >>> claims = [Claim("a", "", [1.0, 1.1])], [Claim("a", "", [1.0, -1.0]), Claim("b", "", [1.0])]
-    >>> found = together({"one": Report(claims=claims[0]), "two": Report(claims=claims[1])})
-    >>> {text: joint.verdict for text, joint in found.items()}
-    {'a': 'not decided'}
+    >>> first = StudyReport(claims=[Claim("a", "", [1.0, 1.1])])
+    >>> second = StudyReport(claims=[Claim("a", "", [1.0, -1.0]), Claim("b", "", [1.0])])
+    >>> joint = joint_claims({"one": first, "two": second})
+    >>> {text: claim.verdict for text, claim in joint.items()}
+    {'a': 'inconclusive'}
     """
-    found: dict[str, dict[str, Claim]] = {}
+    by_text: dict[str, dict[str, Claim]] = {}
     for name, report in reports.items():
         for claim in report.claims:
-            found.setdefault(claim.text, {})[name] = claim
+            by_text.setdefault(claim.text, {})[name] = claim
     return {
-        text: Joint(next(iter(claims.values())).where, {name: claims.get(name) for name in reports})
-        for text, claims in found.items()
+        text: JointClaim(
+            next(iter(claims.values())).where, {name: claims.get(name) for name in reports}
+        )
+        for text, claims in by_text.items()
         if len(claims) > 1
     }
 
@@ -122,7 +127,7 @@ def _document(report: StudyReport) -> dict[str, Any]:
             {
                 "text": claim.text,
                 "where": claim.where,
-                "here": claim.here(),
+                "here": claim.result(),
                 "differences": claim.differences,
                 "unit": claim.unit,
                 "verdict": claim.verdict,
@@ -132,42 +137,75 @@ def _document(report: StudyReport) -> dict[str, Any]:
     }
 
 
-def _section(study: Study, report: StudyReport, directory: Path, ending: str) -> list[str]:
+def _section(study: Study, report: StudyReport, directory: Path, suffix: str) -> list[str]:
     lines = []
     for stem, draw in report.figures.items():
-        draw(directory / f"{stem}{ending}.png")
-        lines += [f"![{study.title}]({stem}{ending}.png)", ""]
+        draw(directory / f"{stem}{suffix}.png")
+        lines += [f"![{study.title}]({stem}{suffix}.png)", ""]
     for table in report.tables:
         lines += [table.markdown(), ""]
     if report.claims:
-        lines += ["| claim | where | here | verdict |", "|---|---|---:|---|"]
-        lines += [claim.line() for claim in report.claims]
+        lines += ["| claim | source | ours | verdict |", "|---|---|---:|---|"]
+        lines += [claim.row() for claim in report.claims]
         lines.append("")
     return lines + [f"- {note}" for note in report.notes] + [""] * bool(report.notes)
 
 
-def _together(reports: Mapping[str, StudyReport]) -> Sequence[str]:
+def _joint_table(reports: Mapping[str, StudyReport]) -> Sequence[str]:
     names = [f"`{name}`" for name in reports]
     lines = [
-        f"| from each anchor | {' | '.join(names)} | all |",
+        f"| claim | {' | '.join(names)} | all anchors |",
         "|---|" + "---|" * (len(names) + 1),
     ]
-    for text, joint in together(reports).items():
-        each = [
-            f"{claim.verdict}: {claim.here()}" if claim else "–" for claim in joint.claims.values()
+    for text, joint in joint_claims(reports).items():
+        cells = [
+            f"{claim.verdict}: {claim.result()}" if claim else "–"
+            for claim in joint.claims.values()
         ]
-        lines.append(f"| {cell(text)} | {' | '.join(each)} | **{joint.verdict}** |")
+        lines.append(f"| {cell(text)} | {' | '.join(cells)} | **{joint.verdict}** |")
     return [*lines, ""]
 
 
-# All claims at a glance: a page over the pages of the studies that have been run.
-
-
 PAGE = "README.md"
+_INTRODUCTION = (
+    "# Verdicts",
+    "",
+    "Each claim of the paper, measured on the synthetic benchmark. The claims compare methods; "
+    "absolute accuracies are not compared with the paper's. In the column *source*, *this project* "
+    "marks claims that are not in the paper.",
+    "",
+    "A value is the mean of paired differences ± its standard error over n seeds or disjoint "
+    "groups of models. Differences are positive if the claim is true. The verdict uses the 95 % "
+    "interval of Student's t:",
+    "",
+    "| verdict | interval of the difference |",
+    "|---|---|",
+    "| reproduced | is above zero |",
+    "| not reproduced | is below zero |",
+    "| inconclusive | contains zero |",
+    "",
+    "- A *bound* limits the mean difference or the mean deviation. The interval is then that of "
+    "the distance to the bound. n counts seeds, groups of models, tensors, epochs or draws of "
+    "noise; single ones may exceed the bound.",
+    "- All seeds share the test images, so standard errors do not include test-set sampling noise.",
+    "- For several anchors, the values are listed in the order of the anchors. A claim is "
+    "*reproduced* or *not reproduced* if it is so from each anchor, and *inconclusive* otherwise.",
+    "- IN-V2, IN-R, IN-Sketch, ObjectNet and IN-A are the synthetic counterparts of these shifts.",
+    "- *ID* is in-distribution accuracy. *avg. shifts* is the mean accuracy over the shifts, which "
+    "claims call *out of distribution*.",
+    "",
+    "`make studies` writes this page.",
+)
+# Words of pages that earlier versions wrote -> words now.
+_RENAMED_VERDICTS = {
+    "holds": "reproduced",
+    "does not hold": "not reproduced",
+    "not decided": "inconclusive",
+}
 
 
 def write_index(studies: Sequence[Study], directory: Path) -> Path:
-    """Writes the verdicts of every page in the directory.
+    """Write the verdicts of all pages in the directory on one page.
 
     Args:
       studies: in the order of the page.
@@ -177,18 +215,9 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
       The page's path.
     """
     lines = [
-        "# Verdicts",
+        *_INTRODUCTION,
         "",
-        "Whether what the paper says holds on the glyph world: orderings, never its absolute "
-        "numbers; claims of ours are marked so. Paired differences, mean ± standard error over n "
-        "seeds or disjoint groups of models; *holds* where the 95 % interval of Student's t lies "
-        "above zero, *does not hold* where it lies below, *not decided* where it holds zero. With "
-        "*at most*, the mean deviation is held against a bound, over n seeds, tensors, epochs or "
-        "draws of noise, of which some may lie beyond it. All seeds meet the same test images: "
-        "what chance there favors is in no error. Of several anchors, one under another, a claim "
-        "holds where it holds from each. Written by `make studies`.",
-        "",
-        "| study | claim | where | here | verdict |",
+        "| study | claim | source | ours | verdict |",
         "|---|---|---|---:|---|",
     ]
     for study in studies:
@@ -201,8 +230,8 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
 
 def _rows(name: str, path: Path) -> list[str]:
     try:
-        return _claims(path.stem, json.loads(path.read_text(encoding="utf-8")))
-    # Of an older version, or no longer whole.
+        return _claim_rows(path.stem, json.loads(path.read_text(encoding="utf-8")))
+    # Written by an older version, or truncated.
     except (ValueError, KeyError, TypeError, AttributeError):
         command = f"python -m studies {name}"
         if path.stem != name:
@@ -210,18 +239,19 @@ def _rows(name: str, path: Path) -> list[str]:
         return [f"| {path.stem} | cannot be read: run `{command}` | | | |"]
 
 
-def _claims(name: str, document: Mapping[str, Any]) -> list[str]:
-    anchors = len(document.get("further", ())) + 1
-    title = document["title"] + (f", from {anchors} anchors" if anchors > 1 else "")
+def _claim_rows(name: str, document: Mapping[str, Any]) -> list[str]:
+    num_anchors = len(document.get("further", ())) + 1
+    title = document["title"] + (f", from {num_anchors} anchors" if num_anchors > 1 else "")
     link = f"[{title}]({name}.md)"
-    # Of several anchors, what all of them were asked: the rest is on the first one's own page.
-    claims = document["together"] if anchors > 1 else document["claims"]
+    # Several anchors: only the claims of more than one; the others are on the first one's page.
+    claims = document["together"] if num_anchors > 1 else document["claims"]
     if not claims:
         return [f"| {link} | | | | |"]
     rows = []
     for number, claim in enumerate(claims):
-        here = claim["here"] if anchors == 1 else "<br>".join(claim["here"])
-        first, verdict = "" if number else link, f"**{claim['verdict']}**"
-        row = [first, cell(claim["text"]), claim["where"], here, verdict]
+        result = claim["here"] if num_anchors == 1 else "<br>".join(claim["here"])
+        verdict = _RENAMED_VERDICTS.get(claim["verdict"], claim["verdict"])
+        first = "" if number else link
+        row = [first, cell(claim["text"]), claim["where"], result, f"**{verdict}**"]
         rows.append(f"| {' | '.join(row)} |")
     return rows

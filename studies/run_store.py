@@ -1,4 +1,4 @@
-"""Trained replicas and pretrained anchors by content: made once, kept as safetensors."""
+"""Trained replicas and pretrained anchors, made once and stored by checksum as safetensors."""
 
 from __future__ import annotations
 
@@ -43,11 +43,9 @@ from modelstock_jax.training.trainer import Trainer, saved
 from studies.ledger import lock_run
 from studies.runs import Run, checksum, training_checksum
 
-# A tree of weights as one safetensors file.
-
 
 def write_tree(path: Path, tree: PyTree) -> None:
-    """Writes nested dicts of arrays, a leaf by its keys joined with dots.
+    """Write nested dicts of arrays to one safetensors file; names are keys joined with dots.
 
     Example:
       >>> import tempfile
@@ -60,17 +58,14 @@ def write_tree(path: Path, tree: PyTree) -> None:
 
 
 def read_tree(path: Path) -> PyTree:
-    """What `write_tree` wrote; NumPy arrays."""
+    """Read a file of `write_tree` as nested dicts of NumPy arrays."""
     files = TensorFiles(path)
     tree = unflatten({tuple(name.split(".")): files[name] for name in files})
     return jax.tree.map(np.asarray, tree)
 
 
-# What a study starts from: a CLIP, or a tower that is pretrained with labels when it is needed.
-
-
 PREFIX = "tower:"
-# How a tower is pretrained; chosen before any was fine-tuned.
+# Pretraining of a tower; chosen before any tower was fine-tuned.
 NUM_IMAGES = 20_480
 RECIPE = {
     "objective.name": "cross_entropy",
@@ -85,10 +80,10 @@ RECIPE = {
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-    """A pretrained model that is loaded, or made, when its weights are first asked for.
+    """A pretrained model that is loaded, or pretrained, when its weights are first needed.
 
     Attributes:
-      outline: the model; its weights may be shapes alone.
+      outline: the model; its weights may be shapes only.
       load: -> the model with its weights.
     """
 
@@ -96,11 +91,11 @@ class Anchor:
     load: Callable[[], Classifier]
 
 
-def opener(config: ConfigDict) -> Callable[[Benchmark, Path], Anchor]:
-    """(data, workdir) -> the anchor that `config.pretrained` names: a CLIP, or `tower:NAME`.
+def anchor_opener(config: ConfigDict) -> Callable[[Benchmark, Path], Anchor]:
+    """Return (data, workdir) -> the anchor of `config.pretrained`: a CLIP, or `tower:NAME`.
 
     Raises:
-      UserError: if there is no such model, or a tower is to see other images than the glyphs.
+      UserError: if there is no such model, or for a tower with data other than the glyphs.
     """
     name = config.pretrained
     if not name.startswith(PREFIX):
@@ -108,7 +103,7 @@ def opener(config: ConfigDict) -> Callable[[Benchmark, Path], Anchor]:
         return partial(_clip, config, checkpoint)
     if config.data.name != "glyphs":
         raise UserError(
-            f"pretrained={name}: towers are pretrained on the glyphs' broad world; "
+            f"pretrained={name}: towers are pretrained on the glyphs; "
             f"data.name={config.data.name!r} needs a CLIP"
         )
     tower.tower(name.removeprefix(PREFIX))
@@ -121,7 +116,7 @@ def _clip(config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, workdir: 
 
 
 def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
-    """As a run, a tower is known by all that its weights depend on, not by their bits."""
+    """Return a tower, identified by everything that its weights depend on, not by their bits."""
     name = config.pretrained.removeprefix(PREFIX)
     init = partial(tower.init, name, len(data.class_names), jax.random.key(0))
     recipe, shapes = _recipe(config), jax.eval_shape(init)
@@ -136,9 +131,9 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
 
     @functools.cache
     def load() -> Classifier:
-        place = f"{name}-{outline.fingerprint}"
-        path = workdir / "towers" / place / "model.safetensors"
-        with lock_run(workdir / "locks", f"tower-{place}", wait=True):
+        directory = f"{name}-{outline.fingerprint}"
+        path = workdir / "towers" / directory / "model.safetensors"
+        with lock_run(workdir / "locks", f"tower-{directory}", wait=True):
             if not path.is_file():
                 start = dataclasses.replace(outline, params=init(), fingerprint="")
                 _pretrain(recipe, start, data, workdir, path)
@@ -148,10 +143,10 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
 
 
 def _recipe(config: ConfigDict) -> ConfigDict:
-    one = single_replica_config(config)
-    one.update_from_flattened_dict(RECIPE)
-    one.seed = 0
-    return one
+    recipe = single_replica_config(config)
+    recipe.update_from_flattened_dict(RECIPE)
+    recipe.seed = 0
+    return recipe
 
 
 def _pretrain(
@@ -161,21 +156,23 @@ def _pretrain(
     title = f"{recipe.pretrained}: pretraining"
     trainer = make_trainer(recipe, start, broad, workdir, path.parent.name, title=title)
     params = jax.tree.map(lambda x: x[0], jax.device_get(trainer.run().state.params))
-    with new_directory(path.parent) as beside:
-        write_tree(beside / path.name, params)
-    shutil.rmtree(trainer.workdir)  # What is left of it are the optimizer's moments.
+    with new_directory(path.parent) as temporary:
+        write_tree(temporary / path.name, params)
+    shutil.rmtree(trainer.workdir)  # It still contains the optimizer state.
 
 
-# Files whose weights are held in memory.
-_HELD = 48
+_MAX_CACHED_FILES = 48
 
 
 class RunStore:
-    """What runs end in; each is trained when it is first asked for.
+    """The weights of runs; a run is trained when they are first needed.
 
-    A run is kept in workdir/trained/NAME: `replicas.safetensors` ([N, ...] a tensor),
-    `epoch_K.safetensors` where every epoch is kept (K may be 0.5 and the like; at a merge they are
-    the merged weights), `merged.safetensors` where replicas merge.
+    A run is stored in workdir/trained/NAME:
+
+    - `replicas.safetensors`: the replicas at the end, [N, ...] per tensor.
+    - `epoch_K.safetensors`: with `every_epoch`, the replicas at epoch K (K may be a fraction such
+      as 0.5; at a merge, they are the merged weights).
+    - `merged.safetensors`: the last merged model, if the run merges.
     """
 
     def __init__(
@@ -184,34 +181,34 @@ class RunStore:
         workdir: Path,
         anchor: Anchor,
         data: Benchmark,
-        fingerprint: str,
+        anchor_checksum: str,
         record: Callable[[list[Any], Any, float], None],
     ) -> None:
-        """Trains nothing yet.
+        """Create the store; train nothing.
 
         Args:
-          config: what every run starts from.
-          workdir: where runs are kept.
-          anchor: what every replica starts from.
-          data: its training set.
-          fingerprint: of the pretrained weights.
-          record: (key, value, seconds), told of each run that is trained to its end.
+          config: base config of every run.
+          workdir: where runs are stored.
+          anchor: initial model of every replica.
+          data: contains the training set.
+          anchor_checksum: of the pretrained weights.
+          record: called with (key, value, seconds) after each complete run.
         """
         self._record = record
         self._config, self._workdir = config, workdir
-        self._anchor, self._data, self._fingerprint = anchor, data, fingerprint
-        self._read = functools.lru_cache(_HELD)(read_tree)
-        # Runs that differ in their seed alone share compiled programs.
+        self._anchor, self._data, self._anchor_checksum = anchor, data, anchor_checksum
+        self._read = functools.lru_cache(_MAX_CACHED_FILES)(read_tree)
+        # Runs that differ only in their seed share compiled functions.
         self._last: tuple[str, Classifier, StepFunctions] | None = None
 
     def name(self, run: Run) -> str:
-        """The digest of all that the run's weights depend on."""
-        digest = training_checksum(run.config(self._config), self._fingerprint)
-        epochs = f"-epochs{run.per_epoch if run.per_epoch > 1 else ''}"
-        return f"{digest}-{run.seed}" + epochs * run.every_epoch
+        """Return the checksum of everything that the run's weights depend on, with its seed."""
+        run_checksum = training_checksum(run.config(self._config), self._anchor_checksum)
+        epochs = f"-epochs{run.saves_per_epoch if run.saves_per_epoch > 1 else ''}"
+        return f"{run_checksum}-{run.seed}" + epochs * run.every_epoch
 
     def weights(self, run: Run, part: str) -> PyTree:
-        """`replicas`, `epoch_K` or `merged` of a run.
+        """Return `replicas`, `epoch_K` or `merged` of a run; train it if needed.
 
         Raises:
           UserError: if the run has no such part.
@@ -219,15 +216,15 @@ class RunStore:
         directory = self.train(run)
         path = directory / f"{part}.safetensors"
         if not path.is_file():
-            raise UserError(f"{directory}: this run keeps no {part!r}")
+            raise UserError(f"{directory}: this run has no {part!r}")
         return self._read(path)
 
     def train(self, run: Run, title: str = "") -> Path:
-        """Trains a run unless it is here; its directory.
+        """Train a run unless it is stored; return its directory.
 
         Args:
-          run: what is trained.
-          title: what progress calls it; its replicas and seed where nothing is given.
+          run: the run.
+          title: shown with the progress; by default the replicas and the seed.
         """
         directory = self._workdir / "trained" / self.name(run)
         if not directory.is_dir():
@@ -235,21 +232,21 @@ class RunStore:
         return directory
 
     def title(self, run: Run) -> str:
-        """What a reader calls the run: its replicas and seed."""
+        """Return the run's replicas and seed as text."""
         count = run.config(self._config).num_replicas
         return f"{count} replicas, seed {run.seed}" if count > 1 else f"one model, seed {run.seed}"
 
     def start(self, run: Run) -> PyTree:
-        """What the run's replicas start from; LP-FT's probe is trained unless it is here."""
+        """Return the initial weights of the run's replicas; for LP-FT, those with a probed head."""
         return self._compiled(run.config(self._config))[0].params
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the base config."""
+        """Steps per epoch of the base config."""
         return self._task(self._config).steps_per_epoch
 
     def steps(self, run: Run) -> int:
-        """Optimizer steps of all replicas of a run together."""
+        """Return the optimizer steps of a run, summed over its replicas."""
         config = run.config(self._config)
         return self._task(config).num_steps * config.num_replicas
 
@@ -257,17 +254,18 @@ class RunStore:
         data, anchor = self._data, anchor or self._anchor.outline
         return make_task(config, anchor, len(data.train), data.augment)
 
-    def is_here(self, run: Run) -> bool:
-        """Whether the run has been trained."""
+    def is_trained(self, run: Run) -> bool:
+        """Return whether the run is stored."""
         return (self._workdir / "trained" / self.name(run)).is_dir()
 
     def _train(self, run: Run, directory: Path, title: str) -> None:
         config = run.config(self._config)
         begin = time.monotonic()
-        anchor, programs = self._compiled(config)
-        steps = programs.task.steps_per_epoch
+        anchor, step_functions = self._compiled(config)
+        steps = step_functions.task.steps_per_epoch
         if run.every_epoch:
-            config.checkpoint.keep, config.checkpoint.save_every_steps = 0, run.apart(steps)
+            config.checkpoint.keep = 0
+            config.checkpoint.save_every_steps = run.save_interval(steps)
         timeline = Timeline(None)
         trainer = make_trainer(
             config,
@@ -275,66 +273,73 @@ class RunStore:
             self._data,
             self._workdir,
             directory.name,
-            programs=programs,
+            programs=step_functions,
             timeline=timeline,
             title=title,
         )
-        with counted(timeline):  # A merge's time is without the compiler's.
+        with counted(timeline):  # Excludes compilation from the time of a merge.
             result = trainer.run()
         replicas = apply_tpgm(config, anchor, self._data, jax.device_get(result.state.params))
-        parts = {"replicas": _classified(anchor, replicas, config.num_replicas)}
+        parts = {"replicas": _as_classifiers(anchor, replicas, config.num_replicas)}
         if result.merged is not None:
             parts["merged"] = anchor.classify(jax.device_get(result.merged))
         if run.every_epoch:
-            parts |= _epochs(trainer, programs, steps)
+            parts |= _saved_epochs(trainer, step_functions, steps)
         seconds = time.monotonic() - begin
-        with new_directory(directory) as beside:
+        with new_directory(directory) as temporary:
             for name, tree in parts.items():
-                write_tree(beside / f"{name}.safetensors", tree)
+                write_tree(temporary / f"{name}.safetensors", tree)
         self._record(
             ["Trained", directory.name],
             {
                 "seed": run.seed,
                 "options": dict(run.options),
                 "replicas": config.num_replicas,
-                "steps": programs.task.num_steps,
+                "steps": step_functions.task.num_steps,
             },
             seconds,
         )
-        shutil.rmtree(trainer.workdir)  # What is left of it are the optimizer's moments.
+        shutil.rmtree(trainer.workdir)  # It still contains the optimizer state.
 
     def _compiled(self, config: ConfigDict) -> tuple[Classifier, StepFunctions]:
-        """What a run starts from, and its programs; those of the last run serve other seeds."""
-        key = training_checksum(config, self._fingerprint)
+        """Return a run's initial model and its step functions, which other seeds reuse."""
+        key = training_checksum(config, self._anchor_checksum)
         if self._last is None or self._last[0] != key:
-            # A probe is shared by all seeds, as Model Soups share theirs: it has the base's seed.
-            one = config.copy_and_resolve_references()
-            one.seed = self._config.seed
+            # All seeds share a probe, as in Model Soups. It is trained with the base config's seed.
+            probe_config = config.copy_and_resolve_references()
+            probe_config.seed = self._config.seed
             with lock_run(self._workdir / "locks", f"probe-{key}", wait=True):
                 anchor = linear_probe(
-                    one, self._anchor.load(), self._data, self._workdir / "probes" / key
+                    probe_config, self._anchor.load(), self._data, self._workdir / "probes" / key
                 )
-            programs = StepFunctions(config, self._task(config, anchor))
-            self._last = key, anchor, programs
+            step_functions = StepFunctions(config, self._task(config, anchor))
+            self._last = key, anchor, step_functions
         return self._last[1:]
 
 
-def _classified(anchor: Classifier, replicas: PyTree, count: int) -> PyTree:
-    """Replicas as classifiers, [N, ...] a leaf: FLYP's heads are made by its text towers."""
-    each = [anchor.classify(jax.tree.map(lambda x, r=r: x[r], replicas)) for r in range(count)]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+def _as_classifiers(anchor: Classifier, replicas: PyTree, count: int) -> PyTree:
+    """Return replicas as classifiers, [N, ...] per leaf; FLYP's heads come from its text towers."""
+    classifiers = [
+        anchor.classify(jax.tree.map(lambda x, r=r: x[r], replicas)) for r in range(count)
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *classifiers)
 
 
-def part(epoch: float) -> str:
-    """The file of the replicas at this time of their run.
+def epoch_file(epoch: float) -> str:
+    """Return the file stem of the replicas at an epoch of their run.
 
-    >>> part(2 / 1), part(12 / 32)
+    >>> epoch_file(2 / 1), epoch_file(12 / 32)
     ('epoch_2', 'epoch_0.375')
     """
     return f"epoch_{epoch:g}"
 
 
-def _epochs(trainer: Trainer, programs: StepFunctions, steps: int) -> dict[str, PyTree]:
-    like = saved(programs.abstract_state)
+def _saved_epochs(
+    trainer: Trainer, step_functions: StepFunctions, steps_per_epoch: int
+) -> dict[str, PyTree]:
+    like = saved(step_functions.abstract_state)
     with Checkpoints(trainer.workdir / "state", keep=0) as states:
-        return {part(step / steps): states.restore(step, like)["params"] for step in states.steps}
+        return {
+            epoch_file(step / steps_per_epoch): states.restore(step, like)["params"]
+            for step in states.steps
+        }

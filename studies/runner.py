@@ -1,4 +1,4 @@
-"""One call of the studies: what is missing, how long it takes, and then the studies themselves."""
+"""One call of the studies: what is missing, the time for it, and then the studies themselves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from rich.markup import escape
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.progress import duration
-from studies.bench import StudyContext
+from studies.context import StudyContext
 from studies.ledger import Ledger, work_queue
 from studies.measurements import Measurement
 from studies.pages import write
 from studies.runs import Run, runs_of
 from studies.study import Setup, Study, StudyReport
-
-# What studies still have to do: runs, and what each lets be measured, right after it.
 
 
 @dataclass(frozen=True)
@@ -29,58 +27,60 @@ class Schedule:
     """Runs to train and measurements to make.
 
     Attributes:
-      runs: the name of a run's directory -> a run that is not there. Those that differ in their
-        seed alone follow each other: they share compiled programs.
-      measurements: the ledger's key -> a measurement that it has not, each once.
+      runs: name of a run's directory -> a run that is not trained. Runs that differ only in their
+        seed are adjacent, because they share compiled functions.
+      measurements: ledger key -> a measurement that the ledger lacks, without duplicates.
     """
 
     runs: Mapping[str, Run]
     measurements: Mapping[str, Measurement]
 
     @classmethod
-    def of(cls, bench: StudyContext, wanted: Iterable[Measurement]) -> Schedule:
-        """What of `wanted` the ledger has not, and the runs that it needs and that are not here."""
-        missing = {bench.key(one): one for one in wanted}
-        missing = {key: one for key, one in missing.items() if key not in bench.ledger}
-        runs = {bench.name(run): run for run in runs_of(tuple(missing.values()))}
-        untrained = {n: runs[n] for n in sorted(runs) if not bench.trained.is_here(runs[n])}
+    def of(cls, context: StudyContext, measurements: Iterable[Measurement]) -> Schedule:
+        """Select the measurements that the ledger lacks, and the untrained runs they need."""
+        by_key = {context.key(measurement): measurement for measurement in measurements}
+        missing = {key: value for key, value in by_key.items() if key not in context.ledger}
+        runs = {context.name(run): run for run in runs_of(tuple(missing.values()))}
+        untrained = {
+            name: runs[name] for name in sorted(runs) if not context.runs.is_trained(runs[name])
+        }
         return cls(untrained, missing)
 
-    def turns(
-        self, bench: StudyContext, locks: Path, waits: Callable[[int], None]
+    def queue(
+        self, context: StudyContext, locks: Path, on_wait: Callable[[int], None]
     ) -> Iterator[tuple[str, Run | Measurement]]:
-        """(name, piece): a run is followed by the measurements that waited for it alone.
+        """Yield (name, task): each run is followed by the measurements that only it delayed.
 
-        What is measured stays, whatever becomes of the runs: a study that is cut short keeps as
-        much as it can.
+        Measurements are therefore made as early as possible, and an interrupted study keeps as many
+        as it can.
 
         Args:
-          bench: what `of` was given.
+          context: as passed to `of`.
           locks: as for `ledger.work_queue`.
-          waits: as for `ledger.work_queue`.
+          on_wait: as for `ledger.work_queue`.
         """
-        needs = {
-            key: sorted({bench.name(run) for run in runs_of(one)} & self.runs.keys())
-            for key, one in self.measurements.items()
+        dependencies = {
+            key: sorted({context.name(run) for run in runs_of(measurement)} & self.runs.keys())
+            for key, measurement in self.measurements.items()
         }
-        names = [key for key, needed in needs.items() if not needed]
-        for name in self.runs:  # They are sorted, as each `needed` is.
-            names += [name, *(key for key, needed in needs.items() if needed[-1:] == [name])]
-        pieces = {name: (name, self.runs.get(name) or self.measurements[name]) for name in names}
+        names = [key for key, needed in dependencies.items() if not needed]
+        for name in self.runs:  # Sorted, as each `needed` is.
+            names += [name, *(key for key, needed in dependencies.items() if needed[-1:] == [name])]
+        tasks = {name: (name, self.runs.get(name) or self.measurements[name]) for name in names}
 
-        def done(name: str) -> bool:
+        def is_done(name: str) -> bool:
             if name in self.runs:
-                return bench.trained.is_here(self.runs[name])
-            return bench.ledger.look_for(name)
+                return context.runs.is_trained(self.runs[name])
+            return context.ledger.look_for(name)
 
-        yield from work_queue(locks, pieces, done, waits, needs)
+        yield from work_queue(locks, tasks, is_done, on_wait, dependencies)
 
 
-_COLORS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
+_COLORS = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow"}
 
 
 class Runner:
-    """Studies on one set of data, from one anchor or from several."""
+    """Runs studies on one benchmark, from one or several anchors."""
 
     def __init__(
         self,
@@ -92,162 +92,166 @@ class Runner:
         anchors: Sequence[str] = (),
         config_arguments: Sequence[str] = (),
     ) -> None:
-        """Opens the anchors and the data.
+        """Open the anchors and the data.
 
         Args:
-          config: what every run starts from; `seed` is the first seed.
-          workdir: trained runs are kept there.
+          config: base config of every run; `seed` is the first seed.
+          workdir: where trained runs are stored.
           ledger: finished measurements.
-          out: tables and figures are written there.
-          num_seeds: of every study; None takes each one's own number.
-          anchors: further pretrained models, from each of which every study is done again.
-          config_arguments: what the command line says of the config, for a page's last line.
+          out: directory of tables and figures.
+          num_seeds: of every study; None uses each study's own number.
+          anchors: more pretrained models; every study is repeated from each one.
+          config_arguments: the command line's config options, for the last line of a page.
 
         Raises:
           UserError: for a wrong config, an option that every study sets itself, fewer than two
-            seeds, an anchor that cannot be opened or comes twice, or where nothing can be written.
+            seeds, an anchor that cannot be opened or is named twice, or if `out` is not writable.
         """
         if num_seeds is not None and num_seeds < 2:
             raise UserError(f"--num_seeds={num_seeds}: a study compares at least 2 seeds")
         _check_arguments(config_arguments)
         _check_writable(out)
-        self._benches = {config.pretrained: StudyContext(config, workdir, ledger)}
-        self._bench = self._benches[config.pretrained]
+        self._context = StudyContext(config, workdir, ledger)
+        self._contexts = {config.pretrained: self._context}
         for name in anchors:
-            one = config.copy_and_resolve_references()
-            one.pretrained = name
+            anchor_config = config.copy_and_resolve_references()
+            anchor_config.pretrained = name
             try:
-                bench = StudyContext(one, workdir, ledger, self._bench.data)
+                context = StudyContext(anchor_config, workdir, ledger, self._context.data)
             except UserError as error:
                 raise UserError(f"--anchors={name}: {error}") from error
-            for known, other in self._benches.items():
-                if bench.fingerprint == other.fingerprint:
-                    raise UserError(f"--anchors={name}: its weights are those of {known}")
-            self._benches[name] = bench
+            for other_name, other in self._contexts.items():
+                if context.checksum == other.checksum:
+                    raise UserError(f"--anchors={name}: its weights equal those of {other_name}")
+            self._contexts[name] = context
         self._ledger, self._out, self._num_seeds = ledger, out, num_seeds
         self._locks = workdir / "locks"
         self._config_arguments = config_arguments
         self._console = Console()
 
     def plan(self, studies: Sequence[Study]) -> int:
-        """Prints what is not in the ledger, and an estimate of the time for it.
+        """Print what the ledger lacks, with an estimate of the time for it.
 
         Returns:
           The number of missing measurements.
         """
         seconds: float | None = 0.0
-        count, missing, runs = 0, 0, 0
-        for bench in self._benches.values():
-            wanted = [
-                one
+        num_measurements, num_missing, num_runs = 0, 0, 0
+        for context in self._contexts.values():
+            measurements = [
+                measurement
                 for study in studies
-                for one in study.measurements(self._setup(study, bench)).values()
+                for measurement in study.measurements(self._setup(study, context)).values()
             ]
-            schedule = Schedule.of(bench, wanted)
-            more = bench.seconds(schedule.measurements.values(), schedule.runs.values())
-            seconds = None if seconds is None or more is None else seconds + more
-            count += len(wanted)
-            missing += len(schedule.measurements)
-            runs += len(schedule.runs)
-        guess = "not timed yet" if seconds is None else f"about {duration(seconds)}"
-        self._say(f"{missing} of {count} missing: {runs} runs to train, {guess}")
-        return missing
+            schedule = Schedule.of(context, measurements)
+            estimate = context.seconds(schedule.measurements.values(), schedule.runs.values())
+            seconds = None if seconds is None or estimate is None else seconds + estimate
+            num_measurements += len(measurements)
+            num_missing += len(schedule.measurements)
+            num_runs += len(schedule.runs)
+        time = "time unknown" if seconds is None else f"about {duration(seconds)}"
+        self._print(
+            f"{num_missing} of {num_measurements} missing: {num_runs} runs to train, {time}"
+        )
+        return num_missing
 
     def run(self, study: Study) -> dict[str, StudyReport]:
-        """Measures what is missing, writes the study's files and prints its verdicts.
+        """Measure what is missing, write the study's files and print its verdicts.
 
         Returns:
           The report from each anchor.
         """
         reports, keys, seeds = {}, [], set()
-        for name, bench in self._benches.items():
-            setup = self._setup(study, bench)
-            wanted = study.measurements(setup)
-            reports[name] = study.summarize(setup, self._values(study, bench, wanted))
-            keys += [bench.key(one) for one in wanted.values()]
-            seeds |= {run.seed for run in runs_of(tuple(wanted.values()))}
+        for name, context in self._contexts.items():
+            setup = self._setup(study, context)
+            measurements = study.measurements(setup)
+            reports[name] = study.summarize(setup, self._values(study, context, measurements))
+            keys += [context.key(measurement) for measurement in measurements.values()]
+            seeds |= {run.seed for run in runs_of(tuple(measurements.values()))}
         details = {
             "seeds": sorted(seeds),
             "commits": self._ledger.commits(keys),
-            "pretrained": self._bench.config.pretrained,
-            "data": self._bench.config.data.name,
-            "max_shift_images": self._bench.config.evaluation.max_shift_images,
+            "pretrained": self._context.config.pretrained,
+            "data": self._context.config.data.name,
+            "max_shift_images": self._context.config.evaluation.max_shift_images,
             "command": self._command(study),
         }
         page = write(study, reports, self._out, details)
         self._console.print(f"[bold]{study.title}[/bold]: {page}", highlight=False)
         for name, report in reports.items():
             if len(reports) > 1:
-                self._say(f"from {name}:")
+                self._print(f"from {name}:")
             for claim in report.claims:
                 color = _COLORS[claim.verdict]
-                verdict = f"[{color}]{claim.verdict:13}[/{color}]"
+                verdict = f"[{color}]{claim.verdict:14}[/{color}]"
                 self._console.print(
                     f"  {verdict} {escape(claim.text)}", highlight=False, soft_wrap=True
                 )
         return reports
 
     def _command(self, study: Study) -> str:
-        _, *further = self._benches
+        _, *anchors = self._contexts
         flags = [*self._config_arguments, f"--num_seeds={self._num_seeds or study.num_seeds}"]
-        flags += [f"--anchors={','.join(further)}"] * bool(further)
+        flags += [f"--anchors={','.join(anchors)}"] * bool(anchors)
         return " ".join(["python -m studies", study.name, *flags])
 
     def _values(
-        self, study: Study, bench: StudyContext, wanted: Mapping[Hashable, Measurement]
+        self, study: Study, context: StudyContext, measurements: Mapping[Hashable, Measurement]
     ) -> dict[Hashable, Any]:
-        """Trains and measures what is missing, and says what it does."""
-        schedule = Schedule.of(bench, wanted.values())
+        """Train and measure what is missing, and print each step."""
+        schedule = Schedule.of(context, measurements.values())
         numbers = {name: number for number, name in enumerate(schedule.runs, 1)}
         titles = {
-            bench.key(one): f"{number}/{len(wanted)}  {one.key(bench)[0]} {name}"
-            for number, (name, one) in enumerate(wanted.items(), 1)
+            context.key(measurement): (
+                f"{number}/{len(measurements)}  {measurement.key(context)[0]} {name}"
+            )
+            for number, (name, measurement) in enumerate(measurements.items(), 1)
         }
 
-        def waits(count: int) -> None:
-            self._say(f"{study.name}: waits for {count} that other processes are at")
+        def on_wait(count: int) -> None:
+            self._print(f"{study.name}: waits for {count} tasks of other processes")
 
-        for name, piece in schedule.turns(bench, self._locks, waits):
-            if isinstance(piece, Run):
-                title = f"{study.name}: {bench.trained.title(piece)}"
+        for name, task in schedule.queue(context, self._locks, on_wait):
+            if isinstance(task, Run):
+                title = f"{study.name}: {context.runs.title(task)}"
                 title += f" ({numbers[name]} of {len(numbers)})"
-                options = ", ".join(f"{key}={value}" for key, value in piece.options)
-                self._say(f"{title}: {options}" if options else title)
-                bench.trained.train(piece, title)
+                options = ", ".join(f"{key}={value}" for key, value in task.options)
+                self._print(f"{title}: {options}" if options else title)
+                context.runs.train(task, title)
             else:
-                bench.value(piece)
-                self._say(f"{study.name}  {titles[name]}")
-        return {name: bench.value(one) for name, one in wanted.items()}
+                context.value(task)
+                self._print(f"{study.name}  {titles[name]}")
+        return {name: context.value(measurement) for name, measurement in measurements.items()}
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _setup(self, study: Study, bench: StudyContext) -> Setup:
-        config = bench.config
+    def _setup(self, study: Study, context: StudyContext) -> Setup:
+        config = context.config
         count = self._num_seeds or study.num_seeds
         return Setup(
             tuple(range(config.seed, config.seed + count)),
             config.epochs,
-            bench.trained.steps_per_epoch,
+            context.runs.steps_per_epoch,
             config.optimizer.learning_rate,
-            shifts=bool(bench.data.shifts),
-            further=bench is not self._bench,
-            stored=config.data.name != "glyphs",
+            shifts=bool(context.data.shifts),
+            additional_anchor=context is not self._context,
+            stored_images=config.data.name != "glyphs",
         )
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuses what the studies would pass over without a word."""
+    """Raise an error for options that the studies would ignore."""
     for argument in arguments:
         name = argument.removeprefix("--config.").partition("=")[0]
         if name == "num_seeds":
-            raise UserError(f"{argument}: the number of seeds of a study is --num_seeds")
+            raise UserError(f"{argument}: set the number of seeds of a study with --num_seeds")
         if name in ("num_replicas", "merge.every"):
-            raise UserError(f"{argument}: every study sets its own {name}")
+            raise UserError(f"{argument}: every study sets {name} itself; remove this option")
 
 
 def _check_writable(out: Path) -> None:
-    """Finds out before anything is trained."""
+    """Raise an error before anything is trained if the directory is not writable."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -1,4 +1,4 @@
-"""One training of a study (options and a seed), and the digests that identify it."""
+"""A training run of a study (options and a seed), and the checksums that identify it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Run:
 
     Attributes:
       seed: of the run.
-      options: (dotted key, value) pairs in which it differs from the study's config.
-      every_epoch: whether the replicas of every epoch's end are kept, not only the last.
-      per_epoch: with `every_epoch`, about how often they are kept in an epoch.
+      options: (dotted key, value) pairs that differ from the study's config.
+      every_epoch: whether the replicas are saved at the end of every epoch, not only of the run.
+      saves_per_epoch: with `every_epoch`, approximate number of saves per epoch.
     """
 
     seed: int
     options: tuple[tuple[str, Any], ...] = ()
     every_epoch: bool = False
-    per_epoch: int = 1
+    saves_per_epoch: int = 1
 
     @classmethod
     def of(
@@ -41,32 +41,33 @@ class Run:
         options: Mapping[str, Any] | None = None,
         *,
         every_epoch: bool = False,
-        per_epoch: int = 1,
+        saves_per_epoch: int = 1,
     ) -> Run:
-        """A run from a mapping of options.
+        """Create a run from a mapping of options.
 
         >>> Run.of(3, {"merge.every": "never", "num_replicas": 4}).options
         (('merge.every', 'never'), ('num_replicas', 4))
         """
-        return cls(seed, tuple(sorted((options or {}).items())), every_epoch, per_epoch)
+        return cls(seed, tuple(sorted((options or {}).items())), every_epoch, saves_per_epoch)
 
-    def apart(self, steps_per_epoch: int) -> int:
-        """Steps between two states that are kept, where every epoch is.
+    def save_interval(self, steps_per_epoch: int) -> int:
+        """Return the steps between two saves, with `every_epoch`.
 
-        >>> Run(0, every_epoch=True, per_epoch=8).apart(32), Run(0, every_epoch=True).apart(32)
+        >>> every = Run(0, every_epoch=True, saves_per_epoch=8)
+        >>> every.save_interval(32), Run(0, every_epoch=True).save_interval(32)
         (4, 32)
         """
-        return max(1, steps_per_epoch // self.per_epoch)
+        return max(1, steps_per_epoch // self.saves_per_epoch)
 
     def config(self, base: ConfigDict) -> ConfigDict:
-        """The run's whole config.
+        """Return the run's complete config.
 
         Raises:
-          UserError: if `base` has no such option.
+          UserError: if `base` lacks an option.
         """
         config = base.copy_and_resolve_references()
-        known = flat(config.to_dict())
-        if unknown := [key for key, _ in self.options if key not in known]:
+        existing = flat(config.to_dict())
+        if unknown := [key for key, _ in self.options if key not in existing]:
             raise UserError(f"the study's config lacks {unknown[0]!r}")
         config.update_from_flattened_dict(dict(self.options))
         config.seed = self.seed
@@ -74,39 +75,39 @@ class Run:
 
 
 def runs_of(value: Any) -> Iterator[Run]:
-    """Every run that a measurement needs, however deep it lies in its models."""
+    """Yield every run that a measurement needs, at any depth of its models."""
     if isinstance(value, Run):
         yield value
     elif isinstance(value, tuple):
-        for one in value:
-            yield from runs_of(one)
+        for item in value:
+            yield from runs_of(item)
     elif dataclasses.is_dataclass(value):
-        for one in dataclasses.fields(value):
-            yield from runs_of(getattr(value, one.name))
+        for field in dataclasses.fields(value):
+            yield from runs_of(getattr(value, field.name))
 
 
-def training_checksum(config: ConfigDict, fingerprint: str) -> str:
-    """Sixteen hexadecimal digits of all that a run's weights depend on, but its seed.
+def training_checksum(config: ConfigDict, anchor_checksum: str) -> str:
+    """Return 16 hexadecimal digits of everything that a run's weights depend on, except its seed.
 
-    Options have the names in it that they had first, so that what was measured under them is found.
+    Options enter with their first names, so that earlier measurements keep their keys.
 
     Args:
       config: of the run.
-      fingerprint: of the pretrained weights.
+      anchor_checksum: of the pretrained weights.
     """
-    # Imports the training loop, for which a list of the studies need not wait.
+    # This imports the training loop, which a list of the studies does not need.
     from modelstock_jax.experiment.options import option
 
-    kept = {
+    options = {
         key: value
         for key, value in flat(plain(config.to_dict())).items()
         if (row := option(key)).in_checksum and (row.absent is None or value != plain(row.absent))
     }
-    return checksum([fingerprint, first_names(kept)])
+    return checksum([anchor_checksum, first_names(options)])
 
 
 def checksum(value: Any) -> str:
-    """Sixteen hexadecimal digits of a JSON value; equal values give equal digits.
+    """Return 16 hexadecimal digits of a JSON value; equal values have equal digits.
 
     >>> checksum({"a": 1, "b": 2}) == checksum({"b": 2, "a": 1})
     True
@@ -115,31 +116,33 @@ def checksum(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# What every key of a study begins with: the weights, the head and the images that it is of.
-
-
 def identity(config: ConfigDict, pretrained: str, data: Benchmark) -> str:
-    """Digits that are equal where the same options train and measure the same.
+    """Return digits that are equal if the same options train and measure the same.
+
+    They are the first part of every key of a study. They identify the weights, the head and the
+    images.
 
     Args:
       config: of the study.
-      pretrained: a digest of the pretrained weights; where nothing else can differ, the result.
-      data: what `config.data` opened; its names and templates are compared, not their files' paths.
+      pretrained: checksum of the pretrained weights; the result, if nothing else can differ.
+      data: result of opening `config.data`; its names and templates are compared, not file paths.
     """
-    apart: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     if config.objective.head != "zero_shot":
-        apart["head"] = [config.objective.head, config.seed]
+        differences["head"] = [config.objective.head, config.seed]
     if config.data.class_names or config.data.name == "folder":
-        apart["class_names"] = list(data.class_names)
+        differences["class_names"] = list(data.class_names)
     if config.data.templates:
-        apart["templates"] = list(data.templates)
+        differences["templates"] = list(data.templates)
     if config.compute.dtype != "float32":
-        apart["dtype"] = config.compute.dtype
+        differences["dtype"] = config.compute.dtype
     if config.data.name == "folder":
         sets = {"train": data.train, "validation": data.validation, "test": data.test}
-        apart["images"] = {name: _images(one) for name, one in (sets | data.shifts).items()}
-    return checksum([pretrained, apart]) if apart else pretrained
+        differences["images"] = {
+            name: _image_checksums(images) for name, images in (sets | data.shifts).items()
+        }
+    return checksum([pretrained, differences]) if differences else pretrained
 
 
-def _images(images: ImageSet) -> list[str]:
+def _image_checksums(images: ImageSet) -> list[str]:
     return [fingerprint(images.images), hashlib.sha256(images.labels.tobytes()).hexdigest()]

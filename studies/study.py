@@ -1,4 +1,4 @@
-"""A study: what it measures, its report, and the paper's claims with their verdicts."""
+"""A study: its measurements, its report, and the paper's claims with their verdicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from modelstock_jax.reporting.tables import mean_and_error
 from studies.measurements import Measurement
 
-Verdict = Literal["holds", "does not hold", "not decided"]
+Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 Values = Mapping[Any, Any]
 Draw = Callable[[Path], Figure]
 
@@ -24,11 +24,11 @@ class Study:
 
     Attributes:
       name: on the command line.
-      title: what it is in the paper.
-      about: what is measured, in a sentence or two.
-      measurements: setup -> {a name: Measurement}; none is made yet.
-      summarize: (setup, values by the same names) -> Report.
-      num_seeds: how many it takes unless asked for more.
+      title: its label and subject in the paper.
+      about: what is measured, in one or two sentences.
+      measurements: setup -> {name: Measurement}; measures nothing.
+      summarize: (setup, values by the same names) -> StudyReport.
+      num_seeds: default number of seeds.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Study:
 
 
 class Setup(NamedTuple):
-    """What a study may know before anything is measured.
+    """What determines a study's measurements.
 
     Attributes:
       seeds: of its runs.
@@ -48,9 +48,8 @@ class Setup(NamedTuple):
       steps_per_epoch: of the base config.
       learning_rate: of the base config.
       shifts: whether the data has any.
-      further: whether the anchor is another than the base config's, on which a study may measure
-        less.
-      stored: whether training images are stored ones, which `data.augment` is of.
+      additional_anchor: whether the anchor is not the base config's; a study may then measure less.
+      stored_images: whether training images are stored ones, to which `data.augment` applies.
     """
 
     seeds: Sequence[int]
@@ -58,19 +57,19 @@ class Setup(NamedTuple):
     steps_per_epoch: int
     learning_rate: float = 1e-3
     shifts: bool = True
-    further: bool = False
-    stored: bool = False
+    additional_anchor: bool = False
+    stored_images: bool = False
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What a study found.
+    """The results of a study.
 
     Attributes:
-      tables: ours beside the paper's.
-      claims: of the paper, each with its verdict here.
-      figures: a file's stem -> draws it.
-      notes: what a reader must know to read them.
+      tables: our values next to the paper's.
+      claims: of the paper, each with its verdict.
+      figures: file stem -> draws it.
+      notes: footnotes of the tables and claims.
     """
 
     tables: Sequence[Table] = ()
@@ -87,7 +86,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """GitHub's table.
+        """Return a GitHub Markdown table.
 
         >>> print(Table(["method", "ID"], [["mean", "80.2"]]).markdown())
         | method | ID |
@@ -100,21 +99,18 @@ class Table:
         return "\n".join(lines)
 
 
-# Whether a claim of the paper holds here: paired differences and their standard error.
-
-
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper, and by how much it is true, once a seed.
+    """A claim of the paper, with the paired differences that test it.
 
     Attributes:
-      text: what the paper says, in a few words.
+      text: the claim, in a few words.
       where: table, figure or section of the paper.
-      differences: one a seed, pair or tensor, positive where the claim is true; with `within`,
+      differences: one per seed, pair or tensor, positive if the claim is true; with `within`, the
         deviations that it bounds.
       unit: of the differences.
-      within: the largest mean deviation at which the claim is true; single ones may lie beyond.
-      margin: how far below zero the mean difference may lie.
+      within: maximum mean deviation at which the claim is true; single deviations may exceed it.
+      margin: how far below zero the mean difference may be.
     """
 
     text: str
@@ -126,67 +122,69 @@ class Claim:
 
     @property
     def verdict(self) -> Verdict:
-        """By the 95 % interval of Student's t: above zero, below zero, or neither.
+        """Whether the 95 % interval of Student's t is above zero, below zero, or contains it.
 
         >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).verdict
-        'holds'
+        'reproduced'
+        >>> Claim("the mean is better", "Table 1", [-1.0, -1.2, -0.9]).verdict
+        'not reproduced'
         >>> Claim("the mean is better", "Table 1", [1.0, -1.2, 0.3]).verdict
-        'not decided'
+        'inconclusive'
         >>> Claim("they agree", "Table 1", [0.01, 0.02], within=0.5).verdict
-        'holds'
+        'reproduced'
         >>> Claim("hardly worse", "Table 1", [-0.1, -0.2], margin=1).verdict
-        'holds'
+        'reproduced'
         """
-        signed = [one + self.margin for one in self.differences]
+        signed = [difference + self.margin for difference in self.differences]
         if self.within is not None:
-            signed = [self.within - abs(one) for one in signed]
+            signed = [self.within - abs(difference) for difference in signed]
         mean, error = mean_and_error(signed)
         if error is None:
-            return "not decided"
-        reach = student(len(signed) - 1) * error
-        if mean - reach > 0:
-            return "holds"
-        return "does not hold" if mean + reach < 0 else "not decided"
+            return "inconclusive"
+        half_width = student_t_quantile(len(signed) - 1) * error
+        if mean - half_width > 0:
+            return "reproduced"
+        return "not reproduced" if mean + half_width < 0 else "inconclusive"
 
-    def here(self) -> str:
-        """By how much it is true.
+    def result(self) -> str:
+        """Return the mean difference with its error, its bound, and the number of samples.
 
-        >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).here()
+        >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).result()
         '+1.03 ± 0.09 points (n = 3)'
-        >>> Claim("hardly worse", "Table 1", [-0.1, -0.3], margin=0.5).here()
-        '-0.20 ± 0.10 points, at least -0.5 (n = 2)'
-        >>> Claim("they agree", "Table 1", [0.01, 0.02, 0.06], "", within=0.05).here()
-        '0.030 ± 0.015, at most 0.05 (n = 3, 1 beyond)'
+        >>> Claim("hardly worse", "Table 1", [-0.1, -0.3], margin=0.5).result()
+        '-0.20 ± 0.10 points, bound ≥ -0.5 (n = 2)'
+        >>> Claim("they agree", "Table 1", [0.01, 0.02, 0.06], "", within=0.05).result()
+        '0.030 ± 0.015, bound ≤ 0.05 (n = 3, 1 above)'
         """
         sizes = self.differences if self.within is None else [abs(d) for d in self.differences]
         mean, error = mean_and_error(sizes)
         digits = 2 if abs(mean) >= 0.1 or mean == 0 else 1 - math.floor(math.log10(abs(mean)))
-        shown = f"{mean:.{digits}f}" if self.within is not None else f"{mean:+.{digits}f}"
+        text = f"{mean:.{digits}f}" if self.within is not None else f"{mean:+.{digits}f}"
         if error is not None:
-            shown += f" ± {error:.{digits}f}"
+            text += f" ± {error:.{digits}f}"
         if self.unit:
-            shown += f" {self.unit}"
+            text += f" {self.unit}"
         if self.within is not None:
-            shown += f", at most {self.within:g}"
+            text += f", bound ≤ {self.within:g}"
         if self.margin:
-            shown += f", at least {-self.margin:g}"
-        return f"{shown} (n = {len(sizes)}{self._beyond()})"
+            text += f", bound ≥ {-self.margin:g}"
+        return f"{text} (n = {len(sizes)}{self._exceeding()})"
 
-    def _beyond(self) -> str:
-        beyond = sum(abs(one) > self.within for one in self.differences) if self.within else 0
-        return f", {beyond} beyond" if beyond else ""
+    def _exceeding(self) -> str:
+        count = sum(abs(d) > self.within for d in self.differences) if self.within else 0
+        return f", {count} above" if count else ""
 
-    def line(self) -> str:
-        """One line of Markdown.
+    def row(self) -> str:
+        """Return the claim's row of a Markdown table.
 
-        >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).line()
-        '| the mean is better | Table 1 | +1.03 ± 0.09 points (n = 3) | **holds** |'
+        >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).row()
+        '| the mean is better | Table 1 | +1.03 ± 0.09 points (n = 3) | **reproduced** |'
         """
-        return f"| {cell(self.text)} | {self.where} | {self.here()} | **{self.verdict}** |"
+        return f"| {cell(self.text)} | {self.where} | {self.result()} | **{self.verdict}** |"
 
 
 def cell(text: str) -> str:
-    r"""Text for a cell of a Markdown table, where a bar would end it.
+    r"""Escape text for a cell of a Markdown table, which a bar would end.
 
     >>> print(cell("|cos| < 0.05"))
     \|cos\| < 0.05
@@ -194,12 +192,12 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t with so many degrees of freedom.
+def student_t_quantile(degrees_of_freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution.
 
-    >>> round(student(3), 2)
+    >>> round(student_t_quantile(3), 2)
     3.18
     """
-    from scipy.stats import t  # Half a second: only where a verdict is asked for.
+    from scipy.stats import t  # Takes half a second; not every command needs it.
 
-    return float(t.ppf(0.975, freedom))
+    return float(t.ppf(0.975, degrees_of_freedom))

@@ -1,4 +1,4 @@
-"""All studies by name."""
+"""All studies, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by every method of Tables 2, 3 and 4: Model Stock, and what it is compared with."""
+"""Models of all methods of Tables 2, 3 and 4."""
 
 from __future__ import annotations
 
@@ -11,58 +11,58 @@ from studies.expressions import Anchor, Best, Greedy, Mean, Merged, Model, Repli
 from studies.runs import Run
 from studies.study import Setup
 
-# Options of every single model, of each of which all learning rates are tried.
+# Options of the methods that train a single model; each is trained at several learning rates.
 _METHODS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "vanilla": [{}],
     "lp": [{"objective.name": "linear_probe"}],
     "lp_ft": [{"objective.name": "lp_ft"}],
     "car_ft": [{"objective.name": "car_ft"}],
-    # How fast its radii may grow is what binds in a short training.
+    # In a short training, the learning rate of the projection radii limits FTP.
     "ftp": [
         {"optimizer.projection.name": "ftp", "optimizer.projection.learning_rate": rate}
         for rate in (0.01, 0.1)
     ],
     "flyp": [{"objective.name": "flyp"}],
-    # Its authors' norm on ImageNet.
+    # The norm that TPGM's authors use on ImageNet.
     "tpgm": [{"optimizer.projection.name": "tpgm", "optimizer.projection.norm": "l2"}],
 }
-# Learning rates to the config's: the model that is best on validation is taken.
+# Learning rates divided by the config's; the model that is best on validation data is used.
 _RATES = (1 / 3, 1.0, 3.0)
-# Whose best lay at an end of those.
-_OWN_RATES = {"lp": tuple(PROBE_RATIO * f for f in _RATES), "ftp": (1 / 9, 1 / 3, 1.0)}
+# Methods whose best learning rate was the minimum or maximum of these.
+_OTHER_RATES = {"lp": tuple(PROBE_RATIO * f for f in _RATES), "ftp": (1 / 9, 1 / 3, 1.0)}
 NAMES = {
-    "zero_shot": "zero-shot",
-    "vanilla": "vanilla fine-tuning",
-    "vanilla*": "vanilla fine-tuning*",
-    "lp": "linear probe",
+    "zero_shot": "Zero-shot",
+    "vanilla": "Vanilla FT",
+    "vanilla*": "Vanilla FT*",
+    "lp": "LP",
     "lp_ft": "LP-FT",
     "car_ft": "CAR-FT",
     "ftp": "FTP",
     "flyp": "FLYP",
     "tpgm": "TPGM",
-    "uniform_soup": "uniform soup",
-    "greedy_soup": "greedy soup",
-    "uniform_soup*": "uniform soup from LP",
-    "greedy_soup*": "greedy soup from LP",
+    "uniform_soup": "Uniform Model Soup",
+    "greedy_soup": "Greedy Model Soup",
+    "uniform_soup*": "Uniform Model Soup (from LP init)",
+    "greedy_soup*": "Greedy Model Soup (from LP init)",
     "model_stock": "Model Stock",
     "model_stock*": "Model Stock*",
 }
 
 
 def _strong(setup: Setup, method: str) -> dict[str, Any]:
-    """The second set-up's options, of the methods that the paper marks with an asterisk."""
+    """Return the options of the second setup for methods with *, else {}."""
     if not method.endswith("*"):
         return {}
     return STRONG | {"epochs": round(STRONG_LENGTH * setup.epochs)}
 
 
 def rates_of(method: str) -> tuple[float, ...]:
-    """Learning rates that are tried of a single model, to the config's."""
-    return _OWN_RATES.get(method, _RATES)
+    """Return the learning rates of a single-model method, divided by the config's."""
+    return _OTHER_RATES.get(method, _RATES)
 
 
 def single(setup: Setup, method: str, seed: int) -> tuple[Replica, ...]:
-    """A model of each of the method's options at each learning rate, the rates side by side."""
+    """Return a model for each of the method's options and learning rates."""
     rates = tuple(setup.learning_rate * factor for factor in rates_of(method))
     base = {
         "merge.every": "never",
@@ -78,12 +78,12 @@ def single(setup: Setup, method: str, seed: int) -> tuple[Replica, ...]:
 
 
 def is_single(method: str) -> bool:
-    """Whether the method's model is the best one of several on validation."""
+    """Return whether the method's model is the best of several on validation data."""
     return method.rstrip("*") in _METHODS
 
 
 def model_by(setup: Setup, method: str, seed: int) -> Model:
-    """What a row of the tables measures; `method` is a key of `NAMES`."""
+    """Return the model of a row of the tables; `method` is a key of `NAMES`."""
     if method == "zero_shot":
         return Anchor()
     if method.startswith("model_stock"):

@@ -1,4 +1,4 @@
-"""Figure 1: accuracy in distribution, on the shifts, and what it costs."""
+"""Figure 1: in-distribution accuracy, avg. shifts, and training cost."""
 
 from __future__ import annotations
 
@@ -8,27 +8,42 @@ from typing import Any
 from studies import figures
 from studies.catalog.model_pool import groups, mean, pool
 from studies.catalog.soup_search import SIZE, soup
-from studies.curves import ALPHAS, Curve, average, both, curve, curve_above, curve_scores, known
+from studies.curves import (
+    ALPHAS,
+    Curve,
+    accuracy_cells,
+    average_shifts,
+    curve,
+    curve_gap,
+    curve_scores,
+    defined,
+)
 from studies.expressions import Greedy, Mean, Merge, Model
 from studies.measurements import Measurement
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
-# A soup costs as much as all else together: those that Table 2 has as well.
+# A soup costs as much training as everything else together, so only Table 2's soups are used.
 _SOUP_SEEDS = 3
 _NAMES = {
-    "replica": "one fine-tuned model",
-    "mean": "mean of two",
-    "model_stock": "Model Stock of two",
-    "uniform_soup": f"uniform soup of {SIZE}",
-    "greedy_soup": f"greedy soup of {SIZE}",
+    "replica": "Single fine-tuned model",
+    "mean": "Uniform mean of 2 replicas",
+    "model_stock": "Model Stock of 2 replicas",
+    "uniform_soup": f"Uniform Model Soup of {SIZE} models",
+    "greedy_soup": f"Greedy Model Soup of {SIZE} models",
 }
-_WHOSE = {
-    "replica": "a fine-tuned model",
-    "mean": "the mean of the same two",
-    "uniform_soup": "the uniform soup",
-    "greedy_soup": "the greedy soup",
+_RIVALS = {
+    "replica": "a single fine-tuned model",
+    "mean": "the uniform mean of the same 2 replicas",
+    "uniform_soup": "the Uniform Model Soup",
+    "greedy_soup": "the Greedy Model Soup",
 }
-_COSTS = {"replica": 1, "mean": 2, "model_stock": 2, "uniform_soup": SIZE, "greedy_soup": SIZE}
+_NUM_TRAININGS = {
+    "replica": 1,
+    "mean": 2,
+    "model_stock": 2,
+    "uniform_soup": SIZE,
+    "greedy_soup": SIZE,
+}
 
 
 def _models(setup: Setup, seed: int) -> dict[str, Model]:
@@ -40,82 +55,88 @@ def _models(setup: Setup, seed: int) -> dict[str, Model]:
     return models
 
 
-def _wanted(setup: Setup) -> dict[Any, Measurement]:
-    wanted: dict[Any, Measurement] = {}
+def _measurements(setup: Setup) -> dict[Any, Measurement]:
+    measurements: dict[Any, Measurement] = {}
     for seed in setup.seeds:
-        wanted |= curve_scores(_models(setup, seed), seed)
-    return wanted
+        measurements |= curve_scores(_models(setup, seed), seed)
+    return measurements
 
 
-def _say(setup: Setup, values: Values) -> StudyReport:
+def _summarize(setup: Setup, values: Values) -> StudyReport:
     seeds = {name: [s for s in setup.seeds if (name, s) in values] for name in _NAMES}
-    lines = {name: [curve(values, name, seed) for seed in seeds[name]] for name in _NAMES}
-    curves = {label: lines[name] for name, label in _NAMES.items()}
-    own = {name: [values[name, seed] for seed in seeds[name]] for name in _NAMES}
-    spent = {
-        label: (_COSTS[name], [s["id"] for s in own[name]], [average(s) for s in own[name]])
+    curves = {name: [curve(values, name, seed) for seed in seeds[name]] for name in _NAMES}
+    labeled_curves = {label: curves[name] for name, label in _NAMES.items()}
+    scores = {name: [values[name, seed] for seed in seeds[name]] for name in _NAMES}
+    costs = {
+        label: (
+            _NUM_TRAININGS[name],
+            [score["id"] for score in scores[name]],
+            [average_shifts(score) for score in scores[name]],
+        )
         for name, label in _NAMES.items()
     }
-    rows = [["zero-shot", "0", *both([values["zero_shot", setup.seeds[0]]])]]
-    for name, label in _NAMES.items():
-        for alpha in (*ALPHAS, 1):
-            scores = [values[(name, s) if alpha == 1 else (name, s, alpha)] for s in seeds[name]]
-            rows.append([f"{label}, α = {alpha:g}", str(_COSTS[name]), *both(scores)])
+    gap_claims = [_gap_claim(curves, rival) for rival in _RIVALS]
     return StudyReport(
-        [Table(["w0 + α (model − w0)", "cost", "ID", "avg shifts"], rows)],
+        [_table(setup, values, seeds)],
         [
-            _claim(own, "model_stock", "replica", "beats a fine-tuned model"),
-            _claim(own, "model_stock", "replica", "beats a fine-tuned model", shifts=True),
-            _claim(own, "model_stock", "greedy_soup", "beats the greedy soup", shifts=True),
-            *(one for rival in _WHOSE if len((one := _above(lines, rival)).differences) > 1),
+            _claim(scores, "replica"),
+            _claim(scores, "replica", shifts=True),
+            _claim(scores, "greedy_soup", shifts=True),
+            *(claim for claim in gap_claims if len(claim.differences) > 1),
         ],
         {
             "fig1": lambda path: figures.wise_ft_curves(
-                curves, path, strong=[_NAMES["model_stock"]]
+                labeled_curves, path, strong=[_NAMES["model_stock"]]
             ),
-            "fig1_cost": lambda path: figures.costs(spent, path),
+            "fig1_cost": lambda path: figures.costs(costs, path),
         },
         [
-            f"A soup is of {SIZE} models of Model Soups' random search, as in Table 2, on the "
-            f"first {_SOUP_SEEDS} seeds; cost is training, in fine-tunings of one model.",
-            "Curve against curve: the mean difference on the shifts over the upper half of the "
-            "accuracies in distribution that both have.",
+            f"A soup has {SIZE} models of Model Soups' random search, as in Table 2, on the first "
+            f"{_SOUP_SEEDS} seeds. Fine-tuning runs count the trainings of a single model.",
+            "Claims on WiSE-FT curves: the mean difference of avg. shifts over the upper half of "
+            "the in-distribution accuracies that both curves reach.",
         ],
     )
 
 
-def _above(lines: Mapping[str, Sequence[Curve]], rival: str) -> Claim:
-    """At equal ID; the paper says it of both soups."""
-    pairs = zip(lines["model_stock"], lines[rival], strict=False)
+def _table(setup: Setup, values: Values, seeds: Mapping[str, Sequence[int]]) -> Table:
+    rows = [["Zero-shot", "0", *accuracy_cells([values["zero_shot", setup.seeds[0]]])]]
+    for name, label in _NAMES.items():
+        for alpha in (*ALPHAS, 1):
+            scores = [values[(name, s) if alpha == 1 else (name, s, alpha)] for s in seeds[name]]
+            rows.append(
+                [f"{label}, α = {alpha:g}", str(_NUM_TRAININGS[name]), *accuracy_cells(scores)]
+            )
+    return Table(["w0 + α (w − w0)", "fine-tuning runs", "ID", "avg. shifts"], rows)
+
+
+def _gap_claim(curves: Mapping[str, Sequence[Curve]], rival: str) -> Claim:
+    """Return the claim of a higher curve at equal ID, which the paper makes for both soups."""
+    pairs = zip(curves["model_stock"], curves[rival], strict=False)
     return Claim(
-        f"Model Stock's WiSE-FT curve lies above that of {_WHOSE[rival]}",
-        "Section 4.2" if "soup" in rival else "ours",
-        known(curve_above([mine], [other]) for mine, other in pairs),
+        f"the WiSE-FT curve of Model Stock is above that of {_RIVALS[rival]}",
+        "Section 4.2" if "soup" in rival else "this project",
+        defined(curve_gap([stock], [other]) for stock, other in pairs),
     )
 
 
 def _claim(
-    own: Mapping[str, Sequence[Mapping[str, Any]]],
-    name: str,
-    rival: str,
-    text: str,
-    *,
-    shifts: bool = False,
+    scores: Mapping[str, Sequence[Mapping[str, Any]]], rival: str, *, shifts: bool = False
 ) -> Claim:
-    pairs = zip(own[name], own[rival], strict=False)  # A soup has fewer seeds, the first ones.
-    place = "on the shifts" if shifts else "in distribution"
+    # A soup has fewer seeds, the first ones.
+    pairs = zip(scores["model_stock"], scores[rival], strict=False)
     return Claim(
-        f"Model Stock {text}, {place}",
+        f"Model Stock beats {_RIVALS[rival]}, {'out of' if shifts else 'in'} distribution",
         "Figure 1",
-        [average(a) - average(b) if shifts else a["id"] - b["id"] for a, b in pairs],
+        [average_shifts(a) - average_shifts(b) if shifts else a["id"] - b["id"] for a, b in pairs],
     )
 
 
 FIGURE_1 = Study(
     "fig1",
-    "Figure 1: in distribution against the shifts",
-    "Fine-tuned models, their mean and Model Stock after training, and uniform and greedy soups, "
-    "each with its WiSE-FT curve; and what each costs.",
-    _wanted,
-    _say,
+    "Figure 1: in-distribution and out-of-distribution accuracy",
+    "Single fine-tuned models, their uniform mean, Model Stock after training, and Uniform and "
+    "Greedy Model Soups, each with its WiSE-FT curve and its number of fine-tuning runs.",
+    _measurements,
+    _summarize,
 )

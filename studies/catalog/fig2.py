@@ -8,105 +8,117 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.reporting.figures import angle_by_layer, kind
-from studies.catalog.model_pool import own_pairs, pool
+from studies.catalog.model_pool import disjoint_pairs, pool
 from studies.measurements import Angles, Measurement
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
-# A key's bias gets no gradient (softmax does not see it): its angle is of noise alone.
-NOISE = "k_proj.bias"
+# Key biases receive no gradient (softmax is shift-invariant); their angles are noise.
+NO_GRADIENT = "k_proj.bias"
+# Kind of tensor -> its name in tables.
+KIND_LABELS = {
+    "kernels": "kernels",
+    "biases": "biases",
+    "norms": "normalization layers",
+    "head": "head",
+}
 
 
-def _wanted(setup: Setup) -> dict[str, Measurement]:
+def _measurements(setup: Setup) -> dict[str, Measurement]:
     return {"angles": Angles(pool(setup.seeds))}
 
 
-def angles_by_kind(found: Mapping[str, Any]) -> dict[str, list[list[float]]]:
-    """`kernels`, `biases`, `norms` and `head`, where there are such -> angles of each tensor.
+def angles_by_kind(angles: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """Return `kernels`, `biases`, `norms` and `head`, if they exist -> angles of each tensor.
 
     Args:
-      found: what `Angles` measured.
+      angles: value of an `Angles` measurement.
     """
     kinds: dict[str, list[list[float]]] = {}
-    for what in ("kernels", "biases", "norms", "head"):
-        angles = [row["angles"] for name, row in _sure(found).items() if kind(name) == what]
-        if angles:
-            kinds[what] = angles
+    for name in KIND_LABELS:
+        rows = [
+            row["angles"] for tensor, row in _with_gradient(angles).items() if kind(tensor) == name
+        ]
+        if rows:
+            kinds[name] = rows
     return kinds
 
 
-def angle_claims(found: Mapping[str, Any], count: int, where: str, prefix: str = "") -> list[Claim]:
-    """What the paper says of angles and norms; nothing of biases where there are none.
+def angle_claims(
+    angles: Mapping[str, Any], count: int, where: str, prefix: str = ""
+) -> list[Claim]:
+    """Return the paper's claims on angles and norms; models without biases omit theirs.
 
     Args:
-      found: what `Angles` measured.
-      count: of models: pairs of a seed each, one after the other.
-      where: the paper says it.
-      prefix: of each claim, for what it is said.
+      angles: value of an `Angles` measurement.
+      count: number of models: one pair per seed, in order.
+      where: section or figure of the paper.
+      prefix: of each claim, to name the setting.
     """
-    of_kind = angles_by_kind(found)
-    # One number a tensor, or a seed's own pair.
-    own = {
-        what: own_pairs(np.mean(angles, axis=0).tolist(), count) for what, angles in of_kind.items()
+    kinds = angles_by_kind(angles)
+    # The mean over tensors, of the pair of each seed.
+    pairs = {
+        name: disjoint_pairs(np.mean(rows, axis=0).tolist(), count) for name, rows in kinds.items()
     }
     claims = [
         Claim(
             f"{prefix}angles of kernels are the same for any two models "
             "(within 5 %, mean over tensors)",
             where,
-            [_deviation(angles) for angles in of_kind["kernels"]],
+            [_relative_std(row) for row in kinds["kernels"]],
             unit="",
             within=0.05,
         ),
         Claim(
-            f"{prefix}norms are the same for any model (within 5 %, mean over tensors)",
+            f"{prefix}norms of task vectors are the same for any model "
+            "(within 5 %, mean over tensors)",
             where,
-            [_deviation(row["norms"]) for row in _sure(found).values()],
+            [_relative_std(row["norms"]) for row in _with_gradient(angles).values()],
             unit="",
             within=0.05,
         ),
     ]
-    if "biases" in own:
-        smaller = [a - b for a, b in zip(own["kernels"], own["biases"], strict=True)]
+    if "biases" in pairs:
+        differences = [a - b for a, b in zip(pairs["kernels"], pairs["biases"], strict=True)]
         text = f"{prefix}biases have smaller angles than kernels"
-        claims.append(Claim(text, where, smaller, "degrees"))
+        claims.append(Claim(text, where, differences, "degrees"))
     return claims
 
 
-def _deviation(values: Sequence[float]) -> float:
+def _relative_std(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.mean(values))
 
 
-def _sure(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row for name, row in found.items() if not name.endswith(NOISE)}
+def _with_gradient(angles: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row for name, row in angles.items() if not name.endswith(NO_GRADIENT)}
 
 
-def _say(setup: Setup, values: Values) -> StudyReport:
-    found = values["angles"]
+def _summarize(setup: Setup, values: Values) -> StudyReport:
+    angles = values["angles"]
     layers = [
         {
             "name": name,
             "angles": row["angles"],
             "rms": [norm / np.sqrt(row["size"]) for norm in row["norms"]],
         }
-        for name, row in found.items()
+        for name, row in angles.items()
     ]
     rows = [
         [
-            what,
-            f"{np.mean(angles):.1f}",
-            f"{np.mean(np.std(angles, axis=1, ddof=1)):.2f}",
-            f"{np.mean(np.cos(np.radians(angles))):.3f}",
+            KIND_LABELS[name],
+            f"{np.mean(degrees):.1f}",
+            f"{np.mean(np.std(degrees, axis=1, ddof=1)):.2f}",
+            f"{np.mean(np.cos(np.radians(degrees))):.3f}",
         ]
-        for what, angles in angles_by_kind(found).items()
+        for name, degrees in angles_by_kind(angles).items()
     ]
-    claims = angle_claims(found, 2 * len(setup.seeds), "Figure 2")
+    columns = ["tensors", "mean angle (degrees)", "standard deviation over pairs", "mean cosine"]
     return StudyReport(
-        [Table(["", "mean angle (degrees)", "its deviation over pairs", "mean cosine"], rows)],
-        claims,
+        [Table(columns, rows)],
+        angle_claims(angles, 2 * len(setup.seeds), "Figure 2"),
         {"fig2": lambda path: angle_by_layer(layers, path)},
         [
-            "A key's bias gets no gradient, so its angle is noise: it is drawn, and left out of "
-            "the table and the claims."
+            "Key biases receive no gradient (softmax is shift-invariant), so their angles are "
+            "noise. The figure includes them; the table and the claims do not."
         ],
     )
 
@@ -114,9 +126,9 @@ def _say(setup: Setup, values: Values) -> StudyReport:
 FIGURE_2 = Study(
     "fig2",
     "Figure 2: angle and norm by layer",
-    "Angles between the task vectors of any two fine-tuned models, and their norms, tensor by "
-    "tensor; black lines are the standard deviation over pairs and models.",
-    _wanted,
-    _say,
+    "Angles between the task vectors of any two fine-tuned models, and their norms, for each "
+    "tensor. Black lines are the standard deviation over pairs and models.",
+    _measurements,
+    _summarize,
     num_seeds=16,
 )

@@ -7,13 +7,13 @@ from typing import Any
 
 from studies import figures
 from studies.catalog.model_pool import pool
-from studies.curves import shown
+from studies.curves import mean_cell
 from studies.expressions import Between, InPlane, Mean
 from studies.measurements import Distance, Measurement, Score
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
-# In units of w1 - w0, and of the center's height over that line. The center lies over about three
-# quarters of it: a point that is as far along for every height lies this much less.
+# In units of w1 - w0, and of the center's height above that line. The center is above about three
+# quarters of the line; a grid with equal columns at every height is shifted by this fraction.
 _ALONG = tuple(0.25 * i for i in range(-1, 7))
 _ACROSS = tuple(0.5 * i for i in range(-2, 5))
 _SLANT = 0.75
@@ -26,49 +26,60 @@ def _models(setup: Setup):
     return models[0], Mean(models)
 
 
-def _wanted(setup: Setup) -> dict[Any, Measurement]:
-    one, center = _models(setup)
-    wanted: dict[Any, Measurement] = {}
+def _measurements(setup: Setup) -> dict[Any, Measurement]:
+    model, center = _models(setup)
+    measurements: dict[Any, Measurement] = {}
     for x, y in _GRID:
-        wanted[x, y] = Score(InPlane(one, center, x, y), shifts=False)
-    wanted["one"], wanted["center"] = Distance(one), Distance(center)
-    wanted["apart"] = Distance(one, center)
-    for r, model in enumerate(pool(setup.seeds)):
-        wanted |= {("line", r, a): Score(Between(model, a), shifts=False) for a in _ALPHAS}
-    wanted["at the center"] = Score(center, shifts=False)
-    return wanted
+        measurements[x, y] = Score(InPlane(model, center, x, y), shifts=False)
+    measurements["anchor to model"] = Distance(model)
+    measurements["anchor to center"] = Distance(center)
+    measurements["center to model"] = Distance(model, center)
+    for r, replica in enumerate(pool(setup.seeds)):
+        measurements |= {
+            ("line", r, alpha): Score(Between(replica, alpha), shifts=False) for alpha in _ALPHAS
+        }
+    measurements["at the center"] = Score(center, shifts=False)
+    return measurements
 
 
-def _say(setup: Setup, values: Values) -> StudyReport:
-    one, center, apart = (values[name] for name in ("one", "center", "apart"))
-    # The anchor is the origin, the fine-tuned model lies on the first axis.
-    cosine = (one**2 + center**2 - apart**2) / (2 * one * center)
-    corner = (center * cosine, center * math.sqrt(max(0.0, 1 - cosine**2)))
-    points = [(x * one + y * corner[0], y * corner[1], 100 - values[x, y]["id"]) for x, y in _GRID]
+def _summarize(setup: Setup, values: Values) -> StudyReport:
+    to_model, to_center, between = (
+        values[name] for name in ("anchor to model", "anchor to center", "center to model")
+    )
+    # The anchor is the origin, and the fine-tuned model is on the first axis.
+    cosine = (to_model**2 + to_center**2 - between**2) / (2 * to_model * to_center)
+    center = (to_center * cosine, to_center * math.sqrt(max(0.0, 1 - cosine**2)))
+    points = [
+        (x * to_model + y * center[0], y * center[1], 100 - values[x, y]["id"]) for x, y in _GRID
+    ]
     replicas = range(len(pool(setup.seeds)))
-    lines = {a: [100 - values["line", r, a]["id"] for r in replicas] for a in _ALPHAS}
-    best = 100 - values["at the center"]["id"]
+    errors = {alpha: [100 - values["line", r, alpha]["id"] for r in replicas] for alpha in _ALPHAS}
+    center_error = 100 - values["at the center"]["id"]
     claims = [
         Claim(
-            "the error is lower at the center than at a fine-tuned model",
+            "the test error is lower at the center than at a fine-tuned model",
             "Figure 3",
-            [error - best for error in lines[1.0]],
+            [error - center_error for error in errors[1.0]],
         ),
         Claim(
-            "between the anchor and a fine-tuned model lies a point that is better than the model",
+            "a point between the anchor and a fine-tuned model has a lower test error than the "
+            "model",
             "Section 2.2",
-            [end - near for end, near in zip(lines[1.0], lines[0.75], strict=True)],
+            [at_model - inside for at_model, inside in zip(errors[1.0], errors[0.75], strict=True)],
         ),
     ]
-    rows = [[f"w0 + {a:g} (w1 − w0)", shown(errors)] for a, errors in lines.items()]
-    marks = {"w0": (0.0, 0.0), "w1": (one, 0.0), "center": corner}
+    rows = [[f"w0 + {alpha:g} (w1 − w0)", mean_cell(row)] for alpha, row in errors.items()]
+    rows.append(["center", f"{center_error:.2f}"])
+    marks = {"w0": (0.0, 0.0), "w1": (to_model, 0.0), "center": center}
     return StudyReport(
-        [Table(["", "test error (%)"], [*rows, ["center", f"{best:.2f}"]])],
+        [Table(["weights", "test error (%)"], rows)],
         claims,
         {"fig3": lambda path: figures.landscape(points, marks, path)},
         [
-            "The point between is taken at α = 0.75, fixed before any error was seen.",
-            "The center is one model, and of all others: its own chance is in no error bar.",
+            "The point between the anchor and the model is α = 0.75, fixed before any error was "
+            "measured.",
+            "The center is one model, the mean of all fine-tuned ones. Error bars do not include "
+            "its randomness.",
         ],
     )
 
@@ -77,8 +88,8 @@ FIGURE_3 = Study(
     "fig3",
     "Figure 3: test error around the center",
     "In-distribution test error on the plane of the anchor w0, one fine-tuned model w1 and the "
-    "mean of all (the center); distances are true.",
-    _wanted,
-    _say,
+    "mean of all fine-tuned models (the center). Distances are true to scale.",
+    _measurements,
+    _summarize,
     num_seeds=8,
 )

@@ -1,4 +1,4 @@
-"""Figure 5: the shell during training."""
+"""Figure 5: angle and norm during training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from modelstock_jax.reporting.figures import kind
 from studies import figures
-from studies.catalog.fig2 import NOISE
+from studies.catalog.fig2 import NO_GRADIENT
 from studies.catalog.model_pool import PAIR
 from studies.expressions import Replica
 from studies.measurements import Angles, Measurement
@@ -17,7 +17,7 @@ from studies.runs import Run
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
-def _wanted(setup: Setup) -> dict[int, Measurement]:
+def _measurements(setup: Setup) -> dict[int, Measurement]:
     runs = [Run.of(seed, PAIR, every_epoch=True) for seed in setup.seeds]
     return {
         epoch: Angles(tuple(Replica(run, r, epoch) for run in runs for r in (0, 1)))
@@ -25,20 +25,21 @@ def _wanted(setup: Setup) -> dict[int, Measurement]:
     }
 
 
-def _say(setup: Setup, values: Values) -> StudyReport:
+def _summarize(setup: Setup, values: Values) -> StudyReport:
     history = _history(values)
     rows = [
         [
             str(entry["epoch"]),
             *(
-                _cell(entry[what][key], digits)
-                for what in ("kernels", "biases")
+                _cell(entry[name][key], digits)
+                for name in ("kernels", "biases")
                 for key, digits in (("angle", 2), ("norm", 3))
             ),
         ]
         for entry in history
     ]
-    columns = ["epoch", "angle of kernels", "norm", "angle of biases", "norm"]
+    columns = ["epoch", "angle of kernels (degrees)", "norm of kernels"]
+    columns += ["angle of biases (degrees)", "norm of biases"]
     return StudyReport(
         [Table(columns, rows)],
         _claims(history),
@@ -48,19 +49,19 @@ def _say(setup: Setup, values: Values) -> StudyReport:
 
 
 def _history(values: Values) -> list[dict[str, Any]]:
-    """Each epoch's angles of any two models and norms of each, of kernels and of biases."""
+    """Return the angles of all pairs and norms of all models, by epoch, for kernels and biases."""
     history = []
-    for epoch, found in values.items():
+    for epoch, tensors in values.items():
         entry: dict[str, Any] = {"epoch": epoch}
-        for what in ("kernels", "biases"):
-            tensors = [
+        for kind_name in ("kernels", "biases"):
+            rows = [
                 row
-                for name, row in found.items()
-                if kind(name) == what and not name.endswith(NOISE)
+                for name, row in tensors.items()
+                if kind(name) == kind_name and not name.endswith(NO_GRADIENT)
             ]
-            angles = np.array([row["angles"] for row in tensors])
-            norms = np.array([row["norms"] for row in tensors])
-            entry[what] = {
+            angles = np.array([row["angles"] for row in rows])
+            norms = np.array([row["norms"] for row in rows])
+            entry[kind_name] = {
                 "angle": angles.mean(0).tolist(),
                 "norm": np.sqrt((norms**2).sum(0)).tolist(),
             }
@@ -69,23 +70,24 @@ def _history(values: Values) -> list[dict[str, Any]]:
 
 
 def _claims(history: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    def spread(what: str, key: str) -> list[float]:
+    def relative_std(kind_name: str, key: str) -> list[float]:
         return [
-            float(np.std(entry[what][key], ddof=1) / np.mean(entry[what][key])) for entry in history
+            float(np.std(entry[kind_name][key], ddof=1) / np.mean(entry[kind_name][key]))
+            for entry in history
         ]
 
     return [
         Claim(
             "any two models have the same angle (within 5 %, mean over epochs)",
             "Figure 5",
-            spread("kernels", "angle"),
+            relative_std("kernels", "angle"),
             unit="",
             within=0.05,
         ),
         Claim(
-            "all models are as far from the anchor (within 5 %, mean over epochs)",
+            "all models have the same distance to the anchor (within 5 %, mean over epochs)",
             "Figure 5",
-            spread("kernels", "norm"),
+            relative_std("kernels", "norm"),
             unit="",
             within=0.05,
         ),
@@ -98,10 +100,10 @@ def _cell(values: list[float], digits: int) -> str:
 
 FIGURE_5 = Study(
     "fig5",
-    "Figure 5: the shell during training",
-    "Angles between any two models, and their distance from the anchor, at the end of every epoch "
-    "of runs that are never merged.",
-    _wanted,
-    _say,
+    "Figure 5: the thin shell during training",
+    "Angles between any two models, and their distance to the anchor, at the end of every epoch "
+    "of runs without merging.",
+    _measurements,
+    _summarize,
     num_seeds=2,
 )

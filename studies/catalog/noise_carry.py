@@ -1,4 +1,4 @@
-"""Noise carried over merges, an extension of ours, beside what else pulls toward the anchor."""
+"""Noise carried over merges, an extension, compared with other methods that pull to the anchor."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from studies.catalog.tables5_6 import period_options
 from studies.curves import (
     ALPHAS,
     Curve,
-    both,
+    accuracy_cells,
     curve,
-    curve_above,
+    curve_gap,
     curve_scores,
+    defined,
+    estimate_cell,
     id_and_shifts,
     jackknife,
-    known,
+    mean_cell,
     mean_curve,
-    own_above,
-    shown,
-    with_error,
+    model_gap,
 )
 from studies.expressions import Merge, Merged, Model, Replica
 from studies.measurements import Measurement, Score
@@ -29,41 +29,41 @@ from studies.runs import Run
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _MEAN = MERGING | {"merge.method": "uniform_mean"}
-# Fixed before any of them was run. A run of 8 epochs at 2e-3 takes exp(-0.27 d) off a task vector
-# that nothing renews: these reach from little to nearly all. A penalty acts through Adam, which
-# divides it by a gradient of about 1e-3 an element: a thousandth of the decay pulls about as hard.
+# Chosen before any of these runs. In a run of 8 epochs at 2e-3, decay d shrinks a task vector
+# without gradient by exp(-0.27 d), so these strengths range from little to nearly all. Adam divides
+# a penalty by a gradient of about 1e-3 per element: a thousandth of the decay pulls about as hard.
 _DECAYS = (1.0, 3.0, 10.0)
 _PENALTIES = (0.001, 0.003, 0.01)
-# What is carried to the last merge ends where curves are steep: a tenth of a point ID is worth a
-# quarter on the shifts there.
+# Models that are shrunk at the last merge end where curves are steep: a tenth of a point of ID
+# corresponds to a quarter of a point of avg. shifts there.
 _ALPHAS = (*ALPHAS, 0.875)
-_OURS = {
-    "every": "noise carried, shrunk at every merge",
-    "last": "noise carried, shrunk at the last merge",
+_EXTENSION = {
+    "every": "Noise carried (extension), shrunk at every merge",
+    "last": "Noise carried (extension), shrunk at the last merge",
 }
-# What carried noise is held against: a name -> the models whose curves are its.
+# Name of a compared method -> the models of its curves.
 _RIVALS: Mapping[str, Sequence[Any]] = {
-    "one fine-tuned model": ("replica",),
-    "the mean after training": ("mean",),
+    "a single fine-tuned model": ("replica",),
+    "the uniform mean after training": ("mean",),
     "Model Stock after training": ("post",),
-    "periodic mean": ("periodic_mean",),
+    "the periodic uniform mean": ("periodic_mean",),
     "periodic Model Stock": ("off",),
     "decay to the anchor, at its best strength": tuple(("decay", d) for d in _DECAYS),
     "L2-SP, at its best strength": tuple(("l2_sp", a) for a in _PENALTIES),
 }
 _NAMES = {
-    "replica": "one fine-tuned model",
-    "mean": "mean of two after training",
-    "post": "Model Stock after training",
-    "periodic_mean": "periodic mean (t = 1)",
-    "off": "periodic, equation 3",
-    **_OURS,
-    **{("decay", d): f"periodic mean, decay {d:g} to the anchor" for d in _DECAYS},
-    **{("l2_sp", a): f"periodic mean, L2-SP {a:g}" for a in _PENALTIES},
+    "replica": "Single fine-tuned model",
+    "mean": "Uniform mean of 2 replicas, after training",
+    "post": "Model Stock, after training",
+    "periodic_mean": "Uniform mean, periodic (t = 1)",
+    "off": "Model Stock, periodic",
+    **_EXTENSION,
+    **{("decay", d): f"Uniform mean, periodic, decay {d:g} to the anchor" for d in _DECAYS},
+    **{("l2_sp", a): f"Uniform mean, periodic, L2-SP {a:g}" for a in _PENALTIES},
 }
-# Rows beside the verdict, over fewer seeds and from the first anchor alone.
-_SIDE_SEEDS = 3
-_HOW = {"off": "equation 3", "every": "noise carried"}
+# Variants without a verdict use fewer seeds and only the config's anchor.
+_VARIANT_SEEDS = 3
+_CARRY_NOISE = {"off": "Model Stock", "every": "noise carried (extension)"}
 
 
 def _models(seed: int) -> dict[Any, Model]:
@@ -89,7 +89,7 @@ def _models(seed: int) -> dict[Any, Model]:
 
 
 def _l2_sp(alpha: float) -> dict[str, Any]:
-    """The penalty in the place of weight decay; the head, zero-shot here, is not pulled to zero."""
+    """Return options of L2-SP without weight decay; the zero-shot head is not pulled to zero."""
     return {
         "objective.name": "l2_sp",
         "objective.l2_sp_alpha": alpha,
@@ -98,140 +98,166 @@ def _l2_sp(alpha: float) -> dict[str, Any]:
     }
 
 
-def _side_settings(setup: Setup) -> dict[str, dict[str, Any]]:
+def _variants(setup: Setup) -> dict[str, dict[str, Any]]:
     return {
         "merged every 2 epochs": period_options(setup, 2.0),
         "N = 3": {"merge.every": "epoch", "num_replicas": 3},
         "N = 4": {"merge.every": "epoch", "num_replicas": 4},
         f"{2 * setup.epochs} epochs": MERGING | {"epochs": 2 * setup.epochs},
-        "rate falls to a tenth, not to 0": MERGING | {"optimizer.final_lr_fraction": 0.1},
+        "learning rate decays to a tenth, not to 0": (
+            MERGING | {"optimizer.final_lr_fraction": 0.1}
+        ),
     }
 
 
-def _side_seeds(setup: Setup) -> Sequence[int]:
-    return () if setup.further else setup.seeds[:_SIDE_SEEDS]
+def _variant_seeds(setup: Setup) -> Sequence[int]:
+    return () if setup.additional_anchor else setup.seeds[:_VARIANT_SEEDS]
 
 
-def _wanted(setup: Setup) -> dict[Any, Measurement]:
-    wanted: dict[Any, Measurement] = {}
+def _measurements(setup: Setup) -> dict[Any, Measurement]:
+    measurements: dict[Any, Measurement] = {}
     for seed in setup.seeds:
-        wanted |= curve_scores(_models(seed), seed, _ALPHAS)
-    for seed in _side_seeds(setup):
-        for name, options in _side_settings(setup).items():
-            for how in _HOW:
-                more = {"merge.carry_noise": how} if how != "off" else {}
-                wanted["side", name, how, seed] = Score(Merged(Run.of(seed, options | more)))
-    return wanted
+        measurements |= curve_scores(_models(seed), seed, _ALPHAS)
+    for seed in _variant_seeds(setup):
+        for name, options in _variants(setup).items():
+            for how in _CARRY_NOISE:
+                carry = {"merge.carry_noise": how} if how != "off" else {}
+                run = Run.of(seed, options | carry)
+                measurements["variant", name, how, seed] = Score(Merged(run))
+    return measurements
 
 
-def _say(setup: Setup, values: Values) -> StudyReport:
+def _summarize(setup: Setup, values: Values) -> StudyReport:
     curves = {
         (name, seed): curve(values, name, seed, _ALPHAS) for name in _NAMES for seed in setup.seeds
     }
-    rows, claims, notes = _against_rivals(setup, curves)
-    tables = [
-        _accuracies(setup, values),
-        Table(
-            ["on the shifts, at equal ID", "as it is", "seeds", "of mean curves", "at its best α"],
-            rows,
-        ),
-    ]
-    if _side_seeds(setup):
-        tables.append(_side(setup, values, curves))
-    lines = {label: [curves[name, seed] for seed in setup.seeds] for name, label in _NAMES.items()}
+    rows, claims, notes = _comparisons(setup, curves)
+    columns = ["difference of avg. shifts at equal ID", "without tuning", "seeds"]
+    columns += ["without tuning, of mean curves", "at the best α"]
+    tables = [_accuracy_table(setup, values), Table(columns, rows)]
+    if _variant_seeds(setup):
+        tables.append(_variant_table(setup, values, curves))
+    labeled_curves = {
+        label: [curves[name, seed] for seed in setup.seeds] for name, label in _NAMES.items()
+    }
     return StudyReport(
         tables,
         claims,
-        {"carried": lambda path: figures.wise_ft_curves(lines, path, strong=_OURS.values())},
+        {
+            "carried": lambda path: figures.wise_ft_curves(
+                labeled_curves, path, strong=_EXTENSION.values()
+            )
+        },
         [
-            "As it is: the model with nothing tuned, against the best that a rival's WiSE-FT curve "
-            "(its alphas joined by a spline) has at the same accuracy in distribution; of a rival "
-            "with a strength, the best of all strengths, chosen on the test sets in its favor.",
-            "Of mean curves: as it is, of accuracies averaged over the seeds before they are "
-            "compared, with a jackknife's error. No seed drops out for having too much ID, and "
-            "noise in a seed's ID, which a bent curve does not average out, matters less.",
-            "At its best α: curve against curve, the mean difference over the upper half of the "
-            "accuracies that both have.",
+            "Without tuning: the model itself, compared with the best point of the other method's "
+            "WiSE-FT curve (a spline through its alphas) at the same ID. For a method with a "
+            "strength, this is the best of all strengths, selected on the test sets in its favor.",
+            "Of mean curves: the same comparison of accuracies that are averaged over the seeds "
+            "first, with a jackknife error. No seed is left out because its ID is too high, and "
+            "noise in a seed's ID, which does not average out along a bent curve, has less effect.",
+            "At the best α: curve against curve, the mean difference over the upper half of the "
+            "ID accuracies that both curves reach.",
             *notes,
         ],
     )
 
 
-def _against_rivals(
+def _comparisons(
     setup: Setup, curves: Mapping[Any, Curve]
 ) -> tuple[list[list[str]], list[Claim], list[str]]:
-    """Rows and claims, and a note where there is no point of equal ID at some seeds."""
+    """Return rows, claims, and notes on methods without a point of equal ID at some seeds."""
     claims, rows, notes = [], [], []
-    for how, text in _OURS.items():
+    for how, label in _EXTENSION.items():
         for rival, members in _RIVALS.items():
             pairs = [
                 (curves[how, seed], [curves[member, seed] for member in members])
                 for seed in setup.seeds
             ]
-            own = known(own_above(mine.own, theirs) for mine, theirs in pairs)
-            along = known(curve_above([mine], theirs) for mine, theirs in pairs)
-            together = with_error(jackknife(_of_means, pairs))
-            rows.append([f"{text} − {rival}", shown(own), str(len(own)), together, shown(along)])
-            if len(own) < len(pairs):
-                notes.append(_outside(text, rival, pairs, len(own)))
-            said = {f"{text}, as it is,": own, f"{text}, at its best α,": along}
+            untuned = defined(model_gap(carried.endpoint, others) for carried, others in pairs)
+            tuned = defined(curve_gap([carried], others) for carried, others in pairs)
+            of_means = estimate_cell(jackknife(_gap_of_mean_curves, pairs))
+            rows.append(
+                [
+                    f"{label} − {rival}",
+                    mean_cell(untuned),
+                    str(len(untuned)),
+                    of_means,
+                    mean_cell(tuned),
+                ]
+            )
+            if len(untuned) < len(pairs):
+                notes.append(_out_of_range_note(label, rival, pairs, len(untuned)))
+            gaps = {f"{label}, without tuning,": untuned, f"{label}, at the best α,": tuned}
             claims += [
-                Claim(f"{what} beats {rival}, at equal ID", "ours", found)
-                for what, found in said.items()
-                if len(found) > 1
+                Claim(f"{subject} beats {rival}, at equal ID", "this project", differences)
+                for subject, differences in gaps.items()
+                if len(differences) > 1
             ]
     return rows, claims, notes
 
 
-def _of_means(pairs: Sequence[tuple[Curve, list[Curve]]]) -> float | None:
-    mine, theirs = zip(*pairs, strict=True)
-    rivals = [mean_curve(one) for one in zip(*theirs, strict=True)]
-    return own_above(mean_curve(mine).own, rivals)
+def _gap_of_mean_curves(pairs: Sequence[tuple[Curve, list[Curve]]]) -> float | None:
+    carried, others = zip(*pairs, strict=True)
+    rivals = [mean_curve(seeds) for seeds in zip(*others, strict=True)]
+    return model_gap(mean_curve(carried).endpoint, rivals)
 
 
-def _outside(text: str, rival: str, pairs: Sequence[tuple[Curve, list[Curve]]], inside: int) -> str:
-    better = sum(mine.own[0] > max(one.dense[0].max() for one in theirs) for mine, theirs in pairs)
+def _out_of_range_note(
+    label: str, rival: str, pairs: Sequence[tuple[Curve, list[Curve]]], num_inside: int
+) -> str:
+    num_above = sum(
+        carried.endpoint[0] > max(curve.samples[0].max() for curve in others)
+        for carried, others in pairs
+    )
     return (
-        f"{text}, {rival}: at {len(pairs) - inside} of {len(pairs)} seeds there is no point of "
-        f"equal ID ({better} times it has more ID than any point of the curve)."
+        f"{label}, compared with {rival}: at {len(pairs) - num_inside} of {len(pairs)} seeds there "
+        f"is no point of equal ID (at {num_above}, its ID is above that of the entire curve)."
     )
 
 
-def _accuracies(setup: Setup, values: Values) -> Table:
-    def pair(name: Any, alpha: float) -> str:
+def _accuracy_table(setup: Setup, values: Values) -> Table:
+    def mean_pair(name: Any, alpha: float) -> str:
         scores = [values[name, seed, alpha] for seed in setup.seeds]
-        means = [sum(found) / len(found) for found in zip(*map(id_and_shifts, scores), strict=True)]
+        means = [
+            sum(column) / len(column) for column in zip(*map(id_and_shifts, scores), strict=True)
+        ]
         return " / ".join(f"{value:.2f}" for value in means)
 
-    rows = [["zero-shot", *both([values["zero_shot", setup.seeds[0]]]), *["–"] * len(_ALPHAS)]]
+    zero_shot = accuracy_cells([values["zero_shot", setup.seeds[0]]])
+    rows = [["Zero-shot", *zero_shot, *["–"] * len(_ALPHAS)]]
     for name, label in _NAMES.items():
-        own = both([values[name, seed] for seed in setup.seeds])
-        rows.append([label, *own, *(pair(name, alpha) for alpha in reversed(_ALPHAS))])
-    columns = ["two replicas", "ID", "avg shifts"]
-    return Table([*columns, *(f"α = {alpha:g}" for alpha in reversed(_ALPHAS))], rows)
+        cells = accuracy_cells([values[name, seed] for seed in setup.seeds])
+        rows.append([label, *cells, *(mean_pair(name, alpha) for alpha in reversed(_ALPHAS))])
+    columns = ["two replicas", "ID", "avg. shifts"]
+    columns += [f"ID / avg. shifts at α = {alpha:g}" for alpha in reversed(_ALPHAS)]
+    return Table(columns, rows)
 
 
-def _side(setup: Setup, values: Values, curves: Mapping[Any, Curve]) -> Table:
-    rows, seeds = [], _side_seeds(setup)
-    for name in _side_settings(setup):
-        for how, text in _HOW.items():
-            scores = [values["side", name, how, seed] for seed in seeds]
-            above = known(
-                own_above(id_and_shifts(score), [curves["mean", seed]])
+def _variant_table(setup: Setup, values: Values, curves: Mapping[Any, Curve]) -> Table:
+    rows, seeds = [], _variant_seeds(setup)
+    for name in _variants(setup):
+        for how, label in _CARRY_NOISE.items():
+            scores = [values["variant", name, how, seed] for seed in seeds]
+            gaps = defined(
+                model_gap(id_and_shifts(score), [curves["mean", seed]])
                 for score, seed in zip(scores, seeds, strict=True)
             )
-            rows.append([f"{name}, {text}", *both(scores), f"{shown(above)} ({len(above)})"])
-    # Of two replicas of the usual length, whatever the variant costs.
-    return Table(["variants", "ID", "avg shifts", "above the curve of two's mean (seeds)"], rows)
+            rows.append(
+                [f"{name}, {label}", *accuracy_cells(scores), f"{mean_cell(gaps)} ({len(gaps)})"]
+            )
+    # All variants are compared with two replicas of the usual length, whatever they cost.
+    columns = ["variant", "ID", "avg. shifts"]
+    columns += ["above the WiSE-FT curve of the uniform mean of 2 (seeds)"]
+    return Table(columns, rows)
 
 
 CARRIED = Study(
     "carried",
     "Noise carried over merges",
-    "An extension of ours: periodic merging that remembers the noise of earlier periods. It is "
-    "held against every method that pulls toward the anchor and against every WiSE-FT curve, at "
-    "equal accuracy in distribution; the claims are ours, not the paper's.",
-    _wanted,
-    _say,
+    "This extension of the paper is periodic merging that keeps the estimated noise of earlier "
+    "periods. It is compared with every method that pulls to the anchor and with every WiSE-FT "
+    "curve, at equal in-distribution accuracy. The claims are not in the paper.",
+    _measurements,
+    _summarize,
     num_seeds=8,
 )

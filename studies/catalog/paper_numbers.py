@@ -1,4 +1,4 @@
-"""The numbers of the paper's tables (Jang, Yun, Han 2024), to stand beside ours."""
+"""The values of the paper's tables (Jang, Yun, Han 2024)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Result(NamedTuple):
-    """A row of the paper: ImageNet, mean over its shifts, and the distance to the center."""
+    """A row of the paper: ImageNet accuracy, avg. shifts, and distance to the center."""
 
     id: float
     shifts: float
     distance: float | None = None
 
 
-# Distance to the pseudo-center of 50 models; N of the mean -> row.
+# Number of averaged models -> row. The center is the pseudo-center of 50 models.
 TABLE_1 = {
     1: Result(79.72, 46.37, 13.133),
     2: Result(80.24, 47.76, 9.192),
@@ -21,7 +21,7 @@ TABLE_1 = {
     5: Result(80.47, 48.53, 5.633),
     50: Result(80.59, 48.85, 0.0),
 }
-# ViT-B/32; with *: strong augmentation, beside soups from linear probing.
+# ViT-B/32. Rows with *: strong augmentation, and soups from LP initialization.
 TABLE_2 = {
     "zero_shot": Result(63.34, 48.51),
     "vanilla": Result(78.35, 47.03),
@@ -34,7 +34,7 @@ TABLE_2 = {
     "greedy_soup*": Result(81.03, 50.75),
     "model_stock*": Result(81.19, 48.69),
 }
-# ViT-B/16; the mean is over V2, R, A and Sketch, without ObjectNet.
+# ViT-B/16. avg. shifts is over IN-V2, IN-R, IN-A and IN-Sketch, without ObjectNet.
 TABLE_3 = {
     "zero_shot": Result(68.3, 59.5),
     "vanilla": Result(82.8, 57.7),
@@ -58,16 +58,16 @@ TABLE_4 = {
     "model_stock": Result(87.0, 71.6),
     "model_stock*": Result(87.7, 73.5),
 }
-# Periodic merging of N replicas, 8 epochs, beside one fine-tuned model of 16.
+# N = 1: a single fine-tuned model, 16 epochs. N > 1: N replicas with periodic merging, 8 epochs.
 TABLE_5 = {
     1: Result(79.7, 46.7, 13.13),
     2: Result(80.1, 48.8, 10.01),
     3: Result(80.2, 48.8, 9.05),
     4: Result(80.4, 48.9, 8.45),
 }
-# The period in epochs (an epoch is about 2,500 iterations).
+# Merging period in epochs (an epoch is about 2,500 iterations) -> row.
 TABLE_6 = {0.4: Result(79.8, 48.7), 2.0: Result(79.9, 48.5), 1.0: Result(80.1, 48.8)}
-# After training: N -> (uniform mean, Model Stock).
+# Merging after training: N -> (uniform mean, Model Stock).
 TABLE_7 = {
     2: (Result(80.2, 47.8, 9.19), Result(80.3, 50.4, 7.62)),
     3: (Result(80.4, 48.2, 7.44), Result(80.4, 50.2, 6.49)),

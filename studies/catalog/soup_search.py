@@ -1,4 +1,4 @@
-"""The models of a soup: a random search of hyper-parameters, trained side by side."""
+"""The models of a soup: a random search over hyperparameters, trained in parallel."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from studies.runs import Run
 from studies.study import Setup
 
 SIZE = 12
-# Of a linear probe's learning rate to the config's.
+# Learning rate of a linear probe divided by the config's.
 PROBE_RATIO = 50
-# Of 0, 1 and 2 operations, as 48, 18 and 5 of the authors' models have them.
+# Probabilities of 0, 1 and 2 RandAugment operations: the authors have 48, 18 and 5 such models.
 _OPERATIONS = (2 / 3, 1 / 4, 1 / 12)
 
 
 def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
-    """The random search of Model Soups (Wortsman et al. 2022) over 71 models, as one program.
+    """Return models of the random search of Model Soups (Wortsman et al. 2022), as one run.
 
-    As in the list of the authors' models: learning rates of two decades about the config's (1e-6
-    to 1e-4 there), weight decay, a quarter of the epochs to all (4 to 16), smoothing and mixup each
-    in half of the models, and of stored images RandAugment in a third, of one operation and seldom
-    of two. The crop is the config's for all, and so is the glyphs' own augmentation.
+    The distributions follow the list of the authors' 71 models:
+
+    - learning rate: two decades around the config's (authors: 1e-6 to 1e-4).
+    - weight decay: 10^-4.1 to 10^-0.28.
+    - epochs: a quarter of the config's to all of them (authors: 4 to 16).
+    - label smoothing and mixup: each in half of the models.
+    - RandAugment, for stored images only: in a third of the models, with one operation, rarely two.
+
+    All models use the config's crop, and on the glyphs their augmentation.
     """
     rng = np.random.default_rng(seed)
 
@@ -33,8 +38,8 @@ def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
 
     def half(high: float) -> tuple[float, ...]:
         return tuple(
-            x * bool(kept)
-            for x, kept in zip(draw(0, high), rng.integers(2, size=SIZE), strict=True)
+            x * bool(used)
+            for x, used in zip(draw(0, high), rng.integers(2, size=SIZE), strict=True)
         )
 
     epochs = rng.integers(max(1, setup.epochs // 4), setup.epochs + 1, SIZE).tolist()
@@ -51,7 +56,7 @@ def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
         "per_replica.mixup": half(0.875),
         "objective.name": objective,
     }
-    if setup.stored:
+    if setup.stored_images:
         options |= {
             "per_replica.randaugment_ops": tuple(rng.choice(3, SIZE, p=_OPERATIONS).tolist()),
             "per_replica.randaugment_magnitude": tuple(rng.integers(1, 21, SIZE).tolist()),
@@ -61,10 +66,10 @@ def soup(setup: Setup, seed: int, objective: str) -> tuple[Replica, ...]:
 
 
 def probe_options(setup: Setup, options: Mapping[str, Any]) -> dict[str, Any]:
-    """LP-FT's probe at a rate that suits a probe; nothing for another objective.
+    """Return the option of the learning rate of LP-FT's probe; {} for other objectives.
 
-    A head of exp(logit_scale) times unit columns hardly moves at the rate of a tower: 50 times the
-    config's, 0.1 on the glyphs, is the best on validation (docs/results.md).
+    A head of exp(logit_scale) times unit columns hardly changes at the learning rate of a tower.
+    50 times the config's, 0.1 on the glyphs, is the best on validation data (docs/results.md).
     """
     if options.get("objective.name") != "lp_ft":
         return {}

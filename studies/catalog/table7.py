@@ -1,4 +1,4 @@
-"""Merges after training: Table 7, and merge units."""
+"""Merging after training: Table 7, and merge units."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from modelstock_jax.merging import UNITS
 from studies.catalog.model_pool import groups, mean, pool
 from studies.catalog.paper_numbers import TABLE_7
 from studies.curves import (
-    average,
-    both,
+    accuracy_cells,
+    average_shifts,
     curve,
     curve_scores,
+    defined,
     id_and_shifts,
-    known,
-    own_above,
-    shown,
-    theirs,
+    mean_cell,
+    model_gap,
+    paper_cell,
 )
 from studies.expressions import Merge
 from studies.measurements import Measurement, Outcomes, Predicted, Score, Shell
@@ -33,181 +33,217 @@ def _sizes(setup: Setup):
 
 
 def _others(setup: Setup, team):
-    """Models of no replica of the team: their mean is a center that it has no part in."""
-    return tuple(one for one in pool(setup.seeds) if one not in team)
+    """Return the models outside the team; their mean is a center independent of the team."""
+    return tuple(model for model in pool(setup.seeds) if model not in team)
 
 
 def _table_7(setup: Setup) -> dict[Any, Measurement]:
-    wanted: dict[Any, Measurement] = {}
+    measurements: dict[Any, Measurement] = {}
     for n in _sizes(setup):
         for i, team in enumerate(_teams(setup, n)):
             models = (mean(team), Merge(team))
-            wanted["mean", n, i], wanted["stock", n, i] = map(Score, models)
-            wanted["at", n, i] = Shell(models, _others(setup, team))
-            wanted["predicted", n, i] = Predicted(team)
-    return wanted
+            measurements["mean", n, i], measurements["stock", n, i] = map(Score, models)
+            measurements["shell", n, i] = Shell(models, _others(setup, team))
+            measurements["predicted", n, i] = Predicted(team)
+    return measurements
 
 
-def _say_table_7(setup: Setup, values: Values) -> StudyReport:
+def _summarize_table_7(setup: Setup, values: Values) -> StudyReport:
     rows, claims = [], []
     for n in _sizes(setup):
         teams = range(len(_teams(setup, n)))
-        means, stocks = ([values[what, n, i] for i in teams] for what in ("mean", "stock"))
-        at = [values["at", n, i]["distance"] for i in teams]
-        predicted = [values["predicted", n, i] for i in teams]
+        means, stocks = ([values[method, n, i] for i in teams] for method in ("mean", "stock"))
+        distances = [values["shell", n, i]["distance"] for i in teams]
+        predictions = [values["predicted", n, i]["merged"] for i in teams]
         rows.append(
             [
                 f"N = {n}",
-                *both(means),
-                shown([one for one, _ in at], 3),
-                *both(stocks),
-                shown([one for _, one in at], 3),
-                shown([one["merged"] for one in predicted], 3),
+                *accuracy_cells(means),
+                mean_cell([of_mean for of_mean, _ in distances], 3),
+                *accuracy_cells(stocks),
+                mean_cell([of_stock for _, of_stock in distances], 3),
+                mean_cell(predictions, 3),
             ]
         )
-        claims += _claims_table_7(n, means, stocks, at, predicted)
-    theirs_rows = [
-        [f"N = {n}", *(theirs(x) for row in pair for x in row)] for n, pair in TABLE_7.items()
+        claims += _claims_table_7(n, means, stocks, distances, predictions)
+    paper_rows = [
+        [f"N = {n}", *(paper_cell(value) for row in pair for value in row)]
+        for n, pair in TABLE_7.items()
     ]
-    columns = ["", "mean: ID", "avg shifts", "to the center"]
-    columns += ["Model Stock: ID", "avg shifts", "to the center"]
+    columns = [
+        f"{method}: {column}"
+        for method in ("uniform mean", "Model Stock")
+        for column in ("ID", "avg. shifts", "L2 distance to center")
+    ]
+    paper_columns = [column.replace("ID", "ImageNet") for column in columns]
     return StudyReport(
-        [Table([*columns, "predicted"], rows), Table(["paper", *columns[1:]], theirs_rows)],
+        [
+            Table(["ours", *columns, "Model Stock: predicted distance to center"], rows),
+            Table(["paper", *paper_columns], paper_rows),
+        ],
         claims,
         notes=[
-            "The paper's row N = 4 has the distance of five models (5.63): 13.133 / √4 is 6.57, "
-            "and one angle explains its last column only with N = 5 there.",
+            "In the paper, the uniform mean in row N = 4 has the distance of five models (5.63). "
+            "13.133 / √4 is 6.57, and a single angle explains the last column of that row only "
+            "with N = 5.",
         ],
     )
 
 
-def _claims_table_7(n: int, means, stocks, at, predicted) -> list[Claim]:
-    """Claims of the teams of n: their scores, distances to the center, and those predicted."""
+def _claims_table_7(
+    n: int,
+    means: Sequence[Mapping[str, Any]],
+    stocks: Sequence[Mapping[str, Any]],
+    distances: Sequence[tuple[float, float]],
+    predictions: Sequence[float],
+) -> list[Claim]:
+    """Return the claims for teams of n.
+
+    Args:
+      n: number of models in a team.
+      means: scores of the uniform means.
+      stocks: scores of Model Stock.
+      distances: to the center, of the uniform mean and of Model Stock.
+      predictions: of Model Stock's distance.
+    """
     return [
         Claim(
-            f"N = {n}: Model Stock beats the mean of the same models on the shifts",
+            f"N = {n}: Model Stock beats the uniform mean of the same models, out of distribution",
             "Table 7",
-            [average(a) - average(b) for a, b in zip(stocks, means, strict=True)],
+            [average_shifts(a) - average_shifts(b) for a, b in zip(stocks, means, strict=True)],
         ),
         Claim(
-            f"N = {n}: Model Stock is at most 0.5 points behind the mean, in distribution",
+            f"N = {n}: Model Stock is at most 0.5 points behind the uniform mean, in distribution",
             "Table 7",
             [a["id"] - b["id"] for a, b in zip(stocks, means, strict=True)],
             margin=0.5,
         ),
         Claim(
-            f"N = {n}: Model Stock is closer to the center than the mean",
+            f"N = {n}: Model Stock is closer to the center than the uniform mean",
             "Table 7",
-            [far - near for far, near in at],
-            "of distance",
+            [of_mean - of_stock for of_mean, of_stock in distances],
+            "in L2 distance",
         ),
         Claim(
             f"N = {n}: angles alone predict Model Stock's distance to the center (within 3 %)",
             "Section 3",
-            [abs(one["merged"] / near - 1) for one, (_, near) in zip(predicted, at, strict=True)],
+            [
+                abs(prediction / of_stock - 1)
+                for prediction, (_, of_stock) in zip(predictions, distances, strict=True)
+            ],
             unit="",
             within=0.03,
         ),
     ]
 
 
-# Units of few enough numbers for an angle above 90 degrees.
-_UNITS_NOT_CLIPPED = ("tensor", "filter")
+# Merge units small enough for angles above 90 degrees.
+_UNCLAMPED_UNITS = ("tensor", "filter")
 
 
 def _units(setup: Setup) -> dict[Any, Measurement]:
-    wanted: dict[Any, Measurement] = {}
+    measurements: dict[Any, Measurement] = {}
     for i, team in enumerate(_teams(setup, 2)):
-        wanted |= {(unit, i): Score(Merge(team, unit=unit)) for unit in UNITS}
-        wanted["one t", i] = Score(Merge(team, "constant_ratio"))
-        wanted["weighted", i] = Score(Merge(team, "weighted_model_stock"))
-        for unit in _UNITS_NOT_CLIPPED:
-            wanted["not clipped", unit, i] = Score(Merge(team, "unclamped", unit))
-            wanted["outcomes", unit, i] = Outcomes(team, unit=unit)
-        wanted |= curve_scores({"mean": mean(team)}, i)
-    return wanted
+        measurements |= {(unit, i): Score(Merge(team, unit=unit)) for unit in UNITS}
+        measurements["global ratio", i] = Score(Merge(team, "constant_ratio"))
+        measurements["weighted", i] = Score(Merge(team, "weighted_model_stock"))
+        for unit in _UNCLAMPED_UNITS:
+            measurements["unclamped", unit, i] = Score(Merge(team, "unclamped", unit))
+            measurements["outcomes", unit, i] = Outcomes(team, unit=unit)
+        measurements |= curve_scores({"mean": mean(team)}, i)
+    return measurements
 
 
-def _say_units(setup: Setup, values: Values) -> StudyReport:
+def _summarize_units(setup: Setup, values: Values) -> StudyReport:
     teams = range(len(_teams(setup, 2)))
     names = {
-        **{unit: f"unit `{unit}`" for unit in UNITS},
-        "one t": "one t for all, at the same distance from the anchor",
-        "weighted": "weighted (ours), unit `tensor`",
-        "mean": "mean (t = 1)",
+        **{unit: f"Model Stock, unit `{unit}`" for unit in UNITS},
+        "global ratio": "Mean with one global ratio, same L2 distance to anchor as `tensor`",
+        "weighted": "Model Stock, weighted (extension), unit `tensor`",
+        "mean": "Uniform mean (t = 1)",
     }
     curves = [curve(values, "mean", i) for i in teams]
-    rows, above = [], {}
+    rows, gaps = [], {}
     for key, label in names.items():
         scores = [values[key, i] for i in teams]
-        above[key] = known(
-            own_above(id_and_shifts(score), [line])
-            for score, line in zip(scores, curves, strict=True)
+        gaps[key] = defined(
+            model_gap(id_and_shifts(score), [mean_curve])
+            for score, mean_curve in zip(scores, curves, strict=True)
         )
         pairs = list(zip(scores, (values["tensor", i] for i in teams), strict=True))
         rows.append(
             [
                 label,
-                *both(scores),
-                *(["–", "–"] if key == "tensor" else _less(pairs)),
-                "–" if key == "mean" else f"{shown(above[key])} ({len(above[key])})",
+                *accuracy_cells(scores),
+                *(["–", "–"] if key == "tensor" else _difference_cells(pairs)),
+                "–" if key == "mean" else f"{mean_cell(gaps[key])} ({len(gaps[key])})",
             ]
         )
-    columns = ["merge of two after training", "ID", "avg shifts", "ID − `tensor`"]
-    columns += ["avg shifts − `tensor`", "above the mean's curve (teams)"]
+    columns = ["merge of 2 replicas after training", "ID", "avg. shifts", "ID − `tensor`"]
+    columns += ["avg. shifts − `tensor`", "above the uniform mean's WiSE-FT curve (pairs)"]
     claims = [
         Claim(
-            "ratios of each layer beat one ratio for all, at the same distance, on the shifts",
-            "ours",
-            [average(values["tensor", i]) - average(values["one t", i]) for i in teams],
+            "layer-wise ratios beat one global ratio, at the same distance to the anchor, out of "
+            "distribution",
+            "this project",
+            [
+                average_shifts(values["tensor", i]) - average_shifts(values["global ratio", i])
+                for i in teams
+            ],
         ),
-        Claim("ratios of each layer beat one ratio for all, at equal ID", "ours", above["tensor"]),
+        Claim(
+            "layer-wise ratios beat one global ratio, at equal ID", "this project", gaps["tensor"]
+        ),
     ]
     return StudyReport(
-        [Table(columns, rows), _positive_part(setup, values)],
+        [Table(columns, rows), _clamping_table(setup, values)],
         claims,
         notes=[
-            "One ratio for all is a point of the mean's WiSE-FT curve. Above it: a merge as it is, "
-            "against the curve at the same accuracy in distribution, where it has one.",
+            "The mean with one global ratio is a point of the uniform mean's WiSE-FT curve. Above "
+            "the curve: avg. shifts of the merge without tuning, minus that of the curve at the "
+            "same ID. Pairs whose ID the curve does not reach are left out; the number of the "
+            "others is in parentheses.",
         ],
     )
 
 
-def _positive_part(setup: Setup, values: Values) -> Table:
-    """What taking the anchor where cos <= 0 is worth; the paper leaves it open."""
+def _clamping_table(setup: Setup, values: Values) -> Table:
+    """Compare t = 0 with t < 0 where cos <= 0; the paper does not specify this case."""
     teams, rows = range(len(_teams(setup, 2))), []
-    for unit in _UNITS_NOT_CLIPPED:
+    for unit in _UNCLAMPED_UNITS:
         counts = [values["outcomes", unit, i] for i in teams]
-        met = sum(one.get("clamped", 0) for one in counts)
-        pairs = [(values[unit, i], values["not clipped", unit, i]) for i in teams]
-        share = f"{100 * met / sum(sum(one.values()) for one in counts):.2f} %"
-        rows.append([f"unit `{unit}`", share, *_less(pairs)])
-    columns = ["t = 0 where cos ≤ 0, against t < 0", "of all units", "ID", "avg shifts"]
+        num_clamped = sum(count.get("clamped", 0) for count in counts)
+        pairs = [(values[unit, i], values["unclamped", unit, i]) for i in teams]
+        fraction = f"{100 * num_clamped / sum(sum(count.values()) for count in counts):.2f} %"
+        rows.append([f"unit `{unit}`", fraction, *_difference_cells(pairs)])
+    columns = ["t = 0 (clamped) − t < 0, where cos ≤ 0", "clamped units", "ID", "avg. shifts"]
     return Table(columns, rows)
 
 
-def _less(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+def _difference_cells(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
     return [
-        shown([a["id"] - b["id"] for a, b in pairs]),
-        shown([average(a) - average(b) for a, b in pairs]),
+        mean_cell([a["id"] - b["id"] for a, b in pairs]),
+        mean_cell([average_shifts(a) - average_shifts(b) for a, b in pairs]),
     ]
 
 
 TABLE_7_STUDY = Study(
     "table7",
     "Table 7: merging after training",
-    "N models fine-tuned apart, merged once at the end: their mean and Model Stock.",
+    "N independently fine-tuned models, merged once after training: their uniform mean and Model "
+    "Stock.",
     _table_7,
-    _say_table_7,
+    _summarize_table_7,
     num_seeds=16,
 )
 UNITS_STUDY = Study(
     "units",
     "Merge units",
-    "The same two models merged with one angle a tensor, layer, output channel, head, block, or "
-    "for all; with one ratio for all; and weighted by their noise. Where an angle is 90° or more, "
-    "the anchor is kept: what that is worth against equation 3's t < 0.",
+    "The same two models, merged with one angle per tensor, layer, output channel, head or block, "
+    "with one angle for the entire model, with one global ratio, and weighted by their noise. If "
+    "an angle is 90° or more, this project uses the anchor (t = 0); the second table compares this "
+    "with the t < 0 of equation 3.",
     _units,
-    _say_units,
+    _summarize_units,
     num_seeds=16,
 )

@@ -1,4 +1,4 @@
-"""Tables 2, 3 and 4: Model Stock beside soups and other ways to fine-tune."""
+"""Tables 2, 3 and 4: Model Stock compared with Model Soups and other fine-tuning methods."""
 
 from __future__ import annotations
 
@@ -8,42 +8,55 @@ from typing import Any
 from studies.catalog.compared_methods import NAMES, is_single, model_by, rates_of, single
 from studies.catalog.paper_numbers import TABLE_2, TABLE_3, TABLE_3_SHIFTS, TABLE_4, Result
 from studies.catalog.soup_search import SIZE
-from studies.curves import average, shown, theirs
+from studies.curves import average_shifts, mean_cell, paper_cell, shift_name
 from studies.measurements import HeldOut, Measurement, Score
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
-def _wanted(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]:
+def _measure(methods: Sequence[str]) -> Callable[[Setup], dict[Any, Measurement]]:
+    """Return the function of a study's measurements."""
+
     def measurements(setup: Setup) -> dict[Any, Measurement]:
-        wanted: dict[Any, Measurement] = {}
+        by_name: dict[Any, Measurement] = {}
         for method in methods:
             for seed in setup.seeds:
-                wanted[method, seed] = Score(model_by(setup, method, seed))
+                by_name[method, seed] = Score(model_by(setup, method, seed))
                 if is_single(method):
-                    tried = single(setup, method, seed)
-                    wanted |= {(method, seed, i): HeldOut(one) for i, one in enumerate(tried)}
-        return wanted
+                    candidates = single(setup, method, seed)
+                    by_name |= {
+                        (method, seed, i): HeldOut(model) for i, model in enumerate(candidates)
+                    }
+        return by_name
 
     return measurements
 
 
-def _say(
+def _summarize(
     methods: Sequence[str],
     paper: Mapping[str, Result],
     where: str,
     shifts: Sequence[str] | None = None,
     costs: Mapping[str, str] | None = None,
-    starts: Sequence[str] = ("zero_shot",),
-):
-    """A table's report; `starts` are rows of it that others begin from, and no rivals."""
+    initializations: Sequence[str] = ("zero_shot",),
+) -> Callable[[Setup, Values], StudyReport]:
+    """Return the function of a study's report.
+
+    Args:
+      methods: rows of the table.
+      paper: method -> row of the paper.
+      where: the table's name.
+      shifts: the shifts that are averaged, if the data has them; by default all.
+      costs: method -> fine-tuning runs.
+      initializations: rows that other methods start from; no claim compares with them.
+    """
 
     def summarize(setup: Setup, values: Values) -> StudyReport:
         first = values[methods[0], setup.seeds[0]]["shifts"]
-        # The paper leaves ObjectNet out there; data without its shifts takes all that it has.
+        # The paper's Table 3 omits ObjectNet. Data without these shifts uses all it has.
         names = shifts if shifts and set(shifts) <= first.keys() else None
-        found = {
+        accuracies = {
             method: [
-                (score["id"], average(score, names))
+                (score["id"], average_shifts(score, names))
                 for score in (values[method, seed] for seed in setup.seeds)
             ]
             for method in methods
@@ -51,32 +64,32 @@ def _say(
         rows = [
             [
                 NAMES[method],
-                *(shown(column) for column in zip(*found[method], strict=True)),
+                *(mean_cell(column) for column in zip(*accuracies[method], strict=True)),
                 *([costs[method]] if costs else []),
-                _chosen(setup, values, method),
-                theirs(paper[method].id),
-                theirs(paper[method].shifts),
+                _chosen_rates(setup, values, method),
+                paper_cell(paper[method].id),
+                paper_cell(paper[method].shifts),
             ]
             for method in methods
         ]
         claims = [
             claim
             for rival in methods
-            if not rival.startswith("model_stock") and rival not in starts
-            for claim in _claims(found, paper, rival, where)
+            if not rival.startswith("model_stock") and rival not in initializations
+            for claim in _claims(accuracies, paper, rival, where)
         ]
-        columns = ["", "ID", "avg shifts", *(["cost"] if costs else []), "rates chosen"]
-        averaged = ", ".join(names or first)
+        columns = ["method", "ID", "avg. shifts", *(["fine-tuning runs"] if costs else [])]
+        columns += ["learning rates chosen", "paper: ImageNet", "paper: avg. shifts"]
         return StudyReport(
-            [Table([*columns, "paper: ImageNet", "avg shifts"], rows)],
+            [Table(columns, rows)],
             claims,
             notes=[
-                "Rates chosen: of each seed's single model, the learning rate that was best on "
-                "validation, in units of the config's, which Model Stock takes as it is; † where "
-                "it is the least or the greatest that was tried.",
-                "* is the paper's second set-up: 1.6 times the epochs, label smoothing and mixup "
-                "(on stored images strong augmentation too).",
-                f"The shifts' mean is over {averaged}.",
+                "Learning rates chosen: for each seed of a single-model method, the learning rate "
+                "with the best validation accuracy, divided by the config's. Model Stock uses the "
+                "config's. † marks the minimum or maximum of the learning rates that were tried.",
+                "\\* is the paper's second setup: 1.6 times the epochs, label smoothing and mixup "
+                "(for stored images also strong augmentation).",
+                f"avg. shifts is the mean over {', '.join(map(shift_name, names or first))}.",
             ],
         )
 
@@ -84,24 +97,29 @@ def _say(
 
 
 def _claims(
-    found: Mapping[str, Sequence[tuple[float, float]]],
+    accuracies: Mapping[str, Sequence[tuple[float, float]]],
     paper: Mapping[str, Result],
     rival: str,
     where: str,
 ) -> list[Claim]:
-    """What the paper's rows say of a rival and the Model Stock of its set-up."""
-    # Soups from a linear probe stand beside Model Stock* there.
-    mine = "model_stock*" if rival.endswith("*") else "model_stock"
+    """Return the claims of the paper's rows on a rival and the Model Stock of its setup."""
+    # The paper compares soups from LP initialization with Model Stock*.
+    stock = "model_stock*" if rival.endswith("*") else "model_stock"
+    paper_differences = (
+        paper[stock].id - paper[rival].id,
+        paper[stock].shifts - paper[rival].shifts,
+    )
     claims = []
-    for i, place in enumerate(("in distribution", "on the shifts")):
-        said = (paper[mine].id - paper[rival].id, paper[mine].shifts - paper[rival].shifts)[i]
-        if not said:
-            continue  # They are level there: nothing is claimed.
-        verb, sign = ("beats", 1) if said > 0 else ("is behind", -1)
-        pairs = zip(found[mine], found[rival], strict=True)
+    for i, (place, in_paper) in enumerate(
+        zip(("in distribution", "out of distribution"), paper_differences, strict=True)
+    ):
+        if not in_paper:
+            continue  # Equal in the paper, so there is no claim.
+        verb, sign = ("beats", 1) if in_paper > 0 else ("is behind", -1)
+        pairs = zip(accuracies[stock], accuracies[rival], strict=True)
         claims.append(
             Claim(
-                f"{NAMES[mine]} {verb} {NAMES[rival]}, {place} ({said:+.2f} there)",
+                f"{NAMES[stock]} {verb} {NAMES[rival]}, {place} (paper: {in_paper:+.2f})",
                 where,
                 [sign * (a[i] - b[i]) for a, b in pairs],
             )
@@ -109,15 +127,15 @@ def _claims(
     return claims
 
 
-def _chosen(setup: Setup, values: Values, method: str) -> str:
-    """The learning rates that validation chose, one a seed, with a mark at the ends."""
+def _chosen_rates(setup: Setup, values: Values, method: str) -> str:
+    """Return the learning rate of each seed that validation chose, marked at the ends."""
     if not is_single(method):
         return "–"
     rates = rates_of(method)
     chosen = []
     for seed in setup.seeds:
-        tried = range(len(single(setup, method, seed)))
-        best = max(tried, key=lambda i, seed=seed: values[method, seed, i])
+        candidates = range(len(single(setup, method, seed)))
+        best = max(candidates, key=lambda i, seed=seed: values[method, seed, i])
         rate = rates[best % len(rates)]
         chosen.append(f"{rate:.2g}" + "†" * (rate in (min(rates), max(rates))))
     return ", ".join(chosen)
@@ -164,27 +182,28 @@ _TABLE_4 = ("zero_shot", "vanilla", "vanilla*", "tpgm", "car_ft", "model_stock",
 TABLE_2_STUDY = Study(
     "table2",
     "Table 2: Model Stock and Model Soups",
-    f"Soups of {SIZE} models of Model Soups' random search over learning rate, weight decay, "
-    "epochs, label smoothing and mixup; the greedy one is chosen on validation images. Costs are "
-    "in trainings of the first set-up; α is that of the linear probe.",
-    _wanted(_TABLE_2),
-    _say(_TABLE_2, TABLE_2, "Table 2", costs=_COSTS, starts=("zero_shot", "lp")),
+    f"A soup has {SIZE} models of Model Soups' random search over learning rate, weight decay, "
+    "epochs, label smoothing and mixup. The Greedy Model Soup is selected on validation images. "
+    "Fine-tuning runs are counted in trainings of the first setup; α is the cost of the linear "
+    "probe.",
+    _measure(_TABLE_2),
+    _summarize(_TABLE_2, TABLE_2, "Table 2", costs=_COSTS, initializations=("zero_shot", "lp")),
     num_seeds=3,
 )
 TABLE_3_STUDY = Study(
     "table3",
-    "Table 3: Model Stock and other ways to fine-tune",
-    "One model by each method, and Model Stock of two replicas merged at every epoch.",
-    _wanted(_TABLE_3),
-    _say(_TABLE_3, TABLE_3, "Table 3", TABLE_3_SHIFTS),
+    "Table 3: Model Stock and other fine-tuning methods",
+    "One model of each method, and Model Stock of two replicas merged at every epoch.",
+    _measure(_TABLE_3),
+    _summarize(_TABLE_3, TABLE_3, "Table 3", TABLE_3_SHIFTS),
     num_seeds=3,
 )
 TABLE_4_STUDY = Study(
     "table4",
-    "Table 4: the methods that the paper runs on its largest model",
-    "TPGM and CAR-FT beside Model Stock. With configs/vitl14.py it is the paper's own; on the "
-    "glyphs the model is the small one.",
-    _wanted(_TABLE_4),
-    _say(_TABLE_4, TABLE_4, "Table 4"),
+    "Table 4: the methods of the paper's largest model",
+    "Model Stock compared with TPGM and CAR-FT. configs/vitl14.py uses the paper's model, CLIP "
+    "ViT-L/14; the synthetic benchmark uses its small model.",
+    _measure(_TABLE_4),
+    _summarize(_TABLE_4, TABLE_4, "Table 4"),
     num_seeds=3,
 )

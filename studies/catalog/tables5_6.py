@@ -1,4 +1,4 @@
-"""Merges during training: Tables 5 and 6, and the optimizer's state."""
+"""Merging during training: Tables 5 and 6, and the optimizer state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from studies.catalog.model_pool import MERGING, PAIR, pool
 from studies.catalog.paper_numbers import TABLE_5, TABLE_6, Result
-from studies.curves import average, both, shown, theirs
+from studies.curves import accuracy_cells, average_shifts, mean_cell, paper_cell
 from studies.expressions import Merged, Replica
 from studies.measurements import Measurement, Score, Shell
 from studies.runs import Run
@@ -15,69 +15,70 @@ from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 
 def _others(setup: Setup, seed: int):
-    """The pool without this seed, so that no center shares data order with what it is for."""
-    return tuple(one for one in pool(setup.seeds) if one.run.seed != seed)
+    """Return the pool without this seed, whose data order the measured models share."""
+    return tuple(model for model in pool(setup.seeds) if model.run.seed != seed)
 
 
 def _long(setup: Setup, seed: int) -> Replica:
-    """One model fine-tuned for twice the epochs: what two replicas cost."""
+    """Return one model fine-tuned for twice the epochs: the training compute of two replicas."""
     return Replica(Run.of(seed, PAIR | {"epochs": 2 * setup.epochs}))
 
 
 def _table_5(setup: Setup) -> dict[Any, Measurement]:
-    wanted: dict[Any, Measurement] = {}
+    measurements: dict[Any, Measurement] = {}
     for seed in setup.seeds:
         models = {1: _long(setup, seed)} | {
             n: Merged(Run.of(seed, {"merge.every": "epoch", "num_replicas": n}))
             for n in TABLE_5
             if n > 1
         }
-        wanted |= {(n, seed): Score(model) for n, model in models.items()}
-        wanted["at", seed] = Shell(tuple(models.values()), _others(setup, seed))
-    return wanted
+        measurements |= {(n, seed): Score(model) for n, model in models.items()}
+        measurements["shell", seed] = Shell(tuple(models.values()), _others(setup, seed))
+    return measurements
 
 
-def _say_table_5(setup: Setup, values: Values) -> StudyReport:
+def _summarize_table_5(setup: Setup, values: Values) -> StudyReport:
     rows = []
-    for place, (n, paper) in enumerate(TABLE_5.items()):
+    for index, (n, paper) in enumerate(TABLE_5.items()):
         scores = [values[n, seed] for seed in setup.seeds]
         rows.append(
             [
-                f"one model, {2 * setup.epochs} epochs" if n == 1 else f"N = {n}",
-                *both(scores),
-                shown([values["at", seed]["distance"][place] for seed in setup.seeds], 3),
-                theirs(paper.id, 1),
-                theirs(paper.shifts, 1),
-                theirs(paper.distance),
+                f"single fine-tuned model, {2 * setup.epochs} epochs" if n == 1 else f"N = {n}",
+                *accuracy_cells(scores),
+                mean_cell([values["shell", seed]["distance"][index] for seed in setup.seeds], 3),
+                paper_cell(paper.id, 1),
+                paper_cell(paper.shifts, 1),
+                paper_cell(paper.distance),
             ]
         )
+    single = "N = 2 beats a single fine-tuned model of the same training compute"
     claims = [
-        _better(setup, values, 2, 1, "id", "N = 2 beats one model of the same cost", "Table 5"),
-        _better(setup, values, 2, 1, "shifts", "N = 2 beats one model of the same cost", "Table 5"),
+        _better(setup, values, 2, 1, "id", single, "Table 5"),
+        _better(setup, values, 2, 1, "shifts", single, "Table 5"),
         _better(setup, values, 4, 2, "id", "N = 4 beats N = 2", "Table 5"),
         _better(setup, values, 4, 2, "shifts", "N = 4 beats N = 2", "Table 5"),
         Claim(
-            "N = 4 ends nearer to the center than N = 2",
+            "N = 4 is closer to the center than N = 2",
             "Table 5",
             [
-                values["at", seed]["distance"][1] - values["at", seed]["distance"][3]
+                values["shell", seed]["distance"][1] - values["shell", seed]["distance"][3]
                 for seed in setup.seeds
             ],
-            "of distance",
+            "in L2 distance",
         ),
     ]
-    columns = ["periodic merging", "ID", "avg shifts", "to the center"]
-    columns += ["paper: ImageNet", "avg shifts", "to the center"]
+    columns = ["periodic merging", "ID", "avg. shifts", "L2 distance to center"]
+    columns += ["paper: ImageNet", "paper: avg. shifts", "paper: L2 distance to center"]
     return StudyReport([Table(columns, rows)], claims)
 
 
-def _better(setup: Setup, values: Values, a, b, what: str, text: str, where: str) -> Claim:
-    of: Callable[[Mapping[str, Any]], float] = average if what == "shifts" else _id
-    place = "on the shifts" if what == "shifts" else "in distribution"
+def _better(setup: Setup, values: Values, a, b, metric: str, text: str, where: str) -> Claim:
+    read: Callable[[Mapping[str, Any]], float] = average_shifts if metric == "shifts" else _id
+    place = "out of distribution" if metric == "shifts" else "in distribution"
     return Claim(
         f"{text}, {place}",
         where,
-        [of(values[a, seed]) - of(values[b, seed]) for seed in setup.seeds],
+        [read(values[a, seed]) - read(values[b, seed]) for seed in setup.seeds],
     )
 
 
@@ -86,7 +87,7 @@ def _id(score: Mapping[str, Any]) -> float:
 
 
 def period_options(setup: Setup, period: float) -> dict[str, Any]:
-    """Two replicas merged every so many epochs."""
+    """Return the options of two replicas merged every `period` epochs."""
     return MERGING | {"merge.every": str(max(1, round(period * setup.steps_per_epoch)))}
 
 
@@ -98,20 +99,20 @@ def _table_6(setup: Setup) -> dict[Any, Measurement]:
     }
 
 
-def _say_table_6(setup: Setup, values: Values) -> StudyReport:
+def _summarize_table_6(setup: Setup, values: Values) -> StudyReport:
     rows = _rows(setup, values, {p: f"{p:g} epochs" for p in sorted(TABLE_6)}, TABLE_6)
     claims = [
         Claim(
             f"merging every {period:g} epochs is as good as every epoch (within 1 point), {place}",
             "Table 6",
-            [abs(of(values[period, seed]) - of(values[1.0, seed])) for seed in setup.seeds],
+            [abs(read(values[period, seed]) - read(values[1.0, seed])) for seed in setup.seeds],
             within=1,
         )
         for period in TABLE_6
         if period != 1
-        for of, place in ((_id, "in distribution"), (average, "on the shifts"))
+        for read, place in ((_id, "in distribution"), (average_shifts, "out of distribution"))
     ]
-    columns = ["period", "ID", "avg shifts", "paper: ImageNet", "avg shifts"]
+    columns = ["merging period", "ID", "avg. shifts", "paper: ImageNet", "paper: avg. shifts"]
     return StudyReport([Table(columns, rows)], claims)
 
 
@@ -124,17 +125,17 @@ def _rows(
     rows = []
     for key, name in names.items():
         scores = [values[key, seed] for seed in setup.seeds]
-        row = [name, *both(scores)]
+        row = [name, *accuracy_cells(scores)]
         if paper is not None:
-            row += [theirs(paper[key].id, 1), theirs(paper[key].shifts, 1)]
+            row += [paper_cell(paper[key].id, 1), paper_cell(paper[key].shifts, 1)]
         rows.append(row)
     return rows
 
 
 _STATES = {
-    "keep": "each replica keeps its own",
-    "average": "all get the mean",
-    "reset": "all start anew",
+    "keep": "each replica keeps its state",
+    "average": "all replicas get the mean",
+    "reset": "all replicas are reset",
 }
 
 
@@ -146,35 +147,37 @@ def _optimizer_state(setup: Setup) -> dict[Any, Measurement]:
     }
 
 
-def _say_optimizer_state(setup: Setup, values: Values) -> StudyReport:
+def _summarize_optimizer_state(setup: Setup, values: Values) -> StudyReport:
     claims = [
-        _better(setup, values, state, "keep", what, f"`{state}` beats `keep`", "an open choice")
+        _better(setup, values, state, "keep", metric, f"`{state}` beats `keep`", "this project")
         for state in ("average", "reset")
-        for what in ("id", "shifts")
+        for metric in ("id", "shifts")
     ]
     names = {state: f"`{state}`: {text}" for state, text in _STATES.items()}
-    table = Table(["Adam's moments at a merge", "ID", "avg shifts"], _rows(setup, values, names))
+    table = Table(
+        ["optimizer state (Adam's moments)", "ID", "avg. shifts"], _rows(setup, values, names)
+    )
     return StudyReport([table], claims)
 
 
 TABLE_5_STUDY = Study(
     "table5",
     "Table 5: the number of replicas",
-    "Periodic merging of N replicas beside one model of twice the epochs.",
+    "Periodic merging of N replicas, compared with a single fine-tuned model of twice the epochs.",
     _table_5,
-    _say_table_5,
+    _summarize_table_5,
 )
 TABLE_6_STUDY = Study(
     "table6",
     "Table 6: the merging period",
     "Two replicas merged every 0.4, 1 and 2 epochs.",
     _table_6,
-    _say_table_6,
+    _summarize_table_6,
 )
 OPTIMIZER_STATE = Study(
     "optimizer_state",
-    "The optimizer's state at a merge",
-    "What the paper leaves open: whether Adam's moments survive a merge.",
+    "The optimizer state at a merge",
+    "The paper does not specify whether Adam's moments are kept, averaged or reset at a merge.",
     _optimizer_state,
-    _say_optimizer_state,
+    _summarize_optimizer_state,
 )

@@ -1,4 +1,4 @@
-"""Replicas of unequal hyper-parameters: what equation 3 and its weighted extension make of them."""
+"""Replicas with unequal hyperparameters, merged by equation 3 and by its weighted extension."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import numpy as np
 
 from studies.catalog.model_pool import MERGING, groups, mean
 from studies.catalog.soup_search import SIZE, soup
-from studies.curves import both, curve, curve_scores, id_and_shifts, known, own_above, shown
+from studies.curves import (
+    accuracy_cells,
+    curve,
+    curve_scores,
+    defined,
+    id_and_shifts,
+    mean_cell,
+    model_gap,
+)
 from studies.expressions import Merge, Merged, Replica
 from studies.measurements import Measurement, Outcomes, Score
 from studies.runs import Run
@@ -17,13 +25,19 @@ from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 _SIZES = (2, 4, SIZE)
 _METHODS = {
-    "uniform_mean": "mean",
-    "model_stock": "equation 3",
-    "weighted_model_stock": "weighted (extension)",
+    "uniform_mean": "Uniform mean",
+    "model_stock": "Model Stock",
+    "weighted_model_stock": "Model Stock, weighted (extension)",
 }
-_PLACES = ("in distribution", "on the shifts")
-# Of the learning rates of two replicas to the config's.
-_RATES = {"one": (1.0, 1.0), "two": (0.5, 2.0)}
+# Names in claims.
+_SUBJECTS = {
+    "uniform_mean": "the uniform mean of the same models",
+    "model_stock": "Model Stock",
+    "weighted_model_stock": "weighted Model Stock (extension)",
+}
+_PLACES = ("in distribution", "out of distribution")
+# Learning rates of two replicas, divided by the config's.
+_RATES = {"equal": (1.0, 1.0), "unequal": (0.5, 2.0)}
 
 
 def _teams(setup: Setup, size: int) -> list[tuple[Replica, ...]]:
@@ -33,47 +47,44 @@ def _teams(setup: Setup, size: int) -> list[tuple[Replica, ...]]:
 
 
 def _periodic(setup: Setup, seed: int, rates: str) -> Merged:
-    own = tuple(factor * setup.learning_rate for factor in _RATES[rates])
-    more = {"per_replica.learning_rate": own} if rates != "one" else {}
-    return Merged(Run.of(seed, MERGING | more))
+    learning_rates = tuple(factor * setup.learning_rate for factor in _RATES[rates])
+    options = {"per_replica.learning_rate": learning_rates} if rates == "unequal" else {}
+    return Merged(Run.of(seed, MERGING | options))
 
 
-def _wanted(setup: Setup) -> dict[Any, Measurement]:
-    wanted: dict[Any, Measurement] = {}
+def _measurements(setup: Setup) -> dict[Any, Measurement]:
+    measurements: dict[Any, Measurement] = {}
     for size in _SIZES:
         for i, team in enumerate(_teams(setup, size)):
-            wanted |= curve_scores({("uniform_mean", size): mean(team)}, i)
+            measurements |= curve_scores({("uniform_mean", size): mean(team)}, i)
             for method in ("model_stock", "weighted_model_stock"):
-                wanted[(method, size), i] = Score(Merge(team, method))
-            wanted["outcomes", size, i] = Outcomes(team, "weighted_model_stock")
+                measurements[(method, size), i] = Score(Merge(team, method))
+            measurements["outcomes", size, i] = Outcomes(team, "weighted_model_stock")
     for seed in setup.seeds:
         for rates in _RATES:
-            wanted[rates, seed] = Score(_periodic(setup, seed, rates))
-    return wanted
+            measurements[rates, seed] = Score(_periodic(setup, seed, rates))
+    return measurements
 
 
-def _say(setup: Setup, values: Values) -> StudyReport:
+def _summarize(setup: Setup, values: Values) -> StudyReport:
     rows, claims = [], []
     for size in _SIZES:
-        more_rows, more_claims = _after_training(setup, values, size)
-        rows += more_rows
-        claims += more_claims
-    columns = ["after training", "ID", "avg shifts", "ID − equation 3", "avg shifts − equation 3"]
+        size_rows, size_claims = _after_training(setup, values, size)
+        rows += size_rows
+        claims += size_claims
+    columns = ["merging after training", "ID", "avg. shifts", "ID − Model Stock"]
+    columns += ["avg. shifts − Model Stock", "above the uniform mean's WiSE-FT curve (teams)"]
     return StudyReport(
-        [
-            Table([*columns, "above the mean's curve (teams)"], rows),
-            _policies(setup, values),
-            _rates(setup, values),
-        ],
+        [Table(columns, rows), _outcome_table(setup, values), _rate_table(setup, values)],
         claims + _rate_claims(setup, values),
         notes=[
-            f"Replicas are those of Table 2's soups: {SIZE} a seed, of random learning rate, "
-            "weight decay, epochs, label smoothing and mixup; teams share no replica.",
-            "Above the mean's curve: a model as it is, against the mean's WiSE-FT curve at the "
-            "same accuracy in distribution, where it has one.",
-            "The weighted rule takes all replicas for one signal with noise of unequal size. One "
-            "that has moved less than the signal of the others has negative noise by that account, "
-            "and its unit falls back on equation 3.",
+            f"Replicas are the models of Table 2's soups: {SIZE} per seed, with random learning "
+            "rate, weight decay, epochs, label smoothing and mixup. Teams share no replica.",
+            "Above the curve: avg. shifts of the merge without tuning, minus that of the curve at "
+            "the same ID, if the curve reaches it.",
+            "The weighted rule assumes that all replicas have the same signal, with noise of "
+            "unequal size. For a replica whose update is shorter than the others' signal, the "
+            "estimated noise is negative, and the merge unit falls back to equation 3.",
         ],
     )
 
@@ -82,92 +93,94 @@ def _after_training(setup: Setup, values: Values, size: int) -> tuple[list[list[
     teams = range(len(_teams(setup, size)))
     curves = [curve(values, ("uniform_mean", size), i) for i in teams]
     scores = {method: [values[(method, size), i] for i in teams] for method in _METHODS}
-    found = {method: [id_and_shifts(one) for one in scores[method]] for method in _METHODS}
-    above = {
-        method: known(own_above(one, [line]) for one, line in zip(ours, curves, strict=True))
-        for method, ours in found.items()
+    points = {method: [id_and_shifts(score) for score in scores[method]] for method in _METHODS}
+    gaps = {
+        method: defined(
+            model_gap(point, [mean_curve]) for point, mean_curve in zip(merged, curves, strict=True)
+        )
+        for method, merged in points.items()
         if method != "uniform_mean"
     }
     rows = [
         [
             f"N = {size}, {label}",
-            *both(scores[method]),
+            *accuracy_cells(scores[method]),
             *(
-                "–" if method == "model_stock" else shown(column)
-                for column in _differences(found[method], found["model_stock"])
+                "–" if method == "model_stock" else mean_cell(column)
+                for column in _differences(points[method], points["model_stock"])
             ),
-            f"{shown(above[method])} ({len(above[method])})" if method in above else "–",
+            f"{mean_cell(gaps[method])} ({len(gaps[method])})" if method in gaps else "–",
         ]
         for method, label in _METHODS.items()
     ]
     claims = [
-        Claim(f"N = {size}: {_METHODS[one]} beats {_rival(other)}, {place}", "ours", column)
-        for one, other in (
+        Claim(f"N = {size}: {_SUBJECTS[a]} beats {_SUBJECTS[b]}, {place}", "this project", column)
+        for a, b in (
             ("model_stock", "uniform_mean"),
             ("weighted_model_stock", "model_stock"),
         )
-        for place, column in zip(_PLACES, _differences(found[one], found[other]), strict=True)
+        for place, column in zip(_PLACES, _differences(points[a], points[b]), strict=True)
     ]
-    if len(above["model_stock"]) > 1:
-        text = f"N = {size}: equation 3 beats the mean's WiSE-FT curve, at equal ID"
-        claims.append(Claim(text, "ours", above["model_stock"]))
+    if len(gaps["model_stock"]) > 1:
+        text = f"N = {size}: Model Stock beats the uniform mean's WiSE-FT curve, at equal ID"
+        claims.append(Claim(text, "this project", gaps["model_stock"]))
     return rows, claims
 
 
-def _rival(method: str) -> str:
-    return "the mean of the same models" if method == "uniform_mean" else _METHODS[method]
-
-
 def _differences(
-    ours: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]
+    points: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]
 ) -> list[list[float]]:
-    return np.transpose(np.subtract(ours, others)).tolist()
+    return np.transpose(np.subtract(points, others)).tolist()
 
 
-def _policies(setup: Setup, values: Values) -> Table:
+def _outcome_table(setup: Setup, values: Values) -> Table:
     columns = {
         "interpolated": "weighted",
-        "fallback_to_eq3": "fell back on equation 3",
-        "clamped": "anchor kept",
+        "fallback_to_eq3": "fallback to equation 3",
+        "clamped": "clamped to 0",
     }
     rows = []
     for size in _SIZES:
         counts = [values["outcomes", size, i] for i in range(len(_teams(setup, size)))]
-        rows.append([f"N = {size}", *(_share(counts, policy) for policy in columns)])
-    return Table(["weighted: share of tensors", *columns.values()], rows)
+        rows.append([f"N = {size}", *(_percentage(counts, outcome) for outcome in columns)])
+    return Table(["Model Stock, weighted: outcomes of tensors", *columns.values()], rows)
 
 
-def _share(counts: Sequence[Mapping[str, int]], policy: str) -> str:
-    met = sum(one.get(policy, 0) for one in counts)
-    return f"{100 * met / sum(sum(one.values()) for one in counts):.0f} %"
+def _percentage(counts: Sequence[Mapping[str, int]], outcome: str) -> str:
+    number = sum(count.get(outcome, 0) for count in counts)
+    return f"{100 * number / sum(sum(count.values()) for count in counts):.0f} %"
 
 
-def _rates(setup: Setup, values: Values) -> Table:
+def _rate_table(setup: Setup, values: Values) -> Table:
     rows = []
     for rates, factors in _RATES.items():
         label = " and ".join(f"{factor:g}" for factor in factors)
         scores = [values[rates, seed] for seed in setup.seeds]
-        rows.append([f"learning rates {label} times the config's", *both(scores)])
-    return Table(["two replicas, merged every epoch", "ID", "avg shifts"], rows)
+        rows.append([f"learning rates {label} times the config's", *accuracy_cells(scores)])
+    return Table(["two replicas, merged every epoch", "ID", "avg. shifts"], rows)
 
 
 def _rate_claims(setup: Setup, values: Values) -> list[Claim]:
     pairs = [[id_and_shifts(values[rates, seed]) for seed in setup.seeds] for rates in _RATES]
-    text = "merging rates of ½ and 2 every epoch is as good as of one (within 1 point)"
+    text = (
+        "merging every epoch with learning rates of ½ and 2 times the config's is as good as with "
+        "equal ones (within 1 point)"
+    )
     return [
-        Claim(f"{text}, {place}", "ours", column, within=1)
+        Claim(f"{text}, {place}", "this project", column, within=1)
         for place, column in zip(_PLACES, _differences(*pairs), strict=True)
     ]
 
 
 UNEQUAL = Study(
     "unequal",
-    "Replicas of unequal hyper-parameters",
-    "Model Stock supposes replicas that differ by chance alone. Here they differ by learning rate, "
-    "weight decay, epochs, label smoothing and mixup: merged after training by equation 3, by the "
-    "weighted extension, which gives each its own noise, and by the mean; and every epoch, of two "
-    "learning rates. The claims are ours, not the paper's.",
-    _wanted,
-    _say,
+    "Replicas with unequal hyperparameters",
+    "Model Stock assumes replicas that differ only by chance. These replicas differ in learning "
+    "rate, weight decay, epochs, label smoothing and mixup. They are merged after training by "
+    "Model Stock (equation 3), by the weighted extension, which estimates the noise of each "
+    "replica, and by the uniform mean. Replicas with two learning rates are also merged every "
+    "epoch. The claims are not in the paper.",
+    _measurements,
+    _summarize,
     num_seeds=3,
 )

@@ -19,8 +19,8 @@ from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.config import Preprocessor
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer
-from studies.bench import StudyContext
 from studies.catalog import STUDIES
+from studies.context import StudyContext
 from studies.expressions import Anchor
 from studies.measurements import Score
 from studies.study import Setup
@@ -223,7 +223,7 @@ def test_the_ledger_distinguishes_datasets(root):
     keys = {}
     for name in ("cifar10", "cifar100"):
         context = object.__new__(StudyContext)
-        context.config, context.fingerprint = cifar10.get_config(), "of a CLIP"
+        context.config, context.checksum = cifar10.get_config(), "of a CLIP"
         context.config.data.name = name
         context._test, context._shifts = benchmark.load(config(root)).test, {}
         keys[name] = context.key(Score(Anchor(), shifts=False))

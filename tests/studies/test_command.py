@@ -1,4 +1,4 @@
-"""The command line of the studies: real processes on a tiny model, killed and started again."""
+"""The command line of the studies: processes on a tiny model, killed and restarted."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ def arguments(anchor, workdir, *names):
     ]
 
 
-def test_mistakes_are_one_line(tmp_path):
-    for more, message in (
+def test_user_errors_are_one_line(tmp_path):
+    for extra, message in (
         (["tabel1"], "'tabel1'.* table1.* fig1, "),
         (["shoe"], "error: .*'shoe'.* fig1, "),
         (["table1", "--num_seeds=1"], "--num_seeds=1: .*2 seeds"),
         (["table1", "--config=configs/none.py"], "configs/none.py"),
     ):
-        code, output = small_run.finish(*more, f"--workdir={tmp_path}", program=PROGRAM)
+        code, output = small_run.finish(*extra, f"--workdir={tmp_path}", program=PROGRAM)
         assert code == 1 and re.search(message, output) and "Traceback" not in output, output
     assert not (tmp_path / "trained").exists()
 
 
 @pytest.fixture
-def not_ignored():
-    """A shell's background job, and so what it starts, ignores Ctrl-C."""
+def ctrl_c_enabled():
+    """Handle Ctrl-C, which background jobs of a shell and their children ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("kind,code", [(signal.SIGINT, 130), (signal.SIGTERM, STOPPED)])
-def test_a_signal_ends_it_in_a_line(tmp_path, not_ignored, kind, code):
+def test_a_signal_stops_without_a_traceback(tmp_path, ctrl_c_enabled, kind, code):
     process = small_run.start("table1", f"--workdir={tmp_path}", program=PROGRAM)
     try:
-        said = ""
-        while " missing: " not in said:
+        output = ""
+        while " missing: " not in output:
             line = process.stdout.readline()
-            assert line, said
-            said += line
+            assert line, output
+            output += line
         process.send_signal(kind)
-        said += process.communicate(timeout=60)[0]
+        output += process.communicate(timeout=60)[0]
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == code and "Traceback" not in said, said
-    assert kind != signal.SIGINT or "same command" in said
+    assert process.returncode == code and "Traceback" not in output, output
+    assert kind != signal.SIGINT or "same command" in output
 
 
 @pytest.mark.slow
@@ -91,24 +91,25 @@ def test_a_killed_study_repeats_nothing(tmp_path):
     assert len(set(keys)) == len(keys)
     code, again = small_run.finish(*command, program=PROGRAM)
     assert code == 0 and "0 runs" in again
-    whole = tmp_path / "whole"
-    code, output = small_run.finish(*arguments(anchor, whole, *names), program=PROGRAM)
+    uninterrupted = tmp_path / "uninterrupted"
+    command = arguments(anchor, uninterrupted, *names)
+    code, output = small_run.finish(*command, program=PROGRAM)
     assert code == 0, output
     for name in ("table7.json", "fig5.json", "fig5.png", "fig7.json", "fig7.png"):
-        assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+        assert (uninterrupted / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_two_at_once_share_the_work(tmp_path):
+def test_two_processes_share_the_work(tmp_path):
     anchor = small_run.save_anchor(tmp_path / "clip")
     command = arguments(anchor, tmp_path / "shared", "table7")
-    both = [small_run.start(*command, program=PROGRAM) for _ in range(2)]
-    said = [process.communicate(timeout=540)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    processes = [small_run.start(*command, program=PROGRAM) for _ in range(2)]
+    outputs = [process.communicate(timeout=540)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     lines = (tmp_path / "shared" / "measured.jsonl").read_text().splitlines()
     keys = [json.loads(line)["key"] for line in lines]
     assert len(set(keys)) == len(keys)
-    assert [text.count(" of 2): merge.every=never") for text in said] == [1, 1], said
+    assert [text.count(" of 2): merge.every=never") for text in outputs] == [1, 1], outputs
     code, output = small_run.finish(*arguments(anchor, tmp_path / "one", "table7"), program=PROGRAM)
     assert code == 0, output
     for name in ("table7.json", "table7.md"):
@@ -117,7 +118,7 @@ def test_two_at_once_share_the_work(tmp_path):
 
 @pytest.mark.slow
 def test_the_committed_ledger_has_every_measurement(tmp_path):
-    """A line less is missing: a key that a change of the code has lost would be found so."""
+    """A removed line is reported as missing, and so is a key that a code change alters."""
     committed = Path(__file__).parents[2] / "docs/results/measured.jsonl"
     command = ["fig2", "table1", "table7", "--dry-run", f"--workdir={tmp_path}",
                f"--out={tmp_path}"]  # fmt: skip
@@ -126,7 +127,7 @@ def test_the_committed_ledger_has_every_measurement(tmp_path):
     lines = committed.read_text().splitlines(keepends=True)
     scores = (number for number, line in enumerate(lines) if json.loads(line)["what"] == "Score")
     del lines[next(scores)]
-    (tmp_path / "less.jsonl").write_text("".join(lines))
-    code, output = small_run.finish(*command, f"--ledger={tmp_path / 'less.jsonl'}",
+    (tmp_path / "shorter.jsonl").write_text("".join(lines))
+    code, output = small_run.finish(*command, f"--ledger={tmp_path / 'shorter.jsonl'}",
                                     program=PROGRAM)  # fmt: skip
     assert code == 1 and "1 of " in output, output

@@ -1,4 +1,4 @@
-"""Merges that only a study makes, against direct float64 NumPy."""
+"""Merges that only studies use, against direct float64 NumPy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from studies.expressions import unclamped
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_equation_3_goes_below_zero_where_it_is_unclamped(number):
+def test_unclamped_equation_3_is_negative_above_90_degrees(number):
     rng = np.random.default_rng(number)
     w0 = {"kernel": rng.standard_normal((5, 40)).astype(np.float32)}
     w = {"kernel": w0["kernel"] + rng.standard_normal((number, 5, 40)).astype(np.float32)}
@@ -22,18 +22,18 @@ def test_equation_3_goes_below_zero_where_it_is_unclamped(number):
     assert (expected < -0.1).sum() > 5 and (expected > 0.1).sum() > 5
 
     merged, stats = unclamped(w0, w, "filter")
-    # Measures are float32, and divided by as little as 1 + (N - 1) cos = 0.1; so are weights.
+    # Cosines and weights are float32, and the divisor 1 + (N - 1) cos is as small as 0.1.
     np.testing.assert_allclose(stats.ratio["kernel"], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         merged["kernel"], w0["kernel"] + expected * d.mean(0), rtol=1e-6, atol=2e-6
     )
-    clipped, plain = model_stock(w0, w, "filter")
+    clamped, stats = model_stock(w0, w, "filter")
     below = expected <= 0
-    np.testing.assert_array_equal(clipped["kernel"][:, below], w0["kernel"][:, below])
+    np.testing.assert_array_equal(clamped["kernel"][:, below], w0["kernel"][:, below])
     np.testing.assert_allclose(
-        clipped["kernel"][:, ~below], merged["kernel"][:, ~below], rtol=1e-6, atol=1e-6
+        clamped["kernel"][:, ~below], merged["kernel"][:, ~below], rtol=1e-6, atol=1e-6
     )
-    assert outcome_counts(plain)["clamped"] == below.sum()
+    assert outcome_counts(stats)["clamped"] == below.sum()
 
 
 def test_opposite_task_vectors_give_the_anchor():

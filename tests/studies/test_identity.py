@@ -1,4 +1,4 @@
-"""Keys of studies whose options are alike and whose models or images are not."""
+"""Keys of studies with equal options and different models or images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def benchmark(seed=0, names=("cat", "dog"), templates=("a {}.",), labels=(0, 1, 
     rng = np.random.default_rng(seed)
 
     def images(name):
-        drawn = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-        return ImageSet(name, drawn, np.array(labels, np.int32))
+        pixels = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+        return ImageSet(name, pixels, np.array(labels, np.int32))
 
     sets = [images(name) for name in ("train", "validation", "id")]
     return Benchmark(*sets, {"v2": images("v2")}, names, templates, lambda key, images: images)
@@ -25,11 +25,11 @@ def benchmark(seed=0, names=("cat", "dog"), templates=("a {}.",), labels=(0, 1, 
 def key(data, **options):
     config = glyphs.get_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in options.items()})
-    return identity(config, "print", data)
+    return identity(config, "a checksum", data)
 
 
-def test_the_plain_case_is_the_weights_own_digest():
-    assert key(benchmark(0)) == key(benchmark(1)) == "print"
+def test_by_default_the_identity_is_the_checksum_of_the_weights():
+    assert key(benchmark(0)) == key(benchmark(1)) == "a checksum"
 
 
 @pytest.mark.parametrize(
@@ -42,16 +42,19 @@ def test_the_plain_case_is_the_weights_own_digest():
         {"data__name": "folder"},
     ],
 )
-def test_what_is_not_plain_has_a_key_of_its_own(options):
-    assert key(benchmark(), **options) not in ("print", key(benchmark(), compute__dtype="float16"))
+def test_other_options_change_the_key(options):
+    assert key(benchmark(), **options) not in (
+        "a checksum",
+        key(benchmark(), compute__dtype="float16"),
+    )
 
 
-def test_files_are_known_by_what_they_hold():
-    one = {"data__templates": "prompts.txt", "data__class_names": "names.txt"}
-    assert key(benchmark(), **one) == key(benchmark(1), **one)
-    assert key(benchmark(), **one) != key(benchmark(templates=("the {}.",)), **one)
-    assert key(benchmark(), **one) != key(benchmark(names=("cat", "cow")), **one)
-    own = {"data__name": "folder"}
-    assert key(benchmark(), **own) == key(benchmark(), **own)
-    assert key(benchmark(), **own) != key(benchmark(1), **own)
-    assert key(benchmark(), **own) != key(benchmark(labels=(1, 1, 0)), **own)
+def test_files_are_identified_by_their_contents():
+    files = {"data__templates": "prompts.txt", "data__class_names": "names.txt"}
+    assert key(benchmark(), **files) == key(benchmark(1), **files)
+    assert key(benchmark(), **files) != key(benchmark(templates=("the {}.",)), **files)
+    assert key(benchmark(), **files) != key(benchmark(names=("cat", "cow")), **files)
+    folder = {"data__name": "folder"}
+    assert key(benchmark(), **folder) == key(benchmark(), **folder)
+    assert key(benchmark(), **folder) != key(benchmark(1), **folder)
+    assert key(benchmark(), **folder) != key(benchmark(labels=(1, 1, 0)), **folder)

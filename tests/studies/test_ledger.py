@@ -1,4 +1,4 @@
-"""The ledger after crashes, and digests of runs."""
+"""The ledger after crashes, and checksums of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from studies.ledger import Ledger
 from studies.runs import Run, training_checksum
 
 
-def test_a_torn_line_is_measured_again(tmp_path):
+def test_a_truncated_line_is_measured_again(tmp_path):
     path = tmp_path / "measured.jsonl"
     ledger = Ledger(path)
     for key in ("a", "b"):
@@ -24,14 +24,14 @@ def test_a_torn_line_is_measured_again(tmp_path):
     ledger.add("b", value=3, what="score", seconds=4, commit="d")
     ledger = Ledger(path)
     assert ledger["a"] == {"id": 1.0} and ledger["b"] == 3
-    assert ledger.rate("score") == 4 and ledger.rate("angles") is None
+    assert ledger.median_seconds("score") == 4 and ledger.median_seconds("angles") is None
     assert ledger.commits(["a", "b"]) == ["c", "d"]
 
 
-def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):
+def test_invalid_lines_are_ignored(tmp_path):
     path = tmp_path / "measured.jsonl"
     Ledger(path).add("a", value={"steps": 4}, what="Trained", seconds=2, commit="c")
-    odd = [
+    invalid = [
         {"key": "x"},
         {"key": 1, "what": "Trained", "value": 1, "seconds": 1, "commit": "c"},
         {"key": "y", "what": "Trained", "value": 1, "seconds": "1", "commit": "c"},
@@ -41,15 +41,15 @@ def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):
         [],
     ]
     with path.open("ab") as file:
-        file.write(b"\n".join(json.dumps(line).encode() for line in odd) + b"\n")
+        file.write(b"\n".join(json.dumps(line).encode() for line in invalid) + b"\n")
         file.write(b"[" * 200_000 + b"\n\xff\xfe\n")
     ledger = Ledger(path)
     assert ledger["a"] == {"steps": 4} and not any(key in ledger for key in "xyz")
-    assert ledger.rate("Trained", lambda value: value["steps"]) == 0.5
+    assert ledger.median_seconds("Trained", lambda value: value["steps"]) == 0.5
     assert ledger.commits(["a", "nothing"]) == ["c"]
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+def test_an_unwritable_ledger_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/measured.jsonl"):
         Ledger(tmp_path / "file" / "measured.jsonl").add(
@@ -57,16 +57,19 @@ def test_a_full_disk_is_one_line(tmp_path):
         )
 
 
-def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
+def test_a_checksum_covers_only_what_weights_depend_on():
     base = default.get_config()
 
-    def digest(**options):
+    def run_checksum(**options):
         options = {key.replace("__", "."): value for key, value in options.items()}
-        return training_checksum(Run.of(0, options).config(base), "print")
+        return training_checksum(Run.of(0, options).config(base), "a checksum")
 
-    same = digest()
-    assert digest(evaluation__batch_size=7, checkpoint__save_every_steps=3, mesh__data=2) == same
-    assert digest(compute__replica_mode="map", data__loader__threads=3) == same
+    plain = run_checksum()
+    assert (
+        run_checksum(evaluation__batch_size=7, checkpoint__save_every_steps=3, mesh__data=2)
+        == plain
+    )
+    assert run_checksum(compute__replica_mode="map", data__loader__threads=3) == plain
     for options in (
         {"epochs": 3},
         {"optimizer__learning_rate": 0.1},
@@ -76,16 +79,16 @@ def test_a_digest_holds_what_weights_depend_on_and_nothing_else():
         {"data__augment__flip": True},
         {"per_replica__randaugment_ops": (0, 2)},
     ):
-        assert digest(**options) != same, options
-    assert training_checksum(base, "other") != same
+        assert run_checksum(**options) != plain, options
+    assert training_checksum(base, "other") != plain
     before = base.copy_and_resolve_references()
     del before.per_replica.randaugment_ops, before.per_replica.randaugment_magnitude
-    assert training_checksum(before, "print") == same, "options that came later"
+    assert training_checksum(before, "a checksum") == plain, "later options"
 
 
-def test_a_checksum_has_the_first_names_of_options_and_values(monkeypatch):
+def test_a_checksum_uses_the_first_names_of_options_and_values(monkeypatch):
     first = default.get_config()
-    before = training_checksum(first, "print")
+    before = training_checksum(first, "a checksum")
     monkeypatch.setitem(flags.RENAMED, "merge.unit", "merge.rule")
     monkeypatch.setitem(flags.RENAMED, "data.augment.", "view.")
     monkeypatch.setitem(flags.RENAMED_VALUES, "merge.rule", {"tensor": "by_tensor"})
@@ -93,9 +96,9 @@ def test_a_checksum_has_the_first_names_of_options_and_values(monkeypatch):
     with now.unlocked():
         del now.merge["unit"], now.data["augment"]
         now.merge.rule, now.view = "by_tensor", first.data.augment
-    assert training_checksum(now, "print") == before
+    assert training_checksum(now, "a checksum") == before
     now.merge.rule = "filter"
-    assert training_checksum(now, "print") != before
+    assert training_checksum(now, "a checksum") != before
 
 
 def test_an_unknown_option_is_one_line():

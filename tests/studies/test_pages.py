@@ -1,10 +1,10 @@
-"""A page of several anchors."""
+"""Pages of studies, and the page of all claims."""
 
 from __future__ import annotations
 
 import json
 
-from studies.pages import together, write, write_index
+from studies.pages import joint_claims, write, write_index
 from studies.study import Claim, Study, StudyReport, Table
 
 STUDY = Study("some", "Some study", "About it.", None, None)
@@ -21,42 +21,43 @@ UP, DOWN, OPEN = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.2]
 def report(**claims):
     return StudyReport(
         [Table(["", "ID"], [["a model", "80"]])],
-        [Claim(text, "ours", differences) for text, differences in claims.items()],
-        {"picture": lambda path: path.write_bytes(b"drawn")},
+        [Claim(text, "this project", differences) for text, differences in claims.items()],
+        {"figure": lambda path: path.write_bytes(b"drawn")},
     )
 
 
 def test_anchors_are_not_pooled():
-    found = together(
+    joint = joint_claims(
         {
             "one": report(both=UP, neither=DOWN, differs=UP, weak=UP, alone=UP),
             "two": report(both=UP, neither=DOWN, differs=DOWN, weak=OPEN, some=DOWN),
             "three": report(both=UP, neither=DOWN, differs=DOWN, weak=UP, some=DOWN),
         }
     )
-    assert found["some"].claims["one"] is None, "it has no meaning there"
-    assert {text: joint.verdict for text, joint in found.items()} == {
-        "both": "holds",
-        "neither": "does not hold",
-        "differs": "not decided",
-        "weak": "not decided",
-        "some": "does not hold",
+    assert joint["some"].claims["one"] is None, "does not apply"
+    assert {text: claim.verdict for text, claim in joint.items()} == {
+        "both": "reproduced",
+        "neither": "not reproduced",
+        "differs": "inconclusive",
+        "weak": "inconclusive",
+        "some": "not reproduced",
     }
 
 
 def test_a_page_of_two_anchors(tmp_path):
     reports = {"one": report(better=UP), "runs/two": report(better=OPEN)}
     text = write(STUDY, reports, tmp_path, DETAILS).read_text()
-    each = "holds: +1.00 ± 0.06 points (n = 3) | not decided: +0.067 ± 0.581 points (n = 3)"
-    assert f"| better | {each} | **not decided** |" in text
+    first, second = "+1.00 ± 0.06 points (n = 3)", "+0.067 ± 0.581 points (n = 3)"
+    cells = f"reproduced: {first} | inconclusive: {second}"
+    assert f"| better | {cells} | **inconclusive** |" in text
     assert text.index("## Anchor `one`") < text.index("## Anchor `runs/two`")
     assert f"`{DETAILS['command']}`" in text
-    assert (tmp_path / "picture.png").exists() and (tmp_path / "picture_anchor_2.png").exists()
+    assert (tmp_path / "figure.png").exists() and (tmp_path / "figure_anchor_2.png").exists()
     document = json.loads((tmp_path / "some_anchors.json").read_text())
-    assert document["claims"][0]["verdict"] == "holds"
-    assert document["further"]["runs/two"]["claims"][0]["verdict"] == "not decided"
+    assert document["claims"][0]["verdict"] == "reproduced"
+    assert document["further"]["runs/two"]["claims"][0]["verdict"] == "inconclusive"
     (joint,) = document["together"]
-    assert joint["text"] == "better" and joint["verdict"] == "not decided"
+    assert joint["text"] == "better" and joint["verdict"] == "inconclusive"
 
 
 def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
@@ -66,19 +67,39 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     never_run = Study("other", "Never run", "", None, None)
     text = write_index([never_run, STUDY], tmp_path).read_text()
     assert "Never run" not in text
-    line = "better | ours | +1.00 ± 0.06 points (n = 3) |"
-    assert f"| [Some study](some.md) | {line} **holds** |" in text
-    both = "+1.00 ± 0.06 points (n = 3)<br>+0.067 ± 0.581 points (n = 3) | **not decided** |"
-    assert f"| [Some study, from 2 anchors](some_anchors.md) | better | ours | {both}" in text
-    assert text.count("worse") == 1, "what one anchor alone was asked is on its own page"
-    assert r"|  | \|worse\| | ours | -1.00 ± 0.06 points (n = 3) | **does not hold** |" in text
+    line = "better | this project | +1.00 ± 0.06 points (n = 3) |"
+    assert f"| [Some study](some.md) | {line} **reproduced** |" in text
+    joint = "+1.00 ± 0.06 points (n = 3)<br>+0.067 ± 0.581 points (n = 3) | **inconclusive** |"
+    assert (
+        f"| [Some study, from 2 anchors](some_anchors.md) | better | this project | {joint}" in text
+    )
+    assert text.count("worse") == 1, "claims of one anchor are only on its page"
+    row = r"|  | \|worse\| | this project | -1.00 ± 0.06 points (n = 3) | **not reproduced** |"
+    assert row in text
 
 
-def test_a_page_of_an_older_version_is_asked_to_be_written_again(tmp_path):
-    old = {"title": "Some study", "claims": [{"text": "better", "verdict": "holds"}]}
+def test_verdicts_of_earlier_versions_have_current_names(tmp_path):
+    verdicts = {
+        "holds": "reproduced",
+        "does not hold": "not reproduced",
+        "not decided": "inconclusive",
+    }
+    for old, new in verdicts.items():
+        claim = {"text": "better", "where": "Table 1", "here": "+1.00", "verdict": old}
+        page = {"title": "Some study", "claims": [claim]}
+        joint = page | {"further": {"two": {}}, "together": [claim | {"here": ["+1.00"]}]}
+        (tmp_path / "some.json").write_text(json.dumps(page))
+        (tmp_path / "some_anchors.json").write_text(json.dumps(joint))
+        text = write_index([STUDY], tmp_path).read_text()
+        assert text.count(f"| better | Table 1 | +1.00 | **{new}** |") == 2
+        assert f"**{old}**" not in text
+
+
+def test_an_unreadable_page_names_the_command_that_writes_it_again(tmp_path):
+    old = {"title": "Some study", "claims": [{"text": "better", "verdict": "reproduced"}]}
     for content in (json.dumps(old), json.dumps([old]), '{"title": "Some'):
-        for stem, more in (("some", ""), ("some_anchors", " --anchors=...")):
+        for stem, options in (("some", ""), ("some_anchors", " --anchors=...")):
             (tmp_path / f"{stem}.json").write_text(content)
             text = write_index([STUDY], tmp_path).read_text()
-            command = f"python -m studies some{more}"
+            command = f"python -m studies some{options}"
             assert f"| {stem} | cannot be read: run `{command}` | | | |" in text

@@ -1,4 +1,4 @@
-"""What is left of a study: runs, and measurements right after the last run that they need."""
+"""The schedule of a study: each measurement follows the last run that it needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from studies.ledger import Ledger, lock_run
 from studies.measurements import Score
 from studies.runner import Schedule
 from studies.runs import Run
-from tests.studies.bench import DrawnBench
+from tests.studies.context import DrawnContext
 
 FIRST, SECOND, THIRD = (Run(seed) for seed in range(3))
 ONE, TWO = Score(Replica(FIRST)), Score(Replica(SECOND))
@@ -17,59 +17,64 @@ BOTH = Score(Mean((Replica(FIRST), Replica(SECOND))))
 ANCHOR, KNOWN = Score(Anchor()), Score(Replica(THIRD))
 
 
-class Bench(DrawnBench):
+class FakeContext(DrawnContext):
     def __init__(self, path):
         super().__init__()
-        self.ledger, self.trained, self.here = Ledger(path), self, set()
+        self.ledger, self.runs, self.trained = Ledger(path), self, set()
 
-    def is_here(self, run):
-        return run in self.here
+    def is_trained(self, run):
+        return run in self.trained
 
     def key(self, measurement):
         return repr(measurement)
 
-    def do(self, piece):
-        if isinstance(piece, Run):
-            self.here.add(piece)
+    def do(self, task):
+        if isinstance(task, Run):
+            self.trained.add(task)
         else:
-            self.ledger.add(self.key(piece), value=0, what="Score", seconds=1, commit="c")
+            self.ledger.add(self.key(task), value=0, what="Score", seconds=1, commit="c")
 
 
-def done_of(schedule, bench, locks, waits=pytest.fail):
+def done_of(schedule, context, locks, on_wait=pytest.fail):
     done = []
-    for _, piece in schedule.turns(bench, locks, waits):
-        bench.do(piece)
-        done.append(piece)
+    for _, task in schedule.queue(context, locks, on_wait):
+        context.do(task)
+        done.append(task)
     return done
 
 
 @pytest.fixture
-def bench(tmp_path):
-    bench = Bench(tmp_path / "measured.jsonl")
-    bench.do(KNOWN)
-    return bench
+def context(tmp_path):
+    context = FakeContext(tmp_path / "measured.jsonl")
+    context.do(KNOWN)
+    return context
 
 
-def test_a_run_is_measured_before_the_next_is_trained(bench, tmp_path):
-    done = done_of(Schedule.of(bench, [BOTH, TWO, KNOWN, ONE, ANCHOR, ONE]), bench, tmp_path)
+def test_a_run_is_measured_before_the_next_is_trained(context, tmp_path):
+    done = done_of(Schedule.of(context, [BOTH, TWO, KNOWN, ONE, ANCHOR, ONE]), context, tmp_path)
     assert done == [ANCHOR, FIRST, ONE, SECOND, BOTH, TWO]
-    assert Schedule.of(bench, done[:1] + [ONE, BOTH]) == Schedule({}, {})
+    assert Schedule.of(context, done[:1] + [ONE, BOTH]) == Schedule({}, {})
 
 
-def test_what_is_here_is_not_trained(bench, tmp_path):
-    bench.do(SECOND)
-    assert done_of(Schedule.of(bench, [ONE, TWO, BOTH]), bench, tmp_path) == [TWO, FIRST, ONE, BOTH]
+def test_a_stored_run_is_not_trained(context, tmp_path):
+    context.do(SECOND)
+    assert done_of(Schedule.of(context, [ONE, TWO, BOTH]), context, tmp_path) == [
+        TWO,
+        FIRST,
+        ONE,
+        BOTH,
+    ]
 
 
-def test_nothing_is_measured_of_a_run_that_another_is_at(bench, tmp_path):
-    schedule = Schedule.of(bench, [ONE, TWO, BOTH])
-    told = []
+def test_measurements_wait_for_a_run_of_another_process(context, tmp_path):
+    schedule = Schedule.of(context, [ONE, TWO, BOTH])
+    counts = []
 
-    def waits(count):
-        told.append(count)
-        other.__exit__(None, None, None)  # It gives up: the run is taken over.
+    def on_wait(count):
+        counts.append(count)
+        other.__exit__(None, None, None)  # The other process stops; this one takes the run over.
 
-    other = lock_run(tmp_path, bench.name(FIRST))
+    other = lock_run(tmp_path, context.name(FIRST))
     assert other.__enter__()
-    done = done_of(schedule, bench, tmp_path, waits)
-    assert done == [SECOND, TWO, FIRST, ONE, BOTH] and told == [3]
+    done = done_of(schedule, context, tmp_path, on_wait)
+    assert done == [SECOND, TWO, FIRST, ONE, BOTH] and counts == [3]

@@ -1,4 +1,4 @@
-"""Every study from measurements to page: of drawn models, with nothing trained."""
+"""Every study from measurements to page, on random models without training."""
 
 from __future__ import annotations
 
@@ -17,32 +17,37 @@ from studies.measurements import Score
 from studies.pages import write
 from studies.runs import runs_of
 from studies.study import Setup
-from tests.studies.bench import DrawnBench
+from tests.studies.context import DrawnContext
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=2, steps_per_epoch=10)
 
 
 @pytest.fixture(scope="module")
-def bench():
-    return DrawnBench()
+def context():
+    return DrawnContext()
 
 
-def value(measurement, bench):
-    """As it is measured; accuracies are drawn, for they would need every merge compiled."""
+def value(measurement, context):
+    """Measure; accuracies are random, because real ones would compile every merge."""
     if not isinstance(measurement, Score):
-        return measurement.measure(bench)
-    rng = np.random.default_rng(zlib.crc32(repr(measurement.key(bench)).encode()))
+        return measurement.measure(context)
+    rng = np.random.default_rng(zlib.crc32(repr(measurement.key(context)).encode()))
     shifts = {name: 60 + rng.normal() for name in ("v2", "r") if measurement.shifts}
     return {"id": 80 + rng.normal(), "shifts": shifts}
 
 
+def values_of(study, context):
+    measurements = study.measurements(SETUP)
+    return {key: value(measurement, context) for key, measurement in measurements.items()}
+
+
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_makes_its_page(name, bench, tmp_path):
+def test_a_study_writes_its_page(name, context, tmp_path):
     study = STUDIES[name]
-    wanted = study.measurements(SETUP)
-    assert {run.seed for run in runs_of(tuple(wanted.values()))} <= set(SETUP.seeds)
-    values = {key: value(one, bench) for key, one in wanted.items()}
-    json.dumps(list(values.values()), allow_nan=False)  # As the ledger keeps them.
+    measurements = study.measurements(SETUP)
+    assert {run.seed for run in runs_of(tuple(measurements.values()))} <= set(SETUP.seeds)
+    values = {key: value(measurement, context) for key, measurement in measurements.items()}
+    json.dumps(list(values.values()), allow_nan=False)  # The format of the ledger.
     report = study.summarize(SETUP, values)
     details = {"seeds": SETUP.seeds, "commits": ["abc"], "pretrained": "drawn", "data": "drawn"}
     details["command"] = f"studies {study.name}"
@@ -58,25 +63,26 @@ def test_a_study_makes_its_page(name, bench, tmp_path):
     assert len(document["claims"]) == len(report.claims)
 
 
-def test_the_claims_that_are_true_of_drawn_models_hold(bench):
-    """The models lie on a shell by construction; accuracy is a function of the distance."""
+def test_true_claims_are_reproduced(context):
+    """The models are on a shell by construction; accuracy is a function of the distance."""
     study, setup = STUDIES["table1"], SETUP._replace(seeds=tuple(range(8)))
-    values = {key: one.measure(bench) for key, one in study.measurements(setup).items()}
+    measurements = study.measurements(setup)
+    values = {key: measurement.measure(context) for key, measurement in measurements.items()}
     verdicts = {
         c.text.split("(within")[0]: c.verdict for c in study.summarize(setup, values).claims
     }
-    assert verdicts.pop("(i) fine-tuned models lie at one distance from the center ") in (
-        "holds",
-        "not decided",  # 1 % is what a vector of 3,250 numbers varies by.
+    assert verdicts.pop("(i) all fine-tuned models have the same distance to the center ") in (
+        "reproduced",
+        "inconclusive",  # The distance of a vector of 3,250 elements varies by 1 %.
     )
-    assert set(verdicts.values()) == {"holds"}, verdicts
+    assert set(verdicts.values()) == {"reproduced"}, verdicts
 
 
 @pytest.mark.parametrize("name", ["fig2", "generality"])
-def test_a_tower_without_biases_is_asked_nothing_of_them(name, bench):
-    """A ResNet's are those of its norms."""
+def test_a_tower_without_biases_has_no_claim_on_them(name, context):
+    """The only biases of a ResNet belong to its norms."""
     study = STUDIES[name]
-    values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
+    values = values_of(study, context)
     for key in values:
         if "angles" in key:
             values[key] = {n: row for n, row in values[key].items() if kind(n) != "biases"}
@@ -85,44 +91,45 @@ def test_a_tower_without_biases_is_asked_nothing_of_them(name, bench):
     assert not any("biases" in text for text in texts)
 
 
-def test_what_is_level_in_the_paper_is_no_claim(bench):
+def test_equal_results_in_the_paper_are_no_claim(context):
     study = STUDIES["table4"]
-    values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
+    values = values_of(study, context)
     texts = [claim.text for claim in study.summarize(SETUP, values).claims]
-    # 87.0 and 87.0 on ImageNet, 71.6 and 69.4 on the shifts.
+    # In the paper: 87.0 and 87.0 on ImageNet, 71.6 and 69.4 avg. shifts.
     assert [text.split(" (")[0] for text in texts if "TPGM" in text] == [
-        "Model Stock beats TPGM, on the shifts"
+        "Model Stock beats TPGM, out of distribution"
     ]
 
 
-def test_soups_from_a_probe_stand_beside_the_papers_second_set_up(bench):
+def test_soups_from_lp_init_are_compared_with_the_second_setup(context):
     study = STUDIES["table2"]
-    values = {key: value(one, bench) for key, one in study.measurements(SETUP).items()}
+    values = values_of(study, context)
     texts = {claim.text for claim in study.summarize(SETUP, values).claims}
-    assert not any("linear probe" in text for text in texts), "there it is what soups start from"
+    assert not any("LP," in text for text in texts), "LP is an initialization of soups"
+    uniform, greedy = (f"{name} Model Soup (from LP init)" for name in ("Uniform", "Greedy"))
     assert {text for text in texts if "from LP" in text} == {
-        "Model Stock* beats uniform soup from LP, in distribution (+1.22 there)",
-        "Model Stock* is behind uniform soup from LP, on the shifts (-2.76 there)",
-        "Model Stock* beats greedy soup from LP, in distribution (+0.16 there)",
-        "Model Stock* is behind greedy soup from LP, on the shifts (-2.06 there)",
+        f"Model Stock* beats {uniform}, in distribution (paper: +1.22)",
+        f"Model Stock* is behind {uniform}, out of distribution (paper: -2.76)",
+        f"Model Stock* beats {greedy}, in distribution (paper: +0.16)",
+        f"Model Stock* is behind {greedy}, out of distribution (paper: -2.06)",
     }
 
 
-def test_the_second_set_up_is_that_of_the_configs():
+def test_the_second_setup_equals_the_configs():
     plain, strong = (flat(imagenet.get_config(name).to_dict()) for name in ("plain", "strong"))
     changed = {key: strong[key] for key in plain if plain[key] != strong[key]}
     assert changed.pop("epochs") == STRONG_LENGTH * plain["epochs"]
     assert changed == STRONG
 
 
-def test_a_rate_at_the_end_of_its_search_is_marked(bench):
+def test_a_learning_rate_at_the_end_of_its_search_is_marked(context):
     study = STUDIES["table4"]
-    wanted = study.measurements(SETUP)
-    values = {key: value(one, bench) for key, one in wanted.items()}
-    for key in wanted:
+    measurements = study.measurements(SETUP)
+    values = {key: value(measurement, context) for key, measurement in measurements.items()}
+    for key in measurements:
         if key[0] == "tpgm" and len(key) == 3:
             _, seed, rate = key
-            values[key] = 90.0 + (rate == min(seed, 2))  # The least, the middle, and the greatest.
+            values[key] = 90.0 + (rate == min(seed, 2))  # The minimum, the middle, and the maximum.
     (table,) = study.summarize(SETUP, values).tables
     (row,) = [row for row in table.rows if row[0] == "TPGM"]
-    assert row[table.columns.index("rates chosen")] == "0.33†, 1, 3†, 3†"
+    assert row[table.columns.index("learning rates chosen")] == "0.33†, 1, 3†, 3†"

@@ -1,4 +1,7 @@
-"""A bench without training: replicas are drawn about a center, accuracy falls with the distance."""
+"""A study context without training: replicas are random points around a center.
+
+Accuracy decreases with the distance to the center.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +36,15 @@ def combine(function, *trees):
     return function(*trees)
 
 
-class DrawnBench:
-    """As `studies.bench.StudyContext`, for measurements and models."""
+class DrawnContext:
+    """Like `studies.context.StudyContext`, for measurements and models."""
 
     num_heads = 2
 
     def __init__(self):
         self._w0 = draw(SHAPES, np.random.default_rng(0))
-        moved = draw(SHAPES, np.random.default_rng(1))
-        self.center = combine(lambda w0, d: w0 + d, self._w0, moved)
+        task_vector = draw(SHAPES, np.random.default_rng(1))
+        self.center = combine(lambda w0, d: w0 + d, self._w0, task_vector)
         self.size = sum(leaf.size for leaf in _leaves(self._w0))
 
     def name(self, run):
@@ -74,11 +77,11 @@ class DrawnBench:
         return ["drawn", shifts]
 
     def accuracy(self, params, *, shifts):
-        away = sum(
+        squared_distance = sum(
             float(((a - b) ** 2).sum())
             for a, b in zip(_leaves(params), _leaves(self.center), strict=True)
         )
-        accuracy = 90 - np.sqrt(away)
+        accuracy = 90 - np.sqrt(squared_distance)
         return {"id": accuracy, "shifts": {"v2": accuracy - 10} if shifts else {}}
 
 
