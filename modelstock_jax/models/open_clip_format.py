@@ -14,8 +14,8 @@ from modelstock_jax.models.checkpoint import Checkpoint, CompleteFormat
 from modelstock_jax.models.config import (
     CLIP_MEAN,
     CLIP_STD,
-    MAX_SIZE,
     LEGACY_EOS_TOKEN_ID,
+    MAX_SIZE,
     CLIPConfig,
     Preprocessor,
     TextConfig,
