@@ -67,8 +67,8 @@ def without_flags(config, programs: StepFunctions) -> StepFunctions:
     step_module.finite_checks = lambda loss, grads, params: {"grad_norm": optax.tree.norm(grads)}
     try:
         bare = StepFunctions(config, programs.task)
-        state, batch = programs.start(0), put_batch(programs.mesh, random_batch(config, 0))
-        bare.step(state, batch, bare.reference(bare.anchor))  # Traced while it is so.
+        state, batch = programs.init_state(0), put_batch(programs.mesh, random_batch(config, 0))
+        bare.train_step(state, batch, bare.step_constants(bare.anchor))  # Traced while it is so.
     finally:
         step_module.finite_checks = real
     return bare
@@ -94,8 +94,8 @@ class Loops:
         self.bare_programs = without_flags(self.config, self.programs)
         self.batches = [random_batch(self.config, seed) for seed in range(4)]
         self.anchor = self.programs.anchor
-        self.reference = self.programs.reference(self.anchor)
-        self.state = self.programs.start(0)
+        self.reference = self.programs.step_constants(self.anchor)
+        self.state = self.programs.init_state(0)
         self.timeline = Timeline(workdir / "timeline.jsonl")
         self.stores = RunCheckpoints(workdir, self.config, self.programs, 0, self.timeline)
         self.record = TrainLogger(
@@ -105,15 +105,15 @@ class Loops:
 
     def bare(self) -> np.ndarray:
         """Steps alone; the loss is read every `log_every` steps, a step late."""
-        return self._round(self.bare_programs.step, self._loss_alone())
+        return self._round(self.bare_programs.train_step, self._loss_alone())
 
     def flags(self) -> np.ndarray:
         """The step computes whether every gradient is finite."""
-        return self._round(self.programs.step, self._loss_alone())
+        return self._round(self.programs.train_step, self._loss_alone())
 
     def records(self) -> np.ndarray:
         """As a run does it, but for saving: watch, metrics, progress, timeline."""
-        return self._round(self.programs.step, self.record.step, self.timeline)
+        return self._round(self.programs.train_step, self.record.log_step, self.timeline)
 
     def saving(self) -> np.ndarray:
         """As a run does it, with one save of the state, at the first step of the round."""
@@ -127,16 +127,16 @@ class Loops:
         ended = threading.Event()
 
         def take(step, values):
-            self.record.step(step, values)
+            self.record.log_step(step, values)
             if step == self.done + 1:
-                self.record.settle()
+                self.record.flush_pending()
                 self.began = time.perf_counter()
                 if merged:
                     self.stores.save_merged(step, self.anchor)
                 self._save(step, ended)
 
         cpu = time.process_time()
-        seconds = self._round(self.programs.step, take, self.timeline)
+        seconds = self._round(self.programs.train_step, take, self.timeline)
         assert ended.wait(600)
         self.stores.wait()
         if not merged:

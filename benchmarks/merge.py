@@ -57,7 +57,7 @@ def make_ways(size: str) -> tuple[dict, int]:
 
     def in_the_loop(count: int) -> None:
         for _ in range(count):
-            held["state"], merged, stats = programs.merge[False](anchor, held["state"])
+            held["state"], merged, stats = programs.merge_step[False](anchor, held["state"])
         jax.block_until_ready((held["state"], merged, stats))
 
     def repeated(function):

@@ -93,7 +93,7 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
             began, cpu = time.perf_counter(), time.process_time()
             for seed in range(2):
                 batch = put_batch(programs.mesh, random_batch(config, seed))
-                state, values = programs.step(state, batch, reference)
+                state, values = programs.train_step(state, batch, reference)
             jax.block_until_ready(state)
             if number:
                 wall = time.perf_counter() - began
@@ -101,10 +101,10 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
         measured[config.batch_size] = np.median(times, axis=0)
     merges = []
     for number in range(rounds + 1):
-        state, _ = programs.step(state, batch, reference)  # Replicas that differ.
+        state, _ = programs.train_step(state, batch, reference)  # Replicas that differ.
         jax.block_until_ready(state)
         began = time.perf_counter()
-        state, merged, stats = programs.merge[False](programs.anchor, state)
+        state, merged, stats = programs.merge_step[False](programs.anchor, state)
         stats = jax.device_get(stats)
         check_finite(stats)
         report(stats)
@@ -132,16 +132,19 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
 def host_cost(workdir: Path, steps: int = 1200) -> float:
     """Seconds of the loop's own thread that a step's records take, a line of metrics in ten."""
     config = linear.config(log_every_steps=10)
-    programs, timeline = linear.programs(config, 2 * steps), Timeline(workdir / "timeline.jsonl")
+    programs, timeline = (
+        linear.step_functions(config, 2 * steps),
+        Timeline(workdir / "timeline.jsonl"),
+    )
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
     state, reference, spent = programs.init_state(0), programs.step_constants(programs.anchor), 0.0
     with TrainLogger(config, programs.task, workdir, "host", 0, timeline) as record:
         for step in range(1, steps + 1):
-            state, values = programs.step(state, batch, reference)
+            state, values = programs.train_step(state, batch, reference)
             jax.block_until_ready(values)  # Waiting for the device is not the records'.
             began = time.thread_time()
             with timeline.phase("data"), timeline.phase("train"):
-                record.step(step, values)
+                record.log_step(step, values)
             spent += time.thread_time() - began
     return spent / steps
 

@@ -74,7 +74,7 @@ class Steps:
         reference = programs.step_constants()  # Fine-tuning reads nothing beside its state.
         shapes = programs.abstract_batch(models.SIZES[self.size][4])
         began = time.perf_counter()
-        step = programs.step.lower(programs.abstract_state, shapes, reference).compile()
+        step = programs.train_step.lower(programs.abstract_state, shapes, reference).compile()
         compiled = time.perf_counter() - began
         if replicas not in self.batches:
             self.batches[replicas] = put_batch(programs.mesh, self._batch(replicas))

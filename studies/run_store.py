@@ -275,7 +275,7 @@ class RunStore:
             self._data,
             self._workdir,
             directory.name,
-            programs=programs,
+            step_functions=programs,
             timeline=timeline,
             title=title,
         )

@@ -125,9 +125,9 @@ class Comparison:
         self._programs: StepFunctions | None = None
         # Every mistake in the config shows here, before anything is trained.
         merged = self.trainer(config.seed, "merged")
-        self._programs, self.merges = merged.programs, merged.merge_steps > 0
+        self._programs, self.merges = merged.step_functions, merged.merge_steps > 0
         self._start = merged.task.params
-        self._measure = ModelEvaluator(config, anchor, data, merged.programs.mesh)
+        self._measure = ModelEvaluator(config, anchor, data, merged.step_functions.mesh)
 
     def evaluate_anchor(self, opened: Classifier) -> Document:
         """The row of the model as it was opened, and the probed anchor's where it is another."""
@@ -169,7 +169,7 @@ class Comparison:
             self.data,
             self.workdir,
             f"seed_{seed}/{arm}",
-            programs=self._programs,
+            step_functions=self._programs,
             timeline=self._timeline,
         )
 

@@ -59,7 +59,7 @@ def tree_checksum(tree: PyTree) -> dict[str, str]:
     return {name: f"{a:08x}{b:08x}" for name, (a, b) in zip(leaves, sums.tolist(), strict=True)}
 
 
-def describe(tree: PyTree) -> dict[str, list]:
+def describe_leaves(tree: PyTree) -> dict[str, list]:
     """{leaf name: [dtype, shape, digest]}, as a checkpoint records its arrays."""
     digests = tree_checksum(tree)
     return {n: [x.dtype.name, list(x.shape), digests[n]] for n, x in named_leaves(tree).items()}
@@ -135,7 +135,7 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 _REPLICA = AXES[0]
 # 1 MiB: a kernel of a CLIP is larger, its biases and norms, two thirds of its arrays, are not.
-LEAST = 2**20
+MAX_PACKED_BYTES = 2**20
 
 
 class Pack(NamedTuple):
@@ -161,7 +161,7 @@ def plan_packs(tree: PyTree) -> dict[str, Pack]:
     """
     alike: dict[Any, Pack] = {}
     for name, x in named_leaves(tree).items():
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.nbytes >= LEAST:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.nbytes >= MAX_PACKED_BYTES:
             continue
         rows = x.shape[0] if _axes(x.sharding)[:1] == (_REPLICA,) else 0
         if any(_axes(x.sharding)[bool(rows) :]) or not (rows or x.sharding.is_fully_replicated):

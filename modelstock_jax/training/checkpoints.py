@@ -23,7 +23,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training import array_checksums
-from modelstock_jax.training.array_checksums import describe, named_leaves
+from modelstock_jax.training.array_checksums import describe_leaves, named_leaves
 from modelstock_jax.training.multihost import any_process, barrier, is_main
 
 # The parts of a checkpoint: Orbax renames their folder into place, so both are there or neither.
@@ -91,7 +91,7 @@ class Checkpoints:
         """
         self.wait()  # A step still being written is neither among `steps` nor safe to overwrite.
         packs = array_checksums.plan_packs(tree)
-        leaves = array_checksums.describe(tree)
+        leaves = array_checksums.describe_leaves(tree)
         record = {"leaves": leaves, "packs": packs, "details": dict(details or {})}
         saved = array_checksums.pack(tree, packs)
         document = {"record": record, "sha256": array_checksums.json_checksum(record)}
@@ -119,7 +119,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise write_error(self.directory, error) from error
 
-    def record(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> dict[str, Any]:
         """What was saved: "leaves", {name: [dtype, shape, digest]}, "packs" and "details".
 
         Raises:
@@ -131,7 +131,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint {step} in {self.directory}; there are: {there}")
         document, reason = self._load(step, _DIGESTS, None)
         if document is None:
-            if holds_only(self.directory / str(step), _TREE):
+            if has_only_item(self.directory / str(step), _TREE):
                 raise UserError(
                     f"checkpoint {self.directory / str(step)} was saved by an older version, "
                     "without digests, so that damage to it would not be seen; go on with the "
@@ -142,7 +142,7 @@ class Checkpoints:
             raise self._damaged(step, "its digests are not as they were written")
         return document["record"]
 
-    def restore(self, step: int, like: PyTree) -> PyTree:
+    def restore(self, step: int, abstract_tree: PyTree) -> PyTree:
         """Reads checkpoint `step` into the structure, dtypes and shardings of `like`.
 
         Args:
@@ -155,7 +155,7 @@ class Checkpoints:
         """
         tree = problem = None
         try:
-            tree = self._restore(step, like)
+            tree = self._restore(step, abstract_tree)
         except CorruptCheckpoint as error:
             problem = error
         if jax.process_count() > 1 and any_process(problem is not None):
@@ -164,7 +164,7 @@ class Checkpoints:
             raise problem
         return tree
 
-    def restore_newest(self, like: PyTree, at_most: int | None = None) -> tuple[int, PyTree] | None:
+    def restore_newest(self, abstract_tree: PyTree, max_step: int | None = None) -> tuple[int, PyTree] | None:
         """Restores the newest checkpoint that is whole; sets those that are damaged aside.
 
         Args:
@@ -177,10 +177,10 @@ class Checkpoints:
         Raises:
           UserError: if there were checkpoints and none is whole, or one holds another structure.
         """
-        newest = math.inf if at_most is None else at_most
+        newest = math.inf if max_step is None else max_step
         for step in sorted((step for step in self.steps if step <= newest), reverse=True):
             try:
-                return step, self.restore(step, like)
+                return step, self.restore(step, abstract_tree)
             except CorruptCheckpoint as error:
                 self.quarantine(step, error)
         if any(step <= newest for step in quarantined_steps(self.directory)):
@@ -213,7 +213,7 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _restore(self, step: int, like: PyTree) -> PyTree:
-        record = self.record(step)
+        record = self.metadata(step)
         saved = record["leaves"]
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
@@ -240,11 +240,11 @@ class Checkpoints:
 
     def _load(self, step: int, part: str, like: Any) -> tuple[Any, str]:
         """A part of a checkpoint; or None, and the reason in one line."""
-        with quiet():
+        with suppress_orbax_output():
             try:
                 return self._checkpointer.load_checkpointables(step, {part: like})[part], ""
             except Exception as error:  # Orbax, TensorStore and asyncio each raise their own kinds.
-                reason = one_line(error)
+                reason = first_line(error)
             wait_for_abandoned_reads()
         return None, reason
 
@@ -286,7 +286,7 @@ def save_or_check_anchor(directory: Path, anchor: PyTree, fingerprint: str = "")
 
 
 def _same(kept: Checkpoints, anchor: PyTree, fingerprint: str) -> PyTree:
-    record, now = kept.record(0), describe(anchor)
+    record, now = kept.metadata(0), describe_leaves(anchor)
     before, same_files = record["leaves"], record["details"]["fingerprint"] == fingerprint
     changed = [n for n in sorted(before.keys() | now) if before.get(n) != now.get(n)]
     if not changed and same_files:
@@ -401,18 +401,18 @@ def write_error(directory: Path, error: Exception) -> UserError:
     """The error of a checkpoint that could not be written: the disk, mostly."""
     free = shutil.disk_usage(directory).free / 1e6
     return UserError(
-        f"cannot write a checkpoint under {directory} ({free:.0f} MB free): {one_line(error)}; "
+        f"cannot write a checkpoint under {directory} ({free:.0f} MB free): {first_line(error)}; "
         "make room or choose another --workdir, and the same command goes on"
     )
 
 
-def one_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What an error says first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_orbax_output() -> Iterator[None]:
     """Keeps the traces of reads that Orbax gives up, when another one fails, from the screen."""
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     log.disabled, sys.unraisablehook = True, lambda _: None
@@ -448,7 +448,7 @@ def _is_read(one: Any) -> bool:
     )
 
 
-def holds_only(folder: Path, part: str) -> bool:
+def has_only_item(folder: Path, part: str) -> bool:
     """Whether a checkpoint was saved with this part and no other; False where that is unknown."""
     try:
         said = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]

@@ -57,18 +57,18 @@ class Classifier:
     fingerprint: str = ""
     text: TextSide | None = None
 
-    def start(self, config: ConfigDict) -> PyTree:
+    def initial_params(self, config: ConfigDict) -> PyTree:
         """What `config.objective` trains, at its start: FLYP's towers and scale, or `params`."""
         if config.objective.name != "flyp":
             return self.params
-        text = needed_text(self.text, config.objective.name)
+        text = require_text(self.text, config.objective.name)
         return {"image_tower": self.params["image_tower"], **text.params}
 
     def classify(self, params: PyTree) -> PyTree:
         """{"image_tower", "head"} of what was trained: FLYP's head is made by its text tower."""
         if "head" in params:
             return params
-        text = needed_text(self.text, "flyp")
+        text = require_text(self.text, "flyp")
         return {"image_tower": params["image_tower"], "head": text.head(params)}
 
 
@@ -269,7 +269,7 @@ class AbstractTextSide(TextSide):
         return np.zeros((len(self.class_names), PUBLISHED_TEMPLATES, length), np.int32)
 
 
-def needed_text(text: TextSide | None, objective: str) -> TextSide:
+def require_text(text: TextSide | None, objective: str) -> TextSide:
     """The text side of a model, for an objective that cannot do without.
 
     Raises:

@@ -61,7 +61,7 @@ class Memory:
 
 
 def memory(
-    programs: StepFunctions, compiled: dict[str, jax.stages.Compiled], batch: PyTree
+    step_functions: StepFunctions, compiled: dict[str, jax.stages.Compiled], batch: PyTree
 ) -> Memory:
     """Reads the compiler's own account of the step and the merge.
 
@@ -73,8 +73,8 @@ def memory(
       compiled: what `Programs.lower` gives, compiled.
       batch: shapes [R, B, ...] and dtypes.
     """
-    state = programs.abstract_state
-    anchor, params = device_bytes(programs.abstract_anchor), device_bytes(state.params)
+    state = step_functions.abstract_state
+    anchor, params = device_bytes(step_functions.abstract_anchor), device_bytes(state.params)
     merges = "merge" in compiled
     return Memory(
         anchor=anchor,
@@ -82,7 +82,7 @@ def memory(
         opt_state=device_bytes(state.opt_state),
         merged=anchor if merges else 0,
         batch=device_bytes(batch),
-        gradients=anchor if programs.replica_mode == "map" else params,
+        gradients=anchor if step_functions.replica_mode == "map" else params,
         step_temporary=extra_bytes(compiled["step"]),
         merge_temporary=extra_bytes(compiled["merge"]) - anchor if merges else 0,
     )

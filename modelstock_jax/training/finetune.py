@@ -20,7 +20,7 @@ from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, tr
 from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainTransform
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.classifier import Classifier, TextSide, needed_text, with_captions
+from modelstock_jax.training.classifier import Classifier, TextSide, require_text, with_captions
 from modelstock_jax.training.losses import (
     Apply,
     Loss,
@@ -51,7 +51,7 @@ def make_trainer(
     workdir: str | Path,
     name: str,
     *,
-    programs: StepFunctions | None = None,
+    step_functions: StepFunctions | None = None,
     timeline: Timeline | None = None,
     title: str | None = None,
 ) -> Trainer:
@@ -71,7 +71,7 @@ def make_trainer(
     Raises:
       UserError: if an option is out of its range, or options do not fit together.
     """
-    if programs is None:
+    if step_functions is None:
         programs = StepFunctions(config, make_task(config, anchor, len(data.train), data.augment))
     size = anchor.normalize.image_size
     batches = partial(_batches, config, data.train, size, batch_sharding(programs.mesh))
@@ -116,9 +116,9 @@ def make_task(
     hyper = hyper_parameters(config, epoch)
     prompts = None
     if config.objective.name == "flyp":
-        prompts = needed_text(anchor.text, "flyp").prompts
+        prompts = require_text(anchor.text, "flyp").prompts
     return Task(
-        params=anchor.start(config),
+        params=anchor.initial_params(config),
         augment=_batch_augment(augment, config.data.augment.mixup, "mixup" in hyper, prompts),
         loss_fn=method.loss_fn,
         steps_per_epoch=epoch,
@@ -191,10 +191,10 @@ def make_method(
     check_method(config)
     rules, smoothing = config.objective, config.label_smoothing
     if rules.name == "flyp":
-        side = needed_text(text, rules.name)
+        side = require_text(text, rules.name)
         loss_fn = flyp(side.encode_image, side.encode_text, normalize)
     elif rules.name == "car_ft":
-        contexts = needed_text(text, rules.name).contexts
+        contexts = require_text(text, rules.name).contexts
         loss_fn = car_ft(
             apply, normalize, contexts, alpha=rules.car_ft_alpha, label_smoothing=smoothing
         )

@@ -217,10 +217,10 @@ class _End:
                 if "failure stack trace" in line:
                     if self._silent:
                         self.now(1)
-                    self.line(what_was_lost("".join(held)))
+                    self.line(lost_process_message("".join(held)))
 
 
-def what_was_lost(message: str) -> str:
+def lost_process_message(message: str) -> str:
     r"""The one line for the message with which jax ends a process.
 
     >>> what_was_lost("... unhealthy (stopped sending heartbeats):\n3\nThe tasks ...")[:20]
@@ -440,10 +440,10 @@ def set_cpu_devices(config: ConfigDict) -> None:
     if said or config.compute.replica_mode == "map":
         return
     with contextlib.suppress(RuntimeError):
-        jax.config.update(_CPU_DEVICES, devices(config.num_replicas, usable_cores()))
+        jax.config.update(_CPU_DEVICES, num_cpu_devices(config.num_replicas, usable_cores()))
 
 
-def devices(num_replicas: int, cores: int) -> int:
+def num_cpu_devices(num_replicas: int, cores: int) -> int:
     """The largest divisor of the number of replicas that is not above the cores: no batch is cut.
 
     >>> [devices(2, 1), devices(2, 64), devices(3, 2), devices(4, 3)]

@@ -17,7 +17,7 @@ from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import METHODS
 from modelstock_jax.training.state import TrainState, replicate
 
-Merge = Callable[[PyTree, TrainState], tuple[TrainState, PyTree, Stats]]
+MergeStep = Callable[[PyTree, TrainState], tuple[TrainState, PyTree, Stats]]
 
 OPT_STATE_POLICIES = ("keep", "average", "reset")
 CARRY_NOISE = ("off", "every", "last")
@@ -79,15 +79,15 @@ def check_merge(config: ConfigDict) -> None:
         )
 
 
-def make_merge(
+def make_merge_step(
     config: ConfigDict,
     tx: optax.GradientTransformation,
     num_heads: int,
     *,
     last: bool,
-    together: PyTree,
-    weights: PyTree,
-) -> Merge:
+    merge_sharding: PyTree,
+    params_sharding: PyTree,
+) -> MergeStep:
     """Builds (anchor, state) -> (state, merged, stats); to be jitted, state donated.
 
     Args:
@@ -107,7 +107,7 @@ def make_merge(
 
     def merge(anchor, state):
         noise = state.noise
-        replicas = jax.lax.with_sharding_constraint(state.params, together)
+        replicas = jax.lax.with_sharding_constraint(state.params, merge_sharding)
         if config.carry_noise != "off":
             merged, stats, noise = model_stock_carried(
                 anchor,
@@ -118,7 +118,7 @@ def make_merge(
             )
         else:
             merged, stats = merge_replicas(anchor, replicas, **options)
-        merged = jax.lax.with_sharding_constraint(merged, weights)
+        merged = jax.lax.with_sharding_constraint(merged, params_sharding)
         params = replicate(merged, state.key.shape[0])
         state = state._replace(
             params=params,

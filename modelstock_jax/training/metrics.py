@@ -31,7 +31,7 @@ ACTIONS = {
     "skip_step": "its step is skipped",
     "restore_last_merge": "it starts anew from the last merged model",
 }
-LEARNT_AFTER = 20  # values, before a band says anything
+SPIKE_WARMUP = 20  # values, before a band says anything
 
 
 class TrainLogger:
@@ -56,11 +56,11 @@ class TrainLogger:
         task: Task,
         workdir: Path,
         name: str,
-        first: int,
+        start_step: int,
         timeline: Timeline,
     ) -> None:
         self._config, self._task, self._workdir, self._name = config, task, workdir, name
-        self._first, self._timeline = first, timeline
+        self._first, self._timeline = start_step, timeline
         self._images = config.num_replicas * config.batch_size
         self._late: tuple[int, Metrics] | None = None
         self._counted = 0.0  # Steps that count: finite, and not of an earlier life.
@@ -94,7 +94,7 @@ class TrainLogger:
                 multihost.broadcast_from_main(before.count("not_finite")),
             )
             for line in self._metrics.kept:
-                self._monitor.compare(line["step"], line, again=True)
+                self._monitor.check_spikes(line["step"], line, replayed=True)
             self._close = stack.pop_all()
         if first:
             self.log(f"{self._name}: goes on from step {first}")
@@ -109,7 +109,7 @@ class TrainLogger:
     ) -> None:
         self._close.__exit__(kind, error, trace)
 
-    def step(self, step: int, values: Metrics) -> None:
+    def log_step(self, step: int, values: Metrics) -> None:
         """Takes a step's values, on the device yet, and reads those of the step before.
 
         Raises:
@@ -141,10 +141,10 @@ class TrainLogger:
         }
         self._metrics.write(step, scalars)
         self._metrics.write_performance(step, self._performance(step))
-        self._monitor.compare(step, scalars)
+        self._monitor.check_spikes(step, scalars)
         self._progress.update(step, {name: read[name].mean() for name in ("loss", "accuracy")})
 
-    def merge(self, step: int, stats: Stats) -> None:
+    def log_merge(self, step: int, stats: Stats) -> None:
         """Writes a merge's cosines and ratios.
 
         Raises:
@@ -178,10 +178,10 @@ class TrainLogger:
                 f"{self._name}: a merge takes {merge:.3g} s, {share:g} % of an "
                 f"epoch of {self._task.steps_per_epoch} steps"
             )
-        if self._monitor.survived or self._monitor.spikes:
+        if self._monitor.num_non_finite or self._monitor.num_spikes:
             self.log(
-                f"{self._name}: {self._monitor.survived} times a replica's step was not finite, "
-                f"{self._monitor.spikes} times its loss or gradient norm left its band: "
+                f"{self._name}: {self._monitor.num_non_finite} times a replica's step was not finite, "
+                f"{self._monitor.num_spikes} times its loss or gradient norm left its band: "
                 f"{self._workdir / 'events.jsonl'}"
             )
 
@@ -237,11 +237,11 @@ class NonFiniteMonitor:
         names: Sequence[str],
         lines: JsonLines | None,
         log: Callable[[str], None],
-        survived: int = 0,
+        num_non_finite: int = 0,
     ) -> None:
         self._config, self._names, self._lines, self._log = config, names, lines, log
         self._bands: dict[tuple[str, int], SpikeDetector] = {}
-        self.survived, self.spikes = survived, 0
+        self.num_non_finite, self.num_spikes = num_non_finite, 0
 
     def check(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Reports the replicas whose step was not finite.
@@ -274,16 +274,16 @@ class NonFiniteMonitor:
                     "untouched: lower optimizer.learning_rate in another --workdir, or go on from "
                     "that checkpoint with --config.monitor.on_non_finite=skip_step --allow_config_change"
                 )
-            self.survived += 1
-            self._log(f"{what}: {ACTIONS[policy]} ({self.survived} of at most {most})")
-            if self.survived > most:
+            self.num_non_finite += 1
+            self._log(f"{what}: {ACTIONS[policy]} ({self.num_non_finite} of at most {most})")
+            if self.num_non_finite > most:
                 raise UserError(
                     f"{what}, and so were {most} before it: more than monitor.max_non_finite_steps={most}. The "
                     "last checkpoint is untouched: lower optimizer.learning_rate in another "
                     "--workdir, or go on with a higher --config.monitor.max_non_finite_steps"
                 )
 
-    def compare(self, step: int, scalars: Mapping[str, Any], *, again: bool = False) -> None:
+    def check_spikes(self, step: int, scalars: Mapping[str, Any], *, replayed: bool = False) -> None:
         """Holds a line of metrics against the bands of its losses and gradient norms.
 
         Args:
@@ -307,8 +307,8 @@ class NonFiniteMonitor:
                 )
                 mean, deviation = band.mean, band.deviation
                 if band.update(value):
-                    self.spikes += 1
-                    if not again:
+                    self.num_spikes += 1
+                    if not replayed:
                         details = {name: value, "mean": mean, "deviation": deviation}
                         self._write(f"{name}_spike", step, replica, **details)
 
@@ -350,7 +350,7 @@ class SpikeDetector:
     def update(self, value: float) -> bool:
         """Takes the next value; whether it lies above the band that those before it made."""
         edge = self.mean + self._deviations * self.deviation
-        above = self._count >= LEARNT_AFTER and value > edge
+        above = self._count >= SPIKE_WARMUP and value > edge
         self._count += 1
         rate = 1 / min(self._count, self._window)
         change = (edge if above else value) - self.mean

@@ -14,7 +14,7 @@ from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training.state import leaf_names
 
 NORMS = ("l2", "mars")
-LEAST_RADIUS = 1e-8
+MIN_RADIUS = 1e-8
 
 
 def layer_norms(delta: PyTree, norm: str = "mars") -> PyTree:
@@ -78,13 +78,13 @@ def project(params: PyTree, pretrained: PyTree, radii: PyTree, norm: str = "mars
 def _shrink(radii: PyTree, norms: PyTree) -> PyTree:
     """min(1, radius / norm) - 1: what is added of the task vector, 0 within the radius."""
     return jax.tree.map(
-        lambda r, n: jnp.where(n < r, 0.0, r / jnp.maximum(n, LEAST_RADIUS) - 1.0), radii, norms
+        lambda r, n: jnp.where(n < r, 0.0, r / jnp.maximum(n, MIN_RADIUS) - 1.0), radii, norms
     )
 
 
 def clip_radii(radii: PyTree, norms: PyTree) -> PyTree:
     """Radii within [1e-8, the leaf's largest norm]: beyond it nothing would change."""
-    return jax.tree.map(lambda r, n: jnp.clip(r, LEAST_RADIUS, n.max()), radii, norms)
+    return jax.tree.map(lambda r, n: jnp.clip(r, MIN_RADIUS, n.max()), radii, norms)
 
 
 class FTPState(NamedTuple):
@@ -147,7 +147,7 @@ def fast_trainable_projection(
 
     def init(params):
         scalars = jax.tree.map(lambda w: jnp.zeros((), w.dtype), params)
-        least = jax.tree.map(lambda z: z + LEAST_RADIUS, scalars)
+        least = jax.tree.map(lambda z: z + MIN_RADIUS, scalars)
         count, nothing = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
         return FTPState(inner.init(params), count, least, scalars, scalars, nothing)
 
@@ -174,7 +174,7 @@ def fast_trainable_projection(
         radius = jax.tree.map(lambda new, r: jnp.where(count > 1, new, r), learned, state.radius)
         factor = jax.tree.map(lambda s: _over(s, rate), _shrink(radius, norms))
         updates = jax.tree.map(lambda u, s, d: u - s * d, updates, factor, delta)
-        direction = jax.tree.map(lambda d, n: d / jnp.maximum(n, LEAST_RADIUS), delta, norms)
+        direction = jax.tree.map(lambda d, n: d / jnp.maximum(n, MIN_RADIUS), delta, norms)
         return updates, FTPState(inner_state, count, radius, mean, square, direction)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -147,11 +147,11 @@ def replicas_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
     return jax.tree.map(place, replicas)
 
 
-def params_sharding(mesh: Mesh, weights: PyTree, min_size: int) -> PyTree:
+def params_sharding(mesh: Mesh, params: PyTree, min_size: int) -> PyTree:
     """A sharding for each leaf [...] of a model without a replica axis: anchor, merged weights."""
     return jax.tree.map(
         lambda x: NamedSharding(mesh, fsdp_spec(x.shape, mesh.shape["data"], min_size)),
-        weights,
+        params,
     )
 
 
@@ -206,7 +206,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("replica", "data"))
 
 
-def all_gather_params(weights: PyTree, split: PyTree) -> PyTree:
+def all_gather_params(params: PyTree, shardings: PyTree) -> PyTree:
     """Weights as a replica computes with them: whole, where they lie split over the data axis.
 
     Their gradients go the other way: summed over the devices and split again at once (an all-gather
@@ -231,7 +231,7 @@ def all_gather_params(weights: PyTree, split: PyTree) -> PyTree:
         gather.defvjp(lambda x: (gather(x), None), lambda _, g: (place(g, sharding),))
         return gather(x)
 
-    return jax.tree.map(leaf, weights, split)
+    return jax.tree.map(leaf, params, shardings)
 
 
 # From what each process has to one array over all devices of all processes.

@@ -115,7 +115,7 @@ def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas
 # Pretraining a small CLIP from scratch by image-text contrast, as a `Task` of the same loop.
 
 
-RENDERED_AT_ONCE = 512  # what the renderer is compiled for
+RENDER_BATCH = 512  # what the renderer is compiled for
 
 
 def pretraining_task(
@@ -139,9 +139,9 @@ def pretraining_task(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}: pretraining compares every image with "
             "every text of a batch, which parts of it cannot; use 1"
         )
-    if RENDERED_AT_ONCE % config.batch_size:
+    if RENDER_BATCH % config.batch_size:
         raise UserError(
-            f"batch_size={config.batch_size} does not divide {RENDERED_AT_ONCE}, the number of "
+            f"batch_size={config.batch_size} does not divide {RENDER_BATCH}, the number of "
             "glyphs rendered at once; use a power of two up to that"
         )
     compute = Compute.of(config.compute)
@@ -179,10 +179,10 @@ def pretraining_batches(
       UserError: if a caption has a token that the text tower does not know.
     """
     # Chunk c of seed s is drawn from one number, so that a step number alone restores the stream.
-    step, a_chunk = start, RENDERED_AT_ONCE // config.batch_size
+    step, a_chunk = start, RENDER_BATCH // config.batch_size
     while True:
         chunk, first = divmod(step, a_chunk)
-        images, captions = glyphs.pretraining_batch(config.seed * 2**32 + chunk, RENDERED_AT_ONCE)
+        images, captions = glyphs.pretraining_batch(config.seed * 2**32 + chunk, RENDER_BATCH)
         ids = tokenize(captions)
         # An embedding's look-up would clamp such an id to the last row without a word.
         if ids.max() >= clip.text.vocab_size:

@@ -20,7 +20,7 @@ from modelstock_jax.merging import init_noise
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training import sharding
 from modelstock_jax.training.losses import Loss
-from modelstock_jax.training.merge_step import make_merge
+from modelstock_jax.training.merge_step import make_merge_step
 from modelstock_jax.training.optimizer import make_optimizer, reads_pretrained
 from modelstock_jax.training.sharding import device_put_global
 from modelstock_jax.training.state import IsTrained, StepConstants, TrainState, init_state
@@ -93,18 +93,18 @@ class StepFunctions:
         self.task, self._config = task, config
         self.mesh = mesh_of(config)
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps, task.trained)
-        self.whole = sharding.replicated_sharding(self.mesh)
+        self._replicated = sharding.replicated_sharding(self.mesh)
         least = config.mesh.fsdp_min_size
-        self.weights_sharding = sharding.params_sharding(self.mesh, task.params, least)
+        self.params_sharding = sharding.params_sharding(self.mesh, task.params, least)
         state = jax.eval_shape(self._init, task.params, 0)
         merges = [
-            make_merge(
+            make_merge_step(
                 config.merge,
                 self._tx,
                 task.num_heads,
                 last=last,
                 together=sharding.merge_sharding(self.mesh, state.params, least),
-                weights=self.weights_sharding,
+                weights=self.params_sharding,
             )
             for last in (False, True)
         ]
@@ -115,9 +115,9 @@ class StepFunctions:
             jax.eval_shape(self._merges[0], task.params, state)
         self._shardings = sharding.state_sharding(self.mesh, state, least)
         self.abstract_state = _placed(state, self._shardings)
-        self.abstract_anchor = _placed(task.params, self.weights_sharding)
-        self._start = jax.jit(self._init, out_shardings=self._shardings)
-        self.step = jax.jit(
+        self.abstract_anchor = _placed(task.params, self.params_sharding)
+        self._init_state = jax.jit(self._init, out_shardings=self._shardings)
+        self.train_step = jax.jit(
             make_train_step(
                 self._loss,
                 self._tx,
@@ -134,20 +134,20 @@ class StepFunctions:
     @cached_property
     def anchor(self) -> PyTree:
         """The task's weights, placed as `params_sharding` says."""
-        return device_put_global(self.task.params, self.weights_sharding)
+        return device_put_global(self.task.params, self.params_sharding)
 
     def init_state(self, seed: int) -> TrainState:
         """Every replica at the anchor, with the random keys of this seed."""
-        return self._start(self.anchor, np.uint32(seed))
+        return self._init_state(self.anchor, np.uint32(seed))
 
     @cached_property
-    def merge(self) -> dict[bool, jax.stages.Wrapped]:
+    def merge_step(self) -> dict[bool, jax.stages.Wrapped]:
         """For the last merge and the others: (anchor, state) -> (state, merged, stats)."""
         compiled = [
             jax.jit(
                 merge,
                 donate_argnums=1,
-                out_shardings=(self._shardings, self.weights_sharding, self.whole),
+                out_shardings=(self._shardings, self.params_sharding, self._replicated),
             )
             for merge in self._merges
         ]
@@ -176,9 +176,9 @@ class StepFunctions:
         Args:
           batch: placed shapes [R, B, ...] and dtypes, as `abstract_batch` gives them.
         """
-        lowered = {"step": self.step.lower(self.abstract_state, batch, self.step_constants())}
+        lowered = {"step": self.train_step.lower(self.abstract_state, batch, self.step_constants())}
         if self._config.merge.every != "never":
-            lowered["merge"] = self.merge[False].lower(self.abstract_anchor, self.abstract_state)
+            lowered["merge"] = self.merge_step[False].lower(self.abstract_anchor, self.abstract_state)
         return lowered
 
     def abstract_batch(self, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -191,7 +191,7 @@ class StepFunctions:
         return _placed(shapes, dict.fromkeys(shapes, sharding.batch_sharding(self.mesh)))
 
     def _loss(self, params: PyTree, *rest: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return self.task.loss_fn(sharding.all_gather_params(params, self.weights_sharding), *rest)
+        return self.task.loss_fn(sharding.all_gather_params(params, self.params_sharding), *rest)
 
     def _init(self, params: PyTree, seed: jax.Array) -> TrainState:
         config, noise = self._config, None

@@ -113,7 +113,7 @@ def _readable(metric: jax.Array) -> jax.Array:
     return metric.astype(jnp.float32) if jnp.issubdtype(metric.dtype, jnp.floating) else metric
 
 
-def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any, Any, Metrics]:
+def mean_gradient(loss_fn: Loss, params, batch: Batch, num_micro_batches: int) -> tuple[Any, Any, Metrics]:
     """The gradient of a mean loss over a batch, computed a part at a time.
 
         g = 1/A sum_a grad loss(params, rows a, a + A, a + 2A, ... of the batch)
@@ -141,9 +141,9 @@ def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any,
         (loss, metrics), gradient = value_and_grad(params, part)
         return loss, gradient, metrics
 
-    if parts == 1:
+    if num_micro_batches == 1:
         return gradient(batch)
-    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    cut = jax.tree.map(lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
     zero = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], cut)),
@@ -151,7 +151,7 @@ def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any,
     total, _ = jax.lax.scan(
         lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zero, cut
     )
-    return jax.tree.map(lambda x: x / parts, total)
+    return jax.tree.map(lambda x: x / num_micro_batches, total)
 
 
 # Whether a replica's step is finite, and what its update becomes where it is not.

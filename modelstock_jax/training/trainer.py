@@ -39,7 +39,7 @@ class Trainer:
     def __init__(
         self,
         config: ConfigDict,
-        programs: StepFunctions,
+        step_functions: StepFunctions,
         batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
         workdir: str | Path,
         name: str,
@@ -60,8 +60,8 @@ class Trainer:
         Raises:
           UserError: if there is nothing to merge with, or no such time to merge.
         """
-        self.config, self.programs, self.title = config, programs, title or name
-        self.task, self.batches = programs.task, batches
+        self.config, self.step_functions, self.title = config, step_functions, title or name
+        self.task, self.batches = step_functions.task, batches
         self.workdir = Path(workdir) / "runs" / name
         self.timeline = timeline or Timeline(None)
         self.merge_steps = steps_between_merges(
@@ -80,7 +80,7 @@ class Trainer:
           UserError: on a non-finite loss, gradient or weight, or a workdir that cannot be written.
           SystemExit: after SIGTERM, once the state is saved.
         """
-        config, programs, timeline = self.config, self.programs, self.timeline
+        config, programs, timeline = self.config, self.step_functions, self.timeline
         last = self.task.num_steps
         with RunCheckpoints(self.workdir, config, programs, self.merge_steps, timeline) as stores:
             anchor, state, merged = stores.restore()
@@ -98,9 +98,9 @@ class Trainer:
                         batch = put_batch(programs.mesh, next(batches))
                     with timeline.phase("train"):
                         state, values = block_on_multihost_cpu(
-                            programs.step(state, batch, reference)
+                            programs.train_step(state, batch, reference)
                         )
-                        record.step(step, values)
+                        record.log_step(step, values)
                     merging = self.merge_steps and (step % self.merge_steps == 0 or step == last)
                     stopping = interruption.should_stop(step)
                     saving = step % config.checkpoint.save_every_steps == 0 or step == last
@@ -110,9 +110,9 @@ class Trainer:
                         record.flush_pending()
                     if merging:
                         with timeline.phase("merge", step):
-                            merge = programs.merge[step == last]
+                            merge = programs.merge_step[step == last]
                             state, merged, stats = block_on_multihost_cpu(merge(anchor, state))
-                            record.merge(step, stats)
+                            record.log_merge(step, stats)
                         reference = programs.step_constants(anchor, merged)
                         stores.save_merged(step, merged)
                     record.flush()
@@ -149,12 +149,12 @@ class RunCheckpoints:
         self,
         workdir: Path,
         config: ConfigDict,
-        programs: StepFunctions,
+        step_functions: StepFunctions,
         merge_steps: int,
         timeline: Timeline,
     ) -> None:
         self._workdir, self._seed, self._keep = workdir, config.seed, config.checkpoint
-        self._programs, self._merge_steps, self._timeline = programs, merge_steps, timeline
+        self._step_functions, self._merge_steps, self._timeline = step_functions, merge_steps, timeline
 
     def __enter__(self) -> RunCheckpoints:
         keep = self._keep.keep
@@ -182,7 +182,7 @@ class RunCheckpoints:
         Raises:
           UserError: if the anchor is not the one that the run began with, or nothing is whole.
         """
-        programs, num_steps = self._programs, self._programs.task.num_steps
+        programs, num_steps = self._step_functions, self._step_functions.task.num_steps
         with self._timeline.phase("restore"):
             place, fingerprint = self._workdir / "anchor", programs.task.fingerprint
             anchor = save_or_check_anchor(place, programs.anchor, fingerprint)
@@ -224,7 +224,7 @@ class RunCheckpoints:
         store.save(step, tree, on_saved=partial(self._timeline.end, "save", step))
 
     def _last_merge(self, step: int) -> int:
-        if not self._merge_steps or step == self._programs.task.num_steps:
+        if not self._merge_steps or step == self._step_functions.task.num_steps:
             return step if self._merge_steps else 0
         return step - step % self._merge_steps
 

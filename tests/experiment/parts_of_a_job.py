@@ -92,7 +92,7 @@ def said(number: int) -> dict:
         for step in range(1, 7):
             if step == 3 and number == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            granted.append(interruption.granted(step))
+            granted.append(interruption.should_stop(step))
     return answers | {"granted": granted}
 
 

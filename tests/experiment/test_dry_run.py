@@ -25,8 +25,8 @@ from tests.training import tiny
 
 # Compiling is what a dry run spends its time on, and is tested below with true programs.
 NO_COMPILING = (
-    "import jax; from modelstock_jax.training.step_fns import Programs; "
-    "Programs.lower = lambda self, batch: {'step': jax.jit(lambda x: x).lower(1.0)}; "
+    "import jax; from modelstock_jax.training.step_fns import StepFunctions; "
+    "StepFunctions.lower = lambda self, batch: {'step': jax.jit(lambda x: x).lower(1.0)}; "
 )
 LAUNCH = "import runpy, sys; sys.argv[0] = 'x'; runpy.run_path('launch.py', run_name='__main__')"
 
@@ -154,7 +154,7 @@ def test_a_disk_that_is_too_small_is_named(anchor, monkeypatch, tmp_path):
 def test_memory_of_a_device_is_what_lies_on_it(tmp_path):
     # The run of test_training_merge_equals_the_librarys: compiled once for both.
     meshed = {"mesh__replica": 2, "mesh__data": 4}
-    programs = tiny.trainer(tmp_path, epochs=1, merge__every="end", **meshed).programs
+    programs = tiny.trainer(tmp_path, epochs=1, merge__every="end", **meshed).step_functions
     batch = programs.abstract_batch(12)
     compiled = {name: one.compile() for name, one in programs.lower(batch).items()}
     need = memory(programs, compiled, batch)

@@ -180,7 +180,7 @@ def test_no_coordinator_is_one_line(monkeypatch):
     ],
 )
 def test_what_jax_says_of_a_loss_becomes_one_line(message, said):
-    line = launcher.what_was_lost(message)
+    line = launcher.lost_process_message(message)
     assert said in line and "\n" not in line
 
 

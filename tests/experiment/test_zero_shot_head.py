@@ -89,7 +89,7 @@ def test_a_merged_model_of_flyp_is_evaluated_under_the_head_that_its_own_text_to
     (tmp_path / "prompts.json").write_text('["{} alone"]')
     config.data.templates = str(tmp_path / "prompts.json")
     anchor = anchor_classifier(config, checkpoint, data(config))
-    tuned = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, anchor.start(config))
+    tuned = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, anchor.initial_params(config))
     with Checkpoints(tmp_path / "merged", keep=1) as merges:
         merges.save(3, tuned)
     seen = []

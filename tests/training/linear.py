@@ -57,17 +57,17 @@ def config(**changes):
     )
 
 
-def programs(made, steps: int = 8) -> StepFunctions:
+def step_functions(made, steps: int = 8) -> StepFunctions:
     task = Task(params(), loss_fn, 4, steps, num_heads=1, augment=lambda key, batch: batch)
     return StepFunctions(made, task)
 
 
-def trainer(workdir, spoiled=(), steps: int = 8, compiled: StepFunctions | None = None, **changes):
+def trainer(workdir, spoiled=(), steps: int = 8, step_functions: StepFunctions | None = None, **changes):
     """Eight steps, a merge at the fourth and the eighth, a save at the fifth too."""
     made = config(**changes)
     return Trainer(
         made,
-        compiled or programs(made, steps),
+        step_functions or step_functions(made, steps),
         lambda start: batches(made, start, spoiled),
         workdir,
         "run",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from modelstock_jax.training.array_checksums import describe, json_checksum, tree_checksum
+from modelstock_jax.training.array_checksums import describe_leaves, json_checksum, tree_checksum
 
 SHAPE = (3, 5)
 DTYPES = {
@@ -132,7 +132,7 @@ def test_the_same_values_have_one_digest_wherever_they_lie():
 
 def test_what_is_described():
     tree = {"a": {"b": jnp.ones((2, 3), jnp.bfloat16)}, "empty": jnp.ones((0, 4))}
-    assert describe(tree) == {
+    assert describe_leaves(tree) == {
         "a/b": ["bfloat16", [2, 3], by_integers(np.asarray(tree["a"]["b"]))],
         "empty": ["float32", [0, 4], "0" * 16],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from modelstock_jax.machine import usable_cores
-from modelstock_jax.training.launcher import devices
+from modelstock_jax.training.launcher import num_cpu_devices
 from tests.experiment import small_run
 
 SAY = """
@@ -24,7 +24,7 @@ print("devices:", jax.device_count())
 @pytest.mark.parametrize(
     ("replicas", "execution", "when", "said", "expected"),
     [
-        (2, "auto", "early", {}, devices(2, usable_cores())),
+        (2, "auto", "early", {}, num_cpu_devices(2, usable_cores())),
         (2, "vmap", "early", {"JAX_NUM_CPU_DEVICES": "3"}, 3),
         (2, "vmap", "early", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
         (2, "map", "early", {}, 1),
@@ -41,6 +41,6 @@ def test_devices_of_a_process(monkeypatch, replicas, execution, when, said, expe
 def test_no_batch_is_cut():
     for replicas in range(1, 9):
         for cores in range(1, 17):
-            count = devices(replicas, cores)
+            count = num_cpu_devices(replicas, cores)
             assert count <= cores and replicas % count == 0
             assert not any(replicas % more == 0 for more in range(count + 1, cores + 1))

@@ -33,7 +33,7 @@ def test_training_merge_equals_the_librarys(tmp_path, shape):
     replicas = replicas_before_merge(tmp_path / "apart", 4, **mesh)
     trainer = tiny.trainer(tmp_path / "merged", epochs=1, merge__every="end", **mesh)
     merged = trainer.run().merged
-    same_mesh, _ = jax.jit(model_stock)(trainer.programs.anchor, replicas)
+    same_mesh, _ = jax.jit(model_stock)(trainer.step_functions.anchor, replicas)
     chex.assert_trees_all_equal(merged, same_mesh)
     # On one device the sums run in another order.
     alone, stats = jax.jit(model_stock)(tiny.params(), jax.device_get(replicas))
@@ -52,9 +52,9 @@ def test_every_replica_restarts_from_the_merged_model(tmp_path):
     chex.assert_trees_all_equal(result.state.params, replicate(result.merged, 2))
     with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:
         assert merges.steps == [4, 8]
-        chex.assert_trees_all_equal(merges.restore(8, trainer.programs.anchor), result.merged)
+        chex.assert_trees_all_equal(merges.restore(8, trainer.step_functions.anchor), result.merged)
     with Checkpoints(tmp_path / "runs/run/anchor", keep=0) as anchors:
-        chex.assert_trees_all_equal(anchors.restore(0, trainer.programs.anchor), tiny.params())
+        chex.assert_trees_all_equal(anchors.restore(0, trainer.step_functions.anchor), tiny.params())
 
 
 @pytest.mark.parametrize("every", ["3", "end", "epoch"])
@@ -67,19 +67,19 @@ def test_merges_happen_when_they_are_due_and_at_the_end(tmp_path, every):
 
 def test_carried_noise_goes_from_merge_to_merge(tmp_path):
     trainer = tiny.trainer(tmp_path, epochs=1, merge__every="2", merge__carry_noise="every")
-    state = trainer.programs.init_state(0)
+    state = trainer.step_functions.init_state(0)
     chex.assert_trees_all_equal(state.noise, jax.tree.map(lambda _: jnp.zeros(()), state.noise))
     stream = trainer.batches(0)
     noise = None
     carried = jax.jit(model_stock_carried)  # Compiled twice, for no noise and some.
     for last in (False, True):
         for _ in range(2):
-            state, _ = trainer.programs.step(
-                state, put_batch(trainer.programs.mesh, next(stream)), StepConstants()
+            state, _ = trainer.step_functions.train_step(
+                state, put_batch(trainer.step_functions.mesh, next(stream)), StepConstants()
             )
         replicas = jax.device_get(state.params)
         want, _, noise = carried(tiny.params(), replicas, noise)
-        state, merged, _ = trainer.programs.merge[last](trainer.programs.anchor, state)
+        state, merged, _ = trainer.step_functions.merge_step[last](trainer.step_functions.anchor, state)
         chex.assert_trees_all_close(merged, want, atol=1e-7)
         chex.assert_trees_all_close(state.noise, noise, rtol=1e-5, atol=1e-12)
     assert max(float(x) for x in jax.tree.leaves(noise)) > 0
@@ -88,7 +88,7 @@ def test_carried_noise_goes_from_merge_to_merge(tmp_path):
 def test_the_mean_is_the_merge_of_the_control(tmp_path):
     replicas = replicas_before_merge(tmp_path / "apart", 4)
     trainer = tiny.trainer(tmp_path / "m", epochs=1, merge__every="end", merge__method="mean")
-    want, _ = jax.jit(uniform_mean)(trainer.programs.anchor, replicas)
+    want, _ = jax.jit(uniform_mean)(trainer.step_functions.anchor, replicas)
     chex.assert_trees_all_equal(trainer.run().merged, want)
 
 
@@ -147,14 +147,14 @@ def test_steps_between_merges_refuses_zero():
 
 def test_a_diverged_replica_is_named_and_never_merged(tmp_path):
     trainer = tiny.trainer(tmp_path, epochs=1, merge__every="end")
-    start = trainer.programs.init_state
+    start = trainer.step_functions.init_state
 
     def spoiled(seed):
         state = start(seed)
         weights = jax.tree.map(lambda x: x.at[1].multiply(jnp.nan), state.params)
         return state._replace(params=weights)
 
-    trainer.programs.init_state = spoiled
+    trainer.step_functions.init_state = spoiled
     with pytest.raises(UserError, match=r"replica 1, step 1: "):
         trainer.run()
     with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:

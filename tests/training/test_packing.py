@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from modelstock_jax.training import array_checksums
-from modelstock_jax.training.array_checksums import describe, json_checksum
+from modelstock_jax.training.array_checksums import describe_leaves, json_checksum
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.sharding import make_mesh
 
-LARGE = array_checksums.LEAST // 8
+LARGE = array_checksums.MAX_PACKED_BYTES // 8
 # Shape and the axes that it is split over: whole, by replicas, by replicas and over the data.
 LEAVES = {
     "step": ((), ()),
@@ -85,7 +85,7 @@ def test_a_tree_that_was_saved_array_by_array_comes_back(tmp_path):
     """As it was done before; a run of then goes on."""
     saved = tree(mesh(2, 4), 2)
     with Checkpoints(tmp_path, keep=0) as checkpoints:
-        record = {"leaves": describe(saved), "details": {}}
+        record = {"leaves": describe_leaves(saved), "details": {}}
         document = {"record": record, "sha256": json_checksum(record)}
         parts = {"tree": saved, "digests": document}
         checkpoints._checkpointer.save_checkpointables(1, parts, force=True)

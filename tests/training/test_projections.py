@@ -10,7 +10,7 @@ import pytest
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.training.projections import (
-    LEAST_RADIUS,
+    MIN_RADIUS,
     fast_trainable_projection,
     layer_norms,
     project,
@@ -63,7 +63,7 @@ def quadratic(best):
 def ftp_by_hand(w, w0, best, *, steps, rate, radius_rate, k):
     """Algorithm 1 with plain gradient descent and the rows' L1 norms, kernels [in, out]."""
     b1, b2, eps = 0.9, 0.999, 1e-8
-    radius, m, v, before = {n: LEAST_RADIUS for n in w}, dict.fromkeys(w, 0.0), {}, {}
+    radius, m, v, before = {n: MIN_RADIUS for n in w}, dict.fromkeys(w, 0.0), {}, {}
     v = dict.fromkeys(w, 0.0)
     for t in range(1, steps + 1):
         for n in w:
@@ -76,7 +76,7 @@ def ftp_by_hand(w, w0, best, *, steps, rate, radius_rate, k):
                 m[n] = b1 * m[n] + (1 - b1) * slope
                 v[n] = b2 * v[n] + (1 - b2) * slope**2
                 step = m[n] / (1 - b1**t) / (np.sqrt(v[n] / (1 - b2**t)) + eps)
-                radius[n] = np.clip(radius[n] - radius_rate * step, LEAST_RADIUS, sizes.max())
+                radius[n] = np.clip(radius[n] - radius_rate * step, MIN_RADIUS, sizes.max())
             before[n] = c / sizes
             w[n] = w0[n] + np.minimum(1.0, radius[n] / sizes) * c
     return w, radius

@@ -15,7 +15,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import JsonLines, read_lines
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.cost_analysis import collectives
-from modelstock_jax.training.metrics import LEARNT_AFTER, NonFiniteMonitor, SpikeDetector
+from modelstock_jax.training.metrics import SPIKE_WARMUP, NonFiniteMonitor, SpikeDetector
 from modelstock_jax.training.sharding import put_batch
 from modelstock_jax.training.train_step import finite_checks
 from tests.training import linear
@@ -23,19 +23,19 @@ from tests.training import linear
 NAN, HUGE = np.float32("nan"), np.float32(1e30)
 SURVIVING = ("skip_step", "restore_last_merge")
 compiled = functools.cache(
-    lambda policy, rate=1e-2: linear.programs(
+    lambda policy, rate=1e-2: linear.step_functions(
         linear.config(monitor__on_non_finite=policy, optimizer__learning_rate=rate)
     )
 )
 CARELESS = {"optimizer__b1": 0.0, "optimizer__b2": 0.0, "optimizer__eps": 0.0}
 careless = functools.cache(
-    lambda policy: linear.programs(linear.config(monitor__on_non_finite=policy, **CARELESS))
+    lambda policy: linear.step_functions(linear.config(monitor__on_non_finite=policy, **CARELESS))
 )
 
 
 def run(workdir, policy, spoiled=(), **changes):
     changes["monitor__on_non_finite"] = policy
-    return linear.trainer(workdir, spoiled, compiled=compiled(policy), **changes)
+    return linear.trainer(workdir, spoiled, step_functions=compiled(policy), **changes)
 
 
 def events(workdir):
@@ -71,7 +71,7 @@ def test_a_bad_step_leaves_nothing_behind_and_its_neighbor_alone(policy, executi
         mesh__replica=shape[0],
         mesh__data=shape[1],
     )
-    programs = linear.programs(config)
+    programs = linear.step_functions(config)
     anchor = programs.anchor
     last = jax.tree.map(lambda x: x + 1, anchor)
     reference = programs.step_constants(anchor, last)
@@ -81,7 +81,7 @@ def test_a_bad_step_leaves_nothing_behind_and_its_neighbor_alone(policy, executi
         for _ in range(2):
             batch = put_batch(programs.mesh, next(stream))
             before = jax.device_get(state)
-            state, values = programs.step(state, batch, reference)
+            state, values = programs.train_step(state, batch, reference)
         return before, jax.device_get(state), jax.device_get(values)
 
     _, clean, values = steps(())
@@ -124,7 +124,7 @@ def test_stop_names_the_tensor_and_leaves_the_last_checkpoint(tmp_path, step):
 def test_weights_lost_by_a_finite_gradient_are_neither_merged_nor_saved(tmp_path, step, saves):
     """Adam without its eps divides a gradient of zero by its norm: 0 / 0."""
     with pytest.raises(UserError) as error:
-        linear.trainer(tmp_path, [(step, 1, "image", 0)], compiled=careless("stop")).run()
+        linear.trainer(tmp_path, [(step, 1, "image", 0)], step_functions=careless("stop")).run()
     assert f"replica 1, step {step}: weights of head.kernel " in str(error.value)
     assert saved(tmp_path, "state") == saved(tmp_path, "merged") == saves
     (event,) = events(tmp_path)
@@ -136,7 +136,7 @@ def test_weights_lost_by_a_finite_gradient_are_skipped(tmp_path):
     trainer = linear.trainer(
         tmp_path,
         [(5, 1, "image", 0)],
-        compiled=careless("skip_step"),
+        step_functions=careless("skip_step"),
         monitor__on_non_finite="skip_step",
     )
     result = trainer.run()
@@ -191,7 +191,7 @@ def test_a_rate_that_diverges_ends_the_run_and_is_never_merged(tmp_path, policy)
         "monitor__on_non_finite": policy,
         "monitor__max_non_finite_steps": 5,
     }
-    trainer = linear.trainer(tmp_path, compiled=compiled(policy, 1e30), **changes)
+    trainer = linear.trainer(tmp_path, step_functions=compiled(policy, 1e30), **changes)
     with pytest.raises(UserError) as error:
         trainer.run()
     assert "replica 0, step 2" in str(error.value) or policy != "stop"
@@ -199,7 +199,7 @@ def test_a_rate_that_diverges_ends_the_run_and_is_never_merged(tmp_path, policy)
     assert "learning_rate" in str(error.value)
     with Checkpoints(tmp_path / "runs/run/merged", keep=0) as merges:
         for step in merges.steps:
-            merged = merges.restore(step, trainer.programs.abstract_anchor)
+            merged = merges.restore(step, trainer.step_functions.abstract_anchor)
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(merged))
 
 
@@ -215,15 +215,15 @@ def test_the_limit_counts_the_events_of_earlier_lives(tmp_path):
 
 def test_an_unknown_policy_is_refused():
     with pytest.raises(UserError, match="monitor.on_non_finite='ignore'.*skip_step"):
-        linear.programs(linear.config(monitor__on_non_finite="ignore"))
+        linear.step_functions(linear.config(monitor__on_non_finite="ignore"))
 
 
 @pytest.mark.parametrize("policy", SURVIVING)
 def test_policies_bring_no_collective_across_replicas(policy):
     config = linear.config(monitor__on_non_finite=policy, mesh__replica=2, mesh__data=4)
-    programs = linear.programs(config)
+    programs = linear.step_functions(config)
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
-    text = programs.step.lower(programs.abstract_state, batch, programs.step_constants())
+    text = programs.train_step.lower(programs.abstract_state, batch, programs.step_constants())
     text = text.compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text and "permute" not in text
     # Devices 0-3 hold replica 0, devices 4-7 replica 1.
@@ -258,20 +258,20 @@ def test_a_spike_is_a_line_once_and_survives_a_restart(tmp_path):
     with JsonLines(tmp_path / "a.jsonl") as lines:
         watch = NonFiniteMonitor(config, linear.NAMES, lines, print)
         for step in range(50):
-            watch.compare(step, line(step))
+            watch.check_spikes(step, line(step))
     with JsonLines(tmp_path / "b.jsonl") as lines:
         watch = NonFiniteMonitor(config, linear.NAMES, lines, print)
         for step in range(50):
-            watch.compare(step, line(step), again=step <= 35)
+            watch.check_spikes(step, line(step), again=step <= 35)
     whole, resumed = (read_lines(tmp_path / f"{name}.jsonl") for name in "ab")
     assert [(e["event"], e["step"], e["loss"]) for e in whole] == [
         ("loss_spike", 30, 9.0),
         ("loss_spike", 40, 9.0),
     ]
     assert resumed == whole[1:] and watch.spikes == 2
-    assert LEARNT_AFTER < 30
+    assert SPIKE_WARMUP < 30
     config.spike_deviations = 0.0
     silent = NonFiniteMonitor(config, linear.NAMES, None, print)
     for step in range(50):
-        silent.compare(step, line(step))
+        silent.check_spikes(step, line(step))
     assert silent.spikes == 0
