@@ -283,7 +283,9 @@ class NonFiniteMonitor:
                     "--workdir, or go on with a higher --config.monitor.max_non_finite_steps"
                 )
 
-    def check_spikes(self, step: int, scalars: Mapping[str, Any], *, replayed: bool = False) -> None:
+    def check_spikes(
+        self, step: int, scalars: Mapping[str, Any], *, replayed: bool = False
+    ) -> None:
         """Holds a line of metrics against the bands of its losses and gradient norms.
 
         Args:
