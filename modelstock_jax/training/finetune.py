@@ -399,5 +399,5 @@ def _check_value(name: str, value: float) -> float:
         end = "]" if inclusive else ")"
         raise UserError(f"per_replica.{name} has {value}; it must be in [{low}, {high}{end}")
     if is_integer and not float(value).is_integer():
-        raise UserError(f"per_replica.{name} has {value}; it must be a whole number")
+        raise UserError(f"per_replica.{name} has {value}; it must be an integer")
     return int(value) if is_integer else value

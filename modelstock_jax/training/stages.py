@@ -120,7 +120,9 @@ def pretraining_task(
     clip: CLIPConfig,
     preprocessor: Preprocessor,
 ) -> Task:
-    """Return the task of pretraining a CLIP model from scratch on the synthetic benchmark.
+    """Return the task of pretraining CLIP from scratch with its contrastive loss.
+
+    The data is the broad distribution of the synthetic benchmark (`pretraining_batches`).
 
     Args:
       config: options of the run; `pretrain.num_steps` and `batch_size` set its length
