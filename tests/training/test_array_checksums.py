@@ -123,7 +123,9 @@ def test_equal_values_have_the_same_checksum_under_any_sharding():
     ]
     for device_mesh, spec in shardings:
         placed = {
-            name: jax.device_put(leaf, NamedSharding(device_mesh, spec if leaf.ndim else PartitionSpec()))
+            name: jax.device_put(
+                leaf, NamedSharding(device_mesh, spec if leaf.ndim else PartitionSpec())
+            )
             for name, leaf in tree.items()
         }
         assert tree_checksum(placed) == expected, spec

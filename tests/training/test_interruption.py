@@ -1,4 +1,4 @@
-"""Signals to one process while it trains."""
+"""Signals to a single process during training."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from modelstock_jax.training.launcher import PreemptionHandler
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
-def heard(request):
-    """(the signal, what the handler around a training heard)."""
-    numbers = []
-    before = signal.signal(request.param, lambda number, frame: numbers.append(number))
-    yield request.param, numbers
-    signal.signal(request.param, before)
+def outer_handler(request):
+    """(signal, list of the signals that the handler outside of training received)."""
+    received = []
+    previous = signal.signal(request.param, lambda number, frame: received.append(number))
+    yield request.param, received
+    signal.signal(request.param, previous)
 
 
-def test_it_is_granted_at_a_step(heard):
-    kind, numbers = heard
-    with PreemptionHandler() as interruption:
-        assert not interruption.granted(1)
+def test_training_stops_at_the_next_step(outer_handler):
+    kind, received = outer_handler
+    with PreemptionHandler() as preemption:
+        assert not preemption.should_stop(1)
         signal.raise_signal(kind)
-        assert interruption.granted(2)
-    assert numbers == []
+        assert preemption.should_stop(2)
+    assert received == []
 
 
-def test_one_after_the_last_step_is_not_forgotten(heard):
-    kind, numbers = heard
-    with PreemptionHandler() as interruption:
-        assert not interruption.granted(1)
+def test_a_signal_after_the_last_step_is_passed_on(outer_handler):
+    kind, received = outer_handler
+    with PreemptionHandler() as preemption:
+        assert not preemption.should_stop(1)
         signal.raise_signal(kind)
-    assert numbers == [kind]
+    assert received == [kind]
 
 
-def test_what_was_ignored_stays_ignored(heard):
-    kind, _ = heard
+def test_an_ignored_signal_remains_ignored(outer_handler):
+    kind, _ = outer_handler
     signal.signal(kind, signal.SIG_IGN)
-    with PreemptionHandler() as interruption:
+    with PreemptionHandler() as preemption:
         signal.raise_signal(kind)
-        assert not interruption.requested
+        assert not preemption.requested
     assert signal.getsignal(kind) is signal.SIG_IGN
 
 
-def test_a_second_ctrl_c_stops_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_a_second_ctrl_c_stops_immediately():
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), PreemptionHandler():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous)

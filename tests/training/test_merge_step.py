@@ -54,7 +54,9 @@ def test_every_replica_restarts_from_the_merged_model(tmp_path):
         assert merges.steps == [4, 8]
         chex.assert_trees_all_equal(merges.restore(8, trainer.step_functions.anchor), result.merged)
     with Checkpoints(tmp_path / "runs/run/anchor", keep=0) as anchors:
-        chex.assert_trees_all_equal(anchors.restore(0, trainer.step_functions.anchor), tiny.params())
+        chex.assert_trees_all_equal(
+            anchors.restore(0, trainer.step_functions.anchor), tiny.params()
+        )
 
 
 @pytest.mark.parametrize("every", ["3", "end", "epoch"])
@@ -79,7 +81,9 @@ def test_carried_noise_goes_from_merge_to_merge(tmp_path):
             )
         replicas = jax.device_get(state.params)
         want, _, noise = carried(tiny.params(), replicas, noise)
-        state, merged, _ = trainer.step_functions.merge_step[last](trainer.step_functions.anchor, state)
+        state, merged, _ = trainer.step_functions.merge_step[last](
+            trainer.step_functions.anchor, state
+        )
         chex.assert_trees_all_close(merged, want, atol=1e-7)
         chex.assert_trees_all_close(state.noise, noise, rtol=1e-5, atol=1e-12)
     assert max(float(x) for x in jax.tree.leaves(noise)) > 0
