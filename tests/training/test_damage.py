@@ -112,7 +112,7 @@ def test_a_flipped_bit_in_uncompressed_data(copied, capsys):
     data[data.index(stored) + 8] ^= 4
     path.write_bytes(data)
     with Checkpoints(copied, keep=0) as checkpoints:
-        with pytest.raises(CorruptCheckpoint, match="bits "):
+        with pytest.raises(CorruptCheckpoint, match="tensor bits"):
             checkpoints.restore(6, tree(0))
     assert not restores_newest(copied, capsys, "data")
 
