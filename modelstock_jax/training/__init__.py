@@ -1,1 +1,1 @@
-"""The replicated training loop: state, step, merge, checkpoints."""
+"""Training of R replicas: train step, merge step, sharding, checkpoints, metrics."""

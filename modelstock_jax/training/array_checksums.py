@@ -1,6 +1,7 @@
-"""A tree of arrays as a checkpoint holds it: a digest of each, small ones packed in a few.
+"""Checksums of a pytree of arrays, and packing of its small arrays for a checkpoint.
 
-A digest is made where the array lies: one changed bit shows, one moved element shows.
+Checksums are computed on the devices that store the arrays. They change if a single bit changes or
+elements change their order.
 """
 
 from __future__ import annotations
@@ -21,28 +22,29 @@ from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training import multihost
 from modelstock_jax.training.sharding import AXES
 
-_STRIDE = np.uint32(0x9E3779B9)  # Odd, so that no two of 2^32 places share a multiple of it.
+_STRIDE = np.uint32(0x9E3779B9)  # Odd, so that the multiples of 2^32 indices are all different.
 _KEY = np.uint32(0x6A09E667)
 
 
 def tree_checksum(tree: PyTree) -> dict[str, str]:
-    """A digest of each leaf's bits and their places, whatever devices they lie on.
+    """Return a checksum of each leaf's bits and their order, for any sharding.
 
-    With x_i the i-th 32-bit word of a leaf in row-major order, c odd, and m one-to-one on words,
+    With x_i the i-th 32-bit word of a leaf in row-major order, c odd, and m a bijection on words,
 
-        h_i = m(x_i + c i),    digest = (sum of h_i, sum of m(h_i + key))  modulo 2^32.
+        h_i = m(x_i + c i),    checksum = (sum of h_i, sum of m(h_i + key))  modulo 2^32.
 
-    Integer sums depend on no order, so the same values give the same digest under every sharding,
-    mesh and number of hosts. One changed word changes one term of each sum, and hence both: that is
-    certain. Changes of several words, such as two elements that changed places, go unseen once in
-    2^64. It guards against damage, not against an adversary.
+    Integer sums do not depend on their order, so equal values have equal checksums under every
+    sharding, mesh and number of hosts. A change of one word changes one term of each sum, and
+    therefore always changes both. A change of several words, such as two swapped elements, is
+    missed once in 2^64. The checksum detects corruption, not manipulation.
 
     Args:
-      tree: jax arrays of any shapes, shardings and dtypes of 1, 2, 4 or 8 bytes (booleans too),
-        or random keys. A leaf of fewer bits than 32 has one element a word; of 64, two words.
+      tree: jax arrays of any shape and sharding, with dtypes of 1, 2, 4 or 8 bytes (including
+        bool), or PRNG keys. Elements with fewer than 32 bits use one word each, elements with 64
+        bits two words.
 
     Returns:
-      A leaf's path ("params/head/bias") -> 16 hexadecimal digits. Empty leaves have digest 0.
+      leaf path ("params/head/bias") -> 16 hexadecimal digits; empty leaves have checksum 0
 
     Example:
       >>> w = jnp.arange(3.0)
@@ -52,67 +54,67 @@ def tree_checksum(tree: PyTree) -> dict[str, str]:
       False
     """
     leaves = named_leaves(tree)
-    # A program for each shape, not one for the tree: of 462 leaves that one takes 14 s to compile.
-    parts = jax.device_get([_of_shards(x) for x in leaves.values()])
-    sums = np.array([np.sum(part, axis=0, dtype=np.uint32) for part in parts], np.uint32)
+    # Jit per shape: one program for all 462 leaves takes 14 s to compile.
+    shard_sums = jax.device_get([_shard_sums(x) for x in leaves.values()])
+    sums = np.array([np.sum(s, axis=0, dtype=np.uint32) for s in shard_sums], np.uint32)
     sums = multihost.sum_over_processes(sums.reshape(len(leaves), 2))
     return {name: f"{a:08x}{b:08x}" for name, (a, b) in zip(leaves, sums.tolist(), strict=True)}
 
 
-def describe(tree: PyTree) -> dict[str, list]:
-    """{leaf name: [dtype, shape, digest]}, as a checkpoint records its arrays."""
-    digests = tree_checksum(tree)
-    return {n: [x.dtype.name, list(x.shape), digests[n]] for n, x in named_leaves(tree).items()}
+def describe_leaves(tree: PyTree) -> dict[str, list]:
+    """Return {leaf name: [dtype, shape, checksum]}, as a checkpoint stores it."""
+    checksums = tree_checksum(tree)
+    return {n: [x.dtype.name, list(x.shape), checksums[n]] for n, x in named_leaves(tree).items()}
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """{path: leaf}, a path's keys joined by "/", as checkpoints name their arrays."""
+    """Return {path: leaf}; path keys are joined by "/", as in checkpoints."""
     return gram.named_leaves(tree, separator="/")
 
 
 def json_checksum(value: Any) -> str:
-    """SHA-256 of a value as JSON, in whatever order its keys are."""
+    """Return the SHA-256 of a value as JSON, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _of_shards(x: jax.Array) -> list[jax.Array | np.ndarray]:
-    """Sums of this process's parts of a leaf, each computed where it lies: nothing is sent.
+def _shard_sums(x: jax.Array) -> list[jax.Array | np.ndarray]:
+    """Return the sums of this process's shards of a leaf, computed without communication.
 
-    Of a part that lies on several devices one copy counts, on whatever process it is.
+    Of a replicated shard, only one copy counts, over all processes.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     strides = np.cumprod([1, *x.shape[:0:-1]], dtype=np.uint64)[::-1] if x.ndim else []
-    found: list[jax.Array | np.ndarray] = [np.zeros(2, np.uint32)]
+    sums: list[jax.Array | np.ndarray] = [np.zeros(2, np.uint32)]
     for shard in x.addressable_shards:
         if shard.replica_id == 0:
-            starts = (part.start or 0 for part in shard.index)
-            first = sum(a * int(b) for a, b in zip(starts, strides, strict=True))
-            found.append(_sums(shard.data, np.uint32(first % 2**32), np.array(strides, np.uint32)))
-    return found
+            starts = (index.start or 0 for index in shard.index)
+            offset = sum(a * int(b) for a, b in zip(starts, strides, strict=True))
+            sums.append(_sums(shard.data, np.uint32(offset % 2**32), np.array(strides, np.uint32)))
+    return sums
 
 
 @jax.jit
-def _sums(x: jax.Array, first: jax.Array, strides: jax.Array) -> jax.Array:
-    """Both sums of a part of a leaf: uint32 [2].
+def _sums(x: jax.Array, offset: jax.Array, strides: jax.Array) -> jax.Array:
+    """Return both sums of a shard: uint32 [2].
 
     Args:
-      x: the part.
-      first: the place of its first element in the leaf, modulo 2^32.
-      strides: of the leaf, in elements.
+      x: the shard
+      offset: index of its first element in the flattened leaf, modulo 2^32
+      strides: strides of the leaf, in elements
     """
     words = _words(x)
-    place = jnp.full(x.shape, first)
+    index = jnp.full(x.shape, offset)
     for axis in range(x.ndim):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * strides[axis]
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * strides[axis]
     if words.ndim > x.ndim:
-        place = 2 * place[..., None] + jnp.arange(2, dtype=jnp.uint32).reshape(*[1] * x.ndim, 2)
-    mixed = _mixed(words + place * _STRIDE)
-    return jnp.stack([mixed.sum(dtype=jnp.uint32), _mixed(mixed + _KEY).sum(dtype=jnp.uint32)])
+        index = 2 * index[..., None] + jnp.arange(2, dtype=jnp.uint32).reshape(*[1] * x.ndim, 2)
+    hashes = _mix(words + index * _STRIDE)
+    return jnp.stack([hashes.sum(dtype=jnp.uint32), _mix(hashes + _KEY).sum(dtype=jnp.uint32)])
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of each element as uint32, with one more axis of two where it has 64."""
+    """Return the bits of each element as uint32; 64-bit elements add an axis of size 2."""
     if x.dtype == bool:
         return x.astype(jnp.uint32)
     size = np.dtype(x.dtype).itemsize
@@ -121,8 +123,8 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, f"uint{8 * size}").astype(jnp.uint32)
 
 
-def _mixed(x: jax.Array) -> jax.Array:
-    """MurmurHash3's finalizer: one-to-one on uint32, each bit of it hangs on all of x."""
+def _mix(x: jax.Array) -> jax.Array:
+    """Apply MurmurHash3's finalizer: a bijection on uint32 whose output bits depend on all of x."""
     x ^= x >> 16
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> 13
@@ -130,20 +132,20 @@ def _mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-# Small arrays laid end to end in a few: what a checkpoint costs goes by their number.
-
+# Packing: the time to write a checkpoint grows with the number of arrays.
 
 _REPLICA = AXES[0]
-# 1 MiB: a kernel of a CLIP is larger, its biases and norms, two thirds of its arrays, are not.
-LEAST = 2**20
+# 1 MiB: smaller than the kernels of a CLIP model, larger than its biases and norms, which are two
+# thirds of its arrays.
+MAX_PACKED_BYTES = 2**20
 
 
 class Pack(NamedTuple):
-    """Which leaves lie in one array, and how.
+    """Leaves that are saved as one array.
 
     Attributes:
-      names: of the leaves, in order.
-      rows: R where the leaves [R, ...] lie as [R, n] in it, 0 where they lie as [n].
+      names: names of the leaves, in order
+      rows: R if the leaves [R, ...] are saved as one array [R, n]; 0 if as [n]
     """
 
     names: list[str]
@@ -151,86 +153,90 @@ class Pack(NamedTuple):
 
 
 def plan_packs(tree: PyTree) -> dict[str, Pack]:
-    """Which leaves of a tree of arrays are packed: small ones, whole or with a replica axis.
+    """Choose the leaves to pack: small arrays, replicated or sharded over the replica axis only.
 
-    Those of one dtype that lie alike share a pack: a device packs what it holds, and nothing is
-    sent. The replica axis stays one of the pack's, so that it may be restored on any mesh.
+    Leaves of one pack have the same dtype, devices and sharding: each device packs its own shards,
+    without communication. The replica axis remains an axis of the pack, so that the pack can be
+    restored on any mesh.
 
-    >>> plan_packs({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "step": jnp.int32(0)})
-    {'packed_0': Pack(names=['b', 'w'], rows=0), 'packed_1': Pack(names=['step'], rows=0)}
+    Example:
+      >>> plan_packs({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "step": jnp.int32(0)})
+      {'packed_0': Pack(names=['b', 'w'], rows=0), 'packed_1': Pack(names=['step'], rows=0)}
     """
-    alike: dict[Any, Pack] = {}
+    packs: dict[Any, Pack] = {}
     for name, x in named_leaves(tree).items():
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.nbytes >= LEAST:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.nbytes >= MAX_PACKED_BYTES:
             continue
         rows = x.shape[0] if _axes(x.sharding)[:1] == (_REPLICA,) else 0
         if any(_axes(x.sharding)[bool(rows) :]) or not (rows or x.sharding.is_fully_replicated):
             continue
         key = x.dtype, rows, tuple(sorted(device.id for device in x.sharding.device_set))
-        alike.setdefault(key, Pack([], rows)).names.append(name)
-    return {f"packed_{number}": one for number, one in enumerate(alike.values())}
+        packs.setdefault(key, Pack([], rows)).names.append(name)
+    return {f"packed_{number}": group for number, group in enumerate(packs.values())}
 
 
 def pack(tree: PyTree, packs: Mapping[str, Pack]) -> dict[str, jax.Array]:
-    """The arrays to be saved: each pack, and the leaves that are in none, by name.
+    """Return the arrays to save: every pack, and the leaves that are in no pack.
 
     Args:
-      tree: arrays on their devices; small ones are copied to the host and back.
-      packs: what `plan_packs` said of them.
+      tree: arrays on their devices; packed ones are copied to the host and back
+      packs: see `plan_packs`
 
     Returns:
-      {name: array}; a leaf's "/" has become ".", as a file system would take it for a folder.
+      {name: array}; "/" in leaf names is replaced by ".", because a file system would create a
+      directory
     """
     leaves = named_leaves(tree)
-    arrays = {_file_name(name): leaves[name] for name in _alone(leaves, packs)}
-    for key, one in packs.items():
-        arrays[key] = _joined([leaves[name] for name in one.names], one.rows)
+    arrays = {_file_name(name): leaves[name] for name in _unpacked(leaves, packs)}
+    for key, group in packs.items():
+        arrays[key] = _concatenate([leaves[name] for name in group.names], group.rows)
     return arrays
 
 
-def abstract_packed(like: PyTree, packs: Mapping[str, Pack] | None) -> PyTree:
-    """Shapes, dtypes and shardings of what `pack` gave, to restore it by.
+def abstract_packed(abstract_tree: PyTree, packs: Mapping[str, Pack] | None) -> PyTree:
+    """Return shapes, dtypes and shardings of the arrays of `pack`, to restore them.
 
     Args:
-      like: those of the tree that is wanted; on any mesh.
-      packs: as they were saved; None where the tree was saved as it is.
+      abstract_tree: shapes, dtypes and shardings of the tree to restore, on any mesh
+      packs: as saved; None if the tree was saved without packing
     """
     if packs is None:
-        return like
-    leaves = named_leaves(like)
-    arrays = {_file_name(name): leaves[name] for name in _alone(leaves, packs)}
-    for key, one in packs.items():
-        inside = [leaves[name] for name in one.names]
-        size = sum(math.prod(x.shape) for x in inside)
-        shape = (one.rows, size // one.rows) if one.rows else (size,)
-        sharding = _whole_but_rows(inside, one.rows)
-        arrays[key] = jax.ShapeDtypeStruct(shape, inside[0].dtype, sharding=sharding)
+        return abstract_tree
+    leaves = named_leaves(abstract_tree)
+    arrays = {_file_name(name): leaves[name] for name in _unpacked(leaves, packs)}
+    for key, group in packs.items():
+        members = [leaves[name] for name in group.names]
+        size = sum(math.prod(x.shape) for x in members)
+        shape = (group.rows, size // group.rows) if group.rows else (size,)
+        sharding = _pack_sharding(members, group.rows)
+        arrays[key] = jax.ShapeDtypeStruct(shape, members[0].dtype, sharding=sharding)
     return arrays
 
 
 def unpack(
-    arrays: Mapping[str, jax.Array], like: PyTree, packs: Mapping[str, Pack] | None
+    arrays: Mapping[str, jax.Array], abstract_tree: PyTree, packs: Mapping[str, Pack] | None
 ) -> PyTree:
-    """The tree, placed as `like` says; undoes `pack`."""
+    """Return the tree with the shardings of `abstract_tree`; the inverse of `pack`."""
     if packs is None:
         return arrays
-    leaves = named_leaves(like)
-    found = {name: arrays[_file_name(name)] for name in _alone(leaves, packs)}
-    for key, one in packs.items():
-        host, start = _on_host(arrays[key]), 0
-        for name in one.names:
+    leaves = named_leaves(abstract_tree)
+    restored = {name: arrays[_file_name(name)] for name in _unpacked(leaves, packs)}
+    for key, group in packs.items():
+        host, start = _local_to_host(arrays[key]), 0
+        for name in group.names:
             leaf = leaves[name]
-            stop = start + math.prod(leaf.shape) // max(one.rows, 1)
-            part = host[..., start:stop].reshape(leaf.shape)
-            found[name] = jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, lambda index, part=part: part[index]
+            stop = start + math.prod(leaf.shape) // max(group.rows, 1)
+            values = host[..., start:stop].reshape(leaf.shape)
+            restored[name] = jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, lambda index, values=values: values[index]
             )
             start = stop
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves])
+    return jax.tree.unflatten(jax.tree.structure(abstract_tree), [restored[n] for n in leaves])
 
 
-def _alone(leaves: Mapping[str, Any], packs: Mapping[str, Pack]) -> list[str]:
-    packed = {name for one in packs.values() for name in one.names}
+def _unpacked(leaves: Mapping[str, Any], packs: Mapping[str, Pack]) -> list[str]:
+    """Return the names of the leaves that are in no pack."""
+    packed = {name for group in packs.values() for name in group.names}
     return [name for name in leaves if name not in packed]
 
 
@@ -239,12 +245,12 @@ def _file_name(name: str) -> str:
 
 
 def _axes(sharding: Sharding) -> tuple[Any, ...]:
-    """The mesh axes that each axis of an array is split over, be they of one device."""
+    """Return the mesh axes that each array axis is split over, including axes of size 1."""
     return tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
 
 
-def _whole_but_rows(leaves: Sequence[Any], rows: int) -> Sharding:
-    """Where a pack of these leaves lies: by replicas where all of them do, else whole."""
+def _pack_sharding(leaves: Sequence[Any], rows: int) -> Sharding:
+    """Return a pack's sharding: over the replica axis if all leaves are, else replicated."""
     first = leaves[0].sharding
     if not isinstance(first, NamedSharding):
         return first
@@ -252,26 +258,26 @@ def _whole_but_rows(leaves: Sequence[Any], rows: int) -> Sharding:
     return NamedSharding(first.mesh, PartitionSpec(_REPLICA) if split else PartitionSpec())
 
 
-def _joined(leaves: Sequence[jax.Array], rows: int) -> jax.Array:
+def _concatenate(leaves: Sequence[jax.Array], rows: int) -> jax.Array:
     for x in leaves:
         x.copy_to_host_async()
-    parts: dict[jax.Device, list[np.ndarray]] = {}
+    shards: dict[jax.Device, list[np.ndarray]] = {}
     for x in leaves:
         for shard in x.addressable_shards:
             data = np.asarray(shard.data)
-            parts.setdefault(shard.device, []).append(
+            shards.setdefault(shard.device, []).append(
                 data.reshape(data.shape[0], -1) if rows else data.reshape(-1)
             )
     size = sum(x.size for x in leaves)
     return jax.make_array_from_single_device_arrays(
         (rows, size // rows) if rows else (size,),
-        _whole_but_rows(leaves, rows),
-        [jax.device_put(np.concatenate(part, axis=-1), device) for device, part in parts.items()],
+        _pack_sharding(leaves, rows),
+        [jax.device_put(np.concatenate(data, axis=-1), device) for device, data in shards.items()],
     )
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
-    """What this process holds of an array; zeros, which nothing reads, in the place of the rest."""
+def _local_to_host(x: jax.Array) -> np.ndarray:
+    """Return this process's part of an array; the rest is zeros, which nothing reads."""
     host = np.zeros(x.shape, x.dtype)
     for shard in x.addressable_shards:
         host[shard.index] = np.asarray(shard.data)

@@ -1,4 +1,4 @@
-"""The pretrained model as a classifier: what every replica starts from."""
+"""The pretrained model as a classifier, the anchor that every replica starts from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from modelstock_jax.models.zero_shot import (
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.multihost import main_process_first
 
-PUBLISHED_TEMPLATES = 80  # CLIP's prompts for ImageNet: what a run is planned for without its data.
+PUBLISHED_TEMPLATES = 80  # CLIP's prompts for ImageNet; assumed by a dry run, which has no data
 _TRAINED = ("text_tower", "logit_scale")
 
 
@@ -41,13 +41,13 @@ class Classifier:
     """The pretrained model as a classifier: the anchor of every merge.
 
     Attributes:
-      params: {"image_tower", "head"}, the head from text prompts.
-      apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      normalize: images uint8 -> float, by the checkpoint's mean and standard deviation; knows
-        their size.
-      num_heads: attention heads of the image tower.
-      fingerprint: of the checkpoint that it comes from; "" where there is none.
-      text: the checkpoint's text side, where it has one.
+      params: {"image_tower", "head"}
+      apply: (params, images float [B, H, W, 3]) -> logits [B, K]
+      normalize: images uint8 -> float, with the checkpoint's mean and standard deviation; its
+        `image_size` is the size of the images
+      num_heads: attention heads of the image tower
+      fingerprint: checksum of the pretrained checkpoint; "" if there is none
+      text: the text tower of the checkpoint, or None
     """
 
     params: PyTree
@@ -57,42 +57,47 @@ class Classifier:
     fingerprint: str = ""
     text: TextSide | None = None
 
-    def start(self, config: ConfigDict) -> PyTree:
-        """What `config.objective` trains, at its start: FLYP's towers and scale, or `params`."""
+    def initial_params(self, config: ConfigDict) -> PyTree:
+        """Return the parameters to train: `params`, or both towers and the scale for FLYP."""
         if config.objective.name != "flyp":
             return self.params
-        text = needed_text(self.text, config.objective.name)
+        text = require_text(self.text, config.objective.name)
         return {"image_tower": self.params["image_tower"], **text.params}
 
     def classify(self, params: PyTree) -> PyTree:
-        """{"image_tower", "head"} of what was trained: FLYP's head is made by its text tower."""
+        """Convert trained parameters to {"image_tower", "head"}.
+
+        FLYP trains no head: it is computed with the trained text tower.
+        """
         if "head" in params:
             return params
-        text = needed_text(self.text, "flyp")
+        text = require_text(self.text, "flyp")
         return {"image_tower": params["image_tower"], "head": text.head(params)}
 
 
 def anchor_classifier(
     config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None = None
 ) -> Classifier:
-    """The image tower of `checkpoint` under its own head, the zero-shot one or a random one.
+    """Return the classifier of a checkpoint: its image tower with a head.
 
-    A random head is N(0, 1 / E) and, as all seeds of a run share their anchor, of `config.seed`.
+    The head is random if `objective.head='random'`. Otherwise it is the checkpoint's own head, or
+    the zero-shot head if the checkpoint has none. A random head is drawn from N(0, 1 / E) with
+    `config.seed`: all seeds of a run share one anchor.
 
     Args:
-      config: the run's options.
-      checkpoint: the model.
-      data: its class names and templates make the zero-shot head.
-      heads: where heads of the text tower are kept from run to run; None makes them each time.
+      config: options of the run
+      checkpoint: the pretrained model
+      data: provides the class names and templates of the zero-shot head
+      heads: cache directory for heads of the text tower; None computes them every time
 
     Raises:
-      UserError: if the checkpoint's head has other classes than the data.
+      UserError: if the checkpoint's head and the data have different numbers of classes
     """
     head = checkpoint.head
     if config.objective.head == "random":
         size = checkpoint.config.projection_dim, len(data.class_names)
-        drawn = np.random.default_rng(config.seed).standard_normal(size) / size[0] ** 0.5
-        head = {"kernel": drawn.astype(np.float32), "bias": np.zeros(size[1], np.float32)}
+        kernel = np.random.default_rng(config.seed).standard_normal(size) / size[0] ** 0.5
+        head = {"kernel": kernel.astype(np.float32), "bias": np.zeros(size[1], np.float32)}
     elif head is None:
         head = text_head(
             "zero_shot",
@@ -100,35 +105,35 @@ def anchor_classifier(
             data.class_names,
             data.templates,
             heads,
-            allow_repeats=_repeats(config),
+            allow_repeats=_allow_repeats(config),
         )
     elif head["bias"].shape != (len(data.class_names),):
         raise UserError(
-            f"{checkpoint.directory}: its head has {head['bias'].shape[0]} classes, the data "
-            f"{len(data.class_names)}"
+            f"{checkpoint.directory}: the head has {head['bias'].shape[0]} classes, but the data "
+            f"has {len(data.class_names)}; choose another pretrained or data.name"
         )
     params = {"image_tower": checkpoint.params["image_tower"], "head": head}
-    made = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
+    anchor = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
     text = TextSide(
         checkpoint,
         data.class_names,
         data.templates,
         Compute.of(config.compute),
-        allow_repeats=_repeats(config),
+        allow_repeats=_allow_repeats(config),
         heads=heads,
     )
-    return replace(made, fingerprint=checkpoint.fingerprint, text=text)
+    return replace(anchor, fingerprint=checkpoint.fingerprint, text=text)
 
 
-def _repeats(config: ConfigDict) -> bool:
-    # A published list may give two classes one name, as ImageNet's does; a user's may not.
+def _allow_repeats(config: ConfigDict) -> bool:
+    # ImageNet's published list has classes of the same name; a user's list must not.
     return not config.data.class_names
 
 
 def make_classifier(
     config: ConfigDict, clip: CLIPConfig, params: PyTree, normalize: Preprocessor
 ) -> Classifier:
-    """A classifier that computes as `config.compute` says; its weights may be shapes alone."""
+    """Return a classifier with the options of `config.compute`; `params` may be shapes."""
     return Classifier(
         params=params,
         apply=classifier(clip, Compute.of(config.compute)),
@@ -146,35 +151,35 @@ def text_head(
     *,
     allow_repeats: bool,
 ) -> PyTree:
-    """The zero-shot head or the head of contexts; its progress is shown where it is made.
+    """Return the zero-shot head or the context head. Show progress if it must be computed.
 
     Args:
-      kind: which of the two.
-      checkpoint: as this and the other arguments are for `zero_shot.zero_shot_head`.
-      class_names: K names.
-      templates: T prompts.
-      heads: where it is kept from run to run; None makes it each time.
-      allow_repeats: whether two classes may have one name.
+      kind: 'zero_shot' (one column per class) or 'context' (one column per template)
+      checkpoint: the pretrained model
+      class_names: K names
+      templates: T prompts, in which {} stands for the class name
+      heads: cache directory; None computes the head every time
+      allow_repeats: whether several classes may have the same name
 
     Returns:
-      {"kernel" [E, C], "bias" [C]}, float32, C = K or T.
+      {"kernel" [E, C], "bias" [C]}, float32, C = K or T
 
     Raises:
-      UserError: as `zero_shot.zero_shot_head`, or if `heads` cannot be written.
+      UserError: see `zero_shot.zero_shot_head`; also if `heads` cannot be written
     """
-    plain, cached, name = {
+    uncached, cached, title = {
         "zero_shot": (zero_shot_head, cached_zero_shot_head, "zero-shot head"),
         "context": (context_head, cached_context_head, "context head"),
     }[kind]
-    make = plain if heads is None else partial(cached, heads)
+    make = uncached if heads is None else partial(cached, heads)
     with contextlib.ExitStack() as stack:
         bar: list[Progress] = []
 
         def progress(done: int, total: int) -> None:
-            if not bar:  # Nothing is shown where the head is read.
-                shown = jax.process_index() == 0
+            if not bar:  # Created at the first call: a cached head makes no call.
+                main = jax.process_index() == 0
                 bar.append(
-                    stack.enter_context(Progress(name, total, unit="prompts", enabled=shown))
+                    stack.enter_context(Progress(title, total, unit="prompts", enabled=main))
                 )
             bar[0].update(done)
 
@@ -183,20 +188,19 @@ def text_head(
         )
 
 
-# What an objective takes from the text tower: contexts, and captions of each image's class.
-
-
 @dataclass(frozen=True, eq=False)
 class TextSide:
-    """The text tower beside an image tower in training; computed when it is first asked for.
+    """The text tower of a model in training, for objectives that use it.
+
+    `contexts` and `prompts` are computed at their first use.
 
     Attributes:
-      checkpoint: the pretrained model.
-      class_names: K names.
-      templates: T prompts, {} stands for the class name.
-      compute: of both towers.
-      allow_repeats: see `zero_shot.zero_shot_head`.
-      heads: where `contexts` is kept from run to run; None makes it each time.
+      checkpoint: the pretrained model
+      class_names: K names
+      templates: T prompts, in which {} stands for the class name
+      compute: arithmetic of both towers
+      allow_repeats: see `zero_shot.zero_shot_head`
+      heads: cache directory for `contexts`; None computes them every time
     """
 
     checkpoint: Checkpoint
@@ -208,12 +212,12 @@ class TextSide:
 
     @property
     def params(self) -> PyTree:
-        """{"text_tower", "logit_scale"}, pretrained."""
+        """The pretrained {"text_tower", "logit_scale"}."""
         return {name: self.checkpoint.params[name] for name in _TRAINED}
 
     @cached_property
     def contexts(self) -> PyTree:
-        """The classifier of contexts {"kernel" [E, T], "bias" [T]}, for CAR-FT."""
+        """The context head {"kernel" [E, T], "bias" [T]}, for CAR-FT."""
         make = partial(
             text_head,
             "context",
@@ -227,35 +231,35 @@ class TextSide:
 
     @cached_property
     def prompts(self) -> np.ndarray:
-        """Token ids int32 [K, T, L] of every class and template, L the longest's length."""
+        """Token ids int32 [K, T, L] of every class and template; L is the longest length."""
         ids = prompt_ids(self.checkpoint, self.class_names, self.templates)
-        # A text is pooled at its end, which sees nothing of what follows.
+        # The end token is pooled. Attention is causal, so that tokens after it have no effect.
         end = end_of_text(jnp.asarray(ids), self.checkpoint.config.text.eos_token_id)
         return ids[:, : 1 + int(end.max())].reshape(len(self.class_names), len(self.templates), -1)
 
     def encode_image(self, tower: PyTree, images: jax.Array) -> jax.Array:
-        """Features [B, E] of normalized images, not normalized."""
+        """Return features [B, E] of normalized images; the features are not normalized."""
         return encode_image(self.checkpoint.config, tower, images, self.compute)
 
     def encode_text(self, tower: PyTree, ids: jax.Array) -> jax.Array:
-        """Features [B, E] of token ids [B, L], not normalized."""
+        """Return features [B, E] of token ids [B, L]; they are not normalized."""
         return encode_text(self.checkpoint.config, tower, ids, self.compute)
 
     def head(self, params: PyTree) -> PyTree:
-        """The zero-shot head {"kernel" [E, K], "bias" [K]} of a tuned text tower and scale."""
-        own = {name: jax.device_get(params[name]) for name in _TRAINED}
-        tuned = dataclasses.replace(self.checkpoint, params=self.checkpoint.params | own)
+        """Return the zero-shot head {"kernel" [E, K], "bias" [K]} of a trained text tower."""
+        trained = {name: jax.device_get(params[name]) for name in _TRAINED}
+        tuned = dataclasses.replace(self.checkpoint, params=self.checkpoint.params | trained)
         return zero_shot_head(
             tuned, self.class_names, self.templates, allow_repeats=self.allow_repeats
         )
 
 
 class AbstractTextSide(TextSide):
-    """The text side of a run that is planned: weights are shapes, there is no tokenizer."""
+    """The text tower in a dry run: parameters are shapes, and there is no tokenizer."""
 
     @cached_property
     def contexts(self) -> PyTree:
-        """Zeros in the shape of the published templates."""
+        """Zeros, with the shape for the published templates."""
         size = self.checkpoint.config.projection_dim
         return {
             "kernel": np.zeros((size, PUBLISHED_TEMPLATES), np.float32),
@@ -264,21 +268,21 @@ class AbstractTextSide(TextSide):
 
     @cached_property
     def prompts(self) -> np.ndarray:
-        """Zeros of the tower's whole length."""
+        """Zeros, with the maximum length of the text tower."""
         length = self.checkpoint.config.text.max_position_embeddings
         return np.zeros((len(self.class_names), PUBLISHED_TEMPLATES, length), np.int32)
 
 
-def needed_text(text: TextSide | None, objective: str) -> TextSide:
-    """The text side of a model, for an objective that cannot do without.
+def require_text(text: TextSide | None, objective: str) -> TextSide:
+    """Return the text tower for an objective that needs it.
 
     Raises:
-      UserError: if the model has none.
+      UserError: if the model has no text tower
     """
     if text is None:
         raise UserError(
-            f"objective.name={objective!r} needs the text tower, and this model has none; choose "
-            "another"
+            f"objective.name={objective!r} needs a text tower, and this model has none; choose "
+            "another objective.name"
         )
     return text
 
@@ -286,17 +290,18 @@ def needed_text(text: TextSide | None, objective: str) -> TextSide:
 def with_captions(
     key: jax.Array, batch: dict[str, jax.Array], prompts: np.ndarray
 ) -> dict[str, jax.Array]:
-    """A batch with "text" int32 [B, L]: a prompt of each image's class, one template drawn each.
+    """Add "text" int32 [B, L] to a batch: a prompt of each image's class with a random template.
 
     Args:
-      key: jax key.
-      batch: {"label": int32 [B], ...}.
-      prompts: int32 [K, T, L].
+      key: PRNG key
+      batch: {"label": int32 [B], ...}
+      prompts: int32 [K, T, L]
 
-    >>> prompts = np.arange(3, dtype=np.int32).repeat(8).reshape(3, 4, 2)
-    >>> batch = {"label": jnp.array([2, 0])}
-    >>> with_captions(jax.random.key(0), batch, prompts)["text"].tolist()
-    [[2, 2], [0, 0]]
+    Example:
+      >>> prompts = np.arange(3, dtype=np.int32).repeat(8).reshape(3, 4, 2)
+      >>> batch = {"label": jnp.array([2, 0])}
+      >>> with_captions(jax.random.key(0), batch, prompts)["text"].tolist()
+      [[2, 2], [0, 0]]
     """
     template = jax.random.randint(key, batch["label"].shape, 0, prompts.shape[1])
     return batch | {"text": jnp.asarray(prompts)[batch["label"], template]}

@@ -1,4 +1,4 @@
-"""Fine-tuning replicas of a classifier: the task of the loop, its batches and its trainer."""
+"""Fine-tuning of replicas of a classifier: task, method, per-replica options and trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, tr
 from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainTransform
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.reporting.timeline import Timeline
-from modelstock_jax.training.classifier import Classifier, TextSide, needed_text, with_captions
+from modelstock_jax.training.classifier import Classifier, TextSide, require_text, with_captions
 from modelstock_jax.training.losses import (
     Apply,
     Loss,
@@ -51,44 +51,45 @@ def make_trainer(
     workdir: str | Path,
     name: str,
     *,
-    programs: StepFunctions | None = None,
+    step_functions: StepFunctions | None = None,
     timeline: Timeline | None = None,
     title: str | None = None,
 ) -> Trainer:
-    """Makes one fine-tuning of `anchor` on the training set of `data`.
+    """Return a trainer that fine-tunes `anchor` on the training set of `data`.
 
     Args:
-      config: the run's options.
-      anchor: what every replica starts from.
-      data: its training set.
-      workdir: see `Trainer`.
-      name: see `Trainer`.
-      programs: those of an earlier trainer whose options differ in `seed`, `merge.every` and
-        `checkpoint` alone; None makes them.
-      timeline: see `Trainer`.
-      title: see `Trainer`.
+      config: options of the run
+      anchor: the model that every replica starts from
+      data: provides the training set
+      workdir: see `Trainer`
+      name: see `Trainer`
+      step_functions: those of an earlier trainer whose options differ only in `seed`, `merge.every`
+        and `checkpoint`; None creates them
+      timeline: see `Trainer`
+      title: see `Trainer`
 
     Raises:
-      UserError: if an option is out of its range, or options do not fit together.
+      UserError: if an option is out of range, or options are inconsistent
     """
-    if programs is None:
-        programs = StepFunctions(config, make_task(config, anchor, len(data.train), data.augment))
-    size = anchor.normalize.image_size
-    batches = partial(_batches, config, data.train, size, batch_sharding(programs.mesh))
-    return Trainer(config, programs, batches, workdir, name, timeline, title)
+    fns = step_functions
+    if fns is None:
+        fns = StepFunctions(config, make_task(config, anchor, len(data.train), data.augment))
+    image_size = anchor.normalize.image_size
+    batches = partial(_batches, config, data.train, image_size, batch_sharding(fns.mesh))
+    return Trainer(config, fns, batches, workdir, name, timeline, title)
 
 
 def _batches(
-    config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start: int
+    config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start_step: int
 ) -> Iterator[Batch]:
-    """The batches that this process's devices hold, from step `start` on."""
+    """Yield this process's part of the batches from step `start_step` on."""
     replicas, examples = local_indices(sharding, (config.num_replicas, config.batch_size))
     return train_batches(
         train,
         batch_size=config.batch_size,
         seed=config.seed,
         num_replicas=config.num_replicas,
-        start_step=start,
+        start_step=start_step,
         replicas=replicas.tolist(),
         examples=examples.tolist(),
         transform=train_transforms(config, image_size),
@@ -99,30 +100,30 @@ def _batches(
 def make_task(
     config: ConfigDict, anchor: Classifier, num_train: int, augment: AugmentImages
 ) -> Task:
-    """Replicas of `anchor`, each with its own augmentation of `num_train` images.
+    """Return the task of fine-tuning replicas of `anchor` on `num_train` images.
 
     Args:
-      config: the run's options.
-      anchor: what every replica starts from.
-      num_train: images of the training set.
-      augment: (key, images uint8 [B, H, W, 3]) -> images uint8, in the step; where replicas differ
-        in its strength, (key, images, strength).
+      config: options of the run
+      anchor: the model that every replica starts from
+      num_train: number of training images
+      augment: augmentation in the train step, (key, images uint8 [B, H, W, 3]) -> images uint8; if
+        its strength differs between replicas, (key, images, strength)
 
     Raises:
-      UserError: if an option of the objective or of `per_replica` is out of its range.
+      UserError: if an option of the objective or of `per_replica` is out of range
     """
-    epoch = steps_per_epoch(num_train, config.batch_size)
+    epoch_steps = steps_per_epoch(num_train, config.batch_size)
     method = make_method(config, anchor.apply, anchor.normalize, anchor.text)
-    hyper = hyper_parameters(config, epoch)
+    hyper = hyper_parameters(config, epoch_steps)
     prompts = None
     if config.objective.name == "flyp":
-        prompts = needed_text(anchor.text, "flyp").prompts
+        prompts = require_text(anchor.text, "flyp").prompts
     return Task(
-        params=anchor.start(config),
+        params=anchor.initial_params(config),
         augment=_batch_augment(augment, config.data.augment.mixup, "mixup" in hyper, prompts),
         loss_fn=method.loss_fn,
-        steps_per_epoch=epoch,
-        num_steps=config.epochs * epoch,
+        steps_per_epoch=epoch_steps,
+        num_steps=config.epochs * epoch_steps,
         num_heads=anchor.num_heads,
         fingerprint=anchor.fingerprint,
         trained=method.trained,
@@ -132,41 +133,41 @@ def make_task(
 
 
 def _batch_augment(
-    augment: AugmentImages, alpha: float, own_mixup: bool, prompts: np.ndarray | None
+    augment: AugmentImages, alpha: float, per_replica_mixup: bool, prompts: np.ndarray | None
 ) -> Augment:
-    def of_images(key, batch):
+    def augment_images(key, batch):
         strength = [batch["augment_strength"]] if "augment_strength" in batch else []
         return batch | {"image": augment(key, batch["image"], *strength)}
 
-    def mixed(key, batch):
-        first, second = jax.random.split(key)
-        return mixup(second, of_images(first, batch), batch.get("mixup", alpha))
+    def augment_and_mix(key, batch):
+        image_key, mixup_key = jax.random.split(key)
+        return mixup(mixup_key, augment_images(image_key, batch), batch.get("mixup", alpha))
 
-    def captioned(texts, key, batch):
-        first, second = jax.random.split(key)
-        return with_captions(second, of_images(first, batch), texts)
+    def augment_and_caption(prompts, key, batch):
+        image_key, caption_key = jax.random.split(key)
+        return with_captions(caption_key, augment_images(image_key, batch), prompts)
 
     if prompts is not None:
-        return partial(captioned, prompts)
-    return mixed if alpha or own_mixup else of_images
+        return partial(augment_and_caption, prompts)
+    return augment_and_mix if alpha or per_replica_mixup else augment_images
 
 
 def single_replica_config(config: ConfigDict) -> ConfigDict:
-    """A copy of the options for one model: none to merge it with, nothing of its own."""
-    one = config.copy_and_resolve_references()
-    one.num_replicas, one.mesh.replica, one.mesh.data = 1, 0, 0
-    one.merge.every, one.merge.carry_noise = "never", "off"
-    one.per_replica.update(dict.fromkeys(one.per_replica, ()))
-    return one
+    """Return a copy of the config for one model, without merging and per-replica options."""
+    single = config.copy_and_resolve_references()
+    single.num_replicas, single.mesh.replica, single.mesh.data = 1, 0, 0
+    single.merge.every, single.merge.carry_noise = "never", "off"
+    single.per_replica.update(dict.fromkeys(single.per_replica, ()))
+    return single
 
 
 class FinetuningMethod(NamedTuple):
-    """A way to fine-tune.
+    """A fine-tuning method.
 
     Attributes:
-      loss_fn: see `losses`.
-      trained: which leaves move, by name; None for all.
-      reads_pretrained: whether the loss compares with the pretrained weights.
+      loss_fn: see `losses`
+      trained: predicate on the leaf name; None trains all leaves
+      reads_pretrained: whether the loss reads the pretrained parameters
     """
 
     loss_fn: Loss
@@ -177,94 +178,100 @@ class FinetuningMethod(NamedTuple):
 def make_method(
     config: ConfigDict, apply: Apply, normalize: Normalize, text: TextSide | None = None
 ) -> FinetuningMethod:
-    """The loss and the trained leaves that the config names.
+    """Return the fine-tuning method that the config selects.
 
     Args:
-      config: the run's options.
-      apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      normalize: images of 0 to 255 -> images float.
-      text: the text side, which `car_ft` and `flyp` need.
+      config: options of the run
+      apply: (params, images float [B, H, W, 3]) -> logits [B, K]
+      normalize: images with values 0 to 255 -> images float
+      text: the text tower, required by `car_ft` and `flyp`
 
     Raises:
-      UserError: if a name is unknown, a number out of its range, or options do not go together.
+      UserError: if an option is unknown or out of range, or options are inconsistent
     """
     check_method(config)
-    rules, smoothing = config.objective, config.label_smoothing
-    if rules.name == "flyp":
-        side = needed_text(text, rules.name)
+    objective, smoothing = config.objective, config.label_smoothing
+    if objective.name == "flyp":
+        side = require_text(text, objective.name)
         loss_fn = flyp(side.encode_image, side.encode_text, normalize)
-    elif rules.name == "car_ft":
-        contexts = needed_text(text, rules.name).contexts
+    elif objective.name == "car_ft":
+        contexts = require_text(text, objective.name).contexts
         loss_fn = car_ft(
-            apply, normalize, contexts, alpha=rules.car_ft_alpha, label_smoothing=smoothing
+            apply, normalize, contexts, alpha=objective.car_ft_alpha, label_smoothing=smoothing
         )
     else:
         loss_fn = cross_entropy(apply, normalize, label_smoothing=smoothing)
-    if rules.name == "l2_sp":
-        loss_fn = l2_sp(loss_fn, alpha=rules.l2_sp_alpha, beta=rules.l2_sp_beta)
-    trained = TRAINED.get(rules.name)
-    return FinetuningMethod(_frozen(loss_fn, trained), trained, rules.name in ("car_ft", "l2_sp"))
+    if objective.name == "l2_sp":
+        loss_fn = l2_sp(loss_fn, alpha=objective.l2_sp_alpha, beta=objective.l2_sp_beta)
+    trained = TRAINED.get(objective.name)
+    reads_pretrained = objective.name in ("car_ft", "l2_sp")
+    return FinetuningMethod(_freeze_in_loss(loss_fn, trained), trained, reads_pretrained)
 
 
 def check_method(config: ConfigDict) -> None:
-    """Raises a UserError for the first option of the method that is out of its range."""
-    rules, projection = config.objective, config.optimizer.projection
-    for name, value, known in (
-        ("objective.name", rules.name, OBJECTIVES),
-        ("objective.head", rules.head, HEADS),
+    """Raise a UserError for the first option of the method that is unknown or out of range."""
+    objective, projection = config.objective, config.optimizer.projection
+    for name, value, choices in (
+        ("objective.name", objective.name, OBJECTIVES),
+        ("objective.head", objective.head, HEADS),
         ("optimizer.projection.name", projection.name, PROJECTIONS),
         ("optimizer.projection.norm", projection.norm, NORMS),
     ):
-        check_choice(name, value, known)
+        check_choice(name, value, choices)
     for name in ("car_ft_alpha", "l2_sp_alpha", "l2_sp_beta", "probe_learning_rate"):
-        if rules[name] < 0:
-            raise UserError(f"objective.{name} is {rules[name]}; it must be >= 0")
+        if objective[name] < 0:
+            raise UserError(f"objective.{name} is {objective[name]}; it must be >= 0")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing is {config.label_smoothing}; it must be in [0, 1)")
-    if rules.probe_epochs < 1:
-        raise UserError(f"objective.probe_epochs is {rules.probe_epochs}; it must be at least 1")
+    if objective.probe_epochs < 1:
+        raise UserError(f"objective.probe_epochs is {objective.probe_epochs}; it must be >= 1")
     if projection.steps < 1:
-        raise UserError(f"optimizer.projection.steps is {projection.steps}; it must be at least 1")
-    if rules.name == "flyp":
+        raise UserError(f"optimizer.projection.steps is {projection.steps}; it must be >= 1")
+    if objective.name == "flyp":
         _check_flyp(config)
-    if rules.head == "random" and projection.name != "none":
+    if objective.head == "random" and projection.name != "none":
         raise UserError(
-            f"optimizer.projection.name={projection.name!r} holds weights near the pretrained "
-            "ones, and objective.head='random' has none; use 'zero_shot'"
+            f"optimizer.projection.name={projection.name!r} needs a pretrained head, and "
+            "objective.head='random' is not pretrained; set objective.head='zero_shot'"
         )
 
 
 def _check_flyp(config: ConfigDict) -> None:
     if config.gradient_accumulation_steps != 1:
         raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: FLYP compares every image with every "
-            "text of a batch, which parts of it cannot; use 1"
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: FLYP compares "
+            "every image with every text of a batch, so the batch cannot be split; set "
+            "gradient_accumulation_steps=1"
         )
     smoothing, mixup = config.per_replica.label_smoothing, config.per_replica.mixup
     if config.label_smoothing or config.data.augment.mixup or smoothing or mixup:
         raise UserError(
-            "objective.name='flyp' has texts for labels: set label_smoothing, data.augment.mixup "
-            "and those of per_replica to 0"
+            "objective.name='flyp' uses texts as labels: set label_smoothing, data.augment.mixup, "
+            "per_replica.label_smoothing and per_replica.mixup to 0"
         )
     if config.objective.head != "zero_shot":
         raise UserError(
-            f"objective.head={config.objective.head!r}: FLYP makes its head from the text tower; "
-            "use 'zero_shot'"
+            f"objective.head={config.objective.head!r}: FLYP computes its head with the text "
+            "tower; set objective.head='zero_shot'"
         )
     if config.optimizer.projection.name == "tpgm":
-        raise UserError("optimizer.projection.name='tpgm' needs a head; use another than flyp")
+        raise UserError(
+            "optimizer.projection.name='tpgm' needs a head in training, and FLYP has none; choose "
+            "another objective.name or projection"
+        )
 
 
 def method_name(config: ConfigDict) -> str:
-    """What a row of one trained replica is called: a key of `registry.ROWS`.
+    """Return the row name of a single fine-tuned replica: a key of `registry.ROWS`.
 
-    >>> from configs.default import get_config
-    >>> config = get_config()
-    >>> method_name(config)
-    'single_model'
-    >>> config.objective.name, config.optimizer.projection.name = "l2_sp", "ftp"
-    >>> method_name(config)
-    'l2_sp+ftp'
+    Example:
+      >>> from configs.default import get_config
+      >>> config = get_config()
+      >>> method_name(config)
+      'single_model'
+      >>> config.objective.name, config.optimizer.projection.name = "l2_sp", "ftp"
+      >>> method_name(config)
+      'l2_sp+ftp'
     """
     parts = [config.objective.name] if config.objective.name != "cross_entropy" else []
     if config.optimizer.projection.name != "none":
@@ -274,17 +281,14 @@ def method_name(config: ConfigDict) -> str:
     return "+".join(parts) or "single_model"
 
 
-def _frozen(loss_fn: Loss, trained: IsTrained | None) -> Loss:
+def _freeze_in_loss(loss_fn: Loss, trained: IsTrained | None) -> Loss:
     if trained is None:
         return loss_fn
     return lambda params, *rest: loss_fn(freeze(params, trained), *rest)
 
 
-# Numbers of each replica's own: learning rates, decays, lengths, augmentations.
-
-
 class _Range(NamedTuple):
-    """What a number may be: `most` only where `closed`, and whole where `whole`."""
+    """Allowed values of a per-replica option; `inclusive` is about `max`."""
 
     min: float
     max: float = np.inf
@@ -302,91 +306,98 @@ _RANGES = {
     "randaugment_ops": _Range(0, is_integer=True),
     "randaugment_magnitude": _Range(0.0, MAX_MAGNITUDE),
 }
-# Of the views of stored images, which the host draws: no program sees them.
-_OF_VIEWS = ("randaugment_ops", "randaugment_magnitude")
+# Options of the transforms on the host; the train step does not need them.
+_TRANSFORM_OPTIONS = ("randaugment_ops", "randaugment_magnitude")
 
 
 def hyper_parameters(config: ConfigDict, steps_per_epoch: int) -> dict[str, np.ndarray]:
-    """What of a run each replica has for itself in the step, for `Reference.hyper`.
+    """Return the per-replica hyperparameters of the train step, for `StepConstants.hyper`.
 
     Args:
-      config: the run's options; `per_replica` has a number a replica, or none.
-      steps_per_epoch: `epochs` becomes "num_steps" by it.
+      config: options of the run; an option of `per_replica` has one value per replica, or none
+      steps_per_epoch: converts `epochs` to "num_steps"
 
     Returns:
-      {name: [R]}, only of what differs; a program is compiled for the names, not for the numbers.
+      {name: [R]} for the options that are set; the step is compiled for the names, not the values
 
     Raises:
-      UserError: if there are not as many numbers as replicas, one is out of its range or of no
-        meaning for the data, or the longest replica does not take `config.epochs`.
+      UserError: if the number of values is not R, a value is out of range, the dataset does not
+        support the option, or the maximum of `epochs` is not `config.epochs`
 
-    >>> config = ConfigDict({"num_replicas": 2, "per_replica": {"epochs": (1, 3)}, "epochs": 3})
-    >>> hyper_parameters(config, 10)["num_steps"].tolist()
-    [10, 30]
+    Example:
+      >>> config = ConfigDict({"num_replicas": 2, "per_replica": {"epochs": (1, 3)}, "epochs": 3})
+      >>> hyper_parameters(config, 10)["num_steps"].tolist()
+      [10, 30]
     """
-    found = {
-        name: np.asarray(given) for name, given in _own(config).items() if name not in _OF_VIEWS
+    hyper = {
+        name: np.asarray(values)
+        for name, values in _per_replica(config).items()
+        if name not in _TRANSFORM_OPTIONS
     }
-    if "epochs" in found:
-        longest = max(found["epochs"])
-        if longest != config.epochs:
+    if "epochs" in hyper:
+        max_epochs = max(hyper["epochs"])
+        if max_epochs != config.epochs:
             raise UserError(
-                f"per_replica.epochs goes to {longest}; set epochs={longest}, the run's length"
+                f"the maximum of per_replica.epochs is {max_epochs}, but epochs={config.epochs}; "
+                f"set epochs={max_epochs}"
             )
-        found["num_steps"] = found.pop("epochs") * steps_per_epoch
-    return found
+        hyper["num_steps"] = hyper.pop("epochs") * steps_per_epoch
+    return hyper
 
 
 def train_transforms(config: ConfigDict, size: int) -> list[TrainTransform]:
-    """What each replica sees of a stored image: `data.augment`, with what is its own.
+    """Return the transform of each replica: `data.augment` with the replica's own options.
 
     Args:
-      config: the run's options.
-      size: side of a view, pixels.
+      config: options of the run
+      size: side length of the transformed images, in pixels
 
     Returns:
-      R views.
+      R transforms
 
     Raises:
-      UserError: as `hyper_parameters`, or an option of `data.augment` is out of its range.
+      UserError: see `hyper_parameters`; also if an option of `data.augment` is out of range
     """
-    view, own = TrainTransform.of(config.data.augment, size), _own(config)
-    views = []
+    transform, per_replica = TrainTransform.of(config.data.augment, size), _per_replica(config)
+    transforms = []
     for r in range(config.num_replicas):
-        changes: dict[str, Any] = {name: own[name][r] for name in _OF_VIEWS if name in own}
-        views.append(dataclasses.replace(view, **changes))
-    return views
+        changes: dict[str, Any] = {
+            name: per_replica[name][r] for name in _TRANSFORM_OPTIONS if name in per_replica
+        }
+        transforms.append(dataclasses.replace(transform, **changes))
+    return transforms
 
 
-def _own(config: ConfigDict) -> dict[str, list[float]]:
-    own = {}
-    for name, given in config.per_replica.items():
-        if not given:
+def _per_replica(config: ConfigDict) -> dict[str, list[float]]:
+    """Return the checked values of the `per_replica` options that are set."""
+    checked = {}
+    for name, values in config.per_replica.items():
+        if not values:
             continue
-        if len(given) != config.num_replicas:
+        if len(values) != config.num_replicas:
             raise UserError(
-                f"per_replica.{name} has {len(given)} numbers for {config.num_replicas} replicas; "
-                "give one a replica"
+                f"per_replica.{name} has {len(values)} values for {config.num_replicas} replicas; "
+                "set one value per replica"
             )
         if name == "augment_strength" and config.data.name != "glyphs":
             raise UserError(
-                "per_replica.augment_strength is of the glyphs' own augmentation; stored images "
-                "have per_replica.randaugment_ops and per_replica.randaugment_magnitude"
+                "per_replica.augment_strength applies only to data.name='glyphs'; for stored "
+                "images, set per_replica.randaugment_ops and per_replica.randaugment_magnitude"
             )
-        if name in _OF_VIEWS and config.data.name == "glyphs":
+        if name in _TRANSFORM_OPTIONS and config.data.name == "glyphs":
             raise UserError(
-                f"per_replica.{name} is of stored images; the glyphs have "
+                f"per_replica.{name} applies only to stored images; for data.name='glyphs', set "
                 "per_replica.augment_strength"
             )
-        own[name] = [_checked(name, number) for number in given]
-    return own
+        checked[name] = [_check_value(name, value) for value in values]
+    return checked
 
 
-def _checked(name: str, number: float) -> float:
-    least, most, closed, whole = _RANGES[name]
-    if not least <= number <= most or (number == most and not closed):
-        end = "]" if closed else ")"
-        raise UserError(f"per_replica.{name} has {number}; it must be in [{least}, {most}{end}")
-    if whole and not float(number).is_integer():
-        raise UserError(f"per_replica.{name} has {number}; it must be a whole number")
-    return int(number) if whole else number
+def _check_value(name: str, value: float) -> float:
+    low, high, inclusive, is_integer = _RANGES[name]
+    if not low <= value <= high or (value == high and not inclusive):
+        end = "]" if inclusive else ")"
+        raise UserError(f"per_replica.{name} has {value}; it must be in [{low}, {high}{end}")
+    if is_integer and not float(value).is_integer():
+        raise UserError(f"per_replica.{name} has {value}; it must be an integer")
+    return int(value) if is_integer else value

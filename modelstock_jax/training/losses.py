@@ -1,8 +1,9 @@
-"""What a replica minimizes: loss functions (params, batch, reference) -> (loss, metrics).
+"""Loss functions of one replica: (params, batch, constants) -> (loss, metrics).
 
-A loss that is a mean over examples may be taken in parts (`train_step.mean_gradient`); it draws
-nothing at random, so that the parts do not change it. `reference` holds the pretrained weights for
-those that compare with them, and the numbers that are this replica's own (`finetune`).
+A loss that is a mean over examples can be accumulated over micro-batches
+(`train_step.mean_gradient`). Losses draw no random numbers, so that splitting a batch does not
+change them. `constants` (`StepConstants`) contains the pretrained parameters, for losses that use
+them, and the replica's own hyperparameters.
 """
 
 from __future__ import annotations
@@ -26,21 +27,23 @@ NO_CONSTANTS = StepConstants()
 
 
 def cross_entropy(apply: Apply, normalize: Normalize, *, label_smoothing: float = 0.0) -> Loss:
-    """Softmax cross-entropy of a classifier, averaged over the batch.
+    """Return the softmax cross-entropy of a classifier, averaged over the batch.
 
-    loss = -mean_b sum_k y_bk log softmax(logits_b)_k, y = (1 - s) onehot + s / K. Of a batch with
-    "other_label" and "share" (`augment.mixup`), onehot is the blend of both labels' in that share.
+        loss = -mean_b sum_k y_bk log softmax(logits_b)_k,   y = (1 - s) onehot + s / K
+
+    If the batch contains "other_label" and "share" (see `augment.mixup`), onehot is the mixture of
+    both labels, with weight `share` on "label".
 
     Args:
-      apply: (params, images float [B, H, W, 3]) -> logits [B, K].
-      normalize: images of 0 to 255 [B, H, W, 3] -> images float.
-      label_smoothing: s, in [0, 1), where the replica has none of its own.
+      apply: (params, images float [B, H, W, 3]) -> logits [B, K]
+      normalize: images [B, H, W, 3] with values 0 to 255 -> images float
+      label_smoothing: s in [0, 1), unless the replica has its own
     """
 
-    def loss_fn(params, batch, reference=NO_CONSTANTS):
-        logits = _at_least_float32(apply(params, normalize(batch["image"])))
+    def loss_fn(params, batch, constants=NO_CONSTANTS):
+        logits = _promote_to_float32(apply(params, normalize(batch["image"])))
         return _cross_entropy(
-            logits, batch, reference.hyper.get("label_smoothing", label_smoothing)
+            logits, batch, constants.hyper.get("label_smoothing", label_smoothing)
         )
 
     return loss_fn
@@ -66,36 +69,37 @@ def car_ft(
     alpha: float,
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """CAR-FT (Mao et al. 2022): cross-entropy, and what the pretrained model sees of the context.
+    """Return the CAR-FT loss (Mao et al. 2022): cross-entropy plus a context divergence.
 
         loss = CE + alpha mean_b KL(p0_b || p_b),   p = softmax(s f(x) . W)
 
-    with p0 the pretrained model's, unit features f, and a column of W for each context: the mean
-    over classes of the text features of one prompt template ('a sketch of a {}.'), where a column
-    of the zero-shot head is the mean over templates. W and s are the pretrained model's and stay.
-    Its image features are computed in the step: a second pass forward, none backward.
+    p0 is the context distribution of the pretrained model, f are unit-norm image features, and W
+    has one column per context: the mean over classes of the text features of one prompt template
+    ('a sketch of a {}.'). A column of the zero-shot head is instead the mean over templates. W and
+    s are those of the pretrained model and are not trained. The step computes the features of the
+    pretrained model in a second forward pass, without a backward pass.
 
     Args:
-      apply: (params, images float [B, H, W, 3]) -> logits [B, K], by unit features and
-        params["head"]. The head and the contexts share one pass of it.
-      normalize: images of 0 to 255 [B, H, W, 3] -> images float.
-      contexts: {"kernel" [E, C], s W; "bias" [C], zeros}, as `zero_shot.context_head` gives them.
-      alpha: of the divergence, >= 0.
-      label_smoothing: of the cross-entropy.
+      apply: (params, images float [B, H, W, 3]) -> logits [B, K], from unit-norm features and
+        params["head"]; one call serves the head and the contexts
+      normalize: images [B, H, W, 3] with values 0 to 255 -> images float
+      contexts: {"kernel": s W [E, C], "bias": zeros [C]}, see `zero_shot.context_head`
+      alpha: weight of the divergence, >= 0
+      label_smoothing: of the cross-entropy, unless the replica has its own
     """
 
-    def loss_fn(params, batch, reference=NO_CONSTANTS):
-        images, classes = normalize(batch["image"]), params["head"]["bias"].shape[0]
-        joined = jax.tree.map(
+    def loss_fn(params, batch, constants=NO_CONSTANTS):
+        images, num_classes = normalize(batch["image"]), params["head"]["bias"].shape[0]
+        joint_head = jax.tree.map(
             lambda h, c: jnp.concatenate([h, c.astype(h.dtype)], axis=-1), params["head"], contexts
         )
-        logits = _at_least_float32(apply(params | {"head": joined}, images))
-        smoothing = reference.hyper.get("label_smoothing", label_smoothing)
-        loss, metrics = _cross_entropy(logits[:, :classes], batch, smoothing)
-        pretrained = apply(reference.pretrained | {"head": contexts}, images)
-        fixed = jax.lax.stop_gradient(jax.nn.log_softmax(_at_least_float32(pretrained)))
-        seen = jax.nn.log_softmax(logits[:, classes:])
-        divergence = (jnp.exp(fixed) * (fixed - seen)).sum(-1).mean()
+        logits = _promote_to_float32(apply(params | {"head": joint_head}, images))
+        smoothing = constants.hyper.get("label_smoothing", label_smoothing)
+        loss, metrics = _cross_entropy(logits[:, :num_classes], batch, smoothing)
+        pretrained_logits = apply(constants.pretrained | {"head": contexts}, images)
+        log_p0 = jax.lax.stop_gradient(jax.nn.log_softmax(_promote_to_float32(pretrained_logits)))
+        log_p = jax.nn.log_softmax(logits[:, num_classes:])
+        divergence = (jnp.exp(log_p0) * (log_p0 - log_p)).sum(-1).mean()
         loss = loss + alpha * divergence
         return loss, metrics | {"loss": loss, "divergence": divergence}
 
@@ -103,32 +107,34 @@ def car_ft(
 
 
 def l2_sp(loss_fn: Loss, *, alpha: float, beta: float) -> Loss:
-    """L2-SP (Li et al. 2018): a loss, and the distance from the pretrained weights.
+    """Add the L2-SP penalty (Li et al. 2018): the squared distance from the pretrained parameters.
 
         loss + alpha/2 |w_S - w0_S|^2 + beta/2 |w_new|^2
 
-    S is all that was pretrained, here everything but the head, and the head is what is new. Weight
-    decay is not part of it: the penalty stands in its place.
+    S are the pretrained parameters (all except the head), and w_new is the head. The penalty
+    replaces weight decay.
 
     Args:
-      loss_fn: what is penalized.
-      alpha: toward the pretrained weights, >= 0.
-      beta: of the head toward zero, >= 0.
+      loss_fn: the loss without the penalty
+      alpha: weight of the distance from the pretrained parameters, >= 0
+      beta: weight of the norm of the head, >= 0
 
-    >>> toward = l2_sp(lambda *_: (jnp.float32(0), {}), alpha=1.0, beta=4.0)
-    >>> params = {"image_tower": jnp.full(2, 3.0), "head": jnp.ones(2)}
-    >>> w0 = {"image_tower": jnp.ones(2), "head": jnp.ones(2)}
-    >>> float(toward(params, {}, Reference(pretrained=w0))[0])
-    8.0
+    Example:
+      >>> penalized = l2_sp(lambda *_: (jnp.float32(0), {}), alpha=1.0, beta=4.0)
+      >>> params = {"image_tower": jnp.full(2, 3.0), "head": jnp.ones(2)}
+      >>> w0 = {"image_tower": jnp.ones(2), "head": jnp.ones(2)}
+      >>> float(penalized(params, {}, StepConstants(pretrained=w0))[0])
+      8.0
     """
 
-    def penalized(params, batch, reference=NO_CONSTANTS):
-        loss, metrics = loss_fn(params, batch, reference)
-        kept = {name: part for name, part in params.items() if name != "head"}
-        moved = jax.tree.map(
-            jnp.subtract, kept, {name: reference.pretrained[name] for name in kept}
+    def penalized(params, batch, constants=NO_CONSTANTS):
+        loss, metrics = loss_fn(params, batch, constants)
+        shared = {name: subtree for name, subtree in params.items() if name != "head"}
+        task_vector = jax.tree.map(
+            jnp.subtract, shared, {name: constants.pretrained[name] for name in shared}
         )
-        penalty = alpha / 2 * _squared_norm(moved) + beta / 2 * _squared_norm(params.get("head"))
+        head = params.get("head")
+        penalty = alpha / 2 * _squared_norm(task_vector) + beta / 2 * _squared_norm(head)
         loss = loss + penalty
         return loss, metrics | {"loss": loss, "penalty": penalty}
 
@@ -140,44 +146,52 @@ def flyp(
     encode_text: Callable[[Any, jax.Array], jax.Array],
     normalize: Normalize,
 ) -> Loss:
-    """CLIP's symmetric InfoNCE (Radford et al. 2021, figure 3), and so FLYP (Goyal et al. 2023).
+    """Return CLIP's contrastive loss (Radford et al. 2021, figure 3), the loss of FLYP.
 
-    loss = (CE(s I T', arange) + CE(s T I', arange)) / 2 with unit rows I, T [B, E] and
-    s = exp(logit_scale), 100 at most: CLIP clips the parameter after a step; here the value is
-    clipped and the gradient is not, so that a scale at 100 can fall. Every image meets every text
-    of the batch: it is no mean over examples.
+        loss = (CE(s I T', arange) + CE(s T I', arange)) / 2
 
-    FLYP fine-tunes with it, both towers and the scale: an image's text is a prompt of its class
-    drawn from the templates. Images of one class in a batch count as each other's negatives, as in
-    the authors' code.
+    I and T [B, E] have unit rows, and s = exp(logit_scale) <= 100. CLIP clips the parameter after
+    each step; here the value is clipped and the gradient is not, so that a scale at 100 can
+    decrease. Every image is compared with every text of the batch: the loss is not a mean over
+    examples.
+
+    FLYP (Goyal et al. 2023) fine-tunes both towers and the scale with this loss. The text of an
+    image is a prompt of its class with a randomly drawn template. Images of the same class in a
+    batch count as negatives of each other, as in the authors' code.
+
+    Args:
+      encode_image: (image tower, normalized images) -> features [B, E]
+      encode_text: (text tower, token ids [B, L]) -> features [B, E]
+      normalize: images [B, H, W, 3] with values 0 to 255 -> images float
     """
 
-    def loss_fn(params, batch, reference=NO_CONSTANTS):
+    def loss_fn(params, batch, constants=NO_CONSTANTS):
         images = encode_image(params["image_tower"], normalize(batch["image"]))
         texts = encode_text(params["text_tower"], batch["text"])
-        images, texts = _at_least_float32(images), _at_least_float32(texts)
+        images, texts = _promote_to_float32(images), _promote_to_float32(texts)
         images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
         texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
-        scale = jnp.exp(_at_most(params["logit_scale"], jnp.log(100.0)))
+        scale = jnp.exp(_clip_max_straight_through(params["logit_scale"], jnp.log(100.0)))
         logits = scale * images @ texts.T
-        same = jnp.arange(logits.shape[0])
-        pair = optax.softmax_cross_entropy_with_integer_labels
-        loss = (pair(logits, same).mean() + pair(logits.T, same).mean()) / 2
-        accuracy = 100 * (logits.argmax(-1) == same).mean(dtype=logits.dtype)
+        labels = jnp.arange(logits.shape[0])
+        ce = optax.softmax_cross_entropy_with_integer_labels
+        loss = (ce(logits, labels).mean() + ce(logits.T, labels).mean()) / 2
+        accuracy = 100 * (logits.argmax(-1) == labels).mean(dtype=logits.dtype)
         return loss, {"loss": loss, "accuracy": accuracy}
 
     return loss_fn
 
 
-def _at_most(x: jax.Array, limit: Any) -> jax.Array:
-    """min(x, limit), with the derivative of x itself."""
-    return x + jax.lax.stop_gradient(jnp.minimum(x, limit) - x)
+def _clip_max_straight_through(x: jax.Array, max_x: Any) -> jax.Array:
+    """Return min(x, max_x) with the derivative of x."""
+    return x + jax.lax.stop_gradient(jnp.minimum(x, max_x) - x)
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
+def _promote_to_float32(x: jax.Array) -> jax.Array:
+    """Cast dtypes narrower than float32 to float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _squared_norm(tree: Any) -> jax.Array:
-    squares = (jnp.square(_at_least_float32(x)).sum() for x in jax.tree.leaves(tree))
+    squares = (jnp.square(_promote_to_float32(x)).sum() for x in jax.tree.leaves(tree))
     return sum(squares, start=jnp.float32(0))

@@ -1,4 +1,4 @@
-"""The merge inside training: replicas in, one model out, every replica restarted from it."""
+"""The merge during training: merge the replicas, then restart every replica from the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import METHODS
 from modelstock_jax.training.state import TrainState, replicate
 
-Merge = Callable[[PyTree, TrainState], tuple[TrainState, PyTree, Stats]]
+MergeStep = Callable[[PyTree, TrainState], tuple[TrainState, PyTree, Stats]]
 
 OPT_STATE_POLICIES = ("keep", "average", "reset")
 CARRY_NOISE = ("off", "every", "last")
@@ -25,32 +25,46 @@ MERGES = [name for name, method in METHODS.items() if method.periodic]
 
 
 def steps_between_merges(every: str, steps_per_epoch: int, num_steps: int) -> int:
-    """`merge.every` in steps: "epoch", "end", or a number; 0 where replicas never merge.
+    """Convert `merge.every` to a number of steps; 0 if the replicas are never merged.
 
-    >>> steps_between_merges("epoch", 32, 256), steps_between_merges("end", 32, 256)
-    (32, 256)
-    >>> steps_between_merges("100", 32, 256), steps_between_merges("never", 32, 256)
-    (100, 0)
+    Args:
+      every: "epoch", "end", "never" or a number of steps
+      steps_per_epoch: steps per epoch
+      num_steps: steps of the run
 
     Raises:
-      UserError: if it is none of these.
+      UserError: if `every` is none of these
+
+    Example:
+      >>> steps_between_merges("epoch", 32, 256), steps_between_merges("end", 32, 256)
+      (32, 256)
+      >>> steps_between_merges("100", 32, 256), steps_between_merges("never", 32, 256)
+      (100, 0)
     """
     named = {"epoch": steps_per_epoch, "end": num_steps, "never": 0}
     if every in named:
         return named[every]
     if every.isdigit() and int(every) > 0:
         return int(every)
-    raise UserError(f"merge.every={every!r}: write 'epoch', 'end', 'never' or a number of steps")
+    raise UserError(
+        f"merge.every={every!r} is invalid: set 'epoch', 'end', 'never' or a number of steps >= 1"
+    )
 
 
-def merge_opt_state(policy: str, opt_state: PyTree, tx: optax.GradientTransformation, params):
-    """What a merge does to the replicas' Adam moments [R, ...].
+def merge_opt_state(
+    policy: str, opt_state: PyTree, tx: optax.GradientTransformation, params: PyTree
+) -> PyTree:
+    """Return the optimizer state after a merge.
 
-    `keep` leaves each replica its own, `average` gives all of them the mean, `reset` starts
-    them anew (Adam's bias correction included).
+    Args:
+      policy: 'keep' preserves the state of each replica, 'average' gives all replicas the mean,
+        'reset' initializes it again (including the step count of Adam's bias correction)
+      opt_state: optimizer state of the replicas, leaves [R, ...]
+      tx: the optimizer
+      params: merged parameters of the replicas, leaves [R, ...]
 
     Raises:
-      UserError: if the policy is none of these.
+      UserError: if the policy is unknown
     """
     check_choice("merge.opt_state", policy, OPT_STATE_POLICIES)
     if policy == "keep":
@@ -64,50 +78,51 @@ def merge_opt_state(policy: str, opt_state: PyTree, tx: optax.GradientTransforma
 
 
 def check_merge(config: ConfigDict) -> None:
-    """Raises a UserError for an option of the group `merge` that is not one of its choices."""
+    """Raise a UserError if an option of the `merge` group is invalid."""
     steps_between_merges(str(config.every), 1, 1)
-    for name, known in (
+    for name, choices in (
         ("method", MERGES),
         ("unit", UNITS),
         ("opt_state", OPT_STATE_POLICIES),
         ("carry_noise", CARRY_NOISE),
     ):
-        check_choice(f"merge.{name}", config[name], known)
+        check_choice(f"merge.{name}", config[name], choices)
     if config.method != "model_stock" and config.carry_noise != "off":
         raise UserError(
-            "merge.carry_noise needs merge.method='model_stock': a mean shrinks nothing"
+            f"merge.carry_noise={config.carry_noise!r} requires merge.method='model_stock': "
+            f"{config.method!r} has no noise to carry; set merge.carry_noise='off'"
         )
 
 
-def make_merge(
+def make_merge_step(
     config: ConfigDict,
     tx: optax.GradientTransformation,
     num_heads: int,
     *,
     last: bool,
-    together: PyTree,
-    weights: PyTree,
-) -> Merge:
-    """Builds (anchor, state) -> (state, merged, stats); to be jitted, state donated.
+    merge_sharding: PyTree,
+    params_sharding: PyTree,
+) -> MergeStep:
+    """Build (anchor, state) -> (state, merged, stats), to be jitted with the state donated.
 
     Args:
-      config: the `merge` group of `configs/default.py`.
-      tx: the optimizer, for the moments' policy.
-      num_heads: attention heads of the image tower, for `unit="head"`.
-      last: whether this is the run's last merge (noise carried to it is shrunk there).
-      together: shardings of the replicas while they are merged, `sharding.merge_sharding`.
-      weights: shardings of the anchor and of the merged model.
+      config: the `merge` group of `configs/default.py`
+      tx: the optimizer, for `merge.opt_state`
+      num_heads: attention heads of the image tower, for `merge.unit='head'`
+      last: whether this is the last merge of the run, which shrinks the noise carried to it
+      merge_sharding: shardings of the replicas during the merge, see `sharding.merge_sharding`
+      params_sharding: shardings of the anchor and the merged model
 
     Raises:
-      UserError: if a policy's name is unknown.
+      UserError: if an option is invalid
     """
     check_merge(config)
     options = {"unit": config.unit, "num_heads": num_heads}
     merge_replicas = getattr(merging, config.method)
 
-    def merge(anchor, state):
+    def merge_step(anchor, state):
         noise = state.noise
-        replicas = jax.lax.with_sharding_constraint(state.params, together)
+        replicas = jax.lax.with_sharding_constraint(state.params, merge_sharding)
         if config.carry_noise != "off":
             merged, stats, noise = model_stock_carried(
                 anchor,
@@ -118,7 +133,7 @@ def make_merge(
             )
         else:
             merged, stats = merge_replicas(anchor, replicas, **options)
-        merged = jax.lax.with_sharding_constraint(merged, weights)
+        merged = jax.lax.with_sharding_constraint(merged, params_sharding)
         params = replicate(merged, state.key.shape[0])
         state = state._replace(
             params=params,
@@ -127,4 +142,4 @@ def make_merge(
         )
         return state, merged, stats
 
-    return merge
+    return merge_step

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics, events, performance and progress."""
+"""Logging of a run: metrics, events, performance, progress, and detection of bad steps."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from modelstock_jax.training.step_fns import Task
 from modelstock_jax.training.train_step import Metrics
 
 FLAGS = ("ok", "first_bad", "first_bad_weight")
-BANDS = ("loss", "grad_norm")
+SPIKE_METRICS = ("loss", "grad_norm")
 ACTIONS = {
-    "skip_step": "its step is skipped",
-    "restore_last_merge": "it starts anew from the last merged model",
+    "skip_step": "its update is skipped",
+    "restore_last_merge": "it restarts from the last merged model",
 }
-LEARNT_AFTER = 20  # values, before a band says anything
+SPIKE_WARMUP = 20  # values before a detector reports spikes
+COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or its compilation cache
 
 
 class TrainLogger:
-    """The record of one run; every process makes one, and the first of them writes it.
+    """The log of one run. Every process creates one; only process 0 writes files.
 
-    A step's values are read when the next step is on its way: reading them at once would let the
-    device wait for the host. `settle` reads them at once; it comes before a save or a merge, so
-    that nothing which is not finite is saved or merged.
+    The metrics of a step are read when the next step has been dispatched: reading them at once
+    would make the device wait for the host. `flush_pending` reads them at once. It is called before
+    a save or a merge, so that no value that is not finite is saved or merged.
 
     Args:
-      config: the run's options.
-      task: what is trained.
-      workdir: the run's directory.
-      name: of the run, as progress shows it.
-      first: the step that training goes on from.
-      timeline: where time goes.
+      config: options of the run
+      task: the training task
+      workdir: directory of the run
+      name: name of the run in progress output
+      start_step: step that training resumes from; 0 for a new run
+      timeline: records the time
     """
 
     def __init__(
@@ -56,49 +57,49 @@ class TrainLogger:
         task: Task,
         workdir: Path,
         name: str,
-        first: int,
+        start_step: int,
         timeline: Timeline,
     ) -> None:
         self._config, self._task, self._workdir, self._name = config, task, workdir, name
-        self._first, self._timeline = first, timeline
-        self._images = config.num_replicas * config.batch_size
-        self._late: tuple[int, Metrics] | None = None
-        self._counted = 0.0  # Steps that count: finite, and not of an earlier life.
-        self._merges = 0
+        self._start_step, self._timeline = start_step, timeline
+        self._images_per_step = config.num_replicas * config.batch_size
+        self._pending: tuple[int, Metrics] | None = None
+        self._productive_steps = 0.0  # finite, and not repeated after a restart
+        self._num_merges = 0
 
     def __enter__(self) -> TrainLogger:
-        main, first = multihost.is_main(), self._first
+        main, start = multihost.is_main(), self._start_step
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(
-                MetricsWriter(self._workdir, first or None, enabled=main)
+                MetricsWriter(self._workdir, start or None, enabled=main)
             )
             events = None
             if main:
-                kept = (lambda entry: entry.get("step", first + 1) <= first) if first else None
-                events = stack.enter_context(JsonLines(self._workdir / "events.jsonl", kept))
+                keep = (lambda entry: entry.get("step", start + 1) <= start) if start else None
+                events = stack.enter_context(JsonLines(self._workdir / "events.jsonl", keep))
             self._progress = stack.enter_context(
                 Progress(
                     self._name,
                     self._task.num_steps,
-                    done=first,
-                    images_per_step=self._images,
+                    done=start,
+                    images_per_step=self._images_per_step,
                     enabled=main,
                 )
             )
-            before = [entry["event"] for entry in events.kept] if events is not None else []
+            earlier = [entry["event"] for entry in events.kept] if events is not None else []
             self._monitor = NonFiniteMonitor(
                 self._config.monitor,
                 list(named_leaves(self._task.params)),
                 events,
                 self.log,
-                multihost.broadcast_from_main(before.count("not_finite")),
+                multihost.broadcast_from_main(earlier.count("not_finite")),
             )
             for line in self._metrics.kept:
-                self._monitor.compare(line["step"], line, again=True)
-            self._close = stack.pop_all()
-        if first:
-            self.log(f"{self._name}: goes on from step {first}")
-        self._mark = self._begin = (first, self._timeline.wall(), self._timeline.totals())
+                self._monitor.check_spikes(line["step"], line, replayed=True)
+            self._exit = stack.pop_all()
+        if start:
+            self.log(f"{self._name}: resumed from step {start}")
+        self._mark = self._begin = (start, self._timeline.wall(), self._timeline.totals())
         return self
 
     def __exit__(
@@ -107,48 +108,48 @@ class TrainLogger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close.__exit__(kind, error, trace)
+        self._exit.__exit__(kind, error, trace)
 
-    def step(self, step: int, values: Metrics) -> None:
-        """Takes a step's values, on the device yet, and reads those of the step before.
+    def log_step(self, step: int, metrics: Metrics) -> None:
+        """Store the metrics of a step, still on the device, and log those of the previous step.
 
         Raises:
-          UserError: if that one was not finite and the run is not to go on; or the disk is full.
+          UserError: if the previous step was not finite and the run must stop, or the disk is full
         """
         self.flush_pending()
-        self._late = (step, values)
+        self._pending = (step, metrics)
 
     def flush_pending(self) -> None:
-        """Reads the values that were taken last; see `step`."""
-        if self._late is None:
+        """Read and log the metrics that `log_step` stored last."""
+        if self._pending is None:
             return
-        (step, values), self._late = self._late, None
+        (step, metrics), self._pending = self._pending, None
         due = step % self._config.log_every_steps == 0 or step == self._task.num_steps
-        read = multihost.to_host(values if due else {name: values[name] for name in FLAGS})
-        ok = read["ok"]
+        values = multihost.to_host(metrics if due else {name: metrics[name] for name in FLAGS})
+        ok = values["ok"]
         if not ok.all():
-            self._monitor.check(step, read | {"loss": multihost.to_host(values["loss"])})
+            self._monitor.check(step, values | {"loss": multihost.to_host(metrics["loss"])})
         if step > self._metrics.furthest:
-            self._counted += ok.mean()
+            self._productive_steps += ok.mean()
         if not due:
             self._progress.update(step)
             return
         scalars = {
             f"train/{name}/replica_{r}": float(x)
-            for name, v in read.items()
+            for name, per_replica in values.items()
             if name not in FLAGS
-            for r, x in enumerate(v)
+            for r, x in enumerate(per_replica)
         }
         self._metrics.write(step, scalars)
         self._metrics.write_performance(step, self._performance(step))
-        self._monitor.compare(step, scalars)
-        self._progress.update(step, {name: read[name].mean() for name in ("loss", "accuracy")})
+        self._monitor.check_spikes(step, scalars)
+        self._progress.update(step, {name: values[name].mean() for name in ("loss", "accuracy")})
 
-    def merge(self, step: int, stats: Stats) -> None:
-        """Writes a merge's cosines and ratios.
+    def log_merge(self, step: int, stats: Stats) -> None:
+        """Log the cosines and ratios of a merge.
 
         Raises:
-          UserError: if a replica's weights are not finite.
+          UserError: if the parameters of a replica are not finite
         """
         stats = multihost.to_host(stats)
         check_finite(stats)
@@ -157,51 +158,53 @@ class TrainLogger:
             values[f"merge/cosine/{row['name']}"] = row["cosine"]
             values[f"merge/ratio/{row['name']}"] = row["ratio"]
         self._metrics.write(step, values)
-        self._merges += 1
+        self._num_merges += 1
 
     def flush(self) -> None:
-        """Hands every line to the operating system."""
+        """Flush the metrics files."""
         self._metrics.flush()
 
     def log(self, line: str) -> None:
-        """Prints a line."""
+        """Print a line."""
         self._progress.log(line)
 
     def finish(self, step: int) -> None:
-        """Says what the merges took and what went wrong, in a line each."""
-        steps, (seconds, _) = step - self._first, self._since(self._begin)
-        if self._merges:
-            merge = seconds["merge"] / self._merges
+        """Print one line each about the time of the merges and about bad steps."""
+        steps, (seconds, _) = step - self._start_step, self._since(self._begin)
+        if self._num_merges:
+            merge = seconds["merge"] / self._num_merges
             epoch = (seconds["train"] + seconds["data"]) / steps * self._task.steps_per_epoch
-            share = float(f"{100 * merge / epoch:.2g}")  # As 130, where .2g alone says 1.3e+02.
+            percent = float(f"{100 * merge / epoch:.2g}")  # prints 130; .2g alone prints 1.3e+02
             self.log(
-                f"{self._name}: a merge takes {merge:.3g} s, {share:g} % of an "
-                f"epoch of {self._task.steps_per_epoch} steps"
+                f"{self._name}: {merge:.3g} s per merge, {percent:g} % of an epoch of "
+                f"{self._task.steps_per_epoch} steps"
             )
-        if self._monitor.survived or self._monitor.spikes:
+        if self._monitor.num_non_finite or self._monitor.num_spikes:
             self.log(
-                f"{self._name}: {self._monitor.survived} times a replica's step was not finite, "
-                f"{self._monitor.spikes} times its loss or gradient norm left its band: "
+                f"{self._name}: {self._monitor.num_non_finite} non-finite replica steps, "
+                f"{self._monitor.num_spikes} spikes of the loss or gradient norm; see "
                 f"{self._workdir / 'events.jsonl'}"
             )
 
     def _performance(self, step: int) -> dict[str, float]:
-        """Of the steps since the last call, seconds a step; goodput of this process's whole run."""
-        before, self._mark = self._mark, (step, self._timeline.wall(), self._timeline.totals())
-        seconds, wall = self._since(before)
-        steps = step - before[0]
-        total, all_wall = self._since(self._begin)
+        """Return seconds per step since the last call, and goodput since the process started."""
+        last, self._mark = self._mark, (step, self._timeline.wall(), self._timeline.totals())
+        seconds, wall = self._since(last)
+        steps = step - last[0]
+        total_seconds, total_wall = self._since(self._begin)
+        productive = self._productive_steps / (step - self._start_step)
         return {
             "time/step": wall / steps,
             "time/data_wait": seconds["data"] / steps,
             "time/save": seconds["save"] / steps,
             "time/merge": seconds["merge"] / steps,
             "time/compile": seconds["compile"] / steps,
-            "images_per_second": self._images * steps / wall,
-            "goodput": total["train"] / all_wall * self._counted / (step - self._first),
+            "images_per_second": self._images_per_step * steps / wall,
+            "goodput": total_seconds["train"] / total_wall * productive,
         }
 
     def _since(self, mark: tuple[int, float, Any]) -> tuple[dict[str, float], float]:
+        """Return (seconds per phase, wall time) since a mark."""
         _, wall, seconds = mark
         now = self._timeline.totals()
         return {n: now[n] - seconds[n] for n in (*now, "merge", "save", "data", "compile")}, (
@@ -209,91 +212,103 @@ class TrainLogger:
         )
 
 
-# An eye on the replicas: steps that are not finite, and losses out of their band.
-
-
 class NonFiniteMonitor:
-    """Reports what goes wrong in a replica, and ends a run that cannot go on.
+    """Report non-finite steps and spikes of the replicas, and stop a run that cannot continue.
 
-    A step that is not finite is an event: a line in `events.jsonl` and on the screen; the step has
-    dealt with it by then (`train_step`). A loss or gradient norm above its band is a line in the
-    file, and nothing is done. Neither holds a clock: equal runs give equal bytes.
+    A non-finite step is written to `events.jsonl` and printed; the train step has already applied
+    `monitor.on_non_finite`. A spike of the loss or gradient norm is only written to the file. Both
+    are without timestamps, so that the files of identical runs are bitwise identical.
 
     Args:
-      config: the `watch` group of `configs/default.py`.
-      names: of the leaves of a replica's weights, in the tree's order.
-      lines: `events.jsonl`, or None where another process writes it.
-      log: prints a line.
-      survived: events of this run before it was resumed.
+      config: the `monitor` group of `configs/default.py`
+      names: names of a replica's leaves, in tree order
+      events: `events.jsonl`, or None if another process writes it
+      log: prints a line
+      num_non_finite: non-finite replica steps of this run before it was resumed
 
     Attributes:
-      survived: replicas' steps that were not finite, so far.
-      spikes: values above their band, so far.
+      num_non_finite: non-finite replica steps so far
+      num_spikes: spikes so far
     """
 
     def __init__(
         self,
         config: ConfigDict,
         names: Sequence[str],
-        lines: JsonLines | None,
+        events: JsonLines | None,
         log: Callable[[str], None],
-        survived: int = 0,
+        num_non_finite: int = 0,
     ) -> None:
-        self._config, self._names, self._lines, self._log = config, names, lines, log
-        self._bands: dict[tuple[str, int], SpikeDetector] = {}
-        self.survived, self.spikes = survived, 0
+        self._config, self._names, self._events, self._log = config, names, events, log
+        self._detectors: dict[tuple[str, int], SpikeDetector] = {}
+        self.num_non_finite, self.num_spikes = num_non_finite, 0
 
     def check(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        """Reports the replicas whose step was not finite.
+        """Report the replicas whose step was not finite.
 
         Args:
-          step: the step.
-          values: `FLAGS` and `loss`, [R] each.
+          step: the step
+          values: `FLAGS` and "loss", each [R]
 
         Raises:
-          UserError: with the policy 'stop', and where there were more than `max_events`.
+          UserError: if `on_non_finite` is 'stop', or there were more than `max_non_finite_steps`
         """
-        policy, most = self._config.on_non_finite, self._config.max_non_finite_steps
+        action, limit = self._config.on_non_finite, self._config.max_non_finite_steps
         for replica in np.flatnonzero(~values["ok"]).tolist():
+            tensor, problem = self._describe(step, replica, values)
             loss = float(values["loss"][replica])
-            gradient, weights = (
-                self._names[leaf] if (leaf := int(values[flag][replica])) >= 0 else None
-                for flag in FLAGS[1:]
-            )
-            tensor, what = gradient or weights, f"replica {replica}, step {step}: "
-            if gradient:
-                what += f"gradient of {tensor} is not finite"
-            elif not math.isfinite(loss):
-                what += f"the loss is {loss}, though every gradient is finite"
-            else:
-                what += f"weights of {tensor} are not finite after it, though their gradient is"
-            self._write("not_finite", step, replica, tensor=tensor, loss=loss, action=policy)
-            if policy == "stop":
+            self._write("not_finite", step, replica, tensor=tensor, loss=loss, action=action)
+            if action == "stop":
                 raise UserError(
-                    f"{what}. Nothing of it was merged or saved, and the last checkpoint is "
-                    "untouched: lower optimizer.learning_rate in another --workdir, or go on from "
-                    "that checkpoint with --config.monitor.on_non_finite=skip_step --allow_config_change"
+                    f"{problem}; this step was neither merged nor saved, and the last checkpoint "
+                    "is intact: lower optimizer.learning_rate in a new --workdir, or resume from "
+                    "that checkpoint with --config.monitor.on_non_finite=skip_step "
+                    "--allow_config_change"
                 )
-            self.survived += 1
-            self._log(f"{what}: {ACTIONS[policy]} ({self.survived} of at most {most})")
-            if self.survived > most:
+            self.num_non_finite += 1
+            self._log(
+                f"{problem}: {ACTIONS[action]} ({self.num_non_finite} of at most {limit} "
+                "non-finite steps)"
+            )
+            if self.num_non_finite > limit:
                 raise UserError(
-                    f"{what}, and so were {most} before it: more than monitor.max_non_finite_steps={most}. The "
-                    "last checkpoint is untouched: lower optimizer.learning_rate in another "
-                    "--workdir, or go on with a higher --config.monitor.max_non_finite_steps"
+                    f"{problem}: more than monitor.max_non_finite_steps={limit} replica steps were "
+                    "not finite; the last checkpoint is intact: lower optimizer.learning_rate in a "
+                    "new --workdir, or resume with a higher --config.monitor.max_non_finite_steps"
                 )
 
-    def compare(self, step: int, scalars: Mapping[str, Any], *, again: bool = False) -> None:
-        """Holds a line of metrics against the bands of its losses and gradient norms.
+    def _describe(
+        self, step: int, replica: int, values: Mapping[str, np.ndarray]
+    ) -> tuple[str | None, str]:
+        """Return (tensor or None, what is not finite)."""
+        loss = float(values["loss"][replica])
+        gradient, weights = (
+            self._names[leaf] if (leaf := int(values[flag][replica])) >= 0 else None
+            for flag in FLAGS[1:]
+        )
+        where = f"replica {replica}, step {step}: "
+        if gradient:
+            return gradient, where + f"gradient of {gradient} is not finite"
+        if not math.isfinite(loss):
+            return weights, where + f"the loss is {loss}, although all gradients are finite"
+        return weights, where + (
+            f"weights of {weights} are not finite after the update, although their gradient is"
+        )
+
+    def check_spikes(
+        self, step: int, scalars: Mapping[str, Any], *, replayed: bool = False
+    ) -> None:
+        """Look for spikes in the losses and gradient norms of a line of metrics.
 
         Args:
-          step: the step.
-          scalars: "train/NAME/replica_R" -> number; None or not finite is passed over.
-          again: whether the line is of an earlier life, whose events are in the file.
+          step: the step
+          scalars: "train/NAME/replica_R" -> value; None and non-finite values are ignored
+          replayed: whether the line was logged before the run was resumed, so that its events are
+            in the file already
         """
         if not self._config.spike_deviations:
             return
-        for name in BANDS:
+        for name in SPIKE_METRICS:
             for replica in itertools.count():
                 series = f"train/{name}/replica_{replica}"
                 if series not in scalars:
@@ -301,41 +316,42 @@ class NonFiniteMonitor:
                 value = scalars[series]
                 if value is None or not math.isfinite(value):
                     continue
-                band = self._bands.setdefault(
+                detector = self._detectors.setdefault(
                     (name, replica),
                     SpikeDetector(self._config.spike_deviations, self._config.spike_window),
                 )
-                mean, deviation = band.mean, band.deviation
-                if band.update(value):
-                    self.spikes += 1
-                    if not again:
+                mean, deviation = detector.mean, detector.deviation
+                if detector.update(value):
+                    self.num_spikes += 1
+                    if not replayed:
                         details = {name: value, "mean": mean, "deviation": deviation}
                         self._write(f"{name}_spike", step, replica, **details)
 
     def _write(self, event: str, step: int, replica: int, **details: Any) -> None:
-        if self._lines is not None:
-            self._lines.append({"event": event, "step": step, "replica": replica, **details})
-            self._lines.flush()
+        if self._events is not None:
+            self._events.append({"event": event, "step": step, "replica": replica, **details})
+            self._events.flush()
 
 
 class SpikeDetector:
-    """The running mean and deviation of a series, and whether a value lies above them.
+    """Running mean and deviation of a series, and detection of values far above them.
 
-    With a_n = 1 / min(n, window), x the n-th value held at the edge where it lies above,
+    With a_n = 1 / min(n, window) and x the n-th value, clipped to the limit,
 
         mean <- mean + a_n (x - mean),    variance <- (1 - a_n) (variance + a_n (x - mean)^2),
-        edge = mean + deviations * max(sqrt(variance), |mean| / 1000)
+        limit = mean + deviations * max(sqrt(variance), |mean| / 1000)
 
-    A mean of all values at first, then an exponential one. A value above the edge widens the band
-    as one at the edge does: one spike does not hide the next, and a new level is learnt.
+    The mean is arithmetic for the first `window` values, then exponential. A spike is clipped to
+    the limit, so that it does not hide the next spike, and the detector adapts to a new level.
 
     Args:
-      deviations: how far up the edge lies.
-      window: values that the band remembers, about.
+      deviations: distance of the limit from the mean, in deviations
+      window: approximate number of values that the mean covers
 
-    >>> band = SpikeDetector(deviations=6.0, window=100)
-    >>> [band.update(x) for x in [1.0, 1.1, 0.9] * 10 + [1.2, 5.0]][-2:]
-    [False, True]
+    Example:
+      >>> detector = SpikeDetector(deviations=6.0, window=100)
+      >>> [detector.update(x) for x in [1.0, 1.1, 0.9] * 10 + [1.2, 5.0]][-2:]
+      [False, True]
     """
 
     def __init__(self, deviations: float, window: int) -> None:
@@ -344,32 +360,27 @@ class SpikeDetector:
 
     @property
     def deviation(self) -> float:
-        """What the edge is measured in; rounding alone is not a spike."""
+        """The standard deviation, at least |mean| / 1000, so that rounding is not a spike."""
         return max(math.sqrt(self.variance), abs(self.mean) / 1000)
 
     def update(self, value: float) -> bool:
-        """Takes the next value; whether it lies above the band that those before it made."""
-        edge = self.mean + self._deviations * self.deviation
-        above = self._count >= LEARNT_AFTER and value > edge
+        """Add a value. Return whether it is a spike relative to the values before it."""
+        limit = self.mean + self._deviations * self.deviation
+        is_spike = self._count >= SPIKE_WARMUP and value > limit
         self._count += 1
         rate = 1 / min(self._count, self._window)
-        change = (edge if above else value) - self.mean
+        change = (limit if is_spike else value) - self.mean
         self.mean += rate * change
         self.variance = (1 - rate) * (self.variance + rate * change**2)
-        return above
-
-
-# How long jax traces and compiles, counted apart from the phase in which it happens.
-
-COMPILES = "/jax/core/compile/"  # Tracing, lowering, and XLA or the cache of its programs.
+        return is_spike
 
 
 @contextlib.contextmanager
 def counted(timeline: Timeline) -> Iterator[None]:
-    """Moves what the open phase of `timeline` spends compiling to its phase "compile"."""
+    """Count compilation time as phase "compile" of the timeline, not as part of the open phase."""
 
     def listen(event: str, duration_secs: float, **_) -> None:
-        if event.startswith(COMPILES):
+        if event.startswith(COMPILE_EVENTS):
             timeline.move("compile", duration_secs)
 
     monitoring.register_event_duration_secs_listener(listen)

@@ -1,4 +1,4 @@
-"""The direction of a step, AdamW's or SGD's, and the learning rate's schedule."""
+"""The optimizer (AdamW or SGDW) without its learning rate, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -23,37 +23,36 @@ OPTIMIZERS = ("adamw", "sgd")
 def make_optimizer(
     config: ConfigDict, num_steps: int, trained: IsTrained | None = None
 ) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
-    """The direction u of a step, and the learning rate that the step multiplies it by.
+    """Return the update direction u and the learning rate that the train step multiplies it by.
 
         w <- w - lr(step) u,   u = direction(g) + weight_decay w + decay_to_pretrained (w - w0)
 
-    The two are apart so that resetting or averaging the moments at a merge can never touch
-    the schedule, which belongs to the run. `adamw` is after Loshchilov and Hutter's (2019)
-    algorithm 2, `sgd` after their algorithm 1 (SGDW): momentum, and a decay that does not go
-    through it; as in PyTorch and optax the rate multiplies the decay as well. The decay toward w0
-    is the decoupled form of L2-SP's penalty: no gradient, no moments.
+    They are separate so that resetting or averaging the optimizer state at a merge cannot affect
+    the schedule, which belongs to the run. `adamw` follows algorithm 2 of Loshchilov and Hutter
+    (2019), `sgd` their algorithm 1 (SGDW): momentum, and weight decay outside it. As in PyTorch and
+    optax, the learning rate also multiplies the decay. The decay toward w0 is the decoupled form of
+    L2-SP's penalty: it does not enter the gradient or Adam's moments.
 
     Args:
-      config: the `optimizer` group of `configs/default.py`.
-      num_steps: steps of the whole run; the cosine ends there.
-      trained: which leaves are trained, by name; None trains all. A frozen leaf keeps its bits,
-        and has no moments.
+      config: the `optimizer` group of `configs/default.py`
+      num_steps: steps of the run, at which the cosine ends
+      trained: predicate on the leaf name; None trains all leaves. A frozen leaf is bitwise
+        unchanged and has no optimizer state.
 
     Returns:
-      (tx, schedule). tx holds no step counter but Adam's own bias correction; its `update` takes
-      as keywords what an option needs: `pretrained` (decay toward it, FTP), `learning_rate` (FTP)
-      and `hyper` (numbers of this replica's own, see `per_replica`). schedule: (step, hyper={}) ->
-      rate.
+      (tx, schedule). The only step count in `tx` is the one of Adam's bias correction. `tx.update`
+      accepts the keywords that options need: `pretrained` (decay toward it, FTP), `learning_rate`
+      (FTP) and `hyper` (per-replica hyperparameters, see `per_replica`). `schedule` is
+      (step, hyper={}) -> learning rate.
 
     Raises:
-      UserError: if the warm-up is longer than the run, a number is out of its range or a name
-        unknown.
+      UserError: if the warmup is longer than the run, or an option is unknown or out of range
     """
     check_optimizer(config)
     warmup = warmup_steps(config, num_steps)
     if not 0 <= warmup <= num_steps:
         raise UserError(
-            f"optimizer: {warmup} warm-up steps do not fit a run of {num_steps} steps; lower "
+            f"optimizer: {warmup} warm-up steps do not fit in a run of {num_steps} steps; lower "
             "optimizer.warmup_steps or optimizer.warmup_fraction"
         )
     if config.name == "sgd":
@@ -65,34 +64,34 @@ def make_optimizer(
         transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
     tx = optax.chain(*transforms)
     if config.projection.name == "ftp":
-        rules = config.projection
+        projection = config.projection
         tx = fast_trainable_projection(
-            tx, learning_rate=rules.learning_rate, k=rules.k, norm=rules.norm
+            tx, learning_rate=projection.learning_rate, k=projection.k, norm=projection.norm
         )
-    tx = tx if trained is None else _only(trained, tx)
+    tx = tx if trained is None else _trained_only(tx, trained)
     return tx, make_schedule(config, num_steps)
 
 
 def make_schedule(config: ConfigDict, num_steps: int) -> Schedule:
-    """A linear warm-up, then a cosine to `final_fraction` of the rate.
+    """Return a schedule: linear warmup, then cosine decay to `final_lr_fraction` of the peak.
 
-    Where `hyper` has a `learning_rate` or `num_steps` of a replica's own, they stand for the
-    config's; from its own last step on, such a replica's rate is 0.
+    `learning_rate` and `num_steps` in `hyper` replace those of the config for one replica. After
+    its own last step, the learning rate of such a replica is 0.
     """
 
     def schedule(step: jax.Array, hyper: Hyper | None = None) -> jax.Array:
         hyper = hyper or {}
         peak, total = hyper.get("learning_rate", config.learning_rate), num_steps
         warmup = warmup_steps(config, num_steps)
-        least = max
+        maximum = max
         if "num_steps" in hyper:
-            total, least = hyper["num_steps"], jnp.maximum
+            total, maximum = hyper["num_steps"], jnp.maximum
             warmup = jnp.round(config.warmup_fraction * total) + config.warmup_steps
-        rising = (step + 1) / least(warmup, 1)
-        progress = (step - warmup) / least(total - warmup, 1)
-        falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-        floor = config.final_lr_fraction
-        rate = peak * jnp.where(step < warmup, rising, floor + (1 - floor) * falling)
+        linear = (step + 1) / maximum(warmup, 1)
+        progress = (step - warmup) / maximum(total - warmup, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        final = config.final_lr_fraction
+        rate = peak * jnp.where(step < warmup, linear, final + (1 - final) * cosine)
         return jnp.where(step < total, rate, 0.0) if "num_steps" in hyper else rate
 
     return schedule
@@ -101,25 +100,28 @@ def make_schedule(config: ConfigDict, num_steps: int) -> Schedule:
 def decoupled_decay(
     weight_decay: float, to_pretrained: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """Decay toward zero and toward the pretrained weights, beside the gradient's moments.
+    """Add weight decay toward zero and toward the pretrained parameters to the updates.
 
         u <- u + weight_decay w + to_pretrained (w - w0)
 
-    With no gradient and a constant rate, w_t - w0 = (1 - lr to_pretrained)^t (w_0 - w0).
+    Without a gradient and at a constant learning rate, w_t - w0 = (1 - lr to_pretrained)^t
+    (w_0 - w0).
 
     Args:
-      weight_decay: of all replicas, where `hyper` has none of a replica's own.
-      to_pretrained: of all replicas; not 0 needs the keyword `pretrained` at each update.
+      weight_decay: decay toward zero; `hyper["weight_decay"]` replaces it for one replica
+      to_pretrained: decay toward the pretrained parameters; if it is not 0, every update needs the
+        keyword `pretrained`
 
-    >>> tx = decoupled_decay(0.0, 0.5)
-    >>> zero, w, w0 = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, {"w": jnp.full(1, 3.0)}
-    >>> tx.update(zero, tx.init(w), w, pretrained=w0)[0]["w"].tolist()
-    [-1.0]
+    Example:
+      >>> tx = decoupled_decay(0.0, 0.5)
+      >>> zero, w, w0 = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, {"w": jnp.full(1, 3.0)}
+      >>> tx.update(zero, tx.init(w), w, pretrained=w0)[0]["w"].tolist()
+      [-1.0]
     """
 
     def update(updates, state, params=None, *, pretrained=None, hyper=None, **_):
-        rate = (hyper or {}).get("weight_decay", weight_decay)
-        updates = jax.tree.map(lambda u, w: u + rate * w, updates, params)
+        decay = (hyper or {}).get("weight_decay", weight_decay)
+        updates = jax.tree.map(lambda u, w: u + decay * w, updates, params)
         if to_pretrained:
             updates = jax.tree.map(
                 lambda u, w, w0: u + to_pretrained * (w - w0), updates, params, pretrained
@@ -130,12 +132,12 @@ def decoupled_decay(
 
 
 def reads_pretrained(config: ConfigDict) -> bool:
-    """Whether the direction needs the keyword `pretrained`."""
+    """Return whether `tx.update` needs the keyword `pretrained`."""
     return bool(config.decay_to_pretrained) or config.projection.name == "ftp"
 
 
-def _only(
-    trained: IsTrained, tx: optax.GradientTransformationExtraArgs
+def _trained_only(
+    tx: optax.GradientTransformationExtraArgs, trained: IsTrained
 ) -> optax.GradientTransformationExtraArgs:
     def labels(params: Any) -> Any:
         names = leaf_names(params)
@@ -147,16 +149,17 @@ def _only(
 
 
 def warmup_steps(config: ConfigDict, num_steps: int) -> int:
-    """Steps in which the rate rises: the config's number, and its share of the run.
+    """Return the number of warmup steps: `warmup_steps` plus `warmup_fraction` of the run.
 
-    >>> warmup_steps(ConfigDict({"warmup_fraction": 0.1, "warmup_steps": 5}), 200)
-    25
+    Example:
+      >>> warmup_steps(ConfigDict({"warmup_fraction": 0.1, "warmup_steps": 5}), 200)
+      25
     """
     return round(config.warmup_fraction * num_steps) + config.warmup_steps
 
 
 def check_optimizer(config: ConfigDict) -> None:
-    """Raises a UserError for an unknown name or a number out of its range, whatever the run."""
+    """Raise a UserError if an option of the `optimizer` group is unknown or out of range."""
     check_choice("optimizer.name", config.name, OPTIMIZERS)
     for name in ("learning_rate", "weight_decay", "decay_to_pretrained", "clip_norm"):
         if config[name] < 0:

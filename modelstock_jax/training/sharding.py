@@ -1,4 +1,4 @@
-"""The mesh ("replica", "data"), and where state, weights and batches lie on it."""
+"""The mesh ("replica", "data") and the sharding of state, parameters and batches on it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def make_mesh(
     batch_size: int,
     gradient_accumulation_steps: int = 1,
 ) -> Mesh:
-    """A mesh ("replica", "data") over all devices, or over the first replica x data of them.
+    """Return a mesh ("replica", "data") over all devices, or over the first replica x data.
 
-    Replicas meet only to merge, so the replica axis is the outer one: it lies across hosts, and
-    across the slices of a TPU where there are several, and the data axis inside them.
+    Replicas communicate only to merge. Therefore the replica axis is the outer axis: it spans hosts
+    (and TPU slices, if there are several), and the data axis stays within them.
 
     Args:
-      replica: see `mesh_shape`, as the other arguments.
-      data: see `mesh_shape`.
-      num_replicas: R.
-      batch_size: B.
-      gradient_accumulation_steps: A.
+      replica: see `mesh_shape`
+      data: see `mesh_shape`
+      num_replicas: R
+      batch_size: B
+      gradient_accumulation_steps: A
 
     Raises:
-      UserError: as `mesh_shape`, or if a process has no device in the mesh.
+      UserError: see `mesh_shape`; also if a process has no device in the mesh, or a replica would
+        span TPU slices
     """
     shape = replica, data = mesh_shape(
         jax.device_count(),
@@ -53,7 +54,8 @@ def make_mesh(
     if len(processes) < jax.process_count():
         raise UserError(
             f"mesh: replica {replica} x data {data} leaves {jax.process_count() - len(processes)} "
-            f"of {jax.process_count()} processes without a device; use all {jax.device_count()}"
+            f"of {jax.process_count()} processes without a device; set mesh.replica and mesh.data "
+            f"so that all {jax.device_count()} devices are used"
         )
     axis_types = (AxisType.Auto, AxisType.Auto)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -61,12 +63,13 @@ def make_mesh(
         return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
     if replica % slices:
         raise UserError(
-            f"mesh.replica={replica} is not a multiple of the {slices} TPU slices: a replica's "
-            "devices would lie on both sides of the slow network; use one slice a replica"
+            f"mesh.replica={replica} is not a multiple of the {slices} TPU slices, so a replica "
+            "would span the slow network between slices; set mesh.replica to a multiple of "
+            f"{slices}"
         )
-    inside = (replica // slices, data)
-    arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1), devices)
-    return Mesh(arranged, AXES, axis_types=axis_types)
+    slice_shape = (replica // slices, data)
+    device_mesh = mesh_utils.create_hybrid_device_mesh(slice_shape, (slices, 1), devices)
+    return Mesh(device_mesh, AXES, axis_types=axis_types)
 
 
 def mesh_shape(
@@ -78,58 +81,58 @@ def mesh_shape(
     batch_size: int,
     gradient_accumulation_steps: int = 1,
 ) -> tuple[int, int]:
-    """Sizes of the mesh's axes ("replica", "data").
+    """Return the sizes of the mesh axes ("replica", "data").
 
     Args:
-      devices: how many there are, on all hosts.
-      replica: devices along the replica axis; 0 picks the largest number that divides both
-        the replicas and the devices.
-      data: devices along the data axis; 0 takes all that are left.
-      num_replicas: R; must be a multiple of `replica`.
-      batch_size: B.
-      gradient_accumulation_steps: A, parts of a batch; B must be a multiple of A and B / A of `data`.
+      devices: number of devices of all hosts
+      replica: size of the replica axis; 0 picks the largest size that divides both the number of
+        replicas and the number of devices
+      data: size of the data axis; 0 uses all remaining devices
+      num_replicas: R, a multiple of `replica`
+      batch_size: B, a multiple of A
+      gradient_accumulation_steps: A; B / A must be a multiple of `data`
 
     Raises:
-      UserError: if the sizes do not divide what they split.
+      UserError: if a size does not divide what it splits
 
-    Two replicas on one device, on two and on eight:
+    Example:
+      Two replicas on one, two and eight devices:
 
-    >>> [mesh_shape(n, 0, 0, num_replicas=2, batch_size=8) for n in (1, 2, 8)]
-    [(1, 1), (2, 1), (2, 4)]
+      >>> [mesh_shape(n, 0, 0, num_replicas=2, batch_size=8) for n in (1, 2, 8)]
+      [(1, 1), (2, 1), (2, 4)]
     """
     for name, size in (("replica", replica), ("data", data)):
         if size < 0:
-            raise UserError(f"mesh.{name}={size}: give a number of devices, or 0 for the best")
+            raise UserError(
+                f"mesh.{name}={size} must be >= 0: set a number of devices, or 0 to choose it "
+                "automatically"
+            )
     replica = replica or math.gcd(max(devices // (data or 1), 1), num_replicas)
     data = data or max(devices // replica, 1)
     if replica * data > devices:
         raise UserError(
             f"mesh: replica {replica} x data {data} needs {replica * data} devices; "
-            f"{devices} are here"
+            f"only {devices} available; lower mesh.replica or mesh.data, or set both to 0"
         )
     if num_replicas % replica:
         raise UserError(f"mesh.replica={replica} does not divide num_replicas={num_replicas}")
-    if gradient_accumulation_steps < 1 or batch_size % gradient_accumulation_steps:
+    steps = gradient_accumulation_steps
+    if steps < 1 or batch_size % steps:
         raise UserError(
-            f"gradient_accumulation_steps={gradient_accumulation_steps} does not cut batch_size={batch_size} into equal "
-            "parts"
+            f"gradient_accumulation_steps={steps} does not divide batch_size={batch_size}"
         )
-    part = batch_size // gradient_accumulation_steps
-    if part % data:
-        whole = (
-            f" / gradient_accumulation_steps={gradient_accumulation_steps}"
-            if gradient_accumulation_steps > 1
-            else ""
-        )
-        raise UserError(f"mesh.data={data} does not divide batch_size={batch_size}{whole}")
+    if batch_size // steps % data:
+        divisor = f" / gradient_accumulation_steps={steps}" if steps > 1 else ""
+        raise UserError(f"mesh.data={data} does not divide batch_size={batch_size}{divisor}")
     return replica, data
 
 
-# Where each array lies on the mesh.
-
-
 def state_sharding(mesh: Mesh, state: TrainState, min_size: int = 0) -> TrainState:
-    """A `TrainState` of shardings, leaf by leaf; keys, counters and carried noise are whole."""
+    """Return the sharding of every leaf of a `TrainState`.
+
+    Parameters and optimizer state are sharded over both axes, keys over the replica axis. The step
+    count and the carried noise are replicated.
+    """
     return jax.tree.map(lambda _: replicated_sharding(mesh), state)._replace(
         key=NamedSharding(mesh, PartitionSpec("replica")),
         params=replicas_sharding(mesh, state.params, min_size),
@@ -138,141 +141,141 @@ def state_sharding(mesh: Mesh, state: TrainState, min_size: int = 0) -> TrainSta
 
 
 def replicas_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
-    """A sharding for each leaf [R, ...]: R over "replica", the rest as one replica's leaf."""
+    """Return the sharding of leaves [R, ...]: R over "replica", the other axes by `fsdp_spec`."""
 
-    def place(x):
+    def leaf_sharding(x):
         spec = fsdp_spec(x.shape[1:], mesh.shape["data"], min_size)
         return NamedSharding(mesh, PartitionSpec("replica", *spec))
 
-    return jax.tree.map(place, replicas)
+    return jax.tree.map(leaf_sharding, replicas)
 
 
-def params_sharding(mesh: Mesh, weights: PyTree, min_size: int) -> PyTree:
-    """A sharding for each leaf [...] of a model without a replica axis: anchor, merged weights."""
+def params_sharding(mesh: Mesh, params: PyTree, min_size: int) -> PyTree:
+    """Return the sharding of leaves without a replica axis: anchor and merged model."""
     return jax.tree.map(
         lambda x: NamedSharding(mesh, fsdp_spec(x.shape, mesh.shape["data"], min_size)),
-        weights,
+        params,
     )
 
 
 def merge_sharding(mesh: Mesh, replicas: PyTree, min_size: int) -> PyTree:
-    """Where the leaves [R, ...] lie while they are merged: all R replicas of a part together.
+    """Return the sharding of leaves [R, ...] during a merge: all R replicas of a shard together.
 
-    The devices of the replica axis, too, split a tensor's own dimensions. From `replicas_sharding`
-    each device sends away what is not its part (an all-to-all), every product of task vectors is
-    then local, and what travels back is the merged tensor alone.
+    The replica axis of the mesh then shards the tensor's own dimensions too. Coming from
+    `replicas_sharding`, each device sends the parts that are not its own (an all-to-all). Every
+    product of task vectors is then local, and only the merged tensor is sent back.
     """
     replica, data = (mesh.shape[axis] for axis in AXES)
 
-    def place(x):
+    def leaf_sharding(x):
         shape = x.shape[1:]
         axes = [*fsdp_spec(shape, data, min_size), *[None] * len(shape)][: len(shape)]
-        part = [size // (data if axis else 1) for size, axis in zip(shape, axes, strict=True)]
-        dims = [dim for dim, size in enumerate(part) if size and size % replica == 0]
+        shard = [size // (data if axis else 1) for size, axis in zip(shape, axes, strict=True)]
+        dims = [dim for dim, size in enumerate(shard) if size and size % replica == 0]
         if replica > 1 and dims:
-            widest = max(dims, key=lambda dim: part[dim])
-            axes[widest] = ("data", "replica") if axes[widest] else "replica"
+            largest = max(dims, key=lambda dim: shard[dim])
+            axes[largest] = ("data", "replica") if axes[largest] else "replica"
         return NamedSharding(mesh, PartitionSpec(None, *axes))
 
-    return jax.tree.map(place, replicas)
+    return jax.tree.map(leaf_sharding, replicas)
 
 
 def fsdp_spec(shape: tuple[int, ...], data: int, min_size: int) -> PartitionSpec:
-    """How one tensor of a model is split over the data axis (FSDP, or ZeRO stage 3).
+    """Return how a tensor is sharded over the data axis (FSDP, ZeRO stage 3).
 
-    Along its largest dimension that `data` divides, the first of equals; whole where it has fewer
-    than `min_size` elements, where no dimension can be cut, on one device, and for a `min_size` of
-    0. The shape alone decides, so that a moment lies where its parameter does.
+    The tensor is split along its largest dimension that `data` divides (the first, if several are
+    equal). It is replicated if it has fewer than `min_size` elements, if no dimension is divisible,
+    if `data` is 1, or if `min_size` is 0. The result depends only on the shape, so that optimizer
+    state is sharded like its parameter.
 
-    >>> tuple(fsdp_spec((768, 3072), 4, 2**18))
-    (None, 'data')
-    >>> tuple(fsdp_spec((768,), 4, 2**18)), tuple(fsdp_spec((768, 3072), 4, 0))
-    ((), ())
+    Example:
+      >>> tuple(fsdp_spec((768, 3072), 4, 2**18))
+      (None, 'data')
+      >>> tuple(fsdp_spec((768,), 4, 2**18)), tuple(fsdp_spec((768, 3072), 4, 0))
+      ((), ())
     """
     dims = [dim for dim, size in enumerate(shape) if size and size % data == 0]
     if data == 1 or not min_size or math.prod(shape) < min_size or not dims:
         return PartitionSpec()
-    widest = max(dims, key=lambda dim: shape[dim])
-    return PartitionSpec(*[None] * widest, "data")
+    largest = max(dims, key=lambda dim: shape[dim])
+    return PartitionSpec(*[None] * largest, "data")
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Return the sharding of an array that every device has a copy of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leaves [R, B, ...]: replicas and examples both split."""
+    """Return the sharding of batches [R, B, ...]: both leading axes are split."""
     return NamedSharding(mesh, PartitionSpec("replica", "data"))
 
 
-def all_gather_params(weights: PyTree, split: PyTree) -> PyTree:
-    """Weights as a replica computes with them: whole, where they lie split over the data axis.
+def all_gather_params(params: PyTree, shardings: PyTree) -> PyTree:
+    """All-gather the parameters that are sharded over the data axis, and reduce-scatter gradients.
 
-    Their gradients go the other way: summed over the devices and split again at once (an all-gather
-    there, a reduce-scatter back). Said where weights enter the loss, it keeps the compiler from
-    cutting the activations along with the weights.
+    The backward pass sums the gradients over the devices and shards them again at once. Applied
+    where parameters enter the loss, it keeps the compiler from sharding the activations like the
+    parameters.
 
     Args:
-      weights: of one replica, [...] a leaf.
-      split: their shardings, as `params_sharding` gives them.
+      params: parameters of one replica, leaves [...]
+      shardings: their shardings, see `params_sharding`
     """
 
-    def leaf(x, sharding):
+    def all_gather(x, sharding):
         if sharding.is_fully_replicated:
             return x
-        whole = replicated_sharding(sharding.mesh)
-        place = jax.lax.with_sharding_constraint
+        replicated = replicated_sharding(sharding.mesh)
+        constrain = jax.lax.with_sharding_constraint
 
         @jax.custom_vjp
         def gather(x):
-            return place(x, whole)
+            return constrain(x, replicated)
 
-        gather.defvjp(lambda x: (gather(x), None), lambda _, g: (place(g, sharding),))
+        gather.defvjp(lambda x: (gather(x), None), lambda _, g: (constrain(g, sharding),))
         return gather(x)
 
-    return jax.tree.map(leaf, weights, split)
-
-
-# From what each process has to one array over all devices of all processes.
+    return jax.tree.map(all_gather, params, shardings)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Places this process's part of a batch [R, B, ...] on the mesh, R and B both split.
+    """Make global arrays of a batch [R, B, ...], sharded by `batch_sharding`.
 
     Args:
-      mesh: over the devices of all processes.
-      batch: what `sharding.local_indices` says of it; on one process, all.
+      mesh: over the devices of all processes
+      batch: the replicas and examples of this process (`local_indices`); all of them if there is
+        one process
     """
     sharding = batch_sharding(mesh)
     axes = tuple(mesh.shape.values())
-    here = [len(blocks) for blocks in local_indices(sharding, axes)]
+    local_axes = [len(indices) for indices in local_indices(sharding, axes)]
 
     def global_array(value):
-        sizes = zip(value.shape, axes, here, strict=False)
+        sizes = zip(value.shape, axes, local_axes, strict=False)
         return make_global_array(
-            sharding, value, tuple(n * axis // mine for n, axis, mine in sizes)
+            sharding, value, tuple(size * axis // local for size, axis, local in sizes)
         )
 
     return {name: global_array(value) for name, value in batch.items()}
 
 
 def local_indices(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """What this process's devices hold of a global array, dimension by dimension.
+    """Return the indices of a global array that this process's devices store, per dimension.
 
-    On one process that is everything; on a mesh that keeps a replica to a host, the host's own
-    replicas and every example of theirs.
+    With one process these are all indices. If the mesh keeps a replica within a host, they are the
+    host's own replicas and all of their examples.
 
     Args:
-      sharding: of the array.
-      shape: of the array; may leave out trailing dimensions that are not split.
+      sharding: sharding of the array
+      shape: shape of the array; trailing dimensions that are not split may be omitted
 
     Returns:
-      For each dimension the ascending indices, int64.
+      for each dimension, the ascending indices, int64
     """
-    every = sharding.addressable_devices_indices_map(shape).values()
-    blocks = [block for block in every if block is not None]
-    dims = zip(*([range(*one.indices(size)) for one, size in zip(b, shape, strict=True)]
+    all_blocks = sharding.addressable_devices_indices_map(shape).values()
+    blocks = [block for block in all_blocks if block is not None]
+    dims = zip(*([range(*index.indices(size)) for index, size in zip(b, shape, strict=True)]
                  for b in blocks), strict=True)  # fmt: skip
     return tuple(np.unique(np.concatenate(ranges)) for ranges in dims)
 
@@ -280,33 +283,33 @@ def local_indices(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[np.n
 def make_global_array(
     sharding: NamedSharding, value: np.ndarray, shape: tuple[int, ...]
 ) -> jax.Array:
-    """The global array of which this process gives what it holds.
+    """Make a global array from this process's part of it.
 
     Args:
-      sharding: of the array.
-      value: this process's part: the rows and columns of `held(sharding, shape)`.
-      shape: global sizes of the leading dimensions; the others are those of `value`.
+      sharding: sharding of the array
+      value: the rows and columns `local_indices(sharding, shape)` of the array
+      shape: global sizes of the leading dimensions; the others are those of `value`
     """
-    parts, shape = local_indices(sharding, shape), (*shape, *value.shape[len(shape) :])
+    indices, shape = local_indices(sharding, shape), (*shape, *value.shape[len(shape) :])
 
     def block(index: tuple[slice, ...] | None) -> np.ndarray:
         local = []
-        for part, one, size in zip(parts, index or (), shape, strict=False):
-            start, stop, _ = one.indices(size)
-            local.append(slice(*np.searchsorted(part, (start, stop))))
+        for local_index, global_slice, size in zip(indices, index or (), shape, strict=False):
+            start, stop, _ = global_slice.indices(size)
+            local.append(slice(*np.searchsorted(local_index, (start, stop))))
         return value[tuple(local)]
 
     return jax.make_array_from_callback(shape, sharding, block)
 
 
 def device_put_global(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Places values that every process has whole; nothing is sent between processes.
+    """Put values that every process has in full on the devices, without communication.
 
-    `jax.device_put` would compare them between all processes first, on the devices.
+    `jax.device_put` would first compare them between all processes, on the devices.
 
     Args:
-      tree: of NumPy arrays, or arrays on this process's devices; equal on all processes.
-      shardings: one for each leaf.
+      tree: NumPy arrays, or arrays on this process's devices; equal on all processes
+      shardings: one sharding per leaf
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)

@@ -1,4 +1,4 @@
-"""What comes before and after the replicas' training: pretraining, linear probe, learned radii."""
+"""Stages before and after fine-tuning: pretraining, linear probing (LP-FT) and TPGM."""
 
 from __future__ import annotations
 
@@ -31,91 +31,88 @@ from modelstock_jax.training.losses import cross_entropy, flyp
 from modelstock_jax.training.projections import trainable_projection
 from modelstock_jax.training.step_fns import Task
 
+RENDER_BATCH = 512  # images per call of the compiled renderer
+
 
 def linear_probe(
     config: ConfigDict, anchor: Classifier, data: Benchmark, workdir: Path
 ) -> Classifier:
-    """The first phase of LP-FT (Kumar et al. 2022): the head alone, the tower as it is.
+    """Train only the head: the first phase of LP-FT (Kumar et al. 2022).
 
-    The second phase is a fine-tuning like any other, from what this returns.
-    The probed model is then the replicas' anchor too, and so is shared by all seeds of a run, as
-    Model Soups share theirs. A run that was stopped in either phase goes on there.
+    The second phase is an ordinary fine-tuning from the returned model. The probed model is also
+    the anchor of the replicas, and all seeds of a run share it, as in Model Soups. A stopped run
+    resumes in the phase in which it stopped.
 
     Args:
-      config: the run's options; `objective.probe_epochs` and `probe_learning_rate` are used in
-        place of the second phase's, and no option of `merge`, `per_replica` or `projection`.
-      anchor: where the probe starts.
-      data: its training set.
-      workdir: the probe lies in workdir/runs/probe.
+      config: options of the run; `objective.probe_epochs` and `objective.probe_learning_rate`
+        replace those of the second phase, and `merge`, `per_replica` and `projection` are ignored
+      anchor: the model that the probe starts from
+      data: provides the training set
+      workdir: the probe is stored in workdir/runs/probe
 
     Returns:
-      The anchor under the probed head, or the anchor itself where the objective is not `lp_ft`.
+      the anchor with the probed head, or the anchor itself if the objective is not `lp_ft`
     """
     check_method(config)
     if config.objective.name != "lp_ft":
         return anchor
-    one = single_replica_config(config)
-    one.objective.name = "linear_probe"
-    one.epochs = config.objective.probe_epochs
-    one.optimizer.learning_rate = config.objective.probe_learning_rate
-    one.optimizer.decay_to_pretrained = 0.0
-    one.optimizer.projection.name = "none"
-    state = make_trainer(one, anchor, data, workdir, "probe").run().state
+    probe_config = single_replica_config(config)
+    probe_config.objective.name = "linear_probe"
+    probe_config.epochs = config.objective.probe_epochs
+    probe_config.optimizer.learning_rate = config.objective.probe_learning_rate
+    probe_config.optimizer.decay_to_pretrained = 0.0
+    probe_config.optimizer.projection.name = "none"
+    state = make_trainer(probe_config, anchor, data, workdir, "probe").run().state
     head = jax.tree.map(lambda x: x[0], multihost.to_host(state.params["head"]))
     return replace(anchor, params=anchor.params | {"head": head})
 
 
 def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas: PyTree) -> PyTree:
-    """TPGM after training: each replica within radii that validation images choose.
+    """Project each replica with TPGM after training; validation images determine the radii.
 
     Args:
-      config: the run's options; `optimizer.projection` is used.
-      anchor: what the replicas were trained from.
-      data: its validation set, seen through the training's views.
-      replicas: [R, ...] a leaf, NumPy arrays.
+      config: options of the run; `optimizer.projection` is used
+      anchor: the model that the replicas were trained from
+      data: provides the validation set, which is transformed like training images
+      replicas: leaves [R, ...], NumPy arrays
 
     Returns:
-      The projected replicas, or the replicas themselves where the projection is not `tpgm`.
+      the projected replicas, or the replicas themselves if the projection is not `tpgm`
 
     Raises:
-      UserError: if the validation set has fewer images than a batch.
+      UserError: if the validation set has fewer images than a batch
     """
-    rules, size = config.optimizer.projection, config.batch_size
-    if rules.name != "tpgm":
+    projection, batch_size = config.optimizer.projection, config.batch_size
+    if projection.name != "tpgm":
         return replicas
-    if len(data.validation) < size:
+    if len(data.validation) < batch_size:
         raise UserError(
-            f"optimizer.projection.name='tpgm' learns on validation images; {size} make a batch, "
-            f"and there are {len(data.validation)}: lower batch_size or set data.held_out_per_class"
+            "optimizer.projection.name='tpgm' needs at least one batch of validation images: "
+            f"batch_size={batch_size}, but there are {len(data.validation)} validation images; "
+            "lower batch_size or raise data.held_out_per_class"
         )
     loss_fn = cross_entropy(anchor.apply, anchor.normalize)
-    held = []
-    for r, view in enumerate(train_transforms(config, anchor.normalize.image_size)):
+    projected = []
+    for r, transform in enumerate(train_transforms(config, anchor.normalize.image_size)):
         batches = train_batches(
             data.validation,
-            batch_size=size,
+            batch_size=batch_size,
             seed=config.seed,
             num_replicas=1,
             start_step=0,
-            transform=view,
+            transform=transform,
             loader=LoaderOptions(**config.data.loader),
         )
-        projected, _ = trainable_projection(
+        params, _ = trainable_projection(
             lambda params, batch: loss_fn(params, batch)[0],
             jax.tree.map(lambda x, r=r: x[r], replicas),
             anchor.params,
-            ({name: x[0] for name, x in b.items()} for b in islice(batches, rules.steps)),
-            learning_rate=rules.learning_rate,
-            norm=rules.norm,
+            ({name: x[0] for name, x in b.items()} for b in islice(batches, projection.steps)),
+            learning_rate=projection.learning_rate,
+            norm=projection.norm,
         )
-        held.append(jax.device_get(projected))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *held)
-
-
-# Pretraining a small CLIP from scratch by image-text contrast, as a `Task` of the same loop.
-
-
-RENDERED_AT_ONCE = 512  # what the renderer is compiled for
+        projected.append(jax.device_get(params))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *projected)
 
 
 def pretraining_task(
@@ -123,26 +120,29 @@ def pretraining_task(
     clip: CLIPConfig,
     preprocessor: Preprocessor,
 ) -> Task:
-    """CLIP's own objective on the broad glyph world, from its own initial weights.
+    """Return the task of pretraining CLIP from scratch with its contrastive loss.
+
+    The data is the broad distribution of the synthetic benchmark (`pretraining_batches`).
 
     Args:
-      config: the run's options; `pretrain.num_steps` and `batch_size` set its length.
-      clip: sizes of the towers.
-      preprocessor: how pixels become the image tower's input.
+      config: options of the run; `pretrain.num_steps` and `batch_size` set its length
+      clip: sizes of the towers
+      preprocessor: converts pixels to the image tower's input
 
     Raises:
-      UserError: if the batch size does not divide what is rendered at once, or the batch is to
-        be cut in parts, which would be another loss.
+      UserError: if `batch_size` does not divide the renderer's batch, or gradients are to be
+        accumulated, which would change the loss
     """
     if config.gradient_accumulation_steps != 1:
         raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: pretraining compares every image with "
-            "every text of a batch, which parts of it cannot; use 1"
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: pretraining "
+            "compares every image with every text of a batch, so the batch cannot be split; set "
+            "gradient_accumulation_steps=1"
         )
-    if RENDERED_AT_ONCE % config.batch_size:
+    if RENDER_BATCH % config.batch_size:
         raise UserError(
-            f"batch_size={config.batch_size} does not divide {RENDERED_AT_ONCE}, the number of "
-            "glyphs rendered at once; use a power of two up to that"
+            f"batch_size={config.batch_size} does not divide {RENDER_BATCH}, the number of glyphs "
+            f"rendered at once; set a power of two up to {RENDER_BATCH}"
         )
     compute = Compute.of(config.compute)
     return Task(
@@ -166,31 +166,31 @@ def pretraining_batches(
     start: int,
     examples: np.ndarray,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless {"image" uint8 [1, b, H, W, 3], "text" int32 [1, b, L]} from step `start` on.
+    """Yield endless {"image" uint8 [1, b, H, W, 3], "text" int32 [1, b, L]} from step `start`.
 
     Args:
-      config: its seed and batch size are used.
-      clip: sizes of the towers.
-      tokenize: captions -> int32 [M, L].
-      start: the first batch's step.
-      examples: b of a batch's B places that this process's devices hold.
+      config: options of the run; its seed and batch size are used
+      clip: sizes of the towers
+      tokenize: captions -> int32 [M, L]
+      start: step of the first batch
+      examples: the b of B batch rows that this process's devices store
 
     Raises:
-      UserError: if a caption has a token that the text tower does not know.
+      UserError: if a token id is not in the text tower's vocabulary
     """
-    # Chunk c of seed s is drawn from one number, so that a step number alone restores the stream.
-    step, a_chunk = start, RENDERED_AT_ONCE // config.batch_size
+    # One seed per rendered chunk, so that the step number alone restores the stream.
+    step, steps_per_chunk = start, RENDER_BATCH // config.batch_size
     while True:
-        chunk, first = divmod(step, a_chunk)
-        images, captions = glyphs.pretraining_batch(config.seed * 2**32 + chunk, RENDERED_AT_ONCE)
+        chunk, first = divmod(step, steps_per_chunk)
+        images, captions = glyphs.pretraining_batch(config.seed * 2**32 + chunk, RENDER_BATCH)
         ids = tokenize(captions)
-        # An embedding's look-up would clamp such an id to the last row without a word.
+        # The embedding lookup would silently clamp such an id to the last row.
         if ids.max() >= clip.text.vocab_size:
             raise UserError(
                 f"pretrain.clip.text_config.vocab_size={clip.text.vocab_size}, but the tokenizer "
-                f"gives id {ids.max()}; set it to the size of the tokenizer's vocabulary"
+                f"returned id {ids.max()}; set it to the size of the tokenizer's vocabulary"
             )
-        for part in range(first, a_chunk):
-            rows = part * config.batch_size + examples
+        for k in range(first, steps_per_chunk):
+            rows = k * config.batch_size + examples
             yield {"image": images[None, rows], "text": ids[None, rows]}
             step += 1

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and which leaves of its weights are trained."""
+"""The training state, and predicates that select which parameters are trained."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import optax
 
 from modelstock_jax.merging.gram import PyTree, named_leaves
 
+IsTrained = Callable[[str], bool]  # leaf name -> whether it is trained
+
 
 class TrainState(NamedTuple):
-    """N replicas in training; the replica axis R is axis 0 of every leaf that has one.
+    """State of R replicas. The replica axis is axis 0 of every leaf that has one.
 
     Attributes:
-      step: int32 [], optimizer steps taken; the same for all replicas.
-      key: uint32 [R, 2], each replica's random key; folded with `step`, never consumed.
-      params: the replicas' weights, [R, ...] a leaf.
-      opt_state: the optimizer's state, [R, ...] a leaf (its counters are [R]).
-      noise: the noise energy carried over merges, per merge unit; None unless carried.
+      step: int32 [], number of optimizer steps done; the same for all replicas
+      key: uint32 [R, 2], PRNG key of each replica; folded with `step`, never split
+      params: parameters of the replicas, leaves [R, ...]
+      opt_state: optimizer state, leaves [R, ...]; its counters are [R]
+      noise: noise energy carried over merges, per merge unit; None if noise is not carried
     """
 
     step: jax.Array
@@ -32,13 +34,13 @@ class TrainState(NamedTuple):
 
 
 class StepConstants(NamedTuple):
-    """Weights that a step reads and does not change; a field is None where nothing reads it.
+    """Inputs that a train step reads and does not change. A field is None if no option needs it.
 
     Attributes:
-      pretrained: the anchor, without a replica axis.
-      last_merged: the last merged model (the anchor before the first merge), without one.
-      hyper: numbers that are each replica's own, [R] a leaf (inside a replica's step a scalar);
-        empty where replicas differ in nothing but their data.
+      pretrained: the anchor, without a replica axis
+      last_merged: the last merged model, without a replica axis; the anchor before the first merge
+      hyper: per-replica hyperparameters, each [R] (a scalar inside one replica's step); empty if
+        the replicas differ only in their data
     """
 
     pretrained: PyTree = None
@@ -47,10 +49,11 @@ class StepConstants(NamedTuple):
 
 
 def replicate(tree: PyTree, num_replicas: int) -> PyTree:
-    """Copies every leaf [...] to [R, ...].
+    """Broadcast every leaf [...] to [R, ...].
 
-    >>> replicate({"w": jnp.zeros(3)}, 2)["w"].shape
-    (2, 3)
+    Example:
+      >>> replicate({"w": jnp.zeros(3)}, 2)["w"].shape
+      (2, 3)
     """
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_replicas, *x.shape)), tree)
 
@@ -63,14 +66,16 @@ def init_state(
     seed: int | jax.Array,
     noise: PyTree = None,
 ) -> TrainState:
-    """R replicas of one set of weights, each with its own key and fresh optimizer state.
+    """Return the initial state of R replicas of one model.
+
+    Every replica gets the same parameters, its own PRNG key and a fresh optimizer state.
 
     Args:
-      params: one replica's weights; every replica starts from them.
-      tx: the optimizer, initialized for each replica apart.
-      num_replicas: R.
-      seed: the run's seed; replica r's key is `fold_in(key(seed), r)`.
-      noise: the carried noise at the start (zeros), or None when noise is not carried.
+      params: parameters of one replica
+      tx: the optimizer, initialized separately for each replica
+      num_replicas: R
+      seed: seed of the run; the key of replica r is `fold_in(key(seed), r)`
+      noise: initial carried noise (zeros), or None if noise is not carried
     """
     base = jax.random.key(seed)
     key = jax.vmap(lambda r: jax.random.key_data(jax.random.fold_in(base, r)))(
@@ -86,47 +91,44 @@ def init_state(
     )
 
 
-# Which leaves of a model are trained; the others keep their bits.
-
-
-IsTrained = Callable[[str], bool]
-
-
 def head_only(name: str) -> bool:
-    """A linear probe's: the head.
+    """Return whether a linear probe trains this leaf: only the head.
 
-    >>> head_only("head.kernel"), head_only("image_tower.projection.kernel")
-    (True, False)
+    Example:
+      >>> head_only("head.kernel"), head_only("image_tower.projection.kernel")
+      (True, False)
     """
     return name.startswith("head.")
 
 
 def biases_and_head(name: str) -> bool:
-    """BitFit's (Zaken et al. 2022, section 3): every bias term, and the task's classifier.
+    """Return whether BitFit trains this leaf: biases and the head (Zaken et al. 2022, section 3).
 
-    >>> biases_and_head("image_tower.pre_layernorm.bias")
-    True
-    >>> biases_and_head("image_tower.pre_layernorm.scale")
-    False
+    Example:
+      >>> biases_and_head("image_tower.pre_layernorm.bias")
+      True
+      >>> biases_and_head("image_tower.pre_layernorm.scale")
+      False
     """
     return head_only(name) or name.endswith(".bias")
 
 
 def leaf_names(tree: PyTree) -> PyTree:
-    """The tree with each leaf's name, joined with dots, in its place.
+    """Return a tree of the same structure that contains the dotted name of each leaf.
 
-    >>> leaf_names({"head": {"bias": 0, "kernel": 0}})
-    {'head': {'bias': 'head.bias', 'kernel': 'head.kernel'}}
+    Example:
+      >>> leaf_names({"head": {"bias": 0, "kernel": 0}})
+      {'head': {'bias': 'head.bias', 'kernel': 'head.kernel'}}
     """
     return jax.tree.unflatten(jax.tree.structure(tree), list(named_leaves(tree)))
 
 
 def freeze(params: PyTree, trained: IsTrained | None) -> PyTree:
-    """The same weights; none but the trained leaves have a gradient, nor cost what it takes.
+    """Stop the gradients of all leaves that are not trained; XLA does not compute them.
 
     Args:
-      params: of one replica.
-      trained: by name; None trains all.
+      params: parameters of one replica
+      trained: predicate on the leaf name; None trains all leaves
     """
     if trained is None:
         return params

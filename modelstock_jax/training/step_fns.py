@@ -1,4 +1,4 @@
-"""The compiled programs of a run: start, step and merge on one mesh."""
+"""The jitted functions of a run on one mesh: initialization, train step and merge step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelstock_jax.merging import init_noise
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training import sharding
 from modelstock_jax.training.losses import Loss
-from modelstock_jax.training.merge_step import make_merge
+from modelstock_jax.training.merge_step import make_merge_step
 from modelstock_jax.training.optimizer import make_optimizer, reads_pretrained
 from modelstock_jax.training.sharding import device_put_global
 from modelstock_jax.training.state import IsTrained, StepConstants, TrainState, init_state
@@ -31,19 +31,19 @@ REPLICA_MODES = ("auto", "vmap", "map")
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains: weights and their loss, and for how long.
+    """The training task: initial parameters, loss, augmentation and number of steps.
 
     Attributes:
-      params: the weights every replica starts from; the anchor of its merges.
-      loss_fn: see `losses`.
-      steps_per_epoch: steps a pass takes.
-      num_steps: steps of the whole run.
-      num_heads: attention heads of the image tower, for the merge unit `head`.
-      augment: (key, batch) -> batch, drawn once a step for a replica's whole batch.
-      fingerprint: of the pretrained checkpoint that the weights come from; "" where there is none.
-      trained: which leaves move, by name; None for all.
-      reads_pretrained: whether the loss compares with the pretrained weights.
-      hyper: numbers that are each replica's own, [R] each (`per_replica`).
+      params: initial parameters of every replica; the anchor of the merges
+      loss_fn: see `losses`
+      steps_per_epoch: steps per epoch
+      num_steps: steps of the run
+      num_heads: attention heads of the image tower, for `merge.unit='head'`
+      augment: (key, batch) -> batch, applied once per step to the full batch of a replica
+      fingerprint: checksum of the pretrained checkpoint; "" if there is none
+      trained: predicate on the leaf name; None trains all leaves
+      reads_pretrained: whether the loss reads the pretrained parameters
+      hyper: per-replica hyperparameters, each [R] (the config group `per_replica`)
     """
 
     params: PyTree
@@ -59,7 +59,11 @@ class Task:
 
 
 def mesh_of(config: ConfigDict) -> Mesh:
-    """The mesh of a run's options; refused as `sharding.make_mesh` refuses it."""
+    """Return the mesh that the config describes.
+
+    Raises:
+      UserError: see `sharding.make_mesh`
+    """
     return sharding.make_mesh(
         config.mesh.replica,
         config.mesh.data,
@@ -70,54 +74,54 @@ def mesh_of(config: ConfigDict) -> Mesh:
 
 
 class StepFunctions:
-    """What is compiled once and serves every seed and every arm of a run.
+    """The jitted functions of a run.
 
-    The task's weights may be `jax.ShapeDtypeStruct`s where programs are lowered and not run.
+    They are compiled once and shared by all seeds, with and without merging.
+
+    The parameters of the task may be `jax.ShapeDtypeStruct`s if the functions are only lowered.
 
     Attributes:
-      task: what is trained.
-      mesh: the mesh ("replica", "data").
-      whole: the sharding of what every device holds a copy of.
-      weights_sharding: that of each leaf of a model without a replica axis.
-      abstract_state: shapes, dtypes and places of the training state.
-      abstract_anchor: those of the anchor.
-      step: (state, batch, reference) -> (state, metrics); the state is donated.
+      task: the training task
+      mesh: the mesh ("replica", "data")
+      params_sharding: sharding of each leaf of a model without a replica axis
+      abstract_state: shapes, dtypes and shardings of the training state
+      abstract_anchor: shapes, dtypes and shardings of the anchor
+      train_step: (state, batch, constants) -> (state, metrics); the state is donated
     """
 
     def __init__(self, config: ConfigDict, task: Task) -> None:
-        """Checks the options by shapes; nothing is placed on a device or compiled yet.
+        """Check the options on shapes only; nothing is compiled or placed on a device yet.
 
         Raises:
-          UserError: if the options do not fit together.
+          UserError: if the options are inconsistent
         """
         self.task, self._config = task, config
         self.mesh = mesh_of(config)
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps, task.trained)
-        self.whole = sharding.replicated_sharding(self.mesh)
-        least = config.mesh.fsdp_min_size
-        self.weights_sharding = sharding.params_sharding(self.mesh, task.params, least)
+        min_size = config.mesh.fsdp_min_size
+        self.params_sharding = sharding.params_sharding(self.mesh, task.params, min_size)
         state = jax.eval_shape(self._init, task.params, 0)
-        merges = [
-            make_merge(
+        merge_steps = [
+            make_merge_step(
                 config.merge,
                 self._tx,
                 task.num_heads,
                 last=last,
-                together=sharding.merge_sharding(self.mesh, state.params, least),
-                weights=self.weights_sharding,
+                merge_sharding=sharding.merge_sharding(self.mesh, state.params, min_size),
+                params_sharding=self.params_sharding,
             )
             for last in (False, True)
         ]
-        # The last merge differs from the others only in the noise that it may have to shrink.
-        self._merges = merges if config.merge.carry_noise != "off" else merges[:1]
-        # A merge unit's mistake would show hours later, at the first merge.
+        # The last merge differs from the others only if it shrinks carried noise.
+        self._merge_steps = merge_steps if config.merge.carry_noise != "off" else merge_steps[:1]
+        # Trace the merge now: an invalid merge unit would otherwise fail hours later.
         if config.num_replicas > 1:
-            jax.eval_shape(self._merges[0], task.params, state)
-        self._shardings = sharding.state_sharding(self.mesh, state, least)
-        self.abstract_state = _placed(state, self._shardings)
-        self.abstract_anchor = _placed(task.params, self.weights_sharding)
-        self._start = jax.jit(self._init, out_shardings=self._shardings)
-        self.step = jax.jit(
+            jax.eval_shape(self._merge_steps[0], task.params, state)
+        self._state_sharding = sharding.state_sharding(self.mesh, state, min_size)
+        self.abstract_state = _with_sharding(state, self._state_sharding)
+        self.abstract_anchor = _with_sharding(task.params, self.params_sharding)
+        self._init_state = jax.jit(self._init, out_shardings=self._state_sharding)
+        self.train_step = jax.jit(
             make_train_step(
                 self._loss,
                 self._tx,
@@ -128,70 +132,80 @@ class StepFunctions:
                 on_non_finite=config.monitor.on_non_finite,
             ),
             donate_argnums=0,
-            out_shardings=(self._shardings, None),
+            out_shardings=(self._state_sharding, None),
         )
 
     @cached_property
     def anchor(self) -> PyTree:
-        """The task's weights, placed as `params_sharding` says."""
-        return device_put_global(self.task.params, self.weights_sharding)
+        """The initial parameters on the devices, sharded by `params_sharding`."""
+        return device_put_global(self.task.params, self.params_sharding)
 
     def init_state(self, seed: int) -> TrainState:
-        """Every replica at the anchor, with the random keys of this seed."""
-        return self._start(self.anchor, np.uint32(seed))
+        """Return the initial state: every replica at the anchor, with the PRNG keys of the seed."""
+        return self._init_state(self.anchor, np.uint32(seed))
 
     @cached_property
-    def merge(self) -> dict[bool, jax.stages.Wrapped]:
-        """For the last merge and the others: (anchor, state) -> (state, merged, stats)."""
-        compiled = [
+    def merge_step(self) -> dict[bool, jax.stages.Wrapped]:
+        """(anchor, state) -> (state, merged, stats), by whether it is the last merge of the run.
+
+        The state is donated.
+        """
+        replicated = sharding.replicated_sharding(self.mesh)
+        jitted = [
             jax.jit(
-                merge,
+                merge_step,
                 donate_argnums=1,
-                out_shardings=(self._shardings, self.weights_sharding, self.whole),
+                out_shardings=(self._state_sharding, self.params_sharding, replicated),
             )
-            for merge in self._merges
+            for merge_step in self._merge_steps
         ]
-        return {False: compiled[0], True: compiled[-1]}
+        return {False: jitted[0], True: jitted[-1]}
 
     def step_constants(self, anchor: PyTree = None, merged: PyTree = None) -> StepConstants:
-        """What a step reads beside its state; nothing that no option reads is kept in memory.
+        """Return the inputs of a train step besides its state and batch.
+
+        Models that no option reads are None, so that they take no memory.
 
         Args:
-          anchor: weights or their shapes; None takes the shapes.
-          merged: the last merged model; None takes the anchor.
+          anchor: parameters or their shapes; None uses the shapes
+          merged: the last merged model; None uses the anchor
         """
         anchor = self.abstract_anchor if anchor is None else anchor
-        last = anchor if merged is None else merged
-        restores = self._config.monitor.on_non_finite == "restore_last_merge"
-        compares = self.task.reads_pretrained or reads_pretrained(self._config.optimizer)
+        last_merged = anchor if merged is None else merged
+        needs_merged = self._config.monitor.on_non_finite == "restore_last_merge"
+        needs_anchor = self.task.reads_pretrained or reads_pretrained(self._config.optimizer)
         return StepConstants(
-            pretrained=anchor if compares else None,
-            last_merged=last if restores else None,
+            pretrained=anchor if needs_anchor else None,
+            last_merged=last_merged if needs_merged else None,
             hyper=dict(self.task.hyper),
         )
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.stages.Lowered]:
-        """The step, and the merge where replicas merge, for shapes alone: no memory is spent.
+        """Lower the train step and, if the config merges, the merge step; no arrays are allocated.
 
         Args:
-          batch: placed shapes [R, B, ...] and dtypes, as `abstract_batch` gives them.
+          batch: abstract batch, see `abstract_batch`
+
+        Returns:
+          {"step": lowered} or {"step": lowered, "merge": lowered}
         """
-        lowered = {"step": self.step.lower(self.abstract_state, batch, self.step_constants())}
+        state, anchor = self.abstract_state, self.abstract_anchor
+        lowered = {"step": self.train_step.lower(state, batch, self.step_constants())}
         if self._config.merge.every != "never":
-            lowered["merge"] = self.merge[False].lower(self.abstract_anchor, self.abstract_state)
+            lowered["merge"] = self.merge_step[False].lower(anchor, state)
         return lowered
 
     def abstract_batch(self, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """A step's square images and labels: shapes [R, B, ...], dtypes and places."""
-        lead = (self._config.num_replicas, self._config.batch_size)
+        """Return shapes [R, B, ...], dtypes and shardings of a batch of images and labels."""
+        leading = (self._config.num_replicas, self._config.batch_size)
         shapes = {
-            "image": jax.ShapeDtypeStruct((*lead, image_size, image_size, 3), np.uint8),
-            "label": jax.ShapeDtypeStruct(lead, np.int32),
+            "image": jax.ShapeDtypeStruct((*leading, image_size, image_size, 3), np.uint8),
+            "label": jax.ShapeDtypeStruct(leading, np.int32),
         }
-        return _placed(shapes, dict.fromkeys(shapes, sharding.batch_sharding(self.mesh)))
+        return _with_sharding(shapes, dict.fromkeys(shapes, sharding.batch_sharding(self.mesh)))
 
     def _loss(self, params: PyTree, *rest: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return self.task.loss_fn(sharding.all_gather_params(params, self.weights_sharding), *rest)
+        return self.task.loss_fn(sharding.all_gather_params(params, self.params_sharding), *rest)
 
     def _init(self, params: PyTree, seed: jax.Array) -> TrainState:
         config, noise = self._config, None
@@ -203,29 +217,29 @@ class StepFunctions:
 
     @cached_property
     def replica_mode(self) -> ReplicaMode:
-        """How the replicas run: 'vmap' or 'map'."""
-        execution = self._config.compute.replica_mode
-        check_choice("compute.replica_mode", execution, REPLICA_MODES)
-        if execution == "auto":
-            # Vmapped convolutions are slow on a CPU: ResNet, ConvNeXt. CLIP has none.
-            alone = self.mesh.shape["replica"] == 1 and jax.default_backend() == "cpu"
-            return "map" if alone else "vmap"
-        if execution == "map" and self.mesh.shape["replica"] > 1:
+        """How the replicas are executed: 'vmap' (in parallel) or 'map' (one after the other)."""
+        mode, replica_devices = self._config.compute.replica_mode, self.mesh.shape["replica"]
+        check_choice("compute.replica_mode", mode, REPLICA_MODES)
+        if mode == "auto":
+            # Vmapped convolutions (ResNet, ConvNeXt) are slow on a CPU. CLIP has none.
+            return "map" if replica_devices == 1 and jax.default_backend() == "cpu" else "vmap"
+        if mode == "map" and replica_devices > 1:
             raise UserError(
-                "compute.replica_mode='map' would gather the weights over the mesh's replica axis "
-                f"({self.mesh.shape['replica']} devices); use 'vmap' or mesh.replica=1"
+                "compute.replica_mode='map' would gather the parameters over the replica axis of "
+                f"the mesh ({replica_devices} devices): set compute.replica_mode='vmap' or "
+                "mesh.replica=1"
             )
-        return execution
+        return mode
 
 
 def use_compilation_cache(directory: str) -> None:
-    """Keeps compiled programs in `directory` from run to run; "" leaves it to JAX's own settings.
+    """Enable JAX's persistent compilation cache in `directory`; "" keeps JAX's own settings.
 
-    To be called before anything is compiled; JAX_COMPILATION_CACHE_DIR says the same to JAX. What
-    lies there is run: it must be a directory in which nobody else can write.
+    Call this before the first compilation. It is equivalent to JAX_COMPILATION_CACHE_DIR. JAX
+    executes the files in this directory: nobody else may have write access to it.
 
     Raises:
-      UserError: if it cannot be made or written.
+      UserError: if the directory cannot be created or written
     """
     if not directory:
         return
@@ -233,14 +247,19 @@ def use_compilation_cache(directory: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"compute.compilation_cache={directory}: {error.strerror}") from None
+        raise UserError(
+            f"cannot create compute.compilation_cache={directory} ({error.strerror}); choose "
+            "another directory"
+        ) from None
     if not os.access(path, os.W_OK):
-        raise UserError(f"compute.compilation_cache={directory}: not writable")
+        raise UserError(
+            f"compute.compilation_cache={directory} is not writable; choose another directory"
+        )
     jax.config.update("jax_compilation_cache_dir", str(path))
-    compilation_cache.reset_cache()  # JAX decides once, when it first compiles, whether to use it.
+    compilation_cache.reset_cache()  # JAX otherwise keeps what it decided at its first compilation.
 
 
-def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+def _with_sharding(shapes: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

@@ -1,4 +1,4 @@
-"""One optimizer step of every replica, in one compiled program."""
+"""The train step: one optimizer step of all replicas in one jitted function."""
 
 from __future__ import annotations
 
@@ -34,178 +34,192 @@ def make_train_step(
     gradient_accumulation_steps: int = 1,
     on_non_finite: OnNonFinite = "stop",
 ) -> Callable[[TrainState, Batch, StepConstants], tuple[TrainState, Metrics]]:
-    """Builds (state, batch [R, B, ...], reference) -> (state, metrics [R]); to be jitted.
+    """Build (state, batch [R, B, ...], constants) -> (state, metrics [R]), to be jitted.
 
-    The state may be donated; the reference stays.
+    The state may be donated; the constants may not.
 
-    Replicas never meet in it: under `vmap` over a mesh ("replica", "data") no collective
-    crosses the replica axis. `map` runs them one after the other, which keeps one replica's
-    activations alive and is for meshes whose replica axis is 1.
+    Replicas do not communicate: under `vmap` over a mesh ("replica", "data"), no collective crosses
+    the replica axis. `map` runs the replicas one after the other, so that only one replica's
+    activations are alive. It requires a replica axis of size 1.
 
-    A step's randomness is drawn for the whole batch, before it is cut: what an example looks
-    like depends on (seed, replica, step, its row) and not on `gradient_accumulation_steps`.
+    Augmentation is applied to the full batch before the batch is split into micro-batches. An
+    augmented example depends on (seed, replica, step, row), not on `gradient_accumulation_steps`.
 
-    A replica whose loss, gradient or new weights are not finite is marked in the metrics (`ok`,
-    `first_bad`, `first_bad_weight`: see `finite_checks`), and its update is as `policy` says: a part of
-    the step, so that steps that are run again after a kill give the same bits.
+    If a replica's loss, gradient or new parameters are not finite, the metrics `ok`, `first_bad`
+    and `first_bad_weight` report it (see `finite_checks`), and its update follows `on_non_finite`.
+    This is part of the step, so that steps repeated after a kill are bitwise identical.
 
     Args:
-      loss_fn: see `losses`.
-      tx: the optimizer's direction.
-      schedule: (step, hyper) -> learning rate.
-      replica_mode: how the replicas run.
-      augment: (key, batch [B, ...]) -> batch, once a step; numbers of the replica's own
-        (`reference.hyper`) lie in its batch.
-      gradient_accumulation_steps: parts of the batch that are computed one after the other.
-      on_non_finite: of a replica that is not finite: 'stop' leaves it to the caller; 'skip_step' keeps
-        its weights and moments; 'restore_last_merge' starts it anew from
-        `reference.last_merged`, with fresh moments.
+      loss_fn: see `losses`
+      tx: the optimizer without the learning rate, see `optimizer.make_optimizer`
+      schedule: (step, hyper) -> learning rate
+      replica_mode: 'vmap' or 'map'
+      augment: (key, batch [B, ...]) -> batch, applied once per step; the batch also contains the
+        replica's hyperparameters (`constants.hyper`)
+      gradient_accumulation_steps: number of micro-batches per step
+      on_non_finite: update of a replica that is not finite: 'stop' leaves the error to the caller,
+        'skip_step' keeps parameters and optimizer state, 'restore_last_merge' restarts the replica
+        from `constants.last_merged` with a fresh optimizer state
 
     Raises:
-      UserError: if there is no such policy.
+      UserError: if `on_non_finite` is unknown
     """
     check_choice("monitor.on_non_finite", on_non_finite, ON_NON_FINITE)
 
-    def replica_step(step, reference, key, params, opt_state, batch, hyper):
-        own = reference._replace(hyper=hyper)
+    def replica_step(step, constants, key, params, opt_state, batch, hyper):
+        constants = constants._replace(hyper=hyper)
         key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
-        drawn = augment(key, batch | hyper)
-        batch = {name: value for name, value in drawn.items() if name not in hyper}
+        augmented = augment(key, batch | hyper)
+        batch = {name: value for name, value in augmented.items() if name not in hyper}
         loss, grads, metrics = mean_gradient(
-            lambda params, part: loss_fn(params, part, own),
+            lambda params, micro_batch: loss_fn(params, micro_batch, constants),
             params,
             batch,
             gradient_accumulation_steps,
         )
-        rate = schedule(step, hyper)
-        updates, moments = tx.update(
+        learning_rate = schedule(step, hyper)
+        updates, new_opt_state = tx.update(
             grads,
             opt_state,
             params,
-            pretrained=reference.pretrained,
-            learning_rate=rate,
+            pretrained=constants.pretrained,
+            learning_rate=learning_rate,
             hyper=hyper,
         )
-        new = jax.tree.map(lambda w, u: w - (rate * u).astype(w.dtype), params, updates)
-        metrics = metrics | {"learning_rate": rate} | finite_checks(loss, grads, new)
+        new_params = jax.tree.map(
+            lambda w, u: w - (learning_rate * u).astype(w.dtype), params, updates
+        )
+        checks = finite_checks(loss, grads, new_params)
+        metrics = metrics | {"learning_rate": learning_rate} | checks
+        new = (new_params, new_opt_state)
         if on_non_finite == "skip_step":
-            new, moments = tree_where(metrics["ok"], (new, moments), (params, opt_state))
+            new = tree_where(checks["ok"], new, (params, opt_state))
         elif on_non_finite == "restore_last_merge":
-            anew = (reference.last_merged, tx.init(reference.last_merged))
-            new, moments = tree_where(metrics["ok"], (new, moments), anew)
-        return new, moments, metrics
+            restarted = (constants.last_merged, tx.init(constants.last_merged))
+            new = tree_where(checks["ok"], new, restarted)
+        return *new, metrics
 
-    def train_step(state, batch, reference):
-        one = partial(replica_step, state.step, reference)
-        replicas = (state.key, state.params, state.opt_state, batch, reference.hyper)
+    def train_step(state, batch, constants):
+        step_fn = partial(replica_step, state.step, constants)
+        replicas = (state.key, state.params, state.opt_state, batch, constants.hyper)
         if replica_mode == "vmap":
-            out = jax.vmap(one, spmd_axis_name="replica")(*replicas)
+            out = jax.vmap(step_fn, spmd_axis_name="replica")(*replicas)
         else:
-            out = jax.lax.map(lambda args: one(*args), replicas)
+            out = jax.lax.map(lambda args: step_fn(*args), replicas)
         params, opt_state, metrics = out
         state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
-        return state, jax.tree.map(_readable, metrics)
+        return state, jax.tree.map(_floats_to_float32, metrics)
 
     return train_step
 
 
-def _readable(metric: jax.Array) -> jax.Array:
+def _floats_to_float32(metric: jax.Array) -> jax.Array:
     return metric.astype(jnp.float32) if jnp.issubdtype(metric.dtype, jnp.floating) else metric
 
 
-def mean_gradient(loss_fn: Loss, params, batch: Batch, parts: int) -> tuple[Any, Any, Metrics]:
-    """The gradient of a mean loss over a batch, computed a part at a time.
+def mean_gradient(
+    loss_fn: Loss, params: PyTree, batch: Batch, num_micro_batches: int
+) -> tuple[jax.Array, PyTree, Metrics]:
+    """Compute the gradient of a mean loss over a batch, one micro-batch at a time.
 
         g = 1/A sum_a grad loss(params, rows a, a + A, a + 2A, ... of the batch)
 
-    Every A-th row, not A blocks of rows: where the batch is split over devices in blocks, each
-    device then holds its share of every part, and nothing moves.
+    A micro-batch is every A-th row, not a block of rows: if the batch is sharded over devices in
+    blocks, each device then holds an equal part of every micro-batch, and no rows move.
 
     Args:
-      loss_fn: a mean over examples.
-      params: of one replica.
-      batch: [B, ...] a leaf, B a multiple of A.
-      parts: A.
+      loss_fn: a mean over examples
+      params: parameters of one replica
+      batch: leaves [B, ...], B a multiple of A
+      num_micro_batches: A
 
     Returns:
-      (loss, gradient, metrics), all of them means over the parts.
+      (loss, gradient, metrics), each the mean over the micro-batches
 
-    >>> loss = lambda w, batch: ((w * batch["x"]).mean(), {})
-    >>> _, gradient, _ = mean_gradient(loss, jnp.float32(3), {"x": jnp.arange(6.0)}, 3)
-    >>> float(gradient)
-    2.5
+    Example:
+      >>> loss = lambda w, batch: ((w * batch["x"]).mean(), {})
+      >>> _, gradient, _ = mean_gradient(loss, jnp.float32(3), {"x": jnp.arange(6.0)}, 3)
+      >>> float(gradient)
+      2.5
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradient(part):
-        (loss, metrics), gradient = value_and_grad(params, part)
-        return loss, gradient, metrics
+    def gradient(micro_batch) -> Any:
+        (loss, metrics), grads = value_and_grad(params, micro_batch)
+        return loss, grads, metrics
 
-    if parts == 1:
+    if num_micro_batches == 1:
         return gradient(batch)
-    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    zero = jax.tree.map(
+    micro_batches = jax.tree.map(
+        lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], cut)),
+        jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], micro_batches)),
     )
     total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zero, cut
+        lambda total, micro_batch: (jax.tree.map(jnp.add, total, gradient(micro_batch)), None),
+        zeros,
+        micro_batches,
     )
-    return jax.tree.map(lambda x: x / parts, total)
-
-
-# Whether a replica's step is finite, and what its update becomes where it is not.
+    return jax.tree.map(lambda x: x / num_micro_batches, total)
 
 
 def finite_checks(loss: jax.Array, grads: PyTree, params: PyTree) -> dict[str, jax.Array]:
-    """Of one replica's step: are its loss, gradients and new weights finite, and how large.
+    """Check whether the loss, gradients and new parameters of one replica's step are finite.
 
         grad_norm = sqrt(sum_k |g_k|^2)
         ok = isfinite(loss) and, for all leaves k, isfinite(|g_k|^2) and isfinite(w_k)
 
-    The squares are those of the norm that clipping and the metrics need anyway (XLA computes them
-    once), so the flags cost no second pass over the gradients. A square overflows float32 where
-    |g_k| > 1.8e19: such a gradient counts as not finite. Adam squares it as well, and its second
-    moment would stay infinite and hold the tensor still for ever. The weights are looked at because
-    a finite gradient may make them infinite, and the next step's loss would say so too late: they
-    may be saved or merged before it.
+    Clipping and the metrics need the squared norms anyway (XLA computes them once), so the checks
+    do not read the gradients a second time. A square overflows float32 if |g_k| > 1.8e19; such a
+    gradient counts as not finite. Adam squares it too: its second moment would stay infinite and
+    freeze the tensor forever. The parameters are checked because a finite gradient can make them
+    infinite. The next step's loss would show that too late: the parameters could be saved or merged
+    before it.
 
     Args:
-      loss: [].
-      grads: the gradient; floats.
-      params: the weights that the step made.
+      loss: []
+      grads: the gradient, floating leaves
+      params: the new parameters
 
     Returns:
-      grad_norm: []; ok: bool []; first_bad and first_bad_weight: int32 [], the first leaf (in the
-      tree's order) whose gradient or new weights are not finite, -1 where there is none.
+      grad_norm: []
+      ok: bool []
+      first_bad: int32 [], index of the first leaf (in tree order) whose gradient is not finite;
+        -1 if none
+      first_bad_weight: int32 [], index of the first leaf whose new parameters are not finite;
+        -1 if none
 
-    >>> grads, params = {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, {"a": 1.0, "b": 1.0}
-    >>> found = finite_checks(jnp.float32(1), grads, params)
-    >>> bool(found["ok"]), int(found["first_bad"]), int(found["first_bad_weight"])
-    (False, 1, -1)
+    Example:
+      >>> grads, params = {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, {"a": 1.0, "b": 1.0}
+      >>> checks = finite_checks(jnp.float32(1), grads, params)
+      >>> bool(checks["ok"]), int(checks["first_bad"]), int(checks["first_bad_weight"])
+      (False, 1, -1)
     """
-    # As optax.clip_by_global_norm writes them, that XLA may see that they are the same.
+    # The same expression as in optax.clip_by_global_norm, so that XLA computes it once.
     squares = [optax.tree.norm(g, squared=True) for g in jax.tree.leaves(grads)]
-    bad = ~jnp.isfinite(jnp.stack(squares))
-    lost = jnp.stack([~jnp.isfinite(w).all() for w in jax.tree.leaves(params)])
+    bad_grads = ~jnp.isfinite(jnp.stack(squares))
+    bad_params = jnp.stack([~jnp.isfinite(w).all() for w in jax.tree.leaves(params)])
     return {
         "grad_norm": jnp.sqrt(sum(squares)),
-        "ok": jnp.isfinite(loss) & ~bad.any() & ~lost.any(),
-        "first_bad": _first(bad),
-        "first_bad_weight": _first(lost),
+        "ok": jnp.isfinite(loss) & ~bad_grads.any() & ~bad_params.any(),
+        "first_bad": _first_true(bad_grads),
+        "first_bad_weight": _first_true(bad_params),
     }
 
 
-def _first(bad: jax.Array) -> jax.Array:
-    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+def _first_true(mask: jax.Array) -> jax.Array:
+    """Return the index of the first True, or -1."""
+    return jnp.where(mask.any(), jnp.argmax(mask), -1).astype(jnp.int32)
 
 
 def tree_where(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where the step was finite, else `old`: a select, so that nothing of `new` remains.
+    """Return `new` if `ok`, else `old`. It selects, so that no NaN of `new` remains.
 
     Args:
-      ok: bool [].
-      new: what the step made.
-      old: what takes its place; same structure and shapes.
+      ok: bool []
+      new: the result of the step
+      old: the replacement, with the same structure and shapes
     """
     return jax.tree.map(lambda n, o: jnp.where(ok, n, o.astype(n.dtype)), new, old)

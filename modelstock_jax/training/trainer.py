@@ -1,4 +1,4 @@
-"""The loop: batches in, steps and merges on the device, checkpoints and metrics out."""
+"""The training loop: train steps, merges, checkpoints and metrics of one run."""
 
 from __future__ import annotations
 
@@ -27,41 +27,47 @@ from modelstock_jax.training.step_fns import StepFunctions
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run: its state, and the last merged weights (None where none merged)."""
+    """The result of a run.
+
+    Attributes:
+      state: the final training state
+      merged: the last merged parameters; None if the run never merged
+    """
 
     state: TrainState
     merged: PyTree
 
 
 class Trainer:
-    """One training run: its seed, its data, when it merges and where it is kept."""
+    """One training run."""
 
     def __init__(
         self,
         config: ConfigDict,
-        programs: StepFunctions,
+        step_functions: StepFunctions,
         batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
         workdir: str | Path,
         name: str,
         timeline: Timeline | None = None,
         title: str | None = None,
     ) -> None:
-        """Checks the options; nothing is read or written yet.
+        """Check the options; nothing is read or written yet.
 
         Args:
-          config: the run's options; its seed and `merge.every` are this run's own.
-          programs: compiled for this task, and shared with other runs.
-          batches: start_step -> endless batches {name: [R, B, ...]}, restored by that number.
-          workdir: the run lies in workdir/runs/name.
-          name: the run's directory.
-          timeline: where the time of all runs in workdir goes.
-          title: as progress shows it, where that is not the name.
+          config: options of the run; `seed` and `merge.every` may differ from those of
+            `step_functions`
+          step_functions: jitted functions for this task, shared with other runs
+          batches: start_step -> endless batches {name: [R, B, ...]} from this step
+          workdir: the run is stored in workdir/runs/name
+          name: directory of the run
+          timeline: records the time of all runs in workdir
+          title: name in progress output; None uses `name`
 
         Raises:
-          UserError: if there is nothing to merge with, or no such time to merge.
+          UserError: if `merge.every` is invalid, or there is only one replica to merge
         """
-        self.config, self.programs, self.title = config, programs, title or name
-        self.task, self.batches = programs.task, batches
+        self.config, self.step_functions, self.title = config, step_functions, title or name
+        self.task, self.batches = step_functions.task, batches
         self.workdir = Path(workdir) / "runs" / name
         self.timeline = timeline or Timeline(None)
         self.merge_steps = steps_between_merges(
@@ -74,97 +80,95 @@ class Trainer:
             )
 
     def run(self) -> Result:
-        """Trains from the newest checkpoint, or from the anchor, to the end.
+        """Train from the newest checkpoint, or from the anchor, to the last step.
 
         Raises:
-          UserError: on a non-finite loss, gradient or weight, or a workdir that cannot be written.
-          SystemExit: after SIGTERM, once the state is saved.
+          UserError: if a loss, gradient or parameter is not finite, or workdir cannot be written
+          SystemExit: after SIGTERM, when the state is saved
         """
-        config, programs, timeline = self.config, self.programs, self.timeline
+        config, fns, timeline = self.config, self.step_functions, self.timeline
         last = self.task.num_steps
-        with RunCheckpoints(self.workdir, config, programs, self.merge_steps, timeline) as stores:
-            anchor, state, merged = stores.restore()
-            first = int(state.step)
-            if first == last:
+        with RunCheckpoints(self.workdir, config, fns, self.merge_steps, timeline) as checkpoints:
+            anchor, state, merged = checkpoints.restore()
+            start = int(state.step)
+            if start == last:
                 return Result(state, merged)
-            batches = self.batches(first)
+            batches = self.batches(start)
             with (
-                TrainLogger(config, self.task, self.workdir, self.title, first, timeline) as record,
-                PreemptionHandler() as interruption,
+                TrainLogger(config, self.task, self.workdir, self.title, start, timeline) as logger,
+                PreemptionHandler() as preemption,
             ):
-                reference = programs.step_constants(anchor, merged)
-                for step in range(first + 1, last + 1):
+                constants = fns.step_constants(anchor, merged)
+                for step in range(start + 1, last + 1):
                     with timeline.phase("data"):
-                        batch = put_batch(programs.mesh, next(batches))
+                        batch = put_batch(fns.mesh, next(batches))
                     with timeline.phase("train"):
-                        state, values = block_on_multihost_cpu(
-                            programs.step(state, batch, reference)
+                        state, metrics = block_on_multihost_cpu(
+                            fns.train_step(state, batch, constants)
                         )
-                        record.step(step, values)
-                    merging = self.merge_steps and (step % self.merge_steps == 0 or step == last)
-                    stopping = interruption.should_stop(step)
-                    saving = step % config.checkpoint.save_every_steps == 0 or step == last
-                    if not (merging or saving or stopping):
+                        logger.log_step(step, metrics)
+                    merge = self.merge_steps and (step % self.merge_steps == 0 or step == last)
+                    stop = preemption.should_stop(step)
+                    save = step % config.checkpoint.save_every_steps == 0 or step == last
+                    if not (merge or save or stop):
                         continue
                     with timeline.phase("train"):
-                        record.flush_pending()
-                    if merging:
+                        logger.flush_pending()
+                    if merge:
                         with timeline.phase("merge", step):
-                            merge = programs.merge[step == last]
-                            state, merged, stats = block_on_multihost_cpu(merge(anchor, state))
-                            record.merge(step, stats)
-                        reference = programs.step_constants(anchor, merged)
-                        stores.save_merged(step, merged)
-                    record.flush()
-                    stores.save(step, state)
-                    if stopping:
-                        stores.wait()
-                        record.log(
-                            f"{self.title}: stopped at step {step}; the same command goes on "
-                            "from it"
+                            state, merged, stats = block_on_multihost_cpu(
+                                fns.merge_step[step == last](anchor, state)
+                            )
+                            logger.log_merge(step, stats)
+                        constants = fns.step_constants(anchor, merged)
+                        checkpoints.save_merged(step, merged)
+                    logger.flush()
+                    checkpoints.save(step, state)
+                    if stop:
+                        checkpoints.wait()
+                        logger.log(
+                            f"{self.title}: stopped and saved at step {step}; run the same command "
+                            "again to resume"
                         )
                         raise SystemExit(STOPPED)
-                record.finish(last)
+                logger.finish(last)
         return Result(state, merged)
 
 
-# What a run keeps on the disk to go on from: its anchor, its states and its merged models.
-
-
 class RunCheckpoints:
-    """The checkpoints of one run, and the time that they take.
+    """The checkpoints of one run: its anchor, training states and merged models.
 
-    A save goes on while training does. It begins and ends on the timeline as it does on the disk;
-    of its seconds, those that training waits for are counted.
+    Saves are asynchronous. The timeline records when a save starts and ends on disk; of its
+    seconds, it counts those that training waits for.
 
     Args:
-      workdir: the run's directory.
-      config: the run's options.
-      programs: know what is saved, and where it lies on the devices.
-      merge_steps: steps between merges; 0 where replicas never merge.
-      timeline: where time goes.
+      workdir: directory of the run
+      config: options of the run
+      step_functions: define the structure and sharding of the state
+      merge_steps: steps between merges; 0 if the replicas are never merged
+      timeline: records the time
     """
 
     def __init__(
         self,
         workdir: Path,
         config: ConfigDict,
-        programs: StepFunctions,
+        step_functions: StepFunctions,
         merge_steps: int,
         timeline: Timeline,
     ) -> None:
-        self._workdir, self._seed, self._keep = workdir, config.seed, config.checkpoint
-        self._programs, self._merge_steps, self._timeline = programs, merge_steps, timeline
+        self._workdir, self._seed, self._config = workdir, config.seed, config.checkpoint
+        self._step_functions, self._merge_steps = step_functions, merge_steps
+        self._timeline = timeline
 
     def __enter__(self) -> RunCheckpoints:
-        keep = self._keep.keep
-        keep_merged = self._keep.keep_merged
-        if keep_merged:  # A state that is kept needs the merge before it.
+        keep, keep_merged = self._config.keep, self._config.keep_merged
+        if keep_merged:  # Every state that is kept needs the merge before it.
             keep_merged = max(keep_merged, keep + 1) if keep else 0
         with contextlib.ExitStack() as stack:
             self._states = stack.enter_context(Checkpoints(self._workdir / "state", keep))
             self._merges = stack.enter_context(Checkpoints(self._workdir / "merged", keep_merged))
-            self._close = stack.pop_all()
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(
@@ -174,61 +178,65 @@ class RunCheckpoints:
         trace: TracebackType | None,
     ) -> None:
         with self._timeline.spend("save"):
-            self._close.__exit__(kind, error, trace)
+            self._exit.__exit__(kind, error, trace)
 
     def restore(self) -> tuple[PyTree, TrainState, PyTree]:
-        """The run's anchor, its newest state that is whole (or its start), and the merge before it.
+        """Return (anchor, state, merged) to resume from.
+
+        The state is the newest intact one, or the initial state. `merged` is the last merged model
+        before it, or None.
 
         Raises:
-          UserError: if the anchor is not the one that the run began with, or nothing is whole.
+          UserError: if the anchor is not the one the run started with, or no checkpoint is intact
         """
-        programs, num_steps = self._programs, self._programs.task.num_steps
+        fns, num_steps = self._step_functions, self._step_functions.task.num_steps
         with self._timeline.phase("restore"):
-            place, fingerprint = self._workdir / "anchor", programs.task.fingerprint
-            anchor = save_or_check_anchor(place, programs.anchor, fingerprint)
-            like = programs.abstract_state
-            always = programs.step_constants().last_merged is not None
-            found, merged = resume(
+            anchor = save_or_check_anchor(
+                self._workdir / "anchor", fns.anchor, fns.task.fingerprint
+            )
+            steps_read_merged = fns.step_constants().last_merged is not None
+            items, merged = resume(
                 self._states,
                 self._merges,
-                saved(like),
-                programs.abstract_anchor,
+                saved(fns.abstract_state),
+                fns.abstract_anchor,
                 self._last_merge,
-                needs_merged=lambda step: always or step == num_steps,
+                needs_merged=lambda step: steps_read_merged or step == num_steps,
             )
-            if found is None:
-                return anchor, programs.init_state(self._seed), None
-            return anchor, like._replace(**found), merged
+            if items is None:
+                return anchor, fns.init_state(self._seed), None
+            return anchor, fns.abstract_state._replace(**items), merged
 
     def save_merged(self, step: int, merged: PyTree) -> None:
-        """Starts saving a merged model; returns once it may be donated."""
+        """Start saving a merged model. Return as soon as it may be donated."""
         with self._timeline.spend("save"):
             self._save(self._merges, step, merged)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving the state; returns once it may be donated.
+        """Start saving the state. Return as soon as it may be donated.
 
-        The merged model first: a state is never newer than its merge.
+        This waits for the save of the merged model, so that a state on disk is never newer than its
+        merge.
         """
         with self._timeline.spend("save"):
             self._merges.wait()
             self._save(self._states, step, saved(state))
 
     def wait(self) -> None:
-        """Waits until all of it is on the disk."""
+        """Wait until everything is on disk."""
         with self._timeline.spend("save"):
             self._states.wait()
 
-    def _save(self, store: Checkpoints, step: int, tree: PyTree) -> None:
+    def _save(self, checkpoints: Checkpoints, step: int, tree: PyTree) -> None:
         self._timeline.begin("save", step)
-        store.save(step, tree, on_saved=partial(self._timeline.end, "save", step))
+        checkpoints.save(step, tree, on_saved=partial(self._timeline.end, "save", step))
 
     def _last_merge(self, step: int) -> int:
-        if not self._merge_steps or step == self._programs.task.num_steps:
+        if not self._merge_steps or step == self._step_functions.task.num_steps:
             return step if self._merge_steps else 0
         return step - step % self._merge_steps
 
 
 def saved(state: TrainState) -> dict[str, PyTree]:
-    """What of a state a checkpoint holds: the parts that there are, by name."""
+    """Return the fields of a state that a checkpoint stores: those that are not None."""
     return {name: value for name, value in state._asdict().items() if value is not None}

@@ -156,7 +156,7 @@ def test_error_if_the_disk_is_too_small(anchor, monkeypatch, tmp_path):
 def test_memory_equals_the_bytes_on_a_device(tmp_path):
     # The same run as in test_training_merge_equals_the_librarys, which is compiled only once.
     meshed = {"mesh__replica": 2, "mesh__data": 4}
-    programs = tiny.trainer(tmp_path, epochs=1, merge__every="end", **meshed).programs
+    programs = tiny.trainer(tmp_path, epochs=1, merge__every="end", **meshed).step_functions
     batch = programs.abstract_batch(12)
     compiled = {name: lowered.compile() for name, lowered in programs.lower(batch).items()}
     use = memory(programs, compiled, batch)

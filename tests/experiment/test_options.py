@@ -21,7 +21,7 @@ INVALID = {
     "optimizer.name": ("adam", "adamw, sgd"),
     "optimizer.projection.name": ("ftpp", "none, ftp"),
     "optimizer.projection.norm": ("l3", "l2, mars"),
-    "per_replica.learning_rate": ((1e-3,), "1 numbers for 2 replicas"),
+    "per_replica.learning_rate": ((1e-3,), "1 values for 2 replicas"),
     "merge.every": ("epochs", "'epoch', 'end'"),
     "merge.method": ("stocks", "model_stock, uniform_mean"),
     "merge.unit": ("tensors", "tensor, layer"),

@@ -89,7 +89,7 @@ def test_merged_flyp_model_is_evaluated_with_the_head_of_its_text_tower(
     (tmp_path / "prompts.json").write_text('["{} alone"]')
     config.data.templates = str(tmp_path / "prompts.json")
     anchor = anchor_classifier(config, checkpoint, data(config))
-    tuned = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, anchor.start(config))
+    tuned = jax.tree.map(lambda x: jnp.asarray(x) * 1.1, anchor.initial_params(config))
     with Checkpoints(tmp_path / "merged", keep=1) as merges:
         merges.save(3, tuned)
     evaluated = []

@@ -1,8 +1,8 @@
-"""Runs that are killed at random instants, over and over, and must end as if they never were.
+"""Runs that are killed repeatedly at random times and must give the same result.
 
-`make kill-test` starts a short run of glyphs as a process of its own, sends it SIGKILL inside a
-phase that its timeline says is open, starts it again, and so on; when all is done, the weights,
-the results and the metrics must be those of a run that nothing interrupted, byte for byte.
+`make kill-test` starts a short run on the synthetic benchmark in a separate process, sends SIGKILL
+during a phase that is open in its timeline, starts it again, and so on. At the end, weights,
+results and metrics must be bitwise identical to those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from subprocess import Popen
 from modelstock_jax.reporting.timeline import read_timeline
 from tests.experiment import small_run
 
-# Of so many kills, at least so many each lie inside these; the others inside training.
+# At least MIN_FRACTION of the kills are in each of these phases, the others in training.
 PHASES = ("save", "merge", "evaluate", "export")
-SHARE = 0.15
+MIN_FRACTION = 0.15
 STEPS = 2 * small_run.STEPS_PER_EPOCH
-# A life that is not killed ends by itself; one that takes longer than this hangs.
-LIFE_SECONDS = 400
+# A process that runs longer than this hangs.
+TIMEOUT_SECONDS = 400
 
 
-class Life:
-    """One process of a run, and the phases that its timeline says are open."""
+class RunProcess:
+    """One process of a run, and the open phases of its timeline."""
 
     def __init__(self, arguments: list[str], workdir: Path) -> None:
         self._path = workdir / "timeline.jsonl"
-        self._read = self._path.stat().st_size if self._path.exists() else 0
-        self._part = b""
+        self._offset = self._path.stat().st_size if self._path.exists() else 0
+        self._partial_line = b""
         self.open: Counter[str] = Counter()
         self._last: dict | None = None
         self._restores = 0
@@ -49,14 +49,14 @@ class Life:
         self.process: Popen = small_run.start(*arguments)
 
     def events(self) -> list[dict]:
-        """Lines that have come since the last call."""
+        """Return the timeline entries since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
-            file.seek(self._read)
+            file.seek(self._offset)
             text = file.read()
-        self._read += len(text)
-        *lines, self._part = (self._part + text).split(b"\n")
+        self._offset += len(text)
+        *lines, self._partial_line = (self._partial_line + text).split(b"\n")
         entries = [json.loads(line) for line in lines if line]
         for entry in entries:
             self.open[entry["phase"]] += 1 if entry["event"] == "begin" else -1
@@ -64,35 +64,35 @@ class Life:
             self._last = entry
         return entries
 
-    def inside(self) -> set[str]:
-        """The phases that have begun and not ended."""
+    def open_phases(self) -> set[str]:
+        """Return the phases that have begun and not ended."""
         return {phase for phase, count in self.open.items() if count > 0}
 
-    def trains(self) -> bool:
-        """Whether steps run and nothing else does; after the last of an arm they do not."""
-        if self.inside() or self._last is None:
+    def is_training(self) -> bool:
+        """Return whether train steps are running and no other phase is open."""
+        if self.open_phases() or self._last is None:
             return False
         if self._last["phase"] in ("merge", "save"):
             return self._last["step"] < STEPS
-        # The unmerged arm is restored first, and where it is finished it trains no more.
+        # The run without merging is restored first. If it is finished, it does not train.
         done = [(states / str(STEPS)).exists() for states in self._states]
-        going_on = not done[0] or (not done[1] and self._restores > 1)
-        return self._last["phase"] == "restore" and going_on
+        continues = not done[0] or (not done[1] and self._restores > 1)
+        return self._last["phase"] == "restore" and continues
 
     def kill(self) -> set[str]:
-        """SIGKILL; what it was inside of by the last line that it wrote."""
+        """Send SIGKILL. Return the phases that were open in the last timeline entry."""
         self.process.send_signal(signal.SIGKILL)
         self.process.communicate()
         self.events()
-        return self.inside()
+        return self.open_phases()
 
 
-class Series:
+class KillSeries:
     """Kills of one kind of run, counted by phase.
 
     Args:
-      scratch: where the pretrained model and every workdir lie.
-      seed: of the instants.
+      scratch: directory of the pretrained model and all workdirs
+      seed: seed of the times of the kills
     """
 
     def __init__(self, scratch: Path, seed: int) -> None:
@@ -100,20 +100,20 @@ class Series:
         self.failures: list[str] = []
         self._scratch, self._random = scratch, random.Random(seed)
         self._anchor = small_run.save_anchor(scratch / "clip")
-        # The last ones: the first run compiles, and what else the machine does changes.
+        # Only recent durations: the first run compiles, and the load of the machine changes.
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=9))
-        self._whole = scratch / "whole"
-        code, output = small_run.finish(*self.arguments(self._whole))
+        self._uninterrupted = scratch / "uninterrupted"
+        code, output = small_run.finish(*self.arguments(self._uninterrupted))
         if code:
             raise RuntimeError(output)
-        self._learn(read_timeline(self._whole / "timeline.jsonl"), {})
+        self._record_durations(read_timeline(self._uninterrupted / "timeline.jsonl"), {})
 
     def until(self, wanted: Counter[str], jobs: int = 1) -> None:
-        """Runs from the start to the end, with kills on the way, until there are so many.
+        """Repeat complete runs with kills, until there are enough kills of each phase.
 
         Args:
-          wanted: kills of each phase.
-          jobs: runs at a time.
+          wanted: number of kills per phase
+          jobs: number of runs in parallel
         """
         numbers = itertools.count(1)
 
@@ -124,75 +124,77 @@ class Series:
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(work, range(jobs)))
 
-    def start(self, workdir: Path) -> Life:
-        """One process of the run in `workdir`."""
-        return Life(self.arguments(workdir), workdir)
+    def start(self, workdir: Path) -> RunProcess:
+        """Start a process of the run in `workdir`."""
+        return RunProcess(self.arguments(workdir), workdir)
 
     def arguments(self, workdir: Path) -> list[str]:
-        """Of the command that is started again and again."""
+        """Return the arguments of the command that is repeated."""
         return small_run.arguments(self._anchor, workdir)
 
     def _run(self, number: int, wanted: Counter[str]) -> None:
         workdir = self._scratch / f"run_{number}"
-        self._one(workdir, wanted)
+        self._run_to_end(workdir, wanted)
         different = [f"run {number}: {text}" for text in self.differences(workdir)]
         self.failures += different
-        same = "DIFFERENT from" if different else "equal to"
-        print(f"run {number} ended {same} the whole one; {self.count()}", flush=True)
+        result = "DIFFERENT from" if different else "equal to"
+        print(f"run {number} is {result} the uninterrupted run; {self.summary()}", flush=True)
         shutil.rmtree(workdir)
 
-    def count(self) -> str:
-        """The kills so far, by phase."""
+    def summary(self) -> str:
+        """Return the number of kills so far, by phase."""
         parts = ", ".join(f"{count} in {phase}" for phase, count in sorted(self.kills.items()))
         return f"{self.kills.total()} kills so far: {parts}"
 
-    def _one(self, workdir: Path, wanted: Counter[str]) -> None:
+    def _run_to_end(self, workdir: Path, wanted: Counter[str]) -> None:
         while True:
-            life = self.start(workdir)
-            killed = self._kill_somewhere(life, wanted)
+            run = self.start(workdir)
+            killed = self._kill_at_random(run, wanted)
             if not killed:
-                output, _ = life.process.communicate()
-                if life.process.returncode:
-                    self.failures.append(f"exit code {life.process.returncode}:\n{output}")
+                output, _ = run.process.communicate()
+                if run.process.returncode:
+                    self.failures.append(f"exit code {run.process.returncode}:\n{output}")
                 return
 
-    def _kill_somewhere(self, life: Life, wanted: Counter[str]) -> bool:
-        """Whether the life was killed; it has ended by itself otherwise."""
-        deadline, instant, aim = time.monotonic() + LIFE_SECONDS, None, ""
+    def _kill_at_random(self, run: RunProcess, wanted: Counter[str]) -> bool:
+        """Return whether the process was killed; otherwise it has ended by itself."""
+        deadline, kill_time, target = time.monotonic() + TIMEOUT_SECONDS, None, ""
         begun: dict[tuple[str, int | None], float] = {}
-        while life.process.poll() is None:
+        while run.process.poll() is None:
             if time.monotonic() > deadline:
-                life.kill()
+                run.kill()
                 self.failures.append("a process hung")
                 return True
-            new = life.events()
-            self._learn(new, begun)
-            for entry in new:
-                candidate = entry["phase"] if entry["event"] == "begin" else "train"
-                if candidate == "train" and not life.trains():
+            entries = run.events()
+            self._record_durations(entries, begun)
+            for entry in entries:
+                phase = entry["phase"] if entry["event"] == "begin" else "train"
+                if phase == "train" and not run.is_training():
                     continue
-                lacks = self.kills[candidate] < wanted[candidate]
-                # Training goes on for long: not every chance is taken, so that the run gets on.
-                if instant is None and lacks and self._random.random() < 0.7:
-                    seconds = statistics.median(self._seconds[candidate] or [0.2])
-                    instant = time.monotonic() + self._random.uniform(0, seconds)
-                    aim = candidate
-            if instant is not None:
-                still = aim in life.inside() if aim != "train" else life.trains()
-                if not still:
-                    instant = None  # It has passed: the next one.
-                elif time.monotonic() >= instant:
-                    inside = life.kill()
-                    trains = aim == "train" and life.trains()
-                    hit = aim if aim in inside or trains else "between"
+                needed = self.kills[phase] < wanted[phase]
+                # Skip some opportunities, so that the run makes progress.
+                if kill_time is None and needed and self._random.random() < 0.7:
+                    seconds = statistics.median(self._seconds[phase] or [0.2])
+                    kill_time = time.monotonic() + self._random.uniform(0, seconds)
+                    target = phase
+            if kill_time is not None:
+                is_open = target in run.open_phases() if target != "train" else run.is_training()
+                if not is_open:
+                    kill_time = None  # The phase has ended: wait for the next one.
+                elif time.monotonic() >= kill_time:
+                    open_phases = run.kill()
+                    was_training = target == "train" and run.is_training()
+                    hit = target if target in open_phases or was_training else "between"
                     self.kills[hit] += 1
                     return True
             time.sleep(0.0005)
-        life.events()
+        run.events()
         return False
 
-    def _learn(self, entries: Iterable[dict], begun: dict[tuple[str, int | None], float]) -> None:
-        """How long each phase takes; `begun` holds those that have not ended."""
+    def _record_durations(
+        self, entries: Iterable[dict], begun: dict[tuple[str, int | None], float]
+    ) -> None:
+        """Record the duration of each phase; `begun` contains the phases that have not ended."""
         for entry in entries:
             key = (entry["phase"], entry["step"])
             if entry["event"] == "begin":
@@ -201,45 +203,45 @@ class Series:
                 self._seconds[entry["phase"]].append(entry["time"] - begun.pop(key))
 
     def differences(self, workdir: Path) -> list[str]:
-        """The files of a finished run that are not those of the uninterrupted one."""
+        """Return the files of a finished run that differ from those of the uninterrupted run."""
         names = ["results.json", "metrics.jsonl"]
-        names += [path.relative_to(self._whole).as_posix() for path in self._weights()]
+        names += [path.relative_to(self._uninterrupted).as_posix() for path in self._weights()]
         return [
             f"{name} differs"
             for name in names
             if not (workdir / name).exists()
-            or (workdir / name).read_bytes() != (self._whole / name).read_bytes()
+            or (workdir / name).read_bytes() != (self._uninterrupted / name).read_bytes()
         ]
 
     def _weights(self) -> list[Path]:
-        found = sorted(self._whole.glob("model/*.safetensors"))
-        assert found, "the run that nothing interrupted has no merged weights"
-        return found
+        paths = sorted(self._uninterrupted.glob("model/*.safetensors"))
+        assert paths, "the uninterrupted run has no merged weights"
+        return paths
 
 
-def wanted(kills: int) -> Counter[str]:
-    """So many kills in all, `SHARE` of them at least in each of `PHASES`."""
-    each = math.ceil(SHARE * kills)
+def kills_per_phase(kills: int) -> Counter[str]:
+    """Distribute kills over the phases: at least `MIN_FRACTION` of them in each of `PHASES`."""
+    each = math.ceil(MIN_FRACTION * kills)
     return Counter({phase: each for phase in PHASES} | {"train": kills - each * len(PHASES)})
 
 
 def main() -> None:
-    """The kills of `make kill-test`; exits by an error where a run ended differently."""
+    """Run `make kill-test`; exit with an error if the result of a run differs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of their times (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel (default: 2)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill_test_") as scratch:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{scratch}/xla")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        began = time.monotonic()
-        series = Series(Path(scratch), options.seed)
-        series.until(wanted(options.kills), options.jobs)
-        print(f"{time.monotonic() - began:.0f} s; {series.count()}")
+        start = time.monotonic()
+        series = KillSeries(Path(scratch), options.seed)
+        series.until(kills_per_phase(options.kills), options.jobs)
+        print(f"{time.monotonic() - start:.0f} s; {series.summary()}")
         if series.failures:
             raise SystemExit("\n".join(series.failures))
-        print("every run ended with the weights, results and metrics of the uninterrupted one")
+        print("all runs have the weights, results and metrics of the uninterrupted run")
 
 
 if __name__ == "__main__":

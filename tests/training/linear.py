@@ -1,4 +1,4 @@
-"""A linear model in training, compiled in a moment, whose batches are spoiled where a test says."""
+"""A linear model that compiles quickly, with batches that a test can corrupt."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def params():
     }
 
 
-def loss_fn(params, batch, reference=None):
-    """Squared error; `curse` is one a replica, and its gradient is that of the kernel alone."""
+def loss_fn(params, batch, constants=None):
+    """Squared error; `curse`, one value per replica, affects only the gradient of the kernel."""
     head = params["head"]
     features = batch["image"] * params["image_tower"]["scale"][None]
     error = features @ head["kernel"] + head["bias"][None] - batch["target"]
@@ -33,20 +33,20 @@ def loss_fn(params, batch, reference=None):
     return loss, {"loss": loss, "accuracy": (error**2 < 1).mean(dtype=jnp.float32)}
 
 
-def batches(config, start: int, spoiled=()):
-    """Endless batches; of each (step, replica, name, value) in `spoiled`, `name` is `value`."""
+def batches(config, start: int, corruptions=()):
+    """Endless batches; each corruption (step, replica, name, value) sets `name` to `value`."""
     step = start
     while True:
         step += 1
         rng = np.random.default_rng([config.seed, step])
-        lead = (config.num_replicas, config.batch_size)
+        leading = (config.num_replicas, config.batch_size)
         batch = {
-            "image": rng.standard_normal((*lead, INPUTS)).astype(np.float32),
-            "target": rng.standard_normal((*lead, OUTPUTS)).astype(np.float32),
-            "curse": np.ones(lead, np.float32),
+            "image": rng.standard_normal((*leading, INPUTS)).astype(np.float32),
+            "target": rng.standard_normal((*leading, OUTPUTS)).astype(np.float32),
+            "curse": np.ones(leading, np.float32),
         }
-        for at, replica, name, value in spoiled:
-            if at == step:
+        for corrupted_step, replica, name, value in corruptions:
+            if corrupted_step == step:
                 batch[name][replica] = value
         yield batch
 
@@ -57,18 +57,18 @@ def config(**changes):
     )
 
 
-def programs(made, steps: int = 8) -> StepFunctions:
+def step_functions(config, steps: int = 8) -> StepFunctions:
     task = Task(params(), loss_fn, 4, steps, num_heads=1, augment=lambda key, batch: batch)
-    return StepFunctions(made, task)
+    return StepFunctions(config, task)
 
 
-def trainer(workdir, spoiled=(), steps: int = 8, compiled: StepFunctions | None = None, **changes):
-    """Eight steps, a merge at the fourth and the eighth, a save at the fifth too."""
-    made = config(**changes)
+def trainer(workdir, corruptions=(), steps: int = 8, fns: StepFunctions | None = None, **changes):
+    """Eight steps, with merges at steps 4 and 8 and an additional save at step 5."""
+    run_config = config(**changes)
     return Trainer(
-        made,
-        compiled or programs(made, steps),
-        lambda start: batches(made, start, spoiled),
+        run_config,
+        fns or step_functions(run_config, steps),
+        lambda start: batches(run_config, start, corruptions),
         workdir,
         "run",
     )

@@ -1,4 +1,4 @@
-"""A digest sees every changed bit and every moved element, and nothing else."""
+"""A checksum changes with every changed bit and every moved element, and with nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from modelstock_jax.training.array_checksums import describe, json_checksum, tree_checksum
+from modelstock_jax.training.array_checksums import describe_leaves, json_checksum, tree_checksum
 
 SHAPE = (3, 5)
 DTYPES = {
@@ -29,8 +29,8 @@ DTYPES = {
 }
 
 
-def made(seed: int) -> dict[str, np.ndarray]:
-    """Leaves of random bits: infinities, NaNs of any payload and denormal numbers among them."""
+def random_tree(seed: int) -> dict[str, np.ndarray]:
+    """Leaves of random bits, including infinities, NaNs with any payload, and subnormals."""
     rng = np.random.default_rng(seed)
     tree = {}
     for name, dtype in DTYPES.items():
@@ -40,12 +40,12 @@ def made(seed: int) -> dict[str, np.ndarray]:
     return tree
 
 
-def digest(tree):
+def checksum(tree):
     with jax.enable_x64(True):
         return tree_checksum(jax.tree.map(jnp.asarray, tree))
 
 
-def mixed(x):
+def mix(x):
     x = x ^ (x >> 16)
     x = x * 0x85EBCA6B % 2**32
     x = x ^ (x >> 13)
@@ -53,21 +53,21 @@ def mixed(x):
     return x ^ (x >> 16)
 
 
-def by_integers(leaf: np.ndarray) -> str:
-    """The formula once more, by Python's own integers."""
+def reference_checksum(leaf: np.ndarray) -> str:
+    """The formula, computed with Python integers."""
     size = min(leaf.dtype.itemsize, 4)
     words = np.ascontiguousarray(leaf).reshape(-1).view(f"u{size}").tolist()
-    terms = [mixed((x + 0x9E3779B9 * i) % 2**32) for i, x in enumerate(words)]
-    more = [mixed((h + 0x6A09E667) % 2**32) for h in terms]
-    return f"{sum(terms) % 2**32:08x}{sum(more) % 2**32:08x}"
+    hashes = [mix((x + 0x9E3779B9 * i) % 2**32) for i, x in enumerate(words)]
+    rehashed = [mix((h + 0x6A09E667) % 2**32) for h in hashes]
+    return f"{sum(hashes) % 2**32:08x}{sum(rehashed) % 2**32:08x}"
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(sorted(DTYPES)), st.data())
-def test_every_change_of_a_leaf_changes_its_digest_alone(seed, name, data):
-    tree = made(seed)
-    before = digest(tree)
-    assert before == {n: by_integers(leaf) for n, leaf in tree.items()}
+def test_a_change_of_a_leaf_changes_only_its_checksum(seed, name, data):
+    tree = random_tree(seed)
+    before = checksum(tree)
+    assert before == {n: reference_checksum(leaf) for n, leaf in tree.items()}
     flat = tree[name].reshape(-1).copy()
     kind = data.draw(st.sampled_from(["flip", "swap", "permute"]))
     if kind == "flip":
@@ -81,18 +81,18 @@ def test_every_change_of_a_leaf_changes_its_digest_alone(seed, name, data):
     else:
         flat = flat[list(data.draw(st.permutations(range(flat.size))))]
     changed = flat.tobytes() != tree[name].tobytes()
-    after = digest({**tree, name: flat.reshape(tree[name].shape)})
+    after = checksum({**tree, name: flat.reshape(tree[name].shape)})
     assert {n for n in after if after[n] != before[n]} == ({name} if changed else set())
 
 
-def test_signs_that_change_places_are_seen():
-    """Sums of bits times odd numbers would miss these: they differ by 2^31 times an even number."""
+def test_swapped_signs_are_detected():
+    """A sum of bits times odd numbers would miss them: it differs by 2^31 times an even number."""
     leaf = np.asarray([1.0, -1.0, 2.0, -2.0] * 4, np.float32)
     swapped = leaf.reshape(-1, 2)[:, ::-1].reshape(-1)
     assert tree_checksum([jnp.asarray(leaf)]) != tree_checksum([jnp.asarray(swapped)])
 
 
-def test_a_random_key_is_digested_by_its_data():
+def test_checksum_of_a_prng_key_is_that_of_its_data():
     key = jax.random.key(7)
     assert tree_checksum({"k": key}) == tree_checksum({"k": jax.random.key_data(key)})
     assert tree_checksum({"k": key}) != tree_checksum({"k": jax.random.key(8)})
@@ -107,33 +107,35 @@ def mesh(replica: int, data: int):
     )
 
 
-def test_the_same_values_have_one_digest_wherever_they_lie():
+def test_equal_values_have_the_same_checksum_under_any_sharding():
     rng = np.random.default_rng(0)
     tree = {
         "w": rng.standard_normal((2, 16, 8)).astype(np.float32),
         "m": rng.standard_normal((2, 16, 8)).astype(ml_dtypes.bfloat16),
         "step": np.int32(3),
     }
-    expected = {name: by_integers(leaf) for name, leaf in tree.items()}
-    places = [
+    expected = {name: reference_checksum(leaf) for name, leaf in tree.items()}
+    shardings = [
         (mesh(1, 1), PartitionSpec()),
         (mesh(2, 4), PartitionSpec()),
         (mesh(2, 4), PartitionSpec("replica", "data")),
         (mesh(1, 8), PartitionSpec(None, None, "data")),
     ]
-    for where, spec in places:
+    for device_mesh, spec in shardings:
         placed = {
-            name: jax.device_put(leaf, NamedSharding(where, spec if leaf.ndim else PartitionSpec()))
+            name: jax.device_put(
+                leaf, NamedSharding(device_mesh, spec if leaf.ndim else PartitionSpec())
+            )
             for name, leaf in tree.items()
         }
         assert tree_checksum(placed) == expected, spec
     assert tree_checksum(jax.tree.map(jnp.asarray, tree)) == expected
 
 
-def test_what_is_described():
+def test_describe_leaves():
     tree = {"a": {"b": jnp.ones((2, 3), jnp.bfloat16)}, "empty": jnp.ones((0, 4))}
-    assert describe(tree) == {
-        "a/b": ["bfloat16", [2, 3], by_integers(np.asarray(tree["a"]["b"]))],
+    assert describe_leaves(tree) == {
+        "a/b": ["bfloat16", [2, 3], reference_checksum(np.asarray(tree["a"]["b"]))],
         "empty": ["float32", [0, 4], "0" * 16],
     }
     assert tree_checksum({}) == {}
@@ -142,5 +144,5 @@ def test_what_is_described():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_the_two_zeros_differ(dtype):
+def test_positive_and_negative_zero_differ(dtype):
     assert tree_checksum([jnp.asarray(0.0, dtype)]) != tree_checksum([jnp.asarray(-0.0, dtype)])

@@ -1,4 +1,4 @@
-"""ViT-B/32 at its true size: trained and saved on one device, compiled for eight."""
+"""ViT-B/32 at full size: trained and saved on one device, compiled for eight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_vitb32_trains_merges_and_saves_within_24_gib(tmp_path):
     assert report["restored_bit_for_bit"] is True
     peak = report["peak_resident"]
     assert peak < 24 * GIB, f"{peak / GIB:.1f} GiB"
-    # Allocators round up, and a CPU's kernels have scratch space of their own.
+    # Allocators round up, and CPU kernels use scratch memory.
     assert report["ratio"].keys() == {"step", "merge"}
     for ratio in report["ratio"].values():
         assert abs(ratio - 1) < 0.1, report
@@ -39,24 +39,24 @@ def test_vitb32_trains_merges_and_saves_within_24_gib(tmp_path):
 
 @pytest.mark.slow
 def test_vitb32_at_full_depth_for_eight_devices():
-    """Nothing is run: what a device would hold and send is as docs/memory.md says."""
+    """Compile only: memory and traffic per device are as docs/memory.md states."""
     config = vitb32.get_config()
     config.compute.dtype, config.batch_size = "float32", 64
-    programs, clip = abstract_programs(config)
-    assert dict(programs.mesh.shape) == {"replica": 2, "data": 4}
-    batch = programs.abstract_batch(clip.vision.image_size)
-    # What is held and sent does not depend on how well the rest is compiled.
-    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    fns, clip = abstract_programs(config)
+    assert dict(fns.mesh.shape) == {"replica": 2, "data": 4}
+    batch = fns.abstract_batch(clip.vision.image_size)
+    # Memory and traffic do not depend on the backend's optimization level.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     step, merge = (
-        lowered.compile(compiler_options=quickly) for lowered in programs.lower(batch).values()
+        lowered.compile(compiler_options=options) for lowered in fns.lower(batch).values()
     )
-    need = memory(programs, {"step": step, "merge": merge}, batch)
-    assert need.total == pytest.approx(0.444e9, rel=0.01)
-    assert sent_across(step, 4) == 0, "replicas meet only to merge"
+    usage = memory(fns, {"step": step, "merge": merge}, batch)
+    assert usage.total == pytest.approx(0.444e9, rel=0.01)
+    assert sent_across(step, 4) == 0, "a step communicates across replicas"
     assert sent_bytes(step) == pytest.approx({"all-gather": 264.6e6, "all-reduce": 530.2e6}, 0.01)
-    weights = sum(x.size * 4 for x in jax.tree.leaves(programs.task.params))
-    # Half of each device's share of a replica out, and half of the merged model's back.
-    merged = sent_bytes(merge)
+    params = sum(x.size * 4 for x in jax.tree.leaves(fns.task.params))
+    # A device sends half of its part of a replica, and half of its part of the merged model.
+    sent = sent_bytes(merge)
     for kind in ("all-to-all", "all-gather"):
-        assert merged[kind] == pytest.approx(weights / 4 / 2, rel=0.01), kind
-    assert merged["all-reduce"] < 1e6, "sums of products alone"
+        assert sent[kind] == pytest.approx(params / 4 / 2, rel=0.01), kind
+    assert sent["all-reduce"] < 1e6, "more than sums of products"

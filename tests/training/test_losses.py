@@ -1,4 +1,4 @@
-"""Losses and their gradients against a direct computation in float64 NumPy."""
+"""Losses and their gradients, compared with NumPy in float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unit_rows(x):
 
 
 def apply(params, images):
-    """A tower of one layer, as `clip.model.classifier` builds on its tower."""
+    """A classifier with a one-layer tower, built like `models.clip.classifier`."""
     features = images.reshape(len(images), -1) @ params["image_tower"]["kernel"]
     features = features / jnp.linalg.norm(features, axis=-1, keepdims=True)
     return features @ params["head"]["kernel"] + params["head"]["bias"][None]
@@ -44,8 +44,8 @@ def weights(rng, *shape):
 
 
 @pytest.fixture
-def world():
-    """Random weights, their pretrained ones, contexts and a batch."""
+def inputs():
+    """Random parameters, pretrained parameters, contexts and a batch."""
     rng = np.random.default_rng(0)
 
     def classifier():
@@ -59,30 +59,30 @@ def world():
     return classifier(), classifier(), contexts, batch
 
 
-def slopes(value, params, h=1e-6):
-    """Central differences of a function of a tree, entry by entry."""
+def central_differences(value, params, h=1e-6):
+    """Gradient of a function of a tree by central differences, entry by entry."""
 
-    def of(leaf):
-        slope = np.zeros_like(leaf)
+    def leaf_gradient(leaf):
+        gradient = np.zeros_like(leaf)
         for index in np.ndindex(leaf.shape):
-            kept = leaf[index]
-            leaf[index] = kept + h
+            x = leaf[index]
+            leaf[index] = x + h
             up = value(params)
-            leaf[index] = kept - h
-            slope[index] = (up - value(params)) / (2 * h)
-            leaf[index] = kept
-        return slope
+            leaf[index] = x - h
+            gradient[index] = (up - value(params)) / (2 * h)
+            leaf[index] = x
+        return gradient
 
-    return jax.tree.map(of, params)
+    return jax.tree.map(leaf_gradient, params)
 
 
-def agree(loss_fn, direct, params, *rest):
-    """Value to rounding; gradient to the differences' error of h^2 f''' + 1e-16 / h = 1e-10."""
+def assert_same_loss(loss_fn, direct, params, *rest):
+    """The value up to rounding; the gradient up to the error h^2 f''' + 1e-16 / h = 1e-10."""
     computed = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, *rest)
     (value, metrics), gradient = computed
     np.testing.assert_allclose(value, direct(params), rtol=1e-12)
     assert value == metrics["loss"]
-    expected = slopes(direct, params)
+    expected = central_differences(direct, params)
     for name, want, got in zip(
         jax.tree.leaves(leaf_names(params)),
         jax.tree.leaves(expected),
@@ -90,36 +90,36 @@ def agree(loss_fn, direct, params, *rest):
         strict=True,
     ):
         np.testing.assert_allclose(got, want, atol=1e-8, err_msg=name)
-        assert np.abs(want).max() > 1e-3, f"{name}: the gradient says nothing"
+        assert np.abs(want).max() > 1e-3, f"{name}: the gradient is too small to compare"
 
 
 def direct_cross_entropy(params, batch, smoothing):
     features = unit_rows(batch["image"] @ params["image_tower"]["kernel"])
-    chances = softmax_rows(features @ params["head"]["kernel"] + params["head"]["bias"])
+    probabilities = softmax_rows(features @ params["head"]["kernel"] + params["head"]["bias"])
     target = (1 - smoothing) * np.eye(CLASSES)[batch["label"]] + smoothing / CLASSES
-    return -(target * np.log(chances)).sum(1).mean()
+    return -(target * np.log(probabilities)).sum(1).mean()
 
 
-def test_car_ft_is_cross_entropy_and_the_divergence_of_contexts(x64, world):
-    params, pretrained, contexts, batch = world
+def test_car_ft_is_cross_entropy_plus_the_context_divergence(x64, inputs):
+    params, pretrained, contexts, batch = inputs
     alpha, smoothing = 0.7, 0.1
 
-    def seen(params):
+    def context_distribution(params):
         features = unit_rows(batch["image"] @ params["image_tower"]["kernel"])
         return softmax_rows(features @ contexts["kernel"])
 
     def direct(params):
-        before, now = seen(pretrained), seen(params)
-        divergence = (before * np.log(before / now)).sum(1).mean()
+        p0, p = context_distribution(pretrained), context_distribution(params)
+        divergence = (p0 * np.log(p0 / p)).sum(1).mean()
         return direct_cross_entropy(params, batch, smoothing) + alpha * divergence
 
     loss_fn = car_ft(apply, lambda x: x, contexts, alpha=alpha, label_smoothing=smoothing)
-    agree(loss_fn, direct, params, batch, StepConstants(pretrained=pretrained))
+    assert_same_loss(loss_fn, direct, params, batch, StepConstants(pretrained=pretrained))
     _, metrics = loss_fn(pretrained, batch, StepConstants(pretrained=pretrained))
-    assert abs(metrics["divergence"]) < 1e-15, "a model diverges from itself"
+    assert abs(metrics["divergence"]) < 1e-15, "a model has a divergence from itself"
 
 
-def test_flyp_is_clips_loss_with_both_towers_and_the_scale(x64):
+def test_flyp_is_the_loss_of_clip_for_both_towers_and_the_scale(x64):
     rng = np.random.default_rng(1)
     params = {
         "image_tower": weights(rng, PIXELS, EMBEDDING),
@@ -132,7 +132,7 @@ def test_flyp_is_clips_loss_with_both_towers_and_the_scale(x64):
     text = np.asarray(batch["text"])
     for row, label in zip(text, batch["label"], strict=True):
         assert (row == prompts[label]).all(1).any(), "a caption of another class"
-    assert len({tuple(row) for row in text}) > CLASSES, "one template for all"
+    assert len({tuple(row) for row in text}) > CLASSES, "the same template for all images"
 
     def direct(params):
         images = unit_rows(batch["image"] @ params["image_tower"])
@@ -144,45 +144,45 @@ def test_flyp_is_clips_loss_with_both_towers_and_the_scale(x64):
     loss_fn = flyp(
         lambda tower, images: images @ tower, lambda tower, ids: tower[ids].mean(1), lambda x: x
     )
-    agree(loss_fn, direct, params, batch)
+    assert_same_loss(loss_fn, direct, params, batch)
 
-    # CLIP's own scale is 100: there the loss is held, and the scale can still be learned.
-    def at(scale):
+    # CLIP's scale is 100: above it the loss is constant, and the scale still has a gradient.
+    def loss_at(scale):
         return loss_fn(jax.tree.map(jnp.asarray, params | {"logit_scale": scale}), batch)[0]
 
     limit = np.log(100.0)
-    slope = jax.grad(at)
-    np.testing.assert_allclose(at(limit + 0.3), at(limit), rtol=1e-12)
+    slope = jax.grad(loss_at)
+    np.testing.assert_allclose(loss_at(limit + 0.3), loss_at(limit), rtol=1e-12)
     np.testing.assert_allclose(slope(limit + 0.3), slope(limit - 1e-9), rtol=1e-6)
     assert slope(limit + 0.3) != 0
 
 
-def test_l2_sp_pulls_the_tower_to_its_start_and_the_head_to_zero(x64, world):
-    params, pretrained, _, batch = world
+def test_l2_sp_penalizes_the_task_vector_of_the_tower_and_the_head(x64, inputs):
+    params, pretrained, _, batch = inputs
     alpha, beta = 0.3, 0.05
     plain = cross_entropy(apply, lambda x: x)
     loss_fn = l2_sp(plain, alpha=alpha, beta=beta)
-    reference = StepConstants(pretrained=pretrained)
+    constants = StepConstants(pretrained=pretrained)
 
     def direct(params):
-        moved = params["image_tower"]["kernel"] - pretrained["image_tower"]["kernel"]
+        task_vector = params["image_tower"]["kernel"] - pretrained["image_tower"]["kernel"]
         head = sum((leaf**2).sum() for leaf in params["head"].values())
-        penalty = alpha / 2 * (moved**2).sum() + beta / 2 * head
+        penalty = alpha / 2 * (task_vector**2).sum() + beta / 2 * head
         return direct_cross_entropy(params, batch, 0.0) + penalty
 
-    agree(loss_fn, direct, params, batch, reference)
+    assert_same_loss(loss_fn, direct, params, batch, constants)
 
 
-def test_a_replicas_own_label_smoothing_is_that_of_its_loss(x64, world):
-    params, _, _, batch = world
-    own = cross_entropy(apply, lambda x: x)(
+def test_per_replica_label_smoothing_replaces_the_default(x64, inputs):
+    params, _, _, batch = inputs
+    loss, _ = cross_entropy(apply, lambda x: x)(
         params, batch, StepConstants(hyper={"label_smoothing": 0.2})
     )
-    np.testing.assert_allclose(own[0], direct_cross_entropy(params, batch, 0.2), rtol=1e-12)
+    np.testing.assert_allclose(loss, direct_cross_entropy(params, batch, 0.2), rtol=1e-12)
 
 
 def test_a_linear_probe_is_logistic_regression(x64):
-    """On points that no line separates, where the best head is one up to what softmax ignores."""
+    """On inseparable points, where the best head is unique up to shifts of the logits."""
     rng = np.random.default_rng(2)
     labels = rng.integers(0, 3, 120)
     images = rng.standard_normal((120, 2)) + np.eye(3)[labels][:, :2]
@@ -217,16 +217,16 @@ def test_a_linear_probe_is_logistic_regression(x64):
     params = train(start)
     np.testing.assert_array_equal(params["image_tower"]["kernel"], start["image_tower"]["kernel"])
     features = images @ start["image_tower"]["kernel"]
-    reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(features, labels)
-    # Both stop where the gradient is below 1e-8; chances of order 1 then differ by as little.
+    regression = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(features, labels)
+    # Both stop at a gradient below 1e-8; probabilities then differ by about as much.
     np.testing.assert_allclose(
         softmax_rows(np.asarray(linear(params, images))),
-        reference.predict_proba(features),
+        regression.predict_proba(features),
         atol=1e-6,
     )
 
 
-def test_only_the_trained_leaves_have_a_gradient():
+def test_only_trained_leaves_have_a_gradient():
     params = tiny.params()
     names = jax.tree.leaves(leaf_names(params))
     loss_fn = tiny.loss_fn()
@@ -237,8 +237,9 @@ def test_only_the_trained_leaves_have_a_gradient():
     def gradient(params):
         return jax.grad(lambda params: loss_fn(freeze(params, biases_and_head), batch)[0])(params)
 
-    slope = jax.tree.leaves(gradient(params))
-    moves = {name for name, g in zip(names, slope, strict=True) if g.any()}
-    # No gradient reaches a key's bias: softmax does not see it (rounding may be left of it).
-    silent = {name for name in names if name.endswith("k_proj.bias")}
-    assert moves - silent == {name for name in names if biases_and_head(name)} - silent
+    leaves = jax.tree.leaves(gradient(params))
+    nonzero = {name for name, g in zip(names, leaves, strict=True) if g.any()}
+    # Key biases receive no gradient (softmax is shift-invariant), except rounding errors.
+    shift_invariant = {name for name in names if name.endswith("k_proj.bias")}
+    expected = {name for name in names if biases_and_head(name)}
+    assert nonzero - shift_invariant == expected - shift_invariant

@@ -1,4 +1,4 @@
-"""Directions, frozen leaves and numbers of each replica's own."""
+"""Optimizers, frozen leaves and per-replica hyperparameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 12
 
 
 def apply(params, images):
-    """Two layers, so that there are kernels and biases beside the head."""
+    """Two layers, so that there are a kernel and a bias besides the head."""
     layer, head = params["image_tower"]["fc1"], params["head"]
     hidden = jnp.tanh(images @ layer["kernel"] + layer["bias"][None])
     return hidden @ head["kernel"] + head["bias"][None]
@@ -56,37 +56,37 @@ def batches(replicas, count=STEPS, size=8):
 
 
 def train(config, data, *, hyper=None, trained=None, pretrained=None, steps=STEPS, replicas=1):
-    """`steps` steps of `replicas` replicas under a schedule of so many; the state at the end."""
+    """Run `steps` steps of `replicas` replicas; return the final state."""
     tx, schedule = make_optimizer(config.optimizer, steps, trained)
     state = init_state(start(), tx, num_replicas=replicas, seed=0)
     loss_fn = cross_entropy(apply, lambda x: x, label_smoothing=config.label_smoothing)
     step = jax.jit(make_train_step(loss_fn, tx, schedule, "vmap"))
-    reference = StepConstants(pretrained=pretrained, hyper=hyper or {})
+    constants = StepConstants(pretrained=pretrained, hyper=hyper or {})
     for batch in data[:steps]:
-        state, _ = step(state, batch, reference)
+        state, _ = step(state, batch, constants)
     return jax.device_get(state)
 
 
-def test_the_plain_direction_is_optaxs_adamw_bit_for_bit():
+def test_adamw_is_bitwise_that_of_optax():
     config = tiny.config(optimizer__clip_norm=1.0, optimizer__weight_decay=0.1).optimizer
-    ours, _ = make_optimizer(config, STEPS)
-    theirs = optax.chain(
+    tx, _ = make_optimizer(config, STEPS)
+    expected = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(0.1),
     )
     params = jax.tree.map(jnp.float32, start())
-    states = ours.init(params), theirs.init(params)
+    states = tx.init(params), expected.init(params)
     for seed in range(3):
         gradient = jax.tree.map(jnp.float32, start(seed + 1))
-        one, first = jax.jit(ours.update)(gradient, states[0], params)
-        other, second = jax.jit(theirs.update)(gradient, states[1], params)
+        updates, first = jax.jit(tx.update)(gradient, states[0], params)
+        expected_updates, second = jax.jit(expected.update)(gradient, states[1], params)
         states = first, second
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected_updates)
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
-def test_decay_toward_the_pretrained_weights_and_momentum_are_geometric(x64):
+def test_momentum_and_decay_to_pretrained_are_geometric(x64):
     config = tiny.config(
         optimizer__name="sgd",
         optimizer__momentum=0.8,
@@ -103,81 +103,82 @@ def test_decay_toward_the_pretrained_weights_and_momentum_are_geometric(x64):
 
     config.decay_to_pretrained = 0.4
     tx, schedule = make_optimizer(config, STEPS)
-    w0, silent = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.zeros(2)}
-    state, now, left = tx.init(w), w["w"], 1.0
+    w0, zero_grads = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.zeros(2)}
+    state, params, factor = tx.init(w), w["w"], 1.0
     for t in range(STEPS):
-        updates, state = tx.update(silent, state, {"w": now}, pretrained=w0)
-        now = now - schedule(t) * updates["w"]
-        left *= 1 - schedule(t) * 0.4
-    np.testing.assert_allclose(now - w0["w"], left * (w["w"] - w0["w"]), rtol=1e-12)
-    assert left < 0.99
+        updates, state = tx.update(zero_grads, state, {"w": params}, pretrained=w0)
+        params = params - schedule(t) * updates["w"]
+        factor *= 1 - schedule(t) * 0.4
+    np.testing.assert_allclose(params - w0["w"], factor * (w["w"] - w0["w"]), rtol=1e-12)
+    assert factor < 0.99
 
 
-def test_frozen_leaves_keep_their_bits_and_have_no_moments():
+def test_frozen_leaves_are_bitwise_unchanged_and_have_no_optimizer_state():
     trained = biases_and_head
     config = tiny.config(optimizer__weight_decay=0.3, optimizer__decay_to_pretrained=0.2)
     before = jax.tree.map(np.float32, start())
     state = train(config, batches(1), trained=trained, pretrained=before)
-    moved = 0
+    num_trained = 0
     for name, old, new in zip(
         jax.tree.leaves(leaf_names(before)),
         *map(jax.tree.leaves, (before, state.params)),
         strict=True,
     ):
-        moved += old.size * trained(name)
+        num_trained += old.size * trained(name)
         assert np.array_equal(old, new[0]) is not trained(name), name
     counts = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
-    assert counts == 2 * moved + 1, "moments of frozen leaves"  # and Adam's own counter
+    assert counts == 2 * num_trained + 1, "state of frozen leaves"  # plus Adam's step count
 
 
-def test_replicas_with_numbers_of_their_own_equal_separate_runs(x64):
-    """One program for all: other rates, decays, smoothings and lengths (the first ends early)."""
+def test_per_replica_hyperparameters_equal_separate_runs(x64):
+    """Learning rates, decays, smoothings and numbers of epochs differ; the first ends early."""
     config = tiny.config(num_replicas=3, optimizer__warmup_steps=0, optimizer__warmup_fraction=0.25)
     config.epochs = 3
-    own = {
+    values = {
         "learning_rate": (1e-2, 3e-2, 1e-2),
         "weight_decay": (0.0, 0.1, 0.5),
         "label_smoothing": (0.0, 0.1, 0.2),
         "epochs": (2, 3, 3),
     }
-    config.per_replica.update(own)
+    config.per_replica.update(values)
     hyper = hyper_parameters(config, STEPS // 3)
     assert hyper["num_steps"].tolist() == [8, 12, 12]
     data = batches(3)
     together = train(config, data, hyper=hyper, replicas=3)
     for r in range(3):
         alone = tiny.config(
-            label_smoothing=own["label_smoothing"][r],
-            optimizer__learning_rate=own["learning_rate"][r],
-            optimizer__weight_decay=own["weight_decay"][r],
+            label_smoothing=values["label_smoothing"][r],
+            optimizer__learning_rate=values["learning_rate"][r],
+            optimizer__weight_decay=values["weight_decay"][r],
             optimizer__warmup_steps=0,
             optimizer__warmup_fraction=0.25,
         )
-        mine = [jax.tree.map(lambda x, r=r: x[r : r + 1], batch) for batch in data]
-        state = train(alone, mine, steps=own["epochs"][r] * STEPS // 3)
+        replica_data = [jax.tree.map(lambda x, r=r: x[r : r + 1], batch) for batch in data]
+        state = train(alone, replica_data, steps=values["epochs"][r] * STEPS // 3)
         for name, want, got in zip(
             jax.tree.leaves(leaf_names(state.params)),
             *map(jax.tree.leaves, (state.params, together.params)),
             strict=True,
         ):
-            # The separate run's rate is of float32: 6e-8 of steps of 3e-2, a dozen of them.
+            # The separate run computes its learning rate in float32: 12 errors of 6e-8 * 3e-2.
             np.testing.assert_allclose(got[r], want[0], atol=2e-8, err_msg=f"{r} {name}")
 
 
-def test_a_replicas_own_mixup_and_strength_are_those_of_a_run_alone():
+def test_per_replica_mixup_and_strength_equal_a_separate_run():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     key, batch = jax.random.key(0), {"image": images, "label": np.arange(4)}
-    varied = _batch_augment(shift_and_jitter, 0.0, True, None)
+    augment = _batch_augment(shift_and_jitter, 0.0, True, None)
 
     @jax.jit
     @jax.vmap
-    def own(mixup, strength):
-        return varied(key, batch | {"mixup": mixup, "augment_strength": strength})
+    def augment_replicas(mixup, strength):
+        return augment(key, batch | {"mixup": mixup, "augment_strength": strength})
 
     none, some = (
         jax.tree.map(
-            lambda x, r=r: np.asarray(x[r]), own(jnp.array([0.0, 0.4]), jnp.array([0.0, 1]))
+            lambda x, r=r: np.asarray(x[r]),
+            augment_replicas(jnp.array([0.0, 0.4]), jnp.array([0.0, 1])),
         )
         for r in range(2)
     )
@@ -185,20 +186,21 @@ def test_a_replicas_own_mixup_and_strength_are_those_of_a_run_alone():
     assert (none["share"] == 1).all() and (some["share"] < 1).all()
     alone = jax.jit(_batch_augment(shift_and_jitter, 0.4, False, None))(key, batch)
     for name, value in alone.items():
-        # Blends of numbers of up to 255 in float32, fused in one order or another.
+        # Mixtures of values up to 255 in float32; the order of operations differs.
         np.testing.assert_allclose(some[name], value, atol=1e-4, err_msg=name)
 
 
-def test_each_replica_sees_stored_images_by_its_own_randaugment():
+def test_per_replica_randaugment():
     config = tiny.config(data__name="folder", data__augment__randaugment_magnitude=5)
     assert train_transforms(config, 16) == [TrainTransform.of(config.data.augment, 16)] * 2
     config.per_replica.randaugment_ops = (0, 2.0)
-    views = train_transforms(config, 16)
-    assert [repr(view.randaugment_ops) for view in views] == ["0", "2"], "a count, as it is drawn"
-    assert [view.randaugment_magnitude for view in views] == [5, 5]
+    transforms = train_transforms(config, 16)
+    assert [repr(one.randaugment_ops) for one in transforms] == ["0", "2"], "integers"
+    assert [one.randaugment_magnitude for one in transforms] == [5, 5]
     config.per_replica.randaugment_magnitude = (1, 20)
-    assert [view.randaugment_magnitude for view in train_transforms(config, 16)] == [1, 20]
-    assert hyper_parameters(config, 4) == {}, "no program sees them"
+    transforms = train_transforms(config, 16)
+    assert [one.randaugment_magnitude for one in transforms] == [1, 20]
+    assert hyper_parameters(config, 4) == {}, "the train step does not need them"
 
 
 @pytest.mark.parametrize(
@@ -234,11 +236,11 @@ def test_each_replica_sees_stored_images_by_its_own_randaugment():
         ),
         (
             {"per_replica__randaugment_ops": (0, 2)},
-            "per_replica.randaugment_ops .*glyphs .*per_replica.augment_",
+            "per_replica.randaugment_ops .*glyphs.* per_replica.augment_",
         ),
         (
             {"data__name": "folder", "per_replica__randaugment_ops": (0, 1.5)},
-            "per_replica.randaugment_ops .*1.5.* whole",
+            "per_replica.randaugment_ops .*1.5.* integer",
         ),
         (
             {"data__name": "folder", "per_replica__randaugment_magnitude": (0, 31)},
@@ -246,26 +248,26 @@ def test_each_replica_sees_stored_images_by_its_own_randaugment():
         ),
         (
             {"per_replica__epochs": (1, float("inf"))},
-            "per_replica.epochs .*inf.* whole",
+            "per_replica.epochs .*inf.* integer",
         ),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_way_out(changes, message):
+def test_an_invalid_option_is_one_line_that_says_how_to_fix_it(changes, message):
     config = tiny.config(**changes)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as error:
         check_method(config)
         make_optimizer(config.optimizer, STEPS)
         hyper_parameters(config, 4)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_row_is_called_after_what_trained_it():
-    named = {
-        "replica": {},
+def test_row_names():
+    rows = {
+        "single_model": {},
         "car_ft": {"objective__name": "car_ft"},
         "ftp": {"optimizer__projection__name": "ftp"},
         "l2_sp+tpgm": {"objective__name": "l2_sp", "optimizer__projection__name": "tpgm"},
         "decay_to_pretrained": {"optimizer__decay_to_pretrained": 0.1},
     }
-    for name, changes in named.items():
+    for name, changes in rows.items():
         assert method_name(tiny.config(**changes)) == name

@@ -1,4 +1,4 @@
-"""Small arrays that are saved side by side: the same bits, on any mesh, and nothing is sent."""
+"""Packed small arrays: bitwise identical on any mesh, packed without communication."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from modelstock_jax.training import array_checksums
-from modelstock_jax.training.array_checksums import describe, json_checksum
+from modelstock_jax.training.array_checksums import describe_leaves, json_checksum
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.sharding import make_mesh
 
-LARGE = array_checksums.LEAST // 8
-# Shape and the axes that it is split over: whole, by replicas, by replicas and over the data.
+LARGE = array_checksums.MAX_PACKED_BYTES // 8
+# Shape and mesh axes: replicated, over the replica axis, or over both axes.
 LEAVES = {
     "step": ((), ()),
     "key": ((2, 2), ("replica",)),
@@ -43,50 +43,50 @@ def mesh(replica, data):
     return make_mesh(replica, data, num_replicas=2, batch_size=8)
 
 
-def test_what_is_small_and_lies_alike_is_one_array():
-    made = tree(mesh(2, 4), 0)
-    packs = array_checksums.plan_packs(made)
-    together = {tuple(one.names): one.rows for one in packs.values()}
-    assert together == {
+def test_small_arrays_with_the_same_sharding_are_one_array():
+    arrays = tree(mesh(2, 4), 0)
+    packs = array_checksums.plan_packs(arrays)
+    rows = {tuple(group.names): group.rows for group in packs.values()}
+    assert rows == {
         ("flag",): 0,
         ("key",): 2,
         ("moments/bias", "moments/count"): 2,
         ("narrow",): 0,
         ("step",): 0,
     }
-    arrays = array_checksums.pack(made, packs)
-    assert arrays["large"] is made["large"] and arrays["split"] is made["split"]
-    assert len(arrays) == len(packs) + 2
-    for key, one in packs.items():
-        # A replica's rows stay on its own devices.
-        assert (not arrays[key].sharding.is_fully_replicated) == bool(one.rows), key
-    back = array_checksums.unpack(arrays, made, packs)
-    chex.assert_trees_all_equal(back, made)
-    assert [x.sharding for x in jax.tree.leaves(back)] == [
-        x.sharding for x in jax.tree.leaves(made)
+    packed = array_checksums.pack(arrays, packs)
+    assert packed["large"] is arrays["large"] and packed["split"] is arrays["split"]
+    assert len(packed) == len(packs) + 2
+    for key, group in packs.items():
+        # The rows of a replica stay on its devices.
+        assert (not packed[key].sharding.is_fully_replicated) == bool(group.rows), key
+    unpacked = array_checksums.unpack(packed, arrays, packs)
+    chex.assert_trees_all_equal(unpacked, arrays)
+    assert [x.sharding for x in jax.tree.leaves(unpacked)] == [
+        x.sharding for x in jax.tree.leaves(arrays)
     ]
 
 
-def test_every_mesh_restores_what_another_has_packed(tmp_path):
+def test_packs_are_restored_on_any_mesh(tmp_path):
     saved = tree(mesh(2, 4), 1)
     with Checkpoints(tmp_path, keep=0) as checkpoints:
         checkpoints.save(1, saved)
         checkpoints.wait()
         for shape in ((2, 4), (1, 8), (2, 1), (1, 1)):
-            like = tree(mesh(*shape), 0)
-            got = checkpoints.restore(1, like)
-            chex.assert_trees_all_equal(got, jax.device_get(saved))
-            jax.tree.map(lambda x, y: chex.assert_equal(x.sharding, y.sharding), got, like)
-        whole = jax.tree.map(jnp.asarray, jax.device_get(saved))
-        chex.assert_trees_all_equal(checkpoints.restore(1, whole), whole)
+            abstract = tree(mesh(*shape), 0)
+            restored = checkpoints.restore(1, abstract)
+            chex.assert_trees_all_equal(restored, jax.device_get(saved))
+            jax.tree.map(lambda x, y: chex.assert_equal(x.sharding, y.sharding), restored, abstract)
+        single = jax.tree.map(jnp.asarray, jax.device_get(saved))
+        chex.assert_trees_all_equal(checkpoints.restore(1, single), single)
 
 
-def test_a_tree_that_was_saved_array_by_array_comes_back(tmp_path):
-    """As it was done before; a run of then goes on."""
+def test_checkpoints_without_packs_are_restored(tmp_path):
+    """Earlier versions saved every array alone; their runs can be resumed."""
     saved = tree(mesh(2, 4), 2)
     with Checkpoints(tmp_path, keep=0) as checkpoints:
-        record = {"leaves": describe(saved), "details": {}}
+        record = {"leaves": describe_leaves(saved), "details": {}}
         document = {"record": record, "sha256": json_checksum(record)}
-        parts = {"tree": saved, "digests": document}
-        checkpoints._checkpointer.save_checkpointables(1, parts, force=True)
+        items = {"tree": saved, "digests": document}
+        checkpoints._checkpointer.save_checkpointables(1, items, force=True)
         chex.assert_trees_all_equal(checkpoints.restore(1, saved), saved)

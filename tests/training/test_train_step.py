@@ -1,4 +1,4 @@
-"""The replicated step against plain single runs, finite differences and recorded numbers."""
+"""The train step compared with single runs, finite differences and recorded values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,17 @@ def batches(config, count):
     return [next(stream) for _ in range(count)]
 
 
-def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mesh=None, parts=1):
-    """Steps of the replicas in `replicas`, from the anchor; state and the first metrics."""
+def run(
+    config,
+    params,
+    dtype,
+    data,
+    replica_mode="vmap",
+    replicas=slice(None),
+    mesh=None,
+    micro_batches=1,
+):
+    """Train the replicas `replicas` from the anchor; return the state and the first metrics."""
     tx, schedule = make_optimizer(config.optimizer, STEPS)
     state = init_state(params, tx, num_replicas=config.num_replicas, seed=config.seed)
     state = state._replace(
@@ -45,9 +54,9 @@ def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mes
             tiny.loss_fn(dtype),
             tx,
             schedule,
-            execution,
+            replica_mode,
             augment=augment,
-            gradient_accumulation_steps=parts,
+            gradient_accumulation_steps=micro_batches,
         )
     )
     first = None
@@ -63,13 +72,13 @@ def run(config, params, dtype, data, execution="vmap", replicas=slice(None), mes
 @functools.cache
 def alone_in_float64(replica):
     config = tiny.config()
-    one = slice(replica, replica + 1)
+    replicas = slice(replica, replica + 1)
     data = batches(config, STEPS)
-    return run(config, tiny.params(np.float64), jnp.float64, data, replicas=one)[0]
+    return run(config, tiny.params(np.float64), jnp.float64, data, replicas=replicas)[0]
 
 
 @pytest.mark.parametrize(
-    ("execution", "shape", "parts"),
+    ("replica_mode", "shape", "micro_batches"),
     [
         ("vmap", None, 1),
         ("map", None, 4),
@@ -79,27 +88,35 @@ def alone_in_float64(replica):
         ("vmap", (1, 8), 1),
     ],
 )
-def test_replicas_together_equal_replicas_alone_in_float64(x64, execution, shape, parts):
+def test_replicas_equal_single_runs_in_float64(x64, replica_mode, shape, micro_batches):
     config = tiny.config()
     params = tiny.params(np.float64)
     data = batches(config, STEPS)
     mesh = None
     if shape is not None:
         mesh = sharding.make_mesh(*shape, num_replicas=2, batch_size=config.batch_size)
-    together, _ = run(config, params, jnp.float64, data, execution, mesh=mesh, parts=parts)
+    together, _ = run(
+        config,
+        params,
+        jnp.float64,
+        data,
+        replica_mode,
+        mesh=mesh,
+        micro_batches=micro_batches,
+    )
     for replica in (0, 1):
         alone = alone_in_float64(replica)
         paths = jax.tree_util.tree_flatten_with_path(alone.params)[0]
         pairs = zip(paths, jax.tree.leaves(together.params), jax.tree.leaves(params), strict=True)
-        for (path, want), got, start in pairs:
-            error = np.abs(got[replica] - want[0]).max()
-            moved = np.linalg.norm(want[0] - start)
+        for (path, expected), leaf, start in pairs:
+            error = np.abs(leaf[replica] - expected[0]).max()
+            update = np.linalg.norm(expected[0] - start)
             name = jax.tree_util.keystr(path)
-            # No gradient reaches a key's bias (softmax does not see it), so what moves it is
-            # rounding alone, which Adam scales up: an absolute bound there.
-            bound = 1e-9 if "k_proj" in name and "bias" in name else 1e-8 * moved
+            # Key biases receive no gradient (softmax is shift-invariant), only rounding errors,
+            # which Adam scales up: their bound is absolute.
+            bound = 1e-9 if "k_proj" in name and "bias" in name else 1e-8 * update
             assert error <= bound, name
-            assert moved > 0, name
+            assert update > 0, name
 
 
 def test_first_step_in_float32_equals_single_runs():
@@ -110,12 +127,12 @@ def test_first_step_in_float32_equals_single_runs():
     for replica in (0, 1):
         _, alone = run(config, params, jnp.float32, data, replicas=slice(replica, replica + 1))
         for name in ("loss", "grad_norm"):
-            # float32 rounds to 6e-8; sums over a batch of 16 and a block stay within 1e-5.
+            # float32 rounds to 6e-8; sums over a batch of 16 and a block are within 1e-5.
             np.testing.assert_allclose(together[name][replica], alone[name][0], rtol=1e-5)
-    assert together["loss"][0] != together["loss"][1], "the replicas saw the same data"
+    assert together["loss"][0] != together["loss"][1], "the replicas have the same data"
 
 
-def test_gradient_against_finite_differences(x64):
+def test_gradient_equals_finite_differences(x64):
     loss, params = tiny.loss_fn(jnp.float64), tiny.params(np.float64)
     batch = {name: value[0] for name, value in batches(tiny.config(), 1)[0].items()}
     batch = tiny.augment(jax.random.key(0), batch, jnp.float64)
@@ -135,27 +152,27 @@ def test_gradient_against_finite_differences(x64):
         h = 1e-6
         up = jax.tree.map(lambda x, d: x + 1e-6 * d, params, direction)
         down = jax.tree.map(lambda x, d: x - 1e-6 * d, params, direction)
-        # Central differences err by h^2 |f'''| and 1e-16 / h: some 1e-9 of a slope of order 1.
+        # Central differences err by h^2 |f'''| and 1e-16 / h: about 1e-9 of a slope of order 1.
         np.testing.assert_allclose(slope, (value(up) - value(down)) / (2 * h), rtol=1e-6)
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(x64):
+def test_micro_batches_have_the_gradient_of_the_full_batch(x64):
     loss, params = tiny.loss_fn(jnp.float64), tiny.params(np.float64)
     batch = {name: value[0] for name, value in batches(tiny.config(), 1)[0].items()}
     batch = tiny.augment(jax.random.key(0), batch, jnp.float64)
     gradient = jax.jit(functools.partial(mean_gradient, loss), static_argnums=2)
-    loss_of_all, want, metrics = gradient(params, batch, 1)
-    size = max(np.abs(g).max() for g in jax.tree.leaves(want))
-    loss_of_parts, got, same = gradient(params, batch, 4)
-    # float64 rounds to 1e-16; a key's bias has a zero gradient, made of rounding alone.
-    chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-14 * size)
-    chex.assert_trees_all_close((loss_of_parts, same), (loss_of_all, metrics), rtol=1e-12)
+    loss_1, gradient_1, metrics_1 = gradient(params, batch, 1)
+    loss_4, gradient_4, metrics_4 = gradient(params, batch, 4)
+    max_gradient = max(np.abs(g).max() for g in jax.tree.leaves(gradient_1))
+    # float64 rounds to 1e-16; the gradient of a key bias is 0 up to rounding.
+    chex.assert_trees_all_close(gradient_4, gradient_1, rtol=1e-12, atol=1e-14 * max_gradient)
+    chex.assert_trees_all_close((loss_4, metrics_4), (loss_1, metrics_1), rtol=1e-12)
 
 
 def test_one_step_gives_the_recorded_loss():
     config = tiny.config()
     state, metrics = run(config, tiny.params(), jnp.float32, batches(config, 1))
-    # Recorded on jax 0.10.2 on a CPU; other versions and machines round differently in float32.
+    # Recorded with jax 0.10.2 on a CPU; other versions and machines round differently in float32.
     np.testing.assert_allclose(metrics["loss"], GOLDEN_LOSS, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], GOLDEN_GRAD_NORM, rtol=1e-4)
     assert int(state.step) == 1
@@ -164,7 +181,7 @@ def test_one_step_gives_the_recorded_loss():
         "head": stats.ratio["head"]["kernel"],
         "projection": stats.ratio["image_tower"]["projection"]["kernel"],
     }
-    # Adam's first step is all but the gradient's sign, which rounding may flip where it is 0.
+    # Adam's first step is nearly the sign of the gradient, which rounding may flip near 0.
     chex.assert_trees_all_close(ratio, GOLDEN_RATIO, atol=1e-3)
 
 
@@ -173,8 +190,8 @@ GOLDEN_GRAD_NORM = [0.2585323, 0.3661669]
 GOLDEN_RATIO = {"head": 0.1001463, "projection": 0.3697995}
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_no_collective_crosses_the_replicas(parts):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_no_collective_crosses_the_replica_axis(micro_batches):
     config = tiny.config()
     mesh = sharding.make_mesh(2, 4, num_replicas=2, batch_size=config.batch_size)
     tx, schedule = make_optimizer(config.optimizer, STEPS)
@@ -187,7 +204,7 @@ def test_no_collective_crosses_the_replicas(parts):
             schedule,
             "vmap",
             augment=tiny.augment,
-            gradient_accumulation_steps=parts,
+            gradient_accumulation_steps=micro_batches,
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),
@@ -195,33 +212,33 @@ def test_no_collective_crosses_the_replicas(parts):
     batch = sharding.put_batch(mesh, batches(config, 1)[0])
     compiled = step.lower(jax.device_put(state, shardings), batch, StepConstants()).compile()
     text = compiled.as_text()
-    # A batch is cut where it lies: nothing but sums of gradients and metrics travels.
+    # Splitting a batch moves no rows: only sums of gradients and metrics are sent.
     assert not re.search("all-gather|all-to-all|collective-permute|reduce-scatter", text)
-    # Devices 0-3 hold replica 0, devices 4-7 replica 1.
+    # Replica 0 is on devices 0-3, replica 1 on devices 4-7.
     reduced = collectives(text)
-    assert reduced, "the data axis must be reduced"
+    assert reduced, "no collective over the data axis"
     assert text.count("replica_groups=") == len(reduced)
-    assert all(one.within(4) for one in reduced)
+    assert all(collective.within(4) for collective in reduced)
     donated = compiled.memory_analysis().alias_size_in_bytes
     size = sum(x.nbytes for x in jax.tree.leaves(jax.device_get(state)))
-    assert donated >= 0.9 * size / 2, "the state is not updated in place"  # each device holds half
+    assert donated >= 0.9 * size / 2, "the state is not donated"  # each device stores half
 
 
-def test_learning_rate_rises_then_falls_to_its_floor():
+def test_learning_rate_warms_up_and_decays_to_its_final_value():
     config = tiny.config(optimizer__final_lr_fraction=0.1).optimizer
     _, schedule = make_optimizer(config, STEPS)
     rates = np.array([schedule(jnp.int32(s)) for s in range(STEPS)])
-    np.testing.assert_allclose(rates[:3], [0.5e-2, 1e-2, 1e-2], rtol=1e-6)  # two warm-up steps
+    np.testing.assert_allclose(rates[:3], [0.5e-2, 1e-2, 1e-2], rtol=1e-6)  # two warmup steps
     assert (np.diff(rates[2:]) < 0).all()
     np.testing.assert_allclose(schedule(jnp.int32(STEPS)), 1e-3, rtol=1e-5)
 
 
-def test_weight_decay_and_clipping_are_adamw():
-    """One step from zero moments is -lr (sign of the gradient + decay w), whatever its size."""
+def test_weight_decay_and_clipping_follow_adamw():
+    """The first step is -lr (sign of the gradient + decay w), for any size of the gradient."""
     config = tiny.config(optimizer__warmup_steps=0, optimizer__weight_decay=0.5).optimizer
     tx, schedule = make_optimizer(config, STEPS)
     w, g = {"w": jnp.array([2.0, -4.0])}, {"w": jnp.array([1e-3, -30.0])}
     updates, _ = tx.update(g, tx.init(w), w)
-    # The clipped gradient's smaller part is 3e-5, to which Adam's eps of 1e-8 adds 3e-4 of it.
+    # The smaller clipped gradient is 3e-5; Adam's eps of 1e-8 changes its step by 3e-4.
     np.testing.assert_allclose(updates["w"], np.sign(g["w"]) + 0.5 * w["w"], rtol=5e-4)
     chex.assert_trees_all_close(schedule(jnp.int32(0)), jnp.float32(1e-2))

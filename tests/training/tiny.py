@@ -1,4 +1,4 @@
-"""A tiny classifier in training: one block of width 12 on 12 x 12 images of random pixels."""
+"""A tiny classifier: one transformer block of width 12 on 12 x 12 images of random pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def clip_config() -> CLIPConfig:
 
 @cache
 def params(dtype=np.float32):
-    """An anchor: image tower and head, all of it away from zeros and ones."""
+    """Anchor parameters (image tower and head); no parameter is exactly 0 or 1."""
     tree = {
         "image_tower": init(clip_config(), jax.random.key(3))["image_tower"],
         "head": {"kernel": jnp.zeros((8, CLASSES)), "bias": jnp.zeros(CLASSES)},
@@ -53,14 +53,14 @@ def loss_fn(dtype=jnp.float32):
 
 
 def augment(key, batch, dtype=jnp.float32):
-    """Adds a brightness of its own to each image."""
+    """Add a random brightness to each image."""
     pixels = batch["image"]
     noise = jax.random.uniform(key, (pixels.shape[0], 1, 1, 1), dtype)
     return batch | {"image": pixels.astype(dtype) / 255.0 + 0.1 * noise}
 
 
 def config(**changes):
-    """The defaults at this size; `changes` by dotted name with '__' for the dot."""
+    """Default options for this model; in the names of `changes`, '__' stands for '.'."""
     config = default.get_config()
     config.batch_size = 16
     config.optimizer.learning_rate = 1e-2
@@ -97,6 +97,6 @@ def task(config, epochs: int = 2, dtype=np.float32) -> Task:
 
 
 def trainer(workdir, epochs: int = 2, **changes) -> Trainer:
-    made = config(**changes)
-    programs = StepFunctions(made, task(made, epochs))
-    return Trainer(made, programs, partial(batches, made), workdir, "run")
+    run_config = config(**changes)
+    fns = StepFunctions(run_config, task(run_config, epochs))
+    return Trainer(run_config, fns, partial(batches, run_config), workdir, "run")
