@@ -68,7 +68,7 @@ def without_checks(config, programs: StepFunctions) -> StepFunctions:
     try:
         bare = StepFunctions(config, programs.task)
         state, batch = programs.init_state(0), put_batch(programs.mesh, random_batch(config, 0))
-        bare.step(state, batch, bare.step_constants(bare.anchor))  # Traces it without the checks.
+        bare.train_step(state, batch, bare.step_constants(bare.anchor))
     finally:
         step_module.finite_checks = original
     return bare
@@ -105,15 +105,15 @@ class Loops:
 
     def bare(self) -> np.ndarray:
         """Run only steps; read the loss every `log_every_steps` steps, one step late."""
-        return self._round(self.bare_programs.step, self._read_loss())
+        return self._round(self.bare_programs.train_step, self._read_loss())
 
     def checks(self) -> np.ndarray:
         """Add the non-finite checks inside the step."""
-        return self._round(self.programs.step, self._read_loss())
+        return self._round(self.programs.train_step, self._read_loss())
 
     def logging(self) -> np.ndarray:
         """Add monitor, metrics, progress and timeline, as in a run without saving."""
-        return self._round(self.programs.step, self.logger.step, self.timeline)
+        return self._round(self.programs.train_step, self.logger.log_step, self.timeline)
 
     def saving(self) -> np.ndarray:
         """Add one save of the state at the first step of the round."""
@@ -127,7 +127,7 @@ class Loops:
         saved = threading.Event()
 
         def log(step, values):
-            self.logger.step(step, values)
+            self.logger.log_step(step, values)
             if step == self.done + 1:
                 self.logger.flush_pending()
                 self.save_start = time.perf_counter()
@@ -136,7 +136,7 @@ class Loops:
                 self._save(step, saved)
 
         cpu = time.process_time()
-        seconds = self._round(self.programs.step, log, self.timeline)
+        seconds = self._round(self.programs.train_step, log, self.timeline)
         assert saved.wait(600)
         self.checkpoints.wait()
         if not merged:

@@ -87,7 +87,7 @@ def main(argv):
     peaks = [reset_peak()] if on_cpu else []  # Compiling leaves much freed memory.
     before = resident("VmRSS")
 
-    programs.anchor = jax.device_put(draw(programs.task.params, 0), programs.weights_sharding)
+    programs.anchor = jax.device_put(draw(programs.task.params, 0), programs.params_sharding)
     # As in the middle of a run, there is a merged model of an earlier merge.
     state, merged, _ = compiled["merge"](programs.anchor, programs.init_state(0))
     jax.block_until_ready((state, merged))

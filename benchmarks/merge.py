@@ -4,7 +4,7 @@
 
 Two replicas in float32 at the true sizes of ViT-B/32, B/16 and L/14, random weights, one device.
 
-- `in the loop`: `training.step_fns.StepFunctions.merge`, one compiled program: reads anchor and
+- `in the loop`: `training.step_fns.StepFunctions.merge_step`, one compiled program: reads anchor and
   replicas twice (angles, then weights), writes the merged model and both replicas: the bytes of 9
   models.
 - `model_stock, jitted` and `model_stock, eager`: the library's function: 7.
@@ -58,7 +58,7 @@ def make_variants(size: str) -> tuple[dict, int]:
 
     def in_the_loop(count: int) -> None:
         for _ in range(count):
-            current["state"], merged, stats = programs.merge[False](anchor, current["state"])
+            current["state"], merged, stats = programs.merge_step[False](anchor, current["state"])
         jax.block_until_ready((current["state"], merged, stats))
 
     def repeated(function):

@@ -110,7 +110,7 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
             start, cpu = time.perf_counter(), time.process_time()
             for seed in range(2):
                 batch = put_batch(programs.mesh, random_batch(config, seed))
-                state, values = programs.step(state, batch, constants)
+                state, values = programs.train_step(state, batch, constants)
             jax.block_until_ready(state)
             if number:
                 wall = time.perf_counter() - start
@@ -118,10 +118,10 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
         measured[config.batch_size] = np.median(times, axis=0)
     merges = []
     for number in range(rounds + 1):
-        state, _ = programs.step(state, batch, constants)  # So that the replicas differ.
+        state, _ = programs.train_step(state, batch, constants)  # So that the replicas differ.
         jax.block_until_ready(state)
         start = time.perf_counter()
-        state, merged, stats = programs.merge[False](programs.anchor, state)
+        state, merged, stats = programs.merge_step[False](programs.anchor, state)
         stats = jax.device_get(stats)
         check_finite(stats)
         report(stats)
@@ -149,16 +149,19 @@ def merge_costs(case: str, rounds: int) -> tuple[list[str], np.ndarray]:
 def host_cost(workdir: Path, steps: int = 1200) -> float:
     """Return CPU seconds of the loop thread per step for logging, with metrics every ten steps."""
     config = linear.config(log_every_steps=10)
-    programs, timeline = linear.programs(config, 2 * steps), Timeline(workdir / "timeline.jsonl")
+    programs, timeline = (
+        linear.step_functions(config, 2 * steps),
+        Timeline(workdir / "timeline.jsonl"),
+    )
     batch = put_batch(programs.mesh, next(linear.batches(config, 0)))
     state, constants, spent = programs.init_state(0), programs.step_constants(programs.anchor), 0.0
     with TrainLogger(config, programs.task, workdir, "host", 0, timeline) as logger:
         for step in range(1, steps + 1):
-            state, values = programs.step(state, batch, constants)
+            state, values = programs.train_step(state, batch, constants)
             jax.block_until_ready(values)  # Waiting for the device is not part of logging.
             start = time.thread_time()
             with timeline.phase("data"), timeline.phase("train"):
-                logger.step(step, values)
+                logger.log_step(step, values)
             spent += time.thread_time() - start
     return spent / steps
 

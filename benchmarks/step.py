@@ -76,7 +76,7 @@ class Steps:
         constants = programs.step_constants()  # Fine-tuning reads only its state.
         shapes = programs.abstract_batch(models.SIZES[self.size][4])
         start = time.perf_counter()
-        step = programs.step.lower(programs.abstract_state, shapes, constants).compile()
+        step = programs.train_step.lower(programs.abstract_state, shapes, constants).compile()
         compile_seconds = time.perf_counter() - start
         if replicas not in self.batches:
             self.batches[replicas] = put_batch(programs.mesh, self._batch(replicas))

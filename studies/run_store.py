@@ -273,7 +273,7 @@ class RunStore:
             self._data,
             self._workdir,
             directory.name,
-            programs=step_functions,
+            step_functions=step_functions,
             timeline=timeline,
             title=title,
         )

@@ -129,9 +129,9 @@ class Comparison:
         self._programs: StepFunctions | None = None
         # This raises every config error before training.
         merged = self.trainer(config.seed, "merged")
-        self._programs, self.merges = merged.programs, merged.merge_steps > 0
+        self._programs, self.merges = merged.step_functions, merged.merge_steps > 0
         self._start = merged.task.params
-        self._evaluator = ModelEvaluator(config, anchor, data, merged.programs.mesh)
+        self._evaluator = ModelEvaluator(config, anchor, data, merged.step_functions.mesh)
 
     def evaluate_anchor(self, zero_shot: Classifier) -> Document:
         """Return the row of the anchor as opened and, after a linear probe, of the probed anchor.
@@ -186,7 +186,7 @@ class Comparison:
             self.data,
             self.workdir,
             f"seed_{seed}/{run}",
-            programs=self._programs,
+            step_functions=self._programs,
             timeline=self._timeline,
         )
 

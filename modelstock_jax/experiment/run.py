@@ -132,7 +132,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
         name = f"learning_rate_{rate:g}"
         trainer = make_trainer(run_config, anchor, data, workdir, name, timeline=timeline)
         replicas = multihost.to_host(trainer.run().state.params)
-        evaluate = classifier_evaluator(config, anchor, trainer.programs.mesh)
+        evaluate = classifier_evaluator(config, anchor, trainer.step_functions.mesh)
         with timeline.phase("evaluate"):
             models = (
                 jax.tree.map(lambda x, r=r: x[r], replicas) for r in range(run_config.num_replicas)
@@ -188,7 +188,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
     mesh = make_mesh(1, 0, num_replicas=1, batch_size=jax.device_count())
     params = anchor.params
     if is_step:
-        start = anchor.start(config)
+        start = anchor.initial_params(config)
         shardings = jax.tree.map(lambda _: replicated_sharding(mesh), start)
         with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
             restored = checkpoints.restore(int(directory.name), device_put_global(start, shardings))

@@ -180,7 +180,7 @@ def test_error_without_a_coordinator(monkeypatch):
     ],
 )
 def test_jax_error_of_a_lost_process_becomes_one_line(message, words):
-    line = launcher.what_was_lost(message)
+    line = launcher.lost_process_message(message)
     assert words in line and "\n" not in line
 
 
