@@ -285,10 +285,10 @@ def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(
     planned, tmp_path, monkeypatch, kind
 ):
     out = tmp_path / "out"
-    settle = fileio._settle
+    set_modes = fileio._set_modes_and_flush
 
     def late(directory):
-        settle(directory)
+        set_modes(directory)
         if kind == "file":
             out.write_text("other")
         else:
@@ -297,7 +297,7 @@ def test_a_directory_that_appears_while_files_are_flushed_is_not_replaced(
             (out / "other").write_text("other")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fileio, "_settle", late)
+        patch.setattr(fileio, "_set_modes_and_flush", late)
         if kind == "empty":
             run(planned, out)
         else:

@@ -13,7 +13,7 @@ from modelstock_jax.fileio import flat
 INVALID = {
     "task": ("fine-tune", "finetune, learning_rate"),
     "data.name": ("glyph", "glyphs, imagenet"),
-    "data.augment.crop_area": ((0.9, 1.1), "up to 1"),
+    "data.augment.crop_area": ((0.9, 1.1), "at most 1"),
     "data.augment.randaugment_magnitude": (31, "between 0 and 30"),
     "data.loader.unreadable": ("ignore", "error, skip"),
     "objective.name": ("car_fft", "cross_entropy, car_ft"),
