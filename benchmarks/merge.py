@@ -4,9 +4,9 @@
 
 Two replicas in float32 at the true sizes of ViT-B/32, B/16 and L/14, random weights, one device.
 
-- `in the loop`: `training.step_fns.StepFunctions.merge_step`, one compiled program: reads anchor and
-  replicas twice (angles, then weights), writes the merged model and both replicas: the bytes of 9
-  models.
+- `in the loop`: `training.step_fns.StepFunctions.merge_step`, one compiled program: reads anchor
+  and replicas twice (angles, then weights), writes the merged model and both replicas: 9 models'
+  bytes.
 - `model_stock, jitted` and `model_stock, eager`: the library's function: 7.
 - `formula, eager`: plain jax.numpy, tensor by tensor: at least 7.
 
