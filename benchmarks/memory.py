@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from modelstock_jax.experiment.dry_run import abstract_programs  # noqa: E402
+from modelstock_jax.experiment.dry_run import abstract_step_functions  # noqa: E402
 from modelstock_jax.training.checkpoints import Checkpoints  # noqa: E402
 from modelstock_jax.training.cost_analysis import memory  # noqa: E402
 
@@ -77,7 +77,7 @@ def random_batch(batch, seed: int):
 def main(argv):
     config = FLAGS.config
     logging.set_verbosity(logging.ERROR)
-    programs, clip = abstract_programs(config)
+    programs, clip = abstract_step_functions(config)
     batch = programs.abstract_batch(clip.vision.image_size)
     lowered = programs.lower(batch)
     compiled = {name: program.compile() for name, program in lowered.items()}

@@ -38,7 +38,7 @@ import numpy as np  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import limits, models  # noqa: E402
 from benchmarks.turns import conditions, ratio, table, take_turns, write_json  # noqa: E402
-from modelstock_jax.training.cost_analysis import device_bytes, extra_bytes  # noqa: E402
+from modelstock_jax.training.cost_analysis import device_bytes, temporary_bytes  # noqa: E402
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
 
 REPLICAS = {"vmap": 2, "map": 2, "one": 1}
@@ -93,7 +93,7 @@ class Steps:
         stored = device_bytes(programs.abstract_state) + device_bytes(shapes)
         return run, {
             "compile_seconds": compile_seconds,
-            "memory_bytes": stored + extra_bytes(step),
+            "memory_bytes": stored + temporary_bytes(step),
         }
 
     def _batch(self, replicas: int) -> dict[str, np.ndarray]:

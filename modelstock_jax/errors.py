@@ -64,7 +64,7 @@ def listed(names: Iterable[str], max_items: int = 10) -> str:
     return ", ".join(n if n.isprintable() else repr(n) for n in names[:max_items]) + more
 
 
-def near(word: Any, known: Iterable[str]) -> str:
+def suggest(word: Any, known: Iterable[str]) -> str:
     """Return a hint " (did you mean ...?)" to append to a message, or an empty string.
 
     Two names are similar if all their words (between dots, dashes or underscores) are equal or
@@ -75,9 +75,9 @@ def near(word: Any, known: Iterable[str]) -> str:
       known: the valid words
 
     Example:
-      >>> near("--methd", ["--method", "--unit"]), near("--shard-size", ["--max-shard-size"])
+      >>> suggest("--methd", ["--method", "--unit"]), suggest("--shard-size", ["--max-shard-size"])
       (" (did you mean '--method'?)", " (did you mean '--max-shard-size'?)")
-      >>> near("--device", ["--recipe"]), near("layers.1.q.weight", ["layers.1.k.weight"])
+      >>> suggest("--device", ["--recipe"]), suggest("layers.1.q.weight", ["layers.1.k.weight"])
       ('', '')
     """
     scores = [(_similarity(str(word), candidate), candidate) for candidate in known]

@@ -79,7 +79,7 @@ def set_mode(path: Path, mode: int) -> None:
 
 
 @contextlib.contextmanager
-def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+def os_errors_as_user_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Convert an OSError of the block to a UserError that names the path and the reason."""
     try:
         yield
@@ -88,7 +88,7 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+def replace_atomically(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary file to fill, and rename it to `path` after it is flushed to the disk.
 
     Args:
@@ -139,7 +139,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with replace_atomically(path) as temporary:
             write(temporary)
     except OSError as error:
         raise UserError(
@@ -156,7 +156,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Write JSON atomically and deterministically: keys sorted, non-finite values as null."""
-    return write_text(path, json.dumps(plain(value), sort_keys=True, indent=1) + "\n")
+    return write_text(path, json.dumps(to_json_types(value), sort_keys=True, indent=1) + "\n")
 
 
 def _utf8(text: str) -> bytes:
@@ -171,36 +171,36 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8", "backslashreplace")
 
 
-def plain(value: Any) -> Any:
+def to_json_types(value: Any) -> Any:
     """Convert NumPy or JAX scalars and arrays to Python values, NaN and infinity to None.
 
     Example:
       >>> import numpy as np
-      >>> plain({"a": np.float32(0.5), "b": (1, float("nan"))})
+      >>> to_json_types({"a": np.float32(0.5), "b": (1, float("nan"))})
       {'a': 0.5, 'b': [1, None]}
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_json_types(item) for item in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_json_types(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings to {dotted key: value}.
 
     Example:
-      >>> flat({"a": 1, "b": {"c": (2, 3), "d": {}}})
+      >>> flatten({"a": 1, "b": {"c": (2, 3), "d": {}}})
       {'a': 1, 'b.c': (2, 3)}
     """
     flattened: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flattened |= flat(value, f"{prefix}{key}.")
+            flattened |= flatten(value, f"{prefix}{key}.")
         else:
             flattened[f"{prefix}{key}"] = value
     return flattened
@@ -230,12 +230,12 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
       'complete'
     """
     path = Path(os.path.realpath(path))  # a symbolic link is kept and points to the new directory
-    refuse_existing(path, overwrite=overwrite)
-    with explained(path):
+    check_not_existing(path, overwrite=overwrite)
+    with os_errors_as_user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        with explained(path):
+        with os_errors_as_user_errors(path):
             yield staged
         move_into_place(staged, path, overwrite)
     finally:
@@ -246,7 +246,7 @@ class ExistsError(UserError):
     """The path of a new directory exists already."""
 
 
-def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
+def check_not_existing(path: Path, *, overwrite: bool = False) -> None:
     """Raise an error if `path` is a file, or a directory that contains files.
 
     Args:
@@ -278,7 +278,7 @@ def move_into_place(staged: Path, path: Path, overwrite: bool = False) -> None:
       ExistsError: `path` exists, possibly created by another process in the meantime
       UserError: the directory cannot be flushed or renamed
     """
-    with explained(path):
+    with os_errors_as_user_errors(path):
         _set_modes_and_flush(staged)
         _move_into_place(staged, path, overwrite)
 
@@ -288,7 +288,7 @@ def _move_into_place(staged: Path, path: Path, overwrite: bool) -> None:
         try:
             os.replace(staged, path)  # replaces an empty directory, fails on any other
         except OSError:
-            refuse_existing(path)  # another process created it during the flush
+            check_not_existing(path)  # another process created it during the flush
             raise
     elif path.exists():
         # A rename cannot replace a directory that contains files: rename the old directory first.
@@ -448,10 +448,10 @@ class JsonLines:
 
     def __init__(self, path: str | Path, keep: Callable[[Entry], bool] | None = None):
         self._path = Path(path)
-        self.kept: list[Entry] = []
+        self.preserved: list[Entry] = []
         if keep is not None and self._path.exists():
-            self.kept = [entry for entry in read_lines(self._path) if keep(entry)]
-        write_text(self._path, "".join(map(_line, self.kept)))
+            self.preserved = [entry for entry in read_lines(self._path) if keep(entry)]
+        write_text(self._path, "".join(map(_line, self.preserved)))
         self._file: TextIO | None = self._path.open("a", encoding="utf-8")
 
     def append(self, entry: Mapping[str, Any]) -> None:
@@ -465,7 +465,7 @@ class JsonLines:
         """
         if self._file is not None:
             with self._errors():
-                self._file.write(_line(plain(entry)))
+                self._file.write(_line(to_json_types(entry)))
 
     def flush(self) -> None:
         """Pass all buffered lines to the operating system.

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from modelstock_jax.fileio import flat
+from modelstock_jax.fileio import flatten
 from modelstock_jax.registry import RENAMED_METHODS
 
 _ALL_OPTIONS = "(all options: docs/configuration.md)"
@@ -172,7 +172,7 @@ def _misspelled_option(reason: str, argv: Sequence[str]) -> str:
 def _similar_option(name: str) -> str:
     """Return the option of --config with this name, this last part, or a synonym of it; else ''."""
     try:
-        options = flat(runpy.run_path("configs/default.py")["get_config"]().to_dict())
+        options = flatten(runpy.run_path("configs/default.py")["get_config"]().to_dict())
     except OSError:
         return ""
     group, _, last = name.replace("-", "_").rpartition(".")

@@ -68,7 +68,7 @@ class StudyContext:
         self.data = data = data or benchmark.load(config.data)
         self._anchor = open_anchor(data, workdir)
         outline = self._anchor.outline
-        self.checksum = identity(config, outline.fingerprint, data)
+        self.checksum = identity(config, outline.checksum, data)
         self.num_heads = outline.num_heads
         self.runs = RunStore(config, workdir, self._anchor, data, self.checksum, self._record)
         max_images = config.evaluation.max_shift_images

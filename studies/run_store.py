@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.glyphs.captions import broad_set
+from modelstock_jax.data.glyphs.captions import pretraining_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import open_anchor
 from modelstock_jax.fileio import new_directory
@@ -36,10 +36,10 @@ from modelstock_jax.training.finetune import (
     make_trainer,
     single_replica_config,
 )
-from modelstock_jax.training.metrics import counted
+from modelstock_jax.training.metrics import count_compilation
 from modelstock_jax.training.stages import apply_tpgm, linear_probe
 from modelstock_jax.training.step_fns import StepFunctions, Task
-from modelstock_jax.training.trainer import Trainer, saved
+from modelstock_jax.training.trainer import Trainer, checkpoint_items
 from studies.ledger import lock_run
 from studies.runs import Run, checksum, training_checksum
 
@@ -126,16 +126,16 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
         apply=tower.classifier(name, Compute.of(config.compute)),
         normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, tower.IMAGE_SIZE),
         num_heads=tower.TOWERS[name].num_heads,
-        fingerprint=training_checksum(recipe, checksum([name, NUM_IMAGES, sizes])),
+        checksum=training_checksum(recipe, checksum([name, NUM_IMAGES, sizes])),
     )
 
     @functools.cache
     def load() -> Classifier:
-        directory = f"{name}-{outline.fingerprint}"
+        directory = f"{name}-{outline.checksum}"
         path = workdir / "towers" / directory / "model.safetensors"
         with lock_run(workdir / "locks", f"tower-{directory}", wait=True):
             if not path.is_file():
-                start = dataclasses.replace(outline, params=init(), fingerprint="")
+                start = dataclasses.replace(outline, params=init(), checksum="")
                 _pretrain(recipe, start, data, workdir, path)
         return dataclasses.replace(outline, params=read_tree(path))
 
@@ -152,7 +152,7 @@ def _recipe(config: ConfigDict) -> ConfigDict:
 def _pretrain(
     recipe: ConfigDict, start: Classifier, data: Benchmark, workdir: Path, path: Path
 ) -> None:
-    broad = dataclasses.replace(data, train=broad_set(NUM_IMAGES))
+    broad = dataclasses.replace(data, train=pretraining_set(NUM_IMAGES))
     title = f"{recipe.pretrained}: pretraining"
     trainer = make_trainer(recipe, start, broad, workdir, path.parent.name, title=title)
     params = jax.tree.map(lambda x: x[0], jax.device_get(trainer.run().state.params))
@@ -277,7 +277,7 @@ class RunStore:
             timeline=timeline,
             title=title,
         )
-        with counted(timeline):  # Excludes compilation from the time of a merge.
+        with count_compilation(timeline):  # Excludes compilation from the time of a merge.
             result = trainer.run()
         replicas = apply_tpgm(config, anchor, self._data, jax.device_get(result.state.params))
         parts = {"replicas": _as_classifiers(anchor, replicas, config.num_replicas)}
@@ -337,7 +337,7 @@ def epoch_file(epoch: float) -> str:
 def _saved_epochs(
     trainer: Trainer, step_functions: StepFunctions, steps_per_epoch: int
 ) -> dict[str, PyTree]:
-    like = saved(step_functions.abstract_state)
+    like = checkpoint_items(step_functions.abstract_state)
     with Checkpoints(trainer.workdir / "state", keep=0) as states:
         return {
             epoch_file(step / steps_per_epoch): states.restore(step, like)["params"]

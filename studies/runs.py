@@ -12,9 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
-from modelstock_jax.data.image_set import ImageSet, fingerprint
+from modelstock_jax.data.image_set import ImageSet, images_checksum
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import flat, plain
+from modelstock_jax.fileio import flatten, to_json_types
 from modelstock_jax.flags import first_names
 
 
@@ -66,7 +66,7 @@ class Run:
           UserError: if `base` lacks an option.
         """
         config = base.copy_and_resolve_references()
-        existing = flat(config.to_dict())
+        existing = flatten(config.to_dict())
         if unknown := [key for key, _ in self.options if key not in existing]:
             raise UserError(f"the study's config lacks {unknown[0]!r}")
         config.update_from_flattened_dict(dict(self.options))
@@ -100,8 +100,9 @@ def training_checksum(config: ConfigDict, anchor_checksum: str) -> str:
 
     options = {
         key: value
-        for key, value in flat(plain(config.to_dict())).items()
-        if (row := option(key)).in_checksum and (row.absent is None or value != plain(row.absent))
+        for key, value in flatten(to_json_types(config.to_dict())).items()
+        if (row := option(key)).in_checksum
+        and (row.absent is None or value != to_json_types(row.absent))
     }
     return checksum([anchor_checksum, first_names(options)])
 
@@ -145,4 +146,4 @@ def identity(config: ConfigDict, pretrained: str, data: Benchmark) -> str:
 
 
 def _image_checksums(images: ImageSet) -> list[str]:
-    return [fingerprint(images.images), hashlib.sha256(images.labels.tobytes()).hexdigest()]
+    return [images_checksum(images.images), hashlib.sha256(images.labels.tobytes()).hexdigest()]

@@ -11,7 +11,7 @@ import pytest
 from configs import default, imagenet
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.dry_run import abstract_programs, num_merges
+from modelstock_jax.experiment.dry_run import abstract_step_functions, num_merges
 
 MODELS = ("vitb32", "vitb16", "vitl14")
 FILES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
@@ -55,7 +55,7 @@ def test_setups_match_the_paper(name):
 def test_sizes_and_steps_are_known_without_data_or_weights(name, tower, text, steps):
     config = load(name)
     config.mesh.replica = config.mesh.data = 1
-    programs, clip = abstract_programs(config)
+    programs, clip = abstract_step_functions(config)
     sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in programs.task.params.items()}
     assert sizes == {"image_tower": tower, "head": (clip.projection_dim + 1) * 1000}
     from modelstock_jax.models.clip import abstract_params

@@ -89,7 +89,7 @@ def test_a_kill_before_the_rename_preserves_the_old_file(tmp_path):
 
 def test_a_temporary_file_left_by_a_kill_is_overwritten(tmp_path):
     (tmp_path / "a.tmp").write_text("longer text of a killed process")
-    with fileio.replacing(tmp_path / "a", tmp_path / "a.tmp") as staged:
+    with fileio.replace_atomically(tmp_path / "a", tmp_path / "a.tmp") as staged:
         assert staged.read_text() == ""
         staged.write_text("new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]

@@ -11,11 +11,11 @@ import pytest
 
 from configs.default import get_config
 from modelstock_jax import flags
-from modelstock_jax.fileio import flat
+from modelstock_jax.fileio import flatten
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch.py"
-OPTIONS = flat(get_config().to_dict())
+OPTIONS = flatten(get_config().to_dict())
 
 
 def run(*arguments, cwd=ROOT):

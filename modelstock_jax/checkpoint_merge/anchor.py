@@ -64,8 +64,8 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Examination:
-    """Result of `examine`.
+class AnchorCheck:
+    """Result of `check_anchor`.
 
     Attributes:
       notes: notes for the user
@@ -81,9 +81,9 @@ class Examination:
     rounding: Mapping[str, float | bool] | None = None
 
 
-def examine(
+def check_anchor(
     sources: Sequence[Source], tensors: Mapping[str, TensorPlan], options: Options
-) -> Examination:
+) -> AnchorCheck:
     """Search a sample of all models for signs that the base is not their anchor.
 
     Args:
@@ -106,7 +106,7 @@ def examine(
     notes += _far_heads(sources, kernels) + _rounded_away(samples)
     notes += _coarse_fine_tunes(sources, samples)
     rounding, problems, rounding_notes = _base_rounding(sources, samples, options)
-    return Examination((*notes, *rounding_notes), tuple(problems), rounding)
+    return AnchorCheck((*notes, *rounding_notes), tuple(problems), rounding)
 
 
 def is_coarser(sources: Sequence[Source], names: Sequence[str | None]) -> bool:

@@ -112,7 +112,9 @@ def plan_auxiliary_files(
         ()
         if directory is None
         else tuple(
-            name for name in names if options.dequantize or quantization.said_only(directory / name)
+            name
+            for name in names
+            if options.dequantize or quantization.has_quantization_config(directory / name)
         )
     )
     changed_keys = _changed_keys(changes, dtypes, plain)
@@ -125,7 +127,7 @@ def plan_auxiliary_files(
         compare_tokenizers(sources, issues, token_ids)
     if options.tokenizer_from is None:
         _report_several_vocabularies(sources, tensors, issues)
-    if issues.companion and not _has_tokenizer(sources[tokenizer_model], sources[0]):
+    if issues.vocabulary_model and not _has_tokenizer(sources[tokenizer_model], sources[0]):
         issues.notes.append(
             f"no tokenizer files in {sources[tokenizer_model].label}, whose vocabulary is written: "
             "copy its tokenizer into the merged model"
@@ -252,13 +254,13 @@ def _tokenizer_model(
         return model_index(options.tokenizer_from)
     base, other = sources[0], sources[config_model]
     if (
-        not issues.companion
+        not issues.vocabulary_model
         and config_model
         and not _has_tokenizer(base, base)
         and (_has_tokenizer(other, base))
     ):
         return config_model
-    return issues.companion
+    return issues.vocabulary_model
 
 
 def _changed_keys(

@@ -28,7 +28,7 @@ from modelstock_jax.checkpoint_merge.options import (
     invalid_choice,
     method_name,
 )
-from modelstock_jax.errors import UserError, listed, near
+from modelstock_jax.errors import UserError, listed, suggest
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import COMMANDS
 
@@ -200,7 +200,7 @@ class Parser(argparse.ArgumentParser):
         for command in self.others:
             if option in command._option_string_actions:
                 self.error(f"{option} is an option of {command.prog}")
-        self.error(f"unknown option {listed([option])}{near(option, options)}")
+        self.error(f"unknown option {listed([option])}{suggest(option, options)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -209,7 +209,9 @@ class Parser(argparse.ArgumentParser):
                 message = f"{action.option_strings[0]}: {invalid_choice(value, choices)}"
             else:
                 known = ", ".join(choices)
-                message = f"unknown command {value!r}; choose one of {known}{near(value, choices)}"
+                message = (
+                    f"unknown command {value!r}; choose one of {known}{suggest(value, choices)}"
+                )
             raise argparse.ArgumentError(None, message)
 
 

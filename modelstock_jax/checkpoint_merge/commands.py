@@ -31,7 +31,7 @@ from modelstock_jax.checkpoint_merge.report import (
 )
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import plain, write_json, write_text
+from modelstock_jax.fileio import to_json_types, write_json, write_text
 from modelstock_jax.reporting.progress import ByteProgress
 
 REPORT, MODEL_CARD, FIGURE = "merge_report.json", "README.md", "angles.png"
@@ -321,4 +321,4 @@ def _print_plan(plan: Plan, arguments: argparse.Namespace, notes: Sequence[str])
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(plain(value), sort_keys=True, indent=1) + "\n")
+    sys.stdout.write(json.dumps(to_json_types(value), sort_keys=True, indent=1) + "\n")

@@ -151,7 +151,7 @@ def written_dtypes(
     dtypes: dict[str, str] = {}
     for folder, component in by_folder(tensors, sources).items():
         dequantized = any(
-            name is not None and source.tensors[name].written
+            name is not None and source.tensors[name].output_code
             for tensor in component.values()
             for source, name in zip(sources, tensor.names, strict=False)
         )

@@ -27,7 +27,7 @@ from modelstock_jax.checkpoint_merge.report import (
     outcome_label,
 )
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
-from modelstock_jax.fileio import plain
+from modelstock_jax.fileio import to_json_types
 from modelstock_jax.merging.units import block_position
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.reporting.progress import duration
@@ -289,7 +289,7 @@ class PlotProcess:
         if self._process is not None and self._process.stdin is not None:
             try:
                 with self._process.stdin as pipe:
-                    pipe.write(json.dumps([str(path), plain(rows)]).encode())
+                    pipe.write(json.dumps([str(path), to_json_types(rows)]).encode())
             except OSError:  # The process has ended; `finish` draws instead.
                 pass
 

@@ -53,7 +53,7 @@ class PlanIssues:
     untied: list[str] = dataclasses.field(default_factory=list)
     vocabulary: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     new_head: list[str] = dataclasses.field(default_factory=list)
-    companion: int = 0
+    vocabulary_model: int = 0
     lenient: bool = False
 
     def add_problem(self, problem: str) -> None:
@@ -409,10 +409,10 @@ def _equal(source: Source, a: str | None, b: str | None) -> bool:
         return False
     count = min(_PROBED, math.prod(source.tensors[a].shape))
     first, second = (source.read(name, 0, count).view(np.uint8) for name in (a, b))
-    return np.array_equal(first, second) and same_numbers((source, a), (source, b))
+    return np.array_equal(first, second) and bitwise_equal((source, a), (source, b))
 
 
-def same_numbers(*tensors: tuple[Source, str]) -> bool:
+def bitwise_equal(*tensors: tuple[Source, str]) -> bool:
     """Return whether stored tensors of one shape and dtype are bitwise identical."""
     count = math.prod(tensors[0][0].tensors[tensors[0][1]].shape)
     for start in range(0, count, _COMPARED):

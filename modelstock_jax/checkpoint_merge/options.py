@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from modelstock_jax.errors import UserError, near
+from modelstock_jax.errors import UserError, suggest
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import COMMANDS, RENAMED_COMMANDS, SPELLINGS
@@ -98,7 +98,7 @@ def invalid_choice(value: object, choices: Iterable[str]) -> str:
     choices = list(choices)
     if (renamed := RENAMED_VALUES.get(str(value))) in choices:
         return f"{value!r} is now {renamed!r}"
-    return f"{value!r} is not valid; choose one of {', '.join(choices)}{near(value, choices)}"
+    return f"{value!r} is not valid; choose one of {', '.join(choices)}{suggest(value, choices)}"
 
 
 @dataclasses.dataclass(frozen=True)

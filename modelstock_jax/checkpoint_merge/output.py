@@ -25,8 +25,8 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import (
     ExistsError,
     FileLock,
+    check_not_existing,
     move_into_place,
-    refuse_existing,
     write_json,
 )
 from modelstock_jax.tensor_files.checksums import checksum_file
@@ -114,7 +114,7 @@ class StagingDir:
           UserError: the directory cannot be flushed or renamed
         """
         try:
-            refuse_existing(self.out, overwrite=self._overwrite)
+            check_not_existing(self.out, overwrite=self._overwrite)
             for name in (_STATE, _LOCK):
                 (self.path / name).unlink(missing_ok=True)
             move_into_place(self.path, self.out, self._overwrite)
@@ -226,7 +226,7 @@ def _paths(plan: Plan, out: str | os.PathLike[str], overwrite: bool) -> tuple[Pa
     path = Path(os.path.realpath(out))
     check_not_input(path, plan.sources)
     _check_can_be_created(path)
-    refuse_existing(path, overwrite=overwrite)
+    check_not_existing(path, overwrite=overwrite)
     return path, path.parent / f".{path.name}.{plan.checksum[:16]}.merge"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantization
-from modelstock_jax.checkpoint_merge.anchor import Examination, examine
+from modelstock_jax.checkpoint_merge.anchor import AnchorCheck, check_anchor
 from modelstock_jax.checkpoint_merge.auxiliary_files import AuxiliaryFiles, plan_auxiliary_files
 from modelstock_jax.checkpoint_merge.kernels import PIECE, WORKING_SET, piece_length
 from modelstock_jax.checkpoint_merge.matching import PlanIssues, match_tensors
@@ -46,7 +46,7 @@ class Plan:
       checksum: checksum of inputs, options and tensors; an interrupted merge resumes only if it is
         equal
       anchored: whether there is a base; a linear mean of models has none
-      rounding: rounding error of the base compared with the updates (`anchor.Examination`)
+      rounding: rounding error of the base compared with the updates (`anchor.AnchorCheck`)
     """
 
     base: Source
@@ -144,7 +144,7 @@ def make_plan(
     sources = (base, *finetuned)
     issues = PlanIssues(lenient=lenient)
     _check_number_of_models(len(finetuned), options, issues)
-    issues.problems += filter(None, map(quantization.refusal, sources))
+    issues.problems += filter(None, map(quantization.quantization_error, sources))
     if not issues.problems and (problem := quantization.codes_that_differ(sources)):
         issues.problems.append(problem)
     issues.raise_problems()  # Names of codes and scales do not match names of weights.
@@ -152,7 +152,7 @@ def make_plan(
     tensors = plan_tensors(sources, matched, options, issues)
     auxiliary_files = plan_auxiliary_files(sources, tensors, options, issues)
     issues.raise_problems()
-    examination = examine(sources, tensors, options) if anchored else Examination()
+    examination = check_anchor(sources, tensors, options) if anchored else AnchorCheck()
     issues.problems += examination.problems
     issues.raise_problems()
     files = _files(tensors, _components(sources), options.max_shard_bytes)

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantized_formats as formats
-from modelstock_jax.checkpoint_merge.matching import same_numbers
+from modelstock_jax.checkpoint_merge.matching import bitwise_equal
 from modelstock_jax.checkpoint_merge.quantized_formats import (
     CONFIG_KEYS,
     FLOAT8,
@@ -40,8 +40,8 @@ __all__ = (
     "as_weights",
     "codes_that_differ",
     "detect",
-    "refusal",
-    "said_only",
+    "quantization_error",
+    "has_quantization_config",
     "without_keys",
 )
 DEFAULT_CODE = "BF16"
@@ -151,7 +151,7 @@ def detect(source: Source) -> Quantization | None:
     )
 
 
-def refusal(source: Source) -> str | None:
+def quantization_error(source: Source) -> str | None:
     """Return why a quantized source cannot be merged, and how to fix it; None for other sources."""
     quantized = detect(source)
     if quantized is None:
@@ -172,7 +172,7 @@ def as_stored(source: Source) -> Source:
     Raises:
       UserError: the source is quantized; the message says how to fix it
     """
-    if problem := refusal(source):
+    if problem := quantization_error(source):
         raise UserError(problem)
     return source
 
@@ -195,7 +195,7 @@ def codes_that_differ(sources: Sequence[Source]) -> str | None:
             for source in sources
             if source.directory is not None
             and not _is_dequantized(source)
-            and said_only(source.directory)
+            and has_quantization_config(source.directory)
         ),
         None,
     )
@@ -208,7 +208,7 @@ def codes_that_differ(sources: Sequence[Source]) -> str | None:
         alike = all((i.shape, i.code) == (info.shape, info.code) for i in infos if i is not None)
         if is_index(name, info.shape) and not alike:
             continue  # Position ids of a longer context.
-        if not alike or not same_numbers(*((source, name) for source in sources)):
+        if not alike or not bitwise_equal(*((source, name) for source in sources)):
             return (
                 f"{quantized.label} is quantized according to its config, in a format that is not "
                 f"supported ({name} is {info.code} and differs between models); {HOW_TO_FIX}"
@@ -216,7 +216,7 @@ def codes_that_differ(sources: Sequence[Source]) -> str | None:
     return None
 
 
-def said_only(directory: Path | None) -> bool:
+def has_quantization_config(directory: Path | None) -> bool:
     """Return whether the config of a directory describes a quantization."""
     return bool(read_quantization_config(directory).file)
 
@@ -282,8 +282,8 @@ class DequantizedSource(Source):
         scale, zero = self._load(name)
         shape = self.tensors[name].shape
         if zero is not None:
-            wide -= spread(zero, tensor.zero_sizes, shape, start, stop)
-        wide *= spread(scale, tensor.sizes, shape, start, stop)
+            wide -= expand_scale(zero, tensor.zero_sizes, shape, start, stop)
+        wide *= expand_scale(scale, tensor.sizes, shape, start, stop)
         return wide.astype(np.float32)
 
     def stored_dtype(self, name: str) -> np.dtype:
@@ -299,7 +299,9 @@ class DequantizedSource(Source):
         is_integer = codes.dtype.kind in "iu"
         squares = np.full(len(codes), 0.25) if is_integer else half_ulp_square(codes)
         scale, _ = self._load(name)
-        return squares * spread(scale, tensor.sizes, self.tensors[name].shape, start, stop) ** 2
+        return (
+            squares * expand_scale(scale, tensor.sizes, self.tensors[name].shape, start, stop) ** 2
+        )
 
     def note(self, name: str, start: int, values: np.ndarray) -> None:
         """Add values to a checksum, as `Source.note`; `read` has already added the codes."""
@@ -317,11 +319,11 @@ class DequantizedSource(Source):
     def _load_scale(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         tensor, shape = self._codes[name], self.tensors[name].shape
         assert tensor.scale is not None, "`detect` adds a problem if there is no scale"
-        zero = None if tensor.zero is None else fitted(self._read_tensor(tensor.zero), shape)
+        zero = None if tensor.zero is None else fit_scale(self._read_tensor(tensor.zero), shape)
         scale = self._read_tensor(tensor.scale)
         if scale.dtype == np.uint8:  # `formats.scale_problem` ensures that it is an exponent.
             scale = scale.view(ml_dtypes.float8_e8m0fnu)
-        return fitted(scale.astype(np.float64), shape), zero
+        return fit_scale(scale.astype(np.float64), shape), zero
 
     def _read_tensor(self, name: str) -> np.ndarray:
         shape = self.source.tensors[name].shape
@@ -331,20 +333,20 @@ class DequantizedSource(Source):
         return values.reshape(shape)
 
 
-def fitted(scale: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def fit_scale(scale: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Reshape a scale to the number of axes of its weight."""
     if scale.size == 1:
         return scale.reshape((1,) * len(shape))
     return scale.reshape(scale.shape + (1,) * (len(shape) - scale.ndim))
 
 
-def spread(
+def expand_scale(
     scale: np.ndarray, sizes: Sequence[int], shape: Sequence[int], start: int, stop: int
 ) -> np.ndarray:
     """Return the scale of each of the elements [start, stop) of a flattened weight.
 
     Example:
-      >>> spread(np.array([[1.0], [2.0]]), (1, 3), (2, 3), 1, 5).tolist()
+      >>> expand_scale(np.array([[1.0], [2.0]]), (1, 3), (2, 3), 1, 5).tolist()
       [1.0, 1.0, 2.0, 2.0]
     """
     if scale.size == 1:

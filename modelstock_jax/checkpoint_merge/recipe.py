@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from modelstock_jax.errors import UserError, near
+from modelstock_jax.errors import UserError, suggest
 from modelstock_jax.merging.units import block_position
 from modelstock_jax.registry import RECIPES
 
@@ -132,7 +132,7 @@ def parse(raw: Any) -> Recipe:
     if not isinstance(method, str) or method not in RECIPES:
         raise UserError(
             f"merge_method {method!r} is not supported; choose one of {', '.join(RECIPES)}"
-            f"{near(method, RECIPES)}"
+            f"{suggest(method, RECIPES)}"
         )
     keys = RECIPES[method].mergekit_keys
     entries, common, layers = _entries(raw)
@@ -378,7 +378,7 @@ def mapping(value: Any, name: str, keys: Collection[str] | None = None) -> dict:
     for key in value:
         if keys is not None and key not in keys:
             known = ", ".join(keys) or "none"
-            raise UserError(f"{name}: unknown key {key!r}{near(key, keys)}; known keys: {known}")
+            raise UserError(f"{name}: unknown key {key!r}{suggest(key, keys)}; known keys: {known}")
     return value
 
 

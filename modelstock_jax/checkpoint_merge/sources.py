@@ -11,7 +11,7 @@ import numpy as np
 
 from modelstock_jax.checkpoint_merge.lora import CONFIG, WEIGHTS, Adapter, is_adapter
 from modelstock_jax.checkpoint_merge.tensor_names import TensorInfo, note, renames
-from modelstock_jax.errors import UserError, listed, near
+from modelstock_jax.errors import UserError, listed, suggest
 from modelstock_jax.merging.anchor_rounding import half_ulp_square
 from modelstock_jax.tensor_files.checksums import RangeChecksum, checksum_file
 from modelstock_jax.tensor_files.hub import resolve
@@ -369,7 +369,7 @@ def _same_model(name: str, label: str) -> bool:
 def _near(name: str, names) -> str:
     """Return a hint with the base's name that an adapter's name most likely means."""
     tail = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
-    return near(name, tail[:1] or names)
+    return suggest(name, tail[:1] or names)
 
 
 # Below: checkpoints with several components (pipelines, modules, a head) in separate files.

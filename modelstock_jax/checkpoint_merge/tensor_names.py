@@ -44,7 +44,7 @@ class TensorInfo(NamedTuple):
 
     shape: tuple[int, ...]
     code: str
-    written: str | None = None  # dtype code of the output if it is not `code`
+    output_code: str | None = None  # dtype code of the output if it is not `code`
 
 
 _LAYER = re.compile(r"(?P<tower>.*?(?:layers?|blocks?|h|stages?))\.(?P<layer>\d+)\.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.kernels import FLOATS, escaped
-from modelstock_jax.checkpoint_merge.matching import Names, PlanIssues, same_numbers
+from modelstock_jax.checkpoint_merge.matching import Names, PlanIssues, bitwise_equal
 from modelstock_jax.checkpoint_merge.options import DTYPES, Options
 from modelstock_jax.checkpoint_merge.sources import Source
 from modelstock_jax.checkpoint_merge.tensor_names import (
@@ -138,7 +138,7 @@ class _MatchedTensor:
         """Dtype code of the output if the tensor is merged or averaged."""
         if self.is_float and self.options.dtype:
             return DTYPES[self.options.dtype]
-        return self.base.written or self.base.code
+        return self.base.output_code or self.base.code
 
     def plan(self, action: str, reason: str = "", **fields: Any) -> TensorPlan:
         """Return the plan, by default with the shape of the base and the dtype `code`."""
@@ -298,7 +298,7 @@ def _plan_equal(tensor: _MatchedTensor) -> TensorPlan | None:
         for s, model_name in zip(tensor.sources, tensor.names, strict=True)
         if model_name
     ]
-    if any((i.shape, i.code) != (base.shape, base.code) for i in tensor.infos) or not same_numbers(
+    if any((i.shape, i.code) != (base.shape, base.code) for i in tensor.infos) or not bitwise_equal(
         *models
     ):
         if base.code in _INTEGERS and len(base.shape) > 1:
@@ -390,7 +390,7 @@ def _plan_vocabulary(tensor: _MatchedTensor, axis: int) -> TensorPlan | None:
     rest = lengths.index(max(lengths)) if options.vocab_mismatch == "longest" else 0
     rest = 0 if lengths[rest] == lengths[0] else rest
     if rest:
-        issues.companion = rest
+        issues.vocabulary_model = rest
     issues.vocabulary[name] = tuple(lengths)
     common = min(lengths)
     reason = (

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from modelstock_jax.data.image_set import EncodedImages, fingerprint
+from modelstock_jax.data.image_set import EncodedImages, images_checksum
 from modelstock_jax.data.transforms import Unreadable, decode, resize_short_side
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import replacing
+from modelstock_jax.fileio import replace_atomically
 from modelstock_jax.machine import usable_cores
 from modelstock_jax.tensor_files.reader import read_json
 
@@ -139,7 +139,7 @@ def write_cache(
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
     metadata = {"format": _FORMAT, "short_side": short_side}
-    metadata |= {"count": len(images), "source": fingerprint(images)}
+    metadata |= {"count": len(images), "source": images_checksum(images)}
     path = directory / DESCRIPTION
     if not path.exists():
         if any(directory.iterdir()):
@@ -215,7 +215,10 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
     try:
         # The same temporary name every time: a killed process may leave a gigabyte, which the next
         # attempt overwrites.
-        with replacing(path, path.with_suffix(".tmp")) as temporary, temporary.open("wb") as file:
+        with (
+            replace_atomically(path, path.with_suffix(".tmp")) as temporary,
+            temporary.open("wb") as file,
+        ):
             file.writelines(chunks)
     except OSError as error:
         raise UserError(

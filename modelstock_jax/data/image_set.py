@@ -39,7 +39,7 @@ class EncodedImages(abc.ABC):
         return _Selected(self, np.asarray(indices))
 
 
-def fingerprint(images: np.ndarray | EncodedImages) -> str:
+def images_checksum(images: np.ndarray | EncodedImages) -> str:
     """Return a checksum of 64 hexadecimal digits that identifies the images.
 
     It is the SHA-256 of sixteen of them.

@@ -49,7 +49,7 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # A file or a pipe has no fixed width.
-    programs, clip = abstract_programs(config)
+    programs, clip = abstract_step_functions(config)
     batch = programs.abstract_batch(clip.vision.image_size)
     disk = disk_use(config, programs, clip)
     _print(console, "model", _model(config, programs, clip))
@@ -104,7 +104,7 @@ def _sizes_note(config: ConfigDict) -> str:
     )
 
 
-def abstract_programs(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
+def abstract_step_functions(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
     """Return the step functions of a run for abstract arrays, and the sizes of its model.
 
     Raises:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.loader import UNREADABLE, LoaderOptions
 from modelstock_jax.errors import UserError, check_choice
-from modelstock_jax.fileio import flat
+from modelstock_jax.fileio import flatten
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats
 from modelstock_jax.models.transformer import ATTENTIONS, Compute
@@ -158,7 +158,7 @@ def check_options(config: ConfigDict) -> None:
       ...
       modelstock_jax.errors.UserError: optimizer.name='adam': choose one of adamw, sgd
     """
-    for name, value in flat(config.to_dict()).items():
+    for name, value in flatten(config.to_dict()).items():
         row = option(name)
         if row.choices is not None:
             for item in value if isinstance(value, (tuple, list)) else [value]:

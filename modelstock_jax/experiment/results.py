@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import plain, write_text
+from modelstock_jax.fileio import to_json_types, write_text
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.models import checkpoint_io, formats
 from modelstock_jax.models.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ def write(workdir: Path, config: ConfigDict, documents: Sequence[Document]) -> N
     """
     rows = [row for document in documents for row in document["rows"]]
     synthetic = config.data.name == "glyphs"
-    write_results(workdir, rows, synthetic=synthetic, config=plain(config.to_dict()))
+    write_results(workdir, rows, synthetic=synthetic, config=to_json_types(config.to_dict()))
     logs = _gather_metrics(workdir)
     folder = workdir / "figures"
     figures.id_against_shifts(rows, folder / "id_against_shifts.png")
@@ -146,7 +146,7 @@ def export(
         name=f"{config.pretrained}, fine-tuned on {_dataset_name(config)}",
         method=rows[-1]["method"],
         anchor=config.pretrained,
-        fingerprint=pretrained.fingerprint,
+        anchor_checksum=pretrained.checksum,
         num_replicas=config.num_replicas,
         unit=config.merge.unit,
         rows=rows,

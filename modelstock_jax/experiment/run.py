@@ -34,10 +34,10 @@ from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.finetune import make_trainer
-from modelstock_jax.training.metrics import counted
+from modelstock_jax.training.metrics import count_compilation
 from modelstock_jax.training.sharding import device_put_global, make_mesh, replicated_sharding
 from modelstock_jax.training.stages import linear_probe
-from modelstock_jax.training.step_fns import mesh_of
+from modelstock_jax.training.step_fns import mesh_from_config
 
 
 def run(
@@ -61,13 +61,13 @@ def run(
     workdir = Path(workdir)
     # Validate before locking the workdir, so that fixing a typo does not count as a config change.
     check_and_set_up(config, workdir=str(workdir))
-    multihost.warm_up_collectives(mesh_of(config))
+    multihost.warm_up_collectives(mesh_from_config(config))
     if multihost.is_main():
         lock_workdir(workdir, config, allow_change=allow_config_change)
     multihost.barrier("workdir locked")
     timeline_path = workdir / "timeline.jsonl"
     try:
-        with Timeline(timeline_path, multihost.is_main()) as timeline, counted(timeline):
+        with Timeline(timeline_path, multihost.is_main()) as timeline, count_compilation(timeline):
             if config.task == "pretrain":
                 pretrain(config, workdir, timeline)
             elif config.task == "learning_rate":

@@ -19,7 +19,7 @@ from modelstock_jax.data import benchmark, glyphs
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
-from modelstock_jax.fileio import flat, plain
+from modelstock_jax.fileio import flatten, to_json_types
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
@@ -266,7 +266,7 @@ def check_same_on_all_processes(config: ConfigDict, **more: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    own = flat({"config": plain(config.to_dict()), "code": _code(), **more})
+    own = flatten({"config": to_json_types(config.to_dict()), "code": _code(), **more})
     main = json.loads(_from_main(json.dumps(own, sort_keys=True)))
     differences = [
         f"{key} is {own.get(key)!r}, on process 0 {main.get(key)!r}"

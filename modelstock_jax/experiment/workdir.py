@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import option
-from modelstock_jax.fileio import FileLock, flat, plain, write_json
+from modelstock_jax.fileio import FileLock, flatten, to_json_types, write_json
 from modelstock_jax.flags import current_names
 
 # The kernel releases these locks when the process ends for any reason.
@@ -47,7 +47,7 @@ def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
     _lock(workdir)
     for partial in workdir.glob(".model*.tmp"):  # Left by a killed process.
         shutil.rmtree(partial, ignore_errors=True)
-    new = plain(config.to_dict())
+    new = to_json_types(config.to_dict())
     if path.exists():
         try:
             old = json.loads(path.read_text())
@@ -56,7 +56,7 @@ def lock_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
         if old == new:
             return
         if (workdir / "runs").exists():
-            _compare(workdir, current_names(flat(old)), flat(new), allow_change)
+            _compare(workdir, current_names(flatten(old)), flatten(new), allow_change)
     write_json(path, new)
 
 
@@ -93,7 +93,7 @@ def _compare(workdir: Path, old: Mapping, new: Mapping, allow_change: bool) -> N
 
 def _value(options: Mapping, key: str) -> Any:
     """Return the value of an option; a file that lacks it was written before it was added."""
-    return options[key] if key in options else plain(option(key).absent)
+    return options[key] if key in options else to_json_types(option(key).absent)
 
 
 def _as_text(options: Mapping, key: str) -> str:

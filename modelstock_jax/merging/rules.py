@@ -119,7 +119,7 @@ def measure(gram) -> GramStats:
     )
 
 
-def solve_measured(gram, stats: GramStats, is_scalar, coefficient, outcome) -> UnitSolution:
+def solve_with_fallbacks(gram, stats: GramStats, is_scalar, coefficient, outcome) -> UnitSolution:
     """Return a solution from measured coefficients, with the rules for degenerate units.
 
     Args:
@@ -200,7 +200,7 @@ def equation_3(gram, is_scalar) -> UnitSolution:
     ratio = geometry.ratio(xp.where(stats.num_active > 1, stats.cosine, 0.0), num_active)
     coefficient = xp.where(stats.active, (ratio / num_active)[None], 0.0)
     outcome = xp.where(stats.cosine <= 0, np.int8(UnitOutcome.CLAMPED), stats.outcome)
-    return solve_measured(gram, stats, is_scalar, coefficient, outcome)
+    return solve_with_fallbacks(gram, stats, is_scalar, coefficient, outcome)
 
 
 def noise_weights(gram, is_scalar) -> UnitSolution:
@@ -219,7 +219,7 @@ def noise_weights(gram, is_scalar) -> UnitSolution:
     coefficient = xp.where(fallback[None], by_equation_3.coefficient, coefficient)
     outcome = xp.where(has_signal, stats.outcome, np.int8(UnitOutcome.CLAMPED))
     outcome = xp.where(fallback, np.int8(UnitOutcome.FALLBACK_TO_EQ3), outcome)
-    return solve_measured(gram, stats, is_scalar, coefficient, outcome)
+    return solve_with_fallbacks(gram, stats, is_scalar, coefficient, outcome)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from modelstock_jax.merging.rules import (
     equation_3,
     measure,
     noise_weights,
-    solve_measured,
+    solve_with_fallbacks,
 )
 
 
@@ -284,7 +284,7 @@ def shrink_by_carried_noise(gram, is_scalar, noise, shrink) -> UnitSolution:
     ratio = jnp.where(shrink, ratio, jnp.ones_like(ratio))
     coefficient = jnp.where(stats.active, (ratio / num_active)[None], 0.0)
     outcome = jnp.where(ratio > 0, stats.outcome, jnp.int8(UnitOutcome.CLAMPED))
-    solution = solve_measured(gram, stats, is_scalar, coefficient, outcome)
+    solution = solve_with_fallbacks(gram, stats, is_scalar, coefficient, outcome)
     # Noise cannot be estimated from a single replica.
     added = jnp.where(stats.num_active > 1, added, 0.0)
     return solution._replace(carry=solution.ratio**2 * (noise + added))

@@ -42,7 +42,7 @@ class Checkpoint:
     format: str = "hugging_face"
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def checksum(self) -> str:
         """SHA-256 of weights and head as float32, by name; independent of the file format."""
         tree = {**self.params, "head": self.head or {}}
         return checksum_tensors({".".join(p): np.asarray(x, np.float32) for p, x in flatten(tree)})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import JsonLines, plain, read_lines
+from modelstock_jax.fileio import JsonLines, read_lines, to_json_types
 
 
 class _Files(NamedTuple):
@@ -50,7 +50,7 @@ class MetricsWriter:
         self, workdir: str | Path, restored_step: int | None = None, *, enabled: bool = True
     ):
         self._files: _Files | None = None
-        self.kept: list[dict[str, Any]] = []
+        self.preserved: list[dict[str, Any]] = []
         self.furthest = 0
         if not enabled:
             return
@@ -61,10 +61,10 @@ class MetricsWriter:
             return "step" in entry and entry["step"] <= restored_step
 
         metrics = JsonLines(workdir / "metrics.jsonl", is_restored if resumes else None)
-        self.kept = metrics.kept
+        self.preserved = metrics.preserved
         has_step = (lambda entry: "step" in entry) if resumes else None
         performance = JsonLines(workdir / "performance.jsonl", has_step)
-        self.furthest = max((entry["step"] for entry in performance.kept), default=0)
+        self.furthest = max((entry["step"] for entry in performance.preserved), default=0)
         import tensorboardX  # Takes half a second, so only where it is needed.
 
         board = tensorboardX.SummaryWriter(
@@ -119,7 +119,7 @@ class MetricsWriter:
 
 
 def _write(lines: JsonLines, board: Any, step: int, values: Mapping[str, Any]) -> None:
-    values = {name: plain(value) for name, value in values.items()}
+    values = {name: to_json_types(value) for name, value in values.items()}
     lines.append({"step": int(step), **values})
     for name, value in values.items():
         if isinstance(value, (int, float)):

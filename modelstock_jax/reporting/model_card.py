@@ -22,7 +22,7 @@ def model_card(
     name: str,
     method: str,
     anchor: str,
-    fingerprint: str,
+    anchor_checksum: str,
     num_replicas: int,
     unit: str,
     rows: Sequence[Mapping[str, Any]] = (),
@@ -36,7 +36,7 @@ def model_card(
       name: title of the card
       method: key of `registry.ROWS`, or another name
       anchor: name of the pretrained model: last part of a path, or a hub id
-      fingerprint: checksum of the anchor's weights (`Checkpoint.fingerprint`)
+      anchor_checksum: checksum of the anchor's weights (`Checkpoint.checksum`)
       num_replicas: N
       unit: merge unit
       rows: rows of `tables.make_row` to show
@@ -59,7 +59,7 @@ def model_card(
     ]
     lines += table(["", ""], [
         ["anchor", anchor],
-        ["checksum of the anchor's weights", f"`{fingerprint}`"],
+        ["checksum of the anchor's weights", f"`{anchor_checksum}`"],
         ["replicas", num_replicas],
         ["merge unit", unit],
     ])  # fmt: skip

@@ -152,6 +152,6 @@ def directory_without_safetensors(path: Path) -> str | None:
     return None
 
 
-def models_below(path: Path) -> Iterable[Path]:
+def find_models(path: Path) -> Iterable[Path]:
     """Return the direct subdirectories that contain safetensors."""
     return sorted({file.parent for file in path.glob("[!.]*/[!.]*.safetensors*")})

@@ -313,7 +313,7 @@ def _open_candidate(path: Path, stem: str, files: Sequence[Path]) -> _ModelFiles
 def _raise_without_safetensors(path: Path) -> None:
     if (other := formats.directory_without_safetensors(path)) is not None:
         raise UserError(other)
-    below = [os.fspath(directory) for directory in formats.models_below(path)]
+    below = [os.fspath(directory) for directory in formats.find_models(path)]
     hint = f"; there is a model in {listed(below, 3)}" if below else ""
     raise UserError(f"{shown(path)}: no safetensors file; expected {SINGLE} or {INDEX}{hint}")
 

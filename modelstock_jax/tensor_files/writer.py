@@ -16,7 +16,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.fileio import explained, flush, flush_path, replacing, set_mode
+from modelstock_jax.fileio import (
+    flush,
+    flush_path,
+    os_errors_as_user_errors,
+    replace_atomically,
+    set_mode,
+)
 from modelstock_jax.tensor_files.checksums import RangeChecksum
 from modelstock_jax.tensor_files.reader import BITS, INDEX, SINGLE, num_bytes
 
@@ -41,8 +47,8 @@ def write_tensors(
     contiguous = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
     # A kill leaves the temporary file behind: its name must not look like a model file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explained(path):
-        with replacing(path, temporary):
+    with os_errors_as_user_errors(path):
+        with replace_atomically(path, temporary):
             mode = temporary.stat().st_mode
             try:
                 save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
@@ -86,7 +92,7 @@ def write_directory_tensors(
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file and flush it to disk; lone surrogates become JSON escapes."""
-    with explained(path), replacing(path) as temporary:
+    with os_errors_as_user_errors(path), replace_atomically(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
@@ -142,7 +148,7 @@ class ShardWriter:
         self._error: OSError | None = None
         self._changed = threading.Condition()
         self._closing = False
-        with explained(self.path):
+        with os_errors_as_user_errors(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._crc32 = RangeChecksum(self.size) if checksum == "crc32" else None
         self._sha256 = hashlib.sha256()
@@ -183,7 +189,7 @@ class ShardWriter:
         if missing:
             raise ValueError(f"{self.path}: byte {self._prefix} was never written")
         try:
-            with explained(self.path):
+            with os_errors_as_user_errors(self.path):
                 if self._error is not None:
                     raise self._error
                 flush(self._file)
@@ -207,7 +213,7 @@ class ShardWriter:
         start, stop = offset, offset + len(data)
         if self._crc32 is not None:
             self._crc32.update(offset, data)
-        with explained(self.path):
+        with os_errors_as_user_errors(self.path):
             while data:
                 count = os.pwrite(self._file, data, offset)
                 offset, data = offset + count, data[count:]

@@ -284,16 +284,16 @@ def _dtype_shape(description: list | None) -> str:
     return f"{description[0]}{description[1]}" if description else "missing"
 
 
-def save_or_check_anchor(directory: Path, anchor: PyTree, fingerprint: str = "") -> PyTree:
+def save_or_check_anchor(directory: Path, anchor: PyTree, checksum: str = "") -> PyTree:
     """Save the anchor when a run starts; when it resumes, check that the anchor is unchanged.
 
     Values computed from the checkpoint (a zero-shot head) may round differently on another machine.
     If the checkpoint's checksum is the same, the run then continues with the saved anchor.
 
     Args:
-      directory: where the anchor is saved, with its checksums and fingerprint
+      directory: where the anchor is saved, with its checksums
       anchor: the parameters from the current config, on their devices
-      fingerprint: checksum of the pretrained checkpoint; "" if there is none
+      checksum: checksum of the pretrained checkpoint; "" if there is none
 
     Returns:
       the anchor of the run: `anchor`, or the saved one if they differ only by rounding
@@ -304,23 +304,23 @@ def save_or_check_anchor(directory: Path, anchor: PyTree, fingerprint: str = "")
     with Checkpoints(directory, keep=1) as checkpoints:
         if checkpoints.steps:
             try:
-                return _check_anchor(checkpoints, anchor, fingerprint)
+                return _check_anchor(checkpoints, anchor, checksum)
             except CorruptCheckpoint as error:
                 checkpoints.quarantine(0, error)
-        checkpoints.save(0, anchor, details={"fingerprint": fingerprint})
+        checkpoints.save(0, anchor, details={"fingerprint": checksum})
     return anchor
 
 
-def _check_anchor(checkpoints: Checkpoints, anchor: PyTree, fingerprint: str) -> PyTree:
+def _check_anchor(checkpoints: Checkpoints, anchor: PyTree, checksum: str) -> PyTree:
     metadata, current = checkpoints.metadata(0), describe_leaves(anchor)
-    saved, same_checkpoint = metadata["leaves"], metadata["details"]["fingerprint"] == fingerprint
+    saved, same_checkpoint = metadata["leaves"], metadata["details"]["fingerprint"] == checksum
     changed = [
         name for name in sorted(saved.keys() | current) if saved.get(name) != current.get(name)
     ]
     if not changed and same_checkpoint:
         return anchor
     same_shapes = all(saved.get(n, [])[:2] == current.get(n, [])[:2] for n in changed)
-    if fingerprint and same_checkpoint and same_shapes:
+    if checksum and same_checkpoint and same_shapes:
         saved_anchor = checkpoints.restore(0, anchor)
         new, old = named_leaves(anchor), named_leaves(saved_anchor)
         if all(_within_rounding(new[name], old[name]) for name in changed):

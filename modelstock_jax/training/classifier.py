@@ -46,7 +46,7 @@ class Classifier:
       normalize: images uint8 -> float, with the checkpoint's mean and standard deviation; its
         `image_size` is the size of the images
       num_heads: attention heads of the image tower
-      fingerprint: checksum of the pretrained checkpoint; "" if there is none
+      checksum: checksum of the pretrained checkpoint; "" if there is none
       text: the text tower of the checkpoint, or None
     """
 
@@ -54,7 +54,7 @@ class Classifier:
     apply: Callable[[PyTree, jax.Array], jax.Array]
     normalize: Preprocessor
     num_heads: int
-    fingerprint: str = ""
+    checksum: str = ""
     text: TextSide | None = None
 
     def initial_params(self, config: ConfigDict) -> PyTree:
@@ -122,7 +122,7 @@ def anchor_classifier(
         allow_repeats=_allow_repeats(config),
         heads=heads,
     )
-    return replace(anchor, fingerprint=checkpoint.fingerprint, text=text)
+    return replace(anchor, checksum=checkpoint.checksum, text=text)
 
 
 def _allow_repeats(config: ConfigDict) -> bool:

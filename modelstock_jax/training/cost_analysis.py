@@ -83,8 +83,8 @@ def memory(
         merged=anchor if merges else 0,
         batch=device_bytes(batch),
         gradients=anchor if step_functions.replica_mode == "map" else params,
-        step_temporary=extra_bytes(compiled["step"]),
-        merge_temporary=extra_bytes(compiled["merge"]) - anchor if merges else 0,
+        step_temporary=temporary_bytes(compiled["step"]),
+        merge_temporary=temporary_bytes(compiled["merge"]) - anchor if merges else 0,
     )
 
 
@@ -103,7 +103,7 @@ def device_bytes(tree: PyTree) -> int:
     return sum(map(leaf_bytes, jax.tree.leaves(tree)))
 
 
-def extra_bytes(compiled: jax.stages.Compiled) -> int:
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     """Return the bytes that a program needs besides its arguments: temporaries and new outputs."""
     analysis = compiled.memory_analysis()
     if analysis is None:

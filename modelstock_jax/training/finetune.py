@@ -125,7 +125,7 @@ def make_task(
         steps_per_epoch=epoch_steps,
         num_steps=config.epochs * epoch_steps,
         num_heads=anchor.num_heads,
-        fingerprint=anchor.fingerprint,
+        checksum=anchor.checksum,
         trained=method.trained,
         reads_pretrained=method.reads_pretrained,
         hyper=hyper,

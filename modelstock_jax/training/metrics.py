@@ -86,7 +86,7 @@ class TrainLogger:
                     enabled=main,
                 )
             )
-            earlier = [entry["event"] for entry in events.kept] if events is not None else []
+            earlier = [entry["event"] for entry in events.preserved] if events is not None else []
             self._monitor = NonFiniteMonitor(
                 self._config.monitor,
                 list(named_leaves(self._task.params)),
@@ -94,7 +94,7 @@ class TrainLogger:
                 self.log,
                 multihost.broadcast_from_main(earlier.count("not_finite")),
             )
-            for line in self._metrics.kept:
+            for line in self._metrics.preserved:
                 self._monitor.check_spikes(line["step"], line, replayed=True)
             self._exit = stack.pop_all()
         if start:
@@ -376,7 +376,7 @@ class SpikeDetector:
 
 
 @contextlib.contextmanager
-def counted(timeline: Timeline) -> Iterator[None]:
+def count_compilation(timeline: Timeline) -> Iterator[None]:
     """Count compilation time as phase "compile" of the timeline, not as part of the open phase."""
 
     def listen(event: str, duration_secs: float, **_) -> None:

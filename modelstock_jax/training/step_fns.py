@@ -40,7 +40,7 @@ class Task:
       num_steps: steps of the run
       num_heads: attention heads of the image tower, for `merge.unit='head'`
       augment: (key, batch) -> batch, applied once per step to the full batch of a replica
-      fingerprint: checksum of the pretrained checkpoint; "" if there is none
+      checksum: checksum of the pretrained checkpoint; "" if there is none
       trained: predicate on the leaf name; None trains all leaves
       reads_pretrained: whether the loss reads the pretrained parameters
       hyper: per-replica hyperparameters, each [R] (the config group `per_replica`)
@@ -52,13 +52,13 @@ class Task:
     num_steps: int
     num_heads: int
     augment: Augment
-    fingerprint: str = ""
+    checksum: str = ""
     trained: IsTrained | None = None
     reads_pretrained: bool = False
     hyper: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-def mesh_of(config: ConfigDict) -> Mesh:
+def mesh_from_config(config: ConfigDict) -> Mesh:
     """Return the mesh that the config describes.
 
     Raises:
@@ -96,7 +96,7 @@ class StepFunctions:
           UserError: if the options are inconsistent
         """
         self.task, self._config = task, config
-        self.mesh = mesh_of(config)
+        self.mesh = mesh_from_config(config)
         self._tx, schedule = make_optimizer(config.optimizer, task.num_steps, task.trained)
         min_size = config.mesh.fsdp_min_size
         self.params_sharding = sharding.params_sharding(self.mesh, task.params, min_size)

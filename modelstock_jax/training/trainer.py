@@ -191,14 +191,12 @@ class RunCheckpoints:
         """
         fns, num_steps = self._step_functions, self._step_functions.task.num_steps
         with self._timeline.phase("restore"):
-            anchor = save_or_check_anchor(
-                self._workdir / "anchor", fns.anchor, fns.task.fingerprint
-            )
+            anchor = save_or_check_anchor(self._workdir / "anchor", fns.anchor, fns.task.checksum)
             steps_read_merged = fns.step_constants().last_merged is not None
             items, merged = resume(
                 self._states,
                 self._merges,
-                saved(fns.abstract_state),
+                checkpoint_items(fns.abstract_state),
                 fns.abstract_anchor,
                 self._last_merge,
                 needs_merged=lambda step: steps_read_merged or step == num_steps,
@@ -220,7 +218,7 @@ class RunCheckpoints:
         """
         with self._timeline.spend("save"):
             self._merges.wait()
-            self._save(self._states, step, saved(state))
+            self._save(self._states, step, checkpoint_items(state))
 
     def wait(self) -> None:
         """Wait until everything is on disk."""
@@ -237,6 +235,6 @@ class RunCheckpoints:
         return step - step % self._merge_steps
 
 
-def saved(state: TrainState) -> dict[str, PyTree]:
+def checkpoint_items(state: TrainState) -> dict[str, PyTree]:
     """Return the fields of a state that a checkpoint stores: those that are not None."""
     return {name: value for name, value in state._asdict().items() if value is not None}

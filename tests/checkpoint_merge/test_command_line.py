@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from modelstock_jax.checkpoint_merge.cli import main, parsers
-from modelstock_jax.errors import near
+from modelstock_jax.errors import suggest
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import TensorFiles
 from tests.checkpoint_merge.engine import SHAPES
@@ -304,4 +304,4 @@ def test_an_option_with_a_line_break_is_escaped(say):
     (3, COMMANDS, ""), ("", COMMANDS, ""), ("x", [], ""),
 ])  # fmt: skip
 def test_suggestions_for_names_keys_and_methods(word, known, meant):
-    assert near(word, known) == (f" (did you mean {meant!r}?)" if meant else "")
+    assert suggest(word, known) == (f" (did you mean {meant!r}?)" if meant else "")

@@ -254,11 +254,13 @@ def test_sizes_from_the_shape_of_the_scale(scale, shape, expected):
         return
     rng = np.random.default_rng(0)
     values = rng.standard_normal(scale)
-    wide = quantization.fitted(values, shape)
+    wide = quantization.fit_scale(values, shape)
     for axis, size in enumerate(expected):
         wide = np.repeat(wide, size, axis=axis)
     wide = wide[tuple(slice(n) for n in shape)]
-    spread = quantization.spread(quantization.fitted(values, shape), sizes, shape, 1, wide.size)
+    spread = quantization.expand_scale(
+        quantization.fit_scale(values, shape), sizes, shape, 1, wide.size
+    )
     np.testing.assert_array_equal(spread, wide.reshape(-1)[1:])
 
 

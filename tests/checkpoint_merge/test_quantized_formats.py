@@ -448,7 +448,7 @@ def test_marker_of_all_layers_applies_to_its_component(tmp_path):
 @pytest.mark.parametrize("code", ["U8", "I32"])
 def test_flat_codes_with_a_scale_of_the_same_name(tmp_path, code):
     source = headers(tmp_path, {"q.weight": ((64,), code), "q.weight_scale": ((2,), "F32")})
-    assert "packed" in quantization.refusal(source)
+    assert "packed" in quantization.quantization_error(source)
 
 
 def test_one_layer_in_an_unsupported_format_is_an_error(tmp_path):
@@ -461,7 +461,7 @@ def test_one_layer_in_an_unsupported_format_is_an_error(tmp_path):
             "k.SCB": ((8,), "F32"),
         },
     )  # bitsandbytes
-    assert "k.SCB: " in quantization.refusal(source)
+    assert "k.SCB: " in quantization.quantization_error(source)
 
 
 # Integers that no rule recognizes as codes.

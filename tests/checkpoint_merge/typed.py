@@ -16,7 +16,7 @@ from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
     """Exit status, standard output, and the notes, errors and full text of standard error."""
 
     status: int
@@ -33,7 +33,7 @@ def say(capsys, monkeypatch):
         commands.PlotProcess, "finish", lambda plot: plot._path.write_bytes(b"\x89PNG")
     )
 
-    def run(*arguments: object) -> Said:
+    def run(*arguments: object) -> CommandResult:
         capsys.readouterr()
         try:
             status = main([str(a) for a in arguments])
@@ -45,7 +45,7 @@ def say(capsys, monkeypatch):
             [line for line in lines if line.startswith(start)] for start in ("note: ", "error: ")
         )
         assert len(errors) == (status != 0), err
-        return Said(status, out, notes, errors, err)
+        return CommandResult(status, out, notes, errors, err)
 
     return run
 

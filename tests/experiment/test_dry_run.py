@@ -12,13 +12,13 @@ import pytest
 from configs import glyphs, vitl14
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.dry_run import (
-    abstract_programs,
+    abstract_step_functions,
     disk_use,
     dry_run,
     missing_space,
 )
 from modelstock_jax.experiment.setup import missing_checkpoint, open_anchor, sizes
-from modelstock_jax.training.cost_analysis import device_bytes, extra_bytes, memory
+from modelstock_jax.training.cost_analysis import device_bytes, memory, temporary_bytes
 from modelstock_jax.training.step_fns import StepFunctions
 from tests.experiment import small_run
 from tests.training import tiny
@@ -68,7 +68,7 @@ def test_run_without_missing_inputs(anchor, tmp_path, capsys, monkeypatch):
 def test_trained_text_tower(anchor, tmp_path, capsys, monkeypatch):
     config = small(anchor)
     config.objective.name = "flyp"
-    programs, clip = abstract_programs(config)
+    programs, clip = abstract_step_functions(config)
     towers = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
     # Both towers and the scale: the checkpoint has nothing else to export.
     assert disk_use(config, programs, clip).model == towers
@@ -139,7 +139,7 @@ def test_hub_id_is_planned_without_its_files(monkeypatch):
 
 def test_error_if_the_disk_is_too_small(anchor, monkeypatch, tmp_path):
     config = small(anchor)
-    programs, clip = abstract_programs(config)
+    programs, clip = abstract_step_functions(config)
     disk = disk_use(config, programs, clip)
     replica = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
     # Weights and two Adam moments of two replicas; keys and counters are a few bytes.
@@ -185,7 +185,7 @@ def test_donated_buffers_are_not_counted_twice():
         donated: jax.jit(lambda x: x + 1, donate_argnums=donated).lower(x).compile()
         for donated in ((), (0,))
     }
-    assert extra_bytes(added[()]) >= 4 * x.size > extra_bytes(added[(0,)])
+    assert temporary_bytes(added[()]) >= 4 * x.size > temporary_bytes(added[(0,)])
 
 
 def test_model_is_resized_to_another_image_size(anchor):

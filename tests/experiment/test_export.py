@@ -47,12 +47,12 @@ def test_merged_model_is_exported_in_every_requested_format(tmp_path):
     for name, directory in directories.items():
         loaded = checkpoint_io.load(tmp_path / directory)
         assert (loaded.format, loaded.labels) == (name, tuned.labels)
-        assert loaded.fingerprint == tuned.fingerprint
+        assert loaded.checksum == tuned.checksum
         assert checkpoint_io.has_tokenizer(loaded)
         card = (tmp_path / directory / "README.md").read_text()
         for text in (
             "org/anchor",  # The anchor and the checksum of its weights.
-            anchor.fingerprint,
+            anchor.checksum,
             "Model Stock",  # Method, ratios, accuracies.
             "0.625",
             "63.50",

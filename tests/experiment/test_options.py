@@ -8,7 +8,7 @@ from configs import default, glyphs, vitb16, vitb32, vitl14
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate_checkpoint, run
 from modelstock_jax.experiment.options import OPTIONS, check_options
-from modelstock_jax.fileio import flat
+from modelstock_jax.fileio import flatten
 
 INVALID = {
     "task": ("fine-tune", "finetune, learning_rate"),
@@ -70,7 +70,7 @@ def test_configs_are_valid(module):
 
 
 def test_every_row_belongs_to_an_option():
-    names = flat(default.get_config().to_dict())
+    names = flatten(default.get_config().to_dict())
     unknown = [key for key in OPTIONS
             if not any(name == key or name.startswith(key.removesuffix("*"))
                        for name in names)]  # fmt: skip

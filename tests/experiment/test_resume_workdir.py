@@ -61,7 +61,7 @@ FIRST = {
 
 
 def keys() -> list[str]:
-    flat = workdirs.flat(default.get_config().to_dict())
+    flat = workdirs.flatten(default.get_config().to_dict())
     # Sizes as in Hugging Face's config.json: all of one kind.
     return [key for key in flat if not key.startswith("pretrain.clip.")]
 
@@ -191,7 +191,7 @@ def test_absent_later_option_has_its_value_for_absence(run_dir, key):
     (workdir / "config.json").write_text(json.dumps(before))
     config.update_from_flattened_dict({key: option(key).absent})
     lock_workdir(workdir, config)
-    assert key in workdirs.flat(json.loads((workdir / "config.json").read_text()))
+    assert key in workdirs.flatten(json.loads((workdir / "config.json").read_text()))
     (workdir / "config.json").write_text(json.dumps(before))
     config.update_from_flattened_dict({key: other(option(key).absent)})
     if option(key).resume == "ignored":

@@ -94,7 +94,7 @@ def test_exported_model_is_the_evaluated_one(finished, anchor):
     text = checkpoint_io.load(anchor).params["text_tower"]
     jax.tree.map(np.testing.assert_array_equal, model.params["text_tower"], text)
     card = (workdir / "model/README.md").read_text()
-    assert "model-stock" in card and checkpoint_io.load(anchor).fingerprint in card
+    assert "model-stock" in card and checkpoint_io.load(anchor).checksum in card
     last = workdir / "runs/seed_0/merged/merged/16"
     periodic = json.loads((workdir / "results.json").read_text())["rows"][-1]
     for checkpoint in (workdir / "model", last):

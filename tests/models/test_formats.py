@@ -56,7 +56,7 @@ def test_save_load_save_is_bit_for_bit(saved, tmp_path, name):
     assert files == sorted(p.name for p in saved[name].iterdir())
     for file in files:
         assert (again / file).read_bytes() == (saved[name] / file).read_bytes(), file
-    assert checkpoint_io.load(again).fingerprint == CHECKPOINT.fingerprint
+    assert checkpoint_io.load(again).checksum == CHECKPOINT.checksum
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.permutations(FILES, 2)))
@@ -194,7 +194,7 @@ def test_every_format_saves_head_labels_and_tokenizer(tmp_path, name):
     loaded = checkpoint_io.load(checkpoint_io.save(tmp_path / "m", tuned, format=name))
     assert_same(loaded.replica(), tuned.replica())
     assert loaded.labels == ("crane", "gull é", "crane")
-    assert loaded.fingerprint == tuned.fingerprint
+    assert loaded.checksum == tuned.checksum
     assert checkpoint_io.has_tokenizer(loaded)
     # Equal models give bitwise identical files.
     again = checkpoint_io.save(tmp_path / "again", loaded, format=name)

@@ -54,7 +54,7 @@ def test_save_and_load_are_bit_for_bit(saved, tmp_path):
     again = checkpoint_io.save(tmp_path / "again", once)
     for file in ("model.safetensors", "config.json", "preprocessor_config.json"):
         assert (again / file).read_bytes() == (saved / file).read_bytes()
-    assert checkpoint_io.load(again).fingerprint == once.fingerprint == CHECKPOINT.fingerprint
+    assert checkpoint_io.load(again).checksum == once.checksum == CHECKPOINT.checksum
 
 
 def test_format_is_hugging_faces(saved):
@@ -84,7 +84,7 @@ def test_sharded(saved, tmp_path):
     checkpoint_io.save(tmp_path / "m", CHECKPOINT, max_shard_bytes=300_000)
     assert not (tmp_path / "m" / "model.safetensors").exists()
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 3
-    assert checkpoint_io.load(tmp_path / "m").fingerprint == CHECKPOINT.fingerprint
+    assert checkpoint_io.load(tmp_path / "m").checksum == CHECKPOINT.checksum
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -115,7 +115,7 @@ def test_head_and_labels_round_trip(tmp_path):
     assert_same(loaded.replica(), replica)
     assert_same(loaded.params["text_tower"], CHECKPOINT.params["text_tower"])
     assert loaded.labels == ("cat", "dog", "gull é")
-    assert loaded.fingerprint == tuned.fingerprint != CHECKPOINT.fingerprint
+    assert loaded.checksum == tuned.checksum != CHECKPOINT.checksum
     assert (tmp_path / "m" / "README.md").read_text() == "# Card\n"
     raw = json.loads((tmp_path / "m" / "config.json").read_text())
     assert raw["id2label"]["1"] == "dog" and raw["label2id"]["gull é"] == 2

@@ -62,7 +62,7 @@ def test_transformers_saves_what_we_load(pair, tmp_path):
     (tmp_path / "theirs" / name).write_bytes((ours.directory / name).read_bytes())
     loaded = checkpoint_io.load(tmp_path / "theirs")
     assert loaded.config == ours.config
-    assert loaded.fingerprint == ours.fingerprint
+    assert loaded.checksum == ours.checksum
 
 
 def test_the_image_processor_opens_and_agrees(pair):

@@ -84,7 +84,7 @@ def test_open_clip_opens_an_export(work, name):
     assert_features(work, f"open_clip_{name}", VARIANTS[name], checkpoint.params)
     directory = work / f"open_clip_{name}"
     (work / f"open_clip_{name}.safetensors").replace(directory / "open_clip_model.safetensors")
-    assert checkpoint_io.load(directory).fingerprint == checkpoint.fingerprint
+    assert checkpoint_io.load(directory).checksum == checkpoint.checksum
 
 
 def test_half_precision_in_openais_names(work):

@@ -143,7 +143,7 @@ def test_model_card():
         name="Glyph CLIP, Model Stock",
         method="model_stock",
         anchor="glyph-clip",
-        fingerprint="sha256:0123abcd",
+        anchor_checksum="sha256:0123abcd",
         num_replicas=2,
         unit="tensor",
         rows=made_up.rows(),

@@ -77,7 +77,7 @@ def test_a_tower_is_pretrained_once(tmp_path, monkeypatch, data):
     config = config_of("tower:hybrid")
     anchor = anchor_opener(config)(data, tmp_path)
     first = anchor.load()
-    assert anchor.load() is first and first.fingerprint == anchor.outline.fingerprint
+    assert anchor.load() is first and first.checksum == anchor.outline.checksum
     chex.assert_trees_all_equal_shapes_and_dtypes(first.params, anchor.outline.params)
     start = run_store.tower.init("hybrid", 62, jax.random.key(0))
     changes = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first.params, start)

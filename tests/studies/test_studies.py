@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from modelstock_jax.fileio import flat
+from modelstock_jax.fileio import flatten
 from modelstock_jax.reporting.figures import kind
 from studies.catalog import STUDIES
 from studies.catalog.model_pool import STRONG, STRONG_LENGTH
@@ -116,7 +116,7 @@ def test_soups_from_lp_init_are_compared_with_the_second_setup(context):
 
 
 def test_the_second_setup_equals_the_configs():
-    plain, strong = (flat(imagenet.get_config(name).to_dict()) for name in ("plain", "strong"))
+    plain, strong = (flatten(imagenet.get_config(name).to_dict()) for name in ("plain", "strong"))
     changed = {key: strong[key] for key in plain if plain[key] != strong[key]}
     assert changed.pop("epochs") == STRONG_LENGTH * plain["epochs"]
     assert changed == STRONG

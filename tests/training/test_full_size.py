@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import vitb32
-from modelstock_jax.experiment.dry_run import abstract_programs
+from modelstock_jax.experiment.dry_run import abstract_step_functions
 from modelstock_jax.training.cost_analysis import memory, sent_across, sent_bytes
 from tests.experiment import small_run
 
@@ -42,7 +42,7 @@ def test_vitb32_at_full_depth_for_eight_devices():
     """Compile only: memory and traffic per device are as docs/memory.md states."""
     config = vitb32.get_config()
     config.compute.dtype, config.batch_size = "float32", 64
-    fns, clip = abstract_programs(config)
+    fns, clip = abstract_step_functions(config)
     assert dict(fns.mesh.shape) == {"replica": 2, "data": 4}
     batch = fns.abstract_batch(clip.vision.image_size)
     # Memory and traffic do not depend on the backend's optimization level.

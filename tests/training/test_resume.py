@@ -176,18 +176,18 @@ def test_the_anchor_is_saved_and_checked(tmp_path):
     assert save_or_check_anchor(path, ANCHOR, "print") is ANCHOR
     # Same checkpoint, different rounding: the run continues with its saved anchor.
     chex.assert_trees_all_equal(save_or_check_anchor(path, changed("head", 1e-3), "print"), ANCHOR)
-    for other, fingerprint, named in [
+    for other, checksum, named in [
         (changed("head", 0.1), "print", "head/kernel"),
         (changed("tower", 1e-6), "other", "tower/w"),
         (ANCHOR, "other", "text tower"),
         (ANCHOR | {"extra": jnp.zeros(2)}, "print", "extra"),
     ]:
         with pytest.raises(UserError, match=f"{named}.*{path}"):
-            save_or_check_anchor(path, other, fingerprint)
+            save_or_check_anchor(path, other, checksum)
     assert save_or_check_anchor(path, ANCHOR, "print") is ANCHOR
 
 
-def test_without_a_fingerprint_the_anchor_must_be_bitwise_identical(tmp_path):
+def test_without_a_checksum_the_anchor_must_be_bitwise_identical(tmp_path):
     save_or_check_anchor(tmp_path, ANCHOR)
     with pytest.raises(UserError, match="tower/w"):
         save_or_check_anchor(tmp_path, changed("tower", 1e-6))

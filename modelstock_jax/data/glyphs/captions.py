@@ -141,10 +141,10 @@ def pretraining_batch(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
     return images, captions(rng, scenes)
 
 
-def broad_set(size: int) -> ImageSet:
+def pretraining_set(size: int) -> ImageSet:
     """Return labeled images of the pretraining distribution, to pretrain towers without text.
 
-    >>> broad_set(3).images.shape
+    >>> pretraining_set(3).images.shape
     (3, 24, 24, 3)
     """
     labels = (np.arange(size) % len(CHARACTERS)).astype(np.int32)
