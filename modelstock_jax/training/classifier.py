@@ -157,7 +157,7 @@ def text_head(
       kind: 'zero_shot' (one column per class) or 'context' (one column per template)
       checkpoint: the pretrained model
       class_names: K names
-      templates: T prompts, in which {} stands for the class name
+      templates: T prompts, with {} in place of the class name
       heads: cache directory; None computes the head every time
       allow_repeats: whether several classes may have the same name
 
@@ -197,7 +197,7 @@ class TextSide:
     Attributes:
       checkpoint: the pretrained model
       class_names: K names
-      templates: T prompts, in which {} stands for the class name
+      templates: T prompts, with {} in place of the class name
       compute: arithmetic of both towers
       allow_repeats: see `zero_shot.zero_shot_head`
       heads: cache directory for `contexts`; None computes them every time
