@@ -27,7 +27,7 @@ WORDS = {
     r"\bset-up\b": "setup",
     r"\bglyph world\b": "the synthetic benchmark",
     r"\bfor it is\b": "because it is",
-    r"\b(colour|centre|grey|behaviour|neighbour|favour|catalogue|licence|artefact)\w*": "color, ...",
+    r"\b(colour|centre|grey|behaviour|neighbour|favour|catalogue|licence|artefact)\w*": "US",
     r"\b\w*(normalis|initialis|summaris|optimis|organis|recognis|minimis|quantis)\w+": "-ize",
 }
 # (file, text) of hits that are right, with the reason.
