@@ -212,7 +212,8 @@ _INTRODUCTION = (
     "| without tuning | the model itself (α = 1) is compared with the other method's curve |",
     "| at the best α | curve compared with curve: mean difference over the upper half of the ID "
     "that both curves reach |",
-    "| shrunk | multiplied by a ratio t between 0 and 1, which pulls the mean toward the anchor |",
+    "| shrunk | pulled toward the anchor: the task vector is multiplied by a ratio t between 0 and "
+    "1 |",
     "| `every`, `last` | values of `merge.carry_noise`, an extension of this project: carried "
     "noise shrinks the model at every merge, or at the last merge only. Claims of this study are "
     "at equal ID |",
@@ -247,6 +248,9 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
     lines = [
         "# Verdicts",
         "",
+        "Number of claims with each verdict. Pages of several anchors repeat claims of the pages "
+        "of one anchor.",
+        "",
         *summary.lines(),
         *_INTRODUCTION,
         "",
@@ -280,7 +284,7 @@ class _Summary:
         """Return the Markdown table."""
         verdicts = get_args(Verdict)
         lines = [
-            f"| number of claims | {' | '.join(verdicts)} |",
+            f"| page | {' | '.join(verdicts)} |",
             "|---|" + "---:|" * len(verdicts),
         ]
         for name, counts in (*sorted(self._totals.items()), *self._pages.items()):
