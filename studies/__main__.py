@@ -6,11 +6,15 @@ one. Run it several times at once (on several GPUs, or on several machines with 
 split the work. With `--anchors`, each study is repeated from other pretrained models (CLIPs, or
 towers such as `tower:resnet`) and written to a separate page, NAME_anchors.md. A tower is
 pretrained when a measurement first needs its weights.
+
+`--config FILE` sets the settings of all studies (default: configs/glyphs.py); `--config.x=...`
+overrides an option.
 """
 
 from __future__ import annotations
 
 import difflib
+import shlex
 import sys
 from pathlib import Path
 
@@ -55,6 +59,9 @@ def main(argv: list[str]) -> None:
 
     workdir = Path(FLAGS.workdir)
     out = Path(FLAGS.out or workdir)
+    if FLAGS.ledger and not Path(FLAGS.ledger).exists():
+        print(f"no ledger at {FLAGS.ledger} yet; it will be created", flush=True)
+    paths = {"ledger": FLAGS.ledger, "out": FLAGS.out}
     with single_process_session():
         runner = Runner(
             FLAGS.config,
@@ -64,6 +71,7 @@ def main(argv: list[str]) -> None:
             FLAGS.num_seeds,
             FLAGS.anchors,
             config_arguments(sys.argv[1:]),
+            [shlex.quote(f"--{name}={path}") for name, path in paths.items() if path],
         )
         num_missing = runner.plan([STUDIES[name] for name in names])
         if FLAGS["dry-run"].value:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from modelstock_jax.fileio import write_json, write_text
 from studies.study import Claim, Study, StudyReport, Verdict, cell
@@ -168,15 +169,14 @@ def _joint_table(reports: Mapping[str, StudyReport]) -> Sequence[str]:
 
 PAGE = "README.md"
 _INTRODUCTION = (
-    "# Verdicts",
-    "",
     "Each claim of the paper, measured on the synthetic benchmark. The claims compare methods; "
     "absolute accuracies are not compared with the paper's. In the column *source*, *this project* "
     "marks claims that are not in the paper.",
     "",
     "A value is the mean of paired differences ± its standard error over n seeds or disjoint "
-    "groups of models. Differences are positive if the claim is true. The verdict uses the 95 % "
-    "interval of Student's t:",
+    "groups of models. For *A beats B* it is A − B, in the paper (*paper: +1.09*) and in the "
+    "column *ours*: positive if the claim is true. The verdict uses the 95 % interval of "
+    "Student's t:",
     "",
     "| verdict | interval of the difference |",
     "|---|---|",
@@ -184,17 +184,41 @@ _INTRODUCTION = (
     "| not reproduced | is below zero |",
     "| inconclusive | contains zero |",
     "",
-    "- A *bound* limits the mean difference or the mean deviation. The interval is then that of "
-    "the distance to the bound. n counts seeds, groups of models, tensors, epochs or draws of "
-    "noise; single ones may exceed the bound.",
+    "- A *limit* applies to the mean: it is the maximum of a mean deviation (*within 1 %*), or the "
+    "minimum of a mean difference A − B (*A is at most 0.5 points behind B*). The interval is then "
+    "that of the distance to the limit. n counts seeds, groups of models, tensors, epochs or draws "
+    "of noise; single ones may exceed the limit.",
     "- All seeds share the test images, so standard errors do not include test-set sampling noise.",
     "- For several anchors, the values are listed in the order of the anchors. A claim is "
     "*reproduced* or *not reproduced* if it is so from each anchor, and *inconclusive* otherwise.",
     "- IN-V2, IN-R, IN-Sketch, ObjectNet and IN-A are the synthetic counterparts of these shifts.",
-    "- *ID* is in-distribution accuracy. *avg. shifts* is the mean accuracy over the shifts, which "
-    "claims call *out of distribution*.",
     "",
     "`make studies` writes this page.",
+    "",
+    "## Terms",
+    "",
+    "| term | meaning |",
+    "|---|---|",
+    "| ID | in-distribution accuracy |",
+    "| avg. shifts | mean accuracy over the shifts; claims call it *out of distribution* |",
+    "| Vanilla FT | single fine-tuned model |",
+    "| Model Stock\\*, Vanilla FT\\* | the paper's second setup: 1.6 times the epochs, label "
+    "smoothing and mixup |",
+    "| LP | linear probe: only the classifier is trained |",
+    "| from LP init | fine-tuning starts from the linear probe, as in LP-FT |",
+    "| α | position between the anchor and a model, w0 + α (w − w0) (WiSE-FT) |",
+    "| at equal ID | avg. shifts, compared with the point of the named method's WiSE-FT curve that "
+    "has the same ID |",
+    "| without tuning | the model itself (α = 1) is compared with the other method's curve |",
+    "| at the best α | curve compared with curve: mean difference over the upper half of the ID "
+    "that both curves reach |",
+    "| shrunk | pulled toward the anchor: the task vector is multiplied by a ratio t between 0 and "
+    "1 |",
+    "| `every`, `last` | values of `merge.carry_noise`, an extension of this project: carried "
+    "noise shrinks the model at every merge, or at the last merge only. Claims of this study are "
+    "at equal ID |",
+    "| extension | not in the paper |",
+    "| – | not applicable: this anchor does not have the claim |",
 )
 # Words of pages that earlier versions wrote -> words now.
 _RENAMED_VERDICTS = {
@@ -214,23 +238,63 @@ def write_index(studies: Sequence[Study], directory: Path) -> Path:
     Returns:
       The page's path.
     """
-    lines = [
-        *_INTRODUCTION,
-        "",
-        "| study | claim | source | ours | verdict |",
-        "|---|---|---|---:|---|",
-    ]
+    summary = _Summary()
+    rows: list[str] = []
     for study in studies:
         for stem in stems(study):
             path = directory / f"{stem}.json"
             if path.exists():
-                lines += _rows(study.name, path)
-    return write_text(directory / PAGE, "\n".join([*lines, ""]))
+                rows += _rows(study.name, path, summary)
+    lines = [
+        "# Verdicts",
+        "",
+        "Number of claims with each verdict. Pages of several anchors repeat claims of the pages "
+        "of one anchor.",
+        "",
+        *summary.lines(),
+        *_INTRODUCTION,
+        "",
+        "## Claims",
+        "",
+        "| study | claim | source | ours | verdict |",
+        "|---|---|---|---:|---|",
+        *rows,
+        "",
+    ]
+    return write_text(directory / PAGE, "\n".join(lines))
 
 
-def _rows(name: str, path: Path) -> list[str]:
+class _Summary:
+    """Numbers of verdicts, by page and in total."""
+
+    def __init__(self) -> None:
+        self._pages: dict[str, Counter[str]] = {}
+        self._totals: dict[str, Counter[str]] = {}
+
+    def add(self, link: str, num_anchors: int, claims: Sequence[tuple[str, str]]) -> None:
+        """Count the claims of a page, each (source, verdict)."""
+        anchors = "one anchor" if num_anchors == 1 else "several anchors"
+        for source, verdict in claims:
+            author = source if source == "this project" else "the paper"
+            total = f"**all pages of {anchors}, claims of {author}**"
+            self._totals.setdefault(total, Counter())[verdict] += 1
+            self._pages.setdefault(link, Counter())[verdict] += 1
+
+    def lines(self) -> list[str]:
+        """Return the Markdown table."""
+        verdicts = get_args(Verdict)
+        lines = [
+            f"| page | {' | '.join(verdicts)} |",
+            "|---|" + "---:|" * len(verdicts),
+        ]
+        for name, counts in (*sorted(self._totals.items()), *self._pages.items()):
+            lines.append(f"| {name} | {' | '.join(str(counts[v]) for v in verdicts)} |")
+        return [*lines, ""]
+
+
+def _rows(name: str, path: Path, summary: _Summary) -> list[str]:
     try:
-        return _claim_rows(path.stem, json.loads(path.read_text(encoding="utf-8")))
+        return _claim_rows(path.stem, json.loads(path.read_text(encoding="utf-8")), summary)
     # Written by an older version, or truncated.
     except (ValueError, KeyError, TypeError, AttributeError):
         command = f"python -m studies {name}"
@@ -239,7 +303,7 @@ def _rows(name: str, path: Path) -> list[str]:
         return [f"| {path.stem} | cannot be read: run `{command}` | | | |"]
 
 
-def _claim_rows(name: str, document: Mapping[str, Any]) -> list[str]:
+def _claim_rows(name: str, document: Mapping[str, Any], summary: _Summary) -> list[str]:
     num_anchors = len(document.get("further", ())) + 1
     title = document["title"] + (f", from {num_anchors} anchors" if num_anchors > 1 else "")
     link = f"[{title}]({name}.md)"
@@ -247,11 +311,13 @@ def _claim_rows(name: str, document: Mapping[str, Any]) -> list[str]:
     claims = document["together"] if num_anchors > 1 else document["claims"]
     if not claims:
         return [f"| {link} | | | | |"]
-    rows = []
+    rows, counted = [], []
     for number, claim in enumerate(claims):
         result = claim["here"] if num_anchors == 1 else "<br>".join(claim["here"])
         verdict = _RENAMED_VERDICTS.get(claim["verdict"], claim["verdict"])
         first = "" if number else link
         row = [first, cell(claim["text"]), claim["where"], result, f"**{verdict}**"]
         rows.append(f"| {' | '.join(row)} |")
+        counted.append((claim["where"], verdict))
+    summary.add(link, num_anchors, counted)
     return rows

@@ -91,6 +91,7 @@ class Runner:
         num_seeds: int | None = None,
         anchors: Sequence[str] = (),
         config_arguments: Sequence[str] = (),
+        path_arguments: Sequence[str] = (),
     ) -> None:
         """Open the anchors and the data.
 
@@ -102,6 +103,7 @@ class Runner:
           num_seeds: of every study; None uses each study's own number.
           anchors: more pretrained models; every study is repeated from each one.
           config_arguments: the command line's config options, for the last line of a page.
+          path_arguments: the command line's `--ledger` and `--out`, for the same line.
 
         Raises:
           UserError: for a wrong config, an option that every study sets itself, fewer than two
@@ -126,7 +128,7 @@ class Runner:
             self._contexts[name] = context
         self._ledger, self._out, self._num_seeds = ledger, out, num_seeds
         self._locks = workdir / "locks"
-        self._config_arguments = config_arguments
+        self._config_arguments, self._path_arguments = config_arguments, path_arguments
         self._console = Console()
 
     def plan(self, studies: Sequence[Study]) -> int:
@@ -151,7 +153,8 @@ class Runner:
             num_runs += len(schedule.runs)
         time = "time unknown" if seconds is None else f"about {duration(seconds)}"
         self._print(
-            f"{num_missing} of {num_measurements} missing: {num_runs} runs to train, {time}"
+            f"{num_missing} of {num_measurements} measurements missing: {num_runs} runs to train, "
+            f"{time}"
         )
         return num_missing
 
@@ -193,7 +196,7 @@ class Runner:
         _, *anchors = self._contexts
         flags = [*self._config_arguments, f"--num_seeds={self._num_seeds or study.num_seeds}"]
         flags += [f"--anchors={','.join(anchors)}"] * bool(anchors)
-        return " ".join(["python -m studies", study.name, *flags])
+        return " ".join(["python -m studies", study.name, *flags, *self._path_arguments])
 
     def _values(
         self, study: Study, context: StudyContext, measurements: Mapping[Hashable, Measurement]

@@ -108,7 +108,7 @@ class Claim:
       where: table, figure or section of the paper.
       differences: one per seed, pair or tensor, positive if the claim is true; with `within`, the
         deviations that it bounds.
-      unit: of the differences.
+      unit: of the differences; a `fraction` is printed in percent.
       within: maximum mean deviation at which the claim is true; single deviations may exceed it.
       margin: how far below zero the mean difference may be.
     """
@@ -152,27 +152,35 @@ class Claim:
         >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).result()
         '+1.03 ± 0.09 points (n = 3)'
         >>> Claim("hardly worse", "Table 1", [-0.1, -0.3], margin=0.5).result()
-        '-0.20 ± 0.10 points, bound ≥ -0.5 (n = 2)'
+        '-0.20 ± 0.10 points, limit -0.5 (n = 2)'
         >>> Claim("they agree", "Table 1", [0.01, 0.02, 0.06], "", within=0.05).result()
-        '0.030 ± 0.015, bound ≤ 0.05 (n = 3, 1 above)'
+        '0.030 ± 0.015, limit 0.05 (n = 3; 1 exceeds the limit)'
+        >>> Claim("they agree", "Table 1", [0.01, 0.02, 0.06], "fraction", within=0.05).result()
+        '3.0 % ± 1.5 %, limit 5 % (n = 3; 1 exceeds the limit)'
         """
         sizes = self.differences if self.within is None else [abs(d) for d in self.differences]
         mean, error = mean_and_error(sizes)
         digits = 2 if abs(mean) >= 0.1 or mean == 0 else 1 - math.floor(math.log10(abs(mean)))
-        text = f"{mean:.{digits}f}" if self.within is not None else f"{mean:+.{digits}f}"
+        scale, symbol = 1, ""
+        if self.unit == "fraction":
+            scale, symbol, digits = 100, " %", max(digits - 2, 0)
+        sign = "" if self.within is not None else "+"
+        text = f"{scale * mean:{sign}.{digits}f}{symbol}"
         if error is not None:
-            text += f" ± {error:.{digits}f}"
-        if self.unit:
+            text += f" ± {scale * error:.{digits}f}{symbol}"
+        if self.unit and not symbol:
             text += f" {self.unit}"
         if self.within is not None:
-            text += f", bound ≤ {self.within:g}"
+            text += f", limit {scale * self.within:g}{symbol}"
         if self.margin:
-            text += f", bound ≥ {-self.margin:g}"
+            text += f", limit {-self.margin:g}"
         return f"{text} (n = {len(sizes)}{self._exceeding()})"
 
     def _exceeding(self) -> str:
         count = sum(abs(d) > self.within for d in self.differences) if self.within else 0
-        return f", {count} above" if count else ""
+        if not count:
+            return ""
+        return f"; {count} {'exceeds' if count == 1 else 'exceed'} the limit"
 
     def row(self) -> str:
         """Return the claim's row of a Markdown table.

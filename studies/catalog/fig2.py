@@ -65,7 +65,7 @@ def angle_claims(
             "(within 5 %, mean over tensors)",
             where,
             [_relative_std(row) for row in kinds["kernels"]],
-            unit="",
+            unit="fraction",
             within=0.05,
         ),
         Claim(
@@ -73,7 +73,7 @@ def angle_claims(
             "(within 5 %, mean over tensors)",
             where,
             [_relative_std(row["norms"]) for row in _with_gradient(angles).values()],
-            unit="",
+            unit="fraction",
             within=0.05,
         ),
     ]

@@ -81,14 +81,14 @@ def _claims(history: Sequence[Mapping[str, Any]]) -> list[Claim]:
             "any two models have the same angle (within 5 %, mean over epochs)",
             "Figure 5",
             relative_std("kernels", "angle"),
-            unit="",
+            unit="fraction",
             within=0.05,
         ),
         Claim(
             "all models have the same distance to the anchor (within 5 %, mean over epochs)",
             "Figure 5",
             relative_std("kernels", "norm"),
-            unit="",
+            unit="fraction",
             within=0.05,
         ),
     ]

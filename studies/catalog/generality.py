@@ -132,7 +132,7 @@ def _geometry_claims(name: str, setup: Setup, values: Values) -> list[Claim]:
             f"{name}: all models have the same distance to the center (within 2 %)",
             "Section 2.1",
             [abs(d / radius - 1) for d in distances],
-            unit="",
+            unit="fraction",
             within=0.02,
         ),
     ]

@@ -48,8 +48,8 @@ _RIVALS: Mapping[str, Sequence[Any]] = {
     "Model Stock after training": ("post",),
     "the periodic uniform mean": ("periodic_mean",),
     "periodic Model Stock": ("off",),
-    "decay to the anchor, at its best strength": tuple(("decay", d) for d in _DECAYS),
-    "L2-SP, at its best strength": tuple(("l2_sp", a) for a in _PENALTIES),
+    "decay to the anchor": tuple(("decay", d) for d in _DECAYS),
+    "L2-SP": tuple(("l2_sp", a) for a in _PENALTIES),
 }
 _NAMES = {
     "replica": "Single fine-tuned model",
@@ -150,8 +150,9 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
         },
         [
             "Without tuning: the model itself, compared with the best point of the other method's "
-            "WiSE-FT curve (a spline through its alphas) at the same ID. For a method with a "
-            "strength, this is the best of all strengths, selected on the test sets in its favor.",
+            "WiSE-FT curve (a spline through its alphas) at the same ID. Decay to the "
+            "anchor and L2-SP are compared at their best strength, selected on the test sets in "
+            "their favor.",
             "Of mean curves: the same comparison of accuracies that are averaged over the seeds "
             "first, with a jackknife error. No seed is left out because its ID is too high, and "
             "noise in a seed's ID, which does not average out along a bent curve, has less effect.",
@@ -167,7 +168,7 @@ def _comparisons(
 ) -> tuple[list[list[str]], list[Claim], list[str]]:
     """Return rows, claims, and notes on methods without a point of equal ID at some seeds."""
     claims, rows, notes = [], [], []
-    for how, label in _EXTENSION.items():
+    for how in _EXTENSION:
         for rival, members in _RIVALS.items():
             pairs = [
                 (curves[how, seed], [curves[member, seed] for member in members])
@@ -178,7 +179,7 @@ def _comparisons(
             of_means = estimate_cell(jackknife(_gap_of_mean_curves, pairs))
             rows.append(
                 [
-                    f"{label} − {rival}",
+                    f"`{how}` − {rival}",
                     mean_cell(untuned),
                     str(len(untuned)),
                     of_means,
@@ -186,11 +187,11 @@ def _comparisons(
                 ]
             )
             if len(untuned) < len(pairs):
-                notes.append(_out_of_range_note(label, rival, pairs, len(untuned)))
-            gaps = {f"{label}, without tuning,": untuned, f"{label}, at the best α,": tuned}
+                notes.append(_out_of_range_note(how, rival, pairs, len(untuned)))
+            gaps = {"without tuning": untuned, "at the best α": tuned}
             claims += [
-                Claim(f"{subject} beats {rival}, at equal ID", "this project", differences)
-                for subject, differences in gaps.items()
+                Claim(f"`{how}` {tuning} beats {rival}", "this project", differences)
+                for tuning, differences in gaps.items()
                 if len(differences) > 1
             ]
     return rows, claims, notes
@@ -203,14 +204,14 @@ def _gap_of_mean_curves(pairs: Sequence[tuple[Curve, list[Curve]]]) -> float | N
 
 
 def _out_of_range_note(
-    label: str, rival: str, pairs: Sequence[tuple[Curve, list[Curve]]], num_inside: int
+    how: str, rival: str, pairs: Sequence[tuple[Curve, list[Curve]]], num_inside: int
 ) -> str:
     num_above = sum(
         carried.endpoint[0] > max(curve.samples[0].max() for curve in others)
         for carried, others in pairs
     )
     return (
-        f"{label}, compared with {rival}: at {len(pairs) - num_inside} of {len(pairs)} seeds there "
+        f"`{how}`, compared with {rival}: at {len(pairs) - num_inside} of {len(pairs)} seeds there "
         f"is no point of equal ID (at {num_above}, its ID is above that of the entire curve)."
     )
 
@@ -256,7 +257,9 @@ CARRIED = Study(
     "Noise carried over merges",
     "This extension of the paper is periodic merging that keeps the estimated noise of earlier "
     "periods. It is compared with every method that pulls to the anchor and with every WiSE-FT "
-    "curve, at equal in-distribution accuracy. The claims are not in the paper.",
+    "curve, at equal in-distribution accuracy. `every` and `last` are values of "
+    "`merge.carry_noise`: carried noise shrinks the model at every merge, or at the last merge "
+    "only. The claims are on avg. shifts at equal ID, and are not in the paper.",
     _measurements,
     _summarize,
     num_seeds=8,

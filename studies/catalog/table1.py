@@ -79,7 +79,7 @@ def _shell_claims(setup: Setup, values: Values) -> list[Claim]:
             "(i) all fine-tuned models have the same distance to the center (within 1 %)",
             "Section 2.1",
             [abs(d / radius - 1) for d in shell["distance"]],
-            unit="",
+            unit="fraction",
             within=0.01,
         ),
         *(
@@ -93,7 +93,7 @@ def _shell_claims(setup: Setup, values: Values) -> list[Claim]:
             "the distance of a mean of N models to the center decreases as 1/√N (within 3 %)",
             "Section 2.3",
             deviations,
-            unit="",
+            unit="fraction",
             within=0.03,
         ),
     ]

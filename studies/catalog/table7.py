@@ -131,7 +131,7 @@ def _claims_table_7(
                 abs(prediction / of_stock - 1)
                 for prediction, (_, of_stock) in zip(predictions, distances, strict=True)
             ],
-            unit="",
+            unit="fraction",
             within=0.03,
         ),
     ]

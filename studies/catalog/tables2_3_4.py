@@ -115,13 +115,14 @@ def _claims(
     ):
         if not in_paper:
             continue  # Equal in the paper, so there is no claim.
-        verb, sign = ("beats", 1) if in_paper > 0 else ("is behind", -1)
-        pairs = zip(accuracies[stock], accuracies[rival], strict=True)
+        # The method with the higher accuracy in the paper is named first.
+        better, worse = (stock, rival) if in_paper > 0 else (rival, stock)
+        pairs = zip(accuracies[better], accuracies[worse], strict=True)
         claims.append(
             Claim(
-                f"{NAMES[stock]} {verb} {NAMES[rival]}, {place} (paper: {in_paper:+.2f})",
+                f"{NAMES[better]} beats {NAMES[worse]}, {place} (paper: {abs(in_paper):+.2f})",
                 where,
-                [sign * (a[i] - b[i]) for a, b in pairs],
+                [a[i] - b[i] for a, b in pairs],
             )
         )
     return claims

@@ -52,7 +52,10 @@ def ctrl_c_enabled():
 
 @pytest.mark.parametrize("kind,code", [(signal.SIGINT, 130), (signal.SIGTERM, STOPPED)])
 def test_a_signal_stops_without_a_traceback(tmp_path, ctrl_c_enabled, kind, code):
-    process = small_run.start("table1", f"--workdir={tmp_path}", program=PROGRAM)
+    ledger = tmp_path / "new.jsonl"
+    process = small_run.start(
+        "table1", f"--workdir={tmp_path}", f"--ledger={ledger}", program=PROGRAM
+    )
     try:
         output = ""
         while " missing: " not in output:
@@ -65,6 +68,7 @@ def test_a_signal_stops_without_a_traceback(tmp_path, ctrl_c_enabled, kind, code
         process.kill()
         process.communicate()
     assert process.returncode == code and "Traceback" not in output, output
+    assert f"no ledger at {ledger} yet; it will be created" in output
     assert kind != signal.SIGINT or "same command" in output
 
 

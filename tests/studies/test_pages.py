@@ -76,6 +76,14 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     assert text.count("worse") == 1, "claims of one anchor are only on its page"
     row = r"|  | \|worse\| | this project | -1.00 ± 0.06 points (n = 3) | **not reproduced** |"
     assert row in text
+    summary = text[: text.index("## Terms")]
+    for cells in (
+        "**all pages of one anchor, claims of this project** | 1 | 1 | 0",
+        "**all pages of several anchors, claims of this project** | 0 | 0 | 1",
+        "[Some study](some.md) | 1 | 1 | 0",
+        "[Some study, from 2 anchors](some_anchors.md) | 0 | 0 | 1",
+    ):
+        assert f"| {cells} |" in summary
 
 
 def test_verdicts_of_earlier_versions_have_current_names(tmp_path):

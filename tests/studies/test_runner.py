@@ -57,7 +57,14 @@ def run(tmp_path, monkeypatch):
         config.pretrained = "one"
         ledger = Ledger(tmp_path / "measured.jsonl")
         study_runner = runner.Runner(
-            config, tmp_path, ledger, tmp_path, 2, anchors, ["--config.seed=3"]
+            config,
+            tmp_path,
+            ledger,
+            tmp_path,
+            2,
+            anchors,
+            ["--config.seed=3"],
+            ["--ledger=some.jsonl", "--out=pages"],
         )
         study_runner.plan([STUDIES[name]])
         study_runner.run(STUDIES[name])
@@ -72,10 +79,11 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
     for context in contexts.values():
         assert list(context.runs.done.values()) == ["fig6: replicas of seed 0 (1 of 1)"]
     output = capsys.readouterr().out
-    assert re.search("2 of 2 .*2 runs", output)
+    assert re.search("2 of 2 measurements missing: 2 runs", output)
     document = json.loads((tmp_path / "fig6_anchors.json").read_text())
     assert set(document["further"]) == {"two"}
     command = "python -m studies fig6 --config.seed=3 --num_seeds=2 --anchors=two"
+    command += " --ledger=some.jsonl --out=pages"
     assert document["command"] == command
     assert f"`{command}`" in (tmp_path / "fig6_anchors.md").read_text()
     run("fig6", ["two"])

@@ -109,9 +109,9 @@ def test_soups_from_lp_init_are_compared_with_the_second_setup(context):
     uniform, greedy = (f"{name} Model Soup (from LP init)" for name in ("Uniform", "Greedy"))
     assert {text for text in texts if "from LP" in text} == {
         f"Model Stock* beats {uniform}, in distribution (paper: +1.22)",
-        f"Model Stock* is behind {uniform}, out of distribution (paper: -2.76)",
+        f"{uniform} beats Model Stock*, out of distribution (paper: +2.76)",
         f"Model Stock* beats {greedy}, in distribution (paper: +0.16)",
-        f"Model Stock* is behind {greedy}, out of distribution (paper: -2.06)",
+        f"{greedy} beats Model Stock*, out of distribution (paper: +2.06)",
     }
 
 
