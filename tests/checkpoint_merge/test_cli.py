@@ -335,7 +335,8 @@ def test_compare(say, models, merged, tmp_path):
     assert shown["ratios"] == report["ratios"]
     row = shown["units"][0]
     assert row["cosines"][0][1] == pytest.approx(row["cosine"], abs=1e-12)
-    status, out, _ = say("compare", *models, "--plot", tmp_path / "angles.png")
+    status, out, err = say("compare", *models, "--plot", tmp_path / "angles.png")
+    assert f"figure written to {tmp_path / 'angles.png'}" in err
     assert status == 0 and "model.layers.1.mlp.down_proj.weight" in out and "median" in out
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
     # The name of the figure is checked before the models are read, which may take minutes.
@@ -408,8 +409,8 @@ def test_units_by_name_are_an_error_for_unknown_names(say, tmp_path):
     paths = [save(tmp_path / str(i), t) for i, t in
              enumerate([base, moved(base, 1), moved(base, 2)])]  # fmt: skip
     for unit in ("head", "block"):
-        status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", unit,
-                             "--num-heads", "2")  # fmt: skip
+        heads = ("--num-heads", "2") if unit == "head" else ()
+        status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", unit, *heads)
         assert status == 1 and "tensor" in err and unit in err
     assert not (tmp_path / "out").exists()
 
@@ -428,7 +429,13 @@ def test_units_by_name_are_an_error_for_unknown_names(say, tmp_path):
     (["merge", "--out", "o"], 1, "BASE FT1 FT2"),
     (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "--alpha .*model-stock"),
     (["merge", "B", "F1", "F1", "--out", "o"], 1, "F1 .*twice"),
-    (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*twice"),
+    (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*base and as a fine-tune"),
+    (["merge", "B", "F1", "F1", "--out", "o", "--method", "ties"], 1, "F1 .*twice: give"),
+    (["merge", "B", "F1", "F2", "--out"], 2, "--out: expected a directory"),
+    (["merge", "B", "F1", "F2", "--unit"], 2, "--unit: expected a value: --unit NAME"),
+    (["merge", "B", "F1", "--weights", "-1,1"], 2, "--weights: .*--weights=-1,1"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--num-heads", "4"], 1, "--num-heads .*--unit head"),
+    (["compare", "B", "F1", "F2", "--num-heads", "4"], 1, "--num-heads .*--unit head"),
     (["merge", "B", "none", "--out", "o"], 1, "none: .*ORG/NAME"),
     (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "--recipe .*BASE FT1 FT2"),
     (["compare", "B"], 1, "BASE FT1 FT2"),
@@ -453,6 +460,7 @@ def test_an_existing_directory_is_replaced_only_with_overwrite(say, models, tmp_
     (out / "mine.txt").write_text("mine")
     status, _, err = say("merge", *models, "--out", out)
     assert status == 1 and "--overwrite" in err and (out / "mine.txt").read_text() == "mine"
+    assert "overwrite=True" not in err  # That is for callers in Python.
     assert say("merge", *models, "--out", out, "--overwrite")[0] == 0
     assert (out / "model.safetensors").is_file() and not (out / "mine.txt").exists()
 

@@ -102,6 +102,8 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
         ({"method": "linear", "weights": (1, float("nan"))}, "--weights: .*nan"),
         ({"unmerged_from": "model:0"}, "--unmerged-from: .*base, mean or model:1"),
         ({"max_shard_bytes": 0}, "--max-shard-size: .*1"),
+        ({"num_heads": 4}, "--num-heads .*--unit head"),
+        ({"unit": "filter", "num_heads": 4}, "--num-heads .*--unit head"),
         ({"method": "ties", "anchor_rounding": "correct"}, "--anchor-rounding .*model-stock"),
     ],
 )
