@@ -346,7 +346,8 @@ def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
         "(default: from config.json)")  # fmt: skip
     add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
         help="if BASE is stored at lower precision than the fine-tunes: correct subtracts the "
-        "expected rounding error of BASE from norms, angles and ratios, keep does not (default: keep)")  # fmt: skip
+        "expected rounding error of BASE from norms, angles and ratios, keep does not "
+        "(default: keep)")  # fmt: skip
 
 
 def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
@@ -373,8 +374,9 @@ def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
         add("--tokenizer-from", metavar="WHICH",
             help="model whose tokenizer, chat template and generation settings are written: base, "
             "model:1 (default: base)")  # fmt: skip
-    add("--dequantize", action="store_true", 
-        help="read quantized weights as codes x scale (default: quantized models are an error)")  # fmt: skip
+    add("--dequantize", action="store_true",
+        help="read quantized weights as codes x scale (default: quantized models are an "
+        "error)")  # fmt: skip
 
 
 def advice_on(option: str, known: Iterable[str]) -> str | None:

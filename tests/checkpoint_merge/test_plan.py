@@ -62,9 +62,13 @@ def test_all_problems_are_in_one_error(tmp_path):
     with pytest.raises(UserError) as caught:
         plan(save(tmp_path, [base, first, second]))
     message = str(caught.value)
-    assert re.search("ft1 .*logit_scale, model.norm.weight .*--missing-tensors base", message)
-    assert re.search("base .*ft2 .*extra.weight .*--missing-tensors base", message)
+    assert re.search(
+        "logit_scale, model.norm.weight are missing in .*ft1 .*--missing-tensors base copies them",
+        message,
+    )
+    assert re.search("extra.weight is in .*ft2 .*base .*--missing-tensors base leaves it", message)
     assert "patch.conv.weight " in message and "[6, 3, 2, 3]" in message
+    assert "--exclude 'patch.conv.weight'" in message
     assert "\n" not in message
 
 
@@ -195,7 +199,7 @@ def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
         and planned.auxiliary_files.changes == {}
     )
     assert "model.embed_tokens.weight" in planned.notes[0]
-    with pytest.raises(UserError, match="ft1 .*lm_head.weight"):
+    with pytest.raises(UserError, match="lm_head.weight is missing in .*ft1 "):
         plan(save(tmp_path, tensors, [UNTIED, UNTIED, UNTIED]))
 
 
