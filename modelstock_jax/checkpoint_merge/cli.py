@@ -302,11 +302,11 @@ def _add_output_options(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
     add = _adder(parser)
     add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
-        help="dtype to write: float32, bfloat16, ... (default: as in BASE)")  # fmt: skip
+        help="dtype: float32, bfloat16, ... (default: as in BASE)")  # fmt: skip
     add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
-        help="maximum size of a file: 5GB, 500MB, ... (default: 5GB)")  # fmt: skip
+        help="maximum size of a file: 500MB, ... (default: 5GB)")  # fmt: skip
     add("--checksum", choices=CHECKSUMS, metavar="KIND",
-        help="checksums in the report: crc32, sha256 (default: crc32)")  # fmt: skip
+        help="kind in the report: crc32, sha256 (default: crc32)")  # fmt: skip
 
 
 def _add_method_options(parser: Parser) -> None:
@@ -315,16 +315,15 @@ def _add_method_options(parser: Parser) -> None:
     add("--method", type=_method, choices=COMMANDS, metavar="NAME",
         help=f"{names} (default: model-stock)")  # fmt: skip
     add("--weights", type=numbers, metavar="W,W",
-        help="for linear, task-arithmetic, ties: one weight per fine-tune: 0.5,1 (default: all "
-        "1). With a negative weight, write --weights=-1,1")  # fmt: skip
+        help="linear, task-arithmetic, ties: 0.5,1 (default: 1,1)")  # fmt: skip
     add("--normalize", action=argparse.BooleanOptionalAction,
-        help="divide weights by their sum (default: yes for linear, ties)")  # fmt: skip
+        help="divide weights by sum (default: for linear, ties)")  # fmt: skip
     add("--alpha", type=number, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
-    add("--scale", type=number, metavar="S", 
-        help="for task-arithmetic, ties: factor of the combined task vectors, lambda in the papers "
-        "(default: 1)")  # fmt: skip
+    add("--scale", type=number, metavar="S",
+        help="task-arithmetic, ties: factor of the combined task "
+        "vectors, lambda in the papers (default: 1)")  # fmt: skip
     add("--density", type=numbers, metavar="D,D",
-        help="for ties: fraction of each task vector to keep (default: 1)")  # fmt: skip
+        help="ties: fraction of each task vector kept (default: 1)")  # fmt: skip
     add("--t", type=number, metavar="T", help="for slerp: position on the arc, 0 to 1")
 
 
@@ -336,47 +335,46 @@ def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
     add("--exclude", action="append", metavar="PATTERN", help=f"do not {verb} matching tensors")
     if is_merge:
         add("--unmerged-from", metavar="WHICH",
-            help="values of tensors that are not merged: base, model:1 or mean, the "
-            "fine-tunes' mean (default: base)")  # fmt: skip
+            help="source of tensors that are not merged: base, model:1, "
+            "or mean of the fine-tunes (default: base)")  # fmt: skip
     add("--unit", choices=UNITS, metavar="NAME",
-        help=f"elements that share one angle: {', '.join(UNITS)}; head is one "
-        "attention head, not a classifier or an output head (default: tensor)")  # fmt: skip
+        help="elements that share one angle: "
+        f"{', '.join(UNITS)}; head: attention head (default: tensor)")  # fmt: skip
     add("--num-heads", metavar="N",
-        help="for --unit head: number of attention heads: 12, or vision_model=12,text_model=8 "
-        "(default: from config.json)")  # fmt: skip
+        help="attention heads, for --unit head: 12, or "
+        "vision_model=12,text_model=8 (default: config.json)")  # fmt: skip
     add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
-        help="if BASE is stored at lower precision than the fine-tunes: correct subtracts the "
-        "expected rounding error of BASE from norms, angles and ratios, keep does not "
-        "(default: keep)")  # fmt: skip
+        help="correct: subtract the expected effect of BASE's lower "
+        "precision on angles and norms (default: keep)")  # fmt: skip
 
 
 def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
     """Add the options for models that do not match; `compare` has defaults that raise no error."""
     add = _adder(parser.add_argument_group("models that do not match"))
     add("--vocab-mismatch", choices=VOCAB_MISMATCH, metavar="HOW",
-        help="embeddings with different numbers of rows: merge the common rows; the rest comes "
-        "from BASE (base) or from the model with the most rows (longest) "
+        help="embeddings with different numbers of rows: merge the "
+        "common rows; the rest is from base or longest "
         f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--missing-tensors", choices=MISSING_TENSORS, metavar="HOW",
-        help="base: tensors that some fine-tunes lack are copied from BASE, and tensors that BASE "
-        f"lacks are left out (default: {'error' if is_merge else 'base'})")  # fmt: skip
+        help="base: copy tensors missing in fine-tunes from BASE, "
+        "leave out tensors missing in BASE "
+        f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--tied-head", choices=TIED_HEAD, metavar="HOW",
-        help="output head (lm_head) that BASE ties to its embedding, if a fine-tune has a separate "
-        "one: untie merges it as a separate tensor; keep is an error "
+        help="output head that BASE ties to its embedding, separate "
+        "in a fine-tune: untie merges it, keep is an error "
         f"(default: {'keep' if is_merge else 'untie'})")  # fmt: skip
     add("--head", choices=HEAD, metavar="HOW",
-        help="classifier or other final layer whose shape differs from BASE's, or that BASE lacks: "
-        "finetuned writes the mean of the fine-tunes' layers (default: error)")  # fmt: skip
+        help="classifier that BASE lacks or has in another shape: "
+        "finetuned writes the fine-tunes' mean (default: error)")  # fmt: skip
     if is_merge:
         add("--config-from", metavar="WHICH",
-            help="model whose config.json is written if they disagree: base, model:1 "
-            "(default: error)")  # fmt: skip
+            help="model whose config.json is written if they "
+            "disagree: base, model:1 (default: error)")  # fmt: skip
         add("--tokenizer-from", metavar="WHICH",
-            help="model whose tokenizer, chat template and generation settings are written: base, "
-            "model:1 (default: base)")  # fmt: skip
+            help="model whose tokenizer, chat template and generation "
+            "settings are written: base, model:1 (default: base)")  # fmt: skip
     add("--dequantize", action="store_true",
-        help="read quantized weights as codes x scale (default: quantized models are an "
-        "error)")  # fmt: skip
+        help="read quantized weights as codes x scale")  # fmt: skip
 
 
 def advice_on(option: str, known: Iterable[str]) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modelstock_jax.checkpoint_merge.config_edits import TIED
 from modelstock_jax.checkpoint_merge.hf_config import (
     CONFIG,
     Disagreements,
@@ -34,7 +35,6 @@ _FREE = re.compile(
     re.IGNORECASE,
 )
 _MAX_NAMED = 3
-TIED = "tie_word_embeddings"
 # Keys that describe the stored tensors: a note does not claim that a difference has no effect.
 _OF_TENSORS = re.compile(r"(?:\w*_)?vocab_size|quantization\w*|compression_config|pruned_heads")
 Ids = dict[int, str]

@@ -211,9 +211,9 @@ _DISTANCE = "predicted distance\nto center: "
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tensor": lambda row: row["name"],
     "shape": lambda row: "x".join(map(str, row["shape"])) or "1",
-    "update norms": lambda row: " ".join(f"{norm:.3g}" for norm in row["norms"]),
+    "update\nnorms": lambda row: " ".join(f"{norm:.3g}" for norm in row["norms"]),
     "cosines": lambda row: " ".join(_number(c, ".3f") for c in _pairs(row["cosines"])),
-    "angle (deg)": lambda row: _number(row["angle"], ".1f"),
+    "angle\n(deg)": lambda row: _number(row["angle"], ".1f"),
     "ratio": lambda row: _number(row["ratio"], ".3f"),
     f"{_DISTANCE}single": lambda row: _number(row["predicted_distance"]["replica"], ".3g"),
     f"{_DISTANCE}mean": lambda row: _number(row["predicted_distance"]["mean"], ".3g"),
@@ -226,7 +226,7 @@ _OMITTED_FIRST = (
     f"{_DISTANCE}merged",
     "cosines",
     "shape",
-    "update norms",
+    "update\nnorms",
     "outcome",
 )
 

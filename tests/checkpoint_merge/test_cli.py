@@ -372,11 +372,21 @@ def test_compare_shows_angles_and_ratios_at_every_width(models, monkeypatch, wid
     assert main(["compare", *models]) == 0
     lines = [re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", line) for line in screen.getvalue().splitlines()]
     (head,) = [line for line in lines if line.lstrip().startswith("tensor ")]
-    assert {"angle", "ratio"} <= set(head.split())
+    # Headings have two lines, aligned at the bottom.
+    heading = " ".join(lines[lines.index(head) - 1 : lines.index(head) + 1])
+    assert {"angle", "(deg)", "ratio"} <= set(heading.split())
     assert all(len(line) <= width for line in lines[lines.index(head) :])
     row = next(line for line in lines if "embed_tokens.weight" in line)
     assert len(re.findall(r" \d+\.\d(?= )", row)) == 1 and re.search(r" 0\.\d{3}( |$)", row)
     assert ("outcome" in head.split()) != any("outcome" in line for line in lines[-4:])
+
+
+def test_the_comparison_names_units_and_predicted_distances(say, models):
+    _, out, _ = say("compare", *models)
+    first, second = out.splitlines()[1:3]
+    assert first.count("predicted distance") == 3 and "update" in first and "angle" in first
+    for heading in ("norms", "(deg)", "center: single", "center: mean", "center: merged"):
+        assert heading in second
 
 
 def test_names_are_shown_as_they_are(say, models, tmp_path):

@@ -11,6 +11,8 @@ import pytest
 
 from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.plan import make_plan
+from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.errors import UserError
 from tests.checkpoint_merge.engine import SHAPES, merge, models, numbers, plan, save, total
 
@@ -70,6 +72,15 @@ def test_all_problems_are_in_one_error(tmp_path):
     assert "patch.conv.weight " in message and "[6, 3, 2, 3]" in message
     assert "--exclude 'patch.conv.weight'" in message
     assert "\n" not in message
+
+
+def test_a_comparison_leaves_out_tensors_of_other_shapes(tmp_path):
+    base, first, second = (dict(m) for m in models())
+    second["model.norm.weight"] = np.zeros(3, np.float32)
+    sources = [open_source(str(path)) for path in save(tmp_path, [base, first, second])]
+    planned = make_plan(sources[0], sources[1:], Options(), lenient=True)
+    (note,) = [note for note in planned.notes if "model.norm.weight " in note]
+    assert note.endswith("; it is left out") and "[3]" in note
 
 
 def test_missing_tensors_may_come_from_the_base(tmp_path):
