@@ -242,6 +242,10 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         shutil.rmtree(staged, ignore_errors=True)
 
 
+# The part of a message that `modelstock` removes, because it is for callers in Python only.
+PYTHON_HINT = " (in a program, overwrite=True)"
+
+
 class ExistsError(UserError):
     """The path of a new directory exists already."""
 
@@ -261,8 +265,8 @@ def check_not_existing(path: Path, *, overwrite: bool = False) -> None:
         raise ExistsError(f"{shown}: exists already, and is a file; choose a directory")
     if os.path.isdir(path) and any(path.iterdir()) and not overwrite:
         raise ExistsError(
-            f"{shown}: exists already; choose another directory, or replace it with --overwrite "
-            "(in a program, overwrite=True)"
+            f"{shown}: exists already; choose another directory, or replace it with --overwrite"
+            f"{PYTHON_HINT}"
         )
 
 

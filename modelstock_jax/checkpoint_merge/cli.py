@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import os
 import re
 import sys
@@ -44,6 +45,8 @@ _SIZES = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+# Values that options expect, by the name of the value in the help.
+_VALUES = {"DIR": "a directory", "FILE": "a file", "SIZE": "a size such as 5GB"}
 _INPUTS = """\
 FT1 (model:1), FT2 (model:2), ... are fine-tunes of BASE. Each model is
   a directory with safetensors files (also a pipeline), or a .safetensors file,
@@ -121,8 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 for success, also if only the summary of a complete merge could not be
-      printed; 1 for an error in the inputs (one line on standard error), or if the output of
-      another command could not be written; 130 after Ctrl-C. An error in the options exits with 2.
+      printed; 1 for an error (one line on standard error), or if the output of another command
+      could not be written; 130 after Ctrl-C. An unknown option, or a value that cannot be read,
+      exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with guarded() as (output, _):
@@ -145,7 +149,9 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
         getattr(commands, argv[0])(arguments, argv)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from modelstock_jax.fileio import PYTHON_HINT
+
+        print(f"error: {str(error).replace(PYTHON_HINT, '')}", file=sys.stderr)
         return 1
     except OSError as error:
         path = listed([str(error.filename or "files")])
@@ -179,6 +185,7 @@ class Parser(argparse.ArgumentParser):
     """Parser whose errors are one line and suggest the option that was probably meant."""
 
     others: Sequence[Parser] = ()  # Parsers of the other commands.
+    _typed: Sequence[str] = ()  # Arguments as typed.
 
     def error(self, message: str) -> NoReturn:
         """Print the error and how to get help; exit with status 2."""
@@ -187,6 +194,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse options and models in any order."""
+        self._typed = arguments
         values, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
             option = next((text for text in unknown if text.startswith("-")), unknown[0])
@@ -201,6 +209,20 @@ class Parser(argparse.ArgumentParser):
             if option in command._option_string_actions:
                 self.error(f"{option} is an option of {command.prog}")
         self.error(f"unknown option {listed([option])}{suggest(option, options)}")
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError:
+            raise argparse.ArgumentError(action, self._missing_value(action)) from None
+
+    def _missing_value(self, action: argparse.Action) -> str:
+        """Return the error for an option that has no value."""
+        for option, text in itertools.pairwise(self._typed):
+            if option in action.option_strings and re.match(r"-[^-]", text):
+                return f"a value that starts with - needs an equals sign: {option}={text}"
+        metavar = str(action.metavar)
+        return f"expected {_VALUES.get(metavar, f'a value: {action.option_strings[0]} {metavar}')}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -239,7 +261,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     }  # fmt: skip
     for name, parser in commands.items():
         is_merge = name == "merge"
-        parser._optionals.title = "options (defaults in parentheses)"
+        parser._optionals.title = "options"
         parser.others = [other for other in commands.values() if other is not parser]
         parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
         if is_merge:
@@ -251,7 +273,9 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         parser.add_argument(
             "--json", action="store_true", help="print only JSON to standard output"
         )
-        _adder(parser)("--threads", type=integer, metavar="N", help="worker threads (one per core)")
+        _adder(parser)(
+            "--threads", type=integer, metavar="N", help="worker threads (default: one per core)"
+        )
         if is_merge:
             _add_method_options(parser)
         _add_tensor_options(parser, is_merge=is_merge)
@@ -278,26 +302,28 @@ def _add_output_options(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
     add = _adder(parser)
     add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
-        help="dtype to write: float32, bfloat16, ... (as in BASE)")  # fmt: skip
+        help="dtype: float32, bfloat16, ... (default: as in BASE)")  # fmt: skip
     add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
-        help="maximum size of a file: 5GB, 500MB, ... (5GB)")  # fmt: skip
+        help="maximum size of a file: 500MB, ... (default: 5GB)")  # fmt: skip
     add("--checksum", choices=CHECKSUMS, metavar="KIND",
-        help="checksums in the report: crc32, sha256 (crc32)")  # fmt: skip
+        help="kind in the report: crc32, sha256 (default: crc32)")  # fmt: skip
 
 
 def _add_method_options(parser: Parser) -> None:
     add = _adder(parser.add_argument_group("merge method"))
     names = ", ".join(method.command for method in COMMANDS.values())
     add("--method", type=_method, choices=COMMANDS, metavar="NAME",
-        help=f"{names} (model-stock)")  # fmt: skip
+        help=f"{names} (default: model-stock)")  # fmt: skip
     add("--weights", type=numbers, metavar="W,W",
-        help="for linear, task-arithmetic, ties: 0.5,1 (all 1)")  # fmt: skip
+        help="linear, task-arithmetic, ties: 0.5,1 (default: 1,1)")  # fmt: skip
     add("--normalize", action=argparse.BooleanOptionalAction,
-        help="divide weights by their sum (yes for linear, ties)")  # fmt: skip
+        help="divide weights by sum (default: for linear, ties)")  # fmt: skip
     add("--alpha", type=number, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
-    add("--scale", type=number, metavar="S", help="for task-arithmetic, ties: lambda (1)")
+    add("--scale", type=number, metavar="S",
+        help="task-arithmetic, ties: factor of the combined task "
+        "vectors, lambda in the papers (default: 1)")  # fmt: skip
     add("--density", type=numbers, metavar="D,D",
-        help="for ties: fraction of each task vector to keep (1)")  # fmt: skip
+        help="ties: fraction of each task vector kept (default: 1)")  # fmt: skip
     add("--t", type=number, metavar="T", help="for slerp: position on the arc, 0 to 1")
 
 
@@ -309,36 +335,46 @@ def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
     add("--exclude", action="append", metavar="PATTERN", help=f"do not {verb} matching tensors")
     if is_merge:
         add("--unmerged-from", metavar="WHICH",
-            help="values of tensors that are not merged: base, model:1 or mean, the "
-            "fine-tunes' mean (base)")  # fmt: skip
+            help="source of tensors that are not merged: base, model:1, "
+            "or mean of the fine-tunes (default: base)")  # fmt: skip
     add("--unit", choices=UNITS, metavar="NAME",
-        help=f"elements that share one angle: {', '.join(UNITS)} (tensor)")  # fmt: skip
-    add("--num-heads", metavar="N", help="for --unit head: 12, or vision_model=12,text_model=8")
+        help="elements that share one angle: "
+        f"{', '.join(UNITS)}; head: attention head (default: tensor)")  # fmt: skip
+    add("--num-heads", metavar="N",
+        help="attention heads, for --unit head: 12, or "
+        "vision_model=12,text_model=8 (default: config.json)")  # fmt: skip
     add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
-        help="angles if BASE was rounded after training: correct, keep (keep)")  # fmt: skip
+        help="correct: subtract the expected effect of BASE's lower "
+        "precision on angles and norms (default: keep)")  # fmt: skip
 
 
 def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
     """Add the options for models that do not match; `compare` has defaults that raise no error."""
     add = _adder(parser.add_argument_group("models that do not match"))
     add("--vocab-mismatch", choices=VOCAB_MISMATCH, metavar="HOW",
-        help="embeddings of different lengths: merge common rows, take the rest from base or "
-        f"longest ({'error' if is_merge else 'base'})")  # fmt: skip
+        help="embeddings with different numbers of rows: merge the "
+        "common rows; the rest is from base or longest "
+        f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--missing-tensors", choices=MISSING_TENSORS, metavar="HOW",
-        help="copy tensors that some models lack: base "
-        f"({'error' if is_merge else 'base'})")  # fmt: skip
+        help="base: copy tensors missing in fine-tunes from BASE, "
+        "leave out tensors missing in BASE "
+        f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--tied-head", choices=TIED_HEAD, metavar="HOW",
-        help="head that is tied in some models only: untie "
-        f"({'keep' if is_merge else 'untie'})")  # fmt: skip
+        help="output head that BASE ties to its embedding, separate "
+        "in a fine-tune: untie merges it, keep is an error "
+        f"(default: {'keep' if is_merge else 'untie'})")  # fmt: skip
     add("--head", choices=HEAD, metavar="HOW",
-        help="a classifier that is not BASE's: finetuned (error)")  # fmt: skip
+        help="classifier that BASE lacks or has in another shape: "
+        "finetuned writes the fine-tunes' mean (default: error)")  # fmt: skip
     if is_merge:
         add("--config-from", metavar="WHICH",
-            help="config.json if they disagree: base, model:1 (error)")  # fmt: skip
+            help="model whose config.json is written if they "
+            "disagree: base, model:1 (default: error)")  # fmt: skip
         add("--tokenizer-from", metavar="WHICH",
-            help="tokenizer, chat template and generation settings: base or model:1 "
-            "(base)")  # fmt: skip
-    add("--dequantize", action="store_true", help="read quantized weights as codes x scale")
+            help="model whose tokenizer, chat template and generation "
+            "settings are written: base, model:1 (default: base)")  # fmt: skip
+    add("--dequantize", action="store_true",
+        help="read quantized weights as codes x scale")  # fmt: skip
 
 
 def advice_on(option: str, known: Iterable[str]) -> str | None:

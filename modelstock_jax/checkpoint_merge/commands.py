@@ -32,6 +32,7 @@ from modelstock_jax.checkpoint_merge.report import (
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import to_json_types, write_json, write_text
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.reporting.progress import ByteProgress
 
 REPORT, MODEL_CARD, FIGURE = "merge_report.json", "README.md", "angles.png"
@@ -92,6 +93,9 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         plot = PlotProcess(0)
         plot.begin(Path(arguments.plot), result.rows)
         plot.finish()
+        messages.print(
+            f"figure written to {arguments.plot}", highlight=False, markup=False, soft_wrap=True
+        )
     if arguments.json:
         _print_json({
             "base": base.label, "models": [source.label for source in finetuned],
@@ -252,22 +256,33 @@ def _complete_options(options: dict[str, Any], base: Source) -> Options:
 
 def _open_models(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Source, list[Source]]:
     """Open the base and the fine-tunes; a model that is given twice is an error."""
-    seen: set[str] = set()
-    # A linear mean may also list its base as one of the models.
-    is_linear = recipe.options.get("method") == "linear"
-    labels = recipe.models if is_linear or recipe.base is None else (recipe.base, *recipe.models)
-    for label in labels:
-        path = os.path.expanduser(label)
-        identity = os.path.realpath(path) if os.path.exists(path) else label
-        if identity in seen:
-            raise UserError(
-                f"{label} is given twice; the angle between two copies is 0, so their update would "
-                "count as certain; give each model once"
-            )
-        seen.add(identity)
+    _check_given_once(recipe, {**recipe.options, **options}.get("method", "model_stock"))
     read_as = quantization.as_weights if options.get("dequantize") else quantization.as_stored
     base = open_source(recipe.base or recipe.models[0], read_as=read_as)
     return base, [open_source(model, base, read_as) for model in recipe.models]
+
+
+def _check_given_once(recipe: Recipe, method: str) -> None:
+    def identity(label: str) -> str:
+        path = os.path.expanduser(label)
+        return os.path.realpath(path) if os.path.exists(path) else label
+
+    models = [identity(label) for label in recipe.models]
+    # A linear mean may also list its base as one of the models.
+    if recipe.base is not None and recipe.options.get("method") != "linear":
+        if (base := identity(recipe.base)) in models:
+            raise UserError(
+                f"{recipe.models[models.index(base)]} is given as the base and as a fine-tune; "
+                "give each model once"
+            )
+    for number, label in enumerate(recipe.models):
+        if models[number] in models[:number]:
+            reason = (
+                "two copies agree completely, so the merge would trust their update fully (t = 1); "
+                if COMMANDS[method].rule
+                else ""
+            )
+            raise UserError(f"{label} is given twice: {reason}give each model once")
 
 
 def _check_layers(layers: int | None, base: Source) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modelstock_jax.checkpoint_merge.config_edits import TIED
 from modelstock_jax.checkpoint_merge.hf_config import (
     CONFIG,
     Disagreements,
@@ -34,6 +35,8 @@ _FREE = re.compile(
     re.IGNORECASE,
 )
 _MAX_NAMED = 3
+# Keys that describe the stored tensors: a note does not claim that a difference has no effect.
+_OF_TENSORS = re.compile(r"(?:\w*_)?vocab_size|quantization\w*|compression_config|pruned_heads")
 Ids = dict[int, str]
 
 OPEN_CLIP, SCHEDULER = "open_clip_config.json", "scheduler_config.json"
@@ -279,32 +282,52 @@ def compare_configs(
       changes: path of a config -> keys that the merge itself sets or removes, which need no note
     """
     base = sources[0]
-    harmless: dict[str, list[str]] = {}
+    harmless: dict[tuple[str, str], list[str]] = {}
     missing: dict[str, list[str]] = {}
     reported: set[tuple[str, str]] = set()
     for number, source in enumerate(sources[1:], 1):
         for path, keys in _disagreements(base, source):
             reported |= {(path, key) for key in keys.grave}
-            for different, labels in ((keys.harmless, harmless), (keys.lacking, missing)):
-                unchanged = [key for key in different if not _written(key, changes.get(path, ()))]
-                if unchanged:
-                    labels.setdefault(f"{path}: {listed(unchanged, 6)}", []).append(source.label)
+            written = changes.get(path, ())
+            unchanged = [key for key in keys.harmless if not _written(key, written)]
+            for text in _harmless_differences(path, unchanged, config_option):
+                harmless.setdefault(text, []).append(source.label)
+            if lacking := [key for key in keys.lacking if not _written(key, written)]:
+                missing.setdefault(f"{path}: {listed(lacking, 6)}", []).append(source.label)
             _report_grave(path, keys.grave, (base, source), number, options, issues)
     # Two fine-tunes may disagree on a key that the base lacks.
     for number, source in enumerate(sources[2:], 2):
         for path, keys in _disagreements(sources[1], source):
             grave = {key: x for key, x in keys.grave.items() if (path, key) not in reported}
             _report_grave(path, grave, (sources[1], source), number, options, issues)
-    for names, labels in harmless.items():
-        issues.notes.append(
-            f"{names} differ in {listed(labels)}, which does not change what "
-            f"the model computes; the values of {config_option} are written"
-        )
+    for (differs, consequence), labels in harmless.items():
+        issues.notes.append(f"{differs} in {listed(labels)}{consequence}")
     for names, labels in missing.items():
         issues.notes.append(
             f"{names}: in only one of the configs of {base.label} and "
             f"{listed(labels)}; the config of {config_option} is written"
         )
+
+
+def _harmless_differences(
+    path: str, keys: Sequence[str], config_option: str
+) -> Iterable[tuple[str, str]]:
+    """Yield the parts of a note before and after the labels, for each kind of key that differs."""
+    kinds: dict[str, list[str]] = {}
+    for key in keys:
+        last = key.rpartition(".")[2]
+        kind = "tied" if last == TIED else "tensors" if _OF_TENSORS.fullmatch(last) else "other"
+        kinds.setdefault(kind, []).append(key)
+    for kind, names in kinds.items():
+        several = len(names) > 1
+        values = "the values" if several else "the value"
+        consequence = f"; {values} of {config_option} {'are' if several else 'is'} written"
+        if kind == "tied":
+            # `config_edits` sets these keys if the written config does not match the tensors.
+            consequence += f", which {'match' if several else 'matches'} the merged tensors"
+        elif kind == "other":
+            consequence = f", which does not change what the model computes{consequence}"
+        yield f"{path}: {listed(names, 6)} differ{'' if several else 's'}", consequence
 
 
 def _written(key: str, changes: Iterable[str]) -> bool:

@@ -156,8 +156,6 @@ def show_comparison(
     for line in zip(*cells.values(), strict=True):
         table.add_row(*map(escape, line))
     _print(table, console)
-    if "merged to center" in cells:
-        console.print("The distances to the center are predicted.", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("ratios", "tensors", "min", "median", "max"):
         table.add_column(heading, justify="left" if heading == "ratios" else "right")
@@ -182,14 +180,17 @@ def _fit(cells: dict[str, list[str]], width: int) -> list[str]:
     """
 
     def free_width() -> int:
-        widths = (max(len(text) for text in (heading, *texts)) for heading, texts in cells.items())
+        widths = (
+            max(len(text) for text in (*heading.split("\n"), *texts))
+            for heading, texts in cells.items()
+        )
         return width - sum(widths) - 3 * len(cells) + 1  # Spaces between columns, and at the ends.
 
-    omitted = []
+    omitted: list[str] = []
     for heading in _OMITTED_FIRST:
         if free_width() < 0:
             del cells[heading]
-            omitted.append(heading)
+            omitted.append(heading.replace("\n", " "))
     names = cells["tensor"]
     max_length = max(12, max(map(len, names), default=0) + min(0, free_width()))
     cells["tensor"] = [
@@ -206,25 +207,26 @@ def _number(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
+_DISTANCE = "predicted distance\nto center: "
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tensor": lambda row: row["name"],
     "shape": lambda row: "x".join(map(str, row["shape"])) or "1",
-    "norms": lambda row: " ".join(f"{norm:.3g}" for norm in row["norms"]),
+    "update\nnorms": lambda row: " ".join(f"{norm:.3g}" for norm in row["norms"]),
     "cosines": lambda row: " ".join(_number(c, ".3f") for c in _pairs(row["cosines"])),
-    "angle": lambda row: _number(row["angle"], ".1f"),
+    "angle\n(deg)": lambda row: _number(row["angle"], ".1f"),
     "ratio": lambda row: _number(row["ratio"], ".3f"),
-    "single to center": lambda row: _number(row["predicted_distance"]["replica"], ".3g"),
-    "mean to center": lambda row: _number(row["predicted_distance"]["mean"], ".3g"),
-    "merged to center": lambda row: _number(row["predicted_distance"]["merged"], ".3g"),
+    f"{_DISTANCE}single": lambda row: _number(row["predicted_distance"]["replica"], ".3g"),
+    f"{_DISTANCE}mean": lambda row: _number(row["predicted_distance"]["mean"], ".3g"),
+    f"{_DISTANCE}merged": lambda row: _number(row["predicted_distance"]["merged"], ".3g"),
     "outcome": lambda row: outcome_label(row["outcome"]),
 }
 _OMITTED_FIRST = (
-    "single to center",
-    "mean to center",
-    "merged to center",
+    f"{_DISTANCE}single",
+    f"{_DISTANCE}mean",
+    f"{_DISTANCE}merged",
     "cosines",
     "shape",
-    "norms",
+    "update\nnorms",
     "outcome",
 )
 

@@ -261,8 +261,10 @@ def _missing(
             continue
         why = _why(sources[0], source, lacking, extra)
         if lacking:
-            hint = f" ({why or _lacking_hint(fraction)})"
-            issues.problems.append(f"{source.label} lacks {listed(lacking)}{hint}")
+            hint = why or _lacking_hint(len(lacking), fraction)
+            issues.problems.append(
+                f"{listed(lacking)} {_is(lacking)} missing in {source.label} ({hint})"
+            )
         if extra:
             extra_fraction = _fraction(
                 source, [model_name for n in extra if (model_name := partly[n][model])]
@@ -272,13 +274,25 @@ def _missing(
             else:
                 hint = _extra_hint(extra, partly, max(fraction, extra_fraction))
             issues.problems.append(
-                f"{sources[0].label} lacks, and {source.label} has, {listed(extra)}{hint}"
+                f"{listed(extra)} {_is(extra)} in {source.label} but not in "
+                f"{sources[0].label}{hint}"
             )
 
 
-def _lacking_hint(fraction: float) -> str:
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _them(number: int) -> str:
+    return "it" if number == 1 else "them"
+
+
+def _lacking_hint(number: int, fraction: float) -> str:
     if fraction < _MAX_FRACTION:
-        return f"--missing-tensors base copies the base's: {_percent(fraction)} of its parameters"
+        return (
+            f"--missing-tensors base copies {_them(number)} from the base: {_percent(fraction)} of "
+            "the parameters"
+        )
     return (
         f"{_percent(fraction)} of the base's parameters: is this a fine-tune of it, saved by the "
         "same library?"
@@ -290,7 +304,7 @@ def _extra_hint(extra: Sequence[str], partly: Mapping[str, Names], fraction: flo
     if fraction >= _MAX_FRACTION:  # Probably another model, unless all tensors belong to a head.
         heads = in_all and all(map(is_classifier, extra))
         return " (--head finetuned writes the fine-tunes' mean)" if heads else ""
-    return " (--missing-tensors base leaves them out" + (
+    return f" (--missing-tensors base leaves {_them(len(extra))} out" + (
         "; --head finetuned writes the fine-tunes' mean)" if in_all else ")"
     )
 

@@ -108,7 +108,7 @@ class Options:
     Attributes:
       method: one of `registry.COMMANDS`
       unit: elements that share one angle: tensor, layer, filter, head, block or global
-      num_heads: query heads, for `unit="head"`: a number, or name prefix -> number
+      num_heads: query heads, for `unit="head"` only: a number, or name prefix -> number
       dtype: dtype of the merged floating-point tensors, one of `DTYPES`; with None each tensor
         has the base's
       include: shell patterns (`model.layers.*`); only tensors that match one are merged
@@ -231,6 +231,10 @@ class Options:
             self._check_each(name, math.isfinite, "a finite number")
         for name in ("max_shard_bytes", "threads", "window_bytes"):
             self._check_each(name, lambda x: x >= 1, "at least 1")
+        if self.num_heads is not None and self.unit != "head":
+            raise UserError(
+                "--num-heads applies to --unit head only; remove it, or pass --unit head"
+            )
         if isinstance(self.t, Mapping) and self.unit != "tensor":
             raise UserError(
                 f"a list of t over layers or filters requires --unit tensor, not {self.unit}"

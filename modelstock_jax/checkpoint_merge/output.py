@@ -23,6 +23,7 @@ from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import Source, stored_name
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import (
+    PYTHON_HINT,
     ExistsError,
     FileLock,
     check_not_existing,
@@ -119,7 +120,7 @@ class StagingDir:
                 (self.path / name).unlink(missing_ok=True)
             move_into_place(self.path, self.out, self._overwrite)
         except ExistsError:
-            how = "run the same command with --overwrite (in Python, overwrite=True) to replace it"
+            how = f"run the same command with --overwrite{PYTHON_HINT} to replace it"
             if not self.out.is_dir():
                 how = "move it away and run the same command again"
             raise OccupiedError(

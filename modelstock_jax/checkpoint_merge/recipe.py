@@ -31,6 +31,7 @@ _TOP_LEVEL_KEYS = (
     "tokenizer",
     "chat_template",
 )
+_RECIPE = "the recipe"  # Name of the top level in messages.
 _UNSUPPORTED = {"modules": "a recipe must have one list of models for one checkpoint"}
 
 
@@ -124,11 +125,14 @@ def parse(raw: Any) -> Recipe:
       >>> recipe.base, recipe.models, recipe.options
       ('b', ('x', 'y+lora'), {'method': 'model_stock', 'dtype': 'bfloat16'})
     """
-    raw = mapping(raw, "the recipe", _TOP_LEVEL_KEYS + tuple(_UNSUPPORTED))
+    raw = mapping(raw, _RECIPE)
     for key, reason in _UNSUPPORTED.items():
         if key in raw:
             raise UserError(f"{key} is not supported: {reason}")
+    raw = mapping(raw, _RECIPE, _TOP_LEVEL_KEYS)
     method = raw.get("merge_method")
+    if method is None:
+        raise UserError(f"merge_method is missing; choose one of {', '.join(RECIPES)}")
     if not isinstance(method, str) or method not in RECIPES:
         raise UserError(
             f"merge_method {method!r} is not supported; choose one of {', '.join(RECIPES)}"
@@ -136,12 +140,12 @@ def parse(raw: Any) -> Recipe:
         )
     keys = RECIPES[method].mergekit_keys
     entries, common, layers = _entries(raw)
-    common = mapping(common, "parameters", keys)
+    common = _parameters(common, "parameters", keys, method)
     base = None if raw.get("base_model") is None else _model(raw["base_model"], "base_model")
     names = [_model(entry["model"], "model") for entry in entries]
     model_keys = [key for key in keys if key in _MODEL_PARAMETERS]
     parameters = [
-        mapping(entry.get("parameters") or {}, f"parameters of {name}", model_keys)
+        _parameters(entry.get("parameters") or {}, f"parameters of {name}", model_keys, method)
         for name, entry in zip(names, entries, strict=True)
     ]
     if base is None and method != "linear":
@@ -220,6 +224,24 @@ def _slice_sources(piece: Mapping, start: int) -> tuple[list[dict], int]:
     return sources, first[1]
 
 
+def _parameters(value: Any, name: str, keys: Collection[str], method: str) -> dict:
+    """Return parameters that the method reads.
+
+    Raises:
+      UserError: it does not read one of them, or not at this place
+    """
+    value = mapping(value, name)
+    for key in value:
+        if key not in keys and key in RECIPES[method].mergekit_keys:
+            raise UserError(
+                f"{name}: {key!r} is not a parameter of one model; move it to the parameters of "
+                "the recipe"
+            )
+        if key not in keys and (not keys or any(key in m.mergekit_keys for m in RECIPES.values())):
+            raise UserError(f"{name}: merge_method {method} has no parameter {key!r}; remove it")
+    return mapping(value, name, keys)
+
+
 def _method_options(
     method: str, names: list[str], parameters: list[dict], common: dict
 ) -> dict[str, Any]:
@@ -229,7 +251,10 @@ def _method_options(
     if "weight" in RECIPES[method].mergekit_keys:
         weights = [values.get("weight", common.get("weight")) for values in parameters]
         if missing := [name for name, x in zip(names, weights, strict=True) if x is None]:
-            raise UserError(f"weight is missing for {', '.join(missing)}")
+            raise UserError(
+                f"weight is missing for {', '.join(missing)}; add weight to the parameters of each "
+                "model, or one weight for all models to the parameters of the recipe"
+            )
         options["weights"] = tuple(constant(x, "weight") for x in weights)
     if "density" in RECIPES[method].mergekit_keys:
         default = common.get("density", 1.0)
@@ -377,8 +402,10 @@ def mapping(value: Any, name: str, keys: Collection[str] | None = None) -> dict:
         raise UserError(f"{name}: expected keys and values, not {value!r}")
     for key in value:
         if keys is not None and key not in keys:
-            known = ", ".join(keys) or "none"
-            raise UserError(f"{name}: unknown key {key!r}{suggest(key, keys)}; known keys: {known}")
+            prefix = "" if name == _RECIPE else f"{name}: "
+            raise UserError(
+                f"{prefix}unknown key {key!r}{suggest(key, keys)}; known keys: {', '.join(keys)}"
+            )
     return value
 
 

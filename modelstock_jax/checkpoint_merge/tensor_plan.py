@@ -36,6 +36,7 @@ _HEAD = re.compile(r"(?:.*[./])?lm_head(?:\.weight)?")
 _BLOCK = re.compile(r"\.\d+\.")
 _STATISTIC = re.compile(r"(?:.*[._])?running_(?:var|mean)")
 _AVERAGED = "a statistic of activations: the fine-tunes' mean"
+_CHECK_BASE = "check that these models are fine-tunes of this base"
 # A mask has few different values: 0 and 1, or 0 and -inf.
 _MAX_MASK_VALUES, _MAX_MASK_SIZE = 3, 2**24
 
@@ -370,10 +371,19 @@ def _plan_other_shape(tensor: _MatchedTensor) -> TensorPlan | None:
         tensor.issues.new_head.append(name)
         reason = f"the fine-tunes' head: {list(base.shape)} in the base"
         return tensor.plan("mean", reason, shape=infos[1].shape)
+    message = f"{name} differs in shape: {_shapes(tensor)}"
+    if tensor.issues.lenient:
+        tensor.issues.add_problem(f"{message}; it is left out")
+        return tensor.plan("base", "shapes differ")
     is_head = same_in_finetuned and (is_classifier(name) or is_embedding(name))
-    hint = " (--head finetuned writes the fine-tunes' mean)" if is_head else ""
-    tensor.issues.add_problem(f"{name} differs in shape: {_shapes(tensor)}{hint}")
-    return tensor.plan("base", "shapes differ") if tensor.issues.lenient else None
+    if is_head:
+        hint = " (--head finetuned writes the fine-tunes' mean)"
+    elif not any(_CHECK_BASE in problem for problem in tensor.issues.problems):  # Say it once.
+        hint = f" ({_CHECK_BASE}, or pass --exclude {escaped(name)!r} to copy the base's)"
+    else:
+        hint = ""
+    tensor.issues.add_problem(f"{message}{hint}")
+    return None
 
 
 def _plan_vocabulary(tensor: _MatchedTensor, axis: int) -> TensorPlan | None:

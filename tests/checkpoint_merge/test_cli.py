@@ -335,7 +335,8 @@ def test_compare(say, models, merged, tmp_path):
     assert shown["ratios"] == report["ratios"]
     row = shown["units"][0]
     assert row["cosines"][0][1] == pytest.approx(row["cosine"], abs=1e-12)
-    status, out, _ = say("compare", *models, "--plot", tmp_path / "angles.png")
+    status, out, err = say("compare", *models, "--plot", tmp_path / "angles.png")
+    assert f"figure written to {tmp_path / 'angles.png'}" in err
     assert status == 0 and "model.layers.1.mlp.down_proj.weight" in out and "median" in out
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
     # The name of the figure is checked before the models are read, which may take minutes.
@@ -371,11 +372,21 @@ def test_compare_shows_angles_and_ratios_at_every_width(models, monkeypatch, wid
     assert main(["compare", *models]) == 0
     lines = [re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", line) for line in screen.getvalue().splitlines()]
     (head,) = [line for line in lines if line.lstrip().startswith("tensor ")]
-    assert {"angle", "ratio"} <= set(head.split())
+    # Headings have two lines, aligned at the bottom.
+    heading = " ".join(lines[lines.index(head) - 1 : lines.index(head) + 1])
+    assert {"angle", "(deg)", "ratio"} <= set(heading.split())
     assert all(len(line) <= width for line in lines[lines.index(head) :])
     row = next(line for line in lines if "embed_tokens.weight" in line)
     assert len(re.findall(r" \d+\.\d(?= )", row)) == 1 and re.search(r" 0\.\d{3}( |$)", row)
     assert ("outcome" in head.split()) != any("outcome" in line for line in lines[-4:])
+
+
+def test_the_comparison_names_units_and_predicted_distances(say, models):
+    _, out, _ = say("compare", *models)
+    first, second = out.splitlines()[1:3]
+    assert first.count("predicted distance") == 3 and "update" in first and "angle" in first
+    for heading in ("norms", "(deg)", "center: single", "center: mean", "center: merged"):
+        assert heading in second
 
 
 def test_names_are_shown_as_they_are(say, models, tmp_path):
@@ -408,8 +419,8 @@ def test_units_by_name_are_an_error_for_unknown_names(say, tmp_path):
     paths = [save(tmp_path / str(i), t) for i, t in
              enumerate([base, moved(base, 1), moved(base, 2)])]  # fmt: skip
     for unit in ("head", "block"):
-        status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", unit,
-                             "--num-heads", "2")  # fmt: skip
+        heads = ("--num-heads", "2") if unit == "head" else ()
+        status, _, err = say("merge", *paths, "--out", tmp_path / "out", "--unit", unit, *heads)
         assert status == 1 and "tensor" in err and unit in err
     assert not (tmp_path / "out").exists()
 
@@ -428,7 +439,13 @@ def test_units_by_name_are_an_error_for_unknown_names(say, tmp_path):
     (["merge", "--out", "o"], 1, "BASE FT1 FT2"),
     (["merge", "B", "F1", "F2", "--out", "o", "--alpha", "0.5"], 1, "--alpha .*model-stock"),
     (["merge", "B", "F1", "F1", "--out", "o"], 1, "F1 .*twice"),
-    (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*twice"),
+    (["merge", "B", "F1", "./B", "--out", "o"], 1, r"\./B .*base and as a fine-tune"),
+    (["merge", "B", "F1", "F1", "--out", "o", "--method", "ties"], 1, "F1 .*twice: give"),
+    (["merge", "B", "F1", "F2", "--out"], 2, "--out: expected a directory"),
+    (["merge", "B", "F1", "F2", "--unit"], 2, "--unit: expected a value: --unit NAME"),
+    (["merge", "B", "F1", "--weights", "-1,1"], 2, "--weights: .*--weights=-1,1"),
+    (["merge", "B", "F1", "F2", "--out", "o", "--num-heads", "4"], 1, "--num-heads .*--unit head"),
+    (["compare", "B", "F1", "F2", "--num-heads", "4"], 1, "--num-heads .*--unit head"),
     (["merge", "B", "none", "--out", "o"], 1, "none: .*ORG/NAME"),
     (["merge", "B", "F1", "--recipe", "r.yml", "--out", "o"], 1, "--recipe .*BASE FT1 FT2"),
     (["compare", "B"], 1, "BASE FT1 FT2"),
@@ -453,6 +470,7 @@ def test_an_existing_directory_is_replaced_only_with_overwrite(say, models, tmp_
     (out / "mine.txt").write_text("mine")
     status, _, err = say("merge", *models, "--out", out)
     assert status == 1 and "--overwrite" in err and (out / "mine.txt").read_text() == "mine"
+    assert "overwrite=True" not in err  # That is for callers in Python.
     assert say("merge", *models, "--out", out, "--overwrite")[0] == 0
     assert (out / "model.safetensors").is_file() and not (out / "mine.txt").exists()
 

@@ -507,6 +507,19 @@ def test_fine_tunes_that_disagree_on_a_key_that_the_base_lacks(say, tmp_path):
     assert "--config-from model:2" in result.err and str(paths[0]) not in result.errors[0]
 
 
+def test_keys_that_describe_tensors_are_not_called_harmless(say, tmp_path):
+    base = LLAMA | {"tie_word_embeddings": False, "vocab_size": 12, "use_cache": True}
+    tuned = LLAMA | {"tie_word_embeddings": True, "vocab_size": 16, "use_cache": False}
+    paths = trio(tmp_path, {"config.json": base}, {"config.json": tuned})
+    result = say("merge", *paths, "--out", tmp_path / "out")
+    assert result.status == 0, result.err
+    notes = {key: n for n in result.notes for key in (*base, *tuned) if f" {key} differs in " in n}
+    assert notes["tie_word_embeddings"].endswith(" is written, which matches the merged tensors")
+    assert notes["vocab_size"].endswith("; the value of base is written")
+    assert "which does not change what the model computes; the value" in notes["use_cache"]
+    assert not any("computes" in notes[key] for key in ("tie_word_embeddings", "vocab_size"))
+
+
 def test_harmless_keys_are_one_note(say, tmp_path):
     tuned = LLAMA | {"torch_dtype": "bfloat16", "transformers_version": "5.0", "use_cache": False}
     paths = trio(tmp_path, {"config.json": LLAMA | {"use_cache": True}}, {"config.json": tuned})

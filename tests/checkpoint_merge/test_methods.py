@@ -52,9 +52,8 @@ EVERY = [
 @pytest.mark.parametrize(("unit", "method"), EVERY)
 def test_every_unit_gives_the_result_of_the_library(tmp_path, unit, method):
     inputs = with_degenerate_units(models())
-    out, result = merge(
-        tmp_path, inputs, unit=unit, num_heads=4, method=method, max_shard_bytes=2000
-    )
+    heads = {"num_heads": 4} if unit == "head" else {}
+    out, result = merge(tmp_path, inputs, unit=unit, method=method, max_shard_bytes=2000, **heads)
     # Scalars are 0-d arrays; merge units follow from the same names and shapes.
     w0 = {n: jnp.asarray(w) for n, w in inputs[0].items()}
     w = {n: jnp.stack([jnp.asarray(m[n]) for m in inputs[1:]]) for n in inputs[0]}
@@ -225,13 +224,14 @@ def test_slerp_between_the_base_and_one_model_or_between_two_models(tmp_path, si
 @pytest.mark.parametrize("unit", ["tensor", "filter", "head", "global"])
 @pytest.mark.parametrize("method", ["model_stock", "ties"])
 def test_the_size_of_pieces_does_not_change_the_result(tmp_path, monkeypatch, unit, method):
+    heads = {"num_heads": 4} if unit == "head" else {}
     if (unit, method) in {("filter", "ties"), ("head", "ties")}:
         with pytest.raises(UserError, match="ties.* tensor, layer, block or global"):
-            merge(tmp_path, models(), unit=unit, method=method, num_heads=4)
+            merge(tmp_path, models(), unit=unit, method=method, **heads)
         return
     inputs = models(dtype=ml_dtypes.bfloat16)
     paths = save(tmp_path, inputs)
-    options = {"unit": unit, "num_heads": 4, "method": method}
+    options = {"unit": unit, "method": method, **heads}
     if method == "ties":
         options["density"] = 0.5
     written = []

@@ -11,6 +11,8 @@ import pytest
 
 from modelstock_jax.checkpoint_merge.executor import run
 from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.plan import make_plan
+from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.errors import UserError
 from tests.checkpoint_merge.engine import SHAPES, merge, models, numbers, plan, save, total
 
@@ -62,10 +64,23 @@ def test_all_problems_are_in_one_error(tmp_path):
     with pytest.raises(UserError) as caught:
         plan(save(tmp_path, [base, first, second]))
     message = str(caught.value)
-    assert re.search("ft1 .*logit_scale, model.norm.weight .*--missing-tensors base", message)
-    assert re.search("base .*ft2 .*extra.weight .*--missing-tensors base", message)
+    assert re.search(
+        "logit_scale, model.norm.weight are missing in .*ft1 .*--missing-tensors base copies them",
+        message,
+    )
+    assert re.search("extra.weight is in .*ft2 .*base .*--missing-tensors base leaves it", message)
     assert "patch.conv.weight " in message and "[6, 3, 2, 3]" in message
+    assert "--exclude 'patch.conv.weight'" in message
     assert "\n" not in message
+
+
+def test_a_comparison_leaves_out_tensors_of_other_shapes(tmp_path):
+    base, first, second = (dict(m) for m in models())
+    second["model.norm.weight"] = np.zeros(3, np.float32)
+    sources = [open_source(str(path)) for path in save(tmp_path, [base, first, second])]
+    planned = make_plan(sources[0], sources[1:], Options(), lenient=True)
+    (note,) = [note for note in planned.notes if "model.norm.weight " in note]
+    assert note.endswith("; it is left out") and "[3]" in note
 
 
 def test_missing_tensors_may_come_from_the_base(tmp_path):
@@ -102,6 +117,8 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
         ({"method": "linear", "weights": (1, float("nan"))}, "--weights: .*nan"),
         ({"unmerged_from": "model:0"}, "--unmerged-from: .*base, mean or model:1"),
         ({"max_shard_bytes": 0}, "--max-shard-size: .*1"),
+        ({"num_heads": 4}, "--num-heads .*--unit head"),
+        ({"unit": "filter", "num_heads": 4}, "--num-heads .*--unit head"),
         ({"method": "ties", "anchor_rounding": "correct"}, "--anchor-rounding .*model-stock"),
     ],
 )
@@ -193,7 +210,7 @@ def test_a_fine_tune_without_the_head_of_an_untied_base(tmp_path):
         and planned.auxiliary_files.changes == {}
     )
     assert "model.embed_tokens.weight" in planned.notes[0]
-    with pytest.raises(UserError, match="ft1 .*lm_head.weight"):
+    with pytest.raises(UserError, match="lm_head.weight is missing in .*ft1 "):
         plan(save(tmp_path, tensors, [UNTIED, UNTIED, UNTIED]))
 
 

@@ -156,7 +156,9 @@ def sliced(*ranges, **source):
 @pytest.mark.parametrize(("raw", "pattern"), [
     (changed(STOCK, merge_methd="x"), "'merge_methd' .*'merge_method'"),
     (changed(STOCK, parameters={"filterwise": True}), "'filterwise' .*'filter_wise'"),
-    (changed(STOCK, parameters={"t": 0.5}), "parameters.*: .*'t'"),
+    (changed(STOCK, parameters={"t": 0.5}), "parameters.*: .*model_stock .*'t'"),
+    (changed(STOCK, parameters={"int8_mask": True}), "model_stock .*'int8_mask'"),
+    (changed(STOCK, merge_method=None), "merge_method is missing; .*model_stock, linear"),
     (changed(STOCK, merge_method="dare_ties"), "'dare_ties' .*model_stock, linear"),
     (changed(STOCK, merge_method="model-stock"), "'model-stock' .*'model_stock'"),
     (changed(STOCK, modules={}), "modules "),
@@ -167,11 +169,14 @@ def sliced(*ranges, **source):
     (changed(STOCK, base_model=None), "base_model "),
     (changed(STOCK, models=[]), "models: "),
     (changed(STOCK, models=[{"modl": "x"}]), "'modl'"),
-    (changed(STOCK, models=[{"model": "x", "parameters": {"weight": 1}}]), "'weight'"),
+    (changed(STOCK, models=[{"model": "x", "parameters": {"weight": 1}}]),
+     "parameters of x: .*model_stock .*'weight'"),
+    (changed(STOCK, models=[{"model": "x", "parameters": {"filter_wise": True}}]),
+     "parameters of x: 'filter_wise' .*of the recipe"),
     (changed(STOCK, slices=[]), "models .*slices"),
     (changed(TIES, parameters={"density": [0.1, 0.9]}, models=[
         {"model": "x", "parameters": {"weight": 1}}]), "density .*slerp"),
-    (changed(TIES, models=[{"model": "org/a"}]), "weight .*org/a"),
+    (changed(TIES, models=[{"model": "org/a"}]), "weight .*org/a; .*parameters"),
     ({"merge_method": "linear", "parameters": {"normalize": False, "weight": 1},
       "models": [{"model": "x"}, {"model": "y"}]}, "weights? .* 2"),
     (changed(SLERP, parameters={}), "parameters.t "),
@@ -212,7 +217,7 @@ def test_a_gradient_by_pattern_is_an_error():
         f"a{i}: &{i} {{<<: [*{i - 1}, *{i - 1}]}}\n" for i in range(1, 40)), "anchors"),
     ("#" * 2**20 + "\n", "too large"),
     (TIES.replace("lambda: 0.9", f"lambda: {10**400}"), "lambda .*number"),
-    (STOCK + "dtyp: x", "'dtyp' .*'dtype'"),
+    (STOCK + "dtyp: x", "recipe.yml: unknown key 'dtyp' .*'dtype'"),
 ])  # fmt: skip
 def test_the_error_for_a_broken_file_is_one_line_with_its_name(tmp_path, text, pattern):
     path = tmp_path / "recipe.yml"

@@ -323,7 +323,7 @@ def test_an_adapter_as_base_and_as_a_file_after_plus(say, home):
     assert result.status == 1 and "save_pretrained" in result.err
 
 
-@pytest.mark.parametrize(("command", "max_lines"), [("merge", 60), ("compare", 45)])
+@pytest.mark.parametrize(("command", "max_lines"), [("merge", 70), ("compare", 45)])
 def test_help_fits_one_screen(command, max_lines, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = parsers()[1][command].format_help().splitlines()
