@@ -167,6 +167,7 @@ RENAMED_ROWS = RENAMED_METHODS | {
 RENAMED_COMMANDS = {
     "stock": "model_stock",
     "weighted_stock": "weighted_model_stock",
+    "weighted": "linear",
     "uniform": "uniform_mean",
 }
 # All rows of a results table, with their styles. Rows that are not merges after training are first.

@@ -49,9 +49,8 @@ _SIZES = {
 _VALUES = {"DIR": "a directory", "FILE": "a file", "SIZE": "a size such as 5GB"}
 _INPUTS = """\
 FT1 (model:1), FT2 (model:2), ... are fine-tunes of BASE. Each model is
-  a directory with safetensors files (also a pipeline), or a .safetensors file,
-  ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or
-  a directory with a LoRA adapter of BASE, or MODEL+ADAPTER.
+  a directory with safetensors (or a pipeline), a .safetensors file, a hub id
+  ORG/NAME or ORG/NAME@REVISION, or a LoRA adapter of BASE (also MODEL+ADAPTER).
 """
 _SUMMARIES = {
     "merge": "merge fine-tunes of one base model into a new checkpoint",
@@ -205,9 +204,11 @@ class Parser(argparse.ArgumentParser):
         options = [name for action in self._actions for name in action.option_strings]
         if (advice := advice_on(option, options)) is not None:
             self.error(f"{option}: {advice}")
+        renamed = RENAMED.get(option, option)
         for command in self.others:
-            if option in command._option_string_actions:
-                self.error(f"{option} is an option of {command.prog}")
+            if renamed in command._option_string_actions:
+                now = f"now {renamed}, " if renamed != option else ""
+                self.error(f"{option} is {now}an option of {command.prog}")
         self.error(f"unknown option {listed([option])}{suggest(option, options)}")
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
@@ -320,8 +321,7 @@ def _add_method_options(parser: Parser) -> None:
         help="divide weights by sum (default: for linear, ties)")  # fmt: skip
     add("--alpha", type=number, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
     add("--scale", type=number, metavar="S",
-        help="task-arithmetic, ties: factor of the combined task "
-        "vectors, lambda in the papers (default: 1)")  # fmt: skip
+        help="lambda of task-arithmetic and ties (default: 1)")  # fmt: skip
     add("--density", type=numbers, metavar="D,D",
         help="ties: fraction of each task vector kept (default: 1)")  # fmt: skip
     add("--t", type=number, metavar="T", help="for slerp: position on the arc, 0 to 1")
@@ -339,40 +339,36 @@ def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
             "or mean of the fine-tunes (default: base)")  # fmt: skip
     add("--unit", choices=UNITS, metavar="NAME",
         help="elements that share one angle: "
-        f"{', '.join(UNITS)}; head: attention head (default: tensor)")  # fmt: skip
+        f"{', '.join(UNITS)} (default: tensor)")  # fmt: skip
     add("--num-heads", metavar="N",
-        help="attention heads, for --unit head: 12, or "
-        "vision_model=12,text_model=8 (default: config.json)")  # fmt: skip
+        help="attention heads: 12, or vision_model=12,text_model=8")  # fmt: skip
     add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
-        help="correct: subtract the expected effect of BASE's lower "
-        "precision on angles and norms (default: keep)")  # fmt: skip
+        help="correct: without BASE's rounding (default: keep)")  # fmt: skip
 
 
 def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
     """Add the options for models that do not match; `compare` has defaults that raise no error."""
     add = _adder(parser.add_argument_group("models that do not match"))
     add("--vocab-mismatch", choices=VOCAB_MISMATCH, metavar="HOW",
-        help="embeddings with different numbers of rows: merge the "
-        "common rows; the rest is from base or longest "
+        help="embeddings of different sizes: merge common rows, "
+        "the others are from base or longest "
         f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--missing-tensors", choices=MISSING_TENSORS, metavar="HOW",
-        help="base: copy tensors missing in fine-tunes from BASE, "
-        "leave out tensors missing in BASE "
+        help="base: copy tensors that fine-tunes lack from BASE, "
+        "leave out tensors that BASE lacks "
         f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--tied-head", choices=TIED_HEAD, metavar="HOW",
-        help="output head that BASE ties to its embedding, separate "
-        "in a fine-tune: untie merges it, keep is an error "
+        help="output head (lm_head) tied in BASE, separate in a "
+        "fine-tune: untie merges it "
         f"(default: {'keep' if is_merge else 'untie'})")  # fmt: skip
     add("--head", choices=HEAD, metavar="HOW",
-        help="classifier that BASE lacks or has in another shape: "
-        "finetuned writes the fine-tunes' mean (default: error)")  # fmt: skip
+        help="new classifier: finetuned, the mean (default: error)")  # fmt: skip
     if is_merge:
         add("--config-from", metavar="WHICH",
-            help="model whose config.json is written if they "
-            "disagree: base, model:1 (default: error)")  # fmt: skip
+            help="config.json if models disagree: base, model:1")  # fmt: skip
         add("--tokenizer-from", metavar="WHICH",
-            help="model whose tokenizer, chat template and generation "
-            "settings are written: base, model:1 (default: base)")  # fmt: skip
+            help="tokenizer, chat template and generation settings: base, "
+            "model:1 (default: base)")  # fmt: skip
     add("--dequantize", action="store_true",
         help="read quantized weights as codes x scale")  # fmt: skip
 

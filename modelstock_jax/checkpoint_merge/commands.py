@@ -326,7 +326,7 @@ def _print_plan(plan: Plan, arguments: argparse.Namespace, notes: Sequence[str])
         "base": plan.base.label if plan.anchored else None,
         "models": [source.label for source in plan.finetuned],
         "tensors": [
-            {"name": name, "shape": t.shape, "code": t.code, "takes": t.action, "reason": t.reason}
+            {"name": name, "shape": t.shape, "code": t.code, "action": t.action, "reason": t.reason}
             for name, t in plan.tensors.items()
         ],
         "files": dict(zip(plan.files, map(list, plan.shards), strict=True)),

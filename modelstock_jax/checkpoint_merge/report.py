@@ -32,7 +32,7 @@ from modelstock_jax.reporting.model_card import (
 )
 from modelstock_jax.tensor_files.hub import HUB_ID
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("numpy", "ml_dtypes")
 # These options do not change the result.
 _WITHOUT_EFFECT = ("checksum", "threads", "window_bytes")

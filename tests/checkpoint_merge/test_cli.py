@@ -181,7 +181,7 @@ def test_dry_run_writes_nothing(say, models, tmp_path):
     plan = json.loads(out)
     size = sum(4 * int(np.prod(shape)) for shape in llama_shapes().values())
     assert plan["bytes_written"] == size and plan["bytes_read"] >= 3 * size - 3 * 20 * 16 * 4
-    assert [t["takes"] for t in plan["tensors"] if t["name"] == "lm_head.weight"] == ["base"]
+    assert [t["action"] for t in plan["tensors"] if t["name"] == "lm_head.weight"] == ["base"]
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -89,6 +90,13 @@ def test_an_old_option_is_an_error_with_the_new_name(say, old):
         result = say("merge", "BASE", "FT1", "FT2", "--out", "out", *typed)
         assert result.status == 2 and result.err.count("\n") == 1
         assert result.err.startswith(f"error: {old}: renamed to {RENAMED[old]} ")
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_compare_answers_an_old_option_with_the_new_name_too(say, old):
+    result = say("compare", "BASE", "FT1", "FT2", old, "base")
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert re.match(f"error: {old}.* {RENAMED[old]}[ ,]", result.err), result.err
 
 
 @pytest.mark.parametrize("option", ["--vocab-mismatch", "--missing-tensors", "--head"])
@@ -323,7 +331,7 @@ def test_an_adapter_as_base_and_as_a_file_after_plus(say, home):
     assert result.status == 1 and "save_pretrained" in result.err
 
 
-@pytest.mark.parametrize(("command", "max_lines"), [("merge", 70), ("compare", 45)])
+@pytest.mark.parametrize(("command", "max_lines"), [("merge", 60), ("compare", 45)])
 def test_help_fits_one_screen(command, max_lines, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = parsers()[1][command].format_help().splitlines()
