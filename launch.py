@@ -25,9 +25,17 @@ flags.DEFINE_bool(
     "Resume even if options that affect only rounding (e.g. mesh.*) or file locations (e.g."
     " data.root) differ from the saved run.",
 )
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0 (clusters: detected).")
-flags.DEFINE_integer("num_processes", None, "Number of processes that run this command together.")
-flags.DEFINE_integer("process_id", None, "Index of this process, 0 to num_processes - 1.")
+flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0 (default: detected on Slurm, Open MPI and Cloud TPU).",
+)
+flags.DEFINE_integer(
+    "num_processes", None, "Number of processes that run this command together (default: detected)."
+)
+flags.DEFINE_integer(
+    "process_id", None, "Index of this process, 0 to num_processes - 1 (default: detected)."
+)
 
 
 def main(argv: list[str]) -> None:
