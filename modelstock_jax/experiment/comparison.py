@@ -73,7 +73,8 @@ def merged_models(
 
     Returns:
       Statistics of `model_stock` with `merge.unit`, an iterator of the models, and their number. A
-      single replica has no angle: its models are itself and its WiSE-FT curve.
+      single replica has no angle: the statistics are those of `uniform_mean`, and the models are
+      the replica and its WiSE-FT curve.
     """
     count, alphas = config.num_replicas, config.evaluation.wise_ft_alphas
     options = {"unit": config.merge.unit, "num_heads": num_heads}
