@@ -16,16 +16,16 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Output directory of the run (default: runs/CONFIG).")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate --checkpoint.")
 flags.DEFINE_string("checkpoint", None, "Directory or hub id to evaluate with --mode=eval.")
-flags.DEFINE_bool(
-    "dry-run", False, "Print sizes, memory, missing inputs; exit 1 if any is missing."
-)
+flags.DEFINE_bool("dry-run", False, "Print sizes, memory, missing inputs (if any, exit code 1).")
 flags.DEFINE_bool(
     "allow_config_change",
     False,
     "Resume even if options that affect only rounding (e.g. mesh.*) or file locations (e.g."
     " data.root) differ from the saved run.",
 )
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0 (clusters: detected).")
+flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0 (detected on Slurm, Open MPI, Cloud TPU)."
+)
 flags.DEFINE_integer("num_processes", None, "Number of processes that run this command together.")
 flags.DEFINE_integer("process_id", None, "Index of this process, 0 to num_processes - 1.")
 

@@ -186,7 +186,8 @@ def get_config() -> ConfigDict:
     config.merge.carry_noise = "off"
 
     config.compute = ConfigDict()
-    # Arithmetic in the towers: 'float32' or 'bfloat16'. Weights and optimizer state stay float32.
+    # Arithmetic in the towers: 'float32', 'bfloat16', 'float16', or 'float64' (with
+    # JAX_ENABLE_X64=1; without it, JAX uses float32). Weights and optimizer state stay float32.
     config.compute.dtype = "float32"
     # Attention implementation: 'xla' or 'cudnn'.
     config.compute.attention_impl = "xla"

@@ -80,9 +80,20 @@ def suggest(word: Any, known: Iterable[str]) -> str:
       >>> suggest("--device", ["--recipe"]), suggest("layers.1.q.weight", ["layers.1.k.weight"])
       ('', '')
     """
+    similar = most_similar(word, known)
+    return f" (did you mean {similar!r}?)" if similar else ""
+
+
+def most_similar(word: Any, known: Iterable[str]) -> str:
+    """Return the most similar of the valid words, as `suggest` compares them; "" if there is none.
+
+    Example:
+      >>> most_similar("--dry_run", ["--workdir", "--dry-run"]), most_similar("--x", ["--dry-run"])
+      ('--dry-run', '')
+    """
     scores = [(_similarity(str(word), candidate), candidate) for candidate in known]
-    best_score, best = max(scores, key=lambda score: score[0], default=(0.0, ""))
-    return f" (did you mean {best!r}?)" if best_score else ""
+    score, best = max(scores, key=lambda score: score[0], default=(0.0, ""))
+    return best if score else ""
 
 
 def _similarity(word: str, known: str) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from modelstock_jax.errors import listed, most_similar
 from modelstock_jax.fileio import flatten
 from modelstock_jax.registry import RENAMED_METHODS
 
@@ -62,6 +63,12 @@ _SYNONYMS = {
     "model": "pretrained",
     "data_dir": "data.root",
 }
+# {beginning of absl's reason: what the value of the flag is not}
+_WRONG_TYPES = {
+    "invalid literal for int()": "an integer",
+    "could not convert string to float": "a number",
+    "('Non-boolean argument to boolean flag'": "true or false",
+}
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -87,15 +94,29 @@ def parse(argv: list[str]) -> list[str]:
             sys.exit(
                 f"error: --config.{group[1]} is a group of options, not an option {_ALL_OPTIONS}"
             )
+        if isinstance(error, flags.UnrecognizedFlagError):
+            sys.exit(f"error: {_unknown_flag(error.flagname)}")
         reason = lines[-1].split("Error: ")[-1]
-        if (unknown := re.search(r"Unknown command line flag '([\w.-]+)'", reason)) and (
-            option := _similar_option(unknown[1])
-        ):
-            reason = f"--{unknown[1]} is not a flag; did you mean --config.{option}?"
-        sys.exit(f"error: {flag}{reason}")
+        sys.exit(f"error: {_wrong_type(lines[0]) or flag + reason}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
         sys.exit(f"error: {_unknown_option(reason, argv)} {_ALL_OPTIONS}")
+
+
+def _unknown_flag(name: str) -> str:
+    """Return the message for an unknown flag, with a similar flag or option of --config if any."""
+    similar = most_similar(f"--{name}", (f"--{known}" for known in flags.FLAGS))
+    if not similar and (option := _similar_option(name)):
+        similar = f"--config.{option}"
+    return f"unknown flag --{name}" + (f" (did you mean {similar}?)" if similar else "")
+
+
+def _wrong_type(reason: str) -> str:
+    """Return the message for a value that does not have the type of its flag; else ''."""
+    for words, kind in _WRONG_TYPES.items():
+        if match := re.match(rf"flag (--[^\s=]+=.*): {re.escape(words)}", reason):
+            return f"{match[1]}: not {kind}"
+    return ""
 
 
 def _unknown_option(reason: str, argv: Sequence[str]) -> str:
@@ -144,15 +165,23 @@ def _is_boolean(name: str) -> bool:
 
 
 def _missing_file(error: OSError) -> str:
-    """Return the message for a config file that does not exist, with a similar path if any."""
+    """Return the message for a missing config file, with a similar path or all configs."""
     reason = str(error).splitlines()[-1].strip()
     match = re.search(r"No such file or directory: '(.+)'", reason)
     if not match:
         return reason
-    path = match[1]
-    files = [os.fspath(file) for file in Path(path).parent.glob("*.py") if file.stem != "__init__"]
-    similar = difflib.get_close_matches(path, files, 1)
-    return f"no file {path} in {os.getcwd()}" + (f"; did you mean {similar[0]}?" if similar else "")
+    path = Path(match[1])
+    configs = sorted(os.fspath(file) for file in Path("configs").glob("[!_]*.py"))
+    files = {Path(file).stem: file for file in configs}
+    if path.parent != Path():  # the working directory contains other programs
+        files |= {file.stem: os.fspath(file) for file in path.parent.glob("[!_]*.py")}
+    # Compare only the names: paths have a directory in common.
+    similar = difflib.get_close_matches(path.stem, files, 1)
+    if similar:
+        hint = f"; did you mean {files[similar[0]]}?"
+    else:
+        hint = f"; choose one of {listed(configs)}" if configs else ""
+    return f"no file {path} in {os.getcwd()}{hint}"
 
 
 def _misspelled_option(reason: str, argv: Sequence[str]) -> str:

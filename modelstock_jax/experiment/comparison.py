@@ -72,25 +72,24 @@ def merged_models(
       num_heads: number of attention heads, for the merge unit `head`
 
     Returns:
-      statistics of `model_stock` with `merge.unit`, an iterator of the models, and their number
+      Statistics of `model_stock` with `merge.unit`, an iterator of the models, and their number. A
+      single replica has no angle: the statistics are those of `uniform_mean`, and the models are
+      the replica and its WiSE-FT curve.
     """
-    count = config.num_replicas
+    count, alphas = config.num_replicas, config.evaluation.wise_ft_alphas
     options = {"unit": config.merge.unit, "num_heads": num_heads}
+    if count == 1:
+        _, stats = uniform_mean(anchor, replicas, **options)
+        return stats, _single_models(config, anchor, replicas, None), 1 + len(alphas)
     merged, stats = model_stock(anchor, replicas, **options)
     predicted = total_distance(stats)
     details = {"num_replicas": count}
 
     def models() -> Iterator[MergedModel]:
-        for r in range(count):
-            replica = jax.tree.map(lambda x, r=r: x[r], replicas)
-            yield MergedModel(method_name(config), replica, 1, predicted.replica, {"replica": r})
-        first = jax.tree.map(lambda x: x[:1], replicas)
-        for alpha in config.evaluation.wise_ft_alphas:
-            point = {"alpha": alpha, "of": "single_model"}
-            yield MergedModel("wise_ft", wise_ft(anchor, first, alpha)[0], 1, None, point)
+        yield from _single_models(config, anchor, replicas, predicted.replica)
         mean, _ = uniform_mean(anchor, replicas)
         yield MergedModel("uniform_mean", mean, count, predicted.mean, details)
-        for alpha in config.evaluation.wise_ft_alphas:
+        for alpha in alphas:
             point = details | {"alpha": alpha, "of": "uniform_mean"}
             yield MergedModel("wise_ft", wise_ft(anchor, replicas, alpha)[0], count, None, point)
         constant, _ = constant_ratio(anchor, replicas, **options)
@@ -105,8 +104,20 @@ def merged_models(
                 "model_stock", by_unit, count, distance_to_center, details | {"unit": unit}
             )
 
-    points = 2 * len(config.evaluation.wise_ft_alphas)
-    return stats, models(), count + points + 4 + len(config.evaluation.units)
+    return stats, models(), count + 2 * len(alphas) + 4 + len(config.evaluation.units)
+
+
+def _single_models(
+    config: ConfigDict, anchor: PyTree, replicas: PyTree, predicted_distance: float | None
+) -> Iterator[MergedModel]:
+    """Yield each replica, and the WiSE-FT curve of the first."""
+    for r in range(config.num_replicas):
+        replica = jax.tree.map(lambda x, r=r: x[r], replicas)
+        yield MergedModel(method_name(config), replica, 1, predicted_distance, {"replica": r})
+    first = jax.tree.map(lambda x: x[:1], replicas)
+    for alpha in config.evaluation.wise_ft_alphas:
+        point = {"alpha": alpha, "of": "single_model"}
+        yield MergedModel("wise_ft", wise_ft(anchor, first, alpha)[0], 1, None, point)
 
 
 Document = dict[str, Any]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modelstock_jax.data import benchmark
+from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import check_and_set_up, missing_checkpoint, sizes
 from modelstock_jax.models.checkpoint import Checkpoint
@@ -54,6 +55,13 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     disk = disk_use(config, programs, clip)
     _print(console, "model", _model(config, programs, clip))
     _print(console, "run", _run(config, programs, batch))
+    missing = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
+    missing += missing_lists(config.data) + missing_space(workdir, disk)
+    # Before the programs are compiled, which can take minutes.
+    for number, line in enumerate(missing, 1):
+        console.print(f"missing {number}: {line}", markup=False, soft_wrap=True)
+    if not missing:
+        console.print("nothing is missing")
     compiled = {}
     for name, lowered in programs.lower(batch).items():
         start = time.monotonic()
@@ -71,12 +79,8 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
         communication = _communication(compiled, programs.mesh.shape["data"])
         _print(console, "communication per device (sent and received)", communication)
     _print(console, "disk, before compression by Orbax", _disk(disk), justify="right")
-    missing = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
-    missing += missing_space(workdir, disk)
-    for number, line in enumerate(missing, 1):
-        console.print(f"missing {number}: {line}", markup=False, soft_wrap=True)
-    if not missing:
-        console.print("nothing is missing")
+    if missing:
+        console.print(f"{len(missing)} missing input{'s' * (len(missing) > 1)}, listed above")
     return missing
 
 
@@ -255,6 +259,26 @@ def num_merges(config: ConfigDict, programs: StepFunctions) -> int:
     task = programs.task
     every = steps_between_merges(str(config.merge.every), task.steps_per_epoch, task.num_steps)
     return math.ceil(task.num_steps / every) if every else 0
+
+
+def missing_lists(data: ConfigDict) -> list[str]:
+    """Return the errors of the files of class names and templates; empty if they can be read.
+
+    Args:
+      data: the `data` group of `configs/default.py`
+    """
+    num_classes = benchmark.summarize(data).num_classes
+    issues = []
+    for name, read in (
+        ("class_names", lambda path: read_class_names(path, num_classes)),
+        ("templates", read_templates),
+    ):
+        try:
+            if data[name]:
+                read(data[name])
+        except UserError as error:
+            issues.append(f"data.{name}: {error}; give --config.data.{name}=FILE")
+    return issues
 
 
 def missing_space(workdir: str | Path, disk: DiskUse) -> list[str]:

@@ -170,6 +170,7 @@ def check_options(config: ConfigDict) -> None:
         raise UserError(
             f"search.learning_rates={rates}: pass at least one learning rate, each >= 0"
         )
+    _check_num_replicas(config)
     finetune.check_method(config)
     optimizer.check_optimizer(config.optimizer)
     merge_step.check_merge(config.merge)
@@ -177,3 +178,14 @@ def check_options(config: ConfigDict) -> None:
     Compute.of(config.compute)
     finetune.train_transforms(config, 1)
     LoaderOptions(**config.data.loader)
+
+
+def _check_num_replicas(config: ConfigDict) -> None:
+    """Raise the error of `Trainer` for a single replica, before anything is opened."""
+    merges = merge_step.steps_between_merges(str(config.merge.every), 1, 1)
+    # The other tasks train one model and do not merge.
+    if config.task == "finetune" and merges and config.num_replicas < 2:
+        raise UserError(
+            f"num_replicas={config.num_replicas}: a merge needs at least 2 replicas; "
+            "set --config.num_replicas=2 or --config.merge.every=never"
+        )

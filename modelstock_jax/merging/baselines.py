@@ -290,7 +290,8 @@ def ties(
     in_range = ((densities > 0) & (densities <= 1)).all()
     if densities.shape not in ((), (num_replicas,)) or not in_range:
         raise UserError(
-            f"density must be a value in (0, 1], or {num_replicas} such values, not {density!r}"
+            "density must be in (0, 1] (a fraction, not a percentage), or one such value per "
+            f"replica ({num_replicas} values), not {density!r}"
         )
     merged, stats, _ = merge(
         rules.ties_statistics,

@@ -126,7 +126,12 @@ def merge(
 def _check_options(dtype: Any, anchor_rounding: str) -> Any:
     """Return `dtype` as a NumPy dtype (None stays None), or raise a UserError."""
     if dtype is not None:
-        dtype = jnp.dtype(dtype)
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            raise UserError(
+                f"unknown dtype {dtype!r}; pass a floating dtype, for example 'bfloat16'"
+            ) from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise UserError(f"dtype must be a floating dtype, not {dtype}")
     if anchor_rounding not in ANCHOR_ROUNDING:

@@ -7,7 +7,7 @@ replicas into lists of named tensors and checks that they match.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -234,12 +234,15 @@ def stack_replicas(replicas: Sequence[Any]):
       a tree of [N, ...] arrays
 
     Raises:
-      UserError: no tree, trees of different structure, or tensors of different shape
+      UserError: no tree, one tree instead of a sequence, trees of different structure, or tensors
+        of different shape
 
     Example:
       >>> stack_replicas([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
       (2, 3)
     """
+    if isinstance(replicas, Mapping) or not isinstance(replicas, Iterable):
+        raise UserError("stack_replicas needs a list of trees: stack_replicas([a, b])")
     replicas = list(replicas)
     if not replicas:
         raise UserError("stack_replicas got an empty sequence; pass at least one tree")
@@ -300,8 +303,10 @@ def pair_leaves(pretrained: PyTree, finetuned: PyTree, min_replicas: int = 2) ->
             f"the replica axis has different lengths in different tensors: {sorted(counts)}"
         )
     if min(counts) < min_replicas:
+        hint = "; to interpolate between one model and the base, use wise_ft"
         raise UserError(
-            f"this merge needs at least {min_replicas} fine-tuned replicas, not {min(counts)}"
+            f"this merge needs at least {min_replicas} fine-tuned "
+            f"replica{'s' * (min_replicas > 1)}, not {min(counts)}" + hint * (min(counts) == 1)
         )
     different = [n for n in anchor if is_float(anchor[n]) != is_float(tuned[n])]
     _raise_if_any(

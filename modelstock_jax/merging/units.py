@@ -169,7 +169,8 @@ def assign(
       ['attn.in_proj.kernel', 'attn.in_proj.kernel', 'mlp.kernel']
     """
     if unit not in UNITS:
-        raise UserError(f"unknown merge unit {unit!r}; choose one of {', '.join(UNITS)}")
+        hint = "" if isinstance(unit, str) else " (the third argument is the unit)"
+        raise UserError(f"unknown merge unit {unit!r}{hint}; choose one of {', '.join(UNITS)}")
     if filter_axis not in (0, -1):
         raise UserError(f"filter_axis must be 0 (PyTorch) or -1 (JAX), not {filter_axis!r}")
     shaped = [(name, tuple(shape)) for name, shape in tensors]

@@ -375,9 +375,13 @@ def _per_replica(config: ConfigDict) -> dict[str, list[float]]:
         if not values:
             continue
         if len(values) != config.num_replicas:
+            count, replicas = len(values), config.num_replicas
+            example = [str(value) for value in (*values, *values[-1:] * replicas)][:replicas]
+            tuple_text = ",".join(example) + "," * (replicas == 1)
             raise UserError(
-                f"per_replica.{name} has {len(values)} values for {config.num_replicas} replicas; "
-                "set one value per replica"
+                f"per_replica.{name} has {count} value{'s' * (count != 1)} for {replicas} "
+                f"replica{'s' * (replicas != 1)}; set one value per replica, for example "
+                f'--config.per_replica.{name}="({tuple_text})"'
             )
         if name == "augment_strength" and config.data.name != "glyphs":
             raise UserError(

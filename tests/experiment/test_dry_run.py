@@ -62,7 +62,24 @@ def test_run_without_missing_inputs(anchor, tmp_path, capsys, monkeypatch):
         "nothing is missing",
     ):
         assert words in printed, (words, printed)
+    assert printed.index("nothing is missing") < printed.index("compiled the step")
     assert not (tmp_path / "run").exists()
+
+
+def test_files_of_names_and_templates(anchor, tmp_path, capsys, monkeypatch):
+    cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
+    monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: cheap)
+    config, names = small(anchor), tmp_path / "names.txt"
+    config.data.class_names, config.data.templates = str(names), "/nonexistent.json"
+    missing = dry_run(config, tmp_path / "run")
+    assert missing[0].startswith(f"data.class_names: {names}: no such file; ")
+    assert missing[1].startswith("data.templates: /nonexistent.json: no such file; ")
+    printed = capsys.readouterr().out
+    assert f"missing 1: {missing[0]}" in printed and "2 missing inputs, listed above" in printed
+    names.write_text("one\n")
+    config.data.templates = ""
+    (line,) = dry_run(config, tmp_path / "run")
+    assert "1 class name, but the data has 62 classes" in line
 
 
 def test_trained_text_tower(anchor, tmp_path, capsys, monkeypatch):
@@ -84,6 +101,10 @@ def test_invalid_option(anchor, tmp_path):
     config = small(anchor)
     config.export.formats = ("huggingface",)
     with pytest.raises(UserError, match="export.formats='huggingface'"):
+        dry_run(config, tmp_path / "run")
+    config = small(anchor)
+    config.num_replicas = 1
+    with pytest.raises(UserError, match="num_replicas=1: a merge needs .*merge.every=never"):
         dry_run(config, tmp_path / "run")
 
 

@@ -40,12 +40,13 @@ def test_errors_of_a_run(tmp_path):
 
     output = fail(*small_run.arguments(anchor, workdir, "--config.num_replicas=1"))
     assert "num_replicas" in output and " 2" in output
+    assert not workdir.exists()
 
     # How launch.py handles a UserError is tested above; these need no separate process.
     config = glyphs.get_config()
     config.pretrained = str(anchor)
+    (workdir / "runs").mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps({"epochs": 99}))
-    (workdir / "runs").mkdir()
     with pytest.raises(UserError, match=" epochs .*99.* 8"):
         run(config, workdir)
     assert json.loads((workdir / "config.json").read_text()) == {"epochs": 99}

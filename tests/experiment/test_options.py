@@ -21,7 +21,11 @@ INVALID = {
     "optimizer.name": ("adam", "adamw, sgd"),
     "optimizer.projection.name": ("ftpp", "none, ftp"),
     "optimizer.projection.norm": ("l3", "l2, mars"),
-    "per_replica.learning_rate": ((1e-3,), "1 values for 2 replicas"),
+    "per_replica.learning_rate": (
+        (1e-3,),
+        "has 1 value for 2 replicas; set one value per replica, for example "
+        '--config.per_replica.learning_rate="(0.001,0.001)"',
+    ),
     "merge.every": ("epochs", "'epoch', 'end'"),
     "merge.method": ("stocks", "model_stock, uniform_mean"),
     "merge.unit": ("tensors", "tensor, layer"),
@@ -67,6 +71,18 @@ def test_invalid_option_is_an_error_before_anything_is_opened(key, tmp_path):
 @pytest.mark.parametrize("module", [default, glyphs, vitb32, vitb16, vitl14])
 def test_configs_are_valid(module):
     check_options(module.get_config())
+
+
+def test_a_single_replica_is_an_error_only_if_it_would_be_merged():
+    config = glyphs.get_config()
+    config.num_replicas = 1
+    message = "num_replicas=1: a merge needs at least 2 replicas; set --config.num_replicas=2 or "
+    with pytest.raises(UserError, match=message + "--config.merge.every=never"):
+        check_options(config)
+    config.merge.every = "never"
+    check_options(config)
+    config.merge.every, config.task = "epoch", "learning_rate"
+    check_options(config)
 
 
 def test_every_row_belongs_to_an_option():

@@ -12,6 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from configs import glyphs
+from modelstock_jax.experiment.comparison import merged_models
+from modelstock_jax.merging import report
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.reporting.timeline import read_timeline
 from tests.experiment import small_run
@@ -29,6 +32,18 @@ def finished(anchor, tmp_path_factory):
     code, output = small_run.finish(*small_run.arguments(anchor, workdir))
     assert code == 0, output
     return workdir, output
+
+
+def test_single_replica_without_merging_has_no_merged_rows():
+    """A merge would be an error, but only after the training."""
+    config = glyphs.get_config()
+    config.num_replicas, config.merge.every = 1, "never"
+    anchor, replicas = {"w": np.zeros(4, np.float32)}, {"w": np.ones((1, 4), np.float32)}
+    stats, models, count = merged_models(config, anchor, replicas, num_heads=1)
+    rows = [(model.method, model.details.get("alpha")) for model in models]
+    alphas = config.evaluation.wise_ft_alphas
+    assert rows == [("single_model", None), *(("wise_ft", alpha) for alpha in alphas)]
+    assert count == len(rows) and report(stats)[0]["angle"] is None
 
 
 def test_run_writes_everything(finished):

@@ -200,6 +200,10 @@ def test_a_single_replica_and_a_list_are_errors():
         model_stock(w0, [w0, w0])
     with pytest.raises(UserError, match="dtype.* int8"):
         model_stock(*_pair(), dtype=jnp.int8)
+    with pytest.raises(UserError, match=r"a list of trees: stack_replicas\(\[a, b\]\)"):
+        stack_replicas(w0)
+    with pytest.raises(UserError, match="a list of trees"):
+        stack_replicas(1.0)
     with pytest.raises(UserError, match="replica 1 .*shape.*: a"):
         stack_replicas([{"a": np.zeros(2)}, {"a": np.zeros(3)}])
     with pytest.raises(UserError, match="replica 1: b"):
