@@ -125,6 +125,9 @@ def _unknown_option(reason: str, argv: Sequence[str]) -> str:
         typed = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
         if typed and (new := _current_name(typed[1])) != typed[1]:
             return f"--config.{typed[1]} is now --config.{new}"
+    group = reason.strip("'\"")
+    if f"{group}." in RENAMED:
+        return f"--config: the group config.{group} is now config.{RENAMED[f'{group}.'][:-1]}"
     return f"--config has no such option: {_misspelled_option(reason, argv)}"
 
 

@@ -12,6 +12,7 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data.loader import UNREADABLE, LoaderOptions
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.fileio import flatten
+from modelstock_jax.flags import current_names
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats
 from modelstock_jax.models.transformer import ATTENTIONS, Compute
@@ -160,6 +161,11 @@ def check_options(config: ConfigDict) -> None:
     """
     for name, value in flatten(config.to_dict()).items():
         row = option(name)
+        ((new_name, new_value),) = current_names({name: value}).items()
+        if new_name != name:  # A config file that assigns it would change nothing.
+            raise UserError(f"{name} is now {new_name}; rename it in the config file")
+        if new_value != value:
+            raise UserError(f"{name}={value!r} is now {new_value!r}")
         if row.choices is not None:
             for item in value if isinstance(value, (tuple, list)) else [value]:
                 check_choice(name, item, row.choices)

@@ -501,9 +501,12 @@ def total_distance(stats: Stats) -> geometry.Distances:
     unit_stats = {leaf.key: leaf for leaf in _leaf_stats(stats)}.values()
 
     def total(distances):
-        values = np.concatenate([np.ravel(d).astype(np.float64) for d in distances] or [[]])
-        known = values[values != geometry.DISTANCE_UNDEFINED]
-        return float(np.sqrt(np.sum(known**2))) if known.size else None
+        arrays = [np.asarray(d, np.float64).ravel() for d in distances]
+        known = [d[d != geometry.DISTANCE_UNDEFINED] for d in arrays]
+        if not any(d.size for d in known):
+            return None
+        # Summed unit by unit: the last bits of results depend on this order.
+        return float(np.sqrt(sum(np.sum(d[d > 0] ** 2) for d in known)))
 
     return geometry.Distances(*(total(leaf.distance[k] for leaf in unit_stats) for k in range(3)))
 

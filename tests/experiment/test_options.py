@@ -68,6 +68,28 @@ def test_invalid_option_is_an_error_before_anything_is_opened(key, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("old", [name for name in flags.RENAMED if not name.endswith(".")])
+def test_an_old_name_in_a_config_file_is_an_error_with_the_new_name(old):
+    """Without the error, assigning it would add an option that nothing reads."""
+    config = glyphs.get_config()
+    with config.unlocked():
+        group = config
+        for name in old.split(".")[:-1]:
+            group = group.setdefault(name, ConfigDict())
+        group[old.split(".")[-1]] = 5
+    (new,) = flags.current_names({old: 5})
+    with pytest.raises(UserError, match=f"^{old} is now {new};"):
+        check_options(config)
+
+
+@pytest.mark.parametrize(("old", "new"), flags.RENAMED_VALUES["merge.method"].items())
+def test_an_old_merge_method_is_an_error_with_the_new_name(old, new):
+    config = glyphs.get_config()
+    config.merge.method = old
+    with pytest.raises(UserError, match=f"'{old}' is now '{new}'"):
+        check_options(config)
+
+
 @pytest.mark.parametrize("module", [default, glyphs, vitb32, vitb16, vitl14])
 def test_configs_are_valid(module):
     check_options(module.get_config())

@@ -343,8 +343,8 @@ def test_open_clips_other_sizes_come_back():
         ("model_cfg", {"text_cfg": None}, "text_cfg .*dictionary"),
         ("preprocess_cfg", {"resize_mode": "squash"}, "preprocess_cfg.resize_mode = 'squash'"),
         ("preprocess_cfg", {"interpolation": "bilinear"}, "interpolation = 'bilinear'"),
-        ("preprocess_cfg", {"mean": [0.5]}, "mean "),
-        ("preprocess_cfg", {"mean": [0.5, float("nan"), 0.5]}, "mean "),
+        ("preprocess_cfg", {"mean": [0.5]}, "mean .* 3 values"),
+        ("preprocess_cfg", {"mean": [0.5, float("nan"), 0.5]}, "mean .* and std "),
         ("preprocess_cfg", {"std": "0.5"}, "mean and std .*lists"),
     ],
 )
