@@ -81,7 +81,7 @@ def test_run_writes_everything(finished):
     assert {line["run"] for line in lines} == {"seed_0/merged", "seed_0/unmerged"}
     assert list(workdir.rglob("events.out.tfevents*"))
     assert "Model Stock" in output and "images/s" in output
-    assert re.search(r"merge .* s, [\d.]+ % .*epoch", output)
+    assert re.search(r"[\d.]+ s per merge, [\d.]+ % of an epoch", output)
     table = output[output.index("Time by phase") :]
     for phase in ("training", "merging", "saving", "evaluating", "exporting", "compiling"):
         assert phase in table, table
