@@ -172,7 +172,7 @@ def check_options(config: ConfigDict) -> None:
         if row.minimum is not None and value < row.minimum:
             raise UserError(f"{name} is {value}; it must be at least {row.minimum}")
     rates = config.search.learning_rates
-    if min(rates, default=-1.0) < 0:
+    if not rates or not all(isinstance(rate, (int, float)) and rate >= 0 for rate in rates):
         raise UserError(
             f"search.learning_rates={rates}: pass at least one learning rate, each >= 0"
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default, glyphs, vitb16, vitb32, vitl14
+from modelstock_jax import flags
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment import evaluate_checkpoint, run
 from modelstock_jax.experiment.options import OPTIONS, check_options
@@ -73,10 +75,10 @@ def test_an_old_name_in_a_config_file_is_an_error_with_the_new_name(old):
     """Without the error, assigning it would add an option that nothing reads."""
     config = glyphs.get_config()
     with config.unlocked():
-        group = config
-        for name in old.split(".")[:-1]:
-            group = group.setdefault(name, ConfigDict())
-        group[old.split(".")[-1]] = 5
+        group, _, last = old.rpartition(".")
+        if group and group not in config:
+            config[group] = ConfigDict()
+        (config[group] if group else config)[last] = 5
     (new,) = flags.current_names({old: 5})
     with pytest.raises(UserError, match=f"^{old} is now {new};"):
         check_options(config)
