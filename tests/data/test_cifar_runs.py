@@ -72,8 +72,8 @@ def test_generality_study_without_shifts(anchor, tmp_path):
     code, output = small_run.finish("generality", *base, program=STUDIES)
     assert code == 0, output
     page = (tmp_path / "study" / "generality.md").read_text()
-    assert "The data has no shifts" in page and "avg shifts" not in page
-    assert "SGD: models lie at one distance" in page and "on the shifts" not in page
+    assert "The data has no shifts" in page and "avg. shifts" not in page
+    assert "SGD: all models have the same distance" in page and "out of distribution" not in page
     hundred = [*base, "--config.data.name=cifar100", "--dry-run"]
     code, output = small_run.finish("generality", *hundred, program=STUDIES)
     # The small text tower has 26 positions.
