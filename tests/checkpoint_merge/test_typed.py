@@ -63,6 +63,7 @@ OLD_METHODS = {
     "weighted-stock": "weighted-model-stock",
     "weighted_stock": "weighted-model-stock",
     "uniform": "uniform-mean",
+    "weighted": "linear",
 }
 
 
