@@ -192,7 +192,7 @@ def peers(rows: list[dict]) -> list[str]:
 
 
 def _of_peak(row: dict) -> float:
-    # Processes do not run in turns; each is compared with the large product of its own rounds.
+    # Each process is compared with the large product that it measured in the same rounds.
     return row["of_peak"]
 
 

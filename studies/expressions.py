@@ -333,8 +333,8 @@ def noisy(models: PyTree, scale: float, key: jax.Array) -> PyTree:
 
 
 def unclamped(
-    pretrained: Any,
-    finetuned: Any,
+    pretrained: PyTree,
+    finetuned: PyTree,
     unit: str = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,

@@ -294,17 +294,17 @@ def _default_is_on(key: str, *values: Any) -> bool:
     return False in values and True in _POSITIONS.get(key.rpartition(".")[2], ())
 
 
-def _changes_positions(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+def _changes_positions(key: str, base: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return whether a key that only one config has changes positions by its value."""
     parts = key.split(".")
     name = next((part for part in parts if part in _POSITIONS), None)
     if name is None:
         return False
-    value = ours.get(key, theirs.get(key))
+    value = base.get(key, other.get(key))
     model_type = ".".join([*parts[:-1], "model_type"])
     special = [
         x
-        for config in (ours, theirs)
+        for config in (base, other)
         if (x := _DEFAULTS.get((name, str(config.get(model_type))))) is not None
     ]
     return not any(_same(value, default) for default in special or _POSITIONS[name])

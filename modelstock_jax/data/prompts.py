@@ -61,10 +61,10 @@ def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return _read(Path(path), "template")
 
 
-def _read(path: Path, what: str) -> tuple[str, ...]:
-    entries = _json(path, what) if path.suffix == ".json" else _lines(path)
+def _read(path: Path, noun: str) -> tuple[str, ...]:
+    entries = _json(path, noun) if path.suffix == ".json" else _lines(path)
     if not entries:
-        raise UserError(f"{path}: contains no {what}")
+        raise UserError(f"{path}: contains no {noun}")
     locations: dict[str, str] = {}
     issues = []
     for location, text in entries:
@@ -72,7 +72,7 @@ def _read(path: Path, what: str) -> tuple[str, ...]:
             issues.append(f"{location} is empty")
         elif text in locations:
             issues.append(f"{text!r} occurs in {locations[text]} and {location}")
-        elif what == "template" and "{}" not in text:
+        elif noun == "template" and "{}" not in text:
             issues.append(f"{location} has no '{{}}' for the class name: {text!r}")
         locations.setdefault(text, location)
     if issues:
@@ -99,12 +99,12 @@ def _lines(path: Path) -> list[_Entry]:
     return [_Entry(f"line {number}", line.strip()) for number, line in enumerate(lines, 1)]
 
 
-def _json(path: Path, what: str) -> list[_Entry]:
+def _json(path: Path, noun: str) -> list[_Entry]:
     items = read_json(path)
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise UserError(f"{path}: not a JSON list of strings, each a {what}")
+        raise UserError(f"{path}: not a JSON list of strings, each a {noun}")
     return [_Entry(f"item {number}", item.strip()) for number, item in enumerate(items, 1)]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

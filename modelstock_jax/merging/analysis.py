@@ -212,7 +212,7 @@ def plane_coordinates(plane: Plane, models: PyTree) -> jax.Array:
     return jnp.sum(plane.axes[:, :, None] * products[None], axis=1).T
 
 
-def plane_point(plane: Plane, x: Any, y: Any) -> Any:
+def plane_point(plane: Plane, x: Any, y: Any) -> PyTree:
     """Return the model at (x, y). For a grid, use it under jit and vmap."""
     point = jnp.stack([jnp.asarray(v, plane.axes.dtype) for v in (x, y)])
     coefficients = jnp.sum(point[:, None] * plane.axes, axis=0)
@@ -227,7 +227,7 @@ def random_point(
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
-) -> Any:
+) -> PyTree:
     """Return a random model at given distances from a center (Observation 4, Figure 4).
 
     The model is the center plus Gaussian noise, scaled in every merge unit to the given distance.

@@ -39,7 +39,7 @@ def half_ulp_square(values):
     The error of rounding to nearest is uniform in [-ulp / 2, ulp / 2]; its mean square is
     `half_ulp_square(values) / 3`. The ulp of 0 and of subnormal values is the smallest subnormal
     value. This is also correct for a 0 that results from rounding. A 0 that was set (a bias,
-    padding) has no error, but the energy counted for it is negligible in all dtypes wider than
+    padding) has no error, but its computed energy is negligible in all dtypes wider than
     float8.
 
     Args:

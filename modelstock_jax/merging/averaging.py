@@ -136,7 +136,7 @@ def swa(start: int = 0, period: int = 1) -> Average:
     return Average(init, update, value)
 
 
-def widest(params: PyTree) -> Any:
+def widest(params: PyTree) -> PyTree:
     """Cast the floating arrays of a tree to the dtype of averages, float32 or float64."""
     return jax.tree.map(
         lambda w: w.astype(compute_dtype(w.dtype)) if is_float(w) else w,
@@ -144,7 +144,7 @@ def widest(params: PyTree) -> Any:
     )
 
 
-def toward(mean: PyTree, params: PyTree, weight: Any) -> Any:
+def toward(mean: PyTree, params: PyTree, weight: Any) -> PyTree:
     """Interpolate every floating array from `mean` to `params`; copy other arrays from `params`."""
 
     def step(mean, w):
@@ -160,7 +160,7 @@ def blend(a: jax.Array, b: jax.Array, weight: Any) -> jax.Array:
     return jnp.where(weight <= 0, a, jnp.where(weight >= 1, b, a + weight * (b - a)))
 
 
-def rounded(mean: PyTree, params: PyTree) -> Any:
+def rounded(mean: PyTree, params: PyTree) -> PyTree:
     """Cast an average to the dtypes of `params`."""
     return jax.tree.map(
         lambda m, w: cast(m, jnp.result_type(w)) if is_float(m) else m, mean, params
@@ -335,7 +335,7 @@ def _swad_update(state: SwadState, params: PyTree) -> SwadState:
     )
 
 
-def _swad_value(state: SwadState, params: PyTree) -> Any:
+def _swad_value(state: SwadState, params: PyTree) -> PyTree:
     counts = jnp.concatenate([state.total_count[None], state.last.count, state.open_count[None]])
     is_empty = counts.sum() == 0
     weights = counts.at[0].add(is_empty) / jnp.maximum(counts.sum(), 1)
@@ -430,7 +430,7 @@ def twa_init(span: TWASubspace) -> jax.Array:
     )
 
 
-def twa_params(span: TWASubspace, coordinates: Any) -> Any:
+def twa_params(span: TWASubspace, coordinates: Any) -> PyTree:
     """Return the weights at coordinates [n]; differentiable with respect to the coordinates.
 
     Arrays that are not floating are copied from the last solution.

@@ -203,7 +203,7 @@ def unit_grams(
     unit: str = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
-) -> Any:
+) -> PyTree:
     """Return the Gram matrices of M >= 1 models, a tree of [M, M, *unit shape].
 
     Tensors that a merge copies (integers, booleans, empty tensors) get zeros, [M, M].
@@ -225,7 +225,7 @@ def unit_zeros(
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
-) -> Any:
+) -> PyTree:
     """Return a tree of zeros with the shapes of the units, for state between merges."""
 
     def zeros(pretrained):

@@ -134,7 +134,7 @@ def greedy_soup(
     return GreedySoup(params, soup_score, tuple(ingredients), tuple(trials))
 
 
-def _load(candidates: list, index: int, like: Any) -> Any:
+def _load(candidates: list, index: int, like: Any) -> PyTree:
     """Return a candidate as a tree of finite arrays with the structure of `like`."""
     tree = candidates[index]
     tree = jax.tree.map(jnp.asarray, tree() if callable(tree) else tree)

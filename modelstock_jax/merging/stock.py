@@ -170,7 +170,7 @@ def init_noise(
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
-) -> Any:
+) -> PyTree:
     """Return the noise energy before the first of a series of merges: S = 0 in every unit.
 
     Args:

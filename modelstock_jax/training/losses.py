@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training.state import StepConstants
 
 Apply = Callable[[Any, jax.Array], jax.Array]
@@ -192,6 +193,6 @@ def _promote_to_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _squared_norm(tree: Any) -> jax.Array:
+def _squared_norm(tree: PyTree) -> jax.Array:
     squares = (jnp.square(_promote_to_float32(x)).sum() for x in jax.tree.leaves(tree))
     return sum(squares, start=jnp.float32(0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError, check_choice
+from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.training.projections import fast_trainable_projection
 from modelstock_jax.training.state import IsTrained, leaf_names
 
@@ -139,7 +139,7 @@ def reads_pretrained(config: ConfigDict) -> bool:
 def _trained_only(
     tx: optax.GradientTransformationExtraArgs, trained: IsTrained
 ) -> optax.GradientTransformationExtraArgs:
-    def labels(params: Any) -> Any:
+    def labels(params: PyTree) -> PyTree:
         names = leaf_names(params)
         return jax.tree.map(lambda name: "trained" if trained(name) else "frozen", names)
 

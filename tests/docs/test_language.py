@@ -36,7 +36,6 @@ ALLOWED = {
     ("CHANGELOG.md", "centre"): "old names of parameters",
     ("modelstock_jax/data/glyphs/captions.py", "grey"): "training captions of the bundled models",
     ("modelstock_jax/checkpoint_merge/sources.py", "LICENCE"): "a file name",
-    ("modelstock_jax/merging/anchor_rounding.py", "for it is"): "'the energy counted for it is'",
 }
 
 
