@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from modelstock_jax import merging
-from modelstock_jax.merging import Stats
+from modelstock_jax.merging import Stats, geometry
 from modelstock_jax.merging.engine import merge
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.rules import UnitSolution, measure, solve_with_coefficients
@@ -365,13 +365,12 @@ def unclamped(
 
 
 def _unclamped_equation_3(gram, is_scalar) -> UnitSolution:
+    xp = geometry.namespace(gram)
     stats = measure(gram)
-    number = jnp.maximum(stats.num_active, 1.0)
+    number = xp.maximum(stats.num_active, 1.0)
     # Two opposite task vectors give 0 / 0. Their mean is the anchor for every t.
     divisor = 1.0 + (number - 1.0) * stats.cosine
-    ratio = jnp.where(
-        divisor > 0, number * stats.cosine / jnp.where(divisor > 0, divisor, 1.0), 0.0
-    )
-    ratio = jnp.where(is_scalar | (stats.num_active < 2), 1.0, ratio)
-    coefficients = jnp.where(stats.active, (ratio / number)[None], 0.0)
+    ratio = xp.where(divisor > 0, number * stats.cosine / xp.where(divisor > 0, divisor, 1.0), 0.0)
+    ratio = xp.where(is_scalar | (stats.num_active < 2), 1.0, ratio)
+    coefficients = xp.where(stats.active, (ratio / number)[None], 0.0)
     return solve_with_coefficients(gram, stats, is_scalar, coefficients)

@@ -6,7 +6,9 @@
 | `rules` | merge rules: from a Gram matrix to coefficients |
 | `units` | merge units: which elements share an angle |
 | `gram` | operations on single tensors; checks of the trees |
-| `engine` | the engine of every merge, and its statistics |
+| `engine` | the engine of every merge |
+| `stats` | measures of a merge, reports, check for NaN and infinity |
+| `placement` | devices and shardings of the arrays |
 | `stock` | `model_stock` and its extensions |
 | `baselines` | other merge methods: mean, WiSE-FT, task arithmetic, TIES, SLERP |
 | `averaging` | averages along one run: EMA, SWA, SWAD, TWA |
@@ -48,7 +50,6 @@ _EXPORTS = {
         "twa_params",
         "twa_span",
     ),
-    "engine": ("Stats", "check_finite", "outcome_counts", "report", "total_distance"),
     "geometry": (
         "COSINE_UNDEFINED",
         "DISTANCE_UNDEFINED",
@@ -67,6 +68,7 @@ _EXPORTS = {
     "gram": ("stack_replicas",),
     "rules": ("NonFiniteError", "UnitOutcome"),
     "soups": ("GreedySoup", "Trial", "greedy_soup"),
+    "stats": ("Stats", "check_finite", "outcome_counts", "report", "total_distance"),
     # The module is not named model_stock.py: it would hide the function of this name.
     "stock": ("init_noise",),
     "units": ("UNITS", "assign", "output_axis"),

@@ -6,7 +6,6 @@ Angles, norms, distances and shells; the plane through three models (Figure 3); 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
-from modelstock_jax.merging.engine import merge, on_this_host, unit_grams
+from modelstock_jax.merging.engine import merge, total, unit_grams
 from modelstock_jax.merging.gram import PyTree, in_float64, is_float, pair_leaves, stack_replicas
+from modelstock_jax.merging.placement import gather_replicas, on_this_host, replicate
 
 
 def distance(a: PyTree, b: PyTree):
@@ -44,12 +44,12 @@ def distances(center: PyTree, models: PyTree):
       [5.0, 1.0]
     """
     leaves = pair_leaves(center, models, 1)
-    total = sum(
-        _squares(w0, w)
+    squares = [jnp.zeros(leaves.num_replicas)] + [
+        replicate(_squares(*gather_replicas(w0, w)))
         for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True)
         if is_float(w0)
-    )
-    return geometry.positive_sqrt(jnp.broadcast_to(total, leaves.num_replicas))
+    ]
+    return geometry.positive_sqrt(total(squares))
 
 
 @jax.jit
@@ -156,7 +156,7 @@ def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **un
     """
     shell = jax.jit(geometry.shell)
     if unit is None:
-        return shell(sum(jax.tree.leaves(unit_grams(pretrained, models))))
+        return shell(total(jax.tree.leaves(unit_grams(pretrained, models))))
     return jax.tree.map(shell, unit_grams(pretrained, models, unit=unit, **unit_options))
 
 
@@ -271,7 +271,7 @@ def random_point(
 
 def _total_gram(origin: PyTree, models: PyTree) -> jax.Array:
     """Return the Gram matrix of the task vectors from the origin over all tensors, [M, M]."""
-    return functools.reduce(jnp.add, jax.tree.leaves(unit_grams(origin, models)))
+    return total(jax.tree.leaves(unit_grams(origin, models)))
 
 
 def _axes(gram):

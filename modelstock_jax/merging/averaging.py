@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.engine import on_this_host
 from modelstock_jax.merging.gram import PyTree, cast, compute_dtype, in_float64, is_float
+from modelstock_jax.merging.placement import on_this_host
 
 
 class Average(NamedTuple):

@@ -21,7 +21,7 @@ from jax import lax
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import rules
 from modelstock_jax.merging.analysis import distance
-from modelstock_jax.merging.engine import Stats, merge
+from modelstock_jax.merging.engine import Exact, exact, merge, unpack
 from modelstock_jax.merging.geometry import namespace
 from modelstock_jax.merging.gram import (
     PyTree,
@@ -31,6 +31,8 @@ from modelstock_jax.merging.gram import (
     pair_leaves,
     to_unit_shape,
 )
+from modelstock_jax.merging.placement import on_this_host
+from modelstock_jax.merging.stats import Stats
 from modelstock_jax.merging.stock import model_stock
 
 
@@ -157,9 +159,9 @@ def constant_ratio(
 
 
 def _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
-    ratio = jnp.asarray(ratio, jnp.result_type(float))
-    if not isinstance(ratio, jax.core.Tracer) and not 0.0 <= float(ratio) <= 1.0:
-        raise UserError(f"the ratio (alpha) must be in [0, 1], not {float(ratio):g}")
+    ratio = exact(ratio)
+    if on_this_host(ratio) and not 0.0 <= float(ratio.value) <= 1.0:
+        raise UserError(f"the ratio (alpha) must be in [0, 1], not {float(ratio.value):g}")
     merged, stats, _ = merge(
         rules.fixed_ratio,
         pretrained,
@@ -217,16 +219,16 @@ def task_arithmetic(
     """
     num_replicas = _num_replicas(finetuned)
     scale = _finite_scale(scale)
-    if scale.shape not in ((), (num_replicas,)):
+    if scale.value.shape not in ((), (num_replicas,)):
         raise UserError(
             "scale must be one scalar, or one per replica, shape "
-            f"({num_replicas},); not {scale.shape}"
+            f"({num_replicas},); not {scale.value.shape}"
         )
     merged, stats, _ = merge(
         rules.fixed_coefficients,
         pretrained,
         finetuned,
-        shared=(jnp.broadcast_to(scale, num_replicas),),
+        shared=(Exact(*(jnp.broadcast_to(x, num_replicas) for x in scale)),),
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
@@ -284,8 +286,8 @@ def ties(
       [3.0, 5.0, 0.0, 0.0]
     """
     num_replicas, scale = _num_replicas(finetuned), _finite_scale(scale)
-    if scale.shape:
-        raise UserError(f"TIES accepts one scale, not an array of shape {scale.shape}")
+    if scale.value.shape:
+        raise UserError(f"TIES accepts one scale, not an array of shape {scale.value.shape}")
     densities = np.asarray(density, np.float64)
     in_range = ((densities > 0) & (densities <= 1)).all()
     if densities.shape not in ((), (num_replicas,)) or not in_range:
@@ -308,16 +310,16 @@ def ties(
     return merged, stats
 
 
-def _trim(density, scale, pretrained, finetuned, solution, views, dtype) -> list:
+def _trim(density, scale, pretrained, finetuned, updates, views, dtype) -> list:
     count = sum(view.count for view in views)
     rank = tuple(ranks(density, count, len(finetuned[0])))
     if min(rank) < count:
         threshold = trim_threshold(pretrained, finetuned, views=tuple(views), rank=rank)
     else:
-        threshold = jnp.zeros(solution.coefficient.shape, jnp.uint32)
+        threshold = jnp.zeros((len(rank), *views[0].unit_shape), jnp.uint32)
     return [
-        add_trimmed(w0, w, threshold, scale, solution.keep_anchor, unit_view=view, dtype=dtype)
-        for w0, w, view in zip(pretrained, finetuned, views, strict=True)
+        add_trimmed(w0, w, threshold, scale, update, unit_view=view, dtype=dtype)
+        for w0, w, update, view in zip(pretrained, finetuned, updates, views, strict=True)
     ]
 
 
@@ -326,11 +328,11 @@ def _num_replicas(finetuned: PyTree) -> int:
     return next((len(x) for x in jax.tree.leaves(finetuned) if jnp.ndim(x)), 0)
 
 
-def _finite_scale(scale: Any):
-    scale = jnp.asarray(scale, jnp.result_type(float))
-    if not isinstance(scale, jax.core.Tracer) and not bool(jnp.isfinite(scale).all()):
+def _finite_scale(scale: Any) -> Exact:
+    number = exact(scale)
+    if on_this_host(number) and not bool(jnp.isfinite(number.value).all()):
         raise UserError(f"scale must be finite, not {scale}")
-    return scale
+    return number
 
 
 def slerp(
@@ -384,14 +386,14 @@ def slerp(
             f"t requires two replicas, not {num_replicas}; leave it out for equal weights"
         )
     else:
-        ratios = [t]
+        ratios = jnp.stack([t]) if isinstance(t, jax.Array) else [t]
         if not isinstance(t, jax.core.Tracer) and not 0.0 <= float(t) <= 1.0:
             raise UserError(f"t must be in [0, 1], not {float(t):g}")
     merged, stats, _ = merge(
         rules.sequential_slerp,
         pretrained,
         finetuned,
-        shared=(jnp.asarray(ratios, jnp.result_type(float)),),
+        shared=(exact(ratios),),
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
@@ -471,15 +473,15 @@ def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tup
 
 
 @partial(jax.jit, static_argnames=("unit_view", "dtype"))
-def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_view, dtype):
+def add_trimmed(pretrained, finetuned, threshold, scale, packed, *, unit_view, dtype):
     """Return w0 + scale * disjoint mean of the trimmed d_i of one tensor, rounded once to `dtype`.
 
     Args:
       pretrained: w0, [...]
       finetuned: [N, ...]
       threshold: bits of the smallest magnitude to keep, [N, *unit shape] uint32
-      scale: []
-      keep_anchor: [*unit shape] bool: copy the anchor's weights
+      scale: `exact` number, []
+      packed: update of the tensor's units; only its `source` is used
       unit_view: how the tensor is split into units
       dtype: dtype of the result; None for the anchor's
     """
@@ -489,10 +491,11 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
 
     def combine(anchor, tuned, kept, scale):
         trimmed = jnp.where(kept, tuned - anchor[None], 0.0)
-        return cast(anchor + scale * disjoint_mean(trimmed), dtype)
+        return cast(anchor + (scale.value + scale.rest) * disjoint_mean(trimmed), dtype)
 
     merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
     anchor = cast(pretrained, dtype).reshape(unit_view.view)
+    keep_anchor = unpack(packed, len(finetuned)).source == len(finetuned)
     keep_anchor = jnp.expand_dims(keep_anchor, unit_view.axes)
     return jnp.where(keep_anchor, anchor, merged).reshape(pretrained.shape)
 

@@ -1,12 +1,14 @@
 """Operations on single tensors, and checks of the trees of anchor and replicas.
 
-`in_float64` evaluates a function in float64 inside a float32 program. `gram_matrix` and
+`in_float64` evaluates a function in float64 inside a float32 program. `gram_products` and
 `add_task_vectors` are the two passes of a merge over a tensor. `pair_leaves` flattens anchor and
 replicas into lists of named tensors and checks that they match.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from modelstock_jax.errors import UserError, listed
+from modelstock_jax.merging import geometry
 from modelstock_jax.merging.anchor_rounding import half_ulp
 
 PyTree = Any  # nested containers with arrays as leaves, as `jax.tree` sees them
 
 
-def in_float64(function: Callable, derivative_of: Callable | None = None) -> Callable:
+def in_float64(
+    function: Callable, derivative_of: Callable | None = None, dtype: Any = None
+) -> Callable:
     """Return a function that evaluates in float64 and is differentiated in the inputs' precision.
 
     The backend chooses the order of a float32 sum, and a sequential float32 sum of 10^8 terms loses
@@ -32,10 +37,10 @@ def in_float64(function: Callable, derivative_of: Callable | None = None) -> Cal
       function: maps arrays (or trees of arrays) to arrays or trees
       derivative_of: the same function in a form that is better to differentiate (default:
         `function`).
+      dtype: dtype of the floating outputs (default: float32, or float64 if an argument is float64)
 
     Returns:
-      A function of the same arguments. Its floating outputs are float32, or float64 if an argument
-      is float64.
+      A function of the same arguments.
 
     Example:
       >>> big = jnp.array([1e8, 1.0, -1e8], jnp.float32)
@@ -45,10 +50,10 @@ def in_float64(function: Callable, derivative_of: Callable | None = None) -> Cal
 
     @jax.custom_jvp
     def evaluate(*args):
-        dtype = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(args)))
+        result_dtype = dtype or compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(args)))
         with jax.enable_x64(True):
             result = function(*jax.tree.map(lambda x: _convert(x, jnp.floating, "float64"), args))
-            return jax.tree.map(lambda x: _convert(x, jnp.float64, dtype), result)
+            return jax.tree.map(lambda x: _convert(x, jnp.float64, result_dtype), result)
 
     @evaluate.defjvp
     def _differentiate(primals, tangents):
@@ -79,8 +84,19 @@ def _add_pairwise(left, right):
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
-def gram_matrix(pretrained, finetuned, unit_view):
-    """Return G_ij = d_i . d_j of one tensor, for each of its units.
+def pairs(num_replicas: int) -> list[tuple[int, int]]:
+    """Return the pairs i <= j of replicas, in the order of `gram_products`.
+
+    Example:
+      >>> pairs(2)
+      [(0, 0), (0, 1), (1, 1)]
+    """
+    rows = range(num_replicas)
+    return [(i, j) for i in rows for j in rows[i:]]
+
+
+def gram_products(pretrained, finetuned, unit_view):
+    """Return d_i . d_j of all pairs i <= j, of one tensor, for each of its units.
 
     The products are elementwise and the sum is over the tensor's own axes. A dot would run in TF32
     on GPUs and in bfloat16 on TPUs, and raveling a sharded tensor would gather it.
@@ -91,38 +107,60 @@ def gram_matrix(pretrained, finetuned, unit_view):
       unit_view: how the tensor is split into units
 
     Returns:
-      [N, N, *unit shape], float32 (float64 for float64 weights)
+      [N (N + 1) / 2, *unit shape], float32 (float64 for float64 weights)
 
     Example:
       >>> from modelstock_jax.merging.units import UnitView
-      >>> gram_matrix(jnp.zeros(2), jnp.eye(2), UnitView("w", (2,), (0,))).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
+      >>> gram_products(jnp.zeros(2), jnp.eye(2), UnitView("w", (2,), (0,))).tolist()
+      [1.0, 0.0, 1.0]
     """
 
-    def products(anchor, tuned):
-        deltas = tuned - anchor[None]
-        return jnp.sum(
-            deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in unit_view.axes)
-        )
+    def one_by_one(*products):
+        zero = np.zeros((), products[0].dtype)
+        return [jax.lax.reduce(x, zero, jax.lax.add, unit_view.axes) for x in products]
 
-    def in_one_pass(anchor, tuned):
-        deltas = [replica - anchor for replica in tuned]
-        rows = range(len(deltas))
-        pairs = [(i, j) for i in rows for j in rows[i:]]
+    def in_one_pass(*products):
         sums = []
-        for first in range(0, len(pairs), _SUMS_PER_PASS):
-            terms = [deltas[i] * deltas[j] for i, j in pairs[first : first + _SUMS_PER_PASS]]
-            zeros = [np.zeros((), anchor.dtype)] * len(terms)
-            sums += jax.lax.reduce(terms, zeros, _add_pairwise, unit_view.axes)
-        product = dict(zip(pairs, sums, strict=True))
-        return jnp.stack([jnp.stack([product[min(i, j), max(i, j)] for j in rows]) for i in rows])
+        for first in range(0, len(products), _SUMS_PER_PASS):
+            some = list(products[first : first + _SUMS_PER_PASS])
+            zeros = [np.zeros((), products[0].dtype)] * len(some)
+            sums += jax.lax.reduce(some, zeros, _add_pairwise, unit_view.axes)
+        return sums
 
-    def by_platform(anchor, tuned):
+    def sums(anchor, tuned, *, add_up):
+        deltas = [jax.lax.sub(replica, anchor) for replica in tuned]
+        products = [jax.lax.mul(deltas[i], deltas[j]) for i, j in pairs(len(deltas))]
+        return jax.lax.concatenate([x[None] for x in add_up(*products)], 0)
+
+    def by_platform(*products):
         # TPUs emulate float64. Of the reductions, only plain sums are known to be emulated.
-        return jax.lax.platform_dependent(anchor, tuned, default=in_one_pass, tpu=products)
+        return jax.lax.platform_dependent(*products, default=in_one_pass, tpu=one_by_one)
 
     views = to_unit_shape(pretrained, finetuned, unit_view)
-    return in_float64(by_platform, derivative_of=products)(*views)
+    return in_float64(
+        functools.partial(sums, add_up=by_platform),
+        derivative_of=functools.partial(sums, add_up=one_by_one),
+    )(*views)
+
+
+def gram_matrix(products):
+    """Return the Gram matrix from the products of `gram_products`, NumPy or JAX.
+
+    Args:
+      products: [N (N + 1) / 2, ...]
+
+    Returns:
+      [N, N, ...]
+
+    Example:
+      >>> gram_matrix(np.array([4.0, 1.0, 9.0])).tolist()
+      [[4.0, 1.0], [1.0, 9.0]]
+    """
+    xp = geometry.namespace(products)
+    num_replicas = math.isqrt(2 * len(products))
+    index = {pair: k for k, pair in enumerate(pairs(num_replicas))}
+    rows = range(num_replicas)
+    return xp.stack([xp.stack([products[index[min(i, j), max(i, j)]] for j in rows]) for i in rows])
 
 
 def rounding_energy(pretrained, unit_view):
@@ -147,9 +185,24 @@ def rounding_energy(pretrained, unit_view):
     return in_float64(lambda half: jnp.sum(half * half, axis=unit_view.axes) / 3.0)(halves)
 
 
-def add_task_vectors(
-    pretrained, finetuned, coefficient, copy_replica, keep_anchor, *, unit_view, dtype
-):
+class Update(NamedTuple):
+    """How the merged weights of a unit follow from its tensors.
+
+    Attributes:
+      coefficient: a_i, [N, ...], float32 (float64 for float64 weights)
+      residual: the rounding error of a_i, [N, ...]: coefficient + residual has 48 bits
+      source: the result is computed (`COMPUTED`), replica 0 .. N - 1, or the anchor (N); [...]
+    """
+
+    coefficient: Any
+    residual: Any
+    source: Any
+
+
+COMPUTED = -1.0
+
+
+def add_task_vectors(pretrained, finetuned, update: Update, *, unit_view, dtype):
     """Return w0 + sum_i a_i d_i of one tensor, rounded once to `dtype`.
 
     If the result equals one of the inputs, it is copied from the input, not computed.
@@ -157,9 +210,7 @@ def add_task_vectors(
     Args:
       pretrained: w0, [...]
       finetuned: [N, ...]
-      coefficient: a_i, [N, *unit shape]
-      copy_replica: [N, *unit shape] bool: copy this replica's weights
-      keep_anchor: [*unit shape] bool: copy the anchor's weights
+      update: coefficients of the tensor's units, [N, *unit shape]
       unit_view: how the tensor is split into units
       dtype: dtype of the result; None for the anchor's
 
@@ -167,25 +218,29 @@ def add_task_vectors(
       [...]
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
-    # Without this barrier XLA merges these with gram_matrix's float64 task vectors and keeps all of
-    # them alive.
+    # Without this barrier XLA merges these with the float64 task vectors of `gram_products` and
+    # keeps all of them alive.
     finetuned = jax.lax.optimization_barrier(finetuned)
 
-    def expand(values):
-        return jnp.expand_dims(values, unit_view.axes)
+    unit_axes = [axis for axis in range(len(unit_view.view)) if axis not in unit_view.axes]
 
-    def combine(anchor, tuned, coefficient):
-        deltas = [replica - anchor for replica in tuned]
-        update = sum(expand(a) * d for a, d in zip(coefficient, deltas, strict=True))
-        return cast(anchor + update, dtype)
+    def expand(values):
+        return jax.lax.broadcast_in_dim(values, unit_view.view, unit_axes)
+
+    def combine(anchor, tuned, coefficient, residual):
+        total = anchor
+        for a, rest, replica in zip(coefficient, residual, tuned, strict=True):
+            delta = jax.lax.sub(replica, anchor)
+            total = jax.lax.add(total, jax.lax.mul(expand(a + rest), delta))
+        return cast(total, dtype)
 
     merged = in_float64(combine)(
-        *to_unit_shape(pretrained, finetuned, unit_view), coefficient
+        *to_unit_shape(pretrained, finetuned, unit_view), update.coefficient, update.residual
     ).astype(dtype)
-    for copy, replica in zip(copy_replica, finetuned, strict=True):
-        merged = jnp.where(expand(copy), cast(replica, dtype).reshape(unit_view.view), merged)
-    anchor = cast(pretrained, dtype).reshape(unit_view.view)
-    return jnp.where(expand(keep_anchor), anchor, merged).reshape(pretrained.shape)
+    inputs = [cast(x, dtype).reshape(unit_view.view) for x in (*finetuned, pretrained)]
+    choice = jax.lax.convert_element_type(update.source - COMPUTED, "int32")
+    merged = jax.lax.select_n(expand(choice), merged, *inputs)
+    return merged.reshape(pretrained.shape)
 
 
 def to_unit_shape(pretrained, finetuned, unit_view):
@@ -198,7 +253,8 @@ def cast(array, dtype):
     """Cast to a dtype; values outside a smaller range saturate instead of becoming infinite."""
     target, source = jnp.finfo(dtype), jnp.finfo(array.dtype)
     if float(target.max) < float(source.max):
-        array = jnp.clip(array, float(target.min), float(target.max))
+        low, high = (np.asarray(x, array.dtype) for x in (float(target.min), float(target.max)))
+        array = jax.lax.clamp(low, array, high)
     return array.astype(dtype)
 
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from modelstock_jax.merging.engine import Stats, merge, unit_zeros
+from modelstock_jax.merging import geometry
+from modelstock_jax.merging.engine import merge, unit_zeros
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.rules import (
     UnitOutcome,
@@ -21,6 +23,7 @@ from modelstock_jax.merging.rules import (
     noise_weights,
     solve_with_fallbacks,
 )
+from modelstock_jax.merging.stats import Stats
 
 
 def model_stock(
@@ -35,62 +38,63 @@ def model_stock(
 ) -> tuple[PyTree, Stats]:
     """Merge fine-tuned replicas with their anchor by the ratio that the angles determine.
 
-    Per merge unit, with task vectors d_i = w_i - w0 and cos their mean pairwise cosine:
+        Per merge unit, with task vectors d_i = w_i - w0 and cos their mean pairwise cosine:
 
-        t   = N cos / (1 + (N - 1) cos)          equation 3; N = 2 gives equation 2
-        w_H = t mean_i(w_i) + (1 - t) w0
+            t   = N cos / (1 + (N - 1) cos)          equation 3; N = 2 gives equation 2
+            w_H = t mean_i(w_i) + (1 - t) w0
 
-    The paper leaves some cases open. `stats.outcome` reports which units they occurred in:
+        The paper leaves some cases open. `stats.outcome` reports which units they occurred in:
 
-    - cos <= 0: t = 0, the anchor.
-    - No replica changed: the anchor, bit for bit. The cosine is undefined (`COSINE_UNDEFINED`).
-    - Some replicas did not change: the unit is merged from the other replicas. If only one replica
-      changed, the result is its weights, bit for bit. A replica changed if float32 can represent
-      its squared norm |d_i|^2 (rms of d_i above about 1e-19).
-    - A unit of fewer than two elements (a scalar): the mean. Its cosine is undefined.
-    - Integers and booleans: the anchor's values. Empty tensors stay empty; None stays None.
-    - A non-finite weight: an error. In a traced call (jit, grad, vmap) no error can be raised: the
-      unit keeps the anchor's weights, and `check_finite(stats)` raises the error afterwards.
+        - cos <= 0: t = 0, the anchor.
+        - No replica changed: the anchor, bit for bit. The cosine is undefined (`COSINE_UNDEFINED`).
+        - Some replicas did not change: the unit is merged from the other replicas. If only one replica
+          changed, the result is its weights, bit for bit. A replica changed if float32 can represent
+          its squared norm |d_i|^2 (rms of d_i above about 1e-19).
+        - A unit of fewer than two elements (a scalar): the mean. Its cosine is undefined.
+        - Integers and booleans: the anchor's values. Empty tensors stay empty; None stays None.
+        - A non-finite weight: an error. In a traced call (jit, grad, vmap) no error can be raised: the
+          unit keeps the anchor's weights, and `check_finite(stats)` raises the error afterwards.
 
-    Weights may have any floating dtype from float8 to float64, in any combination. (float64
-    requires `jax_enable_x64`; without it JAX converts to float32.) All arithmetic is in float64,
-    regardless of this setting. Statistics are float32 (float64 for float64 weights). The result is
-    rounded once, to the anchor's dtype or to `dtype`; values outside the range of a narrower dtype
-    saturate at its largest finite value.
+        Weights may have any floating dtype from float8 to float64, in any combination. (float64
+        requires `jax_enable_x64`; without it JAX converts to float32.) All arithmetic is in float64,
+        regardless of this setting. Statistics are float32 (float64 for float64 weights). The result is
+        rounded once, to the anchor's dtype or to `dtype`; values outside the range of a narrower dtype
+        saturate at its largest finite value.
 
-    Args:
-      pretrained: w0, any pytree of arrays
-      finetuned: the same tree with a leading replica axis N >= 2 on every array
-      unit: which elements share one angle: tensor, layer, filter, head, block or global
-        (see `units.assign`). Static under jit.
-      num_heads: number of attention heads, for `unit="head"`: an integer, or a mapping from name
-        prefix to integer.
-      filter_axis: output axis of kernels: -1 (JAX) or 0 (PyTorch)
-      dtype: dtype of the merged floating tensors (default: the anchor's)
-      anchor_rounding: "keep" (default) or "correct". Use "correct" if the anchor was rounded to a
-        coarser dtype after the replicas were trained from the original, for example a bfloat16
-        base of float32 fine-tuned models. It subtracts the expected energy of the rounding error,
-        sum of (half ulp)^2 / 3, from every entry of the Gram matrix, so that t and the statistics
-        approximate those of the original anchor. Tensors whose anchor is not coarser than the
-        replicas are not affected. If training started from the rounded anchor, nothing may be
-        subtracted: the call raises an error. Under jit or vmap, where no error can be raised,
-        "keep" applies (see `anchor_rounding.started_from_rounded`). Static under jit.
+        Args:
+          pretrained: w0, any pytree of arrays
+          finetuned: the same tree with a leading replica axis N >= 2 on every array
+          unit: which elements share one angle: tensor, layer, filter, head, block or global
+            (see `units.assign`). Static under jit.
+          num_heads: number of attention heads, for `unit="head"`: an integer, or a mapping from name
+            prefix to integer.
+          filter_axis: output axis of kernels: -1 (JAX) or 0 (PyTorch)
+          dtype: dtype of the merged floating tensors (default: the anchor's)
+          anchor_rounding: "keep" (default) or "correct". Use "correct" if the anchor was rounded to a
+            coarser dtype after the replicas were trained from the original, for example a bfloat16
+            base of float32 fine-tuned models. It subtracts the expected energy of the rounding error,
+            sum of (half ulp)^2 / 3, from every entry of the Gram matrix, so that t and the statistics
+            approximate those of the original anchor. Tensors whose anchor is not coarser than the
+            replicas are not affected. If training started from the rounded anchor, nothing may be
+            subtracted: the call raises an error. Under jit or vmap, where no error can be raised,
+            "keep" applies (see `anchor_rounding.started_from_rounded`). Static under jit.
 
-    Returns:
-      the merged tree, and `Stats`
+        Returns:
+          the merged tree, and `Stats`
 
-    Raises:
-      UserError: fewer than two replicas; trees or shapes that differ; dtypes that cannot be
-        merged; `anchor_rounding="correct"` if training started from the rounded anchor.
-      NonFiniteError: NaN or infinity; the message names replica and tensor
+        Raises:
+          UserError: fewer than two replicas; trees or shapes that differ; dtypes that cannot be
+            merged; `anchor_rounding="correct"` if training started from the rounded anchor.
+          NonFiniteError: NaN or infinity; the message names replica and tensor
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> w0 = {"kernel": jnp.zeros(2)}
-      >>> w = {"kernel": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}  # 60 degrees apart
-      >>> merged, stats = model_stock(w0, w)
-      >>> round(float(stats.ratio["kernel"]), 3), [round(float(x), 3) for x in merged["kernel"]]
-      (0.667, [0.5, 0.289])
+        Example:
+          >>> import jax.numpy as jnp
+    import numpy as np
+          >>> w0 = {"kernel": jnp.zeros(2)}
+          >>> w = {"kernel": jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])}  # 60 degrees apart
+          >>> merged, stats = model_stock(w0, w)
+          >>> round(float(stats.ratio["kernel"]), 3), [round(float(x), 3) for x in merged["kernel"]]
+          (0.667, [0.5, 0.289])
     """
     merged, stats, _ = merge(
         equation_3,
@@ -117,39 +121,40 @@ def weighted_model_stock(
 ) -> tuple[PyTree, Stats]:
     """Merge replicas of unequal noise: an extension of this project, not part of the paper.
 
-    With |mu|^2 = mean_{i<j} d_i . d_j and the noise energy s_i^2 = |d_i|^2 - |mu|^2 of replica i:
+        With |mu|^2 = mean_{i<j} d_i . d_j and the noise energy s_i^2 = |d_i|^2 - |mu|^2 of replica i:
 
-        w = w0 + sum_i a_i d_i,    a_i = (1 / s_i^2) / (1 / |mu|^2 + sum_j 1 / s_j^2)
+            w = w0 + sum_i a_i d_i,    a_i = (1 / s_i^2) / (1 / |mu|^2 + sum_j 1 / s_j^2)
 
-    Replicas of equal noise give equation 3. The formula assumes that all replicas have the same
-    signal. If their updates differ in length, for example because of their learning rates, s_i^2
-    of the shorter update is usually negative. Where some s_i^2 is not above rounding, equation 3
-    is used; `outcome_counts(stats)` counts these units as "fallback_to_eq3". Where |mu|^2 <= 0,
-    the result is the anchor. All other cases are as in `model_stock`. `stats.ratio` is the sum of
-    the a_i.
+        Replicas of equal noise give equation 3. The formula assumes that all replicas have the same
+        signal. If their updates differ in length, for example because of their learning rates, s_i^2
+        of the shorter update is usually negative. Where some s_i^2 is not above rounding, equation 3
+        is used; `outcome_counts(stats)` counts these units as "fallback_to_eq3". Where |mu|^2 <= 0,
+        the result is the anchor. All other cases are as in `model_stock`. `stats.ratio` is the sum of
+        the a_i.
 
-    Args:
-      pretrained: as in `model_stock`
-      finetuned: as in `model_stock`
-      unit: as in `model_stock`
-      num_heads: as in `model_stock`
-      filter_axis: as in `model_stock`
-      dtype: as in `model_stock`
-      anchor_rounding: as in `model_stock`. It changes |mu|^2; the noise energies s_i^2 do not
-        change.
+        Args:
+          pretrained: as in `model_stock`
+          finetuned: as in `model_stock`
+          unit: as in `model_stock`
+          num_heads: as in `model_stock`
+          filter_axis: as in `model_stock`
+          dtype: as in `model_stock`
+          anchor_rounding: as in `model_stock`. It changes |mu|^2; the noise energies s_i^2 do not
+            change.
 
-    Returns:
-      the merged tree, and `Stats`
+        Returns:
+          the merged tree, and `Stats`
 
-    Raises:
-      UserError: as in `model_stock`
+        Raises:
+          UserError: as in `model_stock`
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> w0 = {"w": jnp.zeros(3)}
-      >>> w = {"w": jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 3.0]])}  # the second is noisier
-      >>> [round(float(x), 3) for x in weighted_model_stock(w0, w)[0]["w"]]
-      [0.526, 0.474, 0.158]
+        Example:
+          >>> import jax.numpy as jnp
+    import numpy as np
+          >>> w0 = {"w": jnp.zeros(3)}
+          >>> w = {"w": jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 3.0]])}  # the second is noisier
+          >>> [round(float(x), 3) for x in weighted_model_stock(w0, w)[0]["w"]]
+          [0.526, 0.474, 0.158]
     """
     merged, stats, _ = merge(
         noise_weights,
@@ -272,19 +277,20 @@ def shrink_by_carried_noise(gram, is_scalar, noise, shrink) -> UnitSolution:
     Returns:
       a `UnitSolution` whose `carry` is the new S, [...]
     """
+    xp = geometry.namespace(gram)
     stats = measure(gram)
     noise = noise.astype(gram.dtype)
-    num_active = jnp.maximum(stats.num_active, 1.0)
-    added = jnp.maximum(stats.mean_squared_norm - stats.mean_product, 0.0) / num_active
+    num_active = xp.maximum(stats.num_active, 1.0)
+    added = xp.maximum(stats.mean_squared_norm - stats.mean_product, 0.0) / num_active
     # |mean_i d_i|^2
     squared_mean = (stats.mean_squared_norm + (num_active - 1.0) * stats.mean_product) / num_active
     has_signal = squared_mean > noise + added
-    ratio = 1.0 - (noise + added) / jnp.where(has_signal, squared_mean, 1.0)
-    ratio = jnp.where(has_signal, ratio, 0.0)
-    ratio = jnp.where(shrink, ratio, jnp.ones_like(ratio))
-    coefficient = jnp.where(stats.active, (ratio / num_active)[None], 0.0)
-    outcome = jnp.where(ratio > 0, stats.outcome, jnp.int8(UnitOutcome.CLAMPED))
+    ratio = 1.0 - (noise + added) / xp.where(has_signal, squared_mean, 1.0)
+    ratio = xp.where(has_signal, ratio, 0.0)
+    ratio = xp.where(shrink, ratio, xp.ones_like(ratio))
+    coefficient = xp.where(stats.active, (ratio / num_active)[None], 0.0)
+    outcome = xp.where(ratio > 0, stats.outcome, np.int8(UnitOutcome.CLAMPED))
     solution = solve_with_fallbacks(gram, stats, is_scalar, coefficient, outcome)
     # Noise cannot be estimated from a single replica.
-    added = jnp.where(stats.num_active > 1, added, 0.0)
+    added = xp.where(stats.num_active > 1, added, 0.0)
     return solution._replace(carry=solution.ratio**2 * (noise + added))
