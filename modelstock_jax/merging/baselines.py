@@ -31,16 +31,19 @@ from modelstock_jax.merging.gram import (
     pair_leaves,
     to_unit_shape,
 )
-from modelstock_jax.merging.stock import model_stock
+from modelstock_jax.merging.stock import check_coefficient, model_stock, no_third_position
+from modelstock_jax.merging.units import UnitFunction
 
 
+@no_third_position
 def uniform_mean(
     pretrained: PyTree,
     finetuned: PyTree,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by the mean of the replicas, w = mean_i(w_i): the uniform soup (Tables 1 and 7: w_avr).
@@ -54,6 +57,7 @@ def uniform_mean(
       unit: merge unit of the statistics; the mean does not depend on it
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -64,17 +68,23 @@ def uniform_mean(
       >>> merged["w"].tolist()
       [2.0, 2.0]
     """
-    return _merge_at_ratio(pretrained, finetuned, 1.0, unit, num_heads, filter_axis, dtype)
+    options = {"num_heads": num_heads, "filter_axis": filter_axis, "scan_axes": scan_axes}
+    return _merge_at_ratio(pretrained, finetuned, 1.0, unit=unit, dtype=dtype, **options)
+
+
+# doctest ignores functions whose decorator is defined in another module.
+__test__ = {"uniform_mean": uniform_mean}
 
 
 def wise_ft(
     pretrained: PyTree,
     finetuned: PyTree,
     alpha: Any,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by WiSE-FT: w = (1 - alpha) w0 + alpha mean_i(w_i), one alpha for all units (Figure 1).
@@ -90,6 +100,7 @@ def wise_ft(
       unit: merge unit of the statistics; the merge does not depend on it
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -103,17 +114,20 @@ def wise_ft(
       >>> merged["w"].tolist()
       [1.0, 2.0]
     """
-    return _merge_at_ratio(pretrained, finetuned, alpha, unit, num_heads, filter_axis, dtype)
+    check_coefficient("alpha", alpha)
+    options = {"num_heads": num_heads, "filter_axis": filter_axis, "scan_axes": scan_axes}
+    return _merge_at_ratio(pretrained, finetuned, alpha, unit=unit, dtype=dtype, **options)
 
 
 def constant_ratio(
     pretrained: PyTree,
     finetuned: PyTree,
     ratio: Any = None,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by the mean with one global ratio: w = w0 + t mean_i(d_i).
@@ -130,6 +144,7 @@ def constant_ratio(
       unit: merge unit of Model Stock, and of the statistics
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -143,20 +158,22 @@ def constant_ratio(
       >>> round(float(constant_ratio(w0, w)[1].ratio["w"]), 3)  # one unit: Model Stock itself
       0.667
     """
-    how: dict[str, Any] = {"num_heads": num_heads, "filter_axis": filter_axis}
+    check_coefficient("ratio", ratio)
+    options: dict[str, Any] = {"unit": unit, "num_heads": num_heads}
+    options |= {"filter_axis": filter_axis, "scan_axes": scan_axes}
     if ratio is None:
         # Measure both distances before the results are rounded to a narrower dtype.
-        how["dtype"] = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))
-        stock, _ = model_stock(pretrained, finetuned, unit, **how)
-        mean, _ = uniform_mean(pretrained, finetuned, unit, **how)
+        wide = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))
+        stock, _ = model_stock(pretrained, finetuned, dtype=wide, **options)
+        mean, _ = uniform_mean(pretrained, finetuned, dtype=wide, **options)
         length = distance(pretrained, mean)
         safe_length = jnp.where(length > 0, length, 1.0)
         ratio = jnp.where(length > 0, distance(pretrained, stock) / safe_length, 0.0)
         ratio = jnp.clip(ratio, 0.0, 1.0)
-    return _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype)
+    return _merge_at_ratio(pretrained, finetuned, ratio, dtype=dtype, **options)
 
 
-def _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
+def _merge_at_ratio(pretrained, finetuned, ratio, **options):
     ratio = jnp.asarray(ratio, jnp.result_type(float))
     if not isinstance(ratio, jax.core.Tracer) and not 0.0 <= float(ratio) <= 1.0:
         raise UserError(f"the ratio (alpha) must be in [0, 1], not {float(ratio):g}")
@@ -165,11 +182,8 @@ def _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, 
         pretrained,
         finetuned,
         shared=(ratio,),
-        unit=unit,
-        num_heads=num_heads,
-        filter_axis=filter_axis,
-        dtype=dtype,
         min_replicas=1,
+        **options,
     )
     return merged, stats
 
@@ -178,10 +192,11 @@ def task_arithmetic(
     pretrained: PyTree,
     finetuned: PyTree,
     scale: Any,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Add scaled task vectors to the anchor (Ilharco et al. 2023, arXiv 2212.04089, section 2).
@@ -198,6 +213,7 @@ def task_arithmetic(
       unit: merge unit of the statistics; the merge does not depend on it
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -215,6 +231,7 @@ def task_arithmetic(
       >>> task_arithmetic(w0, w, (1.0, -1.0))[0]["w"].tolist()
       [-2.0, -4.0]
     """
+    check_coefficient("scale", scale, max_ndim=1)
     num_replicas = _num_replicas(finetuned)
     scale = _finite_scale(scale)
     if scale.shape not in ((), (num_replicas,)):
@@ -230,6 +247,7 @@ def task_arithmetic(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         min_replicas=1,
     )
@@ -240,11 +258,12 @@ def ties(
     pretrained: PyTree,
     finetuned: PyTree,
     density: float | Sequence[float] = 0.2,
-    scale: Any = 1.0,
-    unit: str = "global",
     *,
+    scale: Any = 1.0,
+    unit: str | UnitFunction = "global",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): trim, elect, disjoint mean.
@@ -268,6 +287,7 @@ def ties(
         as in `modelstock merge` and mergekit.
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -283,6 +303,8 @@ def ties(
       >>> ties(w0, w, density=0.5)[0]["w"].tolist()  # 1s are trimmed; -3 loses against 5
       [3.0, 5.0, 0.0, 0.0]
     """
+    check_coefficient("density", density, max_ndim=1)
+    check_coefficient("scale", scale, max_ndim=1)
     num_replicas, scale = _num_replicas(finetuned), _finite_scale(scale)
     if scale.shape:
         raise UserError(f"TIES accepts one scale, not an array of shape {scale.shape}")
@@ -301,6 +323,7 @@ def ties(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         min_replicas=1,
         combine=partial(_trim, densities, scale),
@@ -337,10 +360,11 @@ def slerp(
     pretrained: PyTree,
     finetuned: PyTree,
     t: Any = None,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by spherical interpolation of task vectors: stage 2 of WARP (Rame et al. 2024).
@@ -362,6 +386,7 @@ def slerp(
       unit: which elements share one angle; a layer in that paper
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -376,6 +401,7 @@ def slerp(
       >>> [round(float(x), 4) for x in slerp(w0, w)[0]["w"]]
       [0.7071, 0.7071]
     """
+    check_coefficient("t", t)
     num_replicas = pair_leaves(pretrained, finetuned, 1).num_replicas
     if t is None:
         ratios = [1.0 / m for m in range(2, num_replicas + 1)]
@@ -395,6 +421,7 @@ def slerp(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         min_replicas=1,
     )
@@ -455,10 +482,12 @@ def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tup
     def set_bit(step, threshold):
         trial = threshold | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
         count = sum(
-            jnp.sum(
-                magnitude(*to_unit_shape(w0, w, view)) >= _expand_to_unit(trial, view),
-                axis=tuple(1 + axis for axis in view.axes),
-                dtype=jnp.float64,
+            view.swap(
+                jnp.sum(
+                    magnitude(*to_unit_shape(w0, w, view)) >= _expand_to_unit(trial, view),
+                    axis=tuple(1 + axis for axis in view.axes),
+                    dtype=jnp.float64,
+                )
             )
             for w0, w, view in zip(pretrained, finetuned, views, strict=True)
         )
@@ -493,7 +522,7 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
 
     merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
     anchor = cast(pretrained, dtype).reshape(unit_view.view)
-    keep_anchor = jnp.expand_dims(keep_anchor, unit_view.axes)
+    keep_anchor = jnp.expand_dims(unit_view.swap(keep_anchor), unit_view.axes)
     return jnp.where(keep_anchor, anchor, merged).reshape(pretrained.shape)
 
 
@@ -504,4 +533,4 @@ def magnitude(anchor, tuned):
 
 
 def _expand_to_unit(values, unit_view):
-    return jnp.expand_dims(values, tuple(1 + axis for axis in unit_view.axes))
+    return jnp.expand_dims(unit_view.swap(values), tuple(1 + axis for axis in unit_view.axes))

@@ -55,13 +55,12 @@ def merge(
     finetuned: PyTree,
     *extras: Any,
     shared: tuple = (),
-    unit: str = "tensor",
-    num_heads: int | Mapping[str, int] | None = None,
-    filter_axis: int = -1,
+    unit: str | units.UnitFunction = "tensor",
     dtype: Any = None,
     min_replicas: int = 2,
     combine: Combine | None = None,
     anchor_rounding: str = "keep",
+    **unit_options: Any,
 ) -> tuple[PyTree, Stats, PyTree]:
     """Merge replicas with the anchor by `method(gram, is_scalar, *extras of the unit, *shared)`.
 
@@ -72,14 +71,13 @@ def merge(
       *extras: trees with the structure of `pretrained` and the shapes of its units
       shared: arrays that are the same for all units
       unit: merge unit, see `units.assign`
-      num_heads: see `units.assign`
-      filter_axis: see `units.assign`
       dtype: dtype of the merged floating tensors (default: the anchor's)
       min_replicas: minimum number of replicas
       combine: computes the merged tensors of a unit from its tensors and its solution (default:
         w0 + sum_i a_i d_i for each tensor).
       anchor_rounding: "correct" subtracts the rounding error of a coarser anchor from the Gram
         matrices; `method` must have no extras then.
+      **unit_options: further arguments of `units.assign`
 
     Returns:
       The merged tree, `Stats`, and the tree of states that the method carries to the next merge
@@ -87,7 +85,7 @@ def merge(
     """
     leaves = pair_leaves(pretrained, finetuned, min_replicas)
     dtype = _check_options(dtype, anchor_rounding)
-    views = _unit_views(leaves, unit, num_heads, filter_axis)
+    views = _unit_views(leaves, unit, **unit_options)
     changing, groups = _group_by_unit(views)
     extra_leaves = [leaves.treedef.flatten_up_to(extra) for extra in extras]
     per_unit = [[extra[group[0]] for extra in extra_leaves] for group in groups]
@@ -200,16 +198,15 @@ def unit_grams(
     pretrained: PyTree,
     models: PyTree,
     *,
-    unit: str = "tensor",
-    num_heads: int | Mapping[str, int] | None = None,
-    filter_axis: int = -1,
+    unit: str | units.UnitFunction = "tensor",
+    **unit_options: Any,
 ) -> PyTree:
     """Return the Gram matrices of M >= 1 models, a tree of [M, M, *unit shape].
 
     Tensors that a merge copies (integers, booleans, empty tensors) get zeros, [M, M].
     """
     leaves = pair_leaves(pretrained, models, 1)
-    views = _unit_views(leaves, unit, num_heads, filter_axis)
+    views = _unit_views(leaves, unit, **unit_options)
     grams: dict[str, Any] = {}
     for view, w0, w in zip(views, leaves.pretrained, leaves.finetuned, strict=True):
         if view is not None:
@@ -220,18 +217,14 @@ def unit_grams(
 
 
 def unit_zeros(
-    pretrained: PyTree,
-    unit: str = "tensor",
-    *,
-    num_heads: int | Mapping[str, int] | None = None,
-    filter_axis: int = -1,
+    pretrained: PyTree, unit: str | units.UnitFunction = "tensor", **unit_options: Any
 ) -> PyTree:
     """Return a tree of zeros with the shapes of the units, for state between merges."""
 
     def zeros(pretrained):
         models = jax.tree.map(lambda x: jnp.asarray(x)[None], pretrained)
         leaves = pair_leaves(pretrained, models, 1)
-        views = _unit_views(leaves, unit, num_heads, filter_axis)
+        views = _unit_views(leaves, unit, **unit_options)
         shapes = [() if view is None else view.unit_shape for view in views]
         return leaves.treedef.unflatten([jnp.zeros(shape) for shape in shapes])
 
@@ -239,7 +232,7 @@ def unit_zeros(
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def _unit_views(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.UnitView | None]:
+def _unit_views(leaves: Leaves, unit, **unit_options: Any) -> list[units.UnitView | None]:
     """Return the unit view of each tensor; None for tensors that a merge copies."""
     changes = [is_float(w) and w.size > 0 for w in leaves.pretrained]
     shapes = [
@@ -249,7 +242,7 @@ def _unit_views(leaves: Leaves, unit, num_heads, filter_axis) -> list[units.Unit
     ]
     if not shapes:
         return [None] * len(changes)
-    views = iter(units.assign(shapes, unit, num_heads=num_heads, filter_axis=filter_axis))
+    views = iter(units.assign(shapes, unit, **unit_options))
     return [next(views) if change else None for change in changes]
 
 

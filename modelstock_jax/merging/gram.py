@@ -101,9 +101,8 @@ def gram_matrix(pretrained, finetuned, unit_view):
 
     def products(anchor, tuned):
         deltas = tuned - anchor[None]
-        return jnp.sum(
-            deltas[:, None] * deltas[None], axis=tuple(2 + axis for axis in unit_view.axes)
-        )
+        axes = tuple(2 + axis for axis in unit_view.axes)
+        return unit_view.swap(jnp.sum(deltas[:, None] * deltas[None], axis=axes))
 
     def in_one_pass(anchor, tuned):
         deltas = [replica - anchor for replica in tuned]
@@ -114,7 +113,7 @@ def gram_matrix(pretrained, finetuned, unit_view):
             terms = [deltas[i] * deltas[j] for i, j in pairs[first : first + _SUMS_PER_PASS]]
             zeros = [np.zeros((), anchor.dtype)] * len(terms)
             sums += jax.lax.reduce(terms, zeros, _add_pairwise, unit_view.axes)
-        product = dict(zip(pairs, sums, strict=True))
+        product = dict(zip(pairs, map(unit_view.swap, sums), strict=True))
         return jnp.stack([jnp.stack([product[min(i, j), max(i, j)] for j in rows]) for i in rows])
 
     def by_platform(anchor, tuned):
@@ -144,7 +143,8 @@ def rounding_energy(pretrained, unit_view):
       True
     """
     halves = half_ulp(jax.lax.stop_gradient(pretrained)).reshape(unit_view.view)
-    return in_float64(lambda half: jnp.sum(half * half, axis=unit_view.axes) / 3.0)(halves)
+    energy = in_float64(lambda half: jnp.sum(half * half, axis=unit_view.axes) / 3.0)(halves)
+    return unit_view.swap(energy)
 
 
 def add_task_vectors(
@@ -172,7 +172,7 @@ def add_task_vectors(
     finetuned = jax.lax.optimization_barrier(finetuned)
 
     def expand(values):
-        return jnp.expand_dims(values, unit_view.axes)
+        return jnp.expand_dims(unit_view.swap(values), unit_view.axes)
 
     def combine(anchor, tuned, coefficient):
         deltas = [replica - anchor for replica in tuned]

@@ -6,11 +6,15 @@ estimate from one periodic merge to the next. docs/method.md derives the equatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
+from modelstock_jax.errors import UserError
 from modelstock_jax.merging.engine import Stats, merge, unit_zeros
 from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.rules import (
@@ -21,15 +25,78 @@ from modelstock_jax.merging.rules import (
     noise_weights,
     solve_with_fallbacks,
 )
+from modelstock_jax.merging.units import UnitFunction
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
+def no_third_position(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorate a merge method without a coefficient: explain a third positional argument.
+
+    The common mistake is `model_stock(base, model_a, model_b)`.
+    """
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if len(args) > 2:
+            name = getattr(method, "__name__", "method")
+            if isinstance(args[2], str):
+                raise UserError(f"{name}: pass the unit by keyword, unit={args[2]!r}")
+            raise UserError(
+                f"{name} accepts two positional arguments; pass all fine-tuned models as one tree: "
+                f"{name}(base, stack_replicas([a, b]))"
+            )
+        return method(*args, **kwargs)
+
+    return call
+
+
+def check_coefficient(name: str, value: Any, max_ndim: int = 0) -> None:
+    """Raise a UserError if the coefficient of a method is a model or another tree, not a number.
+
+    Args:
+      name: name of the coefficient
+      value: a number, an array or, for `max_ndim=1`, a sequence of numbers; None is accepted
+      max_ndim: maximum number of axes
+
+    Raises:
+      UserError: the message explains `stack_replicas`
+
+    Example:
+      >>> check_coefficient("alpha", 0.5)
+      >>> check_coefficient("alpha", {"w": jnp.zeros(2)})
+      Traceback (most recent call last):
+      ...
+      modelstock_jax.errors.UserError: alpha must be a number, not a dict; to merge several
+      models, pass stack_replicas([a, b]) as the second argument
+    """
+    if value is None:
+        return
+    what = f"a {type(value).__name__}"
+    if hasattr(value, "dtype"):
+        valid, what = np.ndim(value) <= max_ndim, f"an array of shape {np.shape(value)}"
+    elif isinstance(value, list | tuple) and max_ndim:
+        valid = all(np.ndim(x) == 0 and not isinstance(x, Mapping) for x in value)
+    else:
+        valid = isinstance(value, int | float)
+    if not valid:
+        number = "a number, or one per replica" if max_ndim else "a number"
+        raise UserError(
+            f"{name} must be {number}, not {what}; to merge several models, pass "
+            "stack_replicas([a, b]) as the second argument"
+        )
+
+
+@no_third_position
 def model_stock(
     pretrained: PyTree,
     finetuned: PyTree,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
     anchor_rounding: str = "keep",
 ) -> tuple[PyTree, Stats]:
@@ -62,10 +129,13 @@ def model_stock(
       pretrained: w0, any pytree of arrays
       finetuned: the same tree with a leading replica axis N >= 2 on every array
       unit: which elements share one angle: tensor, layer, filter, head, block or global
-        (see `units.assign`). Static under jit.
+        (see `units.assign`), or a function `(name, shape) -> key`: tensors with equal keys are one
+        unit, a tensor with the key None is one by itself. Static under jit.
       num_heads: number of attention heads, for `unit="head"`: an integer, or a mapping from name
-        prefix to integer.
+        prefix to integer. Not needed if the heads are an axis, as in flax's attention.
       filter_axis: output axis of kernels: -1 (JAX) or 0 (PyTorch)
+      scan_axes: for tensors that stack layers, as `nn.scan` makes them: a mapping from name prefix
+        (`""` for all) to the axis of the layers. Each layer is then merged as if it were separate.
       dtype: dtype of the merged floating tensors (default: the anchor's)
       anchor_rounding: "keep" (default) or "correct". Use "correct" if the anchor was rounded to a
         coarser dtype after the replicas were trained from the original, for example a bfloat16
@@ -99,19 +169,22 @@ def model_stock(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         anchor_rounding=anchor_rounding,
     )
     return merged, stats
 
 
+@no_third_position
 def weighted_model_stock(
     pretrained: PyTree,
     finetuned: PyTree,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
     anchor_rounding: str = "keep",
 ) -> tuple[PyTree, Stats]:
@@ -134,6 +207,7 @@ def weighted_model_stock(
       unit: as in `model_stock`
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
       anchor_rounding: as in `model_stock`. It changes |mu|^2; the noise energies s_i^2 do not
         change.
@@ -158,6 +232,7 @@ def weighted_model_stock(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         anchor_rounding=anchor_rounding,
     )
@@ -166,10 +241,11 @@ def weighted_model_stock(
 
 def init_noise(
     pretrained: PyTree,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
 ) -> PyTree:
     """Return the noise energy before the first of a series of merges: S = 0 in every unit.
 
@@ -178,6 +254,7 @@ def init_noise(
       unit: as in `model_stock`
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
 
     Returns:
       a tree of zeros with the shapes of the units: the input of the first `model_stock_carried`
@@ -186,21 +263,24 @@ def init_noise(
       UserError: a `unit` that `model_stock` does not accept
 
     Example:
-      >>> {name: s.shape for name, s in init_noise({"w": jnp.ones((3, 2))}, "filter").items()}
+      >>> {name: s.shape for name, s in init_noise({"w": jnp.ones((3, 2))}, unit="filter").items()}
       {'w': (2,)}
     """
-    return unit_zeros(pretrained, unit, num_heads=num_heads, filter_axis=filter_axis)
+    return unit_zeros(
+        pretrained, unit, num_heads=num_heads, filter_axis=filter_axis, scan_axes=scan_axes
+    )
 
 
 def model_stock_carried(
     pretrained: PyTree,
     finetuned: PyTree,
     noise: PyTree = None,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     shrink: Any = True,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats, PyTree]:
     """Merge in a series of periodic merges, and account for the noise of the earlier merges.
@@ -224,12 +304,14 @@ def model_stock_carried(
     Args:
       pretrained: w0, the same for all merges of the series; as in `model_stock`
       finetuned: as in `model_stock`
-      noise: S that the last merge returned, or None (`init_noise(pretrained, unit)`) at the first
+      noise: S that the last merge returned, or None (`init_noise(pretrained, unit=unit)`) at the
+        first
       unit: as in `model_stock`
       shrink: whether to shrink at this merge. False returns the mean (t = 1) and accumulates the
         noise, for series that shrink only at the last merge. A bool, which may be traced.
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -245,8 +327,18 @@ def model_stock_carried(
       >>> round(float(stats.ratio["w"]), 3), round(float(noise["w"]), 3)
       (0.667, 0.111)
     """
-    if noise is None:
-        noise = init_noise(pretrained, unit, num_heads=num_heads, filter_axis=filter_axis)
+    zeros = functools.partial(
+        init_noise, unit=unit, num_heads=num_heads, filter_axis=filter_axis, scan_axes=scan_axes
+    )
+    noise = zeros(pretrained) if noise is None else noise
+    shapes, expected = (
+        jax.tree.map(jnp.shape, x) for x in (noise, jax.eval_shape(zeros, pretrained))
+    )
+    if shapes != expected:
+        raise UserError(
+            "noise must be the third result of the last model_stock_carried with the same unit, or "
+            "None; to merge several models, pass stack_replicas([a, b]) as the second argument"
+        )
     return merge(
         shrink_by_carried_noise,
         pretrained,
@@ -256,6 +348,7 @@ def model_stock_carried(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
     )
 
