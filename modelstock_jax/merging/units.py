@@ -206,7 +206,7 @@ def assign(
             "scan_axes, or use another unit"
         )
     shaped = [(name, tuple(shape)) for name, shape in tensors]
-    stacks = _layer_axes(shaped, scan_axes or {})
+    stacks = _layer_axes(shaped, {} if scan_axes is None else scan_axes)
     layers = [
         (name, shape[:axis] + shape[axis + 1 :]) if axis is not None else (name, shape)
         for (name, shape), (_, axis) in zip(shaped, stacks, strict=True)

@@ -389,7 +389,9 @@ def test_units(unit):
         name: value.astype(np.float32) if name.endswith("norm1.scale") else value
         for name, value in stored.items()
     }
-    _, stats = correct(nested(stored), nested(tuned), unit=unit, num_heads=2 if unit == "head" else None)
+    _, stats = correct(
+        nested(stored), nested(tuned), unit=unit, num_heads=2 if unit == "head" else None
+    )
     cosines = flat(stats.cosine)
     for group in pieces(unit, shapes):
         gram, energy = np.zeros((2, 2)), 0.0

@@ -205,7 +205,7 @@ def test_warp_is_slerp_then_interpolation_to_the_anchor():
         (lambda w0, w: ties(w0, w, scale=[1.0, 1.0]), "one scale"),
         (lambda w0, w: slerp(w0, w, 1.5), r"t .*\[0, 1\]"),
         (lambda w0, w: uniform_mean(w0, w, unit=0.5), r"merge unit 0\.5; choose .*tensor"),
-        (lambda w0, w: uniform_mean(w0, w, unit="tensors"), "merge unit 'tensors'; choose .*tensor"),
+        (lambda w0, w: uniform_mean(w0, w, unit="tensors"), "unit 'tensors'; choose .*tensor"),
         (lambda w0, w: model_stock(w0, w, dtype="bf8"), "unknown dtype 'bf8'.*bfloat16"),
         (lambda w0, w: slerp(w0, jax.tree.map(lambda x: x[:1], w), 0.5), "replicas.* 1"),
     ],
