@@ -72,10 +72,6 @@ def uniform_mean(
     return _merge_at_ratio(pretrained, finetuned, 1.0, unit=unit, dtype=dtype, **options)
 
 
-# doctest ignores functions whose decorator is defined in another module.
-__test__ = {"uniform_mean": uniform_mean}
-
-
 def wise_ft(
     pretrained: PyTree,
     finetuned: PyTree,
