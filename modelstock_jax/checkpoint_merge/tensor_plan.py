@@ -178,7 +178,13 @@ def plan_tensors(
             issues.problems.append("no tensor is left to merge; check --include and --exclude")
         return tensors
     try:
-        views = units.assign(shapes, options.unit, num_heads=options.num_heads, filter_axis=0)
+        views = units.assign(
+            shapes,
+            options.unit,
+            num_heads=options.num_heads,
+            filter_axis=0,
+            on_note=issues.notes.append,
+        )
     except UserError as error:
         issues.problems.append(str(error).rstrip("."))
         return tensors

@@ -5,6 +5,7 @@
 | `geometry` | cosine, ratio (equations 2 and 3), predicted distances, shells, from a Gram matrix |
 | `rules` | merge rules: from a Gram matrix to coefficients |
 | `units` | merge units: which elements share an angle |
+| `attention_names` | names of attentions and transformer blocks |
 | `gram` | operations on single tensors; checks of the trees |
 | `engine` | the engine of every merge |
 | `stats` | measures of a merge, reports, check for NaN and infinity |
@@ -71,7 +72,7 @@ _EXPORTS = {
     "stats": ("Stats", "check_finite", "outcome_counts", "report", "total_distance"),
     # The module is not named model_stock.py: it would hide the function of this name.
     "stock": ("init_noise",),
-    "units": ("UNITS", "assign", "output_axis"),
+    "units": ("UNITS", "assign", "joined", "output_axis"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 _MODULE_OF |= {name: method.module for name, method in FUNCTIONS.items()}

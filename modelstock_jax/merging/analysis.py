@@ -17,6 +17,7 @@ from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, total, unit_grams
 from modelstock_jax.merging.gram import PyTree, in_float64, is_float, pair_leaves, stack_replicas
 from modelstock_jax.merging.placement import gather_replicas, on_this_host, replicate
+from modelstock_jax.merging.units import UnitFunction
 
 
 def distance(a: PyTree, b: PyTree):
@@ -87,14 +88,16 @@ def mean_model(models: PyTree):
     return jax.tree.map(mean, models)
 
 
-def norms(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_options: Any):
+def norms(
+    pretrained: PyTree, models: PyTree, *, unit: str | UnitFunction = "tensor", **unit_options: Any
+):
     """Return the norms |d_i| of the task vectors of M models (Figure 2).
 
     Args:
       pretrained: w0, a tree of arrays
       models: the same tree with a leading axis M
       unit: merge unit
-      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
+      **unit_options: `num_heads`, `filter_axis` and `scan_axes`, as in `model_stock`
 
     Returns:
       a tree of [M, *unit shape]
@@ -107,14 +110,16 @@ def norms(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_optio
     return jax.tree.map(lambda g: geometry.positive_sqrt(geometry.squared_norms(g)), grams)
 
 
-def cosines(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_options: Any):
+def cosines(
+    pretrained: PyTree, models: PyTree, *, unit: str | UnitFunction = "tensor", **unit_options: Any
+):
     """Return the cosines between the task vectors of all pairs of M models (Figure 2).
 
     Args:
       pretrained: w0, a tree of arrays
       models: the same tree with a leading axis M
       unit: merge unit
-      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
+      **unit_options: `num_heads`, `filter_axis` and `scan_axes`, as in `model_stock`
 
     Returns:
       A tree of [M, M, *unit shape]; `COSINE_UNDEFINED` for a model that did not change.
@@ -135,7 +140,13 @@ def cosines(pretrained: PyTree, models: PyTree, unit: str = "tensor", **unit_opt
     return jax.tree.map(cosine, unit_grams(pretrained, models, unit=unit, **unit_options))
 
 
-def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **unit_options: Any):
+def thin_shell(
+    pretrained: PyTree,
+    models: PyTree,
+    *,
+    unit: str | UnitFunction | None = None,
+    **unit_options: Any,
+):
     """Return radii and angles of M >= 4 models about their center (section 2.1).
 
     See `geometry.shell` for the estimates.
@@ -144,7 +155,7 @@ def thin_shell(pretrained: PyTree, models: PyTree, unit: str | None = None, **un
       pretrained: w0, a tree of arrays
       models: the same tree with a leading axis M
       unit: merge unit; None for the complete model
-      **unit_options: `num_heads` and `filter_axis`, as in `model_stock`
+      **unit_options: `num_heads`, `filter_axis` and `scan_axes`, as in `model_stock`
 
     Returns:
       a `Shell` of the complete model, or a tree with one `Shell` per tensor
@@ -223,17 +234,18 @@ def random_point(
     key: jax.Array,
     center: PyTree,
     distances: Any,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
 ) -> PyTree:
     """Return a random model at given distances from a center (Observation 4, Figure 4).
 
     The model is the center plus Gaussian noise, scaled in every merge unit to the given distance.
     The paper's noise has the standard deviation of fine-tuned weights about the center. This
     corresponds to their mean distance,
-    `jax.tree.map(lambda d: d.mean(0), norms(center, models, unit))`.
+    `jax.tree.map(lambda d: d.mean(0), norms(center, models, unit=unit))`.
 
     Args:
       key: a `jax.random` key
@@ -242,6 +254,7 @@ def random_point(
       unit: as in `model_stock`
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
 
     Returns:
       A tree in the dtypes of the center. Arrays that are not floating are copied from the center.
@@ -265,6 +278,7 @@ def random_point(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         min_replicas=1,
     )[0]
 

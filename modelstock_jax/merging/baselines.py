@@ -33,16 +33,19 @@ from modelstock_jax.merging.gram import (
 )
 from modelstock_jax.merging.placement import on_this_host
 from modelstock_jax.merging.stats import Stats
-from modelstock_jax.merging.stock import model_stock
+from modelstock_jax.merging.stock import check_coefficient, model_stock, no_third_position
+from modelstock_jax.merging.units import UnitFunction
 
 
+@no_third_position
 def uniform_mean(
     pretrained: PyTree,
     finetuned: PyTree,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by the mean of the replicas, w = mean_i(w_i): the uniform soup (Tables 1 and 7: w_avr).
@@ -56,6 +59,7 @@ def uniform_mean(
       unit: merge unit of the statistics; the mean does not depend on it
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -66,17 +70,19 @@ def uniform_mean(
       >>> merged["w"].tolist()
       [2.0, 2.0]
     """
-    return _merge_at_ratio(pretrained, finetuned, 1.0, unit, num_heads, filter_axis, dtype)
+    options = {"num_heads": num_heads, "filter_axis": filter_axis, "scan_axes": scan_axes}
+    return _merge_at_ratio(pretrained, finetuned, 1.0, unit=unit, dtype=dtype, **options)
 
 
 def wise_ft(
     pretrained: PyTree,
     finetuned: PyTree,
     alpha: Any,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by WiSE-FT: w = (1 - alpha) w0 + alpha mean_i(w_i), one alpha for all units (Figure 1).
@@ -92,6 +98,7 @@ def wise_ft(
       unit: merge unit of the statistics; the merge does not depend on it
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -105,17 +112,20 @@ def wise_ft(
       >>> merged["w"].tolist()
       [1.0, 2.0]
     """
-    return _merge_at_ratio(pretrained, finetuned, alpha, unit, num_heads, filter_axis, dtype)
+    check_coefficient("alpha", alpha)
+    options = {"num_heads": num_heads, "filter_axis": filter_axis, "scan_axes": scan_axes}
+    return _merge_at_ratio(pretrained, finetuned, alpha, unit=unit, dtype=dtype, **options)
 
 
 def constant_ratio(
     pretrained: PyTree,
     finetuned: PyTree,
     ratio: Any = None,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by the mean with one global ratio: w = w0 + t mean_i(d_i).
@@ -132,6 +142,7 @@ def constant_ratio(
       unit: merge unit of Model Stock, and of the statistics
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -145,20 +156,22 @@ def constant_ratio(
       >>> round(float(constant_ratio(w0, w)[1].ratio["w"]), 3)  # one unit: Model Stock itself
       0.667
     """
-    how: dict[str, Any] = {"num_heads": num_heads, "filter_axis": filter_axis}
+    check_coefficient("ratio", ratio)
+    options: dict[str, Any] = {"unit": unit, "num_heads": num_heads}
+    options |= {"filter_axis": filter_axis, "scan_axes": scan_axes}
     if ratio is None:
         # Measure both distances before the results are rounded to a narrower dtype.
-        how["dtype"] = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))
-        stock, _ = model_stock(pretrained, finetuned, unit, **how)
-        mean, _ = uniform_mean(pretrained, finetuned, unit, **how)
+        wide = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))
+        stock, _ = model_stock(pretrained, finetuned, dtype=wide, **options)
+        mean, _ = uniform_mean(pretrained, finetuned, dtype=wide, **options)
         length = distance(pretrained, mean)
         safe_length = jnp.where(length > 0, length, 1.0)
         ratio = jnp.where(length > 0, distance(pretrained, stock) / safe_length, 0.0)
         ratio = jnp.clip(ratio, 0.0, 1.0)
-    return _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype)
+    return _merge_at_ratio(pretrained, finetuned, ratio, dtype=dtype, **options)
 
 
-def _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, dtype):
+def _merge_at_ratio(pretrained, finetuned, ratio, **options):
     ratio = exact(ratio)
     if on_this_host(ratio) and not 0.0 <= float(ratio.value) <= 1.0:
         raise UserError(f"the ratio (alpha) must be in [0, 1], not {float(ratio.value):g}")
@@ -167,11 +180,8 @@ def _merge_at_ratio(pretrained, finetuned, ratio, unit, num_heads, filter_axis, 
         pretrained,
         finetuned,
         shared=(ratio,),
-        unit=unit,
-        num_heads=num_heads,
-        filter_axis=filter_axis,
-        dtype=dtype,
         min_replicas=1,
+        **options,
     )
     return merged, stats
 
@@ -180,10 +190,11 @@ def task_arithmetic(
     pretrained: PyTree,
     finetuned: PyTree,
     scale: Any,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Add scaled task vectors to the anchor (Ilharco et al. 2023, arXiv 2212.04089, section 2).
@@ -200,6 +211,7 @@ def task_arithmetic(
       unit: merge unit of the statistics; the merge does not depend on it
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -217,6 +229,7 @@ def task_arithmetic(
       >>> task_arithmetic(w0, w, (1.0, -1.0))[0]["w"].tolist()
       [-2.0, -4.0]
     """
+    check_coefficient("scale", scale, max_ndim=1)
     num_replicas = _num_replicas(finetuned)
     scale = _finite_scale(scale)
     if scale.value.shape not in ((), (num_replicas,)):
@@ -232,6 +245,7 @@ def task_arithmetic(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         min_replicas=1,
     )
@@ -242,11 +256,12 @@ def ties(
     pretrained: PyTree,
     finetuned: PyTree,
     density: float | Sequence[float] = 0.2,
-    scale: Any = 1.0,
-    unit: str = "global",
     *,
+    scale: Any = 1.0,
+    unit: str | UnitFunction = "global",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1): trim, elect, disjoint mean.
@@ -270,6 +285,7 @@ def ties(
         as in `modelstock merge` and mergekit.
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -285,6 +301,8 @@ def ties(
       >>> ties(w0, w, density=0.5)[0]["w"].tolist()  # 1s are trimmed; -3 loses against 5
       [3.0, 5.0, 0.0, 0.0]
     """
+    check_coefficient("density", density, max_ndim=1)
+    check_coefficient("scale", scale, max_ndim=1)
     num_replicas, scale = _num_replicas(finetuned), _finite_scale(scale)
     if scale.value.shape:
         raise UserError(f"TIES accepts one scale, not an array of shape {scale.value.shape}")
@@ -303,6 +321,7 @@ def ties(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         min_replicas=1,
         combine=partial(_trim, densities, scale),
@@ -339,10 +358,11 @@ def slerp(
     pretrained: PyTree,
     finetuned: PyTree,
     t: Any = None,
-    unit: str = "tensor",
     *,
+    unit: str | UnitFunction = "tensor",
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
     dtype: Any = None,
 ) -> tuple[PyTree, Stats]:
     """Merge by spherical interpolation of task vectors: stage 2 of WARP (Rame et al. 2024).
@@ -364,6 +384,7 @@ def slerp(
       unit: which elements share one angle; a layer in that paper
       num_heads: as in `model_stock`
       filter_axis: as in `model_stock`
+      scan_axes: as in `model_stock`
       dtype: as in `model_stock`
 
     Returns:
@@ -378,6 +399,7 @@ def slerp(
       >>> [round(float(x), 4) for x in slerp(w0, w)[0]["w"]]
       [0.7071, 0.7071]
     """
+    check_coefficient("t", t)
     num_replicas = pair_leaves(pretrained, finetuned, 1).num_replicas
     if t is None:
         ratios = [1.0 / m for m in range(2, num_replicas + 1)]
@@ -397,6 +419,7 @@ def slerp(
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
+        scan_axes=scan_axes,
         dtype=dtype,
         min_replicas=1,
     )
@@ -457,10 +480,12 @@ def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tup
     def set_bit(step, threshold):
         trial = threshold | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
         count = sum(
-            jnp.sum(
-                magnitude(*to_unit_shape(w0, w, view)) >= _expand_to_unit(trial, view),
-                axis=tuple(1 + axis for axis in view.axes),
-                dtype=jnp.float64,
+            view.swap(
+                jnp.sum(
+                    magnitude(*to_unit_shape(w0, w, view)) >= _expand_to_unit(trial, view),
+                    axis=tuple(1 + axis for axis in view.axes),
+                    dtype=jnp.float64,
+                )
             )
             for w0, w, view in zip(pretrained, finetuned, views, strict=True)
         )
@@ -496,7 +521,7 @@ def add_trimmed(pretrained, finetuned, threshold, scale, packed, *, unit_view, d
     merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
     anchor = cast(pretrained, dtype).reshape(unit_view.view)
     keep_anchor = unpack(packed, len(finetuned)).source == len(finetuned)
-    keep_anchor = jnp.expand_dims(keep_anchor, unit_view.axes)
+    keep_anchor = jnp.expand_dims(unit_view.swap(keep_anchor), unit_view.axes)
     return jnp.where(keep_anchor, anchor, merged).reshape(pretrained.shape)
 
 
@@ -507,4 +532,4 @@ def magnitude(anchor, tuned):
 
 
 def _expand_to_unit(values, unit_view):
-    return jnp.expand_dims(values, tuple(1 + axis for axis in unit_view.axes))
+    return jnp.expand_dims(unit_view.swap(values), tuple(1 + axis for axis in unit_view.axes))

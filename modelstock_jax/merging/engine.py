@@ -92,7 +92,7 @@ def merge(
     finetuned: PyTree,
     *extras: Any,
     shared: tuple = (),
-    unit: Any = "tensor",
+    unit: str | units.UnitFunction = "tensor",
     dtype: Any = None,
     min_replicas: int = 2,
     combine: Combine | None = None,
@@ -149,7 +149,7 @@ def merge(
             merged[k] = place_like(tensor, leaves.pretrained[k])
 
     tree = leaves.treedef.unflatten
-    stats = Stats(rows, tree(tensors), _unit_name(unit), leaves.num_replicas)
+    stats = Stats(rows, tree(tensors), units.unit_name(unit), leaves.num_replicas)
     if on_this_host((merged, rows)):
         check_finite(stats, pretrained)
     carry = [
@@ -465,12 +465,12 @@ def _copy_anchor(array, dtype):
     return cast(array, dtype) if is_float(array) and dtype is not None else array
 
 
-def _unit_name(unit: Any) -> str:
-    return unit if isinstance(unit, str) else getattr(unit, "__name__", type(unit).__name__)
-
-
 def unit_grams(
-    pretrained: PyTree, models: PyTree, *, unit: Any = "tensor", **unit_options: Any
+    pretrained: PyTree,
+    models: PyTree,
+    *,
+    unit: str | units.UnitFunction = "tensor",
+    **unit_options: Any,
 ) -> PyTree:
     """Return the Gram matrices of M >= 1 models, a tree of [M, M, *unit shape].
 
@@ -498,7 +498,9 @@ def total(arrays: Sequence[Any]) -> Any:
     return functools.reduce(jnp.add, [replicate(x) for x in arrays])
 
 
-def unit_zeros(pretrained: PyTree, unit: Any = "tensor", **unit_options: Any) -> PyTree:
+def unit_zeros(
+    pretrained: PyTree, unit: str | units.UnitFunction = "tensor", **unit_options: Any
+) -> PyTree:
     """Return a tree of zeros with the shapes of the units, for state between merges."""
 
     def zeros(pretrained):

@@ -130,7 +130,7 @@ def gram_products(pretrained, finetuned, unit_view):
     def sums(anchor, tuned, *, add_up):
         deltas = [jax.lax.sub(replica, anchor) for replica in tuned]
         products = [jax.lax.mul(deltas[i], deltas[j]) for i, j in pairs(len(deltas))]
-        return jax.lax.concatenate([x[None] for x in add_up(*products)], 0)
+        return jax.lax.concatenate([unit_view.swap(x)[None] for x in add_up(*products)], 0)
 
     def by_platform(*products):
         # TPUs emulate float64. Of the reductions, only plain sums are known to be emulated.
@@ -182,7 +182,8 @@ def rounding_energy(pretrained, unit_view):
       True
     """
     halves = half_ulp(jax.lax.stop_gradient(pretrained)).reshape(unit_view.view)
-    return in_float64(lambda half: jnp.sum(half * half, axis=unit_view.axes) / 3.0)(halves)
+    energy = in_float64(lambda half: jnp.sum(half * half, axis=unit_view.axes) / 3.0)(halves)
+    return unit_view.swap(energy)
 
 
 class Update(NamedTuple):
@@ -225,7 +226,7 @@ def add_task_vectors(pretrained, finetuned, update: Update, *, unit_view, dtype)
     unit_axes = [axis for axis in range(len(unit_view.view)) if axis not in unit_view.axes]
 
     def expand(values):
-        return jax.lax.broadcast_in_dim(values, unit_view.view, unit_axes)
+        return jax.lax.broadcast_in_dim(unit_view.swap(values), unit_view.view, unit_axes)
 
     def combine(anchor, tuned, coefficient, residual):
         total = anchor

@@ -7,14 +7,27 @@ training and the command line split a model identically. This module needs neith
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
+from modelstock_jax.merging.attention_names import (
+    QKV_NAMES,
+    Projection,
+    is_fused,
+    projections,
+    transformer_blocks,
+)
+
+# A unit of the user's own: tensors with equal keys are one unit; None is the tensor by itself.
+UnitFunction = Callable[[str, tuple[int, ...]], Hashable]
+Shaped = list[tuple[str, tuple[int, ...]]]
 
 UNITS = ("tensor", "layer", "filter", "head", "block", "global")
 # Roles of tensors, in the order of tables and legends.
@@ -34,13 +47,6 @@ _ROLES = (
 # Takes any number as the block index. This is enough for figures, but too loose for merge units.
 _BLOCK_INDEX = re.compile(r"(?P<tower>.*?)\.(?:block_)?(?P<block>\d+)(?:\.|$)")
 _BEFORE_BLOCKS = re.compile(r"embed|wte|wpe|patch|conv1|conv_in|pre_l|ln_pre|class_token|time_")
-# q, k, v and output projections as named by this project, Hugging Face (CLIP, Llama), OpenAI and
-# OpenCLIP (`attn.in_proj_weight`).
-_ATTENTION = re.compile(
-    r"(?P<module>(?:.*\.)?\w*att(?:n|ention))\."
-    r"(?P<role>q_proj|k_proj|v_proj|in_proj|out_proj|o_proj)[._](?P<kind>kernel|weight|bias)"
-)
-_BLOCK = re.compile(r"(?P<block>(?:.*?\.)?(?:layers|layer|blocks|resblocks|h)\.(?:block_)?\d+)\.")
 # Embedding tables and bare matrices: the output axis is last in PyTorch too.
 _OUTPUT_LAST = re.compile(r"(?:.*\.)?(?:(?:\w*embed\w*|wte|wpe)(?:\.weight)?|text_projection|proj)")
 
@@ -112,29 +118,39 @@ class UnitView:
       key: name of the unit; tensors with the same key share their units
       view: shape to reshape the tensor to
       axes: axes of the view that a unit sums over
+      swapped: whether the two remaining axes of the view are in the opposite order of the unit
+        shape: heads before layers, in a tensor that stacks layers
     """
 
     key: str
     view: tuple[int, ...]
     axes: tuple[int, ...]
+    swapped: bool = False
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
         """Shape of the unit: the lengths of the axes that are not summed over."""
-        return tuple(n for axis, n in enumerate(self.view) if axis not in self.axes)
+        shape = tuple(n for axis, n in enumerate(self.view) if axis not in self.axes)
+        return shape[::-1] if self.swapped else shape
 
     @property
     def count(self) -> int:
         """Number of elements of this tensor in each of its units."""
         return math.prod(self.view[axis] for axis in self.axes)
 
+    def swap(self, values: Any) -> Any:
+        """Convert [..., *unit shape] to the axis order of the view, or back."""
+        return values.swapaxes(-1, -2) if self.swapped else values
+
 
 def assign(
     tensors: Sequence[tuple[str, Sequence[int]]],
-    unit: str = "tensor",
+    unit: str | UnitFunction = "tensor",
     *,
     num_heads: int | Mapping[str, int] | None = None,
     filter_axis: int = -1,
+    scan_axes: Mapping[str, int] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> list[UnitView]:
     """Return the merge unit of each tensor.
 
@@ -142,55 +158,113 @@ def assign(
     |---|---|
     | `tensor` | each tensor |
     | `layer` | each tensor, with q, k and v of one attention joined: the paper's own unit |
-    | `filter` | each output channel; a tensor of one axis is one unit |
+    | `filter` | each output channel, or head of an attention; a tensor of one axis is one unit |
     | `head` | the q, k, v and output kernels of one attention head; its q, k, v biases |
     | `block` | a transformer block; other tensors as in `tensor` |
     | `global` | all elements |
+    | a function | the tensors for which `function(name, shape)` returns the same key |
+
+    Attention kernels of flax have the shape [D, H, head dim] (the output kernel [H, head dim, D]),
+    their biases [H, head dim]. H is the unit axis of query, key and value under `filter` and of all
+    of them under `head`.
 
     Args:
       tensors: names (tree paths joined with dots) and shapes
-      unit: one of `UNITS`
+      unit: one of `UNITS`, or a function of name and shape that returns a hashable key. None as key
+        is the tensor by itself.
       num_heads: number of query heads, for `head`: an integer, or a mapping from name prefix
         (`"image_tower"`) to integer. If there are fewer key-value heads than query heads, a unit is
-        a key-value head with the query heads that use it.
+        a key-value head with the query heads that use it. Not needed if heads are an axis.
       filter_axis: output axis of kernels: -1 in JAX's layout, 0 in PyTorch's. The output axis of
         embedding tables is last in both.
+      scan_axes: for tensors that stack layers (`nn.scan`, MaxText): a mapping from name prefix
+        (`""` for all) to the axis of the layers. Each layer then has its own units, and that axis
+        is part of the unit shape. Names and shapes are otherwise those of one layer.
+      on_note: receives a note if the unit joined nothing; default: `warnings.warn`, once per model
 
     Returns:
       one `UnitView` per tensor, in order
 
     Raises:
       UserError: an unknown unit; a unit that requires names that do not occur; head counts that
-        are missing or do not divide the tensor.
+        are missing or do not divide the tensor; a prefix or an axis of `scan_axes` that does not
+        exist; a function that raises an error or returns a key that is not hashable.
 
     Example:
       >>> names = ["attn.q_proj.kernel", "attn.k_proj.kernel", "mlp.kernel"]
       >>> [view.key for view in assign([(name, (4, 4)) for name in names], "layer")]
       ['attn.in_proj.kernel', 'attn.in_proj.kernel', 'mlp.kernel']
+      >>> assign([("layers.kernel", (12, 4, 4))], scan_axes={"layers": 0})[0].unit_shape
+      (12,)
     """
-    if unit not in UNITS:
-        hint = "" if isinstance(unit, str) else " (the third argument is the unit)"
-        raise UserError(f"unknown merge unit {unit!r}{hint}; choose one of {', '.join(UNITS)}")
+    check_unit(unit)
     if filter_axis not in (0, -1):
         raise UserError(f"filter_axis must be 0 (PyTorch) or -1 (JAX), not {filter_axis!r}")
+    if unit == "global" and scan_axes:
+        raise UserError(
+            "unit 'global' is one unit of all layers, so scan_axes does not apply to it; leave out "
+            "scan_axes, or use another unit"
+        )
     shaped = [(name, tuple(shape)) for name, shape in tensors]
-    if unit == "filter":
-        return [_filter_view(name, shape, filter_axis) for name, shape in shaped]
-    if unit == "head":
-        return _head_views(shaped, num_heads, filter_axis)
-    if unit == "global":
-        return [_one_unit("global", shape) for _, shape in shaped]
-    if unit == "layer":
-        return [_one_unit(_layer_key(name), shape) for name, shape in shaped]
-    if unit == "block":
-        blocks = _transformer_blocks([name for name, _ in shaped])
-        if not blocks:
-            raise UserError(
-                "unit 'block': no tensor has the name of a supported transformer block; use unit "
-                "'tensor'"
-            )
-        return [_one_unit(_block_key(name, blocks) or name, shape) for name, shape in shaped]
-    return [_one_unit(name, shape) for name, shape in shaped]
+    stacks = _layer_axes(shaped, {} if scan_axes is None else scan_axes)
+    layers = [
+        (name, shape[:axis] + shape[axis + 1 :]) if axis is not None else (name, shape)
+        for (name, shape), (_, axis) in zip(shaped, stacks, strict=True)
+    ]
+    found = projections(dict(layers)) if unit in ("layer", "filter", "head", "block") else {}
+    if callable(unit):
+        views = _views_of_function(layers, unit)
+    elif unit == "filter":
+        views = [_filter_view(name, shape, filter_axis, found.get(name)) for name, shape in layers]
+    elif unit == "head":
+        views = _head_views(layers, found, num_heads, filter_axis)
+    elif unit == "block":
+        views = _block_views(layers, found, [prefix for prefix, _ in stacks])
+    else:
+        keys = {"global": dict.fromkeys(dict(layers), "global"), "layer": _layer_keys(found)}
+        views = [_one_unit(keys.get(unit, {}).get(name, name), shape) for name, shape in layers]
+    views = [
+        view if axis is None else _stack(view, shape, axis, layers_first=unit == "head")
+        for view, (_, shape), (_, axis) in zip(views, shaped, stacks, strict=True)
+    ]
+    _check_unit_shapes(shaped, views)
+    if unit == "layer" and not joined(views) and not any(is_fused(name) for name, _ in layers):
+        (on_note or _warn_once)(_nothing_joined(tuple(name for name, _ in layers)))
+    return views
+
+
+def check_unit(unit: Any) -> None:
+    """Raise a UserError if `unit` is neither one of `UNITS` nor a function."""
+    if not callable(unit) and not (isinstance(unit, str) and unit in UNITS):
+        raise UserError(
+            f"unknown merge unit {unit!r}; choose one of {', '.join(UNITS)}, or pass a function of "
+            "name and shape"
+        )
+
+
+def unit_name(unit: str | UnitFunction) -> str:
+    """Return the name of a unit for reports: the unit, or the name of the function.
+
+    Example:
+      >>> def experts(name, shape): return None
+      >>> unit_name("layer"), unit_name(experts)
+      ('layer', 'experts')
+    """
+    return unit if isinstance(unit, str) else getattr(unit, "__name__", type(unit).__name__)
+
+
+def joined(views: Iterable[UnitView | None]) -> int:
+    """Return the number of units that consist of more than one tensor.
+
+    Args:
+      views: as returned by `assign`; None for tensors that are not merged
+
+    Example:
+      >>> joined(assign([(f"attn.{name}_proj.kernel", (4, 4)) for name in "qkv"], "layer"))
+      1
+    """
+    counts = Counter(view.key for view in views if view is not None)
+    return sum(count > 1 for count in counts.values())
 
 
 def output_axis(name: str, shape: Sequence[int], filter_axis: int = -1) -> int:
@@ -206,104 +280,258 @@ def output_axis(name: str, shape: Sequence[int], filter_axis: int = -1) -> int:
     return len(shape) - 1 if last else 0
 
 
+def _nothing_joined(names: tuple[str, ...]) -> str:
+    known = "; ".join(", ".join(names) for names in QKV_NAMES)
+    return (
+        "unit 'layer' found no attention whose query, key and value it can join, so it equals unit "
+        f"'tensor'; names that it knows: {known}; the first tensor here is {names[0]!r}; to join "
+        "others, pass a function as unit"
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    # A series of merges of one model warns once; the message contains a name of the model.
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
 def _one_unit(key: str, shape: tuple[int, ...]) -> UnitView:
     return UnitView(key, shape, tuple(range(len(shape))))
 
 
-def _layer_key(name: str) -> str:
-    match = _ATTENTION.fullmatch(name)
-    if match and match["role"] in ("q_proj", "k_proj", "v_proj"):
-        return f"{match['module']}.in_proj.{match['kind']}"
-    return name
+def _all_but(key: str, view: tuple[int, ...], unit_axis: int) -> UnitView:
+    return UnitView(key, view, tuple(axis for axis in range(len(view)) if axis != unit_axis))
 
 
-def _filter_view(name: str, shape: tuple[int, ...], filter_axis: int) -> UnitView:
+def _layer_keys(found: Mapping[str, Projection]) -> dict[str, str]:
+    return {
+        name: f"{p.attention}.in_proj.{p.kind}" if p.attention else f"in_proj.{p.kind}"
+        for name, p in found.items()
+        if p.role in ("q", "k", "v")
+    }
+
+
+def _filter_view(
+    name: str, shape: tuple[int, ...], filter_axis: int, projection: Projection | None
+) -> UnitView:
     if len(shape) < 2:
         return _one_unit(name, shape)
-    output = output_axis(name, shape, filter_axis)
-    return UnitView(name, shape, tuple(axis for axis in range(len(shape)) if axis != output))
+    if projection is not None and projection.per_head and projection.role != "out":
+        return _all_but(name, shape, len(shape) - 2)
+    return _all_but(name, shape, output_axis(name, shape, filter_axis))
 
 
-def _block_key(name: str, blocks: frozenset[str]) -> str | None:
-    match = _BLOCK.match(name)
-    return match["block"] if match and match["block"] in blocks else None
+def _block_views(
+    tensors: Shaped, found: Mapping[str, Projection], stacks: Sequence[str | None]
+) -> list[UnitView]:
+    names = [name for name, _ in tensors]
+    stacked = {n: stack for n, stack in zip(names, stacks, strict=True) if stack is not None}
+    blocks = transformer_blocks(names, found, stacked)
+    if not blocks:
+        raise UserError(
+            "unit 'block': no tensor has the name of a supported transformer block; use unit "
+            "'tensor'"
+        )
+    return [
+        _one_unit((blocks[name] or "(root)") if name in blocks else name, shape)
+        for name, shape in tensors
+    ]
 
 
-def _transformer_blocks(names: Sequence[str]) -> frozenset[str]:
-    """Return the blocks that contain an attention; a convolutional `stages.0.blocks.1` does not."""
-    matches = (_BLOCK.match(name) for name in names if _ATTENTION.fullmatch(name))
-    return frozenset(match["block"] for match in matches if match)
+def _views_of_function(tensors: Shaped, function: UnitFunction) -> list[UnitView]:
+    keys = [_key_of_function(function, name, shape) for name, shape in tensors]
+    names = {name for (name, _), key in zip(tensors, keys, strict=True) if key is None}
+    name_of_key: dict[Hashable, str] = {}
+    for key in dict.fromkeys(keys):
+        if key is not None:
+            text = str(key)
+            while text in names:  # 1 and "1" are different keys
+                text += "'"
+            names.add(text)
+            name_of_key[key] = text
+    return [
+        _one_unit(name if key is None else name_of_key[key], shape)
+        for (name, shape), key in zip(tensors, keys, strict=True)
+    ]
 
 
-def _head_views(tensors, num_heads, filter_axis: int) -> list[UnitView]:
-    matches = [_ATTENTION.fullmatch(name) for name, _ in tensors]
-    if not any(matches):
+def _key_of_function(function: UnitFunction, name: str, shape: tuple[int, ...]) -> Hashable:
+    what = f"unit {unit_name(function)!r}"
+    try:
+        key = function(name, shape)
+    except Exception as error:
+        raise UserError(
+            f"{what}: the function raised {type(error).__name__} ({error}) for tensor {name!r} of "
+            f"shape {shape}; it must return a hashable key, or None"
+        ) from error
+    try:
+        hash(key)
+    except TypeError:
+        raise UserError(
+            f"{what}: the function returned a {type(key).__name__} for tensor {name!r}, which is "
+            "not hashable; return a string, a number, a tuple or None"
+        ) from None
+    return key
+
+
+def _head_views(
+    tensors: Shaped, found: Mapping[str, Projection], num_heads: Any, filter_axis: int
+) -> list[UnitView]:
+    split = {  # attentions of a new name whose tensors are convolutions are not split
+        name: found[name]
+        for name, shape in tensors
+        if name in found
+        and not (found[name].is_bias and found[name].role == "out")
+        and (found[name].known_alone or found[name].per_head or len(shape) < 3)
+    }
+    if not split:
         raise UserError(
             "unit 'head': no tensor has the name of a supported attention; use unit 'tensor'"
         )
-    if num_heads is None:
+    if num_heads is None and not all(p.per_head for p in split.values()):
         raise UserError(
             "unit 'head' needs num_heads: an integer, or a mapping from name prefix to integer"
         )
     shapes = {
-        (match["module"], match["role"]): shape
-        for match, (_, shape) in zip(matches, tensors, strict=True)
-        if match and match["kind"] != "bias"
+        (p.attention, p.role): shape
+        for name, shape in tensors
+        if (p := split.get(name)) and not p.is_bias
     }
     views = []
-    for match, (name, shape) in zip(matches, tensors, strict=True):
-        if match is None or (match["kind"] == "bias" and match["role"] in ("out_proj", "o_proj")):
+    for name, shape in tensors:
+        if (p := split.get(name)) is None:
             views.append(_one_unit(name, shape))
+        elif p.per_head:
+            views.append(_per_head_view(name, shape, p, shapes, num_heads))
         else:
-            heads = _num_head_units(
-                match["module"], shapes, _heads_of(num_heads, name), filter_axis
-            )
-            views.append(_head_view(name, shape, match, heads, filter_axis))
+            heads = _num_head_units(p.attention, shapes, _heads_of(num_heads, name), filter_axis)
+            views.append(_head_view(name, shape, p, heads, filter_axis))
     return views
 
 
-def _num_head_units(module: str, shapes: dict, heads: int, filter_axis: int) -> int:
+def _per_head_view(
+    name: str, shape: tuple[int, ...], p: Projection, shapes: Mapping, num_heads: Any
+) -> UnitView:
+    """Return the view of a tensor with an axis of heads."""
+    heads, key_value_heads = (shapes[p.attention, role][1] for role in "qk")
+    if num_heads is not None and _heads_of(num_heads, name, heads) != heads:
+        raise UserError(
+            f"num_heads = {_heads_of(num_heads, name)}, but {name} has {heads} query heads; leave "
+            "out num_heads"
+        )
+    axis = 0 if p.role == "out" or p.is_bias else 1
+    view = shape[:axis] + (key_value_heads, shape[axis] // key_value_heads) + shape[axis + 1 :]
+    return _all_but(_head_key(p), view, axis)
+
+
+def _head_key(p: Projection) -> str:
+    kind = "head_biases" if p.is_bias else "head_kernels"
+    return f"{p.attention}.{kind}" if p.attention else kind
+
+
+def _num_head_units(attention: str, shapes: Mapping, heads: int, filter_axis: int) -> int:
     """Return the number of heads, or of key-value heads if there are fewer (grouped queries)."""
-    query, key = shapes.get((module, "q_proj")), shapes.get((module, "k_proj"))
+    query, key = shapes.get((attention, "q")), shapes.get((attention, "k"))
     if query is None or key is None or len(query) != 2 or len(key) != 2:
         return heads
     width = query[filter_axis]
     if width % heads or key[filter_axis] % (width // heads):
         raise UserError(
-            f"num_heads = {heads} does not divide {module}: query width {width}, "
+            f"num_heads = {heads} does not divide {attention}: query width {width}, "
             f"key width {key[filter_axis]}"
         )
     return key[filter_axis] // (width // heads)
 
 
-def _head_view(name: str, shape: tuple[int, ...], match, heads: int, filter_axis: int) -> UnitView:
-    bias = match["kind"] == "bias"
-    if len(shape) != (1 if bias else 2):
+def _head_view(
+    name: str, shape: tuple[int, ...], p: Projection, heads: int, filter_axis: int
+) -> UnitView:
+    if len(shape) != (1 if p.is_bias else 2):
         raise UserError(
             f"unit 'head': {name} has shape {shape}, not the shape of an attention tensor"
         )
-    output = 0 if bias else filter_axis % 2
+    output = 0 if p.is_bias else filter_axis % 2
     # The output projection is split along its input axis, where the heads are concatenated.
-    axis = 1 - output if match["role"] in ("out_proj", "o_proj") else output
-    qkv = (3,) if match["role"] == "in_proj" else ()
+    axis = 1 - output if p.role == "out" else output
+    qkv = (3,) if p.role == "qkv" else ()
     if shape[axis] % (heads * math.prod(qkv)):
         raise UserError(f"num_heads = {heads} does not divide {name} of shape {shape}")
     split = (*qkv, heads, shape[axis] // (heads * math.prod(qkv)))
     view = shape[:axis] + split + shape[axis + 1 :]
-    head_axis = axis + len(qkv)
-    key = f"{match['module']}.{'head_biases' if bias else 'head_kernels'}"
-    return UnitView(key, view, tuple(a for a in range(len(view)) if a != head_axis))
+    return _all_but(_head_key(p), view, axis + len(qkv))
 
 
-def _heads_of(num_heads: int | Mapping[str, int], name: str) -> int:
+def _heads_of(num_heads: int | Mapping[str, int], name: str, default: int | None = None) -> int:
     if isinstance(num_heads, Mapping):
-        prefixes = [p for p in num_heads if p in ("", name) or name.startswith(p + ".")]
-        if not prefixes:
+        prefix = _longest_prefix(num_heads, name)
+        if prefix is None and default is not None:
+            return default
+        if prefix is None:
             raise UserError(
                 f"num_heads has no entry for {name}; add a name prefix such as "
                 f"{name.split('.')[0]!r}"
             )
-        num_heads = num_heads[max(prefixes, key=len)]
+        num_heads = num_heads[prefix]
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise UserError(f"num_heads must be a positive integer, not {num_heads!r}")
     return num_heads
+
+
+def _longest_prefix(mapping: Mapping[str, Any], name: str) -> str | None:
+    prefixes = [p for p in mapping if p in ("", name) or name.startswith((p + ".", p + "/"))]
+    return max(prefixes, key=len, default=None)
+
+
+def _layer_axes(
+    tensors: Shaped, scan_axes: Mapping[str, int]
+) -> list[tuple[str | None, int | None]]:
+    """Return the prefix in `scan_axes` and the axis of the layers of each tensor, or Nones."""
+    if not isinstance(scan_axes, Mapping):
+        raise UserError(
+            "scan_axes must be a mapping from name prefix to axis, for example "
+            f"{{'layers': 0}}, not {scan_axes!r}"
+        )
+    stacks: list[tuple[str | None, int | None]] = []
+    for name, shape in tensors:
+        prefix = _longest_prefix(scan_axes, name)
+        if prefix is None:
+            stacks.append((None, None))
+            continue
+        axis = scan_axes[prefix]
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise UserError(f"scan_axes[{prefix!r}] must be an integer, not {axis!r}")
+        if not -len(shape) <= axis < len(shape):
+            raise UserError(
+                f"scan_axes[{prefix!r}] = {axis} is out of range for tensor {name!r} of shape "
+                f"{shape}; choose the axis of its layers, or a longer prefix"
+            )
+        stacks.append((prefix, axis % len(shape)))
+    if unused := scan_axes.keys() - {prefix for prefix, _ in stacks}:
+        raise UserError(
+            f"scan_axes: no tensor's name starts with {listed(map(repr, sorted(unused)))}; the "
+            f"first tensor is {tensors[0][0] if tensors else '(none)'!r}"
+        )
+    return stacks
+
+
+def _stack(view: UnitView, shape: tuple[int, ...], axis: int, layers_first: bool) -> UnitView:
+    """Add the axis of the layers to the view of one layer."""
+    position = axis
+    if len(view.view) != len(shape) - 1:  # an axis is split into heads
+        before = math.prod(shape[:axis])
+        position = next(k for k in range(len(view.view)) if math.prod(view.view[:k]) == before)
+    axes = tuple(a + (a >= position) for a in view.axes)
+    stacked = UnitView(view.key, view.view[:position] + (shape[axis],) + view.view[position:], axes)
+    unit_axes = [a for a in range(len(stacked.view)) if a not in axes]
+    return dataclasses.replace(stacked, swapped=layers_first and unit_axes[0] != position)
+
+
+def _check_unit_shapes(tensors: Shaped, views: Sequence[UnitView]) -> None:
+    first: dict[str, tuple[str, UnitView]] = {}
+    for (name, _), view in zip(tensors, views, strict=True):
+        other, other_view = first.setdefault(view.key, (name, view))
+        if view.unit_shape != other_view.unit_shape:
+            raise UserError(
+                f"unit {view.key!r} joins tensors that stack different numbers of layers: {other} "
+                f"{other_view.unit_shape} and {name} {view.unit_shape}; check scan_axes"
+            )

@@ -57,7 +57,7 @@ def test_every_unit_gives_the_result_of_the_library(tmp_path, unit, method):
     # Scalars are 0-d arrays; merge units follow from the same names and shapes.
     w0 = {n: jnp.asarray(w) for n, w in inputs[0].items()}
     w = {n: jnp.stack([jnp.asarray(m[n]) for m in inputs[1:]]) for n in inputs[0]}
-    merged, stats = LIBRARY[method](w0, w, unit, num_heads=4, filter_axis=0)
+    merged, stats = LIBRARY[method](w0, w, unit=unit, num_heads=4, filter_axis=0)
     expected_rows = {row["name"]: row for row in report(stats)}
     assert rows(result).keys() == expected_rows.keys()
     for name, row in rows(result).items():

@@ -42,6 +42,15 @@ def test_a_plan_counts_bytes_files_and_tensors(tmp_path):
     assert plan(save(tmp_path, models())).files == ("model.safetensors",)
 
 
+def test_a_unit_that_joins_nothing_is_a_note(tmp_path):
+    paths = save(tmp_path, models())
+    attentions = plan(paths, unit="layer")
+    assert not any("'layer'" in note for note in attentions.notes)
+    without = [{n: x for n, x in m.items() if "attn" not in n} for m in models()]
+    (note,) = plan(save(tmp_path, without), unit="layer").notes
+    assert note.startswith("unit 'layer' found no attention") and "\n" not in note
+
+
 def test_the_checksum_of_a_plan_depends_on_inputs_and_options(tmp_path):
     paths = save(tmp_path, models())
     checksums = {

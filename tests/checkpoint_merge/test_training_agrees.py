@@ -46,7 +46,7 @@ def flat(tree):
 
 def merged_in_training(trees, unit):
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees[1:])
-    return model_stock(trees[0], stacked, unit, num_heads=HEADS)
+    return model_stock(trees[0], stacked, unit=unit, num_heads=HEADS)
 
 
 @pytest.mark.parametrize("unit", [

@@ -20,6 +20,8 @@ def test_every_block_runs_and_shows_what_the_text_says(capsys):
     ran = run_blocks(PAGE)
     printed = capsys.readouterr().out
     assert re.search(r"^head\.kernel \d+\.\d+ 0\.\d+ interpolated$", printed, re.MULTILINE)
+    assert re.search(r"^\('head', 'head', 'hidden', 'hidden'\)$", printed, re.MULTILINE)
+    assert re.search(r"^\(3,\)\n\(\)$", printed, re.MULTILINE)
     anchor = ran["pretrained"]
     for name in (
         "merged",
@@ -29,6 +31,7 @@ def test_every_block_runs_and_shows_what_the_text_says(capsys):
         "trimmed",
         "along_the_arc",
         "by_filter",
+        "by_hand",
         "next_start",
         "averaged",
         "dense",

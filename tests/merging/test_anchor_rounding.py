@@ -389,7 +389,9 @@ def test_units(unit):
         name: value.astype(np.float32) if name.endswith("norm1.scale") else value
         for name, value in stored.items()
     }
-    _, stats = correct(nested(stored), nested(tuned), unit, num_heads=2 if unit == "head" else None)
+    _, stats = correct(
+        nested(stored), nested(tuned), unit=unit, num_heads=2 if unit == "head" else None
+    )
     cosines = flat(stats.cosine)
     for group in pieces(unit, shapes):
         gram, energy = np.zeros((2, 2)), 0.0
@@ -445,7 +447,7 @@ def test_shards_are_not_gathered():
         )
         assert all(np.prod([int(d) for d in s.split(",") if d]) < 64 * 256 for s in sent), sent
         merged, stats = program(w0, w)
-        alone, own = correct(stored, tuned, unit)
+        alone, own = correct(stored, tuned, unit=unit)
         # Sums are in float64: only the last rounding may differ.
         np.testing.assert_allclose(stats.ratio["w"], own.ratio["w"], rtol=1e-5)
         np.testing.assert_allclose(

@@ -157,9 +157,9 @@ def test_carried_noise_above_the_update_gives_the_anchor():
 def test_noise_has_the_shape_of_the_unit(unit):
     w0, w = replicas({**SHAPES, "i": ()}, 2)
     w0["i"], w["i"] = np.int32(1), np.int32([1, 1])
-    _, stats, noise = model_stock_carried(w0, w, None, unit)
+    _, stats, noise = model_stock_carried(w0, w, None, unit=unit)
     shapes = jax.tree.map(np.shape, noise)
-    assert shapes == jax.tree.map(np.shape, init_noise(w0, unit))
+    assert shapes == jax.tree.map(np.shape, init_noise(w0, unit=unit))
     assert shapes == jax.tree.map(np.shape, stats.ratio)
 
 
@@ -176,4 +176,4 @@ def test_distances_angles_and_norms_of_models():
     np.testing.assert_allclose(norms(w0, w)["a"], np.linalg.norm(d, axis=1), rtol=1e-6)
     unit = d / np.linalg.norm(d, axis=1, keepdims=True)
     np.testing.assert_allclose(cosines(w0, w)["a"], unit @ unit.T, atol=1e-6)
-    assert cosines(w0, w, "filter")["a"].shape == (3, 3, 20)
+    assert cosines(w0, w, unit="filter")["a"].shape == (3, 3, 20)

@@ -18,7 +18,7 @@ from tests.merging.trees import replicas
 SHAPES = {"kernel": (4, 3), "bias": (3,), "scale": ()}
 MERGES = {
     "tensor": lambda w0, w: model_stock(w0, w),
-    "filter": lambda w0, w: model_stock(w0, w, "filter"),
+    "filter": lambda w0, w: model_stock(w0, w, unit="filter"),
     "weighted": lambda w0, w: weighted_model_stock(w0, w),
     "carried": lambda w0, w: model_stock_carried(w0, w)[:2],
     "wise_ft": lambda w0, w: wise_ft(w0, w, 0.3),

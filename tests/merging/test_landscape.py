@@ -65,9 +65,9 @@ def test_collinear_models_define_no_plane():
 def test_random_points_have_the_given_distances():
     w0, w = replicas(SHAPES, 3)
     center = mean_model(w)
-    expected = jax.tree.map(lambda d: jnp.mean(d, axis=0), norms(center, w, "filter"))
-    points = [random_point(jax.random.key(k), center, expected, "filter") for k in (0, 1, 0)]
-    found = norms(center, stack_replicas(points), "filter")["a"]
+    expected = jax.tree.map(lambda d: jnp.mean(d, axis=0), norms(center, w, unit="filter"))
+    points = [random_point(jax.random.key(k), center, expected, unit="filter") for k in (0, 1, 0)]
+    found = norms(center, stack_replicas(points), unit="filter")["a"]
     # Weights of order 1, rounded to float32, and updates of 0.1.
     np.testing.assert_allclose(found, np.stack([expected["a"]] * 3), rtol=1e-5)
     d = [np.asarray(p["a"] - center["a"]).ravel() for p in points]

@@ -33,8 +33,8 @@ SHAPES = {
 }
 MERGES = {
     "stock": model_stock,
-    "filter": lambda w0, w: model_stock(w0, w, "filter"),
-    "head": lambda w0, w: model_stock(w0, w, "head", num_heads=8),
+    "filter": lambda w0, w: model_stock(w0, w, unit="filter"),
+    "head": lambda w0, w: model_stock(w0, w, unit="head", num_heads=8),
     "weighted": weighted_model_stock,
     "carried": model_stock_carried,
     "mean": uniform_mean,

@@ -79,7 +79,7 @@ def test_scalars_and_units_of_one_element_get_the_mean():
     w0 = {"logit_scale": np.float32(4.0), "row": np.ones((1, 3), np.float32)}
     w = {"logit_scale": np.array([5.0, 3.5], np.float32), "row": np.ones((2, 1, 3), np.float32)}
     w["row"] += np.array([[[1, 2, 3]], [[3, -2, 1]]], np.float32)
-    merged, stats = model_stock(w0, w, "filter")
+    merged, stats = model_stock(w0, w, unit="filter")
     assert float(merged["logit_scale"]) == 4.25
     np.testing.assert_array_equal(merged["row"], [[3, 1, 3]])
     assert outcome_counts(stats) == {"scalar": 4}
@@ -102,7 +102,7 @@ def test_integers_booleans_none_and_empty_tensors():
         "w": np.ones((2, 3), np.float32) * 2,
     }
     for method in METHODS:
-        merged, stats = method(w0, w, "filter", dtype=jnp.bfloat16)
+        merged, stats = method(w0, w, unit="filter", dtype=jnp.bfloat16)
         assert merged["i"].dtype == np.int8 and merged["i"].tolist() == [3, -4]
         assert merged["b"].dtype == bool and bool(merged["b"])
         assert merged["none"] is None and stats.cosine["none"] is None
@@ -133,7 +133,7 @@ def test_non_finite_under_jit_keeps_the_anchor_of_its_unit():
     assert _bits(merged["q"][:, 5]) == _bits(w0["q"][:, 5])
     good = {"q": w["q"][:, :, :5]}
     np.testing.assert_array_equal(
-        merged["q"][:, :5], model_stock({"q": w0["q"][:, :5]}, good, "filter")[0]["q"]
+        merged["q"][:, :5], model_stock({"q": w0["q"][:, :5]}, good, unit="filter")[0]["q"]
     )
     assert stats.finite["q"].tolist() == [[True] * 6, [True] * 5 + [False]]
     assert stats.outcome["q"].tolist()[5] == UnitOutcome.NON_FINITE
@@ -164,7 +164,7 @@ def test_no_merge_raises_under_debug_nans():
     w["b"][1] = 2 * w0["b"] - w["b"][0]
     with jax.debug_nans(True), jax.debug_infs(True):
         for method in METHODS:
-            method(w0, w, "filter")
+            method(w0, w, unit="filter")
 
 
 def _pair(num=2):
@@ -221,7 +221,7 @@ def test_names_with_dots_do_not_join_units():
 
 def test_shared_units_count_once_in_totals():
     w0, w = replicas(TRANSFORMER, 2)
-    stats = model_stock(nested(w0), nested(w), "global")[1]
+    stats = model_stock(nested(w0), nested(w), unit="global")[1]
     assert total_distance(stats).mean == pytest.approx(
         float(stats.predicted_distance.mean["head"]["bias"]), rel=1e-6
     )

@@ -33,7 +33,7 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case no
 def test_every_unit_and_number_of_replicas(num, unit):
     w0, w = replicas(TRANSFORMER, num, seed=num)
     cosine, ratio, merged = merge_tree(w0, w, unit)
-    found, stats = model_stock(nested(w0), nested(w), unit, num_heads=2)
+    found, stats = model_stock(nested(w0), nested(w), unit=unit, num_heads=2)
     found = flat(found)
     found_cosine = _spread(flat(stats.cosine), TRANSFORMER, unit)
     found_ratio = _spread(flat(stats.ratio), TRANSFORMER, unit)
@@ -109,15 +109,15 @@ def test_narrow_dtypes_are_at_the_rounding_expected(dtype):
 def test_mixed_dtypes_and_a_given_dtype():
     w0, w = replicas({"a": (9, 4), "b": (9, 4)}, 2, size=0.5)
     w0["a"] = w0["a"].astype(jnp.bfloat16)
-    merged, _ = model_stock(w0, w, "global")
+    merged, _ = model_stock(w0, w, unit="global")
     assert (merged["a"].dtype, merged["b"].dtype) == (jnp.bfloat16, np.float32)
     group = [
         np.concatenate([np.asarray(x[n], np.float64).reshape(*lead, -1) for n in "ab"], -1)
         for x, lead in ((w0, ()), (w, (2,)))
     ]
     cosine, _, target = equation_3(*group)
-    assert abs(float(model_stock(w0, w, "global")[1].cosine["a"]) - cosine) < EXACT
-    merged, _ = model_stock(w0, w, "global", dtype=jnp.float32)
+    assert abs(float(model_stock(w0, w, unit="global")[1].cosine["a"]) - cosine) < EXACT
+    merged, _ = model_stock(w0, w, unit="global", dtype=jnp.float32)
     np.testing.assert_allclose(merged["a"].ravel(), target[:36], rtol=0, atol=2e-7)  # 1 ulp of 2
 
 
@@ -136,6 +136,6 @@ def test_jit_equals_eager_bit_for_bit(unit):
     shapes = {k: v for k, v in TRANSFORMER.items() if "block_00.self_attn" in k or "head" in k}
     w0, w = (nested(tree) for tree in replicas(shapes, 2))
     jitted = jax.jit(model_stock, static_argnames=("unit", "num_heads"))
-    eager = model_stock(w0, w, unit, num_heads=2)
+    eager = model_stock(w0, w, unit=unit, num_heads=2)
     traced = jitted(w0, w, unit=unit, num_heads=2)
     jax.tree.map(np.testing.assert_array_equal, eager, traced)

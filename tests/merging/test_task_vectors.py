@@ -85,7 +85,7 @@ def ties_by_the_paper(w0, w, density, scale):
 @given(hnp.arrays(np.float32, (4, 8), elements=halves), st.sampled_from([0.3, 1.0]))
 def test_ties_follows_its_algorithm_over_the_complete_model(x, density):
     w0, w = {"a": x[0, :4], "b": x[0, 4:]}, {"a": x[1:, :4], "b": x[1:, 4:]}
-    merged, _ = ties(w0, w, density, 0.5)
+    merged, _ = ties(w0, w, density, scale=0.5)
     found = np.concatenate([merged["a"], merged["b"]])
     np.testing.assert_allclose(
         found, ties_by_the_paper(x[0], x[1:], density, 0.5), rtol=0, atol=1e-6
@@ -127,7 +127,7 @@ def test_ties_of_a_tensor_is_what_the_command_line_computes():
     trim = measure_trim(
         lambda f: f(w0["a"].ravel(), deltas), 1000, [0.2] * 3, np.ones(3), 0.7, normalize=True
     )
-    merged, _ = ties(w0, w, 0.2, 0.7, unit="tensor")
+    merged, _ = ties(w0, w, 0.2, scale=0.7, unit="tensor")
     changed = np.asarray(merged["a"]) != w0["a"]
     assert 200 <= changed.sum() <= 600
     # The command line adds in float32.
@@ -204,8 +204,8 @@ def test_warp_is_slerp_then_interpolation_to_the_anchor():
         (lambda w0, w: ties(w0, w, (0.5, 0.5, 0.5)), r"density .*per replica \(2 values\)"),
         (lambda w0, w: ties(w0, w, scale=[1.0, 1.0]), "one scale"),
         (lambda w0, w: slerp(w0, w, 1.5), r"t .*\[0, 1\]"),
-        (lambda w0, w: uniform_mean(w0, w, 0.5), r"merge unit 0\.5 \(the third argument .*tensor"),
-        (lambda w0, w: uniform_mean(w0, w, "tensors"), "merge unit 'tensors'; choose .*tensor"),
+        (lambda w0, w: uniform_mean(w0, w, unit=0.5), r"merge unit 0\.5; choose .*tensor"),
+        (lambda w0, w: uniform_mean(w0, w, unit="tensors"), "unit 'tensors'; choose .*tensor"),
         (lambda w0, w: model_stock(w0, w, dtype="bf8"), "unknown dtype 'bf8'.*bfloat16"),
         (lambda w0, w: slerp(w0, jax.tree.map(lambda x: x[:1], w), 0.5), "replicas.* 1"),
     ],

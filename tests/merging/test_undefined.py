@@ -69,7 +69,7 @@ def test_a_non_finite_unit_has_no_distance():
 def test_ties_has_no_merged_distance(unit):
     w0, w = replicas({"a": (5,), "b": (2, 3)}, 2)
     distance = total_distance(ties(w0, w, 0.5, unit=unit)[1])
-    plain = total_distance(uniform_mean(w0, w, unit)[1])
+    plain = total_distance(uniform_mean(w0, w, unit=unit)[1])
     assert distance.merged is None and plain.merged is not None
     assert (distance.replica, distance.mean) == (plain.replica, plain.mean)
     assert distance.mean > 0
@@ -77,18 +77,18 @@ def test_ties_has_no_merged_distance(unit):
 
 def test_total_distance_leaves_out_units_without_one():
     w0, w = undefined_units()
-    _, stats = model_stock(w0, w, "filter")
+    _, stats = model_stock(w0, w, unit="filter")
     assert stats.predicted_distance.mean["kernel"][1] == DISTANCE_UNDEFINED
     assert stats.predicted_distance.mean["one"] == DISTANCE_UNDEFINED
     defined = {"kernel": w0["kernel"][:, 2:], "scalar": w0["scalar"]}
     replicas_ = {"kernel": w["kernel"][:, :, 2:], "scalar": w["scalar"]}
-    _, expected = model_stock(defined, replicas_, "filter")
+    _, expected = model_stock(defined, replicas_, unit="filter")
     np.testing.assert_allclose(total_distance(stats), total_distance(expected), rtol=1e-6)
 
 
 def test_means_of_a_row_leave_out_units_without_an_angle():
     w0, w = undefined_units()
-    _, stats = model_stock(w0, w, "filter")
+    _, stats = model_stock(w0, w, unit="filter")
     assert stats.cosine["kernel"][:2].tolist() == [COSINE_UNDEFINED] * 2
     rows = {row["name"]: row for row in report(stats)}
     defined = np.asarray(stats.cosine["kernel"][2:])

@@ -27,7 +27,7 @@ def test_unclamped_equation_3_is_negative_above_90_degrees(number):
     np.testing.assert_allclose(
         merged["kernel"], w0["kernel"] + expected * d.mean(0), rtol=1e-6, atol=2e-6
     )
-    clamped, stats = model_stock(w0, w, "filter")
+    clamped, stats = model_stock(w0, w, unit="filter")
     below = expected <= 0
     np.testing.assert_array_equal(clamped["kernel"][:, below], w0["kernel"][:, below])
     np.testing.assert_allclose(
