@@ -501,7 +501,8 @@ def twa_span(solutions: Any) -> TWASubspace:
     solutions = to_arrays(solutions, "solutions")
     arrays = jax.tree.leaves(solutions)
     leaves = [w.astype(compute_dtype(w.dtype)) for w in arrays if is_float(w) and w.size]
-    if not leaves or len({w.shape[:1] for w in arrays} | {()}) > 2:
+    lengths = {w.shape[:1] for w in arrays}
+    if not leaves or len(lengths) > 1 or () in lengths:
         raise UserError(
             "solutions must be floating arrays with leading axes of equal length; pass "
             "stack_replicas([...])"

@@ -204,9 +204,9 @@ def cast(array, dtype):
 
 # A flax.nnx state wraps each array in a variable, whose key is not part of the tensor's name.
 _VARIABLE = jax.tree_util.GetAttrKey("value")
-# Characters of the names in a message, so that a message is one line whatever the tree.
-_NAMES_LENGTH = 100
+# Maximum number of characters of one name in a message, and of a list of names.
 _NAME_LENGTH = 60
+_NAMES_LENGTH = 100
 _CONVERSIONS = {"FrozenDict": "flax.core.unfreeze", "State": "flax.nnx.to_pure_dict"}
 
 
@@ -491,7 +491,7 @@ def _check_names(a: dict, b: dict, a_side: str, b_side: str) -> None:
         return
     only_a, only_b = [n for n in a if n not in b], [n for n in b if n not in a]
     differences = [
-        f"only in {side}: {_short_list(names)}"
+        f"only in {side}: {_short_list(names, _NAME_LENGTH)}"
         for side, names in ((a_side, only_a), (b_side, only_b))
         if names
     ]
@@ -527,11 +527,11 @@ def _children(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True): child for path, child in flat}
 
 
-def _short_list(names: list[str]) -> str:
-    """Return up to five names, as many as are short enough for one line, and how many are left."""
-    names = [shortened(name, _NAMES_LENGTH) for name in names[:5]] + names[5:]
+def _short_list(names: list[str], max_chars: int = _NAMES_LENGTH) -> str:
+    """Return the first names, at most five and `max_chars` characters, and how many are left."""
+    names = [shortened(name, max_chars) for name in names[:5]] + names[5:]
     shown = 1
-    while shown < min(5, len(names)) and sum(map(len, names[: shown + 1])) <= _NAMES_LENGTH:
+    while shown < min(5, len(names)) and sum(map(len, names[: shown + 1])) <= max_chars:
         shown += 1
     return listed(names, shown)
 

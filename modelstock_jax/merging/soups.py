@@ -117,24 +117,24 @@ def greedy_soup(
     candidates = list(candidates)
     if not candidates:
         raise UserError("a greedy soup needs at least one candidate")
-    if pretrained is not None:
-        check_leaves(pretrained, "pretrained")
+    side = "the best candidate" if pretrained is None else "pretrained"
+    check_leaves(pretrained, side)
     if scores is None:
         scores = [
-            _checked_score(score, _load(candidates, i, pretrained), i)
+            _checked_score(score, _load(candidates, i, pretrained, side), i)
             for i in range(len(candidates))
         ]
     scores = _own_scores(scores, len(candidates))
     order = sorted(range(len(candidates)), key=lambda i: -scores[i])
     best = order[0]
-    first = _load(candidates, best, pretrained)
+    first = _load(candidates, best, pretrained, side)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
     soup, treedef = jax.tree.flatten(widest(first))
     del first
     ingredients, soup_score = [best], scores[best]
     trials = [Trial(best, soup_score, soup_score, True)]
     for i in order[1:]:
-        trial = jax.tree.leaves(_load(candidates, i, like))
+        trial = jax.tree.leaves(_load(candidates, i, like, side))
         for k, mean in enumerate(soup):  # replace the candidate by the trial, tensor by tensor
             trial[k] = _update_mean(mean, trial[k], len(ingredients)) if is_float(mean) else mean
         trial_score = _checked_score(score, rounded(treedef.unflatten(trial), like), i)
@@ -149,7 +149,7 @@ def greedy_soup(
     return GreedySoup(params, soup_score, tuple(ingredients), tuple(trials))
 
 
-def _load(candidates: list, index: int, like: Any) -> PyTree:
+def _load(candidates: list, index: int, like: Any, side: str) -> PyTree:
     """Return a candidate as a tree of finite arrays with the structure of `like`."""
     who = f"candidate {index} (counted from 0)"
     tree = candidates[index]
@@ -160,7 +160,7 @@ def _load(candidates: list, index: int, like: Any) -> PyTree:
     if not jax.tree.leaves(tree):
         raise UserError(f"{who} contains no tensor; pass a tree with at least one array")
     if like is not None:
-        check_alike(like, tree, "the anchor or the best candidate", who)
+        check_alike(like, tree, side, who)
     for name, array in named_leaves(tree).items():
         if is_float(array) and not bool(jax.device_get(_is_finite(array))):
             raise NonFiniteError(
