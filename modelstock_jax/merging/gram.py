@@ -409,10 +409,20 @@ def _problem(leaf: Any, allow_shapes: bool) -> str:
         return f"is of type {type(leaf).__name__}, which NumPy cannot convert; pass an array"
     kinds = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.prng_key)
     if any(jnp.issubdtype(dtype, kind) for kind in kinds):
-        return ""
+        return "" if _is_exact(leaf) else "has integers beyond int32; enable jax_enable_x64"
     if not isinstance(leaf, np.ndarray) and dtype.kind in "OSU":
         return f"is of type {type(leaf).__name__}; pass a tree that contains only arrays"
     return f"has dtype {dtype}; use a floating, integer or boolean dtype"
+
+
+def _is_exact(leaf: Any) -> bool:
+    """Return whether JAX keeps the integers of a leaf: it converts int64 to int32 by default."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return True
+    array = np.asarray(leaf)
+    dtype = jnp.result_type(array)
+    is_kept = array.dtype == dtype or not jnp.issubdtype(dtype, jnp.integer)
+    return is_kept or np.array_equal(array.astype(dtype), array)
 
 
 # np.asarray raises an error for typed keys, and copies arrays from the device.

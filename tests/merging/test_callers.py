@@ -294,6 +294,8 @@ def test_scalars_and_narrow_dtypes(kind):
         ("text", "of type str; .*only arrays"),
         (jnp.zeros(2, jnp.complex64), "dtype complex64; use a floating, integer or boolean dtype"),
         (1j, "dtype complex128; use"),
+        (2**40, "integers beyond int32; enable jax_enable_x64"),
+        (np.array([1, 2**31]), "integers beyond int32"),
         (np.datetime64("2020-01-01"), "dtype datetime64"),
         (jax.nn.relu, "of type .*only arrays"),
         (object(), "of type object; .*only arrays"),
