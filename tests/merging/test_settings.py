@@ -255,6 +255,11 @@ def test_vmapped(name):
     assert_equal(jax.tree.map(lambda x: x[1], found), expected(name))
 
 
+def copied(tree):
+    """Return the numbers of a copy: a NumPy view of an array would keep its buffer alive."""
+    return numbers(jax.tree.map(jnp.copy, tree))
+
+
 AVERAGES = {"ema": ema(DECAY), "swa": swa(1, 2), "swad": swad(1, 2, 1.5)}
 
 
@@ -265,33 +270,55 @@ def test_donated_states(name, jit):
     average = AVERAGES[name]
     step = jax.jit(average.update, donate_argnums=0)
     w0, w = models(with_key=True)
-    state, values, start = average.init(w0), [], numbers(w0)
+    state, values = average.init(w0), [(w0, copied(w0))]
     for params in unstacked(w):
-        before = numbers(params)
-        values.append((average.value(state, w0), numbers(average.value(state, w0))))
-        if not jit:  # an eager update, so that its result is donated next
-            state = average.update(state, params)
-            values.append((params, before))
+        value = average.value(state, w0)
+        values += [(params, copied(params)), (value, copied(value))]
         state = step(state, params)
+        if not jit:  # an eager update, whose result is donated next
+            state = average.update(state, params)
         if hasattr(average, "validate"):
             state = jax.jit(average.validate, donate_argnums=0)(state, X)
-        values.append((params, before))
-    values.append((w0, start))
-    jax.jit(lambda s: s, donate_argnums=0)(state)
-    for tree, copied in values:
-        for found, expected_ in zip(numbers(tree), copied, strict=True):
-            np.testing.assert_array_equal(found, expected_)
+    value = average.value(state, w0)
+    before = copied(state)
+    donate(value)
+    values.append((state, before))
+    check_unchanged(values)
+    values.pop()
+    donate(state)
+    check_unchanged(values)
+
+
+def donate(tree):
+    jax.jit(lambda t: jax.tree.map(jnp.copy, t), donate_argnums=0)(tree)
+
+
+def check_unchanged(values):
+    for tree, before in values:
+        for found, number in zip(numbers(tree), before, strict=True):
+            np.testing.assert_array_equal(found, number)
 
 
 @pytest.mark.parametrize("name", AVERAGES)
 def test_states_do_not_see_later_changes_of_numpy_weights(name):
-    params = {"w": np.ones(64, np.float32), "n": np.arange(64)}
+    params, other = ({"w": aligned(np.float32), "n": aligned(np.int32)} for _ in range(2))
     average = AVERAGES[name]
-    state = average.update(average.init(params), params)
-    for array in params.values():
+    started = average.init(params)
+    states = [started, average.update(started, other)]
+    for array in (*params.values(), *other.values()):
         array[:] = 7
-    assert average.value(state, params)["w"].tolist() == [1.0] * 64
-    assert average.value(state, params)["n"].tolist() == list(range(64))
+    for state in states:
+        for array in average.value(state, params).values():
+            assert array.tolist() == [1] * 64
+
+
+def aligned(dtype):
+    """Return 64 ones at an address whose memory JAX may share on a CPU."""
+    memory = np.zeros(64 * 4 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + 64 * 4].view(dtype)
+    array[:] = 1
+    return array
 
 
 @pytest.mark.parametrize("x64", [True, False])
