@@ -436,8 +436,9 @@ def to_array(leaf: Any) -> jax.Array:
     `jax_enable_x64` is on.
     """
     if not isinstance(leaf, jax.Array):
-        # An explicit transfer, which `jax.transfer_guard("disallow")` allows.
-        return jax.device_put(np.asarray(leaf))
+        # An explicit transfer, which `jax.transfer_guard("disallow")` allows. On a CPU it may share
+        # NumPy's memory, hence the copy.
+        return jax.device_put(np.array(leaf))
     if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
         return jax.device_put(leaf, jax.memory.Space.Device)
     return leaf

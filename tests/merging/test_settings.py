@@ -312,6 +312,17 @@ def test_states_do_not_see_later_changes_of_numpy_weights(name):
             assert array.tolist() == [1] * 64
 
 
+def test_results_do_not_see_later_changes_of_numpy_weights():
+    w0, other = ({"w": aligned(np.float32), "n": aligned(np.int32)} for _ in range(2))
+    stacked = {name: np.stack([x, x]) for name, x in w0.items()}
+    soups = [greedy_soup(anchor, [other], lambda t: 0.0).params for anchor in (w0, None)]
+    results = [merging.uniform_mean(w0, stacked)[0], *soups]
+    for array in (*w0.values(), *other.values()):
+        array[:] = 7
+    for result in results:
+        assert [x.tolist() for x in result.values()] == [[1] * 64] * 2
+
+
 def aligned(dtype):
     """Return 64 ones at an address whose memory JAX may share on a CPU."""
     memory = np.zeros(64 * 4 + 64, np.uint8)
