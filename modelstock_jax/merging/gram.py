@@ -454,8 +454,8 @@ def shortened(text: str, max_chars: int = _NAME_LENGTH) -> str:
     """Return a name of at most `max_chars` characters, without its middle if it is longer.
 
     Example:
-      >>> shortened("layers.0.kernel", 9)
-      'lay...nel'
+      >>> shortened("encoder.kernel", 9)
+      'enc...nel'
     """
     text = text if text.isprintable() else repr(text)
     if len(text) <= max_chars:
