@@ -109,7 +109,7 @@ OWN: dict[str, Callable] = {
     "twa": span_of,
     "greedy_soup": soup_of,
 }
-CASES = OWN
+CASES = OWN | MERGES | ANALYSES
 # A search in Python, with a score that is no function of JAX.
 TRACED = {name: case for name, case in CASES.items() if name != "greedy_soup"}
 
