@@ -7,14 +7,26 @@ span of given weights.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import export
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import PyTree, cast, compute_dtype, in_float64, is_float
+from modelstock_jax.merging.gram import (
+    PyTree,
+    cast,
+    check_alike,
+    compute_dtype,
+    in_float64,
+    is_float,
+    to_array,
+    to_arrays,
+)
 from modelstock_jax.merging.placement import on_this_host
 
 
@@ -22,7 +34,8 @@ class Average(NamedTuple):
     """A running average of weights, as pure functions for use inside or outside jit.
 
     Floating arrays are averaged; other arrays are copied from the last `params`. A leading replica
-    axis is allowed: every replica has its own average.
+    axis is allowed: every replica has its own average. States and values share no memory with
+    `params`, so each may be donated. Trees or shapes other than those of `init` raise a UserError.
 
     Attributes:
       init: `init(params) -> state`
@@ -65,17 +78,18 @@ def ema(decay: Any) -> Average:
       >>> round(float(average.value(state, {"w": jnp.ones(1)})["w"][0]), 3)
       0.1
     """
-    if not isinstance(decay, jax.core.Tracer) and not 0.0 <= float(decay) < 1.0:
-        raise UserError(f"decay must be in [0, 1), not {float(decay):g}")
+    if isinstance(decay, jax.core.Tracer):
+        weight = 1.0 - decay
+    else:
+        decay = float(decay)
+        if not 0.0 <= decay < 1.0:
+            raise UserError(f"decay must be in [0, 1), not {decay:g}")
+        weight = np.float64(1.0 - decay)  # before it is rounded to float32
 
     def update(state: EmaState, params: PyTree) -> EmaState:
-        return EmaState(toward(state.mean, params, 1.0 - decay))
+        return EmaState(toward(state.mean, params, to_array(weight)))
 
-    return Average(
-        init=lambda params: EmaState(widest(params)),
-        update=update,
-        value=lambda state, params: rounded(state.mean, params),
-    )
+    return Average(lambda params: EmaState(_start(params)), update, _mean_value)
 
 
 class SwaState(NamedTuple):
@@ -117,54 +131,99 @@ def swa(start: int = 0, period: int = 1) -> Average:
       >>> average.value(state, {"w": jnp.zeros(1)})["w"].tolist()
       [5.0]
     """
+    start, period = _integer("start", start), _integer("period", period)
     if start < 0 or period < 1:
         raise UserError(f"start must be at least 0 and period at least 1, not {start} and {period}")
 
     def init(params: PyTree) -> SwaState:
-        return SwaState(widest(params), jnp.int32(start == 0), jnp.int32(0))
+        return SwaState(_start(params), _int32(start == 0), _int32(0))
 
     def update(state: SwaState, params: PyTree) -> SwaState:
-        step = state.step + 1
-        include = (step >= start) & ((step - start) % period == 0)
-        count = state.count + include
-        weight = jnp.where(include, 1.0 / jnp.maximum(count, 1), 0.0)
+        count, step, weight = _count_model(state.count, state.step, start=start, period=period)
         return SwaState(toward(state.mean, params, weight), count, step)
 
-    def value(state: SwaState, params: PyTree) -> Any:
-        return rounded(state.mean, params)
+    return Average(init, update, _mean_value)
 
-    return Average(init, update, value)
+
+@functools.partial(jax.jit, static_argnames=("start", "period"))
+def _count_model(count, step, done=False, *, start: int = 0, period: int = 1):
+    """Return the new count and step, and the weight of the model of this step in the mean."""
+    step = step + 1
+    include = jnp.logical_not(done) & (step >= start) & ((step - start) % period == 0)
+    count = count + include.astype(count.dtype)
+    return count, step, _fraction(include, count)
+
+
+def _fraction(part, count):
+    """Return part / count as the default floating dtype, 0 if both are 0."""
+    return part.astype(float) / jnp.maximum(count, 1).astype(float)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)  # also NumPy integers and integer arrays of shape []
+    except TypeError:
+        raise UserError(f"{name} must be an integer, not {value!r}") from None
+
+
+def _int32(value: int) -> jax.Array:
+    return to_array(np.int32(value))
+
+
+def _start(params: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, widest(params))
+
+
+def _mean_value(state: EmaState | SwaState, params: PyTree) -> PyTree:
+    """Return the mean of a state in the dtypes of `params`, as a copy."""
+    _check_same_model(state.mean, params)
+    return jax.tree.map(jnp.copy, rounded(state.mean, params))
+
+
+def _check_same_model(mean: PyTree, params: PyTree) -> PyTree:
+    """Return `params` as arrays, or raise a UserError if they do not have the shapes of `mean`."""
+    params = to_arrays(params, "params")
+    check_alike(mean, params, "the state", "params")
+    return params
 
 
 def widest(params: PyTree) -> PyTree:
     """Cast the floating arrays of a tree to the dtype of averages, float32 or float64."""
     return jax.tree.map(
         lambda w: w.astype(compute_dtype(w.dtype)) if is_float(w) else w,
-        jax.tree.map(jnp.asarray, params),
+        to_arrays(params, "params"),
     )
 
 
-def toward(mean: PyTree, params: PyTree, weight: Any) -> PyTree:
-    """Interpolate every floating array from `mean` to `params`; copy other arrays from `params`."""
+def toward(mean: PyTree, params: PyTree, weight: jax.Array) -> PyTree:
+    """Interpolate every floating array from `mean` to `params`; copy other arrays from `params`.
 
-    def step(mean, w):
-        w = jnp.asarray(w)
-        return blend(mean, w.astype(mean.dtype), weight) if is_float(w) else w
+    A tree `params` that differs from `mean` raises a UserError.
+    """
+    params = _check_same_model(mean, params)
+    return jax.tree.map(
+        lambda m, w: blend(m, w, weight) if is_float(w) else jnp.copy(w), mean, params
+    )
 
-    return jax.tree.map(step, mean, params)
 
-
-def blend(a: jax.Array, b: jax.Array, weight: Any) -> jax.Array:
-    """Return a + weight (b - a). An end with weight 0 has no effect, even if it is NaN."""
-    weight = jnp.asarray(weight, a.dtype)
+@jax.jit
+def blend(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return a + weight (b - a) in the dtype of a. An end with weight 0 has no effect, even NaN."""
+    b, weight = b.astype(a.dtype), weight.astype(a.dtype)
     return jnp.where(weight <= 0, a, jnp.where(weight >= 1, b, a + weight * (b - a)))
 
 
 def rounded(mean: PyTree, params: PyTree) -> PyTree:
     """Cast an average to the dtypes of `params`."""
-    return jax.tree.map(
-        lambda m, w: cast(m, jnp.result_type(w)) if is_float(m) else m, mean, params
-    )
+
+    def step(mean, w):
+        dtype = jnp.result_type(w)
+        return _cast(mean, dtype) if is_float(mean) and mean.dtype != dtype else mean
+
+    return jax.tree.map(step, mean, params)
+
+
+_cast = jax.jit(cast, static_argnums=1)
 
 
 class SWAD(NamedTuple):
@@ -260,6 +319,7 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
       >>> average.value(state, {"w": jnp.zeros(1)})["w"].tolist(), int(state.start), int(state.end)
       ([3.0], 0, 3)
     """
+    n_s, n_e, r = _integer("n_s", n_s), _integer("n_e", n_e), float(r)
     if n_s < 1 or n_e < 1:
         raise UserError(f"n_s and n_e must be at least 1, not {n_s} and {n_e}")
     if not r >= 1.0:
@@ -275,94 +335,127 @@ def swad(n_s: int = 3, n_e: int = 6, r: float = 1.3) -> SWAD:
 
 
 def _swad_init(num_segments: int, params: PyTree) -> SwadState:
-    params, zero = widest(params), jnp.int32(0)
-    false = jnp.asarray(False)
-    mean = jax.tree.map(lambda w: jnp.zeros((num_segments, *w.shape), w.dtype), params)
+    params = to_arrays(params, "params")
+    infinities = np.full(num_segments, np.inf, jnp.result_type(float))
     return SwadState(
-        open=params,
-        open_count=zero,
-        last=Segments(mean, jnp.zeros(num_segments, jnp.int32), jnp.full(num_segments, jnp.inf)),
-        total=params,
-        total_count=zero,
-        step=zero,
-        validations=zero,
-        threshold=jnp.asarray(jnp.inf),
-        start=zero,
-        end=jnp.int32(-1),
-        converged=false,
-        done=false,
+        open=_start(params),
+        open_count=_int32(0),
+        last=Segments(
+            jax.tree.map(lambda w: jnp.broadcast_to(w, (num_segments, *w.shape)), _start(params)),
+            to_array(np.zeros(num_segments, np.int32)),
+            to_array(infinities),
+        ),
+        total=_start(params),
+        total_count=_int32(0),
+        step=_int32(0),
+        validations=_int32(0),
+        threshold=to_array(infinities[0]),
+        start=_int32(0),
+        end=_int32(-1),
+        converged=to_array(np.bool_(False)),
+        done=to_array(np.bool_(False)),
     )
 
 
 def _swad_validate(n_s: int, n_e: int, r: float, state: SwadState, loss: Any) -> SwadState:
+    loss = to_arrays(loss, "loss")
+    if np.shape(loss):
+        raise UserError(f"loss must be a scalar, not an array of shape {np.shape(loss)}")
+    scalars, weight = _swad_scalars(
+        state._replace(open=None, last=state.last._replace(mean=None), total=None),
+        loss,
+        n_s=n_s,
+        n_e=n_e,
+        r=r,
+    )
+    mean = jax.tree.map(
+        lambda last, latest: _push_unless(state.done, last, latest), state.last.mean, state.open
+    )
+    total = jax.tree.map(lambda a, last: _join(a, last, weight), state.total, state.last.mean)
+    return scalars._replace(open=state.open, last=scalars.last._replace(mean=mean), total=total)
+
+
+@functools.partial(jax.jit, static_argnames=("n_s", "n_e", "r"))
+def _swad_scalars(state: SwadState, loss: jax.Array, *, n_s: int, n_e: int, r: float):
+    """Return the new state without models, and the weight of the oldest segment in `total`."""
     num_segments = max(n_s, n_e)
-    oldest = jax.tree.map(lambda x: x[0], state.last.mean)
-    total, total_count = _join(state.total, state.total_count, oldest, state.last.count[0])
-    loss = jnp.asarray(loss, state.last.loss.dtype)
+    total_count = state.total_count + state.last.count[0]
+    fraction = _fraction(state.last.count[0], total_count)
+    loss = loss.astype(state.last.loss.dtype)
     losses = _push(state.last.loss, jnp.where(jnp.isnan(loss), jnp.inf, loss))
     count = _push(state.last.count, state.open_count)
-    mean = jax.tree.map(_push, state.last.mean, state.open)
-    validations, slot = state.validations + 1, jnp.arange(num_segments)
+    validations, slot = state.validations + 1, np.arange(num_segments)
 
     recent = losses[num_segments - n_s :]
     converges = ~state.converged & (validations >= n_s) & (recent[0] <= recent.min())
     ends = state.converged & (state.threshold < losses[num_segments - n_e :].min())
     count = jnp.where(converges & (slot < num_segments - n_s), 0, count)
     count = jnp.where(ends & (slot >= num_segments - n_e), 0, count)
-    start = jnp.where(converges, state.step - count[num_segments - n_s :].sum(), state.start)
     total_count = jnp.where(converges, 0, total_count)
+    # Sums in int32, also if jax_enable_x64 is on: the state's dtypes never change.
+    recent_count = count[num_segments - n_s :].sum(dtype=count.dtype)
+    start = jnp.where(converges, state.step - recent_count, state.start)
+    end = start + total_count + count.sum(dtype=count.dtype)
     new_state = state._replace(
         open_count=jnp.zeros_like(state.open_count),
-        last=Segments(mean, count, losses),
-        total=total,
+        last=Segments(None, count, losses),
         total_count=total_count,
         validations=validations,
         threshold=jnp.where(converges, r * recent.mean(), state.threshold),
         start=start,
-        end=jnp.where(ends, start + total_count + count.sum(), state.end),
+        end=jnp.where(ends, end, state.end),
         converged=state.converged | converges,
         done=ends,
     )
-    return jax.tree.map(lambda old, new: jnp.where(state.done, old, new), state, new_state)
+    new_state = jax.tree.map(lambda old, new: jnp.where(state.done, old, new), state, new_state)
+    return new_state, jnp.where(state.done, 0.0, fraction)
 
 
 def _swad_update(state: SwadState, params: PyTree) -> SwadState:
-    include = jnp.logical_not(state.done)
-    count = state.open_count + include
-    weight = jnp.where(include, 1.0 / jnp.maximum(count, 1), 0.0)
-    return state._replace(
-        open=toward(state.open, params, weight), open_count=count, step=state.step + 1
-    )
+    count, step, weight = _count_model(state.open_count, state.step, state.done)
+    return state._replace(open=toward(state.open, params, weight), open_count=count, step=step)
 
 
 def _swad_value(state: SwadState, params: PyTree) -> PyTree:
-    counts = jnp.concatenate([state.total_count[None], state.last.count, state.open_count[None]])
-    is_empty = counts.sum() == 0
-    weights = counts.at[0].add(is_empty) / jnp.maximum(counts.sum(), 1)
+    _check_same_model(state.open, params)
+    weights = _segment_weights(state.total_count, state.last.count, state.open_count)
 
     def mean(total, last, latest):
-        if not is_float(total):
-            return latest
-        means = jnp.concatenate([total[None], last, latest[None]])
-        weight = weights.astype(total.dtype).reshape(weights.shape + (1,) * total.ndim)
-        return jnp.sum(jnp.where(weight > 0, weight * means, 0), axis=0)
+        return _weigh(total, last, latest, weights) if is_float(total) else jnp.copy(latest)
 
     return rounded(jax.tree.map(mean, state.total, state.last.mean, state.open), params)
 
 
-def _join(a: PyTree, a_count, b: PyTree, b_count):
-    """Return the mean and the number of two groups of models."""
-    count = a_count + b_count
-    weight = b_count / jnp.maximum(count, 1)
+@jax.jit
+def _segment_weights(total_count, counts, open_count) -> jax.Array:
+    counts = jnp.concatenate([total_count[None], counts, open_count[None]])
+    count = counts.sum(dtype=counts.dtype)
+    counts = counts.at[0].add((count == 0).astype(counts.dtype))  # no model: the initial weights
+    return _fraction(counts, count)
 
-    def join(a, b):
-        return blend(a, b, weight) if is_float(a) else jnp.where(b_count > 0, b, a)
 
-    return jax.tree.map(join, a, b), count
+@jax.jit
+def _weigh(total, last, latest, weights) -> jax.Array:
+    means = jnp.concatenate([total[None], last, latest[None]])
+    weights = weights.astype(total.dtype).reshape(weights.shape + (1,) * total.ndim)
+    return jnp.sum(jnp.where(weights > 0, weights * means, 0), axis=0)
+
+
+@jax.jit
+def _join(total, last, weight) -> jax.Array:
+    """Add the oldest segment to the mean of the segments before it."""
+    if is_float(total):
+        return blend(total, last[0], weight)
+    return jnp.where(weight > 0, last[0], total)
 
 
 def _push(row, new):
     return jnp.concatenate([row[1:], new[None]])
+
+
+@jax.jit
+def _push_unless(done, row, new):
+    return jnp.where(done, row, _push(row, new))
 
 
 class TWASubspace(NamedTuple):
@@ -405,15 +498,18 @@ def twa_span(solutions: Any) -> TWASubspace:
       >>> [round(float(b), 3) for b in twa_coefficients(span, c)]
       [0.5, 0.5]
     """
-    leaves = [jnp.asarray(w) for w in jax.tree.leaves(solutions)]
-    leaves = [w for w in leaves if is_float(w) and w.size]
-    if not leaves or any(len(w) != len(leaves[0]) for w in leaves):
+    solutions = to_arrays(solutions, "solutions")
+    arrays = jax.tree.leaves(solutions)
+    leaves = [w.astype(compute_dtype(w.dtype)) for w in arrays if is_float(w) and w.size]
+    lengths = {w.shape[:1] for w in arrays}
+    if not leaves or len(lengths) > 1 or () in lengths:
         raise UserError(
             "solutions must be floating arrays with leading axes of equal length; pass "
             "stack_replicas([...])"
         )
-    basis = _orthonormal([w.astype(jnp.promote_types(w.dtype, jnp.float32)) for w in leaves])
-    if on_this_host(basis) and not bool(jnp.isfinite(basis).all()):
+    with jax.debug_nans(False):  # NaN means linear dependence, and is checked here
+        basis = _orthonormal(leaves)
+    if on_this_host(basis) and not np.isfinite(jax.device_get(basis)).all():
         raise UserError(
             "the solutions are not finite or not linearly independent (are two of them equal?); "
             "leave some out"
@@ -423,11 +519,14 @@ def twa_span(solutions: Any) -> TWASubspace:
 
 def twa_init(span: TWASubspace) -> jax.Array:
     """Return the coordinates [n] of the mean of the solutions, where training starts."""
-    count = len(span.basis)
+    return _mean_coordinates(span.basis)
+
+
+@jax.jit
+def _mean_coordinates(basis) -> jax.Array:
     # e = C w, so the coordinates of the mean of w are the mean of the rows of C^-1.
-    return in_float64(lambda c: jnp.linalg.solve(c.T, jnp.full(count, 1.0 / count, c.dtype)))(
-        span.basis
-    )
+    count = len(basis)
+    return in_float64(lambda c: jnp.linalg.solve(c.T, jnp.full(count, 1.0 / count, c.dtype)))(basis)
 
 
 def twa_params(span: TWASubspace, coordinates: Any) -> PyTree:
@@ -436,21 +535,36 @@ def twa_params(span: TWASubspace, coordinates: Any) -> PyTree:
     Arrays that are not floating are copied from the last solution.
     """
     coefficients = twa_coefficients(span, coordinates)
+    return jax.tree.map(lambda w: _combine(w, coefficients), span.solutions)
 
-    def combine(solutions):
-        solutions = jnp.asarray(solutions)
-        if not is_float(solutions):
-            return solutions[-1]
-        wide = solutions.astype(jnp.promote_types(solutions.dtype, coefficients.dtype))
-        return cast(in_float64(_weighted_sum)(wide, coefficients), solutions.dtype)
 
-    return jax.tree.map(combine, span.solutions)
+@jax.jit
+def _combine(solutions, coefficients) -> jax.Array:
+    if not is_float(solutions):
+        return solutions[-1]
+    wide = solutions.astype(compute_dtype(solutions.dtype, coefficients.dtype))
+    return cast(in_float64(_weighted_sum)(wide, coefficients), solutions.dtype)
 
 
 def twa_coefficients(span: TWASubspace, coordinates: Any) -> jax.Array:
-    """Return the averaging weights beta [n] of w = sum_j beta_j w_j at coordinates [n]."""
+    """Return the averaging weights beta [n] of w = sum_j beta_j w_j at coordinates [n].
+
+    Raises:
+      UserError: coordinates of another shape
+    """
+    coordinates = to_arrays(coordinates, "coordinates")
+    count = len(span.basis)
+    if np.shape(coordinates) != (count,):
+        raise UserError(
+            f"coordinates must have shape ({count},), one per solution, not {np.shape(coordinates)}"
+        )
+    return _coefficients(coordinates, span.basis)
+
+
+@jax.jit
+def _coefficients(coordinates, basis) -> jax.Array:
     return in_float64(lambda c, basis: jnp.sum(c[:, None] * basis, axis=0))(
-        jnp.asarray(coordinates, span.basis.dtype), span.basis
+        coordinates.astype(basis.dtype), basis
     )
 
 
@@ -472,3 +586,10 @@ def _orthonormal(leaves: list) -> jax.Array:
         return jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
 
     return in_float64(invert)(leaves)
+
+
+# `jax.export` can serialize functions of these states.
+for _state in (EmaState, SwaState, Segments, SwadState, TWASubspace):
+    export.register_namedtuple_serialization(
+        _state, serialized_name=f"modelstock_jax.{_state.__name__}"
+    )

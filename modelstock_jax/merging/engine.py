@@ -333,7 +333,9 @@ def _solve_row(xp, rule, dtype, is_scalar, products: list, extras: list, shared:
         by_tensor = gram
     else:
         by_tensor = gram_matrix(join([x for group in products for x in group]))
-    columns = [xp.concatenate([x.reshape(1, -1) for x in c], axis=1)[0] for c in zip(*extras)]
+    columns = [
+        xp.concatenate([x.reshape(1, -1) for x in c], axis=1)[0] for c in zip(*extras, strict=True)
+    ]
     inputs = (
         xp.where(valid[None, None], gram, 0.0), valid, xp.asarray(is_scalar), columns, shared
     )  # fmt: skip
