@@ -310,11 +310,11 @@ def ties(
 
 def _trim(density, scale, pretrained, finetuned, solution, views, dtype) -> list:
     count = sum(view.count for view in views)
-    rank = tuple(ranks(density, count, len(finetuned[0])))
+    rank = tuple(rules.ties_ranks(density, count, len(finetuned[0])))
     if min(rank) < count:
         threshold = trim_threshold(pretrained, finetuned, views=tuple(views), rank=rank)
     else:
-        threshold = jnp.zeros(solution.coefficient.shape, jnp.uint32)
+        threshold = jnp.zeros((2, *solution.coefficient.shape), jnp.uint32)
     return [
         add_trimmed(w0, w, threshold, scale, solution.keep_anchor, unit_view=view, dtype=dtype)
         for w0, w, view in zip(pretrained, finetuned, views, strict=True)
@@ -423,24 +423,12 @@ def disjoint_mean(trimmed):
     return xp.where(agree, trimmed, 0.0).sum(axis=0) / xp.maximum(count, 1.0)
 
 
-def ranks(density: float | Sequence[float], count: int, num_replicas: int) -> list[int]:
-    """Return how many of `count` elements to keep per replica: density * count, at least 1 (TIES).
-
-    Example:
-      >>> ranks(0.2, 24, 2)
-      [4, 4]
-    """
-    densities = np.broadcast_to(np.asarray(density, np.float64), num_replicas)
-    return [max(1, int(density * count)) for density in densities]
-
-
 @partial(jax.jit, static_argnames=("views", "rank"))
 def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tuple[int, ...]):
-    """Return the bits of the rank-th largest magnitude of each task vector in a unit (TIES).
+    """Return the rank-th largest magnitude of each task vector in a unit (TIES), as its order key.
 
-    The order of the bits is the order of the magnitudes. A bisection on the bits makes 31 counts
-    over the tensors' own axes. It is exact, and unlike a sort it neither gathers nor copies a
-    sharded tensor.
+    A bisection on the 63 bits of the key makes 63 counts over the tensors' own axes. It is exact,
+    and unlike a sort it neither gathers nor copies a sharded tensor.
 
     Args:
       pretrained: the unit's tensors of the anchor, each [...]
@@ -449,25 +437,27 @@ def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tup
       rank: for each replica, which magnitude, counted from 1
 
     Returns:
-      [N, *unit shape] uint32, see `magnitude`
+      [2, N, *unit shape] uint32: the upper and lower halves of the key, see `magnitude`. Halves,
+      because callers may have disabled 64-bit types.
     """
+    min_count = np.array(rank, np.float64).reshape((-1,) + (1,) * len(views[0].unit_shape))
 
     def set_bit(step, threshold):
-        trial = threshold | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
+        trial = threshold | (jnp.uint64(1 << 62) >> step.astype(jnp.uint64))
         count = sum(
             jnp.sum(
                 magnitude(*to_unit_shape(w0, w, view)) >= _expand_to_unit(trial, view),
                 axis=tuple(1 + axis for axis in view.axes),
-                dtype=jnp.float64,
+                dtype=jnp.float64,  # counts up to 2^53, int32 only up to 2^31
             )
             for w0, w, view in zip(pretrained, finetuned, views, strict=True)
         )
-        min_count = np.array(rank, np.float64).reshape((-1,) + (1,) * (threshold.ndim - 1))
         return jnp.where(count >= min_count, trial, threshold)
 
-    shape = (len(finetuned[0]), *views[0].unit_shape)
-    with jax.enable_x64(True):  # float64 counts up to 2^53, int32 only up to 2^31
-        return lax.fori_loop(0, 31, set_bit, jnp.zeros(shape, jnp.uint32))
+    with jax.enable_x64(True):
+        zeros = jnp.zeros((len(finetuned[0]), *views[0].unit_shape), jnp.uint64)
+        threshold = lax.fori_loop(0, 63, set_bit, zeros)
+        return jnp.stack([threshold >> 32, threshold]).astype(jnp.uint32)
 
 
 @partial(jax.jit, static_argnames=("unit_view", "dtype"))
@@ -477,7 +467,7 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
     Args:
       pretrained: w0, [...]
       finetuned: [N, ...]
-      threshold: bits of the smallest magnitude to keep, [N, *unit shape] uint32
+      threshold: key of the smallest magnitude to keep, from `trim_threshold`
       scale: []
       keep_anchor: [*unit shape] bool: copy the anchor's weights
       unit_view: how the tensor is split into units
@@ -485,7 +475,9 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
     """
     dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
     anchor, tuned = to_unit_shape(pretrained, finetuned, unit_view)
-    kept = magnitude(anchor, tuned) >= _expand_to_unit(threshold, unit_view)
+    with jax.enable_x64(True):
+        upper, lower = threshold.astype(jnp.uint64)
+        kept = magnitude(anchor, tuned) >= _expand_to_unit(upper << 32 | lower, unit_view)
 
     def combine(anchor, tuned, kept, scale):
         trimmed = jnp.where(kept, tuned - anchor[None], 0.0)
@@ -498,9 +490,32 @@ def add_trimmed(pretrained, finetuned, threshold, scale, keep_anchor, *, unit_vi
 
 
 def magnitude(anchor, tuned):
-    """Return the bits of |w_i - w0| as float32: integers in the order of the magnitudes."""
-    deltas = (tuned - anchor[None]).astype(jnp.float32)
-    return lax.bitcast_convert_type(deltas, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+    """Return integers in the order of |w_i - w0|, [N, ...] uint64 below 2^63.
+
+    The difference is in float64. A float32 difference makes elements tie that are not equal. Call
+    this under `jax.enable_x64(True)`.
+    """
+    deltas = tuned.astype(jnp.float64) - anchor.astype(jnp.float64)[None]
+    deltas = jnp.abs(lax.stop_gradient(deltas))
+    return lax.platform_dependent(deltas, default=_bits, tpu=_bits_of_float32_pair)
+
+
+def _bits(values):
+    return lax.bitcast_convert_type(values, jnp.uint64)
+
+
+def _bits_of_float32_pair(values):
+    """Return keys without a 64-bit bitcast, which TPUs lack: they emulate float64 by two float32.
+
+    The upper half of a key has the bits of the value rounded to float32, the lower half those of
+    the remainder, mapped to unsigned integers in the order of the remainders.
+    """
+    rounded = lax.optimization_barrier(values.astype(jnp.float32))
+    rest = (values - rounded.astype(jnp.float64)).astype(jnp.float32)
+    upper, lower = (lax.bitcast_convert_type(x, jnp.uint32) for x in (rounded, rest))
+    sign = jnp.uint32(1 << 31)
+    lower = jnp.where(lower >= sign, ~lower, lower | sign)
+    return upper.astype(jnp.uint64) << 32 | lower.astype(jnp.uint64)
 
 
 def _expand_to_unit(values, unit_view):

@@ -19,6 +19,7 @@ from modelstock_jax.merging import (
 )
 from tests.checkpoint_merge.engine import SHAPES, deltas, merge, models, numbers, plan, rows, save
 from tests.merging.reference import allowed
+from tests.merging.reference import ties as ties_reference
 
 LIBRARY = {"model_stock": model_stock, "weighted_model_stock": weighted_model_stock}
 
@@ -121,22 +122,11 @@ def weighted_sum(inputs, name, weights):
 
 
 def ties(inputs, name, density, weights, scale, normalize):
-    """TIES as in its paper: trim, elect the sign of the sum, average the values that agree."""
-    d = deltas(inputs, name)
-    trimmed = np.zeros_like(d)
-    for row, delta, fraction in zip(trimmed, d, density, strict=True):
-        size = np.abs(delta).astype(np.float32)
-        mask = size >= np.sort(size)[-max(1, int(fraction * size.size))]
-        row[mask] = delta[mask]
-    trimmed *= np.asarray(weights)[:, None]
-    sign = np.where(trimmed.sum(axis=0) >= 0, 1, -1)
-    agree = trimmed * sign > 0
-    total = np.where(agree, trimmed, 0).sum(axis=0)
-    if normalize:
-        total /= np.maximum(1e-9, np.where(agree, np.asarray(weights)[:, None], 0).sum(axis=0)) + (
-            ~agree.any(axis=0)
-        )
-    return numbers(inputs[0][name]).reshape(-1) + scale * total
+    """TIES in float64, flat."""
+    w0 = numbers(inputs[0][name]).reshape(-1)
+    tuned = [numbers(model[name]).reshape(-1) for model in inputs[1:]]
+    keep = [max(1, round(fraction * w0.size)) for fraction in density]
+    return ties_reference(w0, tuned, keep, scale, weights=weights, normalize=normalize)
 
 
 def slerp(first, second, t):
