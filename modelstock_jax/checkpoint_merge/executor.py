@@ -509,7 +509,9 @@ class Unit:
         return values
 
     def _length(self, k: int) -> int:
-        return piece_length(len(self._sources), self._bits(self.members[k]))
+        # TIES computes in float64 for weights of any dtype.
+        bits = 64 if self.plan.options.method == "ties" else self._bits(self.members[k])
+        return piece_length(len(self._sources), bits)
 
     def _code(self, member: TensorPlan, model: int) -> str:
         return self._sources[model].tensors[member.name_in(model)].code

@@ -253,9 +253,10 @@ def ties(
         elect    gamma = sgn(sum_i d_i), elementwise
         merge    w = w0 + scale * mean of the d_i whose sign is gamma
 
-    That paper leaves three cases open. All elements that tie with the smallest kept element are
-    kept. At least one element is kept. If opposite elements cancel to exactly 0, the positive sign
-    is elected.
+    That paper leaves four cases open. All elements that tie with the smallest kept element are
+    kept; magnitudes are compared in float64 for weights of any dtype. The number of elements to
+    keep is density * n rounded to the nearest integer (half to even), and at least 1. If opposite
+    elements cancel to exactly 0, the positive sign is elected.
 
     Args:
       pretrained: as in `model_stock`
@@ -271,8 +272,8 @@ def ties(
       dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` of the task vectors before trimming, with ratio `scale` and no
-      predicted distance for the merged weights.
+      The merged tree, and `Stats` of the task vectors before trimming, with ratio `scale`. The
+      predicted distance of the merged weights is unknown: DISTANCE_UNDEFINED.
 
     Raises:
       UserError: a density outside (0, 1], or as `task_arithmetic`

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -194,6 +196,24 @@ def test_ties_keeps_all_elements_equal_to_the_threshold(tmp_path, dtype):
     steps = {"w": np.array([4, -3, 2, 2, -2, 1, 0, 0], dtype)}
     out, _ = merge(tmp_path, [base, steps], method="ties", density=3 / 8)
     assert numbers(out["w"]).tolist() == [4, -3, 2, 2, -2, 0, 0, 0]
+
+
+def test_ties_reports_no_distance_of_the_merged_weights(say, tmp_path):
+    paths = save(tmp_path, models())
+    flags = ("--method", "ties", "--density", "0.5")
+    result = say("merge", *paths, "--out", tmp_path / "out", *flags)
+    assert result.status == 0, result.err
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    for distance in (
+        report["predicted_distance"],
+        *(r["predicted_distance"] for r in report["units"]),
+    ):
+        assert distance["merged"] is None
+    known = report["predicted_distance"]
+    assert known["replica"] > known["mean"] > 0
+    assert "to the center" not in result.out  # a value that is unknown is not printed as 0 or -1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "This method has no ratio." in card and "-1" not in card.split("## ")[1]
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0])

@@ -5,6 +5,8 @@ The ranks are those of the float64 differences, for weights of any dtype.
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,10 +17,11 @@ from modelstock_jax.checkpoint_merge.methods import measure_trim
 from modelstock_jax.merging import NonFiniteError, baselines, report, rules, ties, total_distance
 from tests.checkpoint_merge import engine as files
 from tests.merging import reference
+from tests.merging.test_lowering import _module as lowered
 from tests.merging.trees import replicas
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-TINIEST = float(np.finfo(np.float32).tiny)
+EPS, TINIEST = 2.0**-52, float(np.finfo(np.float32).tiny)
 SHAPES = {
     **{f"blocks.block_00.self_attn.{role}_proj.kernel": (4, 6) for role in "qkv"},
     **{f"blocks.block_00.self_attn.{role}_proj.bias": (6,) for role in "qkv"},
@@ -78,9 +81,9 @@ CLOSE = {
     "float32": row([1, 1, 0, 0], [TINY, 2 * TINY, 0, 0], [2 * TINY, TINY, 0, 0]),
     "bfloat16": row([1, 1, 0, 0], [TINY, 2 * TINY, 0, 0], [2 * TINY, TINY, 0, 0], dtype=BF16),
     "float16": row(
-        [-2, -2, 0, 0], [SMALL, 2 * SMALL, 0, 0], [2 * SMALL, SMALL, 0, 0], dtype=np.float16
+        [-4, -4, 0, 0], [SMALL, 3 * SMALL, 0, 0], [3 * SMALL, SMALL, 0, 0], dtype=np.float16
     ),
-    "float64": row([0, 0, 0, 0], [1, 1 + 1e-12, 0, 0], [-1 - 1e-12, -1, 0, 0], dtype=np.float64),
+    "float64": row([0, 0, 0, 0], [1, 1 + EPS, 0, 0], [1 + 3 * EPS, 1, 0, 0], dtype=np.float64),
     "below float32": row([0] * 4, [1, 2e-60, 1e-60, 0], [1, 1e-60, 2e-60, 0], dtype=np.float64),
     "above float32": row([0] * 4, [1e60, 2e60, 0, 0], [2e60, 1e60, 0, 0], dtype=np.float64),
 }
@@ -113,7 +116,7 @@ def test_keys_without_a_64_bit_bitcast_have_the_order_of_the_differences():
     w[:, 0] = w0[0]
     with jax.enable_x64(True):
         values = jnp.abs(jnp.asarray(w, jnp.float64) - w0[None])
-        keys = np.asarray(jax.jit(baselines._bits_of_float32_pair)(values)).ravel()
+        keys = np.asarray(jax.jit(jax.vmap(baselines._bits_of_float32_pair))(values)).ravel()
     values = np.asarray(values).ravel()
     # 2^-46: two float32 have at least 48 bits, one of them the sign of the second.
     order = np.argsort(keys, kind="stable")
@@ -121,6 +124,13 @@ def test_keys_without_a_64_bit_bitcast_have_the_order_of_the_differences():
     ranked = np.sort(values)
     assert (np.diff(ranked.astype(np.float32)) == 0).sum() > (np.diff(ranked) == 0).sum() + 10
     np.testing.assert_array_equal(np.argsort(values, kind="stable"), order)
+
+
+def test_no_64_bit_bitcast_on_a_tpu():
+    """TPUs emulate float64, without this operation."""
+    bitcast = r"stablehlo\.bitcast_convert.*xf64>"
+    assert re.search(bitcast, lowered(ties, "cuda", np.float32))
+    assert not re.search(bitcast, lowered(ties, "tpu", np.float32))
 
 
 @pytest.mark.parametrize(
