@@ -15,7 +15,7 @@ from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import LoaderOptions, eval_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import distance
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.multihost import block_on_multihost_cpu

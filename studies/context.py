@@ -18,7 +18,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import classifier_evaluator
 from modelstock_jax.experiment.setup import check_and_set_up
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training.sharding import make_mesh
 from studies.expressions import Expression
 from studies.ledger import Ledger

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from modelstock_jax import merging
 from modelstock_jax.merging import Stats, geometry
 from modelstock_jax.merging.engine import merge
-from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.rules import UnitSolution, measure, solve_with_coefficients
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.registry import RENAMED_METHODS
 from studies.runs import Run
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from modelstock_jax import merging
-from modelstock_jax.merging.gram import PyTree, named_leaves
+from modelstock_jax.merging.trees import PyTree, named_leaves
 from studies.expressions import (
     Anchor,
     Expression,

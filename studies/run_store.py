@@ -20,7 +20,7 @@ from modelstock_jax.data.glyphs.captions import pretraining_set
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import open_anchor
 from modelstock_jax.fileio import new_directory
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models import tower
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.config import Preprocessor

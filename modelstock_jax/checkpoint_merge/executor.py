@@ -379,10 +379,10 @@ class Unit:
         return total
 
     def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Return the sum of function(w0 [n], deltas [N, n]) over the pieces."""
+        """Return the sum of function(w0 [n], deltas [N, n]) over the pieces, in float64."""
 
         def apply(piece: Piece) -> np.ndarray:
-            vectors = self._vectors(self._raw(piece), self._output_dtype(piece.member))
+            vectors = self._vectors(self._raw(piece), np.float64)
             return function(vectors[0], vectors[1:])
 
         return functools.reduce(np.add, self.map_pieces(apply, self.pieces()))
@@ -403,7 +403,7 @@ class Unit:
         if layout.units == 1 and solution.copy_replica.any():
             return recode(raw[1 + int(solution.copy_replica[:, 0].argmax())], code)
         if solved.trim is not None:
-            vectors = self._vectors(raw, self._output_dtype(piece.member))
+            vectors = self._vectors(raw, np.float64)
             merged = vectors[0] + solved.trim.merge(vectors[1:])
         else:
             merged = self._combine(raw, solved, piece)
@@ -509,7 +509,9 @@ class Unit:
         return values
 
     def _length(self, k: int) -> int:
-        return piece_length(len(self._sources), self._bits(self.members[k]))
+        # TIES computes in float64 for weights of any dtype.
+        bits = 64 if self.plan.options.method == "ties" else self._bits(self.members[k])
+        return piece_length(len(self._sources), bits)
 
     def _code(self, member: TensorPlan, model: int) -> str:
         return self._sources[model].tensors[member.name_in(model)].code

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -143,12 +144,17 @@ def _with_coefficients(values: np.ndarray) -> Solver:
 def _ties(options: Options, number: int) -> Solver:
     weights, normalize = model_weights(options, number), options.normalize is not False
     density = np.broadcast_to(1.0 if options.density is None else options.density, number)
+    round_down = options.density_rounding == "down"
 
     def solve(unit: UnitReader) -> Solved:
-        gram = unit.gram()
-        values = scale(options) * weights / (weights.sum() if normalize else 1.0)
-        trim = measure_trim(unit.reduce, unit.count, density, weights, scale(options), normalize)
-        return Solved(rules.fixed_coefficients(gram, unit.is_scalar, values), gram, trim=trim)
+        solution = rules.ties_statistics(
+            gram := unit.gram(), unit.is_scalar, np.float64(scale(options))
+        )
+        ranks = None
+        if min(density) < 1:
+            ranks = rules.ties_ranks(density, unit.count, number, round_down=round_down)
+        trim = measure_trim(unit.reduce, ranks, weights, scale(options), normalize)
+        return Solved(solution, gram, trim=trim)
 
     return solve
 
@@ -217,7 +223,7 @@ def combine(vectors: np.ndarray, factors: np.ndarray, layout: UnitLayout, start:
     return total
 
 
-_HALF = 2**16  # Number of values of half the bits of a float32.
+_DIGIT = 16  # Bits of a magnitude that one pass determines.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +231,7 @@ class Trim:
     """Trimming of TIES-Merging (arXiv 2306.01708) for one unit, in bounded memory.
 
     Attributes:
-      threshold: bits of the minimum magnitude that remains in each task vector, [N] uint32
+      threshold: bits of the minimum magnitude that remains in each task vector, [N] int64
       weights: [N]
       scale: lambda
       normalize: divide by the sum of the weights of the task vectors that agree in sign
@@ -240,78 +246,71 @@ class Trim:
         """Return lambda sum_i c_i d_i / sum_i c_i over the trimmed d_i with the sign of their sum.
 
         Args:
-          deltas: [N, n], task vectors
+          deltas: [N, n] float64, task vectors
         """
-        trimmed = np.zeros(deltas.shape, deltas.dtype)
+        trimmed = np.zeros(deltas.shape)
         for row, delta, min_bits, weight in zip(
             trimmed, deltas, self.threshold, self.weights, strict=True
         ):
-            mask = magnitude(delta) >= min_bits
-            np.multiply(delta, deltas.dtype.type(weight), out=row, where=mask)
+            np.multiply(delta, weight, out=row, where=magnitude(delta) >= min_bits)
         agree = np.where(trimmed.sum(axis=0) >= 0, trimmed > 0, trimmed < 0)
         merged = np.where(agree, trimmed, 0).sum(axis=0)
         if self.normalize:
-            weights = self.weights.astype(deltas.dtype)[:, None]
-            divisor = np.where(agree, weights, 0).sum(axis=0)
+            divisor = np.where(agree, self.weights[:, None], 0).sum(axis=0)
             merged /= np.where(np.abs(divisor) < 1e-8, 1, divisor)
-        merged *= deltas.dtype.type(self.scale)
-        return merged
+        return merged * self.scale
 
 
-def magnitude(delta: np.ndarray) -> np.ndarray:
-    """Return the bits of |d| as float32: integers in the order of the magnitudes.
+def magnitude(deltas: np.ndarray) -> np.ndarray:
+    """Return the bits of |d| in float64: int64 in the order of the magnitudes.
 
     Example:
       >>> magnitude(np.array([-2.0, 1.0, 0.0])).argsort().tolist()
       [2, 1, 0]
     """
-    return delta.astype(np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    return np.abs(deltas).view(np.int64)
 
 
 def measure_trim(
     reduce: Reduce,
-    count: int,
-    density: Sequence[float] | np.ndarray,
+    ranks: Sequence[int] | None,
     weights: np.ndarray,
     scale: float,
     normalize: bool,
 ) -> Trim:
-    """Find the k-th largest magnitude of each task vector, k = density * count.
+    """Find the k-th largest magnitude of each task vector.
 
-    The result is exact: it comes from two histograms of the bits of the magnitudes (the upper half,
-    then the lower half within the bin of the k-th). All elements equal to the k-th remain.
+    The result is exact: each pass determines 16 bits of the k-th, from a histogram of these bits
+    over the magnitudes that agree with the bits before. All elements equal to the k-th remain.
 
     Args:
       reduce: sums a function of (w0 [n], deltas [N, n]) over the pieces of the unit
-      count: number of elements of the unit
-      density: [N], in (0, 1]
+      ranks: k of each task vector, counted from 1; None to keep all elements
       weights: [N]
       scale: lambda
       normalize: see `Trim`
     """
-    threshold = np.zeros(len(weights), np.uint32)
-    if min(density) < 1:
-        ranks = np.maximum(1, (np.asarray(density) * count).astype(np.int64))
-        upper, ranks = _select(reduce(lambda _, d: _histogram(magnitude(d) >> 16)), ranks)
-
-        def within_bin(_, deltas):
-            bits = magnitude(deltas)
-            return np.stack(
-                [_counts(b[b >> 16 == u] & 0xFFFF) for b, u in zip(bits, upper, strict=True)]
-            )
-
-        lower, _ = _select(reduce(within_bin), ranks)
-        threshold = (upper << 16 | lower).astype(np.uint32)
-        threshold[np.asarray(density) >= 1] = 0
+    threshold = np.zeros(len(weights), np.int64)
+    if ranks is not None:
+        remaining = np.array(ranks)
+        for shift in (48, 32, 16, 0):
+            counts = reduce(partial(_histogram, threshold, shift))
+            digit, remaining = _select(counts, remaining)
+            threshold |= digit << shift
     return Trim(threshold, weights, scale, normalize)
 
 
-def _histogram(halves: np.ndarray) -> np.ndarray:
-    return np.stack([_counts(row) for row in halves])
-
-
-def _counts(halves: np.ndarray) -> np.ndarray:
-    return np.bincount(halves, minlength=_HALF)
+def _histogram(threshold: np.ndarray, shift: int, _: np.ndarray, deltas: np.ndarray) -> np.ndarray:
+    """Return the counts of a digit over the magnitudes whose higher digits are the threshold's."""
+    counts = np.empty((len(deltas), 2**_DIGIT), np.int64)
+    for row, delta, found in zip(counts, deltas, threshold, strict=True):
+        digits = magnitude(delta) >> shift
+        # `digits` has no sign bit, so the first digit has no higher ones.
+        row[:] = np.bincount(
+            digits[digits >> _DIGIT == found >> shift >> _DIGIT] & (2**_DIGIT - 1),
+            minlength=2**_DIGIT,
+        )
+    return counts
 
 
 def _select(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -319,7 +318,7 @@ def _select(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarr
     cumulative = counts[:, ::-1].cumsum(axis=1)
     index = (cumulative >= ranks[:, None]).argmax(axis=1)
     before = np.where(index > 0, cumulative[np.arange(len(index)), index - 1], 0)
-    return (counts.shape[1] - 1 - index).astype(np.uint32), ranks - before
+    return counts.shape[1] - 1 - index, ranks - before
 
 
 Row = dict[str, Any]

@@ -40,6 +40,7 @@ TIED_HEAD = ("keep", "untie")
 MISSING_TENSORS = ("error", "base")
 HEAD = ("error", "finetuned")
 ANCHOR_ROUNDING = ("keep", "correct")
+DENSITY_ROUNDING = ("nearest", "down")
 CHECKSUMS = ("crc32", "sha256")
 # Values that earlier versions of the command had -> values now.
 RENAMED_VALUES = {"refuse": "error"}
@@ -130,6 +131,8 @@ class Options:
       scale: lambda of task_arithmetic and ties
       density: fraction of each task vector that ties keeps, in (0, 1]: one value, or one per
         fine-tune
+      density_rounding: how ties rounds density x number of elements to the number that it keeps:
+        `nearest`, or `down` as mergekit does (set by its recipes)
       t: position of slerp, in [0, 1]: one value, or one per tensor by its name in the base
       head: if the classifier of the fine-tunes differs from the base's, or the base has none:
         `error`, or `finetuned` (the mean of the fine-tunes' classifiers, which have no common
@@ -172,6 +175,7 @@ class Options:
     alpha: float | None = None
     scale: float | None = None
     density: float | tuple[float, ...] | None = None
+    density_rounding: str = "nearest"
     t: float | Mapping[str, float] | None = None
     head: str = "error"
     dequantize: bool = False
@@ -198,6 +202,7 @@ class Options:
             ("checksum", CHECKSUMS),
             ("head", HEAD),
             ("anchor_rounding", ANCHOR_ROUNDING),
+            ("density_rounding", DENSITY_ROUNDING),
         ):
             if (value := getattr(self, name)) not in choices:
                 shown = invalid_choice(value, [x for x in choices if x is not None])
@@ -268,5 +273,6 @@ class Options:
 
 
 def _flag(name: str) -> str:
-    special = {"max_shard_bytes": "--max-shard-size", "window_bytes": name}
+    special = {"max_shard_bytes": "--max-shard-size"}
+    special |= {name: name for name in ("window_bytes", "density_rounding")}  # not flags
     return special.get(name, f"--{name.replace('_', '-')}")

@@ -91,11 +91,11 @@ class Plan:
     def passes(self) -> int:
         """Number of times that merged tensors are read.
 
-        Two: to measure, then to combine. TIES that trims needs two more to find its thresholds.
+        Two: to measure, then to combine. TIES that trims needs four more to find its thresholds.
         """
         density = self.options.density
         is_trimmed = self.options.method == "ties" and density is not None and np.min(density) < 1
-        return 4 if is_trimmed else 2
+        return 6 if is_trimmed else 2
 
     def bytes_in(self, tensor: TensorPlan) -> int:
         """Return the bytes of all models that are merged into a tensor; 0 if it is not merged."""

@@ -261,6 +261,7 @@ def _method_options(
         options["density"] = tuple(
             constant(values.get("density", default), "density") for values in parameters
         )
+        options["density_rounding"] = "down"
     if "lambda" in common:
         options["scale"] = constant(common["lambda"], "lambda")
     if "normalize" in common:

@@ -28,7 +28,7 @@ from modelstock_jax.merging import (
     weighted_model_stock,
     wise_ft,
 )
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.registry import METHODS
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.tables import current_rows

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import to_json_types, write_text
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models import checkpoint_io, formats
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.formats import HuggingFace

@@ -6,12 +6,14 @@
 | `rules` | merge rules: from a Gram matrix to coefficients |
 | `units` | merge units: which elements share an angle |
 | `attention_names` | names of attentions and transformer blocks |
-| `gram` | operations on single tensors; checks of the trees |
+| `gram` | the two passes over a tensor |
+| `trees` | stacking of replicas; names of the leaves; checks of the trees |
 | `engine` | the engine of every merge |
 | `stats` | measures of a merge, reports, check for NaN and infinity |
 | `placement` | devices and shardings of the arrays |
 | `stock` | `model_stock` and its extensions |
 | `baselines` | other merge methods: mean, WiSE-FT, task arithmetic, TIES, SLERP |
+| `trimming` | TIES on the weights |
 | `averaging` | averages along one run: EMA, SWA, SWAD, TWA |
 | `soups` | greedy soup |
 | `analysis` | angles, norms, distances, planes and shells of models |
@@ -66,7 +68,7 @@ _EXPORTS = {
         "squared_norms",
         "true_distance",
     ),
-    "gram": ("stack_replicas",),
+    "trees": ("stack_replicas",),
     "rules": ("NonFiniteError", "UnitOutcome"),
     "soups": ("GreedySoup", "Trial", "greedy_soup"),
     "stats": ("Stats", "check_finite", "outcome_counts", "report", "total_distance"),

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, total, unit_grams
-from modelstock_jax.merging.gram import PyTree, in_float64, is_float, pair_leaves, stack_replicas
+from modelstock_jax.merging.gram import in_float64
 from modelstock_jax.merging.placement import gather_replicas, on_this_host, replicate
+from modelstock_jax.merging.trees import PyTree, is_float, pair_leaves, stack_replicas
 from modelstock_jax.merging.units import UnitFunction
 
 

@@ -17,17 +17,9 @@ import numpy as np
 from jax import export
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import (
-    PyTree,
-    cast,
-    check_alike,
-    compute_dtype,
-    in_float64,
-    is_float,
-    to_array,
-    to_arrays,
-)
+from modelstock_jax.merging.gram import cast, compute_dtype, in_float64
 from modelstock_jax.merging.placement import on_this_host
+from modelstock_jax.merging.trees import PyTree, check_alike, is_float, to_array, to_arrays
 
 
 class Average(NamedTuple):

@@ -16,24 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import rules
 from modelstock_jax.merging.analysis import distance
-from modelstock_jax.merging.engine import Exact, exact, merge, unpack
-from modelstock_jax.merging.geometry import namespace
-from modelstock_jax.merging.gram import (
-    PyTree,
-    cast,
-    compute_dtype,
-    in_float64,
-    pair_leaves,
-    to_unit_shape,
-)
+from modelstock_jax.merging.engine import Exact, exact, merge
+from modelstock_jax.merging.gram import compute_dtype
 from modelstock_jax.merging.placement import on_this_host
 from modelstock_jax.merging.stats import Stats
 from modelstock_jax.merging.stock import check_coefficient, model_stock, no_third_position
+from modelstock_jax.merging.trees import PyTree, pair_leaves
+from modelstock_jax.merging.trimming import trim
 from modelstock_jax.merging.units import UnitFunction
 
 
@@ -270,9 +263,10 @@ def ties(
         elect    gamma = sgn(sum_i d_i), elementwise
         merge    w = w0 + scale * mean of the d_i whose sign is gamma
 
-    That paper leaves three cases open. All elements that tie with the smallest kept element are
-    kept. At least one element is kept. If opposite elements cancel to exactly 0, the positive sign
-    is elected.
+    That paper leaves four cases open. All elements that tie with the smallest kept element are
+    kept; magnitudes are compared in float64 for weights of any dtype. The number of elements to
+    keep is density * n rounded to the nearest integer (half to even), and at least 1. If opposite
+    elements cancel to exactly 0, the positive sign is elected.
 
     Args:
       pretrained: as in `model_stock`
@@ -289,8 +283,8 @@ def ties(
       dtype: as in `model_stock`
 
     Returns:
-      The merged tree, and `Stats` of the task vectors before trimming, with ratio `scale` and no
-      predicted distance for the merged weights.
+      The merged tree, and `Stats` of the task vectors before trimming, with ratio `scale`. The
+      predicted distance of the merged weights is unknown: DISTANCE_UNDEFINED.
 
     Raises:
       UserError: a density outside (0, 1], or as `task_arithmetic`
@@ -324,22 +318,9 @@ def ties(
         scan_axes=scan_axes,
         dtype=dtype,
         min_replicas=1,
-        combine=partial(_trim, densities, scale),
+        combine=partial(trim, densities, scale),
     )
     return merged, stats
-
-
-def _trim(density, scale, pretrained, finetuned, updates, views, dtype) -> list:
-    count = sum(view.count for view in views)
-    rank = tuple(ranks(density, count, len(finetuned[0])))
-    if min(rank) < count:
-        threshold = trim_threshold(pretrained, finetuned, views=tuple(views), rank=rank)
-    else:
-        threshold = jnp.zeros((len(rank), *views[0].unit_shape), jnp.uint32)
-    return [
-        add_trimmed(w0, w, threshold, scale, update, unit_view=view, dtype=dtype)
-        for w0, w, update, view in zip(pretrained, finetuned, updates, views, strict=True)
-    ]
 
 
 def _num_replicas(finetuned: PyTree) -> int:
@@ -424,112 +405,3 @@ def slerp(
         min_replicas=1,
     )
     return merged, stats
-
-
-def disjoint_mean(trimmed):
-    """Elect the sign of the sum, and return the mean of the elements with this sign (TIES).
-
-        gamma = sgn(sum_i trimmed_i),    mean of { trimmed_i : sgn(trimmed_i) = gamma }
-
-    Args:
-      trimmed: trimmed task vectors, [N, ...], NumPy or JAX
-
-    Returns:
-      [...]; 0 where all elements are 0. Where nonzero elements sum to 0, the positive sign is
-      elected.
-
-    Example:
-      >>> disjoint_mean(np.array([[2.0, -1.0], [1.0, 3.0], [-1.0, 1.0]])).tolist()
-      [1.5, 2.0]
-    """
-    xp = namespace(trimmed)
-    agree = xp.where(trimmed.sum(axis=0)[None] >= 0, trimmed > 0, trimmed < 0)
-    count = agree.sum(axis=0).astype(trimmed.dtype)
-    return xp.where(agree, trimmed, 0.0).sum(axis=0) / xp.maximum(count, 1.0)
-
-
-def ranks(density: float | Sequence[float], count: int, num_replicas: int) -> list[int]:
-    """Return how many of `count` elements to keep per replica: density * count, at least 1 (TIES).
-
-    Example:
-      >>> ranks(0.2, 24, 2)
-      [4, 4]
-    """
-    densities = np.broadcast_to(np.asarray(density, np.float64), num_replicas)
-    return [max(1, int(density * count)) for density in densities]
-
-
-@partial(jax.jit, static_argnames=("views", "rank"))
-def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tuple[int, ...]):
-    """Return the bits of the rank-th largest magnitude of each task vector in a unit (TIES).
-
-    The order of the bits is the order of the magnitudes. A bisection on the bits makes 31 counts
-    over the tensors' own axes. It is exact, and unlike a sort it neither gathers nor copies a
-    sharded tensor.
-
-    Args:
-      pretrained: the unit's tensors of the anchor, each [...]
-      finetuned: the unit's tensors of the replicas, each [N, ...]
-      views: a `units.UnitView` per tensor
-      rank: for each replica, which magnitude, counted from 1
-
-    Returns:
-      [N, *unit shape] uint32, see `magnitude`
-    """
-
-    def set_bit(step, threshold):
-        trial = threshold | (jnp.uint32(1 << 30) >> step.astype(jnp.uint32))
-        count = sum(
-            view.swap(
-                jnp.sum(
-                    magnitude(*to_unit_shape(w0, w, view)) >= _expand_to_unit(trial, view),
-                    axis=tuple(1 + axis for axis in view.axes),
-                    dtype=jnp.float64,
-                )
-            )
-            for w0, w, view in zip(pretrained, finetuned, views, strict=True)
-        )
-        min_count = np.array(rank, np.float64).reshape((-1,) + (1,) * (threshold.ndim - 1))
-        return jnp.where(count >= min_count, trial, threshold)
-
-    shape = (len(finetuned[0]), *views[0].unit_shape)
-    with jax.enable_x64(True):  # float64 counts up to 2^53, int32 only up to 2^31
-        return lax.fori_loop(0, 31, set_bit, jnp.zeros(shape, jnp.uint32))
-
-
-@partial(jax.jit, static_argnames=("unit_view", "dtype"))
-def add_trimmed(pretrained, finetuned, threshold, scale, packed, *, unit_view, dtype):
-    """Return w0 + scale * disjoint mean of the trimmed d_i of one tensor, rounded once to `dtype`.
-
-    Args:
-      pretrained: w0, [...]
-      finetuned: [N, ...]
-      threshold: bits of the smallest magnitude to keep, [N, *unit shape] uint32
-      scale: `exact` number, []
-      packed: update of the tensor's units; only its `source` is used
-      unit_view: how the tensor is split into units
-      dtype: dtype of the result; None for the anchor's
-    """
-    dtype = pretrained.dtype if dtype is None else jnp.dtype(dtype)
-    anchor, tuned = to_unit_shape(pretrained, finetuned, unit_view)
-    kept = magnitude(anchor, tuned) >= _expand_to_unit(threshold, unit_view)
-
-    def combine(anchor, tuned, kept, scale):
-        trimmed = jnp.where(kept, tuned - anchor[None], 0.0)
-        return cast(anchor + (scale.value + scale.rest) * disjoint_mean(trimmed), dtype)
-
-    merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
-    anchor = cast(pretrained, dtype).reshape(unit_view.view)
-    keep_anchor = unpack(packed, len(finetuned)).source == len(finetuned)
-    keep_anchor = jnp.expand_dims(unit_view.swap(keep_anchor), unit_view.axes)
-    return jnp.where(keep_anchor, anchor, merged).reshape(pretrained.shape)
-
-
-def magnitude(anchor, tuned):
-    """Return the bits of |w_i - w0| as float32: integers in the order of the magnitudes."""
-    deltas = (tuned - anchor[None]).astype(jnp.float32)
-    return lax.bitcast_convert_type(deltas, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
-
-
-def _expand_to_unit(values, unit_view):
-    return jnp.expand_dims(unit_view.swap(values), tuple(1 + axis for axis in unit_view.axes))

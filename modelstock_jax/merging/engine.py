@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,16 +26,12 @@ from modelstock_jax.merging import geometry, units
 from modelstock_jax.merging.anchor_rounding import is_coarser, started_from_rounded
 from modelstock_jax.merging.gram import (
     COMPUTED,
-    Leaves,
-    PyTree,
     Update,
     add_task_vectors,
     cast,
     gram_matrix,
     gram_products,
     in_float64,
-    is_float,
-    pair_leaves,
     rounding_energy,
 )
 from modelstock_jax.merging.placement import (
@@ -48,11 +44,12 @@ from modelstock_jax.merging.placement import (
 )
 from modelstock_jax.merging.rules import UnitOutcome, UnitSolution, without_rounding
 from modelstock_jax.merging.stats import Rows, Stats, TensorUnits, check_finite
+from modelstock_jax.merging.trees import Leaves, PyTree, is_float, pair_leaves
 
 # (gram, is_scalar, *extras of the unit, *shared) -> solution; NumPy or JAX arrays, float64
 MergeRule = Callable[..., UnitSolution]
-# (anchor tensors, replica tensors, update of their unit, unit views, dtype) -> merged tensors
-Combine = Callable[[list, list, Update, list[units.UnitView], Any], list]
+# (anchor tensors, replica tensors, packed update of each, unit views, dtype) -> merged tensors
+Combine = Callable[[list, list, list, list[units.UnitView], Any], list]
 
 ANCHOR_ROUNDING = ("keep", "correct")
 
@@ -110,8 +107,8 @@ def merge(
       unit: merge unit, see `units.assign`
       dtype: dtype of the merged floating tensors (default: the anchor's)
       min_replicas: minimum number of replicas
-      combine: computes the merged tensors of a unit from its tensors and its `Update` (default:
-        w0 + sum_i a_i d_i for each tensor).
+      combine: computes the merged tensors of a unit from its tensors and its packed `Update`
+        (default: w0 + sum_i a_i d_i for each tensor).
       anchor_rounding: "correct" subtracts the rounding error of a coarser anchor from the Gram
         matrices; `rule` must have no extras then.
       **unit_options: see `units.assign`
@@ -152,9 +149,10 @@ def merge(
     stats = Stats(rows, tree(tensors), units.unit_name(unit), leaves.num_replicas)
     if on_this_host((merged, rows)):
         check_finite(stats, pretrained)
-    carry = [
-        packed[k][-1] if k in changing and extras else jnp.zeros(()) for k in range(len(views))
-    ]
+    carry = [jnp.zeros(())] * len(views)
+    for k, update in packed.items():
+        if len(update) > _num_rows(leaves.num_replicas):
+            carry[k] = update[-1]
     return tree(merged), stats, tree(carry) if extras else None
 
 
@@ -455,6 +453,11 @@ def _add_up(pretrained, finetuned, updates, views, dtype) -> list:
 def _apply(pretrained, finetuned, packed, *, unit_view: units.UnitView, dtype):
     update = unpack(packed, len(finetuned))
     return add_task_vectors(pretrained, finetuned, update, unit_view=unit_view, dtype=dtype)
+
+
+def _num_rows(num_replicas: int) -> int:
+    """Return the number of rows of a packed `Update` without carried state."""
+    return 2 * num_replicas + 1
 
 
 def unpack(packed: Any, num_replicas: int) -> Update:

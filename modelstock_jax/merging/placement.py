@@ -8,7 +8,7 @@ axes under jit, XLA's partitioner decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
@@ -115,7 +115,7 @@ def _move(array: Any, mesh: Any, spec: P) -> Any:
     return jax.device_put(array, NamedSharding(mesh, spec))
 
 
-def _axis_names(spec: Sequence, ndim: int) -> list[tuple[str, ...]]:
+def _axis_names(spec: Iterable, ndim: int) -> list[tuple[str, ...]]:
     """Return the mesh axes of each array axis."""
     names = [() if entry is None else entry for entry in spec]
     names = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in names]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,6 +263,33 @@ def ties_statistics(gram, is_scalar, scale) -> UnitSolution:
     solution = fixed_ratio(gram, is_scalar, scale)
     undefined = xp.full_like(solution.ratio, geometry.DISTANCE_UNDEFINED)
     return solution._replace(distance=solution.distance._replace(merged=undefined))
+
+
+def ties_ranks(
+    density: float | Sequence[float] | np.ndarray,
+    count: int,
+    num_replicas: int,
+    *,
+    round_down: bool = False,
+) -> list[int]:
+    """Return how many of `count` elements TIES keeps of each task vector, at least 1.
+
+    It is density * count, rounded to the nearest integer (half to even, as Python's `round`).
+    Rounded down, a product just below an integer would lose an element.
+
+    Args:
+      density: in (0, 1], one value, or one per replica
+      count: number of elements that are ranked together
+      num_replicas: N
+      round_down: round density * count down, as mergekit does
+
+    Example:
+      >>> ties_ranks(0.29, 100, 2), ties_ranks(0.29, 100, 2, round_down=True)
+      ([29, 29], [28, 28])
+    """
+    densities = np.broadcast_to(np.asarray(density, np.float64), num_replicas)
+    integer = int if round_down else round
+    return [max(1, integer(float(density) * count)) for density in densities]
 
 
 def sequential_slerp(gram, is_scalar, ratios) -> UnitSolution:

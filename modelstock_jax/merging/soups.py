@@ -14,11 +14,12 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.averaging import rounded, widest
-from modelstock_jax.merging.gram import (
+from modelstock_jax.merging.gram import in_float64
+from modelstock_jax.merging.rules import NonFiniteError
+from modelstock_jax.merging.trees import (
     PyTree,
     check_alike,
     check_leaves,
-    in_float64,
     is_float,
     is_sequence,
     named_leaves,
@@ -26,7 +27,6 @@ from modelstock_jax.merging.gram import (
     to_array,
     to_arrays,
 )
-from modelstock_jax.merging.rules import NonFiniteError
 
 
 class Trial(NamedTuple):

@@ -20,9 +20,9 @@ from jax import export
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
-from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.placement import on_this_host
 from modelstock_jax.merging.rules import NonFiniteError, UnitOutcome, unit_row
+from modelstock_jax.merging.trees import PyTree
 
 
 @jax.tree_util.register_static
@@ -348,10 +348,18 @@ def _leaf_stats(stats: Stats) -> list[_LeafStats]:
     found = []
     for t in stats.tensor_units():
         row = copied if t.row is None else rows[t.row]
-        measures = [t.take(x) for x in (row.cosine, row.ratio, row.norm)]
-        distance = tuple(t.take(d) for d in row.distance)
-        finite = t.take(row.finite, by_tensor=True)
-        found.append(_LeafStats(t.name, t.key, *measures, distance, t.take(row.outcome), finite))
+        found.append(
+            _LeafStats(
+                name=t.name,
+                key=t.key,
+                cosine=t.take(row.cosine),
+                ratio=t.take(row.ratio),
+                norm=t.take(row.norm),
+                distance=tuple(t.take(d) for d in row.distance),
+                outcome=t.take(row.outcome),
+                finite=t.take(row.finite, by_tensor=True),
+            )
+        )
     return found
 
 

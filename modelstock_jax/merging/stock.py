@@ -17,7 +17,6 @@ import numpy as np
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.engine import merge, unit_zeros
-from modelstock_jax.merging.gram import PyTree
 from modelstock_jax.merging.rules import (
     UnitOutcome,
     UnitSolution,
@@ -27,6 +26,7 @@ from modelstock_jax.merging.rules import (
     solve_with_fallbacks,
 )
 from modelstock_jax.merging.stats import Stats
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.merging.units import UnitFunction
 
 _P = ParamSpec("_P")

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from modelstock_jax.merging import gram
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging import trees
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training import multihost
 from modelstock_jax.training.sharding import AXES
 
@@ -69,7 +69,7 @@ def describe_leaves(tree: PyTree) -> dict[str, list]:
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Return {path: leaf}; path keys are joined by "/", as in checkpoints."""
-    return gram.named_leaves(tree, separator="/")
+    return trees.named_leaves(tree, separator="/")
 
 
 def json_checksum(value: Any) -> str:

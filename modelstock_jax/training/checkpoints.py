@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from orbax.checkpoint.experimental import v1 as ocp
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training import array_checksums
 from modelstock_jax.training.array_checksums import describe_leaves, named_leaves
 from modelstock_jax.training.multihost import any_process, barrier, is_main

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import classifier, encode_image, encode_text
 from modelstock_jax.models.config import CLIPConfig, Preprocessor

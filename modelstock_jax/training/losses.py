@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training.state import StepConstants
 
 Apply = Callable[[Any, jax.Array], jax.Array]

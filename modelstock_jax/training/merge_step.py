@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from modelstock_jax import merging
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging import Stats, model_stock_carried
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import METHODS
 from modelstock_jax.training.state import TrainState, replicate

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import JsonLines
 from modelstock_jax.merging import Stats, check_finite, report
-from modelstock_jax.merging.gram import named_leaves
+from modelstock_jax.merging.trees import named_leaves
 from modelstock_jax.reporting.metrics import MetricsWriter
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.timeline import Timeline

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 
 Value = TypeVar("Value", bool, int)
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError, check_choice
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training.projections import fast_trainable_projection
 from modelstock_jax.training.state import IsTrained, leaf_names
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from modelstock_jax.errors import UserError, check_choice
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training.state import leaf_names
 
 NORMS = ("l2", "mars")

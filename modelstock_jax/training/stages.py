@@ -15,7 +15,7 @@ from modelstock_jax.data import glyphs
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.loader import LoaderOptions, train_batches
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models.clip import encode_image, encode_text, init
 from modelstock_jax.models.config import CLIPConfig, Preprocessor
 from modelstock_jax.models.transformer import Compute

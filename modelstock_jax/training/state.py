@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from modelstock_jax.merging.gram import PyTree, named_leaves
+from modelstock_jax.merging.trees import PyTree, named_leaves
 
 IsTrained = Callable[[str], bool]  # leaf name -> whether it is trained
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging import init_noise
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training import sharding
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.merge_step import make_merge_step

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from modelstock_jax.errors import check_choice
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.training.losses import Loss
 from modelstock_jax.training.optimizer import Schedule
 from modelstock_jax.training.state import StepConstants, TrainState

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.merging.gram import PyTree
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.checkpoints import Checkpoints, resume, save_or_check_anchor
 from modelstock_jax.training.launcher import STOPPED, PreemptionHandler

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -19,6 +21,7 @@ from modelstock_jax.merging import (
 )
 from tests.checkpoint_merge.engine import SHAPES, deltas, merge, models, numbers, plan, rows, save
 from tests.merging.reference import allowed
+from tests.merging.reference import ties as ties_reference
 
 LIBRARY = {"model_stock": model_stock, "weighted_model_stock": weighted_model_stock}
 
@@ -121,22 +124,11 @@ def weighted_sum(inputs, name, weights):
 
 
 def ties(inputs, name, density, weights, scale, normalize):
-    """TIES as in its paper: trim, elect the sign of the sum, average the values that agree."""
-    d = deltas(inputs, name)
-    trimmed = np.zeros_like(d)
-    for row, delta, fraction in zip(trimmed, d, density, strict=True):
-        size = np.abs(delta).astype(np.float32)
-        mask = size >= np.sort(size)[-max(1, int(fraction * size.size))]
-        row[mask] = delta[mask]
-    trimmed *= np.asarray(weights)[:, None]
-    sign = np.where(trimmed.sum(axis=0) >= 0, 1, -1)
-    agree = trimmed * sign > 0
-    total = np.where(agree, trimmed, 0).sum(axis=0)
-    if normalize:
-        total /= np.maximum(1e-9, np.where(agree, np.asarray(weights)[:, None], 0).sum(axis=0)) + (
-            ~agree.any(axis=0)
-        )
-    return numbers(inputs[0][name]).reshape(-1) + scale * total
+    """TIES in float64, flat."""
+    w0 = numbers(inputs[0][name]).reshape(-1)
+    tuned = [numbers(model[name]).reshape(-1) for model in inputs[1:]]
+    keep = [max(1, round(fraction * w0.size)) for fraction in density]
+    return ties_reference(w0, tuned, keep, scale, weights=weights, normalize=normalize)
 
 
 def slerp(first, second, t):
@@ -204,6 +196,24 @@ def test_ties_keeps_all_elements_equal_to_the_threshold(tmp_path, dtype):
     steps = {"w": np.array([4, -3, 2, 2, -2, 1, 0, 0], dtype)}
     out, _ = merge(tmp_path, [base, steps], method="ties", density=3 / 8)
     assert numbers(out["w"]).tolist() == [4, -3, 2, 2, -2, 0, 0, 0]
+
+
+def test_ties_reports_no_distance_of_the_merged_weights(say, tmp_path):
+    paths = save(tmp_path, models())
+    flags = ("--method", "ties", "--density", "0.5")
+    result = say("merge", *paths, "--out", tmp_path / "out", *flags)
+    assert result.status == 0, result.err
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    for distance in (
+        report["predicted_distance"],
+        *(r["predicted_distance"] for r in report["units"]),
+    ):
+        assert distance["merged"] is None
+    known = report["predicted_distance"]
+    assert known["replica"] > known["mean"] > 0
+    assert "to the center" not in result.out  # a value that is unknown is not printed as 0 or -1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "This method has no ratio." in card and "-1" not in card.split("## ")[1]
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0])

@@ -77,7 +77,7 @@ def test_ties():
     assert (recipe.base, recipe.models) == ("org/base", ("org/a", "org/b"))
     assert recipe.options == {
         "method": "ties", "weights": (0.5, 0.3), "density": (0.5, 0.25), "scale": 0.9,
-        "normalize": False, "dtype": "bfloat16",
+        "density_rounding": "down", "normalize": False, "dtype": "bfloat16",
     }  # fmt: skip
     assert "int8_mask" in recipe.notes[0]
 

@@ -92,3 +92,25 @@ def allowed(w0, w, merged):
     w0 = np.asarray(w0, np.float64)
     larger = np.maximum(np.abs(w0), np.abs(merged)).astype(np.float32)
     return np.spacing(larger) + 1e-6 * np.abs(np.asarray(w, np.float64).mean(axis=0) - w0)
+
+
+def ties(w0, w, keep, scale=1.0, weights=None, *, normalize=True):
+    """Algorithm 1 of TIES in float64: sort, elect the sign of the sum, average what agrees with it.
+
+    w0 is [n], w [N, n]. `keep` has the number of elements to keep of each replica. `weights` are
+    those of mergekit: factors of the trimmed task vectors, divided by the sum of those that agree
+    in sign if `normalize`.
+    """
+    w0, w = np.asarray(w0, np.float64), np.asarray(w, np.float64)
+    weights = np.ones(len(w)) if weights is None else np.asarray(weights, np.float64)
+    trimmed = []
+    for delta, number in zip(w - w0, keep, strict=True):
+        threshold = np.sort(np.abs(delta))[-number]
+        trimmed.append(np.where(np.abs(delta) >= threshold, delta, 0.0))
+    trimmed = np.stack(trimmed) * weights[:, None]
+    merged = np.zeros(w0.shape)
+    for p, column in enumerate(trimmed.T):
+        agree = column * (1.0 if column.sum() >= 0 else -1.0) > 0
+        divisor = weights[agree].sum() if normalize else 1.0
+        merged[p] = column[agree].sum() / divisor if agree.any() else 0.0
+    return w0 + scale * merged

@@ -12,7 +12,7 @@ from flax import linen, nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import assign, init_noise, joined, model_stock, norms, report, ties
-from modelstock_jax.merging.gram import named_leaves
+from modelstock_jax.merging.trees import named_leaves
 from modelstock_jax.merging.units import unit_name
 from tests.merging.trees import TRANSFORMER, flat, nested, replicas
 
