@@ -40,9 +40,9 @@ ALLOWED = {
 
 
 def pages() -> list[Path]:
-    """Markdown pages, and Python files of the package, configs, studies and notebooks."""
+    """Markdown pages, and Python files of the package and of the folders next to it."""
     docs = [path for path in ROOT.glob("*.md")] + list((ROOT / "docs").rglob("*.md"))
-    folders = ("modelstock_jax", "configs", "studies", "notebooks", "benchmarks")
+    folders = ("modelstock_jax", "configs", "studies", "notebooks", "benchmarks", "examples")
     python = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     return sorted([*docs, *python, ROOT / "launch.py"])
 
