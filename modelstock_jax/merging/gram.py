@@ -16,6 +16,7 @@ import numpy as np
 
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.anchor_rounding import half_ulp
+from modelstock_jax.merging.placement import broadcast_like
 
 
 def in_float64(
@@ -220,14 +221,14 @@ def add_task_vectors(pretrained, finetuned, update: Update, *, unit_view, dtype)
 
     unit_axes = [axis for axis in range(len(unit_view.view)) if axis not in unit_view.axes]
 
-    def expand(values):
-        return jax.lax.broadcast_in_dim(unit_view.swap(values), unit_view.view, unit_axes)
+    def expand(values, like):
+        return broadcast_like(unit_view.swap(values), unit_axes, like)
 
     def combine(anchor, tuned, coefficient, residual):
         total = anchor
         for a, rest, replica in zip(coefficient, residual, tuned, strict=True):
             delta = jax.lax.sub(replica, anchor)
-            total = jax.lax.add(total, jax.lax.mul(expand(a + rest), delta))
+            total = jax.lax.add(total, jax.lax.mul(expand(a + rest, delta), delta))
         return cast(total, dtype)
 
     merged = in_float64(combine)(
@@ -235,7 +236,9 @@ def add_task_vectors(pretrained, finetuned, update: Update, *, unit_view, dtype)
     ).astype(dtype)
     inputs = [cast(x, dtype).reshape(unit_view.view) for x in (*finetuned, pretrained)]
     choice = jax.lax.convert_element_type(update.source - COMPUTED, "int32")
-    merged = jax.lax.select_n(expand(choice), merged, *inputs)
+    if choice.ndim:
+        choice = expand(choice, merged)
+    merged = jax.lax.select_n(choice, merged, *inputs)
     return merged.reshape(pretrained.shape)
 
 

@@ -8,7 +8,7 @@ axes under jit, XLA's partitioner decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,11 @@ def on_this_host(tree: Any) -> bool:
 
 
 def gather_replicas(pretrained: Any, finetuned: Any) -> tuple[Any, Any]:
-    """Move the replicas of each element to one device, if the replica axis is sharded.
+    """Move the replicas of each element, and the anchor's element, to one device.
 
     The mesh axes of the replica axis move to the longest axis of the tensor that they divide, in an
     all-to-all: no device holds a complete tensor that did not before. A tensor without such an axis
-    is replicated over them.
+    is replicated over them. The anchor is sharded as the replicas are.
 
     Args:
       pretrained: w0, [...]
@@ -39,40 +39,50 @@ def gather_replicas(pretrained: Any, finetuned: Any) -> tuple[Any, Any]:
     Returns:
       both, equal in value
     """
-    sharding = _known_sharding(finetuned)
-    if sharding is None or not len(sharding.spec) or sharding.spec[0] is None:
+    sharding, of_anchor = _known_sharding(finetuned), _known_sharding(pretrained)
+    if sharding is None:
         return pretrained, finetuned
-    moved, *rest = _axis_names(sharding.spec, finetuned.ndim)
     mesh = sharding.mesh
-    num_shards = math.prod(mesh.shape[name] for name in moved)
-    for axis in sorted(range(pretrained.ndim), key=lambda axis: -pretrained.shape[axis]):
-        shards = num_shards * math.prod(mesh.shape[name] for name in rest[axis])
-        if pretrained.shape[axis] % shards == 0:
-            rest[axis] = (*rest[axis], *moved)
-            break
-    spec = P(*(names or None for names in rest))
+    moved, *axes = _axis_names(sharding.spec, finetuned.ndim)
+    if of_anchor is not None and of_anchor.mesh == mesh:
+        used = {name for names in (moved, *axes) for name in names}
+        for k, names in enumerate(_axis_names(of_anchor.spec, pretrained.ndim)):
+            axes[k] = axes[k] or (() if used & set(names) else names)
+    if moved:
+        num_shards = math.prod(mesh.shape[name] for name in moved)
+        for k in sorted(range(pretrained.ndim), key=lambda k: -pretrained.shape[k]):
+            shards = num_shards * math.prod(mesh.shape[name] for name in axes[k])
+            if pretrained.shape[k] % shards == 0:
+                axes[k] = (*axes[k], *moved)
+                break
+    elif AxisType.Explicit not in mesh.axis_types:
+        return pretrained, finetuned
+    spec = P(*(names or None for names in axes))
     return _move(pretrained, mesh, spec), _move(finetuned, mesh, P(None, *spec))
 
 
 def place_like(array: Any, like: Any) -> Any:
     """Return `array`, sharded as `like` if both shardings are known."""
-    sharding, target = _known_sharding(array), _known_sharding(like)
     if isinstance(array, jax.core.Tracer):
-        if target is None or sharding == target:
-            return array
-        return jax.sharding.reshard(array, target.spec)
-    concrete = getattr(like, "sharding", None)
-    if concrete is None or array.sharding.is_equivalent_to(concrete, array.ndim):
+        target = _known_sharding(like)
+        return array if target is None else _move(array, target.mesh, target.spec)
+    if array.sharding.is_equivalent_to(like.sharding, array.ndim) or not like.committed:
         return array
-    return jax.device_put(array, concrete) if like.committed else array
+    return jax.device_put(array, like.sharding)
 
 
 def replicate(array: Any) -> Any:
-    """Return a traced array whose Explicit mesh axes are not sharded."""
+    """Return an array whose Explicit mesh axes are not sharded."""
     sharding = _known_sharding(array)
-    if sharding is None or not any(_axis_names(sharding.spec, array.ndim)):
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
         return array
-    return jax.sharding.reshard(array, P())
+    return _move(array, sharding.mesh, P())
+
+
+def broadcast_like(values: Any, axes: Sequence[int], like: Any) -> Any:
+    """Broadcast to the shape and the sharding of `like`; `axes` are the axes of `values` in it."""
+    sharding = _known_sharding(like) if isinstance(like, jax.core.Tracer) else None
+    return jax.lax.broadcast_in_dim(values, like.shape, axes, out_sharding=sharding)
 
 
 def put_near(arrays: dict[Any, np.ndarray], likes: dict[Any, Any]) -> dict[Any, Any]:
@@ -102,17 +112,22 @@ def varying_type(array: Any) -> Hashable:
 
 def _known_sharding(array: Any) -> NamedSharding | None:
     """Return the sharding of a concrete array, or of a traced one over Explicit mesh axes."""
-    sharding = jax.typeof(array).sharding if isinstance(array, jax.core.Tracer) else None
-    if sharding is None:
+    if not isinstance(array, jax.core.Tracer):
         sharding = getattr(array, "sharding", None)
         return sharding if isinstance(sharding, NamedSharding) else None
+    sharding = jax.typeof(array).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _move(array: Any, mesh: Any, spec: P) -> Any:
+    current = _known_sharding(array)
+    if current is not None and current.mesh == mesh:
+        if _axis_names(current.spec, array.ndim) == _axis_names(spec, array.ndim):
+            return array
+    target = NamedSharding(mesh, spec)
     if isinstance(array, jax.core.Tracer):
-        return jax.sharding.reshard(array, spec)
-    return jax.device_put(array, NamedSharding(mesh, spec))
+        return jax.sharding.reshard(array, target)
+    return jax.device_put(array, target)
 
 
 def _axis_names(spec: Iterable, ndim: int) -> list[tuple[str, ...]]:
