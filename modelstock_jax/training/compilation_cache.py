@@ -20,6 +20,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import FileLock
 
 AUTO, OFF = "auto", "off"
+_DIRECTORY, _ENABLED = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
 # Of the directory of AUTO, unless the environment variable of this name in capitals is set. JAX's
 # own limit is infinite, its own minimum 1 s: a run of configs/glyphs.py then compiles twice as long
 # with a warm cache. 1 GiB is about 700 times the programs of that run.
@@ -48,7 +49,7 @@ def use_compilation_cache(option: str) -> None:
       UserError: if a directory that is not "auto" cannot be created or written
     """
     if option == OFF:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update(_ENABLED, False)
         compilation_cache.reset_cache()
     elif option == AUTO:
         _use_default_directory()
@@ -59,8 +60,8 @@ def use_compilation_cache(option: str) -> None:
 def default_directory() -> Path:
     """Return the directory of "auto", in the user's cache directory; it may not exist yet.
 
-    Its name depends on the processor: machines that share a home directory do not execute each
-    other's programs, because JAX's cache key does not contain the instruction set.
+    Its name depends on the processor, because a program compiled for a CPU uses the instructions of
+    the CPU that compiled it: machines that share a home directory may lack them.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
@@ -72,8 +73,9 @@ def default_directory() -> Path:
 
 
 def _use_default_directory() -> None:
-    has_own = jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache
-    if has_own or jax.distributed.is_initialized():
+    is_set = getattr(jax.config, _DIRECTORY)
+    is_disabled = not getattr(jax.config, _ENABLED)
+    if is_set or is_disabled or jax.distributed.is_initialized():
         return
     try:
         path = default_directory()
@@ -96,8 +98,7 @@ def _prepare(path: Path) -> None:
     Raises:
       OSError, UserError: it is not private, not writable, or its disk is full or has no locks
     """
-    cache_directory().parent.mkdir(parents=True, exist_ok=True)
-    for directory in (cache_directory(), path.parent, path):
+    for directory in (*reversed(path.parents), path):
         directory.mkdir(mode=0o700, exist_ok=True)
     check_private(path)
     limit = _SETTINGS["jax_compilation_cache_max_size"]
@@ -159,7 +160,7 @@ def _writable_directory(option: str) -> Path:
 
 
 def _use(path: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update(_DIRECTORY, str(path))
     compilation_cache.reset_cache()  # JAX otherwise keeps what it decided at its first compilation.
 
 

@@ -116,7 +116,7 @@ class StepFunctions:
         self.abstract_anchor = _with_sharding(task.params, self.params_sharding)
         # Trace the merge now: an invalid merge unit would otherwise fail hours later.
         if config.num_replicas > 1:
-            self.merge_step[False].eval_shape(self.abstract_anchor, self.abstract_state)
+            self.merge_step[False].trace(self.abstract_anchor, self.abstract_state)
         self._init_state = jax.jit(self._init, out_shardings=self._state_sharding)
         self.train_step = jax.jit(
             make_train_step(
