@@ -3,11 +3,12 @@
     python benchmarks/compile.py --cases l14 --json benchmarks/results/compile_cpu.json
 
 Needs no weights and no dataset. Each program is compiled alone, one after the other, without a
-compilation cache. The dry run is a separate process, `launch.py --dry-run`, which compiles both at
-the same time. It runs without a compilation cache, then twice with the same empty one: cold, warm.
---no-dry-run leaves it out. CPU seconds are those of all threads of a process; with two cores,
-one second of wall time can be two of them. `config_programs` and `measure` also work for other
-programs.
+compilation cache. The merge is traced once, during setup. The dry run is a separate process,
+`launch.py --dry-run`, which compiles both at the same time. It runs without a compilation cache,
+then twice with the default one in an empty directory: cold, warm. --no-dry-run leaves it out.
+
+CPU seconds are those of all threads of a process: on two cores, one second of wall time can be two
+of them. `config_programs` and `measure` also work for other programs.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import jax  # noqa: E402
 
 from benchmarks import turns  # noqa: E402
 from modelstock_jax.experiment.dry_run import abstract_step_functions  # noqa: E402
+from modelstock_jax.training.compilation_cache import use_compilation_cache  # noqa: E402
 from modelstock_jax.training.launcher import set_cpu_devices  # noqa: E402
 
 IMPORT_SECONDS = time.process_time()  # Since the start of the interpreter.
@@ -61,10 +63,9 @@ def measure(programs: Mapping[str, tuple]) -> dict[str, dict[str, Seconds]]:
 
 def stages(jitted, *arguments) -> dict[str, Seconds]:
     """Trace, lower and compile a jitted function, and return the seconds of each stage."""
-    with jax._src.config.enable_compilation_cache(False):
-        traced, trace = timed(lambda: jitted.trace(*arguments))
-        lowered, lower = timed(traced.lower)
-        _, compile_ = timed(lowered.compile)
+    traced, trace = timed(lambda: jitted.trace(*arguments))
+    lowered, lower = timed(traced.lower)
+    _, compile_ = timed(lowered.compile)
     return {"trace": trace, "lower": lower, "compile": compile_}
 
 
@@ -77,9 +78,8 @@ def timed(run: Callable) -> tuple[object, Seconds]:
 
 def dry_run(path: str, cache: Path | None) -> Seconds:
     """Return the seconds of `launch.py --dry-run` in its own process, including all imports."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": str(bool(cache))}
-    if cache:
-        env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""}
+    env |= {"XDG_CACHE_HOME": str(cache)} if cache else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     before, wall = _children(), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "launch.py", f"--config={path}", "--workdir=runs/unused", "--dry-run"],
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="file to write the results to (default: none)")
     args = parser.parse_args(argv)
+    use_compilation_cache("off")
     results = [case(name, args.dry_run) for name in args.cases]
     print(f"imports: {IMPORT_SECONDS:.1f} CPU s")
     print(turns.table([row for result in results for row in rows(result)]))
