@@ -89,13 +89,17 @@ def test_processors_do_not_share_a_directory(monkeypatch):
     assert names[0] == names[1] != names[2]
 
 
-@pytest.mark.parametrize("name", ["jax_compilation_cache_max_size", SETTINGS[3]])
+@pytest.mark.parametrize("name", SETTINGS[2:])
 def test_settings_in_the_environment_are_kept(user_cache, monkeypatch, name):
     monkeypatch.setenv(name.upper(), "7")
     jax.config.update(name, 7)
+    path = default_directory()
+    path.mkdir(parents=True)
+    (path / "jit_f-0-cache").write_bytes(b"without a limit, JAX writes no access times")
     use_compilation_cache("auto")
     assert getattr(jax.config, name) == 7
-    assert jax.config.jax_compilation_cache_dir == str(default_directory())
+    assert jax.config.jax_compilation_cache_dir == str(path)
+    assert bool(programs(path)) == (name == "jax_compilation_cache_max_size")
 
 
 def test_directory_of_jax_is_kept(user_cache, tmp_path):
