@@ -138,6 +138,9 @@ def test_directory_of_the_option(user_cache, tmp_path):
     compile_anew()
     assert programs(tmp_path / "cache")
     assert settings() == [str(tmp_path / "cache"), True, -1, 0.0] and not user_cache.exists()
+    use_compilation_cache(str(tmp_path / "other"))
+    compile_anew()
+    assert programs(tmp_path / "other")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="compute.compilation_cache"):
         use_compilation_cache(str(tmp_path / "file"))
