@@ -196,8 +196,10 @@ def get_config() -> ConfigDict:
     # How replicas run: 'vmap' (in parallel), 'map' (sequentially, on one device) or 'auto'.
     config.compute.replica_mode = "auto"
     # Directory in which compiled programs are cached between runs. Nobody else may have write
-    # access to it. "" uses JAX_COMPILATION_CACHE_DIR.
-    config.compute.compilation_cache = ""
+    # access to it. 'auto' uses JAX_COMPILATION_CACHE_DIR; if it is not set, and the run has one
+    # process, a private directory in $XDG_CACHE_HOME or ~/.cache (at most 1 GiB). 'off' uses none.
+    # "" uses only JAX_COMPILATION_CACHE_DIR.
+    config.compute.compilation_cache = "auto"
 
     config.mesh = ConfigDict()
     # Devices along each mesh axis; 0 chooses automatically (1 device: both replicas on it;

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import models, step, turns
+from benchmarks import compile, models, step, turns
 from modelstock_jax.models.clip import classifier
 from modelstock_jax.models.transformer import Compute
 
@@ -98,3 +101,42 @@ def test_turns_change_their_order():
     assert [name for name, _ in calls[-4:]] == ["a", "b", "b", "a"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
     assert turns.ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+def test_programs_that_are_compiled_return_the_state_of_a_run():
+    programs, setup = compile.config_programs("configs/glyphs.py")
+    assert list(programs) == ["step", "merge"] and setup["cpu"] > 0
+    step, (state, *inputs) = programs["step"]
+    merge, (anchor, merged_state) = programs["merge"]
+    for new in (step.eval_shape(state, *inputs)[0], merge.eval_shape(anchor, merged_state)[0]):
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state, merged_state)
+
+
+def test_compile_prints_and_writes_its_results(monkeypatch, tmp_path, capsys):
+    def slow(run):
+        return run(), {"cpu": 0.25, "wall": 0.5}
+
+    shape = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+    programs = {name: (jax.jit(lambda x: x @ x), (shape,)) for name in ("step", "merge")}
+    monkeypatch.setattr(compile, "config_programs", lambda path: (programs, slow(list)[1]))
+    monkeypatch.setattr(compile, "timed", slow)
+    monkeypatch.setattr(compile, "use_compilation_cache", lambda option: None)
+    compile.main(["--cases", "glyphs", "--no-dry-run", "--json", str(tmp_path / "file.json")])
+    assert "| glyphs, merge | 0.2 (0.5) | 0.2 (0.5) | 0.2 (0.5) | 0.8 (1.5) |" in (
+        capsys.readouterr().out
+    )
+    (result,) = json.loads((tmp_path / "file.json").read_text())["results"]
+    assert result["programs"]["step"] == dict.fromkeys(compile.STAGES, slow(list)[1])
+
+
+def test_timed_counts_the_seconds_of_all_threads():
+    with ThreadPoolExecutor(2) as pool:
+        start = time.process_time()
+        result, seconds = compile.timed(lambda: list(pool.map(sum, [range(10**6)] * 4)))
+        assert 0 < seconds["cpu"] <= time.process_time() - start and len(result) == 4
+    assert seconds["wall"] > 0
+
+
+def test_failed_dry_run_is_no_result():
+    with pytest.raises(RuntimeError, match="configs/none.py: the dry run failed"):
+        compile.dry_run("configs/none.py", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -62,12 +63,7 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
         console.print(f"missing {number}: {line}", markup=False, soft_wrap=True)
     if not missing:
         console.print("nothing is missing")
-    compiled = {}
-    for name, lowered in programs.lower(batch).items():
-        start = time.monotonic()
-        with console.status(f"compiling the {name} ..."):
-            compiled[name] = lowered.compile()
-        console.print(f"compiled the {name} in {time.monotonic() - start:.0f} s", style="dim")
+    compiled = _compile(console, programs.lower(batch))
     device = programs.mesh.devices.flat[0]
     _print(
         console,
@@ -82,6 +78,25 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     if missing:
         console.print(f"{len(missing)} missing input{'s' * (len(missing) > 1)}, listed above")
     return missing
+
+
+def _compile(
+    console: Console, lowered: dict[str, jax.stages.Lowered]
+) -> dict[str, jax.stages.Compiled]:
+    """Compile all programs at the same time, and print how long each takes."""
+
+    def compile_one(name: str) -> jax.stages.Compiled:
+        start = time.monotonic()
+        compiled = lowered[name].compile()
+        console.print(f"compiled the {name} in {time.monotonic() - start:.0f} s", style="dim")
+        return compiled
+
+    names = list(lowered)
+    with (
+        console.status(f"compiling the {' and the '.join(names)} ..."),
+        ThreadPoolExecutor(len(names)) as pool,  # XLA compiles without Python's lock.
+    ):
+        return dict(zip(names, pool.map(compile_one, names), strict=True))
 
 
 def _model(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> dict[str, str]:

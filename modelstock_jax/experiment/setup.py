@@ -29,10 +29,11 @@ from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier, anchor_classifier
+from modelstock_jax.training.compilation_cache import use_compilation_cache
 from modelstock_jax.training.launcher import set_cpu_devices
 from modelstock_jax.training.sharding import batch_sharding, local_indices
 from modelstock_jax.training.stages import pretraining_batches, pretraining_task
-from modelstock_jax.training.step_fns import StepFunctions, use_compilation_cache
+from modelstock_jax.training.step_fns import StepFunctions
 from modelstock_jax.training.trainer import Trainer
 
 _DATA = Path(glyphs.__file__).parent

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -114,12 +111,12 @@ class StepFunctions:
         ]
         # The last merge differs from the others only if it shrinks carried noise.
         self._merge_steps = merge_steps if config.merge.carry_noise != "off" else merge_steps[:1]
-        # Trace the merge now: an invalid merge unit would otherwise fail hours later.
-        if config.num_replicas > 1:
-            jax.eval_shape(self._merge_steps[0], task.params, state)
         self._state_sharding = sharding.state_sharding(self.mesh, state, min_size)
         self.abstract_state = _with_sharding(state, self._state_sharding)
         self.abstract_anchor = _with_sharding(task.params, self.params_sharding)
+        # Trace the merge now: an invalid merge unit would otherwise fail hours later.
+        if config.num_replicas > 1:
+            self.merge_step[False].trace(self.abstract_anchor, self.abstract_state)
         self._init_state = jax.jit(self._init, out_shardings=self._state_sharding)
         self.train_step = jax.jit(
             make_train_step(
@@ -230,33 +227,6 @@ class StepFunctions:
                 "mesh.replica=1"
             )
         return mode
-
-
-def use_compilation_cache(directory: str) -> None:
-    """Enable JAX's persistent compilation cache in `directory`; "" keeps JAX's own settings.
-
-    Call this before the first compilation. It is equivalent to JAX_COMPILATION_CACHE_DIR. JAX
-    executes the files in this directory: nobody else may have write access to it.
-
-    Raises:
-      UserError: if the directory cannot be created or written
-    """
-    if not directory:
-        return
-    path = Path(directory).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create compute.compilation_cache={directory} ({error.strerror}); choose "
-            "another directory"
-        ) from None
-    if not os.access(path, os.W_OK):
-        raise UserError(
-            f"compute.compilation_cache={directory} is not writable; choose another directory"
-        )
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    compilation_cache.reset_cache()  # JAX otherwise keeps what it decided at its first compilation.
 
 
 def _with_sharding(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -64,6 +65,26 @@ def test_run_without_missing_inputs(anchor, tmp_path, capsys, monkeypatch):
         assert words in printed, (words, printed)
     assert printed.index("nothing is missing") < printed.index("compiled the step")
     assert not (tmp_path / "run").exists()
+
+
+def test_programs_are_compiled_at_the_same_time(anchor, tmp_path, monkeypatch):
+    both, program = threading.Barrier(2, timeout=60), jax.jit(lambda x: x).lower(1.0)
+
+    def compile_():
+        both.wait()
+        return program.compile()
+
+    lowered = dict.fromkeys(("step", "merge"), SimpleNamespace(compile=compile_))
+    monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: lowered)
+    assert dry_run(small(anchor), tmp_path / "run") == []
+
+    def fail():
+        raise UserError("of a compiler")
+
+    lowered["merge"] = SimpleNamespace(compile=fail)
+    lowered["step"] = program
+    with pytest.raises(UserError, match="of a compiler"):
+        dry_run(small(anchor), tmp_path / "run")
 
 
 def test_files_of_names_and_templates(anchor, tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.cost_analysis import collectives, device_bytes
 from modelstock_jax.training.losses import cross_entropy
 from modelstock_jax.training.sharding import fsdp_spec, mesh_shape, put_batch
-from modelstock_jax.training.step_fns import StepFunctions, use_compilation_cache
+from modelstock_jax.training.step_fns import StepFunctions
 from tests.training import tiny
 
 STEPS, MERGED_AFTER = 20, 10
@@ -322,23 +322,6 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert mesh.groups.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(ValueError, match="length"):
         collectives(hlo.replace("known_trip_count", "other"))
-
-
-def test_compilation_cache_directory(tmp_path):
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in options}
-    try:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        use_compilation_cache(str(tmp_path / "cache"))
-        jax.jit(lambda x: x * 3 + 1)(jnp.zeros(3)).block_until_ready()
-        assert any((tmp_path / "cache").iterdir())
-        (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="compute.compilation_cache"):
-            use_compilation_cache(str(tmp_path / "file"))
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        use_compilation_cache(before["jax_compilation_cache_dir"] or "")
 
 
 def _squeezed(sizes):
