@@ -16,7 +16,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, total, unit_grams
 from modelstock_jax.merging.gram import in_float64
-from modelstock_jax.merging.placement import gather_replicas, on_this_host, replicate
+from modelstock_jax.merging.placement import gather_replicas, on_this_host, place_like, replicate, settled
 from modelstock_jax.merging.trees import PyTree, is_float, pair_leaves, stack_replicas
 from modelstock_jax.merging.units import UnitFunction
 
@@ -47,7 +47,7 @@ def distances(center: PyTree, models: PyTree):
     """
     leaves = pair_leaves(center, models, 1)
     squares = [jnp.zeros(leaves.num_replicas)] + [
-        replicate(_squares(*gather_replicas(w0, w)))
+        replicate(settled(_squares(*gather_replicas(w0, w))))
         for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True)
         if is_float(w0)
     ]
@@ -217,11 +217,20 @@ def plane_through(origin: PyTree, first: PyTree, second: PyTree) -> Plane:
 
 def plane_coordinates(plane: Plane, models: PyTree) -> jax.Array:
     """Return the coordinates [M, 2] of M models ([M, ...] per leaf), projected onto the plane."""
-    joined = jax.tree.map(
-        lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)]), plane.through, models
-    )
-    products = _total_gram(plane.origin, joined)[:2, 2:]
-    return jnp.sum(plane.axes[:, :, None] * products[None], axis=1).T
+    joined = jax.tree.map(_join, plane.origin, plane.through, models)
+    return _project(_total_gram(plane.origin, joined), plane.axes)
+
+
+def _join(origin, through, models):
+    """Return all models as one array [2 + M, ...], after moving their replicas together."""
+    through = gather_replicas(jnp.asarray(origin), jnp.asarray(through))[1]
+    models = gather_replicas(jnp.asarray(origin), jnp.asarray(models))[1]
+    return jnp.concatenate([through, place_like(models, through)])
+
+
+@jax.jit
+def _project(gram, axes):
+    return jnp.sum(axes[:, :, None] * gram[:2, 2:][None], axis=1).T
 
 
 def plane_point(plane: Plane, x: Any, y: Any) -> PyTree:

@@ -40,6 +40,7 @@ from modelstock_jax.merging.placement import (
     place_like,
     put_near,
     replicate,
+    settled,
     varying_type,
 )
 from modelstock_jax.merging.rules import UnitOutcome, UnitSolution, without_rounding
@@ -143,7 +144,7 @@ def merge(
         updates = [packed[k] for k in u.tensors]
         combined = (combine or _add_up)(anchors, replicas, updates, u.views, dtype)
         for k, tensor in zip(u.tensors, combined, strict=True):
-            merged[k] = place_like(tensor, leaves.pretrained[k])
+            merged[k] = place_like(settled(tensor), leaves.pretrained[k])
 
     tree = leaves.treedef.unflatten
     stats = Stats(rows, tree(tensors), units.unit_name(unit), leaves.num_replicas)
@@ -201,7 +202,7 @@ def _check_options(dtype: Any, anchor_rounding: str) -> Any:
 def _unit_products(leaves: Leaves, k: int, view: units.UnitView):
     """Return the products of the task vectors of tensor k, [N (N + 1) / 2, *unit shape]."""
     pretrained, finetuned = gather_replicas(leaves.pretrained[k], leaves.finetuned[k])
-    return replicate(_products(pretrained, finetuned, unit_view=view))
+    return replicate(settled(_products(pretrained, finetuned, unit_view=view)))
 
 
 _products = jax.jit(gram_products, static_argnames=("unit_view",))

@@ -62,13 +62,13 @@ def gather_replicas(pretrained: Any, finetuned: Any) -> tuple[Any, Any]:
 
 
 def place_like(array: Any, like: Any) -> Any:
-    """Return `array`, sharded as `like` if both shardings are known."""
-    if isinstance(array, jax.core.Tracer):
+    """Return `array`, sharded as `like` if the sharding of `like` is known."""
+    if isinstance(array, jax.core.Tracer) or isinstance(like, jax.core.Tracer):
         target = _known_sharding(like)
         return array if target is None else _move(array, target.mesh, target.spec)
     if array.sharding.is_equivalent_to(like.sharding, array.ndim) or not like.committed:
         return array
-    return jax.device_put(array, like.sharding)
+    return settled(jax.device_put(array, like.sharding))
 
 
 def replicate(array: Any) -> Any:
@@ -101,6 +101,18 @@ def put_near(arrays: dict[Any, np.ndarray], likes: dict[Any, Any]) -> dict[Any, 
     return placed
 
 
+def settled(array: Any) -> Any:
+    """Wait for a concrete array that several CPU devices compute; return it.
+
+    XLA's CPU devices share a few threads. Programs with collectives that run at the same time can
+    take them from each other, and then all of them wait forever.
+    """
+    devices = () if isinstance(array, jax.core.Tracer) else array.sharding.device_set
+    if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+        array.block_until_ready()
+    return array
+
+
 def varying_type(array: Any) -> Hashable:
     """Return the manual mesh axes that a traced array varies over, under `jax.shard_map`.
 
@@ -127,7 +139,7 @@ def _move(array: Any, mesh: Any, spec: P) -> Any:
     target = NamedSharding(mesh, spec)
     if isinstance(array, jax.core.Tracer):
         return jax.sharding.reshard(array, target)
-    return jax.device_put(array, target)
+    return settled(jax.device_put(array, target))
 
 
 def _axis_names(spec: Iterable, ndim: int) -> list[tuple[str, ...]]:

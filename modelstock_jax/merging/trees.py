@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modelstock_jax.errors import UserError, listed
+from modelstock_jax.merging.placement import place_like
 
 PyTree = Any  # nested containers with arrays as leaves, as `jax.tree` sees them
 
@@ -74,7 +75,12 @@ def stack_replicas(replicas: Iterable[Any], *more: Any) -> PyTree:
         check_alike(replicas[0], replica, "replica 0", f"replica {index}")
     # The promotion is explicit here, so it is also allowed under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.tree.map(lambda *leaves: jnp.stack([to_array(x) for x in leaves]), *replicas)
+        return jax.tree.map(_stack, *replicas)
+
+
+def _stack(*leaves):
+    first, *others = (to_array(x) for x in leaves)
+    return jnp.stack([first, *(place_like(x, first) for x in others)])
 
 
 def is_sequence(value: Any) -> bool:

@@ -96,7 +96,9 @@ def trim_threshold(pretrained: list, finetuned: list, *, views: tuple, rank: tup
 
     with jax.enable_x64(True):
         zeros = jnp.zeros((len(finetuned[0]), *views[0].unit_shape), jnp.uint64)
-        threshold = lax.fori_loop(0, 63, set_bit, zeros)
+        # The first step is outside of the loop: it makes the type under shard_map that of the data.
+        first = set_bit(jnp.asarray(0), zeros)
+        threshold = lax.fori_loop(1, 63, lambda *x: set_bit(jnp.asarray(x[0]), x[1]), first)
         return jnp.stack([threshold >> 32, threshold]).astype(jnp.uint32)
 
 

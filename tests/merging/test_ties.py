@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge.methods import measure_trim
-from modelstock_jax.merging import NonFiniteError, baselines, report, rules, ties, total_distance
+from modelstock_jax.merging import NonFiniteError, report, rules, ties, total_distance, trimming
 from tests.checkpoint_merge import engine as files
 from tests.merging import reference
 from tests.merging.test_lowering import _module as lowered
@@ -116,7 +116,7 @@ def test_keys_without_a_64_bit_bitcast_have_the_order_of_the_differences():
     w[:, 0] = w0[0]
     with jax.enable_x64(True):
         values = jnp.abs(jnp.asarray(w, jnp.float64) - w0[None])
-        keys = np.asarray(jax.jit(jax.vmap(baselines._bits_of_float32_pair))(values)).ravel()
+        keys = np.asarray(jax.jit(jax.vmap(trimming._bits_of_float32_pair))(values)).ravel()
     values = np.asarray(values).ravel()
     # 2^-46: two float32 have at least 48 bits, one of them the sign of the second.
     order = np.argsort(keys, kind="stable")
@@ -171,7 +171,7 @@ def test_recipes_of_mergekit_round_down(tmp_path):
 def test_every_unit_equals_the_reference(unit, density, tmp_path):
     w0, w = replicas(SHAPES, 3)
     expected = expected_tree(w0, w, unit, density, 0.5)
-    merged, stats = ties(w0, w, density, 0.5, unit, num_heads=2)
+    merged, stats = ties(w0, w, density, scale=0.5, unit=unit, num_heads=2)
     check(merged, expected, np.float32)
     assert total_distance(stats).merged is None
     if unit not in ("filter", "head"):
@@ -186,7 +186,7 @@ def test_narrow_weights_equal_the_reference(anchor, tuned, tmp_path):
     w0 = {name: x.astype(anchor) for name, x in w0.items()}
     w = {name: x.astype(tuned) for name, x in w.items()}
     expected = expected_tree(w0, w, "tensor", 0.4, 0.5)
-    merged, _ = ties(w0, w, 0.4, 0.5, "tensor")
+    merged, _ = ties(w0, w, 0.4, scale=0.5, unit="tensor")
     check(merged, expected, anchor)
     merged, _ = file_merge(tmp_path, w0, w, density=0.4, scale=0.5)
     check(merged, expected, anchor)
