@@ -49,6 +49,7 @@ NOT_FAST = {
         for name in (
             "anchor_rounding",
             "baselines",
+            "callers",
             "every_merge",
             "gradients",
             "landscape",
@@ -56,6 +57,7 @@ NOT_FAST = {
             "lowering",
             "outcomes",
             "reference",
+            "settings",
             "trajectory",
             "undefined",
         )
@@ -82,6 +84,7 @@ NOT_FAST = {
     ),
     *("models/test_model.py", "models/test_towers.py", "docs/test_blocks.py"),
     *("reporting/test_figures.py", "test_benchmarks.py", "test_configs.py", "test_evaluation.py"),
+    "test_examples.py",
 }
 
 

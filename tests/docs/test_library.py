@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import modelstock_jax
@@ -22,6 +23,7 @@ def test_every_block_runs_and_shows_what_the_text_says(capsys):
     assert re.search(r"^head\.kernel \d+\.\d+ 0\.\d+ interpolated$", printed, re.MULTILINE)
     assert re.search(r"^\('head', 'head', 'hidden', 'hidden'\)$", printed, re.MULTILINE)
     assert re.search(r"^\(3,\)\n\(\)$", printed, re.MULTILINE)
+    assert re.search(r"^\(2,\)\nDistances\(replica=\d", printed, re.MULTILINE)
     anchor = ran["pretrained"]
     for name in (
         "merged",
@@ -32,6 +34,7 @@ def test_every_block_runs_and_shows_what_the_text_says(capsys):
         "along_the_arc",
         "by_filter",
         "by_hand",
+        "on_mesh",
         "next_start",
         "averaged",
         "dense",
@@ -40,6 +43,7 @@ def test_every_block_runs_and_shows_what_the_text_says(capsys):
     ):
         assert jax.tree.structure(ran[name]) == jax.tree.structure(anchor), name
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(ran[name])), name
+    jax.tree.map(np.testing.assert_array_equal, ran["on_mesh"], ran["merged"])
     assert ran["soup"].score >= max(t.own_score for t in ran["soup"].trials)
     assert ran["accuracy"](ran["merged"]) > ran["accuracy"](anchor) + 0.2
     trained = [
