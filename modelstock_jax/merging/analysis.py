@@ -11,13 +11,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import export
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, total, unit_grams
-from modelstock_jax.merging.gram import in_float64
-from modelstock_jax.merging.placement import gather_replicas, on_this_host, place_like, replicate, settled
-from modelstock_jax.merging.trees import PyTree, is_float, pair_leaves, stack_replicas
+from modelstock_jax.merging.gram import compute_dtype, in_float64
+from modelstock_jax.merging.placement import (
+    gather_replicas,
+    on_this_host,
+    place_like,
+    replicate,
+    settled,
+)
+from modelstock_jax.merging.trees import PyTree, is_float, pair_leaves, stack_replicas, to_arrays
 from modelstock_jax.merging.units import UnitFunction
 
 
@@ -46,7 +54,7 @@ def distances(center: PyTree, models: PyTree):
       [5.0, 1.0]
     """
     leaves = pair_leaves(center, models, 1)
-    squares = [jnp.zeros(leaves.num_replicas)] + [
+    squares = [jax.device_put(np.zeros(leaves.num_replicas, np.float32))] + [
         replicate(settled(_squares(*gather_replicas(w0, w))))
         for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True)
         if is_float(w0)
@@ -73,20 +81,23 @@ def mean_model(models: PyTree):
     Args:
       models: a tree of arrays [M, ...]
 
+    Raises:
+      UserError: a leaf without a leading axis, or that is not an array
+
     Example:
       >>> mean_model({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]])})["w"].tolist()
       [2.0, 2.0]
     """
+    models = to_arrays(models, "models")
+    if any(w.ndim == 0 for w in jax.tree.leaves(models)):
+        raise UserError("models must have a leading axis; pass stack_replicas([a, b])")
+    return jax.tree.map(_mean, models)
 
-    def mean(w):
-        w = jnp.asarray(w)
-        return (
-            jnp.mean(w, axis=0, dtype=jnp.promote_types(w.dtype, jnp.float32)).astype(w.dtype)
-            if is_float(w)
-            else w[0]
-        )
 
-    return jax.tree.map(mean, models)
+@jax.jit
+def _mean(w):
+    wide = compute_dtype(w.dtype)
+    return jnp.mean(w, axis=0, dtype=wide).astype(w.dtype) if is_float(w) else w[0]
 
 
 def norms(
@@ -274,16 +285,11 @@ def random_point(
       >>> round(float(jnp.linalg.norm(point["w"] - 1)), 4)
       2.0
     """
-    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, center))
-    keys = jax.random.split(key, len(leaves))
-    noisy = [
-        (w + jax.random.normal(k, w.shape).astype(w.dtype) if is_float(w) else w)[None]
-        for k, w in zip(keys, leaves, strict=True)
-    ]
+    center = to_arrays(center, "center")
     return merge(
         rules.rescale_to_norm,
-        treedef.unflatten(leaves),
-        treedef.unflatten(noisy),
+        center,
+        _add_noise(key, center),
         distances,
         unit=unit,
         num_heads=num_heads,
@@ -291,6 +297,20 @@ def random_point(
         scan_axes=scan_axes,
         min_replicas=1,
     )[0]
+
+
+@jax.jit
+def _add_noise(key, center):
+    """Return the center plus Gaussian noise, with a leading axis of length 1."""
+    leaves, treedef = jax.tree.flatten(center)
+    keys = jax.random.split(key, len(leaves))
+
+    def add_noise(w, key):
+        if not is_float(w):
+            return w[None]
+        return (w + jax.random.normal(key, w.shape, compute_dtype(w.dtype)).astype(w.dtype))[None]
+
+    return treedef.unflatten([add_noise(w, k) for w, k in zip(leaves, keys, strict=True)])
 
 
 def _total_gram(origin: PyTree, models: PyTree) -> jax.Array:
@@ -311,3 +331,7 @@ def _axes(gram):
         [jnp.stack([inverse, jnp.zeros_like(inverse)]), jnp.stack([-slope / height, 1.0 / height])]
     )
     return jnp.where(independent, axes, 0.0)
+
+
+# `jax.export` can serialize functions that return a plane.
+export.register_namedtuple_serialization(Plane, serialized_name="modelstock_jax.Plane")

@@ -45,7 +45,7 @@ from modelstock_jax.merging.placement import (
 )
 from modelstock_jax.merging.rules import UnitOutcome, UnitSolution, without_rounding
 from modelstock_jax.merging.stats import Rows, Stats, TensorUnits, check_finite
-from modelstock_jax.merging.trees import Leaves, PyTree, is_float, pair_leaves
+from modelstock_jax.merging.trees import Leaves, PyTree, check_leaves, is_float, pair_leaves
 
 # (gram, is_scalar, *extras of the unit, *shared) -> solution; NumPy or JAX arrays, float64
 MergeRule = Callable[..., UnitSolution]
@@ -150,7 +150,7 @@ def merge(
     stats = Stats(rows, tree(tensors), units.unit_name(unit), leaves.num_replicas)
     if on_this_host((merged, rows)):
         check_finite(stats, pretrained)
-    carry = [jnp.zeros(())] * len(views)
+    carry: list[Any] = [jax.device_put(np.float32(0.0))] * len(views)
     for k, update in packed.items():
         if len(update) > _num_rows(leaves.num_replicas):
             carry[k] = update[-1]
@@ -217,7 +217,7 @@ def _rounding_energies(leaves: Leaves, groups, changing, products) -> tuple[list
     """Return the rounding energy E of each unit, and whether training started from the rounding."""
     energies, coarse, counts = [], [], []
     for group in groups:
-        energy = jnp.zeros(changing[group[0]].unit_shape)
+        energy = jax.device_put(np.zeros(changing[group[0]].unit_shape, np.float32))
         for k in group:
             if _is_coarser(leaves, k):
                 tensor_energy = _energy(leaves.pretrained[k], unit_view=changing[k])
@@ -484,7 +484,8 @@ def unit_grams(
     """
     leaves = pair_leaves(pretrained, models, 1)
     changing, groups = _group_by_unit(_unit_views(leaves, unit, unit_options))
-    grams: list[Any] = [jnp.zeros((leaves.num_replicas,) * 2)] * len(leaves.names)
+    zeros = np.zeros((leaves.num_replicas,) * 2, np.float32)
+    grams: list[Any] = [jax.device_put(zeros)] * len(leaves.names)
     for group in groups:
         gram = total([_unit_products(leaves, k, changing[k]) for k in group])
         for k in group:
@@ -508,6 +509,7 @@ def unit_zeros(
     pretrained: PyTree, unit: str | units.UnitFunction = "tensor", **unit_options: Any
 ) -> PyTree:
     """Return a tree of zeros with the shapes of the units, for state between merges."""
+    check_leaves(pretrained, "pretrained", allow_shapes=True)
 
     def zeros(pretrained):
         models = jax.tree.map(lambda x: jnp.asarray(x)[None], pretrained)
@@ -517,7 +519,7 @@ def unit_zeros(
         return leaves.treedef.unflatten([jnp.zeros(shape) for shape in shapes])
 
     shapes = jax.eval_shape(zeros, pretrained)  # needs only names and shapes: copies no weights
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), shapes)
 
 
 def _unit_views(leaves: Leaves, unit, unit_options) -> list[units.UnitView | None]:

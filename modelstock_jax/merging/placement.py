@@ -33,7 +33,7 @@ def gather_replicas(pretrained: Any, finetuned: Any) -> tuple[Any, Any]:
     is replicated over them. The anchor is sharded as the replicas are.
 
     Args:
-      pretrained: w0, [...]
+      pretrained: w0, [...]; None if there is no anchor
       finetuned: [N, ...]
 
     Returns:
@@ -42,23 +42,24 @@ def gather_replicas(pretrained: Any, finetuned: Any) -> tuple[Any, Any]:
     sharding, of_anchor = _known_sharding(finetuned), _known_sharding(pretrained)
     if sharding is None:
         return pretrained, finetuned
-    mesh = sharding.mesh
+    mesh, shape = sharding.mesh, finetuned.shape[1:]
     moved, *axes = _axis_names(sharding.spec, finetuned.ndim)
     if of_anchor is not None and of_anchor.mesh == mesh:
         used = {name for names in (moved, *axes) for name in names}
-        for k, names in enumerate(_axis_names(of_anchor.spec, pretrained.ndim)):
+        for k, names in enumerate(_axis_names(of_anchor.spec, len(shape))):
             axes[k] = axes[k] or (() if used & set(names) else names)
     if moved:
         num_shards = math.prod(mesh.shape[name] for name in moved)
-        for k in sorted(range(pretrained.ndim), key=lambda k: -pretrained.shape[k]):
-            shards = num_shards * math.prod(mesh.shape[name] for name in axes[k])
-            if pretrained.shape[k] % shards == 0:
+        for k in sorted(range(len(shape)), key=lambda k: -shape[k]):
+            if shape[k] % (num_shards * math.prod(mesh.shape[name] for name in axes[k])) == 0:
                 axes[k] = (*axes[k], *moved)
                 break
     elif AxisType.Explicit not in mesh.axis_types:
         return pretrained, finetuned
     spec = P(*(names or None for names in axes))
-    return _move(pretrained, mesh, spec), _move(finetuned, mesh, P(None, *spec))
+    if pretrained is not None:
+        pretrained = _move(pretrained, mesh, spec)
+    return pretrained, _move(finetuned, mesh, P(None, *spec))
 
 
 def place_like(array: Any, like: Any) -> Any:

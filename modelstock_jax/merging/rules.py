@@ -209,7 +209,7 @@ def noise_weights(gram, is_scalar) -> UnitSolution:
     stats, by_equation_3 = measure(gram), equation_3(gram, is_scalar)
     squared_norms = geometry.squared_norms(gram)
     noise = squared_norms - stats.mean_product[None]
-    above_rounding = noise > 4.0 * np.finfo(np.float32).eps * squared_norms
+    above_rounding = noise > 4.0 * float(np.finfo(np.float32).eps) * squared_norms
     has_signal = stats.mean_product > 0
     fallback = has_signal & ~(above_rounding | ~stats.active).all(axis=0)
     # |mu|^2 / s_i^2: numerator and denominator of the formula, multiplied by |mu|^2.

@@ -22,7 +22,7 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.placement import on_this_host
 from modelstock_jax.merging.rules import NonFiniteError, UnitOutcome, unit_row
-from modelstock_jax.merging.trees import PyTree
+from modelstock_jax.merging.trees import PyTree, shortened
 
 
 @jax.tree_util.register_static
@@ -318,8 +318,8 @@ def check_finite(stats: Stats, pretrained: PyTree = None) -> None:
             replica = int(np.argmin(finite))
             who = f"replica {replica} (counted from 0)"
         raise NonFiniteError(
-            f"{who}: tensor {leaf.name!r} contains NaN or infinity, or an update too large for "
-            "float32; repair the tensor or leave it out",
+            f"{who}: tensor {shortened(leaf.name)!r} contains NaN or infinity, or an update too "
+            "large for float32; repair the tensor or leave it out",
             replica,
             leaf.name,
         )
@@ -398,7 +398,7 @@ export.register_pytree_node_serialization(
     serialize_auxdata=_dump_tensor_units,
     deserialize_auxdata=_load_tensor_units,
 )
-for _tuple in (Rows, geometry.Distances):
+for _tuple in (Rows, geometry.Distances, geometry.Shell):
     export.register_namedtuple_serialization(
         _tuple, serialized_name=f"modelstock_jax.{_tuple.__name__}"
     )

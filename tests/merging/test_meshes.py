@@ -142,9 +142,7 @@ def test_no_replica_is_gathered():
     w0, w = w0["mlp"]["kernel"], w["mlp"]["kernel"]
     text = jax.jit(model_stock).lower(w0, w).compile().as_text()
     gathered = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-reduce)\(", text)
-    sizes = sorted(
-        int(np.prod([int(d) for d in shape.split(",") if d])) for shape, _ in gathered
-    )
+    sizes = sorted(int(np.prod([int(d) for d in shape.split(",") if d])) for shape, _ in gathered)
     assert re.search(r" all-to-all\(", text)
     assert sum(size >= w0.size for size in sizes) == 1 and max(sizes) == w0.size, sizes
 
@@ -205,9 +203,7 @@ def test_tensors_on_different_devices(name):
 
 def test_shell_and_distances_over_different_devices():
     devices = jax.devices()
-    place = jax.tree.unflatten(
-        jax.tree.structure(W0), [devices[k % 3] for k in range(len(SHAPES))]
-    )
+    place = jax.tree.unflatten(jax.tree.structure(W0), [devices[k % 3] for k in range(len(SHAPES))])
     w0, w = jax.device_put(W0, place), jax.device_put(FOUR, place)
     np.testing.assert_array_equal(merging.distances(w0, w), merging.distances(W0, FOUR))
     got, want = merging.thin_shell(w0, w), merging.thin_shell(W0, FOUR)

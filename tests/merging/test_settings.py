@@ -96,7 +96,7 @@ ANALYSES: dict[str, Callable] = {
     "norms": merging.norms,
     "cosines": merging.cosines,
     "thin_shell": lambda w0, w: merging.thin_shell(w0, join(w, w)),
-    "thin_shell by tensor": lambda w0, w: merging.thin_shell(w0, join(w, w), "tensor"),
+    "thin_shell by tensor": lambda w0, w: merging.thin_shell(w0, join(w, w), unit="tensor"),
     "mean_model": lambda w0, w: merging.mean_model(w),
     "plane": plane_of,
     "random_point": lambda w0, w: merging.random_point(KEY, w0, UNIT_NOISE | keys_noise(w0)),
@@ -160,7 +160,19 @@ def numbers(tree):
     return [to_numpy(x) for x in jax.tree.leaves(tree)]
 
 
+def as_trees(tree):
+    """Replace `Stats` by its trees: the number of its rows depends on the dtypes."""
+
+    def expand(x):
+        if not isinstance(x, merging.Stats):
+            return x
+        return x.cosine, x.ratio, x.norm, x.predicted_distance, x.outcome, x.finite, x.tensors
+
+    return jax.tree.map(expand, tree, is_leaf=lambda x: isinstance(x, merging.Stats))
+
+
 def assert_equal(found, expected, rtol=3e-6, atol=1e-6):
+    found, expected = as_trees(found), as_trees(expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for x, y in zip(numbers(found), numbers(expected), strict=True):
         assert x.dtype == y.dtype or x.dtype.kind == y.dtype.kind == "f"
