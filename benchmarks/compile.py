@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -27,14 +27,13 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 
 from benchmarks import turns  # noqa: E402
+from benchmarks.turns import STAGES, Seconds  # noqa: E402
 from modelstock_jax.experiment.dry_run import abstract_step_functions  # noqa: E402
 from modelstock_jax.training.compilation_cache import use_compilation_cache  # noqa: E402
 from modelstock_jax.training.launcher import set_cpu_devices  # noqa: E402
 
 IMPORT_SECONDS = time.process_time()  # Since the start of the interpreter.
 CASES = {"l14": "configs/vitl14.py", "b32": "configs/vitb32.py", "glyphs": "configs/glyphs.py"}
-STAGES = ("trace", "lower", "compile")
-Seconds = dict[str, float]  # {"cpu": ..., "wall": ...}
 
 
 def config_programs(path: str) -> tuple[dict[str, tuple], Seconds]:
@@ -42,7 +41,7 @@ def config_programs(path: str) -> tuple[dict[str, tuple], Seconds]:
     config = import_module(path.removesuffix(".py").replace("/", ".")).get_config()
     set_cpu_devices(config)
     jax.devices()
-    (functions, clip), seconds = timed(lambda: abstract_step_functions(config))
+    (functions, clip), seconds = turns.timed(lambda: abstract_step_functions(config))
     batch = functions.abstract_batch(clip.vision.image_size)
     state, anchor = functions.abstract_state, functions.abstract_anchor
     programs = {
@@ -58,22 +57,10 @@ def measure(programs: Mapping[str, tuple]) -> dict[str, dict[str, Seconds]]:
     Args:
       programs: name -> (jitted function, its arguments or their shapes)
     """
-    return {name: stages(jitted, *arguments) for name, (jitted, arguments) in programs.items()}
-
-
-def stages(jitted, *arguments) -> dict[str, Seconds]:
-    """Trace, lower and compile a jitted function, and return the seconds of each stage."""
-    traced, trace = timed(lambda: jitted.trace(*arguments))
-    lowered, lower = timed(traced.lower)
-    _, compile_ = timed(lowered.compile)
-    return {"trace": trace, "lower": lower, "compile": compile_}
-
-
-def timed(run: Callable) -> tuple[object, Seconds]:
-    """Return the result of a function, and the seconds of all threads of this process."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = run()
-    return result, {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    return {
+        name: turns.compile_stages(jitted, *arguments)[1]
+        for name, (jitted, arguments) in programs.items()
+    }
 
 
 def dry_run(path: str, cache: Path | None) -> Seconds:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -36,13 +38,19 @@ MOVED = {"in the loop": 9, "model_stock, jitted": 7, "model_stock, eager": 7, "f
 
 
 def formula(anchor, replicas):
-    """Merge by equation 2, one operation at a time."""
+    """Merge by equation 3, one operation at a time; for two replicas it is equation 2."""
 
     def merge_leaf(w0, w):
-        first, second = w[0] - w0, w[1] - w0
-        cosine = jnp.sum(first * second) / (jnp.linalg.norm(first) * jnp.linalg.norm(second))
-        ratio = jnp.maximum(0, 2 * cosine / (1 + cosine))
-        return ratio * (w[0] + w[1]) / 2 + (1 - ratio) * w0
+        n = len(w)
+        updates = [w[i] - w0 for i in range(n)]
+        norms = [jnp.linalg.norm(update) for update in updates]
+        cosine = functools.reduce(jnp.add, [
+            jnp.sum(updates[i] * updates[j]) / (norms[i] * norms[j])
+            for i, j in itertools.combinations(range(n), 2)
+        ]) / math.comb(n, 2)  # fmt: skip
+        ratio = jnp.maximum(0, n * cosine / (1 + (n - 1) * cosine))
+        total = functools.reduce(jnp.add, [w[i] for i in range(n)])
+        return ratio * total / n + (1 - ratio) * w0
 
     return jax.tree.map(merge_leaf, anchor, replicas)
 

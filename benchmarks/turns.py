@@ -12,6 +12,10 @@ import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+STAGES = ("trace", "lower", "compile")
+Seconds = dict[str, float]  # {"cpu": ..., "wall": ...}
 
 
 def take_turns(
@@ -32,12 +36,17 @@ def take_turns(
         run(1)  # Compiles, and allocates its memory.
         calls[name] = max(1, math.ceil(seconds / max(_seconds(run, 1), 1e-9)))
     per_call: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
     for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order(variants, number):
             per_call[name].append(_seconds(variants[name], calls[name]) / calls[name])
     return per_call
+
+
+def order(names: Iterable[str], number: int) -> list[str]:
+    """Return the order of the variants in a round."""
+    names = list(names)
+    first = number % len(names)
+    return names[first:] + names[:first]
 
 
 def _seconds(run: Callable[[int], None], count: int) -> float:
@@ -49,6 +58,26 @@ def _seconds(run: Callable[[int], None], count: int) -> float:
 def ratio(times: Iterable[float], others: Iterable[float]) -> float:
     """Return the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, Seconds]:
+    """Return the result of a function, and the seconds of all threads of this process."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = run()
+    return result, {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+
+
+def compile_stages(jitted, *arguments) -> tuple[Any, dict[str, Seconds]]:
+    """Trace, lower and compile a jitted function; return the program and {stage: seconds}.
+
+    Args:
+      jitted: result of `jax.jit`
+      *arguments: its arguments or their shapes
+    """
+    traced, trace = timed(lambda: jitted.trace(*arguments))
+    lowered, lower = timed(traced.lower)
+    compiled, compile_ = timed(lowered.compile)
+    return compiled, {"trace": trace, "lower": lower, "compile": compile_}
 
 
 def table(rows: list[dict[str, str]]) -> str:

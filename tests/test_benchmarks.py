@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import compile, models, step, turns
+from benchmarks import compile, merge, merge_compile, models, step, turns
 from modelstock_jax.models.clip import classifier
 from modelstock_jax.models.transformer import Compute
 
@@ -119,20 +121,20 @@ def test_compile_prints_and_writes_its_results(monkeypatch, tmp_path, capsys):
     shape = jax.ShapeDtypeStruct((3, 3), jnp.float32)
     programs = {name: (jax.jit(lambda x: x @ x), (shape,)) for name in ("step", "merge")}
     monkeypatch.setattr(compile, "config_programs", lambda path: (programs, slow(list)[1]))
-    monkeypatch.setattr(compile, "timed", slow)
+    monkeypatch.setattr(turns, "timed", slow)
     monkeypatch.setattr(compile, "use_compilation_cache", lambda option: None)
     compile.main(["--cases", "glyphs", "--no-dry-run", "--json", str(tmp_path / "file.json")])
     assert "| glyphs, merge | 0.2 (0.5) | 0.2 (0.5) | 0.2 (0.5) | 0.8 (1.5) |" in (
         capsys.readouterr().out
     )
     (result,) = json.loads((tmp_path / "file.json").read_text())["results"]
-    assert result["programs"]["step"] == dict.fromkeys(compile.STAGES, slow(list)[1])
+    assert result["programs"]["step"] == dict.fromkeys(turns.STAGES, slow(list)[1])
 
 
 def test_timed_counts_the_seconds_of_all_threads():
     with ThreadPoolExecutor(2) as pool:
         start = time.process_time()
-        result, seconds = compile.timed(lambda: list(pool.map(sum, [range(10**6)] * 4)))
+        result, seconds = turns.timed(lambda: list(pool.map(sum, [range(10**6)] * 4)))
         assert 0 < seconds["cpu"] <= time.process_time() - start and len(result) == 4
     assert seconds["wall"] > 0
 
@@ -140,3 +142,104 @@ def test_timed_counts_the_seconds_of_all_threads():
 def test_failed_dry_run_is_no_result():
     with pytest.raises(RuntimeError, match="configs/none.py: the dry run failed"):
         compile.dry_run("configs/none.py", None)
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_formula_is_equation_3(replicas):
+    rng = np.random.default_rng(replicas)
+    w0 = {"kernel": rng.standard_normal((5, 7)), "bias": rng.standard_normal(6)}
+    w = {name: x + 1 + rng.standard_normal((replicas, *x.shape)) for name, x in w0.items()}
+    w0["obtuse"] = np.zeros(2)
+    w["obtuse"] = np.array([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0], [0.0, -1.0]])[:replicas]
+    expected = {}
+    for name in w0:
+        updates = (w[name] - w0[name]).reshape(replicas, -1)
+        unit = updates / np.linalg.norm(updates, axis=1, keepdims=True)
+        cosine = (unit @ unit.T)[np.triu_indices(replicas, 1)].mean()
+        t = max(0.0, replicas * cosine / (1 + (replicas - 1) * cosine))
+        expected[name] = t * w[name].mean(axis=0) + (1 - t) * w0[name]
+    result = merge.formula(*jax.tree.map(jnp.float32, (w0, w)))
+    chex.assert_trees_all_close(result, jax.tree.map(np.float32, expected), rtol=1e-5, atol=1e-6)
+    assert not np.any(result["obtuse"])
+
+
+def test_compiled_trees_have_the_shapes_of_their_kind():
+    anchor, replicas = merge_compile.abstract_trees(1000, "distinct", 4)
+    shapes = [x.shape for x in jax.tree.leaves(anchor)]
+    assert len(shapes) == len(set(shapes)) == 1000
+    assert [x.shape for x in jax.tree.leaves(replicas)] == [(4, *shape) for shape in shapes]
+    anchor, replicas = merge_compile.abstract_trees(100, "transformer", 2)
+    assert len(jax.tree.leaves(anchor)) == len(jax.tree.leaves(replicas)) == 100
+    assert len({x.shape for x in jax.tree.leaves(anchor)}) == 5
+    block, _ = merge_compile.abstract_trees(16, "transformer", 2, width=3)
+    assert sum(x.size for x in jax.tree.leaves(block)) == 12 * 3**2 + 13 * 3
+
+
+def test_merge_compile_prints_and_writes_its_results(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(merge_compile, "in_new_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(merge_compile, "EAGER_TREES", ((1, "transformer"),))
+    monkeypatch.setattr(merge_compile, "NUM_BLOCKS", 1)
+    monkeypatch.setattr(turns, "timed", lambda run: (run(), {"cpu": 0.25, "wall": 0.5}))
+    file = tmp_path / "file.json"
+    small = ["--leaves", "1", "2", "--replicas", "3", "--width", "2", "--seconds", "0.001"]
+    merge_compile.main([*small, "--json", str(file)])
+    printed = capsys.readouterr()
+    for line in (
+        "| 1 | transformer | 3 | 0.75 | 0.75 | 1.00 | 0.75 | 1.00 |",
+        "| distinct | 3 | without stats | 750.0 | 375.0 |",
+        "| 1 | transformer | model_stock, eager | 0.25 | 0.50 | 250.00 | 500.00 |",
+    ):
+        assert line in printed.out.splitlines()
+    assert (
+        "without stats, 2 leaves, distinct, N = 3, CPU s: trace 0.250, lower 0.250, compile 0.250"
+        in printed.err.splitlines()
+    )
+    results = json.loads(file.read_text())
+    assert [(row["leaves"], row["shapes"]) for row in results["compile"]] == [
+        (1, "transformer"), (1, "distinct"), (2, "transformer"), (2, "distinct"),
+    ]  # fmt: skip
+    assert results["run"]["parameters"] == 12 * 2**2 + 13 * 2
+    assert {way: len(x) for way, x in results["run"]["seconds"].items()} == dict.fromkeys(
+        merge_compile.WAYS, 5
+    )
+    assert list(results["eager"][0]["ways"]) == ["formula, jitted", "model_stock, eager"]
+
+
+def test_every_measurement_is_a_new_process_without_a_compilation_cache():
+    code = "__import__('os').getpid(), __import__('jax').config.jax_enable_compilation_cache"
+    (first, cached), (second, _) = (merge_compile.in_new_process(eval, code) for _ in range(2))
+    assert len({first, second, os.getpid()}) == 3 and not cached
+
+
+def test_ways_take_turns_in_new_processes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(merge_compile, "in_new_process", lambda function, *args: calls.append(args))
+    monkeypatch.setattr(merge_compile, "progress", lambda *args: "")
+    results = merge_compile.measure(sum, "ab", 2, 5, "distinct", 4)
+    assert calls == [(way, 5, "distinct", 4) for way in "abba"]
+    assert results == {"a": [None, None], "b": [None, None]}
+
+
+def test_ratio_of_compile_seconds_is_that_within_the_rounds():
+    def stages(*seconds):
+        return [{"stages": {s: {"cpu": x / 3} for s in turns.STAGES}} for x in seconds]
+
+    ways = {
+        "formula": stages(1, 2, 4), "model_stock": stages(2, 2, 2), "without stats": stages(3, 2, 8)
+    }  # fmt: skip
+    row = {"leaves": 10, "shapes": "distinct", "replicas": 2, "ways": ways}
+    assert list(merge_compile.compile_cells(row).values()) == [
+        "10", "distinct", "2", "2.00", "2.00", "1.00", "3.00", "2.00",
+    ]  # fmt: skip
+    assert merge_compile.per_leaf_cells([row, row | {"leaves": 20}])[0] == {
+        "shapes": "distinct", "N": "2", "CPU ms per leaf": "formula",
+        "10 leaves": "200.0", "20 leaves": "100.0",
+    }  # fmt: skip
+
+
+def test_time_of_a_call_is_that_of_the_fastest_round():
+    seconds = {"formula": [0.4, 0.2], "model_stock": [0.1, 0.35], "without stats": [0.1, 0.1]}
+    temporaries = dict.fromkeys(seconds, 2_500_000)
+    result = {"parameters": 2e6, "seconds": seconds, "temporaries": temporaries}
+    cells = merge_compile.run_cells(result)[1]
+    assert list(cells.values()) == ["model_stock", "100", "1.00", "2.5"]
