@@ -25,7 +25,14 @@ from modelstock_jax.merging.placement import (
     replicate,
     settled,
 )
-from modelstock_jax.merging.trees import PyTree, is_float, pair_leaves, stack_replicas, to_arrays
+from modelstock_jax.merging.trees import (
+    PyTree,
+    is_float,
+    pair_leaves,
+    stack_replicas,
+    to_array,
+    to_arrays,
+)
 from modelstock_jax.merging.units import UnitFunction
 
 
@@ -36,7 +43,11 @@ def distance(a: PyTree, b: PyTree):
       >>> float(distance({"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 4.0])}))
       5.0
     """
-    return distances(a, jax.tree.map(lambda x: jnp.asarray(x)[None], b))[0]
+    return _first(distances(a, _as_one_model(to_arrays(b, "b"))))
+
+
+_first = jax.jit(lambda x: x[0])
+_as_one_model = jax.jit(lambda tree: jax.tree.map(lambda x: x[None], tree))
 
 
 def distances(center: PyTree, models: PyTree):
@@ -59,7 +70,10 @@ def distances(center: PyTree, models: PyTree):
         for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True)
         if is_float(w0)
     ]
-    return geometry.positive_sqrt(total(squares))
+    return _sqrt(total(squares))
+
+
+_sqrt = jax.jit(geometry.positive_sqrt)
 
 
 @jax.jit
@@ -119,7 +133,12 @@ def norms(
       [5.0, 1.0]
     """
     grams = unit_grams(pretrained, models, unit=unit, **unit_options)
-    return jax.tree.map(lambda g: geometry.positive_sqrt(geometry.squared_norms(g)), grams)
+    return jax.tree.map(_norms, grams)
+
+
+@jax.jit
+def _norms(gram):
+    return geometry.positive_sqrt(geometry.squared_norms(gram))
 
 
 def cosines(
@@ -142,14 +161,15 @@ def cosines(
       >>> round(float(geometry.angle(pairs["w"][0, 1])), 3)
       45.0
     """
+    return jax.tree.map(_cosines, unit_grams(pretrained, models, unit=unit, **unit_options))
 
-    def cosine(gram):
-        active = geometry.is_moved(gram)
-        norm = jnp.sqrt(jnp.where(active, geometry.squared_norms(gram), 1.0))
-        pairs = jnp.clip(gram / norm[:, None] / norm[None], -1.0, 1.0)
-        return jnp.where(active[:, None] & active[None], pairs, geometry.COSINE_UNDEFINED)
 
-    return jax.tree.map(cosine, unit_grams(pretrained, models, unit=unit, **unit_options))
+@jax.jit
+def _cosines(gram):
+    active = geometry.is_moved(gram)
+    norm = jnp.sqrt(jnp.where(active, geometry.squared_norms(gram), 1.0))
+    pairs = jnp.clip(gram / norm[:, None] / norm[None], -1.0, 1.0)
+    return jnp.where(active[:, None] & active[None], pairs, geometry.COSINE_UNDEFINED)
 
 
 def thin_shell(
@@ -220,8 +240,8 @@ def plane_through(origin: PyTree, first: PyTree, second: PyTree) -> Plane:
       [2.0, 5.0]
     """
     through = stack_replicas([first, second])
-    axes = in_float64(_axes)(_total_gram(origin, through))
-    if on_this_host(axes) and not bool((jnp.diag(axes) > 0).all()):
+    axes = _axes(_total_gram(origin, through))
+    if on_this_host(axes) and not (np.diag(jax.device_get(axes)) > 0).all():
         raise UserError("the three models are collinear or two are equal; a plane needs others")
     return Plane(origin, through, axes)
 
@@ -234,9 +254,13 @@ def plane_coordinates(plane: Plane, models: PyTree) -> jax.Array:
 
 def _join(origin, through, models):
     """Return all models as one array [2 + M, ...], after moving their replicas together."""
-    through = gather_replicas(jnp.asarray(origin), jnp.asarray(through))[1]
-    models = gather_replicas(jnp.asarray(origin), jnp.asarray(models))[1]
-    return jnp.concatenate([through, place_like(models, through)])
+    origin = to_array(origin)
+    through = gather_replicas(origin, to_array(through))[1]
+    models = gather_replicas(origin, to_array(models))[1]
+    return _concatenate(through, place_like(models, through))
+
+
+_concatenate = jax.jit(lambda *arrays: jnp.concatenate(arrays))
 
 
 @jax.jit
@@ -246,9 +270,13 @@ def _project(gram, axes):
 
 def plane_point(plane: Plane, x: Any, y: Any) -> PyTree:
     """Return the model at (x, y). For a grid, use it under jit and vmap."""
-    point = jnp.stack([jnp.asarray(v, plane.axes.dtype) for v in (x, y)])
-    coefficients = jnp.sum(point[:, None] * plane.axes, axis=0)
+    coefficients = _coefficients(plane.axes, to_array(x), to_array(y))
     return merge(rules.fixed_coefficients, plane.origin, plane.through, shared=(coefficients,))[0]
+
+
+@jax.jit
+def _coefficients(axes, x, y):
+    return x.astype(axes.dtype) * axes[0] + y.astype(axes.dtype) * axes[1]
 
 
 def random_point(
@@ -318,6 +346,8 @@ def _total_gram(origin: PyTree, models: PyTree) -> jax.Array:
     return total(jax.tree.leaves(unit_grams(origin, models)))
 
 
+@jax.jit
+@in_float64
 def _axes(gram):
     """Return Gram-Schmidt coefficients of two vectors; zeros if they are dependent."""
     length = jnp.sqrt(gram[0, 0])

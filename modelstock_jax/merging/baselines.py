@@ -157,11 +157,14 @@ def constant_ratio(
         wide = compute_dtype(*(jnp.result_type(x) for x in jax.tree.leaves(pretrained)))
         stock, _ = model_stock(pretrained, finetuned, dtype=wide, **options)
         mean, _ = uniform_mean(pretrained, finetuned, dtype=wide, **options)
-        length = distance(pretrained, mean)
-        safe_length = jnp.where(length > 0, length, 1.0)
-        ratio = jnp.where(length > 0, distance(pretrained, stock) / safe_length, 0.0)
-        ratio = jnp.clip(ratio, 0.0, 1.0)
+        ratio = _ratio_of_lengths(distance(pretrained, stock), distance(pretrained, mean))
     return _merge_at_ratio(pretrained, finetuned, ratio, dtype=dtype, **options)
+
+
+@jax.jit
+def _ratio_of_lengths(length, full_length):
+    ratio = length / jnp.where(full_length > 0, full_length, 1.0)
+    return jnp.clip(jnp.where(full_length > 0, ratio, 0.0), 0.0, 1.0)
 
 
 def _merge_at_ratio(pretrained, finetuned, ratio, **options):

@@ -78,7 +78,7 @@ def exact(number: Any) -> Exact:
     dtype = jnp.result_type(float)
     if isinstance(number, jax.Array):
         number = number.astype(dtype)
-        return Exact(number, jnp.zeros_like(number))
+        return Exact(number, jax.device_put(np.zeros(number.shape, dtype)))
     wide = np.asarray(number, np.float64)
     value = wide.astype(dtype)
     return Exact(*jax.device_put((value, (wide - value).astype(dtype))))
@@ -153,8 +153,11 @@ def merge(
     carry: list[Any] = [jax.device_put(np.float32(0.0))] * len(views)
     for k, update in packed.items():
         if len(update) > _num_rows(leaves.num_replicas):
-            carry[k] = update[-1]
+            carry[k] = _last_row(update)
     return tree(merged), stats, tree(carry) if extras else None
+
+
+_last_row = jax.jit(lambda array: array[-1])
 
 
 class _Unit(NamedTuple):

@@ -346,13 +346,17 @@ def model_stock_carried(
         pretrained,
         finetuned,
         noise,
-        shared=(jnp.asarray(shrink, bool),),
+        shared=(_as_bool(shrink),),
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
         scan_axes=scan_axes,
         dtype=dtype,
     )
+
+
+def _as_bool(value: Any) -> jax.Array:
+    return value.astype(bool) if isinstance(value, jax.Array) else jax.device_put(np.bool_(value))
 
 
 def shrink_by_carried_noise(gram, is_scalar, noise, shrink) -> UnitSolution:

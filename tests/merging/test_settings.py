@@ -166,7 +166,7 @@ def as_trees(tree):
     def expand(x):
         if not isinstance(x, merging.Stats):
             return x
-        return x.cosine, x.ratio, x.norm, x.predicted_distance, x.outcome, x.finite, x.tensors
+        return x.cosine, x.ratio, x.norm, x.predicted_distance, x.outcome, x.finite
 
     return jax.tree.map(expand, tree, is_leaf=lambda x: isinstance(x, merging.Stats))
 
