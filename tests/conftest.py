@@ -55,6 +55,7 @@ NOT_FAST = {
             "landscape",
             "large",
             "lowering",
+            "meshes",
             "outcomes",
             "reference",
             "settings",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -472,9 +473,20 @@ def _heads_of(num_heads: int | Mapping[str, int], name: str, default: int | None
                 f"{name.split('.')[0]!r}"
             )
         num_heads = num_heads[prefix]
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+    heads = _as_integer(num_heads)
+    if heads is None or heads < 1:
         raise UserError(f"num_heads must be a positive integer, not {num_heads!r}")
-    return num_heads
+    return heads
+
+
+def _as_integer(value: Any) -> int | None:
+    """Return a Python, NumPy or JAX integer as int; None for anything else, also for bools."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _longest_prefix(mapping: Mapping[str, Any], name: str) -> str | None:
@@ -497,9 +509,9 @@ def _layer_axes(
         if prefix is None:
             stacks.append((None, None))
             continue
-        axis = scan_axes[prefix]
-        if isinstance(axis, bool) or not isinstance(axis, int):
-            raise UserError(f"scan_axes[{prefix!r}] must be an integer, not {axis!r}")
+        axis = _as_integer(scan_axes[prefix])
+        if axis is None:
+            raise UserError(f"scan_axes[{prefix!r}] must be an integer, not {scan_axes[prefix]!r}")
         if not -len(shape) <= axis < len(shape):
             raise UserError(
                 f"scan_axes[{prefix!r}] = {axis} is out of range for tensor {name!r} of shape "

@@ -107,18 +107,34 @@ PLACES = {"replicas apart": ("", "replica"), "both": ("data", "replica data")}
 MORE_PLACES = PLACES | {"as the anchor": ("data", "data"), "anchor whole": ("", "data")}
 
 
-@pytest.mark.filterwarnings("ignore:unit 'layer'")
-@pytest.mark.parametrize("places", PLACES)
-@pytest.mark.parametrize("name", FUNCTIONS)
+def _slow_unless(selected, *case):
+    """Compiling for eight devices takes seconds, so most combinations are slow tests."""
+    return pytest.param(*case, marks=[] if selected else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name,places",
+    [
+        _slow_unless(places == "replicas apart" or name in ("model_stock", "ties"), name, places)
+        for name in FUNCTIONS
+        for places in PLACES
+    ],
+)
 def test_explicit_mesh(name, places):
     w0, w = _placed(_mesh(EXPLICIT, EXPLICIT), *PLACES[places])
     _check(name, FUNCTIONS[name](w0, w), w0)
     _check(name, jax.jit(FUNCTIONS[name])(w0, w), w0)
 
 
-@pytest.mark.parametrize("places", MORE_PLACES)
-@pytest.mark.parametrize("axis_types", [(AUTO, AUTO), (EXPLICIT, AUTO), (AUTO, EXPLICIT)])
-@pytest.mark.parametrize("name", ["model_stock", "filter", "ties"])
+@pytest.mark.parametrize(
+    "name,axis_types,places",
+    [
+        _slow_unless(name == "model_stock" and places == "both", name, axis_types, places)
+        for name in ("model_stock", "filter", "ties")
+        for axis_types in ((AUTO, AUTO), (EXPLICIT, AUTO), (AUTO, EXPLICIT))
+        for places in MORE_PLACES
+    ],
+)
 def test_auto_and_mixed_meshes(name, axis_types, places):
     mesh = _mesh(*axis_types)
     w0, w = _placed(mesh, *MORE_PLACES[places])
@@ -126,7 +142,7 @@ def test_auto_and_mixed_meshes(name, axis_types, places):
     _check(name, jax.jit(FUNCTIONS[name])(w0, w))
 
 
-@pytest.mark.parametrize("places", MORE_PLACES)
+@pytest.mark.parametrize("places", ["replicas apart", "as the anchor"])
 def test_filter_under_set_mesh(places):
     """The output axis is the sharded one, so every device has the units of its own channels."""
     mesh = _mesh(EXPLICIT, EXPLICIT)
@@ -150,7 +166,6 @@ def test_no_replica_is_gathered():
 SHARD_MAP = {k: v for k, v in FUNCTIONS.items() if k not in ("head", "stack_replicas")}
 
 
-@pytest.mark.filterwarnings("ignore:unit 'layer'")
 @pytest.mark.parametrize("name", SHARD_MAP)
 def test_shard_map(name):
     """Replicas that vary over a mesh axis, with `check_vma`."""

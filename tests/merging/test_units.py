@@ -290,3 +290,18 @@ def test_roles_and_positions_by_name(library):
     ]
     assert found == rows
     assert {what for *_, what in rows} <= set(ROLES)
+
+
+@pytest.mark.parametrize("integer", [int, np.int32, np.int64, np.array])
+def test_integers_of_numpy(integer):
+    tensors = [(f"self_attn.{role}_proj.kernel", (8, 8)) for role in ("q", "k", "v", "out")]
+    for heads in (integer(2), {"self_attn": integer(2)}):
+        assert assign(tensors, "head", num_heads=heads)[0].unit_shape == (2,)
+    stacked = [("layers.kernel", (3, 4, 4))]
+    assert assign(stacked, scan_axes={"layers": integer(0)})[0].unit_shape == (3,)
+    assert assign(tensors, "filter", filter_axis=integer(-1))[0].unit_shape == (8,)
+    for wrong in (True, 2.0, np.bool_(True), "2"):
+        with pytest.raises(UserError, match="num_heads"):
+            assign(tensors, "head", num_heads=wrong)
+        with pytest.raises(UserError, match="scan_axes"):
+            assign(stacked, scan_axes={"layers": wrong})
