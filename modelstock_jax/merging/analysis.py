@@ -43,11 +43,11 @@ def distance(a: PyTree, b: PyTree):
       >>> float(distance({"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 4.0])}))
       5.0
     """
-    return _first(distances(a, _as_one_model(to_arrays(b, "b"))))
+    return _first(distances(a, jax.tree.map(_with_axis, to_arrays(b, "b"))))
 
 
 _first = jax.jit(lambda x: x[0])
-_as_one_model = jax.jit(lambda tree: jax.tree.map(lambda x: x[None], tree))
+_with_axis = jax.jit(lambda x: x[None])
 
 
 def distances(center: PyTree, models: PyTree):
