@@ -72,7 +72,7 @@ def exact(number: Any) -> Exact:
 
     Example:
       >>> number = exact(0.1)
-      >>> np.float64(number.value) + np.float64(number.rest) - 0.1 < 1e-15
+      >>> float(np.float64(number.value) + np.float64(number.rest) - 0.1) < 1e-15
       True
     """
     dtype = jnp.result_type(float)

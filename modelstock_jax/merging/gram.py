@@ -234,11 +234,13 @@ def add_task_vectors(pretrained, finetuned, update: Update, *, unit_view, dtype)
     merged = in_float64(combine)(
         *to_unit_shape(pretrained, finetuned, unit_view), update.coefficient, update.residual
     ).astype(dtype)
-    inputs = [cast(x, dtype).reshape(unit_view.view) for x in (*finetuned, pretrained)]
+    *replicas, anchor = (cast(x, dtype).reshape(unit_view.view) for x in (*finetuned, pretrained))
     choice = jax.lax.convert_element_type(update.source - COMPUTED, "int32")
-    if choice.ndim:
-        choice = expand(choice, merged)
-    merged = jax.lax.select_n(choice, merged, *inputs)
+    choice = jax.lax.min(choice, np.int32(len(replicas)))
+    merged = jax.lax.select_n(expand(choice, merged), merged, *replicas)
+    # The anchor last: if it is on all devices, XLA then gathers one tensor and not all inputs.
+    keep_anchor = expand(update.source == len(replicas), merged)
+    merged = jax.lax.select(keep_anchor, anchor, merged)
     return merged.reshape(pretrained.shape)
 
 
