@@ -228,7 +228,7 @@ def report(stats: Stats) -> list[dict[str, Any]]:
     leave out the units whose cosine is undefined.
 
     Raises:
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -254,7 +254,7 @@ def total_distance(stats: Stats) -> geometry.Distances:
       unit.
 
     Raises:
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -279,7 +279,7 @@ def outcome_counts(stats: Stats) -> dict[str, int]:
     """Return the number of units per outcome, {name in lower case: count}, without zeros.
 
     Raises:
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -303,7 +303,7 @@ def check_finite(stats: Stats, pretrained: PyTree = None) -> None:
 
     Raises:
       NonFiniteError: the message names the replica, counted from 0, and the tensor
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
     """
     anchors = jax.tree.leaves(pretrained)
     for index, leaf in enumerate(_leaf_stats(stats)):
@@ -337,6 +337,11 @@ class _LeafStats(NamedTuple):
 
 
 def _leaf_stats(stats: Stats) -> list[_LeafStats]:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(stats)):
+        raise UserError(
+            "reports and checks of statistics need their values, which a compiled function has "
+            "only after it ran; return the statistics from it, and call this outside"
+        )
     leading = stats.leading_axes()
     if leading:
         raise UserError(

@@ -1,0 +1,74 @@
+"""Callers that a merge must not surprise: strict NumPy settings, reports under jit, wrong keys."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modelstock_jax import merging
+from modelstock_jax.errors import UserError
+from modelstock_jax.merging import NonFiniteError
+
+# Products of the tensors are +infinity and -infinity: their sum over a joined unit is NaN.
+ANCHOR = {name: np.zeros(2, np.float32) for name in "ab"}
+OVERFLOW = {
+    "a": np.array([[3e19, 0], [3e19, 0]], np.float32),
+    "b": np.array([[3e19, 0], [-3e19, 0]], np.float32),
+}
+METHODS = {
+    "model_stock": (),
+    "weighted_model_stock": (),
+    "model_stock_carried": (),
+    "uniform_mean": (),
+    "wise_ft": (0.3,),
+    "constant_ratio": (),
+    "task_arithmetic": (0.3,),
+    "ties": (0.5,),
+    "slerp": (),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_overflow_is_a_non_finite_error_if_numpy_raises_errors(method):
+    merge = getattr(merging, method)
+    with np.errstate(all="raise"), pytest.raises(NonFiniteError, match="replica 0.*'a'"):
+        merge(ANCHOR, OVERFLOW, *METHODS[method], unit="global")
+
+
+@pytest.mark.parametrize("measure", [merging.cosines, merging.norms])
+def test_measures_overflow_as_in_jax_if_numpy_raises_errors(measure):
+    with np.errstate(all="raise"):
+        eager = measure(ANCHOR, OVERFLOW, unit="global")
+    jitted = jax.jit(lambda *trees: measure(*trees, unit="global"))(ANCHOR, OVERFLOW)
+    np.testing.assert_array_equal(eager["a"], jitted["a"])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [merging.report, merging.total_distance, merging.outcome_counts, merging.check_finite],
+)
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+def test_reports_under_a_transformation_say_where_to_call_them(function, transform):
+    base, models = {"w": jnp.zeros((1, 3))}, {"w": jnp.ones((1, 2, 3))}
+
+    def merge_and_report(base, models):
+        take = (lambda x: x[0]) if transform is jax.jit else (lambda x: x)
+        _, stats = merging.model_stock(jax.tree.map(take, base), jax.tree.map(take, models))
+        return function(stats)
+
+    with pytest.raises(UserError, match="return the statistics from it, and call this outside"):
+        transform(merge_and_report)(base, models)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scan_axes": {0: 0}}, {"unit": "head", "num_heads": {0: 2}}], ids=str
+)
+def test_a_name_prefix_that_is_not_a_string(options):
+    shape = (2, 4, 4)
+    names = [f"layers.attn.{part}_proj.kernel" for part in "qkv"]
+    if "num_heads" in options:
+        shape = shape[1:]
+    with pytest.raises(UserError, match="a name prefix must be a string, .*not 0"):
+        merging.assign([(name, shape) for name in names], **options)
