@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,3 +75,52 @@ def test_a_name_prefix_that_is_not_a_string(options):
         shape = shape[1:]
     with pytest.raises(UserError, match="a name prefix must be a string, .*not 0"):
         merging.assign([(name, shape) for name in names], **options)
+
+
+def small_merge():
+    base = {"b": jnp.ones(3), "n": jnp.arange(2), "w": jnp.ones((2, 3))}
+    models = jax.tree.map(lambda x: jnp.stack([x * 2, x * 3]), base)
+    return merging.model_stock(base, models)[1]
+
+
+def test_properties_in_a_loop_over_names_slice_the_rows_once(monkeypatch):
+    stats = small_merge()
+    puts = []
+    device_put = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda *args: puts.append(args) or device_put(*args))
+    first = [stats.cosine[name] for name in "bnw"]
+    assert len(puts) == 1 and [stats.cosine[name] for name in "bnw"] == first
+    assert stats.norm["w"].shape == (2,) and stats.finite["w"].all() and len(puts) == 3
+
+
+def test_changes_of_a_property_do_not_change_the_statistics():
+    stats = small_merge()
+    del stats.ratio["b"]
+    assert set(stats.ratio) == {"b", "n", "w"}
+
+
+def test_properties_read_in_jit_do_not_leak_out_of_it():
+    stats = small_merge()
+    inside = jax.jit(lambda x: x * stats.ratio["w"])(1.0)
+    assert float(stats.ratio["w"]) == float(inside)
+
+
+def test_read_properties_are_not_pickled():
+    stats = small_merge()
+    size = len(pickle.dumps(stats))
+    ratio = stats.ratio
+    assert len(pickle.dumps(stats)) == size
+    assert pickle.loads(pickle.dumps(stats)).ratio == ratio
+
+
+def test_the_shapes_of_a_merge_have_the_properties_of_its_statistics():
+    base = {"n": jnp.arange(2), "w": jnp.ones((2, 3))}
+    models = jax.tree.map(lambda x: jnp.stack([x * 2, x * 3]), base)
+    by_filter = functools.partial(merging.model_stock, unit="filter")
+    _, shapes = jax.eval_shape(by_filter, base, models)
+    _, stats = by_filter(base, models)
+    for name in ("cosine", "ratio", "norm", "predicted_distance", "outcome", "finite"):
+        expected = jax.tree.map(lambda x: (x.shape, x.dtype), getattr(stats, name))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), getattr(shapes, name)) == expected
+    with pytest.raises(UserError, match="call this outside"):
+        merging.report(shapes)
