@@ -124,3 +124,24 @@ def test_the_shapes_of_a_merge_have_the_properties_of_its_statistics():
         assert jax.tree.map(lambda x: (x.shape, x.dtype), getattr(shapes, name)) == expected
     with pytest.raises(UserError, match="call this outside"):
         merging.report(shapes)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        ("bfloat16", "float16"),
+        ("float32", "float16"),
+        ("float16", "float8_e4m3fn"),
+        ("float8_e5m2", "float8_e4m3fn"),
+        ("float8_e5m2fnuz", "float8_e4m3fnuz"),
+        ("float8_e5m2fnuz", "float8_e3m4"),
+    ],
+)
+def test_copied_weights_saturate_at_the_largest_value_of_a_narrower_dtype(stored, dtype, jit):
+    largest, beyond = (float(jnp.finfo(d).max) for d in (dtype, stored))
+    anchor = jnp.array([beyond, -beyond, 1.0]).astype(stored)
+    replicas = jnp.stack([anchor, anchor])
+    merge = functools.partial(merging.model_stock, dtype=dtype)
+    merged, _ = (jax.jit(merge) if jit else merge)({"w": anchor}, {"w": replicas})
+    assert np.asarray(merged["w"], np.float64).tolist() == [largest, -largest, 1.0]
