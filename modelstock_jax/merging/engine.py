@@ -276,7 +276,8 @@ def _solve(
         ).astype(bool)
         if concrete:
             host = jax.device_get(arguments)
-            solution, update = _solve_row(np, rule, np.dtype(dtype), is_scalar, *host)
+            with np.errstate(all="ignore"):  # infinity is reported as `finite`, not by NumPy
+                solution, update = _solve_row(np, rule, np.dtype(dtype), is_scalar, *host)
             solution = jax.device_put(solution)
             parts = _split(update, [math.prod(u.shape) for u in in_row])
         else:
@@ -504,7 +505,8 @@ def total(arrays: Sequence[Any]) -> Any:
     if len(arrays) == 1:
         return arrays[0]
     if on_this_host(arrays):
-        return jax.device_put(functools.reduce(np.add, jax.device_get(list(arrays))))
+        with np.errstate(all="ignore"):  # as JAX does
+            return jax.device_put(functools.reduce(np.add, jax.device_get(list(arrays))))
     return functools.reduce(jnp.add, [replicate(x) for x in arrays])
 
 

@@ -254,6 +254,8 @@ def cast(array, dtype):
     """Cast to a dtype; values outside a smaller range saturate instead of becoming infinite."""
     target, source = jnp.finfo(dtype), jnp.finfo(array.dtype)
     if float(target.max) < float(source.max):
+        # bfloat16 cannot represent the largest float16: it would round up to 65536, infinity.
+        array = array.astype(compute_dtype(array.dtype))
         low, high = (np.asarray(x, array.dtype) for x in (float(target.min), float(target.max)))
         array = jax.lax.clamp(low, array, high)
     return array.astype(dtype)

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -127,36 +127,36 @@ class Stats:
     @property
     def cosine(self) -> PyTree:
         """Mean pairwise cosine; COSINE_UNDEFINED if fewer than two replicas changed."""
-        return self._tree(lambda rows: rows.cosine)
+        return self._tree("cosine")
 
     @property
     def ratio(self) -> PyTree:
         """Ratio t, the sum of the a_i."""
-        return self._tree(lambda rows: rows.ratio)
+        return self._tree("ratio")
 
     @property
     def norm(self) -> PyTree:
         """Norm of each task vector, [N, ...]."""
-        return self._tree(lambda rows: rows.norm)
+        return self._tree("norm")
 
     @property
     def predicted_distance(self) -> geometry.Distances:
         """Predicted distances from the center; DISTANCE_UNDEFINED if unknown."""
         return geometry.Distances(
-            self._tree(lambda rows: rows.distance.replica),
-            self._tree(lambda rows: rows.distance.mean),
-            self._tree(lambda rows: rows.distance.merged),
+            self._tree("distance.replica"),
+            self._tree("distance.mean"),
+            self._tree("distance.merged"),
         )
 
     @property
     def outcome(self) -> PyTree:
         """Codes of `UnitOutcome`, int8."""
-        return self._tree(lambda rows: rows.outcome)
+        return self._tree("outcome")
 
     @property
     def finite(self) -> PyTree:
         """Whether each replica's tensor is finite, [N, ...] bool."""
-        return self._tree(lambda rows: rows.finite, by_tensor=True)
+        return self._tree("finite")
 
     @property
     def units(self) -> UnitTable:
@@ -170,8 +170,26 @@ class Stats:
         """Return the units of each tensor, in the order of the tree's leaves."""
         return jax.tree.leaves(self.tensors, is_leaf=_is_tensor_units)
 
-    def _tree(self, column: Callable[[Rows], Any], *, by_tensor: bool = False) -> PyTree:
-        """Return a tree of the entries of each tensor in one column of the rows."""
+    def _tree(self, name: str) -> PyTree:
+        """Return a tree of the entries of each tensor in one column of the rows.
+
+        Concrete leaves are kept: a loop over the names of a model reads a property once per name.
+        """
+        kept = self.__dict__.setdefault("_kept", {})
+        if name not in kept:
+            treedef = jax.tree.structure(self.tensors, is_leaf=_is_tensor_units)
+            if _has_shapes_only(self):  # from `jax.eval_shape`
+                leaves = jax.eval_shape(lambda stats: stats._column_leaves(name), self)
+            else:
+                leaves = self._column_leaves(name)
+            if not on_this_host(leaves):
+                return treedef.unflatten(leaves)
+            kept[name] = treedef, leaves
+        treedef, leaves = kept[name]
+        return treedef.unflatten(leaves)
+
+    def _column_leaves(self, name: str) -> list:
+        column, by_tensor = operator.attrgetter(name), name == "finite"
         leading = self.leading_axes()
         columns = [column(rows) for rows in self.rows]
         concrete = on_this_host(columns)
@@ -183,8 +201,10 @@ class Stats:
             t.take(copied if t.row is None else columns[t.row], by_tensor=by_tensor)
             for t in self.tensor_units()
         ]
-        leaves = jax.device_put(leaves) if concrete else [jnp.asarray(x) for x in leaves]
-        return jax.tree.structure(self.tensors, is_leaf=_is_tensor_units).unflatten(leaves)
+        return jax.device_put(leaves) if concrete else [jnp.asarray(x) for x in leaves]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
     def leading_axes(self) -> tuple[int, ...]:
         """Return the axes before those of a single merge, for example of `vmap`; usually ().
@@ -216,6 +236,10 @@ def _is_tensor_units(node: Any) -> bool:
     return isinstance(node, TensorUnits)
 
 
+def _has_shapes_only(stats: Stats) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(stats))
+
+
 def _is_shape(node: Any) -> bool:
     return type(node) is tuple
 
@@ -228,7 +252,7 @@ def report(stats: Stats) -> list[dict[str, Any]]:
     leave out the units whose cosine is undefined.
 
     Raises:
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -254,7 +278,7 @@ def total_distance(stats: Stats) -> geometry.Distances:
       unit.
 
     Raises:
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -279,7 +303,7 @@ def outcome_counts(stats: Stats) -> dict[str, int]:
     """Return the number of units per outcome, {name in lower case: count}, without zeros.
 
     Raises:
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
 
     Example:
       >>> from modelstock_jax.merging import model_stock
@@ -303,7 +327,7 @@ def check_finite(stats: Stats, pretrained: PyTree = None) -> None:
 
     Raises:
       NonFiniteError: the message names the replica, counted from 0, and the tensor
-      UserError: statistics of several merges, from `vmap`
+      UserError: statistics of several merges, from `vmap`, or a call under `jit`
     """
     anchors = jax.tree.leaves(pretrained)
     for index, leaf in enumerate(_leaf_stats(stats)):
@@ -337,6 +361,13 @@ class _LeafStats(NamedTuple):
 
 
 def _leaf_stats(stats: Stats) -> list[_LeafStats]:
+    if _has_shapes_only(stats) or any(
+        isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(stats)
+    ):
+        raise UserError(
+            "reports and checks of statistics need their values, which a compiled function has "
+            "only after it ran; return the statistics from it, and call this outside"
+        )
     leading = stats.leading_axes()
     if leading:
         raise UserError(

@@ -490,6 +490,8 @@ def _as_integer(value: Any) -> int | None:
 
 
 def _longest_prefix(mapping: Mapping[str, Any], name: str) -> str | None:
+    if wrong := [p for p in mapping if not isinstance(p, str)]:
+        raise UserError(f"a name prefix must be a string, such as 'layers', not {wrong[0]!r}")
     prefixes = [p for p in mapping if p in ("", name) or name.startswith((p + ".", p + "/"))]
     return max(prefixes, key=len, default=None)
 
