@@ -19,7 +19,7 @@ from modelstock_jax.merging import geometry, rules
 from modelstock_jax.merging.engine import merge, total, unit_grams
 from modelstock_jax.merging.gram import compute_dtype, in_float64
 from modelstock_jax.merging.placement import (
-    gather_replicas,
+    colocate_replicas,
     on_this_host,
     place_like,
     replicate,
@@ -66,7 +66,7 @@ def distances(center: PyTree, models: PyTree):
     """
     leaves = pair_leaves(center, models, 1)
     squares = [jax.device_put(np.zeros(leaves.num_replicas, np.float32))] + [
-        replicate(settled(_squares(*gather_replicas(w0, w))))
+        replicate(settled(_squares(*colocate_replicas(w0, w))))
         for w0, w in zip(leaves.pretrained, leaves.finetuned, strict=True)
         if is_float(w0)
     ]
@@ -255,8 +255,8 @@ def plane_coordinates(plane: Plane, models: PyTree) -> jax.Array:
 def _join(origin, through, models):
     """Return all models as one array [2 + M, ...], after moving their replicas together."""
     origin = to_array(origin)
-    through = gather_replicas(origin, to_array(through))[1]
-    models = gather_replicas(origin, to_array(models))[1]
+    through = colocate_replicas(origin, to_array(through))[1]
+    models = colocate_replicas(origin, to_array(models))[1]
     return _concatenate(through, place_like(models, through))
 
 

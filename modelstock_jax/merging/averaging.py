@@ -18,7 +18,7 @@ from jax import export
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.gram import cast, compute_dtype, in_float64
-from modelstock_jax.merging.placement import gather_replicas, on_this_host
+from modelstock_jax.merging.placement import colocate_replicas, on_this_host
 from modelstock_jax.merging.trees import PyTree, check_alike, is_float, to_array, to_arrays
 
 
@@ -500,7 +500,7 @@ def twa_span(solutions: Any) -> TWASubspace:
             "stack_replicas([...])"
         )
     with jax.debug_nans(False):  # NaN means linear dependence, and is checked here
-        basis = _orthonormal([gather_replicas(None, w)[1] for w in leaves])
+        basis = _orthonormal([colocate_replicas(None, w)[1] for w in leaves])
     if on_this_host(basis) and not np.isfinite(jax.device_get(basis)).all():
         raise UserError(
             "the solutions are not finite or not linearly independent (are two of them equal?); "
@@ -527,7 +527,7 @@ def twa_params(span: TWASubspace, coordinates: Any) -> PyTree:
     Arrays that are not floating are copied from the last solution.
     """
     coefficients = twa_coefficients(span, coordinates)
-    solutions = jax.tree.map(lambda w: gather_replicas(None, w)[1], span.solutions)
+    solutions = jax.tree.map(lambda w: colocate_replicas(None, w)[1], span.solutions)
     return jax.tree.map(lambda w: _combine(w, coefficients), solutions)
 
 

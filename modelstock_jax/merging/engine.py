@@ -35,7 +35,7 @@ from modelstock_jax.merging.gram import (
     rounding_energy,
 )
 from modelstock_jax.merging.placement import (
-    gather_replicas,
+    colocate_replicas,
     on_this_host,
     place_like,
     put_near,
@@ -139,7 +139,7 @@ def merge(
         None if k in changing else _copy_anchor(w0, dtype) for k, w0 in enumerate(leaves.pretrained)
     ]
     for u in to_solve:
-        pairs = [gather_replicas(leaves.pretrained[k], leaves.finetuned[k]) for k in u.tensors]
+        pairs = [colocate_replicas(leaves.pretrained[k], leaves.finetuned[k]) for k in u.tensors]
         anchors, replicas = (list(side) for side in zip(*pairs, strict=True))
         updates = [packed[k] for k in u.tensors]
         combined = (combine or _add_up)(anchors, replicas, updates, u.views, dtype)
@@ -204,7 +204,7 @@ def _check_options(dtype: Any, anchor_rounding: str) -> Any:
 
 def _unit_products(leaves: Leaves, k: int, view: units.UnitView):
     """Return the products of the task vectors of tensor k, [N (N + 1) / 2, *unit shape]."""
-    pretrained, finetuned = gather_replicas(leaves.pretrained[k], leaves.finetuned[k])
+    pretrained, finetuned = colocate_replicas(leaves.pretrained[k], leaves.finetuned[k])
     return replicate(settled(_products(pretrained, finetuned, unit_view=view)))
 
 
@@ -429,7 +429,7 @@ def _split(row, sizes: Sequence[int]) -> list:
 
 
 def _split_apart(row, sizes: Sequence[int]) -> list:
-    """Split an array [K, U] into arrays [K, size], each an array of its own in the program.
+    """Split an array [K, U] into arrays [K, size], each a separate array in the program.
 
     XLA would fuse each slice into the functions that read it, and compile one of them per tensor,
     because every slice starts elsewhere. It does not fuse through a branch, so that the tensors of

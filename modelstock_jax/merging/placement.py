@@ -25,7 +25,7 @@ def on_this_host(tree: Any) -> bool:
     )
 
 
-def gather_replicas(pretrained: Any, finetuned: Any) -> tuple[Any, Any]:
+def colocate_replicas(pretrained: Any, finetuned: Any) -> tuple[Any, Any]:
     """Move the replicas of each element, and the anchor's element, to one device.
 
     The mesh axes of the replica axis move to the longest axis of the tensor that they divide, in an

@@ -144,7 +144,7 @@ def test_auto_and_mixed_meshes(name, axis_types, places):
 
 @pytest.mark.parametrize("places", ["replicas apart", "as the anchor"])
 def test_filter_under_set_mesh(places):
-    """The output axis is the sharded one, so every device has the units of its own channels."""
+    """The output axis is the sharded one, so every device has the units of its channels."""
     mesh = _mesh(EXPLICIT, EXPLICIT)
     with jax.set_mesh(mesh):
         w0, w = _placed(mesh, *MORE_PLACES[places])
@@ -181,7 +181,7 @@ def test_shard_map(name):
 
 
 def test_shard_map_keeps_the_type_of_each_tensor():
-    """A tensor that does not vary over the mesh stays so, beside one that varies."""
+    """A tensor that does not vary over the mesh does not start to, beside one that varies."""
     mesh = _mesh(AUTO, AUTO)
     w0 = {"kernel": W0["mlp"]["kernel"], "bias": W0["mlp"]["bias"]}
     w = {"kernel": np.stack([W["mlp"]["kernel"]] * 4), "bias": W["mlp"]["bias"]}
