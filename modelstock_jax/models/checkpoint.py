@@ -13,8 +13,9 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import Params, abstract_params
-from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.config import CLIPConfig
 from modelstock_jax.models.param_mapping import Shapes, flatten, read_tree, rows, write_tree
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
 

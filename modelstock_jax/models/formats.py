@@ -18,18 +18,10 @@ from modelstock_jax.models.checkpoint import (
     CompleteFormat,
     param_shapes,
 )
-from modelstock_jax.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    LEGACY_EOS_TOKEN_ID,
-    PREPROCESSOR_FILE,
-    CLIPConfig,
-    Preprocessor,
-    TextConfig,
-    VisionConfig,
-)
+from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
 from modelstock_jax.models.open_clip_format import OpenCLIP
 from modelstock_jax.models.param_mapping import HEAD, Row, Shape, flatten, read_tree, rows
+from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE, Preprocessor
 from modelstock_jax.tensor_files.reader import INDEX, SINGLE, TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_directory_tensors, write_tensors
 

@@ -12,15 +12,13 @@ import numpy as np
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.checkpoint import Checkpoint, CompleteFormat
 from modelstock_jax.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
     LEGACY_EOS_TOKEN_ID,
     MAX_SIZE,
     CLIPConfig,
-    Preprocessor,
     TextConfig,
     VisionConfig,
 )
+from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD, Preprocessor
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_tensors
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import abstract_params
-from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
+from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.preprocessor import Preprocessor
 
 EOS = 7
 
