@@ -82,10 +82,8 @@ class CLIPConfig(DualEncoderConfig):
         Raises:
           UserError: a value of the wrong type, or impossible sizes
         """
-        vision, text = (
-            tower(**take(tower, *tower_section(raw, name)))
-            for name, tower in (("vision", VisionConfig), ("text", TextConfig))
-        )
+        vision = VisionConfig(**take(VisionConfig, *tower_section(raw, "vision")))
+        text = TextConfig(**take(TextConfig, *tower_section(raw, "text")))
         own = {k: raw[k] for k in ("projection_dim", "logit_scale_init_value") if k in raw}
         return cls(vision, text, **take(cls, own, "config"))
 

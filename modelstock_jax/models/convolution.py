@@ -97,13 +97,3 @@ def channel_norm(channels: int, epsilon: float, compute: Compute, rngs: nnx.Rngs
     return nnx.LayerNorm(
         channels, epsilon=epsilon, dtype=compute.dtype, use_fast_variance=False, rngs=rngs
     )
-
-
-def is_statistic(name: str) -> bool:
-    """Return whether a parameter is a stored statistic of a batch norm, from its name.
-
-    Example:
-      >>> is_statistic("image_tower.stem_norm.var"), is_statistic("image_tower.stem_norm.scale")
-      (True, False)
-    """
-    return name.endswith((".mean", ".var"))

@@ -148,8 +148,11 @@ Line = tuple[Any, ...]
 class Patches(Protocol):
     """Sizes of the kernel of a patch embedding."""
 
-    patch_size: int
-    num_channels: int
+    @property
+    def patch_size(self) -> int: ...
+
+    @property
+    def num_channels(self) -> int: ...
 
 
 def table_rows(

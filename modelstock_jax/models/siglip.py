@@ -35,8 +35,12 @@ from modelstock_jax.models.transformer import (
 )
 
 # Defaults of SiglipVisionConfig and SiglipTextConfig in transformers.
-_VISION = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-_TEXT = {
+_VISION: dict[str, Any] = {
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_TEXT: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 768,
     "intermediate_size": 3072,

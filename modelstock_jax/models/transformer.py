@@ -181,7 +181,7 @@ class Block(nnx.Module):
         self.layer_norm2 = layer_norm(sizes, compute, rngs)
         self.mlp = (SwiGLU if sizes.gated_mlp else MLP)(sizes, compute, rngs)
         self.has_layer_scale = sizes.layer_scale is not None
-        if self.has_layer_scale:
+        if sizes.layer_scale is not None:
             scale = jnp.full(sizes.hidden_size, sizes.layer_scale, jnp.float32)
             self.layer_scale1, self.layer_scale2 = nnx.Param(scale), nnx.Param(scale)
 
@@ -317,9 +317,14 @@ class VisionTransformer(nnx.Module):
 class PatchSizes(Protocol):
     """Sizes of images and their patches."""
 
-    image_size: int
-    patch_size: int
-    num_channels: int
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def patch_size(self) -> int: ...
+
+    @property
+    def num_channels(self) -> int: ...
 
 
 class TextTransformer(nnx.Module):

@@ -156,7 +156,7 @@ def pretraining_task(
         ),
         steps_per_epoch=config.pretrain.num_steps,
         num_steps=config.pretrain.num_steps,
-        num_heads=clip.vision.num_attention_heads,
+        num_heads=clip.num_heads,
     )
 
 
