@@ -92,9 +92,10 @@ def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas
             f"batch_size={batch_size}, but there are {len(data.validation)} validation images; "
             "lower batch_size or raise data.held_out_per_class"
         )
-    loss_fn = cross_entropy(anchor.apply, anchor.normalize)
-    projected = []
-    for r, transform in enumerate(train_transforms(config, anchor.normalize.image_size)):
+    normalize, projected = anchor.normalize, []
+    loss_fn = cross_entropy(anchor.apply, normalize)
+    transforms = train_transforms(config, normalize.image_size, normalize.resample)
+    for r, transform in enumerate(transforms):
         batches = train_batches(
             data.validation,
             batch_size=batch_size,
