@@ -18,7 +18,7 @@ from modelstock_jax.data.transforms import (
     RESAMPLES,
     EvalTransform,
 )
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.tensor_files.reader import read_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -111,13 +111,9 @@ class Preprocessor:
                 raise UserError(f"{name} is {side}; it must be from {smallest} to {MAX_SIDE}")
         if self.square_side and self.short_side is not None:
             raise UserError(f"square_side {self.square_side} needs short_side=None")
-        if self.resample not in RESAMPLES:
+        if isinstance(self.resample, bool | float) or self.resample not in RESAMPLES:
             raise UserError(f"resample is {self.resample!r}; use one of Pillow's codes, 0 to 5")
-        if self.image_processor_type not in _DEFAULTS:
-            raise UserError(
-                f"image_processor_type {self.image_processor_type!r} is not supported; choose one "
-                f"of {', '.join(_DEFAULTS)}"
-            )
+        check_choice("image_processor_type", self.image_processor_type, _DEFAULTS)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map uint8 images [..., H, W, C] to the tower's input, float32 of the same shape."""
@@ -244,10 +240,7 @@ def _class_name(raw: dict[str, Any]) -> str:
             f"{name} (NaFlex) gives images of variable resolution, which are not supported; use a "
             "SigLIP 2 checkpoint of fixed resolution, such as google/siglip2-base-patch16-224"
         )
-    if kind not in _DEFAULTS:
-        raise UserError(
-            f"image_processor_type {name!r} is not supported; choose one of {', '.join(_DEFAULTS)}"
-        )
+    check_choice("image_processor_type", kind, _DEFAULTS)
     return kind
 
 
@@ -281,10 +274,7 @@ def _fields(kind: str, steps: dict[str, Any]) -> dict[str, Any]:
         mean, std = (tuple(float(x) for x in steps[k]) for k in ("image_mean", "image_std"))
     except (OverflowError, TypeError, ValueError):
         raise UserError("image_mean and image_std must be lists of numbers") from None
-    resample = steps["resample"]
-    if type(resample) is not int:
-        raise UserError(f"resample is {resample!r}; use one of Pillow's codes, 0 to 5")
-    return {"mean": mean, "std": std, "resample": resample, **_sides(kind, steps)}
+    return {"mean": mean, "std": std, "resample": steps["resample"], **_sides(kind, steps)}
 
 
 def _sides(kind: str, steps: dict[str, Any]) -> dict[str, int | None]:
@@ -327,10 +317,10 @@ def _size(value: Any, default_to_square: bool, name: str = "size") -> tuple[int,
         default_to_square = "shortest_edge" not in value
         keys = ("height", "width") if default_to_square else ("shortest_edge",)
         sides = [value[key] for key in keys] if value.keys() == set(keys) else []
-    if len(set(map(str, sides))) != 1 or type(sides[0]) is not int or not 0 < sides[0] <= MAX_SIDE:
+    if len(set(map(str, sides))) != 1 or type(sides[0]) is not int or sides[0] < 1:
         raise UserError(
-            f"{name} is {value!r}; only an integer from 1 to {MAX_SIDE}, shortest_edge, or equal "
-            "height and width are supported"
+            f"{name} is {value!r}; only a positive integer, shortest_edge, or equal height and "
+            "width are supported"
         )
     return sides[0], bool(default_to_square)
 

@@ -329,6 +329,8 @@ def test_every_crop_of_a_convnext_can_be_written(tmp_path):
         ("CLIPImageProcessor", {"resample": -1}, "resample is -1"),
         ("CLIPImageProcessor", {"resample": "bicubic"}, "resample is 'bicubic'"),
         ("CLIPImageProcessor", {"resample": None}, "resample is None"),
+        ("CLIPImageProcessor", {"resample": 3.0}, "resample is 3.0"),
+        ("CLIPImageProcessor", {"resample": True}, "resample is True"),
         ("CLIPImageProcessor", {"image_mean": 0.5}, "image_mean and image_std .*lists"),
         ("CLIPImageProcessor", {"image_std": None}, "image_mean and image_std .*lists"),
         ("CLIPImageProcessor", {"image_std": [0.5, 0.5, 0]}, "std > 0"),
