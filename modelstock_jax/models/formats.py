@@ -18,9 +18,11 @@ from modelstock_jax.models.checkpoint import (
     CompleteFormat,
     param_shapes,
 )
-from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig, require_clip
+from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, ModelConfig, TextConfig, VisionConfig
+from modelstock_jax.models.model import config_from_dict
 from modelstock_jax.models.open_clip_format import OpenCLIP
-from modelstock_jax.models.param_mapping import HEAD, Row, Shape, flatten, read_tree, rows
+from modelstock_jax.models.param_mapping import HEAD, Row, Shape, flatten, read_tree
 from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE, Preprocessor
 from modelstock_jax.tensor_files.reader import INDEX, SINGLE, TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_directory_tensors, write_tensors
@@ -39,25 +41,30 @@ class HuggingFace(CompleteFormat):
         """Return the directory if it contains the single file or an index."""
         return path if (path / SINGLE).is_file() or (path / INDEX).is_file() else None
 
-    def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
+    def sizes(self, path: Path, files: TensorFiles) -> tuple[ModelConfig, Preprocessor]:
         """Read both configs."""
         raw = read_json(path / CONFIG)
         try:
-            config = CLIPConfig.from_dict(raw)
+            config = config_from_dict(raw)
         except UserError as error:
             raise UserError(f"{path / CONFIG}: {error}") from None
-        return config, Preprocessor.read(path)
+        preprocessor = Preprocessor.read(path)
+        if config.is_convolutional:  # It has no size of its own.
+            config = config.with_image_size(preprocessor.image_size)
+        return config, preprocessor
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return both configs; the labels of the head are in config.json, as in transformers."""
-        raw = checkpoint.config.to_dict()
+        config, head = checkpoint.config, checkpoint.head or {}
+        name = config.classifier_name(head) if config.head_rows(head) else config.base_class
+        raw = {"architectures": [name], **config.to_dict()}
         if checkpoint.labels is not None:
             raw["id2label"] = {str(i): label for i, label in enumerate(checkpoint.labels)}
             raw["label2id"] = {label: i for i, label in enumerate(checkpoint.labels)}
         return {CONFIG: raw, PREPROCESSOR_FILE: checkpoint.preprocessor.to_dict()}
 
     def tolerates(self, name: str) -> bool:
-        """Older checkpoints also store position ids 0, 1, 2, ..."""
+        """Accept position ids 0, 1, 2, ..., which older checkpoints store."""
         return name.endswith(".position_ids")
 
     def write(
@@ -100,10 +107,11 @@ class OpenAI(CompleteFormat):
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Check that the shapes determine the model; the format has no config file."""
-        shapes = param_shapes(checkpoint.config)
-        named = {row.name: row.shape(shapes) for row in rows(checkpoint.config, self.column)}
+        config = require_clip(checkpoint.config, self.name)
+        shapes = param_shapes(config)
+        named = {row.name: row.shape(shapes) for row in config.rows(self.column)}
         try:
-            undetermined = _undetermined(checkpoint, infer(named))
+            undetermined = _undetermined(checkpoint, config, infer(named))
         except UserError as error:
             undetermined = [str(error).rstrip(".")]
         if undetermined:
@@ -171,10 +179,9 @@ def infer(shapes: Mapping[str, Shape]) -> CLIPConfig:
     )
 
 
-def _undetermined(checkpoint: Checkpoint, implied: CLIPConfig) -> list[str]:
+def _undetermined(checkpoint: Checkpoint, config: CLIPConfig, implied: CLIPConfig) -> list[str]:
     """List where a model differs from the config that its tensors imply."""
-    config, pixels = checkpoint.config, checkpoint.preprocessor
-    undetermined = []
+    pixels, undetermined = checkpoint.preprocessor, []
     for tower in ("vision", "text"):
         found, expected = getattr(config, tower), getattr(implied, tower)
         undetermined += [
@@ -229,7 +236,7 @@ class ModelSoups(CheckpointFormat):
         prefix = _prefix(files)
         table = [
             dataclasses.replace(row, name=f"{prefix}model.{row.name}")
-            for row in rows(base.config, self.column)
+            for row in require_clip(base.config, self.name).rows(self.column)
         ]
         image = [row for row in table if row.path[0][0] == "image_tower"]
         others = [row for row in table if row.path[0][0] != "image_tower" and row.name in files]
@@ -240,7 +247,7 @@ class ModelSoups(CheckpointFormat):
         classes = next(iter(files.shape(head[1].name)), 0) if head[1].name in files else 0
         shapes: dict[tuple[str, ...], tuple[int, ...]] = {
             **param_shapes(base.config),
-            ("head", "kernel"): (base.config.projection_dim, classes),
+            ("head", "kernel"): (base.config.feature_size, classes),
             ("head", "bias"): (classes,),
         }
         tree = read_tree(files, [*image, *head, *others], shapes, path)
