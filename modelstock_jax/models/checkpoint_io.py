@@ -208,9 +208,8 @@ def _read_labels(directory: Path, classes: int) -> tuple[str, ...] | None:
             raise UserError(f"{labels_file}: must be a list of labels")
     else:
         return None
-    if labels == [f"LABEL_{i}" for i in range(len(labels))]:
-        return None  # transformers' names of classes without names.
-    return _check_labels(labels, classes, directory)
+    named = _check_labels(labels, classes, directory)
+    return None if named == formats.unnamed_labels(classes) else named
 
 
 def _check_labels(labels: Sequence[str], classes: int, where: Path) -> tuple[str, ...]:

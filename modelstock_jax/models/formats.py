@@ -55,12 +55,16 @@ class HuggingFace(CompleteFormat):
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return both configs; the labels of the head are in config.json, as in transformers."""
-        config, head = checkpoint.config, checkpoint.head or {}
-        name = config.classifier_name(head) if config.head_rows(head) else config.base_class
+        config, head, labels = checkpoint.config, checkpoint.head or {}, checkpoint.labels
+        classifies = bool(config.head_rows(head))
+        name = config.classifier_name(head) if classifies else config.base_class
         raw = {"architectures": [name], **config.to_dict()}
-        if checkpoint.labels is not None:
-            raw["id2label"] = {str(i): label for i, label in enumerate(checkpoint.labels)}
-            raw["label2id"] = {label: i for i, label in enumerate(checkpoint.labels)}
+        if labels is None and classifies:
+            # transformers has no other record of the number of classes.
+            labels = unnamed_labels(len(head["bias"]))
+        if labels is not None:
+            raw["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            raw["label2id"] = {label: i for i, label in enumerate(labels)}
         return {CONFIG: raw, PREPROCESSOR_FILE: checkpoint.preprocessor.to_dict()}
 
     def tolerates(self, name: str) -> bool:
@@ -72,6 +76,16 @@ class HuggingFace(CompleteFormat):
     ) -> None:
         """Write one file, or shards and their index."""
         write_directory_tensors(directory, tensors, max_shard_bytes)
+
+
+def unnamed_labels(count: int) -> tuple[str, ...]:
+    """Return transformers' labels of classes without names.
+
+    Example:
+      >>> unnamed_labels(2)
+      ('LABEL_0', 'LABEL_1')
+    """
+    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 # Scalars that OpenAI's jit archive contains besides the weights.
