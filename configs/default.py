@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
     config.data.decoded_cache_short_side = 256
     # Augmentation of stored training images. The glyphs have a separate augmentation.
     config.data.augment = ConfigDict()
-    # Random resized crop (bicubic): min and max fraction of the area, and min and max aspect ratio.
+    # Random resized crop: min and max fraction of the area, and min and max aspect ratio.
     config.data.augment.crop_area = (0.9, 1.0)
     config.data.augment.crop_ratio = (0.75, 1.3333333333333333)
     # Flip horizontally with probability 0.5.

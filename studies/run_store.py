@@ -22,9 +22,9 @@ from modelstock_jax.experiment.setup import open_anchor
 from modelstock_jax.fileio import new_directory
 from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.param_mapping import flatten, unflatten
 from modelstock_jax.models.preprocessor import Preprocessor
-from modelstock_jax.models.transformer import Compute
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors

@@ -15,7 +15,7 @@ from modelstock_jax.fileio import flatten
 from modelstock_jax.flags import current_names
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats
-from modelstock_jax.models.transformer import ATTENTIONS, Compute
+from modelstock_jax.models.compute import ATTENTIONS, Compute
 from modelstock_jax.training import finetune, merge_step, optimizer, projections
 from modelstock_jax.training.step_fns import REPLICA_MODES
 from modelstock_jax.training.train_step import ON_NON_FINITE

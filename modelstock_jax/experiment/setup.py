@@ -125,7 +125,7 @@ def open_anchor(config: ConfigDict) -> Checkpoint:
     if not size:
         return checkpoint
     model, params = resize_positions(checkpoint.params, checkpoint.config, size)
-    pixels = dataclasses.replace(checkpoint.preprocessor, image_size=size)
+    pixels = checkpoint.preprocessor.with_image_size(size)
     return dataclasses.replace(checkpoint, config=model, params=params, preprocessor=pixels)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import (
     LEGACY_EOS_TOKEN_ID,
     MAX_SIZE,
@@ -25,7 +26,6 @@ from modelstock_jax.models.config import (
 from modelstock_jax.models.param_mapping import LEAF, LINEAR, NORM, SAME, Line, Row, table_rows
 from modelstock_jax.models.transformer import (
     BlockSizes,
-    Compute,
     TextTransformer,
     VisionTransformer,
     block_name,

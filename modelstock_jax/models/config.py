@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import nnx
 
+    from modelstock_jax.models.compute import Compute
     from modelstock_jax.models.param_mapping import Row
-    from modelstock_jax.models.transformer import Compute
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
 # Checkpoints converted before 2023 have eos_token_id 2 regardless of their tokenizer. It is not a

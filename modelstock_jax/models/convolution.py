@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from modelstock_jax.errors import check_choice
-from modelstock_jax.models.transformer import Compute, normal
+from modelstock_jax.models.compute import Compute
+from modelstock_jax.models.transformer import normal
 
 _GROUPS = 8
 NORMS = ("batch", "group")

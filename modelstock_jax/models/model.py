@@ -17,13 +17,13 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import DEFAULT_COMPUTE, Compute
 from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
 from modelstock_jax.models.convnext import ConvNeXtConfig, ConvNeXtV2Config
 from modelstock_jax.models.param_mapping import Params
 from modelstock_jax.models.positions import interpolate
 from modelstock_jax.models.resnet import ResNetConfig
 from modelstock_jax.models.siglip import SiglipConfig
-from modelstock_jax.models.transformer import DEFAULT_COMPUTE, Compute
 from modelstock_jax.models.vit import (
     DeiTConfig,
     Dinov2Config,

@@ -149,10 +149,12 @@ class Patches(Protocol):
     """Sizes of the kernel of a patch embedding."""
 
     @property
-    def patch_size(self) -> int: ...
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
 
     @property
-    def num_channels(self) -> int: ...
+    def num_channels(self) -> int:
+        """Color channels of an image."""
 
 
 def table_rows(

@@ -13,6 +13,7 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import BLOCK, tower_section
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import DualEncoderConfig, TextConfig, VisionConfig, take
 from modelstock_jax.models.param_mapping import (
     LEAF,
@@ -26,7 +27,6 @@ from modelstock_jax.models.param_mapping import (
 from modelstock_jax.models.transformer import (
     AttentionPool,
     BlockSizes,
-    Compute,
     TextTransformer,
     VisionTransformer,
     block_name,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import (
     ModelConfig,
     check_patches,
@@ -30,7 +31,6 @@ from modelstock_jax.models.param_mapping import (
 )
 from modelstock_jax.models.transformer import (
     BlockSizes,
-    Compute,
     VisionTransformer,
     block_name,
     linear,

@@ -17,7 +17,7 @@ from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, train_batches
-from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainTransform
+from modelstock_jax.data.transforms import BICUBIC, MAX_MAGNITUDE, TrainTransform
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.reporting.timeline import Timeline
@@ -82,13 +82,17 @@ def make_trainer(
     fns = step_functions
     if fns is None:
         fns = StepFunctions(config, make_task(config, anchor, len(data.train), data.augment))
-    image_size = anchor.normalize.image_size
-    batches = partial(_batches, config, data.train, image_size, batch_sharding(fns.mesh))
+    transforms = train_transforms(config, anchor.normalize.image_size, anchor.normalize.resample)
+    batches = partial(_batches, config, data.train, transforms, batch_sharding(fns.mesh))
     return Trainer(config, fns, batches, workdir, name, timeline, title)
 
 
 def _batches(
-    config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start_step: int
+    config: ConfigDict,
+    train: ImageSet,
+    transforms: list[TrainTransform],
+    sharding: NamedSharding,
+    start_step: int,
 ) -> Iterator[Batch]:
     """Yield this process's part of the batches from step `start_step` on."""
     replicas, examples = local_indices(sharding, (config.num_replicas, config.batch_size))
@@ -100,7 +104,7 @@ def _batches(
         start_step=start_step,
         replicas=replicas.tolist(),
         examples=examples.tolist(),
-        transform=train_transforms(config, image_size),
+        transform=transforms,
         loader=LoaderOptions(**config.data.loader),
     )
 
@@ -362,12 +366,15 @@ def hyper_parameters(config: ConfigDict, steps_per_epoch: int) -> dict[str, np.n
     return hyper
 
 
-def train_transforms(config: ConfigDict, size: int) -> list[TrainTransform]:
+def train_transforms(
+    config: ConfigDict, size: int, resample: int = BICUBIC
+) -> list[TrainTransform]:
     """Return the transform of each replica: `data.augment` with the replica's own options.
 
     Args:
       config: options of the run
       size: side length of the transformed images, in pixels
+      resample: Pillow's code of the crop's resize filter
 
     Returns:
       R transforms
@@ -375,7 +382,8 @@ def train_transforms(config: ConfigDict, size: int) -> list[TrainTransform]:
     Raises:
       UserError: see `hyper_parameters`; also if an option of `data.augment` is out of range
     """
-    transform, per_replica = TrainTransform.of(config.data.augment, size), _per_replica(config)
+    transform = TrainTransform.of(config.data.augment, size, resample)
+    per_replica = _per_replica(config)
     transforms = []
     for r in range(config.num_replicas):
         changes: dict[str, Any] = {
