@@ -14,13 +14,12 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import glyphs, vitb32  # noqa: E402
-from modelstock_jax.models.clip import abstract_params  # noqa: E402
-from modelstock_jax.models.config import (  # noqa: E402
+from modelstock_jax.models.clip import (
     CLIPConfig,
-    Preprocessor,
-    TextConfig,
-    VisionConfig,
+    abstract_params,  # noqa: E402
 )
+from modelstock_jax.models.config import TextConfig, VisionConfig  # noqa: E402
+from modelstock_jax.models.preprocessor import Preprocessor  # noqa: E402
 from modelstock_jax.reporting.timeline import Timeline  # noqa: E402
 from modelstock_jax.training import train_step as step_module  # noqa: E402
 from modelstock_jax.training.classifier import make_classifier  # noqa: E402

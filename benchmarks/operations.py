@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from modelstock_jax.data.transforms import OPERATIONS, rand_augment
-from modelstock_jax.models.config import CLIP_MEAN, CLIP_STD
+from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD
 
 MEAN, STD = (np.array(values, np.float32) for values in (CLIP_MEAN, CLIP_STD))
 

@@ -17,7 +17,7 @@ from modelstock_jax.data import glyphs
 from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.loader import train_batches
 from modelstock_jax.models.checkpoint_io import load
-from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.model import classifier
 from modelstock_jax.models.zero_shot import zero_shot_head
 
 

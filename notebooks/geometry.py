@@ -60,7 +60,7 @@ from modelstock_jax.data.augment import shift_and_jitter
 from modelstock_jax.data.glyphs import CLASS_NAMES, TEMPLATES
 from modelstock_jax.data.glyphs.sets import training_set
 from modelstock_jax.experiment.setup import open_pretrained
-from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.model import classifier
 from modelstock_jax.models.zero_shot import zero_shot_head
 
 checkpoint = open_pretrained(PRETRAINED)

@@ -137,7 +137,7 @@ figures.angle_by_layer(layer_rows([seed["geometry"]]))
 import numpy as np
 
 from modelstock_jax.models import checkpoint_io
-from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.model import classifier
 
 merged = checkpoint_io.load(f"{WORKDIR}/model")
 images = benchmark.shifts["sketch"].images[:10]

@@ -21,10 +21,9 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import open_anchor
 from modelstock_jax.fileio import new_directory
 from modelstock_jax.merging.trees import PyTree
-from modelstock_jax.models import tower
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.config import Preprocessor
 from modelstock_jax.models.param_mapping import flatten, unflatten
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import TensorFiles
@@ -40,6 +39,7 @@ from modelstock_jax.training.metrics import count_compilation
 from modelstock_jax.training.stages import apply_tpgm, linear_probe
 from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.trainer import Trainer, checkpoint_items
+from studies import towers
 from studies.ledger import lock_run
 from studies.runs import Run, checksum, training_checksum
 
@@ -106,7 +106,7 @@ def anchor_opener(config: ConfigDict) -> Callable[[Benchmark, Path], Anchor]:
             f"pretrained={name}: towers are pretrained on the glyphs; "
             f"data.name={config.data.name!r} needs a CLIP"
         )
-    tower.tower(name.removeprefix(PREFIX))
+    towers.tower(name.removeprefix(PREFIX))
     return partial(_tower, config)
 
 
@@ -118,14 +118,14 @@ def _clip(config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, workdir: 
 def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
     """Return a tower, identified by everything that its weights depend on, not by their bits."""
     name = config.pretrained.removeprefix(PREFIX)
-    init = partial(tower.init, name, len(data.class_names), jax.random.key(0))
+    init = partial(towers.init, name, len(data.class_names), jax.random.key(0))
     recipe, shapes = _recipe(config), jax.eval_shape(init)
     sizes = [list(leaf.shape) for leaf in jax.tree.leaves(shapes)]
     outline = Classifier(
         params=shapes,
-        apply=tower.classifier(name, Compute.of(config.compute)),
-        normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, tower.IMAGE_SIZE),
-        num_heads=tower.TOWERS[name].num_heads,
+        apply=towers.classifier(name, Compute.of(config.compute)),
+        normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, towers.IMAGE_SIZE),
+        num_heads=towers.TOWERS[name].num_heads,
         checksum=training_checksum(recipe, checksum([name, NUM_IMAGES, sizes])),
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compile, merge, merge_compile, models, step, turns
-from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.model import classifier
 from modelstock_jax.models.transformer import Compute
 
 ROOT = Path(__file__).parents[1]

@@ -58,7 +58,7 @@ def test_sizes_and_steps_are_known_without_data_or_weights(name, tower, text, st
     programs, clip = abstract_step_functions(config)
     sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in programs.task.params.items()}
     assert sizes == {"image_tower": tower, "head": (clip.projection_dim + 1) * 1000}
-    from modelstock_jax.models.clip import abstract_params
+    from modelstock_jax.models.model import abstract_params
 
     leaves = jax.tree.leaves(abstract_params(clip)["text_tower"])
     assert sum(x.size for x in leaves) == text

@@ -21,8 +21,9 @@ from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import check_and_set_up, missing_checkpoint, sizes
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import abstract_params
-from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.model import abstract_params
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.classifier import AbstractTextSide, make_classifier
 from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, sent_bytes

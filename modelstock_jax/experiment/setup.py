@@ -22,9 +22,11 @@ from modelstock_jax.experiment.options import check_options
 from modelstock_jax.fileio import flatten, to_json_types
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.config import TextConfig, VisionConfig
+from modelstock_jax.models.model import resize_positions
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.tokenizer import tokenize
-from modelstock_jax.models.transformer import resize_positions
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import read_json
 from modelstock_jax.training import multihost

@@ -1,39 +1,42 @@
-"""A CLIP checkpoint in memory; the interface of a checkpoint format."""
+"""A checkpoint in memory; the interface of a checkpoint format."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.clip import Params, abstract_params
-from modelstock_jax.models.config import CLIPConfig, Preprocessor
-from modelstock_jax.models.param_mapping import Shapes, flatten, read_tree, rows, write_tree
+from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
+from modelstock_jax.models.model import abstract_params
+from modelstock_jax.models.param_mapping import Params, Row, Shapes, flatten, read_tree, write_tree
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A CLIP model with config, preprocessor, tokenizer directory and head.
+    """An image model with config, preprocessor, tokenizer directory and head.
 
     Attributes:
       config: sizes
-      params: image_tower, text_tower, logit_scale; float32 NumPy arrays when loaded
+      params: image_tower; text_tower and logit_scale, if the model has texts; what else the files
+        contain. Float32 NumPy arrays when loaded
       preprocessor: preprocessing of images
       directory: directory with its tokenizer files; None if it has no tokenizer
-      head: {"kernel" [E, K], "bias" [K]} of a fine-tuned model, or None
+      head: {"kernel" [E, K], "bias" [K]} of a fine-tuned model, or None; a DeiT with two
+        classifiers also has "distillation", a second pair
       labels: the K class names of the head, or None
       format: format of the files that it was read from
     """
 
-    config: CLIPConfig
+    config: ModelConfig
     params: Params
     preprocessor: Preprocessor
     directory: Path | None = None
@@ -56,6 +59,17 @@ class Checkpoint:
         if self.head is None:
             raise UserError("the checkpoint has no head; create one with zero_shot_head")
         return {"image_tower": self.params["image_tower"], "head": self.head}
+
+    @property
+    def dual_encoder(self) -> DualEncoderConfig:
+        """The config of a model with texts.
+
+        Raises:
+          UserError: the model has no text tower
+        """
+        if not isinstance(self.config, DualEncoderConfig):
+            raise UserError(f"a {self.config.model_type} model has no text tower")
+        return self.config
 
     def with_replica(self, replica: Params, labels: tuple[str, ...] | None = None) -> Checkpoint:
         """Return the checkpoint with the weights of a replica, and `labels` if given.
@@ -135,10 +149,10 @@ class CheckpointFormat(abc.ABC):
 
 
 class CompleteFormat(CheckpointFormat):
-    """A format with both towers, which can also be written."""
+    """A format with the complete model, which can also be written."""
 
     @abc.abstractmethod
-    def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
+    def sizes(self, path: Path, files: TensorFiles) -> tuple[ModelConfig, Preprocessor]:
         """Read config and preprocessor."""
 
     @abc.abstractmethod
@@ -160,23 +174,25 @@ class CompleteFormat(CheckpointFormat):
     def read(self, path: Path, base: Checkpoint | None) -> Checkpoint:
         """See `CheckpointFormat.read`; there is no base."""
         if base is not None:
-            raise UserError(f"{path}: format {self.name} includes the text tower; omit the base")
+            raise UserError(f"{path}: format {self.name} is a complete model; omit the base")
         files = self.open(path)
         config, preprocessor = self.sizes(path, files)
-        size = config.vision.image_size
-        if preprocessor.image_size != size:
+        if preprocessor.image_size != config.image_size and not config.resizes_images:
             raise UserError(
                 f"{path}: preprocessor image size {preprocessor.image_size} differs from the "
-                f"image tower's {size}"
+                f"image tower's {config.image_size}"
             )
-        layers = config.vision.num_hidden_layers + config.text.num_hidden_layers
-        if layers > len(files):  # Checked before any module is created.
+        if config.num_blocks > len(files):  # Checked before any module is created.
             raise UserError(
-                f"{path}: the config has {layers:,} layers, the files only {len(files):,} tensors"
+                f"{path}: the config has {config.num_blocks:,} layers, the files only "
+                f"{len(files):,} tensors"
             )
-        table = rows(config, self.column)
-        params = read_tree(files, table, param_shapes(config), path, self.tolerates)
-        return Checkpoint(config, params, preprocessor, format=self.name)
+        head = config.head_rows(files)
+        shapes: Shapes = {**param_shapes(config), **_head_shapes(config, head, files)}
+        table = stored_rows(config, self.column, head)
+        params = read_tree(files, table, shapes, path, self.tolerates)
+        head_params = params.pop("head", None)
+        return Checkpoint(config, params, preprocessor, head=head_params, format=self.name)
 
     def tensors(self, checkpoint: Checkpoint, where: Path) -> dict[str, np.ndarray]:
         """Return {name: tensor} to write.
@@ -184,11 +200,46 @@ class CompleteFormat(CheckpointFormat):
         Raises:
           UserError: lists all tensors that do not match the config
         """
-        config = checkpoint.config
-        table = rows(config, self.column)
-        return write_tree(checkpoint.params, table, param_shapes(config), where)
+        config, tree = checkpoint.config, checkpoint.params
+        shapes: Shapes = param_shapes(config)
+        head = config.head_rows(checkpoint.head or {})
+        if head:
+            classes = np.shape((checkpoint.head or {})["bias"])
+            size = (config.feature_size,)
+            tree = {**tree, "head": checkpoint.head}
+            ends = {"kernel": size + classes, "bias": classes}
+            shapes = {**shapes, **{path: ends[path[-1]] for row in head for path in row.path}}
+            tree = {name: part for name, part in tree.items() if name not in config.base_only}
+        return write_tree(tree, stored_rows(config, self.column, head), shapes, where)
 
 
-def param_shapes(config: CLIPConfig) -> Shapes:
+def stored_rows(config: ModelConfig, column: str, head: Sequence[Row]) -> list[Row]:
+    """Return the table of tensor names of a model with or without its classifier.
+
+    Args:
+      config: sizes
+      column: a checkpoint format
+      head: rows of the classifier; with a classifier, all other names get the model's prefix
+    """
+    rows = config.rows(column)
+    if not head:
+        return rows
+    rows = [row for row in rows if row.path[0][0] not in config.base_only]
+    return [dataclasses.replace(row, name=f"{config.prefix}{row.name}") for row in rows] + [*head]
+
+
+def _head_shapes(config: ModelConfig, head: Sequence[Row], files: TensorFiles) -> Shapes:
+    """Return the shapes of the classifier in a file, by the number of its biases."""
+    names = {row.path[0]: row.name for row in head}
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for path, name in names.items():
+        if path[-1] == "bias":
+            classes = files.shape(name)[:1] if name in files else ()
+            shapes[path] = classes or (0,)
+            shapes[(*path[:-1], "kernel")] = (config.feature_size, *shapes[path])
+    return shapes
+
+
+def param_shapes(config: ModelConfig) -> Shapes:
     """Return {path: shape} of every parameter."""
     return {path: leaf.shape for path, leaf in flatten(abstract_params(config))}

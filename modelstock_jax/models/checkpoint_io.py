@@ -1,4 +1,4 @@
-"""Load and save CLIP checkpoints; every tensor is checked, writes are atomic."""
+"""Load and save checkpoints; every tensor is checked, writes are atomic."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import new_directory
 from modelstock_jax.models import formats
 from modelstock_jax.models.checkpoint import HEAD_FILE, Checkpoint, CheckpointFormat
-from modelstock_jax.models.clip import Params
 from modelstock_jax.models.formats import CONFIG
-from modelstock_jax.models.param_mapping import HEAD, read_tree, write_tree
+from modelstock_jax.models.param_mapping import HEAD, Params, Shapes, read_tree, write_tree
 from modelstock_jax.models.tokenizer import TOKENIZER_FILES
 from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import TensorFiles, read_json
@@ -41,7 +40,7 @@ def load(
     format                    files
     ========================= =====================================================================
     `hugging_face`          `config.json`, `preprocessor_config.json`, `model.safetensors`
-                              (or shards and their index)
+                              (or shards and their index); every model of `model.MODELS`
     `open_clip`             `open_clip_config.json`, `open_clip_model.safetensors` (or
                               `model.safetensors`)
     `openai`                one file of tensors: sizes are inferred from shapes
@@ -49,8 +48,10 @@ def load(
                               that of the base
     ========================= =====================================================================
 
-    The directory may also contain tokenizer files, as transformers writes them, and the classifier
-    of a fine-tuned model, `head.safetensors` with labels in `config.json` or `labels.json`. Half
+    The formats besides `hugging_face` are of CLIP alone. The directory may also contain tokenizer
+    files, as transformers writes them, and the classifier of a fine-tuned CLIP or SigLIP,
+    `head.safetensors` with labels in `config.json` or `labels.json`. The classifier of other models
+    is one of the tensors of the model, as in transformers' `ViTForImageClassification`. Half
     precision is converted to float32. No code is executed; no pickle is opened or downloaded.
 
     Args:
@@ -72,8 +73,11 @@ def load(
     checkpoint = chosen.read(path, base)
     if path.is_dir():
         if (path / HEAD_FILE).is_file():
-            head, labels = _read_head(path, checkpoint.config.projection_dim)
-            checkpoint = dataclasses.replace(checkpoint, head=head, labels=labels)
+            head = _read_head(path, checkpoint)
+            checkpoint = dataclasses.replace(checkpoint, head=head)
+        if checkpoint.head is not None and checkpoint.labels is None:
+            labels = _read_labels(path, len(checkpoint.head["bias"]))
+            checkpoint = dataclasses.replace(checkpoint, labels=labels)
         if checkpoint.directory is None:
             checkpoint = dataclasses.replace(checkpoint, directory=path)
     if tokenizer is not None:
@@ -120,11 +124,9 @@ def save(
     head: dict[str, np.ndarray] = {}
     if checkpoint.head is not None:
         classes = np.shape(checkpoint.head["bias"])[0]
-        shapes: dict[tuple[str, ...], tuple[int, ...]] = {
-            ("kernel",): (config.projection_dim, classes),
-            ("bias",): (classes,),
-        }
-        head = write_tree(checkpoint.head, HEAD, shapes, directory / HEAD_FILE)
+        if not config.head_rows(checkpoint.head):
+            shapes = _head_shapes(config.feature_size, classes)
+            head = write_tree(checkpoint.head, HEAD, shapes, directory / HEAD_FILE)
         if checkpoint.labels is not None:
             labels = _check_labels(checkpoint.labels, classes, directory)
             if CONFIG not in documents:  # Which stores the labels of Hugging Face's format.
@@ -174,12 +176,24 @@ def _choose(name: str | os.PathLike[str], format: str | None) -> tuple[Path, Che
     return path, candidates[0]  # Reading it raises an error that names the missing file.
 
 
-def _read_head(directory: Path, features: int) -> tuple[Params, tuple[str, ...] | None]:
-    """Read the head, and its labels from config.json or, without them there, labels.json."""
+def _read_head(directory: Path, checkpoint: Checkpoint) -> Params:
+    """Read the head of a model whose classifier is a separate file."""
     path = directory / HEAD_FILE
+    if checkpoint.head is not None:
+        raise UserError(
+            f"{path}: the model has a classifier among its tensors; delete one of the two"
+        )
     files = TensorFiles(path)
     classes = files.shape("bias")[0] if "bias" in files and files.shape("bias") else 0
-    head = read_tree(files, HEAD, {("kernel",): (features, classes), ("bias",): (classes,)}, path)
+    return read_tree(files, HEAD, _head_shapes(checkpoint.config.feature_size, classes), path)
+
+
+def _head_shapes(features: int, classes: int) -> Shapes:
+    return {("kernel",): (features, classes), ("bias",): (classes,)}
+
+
+def _read_labels(directory: Path, classes: int) -> tuple[str, ...] | None:
+    """Read the labels of a head from config.json or, without them there, labels.json."""
     config, labels_file = directory / CONFIG, directory / LABELS_FILE
     raw = read_json(config) if config.is_file() else {}
     names = raw.get("id2label") if isinstance(raw, dict) else None
@@ -193,8 +207,9 @@ def _read_head(directory: Path, features: int) -> tuple[Params, tuple[str, ...] 
         if not isinstance(labels, list):
             raise UserError(f"{labels_file}: must be a list of labels")
     else:
-        return head, None
-    return head, _check_labels(labels, classes, directory)
+        return None
+    named = _check_labels(labels, classes, directory)
+    return None if named == formats.unnamed_labels(classes) else named
 
 
 def _check_labels(labels: Sequence[str], classes: int, where: Path) -> tuple[str, ...]:

@@ -1,19 +1,23 @@
-"""Sizes and preprocessing of a CLIP model, as in config.json and preprocessor_config.json."""
+"""Sizes of image models, as in config.json: what every architecture has, and its checks."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import math
-from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.tensor_files.reader import read_json
 
-ACTIVATIONS = ("quick_gelu", "gelu")
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from modelstock_jax.models.param_mapping import Row
+    from modelstock_jax.models.transformer import Compute
+
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
 # Checkpoints converted before 2023 have eos_token_id 2 regardless of their tokenizer. It is not a
 # token but a flag: pool at the highest id.
 LEGACY_EOS_TOKEN_ID = 2
@@ -23,51 +27,295 @@ _KINDS: dict[Any, Any] = {
     "int": (int,),
     "float": (float, int),
     "str": (str,),
+    "bool": (bool,),
     "int | None": (int, type(None)),
 }
+_SIZES = "tuple[int, ...]"
 
 
-def _take(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the entries of `values` that are fields of `cls`, with their types checked."""
+def take(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the entries of `values` that are fields of `cls`, with their types checked.
+
+    Args:
+      cls: a dataclass
+      values: entries of a config.json
+      where: name of the config, for error messages
+
+    Returns:
+      Field name -> value; lists of integers become tuples
+
+    Raises:
+      UserError: a value of the wrong type
+    """
     taken: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        if field.name not in values or field.type not in _KINDS:
+        if field.name not in values or not (field.type in _KINDS or field.type == _SIZES):
             continue
         value: Any = values[field.name]
-        if isinstance(value, bool) or not isinstance(value, _KINDS[field.type]):
-            raise UserError(f"{where}: {field.name} must be {field.type}, not {value!r}")
+        if field.type == _SIZES:
+            fits = isinstance(value, list | tuple) and all(type(size) is int for size in value)
+            kind = "a list of integers"
+        else:
+            fits = isinstance(value, _KINDS[field.type])
+            fits = fits and isinstance(value, bool) <= (field.type == "bool")
+            kind = field.type
+        if not fits:
+            raise UserError(f"{where}: {field.name} must be {kind}, not {value!r}")
+        value = tuple(value) if field.type == _SIZES else value
         taken[field.name] = float(value) if field.type == "float" else value
     return taken
 
 
-def _check_tower(where: str, tower: VisionConfig | TextConfig) -> None:
-    ids = ("pad_token_id", "bos_token_id", "eos_token_id")
-    for field in dataclasses.fields(tower):
-        value = getattr(tower, field.name)
+def check_sizes(where: str, config: Any, skip: Sequence[str] = ()) -> None:
+    """Check that all numbers of a config are positive, and its activation is supported.
+
+    Args:
+      where: name of the config, for error messages
+      config: a dataclass
+      skip: names of fields that may have any value
+
+    Raises:
+      UserError: a value out of range, an unknown activation, or a width that the heads do not
+        divide
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in skip or field.type not in ("int", "float", _SIZES):
+            continue
+        sizes = value if isinstance(value, tuple) else (value,)
         # The comparison is False for NaN, which JSON may contain.
-        if field.name not in (*ids, "hidden_act") and not 0 < value <= MAX_SIZE:
+        if not sizes or not all(0 < size <= MAX_SIZE for size in sizes):
             raise UserError(
                 f"{where}: {field.name} must be positive and at most {MAX_SIZE}, not {value}"
             )
-    if tower.hidden_size % tower.num_attention_heads:
+    heads = getattr(config, "num_attention_heads", 1)
+    if heads > 1 and config.hidden_size % heads:
         raise UserError(
-            f"{where}: hidden_size {tower.hidden_size} is not a multiple of num_attention_heads "
-            f"{tower.num_attention_heads}"
+            f"{where}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+            f"{heads}"
         )
-    if tower.hidden_act not in ACTIVATIONS:
+    if config.hidden_act not in ACTIVATIONS:
         raise UserError(
-            f"{where}: hidden_act {tower.hidden_act!r} is not supported; choose one of "
+            f"{where}: hidden_act {config.hidden_act!r} is not supported; choose one of "
             f"{', '.join(ACTIVATIONS)}"
         )
 
 
+class ModelConfig(abc.ABC):
+    """Sizes of an image model, and how to build it; a frozen dataclass per `model_type`.
+
+    Attributes:
+      model_type: as in config.json
+      prefix: beginning of the tensor names in a file with a classifier, such as 'vit.'; '' if the
+        model has no classifier in its file
+      base_class: transformers' class of the model without a classifier
+      classifier_class: transformers' class with a classifier; '' if there is none
+      unit_features: whether the head is applied to features of norm 1
+      resizes_images: whether images may have another size than `image_size` without notice: the
+        model interpolates its position embeddings at every call, or has none
+      is_convolutional: whether the tower contains convolutions other than patches
+      antialias: of the interpolation of position embeddings
+      base_only: parts that a file with a classifier does not contain
+      image_size: side of the images of the pretrained model, in pixels
+      num_channels: color channels of an image
+    """
+
+    image_size: int
+    num_channels: int
+    model_type: ClassVar[str]
+    prefix: ClassVar[str] = ""
+    base_class: ClassVar[str]
+    classifier_class: ClassVar[str] = ""
+    unit_features: ClassVar[bool] = False
+    resizes_images: ClassVar[bool] = False
+    is_convolutional: ClassVar[bool] = False
+    antialias: ClassVar[bool] = False
+    base_only: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read the dictionary of a config.json.
+
+        Raises:
+          UserError: a value of the wrong type, impossible sizes, or an option that this model does
+            not implement
+        """
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config.json that transformers opens, without `architectures`."""
+
+    @property
+    @abc.abstractmethod
+    def feature_size(self) -> int:
+        """Width E of the features, which is the input width of the head."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the image tower; 1 without attention."""
+        return 1
+
+    @property
+    @abc.abstractmethod
+    def num_blocks(self) -> int:
+        """Blocks of all towers."""
+
+    @property
+    def min_side(self) -> int:
+        """Smallest side of an image in pixels: the patch size of a transformer."""
+        return 1
+
+    @property
+    def multiple_of(self) -> int:
+        """Number that must divide the sides of an image."""
+        return 1
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Return the sizes of the image tower in words, for a dry run."""
+
+    @abc.abstractmethod
+    def with_image_size(self, size: int) -> Self:
+        """Return the config for images of another size.
+
+        Raises:
+          UserError: the size does not fit the patches
+        """
+
+    @abc.abstractmethod
+    def image_tower(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+        """Create the image tower: images [B, H, W, C] -> features [B, E]."""
+
+    @abc.abstractmethod
+    def model(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+        """Create the complete model; its attribute `image_tower` is that of `image_tower`."""
+
+    @abc.abstractmethod
+    def rows(self, column: str = "hugging_face") -> list[Row]:
+        """Return the table of tensor names of the model without a classifier.
+
+        Args:
+          column: a checkpoint format; all models have 'hugging_face'
+
+        Raises:
+          UserError: the model cannot be stored in this format
+        """
+
+    def head_rows(self, names: Sequence[str] | Mapping[str, Any]) -> list[Row]:
+        """Return the rows of the classifier that is stored with the model.
+
+        Args:
+          names: tensor names of a file, or a head: nested dictionaries
+
+        Returns:
+          Rows with paths that start with 'head'; none if the file has no classifier
+        """
+        return []
+
+    def classifier_name(self, head: Mapping[str, Any]) -> str:
+        """Return transformers' class of the model with this head."""
+        return self.classifier_class
+
+    def logits(self, features: jax.Array, head: Mapping[str, Any]) -> jax.Array:
+        """Return logits [B, K] = features [B, E] W + b of a head {"kernel", "bias"}."""
+        import jax
+
+        # The head is small: full float32 costs nothing, and TF32 would be visible in the logits.
+        precision = jax.lax.Precision.HIGHEST
+        return jax.numpy.matmul(features, head["kernel"], precision=precision) + head["bias"][None]
+
+
+class DualEncoderConfig(ModelConfig):
+    """Sizes of a model with an image tower and a text tower in one space.
+
+    Attributes:
+      vision: sizes of the image tower
+      text: sizes of the text tower
+      text_params: parameters besides the image tower; FLYP trains them
+      lower_case: whether texts are lower-cased before they are tokenized
+      sigmoid: whether the model was pretrained with the sigmoid loss instead of softmax
+    """
+
+    vision: VisionConfig
+    text: TextConfig
+    text_params: ClassVar[tuple[str, ...]] = ("text_tower", "logit_scale")
+    lower_case: ClassVar[bool] = False
+    sigmoid: ClassVar[bool] = False
+    unit_features = True
+
+    @property
+    def image_size(self) -> int:
+        """See `ModelConfig`."""
+        return self.vision.image_size
+
+    @property
+    def num_channels(self) -> int:
+        """See `ModelConfig`."""
+        return self.vision.num_channels
+
+    @property
+    def num_heads(self) -> int:
+        """See `ModelConfig`."""
+        return self.vision.num_attention_heads
+
+    @property
+    def num_blocks(self) -> int:
+        """See `ModelConfig`."""
+        return self.vision.num_hidden_layers + self.text.num_hidden_layers
+
+    @property
+    def min_side(self) -> int:
+        """See `ModelConfig`."""
+        return self.vision.patch_size
+
+    def describe(self) -> str:
+        """See `ModelConfig`."""
+        return describe_transformer(self.vision, self.num_tokens)
+
+    @property
+    @abc.abstractmethod
+    def num_tokens(self) -> int:
+        """Tokens of an image of the configured size."""
+
+    def with_image_size(self, size: int) -> Self:
+        """See `ModelConfig`."""
+        vision = dataclasses.replace(self.vision, image_size=size)
+        return dataclasses.replace(self, vision=vision)  # pyrefly: ignore [bad-specialization]
+
+    @abc.abstractmethod
+    def text_tower(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+        """Create the text tower: token ids [B, L] -> features [B, E]."""
+
+    @abc.abstractmethod
+    def text_lengths(self, ids: np.ndarray) -> np.ndarray:
+        """Return how many tokens of each text [B, L] determine its features, int [B]."""
+
+    @abc.abstractmethod
+    def check_ids(self, ids: np.ndarray, where: Any) -> None:
+        """Check the ids of a tokenizer.
+
+        Raises:
+          UserError: the tokenizer does not match the text tower
+        """
+
+
+def describe_transformer(tower: Any, num_tokens: int) -> str:
+    """Return layers, width, image size and tokens of a vision transformer in words."""
+    side = tower.image_size
+    return (
+        f"{tower.num_hidden_layers} layers of width {tower.hidden_size}, images {side} x {side}, "
+        f"patch size {tower.patch_size}, {num_tokens} tokens"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the image tower; names and defaults as in Hugging Face's `vision_config`.
+    """Sizes of the image tower; names and defaults as in Hugging Face's `vision_config` of CLIP.
 
     Example:
-      >>> VisionConfig(image_size=224, patch_size=32).num_tokens
-      50
+      >>> VisionConfig(image_size=224, patch_size=32).grid
+      7
     """
 
     hidden_size: int = 768
@@ -81,22 +329,26 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_tower("vision_config", self)
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"vision_config: image_size {self.image_size} is not a multiple of patch_size "
-                f"{self.patch_size}"
-            )
+        check_sizes("vision_config", self)
+        check_patches("vision_config", self)
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens of an image of the configured size: class token and patches."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+    def grid(self) -> int:
+        """Patches along a side of an image of the configured size."""
+        return self.image_size // self.patch_size
+
+
+def check_patches(where: str, tower: Any) -> None:
+    """Raise a UserError if an image of the configured size has no patch."""
+    if tower.image_size < tower.patch_size:
+        raise UserError(
+            f"{where}: image_size {tower.image_size} is smaller than patch_size {tower.patch_size}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the text tower; names and defaults as in Hugging Face's `text_config`.
+    """Sizes of the text tower; names and defaults as in Hugging Face's `text_config` of CLIP.
 
     Example:
       >>> TextConfig().max_position_embeddings
@@ -116,210 +368,9 @@ class TextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        _check_tower("text_config", self)
+        check_sizes("text_config", self, skip=("eos_token_id",))
 
     @property
     def pools_at_highest_id(self) -> bool:
         """Whether the end-of-text token has the highest id, so that argmax(ids) finds it."""
         return self.eos_token_id in (LEGACY_EOS_TOKEN_ID, self.vocab_size - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class CLIPConfig:
-    """Sizes of a CLIP model: both towers, the joint embedding, the initial temperature.
-
-    Example:
-      >>> config = CLIPConfig.from_dict({"model_type": "clip", "projection_dim": 64})
-      >>> config.projection_dim, config.vision.hidden_size
-      (64, 768)
-      >>> CLIPConfig.from_dict(config.to_dict()) == config
-      True
-    """
-
-    vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
-    projection_dim: int = 512
-    logit_scale_init_value: float = 2.6592
-
-    def __post_init__(self) -> None:
-        if not 0 < self.projection_dim <= MAX_SIZE:
-            raise UserError(
-                f"config: projection_dim must be positive and at most {MAX_SIZE}, not "
-                f"{self.projection_dim}"
-            )
-        if not math.isfinite(self.logit_scale_init_value):
-            raise UserError(
-                f"config: logit_scale_init_value must be finite, not {self.logit_scale_init_value}"
-            )
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> CLIPConfig:
-        """Read the dictionary of a `config.json`.
-
-        Args:
-          raw: the dictionary. Keys unrelated to the architecture are ignored, absent keys get
-            Hugging Face's defaults, and the older `text_config_dict` and `vision_config_dict`, if
-            present, replace `text_config` and `vision_config`, as in transformers.
-
-        Returns:
-          The configuration
-
-        Raises:
-          UserError: another architecture, a value of the wrong type, or impossible sizes
-        """
-        if not isinstance(raw, dict) or raw.get("model_type") != "clip":
-            found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise UserError(
-                f"config: model_type is {found!r}, not 'clip'; only CLIP models with both "
-                "towers are supported"
-            )
-        towers: dict[str, Any] = {}
-        for name, tower in (("vision", VisionConfig), ("text", TextConfig)):
-            key = (
-                f"{name}_config"
-                if raw.get(f"{name}_config_dict") is None
-                else f"{name}_config_dict"
-            )
-            part = raw.get(key) or {}
-            if not isinstance(part, dict):
-                raise UserError(f"config: {key} must be a dictionary, not {part!r}")
-            towers[name] = tower(**_take(tower, part, key))
-        own = {k: raw[k] for k in ("projection_dim", "logit_scale_init_value") if k in raw}
-        return cls(**towers, **_take(cls, own, "config"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the `config.json` that transformers opens as a `CLIPModel`."""
-        shared = {"projection_dim": self.projection_dim}
-        return {
-            "architectures": ["CLIPModel"],
-            "model_type": "clip",
-            "projection_dim": self.projection_dim,
-            "logit_scale_init_value": self.logit_scale_init_value,
-            "text_config": {
-                "model_type": "clip_text_model",
-                **dataclasses.asdict(self.text),
-                **shared,
-            },
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                **dataclasses.asdict(self.vision),
-                **shared,
-            },
-        }
-
-
-PREPROCESSOR_FILE = "preprocessor_config.json"
-# Pixel statistics of CLIP's training images; used for formats without a preprocessor file.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_BICUBIC = 3  # Pillow's code
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessor:
-    """Preprocessing of the image tower: (pixel / 255 - mean) / std, per channel.
-
-    Attributes:
-      mean: per channel, of pixels in [0, 1]
-      std: per channel
-      image_size: side of the square image, in pixels
-
-    Raises:
-      UserError: mean and std have different lengths, a value is not finite, or a std is not
-        positive
-
-    Example:
-      >>> half = Preprocessor((0.5,) * 3, (0.5,) * 3, image_size=2)
-      >>> float(half(jnp.full((1, 2, 2, 3), 255, jnp.uint8)).max())
-      1.0
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int
-
-    def __post_init__(self) -> None:
-        finite = all(math.isfinite(x) for x in (*self.mean, *self.std))
-        if not finite or len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
-            raise UserError(
-                f"mean {self.mean} and std {self.std} must be finite, of equal length, and std > 0"
-            )
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Map uint8 images [..., H, W, C] to the tower's input, float32 of the same shape."""
-        images = jnp.asarray(images)
-        shape = (1,) * (images.ndim - 1) + (-1,)
-        scale = jnp.asarray([1 / (255 * s) for s in self.std], jnp.float32).reshape(shape)
-        offset = jnp.asarray(
-            [m / s for m, s in zip(self.mean, self.std, strict=True)], jnp.float32
-        ).reshape(shape)
-        return images.astype(jnp.float32) * scale - offset
-
-    @classmethod
-    def read(cls, directory: Path) -> Preprocessor:
-        """Read `preprocessor_config.json` (or the newer `processor_config.json`).
-
-        Args:
-          directory: the checkpoint's
-
-        Returns:
-          The preprocessor
-
-        Raises:
-          UserError: no such file, or other steps than CLIP's
-        """
-        path, newer = directory / PREPROCESSOR_FILE, directory / "processor_config.json"
-        raw: Any
-        if not path.is_file() and newer.is_file():
-            path, raw = newer, read_json(newer)
-            raw = raw.get("image_processor") if isinstance(raw, dict) else None
-        else:
-            raw = read_json(path)
-        try:
-            size = _side(raw.get("crop_size") or raw["size"])
-            mean = tuple(float(x) for x in raw["image_mean"])
-            std = tuple(float(x) for x in raw["image_std"])
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            raise UserError(
-                f"{path}: image_mean, image_std and size or crop_size are required"
-            ) from None
-        factor = raw.get("rescale_factor", 1 / 255)
-        by_255 = isinstance(factor, float | int) and abs(factor * 255 - 1) <= 1e-6
-        if not by_255 or False in (raw.get("do_normalize", True), raw.get("do_rescale", True)):
-            raise UserError(f"{path}: only rescaling by 1 / 255 with normalization is supported")
-        if raw.get("resample", _BICUBIC) != _BICUBIC:
-            raise UserError(
-                f"{path}: resample is {raw['resample']!r}; only {_BICUBIC} (bicubic) is supported"
-            )
-        try:
-            return cls(mean, std, size)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the `preprocessor_config.json` that transformers' image processor opens."""
-        size = self.image_size
-        return {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": size},
-            "resample": _BICUBIC,
-            "do_center_crop": True,
-            "crop_size": {"height": size, "width": size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-        }
-
-
-def _side(size: Any) -> int:
-    """Return the side of a square from an integer or one of the dictionaries in use."""
-    if isinstance(size, dict):
-        sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
-        if len(sides) != 1:
-            raise ValueError(size)
-        size = sides.pop()
-    return int(size)

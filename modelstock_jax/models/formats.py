@@ -18,18 +18,12 @@ from modelstock_jax.models.checkpoint import (
     CompleteFormat,
     param_shapes,
 )
-from modelstock_jax.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    LEGACY_EOS_TOKEN_ID,
-    PREPROCESSOR_FILE,
-    CLIPConfig,
-    Preprocessor,
-    TextConfig,
-    VisionConfig,
-)
+from modelstock_jax.models.clip import CLIPConfig, require_clip
+from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, ModelConfig, TextConfig, VisionConfig
+from modelstock_jax.models.model import config_from_dict
 from modelstock_jax.models.open_clip_format import OpenCLIP
-from modelstock_jax.models.param_mapping import HEAD, Row, Shape, flatten, read_tree, rows
+from modelstock_jax.models.param_mapping import HEAD, Row, Shape, flatten, read_tree
+from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE, Preprocessor
 from modelstock_jax.tensor_files.reader import INDEX, SINGLE, TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_directory_tensors, write_tensors
 
@@ -47,25 +41,34 @@ class HuggingFace(CompleteFormat):
         """Return the directory if it contains the single file or an index."""
         return path if (path / SINGLE).is_file() or (path / INDEX).is_file() else None
 
-    def sizes(self, path: Path, files: TensorFiles) -> tuple[CLIPConfig, Preprocessor]:
+    def sizes(self, path: Path, files: TensorFiles) -> tuple[ModelConfig, Preprocessor]:
         """Read both configs."""
         raw = read_json(path / CONFIG)
         try:
-            config = CLIPConfig.from_dict(raw)
+            config = config_from_dict(raw)
         except UserError as error:
             raise UserError(f"{path / CONFIG}: {error}") from None
-        return config, Preprocessor.read(path)
+        preprocessor = Preprocessor.read(path)
+        if config.is_convolutional:  # It has no size of its own.
+            config = config.with_image_size(preprocessor.image_size)
+        return config, preprocessor
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return both configs; the labels of the head are in config.json, as in transformers."""
-        raw = checkpoint.config.to_dict()
-        if checkpoint.labels is not None:
-            raw["id2label"] = {str(i): label for i, label in enumerate(checkpoint.labels)}
-            raw["label2id"] = {label: i for i, label in enumerate(checkpoint.labels)}
+        config, head, labels = checkpoint.config, checkpoint.head or {}, checkpoint.labels
+        classifies = bool(config.head_rows(head))
+        name = config.classifier_name(head) if classifies else config.base_class
+        raw = {"architectures": [name], **config.to_dict()}
+        if labels is None and classifies:
+            # transformers has no other record of the number of classes.
+            labels = unnamed_labels(len(head["bias"]))
+        if labels is not None:
+            raw["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            raw["label2id"] = {label: i for i, label in enumerate(labels)}
         return {CONFIG: raw, PREPROCESSOR_FILE: checkpoint.preprocessor.to_dict()}
 
     def tolerates(self, name: str) -> bool:
-        """Older checkpoints also store position ids 0, 1, 2, ..."""
+        """Accept position ids 0, 1, 2, ..., which older checkpoints store."""
         return name.endswith(".position_ids")
 
     def write(
@@ -73,6 +76,16 @@ class HuggingFace(CompleteFormat):
     ) -> None:
         """Write one file, or shards and their index."""
         write_directory_tensors(directory, tensors, max_shard_bytes)
+
+
+def unnamed_labels(count: int) -> tuple[str, ...]:
+    """Return transformers' labels of classes without names.
+
+    Example:
+      >>> unnamed_labels(2)
+      ('LABEL_0', 'LABEL_1')
+    """
+    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 # Scalars that OpenAI's jit archive contains besides the weights.
@@ -108,10 +121,11 @@ class OpenAI(CompleteFormat):
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Check that the shapes determine the model; the format has no config file."""
-        shapes = param_shapes(checkpoint.config)
-        named = {row.name: row.shape(shapes) for row in rows(checkpoint.config, self.column)}
+        config = require_clip(checkpoint.config, self.name)
+        shapes = param_shapes(config)
+        named = {row.name: row.shape(shapes) for row in config.rows(self.column)}
         try:
-            undetermined = _undetermined(checkpoint, infer(named))
+            undetermined = _undetermined(checkpoint, config, infer(named))
         except UserError as error:
             undetermined = [str(error).rstrip(".")]
         if undetermined:
@@ -179,10 +193,9 @@ def infer(shapes: Mapping[str, Shape]) -> CLIPConfig:
     )
 
 
-def _undetermined(checkpoint: Checkpoint, implied: CLIPConfig) -> list[str]:
+def _undetermined(checkpoint: Checkpoint, config: CLIPConfig, implied: CLIPConfig) -> list[str]:
     """List where a model differs from the config that its tensors imply."""
-    config, pixels = checkpoint.config, checkpoint.preprocessor
-    undetermined = []
+    pixels, undetermined = checkpoint.preprocessor, []
     for tower in ("vision", "text"):
         found, expected = getattr(config, tower), getattr(implied, tower)
         undetermined += [
@@ -237,7 +250,7 @@ class ModelSoups(CheckpointFormat):
         prefix = _prefix(files)
         table = [
             dataclasses.replace(row, name=f"{prefix}model.{row.name}")
-            for row in rows(base.config, self.column)
+            for row in require_clip(base.config, self.name).rows(self.column)
         ]
         image = [row for row in table if row.path[0][0] == "image_tower"]
         others = [row for row in table if row.path[0][0] != "image_tower" and row.name in files]
@@ -248,7 +261,7 @@ class ModelSoups(CheckpointFormat):
         classes = next(iter(files.shape(head[1].name)), 0) if head[1].name in files else 0
         shapes: dict[tuple[str, ...], tuple[int, ...]] = {
             **param_shapes(base.config),
-            ("head", "kernel"): (base.config.projection_dim, classes),
+            ("head", "kernel"): (base.config.feature_size, classes),
             ("head", "bias"): (classes,),
         }
         tree = read_tree(files, [*image, *head, *others], shapes, path)

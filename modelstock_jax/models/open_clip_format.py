@@ -11,16 +11,9 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.checkpoint import Checkpoint, CompleteFormat
-from modelstock_jax.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    LEGACY_EOS_TOKEN_ID,
-    MAX_SIZE,
-    CLIPConfig,
-    Preprocessor,
-    TextConfig,
-    VisionConfig,
-)
+from modelstock_jax.models.clip import CLIPConfig, require_clip
+from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, MAX_SIZE, TextConfig, VisionConfig
+from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD, Preprocessor
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_tensors
 
@@ -53,7 +46,7 @@ class OpenCLIP(CompleteFormat):
         """Return one config with both parts."""
         pixels = checkpoint.preprocessor
         statistics = {"mean": list(pixels.mean), "std": list(pixels.std)}
-        model = write_model(checkpoint.config)
+        model = write_model(require_clip(checkpoint.config, self.name))
         return {CONFIG: {"model_cfg": model, "preprocess_cfg": {**statistics, **_RESIZING}}}
 
     def write(
@@ -204,6 +197,11 @@ def write_model(config: CLIPConfig) -> dict[str, Any]:
         raise UserError(
             f"OpenCLIP supports one activation for both towers, not {vision.hidden_act} and "
             f"{text.hidden_act}; choose hugging_face"
+        )
+    if vision.hidden_act not in ("quick_gelu", "gelu"):
+        raise UserError(
+            f"OpenCLIP supports the activations quick_gelu and gelu, not {vision.hidden_act}; "
+            "choose hugging_face"
         )
     if vision.num_channels != 3:
         raise UserError(

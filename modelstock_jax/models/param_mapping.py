@@ -1,24 +1,25 @@
-"""Table of tensor names and memory layouts: our parameters and those of each checkpoint format.
+"""Tensor names and memory layouts: our parameters and those of checkpoint formats.
 
-Each row is used for both directions, so reading inverts writing.
+Every model has a table of lines in its module. Each row is used for both directions, so reading
+inverts writing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.clip import Params
-from modelstock_jax.models.config import CLIPConfig
 from modelstock_jax.tensor_files.reader import TensorFiles
 
 Shape = tuple[int, ...]
 KeyPath = tuple[str, ...]
+Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Row:
       path: paths in our tree; usually one
       name: name in the checkpoint
       transform: conversion of each part
+      optional: whether a checkpoint may lack the tensor: the model does not compute with it
+      integer: whether the tensor is an integer; all others are floating-point
 
     Example:
       >>> row = Row((("q",), ("k",)), "in_proj_weight", TRANSPOSED)
@@ -60,6 +63,8 @@ class Row:
     path: tuple[KeyPath, ...]
     name: str
     transform: Transform
+    optional: bool = False
+    integer: bool = False
 
     def shape(self, shapes: Mapping[KeyPath, Shape]) -> Shape:
         """Return the shape in the checkpoint, from our shapes."""
@@ -84,26 +89,42 @@ def _same(x: Any) -> Any:
 
 
 SAME = Transform(_same, _same, _same)
+
+
+def axes_added(count: int) -> Transform:
+    """Convert a tensor with `count` leading axes of length 1 to one without.
+
+    Example:
+      >>> axes_added(2).read(np.zeros((1, 1, 3))).shape
+      (3,)
+    """
+    return Transform(
+        lambda x: x.reshape(x.shape[count:]),
+        lambda x: x.reshape((1,) * count + x.shape),
+        lambda shape: (1,) * count + shape,
+    )
+
+
 # PyTorch stores a linear layer as [out, in], we as [in, out].
 TRANSPOSED = Transform(np.transpose, np.transpose, lambda shape: shape[::-1])
 
 
-def patches(size: int, channels: int) -> Transform:
-    """Convert a convolution [D, C, P, P] to [P P C, D], patches in (row, column, channel) order.
+def convolution(size: int, channels: int) -> Transform:
+    """Convert a convolution [D, C, P, P] to [P P C, D], windows in (row, column, channel) order.
 
     Args:
       size: P
-      channels: C
+      channels: C; 1 for a depthwise convolution, which has one channel per output
 
     Returns:
       The transform
 
     Example:
       >>> kernel = np.arange(24.0).reshape(2, 3, 2, 2)
-      >>> ours = patches(2, 3).read(kernel)
+      >>> ours = convolution(2, 3).read(kernel)
       >>> bool(ours[1 * 3 + 2, 0] == kernel[0, 2, 0, 1])
       True
-      >>> bool((patches(2, 3).write(ours) == kernel).all())
+      >>> bool((convolution(2, 3).write(ours) == kernel).all())
       True
     """
     return Transform(
@@ -113,125 +134,87 @@ def patches(size: int, channels: int) -> Transform:
     )
 
 
-# Endings of names in the table: (ours, in the checkpoint).
-_LEAF = (("", ""),)
-_NORM = (("scale", "weight"), ("bias", "bias"))
-_LINEAR = (("kernel", "weight"), ("bias", "bias"))
-
-# Columns: ours; transformers' CLIPModel; OpenAI's state dict, also used by OpenCLIP and Model
-# Soups. If a row has fewer checkpoint names than ours, the checkpoint joins our tensors.
-_IMAGE = (
-    (_LEAF, "class_embedding", "vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    (
-        _LEAF,
-        "patch_embedding.kernel",
-        "vision_model.embeddings.patch_embedding.weight",
-        "visual.conv1.weight",
-    ),
-    (
-        _LEAF,
-        "position_embedding",
-        "vision_model.embeddings.position_embedding.weight",
-        "visual.positional_embedding",
-    ),
-    # Spelled so in the files.
-    (_NORM, "pre_layernorm.", "vision_model.pre_layrnorm.", "visual.ln_pre."),
-    (_NORM, "post_layernorm.", "vision_model.post_layernorm.", "visual.ln_post."),
-    (_LEAF, "projection.kernel", "visual_projection.weight", "visual.proj"),
-)
-_TEXT = (
-    (
-        _LEAF,
-        "token_embedding",
-        "text_model.embeddings.token_embedding.weight",
-        "token_embedding.weight",
-    ),
-    (
-        _LEAF,
-        "position_embedding",
-        "text_model.embeddings.position_embedding.weight",
-        "positional_embedding",
-    ),
-    (_NORM, "final_layernorm.", "text_model.final_layer_norm.", "ln_final."),
-    (_LEAF, "projection.kernel", "text_projection.weight", "text_projection"),
-)
-_QKV = "self_attn.q_proj. self_attn.k_proj. self_attn.v_proj."
-_BLOCK = (
-    (_NORM, "layer_norm1.", "layer_norm1.", "ln_1."),
-    (_LINEAR, _QKV, _QKV, "attn.in_proj_"),
-    (_LINEAR, "self_attn.out_proj.", "self_attn.out_proj.", "attn.out_proj."),
-    (_NORM, "layer_norm2.", "layer_norm2.", "ln_2."),
-    (_LINEAR, "mlp.fc1.", "mlp.fc1.", "mlp.c_fc."),
-    (_LINEAR, "mlp.fc2.", "mlp.fc2.", "mlp.c_proj."),
-)
-_TOWERS = (
-    ("image_tower", _IMAGE, "vision_model.encoder.layers.{}.", "visual.transformer.resblocks.{}."),
-    ("text_tower", _TEXT, "text_model.encoder.layers.{}.", "transformer.resblocks.{}."),
-)
-COLUMNS = ("hugging_face", "openai")
+# Endings of names in a table: (ours, in the checkpoint).
+Endings = Sequence[tuple[str, str]]
+LEAF: Endings = (("", ""),)
+NORM: Endings = (("scale", "weight"), ("bias", "bias"))
+LINEAR: Endings = (("kernel", "weight"), ("bias", "bias"))
+KERNEL: Endings = (("kernel", "weight"),)
+# A line of a table: endings, our name, then the name in each checkpoint format. A line of several
+# names has them separated by spaces.
+Line = tuple[Any, ...]
 
 
-def rows(config: CLIPConfig, column: str) -> list[Row]:
-    """Return the rows of a complete model for one column of the table.
+class Patches(Protocol):
+    """Sizes of the kernel of a patch embedding."""
+
+    patch_size: int
+    num_channels: int
+
+
+def table_rows(
+    table: Iterable[Line],
+    column: int,
+    prefix: KeyPath,
+    name_prefix: str = "",
+    *,
+    patches: Patches | None = None,
+    transforms: Mapping[str, Transform] = MappingProxyType({}),
+) -> list[Row]:
+    """Return the rows of a table of names.
+
+    Kernels are transposed, patch embeddings are converted by `convolution`, all other tensors are
+    the same in both.
 
     Args:
-      config: sizes
-      column: one of `COLUMNS`: transformers' `CLIPModel`, or OpenAI's state dict
-
-    Returns:
-      One row per tensor of the checkpoint
+      table: lines of names
+      column: index of the checkpoint format
+      prefix: path of the part of our tree that the table describes
+      name_prefix: beginning of the names in the checkpoint
+      patches: sizes of `patch_embedding.kernel`
+      transforms: our name in the table -> its transform, for exceptions
 
     Example:
-      >>> [len(rows(CLIPConfig(), column)) for column in COLUMNS]
-      [398, 302]
+      >>> rows = table_rows([(LINEAR, "mlp.fc1.", "intermediate.dense.")], 0, ("tower",))
+      >>> rows[0].path, rows[0].name
+      ((('tower', 'mlp', 'fc1', 'kernel'),), 'intermediate.dense.weight')
     """
-    index = COLUMNS.index(column)
-    result = [Row((("logit_scale",),), "logit_scale", SAME)]
-    for tower, table, *blocks in _TOWERS:
-        layers = (config.vision if tower == "image_tower" else config.text).num_hidden_layers
-        for kind, path, *names in table:
-            result += _rows(config, column, (tower,), kind, path, "", names[index])
-        for i in range(layers):
-            prefix, name_prefix = (tower, "blocks", f"block_{i:02d}"), blocks[index].format(i)
-            for kind, path, *names in _BLOCK:
-                result += _rows(config, column, prefix, kind, path, name_prefix, names[index])
-    return result
+    rows = []
+    for endings, ours, *names in table:
+        stems, file_stems = ours.split(), names[column].split()
+        for ending, file_ending in endings:
+            paths = [f"{stem}{ending}" for stem in stems]
+            step = len(paths) // len(file_stems)
+            for i, stem in enumerate(file_stems):
+                joined = paths[i * step : (i + 1) * step]
+                if joined[0] == "patch_embedding.kernel" and patches is not None:
+                    transform = convolution(patches.patch_size, patches.num_channels)
+                else:
+                    transform = transforms.get(joined[0], _transform(joined[0]))
+                path = tuple((*prefix, *name.split(".")) for name in joined)
+                rows.append(Row(path, f"{name_prefix}{stem}{file_ending}", transform))
+    return rows
+
+
+def linear_head(name: str, path: KeyPath = ("head",)) -> list[Row]:
+    """Return the rows of a linear classifier.
+
+    Args:
+      name: beginning of its names in the checkpoint, such as 'classifier.'
+      path: path of {"kernel" [E, K], "bias" [K]} in our tree
+    """
+    return [
+        Row(((*path, "kernel"),), f"{name}weight", TRANSPOSED),
+        Row(((*path, "bias"),), f"{name}bias", SAME),
+    ]
+
+
+def _transform(name: str) -> Transform:
+    return TRANSPOSED if name.rpartition(".")[2] == "kernel" else SAME
 
 
 # The classifier of a fine-tuned model, stored in a separate file.
-HEAD = [
-    Row((("kernel",),), "weight", TRANSPOSED),
-    Row((("bias",),), "bias", SAME),
-]
-
-
-def _rows(
-    config: CLIPConfig,
-    column: str,
-    prefix: KeyPath,
-    kind: Sequence[tuple[str, str]],
-    path: str,
-    name_prefix: str,
-    name: str,
-) -> Iterator[Row]:
-    """Yield the rows of one line of the table."""
-    stems, file_stems = path.split(), name.split()
-    for ending, file_ending in kind:
-        paths = [(*prefix, *f"{stem}{ending}".split(".")) for stem in stems]
-        step = len(paths) // len(file_stems)
-        for i, stem in enumerate(file_stems):
-            joined = tuple(paths[i * step : (i + 1) * step])
-            transform = _transform(config, column, joined[0])
-            yield Row(joined, f"{name_prefix}{stem}{file_ending}", transform)
-
-
-def _transform(config: CLIPConfig, column: str, path: KeyPath) -> Transform:
-    if path[-1] != "kernel":
-        return SAME
-    if path[-2] == "patch_embedding":
-        return patches(config.vision.patch_size, config.vision.num_channels)
-    # OpenAI stores its projections as [in, out].
-    return SAME if path[-2] == "projection" and column == "openai" else TRANSPOSED
+HEAD = linear_head("", ())
 
 
 Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
@@ -309,10 +292,15 @@ def read_tree(
     for row in rows:
         expected = row.shape(shapes)
         if row.name not in files:
-            problems.append(f"missing: {row.name} {shape_text(expected)}")
+            if not row.optional:
+                problems.append(f"missing: {row.name} {shape_text(expected)}")
         elif files.shape(row.name) != expected:
             found = shape_text(files.shape(row.name))
             problems.append(f"misshapen: {row.name} is {found}, not {shape_text(expected)}")
+        elif row.integer:
+            if files.dtype(row.name).kind not in "iu":
+                problems.append(f"not an integer: {row.name} is {files.dtype(row.name)}")
+            leaves |= row.read(files[row.name])
         elif files.dtype(row.name).name not in FLOATS:
             problems.append(f"not floating-point: {row.name} is {files.dtype(row.name)}")
         else:
@@ -343,9 +331,10 @@ def write_tree(
         for path in row.path:
             name = ".".join(path)
             if path not in leaves:
-                problems.append(f"missing: {name} {shape_text(shapes[path])}")
+                if not row.optional:
+                    problems.append(f"missing: {name} {shape_text(shapes[path])}")
                 continue
-            array = np.asarray(leaves[path], np.float32)
+            array = np.asarray(leaves[path], np.int64 if row.integer else np.float32)
             if array.shape != shapes[path]:
                 expected = shape_text(shapes[path])
                 problems.append(f"misshapen: {name} is {shape_text(array.shape)}, not {expected}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
 )
+# Every tokenizer has one of these: byte-pair files, or the sentencepiece model of SigLIP or Gemma.
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 # Encodings are large objects: tokenize a long list in parts.
 _TEXTS_AT_ONCE = 8192
+# Texts -> token ids of each text, without padding.
+_Encoder = Callable[[list[str]], Iterable[list[int]]]
 
 
 def tokenize(
@@ -36,25 +43,37 @@ def tokenize(
     context_length: int,
     *,
     truncate: bool = False,
+    lower_case: bool = False,
 ) -> np.ndarray:
     """Return token ids of texts: start token, pieces, end token, padding.
+
+    The start and end tokens are those of the tokenizer (SigLIP has no start token). Padding is on
+    the right, up to `context_length`, with the tokenizer's padding token.
 
     Args:
       directory: checkpoint directory with tokenizer files
       texts: M texts
       context_length: L, at most the number of position embeddings
       truncate: truncate longer texts, keeping the end token; otherwise they are an error
+      lower_case: lower-case the texts first. Pass True for SigLIP 2: it was trained on lower-case
+        texts, but the GemmaTokenizer that its checkpoints name keeps capitals. The tokenizers of
+        CLIP and SigLIP 1 lower-case without it.
 
     Returns:
       [M, L], int32
 
     Raises:
       UserError: no tokenizer, or a text of more than L tokens
+
+    Example:
+      >>> from modelstock_jax.data import glyphs
+      >>> tokenize(Path(glyphs.__file__).parent / "clip", ["a", "a a"], 5).tolist()
+      [[0, 109, 1, 1, 1], [0, 109, 109, 1, 1]]
     """
     path = Path(directory).resolve()
-    tokenizer, pad = _open(path, _stamp(path), context_length if truncate else None)
+    encode, pad = _open(path, _stamp(path), context_length if truncate else None, lower_case)
     ids = np.full((len(texts), context_length), pad, np.int32)
-    for i, row in enumerate(_encode(tokenizer, texts)):
+    for i, row in enumerate(_encode(encode, texts)):
         if len(row) > context_length:
             raise UserError(
                 f"tokenize: {texts[i]!r} has {len(row)} tokens, the context length is "
@@ -78,10 +97,9 @@ def tokenizer_checksum(directory: str | os.PathLike[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
+def _encode(encode: _Encoder, texts: Sequence[str]) -> Iterator[list[int]]:
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        for encoding in tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_AT_ONCE])):
-            yield encoding.ids
+        yield from encode(list(texts[start : start + _TEXTS_AT_ONCE]))
 
 
 def _stamp(directory: Path) -> tuple[tuple[str, int], ...]:
@@ -92,32 +110,101 @@ def _stamp(directory: Path) -> tuple[tuple[str, int], ...]:
 
 @functools.lru_cache(maxsize=8)
 def _open(
-    directory: Path, stamp: tuple[tuple[str, int], ...], max_length: int | None
-) -> tuple[Any, int]:
-    """Open the fast tokenizer and its padding id; cached because training calls it often."""
-    if not {"tokenizer.json", "vocab.json"} & {name for name, _ in stamp}:
+    directory: Path, stamp: tuple[tuple[str, int], ...], max_length: int | None, lower_case: bool
+) -> tuple[_Encoder, int]:
+    """Return encoder and padding id of a tokenizer; cached because training calls it often."""
+    names = [name for name, _ in stamp]
+    if not set(VOCABULARY_FILES) & set(names):
         raise UserError(
-            f"{directory}: no tokenizer found (tokenizer.json or vocab.json); copy these files "
-            "from the model's page on the Hugging Face hub"
+            f"{directory}: no tokenizer found (none of {', '.join(VOCABULARY_FILES)}); copy the "
+            "tokenizer's files from the model's page on the Hugging Face hub"
         )
+    try:
+        tokenizer = _from_pretrained(directory)
+    except Exception as error:  # The tokenizers library raises plain Exception.
+        reason = _reason(directory, names, error)
+        raise UserError(f"{directory}: its tokenizer cannot be opened ({reason})") from None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # With the files of another class, transformers opens a vocabulary of special tokens only, or
+    # adds the special tokens to the vocabulary.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) or (
+        not tokenizer.is_fast and int(pad or 0) >= tokenizer.vocab_size
+    ):
+        raise UserError(
+            f"{directory}: its tokenizer cannot be opened ({type(tokenizer).__name__} does not "
+            f"fit {', '.join(names)}; copy tokenizer_config.json from the same model)"
+        )
+    encoder = _fast_encoder if tokenizer.is_fast else _slow_encoder
+    return encoder(tokenizer, max_length, lower_case), int(pad or 0)
+
+
+def _from_pretrained(directory: Path) -> Any:
     # transformers advises to install PyTorch, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # Takes seconds: import only if text is read.
+    from transformers.utils import logging
 
+    # It reads config.json too, and warns about start and end ids that SigLIP does not use.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-        fast = tokenizer.backend_tokenizer
-    except Exception as error:  # The tokenizers library raises plain Exception.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{directory}: its tokenizer cannot be opened ({reason})") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _reason(directory: Path, names: Sequence[str], error: Exception) -> str:
+    """Say in one line why the tokenizer cannot be opened."""
+    text = str(error).strip()
+    models = [name for name in names if name.endswith(".model")]
+    if importlib.util.find_spec("sentencepiece") is None:
+        if models or "sentencepiece" in text.lower():
+            return "it needs the sentencepiece library; pip install sentencepiece"
+    elif models or "model_file" in text:  # Sentencepiece's words if there is no spiece.model.
+        from sentencepiece import SentencePieceProcessor
+
+        for name in models:
+            try:
+                SentencePieceProcessor(model_file=str(directory / name))
+            except Exception:  # RuntimeError or OSError, with lines of its C++ source.
+                return f"{name} is not a sentencepiece model; copy it again"
+        for name in ("tokenizer_config.json", models[0] if models else "spiece.model"):
+            if name not in names:
+                return f"{name} is missing; copy it from the model's page on the Hugging Face hub"
+    return next(iter(text.splitlines()), type(error).__name__)
+
+
+def _fast_encoder(tokenizer: Any, max_length: int | None, lower_case: bool) -> _Encoder:
+    """Return the encoder of a tokenizer of the tokenizers library."""
+    from tokenizers import normalizers
+
+    fast = tokenizer.backend_tokenizer
     fast.no_padding()
     fast.no_truncation()
     if max_length is not None:
         fast.enable_truncation(max_length)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return fast, int(pad or 0)
+    if lower_case:  # As Siglip2Tokenizer does: special tokens in a text are found first.
+        steps = (normalizers.Lowercase(), fast.normalizer)
+        fast.normalizer = normalizers.Sequence([step for step in steps if step is not None])
+    return lambda texts: (encoding.ids for encoding in fast.encode_batch_fast(texts))
+
+
+def _slow_encoder(tokenizer: Any, max_length: int | None, lower_case: bool) -> _Encoder:
+    """Return the encoder of a tokenizer in Python, such as SigLIP 1's on sentencepiece."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        encoded = tokenizer(
+            [text.lower() for text in texts] if lower_case else texts,
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+    return encode
 
 
 BOS, EOS, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"

@@ -1,19 +1,19 @@
-"""Pre-norm transformer blocks of both towers (Flax NNX); bicubic position embeddings."""
+"""Transformers of images and texts (Flax NNX): one block serves every architecture."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from modelstock_jax.errors import UserError, check_choice
-from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, TextConfig
+from modelstock_jax.models.positions import interpolate
 
 _DTYPES = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
 ATTENTIONS = ("xla", "cudnn")
@@ -59,7 +59,14 @@ DEFAULT_COMPUTE = Compute()
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
 }
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Return the activation function of this name, one of `config.ACTIVATIONS`."""
+    return _ACTIVATIONS[name]
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, kind: str) -> jax.Array:
@@ -77,18 +84,56 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, kind: str
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention with biases on the q, k, v and output projections."""
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Sizes and options of the blocks of a transformer.
 
-    def __init__(
-        self, width: int, heads: int, layers: int, causal: bool, compute: Compute, rngs: nnx.Rngs
-    ):
-        self.heads, self.causal, self.kind = heads, causal, compute.attention_impl
+    Attributes:
+      hidden_size: width D
+      intermediate_size: width of the MLP
+      num_hidden_layers: number of blocks
+      num_attention_heads: number of heads; divides D
+      hidden_act: activation of the MLP, one of `config.ACTIVATIONS`
+      layer_norm_eps: epsilon of all layer norms
+      causal: whether a token attends only to those before it
+      qkv_bias: whether the q, k and v projections have biases
+      layer_scale: initial value of a trained factor per channel on each residual branch; None has
+        no such factor
+      gated_mlp: SwiGLU instead of an MLP with `hidden_act`
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+    causal: bool = False
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    gated_mlp: bool = False
+
+    @classmethod
+    def of(cls, tower: Any, **more: Any) -> BlockSizes:
+        """Create from a config with the fields of the same names; `more` replaces them."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        own = {name: getattr(tower, name) for name in names if hasattr(tower, name)}
+        return cls(**(own | more))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with separate q, k, v and output projections."""
+
+    def __init__(self, sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs):
+        self.heads, self.causal = sizes.num_attention_heads, sizes.causal
+        self.kind = compute.attention_impl
+        width, bias = sizes.hidden_size, sizes.qkv_bias
         std = width**-0.5
-        self.q_proj = linear(width, width, std, compute, rngs)
-        self.k_proj = linear(width, width, std, compute, rngs)
-        self.v_proj = linear(width, width, std, compute, rngs)
-        self.out_proj = linear(width, width, std * (2 * layers) ** -0.5, compute, rngs)
+        self.q_proj = linear(width, width, std, compute, rngs, bias=bias)
+        self.k_proj = linear(width, width, std, compute, rngs, bias=bias)
+        self.v_proj = linear(width, width, std, compute, rngs, bias=bias)
+        out_std = std * (2 * sizes.num_hidden_layers) ** -0.5
+        self.out_proj = linear(width, width, out_std, compute, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""
@@ -100,69 +145,248 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two-layer perceptron of a block."""
 
-    def __init__(self, tower: VisionConfig | TextConfig, compute: Compute, rngs: nnx.Rngs):
-        width, layers = tower.hidden_size, tower.num_hidden_layers
-        self.activation = _ACTIVATIONS[tower.hidden_act]
-        self.fc1 = linear(width, tower.intermediate_size, (2 * width) ** -0.5, compute, rngs)
+    def __init__(self, sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs):
+        width, layers = sizes.hidden_size, sizes.num_hidden_layers
+        self.activation = activation(sizes.hidden_act)
+        self.fc1 = linear(width, sizes.intermediate_size, (2 * width) ** -0.5, compute, rngs)
         std = width**-0.5 * (2 * layers) ** -0.5
-        self.fc2 = linear(tower.intermediate_size, width, std, compute, rngs)
+        self.fc2 = linear(sizes.intermediate_size, width, std, compute, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
-class Block(nnx.Module):
-    """Pre-norm transformer block."""
+class SwiGLU(nnx.Module):
+    """Gated perceptron: W_out (silu(g) u), where g and u are the halves of W_in x."""
 
-    def __init__(
-        self, tower: VisionConfig | TextConfig, causal: bool, compute: Compute, rngs: nnx.Rngs
-    ):
-        width, heads = tower.hidden_size, tower.num_attention_heads
-        self.layer_norm1 = layer_norm(tower, compute, rngs)
-        self.self_attn = Attention(width, heads, tower.num_hidden_layers, causal, compute, rngs)
-        self.layer_norm2 = layer_norm(tower, compute, rngs)
-        self.mlp = MLP(tower, compute, rngs)
+    def __init__(self, sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs):
+        width, inner = sizes.hidden_size, sizes.intermediate_size
+        self.weights_in = linear(width, 2 * inner, (2 * width) ** -0.5, compute, rngs)
+        std = width**-0.5 * (2 * sizes.num_hidden_layers) ** -0.5
+        self.weights_out = linear(inner, width, std, compute, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        gate, up = jnp.split(self.weights_in(x), 2, axis=-1)
+        return self.weights_out(jax.nn.silu(gate) * up)
 
 
-def make_blocks(
-    tower: VisionConfig | TextConfig, causal: bool, compute: Compute, rngs: nnx.Rngs
-) -> nnx.Dict:
+class Block(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs):
+        self.layer_norm1 = layer_norm(sizes, compute, rngs)
+        self.self_attn = Attention(sizes, compute, rngs)
+        self.layer_norm2 = layer_norm(sizes, compute, rngs)
+        self.mlp = (SwiGLU if sizes.gated_mlp else MLP)(sizes, compute, rngs)
+        self.has_layer_scale = sizes.layer_scale is not None
+        if self.has_layer_scale:
+            scale = jnp.full(sizes.hidden_size, sizes.layer_scale, jnp.float32)
+            self.layer_scale1, self.layer_scale2 = nnx.Param(scale), nnx.Param(scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x [B, T, D] to [B, T, D]."""
+        y = self.self_attn(self.layer_norm1(x))
+        x = x + (y * self.layer_scale1[...].astype(y.dtype) if self.has_layer_scale else y)
+        y = self.mlp(self.layer_norm2(x))
+        return x + (y * self.layer_scale2[...].astype(y.dtype) if self.has_layer_scale else y)
+
+
+def make_blocks(sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs) -> nnx.Dict:
     """Create the blocks of a tower, named, not stacked: each has its own angles in a merge."""
-    return nnx.Dict(
-        {
-            f"block_{i:02d}": Block(tower, causal, compute, rngs)
-            for i in range(tower.num_hidden_layers)
-        }
-    )
+    return named_blocks(Block(sizes, compute, rngs) for _ in range(sizes.num_hidden_layers))
+
+
+def named_blocks(blocks: Iterable[nnx.Module]) -> nnx.Dict:
+    """Return blocks under the names block_00, block_01, ... in order."""
+    return nnx.Dict({block_name(i): block for i, block in enumerate(blocks)})
+
+
+def block_name(index: int) -> str:
+    """Return the name of a block.
+
+    Example:
+      >>> block_name(3)
+      'block_03'
+    """
+    return f"block_{index:02d}"
 
 
 def run_blocks(blocks: nnx.Dict, x: jax.Array, remat: bool) -> jax.Array:
     """Apply the blocks in order to x [B, T, D]; `remat` stores only the input of each block."""
     # `nnx.capture` adds its own item to the dictionary.
-    names = (name for name in blocks if name.startswith("block_"))
-    for name in sorted(names, key=lambda n: int(n.removeprefix("block_"))):
-        x = _recomputed(blocks[name], x) if remat else blocks[name](x)
+    for index in range(sum(name.startswith("block_") for name in blocks)):
+        x = run_block(blocks[block_name(index)], x, remat)
     return x
 
 
-def _recomputed(block: Block, x: jax.Array) -> jax.Array:
+def run_block(block: nnx.Module, x: jax.Array, remat: bool) -> jax.Array:
+    """Apply a block to x; `remat` recomputes its activations in the backward pass."""
+    if not remat:
+        return block(x)  # pyrefly: ignore [not-callable]
     graph, state = nnx.split(block)
     return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)
 
 
+class VisionTransformer(nnx.Module):
+    """Patches, tokens, position embeddings, blocks: a vision transformer without its pooling."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `nnx.capture` records the methods of a module's own class only.
+        cls.embed = cls.embed
+
+    def __init__(
+        self,
+        sizes: BlockSizes,
+        image: PatchSizes,
+        compute: Compute,
+        rngs: nnx.Rngs,
+        *,
+        tokens: Sequence[str] = (),
+        patch_bias: bool = True,
+        pre_norm: bool = False,
+        num_registers: int = 0,
+        antialias: bool = False,
+    ):
+        """Draw initial parameters.
+
+        Args:
+          sizes: sizes of the blocks
+          image: images and patches
+          compute: dtype, attention implementation and remat
+          rngs: random keys
+          tokens: names of the trained tokens before the patches, with position embeddings
+          patch_bias: whether the patch embedding has a bias
+          num_registers: number of trained tokens without position embeddings, which are inserted
+            between the tokens and the patches
+          pre_norm: whether there is a layer norm before the first block
+          antialias: of the interpolation of position embeddings
+        """
+        width, size = sizes.hidden_size, image.patch_size
+        self.patch_size, self.remat, self.dtype = size, compute.remat, compute.dtype
+        self.grid, self.antialias = image.image_size // size, antialias
+        self.tokens = tuple(tokens)
+        for name in self.tokens:
+            setattr(self, name, nnx.Param(normal(rngs, (width,), width**-0.5)))
+        # PyTorch's initialization of a convolution: uniform within 1 / sqrt(fan_in).
+        self.patch_embedding = nnx.Linear(
+            size * size * image.num_channels,
+            width,
+            use_bias=patch_bias,
+            dtype=compute.dtype,
+            kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            rngs=rngs,
+        )
+        count = len(self.tokens) + self.grid**2
+        self.position_embedding = nnx.Param(normal(rngs, (count, width), width**-0.5))
+        self.num_registers = num_registers
+        if num_registers:
+            self.register_tokens = nnx.Param(normal(rngs, (num_registers, width), 0.02))
+        self.has_pre_norm = pre_norm
+        if pre_norm:
+            self.pre_layernorm = layer_norm(sizes, compute, rngs)
+        self.blocks = make_blocks(sizes, compute, rngs)
+        self.post_layernorm = layer_norm(sizes, compute, rngs)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Map images [B, H, W, C] to tokens [B, T, D]: trained tokens, registers, patches."""
+        x = self.patch_embedding(patches(images.astype(self.dtype), self.patch_size))
+        starts = [getattr(self, name)[...].astype(x.dtype)[None, None] for name in self.tokens]
+        starts = [jnp.broadcast_to(start, (x.shape[0], 1, x.shape[2])) for start in starts]
+        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
+        positions = interpolate(
+            self.position_embedding[...], (self.grid, self.grid), grid, antialias=self.antialias
+        )
+        x = jnp.concatenate([*starts, x], axis=1) + positions.astype(x.dtype)[None]
+        if not self.num_registers:
+            return x
+        registers = self.register_tokens[...].astype(x.dtype)[None]
+        registers = jnp.broadcast_to(registers, (x.shape[0], *registers.shape[1:]))
+        first = len(self.tokens)
+        return jnp.concatenate([x[:, :first], registers, x[:, first:]], axis=1)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Map images [B, H, W, C] to tokens [B, T, D] after the last block, without its norm."""
+        x = self.embed(images)
+        x = self.pre_layernorm(x) if self.has_pre_norm else x
+        return run_blocks(self.blocks, x, self.remat)
+
+
+class PatchSizes(Protocol):
+    """Sizes of images and their patches."""
+
+    image_size: int
+    patch_size: int
+    num_channels: int
+
+
+class TextTransformer(nnx.Module):
+    """Token and position embeddings and blocks: a text tower without its pooling."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `nnx.capture` records the methods of a module's own class only.
+        cls.embed = cls.embed
+
+    def __init__(self, tower: TextConfig, causal: bool, compute: Compute, rngs: nnx.Rngs):
+        sizes, width = BlockSizes.of(tower, causal=causal), tower.hidden_size
+        self.remat, self.dtype = compute.remat, compute.dtype
+        self.token_embedding = nnx.Param(normal(rngs, (tower.vocab_size, width), 0.02))
+        self.position_embedding = nnx.Param(
+            normal(rngs, (tower.max_position_embeddings, width), 0.01)
+        )
+        self.blocks = make_blocks(sizes, compute, rngs)
+        self.final_layernorm = layer_norm(sizes, compute, rngs)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Map token ids [B, L] to tokens [B, L, D]."""
+        x = self.token_embedding[...][ids].astype(self.dtype)
+        return x + self.position_embedding[...][None, : ids.shape[1]].astype(self.dtype)
+
+    def encode(self, ids: jax.Array) -> jax.Array:
+        """Map token ids [B, L] to tokens [B, L, D] after the last block, without its norm."""
+        return run_blocks(self.blocks, self.embed(ids), self.remat)
+
+
+class AttentionPool(nnx.Module):
+    """Attention of one trained query over all tokens, then an MLP with a residual connection.
+
+    The kernel of q, k and v is one tensor, [D, 3 D], as in the checkpoints: a merge gives it one
+    angle.
+    """
+
+    def __init__(self, sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs):
+        width = sizes.hidden_size
+        self.heads, self.kind = sizes.num_attention_heads, compute.attention_impl
+        self.probe = nnx.Param(normal(rngs, (width,), width**-0.5))
+        self.in_proj = linear(width, 3 * width, width**-0.5, compute, rngs)
+        self.out_proj = linear(width, width, width**-0.5, compute, rngs)
+        self.layer_norm = layer_norm(sizes, compute, rngs)
+        self.mlp = MLP(sizes, compute, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map tokens x [B, T, D] to [B, D]."""
+        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        # One product with the fused kernel for all tokens; q is read at the query alone.
+        q, k, v = (
+            part.reshape(*part.shape[:2], self.heads, -1)
+            for part in jnp.split(self.in_proj(jnp.concatenate([probe, x], 1)), 3, axis=-1)
+        )
+        y = _attention(q[:, :1], k[:, 1:], v[:, 1:], False, self.kind)
+        y = self.out_proj(y.reshape(probe.shape))
+        return (y + self.mlp(self.layer_norm(y)))[:, 0]
+
+
 def patches(images: jax.Array, size: int) -> jax.Array:
-    """Map images [B, H, W, C] to flattened patches [B, H/P W/P, P P C].
+    """Map images [B, H, W, C] to flattened patches [B, H//P W//P, P P C]; drop the remainder.
 
     The patch embedding is then a matrix product. A convolution with vmapped weights would become a
     grouped convolution, which is several times slower.
     """
     b, h, w, c = images.shape
+    images = images[:, : h // size * size, : w // size * size]
     x = images.reshape(b, h // size, size, w // size, size, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * c)
 
@@ -201,120 +425,17 @@ def linear(
     )
 
 
-def layer_norm(tower: VisionConfig | TextConfig, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Create a layer norm; the two-pass variance keeps parity with PyTorch."""
     return nnx.LayerNorm(
-        tower.hidden_size,
-        epsilon=tower.layer_norm_eps,
+        sizes.hidden_size,
+        epsilon=sizes.layer_norm_eps,
         dtype=compute.dtype,
         use_fast_variance=False,
         rngs=rngs,
     )
 
 
-# Free parameter of the cubic kernel, as in PyTorch and transformers; jax.image uses -0.5.
-A = -0.75
-
-
-@functools.lru_cache(maxsize=64)
-def bicubic(old: int, new: int) -> np.ndarray:
-    """Return the matrix that resizes one axis as torch's bicubic `interpolate` does.
-
-    Output i samples the input at s = (i + 1/2) old / new - 1/2 (`align_corners=False`) from its
-    four neighbors with Keys' kernel, a = -3/4; indices are clamped at the border. No antialiasing.
-
-    Args:
-      old: current length of the axis
-      new: new length
-
-    Returns:
-      [new, old], float64; each row sums to 1
-
-    Example:
-      >>> bicubic(2, 2)
-      array([[1., 0.],
-             [0., 1.]])
-      >>> bicubic(4, 2)[0]
-      array([ 0.5    ,  0.59375, -0.09375,  0.     ])
-    """
-    sample = (np.arange(new) + 0.5) * old / new - 0.5
-    first = np.floor(sample).astype(int)
-    matrix = np.zeros((new, old))
-    for tap in range(-1, 3):
-        column = np.clip(first + tap, 0, old - 1)
-        # Add: several taps may be clamped to the same column.
-        np.add.at(matrix, (np.arange(new), column), _keys(np.abs(sample - (first + tap))))
-    matrix.setflags(write=False)
-    return matrix
-
-
-def _keys(x: np.ndarray) -> np.ndarray:
-    near = (A + 2) * x**3 - (A + 3) * x**2 + 1
-    far = A * (x**3 - 5 * x**2 + 8 * x - 4)
-    return np.where(x <= 1, near, far)
-
-
-def interpolate(positions: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """Resize position embeddings to another grid: q[h, w] = sum_ij R[h, i] C[w, j] p[i, j].
-
-    The embedding of the class token is unchanged. Equal to transformers' CLIP with
-    `interpolate_pos_encoding=True`.
-
-    Args:
-      positions: [1 + H W, D], class token first, then patches row by row
-      old: (H, W), patches
-      new: (H', W')
-
-    Returns:
-      [1 + H' W', D], of the same dtype; `positions` itself if the grid is unchanged
-
-    Example:
-      >>> interpolate(jnp.arange(10.0).reshape(5, 2), (2, 2), (3, 2)).shape
-      (7, 2)
-    """
-    if new == old:
-        return positions
-    grid = positions[1:].reshape(*old, -1)
-    rows, columns = (
-        jnp.asarray(bicubic(*sizes), positions.dtype) for sizes in zip(old, new, strict=True)
-    )
-    # Full precision: TF32 would change every token, and the product is small.
-    grid = jnp.einsum("hi,wj,ijd->hwd", rows, columns, grid, precision=jax.lax.Precision.HIGHEST)
-    return jnp.concatenate([positions[:1], grid.reshape(-1, positions.shape[1])])
-
-
-def resize_positions(
-    params: dict[str, Any], config: CLIPConfig, image_size: int
-) -> tuple[CLIPConfig, dict[str, Any]]:
-    """Change the training resolution of a model before fine-tuning.
-
-    Replaces the position embedding by the interpolated one, so that features of images of the new
-    size equal those that interpolation at every call gives. (OpenCLIP resizes with antialiasing
-    and a = -1/2: its embedding differs slightly.)
-
-    Args:
-      params: tree with "image_tower", of a CLIP or a replica; not modified
-      config: its configuration
-      image_size: new side of the images in pixels; a multiple of the patch size
-
-    Returns:
-      The config with the new image size, and the tree with the new position embedding (a NumPy
-      array); all other leaves are shared
-
-    Raises:
-      UserError: `image_size` is not a positive multiple of the patch size
-
-    Example:
-      >>> from modelstock_jax.models.config import VisionConfig
-      >>> config = CLIPConfig(VisionConfig(hidden_size=12, image_size=64, patch_size=32))
-      >>> params = {"image_tower": {"position_embedding": np.ones((5, 12), np.float32)}}
-      >>> config, params = resize_positions(params, config, 96)
-      >>> config.vision.image_size, params["image_tower"]["position_embedding"].shape
-      (96, (10, 12))
-    """
-    vision = dataclasses.replace(config.vision, image_size=image_size)
-    old, new = (size.image_size // size.patch_size for size in (config.vision, vision))
-    tower = params["image_tower"]
-    positions = interpolate(jnp.asarray(tower["position_embedding"]), (old, old), (new, new))
-    tower = {**tower, "position_embedding": np.asarray(positions)}
-    return dataclasses.replace(config, vision=vision), {**params, "image_tower": tower}
+def widen(x: jax.Array) -> jax.Array:
+    """Cast dtypes narrower than float32 to float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -19,11 +19,11 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import Params, encode_text, l2_normalize
-from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, CLIPConfig
-from modelstock_jax.models.param_mapping import flatten
+from modelstock_jax.models.config import DualEncoderConfig
+from modelstock_jax.models.model import encode_text, l2_normalize
+from modelstock_jax.models.param_mapping import Params, flatten
 from modelstock_jax.models.tokenizer import tokenize, tokenizer_checksum
-from modelstock_jax.models.transformer import DEFAULT_COMPUTE, Compute, end_of_text
+from modelstock_jax.models.transformer import DEFAULT_COMPUTE, Compute
 from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
@@ -45,10 +45,11 @@ def zero_shot_head(
     """Create a classifier from prompts with the text tower.
 
     With f(text) the text features, column k is exp(logit_scale) u / |u| with
-    u = mean over templates of f(template of class k) / |f(template of class k)|; the bias is zero.
+    u = mean over templates of f(template of class k) / |f(template of class k)|. The bias is zero,
+    and for SigLIP logit_bias, so that sigmoid(logits) are its probabilities.
 
-    Attention is causal and a text is pooled at its end, so prompts are sorted by length and each
-    batch is truncated to its longest prompt.
+    CLIP's attention is causal and a text is pooled at its end, so prompts are sorted by length and
+    each batch is truncated to its longest prompt. SigLIP's are padded to the context length.
 
     Args:
       checkpoint: the model; its directory contains the tokenizer
@@ -109,19 +110,20 @@ def _head(
     progress: Callable[[int, int], None] | None,
 ) -> Params:
     """Return a head; text i contributes to the mean of column `column[i]`."""
-    used = 1 + np.asarray(end_of_text(jnp.asarray(ids), checkpoint.config.text.eos_token_id))
+    config = checkpoint.dual_encoder
+    used = config.text_lengths(ids)
     count, size = len(ids), min(batch_size, len(ids))
     params = jax.tree.map(jnp.asarray, checkpoint.params["text_tower"])
     # Sums on the host: their order, and so the last bit, is the same on every machine, and only K E
     # values are stored.
-    sums = np.zeros((column.max() + 1, checkpoint.config.projection_dim))
+    sums = np.zeros((column.max() + 1, config.feature_size))
     order = np.argsort(used, kind="stable")
     for start in range(0, count, size):
         chosen = order[start : start + size]
         longest = -(-int(used[chosen].max()) // _LENGTH_STEP) * _LENGTH_STEP
         # Repeat the last text to fill the last batch: no second compiled program.
         rows = np.pad(chosen, (0, size - len(chosen)), mode="edge")
-        features = np.asarray(_embed(checkpoint.config, params, ids[rows, :longest], compute))
+        features = np.asarray(_embed(config, params, ids[rows, :longest], compute))
         np.add.at(sums, column[chosen], features[: len(chosen)])
         if progress is not None:
             progress(start + len(chosen), count)
@@ -130,7 +132,7 @@ def _head(
     kernel = np.exp(np.float64(checkpoint.params["logit_scale"])) * columns.T
     return {
         "kernel": np.ascontiguousarray(kernel, np.float32),
-        "bias": np.zeros(len(sums), np.float32),
+        "bias": np.full(len(sums), checkpoint.params.get("logit_bias", 0), np.float32),
     }
 
 
@@ -144,7 +146,8 @@ def prompt_ids(
     """
     if checkpoint.directory is None:
         raise UserError("zero_shot_head: the checkpoint has no tokenizer directory")
-    text = checkpoint.config.text
+    config = checkpoint.dual_encoder
+    text = config.text
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     ids = tokenize(checkpoint.directory, prompts, text.max_position_embeddings)
     if ids.max() >= text.vocab_size:
@@ -152,15 +155,13 @@ def prompt_ids(
             f"{checkpoint.directory}: the tokenizer returned id {ids.max()}, but the text tower "
             f"has only {text.vocab_size} tokens"
         )
-    if text.eos_token_id != LEGACY_EOS_TOKEN_ID and not (ids == text.eos_token_id).any(1).all():
-        raise UserError(
-            f"{checkpoint.directory}: the tokenizer does not add eos_token_id {text.eos_token_id} "
-            "of the config, at which texts are pooled"
-        )
+    config.check_ids(ids, checkpoint.directory)
     return ids
 
 
-def _embed(config: CLIPConfig, params: Params, ids: np.ndarray, compute: Compute) -> jax.Array:
+def _embed(
+    config: DualEncoderConfig, params: Params, ids: np.ndarray, compute: Compute
+) -> jax.Array:
     # The default on a GPU or TPU is TF32 or bfloat16, with an error of 1e-3.
     with jax.default_matmul_precision("highest"):
         return _unit_features(config, params, ids, compute)
@@ -168,7 +169,7 @@ def _embed(config: CLIPConfig, params: Params, ids: np.ndarray, compute: Compute
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _unit_features(
-    config: CLIPConfig, params: Params, ids: jax.Array, compute: Compute
+    config: DualEncoderConfig, params: Params, ids: jax.Array, compute: Compute
 ) -> jax.Array:
     return l2_normalize(encode_text(config, params, ids, compute))
 
@@ -256,7 +257,7 @@ def _cached(
     # The key identifies the inputs; the file name tells which of the two heads it is.
     path = start.with_name(f"{start.name}_{key[:16]}.safetensors")
     shapes: dict[str, tuple[int, ...]] = {
-        "kernel": (checkpoint.config.projection_dim, columns),
+        "kernel": (checkpoint.config.feature_size, columns),
         "bias": (columns,),
     }
     head = _read(path, key, shapes)
@@ -296,10 +297,11 @@ def head_key(
     """
     if checkpoint.directory is None:
         raise UserError("head_key: the checkpoint has no tokenizer directory")
-    text = {name: checkpoint.params[name] for name in ("text_tower", "logit_scale")}
+    config = checkpoint.dual_encoder
+    text = {name: checkpoint.params[name] for name in config.text_params}
     parts = {
         "version": _VERSION,
-        "config": dataclasses.asdict(checkpoint.config.text),
+        "config": dataclasses.asdict(config.text),
         "weights": checksum_tensors({".".join(p): np.asarray(x) for p, x in flatten(text)}),
         "tokenizer": tokenizer_checksum(checkpoint.directory),
         "class_names": list(class_names),

@@ -19,8 +19,9 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import classifier, encode_image, encode_text
-from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.model import classifier, encode_image, encode_text
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.transformer import Compute, end_of_text
 from modelstock_jax.models.zero_shot import (
     cached_context_head,

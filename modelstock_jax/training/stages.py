@@ -16,8 +16,9 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.loader import LoaderOptions, train_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.trees import PyTree
-from modelstock_jax.models.clip import encode_image, encode_text, init
-from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.model import encode_image, encode_text, init
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier

@@ -16,7 +16,7 @@ from modelstock_jax.data.loader import eval_batches
 from modelstock_jax.data.published_sets import CIFAR
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
-from modelstock_jax.models.config import Preprocessor
+from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer
 from studies.catalog import STUDIES

@@ -10,8 +10,10 @@ import pytest
 
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import abstract_params
-from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.config import TextConfig, VisionConfig
+from modelstock_jax.models.model import abstract_params
+from modelstock_jax.models.preprocessor import Preprocessor
 from tests.docs.blocks import PAGES, ROOT, named, python_blocks, run_blocks
 
 WITH_PYTHON = [named(page) for page in PAGES if python_blocks(page)]

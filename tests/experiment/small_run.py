@@ -15,8 +15,10 @@ import numpy as np
 from modelstock_jax.experiment.setup import BUNDLED
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import init
-from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.config import TextConfig, VisionConfig
+from modelstock_jax.models.model import init
+from modelstock_jax.models.preprocessor import Preprocessor
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 8

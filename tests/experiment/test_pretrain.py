@@ -11,7 +11,7 @@ from modelstock_jax.data import glyphs
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import make_evaluator
 from modelstock_jax.experiment.setup import BUNDLED, open_pretrained
-from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.model import classifier
 from modelstock_jax.models.zero_shot import zero_shot_head
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.training.sharding import make_mesh

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.config import TextConfig, VisionConfig
 from tests.models import small
 
 VISION = VisionConfig(

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import abstract_params
-from modelstock_jax.models.config import CLIPConfig, Preprocessor, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.config import TextConfig, VisionConfig
+from modelstock_jax.models.model import abstract_params
+from modelstock_jax.models.preprocessor import Preprocessor
 
 EOS = 7
 

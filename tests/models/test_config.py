@@ -7,7 +7,8 @@ import json
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.config import CLIPConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.model import config_from_dict
 from tests.models import small
 
 
@@ -158,15 +159,16 @@ def test_configs_as_the_hub_has_them(raw):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "siglip"}, "model_type .*'siglip'"),
-        ({"model_type": "clip_vision_model"}, "model_type .*'clip_vision_model'.* towers"),
+        ({"model_type": "siglip2"}, "model_type .*'siglip2'.*NaFlex"),
+        ({"model_type": "clip_vision_model"}, "model_type .*'clip_vision_model'.* complete"),
+        ({"model_type": "swin"}, "model_type .*'swin'.*siglip.*dinov2.*resnet"),
         ({"text_config": [1]}, "text_config .*dictionary"),
         ({"text_config": {"hidden_size": "96"}}, "hidden_size .*int.*'96'"),
         ({"text_config": {"eos_token_id": True}}, "eos_token_id .*int.*True"),
         ({"text_config": {"num_attention_heads": 7}}, "512 .*num_attention"),
         ({"vision_config": {"image_size": 225}}, "225 .*patch_size 32"),
         ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers .* 0"),
-        ({"vision_config": {"hidden_act": "relu"}}, "'relu'.*quick_gelu"),
+        ({"vision_config": {"hidden_act": "silu"}}, "'silu'.*quick_gelu"),
         ({"vision_config": {"hidden_size": 2**31}}, "hidden_size .*2147483648"),
         ({"vision_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps .*nan"),
         ({"text_config": {"layer_norm_eps": float("inf")}}, "layer_norm_eps .*inf"),
@@ -177,4 +179,4 @@ def test_configs_as_the_hub_has_them(raw):
 )
 def test_errors(change, message):
     with pytest.raises(UserError, match=message):
-        CLIPConfig.from_dict({"model_type": "clip", **change})
+        config_from_dict({"model_type": "clip", **change})

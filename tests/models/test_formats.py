@@ -16,10 +16,9 @@ from safetensors.numpy import load_file, save_file
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import checkpoint_io, formats
 from modelstock_jax.models.checkpoint import param_shapes
-from modelstock_jax.models.config import CLIPConfig
+from modelstock_jax.models.clip import CLIPConfig
 from modelstock_jax.models.formats import infer
 from modelstock_jax.models.open_clip_format import read_model, write_model
-from modelstock_jax.models.param_mapping import rows
 from tests.models import small
 from tests.models.all_formats import CHECKPOINT, CONFIG, with_head, with_tokenizer
 
@@ -128,7 +127,7 @@ B32 = {
 def test_sizes_are_inferred_from_the_shapes_of_vit_b_32():
     config = CLIPConfig()
     shapes = param_shapes(config)
-    named = {row.name: row.shape(shapes) for row in rows(config, "openai")}
+    named = {row.name: row.shape(shapes) for row in config.rows("openai")}
     assert {name: named[name] for name in B32} == B32
     assert sum(name.startswith("visual.") for name in named) == 152 and len(named) == 302
     told = infer(named)
@@ -156,7 +155,7 @@ def test_every_format_lists_all_tensors_that_do_not_match(saved, tmp_path, name)
     directory = shutil.copytree(saved[name], tmp_path / name)
     path = directory / FILES[name]
     tensors = load_file(path)
-    names = {row.path[0]: row.name for row in rows(CONFIG, formats.WRITABLE[name].column)}
+    names = {row.path[0]: row.name for row in CONFIG.rows(formats.WRITABLE[name].column)}
 
     def of(*path):
         return names[("image_tower", "blocks", "block_01", *path)]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.clip import (
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.model import (
     abstract_params,
     classifier,
     encode_image,
@@ -20,7 +21,6 @@ from modelstock_jax.models.clip import (
     init,
     text_activations,
 )
-from modelstock_jax.models.config import CLIPConfig
 from modelstock_jax.models.transformer import _ACTIVATIONS, Compute, end_of_text, patches
 from tests.models import by_numpy, small
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.clip import DEFAULT_COMPUTE, image_tower
-from modelstock_jax.models.transformer import bicubic, interpolate, resize_positions
+from modelstock_jax.models.model import image_tower, resize_positions
+from modelstock_jax.models.positions import bicubic, interpolate
+from modelstock_jax.models.transformer import DEFAULT_COMPUTE
 from tests.models import small
 
 CONFIG = small.config()

@@ -12,7 +12,7 @@ import pytest
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import checkpoint_io, tokenizer, zero_shot
-from modelstock_jax.models.clip import encode_text
+from modelstock_jax.models.model import encode_text
 from modelstock_jax.models.tokenizer import tokenize
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.models.zero_shot import cached_zero_shot_head, head_key, zero_shot_head

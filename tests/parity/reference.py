@@ -15,8 +15,9 @@ from torch import nn
 
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import image_activations, text_activations
-from modelstock_jax.models.config import CLIPConfig, Preprocessor
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.model import image_activations, text_activations
+from modelstock_jax.models.preprocessor import Preprocessor
 
 
 def pair(

@@ -17,8 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from modelstock_jax.models.clip import encode_image, encode_text
-from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, TextConfig, VisionConfig
+from modelstock_jax.models.model import encode_image, encode_text
 from tests.parity import reference
 
 END = 49407  # The end of text in CLIP's vocabulary, its highest id.

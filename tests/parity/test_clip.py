@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPModel
 
 from modelstock_jax.models import checkpoint_io
-from modelstock_jax.models.clip import encode_image, encode_text, l2_normalize
+from modelstock_jax.models.model import encode_image, encode_text, l2_normalize
 from tests.models import small
 from tests.parity.reference import torch_features, unit
 

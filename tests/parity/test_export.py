@@ -14,8 +14,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisio
 
 from modelstock_jax.experiment.setup import BUNDLED
 from modelstock_jax.models import checkpoint_io
-from modelstock_jax.models.clip import encode_image, encode_text, l2_normalize
-from modelstock_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.config import TextConfig, VisionConfig
+from modelstock_jax.models.model import encode_image, encode_text, l2_normalize
 from modelstock_jax.models.zero_shot import tokenize
 from tests.models import small
 

@@ -16,9 +16,8 @@ import pytest
 
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import param_shapes
-from modelstock_jax.models.clip import encode_image, encode_text
+from modelstock_jax.models.model import encode_image, encode_text
 from modelstock_jax.models.open_clip_format import read_model, write_model
-from modelstock_jax.models.param_mapping import rows
 from tests.models import small
 from tests.models.all_formats import CHECKPOINT, CONFIG
 
@@ -99,7 +98,7 @@ def test_published_sizes(work):
     for name, theirs in published.items():
         config = read_model(theirs["config"])
         shapes = param_shapes(config)
-        ours = {row.name: list(row.shape(shapes)) for row in rows(config, "openai")}
+        ours = {row.name: list(row.shape(shapes)) for row in config.rows("openai")}
         assert ours == theirs["shapes"], name
         written = write_model(config)
         # bigG's published ratio is rounded to four digits.

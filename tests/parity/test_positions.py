@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from modelstock_jax.models.clip import DEFAULT_COMPUTE, image_tower
-from modelstock_jax.models.transformer import bicubic, interpolate, resize_positions
+from modelstock_jax.models.clip import DEFAULT_COMPUTE
+from modelstock_jax.models.model import image_tower, resize_positions
+from modelstock_jax.models.positions import bicubic, interpolate
 from tests.models import small
 from tests.parity.reference import pair, pixels
 

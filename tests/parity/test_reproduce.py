@@ -11,7 +11,7 @@ import torch
 
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.convert import main
-from modelstock_jax.models.param_mapping import flatten, rows
+from modelstock_jax.models.param_mapping import flatten
 from tests.models import small
 from tests.parity.test_export import CONFIG, fine_tuned
 
@@ -32,7 +32,7 @@ def pickled(path: Path, seed: int) -> None:
     leaves = dict(flatten(params))
     state = {
         f"module.model.{row.name}": torch.from_numpy(np.array(row.write(leaves)))
-        for row in rows(CONFIG, "openai")
+        for row in CONFIG.rows("openai")
         if not row.name.startswith("transformer.")
     }
     state["module.classification_head.weight"] = torch.from_numpy(tuned.head["kernel"] + seed).T

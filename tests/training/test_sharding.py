@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.clip import classifier
+from modelstock_jax.models.model import classifier
 from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.cost_analysis import collectives, device_bytes
 from modelstock_jax.training.losses import cross_entropy
