@@ -45,8 +45,8 @@ def _load(args: argparse.Namespace) -> Checkpoint:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m modelstock_jax.models.convert",
-        description="Convert a checkpoint from one format to another; models other than CLIP have one "
-        "format, hugging_face.",
+        description="Convert a checkpoint from one format to another. Models other than CLIP have "
+        "only the format hugging_face.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="directory, .safetensors file or hub id")
