@@ -41,8 +41,8 @@ def config_programs(path: str) -> tuple[dict[str, tuple], Seconds]:
     config = import_module(path.removesuffix(".py").replace("/", ".")).get_config()
     set_cpu_devices(config)
     jax.devices()
-    (functions, clip), seconds = turns.timed(lambda: abstract_step_functions(config))
-    batch = functions.abstract_batch(clip.vision.image_size)
+    (functions, sizes), seconds = turns.timed(lambda: abstract_step_functions(config))
+    batch = functions.abstract_batch(sizes.image_size)
     state, anchor = functions.abstract_state, functions.abstract_anchor
     programs = {
         "step": (functions.train_step, (state, batch, functions.step_constants())),

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import TextConfig, VisionConfig
 from modelstock_jax.models.model import encode_image, encode_text, init
-from modelstock_jax.models.transformer import Compute
 
 SIZE = dict(hidden_size=96, intermediate_size=384, num_attention_heads=6, num_hidden_layers=12)
 

@@ -77,8 +77,8 @@ def random_batch(batch, seed: int):
 def main(argv):
     config = FLAGS.config
     logging.set_verbosity(logging.ERROR)
-    programs, clip = abstract_step_functions(config)
-    batch = programs.abstract_batch(clip.vision.image_size)
+    programs, sizes = abstract_step_functions(config)
+    batch = programs.abstract_batch(sizes.image_size)
     lowered = programs.lower(batch)
     compiled = {name: program.compile() for name, program in lowered.items()}
     predicted = memory(programs, compiled, batch)

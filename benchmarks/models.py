@@ -11,14 +11,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import glyphs, vitb16, vitb32, vitl14  # noqa: E402
-from modelstock_jax.models.clip import (
-    CLIPConfig,
-    classifier,  # noqa: E402
-)
+from modelstock_jax.models.clip import CLIPConfig  # noqa: E402
+from modelstock_jax.models.compute import Compute  # noqa: E402
 from modelstock_jax.models.config import TextConfig, VisionConfig  # noqa: E402
-from modelstock_jax.models.model import abstract_params
+from modelstock_jax.models.model import abstract_params, classifier  # noqa: E402
 from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD, Preprocessor  # noqa: E402
-from modelstock_jax.models.transformer import Compute  # noqa: E402
 from modelstock_jax.training.losses import cross_entropy  # noqa: E402
 from modelstock_jax.training.step_fns import StepFunctions, Task  # noqa: E402
 

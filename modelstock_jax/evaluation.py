@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import LoaderOptions, eval_batches
+from modelstock_jax.data.transforms import EvalTransform
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import distance
 from modelstock_jax.merging.trees import PyTree
@@ -88,7 +89,7 @@ def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> 
         anchor.normalize,
         mesh,
         config.evaluation.batch_size,
-        image_size=anchor.normalize.image_size,
+        transform=anchor.normalize.eval_transform(),
         loader=LoaderOptions(**config.data.loader),
     )
 
@@ -99,7 +100,7 @@ def make_evaluator(
     mesh: Mesh,
     batch_size: int,
     *,
-    image_size: int | None = None,
+    transform: EvalTransform | None = None,
     loader: LoaderOptions | None = None,
 ) -> Evaluate:
     """Return a function (params, image sets, on_progress) -> {set name: top-1 accuracy in percent}.
@@ -113,7 +114,7 @@ def make_evaluator(
       prepare: images uint8 -> normalized float images
       mesh: batches are split over all devices of all processes
       batch_size: B, rounded up to a multiple of the number of devices
-      image_size: side of the model's input, for sets of encoded images
+      transform: resize and crop of encoded images
       loader: how encoded images are read
     """
     devices = mesh.devices.size
@@ -128,7 +129,7 @@ def make_evaluator(
     def counts(params, image_set, num_classes):
         """Yield the numbers of correct and counted images of each batch."""
         candidate, pending = candidate_classes(image_set, num_classes), []
-        options = dict(examples=examples, image_size=image_size, loader=loader)
+        options = dict(examples=examples, transform=transform, loader=loader)
         for batch in scored_batches(image_set, batch_size, **options):
             images, target = (
                 make_global_array(split, batch[name], (batch_size,)) for name in ("image", "target")

@@ -22,9 +22,9 @@ from modelstock_jax.experiment.setup import open_anchor
 from modelstock_jax.fileio import new_directory
 from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.param_mapping import flatten, unflatten
 from modelstock_jax.models.preprocessor import Preprocessor
-from modelstock_jax.models.transformer import Compute
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
@@ -127,6 +127,7 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
         normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, towers.IMAGE_SIZE),
         num_heads=towers.TOWERS[name].num_heads,
         checksum=training_checksum(recipe, checksum([name, NUM_IMAGES, sizes])),
+        model=towers.TOWERS[name],
     )
 
     @functools.cache

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import model
 from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import ModelConfig, VisionConfig
 from modelstock_jax.models.convnext import ConvNeXtConfig
 from modelstock_jax.models.hybrid import HybridConfig
 from modelstock_jax.models.param_mapping import Params
 from modelstock_jax.models.resnet import ResNetConfig
-from modelstock_jax.models.transformer import Compute
 
 IMAGE_SIZE = 24
 # Norms: the towers are trained from scratch, so there are no statistics for batch norms.

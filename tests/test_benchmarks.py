@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from benchmarks import compile, merge, merge_compile, models, step, turns
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.model import classifier
-from modelstock_jax.models.transformer import Compute
 
 ROOT = Path(__file__).parents[1]
 # Packages that a minimal environment lacks: it has jax, flax, optax and ml_collections.

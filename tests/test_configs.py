@@ -55,12 +55,12 @@ def test_setups_match_the_paper(name):
 def test_sizes_and_steps_are_known_without_data_or_weights(name, tower, text, steps):
     config = load(name)
     config.mesh.replica = config.mesh.data = 1
-    programs, clip = abstract_step_functions(config)
+    programs, outline = abstract_step_functions(config)
     sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in programs.task.params.items()}
-    assert sizes == {"image_tower": tower, "head": (clip.projection_dim + 1) * 1000}
+    assert sizes == {"image_tower": tower, "head": (outline.model.feature_size + 1) * 1000}
     from modelstock_jax.models.model import abstract_params
 
-    leaves = jax.tree.leaves(abstract_params(clip)["text_tower"])
+    leaves = jax.tree.leaves(abstract_params(outline.model)["text_tower"])
     assert sum(x.size for x in leaves) == text
     # Table 6: "1 epoch is ~ 2500 iterations" at batch 512.
     assert programs.task.steps_per_epoch == steps and programs.task.num_steps == 10 * steps

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.errors import UserError
 from modelstock_jax.evaluation import (
     candidate_classes,
+    classifier_evaluator,
     count_correct,
     make_evaluator,
     scored_batches,
 )
+from modelstock_jax.models.preprocessor import Preprocessor
+from modelstock_jax.training.classifier import Classifier
+from modelstock_jax.training.finetune import make_trainer
 from modelstock_jax.training.sharding import make_mesh
+from tests.data.photographs import InMemory, encode
+from tests.training import tiny
 
 CLASSES = 6
 
@@ -142,3 +152,52 @@ def test_error_names_a_set_with_nothing_to_count():
     params = {"head": {"bias": np.zeros(CLASSES, np.float32)}}
     with pytest.raises(UserError, match="real: .*image"):
         evaluator((1, 1), 4)(params, [images])
+
+
+def stored_with_sides(colors) -> ImageSet:
+    """Return gray images of 20 x 60 pixels whose left and right thirds have another color."""
+    stored = []
+    for color in colors:
+        pixels = np.full((20, 60, 3), 100, np.uint8)
+        pixels[:, :20] = pixels[:, 40:] = color
+        stored.append(encode(Image.fromarray(pixels), "PNG"))
+    return ImageSet("sides", InMemory(stored), np.arange(len(stored), dtype=np.int32))
+
+
+def mean_color(params, images):
+    """Return the mean of each channel as logits."""
+    return images.mean((1, 2)) + params["head"]["bias"][None]
+
+
+def anchor_with(preprocessor) -> Classifier:
+    return Classifier({"head": {"bias": np.zeros(3)}}, mean_color, preprocessor, num_heads=1)
+
+
+def test_stored_images_are_resized_as_the_checkpoint_states():
+    """The center crop of CLIP sees gray only; SigLIP's resize without a crop sees the color."""
+    images = stored_with_sides([(130, 100, 100), (100, 130, 100), (100, 100, 130)])
+    mesh = make_mesh(1, 1, num_replicas=2, batch_size=8)
+    # Nearest neighbor mixes no colors at the edge of the crop.
+    clip = Preprocessor((0.5,) * 3, (0.5,) * 3, 8, resample=0)
+    for preprocessor, expected in (
+        (clip, 100 / 3),  # All logits are equal, and the first class is chosen.
+        (dataclasses.replace(clip, short_side=None), 100),
+        (dataclasses.replace(clip, short_side=None, square_side=24), 100 / 3),
+    ):
+        anchor = anchor_with(preprocessor)
+        evaluate = classifier_evaluator(tiny.config(), anchor, mesh)
+        assert evaluate(anchor.params, [images])["sides"] == pytest.approx(expected)
+
+
+def test_training_crops_are_resized_by_the_filter_of_the_checkpoint(tmp_path):
+    images = stored_with_sides([(130, 30, 200), (100, 230, 10)])
+    data = SimpleNamespace(train=images, augment=lambda key, images: images)
+    config = tiny.config(batch_size=2, num_replicas=2, data__augment__crop_area=(1.0, 1.0))
+    clip = Preprocessor((0.5,) * 3, (0.5,) * 3, 8)
+    colors = {}
+    for resample in (0, 3):  # nearest neighbor, bicubic
+        anchor = anchor_with(dataclasses.replace(clip, resample=resample))
+        trainer = make_trainer(config, anchor, data, tmp_path / str(resample), "run")
+        batch = next(trainer.batches(0))
+        colors[resample] = len(np.unique(batch["image"].reshape(-1, 3), axis=0))
+    assert colors[0] == 3 < colors[3], "only a filter with a support mixes colors"

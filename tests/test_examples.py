@@ -25,8 +25,8 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.glyphs.sets import TRAIN_SIZE
 from modelstock_jax.data.loader import steps_per_epoch, train_batches
 from modelstock_jax.experiment.setup import classify, open_anchor
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.model import classifier
-from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.losses import cross_entropy
 from modelstock_jax.training.optimizer import warmup_steps
 from modelstock_jax.training.sharding import put_batch

@@ -211,7 +211,7 @@ def eval_batches(
     batch_size: int,
     *,
     examples: Sequence[int] | None = None,
-    image_size: int | None = None,
+    transform: EvalTransform | None = None,
     loader: LoaderOptions | None = None,
 ) -> Iterator[Batch]:
     """Return an iterator over every image once, in order, in batches of one shape.
@@ -220,13 +220,15 @@ def eval_batches(
       image_set: M images
       batch_size: B, over all processes
       examples: the b of B positions in a batch that this process reads; None reads all
-      image_size: side of the model's input for encoded images, see `transforms.EvalTransform`
+      transform: transform of encoded images, after the set's border is cropped; image arrays are
+        not transformed
       loader: how encoded images are read
 
     Returns:
       Iterator of ceil(M / B) batches on every process: {"image": uint8 [b, H, W, 3],
-      "label": int32 [b], "mask": bool [b]}. The mask is False for the zero padding of the last
-      batch and for unreadable images that are left out.
+      "label": int32 [b], "mask": bool [b]}; for encoded images, H = W =
+      transform.size. The mask is False for the zero padding of the last batch and for unreadable
+      images that are left out.
 
     Raises:
       UserError: sizes do not match, or (from the iterator) an image cannot be read
@@ -238,7 +240,9 @@ def eval_batches(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     positions = _check_indices("examples", examples, batch_size)
-    transforms = [] if image_size is None else [EvalTransform(image_size, image_set.crop_border)]
+    transforms: list[EvalTransform] = []
+    if transform is not None:
+        transforms = [dataclasses.replace(transform, border=image_set.crop_border)]
     decoder = _make_decoder(image_set, transforms, loader)
     batches = _EvalBatches(image_set, batch_size, positions, decoder)
     if decoder is None:
@@ -285,9 +289,7 @@ def _make_decoder(
     if not isinstance(image_set.images, EncodedImages):
         return None
     if not transforms:
-        raise UserError(
-            f"{image_set.name}: encoded images need a size; give transform or image_size"
-        )
+        raise UserError(f"{image_set.name}: encoded images need a size; give transform")
     return BatchDecoder(image_set.images, transforms, transforms[0].size, loader or LoaderOptions())
 
 

@@ -15,6 +15,12 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from modelstock_jax.errors import UserError
 
+# Codes of the resize filters in every supported Pillow; 0, nearest neighbor, has no antialiasing.
+RESAMPLES = range(6)
+BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
+_MAX_PIXELS = 178_956_970  # Pillow rejects larger images as decompression bombs.
+MAX_SIDE = math.isqrt(_MAX_PIXELS)  # of a square image
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
@@ -29,6 +35,7 @@ class TrainTransform:
       randaugment_magnitude: RandAugment's M, 0 to 30
       scaled_decode: whether the JPEG decoder may downscale images that are much larger than the
         result needs (`largest_shrink`): faster, but not bitwise identical to Pillow
+      resample: Pillow's code of the crop's resize filter
 
     Raises:
       UserError: a value is out of range
@@ -41,6 +48,7 @@ class TrainTransform:
     randaugment_ops: int = 0
     randaugment_magnitude: float = 0
     scaled_decode: bool = True
+    resample: int = BICUBIC
 
     def __post_init__(self):
         """Check the ranges."""
@@ -63,7 +71,7 @@ class TrainTransform:
             )
 
     @classmethod
-    def of(cls, config: ConfigDict, size: int) -> TrainTransform:
+    def of(cls, config: ConfigDict, size: int, resample: int = BICUBIC) -> TrainTransform:
         """Return the transform of the group `data.augment` of configs/default.py."""
         return cls(
             size,
@@ -72,6 +80,7 @@ class TrainTransform:
             flip=config.flip,
             randaugment_ops=config.randaugment_ops,
             randaugment_magnitude=config.randaugment_magnitude,
+            resample=resample,
         )
 
     def __call__(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -93,7 +102,7 @@ class TrainTransform:
         pixels = decode(stored, shrink)
         # Not the ratio of the heights: the last row of a downscaled JPEG may cover fewer rows.
         shrink = shrink if pixels.shape[0] < height else 1
-        image = resized_crop(pixels, crop, self.size, shrink)
+        image = resized_crop(pixels, crop, self.size, shrink, self.resample)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment_ops:
@@ -103,28 +112,46 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """A resize of the short side to the model's input size, then a center crop.
+    """A resize, then a center crop: transformers' image processors, up to normalization.
+
+    The pixels are bitwise identical to those of the processors with Pillow. By default, the short
+    side is resized to the result's side, as for CLIP.
 
     Attributes:
       size: side of the result in pixels
       border: pixels to crop from each side before the resize (ObjectNet: 2)
+      short_side: side in pixels to which the short side is resized; 0 means `size`; None resizes
+        to a square regardless of the aspect ratio
+      square_side: side of that square in pixels; 0 means `size`
+      resample: Pillow's code of the resize filter
     """
 
     size: int
     border: int = 0
+    short_side: int | None = 0
+    square_side: int = 0
+    resample: int = BICUBIC
 
-    def __call__(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(
+        self, stored: bytes | np.ndarray, rng: np.random.Generator | None = None
+    ) -> np.ndarray:
         """Return the image, uint8 [size, size, 3]; `rng` is not used.
 
         Raises:
-          Unreadable: the data is not a complete image
+          Unreadable: the data is not a complete image, or too elongated to resize
         """
         pixels = decode(stored)
         height, width = pixels.shape[:2]
         border = self.border
         if min(height, width) <= 2 * border:
             raise Unreadable(f"{height} x {width} pixels, too small for a border of {border}")
-        return central(pixels[border : height - border, border : width - border], self.size)
+        pixels = pixels[border : height - border, border : width - border]
+        if self.short_side is None:
+            side = self.square_side or self.size
+            image = Image.fromarray(pixels).resize((side, side), self.resample)
+        else:
+            image = resize_short_side(pixels, self.short_side or self.size, self.resample)
+        return center_crop(image, self.size)
 
 
 _JPEG = b"\xff\xd8"
@@ -217,8 +244,6 @@ def _open(stored: bytes) -> Image.Image:
 
 
 _TRIES = 10
-_MAX_PIXELS = 178_956_970  # Pillow rejects larger images as decompression bombs.
-_BICUBIC = Image.Resampling.BICUBIC
 
 
 class Crop(NamedTuple):
@@ -289,8 +314,10 @@ def largest_shrink(crop: Crop, size: int) -> int:
     return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= 2 * k * size)
 
 
-def resized_crop(pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1) -> Image.Image:
-    """Resize `crop` to size x size pixels: bicubic, antialiased, by Pillow.
+def resized_crop(
+    pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1, resample: int = BICUBIC
+) -> Image.Image:
+    """Resize `crop` to size x size pixels by Pillow, whose filters are antialiased.
 
     Args:
       pixels: uint8 [H, W, 3]
@@ -298,6 +325,7 @@ def resized_crop(pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1) -> 
       size: side of the result
       shrink: full-size pixels per pixel of `pixels`; with 1 the result equals Pillow's `crop` and
         `resize`
+      resample: Pillow's code of the filter
     """
     top, left = crop.top / shrink, crop.left / shrink
     bottom, right = top + crop.height / shrink, left + crop.width / shrink
@@ -305,10 +333,10 @@ def resized_crop(pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1) -> 
     cropped = pixels[row : math.ceil(bottom), column : math.ceil(right)]
     height, width = cropped.shape[:2]
     box = (left - column, top - row, min(right - column, width), min(bottom - row, height))
-    return Image.fromarray(cropped).resize((size, size), _BICUBIC, box=box)
+    return Image.fromarray(cropped).resize((size, size), resample, box=box)
 
 
-def resize_short_side(pixels: np.ndarray, size: int) -> Image.Image:
+def resize_short_side(pixels: np.ndarray, size: int, resample: int = BICUBIC) -> Image.Image:
     """Resize the full image so that its short side is `size`; keep the aspect ratio.
 
     The long side is int(size * long / short), as in torchvision's Resize and transformers.
@@ -316,6 +344,7 @@ def resize_short_side(pixels: np.ndarray, size: int) -> Image.Image:
     Args:
       pixels: uint8 [H, W, 3]
       size: short side of the result in pixels
+      resample: Pillow's code of the filter
 
     Raises:
       Unreadable: the result would be larger than any image that Pillow opens
@@ -327,27 +356,22 @@ def resize_short_side(pixels: np.ndarray, size: int) -> Image.Image:
         raise Unreadable(f"{height} x {width} pixels, too elongated to resize")
     shape = (size, long_side) if width <= height else (long_side, size)
     image = Image.fromarray(pixels)
-    return image if image.size == shape else image.resize(shape, _BICUBIC)
+    return image if image.size == shape else image.resize(shape, resample)
 
 
-def central(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize the short side to `size` and crop the center: the evaluation transform of CLIP.
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Return the central size x size pixels, uint8 [size, size, 3].
 
-    The result is bitwise identical to transformers' CLIPImageProcessor with Pillow. If the margin
-    is odd, the smaller half is cropped on the left or the top; torchvision's CenterCrop rounds half
-    of the odd margins to the other side.
+    If the margin is odd, the smaller half is cropped on the left or the top, as in transformers;
+    torchvision's CenterCrop rounds half of the odd margins to the other side.
 
     Args:
-      pixels: uint8 [H, W, 3]
-      size: S, in pixels
+      image: at least that large
+      size: in pixels
 
-    Returns:
-      uint8 [S, S, 3].
-
-    >>> central(np.zeros((30, 20, 3), np.uint8), 16).shape
+    >>> center_crop(Image.new("RGB", (20, 30)), 16).shape
     (16, 16, 3)
     """
-    image = resize_short_side(pixels, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

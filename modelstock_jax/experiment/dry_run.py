@@ -21,10 +21,11 @@ from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.setup import check_and_set_up, missing_checkpoint, sizes
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import Compute
+from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
 from modelstock_jax.models.model import abstract_params
 from modelstock_jax.models.preprocessor import Preprocessor
-from modelstock_jax.models.transformer import Compute
+from modelstock_jax.models.published import Sizes
 from modelstock_jax.training.classifier import AbstractTextSide, make_classifier
 from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, sent_bytes
 from modelstock_jax.training.finetune import make_task
@@ -52,10 +53,11 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # A file or a pipe has no fixed width.
-    programs, clip = abstract_step_functions(config)
-    batch = programs.abstract_batch(clip.vision.image_size)
-    disk = disk_use(config, programs, clip)
-    _print(console, "model", _model(config, programs, clip))
+    programs, outline = abstract_step_functions(config)
+    model = outline.model
+    batch = programs.abstract_batch(outline.image_size)
+    disk = disk_use(config, programs, model)
+    _print(console, "model", _model(config, programs, model))
     _print(console, "run", _run(config, programs, batch))
     missing = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
     missing += missing_lists(config.data) + missing_space(workdir, disk)
@@ -100,22 +102,22 @@ def _compile(
         return dict(zip(names, pool.map(compile_one, names), strict=True))
 
 
-def _model(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> dict[str, str]:
-    vision, text, params = clip.vision, clip.text, programs.task.params
-    side, classes = vision.image_size, benchmark.summarize(config.data).num_classes
-    trained = "trained" if "text_tower" in params else "not trained"
-    return {
+def _model(config: ConfigDict, programs: StepFunctions, model: ModelConfig) -> dict[str, str]:
+    params, features = programs.task.params, model.feature_size
+    classes = benchmark.summarize(config.data).num_classes
+    rows = {
         "pretrained": config.pretrained + _sizes_note(config),
-        "image tower": f"{_count(params['image_tower'])} parameters: {vision.num_hidden_layers} "
-        f"layers of width {vision.hidden_size}, images {side} x {side}, patch size "
-        f"{vision.patch_size}, {vision.num_tokens} tokens",
-        "head": f"{(clip.projection_dim + 1) * classes:,} parameters: {clip.projection_dim} "
-        f"features, {classes} classes",
-        "text tower": f"{_count(abstract_params(clip)['text_tower'])} parameters: "
-        f"{text.num_hidden_layers} layers of width {text.hidden_size}; computes the head; "
-        f"{trained}",
-        "replica": f"{_count(params)} parameters",
+        "image tower": f"{_count(params['image_tower'])} parameters: {model.describe()}",
+        "head": f"{(features + 1) * classes:,} parameters: {features} features, {classes} classes",
     }
+    if isinstance(model, DualEncoderConfig):
+        text = model.text
+        rows["text tower"] = (
+            f"{_count(abstract_params(model)['text_tower'])} parameters: {text.num_hidden_layers} "
+            f"layers of width {text.hidden_size}; computes the head; "
+            f"{'trained' if 'text_tower' in params else 'not trained'}"
+        )
+    return rows | {"replica": f"{_count(params)} parameters"}
 
 
 def _sizes_note(config: ConfigDict) -> str:
@@ -124,25 +126,28 @@ def _sizes_note(config: ConfigDict) -> str:
     )
 
 
-def abstract_step_functions(config: ConfigDict) -> tuple[StepFunctions, CLIPConfig]:
+def abstract_step_functions(config: ConfigDict) -> tuple[StepFunctions, Sizes]:
     """Return the step functions of a run for abstract arrays, and the sizes of its model.
 
     Raises:
       UserError: options contradict each other, or the sizes of the model are unknown
     """
-    clip, outline = sizes(config), benchmark.summarize(config.data)
+    found, outline = sizes(config), benchmark.summarize(config.data)
+    model, shapes = found.model, abstract_params(found.model)
     head = {
-        "kernel": jax.ShapeDtypeStruct((clip.projection_dim, outline.num_classes), jnp.float32),
+        "kernel": jax.ShapeDtypeStruct((model.feature_size, outline.num_classes), jnp.float32),
         "bias": jax.ShapeDtypeStruct((outline.num_classes,), jnp.float32),
     }
-    params = {"image_tower": abstract_params(clip)["image_tower"], "head": head}
-    pixels = Preprocessor((0.5,) * 3, (0.5,) * 3, clip.vision.image_size)
-    names, compute = ("",) * outline.num_classes, Compute.of(config.compute)
-    text = AbstractTextSide(Checkpoint(clip, abstract_params(clip), pixels), names, (), compute)
-    anchor = replace(make_classifier(config, clip, params, pixels), text=text)
+    pixels = Preprocessor((0.5,) * 3, (0.5,) * 3, found.image_size)
+    params = {"image_tower": shapes["image_tower"], "head": head}
+    anchor = make_classifier(config, model, params, pixels)
+    if isinstance(model, DualEncoderConfig):
+        names, compute = ("",) * outline.num_classes, Compute.of(config.compute)
+        text = AbstractTextSide(Checkpoint(model, shapes, pixels), names, (), compute)
+        anchor = replace(anchor, text=text)
     # Augmentation is left out: on the device it is small compared with the towers.
     task = make_task(config, anchor, outline.num_train, lambda key, images: images)
-    return StepFunctions(config, task), clip
+    return StepFunctions(config, task), found
 
 
 def _run(config: ConfigDict, programs: StepFunctions, batch) -> dict[str, str]:
@@ -250,14 +255,14 @@ class DiskUse:
     run: int
 
 
-def disk_use(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> DiskUse:
+def disk_use(config: ConfigDict, programs: StepFunctions, model: ModelConfig) -> DiskUse:
     """Return the disk use of a run's workdir, without logs and tables."""
     task = programs.task
     state = sum(_bytes(leaf) for leaf in jax.tree.leaves(programs.abstract_state))
     merged = sum(_bytes(leaf) for leaf in jax.tree.leaves(task.params))
-    # The exported model also contains a text tower that is not trained.
-    tower = {} if "text_tower" in task.params else abstract_params(clip)["text_tower"]
-    tower_bytes = sum(_bytes(leaf) for leaf in jax.tree.leaves(tower))
+    # The exported model also contains parts that are not trained, such as a text tower.
+    copied = {k: x for k, x in abstract_params(model).items() if k not in task.params}
+    copied_bytes = sum(_bytes(leaf) for leaf in jax.tree.leaves(copied))
     merges = num_merges(config, programs)
     # A trainer keeps the newest states, plus one while it writes the next.
     saves = math.ceil(task.num_steps / config.checkpoint.save_every_steps) + merges
@@ -266,8 +271,8 @@ def disk_use(config: ConfigDict, programs: StepFunctions, clip: CLIPConfig) -> D
     # One run with merging and one without.
     runs = bool(merges) + bool(config.compare or not merges)
     run = config.num_seeds * (runs * (merged + states * state) + saved_merges * merged)
-    model = merged + tower_bytes if merges else 0
-    return DiskUse(state, merged, model, run + model)
+    export = merged + copied_bytes if merges else 0
+    return DiskUse(state, merged, export, run + export)
 
 
 def num_merges(config: ConfigDict, programs: StepFunctions) -> int:

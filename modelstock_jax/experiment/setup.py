@@ -23,9 +23,10 @@ from modelstock_jax.fileio import flatten, to_json_types
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import CLIPConfig
-from modelstock_jax.models.config import TextConfig, VisionConfig
-from modelstock_jax.models.model import resize_positions
-from modelstock_jax.models.preprocessor import Preprocessor
+from modelstock_jax.models.formats import CONFIG
+from modelstock_jax.models.model import config_from_dict, resize_positions
+from modelstock_jax.models.preprocessor import PREPROCESSOR_FILES, Preprocessor
+from modelstock_jax.models.published import PUBLISHED, Sizes
 from modelstock_jax.models.tokenizer import tokenize
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.tensor_files.reader import read_json
@@ -41,23 +42,6 @@ from modelstock_jax.training.trainer import Trainer
 _DATA = Path(glyphs.__file__).parent
 # Pretrained by configs/glyph_pretrain.py with seeds 0 and 1.
 BUNDLED = {"glyph-clip": _DATA / "clip", "glyph-clip-1": _DATA / "clip_1"}
-_WIDE_VISION = VisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    patch_size=14,
-)
-_WIDE_TEXT = TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-# Sizes (Radford et al. 2021, table 20) of models that a dry run supports without their files.
-PUBLISHED = {
-    "openai/clip-vit-base-patch32": CLIPConfig(),
-    "openai/clip-vit-base-patch16": CLIPConfig(VisionConfig(patch_size=16)),
-    "openai/clip-vit-large-patch14": CLIPConfig(_WIDE_VISION, _WIDE_TEXT, 768),
-    "openai/clip-vit-large-patch14-336": CLIPConfig(
-        dataclasses.replace(_WIDE_VISION, image_size=336), _WIDE_TEXT, 768
-    ),
-}
 
 
 def check_and_set_up(config: ConfigDict, **more: Any) -> None:
@@ -140,9 +124,9 @@ def open_anchor(config: ConfigDict) -> Checkpoint:
     checkpoint, size = open_pretrained(config.pretrained), _image_size(config)
     if not size:
         return checkpoint
-    clip, params = resize_positions(checkpoint.params, checkpoint.config, size)
-    pixels = dataclasses.replace(checkpoint.preprocessor, image_size=size)
-    return dataclasses.replace(checkpoint, config=clip, params=params, preprocessor=pixels)
+    model, params = resize_positions(checkpoint.params, checkpoint.config, size)
+    pixels = checkpoint.preprocessor.with_image_size(size)
+    return dataclasses.replace(checkpoint, config=model, params=params, preprocessor=pixels)
 
 
 def open_pretrained(name: str) -> Checkpoint:
@@ -152,21 +136,19 @@ def open_pretrained(name: str) -> Checkpoint:
       name: value of `config.pretrained`: a directory, a hub id or the name of a bundled checkpoint
 
     Raises:
-      UserError: no such checkpoint, or it is not a complete CLIP checkpoint
+      UserError: no such checkpoint, or it is not a complete checkpoint of a supported model
     """
     return checkpoint_io.load(BUNDLED.get(name, name))
 
 
-def sizes(config: ConfigDict) -> CLIPConfig:
+def sizes(config: ConfigDict) -> Sizes:
     """Return the sizes of the model of `open_anchor` without reading weights.
 
     Raises:
       UserError: the model is not on this machine and not one of `PUBLISHED`
     """
-    clip, size = _sizes(config.pretrained), _image_size(config)
-    if not size:
-        return clip
-    return dataclasses.replace(clip, vision=dataclasses.replace(clip.vision, image_size=size))
+    sizes, size = _sizes(config.pretrained), _image_size(config)
+    return Sizes(sizes.model.with_image_size(size), size) if size else sizes
 
 
 def _image_size(config: ConfigDict) -> int:
@@ -177,19 +159,24 @@ def _image_size(config: ConfigDict) -> int:
     return config.image_size
 
 
-def _sizes(name: str) -> CLIPConfig:
+def _sizes(name: str) -> Sizes:
     directory = _local_directory(name)
     if directory is None:
         if name in PUBLISHED:
             return PUBLISHED[name]
         raise UserError(f"{missing_checkpoint(name)[0]}; its sizes are unknown without its files")
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not path.is_file():
-        return open_pretrained(name).config  # Other formats store the sizes elsewhere.
+        config = open_pretrained(name).config  # Other formats store the sizes elsewhere.
+        return Sizes(config, config.image_size)
     try:
-        return CLIPConfig.from_dict(read_json(path))
+        config = config_from_dict(read_json(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    # Without the weights, the other files may be missing too.
+    has_preprocessor = any((directory / name).is_file() for name in PREPROCESSOR_FILES)
+    size = Preprocessor.read(directory).image_size if has_preprocessor else config.image_size
+    return Sizes(config.with_image_size(size) if config.is_convolutional else config, size)
 
 
 def missing_checkpoint(name: str) -> list[str]:

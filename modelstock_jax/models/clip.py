@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import (
     LEGACY_EOS_TOKEN_ID,
     MAX_SIZE,
@@ -25,7 +26,6 @@ from modelstock_jax.models.config import (
 from modelstock_jax.models.param_mapping import LEAF, LINEAR, NORM, SAME, Line, Row, table_rows
 from modelstock_jax.models.transformer import (
     BlockSizes,
-    Compute,
     TextTransformer,
     VisionTransformer,
     block_name,
@@ -82,10 +82,8 @@ class CLIPConfig(DualEncoderConfig):
         Raises:
           UserError: a value of the wrong type, or impossible sizes
         """
-        vision, text = (
-            tower(**take(tower, *tower_section(raw, name)))
-            for name, tower in (("vision", VisionConfig), ("text", TextConfig))
-        )
+        vision = VisionConfig(**take(VisionConfig, *tower_section(raw, "vision")))
+        text = TextConfig(**take(TextConfig, *tower_section(raw, "text")))
         own = {k: raw[k] for k in ("projection_dim", "logit_scale_init_value") if k in raw}
         return cls(vision, text, **take(cls, own, "config"))
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import nnx
 
+    from modelstock_jax.models.compute import Compute
     from modelstock_jax.models.param_mapping import Row
-    from modelstock_jax.models.transformer import Compute
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
 # Checkpoints converted before 2023 have eos_token_id 2 regardless of their tokenizer. It is not a
@@ -61,8 +61,8 @@ def take(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
             kind = field.type
         if not fits:
             raise UserError(f"{where}: {field.name} must be {kind}, not {value!r}")
-        value = tuple(value) if field.type == _SIZES else value
-        taken[field.name] = float(value) if field.type == "float" else value
+        convert = {"float": float, _SIZES: tuple}.get(field.type)
+        taken[field.name] = convert(value) if convert else value
     return taken
 
 
@@ -116,12 +116,8 @@ class ModelConfig(abc.ABC):
       is_convolutional: whether the tower contains convolutions other than patches
       antialias: of the interpolation of position embeddings
       base_only: parts that a file with a classifier does not contain
-      image_size: side of the images of the pretrained model, in pixels
-      num_channels: color channels of an image
     """
 
-    image_size: int
-    num_channels: int
     model_type: ClassVar[str]
     prefix: ClassVar[str] = ""
     base_class: ClassVar[str]
@@ -145,6 +141,16 @@ class ModelConfig(abc.ABC):
     @abc.abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return the config.json that transformers opens, without `architectures`."""
+
+    @property
+    @abc.abstractmethod
+    def image_size(self) -> int:
+        """Side of the images of the pretrained model, in pixels."""
+
+    @property
+    @abc.abstractmethod
+    def num_channels(self) -> int:
+        """Color channels of an image."""
 
     @property
     @abc.abstractmethod
@@ -230,19 +236,25 @@ class DualEncoderConfig(ModelConfig):
     """Sizes of a model with an image tower and a text tower in one space.
 
     Attributes:
-      vision: sizes of the image tower
-      text: sizes of the text tower
       text_params: parameters besides the image tower; FLYP trains them
       lower_case: whether texts are lower-cased before they are tokenized
       sigmoid: whether the model was pretrained with the sigmoid loss instead of softmax
     """
 
-    vision: VisionConfig
-    text: TextConfig
     text_params: ClassVar[tuple[str, ...]] = ("text_tower", "logit_scale")
     lower_case: ClassVar[bool] = False
     sigmoid: ClassVar[bool] = False
     unit_features = True
+
+    @property
+    @abc.abstractmethod
+    def vision(self) -> VisionConfig:
+        """Sizes of the image tower."""
+
+    @property
+    @abc.abstractmethod
+    def text(self) -> TextConfig:
+        """Sizes of the text tower."""
 
     @property
     def image_size(self) -> int:

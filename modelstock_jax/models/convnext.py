@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import ModelConfig, check_sizes, take
 from modelstock_jax.models.convolution import Depthwise, channel_norm
 from modelstock_jax.models.param_mapping import (
@@ -25,7 +26,6 @@ from modelstock_jax.models.param_mapping import (
     table_rows,
 )
 from modelstock_jax.models.transformer import (
-    Compute,
     activation,
     block_name,
     linear,

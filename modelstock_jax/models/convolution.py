@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from modelstock_jax.errors import check_choice
-from modelstock_jax.models.transformer import Compute, normal
+from modelstock_jax.models.compute import Compute
+from modelstock_jax.models.transformer import normal
 
 _GROUPS = 8
 NORMS = ("batch", "group")
@@ -97,13 +98,3 @@ def channel_norm(channels: int, epsilon: float, compute: Compute, rngs: nnx.Rngs
     return nnx.LayerNorm(
         channels, epsilon=epsilon, dtype=compute.dtype, use_fast_variance=False, rngs=rngs
     )
-
-
-def is_statistic(name: str) -> bool:
-    """Return whether a parameter is a stored statistic of a batch norm, from its name.
-
-    Example:
-      >>> is_statistic("image_tower.stem_norm.var"), is_statistic("image_tower.stem_norm.scale")
-      (True, False)
-    """
-    return name.endswith((".mean", ".var"))

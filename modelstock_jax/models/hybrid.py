@@ -10,12 +10,12 @@ import jax
 from flax import nnx
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import ModelConfig, check_sizes
 from modelstock_jax.models.convolution import Convolution, image_norm
 from modelstock_jax.models.param_mapping import Row
 from modelstock_jax.models.transformer import (
     BlockSizes,
-    Compute,
     layer_norm,
     make_blocks,
     normal,

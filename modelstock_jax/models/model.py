@@ -17,13 +17,13 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import DEFAULT_COMPUTE, Compute
 from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
 from modelstock_jax.models.convnext import ConvNeXtConfig, ConvNeXtV2Config
 from modelstock_jax.models.param_mapping import Params
 from modelstock_jax.models.positions import interpolate
 from modelstock_jax.models.resnet import ResNetConfig
 from modelstock_jax.models.siglip import SiglipConfig
-from modelstock_jax.models.transformer import DEFAULT_COMPUTE, Compute
 from modelstock_jax.models.vit import (
     DeiTConfig,
     Dinov2Config,
@@ -71,7 +71,7 @@ def config_from_dict(raw: Any) -> ModelConfig:
     found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
     if isinstance(raw, dict) and found in MODELS:
         return MODELS[found].from_dict(raw)
-    reason = _UNSUPPORTED.get(found, f"choose one of {', '.join(MODELS)}")
+    reason = _UNSUPPORTED.get(str(found), f"choose one of {', '.join(MODELS)}")
     raise UserError(f"config: model_type {found!r} is not supported: {reason}")
 
 
@@ -219,6 +219,29 @@ def text_tower(
             f"encode_text: ids of shape {tuple(ids.shape)}; expected [B, L <= {max_length}]"
         )
     return nnx.merge(_abstract("text_tower", config, compute)[0], _arrays(tower_params))
+
+
+def batch_statistics(config: ModelConfig, tower_params: Params, images: jax.Array) -> Params:
+    """Return the statistics of all batch norms over a batch of images.
+
+    Every batch norm normalizes with the statistics of the batch, not with the stored ones.
+
+    Args:
+      config: sizes
+      tower_params: params["image_tower"]
+      images: [B, H, W, C], float32, preprocessed
+
+    Returns:
+      The part of the tower's tree that contains statistics: {"mean" [C], "var" [C]} per batch norm,
+      float32; the variance is over n = B H W values, divided by n. Empty without batch norms
+    """
+    tower = image_tower(config, tower_params, images, DEFAULT_COMPUTE)
+    # With momentum 0 the new running average is that of the batch.
+    tower.set_attributes(
+        nnx.BatchNorm, use_running_average=False, momentum=0.0, raise_if_not_found=False
+    )
+    tower(images)
+    return nnx.to_pure_dict(nnx.state(tower, nnx.BatchStat))
 
 
 def classifier(

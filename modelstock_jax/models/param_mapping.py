@@ -148,8 +148,13 @@ Line = tuple[Any, ...]
 class Patches(Protocol):
     """Sizes of the kernel of a patch embedding."""
 
-    patch_size: int
-    num_channels: int
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+
+    @property
+    def num_channels(self) -> int:
+        """Color channels of an image."""
 
 
 def table_rows(

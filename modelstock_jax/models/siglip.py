@@ -13,6 +13,7 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import BLOCK, tower_section
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import DualEncoderConfig, TextConfig, VisionConfig, take
 from modelstock_jax.models.param_mapping import (
     LEAF,
@@ -26,7 +27,6 @@ from modelstock_jax.models.param_mapping import (
 from modelstock_jax.models.transformer import (
     AttentionPool,
     BlockSizes,
-    Compute,
     TextTransformer,
     VisionTransformer,
     block_name,
@@ -35,8 +35,12 @@ from modelstock_jax.models.transformer import (
 )
 
 # Defaults of SiglipVisionConfig and SiglipTextConfig in transformers.
-_VISION = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-_TEXT = {
+_VISION: dict[str, Any] = {
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_TEXT: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 768,
     "intermediate_size": 3072,

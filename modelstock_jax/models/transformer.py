@@ -11,50 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modelstock_jax.errors import UserError, check_choice
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import LEGACY_EOS_TOKEN_ID, TextConfig
 from modelstock_jax.models.positions import interpolate
-
-_DTYPES = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
-ATTENTIONS = ("xla", "cudnn")
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """Dtype, attention implementation and rematerialization; parameters do not depend on it.
-
-    Attributes:
-      dtype: dtype, or its name, of activations and of weights in matrix products. Layer-norm
-        statistics, softmax and output features are float32 or wider in any case.
-      attention_impl: "xla", or "cudnn" (GPU only, dtype bfloat16 or float16)
-      remat: recompute each block in the backward pass instead of storing its activations
-    """
-
-    dtype: Any = jnp.float32
-    attention_impl: str = "xla"
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        except TypeError:
-            pass
-        name = getattr(self.dtype, "name", self.dtype)
-        check_choice("compute.dtype", name, [dtype.name for dtype in _DTYPES])
-        check_choice("compute.attention_impl", self.attention_impl, ATTENTIONS)
-        if self.attention_impl == "cudnn" and self.dtype not in (jnp.bfloat16, jnp.float16):
-            raise UserError(
-                f"compute.attention_impl='cudnn' requires compute.dtype bfloat16 or float16, not "
-                f"{self.dtype.name}"
-            )
-
-    @classmethod
-    def of(cls, options: Any) -> Compute:
-        """Create from options that have at least these fields, such as `config.compute`."""
-        return cls(**{field.name: options[field.name] for field in dataclasses.fields(cls)})
-
-
-DEFAULT_COMPUTE = Compute()
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -181,7 +140,7 @@ class Block(nnx.Module):
         self.layer_norm2 = layer_norm(sizes, compute, rngs)
         self.mlp = (SwiGLU if sizes.gated_mlp else MLP)(sizes, compute, rngs)
         self.has_layer_scale = sizes.layer_scale is not None
-        if self.has_layer_scale:
+        if sizes.layer_scale is not None:
             scale = jnp.full(sizes.hidden_size, sizes.layer_scale, jnp.float32)
             self.layer_scale1, self.layer_scale2 = nnx.Param(scale), nnx.Param(scale)
 
@@ -317,9 +276,17 @@ class VisionTransformer(nnx.Module):
 class PatchSizes(Protocol):
     """Sizes of images and their patches."""
 
-    image_size: int
-    patch_size: int
-    num_channels: int
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+
+    @property
+    def num_channels(self) -> int:
+        """Color channels of an image."""
 
 
 class TextTransformer(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import (
     ModelConfig,
     check_patches,
@@ -29,7 +31,6 @@ from modelstock_jax.models.param_mapping import (
 )
 from modelstock_jax.models.transformer import (
     BlockSizes,
-    Compute,
     VisionTransformer,
     block_name,
     linear,
@@ -41,11 +42,27 @@ from modelstock_jax.models.transformer import (
 class _VisionTransformerConfig(ModelConfig):
     """What the configs of this module share; each is a dataclass with these fields."""
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    patch_size: int
     tokens: ClassVar[tuple[str, ...]] = ("class_embedding",)
+
+    @property
+    @abc.abstractmethod
+    def hidden_size(self) -> int:
+        """Width D of the tokens."""
+
+    @property
+    @abc.abstractmethod
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+
+    @property
+    @abc.abstractmethod
+    def num_attention_heads(self) -> int:
+        """Number of heads."""
+
+    @property
+    @abc.abstractmethod
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
 
     def __post_init__(self) -> None:
         check_sizes("config", self, skip=("layerscale_value",))

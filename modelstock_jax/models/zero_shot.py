@@ -19,11 +19,11 @@ import numpy as np
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.compute import DEFAULT_COMPUTE, Compute
 from modelstock_jax.models.config import DualEncoderConfig
 from modelstock_jax.models.model import encode_text, l2_normalize
 from modelstock_jax.models.param_mapping import Params, flatten
 from modelstock_jax.models.tokenizer import tokenize, tokenizer_checksum
-from modelstock_jax.models.transformer import DEFAULT_COMPUTE, Compute
 from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
@@ -149,7 +149,12 @@ def prompt_ids(
     config = checkpoint.dual_encoder
     text = config.text
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    ids = tokenize(checkpoint.directory, prompts, text.max_position_embeddings)
+    ids = tokenize(
+        checkpoint.directory,
+        prompts,
+        text.max_position_embeddings,
+        lower_case=config.lower_case,
+    )
     if ids.max() >= text.vocab_size:
         raise UserError(
             f"{checkpoint.directory}: the tokenizer returned id {ids.max()}, but the text tower "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,10 +20,10 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models.checkpoint import Checkpoint
-from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import Compute
+from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
 from modelstock_jax.models.model import classifier, encode_image, encode_text
 from modelstock_jax.models.preprocessor import Preprocessor
-from modelstock_jax.models.transformer import Compute, end_of_text
 from modelstock_jax.models.zero_shot import (
     cached_context_head,
     cached_zero_shot_head,
@@ -34,7 +35,6 @@ from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.multihost import main_process_first
 
 PUBLISHED_TEMPLATES = 80  # CLIP's prompts for ImageNet; assumed by a dry run, which has no data
-_TRAINED = ("text_tower", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Classifier:
       num_heads: attention heads of the image tower
       checksum: checksum of the pretrained checkpoint; "" if there is none
       text: the text tower of the checkpoint, or None
+      row: row of this anchor in the results table, one of `registry.OPENED_ROWS`: 'pretrained' is
+        the model's own classifier, unless it has a text tower too
+      model: sizes of the model; None for a forward pass that is not one of `models`
     """
 
     params: PyTree
@@ -57,9 +60,11 @@ class Classifier:
     num_heads: int
     checksum: str = ""
     text: TextSide | None = None
+    row: str = "zero_shot"
+    model: ModelConfig | None = None
 
     def initial_params(self, config: ConfigDict) -> PyTree:
-        """Return the parameters to train: `params`, or both towers and the scale for FLYP."""
+        """Return the parameters to train: `params`, or the parameters of both towers for FLYP."""
         if config.objective.name != "flyp":
             return self.params
         text = require_text(self.text, config.objective.name)
@@ -81,9 +86,10 @@ def anchor_classifier(
 ) -> Classifier:
     """Return the classifier of a checkpoint: its image tower with a head.
 
-    The head is random if `objective.head='random'`. Otherwise it is the checkpoint's own head, or
-    the zero-shot head if the checkpoint has none. A random head is drawn from N(0, 1 / E) with
-    `config.seed`: all seeds of a run share one anchor.
+    The head is random if `objective.head='random'`. Otherwise it is the checkpoint's own head if
+    its class names agree with those of the data; or, if it has none, the zero-shot head of its text
+    tower. A model with neither starts a linear probe (`objective.name='lp_ft'`) from a random head.
+    A random head is drawn from N(0, 1 / E) with `config.seed`: all seeds of a run share one anchor.
 
     Args:
       config: options of the run
@@ -92,38 +98,96 @@ def anchor_classifier(
       heads: cache directory for heads of the text tower; None computes them every time
 
     Raises:
-      UserError: if the checkpoint's head and the data have different numbers of classes
+      UserError: the checkpoint's head has other classes than the data, or the checkpoint has
+        neither a head nor a text tower
     """
-    head = checkpoint.head
-    if config.objective.head == "random":
-        size = checkpoint.config.projection_dim, len(data.class_names)
-        kernel = np.random.default_rng(config.seed).standard_normal(size) / size[0] ** 0.5
-        head = {"kernel": kernel.astype(np.float32), "bias": np.zeros(size[1], np.float32)}
-    elif head is None:
-        head = text_head(
-            "zero_shot",
+    row, head = _initial_head(config, checkpoint, data, heads)
+    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
+    anchor = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
+    text = None
+    if isinstance(checkpoint.config, DualEncoderConfig):
+        text = TextSide(
             checkpoint,
             data.class_names,
             data.templates,
-            heads,
+            Compute.of(config.compute),
             allow_repeats=_allow_repeats(config),
+            heads=heads,
         )
-    elif head["bias"].shape != (len(data.class_names),):
+    return replace(anchor, checksum=checkpoint.checksum, text=text, row=row)
+
+
+def _initial_head(
+    config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None
+) -> tuple[str, PyTree]:
+    """Return the row of the anchor and its head, by the rules of `anchor_classifier`."""
+    objective, has_text = config.objective, isinstance(checkpoint.config, DualEncoderConfig)
+    names, head = data.class_names, checkpoint.head
+    difference = None if head is None else head_difference(checkpoint, names)
+    usable = has_text if head is None else difference is None
+    # The head of a dual encoder with other classes is the mistake of a user: it has no other use.
+    probed = objective.name == "lp_ft" and not usable and not has_text
+    if objective.head == "random" or probed:
+        head = _random_head(checkpoint.config.feature_size, len(names), config.seed)
+        return "random_head", head
+    where = checkpoint.directory or config.pretrained
+    ways = "set objective.head='random', or objective.name='lp_ft' to train a head first"
+    if difference is not None:
+        raise UserError(f"{where}: {difference}; choose another pretrained or data.name, or {ways}")
+    if head is not None:
+        return "zero_shot" if has_text else "pretrained", head
+    if not has_text:
         raise UserError(
-            f"{checkpoint.directory}: the head has {head['bias'].shape[0]} classes, but the data "
-            f"has {len(data.class_names)}; choose another pretrained or data.name"
+            f"{where}: a {checkpoint.config.model_type} model without a classifier has no text "
+            f"tower for a zero-shot head; {ways}"
         )
-    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
-    anchor = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
-    text = TextSide(
+    zero_shot = text_head(
+        "zero_shot",
         checkpoint,
-        data.class_names,
+        names,
         data.templates,
-        Compute.of(config.compute),
+        heads,
         allow_repeats=_allow_repeats(config),
-        heads=heads,
     )
-    return replace(anchor, checksum=checkpoint.checksum, text=text)
+    return "zero_shot", zero_shot
+
+
+def _random_head(features: int, classes: int, seed: int) -> PyTree:
+    kernel = np.random.default_rng(seed).standard_normal((features, classes)) / features**0.5
+    return {"kernel": kernel.astype(np.float32), "bias": np.zeros(classes, np.float32)}
+
+
+def head_difference(checkpoint: Checkpoint, class_names: Sequence[str]) -> str | None:
+    """Return how the classes of a checkpoint's head differ from those of the data, or None.
+
+    Names are compared without case and punctuation, and a name may be a list of synonyms ('tench,
+    Tinca tinca'). At least half of the labels must name their class, because lists of one dataset
+    differ in wording: of ImageNet's 1,000 WordNet lemmas, 822 contain CLIP's name. No label may be
+    the name of another class, which another order of the classes would cause. A head without labels
+    is compared by its number of classes alone.
+
+    Args:
+      checkpoint: has a head
+      class_names: of the data, by label
+    """
+    head, labels = checkpoint.head or {}, checkpoint.labels
+    count = head["bias"].shape[0]
+    if count != len(class_names):
+        return f"the head has {count} classes, but the data has {len(class_names)}"
+    if labels is None:
+        return None
+    own, data = [_names(label) for label in labels], [_names(name) for name in class_names]
+    differing = [k for k in range(count) if not set(own[k]) & set(data[k])]
+    moved = [k for k in differing if own[k][:1] in data]
+    if not moved and 2 * len(differing) <= count:
+        return None
+    k = (moved or differing)[0]
+    return f"class {k} of the head is {labels[k]!r}, but of the data {class_names[k]!r}"
+
+
+def _names(label: str) -> list[str]:
+    """Return the synonyms of a label, in lower case, without punctuation."""
+    return [re.sub(r"[\W_]+", " ", name).strip().lower() for name in label.split(",")]
 
 
 def _allow_repeats(config: ConfigDict) -> bool:
@@ -132,14 +196,15 @@ def _allow_repeats(config: ConfigDict) -> bool:
 
 
 def make_classifier(
-    config: ConfigDict, clip: CLIPConfig, params: PyTree, normalize: Preprocessor
+    config: ConfigDict, model: ModelConfig, params: PyTree, normalize: Preprocessor
 ) -> Classifier:
     """Return a classifier with the options of `config.compute`; `params` may be shapes."""
     return Classifier(
         params=params,
-        apply=classifier(clip, Compute.of(config.compute)),
+        apply=classifier(model, Compute.of(config.compute)),
         normalize=normalize,
-        num_heads=clip.vision.num_attention_heads,
+        num_heads=model.num_heads,
+        model=model,
     )
 
 
@@ -213,8 +278,13 @@ class TextSide:
 
     @property
     def params(self) -> PyTree:
-        """The pretrained {"text_tower", "logit_scale"}."""
-        return {name: self.checkpoint.params[name] for name in _TRAINED}
+        """The pretrained {"text_tower", "logit_scale"}, and for SigLIP "logit_bias"."""
+        return {name: self.checkpoint.params[name] for name in self.config.text_params}
+
+    @property
+    def config(self) -> DualEncoderConfig:
+        """Sizes of the model."""
+        return self.checkpoint.dual_encoder
 
     @cached_property
     def contexts(self) -> PyTree:
@@ -234,21 +304,20 @@ class TextSide:
     def prompts(self) -> np.ndarray:
         """Token ids int32 [K, T, L] of every class and template; L is the longest length."""
         ids = prompt_ids(self.checkpoint, self.class_names, self.templates)
-        # The end token is pooled. Attention is causal, so that tokens after it have no effect.
-        end = end_of_text(jnp.asarray(ids), self.checkpoint.config.text.eos_token_id)
-        return ids[:, : 1 + int(end.max())].reshape(len(self.class_names), len(self.templates), -1)
+        length = int(self.config.text_lengths(ids).max())
+        return ids[:, :length].reshape(len(self.class_names), len(self.templates), -1)
 
     def encode_image(self, tower: PyTree, images: jax.Array) -> jax.Array:
         """Return features [B, E] of normalized images; the features are not normalized."""
-        return encode_image(self.checkpoint.config, tower, images, self.compute)
+        return encode_image(self.config, tower, images, self.compute)
 
     def encode_text(self, tower: PyTree, ids: jax.Array) -> jax.Array:
         """Return features [B, E] of token ids [B, L]; they are not normalized."""
-        return encode_text(self.checkpoint.config, tower, ids, self.compute)
+        return encode_text(self.config, tower, ids, self.compute)
 
     def head(self, params: PyTree) -> PyTree:
         """Return the zero-shot head {"kernel" [E, K], "bias" [K]} of a trained text tower."""
-        trained = {name: jax.device_get(params[name]) for name in _TRAINED}
+        trained = {name: jax.device_get(params[name]) for name in self.config.text_params}
         tuned = dataclasses.replace(self.checkpoint, params=self.checkpoint.params | trained)
         return zero_shot_head(
             tuned, self.class_names, self.templates, allow_repeats=self.allow_repeats
@@ -261,7 +330,7 @@ class AbstractTextSide(TextSide):
     @cached_property
     def contexts(self) -> PyTree:
         """Zeros, with the shape for the published templates."""
-        size = self.checkpoint.config.projection_dim
+        size = self.config.feature_size
         return {
             "kernel": np.zeros((size, PUBLISHED_TEMPLATES), np.float32),
             "bias": np.zeros(PUBLISHED_TEMPLATES, np.float32),
@@ -270,7 +339,7 @@ class AbstractTextSide(TextSide):
     @cached_property
     def prompts(self) -> np.ndarray:
         """Zeros, with the maximum length of the text tower."""
-        length = self.checkpoint.config.text.max_position_embeddings
+        length = self.config.text.max_position_embeddings
         return np.zeros((len(self.class_names), PUBLISHED_TEMPLATES, length), np.int32)
 
 

@@ -17,8 +17,9 @@ from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, train_batches
-from modelstock_jax.data.transforms import MAX_MAGNITUDE, TrainTransform
+from modelstock_jax.data.transforms import BICUBIC, MAX_MAGNITUDE, TrainTransform
 from modelstock_jax.errors import UserError, check_choice
+from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training.classifier import Classifier, TextSide, require_text, with_captions
 from modelstock_jax.training.losses import (
@@ -28,11 +29,18 @@ from modelstock_jax.training.losses import (
     car_ft,
     cross_entropy,
     flyp,
+    flyp_sigmoid,
     l2_sp,
 )
 from modelstock_jax.training.projections import NORMS
 from modelstock_jax.training.sharding import batch_sharding, local_indices
-from modelstock_jax.training.state import IsTrained, biases_and_head, freeze, head_only
+from modelstock_jax.training.state import (
+    IsTrained,
+    biases_and_head,
+    freeze,
+    head_only,
+    without_statistics,
+)
 from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.train_step import Augment
 from modelstock_jax.training.trainer import Trainer
@@ -74,13 +82,17 @@ def make_trainer(
     fns = step_functions
     if fns is None:
         fns = StepFunctions(config, make_task(config, anchor, len(data.train), data.augment))
-    image_size = anchor.normalize.image_size
-    batches = partial(_batches, config, data.train, image_size, batch_sharding(fns.mesh))
+    transforms = train_transforms(config, anchor.normalize.image_size, anchor.normalize.resample)
+    batches = partial(_batches, config, data.train, transforms, batch_sharding(fns.mesh))
     return Trainer(config, fns, batches, workdir, name, timeline, title)
 
 
 def _batches(
-    config: ConfigDict, train: ImageSet, image_size: int, sharding: NamedSharding, start_step: int
+    config: ConfigDict,
+    train: ImageSet,
+    transforms: list[TrainTransform],
+    sharding: NamedSharding,
+    start_step: int,
 ) -> Iterator[Batch]:
     """Yield this process's part of the batches from step `start_step` on."""
     replicas, examples = local_indices(sharding, (config.num_replicas, config.batch_size))
@@ -92,7 +104,7 @@ def _batches(
         start_step=start_step,
         replicas=replicas.tolist(),
         examples=examples.tolist(),
-        transform=train_transforms(config, image_size),
+        transform=transforms,
         loader=LoaderOptions(**config.data.loader),
     )
 
@@ -113,13 +125,14 @@ def make_task(
       UserError: if an option of the objective or of `per_replica` is out of range
     """
     epoch_steps = steps_per_epoch(num_train, config.batch_size)
-    method = make_method(config, anchor.apply, anchor.normalize, anchor.text)
+    params = anchor.initial_params(config)
+    method = make_method(config, anchor.apply, anchor.normalize, anchor.text, params)
     hyper = hyper_parameters(config, epoch_steps)
     prompts = None
     if config.objective.name == "flyp":
         prompts = require_text(anchor.text, "flyp").prompts
     return Task(
-        params=anchor.initial_params(config),
+        params=params,
         augment=_batch_augment(augment, config.data.augment.mixup, "mixup" in hyper, prompts),
         loss_fn=method.loss_fn,
         steps_per_epoch=epoch_steps,
@@ -129,6 +142,7 @@ def make_task(
         trained=method.trained,
         reads_pretrained=method.reads_pretrained,
         hyper=hyper,
+        convolutional=anchor.model is not None and anchor.model.is_convolutional,
     )
 
 
@@ -176,7 +190,11 @@ class FinetuningMethod(NamedTuple):
 
 
 def make_method(
-    config: ConfigDict, apply: Apply, normalize: Normalize, text: TextSide | None = None
+    config: ConfigDict,
+    apply: Apply,
+    normalize: Normalize,
+    text: TextSide | None = None,
+    params: PyTree = None,
 ) -> FinetuningMethod:
     """Return the fine-tuning method that the config selects.
 
@@ -185,6 +203,8 @@ def make_method(
       apply: (params, images float [B, H, W, 3]) -> logits [B, K]
       normalize: images with values 0 to 255 -> images float
       text: the text tower, required by `car_ft` and `flyp`
+      params: parameters of a replica, or their shapes; statistics of batch norms among them are
+        not trained
 
     Raises:
       UserError: if an option is unknown or out of range, or options are inconsistent
@@ -193,7 +213,8 @@ def make_method(
     objective, smoothing = config.objective, config.label_smoothing
     if objective.name == "flyp":
         side = require_text(text, objective.name)
-        loss_fn = flyp(side.encode_image, side.encode_text, normalize)
+        contrastive = flyp_sigmoid if side.config.sigmoid else flyp
+        loss_fn = contrastive(side.encode_image, side.encode_text, normalize)
     elif objective.name == "car_ft":
         contexts = require_text(text, objective.name).contexts
         loss_fn = car_ft(
@@ -203,7 +224,7 @@ def make_method(
         loss_fn = cross_entropy(apply, normalize, label_smoothing=smoothing)
     if objective.name == "l2_sp":
         loss_fn = l2_sp(loss_fn, alpha=objective.l2_sp_alpha, beta=objective.l2_sp_beta)
-    trained = TRAINED.get(objective.name)
+    trained = without_statistics(params, TRAINED.get(objective.name))
     reads_pretrained = objective.name in ("car_ft", "l2_sp")
     return FinetuningMethod(_freeze_in_loss(loss_fn, trained), trained, reads_pretrained)
 
@@ -345,12 +366,15 @@ def hyper_parameters(config: ConfigDict, steps_per_epoch: int) -> dict[str, np.n
     return hyper
 
 
-def train_transforms(config: ConfigDict, size: int) -> list[TrainTransform]:
+def train_transforms(
+    config: ConfigDict, size: int, resample: int = BICUBIC
+) -> list[TrainTransform]:
     """Return the transform of each replica: `data.augment` with the replica's own options.
 
     Args:
       config: options of the run
       size: side length of the transformed images, in pixels
+      resample: Pillow's code of the crop's resize filter
 
     Returns:
       R transforms
@@ -358,7 +382,8 @@ def train_transforms(config: ConfigDict, size: int) -> list[TrainTransform]:
     Raises:
       UserError: see `hyper_parameters`; also if an option of `data.augment` is out of range
     """
-    transform, per_replica = TrainTransform.of(config.data.augment, size), _per_replica(config)
+    transform = TrainTransform.of(config.data.augment, size, resample)
+    per_replica = _per_replica(config)
     transforms = []
     for r in range(config.num_replicas):
         changes: dict[str, Any] = {

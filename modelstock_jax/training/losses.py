@@ -167,11 +167,7 @@ def flyp(
     """
 
     def loss_fn(params, batch, constants=NO_CONSTANTS):
-        images = encode_image(params["image_tower"], normalize(batch["image"]))
-        texts = encode_text(params["text_tower"], batch["text"])
-        images, texts = _promote_to_float32(images), _promote_to_float32(texts)
-        images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
-        texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
+        images, texts = _unit_features(encode_image, encode_text, normalize, params, batch)
         scale = jnp.exp(_clip_max_straight_through(params["logit_scale"], jnp.log(100.0)))
         logits = scale * images @ texts.T
         labels = jnp.arange(logits.shape[0])
@@ -181,6 +177,45 @@ def flyp(
         return loss, {"loss": loss, "accuracy": accuracy}
 
     return loss_fn
+
+
+def flyp_sigmoid(
+    encode_image: Callable[[Any, jax.Array], jax.Array],
+    encode_text: Callable[[Any, jax.Array], jax.Array],
+    normalize: Normalize,
+) -> Loss:
+    """Return SigLIP's sigmoid loss (Zhai et al. 2023, equation 1), the loss of FLYP on a SigLIP.
+
+        loss = -1/B sum_ij log sigmoid(z_ij (s I_i . T_j + b)),   z_ij = 1 if i = j, else -1
+
+    I and T [B, E] have unit rows, s = exp(logit_scale), b = logit_bias. As in `flyp`, every image
+    is compared with every text of the batch, and images of the same class count as negatives.
+
+    Arguments are those of `flyp`.
+    """
+
+    def loss_fn(params, batch, constants=NO_CONSTANTS):
+        images, texts = _unit_features(encode_image, encode_text, normalize, params, batch)
+        logits = jnp.exp(params["logit_scale"]) * images @ texts.T + params["logit_bias"]
+        count = logits.shape[0]
+        sign = 2 * jnp.eye(count, dtype=logits.dtype) - 1
+        loss = -jax.nn.log_sigmoid(sign * logits).sum() / count
+        accuracy = 100 * (logits.argmax(-1) == jnp.arange(count)).mean(dtype=logits.dtype)
+        return loss, {"loss": loss, "accuracy": accuracy}
+
+    return loss_fn
+
+
+def _unit_features(
+    encode_image, encode_text, normalize, params, batch
+) -> tuple[jax.Array, jax.Array]:
+    """Return the features of the images and texts of a batch, [B, E], float32 with unit rows."""
+    images = encode_image(params["image_tower"], normalize(batch["image"]))
+    texts = encode_text(params["text_tower"], batch["text"])
+    images, texts = _promote_to_float32(images), _promote_to_float32(texts)
+    images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
+    texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
+    return images, texts
 
 
 def _clip_max_straight_through(x: jax.Array, max_x: Any) -> jax.Array:

@@ -17,9 +17,9 @@ from modelstock_jax.data.loader import LoaderOptions, train_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.model import encode_image, encode_text, init
 from modelstock_jax.models.preprocessor import Preprocessor
-from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import (
@@ -92,9 +92,10 @@ def apply_tpgm(config: ConfigDict, anchor: Classifier, data: Benchmark, replicas
             f"batch_size={batch_size}, but there are {len(data.validation)} validation images; "
             "lower batch_size or raise data.held_out_per_class"
         )
-    loss_fn = cross_entropy(anchor.apply, anchor.normalize)
-    projected = []
-    for r, transform in enumerate(train_transforms(config, anchor.normalize.image_size)):
+    normalize, projected = anchor.normalize, []
+    loss_fn = cross_entropy(anchor.apply, normalize)
+    transforms = train_transforms(config, normalize.image_size, normalize.resample)
+    for r, transform in enumerate(transforms):
         batches = train_batches(
             data.validation,
             batch_size=batch_size,
@@ -156,7 +157,7 @@ def pretraining_task(
         ),
         steps_per_epoch=config.pretrain.num_steps,
         num_steps=config.pretrain.num_steps,
-        num_heads=clip.vision.num_attention_heads,
+        num_heads=clip.num_heads,
     )
 
 

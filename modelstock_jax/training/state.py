@@ -91,6 +91,33 @@ def init_state(
     )
 
 
+def is_statistic(name: str) -> bool:
+    """Return whether a leaf is a stored statistic of a batch norm; none is ever trained.
+
+    Example:
+      >>> is_statistic("image_tower.stem_norm.var"), is_statistic("image_tower.stem_norm.scale")
+      (True, False)
+    """
+    return name.endswith((".mean", ".var"))
+
+
+def without_statistics(params: PyTree, trained: IsTrained | None) -> IsTrained | None:
+    """Return a predicate that also excludes the statistics of batch norms.
+
+    They are inputs of the model, not weights: without a gradient, weight decay would move them.
+
+    Args:
+      params: parameters of one replica, or their shapes
+      trained: predicate on the leaf name; None trains all leaves
+
+    Returns:
+      `trained` itself if there are no statistics
+    """
+    if not any(map(is_statistic, named_leaves(params))):
+        return trained
+    return lambda name: not is_statistic(name) and (trained is None or trained(name))
+
+
 def head_only(name: str) -> bool:
     """Return whether a linear probe trains this leaf: only the head.
 

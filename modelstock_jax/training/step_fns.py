@@ -41,6 +41,7 @@ class Task:
       trained: predicate on the leaf name; None trains all leaves
       reads_pretrained: whether the loss reads the pretrained parameters
       hyper: per-replica hyperparameters, each [R] (the config group `per_replica`)
+      convolutional: whether the model contains convolutions other than patches
     """
 
     params: PyTree
@@ -53,6 +54,7 @@ class Task:
     trained: IsTrained | None = None
     reads_pretrained: bool = False
     hyper: Mapping[str, np.ndarray] = field(default_factory=dict)
+    convolutional: bool = False
 
 
 def mesh_from_config(config: ConfigDict) -> Mesh:
@@ -218,8 +220,10 @@ class StepFunctions:
         mode, replica_devices = self._config.compute.replica_mode, self.mesh.shape["replica"]
         check_choice("compute.replica_mode", mode, REPLICA_MODES)
         if mode == "auto":
-            # Vmapped convolutions (ResNet, ConvNeXt) are slow on a CPU. CLIP has none.
-            return "map" if replica_devices == 1 and jax.default_backend() == "cpu" else "vmap"
+            # The windows of convolutions take many times the memory of their input: one replica's
+            # at a time. On a CPU that is faster for every model (benchmarks/README.md).
+            one_by_one = self.task.convolutional or jax.default_backend() == "cpu"
+            return "map" if replica_devices == 1 and one_by_one else "vmap"
         if mode == "map" and replica_devices > 1:
             raise UserError(
                 "compute.replica_mode='map' would gather the parameters over the replica axis of "

@@ -15,7 +15,13 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data import caches as cache_module
 from modelstock_jax.data.caches import CachedImages, write_cache
 from modelstock_jax.data.loader import LoaderOptions, eval_batches, train_batches
-from modelstock_jax.data.transforms import TrainTransform, Unreadable, decode, resize_short_side
+from modelstock_jax.data.transforms import (
+    EvalTransform,
+    TrainTransform,
+    Unreadable,
+    decode,
+    resize_short_side,
+)
 from modelstock_jax.errors import UserError
 from tests.data.made_images import write_folders
 from tests.data.photographs import InMemory, encode, opened, photograph, small_set
@@ -59,8 +65,8 @@ def test_batches_equal_those_of_the_source_without_a_resize(tmp_path):
         for name in expected:
             np.testing.assert_array_equal(actual[name], expected[name])
     for expected, actual in zip(
-        eval_batches(image_set, 4, image_size=16),
-        eval_batches(cached, 4, image_size=16),
+        eval_batches(image_set, 4, transform=EvalTransform(16)),
+        eval_batches(cached, 4, transform=EvalTransform(16)),
         strict=True,
     ):
         np.testing.assert_array_equal(actual["image"], expected["image"])

@@ -14,6 +14,7 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.data.cifar import CLASS_NAMES, TEMPLATES
 from modelstock_jax.data.loader import eval_batches
 from modelstock_jax.data.published_sets import CIFAR
+from modelstock_jax.data.transforms import EvalTransform
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.preprocessor import Preprocessor
@@ -85,9 +86,9 @@ def test_images_are_resized_to_the_input_size(root):
     """32 x 32 pixels are resized to the tower's input; the center crop is the full image."""
     test = benchmark.load(config(root)).test
     for size in (24, 40):
-        batch = next(eval_batches(test, 8, image_size=size))
+        batch = next(eval_batches(test, 8, transform=EvalTransform(size)))
         assert batch["image"].shape == (8, size, size, 3) and batch["mask"].all()
-    batch = next(eval_batches(test, 1, image_size=32))
+    batch = next(eval_batches(test, 1, transform=EvalTransform(32)))
     color = np.random.default_rng(0).integers(40, 216, 3)
     # The mean over 1,024 pixels of noise of +-30 has a standard error of 0.55.
     np.testing.assert_allclose(batch["image"][0].mean((0, 1)), color, atol=3)
@@ -204,7 +205,7 @@ def test_two_replicas_learn_the_classes(root, tmp_path):
     trainer = make_trainer(options, anchor, data, tmp_path, "run")
     assert trainer.task.num_steps == 40
     merged = jax.device_get(trainer.run().merged)
-    batch = next(eval_batches(data.test, len(data.test), image_size=8))
+    batch = next(eval_batches(data.test, len(data.test), transform=EvalTransform(8)))
     predictions = np.argmax(apply(merged, anchor.normalize(jnp.asarray(batch["image"]))), -1)
     # Ten distinct colors in three channels; chance is 10 %.
     assert (predictions == batch["label"]).mean() >= 0.7

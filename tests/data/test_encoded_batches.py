@@ -166,7 +166,7 @@ def test_evaluation_counts_every_readable_image_once(count, parts, processes):
                 image_set,
                 parts * processes,
                 examples=positions,
-                image_size=16,
+                transform=EvalTransform(16),
                 loader=LoaderOptions(threads=1, unreadable="skip"),
             )
         )
@@ -189,9 +189,9 @@ def test_evaluation_counts_every_readable_image_once(count, parts, processes):
 
 def test_evaluation_names_a_damaged_image_and_crops_the_border():
     with pytest.raises(UserError, match="memory/1.JPEG: image 1"):
-        list(eval_batches(small_set(3, damaged=(1,)), 2, image_size=16))
+        list(eval_batches(small_set(3, damaged=(1,)), 2, transform=EvalTransform(16)))
     bordered = ImageSet("objects", SET.images, SET.labels, crop_border=2)
-    (batch, *_) = eval_batches(bordered, 4, image_size=16)
+    (batch, *_) = eval_batches(bordered, 4, transform=EvalTransform(16))
     np.testing.assert_array_equal(batch["image"][1], EvalTransform(16, 2)(SET.images[1], None))
 
 

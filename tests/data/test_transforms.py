@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,11 +13,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from modelstock_jax.data.transforms import (
     OPERATIONS,
+    RESAMPLES,
     Crop,
     EvalTransform,
     TrainTransform,
     Unreadable,
-    central,
     largest_shrink,
     rand_augment,
     random_crop,
@@ -92,11 +93,44 @@ def test_crops_have_the_stated_areas_shapes_and_positions():
 @pytest.mark.parametrize("crop", [(0, 0, 427, 640), (11, 23, 301, 402), (100, 300, 60, 80)])
 def test_a_resized_crop_equals_pillow(crop):
     crop = Crop(*crop)
-    expected = PHOTOGRAPH.crop(
-        (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-    ).resize((224, 224), Image.Resampling.BICUBIC)
-    result = resized_crop(np.asarray(PHOTOGRAPH), crop, 224)
-    np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
+    image = PHOTOGRAPH.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    for resample in (Image.Resampling.BICUBIC, Image.Resampling.NEAREST, Image.Resampling.LANCZOS):
+        expected = image.resize((224, 224), resample)
+        result = resized_crop(np.asarray(PHOTOGRAPH), crop, 224, resample=resample)
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
+
+
+def test_training_crops_have_the_stated_filter():
+    """The same crop is resized by the checkpoint's filter; bicubic by default."""
+    assert TrainTransform(64) == TrainTransform(64, resample=Image.Resampling.BICUBIC)
+    results = {
+        resample: TrainTransform(64, resample=resample)(
+            np.asarray(PHOTOGRAPH), np.random.default_rng(0)
+        )
+        for resample in RESAMPLES
+    }
+    crop = random_crop(np.random.default_rng(0), *np.asarray(PHOTOGRAPH).shape[:2], (0.9, 1), RATIO)
+    for resample, result in results.items():
+        expected = resized_crop(np.asarray(PHOTOGRAPH), crop, 64, resample=resample)
+        np.testing.assert_array_equal(result, np.asarray(expected))
+    assert len({result.tobytes() for result in results.values()}) == len(RESAMPLES)
+
+
+def test_evaluation_resizes_then_crops_the_center():
+    """The short side or, without the aspect ratio, both sides; by default CLIP's way."""
+    pixels = np.asarray(PHOTOGRAPH)
+    assert PHOTOGRAPH.size == (640, 427)
+    short = PHOTOGRAPH.resize((int(40 * 640 / 427), 40), Image.Resampling.BOX)
+    square = PHOTOGRAPH.resize((32, 32), Image.Resampling.BILINEAR)
+    for transform, image, box in (
+        (EvalTransform(32, short_side=40, resample=4), short, (13, 4, 45, 36)),
+        (EvalTransform(32, short_side=None, resample=2), square, (0, 0, 32, 32)),
+        (EvalTransform(20, short_side=None, square_side=32, resample=2), square, (6, 6, 26, 26)),
+    ):
+        np.testing.assert_array_equal(transform(pixels), np.asarray(image.crop(box)))
+    np.testing.assert_array_equal(
+        EvalTransform(32)(pixels), EvalTransform(32, short_side=32, resample=3)(pixels)
+    )
 
 
 def test_the_resize_is_antialiased():
@@ -143,7 +177,7 @@ def test_a_border_is_cropped_first():
     pixels = np.asarray(PHOTOGRAPH)
     framed = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), constant_values=255)
     result = EvalTransform(64, border=2)(framed, None)
-    np.testing.assert_array_equal(result, central(pixels, 64))
+    np.testing.assert_array_equal(result, EvalTransform(64)(pixels))
     with pytest.raises(Unreadable, match="4 x 9 .*border .*2"):
         EvalTransform(64, border=2)(np.zeros((4, 9, 3), np.uint8), None)
 
@@ -235,9 +269,10 @@ def test_transform_of_a_config():
             "mixup": 0.4,
         }
     )
-    assert TrainTransform.of(config, 224) == TrainTransform(
-        224, (0.08, 1.0), (0.5, 2.0), True, 2, 10
-    )
+    expected = TrainTransform(224, (0.08, 1.0), (0.5, 2.0), True, 2, 10)
+    assert TrainTransform.of(config, 224) == expected
+    bilinear = dataclasses.replace(expected, resample=2)
+    assert TrainTransform.of(config, 224, resample=2) == bilinear
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from modelstock_jax.experiment.dry_run import (
     missing_space,
 )
 from modelstock_jax.experiment.setup import missing_checkpoint, open_anchor, sizes
+from modelstock_jax.models.preprocessor import PREPROCESSOR_FILE
 from modelstock_jax.training.cost_analysis import device_bytes, memory, temporary_bytes
 from modelstock_jax.training.step_fns import StepFunctions
 from tests.experiment import small_run
@@ -106,10 +108,10 @@ def test_files_of_names_and_templates(anchor, tmp_path, capsys, monkeypatch):
 def test_trained_text_tower(anchor, tmp_path, capsys, monkeypatch):
     config = small(anchor)
     config.objective.name = "flyp"
-    programs, clip = abstract_step_functions(config)
+    programs, sizes = abstract_step_functions(config)
     towers = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
     # Both towers and the scale: the checkpoint has nothing else to export.
-    assert disk_use(config, programs, clip).model == towers
+    assert disk_use(config, programs, sizes.model).model == towers
     cheap = {"step": jax.jit(lambda x: x).lower(1.0)}
     monkeypatch.setattr(StepFunctions, "lower", lambda self, batch: cheap)
     assert dry_run(config, tmp_path / "run") == []
@@ -165,12 +167,12 @@ def test_hub_id_is_planned_without_its_files(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", not_found)
     config = vitl14.get_config()
-    assert sizes(config).vision.num_tokens == 257
+    assert sizes(config).model.num_tokens == 257
     config.image_size = 448
-    assert sizes(config).vision.num_tokens == 1025
+    assert sizes(config).model.num_tokens == 1025
     config.pretrained = name = "openai/clip-vit-large-patch14-336"
     config.image_size = 0
-    assert sizes(config).vision.num_tokens == 577
+    assert sizes(config).model.num_tokens == 577
     assert "`hf download openai/clip-vit-large-patch14-336`" in missing_checkpoint(name)[0]
     assert "--revision v2" in missing_checkpoint("some/clip@v2")[0]
     with pytest.raises(UserError, match="some/clip.*sizes"):
@@ -181,8 +183,8 @@ def test_hub_id_is_planned_without_its_files(monkeypatch):
 
 def test_error_if_the_disk_is_too_small(anchor, monkeypatch, tmp_path):
     config = small(anchor)
-    programs, clip = abstract_step_functions(config)
-    disk = disk_use(config, programs, clip)
+    programs, sizes = abstract_step_functions(config)
+    disk = disk_use(config, programs, sizes.model)
     replica = 4 * sum(x.size for x in jax.tree.leaves(programs.task.params))
     # Weights and two Adam moments of two replicas; keys and counters are a few bytes.
     assert disk.merged == replica and 6 * replica <= disk.state <= 6 * replica + 100
@@ -234,7 +236,7 @@ def test_model_is_resized_to_another_image_size(anchor):
     config = vitl14.get_config()
     config.pretrained, config.image_size = str(anchor), 36
     resized = open_anchor(config)
-    assert resized.config == sizes(config) and resized.preprocessor.image_size == 36
+    assert resized.config == sizes(config).model and resized.preprocessor.image_size == 36
     assert resized.params["image_tower"]["position_embedding"].shape == (10, 12)
     config.image_size = 30
     with pytest.raises(UserError, match="30.*patch_size"):
@@ -242,6 +244,17 @@ def test_model_is_resized_to_another_image_size(anchor):
     config.data.name = "glyphs"
     with pytest.raises(UserError, match="image_size=30"):
         sizes(config)
+
+
+def test_the_resize_before_the_crop_is_scaled_with_the_image_size(anchor, tmp_path):
+    shutil.copytree(anchor, tmp_path / "clip")
+    path = tmp_path / "clip" / PREPROCESSOR_FILE
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"size": {"shortest_edge": 32}, "resample": 2}))
+    config = vitl14.get_config()
+    config.pretrained, config.image_size = str(tmp_path / "clip"), 36
+    resized = open_anchor(config).preprocessor
+    assert (resized.image_size, resized.short_side, resized.resample) == (36, 48, 2)
 
 
 def test_pretraining_has_no_dry_run():

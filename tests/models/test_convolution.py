@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.convolution import Convolution, Depthwise
-from modelstock_jax.models.transformer import Compute
 
 IMAGES = np.random.default_rng(0).standard_normal((2, 24, 24, 3)).astype(np.float32)
 

@@ -12,6 +12,7 @@ import pytest
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.model import (
     abstract_params,
     classifier,
@@ -21,7 +22,7 @@ from modelstock_jax.models.model import (
     init,
     text_activations,
 )
-from modelstock_jax.models.transformer import _ACTIVATIONS, Compute, end_of_text, patches
+from modelstock_jax.models.transformer import _ACTIVATIONS, end_of_text, patches
 from tests.models import by_numpy, small
 
 # Compiled once per config: without jit a tower takes seconds.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.compute import DEFAULT_COMPUTE
 from modelstock_jax.models.model import image_tower, resize_positions
 from modelstock_jax.models.positions import bicubic, interpolate
-from modelstock_jax.models.transformer import DEFAULT_COMPUTE
 from tests.models import small
 
 CONFIG = small.config()

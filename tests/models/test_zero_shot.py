@@ -12,9 +12,9 @@ import pytest
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import checkpoint_io, tokenizer, zero_shot
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.model import encode_text
 from modelstock_jax.models.tokenizer import tokenize
-from modelstock_jax.models.transformer import Compute
 from modelstock_jax.models.zero_shot import cached_zero_shot_head, head_key, zero_shot_head
 from modelstock_jax.tensor_files.writer import write_tensors
 from tests.models import small
@@ -80,7 +80,7 @@ def test_padding_does_not_matter(checkpoint, monkeypatch, legacy):
     # OpenAI's code pads with 0, transformers with the end of text. The legacy rule pools at the
     # highest id, so there the end of text must be it, as in CLIP's vocabulary.
     def padded_with(pad, end):
-        def padded(directory, texts, length):
+        def padded(directory, texts, length, **options):
             ids = tokenize(directory, texts, length)
             place = (ids == EOS).argmax(1)[:, None]
             ids = np.where(np.arange(length)[None] > place, pad, ids)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.transformer import Compute
+from modelstock_jax.models.compute import Compute
 from studies.towers import TOWERS, classifier, init
 
 IMAGES = np.random.default_rng(0).standard_normal((2, 24, 24, 3)).astype(np.float32)

@@ -42,9 +42,9 @@ def test_vitb32_at_full_depth_for_eight_devices():
     """Compile only: memory and traffic per device are as docs/memory.md states."""
     config = vitb32.get_config()
     config.compute.dtype, config.batch_size = "float32", 64
-    fns, clip = abstract_step_functions(config)
+    fns, sizes = abstract_step_functions(config)
     assert dict(fns.mesh.shape) == {"replica": 2, "data": 4}
-    batch = fns.abstract_batch(clip.vision.image_size)
+    batch = fns.abstract_batch(sizes.image_size)
     # Memory and traffic do not depend on the backend's optimization level.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     step, merge = (

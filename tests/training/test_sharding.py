@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from modelstock_jax.errors import UserError
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.model import classifier
-from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.cost_analysis import collectives, device_bytes
 from modelstock_jax.training.losses import cross_entropy
 from modelstock_jax.training.sharding import fsdp_spec, mesh_shape, put_batch

@@ -12,9 +12,9 @@ from configs import default
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import steps_per_epoch, train_batches
 from modelstock_jax.models.clip import CLIPConfig
+from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import TextConfig, VisionConfig
 from modelstock_jax.models.model import classifier, init
-from modelstock_jax.models.transformer import Compute
 from modelstock_jax.training.losses import cross_entropy
 from modelstock_jax.training.step_fns import StepFunctions, Task
 from modelstock_jax.training.trainer import Trainer
