@@ -4,8 +4,10 @@
     python launch.py --config=configs/resnet50.py:strong --workdir=runs/resnet50-strong \\
         --config.data.root=DIR
 
-The model was pretrained on ImageNet-1K, so its classifier is the initial head. On other images, it
-needs a new head: --config.objective.name=lp_ft --config.objective.probe_learning_rate=0.1.
+The model was pretrained on ImageNet-1K, so its classifier is the initial head. For your own images:
+
+    python launch.py --config=configs/folder.py --workdir=runs/mine --config.data.root=DIR \\
+        --config.pretrained=microsoft/resnet-50 --config.objective.name=lp_ft
 
 The paper has no accuracy of such a model, and none is known, so none is stated here.
 

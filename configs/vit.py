@@ -27,7 +27,6 @@ def get_config(setup="plain"):
     config = imagenet.get_config(setup)
     config.pretrained = "google/vit-base-patch16-224-in21k"
     config.objective.name = "lp_ft"
-    config.objective.head = "random"
     config.objective.probe_epochs = 5
     config.objective.probe_learning_rate = 1e-3
     return config
