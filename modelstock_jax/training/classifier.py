@@ -49,7 +49,7 @@ class Classifier:
       num_heads: attention heads of the image tower
       checksum: checksum of the pretrained checkpoint; "" if there is none
       text: the text tower of the checkpoint, or None
-      convolutional: whether the image tower contains convolutions other than patches
+      model: sizes of the model; None for a forward pass that is not one of `models`
     """
 
     params: PyTree
@@ -58,7 +58,7 @@ class Classifier:
     num_heads: int
     checksum: str = ""
     text: TextSide | None = None
-    convolutional: bool = False
+    model: ModelConfig | None = None
 
     def initial_params(self, config: ConfigDict) -> PyTree:
         """Return the parameters to train: `params`, or the parameters of both towers for FLYP."""
@@ -201,7 +201,7 @@ def make_classifier(
         apply=classifier(model, Compute.of(config.compute)),
         normalize=normalize,
         num_heads=model.num_heads,
-        convolutional=model.is_convolutional,
+        model=model,
     )
 
 
