@@ -302,7 +302,10 @@ def _rows(config: ResNetConfig) -> list[Row]:
             (_NORM, f"{norm}.", f"{layer}.normalization."),
         ]
         kernel = {f"{conv}.kernel": convolution(size, channels)}
-        rows += table_rows(lines, 0, tower, transforms=kernel)
+        rows += [
+            dataclasses.replace(row, nonnegative=row.name.endswith("running_var"))
+            for row in table_rows(lines, 0, tower, transforms=kernel)
+        ]
     for layer, norm in _norms(config):
         path = ("num_batches_tracked", norm.replace(".", "_"))
         rows.append(Row((path,), f"{layer}num_batches_tracked", SAME, optional=True, integer=True))
