@@ -129,7 +129,9 @@ def _pooled(config: Any, out: Any) -> torch.Tensor:
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def _run(config: ModelConfig, params: Any, head: Any, images: Any, ids: Any) -> dict[str, jax.Array]:
+def _run(
+    config: ModelConfig, params: Any, head: Any, images: Any, ids: Any
+) -> dict[str, jax.Array]:
     tower = params["image_tower"]
     if head is not None:
         return {"logits": classifier(config)({"image_tower": tower, "head": head}, images)}
