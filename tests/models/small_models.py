@@ -141,7 +141,7 @@ CASES = {
         ((30, 30),),
     ),
     "convnext, layer scale, classifier": Case(
-        ConvNeXtConfig(hidden_sizes=(12, 20, 28), depths=(1, 2, 1), patch_size=3, image_size=32),
+        ConvNeXtConfig(hidden_sizes=(12, 20, 28), depths=(1, 1, 1), patch_size=3, image_size=32),
         ((37, 45),),
         classes=5,
     ),

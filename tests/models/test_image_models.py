@@ -113,7 +113,7 @@ NAMES = {
         ),
     },
     "convnext, layer scale, classifier": {
-        "convnext.encoder.stages.1.layers.1.layer_scale_parameter": (
+        "convnext.encoder.stages.2.layers.0.layer_scale_parameter": (
             "image_tower.blocks.block_02.layer_scale"
         ),
         "convnext.encoder.stages.2.downsampling_layer.0.bias": (
