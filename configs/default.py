@@ -200,8 +200,8 @@ def get_config() -> ConfigDict:
     config.compute.attention_impl = "xla"
     # Recompute activations in the backward pass (saves memory).
     config.compute.remat = False
-    # How replicas run: 'vmap' (in parallel), 'map' (sequentially, on one device) or 'auto': 'map' on
-    # a CPU and for convolutional nets, if all replicas are on one device; else 'vmap'.
+    # How replicas run: 'vmap' (in parallel), 'map' (sequentially, on one device) or 'auto': 'map'
+    # on a CPU and for convolutional nets, if all replicas are on one device; else 'vmap'.
     config.compute.replica_mode = "auto"
     # Directory in which compiled programs are cached between runs. Nobody else may have write
     # access to it. 'auto' uses JAX_COMPILATION_CACHE_DIR; if it is not set, and the run has one

@@ -147,17 +147,16 @@ class Comparison:
         self._merged: PyTree = None
         self._evaluator = ModelEvaluator(config, anchor, data, merged.step_functions.mesh)
 
-    def evaluate_anchor(self, zero_shot: Classifier) -> Document:
+    def evaluate_anchor(self, opened: Classifier) -> Document:
         """Return the row of the anchor as opened and, after a linear probe, of the probed anchor.
 
         Args:
-          zero_shot: the anchor before the linear probe
+          opened: the anchor before the linear probe
         """
         path = self._path("zero_shot")
         if not _finished(path):
-            method = "random_head" if self.config.objective.head == "random" else "zero_shot"
-            models = [MergedModel(method, zero_shot.params, 0)]
-            if self.anchor is not zero_shot:
+            models = [MergedModel(opened.row, opened.params, 0)]
+            if self.anchor is not opened:
                 cost = self.config.objective.probe_epochs / self.config.epochs
                 models.append(MergedModel("probed", self.anchor.params, cost))
             _write(path, {"rows": self._rows(models, len(models), None)})

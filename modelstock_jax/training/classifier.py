@@ -49,6 +49,8 @@ class Classifier:
       num_heads: attention heads of the image tower
       checksum: checksum of the pretrained checkpoint; "" if there is none
       text: the text tower of the checkpoint, or None
+      row: row of this anchor in the results table, one of `registry.OPENED_ROWS`: 'pretrained' is
+        the model's own classifier, unless it has a text tower too
       model: sizes of the model; None for a forward pass that is not one of `models`
     """
 
@@ -58,6 +60,7 @@ class Classifier:
     num_heads: int
     checksum: str = ""
     text: TextSide | None = None
+    row: str = "zero_shot"
     model: ModelConfig | None = None
 
     def initial_params(self, config: ConfigDict) -> PyTree:
@@ -98,10 +101,8 @@ def anchor_classifier(
       UserError: the checkpoint's head has other classes than the data, or the checkpoint has
         neither a head nor a text tower
     """
-    params = {
-        "image_tower": checkpoint.params["image_tower"],
-        "head": _initial_head(config, checkpoint, data, heads),
-    }
+    row, head = _initial_head(config, checkpoint, data, heads)
+    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
     anchor = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
     text = None
     if isinstance(checkpoint.config, DualEncoderConfig):
@@ -113,13 +114,13 @@ def anchor_classifier(
             allow_repeats=_allow_repeats(config),
             heads=heads,
         )
-    return replace(anchor, checksum=checkpoint.checksum, text=text)
+    return replace(anchor, checksum=checkpoint.checksum, text=text, row=row)
 
 
 def _initial_head(
     config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None
-) -> PyTree:
-    """Return the head by the rules of `anchor_classifier`."""
+) -> tuple[str, PyTree]:
+    """Return the row of the anchor and its head, by the rules of `anchor_classifier`."""
     objective, has_text = config.objective, isinstance(checkpoint.config, DualEncoderConfig)
     names, head = data.class_names, checkpoint.head
     difference = None if head is None else head_difference(checkpoint, names)
@@ -127,19 +128,20 @@ def _initial_head(
     # The head of a dual encoder with other classes is the mistake of a user: it has no other use.
     probed = objective.name == "lp_ft" and not usable and not has_text
     if objective.head == "random" or probed:
-        return _random_head(checkpoint.config.feature_size, len(names), config.seed)
+        head = _random_head(checkpoint.config.feature_size, len(names), config.seed)
+        return "random_head", head
     where = checkpoint.directory or config.pretrained
     ways = "set objective.head='random', or objective.name='lp_ft' to train a head first"
     if difference is not None:
         raise UserError(f"{where}: {difference}; choose another pretrained or data.name, or {ways}")
     if head is not None:
-        return head
+        return "zero_shot" if has_text else "pretrained", head
     if not has_text:
         raise UserError(
             f"{where}: a {checkpoint.config.model_type} model without a classifier has no text "
             f"tower for a zero-shot head; {ways}"
         )
-    return text_head(
+    zero_shot = text_head(
         "zero_shot",
         checkpoint,
         names,
@@ -147,6 +149,7 @@ def _initial_head(
         heads,
         allow_repeats=_allow_repeats(config),
     )
+    return "zero_shot", zero_shot
 
 
 def _random_head(features: int, classes: int, seed: int) -> PyTree:
