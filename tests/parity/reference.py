@@ -156,14 +156,18 @@ def our_outputs(
 def errors(theirs: Outputs, ours: Outputs) -> dict[str, float]:
     """Maximum difference of each output: absolute, of a classifier relative to the largest logit.
 
-    The rows of a batch differ, so a comparison can fail.
+    The rows of a batch differ by hundreds of times the tolerance, so a comparison can fail.
     """
     assert theirs.keys() == ours.keys()
-    for name in ("image", "text"):
-        assert name not in theirs or np.abs(theirs[name][0] - theirs[name][1]).max() > 1e-2
     classifies = "image" not in theirs
-    sizes = {name: np.abs(x).max() if classifies else 1.0 for name, x in theirs.items()}
-    return {name: float(np.abs(ours[name] - x).max() / sizes[name]) for name, x in theirs.items()}
+    found = {}
+    for name, expected in theirs.items():
+        size = np.abs(expected).max() if classifies else 1.0
+        if classifies or name != "logits":
+            # Attention pooling over noise makes images alike: 6e-3 for SigLIP so400m at 384.
+            assert np.abs(expected[0] - expected[1]).max() > 1e-3 * size, name
+        found[name] = float(np.abs(ours[name] - expected).max() / size)
+    return found
 
 
 def unit(features: Any) -> np.ndarray:

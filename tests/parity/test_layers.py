@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import flax.nnx as nnx
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modelstock_jax.models import convnext, model, resnet, transformer, vit
+from modelstock_jax.models import clip, convnext, model, positions, resnet, transformer, vit
 from tests.models import small, small_models
 from tests.models.small_models import CASES, Case
 from tests.parity.layers import first_difference, our_layers, torch_layers
@@ -19,7 +20,8 @@ from tests.parity.reference import pair
 
 # Float32 on both sides, sums in another order: 1.3e-6 of a layer's maximum was measured.
 TOLERANCE = 3e-6
-CLIP = "clip, 4 layers, first end of text"
+PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
+CLIP = "clip, first end of text"
 # One of each kind, and what the others do not have.
 NAMES = (
     *("siglip", "vit", "deit, two classifiers", "dinov2", "dinov2, SwiGLU, classifier"),
@@ -38,7 +40,7 @@ def sides(small_pair, tmp_path_factory):
     @functools.cache
     def opened(name):
         if name == CLIP:
-            case = Case(small.config(layers=4), ((30, 24),))
+            case = Case(small.config(), ((30, 24),))
             ours, theirs = pair(case, tmp_path_factory.mktemp("clip") / "model")
             inputs = small_models.images(case, case.sides[0]), small.ids(8)
         else:
@@ -134,33 +136,63 @@ def registers_in_the_mean(self, images):
     return jnp.concatenate([x[:, 0], x[:, 1:].mean(1)], axis=-1)
 
 
+def mean_of_tokens(self, images):
+    return self.projection(self.post_layernorm(self.encode(images).mean(1)))
+
+
+def without_last_norm(self, images):
+    return self.projection(self.encode(images)[:, 0])
+
+
+def another_bicubic(patch, ours):
+    patch.setattr(positions, "A", -0.5)
+    patch.setattr(positions, "bicubic", positions.bicubic.__wrapped__)  # It is cached.
+    return ours
+
+
 BATCH_NORM = functools.partial(
     nnx.BatchNorm, use_running_average=True, epsilon=1e-3, dtype=jnp.float32
 )
 TOWER, TEXTS, FIRST = "image_tower", "text_tower", "blocks.block_00"
-# (model, error, first layer that differs); docs/parity.md has the most interesting ones.
+# Error -> (case, change, first layer that differs). docs/parity.md has the same table.
 BROKEN = {
     "q and k swapped in block 1": (
         *(CLIP, leaf(f"{TOWER}.blocks.block_01.self_attn", swap_queries_and_keys)),
         f"{TOWER}.blocks.block_01.self_attn.q_proj",
     ),
-    "a bias of the text tower": (
-        *(CLIP, leaf(f"{TEXTS}.blocks.block_01.mlp.fc2.bias", lambda b: b + 1e-4)),
-        f"{TEXTS}.blocks.block_01.mlp.fc2",
+    "one element of a bias changed by 0.001": (
+        *(CLIP, leaf(f"{TEXTS}.{FIRST}.mlp.fc2.bias", lambda b: b + 1e-3 * (np.arange(96) == 7))),
+        f"{TEXTS}.{FIRST}.mlp.fc2",
     ),
-    "the class token": (
-        *(CLIP, leaf(f"{TOWER}.class_embedding", lambda b: b + 1e-4)),
+    "a scale of the last norm changed by 0.01 %": (
+        *(CLIP, leaf(f"{TOWER}.blocks.block_01.layer_norm2.scale", lambda b: b * 1.0001)),
+        f"{TOWER}.blocks.block_01.layer_norm2",
+    ),
+    "gelu instead of quick_gelu": (
+        *(CLIP, config(vision={"hidden_act": "gelu"})),
+        f"{TOWER}.{FIRST}.mlp.fc2",
+    ),
+    "layer norm epsilon 1e-6 instead of 1e-5": (
+        *(CLIP, config(vision={"layer_norm_eps": 1e-6})),
+        f"{TOWER}.pre_layernorm",
+    ),
+    "bicubic interpolation with a = -0.5 (jax.image) instead of -0.75": (
+        *(CLIP, another_bicubic),
         f"{TOWER}.embed",
     ),
-    "a norm of the last block": (
-        *(CLIP, leaf(f"{TOWER}.blocks.block_03.layer_norm2.scale", lambda b: b * 1.0001)),
-        f"{TOWER}.blocks.block_03.layer_norm2",
+    "mean of the tokens instead of the class token": (
+        *(CLIP, code(clip.ImageTower, "__call__", lambda old: mean_of_tokens)),
+        f"{TOWER}.post_layernorm",
     ),
-    "highest id instead of the first end of text": (
+    "no final layer norm": (
+        *(CLIP, code(clip.ImageTower, "__call__", lambda old: without_last_norm)),
+        f"{TOWER}.projection",
+    ),
+    "token with the highest id instead of the first end of text": (
         *(CLIP, config(text={"eos_token_id": 2})),
         f"{TEXTS}.final_layernorm",
     ),
-    "exact gelu instead of tanh": (
+    "exact gelu instead of its tanh approximation": (
         *("siglip", config(vision={"hidden_act": "gelu"})),
         f"{TOWER}.{FIRST}.mlp.fc2",
     ),
@@ -168,7 +200,7 @@ BROKEN = {
         *("siglip", config(text={"layer_norm_eps": 1e-5})),
         f"{TEXTS}.{FIRST}.layer_norm1",
     ),
-    "causal text mask": (
+    "causal mask in the text tower": (
         "siglip",
         code(
             transformer.TextTransformer,
@@ -177,7 +209,7 @@ BROKEN = {
         ),
         f"{TEXTS}.{FIRST}.self_attn.out_proj",
     ),
-    "first instead of last token": (
+    "first instead of last token of a text": (
         "siglip",
         code(
             transformer.TextTransformer,
@@ -190,19 +222,19 @@ BROKEN = {
         *("vit", config(layer_norm_eps=1e-6)),
         f"{TOWER}.{FIRST}.layer_norm1",
     ),
-    "distillation token first": (
+    "distillation token before the class token": (
         *("deit, two classifiers", swap_tokens),
         f"{TOWER}.embed",
     ),
-    "antialias on": (
+    "interpolation with antialiasing": (
         *("dinov2", code(vit.Dinov2Config, "antialias", True)),
         f"{TOWER}.embed",
     ),
-    "layer scale left out": (
+    "layer scale of the attention left out": (
         *("dinov2", leaf(f"{TOWER}.{FIRST}.layer_scale1", jnp.ones_like)),
         f"{TOWER}.{FIRST}.layer_norm2",
     ),
-    "halves of SwiGLU swapped": (
+    "halves of the first SwiGLU layer swapped": (
         "dinov2, SwiGLU, classifier",
         leaf(
             f"{TOWER}.{FIRST}.mlp.weights_in.kernel",
@@ -210,33 +242,33 @@ BROKEN = {
         ),
         f"{TOWER}.{FIRST}.mlp.weights_in",
     ),
-    "antialias off": (
+    "interpolation without antialiasing": (
         *(
             "dinov2_with_registers, classifier",
             code(vit.Dinov2WithRegistersConfig, "antialias", False),
         ),
         f"{TOWER}.embed",
     ),
-    "registers in the mean": (
+    "register tokens in the mean of the patches": (
         "dinov2_with_registers, classifier",
         code(vit.ClassTokenAndMean, "__call__", lambda old: registers_in_the_mean),
         "head",
     ),
-    "layer scale of a ConvNeXt left out": (
+    "layer scale of block 1 left out": (
         "convnext, layer scale, classifier",
         leaf(f"{TOWER}.blocks.block_01.layer_scale", jnp.ones_like),
         f"{TOWER}.blocks.block_01",
     ),
-    "epsilon 1e-5 of the norms in stages": (
+    "layer norm epsilon 1e-5 instead of 1e-6 in the stem and the stages": (
         *("convnext, layer scale, classifier", code(convnext, "_EPS", 1e-5)),
         f"{TOWER}.patch_norm",
     ),
-    "response norm without the mean": (
+    "response norm not divided by the mean": (
         "convnextv2",
         code(convnext.GlobalResponseNorm, "__call__", lambda old: without_mean),
         f"{TOWER}.{FIRST}.grn",
     ),
-    "epsilon 1e-3 of the response norm": (
+    "response norm epsilon 1e-3 instead of 1e-6": (
         "convnextv2",
         code(convnext.GlobalResponseNorm, "__call__", lambda old: another_grn_epsilon),
         f"{TOWER}.{FIRST}.grn",
@@ -250,11 +282,11 @@ BROKEN = {
         ),
         f"{TOWER}.stem_norm",
     ),
-    "stride in the first convolution": (
+    "stride in the first instead of the second convolution": (
         *("resnet, bottleneck", config(downsample_in_bottleneck=True)),
         f"{TOWER}.blocks.block_01.conv1",
     ),
-    "max pooling of 2 x 2": (
+    "max pooling over 2 x 2 instead of 3 x 3 pixels": (
         "resnet, basic, classifier",
         code(
             nnx,
@@ -280,3 +312,11 @@ def test_the_first_broken_layer_is_named(sides, monkeypatch, error):
         if patched:
             model._abstract.cache_clear()
     assert first_difference(theirs, layers, TOLERANCE) == first
+
+
+def test_the_page_has_the_same_errors(sides):
+    rows = [line.split("|")[1:4] for line in PAGE.read_text().splitlines() if line.count("|") == 4]
+    found = {tuple(cell.strip().strip("`") for cell in row) for row in rows}
+    for error, (name, _, first) in BROKEN.items():
+        model_type = sides(name)[0].config.model_type
+        assert (model_type, error, first) in found
