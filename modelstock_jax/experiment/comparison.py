@@ -38,6 +38,7 @@ from modelstock_jax.training.batch_norm import check_statistics, estimate_statis
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer, method_name
 from modelstock_jax.training.stages import apply_tpgm
+from modelstock_jax.training.state import drop_statistics
 from modelstock_jax.training.step_fns import StepFunctions
 from modelstock_jax.training.trainer import Trainer
 
@@ -253,7 +254,8 @@ class Comparison:
             for index, model in enumerate(models):
                 details = dict(model.details)
                 if "head" not in model.params:  # The head is added only for the evaluation.
-                    details["distance_to_anchor"] = float(distance(self._start, model.params))
+                    start, weights = map(drop_statistics, (self._start, model.params))
+                    details["distance_to_anchor"] = float(distance(start, weights))
                 rows.append(
                     self._evaluator.row(
                         model.method,

@@ -131,9 +131,11 @@ def _initial_head(
         head = _random_head(checkpoint.config.feature_size, len(names), config.seed)
         return "random_head", head
     where = checkpoint.directory or config.pretrained
-    ways = "set objective.head='random', or objective.name='lp_ft' to train a head first"
+    way = "set objective.head='random'"
+    ways = f"{way}, or objective.name='lp_ft' to train a head first"
     if difference is not None:
-        raise UserError(f"{where}: {difference}; choose another pretrained or data.name, or {ways}")
+        way = way if has_text else ways
+        raise UserError(f"{where}: {difference}; choose another pretrained or data.name, or {way}")
     if head is not None:
         return "zero_shot" if has_text else "pretrained", head
     if not has_text:
