@@ -147,11 +147,11 @@ CASES = {
         classes=5,
     ),
     "convnextv2": Case(
-        ConvNeXtV2Config(hidden_sizes=(12, 20), depths=(1, 1), image_size=30, hidden_act="relu"),
+        ConvNeXtV2Config(hidden_sizes=(12, 20), depths=(2, 1), image_size=30, hidden_act="relu"),
         ((37, 26),),
     ),
     "convnextv2, classifier": Case(
-        ConvNeXtV2Config(hidden_sizes=(12, 20), depths=(2, 1), patch_size=3, image_size=32),
+        ConvNeXtV2Config(hidden_sizes=(12, 20), depths=(1, 1), patch_size=3, image_size=32),
         ((32, 32),),
         classes=5,
     ),

@@ -58,10 +58,8 @@ _CONVNEXT: tuple[Rule, ...] = (
     (r"^embeddings\.layernorm$", "patch_norm"),
     (r"^embeddings$", "embed"),
     (r"^layernorm$", "post_layernorm"),
-    (
-        r"^encoder\.stages\.(\d+)\.downsampling_layer\.(\d)$",
-        lambda found: f"downsample_{int(found[1]):02d}.{('norm', 'conv')[int(found[2])]}",
-    ),
+    (r"\.downsampling_layer\.0$", ".downsampling_layer.norm"),
+    (r"\.downsampling_layer\.1$", ".downsampling_layer.conv"),
     (r"\.dwconv$", ".depthwise"),
     (r"(\.layers\.\d+)\.layernorm$", r"\1.norm"),
     (r"\.pwconv(\d)$", r".fc\1"),
@@ -94,14 +92,22 @@ def _block(index: int) -> str:
 
 
 def _our_name(config: Any, name: str) -> str:
-    def by_stage(found: re.Match) -> str:
-        stage, layer = int(found[1]), int(found[2])
-        return f"blocks.{_block(sum(config.depths[:stage]) + layer)}"
+    def first(stage: str) -> int:
+        return sum(config.depths[: int(stage)])
 
     name = name.removeprefix(config.prefix)
     for pattern, replacement in _RULES[config.model_type]:
         name = re.sub(pattern, replacement, name)
-    name = re.sub(r"^encoder\.stages\.(\d+)\.layers\.(\d+)", by_stage, name)
+    name = re.sub(
+        r"^encoder\.stages\.(\d+)\.layers\.(\d+)",
+        lambda found: f"blocks.{_block(first(found[1]) + int(found[2]))}",
+        name,
+    )
+    name = re.sub(
+        r"^encoder\.stages\.(\d+)\.downsampling_layer",
+        lambda found: f"downsample_{first(found[1]):02d}",
+        name,
+    )
     return name if isinstance(config, DualEncoderConfig) else f"image_tower.{name}"
 
 
