@@ -213,6 +213,9 @@ def _read_labels(directory: Path, classes: int) -> tuple[str, ...] | None:
 
 def _check_labels(labels: Sequence[str], classes: int, where: Path) -> tuple[str, ...]:
     """Check the number of labels; they may repeat, as two pairs of ImageNet's names do."""
+    for label in labels:
+        if not isinstance(label, str):
+            raise UserError(f"{where}: labels must be strings, not {label!r}")
     if len(labels) != classes:
         raise UserError(
             f"{where}: the head has {classes} classes, but there are {len(labels)} labels"

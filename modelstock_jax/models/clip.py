@@ -16,11 +16,11 @@ from modelstock_jax.errors import UserError
 from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import (
     LEGACY_EOS_TOKEN_ID,
-    MAX_SIZE,
     DualEncoderConfig,
     ModelConfig,
     TextConfig,
     VisionConfig,
+    check_size,
     take,
 )
 from modelstock_jax.models.param_mapping import LEAF, LINEAR, NORM, SAME, Line, Row, table_rows
@@ -57,11 +57,7 @@ class CLIPConfig(DualEncoderConfig):
 
     def __post_init__(self) -> None:
         _check_patches(self.vision.image_size, self.vision.patch_size)
-        if not 0 < self.projection_dim <= MAX_SIZE:
-            raise UserError(
-                f"config: projection_dim must be positive and at most {MAX_SIZE}, not "
-                f"{self.projection_dim}"
-            )
+        check_size("config", "projection_dim", self.projection_dim)
         if not math.isfinite(self.logit_scale_init_value):
             raise UserError(
                 f"config: logit_scale_init_value must be finite, not {self.logit_scale_init_value}"

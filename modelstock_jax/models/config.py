@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -45,7 +46,7 @@ def take(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
       Field name -> value; lists of integers become tuples
 
     Raises:
-      UserError: a value of the wrong type
+      UserError: a value of the wrong type, or a float that is too large
     """
     taken: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
@@ -62,17 +63,20 @@ def take(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not fits:
             raise UserError(f"{where}: {field.name} must be {kind}, not {value!r}")
         convert = {"float": float, _SIZES: tuple}.get(field.type)
-        taken[field.name] = convert(value) if convert else value
+        try:
+            taken[field.name] = convert(value) if convert else value
+        except OverflowError:  # An integer of hundreds of digits.
+            raise UserError(f"{where}: {field.name} is too large for a float") from None
     return taken
 
 
 def check_sizes(where: str, config: Any, skip: Sequence[str] = ()) -> None:
-    """Check that all numbers of a config are positive, and its activation is supported.
+    """Check that all sizes of a config are positive, and its activation is supported.
 
     Args:
       where: name of the config, for error messages
       config: a dataclass
-      skip: names of fields that may have any value
+      skip: names of fields that may have any finite value
 
     Raises:
       UserError: a value out of range, an unknown activation, or a width that the heads do not
@@ -80,14 +84,11 @@ def check_sizes(where: str, config: Any, skip: Sequence[str] = ()) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in skip or field.type not in ("int", "float", _SIZES):
-            continue
-        sizes = value if isinstance(value, tuple) else (value,)
-        # The comparison is False for NaN, which JSON may contain.
-        if not sizes or not all(0 < size <= MAX_SIZE for size in sizes):
-            raise UserError(
-                f"{where}: {field.name} must be positive and at most {MAX_SIZE}, not {value}"
-            )
+        if field.name in skip:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{where}: {field.name} must be finite, not {value}")
+        elif field.type in ("int", "float", _SIZES):
+            check_size(where, field.name, value)
     heads = getattr(config, "num_attention_heads", 1)
     if heads > 1 and config.hidden_size % heads:
         raise UserError(
@@ -99,6 +100,14 @@ def check_sizes(where: str, config: Any, skip: Sequence[str] = ()) -> None:
             f"{where}: hidden_act {config.hidden_act!r} is not supported; choose one of "
             f"{', '.join(ACTIVATIONS)}"
         )
+
+
+def check_size(where: str, name: str, value: float | tuple[int, ...]) -> None:
+    """Raise a UserError unless a size, or each of several, is positive and below `MAX_SIZE`."""
+    sizes = value if isinstance(value, tuple) else (value,)
+    # The comparison is False for NaN, which JSON may contain.
+    if not sizes or not all(0 < size <= MAX_SIZE for size in sizes):
+        raise UserError(f"{where}: {name} must be positive and at most {MAX_SIZE}, not {value}")
 
 
 class ModelConfig(abc.ABC):

@@ -210,7 +210,9 @@ class ConvNeXtBlock(nnx.Module):
         """Map x [B, H, W, C] to [B, H, W, C]."""
         y = self.activation(self.fc1(self.norm(self.depthwise(x))))
         y = self.fc2(self.grn(y) if self.has_grn else y)
-        return x + (y * self.layer_scale[...].astype(y.dtype) if self.has_layer_scale else y)
+        if self.has_layer_scale:
+            y = y * self.layer_scale[...].astype(y.dtype)[None, None, None]
+        return x + y
 
 
 class Downsample(nnx.Module):

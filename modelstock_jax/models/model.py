@@ -69,7 +69,7 @@ def config_from_dict(raw: Any) -> ModelConfig:
       50
     """
     found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-    if isinstance(raw, dict) and found in MODELS:
+    if isinstance(raw, dict) and isinstance(found, str) and found in MODELS:
         return MODELS[found].from_dict(raw)
     reason = _UNSUPPORTED.get(str(found), f"choose one of {', '.join(MODELS)}")
     raise UserError(f"config: model_type {found!r} is not supported: {reason}")

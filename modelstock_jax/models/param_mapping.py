@@ -47,6 +47,7 @@ class Row:
       transform: conversion of each part
       optional: whether a checkpoint may lack the tensor: the model does not compute with it
       integer: whether the tensor is an integer; all others are floating-point
+      nonnegative: whether negative values are an error, as those of a variance
 
     Example:
       >>> row = Row((("q",), ("k",)), "in_proj_weight", TRANSPOSED)
@@ -65,6 +66,7 @@ class Row:
     transform: Transform
     optional: bool = False
     integer: bool = False
+    nonnegative: bool = False
 
     def shape(self, shapes: Mapping[KeyPath, Shape]) -> Shape:
         """Return the shape in the checkpoint, from our shapes."""
@@ -290,8 +292,8 @@ def read_tree(
       Nested dictionaries of float32 NumPy arrays
 
     Raises:
-      UserError: tensors that are missing, unused, of wrong shape or dtype, or not finite (all in
-        one list)
+      UserError: tensors that are missing, unused, of wrong shape or dtype, or not finite, and
+        negative variances (all in one list)
     """
     problems, leaves = [], {}
     for row in rows:
@@ -311,8 +313,7 @@ def read_tree(
         else:
             with np.errstate(over="ignore"):  # Infinities are reported below.
                 tensor = files[row.name].astype(np.float32, copy=False)
-            if not np.isfinite(tensor).all():
-                problems.append(f"not finite: {row.name}")
+            problems += _unusable(row, tensor, row.name)
             leaves |= {path: np.asarray(x, order="C") for path, x in row.read(tensor).items()}
     known = {row.name for row in rows}
     problems += [
@@ -343,14 +344,21 @@ def write_tree(
             if array.shape != shapes[path]:
                 expected = shape_text(shapes[path])
                 problems.append(f"misshapen: {name} is {shape_text(array.shape)}, not {expected}")
-            elif not np.isfinite(array).all():
-                problems.append(f"not finite: {name}")
+            elif unusable := _unusable(row, array, name):
+                problems += unusable
             else:
                 fitting[path] = array
         if len(fitting) == len(row.path):
             tensors[row.name] = row.write(fitting)
     _raise(where, problems)
     return tensors
+
+
+def _unusable(row: Row, tensor: np.ndarray, name: str) -> list[str]:
+    """Return the problem with the values of a tensor, if there is one."""
+    if not np.isfinite(tensor).all():
+        return [f"not finite: {name}"]
+    return [f"negative: {name}"] if row.nonnegative and (tensor < 0).any() else []
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

@@ -60,7 +60,8 @@ class ResNetConfig(ModelConfig):
       hidden_sizes: output channels of each stage
       depths: blocks of each stage
       layer_type: 'basic' (two 3 x 3 convolutions) or 'bottleneck' (1 x 1, 3 x 3, 1 x 1)
-      hidden_act: activation
+      hidden_act: activation of the stem and after each block; inside a block it is relu, as in
+        transformers
       downsample_in_first_stage: whether the first stage halves the image
       downsample_in_bottleneck: whether the first convolution of a bottleneck has the stride instead
         of the second
@@ -208,7 +209,7 @@ class ResidualBlock(nnx.Module):
         y = x
         for i in range(1, self.depth + 1):
             y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y))
-            y = self.activation(y) if i < self.depth else y
+            y = jax.nn.relu(y) if i < self.depth else y
         return self.activation(
             y + (self.shortcut_norm(self.shortcut(x)) if self.has_shortcut else x)
         )
@@ -301,7 +302,10 @@ def _rows(config: ResNetConfig) -> list[Row]:
             (_NORM, f"{norm}.", f"{layer}.normalization."),
         ]
         kernel = {f"{conv}.kernel": convolution(size, channels)}
-        rows += table_rows(lines, 0, tower, transforms=kernel)
+        rows += [
+            dataclasses.replace(row, nonnegative=row.name.endswith("running_var"))
+            for row in table_rows(lines, 0, tower, transforms=kernel)
+        ]
     for layer, norm in _norms(config):
         path = ("num_batches_tracked", norm.replace(".", "_"))
         rows.append(Row((path,), f"{layer}num_batches_tracked", SAME, optional=True, integer=True))

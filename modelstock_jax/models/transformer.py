@@ -146,10 +146,14 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""
-        y = self.self_attn(self.layer_norm1(x))
-        x = x + (y * self.layer_scale1[...].astype(y.dtype) if self.has_layer_scale else y)
-        y = self.mlp(self.layer_norm2(x))
-        return x + (y * self.layer_scale2[...].astype(y.dtype) if self.has_layer_scale else y)
+        scales = (self.layer_scale1, self.layer_scale2) if self.has_layer_scale else (None, None)
+        x = x + _scaled(self.self_attn(self.layer_norm1(x)), scales[0])
+        return x + _scaled(self.mlp(self.layer_norm2(x)), scales[1])
+
+
+def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
+    """Multiply x [B, T, D] by a factor per channel, if there is one."""
+    return x if scale is None else x * scale[...].astype(x.dtype)[None, None]
 
 
 def make_blocks(sizes: BlockSizes, compute: Compute, rngs: nnx.Rngs) -> nnx.Dict:

@@ -15,6 +15,7 @@ from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import (
     ModelConfig,
     check_patches,
+    check_size,
     check_sizes,
     describe_transformer,
     take,
@@ -159,6 +160,11 @@ class ViTConfig(_VisionTransformerConfig):
     base_class: ClassVar[str] = "ViTModel"
     classifier_class: ClassVar[str] = "ViTForImageClassification"
     base_only: ClassVar[tuple[str, ...]] = ("pooler",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pooler_output_size is not None:
+            check_size("config", "pooler_output_size", self.pooler_output_size)
 
     def image_tower(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
         """See `ModelConfig`."""

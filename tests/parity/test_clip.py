@@ -10,7 +10,7 @@ from transformers import CLIPModel
 from modelstock_jax.models import checkpoint_io
 from modelstock_jax.models.model import encode_image, encode_text, l2_normalize
 from tests.models import small
-from tests.parity.reference import torch_features, unit
+from tests.parity.reference import run_torch, unit
 
 VARIANTS = {
     "quick_gelu, first end of text": small.config(),
@@ -36,7 +36,7 @@ def pair(request, tmp_path_factory):
 
 def test_embeddings_and_logits(pair):
     ours, theirs, images, ids = pair
-    out = torch_features(theirs, images, ids)
+    out = run_torch(theirs, images, ids)
 
     @jax.jit
     def embed(params, images, ids):
