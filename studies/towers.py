@@ -86,7 +86,7 @@ def init(name: str, num_classes: int, key: jax.Array) -> Params:
 
 
 def classifier(name: str, compute: Compute) -> Callable[[Params, jax.Array], jax.Array]:
-    """Return a tower with a linear head: logits = f W + b, with f as they are.
+    """Return a tower with a linear head: logits = f W + b; f is not normalized, even in a ViT.
 
     Args:
       name: name of the tower
@@ -95,10 +95,4 @@ def classifier(name: str, compute: Compute) -> Callable[[Params, jax.Array], jax
     Returns:
       apply(params, images) -> logits [B, K], float32; images float [B, 24, 24, 3]
     """
-    config = tower(name)
-
-    def apply(params: Params, images: jax.Array) -> jax.Array:
-        features = model.encode_image(config, params["image_tower"], images, compute)
-        return config.logits(features, params["head"])
-
-    return apply
+    return model.classifier(tower(name), compute, unit_features=False)

@@ -34,7 +34,7 @@ from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.tables import current_rows
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
-from modelstock_jax.training.batch_norm import check_statistics, estimate_statistics
+from modelstock_jax.training.batch_norm import StatisticsEstimator, check_statistics
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer, method_name
 from modelstock_jax.training.stages import apply_tpgm
@@ -145,6 +145,7 @@ class Comparison:
         self._programs, self.merges = merged.step_functions, merged.merge_steps > 0
         self._start = merged.task.params
         check_statistics(config, self._start)
+        self._estimate = StatisticsEstimator(config, anchor, data, merged.step_functions.mesh)
         self._merged: PyTree = None
         self._evaluator = ModelEvaluator(config, anchor, data, merged.step_functions.mesh)
 
@@ -200,7 +201,7 @@ class Comparison:
         if self.config.merge.batch_norm_statistics == "keep":
             return params
         with self._timeline.phase("batch norms"):
-            return estimate_statistics(self.config, self.anchor, self.data, params)
+            return self._estimate(params)
 
     def trainer(self, seed: int, run: str) -> Trainer:
         """Return the trainer of one run.

@@ -19,13 +19,19 @@ from rich.table import Table
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.prompts import read_class_names, read_templates
 from modelstock_jax.errors import UserError
-from modelstock_jax.experiment.setup import check_and_set_up, missing_checkpoint, sizes
+from modelstock_jax.experiment.setup import (
+    check_and_set_up,
+    missing_checkpoint,
+    sizes,
+    tensor_names,
+)
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
 from modelstock_jax.models.model import abstract_params
 from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.published import Sizes
+from modelstock_jax.training.batch_norm import check_statistics
 from modelstock_jax.training.classifier import AbstractTextSide, make_classifier
 from modelstock_jax.training.cost_analysis import Memory, memory, sent_across, sent_bytes
 from modelstock_jax.training.finetune import make_task
@@ -59,7 +65,9 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     disk = disk_use(config, programs, model)
     _print(console, "model", _model(config, programs, model))
     _print(console, "run", _run(config, programs, batch))
-    missing = missing_checkpoint(config.pretrained) + benchmark.missing(config.data)
+    check_statistics(config, programs.task.params)
+    missing = missing_checkpoint(config.pretrained) + missing_head(config, model)
+    missing += benchmark.missing(config.data)
     missing += missing_lists(config.data) + missing_space(workdir, disk)
     # Before the programs are compiled, which can take minutes.
     for number, line in enumerate(missing, 1):
@@ -280,6 +288,26 @@ def num_merges(config: ConfigDict, programs: StepFunctions) -> int:
     task = programs.task
     every = steps_between_merges(str(config.merge.every), task.steps_per_epoch, task.num_steps)
     return math.ceil(task.num_steps / every) if every else 0
+
+
+def missing_head(config: ConfigDict, model: ModelConfig) -> list[str]:
+    """Return what the model lacks for its first head, with how to fix it; empty if nothing.
+
+    Args:
+      config: options of the run
+      model: its model
+    """
+    if isinstance(model, DualEncoderConfig):
+        return []
+    if config.objective.head == "random" or config.objective.name == "lp_ft":
+        return []
+    names = tensor_names(config.pretrained)
+    if names is None or model.stored_head(names):
+        return []
+    return [
+        f"a classifier in pretrained={config.pretrained}; set --config.objective.head=random, or "
+        "--config.objective.name=lp_ft to train a head first"
+    ]
 
 
 def missing_lists(data: ConfigDict) -> list[str]:

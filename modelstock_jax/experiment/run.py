@@ -32,6 +32,7 @@ from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.tables import mean_and_error, screen_table
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
+from modelstock_jax.training.batch_norm import StatisticsEstimator, check_statistics
 from modelstock_jax.training.checkpoints import Checkpoints
 from modelstock_jax.training.finetune import make_trainer
 from modelstock_jax.training.metrics import count_compilation
@@ -124,6 +125,7 @@ def choose_learning_rate(config: ConfigDict, workdir: Path, timeline: Timeline) 
     """
     _, data, anchor = open_experiment(config, workdir / "heads")
     anchor = linear_probe(config, anchor, data, workdir)
+    check_statistics(config, anchor.params)
     results_by_rate: dict[float, list[float]] = {}
     for rate in config.search.learning_rates:
         run_config = config.copy_and_resolve_references()
@@ -168,8 +170,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
 
     Args:
       config: options with the data and, for checkpoints of a run, the anchor and the objective
-      path: a CLIP directory or hub id, as in `config.pretrained` (a CLIP without a head gets the
-        zero-shot head), or a step of a run's Orbax checkpoints of merged weights
+      path: a checkpoint directory or hub id, as in `config.pretrained` (a CLIP or SigLIP without a
+        head gets the zero-shot head), or a step of a run's Orbax checkpoints of merged weights
 
     Raises:
       UserError: no such checkpoint, or it does not match the data
@@ -192,7 +194,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | None) -> dict[str, Any]:
         shardings = jax.tree.map(lambda _: replicated_sharding(mesh), start)
         with Checkpoints(directory.parent, keep=0, read_only=True) as checkpoints:
             restored = checkpoints.restore(int(directory.name), device_put_global(start, shardings))
-        params = anchor.classify(multihost.to_host(restored))
+        merged = StatisticsEstimator(config, anchor, data, mesh)(multihost.to_host(restored))
+        params = anchor.classify(merged)
     evaluator = ModelEvaluator(config, anchor, data, mesh)
     with Progress(
         "evaluate", evaluator.num_images, unit="images", enabled=multihost.is_main()

@@ -20,7 +20,7 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.fileio import flatten, to_json_types
-from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models import checkpoint_io, formats
 from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import CLIPConfig
 from modelstock_jax.models.formats import CONFIG
@@ -177,6 +177,18 @@ def _sizes(name: str) -> Sizes:
     has_preprocessor = any((directory / name).is_file() for name in PREPROCESSOR_FILES)
     size = Preprocessor.read(directory).image_size if has_preprocessor else config.image_size
     return Sizes(config.with_image_size(size) if config.is_convolutional else config, size)
+
+
+def tensor_names(name: str) -> list[str] | None:
+    """Return the tensor names of a checkpoint on this machine; None if it is not here.
+
+    Args:
+      name: value of `config.pretrained`
+    """
+    directory = _local_directory(name)
+    if directory is None or not any(directory.glob("*.safetensors")):
+        return None
+    return list(formats.WRITABLE["hugging_face"].open(directory))
 
 
 def missing_checkpoint(name: str) -> list[str]:

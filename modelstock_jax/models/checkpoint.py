@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 
 from modelstock_jax.errors import UserError
-from modelstock_jax.models.config import DualEncoderConfig, ModelConfig
+from modelstock_jax.models.config import DualEncoderConfig, ModelConfig, has_prefix
 from modelstock_jax.models.model import abstract_params
-from modelstock_jax.models.param_mapping import Params, Row, Shapes, flatten, read_tree, write_tree
+from modelstock_jax.models.param_mapping import (
+    Params,
+    Row,
+    flatten,
+    linear_shapes,
+    read_tree,
+    write_tree,
+)
 from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.tensor_files.checksums import checksum_tensors
 from modelstock_jax.tensor_files.reader import SINGLE, TensorFiles
@@ -187,9 +194,15 @@ class CompleteFormat(CheckpointFormat):
                 f"{path}: the config has {config.num_blocks:,} layers, the files only "
                 f"{len(files):,} tensors"
             )
-        head = config.head_rows(files)
-        shapes: Shapes = {**param_shapes(config), **_head_shapes(config, head, files)}
-        table = stored_rows(config, self.column, head)
+        if len(preprocessor.mean) != config.num_channels:
+            raise UserError(
+                f"{path}: the preprocessor has {len(preprocessor.mean)} means for "
+                f"{config.num_channels} channels"
+            )
+        head, names = config.stored_head(files), list(files)
+        classes = next((files.shape(row.name)[:1] for row in head if row.name in names), (0,))
+        table = stored_rows(config, self.column, head, has_prefix(names, config.prefix))
+        shapes = param_shapes(config) | _head_shapes(config, head, (*classes, 0)[0])
         params = read_tree(files, table, shapes, path, self.tolerates)
         head_params = params.pop("head", None)
         return Checkpoint(config, params, preprocessor, head=head_params, format=self.name)
@@ -201,45 +214,38 @@ class CompleteFormat(CheckpointFormat):
           UserError: lists all tensors that do not match the config
         """
         config, tree = checkpoint.config, checkpoint.params
-        shapes: Shapes = param_shapes(config)
-        head = config.head_rows(checkpoint.head or {})
-        if head:
-            classes = np.shape((checkpoint.head or {})["bias"])
-            size = (config.feature_size,)
+        head, shapes = config.head_rows(checkpoint.head), param_shapes(config)
+        if checkpoint.head is not None and head:
+            shapes |= _head_shapes(config, head, np.shape(checkpoint.head["bias"])[0])
             tree = {**tree, "head": checkpoint.head}
-            ends = {"kernel": size + classes, "bias": classes}
-            shapes = {**shapes, **{path: ends[path[-1]] for row in head for path in row.path}}
             tree = {name: part for name, part in tree.items() if name not in config.base_only}
-        return write_tree(tree, stored_rows(config, self.column, head), shapes, where)
+        return write_tree(tree, stored_rows(config, self.column, head, bool(head)), shapes, where)
 
 
-def stored_rows(config: ModelConfig, column: str, head: Sequence[Row]) -> list[Row]:
-    """Return the table of tensor names of a model with or without its classifier.
+def stored_rows(config: ModelConfig, column: str, head: Sequence[Row], prefixed: bool) -> list[Row]:
+    """Return the table of tensor names of a model and its classifier.
 
     Args:
       config: sizes
       column: a checkpoint format
-      head: rows of the classifier; with a classifier, all other names get the model's prefix
+      head: rows of the classifier; none without one
+      prefixed: whether all other names start with the model's prefix
     """
+    prefix = config.prefix if prefixed else ""
     rows = config.rows(column)
-    if not head:
-        return rows
-    rows = [row for row in rows if row.path[0][0] not in config.base_only]
-    return [dataclasses.replace(row, name=f"{config.prefix}{row.name}") for row in rows] + [*head]
+    return [*(dataclasses.replace(row, name=f"{prefix}{row.name}") for row in rows), *head]
 
 
-def _head_shapes(config: ModelConfig, head: Sequence[Row], files: TensorFiles) -> Shapes:
-    """Return the shapes of the classifier in a file, by the number of its biases."""
-    names = {row.path[0]: row.name for row in head}
+def _head_shapes(
+    config: ModelConfig, head: Sequence[Row], classes: int
+) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return our shapes of the classifier; both classifiers of a DeiT have the same classes."""
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
-    for path, name in names.items():
-        if path[-1] == "bias":
-            classes = files.shape(name)[:1] if name in files else ()
-            shapes[path] = classes or (0,)
-            shapes[(*path[:-1], "kernel")] = (config.feature_size, *shapes[path])
+    for row in head:
+        shapes |= linear_shapes(config.feature_size, classes, row.path[0][:-1])
     return shapes
 
 
-def param_shapes(config: ModelConfig) -> Shapes:
+def param_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Return {path: shape} of every parameter."""
     return {path: leaf.shape for path, leaf in flatten(abstract_params(config))}

@@ -15,7 +15,7 @@ from modelstock_jax.fileio import new_directory
 from modelstock_jax.models import formats
 from modelstock_jax.models.checkpoint import HEAD_FILE, Checkpoint, CheckpointFormat
 from modelstock_jax.models.formats import CONFIG
-from modelstock_jax.models.param_mapping import HEAD, Params, Shapes, read_tree, write_tree
+from modelstock_jax.models.param_mapping import HEAD, Params, linear_shapes, read_tree, write_tree
 from modelstock_jax.models.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES
 from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import TensorFiles, read_json
@@ -125,7 +125,7 @@ def save(
     if checkpoint.head is not None:
         classes = np.shape(checkpoint.head["bias"])[0]
         if not config.head_rows(checkpoint.head):
-            shapes = _head_shapes(config.feature_size, classes)
+            shapes = linear_shapes(config.feature_size, classes, ())
             head = write_tree(checkpoint.head, HEAD, shapes, directory / HEAD_FILE)
         if checkpoint.labels is not None:
             labels = _check_labels(checkpoint.labels, classes, directory)
@@ -184,11 +184,7 @@ def _read_head(directory: Path, checkpoint: Checkpoint) -> Params:
         )
     files = TensorFiles(path)
     classes = files.shape("bias")[0] if "bias" in files and files.shape("bias") else 0
-    return read_tree(files, HEAD, _head_shapes(checkpoint.config.feature_size, classes), path)
-
-
-def _head_shapes(features: int, classes: int) -> Shapes:
-    return {("kernel",): (features, classes), ("bias",): (classes,)}
+    return read_tree(files, HEAD, linear_shapes(checkpoint.config.feature_size, classes, ()), path)
 
 
 def _read_labels(directory: Path, classes: int) -> tuple[str, ...] | None:

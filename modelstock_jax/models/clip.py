@@ -56,7 +56,7 @@ class CLIPConfig(DualEncoderConfig):
     base_class: ClassVar[str] = "CLIPModel"
 
     def __post_init__(self) -> None:
-        _check_patches(self.vision.image_size, self.vision.patch_size)
+        _check_multiple(self.vision.image_size, self.vision.patch_size)
         check_size("config", "projection_dim", self.projection_dim)
         if not math.isfinite(self.logit_scale_init_value):
             raise UserError(
@@ -169,7 +169,7 @@ def require_clip(config: ModelConfig, format: str) -> CLIPConfig:
     return config
 
 
-def _check_patches(image_size: int, patch_size: int) -> None:
+def _check_multiple(image_size: int, patch_size: int) -> None:
     if image_size % patch_size:
         raise UserError(
             f"vision_config: image_size {image_size} is not a multiple of patch_size {patch_size}"

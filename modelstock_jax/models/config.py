@@ -5,18 +5,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+import numpy as np
+from flax import nnx
 
 from modelstock_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    from modelstock_jax.models.compute import Compute
-    from modelstock_jax.models.param_mapping import Row
+from modelstock_jax.models.compute import Compute
+from modelstock_jax.models.param_mapping import Row, linear_head
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
 # Checkpoints converted before 2023 have eos_token_id 2 regardless of their tokenizer. It is not a
@@ -117,6 +115,8 @@ class ModelConfig(abc.ABC):
       model_type: as in config.json
       prefix: beginning of the tensor names in a file with a classifier, such as 'vit.'; '' if the
         model has no classifier in its file
+      classifier: beginning of the names of the classifier, such as 'classifier.'; '' if the model
+        has none in its file
       base_class: transformers' class of the model without a classifier
       classifier_class: transformers' class with a classifier; '' if there is none
       unit_features: whether the head is applied to features of norm 1
@@ -129,6 +129,7 @@ class ModelConfig(abc.ABC):
 
     model_type: ClassVar[str]
     prefix: ClassVar[str] = ""
+    classifier: ClassVar[str] = ""
     base_class: ClassVar[str]
     classifier_class: ClassVar[str] = ""
     unit_features: ClassVar[bool] = False
@@ -190,21 +191,21 @@ class ModelConfig(abc.ABC):
     def describe(self) -> str:
         """Return the sizes of the image tower in words, for a dry run."""
 
-    @abc.abstractmethod
     def with_image_size(self, size: int) -> Self:
         """Return the config for images of another size.
 
         Raises:
           UserError: the size does not fit the patches
         """
+        return dataclasses.replace(self, image_size=size)  # pyrefly: ignore [bad-specialization]
 
     @abc.abstractmethod
     def image_tower(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
         """Create the image tower: images [B, H, W, C] -> features [B, E]."""
 
-    @abc.abstractmethod
     def model(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
         """Create the complete model; its attribute `image_tower` is that of `image_tower`."""
+        return ImageModel(self, compute, rngs)
 
     @abc.abstractmethod
     def rows(self, column: str = "hugging_face") -> list[Row]:
@@ -217,16 +218,19 @@ class ModelConfig(abc.ABC):
           UserError: the model cannot be stored in this format
         """
 
-    def head_rows(self, names: Sequence[str] | Mapping[str, Any]) -> list[Row]:
-        """Return the rows of the classifier that is stored with the model.
+    def stored_head(self, names: Collection[str]) -> list[Row]:
+        """Return the rows of the classifier that a file contains, by its tensor names.
 
-        Args:
-          names: tensor names of a file, or a head: nested dictionaries
+        A file may lack tensors of these rows: one tensor of a classifier is enough.
 
         Returns:
           Rows with paths that start with 'head'; none if the file has no classifier
         """
-        return []
+        return linear_head(self.classifier) if has_prefix(names, self.classifier) else []
+
+    def head_rows(self, head: Mapping[str, Any] | None) -> list[Row]:
+        """Return the rows with which a head is stored in the model's file; else none."""
+        return linear_head(self.classifier) if head is not None and self.classifier else []
 
     def classifier_name(self, head: Mapping[str, Any]) -> str:
         """Return transformers' class of the model with this head."""
@@ -234,11 +238,21 @@ class ModelConfig(abc.ABC):
 
     def logits(self, features: jax.Array, head: Mapping[str, Any]) -> jax.Array:
         """Return logits [B, K] = features [B, E] W + b of a head {"kernel", "bias"}."""
-        import jax
-
         # The head is small: full float32 costs nothing, and TF32 would be visible in the logits.
         precision = jax.lax.Precision.HIGHEST
         return jax.numpy.matmul(features, head["kernel"], precision=precision) + head["bias"][None]
+
+
+class ImageModel(nnx.Module):
+    """The complete model of a config without other parts than an image tower."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+        self.image_tower = config.image_tower(compute, rngs)
+
+
+def has_prefix(names: Collection[str], prefix: str) -> bool:
+    """Return whether a tensor name starts with `prefix`; False for an empty prefix."""
+    return bool(prefix) and any(name.startswith(prefix) for name in names)
 
 
 class DualEncoderConfig(ModelConfig):
@@ -321,6 +335,14 @@ class DualEncoderConfig(ModelConfig):
         """
 
 
+def check_stages(hidden_sizes: Sequence[int], depths: Sequence[int]) -> None:
+    """Raise a UserError unless there is one width and one depth per stage."""
+    if len(hidden_sizes) != len(depths):
+        raise UserError(
+            f"config: hidden_sizes {hidden_sizes} and depths {depths} must have one value per stage"
+        )
+
+
 def describe_transformer(tower: Any, num_tokens: int) -> str:
     """Return layers, width, image size and tokens of a vision transformer in words."""
     side = tower.image_size
@@ -351,7 +373,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         check_sizes("vision_config", self)
-        check_patches("vision_config", self)
+        check_image_size("vision_config", self.image_size, self.patch_size)
 
     @property
     def grid(self) -> int:
@@ -359,12 +381,10 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
 
-def check_patches(where: str, tower: Any) -> None:
+def check_image_size(where: str, image_size: int, min_side: int) -> None:
     """Raise a UserError if an image of the configured size has no patch."""
-    if tower.image_size < tower.patch_size:
-        raise UserError(
-            f"{where}: image_size {tower.image_size} is smaller than patch_size {tower.patch_size}"
-        )
+    if image_size < min_side:
+        raise UserError(f"{where}: image_size {image_size} is smaller than a patch of {min_side}")
 
 
 @dataclasses.dataclass(frozen=True)

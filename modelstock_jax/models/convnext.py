@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modelstock_jax.errors import UserError
 from modelstock_jax.models.compute import Compute
-from modelstock_jax.models.config import ModelConfig, check_sizes, take
+from modelstock_jax.models.config import (
+    ModelConfig,
+    check_image_size,
+    check_sizes,
+    check_stages,
+    take,
+)
 from modelstock_jax.models.convolution import Depthwise, channel_norm
 from modelstock_jax.models.param_mapping import (
     LEAF,
@@ -22,7 +27,6 @@ from modelstock_jax.models.param_mapping import (
     Row,
     axes_added,
     convolution,
-    linear_head,
     table_rows,
 )
 from modelstock_jax.models.transformer import (
@@ -74,6 +78,7 @@ class ConvNeXtConfig(ModelConfig):
 
     model_type: ClassVar[str] = "convnext"
     prefix: ClassVar[str] = "convnext."
+    classifier: ClassVar[str] = "classifier."
     base_class: ClassVar[str] = "ConvNextModel"
     classifier_class: ClassVar[str] = "ConvNextForImageClassification"
     resizes_images: ClassVar[bool] = True
@@ -82,11 +87,8 @@ class ConvNeXtConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_sizes("config", self, skip=("layer_scale_init_value",))
-        if len(self.hidden_sizes) != len(self.depths):
-            raise UserError(
-                f"config: hidden_sizes {self.hidden_sizes} and depths {self.depths} must have one "
-                "value per stage"
-            )
+        check_stages(self.hidden_sizes, self.depths)
+        check_image_size("config", self.image_size, self.min_side)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -127,17 +129,9 @@ class ConvNeXtConfig(ModelConfig):
             f"patch size {self.patch_size}"
         )
 
-    def with_image_size(self, size: int) -> Self:
-        """See `ModelConfig`."""
-        return dataclasses.replace(self, image_size=size)
-
     def image_tower(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
         """See `ModelConfig`."""
         return ConvNeXt(self, compute, rngs)
-
-    def model(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
-        """See `ModelConfig`."""
-        return Model(self, compute, rngs)
 
     def rows(self, column: str = "hugging_face") -> list[Row]:
         """Return the table of tensor names.
@@ -147,11 +141,6 @@ class ConvNeXtConfig(ModelConfig):
           180
         """
         return _rows(self)
-
-    def head_rows(self, names: Sequence[str] | Mapping[str, Any]) -> list[Row]:
-        """See `ModelConfig`."""
-        present = "classifier.weight" in names or "kernel" in names
-        return linear_head("classifier.") if present else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,13 +261,6 @@ class ConvNeXt(nnx.Module):
                 x = run_block(self.blocks[block_name(index)], x, self.remat)
             first += depth
         return widen(self.post_layernorm(x.mean((1, 2))))
-
-
-class Model(nnx.Module):
-    """The complete model: its image tower."""
-
-    def __init__(self, config: ConvNeXtConfig, compute: Compute, rngs: nnx.Rngs):
-        self.image_tower = ConvNeXt(config, compute, rngs)
 
 
 # Columns: ours; transformers' ConvNextModel and ConvNextV2Model.

@@ -55,13 +55,13 @@ class HuggingFace(CompleteFormat):
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return both configs; the labels of the head are in config.json, as in transformers."""
-        config, head, labels = checkpoint.config, checkpoint.head or {}, checkpoint.labels
-        classifies = bool(config.head_rows(head))
-        name = config.classifier_name(head) if classifies else config.base_class
+        config, head, labels = checkpoint.config, checkpoint.head, checkpoint.labels
+        in_file = head if config.head_rows(head) else None
+        name = config.base_class if in_file is None else config.classifier_name(in_file)
         raw = {"architectures": [name], **config.to_dict()}
-        if labels is None and classifies:
+        if labels is None and in_file is not None:
             # transformers has no other record of the number of classes.
-            labels = unnamed_labels(len(head["bias"]))
+            labels = unnamed_labels(len(in_file["bias"]))
         if labels is not None:
             raw["id2label"] = {str(i): label for i, label in enumerate(labels)}
             raw["label2id"] = {label: i for i, label in enumerate(labels)}

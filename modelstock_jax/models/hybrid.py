@@ -84,17 +84,9 @@ class HybridConfig(ModelConfig):
         """See `ModelConfig`."""
         return f"{self.num_hidden_layers} layers of width {self.hidden_size} after a ResNet stem"
 
-    def with_image_size(self, size: int) -> HybridConfig:
-        """See `ModelConfig`."""
-        return dataclasses.replace(self, image_size=size)
-
     def image_tower(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
         """See `ModelConfig`."""
         return Hybrid(self, compute, rngs)
-
-    def model(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
-        """See `ModelConfig`."""
-        return Model(self, compute, rngs)
 
 
 def _not_stored() -> NoReturn:
@@ -123,10 +115,3 @@ class Hybrid(nnx.Module):
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = x + self.position_embedding[...].astype(x.dtype)[None]
         return widen(self.post_layernorm(run_blocks(self.blocks, x, self.remat)).mean(1))
-
-
-class Model(nnx.Module):
-    """The complete model: its image tower."""
-
-    def __init__(self, config: HybridConfig, compute: Compute, rngs: nnx.Rngs):
-        self.image_tower = Hybrid(config, compute, rngs)

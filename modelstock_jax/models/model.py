@@ -87,7 +87,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
     Returns:
       Nested dictionaries of float32 arrays: image_tower; for a model with texts also text_tower
-      and logit_scale
+      and its scalars; the other parts of a checkpoint (`ModelConfig.rows`)
 
     Example:
       >>> from modelstock_jax.models.config import TextConfig, VisionConfig
@@ -238,14 +238,18 @@ def batch_statistics(config: ModelConfig, tower_params: Params, images: jax.Arra
     tower = image_tower(config, tower_params, images, DEFAULT_COMPUTE)
     # With momentum 0 the new running average is that of the batch.
     tower.set_attributes(
-        nnx.BatchNorm, use_running_average=False, momentum=0.0, raise_if_not_found=False
+        nnx.BatchNorm,
+        use_running_average=False,
+        momentum=0.0,
+        use_fast_variance=False,
+        raise_if_not_found=False,
     )
     tower(images)
     return nnx.to_pure_dict(nnx.state(tower, nnx.BatchStat))
 
 
 def classifier(
-    config: ModelConfig, compute: Compute = DEFAULT_COMPUTE
+    config: ModelConfig, compute: Compute = DEFAULT_COMPUTE, *, unit_features: bool | None = None
 ) -> Callable[[Params, jax.Array], jax.Array]:
     """Return the image tower with a linear head: logits = f W + b.
 
@@ -255,6 +259,7 @@ def classifier(
     Args:
       config: sizes
       compute: dtype, attention implementation and remat
+      unit_features: whether to divide the features by their norm; None as above
 
     Returns:
       apply(params, images) -> logits [B, K] with params {"image_tower", "head": {"kernel" [E, K],
@@ -263,7 +268,7 @@ def classifier(
 
     def apply(params: Params, images: jax.Array) -> jax.Array:
         features = encode_image(config, params["image_tower"], images, compute)
-        if config.unit_features:
+        if config.unit_features if unit_features is None else unit_features:
             features = l2_normalize(features)
         return config.logits(features, params["head"])
 
@@ -345,7 +350,7 @@ def text_activations(
       compute: as in `encode_text`; remat is ignored
 
     Returns:
-      Name -> activation; `final_layernorm` [B, D] is that of the end-of-text token
+      Name -> activation; `final_layernorm` [B, D] is that of the pooled token
 
     Raises:
       UserError: as `encode_text`

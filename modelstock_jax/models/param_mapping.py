@@ -216,6 +216,17 @@ def linear_head(name: str, path: KeyPath = ("head",)) -> list[Row]:
     ]
 
 
+def linear_shapes(features: int, classes: int, path: KeyPath = ("head",)) -> dict[KeyPath, Shape]:
+    """Return our shapes of a linear classifier, by path.
+
+    Args:
+      features: E
+      classes: K
+      path: path of {"kernel" [E, K], "bias" [K]} in our tree
+    """
+    return {(*path, "kernel"): (features, classes), (*path, "bias"): (classes,)}
+
+
 def _transform(name: str) -> Transform:
     return TRANSPOSED if name.rpartition(".")[2] == "kernel" else SAME
 

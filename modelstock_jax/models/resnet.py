@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.compute import Compute
-from modelstock_jax.models.config import ModelConfig, check_sizes, take
+from modelstock_jax.models.config import ImageModel, ModelConfig, check_sizes, check_stages, take
 from modelstock_jax.models.convolution import Convolution, image_norm
 from modelstock_jax.models.param_mapping import (
     KERNEL,
@@ -20,7 +20,6 @@ from modelstock_jax.models.param_mapping import (
     Line,
     Row,
     convolution,
-    linear_head,
     table_rows,
 )
 from modelstock_jax.models.transformer import (
@@ -91,6 +90,7 @@ class ResNetConfig(ModelConfig):
 
     model_type: ClassVar[str] = "resnet"
     prefix: ClassVar[str] = "resnet."
+    classifier: ClassVar[str] = "classifier.1."
     base_class: ClassVar[str] = "ResNetModel"
     classifier_class: ClassVar[str] = "ResNetForImageClassification"
     resizes_images: ClassVar[bool] = True
@@ -98,15 +98,16 @@ class ResNetConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_sizes("config", self)
-        if len(self.hidden_sizes) != len(self.depths):
-            raise UserError(
-                f"config: hidden_sizes {self.hidden_sizes} and depths {self.depths} must have one "
-                "value per stage"
-            )
+        check_stages(self.hidden_sizes, self.depths)
         if self.layer_type not in LAYER_TYPES:
             raise UserError(
                 f"config: layer_type {self.layer_type!r} is not supported; choose one of "
                 f"{', '.join(LAYER_TYPES)}"
+            )
+        if self.layer_type == "bottleneck" and min(self.hidden_sizes) < _REDUCTION:
+            raise UserError(
+                f"config: hidden_sizes {self.hidden_sizes} of bottleneck blocks must be at least "
+                f"{_REDUCTION}"
             )
 
     @classmethod
@@ -137,10 +138,6 @@ class ResNetConfig(ModelConfig):
             f"{side} x {side}"
         )
 
-    def with_image_size(self, size: int) -> ResNetConfig:
-        """See `ModelConfig`."""
-        return dataclasses.replace(self, image_size=size)
-
     def block_sizes(self) -> Iterator[_BlockSize]:
         """Yield the sizes of all blocks in order."""
         inputs = self.embedding_size
@@ -166,11 +163,6 @@ class ResNetConfig(ModelConfig):
           318
         """
         return _rows(self)
-
-    def head_rows(self, names: Sequence[str] | Mapping[str, Any]) -> list[Row]:
-        """See `ModelConfig`."""
-        present = "classifier.1.weight" in names or "kernel" in names
-        return linear_head("classifier.1.") if present else []
 
 
 # Fields that transformers' config does not have.
@@ -246,11 +238,11 @@ class ResNet(nnx.Module):
         return widen(run_blocks(self.blocks, self.embed(images), self.remat)).mean((1, 2))
 
 
-class Model(nnx.Module):
+class Model(ImageModel):
     """Image tower, and the number of batches of each norm, which torch stores."""
 
     def __init__(self, config: ResNetConfig, compute: Compute, rngs: nnx.Rngs):
-        self.image_tower = ResNet(config, compute, rngs)
+        super().__init__(config, compute, rngs)
         if config.norm == "batch":
             names = [name for _, name in _norms(config)]
             self.num_batches_tracked = nnx.Dict(

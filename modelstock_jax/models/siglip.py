@@ -94,6 +94,8 @@ class SiglipConfig(DualEncoderConfig):
             raise UserError(f"{key}: vision_use_head must be true; attention pooling is required")
         vision = VisionConfig(**{**_VISION, **take(VisionConfig, values, key)})
         values, key = sections["text"]
+        # Texts are pooled at the last position: there is no rule that needs these ids.
+        values = {k: v for k, v in values.items() if k != "eos_token_id" or type(v) is int}
         text = TextConfig(**{**_TEXT, **take(TextConfig, values, key)})
         size = values.get("projection_size")
         return cls(vision, text, text.hidden_size if size is None else size)

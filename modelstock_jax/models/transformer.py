@@ -192,13 +192,19 @@ def run_block(block: nnx.Module, x: jax.Array, remat: bool) -> jax.Array:
     return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)
 
 
-class VisionTransformer(nnx.Module):
-    """Patches, tokens, position embeddings, blocks: a vision transformer without its pooling."""
+class _Transformer(nnx.Module):
+    """A base class with a method `embed`, which `image_activations` records."""
+
+    embed: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # `nnx.capture` records the methods of a module's own class only.
         cls.embed = cls.embed
+
+
+class VisionTransformer(_Transformer):
+    """Patches, tokens, position embeddings, blocks: a vision transformer without its pooling."""
 
     def __init__(
         self,
@@ -293,13 +299,8 @@ class PatchSizes(Protocol):
         """Color channels of an image."""
 
 
-class TextTransformer(nnx.Module):
+class TextTransformer(_Transformer):
     """Token and position embeddings and blocks: a text tower without its pooling."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # `nnx.capture` records the methods of a module's own class only.
-        cls.embed = cls.embed
 
     def __init__(self, tower: TextConfig, causal: bool, compute: Compute, rngs: nnx.Rngs):
         sizes, width = BlockSizes.of(tower, causal=causal), tower.hidden_size

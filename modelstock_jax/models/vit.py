@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -13,8 +13,9 @@ from flax import nnx
 
 from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import (
+    ImageModel,
     ModelConfig,
-    check_patches,
+    check_image_size,
     check_size,
     check_sizes,
     describe_transformer,
@@ -43,7 +44,18 @@ from modelstock_jax.models.transformer import (
 class _VisionTransformerConfig(ModelConfig):
     """What the configs of this module share; each is a dataclass with these fields."""
 
+    classifier: ClassVar[str] = "classifier."
     tokens: ClassVar[tuple[str, ...]] = ("class_embedding",)
+
+    @property
+    def num_registers(self) -> int:
+        """Number of register tokens."""
+        return 0
+
+    @property
+    def has_mask_token(self) -> bool:
+        """Whether a checkpoint may contain a token for masked patches, which is not used."""
+        return False
 
     @property
     @abc.abstractmethod
@@ -67,7 +79,7 @@ class _VisionTransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_sizes("config", self, skip=("layerscale_value",))
-        check_patches("config", self)
+        check_image_size("config", self.image_size, self.patch_size)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -102,28 +114,16 @@ class _VisionTransformerConfig(ModelConfig):
     @property
     def num_tokens(self) -> int:
         """Tokens of an image of the configured size."""
-        return (self.image_size // self.patch_size) ** 2 + len(self.tokens)
+        patches = (self.image_size // self.patch_size) ** 2
+        return patches + len(self.tokens) + self.num_registers
 
     def describe(self) -> str:
         """See `ModelConfig`."""
         return describe_transformer(self, self.num_tokens)
 
-    def with_image_size(self, size: int) -> Self:
-        """See `ModelConfig`."""
-        return dataclasses.replace(self, image_size=size)  # pyrefly: ignore
-
     def model(self, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
         """See `ModelConfig`."""
         return Model(self, compute, rngs)
-
-    def head_rows(self, names: Sequence[str] | Mapping[str, Any]) -> list[Row]:
-        """See `ModelConfig`."""
-        return linear_head("classifier.") if names_classifier(names, "classifier.") else []
-
-
-def names_classifier(names: Sequence[str] | Mapping[str, Any], prefix: str) -> bool:
-    """Return whether a file, by its tensor names, or a head has the classifier `prefix`."""
-    return f"{prefix}weight" in names or "kernel" in names
 
 
 def _side(size: Any) -> Any:
@@ -202,12 +202,14 @@ class DeiTConfig(ViTConfig):
         """Return the table of tensor names."""
         return _rows(self, (*_VIT, _DISTILLATION), _VIT_BLOCK)
 
-    def head_rows(self, names: Sequence[str] | Mapping[str, Any]) -> list[Row]:
+    def stored_head(self, names: Collection[str]) -> list[Row]:
         """See `ModelConfig`."""
-        if "cls_classifier.weight" not in names and "distillation" not in names:
-            return super().head_rows(names)
-        both = linear_head("cls_classifier."), linear_head("distillation_classifier.", _TEACHER)
-        return [*both[0], *both[1]]
+        both = _both_heads()
+        return both if any(row.name in names for row in both) else super().stored_head(names)
+
+    def head_rows(self, head: Mapping[str, Any] | None) -> list[Row]:
+        """See `ModelConfig`."""
+        return _both_heads() if head and "distillation" in head else super().head_rows(head)
 
     def classifier_name(self, head: Mapping[str, Any]) -> str:
         """See `ModelConfig`."""
@@ -222,6 +224,11 @@ class DeiTConfig(ViTConfig):
         return (logits + super().logits(features[:, width:], head["distillation"])) / 2
 
 
+def _both_heads() -> list[Row]:
+    distillation = linear_head("distillation_classifier.", ("head", "distillation"))
+    return [*linear_head("cls_classifier."), *distillation]
+
+
 @dataclasses.dataclass(frozen=True)
 class Dinov2Config(_VisionTransformerConfig):
     """Sizes of a DINOv2; names and defaults as in Hugging Face's `Dinov2Config`.
@@ -233,7 +240,7 @@ class Dinov2Config(_VisionTransformerConfig):
     """
 
     hidden_size: int = 768
-    mlp_ratio: float = 4.0
+    mlp_ratio: int = 4
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     hidden_act: str = "gelu"
@@ -252,10 +259,17 @@ class Dinov2Config(_VisionTransformerConfig):
     classifier_class: ClassVar[str] = "Dinov2ForImageClassification"
     resizes_images: ClassVar[bool] = True
 
-    def to_dict(self) -> dict[str, Any]:
-        """See `ModelConfig`."""
-        raw, ratio = super().to_dict(), self.mlp_ratio
-        return {**raw, "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio}
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """See `ModelConfig`; the ratio may be written as a float."""
+        ratio = raw.get("mlp_ratio")
+        integer = isinstance(ratio, float) and ratio.is_integer()
+        return super().from_dict({**raw, "mlp_ratio": int(ratio)} if integer else raw)
+
+    @property
+    def has_mask_token(self) -> bool:
+        """Whether a checkpoint may contain a token for masked patches, which is not used."""
+        return self.use_mask_token
 
     @property
     def feature_size(self) -> int:
@@ -263,7 +277,7 @@ class Dinov2Config(_VisionTransformerConfig):
         return 2 * self.hidden_size
 
     def _block_sizes(self) -> BlockSizes:
-        inner = int(self.hidden_size * self.mlp_ratio)
+        inner = self.hidden_size * self.mlp_ratio
         if self.use_swiglu_ffn:  # Two thirds, rounded up to a multiple of 8.
             inner = (int(inner * 2 / 3) + 7) // 8 * 8
         return BlockSizes.of(
@@ -281,7 +295,7 @@ class Dinov2Config(_VisionTransformerConfig):
             compute,
             rngs,
             tokens=self.tokens,
-            num_registers=getattr(self, "num_register_tokens", 0),
+            num_registers=self.num_registers,
             antialias=self.antialias,
         )
 
@@ -318,9 +332,9 @@ class Dinov2WithRegistersConfig(Dinov2Config):
         return raw
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of an image of the configured size."""
-        return super().num_tokens + self.num_register_tokens
+    def num_registers(self) -> int:
+        """Number of register tokens."""
+        return self.num_register_tokens
 
     def rows(self, column: str = "hugging_face") -> list[Row]:
         """Return the table of tensor names."""
@@ -355,16 +369,16 @@ class ClassTokenAndMean(VisionTransformer):
         return jnp.concatenate([x[:, 0], x[:, first:].mean(1)], axis=-1)
 
 
-class Model(nnx.Module):
+class Model(ImageModel):
     """Image tower, and parameters of the checkpoint that it does not compute with."""
 
-    def __init__(self, config: Any, compute: Compute, rngs: nnx.Rngs):
-        self.image_tower = config.image_tower(compute, rngs)
+    def __init__(self, config: _VisionTransformerConfig, compute: Compute, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs)
         width = config.hidden_size
-        if "pooler" in config.base_only:
+        if isinstance(config, ViTConfig):
             size = config.pooler_output_size or width
             self.pooler = linear(width, size, width**-0.5, compute, rngs)
-        if getattr(config, "use_mask_token", False):
+        if config.has_mask_token:
             self.mask_token = nnx.Param(normal(rngs, (width,), 0.02))
 
 
@@ -407,7 +421,6 @@ _MLPS: dict[bool, tuple[Line, ...]] = {
         (LINEAR, "mlp.weights_out.", "mlp.weights_out."),
     ),
 }
-_TEACHER = ("head", "distillation")
 # Axes of length 1 in the checkpoint.
 _AXES = {
     "class_embedding": axes_added(2),
@@ -418,7 +431,9 @@ _AXES = {
 }
 
 
-def _rows(config: Any, table: Sequence[Line], block: Sequence[Line]) -> list[Row]:
+def _rows(
+    config: Dinov2Config | ViTConfig, table: Sequence[Line], block: Sequence[Line]
+) -> list[Row]:
     qkv = () if config.qkv_bias else ("query.bias", "key.bias", "value.bias")
     tower = ("image_tower",)
     rows = table_rows(table, 0, tower, patches=config, transforms=_AXES)
@@ -426,10 +441,10 @@ def _rows(config: Any, table: Sequence[Line], block: Sequence[Line]) -> list[Row
         path = (*tower, "blocks", block_name(i))
         layer = table_rows(block, 0, path, f"encoder.layer.{i}.")
         rows += [row for row in layer if not row.name.endswith(qkv)]
-    if "pooler" in config.base_only:
+    if isinstance(config, ViTConfig):
         pooler = table_rows([(LINEAR, "pooler.", "pooler.dense.")], 0, ())
         rows += [dataclasses.replace(row, optional=True) for row in pooler]
-    if getattr(config, "use_mask_token", False):
+    if config.has_mask_token:
         line: Line = (LEAF, "mask_token", "embeddings.mask_token")
         (mask,) = table_rows([line], 0, (), transforms=_AXES)
         rows.append(dataclasses.replace(mask, optional=True))

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, train_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.trees import PyTree, named_leaves
-from modelstock_jax.models.config import ModelConfig
 from modelstock_jax.models.model import batch_statistics
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training import multihost
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import single_replica_config, train_transforms
+from modelstock_jax.training.sharding import device_put_global, local_indices, make_global_array
 from modelstock_jax.training.state import is_statistic
 
 STATISTICS = ("keep", "re_estimate")
@@ -36,69 +36,81 @@ def check_statistics(config: ConfigDict, params: PyTree) -> None:
         )
 
 
-def estimate_statistics(
-    config: ConfigDict, anchor: Classifier, data: Benchmark, params: PyTree
-) -> PyTree:
-    """Replace the statistics of all batch norms by those of the training images.
+class StatisticsEstimator:
+    """Replaces the statistics of all batch norms by those of the training images.
 
     Stochastic weight averaging (Izmailov et al. 2018) does this after averaging weights: the
     activations of averaged weights have other means and variances than those of any model that was
     averaged. In one pass over the training set, with its augmentation, every batch is normalized
     with its own statistics; mean and variance are averages over the batches, as in torch's
-    `update_bn`. (torch divides a variance by n - 1, this function by n = B H W.)
+    `update_bn`. (torch divides a variance by n - 1, this class by n = B H W.)
 
-    Args:
-      config: options of the run; batch size, augmentation and seed are used
-      anchor: the model's architecture and preprocessing
-      data: provides the training set
-      params: {"image_tower", ...}, NumPy arrays
-
-    Returns:
-      `params` with other statistics; `params` itself if `merge.batch_norm_statistics='keep'`
+    One compiled function serves all models of a run. A batch is split over all devices.
     """
-    model = anchor.model
-    if config.merge.batch_norm_statistics == "keep" or model is None:
-        return params
-    count, total = steps_per_epoch(len(data.train), config.batch_size), None
-    statistics_of = jax.jit(partial(_statistics, model, config.seed, anchor, data))
-    main = multihost.is_main()
-    with Progress("batch norms", count, unit="batches", enabled=main) as progress:
-        for step, batch in zip(range(count), _batches(config, anchor, data), strict=False):
-            found = statistics_of(step, params["image_tower"], batch["image"][0])
-            # Sums on the host in float64, in a fixed order.
-            found = jax.tree.map(np.float64, jax.device_get(found))
-            total = found if total is None else jax.tree.map(np.add, total, found)
-            progress.update(step + 1)
-    mean = jax.tree.map(lambda x: np.asarray(x / count, np.float32), total)
-    return params | {"image_tower": _updated(params["image_tower"], mean)}
 
+    def __init__(self, config: ConfigDict, anchor: Classifier, data: Benchmark, mesh: Mesh) -> None:
+        """Prepare the estimation; nothing is compiled yet.
 
-def _batches(config: ConfigDict, anchor: Classifier, data: Benchmark) -> Iterator[Batch]:
-    """Yield the batches of a single replica of the run's seed."""
-    normalize, single = anchor.normalize, single_replica_config(config)
-    return train_batches(
-        data.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_replicas=1,
-        start_step=0,
-        transform=train_transforms(single, normalize.image_size, normalize.resample),
-        loader=LoaderOptions(**config.data.loader),
-    )
+        Args:
+          config: options of the run; batch size, augmentation and seed are used
+          anchor: the model's architecture and preprocessing
+          data: provides the training set
+          mesh: all devices
+        """
+        self._config, self._anchor, self._data = config, anchor, data
+        devices = mesh.devices.size
+        self._batch_size = -(-config.batch_size // devices) * devices
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._statistics_of = jax.jit(self._statistics, out_shardings=self._replicated)
 
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return a model with other statistics.
 
-def _statistics(
-    model: ModelConfig,
-    seed: int,
-    anchor: Classifier,
-    data: Benchmark,
-    step: jax.Array,
-    tower: PyTree,
-    images: Any,
-) -> PyTree:
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    images = anchor.normalize(data.augment(key, images))
-    return batch_statistics(model, tower, images)
+        Args:
+          params: {"image_tower", ...}, NumPy arrays
+
+        Returns:
+          `params` with other statistics; `params` itself if `merge.batch_norm_statistics='keep'`
+        """
+        if self._config.merge.batch_norm_statistics == "keep" or self._anchor.model is None:
+            return params
+        count, total = steps_per_epoch(len(self._data.train), self._batch_size), None
+        tower = jax.tree.map(
+            partial(device_put_global, shardings=self._replicated), params["image_tower"]
+        )
+        main = multihost.is_main()
+        with Progress("batch norms", count, unit="batches", enabled=main) as progress:
+            for step, batch in zip(range(count), self._batches(), strict=False):
+                images = make_global_array(self._split, batch["image"][0], (self._batch_size,))
+                # Sums on the host in float64, in a fixed order.
+                found = jax.device_get(self._statistics_of(step, tower, images))
+                found = jax.tree.map(np.float64, found)
+                total = found if total is None else jax.tree.map(np.add, total, found)
+                progress.update(step + 1)
+        mean = jax.tree.map(lambda x: np.asarray(x / count, np.float32), total)
+        return params | {"image_tower": _updated(params["image_tower"], mean)}
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield this process's part of the batches of a single replica of the run's seed."""
+        config, normalize = single_replica_config(self._config), self._anchor.normalize
+        (examples,) = local_indices(self._split, (self._batch_size,))
+        return train_batches(
+            self._data.train,
+            batch_size=self._batch_size,
+            seed=config.seed,
+            num_replicas=1,
+            start_step=0,
+            examples=examples.tolist(),
+            transform=train_transforms(config, normalize.image_size, normalize.resample),
+            loader=LoaderOptions(**config.data.loader),
+        )
+
+    def _statistics(self, step: jax.Array, tower: PyTree, images: jax.Array) -> PyTree:
+        key = jax.random.fold_in(jax.random.key(self._config.seed), step)
+        images = self._anchor.normalize(self._data.augment(key, images))
+        assert self._anchor.model is not None
+        return batch_statistics(self._anchor.model, tower, images)
 
 
 def _updated(tree: PyTree, new: PyTree) -> PyTree:

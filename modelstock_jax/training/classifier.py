@@ -131,6 +131,11 @@ def _initial_head(
         head = _random_head(checkpoint.config.feature_size, len(names), config.seed)
         return "random_head", head
     where = checkpoint.directory or config.pretrained
+    if checkpoint.config.num_channels != 3:
+        raise UserError(
+            f"{where}: the model has images of {checkpoint.config.num_channels} channels, the data "
+            "has 3; choose another pretrained"
+        )
     way = "set objective.head='random'"
     ways = f"{way}, or objective.name='lp_ft' to train a head first"
     if difference is not None:
@@ -159,14 +164,18 @@ def _random_head(features: int, classes: int, seed: int) -> PyTree:
     return {"kernel": kernel.astype(np.float32), "bias": np.zeros(classes, np.float32)}
 
 
+# Lists of at least this many classes are published ones, whose wording differs.
+_LONG_LIST = 100
+
+
 def head_difference(checkpoint: Checkpoint, class_names: Sequence[str]) -> str | None:
     """Return how the classes of a checkpoint's head differ from those of the data, or None.
 
     Names are compared without case and punctuation, and a name may be a list of synonyms ('tench,
-    Tinca tinca'). At least half of the labels must name their class, because lists of one dataset
-    differ in wording: of ImageNet's 1,000 WordNet lemmas, 822 contain CLIP's name. No label may be
-    the name of another class, which another order of the classes would cause. A head without labels
-    is compared by its number of classes alone.
+    Tinca tinca'). Every label must name its class. In a list of 100 classes or more, half of the
+    labels may have another wording: of ImageNet's 1,000 WordNet lemmas, 822 contain CLIP's name.
+    But the first name of none may be a name of another class, as in another order of the classes.
+    A head without labels is compared by its number of classes alone.
 
     Args:
       checkpoint: has a head
@@ -178,18 +187,27 @@ def head_difference(checkpoint: Checkpoint, class_names: Sequence[str]) -> str |
         return f"the head has {count} classes, but the data has {len(class_names)}"
     if labels is None:
         return None
-    own, data = [_names(label) for label in labels], [_names(name) for name in class_names]
+    own, data = _synonyms(labels), _synonyms(class_names)
     differing = [k for k in range(count) if not set(own[k]) & set(data[k])]
-    moved = [k for k in differing if own[k][:1] in data]
-    if not moved and 2 * len(differing) <= count:
+    names = {name for row in data for name in row}
+    moved = [k for k in differing if own[k][0] in names]
+    allowed = count // 2 if count >= _LONG_LIST else 0
+    if not moved and len(differing) <= allowed:
         return None
     k = (moved or differing)[0]
     return f"class {k} of the head is {labels[k]!r}, but of the data {class_names[k]!r}"
 
 
-def _names(label: str) -> list[str]:
-    """Return the synonyms of a label, in lower case, without punctuation."""
-    return [re.sub(r"[\W_]+", " ", name).strip().lower() for name in label.split(",")]
+def _synonyms(labels: Sequence[str]) -> list[list[str]]:
+    """Return the names of each label, in lower case, without punctuation where that is unique."""
+    plain = [
+        [re.sub(r"[\W_]+", " ", name).strip().lower() for name in label.split(",")]
+        for label in labels
+    ]
+    written = len({label.strip() for label in labels})
+    if len(set(map(tuple, plain))) < written or not all(map(all, plain)):
+        return [[label.strip()] for label in labels]  # 'C' and 'C++', or '+' and '-'.
+    return plain
 
 
 def _allow_repeats(config: ConfigDict) -> bool:

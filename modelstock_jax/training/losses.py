@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from modelstock_jax.merging.trees import PyTree
+from modelstock_jax.models.model import l2_normalize
+from modelstock_jax.models.transformer import widen
 from modelstock_jax.training.state import StepConstants
 
 Apply = Callable[[Any, jax.Array], jax.Array]
@@ -42,7 +44,7 @@ def cross_entropy(apply: Apply, normalize: Normalize, *, label_smoothing: float 
     """
 
     def loss_fn(params, batch, constants=NO_CONSTANTS):
-        logits = _promote_to_float32(apply(params, normalize(batch["image"])))
+        logits = widen(apply(params, normalize(batch["image"])))
         return _cross_entropy(
             logits, batch, constants.hyper.get("label_smoothing", label_smoothing)
         )
@@ -84,7 +86,7 @@ def car_ft(
       apply: (params, images float [B, H, W, 3]) -> logits [B, K], from unit-norm features and
         params["head"]; one call serves the head and the contexts
       normalize: images [B, H, W, 3] with values 0 to 255 -> images float
-      contexts: {"kernel": s W [E, C], "bias": zeros [C]}, see `zero_shot.context_head`
+      contexts: {"kernel": s W [E, C], "bias" [C]}, see `zero_shot.context_head`
       alpha: weight of the divergence, >= 0
       label_smoothing: of the cross-entropy, unless the replica has its own
     """
@@ -94,11 +96,11 @@ def car_ft(
         joint_head = jax.tree.map(
             lambda h, c: jnp.concatenate([h, c.astype(h.dtype)], axis=-1), params["head"], contexts
         )
-        logits = _promote_to_float32(apply(params | {"head": joint_head}, images))
+        logits = widen(apply(params | {"head": joint_head}, images))
         smoothing = constants.hyper.get("label_smoothing", label_smoothing)
         loss, metrics = _cross_entropy(logits[:, :num_classes], batch, smoothing)
         pretrained_logits = apply(constants.pretrained | {"head": contexts}, images)
-        log_p0 = jax.lax.stop_gradient(jax.nn.log_softmax(_promote_to_float32(pretrained_logits)))
+        log_p0 = jax.lax.stop_gradient(jax.nn.log_softmax(widen(pretrained_logits)))
         log_p = jax.nn.log_softmax(logits[:, num_classes:])
         divergence = (jnp.exp(log_p0) * (log_p0 - log_p)).sum(-1).mean()
         loss = loss + alpha * divergence
@@ -212,10 +214,7 @@ def _unit_features(
     """Return the features of the images and texts of a batch, [B, E], float32 with unit rows."""
     images = encode_image(params["image_tower"], normalize(batch["image"]))
     texts = encode_text(params["text_tower"], batch["text"])
-    images, texts = _promote_to_float32(images), _promote_to_float32(texts)
-    images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
-    texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
-    return images, texts
+    return l2_normalize(widen(images)), l2_normalize(widen(texts))
 
 
 def _clip_max_straight_through(x: jax.Array, max_x: Any) -> jax.Array:
@@ -223,11 +222,6 @@ def _clip_max_straight_through(x: jax.Array, max_x: Any) -> jax.Array:
     return x + jax.lax.stop_gradient(jnp.minimum(x, max_x) - x)
 
 
-def _promote_to_float32(x: jax.Array) -> jax.Array:
-    """Cast dtypes narrower than float32 to float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _squared_norm(tree: PyTree) -> jax.Array:
-    squares = (jnp.square(_promote_to_float32(x)).sum() for x in jax.tree.leaves(tree))
+    squares = (jnp.square(widen(x)).sum() for x in jax.tree.leaves(tree))
     return sum(squares, start=jnp.float32(0))

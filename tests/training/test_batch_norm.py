@@ -21,11 +21,11 @@ from modelstock_jax.models.model import (
 from modelstock_jax.models.param_mapping import flatten
 from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.models.resnet import ResNetConfig
-from modelstock_jax.training.batch_norm import check_statistics, estimate_statistics
+from modelstock_jax.training.batch_norm import StatisticsEstimator, check_statistics
 from modelstock_jax.training.classifier import make_classifier
 from modelstock_jax.training.finetune import make_task
 from modelstock_jax.training.state import is_statistic, without_statistics
-from modelstock_jax.training.step_fns import StepFunctions
+from modelstock_jax.training.step_fns import StepFunctions, mesh_from_config
 from tests.training import tiny
 
 MODEL = ResNetConfig(embedding_size=4, hidden_sizes=(8, 12), depths=(1, 1), layer_type="basic")
@@ -54,6 +54,10 @@ def anchor(config):
 def data(images) -> Benchmark:
     names = tuple(map(str, range(tiny.CLASSES)))
     return Benchmark(images, images, images, {}, names, ("{}",), lambda key, images: images)
+
+
+def estimated(config, start, images):
+    return StatisticsEstimator(config, start, data(images), mesh_from_config(config))(start.params)
 
 
 def test_statistics_are_never_trained_and_merges_keep_them():
@@ -100,8 +104,8 @@ def test_estimated_statistics_normalize_the_training_images():
     config = tiny.config(epochs=1)
     config.merge.batch_norm_statistics = "re_estimate"
     start, images = anchor(config), tiny.images()
-    updated = estimate_statistics(config, start, data(images), start.params)
-    again = estimate_statistics(config, start, data(images), start.params)
+    updated = estimated(config, start, images)
+    again = estimated(config, start, images)
     jax.tree.map(np.testing.assert_array_equal, updated, again)
     pixels = start.normalize(
         images.pixels[: config.batch_size * (len(images) // config.batch_size)]
@@ -120,7 +124,7 @@ def test_estimated_statistics_normalize_the_training_images():
 def test_keeping_changes_nothing_and_a_model_without_batch_norms_is_an_error():
     config = tiny.config()
     start, images = anchor(config), tiny.images()
-    assert estimate_statistics(config, start, data(images), start.params) is start.params
+    assert estimated(config, start, images) is start.params
     config.merge.batch_norm_statistics = "re_estimate"
     check_statistics(config, start.params)
     group = dataclasses.replace(MODEL, norm="group", embedding_size=8, hidden_sizes=(8, 16))
