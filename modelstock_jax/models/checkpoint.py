@@ -209,7 +209,6 @@ class CompleteFormat(CheckpointFormat):
             tree = {**tree, "head": checkpoint.head}
             ends = {"kernel": size + classes, "bias": classes}
             shapes = {**shapes, **{path: ends[path[-1]] for row in head for path in row.path}}
-            tree = {name: part for name, part in tree.items() if name not in config.base_only}
         return write_tree(tree, stored_rows(config, self.column, head), shapes, where)
 
 
