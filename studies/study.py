@@ -151,6 +151,8 @@ class Claim:
 
         >>> Claim("the mean is better", "Table 1", [1.0, 1.2, 0.9]).result()
         '+1.03 ± 0.09 points (n = 3)'
+        >>> Claim("the mean is better", "Table 1", [0.1, -0.3, 0.2]).result()
+        '+0.00 ± 0.15 points (n = 3)'
         >>> Claim("hardly worse", "Table 1", [-0.1, -0.3], margin=0.5).result()
         '-0.20 ± 0.10 points, limit -0.5 (n = 2)'
         >>> Claim("they agree", "Table 1", [0.01, 0.02, 0.06], "", within=0.05).result()
@@ -160,7 +162,10 @@ class Claim:
         """
         sizes = self.differences if self.within is None else [abs(d) for d in self.differences]
         mean, error = mean_and_error(sizes)
-        digits = 2 if abs(mean) >= 0.1 or mean == 0 else 1 - math.floor(math.log10(abs(mean)))
+        size = abs(mean)
+        if error is not None and size < error / 100:  # A zero that is rounded.
+            size = error
+        digits = 2 if size >= 0.1 or size == 0 else 1 - math.floor(math.log10(size))
         scale, symbol = 1, ""
         if self.unit == "fraction":
             scale, symbol, digits = 100, " %", max(digits - 2, 0)
