@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import numpy as np
@@ -76,9 +75,8 @@ class StatisticsEstimator:
         if self._config.merge.batch_norm_statistics == "keep" or self._anchor.model is None:
             return params
         count, total = steps_per_epoch(len(self._data.train), self._batch_size), None
-        tower = jax.tree.map(
-            partial(device_put_global, shardings=self._replicated), params["image_tower"]
-        )
+        shardings = jax.tree.map(lambda _: self._replicated, params["image_tower"])
+        tower = device_put_global(params["image_tower"], shardings)
         main = multihost.is_main()
         with Progress("batch norms", count, unit="batches", enabled=main) as progress:
             for step, batch in zip(range(count), self._batches(), strict=False):
