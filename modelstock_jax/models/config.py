@@ -385,7 +385,8 @@ def check_image_size(where: str, image_size: int, min_side: int) -> None:
     """Raise a UserError if an image of the configured size has no patch."""
     if image_size < min_side:
         raise UserError(
-            f"{where}: image_size {image_size} is smaller than {min_side}, the patches' smallest side"
+            f"{where}: image_size {image_size} is smaller than {min_side}, the side of a patch of "
+            "the last stage"
         )
 
 
