@@ -32,6 +32,7 @@ from modelstock_jax.checkpoint_merge.report import (
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import to_json_types, write_json, write_text
+from modelstock_jax.merging.attention_names import projections
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.reporting.progress import ByteProgress
 
@@ -250,7 +251,9 @@ def _typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _complete_options(options: dict[str, Any], base: Source) -> Options:
     if options.get("unit") == "head" and "num_heads" not in options:
-        options["num_heads"] = hf_config.num_heads(base.directory, base.tensors)
+        # Without an attention, the number of heads is not what is missing: the plan says so.
+        if projections({name: info.shape for name, info in base.tensors.items()}):
+            options["num_heads"] = hf_config.num_heads(base.directory, base.tensors)
     return Options(**options)
 
 

@@ -28,7 +28,7 @@ from modelstock_jax.checkpoint_merge.report import (
 )
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.fileio import to_json_types
-from modelstock_jax.merging.units import block_position
+from modelstock_jax.merging.tensor_roles import block_position
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.reporting.progress import duration
 

@@ -155,8 +155,9 @@ _DEFAULTS = {
 _NO_SCALING = ("default", "mrope", "axial", None)
 _CLOSE = 1e-6  # Relative tolerance: 1e-6 and its float32 spelling are the same value.
 _ABSENT = object()
-# Defaults of transformers' CLIPVisionConfig and CLIPTextConfig, which a saved config leaves out.
-_CLIP_HEADS = {"vision_config": 12, "text_config": 8}
+# Defaults of transformers' configs of the two towers, which a saved config leaves out, by the
+# start of `model_type`: vision, text.
+_DEFAULT_HEADS = {"clip": (12, 8), "siglip": (12, 12)}
 OPEN_CLIP_HEAD_WIDTH = 64
 
 
@@ -505,10 +506,12 @@ def _heads_of_towers(directory: Path) -> tuple[int | None, int | None]:
     config = read_config(directory) or {}
     if (number := _count(config.get("num_attention_heads"))) is not None:
         return None, number
-    clip = str(config.get("model_type", "")).startswith("clip")
+    kind = str(config.get("model_type", ""))
+    known = next((start for start in _DEFAULT_HEADS if kind.startswith(start)), "")
+    defaults = _DEFAULT_HEADS.get(known, (None, None))
     vision, text = (
-        _count(_object(config.get(key)).get("num_attention_heads", default if clip else None))
-        for key, default in _CLIP_HEADS.items()
+        _count(_object(config.get(key)).get("num_attention_heads", default))
+        for key, default in zip(("vision_config", "text_config"), defaults, strict=True)
     )
     if text is not None:
         return vision, text

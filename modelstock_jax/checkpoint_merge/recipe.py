@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from modelstock_jax.errors import UserError, suggest
-from modelstock_jax.merging.units import block_position
+from modelstock_jax.merging.tensor_roles import block_position
 from modelstock_jax.registry import RECIPES
 
 MAX_BYTES, MAX_VALUES = 2**20, 10**6

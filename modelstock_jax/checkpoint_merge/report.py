@@ -21,7 +21,7 @@ from modelstock_jax.checkpoint_merge.hf_config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.sources import MODULES, PIPELINE
-from modelstock_jax.merging.units import ROLES, role
+from modelstock_jax.merging.tensor_roles import ROLES, role
 from modelstock_jax.registry import COMMANDS
 from modelstock_jax.reporting.model_card import (
     heading,
@@ -47,7 +47,7 @@ _UNIT_LABELS = {
     "layer": "each layer (q, k and v joined)",
     "filter": "each output channel",
     "head": "each attention head",
-    "block": "each transformer block",
+    "block": "each transformer block or residual block",
     "global": "the entire model",
 }
 

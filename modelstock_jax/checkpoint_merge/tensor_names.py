@@ -427,9 +427,11 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDING.fullmatch(name) is not None and not _NO_EMBEDDING.search(name)
 
 
-# A classifier is at the end of a network: a name with a block number is another layer.
+# A classifier is at the end of a network: a name with a block number is another layer. SigLIP's
+# `head` is a pooling attention in its image tower, and a projection in its text tower.
 _CLASSIFIER = re.compile(
-    r"(?!.*\.\d+\..*)(?:.*[./])?(?:\w*classifi\w*|score|heads?|fc|qa_outputs|last_linear|"
+    r"(?!.*\.\d+\..*)(?!(?:.*\.)?(?:head\.(?:attention|layernorm|mlp)|text_model\.head)\.)"
+    r"(?:.*[./])?(?:\w*classifi\w*|score|heads?|fc|qa_outputs|last_linear|"
     r"pre_logits|logits)\.(?:.*\.)?(?:weight|bias)|(?:.*\.)?classifier\.\d+\.(?:weight|bias)|"
     r"head\.safetensors:.*"
 )
@@ -441,5 +443,7 @@ def is_classifier(name: str) -> bool:
     Example:
       >>> is_classifier("head.safetensors:weight"), is_classifier("vit.encoder.layer.0.fc.weight")
       (True, False)
+      >>> is_classifier("vision_model.head.mlp.fc1.weight")
+      False
     """
     return _CLASSIFIER.fullmatch(name) is not None

@@ -36,6 +36,7 @@ _HEAD = re.compile(r"(?:.*[./])?lm_head(?:\.weight)?")
 _BLOCK = re.compile(r"\.\d+\.")
 _STATISTIC = re.compile(r"(?:.*[._])?running_(?:var|mean)")
 _AVERAGED = "a statistic of activations: the fine-tunes' mean"
+_ESTIMATE = "estimate these statistics again on training images before you use the merged model"
 _CHECK_BASE = "check that these models are fine-tunes of this base"
 # A mask has few different values: 0 and 1, or 0 and -inf.
 _MAX_MASK_VALUES, _MAX_MASK_SIZE = 3, 2**24
@@ -166,11 +167,7 @@ def plan_tensors(
         tensor = _MatchedTensor(name, names, sources, infos, options, issues, vocabularies)
         if (plan := _plan(tensor)) is not None:
             tensors[name] = plan
-    if statistics := [n for n, t in tensors.items() if t.reason == _AVERAGED]:
-        issues.notes.append(
-            f"{listed(statistics, 3)}: the fine-tunes' mean, because extrapolation is not defined "
-            "for a variance"
-        )
+    issues.notes += _notes_on_statistics(tensors)
     merged = [t for t in tensors.values() if t.action == "merge"]
     shapes = [(t.name, t.merged_shape) for t in merged]
     if not merged:
@@ -191,6 +188,18 @@ def plan_tensors(
     for tensor, view in zip(merged, views, strict=True):
         tensors[tensor.name] = dataclasses.replace(tensor, unit_view=view)
     return tensors
+
+
+def _notes_on_statistics(tensors: Mapping[str, TensorPlan]) -> list[str]:
+    """Return notes that statistics of activations are not those of the merged weights."""
+    averaged = [n for n, t in tensors.items() if t.reason == _AVERAGED]
+    merged = [n for n, t in tensors.items() if t.action == "merge" and _STATISTIC.fullmatch(n)]
+    texts = {
+        "differ between the models; the fine-tunes' mean is written, because an angle between "
+        "statistics has no meaning and extrapolation can make a variance negative": averaged,
+        "differ between the models, and are interpolated like the weights": merged,
+    }
+    return [f"{listed(names, 3)} {text}: {_ESTIMATE}" for text, names in texts.items() if names]
 
 
 def _plan(tensor: _MatchedTensor) -> TensorPlan | None:
@@ -222,8 +231,8 @@ def _plan(tensor: _MatchedTensor) -> TensorPlan | None:
         return tensor.plan("base", "floating point in some models only", code=base.code)
     if not math.prod(base.shape) or not tensor.is_float:
         return _plan_equal(tensor)
-    if _STATISTIC.fullmatch(name) and not COMMANDS[tensor.options.method].convex:
-        return tensor.plan("mean", _AVERAGED)
+    if _STATISTIC.fullmatch(name) and (statistic := _plan_statistic(tensor)) is not None:
+        return statistic
     if all(
         info.shape == base.shape or math.prod(info.shape) == math.prod(base.shape) == 1
         for info in tensor.infos
@@ -231,6 +240,26 @@ def _plan(tensor: _MatchedTensor) -> TensorPlan | None:
         return tensor.plan("merge")
     axis = _vocabulary_axis([info.shape for info in tensor.infos], tensor.vocabularies)
     return _plan_other_shape(tensor) if axis is None else _plan_vocabulary(tensor, axis)
+
+
+def _plan_statistic(tensor: _MatchedTensor) -> TensorPlan | None:
+    """Plan a statistic of activations: a copy if all models have the same one, else the mean.
+
+    None if the method interpolates with a coefficient that it does not compute from the tensor, or
+    if the shapes differ.
+    """
+    models = [
+        (source, model_name)
+        for source, model_name in zip(tensor.sources, tensor.names, strict=True)
+        if model_name
+    ]
+    if len(set(tensor.infos)) == 1 and bitwise_equal(*models):
+        return tensor.plan("base", "a statistic of activations, equal in all models")
+    method = COMMANDS[tensor.options.method]
+    interpolated = method.convex and not method.rule
+    if interpolated or len({info.shape for info in tensor.infos}) > 1:
+        return None
+    return tensor.plan("mean", _AVERAGED)
 
 
 def _has_mask_values(source: Source, name: str, info: TensorInfo) -> bool:

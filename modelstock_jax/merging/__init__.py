@@ -5,7 +5,8 @@
 | `geometry` | cosine, ratio (equations 2 and 3), predicted distances, shells, from a Gram matrix |
 | `rules` | merge rules: from a Gram matrix to coefficients |
 | `units` | merge units: which elements share an angle |
-| `attention_names` | names of attentions and transformer blocks |
+| `attention_names` | names of attentions and blocks |
+| `tensor_roles` | role and depth of a tensor, for reports and figures |
 | `gram` | the two passes over a tensor |
 | `trees` | stacking of replicas; names of the leaves; checks of the trees |
 | `engine` | the engine of every merge |

@@ -1,15 +1,15 @@
-"""Names of attentions and transformer blocks in the libraries whose models are merged.
+"""Names of attentions and blocks in the libraries whose models are merged.
 
 Merge units need to know which tensors are the query, key and value of one attention, and which
-belong to one transformer block. Both are read from names; shapes only confirm them. This module
-needs neither arrays nor JAX.
+belong to one transformer block or one residual block of convolutions. Both are read from names;
+shapes only confirm them. This module needs neither arrays nor JAX.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Names of the query, key and value projections of one attention, with the libraries that use them.
@@ -32,7 +32,7 @@ _BIASES = ("bias", "b")
 
 # These names join q, k and v even if one of them is missing. Measurements depend on it.
 _ALONE = re.compile(
-    r"(?P<module>(?:.*\.)?\w*att(?:n|ention))\."
+    r"(?P<module>(?:.*\.)?(?:\w*att(?:n|ention)|pool))\."
     r"(?P<role>q_proj|k_proj|v_proj|in_proj|out_proj|o_proj)[._](?P<kind>kernel|weight|bias)"
 )
 _MEMBER = re.compile(
@@ -42,6 +42,11 @@ _MEMBER = re.compile(
 _FUSED = re.compile(
     r"(?:.*[./])?(?:(?:qkv|qkv_proj|c_attn|query_key_value|Wqkv)[._/](?:kernel|weight|bias|w|b)"
     r"|in_proj_(?:weight|bias))"
+)
+# The first kernel of a residual block: ConvNeXt and ResNet of Hugging Face, and of this project.
+_RESIDUAL = re.compile(
+    r"(?P<block>(?:.*[./])?(?:stages[./]\d+[./]layers|blocks)[./](?:block_)?\d+)[./]"
+    r"(?:dwconv|depthwise|conv1|layer[./]0[./]convolution)[./](?:kernel|weight)"
 )
 _BLOCK_ALONE = re.compile(
     r"(?P<block>(?:.*?\.)?(?:layers|layer|blocks|resblocks|h)\.(?:block_)?\d+)\."
@@ -164,12 +169,22 @@ def is_fused(name: str) -> bool:
     return bool(match and match["role"] == "in_proj") or bool(_FUSED.fullmatch(name))
 
 
-def transformer_blocks(
+def residual_blocks(names: Iterable[str]) -> set[str]:
+    """Return the names of the residual blocks of a ConvNeXt or a ResNet.
+
+    Example:
+      >>> residual_blocks(["encoder.stages.1.layers.0.dwconv.weight", "conv1.weight"])
+      {'encoder.stages.1.layers.0'}
+    """
+    return {match["block"] for name in names if (match := _RESIDUAL.fullmatch(name))}
+
+
+def network_blocks(
     names: Sequence[str], found: Mapping[str, Projection], scanned: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the transformer block of each tensor that is in one, by tensor name.
+    """Return the block of each tensor that is in one, by tensor name.
 
-    A block contains an attention; a convolutional `stages.0.blocks.1` does not.
+    A transformer block contains an attention, a residual block a convolution of a known name.
 
     Args:
       names: names of all tensors
@@ -182,6 +197,7 @@ def transformer_blocks(
         for name in names
         if name in found or is_fused(name)
     }
+    blocks |= residual_blocks(names)
     return {
         name: block
         for name in names

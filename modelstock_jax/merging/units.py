@@ -1,4 +1,4 @@
-"""Role, block position and merge unit of a tensor, from its name and shape.
+"""Merge unit of a tensor, from its name and shape.
 
 A merge unit is the set of elements that share one angle. It depends only on names and shapes, so
 training and the command line split a model identically. This module needs neither arrays nor JAX.
@@ -12,18 +12,18 @@ import math
 import operator
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging.attention_names import (
     QKV_NAMES,
     Projection,
     is_fused,
+    network_blocks,
     projections,
-    transformer_blocks,
+    residual_blocks,
 )
 
 # A unit of the user's own: tensors with equal keys are one unit; None is the tensor by itself.
@@ -31,81 +31,12 @@ UnitFunction = Callable[[str, tuple[int, ...]], Hashable]
 Shaped = list[tuple[str, tuple[int, ...]]]
 
 UNITS = ("tensor", "layer", "filter", "head", "block", "global")
-# Roles of tensors, in the order of tables and legends.
-ROLES = ("attention", "MLP", "norms", "biases", "embeddings and head", "other")
-
-# The first pattern that matches a name determines its role.
-_ROLES = (
-    ("norms", re.compile(r"norm|(?:^|[._])ln(?:[._]|$)|ln_\w+|\bbn\d*\b|layer_scale")),
-    ("biases", re.compile(r"bias$|_b$")),
-    ("attention", re.compile(r"att(?:n|ention)|[._][qkv]_?proj|\bto_[qkv]\b")),
-    ("MLP", re.compile(r"mlp|feed_?forward|\bff\b|\bffn\b|fc\d|experts|dense|c_proj|c_fc")),
-    (
-        "embeddings and head",
-        re.compile(r"embed|wte|wpe|lm_head|classifier|projection|head|\bproj$"),
-    ),
-)
-# Takes any number as the block index. This is enough for figures, but too loose for merge units.
-_BLOCK_INDEX = re.compile(r"(?P<tower>.*?)\.(?:block_)?(?P<block>\d+)(?:\.|$)")
-_BEFORE_BLOCKS = re.compile(r"embed|wte|wpe|patch|conv1|conv_in|pre_l|ln_pre|class_token|time_")
 # Embedding tables and bare matrices: the output axis is last in PyTorch too.
-_OUTPUT_LAST = re.compile(r"(?:.*\.)?(?:(?:\w*embed\w*|wte|wpe)(?:\.weight)?|text_projection|proj)")
-
-
-def role(name: str) -> str:
-    """Return the role of a tensor (one of `ROLES`) from its name.
-
-    Example:
-      >>> role("model.layers.3.self_attn.q_proj.weight"), role("h.0.ln_1.weight")
-      ('attention', 'norms')
-    """
-    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
-
-
-class BlockPosition(NamedTuple):
-    """Position of a tensor in a model.
-
-    Attributes:
-      tower: name prefix of the tower
-      depth: index of the block in the tower; -1 before the blocks, inf after them
-    """
-
-    tower: str
-    depth: float
-
-
-def block_position(names: Sequence[str]) -> list[BlockPosition]:
-    """Return the tower (the name before the first number) and the block index of each tensor.
-
-    A tensor without a number is placed before or after the blocks of the tower with the longest
-    common name prefix.
-
-    Args:
-      names: names of all tensors of a model
-
-    Returns:
-      one `BlockPosition` per tensor, in order
-
-    Example:
-      >>> names = ["model.embed.weight", "model.layers.0.w", "model.layers.1.w", "model.norm.w"]
-      >>> [p.depth for p in block_position(names)]
-      [-1.0, 0.0, 1.0, inf]
-    """
-    matches = [_BLOCK_INDEX.match(name) for name in names]
-    blocks = defaultdict(set)
-    for match in matches:
-        if match:
-            blocks[match["tower"]].add(match["block"])
-    towers = [tower for tower, indices in blocks.items() if len(indices) > 1] or list(blocks)
-    positions = []
-    for name, match in zip(names, matches, strict=True):
-        if match and match["tower"] in towers:
-            positions.append(BlockPosition(match["tower"], float(match["block"])))
-        else:
-            nearest = max(towers, key=lambda tower: len(commonprefix((tower, name))), default="")
-            depth = -1.0 if _BEFORE_BLOCKS.search(name) else math.inf
-            positions.append(BlockPosition(nearest, depth))
-    return positions
+_OUTPUT_LAST = re.compile(
+    r"(?:.*\.)?(?:(?:\w*embed\w*|wte|wpe)(?:\.weight)?|text_projection|proj|register_tokens)"
+)
+# One vector, which some libraries store with axes of length 1.
+_VECTOR = re.compile(r"(?:.*[./])?(?:(?:cls|mask|distillation)_token|probe|grn[./]\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +92,7 @@ def assign(
     | `layer` | each tensor, with q, k and v of one attention joined: the paper's own unit |
     | `filter` | each output channel, or head of an attention; a tensor of one axis is one unit |
     | `head` | the q, k, v and output kernels of one attention head; its q, k, v biases |
-    | `block` | a transformer block; other tensors as in `tensor` |
+    | `block` | a transformer block, a residual block of a ConvNeXt or ResNet; others: `tensor` |
     | `global` | all elements |
     | a function | the tensors for which `function(name, shape)` returns the same key |
 
@@ -315,7 +246,7 @@ def _layer_keys(found: Mapping[str, Projection]) -> dict[str, str]:
 def _filter_view(
     name: str, shape: tuple[int, ...], filter_axis: int, projection: Projection | None
 ) -> UnitView:
-    if len(shape) < 2:
+    if len(shape) < 2 or _VECTOR.fullmatch(name):
         return _one_unit(name, shape)
     if projection is not None and projection.per_head and projection.role != "out":
         return _all_but(name, shape, len(shape) - 2)
@@ -327,7 +258,7 @@ def _block_views(
 ) -> list[UnitView]:
     names = [name for name, _ in tensors]
     stacked = {n: stack for n, stack in zip(names, stacks, strict=True) if stack is not None}
-    blocks = transformer_blocks(names, found, stacked)
+    blocks = network_blocks(names, found, stacked)
     if not blocks:
         raise UserError(
             "unit 'block': no tensor has the name of a supported transformer block; use unit "
@@ -386,6 +317,11 @@ def _head_views(
         and (found[name].known_alone or found[name].per_head or len(shape) < 3)
     }
     if not split:
+        if residual_blocks(name for name, _ in tensors):
+            raise UserError(
+                "unit 'head': this network of convolutions has no attention; use unit 'block', "
+                "'filter' or 'tensor'"
+            )
         raise UserError(
             "unit 'head': no tensor has the name of a supported attention; use unit 'tensor'"
         )

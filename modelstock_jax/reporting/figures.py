@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from modelstock_jax.merging.units import ROLES, block_position, role
+from modelstock_jax.merging.tensor_roles import ROLES, block_position, role
 from modelstock_jax.registry import ROWS, Style
 from modelstock_jax.reporting import style
 from modelstock_jax.reporting.style import (
@@ -117,11 +117,12 @@ def _numbers(value: Any) -> list[float]:
 
 # A run has few tensors with many measurements each: `angle_by_layer` draws one bar per tensor.
 # A merge of files has thousands of tensors with one measurement each: `angle_by_block` draws dots.
-ROLE_COLORS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GRAY), strict=True))
+ROLE_COLORS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, SKY, GRAY), strict=True))
 # Two columns: weights and biases, as in the paper.
 LEFT = {
     "attention": ROLE_COLORS["attention"],
     "MLP": ROLE_COLORS["MLP"],
+    "convolutions": ROLE_COLORS["convolutions"],
     "head": ROLE_COLORS["embeddings and head"],
     "other kernels": ROLE_COLORS["other"],
 }
@@ -272,7 +273,7 @@ def _color_name(name: str) -> str:
     """Return the key of `LEFT` or `RIGHT` for a tensor."""
     tensor_kind = kind(name)
     if tensor_kind == "norms":
-        return "norm biases" if name.endswith(".bias") else "norm scales"
+        return "norm biases" if name.endswith((".bias", ".beta")) else "norm scales"
     if tensor_kind == "kernels":
         return role(name) if role(name) in LEFT else "other kernels"
     return tensor_kind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -75,24 +77,82 @@ def test_a_mask_that_was_trained_is_a_weight(tmp_path):
     np.testing.assert_allclose(out["ssm.log_step"], mean, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["model_stock", "task_arithmetic", "ties"])
-def test_variances_stay_positive(tmp_path, capsys, method):
+def normalized(root, variances, dtype=np.float32):
+    """Write models with a weight and the stored statistics of a batch norm."""
     rng = np.random.default_rng(0)
-    base = {"w": rng.standard_normal((8, 8)), "bn.running_var": np.full(8, 0.5)}
-    paths = []
-    for k in range(3):
-        model = {
-            "w": base["w"] + 0.1 * rng.standard_normal((8, 8)) * (k > 0),
-            "bn.running_var": np.full(8, 0.5 if k == 0 else 0.2 + 0.01 * k),
-        }
-        paths.append(tmp_path / str(k))
+    weight, paths = rng.standard_normal((8, 8)), []
+    for k, variance in enumerate(variances):
+        moved = weight + 0.1 * rng.standard_normal((8, 8)) * (k > 0)
+        spread = np.random.default_rng(round(100 * variance)).uniform(0.5, 1.5, 8)
+        statistics = {"bn.running_var": variance * spread, "bn.running_mean": np.full(8, -0.25)}
+        tensors = {n: w.astype(dtype) for n, w in ({"w": moved} | statistics).items()}
+        paths.append(root / str(k))
         paths[-1].mkdir()
-        write_directory_tensors(paths[-1], {n: w.astype(np.float32) for n, w in model.items()})
-    options = ["--method", method, *(["--scale", "3"] if method != "model_stock" else [])]
-    assert main(["merge", *map(str, paths), "--out", str(tmp_path / "out"), *options]) == 0
-    found = TensorFiles(tmp_path / "out")["bn.running_var"]
-    assert found.min() > 0.19
-    assert ("extrapolation" in capsys.readouterr().err) is (method != "model_stock")
+        write_directory_tensors(paths[-1], tensors | {"bn.num_batches_tracked": np.int64(7)})
+    return [str(path) for path in paths]
+
+
+METHODS = {
+    "model-stock": (),
+    "weighted-model-stock": (),
+    "uniform-mean": (),
+    "linear": ("--weights=3,-1",),
+    "wise-ft": ("--alpha", "0.5"),
+    "task-arithmetic": ("--scale", "3"),
+    "ties": ("--scale", "3"),
+    "slerp": ("--t", "0.5"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_statistics_that_differ_stay_positive_and_are_noted(tmp_path, capsys, method):
+    paths = normalized(tmp_path, (0.5, 0.21, 0.22))
+    out = tmp_path / "out"
+    options = ("--method", method, *METHODS[method])
+    assert main(["merge", *paths, "--out", str(out), *options]) == 0
+    found = TensorFiles(out)["bn.running_var"]
+    # WiSE-FT interpolates all tensors by the coefficient that the user gives.
+    base, first, second = (TensorFiles(path)["bn.running_var"] for path in paths)
+    mean = (first + second) / 2
+    expected = (base + mean) / 2 if method == "wise-ft" else mean
+    assert found.min() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-6)  # One rounding to float32.
+    (note,) = [n for n in capsys.readouterr().err.splitlines() if "running" in n]
+    assert "bn.running_var" in note and "bn.running_mean" not in note
+    assert "statistics" in note and "training images" in note
+    report = json.loads((out / "merge_report.json").read_text())
+    assert any("bn.running_var" in text for text in report["notes"])
+    assert "training images" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_statistics_equal_in_all_models_are_bitwise_those_of_the_base(
+    tmp_path, capsys, method, dtype
+):
+    paths = normalized(tmp_path, (0.3,) * 3, dtype)
+    out = tmp_path / "out"
+    options = ("--method", method, *METHODS[method])
+    assert main(["merge", *paths, "--out", str(out), *options]) == 0
+    assert "running" not in capsys.readouterr().err
+    merged, base = TensorFiles(out), TensorFiles(paths[0])
+    for name in ("bn.running_var", "bn.running_mean", "bn.num_batches_tracked"):
+        assert merged[name].tobytes() == base[name].tobytes()
+    rows = {
+        row["name"]: row
+        for row in json.loads((out / "merge_report.json").read_text())["not_merged"]
+    }
+    assert rows["bn.running_var"]["source"] == "base"
+
+
+def test_statistics_of_another_shape_are_an_error(tmp_path, capsys):
+    paths = normalized(tmp_path, (0.3,) * 3)
+    longer = dict(TensorFiles(paths[2])) | {"bn.running_var": np.ones(9, np.float32)}
+    write_directory_tensors(tmp_path / "2", longer)
+    for method in ("model-stock", "task-arithmetic"):
+        arguments = ["merge", *paths, "--out", str(tmp_path / "out"), "--method", method]
+        assert main(arguments) == 1
+        assert "bn.running_var differs in shape" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

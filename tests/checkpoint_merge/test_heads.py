@@ -21,6 +21,9 @@ OPEN_CLIP = ["visual.transformer.resblocks.0.attn.in_proj_weight", "transformer.
     # transformers leaves out values that equal its defaults.
     ("config.json", {"model_type": "clip", "vision_config": {}, "text_config": {}}, CLIP,
      {"": 8, "vision_model": 12}),
+    ("config.json", {"model_type": "siglip", "vision_config": {"num_attention_heads": 16},
+                     "text_config": {"model_type": "siglip_text_model"}}, CLIP,
+     {"": 12, "vision_model": 16}),
     ("config.json", {"vision_config": {"num_attention_heads": 16},
                      "text_config": {"num_attention_heads": 32}},
      ["model.vision_tower.blocks.0.x", "model.language_model.layers.0.x"],

@@ -20,7 +20,7 @@ from modelstock_jax.checkpoint_merge.report import (
     result_options,
 )
 from modelstock_jax.merging.rules import UnitOutcome
-from modelstock_jax.merging.units import block_position, role
+from modelstock_jax.merging.tensor_roles import block_position, role
 from modelstock_jax.reporting.figures import ROLE_COLORS, angle_by_block
 
 CHECKSUM = "0" * 64

@@ -15,7 +15,7 @@ from flax import nnx
 
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import assign, model_stock, output_axis
-from modelstock_jax.merging.units import ROLES, block_position, role
+from modelstock_jax.merging.tensor_roles import ROLES, block_position, role
 from tests.merging.trees import TRANSFORMER, flat, nested, replicas
 
 

@@ -125,6 +125,10 @@ def test_angle_by_layer(tmp_path, num_blocks):
     ("image_tower.blocks.block_00.layer_norm1.bias", "norms", figures.RIGHT["norm biases"]),
     ("image_tower.post_layernorm.scale", "norms", figures.RIGHT["norm scales"]),
     ("image_tower.blocks.block_00.shortcut_norm.scale", "norms", figures.RIGHT["norm scales"]),
+    ("image_tower.blocks.block_00.grn.gamma", "norms", figures.RIGHT["norm scales"]),
+    ("image_tower.blocks.block_00.grn.beta", "norms", figures.RIGHT["norm biases"]),
+    ("image_tower.blocks.block_00.conv1.kernel", "kernels", figures.LEFT["convolutions"]),
+    ("image_tower.stem.kernel", "kernels", figures.LEFT["other kernels"]),
     ("head.kernel", "head", figures.LEFT["head"]),
     ("head.bias", "head", figures.RIGHT["head"]),
 ])  # fmt: skip
