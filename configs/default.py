@@ -14,8 +14,9 @@ def get_config() -> ConfigDict:
     # What to run: 'finetune' (train replicas, merge, evaluate), 'learning_rate' (select the
     # learning rate on validation data) or 'pretrain' (train a CLIP from scratch).
     config.task = "finetune"
-    # Pretrained CLIP: a directory or a Hugging Face hub id with safetensors, in Hugging Face,
-    # OpenCLIP or OpenAI format. 'glyph-clip' and 'glyph-clip-1' ship with the package.
+    # Pretrained model: a directory or a Hugging Face hub id with safetensors: CLIP, SigLIP, ViT,
+    # DeiT, DINOv2, ConvNeXt or ResNet in Hugging Face format, or CLIP in OpenCLIP or OpenAI format
+    # (docs/models.md). 'glyph-clip' and 'glyph-clip-1' ship with the package.
     config.pretrained = "glyph-clip"
     # Side of the input images in pixels; 0 uses the checkpoint's size. For any other size, the
     # position embeddings are resized once, before training.
@@ -103,7 +104,9 @@ def get_config() -> ConfigDict:
     # (trains biases and the head) or 'lp_ft' (trains the head only, then all parameters from there;
     # the anchor of the merges is then the probed model).
     config.objective.name = "cross_entropy"
-    # Initial head: 'zero_shot' (the checkpoint's own head if it has one) or 'random'.
+    # Initial head: 'zero_shot' (the checkpoint's own head if its class names agree with the data;
+    # else from the prompts of a CLIP or SigLIP) or 'random'. lp_ft starts from a random head if the
+    # model has neither.
     config.objective.head = "zero_shot"
     # car_ft: weight of the divergence between context distributions.
     config.objective.car_ft_alpha = 1.0
@@ -184,6 +187,10 @@ def get_config() -> ConfigDict:
     # Noise carried over merges (an extension): 'off', 'every' (shrink it at every merge) or 'last'
     # (shrink it at the last merge only).
     config.merge.carry_noise = "off"
+    # Statistics of batch norms (ResNet) in merged models: 'keep' (those of the pretrained model,
+    # which replicas are trained with) or 're_estimate' (one pass over the training images before a
+    # merged model is evaluated or exported, as in SWA).
+    config.merge.batch_norm_statistics = "keep"
 
     config.compute = ConfigDict()
     # Arithmetic in the towers: 'float32', 'bfloat16', 'float16', or 'float64' (with
@@ -193,7 +200,8 @@ def get_config() -> ConfigDict:
     config.compute.attention_impl = "xla"
     # Recompute activations in the backward pass (saves memory).
     config.compute.remat = False
-    # How replicas run: 'vmap' (in parallel), 'map' (sequentially, on one device) or 'auto'.
+    # How replicas run: 'vmap' (in parallel), 'map' (sequentially, on one device) or 'auto': 'map'
+    # on a CPU and for convolutional nets, if all replicas are on one device; else 'vmap'.
     config.compute.replica_mode = "auto"
     # Directory in which compiled programs are cached between runs. Nobody else may have write
     # access to it. 'auto' uses JAX_COMPILATION_CACHE_DIR; if it is not set, and the run has one

@@ -21,6 +21,7 @@ from modelstock_jax.reporting.tables import make_row
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.multihost import block_on_multihost_cpu
 from modelstock_jax.training.sharding import device_put_global, local_indices, make_global_array
+from modelstock_jax.training.state import drop_statistics
 
 Evaluate = Callable[..., dict[str, float]]
 
@@ -67,7 +68,9 @@ class ModelEvaluator:
         if data.real_labels is not None:
             details["real"] = accuracy[data.real_labels.name]
         if "distance_to_anchor" not in details:
-            details["distance_to_anchor"] = float(distance(self._anchor.params, params))
+            details["distance_to_anchor"] = float(
+                distance(drop_statistics(self._anchor.params), drop_statistics(params))
+            )
         return make_row(
             method,
             id=accuracy[data.test.name],

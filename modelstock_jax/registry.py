@@ -170,9 +170,12 @@ RENAMED_COMMANDS = {
     "weighted": "linear",
     "uniform": "uniform_mean",
 }
+# Rows of the model as it was opened: the anchor, unless a linear probe follows.
+OPENED_ROWS = ("zero_shot", "pretrained", "random_head")
 # All rows of a results table, with their styles. Rows that are not merges after training are first.
 ROWS = {
     "zero_shot": Style("Zero-shot (the anchor)", "zero-shot", "black", "s"),
+    "pretrained": Style("Pretrained classifier (the anchor)", "pretrained", "black", "s"),
     "random_head": Style("Random head (the anchor)", "random head", "black", "x"),
     "probed": Style("Linear probe (the anchor)", "probed", "black", "d"),
     "single_model": Style("Single fine-tuned model", "single\nfine-tuned", "gray", "o"),

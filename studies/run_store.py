@@ -127,6 +127,7 @@ def _tower(config: ConfigDict, data: Benchmark, workdir: Path) -> Anchor:
         normalize=Preprocessor((0.5,) * 3, (0.25,) * 3, towers.IMAGE_SIZE),
         num_heads=towers.TOWERS[name].num_heads,
         checksum=training_checksum(recipe, checksum([name, NUM_IMAGES, sizes])),
+        model=towers.TOWERS[name],
     )
 
     @functools.cache

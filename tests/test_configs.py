@@ -13,7 +13,12 @@ from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.dry_run import abstract_step_functions, num_merges
 
-MODELS = ("vitb32", "vitb16", "vitl14")
+MODELS = ("vitb32", "vitb16", "vitl14")  # of the paper
+OTHERS = {
+    "siglip": "google/siglip2-base-patch16-224",
+    "vit": "google/vit-base-patch16-224-in21k",
+    "resnet50": "microsoft/resnet-50",
+}
 FILES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
 
 
@@ -43,6 +48,24 @@ def test_setups_match_the_paper(name):
         load(name, "strongest")
 
 
+@pytest.mark.parametrize("setup", imagenet.SETUPS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_have_the_setups_of_the_paper(name, setup):
+    """Only what the docstring of the config names differs from `imagenet`."""
+    config, base = load(name, setup), imagenet.get_config(setup)
+    assert config.pretrained == OTHERS[name]
+    if name == "vit":
+        base.objective.name = "lp_ft"
+    if name == "resnet50":
+        optimizer = config.optimizer
+        assert (optimizer.name, optimizer.momentum, optimizer.learning_rate) == ("sgd", 0.9, 0.003)
+        assert optimizer.weight_decay == optimizer.clip_norm == 0
+        base.data.augment.flip, base.merge.unit = True, "tensor"
+        base.optimizer = optimizer
+    base.pretrained = config.pretrained
+    assert config.to_dict() == base.to_dict()
+
+
 @pytest.mark.parametrize(
     ("name", "tower", "text", "steps"),
     [
@@ -50,6 +73,13 @@ def test_setups_match_the_paper(name):
         ("vitb32", 87_849_216, 63_428_096, 2502),
         ("vitb16", 86_192_640, 63_428_096, 2502),
         ("vitl14", 303_966_208, 123_650_304, 20018),
+        # Together with logit_scale and logit_bias: 375,187,970.
+        ("siglip", 92_884_224, 282_303_744, 2502),
+        # Together with the pooler: 86,389,248.
+        ("vit", 85_798_656, 0, 2502),
+        # torchvision's 25,557,032 parameters without the 2,049,000 of the classifier, and a mean
+        # and a variance for each of 26,560 channels.
+        ("resnet50", 23_561_152, 0, 2502),
     ],
 )
 def test_sizes_and_steps_are_known_without_data_or_weights(name, tower, text, steps):
@@ -60,7 +90,7 @@ def test_sizes_and_steps_are_known_without_data_or_weights(name, tower, text, st
     assert sizes == {"image_tower": tower, "head": (outline.model.feature_size + 1) * 1000}
     from modelstock_jax.models.model import abstract_params
 
-    leaves = jax.tree.leaves(abstract_params(outline.model)["text_tower"])
+    leaves = jax.tree.leaves(abstract_params(outline.model).get("text_tower", {}))
     assert sum(x.size for x in leaves) == text
     # Table 6: "1 epoch is ~ 2500 iterations" at batch 512.
     assert programs.task.steps_per_epoch == steps and programs.task.num_steps == 10 * steps

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.reporting.tables import current_rows
 from modelstock_jax.reporting.timeline import Timeline
 from modelstock_jax.training import multihost
+from modelstock_jax.training.batch_norm import check_statistics, estimate_statistics
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer, method_name
 from modelstock_jax.training.stages import apply_tpgm
+from modelstock_jax.training.state import drop_statistics
 from modelstock_jax.training.step_fns import StepFunctions
 from modelstock_jax.training.trainer import Trainer
 
@@ -142,19 +144,20 @@ class Comparison:
         merged = self.trainer(config.seed, "merged")
         self._programs, self.merges = merged.step_functions, merged.merge_steps > 0
         self._start = merged.task.params
+        check_statistics(config, self._start)
+        self._merged: PyTree = None
         self._evaluator = ModelEvaluator(config, anchor, data, merged.step_functions.mesh)
 
-    def evaluate_anchor(self, zero_shot: Classifier) -> Document:
+    def evaluate_anchor(self, opened: Classifier) -> Document:
         """Return the row of the anchor as opened and, after a linear probe, of the probed anchor.
 
         Args:
-          zero_shot: the anchor before the linear probe
+          opened: the anchor before the linear probe
         """
         path = self._path("zero_shot")
         if not _finished(path):
-            method = "random_head" if self.config.objective.head == "random" else "zero_shot"
-            models = [MergedModel(method, zero_shot.params, 0)]
-            if self.anchor is not zero_shot:
+            models = [MergedModel(opened.row, opened.params, 0)]
+            if self.anchor is not opened:
                 cost = self.config.objective.probe_epochs / self.config.epochs
                 models.append(MergedModel("probed", self.anchor.params, cost))
             _write(path, {"rows": self._rows(models, len(models), None)})
@@ -173,12 +176,31 @@ class Comparison:
                 replicas = multihost.to_host(self.trainer(seed, "unmerged").run().state.params)
                 document = self._after_training(seed, replicas)
             if self.merges:
-                merged = multihost.to_host(self.trainer(seed, "merged").run().merged)
+                merged = self.merged_model(seed)
                 details = {"num_replicas": config.num_replicas}
                 model = MergedModel(_row_name(config), merged, config.num_replicas, None, details)
                 document["rows"] += self._rows([model], 1, seed)
             _write(path, document)
         return _read(path)
+
+    def merged_model(self, seed: int) -> PyTree:
+        """Return the last merged model of a seed, NumPy arrays; train it if needed.
+
+        Its batch norms have the statistics that `merge.batch_norm_statistics` selects.
+        """
+        if seed == self.config.seed and self._merged is not None:
+            return self._merged
+        merged = multihost.to_host(self.trainer(seed, "merged").run().merged)
+        merged = self._with_statistics(merged)
+        if seed == self.config.seed:  # It is exported after all seeds are evaluated.
+            self._merged = merged
+        return merged
+
+    def _with_statistics(self, params: PyTree) -> PyTree:
+        if self.config.merge.batch_norm_statistics == "keep":
+            return params
+        with self._timeline.phase("batch norms"):
+            return estimate_statistics(self.config, self.anchor, self.data, params)
 
     def trainer(self, seed: int, run: str) -> Trainer:
         """Return the trainer of one run.
@@ -207,8 +229,15 @@ class Comparison:
         num_heads = self.anchor.num_heads
         stats, models, count = merged_models(self.config, self._start, replicas, num_heads)
         sizes = [leaf.size for leaf in jax.tree.leaves(self._start)]
+        models = (self._estimated(model) for model in models)
         geometry = [row | {"size": size} for row, size in zip(report(stats), sizes, strict=True)]
         return {"geometry": geometry, "rows": self._rows(models, count, seed)}
+
+    def _estimated(self, model: MergedModel) -> MergedModel:
+        """Return a model that was merged after training, with the statistics of batch norms."""
+        if "replica" in model.details:  # A fine-tuned model has those that it was trained with.
+            return model
+        return replace(model, params=self._with_statistics(model.params))
 
     def _path(self, name: str) -> Path:
         return self.workdir / "runs" / name / "results.json"
@@ -225,7 +254,8 @@ class Comparison:
             for index, model in enumerate(models):
                 details = dict(model.details)
                 if "head" not in model.params:  # The head is added only for the evaluation.
-                    details["distance_to_anchor"] = float(distance(self._start, model.params))
+                    start, weights = map(drop_statistics, (self._start, model.params))
+                    details["distance_to_anchor"] = float(distance(start, weights))
                 rows.append(
                     self._evaluator.row(
                         model.method,

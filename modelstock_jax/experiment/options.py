@@ -16,7 +16,7 @@ from modelstock_jax.flags import current_names
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.models import formats
 from modelstock_jax.models.compute import ATTENTIONS, Compute
-from modelstock_jax.training import finetune, merge_step, optimizer, projections
+from modelstock_jax.training import batch_norm, finetune, merge_step, optimizer, projections
 from modelstock_jax.training.step_fns import REPLICA_MODES
 from modelstock_jax.training.train_step import ON_NON_FINITE
 
@@ -91,6 +91,9 @@ OPTIONS = {
     "merge.unit": Option(choices=UNITS),
     "merge.opt_state": Option(choices=merge_step.OPT_STATE_POLICIES),
     "merge.carry_noise": Option(choices=merge_step.CARRY_NOISE),
+    "merge.batch_norm_statistics": Option(
+        choices=batch_norm.STATISTICS, in_checksum=False, absent="keep"
+    ),
     "compute.attention_impl": Option(choices=ATTENTIONS, resume="numerical", in_checksum=False),
     "compute.remat": Option(resume="numerical", in_checksum=False),
     "compute.replica_mode": Option(choices=REPLICA_MODES, resume="numerical", in_checksum=False),

@@ -149,6 +149,7 @@ def export(
         anchor_checksum=pretrained.checksum,
         num_replicas=config.num_replicas,
         unit=config.merge.unit,
+        model_type=pretrained.config.model_type,
         rows=rows,
         synthetic=config.data.name == "glyphs",
         ratios=ratios,

@@ -95,7 +95,7 @@ def finetune(config: ConfigDict, workdir: Path, command: str, timeline: Timeline
         documents.append(comparison.run_seed(seed))
     merged = None
     if comparison.merges:
-        merged = multihost.to_host(comparison.trainer(config.seed, "merged").run().merged)
+        merged = comparison.merged_model(config.seed)
     if not multihost.is_main():
         return
     with timeline.phase("export"):

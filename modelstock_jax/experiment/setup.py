@@ -25,7 +25,7 @@ from modelstock_jax.models.checkpoint import Checkpoint
 from modelstock_jax.models.clip import CLIPConfig
 from modelstock_jax.models.formats import CONFIG
 from modelstock_jax.models.model import config_from_dict, resize_positions
-from modelstock_jax.models.preprocessor import Preprocessor
+from modelstock_jax.models.preprocessor import PREPROCESSOR_FILES, Preprocessor
 from modelstock_jax.models.published import PUBLISHED, Sizes
 from modelstock_jax.models.tokenizer import tokenize
 from modelstock_jax.reporting.timeline import Timeline
@@ -173,7 +173,9 @@ def _sizes(name: str) -> Sizes:
         config = config_from_dict(read_json(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    size = Preprocessor.read(directory).image_size
+    # Without the weights, the other files may be missing too.
+    has_preprocessor = any((directory / name).is_file() for name in PREPROCESSOR_FILES)
+    size = Preprocessor.read(directory).image_size if has_preprocessor else config.image_size
     return Sizes(config.with_image_size(size) if config.is_convolutional else config, size)
 
 

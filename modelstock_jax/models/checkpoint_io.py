@@ -16,7 +16,7 @@ from modelstock_jax.models import formats
 from modelstock_jax.models.checkpoint import HEAD_FILE, Checkpoint, CheckpointFormat
 from modelstock_jax.models.formats import CONFIG
 from modelstock_jax.models.param_mapping import HEAD, Params, Shapes, read_tree, write_tree
-from modelstock_jax.models.tokenizer import TOKENIZER_FILES
+from modelstock_jax.models.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES
 from modelstock_jax.tensor_files.hub import resolve
 from modelstock_jax.tensor_files.reader import TensorFiles, read_json
 from modelstock_jax.tensor_files.writer import write_indented_json, write_tensors, write_text
@@ -24,7 +24,7 @@ from modelstock_jax.tensor_files.writer import write_indented_json, write_tensor
 # Labels of the head, for formats whose config cannot store them.
 LABELS_FILE = "labels.json"
 # Configs, shard indexes and tokenizer files: small, and enough to detect the format.
-_DOCUMENTS = ("*.json", "merges.txt")
+_DOCUMENTS = ("*.json", "merges.txt", "*.model")
 
 
 def load(
@@ -84,7 +84,7 @@ def load(
         directory = resolve(tokenizer, TOKENIZER_FILES)
         checkpoint = dataclasses.replace(checkpoint, directory=directory)
         if not has_tokenizer(checkpoint):
-            raise UserError(f"{tokenizer}: no tokenizer found (tokenizer.json or vocab.json)")
+            raise UserError(f"{tokenizer}: no tokenizer found ({' or '.join(VOCABULARY_FILES)})")
     return checkpoint
 
 
@@ -150,9 +150,8 @@ def save(
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint directory contains a tokenizer."""
-    names = ("tokenizer.json", "vocab.json")
     directory = checkpoint.directory
-    return directory is not None and any((directory / name).is_file() for name in names)
+    return directory is not None and any((directory / name).is_file() for name in VOCABULARY_FILES)
 
 
 def _choose(name: str | os.PathLike[str], format: str | None) -> tuple[Path, CheckpointFormat]:

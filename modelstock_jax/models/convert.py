@@ -1,4 +1,4 @@
-"""Convert a CLIP checkpoint to another format: `python -m modelstock_jax.models.convert`.
+"""Convert a checkpoint to another format: `python -m modelstock_jax.models.convert`.
 
 Model Soups' fine-tuned models have no text tower; it is copied from the pretrained model (--base).
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from modelstock_jax.errors import UserError
 from modelstock_jax.models import checkpoint_io, formats
 from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.config import DualEncoderConfig
 from modelstock_jax.models.param_mapping import flatten
 
 
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         checkpoint = _load(args)
-        if args.to != "openai" and not checkpoint_io.has_tokenizer(checkpoint):
+        reads_texts = isinstance(checkpoint.config, DualEncoderConfig) and args.to != "openai"
+        if reads_texts and not checkpoint_io.has_tokenizer(checkpoint):
             raise UserError(
                 f"{args.source}: no tokenizer found, but format {args.to} needs one: pass a "
                 "directory or repository with it, e.g. --tokenizer=openai/clip-vit-base-patch32"
@@ -43,7 +45,8 @@ def _load(args: argparse.Namespace) -> Checkpoint:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m modelstock_jax.models.convert",
-        description="Convert a CLIP checkpoint from one format to another.",
+        description="Convert a checkpoint from one format to another. Models other than CLIP have "
+        "only the format hugging_face.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="directory, .safetensors file or hub id")

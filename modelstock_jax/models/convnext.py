@@ -226,6 +226,11 @@ class Downsample(nnx.Module):
         return _grid(self.conv, self.norm(x), _STAGE_PATCH)
 
 
+def _downsample_name(depths: Sequence[int], stage: int) -> str:
+    """Return the name of the downsampling before a stage: it has the number of the next block."""
+    return f"downsample_{sum(depths[:stage]):02d}"
+
+
 def _grid(layer: nnx.Linear, x: jax.Array, size: int) -> jax.Array:
     """Map patches of x [B, H, W, I] to [B, H // size, W // size, O]."""
     batch, height, width, _ = x.shape
@@ -243,7 +248,7 @@ class ConvNeXt(nnx.Module):
         self.patch_norm = channel_norm(sizes[0], _EPS, compute, rngs)
         for stage in range(1, len(sizes)):
             downsample = Downsample(sizes[stage - 1], sizes[stage], compute, rngs)
-            setattr(self, f"downsample_{stage:02d}", downsample)
+            setattr(self, _downsample_name(config.depths, stage), downsample)
         self.blocks = named_blocks(
             ConvNeXtBlock(config, width, compute, rngs)
             for width, depth in zip(sizes, self.depths, strict=True)
@@ -260,7 +265,7 @@ class ConvNeXt(nnx.Module):
         """Map images [B, H, W, C] to features [B, E]."""
         x, first = self.embed(images), 0
         for stage, depth in enumerate(self.depths):
-            x = getattr(self, f"downsample_{stage:02d}")(x) if stage else x
+            x = getattr(self, _downsample_name(self.depths, stage))(x) if stage else x
             for index in range(first, first + depth):
                 x = run_block(self.blocks[block_name(index)], x, self.remat)
             first += depth
@@ -305,7 +310,7 @@ def _rows(config: ConvNeXtConfig) -> list[Row]:
         rows += table_rows(block, 0, path, f"{name}layers.{layer}.", transforms=transforms)
         if stage and not layer:
             kernel = convolution(_STAGE_PATCH, config.hidden_sizes[stage - 1])
-            path = (*tower, f"downsample_{stage:02d}")
+            path = (*tower, _downsample_name(config.depths, stage))
             rows += table_rows(
                 _DOWNSAMPLE,
                 0,

@@ -207,6 +207,8 @@ def _undetermined(checkpoint: Checkpoint, config: CLIPConfig, implied: CLIPConfi
         ]
     if not config.text.pools_at_highest_id:
         undetermined.append(f"text eos_token_id {config.text.eos_token_id} is not the highest id")
+    if not pixels.resizes_as_clip:
+        undetermined.append("images are not resized as CLIP's")
     if (pixels.mean, pixels.std) != (CLIP_MEAN, CLIP_STD):
         undetermined.append(f"pixels have mean {pixels.mean} and std {pixels.std}, not CLIP's")
     return undetermined

@@ -221,6 +221,29 @@ def text_tower(
     return nnx.merge(_abstract("text_tower", config, compute)[0], _arrays(tower_params))
 
 
+def batch_statistics(config: ModelConfig, tower_params: Params, images: jax.Array) -> Params:
+    """Return the statistics of all batch norms over a batch of images.
+
+    Every batch norm normalizes with the statistics of the batch, not with the stored ones.
+
+    Args:
+      config: sizes
+      tower_params: params["image_tower"]
+      images: [B, H, W, C], float32, preprocessed
+
+    Returns:
+      The part of the tower's tree that contains statistics: {"mean" [C], "var" [C]} per batch norm,
+      float32; the variance is over n = B H W values, divided by n. Empty without batch norms
+    """
+    tower = image_tower(config, tower_params, images, DEFAULT_COMPUTE)
+    # With momentum 0 the new running average is that of the batch.
+    tower.set_attributes(
+        nnx.BatchNorm, use_running_average=False, momentum=0.0, raise_if_not_found=False
+    )
+    tower(images)
+    return nnx.to_pure_dict(nnx.state(tower, nnx.BatchStat))
+
+
 def classifier(
     config: ModelConfig, compute: Compute = DEFAULT_COMPUTE
 ) -> Callable[[Params, jax.Array], jax.Array]:

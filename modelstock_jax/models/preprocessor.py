@@ -21,7 +21,8 @@ from modelstock_jax.data.transforms import (
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.tensor_files.reader import read_json
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
+PREPROCESSOR_FILE, _NEWER_FILE = "preprocessor_config.json", "processor_config.json"
+PREPROCESSOR_FILES = (PREPROCESSOR_FILE, _NEWER_FILE)
 # Pixel statistics of CLIP's training images; used for formats without a preprocessor file.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -125,6 +126,12 @@ class Preprocessor:
         ).reshape(shape)
         return images.astype(jnp.float32) * scale - offset
 
+    @property
+    def resizes_as_clip(self) -> bool:
+        """Whether images are resized by their short side to the input size, bicubic, as CLIP's."""
+        short_side = self.short_side
+        return short_side in (0, self.image_size) and self.resample == BICUBIC
+
     def eval_transform(self) -> EvalTransform:
         """Return the resize and the center crop of a stored image.
 
@@ -178,7 +185,7 @@ class Preprocessor:
         Raises:
           UserError: no such file, another class, or steps that cannot be represented
         """
-        path, newer = directory / PREPROCESSOR_FILE, directory / "processor_config.json"
+        path, newer = directory / PREPROCESSOR_FILE, directory / _NEWER_FILE
         raw: Any
         if not path.is_file() and newer.is_file():
             path, raw = newer, read_json(newer)

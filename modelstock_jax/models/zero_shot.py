@@ -149,7 +149,12 @@ def prompt_ids(
     config = checkpoint.dual_encoder
     text = config.text
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    ids = tokenize(checkpoint.directory, prompts, text.max_position_embeddings)
+    ids = tokenize(
+        checkpoint.directory,
+        prompts,
+        text.max_position_embeddings,
+        lower_case=config.lower_case,
+    )
     if ids.max() >= text.vocab_size:
         raise UserError(
             f"{checkpoint.directory}: the tokenizer returned id {ids.max()}, but the text tower "

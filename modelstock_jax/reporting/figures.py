@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from modelstock_jax.merging.tensor_roles import ROLES, block_position, role
-from modelstock_jax.registry import ROWS, Style
+from modelstock_jax.registry import OPENED_ROWS, ROWS, Style
 from modelstock_jax.reporting import style
 from modelstock_jax.reporting.style import (
     BLACK,
@@ -452,7 +452,7 @@ def id_against_shifts(
 def _wise_ft(axes: Axes, points: Sequence[Point], of: str, color: str) -> style.Curve | None:
     # A curve starts at the anchor of the replicas.
     probed = any(point.summary.method == "probed" for point in points)
-    ends = {"probed" if probed else "zero_shot": 0.0, of: 1.0}
+    ends = dict.fromkeys(("probed",) if probed else OPENED_ROWS, 0.0) | {of: 1.0}
     by_alpha: dict[float, Point] = {}
     for point in points:
         method, alpha, source = point.summary.method, point.summary.alpha, point.summary.of

@@ -14,6 +14,7 @@ from modelstock_jax import __version__
 from modelstock_jax.registry import PAPER
 from modelstock_jax.reporting.tables import label, markdown_table
 
+_ZERO_SHOT = ("clip", "siglip")  # Models that classify from texts.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -25,6 +26,7 @@ def model_card(
     anchor_checksum: str,
     num_replicas: int,
     unit: str,
+    model_type: str = "clip",
     rows: Sequence[Mapping[str, Any]] = (),
     synthetic: bool = False,
     ratios: Mapping[str, Mapping[str, float]] | None = None,
@@ -39,6 +41,7 @@ def model_card(
       anchor_checksum: checksum of the anchor's weights (`Checkpoint.checksum`)
       num_replicas: N
       unit: merge unit
+      model_type: as in config.json
       rows: rows of `tables.make_row` to show
       synthetic: whether the rows are results of the synthetic benchmark
       ratios: result of `figures.ratio_summary`
@@ -49,8 +52,8 @@ def model_card(
     """
     lines = heading(name, {
         "library_name": "transformers",
-        "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["clip", "merge", "model-stock", "modelstock-jax"],
+        "pipeline_tag": ("zero-shot-" if model_type in _ZERO_SHOT else "") + "image-classification",
+        "tags": [model_type, "merge", "model-stock", "modelstock-jax"],
     })  # fmt: skip
     lines += [
         f"{label({'method': method, 'num_replicas': num_replicas})}: {num_replicas} fine-tuned "

@@ -51,7 +51,9 @@ class Classifier:
       num_heads: attention heads of the image tower
       checksum: checksum of the pretrained checkpoint; "" if there is none
       text: the text tower of the checkpoint, or None
-      convolutional: whether the image tower contains convolutions other than patches
+      row: row of this anchor in the results table, one of `registry.OPENED_ROWS`: 'pretrained' is
+        the model's own classifier, unless it has a text tower too
+      model: sizes of the model; None for a forward pass that is not one of `models`
     """
 
     params: PyTree
@@ -60,7 +62,8 @@ class Classifier:
     num_heads: int
     checksum: str = ""
     text: TextSide | None = None
-    convolutional: bool = False
+    row: str = "zero_shot"
+    model: ModelConfig | None = None
 
     def initial_params(self, config: ConfigDict) -> PyTree:
         """Return the parameters to train: `params`, or the parameters of both towers for FLYP."""
@@ -113,18 +116,16 @@ def anchor_classifier(
     if config.objective.name in TEXT_OBJECTIVES:
         # Before the head: how to fix a missing head would be no help here.
         require_text(text, config.objective.name)
-    params = {
-        "image_tower": checkpoint.params["image_tower"],
-        "head": _initial_head(config, checkpoint, data, heads),
-    }
+    row, head = _initial_head(config, checkpoint, data, heads)
+    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
     anchor = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
-    return replace(anchor, checksum=checkpoint.checksum, text=text)
+    return replace(anchor, checksum=checkpoint.checksum, text=text, row=row)
 
 
 def _initial_head(
     config: ConfigDict, checkpoint: Checkpoint, data: Benchmark, heads: Path | None
-) -> PyTree:
-    """Return the head by the rules of `anchor_classifier`."""
+) -> tuple[str, PyTree]:
+    """Return the row of the anchor and its head, by the rules of `anchor_classifier`."""
     objective, has_text = config.objective, isinstance(checkpoint.config, DualEncoderConfig)
     names, head = data.class_names, checkpoint.head
     difference = None if head is None else head_difference(checkpoint, names)
@@ -132,19 +133,22 @@ def _initial_head(
     # The head of a dual encoder with other classes is the mistake of a user: it has no other use.
     probed = objective.name == "lp_ft" and not usable and not has_text
     if objective.head == "random" or probed:
-        return _random_head(checkpoint.config.feature_size, len(names), config.seed)
+        head = _random_head(checkpoint.config.feature_size, len(names), config.seed)
+        return "random_head", head
     where = checkpoint.directory or config.pretrained
-    ways = "set objective.head='random', or objective.name='lp_ft' to train a head first"
+    way = "set objective.head='random'"
+    ways = f"{way}, or objective.name='lp_ft' to train a head first"
     if difference is not None:
-        raise UserError(f"{where}: {difference}; choose another pretrained or data.name, or {ways}")
+        way = way if has_text else ways
+        raise UserError(f"{where}: {difference}; choose another pretrained or data.name, or {way}")
     if head is not None:
-        return head
+        return "zero_shot" if has_text else "pretrained", head
     if not has_text:
         raise UserError(
             f"{where}: a {checkpoint.config.model_type} model without a classifier has no text "
             f"tower for a zero-shot head; {ways}"
         )
-    return text_head(
+    zero_shot = text_head(
         "zero_shot",
         checkpoint,
         names,
@@ -152,6 +156,7 @@ def _initial_head(
         heads,
         allow_repeats=_allow_repeats(config),
     )
+    return "zero_shot", zero_shot
 
 
 def _random_head(features: int, classes: int, seed: int) -> PyTree:
@@ -215,7 +220,7 @@ def make_classifier(
         apply=classifier(model, Compute.of(config.compute)),
         normalize=normalize,
         num_heads=model.num_heads,
-        convolutional=model.is_convolutional,
+        model=model,
     )
 
 

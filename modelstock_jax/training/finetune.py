@@ -142,7 +142,7 @@ def make_task(
         trained=method.trained,
         reads_pretrained=method.reads_pretrained,
         hyper=hyper,
-        convolutional=anchor.convolutional,
+        convolutional=anchor.model is not None and anchor.model.is_convolutional,
     )
 
 

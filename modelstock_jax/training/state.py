@@ -118,6 +118,20 @@ def without_statistics(params: PyTree, trained: IsTrained | None) -> IsTrained |
     return lambda name: not is_statistic(name) and (trained is None or trained(name))
 
 
+def drop_statistics(params: PyTree) -> PyTree:
+    """Return a model without the statistics of batch norms, for distances between weights.
+
+    Example:
+      >>> drop_statistics({"norm": {"scale": 1, "mean": 2, "var": 3}, "kernel": 4})
+      {'norm': {'scale': 1}, 'kernel': 4}
+    """
+    return {
+        name: drop_statistics(part) if isinstance(part, Mapping) else part
+        for name, part in params.items()
+        if not is_statistic(f".{name}")
+    }
+
+
 def head_only(name: str) -> bool:
     """Return whether a linear probe trains this leaf: only the head.
 

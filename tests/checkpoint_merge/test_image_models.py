@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from modelstock_jax.checkpoint_merge.tensor_names import is_classifier
+from modelstock_jax.merging import model_stock, stack_replicas
+from modelstock_jax.models import checkpoint_io
+from modelstock_jax.models.checkpoint import Checkpoint
+from modelstock_jax.models.model import abstract_params
+from modelstock_jax.models.preprocessor import Preprocessor
 from tests.checkpoint_merge.typed import load, stock, tensors, weights, write
-from tests.merging.image_models import BODIES, classified
+from tests.merging.image_models import BODIES, CONFIGS, classified
 
 NAMES = ("cat", "dog", "owl")
 CLASSES = {
@@ -217,3 +223,50 @@ def test_the_pooling_head_of_siglip_is_no_classifier():
         "classifier.weight",
         "classifier.bias",
     }
+
+
+def draw(config, seed):
+    """Return random parameters; a fine-tune (seed > 0) keeps statistics and counters."""
+    common, own = np.random.default_rng(99), np.random.default_rng(seed)
+
+    def values(path, leaf):
+        start = np.random.default_rng(len(str(path))).uniform(0.5, 1.5, leaf.shape)
+        step = common.standard_normal(leaf.shape) + own.standard_normal(leaf.shape)
+        names = [str(key.key) for key in path]
+        if leaf.dtype.kind != "f":
+            return np.full(leaf.shape, 1000, leaf.dtype)
+        kept = seed == 0 or names[-1] in ("mean", "var")
+        return np.asarray(start if kept else start + 0.05 * step, leaf.dtype)
+
+    return jax.tree.map_with_path(values, abstract_params(config))
+
+
+@pytest.mark.filterwarnings("ignore:unit 'layer' found no attention")
+@pytest.mark.parametrize(
+    ("model", "unit"),
+    [
+        (model, unit)
+        for model in BODIES
+        for unit in ("layer", "filter", "head", "block")
+        if unit != "head" or model not in CONVOLUTIONAL
+    ],
+)
+def test_a_merge_of_exported_models_equals_the_merge_of_their_trees(say, tmp_path, model, unit):
+    config = CONFIGS[model]
+    preprocessor = Preprocessor((0.5,) * 3, (0.25,) * 3, image_size=8)
+    trees = [draw(config, seed) for seed in range(3)]
+    paths = [
+        checkpoint_io.save(tmp_path / str(i), Checkpoint(config, tree, preprocessor))
+        for i, tree in enumerate(trees)
+    ]
+    out = tmp_path / "out"
+    result = say("merge", *paths, "--out", out, "--unit", unit)
+    assert result.status == 0, result.err
+    heads = {"num_heads": 2} if unit == "head" else {}
+    merged, _ = model_stock(trees[0], stack_replicas(trees[1:]), unit=unit, **heads)
+    # Sums in another order: the last digits of a ratio, then one rounding.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        checkpoint_io.load(out).params,
+        jax.device_get(merged),
+    )

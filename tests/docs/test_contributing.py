@@ -32,11 +32,11 @@ TRIED = {
         EVERYWHERE,
     ],
     "A model": [
-        "tests/models/test_towers.py",
-        "tests/models/test_mlp.py",
+        "tests/models/test_pool_mixer.py",
+        "modelstock_jax/models/pool_mixer.py",
         EVERYWHERE,
         "-k",
-        "mlp or this_tree",
+        "pool_mixer or this_tree",
     ],
 }
 

@@ -7,6 +7,7 @@ import pytest
 
 from modelstock_jax import NonFiniteError, UserError, model_stock
 from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.models.model import config_from_dict
 from tests.docs.blocks import ROOT, fenced
 from tests.docs.checks import launch
 from tests.docs.messages import known, templates
@@ -60,6 +61,10 @@ def test_some_of_them_as_they_are_said(capsys, monkeypatch):
     assert launch(["--config=configs/vitb32.py:weak"]).endswith(
         said("error: flag --config=configs/vitb32.py").partition("weak: ")[2]
     )
+    for page_line, model_type in (("./llama/", "llama"), ("./naflex/", "siglip2")):
+        with pytest.raises(UserError) as error:
+            config_from_dict({"model_type": model_type})
+        assert str(error.value) == said(page_line).partition(": ")[2]
     w0 = {"w": np.ones((2, 2), np.float32)}
     wrong = {
         "finetuned must": w0,

@@ -167,12 +167,12 @@ def test_hub_id_is_planned_without_its_files(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", not_found)
     config = vitl14.get_config()
-    assert sizes(config).vision.num_tokens == 257
+    assert sizes(config).model.num_tokens == 257
     config.image_size = 448
-    assert sizes(config).vision.num_tokens == 1025
+    assert sizes(config).model.num_tokens == 1025
     config.pretrained = name = "openai/clip-vit-large-patch14-336"
     config.image_size = 0
-    assert sizes(config).vision.num_tokens == 577
+    assert sizes(config).model.num_tokens == 577
     assert "`hf download openai/clip-vit-large-patch14-336`" in missing_checkpoint(name)[0]
     assert "--revision v2" in missing_checkpoint("some/clip@v2")[0]
     with pytest.raises(UserError, match="some/clip.*sizes"):
@@ -236,7 +236,7 @@ def test_model_is_resized_to_another_image_size(anchor):
     config = vitl14.get_config()
     config.pretrained, config.image_size = str(anchor), 36
     resized = open_anchor(config)
-    assert resized.config == sizes(config) and resized.preprocessor.image_size == 36
+    assert resized.config == sizes(config).model and resized.preprocessor.image_size == 36
     assert resized.params["image_tower"]["position_embedding"].shape == (10, 12)
     config.image_size = 30
     with pytest.raises(UserError, match="30.*patch_size"):

@@ -1,6 +1,7 @@
 """Names and shapes of tiny image models, as transformers and this project store them.
 
-A line is a pattern of names and the shapes of its expansions: `{a,b}.weight  8 8` is `a.weight` and
+The names of transformers are literal; `tests/parity` compares them with the files that it writes. A
+line is a pattern of names and the shapes of its expansions: `{a,b}.weight  8 8` is `a.weight` and
 `b.weight`, both [8, 8].
 """
 
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
+
+from modelstock_jax.merging.trees import named_leaves
+from modelstock_jax.models.model import abstract_params, config_from_dict
 
 _ENCODER_LAYER = """
     {0,1}.attention.attention.{query,key,value}.weight  16 16
@@ -200,82 +204,45 @@ def classified(model: str, classes: int = 3) -> dict[str, tuple[int, ...]]:
     return body | head
 
 
-_OUR_BLOCK = """
-    {layer_norm1,layer_norm2}.{scale,bias}  16
-    self_attn.{q_proj,k_proj,v_proj,out_proj}.kernel  16 16
-    self_attn.{q_proj,k_proj,v_proj,out_proj}.bias  16
-"""
-_OUR_MLP = "mlp.fc1.kernel  16 24\nmlp.fc1.bias  24\nmlp.fc2.kernel  24 16\nmlp.fc2.bias  16\n"
-_OUR_POOL = """
-    probe  16
-    in_proj.kernel  16 48
-    in_proj.bias  48
-    out_proj.kernel  16 16
-    out_proj.bias  16
-    layernorm.{scale,bias}  16
-"""
+_VISION = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    image_size=8,
+    patch_size=4,
+)
+_TEXT = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    vocab_size=24,
+    max_position_embeddings=8,
+)
+_DINOV2 = {k: v for k, v in _VISION.items() if k != "intermediate_size"} | {"mlp_ratio": 2}
+_CONVNEXT = dict(num_stages=2, hidden_sizes=[8, 16], depths=[2, 2], image_size=16)
+_RESNET = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2])
+_SETTINGS = {
+    "siglip": dict(text_config=_TEXT, vision_config=_VISION),
+    "vit": _VISION,
+    "deit": _VISION,
+    "dinov2": _DINOV2,
+    "dinov2 swiglu": _DINOV2 | {"use_swiglu_ffn": True},
+    "dinov2_with_registers": _DINOV2,
+    "convnext": _CONVNEXT,
+    "convnextv2": _CONVNEXT,
+    "resnet basic": _RESNET | {"layer_type": "basic"},
+    "resnet bottleneck": _RESNET | {"layer_type": "bottleneck"},
+}
 
 
-def _blocks(lines: str, first: int = 0) -> dict[str, tuple[int, ...]]:
-    return expand(lines, f"blocks.block_{first:02d}.") | expand(
-        lines, f"blocks.block_{first + 1:02d}."
-    )
-
-
-def _ours(*parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return an image tower of these tensors, with a head."""
-    tower = {f"image_tower.{name}": s for part in parts for name, s in part.items()}
-    return tower | {"head.kernel": (16, 3), "head.bias": (3,)}
-
-
-_OUR_EMBEDDING = "patch_embedding.kernel  48 16\nposition_embedding  5 16\n"
-_OUR_CONVNEXT = """
-    depthwise.kernel  49 {width}
-    depthwise.bias  {width}
-    norm.SCALE  {width}
-    mlp.fc1.kernel  {width} 32
-    mlp.fc1.bias  32
-    mlp.fc2.kernel  32 {width}
-    mlp.fc2.bias  {width}
-    grn.GAMMA  32
-"""
-_OUR_RESNET = """
-    conv1.kernel  72 8
-    conv2.kernel  72 8
-    {norm1,norm2,shortcut_norm}.{scale,bias,mean,var}  8
-    shortcut.kernel  8 8
-"""
-
-
-def _our_convnext(width: int) -> str:
-    lines = _OUR_CONVNEXT.replace("{width}", str(width))
-    return lines.replace("SCALE", "{scale,bias}").replace("GAMMA", "{gamma,beta}")
-
-
-# Image towers as trees of this project.
+# The same models in this project: their configs, and the names and shapes of their trees.
+CONFIGS = {
+    model: config_from_dict(settings | {"model_type": model.split()[0]})
+    for model, settings in _SETTINGS.items()
+}
 OURS = {
-    "siglip": _ours(
-        expand(_OUR_EMBEDDING),
-        _blocks(_OUR_BLOCK + _OUR_MLP),
-        expand("post_layernorm.{scale,bias}  16"),
-        expand(_OUR_POOL + _OUR_MLP, "pool."),
-    ),
-    "dinov2": _ours(
-        expand(_OUR_EMBEDDING + "class_embedding  16\nregister_tokens  4 16\nmask_token  16"),
-        _blocks(_OUR_BLOCK + "layer_scale1  16\nlayer_scale2  16\n"),
-        _blocks("mlp.weights_in.{kernel}  16 48\nmlp.weights_out.kernel  24 16\n"),
-        expand("post_layernorm.{scale,bias}  16"),
-    ),
-    "convnextv2": _ours(
-        expand("stem.kernel  48 8\nstem.bias  8\nstem_norm.{scale,bias}  8"),
-        _blocks(_our_convnext(8)),
-        expand("downsample_02.norm.{scale,bias}  8\ndownsample_02.conv.kernel  32 16"),
-        _blocks(_our_convnext(16), first=2),
-        expand("post_layernorm.{scale,bias}  16"),
-    ),
-    "resnet": _ours(
-        expand("stem.kernel  147 8\nstem_norm.{scale,bias,mean,var}  8"),
-        _blocks(_OUR_RESNET),
-        _blocks(_OUR_RESNET, first=2),
-    ),
+    model: {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
+    for model, config in CONFIGS.items()
 }

@@ -14,7 +14,6 @@ from modelstock_jax.merging.tensor_roles import ROLES, block_position, role
 from tests.merging.image_models import BODIES, OURS, classified
 from tests.merging.trees import flat, nested, replicas
 
-CONVOLUTIONAL = ("convnext", "convnextv2", "resnet basic", "resnet bottleneck")
 THEIRS = {**BODIES, **{f"{name} classifier": classified(name) for name in BODIES}}
 MODELS = {**{name: (shapes, 0) for name, shapes in THEIRS.items()}} | {
     f"our {name}": (shapes, -1) for name, shapes in OURS.items()
@@ -23,6 +22,10 @@ MODELS = {**{name: (shapes, 0) for name, shapes in THEIRS.items()}} | {
 
 def is_convolutional(model):
     return "convnext" in model or "resnet" in model
+
+
+def has_two_towers(model):
+    return model in ("siglip", "our siglip")
 
 
 def views(model, unit, **options):
@@ -41,7 +44,7 @@ def test_layer_joins_query_key_and_value_of_each_attention(model):
     qkv = re.compile(r".*\.(?:query|key|value|[qkv]_proj)\.(?:weight|bias|kernel)")
     assert moved == set(filter(qkv.fullmatch, keys))
     # Two layers of each tower, kernels and biases; the pooling attention of SigLIP is fused.
-    towers = 2 if model == "siglip" else 1
+    towers = 2 if has_two_towers(model) else 1
     assert joined(found.values()) == (0 if is_convolutional(model) else 4 * towers)
 
 
@@ -55,7 +58,7 @@ def test_block_joins_each_block_and_nothing_else(model):
         assert view.key == (match["block"] if match else name)
     keys = {view.key for view in views(model, "block").values()}
     outside = [n for n in MODELS[model][0] if not block.fullmatch(n)]
-    deep = is_convolutional(model) or model == "siglip"  # Two stages, or two towers, of two.
+    deep = is_convolutional(model) or has_two_towers(model)  # Two stages, or towers, of two.
     assert len(keys) == len(outside) + (4 if deep else 2)
 
 
@@ -192,31 +195,29 @@ NAMED = {
         image_tower.pool.out_proj.kernel  inf  attention
         image_tower.pool.mlp.fc1.kernel  inf  MLP
     """,
-    "our dinov2": """
+    "our dinov2_with_registers": """
         image_tower.register_tokens  -1  embeddings and head
-        image_tower.mask_token  -1  embeddings and head
         image_tower.blocks.block_01.layer_scale1  1  norms
+    """,
+    "our dinov2 swiglu": """
         image_tower.blocks.block_01.mlp.weights_in.kernel  1  MLP
     """,
     "our convnextv2": """
-        image_tower.stem.kernel  -1  embeddings and head
-        image_tower.stem_norm.scale  -1  norms
+        image_tower.patch_embedding.kernel  -1  embeddings and head
+        image_tower.patch_norm.scale  -1  norms
         image_tower.blocks.block_01.depthwise.kernel  1  convolutions
-        image_tower.blocks.block_01.grn.gamma  1  norms
-        image_tower.blocks.block_01.grn.beta  1  norms
-        image_tower.downsample_02.norm.scale  2  norms
-        image_tower.downsample_02.conv.kernel  2  convolutions
-        image_tower.blocks.block_03.mlp.fc1.kernel  3  MLP
+        image_tower.blocks.block_02.grn.scale  2  norms
+        image_tower.blocks.block_02.grn.bias  2  norms
+        image_tower.blocks.block_03.fc1.kernel  3  MLP
         image_tower.post_layernorm.scale  inf  norms
-        head.kernel  inf  embeddings and head
     """,
-    "our resnet": """
+    "our resnet bottleneck": """
         image_tower.stem.kernel  -1  embeddings and head
         image_tower.stem_norm.mean  -1  norms
         image_tower.blocks.block_02.conv1.kernel  2  convolutions
         image_tower.blocks.block_02.norm1.var  2  norms
-        image_tower.blocks.block_03.shortcut.kernel  3  convolutions
-        image_tower.blocks.block_03.shortcut_norm.scale  3  norms
+        image_tower.blocks.block_02.shortcut.kernel  2  convolutions
+        image_tower.blocks.block_03.conv3.kernel  3  convolutions
     """,
 }
 
@@ -228,7 +229,15 @@ def test_roles_and_depths(model):
     rows = [re.split(r" {2,}", line.strip()) for line in NAMED[model].strip().splitlines()]
     assert [[name, f"{depths[name].depth:g}", role(name)] for name, *_ in rows] == rows
     assert {what for *_, what in rows} <= set(ROLES)
-    assert len({position.tower for position in depths.values()}) == 1 + (model == "siglip")
+    assert len({position.tower for position in depths.values()}) == 1 + has_two_towers(model)
+
+
+def test_a_downsampling_layer_has_the_depth_of_the_block_after_it():
+    names = [f"image_tower.blocks.block_{k:02d}.depthwise.kernel" for k in range(4)]
+    names += ["image_tower.downsample_02.norm.scale", "image_tower.downsample_02.conv.kernel"]
+    *_, norm, kernel = block_position(names)
+    assert norm == kernel == ("image_tower.blocks", 2.0)
+    assert [role(name) for name in names[-2:]] == ["norms", "convolutions"]
 
 
 def test_every_depth_of_the_stages_occurs_once():

@@ -80,7 +80,7 @@ def test_padding_does_not_matter(checkpoint, monkeypatch, legacy):
     # OpenAI's code pads with 0, transformers with the end of text. The legacy rule pools at the
     # highest id, so there the end of text must be it, as in CLIP's vocabulary.
     def padded_with(pad, end):
-        def padded(directory, texts, length):
+        def padded(directory, texts, length, **options):
             ids = tokenize(directory, texts, length)
             place = (ids == EOS).argmax(1)[:, None]
             ids = np.where(np.arange(length)[None] > place, pad, ids)

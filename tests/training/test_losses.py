@@ -10,7 +10,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from modelstock_jax.training.classifier import with_captions
-from modelstock_jax.training.losses import car_ft, cross_entropy, flyp, l2_sp
+from modelstock_jax.training.losses import car_ft, cross_entropy, flyp, flyp_sigmoid, l2_sp
 from modelstock_jax.training.state import (
     StepConstants,
     biases_and_head,
@@ -155,6 +155,30 @@ def test_flyp_is_the_loss_of_clip_for_both_towers_and_the_scale(x64):
     np.testing.assert_allclose(loss_at(limit + 0.3), loss_at(limit), rtol=1e-12)
     np.testing.assert_allclose(slope(limit + 0.3), slope(limit - 1e-9), rtol=1e-6)
     assert slope(limit + 0.3) != 0
+
+
+def test_flyp_on_a_siglip_is_its_loss_for_both_towers_the_scale_and_the_bias(x64):
+    rng = np.random.default_rng(1)
+    params = {
+        "image_tower": weights(rng, PIXELS, EMBEDDING),
+        "text_tower": weights(rng, 9, EMBEDDING),
+        "logit_scale": np.array(1.3),
+        "logit_bias": np.array(-0.7),
+    }
+    text = rng.integers(0, 9, (BATCH, 4))
+    batch = {"image": weights(rng, BATCH, PIXELS), "text": text}
+
+    def direct(params):
+        images = unit_rows(batch["image"] @ params["image_tower"])
+        texts = unit_rows(params["text_tower"][text].mean(1))
+        logits = np.exp(params["logit_scale"]) * images @ texts.T + params["logit_bias"]
+        pair = np.where(np.eye(BATCH) == 1, logits, -logits)
+        return np.log1p(np.exp(-pair)).sum() / BATCH
+
+    loss_fn = flyp_sigmoid(
+        lambda tower, images: images @ tower, lambda tower, ids: tower[ids].mean(1), lambda x: x
+    )
+    assert_same_loss(loss_fn, direct, params, batch)
 
 
 def test_l2_sp_penalizes_the_task_vector_of_the_tower_and_the_head(x64, inputs):
