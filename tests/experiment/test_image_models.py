@@ -84,9 +84,9 @@ def test_there_is_a_checkpoint_of_every_model():
 def test_a_run_ends_with_a_table_and_a_model(finished, kind):
     done, case = finished(kind), KINDS[kind]
     rows = json.loads((done.workdir / "results.json").read_text())["rows"]
-    start = ["random_head"] if "head=random" in case.objective else ["zero_shot"]
     probed = "name=lp_ft" in case.objective
-    start += ["probed"] * probed
+    row = "pretrained" if case.own_head else "zero_shot" if kind == "siglip" else "random_head"
+    start = [row] + ["probed"] * probed
     methods = [row["method"] for row in rows]
     assert methods[: len(start)] == start
     assert methods.count("lp_ft" if probed else "single_model") == 2
