@@ -79,7 +79,7 @@ def layer_ways(kind: str, channels: int) -> dict[str, tuple[dict, Callable]]:
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=channels if depthwise else 1,
         )
-        return y + params["bias"] if depthwise else y
+        return y + params["bias"][None, None, None] if depthwise else y
 
     ours = "shifted sums" if depthwise else "windows x matrix"
     return {ours: (params, lambda p, x: nnx.merge(graph, p)(x)), "lax": (params, by_lax)}
