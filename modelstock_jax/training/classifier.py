@@ -34,6 +34,8 @@ from modelstock_jax.models.zero_shot import (
 from modelstock_jax.reporting.progress import Progress
 from modelstock_jax.training.multihost import main_process_first
 
+RGB = 3  # channels of the images of every dataset
+TEXT_OBJECTIVES = ("car_ft", "flyp")
 PUBLISHED_TEMPLATES = 80  # CLIP's prompts for ImageNet; assumed by a dry run, which has no data
 
 
@@ -98,12 +100,9 @@ def anchor_classifier(
       heads: cache directory for heads of the text tower; None computes them every time
 
     Raises:
-      UserError: the checkpoint's head has other classes than the data, or the checkpoint has
-        neither a head nor a text tower
+      UserError: the checkpoint's head has other classes than the data, the checkpoint has neither a
+        head nor a text tower, the objective needs a text tower, or see `make_classifier`
     """
-    row, head = _initial_head(config, checkpoint, data, heads)
-    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
-    anchor = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
     text = None
     if isinstance(checkpoint.config, DualEncoderConfig):
         text = TextSide(
@@ -114,6 +113,12 @@ def anchor_classifier(
             allow_repeats=_allow_repeats(config),
             heads=heads,
         )
+    if config.objective.name in TEXT_OBJECTIVES:
+        # Before the head: how to fix a missing head would be no help here.
+        require_text(text, config.objective.name)
+    row, head = _initial_head(config, checkpoint, data, heads)
+    params = {"image_tower": checkpoint.params["image_tower"], "head": head}
+    anchor = make_classifier(config, checkpoint.config, params, checkpoint.preprocessor)
     return replace(anchor, checksum=checkpoint.checksum, text=text, row=row)
 
 
@@ -218,7 +223,16 @@ def _allow_repeats(config: ConfigDict) -> bool:
 def make_classifier(
     config: ConfigDict, model: ModelConfig, params: PyTree, normalize: Preprocessor
 ) -> Classifier:
-    """Return a classifier with the options of `config.compute`; `params` may be shapes."""
+    """Return a classifier with the options of `config.compute`; `params` may be shapes.
+
+    Raises:
+      UserError: the model's images are not RGB, as those of all datasets are
+    """
+    if model.num_channels != RGB:
+        raise UserError(
+            f"pretrained={config.pretrained}: the model has images of {model.num_channels} "
+            f"channel(s), but the data has {RGB}; choose another pretrained"
+        )
     return Classifier(
         params=params,
         apply=classifier(model, Compute.of(config.compute)),

@@ -49,18 +49,9 @@ def merged_in_training(trees, unit):
     return model_stock(trees[0], stacked, unit=unit, num_heads=HEADS)
 
 
-@pytest.mark.parametrize("unit", [
-    "tensor",
-    *(pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS if unit != "tensor"),
-])  # fmt: skip
-def test_training_and_command_line_agree(exported, tmp_path, monkeypatch, unit):
-    trees, paths = exported
-    monkeypatch.setattr(commands.PlotProcess, "finish", lambda plot: None)
-    out = tmp_path / "out"
-    assert main(["merge", *paths, "--out", str(out), "--unit", unit]) == 0
-    merged, stats = merged_in_training(trees, unit)
-    in_training = flat(jax.device_get(merged))
-    from_files = flat(load(out).params)
+def assert_same_merge(trees, in_training, from_files):
+    """Compare two merges of an anchor and two replicas; all five are trees of one structure."""
+    in_training, from_files = flat(in_training), flat(from_files)
     anchor, first, second = map(flat, trees)
     assert in_training.keys() == from_files.keys()
     for path in in_training:
@@ -71,6 +62,19 @@ def test_training_and_command_line_agree(exported, tmp_path, monkeypatch, unit):
         allowed = np.spacing(maximum).astype(np.float64) + 1e-6 * np.abs(mean - w0)
         error = np.abs(np.float64(from_files[path]) - np.float64(in_training[path]))
         assert (error <= allowed).all(), (path, (error - allowed).max())
+
+
+@pytest.mark.parametrize("unit", [
+    "tensor",
+    *(pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS if unit != "tensor"),
+])  # fmt: skip
+def test_training_and_command_line_agree(exported, tmp_path, monkeypatch, unit):
+    trees, paths = exported
+    monkeypatch.setattr(commands.PlotProcess, "finish", lambda plot: None)
+    out = tmp_path / "out"
+    assert main(["merge", *paths, "--out", str(out), "--unit", unit]) == 0
+    merged, stats = merged_in_training(trees, unit)
+    assert_same_merge(trees, jax.device_get(merged), load(out).params)
     rows = json.loads((out / "merge_report.json").read_text())["units"]
     # The names differ, the values do not.
     for key in ("ratio", "cosine"):
