@@ -7,6 +7,7 @@ slower than the product of a window with a matrix (benchmarks/convolutions.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -61,11 +62,24 @@ class Depthwise(nnx.Module):
         return total + bias[None, None, None]
 
 
-def _shifted(x: jax.Array, size: int, stride: int) -> Iterator[jax.Array]:
+def max_pool(x: jax.Array, size: int, stride: int) -> jax.Array:
+    """Return the maximum of each window, [B, ceil(H / stride), ceil(W / stride), C].
+
+    XLA cannot split the gradient of its own pooling over the replicas of a mesh: it gathers them.
+
+    Args:
+      x: [B, H, W, C]
+      size: side of the window; the window of an output is centered and clipped to the image
+      stride: step between windows
+    """
+    return functools.reduce(jnp.maximum, _shifted(x, size, stride, -jnp.inf))
+
+
+def _shifted(x: jax.Array, size: int, stride: int, fill: float = 0.0) -> Iterator[jax.Array]:
     """Yield the input at each offset of the window, [B, H / stride, W / stride, C], row by row."""
     _, height, width, _ = x.shape
     pad = size // 2
-    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=fill)
     for row in range(size):
         for column in range(size):
             yield x[:, row : row + height : stride, column : column + width : stride]

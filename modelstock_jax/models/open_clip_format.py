@@ -44,14 +44,16 @@ class OpenCLIP(CompleteFormat):
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return one config with both parts."""
-        pixels = checkpoint.preprocessor
+        model, pixels = (
+            write_model(require_clip(checkpoint.config, self.name)),
+            checkpoint.preprocessor,
+        )
         if not pixels.resizes_as_clip:
             raise UserError(
                 "this format stores only CLIP's resizing of images (short side, bicubic); choose "
                 "hugging_face"
             )
         statistics = {"mean": list(pixels.mean), "std": list(pixels.std)}
-        model = write_model(require_clip(checkpoint.config, self.name))
         return {CONFIG: {"model_cfg": model, "preprocess_cfg": {**statistics, **_RESIZING}}}
 
     def write(

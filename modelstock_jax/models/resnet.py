@@ -13,7 +13,7 @@ from flax import nnx
 from modelstock_jax.errors import UserError
 from modelstock_jax.models.compute import Compute
 from modelstock_jax.models.config import ImageModel, ModelConfig, check_sizes, check_stages, take
-from modelstock_jax.models.convolution import Convolution, image_norm
+from modelstock_jax.models.convolution import Convolution, image_norm, max_pool
 from modelstock_jax.models.param_mapping import (
     KERNEL,
     SAME,
@@ -230,7 +230,7 @@ class ResNet(nnx.Module):
         """Map images [B, H, W, C] to the input of the first block."""
         x = self.activation(self.stem_norm(self.stem(images)))
         if self.pools:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, stride=2)
         return x
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -136,11 +136,6 @@ def _initial_head(
         head = _random_head(checkpoint.config.feature_size, len(names), config.seed)
         return "random_head", head
     where = checkpoint.directory or config.pretrained
-    if checkpoint.config.num_channels != 3:
-        raise UserError(
-            f"{where}: the model has images of {checkpoint.config.num_channels} channels, the data "
-            "has 3; choose another pretrained"
-        )
     way = "set objective.head='random'"
     ways = f"{way}, or objective.name='lp_ft' to train a head first"
     if difference is not None:
