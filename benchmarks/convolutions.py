@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ def gradient(apply: Callable) -> Callable:
     return jax.grad(lambda params, x: (apply(params, x) ** 2).sum() / 2, argnums=(0, 1))
 
 
-def measure_layer(kind: str, channels: int, side: int, args) -> list[dict]:
+def measure_layer(case: tuple[str, int, int], args) -> list[dict]:
     """Return one row per way of a layer and per way to run replicas."""
+    kind, channels, side = case
     x = np.random.default_rng(0).standard_normal((args.batch, side, side, channels), np.float32)
     runs, rows = {}, []
     for way, (params, apply) in layer_ways(kind, channels).items():
@@ -104,15 +106,16 @@ def measure_layer(kind: str, channels: int, side: int, args) -> list[dict]:
         ):
             rows.append({"layer": kind, "channels": channels, "side": side, "way": way,
                          "replicas": replicas})  # fmt: skip
-            runs[way, replicas] = repeated(jax.jit(function), jax.device_put(inputs))
+            runs[f"{way}, {replicas}"] = repeated(jax.jit(function), jax.device_put(inputs))
     seconds = take_turns(runs, args.rounds, args.seconds)
-    return [row | {"seconds": seconds[row["way"], row["replicas"]]} for row in rows]
+    return [row | {"seconds": seconds[f"{row['way']}, {row['replicas']}"]} for row in rows]
 
 
 def repeated(function: Callable, inputs: tuple) -> Callable[[int], None]:
     """Return a function for `take_turns`."""
 
     def run(count: int) -> None:
+        outputs = None
         for _ in range(count):
             outputs = function(*inputs)
         jax.block_until_ready(outputs)
@@ -226,12 +229,13 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, Any] = conditions(
         jax.devices()[0].device_kind, ("jax", "jaxlib", "flax", "optax", "numpy")
     )
-    for part, cases, measure, cells in (
-        ("layers", LAYERS, lambda case: measure_layer(*case, args), layer_cells),
-        ("steps", NETS, lambda case: measure_steps(case, args), step_cells),
-    ):
-        for case in cases if part in args.parts else ():
-            rows = measure(case)
+    cases = [
+        *(("layers", layer_cells, partial(measure_layer, case)) for case in LAYERS),
+        *(("steps", step_cells, partial(measure_steps, net)) for net in NETS),
+    ]
+    for part, cells, measure in cases:
+        if part in args.parts:
+            rows = measure(args)
             results.setdefault(part, []).extend(rows)
             print(table(cells(rows)), flush=True)
             write_json(args.json, results)

@@ -63,7 +63,9 @@ def dry_run(config: ConfigDict, workdir: str | Path) -> list[str]:
     model = outline.model
     batch = programs.abstract_batch(outline.image_size)
     disk = disk_use(config, programs, model)
-    _print(console, "model", _model(config, programs, model))
+    # A DINOv2's own size is that of its position embeddings, not of the images of the run.
+    sized = model.with_image_size(outline.image_size)
+    _print(console, "model", _model(config, programs, model, sized.describe()))
     _print(console, "run", _run(config, programs, batch))
     check_statistics(config, programs.task.params)
     missing = missing_checkpoint(config.pretrained) + missing_head(config, model)
@@ -110,12 +112,14 @@ def _compile(
         return dict(zip(names, pool.map(compile_one, names), strict=True))
 
 
-def _model(config: ConfigDict, programs: StepFunctions, model: ModelConfig) -> dict[str, str]:
+def _model(
+    config: ConfigDict, programs: StepFunctions, model: ModelConfig, tower: str
+) -> dict[str, str]:
     params, features = programs.task.params, model.feature_size
     classes = benchmark.summarize(config.data).num_classes
     rows = {
         "pretrained": config.pretrained + _sizes_note(config),
-        "image tower": f"{_count(params['image_tower'])} parameters: {model.describe()}",
+        "image tower": f"{_count(params['image_tower'])} parameters: {tower}",
         "head": f"{(features + 1) * classes:,} parameters: {features} features, {classes} classes",
     }
     if isinstance(model, DualEncoderConfig):
