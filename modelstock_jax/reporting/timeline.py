@@ -25,6 +25,7 @@ SHOWN = {
     "data": "waiting for data",
     "merge": "merging",
     "save": "saving (while training waits)",
+    "batch norms": "estimating batch norms",
     "evaluate": "evaluating",
     "export": "exporting",
     "restore": "restoring",
