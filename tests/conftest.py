@@ -36,6 +36,7 @@ NOT_FAST = {
         f"experiment/test_{name}.py"
         for name in (
             "dry_run",
+            "image_models",
             "mistakes",
             "pretrain",
             "processes",

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compile, merge, merge_compile, models, step, turns
+from benchmarks import compile, convolutions, merge, merge_compile, models, step, turns
 from modelstock_jax.models.compute import Compute
+from modelstock_jax.models.convnext import ConvNeXtConfig
 from modelstock_jax.models.model import classifier
+from modelstock_jax.models.resnet import ResNetConfig
 
 ROOT = Path(__file__).parents[1]
 # Packages that a minimal environment lacks: it has jax, flax, optax and ml_collections.
@@ -243,3 +245,33 @@ def test_time_of_a_call_is_that_of_the_fastest_round():
     result = {"parameters": 2e6, "seconds": seconds, "temporaries": temporaries}
     cells = merge_compile.run_cells(result)[1]
     assert list(cells.values()) == ["model_stock", "100", "1.00", "2.5"]
+
+
+@pytest.mark.parametrize("kind", ["convolution", "depthwise"])
+def test_both_ways_of_a_convolution_have_one_gradient(kind):
+    x = np.random.default_rng(0).standard_normal((2, 9, 9, 8), np.float32)
+    (params, ours), (_, lax) = convolutions.layer_ways(kind, 8).values()
+    found, expected = (convolutions.gradient(way)(params, x) for way in (ours, lax))
+    # Sums of some hundred float32 products in another order.
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_convolutions_prints_and_writes_its_results(monkeypatch, tmp_path, capsys):
+    small = dict(image_size=16, depths=(1,))
+    nets = {
+        "resnet": ResNetConfig(embedding_size=8, hidden_sizes=(16,), **small),
+        "convnext": ConvNeXtConfig(hidden_sizes=(8,), **small),
+    }
+    monkeypatch.setattr(convolutions, "NETS", nets)
+    monkeypatch.setattr(convolutions, "LAYERS", (("depthwise", 8, 9),))
+    monkeypatch.setattr(convolutions, "STEPS", (("map", 1, 1), ("vmap", 2, 1)))
+    file = tmp_path / "file.json"
+    convolutions.main(["--batch", "2", "--rounds", "2", "--seconds", "0.001", "--json", str(file)])
+    printed, results = capsys.readouterr().out, json.loads(file.read_text())
+    assert "| depthwise | 9 x 9 x 8 | shifted sums |" in printed
+    assert "| resnet | vmap, mesh 2 x 1 | 2 |" in printed
+    assert [(row["net"], row["devices"]) for row in results["steps"]] == [
+        ("resnet", 1), ("resnet", 2), ("convnext", 1), ("convnext", 2),
+    ]  # fmt: skip
+    rows = results["layers"] + results["steps"]
+    assert len(rows) == 6 + 4 and all(len(row["seconds"]) == 2 for row in rows)
