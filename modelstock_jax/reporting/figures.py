@@ -159,7 +159,7 @@ def angle_by_layer(
     ordered = sorted(zip(keys, layers, strict=True), key=lambda pair: pair[0])
     sides: tuple[list, list] = ([], [])
     for (depth, _), row in ordered:
-        right = kind(row["name"]) == "norms" or row["name"].endswith(".bias")
+        right = kind(row["name"]) in ("norms", "biases") or row["name"].endswith(".bias")
         sides[right].append((depth, row))
 
     def fill(figure: Figure) -> None:

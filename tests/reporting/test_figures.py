@@ -129,6 +129,7 @@ def test_angle_by_layer(tmp_path, num_blocks):
     ("image_tower.blocks.block_00.grn.beta", "norms", figures.RIGHT["norm biases"]),
     ("image_tower.blocks.block_00.conv1.kernel", "kernels", figures.LEFT["convolutions"]),
     ("image_tower.stem.kernel", "kernels", figures.LEFT["other kernels"]),
+    ("logit_bias", "biases", figures.RIGHT["biases"]),
     ("head.kernel", "head", figures.LEFT["head"]),
     ("head.bias", "head", figures.RIGHT["head"]),
 ])  # fmt: skip
