@@ -289,9 +289,9 @@ BROKEN = {
     "max pooling over 2 x 2 instead of 3 x 3 pixels": (
         "resnet, basic, classifier",
         code(
-            nnx,
+            resnet,
             "max_pool",
-            lambda old: lambda x, window, **more: old(x, (2, 2), strides=(2, 2), padding="SAME"),
+            lambda old: lambda x, size, stride: nnx.max_pool(x, (2, 2), (2, 2), padding="SAME"),
         ),
         f"{TOWER}.embed",
     ),
