@@ -183,7 +183,7 @@ def _missing_file(error: OSError) -> str:
     if similar:
         hint = f"; did you mean {files[similar[0]]}?"
     else:
-        hint = f"; choose one of {listed(configs)}" if configs else ""
+        hint = f"; choose one of {listed(configs, max_items=30)}" if configs else ""
     return f"no file {path} in {os.getcwd()}{hint}"
 
 

@@ -13,13 +13,8 @@ import simplejpeg
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
+from modelstock_jax.data.resize import BICUBIC, MAX_PIXELS
 from modelstock_jax.errors import UserError
-
-# Codes of the resize filters in every supported Pillow; 0, nearest neighbor, has no antialiasing.
-RESAMPLES = range(6)
-BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
-_MAX_PIXELS = 178_956_970  # Pillow rejects larger images as decompression bombs.
-MAX_SIDE = math.isqrt(_MAX_PIXELS)  # of a square image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +347,7 @@ def resize_short_side(pixels: np.ndarray, size: int, resample: int = BICUBIC) ->
     height, width = pixels.shape[:2]
     short, long = min(height, width), max(height, width)
     long_side = int(size * long / short)
-    if size * long_side > _MAX_PIXELS:
+    if size * long_side > MAX_PIXELS:
         raise Unreadable(f"{height} x {width} pixels, too elongated to resize")
     shape = (size, long_side) if width <= height else (long_side, size)
     image = Image.fromarray(pixels)

@@ -6,20 +6,17 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from modelstock_jax.data.transforms import (
-    BICUBIC,
-    BILINEAR,
-    MAX_SIDE,
-    RESAMPLES,
-    EvalTransform,
-)
+from modelstock_jax.data.resize import BICUBIC, BILINEAR, MAX_SIDE, RESAMPLES
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.tensor_files.reader import read_json
+
+if TYPE_CHECKING:
+    from modelstock_jax.data.transforms import EvalTransform
 
 PREPROCESSOR_FILE, _NEWER_FILE = "preprocessor_config.json", "processor_config.json"
 PREPROCESSOR_FILES = (PREPROCESSOR_FILE, _NEWER_FILE)
@@ -141,6 +138,9 @@ class Preprocessor:
           >>> dinov2.eval_transform()(np.zeros((300, 500, 3), np.uint8)).shape
           (224, 224, 3)
         """
+        # The compiled functions of a step need no image libraries.
+        from modelstock_jax.data.transforms import EvalTransform
+
         return EvalTransform(
             self.image_size,
             short_side=self.short_side,

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from modelstock_jax.data.resize import RESAMPLES
 from modelstock_jax.data.transforms import (
     OPERATIONS,
-    RESAMPLES,
     Crop,
     EvalTransform,
     TrainTransform,

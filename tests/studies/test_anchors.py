@@ -79,7 +79,7 @@ def test_a_tower_is_pretrained_once(tmp_path, monkeypatch, data):
     first = anchor.load()
     assert anchor.load() is first and first.checksum == anchor.outline.checksum
     chex.assert_trees_all_equal_shapes_and_dtypes(first.params, anchor.outline.params)
-    start = run_store.tower.init("hybrid", 62, jax.random.key(0))
+    start = run_store.towers.init("hybrid", 62, jax.random.key(0))
     changes = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first.params, start)
     assert min(jax.tree.leaves(changes)) > 0
     # Without training data, the tower is read from its file.
