@@ -65,7 +65,7 @@ class Depthwise(nnx.Module):
 def max_pool(x: jax.Array, size: int, stride: int) -> jax.Array:
     """Return the maximum of each window, [B, ceil(H / stride), ceil(W / stride), C].
 
-    XLA cannot split the gradient of its own pooling over the replicas of a mesh: it gathers them.
+    The gradient of `lax.reduce_window` would be gathered across the replicas of a mesh.
 
     Args:
       x: [B, H, W, C]

@@ -49,7 +49,7 @@ class HuggingFace(CompleteFormat):
         except UserError as error:
             raise UserError(f"{path / CONFIG}: {error}") from None
         preprocessor = Preprocessor.read(path)
-        if config.is_convolutional:  # It has no size of its own.
+        if config.is_convolutional:  # Its config.json does not determine the size of the images.
             config = config.with_image_size(preprocessor.image_size)
         return config, preprocessor
 

@@ -181,7 +181,7 @@ def test_shard_map(name):
 
 
 def test_shard_map_keeps_the_type_of_each_tensor():
-    """A tensor that does not vary over the mesh does not start to, beside one that varies."""
+    """A tensor that is constant over the mesh remains constant if another tensor varies over it."""
     mesh = _mesh(AUTO, AUTO)
     w0 = {"kernel": W0["mlp"]["kernel"], "bias": W0["mlp"]["bias"]}
     w = {"kernel": np.stack([W["mlp"]["kernel"]] * 4), "bias": W["mlp"]["bias"]}
