@@ -1,0 +1,1 @@
+"""The sentence benchmark: a real pretrained sentence encoder and four real domains of text."""
