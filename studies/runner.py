@@ -15,10 +15,12 @@ from rich.markup import escape
 from modelstock_jax.errors import UserError
 from modelstock_jax.reporting.progress import duration
 from studies.context import StudyContext
+from studies.image_context import ImageContext
 from studies.ledger import Ledger, work_queue
 from studies.measurements import Measurement
 from studies.pages import write
 from studies.runs import Run, runs_of
+from studies.sentences.context import SentenceContext
 from studies.study import Setup, Study, StudyReport
 
 
@@ -113,13 +115,14 @@ class Runner:
             raise UserError(f"--num_seeds={num_seeds}: a study compares at least 2 seeds")
         _check_arguments(config_arguments)
         _check_writable(out)
-        self._context = StudyContext(config, workdir, ledger)
-        self._contexts = {config.pretrained: self._context}
+        self._context = ImageContext(config, workdir, ledger)
+        self._contexts: dict[str, StudyContext] = {config.pretrained: self._context}
+        self._sentence_contexts: dict[str, SentenceContext] = {}
         for name in anchors:
             anchor_config = config.copy_and_resolve_references()
             anchor_config.pretrained = name
             try:
-                context = StudyContext(anchor_config, workdir, ledger, self._context.data)
+                context = ImageContext(anchor_config, workdir, ledger, self._context.data)
             except UserError as error:
                 raise UserError(f"--anchors={name}: {error}") from error
             for other_name, other in self._contexts.items():
@@ -127,7 +130,7 @@ class Runner:
                     raise UserError(f"--anchors={name}: its weights equal those of {other_name}")
             self._contexts[name] = context
         self._ledger, self._out, self._num_seeds = ledger, out, num_seeds
-        self._locks = workdir / "locks"
+        self._workdir, self._first_seed = workdir, config.seed
         self._config_arguments, self._path_arguments = config_arguments, path_arguments
         self._console = Console()
 
@@ -139,10 +142,10 @@ class Runner:
         """
         seconds: float | None = 0.0
         num_measurements, num_missing, num_runs = 0, 0, 0
-        for context in self._contexts.values():
+        for context, in_context in self._studies_by_context(studies):
             measurements = [
                 measurement
-                for study in studies
+                for study in in_context
                 for measurement in study.measurements(self._setup(study, context)).values()
             ]
             schedule = Schedule.of(context, measurements)
@@ -165,7 +168,8 @@ class Runner:
           The report from each anchor.
         """
         reports, keys, seeds = {}, [], set()
-        for name, context in self._contexts.items():
+        contexts = self._contexts_of(study)
+        for name, context in contexts.items():
             setup = self._setup(study, context)
             measurements = study.measurements(setup)
             reports[name] = study.summarize(setup, self._values(study, context, measurements))
@@ -174,9 +178,7 @@ class Runner:
         details = {
             "seeds": sorted(seeds),
             "commits": self._ledger.commits(keys),
-            "pretrained": self._context.config.pretrained,
-            "data": self._context.config.data.name,
-            "max_shift_images": self._context.config.evaluation.max_shift_images,
+            **next(iter(contexts.values())).details(),
             "command": self._command(study),
         }
         page = write(study, reports, self._out, details)
@@ -193,8 +195,9 @@ class Runner:
         return reports
 
     def _command(self, study: Study) -> str:
-        _, *anchors = self._contexts
-        flags = [*self._config_arguments, f"--num_seeds={self._num_seeds or study.num_seeds}"]
+        _, *anchors = self._contexts_of(study)
+        flags = [*(() if study.domain else self._config_arguments)]
+        flags += [f"--num_seeds={self._num_seeds or study.num_seeds}"]
         flags += [f"--anchors={','.join(anchors)}"] * bool(anchors)
         return " ".join(["python -m studies", study.name, *flags, *self._path_arguments])
 
@@ -214,7 +217,7 @@ class Runner:
         def on_wait(count: int) -> None:
             self._print(f"{study.name}: waits for {count} tasks of other processes")
 
-        for name, task in schedule.queue(context, self._locks, on_wait):
+        for name, task in schedule.queue(context, self._workdir / "locks", on_wait):
             if isinstance(task, Run):
                 title = f"{study.name}: {context.runs.title(task)}"
                 title += f" ({numbers[name]} of {len(numbers)})"
@@ -229,18 +232,29 @@ class Runner:
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def _contexts_of(self, study: Study) -> Mapping[str, StudyContext]:
+        """Return the contexts of a study by the name of their anchor."""
+        if study.domain is None:
+            return self._contexts
+        if study.domain not in self._sentence_contexts:
+            self._sentence_contexts[study.domain] = SentenceContext(
+                study.domain, self._workdir, self._ledger, self._first_seed
+            )
+        context = self._sentence_contexts[study.domain]
+        return {context.details()["pretrained"]: context}
+
+    def _studies_by_context(
+        self, studies: Sequence[Study]
+    ) -> Iterator[tuple[StudyContext, list[Study]]]:
+        for domain in dict.fromkeys(study.domain for study in studies):
+            chosen = [study for study in studies if study.domain == domain]
+            for context in self._contexts_of(chosen[0]).values():
+                yield context, chosen
+
     def _setup(self, study: Study, context: StudyContext) -> Setup:
-        config = context.config
-        count = self._num_seeds or study.num_seeds
-        return Setup(
-            tuple(range(config.seed, config.seed + count)),
-            config.epochs,
-            context.runs.steps_per_epoch,
-            config.optimizer.learning_rate,
-            shifts=bool(context.data.shifts),
-            additional_anchor=context is not self._context,
-            stored_images=config.data.name != "glyphs",
-        )
+        additional = study.domain is None and context is not self._context
+        setup = context.setup(self._num_seeds or study.num_seeds)
+        return setup._replace(additional_anchor=additional)
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

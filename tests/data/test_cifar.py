@@ -21,8 +21,8 @@ from modelstock_jax.models.preprocessor import Preprocessor
 from modelstock_jax.training.classifier import Classifier
 from modelstock_jax.training.finetune import make_trainer
 from studies.catalog import STUDIES
-from studies.context import StudyContext
 from studies.expressions import Anchor
+from studies.image_context import ImageContext
 from studies.measurements import Score
 from studies.study import Setup
 from tests.data.made_records import cifar_set, colored, write_cifar10
@@ -223,7 +223,7 @@ def test_the_ledger_distinguishes_datasets(root):
     """The test sets of CIFAR-10 and CIFAR-100 have the same name and size, and may use one CLIP."""
     keys = {}
     for name in ("cifar10", "cifar100"):
-        context = object.__new__(StudyContext)
+        context = object.__new__(ImageContext)
         context.config, context.checksum = cifar10.get_config(), "of a CLIP"
         context.config.data.name = name
         context._test, context._shifts = benchmark.load(config(root)).test, {}

@@ -37,7 +37,7 @@ def combine(function, *trees):
 
 
 class DrawnContext:
-    """Like `studies.context.StudyContext`, for measurements and models."""
+    """Like `studies.image_context.ImageContext`, for measurements and models."""
 
     num_heads = 2
 

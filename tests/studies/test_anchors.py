@@ -12,10 +12,10 @@ import pytest
 from configs import glyphs
 from modelstock_jax.data import benchmark
 from modelstock_jax.errors import UserError
-from studies import run_store
-from studies.context import StudyContext
+from studies import image_runs
+from studies.image_context import ImageContext
+from studies.image_runs import anchor_opener
 from studies.ledger import Ledger
-from studies.run_store import anchor_opener
 
 
 def config_of(name, data="glyphs"):
@@ -48,23 +48,23 @@ def test_a_wrong_option_is_an_error_before_anything_runs(tmp_path):
     config = config_of("runs/none")
     config.log_every_steps = 0
     with pytest.raises(UserError, match="log_every_steps .*0"):
-        StudyContext(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
+        ImageContext(config, tmp_path, Ledger(tmp_path / "measured.jsonl"))
 
 
 def test_the_checksum_of_a_tower_needs_no_training(tmp_path, monkeypatch, data):
     """A study whose measurements are all in the ledger does not train its tower."""
-    monkeypatch.setattr(run_store, "_pretrain", pytest.fail)
+    monkeypatch.setattr(image_runs, "_pretrain", pytest.fail)
 
     def checksum(name="tower:resnet", **options):
         config = config_of(name)
         config.update_from_flattened_dict(options)
-        return StudyContext(config, tmp_path, Ledger(tmp_path / "measured.jsonl"), data).checksum
+        return ImageContext(config, tmp_path, Ledger(tmp_path / "measured.jsonl"), data).checksum
 
     plain = checksum()
     assert len(plain) == 16 and checksum() == plain
     assert checksum(seed=3, gradient_accumulation_steps=2) == plain, "the tower is the same"
     others = [checksum("tower:convnext"), checksum(label_smoothing=0.1)]
-    monkeypatch.setattr(run_store, "NUM_IMAGES", 256)
+    monkeypatch.setattr(image_runs, "NUM_IMAGES", 256)
     others.append(checksum())
     assert len({plain, *others}) == 4
     assert not (tmp_path / "towers").exists()
@@ -72,14 +72,14 @@ def test_the_checksum_of_a_tower_needs_no_training(tmp_path, monkeypatch, data):
 
 @pytest.mark.slow
 def test_a_tower_is_pretrained_once(tmp_path, monkeypatch, data):
-    monkeypatch.setattr(run_store, "NUM_IMAGES", 256)
-    monkeypatch.setattr(run_store, "RECIPE", run_store.RECIPE | {"epochs": 2, "batch_size": 128})
+    monkeypatch.setattr(image_runs, "NUM_IMAGES", 256)
+    monkeypatch.setattr(image_runs, "RECIPE", image_runs.RECIPE | {"epochs": 2, "batch_size": 128})
     config = config_of("tower:hybrid")
     anchor = anchor_opener(config)(data, tmp_path)
     first = anchor.load()
     assert anchor.load() is first and first.checksum == anchor.outline.checksum
     chex.assert_trees_all_equal_shapes_and_dtypes(first.params, anchor.outline.params)
-    start = run_store.towers.init("hybrid", 62, jax.random.key(0))
+    start = image_runs.towers.init("hybrid", 62, jax.random.key(0))
     changes = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first.params, start)
     assert min(jax.tree.leaves(changes)) > 0
     # Without training data, the tower is read from its file.

@@ -7,8 +7,8 @@ import pytest
 from configs import glyphs
 from studies.catalog import STUDIES
 from studies.catalog.soup_search import soup
-from studies.context import StudyContext
-from studies.run_store import RunStore
+from studies.image_context import ImageContext
+from studies.image_runs import ImageRuns
 from studies.study import Setup
 
 SETUP = Setup(seeds=(0, 1, 2, 3), epochs=8, steps_per_epoch=32, learning_rate=2e-3)
@@ -25,10 +25,10 @@ class Sized:
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
     """Create a context with keys and without weights."""
-    made = object.__new__(StudyContext)
+    made = object.__new__(ImageContext)
     config = glyphs.get_config()
     made.config, made.checksum = config, "a fingerprint"
-    made.runs = RunStore(config, tmp_path_factory.mktemp("none"), None, None, made.checksum, None)
+    made.runs = ImageRuns(config, tmp_path_factory.mktemp("none"), None, None, made.checksum, None)
     made._test, made._validation = Sized("test", 2000), Sized("validation", 1000)
     made._shifts = {name: Sized(name, 1000) for name in ("v2", "r")}
     return made

@@ -12,7 +12,7 @@ from configs import glyphs
 from modelstock_jax.errors import UserError
 from studies import runner
 from studies.catalog import STUDIES
-from studies.context import StudyContext
+from studies.image_context import ImageContext
 from studies.ledger import Ledger
 from tests.studies.context import DrawnContext
 
@@ -40,7 +40,7 @@ class FakeRunStore:
         self.done[run] = title
 
 
-class FakeContext(DrawnContext, StudyContext):
+class FakeContext(DrawnContext, ImageContext):
     def __init__(self, config, workdir, ledger, data=None):
         super().__init__()
         self.config, self.ledger, self.data = config, ledger, data or DATA
@@ -50,7 +50,7 @@ class FakeContext(DrawnContext, StudyContext):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "StudyContext", FakeContext)
+    monkeypatch.setattr(runner, "ImageContext", FakeContext)
 
     def start(name, anchors):
         config = glyphs.get_config()
