@@ -24,7 +24,7 @@ from modelstock_jax.reporting.style import (
     draw,
 )
 from modelstock_jax.reporting.tables import mean_and_error
-from studies.curves import Curve
+from studies.curves import Curve, id_and_shifts, mean_curve
 
 Point = tuple[float, float]
 
@@ -303,6 +303,48 @@ def wise_ft_curves(
         axes.set_xlabel("in-distribution accuracy (%)")
         axes.set_ylabel("avg. shifts (%)")
         figure.legend(loc="outside right upper", title="marker: α = 1, line: α from 0")
+
+    return draw(fill, (9.6, 5.2), path)
+
+
+def curves_and_points(
+    curves: Mapping[str, Sequence[Curve]],
+    points: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw WiSE-FT curves, and models as points with their standard errors.
+
+    Args:
+      curves: label -> curves, one per pair of models. Means are drawn.
+      points: label -> values of `Score`.
+      path: a .png file; None draws without saving.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        for label, pairs in curves.items():
+            mean = mean_curve(pairs)
+            axes.plot(*mean.samples, "-", color=GRAY, lw=1.6, label=f"WiSE-FT: {label}")
+            axes.plot(*np.array(mean.points)[:, 1:].T, ".", color=GRAY)
+            axes.plot(*mean.points[0][1:], "*", color=BLACK, ms=14, label="Zero-shot")
+        for number, (label, scores) in enumerate(points.items()):
+            (x, dx), (y, dy) = map(mean_and_error, zip(*map(id_and_shifts, scores), strict=True))
+            axes.errorbar(
+                x,
+                y,
+                yerr=dy,
+                xerr=dx,
+                fmt=_MARKERS[number % len(_MARKERS)],
+                color=_COLORS[1 + number % (len(_COLORS) - 1)],
+                mec=BLACK,
+                mew=0.6,
+                ms=8,
+                capsize=2,
+                label=label,
+            )
+        axes.set_xlabel("in-distribution accuracy (%)")
+        axes.set_ylabel("avg. shifts (%)")
+        figure.legend(loc="outside right upper")
 
     return draw(fill, (9.6, 5.2), path)
 

@@ -13,7 +13,7 @@ from studies.measurements import Angles, Measurement
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 # Key biases receive no gradient (softmax is shift-invariant); their angles are noise.
-NO_GRADIENT = "k_proj.bias"
+NO_GRADIENT = ("k_proj.bias", "key.bias")
 # Kind of tensor -> its name in tables.
 KIND_LABELS = {
     "kernels": "kernels",

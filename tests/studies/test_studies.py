@@ -33,7 +33,10 @@ def value(measurement, context):
         return measurement.measure(context)
     rng = np.random.default_rng(zlib.crc32(repr(measurement.key(context)).encode()))
     shifts = {name: 60 + rng.normal() for name in ("v2", "r") if measurement.shifts}
-    return {"id": 80 + rng.normal(), "shifts": shifts}
+    sets = {"drawn": 0.0, **shifts}
+    # The sentence benchmark also measures these.
+    more = {"balanced": sets, "auc": sets, "correct": {n: rng.bytes(100).hex() for n in sets}}
+    return {"id": 80 + rng.normal(), "shifts": shifts, **more}
 
 
 def values_of(study, context):
