@@ -21,7 +21,7 @@ _ROLES = (
     (
         "norms",
         re.compile(
-            r"norm|(?:^|[._])ln(?:[._]|$)|ln_\w+|\bbn\d*\b|layer_scale|\bgrn\b|"
+            r"(?i:norm)|(?:^|[._])ln(?:[._]|$)|ln_\w+|\bbn\d*\b|layer_scale|\bgrn\b|"
             r"downsampling_layer\.0\."
         ),
     ),
@@ -68,6 +68,8 @@ def role(name: str) -> str:
     Example:
       >>> role("model.layers.3.self_attn.q_proj.weight"), role("h.0.ln_1.weight")
       ('attention', 'norms')
+      >>> role("encoder.layer.0.attention.output.LayerNorm.bias")
+      'norms'
     """
     return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
 

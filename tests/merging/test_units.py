@@ -261,11 +261,14 @@ NAMED = {
     """,
     "bert": """
         bert.embeddings.word_embeddings.weight  0  -1  embeddings and head
-        bert.embeddings.LayerNorm.weight  0  -1  embeddings and head
+        bert.embeddings.LayerNorm.weight  0  -1  norms
         bert.encoder.layer.0.attention.self.query.weight  0  0  attention
-        bert.encoder.layer.0.attention.output.LayerNorm.weight  0  0  attention
+        bert.encoder.layer.0.attention.output.dense.weight  0  0  attention
+        bert.encoder.layer.0.attention.output.LayerNorm.weight  0  0  norms
+        bert.encoder.layer.0.attention.output.LayerNorm.bias  0  0  norms
         bert.encoder.layer.1.intermediate.dense.weight  0  1  MLP
         bert.encoder.layer.1.output.dense.bias  0  1  biases
+        bert.encoder.layer.1.output.LayerNorm.weight  0  1  norms
         bert.pooler.dense.weight  0  inf  MLP
         classifier.weight  0  inf  embeddings and head
     """,
