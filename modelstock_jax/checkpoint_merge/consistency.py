@@ -64,6 +64,8 @@ _IMAGES = (
     "do_center_crop",
 )
 _SENTENCES = ("sentence_bert_config.json", "config_sentence_transformers.json")
+# Settings of a sentence-transformers model whose config lacks them or states null.
+_SENTENCE_DEFAULTS = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
 TEMPLATES = ("additional_chat_templates", "chat_templates")
 
 
@@ -403,13 +405,15 @@ def compare_processors(sources: Sequence[Source], issues: PlanIssues, config_opt
       config_option: model whose files are written, as in `--config-from`
     """
     base = _processing(sources[0])
-    for source in sources[1:]:
+    for number, source in enumerate(sources[1:], 1):
         other = _processing(source)
         keys = [key for key in base if key in other and base[key] != other[key]]
         if keys:
+            own = f"model:{number}"
+            choice = "" if own == config_option else f" (pass --config-from {own} for its files)"
             issues.notes.append(
-                f"{listed(keys, 6)} of {source.label} differ from the base's; "
-                f"the files of {config_option} are written"
+                f"{listed(keys, 6)} of {source.label} differ from the base's; the files of "
+                f"{config_option} are written{choice}"
             )
 
 
@@ -432,9 +436,20 @@ def _processing(source: Source) -> dict[str, Any]:
         for name in _SENTENCES:
             settings |= {
                 f"{prefix}{name} {key}": value
-                for key, value in read_object(directory / name).items()
+                for key, value in _sentence_settings(directory / name).items()
                 if key != "__version__"
             }
+    return settings
+
+
+def _sentence_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a file of sentence-transformers, without empty prompts."""
+    settings = read_object(path)
+    if path.name == _SENTENCES[1] and (path.parent / MODULES).is_file():
+        stated = {key: value for key, value in settings.items() if value is not None}
+        settings = {**_SENTENCE_DEFAULTS, **stated}
+        if isinstance(prompts := settings["prompts"], dict):
+            settings["prompts"] = {name: prompt for name, prompt in prompts.items() if prompt}
     return settings
 
 

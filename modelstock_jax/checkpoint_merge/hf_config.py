@@ -64,6 +64,17 @@ _VALUES = {
     "gelu_accurate": "gelu_pytorch_tanh",
     "su": "longrope",
 }
+# `pooling_mode` of sentence-transformers 6 -> the key of earlier releases, which is true.
+_POOLING = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+# Keys that are true if a config lacks them: `include_prompt` of sentence-transformers.
+_TRUE = ("include_prompt",)
 # Keys whose default null is written as its value by transformers 5.
 _COMPUTED = ("no_rope_layers", "layer_types", "hidden_activation", "n_inner")
 # Keys that change positions -> the defaults of libraries if a config lacks the key.
@@ -257,8 +268,7 @@ def disagreements(
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
         parts = key.split(".")
-        equal = _same(a, b) and not (_ABSENT in (a, b) and _default_is_on(key, a, b))
-        if equal or _is_generation(key, ours) or _is_generation(key, theirs):
+        if _agree(key, a, b) or _is_generation(key, ours) or _is_generation(key, theirs):
             continue
         if any(map(_HARMLESS.fullmatch, parts)):
             kind = result.harmless
@@ -288,6 +298,15 @@ def _is_generation(key: str, config: Mapping[str, Any]) -> bool:
         or _TOKENS.fullmatch(last) is not None
         or any(f"{parent}.{other}" in config for other in ("num_beams", "do_sample"))
     )
+
+
+def _agree(key: str, a: Any, b: Any) -> bool:
+    """Return whether two configs, of which one may lack the key, agree on it."""
+    if _ABSENT not in (a, b):
+        return _same(a, b)
+    if key.rpartition(".")[2] in _TRUE:
+        return True in (a, b)
+    return _same(a, b) and not _default_is_on(key, a, b)
 
 
 def _default_is_on(key: str, *values: Any) -> bool:
@@ -366,7 +385,7 @@ def _one_level(*configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten a config, with one spelling for keys and values that libraries spell differently."""
     result: dict[str, Any] = {}
-    for key, value in config.items():
+    for key, value in _pooling(config).items():
         if key in ("rope_parameters", "rope_scaling"):
             result |= _rope(value) if isinstance(value, dict) else {}
         elif key in KEYS:
@@ -378,6 +397,23 @@ def _canonical(config: Mapping[str, Any]) -> dict[str, Any]:
                 _VALUES.get(value, value) if isinstance(value, str) else value
             )
     return _filled(result)
+
+
+def _pooling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of a pooling module in the spelling before sentence-transformers 6.
+
+    Example:
+      >>> old = _pooling({"embedding_dimension": 4, "pooling_mode": "mean"})
+      >>> [key for key, value in old.items() if value]
+      ['word_embedding_dimension', 'pooling_mode_mean_tokens']
+    """
+    modes = config.get("pooling_mode")
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or not {*map(str, modes)} <= _POOLING.keys():
+        return config
+    old = {"embedding_dimension": "word_embedding_dimension"}
+    renamed = {old.get(key, key): x for key, x in config.items() if key != "pooling_mode"}
+    return renamed | {key: mode in modes for mode, key in _POOLING.items()}
 
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:

@@ -364,7 +364,8 @@ def tensor_rows(
 def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float | None]]:
     """Return the number of units per outcome, and the predicted distances of the entire model.
 
-    A unit counts once, however many tensors share it. An unknown distance is None.
+    A unit counts once, however many tensors share it. A distance is None if it is unknown in every
+    unit that changed.
     """
     units = {row["unit"]: row for row in rows}.values()
     outcomes: collections.Counter[str] = collections.Counter()
@@ -373,7 +374,8 @@ def totals(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, float | None]
     distance: dict[str, float | None] = {}
     for name in _DISTANCES:
         known = [x for row in units if (x := row["predicted_distance"][name]) is not None]
-        distance[name] = math.sqrt(sum(x**2 for x in known)) if known else None
+        is_known = _is_known(known, len(units))
+        distance[name] = math.sqrt(sum(x**2 for x in known)) if is_known else None
     return dict(outcomes), distance
 
 
@@ -403,4 +405,16 @@ def _pairwise(gram: np.ndarray) -> list[list[float | None]]:
 
 def _root_sum_square(distances: np.ndarray) -> float | None:
     known = distances[distances >= 0]
-    return float(np.sqrt(np.sum(known**2))) if known.size else None
+    return float(np.sqrt(np.sum(known**2))) if _is_known(known, distances.size) else None
+
+
+def _is_known(known: Sequence[float] | np.ndarray, count: int) -> bool:
+    """Return whether the distance of `count` units is known from the known ones of them.
+
+    Units that no fine-tune changed have a distance of 0, which is no prediction for the others.
+
+    Example:
+      >>> _is_known([0.0, 0.0], 2), _is_known([0.0], 2), _is_known([0.0, 1.0], 3), _is_known([], 0)
+      (True, False, True, False)
+    """
+    return len(known) > 0 and (len(known) == count or bool(np.any(known)))
