@@ -20,6 +20,7 @@ from modelstock_jax.checkpoint_merge.consistency import (
     TEMPLATES,
     compare_configs,
     compare_ids,
+    compare_lengths,
     compare_processors,
     compare_tokenizers,
     read_object,
@@ -120,6 +121,7 @@ def plan_auxiliary_files(
     changed_keys = _changed_keys(changes, dtypes, plain)
     compare_configs(sources, options, issues, config_option, changed_keys)
     compare_processors(sources, issues, config_option)
+    compare_lengths(sources[config_model], sources[tokenizer_model], config_option, issues)
     check_labels(components, sources, issues)
     token_ids = read_tokens(sources)
     compare_ids(token_ids, sources, components, options, issues)

@@ -453,6 +453,43 @@ def _sentence_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def compare_lengths(config: Source, tokenizer: Source, option: str, issues: PlanIssues) -> None:
+    """Note if the tokenizer of another model changes the maximum length of a sentence encoder.
+
+    sentence-transformers 6 no longer writes `max_seq_length`; it reads the tokenizer's length.
+
+    Args:
+      config: model whose config files are written
+      tokenizer: model whose tokenizer is written
+      option: model of the config, as in `--tokenizer-from`
+      issues: receives the notes
+    """
+    if config.directory is None or tokenizer.tokenizer_directory is None:
+        return
+    for folder in folders(config.directory):
+        settings = config.directory / folder / _SENTENCES[0]
+        if not settings.is_file() or "max_seq_length" in read_object(settings):
+            continue
+        limit = (read_config(config.directory / folder) or {}).get("max_position_embeddings")
+        own, written = (
+            _max_length(directory / folder, limit)
+            for directory in (config.directory, tokenizer.tokenizer_directory)
+        )
+        if own != written and None not in (own, written):
+            issues.notes.append(
+                f"the maximum sequence length is {own} in {config.label}, but {written} in the "
+                f"tokenizer of {tokenizer.label}, which is written (pass --tokenizer-from {option} "
+                f"to keep {own})"
+            )
+
+
+def _max_length(directory: Path, limit: Any) -> int | None:
+    """Return the number of tokens at which a tokenizer truncates; None if it is not stated."""
+    length = read_object(directory / "tokenizer_config.json").get("model_max_length")
+    lengths = [int(x) for x in (length, limit) if isinstance(x, (int, float))]
+    return min(lengths) if lengths else None
+
+
 def compare_tokenizers(
     sources: Sequence[Source], issues: PlanIssues, token_ids: Sequence[TokenIds]
 ) -> None:

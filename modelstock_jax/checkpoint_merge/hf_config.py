@@ -200,14 +200,15 @@ def set_dtype(directory: Path, dtype: str) -> None:
     """
     config = read_config(directory)
     if config is not None:
-        config = _with_dtype(config, dtype)
+        changed = _with_dtype(config, dtype)
         # Configs of pooling modules and of diffusers have no dtype.
         if not any(key in config for key in KEYS) and config.keys() & {
             "model_type",
             "architectures",
         }:
-            config["torch_dtype"] = dtype
-        write_indented_json(directory / CONFIG, config)
+            changed["torch_dtype"] = dtype
+        if changed != config:
+            write_indented_json(directory / CONFIG, changed)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

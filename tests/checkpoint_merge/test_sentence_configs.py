@@ -57,6 +57,15 @@ def test_pooling(say, tmp_path, case):
         assert load(tmp_path / "out/1_Pooling/config.json") == base
 
 
+def test_a_config_that_does_not_change_is_copied_as_it_is(say, tmp_path):
+    text = '{"word_embedding_dimension":8,   "pooling_mode_mean_tokens": true}'
+    same = {"1_Pooling/config.json": text, "config.json": '{"model_type":   "bert"}'}
+    paths, out = models(tmp_path, same, same), tmp_path / "out"
+    assert say("merge", *paths, "--out", out, "--dtype", "bf16").status == 0
+    assert (out / "1_Pooling/config.json").read_text() == text
+    assert load(out / "config.json") == {"model_type": "bert", "torch_dtype": "bfloat16"}
+
+
 # Settings of the fine-tunes, next to a base without them -> word of the note.
 PROMPTS = {"query": "", "document": ""}
 ADDED = {
@@ -85,6 +94,39 @@ def test_settings_that_only_the_fine_tunes_have(say, tmp_path, case, with_file):
     result = say("merge", *paths, "--out", out, "--config-from", "model:1")
     assert load(out / SETTINGS) == settings
     assert f"{SETTINGS} {word}" in result.err and "--config-from model:1" not in result.err
+
+
+# The base saved by an older release: length of the model and of its tokenizer -> the length that
+# is written with the config of a fine-tune of length 256, if it is another one.
+LENGTHS = {512: 512, 256: None, 10**30: 514}
+
+
+@pytest.mark.parametrize("folder", ["", "0_Transformer/"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_length_that_a_newer_release_reads_from_the_tokenizer(say, tmp_path, length, folder):
+    config = {"model_type": "bert", "max_position_embeddings": 514}
+    modules = [{"path": folder.rstrip("/"), "type": "sentence_transformers.models.Transformer"}]
+    shared = {"modules.json": modules, f"{folder}config.json": config}
+    old, new = (
+        shared | {f"{folder}sentence_bert_config.json": settings,
+                  f"{folder}tokenizer_config.json": {"model_max_length": number}}
+        for settings, number in (({"max_seq_length": 256}, length), ({"task": "f"}, 256))
+    )  # fmt: skip
+    paths = trio(tmp_path, old, new, file=f"{folder}model.safetensors")
+
+    def lengths(*options):
+        result = say("merge", *paths, "--out", tmp_path / "out", "--overwrite", *options)
+        assert result.status == 0, result.err
+        return [note for note in result.notes if "maximum sequence length" in note]
+
+    assert not lengths()
+    written = lengths("--config-from", "model:1")
+    if LENGTHS[length] is None:
+        assert not written
+    else:
+        assert all(word in written[0] for word in ("256", f"{LENGTHS[length]}", "model:1"))
+        assert len(written) == 1
+    assert not lengths("--config-from", "model:1", "--tokenizer-from", "model:1")
 
 
 # Options, and whether the second fine-tune is the base's copy.
