@@ -156,6 +156,17 @@ def show_comparison(
     for line in zip(*cells.values(), strict=True):
         table.add_row(*map(escape, line))
     _print(table, console)
+    if summary:
+        _print(_ratio_table(summary), console)
+    if omitted:
+        console.print(
+            f"Columns that do not fit this terminal: {'; '.join(omitted)}. A pipe and --json show "
+            "all columns.",
+            highlight=False,
+        )
+
+
+def _ratio_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("ratios", "tensors", "min", "median", "max"):
         table.add_column(heading, justify="left" if heading == "ratios" else "right")
@@ -163,13 +174,7 @@ def show_comparison(
         table.add_row(
             kind, str(value["tensors"]), *(f"{value[key]:.3f}" for key in ("min", "median", "max"))
         )
-    _print(table, console)
-    if omitted:
-        console.print(
-            f"Columns that do not fit this terminal: {'; '.join(omitted)}. A pipe and --json show "
-            "all columns.",
-            highlight=False,
-        )
+    return table
 
 
 def _fit(cells: dict[str, list[str]], width: int) -> list[str]:

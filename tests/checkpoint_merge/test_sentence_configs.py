@@ -160,3 +160,11 @@ def test_frozen_tensors_do_not_predict_the_distance_of_the_others(say, tmp_path,
         unknown if case == "global" else dict.fromkeys(unknown, 0.0)
     )
     assert all(distance == unknown for distance in rows.values())
+
+
+def test_a_comparison_without_angles_has_no_table_of_ratios(say, tmp_path):
+    paths = trio(tmp_path)
+    assert "median" in say("compare", *paths).out
+    write(paths[2], {"model.safetensors": tensors(paths[0])})
+    result = say("compare", *paths)
+    assert result.status == 0 and "one model changed" in result.out and "median" not in result.out
