@@ -275,7 +275,7 @@ def total_distance(stats: Stats) -> geometry.Distances:
 
     Returns:
       `Distances` of Python floats, in the units of the weights; None if it is unknown in every
-      unit.
+      unit that changed.
 
     Raises:
       UserError: statistics of several merges, from `vmap`, or a call under `jit`
@@ -291,7 +291,9 @@ def total_distance(stats: Stats) -> geometry.Distances:
     def total(distances):
         arrays = [np.asarray(d, np.float64).ravel() for d in distances]
         known = [d[d != geometry.DISTANCE_UNDEFINED] for d in arrays]
-        if not any(d.size for d in known):
+        num_units, num_known = (sum(d.size for d in group) for group in (arrays, known))
+        # Units that no replica changed have a distance of 0, which is no prediction for the others.
+        if not num_known or (num_known < num_units and not any(d.any() for d in known)):
             return None
         # Summed unit by unit: the last bits of results depend on this order.
         return float(np.sqrt(sum(np.sum(d[d > 0] ** 2) for d in known)))

@@ -18,6 +18,7 @@ from modelstock_jax.merging import (
     ties,
     total_distance,
     uniform_mean,
+    wise_ft,
 )
 from modelstock_jax.merging.rules import unit_row
 from tests.merging.test_every_merge import MERGES
@@ -44,6 +45,13 @@ def test_total_distance_is_none_if_no_unit_has_one():
         assert total_distance(method(w0, one_changed)[1]) == UNKNOWN
     copied = {"count": np.int32(3)}, {"count": np.int32([4, 5])}
     assert total_distance(model_stock(*copied)[1]) == UNKNOWN
+
+
+def test_frozen_tensors_alone_predict_no_total_distance():
+    """One model gives no angle; the frozen tensor is at a known distance, 0."""
+    w0 = {"frozen": np.ones(3, np.float32), "w": np.zeros(3, np.float32)}
+    one = {"frozen": np.ones((1, 3), np.float32), "w": np.ones((1, 3), np.float32)}
+    assert total_distance(wise_ft(w0, one, 0.5)[1]) == UNKNOWN
 
 
 def test_total_distance_of_a_merge_in_which_nothing_changed_is_0():
