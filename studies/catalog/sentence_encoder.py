@@ -28,14 +28,17 @@ from studies.runs import Run
 from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 Scores = Sequence[Mapping[str, Any]]
-# A spline through fewer points misses the bend at the merges.
-_ALPHAS = (0.25, 0.5, 0.625, 0.75, 0.875)
+# Dense near the merges: a ratio of all weights is 0.65, and accuracies bend there.
+_ALPHAS = (0.25, 0.5, 0.65, 0.8)
+# Points of the curve that are rows of the tables.
+_WISE_FT = (0.25, 0.5, 0.8)
 _HIGH_LEARNING_RATE = 3e-4
 # Seeds of the other learning rate and of the runs with merging.
 _NUM_OTHER_SEEDS = 4
 _SIZES = (1, 2, 3, 4)
 _FEW_UNITS = ("tensor", "global")
 _LABELS = {
+    "zero_shot": "Zero-shot",
     "single": "Single fine-tuned model",
     "mean": "Uniform mean of 2",
     **{unit: f"Model Stock of 2, unit `{unit}`" for unit in UNITS},
@@ -51,38 +54,33 @@ def _pool(seeds: Sequence[int], options: dict[str, Any]) -> tuple[Replica, ...]:
     return tuple(Replica(Run.of(seed, PAIR | options), r) for seed in seeds for r in (0, 1))
 
 
-def _compared(models: Sequence[Model], units: Sequence[str]) -> dict[tuple[str, int], Model]:
-    """Return (row, number) -> a model: single models, and merges of disjoint pairs and fours."""
-    found: dict[tuple[str, int], Model] = {("single", i): m for i, m in enumerate(models)}
-    for i, pair in enumerate(groups(models, 2)):
-        found["mean", i] = mean(pair)
-        found |= {(unit, i): Merge(pair, unit=unit) for unit in units}
-        found["constant_ratio", i] = Merge(pair, "constant_ratio")
-    for i, four in enumerate(groups(models, 4)):
-        found["mean of 4", i] = mean(four)
-        found |= {(f"{unit} of 4", i): Merge(four, unit=unit) for unit in _FEW_UNITS}
-    return found
-
-
-def _measure_scores(
-    setting: str, models: Sequence[Model], compared: Mapping[tuple[str, int], Model]
+def _scores(
+    setting: str, models: Sequence[Model], units: Sequence[str], alphas: Sequence[float]
 ) -> dict[Any, Measurement]:
-    """Return (setting, row, number) -> the score, with the WiSE-FT curve of each pair's mean."""
-    measurements: dict[Any, Measurement] = {key: Score(model) for key, model in compared.items()}
+    """Return (setting, row, number) -> the score: single models, and merges of disjoint pairs.
+
+    (setting, "mean", number, alpha) is a point of the WiSE-FT curve of a pair's mean.
+    """
+    found: dict[Any, Measurement] = {("single", i): Score(m) for i, m in enumerate(models)}
     for i, pair in enumerate(groups(models, 2)):
-        measurements |= curve_scores({"mean": mean(pair)}, i, _ALPHAS)
-    return {(setting, *key): measurement for key, measurement in measurements.items()}
+        found |= curve_scores({"mean": mean(pair)}, i, alphas)
+        found |= {(unit, i): Score(Merge(pair, unit=unit)) for unit in units}
+        found["constant_ratio", i] = Score(Merge(pair, "constant_ratio"))
+    return {(setting, *key): measurement for key, measurement in found.items()}
 
 
 def _measurements(setup: Setup) -> dict[Any, Measurement]:
     models = _pool(setup.seeds, {})
-    compared = _compared(models, UNITS)
-    for i, seed in enumerate(setup.seeds[:_NUM_OTHER_SEEDS]):
-        compared["periodic", i] = Merged(Run.of(seed, MERGING))
-    measurements = _measure_scores("base", models, compared)
-    options = {"optimizer.learning_rate": _HIGH_LEARNING_RATE}
-    others = _pool(setup.seeds[:_NUM_OTHER_SEEDS], options)
-    measurements |= _measure_scores("high", others, _compared(others, _FEW_UNITS))
+    measurements = _scores("base", models, UNITS, _ALPHAS)
+    for i, four in enumerate(groups(models, 4)):
+        measurements["base", "mean of 4", i] = Score(mean(four))
+        for unit in _FEW_UNITS:
+            measurements["base", f"{unit} of 4", i] = Score(Merge(four, unit=unit))
+    other_seeds = setup.seeds[:_NUM_OTHER_SEEDS]
+    for i, seed in enumerate(other_seeds):
+        measurements["base", "periodic", i] = Score(Merged(Run.of(seed, MERGING)))
+    others = _pool(other_seeds, {"optimizer.learning_rate": _HIGH_LEARNING_RATE})
+    measurements |= _scores("high", others, _FEW_UNITS, _WISE_FT)
     measurements["angles"] = Angles(models)
     half = len(models) // 2
     for n in _SIZES:
@@ -96,8 +94,7 @@ def _measurements(setup: Setup) -> dict[Any, Measurement]:
 
 
 def _measurements_few(setup: Setup) -> dict[Any, Measurement]:
-    models = _pool(setup.seeds, {})
-    return _measure_scores("base", models, _compared(models, _FEW_UNITS))
+    return _scores("base", _pool(setup.seeds, {}), _FEW_UNITS, _WISE_FT)
 
 
 class _Setting:
@@ -108,10 +105,15 @@ class _Setting:
         count = sum(1 for key in found if key[0] == "mean" and len(key) == 2)
         self.rows: dict[str, Scores] = {
             row: [value for key, value in found.items() if key[0] == row and len(key) == 2]
-            for row in ("zero_shot", *_LABELS)
+            for row in _LABELS
         }
+        for alpha in _WISE_FT[::-1]:
+            self.rows[f"WiSE-FT of the mean, α = {alpha:g}"] = [
+                found["mean", i, alpha] for i in range(count)
+            ]
         self.rows = {row: scores for row, scores in self.rows.items() if scores}
-        self.curves = [curve(found, "mean", i, _ALPHAS) for i in range(count)]
+        alphas = sorted({key[2] for key in found if len(key) == 3})
+        self.curves = [curve(found, "mean", i, alphas) for i in range(count)]
 
     @property
     def singles(self) -> Scores:
@@ -130,11 +132,9 @@ class _Setting:
         first = self.rows["mean"][0]
         columns = ["model", "ID", *first["shifts"], "avg. shifts", "balanced", "AUC"]
         columns.append("above the curve of the mean (pairs)")
-        rows = [self._cells("zero_shot", "Zero-shot", first)]
-        rows += [self._cells(row, _LABELS[row], first) for row in self.rows if row in _LABELS]
-        return Table(columns, rows)
+        return Table(columns, [self._cells(row, first) for row in self.rows])
 
-    def _cells(self, row: str, label: str, first: Mapping[str, Any]) -> list[str]:
+    def _cells(self, row: str, first: Mapping[str, Any]) -> list[str]:
         scores = self.rows[row][:1] if row == "zero_shot" else self.rows[row]
         cells = [mean_cell([score["id"] for score in scores])]
         cells += [
@@ -144,7 +144,7 @@ class _Setting:
         for measure in ("balanced", "auc"):
             cells.append(mean_cell([_average(score, measure) for score in scores]))
         gaps = self.gaps(row) if row in (*UNITS, "constant_ratio") else []
-        return [label, *cells, f"{mean_cell(gaps)} ({len(gaps)})" if gaps else "–"]
+        return [_LABELS.get(row, row), *cells, f"{mean_cell(gaps)} ({len(gaps)})" if gaps else "–"]
 
 
 def _mean_score(scores: Scores) -> dict[str, Any]:
@@ -313,7 +313,7 @@ _NOTES = (
     "Balanced: the mean of the recalls of both classes, over the shifts. AUC: area under the ROC "
     "curve, over the shifts. Neither changes if only the threshold between the classes moves.",
     "Above the curve of the mean: avg. shifts of the merge, minus that of the WiSE-FT curve of the "
-    "uniform mean of the same models at the same ID. The curve is a spline through 7 points.",
+    "uniform mean of the same models at the same ID. The curve is a spline through 6 points, or 5.",
     "Error over texts: the standard error from the choice of the test texts, for the same models. "
     "The error after ± is over disjoint pairs of models.",
 )
