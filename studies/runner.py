@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Runner:
         config_arguments: Sequence[str] = (),
         path_arguments: Sequence[str] = (),
     ) -> None:
-        """Open the anchors and the data.
+        """Check the arguments; anchors and data are opened by `plan` or `run`.
 
         Args:
           config: base config of every run; `seed` is the first seed.
@@ -108,29 +109,17 @@ class Runner:
           path_arguments: the command line's `--ledger` and `--out`, for the same line.
 
         Raises:
-          UserError: for a wrong config, an option that every study sets itself, fewer than two
-            seeds, an anchor that cannot be opened or is named twice, or if `out` is not writable.
+          UserError: for an option that every study sets itself, fewer than two seeds, or if `out`
+            is not writable.
         """
         if num_seeds is not None and num_seeds < 2:
             raise UserError(f"--num_seeds={num_seeds}: a study compares at least 2 seeds")
         _check_arguments(config_arguments)
         _check_writable(out)
-        self._context = ImageContext(config, workdir, ledger)
-        self._contexts: dict[str, StudyContext] = {config.pretrained: self._context}
+        self._config, self._anchors = config, anchors
         self._sentence_contexts: dict[str, SentenceContext] = {}
-        for name in anchors:
-            anchor_config = config.copy_and_resolve_references()
-            anchor_config.pretrained = name
-            try:
-                context = ImageContext(anchor_config, workdir, ledger, self._context.data)
-            except UserError as error:
-                raise UserError(f"--anchors={name}: {error}") from error
-            for other_name, other in self._contexts.items():
-                if context.checksum == other.checksum:
-                    raise UserError(f"--anchors={name}: its weights equal those of {other_name}")
-            self._contexts[name] = context
         self._ledger, self._out, self._num_seeds = ledger, out, num_seeds
-        self._workdir, self._first_seed = workdir, config.seed
+        self._workdir = workdir
         self._config_arguments, self._path_arguments = config_arguments, path_arguments
         self._console = Console()
 
@@ -139,6 +128,9 @@ class Runner:
 
         Returns:
           The number of missing measurements.
+
+        Raises:
+          UserError: for a wrong config, or an anchor that cannot be opened or is named twice.
         """
         seconds: float | None = 0.0
         num_measurements, num_missing, num_runs = 0, 0, 0
@@ -232,13 +224,32 @@ class Runner:
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    @functools.cached_property
+    def _contexts(self) -> dict[str, StudyContext]:
+        """The contexts of the image studies by the name of their anchor."""
+        config = self._config
+        first = ImageContext(config, self._workdir, self._ledger)
+        contexts: dict[str, StudyContext] = {config.pretrained: first}
+        for name in self._anchors:
+            anchor_config = config.copy_and_resolve_references()
+            anchor_config.pretrained = name
+            try:
+                context = ImageContext(anchor_config, self._workdir, self._ledger, first.data)
+            except UserError as error:
+                raise UserError(f"--anchors={name}: {error}") from error
+            for other_name, other in contexts.items():
+                if context.checksum == other.checksum:
+                    raise UserError(f"--anchors={name}: its weights equal those of {other_name}")
+            contexts[name] = context
+        return contexts
+
     def _contexts_of(self, study: Study) -> Mapping[str, StudyContext]:
         """Return the contexts of a study by the name of their anchor."""
         if study.domain is None:
             return self._contexts
         if study.domain not in self._sentence_contexts:
             self._sentence_contexts[study.domain] = SentenceContext(
-                study.domain, self._workdir, self._ledger, self._first_seed
+                study.domain, self._workdir, self._ledger, self._config.seed
             )
         context = self._sentence_contexts[study.domain]
         return {context.details()["pretrained"]: context}
@@ -252,9 +263,9 @@ class Runner:
                 yield context, chosen
 
     def _setup(self, study: Study, context: StudyContext) -> Setup:
-        additional = study.domain is None and context is not self._context
+        first, *_ = self._contexts_of(study).values()
         setup = context.setup(self._num_seeds or study.num_seeds)
-        return setup._replace(additional_anchor=additional)
+        return setup._replace(additional_anchor=context is not first)
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

@@ -36,9 +36,7 @@ class SentenceRuns(RunStore):
         self,
         config: ConfigDict,
         workdir: Path,
-        anchor: PyTree,
-        train: Texts,
-        anchor_checksum: str,
+        domain: str,
         record: Callable[[list[Any], Any, float], None],
     ) -> None:
         """Create the store; train nothing.
@@ -46,70 +44,65 @@ class SentenceRuns(RunStore):
         Args:
           config: base config of every run.
           workdir: where runs are stored.
-          anchor: initial parameters of every replica.
-          train: texts.
-          anchor_checksum: of the pretrained weights and the texts.
+          domain: in-distribution domain.
           record: called with (key, value, seconds) after each complete run.
         """
         super().__init__(config, workdir, record, _MAX_CACHED_FILES)
-        self._anchor, self._train_set, self._anchor_checksum = anchor, train, anchor_checksum
+        self._domain = domain
+        *_, self._num_texts = texts.SIZES[domain]
 
     def checksum(self, config: ConfigDict) -> str:
         """See `RunStore`."""
         options = flatten(config.to_dict())
         del options["seed"]
-        return checksum([self._anchor_checksum, options])
+        return checksum([identity(self._domain), options])
 
     def start(self, run: Run) -> PyTree:
         """See `RunStore`: the anchor."""
-        return self._anchor
+        return open_domain(self._domain)[0]
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps per epoch of the base config."""
-        return steps_per_epoch(self._config, len(self._train_set))
+        return steps_per_epoch(self._config, self._num_texts)
 
     def num_steps(self, config: ConfigDict) -> int:
         """See `RunStore`."""
-        return config.epochs * steps_per_epoch(config, len(self._train_set))
+        return config.epochs * steps_per_epoch(config, self._num_texts)
 
     def train_parts(self, run: Run, name: str, title: str) -> dict[str, PyTree]:
         """See `RunStore`."""
-        config = run.config(self._config)
-        replicas, merged = finetune(config, self._anchor, self._train_set, title)
+        anchor, data = open_domain(self._domain)
+        replicas, merged = finetune(run.config(self._config), anchor, data.train, title)
         return {"replicas": replicas} | ({"merged": merged} if merged is not None else {})
 
 
 class SentenceContext(StudyContext):
-    """Fine-tunes the encoder on one domain and measures it on all of them.
-
-    Attributes:
-      data: training and evaluation data.
-    """
+    """Fine-tunes the encoder on one domain and measures it on all of them."""
 
     num_heads = encoder.NUM_HEADS
 
     def __init__(self, domain: str, workdir: Path, ledger: Ledger, first_seed: int = 0) -> None:
-        """Open the encoder and the texts; train and measure nothing.
+        """Create the context; encoder and texts are opened when they are first needed.
 
         Args:
           domain: in-distribution domain, a key of `texts.SIZES`.
           workdir: trained runs are stored in workdir/trained.
           ledger: finished measurements.
           first_seed: of the runs.
-
-        Raises:
-          UserError: if a package cannot be downloaded.
         """
         commit()  # Cache it now: another commit may be checked out while this process runs.
-        self._anchor, self.data = open_domain(domain)
+        self._domain = domain
         self.config, self.ledger = sentence_config(), ledger
         self.config.seed = first_seed
         self.checksum = identity(domain)
-        self.runs = SentenceRuns(
-            self.config, workdir, self._anchor, self.data.train, self.checksum, self._record
-        )
+        self.runs = SentenceRuns(self.config, workdir, domain, self._record)
         self._logits = jax.jit(encoder.logits)
+
+    @property
+    def data(self) -> SentenceBenchmark:
+        """Training and evaluation data."""
+        return open_domain(self._domain)[1]
 
     def setup(self, num_seeds: int) -> Setup:
         """See `StudyContext`."""
@@ -123,16 +116,17 @@ class SentenceContext(StudyContext):
 
     def details(self) -> dict[str, Any]:
         """See `StudyContext`."""
-        return {"pretrained": "all-MiniLM-L6-v2", "data": f"vader, {self.data.name}"}
+        return {"pretrained": "all-MiniLM-L6-v2", "data": f"vader, {self._domain}"}
 
     def anchor(self) -> PyTree:
         """See `ModelSource`."""
-        return self._anchor
+        return open_domain(self._domain)[0]
 
     def sets(self, shifts: bool) -> list[Any]:
         """See `MeasurementContext`."""
-        used = [self.data.test, *(self.data.shifts.values() if shifts else ())]
-        return [[part.name, len(part)] for part in used]
+        num_test, *_ = texts.SIZES[self._domain]
+        others = [name for name in texts.DOMAINS if name != self._domain] if shifts else []
+        return [[self._domain, num_test], *([name, texts.SHIFT_SIZE] for name in others)]
 
     def accuracy(self, params: PyTree, *, shifts: bool) -> dict[str, Any]:
         """Return measures in percent, and which texts are classified correctly.
@@ -148,11 +142,11 @@ class SentenceContext(StudyContext):
         columns = {
             key: {name: row[key] for name, row in rows.items()} for key in next(iter(rows.values()))
         }
-        return {"id": accuracies.pop(self.data.name), "shifts": accuracies, **columns}
+        return {"id": accuracies.pop(self._domain), "shifts": accuracies, **columns}
 
     def validation_set(self) -> list[Any]:
         """See `MeasurementContext`."""
-        return [self.data.validation.name, len(self.data.validation)]
+        return [f"{self._domain}_validation", texts.SIZES[self._domain][1]]
 
     def validate(self, params: PyTree) -> float:
         """See `ModelSource`."""

@@ -27,7 +27,7 @@ DOMAINS = {
     "tweets": "tweets",
 }
 # Domain -> sizes of its test, validation and training set if it is the in-distribution domain.
-SIZES = {"movie": (2000, 1000, 2048), "tweets": (1000, 500, 2048)}
+SIZES = {"movie": (2000, 1000, 2048), "tweets": (1000, 500, 1920)}
 SHIFT_SIZE = 1000
 
 
@@ -126,6 +126,7 @@ def open_benchmark(name: str, domains: dict, tokenizer: Tokenizer) -> SentenceBe
 
     def part(domain: str, set_name: str, start: int, size: int) -> Texts:
         chosen = domains[domain][start : start + size]
+        assert len(chosen) == size, f"{domain} has only {len(domains[domain])} texts"
         texts, labels = zip(*chosen, strict=True)
         return Texts(set_name, tokenize(tokenizer, texts), np.array(labels, np.int32))
 
