@@ -1,0 +1,114 @@
+"""Ratio rules: against the library, and against the formulas in float64."""
+
+from __future__ import annotations
+
+import chex
+import numpy as np
+import pytest
+
+from modelstock_jax.merging import model_stock, uniform_mean
+from modelstock_jax.merging.trees import named_leaves
+from studies.expressions import Replica, stacked
+from studies.ratio_rules import RULES, RatioMerge, equation_3, gram_matrices, parts, ratios
+from studies.runs import Run
+from tests.studies.context import DrawnContext
+
+PAIR = (Replica(Run(0)), Replica(Run(1)))
+
+
+@pytest.fixture(scope="module")
+def context():
+    return DrawnContext()
+
+
+@pytest.fixture(scope="module")
+def grams(context):
+    return gram_matrices(context.anchor(), stacked(context, PAIR))
+
+
+def test_gram_matrices(context, grams):
+    anchor = named_leaves(context.anchor())
+    for name, gram in grams.items():
+        deltas = [
+            np.float64(named_leaves(model.build(context))[name]).ravel() - anchor[name].ravel()
+            for model in PAIR
+        ]
+        # Cosines and norms are stored in float32.
+        np.testing.assert_allclose(gram, [[a @ b for b in deltas] for a in deltas], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rule,unit",
+    [
+        ("block", lambda name, shape: "head" if name.startswith("head") else "block"),
+        ("tower", lambda name, shape: name.startswith("head")),
+    ],
+)
+def test_pooled_rules_are_merge_units(rule, unit, context):
+    """All tensors of the only block share a ratio, as by a unit function of the library."""
+    expected, _ = model_stock(context.anchor(), stacked(context, PAIR), unit=unit)
+    # One rounding of float32, of a ratio that is computed from cosines in float32.
+    found = RatioMerge(PAIR, rule).build(context)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lowered_part(context, grams):
+    tower, by_part = ratios("tower", grams), parts(grams)
+    assert set(by_part.values()) == {
+        "query and key, first half",
+        "value and output, first half",
+        "norms, first half",
+        "biases, first half",
+        "head",
+    }
+    for name, ratio in ratios("lower query and key, first half", grams).items():
+        lowered = "q_proj.kernel" in name or "k_proj.kernel" in name
+        assert ratio == pytest.approx(tower[name] - 0.3 * lowered)
+    with pytest.raises(KeyError, match="lower MLP"):
+        ratios("lower MLP, first half", grams)
+
+
+def test_one_ratio_is_a_point_of_the_curve(context, grams):
+    (ratio,) = set(ratios("one", grams).values())
+    anchor, mean = context.anchor(), uniform_mean(context.anchor(), stacked(context, PAIR))[0]
+    for name, found in named_leaves(RatioMerge(PAIR, "one").build(context)).items():
+        w0, w = named_leaves(anchor)[name], named_leaves(mean)[name]
+        np.testing.assert_allclose(found, w0 + ratio * (w - w0), rtol=1e-5, atol=1e-6)
+
+
+def test_reflected_ratios_keep_their_mean():
+    grams = {
+        f"blocks.{k}.kernel": np.array([[1.0, cosine], [cosine, 1.0]])
+        for k, cosine in enumerate((0.4, 0.5, 0.6))
+    }
+    tower, block, reflected = (ratios(rule, grams) for rule in ("tower", "block", "reflected"))
+    assert list(block.values()) == pytest.approx([equation_3(gram) for gram in grams.values()])
+    assert block["blocks.0.kernel"] < block["blocks.2.kernel"]
+    for name in grams:
+        assert reflected[name] + block[name] == pytest.approx(2 * tower[name])
+
+
+def test_coherent_ratios_minimize_the_expected_error():
+    """Against a numerical minimum of the formula in the docstring."""
+    rng = np.random.default_rng(0)
+    signal, noise = rng.uniform(0.5, 1, 4), rng.uniform(2, 4, 4)  # Noise of the mean of 2.
+    grams = {
+        f"blocks.{k}.kernel": np.array([[s * s + 2 * n, s * s], [s * s, s * s + 2 * n]])
+        for k, (s, n) in enumerate(zip(signal, noise, strict=True))
+    }
+    found = np.array(list(ratios("coherent", grams).values()))
+    assert found.max() < 1, "clipped"
+
+    def error(t):
+        return (signal.sum() - t @ signal) ** 2 + t**2 @ noise
+
+    steps = rng.normal(0, 0.01, (200, 4))
+    assert all(error(found) < error(found + step) for step in steps)
+
+
+def test_undefined_ratios_are_0(context):
+    anchor = context.anchor()
+    same = {name: np.stack([leaf, leaf]) for name, leaf in anchor["head"].items()}
+    grams = gram_matrices({"head": anchor["head"]}, {"head": same})
+    assert all(equation_3(gram) == 0 for gram in grams.values())
+    assert set(RULES) == {"tower", "kind", "block", "reflected", "coherent"}
