@@ -20,7 +20,7 @@
 # of distribution (OOD).
 #
 # The training loop is in this notebook, as it would be in your project. The merging library gets
-# pytrees of weights. On two CPU cores the notebook takes about eight minutes.
+# pytrees of weights. On two CPU cores the notebook takes up to ten minutes.
 
 # %%
 # On Colab, this cell clones and installs the repository. On your own machine, it does neither.
@@ -303,8 +303,8 @@ figures.id_against_shifts(rows)
 # - **Fine-tuning** raises the ID accuracy by more than ten points. It also helps on Amazon reviews
 #   and editorials. On tweets it loses more than ten points, and with them the OOD average.
 # - **Class balance.** Much of the loss on tweets is a shift of the predicted classes: two thirds of
-#   the tweets are positive, and the fine-tuned models predict 40 %. The balanced accuracy on tweets
-#   falls by less than four points, and its OOD average rises.
+#   the tweets are positive, and the fine-tuned models predict about 40 %. The balanced accuracy on
+#   tweets falls by less than four points. On average over the shifts, the balanced accuracy rises.
 # - **Model Stock** recovers most of the loss for about half a point of ID accuracy, without data
 #   and without a third replica.
 # - **One ratio per tensor does not help here.** The mean with one global ratio, which
