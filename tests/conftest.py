@@ -72,7 +72,9 @@ NOT_FAST = {
             "controls",
             "expressions",
             "measurements",
+            "ratio_rules",
             "runner",
+            "sentences",
             "studies",
         )
     ),

@@ -141,6 +141,7 @@ def write_packages(directory, monkeypatch):
     }
     source = tar({"vader/resources/hutto_ICWSM_2014.tar.gz": tar(data)})
     monkeypatch.setitem(texts.SIZES, "movie", (8, 4, 24))
+    monkeypatch.setattr(texts, "SHIFT_SIZE", 8)
     folder = directory / "modelstock_jax" / "packages"
     folder.mkdir(parents=True)
     for name, contents in (("MINILM", wheel.getvalue()), ("VADER", source)):
