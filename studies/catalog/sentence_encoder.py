@@ -127,10 +127,10 @@ class _Setting:
             model_gap(point, [rival]) for point, rival in zip(points, self.curves, strict=False)
         )
 
-    def table(self) -> Table:
+    def table(self, title: str) -> Table:
         """Return accuracies, balanced accuracies and AUC of every row."""
         first = self.rows["mean"][0]
-        columns = ["model", "ID", *first["shifts"], "avg. shifts", "balanced", "AUC"]
+        columns = [title, "ID", *first["shifts"], "avg. shifts", "balanced", "AUC"]
         columns.append("above the curve of the mean (pairs)")
         return Table(columns, [self._cells(row, first) for row in self.rows])
 
@@ -310,8 +310,9 @@ def _geometry(setup: Setup, values: Values) -> tuple[list[Table], list[Claim]]:
 
 
 _NOTES = (
-    "Balanced: the mean of the recalls of both classes, over the shifts. AUC: area under the ROC "
-    "curve, over the shifts. Neither changes if only the threshold between the classes moves.",
+    "Balanced: mean over the shifts of the balanced accuracy, which gives both classes the same "
+    "weight. AUC: mean over the shifts of the area under the ROC curve, which does not depend on "
+    "the threshold between the classes.",
     "Above the curve of the mean: avg. shifts of the merge, minus that of the WiSE-FT curve of the "
     "uniform mean of the same models at the same ID. The curve is a spline through 6 points, or 5.",
     "Error over texts: the standard error from the choice of the test texts, for the same models. "
@@ -340,7 +341,11 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
     curves = {_LABELS["mean"]: base.curves}
     points = {_LABELS[row]: base.rows[row] for row in ("single", *UNITS, "constant_ratio")}
     return StudyReport(
-        [*(setting.table() for setting in settings.values()), _difference_table(settings), *tables],
+        [
+            *(setting.table(name) for name, setting in settings.items()),
+            _difference_table(settings),
+            *tables,
+        ],
         [*accuracy_claims, *claims],
         {"sentence_encoder": partial(figures.curves_and_points, curves, points)},
         _NOTES,
@@ -351,7 +356,7 @@ def _summarize_few(setup: Setup, values: Values) -> StudyReport:
     setting = _Setting(values, "base")
     name = f"learning rate {setup.learning_rate:g}"
     return StudyReport(
-        [setting.table(), _difference_table({name: setting})], _claims(setting), notes=_NOTES
+        [setting.table(name), _difference_table({name: setting})], _claims(setting), notes=_NOTES
     )
 
 
