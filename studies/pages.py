@@ -169,9 +169,9 @@ def _joint_table(reports: Mapping[str, StudyReport]) -> Sequence[str]:
 
 PAGE = "README.md"
 _INTRODUCTION = (
-    "Each claim of the paper, measured on the synthetic benchmark. The claims compare methods; "
-    "absolute accuracies are not compared with the paper's. In the column *source*, *this project* "
-    "marks claims that are not in the paper.",
+    "Each claim of the paper, measured on the synthetic benchmark; on the pages of a real sentence "
+    "encoder, on real texts. The claims compare methods; absolute accuracies are not compared with "
+    "the paper's. In the column *source*, *this project* marks claims that are not in the paper.",
     "",
     "A value is the mean of paired differences ± its standard error over n seeds or disjoint "
     "groups of models. For *A beats B* it is A − B, in the paper (*paper: +1.09*) and in the "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from studies.catalog.model_pool import groups, mean, pool
 from studies.curves import (
     accuracy_cells,
@@ -63,8 +65,8 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
 
     def gap(samples: Sequence[tuple[Any, Any]]) -> float | None:
         points, rivals = zip(*samples, strict=True)
-        average = tuple(sum(axis) / len(axis) for axis in zip(*points, strict=True))
-        return model_gap(average, [mean_curve(rivals)])
+        accuracy, shifts = np.mean(points, axis=0).tolist()
+        return model_gap((accuracy, shifts), [mean_curve(rivals)])
 
     rows, effects = [], []
     for rule, label in _LABELS.items():
