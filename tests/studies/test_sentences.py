@@ -125,16 +125,25 @@ def test_a_run_repeats_and_its_replicas_differ(context):
     assert min(jax.tree.leaves(differences)) > 0
 
 
-def test_periodic_merging(context):
-    """The first merge is Model Stock of the replicas at that step."""
+def test_periodic_merging(context, monkeypatch):
+    """The first merge is Model Stock of the replicas at that step; each epoch ends with one."""
     steps = finetuning.steps_per_epoch(context.config, 24)
     assert steps == 3
     replicas, merged = finetune(context, **{"merge.every": "epoch", "epochs": 1})
     once, _ = finetune(context, epochs=1)
     chex.assert_trees_all_equal(merged, model_stock(context.anchor(), once)[0])
     chex.assert_trees_all_equal(replicas, jax.tree.map(lambda w: np.stack([w, w]), merged))
-    _, twice = finetune(context, **{"merge.every": "epoch"})
-    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), merged, twice)))
+    merges = []
+
+    def count(*arguments, **options):
+        merges.append(model_stock(*arguments, **options))
+        return merges[-1]
+
+    monkeypatch.setattr(finetuning, "model_stock", count)
+    replicas, twice = finetune(context, **{"merge.every": "epoch"})
+    assert len(merges) == context.config.epochs == 2
+    chex.assert_trees_all_equal(twice, merges[-1][0])
+    chex.assert_trees_all_equal(replicas, jax.tree.map(lambda w: np.stack([w, w]), twice))
 
 
 def test_learning_rate_warms_up_and_ends_at_0():
