@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
     arguments = argv[1:]
     if not arguments:
         for study in STUDIES.values():
-            print(f"{study.name:16} {study.title}")
-        print(f"{'all':16} All studies")
+            print(f"{study.name:24} {study.title}")
+        print(f"{'all':24} All studies")
         return
     names = list(dict.fromkeys([*STUDIES] if "all" in arguments else arguments))
     for name in names:

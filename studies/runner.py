@@ -188,7 +188,8 @@ class Runner:
 
     def _command(self, study: Study) -> str:
         _, *anchors = self._contexts_of(study)
-        flags = [*(() if study.domain else self._config_arguments)]
+        arguments = self._config_arguments
+        flags = [*(_seed_arguments(arguments) if study.domain else arguments)]
         flags += [f"--num_seeds={self._num_seeds or study.num_seeds}"]
         flags += [f"--anchors={','.join(anchors)}"] * bool(anchors)
         return " ".join(["python -m studies", study.name, *flags, *self._path_arguments])
@@ -248,6 +249,12 @@ class Runner:
         if study.domain is None:
             return self._contexts
         if study.domain not in self._sentence_contexts:
+            seeds = _seed_arguments(self._config_arguments)
+            if self._anchors or len(seeds) < len(self._config_arguments):
+                self._print(
+                    f"{study.name}: has settings and an anchor that do not change; of --config.* "
+                    "and --anchors, only --config.seed applies"
+                )
             self._sentence_contexts[study.domain] = SentenceContext(
                 study.domain, self._workdir, self._ledger, self._config.seed
             )
@@ -266,6 +273,11 @@ class Runner:
         first, *_ = self._contexts_of(study).values()
         setup = context.setup(self._num_seeds or study.num_seeds)
         return setup._replace(additional_anchor=context is not first)
+
+
+def _seed_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments that set the first seed, the only option of the sentence studies."""
+    return [argument for argument in arguments if argument.startswith("--config.seed=")]
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

@@ -54,6 +54,11 @@ def _pool(seeds: Sequence[int], options: dict[str, Any]) -> tuple[Replica, ...]:
     return tuple(Replica(Run.of(seed, PAIR | options), r) for seed in seeds for r in (0, 1))
 
 
+def _sizes(setup: Setup) -> list[int]:
+    """Return the N whose teams leave half of the models for the center."""
+    return [n for n in _SIZES if n <= len(setup.seeds)]
+
+
 def _scores(
     setting: str, models: Sequence[Model], units: Sequence[str], alphas: Sequence[float]
 ) -> dict[Any, Measurement]:
@@ -83,7 +88,7 @@ def _measurements(setup: Setup) -> dict[Any, Measurement]:
     measurements |= _scores("high", others, _FEW_UNITS, _WISE_FT)
     measurements["angles"] = Angles(models)
     half = len(models) // 2
-    for n in _SIZES:
+    for n in _sizes(setup):
         teams = groups(models[:half], n)
         measurements["shell", "mean", n] = Shell(tuple(map(mean, teams)), models[half:])
         if n > 1:
@@ -274,10 +279,10 @@ def _geometry(setup: Setup, values: Values) -> tuple[list[Table], list[Claim]]:
         for name, degrees in angles_by_kind(angles).items()
     ]
     tables = [Table(["tensors", "mean angle (degrees)", "standard deviation over pairs"], rows)]
-    means = {n: values["shell", "mean", n]["distance"] for n in _SIZES}
+    means = {n: values["shell", "mean", n]["distance"] for n in _sizes(setup)}
     radius = float(np.mean(means[1]))
     rows, errors = [], []
-    for n in _SIZES:
+    for n in means:
         cells = [mean_cell(means[n], 3), f"{radius / np.sqrt(n):.3f}"]
         if n > 1:
             stocks, predicted = (
@@ -289,7 +294,7 @@ def _geometry(setup: Setup, values: Values) -> tuple[list[Table], list[Claim]]:
         rows.append([f"N = {n}", *cells, *["–"] * (4 - len(cells))])
     columns = ["L2 distance to the center", "uniform mean", "predicted by 1/√N"]
     tables.append(Table([*columns, "Model Stock", "predicted from the angles"], rows))
-    deviations = [float(np.mean(means[n])) * np.sqrt(n) / radius - 1 for n in _SIZES if n > 1]
+    deviations = [float(np.mean(means[n])) * np.sqrt(n) / radius - 1 for n in means if n > 1]
     claims = angle_claims(angles, 2 * len(setup.seeds), "Figure 2")
     claims += [
         Claim(text, where, differences, unit="fraction", within=0.03)

@@ -26,7 +26,8 @@ def sentence_config() -> ConfigDict:
     config.batch_size = 32
     config.dropout = 0.1
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-4  # Chosen by the accuracy on the validation set.
+    # From a prototype: of 3e-5, 1e-4 and 3e-4, the best on the validation set.
+    config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_fraction = 0.1
     config.merge = ConfigDict()
     config.merge.every = "never"  # Or 'epoch': Model Stock at the end of each epoch.

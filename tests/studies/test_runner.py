@@ -118,3 +118,20 @@ def test_an_unwritable_directory_is_an_error_before_anything_runs(tmp_path):
 def test_a_duplicate_anchor_is_an_error(run):
     with pytest.raises(UserError, match="--anchors=ONE: .* one"):
         run("fig6", ["ONE"])
+
+
+def test_options_that_a_sentence_study_ignores_are_named(tmp_path, capsys):
+    """It plans without any download; only the first seed applies, also in the page's command."""
+    study, ledger = STUDIES["sentence_encoder"], Ledger(tmp_path / "measured.jsonl")
+    arguments = ["--config.seed=3", "--config.optimizer.learning_rate=1"]
+    config = glyphs.get_config()
+    config.seed = 3
+    for anchors, given in (("other",), arguments[:1]), ((), arguments), ((), arguments[:1]):
+        made = runner.Runner(config, tmp_path, ledger, tmp_path, 2, anchors, given)
+        made.plan([study])
+        named = "--anchors" in capsys.readouterr().out
+        assert named == (anchors != () or given == arguments)
+        command = "python -m studies sentence_encoder --config.seed=3 --num_seeds=2"
+        assert made._command(study) == command
+        (context,) = made._contexts_of(study).values()
+        assert context.setup(2).seeds == (3, 4)

@@ -39,6 +39,16 @@ def value(measurement, context):
     return {"id": 80 + rng.normal(), "shifts": shifts, **more}
 
 
+def test_a_sentence_study_of_two_seeds(context):
+    """Two pairs are too few for means of 3 and 4 with a center of other models."""
+    study, setup = STUDIES["sentence_encoder"], SETUP._replace(seeds=(0, 1))
+    measurements = study.measurements(setup)
+    values = {key: value(measurement, context) for key, measurement in measurements.items()}
+    report = study.summarize(setup, values)
+    rows = [row[0] for row in report.tables[-1].rows]
+    assert rows == ["N = 1", "N = 2"]
+
+
 def values_of(study, context):
     measurements = study.measurements(SETUP)
     return {key: value(measurement, context) for key, measurement in measurements.items()}
