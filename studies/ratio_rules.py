@@ -132,6 +132,14 @@ def _by_block(grams: Grams) -> Ratios:
     return _pooled(grams, lambda name: "head" if _is_head(name) else by_depth[name])
 
 
+def _halfway(grams: Grams) -> Ratios:
+    """Return equation 3 of each tensor, pulled halfway toward the ratio of the tower."""
+    return {
+        name: t if _is_head(name) else (t + equation_3(grams[name])) / 2
+        for name, t in _tower(grams).items()
+    }
+
+
 def _reflected(grams: Grams) -> Ratios:
     """Return the ratios of the blocks, reflected about that of the tower: 2 t - t_b."""
     tower, blocks, by_depth = _tower(grams), _by_block(grams), depths(grams)
@@ -168,6 +176,7 @@ RULES: dict[str, Callable[[Grams], Ratios]] = {
     "tower": _tower,
     "kind": _by_kind,
     "block": _by_block,
+    "halfway": _halfway,
     "reflected": _reflected,
     "coherent": _coherent,
 }

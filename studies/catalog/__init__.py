@@ -10,7 +10,12 @@ from studies.catalog.fig5 import FIGURE_5
 from studies.catalog.fig6_7 import FIGURE_6, FIGURE_7
 from studies.catalog.generality import GENERALITY
 from studies.catalog.noise_carry import CARRIED
-from studies.catalog.ratio_rules import RATIO_RULES, SENTENCE_RATIO_RULES
+from studies.catalog.ratio_rules import (
+    RATIO_CANDIDATES,
+    RATIO_RULES,
+    SENTENCE_RATIO_CANDIDATES,
+    SENTENCE_RATIO_RULES,
+)
 from studies.catalog.sentence_encoder import SENTENCE_ENCODER, SENTENCE_ENCODER_TWEETS
 from studies.catalog.table1 import TABLE_1_STUDY
 from studies.catalog.table7 import TABLE_7_STUDY, UNITS_STUDY
@@ -44,5 +49,7 @@ STUDIES = {
         SENTENCE_ENCODER_TWEETS,
         RATIO_RULES,
         SENTENCE_RATIO_RULES,
+        RATIO_CANDIDATES,
+        SENTENCE_RATIO_CANDIDATES,
     )
 }

@@ -68,6 +68,13 @@ def test_a_lowered_part(context, grams):
         ratios("lower MLP, first half", grams)
 
 
+def test_halfway(grams):
+    tower, halfway = ratios("tower", grams), ratios("halfway", grams)
+    for name, gram in grams.items():
+        own = tower[name] if name.startswith("head.") else equation_3(gram)
+        assert halfway[name] == pytest.approx((tower[name] + own) / 2)
+
+
 def test_one_ratio_is_a_point_of_the_curve(context, grams):
     (ratio,) = set(ratios("one", grams).values())
     anchor, mean = context.anchor(), uniform_mean(context.anchor(), stacked(context, PAIR))[0]
@@ -111,4 +118,4 @@ def test_undefined_ratios_are_0(context):
     same = {name: np.stack([leaf, leaf]) for name, leaf in anchor["head"].items()}
     grams = gram_matrices({"head": anchor["head"]}, {"head": same})
     assert all(equation_3(gram) == 0 for gram in grams.values())
-    assert set(RULES) == {"tower", "kind", "block", "reflected", "coherent"}
+    assert set(RULES) == {"tower", "kind", "block", "halfway", "reflected", "coherent"}
