@@ -171,11 +171,11 @@ def _final(name: str, title: str, num_seeds: int, domain: str | None = None) -> 
 
 
 _REAL = "on a real sentence encoder"
-RATIO_RULES = _development("ratio_rules", "Ratio rules", 8)
+RATIO_RULES = _development("ratio_rules", "Ratio rules", 4)
 SENTENCE_RATIO_RULES = _development(
-    "sentence_ratio_rules", f"Ratio rules {_REAL}", 4, domain="movie"
+    "sentence_ratio_rules", f"Ratio rules {_REAL}", 2, domain="movie"
 )
-RATIO_CANDIDATES = _final("ratio_candidates", "Chosen ratio rules", 16)
+RATIO_CANDIDATES = _final("ratio_candidates", "Chosen ratio rules", 8)
 SENTENCE_RATIO_CANDIDATES = _final(
     "sentence_ratio_candidates", f"Chosen ratio rules {_REAL}", 8, domain="movie"
 )
