@@ -205,11 +205,7 @@ from modelstock_jax.reporting import figures
 
 stock, stock_stats = model_stock(anchor, replicas)
 shapes = [leaf.shape for leaf in jax.tree.leaves(anchor)]
-# The figure recognizes layer norms by names in lower case.
-tensors = [
-    row | {"name": row["name"].lower(), "shape": shape}
-    for row, shape in zip(report(stock_stats), shapes, strict=True)
-]
+tensors = [row | {"shape": shape} for row, shape in zip(report(stock_stats), shapes, strict=True)]
 kinds = {}
 for row in tensors:
     kinds.setdefault(figures.kind(row["name"]), []).append((row["angle"], row["ratio"]))

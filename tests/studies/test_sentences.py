@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def test_a_changed_package_is_an_error(folder):
     path = folder / packages.VADER.file
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(UserError, match=f"{packages.VADER.file}: SHA-256"):
+        packages.fetch(packages.VADER)
+
+
+def test_without_pip(folder, monkeypatch):
+    (folder / packages.VADER.file).unlink()
+    monkeypatch.setitem(sys.modules, "pip", None)
+    with pytest.raises(UserError, match=f"install pip .* put {packages.VADER.file} into {folder}"):
         packages.fetch(packages.VADER)
 
 
