@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,6 +21,8 @@ directory, worker, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 ledger = Ledger(directory / "measured.jsonl")
 tasks = {f"task{i}": f"task{i}" for i in range(12)}
 on_wait = lambda count: print(worker, "waits for", count, flush=True)
+print(worker, "is ready", flush=True)
+sys.stdin.readline()
 for task in work_queue(directory / "locks", tasks, ledger.look_for, on_wait):
     print(worker, "runs", task, flush=True)
     time.sleep(seconds)
@@ -34,27 +35,39 @@ def start_worker(directory, worker, seconds):
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, str(directory), worker, str(seconds)],
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
 
 
+def start_tasks(*workers):
+    """Let processes begin once all are ready: importing takes longer than all tasks."""
+    for worker in workers:
+        assert worker.stdout.readline().endswith(" is ready\n")
+    for worker in workers:
+        worker.stdin.write("start\n")
+        worker.stdin.flush()
+
+
 def test_processes_run_every_task_once(tmp_path):
     stuck = start_worker(tmp_path, "stuck", 1000)
+    start_tasks(stuck)
     assert stuck.stdout.readline() == "stuck runs task0\n"
     others = [start_worker(tmp_path, worker, 0.2) for worker in ("first", "second")]
-    ledger = tmp_path / "measured.jsonl"
-    while not ledger.exists() or ledger.read_bytes().count(b"\n") < 11:
-        assert all(process.poll() is None for process in (stuck, *others))
-        time.sleep(0.05)
+    start_tasks(*others)
+    for process in others:
+        while " waits for " not in (line := process.stdout.readline()):
+            assert line, "the process ended"
     stuck.kill()
     stuck.communicate()
-    outputs = [process.communicate(timeout=60)[0] for process in others]
+    for process in others:
+        process.communicate(timeout=60)
     assert [process.returncode for process in others] == [0, 0]
+    ledger = tmp_path / "measured.jsonl"
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == sorted(f"task{i}" for i in range(12))
     assert lines[-1]["key"] == "task0" and {line["value"] for line in lines} == {"first", "second"}
-    assert all(" waits for " in text for text in outputs), outputs
     assert not list((tmp_path / "locks").iterdir())
 
 
