@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -61,6 +61,18 @@ def gram_matrices(w0: PyTree, replicas: PyTree) -> dict[str, np.ndarray]:
     return grams
 
 
+def stored_gram_matrices(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the Gram matrix of each tensor from an `Angles` measurement of two models."""
+    grams = {}
+    for name, row in rows.items():
+        first, second = row["norms"]
+        # An undefined angle belongs to a task vector of length 0.
+        cosine = np.cos(np.deg2rad(row["angles"][0])) if row["angles"] else 0.0
+        product = first * second * cosine
+        grams[name] = np.array([[first**2, product], [product, second**2]])
+    return grams
+
+
 def equation_3(gram: np.ndarray) -> float:
     """Return the ratio of equation 3 for one Gram matrix, [N, N]; 0 if it is undefined."""
     norms = np.sqrt(np.diag(gram))
@@ -71,7 +83,7 @@ def equation_3(gram: np.ndarray) -> float:
     return max(0.0, count * cosine / (1 + (count - 1) * cosine))
 
 
-def _pooled(grams: Grams, key: Callable[[str], object]) -> Ratios:
+def pooled(grams: Grams, key: Callable[[str], object]) -> Ratios:
     """Return equation 3 of the summed Gram matrices of all tensors with the same key."""
     sums: dict[object, np.ndarray] = {}
     for name, gram in grams.items():
@@ -119,18 +131,18 @@ def parts(grams: Grams) -> dict[str, str]:
 
 def _tower(grams: Grams) -> Ratios:
     """Return one ratio for the tower, and one for the head."""
-    return _pooled(grams, _is_head)
+    return pooled(grams, _is_head)
 
 
 def _by_kind(grams: Grams) -> Ratios:
     """Return one ratio for each kind of tensor, at all depths."""
-    return _pooled(grams, lambda name: "head" if _is_head(name) else role(name))
+    return pooled(grams, lambda name: "head" if _is_head(name) else role(name))
 
 
 def _by_block(grams: Grams) -> Ratios:
     """Return one ratio for each block, and one for the tensors outside of the blocks."""
     by_depth = depths(grams)
-    return _pooled(grams, lambda name: "head" if _is_head(name) else by_depth[name])
+    return pooled(grams, lambda name: "head" if _is_head(name) else by_depth[name])
 
 
 def _halfway(grams: Grams) -> Ratios:
@@ -153,10 +165,10 @@ def _along_depth(slope: float, grams: Grams) -> Ratios:
 def _interior(grams: Grams) -> Ratios:
     """Return one ratio for all blocks, one for the head, and 1 elsewhere: the uniform mean."""
     by_depth = depths(grams)
-    pooled = _pooled(grams, lambda name: "head" if _is_head(name) else by_depth[name] is None)
+    by_place = pooled(grams, lambda name: "head" if _is_head(name) else by_depth[name] is None)
     return {
         name: 1.0 if by_depth[name] is None and not _is_head(name) else t
-        for name, t in pooled.items()
+        for name, t in by_place.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,8 +23,15 @@ from studies.curves import (
     model_gap,
 )
 from studies.expressions import Merge
-from studies.measurements import Measurement, Score
-from studies.ratio_rules import RULES, RatioMerge
+from studies.measurements import Angles, Measurement, Score
+from studies.ratio_rules import (
+    RULES,
+    RatioMerge,
+    depths,
+    parts,
+    pooled,
+    stored_gram_matrices,
+)
 from studies.study import Setup, Study, StudyReport, Table, Values
 
 # Dense near the merges, where accuracies bend.
@@ -67,6 +75,14 @@ def _measurements(rules: Sequence[str], setup: Setup) -> dict[Any, Measurement]:
         for rule in rules:
             measurements[rule, i] = Score(RatioMerge(pair, rule))
     return measurements
+
+
+def _all_measurements(setup: Setup) -> dict[Any, Measurement]:
+    """Return those of every rule, of lowered parts, and of angles."""
+    rules = (*RULES, "one", *(f"lower {part}" for part in _PARTS))
+    pairs = groups(pool(setup.seeds), 2)
+    angles = {("angles", i): Angles(pair) for i, pair in enumerate(pairs)}
+    return _measurements(rules, setup) | angles
 
 
 # (in distribution, shifts) of a merge.
@@ -127,17 +143,43 @@ def _rules_table(labels: Mapping[str, str], curves: Sequence[Curve], values: Val
     return Table([*columns, *(f"− the mean's curve, {name}" for name in _COMPARISONS)], rows)
 
 
-def _parts_table(count: int, values: Values) -> Table:
-    rows = []
+def _ratio_cells(ratios: Sequence[float]) -> list[str]:
+    """Return two cells: mean and standard deviation over the pairs."""
+    spread = f"{np.std(ratios, ddof=1):.3f}" if len(ratios) > 1 else "–"
+    return [f"{np.mean(ratios):.3f}", spread]
+
+
+def _parts_table(curves: Sequence[Curve], values: Values) -> Table:
+    """Return the ratio of equation 3 of each part, and what a lower one changes."""
+    count, rows = len(curves), []
+    grams = [stored_gram_matrices(values["angles", i]) for i in range(count)]
+    by_part = parts(grams[0])
+    pooled_ratios = [pooled(of_pair, by_part.__getitem__) for of_pair in grams]
     for part in _PARTS:
-        changes = [
-            np.subtract(
-                id_and_shifts(values[f"lower {part}", i]), id_and_shifts(values["tower", i])
-            )
-            for i in range(count)
-        ]
-        rows.append([part, *(mean_cell(list(column)) for column in zip(*changes, strict=True))])
-    return Table(["part with a ratio lowered by 0.3", "change of ID", "of avg. shifts"], rows)
+        names = [name for name in by_part if by_part[name] == part]
+        found = [of_pair[names[0]] for of_pair in pooled_ratios]
+        lowered, tower = (
+            [id_and_shifts(values[rule, i]) for i in range(count)]
+            for rule in (f"lower {part}", "tower")
+        )
+        changes = np.subtract(lowered, tower).T.tolist()
+        gaps = [_difference(gap, lowered, tower, curves) for gap in _COMPARISONS.values()]
+        rows.append([part, *_ratio_cells(found), *map(mean_cell, changes), *gaps])
+    columns = ["part", "ratio (equation 3)", "standard deviation over pairs"]
+    columns += ["ratio lowered by 0.3: change of ID", "of avg. shifts"]
+    columns += [f"of the difference to the curve, {name}" for name in _COMPARISONS]
+    return Table(columns, rows)
+
+
+def _depth_table(count: int, values: Values) -> Table:
+    """Return the ratio of equation 3 of each block."""
+    grams = [stored_gram_matrices(values["angles", i]) for i in range(count)]
+    blocks = [RULES["block"](of_pair) for of_pair in grams]
+    places = {depth: name for name, depth in depths(grams[0]).items() if depth is not None}
+    rows = []
+    for depth, name in sorted(places.items()):
+        rows.append([str(depth), *_ratio_cells([of_pair[name] for of_pair in blocks])])
+    return Table(["block", "ratio (equation 3)", "standard deviation over pairs"], rows)
 
 
 def _criterion_table(curves: Sequence[Curve], values: Values) -> Table:
@@ -164,7 +206,11 @@ _NOTE = (
 
 def _summarize(setup: Setup, values: Values) -> StudyReport:
     curves = _curves(setup, values)
-    tables = [_rules_table(_LABELS, curves, values), _parts_table(len(curves), values)]
+    tables = [
+        _rules_table(_LABELS, curves, values),
+        _parts_table(curves, values),
+        _depth_table(len(curves), values),
+    ]
     return StudyReport(tables, notes=[_NOTE])
 
 
@@ -175,40 +221,35 @@ def _summarize_candidates(setup: Setup, values: Values) -> StudyReport:
     return StudyReport(tables, notes=[_NOTE])
 
 
-def _development(name: str, title: str, num_seeds: int, domain: str | None = None) -> Study:
-    rules = (*RULES, "one", *(f"lower {part}" for part in _PARTS))
-    return Study(
-        name,
-        title,
-        "The uniform mean of 2 replicas, pulled toward the anchor by other ratios than those of "
-        "equation 3 per tensor, and the effect of the ratio of each part of the model.",
-        functools.partial(_measurements, rules),
-        _summarize,
-        num_seeds,
-        domain,
-    )
-
-
-def _final(name: str, title: str, num_seeds: int, domain: str | None = None) -> Study:
-    return Study(
-        name,
-        title,
-        "The two rules chosen from the study of ratio rules, on replicas of other seeds. A rule "
-        "stands if each difference is above two standard errors, on both benchmarks and from both "
-        "anchors of the synthetic one.",
-        functools.partial(_measurements, ("one", *_CANDIDATES, *_CONTROLS)),
-        _summarize_candidates,
-        num_seeds,
-        domain,
-    )
-
-
-_REAL = "on a real sentence encoder"
-RATIO_RULES = _development("ratio_rules", "Ratio rules", 4)
-SENTENCE_RATIO_RULES = _development(
-    "sentence_ratio_rules", f"Ratio rules {_REAL}", 2, domain="movie"
+RATIO_RULES = Study(
+    "ratio_rules",
+    "Ratio rules",
+    "The uniform mean of 2 replicas, pulled toward the anchor by other ratios than those of "
+    "equation 3 per tensor, and the effect of the ratio of each part of the model.",
+    _all_measurements,
+    _summarize,
+    num_seeds=4,
 )
-RATIO_CANDIDATES = _final("ratio_candidates", "Chosen ratio rules", 8)
-SENTENCE_RATIO_CANDIDATES = _final(
-    "sentence_ratio_candidates", f"Chosen ratio rules {_REAL}", 8, domain="movie"
+SENTENCE_RATIO_RULES = dataclasses.replace(
+    RATIO_RULES,
+    name="sentence_ratio_rules",
+    title="Ratio rules on a real sentence encoder",
+    num_seeds=2,
+    domain="movie",
+)
+RATIO_CANDIDATES = Study(
+    "ratio_candidates",
+    "Chosen ratio rules",
+    "The two rules chosen from the study of ratio rules, on replicas of other seeds. A rule stands "
+    "if each difference at equal ID is above two standard errors, on both benchmarks and from both "
+    "anchors of the synthetic one. The last three rows of the first table are controls.",
+    functools.partial(_measurements, ("one", *_CANDIDATES, *_CONTROLS)),
+    _summarize_candidates,
+    num_seeds=8,
+)
+SENTENCE_RATIO_CANDIDATES = dataclasses.replace(
+    RATIO_CANDIDATES,
+    name="sentence_ratio_candidates",
+    title="Chosen ratio rules on a real sentence encoder",
+    domain="movie",
 )

@@ -9,7 +9,16 @@ import pytest
 from modelstock_jax.merging import model_stock, uniform_mean
 from modelstock_jax.merging.trees import named_leaves
 from studies.expressions import Replica, stacked
-from studies.ratio_rules import RULES, RatioMerge, equation_3, gram_matrices, parts, ratios
+from studies.measurements import Angles
+from studies.ratio_rules import (
+    RULES,
+    RatioMerge,
+    equation_3,
+    gram_matrices,
+    parts,
+    ratios,
+    stored_gram_matrices,
+)
 from studies.runs import Run
 from tests.studies.context import DrawnContext
 
@@ -35,6 +44,15 @@ def test_gram_matrices(context, grams):
         ]
         # Cosines and norms are stored in float32.
         np.testing.assert_allclose(gram, [[a @ b for b in deltas] for a in deltas], rtol=1e-5)
+
+
+def test_stored_gram_matrices(context, grams):
+    stored = stored_gram_matrices(Angles(PAIR).measure(context))
+    for name, gram in grams.items():
+        # Stored angles have four decimals, stored norms six digits.
+        np.testing.assert_allclose(stored[name], gram, rtol=1e-4, atol=1e-6 * gram.max())
+    frozen = {"a": {"angles": [], "norms": [0.0, 0.0], "size": 3}}
+    assert not stored_gram_matrices(frozen)["a"].any()
 
 
 @pytest.mark.parametrize(
