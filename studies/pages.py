@@ -43,7 +43,7 @@ def write(
         ]
     write_json(directory / f"{stem}.json", document)
     lines = [f"# {study.title}", "", study.about, ""]
-    if further:
+    if further and any(report.claims for report in reports.values()):
         lines += _joint_table(reports)
     for number, (name, report) in enumerate(reports.items(), 1):
         if further:

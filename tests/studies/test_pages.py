@@ -60,6 +60,11 @@ def test_a_page_of_two_anchors(tmp_path):
     assert joint["text"] == "better" and joint["verdict"] == "inconclusive"
 
 
+def test_a_page_without_claims_has_no_table_of_them(tmp_path):
+    text = write(STUDY, {"one": report(), "two": report()}, tmp_path, DETAILS).read_text()
+    assert "claim" not in text and "| a model | 80 |" in text
+
+
 def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     reports = {"one": report(better=UP, **{"|worse|": DOWN}), "two": report(better=OPEN)}
     write(STUDY, reports, tmp_path, DETAILS)
