@@ -43,9 +43,11 @@ def average_shifts(score: Mapping[str, Any], names: Sequence[str] | None = None)
     return sum(accuracies) / len(accuracies)
 
 
-def id_and_shifts(score: Mapping[str, Any]) -> tuple[float, float]:
-    """Return in-distribution accuracy and 'avg. shifts' of a `Score`."""
-    return score["id"], average_shifts(score)
+def id_and_shifts(
+    score: Mapping[str, Any], names: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """Return in-distribution accuracy and 'avg. shifts' of a `Score`; see `average_shifts`."""
+    return score["id"], average_shifts(score, names)
 
 
 def mean_cell(values: Sequence[float], digits: int = 2) -> str:
@@ -244,9 +246,13 @@ def curve_scores(
 
 
 def curve(
-    values: Mapping[Any, Any], name: Any, seed: Any, alphas: Sequence[float] = ALPHAS
+    values: Mapping[Any, Any],
+    name: Any,
+    seed: Any,
+    alphas: Sequence[float] = ALPHAS,
+    shifts: Sequence[str] | None = None,
 ) -> Curve:
-    """Return the curve of a model from the values of `curve_scores`."""
+    """Return the curve of a model from the values of `curve_scores`, over all or named shifts."""
     keys = {0.0: ("zero_shot", seed)}
     keys |= {alpha: (name, seed, alpha) for alpha in alphas} | {1.0: (name, seed)}
-    return Curve([(alpha, *id_and_shifts(values[key])) for alpha, key in keys.items()])
+    return Curve([(alpha, *id_and_shifts(values[key], shifts)) for alpha, key in keys.items()])

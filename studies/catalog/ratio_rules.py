@@ -21,6 +21,7 @@ from studies.curves import (
     mean_cell,
     mean_curve,
     model_gap,
+    shift_name,
 )
 from studies.expressions import Merge
 from studies.measurements import Angles, Measurement, Score
@@ -143,6 +144,20 @@ def _rules_table(labels: Mapping[str, str], curves: Sequence[Curve], values: Val
     return Table([*columns, *(f"− the mean's curve, {name}" for name in _COMPARISONS)], rows)
 
 
+def _shifts_table(labels: Mapping[str, str], count: int, values: Values) -> Table:
+    """Return the difference to the mean's curve at equal ID, shift by shift."""
+    names = list(values["mean", 0]["shifts"])
+    rows = []
+    for rule, label in labels.items():
+        cells = []
+        for name in names:
+            curves = [curve(values, "mean", i, _ALPHAS, [name]) for i in range(count)]
+            points = [id_and_shifts(values[rule, i], [name]) for i in range(count)]
+            cells.append(_estimate(_gap, points, curves))
+        rows.append([label, *cells])
+    return Table(["− the mean's curve at equal ID", *map(shift_name, names)], rows)
+
+
 def _ratio_cells(ratios: Sequence[float]) -> list[str]:
     """Return two cells: mean and standard deviation over the pairs."""
     spread = f"{np.std(ratios, ddof=1):.3f}" if len(ratios) > 1 else "–"
@@ -208,6 +223,7 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
     curves = _curves(setup, values)
     tables = [
         _rules_table(_LABELS, curves, values),
+        _shifts_table(_LABELS, len(curves), values),
         _parts_table(curves, values),
         _depth_table(len(curves), values),
     ]
@@ -217,7 +233,11 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
 def _summarize_candidates(setup: Setup, values: Values) -> StudyReport:
     curves = _curves(setup, values)
     labels = {rule: _LABELS[rule] for rule in ("tensor", "one", *_CANDIDATES, *_CONTROLS)}
-    tables = [_rules_table(labels, curves, values), _criterion_table(curves, values)]
+    tables = [
+        _criterion_table(curves, values),
+        _rules_table(labels, curves, values),
+        _shifts_table(labels, len(curves), values),
+    ]
     return StudyReport(tables, notes=[_NOTE])
 
 
@@ -242,7 +262,7 @@ RATIO_CANDIDATES = Study(
     "Chosen ratio rules",
     "The two rules chosen from the study of ratio rules, on replicas of other seeds. A rule stands "
     "if each difference at equal ID is above two standard errors, on both benchmarks and from both "
-    "anchors of the synthetic one. The last three rows of the first table are controls.",
+    "anchors of the synthetic one. The last three rules of the tables are controls.",
     functools.partial(_measurements, ("one", *_CANDIDATES, *_CONTROLS)),
     _summarize_candidates,
     num_seeds=8,
