@@ -307,8 +307,7 @@ figures.id_against_shifts(rows)
 #   `unit="global"` computes in closed form, is as far from the anchor and equally accurate ID, but
 #   better OOD. Model Stock is not above the WiSE-FT curve of the mean at equal ID accuracy either.
 #   Angles decrease with depth, so the ratios pull the last layers back least. On the synthetic
-#   image benchmark one ratio per tensor does help
-#   ([docs/results/units.md](../docs/results/units.md)).
+#   image benchmark this helps ([what was tried](../docs/method.md#9-other-ratios-what-was-tried)).
 #
 # This is one pair of replicas. `python -m studies sentence_encoder` repeats the comparison with
 # more pairs and gives standard errors.

@@ -61,8 +61,8 @@ _LABELS = {
 }
 
 
-# Chosen before the final measurement. A candidate stands if each difference of `_criterion_table`
-# at equal ID is above two standard errors, on both benchmarks and from both anchors of the images.
+# Chosen before the final measurement. The criterion: each difference of `_criterion_table` at equal
+# ID is above two standard errors, on both benchmarks and from both anchors of the images.
 _CANDIDATES = ("interior", "kind")
 # Measured with them: what a ratio that grows or falls with depth does on each benchmark.
 _CONTROLS = ("block", "steeper", "reflected")
@@ -260,9 +260,9 @@ SENTENCE_RATIO_RULES = dataclasses.replace(
 RATIO_CANDIDATES = Study(
     "ratio_candidates",
     "Chosen ratio rules",
-    "The two rules chosen from the study of ratio rules, on replicas of other seeds. A rule stands "
-    "if each difference at equal ID is above two standard errors, on both benchmarks and from both "
-    "anchors of the synthetic one. The last three rules of the tables are controls.",
+    "The two rules chosen from the study of ratio rules, on replicas of other seeds. The "
+    "criterion: each difference at equal ID is above two standard errors, on both benchmarks and "
+    "from both anchors of the synthetic one. The last three rules of the tables are controls.",
     functools.partial(_measurements, ("one", *_CANDIDATES, *_CONTROLS)),
     _summarize_candidates,
     num_seeds=8,
