@@ -172,6 +172,8 @@ def _parts_table(curves: Sequence[Curve], values: Values) -> Table:
     pooled_ratios = [pooled(of_pair, by_part.__getitem__) for of_pair in grams]
     for part in _PARTS:
         names = [name for name in by_part if by_part[name] == part]
+        if not names:  # A model without an MLP.
+            continue
         found = [of_pair[names[0]] for of_pair in pooled_ratios]
         lowered, tower = (
             [id_and_shifts(values[rule, i]) for i in range(count)]
