@@ -34,7 +34,7 @@ STUDIES := $(VENV)/bin/python -m studies
 RESULTS := --workdir=runs/studies --ledger=docs/results/measured.jsonl --out=docs/results
 studies: $(VENV)/.installed-$(REQUIREMENTS)
 	$(STUDIES) all $(RESULTS)
-	$(STUDIES) fig2 table1 table7 units carried --anchors=glyph-clip-1 $(RESULTS)
+	$(STUDIES) fig2 table1 table7 units carried ratio_rules ratio_candidates --anchors=glyph-clip-1 $(RESULTS)
 	$(STUDIES) generality --anchors=tower:resnet,tower:convnext,tower:hybrid,tower:vit $(RESULTS)
 
 # A first run compiles for minutes: as JAX's own tests, these do without LLVM's slower passes.

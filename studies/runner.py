@@ -272,7 +272,10 @@ class Runner:
     def _setup(self, study: Study, context: StudyContext) -> Setup:
         first, *_ = self._contexts_of(study).values()
         setup = context.setup(self._num_seeds or study.num_seeds)
-        return setup._replace(additional_anchor=context is not first)
+        return setup._replace(
+            seeds=tuple(seed + study.seed_offset for seed in setup.seeds),
+            additional_anchor=context is not first,
+        )
 
 
 def _seed_arguments(arguments: Sequence[str]) -> list[str]:

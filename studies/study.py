@@ -30,6 +30,7 @@ class Study:
       summarize: (setup, values by the same names) -> StudyReport.
       num_seeds: default number of seeds.
       domain: in-distribution domain of the sentence benchmark; None for the images of a config.
+      seed_offset: added to the config's seed, for seeds that no other study uses.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Study:
     summarize: Callable[[Setup, Values], StudyReport]
     num_seeds: int = 4
     domain: str | None = None
+    seed_offset: int = 0
 
 
 class Setup(NamedTuple):

@@ -268,10 +268,12 @@ RATIO_CANDIDATES = Study(
     functools.partial(_measurements, ("one", *_CANDIDATES, *_CONTROLS)),
     _summarize_candidates,
     num_seeds=8,
+    seed_offset=200,
 )
 SENTENCE_RATIO_CANDIDATES = dataclasses.replace(
     RATIO_CANDIDATES,
     name="sentence_ratio_candidates",
     title="Chosen ratio rules on a real sentence encoder",
     domain="movie",
+    seed_offset=100,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -92,6 +93,14 @@ def test_a_study_from_two_anchors(run, tmp_path, capsys):
     run("fig6", [])
     assert "further" not in json.loads((tmp_path / "fig6.json").read_text())
     assert "further" in json.loads((tmp_path / "fig6_anchors.json").read_text())
+
+
+def test_a_study_with_seeds_that_no_other_study_uses(run, monkeypatch):
+    study = dataclasses.replace(STUDIES["fig6"], name="fig6_final", seed_offset=200)
+    monkeypatch.setitem(STUDIES, study.name, study)
+    for name, seeds in (("fig6", (0, 1)), ("fig6_final", (200, 201))):
+        setup = run(name, [])._setup(STUDIES[name], FakeContext(glyphs.get_config(), None, None))
+        assert setup.seeds == seeds
 
 
 @pytest.mark.parametrize(
