@@ -75,12 +75,10 @@ def stored_gram_matrices(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def equation_3(gram: np.ndarray) -> float:
     """Return the ratio of equation 3 for one Gram matrix, [N, N]; 0 if it is undefined."""
-    norms = np.sqrt(np.diag(gram))
-    if not norms.all():
+    cosine = merging.cosine(gram)
+    if cosine == merging.COSINE_UNDEFINED:
         return 0.0
-    count = len(gram)
-    cosine = float((gram / np.outer(norms, norms))[np.triu_indices(count, 1)].mean())
-    return max(0.0, count * cosine / (1 + (count - 1) * cosine))
+    return float(merging.ratio(cosine, len(gram)))
 
 
 def pooled(grams: Grams, key: Callable[[str], object]) -> Ratios:

@@ -8,6 +8,7 @@ import pytest
 
 from modelstock_jax.merging import model_stock, uniform_mean
 from modelstock_jax.merging.trees import named_leaves
+from studies.catalog import STUDIES
 from studies.expressions import Replica, stacked
 from studies.measurements import Angles
 from studies.ratio_rules import (
@@ -20,6 +21,7 @@ from studies.ratio_rules import (
     stored_gram_matrices,
 )
 from studies.runs import Run
+from studies.study import Setup
 from tests.studies.context import DrawnContext
 
 PAIR = (Replica(Run(0)), Replica(Run(1)))
@@ -144,6 +146,31 @@ def test_coherent_ratios_minimize_the_expected_error():
 
     steps = rng.normal(0, 0.01, (200, 4))
     assert all(error(found) < error(found + step) for step in steps)
+
+
+def test_the_criterion():
+    """Candidates against a straight curve, equation 3 and one ratio, at equal ID and shifts."""
+    setup = Setup((0, 1, 2, 3), 2, 10)
+
+    def score(key):
+        # On the line ID = 80 + 10 alpha, shifts = 60 - 4 alpha, but for some points of a rule.
+        name, seed, *alpha = key
+        alpha = alpha[0] if alpha else {"zero_shot": 0.0, "mean": 1.0}.get(name, 0.5)
+        higher = {"tensor": 0.4, "one": 0.0, "interior": 1.0, "kind": -1.0}.get(name, 0.0)
+        return {"id": 80 + seed / 10 + 10 * alpha, "shifts": {"v2": 60 - 4 * alpha + higher}}
+
+    study = STUDIES["ratio_candidates"]
+    table, *_ = study.summarize(
+        setup, {key: score(key) for key in study.measurements(setup)}
+    ).tables
+    cells = [[cell.split(" ± ")[0] for cell in row[1:]] for row in table.rows]
+    # A step of 1 along the shifts is 2.5 along ID.
+    assert cells == [
+        ["1.00", "0.60", "1.00"],
+        ["-1.00", "-1.40", "-1.00"],
+        ["2.50", "1.50", "2.50"],
+        ["-2.50", "-3.50", "-2.50"],
+    ]
 
 
 def test_undefined_ratios_are_0(context):
