@@ -288,7 +288,7 @@ def test_damaged_program_is_compiled_again(user_cache):
 
 
 def test_run_with_cached_programs_has_the_same_bits(tmp_path):
-    """Runs of separate processes: with an empty cache, its programs, and damaged ones."""
+    """Two processes: one with an empty cache, one with its programs, one of them damaged."""
     anchor = small_run.save_anchor(tmp_path / "clip")
     environment = {
         "XDG_CACHE_HOME": str(tmp_path / "user"),
@@ -310,13 +310,12 @@ def test_run_with_cached_programs_has_the_same_bits(tmp_path):
         return output, results, times, directory
 
     _, cold, first, directory = run("cold")
+    (damaged,) = directory.glob("jit_merge_step-*-cache")
+    damaged.write_bytes(damaged.read_bytes()[:100])
     output, warm, second, _ = run("warm")
-    assert "warning" not in output.lower() and len(warm) == 3 and warm == cold
+    assert len(warm) == 3 and warm == cold
+    (line,) = (line for line in output.splitlines() if "Warning:" in line)
+    assert "Error reading persistent compilation cache entry for 'jit_merge_step'" in line
     assert second.keys() == first.keys()
     read = [name for name in first if name.endswith("-atime") and second[name] > first[name]]
-    assert len(read) == len(programs(directory)) > 20
-    for program in programs(directory):
-        program.write_bytes(program.read_bytes()[:100])
-    output, damaged, _, _ = run("damaged")
-    assert damaged == cold
-    assert "Error reading persistent compilation cache entry for 'jit_train_step'" in output
+    assert len(read) >= len(programs(directory)) - 1 > 20
