@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # editors and type checkers do not run __getattr__
         Stats,
         UnitOutcome,
         check_finite,
+        decay_weights,
         ema,
+        ema_weights,
         greedy_soup,
         init_noise,
         report,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # editors and type checkers do not run __getattr__
         twa_init,
         twa_params,
         twa_span,
+        weighted_average,
     )
     from modelstock_jax.merging.baselines import *  # noqa: F403
     from modelstock_jax.merging.stock import *  # noqa: F403
@@ -51,7 +54,9 @@ __all__ = [
     "UnitOutcome",
     "UserError",
     "check_finite",
+    "decay_weights",
     "ema",
+    "ema_weights",
     "greedy_soup",
     "init_noise",
     "report",
@@ -64,6 +69,7 @@ __all__ = [
     "twa_init",
     "twa_params",
     "twa_span",
+    "weighted_average",
 ]
 __all__ += FUNCTIONS
 

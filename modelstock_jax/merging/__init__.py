@@ -15,7 +15,11 @@
 | `stock` | `model_stock` and its extensions |
 | `baselines` | other merge methods: mean, WiSE-FT, task arithmetic, TIES, SLERP |
 | `trimming` | TIES on the weights |
-| `averaging` | averages along one run: EMA, SWA, SWAD, TWA |
+| `averaging` | averages along one run: EMA, SWA, SWAD, with given weights |
+| `run_weights` | weights of the checkpoints of one run: EMA, learning-rate decay |
+| `twa` | trainable weight averaging |
+| `philox` | random numbers of elements |
+| `spherical` | means on a sphere |
 | `soups` | greedy soup |
 | `analysis` | angles, norms, distances, planes and shells of models |
 | `anchor_rounding` | correction for an anchor in a coarser dtype |
@@ -48,11 +52,7 @@ _EXPORTS = {
         "swa",
         "SWAD",
         "swad",
-        "TWASubspace",
-        "twa_coefficients",
-        "twa_init",
-        "twa_params",
-        "twa_span",
+        "weighted_average",
     ),
     "geometry": (
         "COSINE_UNDEFINED",
@@ -70,6 +70,8 @@ _EXPORTS = {
         "true_distance",
     ),
     "trees": ("stack_replicas",),
+    "run_weights": ("decay_weights", "ema_weights"),
+    "twa": ("TWASubspace", "twa_coefficients", "twa_init", "twa_params", "twa_span"),
     "rules": ("NonFiniteError", "UnitOutcome"),
     "soups": ("GreedySoup", "Trial", "greedy_soup"),
     "stats": ("Stats", "check_finite", "outcome_counts", "report", "total_distance"),

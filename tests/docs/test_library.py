@@ -58,5 +58,5 @@ def test_the_table_names_every_merge_of_the_package():
     named = set(re.findall(r"\| `(\w+)` \|$", "\n".join(rows), re.MULTILINE))
     assert all(callable(getattr(modelstock_jax, name)) for name in named)
     # A search and averages along one run, which are not merges of replicas.
-    others = {"greedy_soup", "ema", "swa", "swad", "twa_span"}
+    others = {"greedy_soup", "ema", "swa", "swad", "twa_span", "weighted_average"}
     assert named == others | FUNCTIONS.keys()
