@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
@@ -47,31 +48,52 @@ _SIZES = {
 }
 # Values that options expect, by the name of the value in the help.
 _VALUES = {"DIR": "a directory", "FILE": "a file", "SIZE": "a size such as 5GB"}
-_INPUTS = """\
+_MODELS = """\
 FT1 (model:1), FT2 (model:2), ... are fine-tunes of BASE. Each model is
   a directory with safetensors (or a pipeline), a .safetensors file, a hub id
   ORG/NAME or ORG/NAME@REVISION, or a LoRA adapter of BASE (also MODEL+ADAPTER).
 """
+_INPUTS = {
+    "merge": _MODELS,
+    "compare": _MODELS,
+    "average": """\
+CKPT1, CKPT2, ... are checkpoints of one run: directories with safetensors, or
+  .safetensors files. Numbers at the end of their names (checkpoint-500) are steps.
+""",
+}
 _SUMMARIES = {
     "merge": "merge fine-tunes of one base model into a new checkpoint",
     "compare": "print angles, norms and ratios per tensor; write no model",
+    "average": "average checkpoints of one run into a new checkpoint",
 }
 _USAGES = {
     "merge": "modelstock merge BASE FT1 FT2 [FT3 ...] --out DIR [options]",
     "compare": "modelstock compare BASE FT1 FT2 [FT3 ...] [options]",
+    "average": "modelstock average CKPT1 CKPT2 [CKPT3 ...] --out DIR [options]",
 }
+_METHODS = textwrap.fill(
+    ", ".join(method.command for method in COMMANDS.values()),
+    width=78,
+    initial_indent="  ",
+    subsequent_indent="  ",
+    break_on_hyphens=False,
+)
 _EXAMPLES = {
     "merge": """\
 examples:
-  modelstock merge meta-llama/Llama-3.1-8B ./run1 ./run2 --out merged
-  modelstock merge ./base ./lora1 ./lora2 --out merged --dtype bfloat16
-  modelstock merge ./clip ./ft1 ./ft2 --out merged --include 'vision_model.*'
+  modelstock merge meta-llama/Llama-3.1-8B ./run1 ./lora2 --out merged
   modelstock merge mergekit.yml --out merged
 """,
     "compare": """\
 examples:
   modelstock compare ./base ./ft1 ./ft2 --plot angles.png
   modelstock compare ./base ./ft1 ./ft2 --json > angles.json
+""",
+    "average": """\
+examples:
+  modelstock average run/checkpoint-* --out averaged
+  modelstock average run/checkpoint-* --ema 0.9 --out averaged
+  modelstock average run/checkpoint-* --schedule 1-sqrt:2000 --out averaged
 """,
 }
 
@@ -93,7 +115,6 @@ _UNNECESSARY = {
         "transformers-cache", "cache-dir"),
     "BASE is the first model; pass it before the fine-tunes": ("base-model", "base"),
     "pass the models one after the other: BASE FT1 FT2": ("models", "model", "finetuned"),
-    "a merge uses no random numbers; remove this option": ("random-seed", "seed"),
 }  # fmt: skip
 _ALTERNATIVES = {
     "--out": ("output", "o", "output-dir", "output-path", "out-path", "out-dir", "outdir",
@@ -104,6 +125,7 @@ _ALTERNATIVES = {
     "--scale": ("lambda", "lambd", "scaling"),
     "--method": ("merge-method",),
     "--recipe": ("yaml",),
+    "--seed": ("random-seed",),
 }  # fmt: skip
 # Options that earlier versions of this command had -> options now.
 RENAMED = {
@@ -137,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         if status or output.error is None:
             return status
-        is_merged = argv[0] == "merge" and not arguments.dry_run
+        is_merged = argv[0] != "compare" and not arguments.dry_run
         return _report_output_error(output.error, is_merged=is_merged)
 
 
@@ -157,7 +179,7 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
         print(f"error: {path}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        resume = " to resume" if argv[0] == "merge" else ""
+        resume = "" if argv[0] == "compare" else " to resume"
         print(f"interrupted; run the same command again{resume}", file=sys.stderr)
         return INTERRUPTED
 
@@ -255,32 +277,34 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     commands = {
         name: subparsers.add_parser(
             name, help=summary, usage=_USAGES[name], epilog=_EXAMPLES[name],
-            description=f"{summary[0].upper()}{summary[1:]}.\n\n{_INPUTS}",
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{_INPUTS[name]}",
             formatter_class=_Formatter, allow_abbrev=False,
         )
         for name, summary in _SUMMARIES.items()
     }  # fmt: skip
     for name, parser in commands.items():
-        is_merge = name == "merge"
         parser._optionals.title = "options"
         parser.others = [other for other in commands.values() if other is not parser]
         parser.add_argument("models", nargs="*", metavar="BASE FT1 FT2", help=argparse.SUPPRESS)
-        if is_merge:
-            _add_output_options(parser)
-        else:
+        if name == "compare":
             parser.add_argument(
                 "--plot", metavar="FILE", help="draw angles and norms by depth (.png)"
             )
+        else:
+            _add_output_options(parser, is_merge=name == "merge")
         parser.add_argument(
             "--json", action="store_true", help="print only JSON to standard output"
         )
         _adder(parser)(
             "--threads", type=integer, metavar="N", help="worker threads (default: one per core)"
         )
-        if is_merge:
+        if name == "average":
+            _add_average_options(parser)
+            continue
+        if name == "merge":
             _add_method_options(parser)
-        _add_tensor_options(parser, is_merge=is_merge)
-        _add_mismatch_options(parser, is_merge=is_merge)
+        _add_tensor_options(parser, is_merge=name == "merge")
+        _add_mismatch_options(parser, is_merge=name == "merge")
     return top, commands
 
 
@@ -296,14 +320,34 @@ def _adder(parser: argparse._ActionsContainer) -> Callable[..., None]:
     return add
 
 
-def _add_output_options(parser: Parser) -> None:
+def _add_average_options(parser: Parser) -> None:
+    group = parser.add_argument_group("weights (default: equal)")
+    group.add_argument(
+        "--weights", type=numbers, dest="of_average", metavar="W,W",
+        help="one per checkpoint, divided by their sum",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema", type=number, metavar="DECAY", help="exponential moving average: 0.9"
+    )
+    group.add_argument(
+        "--schedule", metavar="NAME[:STEPS]",
+        help="as a learning rate that decays over the last STEPS steps: linear, cosine, 1-sqrt",
+    )  # fmt: skip
+
+
+def _add_output_options(parser: Parser, *, is_merge: bool) -> None:
     parser.add_argument("--out", metavar="DIR", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
-    parser.add_argument("--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2")
+    if is_merge:
+        parser.add_argument(
+            "--recipe", metavar="FILE", help="mergekit YAML instead of BASE FT1 FT2"
+        )
+        parser.add_argument("--no-base", action="store_true", help="no model is a base: M1 M2 ...")
     add = _adder(parser)
     add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
-        help="dtype: float32, bfloat16, ... (default: as in BASE)")  # fmt: skip
+        help="dtype: float32, bfloat16, ... "
+        f"(default: as in {'BASE' if is_merge else 'CKPT1'})")  # fmt: skip
     add("--max-shard-size", type=size, dest="max_shard_bytes", metavar="SIZE",
         help="maximum size of a file: 500MB, ... (default: 5GB)")  # fmt: skip
     add("--checksum", choices=CHECKSUMS, metavar="KIND",
@@ -311,20 +355,20 @@ def _add_output_options(parser: Parser) -> None:
 
 
 def _add_method_options(parser: Parser) -> None:
-    add = _adder(parser.add_argument_group("merge method"))
-    names = ", ".join(method.command for method in COMMANDS.values())
+    add = _adder(parser.add_argument_group("merge method", _METHODS))
     add("--method", type=_method, choices=COMMANDS, metavar="NAME",
-        help=f"{names} (default: model-stock)")  # fmt: skip
-    add("--weights", type=numbers, metavar="W,W",
-        help="linear, task-arithmetic, ties: 0.5,1 (default: 1,1)")  # fmt: skip
+        help="one of these (default: model-stock)")  # fmt: skip
+    add("--weights", type=numbers, metavar="W,W", help="weights of the fine-tunes (default: 1,1)")
     add("--normalize", action=argparse.BooleanOptionalAction,
-        help="divide weights by sum (default: for linear, ties)")  # fmt: skip
+        help="divide weights by their sum (default: by method)")  # fmt: skip
     add("--alpha", type=number, metavar="A", help="for wise-ft: 0 is BASE, 1 the fine-tunes' mean")
-    add("--scale", type=number, metavar="S",
-        help="lambda of task-arithmetic and ties (default: 1)")  # fmt: skip
+    add("--scale", type=number, metavar="S", help="factor of the merged update (default: 1)")
     add("--density", type=numbers, metavar="D,D",
-        help="ties: fraction of each task vector kept (default: 1)")  # fmt: skip
+        help="fraction of each update that remains (default: 1)")  # fmt: skip
     add("--t", type=number, metavar="T", help="for slerp: position on the arc, 0 to 1")
+    add("--seed", type=integer, metavar="N", help="seed of dare and della (default: 0)")
+    add("--parameter", type=parameter, action="append", dest="parameters", metavar="KEY=X",
+        help="another parameter of the method: gamma=0.02")  # fmt: skip
 
 
 def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
@@ -335,8 +379,7 @@ def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
     add("--exclude", action="append", metavar="PATTERN", help=f"do not {verb} matching tensors")
     if is_merge:
         add("--unmerged-from", metavar="WHICH",
-            help="source of tensors that are not merged: base, model:1, "
-            "or mean of the fine-tunes (default: base)")  # fmt: skip
+            help="other tensors: from base (default), mean, model:1")  # fmt: skip
     add("--unit", choices=UNITS, metavar="NAME",
         help="elements that share one angle: "
         f"{', '.join(UNITS)} (default: tensor)")  # fmt: skip
@@ -354,12 +397,10 @@ def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
         "the others are from base or longest "
         f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--missing-tensors", choices=MISSING_TENSORS, metavar="HOW",
-        help="base: copy tensors that fine-tunes lack from BASE, "
-        "leave out tensors that BASE lacks "
+        help="tensors that some lack: base "
         f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--tied-head", choices=TIED_HEAD, metavar="HOW",
-        help="output head (lm_head) tied in BASE, separate in a "
-        "fine-tune: untie merges it "
+        help="untie: merge a head that BASE ties "
         f"(default: {'keep' if is_merge else 'untie'})")  # fmt: skip
     add("--head", choices=HEAD, metavar="HOW",
         help="new classifier: finetuned, the mean (default: error)")  # fmt: skip
@@ -367,8 +408,7 @@ def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
         add("--config-from", metavar="WHICH",
             help="config.json if models disagree: base, model:1")  # fmt: skip
         add("--tokenizer-from", metavar="WHICH",
-            help="tokenizer, chat template and generation settings: base, "
-            "model:1 (default: base)")  # fmt: skip
+            help="tokenizer and its settings: base, model:1")  # fmt: skip
     add("--dequantize", action="store_true",
         help="read quantized weights as codes x scale")  # fmt: skip
 
@@ -387,6 +427,8 @@ def advice_on(option: str, known: Iterable[str]) -> str | None:
       'renamed to --checksum'
     """
     known = set(known)
+    if option in known:
+        return None
     if RENAMED.get(option) in known:
         return f"renamed to {RENAMED[option]}"
     word = option.strip("-").replace("_", "-").lower().removeprefix("no-")
@@ -435,6 +477,24 @@ def numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not valid; give numbers such as 0.5,1"
         ) from None
+
+
+def parameter(text: str) -> tuple[str, float | bool | tuple[float, ...]]:
+    """Parse a parameter of a method and its value: a number, one per model, or true or false.
+
+    Example:
+      >>> parameter("gamma=0.02"), parameter("rescale=false"), parameter("gamma=0.01,0.02")
+      (('gamma', 0.02), ('rescale', False), ('gamma', (0.01, 0.02)))
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not valid; give a name and a value: gamma=0.02"
+        )
+    if value.lower() in ("true", "false"):
+        return name.replace("-", "_"), value.lower() == "true"
+    values = numbers(value)
+    return name.replace("-", "_"), values[0] if len(values) == 1 else values
 
 
 def size(text: str) -> int:

@@ -18,17 +18,18 @@ from rich.console import Console
 from modelstock_jax.checkpoint_merge import display, hf_config, quantization
 from modelstock_jax.checkpoint_merge.display import PlotProcess
 from modelstock_jax.checkpoint_merge.executor import MergeResult, measure, run
-from modelstock_jax.checkpoint_merge.hf_config import read_config
+from modelstock_jax.checkpoint_merge.layer_stack import Layers, stacked
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.output import check_out
 from modelstock_jax.checkpoint_merge.plan import Plan, make_plan
-from modelstock_jax.checkpoint_merge.recipe import Recipe, read_recipe, schedule
+from modelstock_jax.checkpoint_merge.recipe import LayerRange, Recipe, options_of, read_recipe
 from modelstock_jax.checkpoint_merge.report import (
     library_name,
     model_card,
     ratio_summary,
     report_document,
 )
+from modelstock_jax.checkpoint_merge.run_average import average_recipe
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import to_json_types, write_json, write_text
@@ -52,7 +53,25 @@ def merge(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     Raises:
       UserError: an option, a model or the output directory is not valid
     """
-    recipe = _models(arguments)
+    _merge(_models(arguments), arguments, argv)
+
+
+def average(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Run `modelstock average`: a linear merge with weights from the steps of the checkpoints.
+
+    Args:
+      arguments: parsed arguments
+      argv: arguments as typed; the report contains them
+
+    Raises:
+      UserError: an option, a model or the output directory is not valid
+    """
+    weights, ema, schedule = arguments.of_average, arguments.ema, arguments.schedule
+    recipe = average_recipe(arguments.models, weights=weights, ema=ema, schedule=schedule)
+    _merge(recipe, arguments, argv)
+
+
+def _merge(recipe: Recipe, arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     arguments.out = _output_directory(arguments)
     plan = _plan_merge(recipe, _typed_options(arguments))
     messages, notes = Console(stderr=True), [*recipe.notes, *_notes(plan)]
@@ -115,18 +134,15 @@ def _plan_merge(recipe: Recipe, options: dict[str, Any]) -> Plan:
       recipe: models, and the options that a recipe file sets
       options: options that were typed
     """
-    if conflicts := sorted(options.keys() & recipe.options.keys()):
+    if conflicts := sorted(options.keys() & (recipe.options.keys() | recipe.settings.keys())):
         raise UserError(
             f"the recipe already sets {conflicts[0]}; remove the option, or change the recipe"
         )
     base, finetuned = _open_models(recipe, options)
-    _check_layers(recipe.layers, base)
-    if recipe.t is not None:
-        options["t"] = schedule(recipe.t, list(base.tensors))
     return make_plan(
         base,
         finetuned,
-        _complete_options({**recipe.options, **options}, base),
+        _complete_options({**options_of(recipe, list(base.tensors)), **options}, base),
         anchored=recipe.base is not None,
     )
 
@@ -224,14 +240,22 @@ def _models(arguments: argparse.Namespace) -> Recipe:
         path, *models = models
         if len(models) == 1 and not arguments.out:  # As in `mergekit-yaml RECIPE DIR`.
             arguments.out, models = models[0], []
+    no_base = getattr(arguments, "no_base", False)
     if path:
+        if no_base:
+            raise UserError("--no-base does not apply to a recipe; remove base_model from it")
         if models:
             raise UserError(
                 "a recipe already names the models; give either --recipe or BASE FT1 FT2, not both"
             )
         return read_recipe(os.path.expanduser(path))
-    if len(models) < 2:
-        raise UserError("give the base model and its fine-tunes: BASE FT1 FT2 ...")
+    if len(models) < 2 - no_base:
+        required = (
+            "the models: M1 M2" if no_base else "the base model and its fine-tunes: BASE FT1 FT2"
+        )
+        raise UserError(f"give {required} ...")
+    if no_base:
+        return Recipe(None, tuple(models), {})
     return Recipe(models[0], tuple(models[1:]), {})
 
 
@@ -244,6 +268,8 @@ def _typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if "num_heads" in options:
         options["num_heads"] = hf_config.parse_num_heads(options["num_heads"])
+    if "parameters" in options:
+        options["parameters"] = dict(options["parameters"])
     if len(options.get("density", ())) == 1:
         options["density"] = options["density"][0]
     return options
@@ -261,11 +287,33 @@ def _open_models(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Source, li
     """Open the base and the fine-tunes; a model that is given twice is an error."""
     _check_given_once(recipe, {**recipe.options, **options}.get("method", "model_stock"))
     read_as = quantization.as_weights if options.get("dequantize") else quantization.as_stored
+    if recipe.slices is not None:
+        base, *models = _open_slices(recipe.slices, read_as)
+        return base, models if recipe.base is not None else [base, *models]
     base = open_source(recipe.base or recipe.models[0], read_as=read_as)
     return base, [open_source(model, base, read_as) for model in recipe.models]
 
 
+def _open_slices(
+    slices: Sequence[Sequence[LayerRange]], read_as: Callable[[Source], Source]
+) -> list[Source]:
+    """Open the models of a recipe with slices: complete models, or layers of several."""
+    opened: dict[str, Source] = {}
+    for layers in (x for piece in slices for x in piece):
+        if layers.model not in opened:
+            opened[layers.model] = open_source(
+                layers.model, next(iter(opened.values()), None), read_as
+            )
+    return [
+        stacked([Layers(opened[x.model], x.start, x.stop) for x in ranges])
+        for ranges in zip(*slices, strict=True)
+    ]
+
+
 def _check_given_once(recipe: Recipe, method: str) -> None:
+    if recipe.slices is not None and len(recipe.slices) > 1:
+        return  # A slice has each model once, but several slices may differ.
+
     def identity(label: str) -> str:
         path = os.path.expanduser(label)
         return os.path.realpath(path) if os.path.exists(path) else label
@@ -286,17 +334,6 @@ def _check_given_once(recipe: Recipe, method: str) -> None:
                 else ""
             )
             raise UserError(f"{label} is given twice: {reason}give each model once")
-
-
-def _check_layers(layers: int | None, base: Source) -> None:
-    if layers is None:
-        return
-    num_layers = (read_config(base.directory) or {}).get("num_hidden_layers")
-    if num_layers is not None and num_layers != layers:
-        raise UserError(
-            f"the slices of the recipe end at layer {layers}, but {base.label} has {num_layers} "
-            "layers; only complete models can be merged: give models instead of slices"
-        )
 
 
 def _start_checksums(

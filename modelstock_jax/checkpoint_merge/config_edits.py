@@ -109,6 +109,7 @@ def config_changes(
         component = components.get(folder, {})
         path = f"{folder}/{CONFIG}" if folder else CONFIG
         changed = _vocabulary_keys(path, folder, config, component, issues)
+        changed |= sources[config_model].config_values(config)
         if any(name in issues.untied for name in component):
             changed |= _untied_keys(config)
         elif config_model:

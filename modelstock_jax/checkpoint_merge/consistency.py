@@ -364,6 +364,11 @@ def _disagreements(base: Source, source: Source) -> Iterable[tuple[str, Disagree
         yield path, disagreements(*pair, complete=name in (OPEN_CLIP, MODULES))
 
 
+def config_disagreements(base: Source, source: Source) -> list[str]:
+    """Return the keys of configs that differ and change a forward pass."""
+    return [key for _, keys in _disagreements(base, source) for key in keys.grave]
+
+
 def _config_pairs(base: Source, source: Source) -> Iterable[tuple[str, dict, dict]]:
     """Yield the configs that both models have: path, config of the base, config of the other."""
     if base.directory is None or source.directory in (None, base.directory):

@@ -48,7 +48,7 @@ class UnitLayout(NamedTuple):
         (axis,) = axes
         return cls(unit_view.view[axis], math.prod(unit_view.view[axis + 1 :]), count)
 
-    def cut(self, max_length: int = PIECE) -> list[tuple[int, int]]:
+    def cut(self, max_length: int = PIECE, row: int = 1) -> list[tuple[int, int]]:
         """Return ranges [start, stop) of at most `max_length` elements.
 
         A range contains complete cycles of the units if a cycle fits, otherwise complete runs,
@@ -56,6 +56,7 @@ class UnitLayout(NamedTuple):
 
         Args:
           max_length: maximum number of elements
+          row: ranges of a single unit contain complete rows of this many elements, at least one
 
         Example:
           >>> UnitLayout(2, 3, 12).cut(7), UnitLayout(4, 3, 12).cut(7)
@@ -64,6 +65,7 @@ class UnitLayout(NamedTuple):
           [(0, 7), (7, 10), (10, 17), (17, 20)]
         """
         cycle = self.units * self.run
+        max_length = max(max_length // row, 1) * row
         if self.units == 1 or self.run > max_length:
             return [
                 (a, min(a + max_length, first + self.run))

@@ -5,21 +5,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from modelstock_jax.checkpoint_merge import elementwise
+from modelstock_jax.checkpoint_merge.elementwise import Combination, OfPiece
 from modelstock_jax.checkpoint_merge.kernels import UnitLayout
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
-from modelstock_jax.merging import geometry, rules
+from modelstock_jax.merging import rules, spherical
 from modelstock_jax.merging.anchor_rounding import correct_gram
 from modelstock_jax.merging.rules import UnitSolution, unit_row
 from modelstock_jax.registry import COMMANDS
-
-Reduce = Callable[[Callable[[np.ndarray, np.ndarray], np.ndarray]], np.ndarray]
 
 
 class UnitReader(Protocol):
@@ -29,9 +28,11 @@ class UnitReader(Protocol):
       name: name of its first tensor
       is_scalar: [K] bool, whether it has fewer than two elements
       count: number of elements
+      anchored: whether there is a base; without one, the base is the first fine-tune
     """
 
     name: str
+    anchored: bool
     is_scalar: np.ndarray
     count: int
 
@@ -45,30 +46,30 @@ class UnitReader(Protocol):
     def energy(self) -> np.ndarray:
         """Return the expected squared rounding error of the base, [K]."""
 
-    def reduce(self, function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Return the sum of function(w0 [n], deltas [N, n]) over the pieces."""
+    def reduce(self, function: OfPiece) -> np.ndarray:
+        """Return the sum of function(w0 [n], task vectors [N, n], place) over the pieces."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """Solution of a unit: anchor * w0 + sum_i a_i d_i, or the trimmed task vectors of TIES.
+    """Solution of a unit: anchor * w0 + sum_i a_i d_i, or a combination of single elements.
 
     Attributes:
       solution: coefficients and measurements
       gram: [N, N, K], Gram matrix of the task vectors
       anchor: [K], coefficient of w0; None for 1
-      trim: thresholds of TIES; None for other methods
+      combination: of an elementwise method; None for other methods
     """
 
     solution: UnitSolution
     gram: np.ndarray
     anchor: np.ndarray | None = None
-    trim: Trim | None = None
+    combination: Combination | None = None
 
     @property
     def has_ratio(self) -> bool:
-        """Whether it is w0 + a sum of task vectors, such as w0 + t mean(d); not TIES or slerp."""
-        return self.anchor is None and self.trim is None
+        """Whether it is w0 + a sum of complete task vectors, such as w0 + t mean(d)."""
+        return self.anchor is None and self.combination is None
 
 
 Solver = Callable[[UnitReader], Solved]
@@ -84,107 +85,220 @@ def solver(options: Options, number: int) -> Solver:
     | with a `rule` in `registry` | w0 + sum_i a_i d_i, a_i from that rule |
     | uniform_mean | w0 + mean_i(d_i) |
     | wise_ft | w0 + alpha mean_i(d_i) |
-    | linear | w0 + sum_i c_i d_i, c_i = weight_i / sum of weights |
+    | linear | sum_i c_i w_i, c_i = weight_i / sum of weights |
     | task_arithmetic | w0 + lambda sum_i c_i d_i, c_i = weight_i |
-    | ties | w0 + lambda times the disjoint mean of the trimmed d_i (`Trim`) |
+    | elementwise | a `Combination` of `elementwise` |
     | slerp | on the arc from the base to the fine-tune, or from the first to the second of two |
+    | nuslerp, multislerp, karcher | of the task vectors or weights, see `merging.spherical` |
+    | passthrough | lambda w_1 |
 
     Args:
       options: options of the merge
       number: number of fine-tunes
     """
-    method, rule = options.method, COMMANDS[options.method].rule
-    if rule:
-        return _from_gram(getattr(rules, rule), options.anchor_rounding == "correct")
-    if options.t is not None:  # Only slerp has t, and it requires it.
-        return _slerp(options.t)
-    if method == "ties":
-        return _ties(options, number)
-    if method in ("uniform_mean", "wise_ft"):
-        ratio = 1.0 if options.alpha is None else options.alpha
-        return _with_coefficients(np.full(number, ratio / number))
-    return _with_coefficients(scale(options) * model_weights(options, number))
+    method = COMMANDS[options.method]
+    if method.rule:
+        rule = getattr(rules, method.rule)
+        return lambda unit: _by_rule(rule, unit, options.anchor_rounding == "correct")
+    if method.elementwise:
+        return lambda unit: _elementwise(unit, options, number)
+    if method.of_weights:
+        return lambda unit: _spherical(unit, options, number)
+    if options.method == "passthrough":
+        return lambda unit: _passthrough(unit, scale(options, unit.name))
+    return lambda unit: _with_coefficients(unit, *_fixed_coefficients(unit, options, number))
 
 
-def model_weights(options: Options, number: int) -> np.ndarray:
+def _passthrough(unit: UnitReader, factor: float) -> Solved:
+    solved = _with_coefficients(unit, np.array([factor]), factor)
+    copied = np.full_like(solved.solution.copy_replica, factor == 1)
+    return dataclasses.replace(solved, solution=solved.solution._replace(copy_replica=copied))
+
+
+def _fixed_coefficients(
+    unit: UnitReader, options: Options, number: int
+) -> tuple[np.ndarray, float | None]:
+    """Return the coefficients of the task vectors [N], and of the base; None for 1."""
+    if options.method == "uniform_mean":
+        return np.full(number, 1 / number), None
+    if options.method == "wise_ft":
+        return np.full(number, options.value("alpha", unit.name) / number), None
+    weights = scale(options, unit.name) * model_weights(options, number, unit.name)
+    is_sum_of_weights = not unit.anchored and abs(weights.sum() - 1) > 1e-12
+    return weights, float(weights.sum()) if is_sum_of_weights else None
+
+
+def model_weights(options: Options, number: int, tensor: str = "") -> np.ndarray:
     """Return the weights of the fine-tunes [N], divided by their sum if the method does so.
 
     Args:
       options: options of the merge
       number: number of fine-tunes
+      tensor: name of the tensor, for weights that differ by tensor
 
     Example:
       >>> model_weights(Options(method="linear", weights=(1, 3)), 2).tolist()
       [0.25, 0.75]
     """
-    weights = np.array(options.weights or (1.0,) * number, np.float64)
-    normalize = options.method == "linear" if options.normalize is None else options.normalize
-    return weights / weights.sum() if normalize and options.method != "ties" else weights
+    weights = np.array(options.value("weights", tensor) or (1.0,) * number, np.float64)
+    # An elementwise method divides by the weights of the elements that remain.
+    is_divided = normalizes(options) and not COMMANDS[options.method].elementwise
+    return weights / weights.sum() if is_divided else weights
 
 
-def scale(options: Options) -> float:
-    """Return lambda; 1 by default."""
-    return 1.0 if options.scale is None else options.scale
+def normalizes(options: Options) -> bool:
+    """Return whether the weights are divided by their sum."""
+    default = COMMANDS[options.method].normalize
+    return default if options.normalize is None else options.normalize
 
 
-def _from_gram(rule: Callable[..., UnitSolution], correct_rounding: bool = False) -> Solver:
-    def solve(unit: UnitReader) -> Solved:
-        gram = unit.gram()
-        if correct_rounding:
-            gram = correct_gram(gram, unit.energy())
-        return Solved(rule(gram, unit.is_scalar), gram)
-
-    return solve
+def scale(options: Options, tensor: str = "") -> float:
+    """Return lambda of a tensor; 1 by default."""
+    value = options.value("scale", tensor)
+    return 1.0 if value is None else value
 
 
-def _with_coefficients(values: np.ndarray) -> Solver:
-    return _from_gram(lambda gram, is_scalar: rules.fixed_coefficients(gram, is_scalar, values))
+def _by_rule(rule: Callable[..., UnitSolution], unit: UnitReader, correct_rounding: bool) -> Solved:
+    gram = unit.gram()
+    if correct_rounding:
+        gram = correct_gram(gram, unit.energy())
+    return Solved(rule(gram, unit.is_scalar), gram)
 
 
-def _ties(options: Options, number: int) -> Solver:
-    weights, normalize = model_weights(options, number), options.normalize is not False
-    density = np.broadcast_to(1.0 if options.density is None else options.density, number)
-    round_down = options.density_rounding == "down"
-
-    def solve(unit: UnitReader) -> Solved:
-        solution = rules.ties_statistics(
-            gram := unit.gram(), unit.is_scalar, np.float64(scale(options))
-        )
-        ranks = None
-        if min(density) < 1:
-            ranks = rules.ties_ranks(density, unit.count, number, round_down=round_down)
-        trim = measure_trim(unit.reduce, ranks, weights, scale(options), normalize)
-        return Solved(solution, gram, trim=trim)
-
-    return solve
+def _with_coefficients(unit: UnitReader, values: np.ndarray, anchor: float | None = None) -> Solved:
+    gram = unit.gram()
+    solved = Solved(rules.fixed_coefficients(gram, unit.is_scalar, values), gram)
+    if anchor is None:
+        return solved
+    # Weights that are no mean of the models: unchanged weights are scaled too.
+    solution = solved.solution._replace(keep_anchor=np.zeros_like(solved.solution.keep_anchor))
+    return dataclasses.replace(
+        solved, solution=solution, anchor=np.full(unit.is_scalar.shape, anchor)
+    )
 
 
-def _slerp(t: float | Mapping[str, float]) -> Solver:
-    """Return spherical interpolation by the angle between the weights (not the task vectors)."""
+def _elementwise(unit: UnitReader, options: Options, number: int) -> Solved:
+    gram = unit.gram()
+    factor = scale(options, unit.name) if "scale" in COMMANDS[options.method].options else 1.0
+    solution = rules.ties_statistics(gram, unit.is_scalar, np.float64(factor))
+    return Solved(solution, gram, combination=_combination(unit, options, number))
 
-    def solve(unit: UnitReader) -> Solved:
-        full = unit.gram(with_base=True)
-        gram = full[1:, 1:]
-        # Squared lengths and product of the two ends, w0 + d each; the base is the end d = 0.
-        square, along = full[0, 0], full[0, 1:]
-        ends = [
-            square + 2 * a + g for a, g in zip(along, geometry.squared_norms(gram), strict=True)
-        ]
-        if len(gram) == 1:
-            ends, product = [square, *ends], square + along[0]
-        else:
-            product = square + along[0] + along[1] + gram[0, 1]
-        position = t[unit.name] if isinstance(t, Mapping) else t
-        first, second = rules.slerp_coefficients(ends[0], ends[1], product, position, _COLLINEAR)
-        values = [second] if len(gram) == 1 else [first, second]
-        solution = rules.fixed_coefficients(gram, unit.is_scalar, np.zeros(len(gram)))
-        return Solved(
-            solution._replace(coefficient=np.array(values), ratio=sum(values)),
-            gram,
-            anchor=first + second,
-        )
 
-    return solve
+def _combination(unit: UnitReader, options: Options, number: int) -> Combination:
+    """Return the combination of an elementwise method, measured on a unit."""
+
+    def value(name: str) -> Any:
+        return options.value(name, unit.name)
+
+    match options.method:
+        case "sce":
+            return elementwise.SelectCalculateErase.measure(unit.reduce, value("select_topk"))
+        case "ram":
+            return elementwise.Overlap(value("epsilon"), np.ones(number))
+        case "ramplus_tl":
+            limit = 0.2 if value("alpha") is None else value("alpha")
+            return elementwise.Overlap.measure(unit.reduce, value("epsilon"), value("r"), limit)
+        case "nearswap":
+            return elementwise.NearSwap(value("t"))
+        case "arcee_fusion":
+            return elementwise.Fusion.measure(unit.reduce, unit.count)
+    return elementwise.SparseSum(
+        _sparsifier(unit, options, number),
+        model_weights(options, number, unit.name),
+        scale(options, unit.name),
+        elect=options.method in _ELECTS,
+        normalize=normalizes(options),
+    )
+
+
+_ELECTS = ("ties", "dare_ties", "breadcrumbs_ties", "della")
+
+
+def _sparsifier(unit: UnitReader, options: Options, number: int) -> elementwise.Sparsifier:
+    """Return which elements of the task vectors remain, measured on a unit."""
+
+    def of_models(name: str, default: float = 1.0) -> np.ndarray:
+        value = options.value(name, unit.name)
+        return np.broadcast_to(np.float64(default if value is None else value), number)
+
+    density, rescale = of_models("density"), options.value("rescale", unit.name)
+    if "seed" in COMMANDS[options.method].options:
+        epsilon = of_models("epsilon") if options.method.startswith("della") else None
+        return elementwise.RandomElements(options.seed or 0, density, rescale, epsilon)
+    if min(density) >= 1:
+        return elementwise.everything(number)
+    if options.method.startswith("breadcrumbs"):
+        smallest, largest = rules.breadcrumbs_ranks(density, of_models("gamma"), unit.count)
+    else:
+        round_down = options.density_rounding == "down"
+        smallest = rules.ties_ranks(density, unit.count, number, round_down=round_down)
+        largest = [1] * number
+    return elementwise.magnitude_range(unit.reduce, smallest, largest, rescale=rescale)
+
+
+def num_passes(options: Options, tensor: str) -> int:
+    """Return the number of times that a merged tensor is read.
+
+    Two: to measure, then to combine. The order statistics of an elementwise method need more.
+
+    Args:
+      options: options of the merge
+      tensor: name of the tensor
+    """
+    method, ranks = COMMANDS[options.method], elementwise.PASSES_OF_RANKS
+    if options.method in ("ram", "nearswap"):
+        return 2
+    if options.method == "sce":
+        return 3 + (1 + ranks) * (options.value("select_topk", tensor) < 1)
+    if options.method in ("ramplus_tl", "arcee_fusion"):
+        return 2 + (1 if options.method == "ramplus_tl" else ranks)
+    density = options.value("density", tensor)
+    is_complete = density is None or np.min(density) >= 1
+    if not method.elementwise or "seed" in method.options or is_complete:
+        return 2
+    return 2 + ranks + int(options.value("rescale", tensor))
+
+
+def _spherical(unit: UnitReader, options: Options, number: int) -> Solved:
+    """Return the mean on a sphere, of task vectors or of weights.
+
+    Slerp and the Karcher mean are of weights. NuSLERP and Multi-SLERP are of task vectors if there
+    is a base.
+    """
+    of_deltas = unit.anchored and options.method in ("nuslerp", "multislerp")
+    full = unit.gram(with_base=True)
+    gram = full[1:, 1:]
+    # Vectors as combinations of w0 and the task vectors.
+    rows = np.eye(number + 1)[1:]
+    rows[:, 0] = 0 if of_deltas else 1
+    if options.method == "slerp" and number == 1:
+        rows = np.vstack([np.eye(2)[0], rows])  # From the base to the fine-tune.
+    vectors = np.einsum("ai,bj,ijk->abk", rows, rows, full)
+    values = rows.T @ _mean_on_sphere(unit, options, vectors)
+    solution = rules.fixed_coefficients(gram, unit.is_scalar, np.zeros(number))
+    is_mean = of_deltas | (np.abs(values.sum(axis=0) - 1) < 1e-6)
+    solution = solution._replace(
+        coefficient=values[1:],
+        ratio=values[1:].sum(axis=0),
+        keep_anchor=solution.keep_anchor & is_mean,
+    )
+    return Solved(solution, gram, anchor=values[0] + of_deltas)
+
+
+def _mean_on_sphere(unit: UnitReader, options: Options, gram: np.ndarray) -> np.ndarray:
+    """Return the coefficients of the vectors with a Gram matrix [M, M, K], [M, K]."""
+    if options.method == "slerp":
+        ends = gram[0, 0], gram[1, 1], gram[0, 1]
+        t = options.value("t", unit.name)
+        return np.stack(rules.slerp_coefficients(*ends, t, _COLLINEAR))
+    if options.method == "karcher":
+        names = ("max_iter", "tol")
+        max_iter, tol = (options.value(name, unit.name) for name in names)
+        return spherical.karcher_mean(gram, int(max_iter), tol)
+    weights = model_weights(options, len(gram), unit.name)
+    if options.method == "nuslerp":
+        return spherical.nuslerp(gram, weights)
+    return spherical.multislerp(gram, weights)
 
 
 def coefficients(solved: Solved, *, of_weights: bool) -> np.ndarray:
@@ -221,104 +335,6 @@ def combine(vectors: np.ndarray, factors: np.ndarray, layout: UnitLayout, start:
         total += vector
     total += vectors[0]
     return total
-
-
-_DIGIT = 16  # Bits of a magnitude that one pass determines.
-
-
-@dataclasses.dataclass(frozen=True)
-class Trim:
-    """Trimming of TIES-Merging (arXiv 2306.01708) for one unit, in bounded memory.
-
-    Attributes:
-      threshold: bits of the minimum magnitude that remains in each task vector, [N] int64
-      weights: [N]
-      scale: lambda
-      normalize: divide by the sum of the weights of the task vectors that agree in sign
-    """
-
-    threshold: np.ndarray
-    weights: np.ndarray
-    scale: float
-    normalize: bool
-
-    def merge(self, deltas: np.ndarray) -> np.ndarray:
-        """Return lambda sum_i c_i d_i / sum_i c_i over the trimmed d_i with the sign of their sum.
-
-        Args:
-          deltas: [N, n] float64, task vectors
-        """
-        trimmed = np.zeros(deltas.shape)
-        for row, delta, min_bits, weight in zip(
-            trimmed, deltas, self.threshold, self.weights, strict=True
-        ):
-            np.multiply(delta, weight, out=row, where=magnitude(delta) >= min_bits)
-        agree = np.where(trimmed.sum(axis=0) >= 0, trimmed > 0, trimmed < 0)
-        merged = np.where(agree, trimmed, 0).sum(axis=0)
-        if self.normalize:
-            divisor = np.where(agree, self.weights[:, None], 0).sum(axis=0)
-            merged /= np.where(np.abs(divisor) < 1e-8, 1, divisor)
-        return merged * self.scale
-
-
-def magnitude(deltas: np.ndarray) -> np.ndarray:
-    """Return the bits of |d| in float64: int64 in the order of the magnitudes.
-
-    Example:
-      >>> magnitude(np.array([-2.0, 1.0, 0.0])).argsort().tolist()
-      [2, 1, 0]
-    """
-    return np.abs(deltas).view(np.int64)
-
-
-def measure_trim(
-    reduce: Reduce,
-    ranks: Sequence[int] | None,
-    weights: np.ndarray,
-    scale: float,
-    normalize: bool,
-) -> Trim:
-    """Find the k-th largest magnitude of each task vector.
-
-    The result is exact: each pass determines 16 bits of the k-th, from a histogram of these bits
-    over the magnitudes that agree with the bits before. All elements equal to the k-th remain.
-
-    Args:
-      reduce: sums a function of (w0 [n], deltas [N, n]) over the pieces of the unit
-      ranks: k of each task vector, counted from 1; None to keep all elements
-      weights: [N]
-      scale: lambda
-      normalize: see `Trim`
-    """
-    threshold = np.zeros(len(weights), np.int64)
-    if ranks is not None:
-        remaining = np.array(ranks)
-        for shift in (48, 32, 16, 0):
-            counts = reduce(partial(_histogram, threshold, shift))
-            digit, remaining = _select(counts, remaining)
-            threshold |= digit << shift
-    return Trim(threshold, weights, scale, normalize)
-
-
-def _histogram(threshold: np.ndarray, shift: int, _: np.ndarray, deltas: np.ndarray) -> np.ndarray:
-    """Return the counts of a digit over the magnitudes whose higher digits are the threshold's."""
-    counts = np.empty((len(deltas), 2**_DIGIT), np.int64)
-    for row, delta, found in zip(counts, deltas, threshold, strict=True):
-        digits = magnitude(delta) >> shift
-        # `digits` has no sign bit, so the first digit has no higher ones.
-        row[:] = np.bincount(
-            digits[digits >> _DIGIT == found >> shift >> _DIGIT] & (2**_DIGIT - 1),
-            minlength=2**_DIGIT,
-        )
-    return counts
-
-
-def _select(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bin of the k-th largest element, [N], and its rank within the bin."""
-    cumulative = counts[:, ::-1].cumsum(axis=1)
-    index = (cumulative >= ranks[:, None]).argmax(axis=1)
-    before = np.where(index > 0, cumulative[np.arange(len(index)), index - 1], 0)
-    return counts.shape[1] - 1 - index, ranks - before
 
 
 Row = dict[str, Any]

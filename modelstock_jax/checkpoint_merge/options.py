@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from modelstock_jax.errors import UserError, suggest
 from modelstock_jax.machine import usable_cores
@@ -45,6 +46,28 @@ CHECKSUMS = ("crc32", "sha256")
 # Values that earlier versions of the command had -> values now.
 RENAMED_VALUES = {"refuse": "error"}
 
+PerTensor = float | Mapping[str, float]
+PerModel = tuple[float, ...] | Mapping[str, tuple[float, ...]]
+
+# Options whose values belong to the method.
+METHOD_OPTIONS = ("weights", "normalize", "alpha", "scale", "density", "t", "seed")
+_UNIT_INTERVAL = (lambda x: 0 <= x <= 1, "in [0, 1]")
+_POSITIVE = (lambda x: 0 < x < math.inf, "above 0")
+_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or above")
+_FINITE = (math.isfinite, "a finite number")
+_VALID: dict[str, tuple[Callable[[float], bool], str]] = {
+    "alpha": _UNIT_INTERVAL,
+    "density": _UNIT_INTERVAL,
+    "gamma": _UNIT_INTERVAL,
+    "select_topk": _UNIT_INTERVAL,
+    "t": _NOT_NEGATIVE,
+    "epsilon": _NOT_NEGATIVE,
+    "r": _NOT_NEGATIVE,
+    "tol": _POSITIVE,
+    "max_iter": (lambda x: x >= 1 and x == int(x), "an integer, 1 or above"),
+    "weights": _FINITE,
+    "scale": _FINITE,
+}
 _MODEL = r"base|model:[1-9]\d*"
 
 
@@ -124,16 +147,16 @@ class Options:
         `keep` is an error unless the two are equal; `untie` merges the head as a separate tensor
       missing_tensors: tensors that some models lack: `error`, or `base` (the base's tensor,
         unmerged; tensors that only fine-tunes have are dropped)
-      weights: one per fine-tune, for linear, task_arithmetic and ties; 1 each by default
-      normalize: whether weights are divided by their sum; None for the method's default: yes for
-        linear and ties, no for task_arithmetic
-      alpha: ratio of wise_ft, in [0, 1]
-      scale: lambda of task_arithmetic and ties
-      density: fraction of each task vector that ties keeps, in (0, 1]: one value, or one per
-        fine-tune
+      weights: one per fine-tune, for methods that weight models; 1 each by default
+      normalize: whether weights are divided by their sum; None for the method's default
+      alpha: ratio of wise_ft; limit of ramplus_tl; in [0, 1]
+      scale: lambda of the methods that add task vectors; factor of passthrough
+      density: fraction of each task vector that remains, in [0, 1]: one value, or one per fine-tune
       density_rounding: how ties rounds density x number of elements to the number that it keeps:
         `nearest`, or `down` as mergekit does (set by its recipes)
-      t: position of slerp, in [0, 1]: one value, or one per tensor by its name in the base
+      t: position of slerp, in [0, 1]; largest change of nearswap
+      seed: seed of the methods that choose elements at random
+      parameters: further parameters of the method, by the names in the registry
       head: if the classifier of the fine-tunes differs from the base's, or the base has none:
         `error`, or `finetuned` (the mean of the fine-tunes' classifiers, which have no common
         anchor, and the labels of their config; a classifier that only the base has is dropped)
@@ -151,6 +174,9 @@ class Options:
       threads: number of worker threads; None for one per core
       window_bytes: a unit with at most this many bytes per worker is merged by one worker, which
         caches the values that it computes from an adapter from the first pass to the second
+
+    The numbers of the method (weights to parameters) may differ by tensor: a mapping from a
+    tensor's name in the base to its value.
 
     Raises:
       UserError: a value is not valid, or the method does not use the option
@@ -170,13 +196,15 @@ class Options:
     vocab_mismatch: str = "error"
     tied_head: str = "keep"
     missing_tensors: str = "error"
-    weights: tuple[float, ...] | None = None
+    weights: PerModel | None = None
     normalize: bool | None = None
-    alpha: float | None = None
-    scale: float | None = None
-    density: float | tuple[float, ...] | None = None
+    alpha: PerTensor | None = None
+    scale: PerTensor | None = None
+    density: PerTensor | PerModel | None = None
     density_rounding: str = "nearest"
-    t: float | Mapping[str, float] | None = None
+    t: PerTensor | None = None
+    seed: int | None = None
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     head: str = "error"
     dequantize: bool = False
     config_from: str | None = None
@@ -215,35 +243,97 @@ class Options:
         """Number of worker threads."""
         return usable_cores() if self.threads is None else self.threads
 
+    @property
+    def differs_by_tensor(self) -> bool:
+        """Whether a number of the method differs by tensor."""
+        numbers = [getattr(self, name) for name in METHOD_OPTIONS]
+        return any(isinstance(x, Mapping) for x in (*numbers, *self.parameters.values()))
+
+    def value(self, name: str, tensor: str) -> Any:
+        """Return an option or a parameter of the method for one tensor, or its default.
+
+        Args:
+          name: name of the option or of the parameter
+          tensor: name of the tensor in the base
+
+        Example:
+          >>> Options(method="slerp", t={"a": 0.1, "b": 0.2}).value("t", "b")
+          0.2
+          >>> Options(method="breadcrumbs").value("gamma", "a")
+          0.01
+        """
+        if name in METHOD_OPTIONS:
+            value = getattr(self, name)
+        else:
+            value = self.parameters.get(name, COMMANDS[self.method].parameters[name])
+        return value[tensor] if isinstance(value, Mapping) else value
+
     def _check_values(self) -> None:
         method = COMMANDS[self.method]
-        for name in ("weights", "normalize", "alpha", "scale", "density", "t"):
+        for name in METHOD_OPTIONS:
             if getattr(self, name) is not None and name not in method.options:
                 users = [m.command for m in COMMANDS.values() if name in m.options]
                 raise UserError(
                     f"--{name} does not apply to --method {method.command}; remove it (it applies "
                     f"to {', '.join(users)})"
                 )
-        for name in ("alpha", "t"):
-            if name in method.options and getattr(self, name) is None:
+        for name in method.required:
+            if getattr(self, name) is None:
                 raise UserError(
                     f"--method {method.command} requires --{name}, a number in [0, 1]; for "
                     f"example --{name} 0.5"
                 )
-            self._check_each(name, lambda x: 0 <= x <= 1, "in [0, 1]")
-        self._check_each("density", lambda x: 0 < x <= 1, "in (0, 1]")
-        for name in ("weights", "scale"):
-            self._check_each(name, math.isfinite, "a finite number")
+        self._check_parameters()
+        for name in ("weights", "alpha", "scale", "density", "t"):
+            self._check_each(name, getattr(self, name), *_VALID[name])
+        if method.of_weights:
+            self._check_each("t", self.t, *_UNIT_INTERVAL)
+        if self.density is not None and not any(_numbers(self.density)):
+            raise UserError("--density: must be in (0, 1], not 0, which would leave the base")
         for name in ("max_shard_bytes", "threads", "window_bytes"):
-            self._check_each(name, lambda x: x >= 1, "at least 1")
+            self._check_each(name, getattr(self, name), lambda x: x >= 1, "at least 1")
+        self._check_unit()
+
+    def _check_parameters(self) -> None:
+        """Check the further parameters of the method."""
+        defaults = COMMANDS[self.method].parameters
+        for name, value in self.parameters.items():
+            if name not in defaults:
+                known = f"it has {', '.join(defaults)}" if defaults else "it has none"
+                raise UserError(
+                    f"--parameter {name}: --method {COMMANDS[self.method].command} has no such "
+                    f"parameter; {known}{suggest(name, defaults)}"
+                )
+            if isinstance(defaults[name], bool):
+                if wrong := [x for x in _numbers(value) if not isinstance(x, bool)]:
+                    raise UserError(f"--parameter {name}: must be true or false, not {wrong[0]!r}")
+            else:
+                self._check_each(name, value, *_VALID[name])
+
+    def _check_unit(self) -> None:
         if self.num_heads is not None and self.unit != "head":
             raise UserError(
                 "--num-heads applies to --unit head only; remove it, or pass --unit head"
             )
-        if isinstance(self.t, Mapping) and self.unit != "tensor":
+        if self.differs_by_tensor and self.unit != "tensor":
             raise UserError(
-                f"a list of t over layers or filters requires --unit tensor, not {self.unit}"
+                f"values that differ by layer or filter require --unit tensor, not {self.unit}"
             )
+        if self.method in ("della", "della_linear"):
+            self._check_epsilon()
+
+    def _check_epsilon(self) -> None:
+        """Check that each element of DELLA remains with a probability in (0, 1)."""
+        given = (self.density, self.parameters.get("epsilon"))
+        for tensor in {x for value in given if isinstance(value, Mapping) for x in value} or {""}:
+            density = self.value("density", tensor)
+            values = ([*_numbers(x)] for x in (density, self.value("epsilon", tensor)))
+            for d, epsilon in _pairs(*values):
+                if d is not None and 0 < d < 1 and not 0 < d - epsilon <= d + epsilon < 1:
+                    raise UserError(
+                        f"--parameter epsilon: --density {d:g} minus and plus epsilon {epsilon:g} "
+                        "must be in (0, 1); choose a smaller epsilon"
+                    )
 
     def _check_models(self) -> None:
         for name, pattern, choices in (
@@ -264,15 +354,33 @@ class Options:
                 f"{' or '.join(rules)}"
             )
 
-    def _check_each(self, name: str, is_valid: Callable[[float], bool], rule: str) -> None:
-        value = getattr(self, name)
-        values = value.values() if isinstance(value, Mapping) else value
-        for x in values if isinstance(values, Iterable) else (values,):
-            if x is not None and (isinstance(x, bool) or not is_valid(x)):
+    def _check_each(
+        self, name: str, value: Any, is_valid: Callable[[float], bool], rule: str
+    ) -> None:
+        for x in _numbers(value):
+            if x is not None and (isinstance(x, bool | str) or not is_valid(x)):
                 raise UserError(f"{_flag(name)}: must be {rule}, not {x!r}")
+
+
+def _numbers(value: Any) -> Iterable[Any]:
+    """Yield each number of a value: of each tensor and of each model."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        yield value
+        return
+    for x in value:
+        yield from _numbers(x)
+
+
+def _pairs(first: list, second: list) -> Iterable[tuple]:
+    """Return the pairs of each model; a list of one number is for all models."""
+    number = max(len(first), len(second))
+    return zip(*(x * number if len(x) == 1 else x for x in (first, second)), strict=False)
 
 
 def _flag(name: str) -> str:
     special = {"max_shard_bytes": "--max-shard-size"}
     special |= {name: name for name in ("window_bytes", "density_rounding")}  # not flags
+    special |= {name: f"--parameter {name}" for name in set(_VALID) - set(METHOD_OPTIONS)}
     return special.get(name, f"--{name.replace('_', '-')}")

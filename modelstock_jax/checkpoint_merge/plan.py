@@ -10,14 +10,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from modelstock_jax.checkpoint_merge import quantization
 from modelstock_jax.checkpoint_merge.anchor import AnchorCheck, check_anchor
 from modelstock_jax.checkpoint_merge.auxiliary_files import AuxiliaryFiles, plan_auxiliary_files
 from modelstock_jax.checkpoint_merge.kernels import PIECE, WORKING_SET, piece_length
 from modelstock_jax.checkpoint_merge.matching import PlanIssues, match_tensors
-from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.methods import normalizes, num_passes
+from modelstock_jax.checkpoint_merge.options import METHOD_OPTIONS, Options
 from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan, plan_tensors
 from modelstock_jax.registry import COMMANDS, MergeMethod
@@ -45,7 +44,7 @@ class Plan:
       notes: notes for the user: tied weights, vocabulary, dropped tensors
       checksum: checksum of inputs, options and tensors; an interrupted merge resumes only if it is
         equal
-      anchored: whether there is a base; a linear mean of models has none
+      anchored: whether there is a base; a mean of models needs none
       rounding: rounding error of the base compared with the updates (`anchor.AnchorCheck`)
     """
 
@@ -87,15 +86,9 @@ class Plan:
             if len(set(files.values())) > 1
         }
 
-    @property
-    def passes(self) -> int:
-        """Number of times that merged tensors are read.
-
-        Two: to measure, then to combine. TIES that trims needs four more to find its thresholds.
-        """
-        density = self.options.density
-        is_trimmed = self.options.method == "ties" and density is not None and np.min(density) < 1
-        return 6 if is_trimmed else 2
+    def passes(self, tensor: TensorPlan) -> int:
+        """Return the number of times that a merged tensor is read."""
+        return num_passes(self.options, tensor.name)
 
     def bytes_in(self, tensor: TensorPlan) -> int:
         """Return the bytes of all models that are merged into a tensor; 0 if it is not merged."""
@@ -143,7 +136,13 @@ def make_plan(
     """
     sources = (base, *finetuned)
     issues = PlanIssues(lenient=lenient)
-    _check_number_of_models(len(finetuned), options, issues)
+    _check_number_of_models(len(finetuned), options, issues, anchored=anchored)
+    if not anchored and COMMANDS[options.method].needs_base:
+        known = ", ".join(m.command for m in COMMANDS.values() if not m.needs_base)
+        issues.problems.append(
+            f"--method {COMMANDS[options.method].command} requires a base; remove --no-base "
+            f"(it applies to {known})"
+        )
     issues.problems += filter(None, map(quantization.quantization_error, sources))
     if not issues.problems and (problem := quantization.codes_that_differ(sources)):
         issues.problems.append(problem)
@@ -175,46 +174,47 @@ def make_plan(
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
 
 
-def _check_number_of_models(number: int, options: Options, issues: PlanIssues) -> None:
+def _check_number_of_models(
+    number: int, options: Options, issues: PlanIssues, *, anchored: bool
+) -> None:
     method = COMMANDS[options.method]
-    if problem := _wrong_number(number, method, lenient=issues.lenient):
+    if problem := _wrong_number(number, method, lenient=issues.lenient, anchored=anchored):
         issues.problems.append(problem)
-    for name in ("weights", "density"):
-        value = getattr(options, name)
+    given = {"weights": options.weights, "density": options.density, **options.parameters}
+    for name, value in given.items():
+        flag = f"--{name}" if name in METHOD_OPTIONS else f"--parameter {name}"
         if isinstance(value, tuple) and len(value) != number:
             issues.problems.append(
-                f"--{name} has {len(value)} values, but there are {number} fine-tuned models; give "
+                f"{flag} has {len(value)} values, but there are {number} fine-tuned models; give "
                 "one per model"
             )
-    normalize = options.normalize
-    if normalize is None:
-        normalize = options.method != "task_arithmetic"
-    if options.weights is not None and sum(options.weights) == 0 and normalize:
-        issues.problems.append("the sum of --weights is 0, so they cannot be normalized")
+    if isinstance(weights := options.weights, tuple) and normalizes(options):
+        if sum(weights) == 0:
+            issues.problems.append("the sum of --weights is 0, so they cannot be normalized")
     source = options.unmerged_from
     if source.startswith("model:") and int(source.removeprefix("model:")) > number:
         issues.problems.append(
             f"--unmerged-from {source}: no such model; the last fine-tuned model is model:{number}"
         )
-    if options.method == "ties" and options.unit in ("filter", "head"):
+    if method.elementwise and options.unit in ("filter", "head"):
         issues.problems.append(
-            f"--unit {options.unit} does not apply to ties, which trims complete tensors; choose "
-            "tensor, layer, block or global"
+            f"--unit {options.unit} does not apply to {method.command}, which treats complete "
+            "tensors; choose tensor, layer, block or global"
         )
 
 
-def _wrong_number(number: int, method: MergeMethod, *, lenient: bool) -> str | None:
+def _wrong_number(number: int, method: MergeMethod, *, lenient: bool, anchored: bool) -> str | None:
     """Return the error for too few or too many fine-tuned models; None if the number is right."""
     min_models, max_models = method.min_models, method.max_models
     if number >= min_models and (max_models is None or number <= max_models):
         return None
     required = f"{min_models} or more" if max_models is None else f"{min_models} to {max_models}"
     subject = "an angle" if lenient else f"--method {method.command}"
-    problem = (
-        f"{subject} requires {required} fine-tuned models, not {number} (the first model is the "
-        "base)"
+    kind, which = (
+        ("fine-tuned models", " (the first model is the base)") if anchored else ("models", "")
     )
-    if number == 1 and not lenient:
+    problem = f"{subject} requires {required} {kind}, not {number}{which}"
+    if number == 1 and min_models > 1 and anchored and not lenient:
         problem += "; to merge one fine-tune, pass --method wise-ft --alpha 0.5"
     return problem
 
@@ -266,7 +266,7 @@ def _shards(tensors: dict[str, TensorPlan], max_bytes: int) -> list[list[str]]:
 
 def _bytes_read(plan: Plan) -> int:
     return sum(
-        plan.passes * plan.bytes_in(tensor) + plan.bytes_copied(tensor)
+        plan.passes(tensor) * plan.bytes_in(tensor) + plan.bytes_copied(tensor)
         for tensor in plan.tensors.values()
     )
 

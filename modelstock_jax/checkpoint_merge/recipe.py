@@ -6,19 +6,29 @@ No key is ignored: an unknown key is an error that suggests a similar one.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
 
+from modelstock_jax.checkpoint_merge.recipe_settings import (
+    RECIPE,
+    Part,
+    Setting,
+    check_parameters,
+    mapping,
+    of_model_keys,
+    place,
+    read_parameters,
+)
 from modelstock_jax.errors import UserError, suggest
-from modelstock_jax.merging.tensor_roles import block_position
-from modelstock_jax.registry import RECIPES
+from modelstock_jax.registry import COMMANDS, RECIPES
 
 MAX_BYTES, MAX_VALUES = 2**20, 10**6
-_MODEL_PARAMETERS = ("weight", "density")
+# Methods for which the base is one of the models.
+_WITH_BASE = ("linear", "karcher")
 _TOP_LEVEL_KEYS = (
     "merge_method",
     "base_model",
@@ -31,8 +41,21 @@ _TOP_LEVEL_KEYS = (
     "tokenizer",
     "chat_template",
 )
-_RECIPE = "the recipe"  # Name of the top level in messages.
 _UNSUPPORTED = {"modules": "a recipe must have one list of models for one checkpoint"}
+
+
+class LayerRange(NamedTuple):
+    """Layers of a model.
+
+    Attributes:
+      model: its label
+      start: first layer
+      stop: end
+    """
+
+    model: str
+    start: int
+    stop: int
 
 
 class Recipe(NamedTuple):
@@ -41,17 +64,18 @@ class Recipe(NamedTuple):
     Attributes:
       base: label of the base model for `open_source`; None for a mean of models without a base
       models: labels of the fine-tunes
-      options: arguments of `Options`, except t
-      t: t of slerp as written: a number, a list over the layers, or a list of filters
-      layers: number of layers that the slices cover; None without slices
+      options: arguments of `Options`
+      settings: parameters that differ by layer or filter, by the names of the options
+      slices: layers that each slice takes, of the base (if there is one) and of each fine-tune;
+        None for complete models
       notes: settings of the recipe that have no effect
     """
 
     base: str | None
     models: tuple[str, ...]
     options: dict[str, Any]
-    t: Any = None
-    layers: int | None = None
+    settings: Mapping[str, Setting] = MappingProxyType({})
+    slices: tuple[tuple[LayerRange, ...], ...] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -125,11 +149,11 @@ def parse(raw: Any) -> Recipe:
       >>> recipe.base, recipe.models, recipe.options
       ('b', ('x', 'y+lora'), {'method': 'model_stock', 'dtype': 'bfloat16'})
     """
-    raw = mapping(raw, _RECIPE)
+    raw = mapping(raw, RECIPE)
     for key, reason in _UNSUPPORTED.items():
         if key in raw:
             raise UserError(f"{key} is not supported: {reason}")
-    raw = mapping(raw, _RECIPE, _TOP_LEVEL_KEYS)
+    raw = mapping(raw, RECIPE, _TOP_LEVEL_KEYS)
     method = raw.get("merge_method")
     if method is None:
         raise UserError(f"merge_method is missing; choose one of {', '.join(RECIPES)}")
@@ -138,140 +162,151 @@ def parse(raw: Any) -> Recipe:
             f"merge_method {method!r} is not supported; choose one of {', '.join(RECIPES)}"
             f"{suggest(method, RECIPES)}"
         )
-    keys = RECIPES[method].mergekit_keys
-    entries, common, layers = _entries(raw)
-    common = _parameters(common, "parameters", keys, method)
     base = None if raw.get("base_model") is None else _model(raw["base_model"], "base_model")
-    names = [_model(entry["model"], "model") for entry in entries]
-    model_keys = [key for key in keys if key in _MODEL_PARAMETERS]
-    parameters = [
-        _parameters(entry.get("parameters") or {}, f"parameters of {name}", model_keys, method)
-        for name, entry in zip(names, entries, strict=True)
-    ]
-    if base is None and method != "linear":
+    if base is None and RECIPES[method].needs_base | (method == "slerp"):
         raise UserError(f"base_model is missing; merge_method {method} requires it")
-    if method != "linear":  # A linear mean may include the base, with a weight.
-        indices = [i for i, name in enumerate(names) if name != base]
-        names, parameters = [names[i] for i in indices], [parameters[i] for i in indices]
-    if not names or (method == "slerp" and len(names) != 1):
-        required = "exactly 1 model" if method == "slerp" else "at least 1 model"
-        raise UserError(
-            f"merge_method {method} requires {required} in addition to base_model, not {len(names)}"
-        )
-    options = {
-        "method": RECIPES[method].name,
-        **_method_options(method, names, parameters, common),
-    }
-    tokenizer, notes = _tokenizer(raw, base, names)
+    pieces = [_read_part(piece, method, base) for piece in _pieces(raw)]
+    parts = [part for part, _ in pieces]
+    names = parts[0].names
+    if any(len(part.names) != len(names) for part in parts):
+        raise UserError("slices: all slices must have the same number of models")
+    options, settings, notes = read_parameters(method, parts)
+    options = {"method": RECIPES[method].name, **options}
+    if method == "karcher" or (method == "linear" and _is_sum(options, settings)):
+        base = None  # The weights are merged, not their differences to the base.
+    tokenizer, tokenizer_notes = _tokenizer(raw, base, names)
     options |= {} if tokenizer is None else {"tokenizer_from": tokenizer}
     if (dtype := raw.get("out_dtype") or raw.get("dtype")) is not None:
         options["dtype"] = dtype
-    if "int8_mask" in common:
-        notes.append("int8_mask has no effect here: in mergekit it only saves memory")
-    if method == "slerp" and "t" not in common:
-        raise UserError("parameters.t is missing; merge_method slerp requires it")
-    return Recipe(base, tuple(names), options, common.get("t"), layers, tuple(notes))
+    slices = _slices(base, pieces) if "slices" in raw else None
+    return Recipe(base, tuple(names), options, settings, slices, (*tokenizer_notes, *notes))
 
 
-def _entries(raw: Mapping) -> tuple[list[dict], dict, int | None]:
-    """Return the models with their parameters, the common parameters, and the number of layers.
+def _check_number(method: str, names: Sequence[str], base: str | None) -> None:
+    """Check the number of models, which is without the base."""
+    smallest, largest = 1, RECIPES[method].max_models
+    if method == "slerp":
+        largest = 1
+    if method == "nuslerp":
+        smallest = 2
+    if smallest <= len(names) <= (largest or len(names)):
+        return
+    number = f"exactly {largest}" if largest else f"at least {smallest}"
+    plural = "s" if (largest or smallest) > 1 else ""
+    also = " in addition to base_model" if base is not None else ""
+    raise UserError(
+        f"merge_method {method} requires {number} model{plural}{also}, not {len(names)}"
+    )
 
-    The number of layers is None for a recipe without slices.
+
+def _is_sum(options: Mapping[str, Any], settings: Mapping[str, Setting]) -> bool:
+    """Return whether the weights of a linear merge are not a mean of the models."""
+    if options.get("normalize") is not False:
+        return False
+    return "weights" in settings or abs(sum(options["weights"]) - 1.0) > 1e-6
+
+
+_Ranges = dict[str, LayerRange]
+
+
+def _pieces(raw: Mapping) -> list[tuple[list[dict], list[tuple[dict, str]]]]:
+    """Return the entries of each slice, or of the recipe, and the parameters that they share.
+
+    The parameters have their names in messages, and the most specific are first.
     """
-    common = dict(mapping(raw.get("parameters") or {}, "parameters"))
+    shared = [(mapping(raw.get("parameters") or {}, "parameters"), "parameters")]
     if ("models" in raw) == ("slices" in raw):
         raise UserError("give either models or slices")
     if "models" in raw:
         models = [_entry(x, ("model", "parameters")) for x in _list(raw["models"], "models")]
-        return models, common, None
-    slices = [
-        mapping(x, "a slice", ("sources", "parameters", "base_model", "residual_weight"))
-        for x in _list(raw["slices"], "slices")
-    ]
-    end, models = 0, []
-    for number, piece in enumerate(slices):
-        sources, end = _slice_sources(piece, end)
-        merged = [
-            {key: source[key] for key in ("model", "parameters") if key in source}
-            for source in sources
-        ]
-        models = models if number else merged
-        if merged != models or (len(slices) > 1 and piece.get("parameters")):
-            raise UserError("slices that differ in their models or parameters are not supported")
-        common |= mapping(piece.get("parameters") or {}, "parameters of a slice")
-    return models, common, end
+        return [(models, shared)]
+    pieces = []
+    for x in _list(raw["slices"], "slices"):
+        piece = mapping(x, "a slice", ("sources", "parameters", "base_model", "residual_weight"))
+        for key in ("base_model", "residual_weight"):
+            if key in piece:
+                raise UserError(f"{key} of a slice is not supported; remove it")
+        place = "parameters of a slice"
+        own = (mapping(piece.get("parameters") or {}, place), place)
+        keys = ("model", "layer_range", "parameters")
+        sources = [_entry(y, keys) for y in _list(piece.get("sources"), "sources")]
+        pieces.append((sources, [own, *shared]))
+    return pieces
 
 
-def _slice_sources(piece: Mapping, start: int) -> tuple[list[dict], int]:
-    """Return the sources of a slice, which must start at layer `start`, and its end."""
-    for key in ("base_model", "residual_weight"):
-        if key in piece:
-            raise UserError(
-                f"{key} of a slice is not supported: only complete models can be merged"
-            )
-    sources = [
-        _entry(x, ("model", "layer_range", "parameters"))
-        for x in _list(piece.get("sources"), "sources")
-    ]
-    ranges = [_list(source.get("layer_range"), "layer_range") for source in sources]
-    first = ranges[0]
-    is_next = len(first) == 2 and first[0] == start and isinstance(first[1], int)
-    if not is_next or any(other != first for other in ranges):
-        raise UserError(
-            f"layer_range {ranges} is not supported: slices must cover the complete model in order "
-            f"(this one must start at layer {start} in every model); give models instead of slices"
-        )
-    return sources, first[1]
+def _read_part(
+    piece: tuple[list[dict], list[tuple[dict, str]]], method: str, base: str | None
+) -> tuple[Part, _Ranges]:
+    """Return the models of a slice without the base, with their parameters, and all layer ranges.
 
-
-def _parameters(value: Any, name: str, keys: Collection[str], method: str) -> dict:
-    """Return parameters that the method reads.
-
-    Raises:
-      UserError: it does not read one of them, or not at this place
+    Args:
+      piece: from `_pieces`
+      method: name in the recipe
+      base: label of the base
     """
-    value = mapping(value, name)
-    for key in value:
-        if key not in keys and key in RECIPES[method].mergekit_keys:
-            raise UserError(
-                f"{name}: {key!r} is not a parameter of one model; move it to the parameters of "
-                "the recipe"
-            )
-        if key not in keys and (not keys or any(key in m.mergekit_keys for m in RECIPES.values())):
-            raise UserError(f"{name}: merge_method {method} has no parameter {key!r}; remove it")
-    return mapping(value, name, keys)
+    entries, shared = piece
+    for values, where in shared:
+        check_parameters(values, where, RECIPES[method].mergekit_keys, method)
+    names = [_model(entry["model"], "model") for entry in entries]
+    ranges = {
+        name: _layer_range(name, entry)
+        for name, entry in zip(names, entries, strict=True)
+        if "layer_range" in entry
+    }
+    if ranges and len(ranges) < len(entries):
+        raise UserError("layer_range is missing, or a slice has a model twice")
+    sizes = {x.stop - x.start for x in ranges.values()}
+    if len(sizes) > 1:
+        raise UserError("layer_range: all models of a slice must have the same number of layers")
+    keys = [key for key in RECIPES[method].mergekit_keys if key in of_model_keys(method)]
+    of_models = [entry.get("parameters") or {} for entry in entries]
+    for name, values in zip(names, of_models, strict=True):
+        check_parameters(values, f"parameters of {name}", keys, method)
+    if method not in _WITH_BASE:  # A linear mean may include the base, with a weight.
+        indices = [i for i, name in enumerate(names) if name != base]
+        names, of_models = [names[i] for i in indices], [of_models[i] for i in indices]
+    elif method == "karcher" and base is not None and base not in names:
+        names, of_models = [*names, base], [*of_models, {}]
+    _check_number(method, names, base)
+    values = [parameters for parameters, _ in shared]
+    return Part(names, of_models, values, sizes.pop() if sizes else None), ranges
 
 
-def _method_options(
-    method: str, names: list[str], parameters: list[dict], common: dict
-) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if common.get("filter_wise"):
-        options["unit"] = "filter"
-    if "weight" in RECIPES[method].mergekit_keys:
-        weights = [values.get("weight", common.get("weight")) for values in parameters]
-        if missing := [name for name, x in zip(names, weights, strict=True) if x is None]:
-            raise UserError(
-                f"weight is missing for {', '.join(missing)}; add weight to the parameters of each "
-                "model, or one weight for all models to the parameters of the recipe"
-            )
-        options["weights"] = tuple(constant(x, "weight") for x in weights)
-    if "density" in RECIPES[method].mergekit_keys:
-        default = common.get("density", 1.0)
-        options["density"] = tuple(
-            constant(values.get("density", default), "density") for values in parameters
-        )
-        options["density_rounding"] = "down"
-    if "lambda" in common:
-        options["scale"] = constant(common["lambda"], "lambda")
-    if "normalize" in common:
-        options["normalize"] = bool(common["normalize"])
-        total = sum(options["weights"])
-        if method == "linear" and not common["normalize"] and abs(total - 1.0) > 1e-6:
-            raise UserError(
-                f"normalize: false requires weights with a sum of 1 for merge_method linear; the "
-                f"sum of these weights is {total:g}"
-            )
+def _layer_range(name: str, entry: Mapping) -> LayerRange:
+    value = entry["layer_range"]
+    is_pair = isinstance(value, list) and len(value) == 2
+    if not is_pair or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        raise UserError(f"layer_range of {name}: give two integers, such as [0, 16]")
+    start, stop = value
+    if not 0 <= start < stop:
+        raise UserError(f"layer_range of {name}: {value} contains no layers")
+    return LayerRange(name, start, stop)
+
+
+def _slices(
+    base: str | None, pieces: Sequence[tuple[Part, _Ranges]]
+) -> tuple[tuple[LayerRange, ...], ...]:
+    """Return the layers that each slice takes, of the base and of each fine-tune."""
+    slices = []
+    for part, ranges in pieces:
+        names = [*([] if base is None else [base]), *part.names]
+        if lacking := [name for name in names if name not in ranges]:
+            raise UserError(f"layer_range of {lacking[0]} is missing in a slice")
+        slices.append(tuple(ranges[name] for name in names))
+    return tuple(slices)
+
+
+def options_of(recipe: Recipe, tensors: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of `Options`, with the parameters that differ by tensor.
+
+    Args:
+      recipe: the recipe
+      tensors: names of the base's tensors
+    """
+    options = dict(recipe.options)
+    for option, setting in recipe.settings.items():
+        method = COMMANDS[options["method"]].mergekit
+        place(options, method, option, setting.by_tensor(tensors))
     return options
 
 
@@ -327,91 +362,3 @@ def _list(value: Any, name: str) -> list:
     if not isinstance(value, list) or not value:
         raise UserError(f"{name}: expected a list, not {value!r}")
     return value
-
-
-def schedule(setting: Any, names: Sequence[str]) -> float | dict[str, float]:
-    """Return t of slerp for each tensor.
-
-    A list of numbers is spread evenly over the depth and interpolated. In a list of filters, the
-    first entry applies whose filter is part of the tensor's name, is `*`, or is absent.
-
-    Args:
-      setting: value of t in the recipe
-      names: names of the model's tensors
-
-    Returns:
-      One number if t is equal for all tensors, otherwise name -> t.
-
-    Raises:
-      UserError: no entry applies to a tensor, or an entry is not valid
-
-    Example:
-      >>> names = ["embed.w", "layers.0.mlp.w", "layers.1.mlp.w", "layers.1.attn.w", "norm.w"]
-      >>> schedule([{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}], names)["layers.1.mlp.w"]
-      1.0
-    """
-    positions = block_position(names)
-    max_depth = max((p.depth for p in positions if math.isfinite(p.depth)), default=0.0)
-    values = {
-        name: _value_at(setting, name, min(max(p.depth, 0.0) / max(max_depth, 1.0), 1.0))
-        for name, p in zip(names, positions, strict=True)
-    }
-    return values if len(set(values.values())) > 1 else next(iter(values.values()))
-
-
-def _value_at(setting: Any, name: str, depth: float) -> float:
-    """Return t of the tensor `name` at a relative depth in [0, 1]."""
-    if is_number(setting):
-        return float(setting)
-    if isinstance(setting, list) and setting and all(is_number(value) for value in setting):
-        index = depth * (len(setting) - 1)
-        low = min(int(index), len(setting) - 1)
-        high = min(low + 1, len(setting) - 1)
-        return (1 - (index - low)) * setting[low] + (index - low) * setting[high]
-    for entry in [setting] if isinstance(setting, Mapping) else setting or ():
-        entry = mapping(entry, "an entry of t", ("filter", "value"))
-        if "value" not in entry:
-            raise UserError("an entry of t lacks the key 'value'")
-        if entry.get("filter") in (None, "*") or str(entry["filter"]) in name:
-            return _value_at(entry["value"], name, depth)
-    raise UserError(
-        f"no entry of t applies to {name}; end the list with an entry that has only a value"
-    )
-
-
-def constant(setting: Any, key: str) -> float:
-    """Return a setting that must be one number: only t of slerp may vary by layer or filter."""
-    while isinstance(setting, list) and len(setting) == 1:
-        setting = setting[0]
-    if isinstance(setting, Mapping) and set(setting) == {"value"}:
-        setting = setting["value"]
-    if not is_number(setting):
-        raise UserError(
-            f"{key} {setting!r} is not supported; give one number (lists over layers and filters "
-            "are supported only for t of slerp)"
-        )
-    return float(setting)
-
-
-def mapping(value: Any, name: str, keys: Collection[str] | None = None) -> dict:
-    """Return the value if it is a mapping with known keys.
-
-    Raises:
-      UserError: it is not a mapping, or has an unknown key
-    """
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: expected keys and values, not {value!r}")
-    for key in value:
-        if keys is not None and key not in keys:
-            prefix = "" if name == _RECIPE else f"{name}: "
-            raise UserError(
-                f"{prefix}unknown key {key!r}{suggest(key, keys)}; known keys: {', '.join(keys)}"
-            )
-    return value
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is a number that a float can represent; booleans are not numbers."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) <= sys.float_info.max
-    return isinstance(value, float)

@@ -70,7 +70,8 @@ def report_document(
     """
     inputs = [
         {"model": source.label, "bytes": source.num_bytes, "files": dict(files),
-         "notes": list(source.notes)}
+         "notes": list(source.notes),
+         **({"parts": [part.label for part in source.parts]} if source.parts else {})}
         for source, files in zip(plan.sources, checksums, strict=True)
     ]  # fmt: skip
     return {
@@ -169,7 +170,7 @@ def model_card(document: Mapping[str, Any], *, name: str, library: str | None) -
     """
     inputs = [*filter(None, [document["base"]]), *document["models"]]
     method, unit = document["options"]["method"], document["options"]["unit"]
-    names = [hub_id(source["model"]) for source in inputs]
+    names = [hub_id(x) for source in inputs for x in source.get("parts", [source["model"]])]
     lines = heading(name, {
         "library_name": library,
         "base_model": sorted({n for n in names if n}, key=names.index) or None,
@@ -282,7 +283,7 @@ def _ratios(document: Mapping[str, Any]) -> list[str]:
             [kind, v["tensors"], *(f"{v[key]:.3f}" for key in ("min", "median", "max"))]
             for kind, v in document["ratios"].items()
         ), numbers=True)  # fmt: skip
-    elif document["base"] is None or method in ("ties", "slerp", "task_arithmetic"):
+    elif document["base"] is None or not COMMANDS[method].has_ratio:
         lines = ["This method has no ratio."]
     elif method == "wise_ft":
         lines = [f"t = {alpha:g} for every tensor."]

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,10 @@ class Source:
       aliases: name -> the stored tensor that it refers to, from the `__metadata__` of a file
       notes: notes about this input for the report
       formed: names of tensors that are computed, not stored, so that a read costs arithmetic
+      parts: the models that its layers are from; empty if it is one model
     """
+
+    parts: tuple[Source, ...] = ()
 
     def __init__(self, label: str, path: Path):
         self.label = label
@@ -102,6 +106,15 @@ class Source:
     def num_bytes(self) -> int:
         """Size of the files that are read, in bytes."""
         return sum(path.stat().st_size for path in self.files)
+
+    def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values that its config.json must have: dotted key -> value.
+
+        Args:
+          config: content of the config.json
+        """
+        del config
+        return {}
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Read elements [start, stop) of the flattened tensor, in its stored dtype. Thread-safe.

@@ -272,13 +272,13 @@ def ties_ranks(
     *,
     round_down: bool = False,
 ) -> list[int]:
-    """Return how many of `count` elements TIES keeps of each task vector, at least 1.
+    """Return how many of `count` elements TIES keeps of each task vector, at least 1; 0 of none.
 
     It is density * count, rounded to the nearest integer (half to even, as Python's `round`).
     Rounded down, a product just below an integer would lose an element.
 
     Args:
-      density: in (0, 1], one value, or one per replica
+      density: in [0, 1], one value, or one per replica; 0 keeps nothing
       count: number of elements that are ranked together
       num_replicas: N
       round_down: round density * count down, as mergekit does
@@ -289,7 +289,37 @@ def ties_ranks(
     """
     densities = np.broadcast_to(np.asarray(density, np.float64), num_replicas)
     integer = int if round_down else round
-    return [max(1, integer(float(density) * count)) for density in densities]
+    return [max(1, integer(float(d) * count)) if d > 0 else 0 for d in densities]
+
+
+def breadcrumbs_ranks(
+    density: Sequence[float] | np.ndarray, gamma: Sequence[float] | np.ndarray, count: int
+) -> tuple[list[int], list[int]]:
+    """Return the ranks of the smallest and the largest magnitude that Model Breadcrumbs keeps.
+
+    Of `count` elements, int(gamma count) of the largest are dropped, then the smallest until
+    int(density count) remain. Fewer of the largest are dropped if else too few would remain.
+
+    Args:
+      density: fraction that remains, in [0, 1], [N]; 1 keeps all
+      gamma: fraction of the largest that is dropped, [N]
+      count: number of elements that are ranked together
+
+    Returns:
+      Two ranks per replica, counted from 1 for the largest magnitude; the first is 0 if nothing
+      remains.
+
+    Example:
+      >>> breadcrumbs_ranks([0.5, 0.9], [0.1, 0.2], 10)
+      ([6, 10], [2, 2])
+    """
+    smallest, largest = [], []
+    for d, g in zip(density, gamma, strict=True):
+        kept = count if d >= 1 else int(float(d) * count)
+        dropped = min(int(float(g) * count), count - kept)
+        smallest.append(dropped + kept if kept else 0)
+        largest.append(dropped + 1)
+    return smallest, largest
 
 
 def sequential_slerp(gram, is_scalar, ratios) -> UnitSolution:

@@ -46,6 +46,63 @@ RECIPES = {
         normalize=True,
     ),
     "slerp": _recipe("slerp", {"base": {}, "ft1": {}}, t=0.3),
+    "ties_rescaled": _recipe(
+        "ties", {"ft1": {"density": 0.5}, "ft2": {"density": 0.3}}, weight=0.6, rescale=True
+    ),
+    "ties_by_tensor": _recipe(
+        "ties",
+        {
+            "ft1": {"weight": [0.2, 0.9], "density": [{"filter": "mlp", "value": 0.3}]},
+            "ft2": {"weight": [{"filter": "self_attn", "value": [0.1, 0.8]}, {"value": 0.5}]},
+        },
+        density=[0.9, 0.6],
+        **{"lambda": [{"filter": "norm", "value": 0.5}, {"value": 0.8}]},
+    ),
+    # With all elements, DARE and DELLA have nothing random.
+    "dare_linear": _recipe("dare_linear", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}}),
+    "dare_ties": _recipe(
+        "dare_ties", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}, "ft3": {"weight": 0.3}}
+    ),
+    "della": _recipe(
+        "della", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}, "ft3": {"weight": 0.3}}
+    ),
+    "della_linear": _recipe("della_linear", {"ft1": {}, "ft2": {}}, weight=0.5, normalize=True),
+    "breadcrumbs": _recipe(
+        "breadcrumbs",
+        {"ft1": {"density": 0.5, "gamma": 0.1}, "ft2": {"density": 0.95, "gamma": 0.2}},
+        weight=0.6,
+        normalize=True,
+    ),
+    "breadcrumbs_ties": _recipe(
+        "breadcrumbs_ties",
+        {"ft1": {"density": 0.5}, "ft2": {"density": 0.7}},
+        weight=0.6,
+        gamma=0.05,
+        rescale=True,
+    ),
+    "sce": _recipe("sce", {"ft1": {}, "ft2": {}, "ft3": {}}),
+    "sce_selected": _recipe("sce", {"ft1": {}, "ft2": {}, "ft3": {}}, select_topk=0.4),
+    "ram": _recipe("ram", {"ft1": {}, "ft2": {}, "ft3": {}}, epsilon=0.02),
+    "ramplus_tl": _recipe("ramplus_tl", {"ft1": {}, "ft2": {}}, epsilon=0.02, r=0.5, alpha=0.4),
+    "nearswap": _recipe("nearswap", {"base": {}, "ft1": {}}, t=0.02),
+    "arcee_fusion": _recipe("arcee_fusion", {"base": {}, "ft1": {}}),
+    "nuslerp": _recipe("nuslerp", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}}),
+    "nuslerp_of_weights": _recipe(
+        "nuslerp", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}}, base=None
+    ),
+    "multislerp": _recipe("multislerp", {"ft1": {}, "ft2": {}, "ft3": {}}, weight=0.5),
+    "multislerp_of_weights": _recipe(
+        "multislerp",
+        {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}},
+        base=None,
+        normalize_weights=False,
+    ),
+    "karcher": _recipe("karcher", {"ft1": {}, "ft2": {}, "ft3": {}}, base=None),
+    "karcher_with_base": _recipe("karcher", {"ft1": {}, "ft2": {}}, max_iter=20, tol=1e-6),
+    "passthrough": _recipe("passthrough", {"ft1": {"scale": 0.5}}, base=None),
+    "linear_sum": _recipe(
+        "linear", {"ft1": {"weight": 0.7}, "ft2": {"weight": 0.4}}, base=None, normalize=False
+    ),
 }
 
 

@@ -316,7 +316,7 @@ def test_a_slerp_recipe_with_values_over_the_layers(models, tmp_path):
         np.testing.assert_allclose(out[name], end[name], rtol=1e-6, atol=1e-7)
 
 
-def test_slices_of_a_part_of_the_model_are_an_error(say, models, tmp_path):
+def test_slices_of_a_part_of_the_model_give_a_model_of_fewer_layers(say, models, tmp_path):
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(
         f"slices:\n- sources:\n  - {{model: {models[0]}, layer_range: [0, 1]}}\n"
@@ -324,7 +324,11 @@ def test_slices_of_a_part_of_the_model_are_an_error(say, models, tmp_path):
         f"merge_method: slerp\nbase_model: {models[0]}\nparameters: {{t: 0.5}}\n"
     )
     status, _, err = say("merge", "--recipe", recipe, "--out", tmp_path / "out")
-    assert status == 1 and re.search("slices .*layer 1, .*base .*2", err)
+    assert status == 0, err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    names = TensorFiles(tmp_path / "out").keys()
+    assert names == {n for n in TensorFiles(models[0]) if ".layers.1." not in n}
 
 
 def test_compare(say, models, merged, tmp_path):

@@ -34,7 +34,7 @@ def folder(stored, tmp_path_factory):
 def test_a_recipe_gives_the_weights_of_mergekit(name, stored, folder, capsys):
     recipe = reference.write_recipe(folder, name)
     assert main(["merge", "--recipe", str(recipe), "--out", str(folder / f"out_{name}")]) == 0
-    check(TensorFiles(folder / f"out_{name}"), stored[name], stored)
+    check(TensorFiles(folder / f"out_{name}"), stored[name], stored, CHANGED.get(name, 0.3))
 
 
 @pytest.mark.slow
@@ -46,11 +46,18 @@ def test_a_recipe_gives_the_weights_of_an_installed_mergekit(name, stored, folde
     out = folder / f"live_{name}"
     recipe = str(reference.write_recipe(folder, name))
     assert main(["merge", "--recipe", recipe, "--out", str(out), "--max-shard-size", "4KB"]) == 0
-    check(TensorFiles(out), expected, stored)
+    check(TensorFiles(out), expected, stored, CHANGED.get(name, 0.3))
 
 
-def check(merged, reference_weights, stored):
-    """Check that two outputs are equal up to the rounding of float32."""
+# Arcee Fusion leaves most elements as they are in the base.
+CHANGED = {"arcee_fusion": 0.03}
+
+
+def check(merged, reference_weights, stored, changed):
+    """Check that two outputs are equal up to the rounding of float32.
+
+    A fraction `changed` of the elements must be far from the base.
+    """
     assert set(merged) == set(reference_weights)
     for tensor, expected in reference_weights.items():
         anchor = stored["base"][tensor]
@@ -60,4 +67,4 @@ def check(merged, reference_weights, stored):
         error = np.abs(merged[tensor].astype(np.float64) - expected)
         assert (error <= allowed).all(), (tensor, (error / allowed).max())
         # Compared with this tolerance, the output is far from the base.
-        assert (np.abs(expected - anchor) > 100 * allowed).mean() > 0.3
+        assert (np.abs(expected - anchor) > 100 * allowed).mean() > changed

@@ -248,7 +248,7 @@ def test_the_size_of_pieces_does_not_change_the_result(tmp_path, monkeypatch, un
     cut = UnitLayout.cut
     for k, (window, max_length) in enumerate([(2**28, 2**18), (1, 2**18), (1, 37), (2**28, 100)]):
         monkeypatch.setattr(
-            UnitLayout, "cut", lambda self, max_length=max_length: cut(self, max_length)
+            UnitLayout, "cut", lambda self, _, row=1, length=max_length: cut(self, length, row)
         )
         planned = plan(paths, window_bytes=window, **options)
         report = engine.run(planned, tmp_path / f"out{k}")

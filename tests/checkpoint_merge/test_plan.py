@@ -122,7 +122,7 @@ def test_missing_tensors_may_come_from_the_base(tmp_path):
         ({"method": "wise_ft", "alpha": 1.5}, r"--alpha: .*\[0, 1\].* 1.5"),
         ({"method": "slerp", "t": {"w": 2.0}}, r"--t: .*\[0, 1\].* 2.0"),
         ({"method": "ties", "density": 0}, r"--density: .*\(0, 1\].* 0"),
-        ({"method": "ties", "density": (0.5, 2)}, r"--density: .*\(0, 1\].* 2"),
+        ({"method": "ties", "density": (0.5, 2)}, r"--density: .*\[0, 1\].* 2"),
         ({"method": "linear", "weights": (1, float("nan"))}, "--weights: .*nan"),
         ({"unmerged_from": "model:0"}, "--unmerged-from: .*base, mean or model:1"),
         ({"max_shard_bytes": 0}, "--max-shard-size: .*1"),

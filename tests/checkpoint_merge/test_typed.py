@@ -50,7 +50,7 @@ def test_methods(say, tmp_path, typed, method):
         assert load(out / "merge_report.json")["options"]["method"] == method
 
 
-@pytest.mark.parametrize("typed", ["dare_ties", "stok", "", "model stock"])
+@pytest.mark.parametrize("typed", ["dare_tise", "stok", "", "model stock"])
 def test_an_unknown_method_lists_all_methods(say, tmp_path, typed):
     result = say("merge", *trio(tmp_path), "--out", tmp_path / "out", "--method", typed)
     assert result.status == 2 and "--method" in result.err and result.err.count("\n") == 1

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from modelstock_jax.checkpoint_merge.methods import measure_trim
+from modelstock_jax.checkpoint_merge.elementwise import kth_largest
 from modelstock_jax.merging import NonFiniteError, report, rules, ties, total_distance, trimming
 from tests.checkpoint_merge import engine as files
 from tests.merging import reference
@@ -247,9 +247,10 @@ def test_thresholds_of_pieces_are_those_of_the_complete_unit():
     offsets = rng.integers(0, 2 ** np.array([1, 17, 33, 49])[:, None], (4, 300))
     deltas = (base + offsets.reshape(2, 600)).view(np.float64) * rng.choice([-1, 1], (2, 600))
     for k in (1, 2, 299, 300, 301, 599, 600):
-        trim = measure_trim(
-            lambda f: sum(f(None, deltas[:, a : a + 70]) for a in range(0, 600, 70)),
-            [k, 601 - k], np.ones(2), 1.0, normalize=True,
-        )  # fmt: skip
+        bits = kth_largest(
+            lambda f: sum(f(None, deltas[:, a : a + 70], None) for a in range(0, 600, 70)),
+            lambda _, d, __: d,
+            [k, 601 - k],
+        )
         wanted = [np.sort(np.abs(d))[-r] for d, r in zip(deltas, (k, 601 - k), strict=True)]
-        assert trim.threshold.view(np.float64).tolist() == wanted
+        assert bits.view(np.float64).tolist() == wanted
