@@ -1,4 +1,4 @@
-"""Random numbers of the elements of a tensor: Philox 4x32-10, equal in NumPy and JAX.
+"""Random numbers of the elements of a tensor: Philox 4x64-10, equal in NumPy and JAX.
 
 A number depends only on the key and on the index of its element. It is the same in whatever pieces,
 by whatever thread and on whatever device the tensor is computed.
@@ -14,16 +14,15 @@ from modelstock_jax.merging.geometry import namespace
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), table 2.
 _ROUNDS = 10
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-_WORD = 2**32 - 1
-_BLOCK = 2**14  # Counters whose arrays fit the cache of a core.
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_PER_COUNTER = 8  # Numbers of 32 bits in the four words of a counter.
 
 Key = tuple[int, int]
 
 
 def key(seed: int, model: int, name: str) -> Key:
-    """Return the key of one tensor of one model: 64 bits of the SHA-256 of all three.
+    """Return the key of one tensor of one model: 128 bits of the SHA-256 of all three.
 
     Args:
       seed: seed of the merge
@@ -35,37 +34,50 @@ def key(seed: int, model: int, name: str) -> Key:
       (True, False)
     """
     digest = hashlib.sha256(f"{seed}/{model}/{name}".encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def rounds(counter, key: Key):
-    """Return the four words of Philox 4x32-10 for each counter.
+    """Return the four words of Philox 4x64-10 for each counter.
 
     Args:
-      counter: four arrays [...] of uint64, each a word below 2^32, NumPy or JAX with 64-bit types
+      counter: four arrays [...] of uint64, NumPy or JAX with 64-bit types
       key: two words
 
     Returns:
-      Four arrays [...] of uint64, each below 2^32.
+      Four arrays [...] of uint64.
 
     Example:
-      >>> zero = np.zeros((), np.uint64)
-      >>> [f"{int(word):08x}" for word in rounds((zero,) * 4, (0, 0))]
-      ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+      >>> zero = np.zeros(1, np.uint64)
+      >>> [f"{int(word[0]):x}" for word in rounds((zero,) * 4, (0, 0))][:2]
+      ['16554d9eca36314c', 'db20fe9d672d0fdc']
     """
     a, b, c, d = counter
     keys = list(key)
-    first, second, shift, word = map(np.uint64, (*_MULTIPLIERS, 32, _WORD))
     for _ in range(_ROUNDS):
-        left, right = a * first, c * second
-        a, b = (right >> shift) ^ b ^ np.uint64(keys[0]), right & word
-        c, d = (left >> shift) ^ d ^ np.uint64(keys[1]), left & word
-        keys = [(k + step) & _WORD for k, step in zip(keys, _INCREMENTS, strict=True)]
+        left, right = (_product(x, m) for x, m in zip((a, c), _MULTIPLIERS, strict=True))
+        a, b = right[0] ^ b ^ np.uint64(keys[0]), right[1]
+        c, d = left[0] ^ d ^ np.uint64(keys[1]), left[1]
+        keys = [(k + step) % 2**64 for k, step in zip(keys, _INCREMENTS, strict=True)]
     return a, b, c, d
 
 
+def _product(x, factor: int):
+    """Return the upper and the lower half of the 128 bits of a product."""
+    low, shift = np.uint64(2**32 - 1), np.uint64(32)
+    factor_low, factor_high = np.uint64(factor % 2**32), np.uint64(factor >> 32)
+    x_low, x_high = x & low, x >> shift
+    middle = x_high * factor_low
+    carry = (x_low * factor_low >> shift) + (middle & low) + x_low * factor_high
+    upper = x_high * factor_high + (middle >> shift) + (carry >> shift)
+    return upper, x * np.uint64(factor)
+
+
 def words(index, key: Key):
-    """Return the random 32 bits of each element: word `index % 4` of counter `index // 4`.
+    """Return the random 32 bits of each element.
+
+    Element i has number i % 8 of counter i // 8 + 1, the lower half of a word first: the order of
+    `numpy.random.Philox`.
 
     Args:
       index: [...] uint64, NumPy or JAX with 64-bit types
@@ -74,14 +86,16 @@ def words(index, key: Key):
     Returns:
       [...] uint64, each below 2^32.
     """
-    xp = namespace(index)
-    block, zero = index >> np.uint64(2), xp.zeros_like(index)
-    output = rounds((block & np.uint64(_WORD), block >> np.uint64(32), zero, zero), key)
-    return xp.select([index & np.uint64(3) == i for i in range(3)], list(output[:3]), output[3])
+    xp, one = namespace(index), np.uint64(1)
+    block, zero = (index >> np.uint64(3)) + one, xp.zeros_like(index)
+    output = rounds((block, zero, zero, zero), key)
+    which, half = index >> one & np.uint64(3), index & one
+    word = xp.select([which == i for i in range(3)], list(output[:3]), output[3])
+    return word >> (half << np.uint64(5)) & np.uint64(2**32 - 1)
 
 
 def range_of_words(start: int, stop: int, key: Key) -> np.ndarray:
-    """Return `words` of the elements from `start` to `stop`, [stop - start], four times as fast.
+    """Return `words` of the elements from `start` to `stop`, [stop - start] uint32, by NumPy.
 
     Args:
       start: index of the first element
@@ -93,14 +107,12 @@ def range_of_words(start: int, stop: int, key: Key) -> np.ndarray:
       >>> bool((some == words(np.arange(3, 9, dtype=np.uint64), (1, 2))).all())
       True
     """
-    first, last = start // 4, -(-stop // 4)
-    output = np.empty((last - first, 4), np.uint64)
-    for a in range(first, last, _BLOCK):
-        counter = np.arange(a, min(a + _BLOCK, last), dtype=np.uint64)
-        zero = np.zeros_like(counter)
-        words = rounds((counter & np.uint64(_WORD), counter >> np.uint64(32), zero, zero), key)
-        np.stack(words, axis=-1, out=output[a - first : a - first + len(counter)])
-    return output.reshape(-1)[start - 4 * first : stop - 4 * first]
+    first = start // _PER_COUNTER
+    generator = np.random.Philox(
+        key=np.array(key, np.uint64), counter=np.array([first, 0, 0, 0], np.uint64)
+    )
+    raw = generator.random_raw((stop - first * _PER_COUNTER + 1) // 2).astype("<u8", copy=False)
+    return raw.view("<u4")[start - first * _PER_COUNTER : stop - first * _PER_COUNTER]
 
 
 def below(probability):
