@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -11,26 +12,54 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from modelstock_jax.tensor_files.writer import ShardWriter  # noqa: E402
 
-# Hidden size, width of the MLP, layers, maximum size of a file.
-SIZES = {"134M": (768, 2048, 12, None), "853M": (2048, 5664, 14, "600MB")}
+
+class Size(NamedTuple):
+    """Size of a Llama.
+
+    Attributes:
+      hidden: hidden size
+      width: width of the MLP
+      layers: number of layers
+      limit: maximum size of a file
+      kv: width of keys and values; None for the hidden size
+      rows: number of tokens
+      tied: whether the head is the embedding
+    """
+
+    hidden: int
+    width: int
+    layers: int
+    limit: str | None
+    kv: int | None = None
+    rows: int = 32000
+    tied: bool = False
+
+
+SIZES = {
+    "134M": Size(768, 2048, 12, None),
+    "853M": Size(2048, 5664, 14, "600MB"),
+    "3.2B": Size(3072, 8192, 28, "2GB", kv=1024, rows=128256, tied=True),
+}
 CODES = {"f32": "F32", "bf16": "BF16"}
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
-VOCABULARY = 32000
 WEIGHT_RMS, UPDATE_RMS = 0.02, 2e-4
 CHUNK = 2**22
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
     """Return the tensor names and shapes of a Llama."""
-    hidden, width, layers, _ = SIZES[size]
+    llama = SIZES[size]
+    hidden, width, kv = llama.hidden, llama.width, llama.kv or llama.hidden
     result = {
-        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "model.embed_tokens.weight": (llama.rows, hidden),
         "model.norm.weight": (hidden,),
-        "lm_head.weight": (VOCABULARY, hidden),
     }
-    for layer in range(layers):
+    if not llama.tied:
+        result["lm_head.weight"] = (llama.rows, hidden)
+    for layer in range(llama.layers):
         prefix = f"model.layers.{layer}."
-        result |= {f"{prefix}self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
+        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+            result[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
         result |= {f"{prefix}mlp.{x}_proj.weight": (width, hidden) for x in ("gate", "up")}
         result[f"{prefix}mlp.down_proj.weight"] = (hidden, width)
         result |= {f"{prefix}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
@@ -39,19 +68,21 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 def config(size: str, dtype: str) -> dict:
     """Return a config.json like those of transformers."""
-    hidden, width, layers, _ = SIZES[size]
+    llama = SIZES[size]
+    head = 128 if llama.kv else 64
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": width, "num_hidden_layers": layers, "vocab_size": VOCABULARY,
-        "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
-        "tie_word_embeddings": False, "torch_dtype": NAMES[dtype],
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": llama.hidden,
+        "intermediate_size": llama.width, "num_hidden_layers": llama.layers,
+        "vocab_size": llama.rows, "num_attention_heads": llama.hidden // head,
+        "num_key_value_heads": (llama.kv or llama.hidden) // head, "head_dim": head,
+        "tie_word_embeddings": llama.tied, "torch_dtype": NAMES[dtype],
     }  # fmt: skip
 
 
 def make(root: Path, size: str, dtype: str, number: int) -> None:
     """Write base, ft1, ft2, ... to `root`."""
     models = ["base", *(f"ft{i + 1}" for i in range(number))]
-    files = _shards(shapes(size), {"f32": 4, "bf16": 2}[dtype], 3 if SIZES[size][3] else 1)
+    files = _shards(shapes(size), {"f32": 4, "bf16": 2}[dtype], 3 if SIZES[size].limit else 1)
     rng = np.random.default_rng(0)
     # All tensors take their values from one pool, each from another position.
     pool = rng.standard_normal(2**24 + 1, np.float32)

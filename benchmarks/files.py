@@ -11,10 +11,12 @@ values.
 
 Error is |out - ref| / |ref - w0| per tensor, where ref is the merge in float64. `floor` is the
 error of the exact result rounded once to the output dtype. Two fine-tunes of 853M need 9 GB of
-disk, four need 14 GB. Without --mergekit, its row is left out.
+disk, four need 14 GB. Without --mergekit, its row is left out. The errors of other methods than
+Model Stock are not measured here: tests compare them with mergekit and with float64.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,6 +36,13 @@ from modelstock_jax.tensor_files.checksums import checksum_file  # noqa: E402
 from modelstock_jax.tensor_files.reader import DTYPES, TensorFiles  # noqa: E402
 
 CASES = ("134M-f32-2", "134M-bf16-2", "853M-bf16-2", "134M-f32-4", "134M-bf16-4", "853M-bf16-4")
+LARGE = ("3.2B-bf16-2",)  # 32 GB of disk; only if asked for
+# Methods of mergekit -> parameters of each model.
+METHODS = {
+    "model_stock": {},
+    "ties": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+}
 
 COPY = """
 import os, sys
@@ -113,30 +122,33 @@ def timed(command: list[str], **environment: str) -> dict[str, float]:
     }
 
 
-def commands(root: Path, size: str, dtype: str, number: int, mergekit: str | None) -> dict:
+def commands(
+    root: Path, size: str, number: int, mergekit: str | None, method: str, dtype: str
+) -> dict:
     """Return tool -> command; each writes to a directory with the name of the tool."""
     models = [str(root / f"ft{i + 1}") for i in range(number)]
-    limit = SIZES[size][3]
+    limit = SIZES[size].limit
     files = [
         str(f) for m in (root / "base", *map(Path, models)) for f in sorted(m.glob("*.safetensors"))
     ]
     (root / "copy.py").write_text(COPY)
+    recipe = {
+        "merge_method": method,
+        "base_model": str(root / "base"),
+        "models": [{"model": m, **_parameters(method)} for m in models],
+        "dtype": NAMES[dtype],
+    }
+    path = root / "recipe.yml"
+    path.write_text(json.dumps(recipe))  # JSON is valid YAML.
     commands_by_tool = {
         "copy": [sys.executable, str(root / "copy.py"), str(root / "copy"), *files],
-        "ours": [sys.executable, "-m", "modelstock_jax", "merge", str(root / "base"), *models,
-                 "--out", str(root / "ours"), *(["--max-shard-size", limit] if limit else [])],
+        "ours": [sys.executable, "-m", "modelstock_jax", "merge", str(path), "--out",
+                 str(root / "ours"), *(["--max-shard-size", limit] if limit else [])],
     }  # fmt: skip
     if mergekit:
-        recipe = {
-            "merge_method": "model_stock",
-            "base_model": str(root / "base"),
-            "models": [{"model": model} for model in models],
-            "dtype": NAMES[dtype],
-        }
-        (root / "recipe.yml").write_text(json.dumps(recipe))  # JSON is valid YAML.
         commands_by_tool["mergekit"] = [
             mergekit,
-            str(root / "recipe.yml"),
+            str(path),
             str(root / "mergekit"),
             "--no-copy-tokenizer",
             *(["--out-shard-size", limit[:-1]] if limit else []),
@@ -144,14 +156,20 @@ def commands(root: Path, size: str, dtype: str, number: int, mergekit: str | Non
     return commands_by_tool
 
 
-def measure(case: str, folder: Path, mergekit: str | None, rounds: int) -> dict:
+def _parameters(method: str) -> dict:
+    return {"parameters": METHODS[method]} if METHODS[method] else {}
+
+
+def measure(
+    case: str, folder: Path, mergekit: str | None, rounds: int, method: str = "model_stock"
+) -> dict:
     """Measure all tools on one case."""
     size, dtype, number = case.split("-")
     root = folder / case
     root.mkdir()
     try:
         _in_process(make, root, size, dtype, int(number))
-        tools = commands(root, size, dtype, int(number), mergekit)
+        tools = commands(root, size, int(number), mergekit, method, dtype)
         runs: dict[str, list] = {tool: [] for tool in tools}
         num_outputs = str(len(list((root / "base").glob("*.safetensors"))))
         for _ in range(rounds):
@@ -164,7 +182,9 @@ def measure(case: str, folder: Path, mergekit: str | None, rounds: int) -> dict:
                     shutil.rmtree(root / tool)
         outputs = [tool for tool in tools if tool != "copy"]
         same = _checksums_agree(root / "ours")
-        relative = _in_process(errors, root, int(number), outputs)
+        relative = (
+            _in_process(errors, root, int(number), outputs) if method == "model_stock" else {}
+        )
         return {
             "runs": runs,
             "errors": relative,
@@ -205,7 +225,7 @@ def table(results: dict[str, dict]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case, result in results.items():
-        floor = result["errors"]["floor"]
+        floor = result["errors"].get("floor", [float("nan")])
         for tool, runs in result["runs"].items():
             error = result["errors"].get(tool)
             mark = "" if error else " (floor)"
@@ -230,8 +250,13 @@ def main() -> None:
         "--mergekit", help="path of mergekit-yaml in a separate environment (default: not measured)"
     )
     parser.add_argument(
-        "--cases", nargs="+", default=CASES, choices=CASES, help="SIZE-DTYPE-N (default: all)"
-    )
+        "--cases", nargs="+", default=CASES, choices=(*CASES, *LARGE),
+        help=f"SIZE-DTYPE-N (default: all but {LARGE[0]})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", nargs="+", default=["model_stock"], choices=METHODS,
+        help="methods of mergekit (default: model_stock)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool (default: 3)")
     parser.add_argument("--json", type=Path, help="output file with all values")
     parser.add_argument("--folder", help="directory for the files (default: a temporary directory)")
@@ -240,9 +265,12 @@ def main() -> None:
     if arguments.folder:
         os.makedirs(arguments.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for case in arguments.cases:
-            results[case] = measure(case, Path(folder), arguments.mergekit, arguments.rounds)
-            print(table({case: results[case]}), flush=True)
+        for case, method in itertools.product(arguments.cases, arguments.methods):
+            name = case if method == "model_stock" else f"{case} {method}"
+            results[name] = measure(
+                case, Path(folder), arguments.mergekit, arguments.rounds, method
+            )
+            print(table({name: results[name]}), flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{table(results)}")

@@ -69,28 +69,51 @@ class SparseSum:
 
     def __call__(self, w0: np.ndarray, deltas: np.ndarray, place: Place) -> np.ndarray:
         """Return the merged weights of a piece, [n]."""
-        terms = self.sparsify(deltas, place) * self.weights[:, None]
-        divisor = self.weights.sum()
+        terms = self.sparsify(deltas, place)
+        for term, weight in zip(terms, self.weights, strict=True):
+            term *= weight
         if self.elect:
-            terms, agree = elected(terms)
-            divisor = np.where(agree, self.weights[:, None], 0).sum(axis=0)
-        merged = terms.sum(axis=0)
-        if self.normalize:
-            merged /= np.where(np.abs(divisor) < 1e-8, 1, divisor)
-        return w0 + merged * self.scale
+            merged, divisor = elected_sum(terms, self.weights if self.normalize else None)
+        else:
+            merged, divisor = terms.sum(axis=0), self.weights.sum()
+        if self.normalize and divisor is not None:
+            is_zero = np.abs(divisor) < 1e-8
+            merged /= divisor * ~is_zero + is_zero
+        merged *= self.scale
+        return np.add(w0, merged, out=merged)
 
 
-def elected(terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the elements that have the sign of their sum over the models.
+# Products with masks below: `np.where` with random masks takes ten times as long.
+def elected_sum(
+    terms: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the sum of the elements that have the sign of the sum of all, TIES' elected sign.
 
     Args:
       terms: [N, n]; the sign of a sum of 0 is positive
+      weights: [N]
 
     Returns:
-      The terms, 0 where they do not agree, and whether they agree, both [N, n].
+      [n], and the sum of the weights of the terms that agree, [n]; None without weights.
+
+    Example:
+      >>> elected_sum(np.array([[2.0, -1.0], [1.0, 3.0], [-1.0, -4.0]]), np.ones(3))
+      (array([ 3., -5.]), array([2., 2.]))
     """
-    agree = np.where(terms.sum(axis=0) >= 0, terms > 0, terms < 0)
-    return np.where(agree, terms, 0), agree
+    positive, negative = np.maximum(terms[0], 0), np.minimum(terms[0], 0)
+    for term in terms[1:]:
+        positive += np.maximum(term, 0)
+        negative += np.minimum(term, 0)
+    up = positive + negative >= 0
+    divisor = None
+    if weights is not None:
+        divisor = np.zeros_like(positive)
+        for term, weight in zip(terms, weights, strict=True):
+            divisor += weight * ((term > 0) & up | (term < 0) & ~up)
+    positive *= up
+    negative *= ~up
+    positive += negative
+    return positive, divisor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +132,14 @@ class Magnitudes:
 
     def __call__(self, deltas: np.ndarray, place: Place) -> np.ndarray:
         """Return the sparse task vectors of a piece, [N, n]."""
-        sparse = np.zeros_like(deltas)
+        sparse = np.empty_like(deltas)
         for row, delta, lower, upper, factor in zip(
             sparse, deltas, self.lower, self.upper, self.factor, strict=True
         ):
             bits = magnitude(delta)
-            np.multiply(delta, factor, out=row, where=(bits >= lower) & (bits <= upper))
+            np.multiply(delta, (bits >= lower) & (bits <= upper), out=row)
+            if factor != 1:
+                row *= factor
         return sparse
 
 
@@ -140,16 +165,16 @@ class RandomElements:
 
     def __call__(self, deltas: np.ndarray, place: Place) -> np.ndarray:
         """Return the sparse task vectors of a piece, [N, n]; with epsilon it has complete rows."""
-        sparse = np.zeros_like(deltas)
+        sparse = np.empty_like(deltas)
         for i, (row, delta, density) in enumerate(zip(sparse, deltas, self.density, strict=True)):
             p = np.float64(density)
             if self.epsilon is not None and 0 < density < 1:
                 p = p + self.epsilon[i] * (2 * relative_ranks(delta, place.row) - 1)
             key = philox.key(self.seed, i, place.name)
             words = philox.range_of_words(place.start, place.start + len(delta), key)
-            kept = words < philox.below(p)
-            factor = 1 / np.where(p > 0, p, 1) if self.rescale else 1.0
-            np.multiply(delta, factor, out=row, where=kept)
+            np.multiply(delta, words < philox.below(p), out=row)
+            if self.rescale and density > 0:
+                row /= p
         return sparse
 
 
@@ -246,9 +271,14 @@ class SelectCalculateErase:
 
     def __call__(self, w0: np.ndarray, deltas: np.ndarray, place: Place) -> np.ndarray:
         """Return the merged weights of a piece, [n]."""
-        terms, agree = elected(_selected(deltas, self.min_variance))
-        weights = np.where(agree, self.weights[:, None], 0)
-        return w0 + (terms * weights).sum(axis=0) / np.maximum(weights.sum(axis=0), 1e-6)
+        terms = _selected(deltas, self.min_variance)
+        total = terms.sum(axis=0)
+        merged, divisor = np.zeros_like(w0), np.zeros_like(w0)
+        for term, weight in zip(terms, self.weights, strict=True):
+            agrees = (term > 0) & (total >= 0) | (term < 0) & (total < 0)
+            merged += weight * term * agrees
+            divisor += weight * agrees
+        return w0 + merged / np.maximum(divisor, 1e-6)
 
 
 def _variance(deltas: np.ndarray) -> np.ndarray:
@@ -256,7 +286,7 @@ def _variance(deltas: np.ndarray) -> np.ndarray:
 
 
 def _selected(deltas: np.ndarray, min_variance: float) -> np.ndarray:
-    return deltas if min_variance == 0 else np.where(_variance(deltas) >= min_variance, deltas, 0)
+    return deltas if min_variance == 0 else deltas * (_variance(deltas) >= min_variance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,13 +432,13 @@ def kth_largest(reduce: Reduce, values: OfPiece, ranks: Sequence[int]) -> np.nda
 def _histogram(values: OfPiece, threshold: np.ndarray, shift: int, *piece) -> np.ndarray:
     """Return the counts of a digit over the magnitudes whose higher digits are the threshold's."""
     counts = np.empty((len(threshold), 2**_DIGIT), np.int64)
+    position = shift // _DIGIT
     for row, sequence, found in zip(counts, values(*piece), threshold, strict=True):
-        digits = magnitude(sequence) >> shift
-        # `digits` has no sign bit, so the first digit has no higher ones.
-        row[:] = np.bincount(
-            digits[digits >> _DIGIT == found >> shift >> _DIGIT] & (2**_DIGIT - 1),
-            minlength=2**_DIGIT,
-        )
+        bits = magnitude(sequence)
+        digits = bits.view(f"<u{_DIGIT // 8}").reshape(len(bits), -1)[:, position]
+        if position < PASSES_OF_RANKS - 1:  # The first digit has no higher ones.
+            digits = digits[bits >> shift + _DIGIT == found >> shift + _DIGIT]
+        row[:] = np.bincount(digits, minlength=2**_DIGIT)
     return counts
 
 

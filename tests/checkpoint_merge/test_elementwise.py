@@ -293,3 +293,14 @@ def test_ties_with_all_elements_is_the_reference_of_the_paper(tmp_path):
         w0, tuned = flat(inputs[0], name), [flat(model, name) for model in inputs[1:]]
         expected = ties_reference(w0, tuned, [w0.size] * 3)
         np.testing.assert_allclose(flat(out, name), expected, rtol=2**-24, atol=1e-13)
+
+
+def test_another_seed_is_another_merge(tmp_path):
+    """Its random elements differ, and an interrupted merge with another seed is not resumed."""
+    paths = save(tmp_path, models(number=2))
+    plans = [plan(paths, method="dare_linear", density=0.5, seed=seed) for seed in (0, 1, 0)]
+    assert plans[0].checksum == plans[2].checksum != plans[1].checksum
+    for k, planned in enumerate(plans):
+        run(planned, tmp_path / f"out{k}")
+    files = [(tmp_path / f"out{k}" / "model.safetensors").read_bytes() for k in range(3)]
+    assert files[0] == files[2] != files[1]

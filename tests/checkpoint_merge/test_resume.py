@@ -38,10 +38,10 @@ run(planned, root / "out")
 """
 
 
-def _killed(root: Path, after: float) -> bool:
+def _killed(root: Path, after: float, options: dict) -> bool:
     """Start the merge and kill it `after` seconds later; return whether it was still running."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(root), json.dumps(OPTIONS)],
+        [sys.executable, "-c", COMMAND, str(root), json.dumps(options)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         env={**os.environ},
@@ -54,16 +54,16 @@ def _killed(root: Path, after: float) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
-def _survives(tmp_path: Path, kills: int) -> None:
-    paths = save(tmp_path, models(SHAPES))
-    planned = plan(paths, **OPTIONS)
+def _survives(tmp_path: Path, kills: int, **more) -> None:
+    paths, options = save(tmp_path, models(SHAPES)), OPTIONS | more
+    planned = plan(paths, **options)
     begin = time.monotonic()
     reference = run(planned, tmp_path / "reference")
     length = time.monotonic() - begin
     before = [contents(staging) for staging in paths]
     rng, done, finished = random.Random(0), 0, 0
     while done < kills:
-        done += _killed(tmp_path, rng.uniform(0, 1.2 * length))
+        done += _killed(tmp_path, rng.uniform(0, 1.2 * length), options)
         if (tmp_path / "out").exists():  # It was complete before the kill.
             assert contents(tmp_path / "out") == contents(tmp_path / "reference")
             subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
@@ -76,8 +76,10 @@ def _survives(tmp_path: Path, kills: int) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2", "out", "reference"}
 
 
-def test_a_few_kills(tmp_path):
-    _survives(tmp_path, 3)
+@pytest.mark.parametrize("method", ["model_stock", "dare_ties", "della"])
+def test_a_few_kills(tmp_path, method):
+    random_elements = {} if method == "model_stock" else {"density": 0.5, "seed": 3}
+    _survives(tmp_path, 3, method=method, **random_elements)
 
 
 @pytest.mark.slow
