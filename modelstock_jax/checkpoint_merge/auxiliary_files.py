@@ -19,12 +19,10 @@ from modelstock_jax.checkpoint_merge.config_edits import (
 from modelstock_jax.checkpoint_merge.consistency import (
     TEMPLATES,
     compare_configs,
-    compare_ids,
     compare_lengths,
     compare_processors,
     compare_tokenizers,
     read_object,
-    read_tokens,
 )
 from modelstock_jax.checkpoint_merge.hf_config import CONFIG, KEYS, read_config, set_dtype, updated
 from modelstock_jax.checkpoint_merge.matching import PlanIssues
@@ -40,6 +38,8 @@ from modelstock_jax.checkpoint_merge.sources import (
     tokenizer_folders,
 )
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
+from modelstock_jax.checkpoint_merge.token_ids import compare_ids, read_tokens
+from modelstock_jax.checkpoint_merge.vocabulary import add_tokens, write_chat_template
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.tensor_files.reader import PICKLES, read_json
 from modelstock_jax.tensor_files.writer import write_indented_json
@@ -76,6 +76,8 @@ class AuxiliaryFiles:
         the key
       plain: folders whose config loses its quantization entries
       dtypes: folder -> the dtype that its config states
+      added_tokens: tokens that are added to the tokenizer, as tokenizer.json has them
+      chat_template: Jinja template that is written; None for that of the tokenizer
     """
 
     config_model: int = 0
@@ -83,6 +85,8 @@ class AuxiliaryFiles:
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     plain: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    added_tokens: tuple[dict[str, Any], ...] = ()
+    chat_template: str | None = None
 
 
 def plan_auxiliary_files(
@@ -109,15 +113,7 @@ def plan_auxiliary_files(
     directory = sources[config_model].directory
     names = [] if directory is None else folders(directory)
     dtypes = written_dtypes(sources, tensors, options, names)
-    plain = (
-        ()
-        if directory is None
-        else tuple(
-            name
-            for name in names
-            if options.dequantize or quantization.has_quantization_config(directory / name)
-        )
-    )
+    plain = _without_quantization(directory, names, options)
     changed_keys = _changed_keys(changes, dtypes, plain)
     compare_configs(sources, options, issues, config_option, changed_keys)
     compare_processors(sources, issues, config_option)
@@ -141,7 +137,28 @@ def plan_auxiliary_files(
             "not quantized; the merged config leaves these entries out"
         )
     _note_files_not_copied(sources[config_model], issues)
-    return AuxiliaryFiles(config_model, tokenizer_model, changes, plain, dtypes)
+    return AuxiliaryFiles(
+        config_model,
+        tokenizer_model,
+        changes,
+        plain,
+        dtypes,
+        sources[tokenizer_model].added_tokens,
+        options.chat_template,
+    )
+
+
+def _without_quantization(
+    directory: Path | None, names: Sequence[str], options: Options
+) -> tuple[str, ...]:
+    """Return the folders whose config loses its quantization entries."""
+    if directory is None:
+        return ()
+    return tuple(
+        name
+        for name in names
+        if options.dequantize or quantization.has_quantization_config(directory / name)
+    )
 
 
 def _config_model(
@@ -344,6 +361,10 @@ def copy_auxiliary_files(
             _copy_templates(tokenizer / folder, directory / folder)
         _copy_processor_template(tokenizer, directory)
     _rewrite_configs(auxiliary_files, directory)
+    if auxiliary_files.added_tokens:
+        add_tokens(directory, auxiliary_files.added_tokens)
+    if auxiliary_files.chat_template is not None:
+        write_chat_template(directory, auxiliary_files.chat_template)
 
 
 def _rewrite_configs(auxiliary_files: AuxiliaryFiles, directory: Path) -> None:
@@ -399,7 +420,8 @@ def _is_copied(name: str, dequantized: bool = False) -> bool:
 def _has_tokenizer(source: Source, base: Source) -> bool:
     """Return whether a model has own tokenizer files; an adapter's base does not count."""
     directory = source.tokenizer_directory
-    if directory is None or (source is not base and directory == base.tokenizer_directory):
+    is_of_base = source is not base and not source.shares_tokenizer
+    if directory is None or (is_of_base and directory == base.tokenizer_directory):
         return False
     return any(
         _TOKENIZER.fullmatch(path.name) and path.name != "generation_config.json"

@@ -31,6 +31,7 @@ from modelstock_jax.checkpoint_merge.report import (
 )
 from modelstock_jax.checkpoint_merge.run_average import average_recipe
 from modelstock_jax.checkpoint_merge.sources import Source, open_source
+from modelstock_jax.checkpoint_merge.vocabulary import align
 from modelstock_jax.errors import UserError
 from modelstock_jax.fileio import to_json_types, write_json, write_text
 from modelstock_jax.merging.attention_names import projections
@@ -139,6 +140,8 @@ def _plan_merge(recipe: Recipe, options: dict[str, Any]) -> Plan:
             f"the recipe already sets {conflicts[0]}; remove the option, or change the recipe"
         )
     base, finetuned = _open_models(recipe, options)
+    if recipe.tokenizer is not None:
+        base, *finetuned = align([base, *finetuned], recipe.tokenizer)
     return make_plan(
         base,
         finetuned,

@@ -20,9 +20,11 @@ from modelstock_jax.merging.tensor_roles import block_position
 _NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 # Keys that select layers by their number: with other numbers they may mean other layers.
 _BY_NUMBER = re.compile(
-    r"first_k_dense_replace|moe_layer_freq|decoder_sparse_step|max_window_layers|"
-    r"sliding_window_pattern|full_attention_interval|interleave_moe_layer_step|"
-    r"cross_attention_layers|\w+_layer_(?:period|offset)|num_kv_shared_layers|mlp_only_layers"
+    r"first_k_dense_replace|num_dense_layers|decoder_sparse_step|encoder_sparse_step|"
+    r"max_window_layers|(?:prefix_dense_)?sliding_window_pattern|full_attention_interval|"
+    r"\w*layer_(?:period|offset|freq|step|interval|start_index|end_index|indices|ids)|"
+    r"\w*every_n_layers|cross_attention_layers|moe_layers|mlp_only_layers|attn_layers|"
+    r"num_kv_shared_layers|cross_layer_interval"
 )
 
 
@@ -77,6 +79,9 @@ class StackedSource(Source):
         self.directory, self.components, self.aliases = first.directory, first.components, {}
         self.notes = [note for part in self.parts for note in part.notes]
         self.ranges = tuple(ranges)
+        self.derivation = [
+            [self.parts.index(part.source), part.start, part.stop] for part in ranges
+        ]
         stacks = {part: _stack(part) for part in self.parts}
         self._origin: dict[str, tuple[Source, str]] = {}
         last = ranges[-1].source
@@ -113,9 +118,7 @@ class StackedSource(Source):
                 f"slices: the layers of {self.parts[0].label} have different tensors, and its "
                 "config does not list their kinds; such models cannot be sliced"
             )
-        by_number = [
-            key for key, x in config.items() if _BY_NUMBER.fullmatch(key.rpartition(".")[2]) and x
-        ]
+        by_number = [key for key, x in config.items() if x and _selects_layers(key, config)]
         if by_number:
             self.notes.append(
                 f"{self.label}: check {listed(by_number, 4)} in config.json, which selects layers "
@@ -259,7 +262,16 @@ def _is_number(key: str) -> bool:
     return key.rpartition(".")[2] in _NUM_LAYERS
 
 
+def _selects_layers(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a key of a config selects layers by their number."""
+    last = key.rpartition(".")[2]
+    if last == "max_window_layers" and config.get("use_sliding_window") is False:
+        return False
+    return _BY_NUMBER.fullmatch(last) is not None
+
+
 def _per_layer(key: str) -> bool:
     """Return whether a list of a config has one entry per layer."""
     last = key.rpartition(".")[2]
-    return "layer" in last or "block" in last
+    is_named = "layer" in last or "block" in last or last.endswith("_pattern")
+    return is_named and _BY_NUMBER.fullmatch(last) is None

@@ -166,6 +166,7 @@ class Options:
       tokenizer_from: model whose tokenizer files, special tokens, chat template and generation
         settings are written; None for the base, or for the model that supplies the rows of a longer
         vocabulary
+      chat_template: Jinja template that is written; None for that of the tokenizer
       anchor_rounding: `correct` subtracts the expected energy of the base's own rounding from the
         Gram matrix if the base is stored at lower precision than the fine-tunes; `keep` does not
       checksum: kind of checksum of inputs and outputs in the report and the model card: `crc32`, or
@@ -209,6 +210,7 @@ class Options:
     dequantize: bool = False
     config_from: str | None = None
     tokenizer_from: str | None = None
+    chat_template: str | None = None
     anchor_rounding: str = "keep"
     checksum: str = "crc32"
     max_shard_bytes: int = 5 * 10**9

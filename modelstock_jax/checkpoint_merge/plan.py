@@ -297,4 +297,5 @@ def _checksum(sources: Sequence[Source], options: Options, tensors: dict[str, Te
         for source in sources
     ]
     rows = [dataclasses.astuple(tensor) for tensor in tensors.values()]
-    return hashlib.sha256(json.dumps([2, values, files, rows]).encode()).hexdigest()
+    derived = [source.derivation for source in sources]
+    return hashlib.sha256(json.dumps([3, values, files, rows, derived]).encode()).hexdigest()

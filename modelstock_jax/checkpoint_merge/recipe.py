@@ -23,6 +23,7 @@ from modelstock_jax.checkpoint_merge.recipe_settings import (
     place,
     read_parameters,
 )
+from modelstock_jax.checkpoint_merge.vocabulary import Tokenizer, TokenRule
 from modelstock_jax.errors import UserError, suggest
 from modelstock_jax.registry import COMMANDS, RECIPES
 
@@ -68,6 +69,8 @@ class Recipe(NamedTuple):
       settings: parameters that differ by layer or filter, by the names of the options
       slices: layers that each slice takes, of the base (if there is one) and of each fine-tune;
         None for complete models
+      tokenizer: the tokenizer that is written, with the rows of all embeddings in its order; None
+        to compare the tokenizers only
       notes: settings of the recipe that have no effect
     """
 
@@ -76,6 +79,7 @@ class Recipe(NamedTuple):
     options: dict[str, Any]
     settings: Mapping[str, Setting] = MappingProxyType({})
     slices: tuple[tuple[LayerRange, ...], ...] | None = None
+    tokenizer: Tokenizer | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -174,12 +178,17 @@ def parse(raw: Any) -> Recipe:
     options = {"method": RECIPES[method].name, **options}
     if method == "karcher" or (method == "linear" and _is_sum(options, settings)):
         base = None  # The weights are merged, not their differences to the base.
-    tokenizer, tokenizer_notes = _tokenizer(raw, base, names)
-    options |= {} if tokenizer is None else {"tokenizer_from": tokenizer}
+    tokenizer = _tokenizer(raw, base, names)
+    if tokenizer is not None and tokenizer.source in names:
+        # Without a base the first model is also opened as the base; index 1 is still that model.
+        options["tokenizer_from"] = f"model:{names.index(tokenizer.source) + 1}"
+    chat_template, template_notes = _chat_template(raw)
+    options |= chat_template
     if (dtype := raw.get("out_dtype") or raw.get("dtype")) is not None:
         options["dtype"] = dtype
     slices = _slices(base, pieces) if "slices" in raw else None
-    return Recipe(base, tuple(names), options, settings, slices, (*tokenizer_notes, *notes))
+    notes = (*template_notes, *notes)
+    return Recipe(base, tuple(names), options, settings, slices, tokenizer, notes)
 
 
 def _check_number(method: str, names: Sequence[str], base: str | None) -> None:
@@ -310,32 +319,68 @@ def options_of(recipe: Recipe, tensors: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _tokenizer(
-    raw: Mapping, base: str | None, names: Sequence[str]
-) -> tuple[str | None, list[str]]:
-    """Return `tokenizer_from` for the `tokenizer_source` of a recipe, and notes."""
-    tokenizer = mapping(raw.get("tokenizer") or {}, "tokenizer", ("source",))
-    source = raw.get("tokenizer_source") or tokenizer.get("source") or "base"
-    choice = None
-    if source != "base" and (model := _model(source, "tokenizer_source")) != base:
-        if model not in names:
-            raise UserError(
-                f"tokenizer_source {source!r} is not supported; give base or one of the models "
-                "(for vocabularies that differ, pass --vocab-mismatch)"
-            )
-        # Without a base the first model is also opened as the base; index 1 is still that model.
-        choice = f"model:{names.index(model) + 1}"
-    if raw.get("chat_template") not in (None, "auto"):
+def _tokenizer(raw: Mapping, base: str | None, names: Sequence[str]) -> Tokenizer | None:
+    """Return the tokenizer of a recipe; None if it has none of these keys."""
+    if raw.get("tokenizer_source") is not None and raw.get("tokenizer") is not None:
+        raise UserError("give either tokenizer_source or tokenizer")
+    if (source := raw.get("tokenizer_source")) is not None:
+        return Tokenizer(_tokenizer_source(source, "tokenizer_source", base, names))
+    if raw.get("tokenizer") is None:
+        return None
+    keys = ("source", "tokens", "pad_to_multiple_of")
+    tokenizer = mapping(raw["tokenizer"], "tokenizer", keys)
+    multiple = tokenizer.get("pad_to_multiple_of") or 1
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise UserError(f"pad_to_multiple_of: must be a positive integer, not {multiple!r}")
+    tokens = mapping(tokenizer.get("tokens") or {}, "tokens")
+    # As in mergekit, the default is the union.
+    source = _tokenizer_source(tokenizer.get("source") or "union", "source", base, names)
+    return Tokenizer(source, {str(t): _token_rule(str(t), x) for t, x in tokens.items()}, multiple)
+
+
+def _tokenizer_source(source: Any, key: str, base: str | None, names: Sequence[str]) -> str:
+    if source in ("base", "union"):
+        return source
+    model = _model(source, key)
+    if model == base:
+        return "base"
+    if model not in names:
+        raise UserError(f"{key} {model!r} is not valid; give base, union or one of the models")
+    return model
+
+
+def _token_rule(token: str, value: Any) -> TokenRule:
+    """Return the rule of a token: from a model, another token or row of a model, or zeros."""
+    name = f"tokens: {token!r}"
+    value = mapping(value, name, ("source", "force"))
+    force, source = bool(value.get("force")), value.get("source")
+    if source is None:
+        raise UserError(f"{name}: source is missing; give a model, or a mapping with kind")
+    if not isinstance(source, Mapping) or "kind" not in source:
+        return TokenRule(_model(source, f"{name}: source"), force=force)
+    source = mapping(source, f"{name}: source", ("kind", "model", "token", "token_id"))
+    kind, other, row = (source.get(key) for key in ("kind", "token", "token_id"))
+    if kind == "zero":
+        return TokenRule(None, force=force)
+    if kind != "model_token":
+        raise UserError(f"{name}: kind must be zero or model_token, not {kind!r}")
+    if "model" not in source or (other is None) == (row is None):
+        raise UserError(f"{name}: kind model_token requires model, and either token or token_id")
+    return TokenRule(_model(source["model"], f"{name}: model"), other, row, force)
+
+
+def _chat_template(raw: Mapping) -> tuple[dict[str, Any], list[str]]:
+    """Return the option of the chat template, and notes."""
+    template = raw.get("chat_template")
+    if template is None:
+        return {}, []
+    if template == "auto":
+        return {}, ["chat_template: auto copies the chat template of the tokenizer"]
+    if not isinstance(template, str) or "{" not in template:
         raise UserError(
-            "chat_template is not supported; remove it (tokenizer_source selects the model whose "
-            "chat template is copied)"
+            f"chat_template {template!r} is not supported; give auto or the template itself (Jinja)"
         )
-    notes = (
-        ["chat_template: auto copies the chat template of the tokenizer"]
-        if raw.get("chat_template")
-        else []
-    )
-    return choice, notes
+    return {"chat_template": template}, []
 
 
 def _entry(entry: Any, keys: Collection[str]) -> dict:

@@ -65,9 +65,15 @@ class Source:
       notes: notes about this input for the report
       formed: names of tensors that are computed, not stored, so that a read costs arithmetic
       parts: the models that its layers are from; empty if it is one model
+      shares_tokenizer: whether its tokenizer is that of all models of the merge
+      added_tokens: tokens that are added to its tokenizer, as tokenizer.json has them
+      derivation: what the tensors depend on in addition to the files, as plain values
     """
 
     parts: tuple[Source, ...] = ()
+    shares_tokenizer: bool = False
+    added_tokens: tuple[dict[str, Any], ...] = ()
+    derivation: Any = None
 
     def __init__(self, label: str, path: Path):
         self.label = label

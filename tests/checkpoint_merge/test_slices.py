@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
+from modelstock_jax.checkpoint_merge.layer_stack import Layers, StackedSource
+from modelstock_jax.checkpoint_merge.options import Options
+from modelstock_jax.checkpoint_merge.plan import make_plan
+from modelstock_jax.checkpoint_merge.sources import open_source
 from modelstock_jax.tensor_files.reader import TensorFiles
 from modelstock_jax.tensor_files.writer import write_tensors
 from tests.checkpoint_merge.engine import numbers
@@ -202,3 +206,14 @@ def test_shards_threads_and_a_dry_run(say, tmp_path, paths):
     assert sum(".layers." in tensor["name"] for tensor in plan["tensors"]) == sum(
         ".layers." in name for name in whole
     )
+
+
+def test_other_layers_are_another_merge(paths):
+    """Names, shapes and files are equal; an interrupted merge of other layers is not resumed."""
+
+    def checksum(*layers):
+        source = open_source(str(paths["a"]))
+        stack = StackedSource([Layers(source, i, i + 1) for i in layers])
+        return make_plan(stack, [stack], Options(method="passthrough"), anchored=False).checksum
+
+    assert checksum(0, 1, 1) == checksum(0, 1, 1) != checksum(0, 0, 1)

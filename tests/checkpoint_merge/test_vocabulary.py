@@ -1,375 +1,264 @@
-"""Added tokens: all axes of the vocabulary, the sizes in config.json, and the tokenizer."""
+"""Embeddings merged by token string: against a loop over the tokens, and with real tokenizers."""
 
 from __future__ import annotations
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from modelstock_jax.checkpoint_merge.cli import main
+from modelstock_jax.checkpoint_merge.sources import open_source
+from modelstock_jax.checkpoint_merge.vocabulary import Tokenizer as Wanted
+from modelstock_jax.checkpoint_merge.vocabulary import align
 from modelstock_jax.tensor_files.reader import TensorFiles
-from modelstock_jax.tensor_files.writer import write_directory_tensors
-from tests.checkpoint_merge.engine import deltas, models, stock_ratio
-from tests.checkpoint_merge.small import adapter, factors
-from tests.checkpoint_merge.typed import write
+from modelstock_jax.tensor_files.writer import write_tensors
+from tests.checkpoint_merge.engine import numbers
 
-ROWS, MORE, WIDTH = 65, 67, 8
-BODY = {"layers.0.mlp.weight": (WIDTH, WIDTH)}
-# Tensors with an axis of the vocabulary, by names of transformers; R marks that axis.
-R = -1
-FAMILIES = {
-    "bert": {
-        "bert.embeddings.word_embeddings.weight": (R, WIDTH),
-        "cls.predictions.bias": (R,),
-        "cls.predictions.decoder.weight": (R, WIDTH),
-        "cls.predictions.decoder.bias": (R,),
-    },
-    "distilbert": {
-        "distilbert.embeddings.word_embeddings.weight": (R, WIDTH),
-        "vocab_projector.weight": (R, WIDTH),
-        "vocab_projector.bias": (R,),
-    },
-    "modernbert": {
-        "model.embeddings.tok_embeddings.weight": (R, WIDTH),
-        "decoder.bias": (R,),
-        "decoder.weight": (R, WIDTH),
-    },
-    "deberta": {
-        "deberta.embeddings.word_embeddings.weight": (R, WIDTH),
-        "lm_predictions.lm_head.bias": (R,),
-        "cls.predictions.bias": (R,),
-    },
-    "electra": {
-        "electra.embeddings.word_embeddings.weight": (R, WIDTH),
-        "generator_lm_head.weight": (R, WIDTH),
-        "generator_lm_head.bias": (R,),
-    },
-    "albert": {
-        "albert.embeddings.word_embeddings.weight": (R, 4),
-        "predictions.bias": (R,),
-        "predictions.decoder.weight": (R, 4),
-        "predictions.decoder.bias": (R,),
-    },
-    "bart": {
-        "model.shared.weight": (R, WIDTH),
-        "final_logits_bias": (1, R),
-        "model.encoder.embed_tokens.weight": (R, WIDTH),
-        "lm_head.weight": (R, WIDTH),
-    },
-    "marian": {"model.shared.weight": (R, WIDTH), "final_logits_bias": (1, R)},
-    "mamba": {"backbone.embeddings.weight": (R, WIDTH), "lm_head.weight": (R, WIDTH)},
-    "gpt2": {"transformer.wte.weight": (R, WIDTH)},
-    "neox": {"gpt_neox.embed_in.weight": (R, WIDTH), "embed_out.weight": (R, WIDTH)},
-    "bloom": {"transformer.word_embeddings.weight": (R, WIDTH)},
-    "llama": {"model.embed_tokens.weight": (R, WIDTH), "lm_head.weight": (R, WIDTH)},
-    "clip": {"text_model.embeddings.token_embedding.weight": (R, WIDTH)},
-    "t5": {"shared.weight": (R, WIDTH), "lm_head.weight": (R, WIDTH)},
+WORDS = {
+    "base": ["<unk>", "</s>", "the", "cat", "sat", "on"],
+    "ft1": ["<unk>", "</s>", "cat", "the", "sat", "on", "dog"],
+    "ft2": ["<unk>", "</s>", "the", "cat", "mat", "sat"],
+}
+ADDED = {"base": ["<pad>"], "ft1": ["<user>"], "ft2": ["<user>", "<tool>"]}
+WIDTH, SPARE = 5, 2
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def save(path, words, added, *, dtype=np.float32, seed=0, extra=SPARE):
+    """Write a model with a tokenizer of words, and with rows that no token has."""
+    path.mkdir(parents=True)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.add_tokens(added, special_tokens=True)
+    fast.save_pretrained(path)
+    rng, rows = np.random.default_rng(seed), len(words) + len(added) + extra
+    config = {
+        "model_type": "llama",
+        "vocab_size": rows,
+        "num_hidden_layers": 1,
+        "hidden_size": WIDTH,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    write_tensors(path / "model.safetensors", {
+        EMBED: rng.standard_normal((rows, WIDTH)).astype(dtype),
+        HEAD: rng.standard_normal((rows, WIDTH)).astype(dtype),
+        "model.layers.0.w": rng.standard_normal((3, WIDTH)).astype(dtype),
+    })  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return {
+        name: save(tmp_path / name, WORDS[name], ADDED[name], seed=seed)
+        for seed, name in enumerate(WORDS)
+    }
+
+
+def rows_of(path, tensor):
+    """token -> row of a model."""
+    name = path.name
+    values = numbers(TensorFiles(path)[tensor])
+    return dict(zip([*WORDS[name], *ADDED[name]], values, strict=False))
+
+
+def tokens_of(path):
+    vocabulary = PreTrainedTokenizerFast.from_pretrained(path).get_vocab()
+    return [token for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
+
+
+def merge(say, tmp_path, paths, **recipe):
+    fine_tunes = [
+        {"model": str(paths[name]), "parameters": {"weight": 0.5}} for name in ("ft1", "ft2")
+    ]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(paths["base"]),
+              "models": fine_tunes} | recipe  # fmt: skip
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return say("merge", tmp_path / "r.yml", tmp_path / "out", "--overwrite")
+
+
+def aligned(paths, token, tensor):
+    """Return the rows of a token in all models, by the rules of mergekit."""
+    rows = [rows_of(path, tensor) for path in paths.values()]
+    having = [r[token] for r in rows if token in r]
+    if len(having) == 1:
+        default = having[0]
+    elif token in rows[0]:
+        default = rows[0][token]
+    else:
+        default = np.mean(having, axis=0) if having else np.zeros(WIDTH)
+    return [r.get(token, default) for r in rows]
+
+
+def expected(paths, token, tensor):
+    base, first, second = aligned(paths, token, tensor)
+    return base + 0.5 * (first - base) + 0.5 * (second - base)
+
+
+SOURCES = {
+    "base": [*WORDS["base"], *ADDED["base"]],
+    "ft1": [*WORDS["ft1"], *ADDED["ft1"]],
+    "union": [*WORDS["base"], *ADDED["base"], "dog", "mat", "<user>", "<tool>"],
 }
 
 
-def resized_models(family, rows=(ROWS, MORE, ROWS), seed=0):
-    shapes = {
-        n: tuple(max(rows) if axis == R else axis for axis in shape)
-        for n, shape in FAMILIES[family].items()
-    }
-    full = models(shapes | BODY, seed=seed)
-    cut = []
-    for model, length in zip(full, rows, strict=True):
-        cut.append(
-            {
-                n: w[
-                    tuple(
-                        slice(length) if axis == R else slice(None)
-                        for axis in FAMILIES[family].get(n, w.shape)
-                    )
-                ]
-                for n, w in model.items()
-            }
-        )
-    return cut
-
-
-def save(root, cut, rows):
-    paths = []
-    for k, (model, length) in enumerate(zip(cut, rows, strict=True)):
-        path = root / (f"ft{k}" if k else "base")
-        path.mkdir(parents=True)
-        write_directory_tensors(path, model)
-        (path / "config.json").write_text(
-            json.dumps(
-                {"model_type": "x", "vocab_size": length, "type_vocab_size": 2, "pad_token_id": k}
-            )
-        )
-        (path / "tokenizer.json").write_text(json.dumps({"of": path.name}))
-        (path / "tokenizer_config.json").write_text("{}")
-        paths.append(path)
-    return paths
-
-
-def run(paths, out, *options):
-    return main(["merge", *map(str, paths), "--out", str(out), *options])
-
-
-@pytest.mark.parametrize("vocabulary", ["base", "longest"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_axis_of_the_vocabulary(tmp_path, capsys, family, vocabulary):
-    rows = (ROWS, MORE, ROWS)
-    cut = resized_models(family, rows)
-    paths = save(tmp_path, cut, rows)
-    assert run(paths, tmp_path / "no") == 1
-    err = capsys.readouterr().err
-    assert "--vocab-mismatch base" in err and all(f"{name} " in err for name in FAMILIES[family])
-    assert run(paths, tmp_path / "out", "--vocab-mismatch", vocabulary) == 0
-    merged = TensorFiles(tmp_path / "out")
-    length = MORE if vocabulary == "longest" else ROWS
-    for name, shape in FAMILIES[family].items():
-        axis = shape.index(R)
-        common = [{name: np.take(m[name], range(ROWS), axis)} for m in cut]
-        base, d = common[0][name].astype(np.float64), deltas(common, name)
-        expected = base + stock_ratio(d) * d.mean(axis=0).reshape(base.shape)
-        found = merged[name]
-        assert found.shape == tuple(length if n == R else n for n in shape)
-        np.testing.assert_allclose(np.take(found, range(ROWS), axis), expected, rtol=0, atol=4e-7)
-        if vocabulary == "longest":
-            np.testing.assert_array_equal(
-                np.take(found, range(ROWS, MORE), axis),
-                np.take(cut[1][name], range(ROWS, MORE), axis),
-            )
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["vocab_size"] == length and config["type_vocab_size"] == 2
-    model = "ft1" if vocabulary == "longest" else "base"
-    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": model}
-    assert config["pad_token_id"] == (1 if vocabulary == "longest" else 0)
-
-
-def test_another_axis_that_differs_is_no_vocabulary(tmp_path, capsys):
-    cut = resized_models("bert")
-    cut[1]["bert.embeddings.position_embeddings.weight"] = np.ones((6, WIDTH), np.float32)
-    for k in (0, 2):
-        cut[k]["bert.embeddings.position_embeddings.weight"] = np.ones((4, WIDTH), np.float32)
-    paths = save(tmp_path, cut, (ROWS, MORE, ROWS))
-    assert run(paths, tmp_path / "out", "--vocab-mismatch", "longest") == 1
-    assert "position_embeddings.weight " in capsys.readouterr().err
-
-
-def test_a_vocabulary_in_a_tower(tmp_path):
-    cut = resized_models("llama")
-    paths = save(tmp_path, cut, (ROWS, MORE, ROWS))
-    for path, length in zip(paths, (ROWS, MORE, ROWS), strict=True):
-        (path / "config.json").write_text(
-            json.dumps(
-                {"vision_config": {"vocab_size": ROWS - 1}, "text_config": {"vocab_size": length}}
-            )
-        )
-    assert run(paths, tmp_path / "out", "--vocab-mismatch", "longest") == 0
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {
-        "vision_config": {"vocab_size": ROWS - 1},
-        "text_config": {"vocab_size": MORE},
-    }
-
-
-def doubtful(notes):
-    """Return the notes that name a key whose number of rows may be wrong."""
-    return [note for note in notes if "config.json: " in note and " rows" in note]
-
-
-def resized(say, root, tables, configs, options=()):
-    """Merge models whose embeddings have `tables` rows; return the output's config and notes."""
-    rng = np.random.default_rng(0)
-    longest = {
-        n: rng.standard_normal((max(rows), WIDTH)).astype(np.float32) for n, rows in tables.items()
-    }
-    paths = []
-    for k in range(3):
-        moved = {
-            n: w + k * np.float32(0.01) * rng.standard_normal(w.shape).astype(np.float32)
-            for n, w in (longest | {"x.weight": np.ones((WIDTH, WIDTH), np.float32)}).items()
-        }
-        cut = {n: w[: tables[n][k]] if n in tables else w for n, w in moved.items()}
-        paths.append(
-            write(
-                root / str(k),
-                {"model.safetensors": cut, "config.json": configs[min(k, len(configs) - 1)]},
-            )
-        )
-    out = root / "out"
-    result = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest", *options)
+@pytest.mark.parametrize("source", SOURCES)
+def test_rows_are_merged_by_token(say, tmp_path, paths, source):
+    result = merge(say, tmp_path, paths, tokenizer_source=str(paths.get(source, source)))
     assert result.status == 0, result.err
-    return json.loads((out / "config.json").read_text()), result.notes
+    out, tokens = TensorFiles(tmp_path / "out"), tokens_of(tmp_path / "out")
+    assert tokens == SOURCES[source]
+    for tensor in (EMBED, HEAD):
+        assert out[tensor].shape == (len(tokens), WIDTH)
+        for row, token in zip(out[tensor], tokens, strict=True):
+            np.testing.assert_allclose(row, expected(paths, token, tensor), rtol=1e-6, atol=1e-7)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == len(tokens)
+    base, first, second = (numbers(TensorFiles(p)["model.layers.0.w"]) for p in paths.values())
+    wanted = base + 0.5 * (first - base) + 0.5 * (second - base)
+    np.testing.assert_allclose(out["model.layers.0.w"], wanted, rtol=1e-6, atol=1e-7)
 
 
-SPLIT = {
-    "model.encoder.embed_tokens.weight": (50, 50, 50),
-    "model.decoder.embed_tokens.weight": (50, 53, 53),
-    "lm_head.weight": (50, 53, 53),
-}
-BOTH = {
-    "encoder.embeddings.word_embeddings.weight": (50, 52, 52),
-    "decoder.transformer.wte.weight": (50, 55, 55),
-}
+def test_the_union_tokenizer_splits_text(say, tmp_path, paths):
+    assert merge(say, tmp_path, paths, tokenizer={"source": "union"}).status == 0
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    text = "the dog sat <user> on mat <tool>"
+    assert tokenizer.tokenize(text) == ["the", "dog", "sat", "<user>", "on", "mat", "<tool>"]
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True).split() == "the dog sat on mat".split()
+    assert max(ids) == len(tokenizer) - 1
 
 
-@pytest.mark.parametrize(
-    ("tables", "config", "expected"),
-    [
-        (
-            SPLIT,
-            {"vocab_size": 50, "decoder_vocab_size": 50},
-            {"vocab_size": 50, "decoder_vocab_size": 53},
-        ),
-        (
-            SPLIT | {"model.encoder.embed_tokens.weight": (50, 51, 50)},
-            {"src_vocab_size": 50, "tgt_vocab_size": 50},
-            {"src_vocab_size": 51, "tgt_vocab_size": 53},
-        ),
-        (
-            BOTH,
-            {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 50}},
-            {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 55}},
-        ),
-        (
-            BOTH | {"decoder.transformer.wte.weight": (60, 60, 60)},
-            {"encoder": {"vocab_size": 50}, "decoder": {"vocab_size": 60}},
-            {"encoder": {"vocab_size": 52}, "decoder": {"vocab_size": 60}},
-        ),
-        (
-            {"shared.weight": (50, 52, 52)},
-            {"vocab_size": 50, "text_config": {"vocab_size": 50}},
-            {"vocab_size": 52, "text_config": {"vocab_size": 52}},
-        ),
-    ],
-)
-def test_each_side_has_its_own_key(say, tmp_path, tables, config, expected):
-    written, notes = resized(say, tmp_path, tables, [config])
-    assert written == expected
-    assert not doubtful(notes)
-
-
-def test_the_config_of_a_fine_tune_has_the_rows_that_are_written(say, tmp_path):
-    configs = [{"vocab_size": 50, "decoder_vocab_size": n} for n in (50, 53, 53)]
-    written, notes = resized(say, tmp_path, SPLIT, configs, options=("--config-from", "model:1"))
-    assert written == configs[1] and not doubtful(notes)
-
-
-@pytest.mark.parametrize(
-    ("tables", "config", "key"),
-    [
-        (SPLIT, {"vocab_size": 50}, "vocab_size"),
-        (
-            {"shared.weight": (50, 52, 52)},
-            {"vocab_size": 50, "char_vocab_size": 50},
-            "char_vocab_size",
-        ),
-        (
-            {"shared.weight": (50, 52, 52)},
-            {"vocab_size": 50, "vision_config": {"vocab_size": 50}},
-            "vision_config.vocab_size",
-        ),
-        (BOTH, {"vocab_size": 50}, "vocab_size"),
-    ],
-)
-def test_a_key_that_is_not_certain_is_a_note(say, tmp_path, tables, config, key):
-    value, notes = resized(say, tmp_path, tables, [config])
-    (note,) = doubtful(notes)
-    assert f" {key}," in note or f" {key} " in note
-    for part in key.split("."):
-        value = value[part]
-    assert value == 50
-
-
-@pytest.mark.parametrize("config", [{"a": 1}, {"type_vocab_size": 2}])
-def test_a_config_without_a_vocabulary_size_gets_no_note(say, tmp_path, config):
-    for name, tables in (("shared", {"shared.weight": (50, 52, 52)}), ("split", SPLIT)):
-        written, notes = resized(say, tmp_path / name, tables, [config])
-        assert written == config and not doubtful(notes)
-
-
-def test_no_note_claims_the_size_of_the_base(say, tmp_path):
-    configs = [{"vocab_size": n} for n in (50, 52, 52)]
-    _, notes = resized(say, tmp_path, {"shared.weight": (50, 52, 52)}, configs)
-    assert not any("vocab_size" in note for note in notes)
-
-
-def test_components_with_own_vocabularies(say, tmp_path):
-    """Textual inversion in two text encoders that have the same vocabulary in BASE, and a T5."""
-    names = {
-        "text_encoder": "text_model.embeddings.token_embedding.weight",
-        "text_encoder_2": "text_model.embeddings.token_embedding.weight",
-        "text_encoder_3": "shared.weight",
+def test_rules_of_single_tokens(say, tmp_path, paths):
+    tokens = {
+        "dog": {"source": {"kind": "model_token", "model": str(paths["ft2"]), "token": "mat"}},
+        "the": {"source": str(paths["ft1"]), "force": True},
+        "<new>": {"source": {"kind": "model_token", "model": str(paths["ft1"]), "token_id": 4}},
+        "<zero>": {"source": {"kind": "zero"}},
     }
-    index = {"_class_name": "P", **{part: ["transformers", "T"] for part in names}}
-    rng, paths = np.random.default_rng(0), []
-    full = {part: rng.standard_normal((60, WIDTH)).astype(np.float32) for part in names}
-    for k, sizes in enumerate(((50, 50, 58), (52, 55, 58), (52, 55, 58))):
-        files = {"model_index.json": index}
-        for (part, name), rows in zip(names.items(), sizes, strict=True):
-            moved = full[part] + k * np.float32(0.01) * rng.standard_normal(
-                full[part].shape
-            ).astype(np.float32)
-            files |= {
-                f"{part}/model.safetensors": {name: moved[:rows]},
-                f"{part}/config.json": {"model_type": "t", "vocab_size": rows},
-            }
-        paths.append(write(tmp_path / str(k), files))
-    out = tmp_path / "out"
-    result = say("merge", *paths, "--out", out, "--vocab-mismatch", "longest")
+    tokenizer = {"source": "base", "tokens": tokens, "pad_to_multiple_of": 8}
+    result = merge(say, tmp_path, paths, tokenizer=tokenizer)
     assert result.status == 0, result.err
-    for (part, name), rows in zip(names.items(), (52, 55, 58), strict=True):
-        assert TensorFiles(out / part).shape(name) == (rows, WIDTH)
-        assert json.loads((out / part / "config.json").read_text())["vocab_size"] == rows
-    assert not any("vocab_size" in note for note in result.notes)
+    out, names = TensorFiles(tmp_path / "out"), tokens_of(tmp_path / "out")
+    assert names == [*SOURCES["base"], "dog", "<new>", "<zero>"] and out[EMBED].shape == (16, WIDTH)
+    first, second = (rows_of(paths[name], EMBED) for name in ("ft1", "ft2"))
+    row = dict(zip(names, out[EMBED], strict=False))
+    np.testing.assert_allclose(row["the"], first["the"], rtol=1e-6)
+    np.testing.assert_allclose(row["<new>"], first["sat"], rtol=1e-6)
+    np.testing.assert_array_equal(row["<zero>"], 0)
+    # ft1 has its own row of this token; the base and ft2 have that of the rule.
+    wanted = second["mat"] + 0.5 * (first["dog"] - second["mat"])
+    np.testing.assert_allclose(row["dog"], wanted, rtol=1e-6, atol=1e-7)
+    # Rows that no token has are the mean of the rows of all tokens.
+    np.testing.assert_allclose(out[EMBED][10:], np.tile(out[EMBED][:10].mean(0), (6, 1)), atol=1e-6)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == 16
 
 
-def test_vocabularies_that_are_longest_in_two_models(say, tmp_path):
-    """Only the tokenizers of one model can be written."""
-    tables = {
-        "encoder.embed_tokens.weight": (50, 52, 50),
-        "decoder.embed_tokens.weight": (50, 50, 53),
+def test_equal_tokenizers_keep_their_rows(say, tmp_path):
+    paths = {
+        name: save(tmp_path / name, WORDS["base"], ADDED["base"], seed=seed)
+        for seed, name in enumerate(WORDS)
     }
-    configs = [{"encoder_vocab_size": 50, "decoder_vocab_size": 50}]
-    problem = "encoder.embed_tokens.weight .*decoder.embed_tokens.weight .*--tokenizer-from"
-    with pytest.raises(AssertionError, match=problem):
-        resized(say, tmp_path / "a", tables, configs)
-    written, _ = resized(say, tmp_path / "b", tables, configs, options=("--tokenizer-from", "base"))
-    assert written == {"encoder_vocab_size": 52, "decoder_vocab_size": 53}
+    for more in ({"tokenizer_source": "base"}, {"tokenizer_source": "union"}, {}):
+        result = merge(say, tmp_path, paths, **more)
+        assert result.status == 0 and "rows in the order" not in result.err
+        out = TensorFiles(tmp_path / "out")
+        assert out[EMBED].shape == (len(SOURCES["base"]) + SPARE, WIDTH)
 
 
-@pytest.mark.parametrize("tokenizer", [True, False])
-def test_an_adapter_with_a_longer_embedding(tmp_path, capsys, tokenizer):
-    """PEFT saves a resized embedding in full, and its trainer saves the tokenizer with it."""
-    cut = resized_models("llama", (MORE, MORE, MORE))
-    base = {n: w[:ROWS] if w.shape[0] == MORE else w for n, w in cut[0].items()}
-    path, *_ = save(tmp_path, [base, base, base], (ROWS, ROWS, ROWS))
-    adapters = []
-    for k in (1, 2):
-        embeddings = {
-            f"base_model.model.{n}": cut[k][n][: MORE if k == 1 else ROWS]
-            for n in FAMILIES["llama"]
-        }
-        adapters.append(
-            adapter(
-                tmp_path / f"lora{k}", embeddings | factors("layers.0.mlp", WIDTH, WIDTH, seed=k)
-            )
-        )
-        if tokenizer:
-            (adapters[-1] / "tokenizer.json").write_text(json.dumps({"of": f"lora{k}"}))
-            (adapters[-1] / "tokenizer_config.json").write_text("{}")
-    assert run([path, *adapters], tmp_path / "out", "--vocab-mismatch", "longest") == 0
-    merged = TensorFiles(tmp_path / "out")
-    for name in FAMILIES["llama"]:
-        assert merged.shape(name) == (MORE, WIDTH)
-        np.testing.assert_array_equal(merged[name][ROWS:], cut[1][name][ROWS:])
-    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == MORE
-    written = json.loads((tmp_path / "out/tokenizer.json").read_text())
-    assert written == {"of": "lora1" if tokenizer else "base"}
-    # Without a tokenizer, the rows have no tokens: a note warns the user.
-    assert ("tokenizer" in capsys.readouterr().err) is not tokenizer
+def test_without_the_key_tokenizers_that_disagree_are_an_error(say, tmp_path, paths):
+    result = merge(say, tmp_path, {n: paths[n] for n in paths} | {"ft1": paths["base"]})
+    assert result.status == 1
+    result = merge(say, tmp_path, paths)
+    assert result.status == 1 and "tokenizer" in result.err
 
 
-def test_a_tokenizer_that_an_option_chooses(tmp_path):
-    rows = (ROWS, ROWS, ROWS)
-    paths = save(tmp_path, resized_models("llama", rows), rows)
-    assert run(paths, tmp_path / "out", "--tokenizer-from", "model:2") == 0
-    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": "ft2"}
-    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 2
+def test_a_model_without_a_tokenizer_has_that_of_the_base(say, tmp_path, paths):
+    path = save(tmp_path / "more" / "ft2", WORDS["base"], ADDED["base"], seed=9)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (path / name).unlink(missing_ok=True)
+    result = merge(say, tmp_path, paths | {"ft2": path}, tokenizer_source="union")
+    assert result.status == 0, result.err
+    tokens = tokens_of(tmp_path / "out")
+    assert tokens == [*SOURCES["base"], "dog", "<user>"]
+    first = rows_of(paths["ft1"], EMBED)
+    second = dict(zip(SOURCES["base"], numbers(TensorFiles(path)[EMBED]), strict=False))
+    row = TensorFiles(tmp_path / "out")[EMBED][SOURCES["base"].index("cat")]
+    wanted = 0.5 * first["cat"] + 0.5 * second["cat"]
+    np.testing.assert_allclose(row, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("tokens", "pattern"), [
+    ({"x": {"source": "other/model"}}, "'x': 'other/model' is not one of the models"),
+    ({"x": {"source": {"kind": "model_token", "model": "FT1", "token": "bird"}}}, "has no 'bird'"),
+    ({"x": {"source": {"kind": "model_token", "model": "FT1", "token_id": 99}}}, "has no row 99"),
+])  # fmt: skip
+def test_rules_that_do_not_apply(say, tmp_path, paths, tokens, pattern):
+    tokens = json.loads(json.dumps(tokens).replace("FT1", str(paths["ft1"])))
+    result = merge(say, tmp_path, paths, tokenizer={"source": "base", "tokens": tokens})
+    assert result.status == 1 and pattern in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_be_extended(say, tmp_path, paths):
+    vocabulary = {w: i for i, w in enumerate(SOURCES["base"])}
+    (paths["base"] / "tokenizer.json").unlink()
+    (paths["base"] / "vocab.json").write_text(json.dumps(vocabulary))
+    result = merge(say, tmp_path, paths, tokenizer_source="union")
+    assert (
+        result.status == 1 and "tokenizer.json" in result.err and str(paths["base"]) in result.err
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("length", [1, 3, 7, 1000])
+def test_any_range_of_elements(tmp_path, dtype, length):
+    names = {n: save(tmp_path / n, WORDS[n], ADDED[n], dtype=dtype, seed=i)
+             for i, n in enumerate(WORDS)}  # fmt: skip
+    base = open_source(str(names["base"]))
+    sources = [base, *(open_source(str(names[n]), base) for n in ("ft1", "ft2"))]
+    for source in align(sources, Wanted("union", multiple=16)):
+        size = int(np.prod(source.tensors[EMBED].shape))
+        whole = source.read(EMBED, 0, size)
+        parts = [source.read(EMBED, a, min(a + length, size)) for a in range(0, size, length)]
+        assert whole.dtype == dtype and size == 16 * WIDTH
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_chat_template(say, tmp_path, paths):
+    template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    assert merge(say, tmp_path, paths, tokenizer_source="base", chat_template=template).status == 0
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == template
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"]
+        == template
+    )
+
+
+def test_a_change_of_the_rules_does_not_resume(tmp_path, paths):
+    """Names, shapes and files are the same; only the rows differ."""
+    from modelstock_jax.checkpoint_merge.options import Options
+    from modelstock_jax.checkpoint_merge.plan import make_plan
+
+    def checksum(multiple, source):
+        base = open_source(str(paths["base"]))
+        sources = [base, *(open_source(str(paths[n]), base) for n in ("ft1", "ft2"))]
+        base, *tuned = align(sources, Wanted(source, multiple=multiple))
+        return make_plan(base, tuned, Options(method="uniform_mean")).checksum
+
+    found = [checksum(32, source) for source in ("base", "union", str(paths["ft1"]))]
+    assert len(set(found)) == 3 and checksum(32, "union") == found[1]
+
+
+def test_files_of_an_aligned_merge_are_complete(tmp_path, paths, say):
+    assert merge(say, tmp_path, paths, tokenizer_source="union").status == 0
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert all(model["files"] for model in (report["base"], *report["models"]))
+    assert any("rows in the order" in note for model in report["models"] for note in model["notes"])
