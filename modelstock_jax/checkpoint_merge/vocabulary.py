@@ -64,6 +64,9 @@ class Tokenizer:
     multiple: int = 1
 
 
+_ZERO, _MEAN, _NO_TOKEN = -1, -2, -3
+
+
 class _Model(NamedTuple):
     """A model and the ids of its tokens, without those beyond its embedding."""
 
@@ -75,7 +78,8 @@ class _Origin(NamedTuple):
     """Where the rows of a model's new embedding are from.
 
     Attributes:
-      model: index of the model of each row; -1 for zeros, -2 for a mean
+      model: index of the model of each row; `_ZERO`, `_MEAN`, or `_NO_TOKEN` for a row that no
+        token has
       row: row of that model
       means: row -> (model, row) of each row of the mean
     """
@@ -90,8 +94,8 @@ def align(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
 
     A model keeps its own row of a token. For a token that it lacks, it gets the row of the rule of
     this token, else that of the only model with this token, else the base's, else the mean over the
-    models with this token, else zeros: the rules of mergekit. Rows beyond the last token are the
-    mean of all rows.
+    models with this token, else zeros: the rules of mergekit. Rows that no token has are the mean
+    of all others.
 
     Args:
       sources: the base and the fine-tunes
@@ -112,9 +116,10 @@ def align(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
         raise
     chosen = _chosen(models, tokenizer.source)
     ids, added = _output_ids(models, chosen, tokenizer)
-    if not added and all(m.ids == ids or m.source is chosen.source for m in models):
-        if tokenizer.multiple == 1 and not any(rule.force for rule in tokenizer.tokens.values()):
-            return list(sources)
+    is_equal = all(m.ids == ids for m in models) and len({_num_rows(s) for s in sources}) == 1
+    forced = any(rule.force for rule in tokenizer.tokens.values())
+    if is_equal and not added and not forced and tokenizer.multiple == 1:
+        return list(sources)
     last = max(ids.values()) + 1
     rows = -(-last // tokenizer.multiple) * tokenizer.multiple
     origins = _origins(models, ids, tokenizer, last)
@@ -155,9 +160,14 @@ def _chosen(models: Sequence[_Model], source: str) -> _Model:
     if source in ("base", "union"):
         return models[0]
     for model in models:
-        if model.source.label == source:
+        if source in _labels(model.source):
             return model
     raise UserError(f"tokenizer_source {source!r}: give base, union or one of the models")
+
+
+def _labels(source: Source) -> list[str]:
+    """Return the labels of a model; one of layers has the embedding of the first of its models."""
+    return [source.label, *(part.label for part in source.parts[:1])]
 
 
 def _output_ids(
@@ -175,12 +185,24 @@ def _output_ids(
         if token not in ids:
             ids[token] = max(ids.values()) + 1 if not added else added[-1]["id"] + 1
             added.append({"id": ids[token], "content": token, **flags.get(token, _PLAIN)})
+    if added and _beyond(chosen):
+        raise UserError(
+            f"{chosen.source.label}: its tokenizer has tokens without a row in the embedding, so "
+            f"no tokens can be added ({listed(_beyond(chosen), 3)}); remove them from {_FILE}"
+        )
     if added and not _has_json(chosen.source):
         raise UserError(
             f"{chosen.source.label} has no {_FILE}, to which tokens could be added; save its "
             "tokenizer with a recent version of transformers"
         )
     return ids, added
+
+
+def _beyond(model: _Model) -> list[str]:
+    """Return the tokens of a tokenizer that have no row in the embedding."""
+    directory = model.source.tokenizer_directory
+    tokens = {} if directory is None else read_vocabulary(directory)
+    return [token for token in tokens.values() if token not in model.ids]
 
 
 def _has_json(source: Source) -> bool:
@@ -205,7 +227,9 @@ def _origins(
     models: Sequence[_Model], ids: Mapping[str, int], tokenizer: Tokenizer, last: int
 ) -> list[_Origin]:
     """Return where the rows of each model are from."""
-    origins = [_Origin(np.full(last, -1, np.int64), np.zeros(last, np.int64), {}) for _ in models]
+    origins = [
+        _Origin(np.full(last, _NO_TOKEN, np.int64), np.zeros(last, np.int64), {}) for _ in models
+    ]
     for token, i in ids.items():
         default = _default(token, models, tokenizer)
         force = token in tokenizer.tokens and tokenizer.tokens[token].force
@@ -213,8 +237,8 @@ def _origins(
             found = [(number, model.ids[token])] if token in model.ids and not force else default
             if len(found) == 1:
                 origin.model[i], origin.row[i] = found[0]
-            elif found:
-                origin.model[i] = -2
+            else:
+                origin.model[i] = _MEAN if found else _ZERO
                 origin.means[i] = found
     return origins
 
@@ -235,7 +259,7 @@ def _ruled(token: str, rule: TokenRule, models: Sequence[_Model]) -> list[tuple[
     if rule.model is None:
         return []
     for number, model in enumerate(models):
-        if model.source.label == rule.model:
+        if rule.model in _labels(model.source):
             row = model.ids.get(rule.token or token) if rule.row is None else rule.row
             if row is None or not 0 <= row < _num_rows(model.source):
                 wanted = repr(rule.token or token) if rule.row is None else f"row {rule.row}"
@@ -282,6 +306,7 @@ class AlignedSource(Source):
             for name, info in inner.tensors.items()
             if len(info.shape) in (1, 2) and info.shape[0] == own and _has_tokens(name)
         }
+        _check_other_tensors(inner, own, self.aligned)
         for name in self.aligned:
             info = self.tensors[name]
             if info.code not in FLOATS:
@@ -340,12 +365,12 @@ class AlignedSource(Source):
     def _read_run(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read rows of one origin, in the dtype of this model."""
         width, code = self.aligned[name], self.tensors[name].code
-        if start >= len(self._origin.model):
+        if start >= len(self._origin.model) or self._origin.model[start] == _NO_TOKEN:
             return np.tile(self._mean_of_rows(name), stop - start)
         model, row = int(self._origin.model[start]), int(self._origin.row[start])
         if model >= 0:
             return self._rows_of(model, name, row, row + stop - start)
-        if model == -1:
+        if model == _ZERO:
             return np.zeros((stop - start) * width, DTYPES[code])
         total = np.zeros(width)
         for other, other_row in self._origin.means[start]:
@@ -367,12 +392,15 @@ class AlignedSource(Source):
         """Return the mean of the rows of all tokens, for rows that no token has."""
         if name not in self._padding:
             width, last = self.aligned[name], len(self._origin.model)
-            step, total = max(1, 2**18 // width), np.zeros(width)
-            for first in range(0, last, step):
-                stop = min(first + step, last)
-                rows = self.read(name, first * width, stop * width)
-                total += _wide(rows).reshape(-1, width).sum(axis=0)
-            self._padding[name] = narrow(total / last, self.tensors[name].code)
+            step, total, count = max(1, 2**18 // width), np.zeros(width), 0
+            for start, stop in self._runs(0, last):
+                if self._origin.model[start] == _NO_TOKEN:
+                    continue
+                for first in range(start, stop, step):
+                    rows = self._read_run(name, first, min(first + step, stop))
+                    total += _wide(rows).reshape(-1, width).sum(axis=0)
+                count += stop - start
+            self._padding[name] = narrow(total / count, self.tensors[name].code)
         return self._padding[name]
 
     def stored_dtype(self, name: str) -> np.dtype:
@@ -400,8 +428,32 @@ class AlignedSource(Source):
 
 
 def _has_tokens(name: str) -> bool:
-    """Return whether a tensor with one entry per row of the embedding belongs to tokens."""
-    return is_embedding(name) or is_embedding(f"{name.removesuffix('.bias')}.weight")
+    """Return whether a tensor with one entry per row of the embedding belongs to tokens.
+
+    Example:
+      >>> _has_tokens("lm_head.bias"), _has_tokens("cls.predictions.bias"), _has_tokens("norm.bias")
+      (True, True, False)
+    """
+    module = name.removesuffix(".bias")
+    return (
+        is_embedding(name)
+        or is_embedding(f"{module}.weight")
+        or (name.endswith(".bias") and is_embedding(f"{module}.decoder.weight"))
+    )
+
+
+def _check_other_tensors(source: Source, rows: int, aligned: Mapping[str, int]) -> None:
+    """Raise an error for other tensors with one entry per token: `final_logits_bias` [1, rows]."""
+    others = [
+        name
+        for name, info in source.tensors.items()
+        if name not in aligned and rows in info.shape and "bias" in name
+    ]
+    if others:
+        raise UserError(
+            f"{source.label}: {listed(others, 3)} has an entry for each token, which cannot be "
+            "aligned; remove tokenizer_source and tokenizer"
+        )
 
 
 def _same_end(name: str, source: Source) -> str:

@@ -262,3 +262,77 @@ def test_files_of_an_aligned_merge_are_complete(tmp_path, paths, say):
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert all(model["files"] for model in (report["base"], *report["models"]))
     assert any("rows in the order" in note for model in report["models"] for note in model["notes"])
+
+
+def test_ids_with_gaps_and_models_with_other_spare_rows(say, tmp_path, paths):
+    """A row that no token has is the mean of the others, whatever the models have there."""
+    config = json.loads((paths["base"] / "tokenizer.json").read_text())
+    config["added_tokens"][-1]["id"] += 1  # Row 6 has no token; <pad> is row 7.
+    (paths["base"] / "tokenizer.json").write_text(json.dumps(config))
+    decoder = json.loads((paths["base"] / "tokenizer_config.json").read_text())
+    decoder.pop("added_tokens_decoder", None)
+    (paths["base"] / "tokenizer_config.json").write_text(json.dumps(decoder))
+    result = merge(say, tmp_path, paths, tokenizer_source="base")
+    assert result.status == 0, result.err
+    rows = TensorFiles(tmp_path / "out")[EMBED]
+    others = np.delete(rows, 6, axis=0)
+    np.testing.assert_allclose(rows[6], others.mean(axis=0), rtol=1e-6, atol=1e-7)
+
+
+def test_equal_tokens_but_other_numbers_of_rows(say, tmp_path):
+    paths = {
+        name: save(tmp_path / name, WORDS["base"], ADDED["base"], seed=k, extra=k)
+        for k, name in enumerate(WORDS)
+    }
+    assert merge(say, tmp_path, paths).status == 1
+    result = merge(say, tmp_path, paths, tokenizer_source="base")
+    assert result.status == 0, result.err
+    assert len(TensorFiles(tmp_path / "out")[EMBED]) == len(SOURCES["base"])
+
+
+def test_a_tokenizer_with_tokens_beyond_the_rows(say, tmp_path, paths):
+    path = save(tmp_path / "more" / "base", WORDS["base"], ADDED["base"], extra=-1)
+    result = merge(say, tmp_path, paths | {"base": path}, tokenizer_source="union")
+    assert result.status == 1 and "<pad>" in result.err and "row" in result.err
+    result = merge(say, tmp_path, paths | {"base": path}, tokenizer_source="base")
+    assert result.status == 0, result.err
+    assert len(TensorFiles(tmp_path / "out")[EMBED]) == len(WORDS["base"])
+
+
+def test_biases_of_heads(say, tmp_path, paths):
+    """A bias has one element per token; one that cannot be aligned is an error."""
+    for name, path in paths.items():
+        tensors = dict(TensorFiles(path))
+        rows = len(tensors[HEAD])
+        tensors["lm_head.bias"] = np.arange(rows, dtype=np.float32) * (1 + len(name))
+        write_tensors(path / "model.safetensors", tensors)
+    assert merge(say, tmp_path, paths, tokenizer_source="union").status == 0
+    out, tokens = TensorFiles(tmp_path / "out"), tokens_of(tmp_path / "out")
+    bias = {n: dict(zip([*WORDS[n], *ADDED[n]], TensorFiles(p)["lm_head.bias"], strict=False))
+            for n, p in paths.items()}  # fmt: skip
+    for token, value in zip(tokens, out["lm_head.bias"], strict=True):
+        having = [b[token] for b in bias.values() if token in b]
+        default = having[0] if len(having) == 1 or token in bias["base"] else np.mean(having)
+        first, second, third = (b.get(token, default) for b in bias.values())
+        assert value == pytest.approx(first + 0.5 * (second - first) + 0.5 * (third - first))
+    for path in paths.values():
+        tensors = dict(TensorFiles(path))
+        tensors["final_logits_bias"] = tensors.pop("lm_head.bias")[None]
+        write_tensors(path / "model.safetensors", tensors)
+    result = merge(say, tmp_path, paths, tokenizer_source="union")
+    assert result.status == 1 and "final_logits_bias" in result.err
+
+
+def test_slices_with_a_tokenizer(say, tmp_path, paths):
+    """The embedding of a model of layers is that of its first model."""
+    slices = [{"sources": [{"model": str(paths[name]), "layer_range": [0, 1]}]}
+              for name in ("base", "base")]  # fmt: skip
+    recipe = {"merge_method": "passthrough", "slices": slices, "base_model": None,
+              "tokenizer": {"source": str(paths["base"]), "pad_to_multiple_of": 4}}  # fmt: skip
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
+    result = say("merge", tmp_path / "r.yml", tmp_path / "out")
+    assert result.status == 0, result.err
+    out = TensorFiles(tmp_path / "out")
+    assert len(out[EMBED]) == 8 and "model.layers.1.w" in out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == 8
