@@ -225,11 +225,14 @@ def table(results: dict[str, dict]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case, result in results.items():
-        floor = result["errors"].get("floor", [float("nan")])
+        floor = result["errors"].get("floor")
         for tool, runs in result["runs"].items():
             error = result["errors"].get(tool)
             mark = "" if error else " (floor)"
             error = error or floor
+            shown = "– | –"
+            if error:
+                shown = f"{np.median(error):.3g}{mark} | {max(error):.3g}{mark}"
             wall, cpu, peak, load = (
                 float(np.median([run[key] for run in runs]))
                 for key in ("wall", "cpu", "peak", "load")
@@ -237,8 +240,7 @@ def table(results: dict[str, dict]) -> str:
             ratios = (f"{_ratio(runs, result['runs'][other]):.2f}" for other in ("copy", "ours"))
             lines.append(
                 f"| {case} | {tool} | {wall:.1f} | {' | '.join(ratios)} | {cpu:.1f} | "
-                f"{peak / 1e6:.0f} | {np.median(error):.3g}{mark} | {max(error):.3g}{mark} | "
-                f"{load:.1f} |"
+                f"{peak / 1e6:.0f} | {shown} | {load:.1f} |"
             )
     return "\n".join(lines)
 

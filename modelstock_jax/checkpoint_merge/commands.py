@@ -141,7 +141,9 @@ def _plan_merge(recipe: Recipe, options: dict[str, Any]) -> Plan:
         )
     base, finetuned = _open_models(recipe, options)
     if recipe.tokenizer is not None:
-        base, *finetuned = align([base, *finetuned], recipe.tokenizer)
+        base, *finetuned = align(
+            [base, *finetuned], recipe.tokenizer, anchored=recipe.base is not None
+        )
     return make_plan(
         base,
         finetuned,

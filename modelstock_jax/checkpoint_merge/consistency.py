@@ -15,6 +15,7 @@ from modelstock_jax.checkpoint_merge.hf_config import (
     disagreements,
     generation_keys,
     read_config,
+    updated,
 )
 from modelstock_jax.checkpoint_merge.matching import PlanIssues
 from modelstock_jax.checkpoint_merge.options import Options
@@ -169,6 +170,10 @@ def _config_pairs(base: Source, source: Source) -> Iterable[tuple[str, dict, dic
             if not all(path.is_file() for path in paths):
                 continue
             ours, theirs = map(read_json, paths)
+            if name == CONFIG and isinstance(ours, dict) and isinstance(theirs, dict):
+                # As they are written for layers and tokens of several models.
+                ours = updated(ours, base.config_values(ours))
+                theirs = updated(theirs, source.config_values(theirs))
             if name == MODULES:
                 ours, theirs = map(_modules, (ours, theirs))
             if isinstance(ours, dict) and isinstance(theirs, dict):

@@ -13,6 +13,7 @@ import numpy as np
 from modelstock_jax.checkpoint_merge.consistency import config_disagreements
 from modelstock_jax.checkpoint_merge.hf_config import flat, read_config
 from modelstock_jax.checkpoint_merge.sources import Source
+from modelstock_jax.checkpoint_merge.token_ids import read_vocabulary
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.merging.tensor_roles import block_position
 
@@ -76,7 +77,7 @@ class StackedSource(Source):
         self.parts = tuple(dict.fromkeys(part.source for part in ranges))
         first = self.parts[0]
         self.label = ", ".join(f"{part.source.label}[{part.start}:{part.stop}]" for part in ranges)
-        self.directory, self.components, self.aliases = first.directory, first.components, {}
+        self.directory, self.components = first.directory, first.components
         self.notes = [note for part in self.parts for note in part.notes]
         self.ranges = tuple(ranges)
         self.derivation = [
@@ -92,8 +93,15 @@ class StackedSource(Source):
             self._add_layers(part, stacks[part.source], stacks[first].prefix)
         self.tensors = {name: s.tensors[stored] for name, (s, stored) in self._origin.items()}
         self.formed = frozenset(n for n, (s, stored) in self._origin.items() if stored in s.formed)
+        is_alone = len(self.parts) == 1
+        self.aliases = {
+            name: stored
+            for name, stored in (first.aliases if is_alone else {}).items()
+            if self._origin.get(stored) == (first, stored)
+        }
         for part in self.parts[1:]:
             _check_fit(first, part, stacks)
+        _check_tokens(first, last)
         self._check_config(stacks[first])
 
     def _add_layers(self, part: Layers, stack: _Stack, prefix: str) -> None:
@@ -250,12 +258,32 @@ def _check_fit(first: Source, part: Source, stacks: Mapping[Source, _Stack]) -> 
                 f"slices: {key.lstrip('.')} is {values} in {first.label} and {part.label}; their "
                 "layers do not fit together"
             )
-    different = [key for key in config_disagreements(first, part) if not _is_number(key)]
+    # The number of layers and the kind of each layer are written for the layers of this model.
+    different = [
+        key
+        for key in config_disagreements(first, part)
+        if not _is_number(key) and not _per_layer(key)
+    ]
     if different:
         raise UserError(
             f"slices: the configs of {first.label} and {part.label} differ in "
             f"{listed(different, 4)}; their layers do not fit together"
         )
+
+
+def _check_tokens(first: Source, last: Source) -> None:
+    """Check that the rows of the embedding and of the head, of two models, mean the same tokens."""
+    directories = first.tokenizer_directory, last.tokenizer_directory
+    if first is last or None in directories:
+        return
+    ours, theirs = (read_vocabulary(path) for path in directories if path is not None)
+    for i in sorted(ours.keys() & theirs.keys()):
+        if ours[i] != theirs[i]:
+            raise UserError(
+                f"slices: the tokenizers disagree: id {i} is {ours[i]!r} in {first.label}, whose "
+                f"embedding is written, and {theirs[i]!r} in {last.label}, whose head is written; "
+                "end with a slice of the first model"
+            )
 
 
 def _is_number(key: str) -> bool:

@@ -64,7 +64,7 @@ _VALID: dict[str, tuple[Callable[[float], bool], str]] = {
     "epsilon": _NOT_NEGATIVE,
     "r": _NOT_NEGATIVE,
     "tol": _POSITIVE,
-    "max_iter": (lambda x: x >= 1 and x == int(x), "an integer, 1 or above"),
+    "max_iter": (lambda x: 1 <= x < math.inf and x == int(x), "an integer, 1 or above"),
     "weights": _FINITE,
     "scale": _FINITE,
 }
@@ -286,10 +286,10 @@ class Options:
                     f"example --{name} 0.5"
                 )
         self._check_parameters()
-        for name in ("weights", "alpha", "scale", "density", "t"):
-            self._check_each(name, getattr(self, name), *_VALID[name])
         if method.of_weights:
             self._check_each("t", self.t, *_UNIT_INTERVAL)
+        for name in ("weights", "alpha", "scale", "density", "t"):
+            self._check_each(name, getattr(self, name), *_VALID[name])
         if self.density is not None and not any(_numbers(self.density)):
             raise UserError("--density: must be in (0, 1], not 0, which would leave the base")
         for name in ("max_shard_bytes", "threads", "window_bytes"):
@@ -306,6 +306,9 @@ class Options:
                     f"--parameter {name}: --method {COMMANDS[self.method].command} has no such "
                     f"parameter; {known}{suggest(name, defaults)}"
                 )
+            is_of_models = name == "gamma" or (name == "epsilon" and "della" in self.method)
+            if isinstance(value, tuple) and not is_of_models:
+                raise UserError(f"--parameter {name}: must be one value, not {value!r}")
             if isinstance(defaults[name], bool):
                 if wrong := [x for x in _numbers(value) if not isinstance(x, bool)]:
                     raise UserError(f"--parameter {name}: must be true or false, not {wrong[0]!r}")

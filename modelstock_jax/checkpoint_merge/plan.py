@@ -188,9 +188,8 @@ def _check_number_of_models(
                 f"{flag} has {len(value)} values, but there are {number} fine-tuned models; give "
                 "one per model"
             )
-    if isinstance(weights := options.weights, tuple) and normalizes(options):
-        if sum(weights) == 0:
-            issues.problems.append("the sum of --weights is 0, so they cannot be normalized")
+    if problem := _without_sum(options):
+        issues.problems.append(problem)
     source = options.unmerged_from
     if source.startswith("model:") and int(source.removeprefix("model:")) > number:
         issues.problems.append(
@@ -201,6 +200,19 @@ def _check_number_of_models(
             f"--unit {options.unit} does not apply to {method.command}, which treats complete "
             "tensors; choose tensor, layer, block or global"
         )
+
+
+def _without_sum(options: Options) -> str | None:
+    """Return the error for weights that cannot be divided by their sum; None if they can."""
+    if not normalizes(options) or COMMANDS[options.method].elementwise:
+        return None  # Elementwise methods divide by the weights of the elements that remain.
+    weights = options.weights
+    by_tensor = weights if isinstance(weights, Mapping) else {"": weights or (1.0,)}
+    for name, values in by_tensor.items():
+        if sum(values) == 0:
+            where = f" for {name}" if name else ""
+            return f"the sum of --weights is 0{where}, so they cannot be normalized"
+    return None
 
 
 def _wrong_number(number: int, method: MergeMethod, *, lenient: bool, anchored: bool) -> str | None:

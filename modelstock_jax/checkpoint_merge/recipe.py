@@ -5,6 +5,7 @@ No key is ignored: an unknown key is an error that suggests a similar one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -176,9 +177,14 @@ def parse(raw: Any) -> Recipe:
         raise UserError("slices: all slices must have the same number of models")
     options, settings, notes = read_parameters(method, parts)
     options = {"method": RECIPES[method].name, **options}
-    if method == "karcher" or (method == "linear" and _is_sum(options, settings)):
-        base = None  # The weights are merged, not their differences to the base.
     tokenizer = _tokenizer(raw, base, names)
+    if method == "karcher" or (method == "linear" and _is_sum(options, settings)):
+        # The weights are merged, not their differences to the base. The files are still the base's.
+        if base is not None and base in names[1:]:
+            options["config_from"] = options["tokenizer_from"] = f"model:{names.index(base) + 1}"
+            if tokenizer is not None and tokenizer.source == "base":
+                tokenizer = dataclasses.replace(tokenizer, source=base)
+        base = None
     if tokenizer is not None and tokenizer.source in names:
         # Without a base the first model is also opened as the base; index 1 is still that model.
         options["tokenizer_from"] = f"model:{names.index(tokenizer.source) + 1}"
@@ -353,7 +359,9 @@ def _token_rule(token: str, value: Any) -> TokenRule:
     """Return the rule of a token: from a model, another token or row of a model, or zeros."""
     name = f"tokens: {token!r}"
     value = mapping(value, name, ("source", "force"))
-    force, source = bool(value.get("force")), value.get("source")
+    force, source = value.get("force", False), value.get("source")
+    if not isinstance(force, bool):
+        raise UserError(f"{name}: force must be true or false, not {force!r}")
     if source is None:
         raise UserError(f"{name}: source is missing; give a model, or a mapping with kind")
     if not isinstance(source, Mapping) or "kind" not in source:
@@ -366,6 +374,9 @@ def _token_rule(token: str, value: Any) -> TokenRule:
         raise UserError(f"{name}: kind must be zero or model_token, not {kind!r}")
     if "model" not in source or (other is None) == (row is None):
         raise UserError(f"{name}: kind model_token requires model, and either token or token_id")
+    if row is not None and (isinstance(row, bool) or not isinstance(row, int)):
+        raise UserError(f"{name}: token_id must be an integer, not {row!r}")
+    other = None if other is None else str(other)
     return TokenRule(_model(source["model"], f"{name}: model"), other, row, force)
 
 

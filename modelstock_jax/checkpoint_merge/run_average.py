@@ -22,7 +22,8 @@ def average_recipe(
 ) -> Recipe:
     """Return the linear merge of checkpoints, equally weighted by default.
 
-    If all names end in numbers, these are the steps, and the checkpoints are put in their order.
+    If all names are equal but for a number at their end, these are the steps, and the checkpoints
+    are put in their order.
 
     Args:
       labels: the checkpoints
@@ -58,6 +59,8 @@ def average_recipe(
     if unused := [label for label, w in zip(labels, found, strict=True) if w == 0]:
         notes.append(f"{listed(unused, 4)}: weight 0, not read")
     used = [(label, float(w)) for label, w in zip(labels, found, strict=True) if w != 0]
+    if not used:
+        raise UserError("--weights: not all weights may be 0")
     options = {"method": "linear", "weights": tuple(w for _, w in used)}
     return Recipe(None, tuple(label for label, _ in used), options, notes=tuple(notes))
 
@@ -65,8 +68,11 @@ def average_recipe(
 def _steps(labels: Sequence[str]) -> list[int]:
     """Return the numbers at the end of the names; an empty list if a name has none."""
     names = [Path(label.rstrip("/")).name.removesuffix(".safetensors") for label in labels]
-    matches = [re.search(r"(\d+)$", name) for name in names]
-    return [int(match[1]) for match in matches if match] if all(matches) else []
+    matches = [re.fullmatch(r"(.*?)([0-9]+)", name) for name in names]
+    found = [match for match in matches if match]
+    # Names that differ in more than the number may have several: epoch-1-step-100.
+    is_alike = len(found) == len(labels) and len({match[1] for match in found}) == 1
+    return [int(match[2]) for match in found] if is_alike else []
 
 
 def _weights(
@@ -78,7 +84,7 @@ def _weights(
     if schedule is None:
         return np.ones(number)
     name, colon, text = schedule.partition(":")
-    if colon and not text.isdigit():
+    if colon and not re.fullmatch("[0-9]+", text):
         raise UserError(f"--schedule {schedule}: STEPS must be an integer, such as {name}:2000")
     if not steps:
         if text:

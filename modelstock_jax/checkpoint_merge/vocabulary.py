@@ -89,7 +89,9 @@ class _Origin(NamedTuple):
     means: dict[int, list[tuple[int, int]]]
 
 
-def align(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
+def align(
+    sources: Sequence[Source], tokenizer: Tokenizer, *, anchored: bool = True
+) -> list[Source]:
     """Return the models with the rows of one tokenizer, in its order.
 
     A model keeps its own row of a token. For a token that it lacks, it gets the row of the rule of
@@ -100,6 +102,7 @@ def align(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
     Args:
       sources: the base and the fine-tunes
       tokenizer: the tokenizer of the merged model
+      anchored: whether there is a base; without one, the first source is the first model again
 
     Returns:
       The same models if all have the tokens of the tokenizer in its order already.
@@ -110,8 +113,10 @@ def align(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
     is_plain = tokenizer.source != "union" and not tokenizer.tokens and tokenizer.multiple == 1
     try:
         models = [_Model(source, _token_ids(source, sources[0])) for source in sources]
-    except UserError:
+    except UserError as error:
         if is_plain:  # The rows are merged by index, after the usual checks.
+            problem = str(error).partition(";")[0]
+            sources[0].notes.append(f"{problem}: rows of embeddings are merged by their index")
             return list(sources)
         raise
     chosen = _chosen(models, tokenizer.source)
@@ -122,7 +127,7 @@ def align(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
         return list(sources)
     last = max(ids.values()) + 1
     rows = -(-last // tokenizer.multiple) * tokenizer.multiple
-    origins = _origins(models, ids, tokenizer, last)
+    origins = _origins(models, ids, tokenizer, last, anchored=anchored)
     directory = chosen.source.tokenizer_directory
     return [
         AlignedSource(model, models, origin, rows, directory, added)
@@ -136,7 +141,7 @@ def _token_ids(source: Source, base: Source) -> dict[str, int]:
     for owner in (source, base):
         if owner.tokenizer_directory is not None:
             if ids := read_vocabulary(owner.tokenizer_directory):
-                return {token: i for i, token in sorted(ids.items()) if i < rows}
+                return {token: i for i, token in sorted(ids.items()) if 0 <= i < rows}
     raise UserError(
         f"{source.label}: no tokenizer whose tokens can be read, so the rows of its embedding "
         "cannot be aligned; add its tokenizer.json, or remove tokenizer_source"
@@ -215,7 +220,7 @@ def _added(source: Source) -> dict[str, dict[str, Any]]:
     directory = source.tokenizer_directory
     if directory is None or not (directory / _FILE).is_file():
         return {}
-    entries = read_json(directory / _FILE).get("added_tokens") or []
+    entries = read_object(directory / _FILE).get("added_tokens") or []
     return {
         entry["content"]: {key: entry.get(key, default) for key, default in _PLAIN.items()}
         for entry in entries
@@ -224,14 +229,19 @@ def _added(source: Source) -> dict[str, dict[str, Any]]:
 
 
 def _origins(
-    models: Sequence[_Model], ids: Mapping[str, int], tokenizer: Tokenizer, last: int
+    models: Sequence[_Model],
+    ids: Mapping[str, int],
+    tokenizer: Tokenizer,
+    last: int,
+    *,
+    anchored: bool,
 ) -> list[_Origin]:
     """Return where the rows of each model are from."""
     origins = [
         _Origin(np.full(last, _NO_TOKEN, np.int64), np.zeros(last, np.int64), {}) for _ in models
     ]
     for token, i in ids.items():
-        default = _default(token, models, tokenizer)
+        default = _default(token, models, tokenizer, anchored=anchored)
         force = token in tokenizer.tokens and tokenizer.tokens[token].force
         for number, (model, origin) in enumerate(zip(models, origins, strict=True)):
             found = [(number, model.ids[token])] if token in model.ids and not force else default
@@ -243,16 +253,16 @@ def _origins(
     return origins
 
 
-def _default(token: str, models: Sequence[_Model], tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def _default(
+    token: str, models: Sequence[_Model], tokenizer: Tokenizer, *, anchored: bool
+) -> list[tuple[int, int]]:
     """Return the rows whose mean is the row of a token in models that lack it."""
     if token in tokenizer.tokens:
         return _ruled(token, tokenizer.tokens[token], models)
     having = [(number, m.ids[token]) for number, m in enumerate(models) if token in m.ids]
-    # Without a base, the first model is opened twice.
-    labels = {models[number].source.label: (number, row) for number, row in having[::-1]}
-    if len(labels) == 1:
-        return list(labels.values())
-    return [having[0]] if having and having[0][0] == 0 else list(labels.values())
+    if not anchored:
+        return [(number, row) for number, row in having if number > 0]
+    return having[:1] if having and having[0][0] == 0 else having
 
 
 def _ruled(token: str, rule: TokenRule, models: Sequence[_Model]) -> list[tuple[int, int]]:
@@ -260,9 +270,10 @@ def _ruled(token: str, rule: TokenRule, models: Sequence[_Model]) -> list[tuple[
         return []
     for number, model in enumerate(models):
         if rule.model in _labels(model.source):
-            row = model.ids.get(rule.token or token) if rule.row is None else rule.row
+            name = token if rule.token is None else rule.token
+            row = model.ids.get(name) if rule.row is None else rule.row
             if row is None or not 0 <= row < _num_rows(model.source):
-                wanted = repr(rule.token or token) if rule.row is None else f"row {rule.row}"
+                wanted = repr(name) if rule.row is None else f"row {rule.row}"
                 raise UserError(f"tokens: {token!r}: {rule.model} has no {wanted}")
             return [(number, row)]
     raise UserError(f"tokens: {token!r}: {rule.model!r} is not one of the models")
@@ -457,7 +468,9 @@ def _check_other_tensors(source: Source, rows: int, aligned: Mapping[str, int]) 
 
 
 def _same_end(name: str, source: Source) -> str:
-    """Return the tensor of a model whose name differs only by a prefix."""
+    """Return the tensor of a model whose name differs by a prefix, or that is the tied head."""
+    if len(_embeddings(source)) == 1:  # Its head is its embedding.
+        return _embeddings(source)[0]
     ends = [
         other
         for other in _embeddings(source)

@@ -105,6 +105,8 @@ def test_names_without_steps_have_equal_distances(say, run):
     (["--ema", "1.5"], "decay .*1.5"),
     (["--schedule", "exponential"], "'exponential' .*cosine"),
     (["--schedule", "cosine:x"], "STEPS .*integer"),
+    (["--schedule", "cosine:\u00b2"], "STEPS .*integer"),
+    (["--weights", "0,0,0,0"], "not all weights"),
     (["--schedule", "cosine:99999"], "9500 steps"),
 ])  # fmt: skip
 def test_errors(say, run, arguments, pattern):
@@ -132,3 +134,13 @@ def test_options_of_merge_are_named(say, run):
 def test_a_dry_run(say, run):
     plan = json.loads(say("average", *paths(run), "--dry-run", "--json").out)
     assert plan["base"] is None and len(plan["models"]) == 4
+
+
+def test_names_that_differ_in_more_than_a_number_have_no_steps(say, run):
+    named = [run / name for name in ("epoch-1-step-100", "epoch-2-step-50")]
+    for path, step in zip(named, STEPS, strict=False):
+        (run / f"checkpoint-{step}").rename(path)
+    models = [TensorFiles(path)["w"].astype(np.float64) for path in named]
+    found, result = average(say, run, *named, "--ema", "0.9")
+    assert "order of the steps" not in result.err
+    np.testing.assert_allclose(found, 0.9 * models[0] + 0.1 * models[1], rtol=2**-22, atol=1e-7)

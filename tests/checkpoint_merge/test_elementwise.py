@@ -280,6 +280,13 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     ({"method": "nearswap", "t": 0.1}, "nearswap .*1"),
     ({"method": "nearswap"}, "nearswap .*--t"),
     ({"method": "ram", "parameters": {"epsilon": -1}}, "epsilon: "),
+    ({"method": "ram", "parameters": {"epsilon": (1, 2)}}, "epsilon: .*one value"),
+    ({"method": "karcher", "parameters": {"max_iter": (1, 2)}}, "max_iter: .*one value"),
+    ({"method": "karcher", "parameters": {"max_iter": float("inf")}}, "max_iter: .*integer"),
+    ({"method": "linear", "weights": {n: (0, 0) if "norm" in n else (1, 1) for n in SHAPES}},
+     "sum of --weights is 0 for .*norm"),
+    ({"method": "multislerp", "weights": (1, -1)}, "sum of --weights is 0"),
+    ({"method": "slerp", "t": -1}, r"--t: .*\[0, 1\]"),
 ])  # fmt: skip
 def test_invalid_options(tmp_path, options, pattern):
     with pytest.raises(UserError, match=pattern):
@@ -304,3 +311,13 @@ def test_another_seed_is_another_merge(tmp_path):
         run(planned, tmp_path / f"out{k}")
     files = [(tmp_path / f"out{k}" / "model.safetensors").read_bytes() for k in range(3)]
     assert files[0] == files[2] != files[1]
+
+
+def test_weights_whose_sum_is_zero_divide_the_elements_that_agree(tmp_path):
+    """Elementwise methods divide by the weights of the elements that remain."""
+    inputs = models(number=2)
+    out, _ = merge(tmp_path, inputs, method="ties", weights=(0.5, -0.5))
+    for name in SHAPES:
+        w0, d = flat(inputs[0], name), deltas(inputs, name)
+        expected = combine(w0, d, (0.5, -0.5), elect=True, normalize=True)
+        np.testing.assert_allclose(flat(out, name), expected, rtol=2**-24, atol=1e-13)

@@ -217,3 +217,63 @@ def test_other_layers_are_another_merge(paths):
         return make_plan(stack, [stack], Options(method="passthrough"), anchored=False).checksum
 
     assert checksum(0, 1, 1) == checksum(0, 1, 1) != checksum(0, 0, 1)
+
+
+def tokenizer(path, words):
+    vocabulary = {word: i for i, word in enumerate(words)}
+    text = json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}, "added_tokens": []})
+    (path / "tokenizer.json").write_text(text)
+
+
+def test_embedding_and_head_of_models_with_other_tokens_are_an_error(say, tmp_path, paths):
+    tokenizer(paths["a"], ["<unk>", "the", "cat"])
+    tokenizer(paths["b"], ["<unk>", "cat", "the"])
+    result = merge(say, tmp_path, passthrough(paths))
+    assert result.status == 1 and "'the'" in result.err and "id 1" in result.err
+    recipe = passthrough(paths)
+    recipe["slices"] = recipe["slices"][:3]  # Embedding and head are both of the first model.
+    assert merge(say, tmp_path, recipe).status == 0
+
+
+def longer(paths, name, **config):
+    """Make a model one layer longer."""
+    tensors = dict(TensorFiles(paths[name]))
+    for n in [n for n in tensors if ".layers.1." in n]:
+        tensors[n.replace(".1.", ".2.")] = tensors[n] + 1
+    write_tensors(paths[name] / "model.safetensors", tensors)
+    changed(paths, name, num_hidden_layers=3, **config)
+
+
+def test_models_of_other_lengths_merge_where_their_slices_fit(say, tmp_path, paths):
+    longer(paths, "b")
+    recipe = {
+        "merge_method": "task_arithmetic", "base_model": str(paths["a"]),
+        "parameters": {"weight": 0.5},
+        "slices": [piece((paths["a"], (0, 1)), (paths["b"], (0, 1))),
+                   piece((paths["a"], (1, 2)), (paths["b"], (2, 3)))],
+    }  # fmt: skip
+    result = merge(say, tmp_path, recipe)
+    assert result.status == 0, result.err
+    out, a, b = (TensorFiles(p) for p in (tmp_path / "out", paths["a"], paths["b"]))
+    wanted = (numbers(a[layer(1)]) + numbers(b[layer(2)])) / 2
+    np.testing.assert_allclose(out[layer(1)], wanted, rtol=2**-22, atol=1e-7)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_layers_of_other_kinds_are_not_averaged(say, tmp_path, paths):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    for name in "ab":
+        longer(paths, name, layer_types=kinds)
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1},
+              "slices": [piece((paths["a"], (0, 2)), (paths["b"], (1, 3)))]}  # fmt: skip
+    result = merge(say, tmp_path, recipe)
+    assert result.status == 1 and "layer_types" in result.err
+    changed(paths, "a", layer_types=kinds[:2])
+    tensors = {n: x for n, x in TensorFiles(paths["a"]).items() if ".layers.2." not in n}
+    write_tensors(paths["a"] / "model.safetensors", tensors)
+    recipe = {"merge_method": "passthrough",
+              "slices": [piece((paths["a"], (0, 2))), piece((paths["b"], (1, 3)))]}  # fmt: skip
+    result = merge(say, tmp_path, recipe)
+    assert result.status == 0, result.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_types"] == kinds[:2] + kinds[1:]

@@ -494,6 +494,8 @@ UNSUPPORTED = {
     "tokenizer: {tokens: {x: {sorce: a}}}": "tokens: 'x': .*'sorce' .*'source'",
     "tokenizer: {tokens: {x: {source: {kind: zeros}}}}": "tokens: 'x': kind .*'zeros'",
     "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}": "token or token_id",
+    "tokenizer: {tokens: {x: {source: a, force: 'no'}}}": "tokens: 'x': force .*'no'",
+    "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token_id: b}}}}": "token_id",
     "tokenizer_source: base\ntokenizer: {source: base}": "either tokenizer_source or tokenizer",
     "chat_template: chatml": "chat_template 'chatml' .*Jinja",
 }

@@ -336,3 +336,65 @@ def test_slices_with_a_tokenizer(say, tmp_path, paths):
     assert len(out[EMBED]) == 8 and "model.layers.1.w" in out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vocab_size"] == 8
+
+
+def test_without_a_base_a_missing_token_has_the_mean_of_the_models_that_have_it(
+    say, tmp_path, paths
+):
+    """The first model counts once, although it is also opened as the base."""
+    models_of_recipe = [{"model": str(paths[n]), "parameters": {"weight": 1}}
+                        for n in ("ft1", "ft2", "base")]  # fmt: skip
+    result = merge(say, tmp_path, paths, merge_method="linear", base_model=None, parameters={},
+                   models=models_of_recipe, tokenizer_source="union")  # fmt: skip
+    assert result.status == 0, result.err
+    tokens = tokens_of(tmp_path / "out")
+    first, second = (rows_of(paths[n], EMBED)["<user>"] for n in ("ft1", "ft2"))
+    row = TensorFiles(tmp_path / "out")[EMBED][tokens.index("<user>")]
+    np.testing.assert_allclose(row, (first + second) / 2, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", [
+    {"merge_method": "karcher", "parameters": {}},
+    {"merge_method": "linear", "parameters": {"normalize": False, "weight": 0.7}},
+])  # fmt: skip
+@pytest.mark.parametrize("source", ["base", None])
+def test_the_files_are_those_of_base_model_where_it_is_one_of_the_models(
+    say, tmp_path, paths, recipe, source
+):
+    for name in ("ft1", "base"):
+        config = json.loads((paths[name] / "config.json").read_text())
+        (paths[name] / "config.json").write_text(json.dumps(config | {"eos_token_id": len(name)}))
+    models_of_recipe = [{"model": str(paths[n])} for n in ("ft1", "base")]
+    tokenizer = {} if source is None else {"tokenizer_source": source}
+    if source is None:  # The rows of all models must have one order.
+        (paths["ft1"] / "tokenizer.json").unlink()
+        (paths["ft1"] / "tokenizer_config.json").unlink()
+        tensors = dict(TensorFiles(paths["base"]))
+        write_tensors(paths["ft1"] / "model.safetensors", {n: x + 1 for n, x in tensors.items()})
+    result = merge(say, tmp_path, paths, models=models_of_recipe, **recipe, **tokenizer)
+    assert result.status == 0, result.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == len("base")
+    assert tokens_of(tmp_path / "out") == SOURCES["base"]
+
+
+def test_a_tied_head_is_the_embedding(say, tmp_path, paths):
+    """A model without lm_head, among others with one."""
+    for name in ("base", "ft2"):
+        tensors = dict(TensorFiles(paths[name]))
+        del tensors[HEAD]
+        write_tensors(paths[name] / "model.safetensors", tensors)
+        config = json.loads((paths[name] / "config.json").read_text())
+        (paths[name] / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    (tmp_path / "r.yml").write_text(yaml.safe_dump({
+        "merge_method": "task_arithmetic", "base_model": str(paths["base"]),
+        "models": [{"model": str(paths[n])} for n in ("ft1", "ft2")],
+        "parameters": {"weight": 0.5}, "tokenizer_source": "union",
+    }))  # fmt: skip
+    result = say("merge", tmp_path / "r.yml", tmp_path / "out", "--tied-head", "untie")
+    assert result.status == 0, result.err
+    tokens, out = tokens_of(tmp_path / "out"), TensorFiles(tmp_path / "out")
+    base, second = (rows_of(paths[n], EMBED) for n in ("base", "ft2"))
+    wanted = base["the"] + 0.5 * (rows_of(paths["ft1"], HEAD)["the"] - base["the"])
+    wanted += 0.5 * (second["the"] - base["the"])
+    np.testing.assert_allclose(out[HEAD][tokens.index("the")], wanted, rtol=1e-6, atol=1e-7)
