@@ -204,10 +204,12 @@ def _check_number_of_models(
 
 def _without_sum(options: Options) -> str | None:
     """Return the error for weights that cannot be divided by their sum; None if they can."""
-    if not normalizes(options) or COMMANDS[options.method].elementwise:
-        return None  # Elementwise methods divide by the weights of the elements that remain.
     weights = options.weights
-    by_tensor = weights if isinstance(weights, Mapping) else {"": weights or (1.0,)}
+    if not normalizes(options) or weights is None:
+        return None
+    if isinstance(weights, Mapping) and COMMANDS[options.method].elementwise:
+        return None  # They divide by the weights of the elements that remain, if these are not 0.
+    by_tensor = weights if isinstance(weights, Mapping) else {"": weights}
     for name, values in by_tensor.items():
         if sum(values) == 0:
             where = f" for {name}" if name else ""

@@ -5,7 +5,6 @@ No key is ignored: an unknown key is an error that suggests a similar one.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -179,12 +178,7 @@ def parse(raw: Any) -> Recipe:
     options = {"method": RECIPES[method].name, **options}
     tokenizer = _tokenizer(raw, base, names)
     if method == "karcher" or (method == "linear" and _is_sum(options, settings)):
-        # The weights are merged, not their differences to the base. The files are still the base's.
-        if base is not None and base in names[1:]:
-            options["config_from"] = options["tokenizer_from"] = f"model:{names.index(base) + 1}"
-            if tokenizer is not None and tokenizer.source == "base":
-                tokenizer = dataclasses.replace(tokenizer, source=base)
-        base = None
+        base = None  # The weights are merged, not their differences to the base.
     if tokenizer is not None and tokenizer.source in names:
         # Without a base the first model is also opened as the base; index 1 is still that model.
         options["tokenizer_from"] = f"model:{names.index(tokenizer.source) + 1}"
@@ -280,8 +274,12 @@ def _read_part(
     if method not in _WITH_BASE:  # A linear mean may include the base, with a weight.
         indices = [i for i, name in enumerate(names) if name != base]
         names, of_models = [names[i] for i in indices], [of_models[i] for i in indices]
-    elif method == "karcher" and base is not None and base not in names:
-        names, of_models = [*names, base], [*of_models, {}]
+    elif base is not None and (
+        method == "karcher" or any(values.get("normalize") is False for values, _ in shared)
+    ):
+        # Without a base, the first model has the config and the tokenizer.
+        models = {base: {}, **dict(zip(names, of_models, strict=True))}
+        names, of_models = list(models), list(models.values())
     _check_number(method, names, base)
     values = [parameters for parameters, _ in shared]
     return Part(names, of_models, values, sizes.pop() if sizes else None), ranges

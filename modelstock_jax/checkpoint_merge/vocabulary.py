@@ -19,6 +19,7 @@ from modelstock_jax.checkpoint_merge.tensor_names import is_embedding
 from modelstock_jax.checkpoint_merge.token_ids import read_vocabulary
 from modelstock_jax.errors import UserError, listed
 from modelstock_jax.fileio import write_text
+from modelstock_jax.merging.tensor_roles import block_position
 from modelstock_jax.tensor_files.reader import DTYPES, read_json
 from modelstock_jax.tensor_files.writer import write_indented_json
 
@@ -313,11 +314,8 @@ class AlignedSource(Source):
         own = _num_rows(inner)
         self.tensors = dict(inner.tensors)
         self.aligned = {
-            name: math.prod(info.shape[1:])
-            for name, info in inner.tensors.items()
-            if len(info.shape) in (1, 2) and info.shape[0] == own and _has_tokens(name)
+            name: math.prod(self.tensors[name].shape[1:]) for name in _of_tokens(inner, own)
         }
-        _check_other_tensors(inner, own, self.aligned)
         for name in self.aligned:
             info = self.tensors[name]
             if info.code not in FLOATS:
@@ -438,33 +436,28 @@ class AlignedSource(Source):
         return self._inner.checksums(kind)
 
 
-def _has_tokens(name: str) -> bool:
-    """Return whether a tensor with one entry per row of the embedding belongs to tokens.
+def _of_tokens(source: Source, rows: int) -> list[str]:
+    """Return the tensors with one row, or one element, for each token.
 
-    Example:
-      >>> _has_tokens("lm_head.bias"), _has_tokens("cls.predictions.bias"), _has_tokens("norm.bias")
-      (True, True, False)
+    They are the embeddings, and the weights and biases of the same length outside the layers.
+
+    Raises:
+      UserError: another axis of a tensor has this length (`final_logits_bias` [1, rows])
     """
-    module = name.removesuffix(".bias")
-    return (
-        is_embedding(name)
-        or is_embedding(f"{module}.weight")
-        or (name.endswith(".bias") and is_embedding(f"{module}.decoder.weight"))
-    )
-
-
-def _check_other_tensors(source: Source, rows: int, aligned: Mapping[str, int]) -> None:
-    """Raise an error for other tensors with one entry per token: `final_logits_bias` [1, rows]."""
-    others = [
-        name
-        for name, info in source.tensors.items()
-        if name not in aligned and rows in info.shape and "bias" in name
-    ]
+    names = list(source.tensors)
+    found, others = [], []
+    for name, position in zip(names, block_position(names), strict=True):
+        shape = source.tensors[name].shape
+        is_outside = position.depth < 0 or position.depth == math.inf
+        if rows in shape and (is_outside or is_embedding(name)):
+            is_first = shape[0] == rows and len(shape) < 3 and rows not in shape[1:]
+            (found if is_first else others).append(name)
     if others:
         raise UserError(
             f"{source.label}: {listed(others, 3)} has an entry for each token, which cannot be "
             "aligned; remove tokenizer_source and tokenizer"
         )
+    return found
 
 
 def _same_end(name: str, source: Source) -> str:

@@ -313,11 +313,13 @@ def test_another_seed_is_another_merge(tmp_path):
     assert files[0] == files[2] != files[1]
 
 
-def test_weights_whose_sum_is_zero_divide_the_elements_that_agree(tmp_path):
-    """Elementwise methods divide by the weights of the elements that remain."""
+def test_a_tensor_without_weights_is_that_of_the_base(tmp_path):
+    """Lists of weights may be 0 for all models at one layer."""
     inputs = models(number=2)
-    out, _ = merge(tmp_path, inputs, method="ties", weights=(0.5, -0.5))
+    weights = {name: (0.0, 0.0) if "layers.0" in name else (0.3, 0.7) for name in SHAPES}
+    out, _ = merge(tmp_path, inputs, method="ties", weights=weights)
     for name in SHAPES:
         w0, d = flat(inputs[0], name), deltas(inputs, name)
-        expected = combine(w0, d, (0.5, -0.5), elect=True, normalize=True)
+        expected = combine(w0, d, weights[name], elect=True, normalize=True)
         np.testing.assert_allclose(flat(out, name), expected, rtol=2**-24, atol=1e-13)
+        assert "layers.0" not in name or (flat(out, name) == w0).all()

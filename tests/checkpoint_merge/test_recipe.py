@@ -163,7 +163,7 @@ def test_methods_that_need_no_base():
         recipe = parse({"merge_method": method, "base_model": base, "models": models, **shared})
         assert recipe[:2] == (base, ("x", "y")) and recipe.options["weights"] == (1, 0.5)
     models = [{"model": "x"}, {"model": "y"}]
-    for base, names in ((None, ("x", "y")), ("y", ("x", "y")), ("b", ("x", "y", "b"))):
+    for base, names in ((None, ("x", "y")), ("y", ("y", "x")), ("b", ("b", "x", "y"))):
         recipe = parse({"merge_method": "karcher", "base_model": base, "models": models})
         assert recipe[:2] == (None, names), "the base is one of the models"
     recipe = parse({"merge_method": "passthrough",

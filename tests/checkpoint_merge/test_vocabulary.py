@@ -91,7 +91,7 @@ def aligned(paths, token, tensor):
     elif token in rows[0]:
         default = rows[0][token]
     else:
-        default = np.mean(having, axis=0) if having else np.zeros(WIDTH)
+        default = np.mean(having, axis=0) if having else 0 * next(iter(rows[0].values()))
     return [r.get(token, default) for r in rows]
 
 
@@ -398,3 +398,21 @@ def test_a_tied_head_is_the_embedding(say, tmp_path, paths):
     wanted = base["the"] + 0.5 * (rows_of(paths["ft1"], HEAD)["the"] - base["the"])
     wanted += 0.5 * (second["the"] - base["the"])
     np.testing.assert_allclose(out[HEAD][tokens.index("the")], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_the_head_of_a_masked_language_model(say, tmp_path, paths):
+    """Its weight and its bias do not have the name of an embedding; layers may have any size."""
+    for path in paths.values():
+        tensors = dict(TensorFiles(path))
+        rows = len(tensors[HEAD])
+        tensors["cls.predictions.decoder.weight"] = tensors.pop(HEAD)
+        tensors["cls.predictions.bias"] = np.arange(rows, dtype=np.float32)
+        tensors["model.layers.0.v"] = np.ones((2, 3), np.float32)
+        write_tensors(path / "model.safetensors", tensors)
+    result = merge(say, tmp_path, paths, tokenizer_source="union")
+    assert result.status == 0, result.err
+    out, tokens = TensorFiles(tmp_path / "out"), tokens_of(tmp_path / "out")
+    for tensor in ("cls.predictions.decoder.weight", "cls.predictions.bias"):
+        for row, token in zip(out[tensor], tokens, strict=True):
+            wanted = expected(paths, token, tensor)
+            np.testing.assert_allclose(row, wanted, rtol=1e-6, atol=1e-6)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from modelstock_jax.checkpoint_merge.methods import measure_trim
+from modelstock_jax.checkpoint_merge.elementwise import Place, SparseSum, magnitude_range
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import (
     UnitOutcome,
@@ -108,16 +108,16 @@ def test_ties_by_hand_and_by_tensor():
 def test_ties_of_a_tensor_is_what_the_command_line_computes():
     w0, w = replicas({"a": (40, 25)}, 3)
     deltas = (w["a"].astype(np.float64) - w0["a"]).reshape(3, -1)
-    trim = measure_trim(
-        lambda f: f(w0["a"].ravel(), deltas), [200] * 3, np.ones(3), 0.7, normalize=True
-    )
+    anchor, place = w0["a"].ravel().astype(np.float64), Place("a", 0, 25)
+    largest = magnitude_range(lambda f: f(anchor, deltas, place), [200] * 3, [1] * 3, rescale=False)
+    trim = SparseSum(largest, np.ones(3), 0.7, elect=True, normalize=True)
     merged, _ = ties(w0, w, 0.2, scale=0.7, unit="tensor")
     changed = np.asarray(merged["a"]) != w0["a"]
     assert 200 <= changed.sum() <= 600
     # The library rounds scale and weights to float32.
     np.testing.assert_allclose(
         np.asarray(merged["a"]).ravel(),
-        w0["a"].ravel() + trim.merge(deltas.copy()),
+        trim(anchor, deltas, place),
         rtol=3e-7,
         atol=1e-7,
     )
