@@ -56,7 +56,7 @@ def show_plan(plan: Plan, out: str | None, console: Console) -> None:
     actions = Counter(tensor.action for tensor in plan.tensors.values())
     counts = (f"{count} {_source(action, 'from ')}" for action, count in actions.items())
     table.add_row("tensors", ", ".join(counts))
-    table.add_row("to read", f"{decimal(plan.bytes_read)} in {plan.passes} passes")
+    table.add_row("to read", f"{decimal(plan.bytes_read)} in {_passes(plan)}")
     table.add_row(
         "to write",
         f"{decimal(plan.bytes_written)} in {_count(len(plan.files), 'file')}"
@@ -234,6 +234,14 @@ _OMITTED_FIRST = (
     "update\nnorms",
     "outcome",
 )
+
+
+def _passes(plan: Plan) -> str:
+    """Return how often tensors are read: '2 passes', or '2 to 6 passes' if they differ."""
+    merged = [tensor for tensor in plan.tensors.values() if tensor.unit_view is not None]
+    passes = sorted({plan.passes(tensor) for tensor in merged} or {1})
+    numbers = " to ".join(str(number) for number in dict.fromkeys((passes[0], passes[-1])))
+    return f"{numbers} pass{'es' if passes[-1] > 1 else ''}"
 
 
 def _source(action: str, prefix: str = "") -> str:

@@ -196,7 +196,7 @@ def _output_ids(
             f"{chosen.source.label}: its tokenizer has tokens without a row in the embedding, so "
             f"no tokens can be added ({listed(_beyond(chosen), 3)}); remove them from {_FILE}"
         )
-    if added and not _has_json(chosen.source):
+    if added and _json(chosen.source) is None:
         raise UserError(
             f"{chosen.source.label} has no {_FILE}, to which tokens could be added; save its "
             "tokenizer with a recent version of transformers"
@@ -211,17 +211,17 @@ def _beyond(model: _Model) -> list[str]:
     return [token for token in tokens.values() if token not in model.ids]
 
 
-def _has_json(source: Source) -> bool:
+def _json(source: Source) -> Path | None:
+    """Return the tokenizer.json of a model; None if it has none."""
     directory = source.tokenizer_directory
-    return directory is not None and (directory / _FILE).is_file()
+    path = None if directory is None else directory / _FILE
+    return path if path is not None and path.is_file() else None
 
 
 def _added(source: Source) -> dict[str, dict[str, Any]]:
     """Return the flags of the tokens that are added to the vocabulary of a tokenizer.json."""
-    directory = source.tokenizer_directory
-    if directory is None or not (directory / _FILE).is_file():
-        return {}
-    entries = read_object(directory / _FILE).get("added_tokens") or []
+    path = _json(source)
+    entries = [] if path is None else read_object(path).get("added_tokens") or []
     return {
         entry["content"]: {key: entry.get(key, default) for key, default in _PLAIN.items()}
         for entry in entries
@@ -322,12 +322,16 @@ class AlignedSource(Source):
                 raise UserError(f"{self.label}: {name} is quantized, so its rows cannot be aligned")
             self.tensors[name] = info._replace(shape=(rows, *info.shape[1:]))
         kept = np.count_nonzero(origin.model == models.index(model))
-        self.derivation = [inner.derivation, rows, origin.model.tolist(), origin.row.tolist()]
+        means = sorted(origin.means.items())
+        self.derivation = [
+            inner.derivation, rows, origin.model.tolist(), origin.row.tolist(), means
+        ]  # fmt: skip
         if kept < len(origin.model) or rows != own:
             self.notes = [
                 *inner.notes,
-                f"{self.label}: the embedding has {rows} rows in the order of the merged tokenizer "
-                f"({kept} of its own {own}, {len(origin.model) - kept} of other models or zero)",
+                f"{self.label}: the embedding has {rows} rows in the order of the merged "
+                f"tokenizer: {kept} of the {own} rows of this model, {rows - kept} from other "
+                "models, means or zero",
             ]
 
     @property

@@ -185,6 +185,27 @@ def test_dry_run_writes_nothing(say, models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("options", "shown"), [
+    ((), "in 2 passes"),
+    (("--method", "ties", "--density", "0.5"), "in 6 passes"),
+    (("--method", "ties", "--density", "0.5", "--parameter", "rescale=true"), "in 7 passes"),
+])  # fmt: skip
+def test_a_dry_run_shows_how_often_tensors_are_read(say, models, tmp_path, options, shown):
+    status, out, _ = say("merge", *models, "--out", tmp_path / "out", "--dry-run", *options)
+    (line,) = (line for line in out.splitlines() if line.startswith("to read"))
+    assert status == 0 and line.endswith(shown)
+
+
+def test_a_dry_run_shows_passes_that_differ_by_tensor(say, models, tmp_path):
+    density = "[{filter: mlp, value: 0.5}, {value: 1}]"
+    (tmp_path / "r.yml").write_text(
+        f"merge_method: ties\nbase_model: {models[0]}\nparameters: {{weight: 1}}\nmodels:\n"
+        f"- {{model: {models[1]}, parameters: {{density: {density}}}}}\n"
+    )
+    status, out, _ = say("merge", tmp_path / "r.yml", "--dry-run")
+    assert status == 0 and "in 2 to 6 passes" in out
+
+
 @pytest.mark.parametrize(
     "case", ["exists", "file", "input", "inside", "parent", "in a file", "full", "read-only"]
 )
