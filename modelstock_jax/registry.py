@@ -259,7 +259,7 @@ _ALL = (
         name="passthrough", module="", max_models=1, needs_base=False, options=("scale",),
         mergekit="passthrough", mergekit_keys=("scale",),
         style=Style("Passthrough", "passthrough", "gray", "X"),
-        description="copying one model",
+        description="copying its tensors (passthrough)",
     ),
 )  # fmt: skip
 
