@@ -49,10 +49,11 @@ class MergeMethod:
         t and seed
       required: those of them that have no default
       normalize: default of the option `normalize`
-      parameters: further parameters of a file merge -> default
+      parameters: further parameters of a file merge -> default; None if it depends on others
       elementwise: whether a file merge treats each element by itself, so that the merged weights
         are no sum of complete task vectors
       by_row: whether that needs complete rows of a tensor
+      of_matrices: whether it needs the complete matrix of each tensor
       of_weights: whether a file merge measures angles between weights, which are small, instead of
         angles between task vectors
       has_ratio: whether the merged weights are w0 + t mean(d), with one t for a merge unit
@@ -76,9 +77,10 @@ class MergeMethod:
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     normalize: bool = False
-    parameters: Mapping[str, float | bool] = field(default_factory=dict)
+    parameters: Mapping[str, float | bool | None] = field(default_factory=dict)
     elementwise: bool = False
     by_row: bool = False
+    of_matrices: bool = False
     of_weights: bool = False
     has_ratio: bool = False
     convex: bool = False
@@ -163,13 +165,13 @@ _ALL = (
         description="[TIES](https://arxiv.org/abs/2306.01708)",
     ),
     MergeMethod(
-        name="dare_linear", module="", options=(*_SPARSE_OPTIONS, "seed"),
+        name="dare_linear", module="dare", options=(*_SPARSE_OPTIONS, "seed"),
         parameters={"rescale": True}, elementwise=True,
         mergekit="dare_linear", mergekit_keys=_SPARSE_KEYS,
         style=Style("DARE", "DARE", "purple", "s"), description=_DARE,
     ),
     MergeMethod(
-        name="dare_ties", module="", options=(*_SPARSE_OPTIONS, "seed"),
+        name="dare_ties", module="dare", options=(*_SPARSE_OPTIONS, "seed"),
         parameters={"rescale": True}, elementwise=True,
         mergekit="dare_ties", mergekit_keys=_SPARSE_KEYS,
         style=Style("DARE, TIES", "DARE, TIES", "purple", "d"), description=f"{_DARE}{_ELECTED}",
@@ -254,6 +256,17 @@ _ALL = (
         mergekit="karcher", mergekit_keys=("max_iter", "tol"),
         style=Style("Karcher mean", "Karcher mean", "orange", "v"),
         description="the Karcher mean on a sphere",
+    ),
+    MergeMethod(
+        name="monosoup", module="single_model", elementwise=True, of_matrices=True,
+        style=Style("MonoSoup", "MonoSoup", "black", "X"),
+        description="[MonoSoup](https://arxiv.org/abs/2602.09689)",
+    ),
+    MergeMethod(
+        name="lines", module="single_model", options=("alpha",), required=("alpha",),
+        has_ratio=True, parameters={"beta": None},
+        style=Style("LiNeS", "LiNeS", "black", "p"),
+        description="[LiNeS](https://arxiv.org/abs/2410.17146)",
     ),
     MergeMethod(
         name="passthrough", module="", max_models=1, needs_base=False, options=("scale",),

@@ -226,18 +226,18 @@ def task_arithmetic(
       [-2.0, -4.0]
     """
     check_coefficient("scale", scale, max_ndim=1)
-    num_replicas = _num_replicas(finetuned)
-    scale = _finite_scale(scale)
-    if scale.value.shape not in ((), (num_replicas,)):
+    number = num_replicas(finetuned)
+    scale = finite_scale(scale)
+    if scale.value.shape not in ((), (number,)):
         raise UserError(
             "scale must be one scalar, or one per replica, shape "
-            f"({num_replicas},); not {scale.value.shape}"
+            f"({number},); not {scale.value.shape}"
         )
     merged, stats, _ = merge(
         rules.fixed_coefficients,
         pretrained,
         finetuned,
-        shared=(Exact(*(jnp.broadcast_to(x, num_replicas) for x in scale)),),
+        shared=(Exact(*(jnp.broadcast_to(x, number) for x in scale)),),
         unit=unit,
         num_heads=num_heads,
         filter_axis=filter_axis,
@@ -300,16 +300,10 @@ def ties(
     """
     check_coefficient("density", density, max_ndim=1)
     check_coefficient("scale", scale, max_ndim=1)
-    num_replicas, scale = _num_replicas(finetuned), _finite_scale(scale)
+    scale = finite_scale(scale)
     if scale.value.shape:
         raise UserError(f"TIES accepts one scale, not an array of shape {scale.value.shape}")
-    densities = np.asarray(density, np.float64)
-    in_range = ((densities > 0) & (densities <= 1)).all()
-    if densities.shape not in ((), (num_replicas,)) or not in_range:
-        raise UserError(
-            "density must be in (0, 1] (a fraction, not a percentage), or one such value per "
-            f"replica ({num_replicas} values), not {density!r}"
-        )
+    densities = checked_density(density, num_replicas(finetuned))
     merged, stats, _ = merge(
         rules.ties_statistics,
         pretrained,
@@ -326,15 +320,38 @@ def ties(
     return merged, stats
 
 
-def _num_replicas(finetuned: PyTree) -> int:
+def checked_density(density: float | Sequence[float], number: int) -> np.ndarray:
+    """Return densities as an array of one number, or one per replica, or raise a UserError.
+
+    Args:
+      density: one value, or one per replica
+      number: N
+    """
+    densities = np.asarray(density, np.float64)
+    in_range = ((densities > 0) & (densities <= 1)).all()
+    if densities.shape not in ((), (number,)) or not in_range:
+        raise UserError(
+            "density must be in (0, 1] (a fraction, not a percentage), or one such value per "
+            f"replica ({number} values), not {density!r}"
+        )
+    return densities
+
+
+def num_replicas(finetuned: PyTree) -> int:
     """Return N from the first leaf that has an axis; `merge` checks the other leaves."""
     return next((len(x) for x in jax.tree.leaves(finetuned) if jnp.ndim(x)), 0)
 
 
-def _finite_scale(scale: Any) -> Exact:
+def finite_scale(scale: Any, name: str = "scale") -> Exact:
+    """Return a coefficient as an `exact` number, or raise a UserError if it is not finite.
+
+    Args:
+      scale: a number or several; may be traced
+      name: its name in the error
+    """
     number = exact(scale)
     if on_this_host(number) and not bool(jnp.isfinite(number.value).all()):
-        raise UserError(f"scale must be finite, not {scale}")
+        raise UserError(f"{name} must be finite, not {scale}")
     return number
 
 

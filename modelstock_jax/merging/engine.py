@@ -49,8 +49,8 @@ from modelstock_jax.merging.trees import Leaves, PyTree, check_leaves, is_float,
 
 # (gram, is_scalar, *extras of the unit, *shared) -> solution; NumPy or JAX arrays, float64
 MergeRule = Callable[..., UnitSolution]
-# (anchor tensors, replica tensors, packed update of each, unit views, dtype) -> merged tensors
-Combine = Callable[[list, list, list, list[units.UnitView], Any], list]
+# (names, anchor tensors, replica tensors, packed update of each, views, dtype) -> merged tensors
+Combine = Callable[[list[str], list, list, list, list[units.UnitView], Any], list]
 
 ANCHOR_ROUNDING = ("keep", "correct")
 
@@ -142,7 +142,8 @@ def merge(
         pairs = [colocate_replicas(leaves.pretrained[k], leaves.finetuned[k]) for k in u.tensors]
         anchors, replicas = (list(side) for side in zip(*pairs, strict=True))
         updates = [packed[k] for k in u.tensors]
-        combined = (combine or _add_up)(anchors, replicas, updates, u.views, dtype)
+        names = [leaves.names[k] for k in u.tensors]
+        combined = (combine or _add_up)(names, anchors, replicas, updates, u.views, dtype)
         for k, tensor in zip(u.tensors, combined, strict=True):
             merged[k] = place_like(settled(tensor), leaves.pretrained[k])
 
@@ -447,7 +448,8 @@ def _split_apart(row, sizes: Sequence[int]) -> list:
     return [part for x, chunk in zip(joined, chunks, strict=True) for part in apart(x, chunk)]
 
 
-def _add_up(pretrained, finetuned, updates, views, dtype) -> list:
+def _add_up(names, pretrained, finetuned, updates, views, dtype) -> list:
+    del names
     return [
         _apply(w0, w, update, unit_view=view, dtype=dtype)
         for w0, w, update, view in zip(pretrained, finetuned, updates, views, strict=True)
@@ -458,6 +460,23 @@ def _add_up(pretrained, finetuned, updates, views, dtype) -> list:
 def _apply(pretrained, finetuned, packed, *, unit_view: units.UnitView, dtype):
     update = unpack(packed, len(finetuned))
     return add_task_vectors(pretrained, finetuned, update, unit_view=unit_view, dtype=dtype)
+
+
+def or_anchor(merged, pretrained, packed, num_replicas: int, unit_view: units.UnitView):
+    """Return the merged weights of a tensor, with the anchor's in the units that keep them.
+
+    Args:
+      merged: [...], or in the shape of the view
+      pretrained: w0, [...]
+      packed: packed `Update` of the tensor's units
+      num_replicas: N
+      unit_view: how the tensor is split into units
+    """
+    anchor = cast(pretrained, merged.dtype).reshape(unit_view.view)
+    keep_anchor = unpack(packed, num_replicas).source == num_replicas
+    keep_anchor = jnp.expand_dims(unit_view.swap(keep_anchor), unit_view.axes)
+    merged = jnp.where(keep_anchor, anchor, merged.reshape(unit_view.view))
+    return merged.reshape(pretrained.shape)
 
 
 def _num_rows(num_replicas: int) -> int:

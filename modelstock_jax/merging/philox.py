@@ -7,6 +7,7 @@ by whatever thread and on whatever device the tensor is computed.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,10 @@ _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _PER_COUNTER = 8  # Numbers of 32 bits in the four words of a counter.
 
-Key = tuple[int, int]
+Key = tuple[Any, Any]
 
 
-def key(seed: int, model: int, name: str) -> Key:
+def key(seed: int, model: int, name: str) -> tuple[int, int]:
     """Return the key of one tensor of one model: 128 bits of the SHA-256 of all three.
 
     Args:
@@ -42,7 +43,7 @@ def rounds(counter, key: Key):
 
     Args:
       counter: four arrays [...] of uint64, NumPy or JAX with 64-bit types
-      key: two words
+      key: two words: integers, or uint64 scalars of the kind of the counter
 
     Returns:
       Four arrays [...] of uint64.
@@ -53,12 +54,13 @@ def rounds(counter, key: Key):
       ['16554d9eca36314c', 'db20fe9d672d0fdc']
     """
     a, b, c, d = counter
-    keys = list(key)
-    for _ in range(_ROUNDS):
-        left, right = (_product(x, m) for x, m in zip((a, c), _MULTIPLIERS, strict=True))
-        a, b = right[0] ^ b ^ np.uint64(keys[0]), right[1]
-        c, d = left[0] ^ d ^ np.uint64(keys[1]), left[1]
-        keys = [(k + step) % 2**64 for k, step in zip(keys, _INCREMENTS, strict=True)]
+    keys = [np.uint64(k) if isinstance(k, int) else k for k in key]
+    with np.errstate(over="ignore"):  # Sums are modulo 2^64.
+        for _ in range(_ROUNDS):
+            left, right = (_product(x, m) for x, m in zip((a, c), _MULTIPLIERS, strict=True))
+            a, b = right[0] ^ b ^ keys[0], right[1]
+            c, d = left[0] ^ d ^ keys[1], left[1]
+            keys = [k + np.uint64(step) for k, step in zip(keys, _INCREMENTS, strict=True)]
     return a, b, c, d
 
 
@@ -90,7 +92,9 @@ def words(index, key: Key):
     block, zero = (index >> np.uint64(3)) + one, xp.zeros_like(index)
     output = rounds((block, zero, zero, zero), key)
     which, half = index >> one & np.uint64(3), index & one
-    word = xp.select([which == i for i in range(3)], list(output[:3]), output[3])
+    word = output[3]
+    for i in range(3):  # Not `select`, whose lowering in JAX needs 64-bit types outside.
+        word = xp.where(which == i, output[i], word)
     return word >> (half << np.uint64(5)) & np.uint64(2**32 - 1)
 
 

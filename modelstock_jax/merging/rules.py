@@ -265,6 +265,23 @@ def ties_statistics(gram, is_scalar, scale) -> UnitSolution:
     return solution._replace(distance=solution.distance._replace(merged=undefined))
 
 
+def ratio_by_layer(gram, is_scalar, index, last, alpha, beta) -> UnitSolution:
+    """Return coefficients ratio / N with the ratio of LiNeS, alpha + beta (l - 1) / (L - 1).
+
+    Args:
+      gram: [N, N, ...]
+      is_scalar: [...] bool
+      index: l - 1 of each unit, [...]
+      last: L - 1, at least 1, [...]
+      alpha: ratio of the first layer, []
+      beta: what is added up to the last layer, []
+    """
+    xp = geometry.namespace(gram)
+    ratio = (alpha + beta * (index / last)).astype(gram.dtype)
+    coefficient = xp.broadcast_to((ratio / len(gram))[None], gram.shape[1:])
+    return solve_with_coefficients(gram, measure(gram), is_scalar, coefficient)
+
+
 def ties_ranks(
     density: float | Sequence[float] | np.ndarray,
     count: int,

@@ -10,23 +10,25 @@ import numpy as np
 from jax import lax
 
 from modelstock_jax.merging import rules
-from modelstock_jax.merging.engine import unpack
+from modelstock_jax.merging.engine import or_anchor
 from modelstock_jax.merging.geometry import namespace
 from modelstock_jax.merging.gram import cast, in_float64, to_unit_shape
 
 
-def trim(density, scale, pretrained, finetuned, updates, views, dtype) -> list:
+def trim(density, scale, names, pretrained, finetuned, updates, views, dtype) -> list:
     """Return the merged tensors of a unit; an `engine.Combine` after two arguments.
 
     Args:
       density: fraction of elements to keep, [] or [N]
       scale: `exact` number, []
+      names: not used
       pretrained: the unit's tensors of the anchor, each [...]
       finetuned: the unit's tensors of the replicas, each [N, ...]
       updates: packed update of each tensor's unit; only its `source` is used
       views: a `units.UnitView` per tensor
       dtype: dtype of the result; None for the anchor's
     """
+    del names
     count = sum(view.count for view in views)
     rank = tuple(rules.ties_ranks(density, count, len(finetuned[0])))
     if min(rank) < count:
@@ -37,6 +39,16 @@ def trim(density, scale, pretrained, finetuned, updates, views, dtype) -> list:
         add_trimmed(w0, w, threshold, scale, update, unit_view=view, dtype=dtype)
         for w0, w, update, view in zip(pretrained, finetuned, updates, views, strict=True)
     ]
+
+
+def has_elected_sign(terms):
+    """Return whether each element has the sign of the sum of all, [N, ...] bool (TIES).
+
+    Args:
+      terms: [N, ...], NumPy or JAX; the sign of a sum of 0 is positive, an element of 0 has none
+    """
+    xp = namespace(terms)
+    return xp.where(terms.sum(axis=0)[None] >= 0, terms > 0, terms < 0)
 
 
 def disjoint_mean(trimmed):
@@ -56,7 +68,7 @@ def disjoint_mean(trimmed):
       [1.5, 2.0]
     """
     xp = namespace(trimmed)
-    agree = xp.where(trimmed.sum(axis=0)[None] >= 0, trimmed > 0, trimmed < 0)
+    agree = has_elected_sign(trimmed)
     count = agree.sum(axis=0).astype(trimmed.dtype)
     return xp.where(agree, trimmed, 0.0).sum(axis=0) / xp.maximum(count, 1.0)
 
@@ -126,10 +138,7 @@ def add_trimmed(pretrained, finetuned, threshold, scale, packed, *, unit_view, d
         return cast(anchor + (scale.value + scale.rest) * disjoint_mean(trimmed), dtype)
 
     merged = in_float64(combine)(anchor, tuned, kept, scale).astype(dtype)
-    anchor = cast(pretrained, dtype).reshape(unit_view.view)
-    keep_anchor = unpack(packed, len(finetuned)).source == len(finetuned)
-    keep_anchor = jnp.expand_dims(unit_view.swap(keep_anchor), unit_view.axes)
-    return jnp.where(keep_anchor, anchor, merged).reshape(pretrained.shape)
+    return or_anchor(merged, pretrained, packed, len(finetuned), unit_view)
 
 
 def magnitude(anchor, tuned):

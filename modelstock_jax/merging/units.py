@@ -212,6 +212,23 @@ def output_axis(name: str, shape: Sequence[int], filter_axis: int = -1) -> int:
     return len(shape) - 1 if last else 0
 
 
+def layer_axes(
+    tensors: Sequence[tuple[str, Sequence[int]]], scan_axes: Mapping[str, int] | None
+) -> list[int | None]:
+    """Return the axis of the stacked layers of each tensor, or None.
+
+    Args:
+      tensors: names and shapes
+      scan_axes: as in `assign`
+
+    Example:
+      >>> layer_axes([("layers.kernel", (12, 4, 4)), ("head.kernel", (4, 2))], {"layers": 0})
+      [0, None]
+    """
+    shaped = [(name, tuple(shape)) for name, shape in tensors]
+    return [axis for _, axis in _layer_axes(shaped, {} if scan_axes is None else scan_axes)]
+
+
 def _nothing_joined(names: tuple[str, ...]) -> str:
     known = "; ".join(", ".join(names) for names in QKV_NAMES)
     return (

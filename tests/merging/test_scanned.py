@@ -19,6 +19,8 @@ from modelstock_jax.merging import (
     model_stock_carried,
     norms,
     random_point,
+    lines,
+    monosoup,
     slerp,
     task_arithmetic,
     thin_shell,
@@ -143,6 +145,8 @@ def test_without_the_option_all_layers_share_one_angle(unit):
 METHODS = {
     "ties": lambda w0, w, **how: ties(w0, w, 0.5, **how),
     "slerp": slerp,
+    "monosoup": monosoup,
+    "lines": lambda w0, w, **how: lines(w0, w, 0.5, **how),
     "weighted_model_stock": weighted_model_stock,
     "constant_ratio": constant_ratio,
     "uniform_mean": uniform_mean,

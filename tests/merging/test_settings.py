@@ -89,6 +89,10 @@ MERGES: dict[str, Callable] = {
     "task_arithmetic of three": partial(merging.task_arithmetic, scale=(0.4, 0.1, -0.2)),
     "ties": partial(merging.ties, density=0.5, scale=0.7),
     "slerp": merging.slerp,
+    "dare_linear": partial(merging.dare_linear, density=0.5, scale=0.7),
+    "dare_ties": partial(merging.dare_ties, density=0.5, normalize=True),
+    "monosoup": merging.monosoup,
+    "lines": partial(merging.lines, alpha=0.3, layer_of=lambda name: len(name) % 2),
 }
 ANALYSES: dict[str, Callable] = {
     "distance": lambda w0, w: merging.distance(w0, unstacked(w)[0]),

@@ -22,6 +22,9 @@ COEFFICIENTS = {
     "slerp": "t",
     "constant_ratio": "ratio",
     "ties": "density",
+    "dare_linear": "density",
+    "dare_ties": "density",
+    "lines": "alpha",
     "model_stock_carried": "noise",
 }
 MEASURES = ("cosines", "norms", "thin_shell")
@@ -58,7 +61,7 @@ def test_a_unit_by_position(name):
     assert getattr(merging, name).__name__ == name
 
 
-@pytest.mark.parametrize("name", ["wise_ft", "slerp", "constant_ratio", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("name", sorted(COEFFICIENTS.keys() - {"model_stock_carried"}))
 @pytest.mark.parametrize("wrong", ["filter", {"a": 0.5}, np.zeros((2, 2)), jnp.zeros((1, 1))])
 def test_coefficients_are_numbers(name, wrong):
     with pytest.raises(UserError, match=f"^{COEFFICIENTS[name]} must be a number"):
