@@ -40,6 +40,7 @@ from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.checkpoint_merge.unit import Unit
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.rules import NonFiniteError
+from modelstock_jax.registry import COMMANDS
 from modelstock_jax.tensor_files.reader import DTYPES
 
 Progress = Callable[[int, int], None]
@@ -154,6 +155,8 @@ def _merge_all(
 ) -> None:
     """Merge all tensors: one worker per unit if units fit the window, else all workers per unit."""
     threads, scratch = plan.options.num_threads, Scratch()
+    # The directions of a matrix need much memory: one unit at a time.
+    window = 0 if COMMANDS[plan.options.method].of_matrices else plan.options.window_bytes
     jobs: list[Future] = []
     with ThreadPoolExecutor(threads, "merge") as pool:
         try:
@@ -161,7 +164,7 @@ def _merge_all(
                 if output is not None and not _is_missing(plan, members, counter, output):
                     continue
                 task = (plan, members, counter, scratch, rows, output)
-                if _bytes(plan, members) <= plan.options.window_bytes // threads:
+                if _bytes(plan, members) <= window // threads:
                     jobs.append(pool.submit(_merge, *task, None))
                     jobs[-1].add_done_callback(lambda job: _stop_if_failed(job, counter))
                 else:

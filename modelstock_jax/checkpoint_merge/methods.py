@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from modelstock_jax.checkpoint_merge import elementwise
+from modelstock_jax.checkpoint_merge import elementwise, singular_directions
 from modelstock_jax.checkpoint_merge.elementwise import Combination, OfPiece
 from modelstock_jax.checkpoint_merge.kernels import UnitLayout
 from modelstock_jax.checkpoint_merge.options import Options
@@ -18,6 +18,7 @@ from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.merging import rules, spherical
 from modelstock_jax.merging.anchor_rounding import correct_gram
 from modelstock_jax.merging.rules import UnitSolution, unit_row
+from modelstock_jax.merging.update_scaling import LayerPosition
 from modelstock_jax.registry import COMMANDS
 
 
@@ -26,12 +27,16 @@ class UnitReader(Protocol):
 
     Attributes:
       name: name of its first tensor
+      shape: shape of this tensor
+      layer: its position in the layers, for LiNeS
       is_scalar: [K] bool, whether it has fewer than two elements
       count: number of elements
       anchored: whether there is a base; without one, the base is the first fine-tune
     """
 
     name: str
+    shape: tuple[int, ...]
+    layer: LayerPosition | None
     anchored: bool
     is_scalar: np.ndarray
     count: int
@@ -48,6 +53,9 @@ class UnitReader(Protocol):
 
     def reduce(self, function: OfPiece) -> np.ndarray:
         """Return the sum of function(w0 [n], task vectors [N, n], place) over the pieces."""
+
+    def each_piece(self, function: OfPiece) -> Iterator[Any]:
+        """Yield function(w0 [n], task vectors [N, n], place) of one piece after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +93,7 @@ def solver(options: Options, number: int) -> Solver:
     | with a `rule` in `registry` | w0 + sum_i a_i d_i, a_i from that rule |
     | uniform_mean | w0 + mean_i(d_i) |
     | wise_ft | w0 + alpha mean_i(d_i) |
+    | lines | w0 + (alpha + beta (l - 1) / (L - 1)) mean_i(d_i) in layer l of L |
     | linear | sum_i c_i w_i, c_i = weight_i / sum of weights |
     | task_arithmetic | w0 + lambda sum_i c_i d_i, c_i = weight_i |
     | elementwise | a `Combination` of `elementwise` |
@@ -121,8 +130,12 @@ def _fixed_coefficients(
     """Return the coefficients of the task vectors [N], and of the base; None for 1."""
     if options.method == "uniform_mean":
         return np.full(number, 1 / number), None
-    if options.method == "wise_ft":
-        return np.full(number, options.value("alpha", unit.name) / number), None
+    if options.method in ("wise_ft", "lines"):
+        ratio = options.value("alpha", unit.name)
+        if options.method == "lines" and unit.layer is not None:
+            beta = options.value("beta", unit.name)
+            ratio += (1 - ratio if beta is None else beta) * unit.layer.index / unit.layer.last
+        return np.full(number, ratio / number), None
     weights = scale(options, unit.name) * model_weights(options, number, unit.name)
     is_sum_of_weights = not unit.anchored and abs(weights.sum() - 1) > 1e-12
     return weights, float(weights.sum()) if is_sum_of_weights else None
@@ -191,6 +204,8 @@ def _combination(unit: UnitReader, options: Options, number: int) -> Combination
         return options.value(name, unit.name)
 
     match options.method:
+        case "monosoup":
+            return singular_directions.measure(unit.each_piece, unit.shape)
         case "sce":
             return elementwise.SelectCalculateErase.measure(unit.reduce, value("select_topk"))
         case "ram":
@@ -236,7 +251,7 @@ def _sparsifier(unit: UnitReader, options: Options, number: int) -> elementwise.
     return elementwise.magnitude_range(unit.reduce, smallest, largest, rescale=rescale)
 
 
-def num_passes(options: Options, tensor: str) -> int:
+def num_passes(options: Options, tensor: str, shape: Sequence[int]) -> int:
     """Return the number of times that a merged tensor is read.
 
     Two: to measure, then to combine. The order statistics of an elementwise method need more.
@@ -244,8 +259,11 @@ def num_passes(options: Options, tensor: str) -> int:
     Args:
       options: options of the merge
       tensor: name of the tensor
+      shape: its shape
     """
     method, ranks = COMMANDS[options.method], elementwise.PASSES_OF_RANKS
+    if method.of_matrices:
+        return 2 + singular_directions.num_passes(shape)
     if options.method in ("ram", "nearswap"):
         return 2
     if options.method == "sce":

@@ -57,6 +57,7 @@ _NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or above")
 _FINITE = (math.isfinite, "a finite number")
 _VALID: dict[str, tuple[Callable[[float], bool], str]] = {
     "alpha": _UNIT_INTERVAL,
+    "beta": _FINITE,
     "density": _UNIT_INTERVAL,
     "gamma": _UNIT_INTERVAL,
     "select_topk": _UNIT_INTERVAL,
@@ -149,7 +150,7 @@ class Options:
         unmerged; tensors that only fine-tunes have are dropped)
       weights: one per fine-tune, for methods that weight models; 1 each by default
       normalize: whether weights are divided by their sum; None for the method's default
-      alpha: ratio of wise_ft; limit of ramplus_tl; in [0, 1]
+      alpha: ratio of wise_ft; of the first layer of lines; limit of ramplus_tl; in [0, 1]
       scale: lambda of the methods that add task vectors; factor of passthrough
       density: fraction of each task vector that remains, in [0, 1]: one value, or one per fine-tune
       density_rounding: how ties rounds density x number of elements to the number that it keeps:
@@ -323,6 +324,11 @@ class Options:
         if self.differs_by_tensor and self.unit != "tensor":
             raise UserError(
                 f"values that differ by layer or filter require --unit tensor, not {self.unit}"
+            )
+        if COMMANDS[self.method].of_matrices and self.unit != "tensor":
+            raise UserError(
+                f"--method {COMMANDS[self.method].command} treats each matrix by itself; use "
+                f"--unit tensor, not {self.unit}"
             )
         if self.method in ("della", "della_linear"):
             self._check_epsilon()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from modelstock_jax.checkpoint_merge import quantization
+from modelstock_jax.checkpoint_merge import quantization, singular_directions
 from modelstock_jax.checkpoint_merge.anchor import AnchorCheck, check_anchor
 from modelstock_jax.checkpoint_merge.auxiliary_files import AuxiliaryFiles, plan_auxiliary_files
 from modelstock_jax.checkpoint_merge.kernels import PIECE, WORKING_SET, piece_length
@@ -19,6 +20,7 @@ from modelstock_jax.checkpoint_merge.methods import normalizes, num_passes
 from modelstock_jax.checkpoint_merge.options import METHOD_OPTIONS, Options
 from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan, plan_tensors
+from modelstock_jax.merging.update_scaling import LayerPosition, layer_positions
 from modelstock_jax.registry import COMMANDS, MergeMethod
 from modelstock_jax.tensor_files.reader import BITS
 
@@ -86,9 +88,15 @@ class Plan:
             if len(set(files.values())) > 1
         }
 
+    @functools.cached_property
+    def layers(self) -> dict[str, LayerPosition]:
+        """Position of each tensor in the layers, for a method that needs it."""
+        names = list(self.tensors) if self.options.method == "lines" else []
+        return dict(zip(names, layer_positions(names), strict=True)) if names else {}
+
     def passes(self, tensor: TensorPlan) -> int:
         """Return the number of times that a merged tensor is read."""
-        return num_passes(self.options, tensor.name)
+        return num_passes(self.options, tensor.name, tensor.merged_shape)
 
     def bytes_in(self, tensor: TensorPlan) -> int:
         """Return the bytes of all models that are merged into a tensor; 0 if it is not merged."""
@@ -171,6 +179,7 @@ def make_plan(
         anchored=anchored,
         rounding=examination.rounding,
     )
+    plan.layers  # noqa: B018  # Names without layers are an error.
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
 
 
@@ -293,6 +302,8 @@ def _memory(plan: Plan) -> int:
     is_cached = any(source.formed for source in plan.sources)
     window = plan.options.window_bytes if is_cached else 0
     pieces = max(WORKING_SET, 16 * number * piece_length(number, 64))
+    if COMMANDS[plan.options.method].of_matrices:
+        window += max(singular_directions.memory(t.merged_shape) for t in plan.tensors.values())
     return (
         100 * 2**20 + window + threads * (pieces + 4 * 8 * PIECE) + 8 * units * (4 * number**2 + 64)
     )

@@ -26,6 +26,7 @@ from modelstock_jax.checkpoint_merge.kernels import (
 from modelstock_jax.checkpoint_merge.methods import Solved, coefficients, combine
 from modelstock_jax.checkpoint_merge.output import ByteCounter
 from modelstock_jax.checkpoint_merge.plan import Plan
+from modelstock_jax.checkpoint_merge.singular_directions import len_rows
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan
 from modelstock_jax.merging import geometry
 from modelstock_jax.merging.rules import NonFiniteError
@@ -79,6 +80,7 @@ class Unit:
         self.layouts = [UnitLayout.of(view) for view in views]
         self.dtypes = [self._dtype(*pair) for pair in zip(members, self.layouts, strict=True)]
         self.name, self.anchored = members[0].name, plan.anchored
+        self.shape, self.layer = members[0].merged_shape, plan.layers.get(members[0].name)
         self.count = sum(layout.count for layout in self.layouts)
         self.per_unit = sum(view.count for view in views)
         self.is_scalar = np.full(self.layouts[0].units, self.per_unit < 2)
@@ -126,12 +128,16 @@ class Unit:
 
     def reduce(self, function: OfPiece) -> np.ndarray:
         """Return the sum of function(w0 [n], task vectors [N, n], place) over the pieces."""
-
-        def apply(piece: Piece) -> np.ndarray:
-            vectors = self._vectors(self._raw(piece), np.float64)
-            return function(vectors[0], vectors[1:], self._place(piece))
-
+        apply = functools.partial(self._apply, function)
         return functools.reduce(np.add, self.map_pieces(apply, self.pieces()))
+
+    def each_piece(self, function: OfPiece) -> Iterator[Any]:
+        """Yield function(w0 [n], task vectors [N, n], place) of one piece after the other."""
+        return map(functools.partial(self._apply, function), self.pieces())
+
+    def _apply(self, function: OfPiece, piece: Piece) -> Any:
+        vectors = self._vectors(self._raw(piece), np.float64)
+        return function(vectors[0], vectors[1:], self._place(piece))
 
     def merge(self, solved: Solved, piece: Piece) -> np.ndarray:
         """Return the merged weights of a piece as stored values.
@@ -266,6 +272,8 @@ class Unit:
     def _row(self, k: int) -> int:
         """Return the number of elements that a piece of a tensor must have complete rows of."""
         shape = self.members[k].merged_shape
+        if self._method.of_matrices:
+            return max(len_rows(shape)[1], 1)
         return shape[-1] if self._method.by_row and shape else 1
 
     def _place(self, piece: Piece) -> Place:

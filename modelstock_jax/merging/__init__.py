@@ -18,6 +18,9 @@
 | `averaging` | averages along one run: EMA, SWA, SWAD, with given weights |
 | `run_weights` | weights of the checkpoints of one run: EMA, learning-rate decay |
 | `twa` | trainable weight averaging |
+| `dare` | DARE |
+| `single_model` | MonoSoup and LiNeS |
+| `update_scaling` | factors of MonoSoup and LiNeS |
 | `philox` | random numbers of elements |
 | `spherical` | means on a sphere |
 | `soups` | greedy soup |

@@ -80,8 +80,10 @@ def exact(number: Any) -> Exact:
         number = number.astype(dtype)
         return Exact(number, jax.device_put(np.zeros(number.shape, dtype)))
     wide = np.asarray(number, np.float64)
-    value = wide.astype(dtype)
-    return Exact(*jax.device_put((value, (wide - value).astype(dtype))))
+    with np.errstate(invalid="ignore"):  # Infinity has no rest.
+        value = wide.astype(dtype)
+        rest = (wide - value).astype(dtype)
+    return Exact(*jax.device_put((value, rest)))
 
 
 def merge(
