@@ -234,6 +234,43 @@ def defined(gaps: Iterable[float | None]) -> list[float]:
     return [gap for gap in gaps if gap is not None]
 
 
+# (in distribution, shifts) of a model.
+Point = tuple[float, float]
+Gap = Callable[[Sequence[tuple[Point, Curve]]], float | None]
+
+
+def gap_at_equal_id(samples: Sequence[tuple[Point, Curve]]) -> float | None:
+    """Return avg. shifts of mean accuracies, minus that of the mean curve at the same ID.
+
+    Args:
+      samples: (in distribution, shifts) of a model, and the curve that it is compared with.
+    """
+    points, rivals = zip(*samples, strict=True)
+    accuracy, shifts = np.mean(points, axis=0).tolist()
+    return model_gap((accuracy, shifts), [mean_curve(rivals)])
+
+
+def gap_at_equal_shifts(samples: Sequence[tuple[Point, Curve]]) -> float | None:
+    """Return ID of mean accuracies, minus that of the mean curve at the same avg. shifts."""
+    return gap_at_equal_id(
+        [
+            ((shifts, accuracy), Curve([(alpha, y, x) for alpha, x, y in rival.points]))
+            for (accuracy, shifts), rival in samples
+        ]
+    )
+
+
+COMPARISONS: Mapping[str, Gap] = {
+    "avg. shifts at equal ID": gap_at_equal_id,
+    "ID at equal avg. shifts": gap_at_equal_shifts,
+}
+
+
+def gap_cell(gap: Gap, points: Sequence[Point], curves: Sequence[Curve]) -> str:
+    """Return a cell with the gap of models to their curves, with its jackknife error."""
+    return estimate_cell(jackknife(gap, list(zip(points, curves, strict=True))))
+
+
 def curve_scores(
     models: Mapping[Any, Model], seed: Any, alphas: Sequence[float] = ALPHAS
 ) -> dict[tuple[Any, ...], Score]:

@@ -225,6 +225,33 @@ class Between(Model):
 
 
 @dataclass(frozen=True)
+class MonoSoup(Model):
+    """A model whose update is scaled by singular direction (arXiv 2602.09689)."""
+
+    key_name: ClassVar[str] = "MonoSoup"
+
+    model: Model
+
+    def build(self, source: ModelSource) -> PyTree:
+        """See `Model`."""
+        return merging.monosoup(source.anchor(), stacked(source, [self.model]))[0]
+
+
+@dataclass(frozen=True)
+class LiNeS(Model):
+    """A model whose update is scaled by layer, from alpha to 1 (arXiv 2410.17146)."""
+
+    key_name: ClassVar[str] = "LiNeS"
+
+    model: Model
+    alpha: float
+
+    def build(self, source: ModelSource) -> PyTree:
+        """See `Model`."""
+        return merging.lines(source.anchor(), stacked(source, [self.model]), self.alpha)[0]
+
+
+@dataclass(frozen=True)
 class InPlane(Model):
     """A point of the plane of three models, w0 + x (u - w0) + y (v - w0) (Figure 3)."""
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from studies.catalog.model_pool import groups, mean, pool
 from studies.curves import (
+    COMPARISONS,
     Curve,
+    Gap,
+    Point,
     accuracy_cells,
     curve,
     curve_scores,
     estimate_cell,
+    gap_at_equal_id,
+    gap_cell,
     id_and_shifts,
     jackknife,
     mean_cell,
-    mean_curve,
-    model_gap,
     shift_name,
 )
 from studies.expressions import Merge
@@ -86,35 +89,6 @@ def _all_measurements(setup: Setup) -> dict[Any, Measurement]:
     return _measurements(rules, setup) | angles
 
 
-# (in distribution, shifts) of a merge.
-Point = tuple[float, float]
-Gap = Callable[[Sequence[tuple[Point, Curve]]], float | None]
-
-
-def _gap(samples: Sequence[tuple[Point, Curve]]) -> float | None:
-    """Return avg. shifts of mean accuracies, minus that of the mean curve at the same ID."""
-    points, rivals = zip(*samples, strict=True)
-    accuracy, shifts = np.mean(points, axis=0).tolist()
-    return model_gap((accuracy, shifts), [mean_curve(rivals)])
-
-
-def _id_gap(samples: Sequence[tuple[Point, Curve]]) -> float | None:
-    """Return ID of mean accuracies, minus that of the mean curve at the same avg. shifts."""
-    return _gap(
-        [
-            ((shifts, accuracy), Curve([(alpha, y, x) for alpha, x, y in rival.points]))
-            for (accuracy, shifts), rival in samples
-        ]
-    )
-
-
-_COMPARISONS = {"avg. shifts at equal ID": _gap, "ID at equal avg. shifts": _id_gap}
-
-
-def _estimate(gap: Gap, points: Sequence[Point], curves: Sequence[Curve]) -> str:
-    return estimate_cell(jackknife(gap, list(zip(points, curves, strict=True))))
-
-
 def _difference(
     gap: Gap, points: Sequence[Point], others: Sequence[Point], curves: Sequence[Curve]
 ) -> str:
@@ -138,10 +112,10 @@ def _rules_table(labels: Mapping[str, str], curves: Sequence[Curve], values: Val
     for rule, label in labels.items():
         scores = [values[rule, i] for i in range(len(curves))]
         points = list(map(id_and_shifts, scores))
-        gaps = [_estimate(gap, points, curves) for gap in _COMPARISONS.values()]
+        gaps = [gap_cell(gap, points, curves) for gap in COMPARISONS.values()]
         rows.append([label, *accuracy_cells(scores), *gaps])
     columns = ["ratios of 2 replicas", "ID", "avg. shifts"]
-    return Table([*columns, *(f"− the mean's curve, {name}" for name in _COMPARISONS)], rows)
+    return Table([*columns, *(f"− the mean's curve, {name}" for name in COMPARISONS)], rows)
 
 
 def _shifts_table(labels: Mapping[str, str], count: int, values: Values) -> Table:
@@ -153,7 +127,7 @@ def _shifts_table(labels: Mapping[str, str], count: int, values: Values) -> Tabl
         for name in names:
             curves = [curve(values, "mean", i, _ALPHAS, [name]) for i in range(count)]
             points = [id_and_shifts(values[rule, i], [name]) for i in range(count)]
-            cells.append(_estimate(_gap, points, curves))
+            cells.append(gap_cell(gap_at_equal_id, points, curves))
         rows.append([label, *cells])
     return Table(["− the mean's curve at equal ID", *map(shift_name, names)], rows)
 
@@ -180,11 +154,11 @@ def _parts_table(curves: Sequence[Curve], values: Values) -> Table:
             for rule in (f"lower {part}", "tower")
         )
         changes = np.subtract(lowered, tower).T.tolist()
-        gaps = [_difference(gap, lowered, tower, curves) for gap in _COMPARISONS.values()]
+        gaps = [_difference(gap, lowered, tower, curves) for gap in COMPARISONS.values()]
         rows.append([part, *_ratio_cells(found), *map(mean_cell, changes), *gaps])
     columns = ["part", "ratio (equation 3)", "standard deviation over pairs"]
     columns += ["ratio lowered by 0.3: change of ID", "of avg. shifts"]
-    columns += [f"of the difference to the curve, {name}" for name in _COMPARISONS]
+    columns += [f"of the difference to the curve, {name}" for name in COMPARISONS]
     return Table(columns, rows)
 
 
@@ -201,10 +175,10 @@ def _depth_table(count: int, values: Values) -> Table:
 
 def _criterion_table(curves: Sequence[Curve], values: Values) -> Table:
     count, rows = len(curves), []
-    for comparison, gap in _COMPARISONS.items():
+    for comparison, gap in COMPARISONS.items():
         for rule in _CANDIDATES:
             points = [id_and_shifts(values[rule, i]) for i in range(count)]
-            cells = [_estimate(gap, points, curves)]
+            cells = [gap_cell(gap, points, curves)]
             for rival in ("tensor", "one"):
                 others = [id_and_shifts(values[rival, i]) for i in range(count)]
                 cells.append(_difference(gap, points, others, curves))
