@@ -67,9 +67,9 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
 
 _NOTE = (
     "The curve is that of the model in the first row, a spline through 8 points. Differences are "
-    "those of accuracies averaged over the models, with a jackknife error; they are "
-    "without a value where the curve does not reach that accuracy. LiNeS scales the update from alpha in the first layer to 1 in the "
-    "last."
+    "those of accuracies averaged over the models, with a jackknife error; they are without a "
+    "value where the curve does not reach that accuracy. LiNeS scales the update from alpha in the "
+    "first layer to 1 in the last."
 )
 
 SINGLE_MODEL = Study(

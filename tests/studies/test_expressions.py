@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from modelstock_jax.merging import model_stock, stack_replicas
+from modelstock_jax.merging import lines, model_stock, monosoup, stack_replicas
 from studies.catalog.model_pool import pool
 from studies.expressions import (
     Anchor,
@@ -15,9 +15,11 @@ from studies.expressions import (
     Between,
     Greedy,
     InPlane,
+    LiNeS,
     Mean,
     Merge,
     Merged,
+    MonoSoup,
     Noisy,
     Replica,
 )
@@ -50,6 +52,11 @@ def test_a_merge_equals_the_librarys():
     replicas = stack_replicas([ONE.build(CONTEXT), TWO.build(CONTEXT)])
     expected, _ = model_stock(CONTEXT.anchor(), replicas)
     chex.assert_trees_all_equal(Merge((ONE, TWO)).build(CONTEXT), expected)
+    one = stack_replicas([expected])
+    on_top, _ = monosoup(CONTEXT.anchor(), one)
+    chex.assert_trees_all_equal(MonoSoup(Merge((ONE, TWO))).build(CONTEXT), on_top)
+    by_layer, _ = lines(CONTEXT.anchor(), one, 0.25)
+    chex.assert_trees_all_equal(LiNeS(Merge((ONE, TWO)), 0.25).build(CONTEXT), by_layer)
 
 
 def test_noise_has_the_distance_of_a_model():
@@ -83,6 +90,7 @@ def test_keys_differ_between_models():
         Between(ONE, 0.5), Between(ONE, 0.25), InPlane(ONE, TWO, 0.5, 0.25),
         InPlane(ONE, TWO, 0.25, 0.5), Noisy((ONE, TWO), 1.0, 0), Noisy((ONE, TWO), 1.0, 1),
         Replica(ONE.run, 0, epoch=3), Best((ONE, TWO)), Greedy((ONE, TWO)),
+        MonoSoup(ONE), MonoSoup(TWO), LiNeS(ONE, 0.5), LiNeS(ONE, 0.25),
     ]  # fmt: skip
     keys = [repr(model.key(CONTEXT)) for model in models]
     assert len(set(keys)) == len(keys)
