@@ -199,6 +199,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
 
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are one line and suggest the option that was probably meant."""
@@ -343,6 +348,14 @@ def _add_output_options(parser: Parser, *, is_merge: bool) -> None:
         )
         parser.add_argument("--no-base", action="store_true", help="no model is a base: M1 M2 ...")
     add = _adder(parser)
+    if is_merge:
+        add(
+            "--as-adapter",
+            action="store_true",
+            help="merge LoRA adapters into one, in their own dtype",
+        )
+        add("--rank", type=integer, metavar="R",
+            help="with --as-adapter: maximum rank (default: sum)")  # fmt: skip
     add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
         help="dtype: float32, bfloat16, ... "
         f"(default: as in {'BASE' if is_merge else 'CKPT1'})")  # fmt: skip
@@ -379,8 +392,7 @@ def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
         add("--unmerged-from", metavar="WHICH",
             help="other tensors: from base (default), mean, model:1")  # fmt: skip
     add("--unit", choices=UNITS, metavar="NAME",
-        help="elements that share one angle: "
-        f"{', '.join(UNITS)} (default: tensor)")  # fmt: skip
+        help=f"{UNITS[0]} (default), {', '.join(UNITS[1:])}")  # fmt: skip
     add("--num-heads", metavar="N",
         help="attention heads: 12, or vision_model=12,text_model=8")  # fmt: skip
     add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
@@ -391,8 +403,7 @@ def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
     """Add the options for models that do not match; `compare` has defaults that raise no error."""
     add = _adder(parser.add_argument_group("models that do not match"))
     add("--vocab-mismatch", choices=VOCAB_MISMATCH, metavar="HOW",
-        help="embeddings of different sizes: merge common rows, "
-        "the others are from base or longest "
+        help="rows only some have: base, longest "
         f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--missing-tensors", choices=MISSING_TENSORS, metavar="HOW",
         help="tensors that some lack: base "
