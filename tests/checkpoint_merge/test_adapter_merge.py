@@ -676,3 +676,26 @@ def test_tokenizer_files_of_the_adapters(say, tmp_path, adapters):
     assert (tmp_path / "third" / "chat_template.jinja").read_text() == "two"
     result = say("merge", *common, "--tokenizer-from", "model:1", "--out", tmp_path / "no")
     assert "no adapter with tokenizer files" in result.err
+
+
+@pytest.mark.parametrize("unit", ["layer", "block"])
+def test_attentions_whose_keys_have_no_factors(say, tmp_path, unit):
+    """BERT's names are those of an attention only if query, key and value all exist."""
+    layer = "encoder.layer.0."
+    names = [f"{layer}attention.self.{part}" for part in ("query", "key", "value")]
+    names.append(f"{layer}output.dense")
+    base = save(tmp_path / "base", weights({f"{name}.weight": (8, 8) for name in names}))
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in (1, 2):
+        values = {
+            f"{START}{name}.lora_{side}.weight": rng.random(shape).astype(np.float32)
+            for name in (names[0], *names[2:]) for side, shape in (("A", (2, 8)), ("B", (8, 2)))
+        }  # fmt: skip
+        paths.append(adapter(tmp_path / f"a{i}", values, r=2))
+    assert_equals_complete_merge(say, tmp_path, base, paths, "--unit", unit)
+    run(say, "--no-base", *paths, "--unit", unit, "--as-adapter", "--out", tmp_path / "without")
+    first, second = (tmp_path / n / "adapter_model.safetensors" for n in ("out", "without"))
+    assert first.read_bytes() == second.read_bytes()
+    keys = [row["unit"] for row in report(tmp_path / "without")["units"]]
+    assert len(set(keys)) == {"layer": 2, "block": 1}[unit]
