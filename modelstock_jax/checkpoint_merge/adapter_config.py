@@ -135,7 +135,7 @@ def rank_keys(ranks: Mapping[str, int], default: Any = None) -> dict[str, Any]:
     counts = Counter(ranks.values())
     rank = max(counts, key=lambda r: (counts[r], r)) if counts else default
     special = {module for module, r in ranks.items() if r != rank}
-    ends = {m for m in ranks if any(m.endswith(f".{other}") for other in special)}
+    ends = {module for module in ranks if _ends_with(module, special)}
     ordered = sorted(special | ends, key=lambda module: (-len(module), module))
     patterns = {re.escape(module): ranks[module] for module in ordered}
     return {
@@ -168,10 +168,10 @@ def _selection(
     )
     cleared = {key: None for key in _SELECTION[1:] if key in config}
     if is_plain:
-        each = [names for names in targets if names is not None]
+        each = [set(names) for names in targets if names is not None]
         union = sorted({name for names in each for name in names})
         if set().union(*modules) == set(merged) and all(
-            {m for m in merged if _is_target(m, names)} == set(present)
+            {m for m in merged if m in names or _ends_with(m, names)} == set(present)
             for names, present in zip(each, modules, strict=True)
         ):
             return {"target_modules": union} | cleared
@@ -183,6 +183,11 @@ def _value(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, list) and value else value or None
 
 
-def _is_target(module: str, names: Sequence[str]) -> bool:
-    """Return whether a list of names chooses a module, as in PEFT."""
-    return module in names or any(module.endswith(f".{name}") for name in names)
+def _ends_with(module: str, names: Collection[str]) -> bool:
+    """Return whether a module ends with a dot and one of the names, as PEFT compares them.
+
+    Example:
+      >>> _ends_with("layers.0.q_proj", {"q_proj"}), _ends_with("q_proj", {"q_proj"})
+      (True, False)
+    """
+    return any(module[i + 1 :] in names for i, character in enumerate(module) if character == ".")

@@ -320,17 +320,21 @@ def rounding_error(product: Factored, rounded: Factored) -> float:
       >>> rounding_error(Factored(one, one), Factored(one * 1.5, one))
       0.5
     """
-    # (b + x) (a + y) - b a = x (a + y) + b y, without the difference of nearly equal products.
-    b = np.concatenate([rounded.b - product.b, product.b], axis=1)
-    a = np.concatenate([rounded.a, rounded.a - product.a], axis=0)
     norm = _norm(product)
-    return _norm(Factored(b, a)) / norm if norm > 0 else 0.0
+    if norm == 0:
+        return 0.0
+    # (b + x) (a + y) - b a = x (a + y) + b y, without the difference of nearly equal products.
+    b, a = rounded.b - product.b, rounded.a
+    if (a != product.a).any():
+        b = np.concatenate([b, product.b], axis=1)
+        a = np.concatenate([a, a - product.a], axis=0)
+    return _norm(Factored(b, a)) / norm
 
 
 def _norm(product: Factored) -> float:
-    """Return the Frobenius norm of B A."""
-    (_, r_b), (_, r_a) = np.linalg.qr(product.b), np.linalg.qr(product.a.T)
-    return float(np.linalg.norm(r_b @ r_a.T))
+    """Return the Frobenius norm of B A, the root of tr((B^T B) (A A^T))."""
+    square = ((product.b.T @ product.b) * (product.a @ product.a.T)).sum()
+    return math.sqrt(max(square, 0.0))
 
 
 def _write_update(

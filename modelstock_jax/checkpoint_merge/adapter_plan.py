@@ -205,7 +205,8 @@ class _Tensors:
     ):
         self.base, self.adapters = base, adapters
         self.options, self.issues = options, issues
-        names = sorted({name for source in adapters for name in source.adapter.shapes()})
+        self._shapes = [source.adapter.shapes() for source in adapters]
+        names = sorted({name for shapes in self._shapes for name in shapes})
         self.excluded = [name for name in names if is_excluded(name, options)]
         merged = [name for name in names if name not in self.excluded]
         self.with_factors = [n for n in merged if any(n in s.adapter.factors for s in adapters)]
@@ -220,7 +221,7 @@ class _Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, which is equal in all adapters."""
-        return next(s for a in self.adapters if (s := a.adapter.shapes().get(name)) is not None)
+        return next(shapes[name] for shapes in self._shapes if name in shapes)
 
     def modules(self) -> list[set[str]]:
         """Return the modules with factors of each adapter, as the merged adapter names them."""
@@ -330,9 +331,9 @@ class _Tensors:
     def _check_shapes(self, names: Sequence[str]) -> None:
         for name in names:
             shapes = {
-                source.label: shape
-                for source in self.adapters
-                if (shape := source.adapter.shapes().get(name)) is not None
+                source.label: of_adapter[name]
+                for source, of_adapter in zip(self.adapters, self._shapes, strict=True)
+                if name in of_adapter
             }
             if len({*shapes.values()}) > 1:
                 each = "; ".join(f"{label} {list(shape)}" for label, shape in shapes.items())
@@ -473,7 +474,7 @@ def _assemble(
         base if base is not None else adapters[0], tuple(adapters), options,
         dict(sorted(planned.items())), (tuple(written),), (WEIGHTS,),
         bytes_read=2 * read, bytes_written=sum(num_bytes(*x) for x in written.values()),
-        memory=100 * 2**20 + 8 * (4 * elements + 3 * len(adapters) * PIECE),
+        memory=100 * 2**20 + 8 * (6 * elements + 3 * len(adapters) * PIECE),
         auxiliary_files=AuxiliaryFiles(), notes=tuple(tensors.issues.notes), checksum="adapter",
         anchored=base is not None, adapters=tuple(adapters), updates=updates,
         replacements=replacements, config=config, tokenizer=tokenizer,

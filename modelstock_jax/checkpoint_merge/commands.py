@@ -195,17 +195,19 @@ def _write_merge(
     """
     documents: list[dict[str, Any]] = []
     name = Path(os.path.abspath(arguments.out)).name
-    plot = PlotProcess(plan.bytes_read if plan.anchored else 0)
+    # Without a base there are no angles and no norms, except those of adapters.
+    has_angles = plan.anchored or plan.options.as_adapter
+    plot = PlotProcess(plan.bytes_read if has_angles else 0)
     execute: Callable[..., MergeResult] = run_adapter if isinstance(plan, AdapterPlan) else run
 
     def measured(directory: Path, rows: list[dict[str, Any]]) -> None:
-        if plan.anchored:  # Without a base there are no angles and no norms.
+        if has_angles and rows:
             plot.begin(directory / FIGURE, rows)
 
     def finish(directory: Path, result: MergeResult) -> None:
         document = report_document(plan, result, [get() for get in checksums], command)
         _write_report(directory, document, name)
-        if plan.anchored:
+        if has_angles and result.rows:
             plot.finish()
         documents.append(document)
 

@@ -159,6 +159,7 @@ def test_without_the_base_the_files_are_identical(say, tmp_path, base, adapters,
         assert first.read_bytes() == second.read_bytes(), name
     with_base, without = report(tmp_path / "with"), report(tmp_path / "without")
     assert with_base["units"] == without["units"] and without["base"] is None
+    assert all((tmp_path / x / "angles.png").exists() for x in ("with", "without"))
     assert with_base["base"]["files"] == {}  # Only names and shapes are read.
 
 
