@@ -206,7 +206,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
-            return action.option_strings[0].replace("--", "--[no-]", 1)
+            return f"{action.option_strings[0]}, --no-..."
         return super()._format_action_invocation(action)
 
 

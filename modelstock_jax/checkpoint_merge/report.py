@@ -262,7 +262,7 @@ def model_card(document: Mapping[str, Any], *, name: str, library: str | None) -
         "",
         *_ratios(document),
     ]
-    if document["units"] and (document["base"] is not None or adapter is not None):
+    if document["base"] is not None if adapter is None else "rank" in adapter:
         quantity = "Angle and norm" if len(document["models"]) > 1 else "Norm"
         lines += [
             f"![{quantity} of each tensor's update by depth in the network](angles.png)",
