@@ -367,6 +367,20 @@ def copy_auxiliary_files(
         write_chat_template(directory, auxiliary_files.chat_template)
 
 
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy the tokenizer files of a directory.
+
+    Args:
+      source: directory of a model or an adapter
+      directory: destination
+
+    Raises:
+      UserError: a file cannot be copied
+    """
+    _copy(source, directory, lambda name: bool(_TOKENIZER.fullmatch(name)))
+    _copy_templates(source, directory)
+
+
 def _rewrite_configs(auxiliary_files: AuxiliaryFiles, directory: Path) -> None:
     """Apply the changes to the copied configs of all components."""
     for folder in {*auxiliary_files.changes, *auxiliary_files.plain}:

@@ -6,16 +6,14 @@ Slow modules are imported only when a command runs.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
-import io
 import itertools
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from modelstock_jax import __version__
 from modelstock_jax.checkpoint_merge.options import (
@@ -30,6 +28,7 @@ from modelstock_jax.checkpoint_merge.options import (
     invalid_choice,
     method_name,
 )
+from modelstock_jax.checkpoint_merge.streams import guarded
 from modelstock_jax.errors import UserError, listed, suggest
 from modelstock_jax.merging.units import UNITS
 from modelstock_jax.registry import COMMANDS
@@ -164,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], arguments: argparse.Namespace) -> int:
+    if "numpy" not in sys.modules:
+        # Workers are threads already, and results must not depend on the number of cores. On busy
+        # cores, threads of BLAS made the products of tall factors ten times as slow.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from modelstock_jax.checkpoint_merge import commands
 
@@ -200,6 +203,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"{action.option_strings[0]}, --no-..."
+        return super()._format_action_invocation(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -345,6 +353,14 @@ def _add_output_options(parser: Parser, *, is_merge: bool) -> None:
         )
         parser.add_argument("--no-base", action="store_true", help="no model is a base: M1 M2 ...")
     add = _adder(parser)
+    if is_merge:
+        add(
+            "--as-adapter",
+            action="store_true",
+            help="merge LoRA adapters into one, in their own dtype",
+        )
+        add("--rank", type=integer, metavar="R",
+            help="with --as-adapter: maximum rank (default: sum)")  # fmt: skip
     add("--dtype", type=dtype_name, choices=DTYPES, metavar="NAME",
         help="dtype: float32, bfloat16, ... "
         f"(default: as in {'BASE' if is_merge else 'CKPT1'})")  # fmt: skip
@@ -381,8 +397,7 @@ def _add_tensor_options(parser: Parser, *, is_merge: bool) -> None:
         add("--unmerged-from", metavar="WHICH",
             help="other tensors: from base (default), mean, model:1")  # fmt: skip
     add("--unit", choices=UNITS, metavar="NAME",
-        help="elements that share one angle: "
-        f"{', '.join(UNITS)} (default: tensor)")  # fmt: skip
+        help=f"{UNITS[0]} (default), {', '.join(UNITS[1:])}")  # fmt: skip
     add("--num-heads", metavar="N",
         help="attention heads: 12, or vision_model=12,text_model=8")  # fmt: skip
     add("--anchor-rounding", choices=ANCHOR_ROUNDING, metavar="HOW",
@@ -393,8 +408,7 @@ def _add_mismatch_options(parser: Parser, *, is_merge: bool) -> None:
     """Add the options for models that do not match; `compare` has defaults that raise no error."""
     add = _adder(parser.add_argument_group("models that do not match"))
     add("--vocab-mismatch", choices=VOCAB_MISMATCH, metavar="HOW",
-        help="embeddings of different sizes: merge common rows, "
-        "the others are from base or longest "
+        help="rows only some have: base, longest "
         f"(default: {'error' if is_merge else 'base'})")  # fmt: skip
     add("--missing-tensors", choices=MISSING_TENSORS, metavar="HOW",
         help="tensors that some lack: base "
@@ -508,85 +522,6 @@ def size(text: str) -> int:
     if not match or match[2].upper() not in _SIZES or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid; give a size such as 5GB or 500MB")
     return int(float(match[1]) * _SIZES[match[2].upper()])
-
-
-class Stream:
-    r"""Text stream that stores write errors in `error` instead of raising them.
-
-    A merge must not fail because standard output is closed, full or not UTF-8. Characters that the
-    encoding lacks are written as escapes. All other attributes are those of the wrapped stream.
-
-    Args:
-      stream: the stream; None if it was closed before this process started
-
-    Example:
-      >>> stream = Stream(io.TextIOWrapper(io.BytesIO(), "ascii"))
-      >>> _ = stream.write("1–2"); stream.flush(); stream.buffer.getvalue()
-      b'1\\u20132'
-    """
-
-    def __init__(self, stream: TextIO | None):
-        self._stream = io.StringIO() if stream is None else stream
-        self.error: OSError | None = None
-
-    def write(self, text: str) -> int:
-        """Write text; after an error do nothing."""
-        if self.error is None:
-            try:
-                self._stream.write(self._encodable(text))
-            except OSError as error:
-                self._fail(error)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush the stream; after an error do nothing."""
-        if self.error is None:
-            try:
-                self._stream.flush()
-            except OSError as error:
-                self._fail(error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _encodable(self, text: str) -> str:
-        encoding = self._stream.encoding or "utf-8"
-        try:
-            text.encode(encoding, self._stream.errors or "strict")
-        except UnicodeEncodeError:
-            return text.encode(encoding, "backslashreplace").decode(encoding)
-        return text
-
-    def _fail(self, error: OSError) -> None:
-        self.error = error
-        # Python flushes the buffer again at exit; another failure would change the exit status.
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
-
-
-@contextlib.contextmanager
-def guarded() -> Iterator[tuple[Stream, Stream]]:
-    """Replace standard output and standard error by `Stream`s inside the block.
-
-    Yields:
-      Standard output and standard error.
-    """
-    # The next file that is opened would get the descriptor of a closed stream, and a library's
-    # message on standard error would be written into a model.
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # Returns the lowest free descriptor.
-    output, errors = Stream(sys.stdout), Stream(sys.stderr)
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):  # type: ignore
-        try:
-            yield output, errors
-        finally:
-            output.flush()
-            errors.flush()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from modelstock_jax.checkpoint_merge import display, hf_config, quantization
+from modelstock_jax.checkpoint_merge.adapter_merge import run_adapter
+from modelstock_jax.checkpoint_merge.adapter_plan import AdapterPlan, plan_adapter
+from modelstock_jax.checkpoint_merge.adapter_sources import open_adapters
 from modelstock_jax.checkpoint_merge.display import PlotProcess
 from modelstock_jax.checkpoint_merge.executor import MergeResult, measure, run
 from modelstock_jax.checkpoint_merge.layer_stack import Layers, stacked
@@ -139,6 +142,8 @@ def _plan_merge(recipe: Recipe, options: dict[str, Any]) -> Plan:
         raise UserError(
             f"the recipe already sets {conflicts[0]}; remove the option, or change the recipe"
         )
+    if options.get("as_adapter"):
+        return _plan_adapter(recipe, options)
     base, finetuned = _open_models(recipe, options)
     if recipe.tokenizer is not None:
         base, *finetuned = align(
@@ -149,6 +154,28 @@ def _plan_merge(recipe: Recipe, options: dict[str, Any]) -> Plan:
         finetuned,
         _complete_options({**options_of(recipe, list(base.tensors)), **options}, base),
         anchored=recipe.base is not None,
+    )
+
+
+def _plan_adapter(recipe: Recipe, options: dict[str, Any]) -> AdapterPlan:
+    """Open adapters, with or without their base, and plan their merge into one adapter."""
+    unsupported = {
+        "values that differ by layer or filter": recipe.settings,
+        "slices": recipe.slices is not None,
+        "tokenizer": recipe.tokenizer is not None,
+    }
+    for name in (name for name, is_set in unsupported.items() if is_set):
+        raise UserError(
+            f"--as-adapter does not support {name} of a recipe; remove them, or remove "
+            "--as-adapter to write a complete model"
+        )
+    options = {**recipe.options, **options}
+    checked = Options(**options)  # Before any file is opened.
+    _check_given_once(recipe, checked.method)
+    read_as = quantization.as_weights if checked.dequantize else quantization.as_stored
+    base, adapters = open_adapters(recipe.base, recipe.models, read_as)
+    return plan_adapter(
+        base, adapters, checked if base is None else _complete_options(options, base)
     )
 
 
@@ -168,24 +195,27 @@ def _write_merge(
     """
     documents: list[dict[str, Any]] = []
     name = Path(os.path.abspath(arguments.out)).name
-    plot = PlotProcess(plan.bytes_read if plan.anchored else 0)
+    # Without a base there are no angles and no norms, except those of adapters.
+    has_angles = plan.anchored or plan.options.as_adapter
+    plot = PlotProcess(plan.bytes_read if has_angles else 0)
+    execute: Callable[..., MergeResult] = run_adapter if isinstance(plan, AdapterPlan) else run
 
     def measured(directory: Path, rows: list[dict[str, Any]]) -> None:
-        if plan.anchored:  # Without a base there are no angles and no norms.
+        if has_angles and rows:
             plot.begin(directory / FIGURE, rows)
 
     def finish(directory: Path, result: MergeResult) -> None:
         document = report_document(plan, result, [get() for get in checksums], command)
         _write_report(directory, document, name)
-        if plan.anchored:
+        if has_angles and result.rows:
             plot.finish()
         documents.append(document)
 
     with ThreadPoolExecutor(1) as pool:
-        checksums = _start_checksums(plan.sources, plan.options.checksum, pool)
+        checksums = _start_checksums(plan, pool)
         try:
             with ByteProgress("merging", messages) as progress:
-                result = run(
+                result = execute(
                     plan,
                     arguments.out,
                     overwrite=arguments.overwrite,
@@ -341,18 +371,20 @@ def _check_given_once(recipe: Recipe, method: str) -> None:
             raise UserError(f"{label} is given twice: {reason}give each model once")
 
 
-def _start_checksums(
-    sources: Sequence[Source], kind: str, pool: ThreadPoolExecutor
-) -> list[Callable[[], dict[str, str]]]:
+def _start_checksums(plan: Plan, pool: ThreadPoolExecutor) -> list[Callable[[], dict[str, str]]]:
     """Return a function per input that returns its checksums.
 
     CRC-32 is computed from what the merge reads; SHA-256 is computed in the pool at the same time.
+    A base of which only names and shapes are read has none.
     """
+    is_unread = isinstance(plan, AdapterPlan) and plan.anchored and not plan.reads_base
+    sources, kind = plan.sources[1:] if is_unread else plan.sources, plan.options.checksum
+    unread: list[Callable[[], dict[str, str]]] = [dict] * is_unread
     if kind == "sha256":
-        return [pool.submit(source.checksums, kind).result for source in sources]
+        return unread + [pool.submit(source.checksums, kind).result for source in sources]
     for source in sources:
         source.watch()
-    return [source.checksums for source in sources]
+    return unread + [source.checksums for source in sources]
 
 
 def _write_report(directory: Path, document: dict[str, Any], name: str) -> None:

@@ -22,6 +22,7 @@ from rich.table import Table
 from modelstock_jax.checkpoint_merge.executor import MergeResult
 from modelstock_jax.checkpoint_merge.plan import Plan
 from modelstock_jax.checkpoint_merge.report import (
+    adapter_texts,
     merged_models,
     outcome_counts,
     outcome_label,
@@ -50,6 +51,7 @@ def show_plan(plan: Plan, out: str | None, console: Console) -> None:
         table.add_row("base", escape(plan.base.label))
     for number, source in enumerate(plan.finetuned, 1):
         kind = "fine-tune" if plan.anchored else "model"
+        kind = "adapter" if plan.options.as_adapter else kind
         table.add_row(f"{kind} {number}", escape(source.label))
     method = COMMANDS[plan.options.method].command
     table.add_row("method", f"{method}, merge unit {plan.options.unit}")
@@ -108,6 +110,8 @@ def show_merge(
             f"{_count(ratios['tensors'], 'tensor')}",
         )
     table.add_row("units", outcome_counts(document["outcomes"]))
+    for heading, text in adapter_texts(document.get("adapter") or {}):
+        table.add_row(heading, escape(text))
     if count := len(document["not_merged"]):
         table.add_row("not merged", f"{_count(count, 'tensor')} (reasons: merge_report.json)")
     distance = document["predicted_distance"]

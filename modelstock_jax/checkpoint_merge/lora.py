@@ -64,6 +64,7 @@ class Adapter:
 
     Attributes:
       base: the model that the adapter was trained on, as its config names it; may be empty
+      config: content of `adapter_config.json`
       files: the stored tensors
       factors: name of a tensor -> the factors of its update
       replacements: name of a tensor -> name of the stored tensor that replaces it
@@ -84,6 +85,7 @@ class Adapter:
                 "the adapter again with safe_serialization=True"
             )
         self.base: str = config.get("base_model_name_or_path") or ""
+        self.config: dict[str, Any] = config
         self.files = TensorFiles(directory / WEIGHTS)
         self.factors: dict[str, Factors] = {}
         self.replacements: dict[str, str] = {}
@@ -107,6 +109,11 @@ class Adapter:
         factors = self.factors[name]
         shape = (self.files.shape(factors.b)[0], self.files.shape(factors.a)[1])
         return shape[::-1] if factors.transposed else shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that the adapter changes or replaces, by name."""
+        replaced = {name: self.files.shape(stored) for name, stored in self.replacements.items()}
+        return replaced | {name: self.shape(name) for name in self.factors}
 
     def delta(self, name: str, start: int, stop: int) -> np.ndarray:
         """Compute elements [start, stop) of the update s B A, flattened as the tensor is stored.
@@ -195,6 +202,18 @@ class Adapter:
         if not number or not abs(alpha) <= _MAX_FLOAT64:
             raise UserError(f"{self.directory / CONFIG}: lora_alpha is {alpha!r}, not a number")
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def module_of(stored: str) -> str:
+    """Return the module of a stored factor, as PEFT names it.
+
+    Example:
+      >>> module_of("base_model.model.layers.0.q_proj.lora_A.weight")
+      'layers.0.q_proj'
+    """
+    match = _FACTOR.fullmatch(_WRAPPER.sub("", stored.removeprefix(PREFIX)))
+    assert match is not None, f"{stored} is no factor"
+    return match["module"]
 
 
 def is_adapter(directory: Path) -> bool:

@@ -49,6 +49,28 @@ RENAMED_VALUES = {"refuse": "error"}
 PerTensor = float | Mapping[str, float]
 PerModel = tuple[float, ...] | Mapping[str, tuple[float, ...]]
 
+# Methods whose result is the base plus a sum of complete task vectors.
+_OF_ADAPTERS = (
+    "model_stock",
+    "weighted_model_stock",
+    "uniform_mean",
+    "linear",
+    "wise_ft",
+    "task_arithmetic",
+)
+# Options that have no effect on an adapter -> why, and what to do.
+_NOT_OF_ADAPTERS = {
+    "unmerged_from": "tensors that are not merged are left out, so they are those of the base; "
+    "remove it",
+    "vocab_mismatch": "embeddings must have equal shapes; remove it, or remove --as-adapter to "
+    "write a complete model",
+    "missing_tensors": "an adapter without a tensor does not change it; remove it",
+    "tied_head": "an adapter has no config.json; remove it, or remove --as-adapter to write a "
+    "complete model",
+    "anchor_rounding": "updates of adapters do not contain the base's rounding; remove it",
+    "max_shard_bytes": "an adapter is one file; remove it",
+    "chat_template": "the tokenizer files of an adapter are copied as they are; remove it",
+}
 # Options whose values belong to the method.
 METHOD_OPTIONS = ("weights", "normalize", "alpha", "scale", "density", "t", "seed")
 _UNIT_INTERVAL = (lambda x: 0 <= x <= 1, "in [0, 1]")
@@ -170,6 +192,8 @@ class Options:
       chat_template: Jinja template that is written; None for that of the tokenizer
       anchor_rounding: `correct` subtracts the expected energy of the base's own rounding from the
         Gram matrix if the base is stored at lower precision than the fine-tunes; `keep` does not
+      as_adapter: the fine-tunes are LoRA adapters and are merged into one adapter
+      rank: maximum rank of the update of each tensor of that adapter; None for the sum of the ranks
       checksum: kind of checksum of inputs and outputs in the report and the model card: `crc32`, or
         the slower `sha256`. A file that the hub names by its SHA-256 always gets that
       max_shard_bytes: maximum bytes of tensors in a file; a larger tensor gets a separate file
@@ -213,6 +237,8 @@ class Options:
     tokenizer_from: str | None = None
     chat_template: str | None = None
     anchor_rounding: str = "keep"
+    as_adapter: bool = False
+    rank: int | None = None
     checksum: str = "crc32"
     max_shard_bytes: int = 5 * 10**9
     threads: int | None = None
@@ -240,6 +266,7 @@ class Options:
                 raise UserError(f"{_flag(name)}: {shown}")
         self._check_values()
         self._check_models()
+        self._check_adapter()
 
     @property
     def num_threads(self) -> int:
@@ -364,6 +391,30 @@ class Options:
                 "--anchor-rounding correct requires a method that measures angles: --method "
                 f"{' or '.join(rules)}"
             )
+
+    def _check_adapter(self) -> None:
+        """Check the options of a merge of adapters into an adapter."""
+        if not self.as_adapter:
+            if self.rank is not None:
+                raise UserError("--rank applies to --as-adapter only; remove it")
+            return
+        if self.method not in _OF_ADAPTERS:
+            known = ", ".join(COMMANDS[name].command for name in _OF_ADAPTERS)
+            raise UserError(
+                f"--as-adapter does not apply to --method {COMMANDS[self.method].command}, whose "
+                f"result is no sum of the adapters' updates; choose one of {known}, or remove "
+                "--as-adapter to write a complete model"
+            )
+        self._check_each("rank", self.rank, lambda x: x >= 1, "at least 1")
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, advice in _NOT_OF_ADAPTERS.items():
+            if getattr(self, name) != default[name]:
+                raise UserError(f"{_flag(name)} does not apply to --as-adapter: {advice}")
+        for name in ("config_from", "tokenizer_from"):
+            if getattr(self, name) == "base":
+                raise UserError(
+                    f"{_flag(name)} base does not apply to --as-adapter; choose an adapter: model:1"
+                )
 
     def _check_each(
         self, name: str, value: Any, is_valid: Callable[[float], bool], rule: str

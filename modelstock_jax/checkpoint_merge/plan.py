@@ -144,7 +144,7 @@ def make_plan(
     """
     sources = (base, *finetuned)
     issues = PlanIssues(lenient=lenient)
-    _check_number_of_models(len(finetuned), options, issues, anchored=anchored)
+    check_number_of_models(len(finetuned), options, issues, anchored=anchored)
     if not anchored and COMMANDS[options.method].needs_base:
         known = ", ".join(m.command for m in COMMANDS.values() if not m.needs_base)
         issues.problems.append(
@@ -183,9 +183,17 @@ def make_plan(
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
 
 
-def _check_number_of_models(
+def check_number_of_models(
     number: int, options: Options, issues: PlanIssues, *, anchored: bool
 ) -> None:
+    """Add a problem for each option or method that does not fit the number of models.
+
+    Args:
+      number: number of fine-tuned models
+      options: options of the merge
+      issues: receives the problems
+      anchored: whether there is a base
+    """
     method = COMMANDS[options.method]
     if problem := _wrong_number(number, method, lenient=issues.lenient, anchored=anchored):
         issues.problems.append(problem)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock_jax import __version__
+from modelstock_jax.checkpoint_merge.adapter_plan import AdapterPlan
 from modelstock_jax.checkpoint_merge.executor import MergeResult
 from modelstock_jax.checkpoint_merge.hf_config import CONFIG, read_config
 from modelstock_jax.checkpoint_merge.options import Options
@@ -74,7 +75,7 @@ def report_document(
          **({"parts": [part.label for part in source.parts]} if source.parts else {})}
         for source, files in zip(plan.sources, checksums, strict=True)
     ]  # fmt: skip
-    return {
+    document = {
         "format": FORMAT,
         "base": inputs[0] if plan.anchored else None,
         "models": inputs[1:],
@@ -93,6 +94,74 @@ def report_document(
         "command": command,
         "versions": package_versions(),
     }  # fmt: skip
+    if isinstance(plan, AdapterPlan):
+        document["adapter"] = {
+            "base_model": plan.config.get("base_model_name_or_path") or None,
+            **adapter_summary(result.rows),
+        }  # fmt: skip
+    return document
+
+
+def adapter_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the ranks and dtypes of a merged adapter, and the errors of its updates.
+
+    Args:
+      rows: rows of the report
+
+    Returns:
+      `rank`: min and max; `dtypes`; `truncation_error` of the maximum rank and `rounding_error` of
+      the dtype, each with max, median and the tensor with the max. The errors are the Frobenius
+      norm of the error of a tensor's update, divided by the norm of the update.
+
+    Example:
+      >>> row = {"name": "q", "rank": 8, "dtype": "float32", "rounding_error": 0.0}
+      >>> adapter_summary([row | {"truncation_error": 0.25}])["truncation_error"]
+      {'max': 0.25, 'median': 0.25, 'tensor': 'q'}
+    """
+    rows = [row for row in rows if "rank" in row]
+    if not rows:
+        return {}
+    ranks = [row["rank"] for row in rows]
+    summary: dict[str, Any] = {
+        "rank": {"min": min(ranks), "max": max(ranks)},
+        "dtypes": sorted({row["dtype"] for row in rows}),
+    }
+    for key in ("truncation_error", "rounding_error"):
+        worst = max(rows, key=lambda row: row[key])
+        median = statistics.median(row[key] for row in rows)
+        summary[key] = {"max": worst[key], "median": median, "tensor": worst["name"]}
+    return summary
+
+
+def adapter_texts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the ranks of a merged adapter, and the errors of its updates, as pairs of texts.
+
+    An error of float32, below 1e-6, is left out.
+
+    Args:
+      summary: from `adapter_summary`
+
+    Example:
+      >>> adapter_texts({})
+      []
+    """
+    if "rank" not in summary:
+        return []
+    low, high = summary["rank"]["min"], summary["rank"]["max"]
+    texts = [("rank", str(high) if low == high else f"{low} to {high}")]
+    causes = {
+        "truncation_error": ("truncation", "by --rank"),
+        "rounding_error": ("rounding", f"to {' and '.join(summary['dtypes'])}"),
+    }
+    for key, (name, cause) in causes.items():
+        error = summary[key]
+        if error["max"] > 1e-6:
+            texts.append((
+                name,
+                f"relative error of an update {cause}: median {error['median']:.2g}, max "
+                f"{error['max']:.2g} in {error['tensor']}",
+            ))  # fmt: skip
+    return texts
 
 
 def result_options(options: Options) -> dict[str, Any]:
@@ -171,10 +240,14 @@ def model_card(document: Mapping[str, Any], *, name: str, library: str | None) -
     inputs = [*filter(None, [document["base"]]), *document["models"]]
     method, unit = document["options"]["method"], document["options"]["unit"]
     names = [hub_id(x) for source in inputs for x in source.get("parts", [source["model"]])]
+    adapter = document.get("adapter")
+    bases = sorted({n for n in names if n}, key=names.index) or None
+    if adapter is not None:
+        bases = adapter["base_model"]
     lines = heading(name, {
         "library_name": library,
-        "base_model": sorted({n for n in names if n}, key=names.index) or None,
-        "base_model_relation": "merge" if any(names) else None,
+        "base_model": bases,
+        "base_model_relation": None if bases is None else "adapter" if adapter else "merge",
         "tags": ["merge", "model-stock", "modelstock-jax"]
         if "stock" in method else ["merge", "modelstock-jax"],
     })  # fmt: skip
@@ -184,11 +257,12 @@ def model_card(document: Mapping[str, Any], *, name: str, library: str | None) -
         "",
         *_setup(document, inputs),
         "",
+        *_adapter(document),
         "## Ratios",
         "",
         *_ratios(document),
     ]
-    if document["base"] is not None:
+    if document["base"] is not None if adapter is None else "rank" in adapter:
         quantity = "Angle and norm" if len(document["models"]) > 1 else "Norm"
         lines += [
             f"![{quantity} of each tensor's update by depth in the network](angles.png)",
@@ -245,6 +319,7 @@ def library_name(directory: Path) -> str | None:
         PIPELINE: "diffusers",
         MODULES: "sentence-transformers",
         "open_clip_config.json": "open_clip",
+        "adapter_config.json": "peft",
         CONFIG: "transformers",
     }
     return next((name for file, name in libraries.items() if (directory / file).is_file()), None)
@@ -271,7 +346,15 @@ def _method(document: Mapping[str, Any]) -> str:
     return text if document["base"] else text.replace("fine-tuned models", "models")
 
 
+def _adapter(document: Mapping[str, Any]) -> list[str]:
+    """Return the section of a merged adapter."""
+    texts = adapter_texts(document.get("adapter") or {})
+    return ["## Adapter", "", *table(["", ""], texts), ""] if texts else []
+
+
 def _model(document: Mapping[str, Any]) -> str:
+    if document.get("adapter") is not None:
+        return "adapter"
     return "model" if document["base"] is None else "fine-tune"
 
 

@@ -194,7 +194,7 @@ class AdaptedSource(Source):
         self.components, self.aliases = base.components, base.aliases
         self.tensors = dict(base.tensors)
         self.notes = [] if shared_base else list(base.notes)
-        if adapter.base and not _same_model(adapter.base, base.label):
+        if adapter.base and not same_model(adapter.base, base.label):
             self.notes.append(
                 f"{adapter.directory} was trained on {adapter.base!r} and is applied to "
                 f"{base.label}"
@@ -225,12 +225,7 @@ class AdaptedSource(Source):
     def _rename(self) -> None:
         """Map the adapter's names to those of the base if they differ by a prefix."""
         adapter = self.adapter
-        shapes = {name: TensorInfo(adapter.shape(name), "F32") for name in adapter.factors}
-        shapes |= {
-            name: TensorInfo(adapter.files.shape(stored), "F32")
-            for name, stored in adapter.replacements.items()
-            if name not in shapes
-        }
+        shapes = {name: TensorInfo(shape, "F32") for name, shape in adapter.shapes().items()}
         mapped = renames(self.base.tensors, shapes, partial=True)
         if mapped.ambiguous:
             raise UserError(
@@ -380,7 +375,7 @@ def _hub_sha256(path: Path) -> str | None:
     return blob.name if is_blob else None
 
 
-def _same_model(name: str, label: str) -> bool:
+def same_model(name: str, label: str) -> bool:
     """Return whether two names may mean one model; only the last part of a path is compared."""
     return Path(name.split("@")[0]).name == Path(label.split("@")[0]).name
 

@@ -219,7 +219,7 @@ def _plan(tensor: _MatchedTensor) -> TensorPlan | None:
             if model_name is None
         ]
         return tensor.plan("base", f"{listed(lacking)} lacks it")
-    if _excluded(name, tensor.options):
+    if is_excluded(name, tensor.options):
         return _plan_excluded(tensor)
     if is_counter(name, base.shape, not tensor.is_float and base.code != "BOOL"):
         if (counter := _plan_counter(tensor)) is not None:
@@ -348,7 +348,8 @@ def _plan_equal(tensor: _MatchedTensor) -> TensorPlan | None:
     return tensor.plan("base", reason, code=base.code)
 
 
-def _excluded(name: str, options: Options) -> bool:
+def is_excluded(name: str, options: Options) -> bool:
+    """Return whether the patterns exclude a tensor from the merge."""
     included = not options.include or any(fnmatchcase(name, p) for p in options.include)
     return not included or any(fnmatchcase(name, p) for p in options.exclude)
 

@@ -123,6 +123,19 @@ def projections(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Projection]:
     return _mark_per_head(found, shapes)
 
 
+def qkv_siblings(name: str) -> list[str]:
+    """Return the names of query, key and value of the attention of a tensor; [] if it is in none.
+
+    Example:
+      >>> qkv_siblings("attn.q_proj.weight")
+      ['attn.q_proj.weight', 'attn.k_proj.weight', 'attn.v_proj.weight']
+    """
+    if (match := _MEMBER.fullmatch(name)) is None:
+        return []
+    start, stop = match.span("part")
+    return [name[:start] + part + name[stop:] for part in _NAMES_OF[match["part"]]]
+
+
 def _output_names(module: str, names: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the tensors of the output projection of an attention: name and kind."""
     prefixes = [f"{module}{dot}{out}" if module else out for out in _OUT_NAMES for dot in "./"]
