@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,12 +149,13 @@ class AdapterUnit:
     """
 
     anchored = True  # The updates are known without the base.
+    layer = None  # Without the base, the number of layers is unknown.
 
     def __init__(self, plan: AdapterPlan, members: Sequence[Part], counter: ByteCounter):
         self._plan, self._members, self._counter = plan, members, counter
         views = [part.view for part in members if part.view is not None]
         self.layouts = [UnitLayout.of(view) for view in views]
-        self.name = members[0].name
+        self.name, self.shape = members[0].name, members[0].shape
         self.count = sum(layout.count for layout in self.layouts)
         per_unit = sum(view.count for view in views)
         self.is_scalar = np.full(self.layouts[0].units, per_unit < 2)
@@ -186,6 +187,10 @@ class AdapterUnit:
         return np.zeros(self.layouts[0].units)
 
     def reduce(self, function: OfPiece) -> np.ndarray:
+        """Raise an error: the elements of an update are never computed."""
+        raise NotImplementedError("elements of updates are not computed")
+
+    def each_piece(self, function: OfPiece) -> Iterator[Any]:
         """Raise an error: the elements of an update are never computed."""
         raise NotImplementedError("elements of updates are not computed")
 
