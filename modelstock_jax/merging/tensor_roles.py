@@ -58,7 +58,7 @@ _STAGE = re.compile(
 _DOWNSAMPLING = re.compile(r"(?P<parent>(?:.*\.)?)downsample_(?P<block>\d+)\.")
 _BEFORE_BLOCKS = re.compile(
     r"embed|wte|wpe|patch|conv1|conv_in|pre_l|ln_pre|class_token|time_|"
-    r"\bmask_token|\bregister_tokens|\bstem\d*(?:_norm)?\."
+    r"\bmask_token|\bregister_tokens|\bstem\d*(?:_norm)?\.|\bshared\.weight"
 )
 
 

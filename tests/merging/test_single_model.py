@@ -142,6 +142,11 @@ def test_each_tower_has_its_own_layers():
     places = layer_positions(names)
     assert [x.index / x.last for x in places] == [0, 0.5, 1, 0, 0.25, 0.5, 0.75, 1]
     assert layer_positions(["embed.w", "blocks.0.w", "norm.w"]) == [(0, 1), (1, 1), (1, 1)]
+    # T5: an encoder and a decoder that share an embedding. A block has several numbered parts.
+    names = ["shared.weight", *(f"encoder.block.{i}.layer.{i % 2}.w" for i in range(3)), "lm_head.w"]
+    assert [x.index for x in layer_positions(names)] == [0, 0, 1, 2, 2]
+    names = [f"model.layers.{i}.mlp.experts.{e}.w" for i in (0, 1) for e in (0, 7)]
+    assert [x.index for x in layer_positions(names)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
