@@ -343,6 +343,8 @@ def _setup(document: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> 
 
 def _method(document: Mapping[str, Any]) -> str:
     text = COMMANDS[document["options"]["method"]].description
+    if document.get("adapter") is not None:
+        return text.replace("fine-tuned models", "adapters")
     return text if document["base"] else text.replace("fine-tuned models", "models")
 
 

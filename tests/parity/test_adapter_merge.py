@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from tests.parity.merge_inputs import assert_close, family, merge, opened
-from tests.parity.test_merge_peft import adapted
+from tests.parity.merge_inputs import assert_close, family, merge, merged, opened
+from tests.parity.test_merge_peft import RENAMED, adapted, unloaded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Warnings of other libraries.
 # Both sides round the weights to float32, and PEFT rounds B A too.
@@ -80,6 +80,23 @@ def test_peft_opens_the_merged_adapter(tmp_path, case, unit):
         assert set(ranks.values()) == {7, 5} and len(config["rank_pattern"]) == 1
         (other,) = (m for m, rank in ranks.items() if rank == 5)
         assert "layers.1.self_attn.q_proj" in other
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt_neox"])
+def test_names_at_runtime_need_no_mapping(tmp_path, name):
+    """Without the base, names in its files that differ from those at runtime do not matter."""
+    model, how = family(name), {"target_modules": RENAMED[name]["target_modules"]}
+    trained = [adapted(model, seed, **how) for seed in (1, 2)]
+    for i, one in enumerate(trained):
+        one.save_pretrained(tmp_path / f"a{i}")
+    paths = ["--no-base", tmp_path / "a0", tmp_path / "a1", "--as-adapter"]
+    assert merge(paths, tmp_path / "out") == 0
+    base = {key: value.numpy() for key, value in model.state_dict().items()}
+    tuned, weights = [unloaded(one) for one in trained], applied(model, tmp_path / "out")[1]
+    for key, value in weights.items():
+        # The expected update is computed from weights that PEFT rounded to float32.
+        assert_close(value, merged(base[key], [x[key] for x in tuned]), key, 1e-5)
+    assert any(not np.array_equal(value, base[key]) for key, value in weights.items())
 
 
 def test_peft_opens_a_truncated_adapter(tmp_path):
