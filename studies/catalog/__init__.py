@@ -17,7 +17,7 @@ from studies.catalog.ratio_rules import (
     SENTENCE_RATIO_RULES,
 )
 from studies.catalog.sentence_encoder import SENTENCE_ENCODER, SENTENCE_ENCODER_TWEETS
-from studies.catalog.single_model import SENTENCE_SINGLE_MODEL, SINGLE_MODEL
+from studies.catalog.single_model import SINGLE_MODEL
 from studies.catalog.table1 import TABLE_1_STUDY
 from studies.catalog.table7 import TABLE_7_STUDY, UNITS_STUDY
 from studies.catalog.tables2_3_4 import TABLE_2_STUDY, TABLE_3_STUDY, TABLE_4_STUDY
@@ -53,6 +53,5 @@ STUDIES = {
         RATIO_CANDIDATES,
         SENTENCE_RATIO_CANDIDATES,
         SINGLE_MODEL,
-        SENTENCE_SINGLE_MODEL,
     )
 }

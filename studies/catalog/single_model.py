@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from studies.catalog.model_pool import groups, pool
@@ -81,11 +80,4 @@ SINGLE_MODEL = Study(
     _measurements,
     _summarize,
     num_seeds=8,
-)
-SENTENCE_SINGLE_MODEL = dataclasses.replace(
-    SINGLE_MODEL,
-    name="sentence_single_model",
-    title="One checkpoint on a real sentence encoder: MonoSoup and LiNeS",
-    num_seeds=4,
-    domain="movie",
 )
