@@ -78,6 +78,12 @@ def check_bases(sources: Sequence[AdapterSource], options: Options, issues: Plan
       issues: receives the problem
     """
     named = [source for source in sources if source.adapter.base]
+    if len({source.adapter.base for source in named}) > 1:
+        bases = listed(dict.fromkeys(source.adapter.base for source in named))
+        issues.notes.append(
+            f"the adapters name their base differently ({bases}); only the last part of the names "
+            "is compared"
+        )
     others = [s for s in named if not same_model(s.adapter.base, named[0].adapter.base)]
     if others and options.config_from is None:
         issues.problems.append(
@@ -149,7 +155,7 @@ def _selection(
     modules: Sequence[Collection[str]],
     merged: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the keys that choose the modules: as they are, their union, or complete names.
+    """Return the keys that choose the modules: as they are, their union, or a pattern of all names.
 
     The union of the adapters' names is written only if each adapter has all modules that its own
     names match. Otherwise PEFT would create factors in modules that have none.
@@ -175,7 +181,8 @@ def _selection(
             for names, present in zip(each, modules, strict=True)
         ):
             return {"target_modules": union} | cleared
-    return {"target_modules": sorted(merged)} | cleared
+    # In a list, a name would also choose modules that end with it. PEFT compares a text completely.
+    return {"target_modules": "|".join(map(re.escape, sorted(merged)))} | cleared
 
 
 def _value(value: Any) -> Any:

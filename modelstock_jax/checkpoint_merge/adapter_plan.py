@@ -213,6 +213,11 @@ class _Tensors:
         self.replaced = [n for n in merged if any(n in s.adapter.replacements for s in adapters)]
         if not merged:
             issues.problems.append("no tensor is left to merge; check --include and --exclude")
+        elif not self.with_factors:
+            issues.problems.append(
+                "no tensor with factors is left, so the result is no LoRA adapter; check --include "
+                f"and --exclude, or {_COMPLETE_MODEL}"
+            )
         self._check_shapes(merged)
         self._check_layouts()
         self._check_names()
@@ -372,21 +377,27 @@ class _Tensors:
                 )
 
     def _check_embeddings(self) -> None:
-        """Check that embeddings that are stored next to their factors are those of the base."""
-        for name in {*self.with_factors} & {*self.replaced}:
-            if self.base is None:
-                self.issues.problems.append(
+        """Check that tensors that are stored next to their factors are copies of the base's."""
+        problems = self.issues.problems
+        for name in sorted({*self.with_factors} & {*self.replaced}):
+            stored = [s for s in self.adapters if name in s.adapter.replacements]
+            if trained := [s for s in stored if name not in s.adapter.factors]:
+                problems.append(
+                    f"{name} has factors in one adapter and is trained in full in "
+                    f"{trained[0].label}; {_COMPLETE_MODEL}"
+                )
+            elif self.base is None:
+                problems.append(
                     f"{name} is stored in full next to its factors; pass BASE to compare them, or "
                     "save the adapters with save_embedding_layers=False"
                 )
-                continue
-            for source in self.adapters:
-                stored = source.adapter.replacements.get(name)
-                if stored is not None and not _is_copy(self.base, name, source, stored):
-                    self.issues.problems.append(
-                        f"{name} in {source.label} has factors and is not that of the base; "
-                        f"{_COMPLETE_MODEL}"
-                    )
+            else:
+                problems += [
+                    f"{name} in {s.label} has factors and is not that of the base; "
+                    f"{_COMPLETE_MODEL}"
+                    for s in stored
+                    if not _is_copy(self.base, name, s, s.adapter.replacements[name])
+                ]
 
     def _check_blocks(self, views: Mapping[str, UnitView]) -> None:
         """Check that every tensor with a number of a layer is in a block."""

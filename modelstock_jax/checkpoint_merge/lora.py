@@ -36,7 +36,14 @@ _NOT_PLAIN_LORA = (
 )
 # Initializations that also change the base weights, so B A alone is not the complete update.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-_TYPES = {"base_model_name_or_path": str, "rank_pattern": dict, "alpha_pattern": dict}
+_TYPES = {
+    "base_model_name_or_path": (str, "a name"),
+    "task_type": (str, "a name"),
+    "rank_pattern": (dict, "names and values"),
+    "alpha_pattern": (dict, "names and values"),
+    "modules_to_save": (list, "a list of names"),
+}
+_BIASES = ("none", "all", "lora_only")
 _MAX_FLOAT64 = float(np.finfo(np.float64).max)
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_embedding_|lora_)(?P<side>[AB])(?:\.weight)?")
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.|$)")
@@ -190,7 +197,8 @@ class Adapter:
             alpha = _match_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
         except re.error as error:
             raise UserError(
-                f"{self.directory / CONFIG}: {error.pattern!r} is not a regular expression"
+                f"{self.directory / CONFIG}: a key of rank_pattern or alpha_pattern is not a "
+                f"regular expression ({error.msg})"
             ) from None
         if config_rank != rank:
             raise UserError(
@@ -232,10 +240,13 @@ def _check(config: Mapping[str, Any], directory: Path) -> None:
         raise UserError(f"{directory}: peft_type is {kind!r}; only LORA is supported; {HOW_TO_FIX}")
     if used := [key for key in _NOT_PLAIN_LORA if config.get(key)]:
         raise UserError(f"{directory}: {used[0]} is not supported; {HOW_TO_FIX}")
-    for key, kind in _TYPES.items():
+    for key, (kind, what) in _TYPES.items():
         if config.get(key) and not isinstance(config[key], kind):
-            what = "a name" if kind is str else "names and values"
             raise UserError(f"{directory / CONFIG}: {key} is {config[key]!r}, not {what}")
+    if config.get("bias", "none") not in (None, *_BIASES):
+        raise UserError(
+            f"{directory / CONFIG}: bias is {config['bias']!r}, not one of {', '.join(_BIASES)}"
+        )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -20,7 +19,7 @@ from modelstock_jax.checkpoint_merge.methods import normalizes, num_passes
 from modelstock_jax.checkpoint_merge.options import METHOD_OPTIONS, Options
 from modelstock_jax.checkpoint_merge.sources import Source, prefix_of
 from modelstock_jax.checkpoint_merge.tensor_plan import TensorPlan, plan_tensors
-from modelstock_jax.merging.update_scaling import LayerPosition, layer_positions
+from modelstock_jax.merging.update_scaling import LayerPosition, layer_positions, layers_note
 from modelstock_jax.registry import COMMANDS, MergeMethod
 from modelstock_jax.tensor_files.reader import BITS
 
@@ -48,6 +47,7 @@ class Plan:
         equal
       anchored: whether there is a base; a mean of models needs none
       rounding: rounding error of the base compared with the updates (`anchor.AnchorCheck`)
+      layers: position of each tensor in the layers, for LiNeS
     """
 
     base: Source
@@ -64,6 +64,7 @@ class Plan:
     checksum: str
     anchored: bool = True
     rounding: Mapping[str, float | bool] | None = None
+    layers: Mapping[str, LayerPosition] = dataclasses.field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -87,12 +88,6 @@ class Plan:
             for stem, files in files_by_stem.items()
             if len(set(files.values())) > 1
         }
-
-    @functools.cached_property
-    def layers(self) -> dict[str, LayerPosition]:
-        """Position of each tensor in the layers, for a method that needs it."""
-        names = list(self.tensors) if self.options.method == "lines" else []
-        return dict(zip(names, layer_positions(names), strict=True)) if names else {}
 
     def passes(self, tensor: TensorPlan) -> int:
         """Return the number of times that a merged tensor is read."""
@@ -162,6 +157,7 @@ def make_plan(
     examination = check_anchor(sources, tensors, options) if anchored else AnchorCheck()
     issues.problems += examination.problems
     issues.raise_problems()
+    layers = _layers(tensors) if options.method == "lines" else {}
     files = _files(tensors, _components(sources), options.max_shard_bytes)
     plan = Plan(
         base,
@@ -174,12 +170,12 @@ def make_plan(
         bytes_written=sum(t.num_bytes for t in tensors.values()),
         memory=0,
         auxiliary_files=auxiliary_files,
-        notes=(*issues.notes, *examination.notes),
+        notes=(*issues.notes, *examination.notes, *([layers_note(layers)] if layers else [])),
         checksum=_checksum(sources, options, tensors),
         anchored=anchored,
         rounding=examination.rounding,
+        layers=layers,
     )
-    plan.layers  # noqa: B018  # Names without layers are an error.
     return dataclasses.replace(plan, bytes_read=_bytes_read(plan), memory=_memory(plan))
 
 
@@ -248,6 +244,11 @@ def _wrong_number(number: int, method: MergeMethod, *, lenient: bool, anchored: 
     if number == 1 and min_models > 1 and anchored and not lenient:
         problem += "; to merge one fine-tune, pass --method wise-ft --alpha 0.5"
     return problem
+
+
+def _layers(tensors: Mapping[str, TensorPlan]) -> dict[str, LayerPosition]:
+    shapes = [(name, tensor.shape) for name, tensor in tensors.items()]
+    return dict(zip(tensors, layer_positions(shapes), strict=True))
 
 
 def _components(sources: Sequence[Source]) -> dict[str, str]:

@@ -327,6 +327,8 @@ def checked_density(density: float | Sequence[float], number: int) -> np.ndarray
       density: one value, or one per replica
       number: N
     """
+    if isinstance(density, jax.core.Tracer):
+        raise UserError("density is static: pass a number, not a value that jit traces")
     densities = np.asarray(density, np.float64)
     in_range = ((densities > 0) & (densities <= 1)).all()
     if densities.shape not in ((), (number,)) or not in_range:

@@ -168,6 +168,8 @@ def _numbers(finetuned, density, weights, scale, normalize, rescale, seed) -> _N
         raise UserError(
             f"weights must be one number per replica, shape ({number},), not {given.value.shape}"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise UserError(f"seed must be an integer, not {seed!r}")
     return _Numbers(densities, given, finite_scale(scale), normalize, rescale, int(seed))
 
 

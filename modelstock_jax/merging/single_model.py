@@ -249,6 +249,8 @@ def lines(
       >>> [float(w[0]) for w in merged["layers"]]
       [2.0, 3.0, 4.0]
     """
+    if alpha is None:
+        raise UserError("alpha must be a number, not None")
     check_coefficient("alpha", alpha)
     check_coefficient("beta", beta)
     options: dict[str, Any] = {"unit": unit, "num_heads": num_heads}
@@ -280,7 +282,7 @@ def _layers_of_units(
     views = assign(tensors, **options)
     axes = layer_axes(tensors, options["scan_axes"])
     is_stacked = any(axis is not None for axis in axes)
-    positions = layer_positions(leaves.names, layer_of, is_stacked=is_stacked)
+    positions = layer_positions(tensors, layer_of, is_stacked=is_stacked)
     indices, lasts, layers = [], [], {}
     for (name, shape), view, axis, place in zip(tensors, views, axes, positions, strict=True):
         if axis is None:

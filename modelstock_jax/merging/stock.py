@@ -79,7 +79,7 @@ def check_coefficient(name: str, value: Any, max_ndim: int = 0) -> None:
     if hasattr(value, "dtype"):
         valid, what = np.ndim(value) <= max_ndim, f"an array of shape {np.shape(value)}"
     elif isinstance(value, list | tuple) and max_ndim:
-        valid = all(np.ndim(x) == 0 and not isinstance(x, Mapping) for x in value)
+        valid = all(np.ndim(x) == 0 and not isinstance(x, Mapping | str) for x in value)
     else:
         valid = isinstance(value, int | float)
     if not valid:

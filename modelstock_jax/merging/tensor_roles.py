@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -58,8 +58,10 @@ _STAGE = re.compile(
 _DOWNSAMPLING = re.compile(r"(?P<parent>(?:.*\.)?)downsample_(?P<block>\d+)\.")
 _BEFORE_BLOCKS = re.compile(
     r"embed|wte|wpe|patch|conv1|conv_in|pre_l|ln_pre|class_token|time_|"
-    r"\bmask_token|\bregister_tokens|\bstem\d*(?:_norm)?\.|\bshared\.weight"
+    r"\bmask_token|\bregister_tokens|\bstem\d*(?:_norm)?\.|\bshared\.weight|"
+    r"\b(?:cls|reg|dist)_token|\bconv\d+\.|\bfeature_(?:extractor|projection)\b"
 )
+_AFTER_BLOCKS = re.compile(r"embed_out|unembed")
 
 
 def role(name: str) -> str:
@@ -86,7 +88,7 @@ class BlockPosition(NamedTuple):
     depth: float
 
 
-def block_position(names: Sequence[str]) -> list[BlockPosition]:
+def block_position(names: Sequence[str], in_blocks: Collection[str] = ()) -> list[BlockPosition]:
     """Return the tower (the name before the first number) and the block index of each tensor.
 
     The index runs through all stages of a ConvNeXt or a ResNet; a downsampling layer has that of
@@ -95,6 +97,8 @@ def block_position(names: Sequence[str]) -> list[BlockPosition]:
 
     Args:
       names: names of all tensors of a model
+      in_blocks: names of tensors that are in a block for certain; if there are any, other numbers
+        than those of their towers (`classifier.0`) are no blocks
 
     Returns:
       one `BlockPosition` per tensor, in order
@@ -109,8 +113,10 @@ def block_position(names: Sequence[str]) -> list[BlockPosition]:
     """
     numbered = _numbered(names)
     blocks = defaultdict(set)
+    certain = {p.tower for p, name in zip(numbered, names, strict=True) if p and name in in_blocks}
     for position in filter(None, numbered):
-        blocks[position.tower].add(position.depth)
+        if not certain or position.tower in certain:
+            blocks[position.tower].add(position.depth)
     towers = [tower for tower, indices in blocks.items() if len(indices) > 1] or list(blocks)
     return [
         position
@@ -147,4 +153,5 @@ def _without_number(name: str, towers: Sequence[str]) -> BlockPosition:
         if (tower := f"{match['parent']}blocks") in towers:
             return BlockPosition(tower, float(match["block"]))
     nearest = max(towers, key=lambda tower: len(commonprefix((tower, name))), default="")
-    return BlockPosition(nearest, -1.0 if _BEFORE_BLOCKS.search(name) else math.inf)
+    is_before = _BEFORE_BLOCKS.search(name) and not _AFTER_BLOCKS.search(name)
+    return BlockPosition(nearest, -1.0 if is_before else math.inf)

@@ -6,13 +6,15 @@ This module does not need JAX: `modelstock merge` uses it too.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from modelstock_jax.errors import UserError
+from modelstock_jax.errors import UserError, listed
+from modelstock_jax.merging.attention_names import network_blocks, projections
 from modelstock_jax.merging.geometry import namespace
-from modelstock_jax.merging.tensor_roles import block_position
+from modelstock_jax.merging.tensor_roles import BlockPosition, block_position
 
 # MonoSoup leaves an update as it is if it is shorter than this fraction of the pretrained matrix.
 UNMOVED = 1e-6
@@ -35,7 +37,8 @@ class MonoSoupFactors(NamedTuple):
 def singular_values(eigenvalues):
     """Return the singular values of D from the eigenvalues of D^T D, NumPy or JAX.
 
-    Eigenvalues below the rounding error of the largest, n 2^-52 of it, count as 0. An update of low
+    Eigenvalues below the rounding error of the largest, n 2^-52 of it, count as 0, so singular
+    values below sqrt(n) 2^-26 of the largest. An update of low
     rank, such as that of LoRA, would otherwise have a higher effective rank.
 
     Args:
@@ -95,14 +98,18 @@ class LayerPosition(NamedTuple):
     Attributes:
       index: l - 1
       last: L - 1, at least 1
+      tower: name prefix of the layers
+      is_inside: whether the tensor is in a layer, not before or after all of them
     """
 
     index: int
     last: int
+    tower: str = ""
+    is_inside: bool = True
 
 
 def layer_positions(
-    names: Sequence[str],
+    tensors: Sequence[tuple[str, Sequence[int]]],
     layer_of: Callable[[str], int] | None = None,
     *,
     is_stacked: bool = False,
@@ -111,26 +118,27 @@ def layer_positions(
 
     A layer is a block of a tower. Tensors before the blocks (embeddings) belong to the first layer,
     tensors after them (final norm, head) to the last. The only block of a tower is the last layer.
+    If some blocks are known, by their attention or their convolutions, other numbers in names are
+    no layers.
 
     Args:
-      names: names of all tensors of the model
+      tensors: names and shapes of all tensors of the model
       layer_of: number of the layer of a tensor by name; None to read it from the name
       is_stacked: whether some tensors stack layers in an axis: names then need no numbers
 
     Raises:
-      UserError: no name contains the number of a block
+      UserError: no name contains the number of a block, or `layer_of` returns no integer
 
     Example:
       >>> names = ["embed.weight", "layers.0.weight", "layers.1.weight", "layers.2.weight", "head"]
-      >>> [position.index for position in layer_positions(names)]
+      >>> [position.index for position in layer_positions([(name, (4,)) for name in names])]
       [0, 0, 1, 2, 2]
     """
+    shapes = {name: tuple(shape) for name, shape in tensors}
+    names = list(shapes)
     if layer_of is not None:
-        layers = [int(layer_of(name)) for name in names]
-        first = min(layers, default=0)
-        last = max(max(layers, default=0) - first, 1)
-        return [LayerPosition(layer - first, last) for layer in layers]
-    places = block_position(names)
+        return _positions_of_function(names, layer_of)
+    places = block_position(names, network_blocks(names, projections(shapes), {}))
     blocks: dict[str, set[int]] = defaultdict(set)
     for place in places:
         if 0 <= place.depth < math.inf:
@@ -140,11 +148,55 @@ def layer_positions(
             "LiNeS: no tensor's name contains the number of a block; the first tensor is "
             f"{names[0] if names else '(none)'!r}; in the library, pass layer_of"
         )
-    return [_position(place.depth, blocks.get(place.tower, {0})) for place in places]
+    return [_position(place, blocks.get(place.tower, {0})) for place in places]
 
 
-def _position(depth: float, blocks: set[int]) -> LayerPosition:
+def _positions_of_function(
+    names: Sequence[str], layer_of: Callable[[str], int]
+) -> list[LayerPosition]:
+    layers = []
+    for name in names:
+        try:
+            layers.append(operator.index(layer_of(name)))
+        except TypeError:
+            raise UserError(
+                f"layer_of({name!r}) returned {layer_of(name)!r}; it must return the number of the "
+                "tensor's layer"
+            ) from None
+    first = min(layers, default=0)
+    last = max(max(layers, default=0) - first, 1)
+    return [LayerPosition(layer - first, last) for layer in layers]
+
+
+def _position(place: BlockPosition, blocks: set[int]) -> LayerPosition:
     first, last = min(blocks), max(blocks)
+    is_inside = 0 <= place.depth < math.inf
     if first == last:
-        return LayerPosition(0 if depth < 0 else 1, 1)
-    return LayerPosition(int(min(max(depth, first), last)) - first, last - first)
+        return LayerPosition(0 if place.depth < 0 else 1, 1, place.tower, is_inside)
+    index = int(min(max(place.depth, first), last)) - first
+    return LayerPosition(index, last - first, place.tower, is_inside)
+
+
+def layers_note(positions: Mapping[str, LayerPosition]) -> str:
+    """Return a line about the layers of a model, and about the tensors that are in none.
+
+    Args:
+      positions: name of a tensor -> its position
+
+    Example:
+      >>> names = ["embed.w", "layers.0.w", "layers.1.w", "norm.w"]
+      >>> places = layer_positions([(name, (4,)) for name in names])
+      >>> layers_note(dict(zip(names, places)))
+      'lines: 2 layers in layers; with the first: embed.w; with the last: norm.w'
+    """
+    towers = {p.tower: p.last + 1 for p in positions.values() if p.is_inside}
+    text = "lines: " + ", ".join(f"{count} layers in {name}" for name, count in towers.items())
+    for end in ("first", "last"):
+        outside = [
+            name
+            for name, p in positions.items()
+            if not p.is_inside and (p.index == 0) == (end == "first")
+        ]
+        if outside:
+            text += f"; with the {end}: {listed(outside)}"
+    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -364,6 +365,10 @@ def test_patterns_are_where_the_rank_differs():
     assert tied["r"] == 4 and tied["rank_pattern"] == {r"a\.q": 2}
 
 
+def pattern(*names):
+    return "|".join(map(re.escape, names))
+
+
 Q0, Q1, V0, V1 = (f"model.layers.{i}.self_attn.{p}_proj" for p in "qv" for i in (0, 1))
 
 
@@ -375,10 +380,11 @@ Q0, Q1, V0, V1 = (f"model.layers.{i}.self_attn.{p}_proj" for p in "qv" for i in 
      ([Q0], ["q_proj"], {"layers_to_transform": [0]}), ["q_proj"]),
     # Each has all modules that it names: the union.
     (([Q0, Q1], ["q_proj"], {}), ([V0, V1], ["v_proj"], {}), ["q_proj", "v_proj"]),
-    # `q_proj` and `v_proj` would match modules without factors: complete names.
-    (([Q0], ["q_proj"], {"layers_to_transform": [0]}), ([Q0, Q1], ["q_proj"], {}), [Q0, Q1]),
-    (([Q0], ".*0.*q_proj", {}), ([V0, V1], ["v_proj"], {}), [Q0, V0, V1]),
-    (([Q0], ["q_proj"], {}), ([Q1, V1], ["q_proj", "v_proj"], {}), [Q0, Q1, V1]),
+    # `q_proj` and `v_proj` would match modules without factors: a pattern of complete names.
+    (([Q0], ["q_proj"], {"layers_to_transform": [0]}), ([Q0, Q1], ["q_proj"], {}),
+     pattern(Q0, Q1)),
+    (([Q0], ".*0.*q_proj", {}), ([V0, V1], ["v_proj"], {}), pattern(Q0, V0, V1)),
+    (([Q0], ["q_proj"], {}), ([Q1, V1], ["q_proj", "v_proj"], {}), pattern(Q0, Q1, V1)),
 ])  # fmt: skip
 def test_target_modules(tmp_path, first, second, expected):
     inputs = []
@@ -397,8 +403,11 @@ def test_excluded_modules_are_not_named(say, tmp_path, base, adapters):
         say, base, *adapters, "--as-adapter", "--exclude", "*.layers.0.*", "--out", tmp_path / "out"
     )
     merged, config = written(tmp_path / "out")
-    assert not any("layers.0" in name for name in (*merged, *config["target_modules"]))
-    assert MLP[1] in config["target_modules"]
+    assert not any("layers.0" in name for name in merged)
+    chosen = [m for m in ATTENTION + MLP if re.fullmatch(config["target_modules"], m)]
+    assert MLP[1] in chosen and not any("layers.0" in name for name in chosen)
+    # PEFT compares a name in a list with the end of a module's name, a text with all of it.
+    assert not re.fullmatch(config["target_modules"], f"other.{MLP[1]}")
     excluded = [x for x in report(tmp_path / "out")["not_merged"] if "layers.0" in x["name"]]
     assert len(excluded) == 5 and {x["reason"] for x in excluded} == {"excluded by pattern"}
 
@@ -517,6 +526,7 @@ def edited(path: Path, **config) -> None:
     (["--config-from", "model:4"], "there are 3 adapters"),
     (["--weights", "1,2", "--method", "linear"], "--weights has 2 values"),
     (["--exclude", "*"], "no tensor is left to merge"),
+    (["--include", "*.lm_head.*"], "no tensor is left to merge"),
 ])  # fmt: skip
 def test_options_that_do_not_apply(say, tmp_path, base, adapters, options, message):
     result = say("merge", base, *adapters, "--as-adapter", *options, "--out", tmp_path / "out")
@@ -546,6 +556,36 @@ def test_inputs_that_do_not_apply(say, tmp_path, base, adapters):
         assert result.status == 1 and message in result.err, result.err
 
 
+@pytest.mark.parametrize(("config", "message"), [
+    ({"bias": "foo"}, "bias is 'foo', not one of none, all, lora_only"),
+    ({"task_type": ["a"]}, "task_type is ['a'], not a name"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list of names"),
+    ({"rank_pattern": {"(": 3}}, "a key of rank_pattern or alpha_pattern is not a regular"),
+])  # fmt: skip
+def test_invalid_configs(say, tmp_path, base, adapters, config, message):
+    edited(adapters[1], **config)
+    for arguments in ([base, *adapters, "--as-adapter"], [base, *adapters]):
+        result = say("merge", *arguments, "--out", tmp_path / "out")
+        assert result.status == 1 and message in result.err, result.err
+
+
+def test_factors_in_one_adapter_and_a_full_tensor_in_another(say, tmp_path, base, adapters):
+    name = MLP[0]
+    full = tensors(adapters[1] / "adapter_model.safetensors")
+    full[f"{START}{name}.weight"] = weights(SHAPES, 1)[f"{name}.weight"]
+    config = json.loads((adapters[1] / "adapter_config.json").read_text())
+    adapter(adapters[1], full, **(config | {"modules_to_save": ["down_proj"]}))
+    for models in ([base, *adapters], ["--no-base", *adapters]):
+        result = say("merge", *models, "--as-adapter", "--out", tmp_path / "out")
+        assert f"{name}.weight has factors in one adapter and is trained in full" in result.err
+
+
+def test_only_full_tensors_are_left(say, tmp_path, base, full):
+    include = ["--include", "*norm*", "--include", "*.bias"]
+    result = say("merge", base, *full, "--as-adapter", *include, "--out", tmp_path / "out")
+    assert "no tensor with factors is left" in result.err
+
+
 def test_configs_must_agree(say, tmp_path, base, adapters):
     out = ["--as-adapter", "--overwrite", "--out", tmp_path / "out"]
     edited(adapters[1], base_model_name_or_path="org/other")
@@ -558,6 +598,10 @@ def test_configs_must_agree(say, tmp_path, base, adapters):
     edited(adapters[2], task_type="SEQ_CLS")
     result = say("merge", base, *adapters, *out)
     assert "task_type differs between the adapters (CAUSAL_LM, SEQ_CLS)" in result.err
+    edited(adapters[1], base_model_name_or_path="org/base")
+    edited(adapters[2], task_type="CAUSAL_LM")
+    result = run(say, "--no-base", *adapters, *out)
+    assert any("name their base differently (base, org/base)" in note for note in result.notes)
     edited(adapters[2], task_type="CAUSAL_LM", megatron_core="other")
     result = run(say, base, *adapters, *out)
     assert any("megatron_core of adapter_config.json" in note for note in result.notes)

@@ -103,8 +103,16 @@ def test_the_complete_task_vectors_on_average():
         ({"weights": 0.5}, r"weights must be one number per replica, shape \(2,\)"),
         ({"weights": (0.5, np.nan)}, "weights must be finite"),
         ({"scale": (1.0, 2.0)}, "scale must be a number"),
+        ({"weights": ["1", "2"]}, "weights must be a number"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"seed": None}, "seed must be an integer"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(UserError, match=message):
         dare_linear(W0, W, **{"density": 0.5, **options})
+
+
+def test_a_traced_density():
+    with pytest.raises(UserError, match="density is static"):
+        jax.jit(lambda density: dare_linear(W0, W, density))(0.5)

@@ -142,20 +142,78 @@ def test_lines_by_layer():
     jax.tree.map(np.testing.assert_array_equal, traced, merged)
 
 
+def factors(*names):
+    """Return (l - 1) / (L - 1) of each tensor."""
+    places = layer_positions([(name, (8, 8)) for name in names])
+    return [round(place.index / place.last, 3) for place in places]
+
+
 def test_each_tower_has_its_own_layers():
-    names = [f"vision.layers.{i}.w" for i in range(3)] + [f"text.layers.{i}.w" for i in range(5)]
-    places = layer_positions(names)
-    assert [x.index / x.last for x in places] == [0, 0.5, 1, 0, 0.25, 0.5, 0.75, 1]
-    assert layer_positions(["embed.w", "blocks.0.w", "norm.w"]) == [(0, 1), (1, 1), (1, 1)]
-    # T5: an encoder and a decoder that share an embedding. A block has several numbered parts.
-    names = [
-        "shared.weight",
-        *(f"encoder.block.{i}.layer.{i % 2}.w" for i in range(3)),
-        "lm_head.w",
-    ]
-    assert [x.index for x in layer_positions(names)] == [0, 0, 1, 2, 2]
-    names = [f"model.layers.{i}.mlp.experts.{e}.w" for i in (0, 1) for e in (0, 7)]
-    assert [x.index for x in layer_positions(names)] == [0, 0, 1, 1]
+    vision, text = (
+        [f"{x}.layers.{i}.w" for i in range(n)] for x, n in (("vision", 3), ("text", 5))
+    )
+    assert factors(*vision, *text) == [0, 0.5, 1, 0, 0.25, 0.5, 0.75, 1]
+    assert factors("embed.w", "blocks.0.w", "norm.w") == [0, 1, 1]
+
+
+# Blocks with an attention, as each library names them, and tensors outside of the blocks.
+MODELS = {
+    "T5": (
+        "shared.weight 0; encoder.block.{}.layer.0.SelfAttention.{q,k,v}.weight; "
+        "encoder.final_layer_norm.weight 1; lm_head.weight 1"
+    ),
+    "Llama": (
+        "model.embed_tokens.weight 0; model.layers.{}.self_attn.{q_proj,k_proj,v_proj}.weight; "
+        "model.norm.weight 1; lm_head.weight 1"
+    ),
+    "GPT-NeoX": (
+        "gpt_neox.embed_in.weight 0; gpt_neox.layers.{}.attention.query_key_value.weight; "
+        "gpt_neox.final_layer_norm.weight 1; embed_out.weight 1"
+    ),
+    "timm ViT": (
+        "cls_token 0; reg_token 0; pos_embed 0; patch_embed.proj.weight 0; "
+        "blocks.{}.attn.qkv.weight; norm.weight 1; head.weight 1"
+    ),
+    "Whisper": (
+        "model.encoder.conv1.weight 0; model.encoder.conv2.weight 0; "
+        "model.encoder.layers.{}.self_attn.{q_proj,k_proj,v_proj}.weight; "
+        "model.encoder.layer_norm.weight 1"
+    ),
+    "Qwen2-VL": (
+        "visual.patch_embed.proj.weight 0; visual.blocks.{}.attn.qkv.weight; "
+        "visual.merger.mlp.0.weight 1; visual.merger.mlp.2.weight 1"
+    ),
+    "classifier of several layers": (
+        "embed.weight 0; layers.{}.self_attn.{q_proj,k_proj,v_proj}.weight; "
+        "classifier.0.weight 1; classifier.3.weight 1"
+    ),
+    "wav2vec2": (
+        "wav2vec2.feature_extractor.conv_layers.0.conv.weight 0; "
+        "wav2vec2.feature_extractor.conv_layers.1.conv.weight 0; "
+        "wav2vec2.feature_projection.projection.weight 0; "
+        "wav2vec2.encoder.layers.{}.attention.{q_proj,k_proj,v_proj}.weight; lm_head.weight 1"
+    ),
+    "experts": (
+        "embed.weight 0; layers.{}.self_attn.{q_proj,k_proj,v_proj}.weight; "
+        "layers.1.mlp.experts.7.w1.weight 0.5"
+    ),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tensors_outside_of_the_blocks(model):
+    expected = {}
+    for text in MODELS[model].split("; "):
+        name, *factor = text.split(" ")
+        if factor:
+            expected[name] = float(factor[0])
+            continue
+        for i in range(3):
+            before, _, after = name.replace("{}", str(i)).partition("{")
+            names, _, after = after.partition("}")
+            each = [f"{before}{x}{after}" for x in names.split(",")] if names else [before]
+            expected |= dict.fromkeys(each, i / 2)
+    assert dict(zip(expected, factors(*expected), strict=True)) == expected
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -186,6 +244,8 @@ def test_layers_by_a_function():
         ({"alpha": np.inf}, "alpha must be finite"),
         ({"beta": np.nan}, "beta must be finite"),
         ({"beta": (0.1, 0.2)}, "beta must be a number"),
+        ({"alpha": None}, "alpha must be a number"),
+        ({"layer_of": lambda name: "a"}, r"layer_of\('embed.w'\) returned 'a'"),
     ],
 )
 def test_lines_errors(options, message):
