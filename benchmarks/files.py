@@ -16,7 +16,6 @@ Model Stock are not measured here: tests compare them with mergekit and with flo
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,8 @@ def commands(
             str(path),
             str(root / "mergekit"),
             "--no-copy-tokenizer",
-            *(["--out-shard-size", limit[:-1]] if limit else []),
+            # mergekit writes B for 10^9.
+            *(["--out-shard-size", limit[:-1].replace("G", "B")] if limit else []),
         ]
     return commands_by_tool
 
@@ -161,40 +162,45 @@ def _parameters(method: str) -> dict:
 
 
 def measure(
-    case: str, folder: Path, mergekit: str | None, rounds: int, method: str = "model_stock"
-) -> dict:
-    """Measure all tools on one case."""
+    case: str, folder: Path, mergekit: str | None, rounds: int, methods: Iterable[str]
+) -> Iterator[tuple[str, dict]]:
+    """Measure all tools on one case; yield the name of each row with its values."""
     size, dtype, number = case.split("-")
     root = folder / case
     root.mkdir()
     try:
         _in_process(make, root, size, dtype, int(number))
-        tools = commands(root, size, int(number), mergekit, method, dtype)
-        runs: dict[str, list] = {tool: [] for tool in tools}
-        num_outputs = str(len(list((root / "base").glob("*.safetensors"))))
-        for _ in range(rounds):
-            for tool, command in tools.items():
-                shutil.rmtree(root / tool, ignore_errors=True)
-                if tool == "copy":
-                    (root / tool).mkdir()
-                runs[tool].append(timed(command, NUM_OUTPUTS=num_outputs, HF_HUB_OFFLINE="1"))
-                if tool == "copy":
-                    shutil.rmtree(root / tool)
-        outputs = [tool for tool in tools if tool != "copy"]
-        same = _checksums_agree(root / "ours")
-        relative = (
-            _in_process(errors, root, int(number), outputs) if method == "model_stock" else {}
-        )
-        return {
-            "runs": runs,
-            "errors": relative,
-            "digests_agree": same,
-            "bytes_of_a_model": sum(
-                f.stat().st_size for f in (root / "base").glob("*.safetensors")
-            ),
-        }
+        for method in methods:
+            tools = commands(root, size, int(number), mergekit, method, dtype)
+            name = case if method == "model_stock" else f"{case} {method}"
+            yield name, _measure_method(root, tools, int(number), rounds, method)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _measure_method(root: Path, tools: dict, number: int, rounds: int, method: str) -> dict:
+    runs: dict[str, list] = {tool: [] for tool in tools}
+    num_outputs = str(len(list((root / "base").glob("*.safetensors"))))
+    for _ in range(rounds):
+        for tool, command in tools.items():
+            shutil.rmtree(root / tool, ignore_errors=True)
+            if tool == "copy":
+                (root / tool).mkdir()
+            runs[tool].append(timed(command, NUM_OUTPUTS=num_outputs, HF_HUB_OFFLINE="1"))
+            print(f"{method} {tool}: {runs[tool][-1]['wall']:.1f} s", file=sys.stderr, flush=True)
+            if tool == "copy":
+                shutil.rmtree(root / tool)
+    outputs = [tool for tool in tools if tool != "copy"]
+    same = _checksums_agree(root / "ours")
+    relative = _in_process(errors, root, number, outputs) if method == "model_stock" else {}
+    for tool in outputs:
+        shutil.rmtree(root / tool)
+    return {
+        "runs": runs,
+        "errors": relative,
+        "digests_agree": same,
+        "bytes_of_a_model": sum(f.stat().st_size for f in (root / "base").glob("*.safetensors")),
+    }
 
 
 def _in_process(function, *arguments):
@@ -267,14 +273,13 @@ def main() -> None:
     if arguments.folder:
         os.makedirs(arguments.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for case, method in itertools.product(arguments.cases, arguments.methods):
-            name = case if method == "model_stock" else f"{case} {method}"
-            results[name] = measure(
-                case, Path(folder), arguments.mergekit, arguments.rounds, method
-            )
-            print(table({name: results[name]}), flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        options = arguments.mergekit, arguments.rounds, arguments.methods
+        for case in arguments.cases:
+            for name, result in measure(case, Path(folder), *options):
+                results[name] = result
+                print(table({name: result}), flush=True)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{table(results)}")
 
 
