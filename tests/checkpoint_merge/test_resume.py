@@ -76,10 +76,20 @@ def _survives(tmp_path: Path, kills: int, **more) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"base", "ft1", "ft2", "out", "reference"}
 
 
-@pytest.mark.parametrize("method", ["model_stock", "dare_ties", "della"])
-def test_a_few_kills(tmp_path, method):
-    random_elements = {} if method == "model_stock" else {"density": 0.5, "seed": 3}
-    _survives(tmp_path, 3, method=method, **random_elements)
+_RANDOM = {"density": 0.5, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("model_stock", {}),
+        ("dare_ties", _RANDOM),
+        ("della", _RANDOM),
+        pytest.param("monosoup", {"unit": "tensor"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_few_kills(tmp_path, method, options):
+    _survives(tmp_path, 3, method=method, **options)
 
 
 @pytest.mark.slow
