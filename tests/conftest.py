@@ -51,6 +51,7 @@ NOT_FAST = {
             "anchor_rounding",
             "baselines",
             "callers",
+            "dare",
             "every_merge",
             "gradients",
             "landscape",
@@ -60,6 +61,7 @@ NOT_FAST = {
             "outcomes",
             "reference",
             "settings",
+            "single_model",
             "trajectory",
             "undefined",
         )
@@ -80,7 +82,13 @@ NOT_FAST = {
     ),
     *(
         f"checkpoint_merge/test_{name}.py"
-        for name in ("command_line", "training_agrees", "vocabulary")
+        for name in (
+            "adapter_merge",
+            "command_line",
+            "single_model",
+            "training_agrees",
+            "vocabulary",
+        )
     ),
     *(
         f"data/test_{name}.py"
