@@ -23,8 +23,13 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache/xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# The time of an example shows the load of the machine, not an error.
+hypothesis.settings.register_profile("any_load", deadline=None)
+hypothesis.settings.load_profile("any_load")
 
 TESTS = Path(__file__).parent
 PARITY = TESTS / "parity"
