@@ -357,7 +357,7 @@ def test_a_value_beyond_float16_is_an_error(say, tmp_path):
 
 def test_patterns_are_where_the_rank_differs():
     keys = rank_keys({"m.h.1.q": 4, "m.h.2.q": 8, "h.1.q": 8, "x.m.h.1.q": 8})
-    # `x.m.h.1.q` ends with `m.h.1.q`, so it needs a pattern of its own, before the shorter one.
+    # `x.m.h.1.q` ends with `m.h.1.q`: without its pattern, before the shorter one, it gets rank 4.
     expected = {r"x\.m\.h\.1\.q": 8, r"m\.h\.1\.q": 4}
     assert keys == {"r": 8, "lora_alpha": 8, "rank_pattern": expected, "alpha_pattern": expected}
     assert list(keys["rank_pattern"]) == list(expected)
