@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
+from modelstock_jax.data.device_resize import resize_batch
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import LoaderOptions, eval_batches
 from modelstock_jax.data.transforms import EvalTransform
@@ -83,7 +84,7 @@ def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> 
     """Return `make_evaluator` for the replicas of a classifier.
 
     Args:
-      config: options `evaluation.batch_size` and `data.loader` of the run
+      config: options `evaluation.batch_size`, `data.loader` and `data.resize_on` of the run
       anchor: classifier with the same forward pass and normalization; its weights are not used
       mesh: see `make_evaluator`
     """
@@ -92,7 +93,7 @@ def classifier_evaluator(config: ConfigDict, anchor: Classifier, mesh: Mesh) -> 
         anchor.normalize,
         mesh,
         config.evaluation.batch_size,
-        transform=anchor.normalize.eval_transform(),
+        transform=anchor.normalize.eval_transform(config.data.resize_on),
         loader=LoaderOptions(**config.data.loader),
     )
 
@@ -134,10 +135,13 @@ def make_evaluator(
         candidate, pending = candidate_classes(image_set, num_classes), []
         options = dict(examples=examples, transform=transform, loader=loader)
         for batch in scored_batches(image_set, batch_size, **options):
-            images, target = (
-                make_global_array(split, batch[name], (batch_size,)) for name in ("image", "target")
-            )
-            count = count_of(logits_of(params, images), target, candidate)
+            placed = {
+                name: make_global_array(split, value, (batch_size,))
+                for name, value in batch.items()
+            }
+            if transform is not None:
+                placed = resize_batch(placed, split, transform.size, transform.resample)
+            count = count_of(logits_of(params, placed["image"]), placed["target"], candidate)
             pending.append(block_on_multihost_cpu(count))
             if len(pending) > _AHEAD:
                 yield jax.device_get(pending.pop(0))
@@ -178,7 +182,8 @@ def scored_batches(
       **options: options of `eval_batches`
 
     Returns:
-      iterator of {"image": uint8 [b, H, W, 3], "target": int32 [b, L]}, b of the B examples
+      iterator of {"image": uint8 [b, H, W, 3], "target": int32 [b, L]}, b of the B examples, and
+      "geometry" as in `eval_batches`
     """
     image_targets = targets(image_set)
     # The index of each image replaces its label, so that padded or skipped images cannot shift
@@ -192,7 +197,8 @@ def scored_batches(
     for batch in eval_batches(numbered, batch_size, **options):
         rows = image_targets[batch["label"]]
         rows[~batch["mask"]] = -1
-        yield {"image": batch["image"], "target": rows}
+        arrays = {name: batch[name] for name in ("image", "geometry") if name in batch}
+        yield arrays | {"target": rows}
 
 
 def targets(image_set: ImageSet) -> np.ndarray:

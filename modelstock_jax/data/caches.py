@@ -87,6 +87,10 @@ class CachedImages(EncodedImages):
         """Return the cache directory and the number of the image."""
         return f"{self._directory}, image {index}"
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the heights and widths; an image that could not be decoded has none, 0."""
+        return self._entries["height"].astype(int), self._entries["width"].astype(int)
+
     def verify(self) -> None:
         """Read all images and compare them with the checksums stored when they were written.
 

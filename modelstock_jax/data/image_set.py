@@ -34,6 +34,10 @@ class EncodedImages(abc.ABC):
     def name(self, index: int) -> str:
         """Return the location of image `index` (a file, or a record in a file) for messages."""
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return heights and widths in pixels, int [M] each, if they are known without decoding."""
+        return None
+
     def select(self, indices: np.ndarray) -> EncodedImages:
         """Return the images at `indices`, int [K], in that order."""
         return _Selected(self, np.asarray(indices))
@@ -66,6 +70,10 @@ class _Selected(EncodedImages):
 
     def name(self, index: int) -> str:
         return self._images.name(int(self._indices[index]))
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        sizes = self._images.sizes()
+        return None if sizes is None else (sizes[0][self._indices], sizes[1][self._indices])
 
     def select(self, indices: np.ndarray) -> EncodedImages:
         return _Selected(self._images, self._indices[indices])

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -20,6 +20,7 @@ from absl import flags
 
 from modelstock_jax.data.image_set import EncodedImages, ImageSet
 from modelstock_jax.data.transforms import EvalTransform, TrainTransform, Unreadable
+from modelstock_jax.data.views import GEOMETRY
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.machine import usable_cores
 
@@ -28,7 +29,6 @@ _log = logging.getLogger(__name__)
 UNREADABLE = ("error", "skip")
 _CHUNKS_PER_THREAD = 4  # Balances the load: one thread with large images does not delay the batch.
 
-Transform = Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
 Key = tuple[int, int, int]  # (seed, replica, epoch)
 
 
@@ -100,7 +100,8 @@ def train_batches(
 
     Returns:
       Iterator of {"image": uint8 [r, b, H, W, 3], "label": int32 [r, b]}; for encoded images,
-      H = W = transform.size.
+      H = W = transform.size. With `transform.resize_on='device'`, the images are canvases that
+      contain a `View`, and "geometry" float32 [r, b, 12] is added (`device_resize.resize_batch`).
 
     Raises:
       UserError: sizes do not match, or (from the iterator) an image cannot be read
@@ -162,9 +163,9 @@ class _TrainBatches:
             for replica in self.replicas
             for _ in range(indices.shape[1])
         ]
-        images, decoded = self.decoder(indices.reshape(-1), keys, replace=True)
+        arrays, decoded = self.decoder(indices.reshape(-1), keys, replace=True)
         return {
-            "image": images.reshape(*indices.shape, *images.shape[1:]),
+            **{name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in arrays.items()},
             "label": labels[decoded.reshape(indices.shape)],
             "unreadable": indices[decoded.reshape(indices.shape) != indices],
         }
@@ -226,9 +227,9 @@ def eval_batches(
 
     Returns:
       Iterator of ceil(M / B) batches on every process: {"image": uint8 [b, H, W, 3],
-      "label": int32 [b], "mask": bool [b]}; for encoded images, H = W =
-      transform.size. The mask is False for the zero padding of the last batch and for unreadable
-      images that are left out.
+      "label": int32 [b], "mask": bool [b]}; for encoded images, H = W = transform.size, or
+      canvases and "geometry" as in `train_batches`. The mask is False for the zero padding of the
+      last batch and for unreadable images that are left out.
 
     Raises:
       UserError: sizes do not match, or (from the iterator) an image cannot be read
@@ -271,7 +272,8 @@ class _EvalBatches:
             batch["image"] = self.image_set.pixels[valid]
         else:
             keys = [(0, 0, 0)] * len(valid)
-            batch["image"], decoded = self.decoder(valid, keys, replace=False)
+            arrays, decoded = self.decoder(valid, keys, replace=False)
+            batch |= arrays
             batch["label"] = np.where(decoded < 0, 0, batch["label"])
             unreadable = {"unreadable": valid[decoded < 0]}
             mask[: len(valid)] = decoded >= 0
@@ -290,7 +292,7 @@ def _make_decoder(
         return None
     if not transforms:
         raise UserError(f"{image_set.name}: encoded images need a size; give transform")
-    return BatchDecoder(image_set.images, transforms, transforms[0].size, loader or LoaderOptions())
+    return BatchDecoder(image_set.images, transforms, loader or LoaderOptions())
 
 
 def _check_indices(name: str, values: Sequence[int] | None, count: int) -> np.ndarray:
@@ -315,22 +317,24 @@ class BatchDecoder:
     def __init__(
         self,
         images: EncodedImages,
-        transforms: Sequence[Transform],
-        size: int,
+        transforms: Sequence[TrainTransform | EvalTransform],
         loader: LoaderOptions,
     ) -> None:
         """Store the arguments; open no file and start no thread.
 
         Args:
           images: M stored images: bytes, or uint8 [H, W, 3] if they are already decoded
-          transforms: (stored image, rng) -> uint8 [size, size, 3], one for all replicas or one per
-            replica
-          size: S, in pixels
+          transforms: one for all replicas or one per replica, of the same size
           loader: number of threads, and what to do with unreadable images
         """
         self._images, self._transforms = images, transforms
-        self._size, self._loader = size, loader
-        self._pool = None
+        self._loader = loader
+        self._pool: ThreadPoolExecutor | None = None
+        first = transforms[0]
+        self._canvas = None
+        if first.resize_on == "device":
+            self._canvas = first.canvas_side(images.sizes())
+        self._side = self._canvas or first.size
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state without the threads."""
@@ -338,8 +342,8 @@ class BatchDecoder:
 
     def __call__(
         self, indices: np.ndarray, keys: Sequence[Key], *, replace: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the transformed images of a batch.
+    ) -> tuple[Batch, np.ndarray]:
+        """Return the transformed images of a batch, or their views for the device.
 
         Args:
           indices: int [N]
@@ -347,20 +351,23 @@ class BatchDecoder:
           replace: whether, with `unreadable='skip'`, another image replaces an unreadable one
 
         Returns:
-          uint8 [N, S, S, 3], and int64 [N], the indices of the decoded images. For an unreadable
-          image this is the index of the next readable one, or, without `replace`, -1 (its pixels
-          are zeros).
+          {"image": uint8 [N, S, S, 3]}, or canvases uint8 [N, C, C, 3] and "geometry" float32
+          [N, 12]; and int64 [N], the indices of the decoded images. For an unreadable image this
+          is the index of the next readable one, or, without `replace`, -1 (its pixels are zeros).
 
         Raises:
           UserError: an image cannot be read (the message names it), or no image can
         """
-        out = np.zeros((len(indices), self._size, self._size, 3), np.uint8)
+        arrays: Batch = {"image": np.zeros((len(indices), self._side, self._side, 3), np.uint8)}
+        if self._canvas:
+            arrays["geometry"] = np.zeros((len(indices), GEOMETRY), np.float32)
         decoded = np.array(indices, np.int64)
 
         def fill(positions: range) -> None:
             for position in positions:
                 index = int(indices[position])
-                decoded[position] = self._decode(out[position], index, keys[position], replace)
+                out = {name: array[position] for name, array in arrays.items()}
+                decoded[position] = self._decode(out, index, keys[position], replace)
 
         threads = self._loader.num_threads
         step = max(1, len(indices) // (threads * _CHUNKS_PER_THREAD))
@@ -375,15 +382,20 @@ class BatchDecoder:
                 self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
             for _ in self._pool.map(fill, chunks):
                 pass  # Reraises the exception of a thread.
-        return out, decoded
+        return arrays, decoded
 
-    def _decode(self, out: np.ndarray, index: int, key: Key, replace: bool) -> int:
+    def _decode(self, out: Batch, index: int, key: Key, replace: bool) -> int:
         count, transform = len(self._images), self._transforms[key[1] % len(self._transforms)]
         for other in range(index, index + (count if replace else 1)):
             try:
                 # Uses the random numbers of `index`, so that a replacement differs from the
                 # replacing image's own example.
-                out[...] = transform(self._images[other % count], example_rng(key, index))
+                stored, rng = self._images[other % count], example_rng(key, index)
+                if self._canvas:
+                    view = transform.view(stored, rng, self._canvas)
+                    view.store(out["image"], out["geometry"], transform.size)
+                else:
+                    out["image"][...] = transform(stored, rng)
             except Unreadable as error:
                 if self._loader.unreadable == "error":
                     raise UserError(

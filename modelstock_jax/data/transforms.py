@@ -13,7 +13,8 @@ import simplejpeg
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
-from modelstock_jax.data.resize import BICUBIC, MAX_PIXELS
+from modelstock_jax.data.resize import BICUBIC, DEVICE_FILTERS, MAX_PIXELS
+from modelstock_jax.data.views import View, canvas_side, check_resize_on, resized, vertical_first
 from modelstock_jax.errors import UserError
 
 
@@ -31,9 +32,12 @@ class TrainTransform:
       scaled_decode: whether the JPEG decoder may downscale images that are much larger than the
         result needs (`largest_shrink`): faster, but not bitwise identical to Pillow
       resample: Pillow's code of the crop's resize filter
+      resize_on: 'host', or 'device': `loader.train_batches` then returns canvases, and
+        `device_resize` resizes them. Images with RandAugment's geometric operations and crops
+        larger than a canvas are resized on the host
 
     Raises:
-      UserError: a value is out of range
+      UserError: a value is out of range, or the device does not have the filter
     """
 
     size: int
@@ -44,9 +48,11 @@ class TrainTransform:
     randaugment_magnitude: float = 0
     scaled_decode: bool = True
     resample: int = BICUBIC
+    resize_on: str = "host"
 
     def __post_init__(self):
         """Check the ranges."""
+        check_resize_on(self.resize_on, self.resample)
         for name, maximum in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
             low, high = getattr(self, name)
             if not 0 < low <= high <= maximum:
@@ -66,7 +72,9 @@ class TrainTransform:
             )
 
     @classmethod
-    def of(cls, config: ConfigDict, size: int, resample: int = BICUBIC) -> TrainTransform:
+    def of(
+        cls, config: ConfigDict, size: int, resample: int = BICUBIC, resize_on: str = "host"
+    ) -> TrainTransform:
         """Return the transform of the group `data.augment` of configs/default.py."""
         return cls(
             size,
@@ -76,10 +84,11 @@ class TrainTransform:
             randaugment_ops=config.randaugment_ops,
             randaugment_magnitude=config.randaugment_magnitude,
             resample=resample,
+            resize_on=resize_on,
         )
 
     def __call__(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Transform one image.
+        """Transform one image on the host.
 
         Args:
           stored: an encoded image, or pixels uint8 [H, W, 3]
@@ -91,15 +100,52 @@ class TrainTransform:
         Raises:
           Unreadable: the data is not a complete image
         """
+        return self._finish(self.crop(stored, rng), rng)
+
+    def view(self, stored: bytes | np.ndarray, rng: np.random.Generator, canvas: int) -> View:
+        """Return what the device resizes, with the random numbers and the arguments of `__call__`.
+
+        Args:
+          stored: see `__call__`
+          rng: see `__call__`
+          canvas: side of the canvases; a view that does not fit is resized on the host
+        """
+        view = self.crop(stored, rng)
+        if view.fits(canvas) and not self.randaugment_ops:
+            return view
+        return resized(self._finish(view, rng))
+
+    def canvas_side(self, sizes: tuple[np.ndarray, np.ndarray] | None) -> int:
+        """Return the side of the canvases of a dataset.
+
+        Args:
+          sizes: heights and widths of all stored images, if they are known
+
+        Example:
+          >>> TrainTransform(224).canvas_side((np.array([256, 256]), np.array([341, 900])))
+          352
+        """
+        if sizes is None or not len(sizes[0]):
+            return canvas_side(self.size)
+        heights, widths = sizes
+        # A crop is at most as high as the image, and then at most the max ratio as wide.
+        crop_widths = np.minimum(widths, np.rint(self.crop_ratio[1] * heights))
+        crop_heights = np.minimum(heights, np.rint(widths / self.crop_ratio[0]))
+        return canvas_side(self.size, max(crop_widths.max(), crop_heights.max()))
+
+    def crop(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> View:
+        """Draw the crop and the flip; decode the pixels of the crop."""
         height, width = image_size(stored)
         crop = random_crop(rng, height, width, self.crop_area, self.crop_ratio)
         shrink = largest_shrink(crop, self.size) if self.scaled_decode else 1
         pixels = decode(stored, shrink)
         # Not the ratio of the heights: the last row of a downscaled JPEG may cover fewer rows.
         shrink = shrink if pixels.shape[0] < height else 1
-        image = resized_crop(pixels, crop, self.size, shrink, self.resample)
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        flip = self.flip and rng.random() < 0.5
+        return crop_view(pixels, crop, self.size, shrink, flip)
+
+    def _finish(self, view: View, rng: np.random.Generator) -> np.ndarray:
+        image = view.resize(self.size, self.resample)
         if self.randaugment_ops:
             image = rand_augment(rng, image, self.randaugment_ops, self.randaugment_magnitude)
         return np.asarray(image)
@@ -119,6 +165,10 @@ class EvalTransform:
         to a square regardless of the aspect ratio
       square_side: side of that square in pixels; 0 means `size`
       resample: Pillow's code of the resize filter
+      resize_on: see `TrainTransform`
+
+    Raises:
+      UserError: `resize_on` is unknown, or the device does not have the filter
     """
 
     size: int
@@ -126,6 +176,11 @@ class EvalTransform:
     short_side: int | None = 0
     square_side: int = 0
     resample: int = BICUBIC
+    resize_on: str = "host"
+
+    def __post_init__(self):
+        """Check the filter."""
+        check_resize_on(self.resize_on, self.resample)
 
     def __call__(
         self, stored: bytes | np.ndarray, rng: np.random.Generator | None = None
@@ -135,18 +190,74 @@ class EvalTransform:
         Raises:
           Unreadable: the data is not a complete image, or too elongated to resize
         """
+        return self._resize(self._decode(stored))
+
+    def view(
+        self, stored: bytes | np.ndarray, rng: np.random.Generator | None, canvas: int
+    ) -> View:
+        """Return what the device resizes: the pixels that the center of the result depends on.
+
+        Args:
+          stored: an encoded image, or pixels uint8 [H, W, 3]
+          rng: not used
+          canvas: side of the canvases; a view that does not fit is resized on the host
+
+        Raises:
+          Unreadable: see `__call__`
+        """
+        pixels = self._decode(stored)
+        height, width = pixels.shape[:2]
+        if self.short_side is None:
+            sides = (self.square_side or self.size,) * 2
+        else:
+            sides = short_side_shape(height, width, self.short_side or self.size)
+        radius = DEVICE_FILTERS[self.resample]
+        rows, top, bottom = _center(height, sides[0], self.size, radius)
+        columns, left, right = _center(width, sides[1], self.size, radius)
+        order = vertical_first(height, width, *sides)
+        view = View(pixels[rows, columns], (top, left, bottom, right), order)
+        return view if view.fits(canvas) else resized(self._resize(pixels))
+
+    def canvas_side(self, sizes: tuple[np.ndarray, np.ndarray] | None) -> int:
+        """Return the side of the canvases of a dataset; the sizes are not used."""
+        return canvas_side(self.size)
+
+    def _decode(self, stored: bytes | np.ndarray) -> np.ndarray:
         pixels = decode(stored)
         height, width = pixels.shape[:2]
         border = self.border
         if min(height, width) <= 2 * border:
             raise Unreadable(f"{height} x {width} pixels, too small for a border of {border}")
-        pixels = pixels[border : height - border, border : width - border]
+        return pixels[border : height - border, border : width - border]
+
+    def _resize(self, pixels: np.ndarray) -> np.ndarray:
         if self.short_side is None:
             side = self.square_side or self.size
             image = Image.fromarray(pixels).resize((side, side), self.resample)
         else:
             image = resize_short_side(pixels, self.short_side or self.size, self.resample)
         return center_crop(image, self.size)
+
+
+def _center(
+    length: int, resized_length: int, size: int, radius: float
+) -> tuple[slice, float, float]:
+    """Return the pixels of a side that the center of the resized side depends on.
+
+    Args:
+      length: pixels of the side
+      resized_length: pixels of the resized side
+      size: pixels of its center
+      radius: support of the filter
+
+    Returns:
+      The range of pixels; the start and the end of the center, in pixels after the range's start.
+    """
+    scale, first = length / resized_length, (resized_length - size) // 2
+    start, stop = first * scale, (first + size) * scale
+    margin = radius * max(scale, 1.0) + 1.0  # One pixel more than the filter needs.
+    low, high = max(0, math.floor(start - margin)), min(length, math.ceil(stop + margin))
+    return slice(low, high), start - low, stop - low
 
 
 _JPEG = b"\xff\xd8"
@@ -309,26 +420,25 @@ def largest_shrink(crop: Crop, size: int) -> int:
     return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= 2 * k * size)
 
 
-def resized_crop(
-    pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1, resample: int = BICUBIC
-) -> Image.Image:
-    """Resize `crop` to size x size pixels by Pillow, whose filters are antialiased.
+def crop_view(
+    pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1, flip: bool = False
+) -> View:
+    """Return the view of a crop: its resize equals Pillow's `crop` and `resize`.
 
     Args:
       pixels: uint8 [H, W, 3]
       crop: the crop in pixels of the full-size image
-      size: side of the result
-      shrink: full-size pixels per pixel of `pixels`; with 1 the result equals Pillow's `crop` and
-        `resize`
-      resample: Pillow's code of the filter
+      size: side of the result in pixels
+      shrink: full-size pixels per pixel of `pixels`; the crop then starts within a pixel
+      flip: whether to flip the result
     """
     top, left = crop.top / shrink, crop.left / shrink
     bottom, right = top + crop.height / shrink, left + crop.width / shrink
     row, column = math.floor(top), math.floor(left)
     cropped = pixels[row : math.ceil(bottom), column : math.ceil(right)]
     height, width = cropped.shape[:2]
-    box = (left - column, top - row, min(right - column, width), min(bottom - row, height))
-    return Image.fromarray(cropped).resize((size, size), resample, box=box)
+    box = (top - row, left - column, min(bottom - row, height), min(right - column, width))
+    return View(cropped, box, vertical_first(height, width, size, size), flip)
 
 
 def resize_short_side(pixels: np.ndarray, size: int, resample: int = BICUBIC) -> Image.Image:
@@ -344,14 +454,22 @@ def resize_short_side(pixels: np.ndarray, size: int, resample: int = BICUBIC) ->
     Raises:
       Unreadable: the result would be larger than any image that Pillow opens
     """
-    height, width = pixels.shape[:2]
+    height, width = short_side_shape(pixels.shape[0], pixels.shape[1], size)
+    image = Image.fromarray(pixels)
+    return image if image.size == (width, height) else image.resize((width, height), resample)
+
+
+def short_side_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """Return the height and width of an image after `resize_short_side`.
+
+    Raises:
+      Unreadable: the result would be larger than any image that Pillow opens
+    """
     short, long = min(height, width), max(height, width)
     long_side = int(size * long / short)
     if size * long_side > MAX_PIXELS:
         raise Unreadable(f"{height} x {width} pixels, too elongated to resize")
-    shape = (size, long_side) if width <= height else (long_side, size)
-    image = Image.fromarray(pixels)
-    return image if image.size == shape else image.resize(shape, resample)
+    return (long_side, size) if width <= height else (size, long_side)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.loader import UNREADABLE, LoaderOptions
+from modelstock_jax.data.views import RESIZE_ON
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.fileio import flatten
 from modelstock_jax.flags import current_names
@@ -78,6 +79,8 @@ OPTIONS = {
     "data.loader.prefetch": Option(resume="ignored", in_checksum=False),
     # The values differ only after an undecodable image, and 'error' has stopped the run there.
     "data.loader.unreadable": Option(choices=UNREADABLE, resume="ignored", in_checksum=False),
+    # A gray level of some pixels, and so the rest of the run, differs.
+    "data.resize_on": Option(choices=RESIZE_ON, absent="host"),
     "data.decoded_cache_dir": Option(in_checksum=False),
     "data.augment.mixup": Option(minimum=0),
     "objective.name": Option(choices=finetune.OBJECTIVES),
@@ -186,7 +189,16 @@ def check_options(config: ConfigDict) -> None:
     finetune.hyper_parameters(config, 1)
     Compute.of(config.compute)
     finetune.train_transforms(config, 1)
+    _check_resize_on(config)
     LoaderOptions(**config.data.loader)
+
+
+def _check_resize_on(config: ConfigDict) -> None:
+    if config.data.resize_on == "device" and config.data.name == "glyphs":
+        raise UserError(
+            "data.resize_on='device' applies only to stored images; for data.name='glyphs', set "
+            "data.resize_on='host'"
+        )
 
 
 def _check_num_replicas(config: ConfigDict) -> None:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data import benchmark, glyphs
 from modelstock_jax.data.benchmark import Benchmark
+from modelstock_jax.data.views import check_resize_on
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.fileio import flatten, to_json_types
@@ -119,9 +120,11 @@ def open_anchor(config: ConfigDict) -> Checkpoint:
     """Return the checkpoint of `config.pretrained`, resized to `config.image_size` if it is set.
 
     Raises:
-      UserError: as `open_pretrained`, or the size does not match the patches or the data
+      UserError: as `open_pretrained`, the size does not match the patches or the data, or the
+        device cannot resize with the checkpoint's filter
     """
     checkpoint, size = open_pretrained(config.pretrained), _image_size(config)
+    check_resize_on(config.data.resize_on, checkpoint.preprocessor.resample)
     if not size:
         return checkpoint
     model, params = resize_positions(checkpoint.params, checkpoint.config, size)

@@ -129,8 +129,11 @@ class Preprocessor:
         short_side = self.short_side
         return short_side in (0, self.image_size) and self.resample == BICUBIC
 
-    def eval_transform(self) -> EvalTransform:
+    def eval_transform(self, resize_on: str = "host") -> EvalTransform:
         """Return the resize and the center crop of a stored image.
+
+        Args:
+          resize_on: 'host' or 'device', see `EvalTransform`
 
         Example:
           >>> import numpy as np
@@ -146,6 +149,7 @@ class Preprocessor:
             short_side=self.short_side,
             square_side=self.square_side,
             resample=self.resample,
+            resize_on=resize_on,
         )
 
     def with_image_size(self, size: int) -> Preprocessor:

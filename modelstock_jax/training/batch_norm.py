@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from modelstock_jax.data.benchmark import Benchmark
+from modelstock_jax.data.device_resize import resize_batch
 from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, train_batches
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging.trees import PyTree, named_leaves
@@ -80,7 +81,7 @@ class StatisticsEstimator:
         main = multihost.is_main()
         with Progress("batch norms", count, unit="batches", enabled=main) as progress:
             for step, batch in zip(range(count), self._batches(), strict=False):
-                images = make_global_array(self._split, batch["image"][0], (self._batch_size,))
+                images = self._images(batch)
                 # Sums on the host in float64, in a fixed order.
                 found = jax.device_get(self._statistics_of(step, tower, images))
                 found = jax.tree.map(np.float64, found)
@@ -100,9 +101,20 @@ class StatisticsEstimator:
             num_replicas=1,
             start_step=0,
             examples=examples.tolist(),
-            transform=train_transforms(config, normalize.image_size, normalize.resample),
+            transform=train_transforms(
+                config, normalize.image_size, normalize.resample, config.data.resize_on
+            ),
             loader=LoaderOptions(**config.data.loader),
         )
+
+    def _images(self, batch: Batch) -> jax.Array:
+        """Return the images of a batch on the devices, uint8 [B, H, W, 3]."""
+        normalize = self._anchor.normalize
+        placed = {
+            name: make_global_array(self._split, values[0], (self._batch_size,))
+            for name, values in batch.items()
+        }
+        return resize_batch(placed, self._split, normalize.image_size, normalize.resample)["image"]
 
     def _statistics(self, step: jax.Array, tower: PyTree, images: jax.Array) -> PyTree:
         key = jax.random.fold_in(jax.random.key(self._config.seed), step)

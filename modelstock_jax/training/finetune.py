@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from modelstock_jax.data.augment import mixup
 from modelstock_jax.data.benchmark import Benchmark
+from modelstock_jax.data.device_resize import resize_batch
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, train_batches
 from modelstock_jax.data.transforms import BICUBIC, MAX_MAGNITUDE, TrainTransform
@@ -79,12 +80,14 @@ def make_trainer(
     Raises:
       UserError: if an option is out of range, or options are inconsistent
     """
-    fns = step_functions
+    fns, normalize = step_functions, anchor.normalize
     if fns is None:
         fns = StepFunctions(config, make_task(config, anchor, len(data.train), data.augment))
-    transforms = train_transforms(config, anchor.normalize.image_size, anchor.normalize.resample)
-    batches = partial(_batches, config, data.train, transforms, batch_sharding(fns.mesh))
-    return Trainer(config, fns, batches, workdir, name, timeline, title)
+    size, resample, sharding = normalize.image_size, normalize.resample, batch_sharding(fns.mesh)
+    transforms = train_transforms(config, size, resample, config.data.resize_on)
+    batches = partial(_batches, config, data.train, transforms, sharding)
+    resize = partial(resize_batch, sharding=sharding, size=size, resample=resample)
+    return Trainer(config, fns, batches, workdir, name, timeline, title, resize)
 
 
 def _batches(
@@ -367,7 +370,7 @@ def hyper_parameters(config: ConfigDict, steps_per_epoch: int) -> dict[str, np.n
 
 
 def train_transforms(
-    config: ConfigDict, size: int, resample: int = BICUBIC
+    config: ConfigDict, size: int, resample: int = BICUBIC, resize_on: str = "host"
 ) -> list[TrainTransform]:
     """Return the transform of each replica: `data.augment` with the replica's own options.
 
@@ -375,6 +378,7 @@ def train_transforms(
       config: options of the run
       size: side length of the transformed images, in pixels
       resample: Pillow's code of the crop's resize filter
+      resize_on: 'host' or 'device'
 
     Returns:
       R transforms
@@ -382,7 +386,7 @@ def train_transforms(
     Raises:
       UserError: see `hyper_parameters`; also if an option of `data.augment` is out of range
     """
-    transform = TrainTransform.of(config.data.augment, size, resample)
+    transform = TrainTransform.of(config.data.augment, size, resample, resize_on)
     per_replica = _per_replica(config)
     transforms = []
     for r in range(config.num_replicas):

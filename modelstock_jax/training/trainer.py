@@ -23,6 +23,7 @@ from modelstock_jax.training.multihost import block_on_multihost_cpu
 from modelstock_jax.training.sharding import put_batch
 from modelstock_jax.training.state import TrainState
 from modelstock_jax.training.step_fns import StepFunctions
+from modelstock_jax.training.train_step import Batch
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Trainer:
         name: str,
         timeline: Timeline | None = None,
         title: str | None = None,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         """Check the options; nothing is read or written yet.
 
@@ -62,12 +64,14 @@ class Trainer:
           name: directory of the run
           timeline: records the time of all runs in workdir
           title: name in progress output; None uses `name`
+          prepare: the last step of the input on the devices: global batch -> batch of the train
+            step
 
         Raises:
           UserError: if `merge.every` is invalid, or there is only one replica to merge
         """
         self.config, self.step_functions, self.title = config, step_functions, title or name
-        self.task, self.batches = step_functions.task, batches
+        self.task, self.batches, self.prepare = step_functions.task, batches, prepare
         self.workdir = Path(workdir) / "runs" / name
         self.timeline = timeline or Timeline(None)
         self.merge_steps = steps_between_merges(
@@ -101,7 +105,7 @@ class Trainer:
                 constants = fns.step_constants(anchor, merged)
                 for step in range(start + 1, last + 1):
                     with timeline.phase("data"):
-                        batch = put_batch(fns.mesh, next(batches))
+                        batch = self.prepare(put_batch(fns.mesh, next(batches)))
                     with timeline.phase("train"):
                         state, metrics = block_on_multihost_cpu(
                             fns.train_step(state, batch, constants)
