@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from modelstock_jax.data.transforms import OPERATIONS, rand_augment
+from modelstock_jax.data.randaugment import OPERATIONS, apply_operations, draw_operations
 from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD
 
 MEAN, STD = (np.array(values, np.float32) for values in (CLIP_MEAN, CLIP_STD))
@@ -67,6 +67,9 @@ def operations(pixels: np.ndarray, batch_size: int) -> None:
     host, device = 2 * color[:, 0].mean(), 2 * color[:, 1].sum()
     print(f"| two random ones of the five color operations | {host:.0f} | {device:.0f} |")
     both = np.mean([
-        microseconds(lambda: np.asarray(rand_augment(rng, image, 2, 10)), 1, 1) for _ in range(200)
+        microseconds(
+            lambda: np.asarray(apply_operations(image, draw_operations(rng, 2, 10))), 1, 1
+        )
+        for _ in range(200)
     ])  # fmt: skip
     print(f"| RandAugment, two of all fourteen operations | {both:.0f} | - |", flush=True)

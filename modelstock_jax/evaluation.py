@@ -15,6 +15,7 @@ from modelstock_jax.data.device_resize import resize_batch
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import LoaderOptions, eval_batches
 from modelstock_jax.data.transforms import EvalTransform
+from modelstock_jax.data.views import VIEW_ARRAYS
 from modelstock_jax.errors import UserError
 from modelstock_jax.merging import distance
 from modelstock_jax.merging.trees import PyTree
@@ -197,7 +198,7 @@ def scored_batches(
     for batch in eval_batches(numbered, batch_size, **options):
         rows = image_targets[batch["label"]]
         rows[~batch["mask"]] = -1
-        arrays = {name: batch[name] for name in ("image", "geometry") if name in batch}
+        arrays = {name: batch[name] for name in VIEW_ARRAYS if name in batch}
         yield arrays | {"target": rows}
 
 

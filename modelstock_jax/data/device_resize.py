@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from modelstock_jax.data.device_randaugment import apply_operation
 from modelstock_jax.data.resize import BICUBIC, BILINEAR, DEVICE_FILTERS, HAMMING, LANCZOS
+from modelstock_jax.data.views import VIEW_ARRAYS
 
 _IMAGES_AT_ONCE = 64  # per device: the float32 pixels of a larger batch would need gigabytes.
 
@@ -120,27 +122,35 @@ def _round(pixels: jax.Array) -> jax.Array:
 @lru_cache
 def make_resize(
     sharding: NamedSharding, size: int, resample: int
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return a jitted function (canvases [..., C, C, 3], geometry [..., 12]) -> [..., S, S, 3].
+) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    """Return a jitted function: the arrays of `resize_batch` -> images [..., S, S, 3].
 
     Each device resizes its part of the batch, without communication.
 
     Args:
-      sharding: of the leading dimensions of both arrays and of the result
+      sharding: of the leading dimensions of all arrays and of the result
       size: S, side of the results in pixels
       resample: Pillow's code of the filter, one of `DEVICE_FILTERS`
     """
-    resize = partial(resize_view, size=size, resample=resample)
 
-    def resize_part(canvases: jax.Array, geometry: jax.Array) -> jax.Array:
-        lead, side = geometry.shape[:-1], canvases.shape[-2]
-        flat = canvases.reshape(-1, side, side, 3), geometry.reshape(-1, geometry.shape[-1])
-        images = jax.lax.map(lambda view: resize(*view), flat, batch_size=_IMAGES_AT_ONCE)
+    def resize_one(view: dict[str, jax.Array]) -> jax.Array:
+        image = resize_view(view["image"], view["geometry"], size=size, resample=resample)
+        for encoded in view.get("operations", ()):
+            image = apply_operation(image, encoded)
+        return image
+
+    def resize_part(views: dict[str, jax.Array]) -> jax.Array:
+        lead = views["geometry"].shape[:-1]
+        flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in views.items()}
+        images = jax.lax.map(resize_one, flat, batch_size=_IMAGES_AT_ONCE)
         return images.reshape(*lead, size, size, 3)
 
     spec: PartitionSpec = sharding.spec
     return jax.jit(
-        jax.shard_map(resize_part, mesh=sharding.mesh, in_specs=(spec, spec), out_specs=spec),
+        # The check of varying axes fails for a switch in a loop.
+        jax.shard_map(
+            resize_part, mesh=sharding.mesh, in_specs=(spec,), out_specs=spec, check_vma=False
+        ),
         out_shardings=sharding,
     )
 
@@ -148,20 +158,19 @@ def make_resize(
 def resize_batch(
     batch: dict[str, jax.Array], sharding: NamedSharding, size: int, resample: int
 ) -> dict[str, jax.Array]:
-    """Resize the images of a batch; a batch without canvases is returned unchanged.
+    """Resize and augment the images of a batch; a batch without views is returned unchanged.
 
     Args:
-      batch: {"image": uint8 [..., C, C, 3], "geometry": float32 [..., 12], ...} on the devices
+      batch: the arrays of `views.View.store` with leading dimensions, and others, on the devices
       sharding: of the batch
       size: S, side of the results in pixels
       resample: Pillow's code of the filter
 
     Returns:
-      {"image": uint8 [..., S, S, 3], ...}, without the geometry.
+      {"image": uint8 [..., S, S, 3]} and the other arrays.
     """
     if "geometry" not in batch:
         return batch
-    rest = {name: value for name, value in batch.items() if name != "geometry"}
-    return rest | {
-        "image": make_resize(sharding, size, resample)(batch["image"], batch["geometry"])
-    }
+    views = {name: value for name, value in batch.items() if name in VIEW_ARRAYS}
+    rest = {name: value for name, value in batch.items() if name not in VIEW_ARRAYS}
+    return rest | {"image": make_resize(sharding, size, resample)(views)}

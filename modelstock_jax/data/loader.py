@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from modelstock_jax.data.image_set import EncodedImages, ImageSet
+from modelstock_jax.data.randaugment import ENCODED
 from modelstock_jax.data.transforms import EvalTransform, TrainTransform, Unreadable
 from modelstock_jax.data.views import GEOMETRY
 from modelstock_jax.errors import UserError, check_choice
@@ -101,7 +102,8 @@ def train_batches(
     Returns:
       Iterator of {"image": uint8 [r, b, H, W, 3], "label": int32 [r, b]}; for encoded images,
       H = W = transform.size. With `transform.resize_on='device'`, the images are canvases that
-      contain a `View`, and "geometry" float32 [r, b, 12] is added (`device_resize.resize_batch`).
+      contain a `View`; "geometry" float32 [r, b, 12] and, if any transform has RandAugment,
+      "operations" int32 [r, b, n, 8] are added (`device_resize.resize_batch`).
 
     Raises:
       UserError: sizes do not match, or (from the iterator) an image cannot be read
@@ -335,6 +337,7 @@ class BatchDecoder:
         if first.resize_on == "device":
             self._canvas = first.canvas_side(images.sizes())
         self._side = self._canvas or first.size
+        self._operations = max(transform.randaugment_ops for transform in transforms)
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state without the threads."""
@@ -351,9 +354,10 @@ class BatchDecoder:
           replace: whether, with `unreadable='skip'`, another image replaces an unreadable one
 
         Returns:
-          {"image": uint8 [N, S, S, 3]}, or canvases uint8 [N, C, C, 3] and "geometry" float32
-          [N, 12]; and int64 [N], the indices of the decoded images. For an unreadable image this
-          is the index of the next readable one, or, without `replace`, -1 (its pixels are zeros).
+          {"image": uint8 [N, S, S, 3]}, or canvases uint8 [N, C, C, 3] and the other arrays of
+          `View.store`; and int64 [N], the indices of the decoded images. For an unreadable image
+          this is the index of the next readable one, or, without `replace`, -1 (its pixels are
+          zeros).
 
         Raises:
           UserError: an image cannot be read (the message names it), or no image can
@@ -361,6 +365,9 @@ class BatchDecoder:
         arrays: Batch = {"image": np.zeros((len(indices), self._side, self._side, 3), np.uint8)}
         if self._canvas:
             arrays["geometry"] = np.zeros((len(indices), GEOMETRY), np.float32)
+        if self._canvas and self._operations:
+            shape = (len(indices), self._operations, ENCODED)
+            arrays["operations"] = np.zeros(shape, np.int32)
         decoded = np.array(indices, np.int64)
 
         def fill(positions: range) -> None:
@@ -392,8 +399,7 @@ class BatchDecoder:
                 # replacing image's own example.
                 stored, rng = self._images[other % count], example_rng(key, index)
                 if self._canvas:
-                    view = transform.view(stored, rng, self._canvas)
-                    view.store(out["image"], out["geometry"], transform.size)
+                    transform.view(stored, rng, self._canvas).store(out, transform.size)
                 else:
                     out["image"][...] = transform(stored, rng)
             except Unreadable as error:

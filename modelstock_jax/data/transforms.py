@@ -1,18 +1,18 @@
-"""Host-side image transforms: decoding, random crops, RandAugment, and center crops to evaluate."""
+"""Image transforms on the host: decoding, random crops, and center crops to evaluate."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 from ml_collections import ConfigDict
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
+from modelstock_jax.data.randaugment import MAX_MAGNITUDE, apply_operations, draw_operations
 from modelstock_jax.data.resize import BICUBIC, DEVICE_FILTERS, MAX_PIXELS
 from modelstock_jax.data.views import View, canvas_side, check_resize_on, resized, vertical_first
 from modelstock_jax.errors import UserError
@@ -33,8 +33,8 @@ class TrainTransform:
         result needs (`largest_shrink`): faster, but not bitwise identical to Pillow
       resample: Pillow's code of the crop's resize filter
       resize_on: 'host', or 'device': `loader.train_batches` then returns canvases, and
-        `device_resize` resizes them. Images with RandAugment's geometric operations and crops
-        larger than a canvas are resized on the host
+        `device_resize` resizes and augments them. Crops larger than a canvas are resized on the
+        host
 
     Raises:
       UserError: a value is out of range, or the device does not have the filter
@@ -88,7 +88,7 @@ class TrainTransform:
         )
 
     def __call__(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Transform one image on the host.
+        """Transform an image on the host.
 
         Args:
           stored: an encoded image, or pixels uint8 [H, W, 3]
@@ -100,7 +100,8 @@ class TrainTransform:
         Raises:
           Unreadable: the data is not a complete image
         """
-        return self._finish(self.crop(stored, rng), rng)
+        view = self.crop(stored, rng)
+        return np.asarray(apply_operations(self._resize(view), view.operations))
 
     def view(self, stored: bytes | np.ndarray, rng: np.random.Generator, canvas: int) -> View:
         """Return what the device resizes, with the random numbers and the arguments of `__call__`.
@@ -111,9 +112,9 @@ class TrainTransform:
           canvas: side of the canvases; a view that does not fit is resized on the host
         """
         view = self.crop(stored, rng)
-        if view.fits(canvas) and not self.randaugment_ops:
+        if view.fits(canvas):
             return view
-        return resized(self._finish(view, rng))
+        return resized(np.asarray(self._resize(view)), view.operations)
 
     def canvas_side(self, sizes: tuple[np.ndarray, np.ndarray] | None) -> int:
         """Return the side of the canvases of a dataset.
@@ -134,7 +135,7 @@ class TrainTransform:
         return canvas_side(self.size, max(crop_widths.max(), crop_heights.max()))
 
     def crop(self, stored: bytes | np.ndarray, rng: np.random.Generator) -> View:
-        """Draw the crop and the flip; decode the pixels of the crop."""
+        """Draw the crop, the flip and the operations; decode the pixels of the crop."""
         height, width = image_size(stored)
         crop = random_crop(rng, height, width, self.crop_area, self.crop_ratio)
         shrink = largest_shrink(crop, self.size) if self.scaled_decode else 1
@@ -142,13 +143,12 @@ class TrainTransform:
         # Not the ratio of the heights: the last row of a downscaled JPEG may cover fewer rows.
         shrink = shrink if pixels.shape[0] < height else 1
         flip = self.flip and rng.random() < 0.5
-        return crop_view(pixels, crop, self.size, shrink, flip)
+        operations = draw_operations(rng, self.randaugment_ops, self.randaugment_magnitude)
+        view = crop_view(pixels, crop, self.size, shrink)
+        return view._replace(flip=flip, operations=operations)
 
-    def _finish(self, view: View, rng: np.random.Generator) -> np.ndarray:
-        image = view.resize(self.size, self.resample)
-        if self.randaugment_ops:
-            image = rand_augment(rng, image, self.randaugment_ops, self.randaugment_magnitude)
-        return np.asarray(image)
+    def _resize(self, view: View) -> Image.Image:
+        return view.resize(self.size, self.resample)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +217,11 @@ class EvalTransform:
         order = vertical_first(height, width, *sides)
         view = View(pixels[rows, columns], (top, left, bottom, right), order)
         return view if view.fits(canvas) else resized(self._resize(pixels))
+
+    @property
+    def randaugment_ops(self) -> int:
+        """0: evaluation does not augment."""
+        return 0
 
     def canvas_side(self, sizes: tuple[np.ndarray, np.ndarray] | None) -> int:
         """Return the side of the canvases of a dataset; the sizes are not used."""
@@ -420,9 +425,7 @@ def largest_shrink(crop: Crop, size: int) -> int:
     return max(k for k in (1, 2, 4, 8) if k == 1 or min(crop.height, crop.width) >= 2 * k * size)
 
 
-def crop_view(
-    pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1, flip: bool = False
-) -> View:
+def crop_view(pixels: np.ndarray, crop: Crop, size: int, shrink: int = 1) -> View:
     """Return the view of a crop: its resize equals Pillow's `crop` and `resize`.
 
     Args:
@@ -430,7 +433,6 @@ def crop_view(
       crop: the crop in pixels of the full-size image
       size: side of the result in pixels
       shrink: full-size pixels per pixel of `pixels`; the crop then starts within a pixel
-      flip: whether to flip the result
     """
     top, left = crop.top / shrink, crop.left / shrink
     bottom, right = top + crop.height / shrink, left + crop.width / shrink
@@ -438,7 +440,7 @@ def crop_view(
     cropped = pixels[row : math.ceil(bottom), column : math.ceil(right)]
     height, width = cropped.shape[:2]
     box = (top - row, left - column, min(bottom - row, height), min(right - column, width))
-    return View(cropped, box, vertical_first(height, width, size, size), flip)
+    return View(cropped, box, vertical_first(height, width, size, size))
 
 
 def resize_short_side(pixels: np.ndarray, size: int, resample: int = BICUBIC) -> Image.Image:
@@ -487,82 +489,3 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-MAX_MAGNITUDE = 30
-
-
-class Operation(NamedTuple):
-    """An operation of RandAugment, by Pillow.
-
-    Attributes:
-      strongest: x at magnitude 30; at magnitude 0, x is 0 and most operations change nothing
-      signed: whether the sign of x is random
-      apply: (image, x) -> image
-    """
-
-    strongest: float
-    signed: bool
-    apply: Callable[[Image.Image, float], Image.Image]
-
-
-def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    # Nearest neighbor, black outside the image: torchvision's default.
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
-
-
-def _enhance(enhancer: Callable) -> Operation:
-    return Operation(0.9, True, lambda image, x: enhancer(image).enhance(1.0 + x))
-
-
-OPERATIONS = {
-    "identity": Operation(0.0, False, lambda image, x: image),
-    "shear_x": Operation(0.3, True, lambda image, x: _affine(image, 1, x, 0, 0, 1, 0)),
-    "shear_y": Operation(0.3, True, lambda image, x: _affine(image, 1, 0, 0, x, 1, 0)),
-    "translate_x": Operation(
-        150 / 331, True, lambda image, x: _affine(image, 1, 0, -int(x * image.width), 0, 1, 0)
-    ),
-    "translate_y": Operation(
-        150 / 331, True, lambda image, x: _affine(image, 1, 0, 0, 0, 1, -int(x * image.height))
-    ),
-    "rotate": Operation(30.0, True, lambda image, x: image.rotate(x)),
-    "brightness": _enhance(ImageEnhance.Brightness),
-    "color": _enhance(ImageEnhance.Color),
-    "contrast": _enhance(ImageEnhance.Contrast),
-    "sharpness": _enhance(ImageEnhance.Sharpness),
-    "posterize": Operation(4.0, False, lambda image, x: ImageOps.posterize(image, 8 - round(x))),
-    "solarize": Operation(
-        255.0, False, lambda image, x: ImageOps.solarize(image, math.ceil(255 - x))
-    ),
-    "autocontrast": Operation(0.0, False, lambda image, x: ImageOps.autocontrast(image)),
-    "equalize": Operation(0.0, False, lambda image, x: ImageOps.equalize(image)),
-}
-_OPERATIONS = tuple(OPERATIONS.values())
-
-
-def rand_augment(
-    rng: np.random.Generator, image: Image.Image, operations: int, magnitude: float
-) -> Image.Image:
-    """Apply random operations, drawn with replacement, at one magnitude (Cubuk et al. 2020).
-
-    The 14 operations and their strengths are those of torchvision's RandAugment with 31 bins. At
-    magnitude m: shear by 0.3 m/30; translation by 150/331 m/30 of the side; rotation by 30 m/30
-    degrees; brightness, color, contrast and sharpness by the factor 1 +- 0.9 m/30; posterization
-    to 8 - round(4 m/30) bits; solarization above 255 (1 - m/30). Autocontrast and equalization
-    have no strength.
-
-    Args:
-      rng: source of two random numbers per operation
-      image: RGB
-      operations: number of operations, the paper's N
-      magnitude: 0 to 30, the paper's M
-
-    >>> image = Image.new("RGB", (8, 8), (10, 20, 30))
-    >>> rand_augment(np.random.default_rng(0), image, operations=2, magnitude=10).size
-    (8, 8)
-    """
-    for which, sign in rng.random((operations, 2)):
-        operation = _OPERATIONS[int(which * len(_OPERATIONS))]
-        x = operation.strongest * magnitude / MAX_MAGNITUDE
-        image = operation.apply(image, -x if operation.signed and sign < 0.5 else x)
-    return image

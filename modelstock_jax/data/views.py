@@ -13,9 +13,11 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from modelstock_jax.data.randaugment import encode_operation
 from modelstock_jax.data.resize import DEVICE_FILTERS
 from modelstock_jax.errors import UserError, check_choice
 
+VIEW_ARRAYS = ("image", "geometry", "operations")
 RESIZE_ON = ("host", "device")
 GEOMETRY = 12  # numbers per view: five per axis, and two flags; see `View.store`
 _COARSE = 512.0  # A coarse scale is a multiple of 1 / 512: its products with results are exact.
@@ -31,12 +33,14 @@ class View(NamedTuple):
       box: top, left, bottom and right of the resized box, in pixels of `pixels`
       vertical_first: whether Pillow resizes along the columns first (`vertical_first`)
       flip: whether to flip the result horizontally
+      operations: of RandAugment, applied after that (`randaugment.draw_operations`)
     """
 
     pixels: np.ndarray
     box: tuple[float, float, float, float]
     vertical_first: bool = False
     flip: bool = False
+    operations: tuple[tuple[str, float], ...] = ()
 
     def resize(self, size: int, resample: int) -> Image.Image:
         """Return the box resized to `size` x `size` pixels by Pillow, and flipped.
@@ -52,24 +56,28 @@ class View(NamedTuple):
         """Return whether the pixels fit in a canvas of this side."""
         return max(self.pixels.shape[:2]) <= canvas
 
-    def store(self, canvas: np.ndarray, geometry: np.ndarray, size: int) -> None:
-        """Write the view to a canvas and its geometry.
+    def store(self, arrays: dict[str, np.ndarray], size: int) -> None:
+        """Write the view to the arrays of one example of a batch.
 
         The geometry of an axis is: number of pixels; start of the box, as an integer and a
         fraction; pixels per result, as a multiple of 1 / 512 and the rest. In parts, float32 gives
         exact positions.
 
         Args:
-          canvas: uint8 [C, C, 3]; the rest keeps its content, which does not affect the result
-          geometry: float32 [12]: five numbers per axis, `vertical_first` and `flip`
+          arrays: {"image": canvas uint8 [C, C, 3], which keeps its content outside of the view;
+            "geometry": float32 [12], five numbers per axis, `vertical_first` and `flip`;
+            "operations": int32 [n, 8], zeros, if views have up to n operations}
           size: side of the result in pixels
         """
         height, width = self.pixels.shape[:2]
-        canvas[:height, :width] = self.pixels
+        arrays["image"][:height, :width] = self.pixels
         top, left, bottom, right = self.box
+        geometry = arrays["geometry"]
         geometry[:5] = _axis(height, top, bottom, size)
         geometry[5:10] = _axis(width, left, right, size)
         geometry[10:] = self.vertical_first, self.flip
+        for number, (name, x) in enumerate(self.operations):
+            arrays["operations"][number] = encode_operation(name, x, size)
 
 
 def _axis(length: int, start: float, stop: float, size: int) -> tuple[float, ...]:
@@ -78,10 +86,10 @@ def _axis(length: int, start: float, stop: float, size: int) -> tuple[float, ...
     return length, pixel, start - pixel, coarse, scale - coarse
 
 
-def resized(image: np.ndarray) -> View:
+def resized(image: np.ndarray, operations: tuple[tuple[str, float], ...] = ()) -> View:
     """Return the view of an image that has its final size: a resize on the device keeps it."""
     height, width = image.shape[:2]
-    return View(image, (0, 0, height, width))
+    return View(image, (0, 0, height, width), operations=operations)
 
 
 def vertical_first(height: int, width: int, rows: int, columns: int) -> bool:

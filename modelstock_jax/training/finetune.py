@@ -18,7 +18,8 @@ from modelstock_jax.data.benchmark import Benchmark
 from modelstock_jax.data.device_resize import resize_batch
 from modelstock_jax.data.image_set import ImageSet
 from modelstock_jax.data.loader import Batch, LoaderOptions, steps_per_epoch, train_batches
-from modelstock_jax.data.transforms import BICUBIC, MAX_MAGNITUDE, TrainTransform
+from modelstock_jax.data.randaugment import MAX_MAGNITUDE
+from modelstock_jax.data.transforms import BICUBIC, TrainTransform
 from modelstock_jax.errors import UserError, check_choice
 from modelstock_jax.merging.trees import PyTree
 from modelstock_jax.reporting.timeline import Timeline
