@@ -213,8 +213,7 @@ def main(_) -> None:
             readers |= {name: ours(*reader) for name, reader in transforms(sets, area).items()}
             title = f"Random crop of {area[0]:.0%} to {area[1]:.0%} of the area, to {FLAGS.size}"
             print_table(title, measure(readers), "DataLoader, Pillow, normalized")
-        pixels = TrainTransform(FLAGS.size)(stored.images[0], np.random.default_rng(0))
-        operations(pixels, FLAGS.batch_size)
+        operations(cached[0], FLAGS.size, FLAGS.batch_size)
         if FLAGS.step_ms:
             waits(transforms(sets, (0.9, 1.0)))
 

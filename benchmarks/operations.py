@@ -1,75 +1,72 @@
-"""Time of image operations on the host and as an XLA program on the same CPU."""
+"""Time of image operations on the host and as XLA programs on the same CPU."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from modelstock_jax.data.randaugment import OPERATIONS, apply_operations, draw_operations
+from modelstock_jax.data.device_resize import make_resize
+from modelstock_jax.data.randaugment import ENCODED
+from modelstock_jax.data.transforms import TrainTransform
+from modelstock_jax.data.views import GEOMETRY
 from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD
 
 MEAN, STD = (np.array(values, np.float32) for values in (CLIP_MEAN, CLIP_STD))
 
 
-def operations(pixels: np.ndarray, batch_size: int) -> None:
-    """Print the time per image like `pixels` [H, W, 3]; XLA processes `batch_size` at a time."""
-    batch = jnp.asarray(np.stack([pixels] * batch_size))
-    image = Image.fromarray(pixels)
-    rng = np.random.default_rng(0)
-    gray = jnp.array([0.299, 0.587, 0.114])
+def operations(pixels: np.ndarray, size: int, batch_size: int) -> None:
+    """Print the time per image of operations on stored pixels [H, W, 3].
 
-    def blend(x, degenerate):
-        return jnp.clip(degenerate + 1.3 * (x - degenerate), 0, 255).astype(jnp.uint8)
-
-    on_device = {
-        "flip": lambda x: x[:, :, ::-1],
-        "normalize": lambda x: (x.astype(jnp.float32) / 255 - MEAN) / STD,
-        "brightness": lambda x: blend(x.astype(jnp.float32), 0.0),
-        "color": lambda x: blend(x.astype(jnp.float32), (x @ gray)[..., None]),
-        "contrast": lambda x: blend(
-            x.astype(jnp.float32), (x @ gray).mean((1, 2), keepdims=True)[..., None]
-        ),
-        "solarize": lambda x: jnp.where(x < 128, x, 255 - x),
-        "posterize": lambda x: x & 0b11100000,
-    }
-
-    def on_host(name):
-        if name == "flip":
-            return lambda: np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        if name == "normalize":
-            return lambda: (pixels.astype(np.float32) / 255 - MEAN) / STD
-        return lambda: np.asarray(OPERATIONS[name].apply(image, OPERATIONS[name].strongest / 3))
-
-    def microseconds(function, count, repeats):
-        function()
-        times = []
-        for _ in range(repeats):
-            start = time.process_time()
-            function()
-            times.append(time.process_time() - start)
-        return 1e6 * min(times) / count
-
+    Args:
+      pixels: an image of a cache
+      size: side of the result
+      batch_size: images per call of an XLA program
+    """
     print("\n| operation | host, µs per image | XLA on the CPU, µs per image |\n|---|---:|---:|")
-    measured = {}
-    for name, function in on_device.items():
-        compiled = jax.jit(function)
-        device = microseconds(
-            lambda compiled=compiled: compiled(batch).block_until_ready(), len(batch), 5
-        )
-        measured[name] = microseconds(on_host(name), 1, 50), device
-        print(f"| {name} | {measured[name][0]:.0f} | {device:.0f} |")
-    color = np.array([measured[name] for name in on_device if name in OPERATIONS])
-    # A program for a complete batch computes every operation and selects one, twice.
-    host, device = 2 * color[:, 0].mean(), 2 * color[:, 1].sum()
-    print(f"| two random ones of the five color operations | {host:.0f} | {device:.0f} |")
-    both = np.mean([
-        microseconds(
-            lambda: np.asarray(apply_operations(image, draw_operations(rng, 2, 10))), 1, 1
-        )
-        for _ in range(200)
-    ])  # fmt: skip
-    print(f"| RandAugment, two of all fourteen operations | {both:.0f} | - |", flush=True)
+    resized = np.zeros((batch_size, size, size, 3), np.uint8)
+    normalize = jax.jit(lambda images: (images.astype(jnp.float32) / 255 - MEAN) / STD)
+    on_host = microseconds(lambda: (resized[0].astype(np.float32) / 255 - MEAN) / STD, 50)
+    print_row("normalize", on_host, lambda: normalize(resized), batch_size)
+    for name, count in (("crop, resize, flip", 0), ("the same and RandAugment, N = 2", 2)):
+        transform = TrainTransform(size, flip=True, randaugment_ops=count, randaugment_magnitude=10)
+        on_host = microseconds(partial(transform, pixels, np.random.default_rng(0)), 200)
+        print_row(name, on_host, on_device(transform, pixels, batch_size), batch_size)
+
+
+def print_row(name: str, on_host: float, device: Callable[[], jax.Array], batch_size: int) -> None:
+    per_image = microseconds(lambda: jax.block_until_ready(device()), 5) / batch_size
+    print(f"| {name} | {on_host:.0f} | {per_image:.0f} |", flush=True)
+
+
+def on_device(
+    transform: TrainTransform, pixels: np.ndarray, batch_size: int
+) -> Callable[[], jax.Array]:
+    """Return a function that resizes and augments a batch of views of one image."""
+    side = transform.canvas_side(tuple(np.array([length]) for length in pixels.shape[:2]))
+    arrays = {
+        "image": np.zeros((batch_size, side, side, 3), np.uint8),
+        "geometry": np.zeros((batch_size, GEOMETRY), np.float32),
+    }
+    if transform.randaugment_ops:
+        arrays["operations"] = np.zeros((batch_size, transform.randaugment_ops, ENCODED), np.int32)
+    for number in range(batch_size):
+        view = transform.view(pixels, np.random.default_rng(number), side)
+        view.store({name: array[number] for name, array in arrays.items()}, transform.size)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    resize = make_resize(sharding, transform.size, transform.resample)
+    return lambda: resize(jax.device_put(arrays, sharding))
+
+
+def microseconds(function: Callable[[], object], count: int) -> float:
+    """Return the mean CPU time of a call, after one call that may compile."""
+    function()
+    start = time.process_time()
+    for _ in range(count):
+        function()
+    return 1e6 * (time.process_time() - start) / count

@@ -18,6 +18,8 @@ INVALID = {
     "data.augment.crop_area": ((0.9, 1.1), "at most 1"),
     "data.augment.randaugment_magnitude": (31, "between 0 and 30"),
     "data.loader.unreadable": ("ignore", "error, skip"),
+    # Valid, but the synthetic images are not stored.
+    "data.resize_on": ("device", "data.resize_on='host'"),
     "objective.name": ("car_fft", "cross_entropy, car_ft"),
     "objective.head": ("zeroshot", "zero_shot, random"),
     "optimizer.name": ("adam", "adamw, sgd"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 
@@ -101,3 +102,40 @@ def test_records_and_worker_processes_change_nothing(tmp_path):
     assert first.read_bytes() == second.read_bytes()
     first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in runs)
     assert first["rows"] == second["rows"]
+
+
+@pytest.mark.slow
+def test_a_run_that_resizes_on_the_device_resumes(tmp_path):
+    """From a cache, with flips and RandAugment; killed after the third step."""
+    anchor = small_run.save_anchor(tmp_path / "clip")
+    write_folders(tmp_path / "mine" / "train", ["a", "b", "c"], 12)
+    commands = {
+        name: arguments(
+            "configs/folder.py",
+            anchor,
+            tmp_path / "mine",
+            tmp_path / name,
+            "--config.compare=False",
+            "--config.data.resize_on=device",
+            f"--config.data.decoded_cache_dir={tmp_path / 'cache'}",
+            "--config.data.decoded_cache_short_side=32",
+            "--config.data.augment.randaugment_ops=2",
+            "--config.data.augment.randaugment_magnitude=9",
+            "--config.checkpoint.save_every_steps=1",
+        )
+        for name in ("complete", "killed")
+    }
+    code, output = small_run.finish(*commands["complete"])
+    assert code == 0, output
+    process = small_run.start(*commands["killed"])
+    state = tmp_path / "killed/runs/seed_0/merged/state/3"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    output, _ = process.communicate()
+    assert state.exists() and not (tmp_path / "killed/results.json").exists(), output
+    code, output = small_run.finish(*commands["killed"])
+    assert code == 0, output
+    for name in ("model/model.safetensors", "results.json"):
+        complete, killed = ((tmp_path / run / name).read_bytes() for run in commands)
+        assert complete == killed, name

@@ -41,6 +41,15 @@ def test_learning_rate_is_chosen_on_stored_images(config, tmp_path, capsys):
     assert "<- best" in capsys.readouterr().out
 
 
+def test_images_resized_on_the_device_have_the_same_accuracy(config):
+    host = evaluate_checkpoint(config, config.pretrained)
+    config.data.resize_on = "device"
+    device = evaluate_checkpoint(config, config.pretrained)
+    # 1 gray level may change the class of one image: 24 test images, 6 shifted ones.
+    assert abs(device["id"] - host["id"]) <= 100 / 24 + 1e-9
+    assert abs(device["shifts"]["sketch"] - host["shifts"]["sketch"]) <= 100 / 6 + 1e-9
+
+
 def test_eval_caches_the_head_and_shows_progress(config, tmp_path, capsys):
     row = evaluate_checkpoint(config, config.pretrained)
     first = capsys.readouterr().out
