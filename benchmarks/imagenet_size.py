@@ -15,10 +15,11 @@ the benchmark. Linux only.
 - Memory: `peak` and `kept` are the growth of the resident memory during and after a call.
 - First batch: from opening the dataset to the first batch of --batch images per replica, at step 0
   and in the middle of the third epoch.
-- Iteration: the decoded stream from 20 steps before the third epoch to its middle; the stream of
-  orders and labels, without images, from step 0 to the same step; and 50 steps of images that need
-  no reading and no decoding. The first batch after resuming in the middle of the third epoch must
-  be bitwise identical to the uninterrupted stream's.
+- Iteration: the decoded stream of the 100 steps before the middle of the third epoch; the stream
+  of orders and labels, without images, from step 0 to the same step; and 50 steps of images that
+  need no reading and no decoding. The first batch after resuming in the middle of the third epoch
+  must be bitwise identical to that of the uninterrupted streams.
+- Time to write: 0 for datasets that are already in the directory.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ from modelstock_jax.machine import usable_cores  # noqa: E402
 SOURCES = {"folder": "train", "ArrayRecord": "imagenet2012_train"}
 PACKAGES = ("array_record", "grain", "numpy", "simplejpeg", "tensorflow-datasets")
 EPOCH = 2  # The third one.
-LEAD = 20  # Steps of the decoded stream before that epoch.
+DECODED_STEPS = 100  # Steps of the decoded stream before the middle of that epoch.
+CHANGE_STEPS = 20  # Steps with pauses before and after the start of that epoch.
 BLANK_STEPS = 50  # Steps of images that need no decoding.
 STEP_MS = 50  # Time of a training step in the measurement of waits.
 DROP = Path("/proc/sys/vm/drop_caches")
@@ -235,10 +237,10 @@ def measure_first_batch(setup: Setup, source: str, resume: bool, cold: bool) -> 
 
 
 def measure_stream(setup: Setup, source: str) -> dict[str, Any]:
-    """Read the decoded stream from before epoch 3 to its middle."""
+    """Read the decoded stream before the middle of epoch 3."""
     train = setup.training_set(source)
-    start, middle = setup.epoch(train)
-    start -= min(LEAD, start)
+    _, middle = setup.epoch(train)
+    start = max(0, middle - DECODED_STEPS)
     stream = setup.decoded(train, start)
     next(stream)  # Opens files.
     seconds, used = turns.timed(lambda: step_seconds(stream, middle - start - 1))
@@ -258,8 +260,8 @@ def measure_iteration(setup: Setup, images: int) -> dict[str, Any]:
     stream = setup.stream(indices)
     seconds = step_seconds(stream, middle)
     uninterrupted, resumed = next(stream), next(setup.stream(indices, middle))
-    first = start - min(LEAD, start)
-    waits = step_seconds(setup.stream(indices, first), 2 * LEAD, STEP_MS / 1000)
+    before = setup.stream(indices, max(0, start - CHANGE_STEPS))
+    waits = step_seconds(before, 2 * CHANGE_STEPS, STEP_MS / 1000)
     _, orders = turns.timed(
         lambda: [epoch_order(0, replica, 0, images) for replica in range(setup.replicas)]
     )
@@ -276,18 +278,20 @@ def measure_iteration(setup: Setup, images: int) -> dict[str, Any]:
     }
 
 
-def make_datasets(setup: Setup) -> dict[str, float]:
-    """Write the tree and its ArrayRecord if they are missing; return the seconds of each."""
+def write_folder(setup: Setup) -> dict[str, float]:
+    """Write the tree if it is missing; return the seconds."""
     tree = setup.root / SOURCES["folder"]
-    _, tree_seconds = turns.timed(
-        lambda: imagenet_tree.write_tree(tree, setup.images, setup.folders)
-    )
-    train = open_set("train", tree, check_counts=False)
-    if len(train) != setup.images:
-        raise SystemExit(f"{tree}: {len(train):,} images, not {setup.images:,}; remove it")
+    _, seconds = turns.timed(lambda: imagenet_tree.write_tree(tree, setup.images, setup.folders))
+    if (count := len(list_folders(tree).names)) != setup.images:
+        raise SystemExit(f"{tree}: {count:,} images, not {setup.images:,}; remove it")
+    return seconds
+
+
+def write_records(setup: Setup) -> dict[str, float]:
+    """Write the tree's ArrayRecord if it is missing; return the seconds."""
+    train = open_set("train", setup.root / SOURCES["folder"], check_counts=False)
     options: dict[str, Any] = {"dataset": SOURCES["ArrayRecord"], "workers": usable_cores()}
-    _, records = turns.timed(lambda: prepare(train, WNIDS, setup.root, split="train", **options))
-    return {"folder": tree_seconds["wall"], "ArrayRecord": records["wall"]}
+    return turns.timed(lambda: prepare(train, WNIDS, setup.root, split="train", **options))[1]
 
 
 def measure_listings(setup: Setup, cold: bool) -> dict[str, dict[str, Any]]:
@@ -316,12 +320,20 @@ def measure_source(setup: Setup, source: str, cold: bool) -> dict[str, Any]:
     return result
 
 
+LISTINGS = {
+    "sorted os.walk": "sorted `os.walk`, a list of paths",
+    "cold": "`list_folders`, the kernel's caches dropped",
+    "warm": "`list_folders`",
+    "cached": "`list_folders` with its cache",
+}
+
+
 def listing_cells(results: dict[str, Any]) -> list[dict[str, str]]:
     """Return the rows of the table of listings."""
     reference = results["listing"]["sorted os.walk"]["checksum"]
     return [
         {
-            "listing": name,
+            "listing": LISTINGS[name],
             "wall time, s": f"{row['wall']:.2f}",
             "CPU time, s": f"{row['cpu']:.2f}",
             "peak memory, MB": f"{row['peak_mb']:.0f}",
@@ -336,11 +348,12 @@ def source_cells(results: dict[str, Any]) -> list[dict[str, str]]:
     """Return the rows of the table of formats."""
 
     def row(name: str, cell: Callable[[dict], str]) -> dict[str, str]:
-        return {"": name} | {source: cell(results[source]) for source in SOURCES}
+        return {"dataset": name} | {source: cell(results[source]) for source in SOURCES}
 
     step = results["folder"]["resume"]["step"]
+    written = {source: f"{results[f'write {source}']['wall']:.0f}" for source in SOURCES}
     rows = [
-        row("time to write, s", lambda r: f"{r['written']:.0f}"),
+        {"dataset": "time to write, s"} | written,
         row("time to open, s", lambda r: f"{r['open']['wall']:.2f}"),
         row("peak memory of opening, MB", lambda r: f"{r['open']['peak_mb']:.0f}"),
         row("kept memory of the open dataset, MB", lambda r: f"{r['open']['kept_mb']:.0f}"),
@@ -348,7 +361,7 @@ def source_cells(results: dict[str, Any]) -> list[dict[str, str]]:
         row("time to send it, ms", lambda r: f"{1000 * r['open']['pickle']:.0f}"),
         row("first batch at step 0, s", lambda r: f"{r['start']['wall']:.2f}"),
         row(f"first batch at step {step:,}, s", lambda r: f"{r['resume']['wall']:.2f}"),
-        row("kept memory after it, MB", lambda r: f"{r['resume']['kept_mb']:.0f}"),
+        row("kept memory after this batch, MB", lambda r: f"{r['resume']['kept_mb']:.0f}"),
         row("resumed batch is equal", lambda r: "yes" if resumed_is_equal(r) else "NO"),
         row("decoded stream, wall ms per step", lambda r: f"{1000 * r['stream']['seconds']:.0f}"),
         row("decoded stream, CPU ms per step", lambda r: f"{1000 * r['stream']['cpu']:.0f}"),
@@ -411,30 +424,44 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+PARTS = ("write folder", "listing", "folder", "iteration", "write ArrayRecord", "ArrayRecord")
+
+
+def measure_part(part: str, setup: Setup, results: dict[str, Any], cold: bool) -> dict[str, Any]:
+    """Return the measurements of one of `PARTS`."""
+    if part == "write folder":
+        return turns.in_new_process(write_folder, setup)
+    if part == "write ArrayRecord":
+        return turns.in_new_process(write_records, setup)
+    if part == "listing":
+        return measure_listings(setup, cold)
+    if part == "iteration":
+        images = results["folder"]["open"]["images"]
+        return turns.in_new_process(measure_iteration, setup, images)
+    return measure_source(setup, part, cold)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = parse_arguments(argv)
     if args.drop_caches and not os.access(DROP, os.W_OK):
         raise SystemExit(f"--drop-caches: {DROP} is not writable; run as root, or leave it out")
     with contextlib.ExitStack() as stack:
-        root = args.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        root = args.directory
+        if root is None:
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.callback(imagenet_tree.remove_tree, root / SOURCES["folder"])
         os.environ["XDG_CACHE_HOME"] = str(root / "user_cache")
         images = round(args.fraction * args.images)
         setup = Setup(root.resolve(), images, args.folders, args.batch, args.replicas)
         sizes = {k: v for k, v in dataclasses.asdict(setup).items() if k != "root"}
         results = turns.conditions("CPU", PACKAGES) | {"setup": sizes}
-        written = turns.in_new_process(make_datasets, setup)
-        results["listing"] = measure_listings(setup, args.drop_caches)
-        print(turns.table(listing_cells(results)), end="\n\n", flush=True)
-        for source in SOURCES:
-            results[source] = measure_source(setup, source, args.drop_caches)
-            results[source]["written"] = written[source]
+        for part in PARTS:
+            print(part, file=sys.stderr, flush=True)
+            results[part] = measure_part(part, setup, results, args.drop_caches)
             turns.write_json(args.json, results)
-        print(turns.table(source_cells(results)), end="\n\n", flush=True)
-        count = results["folder"]["open"]["images"]
-        results["iteration"] = turns.in_new_process(measure_iteration, setup, count)
-        print(turns.table(iteration_cells(results)), flush=True)
-        turns.write_json(args.json, results)
+        for cells in (listing_cells, source_cells, iteration_cells):
+            print(turns.table(cells(results)), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
