@@ -25,8 +25,6 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +94,8 @@ def random_values(trees: Any) -> Any:
 
 
 def in_new_process(function: Callable, *arguments: Any) -> Any:
-    """Return the result of a function of a module, called in a new Python process."""
-    with ProcessPoolExecutor(1, get_context("spawn"), start) as pool:
-        return pool.submit(function, *arguments).result()
+    """Return the result of a function, called in a new process with a started backend."""
+    return turns.in_new_process(function, *arguments, initializer=start)
 
 
 def start() -> None:

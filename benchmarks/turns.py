@@ -10,7 +10,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,18 @@ def timed(run: Callable[[], Any]) -> tuple[Any, Seconds]:
     cpu, wall = time.process_time(), time.perf_counter()
     result = run()
     return result, {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+
+
+def in_new_process(function: Callable, *arguments: Any, initializer: Callable | None = None) -> Any:
+    """Return the result of a function of a module, called in a new Python process.
+
+    Args:
+      function: function of a module
+      *arguments: its arguments
+      initializer: function that the process calls first
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def compile_stages(jitted, *arguments) -> tuple[Any, dict[str, Seconds]]:

@@ -96,11 +96,10 @@ def prepare(
 
 
 class Shard(NamedTuple):
-    """One file to write: `images[first : first + len(labels)]`."""
+    """One file to write: images and their labels."""
 
     images: EncodedImages
     labels: np.ndarray
-    first: int
     class_names: Sequence[str]
     resize: int
     border: int
@@ -139,9 +138,9 @@ def _shards(
     starts = range(0, len(image_set), per_shard)
     return [
         Shard(
-            image_set.encoded,
+            # A worker process gets only these images, not the names of all others.
+            image_set.encoded.select(np.arange(start, min(start + per_shard, len(image_set)))),
             image_set.labels[start : start + per_shard],
-            start,
             class_names,
             resize,
             image_set.crop_border,
@@ -180,7 +179,7 @@ def write_shard(shard: Shard) -> int:
     temporary = shard.path.with_name("." + shard.path.name)
     # One record per group, so that random access reads only the requested record.
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for index, label in enumerate(shard.labels, shard.first):
+    for index, label in enumerate(shard.labels):
         image, name = shard.images[index], shard.images.name(index)
         if shard.resize:
             image = shrink(image, shard.resize, shard.border, name)

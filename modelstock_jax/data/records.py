@@ -37,10 +37,12 @@ def find_records(path: str | os.PathLike[str]) -> Path | None:
     path = Path(path)
     if (path / INFO).is_file():
         return path
-    parents = [file.parent for file in path.glob(f"*/{INFO}")]
-    versions = [parent for parent in parents if _VERSION.fullmatch(parent.name)]
+    # Looks only into directories named like a version, not into a thousand class folders.
+    versions = [child for child in path.glob("[0-9]*") if _VERSION.fullmatch(child.name)]
     return max(
-        versions, key=lambda version: [int(n) for n in version.name.split(".")], default=None
+        (version for version in versions if (version / INFO).is_file()),
+        key=lambda version: [int(n) for n in version.name.split(".")],
+        default=None,
     )
 
 

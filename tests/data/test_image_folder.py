@@ -42,6 +42,18 @@ def test_images_are_sorted_by_folder_then_by_name(tmp_path):
     assert read_folders(tmp_path, {"b", "else"}).names == ("b",)
 
 
+def test_a_selection_stores_only_its_own_names(tmp_path):
+    """Otherwise each worker process and each shard of `prepare` would get the names of all."""
+    written = write_folders(tmp_path, ["a", "b"], each=3)
+    images = read_folders(tmp_path).images.select(np.array([5, 0, 4])).select(np.array([1, 2]))
+    assert len(images) == 2 and list(images) == [written[0], written[4]]
+    assert images.name(1) == str(tmp_path / "b" / "b_1.JPEG")
+
+    names = np.full(10_000, b"n01440764_10026.JPEG")
+    listed = FileImages(image_folder.Listing("set", ("n01440764",), np.zeros(10_000, int), names))
+    assert len(pickle.dumps(listed)) > 200_000 > 100 * len(pickle.dumps(listed.select([7, 9])))
+
+
 def test_a_listing_is_cached_until_a_folder_changes(tmp_path, cache, monkeypatch):
     root = tmp_path / "set"
     write_folders(root, ["a", "b"])

@@ -70,6 +70,9 @@ def test_orders_depend_only_on_seed_replica_and_epoch():
 def test_orders_equal_recorded_values():
     # If a new version shuffled differently, a saved step number would not restore the batches.
     assert epoch_order(0, 1, 2, 8).tolist() == [7, 5, 1, 4, 0, 3, 6, 2]
+    order = epoch_order(3, 1, 2, 100_000)
+    assert order[[0, 1, 50_000, 99_999]].tolist() == [69655, 17328, 10938, 52057]
+    assert order.dtype == np.int32, "int64 would need 10 MB per replica and process for ImageNet"
 
 
 @settings(max_examples=20, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,18 @@ def test_several_processes_write_the_same_records(tmp_path):
     assert files == sorted(path.name for path in two.iterdir()) and len(files) == 8
     one, two = (RecordImages(directory, "train") for directory in (one, two))
     assert [one.example(i) for i in range(10)] == [two.example(i) for i in range(10)]
+
+
+def test_a_worker_process_gets_only_the_images_of_its_shard(tmp_path):
+    """With all names in each of its shards, ImageNet would send 10 GB to the processes."""
+    sizes = []
+    for each in (8, 64):
+        image_set, names = make_set(tmp_path / str(each), each=each)
+        shards = preparation._shards(image_set, names, tmp_path, "own", "train", 0, 4)
+        assert [shard.labels.tolist() for shard in shards[-2:]] == [[1] * 4] * 2
+        assert list(shards[-1].images) == list(image_set.images)[-4:]
+        sizes.append(len(pickle.dumps(shards[0])))
+    assert sizes[1] < sizes[0] + 50, "bytes for longer paths, not for 112 more names"
 
 
 @pytest.mark.parametrize("seed", range(12), ids=lambda seed: f"{KINDS[seed % 4]}-{seed % 3}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -124,6 +125,19 @@ def test_the_newest_version_is_read(tmp_path):
     assert find_records(tmp_path) == tmp_path / "10.0.0"
     assert find_records(tmp_path / "1.0.0") == tmp_path / "1.0.0"
     assert find_records(tmp_path / "nothing") is None
+
+
+def test_class_folders_are_not_searched_for_versions(tmp_path, monkeypatch):
+    """On a network disk, a look into each of a thousand folders takes a second."""
+    for wnid in WNIDS[:50]:
+        (tmp_path / wnid).mkdir()
+    (tmp_path / "1.0.0").mkdir()
+    (tmp_path / "1.0.0" / "dataset_info.json").write_text("{}")
+    looked, stat = [], os.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path, **rest: looked.append(path) or stat(path, **rest))
+        assert find_records(tmp_path) == tmp_path / "1.0.0"
+    assert looked and not any(path.parent.name in WNIDS for path in map(Path, looked))
 
 
 def test_mistakes(imagenet, tmp_path):
