@@ -1,7 +1,6 @@
 """Checks of the device's results: against the CPU in float32, against float64, and bit for bit.
 
 gpu_parts.py runs them. Every function yields rows {"check", "found", "allowed", "ok", "reason"}.
-Tolerances of bfloat16 are three times the error that the same computation has on a CPU.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from modelstock_jax.training.sharding import put_batch
 Row = dict[str, Any]
 # An operation that may run in TF32, bfloat16 or float16.
 LOW_PRECISION = re.compile(r"\b(dot|convolution)\(|custom-call.*(gemm|cublas|cudnn)|\bb?f16\[")
-# Relative errors of the gradient and the loss, by the dtype of the towers.
-GRADIENT_ALLOWED = {"float32": 1e-4, "bfloat16": 0.06}
-LOSS_ALLOWED = {"float32": 1e-5, "bfloat16": 0.01}
+# Relative errors of the gradient and the loss, by the dtype of the towers. On a CPU, bfloat16 has
+# errors of 0.009 and 2.4e-4 (small CLIP), and of 0.012 and 3.4e-4 (B/32).
+GRADIENT_ALLOWED = {"float32": 1e-4, "bfloat16": 0.04}
+LOSS_ALLOWED = {"float32": 1e-5, "bfloat16": 1e-3}
 REASON = {
     "float32": "sums in another order",
     "bfloat16": "8 bits of mantissa; three times the error on a CPU",

@@ -78,13 +78,18 @@ def _pip(command: str, *arguments: str) -> str:
 def download(folder: Path) -> float:
     """Download the wheels to a new folder; return their size in MB."""
     shutil.rmtree(folder, ignore_errors=True)
-    error = _pip(
-        "download", "--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}",
-        "--implementation=cp", *(f"--platform={name}" for name in PLATFORMS),
-        f"--dest={folder}", *requirements(),
-    )  # fmt: skip
-    if error:
-        sys.exit(f"error: pip download failed: {error}")
+    compiled = ["--implementation=cp", *(f"--platform={name}" for name in PLATFORMS)]
+    # The wheel without compiled code is a quarter of the size.
+    pure = ["--implementation=py", "--abi=none", "--platform=any"]
+    lines = requirements()
+    small = [line for line in lines if line.startswith("fonttools==")]
+    for options, names in ((compiled, [x for x in lines if x not in small]), (pure, small)):
+        error = _pip(
+            "download", "--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}",
+            *options, f"--dest={folder}", *names,
+        )  # fmt: skip
+        if error:
+            sys.exit(f"error: pip download failed: {error}")
     return sum(path.stat().st_size for path in folder.glob("*.whl")) / 1e6
 
 
