@@ -60,12 +60,20 @@ def _cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> 
     """
     queries, keys = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = {}
+    query_lengths = key_lengths = None
     if keys % 2 and not causal:  # A causal mask excludes the last key already.
         # JAX 0.10 requires the axis of an enclosing vmap in all operands: these depend on q.
         zeros = jnp.where(q[:, 0, 0, 0] > 0, jnp.int32(0), jnp.int32(0))
-        lengths = {"query_seq_lengths": zeros + queries, "key_value_seq_lengths": zeros + keys}
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn", **lengths)
+        query_lengths, key_lengths = zeros + queries, zeros + keys
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
     return y[:, :queries]
 
 
