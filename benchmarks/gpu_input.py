@@ -84,12 +84,13 @@ def loop(train_step, state, constants, next_batch, run) -> tuple[Any, dict[str, 
     """Train as the training loop does: read a step's metrics when the next step has started.
 
     Returns:
-      the state, and the median seconds per step and of waiting for a batch
+      the state, and the mean seconds per step and of waiting for a batch
     """
-    steps, waits, metrics = [], [], None
-    end = time.perf_counter() + 8 * run.seconds
+    steps, waits, metrics, end = [], [], None, 0.0
     while len(steps) < WARM_UP_STEPS + 2 or time.perf_counter() < end:
         start = time.perf_counter()
+        if len(steps) == WARM_UP_STEPS:  # The first step compiles.
+            end = start + 8 * run.seconds
         batch = next_batch()
         waits.append(time.perf_counter() - start)
         state, new_metrics = train_step(state, batch, constants)

@@ -67,15 +67,16 @@ def device_events(profile: jax.profiler.ProfileData) -> list[tuple[str, float, f
 
     On a CPU these are the operations of XLA's threads, without the executor's own events.
     """
-    planes = {plane.name: plane for plane in profile.planes}
-    gpu = planes.get("/device:GPU:0")
-    plane, prefix = (gpu, "Stream") if gpu else (planes.get("/host:CPU"), "tf_XLA")
+    on_cpu = jax.default_backend() == "cpu"
+    name, prefix = ("/host:CPU", "tf_XLA") if on_cpu else ("/device:GPU:0", "Stream")
     return [
         (event.name, event.start_ns, event.end_ns)
-        for line in (plane.lines if plane else ())
+        for plane in profile.planes
+        if plane.name == name
+        for line in plane.lines
         if line.name.startswith(prefix)
         for event in line.events
-        if gpu or "::" not in event.name
+        if not (on_cpu and "::" in event.name)
     ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from benchmarks import gpu, gpu_checks, gpu_tables, gpu_wheels, kernels, limits
+from benchmarks import gpu, gpu_checks, gpu_parts, gpu_tables, gpu_wheels, kernels, limits
 
 ROOT = Path(__file__).parents[1]
 # A part that stores a result and then does not end.
@@ -162,6 +162,38 @@ def test_without_a_gpu_it_says_how_to_rehearse(tmp_path):
     assert done.stderr == "error: JAX found no GPU; pass --rehearse to run tiny sizes on the CPU\n"
 
 
+@pytest.mark.parametrize("limit", [7, 3])
+def test_steps_are_measured_in_order_of_importance_while_there_is_time(
+    limit, monkeypatch, tmp_path
+):
+    args = ["--json", str(tmp_path / "b16.json"), "--seconds", "60", "b16"]
+    measured = []
+    rates = {("xla", 256): 1.0, ("cudnn", 256): 2.0, ("cudnn", 512): 3.0, ("cudnn", 128): 1.0}
+
+    def measure_step(run, size, batch, variant):
+        measured.append((variant.replicas, variant.attention, batch))
+        rate = rates[variant.attention, batch] if variant.replicas == "vmap" else 1.5
+        return {"size": size, "batch": batch, "images_per_second": rate, **variant._asdict()}
+
+    def init(run, args, init=gpu_parts.Run.__init__):
+        init(run, args)
+        run.attentions = ("xla", "cudnn")
+
+    monkeypatch.setattr(gpu_parts.Run, "__init__", init)
+    monkeypatch.setattr(gpu_parts.Run, "has_time", lambda run, seconds: len(measured) < limit)
+    monkeypatch.setattr(gpu_parts, "measure_step", measure_step)
+    monkeypatch.setattr(gpu_parts, "profile_step", lambda run, size, row: {"batch": row["batch"]})
+    gpu_parts.main(args)
+    expected = [
+        ("vmap", "xla", 256), ("vmap", "cudnn", 256), ("vmap", "cudnn", 512),
+        ("one", "cudnn", 512), ("vmap", "cudnn", 128), ("map", "cudnn", 512),
+    ]  # fmt: skip
+    assert measured == expected[:limit]
+    stored = json.loads((tmp_path / "b16.json").read_text())
+    assert len(stored["steps"]) == len(measured)
+    assert stored.get("profile") == ({"batch": 512} if limit > 3 else None)
+
+
 def test_a_check_outside_its_tolerance_fails():
     assert gpu_checks.row("a", 0.5, 0.5, "")["ok"]
     assert not gpu_checks.row("a", 0.6, 0.5, "")["ok"]
@@ -236,6 +268,9 @@ def test_breakdown_counts_streams_of_the_gpu(monkeypatch, tmp_path):
     profile = Namespace(planes=[host, gpu_plane])
     monkeypatch.setattr(kernels.jax.profiler.ProfileData, "from_file", lambda path: profile)
     (tmp_path / "host.xplane.pb").touch()
+    with pytest.raises(ValueError, match="no kernels"):
+        kernels.breakdown(tmp_path, steps=2)
+    monkeypatch.setattr(kernels.jax, "default_backend", lambda: "gpu")
     result = kernels.breakdown(tmp_path, steps=2)
     assert result["kinds"] == {"matrix product": 2.5, "elementwise": 0.5}
     assert (result["seconds"], result["idle"]) == (5.0, 2.0)
