@@ -89,6 +89,13 @@ def measurement(tmp_path):
     return gpu.Measurement(args, tmp_path)
 
 
+def test_only_a_rehearsal_uses_programs_of_earlier_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "earlier")
+    for arguments, directory in (["--rehearse"], "earlier"), ([], str(tmp_path / "programs")):
+        environment = gpu.part_environment(gpu.parse(arguments), tmp_path)
+        assert environment["JAX_COMPILATION_CACHE_DIR"] == directory
+
+
 def test_a_part_over_its_limit_is_reported_with_its_results(measurement, monkeypatch, tmp_path):
     monkeypatch.setattr(
         measurement, "command",
