@@ -24,7 +24,7 @@ endef
 # A step takes and frees a hundred megabytes: in large pages that costs glibc, and so the CPU, less.
 demo studies: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo studies test test-fast test-slow test-parity kill-test lint clean
+.PHONY: demo studies test test-fast test-slow test-parity kill-test gpu gpu-wheels lint clean
 
 demo: $(VENV)/.installed-$(REQUIREMENTS)
 	$(VENV)/bin/python launch.py --config=configs/glyphs.py --workdir=$(WORKDIR)
@@ -58,6 +58,16 @@ test-parity: $(PARITY)/.installed
 # A hundred SIGKILLs over short runs, each of which must end as if it had never been killed.
 kill-test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.kill.series --kills=100
+
+# All checks and measurements of benchmarks/gpu.py; ARGS=--rehearse runs tiny sizes on the CPU. A
+# machine with a GPU may have no network: without .venv its own python3 is used.
+GPU_PYTHON = $(or $(PYTHON),$(firstword $(wildcard $(VENV)/bin/python) python3))
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+# With a network: what such a machine lacks, as wheels.
+gpu-wheels:
+	$(GPU_PYTHON) benchmarks/gpu_wheels.py
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -3,9 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Peaks(NamedTuple):
+    """Peaks of a device by its data sheet.
+
+    Attributes:
+      flops: operations per second of dense matrix products in bfloat16
+      bandwidth: bytes per second of the memory
+    """
+
+    flops: float
+    bandwidth: float
+
+
+# By the words in the device's name; the first entry with all of its words counts.
+DATA_SHEETS = {
+    "B200": Peaks(2250e12, 8.0e12),
+    "H200 NVL": Peaks(835e12, 4.8e12),
+    "H200": Peaks(989e12, 4.8e12),
+    "GH200": Peaks(989e12, 4.0e12),
+    "H100 PCIe": Peaks(756e12, 2.0e12),
+    "H100 NVL": Peaks(835e12, 3.9e12),
+    "H100": Peaks(989e12, 3.35e12),
+    "A100 40GB": Peaks(312e12, 1.555e12),
+    "A100": Peaks(312e12, 2.0e12),
+    "L40S": Peaks(362e12, 0.864e12),
+    "L4": Peaks(121e12, 0.3e12),
+    "A10G": Peaks(70e12, 0.6e12),
+}
+
+
+def data_sheet(device_kind: str) -> Peaks | None:
+    """Return the peaks of a device by its name; None if it is not in the table.
+
+    Example:
+      >>> data_sheet("NVIDIA H100 80GB HBM3").bandwidth, data_sheet("cpu")
+      (3350000000000.0, None)
+    """
+    words = set(device_kind.replace("-", " ").split())
+    matches = (peaks for name, peaks in DATA_SHEETS.items() if words >= set(name.split()))
+    return next(matches, None)
 
 
 def product(dtype: str, side: int = 0) -> tuple[Callable[[int], None], float]:

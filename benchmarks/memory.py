@@ -23,8 +23,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu_checks import is_restored_bitwise  # noqa: E402
 from modelstock_jax.experiment.dry_run import abstract_step_functions  # noqa: E402
-from modelstock_jax.training.checkpoints import Checkpoints  # noqa: E402
 from modelstock_jax.training.cost_analysis import memory  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -125,17 +125,6 @@ def main(argv):
         report["restored_bit_for_bit"] = is_restored_bitwise(Path(FLAGS.workdir), state, merged)
     report["peak_resident"] = max([*peaks, resident("VmHWM")])
     print(json.dumps(report))
-
-
-def is_restored_bitwise(workdir: Path, state, merged) -> bool:
-    """Save and restore the state and the merged model; return whether they are equal."""
-    tree = {"merged": merged, "state": {k: v for k, v in state._asdict().items() if v is not None}}
-    with Checkpoints(workdir, keep=1) as checkpoints:
-        checkpoints.save(int(state.step), tree)
-        checkpoints.wait()
-        restored = checkpoints.restore(int(state.step), tree)
-        equal = jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), tree, restored))
-    return bool(equal) and all(equal)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import itertools
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -94,9 +95,10 @@ def _perturbed(replicas):
     )
 
 
-def measure(size: str, rounds: int, seconds: float) -> list[dict]:
-    """Return one row per variant of one size."""
+def measure(size: str, rounds: int, seconds: float, names: Iterable[str] = MOVED) -> list[dict]:
+    """Return one row per named variant of one size."""
     variants, model_bytes = make_variants(size)
+    variants = {name: variants[name] for name in names}
     copy, copied = limits.copy(model_bytes)
     times = take_turns(variants | {"copy": copy}, rounds, seconds)
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from modelstock_jax.models.compute import Compute  # noqa: E402
 from modelstock_jax.models.config import TextConfig, VisionConfig  # noqa: E402
 from modelstock_jax.models.model import abstract_params, classifier  # noqa: E402
 from modelstock_jax.models.preprocessor import CLIP_MEAN, CLIP_STD, Preprocessor  # noqa: E402
-from modelstock_jax.training.losses import cross_entropy  # noqa: E402
+from modelstock_jax.training.losses import Loss, cross_entropy  # noqa: E402
 from modelstock_jax.training.step_fns import StepFunctions, Task  # noqa: E402
 
 CONFIGS = {"tiny": glyphs, "glyph": glyphs, "b32": vitb32, "b16": vitb16, "l14": vitl14}
@@ -64,6 +65,7 @@ def abstract_weights(size: str) -> dict[str, Any]:
     return {"image_tower": abstract_params(clip)["image_tower"], "head": head}
 
 
+@functools.cache
 def weights(size: str) -> dict[str, Any]:
     """Return random weights of these shapes on the host."""
     rng = np.random.default_rng(0)
@@ -72,16 +74,22 @@ def weights(size: str) -> dict[str, Any]:
     )
 
 
+def make_loss(config, size: str) -> Loss:
+    """Return the loss of a run of `config`."""
+    clip = clip_config(size)
+    return cross_entropy(
+        classifier(clip, Compute.of(config.compute)),
+        Preprocessor(CLIP_MEAN, CLIP_STD, clip.vision.image_size),
+        label_smoothing=config.label_smoothing,
+    )
+
+
 def make_programs(config, size: str, params: dict[str, Any]) -> StepFunctions:
     """Return the step functions of a run of `config`, as training compiles them."""
     clip = clip_config(size)
     task = Task(
         params=params,
-        loss_fn=cross_entropy(
-            classifier(clip, Compute.of(config.compute)),
-            Preprocessor(CLIP_MEAN, CLIP_STD, clip.vision.image_size),
-            label_smoothing=config.label_smoothing,
-        ),
+        loss_fn=make_loss(config, size),
         steps_per_epoch=1000,
         num_steps=10_000,
         num_heads=clip.vision.num_attention_heads,

@@ -131,16 +131,25 @@ def measure(size: str, batch_size: int, variants: list[Variant], args) -> list[d
     return rows
 
 
-def measure_torch(size: str, batch_size: int, args) -> dict:
-    """Return PyTorch's row, measured in a process that has the device for itself."""
+def measure_torch(size: str, batch_size: int, args, eager: bool = False) -> dict:
+    """Return PyTorch's row, measured in a process that has the device for itself.
+
+    Args:
+      size: key of `models.SIZES`
+      batch_size: images per step
+      args: options of the command line
+      eager: run without torch.compile
+    """
     clip = models.clip_config(size)
     sizes = {"vision": clip.to_dict()["vision_config"], "features": clip.projection_dim}
     del sizes["vision"]["projection_dim"]
     command = [args.torch, str(Path(__file__).with_name("torch_step.py")), "--sizes",
                json.dumps(sizes | {"classes": models.SIZES[size][-1]}),
                "--batch", str(batch_size), "--dtype", args.dtype, "--side", str(args.side),
-               "--rounds", str(args.rounds), "--seconds", str(args.seconds)]  # fmt: skip
-    row = {"size": size, "way": "PyTorch, one replica", "batch": batch_size}
+               "--rounds", str(args.rounds), "--seconds", str(args.seconds),
+               *(["--eager"] if eager else [])]  # fmt: skip
+    way = f"PyTorch, one replica{', eager' if eager else ''}"
+    row = {"size": size, "way": way, "batch": batch_size}
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return row | {"failed": (done.stderr.strip().splitlines() or ["no error message"])[-1]}

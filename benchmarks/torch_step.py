@@ -43,22 +43,23 @@ class Classifier(nn.Module):
         return self.head(nn.functional.normalize(features, dim=-1))
 
 
-def make_step(sizes: dict, batch_size: int, dtype: str, device: str):
-    """Return a fine-tuning step for `take_turns`."""
+def make_step(sizes: dict, batch_size: int, dtype: str, device: str, eager: bool):
+    """Return a fine-tuning step for `take_turns`, compiled unless `eager`."""
     classifier = Classifier(**sizes).to(device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-5, weight_decay=0.1, fused=True)
     side = sizes["vision"]["image_size"]
     images = torch.randint(256, (batch_size, side, side, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(sizes["classes"], (batch_size,), device=device)
 
-    @torch.compile
     def loss_of(images, labels):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             return nn.functional.cross_entropy(classifier(images).float(), labels)
 
+    loss_fn = loss_of if eager else torch.compile(loss_of)
+
     def run(count: int) -> None:
         for _ in range(count):
-            loss_of(images, labels).backward()
+            loss_fn(images, labels).backward()
             nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=0, help="size of the product's matrices")
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--eager", action="store_true", help="run without torch.compile")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -102,7 +104,7 @@ def main() -> None:
     side = args.side or (2048 if device == "cpu" else 8192)
     variants = {
         "product": make_product(args.dtype, side, device),
-        "step": make_step(args.sizes, args.batch, args.dtype, device),
+        "step": make_step(args.sizes, args.batch, args.dtype, device, args.eager),
     }
     seconds = take_turns(variants, args.rounds, args.seconds)
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None

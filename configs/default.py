@@ -243,6 +243,9 @@ def get_config() -> ConfigDict:
     config.monitor.spike_deviations = 6.0
     # Approximate window of the running mean and deviation, in lines of metrics; about an epoch.
     config.monitor.spike_window = 100
+    # Implicit transfers between host and devices in the training loop: 'allow', 'log' (print each)
+    # or 'disallow' (an error with a traceback). Each one makes the device wait; the loop has none.
+    config.monitor.transfer_guard = "allow"
 
     # Steps between lines of metrics.
     config.log_every_steps = 10

@@ -101,7 +101,7 @@ NOT_FAST = {
     ),
     *("models/test_model.py", "models/test_towers.py", "docs/test_blocks.py"),
     *("reporting/test_figures.py", "test_benchmarks.py", "test_configs.py", "test_evaluation.py"),
-    "test_examples.py",
+    *("test_examples.py", "test_gpu_benchmark.py"),
 }
 
 

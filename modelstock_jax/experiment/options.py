@@ -20,6 +20,7 @@ from modelstock_jax.models.compute import ATTENTIONS, Compute
 from modelstock_jax.training import batch_norm, finetune, merge_step, optimizer, projections
 from modelstock_jax.training.step_fns import REPLICA_MODES
 from modelstock_jax.training.train_step import ON_NON_FINITE
+from modelstock_jax.training.trainer import TRANSFER_GUARDS
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ OPTIONS = {
     "monitor.max_non_finite_steps": Option(minimum=0, resume="ignored", in_checksum=False),
     "monitor.spike_deviations": Option(minimum=0, resume="ignored", in_checksum=False),
     "monitor.spike_window": Option(minimum=1, resume="ignored", in_checksum=False),
+    "monitor.transfer_guard": Option(
+        choices=TRANSFER_GUARDS, resume="ignored", in_checksum=False, absent="allow"
+    ),
     "log_every_steps": Option(minimum=1, resume="ignored", in_checksum=False),
     "evaluation.batch_size": Option(minimum=1, resume="numerical", in_checksum=False),
     "evaluation.max_shift_images": Option(minimum=0, in_checksum=False),

@@ -28,10 +28,19 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return _ACTIVATIONS[name]
 
 
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, kind: str) -> jax.Array:
-    """Compute softmax(q k^T / sqrt(head_dim)) v for q, k, v [B, T, heads, head_dim]."""
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, kind: str) -> jax.Array:
+    """Compute softmax(q k^T / sqrt(head_dim)) v.
+
+    Args:
+      q: queries [B, T, heads, head_dim]
+      k: keys [B, S, heads, head_dim]
+      v: values [B, S, heads, head_dim]
+      causal: whether a token attends only to those before it; then S = T
+      kind: 'xla' or 'cudnn'. Under `vmap` in JAX 0.10, 'cudnn' raises a TypeError if q, k, v or the
+        gradient of the result does not depend on the mapped axis
+    """
     if kind == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        return _cudnn_attention(q, k, v, causal)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q * q.shape[-1] ** -0.5
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide)
@@ -41,6 +50,31 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, kind: str
         scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def _cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """Compute `attention` with cuDNN, on lengths that are padded to even numbers.
+
+    JAX raises an error for the gradient at odd lengths: it takes its placeholder for a bias, for
+    which cuDNN has no such gradient. CLIP has 197 (B/16), 257 (L/14) and 77 (text) tokens.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    query_lengths = key_lengths = None
+    if keys % 2 and not causal:  # A causal mask excludes the last key already.
+        # JAX 0.10 requires the axis of an enclosing vmap in all operands: these depend on q.
+        zeros = jnp.where(q[:, 0, 0, 0] > 0, jnp.int32(0), jnp.int32(0))
+        query_lengths, key_lengths = zeros + queries, zeros + keys
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
+    return y[:, :queries]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +132,7 @@ class Attention(nnx.Module):
         """Map x [B, T, D] to [B, T, D]."""
         split = (*x.shape[:2], self.heads, -1)
         q, k, v = (f(x).reshape(split) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(_attention(q, k, v, self.causal, self.kind).reshape(x.shape))
+        return self.out_proj(attention(q, k, v, self.causal, self.kind).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -346,7 +380,7 @@ class AttentionPool(nnx.Module):
             part.reshape(*part.shape[:2], self.heads, -1)
             for part in jnp.split(self.in_proj(jnp.concatenate([probe, x], 1)), 3, axis=-1)
         )
-        y = _attention(q[:, :1], k[:, 1:], v[:, 1:], False, self.kind)
+        y = attention(q[:, :1], k[:, 1:], v[:, 1:], False, self.kind)
         y = self.out_proj(y.reshape(probe.shape))
         return (y + self.mlp(self.layer_norm(y)))[:, 0]
 

@@ -108,7 +108,7 @@ def to_host(tree: PyTree) -> PyTree:
 
 def _leaf_to_host(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return np.asarray(leaf)
+        return np.asarray(jax.device_get(leaf))  # An explicit transfer, for `jax.transfer_guard`.
     if not leaf.is_fully_replicated:
         if not isinstance(leaf.sharding, NamedSharding):
             raise TypeError(f"a multi-process array needs a NamedSharding, not {leaf.sharding}")

@@ -134,7 +134,7 @@ def state_sharding(mesh: Mesh, state: TrainState, min_size: int = 0) -> TrainSta
     count and the carried noise are replicated.
     """
     return jax.tree.map(lambda _: replicated_sharding(mesh), state)._replace(
-        key=NamedSharding(mesh, PartitionSpec("replica")),
+        key=replica_sharding(mesh),
         params=replicas_sharding(mesh, state.params, min_size),
         opt_state=replicas_sharding(mesh, state.opt_state, min_size),
     )
@@ -199,6 +199,11 @@ def fsdp_spec(shape: tuple[int, ...], data: int, min_size: int) -> PartitionSpec
         return PartitionSpec()
     largest = max(dims, key=lambda dim: shape[dim])
     return PartitionSpec(*[None] * largest, "data")
+
+
+def replica_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays [R] with one value per replica."""
+    return NamedSharding(mesh, PartitionSpec("replica"))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
@@ -299,7 +304,10 @@ def make_global_array(
             local.append(slice(*np.searchsorted(local_index, (start, stop))))
         return value[tuple(local)]
 
-    return jax.make_array_from_callback(shape, sharding, block)
+    devices = sharding.addressable_devices_indices_map(shape)
+    # An explicit transfer, which `jax.transfer_guard` allows; that of a callback is implicit.
+    blocks = jax.device_put([block(index) for index in devices.values()], list(devices))
+    return jax.make_array_from_single_device_arrays(shape, sharding, blocks)
 
 
 def device_put_global(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -176,8 +176,14 @@ class StepFunctions:
         return StepConstants(
             pretrained=anchor if needs_anchor else None,
             last_merged=last_merged if needs_merged else None,
-            hyper=dict(self.task.hyper),
+            hyper=self._hyper,
         )
+
+    @cached_property
+    def _hyper(self) -> dict[str, jax.Array]:
+        """The per-replica hyperparameters on the devices: no step transfers them again."""
+        hyper = dict(self.task.hyper)
+        return device_put_global(hyper, dict.fromkeys(hyper, sharding.replica_sharding(self.mesh)))
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.stages.Lowered]:
         """Lower the train step and, if the config merges, the merge step; no arrays are allocated.

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,6 +25,8 @@ from modelstock_jax.training.sharding import put_batch
 from modelstock_jax.training.state import TrainState
 from modelstock_jax.training.step_fns import StepFunctions
 from modelstock_jax.training.train_step import Batch
+
+TRANSFER_GUARDS = ("allow", "log", "disallow")
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,9 @@ class Trainer:
             ):
                 constants = fns.step_constants(anchor, merged)
                 for step in range(start + 1, last + 1):
-                    with timeline.phase("data"):
+                    with self._phase("data"):
                         batch = self.prepare(put_batch(fns.mesh, next(batches)))
-                    with timeline.phase("train"):
+                    with self._phase("train"):
                         state, metrics = block_on_multihost_cpu(
                             fns.train_step(state, batch, constants)
                         )
@@ -116,10 +119,10 @@ class Trainer:
                     save = step % config.checkpoint.save_every_steps == 0 or step == last
                     if not (merge or save or stop):
                         continue
-                    with timeline.phase("train"):
+                    with self._phase("train"):
                         logger.flush_pending()
                     if merge:
-                        with timeline.phase("merge", step):
+                        with self._phase("merge", step):
                             state, merged, stats = block_on_multihost_cpu(
                                 fns.merge_step[step == last](anchor, state)
                             )
@@ -137,6 +140,15 @@ class Trainer:
                         raise SystemExit(STOPPED)
                 logger.finish(last)
         return Result(state, merged)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Record a phase, with the guard of `monitor.transfer_guard`; saving is not guarded."""
+        with (
+            self.timeline.phase(name, step),
+            jax.transfer_guard(self.config.monitor.transfer_guard),
+        ):
+            yield
 
 
 class RunCheckpoints:
