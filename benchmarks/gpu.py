@@ -63,7 +63,7 @@ class Part(NamedTuple):
 PARTS = (
     Part("device", 40),
     Part("correct", 100),
-    Part("glyphs", 45),
+    Part("glyphs", 60),
     Part("b16", 80),
     Part("l14", 95),
     Part("b32", 55),

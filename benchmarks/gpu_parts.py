@@ -127,16 +127,19 @@ def correct(run: Run) -> None:
     """Run all checks; one that fails is a row with its error."""
     small, large = ("tiny", "tiny") if run.rehearse else ("glyph", "b32")
     batch = 8 if run.rehearse else 32
-    fused = run.attentions[-1]
+    *others, fused = run.attentions
     checks: list[tuple[Callable[..., Iterator[dict[str, Any]]], tuple[Any, ...]]] = [
         (gpu_checks.merge_is_exact, ()),
         (gpu_checks.gradients_agree, (small, batch, "float32", "xla")),
         (gpu_checks.gradients_agree, (small, batch, "bfloat16", fused)),
         (gpu_checks.pair_agrees, (small, batch, "float32", "xla")),
         (gpu_checks.pair_agrees, (small, batch, "bfloat16", fused)),
-        *((gpu_checks.attentions_agree, ((4, tokens, 2, 64), fused)) for tokens in (50, 257)),
         (gpu_checks.state_is_donated, (small, batch)),
-        *((gpu_checks.gradients_agree, (large, batch // 4, "bfloat16", a)) for a in run.attentions),
+        (gpu_checks.gradients_agree, (large, batch // 4, "bfloat16", fused)),
+        (gpu_checks.attentions_agree, (50, fused, True)),
+        (gpu_checks.attentions_agree, (257, fused, False)),
+        (gpu_checks.attentions_agree, (257, fused, True)),
+        *((gpu_checks.gradients_agree, (large, batch // 4, "bfloat16", a)) for a in others),
     ]
     for check, arguments in checks:
         try:

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from benchmarks import gpu, gpu_checks, gpu_parts, gpu_tables, gpu_wheels, kernels, limits
+from benchmarks import gpu, gpu_checks, gpu_parts, gpu_tables, gpu_wheels, kernels, limits, models
+from modelstock_jax.training.checkpoints import Checkpoints
+from modelstock_jax.training.state import TrainState
 
 ROOT = Path(__file__).parents[1]
 # A part that stores a result and then does not end.
@@ -209,6 +211,40 @@ def test_a_check_outside_its_tolerance_fails():
         {"check": "a", "ok": False}, {"check": "b", "ok": True},
     ]}}}}  # fmt: skip
     assert gpu_tables.problems(results) == ["a: wrong"]
+
+
+def test_a_wrong_attention_is_found(monkeypatch):
+    compute = gpu_checks.attention
+
+    def wrong(q, k, v, causal, kind):
+        return compute(q, k, v, causal, "xla") * (1.02 if kind == "cudnn" else 1)
+
+    monkeypatch.setattr(gpu_checks, "attention", wrong)
+    assert [row["ok"] for row in gpu_checks.attentions_agree(4, "cudnn", False)] == [False] * 2
+    assert [row["ok"] for row in gpu_checks.attentions_agree(4, "xla", False)] == [True] * 2
+
+
+def test_a_state_that_is_copied_is_found(monkeypatch):
+    make_programs = models.make_programs
+
+    def without_donation(*args):
+        programs = make_programs(*args)
+        programs.train_step = jax.jit(programs.train_step.__wrapped__)
+        return programs
+
+    monkeypatch.setattr(models, "make_programs", without_donation)
+    *donation, checkpoint = gpu_checks.state_is_donated("tiny", 2)
+    assert len(donation) == 3 and not any(row["ok"] for row in donation) and checkpoint["ok"]
+
+
+def test_a_checkpoint_that_differs_is_found(monkeypatch, tmp_path):
+    state = TrainState(jnp.int32(1), None, {"w": jnp.ones(3)}, None, None)
+    assert gpu_checks.is_restored_bitwise(tmp_path / "1", state, {"w": jnp.zeros(3)})
+    restore = Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda *args: jax.tree.map(lambda x: x + 1, restore(*args))
+    )
+    assert not gpu_checks.is_restored_bitwise(tmp_path / "2", state, {"w": jnp.zeros(3)})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

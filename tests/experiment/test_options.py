@@ -39,6 +39,7 @@ INVALID = {
     "compute.attention_impl": ("flash", "xla, cudnn"),
     "compute.replica_mode": ("pmap", "auto, vmap"),
     "monitor.on_non_finite": ("ignore", "stop, skip_step"),
+    "monitor.transfer_guard": ("forbid", "allow, log"),
     "evaluation.units": (("layers",), "tensor, layer"),
     "export.formats": (("huggingface",), "hugging_face, open_clip"),
     # Numbers that caused a division by zero, an empty list or a step in the wrong direction.
