@@ -48,7 +48,12 @@ from modelstock_jax.data import caches  # noqa: E402
 from modelstock_jax.data.image_folder import list_folders  # noqa: E402
 from modelstock_jax.data.image_set import EncodedImages, ImageSet  # noqa: E402
 from modelstock_jax.data.imagenet import WNIDS, open_set  # noqa: E402
-from modelstock_jax.data.loader import epoch_order, steps_per_epoch, train_batches  # noqa: E402
+from modelstock_jax.data.loader import (  # noqa: E402
+    LoaderOptions,
+    epoch_order,
+    steps_per_epoch,
+    train_batches,
+)
 from modelstock_jax.data.prepare import prepare  # noqa: E402
 from modelstock_jax.data.transforms import TrainTransform  # noqa: E402
 from modelstock_jax.machine import usable_cores  # noqa: E402
@@ -73,6 +78,7 @@ class Setup:
       folders: number of classes
       batch: images per replica and step
       replicas: number of replicas
+      threads: decoding threads; 0 uses one per core
     """
 
     root: Path
@@ -80,6 +86,7 @@ class Setup:
     folders: int
     batch: int
     replicas: int
+    threads: int
 
     def training_set(self, source: str) -> ImageSet:
         """Open a dataset and hold out images, as a training run does."""
@@ -98,6 +105,7 @@ class Setup:
             num_replicas=self.replicas,
             start_step=start,
             transform=transform,
+            loader=LoaderOptions(threads=self.threads),
         )
 
     def decoded(self, images: ImageSet, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -405,6 +413,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("fraction", 1.0, "fraction of --images"),
         ("batch", 512, "images per replica and step"),
         ("replicas", 2, "number of replicas"),
+        ("threads", 0, "decoding threads; 0 uses one per core"),
     ):
         text += " (default: %(default)s)"
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
@@ -452,9 +461,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.callback(imagenet_tree.remove_tree, root / SOURCES["folder"])
         os.environ["XDG_CACHE_HOME"] = str(root / "user_cache")
-        images = round(args.fraction * args.images)
-        setup = Setup(root.resolve(), images, args.folders, args.batch, args.replicas)
-        sizes = {k: v for k, v in dataclasses.asdict(setup).items() if k != "root"}
+        sizes = {name: getattr(args, name) for name in ("folders", "batch", "replicas", "threads")}
+        sizes["images"] = round(args.fraction * args.images)
+        setup = Setup(root=root.resolve(), **sizes)
         results = turns.conditions("CPU", PACKAGES) | {"setup": sizes}
         for part in PARTS:
             print(part, file=sys.stderr, flush=True)

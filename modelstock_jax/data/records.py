@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ METADATA = "modelstock.json"
 
 # The process that runs the reader threads. A fork has none and would wait for them forever.
 _reader_process: int | None = None
+
+# Held while the files are opened: otherwise each decoding thread would open all of them.
+_opening = threading.Lock()
 
 _VERSION = re.compile(r"\d+(\.\d+)*")
 
@@ -56,7 +60,7 @@ class RecordImages(EncodedImages):
           UserError: it has no images, is not prepared as ArrayRecord, or has no such split
         """
         self._directory, self._split = str(directory), split
-        self._source = None
+        self._source: Any = None
         info = read_json(Path(directory) / INFO)
         file_format = info.get("fileFormat", "tfrecord")
         if file_format != "array_record":
@@ -88,12 +92,17 @@ class RecordImages(EncodedImages):
         if not 0 <= index < self._length:
             raise IndexError(index)
         _claim_process()
-        if self._source is None:
+        source = self._open() if self._source is None else self._source
+        return source[index]
+
+    def _open(self) -> Any:
+        with _opening:
             import tensorflow_datasets as tfds
 
-            decoders = {"image": tfds.decode.SkipDecoding()}
-            self._source = self._builder().as_data_source(self._split, decoders=decoders)
-        return self._source[index]
+            if self._source is None:
+                decoders = {"image": tfds.decode.SkipDecoding()}
+                self._source = self._builder().as_data_source(self._split, decoders=decoders)
+            return self._source
 
     def __len__(self) -> int:
         return self._length

@@ -50,10 +50,11 @@ def test_a_small_tree(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(turns, "in_new_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(imagenet_size, "STEP_MS", 1)
     monkeypatch.setattr(imagenet_size, "usable_cores", lambda: 1)
-    small = ["--fraction=0.5", "--images=482", "--folders=6", "--batch=16"]
+    small = ["--fraction=0.5", "--images=482", "--folders=6", "--batch=16", "--threads=3"]
     imagenet_size.main([*files(tmp_path), *small])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["setup"] == {"images": 241, "folders": 6, "batch": 16, "replicas": 2}
+    expected = {"images": 241, "folders": 6, "batch": 16, "replicas": 2, "threads": 3}
+    assert results["setup"] == expected
     assert list(results["listing"]) == ["sorted os.walk", "warm", "cached"]
     check_equal(results, tmp_path / "train")
     printed = capsys.readouterr().out

@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,20 @@ def test_images_can_be_pickled_for_other_processes(imagenet):
     assert list(copy) == list(images)
     with pytest.raises(IndexError):
         images[5]
+
+
+def test_threads_open_the_files_once(imagenet, monkeypatch):
+    images, opened, builder = RecordImages(imagenet, "train"), [], RecordImages._builder
+
+    def slow(self):
+        opened.append(self)
+        time.sleep(0.05)
+        return builder(self)
+
+    monkeypatch.setattr(RecordImages, "_builder", slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(images.__getitem__, [4] * 8)) == [encoded(4)] * 8
+    assert opened == [images]
 
 
 def test_reading_needs_no_tensorflow_and_raises_in_a_fork(imagenet):
