@@ -68,7 +68,7 @@ PARTS = (
     Part("l14", 95),
     Part("b32", 55),
     Part("merge", 35),
-    Part("input", 40),
+    Part("input", 50),
     Part("torch", 85),
     Part("variants", 70),
     *(

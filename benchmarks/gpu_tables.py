@@ -197,6 +197,7 @@ def input_rows(results: Results) -> list[dict[str, str]]:
     return [
         {
             "images from": row["source"],
+            "resize on the": row["resize_on"],
             "model": row["size"],
             "cores": str(row["cores"]),
             "images/s": number(row["images_per_second"]),

@@ -137,7 +137,7 @@ class BlankImages(EncodedImages):
 class NoTransform:
     """A transform that returns the stored pixels."""
 
-    size = 1
+    size, resize_on, randaugment_ops = 1, "host", 0
 
     def __call__(self, stored: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return stored

@@ -74,12 +74,12 @@ def test_rehearsal_of_the_checks(tmp_path):
 def test_rehearsal_of_the_merge_and_the_input(tmp_path):
     results, text = rehearse(tmp_path, "merge", "input")
     assert len(found(results, "merge")["merges"]) == 3 * 2
-    assert {row["source"] for row in found(results, "input")["sources"]} == {
-        "decoded cache", "JPEG",
-    }  # fmt: skip
+    sources = [(row["source"], row["resize_on"]) for row in found(results, "input")["sources"]]
+    assert sources == [(s, r) for s in ("decoded cache", "JPEG") for r in ("host", "device")]
     assert "\n## Merge\n" in text and "\n## Input\n" in text
 
 
+@pytest.mark.slow
 def test_rehearsal_of_a_training_run(tmp_path):
     results, _ = rehearse(tmp_path, "glyphs")
     assert set(found(results, "glyphs")["accuracy"]) >= {"zero_shot", "periodic_model_stock"}
@@ -361,6 +361,14 @@ def test_missing_wheels_are_a_warning(monkeypatch, tmp_path, capsys):
 PRESENT = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors",
            "absl-py", "rich", "PyYAML"}  # fmt: skip
 NOT_IMPORTED = {"chex", "sentencepiece", "tensorflow-datasets", "scikit-learn"}
+
+
+def test_an_environment_with_all_imported_packages_needs_no_wheels(monkeypatch):
+    """Also if the requirements of a newer version of them differ."""
+    monkeypatch.setattr(gpu_wheels, "requirements", lambda: ["absent==1.0", "grain==0.2.18"])
+    assert gpu_wheels.missing() == []
+    monkeypatch.setattr(gpu_wheels, "IMPORTED", ("grain", "simplejpeg-absent"))
+    assert gpu_wheels.missing() == ["absent==1.0"]
 
 
 def test_wheels_are_the_other_requirements_of_the_package():
