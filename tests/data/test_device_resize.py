@@ -110,7 +110,7 @@ def test_most_pixels_equal_pillow():
 
 
 def test_black_and_white_noise():
-    """Many sums are exactly a half: where the first pass rounds them differently, 2 are possible."""
+    """Many sums are exactly a half; where the first pass rounds one differently, 2 is possible."""
     image = RNG.integers(0, 2, (400, 500, 3), np.uint8) * 255
     transform = TrainTransform(224, (0.08, 1.0))
     views = [transform.view(image, np.random.default_rng(seed), CANVAS) for seed in range(8)]
