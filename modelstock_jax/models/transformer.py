@@ -421,13 +421,32 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
     return std * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
+def _product_of_rows(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
+) -> jax.Array:
+    """Return x @ kernel as a product of two matrices, for x [..., D] and a kernel [D, F].
+
+    With three dimensions, XLA's CPU backend copies kernels and activations to other layouts before
+    each product, which takes a fifth of the CPU time of a train step.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    product = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def linear(
     inputs: int, outputs: int, std: float, compute: Compute, rngs: nnx.Rngs, bias: bool = True
 ) -> nnx.Linear:
     """Create a linear layer with a kernel from N(0, std^2)."""
     init = nnx.initializers.normal(std)
     return nnx.Linear(
-        inputs, outputs, use_bias=bias, dtype=compute.dtype, kernel_init=init, rngs=rngs
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=compute.dtype,
+        kernel_init=init,
+        dot_general=_product_of_rows,
+        rngs=rngs,
     )
 
 
