@@ -1,6 +1,6 @@
 """Listing, memory, first batch, iteration and resume with as many files as ImageNet has.
 
-    python benchmarks/imagenet_size.py --json imagenet_size.json    # 1,281,167 files: 20 minutes
+    python benchmarks/imagenet_size.py --json imagenet_size.json    # 1,281,167 files: 7 minutes
     python benchmarks/imagenet_size.py --fraction 0.1 --drop-caches
 
 Writes a tree of small JPEGs (32 x 32, less than 1 kB; `imagenet_tree.py`) with the folder names of
