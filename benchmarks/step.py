@@ -9,10 +9,10 @@ sequence (`map`), and one replica; attention `xla` and, on a GPU, `cudnn`. If an
 torch, PyTorch's step is measured first in a separate process (torch_step.py). The batch is already
 on the device; input.py measures reading. The images of all replicas are counted.
 
-"% of peak" is the rate of the model's products (`models.image_flops`) relative to that of a large
-product in the same round. Memory is weights, optimizer state, batch and the temporaries that XLA
-plans; for PyTorch it is the allocator's peak. Needs jax, flax, optax and ml_collections. Without a
-GPU, pass a small --batch.
+"/ PyTorch" is images/s relative to PyTorch's. "% of peak" is the rate of the model's products
+(`models.image_flops`) relative to that of a large product in the same round. Memory is weights,
+optimizer state, batch and the temporaries that XLA plans; for PyTorch it is the allocator's peak.
+Needs jax, flax, optax and ml_collections. Without a GPU, pass a small --batch.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from modelstock_jax.training.cost_analysis import device_bytes, temporary_bytes 
 from modelstock_jax.training.sharding import put_batch  # noqa: E402
 
 REPLICAS = {"vmap": 2, "map": 2, "one": 1}
+TORCH = "PyTorch, one replica"
 
 
 class Variant(NamedTuple):
@@ -148,7 +149,7 @@ def measure_torch(size: str, batch_size: int, args, eager: bool = False) -> dict
                "--batch", str(batch_size), "--dtype", args.dtype, "--side", str(args.side),
                "--rounds", str(args.rounds), "--seconds", str(args.seconds),
                *(["--eager"] if eager else [])]  # fmt: skip
-    way = f"PyTorch, one replica{', eager' if eager else ''}"
+    way = TORCH + ", eager" * eager
     row = {"size": size, "way": way, "batch": batch_size}
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -170,13 +171,15 @@ def _rate(row: dict, step: list[float], product: list[float], flops: float, repl
 def table_row(row: dict) -> dict[str, str]:
     """Return a row of the table."""
     line = {"model": row["size"], "step": row["way"], "batch": str(row["batch"])}
-    headings = ("ms per step", "images/s", "% of peak", "memory, GB", "compile time, s")
+    headings = ("ms per step", "images/s", "/ PyTorch", "% of peak", "memory, GB",
+                "compile time, s")  # fmt: skip
     if "failed" in row:
         return line | {headings[0]: row["failed"]} | dict.fromkeys(headings[1:], "")
     memory, compiled = row.get("memory_bytes"), row.get("compile_seconds")
     return line | {
         "ms per step": f"{1000 * statistics.median(row['seconds']):.4g}",
         "images/s": f"{row['images_per_second']:.4g}",
+        "/ PyTorch": f"{row['of_torch']:.2f}" if "of_torch" in row else "",
         "% of peak": f"{100 * row['of_peak']:.1f} %",
         "memory, GB": f"{memory / 1e9:.2f}" if memory else "",
         "compile time, s": f"{compiled:.0f}" if compiled else "",
@@ -192,17 +195,25 @@ def peers(rows: list[dict]) -> list[str]:
         if name.startswith("two by vmap") and single:
             times = ratio(row["seconds"], single["seconds"])
             lines.append(f"{row['size']}, {name}: {times:.2f} x the time of one replica")
-    torch = done.get("PyTorch, one replica")
+    torch = done.get(TORCH)
     if torch and len(done) > 1:
-        best = max((r for r in done.values() if r is not torch), key=_of_peak)
-        times = _of_peak(best) / _of_peak(torch)
-        lines.append(f"{best['size']}, {best['way']}: {times:.2f} x PyTorch's % of peak")
+        best = max((r for r in done.values() if r is not torch), key=lambda r: r["of_torch"])
+        # Each process is compared with the large product that it measured in the same rounds.
+        of_peak = best["of_peak"] / torch["of_peak"]
+        lines.append(
+            f"{best['size']}, {best['way']}: {best['of_torch']:.2f} x PyTorch's images/s, "
+            f"{of_peak:.2f} x its % of peak"
+        )
     return lines
 
 
-def _of_peak(row: dict) -> float:
-    # Each process is compared with the large product that it measured in the same rounds.
-    return row["of_peak"]
+def compare_with_torch(rows: list[dict]) -> None:
+    """Add the images per second relative to PyTorch's to the rows, if it was measured."""
+    for torch in rows:
+        if torch["way"] == TORCH and "failed" not in torch:
+            for row in rows:
+                if "failed" not in row:
+                    row["of_torch"] = row["images_per_second"] / torch["images_per_second"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -245,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     results |= {"dtype": args.dtype, "rows": []}
     for size in args.sizes:
         rows = torch_rows.get(size, []) + measure(size, batches[size], variants, args)
+        compare_with_torch(rows)
         results["rows"] += rows
         print(table([table_row(row) for row in rows]), *peers(rows), sep="\n", flush=True)
         write_json(args.json, results)

@@ -74,11 +74,14 @@ def test_rate_is_relative_to_the_product_of_its_round():
     assert row["of_peak"] == pytest.approx(16 * models.image_flops("b32") / 0.5 / 1e13)
 
 
-def test_processes_are_compared_by_their_fraction_of_peak():
+def test_processes_are_compared_by_images_per_second_and_fraction_of_peak():
     """PyTorch's process ran while the machine was twice as fast."""
     ours = {"size": "b32", "way": "two by vmap, xla", "images_per_second": 2.0, "of_peak": 0.5}
     torch = {"size": "b32", "way": "PyTorch, one replica", "images_per_second": 4.0, "of_peak": 0.4}
-    assert step.peers([torch, ours]) == ["b32, two by vmap, xla: 1.25 x PyTorch's % of peak"]
+    step.compare_with_torch([torch, ours])
+    assert step.peers([torch, ours]) == [
+        "b32, two by vmap, xla: 0.50 x PyTorch's images/s, 1.25 x its % of peak"
+    ]
 
 
 @pytest.mark.parametrize(("size", "billions"), [("b32", 26.2), ("b16", 105.2), ("l14", 485.8)])
