@@ -68,8 +68,8 @@ def resize_matrix(axis: jax.Array, *, padded: int, size: int, resample: int) -> 
       float32 [size, padded].
 
     >>> axis = jnp.array([4.0, 0.0, 0.0, 2.0, 0.0])  # four pixels to two
-    >>> resize_matrix(axis, padded=4, size=2, resample=BILINEAR).round(3).tolist()
-    [[0.429, 0.429, 0.143, 0.0], [0.0, 0.143, 0.429, 0.429]]
+    >>> (7 * resize_matrix(axis, padded=4, size=2, resample=BILINEAR)).round().tolist()
+    [[3.0, 3.0, 1.0, 0.0], [0.0, 1.0, 3.0, 3.0]]
     """
     length, pixel_start, fraction, coarse_scale, fine_scale = axis
     pixel = jnp.arange(padded, dtype=jnp.float32)[None, :]

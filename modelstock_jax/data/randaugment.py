@@ -81,7 +81,7 @@ def draw_operations(
       Names of `OPERATIONS` with their x.
 
     >>> draw_operations(np.random.default_rng(0), count=2, magnitude=10)
-    (('color', -0.3), ('sharpness', -0.3))
+    (('contrast', -0.3), ('identity', 0.0))
     """
     drawn = []
     for which, sign in rng.random((count, 2)) if count else ():
@@ -96,7 +96,7 @@ def apply_operations(image: Image.Image, operations: Sequence[tuple[str, float]]
     """Apply the operations of `draw_operations` to an RGB image.
 
     >>> image = Image.new("RGB", (8, 8), (10, 20, 30))
-    >>> apply_operations(image, [("solarize", 5.0), ("rotate", 9.0)]).getpixel((4, 4))
+    >>> apply_operations(image, [("solarize", 255.0), ("rotate", 9.0)]).getpixel((4, 4))
     (245, 235, 225)
     """
     for name, x in operations:
