@@ -243,3 +243,43 @@ def is_restored_bitwise(workdir: Path, state, merged) -> bool:
         restored = checkpoints.restore(int(state.step), tree)
         equal = jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), tree, restored))
     return bool(equal) and all(equal)
+
+
+def resize_equals_pillow() -> Iterator[Row]:
+    """The resize on the device is within 1 gray level of Pillow's, and RandAugment has its bits."""
+    # The other checks need no image libraries.
+    from PIL import Image
+
+    from modelstock_jax.data.device_resize import make_resize
+    from modelstock_jax.data.randaugment import ENCODED, apply_operations
+    from modelstock_jax.data.transforms import TrainTransform
+    from modelstock_jax.data.views import GEOMETRY
+
+    count, size = 64, 64
+    transform = TrainTransform(
+        size, (0.08, 1.0), flip=True, randaugment_ops=2, randaugment_magnitude=12
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 180, 3), np.uint8)
+    side = transform.canvas_side(None)
+    arrays = {
+        "image": np.zeros((count, side, side, 3), np.uint8),
+        "geometry": np.zeros((count, GEOMETRY), np.float32),
+        "operations": np.zeros((count, 2, ENCODED), np.int32),
+    }
+    views = [transform.view(pixels, np.random.default_rng(k), side) for k in range(count)]
+    for number, view in enumerate(views):
+        view.store({name: array[number] for name, array in arrays.items()}, size)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    resize = make_resize(sharding, size, transform.resample)
+    augmented = np.asarray(resize(arrays))
+    resized = np.asarray(resize({name: arrays[name] for name in ("image", "geometry")}))
+    expected = np.stack([np.asarray(view.resize(size, transform.resample)) for view in views])
+    levels = np.abs(resized.astype(int) - expected).max()
+    yield row("resize and Pillow's, gray levels", levels, 1, "values near a half")
+    expected = np.stack([
+        np.asarray(apply_operations(Image.fromarray(image), view.operations))
+        for image, view in zip(resized, views, strict=True)
+    ])  # fmt: skip
+    different = (augmented != expected).sum()
+    yield row("RandAugment and Pillow's, different values", different, 0, "bitwise")

@@ -1,4 +1,4 @@
-"""One part of gpu.py, in a process of its own: `python benchmarks/gpu_parts.py b16 --json FILE`.
+"""One part of gpu.py, run as a separate process: `python benchmarks/gpu_parts.py b16 --json FILE`.
 
 Every result is stored at once, so that those of a part that is stopped remain.
 """
@@ -130,6 +130,7 @@ def correct(run: Run) -> None:
     *others, fused = run.attentions
     checks: list[tuple[Callable[..., Iterator[dict[str, Any]]], tuple[Any, ...]]] = [
         (gpu_checks.merge_is_exact, ()),
+        (gpu_checks.resize_equals_pillow, ()),
         (gpu_checks.gradients_agree, (small, batch, "float32", "xla")),
         (gpu_checks.gradients_agree, (small, batch, "bfloat16", fused)),
         (gpu_checks.pair_agrees, (small, batch, "float32", "xla")),

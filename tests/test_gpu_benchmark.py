@@ -69,6 +69,7 @@ def test_rehearsal_of_the_checks(tmp_path):
     checks = found(results, "correct")["checks"]
     assert len(checks) > 15 and all(row["ok"] for row in checks), checks
     assert "| model_stock against float64, relative to the update |" in text
+    assert "| resize and Pillow's, gray levels |" in text
 
 
 def test_rehearsal_of_the_merge_and_the_input(tmp_path):

@@ -148,4 +148,16 @@ def _look_up(table: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.stack([table[index[..., k], k] for k in range(3)], axis=-1)
 
 
-_BRANCHES = [globals()[f"_{name}"] for name in DEVICE_OPERATIONS]
+_FUNCTIONS = {
+    "identity": _identity,
+    "affine": _affine,
+    "brightness": _brightness,
+    "color": _color,
+    "contrast": _contrast,
+    "sharpness": _sharpness,
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+}
+_BRANCHES = [_FUNCTIONS[name] for name in DEVICE_OPERATIONS]
