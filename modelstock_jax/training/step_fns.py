@@ -227,7 +227,7 @@ class StepFunctions:
         check_choice("compute.replica_mode", mode, REPLICA_MODES)
         if mode == "auto":
             # The windows of convolutions take many times the memory of their input: one replica's
-            # at a time. On a CPU that is faster for every model (benchmarks/README.md).
+            # at a time. On a CPU it depends on the size which is faster (benchmarks/README.md).
             one_by_one = self.task.convolutional or jax.default_backend() == "cpu"
             return "map" if replica_devices == 1 and one_by_one else "vmap"
         if mode == "map" and replica_devices > 1:
