@@ -203,8 +203,8 @@ def test_merges_in_a_training_loop(dtype):
     )
     base = torch.nn.Sequential(*layers).to(dtype)
     replicas = [copy.deepcopy(base) for _ in range(2)]
-    ran = run("def merge()", {"base": base, "replicas": replicas})
     optimizers = [torch.optim.AdamW(replica.parameters(), lr=0.01) for replica in replicas]
+    ran = run("def merge()", {"base": base, "replicas": replicas})
     before = {name: w.clone() for name, w in ran["anchor"].items()}
     for period in range(2):
         for seed, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
