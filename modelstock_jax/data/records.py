@@ -87,6 +87,14 @@ class RecordImages(EncodedImages):
         """The features of an example, as described by TensorFlow Datasets."""
         return self._builder().info.features
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return heights and widths if all images have one shape, as those of CIFAR."""
+        sides = self.features["image"].shape[:2]
+        if None in sides:
+            return None
+        height, width = (np.full(len(self), side) for side in sides)
+        return height, width
+
     def example(self, index: int) -> dict[str, Any]:
         """Return one example with its image still encoded."""
         if not 0 <= index < self._length:

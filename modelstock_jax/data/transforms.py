@@ -224,8 +224,10 @@ class EvalTransform:
         return 0
 
     def canvas_side(self, sizes: tuple[np.ndarray, np.ndarray] | None) -> int:
-        """Return the side of the canvases of a dataset; the sizes are not used."""
-        return canvas_side(self.size)
+        """Return the side of the canvases of a dataset, see `TrainTransform.canvas_side`."""
+        if sizes is None or not len(sizes[0]):
+            return canvas_side(self.size)
+        return canvas_side(self.size, max(sizes[0].max(), sizes[1].max()))
 
     def _decode(self, stored: bytes | np.ndarray) -> np.ndarray:
         pixels = decode(stored)

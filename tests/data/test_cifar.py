@@ -12,9 +12,9 @@ import pytest
 from configs import cifar10
 from modelstock_jax.data import benchmark
 from modelstock_jax.data.cifar import CLASS_NAMES, TEMPLATES
-from modelstock_jax.data.loader import eval_batches
+from modelstock_jax.data.loader import eval_batches, train_batches
 from modelstock_jax.data.published_sets import CIFAR
-from modelstock_jax.data.transforms import EvalTransform
+from modelstock_jax.data.transforms import EvalTransform, TrainTransform
 from modelstock_jax.errors import UserError
 from modelstock_jax.experiment.options import check_options
 from modelstock_jax.models.preprocessor import Preprocessor
@@ -92,6 +92,24 @@ def test_images_are_resized_to_the_input_size(root):
     color = np.random.default_rng(0).integers(40, 216, 3)
     # The mean over 1,024 pixels of noise of +-30 has a standard error of 0.55.
     np.testing.assert_allclose(batch["image"][0].mean((0, 1)), color, atol=3)
+
+
+def test_canvases_are_as_large_as_the_images(root):
+    """Their size is that of the features: the device pads to a result's side, not to 2 S + 64."""
+    opened = benchmark.load(config(root))
+    assert [sides.tolist() for sides in opened.test.images.sizes()] == [[32] * len(opened.test)] * 2
+    for size, canvas in ((24, 32), (40, 48)):
+        transform = EvalTransform(size, resize_on="device")
+        batch = next(eval_batches(opened.test, 8, transform=transform))
+        assert batch["image"].shape == (8, canvas, canvas, 3)
+        stream = train_batches(
+            opened.train,
+            batch_size=8,
+            seed=0,
+            num_replicas=2,
+            transform=TrainTransform(size, resize_on="device"),
+        )
+        assert next(stream)["image"].shape == (2, 8, canvas, canvas, 3)
 
 
 def test_cifar100(tmp_path):

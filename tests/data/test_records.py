@@ -57,6 +57,7 @@ def test_bytes_labels_and_names(imagenet, versioned):
     assert train.images.name(3) == f"{imagenet}, split train, record 3 (train_3.JPEG)"
     test = open_set("validation", imagenet.parent, check_counts=False)
     assert test.labels.tolist() == [5, 1, 5] and test.name == "id"
+    assert test.images.sizes() is None, "ImageNet's images have different sizes"
 
 
 def test_images_can_be_pickled_for_other_processes(imagenet):
