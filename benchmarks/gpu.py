@@ -209,6 +209,9 @@ def part_environment(args: argparse.Namespace, workdir: Path) -> dict[str, str]:
         environment = programs | environment | {"JAX_PLATFORMS": "cpu"}
     else:
         environment |= programs
+        platforms = environment.get("JAX_PLATFORMS", "")
+        if platforms and "cpu" not in platforms.split(","):  # The checks compare with the CPU.
+            environment["JAX_PLATFORMS"] = f"{platforms},cpu"
     packages = gpu_wheels.install_missing(workdir / "packages")
     paths = [str(path) for path in (packages, ROOT) if path]
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -245,7 +248,7 @@ def _exit(number: int, frame: object) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
     with tempfile.TemporaryDirectory() as directory:
         measurement = Measurement(args, Path(directory))
