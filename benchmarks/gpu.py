@@ -200,6 +200,8 @@ def part_environment(args: argparse.Namespace, workdir: Path) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        # Otherwise the last line of an error is a note about frames that were removed.
+        "JAX_TRACEBACK_FILTERING": "off",
     }
     environment = defaults | os.environ | {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     # A program that two parts need is compiled once, but no program is one of an earlier run: its

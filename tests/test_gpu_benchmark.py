@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -151,6 +153,21 @@ def test_a_part_that_fails_is_reported_with_its_last_line(measurement, monkeypat
     assert record["status"] == "failed"
     assert record["error"] == "ZeroDivisionError: division by zero"
     assert gpu_tables.problems(measurement.results) == ["part b16 failed"]
+
+
+def test_the_last_line_of_an_error_of_jax_is_its_message(measurement, monkeypatch, tmp_path):
+    code = "import jax; jax.jit(lambda x: x @ x)(jax.numpy.ones((2, 3)))"
+    monkeypatch.setattr(measurement, "command", lambda part, limit: [sys.executable, "-c", code])
+    environment = gpu.part_environment(gpu.parse(["--rehearse"]), tmp_path)
+    record = measurement.run(gpu.Part("b16", 60), environment)
+    assert record["error"].startswith("TypeError: dot_general"), record["output"]
+
+
+def test_the_limit_of_a_part_includes_its_imports(monkeypatch, tmp_path):
+    args = argparse.Namespace(rehearse=True, torch="", json=tmp_path, seconds=60.0)
+    monkeypatch.setattr(gpu_parts, "START", time.monotonic() - 50)
+    run = gpu_parts.Run(args)
+    assert run.has_time(5) and not run.has_time(15)
 
 
 def test_a_part_without_time_is_skipped(measurement):
