@@ -241,6 +241,11 @@ def test_a_check_outside_its_tolerance_fails():
     assert gpu_tables.problems(results) == ["a: wrong"]
 
 
+def test_checks_that_were_not_made_are_a_problem():
+    parts = {"correct": {"status": "cut off"}, "glyphs": {"status": "cut off"}}
+    assert gpu_tables.problems({"parts": parts}) == ["part correct cut off"]
+
+
 def test_a_resize_in_tf32_is_found(monkeypatch):
     """Its largest difference can be as small as that of float32."""
     exact = device_resize.resize_matrix
