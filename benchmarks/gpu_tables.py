@@ -222,7 +222,7 @@ def part_rows(results: Results) -> list[dict[str, str]]:
             "part": name,
             "status": record["status"],
             "seconds": number(record.get("seconds")),
-            "last line": record.get("error", "").replace("|", "/")[:200],
+            "last line": record.get("error", "")[:200],
         }
         for name, record in results["parts"].items()
     ]
