@@ -61,7 +61,11 @@ def _summarize_pair(setup: Setup, values: Values) -> StudyReport:
     return StudyReport(
         [Table(["tensor", "angle (degrees)", "ratio t"], cells)],
         figures={"fig6": lambda path: figures.triangles(chosen, path)},
-        notes=["The tensors with the smallest and the largest angle."],
+        notes=[
+            "The tensors with the smallest and the largest angle.",
+            "The position of the center μ follows from the angle: the triangle w0, μ, w12 has a "
+            "right angle at μ (property (ii) of the thin shell).",
+        ],
     )
 
 
