@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from modelstock_jax.merging import ratio
 from modelstock_jax.registry import ROWS
 from modelstock_jax.reporting import style
 from modelstock_jax.reporting.figures import scale_log
@@ -216,6 +217,62 @@ def dynamics(history: Sequence[Mapping[str, Any]], path: str | Path | None = Non
     return draw(fill, (8.6, 3.8), path)
 
 
+def distances(
+    models: Mapping[int, Sequence[float]], radius: float, path: str | Path | None = None
+) -> Figure:
+    """Draw the distance of means of N models to the center, and the law radius / √N.
+
+    Args:
+      models: N -> distances of disjoint means of N models.
+      radius: predicted distance of a single model.
+      path: a .png file; None draws without saving.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        fine = np.linspace(1, max(models), 200)
+        law = Line2D([], [], color=BLACK, lw=1.2, label="distance of a single model / √N")
+        axes.plot(fine, radius / np.sqrt(fine), color=BLACK, lw=1.2, zorder=1)
+        for n, values in models.items():
+            row = "single_model" if n == 1 else "uniform_mean"
+            axes.plot([n] * len(values), values, **mark(row))
+        axes.set_xticks([*models])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("N, number of averaged models")
+        axes.set_ylabel("L2 distance to the center")
+        axes.set_title("A mean of N models is closer to the center")
+        labels = {"single_model": "single model", "uniform_mean": "uniform mean of N models"}
+        handles = [handle(row, label) for row, label in labels.items()]
+        figure.legend(handles=[*handles, law], loc="outside lower center", ncols=3)
+
+    return draw(fill, (6.8, 4.0), path)
+
+
+def ratios(points: Sequence[Point], path: str | Path | None = None) -> Figure:
+    """Draw the ratio t of equation 3 against the angle, for several N.
+
+    Args:
+      points: (angle in degrees, t) of the tensors of a merge of two models.
+      path: a .png file; None draws without saving.
+    """
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        degrees = np.linspace(0, 110, 221)
+        lines = {2: ("vermilion", "-"), 3: ("blue", "--"), 5: ("green", "-."), 50: ("gray", ":")}
+        for n, (color, dashes) in lines.items():
+            t = ratio(np.cos(np.radians(degrees)), n)
+            axes.plot(degrees, t, dashes, color=COLORS[color], lw=2, label=f"N = {n}")
+        axes.plot(*np.array(points).T, "o", color=BLACK, ms=3.5, alpha=0.6, label="tensors, N = 2")
+        axes.set_xlim(0, 110)
+        axes.set_xlabel("angle θ between the updates (degrees)")
+        axes.set_ylabel("ratio t")
+        axes.set_title("From the mean (t = 1) to the anchor (t = 0)")
+        figure.legend(loc="outside lower center", ncols=5, handlelength=2.4)
+
+    return draw(fill, (6.8, 4.0), path)
+
+
 def triangles(chosen: Mapping[str, Triangle], path: str | Path | None = None) -> Figure:
     """Draw the merge of two models and the center (the paper's Figure 6), true to scale.
 
@@ -302,7 +359,7 @@ def _set_scale(axes: Axes, triangle: Triangle, middle: float) -> None:
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, Point, str]], lines: Any) -> None:
-    """Draw points, each (name, position, row of the registry), with names beside the lines."""
+    """Draw points, each (name, position, row of the registry), with names next to the lines."""
     labels, occupied = [], [point for _, point, _ in points]
     for start, end in lines:
         occupied += np.linspace(start, end, 60).tolist()
