@@ -224,6 +224,8 @@ distances(measured, one, figure_path("approach"))
 # the two models: Model Stock. A bar marks the smallest measured distance.
 
 # %%
+from modelstock_jax.reporting.style import handle, mark
+
 pair, others = (jax.tree.map(lambda w, k=k: w[k], models) for k in (slice(0, 2), slice(2, None)))
 merged, stats = model_stock(anchor, pair)
 found = report(stats)
@@ -231,9 +233,6 @@ names = [row["name"].removeprefix("image_tower.") for row in found]
 kernels = [k for k, row in enumerate(found) if sizes[k] > 1000 and row["cosine"] > 0]
 by_angle = sorted(kernels, key=lambda k: found[k]["angle"])
 chosen = [by_angle[0], by_angle[len(by_angle) // 2], by_angle[-1]]
-
-
-from modelstock_jax.reporting.style import handle, mark
 
 
 def sweep(figure):

@@ -107,7 +107,7 @@ def mark(row: str, size: float = 1.0) -> dict[str, Any]:
     points = size * MARKER_SIZE.get(method.marker, 8)
     return {
         "ls": "none", "marker": method.marker, "color": COLORS[method.color], "ms": points,
-        "mec": "white", "mew": 0.8, "zorder": 4 - points / 100,
+        "mec": "white", "mew": 0.8 if points > 6 else 0.4, "zorder": 4 - points / 100,
     }  # fmt: skip
 
 

@@ -61,8 +61,8 @@ _NAMES = {
     **{("decay", d): f"Uniform mean, periodic, decay {d:g} to the anchor" for d in _DECAYS},
     **{("l2_sp", a): f"Uniform mean, periodic, L2-SP {a:g}" for a in _PENALTIES},
 }
-# Row of the registry -> the model of its curve in the figure. The other curves are hardly
-# distinguishable from those of the uniform mean and of Model Stock.
+# Row of the registry -> the model of its curve in the figure. More curves are not distinguishable;
+# the tables have all methods.
 _DRAWN = {
     "single_model": "replica",
     "uniform_mean": "mean",
