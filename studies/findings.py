@@ -43,7 +43,7 @@ def _points(better: float, worse: float, digits: int) -> str:
 
 FINDINGS = (
     Finding(
-        "Any two fine-tuned models have the same angle in a layer: mean deviation over pairs",
+        "Any two fine-tuned models have the same angle in a layer (kernels): mean deviation",
         "drawn, no number",
         "Figure 2",
         "fig2",
@@ -97,8 +97,7 @@ def lines(claims: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     for finding in FINDINGS:
         for claim in claims.get(finding.study, ()):
             if claim["text"].startswith(finding.claim):
-                # Without the limit and the number of samples, which the page has.
-                ours = claim["here"].partition(", limit")[0].partition(" (n")[0]
+                ours, _, _ = claim["here"].partition(" (n")  # The page has the number of samples.
                 cells = [
                     f"[{finding.text}]({finding.study}.md)",
                     f"{finding.paper} ({finding.where})",

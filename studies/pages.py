@@ -174,7 +174,8 @@ _TOP = (
     "accuracies are not those of ImageNet. Ours is the mean ± standard error, and the verdict uses "
     "the [95 % interval](#how-to-read-the-tables). OOD is the mean accuracy over the distribution "
     "shifts, ID the accuracy in distribution. [All claims](#all-claims) are below; "
-    "[results.md](../results.md) explains them.",
+    "[results.md](../results.md) explains them. [A real sentence encoder](sentence_encoder.md) has "
+    "the same claims on real texts.",
     "",
 )
 _INTRODUCTION = (
