@@ -42,6 +42,7 @@ def markers(artists):
                            "greedy_soup"]),
     ("fig3", "fig3", ["zero_shot", "single_model", "center"]),
     ("fig4", "fig4", ["single_model", "uniform_mean", "center"]),
+    ("table1", "table1", ["single_model", "uniform_mean"]),
     ("fig6", "fig6", ["zero_shot", "single_model", "uniform_mean", "model_stock", "center"]),
     ("fig7", "fig7", ["zero_shot", "single_model", "uniform_mean", "periodic_model_stock"]),
     ("carried", "carried", ["zero_shot", "single_model", "uniform_mean", "model_stock",
@@ -64,6 +65,11 @@ def test_every_method_has_the_marker_and_color_of_the_registry(name, stem, rows,
     box = legend.get_window_extent()
     assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+
+
+def test_the_number_of_models_has_integer_ticks():
+    (axes,) = figures.distances({1: [4.0, 4.1], 2: [2.9], 5: [1.8]}, 4.0).axes
+    assert list(axes.get_xticks()) == [1, 2, 5] and not len(axes.get_xticks(minor=True))
 
 
 def test_the_center_is_above_the_merged_weights():
