@@ -12,13 +12,13 @@ PAPER = (
 
 
 class Style(NamedTuple):
-    """Label and plot style of a row of results.
+    """Label and plot style of a row of results, or of another point of figures.
 
     Attributes:
       label: row label in tables; may contain {n}, {of} and {alpha}
       short: label next to the marker in a figure; may contain {n}
       color: key of `reporting.style.COLORS`
-      marker: Matplotlib marker
+      marker: Matplotlib marker; `reporting.style.mark` draws it
     """
 
     label: str
@@ -193,7 +193,7 @@ _ALL = (
         name="della", module="", options=(*_SPARSE_OPTIONS, "seed"), normalize=True,
         parameters={"epsilon": 0.15, "rescale": True}, elementwise=True, by_row=True,
         mergekit="della", mergekit_keys=(*_SPARSE_KEYS, "epsilon"),
-        style=Style("DELLA, TIES", "DELLA, TIES", "black", "d"), description=f"{_DELLA}{_ELECTED}",
+        style=Style("DELLA, TIES", "DELLA, TIES", "black", "H"), description=f"{_DELLA}{_ELECTED}",
     ),
     MergeMethod(
         name="della_linear", module="", options=(*_SPARSE_OPTIONS, "seed"),
@@ -308,11 +308,12 @@ RENAMED_COMMANDS = {
 }
 # Rows of the model as it was opened: the anchor, unless a linear probe follows.
 OPENED_ROWS = ("zero_shot", "pretrained", "random_head")
-# All rows of a results table, with their styles. Rows that are not merges after training are first.
+# All rows of a results table, and other points of figures: each has one color and one marker in all
+# figures. Rows that are not merges after training are first.
 ROWS = {
     "zero_shot": Style("Zero-shot (the anchor)", "zero-shot", "black", "s"),
     "pretrained": Style("Pretrained classifier (the anchor)", "pretrained", "black", "s"),
-    "random_head": Style("Random head (the anchor)", "random head", "black", "x"),
+    "random_head": Style("Random head (the anchor)", "random head", "black", "s"),
     "probed": Style("Linear probe (the anchor)", "probed", "black", "d"),
     "single_model": Style("Single fine-tuned model", "single\nfine-tuned", "gray", "o"),
     # Single models of runs with another objective or projection (docs/methods.md).
@@ -329,4 +330,15 @@ ROWS = {
     ),
     **{method.periodic_row: method.periodic for method in _ALL if method.periodic},
     **{method.name: method.style for method in _ALL},
+    # Drawn by the studies only.
+    "model_stock_carried_last": Style(
+        "Model Stock, noise carried, shrunk at the last merge (extension)",
+        "noise carried,\nlast merge",
+        "green",
+        ">",
+    ),
+    "uniform_soup": Style("Uniform Model Soup", "uniform soup", "green", "P"),
+    "greedy_soup": Style("Greedy Model Soup", "greedy soup", "purple", "p"),
+    "center": Style("Center μ", "μ", "black", "P"),
+    "noise": Style("Center + Gaussian noise", "center + noise", "purple", "."),
 }

@@ -136,7 +136,7 @@ figures.angle_by_layer(layers, figure_path("angles"))
 # Gaussian noise vectors in n dimensions.
 
 # %%
-from modelstock_jax.reporting.style import BLACK, BLUE, GRAY, SKY, VERMILION, draw
+from modelstock_jax.reporting.style import BLACK, BLUE, GRAY, GREEN, SKY, VERMILION, draw
 
 rng, dimensions = np.random.default_rng(0), (3, 30, 300, 3_000)
 noises = [rng.standard_normal((2, 400, n), np.float32) / n**0.5 for n in dimensions]
@@ -178,6 +178,7 @@ draw(concentration, (8.6, 3.2), figure_path("concentration"))
 
 # %%
 from modelstock_jax.merging import thin_shell, total_distance
+from studies.figures import distances
 
 shell = thin_shell(anchor, models)
 print(f"distance from w0 to the center: {float(shell.center):.2f}")
@@ -204,21 +205,14 @@ def distance_to_center(point, held_out):
     return max(0.0, square) ** 0.5
 
 
-def approach(figure):
-    axes = figure.subplots()
-    fine = np.linspace(1, MODELS - 2, 100)
-    axes.plot(fine, one / fine**0.5, color=BLACK, lw=1.2, label=r"$l\,\sqrt{(1-\cos\theta)/N}$")
-    for n in range(1, MODELS - 2):
-        for order in (np.roll(np.arange(MODELS), k) for k in range(MODELS)):
-            distance = distance_to_center(points[order[:n]].mean(axis=0), order[n:])
-            axes.plot(n, distance, "o", color=BLUE, ms=5, alpha=0.5)
-    axes.set_xlabel("N, number of models in the mean")
-    axes.set_ylabel("distance to the center")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-
-
-draw(approach, (6, 3.4), figure_path("approach"))
+measured = {
+    n: [
+        distance_to_center(points[order[:n]].mean(axis=0), order[n:])
+        for order in (np.roll(np.arange(MODELS), k) for k in range(MODELS))
+    ]
+    for n in range(1, MODELS - 2)
+}
+distances(measured, one, figure_path("approach"))
 
 # %% [markdown]
 # ## The angle of two models gives the ratio of the closest point
@@ -227,9 +221,11 @@ draw(approach, (6, 3.4), figure_path("approach"))
 # figure shows the distance from the point on this line to the center. The center is estimated by
 # the mean of the models that are not on the line. The three tensors have a small, a medium and a
 # large angle. A star marks t = 2 cos θ / (1 + cos θ) of equation 2, which uses only the angle of
-# the two models. A bar marks the smallest measured distance.
+# the two models: Model Stock. A bar marks the smallest measured distance.
 
 # %%
+from modelstock_jax.reporting.style import handle, mark
+
 pair, others = (jax.tree.map(lambda w, k=k: w[k], models) for k in (slice(0, 2), slice(2, None)))
 merged, stats = model_stock(anchor, pair)
 found = report(stats)
@@ -240,37 +236,41 @@ chosen = [by_angle[0], by_angle[len(by_angle) // 2], by_angle[-1]]
 
 
 def sweep(figure):
-    t, shades = np.linspace(0, 1.1, 111), (BLUE, SKY, VERMILION)
+    t, lines = np.linspace(0, 1.1, 111), ((BLUE, "-"), (BLACK, "--"), (GREEN, "-."))
     axes = figure.subplots()
-    for k, shade in zip(chosen, shades, strict=True):
+    bar = dict(ls="none", marker="|", color=BLACK, ms=12, mew=1.5)
+    for k, (shade, dashes) in zip(chosen, lines, strict=True):
         w0, w, center = (np.asarray(jax.tree.leaves(x)[k], float) for x in (anchor, pair, others))
         step, aim = w.mean(0) - w0, center.mean(0) - w0
         square = t**2 * (step**2).sum() - 2 * t * (step * aim).sum() + (aim**2).sum()
         distance = np.sqrt(square / (aim**2).sum())
         star = found[k]["ratio"]
         label = f"{names[k]}, θ = {found[k]['angle']:.0f}°"
-        axes.plot(t, distance, color=shade, lw=2, label=label)
-        axes.plot(star, np.interp(star, t, distance), "*", color=shade, ms=15, mec="white")
-        axes.plot(t[distance.argmin()], distance.min(), "|", color=BLACK, ms=12, mew=1.5)
+        axes.plot(t, distance, dashes, color=shade, lw=2, label=label)
+        axes.plot(star, np.interp(star, t, distance), **mark("model_stock"))
+        axes.plot(t[distance.argmin()], distance.min(), **bar, zorder=5)
+    axes.plot([], [], **bar, label="smallest measured distance")
     axes.set_xlabel("t: from the anchor (0) to the mean of two models (1)")
     axes.set_ylabel("distance to the center,\nas a fraction of the anchor's")
-    axes.legend(fontsize=8)
+    curves, _ = axes.get_legend_handles_labels()
+    stock = handle("model_stock", "Model Stock, from the angle")
+    figure.legend(handles=[*curves, stock], loc="outside lower center", ncols=2, fontsize=8)
 
 
-draw(sweep, (6.6, 4), figure_path("sweep"))
+draw(sweep, (7.2, 4.4), figure_path("sweep"))
 
 # %% [markdown]
 # The next figure draws the same merge as a triangle, with true lengths and angles (the paper's
-# Figure 6). It shows w₁, w₂, their mean w₁₂, and the merged weights w_H, the foot of the
-# perpendicular from the center. With a small angle, w_H is near the mean. With a large angle, it is
-# near the anchor.
+# Figure 6). The upper row shows w₁, w₂, their mean w₁₂, and the merged weights w_H. The lower row
+# shows the same merge from the side: w_H is the foot of the perpendicular from the center μ. With a
+# small angle, w_H is near the mean. With a large angle, it is near the anchor.
 
 # %%
-from studies import figures
 from studies.catalog.fig6_7 import triangle
+from studies.figures import triangles
 
 small_and_large = {names[k]: triangle(found[k]["angle"], found[k]["norms"]) for k in chosen[:2]}
-figures.triangles(small_and_large, figure_path("triangles"))
+triangles(small_and_large, figure_path("triangles"))
 
 # %% [markdown]
 # ## The ratio, for any number of models
@@ -281,24 +281,10 @@ figures.triangles(small_and_large, figure_path("triangles"))
 # tensors of this notebook, with N = 2.
 
 # %%
-from modelstock_jax.merging import ratio
+from studies.figures import ratios
 
-
-def ratios(figure):
-    axes, degrees = figure.subplots(), np.linspace(0, 110, 221)
-    for n, shade in zip((2, 3, 5, 50), (VERMILION, BLUE, SKY, GRAY), strict=True):
-        curve = ratio(np.cos(np.radians(degrees)), n)
-        axes.plot(degrees, curve, color=shade, lw=2, label=f"N = {n}")
-    for row in found:
-        if row["angle"] is not None:
-            axes.plot(row["angle"], row["ratio"], "o", color=BLACK, ms=3.5, alpha=0.6)
-    axes.set_xlim(0, 110)
-    axes.set_xlabel("angle θ between the updates (degrees)")
-    axes.set_ylabel("ratio t")
-    axes.legend()
-
-
-draw(ratios, (6, 3.6), figure_path("ratio"))
+angle_and_ratio = [(row["angle"], row["ratio"]) for row in found if row["angle"] is not None]
+ratios(angle_and_ratio, figure_path("ratio"))
 
 # %% [markdown]
 # ## Predicted and measured distances

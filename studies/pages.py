@@ -1,4 +1,4 @@
-"""A study's page (tables, figures, verdicts; one or more anchors), and the page of all claims."""
+"""A study's page (tables, figures, verdicts; one or more anchors), and the page of all results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from modelstock_jax.fileio import write_json, write_text
+from studies import findings
 from studies.study import Claim, Study, StudyReport, Verdict, cell
 
 
@@ -168,7 +169,18 @@ def _joint_table(reports: Mapping[str, StudyReport]) -> Sequence[str]:
 
 
 PAGE = "README.md"
+_TOP = (
+    "Six main claims of the paper, measured on the synthetic benchmark of this project, whose "
+    "accuracies are not those of ImageNet. Ours is the mean ± standard error, and the verdict uses "
+    "the [95 % interval](#how-to-read-the-tables). OOD is the mean accuracy over the distribution "
+    "shifts, ID the accuracy in distribution. [All claims](#all-claims) are below; "
+    "[results.md](../results.md) explains them. [A real sentence encoder](sentence_encoder.md) has "
+    "the same claims on real texts.",
+    "",
+)
 _INTRODUCTION = (
+    "## How to read the tables",
+    "",
     "Each claim of the paper, measured on the synthetic benchmark; on the pages of a real sentence "
     "encoder, on real texts. The claims compare methods; absolute accuracies are not compared with "
     "the paper's. In the column *source*, *this project* marks claims that are not in the paper.",
@@ -195,7 +207,7 @@ _INTRODUCTION = (
     "",
     "`make studies` writes this page.",
     "",
-    "## Terms",
+    "### Terms",
     "",
     "| term | meaning |",
     "|---|---|",
@@ -226,42 +238,60 @@ _RENAMED_VERDICTS = {
     "does not hold": "not reproduced",
     "not decided": "inconclusive",
 }
+_HEADER = ("| study | claim | source | ours | verdict |", "|---|---|---|---:|---|")
 
 
-def write_index(studies: Sequence[Study], directory: Path) -> Path:
-    """Write the verdicts of all pages in the directory on one page.
+def write_index(groups: Mapping[str, Sequence[Study]], directory: Path) -> Path:
+    """Write the main findings, and the verdicts of all pages in the directory, on one page.
 
     Args:
-      studies: in the order of the page.
+      groups: title of a group -> its studies, in the order of the page.
       directory: of all studies.
 
     Returns:
       The page's path.
     """
     summary = _Summary()
-    rows: list[str] = []
-    for study in studies:
-        for stem in stems(study):
-            path = directory / f"{stem}.json"
-            if path.exists():
-                rows += _rows(study.name, path, summary)
+    claims: dict[str, list[dict[str, Any]]] = {}
+    blocks: list[str] = []
+    for title, studies in groups.items():
+        rows: list[str] = []
+        for study in studies:
+            for stem in stems(study):
+                path = directory / f"{stem}.json"
+                if path.exists():
+                    rows += _rows(study.name, path, summary, claims)
+        if rows:
+            counts = Counter(
+                claim["verdict"] for study in studies for claim in claims.get(study.name, ())
+            )
+            blocks += _block(f"{title}: {_counted(counts)}", [*_HEADER, *rows, ""])
     lines = [
-        "# Verdicts",
+        "# Results",
+        "",
+        *_TOP,
+        *findings.lines(claims),
+        "## All claims",
         "",
         "Number of claims with each verdict. Pages of several anchors repeat claims of the pages "
         "of one anchor.",
         "",
-        *summary.lines(),
+        *summary.totals(),
+        *blocks,
+        *_block("Verdicts by page", summary.pages()),
         *_INTRODUCTION,
-        "",
-        "## Claims",
-        "",
-        "| study | claim | source | ours | verdict |",
-        "|---|---|---|---:|---|",
-        *rows,
         "",
     ]
     return write_text(directory / PAGE, "\n".join(lines))
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict))
+
+
+def _block(title: str, lines: Sequence[str]) -> list[str]:
+    """Return a block that GitHub shows folded."""
+    return ["<details>", f"<summary>{title}</summary>", "", *lines, "</details>", ""]
 
 
 class _Summary:
@@ -271,53 +301,72 @@ class _Summary:
         self._pages: dict[str, Counter[str]] = {}
         self._totals: dict[str, Counter[str]] = {}
 
-    def add(self, link: str, num_anchors: int, claims: Sequence[tuple[str, str]]) -> None:
-        """Count the claims of a page, each (source, verdict)."""
+    def add(self, link: str, num_anchors: int, claims: Sequence[Mapping[str, Any]]) -> None:
+        """Count the claims of a page."""
         anchors = "one anchor" if num_anchors == 1 else "several anchors"
-        for source, verdict in claims:
-            author = source if source == "this project" else "the paper"
+        for claim in claims:
+            author = claim["where"] if claim["where"] == "this project" else "the paper"
             total = f"**all pages of {anchors}, claims of {author}**"
-            self._totals.setdefault(total, Counter())[verdict] += 1
-            self._pages.setdefault(link, Counter())[verdict] += 1
+            self._totals.setdefault(total, Counter())[claim["verdict"]] += 1
+            self._pages.setdefault(link, Counter())[claim["verdict"]] += 1
 
-    def lines(self) -> list[str]:
-        """Return the Markdown table."""
-        verdicts = get_args(Verdict)
-        lines = [
-            f"| page | {' | '.join(verdicts)} |",
-            "|---|" + "---:|" * len(verdicts),
-        ]
-        for name, counts in (*sorted(self._totals.items()), *self._pages.items()):
-            lines.append(f"| {name} | {' | '.join(str(counts[v]) for v in verdicts)} |")
-        return [*lines, ""]
+    def totals(self) -> list[str]:
+        """Return a Markdown table of the sums over pages."""
+        return _verdict_table(dict(sorted(self._totals.items())))
+
+    def pages(self) -> list[str]:
+        """Return a Markdown table with a row for each page."""
+        return _verdict_table(self._pages)
 
 
-def _rows(name: str, path: Path, summary: _Summary) -> list[str]:
+def _verdict_table(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    verdicts = get_args(Verdict)
+    lines = [f"| page | {' | '.join(verdicts)} |", "|---|" + "---:|" * len(verdicts)]
+    for name, numbers in counts.items():
+        lines.append(f"| {name} | {' | '.join(str(numbers[v]) for v in verdicts)} |")
+    return [*lines, ""]
+
+
+def _rows(
+    name: str, path: Path, summary: _Summary, found: dict[str, list[dict[str, Any]]]
+) -> list[str]:
+    """Return the rows of a page; add its claims to `summary`, and to `found` by the file's stem."""
     try:
-        return _claim_rows(path.stem, json.loads(path.read_text(encoding="utf-8")), summary)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        num_anchors = len(document.get("further", ())) + 1
+        # Several anchors: only the claims of more than one; the others are on the first one's page.
+        claims = [
+            claim | {"verdict": _RENAMED_VERDICTS.get(claim["verdict"], claim["verdict"])}
+            for claim in document["together" if num_anchors > 1 else "claims"]
+        ]
+        rows = _claim_rows(path.stem, document["title"], num_anchors, claims)
     # Written by an older version, or truncated.
     except (ValueError, KeyError, TypeError, AttributeError):
         command = f"python -m studies {name}"
         if path.stem != name:
             command += " --anchors=..."
         return [f"| {path.stem} | cannot be read: run `{command}` | | | |"]
+    link = _link(path.stem, document["title"], num_anchors)
+    summary.add(link, num_anchors, claims)
+    found[path.stem] = claims
+    return rows
 
 
-def _claim_rows(name: str, document: Mapping[str, Any], summary: _Summary) -> list[str]:
-    num_anchors = len(document.get("further", ())) + 1
-    title = document["title"] + (f", from {num_anchors} anchors" if num_anchors > 1 else "")
-    link = f"[{title}]({name}.md)"
-    # Several anchors: only the claims of more than one; the others are on the first one's page.
-    claims = document["together"] if num_anchors > 1 else document["claims"]
+def _link(stem: str, title: str, num_anchors: int) -> str:
+    further = f", from {num_anchors} anchors" if num_anchors > 1 else ""
+    return f"[{title}{further}]({stem}.md)"
+
+
+def _claim_rows(
+    stem: str, title: str, num_anchors: int, claims: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    link = _link(stem, title, num_anchors)
     if not claims:
         return [f"| {link} | | | | |"]
-    rows, counted = [], []
+    rows = []
     for number, claim in enumerate(claims):
         result = claim["here"] if num_anchors == 1 else "<br>".join(claim["here"])
-        verdict = _RENAMED_VERDICTS.get(claim["verdict"], claim["verdict"])
         first = "" if number else link
-        row = [first, cell(claim["text"]), claim["where"], result, f"**{verdict}**"]
+        row = [first, cell(claim["text"]), claim["where"], result, f"**{claim['verdict']}**"]
         rows.append(f"| {' | '.join(row)} |")
-        counted.append((claim["where"], verdict))
-    summary.add(link, num_anchors, counted)
     return rows

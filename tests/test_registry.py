@@ -17,7 +17,7 @@ from modelstock_jax.checkpoint_merge import methods, recipe, report
 from modelstock_jax.checkpoint_merge.cli import parsers
 from modelstock_jax.checkpoint_merge.options import Options
 from modelstock_jax.errors import UserError
-from modelstock_jax.registry import COMMANDS, METHODS, RENAMED_COMMANDS, ROWS
+from modelstock_jax.registry import COMMANDS, METHODS, OPENED_ROWS, RENAMED_COMMANDS, ROWS
 from modelstock_jax.reporting.style import COLORS
 from modelstock_jax.reporting.tables import label
 from modelstock_jax.training.merge_step import check_merge
@@ -152,5 +152,12 @@ def test_no_two_methods_share_a_name():
     for field in ("name", "mergekit"):
         names = [name for method in METHODS.values() if (name := getattr(method, field))]
         assert len(set(names)) == len(names), field
-    styles = [(method.style.color, method.style.marker) for method in METHODS.values()]
-    assert len(set(styles)) == len(styles)
+
+
+def test_no_two_rows_share_a_marker_of_the_same_color():
+    """Except anchors, which are one model, and the two linear probes."""
+    same = {row: "zero_shot" for row in OPENED_ROWS} | {"linear_probe": "probed"}
+    rows: dict[tuple[str, str], set[str]] = {}
+    for row, style in ROWS.items():
+        rows.setdefault((style.color, style.marker), set()).add(same.get(row, row))
+    assert all(len(names) == 1 for names in rows.values()), rows

@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from modelstock_jax.merging.tensor_roles import ROLES, block_position, role
-from modelstock_jax.registry import OPENED_ROWS, ROWS, Style
+from modelstock_jax.registry import OPENED_ROWS, ROWS
 from modelstock_jax.reporting import style
 from modelstock_jax.reporting.style import (
     BLACK,
@@ -28,9 +29,13 @@ from modelstock_jax.reporting.style import (
     COLORS,
     GRAY,
     GREEN,
+    ID_AXIS,
     KINDS,
+    LIGHT_GREEN,
     ORANGE,
+    OTHER_STYLE,
     PURPLE,
+    SHIFTS_AXIS,
     SKY,
     VERMILION,
     draw,
@@ -115,7 +120,7 @@ def _numbers(value: Any) -> list[float]:
     return [float(number) for number in np.ravel(np.asarray(value, dtype=np.float64))]
 
 
-# A run has few tensors with many measurements each: `angle_by_layer` draws one bar per tensor.
+# A run has few tensors with many measurements each: `angle_by_layer` draws one mean per tensor.
 # A merge of files has thousands of tensors with one measurement each: `angle_by_block` draws dots.
 ROLE_COLORS = dict(zip(ROLES, (VERMILION, ORANGE, GREEN, BLUE, PURPLE, SKY, GRAY), strict=True))
 # Two columns: weights and biases, as in the paper.
@@ -128,7 +133,7 @@ LEFT = {
 }
 RIGHT = {
     "biases": ROLE_COLORS["biases"],
-    "norm biases": SKY,
+    "norm biases": LIGHT_GREEN,
     "norm scales": ROLE_COLORS["norms"],
     "head": ROLE_COLORS["embeddings and head"],
 }
@@ -140,8 +145,8 @@ def angle_by_layer(
 ) -> Figure:
     """Plot the angle between task vectors and their norms by layer (the paper's Fig. 2).
 
-    Kernels are on the left, biases and norms on the right. Bars are means over pairs (angle) or
-    replicas (norm); black lines are their standard deviation.
+    Kernels are on the left, biases and norms on the right. Bars and dots are means over pairs
+    (angle) or replicas (norm); black lines are their standard deviation.
 
     Args:
       layers: rows of `layer_rows` in the order of the network: name, angles in degrees, rms
@@ -171,13 +176,16 @@ def angle_by_layer(
             height_ratios=[1.35, 1],
             width_ratios=[max(6, len(side)) for side in sides],
         )
+        shown: dict[str, str] = {}
         for column, (side, colors, name) in enumerate(
             zip(sides, (LEFT, RIGHT), ("kernels", "biases and norms"), strict=True)
         ):
-            _bars_of_side(panels[:, column], side, colors)
+            shown |= _tensors_of_side(panels[:, column], side, colors)
             panels[0, column].set_title(name)
         _scale_angles(panels[0], bars=True)
-        _scale_norms(panels[1], bars=True)
+        _scale_norms(panels[1])
+        handles = [Patch(color=color, label=name) for name, color in shown.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=8, handlelength=1)
         if any(np.mean(row["angles"]) > 90 for row in layers if row["angles"]):
             panels[0, 1].set_title(
                 "key biases receive no gradient: arbitrary angles",
@@ -237,16 +245,29 @@ def angle_by_block(rows: UnitRows, path: str | Path | None = None) -> Figure:
     return draw(fill, size, path)
 
 
-def _bars_of_side(
+def _tensors_of_side(
     panels: Sequence[Axes],
     side: Sequence[tuple[float, Mapping[str, Any]]],
     colors: Mapping[str, str],
-) -> None:
-    """Draw one column of `angle_by_layer` from its (depth, row) pairs."""
+) -> dict[str, str]:
+    """Draw one column of `angle_by_layer`; return the drawn entries of `colors`.
+
+    Args:
+      panels: of the angles, of the norms
+      side: (depth, row) of each tensor
+      colors: `LEFT` or `RIGHT`
+    """
     names = [_color_name(row["name"]) for _, row in side]
     bar_colors = [colors[name] for name in names]
-    for axes, values in zip(panels, ("angles", "rms"), strict=True):
-        _bars(axes, [row[values] for _, row in side], bar_colors)
+    x = np.arange(len(side))
+    for axes, key in zip(panels, ("angles", "rms"), strict=True):
+        values = [row[key] for _, row in side]
+        mean = [np.mean(value) if len(value) else np.nan for value in values]
+        if key == "angles":
+            axes.bar(x, mean, width=0.8, color=bar_colors, linewidth=0)
+        else:  # Bars have no length on a logarithmic scale.
+            axes.scatter(x, mean, s=26, color=bar_colors, zorder=3)
+        _deviations(axes, mean, values)
     # Every other block is shaded.
     start, centers = 0, {}
     for number, (depth, group) in enumerate(groupby(side, key=lambda pair: pair[0])):
@@ -258,15 +279,7 @@ def _bars_of_side(
         start = stop
     _name_blocks(panels, centers, max_ticks=9)
     panels[-1].set_xlabel("block of the image tower")
-    used = [name for name in colors if name in names]
-    panels[-1].legend(
-        handles=[Patch(color=colors[name], label=name) for name in used],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.32),
-        ncols=max(1, len(used)),
-        columnspacing=1.2,
-        handlelength=1,
-    )
+    return {name: color for name, color in colors.items() if name in names}
 
 
 def _color_name(name: str) -> str:
@@ -279,21 +292,20 @@ def _color_name(name: str) -> str:
     return tensor_kind
 
 
-def _bars(axes: Axes, values: Sequence[Sequence[float]], colors: Sequence[str]) -> None:
-    x = np.arange(len(values))
-    mean = np.array([np.mean(value) if len(value) else np.nan for value in values])
+def _deviations(axes: Axes, mean: Sequence[float], values: Sequence[Sequence[float]]) -> None:
+    """Draw the standard deviation of each tensor's values around their mean."""
     deviation = np.array([np.std(value, ddof=1) if len(value) > 1 else 0.0 for value in values])
-    axes.bar(x, mean, width=0.8, color=colors, linewidth=0)
     shown = deviation > 0
     if shown.any():
         axes.errorbar(
-            x[shown],
-            mean[shown],
+            np.arange(len(values))[shown],
+            np.array(mean)[shown],
             deviation[shown],
             fmt="none",
             ecolor=BLACK,
             elinewidth=1.1,
             capsize=min(2.0, 60 / len(values)),
+            zorder=4,
         )
     axes.set_xlim(-0.8, len(values) - 0.2)
 
@@ -369,23 +381,32 @@ def _scale_angles(panels: Sequence[Axes], *, bars: bool = False) -> None:
         axes.axhline(90, color="#AAAAAA", lw=0.8, ls="--", zorder=1)
 
 
-def _scale_norms(panels: Sequence[Axes], *, bars: bool = False) -> None:
-    """Scale from 0, or logarithmically for dots whose norms differ by a factor above 20."""
+def _scale_norms(panels: Sequence[Axes]) -> None:
+    """Scale from 0, or logarithmically if norms differ by a factor above 5.
+
+    The head of a classifier may change ten times as much as the tensors below it, which a linear
+    scale would flatten.
+    """
     first = panels[0]
     first.set_ylabel(r"update norm $\|d_i\| / \sqrt{n}$")
     lowest, highest = (
         f(getattr(axes.dataLim, side) for axes in panels) for f, side in ((min, "y0"), (max, "y1"))
     )
-    if not bars and 0 < 20 * lowest < highest < math.inf:
-        first.set_yscale("log")
+    if 0 < 5 * lowest < highest < math.inf:
+        scale_log(first)
     else:
         first.set_ylim(0, 1.06 * highest if highest > 0 else None)
         first.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
 
 
-# Style of a method that is not in `registry.ROWS`.
-OTHER_STYLE = Style("", "", "purple", "h")
-MARKER_SIZE = {"*": 17, "o": 7, "s": 7, "D": 7, "P": 9, "^": 9, "v": 9}
+def scale_log(axes: Axes) -> None:
+    """Scale the y axis logarithmically, with plain numbers, also between powers of ten."""
+    axes.set_yscale("log")
+    low, high = axes.dataLim.intervaly
+    subs = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 class Point(NamedTuple):
@@ -401,8 +422,9 @@ def id_against_shifts(
 ) -> Figure:
     """Plot in-distribution accuracy versus the average over the shifts (the paper's Fig. 1).
 
-    Each method has a marker with error bars (standard error over seeds). Small dots are the single
-    models. The WiSE-FT curves of a single model and of the uniform mean are labeled with alpha.
+    Each method has the marker and color of `registry.ROWS`, with error bars (standard error over
+    seeds). Small dots are the single models. The WiSE-FT curves of a single model and of the
+    uniform mean are labeled with alpha.
 
     Args:
       rows: rows of `tables.make_row`; WiSE-FT rows have `alpha` and `of`
@@ -419,9 +441,12 @@ def id_against_shifts(
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        for row in rows:
-            if row["method"] == "single_model":
-                axes.plot(row["id"], row["avg_shifts"], ".", color=GRAY, ms=5, alpha=0.7, zorder=2)
+        single = [(r["id"], r["avg_shifts"]) for r in rows if r["method"] == "single_model"]
+        if len(single) > 1:
+            axes.plot(
+                *zip(*single, strict=True), ".", color=GRAY, ms=5, alpha=0.7, zorder=2,
+                label="single models",
+            )  # fmt: skip
         curves = [
             curve
             for of, color in [("single_model", GRAY), ("uniform_mean", SKY)]
@@ -429,21 +454,19 @@ def id_against_shifts(
         ]
         for point in points:
             _mark(axes, point)
-        axes.set_xlabel("in-distribution accuracy (%)")
-        axes.set_ylabel("average accuracy over the shifts (%)")
+        axes.set_xlabel(ID_AXIS)
+        axes.set_ylabel(SHIFTS_AXIS)
         axes.set_title(title or "")
         axes.margins(0.1)
-        avoid = [axes.legend(loc="best", handlelength=1.6)] if curves else []
+        if curves or len(single) > 1:
+            figure.legend(loc="outside lower center", ncols=3, handlelength=1.6)
         figure.canvas.draw()  # Fixes limits and layout, which `style.place` reads.
         figure.set_layout_engine("none")
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
         occupied = [point for curve in curves for point in curve.dense()]
-        occupied += [
-            (row["id"], row["avg_shifts"]) for row in rows if row["method"] == "single_model"
-        ]
+        occupied += single
         occupied += [tip for point in points for tip in _tips(point)]
-        boxes = [legend.get_window_extent() for legend in avoid]
-        style.place(axes, _labels(points), occupied, avoid=boxes)
+        style.place(axes, _labels(points), occupied)
         style.number_curves(axes, curves)
 
     return draw(fill, (7.2, 4.9), path)
@@ -474,20 +497,14 @@ def _wise_ft(axes: Axes, points: Sequence[Point], of: str, color: str) -> style.
 
 
 def _mark(axes: Axes, point: Point) -> None:
-    method = ROWS.get(point.summary.method, OTHER_STYLE)
     axes.errorbar(
         point.id.mean,
         point.shifts.mean,
         xerr=point.id.error,
         yerr=point.shifts.error,
-        fmt=method.marker,
-        ms=MARKER_SIZE.get(method.marker, 8),
-        color=COLORS[method.color],
-        mec="white",
-        mew=0.8,
         elinewidth=1.2,
         capsize=2.5,
-        zorder=4 if point.summary.method == "model_stock" else 3,
+        **style.mark(point.summary.method),
     )
 
 

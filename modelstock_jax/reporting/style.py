@@ -1,4 +1,4 @@
-"""Style of all figures: colors that color-blind readers can distinguish, and labels."""
+"""Style of all figures: markers of methods, colors for all kinds of color vision, labels."""
 
 from __future__ import annotations
 
@@ -16,20 +16,29 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from modelstock_jax.fileio import write_atomically
+from modelstock_jax.registry import ROWS, Style
 
 # Palette of Okabe and Ito: distinguishable in print and on screen by all common kinds of color
 # vision.
 BLACK, ORANGE, SKY, GREEN = "#222222", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GRAY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
+LIGHT_GREEN = "#8FD3BD"
 # The names are used by `registry`.
 COLORS = {
     "black": BLACK, "orange": ORANGE, "sky": SKY, "green": GREEN,
     "blue": BLUE, "vermilion": VERMILION, "purple": PURPLE, "gray": GRAY,
 }  # fmt: skip
+
+ID_AXIS, SHIFTS_AXIS = "in-distribution accuracy (%)", "average accuracy over the shifts (%)"
+
+# Style of a method that is not in `registry.ROWS`.
+OTHER_STYLE = Style("", "", "purple", "h")
+MARKER_SIZE = {"*": 17, "o": 7, "s": 7, "D": 7, "P": 9, "^": 9, "v": 9, "X": 6, ".": 10}
 
 KINDS = {"kernels": VERMILION, "biases": BLUE, "norms": GREEN, "head": PURPLE}
 
@@ -78,6 +87,33 @@ def ink(color: str) -> tuple[float, float, float]:
     """
     red, green, blue = to_rgb(color)
     return 0.75 * red, 0.75 * green, 0.75 * blue
+
+
+def mark(row: str, size: float = 1.0) -> dict[str, Any]:
+    """Return Matplotlib's options for the marker of a method, the same in all figures.
+
+    Small markers are drawn above large ones, and so remain visible.
+
+    Args:
+      row: key of `registry.ROWS`, or another name
+      size: factor of the usual size
+
+    Example:
+      >>> options = mark("model_stock")
+      >>> options["marker"], options["color"] == VERMILION
+      ('*', True)
+    """
+    method = ROWS.get(row, OTHER_STYLE)
+    points = size * MARKER_SIZE.get(method.marker, 8)
+    return {
+        "ls": "none", "marker": method.marker, "color": COLORS[method.color], "ms": points,
+        "mec": "white", "mew": 0.8 if points > 6 else 0.4, "zorder": 4 - points / 100,
+    }  # fmt: skip
+
+
+def handle(row: str, label: str) -> Line2D:
+    """Return the entry of a method in a legend, without the error bars of its points."""
+    return Line2D([], [], label=label, **mark(row))
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""All studies, by name."""
+"""All studies, by group and by name."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ from studies.catalog.tables2_3_4 import TABLE_2_STUDY, TABLE_3_STUDY, TABLE_4_ST
 from studies.catalog.tables5_6 import OPTIMIZER_STATE, TABLE_5_STUDY, TABLE_6_STUDY
 from studies.catalog.unequal_replicas import UNEQUAL
 
-STUDIES = {
-    study.name: study
-    for study in (
-        FIGURE_1,
+# Title -> studies, in the order of the page of all results.
+GROUPS = {
+    "Geometry of fine-tuned models": (
         FIGURE_2,
         FIGURE_3,
         FIGURE_4,
@@ -35,23 +34,31 @@ STUDIES = {
         FIGURE_6,
         FIGURE_7,
         TABLE_1_STUDY,
+    ),
+    "Model Stock compared with other methods": (
+        FIGURE_1,
         TABLE_2_STUDY,
         TABLE_3_STUDY,
         TABLE_4_STUDY,
         TABLE_5_STUDY,
         TABLE_6_STUDY,
         TABLE_7_STUDY,
+    ),
+    "Variants, other models and other training setups": (
         UNITS_STUDY,
         UNEQUAL,
         OPTIMIZER_STATE,
         CARRIED,
         GENERALITY,
+        RATIO_RULES,
+        RATIO_CANDIDATES,
+        SINGLE_MODEL,
+    ),
+    "A real sentence encoder": (
         SENTENCE_ENCODER,
         SENTENCE_ENCODER_TWEETS,
-        RATIO_RULES,
         SENTENCE_RATIO_RULES,
-        RATIO_CANDIDATES,
         SENTENCE_RATIO_CANDIDATES,
-        SINGLE_MODEL,
-    )
+    ),
 }
+STUDIES = {study.name: study for studies in GROUPS.values() for study in studies}

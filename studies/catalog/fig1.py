@@ -24,22 +24,23 @@ from studies.study import Claim, Setup, Study, StudyReport, Table, Values
 
 # A soup costs as much training as everything else together, so only Table 2's soups are used.
 _SOUP_SEEDS = 3
+# Row of the registry -> label of a model, in tables and figures.
 _NAMES = {
-    "replica": "Single fine-tuned model",
-    "mean": "Uniform mean of 2 replicas",
+    "single_model": "Single fine-tuned model",
+    "uniform_mean": "Uniform mean of 2 replicas",
     "model_stock": "Model Stock of 2 replicas",
     "uniform_soup": f"Uniform Model Soup of {SIZE} models",
     "greedy_soup": f"Greedy Model Soup of {SIZE} models",
 }
 _RIVALS = {
-    "replica": "a single fine-tuned model",
-    "mean": "the uniform mean of the same 2 replicas",
+    "single_model": "a single fine-tuned model",
+    "uniform_mean": "the uniform mean of the same 2 replicas",
     "uniform_soup": "the Uniform Model Soup",
     "greedy_soup": "the Greedy Model Soup",
 }
 _NUM_TRAININGS = {
-    "replica": 1,
-    "mean": 2,
+    "single_model": 1,
+    "uniform_mean": 2,
     "model_stock": 2,
     "uniform_soup": SIZE,
     "greedy_soup": SIZE,
@@ -48,7 +49,7 @@ _NUM_TRAININGS = {
 
 def _models(setup: Setup, seed: int) -> dict[str, Model]:
     (pair,) = groups(pool([seed]), 2)
-    models = {"replica": pair[0], "mean": mean(pair), "model_stock": Merge(pair)}
+    models = {"single_model": pair[0], "uniform_mean": mean(pair), "model_stock": Merge(pair)}
     if seed in setup.seeds[:_SOUP_SEEDS]:
         members = soup(setup, seed, "cross_entropy")
         models |= {"uniform_soup": Mean(members), "greedy_soup": Greedy(members)}
@@ -65,10 +66,11 @@ def _measurements(setup: Setup) -> dict[Any, Measurement]:
 def _summarize(setup: Setup, values: Values) -> StudyReport:
     seeds = {name: [s for s in setup.seeds if (name, s) in values] for name in _NAMES}
     curves = {name: [curve(values, name, seed) for seed in seeds[name]] for name in _NAMES}
-    labeled_curves = {label: curves[name] for name, label in _NAMES.items()}
+    labeled_curves = {name: (label, curves[name]) for name, label in _NAMES.items()}
     scores = {name: [values[name, seed] for seed in seeds[name]] for name in _NAMES}
     costs = {
-        label: (
+        name: (
+            label,
             _NUM_TRAININGS[name],
             [score["id"] for score in scores[name]],
             [average_shifts(score) for score in scores[name]],
@@ -79,14 +81,17 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
     return StudyReport(
         [_table(setup, values, seeds)],
         [
-            _claim(scores, "replica"),
-            _claim(scores, "replica", shifts=True),
+            _claim(scores, "single_model"),
+            _claim(scores, "single_model", shifts=True),
             _claim(scores, "greedy_soup", shifts=True),
             *(claim for claim in gap_claims if len(claim.differences) > 1),
         ],
         {
             "fig1": lambda path: figures.wise_ft_curves(
-                labeled_curves, path, strong=[_NAMES["model_stock"]]
+                labeled_curves,
+                path,
+                strong=["model_stock"],
+                title="WiSE-FT curves of Model Stock and of other models",
             ),
             "fig1_cost": lambda path: figures.costs(costs, path),
         },

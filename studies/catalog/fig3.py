@@ -70,7 +70,7 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
     ]
     rows = [[f"w0 + {alpha:g} (w1 − w0)", mean_cell(row)] for alpha, row in errors.items()]
     rows.append(["center", f"{center_error:.2f}"])
-    marks = {"w0": (0.0, 0.0), "w1": (to_model, 0.0), "center": center}
+    marks = {"zero_shot": (0.0, 0.0), "single_model": (to_model, 0.0), "center": center}
     return StudyReport(
         [Table(["weights", "test error (%)"], rows)],
         claims,
@@ -78,6 +78,8 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
         [
             "The point between the anchor and the model is α = 0.75, fixed before any error was "
             "measured.",
+            f"The figure has {len(points)} measured points (dots). Between them, the logarithm of "
+            "the error follows a thin-plate spline through all points.",
             "The center is one model, the mean of all fine-tuned ones. Error bars do not include "
             "its randomness.",
         ],

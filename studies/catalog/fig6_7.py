@@ -55,13 +55,22 @@ def _summarize_pair(setup: Setup, values: Values) -> StudyReport:
         name: triangle(rows[name]["angles"][0], rows[name]["norms"])
         for name in (by_angle[0], by_angle[-1])
     }
+    shapes = [triangle(row["angles"][0], row["norms"]) for row in rows.values()]
+    points = [(shape.angle, shape.ratio) for shape in shapes]
     cells = [
         [f"`{name}`", f"{shape.angle:.1f}", f"{shape.ratio:.3f}"] for name, shape in chosen.items()
     ]
     return StudyReport(
         [Table(["tensor", "angle (degrees)", "ratio t"], cells)],
-        figures={"fig6": lambda path: figures.triangles(chosen, path)},
-        notes=["The tensors with the smallest and the largest angle."],
+        figures={
+            "fig6": lambda path: figures.triangles(chosen, path),
+            "fig6_ratio": lambda path: figures.ratios(points, path),
+        },
+        notes=[
+            "The tensors with the smallest and the largest angle.",
+            "The position of the center μ follows from the angle: the triangle w0, μ, w12 has a "
+            "right angle at μ (property (ii) of the thin shell).",
+        ],
     )
 
 

@@ -61,6 +61,16 @@ _NAMES = {
     **{("decay", d): f"Uniform mean, periodic, decay {d:g} to the anchor" for d in _DECAYS},
     **{("l2_sp", a): f"Uniform mean, periodic, L2-SP {a:g}" for a in _PENALTIES},
 }
+# Row of the registry -> the model of its curve in the figure. More curves are not distinguishable;
+# the tables have all methods.
+_DRAWN = {
+    "single_model": "replica",
+    "uniform_mean": "mean",
+    "model_stock": "post",
+    "periodic_model_stock": "off",
+    "model_stock_carried": "every",
+    "model_stock_carried_last": "last",
+}
 # Variants without a verdict use fewer seeds and only the config's anchor.
 _VARIANT_SEEDS = 3
 _CARRY_NOISE = {"off": "Model Stock", "every": "noise carried (extension)"}
@@ -138,17 +148,23 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
     if _variant_seeds(setup):
         tables.append(_variant_table(setup, values, curves))
     labeled_curves = {
-        label: [curves[name, seed] for seed in setup.seeds] for name, label in _NAMES.items()
+        row: (_NAMES[name], [curves[name, seed] for seed in setup.seeds])
+        for row, name in _DRAWN.items()
     }
     return StudyReport(
         tables,
         claims,
         {
             "carried": lambda path: figures.wise_ft_curves(
-                labeled_curves, path, strong=_EXTENSION.values()
+                labeled_curves,
+                path,
+                strong=["model_stock_carried", "model_stock_carried_last"],
+                title="WiSE-FT curves with and without carried noise",
             )
         },
         [
+            "The figure leaves out the periodic uniform mean, decay to the anchor and L2-SP, which "
+            "are in the tables.",
             "Without tuning: the model itself, compared with the best point of the other method's "
             "WiSE-FT curve (a spline through its alphas) at the same ID. Decay to the "
             "anchor and L2-SP are compared at their best strength, selected on the test sets in "

@@ -343,8 +343,9 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
             _differences(periodic, after),
         )
     )
-    curves = {_LABELS["mean"]: base.curves}
-    points = {_LABELS[row]: base.rows[row] for row in ("single", *UNITS, "constant_ratio")}
+    drawn = {"single_model": "single", "constant_ratio": "constant_ratio"}
+    points = {row: base.rows[name] for row, name in drawn.items()}
+    units = {unit: base.rows[unit] for unit in UNITS}
     return StudyReport(
         [
             *(setting.table(name) for name, setting in settings.items()),
@@ -352,7 +353,7 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
             *tables,
         ],
         [*accuracy_claims, *claims],
-        {"sentence_encoder": partial(figures.curves_and_points, curves, points)},
+        {"sentence_encoder": partial(figures.merges_and_curve, base.curves, points, units)},
         _NOTES,
     )
 

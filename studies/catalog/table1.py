@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from studies import figures
 from studies.catalog.model_pool import averages, disjoint_pairs, groups, halves, mean
 from studies.catalog.paper_numbers import TABLE_1
 from studies.curves import accuracy_cells, average_shifts, mean_cell, paper_cell
@@ -36,7 +37,14 @@ def _summarize(setup: Setup, values: Values) -> StudyReport:
         "those of the rows."
     )
     claims = [*_shell_claims(setup, values), *_accuracy_claims(setup, values)]
-    return StudyReport([Table(columns, _rows(setup, values))], claims, notes=[note])
+    distances = {n: values["shell", n]["distance"] for n in averages(setup.seeds)}
+    radius = float(np.mean(distances[1]))
+    return StudyReport(
+        [Table(columns, _rows(setup, values))],
+        claims,
+        {"table1": lambda path: figures.distances(distances, radius, path)},
+        [note],
+    )
 
 
 def _rows(setup: Setup, values: Values) -> list[list[str]]:

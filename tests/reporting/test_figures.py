@@ -7,7 +7,10 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from modelstock_jax.registry import ROWS
 from modelstock_jax.reporting import figures
+from modelstock_jax.reporting.style import COLORS
+from modelstock_jax.reporting.tables import summarize
 from tests.reporting import made_up
 
 
@@ -39,7 +42,9 @@ def test_id_against_shifts(tmp_path, seeds):
     (axes,) = figure.axes
     renderer = figure.canvas.get_renderer()
     boxes = {text: text.get_window_extent(renderer) for text in axes.texts}
-    boxes[axes.get_legend()] = axes.get_legend().get_window_extent(renderer)
+    (legend,) = figure.legends
+    boxes[legend] = legend.get_window_extent(renderer)
+    assert not boxes[legend].overlaps(axes.get_window_extent(renderer)), "outside of the data"
     assert len(boxes) > 15
     for a, b in itertools.combinations(boxes.values(), 2):
         assert not a.overlaps(b)
@@ -47,6 +52,54 @@ def test_id_against_shifts(tmp_path, seeds):
     assert all(
         frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes.values()
     )
+
+
+def test_every_method_has_the_marker_and_color_of_the_registry():
+    """Small markers are above large ones, so that none is hidden."""
+    rows = made_up.rows()
+    drawn = {row["method"] for row in rows} - {"wise_ft"}
+    # All other rows of the registry, at other positions.
+    first = rows[0]
+    for number, method in enumerate(ROWS.keys() - drawn - {"wise_ft"}):
+        rows.append({**first, "method": method, "id": 70 + number, "avg_shifts": 50.0})
+    (axes,) = figures.id_against_shifts(rows).axes
+    lines = {
+        (round(float(x), 6), round(float(y), 6)): line
+        for line in axes.lines
+        if line.get_marker() not in (".", "None") and line.get_linestyle() == "None"
+        for x, y in zip(*line.get_data(), strict=True)
+    }
+    summaries = [s for s in summarize(rows) if s.method != "wise_ft"]
+    assert len(summaries) == len(ROWS) - 1 > 30
+    for summary in summaries:
+        style = ROWS[summary.method]
+        if style.marker != ".":
+            line = lines[round(summary.id.mean, 6), round(summary.avg_shifts.mean, 6)]
+            assert (line.get_marker(), line.get_color()) == (style.marker, COLORS[style.color])
+    sizes = sorted((line.get_markersize(), -line.get_zorder()) for line in lines.values())
+    assert [order for _, order in sizes] == sorted(order for _, order in sizes)
+
+
+def test_norms_are_logarithmic_if_the_head_changes_much_more():
+    tensors = [f"image_tower.blocks.block_0{i}.mlp.fc1.kernel" for i in range(3)]
+    for head, scale in ((0.02, "linear"), (0.2, "log")):
+        rows = [{"name": name, "angles": [45.0], "rms": [0.01]} for name in tensors]
+        rows.append({"name": "head.kernel", "angles": [10.0], "rms": [head]})
+        panels = figures.angle_by_layer(rows).axes
+        assert [axes.get_yscale() for axes in panels] == ["linear"] * 2 + [scale] * 2
+
+
+def test_the_legend_of_layers_has_each_color_once():
+    rows = figures.layer_rows([made_up.report(seed, 4) for seed in range(3)])
+    figure = figures.angle_by_layer(rows)
+    (legend,) = figure.legends
+    entries = [(text.get_text(), handle.get_facecolor()) for text, handle in zip(
+        legend.get_texts(), legend.get_patches(), strict=True)]  # fmt: skip
+    assert len({name for name, _ in entries}) == len({color for _, color in entries})
+    assert len(entries) == len(set(entries)) > 5
+    drawn = {patch.get_facecolor() for axes in figure.axes[:2] for group in axes.containers
+             for patch in getattr(group, "patches", ())}  # fmt: skip
+    assert drawn == {color for _, color in entries}
 
 
 def test_error_bars_only_over_several_seeds():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from studies.pages import joint_claims, write, write_index
 from studies.study import Claim, Study, StudyReport, Table
@@ -70,7 +71,7 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     write(STUDY, reports, tmp_path, DETAILS)
     write(STUDY, {"one": reports["one"]}, tmp_path, DETAILS)
     never_run = Study("other", "Never run", "", None, None)
-    text = write_index([never_run, STUDY], tmp_path).read_text()
+    text = write_index({"Models": [never_run], "Merges": [STUDY]}, tmp_path).read_text()
     assert "Never run" not in text
     line = "better | this project | +1.00 ± 0.06 points (n = 3) |"
     assert f"| [Some study](some.md) | {line} **reproduced** |" in text
@@ -81,7 +82,11 @@ def test_the_index_has_every_claim_and_joint_verdicts(tmp_path):
     assert text.count("worse") == 1, "claims of one anchor are only on its page"
     row = r"|  | \|worse\| | this project | -1.00 ± 0.06 points (n = 3) | **not reproduced** |"
     assert row in text
-    summary = text[: text.index("## Terms")]
+    # Of the page of one anchor; groups without results have no block.
+    blocks = re.findall("<summary>(.*)</summary>", text)
+    assert blocks == ["Merges: 1 reproduced, 1 not reproduced, 0 inconclusive", "Verdicts by page"]
+    assert text.count("<details>") == text.count("</details>") == 2
+    summary = text[: text.index("## How to read")]
     for cells in (
         "**all pages of one anchor, claims of this project** | 1 | 1 | 0",
         "**all pages of several anchors, claims of this project** | 0 | 0 | 1",
@@ -103,7 +108,7 @@ def test_verdicts_of_earlier_versions_have_current_names(tmp_path):
         joint = page | {"further": {"two": {}}, "together": [claim | {"here": ["+1.00"]}]}
         (tmp_path / "some.json").write_text(json.dumps(page))
         (tmp_path / "some_anchors.json").write_text(json.dumps(joint))
-        text = write_index([STUDY], tmp_path).read_text()
+        text = write_index({"Merges": [STUDY]}, tmp_path).read_text()
         assert text.count(f"| better | Table 1 | +1.00 | **{new}** |") == 2
         assert f"**{old}**" not in text
 
@@ -113,6 +118,6 @@ def test_an_unreadable_page_names_the_command_that_writes_it_again(tmp_path):
     for content in (json.dumps(old), json.dumps([old]), '{"title": "Some'):
         for stem, options in (("some", ""), ("some_anchors", " --anchors=...")):
             (tmp_path / f"{stem}.json").write_text(content)
-            text = write_index([STUDY], tmp_path).read_text()
+            text = write_index({"Merges": [STUDY]}, tmp_path).read_text()
             command = f"python -m studies some{options}"
             assert f"| {stem} | cannot be read: run `{command}` | | | |" in text
